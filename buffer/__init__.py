@@ -1,0 +1,1 @@
+"""What stands between server and trainer: traces go one way, weights the other. No torch here."""

@@ -1,0 +1,169 @@
+"""The records that flow between rooms, on one page. Frozen, torch-free.
+
+Layer ids everywhere: the residual stream after k decoder layers; 0 is the embeddings.
+Positions count from 0 over prompt and completion together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Counts over a window of verification steps. Join windows with ``+``.
+
+    Only counts are stored, so windows add exactly; ratios are derived on reading and are
+    ``None``, never 0 or NaN, when there is nothing to divide by.
+    """
+
+    num_steps: int = 0
+    """Target forward passes."""
+    num_proposed: int = 0
+    """Tokens the drafter proposed."""
+    num_accepted: int = 0
+    """Proposed tokens kept. Excludes the one token the target itself adds per step."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_accepted <= self.num_proposed:
+            raise ValueError(
+                f"num_accepted must be in 0..num_proposed={self.num_proposed}, "
+                f"got {self.num_accepted}"
+            )
+
+    def __add__(self, other: Acceptance) -> Acceptance:
+        return Acceptance(
+            self.num_steps + other.num_steps,
+            self.num_proposed + other.num_proposed,
+            self.num_accepted + other.num_accepted,
+        )
+
+    @property
+    def rate(self) -> float | None:
+        """Accepted / proposed, in [0, 1]."""
+        return self.num_accepted / self.num_proposed if self.num_proposed else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens emitted per target pass, in [1, K + 1]; counts the target's own token."""
+        return 1 + self.num_accepted / self.num_steps if self.num_steps else None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One draft and one verification of one request."""
+
+    anchor: int
+    """Position of the last committed token before the draft."""
+    drafter: str
+    """Kind that proposed: ``eagle3``, ``suffix``; ``none`` when nothing was proposed."""
+    version: int
+    """Version of the drafter that proposed (of the neural drafter, also when it was idle)."""
+    draft_ids: tuple[int, ...]
+    """Proposed token ids that were verified, K of them; empty at K = 0."""
+    q_logp: tuple[float, ...] | None
+    """Natural log of the drafter's probability of each, or ``None`` for a delta draft."""
+    p_logp: tuple[float, ...]
+    """Natural log of the target's probability (after temperature and truncation) of each draft
+    token, up to and including the first rejected one; -inf when excluded."""
+    num_accepted: int
+    """Draft tokens kept, 0..K."""
+    next_id: int
+    """The target's own token after the kept ones."""
+    draft_k: int
+    """K that the policy planned for the step (before per-request caps)."""
+    propensity: float
+    """Probability with which the policy took this action."""
+    batch: int
+    """Requests in the step."""
+    step_s: float
+    """Wall time of the step, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the target's distribution was shaped for one request."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    top_k: int | None
+    min_p: float
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """Hidden rows of the target at some positions of a trace."""
+
+    positions: NDArray[np.int32]
+    """[N], ascending; positions that were really computed. Missing ones were cached or dropped."""
+    layer_ids: tuple[int, ...]
+    """The m tapped layers."""
+    dtype: Literal["bfloat16", "float8_e4m3fn", "float32"]
+    """Type of ``rows``' bits."""
+    rows: NDArray[Any]
+    """[N, m + 1, H]: tapped layers in ``layer_ids`` order, then the lm_head's input (after the
+    final norm). bfloat16 is held as uint16 bits, float8 as uint8 bits, float32 as float32."""
+    scale: NDArray[np.float32] | None
+    """[N, m + 1] multiplier that restores fp8 rows; ``None`` otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one request taught us."""
+
+    producer: str
+    """Server process that made it (stable over its life)."""
+    epoch: int
+    """Start of that process, unix ms; a restart is a new epoch."""
+    seq: int
+    """Running number within (producer, epoch), from 0. The triple is unique."""
+    request_id: str
+    tenant: str
+    target_fingerprint: str
+    """Digest of the target that produced the rows; traces of another target are not trained on."""
+    sampling: Sampling
+    prompt_length: int
+    """Tokens of the prompt; the rest of ``token_ids`` was generated."""
+    token_ids: NDArray[np.int32]
+    """[T] prompt and completion."""
+    rounds: tuple[Round, ...]
+    features: FeatureRows | None
+    finished_unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """One file of a bundle."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle says of itself (``manifest.json``); a snapshot is this and its tensors."""
+
+    version: int
+    """Integer of a published drafter; 0 is the initial one; never reused."""
+    parent: int | None
+    """Version it was trained from."""
+    kind: str
+    """Drafter kind, e.g. ``eagle3``."""
+    drafter_config: dict[str, Any]
+    """Shape of the drafter; must equal the running one's."""
+    target_fingerprint: str
+    files: dict[str, FileDigest]
+    """Every file of the bundle but the manifest."""
+    gate: dict[str, Any] = field(default_factory=dict)
+    """Figures on which it was let through, e.g. simulated tokens_per_step of it and its parent."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    """Calibration that belongs to these weights, e.g. per-position acceptance on held-out traces."""
+    created_unix_ms: int = 0
+    signature: str | None = None
+    """Reserved for signed bundles."""

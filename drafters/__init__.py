@@ -1,0 +1,1 @@
+"""The models that guess: one protocol, used for serving and for training."""

@@ -1,0 +1,1 @@
+"""Operations of speculative decoding, each with its torch definition."""

@@ -1,0 +1,1 @@
+"""Traces in, better drafter and policy out."""
