@@ -1,0 +1,204 @@
+"""EAGLE-3: one decoder layer that reads three tapped layers of the target.
+
+One module serves and trains; only the attention differs and is passed in. Rows are indexed by the
+position of their *token*: row p is (x_p, h_{p-1}), predicts x_{p+1}, and its K/V live at slot p,
+so a page of draft KV depends on nothing beyond the prefix that names the page. h is
+``fuse(features)`` at committed positions and the layer's own output on drafted ones.
+
+Shapes: T rows (any leading dimensions work), H hidden, m tapped layers, V target vocabulary,
+Vd draft vocabulary, Hq/Hkv query/key heads, D head dimension.
+
+Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [..., Hq, D], k [..., Hkv, D], v [..., Hkv, D]) after RoPE -> [..., Hq, D]. Scale 1/sqrt(D)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Config:
+    """Everything that fixes the tensors' shapes and meaning."""
+
+    hidden_size: int
+    target_vocab_size: int
+    draft_vocab_size: int
+    """Equal to ``target_vocab_size``: no reduced vocabulary."""
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_ids: tuple[int, ...]
+    """Tapped: residual stream after k decoder layers of the target."""
+    rms_norm_eps: float
+    rope_theta: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary, lists for tuples."""
+        return {**asdict(self), "layer_ids": list(self.layer_ids)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Eagle3Config:
+        """Inverse of ``to_json``. Raises ValueError when a key is missing or unknown."""
+        try:
+            return cls(**{**value, "layer_ids": tuple(value["layer_ids"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an EAGLE-3 config: {error}") from error
+
+
+def default_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """(2, N // 2, N - 3), kept inside 1..N and distinct for shallow targets."""
+    wanted = (2, num_layers // 2, num_layers - 3)
+    ids = sorted({min(max(k, 1), num_layers) for k in wanted})
+    return tuple(ids)
+
+
+def config_for_target(
+    target_config: Any, layer_ids: tuple[int, ...] | None = None, draft_vocab_size: int | None = None
+) -> Eagle3Config:
+    """Shape of a fresh drafter for a Hugging Face text config: the target's own layer shape.
+
+    Raises:
+        ValueError: a layer id outside 0..N.
+    """
+    config = target_config.get_text_config()
+    ids = layer_ids if layer_ids is not None else default_layer_ids(config.num_hidden_layers)
+    if not ids or any(not 0 <= k <= config.num_hidden_layers for k in ids):
+        raise ValueError(f"layer_ids must be in 0..{config.num_hidden_layers}, got {ids}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Eagle3Config(
+        hidden_size=config.hidden_size,
+        target_vocab_size=config.vocab_size,
+        draft_vocab_size=draft_vocab_size or config.vocab_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        layer_ids=tuple(ids),
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=rope_theta(config),
+    )
+
+
+def rope_theta(config: Any) -> float:
+    """Base of the rotary embedding; Gemma3 keeps one set a layer type, the global one is taken."""
+    parameters = config.rope_parameters
+    if "rope_theta" not in parameters:
+        parameters = parameters["full_attention"]
+    return float(parameters["rope_theta"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout. x [..., heads, D]; cos, sin [..., 1, D]."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + swapped * sin
+
+
+class Eagle3(nn.Module):
+    """The drafter's tensors and its one layer.
+
+    ``embed`` is the target's embedding table: shared, frozen, and not part of a bundle.
+    ``d2t`` maps draft ids to target ids: ``target_id = draft_id + d2t[draft_id]``; absent when the
+    vocabularies are equal.
+    """
+
+    d2t: Tensor | None
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        hidden, eps = c.hidden_size, c.rms_norm_eps
+        self.fc = nn.Linear(len(c.layer_ids) * hidden, hidden, bias=False)
+        self.input_layernorm = nn.RMSNorm(hidden, eps)
+        self.hidden_norm = nn.RMSNorm(hidden, eps)
+        self.qkv_proj = nn.Linear(
+            2 * hidden, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=False
+        )
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, hidden, bias=False)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.gate_up_proj = nn.Linear(hidden, 2 * c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
+        self.norm = nn.RMSNorm(hidden, eps)
+        self.lm_head = nn.Linear(hidden, c.draft_vocab_size, bias=False)
+        inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+        self.register_buffer("inverse_frequency", inverse.float(), persistent=False)
+        reduced = c.draft_vocab_size != c.target_vocab_size
+        self.register_buffer(
+            "d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64) if reduced else None
+        )
+
+    @torch.no_grad()
+    def initialise(self, seed: int, target_lm_head: Tensor | None = None) -> None:
+        """Random weights (normal, std 0.02; norms 1), with the target's head when it fits.
+
+        Args:
+            target_lm_head: [V, H]; used for ``lm_head`` when the vocabularies are equal.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                values = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.copy_(values)
+        if target_lm_head is not None and target_lm_head.shape == self.lm_head.weight.shape:
+            self.lm_head.weight.copy_(target_lm_head)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [..., 1, D] float32, for ``positions`` [...] int64."""
+        inverse: Tensor = self.inverse_frequency  # type: ignore[assignment]
+        angles = positions[..., None].float() * inverse
+        angles = torch.cat((angles, angles), dim=-1)[..., None, :]
+        return angles.cos(), angles.sin()
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Tapped rows [..., m * H] (layer_ids order) -> h [..., H]."""
+        fused: Tensor = self.fc(features)
+        return fused
+
+    def forward(
+        self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor:
+        """The layer: token embeddings and h of rows -> their output g, before the final norm.
+
+        Args:
+            embeds: [..., H], target embedding of each row's token.
+            hidden: [..., H], fused features or former output of the row before.
+            cos, sin: from ``rope`` at the rows' positions.
+
+        Returns:
+            [..., H]; feed it to ``logits``, and back as ``hidden`` of the next row.
+        """
+        c = self.config
+        pair = torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
+        heads = self.qkv_proj(pair).unflatten(-1, (c.num_heads + 2 * c.num_kv_heads, c.head_dim))
+        q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=-2)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        stream = hidden + self.o_proj(mixed.flatten(-2))
+        gate, up = self.gate_up_proj(self.post_attention_layernorm(stream)).chunk(2, dim=-1)
+        out: Tensor = stream + self.down_proj(nn.functional.silu(gate) * up)
+        return out
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """[..., H] -> [..., Vd] over the draft vocabulary."""
+        scores: Tensor = self.lm_head(self.norm(outputs))
+        return scores
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft-vocabulary ids (any shape, int64) -> target ids."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    def bundle_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything a bundle holds: parameters and ``d2t``, no embedding."""
+        return dict(self.state_dict())
