@@ -1,0 +1,221 @@
+"""Settings come from four layers, and nothing misspelt or mistyped gets through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.load import MASK, SettingsError, check_settings, load_settings, to_yaml
+from configs.schema import Settings
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Writes ``mine.yaml`` in the working directory and returns its relative path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        Path("mine.yaml").write_text(text, encoding="utf-8")
+        return Path("mine.yaml")
+
+    return write
+
+
+def problem(*, files=(), overrides=(), env=None):
+    with pytest.raises(SettingsError) as caught:
+        load_settings(files, overrides, env or {})
+    return str(caught.value)
+
+
+def test_each_layer_wins_over_the_one_before(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("seed: 1\nengine: {max_batch: 2, max_queue: 2, page_size: 2}\n")
+    second.write_text("engine: {max_batch: 3, max_queue: 3}\nserver:\n")
+    env = {"SLIPSTREAM_ENGINE__MAX_BATCH": "4", "HOME": "/nowhere"}
+
+    settings = load_settings([first, second], ["policy.explore=0.1"], env)
+
+    assert (settings.seed, settings.engine.page_size) == (1, 2)
+    assert (settings.engine.max_queue, settings.engine.max_batch) == (3, 4)
+    assert load_settings([first], ["engine.max_batch=5"], env).engine.max_batch == 5
+    assert settings.trainer == Settings().trainer
+
+
+def test_nothing_given_means_the_defaults():
+    assert load_settings([], [], {}).engine == Settings().engine
+
+
+def test_an_empty_file_sets_nothing(mine):
+    assert load_settings([mine("# nothing\n")], [], {}).policy == Settings().policy
+
+
+def test_an_unknown_key_names_file_key_and_nearest_known_key(mine):
+    text = problem(files=[mine("engine: {max_batc: 3}\n")])
+    assert text == "mine.yaml: unknown key 'engine.max_batc'; did you mean 'engine.max_batch'?"
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("max_batch", "did you mean 'engine.max_batch'?"),
+        ("drafter.maxdraft", "did you mean 'drafter.max_draft'?"),
+        ("drafter.sufix.enabled", "did you mean 'drafter.suffix.enabled'?"),
+        ("qqqq", "--print-config lists the known ones"),
+    ],
+)
+def test_an_unknown_override_names_the_flag_and_the_nearest_key(key, answer):
+    assert problem(overrides=[f"{key}=1"]) == f"--set: unknown key '{key}'; {answer}"
+
+
+def test_an_unknown_environment_variable_is_named():
+    assert problem(env={"SLIPSTREAM_ENGINE__MAX_BACH": "1"}) == (
+        "SLIPSTREAM_ENGINE__MAX_BACH: unknown key 'engine.max_bach'; "
+        "did you mean 'engine.max_batch'?"
+    )
+
+
+def test_several_problems_are_several_lines(mine):
+    text = problem(
+        files=[mine("engine: {max_batch: x}\n")],
+        overrides=["policy.kind=best"],
+        env={"SLIPSTREAM_SEED": "1.5"},
+    )
+    assert sorted(text.splitlines()) == [
+        "--set: 'policy.kind' must be one of 'goodput', 'fixed', got str ('best')",
+        "SLIPSTREAM_SEED: 'seed' must be int, got float (1.5)",
+        "mine.yaml: 'engine.max_batch' must be int, got str ('x')",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("engine=3", "'engine' must be a section (key: value lines), got int (3)"),
+        ("engine.max_batch=true", "'engine.max_batch' must be int, got bool (True)"),
+        (
+            "engine.max_batch=0",
+            "'engine.max_batch' must be greater than or equal to 1, got int (0)",
+        ),
+        ("engine.num_pages=[1]", "'engine.num_pages' must be int or None, got list ([1])"),
+        (
+            "drafter.layer_ids=[1, x]",
+            "'drafter.layer_ids' must be a list of int or None, got list ([1, 'x'])",
+        ),
+        ("trainer.lr=.nan", "'trainer.lr' must be finite, got nan"),
+        ("trainer.lr='1'", "'trainer.lr' must be float, got str ('1')"),
+    ],
+)
+def test_a_wrong_value_says_what_was_expected_and_what_came(override, said):
+    assert problem(overrides=[override]) == f"--set: {said}"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("3e-4", 3e-4), ("3.0e-4", 3e-4), ("1E2", 100.0), ("2", 2.0), (".5", 0.5)],
+)
+def test_numbers_may_be_written_as_people_write_them(override, value):
+    assert load_settings([], [f"trainer.lr={override}"], {}).trainer.lr == value
+
+
+def test_overrides_are_yaml():
+    settings = load_settings(
+        [],
+        ["capture.enabled=false", "trainer.max_steps=null", "drafter.layer_ids=[2, 4, 6]"],
+        {},
+    )
+    assert settings.capture.enabled is False
+    assert settings.trainer.max_steps is None
+    assert settings.drafter.layer_ids == (2, 4, 6)
+
+
+def test_a_text_setting_keeps_its_text():
+    env = {"SLIPSTREAM_SERVER__API_KEY": "0123 #: *x"}
+    assert load_settings([], [], env).server.api_key == "0123 #: *x"
+    assert load_settings([], ["server.api_key="], env).server.api_key is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nseed: 2\n", "mine.yaml, line 2: key 'seed' appears twice"),
+        ("engine:\n  max_batch: 1\n  max_batch: 1\n", "mine.yaml, line 3: key 'max_batch' appears"),
+        ("- 1\n", "mine.yaml: must be key: value lines, got list"),
+        ("engine: [\n", "mine.yaml, line 2: "),
+        ("target: !!python/object:os.system x\n", "mine.yaml, line 1: could not determine"),
+        ("? [a]\n: 1\n", "mine.yaml, line 1: found unhashable key"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line(mine, text, said):
+    assert problem(files=[mine(text)]).startswith(said)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert problem(files=[tmp_path / "no.yaml"]) == f"{tmp_path / 'no.yaml'}: no such file"
+
+
+def test_an_override_without_a_value_says_how_to_write_one():
+    assert "expected KEY=VALUE" in problem(overrides=["engine.max_batch"])
+
+
+def test_an_open_address_needs_a_key():
+    text = problem(overrides=["server.host=0.0.0.0"])
+    assert text.startswith("server.host '0.0.0.0' is not loopback and server.api_key is not set")
+    load_settings([], ["server.host=0.0.0.0", "server.api_key=k"], {})
+    for host in ("127.0.0.2", "::1", "localhost"):
+        assert check_settings(load_settings([], [f"server.host={host}"], {})) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("policy.kind=fixed", "drafter.max_draft=3"), "policy.draft_k 4 is above"),
+        (("policy.kind=fixed", "drafter.kind=suffix"), "policy.drafter 'eagle3' is not loaded"),
+        (
+            ("policy.kind=fixed", "policy.drafter=suffix", "drafter.suffix.enabled=false"),
+            "policy.drafter 'suffix' needs",
+        ),
+        (("drafter.kind=suffix", "drafter.suffix.enabled=false"), "drafter.kind 'suffix' needs"),
+        (("drafter.suffix.min_match=13",), "drafter.suffix.min_match 13 is above"),
+        (("engine.num_pages=100",), "engine.num_pages 100 of engine.page_size 16"),
+        (("buffer.max_bytes=8192",), "buffer.segment_bytes"),
+        ((f"server.api_key={MASK}",), "server.api_key is the mask"),
+    ],
+)
+def test_contradictions_between_keys_are_told(overrides, said):
+    assert problem(overrides=overrides).startswith(said)
+
+
+def test_a_secret_is_never_printed(mine):
+    assert "hunter2" not in to_yaml(load_settings([], ["server.api_key=hunter2"], {}))
+    assert "12345" not in problem(files=[mine("server: {api_key: 12345}\n")])
+
+
+def test_printed_settings_read_back_equal(mine):
+    settings = load_settings([], ["trainer.lr=1e-5", "drafter.layer_ids=[1, 2, 3]"], {})
+    assert load_settings([mine(to_yaml(settings))], [], {}) == settings
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_file_loads_and_every_line_of_it_counts(path):
+    settings = load_settings([path], [], {})
+    assert yaml.safe_load(path.read_text()) is not None
+    assert settings != load_settings([], [], {})
+
+
+def test_the_demo_file_is_shipped():
+    assert {path.name for path in SHIPPED} >= {"demo.yaml", "one_gpu.yaml"}
+
+
+def test_a_bundled_path_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings([], ["target=configs", "drafter.path=configs"], {})
+    assert settings.target == str(Path(__file__).parents[2] / "configs")
+    assert settings.drafter.path == Path(settings.target)
+
+    (tmp_path / "configs").mkdir()
+    assert load_settings([], ["target=configs"], {}).target == "configs"
+    assert load_settings([], ["target=ORG/no-such"], {}).target == "ORG/no-such"
