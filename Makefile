@@ -1,0 +1,62 @@
+# make demo    the whole loop on this machine: serve, learn, swap, report
+# make test    all tests                make check   lint, format, types, order of imports
+# make bench   the measured figures     make clean   remove what make made
+#
+# Each installs what it needs into .venv first. PYTHON=... names an interpreter (3.11 or 3.12),
+# ARGS=... goes to pytest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+HAS_GPU := $(shell { ls /dev/nvidia[0-9]* || nvidia-smi -L; } >/dev/null 2>&1 && echo yes)
+IS_LINUX := $(shell test `uname -s` = Linux && echo yes)
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+EXTRAS := dev$(if $(HAS_GPU),$(shell echo ',gpu'))
+# Bytecode is written when a module is first imported; compiling all of torch takes a minute.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+
+.PHONY: demo test check bench setup clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python -m examples.demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { \
+	echo "Slipstream needs Python 3.11 or 3.12; python3 here is: `python3 --version 2>&1`."; \
+	echo "Install one of them, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12"; \
+	exit 1; }
+	@$(PYTHON) -c '$(FITS)' || { echo "PYTHON=$(PYTHON) is not Python 3.11 or 3.12."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	echo "$(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)."; \
+	exit 1; }
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(IS_LINUX)$(HAS_GPU),yes)
+	@# The ordinary torch for Linux brings gigabytes of CUDA, of no use here. The first form works
+	@# where the configured index offers the CPU build, the second where the internet does.
+	$(INSTALL) torch==$(TORCH)+cpu || \
+	$(INSTALL) torch==$(TORCH)+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+	$(INSTALL) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
