@@ -163,7 +163,7 @@ class Manifest:
     gate: dict[str, Any] = field(default_factory=dict)
     """Figures on which it was let through, e.g. simulated tokens_per_step of it and its parent."""
     policy: dict[str, Any] = field(default_factory=dict)
-    """Calibration that belongs to these weights, e.g. per-position acceptance on held-out traces."""
+    """Calibration that belongs to these weights, e.g. acceptance by position on held-out traces."""
     created_unix_ms: int = 0
     signature: str | None = None
     """Reserved for signed bundles."""

@@ -1,0 +1,157 @@
+"""How old traces leave: whole segments, oldest first, by age and by bytes, counted exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from buffer.frames import read_frame, scan
+from buffer.layout import (
+    QUARANTINE,
+    TOMBSTONE,
+    Tombstone,
+    is_live,
+    read_tombstone,
+    segment_numbers,
+    segment_path,
+    write_tombstone,
+    writer_names,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the log may hold."""
+
+    segment_bytes: int
+    """Size up to which a segment that is being written may still grow."""
+    max_bytes: int
+    """Bytes of all segments together."""
+    ttl_s: float
+    """Age of its oldest record at which a segment leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """What left. Join with ``+``."""
+
+    records: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: Evicted) -> Evicted:
+        return Evicted(self.records + other.records, self.num_bytes + other.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    folder: Path
+    number: int
+    num_bytes: int
+    oldest_ms: int
+    is_written: bool
+    """A living process still appends to it."""
+
+
+def evict(root: Path, limits: Limits, now_s: float, *, need_bytes: int = 0) -> Evicted:
+    """Delete the oldest segments until ``need_bytes`` more fit and none is older than the TTL.
+
+    A segment that a living process writes is never deleted and is counted at its full size. Does
+    nothing while another process evicts.
+
+    Raises:
+        OSError: of the disk; what was deleted until then is in the tombstones.
+    """
+    with _only_evictor(root) as alone:
+        if not alone:
+            return Evicted()
+        segments = _list_segments(root)
+        total = need_bytes + sum(_planned_bytes(segment, limits) for segment in segments)
+        expired_ms = (now_s - limits.ttl_s) * 1000
+        evicted = Evicted()
+        for segment in sorted(segments, key=lambda s: (s.oldest_ms, s.folder.name, s.number)):
+            too_old, too_much = segment.oldest_ms <= expired_ms, total > limits.max_bytes
+            if (too_old or too_much) and not segment.is_written:
+                evicted += _delete(segment)
+                total -= segment.num_bytes
+        _sweep(root, expired_ms / 1000)
+        return evicted
+
+
+@contextlib.contextmanager
+def _only_evictor(root: Path) -> Iterator[bool]:
+    descriptor = os.open(root / "EVICT.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+def _list_segments(root: Path) -> list[_Segment]:
+    found = []
+    for folder in (root / name for name in writer_names(root)):
+        live = is_live(folder)
+        numbers = segment_numbers(folder)
+        found += [_describe(folder, n, live and n == numbers[-1]) for n in numbers]
+    return found
+
+
+def _describe(folder: Path, number: int, is_written: bool) -> _Segment:
+    path = segment_path(folder, number)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        status = os.fstat(descriptor)
+        first = read_frame(descriptor, 0, status.st_size)
+    finally:
+        os.close(descriptor)
+    oldest_ms = int(status.st_mtime * 1000) if first is None else first.unix_ms
+    return _Segment(folder, number, status.st_size, oldest_ms, is_written)
+
+
+def _planned_bytes(segment: _Segment, limits: Limits) -> int:
+    full = limits.segment_bytes if segment.is_written else 0
+    return max(segment.num_bytes, full)
+
+
+def _delete(segment: _Segment) -> Evicted:
+    """Count a segment, write the count down, then delete: a crash in between repeats the same."""
+    path = segment_path(segment.folder, segment.number)
+    before = read_tombstone(segment.folder) or Tombstone(-1, 0, 0, 0)
+    if before.segment < segment.number:
+        write_tombstone(segment.folder, _after(before, segment, path))
+    after = read_tombstone(segment.folder) or before
+    path.unlink()
+    return Evicted(after.records - before.records, after.num_bytes - before.num_bytes)
+
+
+def _after(before: Tombstone, segment: _Segment, path: Path) -> Tombstone:
+    records, next_number = 0, before.next_number
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for frame in scan(descriptor, segment.num_bytes):
+            records, next_number = records + 1, max(next_number, frame.number + 1)
+    finally:
+        os.close(descriptor)
+    return Tombstone(
+        segment.number, next_number, before.records + records, before.num_bytes + segment.num_bytes
+    )
+
+
+def _sweep(root: Path, expired_s: float) -> None:
+    """Remove folders that dead writers left empty, and quarantined records, once they are old."""
+    for folder in (root / name for name in writer_names(root)):
+        if not segment_numbers(folder) and not is_live(folder):
+            marker = folder / TOMBSTONE
+            last_used = marker if marker.exists() else folder
+            if last_used.stat().st_mtime <= expired_s:
+                shutil.rmtree(folder)
+    for path in (root / QUARANTINE).glob("*.bin"):
+        if path.stat().st_mtime <= expired_s:
+            path.unlink()

@@ -1,0 +1,39 @@
+"""Small writes that survive a crash: all of a file is there, or none of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``path`` aside, flush it to the disk, and rename it into place.
+
+    Raises:
+        OSError: of the disk; the former content of ``path`` is then unharmed.
+    """
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        write_durably(aside, content)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file in place and flush it; a crash may leave a part of it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names, without which a new file may vanish with the power."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

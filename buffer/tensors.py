@@ -1,0 +1,255 @@
+"""The safetensors format, read with distrust and written without torch.
+
+A file is: header length (8 bytes, little endian), a JSON header, the tensors' bytes. The header is
+checked against the size of the file before anything is allocated or handed to another library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+"""Known dtype tags and the bytes of one element."""
+
+MAX_TENSORS = 4096
+MAX_BUNDLE_HEADER_BYTES = 1 << 20
+
+# A value is NaN or infinite when all bits of the mask are set (E4M3 has one NaN pattern, no inf).
+_NON_FINITE_MASK: dict[str, np.unsignedinteger[Any]] = {
+    "F8_E4M3": np.uint8(0x7F),
+    "F8_E5M2": np.uint8(0x7C),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+    "F32": np.uint32(0x7F80_0000),
+    "F64": np.uint64(0x7FF0_0000_0000_0000),
+}
+_FINITE_CHUNK = 1 << 20  # elements looked at in one go, so that the check needs no large copy
+
+
+class TensorFileError(ValueError):
+    """Bytes that are not a sound safetensors file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies in its file."""
+
+    dtype: str
+    """Tag of the format, e.g. ``BF16``."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the beginning of the file."""
+    end: int
+    """One past the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """All that stands before the tensors."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def join_tensors(
+    tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Write a safetensors file: name -> (dtype tag, array that holds its bits).
+
+    Written here because the raw call of the safetensors package takes bytes in one release and
+    memory addresses in the next, and its numpy call knows neither BF16 nor F8_E4M3.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, array) in ordered:
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin on 8 bytes, as the format recommends
+    parts = [
+        np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, (_, array) in ordered
+    ]
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+def parse_header(head: bytes, num_bytes: int, max_header_bytes: int) -> TensorHeader:
+    """Read and check a header.
+
+    Args:
+        head: the file from its beginning, at least as far as the header goes.
+        num_bytes: size of the whole file.
+        max_header_bytes: longest header that is looked at.
+
+    Raises:
+        TensorFileError: says what was found and what was expected.
+    """
+    length = _header_length(head, num_bytes, max_header_bytes)
+    header = parse_json(head[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise TensorFileError(f"the header must be a JSON object, got {type(header).__name__}")
+    metadata = _checked_metadata(header.pop("__metadata__", {}))
+    if len(header) > MAX_TENSORS:
+        raise TensorFileError(
+            f"the header names {len(header)} tensors, at most {MAX_TENSORS} are read"
+        )
+    tensors = {name: _checked_info(name, entry, 8 + length) for name, entry in header.items()}
+    _check_contiguous(tensors, first=8 + length, last=num_bytes)
+    return TensorHeader(tensors, metadata)
+
+
+def check_safetensors(
+    source: bytes | Path,
+    expected: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
+    *,
+    max_header_bytes: int = MAX_BUNDLE_HEADER_BYTES,
+) -> dict[str, TensorInfo]:
+    """Check a safetensors file by its header alone, before any tensor is allocated.
+
+    Args:
+        source: the file's bytes, or its path, of which only the header is read.
+        expected: name -> (dtype tag, shape) of every tensor that must be there, and no other.
+
+    Raises:
+        TensorFileError: the header is too long or no JSON, the offsets leave a gap, overlap or
+            pass the end of the file, or the tensors are not the expected ones.
+    """
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            head = file.read(8)
+            num_bytes = source.stat().st_size
+            head += file.read(_header_length(head, num_bytes, max_header_bytes))
+    else:
+        head, num_bytes = source, len(source)
+    tensors = parse_header(head, num_bytes, max_header_bytes).tensors
+    if expected is not None:
+        _check_expected(tensors, expected)
+    return tensors
+
+
+def non_finite_tensors(blob: bytes, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; integer tensors hold none."""
+    return [name for name, info in tensors.items() if not _is_finite(blob, info)]
+
+
+def bits_are_finite(bits: NDArray[Any], dtype: str) -> bool:
+    """No NaN and no infinity in an array of raw bits of type ``dtype`` (a tag of the format)."""
+    mask = _NON_FINITE_MASK[dtype]
+    flat = bits.reshape(-1).view(mask.dtype)
+    starts = range(0, flat.size, _FINITE_CHUNK)
+    return not any(bool(((flat[i : i + _FINITE_CHUNK] & mask) == mask).any()) for i in starts)
+
+
+def parse_json(text: bytes) -> Any:
+    """JSON as others wrote it: duplicate keys, NaN, infinities and deep nesting are refused.
+
+    Raises:
+        TensorFileError: always this one, whatever is wrong with the text.
+    """
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise TensorFileError("JSON is nested too deep") from None
+    except ValueError as error:
+        raise TensorFileError(f"not JSON: {error}") from None
+
+
+def _header_length(head: bytes, num_bytes: int, max_header_bytes: int) -> int:
+    if len(head) < 8:
+        raise TensorFileError(f"{len(head)} bytes are too few for a safetensors file")
+    length = int.from_bytes(head[:8], "little")
+    if length > min(max_header_bytes, num_bytes - 8):
+        raise TensorFileError(
+            f"the header claims {length} bytes, but the file has {num_bytes} "
+            f"and at most {max_header_bytes} are read"
+        )
+    return length
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise TensorFileError("__metadata__ must map names to strings")
+    return metadata
+
+
+def _checked_info(name: str, entry: Any, base: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end], **rest} if (
+            not rest and all(_is_count(number) for number in (*shape, start, end))
+        ):
+            pass
+        case _:
+            raise TensorFileError(f"tensor {name!r} has an unreadable header entry")
+    if dtype not in ITEM_BYTES:
+        raise TensorFileError(f"tensor {name!r} has unknown dtype {dtype!r}")
+    if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise TensorFileError(
+            f"tensor {name!r} is {dtype} {shape}, which takes "
+            f"{math.prod(shape) * ITEM_BYTES[dtype]} bytes, but its offsets span {end - start}"
+        )
+    return TensorInfo(dtype, tuple(shape), base + start, base + end)
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 62
+
+
+def _check_contiguous(tensors: Mapping[str, TensorInfo], first: int, last: int) -> None:
+    at = first
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != at:
+            raise TensorFileError(f"tensor {name!r} begins at byte {info.start}, expected {at}")
+        at = info.end
+    if at != last:
+        raise TensorFileError(f"the tensors end at byte {at}, but the file has {last}")
+
+
+def _check_expected(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
+    if missing or extra:
+        raise TensorFileError(f"tensors differ: missing {missing[:8]}, not expected {extra[:8]}")
+    for name, (dtype, shape) in expected.items():
+        found = tensors[name]
+        if (found.dtype, found.shape) != (dtype, tuple(shape)):
+            raise TensorFileError(
+                f"tensor {name!r} is {found.dtype} {list(found.shape)}, "
+                f"expected {dtype} {list(shape)}"
+            )
+
+
+def _is_finite(blob: bytes, info: TensorInfo) -> bool:
+    mask = _NON_FINITE_MASK.get(info.dtype)
+    if mask is None:
+        return True
+    count = (info.end - info.start) // ITEM_BYTES[info.dtype]
+    return bits_are_finite(np.frombuffer(blob, mask.dtype, count, info.start), info.dtype)
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} stands twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
