@@ -1,0 +1,170 @@
+"""EAGLE-3 in a running engine: drafter KV in pages that share the target's slot numbers.
+
+Shapes as in ``drafters.protocol``.
+"""
+
+from __future__ import annotations
+
+import torch
+from specops.attention import Group, PagedPass, make_group, paged_attention
+from specops.sampling import SamplingRows, distribution, draw
+from torch import Tensor
+
+from drafters.eagle3 import Eagle3
+from drafters.protocol import CommittedRows, Draft
+
+_PADDED_ROWS = 16  # requests that catch up on more rows than this get an attention group alone
+
+
+class PagedEagle3:
+    """One drafter module, its KV pool and its version."""
+
+    kind = "eagle3"
+
+    def __init__(self, module: Eagle3, embed: torch.nn.Module, num_slots: int) -> None:
+        """
+        Args:
+            module: weights in serving dtype and device; edited in place by swaps.
+            embed: the target's token embedding module (with its own scaling, if it has one).
+            num_slots: slots of the target's KV pool; the drafter's pool uses the same numbers.
+        """
+        c = module.config
+        weight = module.lm_head.weight
+        self.module = module
+        self.embed = embed
+        self.version = 0
+        shape = (num_slots, c.num_kv_heads, c.head_dim)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self.scale = c.head_dim**-0.5
+
+    def run(self, embeds: Tensor, hidden: Tensor, positions: Tensor, paged: PagedPass) -> Tensor:
+        """Outputs g [T, H] of T packed rows; writes their K/V."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return paged_attention(q, k, v, self.keys, self.values, paged, self.scale)
+
+        cos, sin = self.module.rope(positions)
+        return self.module(embeds, hidden, cos, sin, attend)
+
+    def ingest(self, rows: CommittedRows) -> Tensor:
+        """Compute the committed rows; returns g of each request's anchor, [R, H]."""
+        order, groups = _committed_groups(rows)
+        hidden = self.module.fuse(rows.features_TmH.flatten(1))
+        embeds = self.embed(rows.ids_T).to(hidden.dtype)
+        positions = rows.positions_T
+        slots = torch.cat([rows.slots_RS[r, p] for r, p in _per_request(rows)])
+        if order is not None:
+            embeds, hidden, positions = embeds[order], hidden[order], positions[order]
+            slots = slots[order]
+        out = self.run(embeds, hidden, positions, PagedPass(slots, groups))
+        return out[_anchor_index(rows, groups, out.device)]
+
+    def propose(
+        self,
+        rows: CommittedRows,
+        num_draft: int,
+        sampling: SamplingRows,
+        greedy_rows: Tensor | None,
+        uniforms_RK: Tensor | None,
+    ) -> Draft:
+        """See ``Drafter.propose``."""
+        ends = torch.tensor(rows.counts_R, device=rows.ids_T.device).cumsum(0)
+        anchors = rows.positions_T[ends - 1]
+        output = self.ingest(rows)
+        tokens, dists = [], []
+        for j in range(num_draft):
+            if j:
+                positions = anchors + j
+                group = make_group(0, rows.slots_RS, positions[:, None], first_key=1)
+                slots = rows.slots_RS.gather(1, positions[:, None])[:, 0]
+                embeds = self.embed(tokens[-1]).to(output.dtype)
+                output = self.run(embeds, output, positions, PagedPass(slots, (group,)))
+            drawn, dist = self._choose(output, j, sampling, greedy_rows, uniforms_RK)
+            tokens.append(drawn)
+            dists.append(dist)
+        q = None if greedy_rows is None else torch.stack([d for d in dists if d is not None], 1)
+        lens = (num_draft,) * len(rows.counts_R)
+        return Draft(self.kind, torch.stack(tokens, 1), lens, q, self.version)
+
+    def _choose(
+        self,
+        output: Tensor,
+        step: int,
+        sampling: SamplingRows,
+        greedy_rows: Tensor | None,
+        uniforms_RK: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draft token [R] of each request and, unless all are greedy, its distribution [R, V].
+
+        A row that drafts its argmax gets a one-hot distribution: q is what was really drawn from.
+        """
+        logits = self.module.logits(output)
+        if greedy_rows is None:
+            return self.module.to_target_ids(logits.argmax(-1)), None
+        assert uniforms_RK is not None, "sampled rows need uniforms"
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        dist = distribution(self._spread(logits)[:, None], sampling)[:, 0]
+        best = torch.zeros_like(dist).scatter_(-1, dist.argmax(-1, keepdim=True), 1.0)
+        dist = torch.where(greedy_rows[:, None], best, dist)
+        return draw(dist, uniforms_RK[:, step]), dist
+
+    def _spread(self, logits: Tensor) -> Tensor:
+        """[R, Vd] -> [R, V], -inf where the draft vocabulary has no token."""
+        if self.module.d2t is None:
+            return logits
+        ids = torch.arange(logits.shape[-1], device=logits.device) + self.module.d2t
+        shape = (len(logits), self.module.config.target_vocab_size)
+        return logits.new_full(shape, float("-inf")).index_copy_(1, ids, logits)
+
+
+def _per_request(rows: CommittedRows) -> list[tuple[int, Tensor]]:
+    pieces = rows.positions_T.split(list(rows.counts_R))
+    return list(enumerate(pieces))
+
+
+def _committed_groups(rows: CommittedRows) -> tuple[Tensor | None, tuple[Group, ...]]:
+    """Attention groups of the committed rows: one padded group, and long catch-ups alone.
+
+    Returns a gather order that puts the rows (short ones padded on the left by repeating their
+    first row) into group order, or ``None`` when they already are.
+    """
+    starts = [0]
+    for count in rows.counts_R:
+        starts.append(starts[-1] + count)
+    short = [r for r, n in enumerate(rows.counts_R) if n <= _PADDED_ROWS]
+    long = [r for r, n in enumerate(rows.counts_R) if n > _PADDED_ROWS]
+    order: list[int] = []
+    groups: list[Group] = []
+    width = max((rows.counts_R[r] for r in short), default=0)
+    for members, num_query in [(short, width), *(([r], rows.counts_R[r]) for r in long)]:
+        if not members:
+            continue
+        at = len(order)
+        for r in members:
+            order += [starts[r]] * (num_query - rows.counts_R[r])
+            order += range(starts[r], starts[r + 1])
+        index = torch.tensor(order[at:], device=rows.ids_T.device)
+        positions = rows.positions_T[index].unflatten(0, (len(members), num_query))
+        groups.append(make_group(at, rows.slots_RS[members], positions, first_key=1))
+    if order == list(range(starts[-1])):
+        return None, tuple(groups)
+    return torch.tensor(order, device=rows.ids_T.device), tuple(groups)
+
+
+def _anchor_index(
+    rows: CommittedRows, groups: tuple[Group, ...], device: torch.device
+) -> Tensor:
+    """[R] packed index, in group order, of each request's last row."""
+    short = [r for r, n in enumerate(rows.counts_R) if n <= _PADDED_ROWS]
+    long = [r for r, n in enumerate(rows.counts_R) if n > _PADDED_ROWS]
+    ends: dict[int, int] = {}
+    at = 0
+    width = max((rows.counts_R[r] for r in short), default=0)
+    for r in short:
+        at += width
+        ends[r] = at - 1
+    for r in long:
+        at += rows.counts_R[r]
+        ends[r] = at - 1
+    return torch.tensor([ends[r] for r in range(len(rows.counts_R))], device=device)

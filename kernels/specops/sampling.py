@@ -1,0 +1,114 @@
+"""From logits to the distribution a request asked for, and draws from it.
+
+Shapes: R requests, K positions, V vocabulary; a suffix of ``...`` means any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Sampling parameters of R requests, as tensors on one device."""
+
+    temperature_R: Tensor
+    """[R] float; 0 is greedy."""
+    top_k_R: Tensor
+    """[R] int64; V where unlimited."""
+    top_p_R: Tensor
+    """[R] float in (0, 1]."""
+    min_p_R: Tensor
+    """[R] float in [0, 1)."""
+    all_greedy: bool
+    """Every temperature is 0: callers skip the distribution altogether."""
+    truncates: bool
+    """Some row limits top-k, top-p or min-p."""
+
+
+def sampling_rows(
+    temperatures: Sequence[float],
+    top_ks: Sequence[int | None],
+    top_ps: Sequence[float],
+    min_ps: Sequence[float],
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> SamplingRows:
+    """Pack the parameters of R requests. One small upload each."""
+    top_k = [vocab_size if k is None else min(k, vocab_size) for k in top_ks]
+    truncates = (
+        any(k < vocab_size for k in top_k) or any(p < 1 for p in top_ps) or any(p > 0 for p in min_ps)
+    )
+    return SamplingRows(
+        temperature_R=torch.tensor(temperatures, dtype=dtype, device=device),
+        top_k_R=torch.tensor(top_k, dtype=torch.int64, device=device),
+        top_p_R=torch.tensor(top_ps, dtype=dtype, device=device),
+        min_p_R=torch.tensor(min_ps, dtype=dtype, device=device),
+        all_greedy=all(t == 0 for t in temperatures),
+        truncates=truncates,
+    )
+
+
+def distribution(logits_RKV: Tensor, rows: SamplingRows) -> Tensor:
+    """Probabilities after temperature, then min-p, top-k and top-p, renormalised.
+
+    Greedy rows become one-hot at the argmax (the lowest id wins ties, as ``argmax`` does).
+    Truncation keeps ties in id order, so exactly min(k, V) tokens survive top-k.
+
+    Args:
+        logits_RKV: [R, K, V] float.
+        rows: parameters of the R requests.
+
+    Returns:
+        [R, K, V] of the same dtype; rows sum to 1.
+    """
+    greedy_R = rows.temperature_R == 0
+    safe_R = torch.where(greedy_R, torch.ones_like(rows.temperature_R), rows.temperature_R)
+    probs = torch.softmax(logits_RKV / safe_R[:, None, None].to(logits_RKV.dtype), dim=-1)
+    if rows.truncates:
+        probs = truncate(probs, rows)
+    one_hot = torch.zeros_like(probs).scatter_(-1, logits_RKV.argmax(-1, keepdim=True), 1.0)
+    return torch.where(greedy_R[:, None, None], one_hot, probs)
+
+
+def truncate(probs_RKV: Tensor, rows: SamplingRows) -> Tensor:
+    """min-p, top-k and top-p on probabilities, each on what the former left, renormalised once.
+
+    top-p keeps the smallest set whose mass reaches p: the token that crosses it is kept.
+    """
+    ordered, ids = probs_RKV.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    keep = ordered >= rows.min_p_R[:, None, None].to(ordered.dtype) * ordered[..., :1]
+    keep &= rank < rows.top_k_R[:, None, None]
+    ordered = torch.where(keep, ordered, torch.zeros_like(ordered))
+    ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    # p = 1 keeps all: rounding in the running sum must not cut the tail.
+    limit = rows.top_p_R[:, None, None].to(ordered.dtype)
+    keep = (before < limit) | (limit >= 1)
+    ordered = torch.where(keep, ordered, torch.zeros_like(ordered))
+    ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+    return torch.empty_like(ordered).scatter_(-1, ids, ordered)
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """One id from each distribution by inverting its cumulative sum.
+
+    Never returns an id of probability 0, whatever rounding does to the last sums.
+
+    Args:
+        probs: [..., V] float, need not be normalised; each row has some mass.
+        uniforms: [...] float64 in [0, 1).
+
+    Returns:
+        [...] int64.
+    """
+    sums = probs.double().cumsum(dim=-1)
+    # A threshold below the total, so that the first sum above it ends on a token with mass.
+    threshold = torch.minimum(uniforms * sums[..., -1], torch.nextafter(sums[..., -1], uniforms * 0))
+    return torch.searchsorted(sums, threshold[..., None], right=True)[..., 0]

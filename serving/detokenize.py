@@ -1,0 +1,64 @@
+"""Text of a growing token sequence: whole characters only, and nothing past a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+REPLACEMENT = "�"
+
+
+class Detokenizer:
+    """Text of one completion. Feed committed tokens one by one, take text that is certain."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = [s for s in stop if s]
+        self._hold = max((len(s) for s in self._stop), default=1) - 1
+        self._ids: list[int] = []
+        self._start = 0
+        self._read = 0
+        self._pending = ""
+        self.stopped = False
+        """A stop string was found; text and tokens after it are not wanted."""
+
+    def add(self, token_id: int) -> bool:
+        """Append one token; True when a stop string is now complete."""
+        self._ids.append(token_id)
+        before = self._decode(self._start, self._read)
+        now = self._decode(self._start, len(self._ids))
+        if not now.endswith(REPLACEMENT) and len(now) > len(before):
+            self._pending += now[len(before) :]
+            self._start, self._read = self._read, len(self._ids)
+        return self._find_stop()
+
+    def _decode(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+        return text
+
+    def _find_stop(self) -> bool:
+        found = [at for s in self._stop if (at := self._pending.find(s)) >= 0]
+        if found:
+            self._pending = self._pending[: min(found)]
+            self.stopped = True
+        return self.stopped
+
+    def take(self, final: bool) -> str:
+        """Text since the last call. Unless ``final``, what may begin a stop string stays back."""
+        if final and not self.stopped:
+            before = self._decode(self._start, self._read)
+            self._pending += self._decode(self._start, len(self._ids))[len(before) :]
+            self._start = self._read = len(self._ids)
+        keep = 0 if final or not self._hold else self._overlap()
+        cut = len(self._pending) - keep
+        text, self._pending = self._pending[:cut], self._pending[cut:]
+        return text
+
+    def _overlap(self) -> int:
+        """Length of the longest tail of the pending text that begins some stop string."""
+        longest = min(self._hold, len(self._pending))
+        for size in range(longest, 0, -1):
+            tail = self._pending[-size:]
+            if any(s.startswith(tail) for s in self._stop):
+                return size
+        return 0

@@ -1,0 +1,120 @@
+"""Who runs in the next step: admission with full reservation, prefix reuse, chunked prefill.
+
+A request is admitted only when pages for its whole possible length are free, so a running request
+never has to be evicted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from serving.pages import PagePool, page_names
+from serving.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive prompt positions of one request, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Reaches the anchor: its last row yields the first token."""
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The work of one step."""
+
+    decode: tuple[Sequence, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class Scheduler:
+    """Waiting and running requests, first come first served."""
+
+    def __init__(
+        self, pool: PagePool, page_size: int, max_batch: int, prefill_chunk: int, max_draft: int
+    ) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.max_batch = max_batch
+        self.prefill_chunk = prefill_chunk
+        self.max_draft = max_draft
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def num_pages_for(self, num_prompt: int, max_tokens: int) -> int:
+        """Pages for every position a request can ever write, drafted ones included."""
+        length = num_prompt + max_tokens + self.max_draft + 1
+        return -(-length // self.page_size)
+
+    def admit(self) -> list[Sequence]:
+        """Move waiting requests into the batch while slots and pages last; returns the new ones."""
+        admitted = []
+        while self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            if not self._reserve(sequence):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        # The anchor must be computed in any case, so its page is never taken from the cache.
+        names = page_names(sequence.tokens[:-1], self.page_size)
+        cached = self.pool.lookup(names)
+        max_tokens = sequence.request.sampling.max_tokens
+        fresh = self.num_pages_for(sequence.num_prompt, max_tokens) - len(cached)
+        if fresh + self.pool.num_idle(cached) > self.pool.num_available:
+            return False
+        self.pool.share(cached)
+        sequence.pages = cached + self.pool.take(fresh)
+        sequence.names = names[: len(cached)]
+        sequence.num_named = len(cached)
+        sequence.num_cached = sequence.num_computed = len(cached) * self.page_size
+        return True
+
+    def plan(self) -> StepPlan:
+        """Decode every prefilled request; fill the prefill budget in order of arrival."""
+        decode = tuple(s for s in self.running if s.is_prefilled)
+        chunks = []
+        budget = self.prefill_chunk
+        for sequence in self.running:
+            if sequence.is_prefilled or budget == 0:
+                continue
+            start = sequence.num_computed
+            end = min(len(sequence.tokens), start + budget)
+            chunks.append(Chunk(sequence, start, end))
+            budget -= end - start
+        return StepPlan(decode, tuple(chunks))
+
+    def name_full_pages(self, sequence: Sequence) -> list[int]:
+        """Declare newly completed pages to the prefix cache; returns those pages."""
+        full = sequence.num_computed // self.page_size
+        fresh = []
+        while sequence.num_named < full:
+            index = sequence.num_named
+            start = index * self.page_size
+            parent = sequence.names[-1] if sequence.names else b""
+            tokens = sequence.tokens[start : start + self.page_size]
+            sequence.names += page_names(tokens, self.page_size, parent)
+            self.pool.name(sequence.pages[index], sequence.names[-1])
+            fresh.append(sequence.pages[index])
+            sequence.num_named += 1
+        return fresh
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished or cancelled request out and give its pages back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.pool.release(sequence.pages)
+            sequence.pages = []
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)

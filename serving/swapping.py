@@ -1,0 +1,114 @@
+"""New weights in a running drafter: built aside, verified, then one copy between two steps.
+
+All parameters are views into one flat buffer, so a swap is a single in-place copy that keeps every
+address (graphs and compiled code stay valid) and can never be half done between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from buffer.records import Manifest
+from buffer.weights import BundleError, check_bundle, read_manifest
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class FlatWeights:
+    """The one flat buffer behind a module's parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        parameters = dict(module.named_parameters())
+        dtypes = {p.dtype for p in parameters.values()}
+        assert len(dtypes) == 1, "a drafter has one dtype"
+        first = next(iter(parameters.values()))
+        total = sum(p.numel() for p in parameters.values())
+        self.flat = torch.empty(total, dtype=first.dtype, device=first.device)
+        self.spans: dict[str, tuple[int, torch.Size]] = {}
+        at = 0
+        for name, parameter in parameters.items():
+            view = self.flat[at : at + parameter.numel()].view(parameter.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
+            self.spans[name] = (at, parameter.shape)
+            at += parameter.numel()
+
+    def stage(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A second flat buffer, on the module's device, filled from named tensors.
+
+        Raises:
+            ValueError: names or shapes differ from the module's, or a value is not finite.
+        """
+        buffers = dict(self.module.named_buffers())
+        wanted = set(self.spans) | {n for n in tensors if n in buffers}
+        if set(tensors) != wanted:
+            missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+            raise ValueError(f"tensors differ: missing {missing}, unexpected {extra}")
+        staged = torch.empty_like(self.flat)
+        for name, (at, shape) in self.spans.items():
+            tensor = tensors[name]
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds NaN or infinity")
+            staged[at : at + shape.numel()].copy_(tensor.reshape(-1))
+        for name in set(tensors) & set(buffers):
+            if not torch.equal(tensors[name], buffers[name].to(tensors[name].device)):
+                raise ValueError(f"{name} differs from the running drafter's; restart to change it")
+        return staged
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A verified bundle, ready to be copied in."""
+
+    manifest: Manifest
+    flat: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a bundle must match to be loaded."""
+
+    kind: str
+    drafter_config: dict[str, object]
+    target_fingerprint: str
+
+
+def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
+    """Check a bundle from manifest to last byte and stage it.
+
+    Raises:
+        ValueError: it is damaged, foreign, or of another shape; says which, and that the old
+            weights keep serving.
+    """
+    try:
+        check_bundle(path)
+        manifest = read_manifest(path)
+    except (BundleError, OSError) as error:
+        raise ValueError(str(error)) from error
+    name = f"snapshot {manifest.version}"
+    keep = "not swapping; the running version keeps serving"
+    if manifest.kind != expected.kind:
+        raise ValueError(f"{name} is a {manifest.kind} drafter, this one is {expected.kind}; {keep}")
+    if manifest.target_fingerprint != expected.target_fingerprint:
+        raise ValueError(
+            f"{name} was made for target {manifest.target_fingerprint[:12]}, this server runs "
+            f"{expected.target_fingerprint[:12]}; {keep}. Point the trainer at the same target."
+        )
+    if manifest.drafter_config != expected.drafter_config:
+        keys = sorted(
+            k
+            for k in set(manifest.drafter_config) | set(expected.drafter_config)
+            if manifest.drafter_config.get(k) != expected.drafter_config.get(k)
+        )
+        raise ValueError(f"{name} has another shape ({', '.join(keys)} differ); {keep}")
+    try:
+        staged = weights.stage(load_file(path / "drafter.safetensors"))
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be used: {error}; {keep}") from error
+    return Staged(manifest, staged)

@@ -1,0 +1,212 @@
+"""The target: Hugging Face modelling code over our paged KV pool, with tapped layers.
+
+T packed rows of one pass, H hidden, V vocabulary, m tapped layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from specops.attention import PagedPass, paged_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+ATTENTION_NAME = "slipstream_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRows:
+    """What one pass computed, one row a token."""
+
+    features_TmH: Tensor
+    """[T, m, H] residual stream after the tapped layers, in layer_ids order."""
+    hidden_TH: Tensor
+    """[T, H] the lm_head's input (after the final norm)."""
+
+
+class KvPool:
+    """Keys and values of every layer of one model: [num_slots, Hkv, D] each."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_slots, num_kv_heads, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    paged: PagedPass,
+    pool: KvPool,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function Hugging Face calls in every layer: q, k, v are [1, heads, T, D]."""
+    layer = module.layer_idx
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        pool.keys[layer],
+        pool.values[layer],
+        paged,
+        scaling,
+        sliding_window,
+        softcap,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+
+
+class Target:
+    """A causal LM whose attention is ours. Stateless but for the KV pool handed to each pass."""
+
+    def __init__(self, model: nn.Module, layer_ids: tuple[int, ...]) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        self.config: Any = self.model.config.get_text_config()
+        self.decoder: Any = self.model.get_decoder()
+        self.lm_head: Any = self.model.get_output_embeddings()
+        self.embed: Any = self.model.get_input_embeddings()
+        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.layer_ids = layer_ids
+        self.device: torch.device = self.lm_head.weight.device
+        self.dtype: torch.dtype = self.lm_head.weight.dtype
+        self._taps: dict[int, Tensor] = {}
+        for layer_id in layer_ids:
+            self._tap(layer_id)
+
+    def _tap(self, layer_id: int) -> None:
+        """Keep the residual stream after ``layer_id`` decoder layers (0: the embeddings)."""
+        if not 0 <= layer_id <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"layer id must be in 0..{self.config.num_hidden_layers}, got {layer_id}"
+            )
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._taps[layer_id] = output[0] if isinstance(output, tuple) else output
+
+        def keep_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._taps[layer_id] = args[0]
+
+        if layer_id == 0:
+            self.decoder.layers[0].register_forward_pre_hook(keep_input)
+        else:
+            self.decoder.layers[layer_id - 1].register_forward_hook(keep)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the lm_head, V."""
+        return int(self.lm_head.weight.shape[0])
+
+    def make_pool(self, num_slots: int) -> KvPool:
+        """KV pool of this model's shape. Raises ValueError for targets with unequal KV shapes."""
+        c = self.config
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return KvPool(
+            c.num_hidden_layers,
+            num_slots,
+            c.num_key_value_heads,
+            head_dim,
+            self.dtype,
+            self.device,
+        )
+
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass, pool: KvPool
+    ) -> TargetRows:
+        """One pass over T packed rows of any requests.
+
+        Args:
+            ids_T: [T] int64; positions_T: [T] int64.
+            paged: where the rows write and what they see; covers T rows.
+        """
+        hidden = self.decoder(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            paged=paged,
+            pool=pool,
+        ).last_hidden_state[0]
+        taps = [self._taps[k].reshape(hidden.shape) for k in self.layer_ids]
+        self._taps.clear()
+        features = torch.stack(taps, dim=1) if taps else hidden.new_empty(len(hidden), 0, 0)
+        return TargetRows(features, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] float32 (float64 for a float64 target)."""
+        scores = self.lm_head(hidden)
+        if scores.dtype != torch.float64:
+            scores = scores.float()
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        return scores
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA when there is one. Raises ValueError when CUDA is asked for and missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but no CUDA device is available; use cpu or auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU and bfloat16 on a GPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def target_folder(target: str) -> Path:
+    """Folder of a target: the path itself, or the local snapshot of a Hugging Face id."""
+    path = Path(target)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or target.startswith("."):
+        raise ValueError(f"target {target!r} is not a folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(target, allow_patterns=patterns))
+    except Exception as error:
+        raise ValueError(
+            f"target {target!r} is neither a folder here nor a Hugging Face id that can be "
+            f"loaded ({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The causal LM in ``folder``: safetensors only, no code from the folder is run."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
