@@ -1,0 +1,418 @@
+"""The store of published drafters: ``weights/<version>/``, written whole or not at all.
+
+A bundle is a folder with ``manifest.json`` and the files it names (``drafter.safetensors`` and
+perhaps more). Publishing writes aside, flushes, and renames, so a bundle that is visible is whole.
+Reading trusts nothing: names, sizes, digests, headers and numbers are checked before any tensor is
+made. Versions are never used twice, also when the bundle was pruned: ``HIGHEST`` remembers them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from buffer.files import sync_folder, write_atomically, write_durably
+from buffer.records import FileDigest, Manifest
+from buffer.tensors import TensorFileError, check_safetensors, non_finite_tensors, parse_json
+
+SCHEMA = "slipstream.bundle"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TENSORS = "drafter.safetensors"
+MAX_MANIFEST_BYTES = 1 << 20
+IN_USE_STALE_S = 24 * 3600.0
+"""A server that did not renew its mark for so long is taken for gone."""
+
+ExpectedTensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name -> (dtype tag of safetensors, shape)."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.(safetensors|json)")
+_VERSION_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
+_PRODUCER = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class BundleError(ValueError):
+    """A published bundle that must not be used; the text says why and what to do."""
+
+    def __init__(self, version: str, problem: str) -> None:
+        super().__init__(
+            f"snapshot {version} is damaged: {problem}; not swapping. Restore the file, or wait: "
+            f"the next published version supersedes it."
+        )
+        self.problem = problem
+        """What is wrong, without the advice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A checked bundle in memory."""
+
+    manifest: Manifest
+    files: dict[str, bytes]
+    """Content of every file but the manifest: the very bytes whose digests were checked."""
+
+
+def publish(root: Path, manifest: Manifest, tensors_bytes: Mapping[str, bytes]) -> Manifest:
+    """Make a new version visible, whole, or leave no trace of it.
+
+    Args:
+        root: the store, made if missing.
+        manifest: all but ``files``, which is filled in here.
+        tensors_bytes: file name -> content; ``drafter.safetensors`` must be among them.
+
+    Returns:
+        The manifest as published.
+
+    Raises:
+        ValueError: the version, or a higher one, was published before; the manifest or a file
+            would not pass ``check_bundle``.
+        OSError: of the disk; nothing is visible then.
+    """
+    digests = {name: _digest(content) for name, content in tensors_bytes.items()}
+    manifest = replace(manifest, files=digests)
+    text = _manifest_text(manifest)
+    problem = _manifest_problem(manifest, str(manifest.version)) or _files_problem(tensors_bytes)
+    if problem is not None:
+        raise ValueError(f"version {manifest.version} cannot be published: {problem}")
+    root.mkdir(parents=True, exist_ok=True)
+    with _only_publisher(root):
+        _claim_version(root, manifest.version)
+        _write_bundle(root, manifest.version, {**tensors_bytes, MANIFEST: text})
+    return manifest
+
+
+def versions(root: Path) -> list[int]:
+    """Versions on disk, ascending. Only listed, not checked."""
+    try:
+        entries = list(os.scandir(root))
+    except FileNotFoundError:
+        return []
+    return sorted(int(e.name) for e in entries if _VERSION_NAME.fullmatch(e.name) and e.is_dir())
+
+
+def next_version(root: Path) -> int:
+    """The lowest version that may still be published; 0 in a new store.
+
+    Raises:
+        ValueError: ``HIGHEST`` is damaged, so that a version might be used twice.
+    """
+    highest = _read_highest(root)
+    return max([-1 if highest is None else highest, *versions(root)]) + 1
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the bundle folder ``path``, checked by itself; no other file is opened.
+
+    Raises:
+        BundleError: it is missing, unreadable, of a newer schema, or contradicts itself.
+    """
+    if path.is_symlink() or not path.is_dir():
+        raise BundleError(path.name, f"{path} is not a folder, or a link to one")
+    text = _read_file(path, MANIFEST, MAX_MANIFEST_BYTES)
+    try:
+        manifest = _manifest_of(parse_json(text))
+        problem = _manifest_problem(manifest, path.name)
+    except (TensorFileError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(path.name, f"{path / MANIFEST} is unreadable: {error}") from None
+    if problem is not None:
+        raise BundleError(path.name, f"{path / MANIFEST}: {problem}")
+    return manifest
+
+
+def read_bundle(path: Path, expected: ExpectedTensors | None = None) -> Bundle:
+    """Read a bundle into memory and check all of it, so that what is used is what was checked.
+
+    Args:
+        path: the bundle's folder.
+        expected: tensors that ``drafter.safetensors`` must hold, and no others.
+
+    Raises:
+        BundleError: names the file and what was found.
+    """
+    manifest = read_manifest(path)
+    unexpected = sorted({entry.name for entry in path.iterdir()} - {*manifest.files, MANIFEST})
+    if unexpected:
+        raise BundleError(path.name, f"{path} holds {unexpected[:8]}, which the manifest lacks")
+    files = {name: _read_checked(path, name, digest) for name, digest in manifest.files.items()}
+    problem = _files_problem(files, expected)
+    if problem is not None:
+        raise BundleError(path.name, f"{path}: {problem}")
+    return Bundle(manifest, files)
+
+
+def check_bundle(path: Path, expected: ExpectedTensors | None = None) -> Manifest:
+    """``read_bundle`` for those who only want to know that it is sound.
+
+    Raises:
+        BundleError: as ``read_bundle``.
+    """
+    return read_bundle(path, expected).manifest
+
+
+def mark_in_use(root: Path, producer: str, in_use: Collection[int]) -> None:
+    """Tell ``prune`` which versions a server uses or may roll back to.
+
+    Call it before reading a version, and again at least hourly: a mark that is not renewed for
+    ``IN_USE_STALE_S`` is taken for that of a dead server.
+
+    Raises:
+        ValueError: ``producer`` cannot be part of a file name.
+    """
+    if not _PRODUCER.fullmatch(producer):
+        raise ValueError(f"producer must match {_PRODUCER.pattern}, got {producer!r}")
+    root.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"producer": producer, "versions": sorted(in_use)})
+    write_atomically(root / f"IN_USE-{producer}.json", text.encode())
+
+
+def unmark_in_use(root: Path, producer: str) -> None:
+    """Take a server's mark away, at its end."""
+    (root / f"IN_USE-{producer}.json").unlink(missing_ok=True)
+
+
+def marked_in_use(root: Path, now_s: float | None = None) -> set[int] | None:
+    """Versions that living servers use; ``None`` if a mark cannot be read, so nobody knows.
+
+    Args:
+        root: the store.
+        now_s: unix time, seconds; ``None`` is now.
+    """
+    fresh_s = (time.time() if now_s is None else now_s) - IN_USE_STALE_S
+    marked: set[int] = set()
+    for path in root.glob("IN_USE-*.json"):
+        try:
+            if path.stat().st_mtime >= fresh_s:
+                marked |= {int(version) for version in parse_json(path.read_bytes())["versions"]}
+        except FileNotFoundError:
+            continue  # its server just ended
+        except (ValueError, TypeError, KeyError):
+            return None
+    return marked
+
+
+def prune(root: Path, keep: int, in_use: Collection[int] = ()) -> list[int]:
+    """Remove old versions.
+
+    Kept are the newest ``keep``, those ``in_use``, those that servers marked, and the parents of
+    both. If a mark is unreadable nothing is removed.
+
+    Returns:
+        The versions removed.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}: the newest version always stays")
+    marked = marked_in_use(root)
+    if marked is None:
+        return []
+    present = versions(root)
+    used = marked | set(in_use)
+    kept = {*present[-keep:], *used, *_parents(root, used & set(present))}
+    removed = [version for version in present if version not in kept]
+    with _only_publisher(root) if removed else contextlib.nullcontext():
+        for version in removed:
+            _remove(root, version)
+    return removed
+
+
+def _write_bundle(root: Path, version: int, files: Mapping[str, bytes]) -> None:
+    aside = root / f".tmp-{version}"
+    try:
+        aside.mkdir()
+        for name, content in files.items():
+            write_durably(aside / name, content)
+        sync_folder(aside)
+        aside.rename(root / str(version))
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_folder(root)
+
+
+def _manifest_text(manifest: Manifest) -> bytes:
+    body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(manifest)}
+    return json.dumps(body, indent=1, allow_nan=False).encode()
+
+
+def _manifest_of(body: Any) -> Manifest:
+    schema, version = body.get("schema"), body.get("schema_version")
+    if schema != SCHEMA:
+        raise TypeError(f"schema is {schema!r}, expected {SCHEMA!r}")
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+        raise TypeError(f"schema_version is {version!r}, this reader knows 1 to {SCHEMA_VERSION}")
+    known = {name: body[name] for name in Manifest.__dataclass_fields__ if name != "files"}
+    files = {
+        name: FileDigest(entry["sha256"], entry["num_bytes"])
+        for name, entry in body["files"].items()
+    }
+    return Manifest(**known, files=files)
+
+
+def _manifest_problem(manifest: Manifest, folder: str) -> str | None:
+    """What is wrong with a manifest, or ``None``."""
+    version, parent = manifest.version, manifest.parent
+    if type(version) is not int or not _VERSION_NAME.fullmatch(str(version)):
+        return f"version must be an integer >= 0, got {version!r}"
+    if str(version) != folder:
+        return f"it is of version {version}, but lies in folder {folder!r}"
+    if parent is not None and (type(parent) is not int or not 0 <= parent < version):
+        return f"parent must be a version below {version} or null, got {parent!r}"
+    for name in ("kind", "target_fingerprint"):
+        if not isinstance(getattr(manifest, name), str):
+            return f"{name} must be a text, got {getattr(manifest, name)!r}"
+    if type(manifest.created_unix_ms) is not int:
+        return f"created_unix_ms must be an integer, got {manifest.created_unix_ms!r}"
+    for name in ("drafter_config", "gate", "policy"):
+        value = getattr(manifest, name)
+        if not isinstance(value, dict) or not _is_finite(value):
+            return f"{name} must be an object of finite numbers"
+    if TENSORS not in manifest.files:
+        return f"files must name {TENSORS}"
+    return next(filter(None, map(_entry_problem, manifest.files.items())), None)
+
+
+def _entry_problem(entry: tuple[str, FileDigest]) -> str | None:
+    name, digest = entry
+    if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+        return f"file name {name!r} is not a plain name ending in .safetensors or .json"
+    if not isinstance(digest.sha256, str) or not _SHA256.fullmatch(digest.sha256):
+        return f"sha256 of {name} must be 64 hex digits, got {digest.sha256!r}"
+    if type(digest.num_bytes) is not int or digest.num_bytes < 0:
+        return f"num_bytes of {name} must be an integer >= 0, got {digest.num_bytes!r}"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _files_problem(
+    files: Mapping[str, bytes], expected: ExpectedTensors | None = None
+) -> str | None:
+    """What is wrong with the content of a bundle's files, or ``None``."""
+    for name, content in files.items():
+        if not name.endswith(".safetensors"):
+            continue
+        try:
+            tensors = check_safetensors(content, expected if name == TENSORS else None)
+        except TensorFileError as error:
+            return f"{name}: {error}"
+        broken = non_finite_tensors(content, tensors)
+        if broken:
+            return f"{name}: tensors {broken[:8]} hold NaN or infinity"
+    return None
+
+
+def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
+    """Content of a plain file of a bundle, links not followed."""
+    try:
+        descriptor = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        found = "is a link" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+        raise BundleError(path.name, f"{path / name} {found}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(path.name, f"{path / name} is not a plain file")
+        if status.st_size > max_bytes:
+            raise BundleError(
+                path.name,
+                f"{path / name} has {status.st_size} bytes, at most {max_bytes} were expected",
+            )
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:
+    content = _read_file(path, name, digest.num_bytes)
+    if len(content) != digest.num_bytes:
+        raise BundleError(
+            path.name,
+            f"{path / name} has {len(content)} bytes, the trainer wrote {digest.num_bytes}",
+        )
+    found = _digest(content).sha256
+    if found != digest.sha256:
+        raise BundleError(
+            path.name,
+            f"{path / name} has sha256 {found[:12]}, the trainer wrote {digest.sha256[:12]}",
+        )
+    return content
+
+
+def _digest(content: bytes) -> FileDigest:
+    return FileDigest(hashlib.sha256(content).hexdigest(), len(content))
+
+
+@contextlib.contextmanager
+def _only_publisher(root: Path) -> Iterator[None]:
+    """Hold the store's lock; whatever a publisher left aside before was killed, and goes."""
+    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for leftover in filter(Path.is_dir, root.glob(".tmp-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim_version(root: Path, version: int) -> None:
+    """Make sure that ``version`` was never used, and that it never will be again."""
+    lowest = next_version(root)
+    if version < lowest:
+        raise ValueError(
+            f"version {version} cannot be published: {lowest - 1} was published before, and "
+            f"versions are never reused. Publish as version {lowest} or higher"
+        )
+    write_atomically(root / "HIGHEST", f"{version}\n".encode())
+
+
+def _read_highest(root: Path) -> int | None:
+    try:
+        text = (root / "HIGHEST").read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    if not _VERSION_NAME.fullmatch(text):
+        raise ValueError(
+            f"{root / 'HIGHEST'} must hold the highest version ever published, got {text[:40]!r}; "
+            f"nothing is published. Write that number into it"
+        )
+    return int(text)
+
+
+def _parents(root: Path, used: Collection[int]) -> set[int]:
+    parents = set()
+    for version in used:
+        with contextlib.suppress(BundleError):  # a damaged bundle has no parent to protect
+            parents.add(read_manifest(root / str(version)).parent)
+    return {parent for parent in parents if parent is not None}
+
+
+def _remove(root: Path, version: int) -> None:
+    """Take a version out of sight in one step, then delete it."""
+    aside = root / f".tmp-removed-{version}"
+    with contextlib.suppress(FileNotFoundError):
+        (root / str(version)).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
