@@ -1,0 +1,179 @@
+"""The suffix index proposes what followed the longest match, and forgets what it must."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+
+from drafters.suffix import SuffixIndex, _Recent
+
+
+def finished(index, key, tokens, *, keep=True, namespace=""):
+    index.begin(key, tokens, namespace)
+    index.finish(key, keep)
+
+
+def test_a_request_that_repeats_itself_is_continued():
+    index = SuffixIndex(2, 12, 0)
+    index.begin("a", [1, 2, 3, 4, 5, 9, 1, 2, 3])
+    assert index.match("a") == 3
+    assert index.propose("a", 3) == [4, 5, 9]
+
+
+def test_a_repetition_runs_on_into_its_own_draft():
+    index = SuffixIndex(2, 12, 0)
+    index.begin("a", [7, 8, 7, 8, 7, 8])
+    assert index.propose("a", 7) == [7, 8, 7, 8, 7, 8, 7]
+
+
+def test_a_short_match_is_no_match():
+    index = SuffixIndex(3, 12, 0)
+    index.begin("a", [1, 2, 5, 1, 2])
+    assert (index.match("a"), index.propose("a", 4)) == (0, [])
+    index.extend("a", [5, 1, 2, 5])
+    assert index.match("a") == 6
+
+
+def test_finished_traffic_helps_the_next_request():
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [1, 2, 3, 4, 5])
+    index.begin("b", [9, 2, 3])
+    assert (index.match("b"), index.propose("b", 8)) == (2, [4, 5])
+
+
+def test_the_longest_match_wins_and_the_request_itself_on_ties():
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [1, 2, 3, 40])
+    index.begin("b", [1, 2, 3, 50, 0, 1, 2, 3])
+    assert (index.match("b"), index.propose("b", 1)) == (3, [50])
+    index.begin("c", [2, 3, 50, 0, 1, 2, 3])
+    assert (index.match("c"), index.propose("c", 1)) == (3, [40])
+
+
+def test_the_most_frequent_continuation_wins_and_the_latest_on_ties():
+    index = SuffixIndex(2, 12, 1000)
+    for key, follower in enumerate([4, 4, 5]):
+        finished(index, str(key), [1, 2, follower, 7])
+    index.begin("b", [1, 2])
+    assert index.propose("b", 2) == [4, 7]
+    finished(index, "3", [1, 2, 5, 8])
+    assert index.propose("b", 2) == [5, 8]
+
+
+def test_a_draft_goes_on_from_another_sequence_where_one_ends():
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [3, 4, 5, 6])
+    finished(index, "b", [1, 2, 3, 4])
+    index.begin("c", [1, 2])
+    assert index.propose("c", 4) == [3, 4, 5, 6]
+
+
+def test_the_index_follows_committed_tokens_one_by_one_or_many_at_once():
+    tokens = [(i * i) % 7 for i in range(300)]
+    one, many = SuffixIndex(2, 6, 0), SuffixIndex(2, 6, 0)
+    one.begin("a", tokens[:3])
+    many.begin("a", tokens[:3])
+    for token in tokens[3:]:
+        one.extend("a", [token])
+    many.extend("a", tokens[3:])
+    assert one.match("a") == many.match("a") == 6
+    assert one.propose("a", 16) == many.propose("a", 16)
+
+
+def test_an_opted_out_request_leaves_no_trace():
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "secret", [1, 2, 3, 4], keep=False)
+    index.begin("b", [1, 2])
+    assert (index.match("b"), index.propose("b", 4)) == (0, [])
+    assert (index.num_recent_tokens, index.num_recent_sequences) == (0, 0)
+    assert index.num_running == 1
+
+
+def test_a_running_request_is_seen_by_no_other():
+    index = SuffixIndex(2, 12, 1000)
+    index.begin("a", [1, 2, 3, 4])
+    index.begin("b", [1, 2])
+    assert index.match("b") == 0
+
+
+def test_namespaces_never_meet():
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [1, 2, 3, 4], namespace="tenant-a")
+    index.begin("b", [1, 2], namespace="tenant-b")
+    index.begin("c", [1, 2], namespace="tenant-a")
+    assert index.propose("b", 4) == []
+    assert index.propose("c", 4) == [3, 4]
+
+
+def test_namespaces_with_one_hash_never_meet():
+    # These two names have the same CRC-32, hence the same chains.
+    assert zlib.crc32(b"plumless") == zlib.crc32(b"buckeroo")
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [1, 2, 3, 4], namespace="plumless")
+    index.begin("b", [1, 2], namespace="buckeroo")
+    assert index.propose("b", 4) == []
+
+
+def test_without_recent_tokens_nothing_is_shared():
+    index = SuffixIndex(2, 12, 0)
+    finished(index, "a", [1, 2, 3, 4])
+    index.begin("b", [1, 2])
+    assert (index.match("b"), index.num_recent_tokens) == (0, 0)
+
+
+def test_the_oldest_traffic_leaves_and_is_counted():
+    index = SuffixIndex(2, 12, 20)
+    for key in range(10):
+        finished(index, str(key), [key, 100, 50 + key, 200])
+        assert index.num_recent_tokens + index.num_recent_sequences <= 20
+    assert index.num_recent_sequences == 4
+    assert (index.num_evicted_sequences, index.num_evicted_tokens) == (6, 24)
+    index.begin("old", [5, 100])
+    index.begin("new", [6, 100])
+    assert index.propose("old", 1) == []
+    assert index.propose("new", 1) == [56]
+
+
+def test_of_a_sequence_beyond_the_bound_the_end_is_kept():
+    index = SuffixIndex(2, 12, 5)
+    finished(index, "a", [1, 2, 3, 4, 5, 6])
+    index.begin("b", [1, 2])
+    index.begin("c", [3, 4])
+    assert (index.match("b"), index.propose("c", 3)) == (0, [5, 6])
+    assert index.num_recent_tokens == 4
+
+
+def test_memory_does_not_grow_with_traffic():
+    index = SuffixIndex(2, 4, 500)
+    chains = index._recent._chains
+    for key in range(200):
+        finished(index, "a", [(key * 31 + i * i) % 50 for i in range(100)])
+    assert index._recent._chains is chains
+    assert len(index._recent._live) <= 5
+    assert index.num_running == 0
+
+
+def test_positions_start_again_before_they_overflow(monkeypatch):
+    monkeypatch.setattr(_Recent, "_MAX_POSITION", 30)
+    index = SuffixIndex(2, 12, 20)
+    for key in range(12):
+        finished(index, "a", [key, 100, 50 + key, 200])
+        index.begin("b", [key, 100])
+        assert index.propose("b", 2) == [50 + key, 200]
+        index.finish("b", keep=False)
+    assert index.num_evicted_sequences + index.num_recent_sequences == 12
+
+
+def test_misuse_is_told():
+    index = SuffixIndex(2, 12, 20)
+    index.begin("a", [])
+    assert (index.match("a"), index.propose("a", 4), index.propose("a", 0)) == (0, [], [])
+    with pytest.raises(ValueError, match="'a' has begun already"):
+        index.begin("a", [1])
+    with pytest.raises(ValueError, match="no sequence 'b' is running"):
+        index.match("b")
+    with pytest.raises(ValueError, match="1 <= min_match <= max_match"):
+        SuffixIndex(3, 2, 0)
+    with pytest.raises(ValueError, match="recent_tokens must be >= 0"):
+        SuffixIndex(2, 3, -1)

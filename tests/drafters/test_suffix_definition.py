@@ -1,0 +1,103 @@
+"""The index equals a definition of a few lines that searches everything."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafters.suffix import SuffixIndex
+
+MIN_MATCH, MAX_MATCH, VOTES = 2, 5, 4
+
+
+def occurrences(tail, sequences):
+    """(match length, [(sequence, end)], latest first) of the longest suffix with a continuation."""
+    for n in range(min(MAX_MATCH, len(tail)), MIN_MATCH - 1, -1):
+        found = [
+            (sequence, end)
+            for sequence in reversed(sequences)
+            for end in range(len(sequence) - 2, n - 2, -1)
+            if sequence[end - n + 1 : end + 1] == tail[-n:]
+        ]
+        if found:
+            return n, found[:VOTES]
+    return 0, []
+
+
+def longest(tail, own, others):
+    own_length, own_ends = occurrences(tail, [own])
+    length, ends = occurrences(tail, others)
+    return (own_length, True, own_ends) if own_length >= length else (length, False, ends)
+
+
+def propose(own, others, k):
+    draft = []
+    while len(draft) < k:
+        length, is_own, ends = longest(own + draft, own, others)
+        if not length:
+            break
+        offset = 0
+        while len(draft) < k:
+            offset += 1
+            nexts = [
+                (token, sequence, end)
+                for sequence, end in ends
+                for token in (sequence + draft if is_own else sequence)[end + offset :][:1]
+            ]
+            if not nexts:
+                break
+            chosen = Counter(token for token, _, _ in nexts).most_common(1)[0][0]
+            draft.append(chosen)
+            ends = [(sequence, end) for token, sequence, end in nexts if token == chosen]
+    return draft
+
+
+tokens = st.lists(st.integers(0, 2), max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    others=st.lists(st.tuples(tokens, st.booleans(), st.sampled_from("xy")), max_size=6),
+    prompt=tokens,
+    steps=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), max_size=3),
+    k=st.integers(0, 9),
+)
+def test_match_and_proposal_are_those_of_the_definition(others, prompt, steps, k):
+    index = SuffixIndex(MIN_MATCH, MAX_MATCH, 10_000)
+    own = list(prompt)
+    index.begin("own", own, "x")
+    for sequence, keep, namespace in others:
+        index.begin("other", sequence, namespace)
+        index.finish("other", keep)
+    seen = [s for s, keep, namespace in others if keep and namespace == "x"]
+    for step in [[], *steps]:
+        index.extend("own", step)
+        own += step
+        assert index.match("own") == longest(own, own, seen)[0]
+        assert index.propose("own", k) == propose(own, seen, k)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sequences=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=25),
+    recent_tokens=st.integers(0, 40),
+)
+def test_only_the_newest_traffic_is_searched_within_the_bound(sequences, recent_tokens):
+    index = SuffixIndex(MIN_MATCH, MAX_MATCH, recent_tokens)
+    for sequence in sequences:
+        index.begin("other", sequence)
+        index.finish("other", keep=True)
+        assert index.num_recent_tokens + index.num_recent_sequences <= recent_tokens
+    live = sequences[len(sequences) - index.num_recent_sequences :]
+    if live:
+        rest = index.num_recent_tokens - sum(len(s) for s in live[1:])
+        live = [live[0][-rest:], *live[1:]]
+    assert sum(map(len, live)) == index.num_recent_tokens
+    probes = {(a, b, c) for a in range(3) for b in range(3) for c in range(3)}
+    for probe in sorted(probes):
+        index.begin("probe", list(probe))
+        assert index.match("probe") == longest(list(probe), list(probe), live)[0]
+        assert index.propose("probe", 6) == propose(list(probe), live, 6)
+        index.finish("probe", keep=False)
