@@ -47,8 +47,8 @@ class SegmentLine:
         one = self.segment
         live = ", being written" if one.live else ""
         return (
-            f"segment {one.writer}/{one.segment:06d}: {one.records} records, {one.num_bytes} bytes, "
-            f"torn {one.torn_bytes} bytes, damaged {one.damaged}{live}"
+            f"segment {one.writer}/{one.segment:06d}: {one.records} records, "
+            f"{one.num_bytes} bytes, torn {one.torn_bytes} bytes, damaged {one.damaged}{live}"
         )
 
     def to_json(self) -> dict[str, Any]:

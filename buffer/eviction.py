@@ -57,11 +57,27 @@ class _Segment:
     """A living process still appends to it."""
 
 
-def evict(root: Path, limits: Limits, now_s: float, *, need_bytes: int = 0) -> Evicted:
+def evict(
+    root: Path,
+    limits: Limits,
+    now_s: float,
+    *,
+    own: Path,
+    own_open: int | None,
+    need_bytes: int = 0,
+) -> Evicted:
     """Delete the oldest segments until ``need_bytes`` more fit and none is older than the TTL.
 
     A segment that a living process writes is never deleted and is counted at its full size. Does
     nothing while another process evicts.
+
+    Args:
+        root: folder of the log.
+        limits: what it may hold.
+        now_s: unix time, seconds.
+        own: the caller's folder.
+        own_open: segment that the caller is writing; of others, their newest is taken for it.
+        need_bytes: room wanted for a new segment.
 
     Raises:
         OSError: of the disk; what was deleted until then is in the tombstones.
@@ -69,7 +85,7 @@ def evict(root: Path, limits: Limits, now_s: float, *, need_bytes: int = 0) -> E
     with _only_evictor(root) as alone:
         if not alone:
             return Evicted()
-        segments = _list_segments(root)
+        segments = _list_segments(root, own, own_open)
         total = need_bytes + sum(_planned_bytes(segment, limits) for segment in segments)
         expired_ms = (now_s - limits.ttl_s) * 1000
         evicted = Evicted()
@@ -94,12 +110,14 @@ def _only_evictor(root: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _list_segments(root: Path) -> list[_Segment]:
+def _list_segments(root: Path, own: Path, own_open: int | None) -> list[_Segment]:
     found = []
     for folder in (root / name for name in writer_names(root)):
-        live = is_live(folder)
         numbers = segment_numbers(folder)
-        found += [_describe(folder, n, live and n == numbers[-1]) for n in numbers]
+        # Asked after the listing: who has a segment had taken its lock before.
+        others_open = numbers[-1] if numbers and is_live(folder) else None
+        written = own_open if folder == own else others_open
+        found += [_describe(folder, number, number == written) for number in numbers]
     return found
 
 
@@ -124,10 +142,13 @@ def _delete(segment: _Segment) -> Evicted:
     """Count a segment, write the count down, then delete: a crash in between repeats the same."""
     path = segment_path(segment.folder, segment.number)
     before = read_tombstone(segment.folder) or Tombstone(-1, 0, 0, 0)
-    if before.segment < segment.number:
-        write_tombstone(segment.folder, _after(before, segment, path))
-    after = read_tombstone(segment.folder) or before
-    path.unlink()
+    after = before if before.segment >= segment.number else _after(before, segment, path)
+    try:
+        write_tombstone(segment.folder, after)
+        path.unlink()
+    except OSError:
+        path.unlink()  # a full disk has room for the count only once the segment is gone
+        write_tombstone(segment.folder, after)
     return Evicted(after.records - before.records, after.num_bytes - before.num_bytes)
 
 

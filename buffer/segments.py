@@ -260,7 +260,14 @@ class SegmentWriter:
     def _evict(self, need_bytes: int) -> None:
         interval_s = min(_MAX_EVICT_INTERVAL_S, self._limits.ttl_s / _ROLLS_PER_TTL)
         self._next_evict = time.monotonic() + interval_s
-        self._evicted += evict(self._root, self._limits, self._clock(), need_bytes=need_bytes)
+        self._evicted += evict(
+            self._root,
+            self._limits,
+            self._clock(),
+            own=self._folder,
+            own_open=None if self._descriptor is None else self._segment,
+            need_bytes=need_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,8 +361,9 @@ class SegmentReader:
         place = self._places[name]
         try:
             descriptor = os.open(segment_path(self._root / name, place.segment), os.O_RDONLY)
-        except FileNotFoundError:
-            return  # evicted, or not begun yet
+        except FileNotFoundError:  # evicted, or not begun yet
+            self._count_evicted(name)
+            return
         try:
             size = os.fstat(descriptor).st_size
             while not batch.is_full and (frame := next_frame(descriptor, place.offset, size)):
@@ -390,16 +398,23 @@ class SegmentReader:
         return [number for number in segment_numbers(self._root / name) if number > segment]
 
     def _enter_next_segment(self, name: str) -> bool:
+        """Go to the next segment that is there; False if none is."""
+        self._count_evicted(name)
+        place = self._places[name]
+        is_dead = not is_live(self._root / name)  # asked first: the dead begin no segment
+        later = self._later_segments(name, place.segment)
+        if later:
+            self._places[name] = _Place(later[0], 0, place.number)
+        elif is_dead and place.number:  # without a record its lock may be about to be taken
+            self._finished.add(name)
+        return bool(later)
+
+    def _count_evicted(self, name: str) -> None:
         place = self._places[name]
         tombstone = read_tombstone(self._root / name)
-        evicted_to = place.number if tombstone is None else tombstone.next_number
-        self._evicted_unread += max(0, evicted_to - place.number)
-        later = self._later_segments(name, place.segment)
-        if not later and not is_live(self._root / name):
-            self._finished.add(name)
-        segment, offset = (later[0], 0) if later else (place.segment, place.offset)
-        self._places[name] = _Place(segment, offset, max(place.number, evicted_to))
-        return bool(later)
+        if tombstone is not None and tombstone.next_number > place.number:
+            self._evicted_unread += tombstone.next_number - place.number
+            self._places[name] = _Place(place.segment, place.offset, tombstone.next_number)
 
 
 class _Batch:
@@ -446,8 +461,8 @@ def recover(root: Path) -> list[SegmentReport]:
     for folder in (root / name for name in writer_names(root)):
         tombstone = read_tombstone(folder)
         number = 0 if tombstone is None else tombstone.next_number
-        live = is_live(folder)
         numbers = segment_numbers(folder)
+        live = is_live(folder)
         for segment in numbers:
             is_last = segment == numbers[-1]
             report, number = _report(folder, segment, number, live=live, is_last=is_last)
