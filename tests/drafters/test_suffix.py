@@ -111,6 +111,7 @@ def test_namespaces_with_one_hash_never_meet():
     assert zlib.crc32(b"plumless") == zlib.crc32(b"buckeroo")
     index = SuffixIndex(2, 12, 1000)
     finished(index, "a", [1, 2, 3, 4], namespace="plumless")
+    finished(index, "b", [8, 9, 7], namespace="buckeroo")
     index.begin("b", [1, 2], namespace="buckeroo")
     assert index.propose("b", 4) == []
 
