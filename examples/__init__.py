@@ -1,0 +1,1 @@
+"""The demo and its traffic; small scripts a newcomer reads first."""

@@ -1,0 +1,354 @@
+"""The picture and the page of a demo: SVG by matplotlib, HTML by hand, each one file.
+
+python -m examples.picture runs/demo     # from its recording, write the reports again
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.report import (
+    ARMS,
+    PHASE_COLUMNS,
+    Answer,
+    Arm,
+    Recording,
+    build_report,
+    checks,
+    phase_rows,
+    shown,
+    tokens_per_step,
+    verdict,
+)
+
+RECORDING_NAME = "recording.json"
+WINDOW = 16
+"""Requests over which the picture's curves are smoothed."""
+
+COLOURS: dict[Arm, str] = {"plain": "#a3acb9", "static": "#e3a046", "tuned": "#14866d"}
+LABELS: dict[Arm, str] = {
+    "plain": "plain decoding",
+    "static": "drafter frozen before the shift",
+    "tuned": "tuned drafter",
+}
+INK = "#2b3440"
+_NO_METADATA: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+# Curves
+
+
+def rolling(
+    recording: Recording, figure: Callable[[Sequence[Answer], float], float | None]
+) -> list[list[tuple[int, float]]]:
+    """For each phase: (request number, figure over the phase's last ``WINDOW`` answers).
+
+    ``figure`` gets the window's answers and the seconds they took together.
+    """
+    curves, done = [], 0
+    for span in recording.phases:
+        answers = [answer for answer in recording.answers if answer.phase == span.name]
+        starts_s = [span.started_s, *(answer.finished_s for answer in answers)]
+        curve = []
+        for last in range(max(0, min(WINDOW // 2, len(answers)) - 1), len(answers)):
+            first = max(0, last + 1 - WINDOW)
+            value = figure(answers[first : last + 1], answers[last].finished_s - starts_s[first])
+            if value is not None:
+                curve.append((done + last + 1, value))
+        curves.append(curve)
+        done += len(answers)
+    return curves
+
+
+def window_tokens_per_s(answers: Sequence[Answer], seconds: float) -> float | None:
+    return sum(answer.num_tokens for answer in answers) / seconds if seconds > 0 else None
+
+
+def window_tokens_per_step(answers: Sequence[Answer], seconds: float) -> float | None:
+    return tokens_per_step(answers)
+
+
+def version_changes(answers: Sequence[Answer]) -> list[tuple[int, int, bool]]:
+    """(request number, version, rolled back) where the traffic first met another version."""
+    changes = []
+    newest, current = answers[0].version if answers else 0, answers[0].version if answers else 0
+    for number, answer in enumerate(answers, start=1):
+        if answer.version > newest:
+            newest = current = answer.version
+            changes.append((number, current, False))
+        elif answer.version < current and _stays_below(answers[number - 1 :], current):
+            current = answer.version
+            changes.append((number, current, True))
+    return changes
+
+
+def _stays_below(answers: Sequence[Answer], version: int) -> bool:
+    """A lower version among the next answers is a rollback only if no slower request of an older
+    version explains it, that is if the higher one does not come back."""
+    return all(answer.version != version for answer in answers)
+
+
+# Picture
+
+
+def draw(recording: Recording, report: dict[str, Any]) -> str:
+    """The picture as SVG text."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "slipstream",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+        "font.size": 10,
+        "text.color": INK,
+        "axes.edgecolor": "#c8ced6",
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    with pyplot.rc_context(style):
+        figure, (steps, speed, bars) = pyplot.subplots(
+            3, 1, figsize=(10.5, 9), height_ratios=(3, 2.4, 2.6), layout="constrained"
+        )
+        speed.sharex(steps)
+        _draw_curves(steps, rolling(recording, window_tokens_per_step), "tokens per step", 1)
+        _draw_curves(speed, rolling(recording, window_tokens_per_s), "tokens/s, all clients", 0)
+        _draw_static_levels(steps, recording, report)
+        _draw_phases(steps, speed, recording)
+        _draw_swaps(steps, speed, recording)
+        steps.tick_params(labelbottom=False)
+        speed.set_xlabel("requests answered")
+        _draw_bars(bars, report)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=_NO_METADATA)
+        pyplot.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _draw_curves(axes: Any, curves: list[list[tuple[int, float]]], label: str, low: float) -> None:
+    for curve in filter(None, curves):
+        axes.plot(*zip(*curve, strict=True), color=COLOURS["tuned"], linewidth=2)
+    highest = max((value for curve in curves for _, value in curve), default=1.0)
+    axes.set_ylabel(label)
+    axes.set_ylim(low, max(highest, low + 0.1) * 1.15)
+    axes.grid(axis="y", color="#e8ebef", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _bounds(recording: Recording) -> list[tuple[str, float, float]]:
+    """(phase, first, last request number) of the phases that answered something."""
+    bounds, done = [], 0
+    for span in recording.phases:
+        count = sum(answer.phase == span.name for answer in recording.answers)
+        bounds.append((span.name, done + 0.5, done + count + 0.5))
+        done += count
+    return bounds
+
+
+def _draw_static_levels(axes: Any, recording: Recording, report: dict[str, Any]) -> None:
+    levels = {phase["name"]: phase["static_tokens_per_step"] for phase in report["phases"]}
+    for name, first, last in _bounds(recording):
+        if levels[name] is not None:
+            axes.hlines(levels[name], first, last, color=COLOURS["static"], linestyles=(0, (4, 2)))
+    axes.plot([], [], color=COLOURS["tuned"], linewidth=2, label="live traffic")
+    axes.plot(
+        [], [], color=COLOURS["static"], dashes=(4, 2), label=f"{LABELS['static']} (replayed)"
+    )
+    axes.plot([], [], color="#6b7785", marker="v", linestyle="", label="new version swapped in")
+    axes.legend(loc="lower right", frameon=False, ncols=3, fontsize=9)
+
+
+def _draw_phases(steps: Any, speed: Any, recording: Recording) -> None:
+    for index, (name, first, last) in enumerate(_bounds(recording)):
+        for axes in (steps, speed):
+            axes.axvspan(first, last, color="#f4f6f8" if index % 2 else "#ffffff", zorder=0)
+            if index:
+                axes.axvline(first, color="#8b96a3", linewidth=1)
+        steps.annotate(
+            name,
+            ((first + last) / 2, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 16),
+            textcoords="offset points",
+            ha="center",
+            weight="bold",
+        )
+    steps.set_xlim(0.5, max(1, len(recording.answers)) + 0.5)
+
+
+def _draw_swaps(steps: Any, speed: Any, recording: Recording) -> None:
+    for number, version, rolled_back in version_changes(recording.answers):
+        colour = "#c0392b" if rolled_back else "#6b7785"
+        for axes in (steps, speed):
+            axes.axvline(number, color=colour, linewidth=0.7, alpha=0.5)
+        steps.annotate(
+            f"{version}",
+            (number, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color=colour,
+        )
+        steps.plot(
+            number,
+            1,
+            marker="^" if rolled_back else "v",
+            color=colour,
+            markersize=5,
+            transform=steps.get_xaxis_transform(),
+            clip_on=False,
+        )
+
+
+def _draw_bars(axes: Any, report: dict[str, Any]) -> None:
+    phases = report["phases"]
+    for offset, arm in enumerate(ARMS):
+        heights = [phase[f"{arm}_tokens_per_s"] or 0.0 for phase in phases]
+        places = [index + (offset - 1) * 0.27 for index in range(len(phases))]
+        drawn = axes.bar(places, heights, width=0.25, color=COLOURS[arm], label=LABELS[arm])
+        if arm != "plain":
+            key = "speedup_vs_plain" if arm == "tuned" else "static_speedup_vs_plain"
+            texts = ["" if p[key] is None else f"{p[key]:.2f}×" for p in phases]
+            axes.bar_label(drawn, texts, padding=2, fontsize=9)
+    axes.set_xticks(range(len(phases)), [phase["name"] for phase in phases])
+    axes.set_ylabel("tokens/s, one at a time")
+    axes.set_title("Held-out prompts replayed three ways, same output", fontsize=10.5, loc="left")
+    axes.margins(y=0.18)
+    axes.legend(loc="upper right", frameon=False, ncols=3, bbox_to_anchor=(1, 1.16), fontsize=9)
+
+
+# Page
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Slipstream demo</title>
+<style>
+body {{ margin: 0 auto; max-width: 64rem; padding: 2rem 1.2rem 4rem; background: #fbfcfd;
+  color: #2b3440; font: 16px/1.5 system-ui, sans-serif; }}
+h1 {{ font-size: 1.7rem; margin: 0 0 .2rem; }} h2 {{ font-size: 1.15rem; margin: 2.4rem 0 .6rem; }}
+.lead {{ margin: 0 0 1.4rem; color: #5a6673; }}
+.cards {{ display: flex; flex-wrap: wrap; gap: .8rem; margin-bottom: 1.4rem; }}
+.card {{ flex: 1 1 9rem; background: #fff; border: 1px solid #e3e8ee; border-radius: .6rem;
+  padding: .8rem 1rem; }}
+.card b {{ display: block; font-size: 1.7rem; color: #14866d; line-height: 1.2; }}
+.picture {{ background: #fff; border: 1px solid #e3e8ee; border-radius: .6rem; padding: .8rem; }}
+.picture svg {{ width: 100%; height: auto; display: block; }}
+table {{ border-collapse: collapse; width: 100%; background: #fff; font-size: .94rem;
+  font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .4rem .7rem; border-bottom: 1px solid #e3e8ee; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }} th {{ color: #5a6673; font-weight: 600; }}
+.pass {{ color: #14866d; font-weight: 600; }} .fail {{ color: #c0392b; font-weight: 600; }}
+dt {{ font-weight: 600; margin-top: .5rem; }} dd {{ margin: 0; color: #5a6673; }}
+</style></head><body>
+<h1>A server that got faster while it served</h1>
+<p class="lead">{lead}</p>
+<div class="cards">{cards}</div>
+<div class="picture">{picture}</div>
+<h2>Phase by phase</h2>{phases}
+<h2>What it must show</h2>{checks}
+<h2>How it was measured</h2><dl>{definitions}</dl>
+<h2>Machine</h2><dl>{machine}</dl>
+</body></html>
+"""
+
+
+def render_html(recording: Recording, report: dict[str, Any]) -> str:
+    """``report.html``: one file that needs nothing else."""
+    return _PAGE.format(
+        lead=_lead(report),
+        cards="".join(_card(value, text) for value, text in _headlines(report)),
+        picture=draw(recording, report),
+        phases=_table(PHASE_COLUMNS, phase_rows(report)),
+        checks=_table(("", "measured", "wanted", ""), _check_rows(report)),
+        definitions=_definition_list(report["definitions"]),
+        machine=_definition_list(recording.machine),
+    )
+
+
+def _lead(report: dict[str, Any]) -> str:
+    names = " → ".join(phase["name"] for phase in report["phases"])
+    return html.escape(
+        f"{report['live_requests']} live requests in four phases ({names}), "
+        f"{report['swaps']} new drafters swapped in while they ran, {report['seconds']:.0f} s."
+    )
+
+
+def _headlines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (shown(report["speedup_vs_plain"], "×"), "plain decoding, on shifted traffic"),
+        (shown(report["speedup_vs_static"], "×"), "the frozen drafter, on shifted traffic"),
+        (str(report["swaps"]), "swaps without a pause"),
+        (str(report["failed_requests"]), "failed requests"),
+        (str(report["mismatched_outputs"]), "changed outputs"),
+    ]
+
+
+def _check_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (check.name, shown(check.value), f"{check.kind} {check.limit:g}", verdict(check))
+        for check in checks(report)
+    ]
+
+
+def _card(value: str, text: str) -> str:
+    return f'<div class="card"><b>{html.escape(value)}</b>{html.escape(text)}</div>'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    heading = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f"<table><tr>{heading}</tr>{body}</table>"
+
+
+def _cell(text: str) -> str:
+    mark = f' class="{text.lower()}"' if text in ("PASS", "FAIL") else ""
+    return f"<td{mark}>{html.escape(text)}</td>"
+
+
+def _definition_list(items: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {part}" for name, part in value.items())
+        return str(value)
+
+    return "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text(value))}</dd>"
+        for name, value in items.items()
+    )
+
+
+# Files
+
+
+def write(run_dir: Path, recording: Recording) -> dict[str, Any]:
+    """Write recording, report.json, report.html and report.svg into ``run_dir``."""
+    report = build_report(recording)
+    files = {
+        RECORDING_NAME: recording.to_json(),
+        "report.json": json.dumps(report, indent=2) + "\n",
+        "report.html": render_html(recording, report),
+        "report.svg": draw(recording, report),
+    }
+    for name, text in files.items():
+        (run_dir / name).write_text(text, encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write(folder, Recording.from_json((folder / RECORDING_NAME).read_text(encoding="utf-8")))

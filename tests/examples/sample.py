@@ -1,0 +1,78 @@
+"""A made-up recording of a demo: four phases, a drafter that learns the shifted ones."""
+
+from __future__ import annotations
+
+import random
+
+from buffer.records import Acceptance
+from examples.report import ARMS, Answer, Arm, PhaseSpan, Recording, Replay
+
+NAMES = ("python", "c", "docs", "python-again")
+STATIC = {"python": 3.4, "c": 2.1, "docs": 2.2, "python-again": 3.4}
+TUNED = {"python": 3.4, "c": 3.3, "docs": 2.9, "python-again": 3.3}
+PLAIN_TOKENS_PER_S = 150.0
+TOKENS = 96
+
+
+def acceptance_of(tokens_per_step: float, num_tokens: int = TOKENS) -> Acceptance:
+    num_steps = round(num_tokens / tokens_per_step)
+    return Acceptance(num_steps, 4 * num_steps, num_tokens - num_steps)
+
+
+def sample_answers(per_phase: int) -> tuple[Answer, ...]:
+    rng = random.Random(0)
+    answers, now_s, version = [], 10.0, 0
+    for name in NAMES:
+        for index in range(per_phase):
+            progress = min(1.0, index / (0.6 * per_phase))
+            level = STATIC[name] + progress * (TUNED[name] - STATIC[name])
+            now_s += TOKENS / (level * 60) * rng.uniform(0.8, 1.2)
+            version += name != "python" and index % 12 == 5
+            acceptance = acceptance_of(level * rng.uniform(0.9, 1.1))
+            answers.append(Answer(name, now_s, TOKENS, acceptance, version, version))
+    return tuple(answers)
+
+
+def sample_replays(prompts: int) -> tuple[Replay, ...]:
+    return tuple(
+        Replay(
+            name, arm, prompt, request_s(name, arm), tokens_of(name, prompt), spent(name, arm), 7
+        )
+        for name in NAMES
+        for arm in ARMS
+        for prompt in range(prompts)
+    )
+
+
+def request_s(name: str, arm: Arm) -> float:
+    levels = {"plain": 1.0, "static": 0.6 * STATIC[name], "tuned": 0.6 * TUNED[name]}
+    return TOKENS / (PLAIN_TOKENS_PER_S * levels[arm])
+
+
+def spent(name: str, arm: Arm) -> Acceptance:
+    if arm == "plain":
+        return Acceptance(TOKENS, 0, 0)
+    return acceptance_of(STATIC[name] if arm == "static" else TUNED[name])
+
+
+def tokens_of(name: str, prompt: int) -> tuple[int, ...]:
+    return tuple(random.Random(f"{name} {prompt}").choices(range(96), k=TOKENS))
+
+
+def sample_recording(per_phase: int = 60, prompts: int = 4) -> Recording:
+    answers = sample_answers(per_phase)
+    ends = [10.0, *(answers[(i + 1) * per_phase - 1].finished_s for i in range(len(NAMES)))]
+    return Recording(
+        phases=tuple(PhaseSpan(name, ends[i], ends[i + 1]) for i, name in enumerate(NAMES)),
+        shifted=("c", "docs"),
+        answers=answers,
+        replays=sample_replays(prompts),
+        static_version=0,
+        newest_version=answers[-1].version,
+        swaps=answers[-1].version,
+        rollbacks=0,
+        failed_requests=0,
+        warmup_requests=24,
+        seconds=500.0,
+        machine={"hardware": {"cpu": "a CPU", "cores": 2}, "versions": {}, "commit": None},
+    )

@@ -1,0 +1,176 @@
+"""The demo's report says what its recording holds, and no more."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from buffer.records import Acceptance
+from examples import picture
+from examples import report as reporting
+from examples.report import Answer, Check, Recording, build_report, checks
+from tests.examples.sample import TOKENS, acceptance_of, sample_recording
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return sample_recording()
+
+
+def failed(recording: Recording) -> list[str]:
+    return [check.name for check in checks(build_report(recording)) if not check.passed]
+
+
+def test_every_demanded_key_is_there(recording: Recording):
+    report = build_report(recording)
+
+    speeds = {f"{arm}_tokens_per_s" for arm in ("plain", "static", "tuned")}
+    speeds |= {"speedup_vs_plain", "speedup_vs_static"}
+    counts = {"swaps", "rollbacks", "requests", "failed_requests", "mismatched_outputs", "seconds"}
+    assert speeds | counts <= set(report)
+    assert [phase["name"] for phase in report["phases"]] == ["python", "c", "docs", "python-again"]
+    assert all(speeds | {"tokens_per_step"} <= set(phase) for phase in report["phases"])
+
+
+def test_top_level_speeds_are_over_the_shifted_phases_together(recording: Recording):
+    report = build_report(recording)
+
+    shifted = [r for r in recording.replays if r.phase in ("c", "docs") and r.arm == "tuned"]
+    expected = len(shifted) * TOKENS / sum(replay.request_s for replay in shifted)
+    assert report["tuned_tokens_per_s"] == pytest.approx(expected)
+    assert report["speedup_vs_plain"] == pytest.approx(expected / 150)
+
+
+def test_first_phase_reports_the_drafter_of_its_own_end(recording: Recording):
+    first, *_, last = build_report(recording)["phases"]
+
+    assert first["tokens_per_step"] == first["static_tokens_per_step"]
+    assert first["tokens_per_step_version"] == recording.static_version
+    assert last["tokens_per_step"] == last["tuned_tokens_per_step"]
+    assert last["tokens_per_step_ratio_to_first"] == pytest.approx(
+        last["tuned_tokens_per_step"] / last["static_tokens_per_step"]
+    )
+
+
+def test_a_prompt_answered_differently_by_one_arm_is_one_mismatch(recording: Recording):
+    spoiled = list(recording.replays)
+    spoiled[5] = replace(spoiled[5], token_ids=(*spoiled[5].token_ids[:-1], 999))
+
+    assert build_report(recording)["mismatched_outputs"] == 0
+    assert build_report(replace(recording, replays=tuple(spoiled)))["mismatched_outputs"] == 1
+
+
+def test_requests_count_live_replayed_warming_and_failed_ones(recording: Recording):
+    report = build_report(replace(recording, failed_requests=3))
+
+    expected = len(recording.answers) + len(recording.replays) + recording.warmup_requests + 3
+    assert report["requests"] == expected
+
+
+def test_good_recording_passes_and_each_fault_fails_by_name(recording: Recording):
+    assert failed(recording) == []
+    assert failed(replace(recording, swaps=4)) == ["swaps"]
+    assert failed(replace(recording, failed_requests=1)) == ["failed requests"]
+    assert failed(replace(recording, seconds=601.0)) == ["seconds"]
+
+
+def test_slow_drafter_fails_on_its_phase_and_on_the_whole(recording: Recording):
+    slow = tuple(
+        replace(r, request_s=2 * r.request_s) if (r.phase, r.arm) == ("c", "tuned") else r
+        for r in recording.replays
+    )
+
+    names = failed(replace(recording, replays=slow))
+
+    assert "c: speed over plain" in names
+    assert "shifted phases: speed over static" in names
+    assert "docs: speed over plain" not in names
+
+
+def test_a_figure_that_was_not_measured_fails():
+    assert not Check("speed", None, 0.0, "at least").passed
+    assert not Check("speed", None, 9.0, "at most").passed
+
+
+def test_median_speedup_pairs_prompts_with_themselves(recording: Recording):
+    replays = [r for r in recording.replays if r.phase == "c"]
+
+    assert reporting.median_speedup(replays, "plain", "plain") == 1.0
+    assert reporting.median_speedup(replays, "tuned", "plain") == pytest.approx(1.98)
+    assert reporting.median_speedup([], "tuned", "plain") is None
+
+
+def test_unanswered_phase_has_no_figures_instead_of_zeros(recording: Recording):
+    silent = replace(recording, answers=(), replays=())
+
+    phase = build_report(silent)["phases"][1]
+
+    assert phase["plain_tokens_per_s"] is None
+    assert phase["tokens_per_step"] is None
+    assert phase["live_tokens_per_step_last_quarter"] is None
+    assert "<svg" in picture.render_html(silent, build_report(silent))
+
+
+def answered(versions: list[int]) -> list[Answer]:
+    return [Answer("c", float(i), 96, acceptance_of(3.0), v, v) for i, v in enumerate(versions)]
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        pytest.param([], [], id="nothing answered"),
+        pytest.param([0, 0, 1, 1, 3], [(3, 1, False), (5, 3, False)], id="two swaps"),
+        pytest.param([0, 1, 0, 1, 1], [(2, 1, False)], id="overtaken by a slower request"),
+        pytest.param(
+            [1, 2, 1, 1, 4], [(2, 2, False), (3, 1, True), (5, 4, False)], id="rolled back"
+        ),
+    ],
+)
+def test_version_changes(versions: list[int], expected: list[tuple[int, int, bool]]):
+    assert picture.version_changes(answered(versions)) == expected
+
+
+def test_curves_restart_at_each_phase(recording: Recording):
+    curves = picture.rolling(recording, picture.window_tokens_per_step)
+
+    assert [curve[0][0] for curve in curves] == [8, 68, 128, 188]
+    assert curves[1][0][1] < 2.5 < curves[0][-1][1]
+
+
+def test_throughput_counts_all_clients(recording: Recording):
+    answers = (*answered([0] * 8),)
+    span = replace(recording.phases[1], started_s=-1.0, ended_s=7.0)
+    little = replace(recording, phases=(span,), answers=answers)
+
+    [curve] = picture.rolling(little, picture.window_tokens_per_s)
+
+    assert curve == [(8, 8 * 96 / 8)]
+
+
+def test_files_are_written_and_can_be_made_again_from_the_recording(
+    recording: Recording, tmp_path: Path
+):
+    report = picture.write(tmp_path, recording)
+
+    again = Recording.from_json((tmp_path / "recording.json").read_text())
+    assert again == recording
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert not re.search(r"(src|href)=|url\([^#]|@import|<script", page.replace('href="#', ""))
+    assert (tmp_path / "report.svg").read_text().startswith("<svg")
+
+
+def test_machine_texts_are_escaped(recording: Recording):
+    spoiled = replace(recording, machine={"hardware": {"cpu": "<script>"}})
+
+    assert "<script>" not in picture.render_html(spoiled, build_report(spoiled))
+
+
+def test_tokens_per_step_counts_the_targets_own_token():
+    assert reporting.tokens_per_step(answered([0])) == pytest.approx(3.0)
+    assert Acceptance(4, 8, 8).tokens_per_step == 3.0
