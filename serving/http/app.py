@@ -1,0 +1,94 @@
+"""The application: its routes, its refusals and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from configs.schema import Settings
+from serving.http.auth import is_loopback, scope_of
+from serving.http.boundary import Boundary
+from serving.http.context import Context, attach, of_app
+from serving.http.errors import (
+    ApiError,
+    on_api_error,
+    on_client_gone,
+    on_http_exception,
+    on_query_error,
+)
+from serving.http.face import EngineFace
+from serving.http.history import PERIOD_S, History
+from serving.http.metrics import Metrics
+from serving.http.prompts import PromptEncoder
+from serving.http.routes import ALL
+
+
+def create_app(engine: EngineFace, settings: Settings) -> FastAPI:
+    """The whole face of one engine.
+
+    Raises:
+        ValueError: the bind address is not loopback and no key is set.
+    """
+    check_exposure(settings)
+    for route in ALL:
+        assert scope_of(route) is not None, f"{route.path} declares no scope"
+    app = FastAPI(
+        title="Slipstream",
+        routes=list(ALL),
+        lifespan=_lifespan,
+        openapi_url=None,  # FastAPI's own would be open to everybody
+        docs_url=None,  # loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would repeat the client's Host header
+        exception_handlers={
+            ApiError: on_api_error,
+            HTTPException: on_http_exception,
+            RequestValidationError: on_query_error,
+            ClientDisconnect: on_client_gone,
+        },
+    )
+    app.add_middleware(Boundary)
+    attach(
+        app,
+        Context(
+            engine=engine,
+            settings=settings,
+            metrics=Metrics(engine),
+            prompts=PromptEncoder(engine.tokenizer),
+            history=History(),
+        ),
+    )
+    return app
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises ValueError when anybody in the network could use this server."""
+    server = settings.server
+    if server.api_key is None and not is_loopback(server.host):
+        raise ValueError(
+            f"server.host {server.host!r} is not loopback and server.api_key is not set; "
+            f"set SLIPSTREAM_SERVER__API_KEY or bind 127.0.0.1"
+        )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    context = of_app(app)
+    sampling = asyncio.create_task(_sample(context))
+    yield
+    sampling.cancel()
+    context.prompts.close()
+
+
+async def _sample(context: Context) -> None:
+    """Keep the dashboard's history."""
+    while True:
+        context.history.add(time.time(), context.engine.figures())
+        await asyncio.sleep(PERIOD_S)

@@ -1,0 +1,54 @@
+"""What the routes of one app share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from fastapi import FastAPI
+from starlette.requests import HTTPConnection
+
+from configs.schema import Settings
+from serving.http.face import EngineFace
+from serving.http.history import History
+from serving.http.metrics import Metrics
+from serving.http.prompts import PromptEncoder
+
+
+@dataclass(slots=True)
+class Context:
+    """One per app; two apps in one process share nothing."""
+
+    engine: EngineFace
+    settings: Settings
+    metrics: Metrics
+    prompts: PromptEncoder
+    history: History
+    is_draining: bool = False
+    inflight_ids: set[str] = field(default_factory=set)
+    """Engine requests whose HTTP response is not finished."""
+
+    def begin_drain(self) -> None:
+        """Turn /ready off and admit nothing; what is in flight goes on."""
+        self.is_draining = True
+        self.engine.drain()
+
+    def cancel_inflight(self) -> None:
+        for request_id in list(self.inflight_ids):
+            self.engine.cancel(request_id)
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.is_draining and self.engine.is_ready()
+
+
+def attach(app: FastAPI, context: Context) -> None:
+    app.state.context = context
+
+
+def context_of(connection: HTTPConnection) -> Context:
+    return of_app(connection.app)
+
+
+def of_app(app: FastAPI) -> Context:
+    return cast(Context, app.state.context)

@@ -1,0 +1,186 @@
+"""How the process lives and ends.
+
+SIGTERM or SIGINT: /ready turns 503 and nothing new is admitted, while the listener stays open so
+that load balancers can see it; what is in flight finishes, for at most ``server.drain_s``; then the
+process exits with 0. A second signal stops now, with 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from configs.schema import Settings
+from serving.http.context import Context, of_app
+from serving.http.errors import logger
+from serving.http.face import EngineFace
+
+MAX_HEADER_BYTES = 16 << 10
+HEADER_S = 10.0
+"""A client that has begun a request must finish its headers within this time."""
+LAST_WORDS_S = 2.0
+"""Time to tell clients that their requests were cancelled at the end of the drain."""
+SERVER_FILE = "server.json"
+
+
+def serve(app: FastAPI, engine: EngineFace, settings: Settings) -> int:
+    """Answer until told to stop.
+
+    Returns:
+        Exit code: 0 after a drain, 1 when a second signal cut it short.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    listener = listen(settings.server.host, settings.server.port)
+    host, port = listener.getsockname()[:2]
+    file = settings.run_dir / SERVER_FILE
+
+    def announce() -> None:
+        write_server_file(file, host, port, engine.model_name)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {engine.model_name} on http://{shown}:{port}", file=sys.stderr, flush=True)
+
+    server = DrainingServer(
+        uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ),
+        of_app(app),
+        announce,
+    )
+    try:
+        server.run(sockets=[listener])
+    finally:
+        file.unlink(missing_ok=True)
+    return 1 if server.force_exit else 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 lets the system choose.
+
+    Raises:
+        OSError: the address is in use, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def write_server_file(file: Path, host: str, port: int, model: str) -> None:
+    """Tell other programs where this server is. Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    record = {"pid": os.getpid(), "host": host, "port": port, "model": model}
+    draft.write_text(json.dumps(record) + "\n")
+    os.replace(draft, file)
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server with a drain before its shutdown."""
+
+    def __init__(
+        self, config: uvicorn.Config, context: Context, announce: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._context = context
+        self._announce = announce
+        self._num_signals = 0
+        self._deadline_s: float | None = None
+        """End of the drain on the monotonic clock, once it has begun."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Runs between two instructions of the main thread: it may only set flags, for whatever
+        lock a longer call needs may be held by the code it interrupted."""
+        self._num_signals += 1
+        if self._num_signals > 1:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the main loop."""
+        if await super().on_tick(counter):
+            return True
+        if self._num_signals == 0:
+            return False
+        if self._deadline_s is None:
+            self._begin_drain()
+        return self._is_drained()
+
+    def _begin_drain(self) -> None:
+        drain_s = self._context.settings.server.drain_s
+        self._deadline_s = time.monotonic() + drain_s
+        self._context.begin_drain()
+        logger.warning(
+            "draining: %d requests in flight get up to %.0f s; a second signal stops now",
+            self._context.engine.num_inflight(),
+            drain_s,
+        )
+
+    def _is_drained(self) -> bool:
+        """True when nothing is in flight any more, or when the time is up."""
+        assert self._deadline_s is not None
+        left_s = self._deadline_s - time.monotonic()
+        num_left = self._context.engine.num_inflight()
+        if num_left and left_s > 0:
+            return False
+        if num_left:
+            logger.warning("the drain is over: %d requests are cancelled", num_left)
+            self._context.cancel_inflight()
+        # Responses that are still being written: a slow reader has the rest of the drain.
+        self.config.timeout_graceful_shutdown = math.ceil(max(left_s, LAST_WORDS_S))
+        return True
+
+
+class GuardedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with a limit on how long headers may take: without it, sockets that never
+    finish a request line are held for ever."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watch()
+
+    def _watch_headers(self) -> None:
+        """Keep one timer running while a request's headers are incomplete."""
+        is_waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        if not is_waiting:
+            self._stop_watch()
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(HEADER_S, self.transport.close)
+
+    def _stop_watch(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None

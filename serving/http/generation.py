@@ -1,0 +1,189 @@
+"""One job in the engine: submitted whole, followed to its end, and never left running."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from types import TracebackType
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from serving.http.context import Context
+from serving.http.errors import ApiError, internal, invalid, logger, overloaded, unavailable
+from serving.http.jobs import Job
+from serving.http.metrics import ChoiceClock
+from serving.http.schemas import PromptTokensDetails, Speculation, Usage
+from serving.http.streaming import Arrival, Mailbox, join_outputs, until_disconnect
+from serving.types import DrainingError, Output, QueueFullError, Request, SpeculationStats
+
+News = list[tuple[int, Output]]
+"""(choice index, what is new of it), at most one entry for each choice."""
+
+
+class Generation:
+    """The running state of one job. Leaving it, however, cancels what is unfinished."""
+
+    def __init__(self, context: Context, job: Job, request_id: str) -> None:
+        self.job = job
+        self._context = context
+        self._request_id = request_id
+        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self._index = {request.id: index for index, request in enumerate(job.requests)}
+        self._open: dict[str, ChoiceClock] = {}
+        """Clock of every request that has been submitted and is not finished."""
+        self._last: dict[int, Output] = {}
+        """Newest output of each choice: its counters are totals."""
+        self._num_tokens = 0
+
+    def submit(self) -> None:
+        """Hand every choice to the engine, or none.
+
+        Raises:
+            ApiError: 429, 503 or 400.
+        """
+        try:
+            for request in self.job.requests:
+                self._submit_one(request)
+        except BaseException as error:
+            self.close()
+            raise _refusal(error) from None
+
+    def _submit_one(self, request: Request) -> None:
+        self._context.inflight_ids.add(request.id)
+        self._open[request.id] = self._context.metrics.start_clock(time.perf_counter())
+        try:
+            self._context.engine.submit(request, self._mailbox.put)
+        except BaseException:
+            self._forget(request.id)
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs. Harmless when nothing does."""
+        for request_id in list(self._open):
+            self._context.engine.cancel(request_id)
+            self._context.metrics.count_finished("cancelled")
+            self._forget(request_id)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._open
+
+    async def news(self) -> AsyncIterator[News]:
+        """What the engine says, until every choice is finished.
+
+        Raises:
+            ApiError: 500 or 503, a choice ended without an answer.
+        """
+        while not self.is_done:
+            arrivals = await self._mailbox.take()
+            by_choice: dict[int, list[Output]] = {}
+            for arrival in arrivals:
+                self._note(arrival)
+                index = self._index[arrival.output.request_id]
+                by_choice.setdefault(index, []).append(arrival.output)
+            yield [(index, join_outputs(outputs)) for index, outputs in by_choice.items()]
+
+    async def answers(self, receive: Receive) -> list[Output]:
+        """The whole output of each choice, in order of index.
+
+        Raises:
+            ApiError: 500 or 503, a choice ended without an answer.
+            ClientDisconnect: the client left first.
+        """
+        collecting = asyncio.create_task(self._collect())
+        leaving = asyncio.create_task(until_disconnect(receive))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise ClientDisconnect
+            return collecting.result()
+        finally:
+            collecting.cancel()
+            leaving.cancel()
+
+    async def _collect(self) -> list[Output]:
+        outputs: dict[int, list[Output]] = {index: [] for index in self._index.values()}
+        async for news in self.news():
+            for index, output in news:
+                outputs[index].append(output)
+        return [join_outputs(outputs[index]) for index in sorted(outputs)]
+
+    def _note(self, arrival: Arrival) -> None:
+        output = arrival.output
+        clock = self._open[output.request_id]
+        clock.tick(arrival.at_s, len(output.token_ids))
+        self._last[self._index[output.request_id]] = output
+        self._num_tokens += len(output.token_ids)
+        if output.finish_reason is None:
+            return
+        clock.finish(arrival.at_s, output.finish_reason)
+        self._forget(output.request_id)
+        if output.finish_reason in ("error", "cancelled"):
+            raise self._failure(output)
+
+    def _failure(self, output: Output) -> ApiError:
+        if output.finish_reason == "cancelled":
+            return unavailable("The server is shutting down and had to end this request.")
+        logger.error("request %s failed in the engine: %s", self._request_id, output.error)
+        return internal(self._request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._context.inflight_ids.discard(request_id)
+        del self._open[request_id]
+
+    def usage(self) -> Usage:
+        """Each prompt counts once, however many choices it has."""
+        first = [o for index, o in self._last.items() if self.job.is_first_choice(index)]
+        prompt_tokens = sum(output.num_prompt_tokens for output in first)
+        cached_tokens = sum(output.num_cached_tokens for output in first)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self._num_tokens,
+            total_tokens=prompt_tokens + self._num_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+        )
+
+    def speculation(self) -> Speculation:
+        total = sum_stats(output.stats for output in self._last.values())
+        return Speculation(
+            drafter_version=total.drafter_version,
+            steps=total.steps,
+            proposed=total.proposed,
+            accepted=total.accepted,
+            tokens_per_step=total.tokens_per_step,
+        )
+
+
+def sum_stats(stats: Iterable[SpeculationStats]) -> SpeculationStats:
+    """Counts added up; the version is the newest of them."""
+    every = list(stats)
+    return SpeculationStats(
+        drafter_version=max(entry.drafter_version for entry in every),
+        steps=sum(entry.steps for entry in every),
+        proposed=sum(entry.proposed for entry in every),
+        accepted=sum(entry.accepted for entry in every),
+    )
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """What the client hears of a request that the engine did not take."""
+    if isinstance(error, QueueFullError):
+        return overloaded("The waiting queue is full (engine.max_queue); try again in a moment.")
+    if isinstance(error, DrainingError):
+        return unavailable("The server is shutting down and takes no new requests.")
+    if isinstance(error, ValueError):
+        return invalid(str(error), param="prompt", code="invalid_prompt")
+    return error

@@ -1,0 +1,166 @@
+"""From a checked body to the requests of the engine: one job for each HTTP request."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request as HttpRequest
+
+from serving.http.context import Context, context_of
+from serving.http.errors import ApiError, invalid
+from serving.http.schemas import SamplingBody
+from serving.types import Request, SamplingParams
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under it are greedy, as in vLLM: dividing logits by them would overflow."""
+NO_CAPTURE_HEADER = "X-Slipstream-No-Capture"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one HTTP request asks of the engine."""
+
+    id: str
+    created_unix_s: int
+    model_name: str
+    num_choices: int
+    """Choices of each prompt."""
+    requests: tuple[Request, ...]
+    """Choice i of prompt p at p * num_choices + i, which is also its index in the answer."""
+
+    def is_first_choice(self, index: int) -> bool:
+        return index % self.num_choices == 0
+
+
+def plan_job(
+    http_request: HttpRequest,
+    body: SamplingBody,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    id_prefix: str,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> Job:
+    """Check what depends on this server and build the requests.
+
+    Args:
+        prompts: token ids of each prompt.
+        max_tokens: ``None`` for all that fits.
+        logprobs: alternatives at each token, or ``None``.
+
+    Raises:
+        ApiError: 400 or 404 that names the field.
+    """
+    context = context_of(http_request)
+    num_choices = 1 if body.n is None else body.n
+    check_limits(context, body, num_choices, len(prompts))
+    job_id = f"{id_prefix}-{uuid.uuid4().hex}"
+    capture = body.capture is not False and not opts_out_of_capture(http_request)
+    requests = tuple(
+        Request(
+            id=f"{job_id}-{place * num_choices + choice}",
+            prompt_ids=prompt_ids,
+            sampling=_sampling(
+                body, choice, _max_tokens(context, prompt_ids, max_tokens), logprobs
+            ),
+            tenant="default" if body.user is None else body.user,
+            max_draft=None if body.speculation is None else body.speculation.max_draft,
+            capture=capture,
+        )
+        for place, prompt_ids in enumerate(prompts)
+        for choice in range(num_choices)
+    )
+    return Job(job_id, int(time.time()), context.engine.model_name, num_choices, requests)
+
+
+def check_model(context: Context, body: SamplingBody) -> None:
+    """Raises ApiError 404 for a model that is not served. ``None`` is the served one."""
+    if body.model not in (None, context.engine.model_name):
+        raise ApiError(
+            404,
+            f"The model does not exist; this server serves '{context.engine.model_name}'.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def check_limits(context: Context, body: SamplingBody, num_choices: int, num_prompts: int) -> None:
+    """Raises ApiError 400 where a field exceeds what the settings or the target allow."""
+    server, engine = context.settings.server, context.engine
+    max_queue = context.settings.engine.max_queue
+    draft = 0 if body.speculation is None else body.speculation.max_draft or 0
+    if num_choices > server.max_choices:
+        raise invalid(f"n: at most server.max_choices ({server.max_choices})", param="n")
+    if num_choices * num_prompts > max_queue:
+        raise invalid(
+            f"prompt: {num_choices * num_prompts} choices in one request, at most "
+            f"engine.max_queue ({max_queue})",
+            param="prompt",
+        )
+    if draft > engine.max_draft:
+        raise invalid(
+            f"speculation.max_draft: at most drafter.max_draft ({engine.max_draft})",
+            param="speculation.max_draft",
+        )
+    if any(token >= engine.vocab_size for token in body.stop_token_ids or ()):
+        raise invalid(
+            f"stop_token_ids: token ids are below {engine.vocab_size}", param="stop_token_ids"
+        )
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options: only with stream=true", param="stream_options")
+
+
+def wants_usage(body: SamplingBody) -> bool:
+    """Whether a stream ends with a chunk of its own for ``usage``."""
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+def opts_out_of_capture(http_request: HttpRequest) -> bool:
+    """Whether the header asks that nothing of this request is kept.
+
+    Raises:
+        ApiError: 400 for a value that may have been meant as one or the other.
+    """
+    value = http_request.headers.get(NO_CAPTURE_HEADER)
+    if value not in (None, "0", "1"):
+        raise invalid(f"{NO_CAPTURE_HEADER}: must be 0 or 1", param=NO_CAPTURE_HEADER)
+    return value == "1"
+
+
+def _max_tokens(context: Context, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
+    """The limit of one request, ``None`` meaning all that fits.
+
+    Raises:
+        ApiError: 400, prompt and completion exceed the target's length.
+    """
+    room = context.engine.max_model_len - len(prompt_ids)
+    if room < (0 if wanted is None else wanted):
+        completion = "" if wanted is None else f" and max_tokens {wanted}"
+        raise invalid(
+            f"prompt: {len(prompt_ids)} tokens{completion}, together at most "
+            f"engine.max_model_len ({context.engine.max_model_len})",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return room if wanted is None else wanted
+
+
+def _sampling(
+    body: SamplingBody, choice: int, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    temperature = 1.0 if body.temperature is None else body.temperature
+    return SamplingParams(
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k,
+        min_p=0.0 if body.min_p is None else body.min_p,
+        seed=None if body.seed is None else (body.seed + choice) % 2**63,
+        max_tokens=max_tokens,
+        stop=body.stop,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+    )

@@ -1,0 +1,184 @@
+"""What /metrics says: vLLM's names with our prefix, so that existing panels carry over; counters,
+not ratios.
+
+Acceptance rate is rate(spec_decode_num_accepted_tokens_total) over
+rate(spec_decode_num_draft_tokens_total); mean acceptance length is 1 + accepted tokens over
+spec_decode_num_drafts_total. No label ever comes from a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from serving.http.face import EngineFace
+from serving.types import EngineFigures, FinishReason
+
+PREFIX = "slipstream:"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LABELS = ("model_name", "engine")
+_TTFT_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
+)
+_ITL_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0),
+)
+_E2E_S = (
+    *(0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 120.0, 240.0),
+)
+
+
+class ChoiceClock:
+    """Times of one choice: to its first token, between its tokens, to its end."""
+
+    def __init__(self, metrics: Metrics, submitted_s: float) -> None:
+        self._metrics = metrics
+        self._submitted_s = submitted_s
+        self._last_s: float | None = None
+
+    def tick(self, at_s: float, num_tokens: int) -> None:
+        """Note tokens that were committed together. Each of m tokens took 1/m of the time, so that
+        the histogram's sum is wall time and its count is tokens."""
+        if num_tokens == 0:
+            return
+        if self._last_s is None:
+            self._metrics.time_to_first_token.observe(at_s - self._submitted_s)
+        else:
+            for _ in range(num_tokens):
+                self._metrics.inter_token_latency.observe((at_s - self._last_s) / num_tokens)
+        self._last_s = at_s
+
+    def finish(self, at_s: float, reason: FinishReason) -> None:
+        self._metrics.e2e_request_latency.observe(at_s - self._submitted_s)
+        self._metrics.count_finished(reason)
+
+
+class Metrics:
+    """One registry for each app: two apps in a process share no figures."""
+
+    def __init__(self, engine: EngineFace) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": engine.model_name, "engine": "0"}
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From submission to the first token.", _TTFT_S
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds",
+            "Time of each further token; tokens committed together share theirs evenly.",
+            _ITL_S,
+        )
+        self.e2e_request_latency = self._histogram(
+            "e2e_request_latency_seconds", "From submission to the last token.", _E2E_S
+        )
+        self._finished = Counter(
+            f"{PREFIX}request_success",
+            "Choices that ended, by reason.",
+            (*_LABELS, "finished_reason"),
+            registry=self.registry,
+        )
+        for reason in get_args(FinishReason):
+            self._finished.labels(**self._labels, finished_reason=reason)
+        self.registry.register(EngineCollector(engine))
+
+    def start_clock(self, submitted_s: float) -> ChoiceClock:
+        return ChoiceClock(self, submitted_s)
+
+    def count_finished(self, reason: FinishReason) -> None:
+        self._finished.labels(**self._labels, finished_reason=reason).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(PREFIX + name, text, _LABELS, buckets=buckets, registry=self.registry)
+        return family.labels(**self._labels)
+
+
+class EngineCollector(Collector):
+    """Reads the engine's figures when, and only when, somebody scrapes."""
+
+    def __init__(self, engine: EngineFace) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        yield from families(self._engine.figures(), self._engine.model_name)
+
+
+def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
+    """Every figure as a metric family, labelled with the model's name."""
+    common = [model_name, "0"]
+
+    def gauge(name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=_LABELS)
+        family.add_metric(common, value)
+        return family
+
+    def counter(name: str, text: str, value: float) -> Metric:
+        return counters(name, text, (), {(): value})
+
+    def counters(
+        name: str, text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], float]
+    ) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=(*_LABELS, *labels))
+        for extra, value in values.items():
+            family.add_metric([*common, *extra], value)
+        return family
+
+    yield gauge("num_requests_running", "Requests in the batch.", figures.num_running)
+    yield gauge("num_requests_waiting", "Requests not yet admitted.", figures.num_waiting)
+    yield gauge("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", figures.kv_usage)
+    yield counter("num_preemptions", "Requests put back to waiting.", figures.preemptions)
+    yield counter("prompt_tokens", "Prompt tokens.", figures.prompt_tokens)
+    yield counter("generation_tokens", "Completion tokens.", figures.generation_tokens)
+    yield counter("prefix_cache_queries", "Prompt tokens looked up.", figures.prompt_tokens)
+    yield counter("prefix_cache_hits", "Prompt tokens found.", figures.cached_prompt_tokens)
+    yield counter("engine_steps", "Passes of the target over the batch.", figures.num_steps)
+    yield counter("spec_decode_num_drafts", "Rounds that proposed.", figures.num_rounds)
+    yield counter("spec_decode_num_draft_tokens", "Proposed.", figures.num_draft_tokens)
+    yield counter("spec_decode_num_accepted_tokens", "Accepted.", figures.num_accepted_tokens)
+    yield counters(
+        "spec_decode_num_accepted_tokens_per_pos",
+        "Accepted, by position in the draft.",
+        ("position",),
+        {(str(place),): n for place, n in enumerate(figures.num_accepted_per_pos)},
+    )
+    yield counters(
+        "policy_arm_steps",
+        "Steps decoded with each arm of the policy.",
+        ("drafter", "draft_k"),
+        {(drafter, str(k)): n for (drafter, k), n in figures.steps_by_arm.items()},
+    )
+    yield gauge("drafter_version", "Version in use.", figures.drafter_version)
+    yield counters(
+        "weight_swaps",
+        "Versions offered to the engine, by what became of them.",
+        ("result",),
+        {(result,): n for result, n in figures.swaps.items()},
+    )
+    copies = SummaryMetricFamily(
+        f"{PREFIX}weight_swap_seconds", "Time of the copies into the drafter.", labels=_LABELS
+    )
+    copies.add_metric(common, _num_copies(figures.swaps), figures.swap_seconds)
+    yield copies
+    yield counters(
+        "traces",
+        "Traces, by what became of them.",
+        ("result",),
+        {(result,): n for result, n in figures.traces.items()},
+    )
+    yield counter("capture_rows_dropped", "Hidden rows not kept.", figures.capture_rows_dropped)
+    for name, value in sorted(figures.extra.items()):
+        yield gauge(name, "A figure of the engine.", value)
+
+
+def _num_copies(swaps: dict[str, int]) -> int:
+    return swaps.get("swapped", 0) + swaps.get("rolled_back", 0)

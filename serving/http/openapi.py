@@ -1,0 +1,73 @@
+"""/openapi.json that tells the truth: request bodies that FastAPI does not see, and the limits that
+only this server's settings know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from serving.http.context import Context
+from serving.http.schemas import ChatRequest, CompletionRequest, NoFields, SwapRequest
+
+_REFERENCE = "#/components/schemas/{model}"
+_BODIES = (CompletionRequest, ChatRequest, SwapRequest, NoFields)
+
+
+def build_schema(app: FastAPI, context: Context) -> dict[str, Any]:
+    schema = get_openapi(
+        title="Slipstream",
+        version="1",
+        description="Speculative decoding that tunes itself to its own traffic.",
+        routes=app.routes,
+    )
+    _, bodies = models_json_schema(
+        [(model, "validation") for model in _BODIES], ref_template=_REFERENCE
+    )
+    schema["components"]["schemas"] |= bodies["$defs"]
+    _add_limits(schema["components"]["schemas"], context)
+    return schema
+
+
+def _add_limits(models: dict[str, Any], context: Context) -> None:
+    """Write what ``jobs.py`` checks into the models."""
+    engine, server = context.engine, context.settings.server
+    for model in ("CompletionRequest", "ChatRequest"):
+        fields = models[model]["properties"]
+        _integer(fields["n"])["maximum"] = server.max_choices
+        _branch(fields["model"], "string")["enum"] = [engine.model_name]
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in fields:
+                _integer(fields[name])["maximum"] = engine.max_model_len
+        stop_ids = _branch(fields["stop_token_ids"], "array")
+        stop_ids["items"]["maximum"] = engine.vocab_size - 1
+    max_draft = models["SpeculationOptions"]["properties"]["max_draft"]
+    _integer(max_draft)["maximum"] = engine.max_draft
+    for branch in models["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+        _limit_prompt(branch, context)
+
+
+def _limit_prompt(branch: dict[str, Any], context: Context) -> None:
+    """Bounds of one of the four forms of ``prompt``."""
+    if branch["type"] == "string":
+        branch["minLength"] = 1
+        return
+    items = branch["items"]
+    if items["type"] == "integer":
+        items["maximum"] = context.engine.vocab_size - 1
+        branch["maxItems"] = context.engine.max_model_len
+        return
+    branch["maxItems"] = context.settings.engine.max_queue
+    _limit_prompt(items, context)
+
+
+def _integer(field: dict[str, Any]) -> dict[str, Any]:
+    return _branch(field, "integer")
+
+
+def _branch(field: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The alternative of a nullable field that is not null."""
+    found: dict[str, Any] = next(b for b in field["anyOf"] if b.get("type") == kind)
+    return found

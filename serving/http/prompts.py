@@ -1,0 +1,79 @@
+"""From text to token ids and back, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jinja2
+
+from serving.http.errors import invalid
+
+REPLACEMENT = "\ufffd"
+T = TypeVar("T")
+
+
+class PromptEncoder:
+    """The target's tokenizer on one thread of its own: a long prompt delays other prompts, never
+    the streams that are running."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        self._token_texts: dict[int, str | None] = {}
+
+    async def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of each text, with the special tokens that the tokenizer adds by itself."""
+        return await self._run(lambda: [self._ids(text) for text in texts])
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant begins to speak.
+
+        Raises:
+            ApiError: 400, the target has no chat template or its template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise invalid(
+                "the target has no chat template; use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            return await self._run(lambda: self._chat_ids(messages))
+        except jinja2.TemplateError as error:
+            raise invalid(
+                f"the target's chat template refuses these messages: {error.message}",
+                param="messages",
+                code="chat_template",
+            ) from None
+
+    def token_text(self, token_id: int) -> str | None:
+        """Text of one token alone; ``None`` where it is no whole character."""
+        if token_id not in self._token_texts:
+            text: str = self._tokenizer.decode([token_id])
+            self._token_texts[token_id] = None if REPLACEMENT in text else text
+        return self._token_texts[token_id]
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, job)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def _chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        text = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return tuple(encoded["input_ids"])
+
+
+def token_label(text_of: Callable[[int], str | None], token_id: int) -> str:
+    """How a token is called in a log probability: its text, or ``token_id:N``."""
+    text = text_of(token_id)
+    return f"token_id:{token_id}" if text is None else text

@@ -1,0 +1,45 @@
+"""Small things that several answers share."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from serving.http.schemas import FinishReasonName
+from serving.types import Output
+
+EVENT_STREAM: dict[str, Any] = {
+    "description": "The answer; with `stream` as server-sent events.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+"""Second form of a 200, for ``responses=``."""
+
+
+def json_answer(model: BaseModel) -> Response:
+    """A model as it is: the route's ``response_model`` documents, it does not check again."""
+    return Response(model.model_dump_json(), media_type="application/json")
+
+
+def reason_name(output: Output) -> FinishReasonName | None:
+    """Why a choice ended, as clients know it. One that ended otherwise has no answer."""
+    reason = output.finish_reason
+    assert reason != "cancelled" and reason != "error"
+    return reason
+
+
+def json_status(status: dict[str, Any]) -> Response:
+    """A dict of the engine's. NaN and infinities become null, other objects their text."""
+    return Response(json.dumps(finite(status), default=str), media_type="application/json")
+
+
+def finite(value: Any) -> Any:
+    """The same tree with text keys and without floats that JSON cannot say."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

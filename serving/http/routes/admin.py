@@ -1,0 +1,82 @@
+"""Admin: look at the drafter, change its version, drain the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.http.auth import ADMIN
+from serving.http.bodies import body_schema, json_body
+from serving.http.context import context_of
+from serving.http.errors import ApiError, documented
+from serving.http.responses import json_status
+from serving.http.schemas import DrafterStatus, Drain, NoFields, SwapRequest, SwapResult
+
+router = APIRouter()
+
+_POST_REFUSALS = documented(400, 401, 403, 408, 413, 415, 500)
+_NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
+
+
+@router.get(
+    "/admin/drafter",
+    dependencies=ADMIN,
+    response_model=DrafterStatus,
+    responses=documented(401, 403, 500),
+)
+async def drafter(request: Request) -> Response:
+    """Version in use, the versions to be had, and how the last swap went."""
+    return json_status(context_of(request).engine.drafter_status())
+
+
+@router.post(
+    "/admin/drafter/swap",
+    dependencies=ADMIN,
+    response_model=SwapResult,
+    responses={**_POST_REFUSALS, **documented(409)},
+    openapi_extra=body_schema(SwapRequest, required=False),
+)
+async def swap(
+    request: Request, body: Annotated[SwapRequest, Depends(json_body(SwapRequest))]
+) -> Response:
+    """Use another published version, between two steps; requests go on."""
+    engine = context_of(request).engine
+    return await _ordered(lambda: engine.swap(body.version))
+
+
+@router.post(
+    "/admin/drafter/rollback",
+    dependencies=ADMIN,
+    response_model=SwapResult,
+    responses={**_POST_REFUSALS, **documented(409)},
+    openapi_extra=body_schema(NoFields, required=False),
+)
+async def rollback(request: Request, body: _NoFields) -> Response:
+    """Return to the former version."""
+    return await _ordered(context_of(request).engine.rollback)
+
+
+@router.post(
+    "/admin/drain",
+    dependencies=ADMIN,
+    responses=_POST_REFUSALS,
+    openapi_extra=body_schema(NoFields, required=False),
+)
+async def drain(request: Request, body: _NoFields) -> Drain:
+    """Take no new requests and turn /ready off. The process goes on until it gets SIGTERM."""
+    context = context_of(request)
+    context.begin_drain()
+    return Drain(draining=True, inflight=context.engine.num_inflight())
+
+
+async def _ordered(order: Callable[[], dict[str, Any]]) -> Response:
+    """Carry out an order that reads weights from disk, off the event loop."""
+    try:
+        return json_status(await asyncio.to_thread(order))
+    except ValueError as error:
+        raise ApiError(409, str(error), code="swap_refused") from None

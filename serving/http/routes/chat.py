@@ -1,0 +1,163 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.http.auth import USER
+from serving.http.bodies import body_schema, json_body
+from serving.http.chunks import chunk_events
+from serving.http.context import Context, context_of
+from serving.http.errors import documented, invalid
+from serving.http.generation import Generation
+from serving.http.jobs import Job, check_model, plan_job, wants_usage
+from serving.http.logprobs import chat_logprobs
+from serving.http.responses import EVENT_STREAM, json_answer, reason_name
+from serving.http.schemas import (
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponse,
+)
+from serving.http.streaming import EventStream
+from serving.types import Output
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    dependencies=USER,
+    response_model=ChatResponse,
+    responses={200: EVENT_STREAM, **documented(400, 401, 404, 408, 413, 415, 429, 500, 503)},
+    openapi_extra=body_schema(ChatRequest),
+)
+async def create_chat_completion(
+    request: Request,
+    body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
+) -> Response:
+    """Answer a conversation, rendered with the target's own chat template."""
+    context = context_of(request)
+    check_model(context, body)
+    messages = [{"role": m.role, "content": m.content} for m in body.messages]
+    job = plan_job(
+        request,
+        body,
+        [await context.prompts.encode_chat(messages)],
+        id_prefix="chatcmpl",
+        max_tokens=max_tokens(body),
+        logprobs=num_logprobs(body),
+    )
+    generation = Generation(context, job, request.state.request_id)
+    generation.submit()
+    writer = ChatWriter(context, job, bool(body.return_token_ids))
+    if body.stream:
+        events = chunk_events(generation, writer, wants_usage(body))
+        return EventStream(events, request, generation.close)
+    with generation:
+        outputs = await generation.answers(request.receive)
+    return json_answer(writer.response(generation, outputs))
+
+
+def max_tokens(body: ChatRequest) -> int | None:
+    """The limit under either of its names; ``None`` for all that fits."""
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise invalid(
+            "max_tokens: the former name of max_completion_tokens; send one of them",
+            param="max_tokens",
+        )
+    return body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+
+
+def num_logprobs(body: ChatRequest) -> int | None:
+    """Alternatives to report at each token; ``None`` reports nothing."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs: only with logprobs=true", param="top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+class ChatWriter:
+    """Outputs in the shape of /v1/chat/completions."""
+
+    def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
+        self._prompts = context.prompts
+        self._job = job
+        self._with_ids = with_ids
+        self._begun: set[int] = set()
+
+    def response(self, generation: Generation, outputs: Sequence[Output]) -> ChatResponse:
+        return ChatResponse(
+            id=self._job.id,
+            object="chat.completion",
+            created=self._job.created_unix_s,
+            model=self._job.model_name,
+            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            usage=generation.usage(),
+            speculation=generation.speculation(),
+            prompt_token_ids=self._prompt_token_ids(),
+        )
+
+    def chunks(self, index: int, output: Output) -> list[ChatChunk]:
+        opening = [] if index in self._begun else [self._opening(index)]
+        is_news = output.text or output.finish_reason is not None or output.logprobs
+        if not is_news and not self._with_ids:
+            return opening
+        chunk = self.bare_chunk()
+        chunk.choices = [
+            ChatChunkChoice(
+                index=index,
+                delta=ChatDelta(content=output.text),
+                logprobs=self._logprobs(output),
+                finish_reason=reason_name(output),
+                token_ids=list(output.token_ids) if self._with_ids else None,
+            )
+        ]
+        return [*opening, chunk]
+
+    def bare_chunk(self) -> ChatChunk:
+        return ChatChunk(
+            id=self._job.id,
+            object="chat.completion.chunk",
+            created=self._job.created_unix_s,
+            model=self._job.model_name,
+            choices=[],
+        )
+
+    def _opening(self, index: int) -> ChatChunk:
+        """The first chunk of a choice says who speaks."""
+        chunk = self.bare_chunk()
+        delta = ChatDelta(role="assistant", content="")
+        chunk.choices = [
+            ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+        ]
+        chunk.prompt_token_ids = None if self._begun else self._prompt_token_ids()
+        self._begun.add(index)
+        return chunk
+
+    def _choice(self, index: int, output: Output) -> ChatChoice:
+        reason = reason_name(output)
+        assert reason is not None
+        return ChatChoice(
+            index=index,
+            message=ChatAnswer(role="assistant", content=output.text),
+            logprobs=self._logprobs(output),
+            finish_reason=reason,
+            token_ids=list(output.token_ids) if self._with_ids else None,
+        )
+
+    def _logprobs(self, output: Output) -> ChatLogprobs | None:
+        if output.logprobs is None:
+            return None
+        return chat_logprobs(output.logprobs, self._prompts.token_text)
+
+    def _prompt_token_ids(self) -> list[int] | None:
+        return list(self._job.requests[0].prompt_ids) if self._with_ids else None

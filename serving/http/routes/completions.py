@@ -1,0 +1,128 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.http.auth import USER
+from serving.http.bodies import body_schema, json_body
+from serving.http.chunks import chunk_events
+from serving.http.context import Context, context_of
+from serving.http.errors import documented
+from serving.http.generation import Generation
+from serving.http.jobs import Job, check_model, plan_job, wants_usage
+from serving.http.logprobs import completion_logprobs
+from serving.http.responses import EVENT_STREAM, json_answer, reason_name
+from serving.http.schemas import CompletionChoice, CompletionRequest, CompletionResponse, Prompt
+from serving.http.streaming import EventStream
+from serving.types import Output
+
+router = APIRouter()
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default for completions."""
+
+
+@router.post(
+    "/v1/completions",
+    dependencies=USER,
+    response_model=CompletionResponse,
+    responses={200: EVENT_STREAM, **documented(400, 401, 404, 408, 413, 415, 429, 500, 503)},
+    openapi_extra=body_schema(CompletionRequest),
+)
+async def create_completion(
+    request: Request,
+    body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
+) -> Response:
+    """Complete one prompt or several."""
+    context = context_of(request)
+    check_model(context, body)
+    job = plan_job(
+        request,
+        body,
+        await prompt_ids(context, body.prompt),
+        id_prefix="cmpl",
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+    )
+    generation = Generation(context, job, request.state.request_id)
+    generation.submit()
+    writer = CompletionWriter(context, job, bool(body.return_token_ids))
+    if body.stream:
+        events = chunk_events(generation, writer, wants_usage(body))
+        return EventStream(events, request, generation.close)
+    with generation:
+        outputs = await generation.answers(request.receive)
+    return json_answer(writer.response(generation, outputs))
+
+
+async def prompt_ids(context: Context, prompt: Prompt) -> list[tuple[int, ...]]:
+    """Token ids of each prompt, whichever of the four forms it came in."""
+    if isinstance(prompt, str):
+        return await context.prompts.encode([prompt])
+    if isinstance(prompt[0], str):
+        return await context.prompts.encode(prompt)
+    if isinstance(prompt[0], int):
+        return [tuple(prompt)]
+    return [tuple(ids) for ids in prompt]
+
+
+class CompletionWriter:
+    """Outputs in the shape of /v1/completions."""
+
+    def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
+        self._prompts = context.prompts
+        self._job = job
+        self._with_ids = with_ids
+        self._num_chars = [0] * len(job.requests)
+        """Characters of each choice's tokens so far, for ``text_offset``."""
+        self._begun: set[int] = set()
+
+    def response(self, generation: Generation, outputs: Sequence[Output]) -> CompletionResponse:
+        answer = self.bare_chunk()
+        answer.choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        answer.usage, answer.speculation = generation.usage(), generation.speculation()
+        return answer
+
+    def chunks(self, index: int, output: Output) -> list[CompletionResponse]:
+        is_news = output.text or output.finish_reason is not None or output.logprobs
+        if not is_news and not self._with_ids:
+            return []
+        chunk = self.bare_chunk()
+        chunk.choices = [self._choice(index, output)]
+        return [chunk]
+
+    def bare_chunk(self) -> CompletionResponse:
+        return CompletionResponse(
+            id=self._job.id,
+            object="text_completion",
+            created=self._job.created_unix_s,
+            model=self._job.model_name,
+            choices=[],
+        )
+
+    def _choice(self, index: int, output: Output) -> CompletionChoice:
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = completion_logprobs(
+                output.logprobs, self._prompts.token_text, self._num_chars[index]
+            )
+            self._num_chars[index] += sum(
+                len(self._prompts.token_text(token) or "") for token in output.token_ids
+            )
+        is_first = index not in self._begun
+        self._begun.add(index)
+        prompt = self._job.requests[index].prompt_ids
+        return CompletionChoice(
+            index=index,
+            text=output.text,
+            logprobs=logprobs,
+            finish_reason=reason_name(output),
+            token_ids=list(output.token_ids) if self._with_ids else None,
+            prompt_token_ids=list(prompt) if self._with_ids and is_first else None,
+        )

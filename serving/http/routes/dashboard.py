@@ -1,0 +1,87 @@
+"""GET /dashboard: one page for a person, and the figures that it polls."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from serving.http.auth import PAGE
+from serving.http.context import context_of
+from serving.http.errors import documented
+from serving.http.history import SAMPLE_FIELDS
+from serving.http.responses import finite, json_answer
+from serving.http.routes.models import package_version, target_label
+from serving.http.schemas import ArmSteps, DashboardData
+from serving.types import EngineFigures
+
+router = APIRouter()
+
+_PAGE = resources.files("serving.http").joinpath("dashboard.html").read_text(encoding="utf-8")
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+@router.get(
+    "/dashboard",
+    dependencies=PAGE,
+    response_class=HTMLResponse,
+    responses=documented(401, 500),
+)
+async def dashboard() -> Response:
+    """The page. It loads nothing from elsewhere."""
+    return HTMLResponse(_PAGE, headers=_HEADERS)
+
+
+@router.get(
+    "/dashboard/data",
+    dependencies=PAGE,
+    response_model=DashboardData,
+    responses=documented(400, 401, 500),
+)
+async def dashboard_data(
+    request: Request,
+    since: Annotated[
+        float, Query(ge=0, allow_inf_nan=False, description="only samples after this unix time")
+    ] = 0.0,
+) -> Response:
+    """Figures of now, and a sample of every second of the last minutes."""
+    context = context_of(request)
+    engine, figures = context.engine, context.engine.figures()
+    return json_answer(
+        DashboardData(
+            model=engine.model_name,
+            target=target_label(context.settings.target),
+            package_version=package_version(),
+            unix_s=time.time(),
+            started_unix_s=engine.created_unix_s,
+            is_ready=context.is_ready,
+            figures=_plain(figures),
+            arms=[
+                ArmSteps(drafter=drafter, draft_k=draft_k, steps=steps)
+                for (drafter, draft_k), steps in sorted(figures.steps_by_arm.items())
+            ],
+            drafter=finite(engine.drafter_status()),
+            policy=finite(engine.policy_figures()),
+            sample_fields=list(SAMPLE_FIELDS),
+            samples=context.history.rows(since),
+        )
+    )
+
+
+def _plain(figures: EngineFigures) -> dict[str, Any]:
+    plain = asdict(figures)
+    del plain["steps_by_arm"]  # its keys are tuples; ``arms`` has it
+    cleaned: dict[str, Any] = finite(plain)
+    return cleaned

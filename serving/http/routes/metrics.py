@@ -1,0 +1,22 @@
+"""GET /metrics, for Prometheus."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from serving.http.auth import USER
+from serving.http.context import context_of
+from serving.http.errors import documented
+from serving.http.metrics import CONTENT_TYPE
+
+router = APIRouter()
+
+
+@router.get(
+    "/metrics", dependencies=USER, response_class=PlainTextResponse, responses=documented(401, 500)
+)
+async def metrics(request: Request) -> Response:
+    """Counters and gauges in Prometheus' text format."""
+    return Response(context_of(request).metrics.render(), media_type=CONTENT_TYPE)

@@ -1,0 +1,67 @@
+"""GET /v1/models, /v1/models/{model} and /version."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from serving.http.auth import USER
+from serving.http.context import Context, context_of
+from serving.http.errors import ApiError, documented
+from serving.http.schemas import ModelCard, ModelList, ModelMetadata, Version
+
+router = APIRouter()
+
+PACKAGE = "slipstream-serving"
+
+
+@router.get("/v1/models", dependencies=USER, responses=documented(401, 500))
+async def list_models(request: Request) -> ModelList:
+    """The one model that is served."""
+    return ModelList(object="list", data=[_card(context_of(request))])
+
+
+@router.get("/v1/models/{model}", dependencies=USER, responses=documented(401, 404, 500))
+async def get_model(request: Request, model: str) -> ModelCard:
+    """The model of that name."""
+    card = _card(context_of(request))
+    if model != card.id:
+        raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")
+    return card
+
+
+@router.get("/version", dependencies=USER, responses=documented(401, 500))
+async def get_version() -> Version:
+    return Version(version=package_version())
+
+
+def package_version() -> str:
+    """Version of the installed package; ``source`` in a checkout that is not installed."""
+    try:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def target_label(target: str) -> str:
+    """The target's id, or the name of its folder: where it lies is nobody's business."""
+    return Path(target).name if Path(target).is_dir() else target
+
+
+def _card(context: Context) -> ModelCard:
+    engine = context.engine
+    return ModelCard(
+        id=engine.model_name,
+        object="model",
+        created=engine.created_unix_s,
+        owned_by="slipstream",
+        max_model_len=engine.max_model_len,
+        metadata=ModelMetadata(
+            target=target_label(context.settings.target),
+            drafter_version=engine.figures().drafter_version,
+            max_draft=engine.max_draft,
+        ),
+    )

@@ -1,0 +1,35 @@
+"""GET /health and /ready: open to everybody, for load balancers."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.http.auth import OPEN
+from serving.http.context import context_of
+from serving.http.errors import documented
+from serving.http.responses import json_answer
+from serving.http.schemas import Health
+
+router = APIRouter()
+
+
+@router.get("/health", dependencies=OPEN, responses=documented(500))
+async def health() -> Health:
+    """The process is alive; it may be draining."""
+    return Health(status="alive")
+
+
+@router.get(
+    "/ready",
+    dependencies=OPEN,
+    response_model=Health,
+    responses={503: {"model": Health}, **documented(500)},
+)
+async def ready(request: Request) -> Response:
+    """200 when a model is loaded and the server is not draining. A swap does not change it."""
+    is_ready = context_of(request).is_ready
+    answer = json_answer(Health(status="ready" if is_ready else "not ready"))
+    answer.status_code = 200 if is_ready else 503
+    return answer

@@ -1,0 +1,161 @@
+"""From the engine's thread to a client's socket, without either waiting for the other.
+
+The engine puts outputs into a ``Mailbox`` and goes on. The response takes whatever lies there: a
+client that reads slowly gets fewer and larger chunks. A mailbox holds at most one output for each
+token of its requests, so memory is bounded by ``max_tokens``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serving.http.errors import internal, log_failure, logger
+from serving.types import Output
+
+STALL_S = 30.0
+"""A client that takes nothing for so long is given up and its requests are cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One output and when the engine made it."""
+
+    at_s: float
+    """On the clock of ``time.perf_counter``."""
+    output: Output
+
+
+class Mailbox:
+    """Outputs on their way to one response."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._arrivals: list[Arrival] = []
+        self._news = asyncio.Event()
+
+    def put(self, output: Output) -> None:
+        """Called on the engine's thread. Wakes the loop only when the mailbox was empty."""
+        with self._lock:
+            was_empty = not self._arrivals
+            self._arrivals.append(Arrival(time.perf_counter(), output))
+        if was_empty:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+                self._loop.call_soon_threadsafe(self._news.set)
+
+    async def take(self) -> list[Arrival]:
+        """Everything that arrived since the last call, at least one."""
+        await self._news.wait()
+        with self._lock:
+            taken, self._arrivals = self._arrivals, []
+            self._news.clear()
+        return taken
+
+
+def join_outputs(outputs: Sequence[Output]) -> Output:
+    """One output that says what several of one request say, in order."""
+    last = outputs[-1]
+    if len(outputs) == 1:
+        return last
+    logprobs = [entry for output in outputs for entry in output.logprobs or ()]
+    return replace(
+        last,
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        logprobs=tuple(logprobs) if outputs[0].logprobs is not None else None,
+    )
+
+
+async def until_disconnect(receive: Receive) -> None:
+    """Return when the client has left. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: str) -> bytes:
+    """One server-sent event."""
+    return b"data: " + data.encode() + b"\n\n"
+
+
+DONE = event("[DONE]")
+
+
+class EventStream(Response):
+    """Server-sent events; ``on_close`` is called however the response ends.
+
+    It ends early when the client leaves or takes nothing for ``stall_s``. The connection is then
+    dropped, because a finished stream would look complete.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        request: Request,
+        on_close: Callable[[], None],
+        stall_s: float = STALL_S,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._request_id: str = request.state.request_id
+        self._on_close = on_close
+        self._stall_s = stall_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tasks = [
+            asyncio.create_task(self._send_all(send)),
+            asyncio.create_task(until_disconnect(receive)),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._on_close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": self.status_code,
+                        "headers": self.raw_headers,
+                    }
+                )
+            async for data in self._guarded():
+                await self._send_body(send, data, more=True)
+            await self._send_body(send, b"", more=False)
+        except TimeoutError:
+            logger.warning(
+                "request %s: the client took nothing for %.0f s, request cancelled",
+                self._request_id,
+                self._stall_s,
+            )
+
+    async def _guarded(self) -> AsyncIterator[bytes]:
+        """The events; a failure of ours becomes the last one, for the status is sent already."""
+        try:
+            async for data in self._events:
+                yield data
+        except Exception as error:
+            log_failure(self._request_id, error)
+            yield event(internal(self._request_id).body.model_dump_json())
+
+    async def _send_body(self, send: Send, data: bytes, *, more: bool) -> None:
+        message: dict[str, Any] = {"type": "http.response.body", "body": data, "more_body": more}
+        async with asyncio.timeout(self._stall_s):
+            await send(message)
