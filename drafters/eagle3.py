@@ -130,8 +130,8 @@ class Eagle3(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, c.draft_vocab_size, bias=False)
-        inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-        self.register_buffer("inverse_frequency", inverse.float(), persistent=False)
+        # Not a buffer: a module moved to bfloat16 would round the angles.
+        self._inverse_frequency: dict[torch.device, Tensor] = {}
         reduced = c.draft_vocab_size != c.target_vocab_size
         self.register_buffer(
             "d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64) if reduced else None
@@ -156,10 +156,16 @@ class Eagle3(nn.Module):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [..., 1, D] float32, for ``positions`` [...] int64."""
-        inverse: Tensor = self.inverse_frequency  # type: ignore[assignment]
-        angles = positions[..., None].float() * inverse
+        angles = positions[..., None].float() * self._inverse_on(positions.device)
         angles = torch.cat((angles, angles), dim=-1)[..., None, :]
         return angles.cos(), angles.sin()
+
+    def _inverse_on(self, device: torch.device) -> Tensor:
+        if device not in self._inverse_frequency:
+            dim = self.config.head_dim
+            powers = -torch.arange(0, dim, 2, dtype=torch.float64) / dim
+            self._inverse_frequency[device] = (self.config.rope_theta**powers).float().to(device)
+        return self._inverse_frequency[device]
 
     def fuse(self, features: Tensor) -> Tensor:
         """Tapped rows [..., m * H] (layer_ids order) -> h [..., H]."""

@@ -18,18 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from buffer.records import Round
-from drafters.eagle3_paged import PagedEagle3
-from drafters.protocol import CommittedRows, Draft
-from drafters.suffix import SuffixIndex
+from drafters.protocol import Draft
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome, StepObs
-from specops.attention import PagedPass, make_group
-from specops.rng import Stream, uniforms
-from specops.sampling import SamplingRows, distribution, draw, sampling_rows
-from specops.verify import verify_match, verify_standard
 from torch import Tensor
 
 from serving.capture import CaptureRing
 from serving.detokenize import Detokenizer
+from serving.drafting import Drafting
+from serving.packing import step_rows
 from serving.scheduler import Chunk, Scheduler
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
@@ -41,34 +37,12 @@ from serving.types import (
     Output,
     QueueFullError,
     Request,
-    SpeculationStats,
-    TokenLogprob,
 )
+from serving.verifying import Verified, draft_logp, token_logprobs, verify
 
 log = logging.getLogger(__name__)
 
 PLAIN = Decision("none", 0, 1.0, False, "plain")
-
-
-@dataclass(frozen=True, slots=True)
-class StepRows:
-    """The rows of one target pass, decode requests first, then prompt chunks."""
-
-    ids_T: Tensor
-    positions_T: Tensor
-    paged: PagedPass
-    num_query: int
-    """Rows of each decode request, K + 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """Host-side outcome of one verification."""
-
-    num_accepted: list[int]
-    next_ids: list[int]
-    p_logp: list[list[float]]
-    """[R][K] log probability of each draft token under the target's shaped distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +55,15 @@ class Committed:
     position: int
     """Position of that row."""
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Clock readings of one step, seconds of ``perf_counter``."""
+
+    started_s: float
+    drafted_s: float
+    has_prefill: bool
 
 
 @dataclass(slots=True)
@@ -107,23 +90,21 @@ class Engine:
         tokenizer: Any,
         eos_ids: frozenset[int],
         policy: DraftPolicy,
-        neural: PagedEagle3 | None,
-        suffix: SuffixIndex | None,
+        drafting: Drafting,
         ring: CaptureRing | None,
-        on_finished: Callable[[Sequence, list[tuple[int, int, int]]], None] | None,
-        between_steps: Callable[[], None] | None,
-        on_rounds: Callable[[Decision, list[tuple[int, int]]], None] | None,
         max_model_len: int,
         max_queue: int,
-        max_draft: int,
         model_name: str,
         seed: int,
+        on_finished: Callable[[Sequence], None] | None = None,
+        between_steps: Callable[[], None] | None = None,
+        on_rounds: Callable[[list[tuple[int, int]]], None] | None = None,
     ) -> None:
         """
         Args:
-            on_finished: takes a finished request and its captured pieces; must not block.
+            on_finished: takes a finished request whose rows were captured; must not block.
             between_steps: called before every step on the engine's thread; swaps weights there.
-            on_rounds: told (proposed, accepted) of every round of a step, for the swap watch.
+            on_rounds: told (proposed, accepted) of the rounds of a step the neural drafter drafted.
         """
         self.target = target
         self.pool = pool
@@ -131,33 +112,21 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.policy = policy
-        self.neural = neural
-        self.suffix = suffix
+        self.drafting = drafting
         self.ring = ring
         self.on_finished = on_finished
         self.between_steps = between_steps
         self.on_rounds = on_rounds
         self.max_model_len = max_model_len
         self.max_queue = max_queue
-        self.max_draft = max_draft
+        self.max_draft = drafting.max_draft
         self.model_name = model_name
         self.vocab_size = target.vocab_size
         self.created_unix_s = int(time.time())
 
         self._seeds = np.random.default_rng(seed if seed else secrets.randbits(64))
-        num_pages = scheduler.pool.num_pages
-        self._draft_ready = np.zeros(num_pages, dtype=bool)
-        num_slots = num_pages * scheduler.page_size
-        shape = (num_slots, len(target.layer_ids), target.config.hidden_size)
-        # Tapped rows of every slot, so that the drafter can catch up at any time: after an off
-        # state, on a prefix somebody else computed, or with new weights. About a fifth of the KV.
-        self._features = (
-            torch.zeros(shape, dtype=target.dtype, device=target.device) if neural else None
-        )
-        self._matches: tuple[int, ...] | None = None
-        self._slots: dict[str, np.ndarray] = {}
         self._counters = _Counters()
-        self._accepted_per_pos = [0] * max_draft
+        self._accepted_per_pos = [0] * self.max_draft
         self._arms: Counter[tuple[str, int]] = Counter()
 
         self._wake = threading.Condition()
@@ -224,6 +193,23 @@ class Engine:
             self._cancels.append(request_id)
             self._wake.notify()
 
+    def cancel_all(self) -> None:
+        """Stop every request in flight."""
+        with self._wake:
+            self._cancels.extend(self._inflight)
+            self._wake.notify()
+
+    def reset_figures(self) -> None:
+        """Forget counters, prefix cache and random state of a warm-up; nothing may be in flight."""
+        assert not self._inflight, "reset while requests are in flight"
+        self._counters = _Counters()
+        self._accepted_per_pos = [0] * self.max_draft
+        self._arms.clear()
+
+    def count_lost_rows(self, count: int) -> None:
+        """Captured rows that the ring overwrote before their request ended."""
+        self._counters.capture_rows_dropped += count
+
     def wake(self) -> None:
         """Let an idle engine look at its control orders."""
         with self._wake:
@@ -260,7 +246,7 @@ class Engine:
     @property
     def version(self) -> int:
         """Version of the neural drafter in force; 0 without one."""
-        return self.neural.version if self.neural else 0
+        return self.drafting.version
 
     def _check(self, request: Request) -> None:
         num_prompt, sampling = len(request.prompt_ids), request.sampling
@@ -324,20 +310,20 @@ class Engine:
             return False
         started = time.perf_counter()
         batch = list(plan.decode)
-        decision = self._decide(batch)
-        draft = self._draft(batch, decision) if decision.draft_k else None
+        obs = self.drafting.observe(batch, self._counters.num_steps) if batch else None
+        decision = self.policy.plan(obs) if obs else PLAIN
+        assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
+        draft = self.drafting.draft(batch, decision.drafter, decision.draft_k)
         drafted = time.perf_counter()
-        num_draft = draft.tokens_RK.shape[1] if draft else 0
-        rows = self._rows(batch, draft, num_draft, plan.chunks)
+        rows = step_rows(batch, draft, plan.chunks, self.target.device)
         computed = self.target.forward(rows.ids_T, rows.positions_T, rows.paged, self.pool)
-        if self._features is not None:
-            self._features.index_copy_(0, rows.paged.slots_T, computed.features_TmH)
+        self.drafting.keep_features(rows.paged.slots_T, computed.features_TmH)
         committed: list[Committed] = []
         num_decode_rows = len(batch) * rows.num_query
         if batch:
             hidden = computed.hidden_TH[:num_decode_rows].unflatten(0, (len(batch), -1))
             logits = self.target.logits(hidden)
-            verified = self._verify(batch, draft, logits)
+            verified = verify(batch, draft, logits)
             step_s = time.perf_counter() - started
             committed += self._commit_rounds(batch, draft, decision, verified, logits, step_s)
         committed += self._commit_chunks(plan.chunks, computed, num_decode_rows)
@@ -346,7 +332,8 @@ class Engine:
         self._counters.num_steps += 1
         if batch:
             self._arms[(decision.drafter, decision.draft_k)] += 1
-            self._observe(batch, draft, decision, verified, started, drafted, bool(plan.chunks))
+            timing = Timing(started, drafted, bool(plan.chunks))
+            self._observe(obs, draft, decision, verified, timing)
         return True
 
     def _take_orders(self) -> None:
@@ -370,215 +357,8 @@ class Engine:
             self._counters.cached_prompt_tokens += sequence.num_cached
             pages = np.asarray(sequence.pages, dtype=np.int64)
             slots = pages[:, None] * page_size + np.arange(page_size)
-            self._slots[sequence.request.id] = slots.reshape(-1)
-            cached = sequence.num_cached // page_size
-            self._draft_ready[pages[cached:]] = False
-            if self.suffix:
-                tenant = sequence.request.tenant
-                self.suffix.begin(sequence.request.id, sequence.tokens, namespace=tenant)
-            sequence.draft_next = self._first_undrafted(sequence, cached)
-
-    def _first_undrafted(self, sequence: Sequence, cached: int) -> int:
-        """Position from which the drafter has no rows: pages somebody drafted over are ready."""
-        gaps = np.flatnonzero(~self._draft_ready[sequence.pages[:cached]])
-        num_ready = int(gaps[0]) if len(gaps) else cached
-        return max(num_ready * self.scheduler.page_size, 1)
-
-    # ---- plan and draft ------------------------------------------------------------------------
-
-    def _cap(self, sequence: Sequence) -> int:
-        """Largest K this request may have now: the last token is always the target's own."""
-        asked = sequence.request.max_draft
-        limit = self.max_draft if asked is None else min(asked, self.max_draft)
-        return min(limit, sequence.num_left - 1)
-
-    def _decide(self, batch: list[Sequence]) -> Decision:
-        drafters = (("eagle3",) if self.neural else ()) + (("suffix",) if self.suffix else ())
-        caps = tuple(self._cap(s) for s in batch)
-        if not batch or not drafters or not any(caps):
-            return PLAIN
-        matches = None
-        if self.suffix:
-            matches = tuple(
-                self.suffix.match(s.request.id) if cap else 0
-                for s, cap in zip(batch, caps, strict=True)
-            )
-        pending = sum(len(s.tokens) - s.draft_next - 1 for s in batch) if self.neural else 0
-        obs = StepObs(
-            step=self._counters.num_steps,
-            batch=len(batch),
-            caps=caps,
-            suffix_matches=matches,
-            drafters=drafters,
-            max_draft=min(self.max_draft, max(caps)),
-            version=self.version,
-            pending_rows=pending,
-        )
-        self._matches = matches
-        decision = self.policy.plan(obs)
-        assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
-        return decision
-
-    def _draft(self, batch: list[Sequence], decision: Decision) -> Draft | None:
-        if decision.drafter == "suffix":
-            return self._draft_suffix(batch, decision.draft_k)
-        return self._draft_neural(batch, decision.draft_k)
-
-    def _draft_suffix(self, batch: list[Sequence], num_draft: int) -> Draft | None:
-        assert self.suffix is not None
-        proposals = [
-            self.suffix.propose(s.request.id, min(num_draft, cap)) if (cap := self._cap(s)) else []
-            for s in batch
-        ]
-        width = max(len(p) for p in proposals)
-        if width == 0:
-            return None
-        padded = [p + [0] * (width - len(p)) for p in proposals]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=self.target.device)
-        return Draft("suffix", tokens, tuple(map(len, proposals)), None, self.version)
-
-    def _draft_neural(self, batch: list[Sequence], num_draft: int) -> Draft:
-        assert self.neural is not None
-        rows = self._committed_rows(batch, num_draft)
-        sampling = self._sampling(batch)
-        matches = [s.matches_target for s in batch]
-        greedy_rows = draws = None
-        if not all(matches):
-            greedy_rows = torch.tensor(matches, device=self.target.device)
-            draws = self._uniforms(batch, num_draft, Stream.DRAFT)
-        draft = self.neural.propose(rows, num_draft, sampling, greedy_rows, draws)
-        for sequence in batch:
-            sequence.draft_next = len(sequence.tokens)
-            self._mark_draft_ready(sequence)
-        lens = tuple(min(num_draft, self._cap(s)) for s in batch)
-        return Draft(draft.kind, draft.tokens_RK, lens, draft.q_RKV, draft.version)
-
-    def _committed_rows(self, batch: list[Sequence], num_draft: int) -> CommittedRows:
-        device = self.target.device
-        ids: list[int] = []
-        positions: list[int] = []
-        counts = []
-        for s in batch:
-            ids += s.tokens[s.draft_next :]
-            positions += range(s.draft_next, len(s.tokens))
-            counts.append(len(s.tokens) - s.draft_next)
-        assert self._features is not None
-        before = [self._slots[s.request.id][s.draft_next - 1 : len(s.tokens) - 1] for s in batch]
-        slots = torch.from_numpy(np.concatenate(before)).to(device)
-        return CommittedRows(
-            counts_R=tuple(counts),
-            ids_T=torch.tensor(ids, device=device),
-            positions_T=torch.tensor(positions, device=device),
-            features_TmH=self._features[slots],
-            slots_RS=self._slot_table(batch, num_draft),
-        )
-
-    def _mark_draft_ready(self, sequence: Sequence) -> None:
-        page_size = self.scheduler.page_size
-        self._draft_ready[sequence.pages[: sequence.draft_next // page_size]] = True
-
-    def _slot_table(self, batch: list[Sequence], num_draft: int) -> Tensor:
-        """[R, S] slots of positions 0 .. longest anchor + K."""
-        width = max(len(s.tokens) for s in batch) + num_draft
-        table = np.zeros((len(batch), width), dtype=np.int64)
-        for row, sequence in zip(table, batch, strict=True):
-            slots = self._slots[sequence.request.id][:width]
-            row[: len(slots)] = slots
-        return torch.from_numpy(table).to(self.target.device)
-
-    def _sampling(self, batch: list[Sequence]) -> SamplingRows:
-        params = [s.request.sampling for s in batch]
-        return sampling_rows(
-            [p.temperature for p in params],
-            [p.top_k for p in params],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
-            self.vocab_size,
-            self.target.device,
-        )
-
-    def _uniforms(self, batch: list[Sequence], count: int, stream: Stream) -> Tensor:
-        """[R, count] numbers for the positions after each anchor.
-
-        Requests verified by ``match`` draw once a position (nonce 0), so their output does not
-        depend on how rounds fell; the others draw afresh every round.
-        """
-        keys = np.array([s.key for s in batch], dtype=np.uint64)
-        nonces = np.array([0 if s.matches_target else s.num_rounds + 1 for s in batch])
-        starts = np.array([len(s.tokens) for s in batch])
-        positions = starts[:, None] + np.arange(count)
-        numbers = uniforms(keys, positions, nonces, stream)
-        return torch.from_numpy(numbers).to(self.target.device)
-
-    # ---- verify --------------------------------------------------------------------------------
-
-    def _rows(
-        self,
-        batch: list[Sequence],
-        draft: Draft | None,
-        num_draft: int,
-        chunks: tuple[Chunk, ...],
-    ) -> StepRows:
-        device = self.target.device
-        ids, positions, slots, groups = [], [], [], []
-        at = 0
-        if batch:
-            anchors = torch.tensor([len(s.tokens) - 1 for s in batch], device=device)
-            last = torch.tensor([s.tokens[-1] for s in batch], device=device)[:, None]
-            block = last if draft is None else torch.cat((last, draft.tokens_RK), dim=1)
-            positions_RQ = anchors[:, None] + torch.arange(num_draft + 1, device=device)
-            table = self._slot_table(batch, num_draft)
-            groups.append(make_group(0, table, positions_RQ))
-            ids.append(block.reshape(-1))
-            positions.append(positions_RQ.reshape(-1))
-            slots.append(table.gather(1, positions_RQ).reshape(-1))
-            at = len(batch) * (num_draft + 1)
-        for chunk in chunks:
-            tokens = chunk.sequence.tokens[chunk.start : chunk.end]
-            own = torch.from_numpy(self._slots[chunk.sequence.request.id][: chunk.end]).to(device)
-            where = torch.arange(chunk.start, chunk.end, device=device)
-            groups.append(make_group(at, own[None], where[None]))
-            ids.append(torch.tensor(tokens, device=device))
-            positions.append(where)
-            slots.append(own[chunk.start :])
-            at += len(tokens)
-        paged = PagedPass(torch.cat(slots), tuple(groups))
-        return StepRows(torch.cat(ids), torch.cat(positions), paged, num_draft + 1)
-
-    def _verify(self, batch: list[Sequence], draft: Draft | None, logits: Tensor) -> Verified:
-        """Apply each request's rule to its rows. logits [R, K + 1, V]."""
-        device = logits.device
-        num_draft = logits.shape[1] - 1
-        if draft is None:
-            tokens = torch.zeros((len(batch), 0), dtype=torch.int64, device=device)
-            lens = torch.zeros(len(batch), dtype=torch.int64, device=device)
-        else:
-            tokens = draft.tokens_RK
-            lens = torch.tensor(draft.lens_R, device=device)
-        if all(s.is_greedy for s in batch):
-            accepted, following = verify_match(logits.argmax(-1), tokens, lens)
-            return _greedy_verified(accepted.tolist(), following.tolist(), num_draft)
-        p = distribution(logits, self._sampling(batch))
-        own = draw(p, self._uniforms(batch, num_draft + 1, Stream.TARGET))
-        accepted, following = verify_match(own, tokens, lens)
-        draft_p = p[:, :num_draft].gather(-1, tokens[..., None])[..., 0]
-        if not all(s.matches_target for s in batch):
-            verdict = verify_standard(
-                p,
-                draft.q_RKV if draft else None,
-                tokens,
-                lens,
-                self._uniforms(batch, num_draft, Stream.ACCEPT),
-                self._next_uniforms(batch),
-            )
-            by_match = torch.tensor([s.matches_target for s in batch], device=device)
-            accepted = torch.where(by_match, accepted, verdict.num_accepted_R)
-            following = torch.where(by_match, following, verdict.next_R)
-        return Verified(accepted.tolist(), following.tolist(), draft_p.double().log().tolist())
-
-    def _next_uniforms(self, batch: list[Sequence]) -> Tensor:
-        """[R] numbers for the token after the kept ones; one a round, so no position is needed."""
-        return self._uniforms(batch, 1, Stream.RESIDUAL)[:, 0]
+            sequence.slots = slots.reshape(-1)
+            self.drafting.begin(sequence)
 
     # ---- commit --------------------------------------------------------------------------------
 
@@ -593,7 +373,7 @@ class Engine:
     ) -> list[Committed]:
         num_query = logits.shape[1]
         tokens = draft.tokens_RK.tolist() if draft else [[] for _ in batch]
-        q_logp = _draft_logp(draft) if draft else None
+        q_logp = draft_logp(draft)
         committed = []
         for r, sequence in enumerate(batch):
             num_drafted = draft.lens_R[r] if draft else 0
@@ -633,7 +413,7 @@ class Engine:
             sequence, count = chunk.sequence, chunk.end - chunk.start
             if chunk.is_last:
                 logits = self.target.logits(computed.hidden_TH[row + count - 1][None, None])
-                verified = self._verify([sequence], None, logits)
+                verified = verify([sequence], None, logits)
                 self._commit_tokens(sequence, verified.next_ids, logits[0])
             sequence.num_computed = chunk.end
             committed.append(Committed(sequence, row, chunk.start, count))
@@ -659,9 +439,8 @@ class Engine:
             if sequence.finish_reason:
                 break
         if sampling.logprobs is not None:
-            sequence.logprobs += _logprobs(logits[:count], emitted[:count], sampling.logprobs)
-        if self.suffix:
-            self.suffix.extend(sequence.request.id, emitted[:count])
+            sequence.logprobs += token_logprobs(logits[:count], emitted[:count], sampling.logprobs)
+        self.drafting.extend(sequence, emitted[:count])
         self._counters.generation_tokens += count
         return count
 
@@ -708,15 +487,13 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         request = sequence.request
+        ended_well = reason in ("stop", "length")
+        self.drafting.finish(sequence, keep=ended_well and request.capture)
         self.scheduler.remove(sequence)
-        self._slots.pop(request.id, None)
         self._inflight.pop(request.id, None)
         sequence.finish_reason = reason
-        if self.suffix:
-            keep = request.capture and reason in ("stop", "length")
-            self.suffix.finish(request.id, keep=keep)
-        if self.on_finished and request.capture and reason in ("stop", "length"):
-            self.on_finished(sequence, sequence.capture_rows)
+        if self.on_finished and request.capture and ended_well:
+            self.on_finished(sequence)
         self._emit(sequence, reason, error)
 
     def _fail_all(self) -> None:
@@ -736,56 +513,26 @@ class Engine:
 
     def _observe(
         self,
-        batch: list[Sequence],
+        obs: StepObs | None,
         draft: Draft | None,
         decision: Decision,
         verified: Verified,
-        started: float,
-        drafted: float,
-        has_prefill: bool,
+        timing: Timing,
     ) -> None:
-        lens = draft.lens_R if draft else (0,) * len(batch)
-        matches = self._matches if self.suffix and decision is not PLAIN else None
-        rows = tuple(
-            RowOutcome(n, kept, matches[r] if matches else 0)
-            for r, (n, kept) in enumerate(zip(lens, verified.num_accepted, strict=True))
-        )
+        num_rows = len(verified.num_accepted)
+        lens = draft.lens_R if draft else (0,) * num_rows
+        matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * num_rows
+        rows = zip(lens, verified.num_accepted, matches, strict=True)
         self.policy.observe(
             Outcome(
                 decision=decision,
-                batch=len(batch),
-                rows=rows,
-                step_s=time.perf_counter() - started,
-                draft_s=drafted - started,
-                has_prefill=has_prefill,
+                batch=num_rows,
+                rows=tuple(RowOutcome(*row) for row in rows),
+                step_s=time.perf_counter() - timing.started_s,
+                draft_s=timing.drafted_s - timing.started_s,
+                has_prefill=timing.has_prefill,
                 version=self.version,
             )
         )
         if self.on_rounds and draft and draft.kind == "eagle3":
-            self.on_rounds(decision, list(zip(lens, verified.num_accepted, strict=True)))
-
-
-def _greedy_verified(accepted: list[int], following: list[int], num_draft: int) -> Verified:
-    """Under greedy decoding a kept token has probability 1 and the first rejected one 0."""
-    p_logp = [[0.0] * a + [float("-inf")] * (num_draft - a) for a in accepted]
-    return Verified(accepted, following, p_logp)
-
-
-def _draft_logp(draft: Draft) -> list[list[float]] | None:
-    """log q of each drawn token, or ``None`` for a delta draft."""
-    if draft.q_RKV is None:
-        return None
-    logs: list[list[float]] = (
-        draft.q_RKV.gather(-1, draft.tokens_RK[..., None])[..., 0].double().log().tolist()
-    )
-    return logs
-
-
-def _logprobs(logits: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprob]:
-    """The target's own log probabilities of emitted tokens. logits [n, V]."""
-    scores = logits.log_softmax(dim=-1)
-    best, ids = scores.topk(num_top, dim=-1)
-    return [
-        TokenLogprob(token, float(scores[i, token]), tuple(zip(ids[i].tolist(), best[i].tolist())))
-        for i, token in enumerate(tokens)
-    ]
+            self.on_rounds(list(zip(lens, verified.num_accepted, strict=True)))

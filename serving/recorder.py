@@ -10,26 +10,18 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Protocol
 
 from buffer.codec import encode_trace
 from buffer.records import Trace
+from buffer.segments import SegmentWriter
 
 log = logging.getLogger(__name__)
-
-
-class TraceWriter(Protocol):
-    """The part of the buffer's writer that is used here."""
-
-    def append(self, payload: bytes) -> int: ...
-    def sync(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class Recorder:
     """Background writer of traces."""
 
-    def __init__(self, writer: TraceWriter, max_queue: int, sync_interval_s: float) -> None:
+    def __init__(self, writer: SegmentWriter, max_queue: int, sync_interval_s: float) -> None:
         self._writer = writer
         self._max_queue = max_queue
         self._sync_interval_s = sync_interval_s
@@ -53,9 +45,18 @@ class Recorder:
             self._wake.notify()
 
     def counts(self) -> dict[str, int]:
-        """``queued`` = ``written`` + ``dropped`` + ``failed`` + those still on their way."""
+        """``queued`` = ``written`` + ``dropped`` + ``failed`` + those still on their way.
+
+        ``written`` are on the disk for good; ``failed`` were refused by it or never acknowledged.
+        """
+        kept = self._writer.counts
         with self._wake:
-            return {k: self._counts[k] for k in ("queued", "written", "dropped", "failed")}
+            return {
+                "queued": self._counts["queued"],
+                "written": kept.durable,
+                "dropped": self._counts["dropped"],
+                "failed": self._counts["failed"] + kept.doubtful,
+            }
 
     def close(self, timeout_s: float) -> None:
         """Write what is queued, sync, stop. Bounded by ``timeout_s``."""
@@ -66,41 +67,32 @@ class Recorder:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        unsynced = 0
         while True:
             with self._wake:
                 if not self._queue and not self._closing:
-                    self._wake.wait(self._sync_interval_s if unsynced else None)
+                    self._wake.wait(self._sync_interval_s)
                 batch = list(self._queue)
                 self._queue.clear()
                 closing = self._closing
-            unsynced += self._write(batch)
-            if unsynced and (closing or not batch or unsynced >= 64):
-                self._sync(unsynced)
-                unsynced = 0
+            for make_trace in batch:
+                self._write(make_trace)
+            self._tend(closing and not batch)
             if closing and not batch:
-                self._writer.close()
                 return
 
-    def _write(self, batch: list[Callable[[], Trace]]) -> int:
-        written = 0
-        for make_trace in batch:
-            try:
-                self._writer.append(encode_trace(make_trace()))
-                written += 1
-            except OSError as error:
-                log.warning("trace lost: the buffer cannot be written (%s); serving goes on", error)
-                self._count("failed", 1)
-        return written
-
-    def _sync(self, count: int) -> None:
+    def _write(self, make_trace: Callable[[], Trace]) -> None:
         try:
-            self._writer.sync()
-            self._count("written", count)
-        except OSError as error:
-            log.warning("%d traces lost: sync failed (%s); serving goes on", count, error)
-            self._count("failed", count)
+            self._writer.append(encode_trace(make_trace()))
+        except (OSError, ValueError) as error:
+            log.warning("a trace is lost: it cannot be written (%s); serving goes on", error)
+            with self._wake:
+                self._counts["failed"] += 1
 
-    def _count(self, name: str, by: int) -> None:
-        with self._wake:
-            self._counts[name] += by
+    def _tend(self, last: bool) -> None:
+        try:
+            if last:
+                self._writer.close()
+            else:
+                self._writer.tend()
+        except OSError as error:
+            log.warning("the disk did not acknowledge traces (%s); serving goes on", error)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from buffer.records import Round
+from numpy.typing import NDArray
 
 from serving.detokenize import Detokenizer
 from serving.types import FinishReason, OnOutput, Request, SpeculationStats, TokenLogprob
@@ -23,6 +25,8 @@ class Sequence:
     tokens: list[int]
     """Prompt and committed completion."""
     pages: list[int] = field(default_factory=list)
+    slots: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Slot of every position it may ever use, from its pages."""
     num_cached: int = 0
     """Prompt tokens whose pages were found in the prefix cache."""
     num_computed: int = 0

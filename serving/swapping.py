@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from buffer.records import Manifest
-from buffer.weights import BundleError, check_bundle, read_manifest
-from safetensors.torch import load_file
+from buffer.weights import TENSORS, BundleError, read_bundle
+from safetensors.torch import load
 from torch import Tensor, nn
 
 
@@ -87,10 +87,10 @@ def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
             weights keep serving.
     """
     try:
-        check_bundle(path)
-        manifest = read_manifest(path)
+        bundle = read_bundle(path)
     except (BundleError, OSError) as error:
         raise ValueError(str(error)) from error
+    manifest = bundle.manifest
     name = f"snapshot {manifest.version}"
     keep = "not swapping; the running version keeps serving"
     if manifest.kind != expected.kind:
@@ -108,7 +108,7 @@ def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
         )
         raise ValueError(f"{name} has another shape ({', '.join(keys)} differ); {keep}")
     try:
-        staged = weights.stage(load_file(path / "drafter.safetensors"))
+        staged = weights.stage(load(bundle.files[TENSORS]))
     except ValueError as error:
         raise ValueError(f"{name} cannot be used: {error}; {keep}") from error
     return Staged(manifest, staged)

@@ -1,0 +1,272 @@
+"""From settings to a running service."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from buffer.fingerprint import target_fingerprint
+from buffer.records import Manifest
+from buffer.traces import open_trace_writer
+from buffer.weights import TENSORS, publish, read_bundle, versions
+from configs.schema import Settings
+from drafters.eagle3 import Eagle3, Eagle3Config, config_for_target
+from drafters.eagle3_paged import PagedEagle3
+from drafters.suffix import SuffixIndex
+from policies.build import build_policy
+from policies.rollback import SwapWatch
+from safetensors.torch import load, save
+
+from serving.capture import CaptureRing
+from serving.drafting import Drafting
+from serving.engine import Engine
+from serving.pages import PagePool
+from serving.profile import profile_engine
+from serving.recorder import Recorder
+from serving.scheduler import Scheduler
+from serving.service import Service
+from serving.swapper import Swapper
+from serving.swapping import Expected
+from serving.target import (
+    Target,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    target_folder,
+)
+from serving.traces import Producer, TraceMaker
+
+log = logging.getLogger(__name__)
+
+_PROFILE_REPEATS = 5
+_PROFILE_CONTEXT = 128
+
+
+def build_engine(settings: Settings) -> Service:
+    """Load everything, measure step times, and return a service that is ready to start.
+
+    Raises:
+        ValueError: the target or the drafter cannot be used; the text says why.
+    """
+    if settings.engine.cpu_threads is not None:
+        torch.set_num_threads(settings.engine.cpu_threads)
+    torch.set_flush_denormal(True)
+    device = pick_device(settings.device)
+    folder = target_folder(settings.target)
+    fingerprint = target_fingerprint(folder)
+    model: Any = load_model(folder, pick_dtype(settings.dtype, device), device)
+    start = _first_drafter(settings, model, fingerprint)
+    layer_ids = start[0].layer_ids if start else ()
+    target = Target(model, layer_ids)
+    num_pages = _num_pages(settings, target)
+    num_slots = num_pages * settings.engine.page_size
+    neural = _neural(start, target, num_slots) if start else None
+    suffix = _suffix(settings)
+    kinds = (("eagle3",) if neural else ()) + (("suffix",) if suffix else ())
+    policy = build_policy(settings.policy, kinds, settings.seed)
+    engine = Engine(
+        target=target,
+        pool=target.make_pool(num_slots),
+        scheduler=Scheduler(
+            PagePool(num_pages, settings.engine.prefix_cache),
+            settings.engine.page_size,
+            settings.engine.max_batch,
+            settings.engine.prefill_chunk,
+            settings.drafter.max_draft,
+        ),
+        tokenizer=load_tokenizer(folder),
+        eos_ids=_eos_ids(model),
+        policy=policy,
+        drafting=Drafting(
+            target,
+            neural,
+            suffix,
+            num_pages,
+            settings.engine.page_size,
+            settings.drafter.max_draft,
+        ),
+        ring=_ring(settings, target) if neural else None,
+        max_model_len=settings.engine.max_model_len,
+        max_queue=settings.engine.max_queue,
+        model_name=settings.server.model_name or folder.name,
+        seed=settings.seed,
+    )
+    started = time.perf_counter()
+    policy.calibrate(
+        profile_engine(engine, settings.drafter.max_draft, _PROFILE_REPEATS, _context(settings))
+    )
+    log.info("profiled step times in %.1f s", time.perf_counter() - started)
+    return _service(settings, engine, start[1] if start else None, fingerprint)
+
+
+def _context(settings: Settings) -> int:
+    return min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
+
+
+def _service(
+    settings: Settings, engine: Engine, initial: Manifest | None, fingerprint: str
+) -> Service:
+    producer = f"{socket.gethostname()}-{os.getpid()}"
+    recorder = swapper = None
+    if engine.ring is not None:
+        b = settings.buffer
+        writer = open_trace_writer(
+            b.url,
+            settings.run_dir,
+            segment_bytes=b.segment_bytes,
+            max_bytes=b.max_bytes,
+            ttl_s=b.ttl_s,
+            sync_interval_s=b.sync_interval_s,
+        )
+        recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s)
+        maker = TraceMaker(
+            Producer(producer, int(time.time() * 1000), fingerprint),
+            engine.ring,
+            engine.target.layer_ids,
+            settings.capture.dtype,
+            engine.count_lost_rows,
+        )
+        put = recorder.put
+        engine.on_finished = lambda sequence: put(maker.finished(sequence))
+    if engine.drafting.neural is not None and initial is not None:
+        swapper = Swapper(
+            neural=engine.drafting.neural,
+            initial=initial,
+            expected=Expected(initial.kind, initial.drafter_config, fingerprint),
+            root=settings.run_dir / "weights",
+            producer=producer,
+            policy=engine.policy,
+            poll_s=settings.swap.poll_s,
+            make_watch=lambda: SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
+            automatic=settings.swap.enabled,
+            wake_engine=engine.wake,
+        )
+        engine.between_steps = swapper.between_steps
+        engine.on_rounds = swapper.on_rounds
+    return Service(engine, recorder, swapper)
+
+
+def _first_drafter(
+    settings: Settings, model: Any, fingerprint: str
+) -> tuple[Eagle3Config, Manifest, dict[str, torch.Tensor]] | None:
+    """Config, manifest and tensors to start with: the newest of this run, else version 0.
+
+    Version 0 comes from ``drafter.path`` or from random weights, and is published into the run,
+    so that every version of a run is in one place.
+    """
+    if settings.drafter.kind != "eagle3":
+        return None
+    root = settings.run_dir / "weights"
+    if not versions(root):
+        _publish_initial(settings, model, fingerprint, root)
+    bundle = read_bundle(root / str(max(versions(root))))
+    manifest = bundle.manifest
+    if manifest.target_fingerprint != fingerprint:
+        raise ValueError(
+            f"{root} holds drafters of target {manifest.target_fingerprint[:12]}, but "
+            f"{settings.target} is {fingerprint[:12]}; choose another run_dir"
+        )
+    config = Eagle3Config.from_json(manifest.drafter_config)
+    return config, manifest, load(bundle.files[TENSORS])
+
+
+def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Path) -> None:
+    path = settings.drafter.path
+    if path is not None:
+        if not path.is_dir():
+            raise ValueError(f"drafter.path {path} is not a folder")
+        bundle = read_bundle(path)
+        manifest, content = bundle.manifest, bundle.files[TENSORS]
+        if manifest.target_fingerprint != fingerprint:
+            raise ValueError(
+                f"the drafter in {path} was made for target "
+                f"{manifest.target_fingerprint[:12]}, {settings.target} is {fingerprint[:12]}"
+            )
+    else:
+        config = config_for_target(model.config, settings.drafter.layer_ids)
+        module = Eagle3(config)
+        module.initialise(settings.seed, model.get_output_embeddings().weight.float().cpu())
+        content = save(module.bundle_tensors())
+        manifest = Manifest(0, None, "eagle3", config.to_json(), fingerprint, {})
+    initial = Manifest(
+        version=0,
+        parent=None,
+        kind=manifest.kind,
+        drafter_config=manifest.drafter_config,
+        target_fingerprint=fingerprint,
+        files={},
+        gate=manifest.gate,
+        policy=manifest.policy,
+        created_unix_ms=int(time.time() * 1000),
+    )
+    try:
+        publish(root, initial, {TENSORS: content})
+    except ValueError:
+        if not versions(root):
+            raise
+        # The trainer of this run published version 0 first, from the same settings.
+
+
+def _neural(
+    start: tuple[Eagle3Config, Manifest, dict[str, torch.Tensor]], target: Target, num_slots: int
+) -> PagedEagle3:
+    config, manifest, tensors = start
+    if config.hidden_size != target.config.hidden_size or (
+        config.target_vocab_size != target.vocab_size
+    ):
+        raise ValueError(
+            f"the drafter is shaped for hidden size {config.hidden_size} and vocabulary "
+            f"{config.target_vocab_size}, the target has {target.config.hidden_size} and "
+            f"{target.vocab_size}"
+        )
+    module = Eagle3(config).requires_grad_(False).eval()
+    module.load_state_dict(tensors)
+    neural = PagedEagle3(
+        module.to(device=target.device, dtype=target.dtype), target.embed, num_slots
+    )
+    neural.version = manifest.version
+    return neural
+
+
+def _suffix(settings: Settings) -> SuffixIndex | None:
+    s = settings.drafter.suffix
+    wanted = settings.drafter.kind == "suffix" or (settings.drafter.kind != "none" and s.enabled)
+    return SuffixIndex(s.min_match, s.max_match, s.recent_tokens) if wanted else None
+
+
+def _ring(settings: Settings, target: Target) -> CaptureRing | None:
+    if not settings.capture.enabled:
+        return None
+    rows = max(settings.capture.ring_rows, settings.engine.prefill_chunk * 2)
+    return CaptureRing(rows, len(target.layer_ids), target.config.hidden_size)
+
+
+def _num_pages(settings: Settings, target: Target) -> int:
+    e = settings.engine
+    longest = e.max_model_len + settings.drafter.max_draft + 1
+    wanted = e.max_batch * -(-longest // e.page_size) + 1
+    if e.num_pages is not None:
+        return e.num_pages
+    if target.device.type != "cuda":
+        return wanted
+    free, _ = torch.cuda.mem_get_info(target.device)
+    pool = target.make_pool(1)
+    slot_bytes = sum(k.nbytes + v.nbytes for k, v in zip(pool.keys, pool.values, strict=True))
+    affordable = int(free * e.kv_memory_fraction) // (slot_bytes * e.page_size)
+    return max(min(wanted, affordable), 2)
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    """End-of-text ids of the generation config, or of the model config."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])

@@ -1,0 +1,313 @@
+"""Which weights serve: watches for newer versions, stages them, judges them, goes back if worse.
+
+Threads: ``between_steps`` and ``on_rounds`` run on the engine's thread and only copy a staged
+buffer or add numbers; everything that touches a disk runs on the watcher's or the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from buffer.records import Manifest
+from buffer.weights import mark_in_use, unmark_in_use, versions
+from drafters.eagle3_paged import PagedEagle3
+from policies.interface import DraftPolicy
+from policies.rollback import Action, SwapWatch
+from torch import Tensor
+
+from serving.swapping import Expected, FlatWeights, Staged, load_bundle
+
+log = logging.getLogger(__name__)
+
+_RENEW_S = 600.0
+"""The in-use mark is renewed so often; it counts for a day."""
+
+
+@dataclass(slots=True)
+class _Order:
+    """A swap on its way to the engine's thread."""
+
+    staged: Staged
+    done: threading.Event
+
+
+class Swapper:
+    """Current, former and candidate weights of one neural drafter."""
+
+    def __init__(
+        self,
+        *,
+        neural: PagedEagle3,
+        initial: Manifest,
+        expected: Expected,
+        root: Path,
+        producer: str,
+        policy: DraftPolicy,
+        poll_s: float,
+        make_watch: Callable[[], SwapWatch],
+        automatic: bool,
+        wake_engine: Callable[[], None],
+    ) -> None:
+        self._neural = neural
+        self._weights = FlatWeights(neural.module)
+        self._expected = expected
+        self._root = root
+        self._producer = producer
+        self._policy = policy
+        self._poll_s = poll_s
+        self._make_watch = make_watch
+        self._automatic = automatic
+        self._wake_engine = wake_engine
+
+        self._current = initial
+        self._former: Manifest | None = None
+        self._former_flat: Tensor | None = None
+        self._watch: SwapWatch | None = None
+        self._on_trial = False
+        self._denied: set[int] = set()
+        self._failed: dict[int, tuple[int, int]] = {}
+        self._pinned: int | None = None
+        self._order: _Order | None = None
+        self._rollback_order: threading.Event | None = None
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._swap_seconds = 0.0
+        self._last_error: str | None = None
+        self._history: list[dict[str, Any]] = []
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="swapper", daemon=True)
+
+    # ---- other threads -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        mark_in_use(self._root, self._producer, self._held())
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(5.0)
+        unmark_in_use(self._root, self._producer)
+
+    def status(self) -> dict[str, Any]:
+        """What ``GET /admin/drafter`` shows."""
+        known = versions(self._root)
+        newest = max(known, default=self._current.version)
+        return {
+            "kind": self._neural.kind,
+            "version": self._neural.version,
+            "parent": self._current.parent,
+            "staleness": max(newest - self._neural.version, 0),
+            "state": self._state(),
+            "pinned": self._pinned,
+            "versions": known,
+            "former": self._former.version if self._former else None,
+            "denied": sorted(self._denied),
+            "gate": self._current.gate,
+            "swaps": self.counts(),
+            "swap_seconds": self._swap_seconds,
+            "history": list(self._history[-200:]),
+            "last_error": self._last_error,
+        }
+
+    def counts(self) -> dict[str, int]:
+        """``swapped``, ``rejected``, ``rolled_back``."""
+        return {k: self._counts[k] for k in ("swapped", "rejected", "rolled_back")}
+
+    @property
+    def swap_seconds(self) -> float:
+        return self._swap_seconds
+
+    def swap(self, version: int | None, timeout_s: float = 30.0) -> dict[str, Any]:
+        """Swap by order. A number pins that version; ``None`` unpins and takes the newest.
+
+        Raises:
+            ValueError: no such version, or it is refused; the old one keeps serving.
+        """
+        known = [v for v in versions(self._root) if v not in self._denied]
+        if version is None and not known:
+            raise ValueError("no version is published")
+        wanted = max(known) if version is None else version
+        if wanted not in versions(self._root):
+            raise ValueError(f"version {wanted} is not published; known: {versions(self._root)}")
+        self._pinned = version
+        if wanted == self._current.version:
+            return self.status()
+        staged = self._load(wanted)
+        self._hand_over(staged, timeout_s)
+        return self.status()
+
+    def rollback(self, timeout_s: float = 30.0) -> dict[str, Any]:
+        """Return to the former version and never take the present one again by itself.
+
+        Raises:
+            ValueError: there is no former version.
+        """
+        if self._former is None:
+            raise ValueError("there is no former version to return to")
+        done = threading.Event()
+        self._rollback_order = done
+        self._wake_engine()
+        if not done.wait(timeout_s):
+            raise ValueError("the engine did not take the order in time; nothing was changed")
+        return self.status()
+
+    def _hand_over(self, staged: Staged, timeout_s: float) -> None:
+        order = _Order(staged, threading.Event())
+        with self._lock:
+            self._order = order
+        self._wake_engine()
+        if not order.done.wait(timeout_s):
+            raise ValueError("the engine did not take the order in time; it will when it wakes")
+        mark_in_use(self._root, self._producer, self._held())
+
+    def _held(self) -> set[int]:
+        return {m.version for m in (self._current, self._former) if m is not None}
+
+    def _load(self, version: int) -> Staged:
+        mark_in_use(self._root, self._producer, self._held() | {version})
+        try:
+            staged = load_bundle(self._root / str(version), self._weights, self._expected)
+        except ValueError as error:
+            self._counts["rejected"] += 1
+            self._last_error = str(error)
+            log.warning("%s", error)
+            raise
+        self._last_error = None
+        return staged
+
+    # ---- the watcher's thread ------------------------------------------------------------------
+
+    def _run(self) -> None:
+        renewed = time.monotonic()
+        while not self._stopping.wait(self._poll_s):
+            if time.monotonic() - renewed > _RENEW_S:
+                mark_in_use(self._root, self._producer, self._held())
+                renewed = time.monotonic()
+            if self._automatic and self._pinned is None and self._watch_is_idle():
+                self._look()
+
+    def _watch_is_idle(self) -> bool:
+        return not self._on_trial
+
+    def _look(self) -> None:
+        """Take the newest version that is newer than ours, unless it failed and is unchanged."""
+        newer = [v for v in versions(self._root) if v > self._highest_seen()]
+        newer = [v for v in newer if v not in self._denied]
+        if not newer:
+            return
+        version = max(newer)
+        mark = _mark(self._root / str(version))
+        if self._failed.get(version) == mark:
+            return
+        try:
+            self._hand_over(self._load(version), timeout_s=30.0)
+        except ValueError:
+            self._failed[version] = mark
+
+    def _highest_seen(self) -> int:
+        return max([self._current.version, *self._denied])
+
+    # ---- the engine's thread -------------------------------------------------------------------
+
+    def between_steps(self) -> None:
+        """Apply a waiting order: one in-place copy."""
+        if self._order is not None:
+            with self._lock:
+                order, self._order = self._order, None
+            if order is not None:
+                self._apply(order.staged)
+                order.done.set()
+        if self._rollback_order is not None:
+            done, self._rollback_order = self._rollback_order, None
+            self._roll_back("by order")
+            done.set()
+
+    def on_rounds(self, rounds: list[tuple[int, int]]) -> None:
+        """Feed the watch with (proposed, accepted) of the neural drafter's rounds of one step."""
+        if self._watch is None:
+            return
+        action = self._watch.observe(self._neural.version, rounds)
+        if action is Action.TRY_FORMER:
+            self._exchange()
+            self._on_trial = True
+            self._note("trial of the former version")
+        elif action is Action.RETURN_TO_NEW:
+            self._exchange()
+            self._on_trial = False
+            self._watch = None
+            self._note("kept after trial")
+        elif action is Action.ROLL_BACK:
+            self._on_trial = False
+            self._keep_former("acceptance fell")
+        elif action is Action.ACCEPT:
+            self._watch = None
+
+    def _apply(self, staged: Staged) -> None:
+        started = time.perf_counter()
+        if self._former_flat is None:
+            self._former_flat = torch.empty_like(self._weights.flat)
+        self._former_flat.copy_(self._weights.flat)
+        self._weights.flat.copy_(staged.flat)
+        self._swap_seconds += time.perf_counter() - started
+        self._former, self._current = self._current, staged.manifest
+        self._neural.version = staged.manifest.version
+        self._policy.on_swap(staged.manifest.version, staged.manifest.policy)
+        self._watch = self._make_watch() if self._pinned is None else None
+        if self._watch is not None:
+            self._watch.begin(new=self._current.version, former=self._former.version)
+        self._on_trial = False
+        self._counts["swapped"] += 1
+        self._note("swapped")
+        log.info("swapped to version %d", staged.manifest.version)
+
+    def _exchange(self) -> None:
+        """Swap current and former weights, for a trial or a roll-back."""
+        assert self._former_flat is not None and self._former is not None
+        kept = self._weights.flat.clone()
+        self._weights.flat.copy_(self._former_flat)
+        self._former_flat.copy_(kept)
+        self._former, self._current = self._current, self._former
+        self._neural.version = self._current.version
+        self._policy.on_swap(self._current.version, self._current.policy)
+
+    def _roll_back(self, why: str) -> None:
+        if self._former is not None and not self._on_trial:
+            self._exchange()
+        self._keep_former(why)
+
+    def _keep_former(self, why: str) -> None:
+        """The weights of the former version are in force already; deny the rejected one."""
+        assert self._former is not None
+        rejected = self._former.version
+        self._denied.add(rejected)
+        self._watch = None
+        self._on_trial = False
+        self._counts["rolled_back"] += 1
+        self._note(f"rolled back from {rejected}: {why}")
+        log.warning("rolled back from version %d to %d: %s", rejected, self._current.version, why)
+
+    def _note(self, event: str) -> None:
+        entry = {"unix_s": time.time(), "event": event, "version": self._neural.version}
+        self._history.append(entry)
+
+    def _state(self) -> str:
+        if self._on_trial:
+            return "trial"
+        if self._pinned is not None:
+            return "pinned"
+        return "watching" if self._watch is not None else "steady"
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    """Changes when a file of the bundle does: newest mtime and total size."""
+    stats = [p.stat() for p in path.iterdir()] if path.is_dir() else []
+    return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats)
