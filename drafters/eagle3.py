@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [..., Hq, D], k [..., Hkv, D], v [..., Hkv, D]) after RoPE -> [..., Hq, D]. Scale 1/sqrt(D)."""
+"""q [..., Hq, D], k and v [..., Hkv, D], after RoPE -> [..., Hq, D]. Scale 1 / sqrt(D)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,9 @@ def default_layer_ids(num_layers: int) -> tuple[int, ...]:
 
 
 def config_for_target(
-    target_config: Any, layer_ids: tuple[int, ...] | None = None, draft_vocab_size: int | None = None
+    target_config: Any,
+    layer_ids: tuple[int, ...] | None = None,
+    draft_vocab_size: int | None = None,
 ) -> Eagle3Config:
     """Shape of a fresh drafter for a Hugging Face text config: the target's own layer shape.
 

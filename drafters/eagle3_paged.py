@@ -6,12 +6,12 @@ Shapes as in ``drafters.protocol``.
 from __future__ import annotations
 
 import torch
-from specops.attention import Group, PagedPass, make_group, paged_attention
-from specops.sampling import SamplingRows, distribution, draw
 from torch import Tensor
 
 from drafters.eagle3 import Eagle3
 from drafters.protocol import CommittedRows, Draft
+from specops.attention import Group, PagedPass, make_group, paged_attention
+from specops.sampling import SamplingRows, distribution, draw
 
 _PADDED_ROWS = 16  # requests that catch up on more rows than this get an attention group alone
 
@@ -45,7 +45,8 @@ class PagedEagle3:
             return paged_attention(q, k, v, self.keys, self.values, paged, self.scale)
 
         cos, sin = self.module.rope(positions)
-        return self.module(embeds, hidden, cos, sin, attend)
+        out: Tensor = self.module(embeds, hidden, cos, sin, attend)
+        return out
 
     def ingest(self, rows: CommittedRows) -> Tensor:
         """Compute the committed rows; returns g of each request's anchor, [R, H]."""
@@ -72,7 +73,8 @@ class PagedEagle3:
         ends = torch.tensor(rows.counts_R, device=rows.ids_T.device).cumsum(0)
         anchors = rows.positions_T[ends - 1]
         output = self.ingest(rows)
-        tokens, dists = [], []
+        tokens: list[Tensor] = []
+        dists: list[Tensor | None] = []
         for j in range(num_draft):
             if j:
                 positions = anchors + j
@@ -119,7 +121,7 @@ class PagedEagle3:
 
 
 def _per_request(rows: CommittedRows) -> list[tuple[int, Tensor]]:
-    pieces = rows.positions_T.split(list(rows.counts_R))
+    pieces = torch.split(rows.positions_T, list(rows.counts_R))
     return list(enumerate(pieces))
 
 
@@ -145,16 +147,14 @@ def _committed_groups(rows: CommittedRows) -> tuple[Tensor | None, tuple[Group, 
             order += [starts[r]] * (num_query - rows.counts_R[r])
             order += range(starts[r], starts[r + 1])
         index = torch.tensor(order[at:], device=rows.ids_T.device)
-        positions = rows.positions_T[index].unflatten(0, (len(members), num_query))
+        positions = rows.positions_T[index].view(len(members), num_query)
         groups.append(make_group(at, rows.slots_RS[members], positions, first_key=1))
     if order == list(range(starts[-1])):
         return None, tuple(groups)
     return torch.tensor(order, device=rows.ids_T.device), tuple(groups)
 
 
-def _anchor_index(
-    rows: CommittedRows, groups: tuple[Group, ...], device: torch.device
-) -> Tensor:
+def _anchor_index(rows: CommittedRows, groups: tuple[Group, ...], device: torch.device) -> Tensor:
     """[R] packed index, in group order, of each request's last row."""
     short = [r for r, n in enumerate(rows.counts_R) if n <= _PADDED_ROWS]
     long = [r for r, n in enumerate(rows.counts_R) if n > _PADDED_ROWS]

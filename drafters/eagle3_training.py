@@ -1,14 +1,18 @@
-"""Training-time test for EAGLE-3: every chain the server could have drafted, in one padded pass.
+"""Training-time test for EAGLE-3: the chains the server could have drafted, in one padded pass.
 
-Step 0 takes every row with h from the target's features. At step i row p takes its committed token
-x_p and, as h, the output of step i - 1 at row p - 1: it is draft row i of the chain that began at
-anchor a = p - i. So it attends to the step-0 keys p' <= a and to one key of each step j = 1..i, at
-row a + j; RoPE is always at p. Output i of row p predicts x_{p+1}, draft token i + 1 of that chain.
+Step 0 takes every row with h from the target's features. A chain begins at an anchor a; its row at
+step i is a + i, with the committed token x_{a+i} and, as h, its own output of step i - 1. It
+attends to the step-0 keys p' <= a and to its own keys of steps 1..i; RoPE is at a + i. Its output
+predicts x_{a+i+1}, draft token i + 1. So every step of every chain equals what serving computes
+when it drafts from that anchor and the earlier draft tokens were kept.
 
 ``reference_chain_logits`` is the definition, drafted one token after another as a server does.
 
-Shapes: B sequences, S positions (padded), K steps, R rows that have a loss, H hidden, m tapped
-layers, F = m * H, V target vocabulary, Vd draft vocabulary, N chains.
+Chains share nothing but step 0, so any subset of anchors may be carried beyond it: the first draft
+token is trained at every row, the deeper ones, whose weight is smaller, on a share of the chains.
+
+Shapes: B sequences, S positions (padded), A anchors of a sequence, K steps, R rows that have a
+loss (each is the first row of a chain), H hidden, m tapped layers, F = m * H, Vd draft vocabulary.
 
 Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.2; rows as in ``eagle3``.
 """
@@ -34,7 +38,7 @@ from drafters.losses import (
 )
 
 TargetHead = Callable[[Tensor], Tensor]
-"""lm_head input [R, H] -> the target's logits [R, V]: frozen, softcap included."""
+"""lm_head input [N, H] -> the target's logits [N, V]: frozen, softcap included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class TTTBatch:
     positions_BS: Tensor
     """int64, position in the request; consecutive along S."""
     features_BSF: Tensor
-    """Tapped layers in ``layer_ids`` order."""
+    """Tapped layers in ``layer_ids`` order. bfloat16 runs the layer under autocast."""
     last_hidden_BSH: Tensor
     """lm_head's input."""
     known_BS: Tensor
@@ -74,10 +78,13 @@ class Objective:
     """K, passes of training-time test."""
     loss: LossKind = "lk"
     """``lk``: LK hybrid; ``forward_kl``. Positions are weighted by D-PACE in both."""
+    chain_share: float = 1.0
+    """Share of the chains, drawn anew each time, that is carried beyond the first draft token.
+    One half takes two thirds of the time of 1."""
     floor: float = FLOOR
     """a of D-PACE; 1 gives every chain the same weights."""
-    chunk_rows: int = 256
-    """Rows of logits formed at once: 256 x 4,096 floats stay in a CPU's cache; use some thousands
+    chunk_rows: int = 128
+    """Rows of logits formed at once: 128 x 4,096 floats stay in a CPU's cache; use some thousands
     on a GPU."""
 
 
@@ -87,30 +94,59 @@ class TTTLoss(NamedTuple):
     loss: Tensor
     """Scalar: mean over all chain positions, weighted by D-PACE."""
     alpha_K: Tensor
-    """Mean overlap of each draft position; NaN-free, 0 where no row has it."""
+    """Mean overlap of each draft position; 0 where no chain has it."""
     agree_K: Tensor
-    """Share of rows whose draft argmax is the committed token."""
-    num_rows: Tensor
-    """Rows that had a loss at step 0."""
+    """Share of positions where the drafter's argmax is the committed token."""
+    num_rows: int
+    """R."""
+
+
+class Step(NamedTuple):
+    """Where the N outputs of one step that have a loss come from and belong to; int64 each."""
+
+    output_N: Tensor
+    """Index into the step's outputs, flattened."""
+    row_N: Tensor
+    """The row of R they predict for."""
+    chain_N: Tensor
+    """The row of R their chain began at."""
+
+
+class Chains(NamedTuple):
+    """Which chains are run, and how far."""
+
+    flat_R: Tensor
+    """Index into B * S of every row that begins a chain."""
+    place_BA: Tensor
+    """int64 index along S of the anchors carried beyond step 0, padded with any."""
+    carried_R: Tensor
+    """bool: the chain is among them."""
+    steps: tuple[Step, ...]
+    """[K]"""
 
 
 def ttt_loss(
-    model: Eagle3, embed: Tensor, head: TargetHead, batch: TTTBatch, objective: Objective
+    model: Eagle3,
+    embed: Tensor,
+    head: TargetHead,
+    batch: TTTBatch,
+    objective: Objective,
+    generator: torch.Generator | None = None,
 ) -> TTTLoss:
-    """Loss of every chain in the batch.
+    """Loss of the chains in a batch.
 
     Args:
         embed: [V, H] the target's embedding table, scaled as the target scales it.
         head: see ``TargetHead``; called on ``chunk_rows`` rows at a time, without gradient.
+        generator: draws the chains when ``chain_share`` is below 1.
     """
-    rows_R = batch.loss_BS.flatten().nonzero()[:, 0]
-    target = target_rows(model, head, batch, rows_R, None, objective.chunk_rows)
-    weight = model.lm_head.weight.to(batch.features_BSF.dtype)
-    steps = [
-        head_losses(hidden, weight, target, objective.loss, objective.chunk_rows)
-        for hidden in _head_inputs(model, embed, batch, rows_R, objective.num_steps)
+    chains = lay_out(batch, objective.num_steps, objective.chain_share, generator)
+    target = target_rows(model, head, batch, chains.flat_R, None, objective.chunk_rows)
+    judged = [
+        head_losses(hidden, weight, target, row_N, objective.loss, objective.chunk_rows)
+        for hidden, weight, row_N in _head_inputs(model, embed, batch, chains)
     ]
-    return _weigh(batch, rows_R, steps, objective.floor)
+    return _weigh(chains, judged, objective.floor)
 
 
 @torch.no_grad()
@@ -121,9 +157,9 @@ def chain_acceptance(
     batch: TTTBatch,
     temperature_B: Tensor,
     num_steps: int,
-    chunk_rows: int = 256,
+    chunk_rows: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Acceptance of each position of every full chain, at each request's temperature.
+    """Acceptance of each position of every chain that has ``num_steps`` rows with a loss.
 
     Args:
         temperature_B: 0 is greedy: 1 where the drafter's argmax is the committed token, else 0.
@@ -131,24 +167,21 @@ def chain_acceptance(
             token, which is the argmax the server really took, whatever the rows' rounding.
 
     Returns:
-        [N, K] float32 acceptance of the chains whose K rows all count, and [N] int64, the sequence
-        each belongs to.
+        [N, K] float32, and [N] int64, the sequence each chain belongs to.
     """
-    rows_R = batch.loss_BS.flatten().nonzero()[:, 0]
-    temperature_R = temperature_B.to(batch.loss_BS.device)[rows_R // batch.loss_BS.shape[1]]
+    chains = lay_out(batch, num_steps, 1.0, None)
+    sequence_R = chains.flat_R // batch.loss_BS.shape[1]
+    temperature_R = temperature_B.to(sequence_R.device)[sequence_R]
     greedy_R = temperature_R == 0
-    scale_R = torch.where(greedy_R, 1.0, temperature_R)[:, None]
-    target = target_rows(model, head, batch, rows_R, scale_R, chunk_rows)
-    weight = model.lm_head.weight.to(batch.features_BSF.dtype)
+    scale_R1 = torch.where(greedy_R, 1.0, temperature_R)[:, None]
+    target = target_rows(model, head, batch, chains.flat_R, scale_R1, chunk_rows)
     alphas = []
-    for hidden in _head_inputs(model, embed, batch, rows_R, num_steps):
-        cooled = (hidden / scale_R).to(hidden.dtype)
-        step = head_losses(cooled, weight, target, "lk", chunk_rows)
-        alphas.append(torch.where(greedy_R, step.agrees_R.float(), step.alpha_R.float()))
-    valid_KN = _chains(batch, rows_R, [torch.ones_like(rows_R, dtype=torch.bool)] * num_steps)
-    full_N = (valid_KN & _anchored(batch, num_steps)).all(dim=0)
-    sequence_N = torch.arange(full_N.numel(), device=full_N.device) // batch.loss_BS.shape[1]
-    return _chains(batch, rows_R, alphas)[:, full_N].T, sequence_N[full_N]
+    for hidden, weight, row_N in _head_inputs(model, embed, batch, chains):
+        cooled = (hidden / scale_R1[row_N]).to(hidden.dtype)
+        judged = head_losses(cooled, weight, target, row_N, "lk", chunk_rows)
+        alphas.append(torch.where(greedy_R[row_N], judged.agrees_R.float(), judged.alpha_R.float()))
+    full_R = by_chain(chains, [torch.ones_like(a, dtype=torch.bool) for a in alphas]).all(dim=0)
+    return by_chain(chains, alphas)[:, full_R].T, sequence_R[full_R]
 
 
 @torch.no_grad()
@@ -156,36 +189,40 @@ def target_rows(
     model: Eagle3,
     head: TargetHead,
     batch: TTTBatch,
-    rows_R: Tensor,
+    flat_R: Tensor,
     temperature_R1: Tensor | None,
     chunk_rows: int,
 ) -> TargetRows:
-    """The target's distribution at flat rows ``rows_R`` over the drafter's vocabulary."""
+    """The target's distribution at rows ``flat_R`` (index into B * S) over the draft vocabulary."""
     c = model.config
-    device = rows_R.device
-    hidden_RH = batch.last_hidden_BSH.flatten(0, 1)[rows_R]
+    device = flat_R.device
+    hidden_RH = batch.last_hidden_BSH.flatten(0, 1)[flat_R]
     ids_Vd = model.to_target_ids(torch.arange(c.draft_vocab_size, device=device))
-    probs_RV = torch.empty(
-        (rows_R.numel(), c.draft_vocab_size), device=device, dtype=_float(hidden_RH.dtype)
-    )
-    for start in range(0, rows_R.numel(), chunk_rows):
-        rows = slice(start, start + chunk_rows)
-        scores = head(hidden_RH[rows]).to(probs_RV.dtype)
-        scores = scores if temperature_R1 is None else scores / temperature_R1[rows]
-        probs = scores.softmax(dim=-1)
-        probs_RV[rows] = probs if model.d2t is None else probs[:, ids_Vd]
-    mass_R = probs_RV.sum(dim=-1).clamp_min(1e-6)
-    entropy_R = torch.special.xlogy(probs_RV, probs_RV).sum(dim=-1) / mass_R - mass_R.log()
+    dtype = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
+    probs_RV = torch.empty((flat_R.numel(), c.draft_vocab_size), device=device, dtype=dtype)
+    entropy_R = torch.empty(flat_R.numel(), device=device, dtype=dtype)
+    for start in range(0, flat_R.numel(), chunk_rows):
+        part = slice(start, start + chunk_rows)
+        scores = head(hidden_RH[part]).to(dtype)
+        scores = scores if temperature_R1 is None else scores / temperature_R1[part]
+        log_norm = scores.logsumexp(dim=-1)
+        scores = scores if model.d2t is None else scores[:, ids_Vd]
+        torch.exp(scores - log_norm[:, None], out=probs_RV[part])
+        mass = probs_RV[part].sum(dim=-1).clamp_min(1e-6)
+        entropy_R[part] = (probs_RV[part] * scores).sum(dim=-1) / mass - log_norm - mass.log()
     draft_id_V = torch.full((c.target_vocab_size,), -1, device=device)
     draft_id_V[ids_Vd] = torch.arange(c.draft_vocab_size, device=device)
-    label_R = draft_id_V[batch.token_ids_BS.flatten()[rows_R + 1]]
+    label_R = draft_id_V[batch.token_ids_BS.flatten()[flat_R + 1]]
+    mass_R = probs_RV.sum(dim=-1).clamp_min(1e-6)
     return TargetRows(probs_RV, mass_R, entropy_R, label_R.clamp_min(0), label_R >= 0)
 
 
-def ttt_outputs(model: Eagle3, embed: Tensor, batch: TTTBatch, num_steps: int) -> Iterator[Tensor]:
-    """Outputs g [B, S, H] of step 0, 1, ... at every row; garbage, but finite, at unknown rows.
+def ttt_outputs(
+    model: Eagle3, embed: Tensor, batch: TTTBatch, place_BA: Tensor, num_steps: int
+) -> Iterator[Tensor]:
+    """Outputs g of step 0 at every row [B, S, H], then of step 1, 2, ... of each chain [B, A, H].
 
-    A bfloat16 batch runs under autocast, so float32 master weights need no copy.
+    Rows without features hold garbage, but finite; so do chains past the end of their sequence.
     """
     mixed = partial(
         torch.autocast,
@@ -193,116 +230,160 @@ def ttt_outputs(model: Eagle3, embed: Tensor, batch: TTTBatch, num_steps: int) -
         dtype=torch.bfloat16,
         enabled=batch.features_BSF.dtype == torch.bfloat16,
     )
-    embeds = embed[batch.token_ids_BS].to(batch.features_BSF.dtype)
-    cos, sin = model.rope(batch.positions_BS)
-    attend = _ChainAttention(usable_BS=_earlier(batch.known_BS, 1))
+    last = batch.token_ids_BS.shape[1] - 1
+    attend = _ChainAttention(_delayed(batch.known_BS), place_BA)
     with mixed():
-        hidden = model.fuse(batch.features_BSF)
-    for _ in range(num_steps):
+        hidden = _delayed(model.fuse(batch.features_BSF))
+        embeds = embed[batch.token_ids_BS].to(hidden.dtype)
+        hidden = model(embeds, hidden, *model.rope(batch.positions_BS), attend)
+    yield hidden
+    hidden = _pick(hidden, place_BA)
+    for step in range(1, num_steps):
+        place = (place_BA + step).clamp_max(last)
         with mixed():
-            hidden = model(embeds, _earlier(hidden, 1), cos, sin, attend)
+            embeds = embed[batch.token_ids_BS.gather(1, place)].to(hidden.dtype)
+            positions = batch.positions_BS.gather(1, place_BA) + step
+            hidden = model(embeds, hidden, *model.rope(positions), attend)
         yield hidden
 
 
 class _ChainAttention:
-    """The attention of one pass of training-time test; called once for each step, in order."""
+    """The attention of one pass; called for step 0, then for each later step in order."""
 
-    def __init__(self, usable_BS: Tensor) -> None:
-        self.usable_BS = usable_BS
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+    def __init__(self, has_row_BS: Tensor, place_BA: Tensor) -> None:
+        self.has_row_BS = has_row_BS
+        self.place_BA = place_BA
+        self.trunk: tuple[Tensor, Tensor] | None = None
+        """Keys and values of step 0, [B, Hkv, S, D]."""
+        self.own: list[tuple[Tensor, Tensor]] = []
+        """Keys and values of each later step, [B, Hkv, 1, A, D]."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S, Hq, D], k and v [B, S, Hkv, D] -> [B, S, Hq, D]."""
-        self.keys.append(k)
-        self.values.append(v)
-        step = len(self.keys) - 1
-        B, S, Hq, D = q.shape
-        Hkv = k.shape[2]
-        grouped = (q * D**-0.5).view(B, S, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4)  # B Hkv G S D
-        trunk_k, trunk_v = (x[0].transpose(1, 2) for x in (self.keys, self.values))
-        scores = (grouped.flatten(2, 3) @ trunk_k.transpose(-1, -2)).view(B, Hkv, -1, S, S)
-        scores = scores.masked_fill(~self._visible(step), torch.finfo(scores.dtype).min)
-        own_k = [_earlier(self.keys[j], step - j) for j in range(1, step + 1)]
-        own_v = [_earlier(self.values[j], step - j) for j in range(1, step + 1)]
-        own = [(grouped * x.transpose(1, 2)[:, :, None]).sum(-1, keepdim=True) for x in own_k]
-        weights = torch.cat((scores, *own), dim=-1).softmax(dim=-1).to(v.dtype)
-        mixed = (weights[..., :S].flatten(2, 3) @ trunk_v).view(B, Hkv, -1, S, D)
-        for j, x in enumerate(own_v):
-            mixed = mixed + weights[..., S + j, None] * x.transpose(1, 2)[:, :, None]
-        merged: Tensor = mixed.permute(0, 3, 1, 2, 4).reshape(B, S, Hq, D)
+        """q [B, S or A, Hq, D], k and v [B, S or A, Hkv, D] -> as q."""
+        if self.trunk is None:
+            self.trunk = (k.transpose(1, 2), v.transpose(1, 2))
+            place = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])
+        else:
+            self.own.append((k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]))
+            place = self.place_BA
+        return self._attend(q, *self.trunk, place)
+
+    def _attend(self, q: Tensor, trunk_k: Tensor, trunk_v: Tensor, place: Tensor) -> Tensor:
+        B, A, Hq, D = q.shape
+        Hkv, S = trunk_k.shape[1:3]
+        grouped = (q * D**-0.5).view(B, A, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4)  # B Hkv G A D
+        scores = (grouped.flatten(2, 3) @ trunk_k.transpose(-1, -2)).view(B, Hkv, -1, A, S)
+        scores = scores + self._hidden_from(place, scores.dtype)
+        own = [(grouped * k).sum(-1, keepdim=True) for k, _ in self.own]
+        weights = torch.cat((scores, *own), dim=-1).softmax(dim=-1).to(trunk_v.dtype)
+        mixed = (weights[..., :S].flatten(2, 3) @ trunk_v).view(B, Hkv, -1, A, D)
+        for j, (_, v) in enumerate(self.own):
+            mixed = mixed + weights[..., S + j, None] * v
+        merged: Tensor = mixed.permute(0, 3, 1, 2, 4).reshape(B, A, Hq, D)
         return merged
 
-    def _visible(self, step: int) -> Tensor:
-        """[B, 1, 1, S, S] bool: step-0 key p' of an existing row, p' <= p - step."""
-        place = torch.arange(self.usable_BS.shape[1], device=self.usable_BS.device)
-        behind = place[None, :] <= place[:, None] - step
-        return (behind & self.usable_BS[:, None, :])[:, None, None]
+    def _hidden_from(self, place: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, A, S] 0 where anchor ``place`` sees a step-0 key, very negative elsewhere.
+
+        Seen are rows that exist, up to the anchor, and always the anchor itself, so that no softmax
+        is empty.
+        """
+        key = torch.arange(self.has_row_BS.shape[1], device=place.device)
+        behind = (key <= place[..., None]) & self.has_row_BS[:, None]
+        seen = behind | (key == place[..., None])
+        bias = torch.zeros(seen.shape, dtype=dtype, device=place.device)
+        return bias.masked_fill(~seen, torch.finfo(dtype).min / 2)[:, None, None]
 
 
-def _head_inputs(
-    model: Eagle3, embed: Tensor, batch: TTTBatch, rows_R: Tensor, num_steps: int
-) -> Iterator[Tensor]:
-    """lm_head inputs [R, H] of every step, at the rows that have a loss."""
-    for outputs in ttt_outputs(model, embed, batch, num_steps):
-        normed: Tensor = model.norm(outputs.flatten(0, 1)[rows_R])
-        yield normed.to(batch.features_BSF.dtype)
+def lay_out(
+    batch: TTTBatch, num_steps: int, share: float, generator: torch.Generator | None
+) -> Chains:
+    """Choose the chains of a batch and follow each until its first row without a loss."""
+    S = batch.loss_BS.shape[1]
+    begins_BS = batch.loss_BS & _delayed(batch.known_BS)
+    flat_R = begins_BS.flatten().nonzero()[:, 0]
+    row_of = torch.zeros_like(begins_BS, dtype=torch.int64).flatten()
+    row_of[flat_R] = torch.arange(flat_R.numel(), device=flat_R.device)
+    place_BA, alive_BA = _draw(begins_BS, share, generator)
+    start_BA = torch.arange(begins_BS.shape[0], device=flat_R.device)[:, None] * S
+    chain_BA = row_of[start_BA + place_BA]
+    carried_R = torch.zeros_like(flat_R, dtype=torch.bool)
+    carried_R[chain_BA[alive_BA]] = True
+    steps = [Step(flat_R, row_of[flat_R], row_of[flat_R])]
+    for step in range(1, num_steps):
+        at_BA = place_BA + step
+        within_BA = at_BA.clamp_max(S - 1)
+        alive_BA = alive_BA & (at_BA < S) & begins_BS.gather(1, within_BA)
+        output_N = alive_BA.flatten().nonzero()[:, 0]
+        row_N, chain_N = row_of[(start_BA + within_BA)[alive_BA]], chain_BA[alive_BA]
+        steps.append(Step(output_N, row_N, chain_N))
+    return Chains(flat_R, place_BA, carried_R, tuple(steps))
 
 
-def _weigh(batch: TTTBatch, rows_R: Tensor, steps: list[RowLosses], floor: float) -> TTTLoss:
-    """Losses of all steps -> one number, chain by chain."""
-    K = len(steps)
-    counted_R = torch.ones_like(rows_R, dtype=torch.bool)
-    valid_KN = _chains(batch, rows_R, [counted_R] * K) & _anchored(batch, K)
-    label_probs_KN = _chains(batch, rows_R, [s.label_prob_R for s in steps])
-    weights_KN = dpace_weights(label_probs_KN, valid_KN, floor)
-    loss_KN = _chains(batch, rows_R, [s.loss_R for s in steps])
-    num_K = valid_KN.sum(dim=1).clamp_min(1)
-    alpha_KN = _chains(batch, rows_R, [s.alpha_R for s in steps]) * valid_KN
-    agree_KN = _chains(batch, rows_R, [s.agrees_R for s in steps]) & valid_KN
+def by_chain(chains: Chains, values: list[Tensor]) -> Tensor:
+    """[N] figures of every step -> [K, R] by chain; 0 where a chain does not have the step."""
+    zeros = values[0].new_zeros(chains.flat_R.numel())
+    rows = zip(chains.steps, values, strict=True)
+    return torch.stack([zeros.index_copy(0, step.chain_N, figures) for step, figures in rows])
+
+
+def _draw(
+    begins_BS: Tensor, share: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Each beginning with probability ``share`` -> its index along S, and which are no padding."""
+    if share < 1:
+        luck_BS = torch.rand(begins_BS.shape, generator=generator).to(begins_BS.device)
+        begins_BS = begins_BS & (luck_BS < share)
+    num_anchors = int(begins_BS.sum(dim=1).max()) if begins_BS.numel() else 0
+    place_BA = (~begins_BS).byte().argsort(dim=1, stable=True)[:, :num_anchors]
+    return place_BA, begins_BS.gather(1, place_BA)
+
+
+def _weigh(chains: Chains, judged: list[RowLosses], floor: float) -> TTTLoss:
+    """Losses of all steps -> one number.
+
+    A chain that was not carried beyond step 0 is taken to survive there as the others do on
+    average, and those count for it as well, so the expected loss is that of all chains.
+    """
+    valid_KR = by_chain(chains, [torch.ones_like(r.agrees_R) for r in judged])
+    prob_KR = by_chain(chains, [r.label_prob_R for r in judged])
+    carried_R = chains.carried_R
+    num_carried = carried_R.sum().clamp_min(1)
+    mean_K1 = (prob_KR * carried_R).sum(dim=1, keepdim=True) / num_carried
+    known_KR = carried_R | (torch.arange(len(judged), device=carried_R.device) == 0)[:, None]
+    survival_KR = torch.where(known_KR, prob_KR, mean_K1)
+    weights_KR = dpace_weights(survival_KR, valid_KR | ~known_KR, floor) * valid_KR
+    weights_KR[1:] *= carried_R.numel() / num_carried
+    loss_KR = by_chain(chains, [r.loss_R for r in judged])
+    num_K = valid_KR.sum(dim=1).clamp_min(1)
     return TTTLoss(
-        (weights_KN * loss_KN).sum() / weights_KN.sum().clamp_min(1e-9),
-        alpha_KN.detach().sum(dim=1) / num_K,
-        agree_KN.sum(dim=1) / num_K,
-        valid_KN[0].sum(),
+        (weights_KR * loss_KR).sum() / weights_KR.sum().clamp_min(1e-9),
+        by_chain(chains, [r.alpha_R.detach() for r in judged]).sum(dim=1) / num_K,
+        by_chain(chains, [r.agrees_R for r in judged]).sum(dim=1) / num_K,
+        chains.flat_R.numel(),
     )
 
 
-def _chains(batch: TTTBatch, rows_R: Tensor, steps: list[Tensor]) -> Tensor:
-    """Values [R] of every step -> [K, N]: value of draft position k of the chain at each anchor.
-
-    N = B * S anchors; 0 where row ``anchor + k`` has no loss or is past the end.
-    """
-    B, S = batch.loss_BS.shape
-    out = []
-    for k, values_R in enumerate(steps):
-        flat = values_R.new_zeros(B * S).index_copy(0, rows_R, values_R)
-        out.append(_later(flat.view(B, S), k).flatten())
-    return torch.stack(out)
-
-
-def _anchored(batch: TTTBatch, num_steps: int) -> Tensor:
-    """[1, N] bool: the anchor's own row has features, so a chain can begin there."""
-    return _earlier(batch.known_BS, 1).flatten()[None]
+def _head_inputs(
+    model: Eagle3, embed: Tensor, batch: TTTBatch, chains: Chains
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For every step: lm_head inputs [N, H], its weight, and the row of R each predicts."""
+    dtype = batch.features_BSF.dtype
+    weight = model.lm_head.weight.to(dtype)
+    outputs = ttt_outputs(model, embed, batch, chains.place_BA, len(chains.steps))
+    for step, output in zip(chains.steps, outputs, strict=True):
+        normed: Tensor = model.norm(output.flatten(0, 1)[step.output_N])
+        yield normed.to(dtype), weight, step.row_N
 
 
-def _earlier(x: Tensor, by: int) -> Tensor:
-    """x [B, S, ...] with row p holding what was at p - by; zeros before the start."""
-    if by == 0:
-        return x
-    return torch.cat((torch.zeros_like(x[:, :by]), x[:, :-by]), dim=1)[:, : x.shape[1]]
+def _delayed(x: Tensor) -> Tensor:
+    """x [B, S, ...] with row p holding what was at p - 1; zero at the start."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
 
 
-def _later(x: Tensor, by: int) -> Tensor:
-    """x [B, S] with row p holding what was at p + by; zeros past the end."""
-    if by == 0:
-        return x
-    return torch.cat((x[:, by:], torch.zeros_like(x[:, :by])), dim=1)[:, : x.shape[1]]
-
-
-def _float(dtype: torch.dtype) -> torch.dtype:
-    """Type of probabilities: float64 stays, everything else is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _pick(x: Tensor, place_BA: Tensor) -> Tensor:
+    """x [B, S, H] -> [B, A, H]."""
+    return x.gather(1, place_BA[..., None].expand(-1, -1, x.shape[2]))
 
 
 @torch.no_grad()

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from policies.build import build_policy
+from policies.rollback import SwapWatch
+from safetensors.torch import load, save
+
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Manifest
 from buffer.traces import open_trace_writer
@@ -18,10 +22,6 @@ from configs.schema import Settings
 from drafters.eagle3 import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3_paged import PagedEagle3
 from drafters.suffix import SuffixIndex
-from policies.build import build_policy
-from policies.rollback import SwapWatch
-from safetensors.torch import load, save
-
 from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.engine import Engine

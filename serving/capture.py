@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from buffer.records import FeatureRows
 from torch import Tensor
+
+from buffer.records import FeatureRows
 
 StoredDtype = Literal["bfloat16", "float8_e4m3fn"]
 FP8_MAX = 448.0

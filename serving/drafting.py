@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from drafters.eagle3_paged import PagedEagle3
 from drafters.protocol import CommittedRows, Draft
 from drafters.suffix import SuffixIndex
 from policies.interface import StepObs
-from specops.rng import Stream
-from torch import Tensor
-
 from serving.packing import sampling_of, slot_table, uniforms_of
 from serving.sequence import Sequence
 from serving.target import Target
+from specops.rng import Stream
 
 
 class Drafting:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from buffer.records import Round
 from drafters.protocol import Draft
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome, StepObs
-from torch import Tensor
-
 from serving.capture import CaptureRing
 from serving.detokenize import Detokenizer
 from serving.drafting import Drafting
@@ -321,7 +321,7 @@ class Engine:
         committed: list[Committed] = []
         num_decode_rows = len(batch) * rows.num_query
         if batch:
-            hidden = computed.hidden_TH[:num_decode_rows].unflatten(0, (len(batch), -1))
+            hidden = computed.hidden_TH[:num_decode_rows].view(len(batch), rows.num_query, -1)
             logits = self.target.logits(hidden)
             verified = verify(batch, draft, logits)
             step_s = time.perf_counter() - started
@@ -430,9 +430,8 @@ class Engine:
         for token in emitted:
             sequence.tokens.append(token)
             count += 1
-            if token in sequence.eos_ids or token in sampling.stop_token_ids:
-                sequence.finish_reason = "stop"
-            elif sequence.detokenizer.add(token):
+            is_end = token in sequence.eos_ids or token in sampling.stop_token_ids
+            if is_end or sequence.detokenizer.add(token):
                 sequence.finish_reason = "stop"
             elif sequence.num_left <= 0:
                 sequence.finish_reason = "length"
@@ -464,7 +463,9 @@ class Engine:
             elif c.sequence.num_completion > c.sequence.num_emitted:
                 self._emit(c.sequence, None)
 
-    def _emit(self, sequence: Sequence, reason: FinishReason | None, error: str | None = None) -> None:
+    def _emit(
+        self, sequence: Sequence, reason: FinishReason | None, error: str | None = None
+    ) -> None:
         start = sequence.num_prompt + sequence.num_emitted
         tokens = tuple(sequence.tokens[start:])
         logprobs = None

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from drafters.protocol import Draft
+from serving.scheduler import Chunk
+from serving.sequence import Sequence
 from specops.attention import PagedPass, make_group
 from specops.rng import Stream, uniforms
 from specops.sampling import SamplingRows, sampling_rows
-from torch import Tensor
-
-from serving.scheduler import Chunk
-from serving.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,7 @@ def sampling_of(batch: list[Sequence], vocab_size: int, device: torch.device) ->
     )
 
 
-def uniforms_of(
-    batch: list[Sequence], count: int, stream: Stream, device: torch.device
-) -> Tensor:
+def uniforms_of(batch: list[Sequence], count: int, stream: Stream, device: torch.device) -> Tensor:
     """[R, count] float64 numbers for the positions after each anchor.
 
     Requests verified by ``match`` draw once a position (nonce 0), so their output does not depend

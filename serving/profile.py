@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from policies.cost import CostSample
-from policies.interface import Decision, Outcome, StepObs
 
+from policies.interface import Decision, Outcome, StepObs
 from serving.engine import Engine
 from serving.types import Request, SamplingParams
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from buffer.records import Round
 from numpy.typing import NDArray
 
+from buffer.records import Round
 from serving.detokenize import Detokenizer
 from serving.types import FinishReason, OnOutput, Request, SpeculationStats, TokenLogprob
 
@@ -79,6 +79,4 @@ class Sequence:
         return self.is_greedy or self.request.sampling.seed is not None
 
     def stats(self) -> SpeculationStats:
-        return SpeculationStats(
-            self.version, self.num_steps, self.num_proposed, self.num_accepted
-        )
+        return SpeculationStats(self.version, self.num_steps, self.num_proposed, self.num_accepted)

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from policies.rollback import Action, SwapWatch
+from torch import Tensor
+
 from buffer.records import Manifest
 from buffer.weights import mark_in_use, unmark_in_use, versions
 from drafters.eagle3_paged import PagedEagle3
 from policies.interface import DraftPolicy
-from policies.rollback import Action, SwapWatch
-from torch import Tensor
-
 from serving.swapping import Expected, FlatWeights, Staged, load_bundle
 
 log = logging.getLogger(__name__)

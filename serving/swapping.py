@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from buffer.records import Manifest
-from buffer.weights import TENSORS, BundleError, read_bundle
 from safetensors.torch import load
 from torch import Tensor, nn
+
+from buffer.records import Manifest
+from buffer.weights import TENSORS, BundleError, read_bundle
 
 
 class FlatWeights:
@@ -94,7 +95,9 @@ def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
     name = f"snapshot {manifest.version}"
     keep = "not swapping; the running version keeps serving"
     if manifest.kind != expected.kind:
-        raise ValueError(f"{name} is a {manifest.kind} drafter, this one is {expected.kind}; {keep}")
+        raise ValueError(
+            f"{name} is a {manifest.kind} drafter, this one is {expected.kind}; {keep}"
+        )
     if manifest.target_fingerprint != expected.target_fingerprint:
         raise ValueError(
             f"{name} was made for target {manifest.target_fingerprint[:12]}, this server runs "

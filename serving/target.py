@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from specops.attention import PagedPass, paged_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from specops.attention import PagedPass, paged_attention
 
 ATTENTION_NAME = "slipstream_paged"
 
@@ -45,7 +46,7 @@ class KvPool:
 
 
 def _attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,7 +82,7 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 class Target:
     """A causal LM whose attention is ours. Stateless but for the KV pool handed to each pass."""
 
-    def __init__(self, model: nn.Module, layer_ids: tuple[int, ...]) -> None:
+    def __init__(self, model: Any, layer_ids: tuple[int, ...]) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(ATTENTION_NAME)
         self.config: Any = self.model.config.get_text_config()
@@ -155,7 +156,7 @@ class Target:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] float32 (float64 for a float64 target)."""
-        scores = self.lm_head(hidden)
+        scores: Tensor = self.lm_head(hidden)
         if scores.dtype != torch.float64:
             scores = scores.float()
         if self.softcap is not None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
-from buffer.records import Sampling, Trace
 
+from buffer.records import Sampling, Trace
 from serving.capture import CaptureRing, StoredDtype, pack_rows
 from serving.sequence import Sequence
 

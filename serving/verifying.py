@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from drafters.protocol import Draft
-from specops.rng import Stream
-from specops.sampling import distribution, draw
-from specops.verify import verify_match, verify_standard
 from torch import Tensor
 
+from drafters.protocol import Draft
 from serving.packing import sampling_of, uniforms_of
 from serving.sequence import Sequence
 from serving.types import TokenLogprob
+from specops.rng import Stream
+from specops.sampling import distribution, draw
+from specops.verify import verify_match, verify_standard
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,9 +41,7 @@ class PagedPass:
     """Cover all T rows, in order."""
 
 
-def make_group(
-    start: int, slots_RS: Tensor, positions_RQ: Tensor, first_key: int = 0
-) -> Group:
+def make_group(start: int, slots_RS: Tensor, positions_RQ: Tensor, first_key: int = 0) -> Group:
     """Group with its causal mask. Positions before ``first_key`` are invisible."""
     keys = torch.arange(slots_RS.shape[1], device=slots_RS.device)
     mask = keys <= positions_RQ[..., None]
@@ -54,8 +52,8 @@ def make_group(
 
 def _gather(pool: Tensor, slots: Tensor) -> Tensor:
     """Rows of a pool. ``embedding`` copies whole rows; ``index_select`` was 6x slower on a CPU."""
-    rows = torch.nn.functional.embedding(slots, pool.flatten(1))
-    return rows.unflatten(1, pool.shape[1:])
+    rows: Tensor = torch.nn.functional.embedding(slots, pool.flatten(1))
+    return rows.view(-1, *pool.shape[1:])
 
 
 def _group_attention(
@@ -73,12 +71,12 @@ def _group_attention(
         mask = mask & (at > group.positions_RQ[:, None, :, None] - window)
     num_requests, num_keys = group.slots_RS.shape
     flat = group.slots_RS.reshape(-1)
-    k = _gather(keys, flat).unflatten(0, (num_requests, num_keys)).transpose(1, 2)
-    v = _gather(values, flat).unflatten(0, (num_requests, num_keys)).transpose(1, 2)
+    k = _gather(keys, flat).view(num_requests, num_keys, *keys.shape[1:]).transpose(1, 2)
+    v = _gather(values, flat).view(num_requests, num_keys, *values.shape[1:]).transpose(1, 2)
     q = q_RQHD.transpose(1, 2)
     gqa = q.shape[1] != k.shape[1]
     if softcap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(
+        out: Tensor = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa
         )
         return out.transpose(1, 2)
@@ -87,7 +85,8 @@ def _group_attention(
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
+    mixed: Tensor = (weights.to(v.dtype) @ v).transpose(1, 2)
+    return mixed
 
 
 def paged_attention(
@@ -118,7 +117,7 @@ def paged_attention(
     for group in paged.groups:
         num_requests = group.slots_RS.shape[0]
         end = group.start + num_requests * group.num_query
-        q = q_THD[group.start : end].unflatten(0, (num_requests, group.num_query))
+        q = q_THD[group.start : end].reshape(num_requests, group.num_query, *q_THD.shape[1:])
         out = _group_attention(q, keys, values, group, scale, window, softcap)
         outs.append(out.flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)

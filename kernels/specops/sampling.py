@@ -42,7 +42,9 @@ def sampling_rows(
     """Pack the parameters of R requests. One small upload each."""
     top_k = [vocab_size if k is None else min(k, vocab_size) for k in top_ks]
     truncates = (
-        any(k < vocab_size for k in top_k) or any(p < 1 for p in top_ps) or any(p > 0 for p in min_ps)
+        any(k < vocab_size for k in top_k)
+        or any(p < 1 for p in top_ps)
+        or any(p > 0 for p in min_ps)
     )
     return SamplingRows(
         temperature_R=torch.tensor(temperatures, dtype=dtype, device=device),
@@ -110,5 +112,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """
     sums = probs.double().cumsum(dim=-1)
     # A threshold below the total, so that the first sum above it ends on a token with mass.
-    threshold = torch.minimum(uniforms * sums[..., -1], torch.nextafter(sums[..., -1], uniforms * 0))
+    threshold = torch.minimum(
+        uniforms * sums[..., -1], torch.nextafter(sums[..., -1], uniforms * 0)
+    )
     return torch.searchsorted(sums, threshold[..., None], right=True)[..., 0]

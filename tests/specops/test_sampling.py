@@ -1,0 +1,113 @@
+"""Shaping a distribution and drawing from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specops.rng import Stream, uniforms
+from specops.sampling import distribution, draw, sampling_rows
+
+
+def rows(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, vocab=8, dtype=torch.float64):
+    return sampling_rows([temperature], [top_k], [top_p], [min_p], vocab, dtype=dtype)
+
+
+def reference(logits, temperature, top_k, top_p, min_p):
+    """One row, token by token, in plain Python: the definition in the docstring."""
+    p = torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, 0).tolist()
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    order = [i for i in order if p[i] >= min_p * p[order[0]]]
+    order = order[: top_k or len(p)]
+    mass, kept = sum(p[i] for i in order), []
+    running = 0.0
+    for i in order:
+        if running >= top_p and top_p < 1:
+            break
+        kept.append(i)
+        running += p[i] / mass
+    total = sum(p[i] for i in kept)
+    return [p[i] / total if i in kept else 0.0 for i in range(len(p))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(-6, 6), min_size=8, max_size=8, unique=True),
+    st.floats(0.2, 3.0),
+    st.one_of(st.none(), st.integers(1, 9)),
+    st.floats(0.05, 1.0),
+    st.floats(0.0, 0.9),
+)
+def test_the_distribution_is_what_the_parameters_say(logits, temperature, top_k, top_p, min_p):
+    got = distribution(
+        torch.tensor(logits, dtype=torch.float64)[None, None],
+        rows(temperature, top_k, top_p, min_p),
+    )[0, 0]
+    want = torch.tensor(reference(logits, temperature, top_k, top_p, min_p), dtype=torch.float64)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-9)
+
+
+def test_temperature_zero_puts_all_mass_on_the_argmax():
+    logits = torch.tensor([[[0.1, 2.0, 2.0, -1.0]]])
+    got = distribution(logits, sampling_rows([0.0], [None], [1.0], [0.0], 4))
+    assert got.tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
+
+
+def test_rows_of_one_batch_keep_their_own_parameters():
+    logits = torch.randn(3, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    packed = sampling_rows(
+        [0.0, 0.7, 1.3], [None, 2, None], [1.0, 1.0, 0.5], [0.0] * 3, 8, dtype=torch.float64
+    )
+    got = distribution(logits, packed)
+    alone = [rows(0.0), rows(0.7, 2), rows(1.3, None, 0.5)]
+    for index, row in enumerate(alone):
+        torch.testing.assert_close(got[index : index + 1], distribution(logits[index][None], row))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.25, 0.5, 1 - 2**-53])
+def test_a_draw_never_has_probability_zero(uniform):
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0])
+    token = draw(probs, torch.tensor(uniform, dtype=torch.float64))
+    assert probs[token] > 0
+
+
+def test_draws_follow_the_distribution():
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64)
+    edges = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1]
+    counts = torch.bincount(draw(probs.expand(100_000, 4), edges), minlength=4) / 100_000
+    torch.testing.assert_close(counts.to(torch.float64), probs, atol=2e-5, rtol=0)
+
+
+def test_numbers_depend_on_key_position_nonce_and_stream_only():
+    keys = np.array([7, 8], dtype=np.uint64)
+    positions = np.array([[3, 4], [3, 4]])
+    nonces = np.array([0, 0])
+    together = uniforms(keys, positions, nonces, Stream.DRAFT)
+    alone = uniforms(keys[1:], positions[1:], nonces[1:], Stream.DRAFT)
+    assert np.array_equal(together[1:], alone)
+    others = [
+        uniforms(keys, positions, nonces + 1, Stream.DRAFT),
+        uniforms(keys, positions + 2, nonces, Stream.DRAFT),
+        uniforms(keys, positions, nonces, Stream.ACCEPT),
+    ]
+    assert all(not np.isin(together, other).any() for other in others)
+
+
+def test_streams_are_uniform_and_uncorrelated():
+    """Mean, variance and cross-correlations of 200,000 numbers, within 5 standard errors."""
+    keys = np.arange(1000, dtype=np.uint64)
+    positions = np.tile(np.arange(200), (1000, 1))
+    nonces = np.zeros(1000, dtype=np.int64)
+    streams = [uniforms(keys, positions, nonces, s) for s in Stream]
+    error = 200_000**-0.5
+    for numbers in streams:
+        assert abs(numbers.mean() - 0.5) < 5 * error * 12**-0.5
+        assert abs(numbers.var() - 1 / 12) < 5 * error * 0.0745
+        neighbours = np.corrcoef(numbers[:, :-1].ravel(), numbers[:, 1:].ravel())[0, 1]
+        assert abs(neighbours) < 5 * error
+    for i, one in enumerate(streams):
+        for other in streams[i + 1 :]:
+            assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 5 * error
