@@ -1,0 +1,169 @@
+"""Small real engines for tests: random targets of three architectures, real drafters, no threads.
+
+``step`` is called by the test, so every run is deterministic.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from drafters.eagle3 import Eagle3, config_for_target
+from drafters.eagle3_paged import PagedEagle3
+from drafters.suffix import SuffixIndex
+from policies.interface import Decision, Outcome, StepObs
+from serving.capture import CaptureRing
+from serving.drafting import Drafting
+from serving.engine import Engine
+from serving.pages import PagePool
+from serving.scheduler import Scheduler
+from serving.target import Target
+from serving.types import Output, Request, SamplingParams
+from tests.support import tiny_tokenizer
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GEMMA = {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+ARCHITECTURES = {
+    "qwen3": (Qwen3ForCausalLM, lambda v: Qwen3Config(vocab_size=v, **SHAPE)),
+    "llama": (LlamaForCausalLM, lambda v: LlamaConfig(vocab_size=v, **SHAPE)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        lambda v: Gemma3TextConfig(vocab_size=v, query_pre_attn_scalar=12, **GEMMA, **SHAPE),
+    ),
+}
+
+
+def random_model(architecture: str, vocab_size: int = 96, seed: int = 0) -> Any:
+    """Random weights, large enough that the two best tokens are far apart."""
+    make, config = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    model = make(config(vocab_size)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.25)
+    return model
+
+
+@dataclass
+class RandomPolicy:
+    """Any drafter, any K, a new one every step: what comes out must not depend on it."""
+
+    numbers: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def plan(self, obs: StepObs) -> Decision:
+        k = min(self.numbers.randint(0, 8), obs.max_draft)
+        drafter = self.numbers.choice(obs.drafters) if k else "none"
+        return Decision(drafter, k, 1.0, False, "random")
+
+    def observe(self, outcome: Outcome) -> None: ...
+    def on_swap(self, version: int, calibration: dict[str, Any]) -> None: ...
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class Collected:
+    """Everything one request was told."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[Any] = field(default_factory=list)
+    last: Output | None = None
+
+    def take(self, output: Output) -> None:
+        assert self.last is None or self.last.finish_reason is None, "news after the end"
+        self.token_ids += output.token_ids
+        self.text += output.text
+        self.logprobs += output.logprobs or ()
+        self.last = output
+
+
+def make_engine(
+    model: Any,
+    *,
+    policy: Any = None,
+    max_batch: int = 5,
+    page_size: int = 4,
+    num_pages: int = 400,
+    prefill_chunk: int = 16,
+    prefix_cache: bool = True,
+    max_draft: int = 8,
+    suffix: bool = True,
+    drafter: Eagle3 | None = None,
+    ring_rows: int = 4096,
+    seed: int = 1,
+    eos_ids: frozenset[int] = frozenset(),
+) -> Engine:
+    """An engine over ``model`` with a random EAGLE-3 drafter unless one is given."""
+    if drafter is None:
+        drafter = Eagle3(config_for_target(model.config))
+        drafter.initialise(seed, model.get_output_embeddings().weight)
+    drafter.eval().requires_grad_(False)
+    target = Target(model, drafter.config.layer_ids)
+    num_slots = num_pages * page_size
+    neural = PagedEagle3(drafter, target.embed, num_slots)
+    index = SuffixIndex(2, 8, 10_000) if suffix else None
+    return Engine(
+        target=target,
+        pool=target.make_pool(num_slots),
+        scheduler=Scheduler(
+            PagePool(num_pages, prefix_cache), page_size, max_batch, prefill_chunk, max_draft
+        ),
+        tokenizer=tiny_tokenizer(),
+        eos_ids=eos_ids,
+        policy=policy or RandomPolicy(),
+        drafting=Drafting(target, neural, index, num_pages, page_size, max_draft),
+        ring=CaptureRing(ring_rows, len(target.layer_ids), target.config.hidden_size),
+        max_model_len=256,
+        max_queue=100_000,
+        model_name="tiny",
+        seed=seed,
+    )
+
+
+def run(
+    engine: Engine,
+    requests: list[Request],
+    between: Callable[[Engine, int], None] = lambda _engine, _step: None,
+) -> dict[str, Collected]:
+    """Decode all requests; ``between`` is called before every step with its number."""
+    collected = {r.id: Collected() for r in requests}
+    for request in requests:
+        engine.submit(request, collected[request.id].take)
+    step = 0
+    with torch.inference_mode():
+        while engine.num_inflight():
+            between(engine, step)
+            assert engine.step(), "requests in flight, but nothing to do"
+            step += 1
+    return collected
+
+
+def request_of(request_id: str, prompt: list[int], max_tokens: int, **params: Any) -> Request:
+    """A greedy request unless ``params`` (of sampling or of the request) say otherwise."""
+    own = {k: params.pop(k) for k in ("max_draft", "capture", "tenant") if k in params}
+    sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **params})
+    return Request(request_id, tuple(prompt), sampling, **own)
