@@ -1,0 +1,141 @@
+"""The demo's plan, its folder and its view; what it measures is in test_report.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from examples.demo import (
+    MARKER,
+    DemoError,
+    DemoSettings,
+    Phase,
+    gather_texts,
+    is_enough,
+    own_folder,
+)
+from examples.live import Now, line, sparkline
+from examples.report import ARMS
+from examples.traffic import replay_rounds
+from tests.examples.sample import sample_answers
+
+
+def test_each_arm_answers_each_prompt_once():
+    rounds = replay_rounds(num_prompts=10, block=4)
+
+    met = Counter((turn.arm, i) for turns in rounds for turn in turns for i in turn.prompts)
+    assert met == Counter({(arm, i): 1 for arm in ARMS for i in range(10)})
+
+
+def test_a_round_is_the_same_prompts_by_all_arms_in_rotating_order():
+    rounds = replay_rounds(num_prompts=12, block=4)
+
+    assert all(len({turn.prompts for turn in turns}) == 1 for turns in rounds)
+    assert [turns[0].arm for turns in rounds] == list(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "num_answers", "settled_s", "expected"),
+    [
+        pytest.param(90, 0, 0, True, id="time is over"),
+        pytest.param(50, 100, 20, True, id="enough requests, trainer has caught up"),
+        pytest.param(50, 100, 5, False, id="new versions still come"),
+        pytest.param(50, 99, 20, False, id="too few requests"),
+    ],
+)
+def test_end_of_a_phase(elapsed_s: float, num_answers: int, settled_s: float, expected: bool):
+    phase = Phase("c", "c", True, seconds=90, enough_requests=100)
+
+    assert is_enough(phase, 20, elapsed_s, num_answers, settled_s) is expected
+
+
+def test_default_plan_fits_ten_minutes():
+    settings = DemoSettings()
+
+    traffic_s = sum(phase.seconds for phase in settings.phases)
+    replay_s = settings.replay_s * len(settings.phases)
+    assert traffic_s + replay_s <= 500
+    assert [phase.name for phase in settings.phases] == ["python", "c", "docs", "python-again"]
+
+
+def test_prompts_of_the_replay_are_not_in_the_traffic():
+    phases = tuple(Phase(name, "python", False, 1, 1) for name in ("python", "python-again"))
+    settings = DemoSettings(phases=phases, max_requests=20, replay_prompts=6)
+
+    texts = gather_texts(settings)
+
+    live = [*texts.live["python"], *texts.live["python-again"]]
+    kept = [*texts.held_out["python"], *texts.warmup["python"]]
+    assert len(live) == 40 and len(texts.held_out["python"]) == 6
+    assert len(set(live) | set(kept)) == len(live) + len(kept)
+
+
+def test_folder_that_is_not_ours_is_left_alone(tmp_path: Path):
+    precious = tmp_path / "weights" / "mine"
+    precious.mkdir(parents=True)
+
+    with pytest.raises(DemoError, match="nothing in it was touched"), own_folder(tmp_path):
+        pass
+
+    assert precious.exists()
+    assert not (tmp_path / MARKER).exists()
+
+
+def test_second_run_removes_what_the_first_made_and_nothing_else(tmp_path: Path):
+    run_dir = tmp_path / "demo"
+    with own_folder(run_dir):
+        (run_dir / "weights" / "3").mkdir(parents=True)
+        (run_dir / "report.json").write_text("{}")
+        (run_dir / "notes.txt").write_text("mine")
+
+    with own_folder(run_dir):
+        assert sorted(p.name for p in run_dir.iterdir()) == [MARKER, "notes.txt"]
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path: Path):
+    with (
+        own_folder(tmp_path),
+        pytest.raises(DemoError, match="another demo runs"),
+        own_folder(tmp_path),
+    ):
+        pass
+
+
+def moment(**changes: object) -> Now:
+    answers = sample_answers(per_phase=10)
+    fields = {
+        "phases": ("python", "c"),
+        "phase": answers[-1].phase,
+        "share": 0.5,
+        "at_s": answers[-1].finished_s,
+        "answers": answers,
+        "version": 3,
+        "newest_version": 5,
+        "swaps": 4,
+        "rollbacks": 1,
+        "failed": 0,
+    }
+    return Now(**{**fields, **changes})
+
+
+def test_line_names_phase_speed_version_and_staleness():
+    text = line(moment())
+
+    assert "python-again" in text
+    assert "version 3  staleness 2" in text
+    assert "40 requests" in text
+
+
+def test_nothing_answered_shows_dashes_instead_of_zeros():
+    assert moment(answers=()).tokens_per_s is None
+    assert "– tokens/s" in line(moment(answers=()))
+
+
+def test_sparkline_goes_from_plain_to_its_maximum():
+    text = sparkline(sample_answers(per_phase=60), width=20)
+
+    assert len(text) == 20
+    assert text[0] in "▇█" and text[5] < text[9]
+    assert sparkline(()) == ""
