@@ -67,4 +67,6 @@ def start_python():
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        for stream in filter(None, (process.stdin, process.stdout)):
+            stream.close()

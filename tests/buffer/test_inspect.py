@@ -1,0 +1,140 @@
+"""``buffer inspect`` tells a sound run from a damaged one, also by its exit code."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from buffer.cli import app
+from buffer.codec import encode_trace
+from buffer.records import Manifest
+from buffer.tensors import join_tensors
+from buffer.traces import open_trace_writer
+from buffer.weights import publish
+
+LIMITS = {"segment_bytes": 1 << 16, "max_bytes": 1 << 22, "ttl_s": 3600.0, "sync_interval_s": 0.0}
+
+
+@pytest.fixture
+def run(tmp_path, make_trace):
+    """A run folder with three traces and two versions."""
+    with open_trace_writer("log:", tmp_path, **LIMITS) as writer:
+        for seq, tenant in enumerate(["acme", "acme", "umbrella"]):
+            writer.append(encode_trace(make_trace(seq=seq, tenant=tenant)))
+    blob = join_tensors({"w": ("F32", np.ones(4, np.float32))}, {})
+    manifest = Manifest(0, None, "eagle3", {}, "target", {}, gate={"tokens_per_step": 2.5})
+    for version, parent in ((0, None), (1, 0)):
+        one = dataclasses.replace(manifest, version=version, parent=parent)
+        publish(tmp_path / "weights", one, {"drafter.safetensors": blob})
+    return tmp_path
+
+
+def inspect(*arguments):
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+    return result.exit_code, result.stdout
+
+
+def test_a_sound_run_is_summed_up(run):
+    code, output = inspect(run)
+    segment, traces, *bundles = output.splitlines()
+
+    assert code == 0
+    assert segment.startswith("segment w")
+    assert "/000000: 3 records, " in segment
+    assert segment.endswith("bytes, torn 0 bytes, damaged 0")
+    assert traces == (
+        "traces: 3, tokens 6 prompt + 9 completion, tokens_per_step 2.000, "
+        "tenants: acme 2, umbrella 1; unreadable: none"
+    )
+    assert bundles == [
+        "bundle 0: parent none, gate: tokens_per_step 2.500; ok",
+        "bundle 1: parent 0, gate: tokens_per_step 2.500; ok",
+    ]
+
+
+def test_json_output_is_one_object_per_line(run):
+    code, output = inspect(run, "--json")
+    lines = [json.loads(line) for line in output.splitlines()]
+
+    assert code == 0
+    assert [line["kind"] for line in lines] == ["segment", "traces", "bundle", "bundle"]
+    assert lines[0]["records"] == lines[1]["traces"] == 3
+    assert lines[1]["tenants"] == {"acme": 2, "umbrella": 1}
+    assert lines[1]["tokens_per_step"] == 2.0
+    assert lines[3] == {
+        "kind": "bundle",
+        "version": 1,
+        "parent": 0,
+        "gate": {"tokens_per_step": 2.5},
+        "problem": None,
+    }
+
+
+def test_a_damaged_trace_is_an_exit_code_of_1(run):
+    path = next(run.glob("traces/*/*.seg"))
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    code, output = inspect(run)
+    assert code == 1
+    assert "2 records" in output
+    assert "damaged 1" in output
+
+
+def test_a_record_that_is_no_trace_is_an_exit_code_of_1(run):
+    with open_trace_writer("log:", run, **LIMITS) as writer:
+        writer.append(b"no trace")
+    code, output = inspect(run)
+    assert code == 1
+    assert "unreadable: header 1" in output
+    assert not (run / "traces" / "quarantine").exists()
+
+
+def test_a_damaged_bundle_is_an_exit_code_of_1_and_is_named(run):
+    os.truncate(run / "weights" / "1" / "drafter.safetensors", 10)
+    code, output = inspect(run)
+    assert code == 1
+    assert "bundle 0: parent none, gate: tokens_per_step 2.500; ok" in output
+    assert "bundle 1: parent 0, gate: tokens_per_step 2.500; DAMAGED: " in output
+    (run / "weights" / "1" / "manifest.json").unlink()
+    code, output = inspect(run)
+    assert code == 1
+    assert "bundle 1: parent none, gate: no figures; DAMAGED: " in output
+
+
+def test_a_torn_tail_is_told_and_is_no_damage(run):
+    path = next(run.glob("traces/*/*.seg"))
+    with path.open("ab") as file:
+        file.write(b"\xf5\xaa\xd7")
+    code, output = inspect(run)
+    assert code == 0
+    assert "torn 3 bytes" in output
+
+
+def test_an_empty_run_is_fine(tmp_path):
+    code, output = inspect(tmp_path)
+    assert (code, output) == (
+        0,
+        "traces: 0, tokens 0 prompt + 0 completion, tokens_per_step unknown, tenants: none; "
+        "unreadable: none\n",
+    )
+
+
+def test_a_folder_that_does_not_exist_is_wrong_usage(tmp_path):
+    assert inspect(tmp_path / "nope")[0] == 2
+
+
+def test_python_m_buffer_is_the_same_command_and_needs_no_torch(run, start_python):
+    code = (
+        "import runpy, sys; sys.argv = ['buffer', 'inspect', sys.argv[1]]\n"
+        "try: runpy.run_module('buffer', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    process = start_python(code, run)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert output.splitlines()[-1] == "False"
+    assert output.startswith("segment w")

@@ -1,0 +1,381 @@
+"""The log: acknowledged is kept, readers are independent, and whatever leaves is counted."""
+
+import errno
+import json
+import os
+import random
+import resource
+import subprocess
+import time
+
+import pytest
+
+from buffer.layout import read_tombstone
+from buffer.segments import SegmentReader, SegmentWriter, recover
+
+LIMITS = {"segment_bytes": 4096, "max_bytes": 1 << 20, "ttl_s": 3600.0, "sync_interval_s": 0.0}
+HEAD_BYTES = 32
+
+
+class Clock:
+    """Unix time that moves only when told."""
+
+    def __init__(self):
+        self.now_s = 1_700_000_000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def payload(number, num_bytes=100):
+    return number.to_bytes(8, "little").ljust(num_bytes, b".")
+
+
+def numbers(records):
+    return [int.from_bytes(record.payload[:8], "little") for record in records]
+
+
+def log_bytes(root):
+    return sum(path.stat().st_size for path in root.glob("w*/*.seg"))
+
+
+def test_a_record_is_acknowledged_by_sync_and_not_before(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as writer:
+        assert [writer.append(payload(i)) for i in range(3)] == [0, 1, 2]
+        assert (writer.counts.durable, writer.counts.pending) == (0, 3)
+        assert list(writer.sync()) == [0, 1, 2]
+        assert (writer.counts.durable, writer.counts.pending) == (3, 0)
+        assert list(writer.sync()) == []
+
+
+def test_tend_syncs_once_the_oldest_record_has_waited_long_enough(tmp_path):
+    with SegmentWriter(tmp_path, **{**LIMITS, "sync_interval_s": 0.05}) as writer:
+        writer.append(payload(0))
+        assert list(writer.tend()) == []
+        time.sleep(0.06)
+        assert list(writer.tend()) == [0]
+
+
+def test_records_come_back_in_order_over_many_segments(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as writer:
+        for i in range(200):
+            writer.append(payload(i))
+        assert numbers(SegmentReader(tmp_path).read(1000)) == list(range(200))
+        assert len(recover(tmp_path)) == 7
+        assert all(report.num_bytes <= 4096 for report in recover(tmp_path))
+
+
+def test_a_record_larger_than_a_segment_gets_a_segment_of_its_own(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as writer:
+        for i, num_bytes in enumerate([100, 10_000, 100]):
+            writer.append(payload(i, num_bytes))
+        assert numbers(SegmentReader(tmp_path).read(10)) == [0, 1, 2]
+        assert [report.records for report in recover(tmp_path)] == [1, 1, 1]
+
+
+def test_a_record_over_half_the_log_is_refused_and_the_writer_goes_on(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as writer:
+        with pytest.raises(OSError, match="over half of max_bytes") as caught:
+            writer.append(bytes(1 << 20))
+        assert caught.value.errno == errno.EFBIG
+        assert writer.append(payload(0)) == 0
+
+
+def test_limits_that_hold_no_two_segments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="raise max_bytes or lower segment_bytes"):
+        SegmentWriter(tmp_path, **{**LIMITS, "max_bytes": 8191})
+
+
+def test_readers_keep_their_own_places_and_resume_from_json(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as writer:
+        fast, slow = SegmentReader(tmp_path), SegmentReader(tmp_path)
+        for i in range(100):
+            writer.append(payload(i))
+        assert numbers(fast.read(1000)) == list(range(100))
+        assert numbers(slow.read(7)) == list(range(7))
+        stored = json.loads(json.dumps(slow.offsets()))
+        assert numbers(SegmentReader(tmp_path, stored).read(1000)) == list(range(7, 100))
+        assert numbers(slow.read(3)) == [7, 8, 9]
+        writer.append(payload(100))
+        assert numbers(fast.read(1000)) == [100]
+
+
+def test_offsets_of_another_kind_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"'w1-2' must hold segment, offset and number"):
+        SegmentReader(tmp_path, {"w1-2": 7})
+
+
+def test_a_reader_of_a_log_that_does_not_exist_yet_finds_it_later(tmp_path):
+    reader = SegmentReader(tmp_path / "traces")
+    assert reader.read(10) == []
+    with SegmentWriter(tmp_path / "traces", **LIMITS) as writer:
+        assert reader.read(10) == []
+        writer.append(payload(0))
+        assert numbers(reader.read(10)) == [0]
+
+
+def test_two_writers_of_one_process_do_not_mix_and_none_is_starved(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as left, SegmentWriter(tmp_path, **LIMITS) as right:
+        for i in range(20):
+            left.append(payload(i))
+            right.append(payload(i + 100))
+        reader = SegmentReader(tmp_path)
+        assert {record.writer for record in reader.read(10) + reader.read(10)} == {
+            left.name,
+            right.name,
+        }
+        rest = numbers(reader.read(100))
+        assert [n for n in rest if n < 100] == list(range(10, 20))
+        assert [n for n in rest if n >= 100] == list(range(110, 120))
+
+
+def test_a_read_stops_at_its_byte_limit(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as writer:
+        for i in range(10):
+            writer.append(payload(i))
+        assert numbers(SegmentReader(tmp_path).read(10, max_bytes=250)) == [0, 1, 2]
+
+
+def test_bytes_never_pass_the_cap_and_every_evicted_record_is_counted(tmp_path):
+    limits = {**LIMITS, "max_bytes": 16_384}
+    with SegmentWriter(tmp_path, **limits) as writer:
+        reader = SegmentReader(tmp_path)
+        for i in range(1000):
+            writer.append(payload(i, 20 + i % 300))
+            assert log_bytes(tmp_path) <= 16_384
+        read = numbers(reader.read(1000))
+
+        assert read == list(range(1000 - len(read), 1000))
+        assert reader.counts.evicted_unread == 1000 - len(read)
+        assert writer.counts.evicted_records == 1000 - len(read)
+        written_bytes = sum(HEAD_BYTES + 20 + i % 300 for i in range(1000))
+        assert writer.counts.evicted_bytes == written_bytes - log_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_written_is_read_plus_evicted_whatever_the_pace_of_the_reader(tmp_path, seed):
+    chance = random.Random(seed)
+    limits = {**LIMITS, "max_bytes": 12_288}
+    reader, read = SegmentReader(tmp_path), []
+    total = damaged = evicted = torn = 0
+    for _ in range(4):  # four lives of the server
+        with SegmentWriter(tmp_path, **limits) as writer:
+            for _ in range(chance.randrange(300)):
+                writer.append(payload(total, chance.randrange(8, 400)))
+                total += 1
+                if chance.random() < 0.05:
+                    read += numbers(reader.read(chance.randrange(1, 30)))
+                if chance.random() < 0.02:  # the trainer restarts
+                    counts = reader.counts
+                    damaged, torn = damaged + counts.damaged, torn + counts.torn
+                    evicted += counts.evicted_unread
+                    reader = SegmentReader(tmp_path, reader.offsets())
+    while batch := reader.read(50):
+        read += numbers(batch)
+    evicted += reader.counts.evicted_unread
+
+    assert len(read) == len(set(read))
+    assert len(read) + evicted == total
+    assert damaged + torn + reader.counts.damaged + reader.counts.torn == 0
+
+
+def test_segments_leave_at_their_ttl_also_when_the_server_is_idle(tmp_path):
+    clock = Clock()
+    limits = {**LIMITS, "ttl_s": 0.08}  # eviction is due every 10 ms of real time
+    with SegmentWriter(tmp_path, **limits, clock=clock) as writer:
+        for i in range(10):
+            writer.append(payload(i))
+        clock.now_s += 0.07
+        time.sleep(0.02)
+        writer.tend()
+        writer.append(payload(10))
+        assert numbers(SegmentReader(tmp_path).read(100)) == list(range(11))
+        clock.now_s += 0.02
+        time.sleep(0.02)
+        writer.tend()
+        assert numbers(SegmentReader(tmp_path).read(100)) == [10]
+        assert writer.counts.evicted_records == 10
+        clock.now_s += 0.08
+        time.sleep(0.02)
+        writer.tend()
+        reader = SegmentReader(tmp_path)
+        assert reader.read(100) == []
+        assert reader.counts.evicted_unread == writer.counts.evicted_records == 11
+        assert writer.append(payload(11)) == 11
+        assert numbers(reader.read(100)) == [11]
+
+
+def test_the_segment_that_a_living_process_writes_is_never_evicted(tmp_path, start_python):
+    process = start_python(
+        "import sys; from pathlib import Path; from buffer.segments import SegmentWriter\n"
+        "w = SegmentWriter(Path(sys.argv[1]), segment_bytes=4096, max_bytes=8192, ttl_s=1e9,"
+        " sync_interval_s=0)\n"
+        "w.append(b'\\7'.ljust(8, b'\\0')); w.sync(); print('ready', flush=True)\n"
+        "sys.stdin.read()",
+        tmp_path,
+        stdin=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "ready\n"
+    with SegmentWriter(tmp_path, **{**LIMITS, "max_bytes": 12_288}) as writer:
+        for i in range(300):
+            writer.append(payload(i))
+        assert 7 in numbers(SegmentReader(tmp_path).read(1000))
+        assert log_bytes(tmp_path) <= 12_288
+        process.kill()
+        process.wait()
+        for i in range(300):
+            writer.append(payload(i))
+        assert read_tombstone(next(tmp_path.glob(f"w{process.pid}-*"))).records == 1
+
+
+def test_what_dead_writers_left_behind_is_swept_once_it_is_old(tmp_path):
+    clock = Clock()
+    clock.now_s = time.time()  # ages of folders and quarantined files are real
+    with SegmentWriter(tmp_path, **LIMITS, clock=clock) as writer:
+        writer.append(payload(0))
+    (tmp_path / "quarantine").mkdir()
+    (tmp_path / "quarantine" / "header-w1-2-000000-0.bin").write_bytes(b"x")
+    reader = SegmentReader(tmp_path)
+    reader.read(10)
+
+    def tend():
+        with SegmentWriter(tmp_path, **LIMITS, clock=clock) as later:
+            later.tend()
+
+    clock.now_s += 3601
+    tend()
+    assert not list(tmp_path.glob("w*/*.seg"))
+    assert not list(tmp_path.glob("quarantine/*"))
+    clock.now_s += 3601
+    tend()
+    assert not (tmp_path / writer.name).exists()
+    assert reader.read(10) == []
+    assert writer.name not in reader.offsets()
+
+
+def test_a_full_disk_costs_the_records_that_do_not_fit_and_nothing_else(tmp_path, start_python):
+    """A file size limit stands for a full disk: the write is cut in the middle of the record."""
+    process = start_python(
+        "import sys; from pathlib import Path; from buffer.segments import SegmentWriter\n"
+        "w = SegmentWriter(Path(sys.argv[1]), segment_bytes=1 << 20, max_bytes=1 << 22,"
+        " ttl_s=1e9, sync_interval_s=0)\n"
+        "failed = []\n"
+        "for i in range(12):\n"
+        "    try: w.append(i.to_bytes(8, 'little') * (100 if i % 4 == 3 else 1))\n"
+        "    except OSError as error: failed.append((i, error.errno))\n"
+        "w.sync(); print(failed, w.counts.durable)",
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)),
+    )
+    output, _ = process.communicate(timeout=30)
+    assert output == f"{[(i, errno.EFBIG) for i in (3, 7, 11)]} 9\n"
+    reader = SegmentReader(tmp_path)
+    assert numbers(reader.read(100)) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert reader.counts.damaged == reader.counts.torn == 0
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 256 KiB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_all_that_was_acknowledged_and_is_used_again_when_it_has_room(tiny_disk):
+    ballast = tiny_disk / "ballast"
+    limits = {**LIMITS, "segment_bytes": 32_768, "max_bytes": 131_072}
+    with SegmentWriter(tiny_disk, **limits) as writer:
+        written = [writer.append(payload(i)) for i in range(100)]
+        ballast.write_bytes(bytes((os.statvfs(tiny_disk).f_bavail - 1) * 4096))
+        dropped = 0
+        for i in range(100, 200):
+            try:
+                written.append(writer.append(payload(i)))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                dropped += 1
+        assert dropped > 0
+        writer.sync()
+        ballast.unlink()
+        writer.append(payload(200))
+        writer.sync()
+        reader = SegmentReader(tiny_disk)
+        assert len(reader.read(1000)) == writer.counts.durable == 201 - dropped
+        assert reader.counts.damaged == 0
+    [report] = recover(tiny_disk)
+    assert (report.torn_bytes, report.damaged) == (0, 0)
+
+
+def test_old_segments_can_leave_a_disk_that_is_full(tiny_disk):
+    with SegmentWriter(tiny_disk, **{**LIMITS, "max_bytes": 65_536}) as writer:
+        for i in range(400):
+            writer.append(payload(i))
+        fill = (os.statvfs(tiny_disk).f_bavail) * 4096
+        (tiny_disk / "ballast").write_bytes(bytes(fill))
+        dropped = 0
+        for i in range(400, 1000):
+            try:
+                writer.append(payload(i))
+            except OSError:
+                dropped += 1
+        writer.sync()
+        reader = SegmentReader(tiny_disk)
+        assert len(reader.read(2000)) + reader.counts.evicted_unread == 1000 - dropped
+        assert writer.counts.evicted_records == reader.counts.evicted_unread
+
+
+def test_a_power_cut_takes_nothing_that_was_acknowledged(tmp_path, monkeypatch):
+    """The cut is played: of every file only what was flushed is left, and only if its name was."""
+    flushed, named = {}, set()
+    real_fdatasync, real_fsync = os.fdatasync, os.fsync
+
+    def fdatasync(descriptor):
+        flushed[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+        real_fdatasync(descriptor)
+
+    def fsync(descriptor):
+        folder = os.readlink(f"/proc/self/fd/{descriptor}")
+        named.update(os.path.join(folder, name) for name in os.listdir(folder))
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = SegmentWriter(tmp_path / "log", **LIMITS)
+    for i in range(150):
+        writer.append(payload(i))
+        if i % 20 == 19:
+            writer.sync()
+    durable = writer.counts.durable
+    assert durable > 140 - 1
+    assert str(tmp_path / "log" / writer.name) in named
+    for path in (tmp_path / "log" / writer.name).glob("*.seg"):
+        os.truncate(path, flushed.get(str(path), 0) if str(path) in named else 0)
+    kept = numbers(SegmentReader(tmp_path / "log").read(1000))
+    assert kept[:durable] == list(range(durable))
+    writer.close()
+
+
+def test_records_that_the_disk_failed_to_sync_are_never_acknowledged(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with SegmentWriter(tmp_path, **LIMITS) as writer:
+        writer.append(payload(0))
+        writer.sync()
+        writer.append(payload(1))
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fdatasync", fail)
+            with pytest.raises(OSError, match="Input/output error"):
+                writer.sync()
+        writer.append(payload(2))
+        assert list(writer.sync()) == [2]
+        counts = writer.counts
+        assert (counts.appended, counts.durable, counts.doubtful) == (3, 2, 1)
+        assert [report.segment for report in recover(tmp_path)] == [0, 1]

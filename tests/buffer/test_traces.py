@@ -1,0 +1,156 @@
+"""The trainer gets every trace once; what is no trace is put aside and counted."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buffer.codec import encode_trace
+from buffer.segments import SegmentWriter
+from buffer.traces import SeenTraces, TraceReader, log_root, open_trace_reader, open_trace_writer
+
+LIMITS = {"segment_bytes": 1 << 16, "max_bytes": 1 << 22, "ttl_s": 3600.0, "sync_interval_s": 0.0}
+
+
+@pytest.fixture
+def writer(tmp_path):
+    with SegmentWriter(tmp_path, **LIMITS) as one:
+        yield one
+
+
+def test_the_url_of_the_log_says_where_it_is(tmp_path):
+    assert log_root("log:", tmp_path) == tmp_path / "traces"
+    assert str(log_root("log:/data/traces", tmp_path)) == "/data/traces"
+
+
+@pytest.mark.parametrize("url", ["kafka://host", "log", "", "LOG:"])
+def test_an_unknown_url_is_refused_and_the_known_ones_are_named(tmp_path, url):
+    with pytest.raises(ValueError, match=r"unknown scheme; known are 'log:'"):
+        log_root(url, tmp_path)
+
+
+def test_a_relative_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must name an absolute folder, as in 'log:/traces'"):
+        log_root("log:traces", tmp_path)
+
+
+def test_a_trace_goes_from_server_to_trainer(tmp_path, make_trace):
+    reader = open_trace_reader("log:", tmp_path)
+    with open_trace_writer("log:", tmp_path, **LIMITS) as one:
+        for seq in range(5):
+            one.append(encode_trace(make_trace(seq=seq)))
+        assert [trace.seq for trace in reader.read(3)] == [0, 1, 2]
+        later = open_trace_reader(
+            "log:", tmp_path, offsets=json.loads(json.dumps(reader.offsets()))
+        )
+        assert [trace.seq for trace in later.read(10)] == [3, 4]
+
+
+def test_a_trace_that_was_sent_twice_is_handed_out_once(tmp_path, writer, make_trace):
+    for seq in (0, 1, 1, 0, 2):
+        writer.append(encode_trace(make_trace(seq=seq)))
+    writer.append(encode_trace(make_trace(seq=0, epoch=5)))
+    writer.append(encode_trace(make_trace(seq=0, producer="server-2")))
+    reader = TraceReader(tmp_path)
+    read = reader.read(100)
+
+    assert [(t.producer, t.epoch, t.seq) for t in read[3:]] == [
+        ("server-1", 5, 0),
+        ("server-2", make_trace().epoch, 0),
+    ]
+    assert (reader.counts.read, reader.counts.duplicate) == (5, 2)
+    writer.append(encode_trace(make_trace(seq=2)))
+    after_restart = TraceReader(tmp_path, json.loads(json.dumps(reader.offsets())))
+    assert after_restart.read(100) == []
+    assert after_restart.counts.duplicate == 1
+
+
+def test_records_that_are_no_traces_are_put_aside_with_their_reason(tmp_path, writer, make_trace):
+    sound = encode_trace(make_trace())
+    newer = sound.replace(b'"version":"1"', b'"version":"7"')
+    poison = sound.replace(b'\\"prompt_length\\":2', b'\\"prompt_length\\":9')
+    for record in (b"rubbish!", newer, poison, sound):
+        writer.append(record)
+    reader = TraceReader(tmp_path)
+
+    assert [trace.seq for trace in reader.read(100)] == [0]
+    assert reader.counts.quarantined == 3
+    assert reader.counts.quarantined_by_reason == {"header": 1, "version": 1, "content": 1}
+    kept = {
+        path.name.split("-")[0]: path.read_bytes() for path in (tmp_path / "quarantine").iterdir()
+    }
+    assert kept == {"header": b"rubbish!", "version": newer, "content": poison}
+
+
+def test_the_quarantine_is_bounded_in_bytes_and_the_count_goes_on(tmp_path, writer):
+    for _ in range(10):
+        writer.append(b"x" * 300)
+    reader = TraceReader(tmp_path, quarantine_bytes=1000)
+    reader.read(100)
+
+    assert reader.counts.quarantined == 10
+    assert sum(path.stat().st_size for path in (tmp_path / "quarantine").iterdir()) == 900
+
+
+def test_all_that_was_written_is_accounted_for(tmp_path, make_trace):
+    limits = {**LIMITS, "segment_bytes": 8192, "max_bytes": 32_768}
+    reader = TraceReader(tmp_path)
+    with SegmentWriter(tmp_path, **limits) as writer:
+        for seq in range(200):
+            blob = encode_trace(make_trace(seq=seq // 2 if seq % 10 == 1 else seq + 1000))
+            writer.append(b"rubbish" if seq % 7 == 0 else blob)
+            if seq % 60 == 59:
+                reader.read(20)
+        while reader.read(50):
+            pass
+        path = sorted((tmp_path / writer.name).glob("*.seg"))[-1]
+        offset = path.stat().st_size
+        writer.append(encode_trace(make_trace(seq=5000)))
+        writer.append(encode_trace(make_trace(seq=5001)))
+        with path.open("r+b") as file:
+            file.seek(offset + 40)
+            file.write(b"\xff")
+        assert [trace.seq for trace in reader.read(9)] == [5001]
+
+    counts = reader.counts
+    assert counts.evicted_unread > 0
+    assert counts.damaged == 1
+    assert (
+        counts.read + counts.duplicate + counts.quarantined + counts.damaged + counts.evicted_unread
+    ) == 202
+
+
+@given(seqs=st.lists(st.integers(0, 60)), restarts=st.sets(st.integers(0, 60)))
+def test_seen_traces_are_remembered_exactly_and_across_restarts(seqs, restarts):
+    seen, truth = SeenTraces(), set()
+    for index, seq in enumerate(seqs):
+        if index in restarts:
+            seen = SeenTraces.from_json(json.loads(json.dumps(seen.to_json())))
+        assert seen.add("p", 1, seq) == (seq not in truth)
+        truth.add(seq)
+
+
+def test_what_is_remembered_stays_small_whatever_the_gaps():
+    seen = SeenTraces()
+    for seq in range(0, 10_000, 2):
+        assert seen.add("p", 1, seq)
+    for epoch in range(1000):
+        assert seen.add("q", epoch, 0)
+    assert not seen.add("q", 999, 0)
+    assert len(json.dumps(seen.to_json())) < 20_000
+
+
+def test_a_log_of_small_traces_is_read_fast_enough_to_keep_up_with_a_server(
+    tmp_path, writer, make_trace
+):
+    """A loose floor, 20 times under what one core does: it catches quadratic behaviour."""
+    for seq in range(1000):
+        writer.append(encode_trace(make_trace(seq=seq)))
+    begun = time.monotonic()
+    reader = TraceReader(tmp_path)
+    while reader.read(64):
+        pass
+    assert reader.counts.read == 1000
+    assert time.monotonic() - begun < 10

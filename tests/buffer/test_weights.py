@@ -1,0 +1,425 @@
+"""A bundle that can be seen is whole, and one that is not what was published is refused."""
+
+import dataclasses
+import json
+import os
+import resource
+import threading
+
+import numpy as np
+import pytest
+
+from buffer import weights
+from buffer.records import Manifest
+from buffer.tensors import TensorFileError, check_safetensors, join_tensors
+from buffer.weights import (
+    BundleError,
+    check_bundle,
+    mark_in_use,
+    marked_in_use,
+    next_version,
+    prune,
+    publish,
+    read_bundle,
+    read_manifest,
+    unmark_in_use,
+    versions,
+)
+
+MANIFEST = Manifest(
+    version=0,
+    parent=None,
+    kind="eagle3",
+    drafter_config={"hidden_size": 4},
+    target_fingerprint="ab" * 32,
+    files={},
+    gate={"tokens_per_step": 2.5, "by_tenant": {"acme": [2.0, 3.0]}},
+    policy={"acceptance_by_position": [0.8, 0.6]},
+    created_unix_ms=1_700_000_000_000,
+)
+EXPECTED = {"fc.weight": ("BF16", (2, 4)), "norm": ("F32", (4,))}
+
+
+def tensors(fill=1.0):
+    return {
+        "fc.weight": ("BF16", np.full((2, 4), 0x3F80, np.uint16)),
+        "norm": ("F32", np.full(4, fill, np.float32)),
+    }
+
+
+def publish_version(root, version, parent=None):
+    manifest = dataclasses.replace(MANIFEST, version=version, parent=parent)
+    return publish(root, manifest, {"drafter.safetensors": join_tensors(tensors(), {})})
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A sound bundle of version 42."""
+    publish_version(tmp_path, 42, parent=41)
+    return tmp_path / "42"
+
+
+def rewrite_manifest(bundle, **fields):
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_published_bundle_is_read_as_it_was_written(tmp_path):
+    content = {
+        "drafter.safetensors": join_tensors(tensors(), {}),
+        "policy.json": b'{"k": 4}',
+    }
+    published = publish(tmp_path, MANIFEST, content)
+
+    bundle = read_bundle(tmp_path / "0", EXPECTED)
+    assert bundle.manifest == published == read_manifest(tmp_path / "0")
+    assert dataclasses.replace(published, files={}) == MANIFEST
+    assert bundle.files == content
+    assert versions(tmp_path) == [0]
+
+
+def test_an_empty_store_has_no_versions_and_begins_with_0(tmp_path):
+    assert versions(tmp_path / "missing") == []
+    assert next_version(tmp_path / "missing") == 0
+
+
+def test_a_version_is_never_used_twice(tmp_path):
+    publish_version(tmp_path, 3)
+    with pytest.raises(ValueError, match="3 was published before, and versions are never reused"):
+        publish_version(tmp_path, 3)
+    with pytest.raises(ValueError, match="Publish as version 4 or higher"):
+        publish_version(tmp_path, 2)
+    assert versions(tmp_path) == [3]
+
+
+def test_a_version_is_never_used_twice_even_if_its_bundle_is_gone(tmp_path):
+    for version in range(4):
+        publish_version(tmp_path, version)
+    assert prune(tmp_path, keep=1) == [0, 1, 2]
+    for path in (tmp_path / "3").iterdir():
+        path.unlink()
+    (tmp_path / "3").rmdir()
+
+    assert next_version(tmp_path) == 4
+    for version in range(4):
+        with pytest.raises(ValueError, match="never reused"):
+            publish_version(tmp_path, version)
+
+
+def test_versions_are_not_reused_when_the_memory_of_the_highest_is_lost_or_damaged(tmp_path):
+    publish_version(tmp_path, 5)
+    (tmp_path / "HIGHEST").unlink()
+    assert next_version(tmp_path) == 6
+    (tmp_path / "HIGHEST").write_text("what?")
+    with pytest.raises(ValueError, match="must hold the highest version ever published"):
+        publish_version(tmp_path, 6)
+
+
+def test_of_two_publishers_of_one_version_one_wins_and_the_other_is_told(tmp_path):
+    outcomes = []
+
+    def race():
+        try:
+            outcomes.append(publish_version(tmp_path, 1).version)
+        except ValueError as error:
+            outcomes.append(str(error)[:9])
+
+    threads = [threading.Thread(target=race) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes, key=str) == [1] + ["version 1"] * 5
+    check_bundle(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "content", "message"),
+    [
+        ({"version": -1}, tensors(), "version must be an integer >= 0"),
+        ({"parent": 0}, tensors(), "parent must be a version below 0"),
+        ({"gate": {"x": float("nan")}}, tensors(), "JSON compliant"),
+        ({}, tensors(fill=np.nan), r"\['norm'\] hold NaN or infinity"),
+        ({}, tensors(fill=-np.inf), r"\['norm'\] hold NaN or infinity"),
+        ({}, None, "files must name drafter.safetensors"),
+        ({}, b"short", "5 bytes are too few"),
+    ],
+)
+def test_what_would_be_refused_later_is_not_published(tmp_path, fields, content, message):
+    files = {"other.json": b"{}"}
+    if content is not None:
+        blob = content if isinstance(content, bytes) else join_tensors(content, {})
+        files["drafter.safetensors"] = blob
+    with pytest.raises(ValueError, match=message):
+        publish(tmp_path, dataclasses.replace(MANIFEST, **fields), files)
+    assert versions(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "model.bin", ".hidden.json", "manifest.json", "a/b.json"]
+)
+def test_a_file_name_that_leads_elsewhere_is_not_published(tmp_path, name):
+    files = {"drafter.safetensors": join_tensors(tensors(), {}), name: b"{}"}
+    with pytest.raises(ValueError, match="is not a plain name"):
+        publish(tmp_path, MANIFEST, files)
+
+
+def test_a_full_disk_leaves_no_trace_of_a_bundle(tmp_path, start_python):
+    code = (
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from buffer.records import Manifest; from buffer.tensors import join_tensors\n"
+        "from buffer.weights import publish, versions\n"
+        "root = Path(sys.argv[1])\n"
+        "blob = join_tensors({'w': ('F32', np.zeros(100_000, np.float32))}, {})\n"
+        "try: publish(root, Manifest(7, None, 'e', {}, 't', {}), {'drafter.safetensors': blob})\n"
+        "except OSError as error: print(error.strerror, versions(root), list(root.glob('.tmp*')))\n"
+    )
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+    output, _ = start_python(code, tmp_path, preexec_fn=limit).communicate(timeout=30)
+    assert output == "File too large [] []\n"
+
+
+def test_what_a_killed_publisher_left_is_neither_seen_nor_kept(tmp_path):
+    publish_version(tmp_path, 1)
+    (tmp_path / ".tmp-2").mkdir()
+    (tmp_path / ".tmp-2" / "drafter.safetensors").write_bytes(b"half")
+
+    assert versions(tmp_path) == [1]
+    publish_version(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "1", "2", "HIGHEST"]
+
+
+def test_a_damaged_file_is_refused_with_what_to_do(bundle):
+    path = bundle / "drafter.safetensors"
+    content = bytearray(path.read_bytes())
+    expected = read_manifest(bundle).files["drafter.safetensors"].sha256
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(BundleError) as caught:
+        check_bundle(bundle)
+    found = weights._digest(bytes(content)).sha256
+    assert str(caught.value) == (
+        f"snapshot 42 is damaged: {path} has sha256 {found[:12]}, the trainer wrote "
+        f"{expected[:12]}; not swapping. Restore the file, or wait: the next published version "
+        f"supersedes it."
+    )
+
+
+def test_a_file_cut_anywhere_is_refused(bundle):
+    path = bundle / "drafter.safetensors"
+    size = path.stat().st_size
+    for length in reversed(range(size)):
+        os.truncate(path, length)
+        with pytest.raises(BundleError, match=f"has {length} bytes, the trainer wrote {size}"):
+            check_bundle(bundle)
+
+
+def test_every_flipped_byte_of_a_bundle_is_noticed_or_leaves_its_meaning_alone(bundle):
+    sound = read_bundle(bundle)
+    for path in sorted(bundle.iterdir()):
+        content = path.read_bytes()
+        for index in range(len(content)):
+            flipped = bytearray(content)
+            flipped[index] ^= 0x04
+            path.write_bytes(flipped)
+            try:
+                assert read_bundle(bundle).files == sound.files
+                assert path.name == "manifest.json"  # has no digest of its own
+            except BundleError:
+                pass
+        path.write_bytes(content)
+
+
+def damage_extra_file(bundle):
+    (bundle / "extra.pkl").write_bytes(b"x")
+
+
+def damage_missing_file(bundle):
+    (bundle / "drafter.safetensors").unlink()
+
+
+def damage_missing_manifest(bundle):
+    (bundle / "manifest.json").unlink()
+
+
+def damage_link(bundle):
+    (bundle / "drafter.safetensors").rename(bundle.parent / "elsewhere")
+    (bundle / "drafter.safetensors").symlink_to(bundle.parent / "elsewhere")
+
+
+def damage_folder(bundle):
+    (bundle / "drafter.safetensors").unlink()
+    (bundle / "drafter.safetensors").mkdir()
+
+
+def damage_pipe(bundle):
+    (bundle / "drafter.safetensors").unlink()
+    os.mkfifo(bundle / "drafter.safetensors")
+
+
+def damage_longer(bundle):
+    with (bundle / "drafter.safetensors").open("ab") as file:
+        file.write(b"x")
+
+
+def damage_huge_manifest(bundle):
+    (bundle / "manifest.json").write_bytes(b" " * (1 << 20) + b"{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_extra_file, r"holds \['extra.pkl'\], which the manifest lacks"),
+        (damage_missing_file, "drafter.safetensors cannot be read: No such file"),
+        (damage_missing_manifest, "manifest.json cannot be read: No such file"),
+        (damage_link, "drafter.safetensors is a link"),
+        (damage_folder, "drafter.safetensors is not a plain file"),
+        (damage_pipe, "drafter.safetensors is not a plain file"),
+        (damage_longer, "bytes, at most"),
+        (damage_huge_manifest, "at most 1048576 were expected"),
+    ],
+)
+def test_a_folder_that_is_not_what_was_published_is_refused(bundle, damage, message):
+    damage(bundle)
+    with pytest.raises(BundleError, match=message) as caught:
+        check_bundle(bundle)
+    assert str(caught.value).startswith("snapshot 42 is damaged: ")
+    assert "not swapping" in str(caught.value)
+
+
+def test_a_link_to_a_bundle_is_not_a_bundle(bundle):
+    (bundle.parent / "43").symlink_to(bundle)
+    with pytest.raises(BundleError, match="43 is not a folder, or a link to one"):
+        check_bundle(bundle.parent / "43")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": "other"}, "schema is 'other', expected 'slipstream.bundle'"),
+        ({"schema_version": 2}, "schema_version is 2, this reader knows 1 to 1"),
+        ({"schema_version": True}, "schema_version is True"),
+        ({"version": 43}, "it is of version 43, but lies in folder '42'"),
+        ({"version": "42"}, "version must be an integer"),
+        ({"parent": 42}, "parent must be a version below 42"),
+        ({"parent": 1.5}, "parent must be a version below 42"),
+        ({"kind": None}, "kind must be a text"),
+        ({"gate": {"tokens_per_step": 1e999}}, "manifest.json is unreadable: not JSON: Infinity"),
+        ({"gate": [1]}, "gate must be an object of finite numbers"),
+        ({"created_unix_ms": "now"}, "created_unix_ms must be an integer"),
+        ({"files": {}}, "files must name drafter.safetensors"),
+        ({"files": {"../../x.json": {"sha256": "0" * 64, "num_bytes": 1}}}, "files must name"),
+        ({"files": {"drafter.safetensors": {"sha256": "zz", "num_bytes": 1}}}, "64 hex digits"),
+        (
+            {"files": {"drafter.safetensors": {"sha256": "0" * 64, "num_bytes": -1}}},
+            "num_bytes of drafter.safetensors must be an integer >= 0",
+        ),
+        ({"files": {"drafter.safetensors": {}}}, "manifest.json is unreadable: 'sha256'"),
+        ({"files": 7}, "manifest.json is unreadable"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(bundle, fields, message):
+    rewrite_manifest(bundle, **fields)
+    with pytest.raises(BundleError, match=message):
+        check_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("[]", "unreadable"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"schema": "a", "schema": "b"}', "'schema' stands twice"),
+    ],
+)
+def test_a_manifest_that_is_no_manifest_is_refused(bundle, text, message):
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=message):
+        check_bundle(bundle)
+
+
+def test_a_number_too_large_for_a_float_is_no_finite_figure(bundle):
+    path = bundle / "manifest.json"
+    path.write_text(path.read_text().replace('"tokens_per_step": 2.5', '"tokens_per_step": 1e999'))
+    with pytest.raises(BundleError, match="gate must be an object of finite numbers"):
+        check_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({**EXPECTED, "lm_head": ("F32", (1,))}, r"missing \['lm_head'\]"),
+        ({"norm": EXPECTED["norm"]}, r"not expected \['fc.weight'\]"),
+        ({**EXPECTED, "norm": ("F32", (5,))}, r"'norm' is F32 \[4\], expected F32 \[5\]"),
+        ({**EXPECTED, "norm": ("BF16", (4,))}, r"'norm' is F32 \[4\], expected BF16 \[4\]"),
+    ],
+)
+def test_tensors_of_another_shape_are_refused(bundle, expected, message):
+    with pytest.raises(BundleError, match=message):
+        read_bundle(bundle, expected)
+    with pytest.raises(TensorFileError, match=message):
+        check_safetensors(bundle / "drafter.safetensors", expected)
+
+
+def test_a_tensor_file_is_judged_by_its_header_alone(tmp_path):
+    """A sparse file of 1 GiB: reading it would take seconds and memory."""
+    path = tmp_path / "big.safetensors"
+    header = b'{"w":{"dtype":"U8","shape":[1073741824],"data_offsets":[0,1073741824]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + (1 << 30))
+    assert check_safetensors(path)["w"].shape == (1 << 30,)
+    os.truncate(path, 8 + len(header) + (1 << 30) - 1)
+    with pytest.raises(TensorFileError, match="the tensors end at byte"):
+        check_safetensors(path)
+
+
+def test_a_header_over_1_mib_is_not_read(tmp_path):
+    header = b"{}" + b" " * (1 << 20)
+    with pytest.raises(TensorFileError, match="at most 1048576 are read"):
+        check_safetensors(len(header).to_bytes(8, "little") + header)
+
+
+def test_pruning_keeps_the_newest_those_in_use_and_their_parents(tmp_path):
+    for version in range(10):
+        publish_version(tmp_path, version, parent=max(0, version - 2) if version else None)
+    mark_in_use(tmp_path, "server-1", [4])
+
+    assert prune(tmp_path, keep=2, in_use={7}) == [0, 1, 3, 6]
+    assert versions(tmp_path) == [2, 4, 5, 7, 8, 9]
+    unmark_in_use(tmp_path, "server-1")
+    assert prune(tmp_path, keep=2) == [2, 4, 5, 7]
+    assert [check_bundle(tmp_path / str(v)).version for v in versions(tmp_path)] == [8, 9]
+
+
+def test_a_mark_that_nobody_renews_protects_for_a_day_only(tmp_path):
+    mark_in_use(tmp_path, "dead", [1])
+    now_s = (tmp_path / "IN_USE-dead.json").stat().st_mtime
+    assert marked_in_use(tmp_path, now_s + 86_000) == {1}
+    assert marked_in_use(tmp_path, now_s + 87_000) == set()
+
+
+def test_an_unreadable_mark_stops_all_pruning(tmp_path):
+    for version in range(5):
+        publish_version(tmp_path, version)
+    (tmp_path / "IN_USE-server-1.json").write_text("{")
+    assert prune(tmp_path, keep=1) == []
+    assert versions(tmp_path) == [0, 1, 2, 3, 4]
+
+
+def test_a_damaged_bundle_in_use_stays_and_stops_nothing(tmp_path):
+    for version in range(4):
+        publish_version(tmp_path, version, parent=version - 1 if version else None)
+    (tmp_path / "1" / "manifest.json").write_text("{")
+    assert prune(tmp_path, keep=1, in_use=[1, 99]) == [0, 2]
+
+
+def test_pruning_everything_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        prune(tmp_path, keep=0)
+
+
+def test_a_producer_name_cannot_leave_the_store(tmp_path):
+    with pytest.raises(ValueError, match="producer must match"):
+        mark_in_use(tmp_path, "../x", [1])
