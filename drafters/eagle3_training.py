@@ -146,7 +146,7 @@ def ttt_loss(
         head_losses(hidden, weight, target, row_N, objective.loss, objective.chunk_rows)
         for hidden, weight, row_N in _head_inputs(model, embed, batch, chains)
     ]
-    return _weigh(chains, judged, objective.floor)
+    return weigh(chains, judged, objective.floor)
 
 
 @torch.no_grad()
@@ -271,12 +271,13 @@ class _ChainAttention:
     def _attend(self, q: Tensor, trunk_k: Tensor, trunk_v: Tensor, place: Tensor) -> Tensor:
         B, A, Hq, D = q.shape
         Hkv, S = trunk_k.shape[1:3]
-        grouped = (q * D**-0.5).view(B, A, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4)  # B Hkv G A D
-        scores = (grouped.flatten(2, 3) @ trunk_k.transpose(-1, -2)).view(B, Hkv, -1, A, S)
+        G = Hq // Hkv
+        grouped = (q * D**-0.5).view(B, A, Hkv, G, D).permute(0, 2, 3, 1, 4)  # B Hkv G A D
+        scores = (grouped.flatten(2, 3) @ trunk_k.transpose(-1, -2)).view(B, Hkv, G, A, S)
         scores = scores + self._hidden_from(place, scores.dtype)
         own = [(grouped * k).sum(-1, keepdim=True) for k, _ in self.own]
         weights = torch.cat((scores, *own), dim=-1).softmax(dim=-1).to(trunk_v.dtype)
-        mixed = (weights[..., :S].flatten(2, 3) @ trunk_v).view(B, Hkv, -1, A, D)
+        mixed = (weights[..., :S].flatten(2, 3) @ trunk_v).view(B, Hkv, G, A, D)
         for j, (_, v) in enumerate(self.own):
             mixed = mixed + weights[..., S + j, None] * v
         merged: Tensor = mixed.permute(0, 3, 1, 2, 4).reshape(B, A, Hq, D)
@@ -311,9 +312,8 @@ def lay_out(
     carried_R[chain_BA[alive_BA]] = True
     steps = [Step(flat_R, row_of[flat_R], row_of[flat_R])]
     for step in range(1, num_steps):
-        at_BA = place_BA + step
-        within_BA = at_BA.clamp_max(S - 1)
-        alive_BA = alive_BA & (at_BA < S) & begins_BS.gather(1, within_BA)
+        within_BA = (place_BA + step).clamp_max(S - 1)  # the last row never has a loss
+        alive_BA = alive_BA & begins_BS.gather(1, within_BA)
         output_N = alive_BA.flatten().nonzero()[:, 0]
         row_N, chain_N = row_of[(start_BA + within_BA)[alive_BA]], chain_BA[alive_BA]
         steps.append(Step(output_N, row_N, chain_N))
@@ -339,7 +339,7 @@ def _draw(
     return place_BA, begins_BS.gather(1, place_BA)
 
 
-def _weigh(chains: Chains, judged: list[RowLosses], floor: float) -> TTTLoss:
+def weigh(chains: Chains, judged: list[RowLosses], floor: float) -> TTTLoss:
     """Losses of all steps -> one number.
 
     A chain that was not carried beyond step 0 is taken to survive there as the others do on

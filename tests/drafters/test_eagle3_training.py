@@ -13,10 +13,13 @@ from drafters.eagle3_training import (
     Objective,
     TTTBatch,
     chain_acceptance,
+    lay_out,
     reference_chain_logits,
     ttt_loss,
     ttt_outputs,
+    weigh,
 )
+from drafters.losses import RowLosses
 
 HIDDEN, VOCAB, STEPS = 16, 23, 4
 
@@ -75,6 +78,11 @@ def with_gaps(batch: TTTBatch, unknown: list[int]) -> TTTBatch:
     return replace(batch, features_BSF=features, known_BS=known, loss_BS=batch.loss_BS & known)
 
 
+def every_place(batch: TTTBatch) -> Tensor:
+    """Each position an anchor."""
+    return torch.arange(batch.loss_BS.shape[1]).expand(batch.loss_BS.shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "unknown", [[], [0, 1, 2, 3], [5, 6]], ids=["all known", "cached prefix", "gap"]
@@ -83,7 +91,7 @@ def test_every_step_has_the_logits_of_the_serving_chain(dtype, unknown):  # type
     model, batch = make_model(dtype=dtype), with_gaps(make_batch((12, 9), dtype), unknown)
     embed = EMBED.to(dtype)
 
-    steps = [model.logits(g) for g in ttt_outputs(model, embed, batch, STEPS)]
+    steps = [model.logits(g) for g in ttt_outputs(model, embed, batch, every_place(batch), STEPS)]
 
     compared = 0
     for b in range(2):
@@ -100,7 +108,7 @@ def test_every_step_has_the_logits_of_the_serving_chain(dtype, unknown):  # type
                 anchor,
                 STEPS,
             )
-            trained = torch.stack([steps[i][b, anchor + i] for i in range(STEPS)])
+            trained = torch.stack([steps[i][b, anchor] for i in range(STEPS)])
             torch.testing.assert_close(trained, chain, rtol=1e-5, atol=1e-5)
             compared += 1
     assert compared >= 5
@@ -110,32 +118,33 @@ def test_padding_changes_nothing() -> None:
     model, both = make_model(), make_batch((12, 9))
     alone = TTTBatch(*(getattr(both, name)[1:, :9] for name in TTTBatch.__slots__))
 
-    padded = [g[1, :9] for g in ttt_outputs(model, EMBED, both, STEPS)]
-    unpadded = [g[0] for g in ttt_outputs(model, EMBED, alone, STEPS)]
+    padded = [g[1, :9] for g in ttt_outputs(model, EMBED, both, every_place(both), STEPS)]
+    unpadded = [g[0] for g in ttt_outputs(model, EMBED, alone, every_place(alone), STEPS)]
 
     for step, (left, right) in enumerate(zip(padded, unpadded, strict=True)):
-        torch.testing.assert_close(left[step + 1 :], right[step + 1 :])  # rows with an anchor
+        inside = slice(1, 9 - step)  # chains that end within the sequence
+        torch.testing.assert_close(left[inside], right[inside])
 
 
 def test_absolute_position_of_a_piece_does_not_matter() -> None:
     model, batch = make_model(), make_batch((12,))
     moved = replace(batch, positions_BS=batch.positions_BS + 100)
 
-    here = list(ttt_outputs(model, EMBED, batch, STEPS))[-1]
-    there = list(ttt_outputs(model, EMBED, moved, STEPS))[-1]
+    here = list(ttt_outputs(model, EMBED, batch, every_place(batch), STEPS))[-1]
+    there = list(ttt_outputs(model, EMBED, moved, every_place(batch), STEPS))[-1]
 
     torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)  # rope angles are float32
 
 
-def test_a_row_never_sees_what_comes_after_its_token() -> None:
+def test_a_chain_never_sees_features_at_or_after_its_anchor() -> None:
     model, batch = make_model(), make_batch((12,))
     features = batch.features_BSF.clone().requires_grad_()
     seen = replace(batch, features_BSF=features)
 
-    for step, output in enumerate(ttt_outputs(model, EMBED, seen, STEPS)):
-        (slope,) = torch.autograd.grad(output[0, 8].sum(), features, retain_graph=True)
+    for output in ttt_outputs(model, EMBED, seen, every_place(seen), STEPS):
+        (slope,) = torch.autograd.grad(output[0, 6].sum(), features, retain_graph=True)
         reached = slope[0].abs().sum(-1).nonzero()[:, 0].tolist()
-        assert reached == list(range(0, 8 - step))  # features up to anchor - 1 = 8 - step - 1
+        assert reached == list(range(6))  # h of the anchor is at position 5
 
 
 @pytest.mark.parametrize("kind", ["lk", "forward_kl"])
@@ -180,6 +189,40 @@ def test_gradient_of_the_whole_loss_matches_finite_differences() -> None:
     torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-8)
 
 
+def test_a_share_of_the_chains_has_the_loss_of_all_on_average() -> None:
+    model, batch = make_model(), make_batch((40, 33))
+    full = ttt_loss(model, EMBED, head, batch, Objective(floor=1.0))
+    generator = torch.Generator().manual_seed(1)
+    objective = Objective(chain_share=0.5, floor=1.0)
+
+    draws = [ttt_loss(model, EMBED, head, batch, objective, generator) for _ in range(50)]
+
+    mean = torch.stack([draw.loss.detach() for draw in draws]).mean()
+    torch.testing.assert_close(mean, full.loss.detach(), rtol=0.01, atol=0.0)
+    torch.testing.assert_close(draws[0].alpha_K[0], full.alpha_K[0])  # every first draft token
+    assert len({float(draw.loss.detach()) for draw in draws}) == 50
+
+
+def test_carried_chains_count_for_those_that_were_not() -> None:
+    batch = make_batch((40, 33))
+    generator = torch.Generator().manual_seed(2)
+
+    def share_of_deep_steps(share: float) -> float:
+        chains = lay_out(batch, STEPS, share, generator)
+        judged = []
+        for step in chains.steps:
+            ones = torch.ones(step.row_N.shape, dtype=torch.float64)
+            loss = ones * float(step is not chains.steps[0])
+            judged.append(RowLosses(loss, ones, ones, ones.bool()))
+        return float(weigh(chains, judged, 1.0).loss)
+
+    everyone = share_of_deep_steps(1.0)
+    some = [share_of_deep_steps(0.3) for _ in range(50)]
+
+    assert everyone == pytest.approx(0.6, abs=0.05)  # weights 4, 3, 2, 1; fewer at the end
+    assert sum(some) / 50 == pytest.approx(everyone, abs=0.01)
+
+
 def test_rows_without_loss_get_none() -> None:
     model, batch = make_model(), make_batch((12, 9))
     quiet = replace(batch, loss_BS=torch.zeros_like(batch.loss_BS))
@@ -187,7 +230,7 @@ def test_rows_without_loss_get_none() -> None:
     result = ttt_loss(model, EMBED, head, quiet, Objective())
 
     assert float(result.loss.detach()) == 0
-    assert int(result.num_rows) == 0
+    assert result.num_rows == 0
 
 
 def brute_alphas(model: Eagle3, batch: TTTBatch, temperature: float) -> Tensor:

@@ -123,7 +123,9 @@ def test_head_losses_equal_their_definition(kind, vocab):  # type: ignore[no-unt
     labels = torch.tensor([0, 1, 2, 3, 0])
     plain = {"lk": lk_hybrid, "forward_kl": forward_kl}[kind](probs, hidden @ weight.T)
 
-    fused: RowLosses = head_losses(hidden, weight, as_target(probs, labels), kind, chunk_rows=2)
+    fused: RowLosses = head_losses(
+        hidden, weight, as_target(probs, labels), torch.arange(5), kind, chunk_rows=2
+    )
 
     torch.testing.assert_close(fused.loss_R, plain)
     torch.testing.assert_close(fused.alpha_R, overlap(probs, hidden @ weight.T))
@@ -136,12 +138,24 @@ def test_head_losses_equal_their_definition(kind, vocab):  # type: ignore[no-unt
     torch.testing.assert_close(slopes, expected)
 
 
+def test_each_row_is_compared_with_the_target_row_it_names() -> None:
+    probs, logits = random_rows(seed=10)
+    order = torch.tensor([4, 0, 0])
+    target = as_target(probs, torch.tensor([0, 1, 2, 3, 4]))
+
+    rows = head_losses(logits.detach()[:3], torch.eye(7).double(), target, order, "lk", 2)
+
+    torch.testing.assert_close(rows.loss_R, lk_hybrid(probs[order], logits.detach()[:3]))
+
+
 def test_committed_token_outside_the_drafters_vocabulary_counts_as_never_drafted() -> None:
     probs, logits = random_rows(seed=9)
     target = as_target(probs, torch.zeros(5, dtype=torch.int64))
     target = target._replace(label_known_R=torch.zeros(5, dtype=torch.bool))
 
-    rows = head_losses(logits.detach(), torch.eye(7).double(), target, "lk", chunk_rows=5)
+    rows = head_losses(
+        logits.detach(), torch.eye(7).double(), target, torch.arange(5), "lk", chunk_rows=5
+    )
 
     assert not rows.agrees_R.any()
     assert rows.label_prob_R.equal(torch.zeros(5, dtype=torch.float64))
