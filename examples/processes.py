@@ -99,6 +99,7 @@ def _die_with_parent() -> list[str]:
     code = (
         "import ctypes, os, sys; "
         f"ctypes.CDLL(None).prctl({pr_set_pdeathsig}, {int(signal.SIGTERM)}); "
+        f"os.getppid() == {os.getpid()} or sys.exit('the demo was killed'); "
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
     return ["-c", code]
