@@ -408,16 +408,23 @@ class Engine:
     def _commit_chunks(
         self, chunks: tuple[Chunk, ...], computed: TargetRows, row: int
     ) -> list[Committed]:
-        committed = []
+        """Prompt rows are committed as they are; chunks that reach the anchor yield a token."""
+        committed, ends = [], []
         for chunk in chunks:
-            sequence, count = chunk.sequence, chunk.end - chunk.start
-            if chunk.is_last:
-                logits = self.target.logits(computed.hidden_TH[row + count - 1][None, None])
-                verified = verify([sequence], None, logits)
-                self._commit_tokens(sequence, verified.next_ids, logits[0])
-            sequence.num_computed = chunk.end
-            committed.append(Committed(sequence, row, chunk.start, count))
+            count = chunk.end - chunk.start
+            committed.append(Committed(chunk.sequence, row, chunk.start, count))
             row += count
+            ends.append(row - 1)
+        done = [(c.sequence, at) for c, at in zip(chunks, ends, strict=True) if c.is_last]
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+        if done:
+            sequences = [sequence for sequence, _ in done]
+            rows = torch.tensor([at for _, at in done], device=self.target.device)
+            logits = self.target.logits(computed.hidden_TH[rows][:, None])
+            verified = verify(sequences, None, logits)
+            for index, sequence in enumerate(sequences):
+                self._commit_tokens(sequence, [verified.next_ids[index]], logits[index])
         return committed
 
     def _commit_tokens(self, sequence: Sequence, emitted: list[int], logits: Tensor) -> int:

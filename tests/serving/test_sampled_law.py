@@ -1,0 +1,154 @@
+"""Sampled output follows the target's distribution through the whole engine, whoever drafts.
+
+The joint law of the first three tokens (8 x 8 x 8 cells) is computed from the target and compared
+by chi-squared at p = 1e-9 with what the engine emitted, in two regimes: a drafter close to the
+target and one opposed to it. Planted bugs must be seen, or the test protects nothing.
+"""
+
+from __future__ import annotations
+
+import pytest
+import serving.verifying
+import specops.verify
+import torch
+from drafters.eagle3 import Eagle3, config_for_target
+from specops.sampling import distribution, sampling_rows
+from specops.verify import Verdict
+
+from tests.engines import make_engine, random_model, request_of, run
+
+V, LENGTH, PROMPT = 8, 3, [1, 5]
+NUM_SAMPLES = 4_000
+SHAPES = [
+    pytest.param({"temperature": 1.0}, id="temperature 1"),
+    pytest.param({"temperature": 1.4, "top_k": 6, "top_p": 0.95, "min_p": 0.02}, id="truncated"),
+]
+
+
+def soft_target(regime):
+    """Random, its logits scaled down: to nearly uniform where the drafter shall be close."""
+    model = random_model("qwen3", vocab_size=V, seed=3)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.2 if regime == "close" else 0.5)
+    return model
+
+
+def drafter_for(model, regime):
+    """What the target predicted one token earlier (``close``), or its negative (``opposed``)."""
+    module = Eagle3(config_for_target(model.config, layer_ids=(4,)))
+    module.initialise(0)
+    with torch.no_grad():
+        module.fc.weight.copy_(torch.eye(len(module.fc.weight)))
+        module.o_proj.weight.zero_()
+        module.down_proj.weight.zero_()
+        module.norm.weight.copy_(model.model.norm.weight)
+        sign = 1.0 if regime == "close" else -1.0
+        module.lm_head.weight.copy_(sign * model.lm_head.weight)
+    return module
+
+
+def expected_law(model, shape):
+    """[V, V, V] probability of the first three tokens, from the target alone."""
+    rows = sampling_rows(
+        [shape["temperature"]],
+        [shape.get("top_k")],
+        [shape.get("top_p", 1.0)],
+        [shape.get("min_p", 0.0)],
+        V,
+        dtype=torch.float64,
+    )
+
+    @torch.no_grad()
+    def law_after(context):
+        logits = model(torch.tensor([PROMPT + context])).logits[0, -1]
+        return distribution(logits.double()[None, None], rows)[0, 0]
+
+    first = law_after([])
+    second = torch.stack([law_after([a]) for a in range(V)])
+    third = torch.stack([torch.stack([law_after([a, b]) for b in range(V)]) for a in range(V)])
+    return first[:, None, None] * second[:, :, None] * third
+
+
+def chi_squared_excess(counts, law):
+    """Statistic over its p = 1e-9 limit (Wilson-Hilferty); above 1 the law is rejected.
+
+    Cells that expect fewer than 5 are pooled; a count where the law is 0 rejects at once.
+    """
+    if counts[law == 0].sum() > 0:
+        return float("inf")
+    expected = law * counts.sum()
+    small = expected < 5
+    observed = torch.cat((counts[~small], counts[small].sum()[None]))
+    wanted = torch.cat((expected[~small], expected[small].sum()[None])).clamp(min=1e-9)
+    statistic = ((observed - wanted) ** 2 / wanted).sum()
+    df = len(wanted) - 1
+    limit = df * (1 - 2 / (9 * df) + 5.998 * (2 / (9 * df)) ** 0.5) ** 3
+    return float(statistic / limit)
+
+
+def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1):
+    """Counts [V, V, V] of emitted sequences, and the acceptance rate seen."""
+    model = soft_target(regime)
+    engine = make_engine(
+        model,
+        drafter=drafter_for(model, regime),
+        max_batch=256,
+        num_pages=1200,
+        prefill_chunk=1024,
+        max_draft=3,
+        suffix=regime == "close",
+        seed=seed,
+    )
+    requests = [
+        request_of(str(i), PROMPT, LENGTH + 1, capture=False, **shape) for i in range(num_samples)
+    ]
+    got = run(engine, requests)
+    counts = torch.zeros(V, V, V, dtype=torch.float64)
+    for collected in got.values():
+        counts[tuple(collected.token_ids[:LENGTH])] += 1
+    figures = engine.figures()
+    return counts, figures.num_accepted_tokens / figures.num_draft_tokens
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("regime", ["close", "opposed"])
+def test_the_joint_law_is_the_targets(regime, shape):
+    law = expected_law(soft_target(regime), shape)
+
+    counts, rate = sample(regime, shape)
+
+    assert (rate > 0.7) if regime == "close" else (rate < 0.45), f"acceptance {rate:.2f}"
+    assert chi_squared_excess(counts, law) < 1
+
+
+def redraw_from_target(p, q, draft, lens, accept_u, next_u):
+    """Mutant: after a rejection draw from p, not from what is left of p."""
+    right = specops.verify.verify_standard(p, q, draft, lens, accept_u, next_u)
+    at = torch.arange(len(draft))
+    from_p = specops.verify.draw(p[at, right.num_accepted_R], next_u)
+    return Verdict(right.num_accepted_R, from_p, right.overlap_RK, right.draft_p_RK)
+
+
+def reuse_the_uniform(p, q, draft, lens, accept_u, next_u):
+    """Mutant: the number that rejected a token also draws its replacement."""
+    right = specops.verify.verify_standard(p, q, draft, lens, accept_u, next_u)
+    at = torch.arange(len(draft))
+    inside = right.num_accepted_R.clamp(max=max(draft.shape[1] - 1, 0))
+    used = accept_u[at, inside] if draft.shape[1] else next_u
+    return specops.verify.verify_standard(p, q, draft, lens, accept_u, used)
+
+
+def recompute_q(p, q, draft, lens, accept_u, next_u):
+    """Mutant: q of other weights than those that drafted, as after a torn swap."""
+    other = q if q is None else q.roll(1, dims=-1)
+    return specops.verify.verify_standard(p, other, draft, lens, accept_u, next_u)
+
+
+@pytest.mark.parametrize("mutant", [redraw_from_target, reuse_the_uniform, recompute_q])
+def test_a_planted_bug_is_seen(monkeypatch, mutant):
+    law = expected_law(soft_target("opposed"), {"temperature": 1.0})
+    monkeypatch.setattr(serving.verifying, "verify_standard", mutant)
+
+    counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000)
+
+    assert chi_squared_excess(counts, law) > 1
