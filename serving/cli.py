@@ -34,12 +34,17 @@ def launch(
     )
     # torch and transformers take seconds to import; --help and --print-config do without.
     from serving.build import build_engine
-    from serving.http import create_app, serve
+    from serving.http import bind, create_app, serve
 
-    engine = build_engine(settings)
+    try:
+        bound = bind(settings)  # before minutes of loading
+        engine = build_engine(settings)
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=1) from error
     engine.start()
     try:
-        code = serve(create_app(engine, settings), engine, settings)
+        code = serve(create_app(engine, settings), engine, settings, bound)
     finally:
         engine.stop()
     raise typer.Exit(code)

@@ -4,7 +4,7 @@ Start at ``app.create_app`` (what is answered) and ``drain.serve`` (how the proc
 """
 
 from serving.http.app import create_app
-from serving.http.drain import serve
+from serving.http.drain import bind, serve
 from serving.http.face import EngineFace
 
-__all__ = ["EngineFace", "create_app", "serve"]
+__all__ = ["EngineFace", "bind", "create_app", "serve"]

@@ -36,8 +36,13 @@ LAST_WORDS_S = 2.0
 SERVER_FILE = "server.json"
 
 
-def serve(app: FastAPI, engine: EngineFace, settings: Settings) -> int:
+def serve(
+    app: FastAPI, engine: EngineFace, settings: Settings, bound: socket.socket | None = None
+) -> int:
     """Answer until told to stop.
+
+    Args:
+        bound: what ``bind`` returned, for a caller who wants a taken port to fail early.
 
     Returns:
         Exit code: 0 after a drain, 1 when a second signal cut it short.
@@ -45,7 +50,7 @@ def serve(app: FastAPI, engine: EngineFace, settings: Settings) -> int:
     Raises:
         OSError: the address cannot be bound.
     """
-    listener = listen(settings.server.host, settings.server.port)
+    listener = bind(settings) if bound is None else bound
     host, port = listener.getsockname()[:2]
     file = settings.run_dir / SERVER_FILE
 
@@ -76,14 +81,24 @@ def serve(app: FastAPI, engine: EngineFace, settings: Settings) -> int:
     return 1 if server.force_exit else 0
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 lets the system choose.
+def bind(settings: Settings) -> socket.socket:
+    """A socket on the address of the settings. Nobody can connect before ``serve`` listens.
 
     Raises:
-        OSError: the address is in use, or not this machine's.
+        OSError: the address is in use, or not this machine's; the text names the setting.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    host, port = settings.server.host, settings.server.port
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise OSError(
+            f"cannot bind server.host {host} and server.port {port}: {error.strerror}; "
+            f"stop what listens there, or choose another port (0 for a free one)"
+        ) from error
+    return bound
 
 
 def write_server_file(file: Path, host: str, port: int, model: str) -> None:

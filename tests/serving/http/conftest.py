@@ -1,0 +1,37 @@
+"""One server for all tests that leave it as they found it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.serving.http.live import LiveServer, running_server
+
+KEY = "sk-test-ключ"
+
+
+@pytest.fixture(scope="session")
+def server(tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Open on loopback, as after a first start."""
+    with running_server(tiny_target_dir, tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def locked_server(
+    tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """With a key, and a queue of one behind a batch of one."""
+    folder = tmp_path_factory.mktemp("locked")
+    queue = ("engine.max_batch=1", "engine.max_queue=1", "drafter.kind=none")
+    with running_server(tiny_target_dir, folder, *queue, SLIPSTREAM_SERVER__API_KEY=KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with server.openai() as client:
+        yield client

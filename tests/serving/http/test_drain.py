@@ -1,0 +1,146 @@
+"""The end of a server: what is in flight finishes, and nothing new begins."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from serving.http.drain import write_server_file
+from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
+
+LONG = {
+    "model": MODEL,
+    "prompt": "a",
+    "temperature": 0,
+    "max_tokens": 480,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+def text_of(stream) -> str:
+    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+
+def test_sigterm_lets_streams_finish(tiny_target_dir: Path, tmp_path: Path):
+    with running_server(tiny_target_dir, tmp_path) as server, server.openai() as client:
+        whole = client.completions.create(**LONG).choices[0].text
+        stream = iter(client.completions.create(**LONG, stream=True))
+        first = next(stream).choices[0].text
+        server.process.send_signal(signal.SIGTERM)
+
+        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5)
+        alive = httpx.get(f"{server.url}/health").status_code
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(**{**LONG, "max_tokens": 1})
+        rest = text_of(stream)
+
+        assert server.process.wait(timeout=20) == 0
+        assert first + rest == whole
+        assert alive == 200
+        assert refused.value.status_code == 503
+        assert refused.value.code == "draining"
+        assert refused.value.response.headers["retry-after"] == "1"
+        assert not (server.run_dir / "server.json").exists()
+        assert "Traceback" not in server.log
+
+
+def test_requests_that_outlast_the_drain_are_told(tiny_target_dir: Path, tmp_path: Path):
+    with (
+        running_server(tiny_target_dir, tmp_path, "server.drain_s=0.1") as server,
+        server.openai() as client,
+    ):
+        endings: list[object] = []
+
+        def ask_whole() -> None:
+            try:
+                client.completions.create(**LONG, n=8)
+            except openai.APIStatusError as error:
+                endings.append(error.status_code)
+
+        stream = iter(client.completions.create(**LONG, n=8, stream=True))
+        next(stream)
+        asking = threading.Thread(target=ask_whole)
+        asking.start()
+        wait_for(lambda: server.metric("num_requests_waiting") > 0, 5)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            text_of(stream)
+        asking.join(10)
+
+        assert server.process.wait(timeout=10) == 0
+        assert endings == [503]
+
+
+def test_a_second_signal_stops_now(tiny_target_dir: Path, tmp_path: Path):
+    with running_server(tiny_target_dir, tmp_path) as server, server.openai() as client:
+        stream = iter(client.completions.create(**LONG, n=8, stream=True))
+        next(stream)
+        server.process.send_signal(signal.SIGINT)
+        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+
+        assert server.process.wait(timeout=15) == 1
+        assert time.monotonic() - started < 12
+
+
+def test_admin_drain_stops_admission_and_keeps_the_process(tiny_target_dir: Path, tmp_path: Path):
+    with running_server(tiny_target_dir, tmp_path) as server, server.client() as client:
+        answer = client.post("/admin/drain", json={})
+        assert answer.json() == {"draining": True, "inflight": 0}
+        assert client.get("/ready").status_code == 503
+        refused = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+        assert refused.status_code == 503
+        assert server.process.poll() is None
+        assert server.stop() == 0
+
+
+def test_a_full_queue_is_answered_429_at_once(locked_server: LiveServer):
+    """A batch of one and a queue of one: the third request has to come back."""
+    with locked_server.openai() as client:
+        streams = []
+        with pytest.raises(openai.RateLimitError) as caught:
+            for _ in range(10):
+                streams.append(client.completions.create(**LONG, stream=True))
+        started = time.perf_counter()
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(**LONG)
+        assert time.perf_counter() - started < 1
+        for stream in streams:
+            stream.close()
+        locked_server.wait_until_idle()
+
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert caught.value.code == "queue_full"
+        assert client.completions.create(**{**LONG, "max_tokens": 1}).choices
+
+
+def test_more_choices_than_the_queue_holds_can_never_run(locked_server: LiveServer):
+    with locked_server.openai() as client, pytest.raises(openai.BadRequestError, match="max_queue"):
+        client.completions.create(**LONG, n=2)
+
+
+def test_the_server_listens_on_loopback_only(server: LiveServer):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # no packet is sent; it tells this machine's own address
+        own = probe.getsockname()[0]
+    if own.startswith("127."):
+        pytest.skip("this machine has no other address")
+    with pytest.raises(OSError):
+        socket.create_connection((own, server.port), timeout=2)
+
+
+def test_the_server_file_is_whole_or_absent(tmp_path: Path):
+    file = tmp_path / "run" / "server.json"
+    write_server_file(file, "127.0.0.1", 1234, "tiny")
+    write_server_file(file, "127.0.0.1", 4321, "tiny")
+    assert json.loads(file.read_text())["port"] == 4321
+    assert [p.name for p in file.parent.iterdir()] == ["server.json"]

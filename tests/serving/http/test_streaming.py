@@ -1,0 +1,160 @@
+"""From the engine's thread to a client: nothing lost, nothing waited for, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from serving.http import streaming
+from serving.http.streaming import EventStream, Mailbox, join_outputs
+from serving.types import Output, SpeculationStats, TokenLogprob
+
+
+def output(text: str, *tokens: int, reason=None, logprobs=None, steps=1) -> Output:
+    stats = SpeculationStats(drafter_version=0, steps=steps, proposed=0, accepted=0)
+    return Output("r", text, tokens, logprobs, reason, stats, 3, 0)
+
+
+def test_joined_outputs_say_what_the_parts_said():
+    first = output("He", 1, 2, logprobs=(TokenLogprob(1, -0.5, ()), TokenLogprob(2, -1.0, ())))
+    second = output("llo", 3, logprobs=(TokenLogprob(3, -0.1, ()),), reason="stop", steps=2)
+
+    joined = join_outputs([first, second])
+
+    assert (joined.text, joined.token_ids, joined.finish_reason) == ("Hello", (1, 2, 3), "stop")
+    assert [entry.token_id for entry in joined.logprobs] == [1, 2, 3]
+    assert joined.stats.steps == 2
+
+
+def test_joined_outputs_without_logprobs_have_none():
+    assert join_outputs([output("a", 1), output("b", 2)]).logprobs is None
+
+
+def test_a_mailbox_gives_everything_once_and_in_order():
+    async def scenario():
+        mailbox = Mailbox(asyncio.get_running_loop())
+
+        def engine():
+            for token in range(2000):
+                mailbox.put(output("x", token))
+
+        thread = threading.Thread(target=engine)
+        thread.start()
+        tokens = []
+        while len(tokens) < 2000:
+            tokens += [t for arrival in await mailbox.take() for t in arrival.output.token_ids]
+        thread.join()
+        return tokens
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 20)) == list(range(2000))
+
+
+def test_putting_never_waits_for_a_reader():
+    async def scenario():
+        mailbox = Mailbox(asyncio.get_running_loop())
+        started = time.perf_counter()
+        for token in range(10_000):  # nobody takes
+            mailbox.put(output("x", token))
+        put_s = time.perf_counter() - started
+        return put_s, await mailbox.take()
+
+    put_s, taken = asyncio.run(scenario())
+    assert len(taken) == 10_000
+    assert put_s < 1
+
+
+def test_a_mailbox_outlives_its_loop():
+    async def make():
+        return Mailbox(asyncio.get_running_loop())
+
+    mailbox = asyncio.run(make())
+    mailbox.put(output("late", 1))
+
+
+class Client:
+    """The other end of one response, as a server would drive it."""
+
+    def __init__(self, reads: int, leaves_after_s: float | None = None) -> None:
+        self.received: list[dict] = []
+        self._reads = reads
+        self._leaves_after_s = leaves_after_s
+
+    async def send(self, message) -> None:
+        if len(self.received) >= self._reads:
+            await asyncio.Event().wait()  # the socket is full and stays full
+        self.received.append(message)
+
+    async def receive(self):
+        if self._leaves_after_s is None:
+            await asyncio.Event().wait()
+        await asyncio.sleep(self._leaves_after_s)
+        return {"type": "http.disconnect"}
+
+
+async def endless():
+    while True:
+        yield b"data: x\n\n"
+        await asyncio.sleep(0.001)
+
+
+def answer(client: Client, events, stall_s: float = 5.0) -> list[str]:
+    """Run one response to its end; how often it was closed."""
+    closed: list[str] = []
+    request = SimpleNamespace(state=SimpleNamespace(request_id="id-1"))
+
+    async def run():
+        stream = EventStream(events, request, lambda: closed.append("closed"), stall_s)
+        await asyncio.wait_for(stream({"type": "http"}, client.receive, client.send), 10)
+
+    asyncio.run(run())
+    return closed
+
+
+def test_a_client_that_stops_reading_is_given_up(caplog):
+    client = Client(reads=3)
+    assert answer(client, endless(), stall_s=0.1) == ["closed"]
+    assert "id-1" in caplog.text and "took nothing" in caplog.text
+
+
+def test_a_client_that_leaves_ends_the_request():
+    client = Client(reads=1_000_000, leaves_after_s=0.05)
+    assert answer(client, endless()) == ["closed"]
+
+
+def test_a_complete_stream_is_closed_too():
+    async def two():
+        yield b"data: 1\n\n"
+        yield b"data: 2\n\n"
+
+    client = Client(reads=100)
+    assert answer(client, two()) == ["closed"]
+    assert [m.get("body") for m in client.received[1:]] == [b"data: 1\n\n", b"data: 2\n\n", b""]
+    assert client.received[-1]["more_body"] is False
+
+
+def test_a_failure_of_ours_becomes_a_last_event_without_its_text(caplog):
+    prompt = "secret"
+
+    async def breaks():
+        yield b"data: 1\n\n"
+        raise RuntimeError(prompt)
+
+    client = Client(reads=100)
+    answer(client, breaks())
+    last_event = client.received[-2]["body"]
+    assert b"internal_error" in last_event and b"id-1" in last_event
+    assert b"secret" not in last_event
+    assert "secret" not in caplog.text and "RuntimeError" in caplog.text
+
+
+def test_the_default_patience_is_bounded():
+    assert 0 < streaming.STALL_S <= 60
+
+
+@pytest.mark.parametrize("data", ["{}", '{"text":"a b"}'])
+def test_an_event_is_one_frame(data):
+    assert streaming.event(data) == f"data: {data}\n\n".encode()
