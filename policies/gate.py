@@ -1,0 +1,34 @@
+"""Whether a candidate may be published."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GateVerdict:
+    """The decision and the figures behind it, in words for logs and the manifest."""
+
+    passed: bool
+    reason: str
+
+
+def gate(candidate: float, incumbent: float, margin: float, num_rows: int) -> GateVerdict:
+    """Compare simulated tokens_per_step on held-out traces.
+
+    Args:
+        candidate: figure of the new weights.
+        incumbent: figure of the last published version on the same rows.
+        margin: least ratio of the two, e.g. 1.005.
+        num_rows: held-out rows behind both figures; without any nothing passes.
+    """
+    if num_rows < 1:
+        return GateVerdict(False, "no held-out rows to judge on")
+    if not math.isfinite(candidate) or not math.isfinite(incumbent):
+        return GateVerdict(False, f"not finite: candidate {candidate}, incumbent {incumbent}")
+    figures = f"candidate {candidate:.4f}, incumbent {incumbent:.4f}, {num_rows} rows"
+    wanted = margin * incumbent
+    if candidate < wanted:
+        return GateVerdict(False, f"below {wanted:.4f} = {margin:g} x incumbent: {figures}")
+    return GateVerdict(True, f"at least {wanted:.4f} = {margin:g} x incumbent: {figures}")

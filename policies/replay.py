@@ -1,0 +1,70 @@
+"""Which traces are kept to train on: the newest, a uniform sample of the older, some never.
+
+Pure: state goes in and comes out, randomness is a hash of seed and position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Replay(Generic[T]):
+    """Newest traces and a reservoir of the traces that left them."""
+
+    recent: tuple[T, ...] = ()
+    """Oldest first."""
+    reservoir: tuple[T, ...] = ()
+    """In no order."""
+    num_left: int = 0
+    """Traces that ever left ``recent``; the reservoir is a uniform sample of them."""
+
+
+def add(
+    replay: Replay[T],
+    traces: Sequence[T],
+    *,
+    recent_traces: int,
+    reservoir_traces: int,
+    seed: int,
+) -> Replay[T]:
+    """Take in new traces, oldest first; what no longer fits in ``recent`` may stay as a sample."""
+    recent = (*replay.recent, *traces)
+    num_out = max(0, len(recent) - recent_traces)
+    reservoir = list(replay.reservoir)
+    for index, trace in enumerate(recent[:num_out], replay.num_left):
+        _sample_into(reservoir, trace, index, reservoir_traces, seed)
+    return Replay(recent[num_out:], tuple(reservoir), replay.num_left + num_out)
+
+
+def _sample_into(reservoir: list[T], trace: T, index: int, size: int, seed: int) -> None:
+    """Vitter's algorithm R, one item; ``index`` counts from 0."""
+    if len(reservoir) < size:
+        reservoir.append(trace)
+        return
+    slot = _hash(f"{seed}/{index}") % (index + 1)
+    if slot < size:
+        reservoir[slot] = trace
+
+
+def is_held_out(trace_key: str, every: int) -> bool:
+    """Whether a trace judges candidates and is never trained on: one in ``every``, by its key.
+
+    Depends on the key alone, so a restarted trainer splits the same way.
+
+    Args:
+        trace_key: e.g. ``producer/epoch/seq``.
+        every: >= 1.
+    """
+    if every < 1:
+        raise ValueError(f"every must be >= 1, got {every}")
+    return _hash(trace_key) % every == 0
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

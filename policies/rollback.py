@@ -1,0 +1,227 @@
+"""Keep a new version or go back: a decision on counts alone, no clocks, no I/O.
+
+After a swap tokens_per_step may fall because the version is worse or because traffic turned, and
+only decoding the *same* traffic with both tells which. So a suspicion leads to a trial: the engine
+goes back to the former weights for a while, then returns to the new ones (A-B-A). The version is
+rolled back only if it is worse than the former's trial by ``max_drop`` both before and after it: a
+shift would have to hit twice, in opposite directions, to be taken for a bad version.
+
+    steady -> watching -> trial -> confirming -> steady (kept or rolled back)
+                 \\-> steady (kept)    \\-> steady (kept)
+
+Rounds of one request resemble each other, so windows are judged by means of blocks of rounds, and
+their variance is raised by the blocks' own correlation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Sequence
+from enum import Enum
+from statistics import fmean
+from typing import Any
+
+_BLOCK_ROUNDS = 16
+_MIN_BLOCKS = 6
+"""Blocks wanted before any judgement."""
+_SUSPECT_SIGMA = 2.0
+"""Standard errors beyond ``max_drop`` that a suspicion before the end of the window needs."""
+_EARLY_TRIAL_SIGMA, _TRIAL_SIGMA = 2.5, 1.0
+"""The same for guilt in the trial, before and at its end."""
+_CONFIRM_SIGMA, _VERDICT_SIGMA = 1.5, 4.0
+"""The same after it: for the confirming window alone, and with the one before the trial."""
+_MAX_CONFIRM = 3
+"""A confirmation lasts at most so many windows."""
+_PRIOR_BLOCKS = 8
+
+
+class Action(Enum):
+    """What the server does now."""
+
+    KEEP_GOING = "keep_going"
+    TRY_FORMER = "try_former"
+    """Decode with the former weights until told otherwise."""
+    RETURN_TO_NEW = "return_to_new"
+    """The trial is over: decode with the new weights again."""
+    ROLL_BACK = "roll_back"
+    """The new version is worse: go back to the former for good."""
+    ACCEPT = "accept"
+    """The new version stays."""
+
+
+class SwapWatch:
+    """Follows the version in force; one observation for each step of the neural drafter."""
+
+    def __init__(self, watch_rounds: int, max_drop: float) -> None:
+        """
+        Args:
+            watch_rounds: rounds of each window, >= 1; 96 at least are used.
+            max_drop: relative loss of tokens_per_step that rolls back, in (0, 1).
+        """
+        if watch_rounds < 1 or not 0 < max_drop < 1:
+            raise ValueError(
+                f"need watch_rounds >= 1 and max_drop in (0, 1), got {watch_rounds}, {max_drop}"
+            )
+        self._num_blocks = max(_MIN_BLOCKS, math.ceil(watch_rounds / _BLOCK_ROUNDS))
+        self._max_drop = max_drop
+        self._state = "steady"
+        self._new: int | None = None
+        self._former: int | None = None
+        self._version: int | None = None
+        self._filling: tuple[float, int] = (0.0, 0)
+        self._recent: deque[float] = deque(maxlen=self._num_blocks)
+        self._reference: list[float] = []
+        self._trial: list[float] = []
+        self._suspect: list[float] = []
+        self._confirmation: list[float] = []
+        self._last_verdict: str | None = None
+
+    @property
+    def state(self) -> str:
+        """``steady``, ``watching``, ``trial`` or ``confirming``."""
+        return self._state
+
+    def observe(self, version: int, num_proposed: int, num_accepted: int, rounds: int) -> Action:
+        """Take in one step of the neural drafter and say what to do.
+
+        Args:
+            version: the one that drafted. Another one than before is a swap; during a trial,
+                steps of the version just left are ignored.
+            num_proposed: draft tokens over those rounds; 0 says nothing and is ignored.
+            num_accepted: kept ones, 0..num_proposed.
+            rounds: requests of the step that drafted.
+        """
+        if not 0 <= num_accepted <= num_proposed:
+            raise ValueError(f"num_accepted {num_accepted} is not in 0..{num_proposed}")
+        if num_proposed == 0 or rounds < 1:
+            return Action.KEEP_GOING
+        if version != self._version and version not in self._left_behind():
+            self._begin(version)
+        is_late = version != self._version
+        block = None if is_late else self._fill(1 + num_accepted / rounds, rounds)
+        if block is None:
+            return Action.KEEP_GOING
+        self._recent.append(block)
+        match self._state:
+            case "watching":
+                return self._watch()
+            case "trial":
+                return self._try_former(block)
+            case "confirming":
+                return self._confirm(block)
+            case _:
+                return Action.KEEP_GOING
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-ready state."""
+        return {
+            "state": self._state,
+            "version": self._version,
+            "former": self._former,
+            "last_verdict": self._last_verdict,
+        }
+
+    def _left_behind(self) -> tuple[int | None, ...]:
+        """Versions whose late steps are expected while the engine flips."""
+        return (self._new, self._former) if self._state in ("trial", "confirming") else ()
+
+    def _begin(self, version: int) -> None:
+        """A swap: what the outgoing version did last is the figure to hold."""
+        has_former = self._version is not None and len(self._recent) >= _MIN_BLOCKS
+        self._reference = list(self._recent)
+        self._former, self._new = (self._version if has_former else None), version
+        self._state = "watching" if has_former else "steady"
+        self._switch_to(version)
+
+    def _switch_to(self, version: int | None) -> None:
+        self._version = version
+        self._filling = (0.0, 0)
+        self._recent.clear()
+
+    def _fill(self, tokens_per_step: float, rounds: int) -> float | None:
+        """Mean of a block when it is full."""
+        total, count = self._filling
+        total, count = total + tokens_per_step * rounds, count + rounds
+        if count < _BLOCK_ROUNDS:
+            self._filling = (total, count)
+            return None
+        self._filling = (0.0, 0)
+        return total / count
+
+    def _watch(self) -> Action:
+        if len(self._recent) < _MIN_BLOCKS:
+            return Action.KEEP_GOING
+        new, former = list(self._recent), self._reference
+        is_full = len(new) >= self._num_blocks
+        wanted = 0.0 if is_full else _SUSPECT_SIGMA
+        if self._sigmas_worse(new, former) > wanted:
+            self._suspect = new
+            self._trial, self._confirmation = [], []
+            self._state = "trial"
+            self._switch_to(self._former)
+            return Action.TRY_FORMER
+        return self._end("kept", Action.ACCEPT) if is_full else Action.KEEP_GOING
+
+    def _try_former(self, block: float) -> Action:
+        self._trial.append(block)
+        num_trial = len(self._trial)
+        if num_trial < _MIN_BLOCKS:
+            return Action.KEEP_GOING
+        is_full = num_trial >= self._num_blocks
+        wanted = _TRIAL_SIGMA if is_full else _EARLY_TRIAL_SIGMA
+        is_guilty = self._sigmas_worse(self._suspect, self._trial) > wanted
+        if not is_guilty and not is_full:
+            return Action.KEEP_GOING
+        self._state = "confirming" if is_guilty else "steady"
+        self._last_verdict = None if is_guilty else "kept"
+        self._switch_to(self._new)
+        return Action.RETURN_TO_NEW
+
+    def _confirm(self, block: float) -> Action:
+        self._confirmation.append(block)
+        after = self._confirmation
+        if len(after) < _MIN_BLOCKS:
+            return Action.KEEP_GOING
+        is_worse = self._sigmas_worse(after, self._trial) > _CONFIRM_SIGMA
+        if is_worse and self._sigmas_worse(self._suspect + after, self._trial) > _VERDICT_SIGMA:
+            self._new, self._former = self._former, None
+            self._switch_to(self._new)
+            return self._end("rolled back", Action.ROLL_BACK)
+        if len(after) >= _MAX_CONFIRM * self._num_blocks:
+            return self._end("kept", Action.ACCEPT)
+        return Action.KEEP_GOING
+
+    def _end(self, verdict: str, action: Action) -> Action:
+        self._state, self._last_verdict = "steady", verdict
+        return action
+
+    def _sigmas_worse(self, new: Sequence[float], former: Sequence[float]) -> float:
+        """Standard errors by which ``new`` is worse than the former less ``max_drop``."""
+        keep = 1 - self._max_drop
+        drop = keep * fmean(former) - fmean(new)
+        variance = _block_variance(new, former)
+        return drop / math.sqrt(variance * (1 / len(new) + keep**2 / len(former)))
+
+
+def _block_variance(*windows: Sequence[float]) -> float:
+    """Variance of a block's mean, raised for the correlation of neighbouring blocks.
+
+    Pooled over the windows and shrunk to what is usual, since windows are short: a round's
+    standard deviation is about half of its mean, and neighbouring blocks correlate by 0.3.
+    """
+    squares, lagged, num = 0.0, 0.0, 0
+    for blocks in windows:
+        mean = fmean(blocks)
+        deviations = [value - mean for value in blocks]
+        squares += sum(d * d for d in deviations)
+        lagged += sum(a * b for a, b in itertools.pairwise(deviations))
+        num += len(blocks) - 1
+    level = fmean(value for blocks in windows for value in blocks)
+    usual = (0.5 * level) ** 2 / _BLOCK_ROUNDS
+    variance = (squares + _PRIOR_BLOCKS * usual) / (num + _PRIOR_BLOCKS)
+    measured = lagged / squares if squares else 0.0
+    correlation = (num * measured + _PRIOR_BLOCKS * 0.3) / (num + _PRIOR_BLOCKS)
+    correlation = min(max(correlation, 0.2), 0.7)
+    return variance * (1 + correlation) / (1 - correlation)
