@@ -138,11 +138,15 @@ class Traffic:
         """All prompts are answered."""
         return not any(thread.is_alive() for thread in self._threads)
 
+    def wait(self) -> None:
+        """Until all prompts are answered."""
+        for thread in self._threads:
+            thread.join()
+
     def stop(self) -> None:
         """Send nothing more; wait for what is under way."""
         self._stopping.set()
-        for thread in self._threads:
-            thread.join(TIMEOUT_S)
+        self.wait()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
