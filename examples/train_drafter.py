@@ -1,4 +1,4 @@
-"""Trains the bundled drafter: EAGLE-3 on the target's own Python continuations, and on nothing else.
+"""Trains the bundled drafter: EAGLE-3 on the target's own Python continuations, nothing else.
 
 That is what a team has on the day before its traffic shifts. One GPU, a few minutes:
 
@@ -19,16 +19,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Manifest
 from buffer.weights import TENSORS, publish
 from drafters.acceptance import conditional_acceptance, simulated_tokens_per_step
 from drafters.eagle3 import Eagle3, config_for_target
 from drafters.eagle3_training import Objective, TTTBatch, chain_acceptance, ttt_loss
-from safetensors.torch import save
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from examples.corpus import Domain, documents
 
 CONTINUATION = 160
@@ -55,7 +55,7 @@ def pieces(tokenizer: Any, domain: Domain, split: str, count: int, seed: int) ->
 
 
 def rollouts(model: Any, prompts: list[list[int]], greedy_share: float) -> Iterator[Tensor]:
-    """The target's continuations, [B, prompt + CONTINUATION] ids, prompts of one length together."""
+    """The target's continuations [B, prompt + CONTINUATION], prompts of one length together."""
     by_length: dict[int, list[list[int]]] = {}
     for prompt in prompts:
         by_length.setdefault(len(prompt), []).append(prompt)

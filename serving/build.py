@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policies.build import build_policy
-from policies.rollback import SwapWatch
 from safetensors.torch import load, save
 
 from buffer.fingerprint import target_fingerprint
@@ -22,6 +20,10 @@ from configs.schema import Settings
 from drafters.eagle3 import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3_paged import PagedEagle3
 from drafters.suffix import SuffixIndex
+from policies.build import build_policy
+from policies.cost import CostSample
+from policies.goodput import GoodputPolicy
+from policies.rollback import SwapWatch
 from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.engine import Engine
@@ -69,7 +71,7 @@ def build_engine(settings: Settings) -> Service:
     neural = _neural(start, target, num_slots) if start else None
     suffix = _suffix(settings)
     kinds = (("eagle3",) if neural else ()) + (("suffix",) if suffix else ())
-    policy = build_policy(settings.policy, kinds, settings.seed)
+    policy = build_policy(settings.policy, kinds, settings.seed, settings.drafter.max_draft)
     engine = Engine(
         target=target,
         pool=target.make_pool(num_slots),
@@ -97,16 +99,17 @@ def build_engine(settings: Settings) -> Service:
         model_name=settings.server.model_name or folder.name,
         seed=settings.seed,
     )
-    started = time.perf_counter()
-    policy.calibrate(
-        profile_engine(engine, settings.drafter.max_draft, _PROFILE_REPEATS, _context(settings))
-    )
-    log.info("profiled step times in %.1f s", time.perf_counter() - started)
+    if isinstance(policy, GoodputPolicy):
+        policy.calibrate(_profile(settings, engine))
     return _service(settings, engine, start[1] if start else None, fingerprint)
 
 
-def _context(settings: Settings) -> int:
-    return min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
+def _profile(settings: Settings, engine: Engine) -> list[CostSample]:
+    started = time.perf_counter()
+    context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
+    samples = profile_engine(engine, settings.drafter.max_draft, _PROFILE_REPEATS, context)
+    log.info("profiled step times in %.1f s", time.perf_counter() - started)
+    return samples
 
 
 def _service(
@@ -143,7 +146,7 @@ def _service(
             producer=producer,
             policy=engine.policy,
             poll_s=settings.swap.poll_s,
-            make_watch=lambda: SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
+            watch=SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
             automatic=settings.swap.enabled,
             wake_engine=engine.wake,
         )

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policies.rollback import Action, SwapWatch
 from torch import Tensor
 
 from buffer.records import Manifest
 from buffer.weights import mark_in_use, unmark_in_use, versions
 from drafters.eagle3_paged import PagedEagle3
 from policies.interface import DraftPolicy
+from policies.rollback import Action, SwapWatch
 from serving.swapping import Expected, FlatWeights, Staged, load_bundle
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Swapper:
         producer: str,
         policy: DraftPolicy,
         poll_s: float,
-        make_watch: Callable[[], SwapWatch],
+        watch: SwapWatch,
         automatic: bool,
         wake_engine: Callable[[], None],
     ) -> None:
@@ -63,15 +63,13 @@ class Swapper:
         self._producer = producer
         self._policy = policy
         self._poll_s = poll_s
-        self._make_watch = make_watch
+        self._watch = watch
         self._automatic = automatic
         self._wake_engine = wake_engine
 
         self._current = initial
         self._former: Manifest | None = None
         self._former_flat: Tensor | None = None
-        self._watch: SwapWatch | None = None
-        self._on_trial = False
         self._denied: set[int] = set()
         self._failed: dict[int, tuple[int, int]] = {}
         self._pinned: int | None = None
@@ -192,11 +190,13 @@ class Swapper:
             if time.monotonic() - renewed > _RENEW_S:
                 mark_in_use(self._root, self._producer, self._held())
                 renewed = time.monotonic()
-            if self._automatic and self._pinned is None and self._watch_is_idle():
+            if self._automatic and self._pinned is None and not self._on_trial:
                 self._look()
 
-    def _watch_is_idle(self) -> bool:
-        return not self._on_trial
+    @property
+    def _on_trial(self) -> bool:
+        """A version is being judged; another swap now would spoil the evidence."""
+        return self._watch.state in ("trial", "confirming")
 
     def _look(self) -> None:
         """Take the newest version that is newer than ours, unless it failed and is unchanged."""
@@ -233,23 +233,19 @@ class Swapper:
 
     def on_rounds(self, rounds: list[tuple[int, int]]) -> None:
         """Feed the watch with (proposed, accepted) of the neural drafter's rounds of one step."""
-        if self._watch is None:
+        if self._pinned is not None:
             return
-        action = self._watch.observe(self._neural.version, rounds)
+        proposed, accepted = sum(p for p, _ in rounds), sum(a for _, a in rounds)
+        num_rounds = sum(p > 0 for p, _ in rounds)
+        action = self._watch.observe(self._neural.version, proposed, accepted, num_rounds)
         if action is Action.TRY_FORMER:
             self._exchange()
-            self._on_trial = True
             self._note("trial of the former version")
         elif action is Action.RETURN_TO_NEW:
             self._exchange()
-            self._on_trial = False
-            self._watch = None
-            self._note("kept after trial")
+            self._note("trial over")
         elif action is Action.ROLL_BACK:
-            self._on_trial = False
-            self._keep_former("acceptance fell")
-        elif action is Action.ACCEPT:
-            self._watch = None
+            self._roll_back("acceptance fell")
 
     def _apply(self, staged: Staged) -> None:
         started = time.perf_counter()
@@ -261,10 +257,6 @@ class Swapper:
         self._former, self._current = self._current, staged.manifest
         self._neural.version = staged.manifest.version
         self._policy.on_swap(staged.manifest.version, staged.manifest.policy)
-        self._watch = self._make_watch() if self._pinned is None else None
-        if self._watch is not None:
-            self._watch.begin(new=self._current.version, former=self._former.version)
-        self._on_trial = False
         self._counts["swapped"] += 1
         self._note("swapped")
         log.info("swapped to version %d", staged.manifest.version)
@@ -280,17 +272,10 @@ class Swapper:
         self._policy.on_swap(self._current.version, self._current.policy)
 
     def _roll_back(self, why: str) -> None:
-        if self._former is not None and not self._on_trial:
-            self._exchange()
-        self._keep_former(why)
-
-    def _keep_former(self, why: str) -> None:
-        """The weights of the former version are in force already; deny the rejected one."""
-        assert self._former is not None
-        rejected = self._former.version
+        """Return to the former weights and deny the version that was in force."""
+        rejected = self._current.version
+        self._exchange()
         self._denied.add(rejected)
-        self._watch = None
-        self._on_trial = False
         self._counts["rolled_back"] += 1
         self._note(f"rolled back from {rejected}: {why}")
         log.warning("rolled back from version %d to %d: %s", rejected, self._current.version, why)
@@ -300,11 +285,7 @@ class Swapper:
         self._history.append(entry)
 
     def _state(self) -> str:
-        if self._on_trial:
-            return "trial"
-        if self._pinned is not None:
-            return "pinned"
-        return "watching" if self._watch is not None else "steady"
+        return "pinned" if self._pinned is not None else self._watch.state
 
 
 def _mark(path: Path) -> tuple[int, int]:
