@@ -1,0 +1,130 @@
+"""Captured rows are the target's hidden rows at their positions; what was not computed is absent."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from buffer.codec import decode_trace, encode_trace
+from serving.capture import CaptureRing, pack_rows
+from serving.traces import Producer, TraceMaker
+
+from tests.engines import make_engine, random_model, request_of, run
+
+PROMPT = list(range(30))
+
+
+def traces_of(engine, requests, dtype="bfloat16"):
+    """Run and return each request's trace after a round trip through the codec."""
+    lost = []
+    maker = TraceMaker(
+        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, dtype, lost.append
+    )
+    made = []
+    engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
+    run(engine, requests)
+    traces = [decode_trace(encode_trace(make())) for make in made]
+    return {t.request_id: t for t in traces}, sum(lost)
+
+
+def hidden_rows(model, token_ids, layer_ids):
+    """[T, m + 1, H] of the plain model: tapped layers, then the lm_head's input."""
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        out = reference.model(torch.tensor([token_ids]), output_hidden_states=True)
+    taps = [out.hidden_states[k][0] for k in layer_ids]
+    return torch.stack([*taps, out.last_hidden_state[0]], dim=1)
+
+
+def restored(features):
+    bits = torch.from_numpy(features.rows)
+    if features.dtype == "bfloat16":
+        return bits.view(torch.bfloat16).float()
+    return bits.view(torch.float8_e4m3fn).float() * torch.from_numpy(features.scale)[..., None]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("float8_e4m3fn", 2**-4)])
+def test_rows_equal_the_models_hidden_states(dtype, tolerance):
+    model = random_model("qwen3")
+    engine = make_engine(model, prefix_cache=False)
+
+    traces, lost = traces_of(
+        engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(3)], dtype
+    )
+
+    for trace in traces.values():
+        tokens = trace.token_ids.tolist()
+        want = hidden_rows(model, tokens, trace.features.layer_ids)[:-1]
+        assert trace.features.positions.tolist() == list(range(len(tokens) - 1))
+        got = restored(trace.features)
+        scale = want.abs().amax(-1, keepdim=True)
+        assert ((got - want).abs() / scale).max() < tolerance
+    assert lost == 0
+
+
+def test_rows_of_cached_prefix_pages_are_absent_not_invented():
+    model = random_model("qwen3")
+    engine = make_engine(model, prefill_chunk=7)
+    traces_of(engine, [request_of("first", [*PROMPT, 50], 8)])
+
+    traces, _ = traces_of(engine, [request_of("second", [*PROMPT, 60], 8)])
+
+    second = traces["second"]
+    assert second.features.positions.tolist() == list(range(28, len(second.token_ids) - 1))
+    want = hidden_rows(model, second.token_ids.tolist(), second.features.layer_ids)[28:-1]
+    torch.testing.assert_close(restored(second.features), want, atol=0.05, rtol=0.01)
+
+
+def test_rounds_tell_the_whole_completion():
+    engine = make_engine(random_model("qwen3"))
+    traces, _ = traces_of(engine, [request_of("a", PROMPT, 25), request_of("b", [1, 2], 25)])
+
+    for trace in traces.values():
+        tokens = trace.token_ids.tolist()
+        position = trace.rounds[0].anchor
+        assert position == trace.prompt_length, "the first token came from prefill"
+        for one in trace.rounds:
+            assert one.anchor == position
+            emitted = [*one.draft_ids[: one.num_accepted], one.next_id]
+            assert tokens[position + 1 : position + 1 + len(emitted)] == emitted[: len(tokens)]
+            position += len(emitted)
+
+
+def test_a_request_that_opts_out_leaves_no_trace():
+    engine = make_engine(random_model("qwen3"))
+    traces, _ = traces_of(
+        engine, [request_of("in", PROMPT, 9), request_of("out", PROMPT, 9, capture=False)]
+    )
+    assert set(traces) == {"in"}
+
+
+def test_rows_overwritten_in_the_ring_are_counted_and_masked():
+    engine = make_engine(random_model("qwen3"), ring_rows=24, prefix_cache=False)
+    traces, lost = traces_of(engine, [request_of("long", PROMPT, 40)])
+
+    features = traces["long"].features
+    assert lost == 69 - len(features.positions) > 0
+    assert features.positions.tolist() == list(range(69 - len(features.positions), 69))
+
+
+def test_the_ring_wraps_without_mixing_rows():
+    ring = CaptureRing(10, 1, 4)
+    pieces = []
+    for start in range(0, 21, 3):
+        rows = torch.arange(start, start + 3).float()[:, None].expand(3, 4)
+        pieces.append((start, ring.write(rows[:, None], rows), 3))
+
+    positions, rows, lost = ring.take(pieces)
+
+    assert positions.tolist() == list(range(11, 21))
+    assert rows[:, 0, 0].tolist() == positions.tolist()
+    assert lost == 11
+
+
+def test_fp8_rows_keep_small_and_large_values():
+    values = torch.tensor([[[1e-3, 5.0, -448.0, 0.0]]], dtype=torch.bfloat16)
+    packed = pack_rows(np.array([0], dtype=np.int32), values, (1,), "float8_e4m3fn")
+    assert restored(packed)[0, 0, 2] == -448.0
