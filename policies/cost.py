@@ -9,6 +9,7 @@ once, so that arms not tried lately stay comparable with the one in use.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -24,7 +25,11 @@ _TRUSTED_WEIGHT = 8.0
 _MIN_GAIN, _MAX_GAIN = 0.03, 0.3
 _IDLE_GAIN = 0.002
 """Gain of a cell grows by this much for each step without news of it."""
+_MAX_DRIFT_GAIN = 0.5
 _SCALE_GAIN = 0.1
+_STALE_PLAIN = 0.1
+"""Relative move of the common factor since the last plain step that calls for another one: blaming
+the machine for what one arm costs would make plain decoding look as slow."""
 _PUBLISH = 0.005
 """Relative change of a cell that is worth recomputing the curves for."""
 _DEFAULT_STEP_S = 0.01
@@ -53,14 +58,21 @@ class _Cell:
     weight: float
     seen_at: int
     published_s: float
+    seen_scale: float
+    """Common factor when it was last updated."""
 
-    def update(self, value_s: float, clock: int) -> bool:
-        """Move towards a new value; True when the published one moved."""
+    def update(self, value_s: float, clock: int, scale: float) -> bool:
+        """Move towards a new value; True when the published one moved.
+
+        The longer the cell was not seen, and the more the common factor moved meanwhile, the less
+        its old value is worth.
+        """
         idle_gain = min(_MAX_GAIN, _IDLE_GAIN * (clock - self.seen_at))
-        gain = max(1 / (self.weight + 1), _MIN_GAIN, idle_gain)
+        drift_gain = min(_MAX_DRIFT_GAIN, 3 * abs(math.log(scale / self.seen_scale)))
+        gain = max(1 / (self.weight + 1), _MIN_GAIN, idle_gain, drift_gain)
         self.mean_s += gain * (value_s - self.mean_s)
         self.weight += 1
-        self.seen_at = clock
+        self.seen_at, self.seen_scale = clock, scale
         if abs(self.mean_s - self.published_s) <= _PUBLISH * self.published_s:
             return False
         self.published_s = self.mean_s
@@ -79,6 +91,7 @@ class CostModel:
         self._cells: dict[_Key, dict[int, _Cell]] = {}
         self._curves: dict[tuple[str, int], list[float]] = {}
         self._scale = 1.0
+        self._plain_scale = 1.0
         self._clock = 0
         self._outliers = 0
 
@@ -93,7 +106,7 @@ class CostModel:
                 values.setdefault(key, []).append(sample.draft_s)
         for (name, k, batch), seconds in values.items():
             middle = median(seconds)
-            cell = _Cell(middle, _CALIBRATED_WEIGHT, self._clock, middle)
+            cell = _Cell(middle, _CALIBRATED_WEIGHT, self._clock, middle, self._scale)
             self._cells.setdefault((name, k), {})[batch] = cell
         self._curves.clear()
 
@@ -117,6 +130,8 @@ class CostModel:
         self._update("verify", draft_k, batch, max(step_s - draft_s, 0.0) / self._scale)
         if draft_k:
             self._update(drafter, draft_k, batch, draft_s / self._scale)
+        else:
+            self._plain_scale = self._scale
 
     def knows_plain(self, batch: int) -> bool:
         """A plain step was measured at this batch or within a factor of 2 on either side."""
@@ -124,6 +139,15 @@ class CostModel:
         return any(batch <= 2 * known and known <= 2 * batch for known in cells) or (
             bool(cells) and min(cells) < batch < max(cells)
         )
+
+    @property
+    def plain_is_stale(self) -> bool:
+        """The machine seems to have changed speed since plain decoding was last timed."""
+        return abs(math.log(self._scale / self._plain_scale)) > _STALE_PLAIN
+
+    def least_plain_s(self, batch: int) -> float:
+        """A plain step without, or with if it is less, what slowed the machine since the last."""
+        return min(self._scale, self._plain_scale) * self._curve("verify", batch)[0]
 
     def step_s(self, drafter: str, draft_k: int, batch: int) -> float:
         """Predicted seconds of one step."""
@@ -172,8 +196,8 @@ class CostModel:
         if cell is None:
             guess_s = self._curve(name, batch)[k] if cells else value_s
             weight = 2.0 if cells else 0.0
-            cells[batch] = cell = _Cell(guess_s, weight, self._clock, 0.0)
-        if cell.update(value_s, self._clock):
+            cells[batch] = cell = _Cell(guess_s, weight, self._clock, 0.0, self._scale)
+        if cell.update(value_s, self._clock, self._scale):
             self._curves.clear()
 
     def _curve(self, name: str, batch: int) -> list[float]:

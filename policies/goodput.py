@@ -155,6 +155,8 @@ class GoodputPolicy:
             return Decision("none", 0, 1.0, explore=False, reason="floor")
         if not self._cost.knows_plain(obs.batch):
             return PLAIN
+        if self._cost.plain_is_stale:
+            return Decision("none", 0, 1.0, explore=True, reason="refresh")
         arms = self._forecast(obs, max_k)
         self._arm = best = self._best(arms)
         probes = self._affordable(best, arms, max_k) if self._explore else {}
@@ -251,7 +253,7 @@ class GoodputPolicy:
         )
         if k and not decision.explore and outcome.step_s < 5 * predicted_s:
             tokens = batch + sum(row.num_accepted for row in outcome.rows)
-            plain_s = self._cost.step_s("none", 0, batch) * tokens / batch
+            plain_s = self._cost.least_plain_s(batch) * tokens / batch
             self._floor.observe(tokens, outcome.step_s, plain_s)
 
 

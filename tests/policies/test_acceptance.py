@@ -56,7 +56,7 @@ def test_a_random_drafter_is_found_out_within_twenty_rounds():
 def test_a_shift_is_followed_long_before_the_half_life(before, after):
     model = AcceptanceModel(half_life_rounds=2000)
     feed(model, (before,) * 4, rounds=3000, k=4)
-    assert model.figures()["eagle3/0"]["shifts"] <= 1
+    assert model.figures()["eagle3/0"]["shifts"] <= 2
     feed(model, (after,) * 4, rounds=150, k=4, seed=1)
     assert model.hazards("eagle3", 0)[0] == pytest.approx(after, abs=0.12)
 

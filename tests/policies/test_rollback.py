@@ -1,0 +1,137 @@
+"""A version is rolled back when it is worse on the same traffic, and hardly ever otherwise."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from policies.rollback import Action, SwapWatch
+
+FLIPS = {Action.TRY_FORMER: 0, Action.RETURN_TO_NEW: 1}
+
+
+def swap(seed, old, new, *, shift_at=None, shift=1.0, watch_rounds=200, batch=1):
+    """Serve requests of unequal difficulty, swap after 400 rounds, obey; (kept?, rounds taken).
+
+    ``old`` and ``new`` are the chances that a draft token is kept; after ``shift_at`` rounds of
+    the new version both are multiplied by ``shift``.
+    """
+    rng = random.Random(seed)
+    watch, version = SwapWatch(watch_rounds, 0.15), 0
+    left, difficulty = [0] * batch, [0.0] * batch
+    for rounds in range(-400, 4000, batch):
+        if rounds in range(batch):
+            version = 1
+        accepted = 0
+        for row in range(batch):
+            if left[row] == 0:
+                left[row], difficulty[row] = rng.randint(1, 80), rng.gauss(0, 0.1)
+            left[row] -= 1
+            chance = (new if version else old) + difficulty[row]
+            if shift_at is not None and rounds >= shift_at:
+                chance *= shift
+            accepted += kept(rng, min(max(chance, 0.02), 0.97))
+        action = watch.observe(version, 4 * batch, accepted, batch)
+        version = FLIPS.get(action, version)
+        if action is Action.ROLL_BACK:
+            return False, rounds
+        if rounds > 0 and watch.state == "steady":
+            return True, rounds
+    raise AssertionError("no decision")
+
+
+def kept(rng, chance):
+    for accepted in range(4):
+        if rng.random() >= chance:
+            return accepted
+    return 4
+
+
+def test_an_equal_version_is_kept():
+    outcomes = [swap(seed, 0.7, 0.7)[0] for seed in range(1000)]
+    assert outcomes.count(False) <= 1
+
+
+@pytest.mark.parametrize(
+    ("shift_at", "shift"), [(0, 0.5), (60, 0.5), (150, 0.5), (0, 1.3), (260, 1.3)]
+)
+def test_a_shift_of_traffic_is_no_reason_to_roll_back(shift_at, shift):
+    outcomes = [swap(seed, 0.65, 0.65, shift_at=shift_at, shift=shift)[0] for seed in range(100)]
+    assert outcomes.count(False) == 0
+
+
+def test_a_better_version_is_kept():
+    assert all(swap(seed, 0.5, 0.7)[0] for seed in range(100))
+
+
+def test_a_broken_version_is_rolled_back_within_400_rounds():
+    outcomes = [swap(seed, 0.75, 0.02) for seed in range(50)]
+    assert not any(is_kept for is_kept, _ in outcomes)
+    assert max(rounds for _, rounds in outcomes) <= 400
+
+
+def test_half_the_tokens_per_step_is_rolled_back_also_when_traffic_turns():
+    for kwargs, least in [({}, 0.9), ({"shift_at": 0, "shift": 0.8}, 0.75), ({"batch": 8}, 0.98)]:
+        outcomes = [swap(seed, 0.75, 0.35, **kwargs) for seed in range(60)]
+        assert Counter(is_kept for is_kept, _ in outcomes)[False] >= least * 60
+        rounds = sorted(rounds for is_kept, rounds in outcomes if not is_kept)
+        assert rounds[len(rounds) // 2] <= 450
+
+
+def drive(watch, version, accepted, blocks):
+    """Equal rounds, 4 proposed each; the last action that was not to keep going."""
+    actions = [watch.observe(version, 64, 16 * accepted, 16) for _ in range(blocks)]
+    return next((action for action in actions if action is not Action.KEEP_GOING), None)
+
+
+def test_the_road_of_a_bad_version():
+    watch = SwapWatch(100, 0.15)
+    assert drive(watch, 7, 3, 10) is None
+    assert drive(watch, 8, 0, 6) is Action.TRY_FORMER
+    assert watch.state == "trial"
+    assert drive(watch, 8, 0, 5) is None  # late steps of the version just left
+    assert drive(watch, 7, 3, 6) is Action.RETURN_TO_NEW
+    assert watch.state == "confirming"
+    assert drive(watch, 8, 0, 6) is Action.ROLL_BACK
+    assert (watch.state, watch.figures()["last_verdict"]) == ("steady", "rolled back")
+    assert drive(watch, 7, 3, 20) is None
+
+
+def test_the_road_of_a_good_version_whose_traffic_turned():
+    watch = SwapWatch(100, 0.15)
+    drive(watch, 7, 3, 10)
+    assert drive(watch, 8, 0, 6) is Action.TRY_FORMER
+    assert drive(watch, 7, 0, 7) is Action.RETURN_TO_NEW
+    assert (watch.state, watch.figures()["last_verdict"]) == ("steady", "kept")
+
+
+def test_without_a_former_figure_there_is_nothing_to_compare():
+    watch = SwapWatch(100, 0.15)
+    assert drive(watch, 1, 0, 50) is None
+    assert drive(SwapWatch(100, 0.15), 0, 3, 2) is None
+
+
+def test_rounds_that_proposed_nothing_do_not_count():
+    watch = SwapWatch(100, 0.15)
+    drive(watch, 0, 3, 10)
+    assert {watch.observe(1, 0, 0, 16) for _ in range(100)} == {Action.KEEP_GOING}
+    assert watch.state == "steady"
+
+
+def test_a_newer_version_starts_a_new_watch():
+    watch = SwapWatch(200, 0.15)
+    drive(watch, 1, 3, 15)
+    drive(watch, 2, 3, 8)
+    assert watch.state == "watching"
+    drive(watch, 3, 3, 2)
+    assert watch.figures()["former"] == 2
+    assert drive(watch, 3, 3, 11) is Action.ACCEPT
+
+
+def test_misuse_is_told():
+    with pytest.raises(ValueError, match="watch_rounds"):
+        SwapWatch(0, 0.15)
+    with pytest.raises(ValueError, match=r"num_accepted 5 is not in 0\.\.4"):
+        SwapWatch(10, 0.15).observe(0, 4, 5, 1)
