@@ -212,28 +212,34 @@ def _check_sampling(sampling: Sampling) -> None:
 
 
 def _check_round(one: Round, num_tokens: int) -> None:
-    k = len(one.draft_ids)
-    _require(_is_count(one.anchor) and one.anchor < num_tokens, f"anchor must be < {num_tokens}")
-    _require(
-        isinstance(one.drafter, str) and len(one.drafter) <= _MAX_TEXT, "drafter must be a text"
-    )
-    for name in ("version", "next_id", "draft_k"):
-        _require(_is_count(getattr(one, name)), f"{name} of a round must be an integer >= 0")
-    _require(all(_is_count(i) and i < 1 << 31 for i in one.draft_ids), "draft_ids must be >= 0")
-    _require(
-        _is_count(one.num_accepted) and one.num_accepted <= k, f"num_accepted must be in 0..{k}"
-    )
-    _require(
-        one.num_accepted <= len(one.p_logp) <= k,
-        f"p_logp must cover the {one.num_accepted} kept of {k} draft tokens, got {len(one.p_logp)}",
-    )
-    _require(one.q_logp is None or len(one.q_logp) == k, f"q_logp must hold {k} values or be None")
-    _require(all(_is_logp(x) for x in (*one.p_logp, *(one.q_logp or ()))), "a logp must be <= 0")
-    _require(
-        _is_finite(one.propensity, at_least=0) and one.propensity <= 1, "propensity is in 0..1"
-    )
-    _require(_is_count(one.batch) and one.batch >= 1, "batch must be an integer >= 1")
-    _require(_is_finite(one.step_s, at_least=0), "step_s must be finite and >= 0")
+    problem = _round_problem(one, num_tokens, len(one.draft_ids))
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _round_problem(one: Round, num_tokens: int, k: int) -> str | None:
+    """What is wrong with a round, or ``None``. Texts are made only when needed: it runs often."""
+    if not (_is_count(one.anchor) and one.anchor < num_tokens):
+        return f"anchor must be in 0..{num_tokens - 1}, got {one.anchor!r}"
+    if not (isinstance(one.drafter, str) and len(one.drafter) <= _MAX_TEXT):
+        return "drafter must be a short text"
+    if not (_is_count(one.version) and _is_count(one.next_id) and _is_count(one.draft_k)):
+        return "version, next_id and draft_k of a round must be integers >= 0"
+    if not all(map(_is_token_id, one.draft_ids)):
+        return "draft_ids must be int32 and >= 0"
+    if not (_is_count(one.num_accepted) and one.num_accepted <= k):
+        return f"num_accepted must be in 0..{k}, got {one.num_accepted!r}"
+    if not one.num_accepted <= len(one.p_logp) <= k:
+        return f"p_logp must cover {one.num_accepted} kept of {k} tokens, got {len(one.p_logp)}"
+    if one.q_logp is not None and len(one.q_logp) != k:
+        return f"q_logp must hold {k} values or be None, got {len(one.q_logp)}"
+    if not all(map(_is_logp, (*one.p_logp, *(one.q_logp or ())))):
+        return "every value of p_logp and q_logp must be a number <= 0"
+    if not (_is_finite(one.propensity, at_least=0) and one.propensity <= 1):
+        return f"propensity must be in 0..1, got {one.propensity!r}"
+    if not (_is_count(one.batch) and one.batch >= 1 and _is_finite(one.step_s, at_least=0)):
+        return f"batch must be >= 1 and step_s >= 0, got {one.batch!r} and {one.step_s!r}"
+    return None
 
 
 def _check_features(features: FeatureRows, num_tokens: int) -> None:
@@ -274,6 +280,10 @@ def _require(holds: bool, message: str) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_token_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _is_finite(value: Any, *, at_least: float) -> bool:

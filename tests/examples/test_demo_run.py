@@ -1,0 +1,109 @@
+"""The demo as a whole, short, on a tiny random target: real server, real trainer, real clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from examples.demo import MARKER
+from tests.support import REPOSITORY
+
+SHORT = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from examples.demo import DemoSettings, Phase, carry_out
+
+target, run_dir, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+names = {"python": "python", "c": "c", "python-again": "python"}
+sys.exit(carry_out(DemoSettings(
+    run_dir=run_dir,
+    overrides=(
+        f"target={target}", "drafter.path=null", "trainer.min_traces=4", "trainer.warmup_steps=0",
+        "trainer.publish_every_steps=1", "trainer.gate_margin=0.5", "trainer.batch_tokens=256",
+        "trainer.held_out_every=2", "trainer.replay_ratio=50", *sys.argv[4:],
+    ),
+    phases=tuple(Phase(n, d, n == "c", seconds, 10**6) for n, d in names.items()),
+    num_clients=2, max_tokens=16, max_requests=500,
+    replay_prompts=2, replay_block=1, replay_warmup=1, replay_s=1.0,
+), Console(width=140)))
+"""
+
+
+def begin_demo(target: Path, run_dir: Path, seconds: float, *sets: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SHORT, str(target), str(run_dir), str(seconds), *sets],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Command lines, of any process, that name the run folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run_dir) in command and int(path.parent.name) != os.getpid():
+            found.append(command)
+    return found
+
+
+def test_a_short_demo_runs_to_its_report_and_leaves_nothing_running(
+    tiny_target_dir: Path, tmp_path: Path
+):
+    demo = begin_demo(tiny_target_dir, tmp_path / "demo", seconds=6)
+    output, _ = demo.communicate(timeout=110)
+
+    assert demo.returncode == 0, output
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert [phase["name"] for phase in report["phases"]] == ["python", "c", "python-again"]
+    assert report["failed_requests"] == report["mismatched_outputs"] == 0
+    assert report["swaps"] >= 1
+    assert all(phase["requests"] > 0 for phase in report["phases"])
+    assert report["newest_version"] > 0
+    assert "report.html" in output
+    assert "FAIL" in output  # a random target teaches nothing, and the demo says so
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+    assert processes_of(tmp_path / "demo") == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_interrupt_ends_both_children_and_says_so(tiny_target_dir: Path, tmp_path: Path):
+    run_dir = tmp_path / "demo"
+    demo = begin_demo(tiny_target_dir, run_dir, seconds=60)
+    deadline_s = time.monotonic() + 60
+    while not any("trainer launch" in command for command in processes_of(run_dir)):
+        assert time.monotonic() < deadline_s and demo.poll() is None, "no trainer came"
+        time.sleep(0.2)
+    time.sleep(1.0)
+
+    demo.send_signal(signal.SIGINT)
+    output, _ = demo.communicate(timeout=60)
+
+    assert demo.returncode == 130
+    assert "server and trainer are stopped" in output
+    assert processes_of(run_dir) == []
+    assert not (run_dir / "report.json").exists()
+    assert (run_dir / MARKER).exists()
+
+
+def test_dead_child_ends_the_demo_with_its_reason(tiny_target_dir: Path, tmp_path: Path):
+    demo = begin_demo(tiny_target_dir, tmp_path / "demo", 60, "drafter.path=/nowhere")
+    output, _ = demo.communicate(timeout=90)
+
+    assert demo.returncode == 1
+    assert "the server ended with exit code" in output
+    assert "/nowhere is not a folder" in output.replace("\n", "")
+    assert processes_of(tmp_path / "demo") == []
