@@ -12,10 +12,10 @@ shift would have to hit twice, in opposite directions, to be taken for a bad ver
 Rounds of one request resemble each other, so windows are judged by means of blocks of rounds, and
 their variance is raised by the blocks' own correlation.
 
-Simulated (requests of 40 rounds on average and unequal difficulty, K = 4, batch 1, max_drop 0.15): an
-equal version is rolled back in 1 of 3,000 swaps at watch_rounds=200, 3 of 1,000 at 64, none of 3,000
-at batch 8; a random drafter always, after 290 rounds; half the tokens_per_step in 96 of 100 swaps,
-after 290. A loss just above max_drop is mostly kept: the draft policy and the trainer see to it.
+Simulated (requests of 40 rounds on average and unequal difficulty, K = 4, batch 1, max_drop 0.15):
+an equal version is rolled back in 1 of 3,000 swaps at watch_rounds=200, 3 of 1,000 at 64; a random
+drafter always, after 290 rounds; half the tokens_per_step in 96 of 100 swaps, after 290. A loss
+just above max_drop is mostly kept.
 """
 
 from __future__ import annotations

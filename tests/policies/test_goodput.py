@@ -117,6 +117,20 @@ def test_the_floor_pauses_drafting_and_pauses_longer_the_next_time():
     assert pause_after_a_slow_window() == 64
 
 
+def test_plain_decoding_is_timed_again_when_the_machine_seems_to_slow_down():
+    made = policy(world=World(), explore=0.0)
+    drafting = Decision("eagle3", 4, 1.0, explore=False, reason="goodput")
+    while made.plan(obs()).reason != "refresh":
+        made.observe(Outcome(drafting, 1, (RowOutcome(4, 4, 0),), 0.025, 0.006, False, 0))
+    before = made.figures()["cost"]["scale"]
+    assert before > 1.1
+    for _ in range(3):  # the machine is as fast as ever: it is the drafter that is slow
+        plain = Decision("none", 0, 1.0, explore=True, reason="refresh")
+        made.observe(Outcome(plain, 1, (RowOutcome(0, 0, 0),), 0.010, 0.0, False, 0))
+    assert made.figures()["cost"]["scale"] < before
+    assert made.plan(obs()).reason != "refresh"
+
+
 def test_a_machine_that_slows_down_does_not_confuse_the_arms():
     world = World(batch=4)
     made = policy(world=world)
