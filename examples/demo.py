@@ -6,8 +6,8 @@ Starts a server and a trainer on the bundled target, sends Python, C headers, do
 Python again through the HTTP API, then replays held-out prompts of each phase three ways: without
 drafting, with the drafter as it was before the first shift, and with the newest one.
 
-Exit code 0: it ran to its end, nothing failed and no output changed, whatever the speeds; 1:
-otherwise; 2: wrong usage.
+Exit code 0: it ran to its end, nothing failed and no output changed, whatever the speeds. 1: it did
+not, or something did. 2: wrong usage. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Phase:
     seconds: float
     """The phase ends then at the latest."""
     enough_requests: int
-    """It may end earlier, after so many and when no new version came for ``settle_s``."""
+    """It may end earlier, after so many and when the trainer has caught up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,8 @@ class DemoSettings:
     max_requests: int = 600
     """Prompts prepared for a phase."""
     settle_s: float = 20.0
+    """Without a new version for so long, the trainer has caught up; on shifted traffic a first one
+    must have come."""
     replay_prompts: int = 24
     """Held-out prompts of a domain, each answered by each arm ..."""
     replay_block: int = 4
@@ -248,7 +250,8 @@ def run_phase(scene: Scene, phase: Phase) -> None:
     """Send one phase's traffic until its time is over or there is nothing left to see."""
     settings = scene.settings
     started_s = scene.now_s()
-    newest, changed_s, first = scene.newest_version, started_s, len(scene.answers)
+    newest, num_before = scene.newest_version, len(scene.answers)
+    changed_s = None if phase.shifted else started_s
     traffic = Traffic(
         scene.server,
         scene.texts.live[phase.name],
@@ -261,12 +264,13 @@ def run_phase(scene: Scene, phase: Phase) -> None:
         while not traffic.is_over():
             time.sleep(0.25)
             scene.look()
+            now_s = scene.now_s()
             if scene.newest_version != newest:
-                newest, changed_s = scene.newest_version, scene.now_s()
-            elapsed_s, settled_s = scene.now_s() - started_s, scene.now_s() - changed_s
-            scene.show(phase.name, elapsed_s / phase.seconds, len(traffic.failures))
-            num_answers = len(scene.answers) - first
-            if is_enough(phase, settings.settle_s, elapsed_s, num_answers, settled_s):
+                newest, changed_s = scene.newest_version, now_s
+            scene.show(phase.name, (now_s - started_s) / phase.seconds, len(traffic.failures))
+            has_caught_up = changed_s is not None and now_s - changed_s >= settings.settle_s
+            num_answers = len(scene.answers) - num_before
+            if is_enough(phase, now_s - started_s, num_answers, has_caught_up):
                 break
     finally:
         traffic.stop()
@@ -275,17 +279,9 @@ def run_phase(scene: Scene, phase: Phase) -> None:
     scene.look()
 
 
-def is_enough(
-    phase: Phase, settle_s: float, elapsed_s: float, num_answers: int, settled_s: float
-) -> bool:
-    """Whether a phase is over: its time is, or it has its requests and the trainer has caught up.
-
-    Args:
-        settled_s: seconds since the last new version, or since the phase began.
-    """
-    if elapsed_s >= phase.seconds:
-        return True
-    return num_answers >= phase.enough_requests and settled_s >= settle_s
+def is_enough(phase: Phase, elapsed_s: float, num_answers: int, has_caught_up: bool) -> bool:
+    """Its time is over, or it has its requests and the trainer has caught up."""
+    return elapsed_s >= phase.seconds or (num_answers >= phase.enough_requests and has_caught_up)
 
 
 # Replay
@@ -407,6 +403,28 @@ def summary(report: dict[str, Any]) -> list[Table]:
     return [phases, verdicts]
 
 
+def carry_out(settings: DemoSettings, console: Console) -> int:
+    """Run the demo, write its report, end every process; returns the exit code."""
+    children: list[Child] = []
+    try:
+        with own_folder(settings.run_dir):
+            try:
+                with View(console) as view:
+                    recording = run(settings, view, children)
+            finally:
+                stop(children)
+            report = write(settings.run_dir, recording)
+    except KeyboardInterrupt:
+        console.print("Interrupted: server and trainer are stopped; no report was written.")
+        return 130
+    except (ChildDiedError, DemoError) as error:
+        console.print(str(error), markup=False, highlight=False)
+        return 1
+    console.print(*summary(report), sep="\n\n")
+    console.print(f"\n{settings.run_dir / 'report.json'}\n{settings.run_dir / 'report.html'}")
+    return 1 if report["failed_requests"] or report["mismatched_outputs"] else 0
+
+
 # Command
 
 DEFAULTS = DemoSettings()
@@ -424,33 +442,13 @@ def main(
     ] = None,
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""
+    signal.signal(signal.SIGTERM, interrupt)
     settings = DemoSettings(config=config, run_dir=run_dir, overrides=tuple(set_ or ()))
-    console = Console()
-    signal.signal(signal.SIGTERM, _interrupt)
-    children: list[Child] = []
-    try:
-        with own_folder(settings.run_dir):
-            try:
-                with View(console) as view:
-                    recording = run(settings, view, children)
-            finally:
-                stop(children)
-            report = write(settings.run_dir, recording)
-    except KeyboardInterrupt:
-        console.print("Interrupted: server and trainer are stopped; no report was written.")
-        raise typer.Exit(130) from None
-    except ChildDiedError as error:
-        console.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(1) from None
-    except DemoError as error:
-        console.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(2) from None
-    console.print(*summary(report), sep="\n\n")
-    console.print(f"\n{settings.run_dir / 'report.json'}\n{settings.run_dir / 'report.html'}")
-    raise typer.Exit(1 if report["failed_requests"] or report["mismatched_outputs"] else 0)
+    raise typer.Exit(carry_out(settings, Console()))
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends the demo as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
