@@ -13,7 +13,7 @@ import typer
 
 from configs.cli import ConfigOption, PrintConfigOption, SetOption, settings_from_cli
 
-app = typer.Typer(no_args_is_help=True, help=__doc__, add_completion=False)
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -33,11 +33,12 @@ def launch(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
     )
     # torch and transformers take seconds to import; --help and --print-config do without.
-    from serving.build import build_engine
     from serving.http import bind, create_app, serve
 
     try:
-        bound = bind(settings)  # before minutes of loading
+        bound = bind(settings)  # a taken port is told now and not after minutes of loading
+        from serving.build import build_engine
+
         engine = build_engine(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)

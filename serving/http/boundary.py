@@ -8,9 +8,10 @@ import uuid
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.http.errors import internal, log_failure
+from serving.http.errors import ApiError, internal, log_failure
 
 REQUEST_ID_HEADER = "X-Request-Id"
+MAX_HEAD_BYTES = 16 << 10
 _ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -36,11 +37,26 @@ class Boundary:
             await send(message)
 
         try:
+            _check_head(scope)
             await self._app(scope, receive, send_with_id)
+        except ApiError as error:
+            await error.response()(scope, receive, send_with_id)
         except Exception as error:  # the outermost place that knows the request
             log_failure(request_id, error)
             if not is_started:  # else the server drops the connection, for the answer is cut short
                 await internal(request_id).response()(scope, receive, send_with_id)
+
+
+def _check_head(scope: Scope) -> None:
+    """Limit request line and headers. The HTTP parser limits only what is not complete yet.
+
+    Raises:
+        ApiError: 431.
+    """
+    num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+    num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+    if num_bytes > MAX_HEAD_BYTES:
+        raise ApiError(431, f"Request line and headers exceed {MAX_HEAD_BYTES} bytes.")
 
 
 def request_id_of(scope: Scope) -> str:

@@ -24,11 +24,11 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.schema import Settings
+from serving.http.boundary import MAX_HEAD_BYTES
 from serving.http.context import Context, of_app
 from serving.http.errors import logger
 from serving.http.face import EngineFace
 
-MAX_HEADER_BYTES = 16 << 10
 HEADER_S = 10.0
 """A client that has begun a request must finish its headers within this time."""
 LAST_WORDS_S = 2.0
@@ -69,7 +69,7 @@ def serve(
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ),
         of_app(app),
         announce,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.http.live import LiveServer, running_server
 
-KEY = "sk-test-ключ"
+KEY = "sk-test-5b1f"
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def locked_server(
 ) -> Iterator[LiveServer]:
     """With a key, and a queue of one behind a batch of one."""
     folder = tmp_path_factory.mktemp("locked")
-    queue = ("engine.max_batch=1", "engine.max_queue=1", "drafter.kind=none")
+    queue = ("engine.max_batch=1", "engine.max_queue=1", "drafter.kind=suffix")
     with running_server(tiny_target_dir, folder, *queue, SLIPSTREAM_SERVER__API_KEY=KEY) as server:
         yield server
 

@@ -50,7 +50,7 @@ WRONG = [
     pytest.param([("Authorization", f"Bearer {KEY.upper()}".encode())], id="other case"),
     pytest.param([("Authorization", KEY.encode())], id="no scheme"),
     pytest.param([("Authorization", f"Token {KEY}".encode())], id="other scheme"),
-    pytest.param([("Authorization", "Bearer ")], id="empty"),
+    pytest.param([("Authorization", "Bearer")], id="empty"),
     pytest.param([("Authorization", "Basic !!!")], id="broken basic"),
     pytest.param([("Authorization", basic("wrong"))], id="wrong password"),
     pytest.param(
@@ -67,23 +67,24 @@ WRONG = [
 
 
 @pytest.mark.parametrize("headers", WRONG)
-@pytest.mark.parametrize(("method", "path"), CLOSED)
-def test_nothing_is_served_without_the_key(locked_server: LiveServer, method, path, headers):
+def test_no_route_is_served_without_the_key(locked_server: LiveServer, headers):
     raw = [(n, v if isinstance(v, bytes) else v.encode()) for n, v in headers]
-    url = locked_server.url + path.replace("{model}", "tiny")
-    answer = httpx.request(method, url, headers=raw, content=b"not even json")
-    assert answer.status_code == 401
-    assert answer.json()["error"]["code"] == "invalid_api_key"
-    assert "www-authenticate" in answer.headers
+    with httpx.Client(base_url=locked_server.url) as client:
+        for method, path in CLOSED:
+            url = path.replace("{model}", "tiny")
+            answer = client.request(method, url, headers=raw, content=b"not even json")
+            assert answer.status_code == 401, path
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert "www-authenticate" in answer.headers
 
 
-@pytest.mark.parametrize(("method", "path"), CLOSED)
-def test_the_key_opens_every_route_but_drain(locked_server: LiveServer, method, path):
-    if path == "/admin/drain":
-        pytest.skip("would end the server that other tests use")
+def test_the_key_opens_every_route(locked_server: LiveServer):
     with locked_server.client() as client:
-        answer = client.request(method, path.replace("{model}", "tiny"), json={})
-    assert answer.status_code not in (401, 403, 404, 405)
+        for method, path in CLOSED:
+            if path == "/admin/drain":
+                continue  # would end the server that other tests use
+            answer = client.request(method, path.replace("{model}", "tiny"), json={})
+            assert answer.status_code not in (401, 403, 404, 405), path
 
 
 @pytest.mark.parametrize(

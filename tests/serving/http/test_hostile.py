@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 
 import httpx
 import pytest
@@ -21,15 +22,13 @@ def head(path: str = "/v1/completions", **headers: str) -> bytes:
     return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode()
 
 
-def exchange(server: LiveServer, data: bytes, timeout_s: float = 5.0) -> bytes:
-    """Send bytes, half-close, and read what comes back."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=timeout_s) as link:
-        try:
-            link.sendall(data)
-            link.settimeout(timeout_s)
-            return b"".join(iter(lambda: link.recv(65536), b""))
-        except (ConnectionResetError, BrokenPipeError):
-            return b""
+def exchange(server: LiveServer, data: bytes) -> tuple[int, bytes]:
+    """Send bytes and read one response: status and body."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+        link.sendall(data)
+        answer = HTTPResponse(link)
+        answer.begin()
+        return answer.status, answer.read()
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +47,15 @@ JSON = "application/json"
     ("data", "status"),
     [
         pytest.param(b"\x00\xff\x16\x03\x01 junk\r\n\r\n", 400, id="not http"),
-        pytest.param(b"GET / HTTP/9.9\r\n\r\n", 400, id="other version"),
         pytest.param(b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n", 400, id="NUL in the target"),
         pytest.param(b"GET /\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n", 400, id="bytes in the target"),
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", 400, id="no host"),
         pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\x00\r\n\r\n", 400, id="NUL header"),
         pytest.param(
-            b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 40_000 + b"\r\n\r\n", 400, id="40 KB"
+            b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 17_000 + b"\r\n\r\n", 431, id="17 KB"
         ),
-        pytest.param(b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n\r\n", 400, id="long target"),
+        pytest.param(b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, id="target"),
+        pytest.param(b"GET / HTTP/1.1\r\nX: " + b"a" * 99_000, 400, id="endless header"),
         pytest.param(head(Content_Length="-1") + ASK, 400, id="negative length"),
         pytest.param(head(Content_Length="1e3") + ASK, 400, id="odd length"),
         pytest.param(
@@ -64,7 +63,7 @@ JSON = "application/json"
             400,
             id="smuggle",
         ),
-        pytest.param(head(Transfer_Encoding="gzip, chunked") + b"0\r\n\r\n", 501, id="encoding"),
+        pytest.param(head(Transfer_Encoding="gzip, chunked") + b"0\r\n\r\n", 400, id="encoding"),
         pytest.param(head(Transfer_Encoding="chunked") + b"ZZ\r\nab\r\n", 400, id="odd chunk size"),
         pytest.param(head(Content_Length="99999999999999") + ASK, 413, id="announced too large"),
         pytest.param(head("/v1/unknown", Content_Length="2") + b"{}", 404, id="unknown path"),
@@ -78,11 +77,10 @@ JSON = "application/json"
     ],
 )
 def test_junk_gets_a_short_refusal(server: LiveServer, data, status):
-    answer = exchange(server, data)
-    assert answer.startswith(b"HTTP/1.1 ")
-    assert int(answer.split(b" ", 2)[1]) in (status, 400)
+    given, body = exchange(server, data)
+    assert given == status
     for secret in (b"Traceback", b"/site-packages", b".py"):
-        assert secret not in answer
+        assert secret not in body
 
 
 def test_a_body_over_the_limit_is_refused_announced_or_not(server: LiveServer):
@@ -107,7 +105,7 @@ def test_a_body_at_the_limit_is_read(server: LiveServer):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["\0", "a\0b", "\ud83d\ude00", "\u202ereversed", "\x1b[2J", "\ufffe", "e" + "\u0301" * 500],
+    ["\0", "a\0b", "\U0001f600", "\u202ereversed", "\x1b[2J", "\ufffe", "e" + "\u0301" * 500],
 )
 def test_odd_text_is_text(server: LiveServer, prompt):
     with server.client() as client:
@@ -155,14 +153,6 @@ def test_idle_and_crawling_sockets_do_not_hold_others_up(server: LiveServer):
     finally:
         for link in links:
             link.close()
-
-
-def test_a_request_that_never_ends_its_headers_is_dropped(server: LiveServer):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=15) as link:
-        link.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
-        started = time.perf_counter()
-        assert link.recv(1) == b""
-        assert 5 < time.perf_counter() - started < 14
 
 
 def test_a_slow_reader_holds_nobody_up_and_still_gets_everything(server: LiveServer):
