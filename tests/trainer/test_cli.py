@@ -1,0 +1,115 @@
+"""``trainer launch`` as an operator meets it: real processes, exit codes, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from buffer.weights import versions
+from tests.support import REPOSITORY
+from tests.trainer.conftest import World
+from tests.trainer.traffic import write_traces
+from trainer.checkpoint import read_checkpoint
+from trainer.cli import app
+
+SMALL = {
+    "lr": "3e-3",
+    "batch_tokens": 256,
+    "max_sequence": 64,
+    "min_traces": 8,
+    "publish_every_steps": 4,
+    "replay_ratio": 50,
+    "nice": 3,
+    "cpu_threads": 1,
+}
+
+
+def options(run_dir: Path, target: Path) -> list[str]:
+    wanted = [f"target={target}", f"run_dir={run_dir}", "trainer.device=cpu"]
+    wanted += [f"trainer.{name}={value}" for name, value in SMALL.items()]
+    return [text for one in wanted for text in ("--set", one)]
+
+
+def launch(run_dir: Path, target: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "launch", *options(run_dir, target)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+    )
+
+
+def wait_for_version(run_dir: Path, version: int) -> None:
+    deadline = time.monotonic() + 90
+    while version not in versions(run_dir / "weights"):
+        assert time.monotonic() < deadline, f"version {version} was not published in time"
+        time.sleep(0.05)
+
+
+def test_one_trainer_runs_alone_until_sigterm_ends_it_with_a_checkpoint(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = launch(tmp_path, world.target)
+    wait_for_version(tmp_path, 1)
+
+    second = launch(tmp_path, world.target)
+    _, text = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert text == (
+        f"another trainer (process {trainer.pid}) works in {tmp_path / 'trainer'}; not "
+        f"starting. Stop it first, or choose another run_dir\n"
+    )
+    assert os.getpriority(os.PRIO_PROCESS, trainer.pid) == 3
+
+    trainer.send_signal(signal.SIGTERM)
+    _, text = trainer.communicate(timeout=30)
+
+    assert (trainer.returncode, text) == (0, "")
+    saved = read_checkpoint(tmp_path / "trainer" / "checkpoints")
+    status = json.loads((tmp_path / "trainer" / "status.json").read_text())
+    last_line = (tmp_path / "trainer" / "log.jsonl").read_text().splitlines()[-1]
+    assert status["state"] == "stopped"
+    assert saved is not None and saved.state["step"] == status["step"] > 0
+    assert json.loads(last_line)["event"] == "stopped"
+
+
+@pytest.mark.parametrize("kind", ["suffix", "none"])
+def test_a_run_without_a_trained_drafter_has_nothing_to_train(kind: str) -> None:
+    result = CliRunner().invoke(app, ["launch", "--set", f"drafter.kind={kind}"])
+
+    assert result.exit_code == 2
+    assert f"drafter.kind is '{kind}': there is nothing to train" in result.stderr
+
+
+def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["launch", "--set", "trainer.learning_rate=1"])
+
+    assert result.exit_code == 2
+    assert "unknown key 'trainer.learning_rate'" in result.stderr
+
+
+def test_print_config_shows_what_is_in_force() -> None:
+    result = CliRunner().invoke(app, ["launch", "--set", "trainer.lr=0.5", "--print-config"])
+
+    assert result.exit_code == 0
+    assert "lr: 0.5" in result.stdout
+
+
+def test_a_target_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    wanted = ["--set", f"target={tmp_path / 'none'}", "--set", f"run_dir={tmp_path}"]
+
+    result = CliRunner().invoke(app, ["launch", "--set", "trainer.nice=0", *wanted])
+
+    assert result.exit_code == 1
+    assert f"target '{tmp_path / 'none'}' is not a folder" in result.stderr

@@ -1,0 +1,154 @@
+"""Only traces that fit the target reach a batch, and every row of theirs does so once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from buffer.records import FeatureRows, Trace
+from tests.trainer.conftest import World
+from tests.trainer.traffic import HIDDEN, LAYER_IDS, LENGTH, PROMPT, VOCAB, with_rows
+from trainer.dataset import Expected, Refusal, Sample, collate, cut, sample_of
+
+
+def expected(world: World) -> Expected:
+    return Expected(world.fingerprint, LAYER_IDS, HIDDEN, VOCAB)
+
+
+def sample_from(world: World, trace: Trace, max_sequence: int = 64, **options: Any) -> Sample:
+    sample = sample_of(trace, expected(world), max_sequence, **options)
+    assert isinstance(sample, Sample)
+    return sample
+
+
+def rows_of(trace: Trace) -> np.ndarray[Any, Any]:
+    assert trace.features is not None
+    return trace.features.rows.copy()
+
+
+def broken(trace: Trace, value: float) -> Trace:
+    rows = rows_of(trace)
+    rows[3, 0, 5] = torch.tensor(value).bfloat16().view(torch.uint16).item()
+    return with_rows(trace, rows)
+
+
+@pytest.mark.parametrize(
+    ("reason", "text", "spoil"),
+    [
+        ("target", "rows of target feed", lambda t: replace(t, target_fingerprint="feed" * 16)),
+        ("vocabulary", "token 96 is not below 96", lambda t: with_token(t, VOCAB)),
+        ("rows", "hidden rows reach nan", lambda t: broken(t, float("nan"))),
+        ("rows", "hidden rows reach inf", lambda t: broken(t, float("inf"))),
+        ("rows", "at most 1e[+]09 is sane", lambda t: broken(t, 1e20)),
+        ("no_features", "no hidden rows", lambda t: replace(t, features=None)),
+        ("short", "no two captured rows", lambda t: replace(t, prompt_length=LENGTH)),
+        ("layers", r"layers \(0, 1\) tapped", lambda t: with_layers(t, (0, 1))),
+        ("shape", "rows are 16 wide, expected 32", lambda t: with_rows(t, rows_of(t)[..., :16])),
+    ],
+)
+def test_a_trace_that_does_not_fit_is_refused_with_a_reason(world, reason, text, spoil):  # type: ignore[no-untyped-def]
+    refusal = sample_of(spoil(world.traces[0]), expected(world), 64)
+
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == reason
+    with pytest.raises(AssertionError, match=text):
+        raise AssertionError(refusal.text)
+
+
+def with_token(trace: Trace, token: int) -> Trace:
+    ids = trace.token_ids.copy()
+    ids[-1] = token
+    return replace(trace, token_ids=ids)
+
+
+def with_layers(trace: Trace, layer_ids: tuple[int, ...]) -> Trace:
+    assert trace.features is not None
+    return replace(trace, features=replace(trace.features, layer_ids=layer_ids))
+
+
+@pytest.mark.parametrize("num_tokens", [2, 15, 16, 17, 40, 100, 257])
+@pytest.mark.parametrize("first_loss", [0, 1, 14, 39])
+def test_pieces_teach_every_row_once_and_see_what_came_before(num_tokens, first_loss):  # type: ignore[no-untyped-def]
+    pieces = cut(num_tokens, first_loss, 16)
+
+    taught = [p for piece in pieces for p in range(piece.loss_from, piece.stop - 1)]
+    assert taught == list(range(first_loss, num_tokens - 1))
+    for piece in pieces:
+        assert piece.stop - piece.start <= 16
+        assert piece.loss_from - piece.start >= min(4, piece.loss_from)
+
+
+def test_a_batch_holds_the_rows_of_the_trace_at_their_places(world: World) -> None:
+    trace = world.traces[0]
+    sample = sample_from(world, trace)
+    rows = torch.from_numpy(rows_of(trace)).view(torch.bfloat16).float()
+
+    batch = collate([(sample, piece) for piece in sample.pieces])
+
+    assert batch.token_ids_BS[0].equal(torch.from_numpy(trace.token_ids).long())
+    assert batch.positions_BS[0].equal(torch.arange(LENGTH))
+    assert batch.features_BSF[0, :-1].equal(rows[:, :-1].flatten(1))
+    assert batch.last_hidden_BSH[0, :-1].equal(rows[:, -1])
+    assert batch.known_BS[0].tolist() == [True] * (LENGTH - 1) + [False]
+    taught = batch.loss_BS[0].nonzero()[:, 0].tolist()
+    assert taught == list(range(PROMPT - 1, LENGTH - 1))
+    assert sample.num_loss_rows == len(taught)
+
+
+def test_prompts_are_learnt_from_when_asked(world: World) -> None:
+    sample = sample_from(world, world.traces[0], train_on_prompts=True)
+
+    batch = collate([(sample, piece) for piece in sample.pieces])
+
+    assert batch.loss_BS[0, 1:-1].all()
+
+
+def test_pieces_of_one_trace_hold_together_what_the_whole_holds(world: World) -> None:
+    whole = sample_from(world, world.traces[0])
+    parts = sample_from(world, world.traces[0], max_sequence=16)
+    assert len(parts.pieces) > 1
+
+    batch = collate([(parts, piece) for piece in parts.pieces] + [(whole, whole.pieces[0])])
+
+    taught = batch.positions_BS[:-1][batch.loss_BS[:-1]]
+    assert taught.tolist() == batch.positions_BS[-1][batch.loss_BS[-1]].tolist()
+    for b, piece in enumerate(parts.pieces):
+        inside = slice(0, piece.stop - piece.start)
+        there = slice(piece.start, piece.stop)
+        assert batch.features_BSF[b, inside].equal(batch.features_BSF[-1, there])
+        assert batch.token_ids_BS[b, inside].equal(batch.token_ids_BS[-1, there])
+
+
+def test_rows_that_a_prefix_cache_left_out_are_neither_known_nor_taught(world: World) -> None:
+    trace = world.traces[0]
+    assert trace.features is not None
+    kept = np.array([p for p in range(LENGTH - 1) if p not in (0, 1, 2, 20)])
+    partial = replace(
+        trace.features, positions=kept.astype(np.int32), rows=trace.features.rows[kept]
+    )
+    sample = sample_from(world, replace(trace, features=partial))
+
+    batch = collate([(sample, piece) for piece in sample.pieces])
+
+    assert (~batch.known_BS[0]).nonzero()[:, 0].tolist() == [0, 1, 2, 20, LENGTH - 1]
+    assert not batch.loss_BS[0, 20]
+    assert sample.num_loss_rows == LENGTH - PROMPT - 2  # neither row 20 nor 21, which needs it
+
+
+def test_fp8_rows_are_restored_by_their_scale(world: World) -> None:
+    trace = world.traces[0]
+    wide = torch.from_numpy(rows_of(trace)).view(torch.bfloat16).float()
+    scale = wide.abs().amax(-1) / 448
+    packed = (wide / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    positions = np.arange(LENGTH - 1, dtype=np.int32)
+    rows = FeatureRows(positions, LAYER_IDS, "float8_e4m3fn", packed, scale.numpy())
+    sample = sample_from(world, replace(trace, features=rows))
+
+    batch = collate([(sample, piece) for piece in sample.pieces])
+
+    restored = batch.last_hidden_BSH[0, :-1]
+    torch.testing.assert_close(restored, wide[:, -1], rtol=2**-4, atol=float(scale.max()) * 2**-9)

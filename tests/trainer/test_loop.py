@@ -1,0 +1,328 @@
+"""A trainer learns from what was served, publishes only what is sound, and survives kill -9."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from buffer.weights import TENSORS, check_bundle, publish, read_bundle, read_manifest, versions
+from configs.schema import DrafterSettings, Settings
+from tests.trainer.conftest import World
+from tests.trainer.traffic import (
+    fingerprint_of,
+    save_target,
+    settings_for,
+    train,
+    with_rows,
+    write_traces,
+)
+from trainer.build import build_trainer
+from trainer.checkpoint import CheckpointError, read_checkpoint
+from trainer.loop import Trainer
+
+
+def build(settings: Settings) -> Trainer:
+    return build_trainer(settings, threading.Event())
+
+
+def events(run_dir: Path, *names: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "trainer" / "log.jsonl").read_text().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    return [event for event in parsed if event["event"] in names]
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "trainer" / "status.json").read_text())
+    return found
+
+
+def weights(run_dir: Path, version: int) -> dict[str, torch.Tensor]:
+    return load(read_bundle(run_dir / "weights" / str(version)).files[TENSORS])
+
+
+def test_learning_raises_tokens_per_step_version_by_version(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+
+    train(settings_for(tmp_path, world.target, max_steps=40))
+
+    updates, gates = events(tmp_path, "update"), events(tmp_path, "gate")
+    published = events(tmp_path, "published")
+    assert [u["step"] for u in updates] == list(range(1, 41))
+    assert np.mean([u["loss"] for u in updates[-5:]]) < 0.6 * updates[0]["loss"]
+    assert gates[-1]["candidate"] > gates[0]["incumbent"] + 0.5
+    assert versions(tmp_path / "weights") == list(range(len(published) + 1))
+    for before, after in itertools.pairwise(versions(tmp_path / "weights")):
+        manifest = check_bundle(tmp_path / "weights" / str(after))
+        assert manifest.parent == before
+        assert manifest.gate["candidate"] >= 1.005 * manifest.gate["incumbent"]
+        assert len(manifest.policy["acceptance"]) == 4
+    assert published[-1]["version"] >= 2
+    assert status(tmp_path)["state"] == "stopped"
+    assert updates[-1]["staleness"] == updates[-1]["version"]  # all rows are of version 0
+
+
+def test_version_0_is_the_initial_weights(world: World, tmp_path: Path) -> None:
+    trainer = build(settings_for(tmp_path, world.target))
+
+    manifest = read_manifest(tmp_path / "weights" / "0")
+    assert (manifest.version, manifest.parent) == (0, None)
+    assert manifest.target_fingerprint == world.fingerprint
+    head = world.model.get_output_embeddings().weight
+    assert weights(tmp_path, 0)["lm_head.weight"].equal(head)
+    assert trainer.learner.model.lm_head.weight.equal(head)
+
+
+def test_training_goes_on_from_a_given_bundle(world: World, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_traces(first, world.traces)
+    train(settings_for(first, world.target, max_steps=20))
+    newest = max(versions(first / "weights"))
+    settings = settings_for(second, world.target)
+    path = first / "weights" / str(newest)
+
+    build(settings.model_copy(update={"drafter": DrafterSettings(kind="eagle3", path=path)}))
+
+    assert versions(second / "weights") == [0]
+    assert read_bundle(second / "weights" / "0").files == read_bundle(path).files
+
+
+def test_traces_with_nan_or_of_another_target_teach_nothing(world: World, tmp_path: Path) -> None:
+    nan_bits = np.full_like(world.traces[0].features.rows, 0x7FC0)  # type: ignore[union-attr]
+    bad = [replace(with_rows(world.traces[0], nan_bits), seq=1000 + i) for i in range(5)]
+    foreign = [replace(t, seq=t.seq + 2000, target_fingerprint="f" * 64) for t in world.traces[:7]]
+    write_traces(tmp_path, [*bad, *foreign, *world.traces])
+
+    train(settings_for(tmp_path, world.target, max_steps=6))
+
+    seen = status(tmp_path)["traces"]
+    assert seen["quarantined"] == 5
+    assert seen["refused"] == {"target": 7}
+    assert seen["taken_in"] + seen["held_out"] == len(world.traces)
+    refusals = events(tmp_path, "refused")
+    assert [r["trace"] for r in refusals] == [f"server/1/{t.seq}" for t in foreign]
+    assert status(tmp_path)["skipped"] == 0
+
+
+def test_a_nan_gradient_never_reaches_a_bundle(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, publish_every_steps=3, replay_ratio=99.0))
+    trainer.take_in_traces()
+    luck = random.Random(0)
+
+    def spoil(slope: torch.Tensor) -> torch.Tensor:
+        return slope * float("nan") if luck.random() < 0.4 else slope
+
+    trainer.learner.model.fc.weight.register_hook(spoil)
+    for _ in range(40):
+        trainer.update()
+        if trainer.candidate_is_due():
+            trainer.judge_candidate()
+        trainer.checkpoint()
+
+    assert trainer.learner.num_skipped >= 8
+    assert all(torch.isfinite(t).all() for t in trainer.learner.model.state_dict().values())
+    assert max(versions(tmp_path / "weights")) >= 1
+    for version in versions(tmp_path / "weights"):
+        check_bundle(tmp_path / "weights" / str(version))
+
+
+def test_weights_that_went_wrong_are_restored_and_the_rate_is_halved(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target))
+    trainer.take_in_traces()
+    for _ in range(4):
+        trainer.update()
+    trainer.checkpoint()
+    good = {n: t.clone() for n, t in trainer.learner.model.state_dict().items()}
+
+    def ruin() -> None:
+        with torch.no_grad():
+            trainer.learner.model.norm.weight.fill_(float("nan"))
+        for _ in range(3):
+            trainer.update()
+
+    ruin()
+    state = trainer.learner.model.state_dict()
+    assert all(state[name].equal(good[name]) for name in good)
+    assert trainer.learner.lr_scale == 0.5
+    ruin()  # the checkpoint did not help: go back to what was published
+    assert trainer.learner.model.fc.weight.equal(weights(tmp_path, 0)["fc.weight"])
+    assert [e["source"] for e in events(tmp_path, "restored")] == ["checkpoint", "version 0"]
+    assert [e["lr_scale"] for e in events(tmp_path, "restored")] == [0.5, 0.25]
+    assert trainer.learner.step == 10  # never goes back
+
+
+def test_an_absurd_learning_rate_publishes_nothing(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+
+    train(settings_for(tmp_path, world.target, lr=1e30, max_steps=14, publish_every_steps=1))
+
+    assert versions(tmp_path / "weights") == [0]
+    assert status(tmp_path)["skipped"] >= 3
+    assert events(tmp_path, "restored")
+
+
+def test_a_resumed_trainer_is_the_one_that_was_never_stopped(world: World, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for run_dir in (whole, halves):
+        write_traces(run_dir, world.traces)
+    train(settings_for(whole, world.target, max_steps=14, publish_every_steps=100))
+
+    train(settings_for(halves, world.target, max_steps=7, publish_every_steps=100))
+    train(settings_for(halves, world.target, max_steps=14, publish_every_steps=100))
+
+    ends = [read_checkpoint(run_dir / "trainer" / "checkpoints") for run_dir in (whole, halves)]
+    assert ends[0] is not None and ends[1] is not None
+    assert ends[1].state["memory"] == ends[0].state["memory"]
+    assert events(halves, "resumed")[0]["traces_gone"] == 0
+    for name, tensor in ends[0].tensors.items():
+        assert tensor.equal(ends[1].tensors[name]), name
+
+
+def test_a_trainer_of_another_target_does_not_start(world: World, tmp_path: Path) -> None:
+    build(settings_for(tmp_path, world.target))
+    other = tmp_path / "target"
+    save_target(other, seed=5)
+
+    with pytest.raises(ValueError, match=r"was made for target .* but the target in settings is"):
+        build(settings_for(tmp_path, other))
+
+
+def test_a_checkpoint_of_another_target_is_an_error(world: World, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, world.target)
+    build(settings)
+    other = tmp_path / "target"
+    save_target(other, seed=5)
+    manifest = replace(
+        read_manifest(tmp_path / "weights" / "0"),
+        version=1,
+        target_fingerprint=fingerprint_of(other),
+    )
+    publish(tmp_path / "weights", manifest, dict(read_bundle(tmp_path / "weights" / "0").files))
+
+    with pytest.raises(CheckpointError, match=r"its target_fingerprint is .*; not training"):
+        build(settings_for(tmp_path, other))
+
+
+def test_a_damaged_checkpoint_is_never_a_fresh_start(world: World, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, world.target)
+    build(settings)
+    newest = tmp_path / "trainer" / "checkpoints" / "00000001" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-5])
+
+    with pytest.raises(CheckpointError, match="another sha256"):
+        build(settings)
+
+
+def test_a_trainer_says_what_it_waits_for_and_takes_in_what_comes_later(
+    world: World, tmp_path: Path
+) -> None:
+    trainer = build(settings_for(tmp_path, world.target, min_traces=30))
+    trainer.wait()
+    assert status(tmp_path)["state"] == "waiting for traces: 0 of trainer.min_traces=30"
+
+    write_traces(tmp_path, world.traces)
+    trainer.take_in_traces()
+    trainer.take_in_traces()
+
+    assert trainer.waits_for() is None
+
+
+def test_what_was_learnt_is_judged_when_traffic_pauses(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    settings = settings_for(tmp_path, world.target, publish_every_steps=500, replay_ratio=1.0)
+    trainer = build(settings)
+    trainer.take_in_traces()
+    trainer.take_in_traces()
+    while trainer.waits_for() is None:
+        trainer.update()
+    assert not trainer.candidate_is_due()
+
+    trainer.heard_s -= 2.0
+
+    assert trainer.candidate_is_due()
+    trainer.judge_candidate()
+    assert not trainer.candidate_is_due()
+
+
+# --- real processes ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Children that have torch and the trainer imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.trainer.traffic"])
+    yield context
+
+
+def test_kill_9_at_any_time_loses_nothing(world: World, tmp_path: Path, processes: Any) -> None:
+    write_traces(tmp_path, world.traces[:40])
+    settings = settings_for(
+        tmp_path,
+        world.target,
+        publish_every_steps=2,
+        checkpoint_every_s=0.05,
+        replay_ratio=60.0,
+        gate_margin=0.01,  # every candidate passes
+    )
+    luck = random.Random(3)
+    steps = [0]
+    published: list[int] = []
+    for round_number in range(8):
+        child = processes.Process(target=train, args=(settings,))
+        child.start()
+        wait_for_step(tmp_path, steps[-1] + 3)
+        time.sleep(luck.uniform(0.0, 0.3))
+        if round_number == 4:
+            write_traces(tmp_path, world.traces[40:])
+        child.kill()
+        child.join()
+
+        saved = read_checkpoint(tmp_path / "trainer" / "checkpoints")
+        assert saved is not None
+        steps.append(saved.state["step"])
+        for version in versions(tmp_path / "weights"):
+            check_bundle(tmp_path / "weights" / str(version))
+        published.append(max(versions(tmp_path / "weights")))
+
+    assert steps == sorted(steps) and steps[-1] > 0
+    assert published == sorted(published) and published[-1] > 0
+    train(settings.model_copy(update={"trainer": last_steps(settings, steps[-1] + 3)}))
+    memory = read_checkpoint(tmp_path / "trainer" / "checkpoints").state["memory"]  # type: ignore[union-attr]
+    held = [*memory["recent"], *memory["held_out"]]
+    assert sorted(held) == sorted(f"server/1/{t.seq}" for t in world.traces)
+    assert memory["num_samples"] == len(memory["recent"])
+
+
+def last_steps(settings: Settings, max_steps: int) -> Any:
+    return settings.trainer.model_copy(update={"max_steps": max_steps})
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    """Until the log tells of an update of at least this number since the last resumption."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        log = run_dir / "trainer" / "log.jsonl"
+        if log.exists():
+            tail = log.read_text().split('"event": "resumed"')[-1].splitlines()
+            found = [line for line in tail if '"event": "update"' in line and line.endswith("}")]
+            if any(json.loads(line)["step"] >= step for line in found):
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"no update {step} within 60 s")

@@ -1,0 +1,290 @@
+"""The trainer's main loop, and the one object that is its running state.
+
+Consumes: traces. Waits for: enough traces, and fresh ones once all were seen ``replay_ratio``
+times. Unblocked by: the server's recorder. Nothing waits for the trainer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from buffer.records import Manifest
+from buffer.traces import TraceReader
+from configs.schema import Settings
+from trainer.checkpoint import read_checkpoint, write_checkpoint
+from trainer.dataset import Expected, Refusal, Sample, collate, key_of, sample_of
+from trainer.gate import Judge
+from trainer.journal import Journal
+from trainer.learner import MAX_SKIPS, Learner, UpdateReport
+from trainer.publish import publish_version
+from trainer.replay import Memory
+
+TRACES_AT_ONCE = 64
+POLL_S = 0.1
+QUIET_S = 2.0
+"""Without a new trace for so long, what was learnt is judged without waiting for more updates."""
+
+
+def run(trainer: Trainer) -> None:
+    """Learn until told to stop, then leave a checkpoint.
+
+    Raises:
+        ValueError: the weights went wrong and the checkpoint to go back to is damaged.
+    """
+    while not trainer.is_done():
+        trainer.take_in_traces()
+        if trainer.waits_for() is None:
+            trainer.update()
+        else:
+            trainer.wait()
+        if trainer.candidate_is_due():
+            trainer.judge_candidate()
+        if trainer.checkpoint_is_due():
+            trainer.checkpoint()
+    trainer.finish()
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Everything one trainer process holds."""
+
+    settings: Settings
+    expected: Expected
+    reader: TraceReader
+    memory: Memory
+    learner: Learner
+    judge: Judge
+    published: Manifest
+    """Newest version, the one to beat."""
+    random: np.random.Generator
+    journal: Journal
+    stop: threading.Event
+    steps_since_judged: int = 0
+    refused_in_row: int = 0
+    """Candidates refused since the last publication."""
+    restored: bool = False
+    """Weights were restored from a checkpoint and no update was finite since."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Refused traces by reason, since this process began."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Newest loss, alpha and gate figures, for the status."""
+    saved_s: float = field(default_factory=time.monotonic)
+    heard_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.settings.run_dir / "trainer" / "checkpoints"
+
+    def is_done(self) -> bool:
+        return self.stop.is_set() or self._has_all_steps()
+
+    def waits_for(self) -> str | None:
+        """What is missing before the next update."""
+        return "the end" if self._has_all_steps() else self.memory.waits_for()
+
+    def take_in_traces(self) -> None:
+        """Read what came since the last look, and refuse what does not fit."""
+        traces = self.reader.read(TRACES_AT_ONCE)
+        if not traces:
+            return
+        self.heard_s = time.monotonic()
+        samples: list[Sample] = []
+        for trace in traces:
+            sample = sample_of(trace, self.expected, self.settings.trainer.max_sequence)
+            if isinstance(sample, Refusal):
+                self.counts[sample.reason] += 1
+                self.journal.event(
+                    "refused", trace=key_of(trace), reason=sample.reason, text=sample.text
+                )
+            else:
+                samples.append(sample)
+        self.memory.take_in(samples)
+
+    def update(self) -> None:
+        """One batch from memory through the learner."""
+        started = time.monotonic()
+        parts = self.memory.draw(self.random)
+        report = self.learner.update(collate(parts))
+        self.memory.trained_rows += report.num_rows
+        self.steps_since_judged += 1
+        self._record(report, [sample for sample, _ in parts], time.monotonic() - started)
+        if not report.skipped:
+            self.restored = False
+        elif self.learner.skips_in_row >= MAX_SKIPS:
+            self._restore_weights()
+
+    def wait(self) -> None:
+        """Say what is missing, and give traces a moment to come."""
+        self._write_status(f"waiting for {self.waits_for()}")
+        self.stop.wait(POLL_S)
+
+    def candidate_is_due(self) -> bool:
+        """Enough updates; or fewer, when traffic pauses or all steps are done."""
+        if self.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
+            return False
+        is_quiet = time.monotonic() - self.heard_s >= QUIET_S and self.waits_for() is not None
+        enough = self.steps_since_judged >= self.settings.trainer.publish_every_steps
+        return enough or is_quiet or self._has_all_steps()
+
+    def judge_candidate(self) -> None:
+        """Gate the present weights, and publish them if they pass."""
+        self.steps_since_judged = 0
+        started = time.monotonic()
+        judgement = self.judge.judge(self.learner.model, self.memory.held_out)
+        self.figures["gate"] = judgement.to_json()
+        self.journal.event(
+            "gate",
+            step=self.learner.step,
+            seconds=time.monotonic() - started,
+            parent=self.published.version,
+            acceptance=judgement.acceptance,
+            **judgement.to_json(),
+        )
+        if not judgement.verdict.passed:
+            self.refused_in_row += 1
+            return
+        try:
+            self.published = publish_version(
+                self.settings.run_dir / "weights",
+                self.learner.model,
+                self.published,
+                judgement,
+                step=self.learner.step,
+                keep=self.settings.trainer.keep_versions,
+            )
+        except OSError as error:
+            self.journal.event("publish_failed", text=f"{error}; training goes on")
+            return
+        self.refused_in_row = 0
+        self.judge.promote(self.learner.model)
+        self.journal.event(
+            "published",
+            step=self.learner.step,
+            version=self.published.version,
+            parent=self.published.parent,
+        )
+
+    def checkpoint_is_due(self) -> bool:
+        age_s = time.monotonic() - self.saved_s
+        return age_s >= self.settings.trainer.checkpoint_every_s and not self.learner.skips_in_row
+
+    def checkpoint(self) -> None:
+        """Save everything needed to go on; a full disk leaves the former checkpoint."""
+        self.saved_s = time.monotonic()
+        try:
+            path = write_checkpoint(
+                self.checkpoints, self.state_to_json(), self.learner.state_tensors()
+            )
+        except OSError as error:
+            self.journal.event("checkpoint_failed", text=f"{error}; the former one stays")
+            return
+        self.journal.event(
+            "checkpoint",
+            step=self.learner.step,
+            name=path.name,
+            seconds=time.monotonic() - self.saved_s,
+        )
+
+    def finish(self) -> None:
+        """Leave in order."""
+        if not self.learner.skips_in_row:
+            self.checkpoint()
+        self.journal.event("stopped", step=self.learner.step)
+        self._write_status("stopped")
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in to be resumed."""
+        return {
+            "target_fingerprint": self.expected.target_fingerprint,
+            "drafter_config": self.learner.model.config.to_json(),
+        }
+
+    def state_to_json(self) -> dict[str, Any]:
+        """What ``build`` needs to go on where this trainer was, besides the tensors."""
+        return {
+            **self.identity(),
+            "step": self.learner.step,
+            "num_skipped": self.learner.num_skipped,
+            "lr_scale": self.learner.lr_scale,
+            "steps_since_judged": self.steps_since_judged,
+            "refused_in_row": self.refused_in_row,
+            "random": self.random.bit_generator.state,
+            "memory": self.memory.to_json(),
+            "offsets": self.reader.offsets(),
+        }
+
+    def _has_all_steps(self) -> bool:
+        most = self.settings.trainer.max_steps
+        return most is not None and self.learner.step >= most
+
+    def _restore_weights(self) -> None:
+        """Go back to the last checkpoint; if that did not help, to the last published version."""
+        saved = None if self.restored else read_checkpoint(self.checkpoints)
+        if saved is None:
+            self.learner.load_weights(self.judge.incumbent.state_dict())
+        else:
+            self.learner.load_state_tensors(saved.tensors)
+        self.learner.lr_scale /= 2
+        self.learner.skips_in_row = 0
+        self.restored = True
+        self.journal.event(
+            "restored",
+            step=self.learner.step,
+            source="checkpoint" if saved else f"version {self.published.version}",
+            text=f"{MAX_SKIPS} updates in a row were not finite; learning rate halved",
+            lr_scale=self.learner.lr_scale,
+        )
+
+    def _record(self, report: UpdateReport, samples: list[Sample], seconds: float) -> None:
+        made = [x.version for x in samples if x.version is not None]
+        self.figures |= {"loss": report.loss, "alpha": report.alpha, "agree": report.agree}
+        self.journal.event(
+            "update",
+            step=self.learner.step,
+            loss=report.loss,
+            alpha=report.alpha,
+            agree=report.agree,
+            rows=report.num_rows,
+            traces=len(samples),
+            grad_norm=report.grad_norm,
+            lr=report.lr,
+            skipped=report.skipped,
+            seconds=seconds,
+            version=self.published.version,
+            staleness=self.published.version - sum(made) / len(made) if made else None,
+        )
+        self._write_status("training")
+
+    def _write_status(self, state: str) -> None:
+        memory, counts = self.memory, self.reader.counts
+        self.journal.status(
+            {
+                "state": state,
+                "step": self.learner.step,
+                "skipped": self.learner.num_skipped,
+                "version": self.published.version,
+                "refused_in_row": self.refused_in_row,
+                "traces": {
+                    "read": counts.read,
+                    "duplicate": counts.duplicate,
+                    "quarantined": counts.quarantined,
+                    "damaged": counts.damaged,
+                    "evicted_unread": counts.evicted_unread,
+                    "refused": dict(self.counts),
+                    "taken_in": memory.num_samples,
+                    "held": len(memory.samples()),
+                    "held_out": len(memory.held_out),
+                },
+                "fresh_rows": memory.fresh_rows,
+                "trained_rows": memory.trained_rows,
+                "lr": self.learner.lr,
+                **self.figures,
+            }
+        )

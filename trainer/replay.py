@@ -1,0 +1,145 @@
+"""What the trainer remembers of its traffic, and which of it the next batch is made of.
+
+``policies.replay`` says which traces stay; here are their samples and how often each was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from configs.schema import TrainerSettings
+from policies.replay import Replay, add, is_held_out
+from trainer.dataset import Piece, Sample
+
+
+@dataclass(slots=True)
+class Memory:
+    """Samples held, and the counters that go with them. The trainer's running state."""
+
+    settings: TrainerSettings
+    seed: int
+    replay: Replay[Sample]
+    held_out: tuple[Sample, ...]
+    """Newest last; never trained on."""
+    visits: dict[str, int]
+    """Sample key -> batches it was in."""
+    num_samples: int = 0
+    """Samples ever taken in to train on."""
+    fresh_rows: int = 0
+    """Rows with a loss in them."""
+    trained_rows: int = 0
+    """Rows with a loss that updates have seen, each time counted."""
+
+    def take_in(self, samples: Sequence[Sample]) -> None:
+        """Split new samples into those that judge and those that teach."""
+        s = self.settings
+        judges = [x for x in samples if is_held_out(x.key, s.held_out_every)]
+        pupils = [x for x in samples if not is_held_out(x.key, s.held_out_every)]
+        self.held_out = (*self.held_out, *judges)[-s.held_out_traces :]
+        self.replay = add(
+            self.replay,
+            pupils,
+            recent_traces=s.recent_traces,
+            reservoir_traces=s.reservoir_traces,
+            seed=self.seed,
+        )
+        self.num_samples += len(pupils)
+        self.fresh_rows += sum(x.num_loss_rows for x in pupils)
+        held = {x.key for x in self.samples()}
+        self.visits = {key: n for key, n in self.visits.items() if key in held}
+
+    def samples(self) -> tuple[Sample, ...]:
+        """Everything that may be trained on."""
+        return (*self.replay.recent, *self.replay.reservoir)
+
+    def waits_for(self) -> str | None:
+        """What is missing before the next update; ``None`` when nothing is."""
+        s = self.settings
+        if self.num_samples < s.min_traces:
+            return f"traces: {self.num_samples} of trainer.min_traces={s.min_traces}"
+        if self.trained_rows + s.batch_tokens > s.replay_ratio * self.fresh_rows:
+            seen = self.trained_rows / self.fresh_rows
+            return (
+                f"fresh traces: {self.fresh_rows} rows were seen {seen:.2f} times, "
+                f"trainer.replay_ratio={s.replay_ratio:g}"
+            )
+        return None
+
+    def draw(self, random: np.random.Generator) -> list[tuple[Sample, Piece]]:
+        """Pieces of the next batch, up to ``batch_tokens`` tokens, and count the visit.
+
+        Most come from the samples seen least often, so that new traffic is learnt first and
+        everything gets its turn. A share of ``reservoir_share`` is drawn evenly from all that is
+        held, reservoir included, so that old traffic is not forgotten.
+        """
+        everything = self.samples()
+        luck = random.random(len(everything))
+        passes = [self.visits.get(x.key, 0) / len(x.pieces) for x in everything]
+        by_need = np.lexsort((luck, np.asarray(passes)))
+        by_luck = random.permutation(len(everything))
+        take_any = random.random(2 * len(everything)) < self.settings.reservoir_share
+        order = _interleave(by_need.tolist(), by_luck.tolist(), take_any.tolist())
+        parts: list[tuple[Sample, Piece]] = []
+        num_tokens = 0
+        for sample in (everything[i] for i in order):
+            piece = sample.pieces[int(random.integers(len(sample.pieces)))]
+            num_tokens += piece.stop - piece.start
+            if parts and num_tokens > self.settings.batch_tokens:
+                break
+            parts.append((sample, piece))
+            self.visits[sample.key] = self.visits.get(sample.key, 0) + 1
+        return parts
+
+    def to_json(self) -> dict[str, Any]:
+        """By reference: the samples themselves are still in the log of traces."""
+        return {
+            "recent": [x.key for x in self.replay.recent],
+            "reservoir": [x.key for x in self.replay.reservoir],
+            "num_left": self.replay.num_left,
+            "held_out": [x.key for x in self.held_out],
+            "visits": self.visits,
+            "num_samples": self.num_samples,
+            "fresh_rows": self.fresh_rows,
+            "trained_rows": self.trained_rows,
+        }
+
+
+def new_memory(settings: TrainerSettings, seed: int) -> Memory:
+    """Nothing remembered yet."""
+    return Memory(settings, seed, Replay(), (), {})
+
+
+def keys_in(stored: dict[str, Any]) -> set[str]:
+    """Keys of all samples that ``restore`` will ask for."""
+    return {*stored["recent"], *stored["reservoir"], *stored["held_out"]}
+
+
+def restore(
+    settings: TrainerSettings, seed: int, stored: dict[str, Any], found: dict[str, Sample]
+) -> Memory:
+    """Undo ``Memory.to_json``; samples that left the log meanwhile are left out."""
+
+    def present(keys: Iterable[str]) -> tuple[Sample, ...]:
+        return tuple(found[key] for key in keys if key in found)
+
+    return Memory(
+        settings,
+        seed,
+        Replay(present(stored["recent"]), present(stored["reservoir"]), stored["num_left"]),
+        present(stored["held_out"]),
+        dict(stored["visits"]),
+        stored["num_samples"],
+        stored["fresh_rows"],
+        stored["trained_rows"],
+    )
+
+
+def _interleave(needed: list[int], lucky: list[int], take_lucky: list[bool]) -> list[int]:
+    """Each index once, from the front of one list or the other as ``take_lucky`` says."""
+    queues = {False: iter(needed), True: iter(lucky)}
+    drawn = [next(queues[choice], None) for choice in take_lucky]
+    return list(dict.fromkeys(index for index in (*drawn, *needed) if index is not None))

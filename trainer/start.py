@@ -1,0 +1,92 @@
+"""Which weights the trainer begins with: the newest of the run, else version 0."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from safetensors.torch import load, save
+
+from buffer.records import Manifest
+from buffer.weights import TENSORS, publish, read_bundle, versions
+from configs.schema import Settings
+from drafters.eagle3 import Eagle3, Eagle3Config, config_for_target
+from trainer.target_head import TargetHead
+
+
+def newest_drafter(
+    settings: Settings, head: TargetHead, fingerprint: str
+) -> tuple[Manifest, Eagle3]:
+    """The newest published bundle of ``run_dir``; if there is none, version 0 is made first.
+
+    Version 0 is the bundle in ``drafter.path``, or random weights of ``seed``. A server on the same
+    ``run_dir`` publishes the same version 0 from the same settings: whoever is first.
+
+    Raises:
+        ValueError: a bundle is damaged, of another kind, or made for another target.
+    """
+    root = settings.run_dir / "weights"
+    if not versions(root):
+        _publish_initial(settings, head, fingerprint, root)
+    return read_drafter(root / str(max(versions(root))), head, fingerprint)
+
+
+def read_drafter(path: Path, head: TargetHead, fingerprint: str) -> tuple[Manifest, Eagle3]:
+    """A bundle as a model with float32 weights.
+
+    Raises:
+        ValueError: as ``newest_drafter``.
+    """
+    bundle = read_bundle(path)
+    manifest = bundle.manifest
+    if manifest.target_fingerprint != fingerprint:
+        raise ValueError(
+            f"{path} was made for target {manifest.target_fingerprint[:12]}, but the target in "
+            f"settings is {fingerprint[:12]}; not training. Choose another run_dir, or the target "
+            f"and drafter that belong together"
+        )
+    if manifest.kind != "eagle3":
+        raise ValueError(f"{path} is a {manifest.kind} drafter; only eagle3 can be trained")
+    config = Eagle3Config.from_json(manifest.drafter_config)
+    vocab_size, hidden_size = head.lm_head_VH.shape
+    if (config.target_vocab_size, config.hidden_size) != (vocab_size, hidden_size):
+        raise ValueError(
+            f"{path} is shaped for vocabulary {config.target_vocab_size} and hidden size "
+            f"{config.hidden_size}, the target has {vocab_size} and {hidden_size}"
+        )
+    model = Eagle3(config)
+    try:
+        model.load_state_dict(load(bundle.files[TENSORS]))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own drafter_config: {error}") from error
+    return manifest, model
+
+
+def _publish_initial(settings: Settings, head: TargetHead, fingerprint: str, root: Path) -> None:
+    path = settings.drafter.path
+    if path is None:
+        model = Eagle3(config_for_target(head.config, settings.drafter.layer_ids))
+        model.initialise(settings.seed, head.lm_head_VH.float().cpu())
+        manifest = Manifest(0, None, "eagle3", model.config.to_json(), fingerprint, {})
+        content = save(model.bundle_tensors())
+    else:
+        read_drafter(path, head, fingerprint)  # refuse what could not be trained
+        bundle = read_bundle(path)
+        manifest, content = bundle.manifest, bundle.files[TENSORS]
+    initial = Manifest(
+        version=0,
+        parent=None,
+        kind=manifest.kind,
+        drafter_config=manifest.drafter_config,
+        target_fingerprint=fingerprint,
+        files={},
+        gate=manifest.gate,
+        policy=manifest.policy,
+        created_unix_ms=int(time.time() * 1000),
+    )
+    try:
+        publish(root, initial, {TENSORS: content})
+    except ValueError:
+        if not versions(root):
+            raise
+        # The server of this run published version 0 first, from the same settings.

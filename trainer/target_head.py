@@ -1,0 +1,91 @@
+"""The two tensors of the target that training needs: its embedding table and its lm_head.
+
+Read straight from the safetensors files, so a trainer beside an 8 B target holds 2.5 GB of it and
+not 16. Which names they have is asked of the target's own modelling code, on the meta device.
+
+Shapes: V vocabulary, H hidden, N rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class TargetHead:
+    """Frozen parts of the target."""
+
+    config: Any
+    """Text config of the target (Hugging Face)."""
+    embed_VH: Tensor
+    """Scaled as the target scales it."""
+    lm_head_VH: Tensor
+    softcap: float | None
+    """``softcap * tanh(logits / softcap)``; ``None``: logits as they are."""
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, H] -> [N, V] in the dtype of the product."""
+        scores = hidden_NH @ self.lm_head_VH.T
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+
+def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TargetHead:
+    """Read the two tensors of the target in ``folder``.
+
+    Raises:
+        ValueError: its weights are no safetensors, or the tensors are not among them.
+    """
+    files = _tensor_files(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
+    inside, out = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(out, "bias", None) is not None:
+        raise ValueError(f"{folder}: an lm_head with a bias is not supported")
+    tied = out.weight is inside.weight or model.config.get_text_config().tie_word_embeddings
+    embed = _read(files, names[id(inside.weight)], folder).to(device, dtype)
+    lm_head = embed if tied else _read(files, names[id(out.weight)], folder).to(device, dtype)
+    scale = getattr(inside, "scalar_embed_scale", None)
+    text = config.get_text_config()
+    return TargetHead(
+        text,
+        embed if scale is None else embed * torch.tensor(scale, dtype=dtype, device=device),
+        lm_head,
+        getattr(text, "final_logit_softcapping", None),
+    )
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} has no *.safetensors weights; pickle files are not loaded, because loading "
+            f"one can run code. Convert the target to safetensors"
+        )
+    found: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as opened:
+            found.update(dict.fromkeys(opened.keys(), path))
+    return found
+
+
+def _read(files: dict[str, Path], name: str, folder: Path) -> Tensor:
+    """The tensor of that name, or the only one of its last two words (wrapped checkpoints)."""
+    ending = ".".join(name.split(".")[-2:])
+    names = [name] if name in files else [n for n in files if n.endswith(ending)]
+    if len(names) != 1:
+        raise ValueError(f"{folder}: expected one tensor {name!r}, found {names}")
+    with safe_open(files[names[0]], framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(names[0])
+    return tensor
