@@ -82,7 +82,7 @@ class DemoSettings:
     num_clients: int = 4
     """Requests under way at a time."""
     max_tokens: int = 96
-    max_requests: int = 600
+    max_requests: int = 400
     """Prompts prepared for a phase."""
     settle_s: float = 20.0
     """Without a new version for so long, the trainer has caught up; on shifted traffic a first one
@@ -135,7 +135,7 @@ class Texts:
 
 
 def gather_texts(settings: DemoSettings) -> Texts:
-    """Read all prompts before any process is started: it costs seconds of a core."""
+    """Read all prompts before the traffic: it costs seconds of a core."""
     texts = Texts({}, {}, {})
     for domain in dict.fromkeys(phase.domain for phase in settings.phases):
         phases = [phase.name for phase in settings.phases if phase.domain == domain]
@@ -228,12 +228,13 @@ class Scene:
             )
         )
 
-    def show(self, phase: str, share: float, failed: int = 0) -> None:
+    def show(self, phase: str, began_s: float, share: float, failed: int = 0) -> None:
         swaps = self.status["swaps"]
         self.view.show(
             Now(
                 phases=tuple(phase.name for phase in self.settings.phases),
                 phase=phase,
+                phase_s=self.now_s() - began_s,
                 share=min(share, 1.0),
                 at_s=self.now_s(),
                 answers=tuple(self.answers),
@@ -267,7 +268,8 @@ def run_phase(scene: Scene, phase: Phase) -> None:
             now_s = scene.now_s()
             if scene.newest_version != newest:
                 newest, changed_s = scene.newest_version, now_s
-            scene.show(phase.name, (now_s - started_s) / phase.seconds, len(traffic.failures))
+            share = (now_s - started_s) / phase.seconds
+            scene.show(phase.name, started_s, share, len(traffic.failures))
             has_caught_up = changed_s is not None and now_s - changed_s >= settings.settle_s
             num_answers = len(scene.answers) - num_before
             if is_enough(phase, now_s - started_s, num_answers, has_caught_up):
@@ -294,14 +296,14 @@ def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
     rounds = replay_rounds(settings.replay_prompts, settings.replay_block)
     for place, phase in enumerate(settings.phases):
         held_out, warmup = scene.texts.held_out[phase.domain], scene.texts.warmup[phase.domain]
-        started_s = time.monotonic()
+        started_s = scene.now_s()
         for done, turns in enumerate(rounds):
             for turn in turns:
                 replays += replayer.take(phase.name, turn, held_out, warmup)
                 scene.look()
                 part = (place + (done + 1) / len(rounds)) / len(settings.phases)
-                scene.show("replay", part, len(replayer.failures))
-            if time.monotonic() - started_s >= settings.replay_s:
+                scene.show("replay", started_s, part, len(replayer.failures))
+            if scene.now_s() - started_s >= settings.replay_s:
                 break
     return replays
 
@@ -309,16 +311,20 @@ def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
 # Story
 
 
-def start_server(settings: DemoSettings, children: list[Child]) -> Server:
-    """Start the server and wait until it answers.
+def begin_server(settings: DemoSettings) -> Child:
+    """Start the server; it takes some seconds to load and to measure its step times."""
+    return start("server", _command(settings, "serving"), _log(settings, "server"))
 
+
+def wait_for_server(settings: DemoSettings, child: Child) -> Server:
+    """
     Raises:
+        ChildDiedError: it ended.
         DemoError: it does not get ready in time.
     """
-    children.append(start("server", _command(settings, "serving"), _log(settings, "server")))
     deadline_s = time.monotonic() + settings.start_s
     while time.monotonic() < deadline_s:
-        check_alive(children)
+        check_alive([child])
         with contextlib.suppress(FileNotFoundError):
             server = Server(settings.run_dir / "server.json")
             if server.is_ready():
@@ -349,10 +355,10 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         DemoError, ChildDiedError: it could not be carried out.
     """
     began_s = time.monotonic()
-    view.say("Reading prompts from this Python installation ...")
+    view.say("Starting the server, and reading prompts from this Python installation ...")
+    children.append(begin_server(settings))
     texts = gather_texts(settings)
-    view.say("Starting the server ...")
-    server = start_server(settings, children)
+    server = wait_for_server(settings, children[0])
     view.say(f"Serving on {server.url}; starting the trainer ...")
     children.append(start("trainer", _command(settings, "trainer"), _log(settings, "trainer")))
     scene = Scene(settings, view, texts, began_s, server, children)

@@ -29,6 +29,8 @@ class Now:
     phases: tuple[str, ...]
     phase: str
     """One of ``phases``, or what else is going on."""
+    phase_s: float
+    """Seconds since it began."""
     share: float
     """Of the phase that is over, 0..1."""
     at_s: float
@@ -57,9 +59,9 @@ class Now:
     @property
     def tokens_per_s(self) -> float | None:
         recent = self.recent
-        if not recent:
+        if not recent or self.phase_s <= 0:
             return None
-        return sum(answer.num_tokens for answer in recent) / min(RECENT_S, self.at_s)
+        return sum(answer.num_tokens for answer in recent) / min(RECENT_S, self.phase_s)
 
 
 class View:

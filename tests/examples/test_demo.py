@@ -108,6 +108,7 @@ def moment(**changes: object) -> Now:
     fields = {
         "phases": ("python", "c"),
         "phase": answers[-1].phase,
+        "phase_s": 20.0,
         "share": 0.5,
         "at_s": answers[-1].finished_s,
         "answers": answers,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from buffer.weights import TENSORS, publish, read_bundle
-from examples.demo import DemoSettings, start_server
+from examples.demo import DemoSettings, begin_server, wait_for_server
 from examples.processes import Child, stop
 from examples.report import mismatched_outputs
 from examples.traffic import Replayer, Reply, Server, Traffic, replay_rounds
@@ -30,7 +30,8 @@ def server(tiny_target_dir: Path, run_dir: Path) -> Iterator[Server]:
     )
     children: list[Child] = []
     try:
-        yield start_server(settings, children)
+        children.append(begin_server(settings))
+        yield wait_for_server(settings, children[0])
     finally:
         stop(children)
 
