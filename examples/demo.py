@@ -203,6 +203,8 @@ class Scene:
     failures: list[str] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
     """Of the drafter, when last asked."""
+    live_swaps: dict[str, int] | None = None
+    """Counts at the end of the traffic; those of the replay are ours, not the system's."""
 
     def now_s(self) -> float:
         return time.monotonic() - self.began_s
@@ -211,6 +213,12 @@ class Scene:
         """Ask for the drafter's status; stop the demo if a process died."""
         check_alive(self.children)
         self.status = self.server.drafter()
+
+    @property
+    def swaps(self) -> dict[str, int]:
+        """Of the traffic: ``swapped``, ``rolled_back``, ..."""
+        counts: dict[str, int] = self.live_swaps or self.status["swaps"]
+        return counts
 
     @property
     def newest_version(self) -> int:
@@ -229,7 +237,7 @@ class Scene:
         )
 
     def show(self, phase: str, began_s: float, share: float, failed: int = 0) -> None:
-        swaps = self.status["swaps"]
+        swaps = self.swaps
         self.view.show(
             Now(
                 phases=tuple(phase.name for phase in self.settings.phases),
@@ -368,8 +376,9 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     static_version = scene.status["version"]
     for phase in settings.phases[1:]:
         run_phase(scene, phase)
-    swaps = scene.status["swaps"]
+    scene.live_swaps = scene.status["swaps"]
 
+    view.say("Stopping the trainer; replaying held-out prompts three ways ...")
     stop([children.pop()])
     newest_version = server.swap(None)["version"]
     versions: dict[Arm, int] = {"static": static_version, "tuned": newest_version}
@@ -385,8 +394,8 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         replays=tuple(replays),
         static_version=static_version,
         newest_version=newest_version,
-        swaps=swaps["swapped"],
-        rollbacks=swaps["rolled_back"],
+        swaps=scene.swaps["swapped"],
+        rollbacks=scene.swaps["rolled_back"],
         failed_requests=len(scene.failures),
         warmup_requests=replayer.num_warmed,
         seconds=scene.now_s(),
