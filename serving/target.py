@@ -79,12 +79,35 @@ def _attention_forward(
 AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 
 
+def fuse_norms(model: nn.Module) -> None:
+    """One operation for each RMSNorm instead of six: a third of a step's launches.
+
+    Only norms of the plain form ``weight * x / rms(x)`` (Llama, Qwen); Gemma's ``1 + weight`` stays.
+    """
+    for module in model.modules():
+        plain = type(module).__name__ in ("LlamaRMSNorm", "Qwen3RMSNorm")
+        if plain and "forward" not in vars(module):
+            module.forward = _FusedNorm(module)
+
+
+class _FusedNorm:
+    """Stands in for ``forward`` of a norm module; reads its weight at every call."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight: Tensor = self._module.weight
+        return nn.functional.rms_norm(x, weight.shape, weight, self._module.variance_epsilon)
+
+
 class Target:
     """A causal LM whose attention is ours. Stateless but for the KV pool handed to each pass."""
 
     def __init__(self, model: Any, layer_ids: tuple[int, ...]) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(ATTENTION_NAME)
+        fuse_norms(self.model)
         self.config: Any = self.model.config.get_text_config()
         self.decoder: Any = self.model.get_decoder()
         self.lm_head: Any = self.model.get_output_embeddings()
