@@ -1,0 +1,346 @@
+"""The loop at load on one GPU: 10,000 requests, server and trainer sharing the card.
+
+    python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
+    python -m benchmarks.one_gpu --start random  --out benchmarks/results/one_gpu_random.json
+
+The demo's story with more clients: Python, C headers, documentation, Python again; then held-out
+prompts of each phase by all three arms at the same load, interleaved. Afterwards the learning curve
+is computed from the run's own log: every published version, the bundled drafter and the suffix
+index are simulated at K = 4 on the same held-out traces of each phase.
+
+float32, so that greedy outputs do not depend on the shape of a batch (see docs/operations.md).
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from buffer.records import Acceptance, Trace
+from buffer.traces import open_trace_reader
+from buffer.weights import read_manifest, versions
+from configs.load import load_settings
+from configs.schema import Settings
+from drafters.suffix import SuffixIndex
+from examples import demo
+from examples.live import View
+from examples.machine import machine
+from examples.processes import Child, start, stop
+from examples.report import ARMS, Arm
+from examples.traffic import Reply, Server
+from policies.replay import is_held_out
+from trainer.dataset import Expected, Refusal, Sample, key_of, sample_of
+from trainer.gate import Judge
+from trainer.learner import batch_dtype
+from trainer.start import read_drafter
+from trainer.target_head import load_target_head
+
+DRAFT_K = 4
+JUDGED_TRACES = 64
+JUDGED_VERSIONS = 16
+DEVICE = torch.device("cuda")
+
+
+def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
+    """A quarter of the requests each; time only ends what has gone wrong."""
+    count = -(-num_requests // 4)
+    return tuple(
+        demo.Phase(name, domain, shifted, seconds, count)  # type: ignore[arg-type]
+        for name, domain, shifted in (
+            ("python", "python", False),
+            ("c", "c", True),
+            ("docs", "docs", True),
+            ("python-again", "python", False),
+        )
+    )
+
+
+# Replay at load
+
+
+def replay(
+    server: Server,
+    settings: demo.DemoSettings,
+    texts: demo.Texts,
+    arms: dict[Arm, int],
+    rounds: int,
+) -> dict[str, Any]:
+    """Every phase by every arm, ``num_clients`` requests at a time, arms in rotating order."""
+    found: dict[str, Any] = {}
+    with ThreadPoolExecutor(settings.num_clients) as pool:
+        for phase in settings.phases:
+            prompts = texts.held_out[phase.domain]
+            turns: dict[Arm, list[tuple[float, list[Reply]]]] = {arm: [] for arm in ARMS}
+            for number in range(rounds):
+                for place in range(len(ARMS)):
+                    arm = ARMS[(number + place) % len(ARMS)]
+                    if arm != "plain":
+                        server.swap(arms[arm])
+                        answer(pool, server, texts.warmup[phase.domain], settings.max_tokens, None)
+                    cap = 0 if arm == "plain" else None
+                    started_s = time.perf_counter()
+                    replies = answer(pool, server, prompts, settings.max_tokens, cap)
+                    turns[arm].append((time.perf_counter() - started_s, replies))
+            found[phase.name] = phase_figures(phase, turns)
+    return found
+
+
+def answer(
+    pool: ThreadPoolExecutor,
+    server: Server,
+    prompts: Sequence[str],
+    max_tokens: int,
+    cap: int | None,
+) -> list[Reply]:
+    return list(pool.map(lambda p: server.ask(p, max_tokens, cap, capture=False), prompts))
+
+
+def phase_figures(
+    phase: demo.Phase, turns: dict[Arm, list[tuple[float, list[Reply]]]]
+) -> dict[str, Any]:
+    """Median tokens/s of each arm's turns, and whether all gave the same tokens."""
+    speeds = {
+        arm: statistics.median(sum(len(r.token_ids) for r in rs) / s for s, rs in taken)
+        for arm, taken in turns.items()
+    }
+    steps = {
+        arm: sum((r.acceptance for _, rs in taken for r in rs), Acceptance()).tokens_per_step
+        for arm, taken in turns.items()
+    }
+    texts = [[r.token_ids for r in rs] for taken in turns.values() for _, rs in taken]
+    return {
+        "name": phase.name,
+        "shifted": phase.shifted,
+        **{f"{arm}_tokens_per_s": speeds[arm] for arm in ARMS},
+        "speedup_vs_plain": speeds["tuned"] / speeds["plain"],
+        "speedup_vs_static": speeds["tuned"] / speeds["static"],
+        "tokens_per_step": steps["tuned"],
+        "static_tokens_per_step": steps["static"],
+        "mismatched_outputs": sum(len(set(ids)) > 1 for ids in zip(*texts, strict=True)),
+    }
+
+
+# Learning curve
+
+
+def learning_curve(
+    settings: Settings, static: Path, spans: list[tuple[str, float]]
+) -> list[dict[str, Any]]:
+    """For each phase, tokens_per_step at K = 4 of every version, the static drafter and the index.
+
+    Args:
+        spans: (phase, unix second at which it ended), in order.
+    """
+    reader = open_trace_reader(settings.buffer.url, settings.run_dir)
+    traces: list[Trace] = []
+    while batch := reader.read(256):
+        traces += batch
+    traces.sort(key=lambda trace: trace.finished_unix_ms)
+    head = load_target_head(Path(settings.target), DEVICE, batch_dtype(DEVICE))
+    root = settings.run_dir / "weights"
+    fingerprint = read_manifest(root / "0").target_fingerprint
+    expected = Expected(fingerprint, (2, 8, 13), head.lm_head_VH.shape[1], len(head.lm_head_VH))
+    _, bundled = read_drafter(static, head, fingerprint)
+    known = versions(root)
+    chosen = sorted({0, *known[:: max(1, len(known) // JUDGED_VERSIONS)], *known[-1:]})
+    ends = [int(unix_s * 1000) for _, unix_s in spans]
+    suffix = suffix_figures(traces, ends, settings)
+    curves = []
+    for index, (name, _) in enumerate(spans):
+        begin = ends[index - 1] if index else 0
+        own = [t for t in traces if begin < t.finished_unix_ms <= ends[index]]
+        samples = held_out(own, expected, settings)
+        judge = Judge(head, DEVICE, bundled.to(DEVICE), margin=1.0)
+        static_figure, points = None, []
+        for version in chosen:
+            manifest, model = read_drafter(root / str(version), head, fingerprint)
+            judged = judge.judge(model.to(DEVICE), samples)
+            static_figure = judged.incumbent
+            at = bisect.bisect([t.finished_unix_ms for t in traces], manifest.created_unix_ms)
+            points.append(
+                {
+                    "version": version,
+                    "requests": 0 if version == 0 else at,
+                    "tokens_per_step_k4": judged.candidate,
+                }
+            )
+        curves.append(
+            {
+                "phase": name,
+                "num_traces": len(samples),
+                "static_tokens_per_step_k4": static_figure,
+                "suffix_tokens_per_step_k4": suffix[index],
+                "versions": points,
+                "requests_to_pass_static": first_above(points, static_figure),
+                "requests_to_pass_suffix": first_above(points, suffix[index]),
+            }
+        )
+    return curves
+
+
+def held_out(traces: Sequence[Trace], expected: Expected, settings: Settings) -> list[Sample]:
+    """Traces that no version was trained on."""
+    kept = [t for t in traces if is_held_out(key_of(t), settings.trainer.held_out_every)]
+    samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in kept[-JUDGED_TRACES:]]
+    return [s for s in samples if not isinstance(s, Refusal)]
+
+
+def suffix_figures(
+    traces: Sequence[Trace], ends_ms: Sequence[int], settings: Settings
+) -> list[float | None]:
+    """tokens_per_step at K = 4 of the suffix index alone on the last traces of each phase, with all
+    traffic before them in the index."""
+    s = settings.drafter.suffix
+    index = SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
+    totals = [Acceptance() for _ in ends_ms]
+    last = [bisect.bisect([t.finished_unix_ms for t in traces], end) for end in ends_ms]
+    for number, trace in enumerate(traces):
+        phase = bisect.bisect_right(last, number)
+        ids = trace.token_ids.tolist()
+        key = str(number)
+        index.begin(key, ids[: trace.prompt_length])
+        if phase < len(last) and number >= last[phase] - JUDGED_TRACES * 4:
+            totals[phase] += follow(index, key, ids, trace.prompt_length)
+        else:
+            index.extend(key, ids[trace.prompt_length :])
+        index.finish(key, keep=True)
+    return [total.tokens_per_step for total in totals]
+
+
+def follow(index: SuffixIndex, key: str, ids: list[int], at: int) -> Acceptance:
+    """Draft along a finished text, committing what it says."""
+    total = Acceptance()
+    while at < len(ids):
+        proposed = index.propose(key, DRAFT_K) if index.match(key) else []
+        truth = ids[at : at + len(proposed)]
+        kept = 0
+        while kept < len(truth) and proposed[kept] == truth[kept]:
+            kept += 1
+        total += Acceptance(1, len(proposed), kept)
+        index.extend(key, ids[at : at + kept + 1])
+        at += kept + 1
+    return total
+
+
+def first_above(points: list[dict[str, Any]], figure: float | None) -> int | None:
+    """Requests after which a version first reached ``figure``; ``None``: none did."""
+    if figure is None:
+        return None
+    reached = [p["requests"] for p in points if (p["tokens_per_step_k4"] or 0) >= figure]
+    return min(reached, default=None)
+
+
+# Story
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the JSON goes")],
+    begin: Annotated[Literal["bundled", "random"], typer.Option("--start")] = "bundled",
+    num_requests: int = 10_000,
+    num_clients: int = 96,
+    max_tokens: int = 64,
+    rounds: int = 3,
+    phase_s: float = 120.0,
+    run_dir: Path = Path("runs/one_gpu"),
+    set_: Annotated[list[str] | None, typer.Option("--set")] = None,
+) -> None:
+    """Run, replay, compute the learning curve, write the result."""
+    static = Path("examples/drafter/0")
+    own = ["dtype=float32", *([f"drafter.path={static}"] if begin == "bundled" else [])]
+    settings = demo.DemoSettings(
+        config=Path("configs/one_gpu.yaml"),
+        run_dir=run_dir,
+        overrides=(*own, *(set_ or ())),
+        phases=phases(num_requests, phase_s),
+        num_clients=num_clients,
+        max_tokens=max_tokens,
+        max_requests=-(-num_requests // 4) + num_clients,
+        settle_s=0.0,
+        replay_prompts=num_clients,
+        replay_warmup=num_clients // 2,
+        start_s=240.0,
+    )
+    children: list[Child] = []
+    console = Console(width=150)
+    try:
+        with demo.own_folder(run_dir), View(console) as view:
+            result = carry_out(settings, view, children, rounds, begin, static)
+    finally:
+        stop(children)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    console.print_json(json.dumps({k: v for k, v in result.items() if k != "machine"}))
+
+
+def carry_out(
+    settings: demo.DemoSettings,
+    view: View,
+    children: list[Child],
+    rounds: int,
+    begin: str,
+    static: Path,
+) -> dict[str, Any]:
+    began_s = time.monotonic()
+    children.append(demo.begin_server(settings))
+    texts = demo.gather_texts(settings)
+    server = demo.wait_for_server(settings, children[0])
+    ready_s = time.monotonic() - began_s
+    command = demo._command(settings, "trainer")
+    children.append(start("trainer", command, demo._log(settings, "trainer")))
+    scene = demo.Scene(settings, view, texts, began_s, server, children)
+    scene.look()
+    spans, first_version = [], 0
+    traffic_s = time.monotonic()
+    for phase in settings.phases:
+        demo.run_phase(scene, replace(phase, shifted=False))
+        spans.append((phase.name, time.time()))
+        first_version = first_version if len(spans) > 1 else scene.status["version"]
+    traffic_s = time.monotonic() - traffic_s
+    swaps = scene.status["swaps"]
+    stop([children.pop()])
+    time.sleep(1.0)
+    tuned = server.swap(None)["version"]
+    replayed = replay(server, settings, texts, {"static": first_version, "tuned": tuned}, rounds)
+    shifted = [replayed[p.name] for p in settings.phases if p.shifted]
+    stop([children.pop()])
+    loaded = load_settings(
+        [settings.config], [f"run_dir={settings.run_dir}", *settings.overrides], {}
+    )
+    answers = scene.answers
+    return {
+        "start": begin,
+        "requests": len(answers),
+        "failed_requests": len(scene.failures),
+        "mismatched_outputs": sum(p["mismatched_outputs"] for p in replayed.values()),
+        "swaps": swaps["swapped"],
+        "rollbacks": swaps["rolled_back"],
+        "static_version": first_version,
+        "newest_version": tuned,
+        "num_clients": settings.num_clients,
+        "max_tokens": settings.max_tokens,
+        "dtype": "float32",
+        "ready_s": ready_s,
+        "traffic_s": traffic_s,
+        "traffic_tokens_per_s": sum(a.num_tokens for a in answers) / traffic_s,
+        "seconds": time.monotonic() - began_s,
+        "speedup_vs_plain": statistics.fmean(p["speedup_vs_plain"] for p in shifted),
+        "speedup_vs_static": statistics.fmean(p["speedup_vs_static"] for p in shifted),
+        "phases": list(replayed.values()),
+        "learning_curve": learning_curve(loaded, static, spans),
+        "machine": machine(),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
