@@ -125,7 +125,7 @@ def draw(recording: Recording, report: dict[str, Any]) -> str:
         speed.sharex(steps)
         _draw_curves(steps, rolling(recording, window_tokens_per_step), "tokens per step", 1)
         _draw_curves(speed, rolling(recording, window_tokens_per_s), "tokens/s, all clients", 0)
-        _draw_static_levels(steps, recording, report)
+        _draw_legend(steps)
         _draw_phases(steps, speed, recording)
         _draw_swaps(steps, speed, recording)
         steps.tick_params(labelbottom=False)
@@ -157,17 +157,11 @@ def _bounds(recording: Recording) -> list[tuple[str, float, float]]:
     return bounds
 
 
-def _draw_static_levels(axes: Any, recording: Recording, report: dict[str, Any]) -> None:
-    levels = {phase["name"]: phase["static_tokens_per_step"] for phase in report["phases"]}
-    for name, first, last in _bounds(recording):
-        if levels[name] is not None:
-            axes.hlines(levels[name], first, last, color=COLOURS["static"], linestyles=(0, (4, 2)))
+def _draw_legend(axes: Any) -> None:
     axes.plot([], [], color=COLOURS["tuned"], linewidth=2, label="live traffic")
-    axes.plot(
-        [], [], color=COLOURS["static"], dashes=(4, 2), label=f"{LABELS['static']} (replayed)"
-    )
     axes.plot([], [], color="#6b7785", marker="v", linestyle="", label="new version swapped in")
-    axes.legend(loc="lower right", frameon=False, ncols=3, fontsize=9)
+    axes.plot([], [], color="#c0392b", marker="^", linestyle="", label="rolled back")
+    axes.legend(loc="lower right", framealpha=0.9, edgecolor="none", ncols=3, fontsize=9)
 
 
 def _draw_phases(steps: Any, speed: Any, recording: Recording) -> None:

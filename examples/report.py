@@ -210,8 +210,19 @@ def phase_report(recording: Recording, span: PhaseSpan) -> dict[str, Any]:
         "seconds": span.ended_s - span.started_s,
     }
     if span == recording.phases[-1]:
-        report["tokens_per_step_ratio_to_first"] = ratio(per_step["tuned"], per_step["static"])
+        report["tokens_per_step_ratio_to_first"] = ratio_to_first(recording)
     return report
+
+
+def ratio_to_first(recording: Recording) -> float | None:
+    """tokens_per_step of the newest weights over that of the weights of the first phase's end, on
+    the prompts of the first and the last phase, which are the same."""
+    names = (recording.phases[0].name, recording.phases[-1].name)
+    newest, former = (
+        tokens_per_step(r for r in recording.replays if r.arm == arm and r.phase in names)
+        for arm in ("tuned", "static")
+    )
+    return ratio(newest, former)
 
 
 def live_tokens_per_s(answers: Sequence[Answer], span: PhaseSpan) -> float | None:
@@ -236,8 +247,8 @@ DEFINITIONS = {
         "for that phase, and of the newest drafter for the others."
     ),
     "tokens_per_step_ratio_to_first": (
-        "Newest weights over the weights of the end of the first phase, on the same held-out "
-        "prompts; below 1 something was forgotten."
+        "Newest weights over the weights of the end of the first phase, both replayed on the same "
+        "held-out prompts of the first and the last phase; below 1 something was forgotten."
     ),
     "mismatched_outputs": "Replayed prompts whose greedy token ids differ between arms.",
     "requests": "Live and replayed, warm-up included.",
@@ -285,7 +296,7 @@ def checks(report: dict[str, Any]) -> list[Check]:
             if name not in shifted
         ),
         Check(
-            f"{last['name']}: tokens_per_step over the first phase's",
+            f"{last['name']}: tokens_per_step over first",
             last["tokens_per_step_ratio_to_first"],
             0.95,
             "at least",

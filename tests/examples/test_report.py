@@ -51,9 +51,17 @@ def test_first_phase_reports_the_drafter_of_its_own_end(recording: Recording):
     assert first["tokens_per_step"] == first["static_tokens_per_step"]
     assert first["tokens_per_step_version"] == recording.static_version
     assert last["tokens_per_step"] == last["tuned_tokens_per_step"]
-    assert last["tokens_per_step_ratio_to_first"] == pytest.approx(
-        last["tuned_tokens_per_step"] / last["static_tokens_per_step"]
+
+
+def test_ratio_to_first_compares_weights_on_the_same_prompts(recording: Recording):
+    last = build_report(recording)["phases"][-1]
+
+    python = [r for r in recording.replays if r.phase.startswith("python")]
+    newest, former = (
+        reporting.tokens_per_step(r for r in python if r.arm == arm) for arm in ("tuned", "static")
     )
+    assert last["tokens_per_step_ratio_to_first"] == pytest.approx(newest / former)
+    assert last["tokens_per_step_ratio_to_first"] < 1
 
 
 def test_a_prompt_answered_differently_by_one_arm_is_one_mismatch(recording: Recording):
