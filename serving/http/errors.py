@@ -98,8 +98,8 @@ def log_failure(request_id: str, error: BaseException) -> None:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """``responses=`` of a route: the refusals that it may answer."""
-    return {status: {"model": ErrorBody} for status in statuses}
+    """``responses=`` of a route: the refusals that it may answer, and those that any may."""
+    return {status: {"model": ErrorBody} for status in sorted({*statuses, 431, 500})}
 
 
 def from_validation(first: ErrorDetails, model: type[BaseModel]) -> ApiError:

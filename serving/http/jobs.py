@@ -6,7 +6,9 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from fastapi import Header
 from starlette.requests import Request as HttpRequest
 
 from serving.http.context import Context, context_of
@@ -16,7 +18,10 @@ from serving.types import Request, SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures under it are greedy, as in vLLM: dividing logits by them would overflow."""
-NO_CAPTURE_HEADER = "X-Slipstream-No-Capture"
+NoCaptureHeader = Annotated[
+    Literal["0", "1"],
+    Header(alias="X-Slipstream-No-Capture", description="1: as the body's `capture` set to false."),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Job:
 def plan_job(
     http_request: HttpRequest,
     body: SamplingBody,
+    no_capture: str,
     prompts: Sequence[tuple[int, ...]],
     *,
     id_prefix: str,
@@ -47,6 +53,7 @@ def plan_job(
     """Check what depends on this server and build the requests.
 
     Args:
+        no_capture: value of ``NoCaptureHeader``.
         prompts: token ids of each prompt.
         max_tokens: ``None`` for all that fits.
         logprobs: alternatives at each token, or ``None``.
@@ -58,7 +65,7 @@ def plan_job(
     num_choices = 1 if body.n is None else body.n
     check_limits(context, body, num_choices, len(prompts))
     job_id = f"{id_prefix}-{uuid.uuid4().hex}"
-    capture = body.capture is not False and not opts_out_of_capture(http_request)
+    capture = body.capture is not False and no_capture != "1"
     requests = tuple(
         Request(
             id=f"{job_id}-{place * num_choices + choice}",
@@ -116,18 +123,6 @@ def check_limits(context: Context, body: SamplingBody, num_choices: int, num_pro
 def wants_usage(body: SamplingBody) -> bool:
     """Whether a stream ends with a chunk of its own for ``usage``."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
-
-
-def opts_out_of_capture(http_request: HttpRequest) -> bool:
-    """Whether the header asks that nothing of this request is kept.
-
-    Raises:
-        ApiError: 400 for a value that may have been meant as one or the other.
-    """
-    value = http_request.headers.get(NO_CAPTURE_HEADER)
-    if value not in (None, "0", "1"):
-        raise invalid(f"{NO_CAPTURE_HEADER}: must be 0 or 1", param=NO_CAPTURE_HEADER)
-    return value == "1"
 
 
 def _max_tokens(context: Context, prompt_ids: tuple[int, ...], wanted: int | None) -> int:

@@ -7,10 +7,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serving.http.context import Context
-from serving.http.schemas import ChatRequest, CompletionRequest, NoFields, SwapRequest
+from serving.http.schemas import ChatChunk, ChatRequest, CompletionRequest, NoFields, SwapRequest
 
 _REFERENCE = "#/components/schemas/{model}"
 _BODIES = (CompletionRequest, ChatRequest, SwapRequest, NoFields)
@@ -23,12 +24,29 @@ def build_schema(app: FastAPI, context: Context) -> dict[str, Any]:
         description="Speculative decoding that tunes itself to its own traffic.",
         routes=app.routes,
     )
-    _, bodies = models_json_schema(
-        [(model, "validation") for model in _BODIES], ref_template=_REFERENCE
-    )
-    schema["components"]["schemas"] |= bodies["$defs"]
+    unseen: list[tuple[type[BaseModel], JsonSchemaMode]] = [(m, "validation") for m in _BODIES]
+    unseen.append((ChatChunk, "serialization"))
+    _, models = models_json_schema(unseen, ref_template=_REFERENCE)
+    schema["components"]["schemas"] |= models["$defs"]
     _add_limits(schema["components"]["schemas"], context)
+    for path in schema["paths"].values():
+        for operation in path.values():
+            _tell_truth(operation, context)
+    for model in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(model, None)
     return schema
+
+
+def _tell_truth(operation: dict[str, Any], context: Context) -> None:
+    """Undo what FastAPI assumes: that wrong parameters are 422, that refusals have the media type
+    of the answer, and that a key is wanted where none is set."""
+    responses = operation["responses"]
+    responses.pop("422", None)
+    for status, response in responses.items():
+        if int(status) >= 400 and "application/json" not in response["content"]:
+            response["content"] = {"application/json": response["content"].popitem()[1]}
+    if context.settings.server.api_key is None:
+        operation.pop("security", None)
 
 
 def _add_limits(models: dict[str, Any], context: Context) -> None:

@@ -9,14 +9,31 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from serving.http.errors import ErrorBody
 from serving.http.schemas import FinishReasonName
 from serving.types import Output
 
-EVENT_STREAM: dict[str, Any] = {
-    "description": "The answer; with `stream` as server-sent events.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
-}
-"""Second form of a 200, for ``responses=``."""
+REFUSALS = (400, 401, 404, 408, 413, 415, 429, 503)
+"""What a route that generates may answer instead."""
+
+
+def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:
+    """Second form of a 200, for ``responses=``: events that carry ``chunk``s, then [DONE]."""
+    bodies = [{"$ref": f"#/components/schemas/{m.__name__}"} for m in (chunk, ErrorBody)]
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": bodies},
+    }
+    schema = {
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
+    return {
+        "description": "The answer; with `stream` as server-sent events.",
+        "content": {"text/event-stream": {"schema": schema}},
+    }
 
 
 def json_answer(model: BaseModel) -> Response:

@@ -45,7 +45,7 @@ class Neutral:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"enum": list(self._values)}
+        return {"enum": list(self._values), "description": "Not supported: no other value passes."}
 
     def _check(self, value: Any) -> Any:
         # bool is told apart from int: False == 0 here, but not in JSON.
@@ -165,7 +165,7 @@ class SamplingBody(Body):
     """The name in /v1/models; null is the served one."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0 (and anything below 1e-5) is greedy; null is 1."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=1e-6, le=1)
     """null is 1."""
     top_k: int | None = Field(None, ge=1, le=MAX_INT32)
     """null is no limit."""

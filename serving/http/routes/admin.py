@@ -19,7 +19,7 @@ from serving.http.schemas import DrafterStatus, Drain, NoFields, SwapRequest, Sw
 
 router = APIRouter()
 
-_POST_REFUSALS = documented(400, 401, 403, 408, 413, 415, 500)
+_POST_REFUSALS = documented(400, 401, 403, 408, 413, 415)
 _NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
 
 
@@ -27,7 +27,7 @@ _NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
     "/admin/drafter",
     dependencies=ADMIN,
     response_model=DrafterStatus,
-    responses=documented(401, 403, 500),
+    responses=documented(401, 403),
 )
 async def drafter(request: Request) -> Response:
     """Version in use, the versions to be had, and how the last swap went."""

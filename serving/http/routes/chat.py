@@ -15,9 +15,9 @@ from serving.http.chunks import chunk_events
 from serving.http.context import Context, context_of
 from serving.http.errors import documented, invalid
 from serving.http.generation import Generation
-from serving.http.jobs import Job, check_model, plan_job, wants_usage
+from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
 from serving.http.logprobs import chat_logprobs
-from serving.http.responses import EVENT_STREAM, json_answer, reason_name
+from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
 from serving.http.schemas import (
     ChatAnswer,
     ChatChoice,
@@ -38,12 +38,13 @@ router = APIRouter()
     "/v1/chat/completions",
     dependencies=USER,
     response_model=ChatResponse,
-    responses={200: EVENT_STREAM, **documented(400, 401, 404, 408, 413, 415, 429, 500, 503)},
+    responses={200: event_stream(ChatChunk), **documented(*REFUSALS)},
     openapi_extra=body_schema(ChatRequest),
 )
 async def create_chat_completion(
     request: Request,
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
+    no_capture: NoCaptureHeader = "0",
 ) -> Response:
     """Answer a conversation, rendered with the target's own chat template."""
     context = context_of(request)
@@ -52,6 +53,7 @@ async def create_chat_completion(
     job = plan_job(
         request,
         body,
+        no_capture,
         [await context.prompts.encode_chat(messages)],
         id_prefix="chatcmpl",
         max_tokens=max_tokens(body),

@@ -15,9 +15,9 @@ from serving.http.chunks import chunk_events
 from serving.http.context import Context, context_of
 from serving.http.errors import documented
 from serving.http.generation import Generation
-from serving.http.jobs import Job, check_model, plan_job, wants_usage
+from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
 from serving.http.logprobs import completion_logprobs
-from serving.http.responses import EVENT_STREAM, json_answer, reason_name
+from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
 from serving.http.schemas import CompletionChoice, CompletionRequest, CompletionResponse, Prompt
 from serving.http.streaming import EventStream
 from serving.types import Output
@@ -32,12 +32,13 @@ DEFAULT_MAX_TOKENS = 16
     "/v1/completions",
     dependencies=USER,
     response_model=CompletionResponse,
-    responses={200: EVENT_STREAM, **documented(400, 401, 404, 408, 413, 415, 429, 500, 503)},
+    responses={200: event_stream(CompletionResponse), **documented(*REFUSALS)},
     openapi_extra=body_schema(CompletionRequest),
 )
 async def create_completion(
     request: Request,
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
+    no_capture: NoCaptureHeader = "0",
 ) -> Response:
     """Complete one prompt or several."""
     context = context_of(request)
@@ -45,6 +46,7 @@ async def create_completion(
     job = plan_job(
         request,
         body,
+        no_capture,
         await prompt_ids(context, body.prompt),
         id_prefix="cmpl",
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,

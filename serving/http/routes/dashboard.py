@@ -37,7 +37,7 @@ _HEADERS = {
     "/dashboard",
     dependencies=PAGE,
     response_class=HTMLResponse,
-    responses=documented(401, 500),
+    responses=documented(401),
 )
 async def dashboard() -> Response:
     """The page. It loads nothing from elsewhere."""
@@ -48,7 +48,7 @@ async def dashboard() -> Response:
     "/dashboard/data",
     dependencies=PAGE,
     response_model=DashboardData,
-    responses=documented(400, 401, 500),
+    responses=documented(400, 401),
 )
 async def dashboard_data(
     request: Request,

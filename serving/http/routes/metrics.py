@@ -15,7 +15,7 @@ router = APIRouter()
 
 
 @router.get(
-    "/metrics", dependencies=USER, response_class=PlainTextResponse, responses=documented(401, 500)
+    "/metrics", dependencies=USER, response_class=PlainTextResponse, responses=documented(401)
 )
 async def metrics(request: Request) -> Response:
     """Counters and gauges in Prometheus' text format."""

@@ -18,13 +18,13 @@ router = APIRouter()
 PACKAGE = "slipstream-serving"
 
 
-@router.get("/v1/models", dependencies=USER, responses=documented(401, 500))
+@router.get("/v1/models", dependencies=USER, responses=documented(401))
 async def list_models(request: Request) -> ModelList:
     """The one model that is served."""
     return ModelList(object="list", data=[_card(context_of(request))])
 
 
-@router.get("/v1/models/{model}", dependencies=USER, responses=documented(401, 404, 500))
+@router.get("/v1/models/{model}", dependencies=USER, responses=documented(401, 404))
 async def get_model(request: Request, model: str) -> ModelCard:
     """The model of that name."""
     card = _card(context_of(request))
@@ -33,7 +33,7 @@ async def get_model(request: Request, model: str) -> ModelCard:
     return card
 
 
-@router.get("/version", dependencies=USER, responses=documented(401, 500))
+@router.get("/version", dependencies=USER, responses=documented(401))
 async def get_version() -> Version:
     return Version(version=package_version())
 

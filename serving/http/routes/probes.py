@@ -15,7 +15,7 @@ from serving.http.schemas import Health
 router = APIRouter()
 
 
-@router.get("/health", dependencies=OPEN, responses=documented(500))
+@router.get("/health", dependencies=OPEN, responses=documented())
 async def health() -> Health:
     """The process is alive; it may be draining."""
     return Health(status="alive")
@@ -25,7 +25,7 @@ async def health() -> Health:
     "/ready",
     dependencies=OPEN,
     response_model=Health,
-    responses={503: {"model": Health}, **documented(500)},
+    responses={503: {"model": Health}, **documented()},
 )
 async def ready(request: Request) -> Response:
     """200 when a model is loaded and the server is not draining. A swap does not change it."""

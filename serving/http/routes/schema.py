@@ -15,7 +15,7 @@ from serving.http.openapi import build_schema
 router = APIRouter()
 
 
-@router.get("/openapi.json", dependencies=USER, responses=documented(401, 500))
+@router.get("/openapi.json", dependencies=USER, responses=documented(401))
 async def openapi(request: Request) -> dict[str, Any]:
     """This interface, with the limits of this very server."""
     return build_schema(request.app, context_of(request))
