@@ -8,7 +8,7 @@ One file in sixteen is held out. Which one depends on the last two parts of its 
 same file is held out on every machine and in every copy of a package, and a docstring is held out
 together with the source it stands in. Prompts come from held-out text only.
 
-    python examples/corpus.py          # what this installation holds
+    python -m examples.corpus         # what this installation holds
 """
 
 from __future__ import annotations
