@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from specops.sampling import SamplingRows
 from torch import Tensor
+
+from specops.sampling import SamplingRows
 
 
 @dataclass(frozen=True, slots=True)
