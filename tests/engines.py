@@ -11,6 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
 from drafters.eagle3 import Eagle3, config_for_target
 from drafters.eagle3_paged import PagedEagle3
 from drafters.suffix import SuffixIndex
@@ -23,14 +32,6 @@ from serving.scheduler import Scheduler
 from serving.target import Target
 from serving.types import Output, Request, SamplingParams
 from tests.support import tiny_tokenizer
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 48,

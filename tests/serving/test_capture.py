@@ -7,10 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+
 from buffer.codec import decode_trace, encode_trace
 from serving.capture import CaptureRing, pack_rows
 from serving.traces import Producer, TraceMaker
-
 from tests.engines import make_engine, random_model, request_of, run
 
 PROMPT = list(range(30))

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from tests.engines import ARCHITECTURES, make_engine, random_model, request_of, run
 
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from serving.types import DrainingError, QueueFullError
 
+from serving.types import DrainingError, QueueFullError
 from tests.engines import Collected, make_engine, random_model, request_of, run
 
 PROMPT = [40, 41, 42, 43]

@@ -8,13 +8,13 @@ target and one opposed to it. Planted bugs must be seen, or the test protects no
 from __future__ import annotations
 
 import pytest
+import torch
+
 import serving.verifying
 import specops.verify
-import torch
 from drafters.eagle3 import Eagle3, config_for_target
 from specops.sampling import distribution, sampling_rows
 from specops.verify import Verdict
-
 from tests.engines import make_engine, random_model, request_of, run
 
 V, LENGTH, PROMPT = 8, 3, [1, 5]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from drafters.eagle3_training import TTTBatch, ttt_outputs
 from policies.fixed import FixedPolicy
-
 from tests.engines import make_engine, random_model, request_of
 from tests.serving.test_capture import PROMPT, restored, traces_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import time
@@ -79,8 +80,28 @@ JSON = "application/json"
 def test_junk_gets_a_short_refusal(server: LiveServer, data, status):
     given, body = exchange(server, data)
     assert given == status
+    assert json.loads(body)["error"]["message"]
     for secret in (b"Traceback", b"/site-packages", b".py"):
         assert secret not in body
+
+
+def test_junk_behind_a_request_is_refused_after_its_answer(server: LiveServer):
+    body = b'{"prompt":"a","max_tokens":480,"ignore_eos":true,"stream":true}'
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+        link.sendall(head(Content_Length=str(len(body))) + body)
+        link.sendall(b"\x00\x01 junk\r\n\r\n" * 3)
+        answer = b"".join(iter(lambda: _recv(link), b""))
+    assert answer.index(b"data: [DONE]") < answer.index(b"invalid_http")
+    assert "Traceback" not in server.log
+
+
+def test_junk_in_a_body_that_nobody_reads_ends_the_connection(server: LiveServer):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+        link.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert b"200 OK" in link.recv(65536)
+        link.sendall(b"junk\r\n")
+        assert b"".join(iter(lambda: _recv(link), b"")) in (b"", b'{"status":"alive"}')
+    assert "Traceback" not in server.log
 
 
 def test_a_body_over_the_limit_is_refused_announced_or_not(server: LiveServer):
