@@ -12,8 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from configs.load import check_settings
 from configs.schema import Settings
-from serving.http.auth import is_loopback, scope_of
+from serving.http.auth import scope_of
 from serving.http.boundary import Boundary
 from serving.http.context import Context, attach, of_app
 from serving.http.errors import (
@@ -34,9 +35,12 @@ def create_app(engine: EngineFace, settings: Settings) -> FastAPI:
     """The whole face of one engine.
 
     Raises:
-        ValueError: the bind address is not loopback and no key is set.
+        ValueError: the settings contradict each other, e.g. an address that is not loopback and no
+            key.
     """
-    check_exposure(settings)
+    problems = check_settings(settings)
+    if problems:
+        raise ValueError("\n".join(problems))
     for route in ALL:
         assert scope_of(route) is not None, f"{route.path} declares no scope"
     app = FastAPI(
@@ -66,16 +70,6 @@ def create_app(engine: EngineFace, settings: Settings) -> FastAPI:
         ),
     )
     return app
-
-
-def check_exposure(settings: Settings) -> None:
-    """Raises ValueError when anybody in the network could use this server."""
-    server = settings.server
-    if server.api_key is None and not is_loopback(server.host):
-        raise ValueError(
-            f"server.host {server.host!r} is not loopback and server.api_key is not set; "
-            f"set SLIPSTREAM_SERVER__API_KEY or bind 127.0.0.1"
-        )
 
 
 @asynccontextmanager

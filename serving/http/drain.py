@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from configs.schema import Settings
 from serving.http.boundary import MAX_HEAD_BYTES
 from serving.http.context import Context, of_app
-from serving.http.errors import logger
+from serving.http.errors import ApiError, invalid, logger
 from serving.http.face import EngineFace
 
 HEADER_S = 10.0
@@ -182,6 +182,26 @@ class GuardedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP like everything else, unless an answer has begun already."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._send_refusal(invalid(msg, code="invalid_http"))
+        self.transport.close()
+
+    def _send_refusal(self, error: ApiError) -> None:
+        body = error.body.model_dump_json().encode()
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+        ]
+        response = h11.Response(status_code=error.status, headers=headers, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
