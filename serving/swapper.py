@@ -6,6 +6,7 @@ buffer or add numbers; everything that touches a disk runs on the watcher's or t
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buffer.files import write_atomically
 from buffer.records import Manifest
 from buffer.weights import mark_in_use, unmark_in_use, versions
 from drafters.eagle3_paged import PagedEagle3
@@ -27,6 +29,8 @@ from serving.swapping import Expected, FlatWeights, Staged, load_bundle
 
 log = logging.getLogger(__name__)
 
+DENIED = "DENIED.json"
+"""In the store: versions that were rolled back, never taken again but by order."""
 _RENEW_S = 600.0
 """The in-use mark is renewed so often; it counts for a day."""
 
@@ -70,7 +74,8 @@ class Swapper:
         self._current = initial
         self._former: Manifest | None = None
         self._former_flat: Tensor | None = None
-        self._denied: set[int] = set()
+        self._denied = read_denied(root)
+        self._denied_written = set(self._denied)
         self._failed: dict[int, tuple[int, int]] = {}
         self._pinned: int | None = None
         self._order: _Order | None = None
@@ -93,6 +98,7 @@ class Swapper:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(5.0)
+        self._remember_denied()
         unmark_in_use(self._root, self._producer)
 
     def status(self) -> dict[str, Any]:
@@ -187,6 +193,7 @@ class Swapper:
     def _run(self) -> None:
         renewed = time.monotonic()
         while not self._stopping.wait(self._poll_s):
+            self._remember_denied()
             if time.monotonic() - renewed > _RENEW_S:
                 mark_in_use(self._root, self._producer, self._held())
                 renewed = time.monotonic()
@@ -197,6 +204,13 @@ class Swapper:
     def _on_trial(self) -> bool:
         """A version is being judged; another swap now would spoil the evidence."""
         return self._watch.state in ("trial", "confirming")
+
+    def _remember_denied(self) -> None:
+        """So that a restart does not begin with a version that was rolled back."""
+        if self._denied != self._denied_written:
+            self._denied_written = set(self._denied)
+            text = json.dumps(sorted(self._denied_written)).encode()
+            write_atomically(self._root / DENIED, text)
 
     def _look(self) -> None:
         """Take the newest version that is newer than ours, unless it failed and is unchanged."""
@@ -286,6 +300,14 @@ class Swapper:
 
     def _state(self) -> str:
         return "pinned" if self._pinned is not None else self._watch.state
+
+
+def read_denied(root: Path) -> set[int]:
+    """Versions that a server of this run rolled back from."""
+    try:
+        return {int(version) for version in json.loads((root / DENIED).read_bytes())}
+    except FileNotFoundError:
+        return set()
 
 
 def _mark(path: Path) -> tuple[int, int]:

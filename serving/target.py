@@ -82,7 +82,7 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 def fuse_norms(model: nn.Module) -> None:
     """One operation for each RMSNorm instead of six: a third of a step's launches.
 
-    Only norms of the plain form ``weight * x / rms(x)`` (Llama, Qwen); Gemma's ``1 + weight`` stays.
+    Only norms of the form ``weight * x / rms(x)`` (Llama, Qwen); Gemma's ``1 + weight`` stays.
     """
     for module in model.modules():
         plain = type(module).__name__ in ("LlamaRMSNorm", "Qwen3RMSNorm")

@@ -28,7 +28,7 @@ from trainer.replay import Memory
 
 TRACES_AT_ONCE = 64
 POLL_S = 0.1
-QUIET_S = 2.0
+QUIET_S = 15.0
 """Without a new trace for so long, what was learnt is judged without waiting for more updates."""
 
 

@@ -1,4 +1,4 @@
-"""Captured rows are the target's hidden rows at their positions; what was not computed is absent."""
+"""Captured rows are the target's hidden rows; positions that were not computed are absent."""
 
 from __future__ import annotations
 
