@@ -142,11 +142,10 @@ class Swapper:
         wanted = max(known) if version is None else version
         if wanted not in versions(self._root):
             raise ValueError(f"version {wanted} is not published; known: {versions(self._root)}")
-        self._pinned = version
-        if wanted == self._current.version:
-            return self.status()
-        staged = self._load(wanted)
-        self._hand_over(staged, timeout_s)
+        staged = None if wanted == self._current.version else self._load(wanted)
+        self._pinned = version  # a refused order changes nothing
+        if staged is not None:
+            self._hand_over(staged, timeout_s)
         return self.status()
 
     def rollback(self, timeout_s: float = 30.0) -> dict[str, Any]:
