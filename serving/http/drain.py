@@ -84,6 +84,8 @@ def serve(
 def bind(settings: Settings) -> socket.socket:
     """A socket on the address of the settings. Nobody can connect before ``serve`` listens.
 
+    A ``server.json`` that a killed server left behind goes.
+
     Raises:
         OSError: the address is in use, or not this machine's; the text names the setting.
     """
@@ -98,6 +100,8 @@ def bind(settings: Settings) -> socket.socket:
             f"cannot bind server.host {host} and server.port {port}: {error.strerror}; "
             f"stop what listens there, or choose another port (0 for a free one)"
         ) from error
+    # A killed server could not take it away; nobody shall look for us there.
+    (settings.run_dir / SERVER_FILE).unlink(missing_ok=True)
     return bound
 
 

@@ -8,9 +8,9 @@ import time
 
 import httpx
 import pytest
+
 from buffer.segments import recover
 from buffer.traces import open_trace_reader
-
 from tests.serving.http.live import MODEL, running_server, wait_for
 
 
