@@ -33,7 +33,11 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
+	$(BIN)/python -m benchmarks.demo
+ifneq ($(HAS_GPU),)
+	$(BIN)/python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
+	$(BIN)/python -m benchmarks.one_gpu --start random --out benchmarks/results/one_gpu_random.json
+endif
 
 setup: $(VENV)/.installed
 

@@ -48,7 +48,7 @@ from trainer.target_head import load_target_head
 
 DRAFT_K = 4
 JUDGED_TRACES = 64
-JUDGED_VERSIONS = 16
+JUDGED_VERSIONS = 8
 DEVICE = torch.device("cuda")
 
 
@@ -257,7 +257,11 @@ def main(
 ) -> None:
     """Run, replay, compute the learning curve, write the result."""
     static = Path("examples/drafter/0")
-    own = ["dtype=float32", *([f"drafter.path={static}"] if begin == "bundled" else [])]
+    own = [
+        "dtype=float32",
+        "buffer.max_bytes=8589934592",
+        *([f"drafter.path={static}"] if begin == "bundled" else []),
+    ]
     settings = demo.DemoSettings(
         config=Path("configs/one_gpu.yaml"),
         run_dir=run_dir,
@@ -273,11 +277,20 @@ def main(
     )
     children: list[Child] = []
     console = Console(width=150)
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("this benchmark needs an NVIDIA GPU, and none is here")
     try:
         with demo.own_folder(run_dir), View(console) as view:
-            result = carry_out(settings, view, children, rounds, begin, static)
+            result, spans = carry_out(settings, view, children, rounds, begin)
     finally:
         stop(children)
+    save(out, result, console)  # before the curve, so that a cut-off run keeps its figures
+    loaded = load_settings([settings.config], [f"run_dir={run_dir}", *settings.overrides], {})
+    save(out, {**result, "learning_curve": learning_curve(loaded, static, spans)}, console)
+
+
+def save(out: Path, result: dict[str, Any], console: Console) -> None:
+    """Write the result and show it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     console.print_json(json.dumps({k: v for k, v in result.items() if k != "machine"}))
@@ -289,8 +302,8 @@ def carry_out(
     children: list[Child],
     rounds: int,
     begin: str,
-    static: Path,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[tuple[str, float]]]:
+    """The run itself: its figures, and when each phase ended."""
     began_s = time.monotonic()
     children.append(demo.begin_server(settings))
     texts = demo.gather_texts(settings)
@@ -314,11 +327,8 @@ def carry_out(
     replayed = replay(server, settings, texts, {"static": first_version, "tuned": tuned}, rounds)
     shifted = [replayed[p.name] for p in settings.phases if p.shifted]
     stop([children.pop()])
-    loaded = load_settings(
-        [settings.config], [f"run_dir={settings.run_dir}", *settings.overrides], {}
-    )
     answers = scene.answers
-    return {
+    figures = {
         "start": begin,
         "requests": len(answers),
         "failed_requests": len(scene.failures),
@@ -337,9 +347,9 @@ def carry_out(
         "speedup_vs_plain": statistics.fmean(p["speedup_vs_plain"] for p in shifted),
         "speedup_vs_static": statistics.fmean(p["speedup_vs_static"] for p in shifted),
         "phases": list(replayed.values()),
-        "learning_curve": learning_curve(loaded, static, spans),
         "machine": machine(),
     }
+    return figures, spans
 
 
 if __name__ == "__main__":
