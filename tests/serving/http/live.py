@@ -25,6 +25,7 @@ SETTINGS = (
     "engine.cpu_threads=1",
     "engine.max_model_len=512",
     "engine.max_batch=8",
+    "engine.max_queue=16",
     f"server.model_name={MODEL}",
     "server.port=0",
 )

@@ -51,6 +51,9 @@ def test_every_route_is_in_the_schema(server: LiveServer):
     assert {(r.path, m.lower()) for r in ALL for m in r.methods} == {
         (path, method) for path, methods in paths.items() for method in methods
     }
+    for methods in paths.values():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]  # a wrong parameter is a 400 here
 
 
 def test_the_limits_are_this_servers_own(server: LiveServer):

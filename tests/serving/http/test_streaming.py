@@ -12,6 +12,7 @@ import pytest
 from serving.http import streaming
 from serving.http.streaming import EventStream, Mailbox, join_outputs
 from serving.types import Output, SpeculationStats, TokenLogprob
+from tests.serving.http.live import LiveServer
 
 
 def output(text: str, *tokens: int, reason=None, logprobs=None, steps=1) -> Output:
@@ -158,3 +159,14 @@ def test_the_default_patience_is_bounded():
 @pytest.mark.parametrize("data", ["{}", '{"text":"a b"}'])
 def test_an_event_is_one_frame(data):
     assert streaming.event(data) == f"data: {data}\n\n".encode()
+
+
+def test_small_answers_are_not_held_back(server: LiveServer):
+    """With Nagle's algorithm on, each would wait 40 ms for the client's delayed ACK."""
+    times = []
+    with server.client() as client:
+        for _ in range(60):  # the first few are acknowledged at once in any case
+            started = time.perf_counter()
+            client.get("/health")
+            times.append(time.perf_counter() - started)
+    assert sorted(times[20:])[10] < 0.035
