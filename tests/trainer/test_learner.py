@@ -99,3 +99,16 @@ def test_a_restored_learner_goes_on_as_if_it_had_not_stopped(world: World) -> No
     assert reports[0] == reports[1]
     for name, tensor in one.model.state_dict().items():
         assert tensor.equal(other.model.state_dict()[name]), name
+    assert one.average.fc.weight.equal(other.average.fc.weight)
+
+
+def test_candidates_are_the_running_average_of_the_weights(world: World) -> None:
+    learner = new_learner(world)
+    expected = learner.model.fc.weight.detach().clone()
+
+    for _ in range(5):
+        learner.update(some_batch(world))
+        expected = 0.96 * expected + 0.04 * learner.model.fc.weight.detach()
+
+    torch.testing.assert_close(learner.average.fc.weight, expected)
+    assert not learner.average.fc.weight.requires_grad
