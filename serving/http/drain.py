@@ -8,6 +8,7 @@ process exits with 0. A second signal stops now, with 1.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -77,7 +78,7 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
-        file.unlink(missing_ok=True)
+        remove_server_file(file)
     return 1 if server.force_exit else 0
 
 
@@ -114,6 +115,13 @@ def write_server_file(file: Path, host: str, port: int, model: str) -> None:
     record = {"pid": os.getpid(), "host": host, "port": port, "model": model}
     draft.write_text(json.dumps(record) + "\n")
     os.replace(draft, file)
+
+
+def remove_server_file(file: Path) -> None:
+    """Undo ``write_server_file``, unless another server of this run has written its own since."""
+    with contextlib.suppress(FileNotFoundError):
+        if json.loads(file.read_text())["pid"] == os.getpid():
+            file.unlink()
 
 
 class DrainingServer(uvicorn.Server):

@@ -8,7 +8,8 @@ from serving.types import EngineFigures, OnOutput, Request
 
 
 class EngineFace(Protocol):
-    """Every method may be called from the event loop and returns without waiting for a step."""
+    """``swap`` and ``rollback`` wait for the engine, ``drafter_status`` looks at the disk: they are
+    called on other threads. The rest is called from the event loop and returns at once."""
 
     @property
     def tokenizer(self) -> Any:

@@ -25,6 +25,8 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
+VISIBLE = r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+$"
+"""No character that moves a cursor or hides: the text may be shown in an operator's terminal."""
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 
@@ -185,8 +187,9 @@ class SamplingBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     """Only with ``stream``."""
-    user: str | None = Field(None, min_length=1, max_length=256)
-    """Tenant that this request's trace belongs to; null is ``default``."""
+    user: str | None = Field(None, min_length=1, max_length=256, pattern=VISIBLE)
+    """Tenant: traces bear it, and the text of one tenant never drafts for another; null is
+    ``default``."""
     return_token_ids: bool | None = None
     """Add ``token_ids`` and ``prompt_token_ids``, as vLLM does."""
     speculation: SpeculationOptions | None = None

@@ -31,7 +31,7 @@ _NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
 )
 async def drafter(request: Request) -> Response:
     """Version in use, the versions to be had, and how the last swap went."""
-    return json_status(context_of(request).engine.drafter_status())
+    return json_status(await asyncio.to_thread(context_of(request).engine.drafter_status))
 
 
 @router.post(

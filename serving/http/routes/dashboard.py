@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import asdict
 from importlib import resources
@@ -59,6 +60,7 @@ async def dashboard_data(
     """Figures of now, and a sample of every second of the last minutes."""
     context = context_of(request)
     engine, figures = context.engine, context.engine.figures()
+    status = await asyncio.to_thread(engine.drafter_status)  # it looks at the run folder
     return json_answer(
         DashboardData(
             model=engine.model_name,
@@ -72,7 +74,7 @@ async def dashboard_data(
                 ArmSteps(drafter=drafter, draft_k=draft_k, steps=steps)
                 for (drafter, draft_k), steps in sorted(figures.steps_by_arm.items())
             ],
-            drafter=finite(engine.drafter_status()),
+            drafter=finite(status),
             policy=finite(engine.policy_figures()),
             sample_fields=list(SAMPLE_FIELDS),
             samples=context.history.rows(since),

@@ -24,9 +24,9 @@ async def list_models(request: Request) -> ModelList:
     return ModelList(object="list", data=[_card(context_of(request))])
 
 
-@router.get("/v1/models/{model}", dependencies=USER, responses=documented(401, 404))
+@router.get("/v1/models/{model:path}", dependencies=USER, responses=documented(401, 404))
 async def get_model(request: Request, model: str) -> ModelCard:
-    """The model of that name."""
+    """The model of that name, which may hold slashes."""
     card = _card(context_of(request))
     if model != card.id:
         raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")

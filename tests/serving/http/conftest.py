@@ -26,8 +26,15 @@ def locked_server(
 ) -> Iterator[LiveServer]:
     """With a key, and a queue of one behind a batch of one."""
     folder = tmp_path_factory.mktemp("locked")
-    queue = ("engine.max_batch=1", "engine.max_queue=1", "drafter.kind=suffix")
-    with running_server(tiny_target_dir, folder, *queue, SLIPSTREAM_SERVER__API_KEY=KEY) as server:
+    queue = (
+        "engine.max_batch=1",
+        "engine.max_queue=1",
+        "drafter.kind=suffix",
+        "server.model_name=org/tiny",
+    )
+    with running_server(
+        tiny_target_dir, folder, *queue, name, "drafter.kind=suffix", SLIPSTREAM_SERVER__API_KEY=KEY
+    ) as server:
         yield server
 
 

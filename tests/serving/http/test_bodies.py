@@ -145,6 +145,9 @@ def test_a_prompt_is_text_or_ids_one_or_several(prompt, is_fine):
         ("stop_token_ids", list(range(65))),
         ("stream", "yes"),
         ("user", ""),
+        ("user", "a\x1b[2Jb"),
+        ("user", "a\u202eb"),
+        ("user", "a\n"),
         ("capture", 1),
     ],
 )
@@ -244,6 +247,11 @@ def test_messages_that_are_not_text_are_refused(message):
 def test_an_answer_of_ours_can_be_sent_back_as_a_message():
     message = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None}
     parsed({"messages": [*HELLO, message]}, ChatRequest)
+
+
+def test_users_have_names_in_any_script():
+    for name in ("Jürgen", "用户 1", "a@b.example", "7f3a"):
+        assert parsed({"prompt": "a", "user": name}).user == name
 
 
 def test_a_long_list_of_wrong_items_is_refused_quickly():

@@ -48,7 +48,7 @@ def test_every_answer_is_what_the_schema_says(server: LiveServer, tmp_path: Path
 
 def test_every_route_is_in_the_schema(server: LiveServer):
     paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
-    assert {(r.path, m.lower()) for r in ALL for m in r.methods} == {
+    assert {(r.path_format, m.lower()) for r in ALL for m in r.methods} == {
         (path, method) for path, methods in paths.items() for method in methods
     }
     for methods in paths.values():
