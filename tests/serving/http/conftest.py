@@ -32,9 +32,7 @@ def locked_server(
         "drafter.kind=suffix",
         "server.model_name=org/tiny",
     )
-    with running_server(
-        tiny_target_dir, folder, *queue, name, "drafter.kind=suffix", SLIPSTREAM_SERVER__API_KEY=KEY
-    ) as server:
+    with running_server(tiny_target_dir, folder, *queue, SLIPSTREAM_SERVER__API_KEY=KEY) as server:
         yield server
 
 
