@@ -14,7 +14,14 @@ class GateVerdict:
     reason: str
 
 
-def gate(candidate: float, incumbent: float, margin: float, num_rows: int) -> GateVerdict:
+def gate(
+    candidate: float,
+    incumbent: float,
+    margin: float,
+    num_rows: int,
+    older: tuple[float, float] | None = None,
+    keep: float = 0.98,
+) -> GateVerdict:
     """Compare simulated tokens_per_step on held-out traces.
 
     Args:
@@ -22,6 +29,8 @@ def gate(candidate: float, incumbent: float, margin: float, num_rows: int) -> Ga
         incumbent: figure of the last published version on the same rows.
         margin: least ratio of the two, e.g. 1.005.
         num_rows: held-out rows behind both figures; without any nothing passes.
+        older: the same two figures on held-out traces of earlier traffic, if there are any.
+        keep: least ratio of those: what was learnt before may not be forgotten.
     """
     if num_rows < 1:
         return GateVerdict(False, "no held-out rows to judge on")
@@ -31,4 +40,10 @@ def gate(candidate: float, incumbent: float, margin: float, num_rows: int) -> Ga
     wanted = margin * incumbent
     if candidate < wanted:
         return GateVerdict(False, f"below {wanted:.4f} = {margin:g} x incumbent: {figures}")
+    if older is not None and not older[0] >= keep * older[1]:
+        return GateVerdict(
+            False,
+            f"forgets earlier traffic: candidate {older[0]:.4f} there, below {keep:g} x "
+            f"incumbent {older[1]:.4f}",
+        )
     return GateVerdict(True, f"at least {wanted:.4f} = {margin:g} x incumbent: {figures}")

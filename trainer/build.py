@@ -89,7 +89,14 @@ def resume(trainer: Trainer, saved: Checkpoint) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(trainer.checkpoints, f"{type(error).__name__}: {error}") from error
     wanted = keys_in(state["memory"])
-    found = {x.key for x in (*trainer.memory.samples(), *trainer.memory.held_out)}
+    found = {
+        x.key
+        for x in (
+            *trainer.memory.samples(),
+            *trainer.memory.held_out,
+            *trainer.memory.held_out_older,
+        )
+    }
     trainer.journal.event(
         "resumed",
         step=trainer.learner.step,

@@ -61,17 +61,25 @@ class Judge:
     margin: float
     _known: dict[str, Tensor] = field(default_factory=dict)
 
-    def judge(self, candidate: Eagle3, held_out: Sequence[Sample]) -> Judgement:
-        """Both models on all of ``held_out``."""
-        news = [x for x in held_out if x.key not in self._known]
+    def judge(
+        self, candidate: Eagle3, held_out: Sequence[Sample], older: Sequence[Sample] = ()
+    ) -> Judgement:
+        """Both models on the newest held-out traces, and on ``older`` ones that must not suffer."""
+        everything = [*held_out, *older]
+        news = [x for x in everything if x.key not in self._known]
         known = self._known | self._measure(self.incumbent, news)
-        self._known = {x.key: known[x.key] for x in held_out}
-        ours = _join(self._measure(candidate, held_out))
-        theirs = _join(self._known)
+        self._known = {x.key: known[x.key] for x in everything}
+        measured = self._measure(candidate, everything)
+        ours, theirs = _join(measured, held_out), _join(self._known, held_out)
         mine, best = (simulated_tokens_per_step(x, GATE_DRAFT_K) for x in (ours, theirs))
         figures = (mine, best) if mine is not None and best is not None else (0.0, 0.0)
+        kept = [
+            simulated_tokens_per_step(_join(found, older), GATE_DRAFT_K)
+            for found in (measured, self._known)
+        ]
+        before = (kept[0], kept[1]) if kept[0] is not None and kept[1] is not None else None
         return Judgement(
-            gate(*figures, margin=self.margin, num_rows=len(ours)),
+            gate(*figures, margin=self.margin, num_rows=len(ours), older=before),
             mine,
             best,
             [a for a in conditional_acceptance(ours) if a is not None],
@@ -117,5 +125,5 @@ def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
     return groups
 
 
-def _join(found: dict[str, Tensor]) -> Tensor:
-    return torch.cat((torch.zeros(0, GATE_DRAFT_K), *found.values()))
+def _join(found: dict[str, Tensor], samples: Sequence[Sample]) -> Tensor:
+    return torch.cat((torch.zeros(0, GATE_DRAFT_K), *(found[x.key] for x in samples)))

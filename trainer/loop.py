@@ -137,7 +137,9 @@ class Trainer:
         """Gate the averaged weights, and publish them if they pass."""
         self.steps_since_judged = 0
         started = time.monotonic()
-        judgement = self.judge.judge(self.learner.average, self.memory.held_out)
+        judgement = self.judge.judge(
+            self.learner.average, self.memory.held_out, self.memory.held_out_older
+        )
         self.figures["gate"] = judgement.to_json()
         self.journal.event(
             "gate",

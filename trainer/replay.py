@@ -23,8 +23,8 @@ class Memory:
     settings: TrainerSettings
     seed: int
     replay: Replay[Sample]
-    held_out: tuple[Sample, ...]
-    """Newest last; never trained on."""
+    judges: Replay[Sample]
+    """Never trained on: the newest judge what is learnt, the sample of older ones what is kept."""
     visits: dict[str, int]
     """Sample key -> batches it was in."""
     num_samples: int = 0
@@ -39,7 +39,13 @@ class Memory:
         s = self.settings
         judges = [x for x in samples if is_held_out(x.key, s.held_out_every)]
         pupils = [x for x in samples if not is_held_out(x.key, s.held_out_every)]
-        self.held_out = (*self.held_out, *judges)[-s.held_out_traces :]
+        self.judges = add(
+            self.judges,
+            judges,
+            recent_traces=s.held_out_traces,
+            reservoir_traces=s.held_out_traces,
+            seed=self.seed,
+        )
         self.replay = add(
             self.replay,
             pupils,
@@ -51,6 +57,16 @@ class Memory:
         self.fresh_rows += sum(x.num_loss_rows for x in pupils)
         held = {x.key for x in self.samples()}
         self.visits = {key: n for key, n in self.visits.items() if key in held}
+
+    @property
+    def held_out(self) -> tuple[Sample, ...]:
+        """Newest held-out samples, oldest first."""
+        return self.judges.recent
+
+    @property
+    def held_out_older(self) -> tuple[Sample, ...]:
+        """A uniform sample of the held-out samples before them."""
+        return self.judges.reservoir
 
     def samples(self) -> tuple[Sample, ...]:
         """Everything that may be trained on."""
@@ -100,7 +116,9 @@ class Memory:
             "recent": [x.key for x in self.replay.recent],
             "reservoir": [x.key for x in self.replay.reservoir],
             "num_left": self.replay.num_left,
-            "held_out": [x.key for x in self.held_out],
+            "held_out": [x.key for x in self.judges.recent],
+            "held_out_older": [x.key for x in self.judges.reservoir],
+            "held_out_left": self.judges.num_left,
             "visits": self.visits,
             "num_samples": self.num_samples,
             "fresh_rows": self.fresh_rows,
@@ -110,12 +128,13 @@ class Memory:
 
 def new_memory(settings: TrainerSettings, seed: int) -> Memory:
     """Nothing remembered yet."""
-    return Memory(settings, seed, Replay(), (), {})
+    return Memory(settings, seed, Replay(), Replay(), {})
 
 
 def keys_in(stored: dict[str, Any]) -> set[str]:
     """Keys of all samples that ``restore`` will ask for."""
-    return {*stored["recent"], *stored["reservoir"], *stored["held_out"]}
+    names = ("recent", "reservoir", "held_out", "held_out_older")
+    return {key for name in names for key in stored[name]}
 
 
 def restore(
@@ -130,7 +149,11 @@ def restore(
         settings,
         seed,
         Replay(present(stored["recent"]), present(stored["reservoir"]), stored["num_left"]),
-        present(stored["held_out"]),
+        Replay(
+            present(stored["held_out"]),
+            present(stored["held_out_older"]),
+            stored["held_out_left"],
+        ),
         dict(stored["visits"]),
         stored["num_samples"],
         stored["fresh_rows"],

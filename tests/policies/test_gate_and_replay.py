@@ -71,3 +71,13 @@ def test_one_trace_in_so_many_is_held_out_for_ever():
     assert held == [key for key in keys if is_held_out(key, 8)]
     with pytest.raises(ValueError, match="every must be >= 1"):
         is_held_out("a", 0)
+
+
+def test_what_was_learnt_before_may_not_be_forgotten():
+    better = {"candidate": 3.2, "incumbent": 3.0, "margin": 1.0, "num_rows": 10}
+
+    assert gate(**better, older=(3.93, 4.0)).passed
+    verdict = gate(**better, older=(3.9, 4.0))
+    assert not verdict.passed
+    assert "forgets earlier traffic: candidate 3.9000 there" in verdict.reason
+    assert not gate(**better, older=(float("nan"), 4.0)).passed

@@ -139,6 +139,21 @@ def test_a_nan_gradient_never_reaches_a_bundle(world: World, tmp_path: Path) -> 
         check_bundle(tmp_path / "weights" / str(version))
 
 
+def test_what_is_published_is_the_average_that_was_judged(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, gate_margin=0.01))
+    trainer.take_in_traces()
+    for _ in range(5):
+        trainer.update()
+
+    trainer.judge_candidate()
+
+    average = trainer.learner.average.state_dict()
+    assert trainer.published.version == 1
+    assert all(tensor.equal(average[name]) for name, tensor in weights(tmp_path, 1).items())
+    assert all(t.equal(average[n]) for n, t in trainer.judge.incumbent.state_dict().items())
+
+
 def test_weights_that_went_wrong_are_restored_and_the_rate_is_halved(
     world: World, tmp_path: Path
 ) -> None:
