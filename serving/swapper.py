@@ -81,6 +81,9 @@ class Swapper:
         self._order: _Order | None = None
         self._rollback_order: threading.Event | None = None
         self._lock = threading.Lock()
+        # Held by whoever loads and hands over; the engine's thread never takes it.
+        self._one_swap = threading.RLock()
+        self._newest_taken = max([initial.version, *self._denied])
         self._counts: Counter[str] = Counter()
         self._swap_seconds = 0.0
         self._last_error: str | None = None
@@ -91,7 +94,8 @@ class Swapper:
     # ---- other threads -------------------------------------------------------------------------
 
     def start(self) -> None:
-        mark_in_use(self._root, self._producer, self._held())
+        with self._one_swap:
+            mark_in_use(self._root, self._producer, self._held())
         self._thread.start()
 
     def stop(self) -> None:
@@ -136,6 +140,10 @@ class Swapper:
         Raises:
             ValueError: no such version, or it is refused; the old one keeps serving.
         """
+        with self._one_swap:
+            return self._swap(version, timeout_s)
+
+    def _swap(self, version: int | None, timeout_s: float) -> dict[str, Any]:
         known = [v for v in versions(self._root) if v not in self._denied]
         if version is None and not known:
             raise ValueError("no version is published")
@@ -154,14 +162,15 @@ class Swapper:
         Raises:
             ValueError: there is no former version.
         """
-        if self._former is None:
-            raise ValueError("there is no former version to return to")
-        done = threading.Event()
-        self._rollback_order = done
-        self._wake_engine()
-        if not done.wait(timeout_s):
-            raise ValueError("the engine did not take the order in time; nothing was changed")
-        return self.status()
+        with self._one_swap:
+            if self._former is None:
+                raise ValueError("there is no former version to return to")
+            done = threading.Event()
+            self._rollback_order = done
+            self._wake_engine()
+            if not done.wait(timeout_s):
+                raise ValueError("the engine did not take the order in time; it will when it wakes")
+            return self.status()
 
     def _hand_over(self, staged: Staged, timeout_s: float) -> None:
         order = _Order(staged, threading.Event())
@@ -192,12 +201,17 @@ class Swapper:
     def _run(self) -> None:
         renewed = time.monotonic()
         while not self._stopping.wait(self._poll_s):
-            self._remember_denied()
-            if time.monotonic() - renewed > _RENEW_S:
-                mark_in_use(self._root, self._producer, self._held())
-                renewed = time.monotonic()
-            if self._automatic and self._pinned is None and not self._on_trial:
-                self._look()
+            try:
+                with self._one_swap:
+                    self._remember_denied()
+                    if time.monotonic() - renewed > _RENEW_S:
+                        mark_in_use(self._root, self._producer, self._held())
+                        renewed = time.monotonic()
+                    if self._automatic and self._pinned is None and not self._on_trial:
+                        self._look()
+            except OSError as error:  # a full disk must not end the watching
+                self._last_error = str(error)
+                log.warning("cannot look for new versions (%s); the running one serves on", error)
 
     @property
     def _on_trial(self) -> bool:
@@ -213,8 +227,7 @@ class Swapper:
 
     def _look(self) -> None:
         """Take the newest version that is newer than ours, unless it failed and is unchanged."""
-        newer = [v for v in versions(self._root) if v > self._highest_seen()]
-        newer = [v for v in newer if v not in self._denied]
+        newer = [v for v in versions(self._root) if v > self._newest_taken]
         if not newer:
             return
         version = max(newer)
@@ -225,9 +238,6 @@ class Swapper:
             self._hand_over(self._load(version), timeout_s=30.0)
         except ValueError:
             self._failed[version] = mark
-
-    def _highest_seen(self) -> int:
-        return max([self._current.version, *self._denied])
 
     # ---- the engine's thread -------------------------------------------------------------------
 
@@ -268,6 +278,7 @@ class Swapper:
         self._weights.flat.copy_(staged.flat)
         self._swap_seconds += time.perf_counter() - started
         self._former, self._current = self._current, staged.manifest
+        self._newest_taken = max(self._newest_taken, staged.manifest.version)
         self._neural.version = staged.manifest.version
         self._policy.on_swap(staged.manifest.version, staged.manifest.policy)
         self._counts["swapped"] += 1

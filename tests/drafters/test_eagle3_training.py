@@ -270,3 +270,20 @@ def test_chain_acceptance_is_that_of_drafting_one_by_one(temperature, draft_voca
     expected = brute_alphas(model, batch, temperature)
     torch.testing.assert_close(alphas[sequence == 0], expected)
     assert int((sequence == 1).sum()) == 8 - STEPS  # anchors 1.. with 4 rows before the last token
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_bfloat16_batch_trains_float32_weights() -> None:
+    """What a GPU runs, on a CPU: the layer under autocast, master weights untouched."""
+    model, batch = make_model(dtype=torch.float32), make_batch((12, 9), torch.float32)
+    low = batch.to(torch.device("cpu"), torch.bfloat16)
+    embed, objective = EMBED.bfloat16(), Objective(num_steps=3)
+
+    wide = ttt_loss(model, EMBED.float(), head, batch, objective)
+    narrow = ttt_loss(model, embed, head, low, objective)
+    narrow.loss.backward()
+
+    torch.testing.assert_close(narrow.loss, wide.loss, rtol=0.05, atol=0.0)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all(), name

@@ -202,7 +202,10 @@ def test_a_rolled_back_version_stays_away_also_after_a_restart(service, tiny_tar
     service.stop()
 
     again = build_engine(settings_for(tiny_target_dir, tmp_path))
+    again.start()
+    time.sleep(0.3)
     assert again.drafter_status()["version"] == 0
+    again.stop()
 
 
 def test_a_version_that_accepts_less_is_rolled_back_by_itself(tiny_target_dir, tmp_path):

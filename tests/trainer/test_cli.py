@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,28 @@ def options(run_dir: Path, target: Path) -> list[str]:
     return [text for one in wanted for text in ("--set", one)]
 
 
-def launch(run_dir: Path, target: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainer", "launch", *options(run_dir, target)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=REPOSITORY,
-    )
+Launch = Callable[[Path, Path], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    """Starts trainers; none outlives the test."""
+    children: list[subprocess.Popen[str]] = []
+
+    def start(run_dir: Path, target: Path) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
+        command = [sys.executable, "-m", "trainer", "launch", *options(run_dir, target)]
+        children.append(
+            subprocess.Popen(
+                command, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
+            )
+        )
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()
 
 
 def wait_for_version(run_dir: Path, version: int) -> None:
@@ -57,7 +71,7 @@ def wait_for_version(run_dir: Path, version: int) -> None:
 
 
 def test_one_trainer_runs_alone_until_sigterm_ends_it_with_a_checkpoint(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, launch: Launch
 ) -> None:
     write_traces(tmp_path, world.traces)
     trainer = launch(tmp_path, world.target)

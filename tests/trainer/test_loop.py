@@ -301,7 +301,7 @@ def test_kill_9_at_any_time_loses_nothing(world: World, tmp_path: Path, processe
     steps = [0]
     published: list[int] = []
     for round_number in range(8):
-        child = processes.Process(target=train, args=(settings,))
+        child = processes.Process(target=train, args=(settings,), daemon=True)
         child.start()
         wait_for_step(tmp_path, steps[-1] + 3)
         time.sleep(luck.uniform(0.0, 0.3))

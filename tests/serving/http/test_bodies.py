@@ -84,10 +84,10 @@ def test_brackets_inside_texts_do_not_count_as_nesting():
 
 @pytest.mark.parametrize("body", [b'"' + b'\\"' * 500_000, b'"' * 999_999, b'"a\\'])
 def test_a_text_that_never_ends_is_scanned_once(body):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ApiError, match="not JSON"):
         parse_json(body)
-    assert time.perf_counter() - started < 2  # quadratic scanning would take minutes
+    assert time.process_time() - started < 2  # quadratic scanning would take minutes
 
 
 def test_escaped_pairs_and_nul_are_text():
@@ -256,6 +256,6 @@ def test_users_have_names_in_any_script():
 
 def test_a_long_list_of_wrong_items_is_refused_quickly():
     body = json.dumps({"prompt": "a", "stop_token_ids": ["x"] * 200_000}).encode()
-    started = time.perf_counter()
+    started = time.process_time()
     refusal(body)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1

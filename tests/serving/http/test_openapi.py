@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from serving.http.routes import ALL
 from tests.serving.http.live import LiveServer, environment
@@ -29,6 +30,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.timeout(400)
 def test_every_answer_is_what_the_schema_says(server: LiveServer, tmp_path: Path):
     options = [part for option in OPTIONS.items() for part in option]
     run = subprocess.run(
