@@ -80,7 +80,7 @@ class Objective:
     """``lk``: LK hybrid; ``forward_kl``. Positions are weighted by D-PACE in both."""
     chain_share: float = 1.0
     """Share of the chains, drawn anew each time, that is carried beyond the first draft token.
-    One half takes two thirds of the time of 1."""
+    One half takes six tenths of the time of 1."""
     floor: float = FLOOR
     """a of D-PACE; 1 gives every chain the same weights."""
     chunk_rows: int = 128

@@ -130,8 +130,8 @@ def head_losses(
 
     Equals ``lk_hybrid`` or ``forward_kl`` of ``hidden_NH @ weight_VH.T``. The gradient in the
     logits is formed in the forward pass, so one [N, V] tensor of the weight's dtype is kept and
-    nothing is computed twice: 1.3 s instead of 2.1 s for 4 x 2,048 rows of 4,096 tokens on one
-    core.
+    nothing is computed twice: 0.33 s instead of 0.64 s for 2,048 rows of 256 by 4,096 tokens, both
+    directions, on one core, of which the matrix products take 0.17 s.
 
     Args:
         hidden_NH: after the drafter's final norm; its dtype is that of the matrix products.
@@ -176,7 +176,7 @@ class _HeadLosses(torch.autograd.Function):
 def _block(logits: Tensor, target: TargetRows, kind: LossKind, slope: Tensor) -> RowLosses:
     """Row losses of one block; ``slope`` takes the gradient of each in its logits.
 
-    Written in few passes over [R, V]: on a CPU each costs a tenth of the matrix product.
+    Written in few passes over [R, V]: on a CPU they take as long as the matrix products.
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     probs = scores.softmax(dim=-1)

@@ -128,7 +128,7 @@ def _num_seen(reader: TraceReader) -> int:
 
 
 def _set_up_process(settings: Settings) -> None:
-    """Yield the cores to a server beside us. Denormals cost 100 times a normal product."""
+    """Yield the cores to a server beside us. Denormals would make products slow."""
     os.nice(settings.trainer.nice)
     if settings.trainer.cpu_threads is not None:
         torch.set_num_threads(settings.trainer.cpu_threads)
