@@ -11,8 +11,8 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from policies.cost import CostSample
 
+from policies.cost import CostSample
 from policies.interface import Decision, Outcome, StepObs
 from serving.engine import Engine
 from serving.types import Request, SamplingParams
