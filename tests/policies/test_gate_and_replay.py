@@ -76,8 +76,10 @@ def test_one_trace_in_so_many_is_held_out_for_ever():
 def test_what_was_learnt_before_may_not_be_forgotten():
     better = {"candidate": 3.2, "incumbent": 3.0, "margin": 1.0, "num_rows": 10}
 
-    assert gate(**better, older=(3.93, 4.0)).passed
-    verdict = gate(**better, older=(3.9, 4.0))
+    assert gate(**better, older=(3.77, 4.0)).passed
+    verdict = gate(**better, older=(3.74, 4.0))  # loses more than the gain on newest traffic
     assert not verdict.passed
-    assert "forgets earlier traffic: candidate 3.9000 there" in verdict.reason
+    assert "forgets earlier traffic: candidate 3.7400 there, below 0.94 x" in verdict.reason
+    small = gate(candidate=3.06, incumbent=3.0, margin=1.0, num_rows=10, older=(3.9, 4.0))
+    assert not small.passed, "a small gain does not pay for a larger loss"
     assert not gate(**better, older=(float("nan"), 4.0)).passed
