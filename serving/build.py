@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Manifest
 from buffer.traces import open_trace_writer
-from buffer.weights import TENSORS, Bundle, BundleError, publish, read_bundle, versions
+from buffer.weights import TENSORS, Bundle, BundleError, read_bundle, versions
 from configs.schema import Settings
-from drafters.eagle3 import Eagle3, Eagle3Config, config_for_target
+from drafters.eagle3 import Eagle3, Eagle3Config
 from drafters.eagle3_paged import PagedEagle3
+from drafters.initial import publish_initial, random_drafter
 from drafters.suffix import SuffixIndex
 from policies.build import build_policy
 from policies.cost import CostSample
@@ -211,28 +212,11 @@ def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Pat
                 f"{manifest.target_fingerprint[:12]}, {settings.target} is {fingerprint[:12]}"
             )
     else:
-        config = config_for_target(model.config, settings.drafter.layer_ids)
-        module = Eagle3(config)
-        module.initialise(settings.seed, model.get_output_embeddings().weight.float().cpu())
-        content = save(module.bundle_tensors())
-        manifest = Manifest(0, None, "eagle3", config.to_json(), fingerprint, {})
-    initial = Manifest(
-        version=0,
-        parent=None,
-        kind=manifest.kind,
-        drafter_config=manifest.drafter_config,
-        target_fingerprint=fingerprint,
-        files={},
-        gate=manifest.gate,
-        policy=manifest.policy,
-        created_unix_ms=int(time.time() * 1000),
-    )
-    try:
-        publish(root, initial, {TENSORS: content})
-    except ValueError:
-        if not versions(root):
-            raise
-        # The trainer of this run published version 0 first, from the same settings.
+        lm_head = model.get_output_embeddings().weight
+        manifest, content = random_drafter(
+            model.config, lm_head, settings.drafter.layer_ids, settings.seed, fingerprint
+        )
+    publish_initial(root, manifest, content)
 
 
 def _neural(

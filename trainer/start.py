@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from buffer.records import Manifest
-from buffer.weights import TENSORS, publish, read_bundle, versions
+from buffer.weights import TENSORS, read_bundle, versions
 from configs.schema import Settings
-from drafters.eagle3 import Eagle3, Eagle3Config, config_for_target
+from drafters.eagle3 import Eagle3, Eagle3Config
+from drafters.initial import publish_initial, random_drafter
 from trainer.target_head import TargetHead
 
 
@@ -65,28 +65,11 @@ def read_drafter(path: Path, head: TargetHead, fingerprint: str) -> tuple[Manife
 def _publish_initial(settings: Settings, head: TargetHead, fingerprint: str, root: Path) -> None:
     path = settings.drafter.path
     if path is None:
-        model = Eagle3(config_for_target(head.config, settings.drafter.layer_ids))
-        model.initialise(settings.seed, head.lm_head_VH.float().cpu())
-        manifest = Manifest(0, None, "eagle3", model.config.to_json(), fingerprint, {})
-        content = save(model.bundle_tensors())
+        manifest, content = random_drafter(
+            head.config, head.lm_head_VH, settings.drafter.layer_ids, settings.seed, fingerprint
+        )
     else:
         read_drafter(path, head, fingerprint)  # refuse what could not be trained
         bundle = read_bundle(path)
         manifest, content = bundle.manifest, bundle.files[TENSORS]
-    initial = Manifest(
-        version=0,
-        parent=None,
-        kind=manifest.kind,
-        drafter_config=manifest.drafter_config,
-        target_fingerprint=fingerprint,
-        files={},
-        gate=manifest.gate,
-        policy=manifest.policy,
-        created_unix_ms=int(time.time() * 1000),
-    )
-    try:
-        publish(root, initial, {TENSORS: content})
-    except ValueError:
-        if not versions(root):
-            raise
-        # The server of this run published version 0 first, from the same settings.
+    publish_initial(root, manifest, content)
