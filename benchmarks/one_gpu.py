@@ -19,10 +19,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import openai
 import torch
 import typer
 from rich.console import Console
@@ -69,56 +70,74 @@ def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
 # Replay at load
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One arm's go at all prompts of a phase."""
+
+    seconds: float
+    replies: list[Reply | None]
+    """In the order of the prompts; ``None``: failed."""
+
+    @property
+    def answered(self) -> list[Reply]:
+        return [reply for reply in self.replies if reply is not None]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(reply.token_ids) for reply in self.answered) / self.seconds
+
+
 def replay(
     server: Server,
     settings: demo.DemoSettings,
     texts: demo.Texts,
     arms: dict[Arm, int],
     rounds: int,
+    failures: list[str],
 ) -> dict[str, Any]:
     """Every phase by every arm, ``num_clients`` requests at a time, arms in rotating order."""
     found: dict[str, Any] = {}
+
+    def answer(prompts: Sequence[str], cap: int | None) -> list[Reply | None]:
+        return list(pool.map(lambda p: ask(server, p, settings.max_tokens, cap, failures), prompts))
+
     with ThreadPoolExecutor(settings.num_clients) as pool:
         for phase in settings.phases:
             prompts = texts.held_out[phase.domain]
-            turns: dict[Arm, list[tuple[float, list[Reply]]]] = {arm: [] for arm in ARMS}
+            turns: dict[Arm, list[Turn]] = {arm: [] for arm in ARMS}
             for number in range(rounds):
                 for place in range(len(ARMS)):
                     arm = ARMS[(number + place) % len(ARMS)]
                     if arm != "plain":
                         server.swap(arms[arm])
-                        answer(pool, server, texts.warmup[phase.domain], settings.max_tokens, None)
+                        answer(texts.warmup[phase.domain], None)
                     cap = 0 if arm == "plain" else None
                     started_s = time.perf_counter()
-                    replies = answer(pool, server, prompts, settings.max_tokens, cap)
-                    turns[arm].append((time.perf_counter() - started_s, replies))
+                    replies = answer(prompts, cap)
+                    turns[arm].append(Turn(time.perf_counter() - started_s, replies))
             found[phase.name] = phase_figures(phase, turns)
     return found
 
 
-def answer(
-    pool: ThreadPoolExecutor,
-    server: Server,
-    prompts: Sequence[str],
-    max_tokens: int,
-    cap: int | None,
-) -> list[Reply]:
-    return list(pool.map(lambda p: server.ask(p, max_tokens, cap, capture=False), prompts))
+def ask(
+    server: Server, prompt: str, max_tokens: int, cap: int | None, failures: list[str]
+) -> Reply | None:
+    """A greedy completion; a failure is noted, and the run goes on."""
+    try:
+        return server.ask(prompt, max_tokens, cap, capture=False)
+    except openai.OpenAIError as error:
+        failures.append(f"{type(error).__name__}: {error}")
+        return None
 
 
-def phase_figures(
-    phase: demo.Phase, turns: dict[Arm, list[tuple[float, list[Reply]]]]
-) -> dict[str, Any]:
+def phase_figures(phase: demo.Phase, turns: dict[Arm, list[Turn]]) -> dict[str, Any]:
     """Median tokens/s of each arm's turns, and whether all gave the same tokens."""
-    speeds = {
-        arm: statistics.median(sum(len(r.token_ids) for r in rs) / s for s, rs in taken)
-        for arm, taken in turns.items()
-    }
+    speeds = {arm: statistics.median(t.tokens_per_s for t in taken) for arm, taken in turns.items()}
     steps = {
-        arm: sum((r.acceptance for _, rs in taken for r in rs), Acceptance()).tokens_per_step
+        arm: sum((r.acceptance for t in taken for r in t.answered), Acceptance()).tokens_per_step
         for arm, taken in turns.items()
     }
-    texts = [[r.token_ids for r in rs] for taken in turns.values() for _, rs in taken]
+    answers = zip(*(t.replies for taken in turns.values() for t in taken), strict=True)
     return {
         "name": phase.name,
         "shifted": phase.shifted,
@@ -127,7 +146,9 @@ def phase_figures(
         "speedup_vs_static": speeds["tuned"] / speeds["static"],
         "tokens_per_step": steps["tuned"],
         "static_tokens_per_step": steps["static"],
-        "mismatched_outputs": sum(len(set(ids)) > 1 for ids in zip(*texts, strict=True)),
+        "mismatched_outputs": sum(
+            len({r.token_ids for r in same if r is not None}) > 1 for same in answers
+        ),
     }
 
 
@@ -324,7 +345,9 @@ def carry_out(
     stop([children.pop()])
     time.sleep(1.0)
     tuned = server.swap(None)["version"]
-    replayed = replay(server, settings, texts, {"static": first_version, "tuned": tuned}, rounds)
+    arms: dict[Arm, int] = {"static": first_version, "tuned": tuned}
+    replayed = replay(server, settings, texts, arms, rounds, scene.failures)
+    policy = server.policy()
     shifted = [replayed[p.name] for p in settings.phases if p.shifted]
     stop([children.pop()])
     answers = scene.answers
@@ -347,6 +370,7 @@ def carry_out(
         "speedup_vs_plain": statistics.fmean(p["speedup_vs_plain"] for p in shifted),
         "speedup_vs_static": statistics.fmean(p["speedup_vs_static"] for p in shifted),
         "phases": list(replayed.values()),
+        "policy": policy,
         "machine": machine(),
     }
     return figures, spans

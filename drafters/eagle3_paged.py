@@ -5,6 +5,8 @@ Shapes as in ``drafters.protocol``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -38,14 +40,15 @@ class PagedEagle3:
         self.values = torch.zeros_like(self.keys)
         self.scale = c.head_dim**-0.5
 
-    def run(self, embeds: Tensor, hidden: Tensor, positions: Tensor, paged: PagedPass) -> Tensor:
-        """Outputs g [T, H] of T packed rows; writes their K/V."""
+    def run(
+        self, embeds: Tensor, hidden: Tensor, angles: tuple[Tensor, Tensor], paged: PagedPass
+    ) -> Tensor:
+        """Outputs g [T, H] of T packed rows; writes their K/V. ``angles``: from ``rope``."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return paged_attention(q, k, v, self.keys, self.values, paged, self.scale)
 
-        cos, sin = self.module.rope(positions)
-        out: Tensor = self.module(embeds, hidden, cos, sin, attend)
+        out: Tensor = self.module(embeds, hidden, *angles, attend)
         return out
 
     def ingest(self, rows: CommittedRows) -> Tensor:
@@ -58,7 +61,8 @@ class PagedEagle3:
         if order is not None:
             embeds, hidden, positions = embeds[order], hidden[order], positions[order]
             slots = slots[order]
-        out = self.run(embeds, hidden, positions, PagedPass(slots, groups))
+        angles = self.module.rope(positions)
+        out = self.run(embeds, hidden, angles, PagedPass(slots, groups))
         return out[_anchor_index(rows, groups, out.device)]
 
     def propose(
@@ -73,21 +77,34 @@ class PagedEagle3:
         ends = torch.tensor(rows.counts_R, device=rows.ids_T.device).cumsum(0)
         anchors = rows.positions_T[ends - 1]
         output = self.ingest(rows)
+        steps = self._drafted_steps(rows, anchors, num_draft)
         tokens: list[Tensor] = []
         dists: list[Tensor | None] = []
         for j in range(num_draft):
             if j:
-                positions = anchors + j
-                group = make_group(0, rows.slots_RS, positions[:, None], first_key=1)
-                slots = rows.slots_RS.gather(1, positions[:, None])[:, 0]
                 embeds = self.embed(tokens[-1]).to(output.dtype)
-                output = self.run(embeds, output, positions, PagedPass(slots, (group,)))
+                output = self.run(embeds, output, *next(steps))
             drawn, dist = self._choose(output, j, sampling, greedy_rows, uniforms_RK)
             tokens.append(drawn)
             dists.append(dist)
         q = None if greedy_rows is None else torch.stack([d for d in dists if d is not None], 1)
         lens = (num_draft,) * len(rows.counts_R)
         return Draft(self.kind, torch.stack(tokens, 1), lens, q, self.version)
+
+    def _drafted_steps(
+        self, rows: CommittedRows, anchors_R: Tensor, num_draft: int
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], PagedPass]]:
+        """Angles and pages of the drafted rows at anchor + 1, anchor + 2, ...: where they lie does
+        not depend on what is drafted, so all are prepared at once."""
+        ahead = torch.arange(1, num_draft, device=anchors_R.device)
+        positions_RK = anchors_R[:, None] + ahead
+        slots_RK = rows.slots_RS.gather(1, positions_RK)
+        cos, sin = self.module.rope(positions_RK)
+        whole = make_group(0, rows.slots_RS, positions_RK, first_key=1)
+        for j in range(num_draft - 1):
+            one = slice(j, j + 1)
+            group = Group(0, 1, rows.slots_RS, positions_RK[:, one], whole.mask_RQS[:, :, one])
+            yield (cos[:, j], sin[:, j]), PagedPass(slots_RK[:, j], (group,))
 
     def _choose(
         self,

@@ -87,6 +87,11 @@ class Server:
         """Status of the drafter: version, versions, swaps, history, ..."""
         return self._admin("GET", "/admin/drafter", None)
 
+    def policy(self) -> dict[str, Any]:
+        """What the draft policy believes: acceptance, step times, decisions."""
+        beliefs: dict[str, Any] = self._admin("GET", "/dashboard/data", None)["policy"]
+        return beliefs
+
     def swap(self, version: int | None) -> dict[str, Any]:
         """Pin a version; ``None`` takes the newest and follows new ones again."""
         return self._admin("POST", "/admin/drafter/swap", {"version": version})

@@ -32,6 +32,10 @@ from serving.http.face import EngineFace
 
 HEADER_S = 10.0
 """A client that has begun a request must finish its headers within this time."""
+KEEP_ALIVE_S = 75
+"""An idle connection stays open for so long: longer than clients keep theirs in a pool (the openai
+client 5 s, common load balancers 60 s). Whoever closes first must be the client: a request sent at
+the moment when the server closes is lost."""
 LAST_WORDS_S = 2.0
 """Time to tell clients that their requests were cancelled at the end of the drain."""
 SERVER_FILE = "server.json"
@@ -70,6 +74,7 @@ def serve(
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ),
         of_app(app),
