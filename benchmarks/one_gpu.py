@@ -255,10 +255,10 @@ def follow(index: SuffixIndex, key: str, ids: list[int], at: int) -> Acceptance:
 
 
 def first_above(points: list[dict[str, Any]], figure: float | None) -> int | None:
-    """Requests after which a version first reached ``figure``; ``None``: none did."""
+    """Requests after which a version was first above ``figure``; ``None``: none was."""
     if figure is None:
         return None
-    reached = [p["requests"] for p in points if (p["tokens_per_step_k4"] or 0) >= figure]
+    reached = [p["requests"] for p in points if (p["tokens_per_step_k4"] or 0) > figure]
     return min(reached, default=None)
 
 

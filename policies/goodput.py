@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from policies.acceptance import AcceptanceModel, bucket_of, suffix_bucket
+from policies.acceptance import AcceptanceModel, suffix_bucket
 from policies.cost import CostModel, CostSample
 from policies.fixed import PLAIN
 from policies.interface import Decision, Outcome, StepObs
@@ -187,11 +187,8 @@ class GoodputPolicy:
 
     def _expected_tokens(self, drafter: str, obs: StepObs, max_k: int) -> list[float]:
         """Over the batch, at k = 0, 1, ... max_k; no row beyond its cap."""
-        if drafter == "suffix" and obs.suffix_matches is not None:
-            buckets = map(suffix_bucket, obs.suffix_matches)
-            rows = Counter(zip(buckets, obs.caps, strict=True))
-        else:
-            rows = Counter((0, cap) for cap in obs.caps)
+        matches = obs.suffix_matches if obs.suffix_matches is not None else (0,) * len(obs.caps)
+        rows = Counter(zip(map(suffix_bucket, matches), obs.caps, strict=True))
         totals = [0.0] * (max_k + 1)
         for (bucket, cap), count in rows.items():
             expected = self._acceptance.expected_tokens(drafter, bucket)
@@ -238,7 +235,7 @@ class GoodputPolicy:
         seen: dict[int, Counter[tuple[int, int]]] = {}
         for row in outcome.rows:
             if row.num_verified:
-                counts = seen.setdefault(bucket_of(drafter, row.suffix_match), Counter())
+                counts = seen.setdefault(suffix_bucket(row.suffix_match), Counter())
                 counts[row.num_verified, row.num_accepted] += 1
         for bucket, counts in seen.items():
             outcomes = [(verified, kept, count) for (verified, kept), count in counts.items()]

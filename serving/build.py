@@ -102,6 +102,8 @@ def build_engine(settings: Settings) -> Service:
     )
     if isinstance(policy, GoodputPolicy):
         policy.calibrate(_profile(settings, engine))
+    if start is not None:
+        policy.on_swap(start[1].version, start[1].policy)
     return _service(settings, engine, start[1] if start else None, fingerprint)
 
 

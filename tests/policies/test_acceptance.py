@@ -79,6 +79,35 @@ def test_match_lengths_are_learned_apart():
     assert model.expected_tokens("suffix", 1)[4] < 1.2
 
 
+def feed_both(model):
+    """Rows after a long match are easy, those without one hard; they come in turn."""
+    for seed in range(60):
+        feed(model, (0.9,) * 4, rounds=1, k=4, bucket=5, seed=seed)
+        feed(model, (0.3,) * 4, rounds=1, k=4, bucket=0, seed=seed)
+
+
+def test_a_neural_drafter_is_known_by_match_length_and_as_a_whole_where_it_is_not():
+    model = AcceptanceModel(200)
+    feed_both(model)
+    assert model.hazards("eagle3", 5)[0] == pytest.approx(0.9, abs=0.12)
+    assert model.hazards("eagle3", 0)[0] == pytest.approx(0.3, abs=0.12)
+    assert 0.4 < model.hazards("eagle3", 3)[0] < 0.8
+
+
+def test_better_weights_keep_what_is_hard_hard():
+    model = AcceptanceModel(200)
+    model.on_swap("eagle3", {"acceptance": [0.6] * 4})
+    feed_both(model)
+    before = [model.hazards("eagle3", bucket)[0] for bucket in (0, 5)]
+    model.on_swap("eagle3", {"acceptance": [0.8] * 4})
+    after = [model.hazards("eagle3", bucket)[0] for bucket in (0, 5)]
+    assert before[0] + 0.1 < after[0] < 0.65
+    assert before[1] + 0.01 < after[1] < 1
+    model.on_swap("eagle3", {"acceptance": [0.6] * 4})
+    again = [model.hazards("eagle3", bucket)[0] for bucket in (0, 5)]
+    assert again == pytest.approx(before, abs=0.06)
+
+
 def test_a_suffix_row_without_a_match_gains_nothing():
     assert set(AcceptanceModel(200).expected_tokens("suffix", 0)) == {1.0}
 
