@@ -32,6 +32,8 @@ SCHEMA = "slipstream.bundle"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TENSORS = "drafter.safetensors"
+DENIED = "DENIED.json"
+"""Versions that a server rolled back from."""
 MAX_MANIFEST_BYTES = 1 << 20
 IN_USE_STALE_S = 24 * 3600.0
 """A server that did not renew its mark for so long is taken for gone."""
@@ -161,6 +163,47 @@ def check_bundle(path: Path, expected: ExpectedTensors | None = None) -> Manifes
         BundleError: as ``read_bundle``.
     """
     return read_bundle(path, expected).manifest
+
+
+def read_denied(root: Path) -> set[int]:
+    """Versions that a server of this run rolled back from: nobody starts with them.
+
+    Raises:
+        ValueError: the file is no list of versions.
+    """
+    try:
+        return {int(version) for version in json.loads((root / DENIED).read_bytes())}
+    except FileNotFoundError:
+        return set()
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{root / DENIED} must be a list of the versions that were rolled back; write [] to "
+            f"forget them"
+        ) from None
+
+
+def write_denied(root: Path, denied: Collection[int]) -> None:
+    """Remember what ``read_denied`` returns."""
+    write_atomically(root / DENIED, json.dumps(sorted(denied)).encode())
+
+
+def newest_sound(root: Path) -> tuple[Bundle, list[str]]:
+    """The newest version that is whole and was not rolled back, and why newer ones are not.
+
+    Raises:
+        ValueError: none is left.
+    """
+    denied = read_denied(root)
+    problems = []
+    for version in sorted(versions(root), reverse=True):
+        if version in denied:
+            problems.append(f"version {version} was rolled back")
+            continue
+        try:
+            return read_bundle(root / str(version)), problems
+        except BundleError as error:
+            problems.append(str(error))
+    raise ValueError(f"no version in {root} can be used: {'; '.join(problems) or 'it is empty'}")
 
 
 def mark_in_use(root: Path, producer: str, in_use: Collection[int]) -> None:

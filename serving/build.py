@@ -15,7 +15,7 @@ from safetensors.torch import load
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Manifest
 from buffer.traces import open_trace_writer
-from buffer.weights import TENSORS, Bundle, BundleError, read_bundle, versions
+from buffer.weights import TENSORS, newest_sound, read_bundle, versions
 from configs.schema import Settings
 from drafters.eagle3 import Eagle3, Eagle3Config
 from drafters.eagle3_paged import PagedEagle3
@@ -33,7 +33,7 @@ from serving.profile import profile_engine
 from serving.recorder import Recorder
 from serving.scheduler import Scheduler
 from serving.service import Service
-from serving.swapper import Swapper, read_denied
+from serving.swapper import Swapper
 from serving.swapping import Expected
 from serving.target import (
     Target,
@@ -171,7 +171,9 @@ def _first_drafter(
     root = settings.run_dir / "weights"
     if not versions(root):
         _publish_initial(settings, model, fingerprint, root)
-    bundle = _newest_sound(root)
+    bundle, passed_over = newest_sound(root)
+    for problem in passed_over:
+        log.warning("%s Starting with version %d.", problem, bundle.manifest.version)
     manifest = bundle.manifest
     if manifest.target_fingerprint != fingerprint:
         raise ValueError(
@@ -180,25 +182,6 @@ def _first_drafter(
         )
     config = Eagle3Config.from_json(manifest.drafter_config)
     return config, manifest, load(bundle.files[TENSORS])
-
-
-def _newest_sound(root: Path) -> Bundle:
-    """The newest bundle that is whole and was not rolled back; damaged ones are passed over.
-
-    Raises:
-        ValueError: none is left.
-    """
-    denied = read_denied(root)
-    problems = []
-    for version in sorted(versions(root), reverse=True):
-        if version in denied:
-            continue
-        try:
-            return read_bundle(root / str(version))
-        except BundleError as error:
-            problems.append(error.problem)
-            log.warning("%s Starting with an older version.", error)
-    raise ValueError(f"no version in {root} can be used: {'; '.join(problems) or 'all are denied'}")
 
 
 def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Path) -> None:

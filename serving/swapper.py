@@ -6,7 +6,6 @@ buffer or add numbers; everything that touches a disk runs on the watcher's or t
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -19,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buffer.files import write_atomically
 from buffer.records import Manifest
-from buffer.weights import mark_in_use, unmark_in_use, versions
+from buffer.weights import mark_in_use, read_denied, unmark_in_use, versions, write_denied
 from drafters.eagle3_paged import PagedEagle3
 from policies.interface import DraftPolicy
 from policies.rollback import Action, SwapWatch
@@ -29,8 +27,6 @@ from serving.swapping import Expected, FlatWeights, Staged, load_bundle
 
 log = logging.getLogger(__name__)
 
-DENIED = "DENIED.json"
-"""In the store: versions that were rolled back, never taken again but by order."""
 _RENEW_S = 600.0
 """The in-use mark is renewed so often; it counts for a day."""
 
@@ -222,8 +218,7 @@ class Swapper:
         """So that a restart does not begin with a version that was rolled back."""
         if self._denied != self._denied_written:
             self._denied_written = set(self._denied)
-            text = json.dumps(sorted(self._denied_written)).encode()
-            write_atomically(self._root / DENIED, text)
+            write_denied(self._root, self._denied_written)
 
     def _look(self) -> None:
         """Take the newest version that is newer than ours, unless it failed and is unchanged."""
@@ -310,14 +305,6 @@ class Swapper:
 
     def _state(self) -> str:
         return "pinned" if self._pinned is not None else self._watch.state
-
-
-def read_denied(root: Path) -> set[int]:
-    """Versions that a server of this run rolled back from."""
-    try:
-        return {int(version) for version in json.loads((root / DENIED).read_bytes())}
-    except FileNotFoundError:
-        return set()
 
 
 def _mark(path: Path) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from buffer.records import Manifest
 from buffer.traces import TraceReader
+from buffer.weights import read_denied
 from configs.schema import Settings
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from trainer.dataset import Expected, Refusal, Sample, collate, key_of, sample_of
@@ -25,6 +26,7 @@ from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner, UpdateReport
 from trainer.publish import publish_version
 from trainer.replay import Memory
+from trainer.start import newest_drafter
 
 TRACES_AT_ONCE = 64
 POLL_S = 0.1
@@ -136,6 +138,9 @@ class Trainer:
     def judge_candidate(self) -> None:
         """Gate the averaged weights, and publish them if they pass."""
         self.steps_since_judged = 0
+        if self.published.version in read_denied(self.settings.run_dir / "weights"):
+            self._follow_roll_back()
+            return
         started = time.monotonic()
         judgement = self.judge.judge(
             self.learner.average, self.memory.held_out, self.memory.held_out_older
@@ -242,6 +247,23 @@ class Trainer:
             source="checkpoint" if saved else f"version {self.published.version}",
             text=f"{MAX_SKIPS} updates in a row were not finite; learning rate halved",
             lr_scale=self.learner.lr_scale,
+        )
+
+    def _follow_roll_back(self) -> None:
+        """A server found the newest version worse on live traffic: learn on from the one before.
+
+        The gate's held-out traces had said otherwise, so both the weights and what they are judged
+        against go back.
+        """
+        rejected = self.published.version
+        manifest, model = newest_drafter(
+            self.settings, self.learner.head, self.expected.target_fingerprint
+        )
+        self.published = manifest
+        self.learner.load_weights(model.state_dict())
+        self.judge.promote(self.learner.model)
+        self.journal.event(
+            "rolled_back", step=self.learner.step, version=manifest.version, rejected=rejected
         )
 
     def _record(self, report: UpdateReport, samples: list[Sample], seconds: float) -> None:

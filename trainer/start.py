@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load
 
 from buffer.records import Manifest
-from buffer.weights import TENSORS, read_bundle, versions
+from buffer.weights import TENSORS, Bundle, newest_sound, read_bundle, versions
 from configs.schema import Settings
 from drafters.eagle3 import Eagle3, Eagle3Config
 from drafters.initial import publish_initial, random_drafter
@@ -17,27 +17,34 @@ from trainer.target_head import TargetHead
 def newest_drafter(
     settings: Settings, head: TargetHead, fingerprint: str
 ) -> tuple[Manifest, Eagle3]:
-    """The newest published bundle of ``run_dir``; if there is none, version 0 is made first.
+    """The newest published bundle of ``run_dir`` that is whole and was not rolled back; if there is
+    none at all, version 0 is made first.
 
     Version 0 is the bundle in ``drafter.path``, or random weights of ``seed``. A server on the same
     ``run_dir`` publishes the same version 0 from the same settings: whoever is first.
 
     Raises:
-        ValueError: a bundle is damaged, of another kind, or made for another target.
+        ValueError: no bundle can be used, or it is of another kind, or made for another target.
     """
     root = settings.run_dir / "weights"
     if not versions(root):
         _publish_initial(settings, head, fingerprint, root)
-    return read_drafter(root / str(max(versions(root))), head, fingerprint)
+    bundle, _ = newest_sound(root)
+    return _model_of(bundle, root / str(bundle.manifest.version), head, fingerprint)
 
 
 def read_drafter(path: Path, head: TargetHead, fingerprint: str) -> tuple[Manifest, Eagle3]:
     """A bundle as a model with float32 weights.
 
     Raises:
-        ValueError: as ``newest_drafter``.
+        ValueError: it is damaged, of another kind, or made for another target.
     """
-    bundle = read_bundle(path)
+    return _model_of(read_bundle(path), path, head, fingerprint)
+
+
+def _model_of(
+    bundle: Bundle, path: Path, head: TargetHead, fingerprint: str
+) -> tuple[Manifest, Eagle3]:
     manifest = bundle.manifest
     if manifest.target_fingerprint != fingerprint:
         raise ValueError(

@@ -17,13 +17,16 @@ from buffer.weights import (
     check_bundle,
     mark_in_use,
     marked_in_use,
+    newest_sound,
     next_version,
     prune,
     publish,
     read_bundle,
+    read_denied,
     read_manifest,
     unmark_in_use,
     versions,
+    write_denied,
 )
 
 MANIFEST = Manifest(
@@ -76,6 +79,28 @@ def test_a_published_bundle_is_read_as_it_was_written(tmp_path):
     assert dataclasses.replace(published, files={}) == MANIFEST
     assert bundle.files == content
     assert versions(tmp_path) == [0]
+
+
+def test_the_newest_sound_version_is_neither_damaged_nor_rolled_back(tmp_path):
+    for version in range(4):
+        publish_version(tmp_path, version, parent=version - 1 if version else None)
+    (tmp_path / "3" / "drafter.safetensors").unlink()
+    write_denied(tmp_path, {2})
+
+    bundle, passed_over = newest_sound(tmp_path)
+
+    assert bundle.manifest.version == 1
+    assert "drafter.safetensors" in passed_over[0]
+    assert "version 2 was rolled back" in passed_over[1]
+    write_denied(tmp_path, {0, 1, 2})
+    with pytest.raises(ValueError, match="no version in .* can be used"):
+        newest_sound(tmp_path)
+
+
+def test_a_damaged_list_of_rolled_back_versions_is_named(tmp_path):
+    (tmp_path / "DENIED.json").write_text("{")
+    with pytest.raises(ValueError, match=r"DENIED\.json must be a list"):
+        read_denied(tmp_path)
 
 
 def test_an_empty_store_has_no_versions_and_begins_with_0(tmp_path):

@@ -18,7 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from buffer.weights import TENSORS, check_bundle, publish, read_bundle, read_manifest, versions
+from buffer.weights import (
+    TENSORS,
+    check_bundle,
+    publish,
+    read_bundle,
+    read_manifest,
+    versions,
+    write_denied,
+)
 from configs.schema import DrafterSettings, Settings
 from tests.trainer.conftest import World
 from tests.trainer.traffic import (
@@ -152,6 +160,43 @@ def test_what_is_published_is_the_average_that_was_judged(world: World, tmp_path
     assert trainer.published.version == 1
     assert all(tensor.equal(average[name]) for name, tensor in weights(tmp_path, 1).items())
     assert all(t.equal(average[n]) for n, t in trainer.judge.incumbent.state_dict().items())
+
+
+def test_after_a_roll_back_learning_goes_on_from_the_version_before(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, gate_margin=0.01))
+    trainer.take_in_traces()
+    for _ in range(3):
+        trainer.update()
+        trainer.judge_candidate()
+    assert trainer.published.version == 3
+    write_denied(tmp_path / "weights", {3})
+
+    trainer.update()
+    trainer.judge_candidate()
+
+    assert trainer.published.version == 2
+    before = weights(tmp_path, 2)
+    assert all(t.equal(before[n]) for n, t in trainer.learner.model.state_dict().items())
+    assert all(t.equal(before[n]) for n, t in trainer.judge.incumbent.state_dict().items())
+    trainer.update()
+    trainer.judge_candidate()
+    assert (trainer.published.version, trainer.published.parent) == (4, 2)
+    assert events(tmp_path, "rolled_back")[0]["rejected"] == 3
+
+
+def test_a_damaged_newest_version_is_passed_over(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    train(settings_for(tmp_path, world.target, gate_margin=0.01, max_steps=20))
+    assert versions(tmp_path / "weights") == [0, 1, 2]
+    file = tmp_path / "weights" / "2" / TENSORS
+    file.write_bytes(file.read_bytes()[:-1])
+
+    trainer = build(settings_for(tmp_path, world.target))
+
+    assert trainer.published.version == 1
 
 
 def test_weights_that_went_wrong_are_restored_and_the_rate_is_halved(
