@@ -93,7 +93,7 @@ def test_the_newest_sound_version_is_neither_damaged_nor_rolled_back(tmp_path):
     assert "drafter.safetensors" in passed_over[0]
     assert "version 2 was rolled back" in passed_over[1]
     write_denied(tmp_path, {0, 1, 2})
-    with pytest.raises(ValueError, match="no version in .* can be used"):
+    with pytest.raises(ValueError, match=r"no version in .* can be used"):
         newest_sound(tmp_path)
 
 
