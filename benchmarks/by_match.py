@@ -5,8 +5,8 @@
 
 From the traces of a demo that no version was trained on: at every position the index (with all
 other traffic of the run in it), the drafter of before the first shift, and the newest one draft 4
-tokens each, and what they would have had accepted is counted. Greedy, simulated, no server runs; about a
-minute on one core. Writes ``benchmarks/results/by_match.json``.
+tokens each, and what they would have had accepted is counted. Greedy, simulated, no server runs;
+about a minute on one core. Writes ``benchmarks/results/by_match.json``.
 """
 
 from __future__ import annotations

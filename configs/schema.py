@@ -56,6 +56,9 @@ class EngineSettings(Section):
     """Most prompt tokens computed in one step, over all requests."""
     prefix_cache: bool = True
     """Reuse KV pages of equal prefixes."""
+    verification: Literal["block", "standard"] = "block"
+    """Rule for sampled requests without a seed; both are exact. ``block`` keeps at least as many
+    draft tokens."""
     cpu_threads: int | None = Field(None, ge=1)
     """Threads of torch in the server process. ``None``: torch's own choice."""
 

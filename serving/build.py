@@ -99,6 +99,7 @@ def build_engine(settings: Settings) -> Service:
         max_queue=settings.engine.max_queue,
         model_name=settings.server.model_name or folder.name,
         seed=settings.seed,
+        rule=settings.engine.verification,
     )
     if isinstance(policy, GoodputPolicy):
         policy.calibrate(_profile(settings, engine))

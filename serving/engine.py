@@ -38,7 +38,7 @@ from serving.types import (
     QueueFullError,
     Request,
 )
-from serving.verifying import Verified, draft_logp, token_logprobs, verify
+from serving.verifying import Rule, Verified, draft_logp, token_logprobs, verify
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +96,14 @@ class Engine:
         max_queue: int,
         model_name: str,
         seed: int,
+        rule: Rule = "block",
         on_finished: Callable[[Sequence], None] | None = None,
         between_steps: Callable[[], None] | None = None,
         on_rounds: Callable[[list[tuple[int, int]]], None] | None = None,
     ) -> None:
         """
         Args:
+            rule: verifies sampled requests that have no seed.
             on_finished: takes a finished request whose rows were captured; must not block.
             between_steps: called before every step on the engine's thread; swaps weights there.
             on_rounds: told (proposed, accepted) of the rounds of a step the neural drafter drafted.
@@ -114,6 +116,7 @@ class Engine:
         self.policy = policy
         self.drafting = drafting
         self.ring = ring
+        self.rule = rule
         self.on_finished = on_finished
         self.between_steps = between_steps
         self.on_rounds = on_rounds
@@ -323,7 +326,7 @@ class Engine:
         if batch:
             hidden = computed.hidden_TH[:num_decode_rows].view(len(batch), rows.num_query, -1)
             logits = self.target.logits(hidden)
-            verified = verify(batch, draft, logits)
+            verified = verify(batch, draft, logits, self.rule)
             step_s = time.perf_counter() - started
             committed += self._commit_rounds(batch, draft, decision, verified, logits, step_s)
         committed += self._commit_chunks(plan.chunks, computed, num_decode_rows)

@@ -6,6 +6,7 @@ Shapes: R requests, K draft tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from serving.sequence import Sequence
 from serving.types import TokenLogprob
 from specops.rng import Stream
 from specops.sampling import distribution, draw
-from specops.verify import verify_match, verify_standard
+from specops.verify import verify_block, verify_match, verify_standard
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,15 @@ class Verified:
     """[R][K] log probability of each draft token under the target's shaped distribution."""
 
 
-def verify(batch: list[Sequence], draft: Draft | None, logits: Tensor) -> Verified:
+Rule = Literal["block", "standard"]
+
+
+def verify(
+    batch: list[Sequence], draft: Draft | None, logits: Tensor, rule: Rule = "block"
+) -> Verified:
     """Keep what the target agrees with, and let it choose the next token.
 
-    Greedy and seeded requests are verified by ``match``, the others by ``standard``.
+    Greedy and seeded requests are verified by ``match``, the others by ``rule``.
 
     Args:
         draft: its ``q_RKV`` is the very tensor the tokens were drawn from.
@@ -49,7 +55,7 @@ def verify(batch: list[Sequence], draft: Draft | None, logits: Tensor) -> Verifi
     accepted, following = verify_match(own, tokens, lens)
     draft_p = p[:, :num_draft].gather(-1, tokens[..., None])[..., 0]
     if not all(s.matches_target for s in batch):
-        verdict = verify_standard(
+        verdict = (verify_block if rule == "block" else verify_standard)(
             p,
             draft.q_RKV if draft else None,
             tokens,

@@ -31,6 +31,7 @@ from serving.pages import PagePool
 from serving.scheduler import Scheduler
 from serving.target import Target
 from serving.types import Output, Request, SamplingParams
+from serving.verifying import Rule
 from tests.support import tiny_tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -117,6 +118,7 @@ def make_engine(
     ring_rows: int = 4096,
     seed: int = 1,
     eos_ids: frozenset[int] = frozenset(),
+    rule: Rule = "block",
 ) -> Engine:
     """An engine over ``model`` with a random EAGLE-3 drafter unless one is given."""
     if drafter is None:
@@ -142,6 +144,7 @@ def make_engine(
         max_queue=100_000,
         model_name="tiny",
         seed=seed,
+        rule=rule,
     )
 
 

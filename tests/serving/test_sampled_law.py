@@ -86,7 +86,7 @@ def chi_squared_excess(counts, law):
     return float(statistic / limit)
 
 
-def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1):
+def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block"):
     """Counts [V, V, V] of emitted sequences, and the acceptance rate seen."""
     model = soft_target(regime)
     engine = make_engine(
@@ -98,6 +98,7 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1):
         max_draft=3,
         suffix=regime == "close",
         seed=seed,
+        rule=rule,
     )
     requests = [
         request_of(str(i), PROMPT, LENGTH + 1, capture=False, **shape) for i in range(num_samples)
@@ -110,12 +111,13 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1):
     return counts, figures.num_accepted_tokens / figures.num_draft_tokens
 
 
+@pytest.mark.parametrize("rule", ["block", "standard"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("regime", ["close", "opposed"])
-def test_the_joint_law_is_the_targets(regime, shape):
+def test_the_joint_law_is_the_targets(regime, shape, rule):
     law = expected_law(soft_target(regime), shape)
 
-    counts, rate = sample(regime, shape)
+    counts, rate = sample(regime, shape, rule=rule)
 
     assert (rate > 0.7) if regime == "close" else (rate < 0.45), f"acceptance {rate:.2f}"
     assert chi_squared_excess(counts, law) < 1
@@ -123,7 +125,7 @@ def test_the_joint_law_is_the_targets(regime, shape):
 
 def redraw_from_target(p, q, draft, lens, accept_u, next_u):
     """Mutant: after a rejection draw from p, not from what is left of p."""
-    right = specops.verify.verify_standard(p, q, draft, lens, accept_u, next_u)
+    right = specops.verify.verify_block(p, q, draft, lens, accept_u, next_u)
     at = torch.arange(len(draft))
     from_p = specops.verify.draw(p[at, right.num_accepted_R], next_u)
     return Verdict(right.num_accepted_R, from_p, right.overlap_RK, right.draft_p_RK)
@@ -141,14 +143,21 @@ def reuse_the_uniform(p, q, draft, lens, accept_u, next_u):
 def recompute_q(p, q, draft, lens, accept_u, next_u):
     """Mutant: q of other weights than those that drafted, as after a torn swap."""
     other = q if q is None else q.roll(1, dims=-1)
-    return specops.verify.verify_standard(p, other, draft, lens, accept_u, next_u)
+    return specops.verify.verify_block(p, other, draft, lens, accept_u, next_u)
 
 
-@pytest.mark.parametrize("mutant", [redraw_from_target, reuse_the_uniform, recompute_q])
-def test_a_planted_bug_is_seen(monkeypatch, mutant):
+@pytest.mark.parametrize(
+    ("rule", "mutant"),
+    [
+        ("block", redraw_from_target),
+        ("block", recompute_q),
+        ("standard", reuse_the_uniform),  # under ``block`` it moves the law too little to be seen
+    ],
+)
+def test_a_planted_bug_is_seen(monkeypatch, rule, mutant):
     law = expected_law(soft_target("opposed"), {"temperature": 1.0})
-    monkeypatch.setattr(serving.verifying, "verify_standard", mutant)
+    monkeypatch.setattr(serving.verifying, f"verify_{rule}", mutant)
 
-    counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000)
+    counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000, rule=rule)
 
     assert chi_squared_excess(counts, law) > 1
