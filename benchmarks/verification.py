@@ -3,8 +3,8 @@
     python -m benchmarks.verification        # some minutes on two CPU cores
 
 Sampled continuations of held-out prompts of the three domains, the bundled drafter at a fixed K,
-each prompt by both rules in turn on one engine. Counted are tokens_per_step; the rules cost the same pass
-of the target. Writes ``benchmarks/results/verification.json``.
+each prompt by both rules in turn on one engine. Counted are tokens_per_step; the rules cost the
+same pass of the target. Writes ``benchmarks/results/verification.json``.
 """
 
 from __future__ import annotations
