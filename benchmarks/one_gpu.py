@@ -152,6 +152,11 @@ def phase_figures(phase: demo.Phase, turns: dict[Arm, list[Turn]]) -> dict[str, 
     }
 
 
+def harmonic(phases: Sequence[dict[str, Any]], name: str) -> float:
+    """Speed over several phases of equally many tokens."""
+    return statistics.harmonic_mean([phase[name] for phase in phases])
+
+
 # Learning curve
 
 
@@ -367,6 +372,7 @@ def carry_out(
         "traffic_s": traffic_s,
         "traffic_tokens_per_s": sum(a.num_tokens for a in answers) / traffic_s,
         "seconds": time.monotonic() - began_s,
+        **{f"{arm}_tokens_per_s": harmonic(shifted, f"{arm}_tokens_per_s") for arm in ARMS},
         "speedup_vs_plain": statistics.fmean(p["speedup_vs_plain"] for p in shifted),
         "speedup_vs_static": statistics.fmean(p["speedup_vs_static"] for p in shifted),
         "phases": list(replayed.values()),
