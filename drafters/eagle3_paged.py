@@ -103,7 +103,8 @@ class PagedEagle3:
         whole = make_group(0, rows.slots_RS, positions_RK, first_key=1)
         for j in range(num_draft - 1):
             one = slice(j, j + 1)
-            group = Group(0, 1, rows.slots_RS, positions_RK[:, one], whole.mask_RQS[:, :, one])
+            where, mask = positions_RK[:, one], whole.mask_RQS[:, :, one]
+            group = Group(0, 1, rows.slots_RS, where, mask, whole.first_key)
             yield (cos[:, j], sin[:, j]), PagedPass(slots_RK[:, j], (group,))
 
     def _choose(

@@ -29,6 +29,8 @@ class Group:
     """[R, Q] int64 positions of the query rows."""
     mask_RQS: Tensor
     """[R, 1, Q, S] bool: key visible to query (causal, and not before the first valid key)."""
+    first_key: int = 0
+    """First valid key; the mask says it too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def make_group(start: int, slots_RS: Tensor, positions_RQ: Tensor, first_key: in
     mask = keys <= positions_RQ[..., None]
     if first_key:
         mask &= keys >= first_key
-    return Group(start, positions_RQ.shape[1], slots_RS, positions_RQ, mask[:, None])
+    return Group(start, positions_RQ.shape[1], slots_RS, positions_RQ, mask[:, None], first_key)
 
 
 def _gather(pool: Tensor, slots: Tensor) -> Tensor:

@@ -1,16 +1,25 @@
-"""Paged attention equals attention over the contiguous sequence."""
+"""Paged attention equals attention over the contiguous sequence: the definition, and the kernel in
+Triton's interpreter."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 
-from specops.attention import PagedPass, make_group, paged_attention
+from specops import attention, attention_triton
+from specops.attention import PagedPass, make_group
 
-D, PAGE = 8, 4
+D, PAGE = 16, 4
+IMPLEMENTATIONS = [
+    pytest.param(attention.paged_attention, id="definition"),
+    pytest.param(partial(attention_triton.paged_attention, num_parts=1), id="kernel, one part"),
+    pytest.param(partial(attention_triton.paged_attention, num_parts=3), id="kernel, three parts"),
+]
 
 
-def dense(q, k, v, positions, scale, window, softcap):
+def dense(q, k, v, positions, scale, window, softcap, first_key):
     """One request, in float64: q rows at ``positions`` over all keys. [Q, Hq, D]."""
     repeat = q.shape[1] // k.shape[1]
     k, v = (t.double().repeat_interleave(repeat, dim=1) for t in (k, v))
@@ -18,7 +27,7 @@ def dense(q, k, v, positions, scale, window, softcap):
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(k.shape[0])
-    visible = at <= positions[:, None]
+    visible = (at <= positions[:, None]) & (at >= first_key)
     if window:
         visible &= at > positions[:, None] - window
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
@@ -27,30 +36,32 @@ def dense(q, k, v, positions, scale, window, softcap):
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0), (6, 2.0)])
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (8, 1)])
-def test_paged_equals_dense(window, softcap, heads):
+@pytest.mark.parametrize("paged_attention", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("num_query", "first_key"), [(1, 1), (3, 0)])
+def test_paged_equals_dense(window, softcap, heads, paged_attention, num_query, first_key):
     generator = torch.Generator().manual_seed(0)
     num_query_heads, num_kv_heads = heads
-    lengths, num_query = [9, 17, 5], 3
-    keys = torch.full((200, num_kv_heads, D), 1e3)  # poison: what is not written must not be seen
+    lengths = [9, 150, 5]
+    keys = torch.full((700, num_kv_heads, D), 1e3)  # poison: what is not written must not be seen
     values = keys.clone()
-    pages = torch.randperm(40, generator=generator) + 1
+    pages = torch.randperm(150, generator=generator) + 1
     tables, want, q_rows, k_rows, v_rows, slots = [], [], [], [], [], []
     for index, length in enumerate(lengths):
-        own = pages[index * 10 : index * 10 + 8]
+        own = pages[index * 40 : index * 40 + 40]
         table = (own[:, None] * PAGE + torch.arange(PAGE)).reshape(-1)
         q = torch.randn(num_query, num_query_heads, D, generator=generator)
         k, v = (torch.randn(length, num_kv_heads, D, generator=generator) for _ in range(2))
         old = length - num_query
         keys[table[:old]], values[table[:old]] = k[:old], v[:old]
         positions = torch.arange(old, length)
-        want.append(dense(q, k, v, positions, 0.3, window, softcap))
+        want.append(dense(q, k, v, positions, 0.3, window, softcap, first_key))
         tables.append(table[: max(lengths)])
         q_rows.append(q)
         k_rows.append(k[old:])
         v_rows.append(v[old:])
         slots.append(table[old:length])
     positions = torch.tensor([list(range(n - num_query, n)) for n in lengths])
-    group = make_group(0, torch.stack(tables), positions)
+    group = make_group(0, torch.stack(tables), positions, first_key)
 
     got = paged_attention(
         torch.cat(q_rows),
@@ -65,3 +76,14 @@ def test_paged_equals_dense(window, softcap, heads):
     )
 
     torch.testing.assert_close(got, torch.cat(want), atol=2e-6, rtol=1e-5)
+
+
+def test_the_kernel_refuses_what_does_not_fit_a_tile():
+    group = make_group(0, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 80).long())
+    q, pool = torch.zeros(80, 8, 16), torch.zeros(4, 2, 16)
+    with pytest.raises(ValueError, match="80 query rows of 4 heads exceed 256"):
+        attention_triton.attend_group(q, q, pool, pool, group, 1.0)
+    group = make_group(0, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1).long())
+    q, pool = torch.zeros(1, 8, 24), torch.zeros(4, 2, 24)
+    with pytest.raises(ValueError, match="power of two from 16 on, got 24"):
+        attention_triton.attend_group(q, q, pool, pool, group, 1.0)
