@@ -124,6 +124,8 @@ def main(
     ),
 ) -> None:
     """Judge both versions of a demo and its index on the traces that were held out."""
+    if not (run_dir / "report.json").is_file():
+        raise typer.BadParameter(f"{run_dir} holds no report.json; name the folder of a demo")
     torch.set_num_threads(1)
     settings = load_settings([Path("configs/demo.yaml")], [f"run_dir={run_dir}"], {})
     report = json.loads((run_dir / "report.json").read_text())
