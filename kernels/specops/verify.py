@@ -52,11 +52,15 @@ def acceptance(p_RKV: Tensor, q_RKV: Tensor | None, draft_RK: Tensor) -> tuple[T
     Returns:
         keep_RK in [0, 1], and p of each draft token, [R, K].
     """
-    draft_p = p_RKV.gather(-1, draft_RK[..., None])[..., 0]
+    draft_p = _of_drafts(p_RKV, draft_RK)
     if q_RKV is None:
         return draft_p.clamp(max=1.0), draft_p
-    draft_q = q_RKV.gather(-1, draft_RK[..., None])[..., 0]
-    return (draft_p / draft_q).clamp(max=1.0), draft_p
+    return (draft_p / _of_drafts(q_RKV, draft_RK)).clamp(max=1.0), draft_p
+
+
+def _of_drafts(law_RKV: Tensor, draft_RK: Tensor) -> Tensor:
+    """[R, K] probability of each draft token."""
+    return law_RKV.gather(-1, draft_RK[..., None])[..., 0]
 
 
 def residual(p: Tensor, q: Tensor, pi: Tensor | float = 1.0) -> Tensor:
@@ -120,10 +124,10 @@ def block_acceptance(
         one that it leaves out.
     """
     num_draft = draft_RK.shape[1]
-    draft_p = p_RKV.gather(-1, draft_RK[..., None])[..., 0]
+    draft_p = _of_drafts(p_RKV, draft_RK)
     ratio = draft_p.double()
     if q_RKV is not None:
-        ratio = ratio / q_RKV.gather(-1, draft_RK[..., None])[..., 0].double()
+        ratio = ratio / _of_drafts(q_RKV, draft_RK).double()
     place = torch.arange(1, num_draft + 1, device=draft_RK.device)
     is_drafted = place <= lens_R[:, None]
     ratio = torch.where(is_drafted, ratio, 0.0)
@@ -154,31 +158,13 @@ def verify_block(
 ) -> Verdict:
     """Block verification of a chain: the emitted tokens follow p exactly. Arguments as of
     ``verify_standard``; see ``block_acceptance``."""
-    num_rows, num_draft = draft_RK.shape
-    p_RKV = p_RK1V[:, :num_draft]
-    h_RK, pi_RK1, draft_p = block_acceptance(p_RKV, q_RKV, draft_RK, lens_R)
+    num_draft = draft_RK.shape[1]
+    h_RK, pi_RK1, draft_p = block_acceptance(p_RK1V[:, :num_draft], q_RKV, draft_RK, lens_R)
     place = torch.arange(1, num_draft + 1, device=draft_RK.device)
     taken = torch.where(accept_u_RK < h_RK, place, 0)
     num_accepted = torch.nn.functional.pad(taken, (1, 0)).amax(dim=1)
-    overlap = draft_p if q_RKV is None else torch.minimum(p_RKV, q_RKV).sum(-1)
-
-    at = torch.arange(num_rows, device=draft_RK.device)
-    p_next = p_RK1V[at, num_accepted]
-    if num_draft:
-        q_next = _q_at(q_RKV, draft_RK, num_accepted, p_next)
-        pi = pi_RK1[at, num_accepted][:, None].to(p_next.dtype)
-        was_rejected = num_accepted < lens_R
-        p_next = torch.where(was_rejected[:, None], residual(p_next, q_next, pi), p_next)
-    return Verdict(num_accepted, draw(p_next, next_u_R), overlap, draft_p)
-
-
-def _q_at(q_RKV: Tensor | None, draft_RK: Tensor, num_accepted_R: Tensor, like: Tensor) -> Tensor:
-    """[R, V] what the first token that was not kept had been drawn from."""
-    at = torch.arange(len(draft_RK), device=draft_RK.device)
-    inside = num_accepted_R.clamp(max=draft_RK.shape[1] - 1)
-    if q_RKV is None:
-        return torch.zeros_like(like).scatter_(-1, draft_RK[at, inside][:, None], 1.0)
-    return q_RKV[at, inside]
+    pi_R1 = pi_RK1.gather(1, num_accepted[:, None]).to(p_RK1V.dtype)
+    return _verdict(p_RK1V, q_RKV, draft_RK, lens_R, num_accepted, pi_R1, draft_p, next_u_R)
 
 
 def verify_standard(
@@ -199,16 +185,35 @@ def verify_standard(
         accept_u_RK: [R, K] float64 uniforms, stream ACCEPT.
         next_u_R: [R] float64 uniforms, stream RESIDUAL.
     """
-    num_rows, num_draft = draft_RK.shape
-    p_RKV = p_RK1V[:, :num_draft]
-    keep_RK, draft_p = acceptance(p_RKV, q_RKV, draft_RK)
+    keep_RK, draft_p = acceptance(p_RK1V[:, : draft_RK.shape[1]], q_RKV, draft_RK)
     num_accepted = count_leading(accept_u_RK < keep_RK.double(), lens_R)
-    overlap = draft_p if q_RKV is None else torch.minimum(p_RKV, q_RKV).sum(-1)
+    return _verdict(p_RK1V, q_RKV, draft_RK, lens_R, num_accepted, 1.0, draft_p, next_u_R)
 
-    at = torch.arange(num_rows, device=draft_RK.device)
-    p_next = p_RK1V[at, num_accepted]
+
+def _verdict(
+    p_RK1V: Tensor,
+    q_RKV: Tensor | None,
+    draft_RK: Tensor,
+    lens_R: Tensor,
+    num_accepted_R: Tensor,
+    pi_R1: Tensor | float,
+    draft_p_RK: Tensor,
+    next_u_R: Tensor,
+) -> Verdict:
+    """Draw the token after the kept ones, from what ``residual`` leaves or, after all, from p."""
+    num_draft = draft_RK.shape[1]
+    overlap = draft_p_RK
+    if q_RKV is not None:
+        overlap = torch.minimum(p_RK1V[:, :num_draft], q_RKV).sum(-1)
+    at = torch.arange(len(draft_RK), device=draft_RK.device)
+    p_next = p_RK1V[at, num_accepted_R]
     if num_draft:
-        q_next = _q_at(q_RKV, draft_RK, num_accepted, p_next)
-        was_rejected = num_accepted < lens_R
-        p_next = torch.where(was_rejected[:, None], residual(p_next, q_next), p_next)
-    return Verdict(num_accepted, draw(p_next, next_u_R), overlap, draft_p)
+        inside = num_accepted_R.clamp(max=num_draft - 1)
+        if q_RKV is None:
+            rejected = draft_RK[at, inside]
+            q_next = torch.zeros_like(p_next).scatter_(-1, rejected[:, None], 1.0)
+        else:
+            q_next = q_RKV[at, inside]
+        was_rejected = num_accepted_R < lens_R
+        p_next = torch.where(was_rejected[:, None], residual(p_next, q_next, pi_R1), p_next)
+    return Verdict(num_accepted_R, draw(p_next, next_u_R), overlap, draft_p_RK)
