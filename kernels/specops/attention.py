@@ -9,6 +9,7 @@ Hq/Hkv heads, D head dimension. A slot is page * page_size + offset.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ def _gather(pool: Tensor, slots: Tensor) -> Tensor:
     return rows.view(-1, *pool.shape[1:])
 
 
-def _group_attention(
+def group_attention(
     q_RQHD: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -67,6 +68,11 @@ def _group_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    """The definition: attention of one group's rows over pages that hold their keys already.
+
+    Returns:
+        [R, Q, Hq, D].
+    """
     mask = group.mask_RQS
     if window is not None:
         at = torch.arange(mask.shape[-1], device=mask.device)
@@ -91,6 +97,10 @@ def _group_attention(
     return mixed
 
 
+GroupAttention = Callable[[Tensor, Tensor, Tensor, Group, float, int | None, float | None], Tensor]
+"""``group_attention``, or a kernel that equals it."""
+
+
 def paged_attention(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -101,6 +111,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    attend: GroupAttention = group_attention,
 ) -> Tensor:
     """Write the rows' keys and values to their slots, then attend.
 
@@ -109,6 +120,7 @@ def paged_attention(
         keys, values: [num_slots, Hkv, D], written in place.
         window: a query sees keys of the last ``window`` positions only.
         softcap: scores become softcap * tanh(scores / softcap).
+        attend: computes each group.
 
     Returns:
         [T, Hq, D].
@@ -120,6 +132,6 @@ def paged_attention(
         num_requests = group.slots_RS.shape[0]
         end = group.start + num_requests * group.num_query
         q = q_THD[group.start : end].reshape(num_requests, group.num_query, *q_THD.shape[1:])
-        out = _group_attention(q, keys, values, group, scale, window, softcap)
+        out = attend(q, keys, values, group, scale, window, softcap)
         outs.append(out.flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -1,4 +1,5 @@
-"""Paged attention of a few new tokens as one fused kernel; its definition is ``specops.attention``.
+"""Paged attention of a few new tokens as one fused kernel; its definition is
+``specops.attention.group_attention``.
 
 Every program takes one request, one key head and one part of its keys. The query rows of a request
 and the query heads that share the key head are packed into one tile, so that each key is read once,
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.attention import Group, PagedPass
+from specops.attention import Group
 
 MAX_ROWS = 256
 """Most Q * G of one tile."""
@@ -110,22 +111,20 @@ def _join_parts(
     tl.store(joined_ptr + target * D + dim, mixed.to(joined_ptr.dtype.element_ty))
 
 
-def attend_group(
-    q_THD: Tensor,
-    out_THD: Tensor,
+def group_attention(
+    q_RQHD: Tensor,
     keys: Tensor,
     values: Tensor,
     group: Group,
     scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    window: int | None,
+    softcap: float | None,
     num_parts: int | None = None,
-) -> None:
-    """Attention of one group's rows; writes them into ``out_THD``.
+) -> Tensor:
+    """See ``specops.attention.group_attention``, whose arguments and result these are.
 
     Args:
-        q_THD, out_THD: [R * Q, Hq, D] the group's own rows, contiguous.
-        keys, values: [num_slots, Hkv, D], contiguous.
+        keys, values: contiguous.
         num_parts: parts that the keys are split into; ``None`` fills the card.
 
     Raises:
@@ -133,7 +132,7 @@ def attend_group(
     """
     num_requests, num_keys = group.slots_RS.shape
     num_kv, head_dim = keys.shape[1:]
-    share = q_THD.shape[1] // num_kv
+    share = q_RQHD.shape[2] // num_kv
     num_rows = group.num_query * share
     if num_rows > MAX_ROWS:
         raise ValueError(f"{group.num_query} query rows of {share} heads exceed {MAX_ROWS}")
@@ -145,8 +144,10 @@ def attend_group(
     part_keys = triton.cdiv(blocks, min(wanted, blocks)) * _KEYS_AT_ONCE
     parts = triton.cdiv(num_keys, part_keys)
     scratch = (num_requests * num_kv * parts, rows)
-    part_out = torch.empty((*scratch, head_dim), dtype=torch.float32, device=q_THD.device)
-    top, total = torch.empty((2, *scratch), dtype=torch.float32, device=q_THD.device)
+    part_out = torch.empty((*scratch, head_dim), dtype=torch.float32, device=q_RQHD.device)
+    top, total = torch.empty((2, *scratch), dtype=torch.float32, device=q_RQHD.device)
+    q_RQHD = q_RQHD.contiguous()
+    out = torch.empty_like(q_RQHD)
     shape = {
         "NUM_QUERY": group.num_query,
         "GROUP": share,
@@ -155,40 +156,14 @@ def attend_group(
         "ROWS": rows,
     }
     _attend_part[(num_requests, num_kv, parts)](
-        q_THD, keys, values, group.slots_RS, group.positions_RQ.contiguous(), part_out,
+        q_RQHD, keys, values, group.slots_RS, group.positions_RQ.contiguous(), part_out,
         top, total,
         scale, softcap or 0.0, num_keys, part_keys, group.slots_RS.stride(0),
         **shape, KEYS=_KEYS_AT_ONCE, FIRST_KEY=group.first_key, WINDOW=window or 0,
         HAS_SOFTCAP=softcap is not None,
     )  # fmt: skip
     _join_parts[(num_requests, num_rows, num_kv)](
-        part_out, top, total, out_THD,
+        part_out, top, total, out,
         **shape, PARTS=parts, PARTS_UP=triton.next_power_of_2(parts),
     )  # fmt: skip
-
-
-def paged_attention(
-    q_THD: Tensor,
-    k_THD: Tensor,
-    v_THD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    paged: PagedPass,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    num_parts: int | None = None,
-) -> Tensor:
-    """See ``specops.attention.paged_attention``, whose arguments and result these are.
-
-    Args:
-        num_parts: as of ``attend_group``.
-    """
-    keys.index_copy_(0, paged.slots_T, k_THD)
-    values.index_copy_(0, paged.slots_T, v_THD)
-    q_THD = q_THD.contiguous()
-    out = torch.empty_like(q_THD)
-    for group in paged.groups:
-        part = slice(group.start, group.start + group.slots_RS.shape[0] * group.num_query)
-        attend_group(q_THD[part], out[part], keys, values, group, scale, window, softcap, num_parts)
     return out
