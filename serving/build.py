@@ -37,6 +37,7 @@ from serving.swapper import Swapper
 from serving.swapping import Expected
 from serving.target import (
     Target,
+    by_columns,
     load_model,
     load_tokenizer,
     pick_device,
@@ -219,9 +220,9 @@ def _neural(
         )
     module = Eagle3(config).requires_grad_(False).eval()
     module.load_state_dict(tensors)
-    neural = PagedEagle3(
-        module.to(device=target.device, dtype=target.dtype), target.embed, num_slots
-    )
+    module.to(device=target.device, dtype=target.dtype)
+    by_columns(module)
+    neural = PagedEagle3(module, target.embed, num_slots)
     neural.version = manifest.version
     return neural
 

@@ -91,7 +91,8 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def by_columns(model: nn.Module) -> None:
-    """Lay the matrices of linear layers out by columns, for a CPU that multiplies few rows.
+    """Lay the matrices of a target's or drafter's linear layers out by columns, for a CPU that
+    multiplies few rows.
 
     Per layer of 4,096 by 256 on one core, by rows and by columns: 0.61 and 0.26 ms for one token,
     1.32 and 1.11 ms for five. An embedding tied to the head keeps its own copy by rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import signal
 import socket
@@ -62,6 +63,19 @@ def test_sigterm_lets_streams_finish(tiny_target_dir: Path, tmp_path: Path):
         assert refused.value.response.headers["retry-after"] == "1"
         assert not (server.run_dir / "server.json").exists()
         assert "Traceback" not in server.log
+
+
+def test_an_idle_connection_outlives_the_clients_own_limit(tiny_target_dir: Path, tmp_path: Path):
+    with quick_server(tiny_target_dir, tmp_path) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        for pause_s in (6.0, 0.0):  # clients keep theirs for 5 s
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() is not None
+            own = connection.sock
+            time.sleep(pause_s)
+            assert connection.sock is own is not None
+        connection.close()
 
 
 def test_requests_that_outlast_the_drain_are_told(tiny_target_dir: Path, tmp_path: Path):

@@ -1,0 +1,44 @@
+"""How a target's and a drafter's weights lie in memory changes no value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drafters.eagle3 import Eagle3, config_for_target
+from serving.swapping import FlatWeights
+from serving.target import by_columns
+from tests.engines import random_model
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_matrices_by_columns_compute_the_same(is_tied):
+    model = random_model("qwen3")
+    if is_tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    ids = torch.tensor([[1, 5, 3, 2]])
+    with torch.no_grad():
+        before = model(ids).logits
+        by_columns(model)
+        after = model(ids).logits
+
+    torch.testing.assert_close(after, before)
+    assert model.lm_head.weight.t().is_contiguous()
+    assert model.model.embed_tokens.weight.is_contiguous()  # it is read by rows
+
+
+def test_a_swap_keeps_how_the_drafter_lies_in_memory():
+    config = config_for_target(random_model("qwen3").config)
+    module, newer = Eagle3(config), Eagle3(config)
+    module.initialise(0)
+    newer.initialise(1)
+    by_columns(module)
+    weights = FlatWeights(module)
+    address = module.lm_head.weight.data_ptr()
+
+    weights.flat.copy_(weights.stage(newer.bundle_tensors()))
+
+    assert module.lm_head.weight.t().is_contiguous()
+    assert module.lm_head.weight.data_ptr() == address
+    for name, tensor in newer.named_parameters():
+        assert torch.equal(module.get_parameter(name), tensor), name
