@@ -20,9 +20,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.one_gpu import held_out
+from benchmarks.run_traces import all_traces, held_out, num_kept
 from buffer.records import Trace
-from buffer.traces import open_trace_reader
 from buffer.weights import read_manifest
 from configs.load import load_settings
 from configs.schema import Settings
@@ -31,7 +30,7 @@ from drafters.eagle3_training import by_chain, chain_acceptance, lay_out
 from drafters.suffix import SuffixIndex
 from examples.machine import machine
 from policies.acceptance import suffix_bucket
-from trainer.dataset import Expected, Sample, collate, key_of
+from trainer.dataset import Sample, collate, key_of
 from trainer.start import read_drafter
 from trainer.target_head import TargetHead, load_target_head
 
@@ -43,16 +42,11 @@ Accepted = dict[tuple[str, int], int]
 """(trace, position of the last committed token) -> drafted tokens that would be kept."""
 
 
-def traces_by_phase(run_dir: Path, settings: Settings) -> dict[str, list[Trace]]:
+def traces_by_phase(settings: Settings) -> dict[str, list[Trace]]:
     """The run's traces in order; a phase of the recording has as many as it had answers."""
-    reader = open_trace_reader(settings.buffer.url, run_dir)
-    traces: list[Trace] = []
-    while found := reader.read(256):
-        traces += found
-    traces.sort(key=lambda trace: trace.finished_unix_ms)
-    answers = json.loads((run_dir / "recording.json").read_text())["answers"]
+    answers = json.loads((settings.run_dir / "recording.json").read_text())["answers"]
     phases: dict[str, list[Trace]] = defaultdict(list)
-    for trace, answer in zip(traces, answers, strict=False):
+    for trace, answer in zip(all_traces(settings), answers, strict=False):
         phases[answer["phase"]].append(trace)
     return phases
 
@@ -82,10 +76,7 @@ def by_index(index: SuffixIndex, trace: Trace) -> dict[int, tuple[int, int]]:
         index.extend("judged", [ids[p]])
         match = index.match("judged")
         drafted = index.propose("judged", DRAFT_K) if match else []
-        kept = 0
-        while kept < len(drafted) and drafted[kept] == ids[p + 1 + kept]:
-            kept += 1
-        found[p] = (match, kept)
+        found[p] = (match, num_kept(drafted, ids, p + 1))
     index.finish("judged", keep=False)
     return found
 
@@ -132,19 +123,14 @@ def main(
     head = load_target_head(Path(settings.target), torch.device("cpu"), torch.float32)
     root = run_dir / "weights"
     manifest = read_manifest(root / "0")
-    layer_ids = tuple(manifest.drafter_config["layer_ids"])
-    vocab_size, hidden_size = head.lm_head_VH.shape
-    expected = Expected(manifest.target_fingerprint, layer_ids, hidden_size, vocab_size)
-    models = {
-        arm: read_drafter(root / str(report[f"{arm}_version"]), head, manifest.target_fingerprint)[
-            1
-        ]
-        for arm in ("static", "newest")
-    }
-    phases = traces_by_phase(run_dir, settings)
+    models = {}
+    for arm in ("static", "newest"):
+        path = root / str(report[f"{arm}_version"])
+        _, models[arm] = read_drafter(path, head, manifest.target_fingerprint)
+    phases = traces_by_phase(settings)
     result: dict[str, Any] = {"draft_k": DRAFT_K, "phases": {}, "machine": machine()}
     for name in report["shifted_phases"]:
-        samples = held_out(phases[name], expected, settings)
+        samples = held_out(phases[name], manifest, head, settings)
         judged = {sample.key for sample in samples}
         s = settings.drafter.suffix
         index = SuffixIndex(s.min_match, s.max_match, s.recent_tokens)

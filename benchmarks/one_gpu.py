@@ -28,8 +28,8 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.run_traces import JUDGED_TRACES, all_traces, held_out, num_kept
 from buffer.records import Acceptance, Trace
-from buffer.traces import open_trace_reader
 from buffer.weights import read_manifest, versions
 from configs.load import load_settings
 from configs.schema import Settings
@@ -40,15 +40,12 @@ from examples.machine import machine
 from examples.processes import Child, start, stop
 from examples.report import ARMS, Arm
 from examples.traffic import Reply, Server
-from policies.replay import is_held_out
-from trainer.dataset import Expected, Refusal, Sample, key_of, sample_of
 from trainer.gate import Judge
 from trainer.learner import batch_dtype
 from trainer.start import read_drafter
 from trainer.target_head import load_target_head
 
 DRAFT_K = 4
-JUDGED_TRACES = 64
 JUDGED_VERSIONS = 8
 DEVICE = torch.device("cuda")
 
@@ -168,15 +165,11 @@ def learning_curve(
     Args:
         spans: (phase, unix second at which it ended), in order.
     """
-    reader = open_trace_reader(settings.buffer.url, settings.run_dir)
-    traces: list[Trace] = []
-    while batch := reader.read(256):
-        traces += batch
-    traces.sort(key=lambda trace: trace.finished_unix_ms)
+    traces = all_traces(settings)
     head = load_target_head(Path(settings.target), DEVICE, batch_dtype(DEVICE))
     root = settings.run_dir / "weights"
-    fingerprint = read_manifest(root / "0").target_fingerprint
-    expected = Expected(fingerprint, (2, 8, 13), head.lm_head_VH.shape[1], len(head.lm_head_VH))
+    initial = read_manifest(root / "0")
+    fingerprint = initial.target_fingerprint
     _, bundled = read_drafter(static, head, fingerprint)
     known = versions(root)
     chosen = sorted({0, *known[:: max(1, len(known) // JUDGED_VERSIONS)], *known[-1:]})
@@ -186,7 +179,7 @@ def learning_curve(
     for index, (name, _) in enumerate(spans):
         begin = ends[index - 1] if index else 0
         own = [t for t in traces if begin < t.finished_unix_ms <= ends[index]]
-        samples = held_out(own, expected, settings)
+        samples = held_out(own, initial, head, settings)
         judge = Judge(head, DEVICE, bundled.to(DEVICE), margin=1.0)
         static_figure, points = None, []
         for version in chosen:
@@ -213,13 +206,6 @@ def learning_curve(
             }
         )
     return curves
-
-
-def held_out(traces: Sequence[Trace], expected: Expected, settings: Settings) -> list[Sample]:
-    """Traces that no version was trained on."""
-    kept = [t for t in traces if is_held_out(key_of(t), settings.trainer.held_out_every)]
-    samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in kept[-JUDGED_TRACES:]]
-    return [s for s in samples if not isinstance(s, Refusal)]
 
 
 def suffix_figures(
@@ -249,10 +235,7 @@ def follow(index: SuffixIndex, key: str, ids: list[int], at: int) -> Acceptance:
     total = Acceptance()
     while at < len(ids):
         proposed = index.propose(key, DRAFT_K) if index.match(key) else []
-        truth = ids[at : at + len(proposed)]
-        kept = 0
-        while kept < len(truth) and proposed[kept] == truth[kept]:
-            kept += 1
+        kept = num_kept(proposed, ids, at)
         total += Acceptance(1, len(proposed), kept)
         index.extend(key, ids[at : at + kept + 1])
         at += kept + 1
