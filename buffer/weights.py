@@ -197,13 +197,13 @@ def newest_sound(root: Path) -> tuple[Bundle, list[str]]:
     problems = []
     for version in sorted(versions(root), reverse=True):
         if version in denied:
-            problems.append(f"version {version} was rolled back")
+            problems.append(f"version {version} was rolled back.")
             continue
         try:
             return read_bundle(root / str(version)), problems
         except BundleError as error:
             problems.append(str(error))
-    raise ValueError(f"no version in {root} can be used: {'; '.join(problems) or 'it is empty'}")
+    raise ValueError(f"no version in {root} can be used: {' '.join(problems) or 'it is empty'}")
 
 
 def mark_in_use(root: Path, producer: str, in_use: Collection[int]) -> None:

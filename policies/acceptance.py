@@ -225,10 +225,10 @@ class AcceptanceModel:
             self._published[drafter] = new
         if new and old:
             shifts = _shifts(old, new)
-            weights = {id(e): [min(r, _CALIBRATION_WEIGHT) for r in e.reached] for e in mine}
-            moved = {id(e): list(map(_moved, e.hazards(), shifts)) for e in mine}
-            for evidence in mine:
-                evidence.become(moved[id(evidence)], weights[id(evidence)])
+            moved = [list(map(_moved, e.hazards(), shifts)) for e in mine]  # before the pool moves
+            for evidence, hazards in zip(mine, moved, strict=True):
+                weights = [min(reached, _CALIBRATION_WEIGHT) for reached in evidence.reached]
+                evidence.become(hazards, weights)
         elif new:
             for evidence in mine:
                 evidence.become([0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT)

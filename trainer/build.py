@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from pathlib import Path
@@ -37,7 +38,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head = load_target_head(folder, device, dtype)
     manifest, model = newest_drafter(settings, head, fingerprint)
-    _, incumbent = newest_drafter(settings, head, fingerprint)
+    incumbent = copy.deepcopy(model)
     vocab_size, hidden_size = head.lm_head_VH.shape
     expected = Expected(fingerprint, model.config.layer_ids, hidden_size, vocab_size)
     trainer = Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from safetensors.torch import load
@@ -12,6 +13,8 @@ from configs.schema import Settings
 from drafters.eagle3 import Eagle3, Eagle3Config
 from drafters.initial import publish_initial, random_drafter
 from trainer.target_head import TargetHead
+
+log = logging.getLogger(__name__)
 
 
 def newest_drafter(
@@ -29,7 +32,9 @@ def newest_drafter(
     root = settings.run_dir / "weights"
     if not versions(root):
         _publish_initial(settings, head, fingerprint, root)
-    bundle, _ = newest_sound(root)
+    bundle, passed_over = newest_sound(root)
+    for problem in passed_over:
+        log.warning("%s Training goes on from version %d.", problem, bundle.manifest.version)
     return _model_of(bundle, root / str(bundle.manifest.version), head, fingerprint)
 
 
