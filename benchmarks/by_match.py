@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.run_traces import all_traces, held_out, num_kept
+from benchmarks.run_traces import all_traces, by_index, held_out
 from buffer.records import Trace
 from buffer.weights import read_manifest
 from configs.load import load_settings
@@ -68,26 +68,13 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
     return accepted
 
 
-def by_index(index: SuffixIndex, trace: Trace) -> dict[int, tuple[int, int]]:
-    """Position of the last committed token -> (match length, drafted tokens that would be kept)."""
-    ids, found = trace.token_ids.tolist(), {}
-    index.begin("judged", ids[: trace.prompt_length])
-    for p in range(trace.prompt_length, len(ids) - DRAFT_K):
-        index.extend("judged", [ids[p]])
-        match = index.match("judged")
-        drafted = index.propose("judged", DRAFT_K) if match else []
-        found[p] = (match, num_kept(drafted, ids, p + 1))
-    index.finish("judged", keep=False)
-    return found
-
-
 def table(
     judged: Sequence[Trace], index: SuffixIndex, static: Accepted, newest: Accepted
 ) -> list[dict[str, Any]]:
     """One row for every match length, and one for all."""
     rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in (*MATCHES, "all")}
     for trace in judged:
-        for p, (match, kept) in by_index(index, trace).items():
+        for p, (match, kept) in by_index(index, trace, DRAFT_K).items():
             key = (key_of(trace), p)
             if key in static and key in newest:
                 figures = (kept, static[key], newest[key])

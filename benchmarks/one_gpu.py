@@ -28,7 +28,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.run_traces import JUDGED_TRACES, all_traces, held_out, num_kept
+from benchmarks.run_traces import JUDGED_TRACES, all_traces, by_index, held_out
 from buffer.records import Acceptance, Trace
 from buffer.weights import read_manifest, versions
 from configs.load import load_settings
@@ -212,34 +212,19 @@ def suffix_figures(
     traces: Sequence[Trace], ends_ms: Sequence[int], settings: Settings
 ) -> list[float | None]:
     """tokens_per_step at K = 4 of the suffix index alone on the last traces of each phase, with all
-    traffic before them in the index."""
+    traffic before them in the index; at every position, as the drafters are simulated."""
     s = settings.drafter.suffix
     index = SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
     totals = [Acceptance() for _ in ends_ms]
     last = [bisect.bisect([t.finished_unix_ms for t in traces], end) for end in ends_ms]
     for number, trace in enumerate(traces):
         phase = bisect.bisect_right(last, number)
-        ids = trace.token_ids.tolist()
-        key = str(number)
-        index.begin(key, ids[: trace.prompt_length])
         if phase < len(last) and number >= last[phase] - JUDGED_TRACES * 4:
-            totals[phase] += follow(index, key, ids, trace.prompt_length)
-        else:
-            index.extend(key, ids[trace.prompt_length :])
-        index.finish(key, keep=True)
+            kept = [count for _, count in by_index(index, trace, DRAFT_K).values()]
+            totals[phase] += Acceptance(len(kept), DRAFT_K * len(kept), sum(kept))
+        index.begin("seen", trace.token_ids.tolist())
+        index.finish("seen", keep=True)
     return [total.tokens_per_step for total in totals]
-
-
-def follow(index: SuffixIndex, key: str, ids: list[int], at: int) -> Acceptance:
-    """Draft along a finished text, committing what it says."""
-    total = Acceptance()
-    while at < len(ids):
-        proposed = index.propose(key, DRAFT_K) if index.match(key) else []
-        kept = num_kept(proposed, ids, at)
-        total += Acceptance(1, len(proposed), kept)
-        index.extend(key, ids[at : at + kept + 1])
-        at += kept + 1
-    return total
 
 
 def first_above(points: list[dict[str, Any]], figure: float | None) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from buffer.records import Manifest, Trace
 from buffer.traces import open_trace_reader
 from configs.schema import Settings
+from drafters.suffix import SuffixIndex
 from policies.replay import is_held_out
 from trainer.dataset import Expected, Refusal, Sample, key_of, sample_of
 from trainer.target_head import TargetHead
@@ -45,3 +46,20 @@ def num_kept(drafted: Sequence[int], ids: Sequence[int], at: int) -> int:
     while kept < min(len(drafted), len(ids) - at) and drafted[kept] == ids[at + kept]:
         kept += 1
     return kept
+
+
+def by_index(index: SuffixIndex, trace: Trace, draft_k: int) -> dict[int, tuple[int, int]]:
+    """What the index would draft at every position, as drafters are simulated there.
+
+    Returns:
+        Position of the last committed token -> (match length, drafted tokens that would be kept).
+    """
+    ids, found = trace.token_ids.tolist(), {}
+    index.begin("judged", ids[: trace.prompt_length])
+    for p in range(trace.prompt_length, len(ids) - draft_k):
+        index.extend("judged", [ids[p]])
+        match = index.match("judged")
+        drafted = index.propose("judged", draft_k) if match else []
+        found[p] = (match, num_kept(drafted, ids, p + 1))
+    index.finish("judged", keep=False)
+    return found
