@@ -7,7 +7,7 @@ Exploration keeps idle arms known. A probe is charged what it is predicted to lo
 arm, and is taken only from an account that grows by 0.8 % of the time spent: exploration costs
 less than 1 % however bad a drafter is, and a costly probe is late, never forgotten.
 
-``plan`` takes 90 to 110 us at batch 1 to 4 and 150 us at batch 64 (medians of thread time, CPython
+``plan`` takes 90 to 110 us at batch 1 to 4 and 190 us at batch 64 (medians of thread time, CPython
 3.11, one of two cores under a load of 5; two drafters, K to 8).
 """
 
