@@ -5,14 +5,22 @@ Shapes as in ``drafters.protocol``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from drafters.eagle3 import Eagle3
 from drafters.protocol import CommittedRows, Draft
-from specops.attention import Group, PagedPass, make_group, paged_attention
+from specops.attention import (
+    DecodePass,
+    Group,
+    PagedPass,
+    decode_attention,
+    make_group,
+    paged_attention,
+)
 from specops.sampling import SamplingRows, distribution, draw
 
 _PADDED_ROWS = 16  # requests that catch up on more rows than this get an attention group alone
@@ -41,11 +49,17 @@ class PagedEagle3:
         self.scale = c.head_dim**-0.5
 
     def run(
-        self, embeds: Tensor, hidden: Tensor, angles: tuple[Tensor, Tensor], paged: PagedPass
+        self,
+        embeds: Tensor,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        paged: PagedPass | DecodePass,
     ) -> Tensor:
         """Outputs g [T, H] of T packed rows; writes their K/V. ``angles``: from ``rope``."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if isinstance(paged, DecodePass):
+                return decode_attention(q, k, v, self.keys, self.values, paged, self.scale)
             return paged_attention(q, k, v, self.keys, self.values, paged, self.scale)
 
         out: Tensor = self.module(embeds, hidden, *angles, attend)
@@ -90,6 +104,39 @@ class PagedEagle3:
         q = None if greedy_rows is None else torch.stack([d for d in dists if d is not None], 1)
         lens = (num_draft,) * len(rows.counts_R)
         return Draft(self.kind, torch.stack(tokens, 1), lens, q, self.version)
+
+    def draft_ahead(
+        self, outputs_RH: Tensor, at: DecodePass, num_draft: int, choose: Callable[..., Tensor]
+    ) -> Tensor:
+        """Draft after anchors whose rows are in already; nothing here depends on a value.
+
+        Args:
+            outputs_RH: output of each anchor's row.
+            at: one row for each request, at the position after its anchor.
+            choose: (logits [R, Vd], number of the drafted token) -> target ids [R].
+
+        Returns:
+            [R, num_draft] int64.
+        """
+        tokens = [choose(self.module.logits(outputs_RH), 0)]
+        for ahead in range(1, num_draft):
+            embeds = self.embed(tokens[-1]).to(outputs_RH.dtype)
+            here = replace(at, first_R=at.first_R + (ahead - 1))
+            angles = self.module.rope(here.first_R)
+            outputs_RH = self.run(embeds, outputs_RH, angles, here)
+            tokens.append(choose(self.module.logits(outputs_RH), ahead))
+        return torch.stack(tokens, dim=1)
+
+    def take_in(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
+        """Compute rows that the target has just verified; returns their outputs [T, H].
+
+        Args:
+            ids_T: [T] int64 tokens of the rows.
+            features_TmH: [T, m, H] target rows of the positions before.
+        """
+        hidden = self.module.fuse(features_TmH.flatten(1))
+        embeds = self.embed(ids_T).to(hidden.dtype)
+        return self.run(embeds, hidden, self.module.rope(at.positions_RQ().reshape(-1)), at)
 
     def _drafted_steps(
         self, rows: CommittedRows, anchors_R: Tensor, num_draft: int

@@ -97,7 +97,7 @@ class Drafting:
                 self.suffix.match(s.request.id) if cap else 0
                 for s, cap in zip(batch, caps, strict=True)
             )
-        pending = sum(len(s.tokens) - s.draft_next - 1 for s in batch) if self.neural else 0
+        pending = sum(max(0, len(s.tokens) - s.draft_next - 1) for s in batch)
         return StepObs(
             step=step,
             batch=len(batch),
@@ -106,7 +106,7 @@ class Drafting:
             drafters=self.kinds,
             max_draft=max(caps),
             version=self.version,
-            pending_rows=pending,
+            pending_rows=pending if self.neural else 0,
         )
 
     def draft(self, batch: list[Sequence], drafter: str, num_draft: int) -> Draft | None:
@@ -117,12 +117,33 @@ class Drafting:
             return self._from_suffix(batch, num_draft)
         return self._from_neural(batch, num_draft)
 
-    def _from_suffix(self, batch: list[Sequence], num_draft: int) -> Draft | None:
+    def from_index(self, batch: list[Sequence], num_draft: int) -> list[list[int]]:
+        """What the suffix index proposes for each request, up to ``num_draft`` tokens."""
         assert self.suffix is not None
-        proposals = [
+        return [
             self.suffix.propose(s.request.id, min(num_draft, cap)) if (cap := self.cap(s)) else []
             for s in batch
         ]
+
+    def catch_up(self, batch: list[Sequence]) -> Tensor:
+        """The neural drafter computes all committed rows it has not seen, anchors included.
+
+        Returns:
+            [R, H] its output at each anchor.
+        """
+        assert self.neural is not None
+        outputs = self.neural.ingest(self._committed_rows(batch, 0))
+        for sequence in batch:
+            self.is_warm_to(sequence, len(sequence.tokens))
+        return outputs
+
+    def is_warm_to(self, sequence: Sequence, length: int) -> None:
+        """The neural drafter has the rows of the first ``length`` tokens."""
+        sequence.draft_next = length
+        self._ready[sequence.pages[: length // self._page_size]] = True
+
+    def _from_suffix(self, batch: list[Sequence], num_draft: int) -> Draft | None:
+        proposals = self.from_index(batch, num_draft)
         width = max(len(p) for p in proposals)
         if width == 0:
             return None
@@ -142,8 +163,7 @@ class Drafting:
         rows = self._committed_rows(batch, num_draft)
         draft = self.neural.propose(rows, num_draft, sampling, greedy_rows, draws)
         for sequence in batch:
-            sequence.draft_next = len(sequence.tokens)
-            self._ready[sequence.pages[: sequence.draft_next // self._page_size]] = True
+            self.is_warm_to(sequence, len(sequence.tokens))
         lens = tuple(min(num_draft, self.cap(s)) for s in batch)
         return Draft(draft.kind, draft.tokens_RK, lens, draft.q_RKV, draft.version)
 
@@ -151,12 +171,15 @@ class Drafting:
         """Rows draft_next .. anchor of each request, with the features of the position before."""
         assert self._features is not None
         device = self._target.device
-        ids = [token for s in batch for token in s.tokens[s.draft_next :]]
-        positions = [p for s in batch for p in range(s.draft_next, len(s.tokens))]
-        before = [s.slots[s.draft_next - 1 : len(s.tokens) - 1] for s in batch]
+        # A drafter that is warm computes the anchor's row again, for its output.
+        starts = [min(s.draft_next, len(s.tokens) - 1) for s in batch]
+        from_here = list(zip(batch, starts, strict=True))
+        ids = [token for s, start in from_here for token in s.tokens[start:]]
+        positions = [p for s, start in from_here for p in range(start, len(s.tokens))]
+        before = [s.slots[start - 1 : len(s.tokens) - 1] for s, start in from_here]
         slots = torch.from_numpy(np.concatenate(before)).to(device)
         return CommittedRows(
-            counts_R=tuple(len(s.tokens) - s.draft_next for s in batch),
+            counts_R=tuple(len(s.tokens) - start for s, start in from_here),
             ids_T=torch.tensor(ids, device=device),
             positions_T=torch.tensor(positions, device=device),
             features_TmH=self._features[slots],

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from buffer.records import Round
-from drafters.protocol import Draft
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome, StepObs
 from serving.capture import CaptureRing
 from serving.detokenize import Detokenizer
 from serving.drafting import Drafting
 from serving.packing import step_rows
+from serving.rounds import Rounds
 from serving.scheduler import Chunk, Scheduler
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
@@ -38,7 +38,7 @@ from serving.types import (
     QueueFullError,
     Request,
 )
-from serving.verifying import Rule, Verified, draft_logp, token_logprobs, verify
+from serving.verifying import Proposed, Rule, Verified, proposed, token_logprobs, verify
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,13 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """Clock readings of one step, seconds of ``perf_counter``."""
+class Step:
+    """What the requests of one step drafted and kept."""
 
-    started_s: float
-    drafted_s: float
-    has_prefill: bool
+    proposed: Proposed | None
+    verified: Verified
+    draft_s: float
+    """Seconds spent on drafting."""
 
 
 @dataclass(slots=True)
@@ -97,6 +98,7 @@ class Engine:
         model_name: str,
         seed: int,
         rule: Rule = "block",
+        rounds: Rounds | None = None,
         on_finished: Callable[[Sequence], None] | None = None,
         between_steps: Callable[[], None] | None = None,
         on_rounds: Callable[[list[tuple[int, int]]], None] | None = None,
@@ -104,6 +106,7 @@ class Engine:
         """
         Args:
             rule: verifies sampled requests that have no seed.
+            rounds: decodes the batches that fit it; ``None``: every step is put together anew.
             on_finished: takes a finished request whose rows were captured; must not block.
             between_steps: called before every step on the engine's thread; swaps weights there.
             on_rounds: told (proposed, accepted) of the rounds of a step the neural drafter drafted.
@@ -117,6 +120,7 @@ class Engine:
         self.drafting = drafting
         self.ring = ring
         self.rule = rule
+        self.rounds = rounds
         self.on_finished = on_finished
         self.between_steps = between_steps
         self.on_rounds = on_rounds
@@ -316,28 +320,57 @@ class Engine:
         obs = self.drafting.observe(batch, self._counters.num_steps) if batch else None
         decision = self.policy.plan(obs) if obs else PLAIN
         assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
+        if batch and self.rounds is not None and self.rounds.fits(batch):
+            step: Step | None = self._round(self.rounds, batch, decision, started)
+            if plan.chunks:
+                self._pass([], PLAIN, plan.chunks, started)
+        else:
+            step = self._pass(batch, decision, plan.chunks, started)
+        self._counters.num_steps += 1
+        if step is not None:
+            self._arms[(decision.drafter, decision.draft_k)] += 1
+            self._observe(obs, decision, step, started, has_prefill=bool(plan.chunks))
+        return True
+
+    def _round(
+        self, rounds: Rounds, batch: list[Sequence], decision: Decision, started: float
+    ) -> Step:
+        """Decode a batch by one program of fixed shape."""
+        source, num_draft, given = decision.drafter, decision.draft_k, None
+        if source == "suffix":
+            given = self.drafting.from_index(batch, num_draft)
+            num_draft = max(map(len, given))
+        decoded = rounds.run(batch, source if num_draft else "none", num_draft, given)
+        step_s = time.perf_counter() - started
+        share = rounds.draft_share(len(batch), num_draft) if source == "eagle3" else 0.0
+        step = Step(decoded.proposed, decoded.verified, share * step_s)
+        committed = self._commit_rounds(batch, step, decision, None, decoded.num_query, step_s)
+        self._capture(committed, decoded.computed)
+        self._after_commit(committed)
+        return step
+
+    def _pass(
+        self, batch: list[Sequence], decision: Decision, chunks: tuple[Chunk, ...], started: float
+    ) -> Step | None:
+        """Decode a batch and compute prompt chunks by a pass that is put together for them."""
         draft = self.drafting.draft(batch, decision.drafter, decision.draft_k)
-        drafted = time.perf_counter()
-        rows = step_rows(batch, draft, plan.chunks, self.target.device)
+        draft_s = time.perf_counter() - started
+        rows = step_rows(batch, draft, chunks, self.target.device)
         computed = self.target.forward(rows.ids_T, rows.positions_T, rows.paged, self.pool)
         self.drafting.keep_features(rows.paged.slots_T, computed.features_TmH)
         committed: list[Committed] = []
         num_decode_rows = len(batch) * rows.num_query
+        step = None
         if batch:
             hidden = computed.hidden_TH[:num_decode_rows].view(len(batch), rows.num_query, -1)
             logits = self.target.logits(hidden)
-            verified = verify(batch, draft, logits, self.rule)
+            step = Step(proposed(draft), verify(batch, draft, logits, self.rule), draft_s)
             step_s = time.perf_counter() - started
-            committed += self._commit_rounds(batch, draft, decision, verified, logits, step_s)
-        committed += self._commit_chunks(plan.chunks, computed, num_decode_rows)
+            committed += self._commit_rounds(batch, step, decision, logits, rows.num_query, step_s)
+        committed += self._commit_chunks(chunks, computed, num_decode_rows)
         self._capture(committed, computed)
         self._after_commit(committed)
-        self._counters.num_steps += 1
-        if batch:
-            self._arms[(decision.drafter, decision.draft_k)] += 1
-            timing = Timing(started, drafted, bool(plan.chunks))
-            self._observe(obs, draft, decision, verified, timing)
-        return True
+        return step
 
     def _take_orders(self) -> None:
         with self._wake:
@@ -361,6 +394,8 @@ class Engine:
             pages = np.asarray(sequence.pages, dtype=np.int64)
             slots = pages[:, None] * page_size + np.arange(page_size)
             sequence.slots = slots.reshape(-1)
+            if self.rounds is not None:
+                sequence.lane, sequence.lane_length = self.rounds.lanes.take(), 0
             self.drafting.begin(sequence)
 
     # ---- commit --------------------------------------------------------------------------------
@@ -368,27 +403,25 @@ class Engine:
     def _commit_rounds(
         self,
         batch: list[Sequence],
-        draft: Draft | None,
+        step: Step,
         decision: Decision,
-        verified: Verified,
-        logits: Tensor,
+        logits: Tensor | None,
+        num_query: int,
         step_s: float,
     ) -> list[Committed]:
-        num_query = logits.shape[1]
-        tokens = draft.tokens_RK.tolist() if draft else [[] for _ in batch]
-        q_logp = draft_logp(draft)
+        """Append what was verified. ``logits`` [R, Q, V], where a request asked for logprobs."""
+        draft, verified = step.proposed, step.verified
         committed = []
         for r, sequence in enumerate(batch):
-            num_drafted = draft.lens_R[r] if draft else 0
-            kept = verified.num_accepted[r]
-            proposed = tuple(tokens[r][:num_drafted])
+            drafted = draft.tokens[r] if draft else []
+            num_drafted, kept = len(drafted), verified.num_accepted[r]
             sequence.rounds.append(
                 Round(
                     anchor=len(sequence.tokens) - 1,
                     drafter=draft.kind if draft and num_drafted else "none",
                     version=self.version,
-                    draft_ids=proposed,
-                    q_logp=tuple(q_logp[r][:num_drafted]) if q_logp else None,
+                    draft_ids=tuple(drafted),
+                    q_logp=tuple(draft.q_logp[r]) if draft and draft.q_logp else None,
                     p_logp=tuple(verified.p_logp[r][: min(kept + 1, num_drafted)]),
                     num_accepted=kept,
                     next_id=verified.next_ids[r],
@@ -399,9 +432,9 @@ class Engine:
                 )
             )
             self._count_round(num_drafted, kept)
-            emitted = [*proposed[:kept], verified.next_ids[r]]
+            emitted = [*drafted[:kept], verified.next_ids[r]]
             anchor = len(sequence.tokens) - 1
-            count = self._commit_tokens(sequence, emitted, logits[r])
+            count = self._commit_tokens(sequence, emitted, None if logits is None else logits[r])
             sequence.num_proposed += num_drafted
             sequence.num_accepted += min(kept, count)
             sequence.num_computed = anchor + count
@@ -430,7 +463,7 @@ class Engine:
                 self._commit_tokens(sequence, [verified.next_ids[index]], logits[index])
         return committed
 
-    def _commit_tokens(self, sequence: Sequence, emitted: list[int], logits: Tensor) -> int:
+    def _commit_tokens(self, sequence: Sequence, emitted: list[int], logits: Tensor | None) -> int:
         """Append tokens until one ends the request; returns how many were appended."""
         sampling = sequence.request.sampling
         sequence.num_steps += 1
@@ -448,6 +481,7 @@ class Engine:
             if sequence.finish_reason:
                 break
         if sampling.logprobs is not None:
+            assert logits is not None, "a round without logits decoded a request for logprobs"
             sequence.logprobs += token_logprobs(logits[:count], emitted[:count], sampling.logprobs)
         self.drafting.extend(sequence, emitted[:count])
         self._counters.generation_tokens += count
@@ -501,6 +535,9 @@ class Engine:
         ended_well = reason in ("stop", "length")
         self.drafting.finish(sequence, keep=ended_well and request.capture)
         self.scheduler.remove(sequence)
+        if self.rounds is not None and sequence.lane is not None:
+            self.rounds.lanes.give_back(sequence.lane)
+            sequence.lane = None
         self._inflight.pop(request.id, None)
         sequence.finish_reason = reason
         if self.on_finished and request.capture and ended_well:
@@ -525,25 +562,27 @@ class Engine:
     def _observe(
         self,
         obs: StepObs | None,
-        draft: Draft | None,
         decision: Decision,
-        verified: Verified,
-        timing: Timing,
+        step: Step,
+        started: float,
+        *,
+        has_prefill: bool,
     ) -> None:
-        num_rows = len(verified.num_accepted)
-        lens = draft.lens_R if draft else (0,) * num_rows
+        accepted, draft = step.verified.num_accepted, step.proposed
+        num_rows = len(accepted)
+        lens = tuple(map(len, draft.tokens)) if draft else (0,) * num_rows
         matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * num_rows
-        rows = zip(lens, verified.num_accepted, matches, strict=True)
+        rows = zip(lens, accepted, matches, strict=True)
         self.policy.observe(
             Outcome(
                 decision=decision,
                 batch=num_rows,
                 rows=tuple(RowOutcome(*row) for row in rows),
-                step_s=time.perf_counter() - timing.started_s,
-                draft_s=timing.drafted_s - timing.started_s,
-                has_prefill=timing.has_prefill,
+                step_s=time.perf_counter() - started,
+                draft_s=step.draft_s,
+                has_prefill=has_prefill,
                 version=self.version,
             )
         )
         if self.on_rounds and draft and draft.kind == "eagle3":
-            self.on_rounds(list(zip(lens, verified.num_accepted, strict=True)))
+            self.on_rounds(list(zip(lens, accepted, strict=True)))

@@ -39,6 +39,10 @@ class Sequence:
     """Rounds so far; the nonce of its random numbers."""
     draft_next: int = 1
     """Next position whose drafter row is to be computed (row 0 does not exist)."""
+    lane: int | None = None
+    """Its row of the state on the device, while it runs."""
+    lane_length: int = 0
+    """Tokens that row knows of."""
     num_emitted: int = 0
     """Completion tokens already sent out."""
     finish_reason: FinishReason | None = None

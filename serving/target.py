@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from specops.attention import PagedPass, paged_attention
+from specops.attention import DecodePass, PagedPass, decode_attention, paged_attention
 
 ATTENTION_NAME = "slipstream_paged"
 
@@ -56,13 +56,14 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     *,
-    paged: PagedPass,
+    paged: PagedPass | DecodePass,
     pool: KvPool,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function Hugging Face calls in every layer: q, k, v are [1, heads, T, D]."""
     layer = module.layer_idx
-    out = paged_attention(
+    attend: Any = decode_attention if isinstance(paged, DecodePass) else paged_attention
+    out = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -175,7 +176,7 @@ class Target:
         )
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass, pool: KvPool
+        self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass | DecodePass, pool: KvPool
     ) -> TargetRows:
         """One pass over T packed rows of any requests.
 

@@ -30,6 +30,17 @@ class Verified:
     """[R][K] log probability of each draft token under the target's shaped distribution."""
 
 
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """Host-side record of a draft."""
+
+    kind: str
+    tokens: list[list[int]]
+    """[R][its own number of tokens]"""
+    q_logp: list[list[float]] | None
+    """Log q of each of them; ``None`` for a delta draft."""
+
+
 Rule = Literal["block", "standard"]
 
 
@@ -84,13 +95,16 @@ def _greedy(accepted: list[int], following: list[int], num_draft: int) -> Verifi
     return Verified(accepted, following, p_logp)
 
 
-def draft_logp(draft: Draft | None) -> list[list[float]] | None:
-    """[R][K] log q of each drawn token, or ``None`` for a delta draft."""
-    if draft is None or draft.q_RKV is None:
+def proposed(draft: Draft | None) -> Proposed | None:
+    """What was drafted, read from the device."""
+    if draft is None:
         return None
+    tokens = [row[:n] for row, n in zip(draft.tokens_RK.tolist(), draft.lens_R, strict=True)]
+    if draft.q_RKV is None:
+        return Proposed(draft.kind, tokens, None)
     q = draft.q_RKV.gather(-1, draft.tokens_RK[..., None])[..., 0]
-    logs: list[list[float]] = q.double().log().tolist()
-    return logs
+    logs = zip(q.double().log().tolist(), draft.lens_R, strict=True)
+    return Proposed(draft.kind, tokens, [row[:n] for row, n in logs])
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprob]:

@@ -28,6 +28,7 @@ from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool
+from serving.rounds import Rounds
 from serving.scheduler import Scheduler
 from serving.target import Target
 from serving.types import Output, Request, SamplingParams
@@ -119,6 +120,7 @@ def make_engine(
     seed: int = 1,
     eos_ids: frozenset[int] = frozenset(),
     rule: Rule = "block",
+    rounds: bool = False,
 ) -> Engine:
     """An engine over ``model`` with a random EAGLE-3 drafter unless one is given."""
     if drafter is None:
@@ -129,16 +131,29 @@ def make_engine(
     num_slots = num_pages * page_size
     neural = PagedEagle3(drafter, target.embed, num_slots)
     index = SuffixIndex(2, 8, 10_000) if suffix else None
+    pool = target.make_pool(num_slots)
+    drafting = Drafting(target, neural, index, num_pages, page_size, max_draft)
     return Engine(
         target=target,
-        pool=target.make_pool(num_slots),
+        pool=pool,
         scheduler=Scheduler(
             PagePool(num_pages, prefix_cache), page_size, max_batch, prefill_chunk, max_draft
         ),
         tokenizer=tiny_tokenizer(),
         eos_ids=eos_ids,
         policy=policy or RandomPolicy(),
-        drafting=Drafting(target, neural, index, num_pages, page_size, max_draft),
+        drafting=drafting,
+        rounds=Rounds(
+            target,
+            pool,
+            drafting,
+            max_batch=max_batch,
+            max_model_len=256,
+            page_size=page_size,
+            graphs=False,
+        )
+        if rounds
+        else None,
         ring=CaptureRing(ring_rows, len(target.layer_ids), target.config.hidden_size),
         max_model_len=256,
         max_queue=100_000,

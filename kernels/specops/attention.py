@@ -135,3 +135,52 @@ def paged_attention(
         out = attend(q, keys, values, group, scale, window, softcap)
         outs.append(out.flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePass:
+    """Rows of R requests with equally many query rows each, as CUDA graphs need them: what is
+    launched depends on shapes alone."""
+
+    pages_RP: Tensor
+    """[R, P] integer page ids; slot = page * page_size + offset. Page 0 is for padding."""
+    first_R: Tensor
+    """[R] integer position of each request's first query row; row j is at first + j."""
+    num_query: int
+    """Q; the pass has R * Q packed rows, request-major."""
+    page_size: int
+    first_key: int = 0
+    """First valid key."""
+
+    def positions_RQ(self) -> Tensor:
+        """[R, Q] int64."""
+        ahead = torch.arange(self.num_query, device=self.first_R.device)
+        return self.first_R[:, None].long() + ahead
+
+    def slots_T(self) -> Tensor:
+        """[T] int64 slot of every row; rows at negative positions go to slot 0."""
+        positions = self.positions_RQ()
+        at = positions.clamp(min=0)
+        pages = self.pages_RP.gather(1, at // self.page_size).long()
+        slots = pages * self.page_size + at % self.page_size
+        return torch.where(positions < 0, 0, slots).reshape(-1)
+
+
+def decode_attention(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    decode: DecodePass,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``paged_attention`` of a ``DecodePass``: the definition, without a look at any value."""
+    num_requests = len(decode.pages_RP)
+    offsets = torch.arange(decode.page_size, device=q_THD.device)
+    slots = decode.pages_RP.long()[:, :, None] * decode.page_size + offsets
+    group = make_group(0, slots.view(num_requests, -1), decode.positions_RQ(), decode.first_key)
+    paged = PagedPass(decode.slots_T(), (group,))
+    return paged_attention(q_THD, k_THD, v_THD, keys, values, paged, scale, window, softcap)

@@ -1,0 +1,170 @@
+"""What a round must know of the requests in flight, on the device: one row, a lane, for each.
+
+A round reads its lanes and writes what it committed back, so that the next one can start before the
+host has seen the outcome of this one. The host writes a lane only when it knows better: when a
+request begins to decode, and after a step that was computed outside of a round.
+
+Shapes: L lanes, P pages of a lane, C recent tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.sequence import Sequence
+
+_LENGTH, _NONCE, _RECENT = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRows:
+    """The lanes of one batch, gathered: R requests."""
+
+    ints: Tensor
+    """[R, columns] int64."""
+    floats: Tensor
+    """[R, 3] float32."""
+    num_recent: int
+
+    @property
+    def length_R(self) -> Tensor:
+        """[R] committed tokens, the anchor included."""
+        return self.ints[:, _LENGTH]
+
+    @property
+    def nonce_R(self) -> Tensor:
+        """[R] rounds so far."""
+        return self.ints[:, _NONCE]
+
+    @property
+    def recent_RC(self) -> Tensor:
+        """[R, C] the last committed tokens; the last of them is the anchor."""
+        return self.ints[:, _RECENT : _RECENT + self.num_recent]
+
+    def _fixed(self, index: int) -> Tensor:
+        return self.ints[:, _RECENT + self.num_recent + index]
+
+    @property
+    def limit_R(self) -> Tensor:
+        """[R] length at which the request ends."""
+        return self._fixed(0)
+
+    @property
+    def cap_R(self) -> Tensor:
+        """[R] most tokens that may be drafted for the request in one round."""
+        return self._fixed(1)
+
+    @property
+    def key_R(self) -> Tensor:
+        """[R] key of its random numbers, the 64 bits as a signed number."""
+        return self._fixed(2)
+
+    @property
+    def by_match_R(self) -> Tensor:
+        """[R] bool: greedy or seeded, verified by ``match``."""
+        return self._fixed(3) != 0
+
+    @property
+    def top_k_R(self) -> Tensor:
+        """[R]"""
+        return self._fixed(4)
+
+    @property
+    def pages_RP(self) -> Tensor:
+        """[R, P] page ids; 0 where the request has none."""
+        return self.ints[:, _RECENT + self.num_recent + 5 :]
+
+    @property
+    def temperature_R(self) -> Tensor:
+        """[R]"""
+        return self.floats[:, 0]
+
+    @property
+    def top_p_R(self) -> Tensor:
+        """[R]"""
+        return self.floats[:, 1]
+
+    @property
+    def min_p_R(self) -> Tensor:
+        """[R]"""
+        return self.floats[:, 2]
+
+
+class Lanes:
+    """All lanes. The last one belongs to nobody: rows that fill up a batch use it."""
+
+    def __init__(
+        self,
+        max_batch: int,
+        pages_each: int,
+        max_draft: int,
+        hidden_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_recent = max_draft + 1
+        self.padding = max_batch
+        self._vocab_size = vocab_size
+        self._max_draft = max_draft
+        columns = _RECENT + self.num_recent + 5 + pages_each
+        self.ints = torch.zeros((max_batch + 1, columns), dtype=torch.int64, device=device)
+        self.ints[self.padding, : _RECENT + self.num_recent + 1] = 0
+        self.ints[self.padding, _LENGTH] = 1
+        self.ints[self.padding, _RECENT + self.num_recent] = 1
+        self.floats = torch.zeros((max_batch + 1, 3), dtype=torch.float32, device=device)
+        self.outputs_LH = torch.zeros((max_batch + 1, hidden_size), dtype=dtype, device=device)
+        """The neural drafter's output at each anchor: its next draft starts there."""
+        self._free = list(range(max_batch - 1, -1, -1))
+
+    def take(self) -> int:
+        """A lane for a request that was admitted."""
+        return self._free.pop()
+
+    def give_back(self, lane: int) -> None:
+        """Its request has ended."""
+        self._free.append(lane)
+
+    def write(self, sequences: list[Sequence]) -> None:
+        """Tell the device what the host knows of these requests."""
+        rows = np.zeros((len(sequences), self.ints.shape[1]), dtype=np.int64)
+        floats = np.zeros((len(sequences), 3), dtype=np.float32)
+        for row, reals, sequence in zip(rows, floats, sequences, strict=True):
+            sampling = sequence.request.sampling
+            row[_LENGTH], row[_NONCE] = len(sequence.tokens), sequence.num_rounds
+            recent = sequence.tokens[-self.num_recent :]
+            row[_RECENT + self.num_recent - len(recent) : _RECENT + self.num_recent] = recent
+            cap = sequence.request.max_draft
+            row[_RECENT + self.num_recent :][:5] = (
+                sequence.num_prompt + sampling.max_tokens,
+                self._max_draft if cap is None else min(cap, self._max_draft),
+                np.uint64(sequence.key).astype(np.int64),
+                sequence.matches_target,
+                min(sampling.top_k or self._vocab_size, self._vocab_size),
+            )
+            row[_RECENT + self.num_recent + 5 :][: len(sequence.pages)] = sequence.pages
+            reals[:] = sampling.temperature, sampling.top_p, sampling.min_p
+        device = self.ints.device
+        index = torch.tensor([s.lane for s in sequences], device=device)
+        self.ints.index_copy_(0, index, torch.from_numpy(rows).to(device))
+        self.floats.index_copy_(0, index, torch.from_numpy(floats).to(device))
+
+    def rows(self, lanes_R: Tensor) -> LaneRows:
+        """The lanes of a batch."""
+        return LaneRows(
+            self.ints.index_select(0, lanes_R),
+            self.floats.index_select(0, lanes_R),
+            self.num_recent,
+        )
+
+    def commit(self, lanes_R: Tensor, rows: LaneRows, emitted_RQ: Tensor, count_R: Tensor) -> None:
+        """Append the first ``count`` of each request's emitted tokens."""
+        tokens = torch.cat((rows.recent_RC, emitted_RQ), dim=1)
+        window = count_R[:, None] + torch.arange(self.num_recent, device=tokens.device)
+        news = (rows.length_R + count_R)[:, None], (rows.nonce_R + 1)[:, None]
+        fresh = torch.cat((*news, tokens.gather(1, window)), dim=1)
+        self.ints[:, : fresh.shape[1]].index_copy_(0, lanes_R, fresh)

@@ -1,0 +1,295 @@
+"""A whole round as one program of fixed shape: draft, verify, commit, and the drafter's own rows.
+
+Nothing in it looks at a value: shapes, launches and addresses depend on (batch bucket, K, source)
+alone, so that every such program is captured in a CUDA graph at start-up and a round is one launch.
+The requests' state is in lanes on the device and is committed there; the host uploads which lanes
+take part (and what the suffix index proposes) and reads back what was decided.
+
+A drafter's rows are computed at the end of the round that committed them, K + 1 at once, and the
+output at the new anchor is kept in the lane: the next draft starts from it whatever its K is.
+
+Shapes: R requests (a bucket's, the last ones may be padding), K draft tokens, Q = K + 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serving.drafting import Drafting
+from serving.lanes import LaneRows, Lanes
+from serving.sequence import Sequence
+from serving.target import KvPool, Target, TargetRows
+from serving.verifying import Proposed, Verified
+from specops.attention import DecodePass
+from specops.verify import verify_match
+
+log = logging.getLogger(__name__)
+
+_Key = tuple[int, int, str]
+"""Batch bucket, K, and who drafts: ``eagle3``, or ``suffix``, whose tokens are uploaded."""
+_WARM_UPS = 2
+_TIMED = 5
+
+
+def buckets(max_batch: int) -> list[int]:
+    """Batch sizes that programs exist for: 1, 2, 4, ... and ``max_batch`` itself."""
+    sizes = []
+    size = 1
+    while size < max_batch:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, max_batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What one round decided, on the host, and the rows it computed, on the device."""
+
+    proposed: Proposed | None
+    verified: Verified
+    computed: TargetRows
+    """R * Q rows, valid until the next round."""
+    num_query: int
+
+
+class Rounds:
+    """The programs of one engine, their inputs and outputs."""
+
+    def __init__(
+        self,
+        target: Target,
+        pool: KvPool,
+        drafting: Drafting,
+        *,
+        max_batch: int,
+        max_model_len: int,
+        page_size: int,
+        graphs: bool,
+    ) -> None:
+        """
+        Args:
+            graphs: capture the programs (CUDA); else they run as they are.
+        """
+        self._target, self._pool, self._drafting = target, pool, drafting
+        self._page_size = page_size
+        self._graphs = graphs
+        self._memory = torch.cuda.graph_pool_handle() if graphs else None
+        self._max_draft = max_draft = drafting.max_draft
+        self._buckets = buckets(max_batch)
+        device, hidden = target.device, target.config.hidden_size
+        self.lanes = Lanes(
+            max_batch,
+            -(-(max_model_len + max_draft + 1) // page_size),
+            max_draft,
+            hidden,
+            target.vocab_size,
+            target.dtype,
+            device,
+        )
+        # What programs read and write has an address of its own: they share all other memory.
+        pinned = device.type == "cuda"
+        self._inputs = torch.zeros((max_batch, 2 + max_draft), dtype=torch.int64, device=device)
+        self._inputs_host = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=pinned)
+        self._outputs = torch.zeros((max_batch, 3 + max_draft), dtype=torch.int64, device=device)
+        self._outputs_host = torch.zeros(self._outputs.shape, dtype=torch.int64, pin_memory=pinned)
+        most_rows = max_batch * (max_draft + 1)
+        shape = (most_rows, len(target.layer_ids), hidden)
+        self._features = torch.zeros(shape, dtype=target.dtype, device=device)
+        self._hidden = torch.zeros((most_rows, hidden), dtype=target.dtype, device=device)
+        self._programs: dict[_Key, Callable[[], None]] = {}
+        self._draft_share: dict[tuple[int, int], float] = {}
+
+    # ---- running -------------------------------------------------------------------------------
+
+    def fits(self, batch: list[Sequence]) -> bool:
+        """Whether a round can decode all of them; the engine's other path takes the rest."""
+        return all(s.is_greedy and s.request.sampling.logprobs is None for s in batch)
+
+    def draft_share(self, num_rows: int, num_draft: int) -> float:
+        """Share of a round of the neural drafter that is spent on drafting."""
+        return self._draft_share.get((self._bucket(num_rows), num_draft), 0.0)
+
+    def run(
+        self, batch: list[Sequence], source: str, num_draft: int, given: list[list[int]] | None
+    ) -> Decoded:
+        """Decode every request of ``batch`` by one round.
+
+        Args:
+            given: what the suffix index proposes for each, if it is the source.
+        """
+        stale = [s for s in batch if s.lane_length != len(s.tokens)]
+        if stale:
+            self.lanes.write(stale)
+        if source == "eagle3":
+            self._warm(batch)
+        size = self._bucket(len(batch))
+        inputs = self._inputs_host[:size]
+        inputs[:, 0] = self.lanes.padding
+        inputs[: len(batch), 0] = torch.tensor([s.lane for s in batch])
+        if given is not None:
+            inputs[:, 1] = 0
+            padded = [[len(p), *p, *[0] * (self._max_draft - len(p))] for p in given]
+            inputs[: len(batch), 1:] = torch.tensor(padded)
+        self._inputs[:size].copy_(inputs, non_blocking=True)
+        self._program(size, num_draft, source)()
+        self._outputs_host[:size].copy_(self._outputs[:size], non_blocking=True)
+        if self._graphs:
+            torch.cuda.current_stream().synchronize()
+        return self._read(batch, source, num_draft)
+
+    def _warm(self, batch: list[Sequence]) -> None:
+        """The drafter catches up on requests that were decoded without it."""
+        cold = [s for s in batch if s.draft_next != len(s.tokens)]
+        if cold:
+            lanes = torch.tensor([s.lane for s in cold], device=self._target.device)
+            self.lanes.outputs_LH.index_copy_(0, lanes, self._drafting.catch_up(cold))
+
+    def _read(self, batch: list[Sequence], source: str, num_draft: int) -> Decoded:
+        rows = self._outputs_host[: len(batch), : 3 + num_draft].tolist()
+        accepted, following, lens = ([row[i] for row in rows] for i in range(3))
+        tokens = [row[3 : 3 + n] for row, n in zip(rows, lens, strict=True)]
+        proposed = Proposed(source, tokens, None) if num_draft else None
+        p_logp = [
+            [0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted
+        ]  # greedy: certain, or impossible
+        for sequence, kept in zip(batch, accepted, strict=True):
+            sequence.lane_length = len(sequence.tokens) + kept + 1
+            if source == "eagle3":
+                self._drafting.is_warm_to(sequence, sequence.lane_length)
+        num_rows = len(batch) * (num_draft + 1)
+        computed = TargetRows(self._features[:num_rows], self._hidden[:num_rows])
+        return Decoded(proposed, Verified(accepted, following, p_logp), computed, num_draft + 1)
+
+    # ---- programs ------------------------------------------------------------------------------
+
+    def capture_all(self) -> None:
+        """Make every program, the largest first so that all fit the memory of the first, and time
+        what drafting costs."""
+        started = time.perf_counter()
+        sources = ["eagle3"] if self._drafting.neural else []
+        for size in reversed(self._buckets):
+            for num_draft in range(self._max_draft, -1, -1):
+                for source in (*sources, "suffix") if num_draft else ("none",):
+                    self._program(size, num_draft, source)
+                if num_draft and sources:
+                    with_draft = self._seconds((size, num_draft, "eagle3"))
+                    without = self._seconds((size, num_draft, "suffix"))
+                    share = max(0.0, 1 - without / with_draft)
+                    self._draft_share[size, num_draft] = share
+        log.info("%d rounds ready in %.1f s", len(self._programs), time.perf_counter() - started)
+
+    def _seconds(self, key: _Key) -> float:
+        program = self._programs[key]
+        times = []
+        for _ in range(_TIMED):
+            self._synchronize()
+            started = time.perf_counter()
+            program()
+            self._synchronize()
+            times.append(time.perf_counter() - started)
+        return sorted(times)[_TIMED // 2]
+
+    def _synchronize(self) -> None:
+        if self._graphs:
+            torch.cuda.synchronize()
+
+    def _bucket(self, num_rows: int) -> int:
+        return next(size for size in self._buckets if size >= num_rows)
+
+    def _program(self, size: int, num_draft: int, source: str) -> Callable[[], None]:
+        key = (size, num_draft, source)
+        if key not in self._programs:
+            self._programs[key] = self._make(size, num_draft, source)
+        return self._programs[key]
+
+    def _make(self, size: int, num_draft: int, source: str) -> Callable[[], None]:
+        def program() -> None:
+            self._round(size, num_draft, source)
+
+        if not self._graphs:
+            return program
+        self._inputs[:size] = 0
+        self._inputs[:size, 0] = self.lanes.padding
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                program()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            program()
+        return graph.replay
+
+    # ---- the round itself ----------------------------------------------------------------------
+
+    def _round(self, size: int, num_draft: int, source: str) -> None:
+        lanes = self._inputs[:size, 0]
+        rows = self.lanes.rows(lanes)
+        anchors = rows.length_R - 1
+        lens = self._room(rows, num_draft)
+        if source == "eagle3":
+            drafts = self._draft(lanes, rows, num_draft)
+        else:
+            drafts = self._inputs[:size, 2 : 2 + num_draft]
+            lens = torch.minimum(lens, self._inputs[:size, 1]) if num_draft else lens
+        block = torch.cat((rows.recent_RC[:, -1:], drafts), dim=1)
+        here = DecodePass(rows.pages_RP, anchors, num_draft + 1, self._page_size)
+        positions = here.positions_RQ().reshape(-1)
+        computed = self._target.forward(block.reshape(-1), positions, here, self._pool)
+        self._drafting.keep_features(here.slots_T(), computed.features_TmH)
+        logits = self._target.logits(computed.hidden_TH.view(size, num_draft + 1, -1))
+        accepted, following = verify_match(logits.argmax(-1), drafts, lens)
+        count = torch.minimum(accepted + 1, rows.limit_R - rows.length_R)
+        place = torch.arange(num_draft + 1, device=lanes.device)
+        padded = torch.nn.functional.pad(drafts, (0, 1))
+        emitted = torch.where(place < accepted[:, None], padded, following[:, None])
+        if source == "eagle3":
+            self._take_in(lanes, rows, emitted, accepted, computed)
+        self.lanes.commit(lanes, rows, emitted, count)
+        decided = torch.stack((accepted, following, lens), dim=1)
+        self._outputs[:size, : 3 + num_draft] = torch.cat((decided, drafts), dim=1)
+        num_rows = size * (num_draft + 1)
+        self._features[:num_rows].copy_(computed.features_TmH)
+        self._hidden[:num_rows].copy_(computed.hidden_TH)
+
+    def _room(self, rows: LaneRows, num_draft: int) -> Tensor:
+        """[R] tokens that may be drafted: the last token of a request is the target's own."""
+        left = rows.limit_R - rows.length_R - 1
+        return torch.minimum(rows.cap_R, left).clamp(min=0, max=num_draft)
+
+    def _draft(self, lanes: Tensor, rows: LaneRows, num_draft: int) -> Tensor:
+        neural = self._drafting.neural
+        assert neural is not None
+        ahead = DecodePass(rows.pages_RP, rows.length_R, 1, self._page_size, first_key=1)
+        outputs = self.lanes.outputs_LH.index_select(0, lanes)
+
+        def best(logits: Tensor, _number: int) -> Tensor:
+            return neural.module.to_target_ids(logits.argmax(-1))
+
+        return neural.draft_ahead(outputs, ahead, num_draft, best)
+
+    def _take_in(
+        self,
+        lanes: Tensor,
+        rows: LaneRows,
+        emitted: Tensor,
+        accepted: Tensor,
+        computed: TargetRows,
+    ) -> None:
+        """The drafter computes the rows after the old anchor; those behind the new one are
+        overwritten before anybody sees them."""
+        neural = self._drafting.neural
+        assert neural is not None
+        num_query = emitted.shape[1]
+        at = DecodePass(rows.pages_RP, rows.length_R, num_query, self._page_size, first_key=1)
+        outputs = neural.take_in(emitted.reshape(-1), computed.features_TmH, at)
+        index = torch.arange(len(lanes), device=lanes.device) * num_query + accepted
+        self.lanes.outputs_LH.index_copy_(0, lanes, outputs.index_select(0, index))
