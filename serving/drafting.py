@@ -80,6 +80,11 @@ class Drafting:
         if self._features is not None:
             self._features.index_copy_(0, slots_T, features_TmH)
 
+    def features_at(self, slots_T: Tensor) -> Tensor:
+        """[T, m, H] tapped rows stored for some slots."""
+        assert self._features is not None
+        return self._features.index_select(0, slots_T)
+
     def cap(self, sequence: Sequence) -> int:
         """Largest K this request may have now: the last token is always the target's own."""
         asked = sequence.request.max_draft

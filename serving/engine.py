@@ -25,6 +25,8 @@ from serving.capture import CaptureRing
 from serving.detokenize import Detokenizer
 from serving.drafting import Drafting
 from serving.packing import step_rows
+from serving.prefill import Prefill
+from serving.programs import Programs
 from serving.rounds import Rounds
 from serving.scheduler import Chunk, Scheduler
 from serving.sequence import Sequence
@@ -98,7 +100,7 @@ class Engine:
         model_name: str,
         seed: int,
         rule: Rule = "block",
-        rounds: Rounds | None = None,
+        programs: Programs | None = None,
         on_finished: Callable[[Sequence], None] | None = None,
         between_steps: Callable[[], None] | None = None,
         on_rounds: Callable[[list[tuple[int, int]]], None] | None = None,
@@ -106,7 +108,8 @@ class Engine:
         """
         Args:
             rule: verifies sampled requests that have no seed.
-            rounds: decodes the batches that fit it; ``None``: every step is put together anew.
+            programs: compute the batches and chunks that fit them; ``None``: every step is put
+                together anew.
             on_finished: takes a finished request whose rows were captured; must not block.
             between_steps: called before every step on the engine's thread; swaps weights there.
             on_rounds: told (proposed, accepted) of the rounds of a step the neural drafter drafted.
@@ -120,7 +123,7 @@ class Engine:
         self.drafting = drafting
         self.ring = ring
         self.rule = rule
-        self.rounds = rounds
+        self.programs = programs
         self.on_finished = on_finished
         self.between_steps = between_steps
         self.on_rounds = on_rounds
@@ -320,12 +323,15 @@ class Engine:
         obs = self.drafting.observe(batch, self._counters.num_steps) if batch else None
         decision = self.policy.plan(obs) if obs else PLAIN
         assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
-        if batch and self.rounds is not None and self.rounds.fits(batch):
-            step: Step | None = self._round(self.rounds, batch, decision, started)
-            if plan.chunks:
-                self._pass([], PLAIN, plan.chunks, started)
-        else:
-            step = self._pass(batch, decision, plan.chunks, started)
+        chunks, step = plan.chunks, None
+        if self.programs is not None and chunks and self.programs.prefill.fits(chunks):
+            self._prefill(self.programs.prefill, chunks)
+            chunks = ()
+        if self.programs is not None and batch and self.programs.rounds.fits(batch):
+            step = self._round(self.programs.rounds, batch, decision, started)
+            batch = []
+        if batch or chunks:
+            step = self._pass(batch, decision, chunks, started) or step
         self._counters.num_steps += 1
         if step is not None:
             self._arms[(decision.drafter, decision.draft_k)] += 1
@@ -349,11 +355,20 @@ class Engine:
         self._after_commit(committed)
         return step
 
+    def _prefill(self, prefill: Prefill, chunks: tuple[Chunk, ...]) -> None:
+        """Compute prompt chunks by one program of fixed shape."""
+        computed, starts, logits = prefill.run(chunks)
+        committed = self._commit_chunks(chunks, starts, logits)
+        self._capture(committed, computed)
+        self._after_commit(committed)
+
     def _pass(
         self, batch: list[Sequence], decision: Decision, chunks: tuple[Chunk, ...], started: float
     ) -> Step | None:
         """Decode a batch and compute prompt chunks by a pass that is put together for them."""
-        draft = self.drafting.draft(batch, decision.drafter, decision.draft_k)
+        draft = None
+        if batch:
+            draft = self.drafting.draft(batch, decision.drafter, decision.draft_k)
         draft_s = time.perf_counter() - started
         rows = step_rows(batch, draft, chunks, self.target.device)
         computed = self.target.forward(rows.ids_T, rows.positions_T, rows.paged, self.pool)
@@ -367,7 +382,14 @@ class Engine:
             step = Step(proposed(draft), verify(batch, draft, logits, self.rule), draft_s)
             step_s = time.perf_counter() - started
             committed += self._commit_rounds(batch, step, decision, logits, rows.num_query, step_s)
-        committed += self._commit_chunks(chunks, computed, num_decode_rows)
+        starts = [num_decode_rows]
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk.end - chunk.start)
+        last = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
+        if chunks:
+            ends = torch.tensor(last, dtype=torch.int64, device=self.target.device)
+            chunk_logits = self.target.logits(computed.hidden_TH[ends])
+            committed += self._commit_chunks(chunks, starts, chunk_logits)
         self._capture(committed, computed)
         self._after_commit(committed)
         return step
@@ -394,8 +416,8 @@ class Engine:
             pages = np.asarray(sequence.pages, dtype=np.int64)
             slots = pages[:, None] * page_size + np.arange(page_size)
             sequence.slots = slots.reshape(-1)
-            if self.rounds is not None:
-                sequence.lane, sequence.lane_length = self.rounds.lanes.take(), 0
+            if self.programs is not None:
+                sequence.lane = self.programs.lanes.take()
             self.drafting.begin(sequence)
 
     # ---- commit --------------------------------------------------------------------------------
@@ -442,25 +464,24 @@ class Engine:
         return committed
 
     def _commit_chunks(
-        self, chunks: tuple[Chunk, ...], computed: TargetRows, row: int
+        self, chunks: tuple[Chunk, ...], starts: list[int], logits: Tensor
     ) -> list[Committed]:
-        """Prompt rows are committed as they are; chunks that reach the anchor yield a token."""
-        committed, ends = [], []
-        for chunk in chunks:
+        """Prompt rows are committed as they are; chunks that reach the anchor yield a token.
+
+        Args:
+            starts: first packed row of each chunk.
+            logits: [N, V] of the last row of each of the N chunks that reach their anchor.
+        """
+        committed = []
+        for chunk, row in zip(chunks, starts, strict=False):
+            chunk.sequence.num_computed = chunk.end
             count = chunk.end - chunk.start
             committed.append(Committed(chunk.sequence, row, chunk.start, count))
-            row += count
-            ends.append(row - 1)
-        done = [(c.sequence, at) for c, at in zip(chunks, ends, strict=True) if c.is_last]
-        for chunk in chunks:
-            chunk.sequence.num_computed = chunk.end
+        done = [chunk.sequence for chunk in chunks if chunk.is_last]
         if done:
-            sequences = [sequence for sequence, _ in done]
-            rows = torch.tensor([at for _, at in done], device=self.target.device)
-            logits = self.target.logits(computed.hidden_TH[rows][:, None])
-            verified = verify(sequences, None, logits)
-            for index, sequence in enumerate(sequences):
-                self._commit_tokens(sequence, [verified.next_ids[index]], logits[index])
+            verified = verify(done, None, logits[:, None], self.rule)
+            for index, sequence in enumerate(done):
+                self._commit_tokens(sequence, [verified.next_ids[index]], logits[index, None])
         return committed
 
     def _commit_tokens(self, sequence: Sequence, emitted: list[int], logits: Tensor | None) -> int:
@@ -535,8 +556,8 @@ class Engine:
         ended_well = reason in ("stop", "length")
         self.drafting.finish(sequence, keep=ended_well and request.capture)
         self.scheduler.remove(sequence)
-        if self.rounds is not None and sequence.lane is not None:
-            self.rounds.lanes.give_back(sequence.lane)
+        if self.programs is not None and sequence.lane is not None:
+            self.programs.lanes.give_back(sequence.lane)
             sequence.lane = None
         self._inflight.pop(request.id, None)
         sequence.finish_reason = reason

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from serving.sequence import Sequence
+from serving.target import Target
 
 _LENGTH, _NONCE, _RECENT = 0, 1, 2
+_NUM_FIXED = 5
+"""Columns between the recent tokens and the pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class LaneRows:
     @property
     def pages_RP(self) -> Tensor:
         """[R, P] page ids; 0 where the request has none."""
-        return self.ints[:, _RECENT + self.num_recent + 5 :]
+        return self.ints[:, _RECENT + self.num_recent + _NUM_FIXED :]
 
     @property
     def temperature_R(self) -> Tensor:
@@ -97,27 +100,19 @@ class LaneRows:
 class Lanes:
     """All lanes. The last one belongs to nobody: rows that fill up a batch use it."""
 
-    def __init__(
-        self,
-        max_batch: int,
-        pages_each: int,
-        max_draft: int,
-        hidden_size: int,
-        vocab_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, max_batch: int, pages_each: int, max_draft: int, target: Target) -> None:
         self.num_recent = max_draft + 1
         self.padding = max_batch
-        self._vocab_size = vocab_size
+        self._vocab_size = target.vocab_size
         self._max_draft = max_draft
-        columns = _RECENT + self.num_recent + 5 + pages_each
+        columns = _RECENT + self.num_recent + _NUM_FIXED + pages_each
+        device = target.device
         self.ints = torch.zeros((max_batch + 1, columns), dtype=torch.int64, device=device)
-        self.ints[self.padding, : _RECENT + self.num_recent + 1] = 0
         self.ints[self.padding, _LENGTH] = 1
-        self.ints[self.padding, _RECENT + self.num_recent] = 1
+        self.ints[self.padding, _RECENT + self.num_recent] = 1  # its limit: nothing is committed
         self.floats = torch.zeros((max_batch + 1, 3), dtype=torch.float32, device=device)
-        self.outputs_LH = torch.zeros((max_batch + 1, hidden_size), dtype=dtype, device=device)
+        shape = (max_batch + 1, target.config.hidden_size)
+        self.outputs_LH = torch.zeros(shape, dtype=target.dtype, device=device)
         """The neural drafter's output at each anchor: its next draft starts there."""
         self._free = list(range(max_batch - 1, -1, -1))
 
@@ -131,6 +126,8 @@ class Lanes:
 
     def write(self, sequences: list[Sequence]) -> None:
         """Tell the device what the host knows of these requests."""
+        if not sequences:
+            return
         rows = np.zeros((len(sequences), self.ints.shape[1]), dtype=np.int64)
         floats = np.zeros((len(sequences), 3), dtype=np.float32)
         for row, reals, sequence in zip(rows, floats, sequences, strict=True):
@@ -139,19 +136,21 @@ class Lanes:
             recent = sequence.tokens[-self.num_recent :]
             row[_RECENT + self.num_recent - len(recent) : _RECENT + self.num_recent] = recent
             cap = sequence.request.max_draft
-            row[_RECENT + self.num_recent :][:5] = (
+            row[_RECENT + self.num_recent :][:_NUM_FIXED] = (
                 sequence.num_prompt + sampling.max_tokens,
                 self._max_draft if cap is None else min(cap, self._max_draft),
                 np.uint64(sequence.key).astype(np.int64),
                 sequence.matches_target,
                 min(sampling.top_k or self._vocab_size, self._vocab_size),
             )
-            row[_RECENT + self.num_recent + 5 :][: len(sequence.pages)] = sequence.pages
+            row[_RECENT + self.num_recent + _NUM_FIXED :][: len(sequence.pages)] = sequence.pages
             reals[:] = sampling.temperature, sampling.top_p, sampling.min_p
         device = self.ints.device
         index = torch.tensor([s.lane for s in sequences], device=device)
         self.ints.index_copy_(0, index, torch.from_numpy(rows).to(device))
         self.floats.index_copy_(0, index, torch.from_numpy(floats).to(device))
+        for sequence in sequences:
+            sequence.lane_length = len(sequence.tokens)
 
     def rows(self, lanes_R: Tensor) -> LaneRows:
         """The lanes of a batch."""

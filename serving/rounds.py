@@ -13,16 +13,13 @@ Shapes: R requests (a bucket's, the last ones may be padding), K draft tokens, Q
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from serving.drafting import Drafting
+from serving.graphs import Graphs, Program
 from serving.lanes import LaneRows, Lanes
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
@@ -30,12 +27,8 @@ from serving.verifying import Proposed, Verified
 from specops.attention import DecodePass
 from specops.verify import verify_match
 
-log = logging.getLogger(__name__)
-
 _Key = tuple[int, int, str]
 """Batch bucket, K, and who drafts: ``eagle3``, or ``suffix``, whose tokens are uploaded."""
-_WARM_UPS = 2
-_TIMED = 5
 
 
 def buckets(max_batch: int) -> list[int]:
@@ -67,33 +60,18 @@ class Rounds:
         target: Target,
         pool: KvPool,
         drafting: Drafting,
+        lanes: Lanes,
+        graphs: Graphs,
         *,
-        max_batch: int,
-        max_model_len: int,
         page_size: int,
-        graphs: bool,
     ) -> None:
-        """
-        Args:
-            graphs: capture the programs (CUDA); else they run as they are.
-        """
         self._target, self._pool, self._drafting = target, pool, drafting
+        self._lanes, self._graphs = lanes, graphs
         self._page_size = page_size
-        self._graphs = graphs
-        self._memory = torch.cuda.graph_pool_handle() if graphs else None
         self._max_draft = max_draft = drafting.max_draft
+        max_batch = lanes.padding
         self._buckets = buckets(max_batch)
         device, hidden = target.device, target.config.hidden_size
-        self.lanes = Lanes(
-            max_batch,
-            -(-(max_model_len + max_draft + 1) // page_size),
-            max_draft,
-            hidden,
-            target.vocab_size,
-            target.dtype,
-            device,
-        )
-        # What programs read and write has an address of its own: they share all other memory.
         pinned = device.type == "cuda"
         self._inputs = torch.zeros((max_batch, 2 + max_draft), dtype=torch.int64, device=device)
         self._inputs_host = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=pinned)
@@ -103,7 +81,8 @@ class Rounds:
         shape = (most_rows, len(target.layer_ids), hidden)
         self._features = torch.zeros(shape, dtype=target.dtype, device=device)
         self._hidden = torch.zeros((most_rows, hidden), dtype=target.dtype, device=device)
-        self._programs: dict[_Key, Callable[[], None]] = {}
+        self._programs: dict[_Key, Program] = {}
+        self._catch_ups: dict[int, Program] = {}
         self._draft_share: dict[tuple[int, int], float] = {}
 
     # ---- running -------------------------------------------------------------------------------
@@ -124,32 +103,42 @@ class Rounds:
         Args:
             given: what the suffix index proposes for each, if it is the source.
         """
-        stale = [s for s in batch if s.lane_length != len(s.tokens)]
-        if stale:
-            self.lanes.write(stale)
+        self._lanes.write([s for s in batch if s.lane_length != len(s.tokens)])
         if source == "eagle3":
             self._warm(batch)
+        size = self._upload(batch, given)
+        self._program(size, num_draft, source)()
+        self._outputs_host[:size].copy_(self._outputs[:size], non_blocking=True)
+        self._graphs.synchronize()
+        return self._read(batch, source, num_draft)
+
+    def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
+        """Lanes and proposals of a batch; returns its bucket."""
         size = self._bucket(len(batch))
         inputs = self._inputs_host[:size]
-        inputs[:, 0] = self.lanes.padding
+        inputs[:, 0] = self._lanes.padding
         inputs[: len(batch), 0] = torch.tensor([s.lane for s in batch])
         if given is not None:
             inputs[:, 1] = 0
             padded = [[len(p), *p, *[0] * (self._max_draft - len(p))] for p in given]
             inputs[: len(batch), 1:] = torch.tensor(padded)
         self._inputs[:size].copy_(inputs, non_blocking=True)
-        self._program(size, num_draft, source)()
-        self._outputs_host[:size].copy_(self._outputs[:size], non_blocking=True)
-        if self._graphs:
-            torch.cuda.current_stream().synchronize()
-        return self._read(batch, source, num_draft)
+        return size
 
     def _warm(self, batch: list[Sequence]) -> None:
         """The drafter catches up on requests that were decoded without it."""
         cold = [s for s in batch if s.draft_next != len(s.tokens)]
-        if cold:
-            lanes = torch.tensor([s.lane for s in cold], device=self._target.device)
-            self.lanes.outputs_LH.index_copy_(0, lanes, self._drafting.catch_up(cold))
+        recent = [s for s in cold if len(s.tokens) - s.draft_next <= self._lanes.num_recent]
+        if recent:
+            size = self._upload(recent, None)
+            self._catch_up_program(size)()
+            self._graphs.synchronize()  # the host's buffer of inputs is written again at once
+            for sequence in recent:
+                self._drafting.is_warm_to(sequence, len(sequence.tokens))
+        rest = [s for s in cold if s.draft_next != len(s.tokens)]
+        if rest:
+            lanes = torch.tensor([s.lane for s in rest], device=self._target.device)
+            self._lanes.outputs_LH.index_copy_(0, lanes, self._drafting.catch_up(rest))
 
     def _read(self, batch: list[Sequence], source: str, num_draft: int) -> Decoded:
         rows = self._outputs_host[: len(batch), : 3 + num_draft].tolist()
@@ -172,67 +161,41 @@ class Rounds:
     def capture_all(self) -> None:
         """Make every program, the largest first so that all fit the memory of the first, and time
         what drafting costs."""
-        started = time.perf_counter()
-        sources = ["eagle3"] if self._drafting.neural else []
+        self._inputs.zero_()
+        self._inputs[:, 0] = self._lanes.padding
+        has_neural = self._drafting.neural is not None
         for size in reversed(self._buckets):
             for num_draft in range(self._max_draft, -1, -1):
-                for source in (*sources, "suffix") if num_draft else ("none",):
-                    self._program(size, num_draft, source)
-                if num_draft and sources:
-                    with_draft = self._seconds((size, num_draft, "eagle3"))
-                    without = self._seconds((size, num_draft, "suffix"))
+                if num_draft == 0:
+                    self._program(size, 0, "none")
+                    continue
+                without = self._graphs.seconds(self._program(size, num_draft, "suffix"))
+                if has_neural:
+                    with_draft = self._graphs.seconds(self._program(size, num_draft, "eagle3"))
                     share = max(0.0, 1 - without / with_draft)
                     self._draft_share[size, num_draft] = share
-        log.info("%d rounds ready in %.1f s", len(self._programs), time.perf_counter() - started)
-
-    def _seconds(self, key: _Key) -> float:
-        program = self._programs[key]
-        times = []
-        for _ in range(_TIMED):
-            self._synchronize()
-            started = time.perf_counter()
-            program()
-            self._synchronize()
-            times.append(time.perf_counter() - started)
-        return sorted(times)[_TIMED // 2]
-
-    def _synchronize(self) -> None:
-        if self._graphs:
-            torch.cuda.synchronize()
+            if has_neural:
+                self._catch_up_program(size)
 
     def _bucket(self, num_rows: int) -> int:
         return next(size for size in self._buckets if size >= num_rows)
 
-    def _program(self, size: int, num_draft: int, source: str) -> Callable[[], None]:
+    def _program(self, size: int, num_draft: int, source: str) -> Program:
         key = (size, num_draft, source)
         if key not in self._programs:
-            self._programs[key] = self._make(size, num_draft, source)
+            self._programs[key] = self._graphs.capture(lambda: self._round(size, num_draft, source))
         return self._programs[key]
 
-    def _make(self, size: int, num_draft: int, source: str) -> Callable[[], None]:
-        def program() -> None:
-            self._round(size, num_draft, source)
-
-        if not self._graphs:
-            return program
-        self._inputs[:size] = 0
-        self._inputs[:size, 0] = self.lanes.padding
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                program()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            program()
-        return graph.replay
+    def _catch_up_program(self, size: int) -> Program:
+        if size not in self._catch_ups:
+            self._catch_ups[size] = self._graphs.capture(lambda: self._catch_up(size))
+        return self._catch_ups[size]
 
     # ---- the round itself ----------------------------------------------------------------------
 
     def _round(self, size: int, num_draft: int, source: str) -> None:
         lanes = self._inputs[:size, 0]
-        rows = self.lanes.rows(lanes)
+        rows = self._lanes.rows(lanes)
         anchors = rows.length_R - 1
         lens = self._room(rows, num_draft)
         if source == "eagle3":
@@ -253,7 +216,7 @@ class Rounds:
         emitted = torch.where(place < accepted[:, None], padded, following[:, None])
         if source == "eagle3":
             self._take_in(lanes, rows, emitted, accepted, computed)
-        self.lanes.commit(lanes, rows, emitted, count)
+        self._lanes.commit(lanes, rows, emitted, count)
         decided = torch.stack((accepted, following, lens), dim=1)
         self._outputs[:size, : 3 + num_draft] = torch.cat((decided, drafts), dim=1)
         num_rows = size * (num_draft + 1)
@@ -269,7 +232,7 @@ class Rounds:
         neural = self._drafting.neural
         assert neural is not None
         ahead = DecodePass(rows.pages_RP, rows.length_R, 1, self._page_size, first_key=1)
-        outputs = self.lanes.outputs_LH.index_select(0, lanes)
+        outputs = self._lanes.outputs_LH.index_select(0, lanes)
 
         def best(logits: Tensor, _number: int) -> Tensor:
             return neural.module.to_target_ids(logits.argmax(-1))
@@ -292,4 +255,18 @@ class Rounds:
         at = DecodePass(rows.pages_RP, rows.length_R, num_query, self._page_size, first_key=1)
         outputs = neural.take_in(emitted.reshape(-1), computed.features_TmH, at)
         index = torch.arange(len(lanes), device=lanes.device) * num_query + accepted
-        self.lanes.outputs_LH.index_copy_(0, lanes, outputs.index_select(0, index))
+        self._lanes.outputs_LH.index_copy_(0, lanes, outputs.index_select(0, index))
+
+    def _catch_up(self, size: int) -> None:
+        """The drafter computes the rows of the last committed tokens of each request."""
+        neural = self._drafting.neural
+        assert neural is not None
+        lanes = self._inputs[:size, 0]
+        rows = self._lanes.rows(lanes)
+        num_rows = self._lanes.num_recent
+        first = rows.length_R - num_rows
+        at = DecodePass(rows.pages_RP, first, num_rows, self._page_size, first_key=1)
+        before = self._drafting.features_at(at.slots_of(at.positions_RQ() - 1))
+        outputs = neural.take_in(rows.recent_RC.reshape(-1), before, at)
+        last = outputs.view(size, num_rows, -1)[:, -1]
+        self._lanes.outputs_LH.index_copy_(0, lanes, last)

@@ -41,8 +41,8 @@ class Sequence:
     """Next position whose drafter row is to be computed (row 0 does not exist)."""
     lane: int | None = None
     """Its row of the state on the device, while it runs."""
-    lane_length: int = 0
-    """Tokens that row knows of."""
+    lane_length: int | None = None
+    """Tokens that row knows of; ``None`` before it is written."""
     num_emitted: int = 0
     """Completion tokens already sent out."""
     finish_reason: FinishReason | None = None

@@ -162,6 +162,11 @@ class Target:
         """Rows of the lm_head, V."""
         return int(self.lm_head.weight.shape[0])
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """float32, or float64 for a float64 target."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
     def make_pool(self, num_slots: int) -> KvPool:
         """KV pool of this model's shape. Raises ValueError for targets with unequal KV shapes."""
         c = self.config
@@ -193,14 +198,15 @@ class Target:
         ).last_hidden_state[0]
         taps = [self._taps[k].reshape(hidden.shape) for k in self.layer_ids]
         self._taps.clear()
-        features = torch.stack(taps, dim=1) if taps else hidden.new_empty(len(hidden), 0, 0)
+        features = (
+            torch.stack(taps, dim=1) if taps else hidden.new_empty(len(hidden), 0, hidden.shape[1])
+        )
         return TargetRows(features, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] float32 (float64 for a float64 target)."""
         scores: Tensor = self.lm_head(hidden)
-        if scores.dtype != torch.float64:
-            scores = scores.float()
+        scores = scores.to(self.logits_dtype)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return scores

@@ -28,7 +28,7 @@ from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool
-from serving.rounds import Rounds
+from serving.programs import make_programs
 from serving.scheduler import Scheduler
 from serving.target import Target
 from serving.types import Output, Request, SamplingParams
@@ -120,7 +120,7 @@ def make_engine(
     seed: int = 1,
     eos_ids: frozenset[int] = frozenset(),
     rule: Rule = "block",
-    rounds: bool = False,
+    programs: bool = False,
 ) -> Engine:
     """An engine over ``model`` with a random EAGLE-3 drafter unless one is given."""
     if drafter is None:
@@ -143,16 +143,16 @@ def make_engine(
         eos_ids=eos_ids,
         policy=policy or RandomPolicy(),
         drafting=drafting,
-        rounds=Rounds(
+        programs=make_programs(
             target,
             pool,
             drafting,
             max_batch=max_batch,
             max_model_len=256,
+            prefill_chunk=prefill_chunk,
             page_size=page_size,
-            graphs=False,
         )
-        if rounds
+        if programs
         else None,
         ring=CaptureRing(ring_rows, len(target.layer_ids), target.config.hidden_size),
         max_model_len=256,

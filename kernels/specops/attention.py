@@ -159,7 +159,10 @@ class DecodePass:
 
     def slots_T(self) -> Tensor:
         """[T] int64 slot of every row; rows at negative positions go to slot 0."""
-        positions = self.positions_RQ()
+        return self.slots_of(self.positions_RQ())
+
+    def slots_of(self, positions: Tensor) -> Tensor:
+        """[R * N] int64 slots of [R, N] positions of the requests; 0 for negative ones."""
         at = positions.clamp(min=0)
         pages = self.pages_RP.gather(1, at // self.page_size).long()
         slots = pages * self.page_size + at % self.page_size
@@ -183,4 +186,6 @@ def decode_attention(
     slots = decode.pages_RP.long()[:, :, None] * decode.page_size + offsets
     group = make_group(0, slots.view(num_requests, -1), decode.positions_RQ(), decode.first_key)
     paged = PagedPass(decode.slots_T(), (group,))
-    return paged_attention(q_THD, k_THD, v_THD, keys, values, paged, scale, window, softcap)
+    out = paged_attention(q_THD, k_THD, v_THD, keys, values, paged, scale, window, softcap)
+    sees_nothing = decode.positions_RQ().reshape(-1) < decode.first_key
+    return torch.where(sees_nothing[:, None, None], 0, out)

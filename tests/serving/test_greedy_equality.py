@@ -38,8 +38,8 @@ def scramble(engine, step):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("rounds", [False, True], ids=["passes", "rounds"])
-def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, rounds):
+@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
+def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, programs):
     numbers = random.Random(seed)
     model = random_model(architecture, seed=seed)
     plain = copy.deepcopy(model)
@@ -54,7 +54,7 @@ def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, rou
         max_batch=numbers.choice((1, 4, 9)),
         prefill_chunk=numbers.choice((3, 16, 64)),
         page_size=numbers.choice((1, 4, 16)),
-        rounds=rounds,
+        programs=programs,
     )
 
     got = run(engine, requests, scramble)

@@ -29,7 +29,7 @@ class Alternating:
 
 def rounds_of(arms: list[tuple[str, int]], rounds: bool) -> dict[str, Any]:
     """Every round of some requests, in order, and what the capture ring kept of them."""
-    engine = make_engine(random_model("qwen3"), policy=Alternating(arms), rounds=rounds)
+    engine = make_engine(random_model("qwen3"), policy=Alternating(arms), programs=rounds)
     kept: dict[str, Any] = {}
     engine.on_finished = lambda sequence: kept.__setitem__(
         sequence.request.id,

@@ -1,0 +1,146 @@
+"""Prompt chunks as programs of fixed shape, the neural drafter's rows included.
+
+The rows of all chunks of a step are cut into blocks of 16 consecutive positions of one request; a
+program exists for 1, 2, 4, ... blocks. Rows that fill up a block lie behind the chunk: what they
+write is overwritten before anybody sees it, or goes to page 0.
+
+Shapes: B blocks, T = 16 B rows, N chunks that end their prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serving.drafting import Drafting
+from serving.graphs import Graphs, Program
+from serving.lanes import Lanes
+from serving.scheduler import Chunk
+from serving.target import KvPool, Target, TargetRows
+from specops.attention import DecodePass
+
+BLOCK = 16
+_LANE, _FIRST, _IDS = 0, 1, 2
+
+
+def num_blocks(chunk: Chunk) -> int:
+    """Blocks that hold a chunk."""
+    return -(-(chunk.end - chunk.start) // BLOCK)
+
+
+class Prefill:
+    """The programs of one engine, their inputs and outputs."""
+
+    def __init__(
+        self,
+        target: Target,
+        pool: KvPool,
+        drafting: Drafting,
+        lanes: Lanes,
+        graphs: Graphs,
+        *,
+        prefill_chunk: int,
+        page_size: int,
+    ) -> None:
+        self._target, self._pool, self._drafting = target, pool, drafting
+        self._lanes, self._graphs = lanes, graphs
+        self._page_size = page_size
+        self.most_blocks = 1
+        while self.most_blocks * BLOCK < prefill_chunk:
+            self.most_blocks *= 2
+        most_ends = min(self.most_blocks, lanes.padding)
+        device, hidden = target.device, target.config.hidden_size
+        columns = _IDS + BLOCK
+        self._inputs = torch.zeros((self.most_blocks, columns), dtype=torch.int64, device=device)
+        self._ends = torch.zeros(most_ends, dtype=torch.int64, device=device)
+        num_rows = self.most_blocks * BLOCK
+        shape = (num_rows, len(target.layer_ids), hidden)
+        self._features = torch.zeros(shape, dtype=target.dtype, device=device)
+        self._hidden = torch.zeros((num_rows, hidden), dtype=target.dtype, device=device)
+        self._logits: Tensor | None = None
+        self._programs: dict[int, Program] = {}
+
+    def fits(self, chunks: tuple[Chunk, ...]) -> bool:
+        """Whether one program can compute all of them."""
+        return sum(map(num_blocks, chunks)) <= self.most_blocks
+
+    def run(self, chunks: tuple[Chunk, ...]) -> tuple[TargetRows, list[int], Tensor]:
+        """Compute the chunks' rows.
+
+        Returns:
+            the rows, first row of each chunk, and [N, V] float32 logits of the last row of each
+            chunk that ends its prompt, in order. All valid until the next program runs.
+        """
+        blocks: list[list[int]] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        for chunk in chunks:
+            starts.append(len(blocks) * BLOCK)
+            lane = chunk.sequence.lane
+            assert lane is not None, "a running request has a lane"
+            for first in range(chunk.start, chunk.end, BLOCK):
+                ids = chunk.sequence.tokens[first : min(first + BLOCK, chunk.end)]
+                blocks.append([lane, first, *ids, *[0] * (BLOCK - len(ids))])
+            if chunk.is_last:
+                ends.append(starts[-1] + chunk.end - chunk.start - 1)
+        size = 1
+        while size < len(blocks):
+            size *= 2
+        blocks += [[self._lanes.padding, *[0] * (BLOCK + 1)]] * (size - len(blocks))
+        self._inputs[:size].copy_(torch.tensor(blocks))
+        padded = ends + [0] * (min(size, len(self._ends)) - len(ends))
+        self._ends[: len(padded)].copy_(torch.tensor(padded))
+        self._lanes.write([c.sequence for c in chunks if c.sequence.lane_length is None])
+        self._program(size)()
+        for chunk in chunks:
+            self._note(chunk)
+        rows = size * BLOCK
+        assert self._logits is not None
+        return (
+            TargetRows(self._features[:rows], self._hidden[:rows]),
+            starts,
+            self._logits[: len(ends)],
+        )
+
+    def _note(self, chunk: Chunk) -> None:
+        """The drafter's rows were computed too; they are of use if it had all before them."""
+        sequence = chunk.sequence
+        if self._drafting.neural and max(chunk.start, 1) >= sequence.draft_next >= chunk.start:
+            self._drafting.is_warm_to(sequence, chunk.end)
+
+    def capture_all(self) -> None:
+        """Make every program, the largest first."""
+        size = self.most_blocks
+        while size:
+            self._program(size)
+            size //= 2
+
+    def _program(self, size: int) -> Program:
+        if size not in self._programs:
+            if self._logits is None:
+                shape = (len(self._ends), self._target.vocab_size)
+                self._logits = torch.zeros(
+                    shape, dtype=self._target.logits_dtype, device=self._target.device
+                )
+            self._programs[size] = self._graphs.capture(lambda: self._compute(size))
+        return self._programs[size]
+
+    def _compute(self, size: int) -> None:
+        blocks = self._inputs[:size]
+        pages = self._lanes.rows(blocks[:, _LANE]).pages_RP
+        ids = blocks[:, _IDS:].reshape(-1)
+        here = DecodePass(pages, blocks[:, _FIRST], BLOCK, self._page_size)
+        positions = here.positions_RQ()
+        computed = self._target.forward(ids, positions.reshape(-1), here, self._pool)
+        self._drafting.keep_features(here.slots_T(), computed.features_TmH)
+        if self._drafting.neural:
+            before = self._drafting.features_at(here.slots_of(positions - 1))
+            at = DecodePass(pages, blocks[:, _FIRST], BLOCK, self._page_size, first_key=1)
+            self._drafting.neural.take_in(ids, before, at)
+        count = min(size, len(self._ends))
+        assert self._logits is not None
+        last = computed.hidden_TH.index_select(0, self._ends[:count])
+        self._logits[:count].copy_(self._target.logits(last))
+        num_rows = size * BLOCK
+        self._features[:num_rows].copy_(computed.features_TmH)
+        self._hidden[:num_rows].copy_(computed.hidden_TH)

@@ -1,0 +1,54 @@
+"""All programs of fixed shape of one engine, over one set of lanes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from serving.drafting import Drafting
+from serving.graphs import Graphs
+from serving.lanes import Lanes
+from serving.prefill import BLOCK, Prefill
+from serving.rounds import Rounds
+from serving.target import KvPool, Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """What decodes and prefills without being put together anew for each step."""
+
+    lanes: Lanes
+    rounds: Rounds
+    prefill: Prefill
+
+    def capture_all(self) -> None:
+        """Make every program now instead of at its first use."""
+        started = time.perf_counter()
+        self.prefill.capture_all()
+        self.rounds.capture_all()
+        log.info("captured all programs in %.1f s", time.perf_counter() - started)
+
+
+def make_programs(
+    target: Target,
+    pool: KvPool,
+    drafting: Drafting,
+    *,
+    max_batch: int,
+    max_model_len: int,
+    prefill_chunk: int,
+    page_size: int,
+) -> Programs:
+    """Programs for these sizes; on a GPU they become CUDA graphs."""
+    # A block's last rows may lie behind the last position that a request can use.
+    pages_each = -(-(max_model_len + drafting.max_draft + 1 + BLOCK) // page_size)
+    lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
+    graphs = Graphs(target.device)
+    rounds = Rounds(target, pool, drafting, lanes, graphs, page_size=page_size)
+    prefill = Prefill(
+        target, pool, drafting, lanes, graphs, prefill_chunk=prefill_chunk, page_size=page_size
+    )
+    return Programs(lanes, rounds, prefill)
