@@ -59,6 +59,9 @@ class EngineSettings(Section):
     verification: Literal["block", "standard"] = "block"
     """Rule for sampled requests without a seed; both are exact. ``block`` keeps at least as many
     draft tokens."""
+    programs: Literal["auto", "always", "never"] = "auto"
+    """Compute steps by programs of fixed shape, which are CUDA graphs on a GPU, where a batch fits
+    them. ``auto``: on a GPU only."""
     cpu_threads: int | None = Field(None, ge=1)
     """Threads of torch in the server process. ``None``: torch's own choice."""
 

@@ -30,12 +30,14 @@ from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool
 from serving.profile import profile_engine
+from serving.programs import Programs, make_programs
 from serving.recorder import Recorder
 from serving.scheduler import Scheduler
 from serving.service import Service
 from serving.swapper import Swapper
 from serving.swapping import Expected
 from serving.target import (
+    KvPool,
     Target,
     by_columns,
     load_model,
@@ -74,9 +76,13 @@ def build_engine(settings: Settings) -> Service:
     suffix = _suffix(settings)
     kinds = (("eagle3",) if neural else ()) + (("suffix",) if suffix else ())
     policy = build_policy(settings.policy, kinds, settings.seed, settings.drafter.max_draft)
+    pool = target.make_pool(num_slots)
+    drafting = Drafting(
+        target, neural, suffix, num_pages, settings.engine.page_size, settings.drafter.max_draft
+    )
     engine = Engine(
         target=target,
-        pool=target.make_pool(num_slots),
+        pool=pool,
         scheduler=Scheduler(
             PagePool(num_pages, settings.engine.prefix_cache),
             settings.engine.page_size,
@@ -87,14 +93,8 @@ def build_engine(settings: Settings) -> Service:
         tokenizer=load_tokenizer(folder),
         eos_ids=_eos_ids(model),
         policy=policy,
-        drafting=Drafting(
-            target,
-            neural,
-            suffix,
-            num_pages,
-            settings.engine.page_size,
-            settings.drafter.max_draft,
-        ),
+        drafting=drafting,
+        programs=_programs(settings, target, pool, drafting),
         ring=_ring(settings, target) if neural else None,
         max_model_len=settings.engine.max_model_len,
         max_queue=settings.engine.max_queue,
@@ -107,6 +107,26 @@ def build_engine(settings: Settings) -> Service:
     if start is not None:
         policy.on_swap(start[1].version, start[1].policy)
     return _service(settings, engine, start[1] if start else None, fingerprint)
+
+
+def _programs(
+    settings: Settings, target: Target, pool: KvPool, drafting: Drafting
+) -> Programs | None:
+    e = settings.engine
+    if e.programs == "never" or (e.programs == "auto" and target.device.type != "cuda"):
+        return None
+    programs = make_programs(
+        target,
+        pool,
+        drafting,
+        max_batch=e.max_batch,
+        max_model_len=e.max_model_len,
+        prefill_chunk=e.prefill_chunk,
+        page_size=e.page_size,
+    )
+    with torch.inference_mode():
+        programs.capture_all()
+    return programs
 
 
 def _profile(settings: Settings, engine: Engine) -> list[CostSample]:
