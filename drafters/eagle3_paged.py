@@ -17,10 +17,10 @@ from specops.attention import (
     DecodePass,
     Group,
     PagedPass,
-    decode_attention,
     make_group,
     paged_attention,
 )
+from specops.device import decode_attention
 from specops.sampling import SamplingRows, distribution, draw
 
 _PADDED_ROWS = 16  # requests that catch up on more rows than this get an attention group alone
@@ -136,7 +136,8 @@ class PagedEagle3:
         """
         hidden = self.module.fuse(features_TmH.flatten(1))
         embeds = self.embed(ids_T).to(hidden.dtype)
-        return self.run(embeds, hidden, self.module.rope(at.positions_RQ().reshape(-1)), at)
+        num_query = len(ids_T) // len(at.first_R)
+        return self.run(embeds, hidden, self.module.rope(at.positions(num_query).flatten()), at)
 
     def _drafted_steps(
         self, rows: CommittedRows, anchors_R: Tensor, num_draft: int

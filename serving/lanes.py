@@ -17,6 +17,7 @@ from torch import Tensor
 
 from serving.sequence import Sequence
 from serving.target import Target
+from specops.attention import DecodePass
 
 _LENGTH, _NONCE, _RECENT = 0, 1, 2
 _NUM_FIXED = 5
@@ -31,7 +32,13 @@ class LaneRows:
     """[R, columns] int64."""
     floats: Tensor
     """[R, 3] float32."""
+    pages_RP: Tensor
+    """[R, P] int32 page ids; 0 where the request has none."""
     num_recent: int
+
+    def decode_pass(self, first_R: Tensor, page_size: int, first_key: int = 0) -> DecodePass:
+        """Equally many rows of each request, from position ``first`` on."""
+        return DecodePass(self.pages_RP, first_R.int(), page_size, first_key=first_key)
 
     @property
     def length_R(self) -> Tensor:
@@ -77,11 +84,6 @@ class LaneRows:
         return self._fixed(4)
 
     @property
-    def pages_RP(self) -> Tensor:
-        """[R, P] page ids; 0 where the request has none."""
-        return self.ints[:, _RECENT + self.num_recent + _NUM_FIXED :]
-
-    @property
     def temperature_R(self) -> Tensor:
         """[R]"""
         return self.floats[:, 0]
@@ -105,11 +107,12 @@ class Lanes:
         self.padding = max_batch
         self._vocab_size = target.vocab_size
         self._max_draft = max_draft
-        columns = _RECENT + self.num_recent + _NUM_FIXED + pages_each
+        columns = _RECENT + self.num_recent + _NUM_FIXED
         device = target.device
         self.ints = torch.zeros((max_batch + 1, columns), dtype=torch.int64, device=device)
         self.ints[self.padding, _LENGTH] = 1
         self.ints[self.padding, _RECENT + self.num_recent] = 1  # its limit: nothing is committed
+        self.pages = torch.zeros((max_batch + 1, pages_each), dtype=torch.int32, device=device)
         self.floats = torch.zeros((max_batch + 1, 3), dtype=torch.float32, device=device)
         shape = (max_batch + 1, target.config.hidden_size)
         self.outputs_LH = torch.zeros(shape, dtype=target.dtype, device=device)
@@ -130,35 +133,34 @@ class Lanes:
             return
         rows = np.zeros((len(sequences), self.ints.shape[1]), dtype=np.int64)
         floats = np.zeros((len(sequences), 3), dtype=np.float32)
-        for row, reals, sequence in zip(rows, floats, sequences, strict=True):
+        pages = np.zeros((len(sequences), self.pages.shape[1]), dtype=np.int32)
+        for row, reals, held, sequence in zip(rows, floats, pages, sequences, strict=True):
             sampling = sequence.request.sampling
             row[_LENGTH], row[_NONCE] = len(sequence.tokens), sequence.num_rounds
             recent = sequence.tokens[-self.num_recent :]
             row[_RECENT + self.num_recent - len(recent) : _RECENT + self.num_recent] = recent
             cap = sequence.request.max_draft
-            row[_RECENT + self.num_recent :][:_NUM_FIXED] = (
+            row[_RECENT + self.num_recent :] = (
                 sequence.num_prompt + sampling.max_tokens,
                 self._max_draft if cap is None else min(cap, self._max_draft),
                 np.uint64(sequence.key).astype(np.int64),
                 sequence.matches_target,
                 min(sampling.top_k or self._vocab_size, self._vocab_size),
             )
-            row[_RECENT + self.num_recent + _NUM_FIXED :][: len(sequence.pages)] = sequence.pages
+            held[: len(sequence.pages)] = sequence.pages
             reals[:] = sampling.temperature, sampling.top_p, sampling.min_p
         device = self.ints.device
         index = torch.tensor([s.lane for s in sequences], device=device)
-        self.ints.index_copy_(0, index, torch.from_numpy(rows).to(device))
-        self.floats.index_copy_(0, index, torch.from_numpy(floats).to(device))
+        for state, news in ((self.ints, rows), (self.floats, floats), (self.pages, pages)):
+            state.index_copy_(0, index, torch.from_numpy(news).to(device))
         for sequence in sequences:
             sequence.lane_length = len(sequence.tokens)
 
     def rows(self, lanes_R: Tensor) -> LaneRows:
         """The lanes of a batch."""
-        return LaneRows(
-            self.ints.index_select(0, lanes_R),
-            self.floats.index_select(0, lanes_R),
-            self.num_recent,
-        )
+        state = (self.ints, self.floats, self.pages)
+        ints, floats, pages = (part.index_select(0, lanes_R) for part in state)
+        return LaneRows(ints, floats, pages, self.num_recent)
 
     def commit(self, lanes_R: Tensor, rows: LaneRows, emitted_RQ: Tensor, count_R: Tensor) -> None:
         """Append the first ``count`` of each request's emitted tokens."""

@@ -17,7 +17,7 @@ from serving.graphs import Graphs, Program
 from serving.lanes import Lanes
 from serving.scheduler import Chunk
 from serving.target import KvPool, Target, TargetRows
-from specops.attention import DecodePass
+from specops.attention import decode_slots
 
 BLOCK = 16
 _LANE, _FIRST, _IDS = 0, 1, 2
@@ -127,16 +127,16 @@ class Prefill:
 
     def _compute(self, size: int) -> None:
         blocks = self._inputs[:size]
-        pages = self._lanes.rows(blocks[:, _LANE]).pages_RP
-        ids = blocks[:, _IDS:].reshape(-1)
-        here = DecodePass(pages, blocks[:, _FIRST], BLOCK, self._page_size)
-        positions = here.positions_RQ()
-        computed = self._target.forward(ids, positions.reshape(-1), here, self._pool)
-        self._drafting.keep_features(here.slots_T(), computed.features_TmH)
+        rows = self._lanes.rows(blocks[:, _LANE])
+        first, ids = blocks[:, _FIRST], blocks[:, _IDS:].reshape(-1)
+        here = rows.decode_pass(first, self._page_size)
+        positions = here.positions(BLOCK).flatten()
+        computed = self._target.forward(ids, positions, here, self._pool)
+        self._drafting.keep_features(decode_slots(here, BLOCK), computed.features_TmH)
         if self._drafting.neural:
-            before = self._drafting.features_at(here.slots_of(positions - 1))
-            at = DecodePass(pages, blocks[:, _FIRST], BLOCK, self._page_size, first_key=1)
-            self._drafting.neural.take_in(ids, before, at)
+            before = decode_slots(rows.decode_pass(first - 1, self._page_size), BLOCK)
+            at = rows.decode_pass(first, self._page_size, first_key=1)
+            self._drafting.neural.take_in(ids, self._drafting.features_at(before), at)
         count = min(size, len(self._ends))
         assert self._logits is not None
         last = computed.hidden_TH.index_select(0, self._ends[:count])

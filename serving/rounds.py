@@ -24,7 +24,7 @@ from serving.lanes import LaneRows, Lanes
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
 from serving.verifying import Proposed, Verified
-from specops.attention import DecodePass
+from specops.attention import decode_slots
 from specops.verify import verify_match
 
 _Key = tuple[int, int, str]
@@ -204,10 +204,10 @@ class Rounds:
             drafts = self._inputs[:size, 2 : 2 + num_draft]
             lens = torch.minimum(lens, self._inputs[:size, 1]) if num_draft else lens
         block = torch.cat((rows.recent_RC[:, -1:], drafts), dim=1)
-        here = DecodePass(rows.pages_RP, anchors, num_draft + 1, self._page_size)
-        positions = here.positions_RQ().reshape(-1)
+        here = rows.decode_pass(anchors, self._page_size)
+        positions = here.positions(num_draft + 1).flatten()
         computed = self._target.forward(block.reshape(-1), positions, here, self._pool)
-        self._drafting.keep_features(here.slots_T(), computed.features_TmH)
+        self._drafting.keep_features(decode_slots(here, num_draft + 1), computed.features_TmH)
         logits = self._target.logits(computed.hidden_TH.view(size, num_draft + 1, -1))
         accepted, following = verify_match(logits.argmax(-1), drafts, lens)
         count = torch.minimum(accepted + 1, rows.limit_R - rows.length_R)
@@ -231,7 +231,7 @@ class Rounds:
     def _draft(self, lanes: Tensor, rows: LaneRows, num_draft: int) -> Tensor:
         neural = self._drafting.neural
         assert neural is not None
-        ahead = DecodePass(rows.pages_RP, rows.length_R, 1, self._page_size, first_key=1)
+        ahead = rows.decode_pass(rows.length_R, self._page_size, first_key=1)
         outputs = self._lanes.outputs_LH.index_select(0, lanes)
 
         def best(logits: Tensor, _number: int) -> Tensor:
@@ -252,7 +252,7 @@ class Rounds:
         neural = self._drafting.neural
         assert neural is not None
         num_query = emitted.shape[1]
-        at = DecodePass(rows.pages_RP, rows.length_R, num_query, self._page_size, first_key=1)
+        at = rows.decode_pass(rows.length_R, self._page_size, first_key=1)
         outputs = neural.take_in(emitted.reshape(-1), computed.features_TmH, at)
         index = torch.arange(len(lanes), device=lanes.device) * num_query + accepted
         self._lanes.outputs_LH.index_copy_(0, lanes, outputs.index_select(0, index))
@@ -265,8 +265,9 @@ class Rounds:
         rows = self._lanes.rows(lanes)
         num_rows = self._lanes.num_recent
         first = rows.length_R - num_rows
-        at = DecodePass(rows.pages_RP, first, num_rows, self._page_size, first_key=1)
-        before = self._drafting.features_at(at.slots_of(at.positions_RQ() - 1))
-        outputs = neural.take_in(rows.recent_RC.reshape(-1), before, at)
+        before = rows.decode_pass(first - 1, self._page_size)
+        features = self._drafting.features_at(decode_slots(before, num_rows))
+        at = rows.decode_pass(first, self._page_size, first_key=1)
+        outputs = neural.take_in(rows.recent_RC.reshape(-1), features, at)
         last = outputs.view(size, num_rows, -1)[:, -1]
         self._lanes.outputs_LH.index_copy_(0, lanes, last)

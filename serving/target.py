@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from specops.attention import DecodePass, PagedPass, decode_attention, paged_attention
+from specops.attention import DecodePass, PagedPass, paged_attention
+from specops.device import decode_attention
 
 ATTENTION_NAME = "slipstream_paged"
 

@@ -1,10 +1,12 @@
 """Attention of a few new tokens of each request over its paged keys and values.
 
-The torch definition: gathers each group's keys and calls scaled-dot-product attention. It runs on
-any device; it is what a fused kernel must equal.
+The torch definitions, on any device, that fused kernels must equal. Two forms: a ``PagedPass``
+lists slots and masks of groups that the host put together (prefill, mixed passes); a ``DecodePass``
+holds page tables and lengths only, so that all its shapes stay while lengths change and a CUDA
+graph can replay it.
 
-Shapes: T packed rows (tokens) of one pass, R requests of a group, Q query rows each, S keys,
-Hq/Hkv heads, D head dimension. A slot is page * page_size + offset.
+Shapes: T packed rows (tokens) of one pass, R requests of a group, Q query rows each, S keys, P
+pages, Hq/Hkv heads, G = Hq / Hkv, D head dimension. A slot is page * page_size + offset.
 """
 
 from __future__ import annotations
@@ -139,40 +141,133 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class DecodePass:
-    """Rows of R requests with equally many query rows each, as CUDA graphs need them: what is
-    launched depends on shapes alone."""
+    """Q new tokens of each of R requests, packed request-major. Only shapes are known to the host.
+
+    Row j of a request stands at position ``first + j``. It is padding, which sees nothing, goes to
+    slot 0 and comes out as 0, where that is negative or j is not below the request's count. Page 0
+    belongs to nobody.
+
+    Raises:
+        ValueError: a tensor has another dtype or shape than said below.
+    """
 
     pages_RP: Tensor
-    """[R, P] integer page ids; slot = page * page_size + offset. Page 0 is for padding."""
+    """[R, P] int32 pages of positions 0 .. P * page_size - 1; 0 where a request has none."""
     first_R: Tensor
-    """[R] integer position of each request's first query row; row j is at first + j."""
-    num_query: int
-    """Q; the pass has R * Q packed rows, request-major."""
+    """[R] int32 position of query row 0."""
     page_size: int
+    """Tokens of a page."""
+    counts_R: Tensor | None = None
+    """[R] int32 rows that are not padding; ``None``: all."""
+    ancestors_RQ: Tensor | None = None
+    """[R, Q] int64, Q at most 64, of a tree of drafts: bit i is set where the row sees row i of
+    its request: itself and its ancestors. ``None``: a chain, each row sees those before it."""
     first_key: int = 0
     """First valid key."""
 
-    def positions_RQ(self) -> Tensor:
-        """[R, Q] int64."""
-        ahead = torch.arange(self.num_query, device=self.first_R.device)
-        return self.first_R[:, None].long() + ahead
+    def __post_init__(self) -> None:
+        num_requests = self.pages_RP.shape[0]
+        for name, tensor, dtype, dims in (
+            ("pages", self.pages_RP, torch.int32, 2),
+            ("first", self.first_R, torch.int32, 1),
+            ("counts", self.counts_R, torch.int32, 1),
+            ("ancestors", self.ancestors_RQ, torch.int64, 2),
+        ):
+            if tensor is None:
+                continue
+            shape = tuple(tensor.shape)
+            if tensor.dtype != dtype or len(shape) != dims or shape[0] != num_requests:
+                raise ValueError(
+                    f"{name} must be {dtype} of {dims} dimensions for {num_requests} requests, "
+                    f"got {tensor.dtype} {shape}"
+                )
 
-    def slots_T(self) -> Tensor:
-        """[T] int64 slot of every row; rows at negative positions go to slot 0."""
-        return self.slots_of(self.positions_RQ())
+    def num_query(self, num_rows: int) -> int:
+        """Q of a pass of ``num_rows`` packed rows.
 
-    def slots_of(self, positions: Tensor) -> Tensor:
-        """[R * N] int64 slots of [R, N] positions of the requests; 0 for negative ones."""
-        at = positions.clamp(min=0)
-        pages = self.pages_RP.gather(1, at // self.page_size).long()
-        slots = pages * self.page_size + at % self.page_size
-        return torch.where(positions < 0, 0, slots).reshape(-1)
+        Raises:
+            ValueError: the rows do not divide among the requests, or differ from the ancestors'.
+        """
+        num_requests = self.pages_RP.shape[0]
+        if num_rows % num_requests:
+            raise ValueError(f"{num_rows} rows do not divide among {num_requests} requests")
+        count = num_rows // num_requests
+        if self.ancestors_RQ is not None and (count > 64 or self.ancestors_RQ.shape[1] != count):
+            raise ValueError(
+                f"ancestors must be [{num_requests}, {count}] with at most 64 rows, "
+                f"got {tuple(self.ancestors_RQ.shape)}"
+            )
+        return count
+
+    def positions(self, num_query: int) -> Tensor:
+        """[R, Q] int64 positions that the rows write to; -1 for padding."""
+        row = torch.arange(num_query, device=self.first_R.device)
+        positions_RQ = self.first_R[:, None] + row
+        is_real = positions_RQ >= 0
+        if self.counts_R is not None:
+            is_real &= row < self.counts_R[:, None]
+        return torch.where(is_real, positions_RQ, -1)
 
 
-def decode_attention(
+def check_window(decode: DecodePass, num_query: int, window: int | None) -> None:
+    """Refuse windows that could end inside a tree, where positions are not path lengths.
+
+    Raises:
+        ValueError: there are ancestors, and fewer positions in the window than query rows.
+    """
+    if decode.ancestors_RQ is not None and window is not None and window < num_query:
+        raise ValueError(f"a window of {window} is shorter than a tree of {num_query} rows")
+
+
+def decode_slots(decode: DecodePass, num_query: int) -> Tensor:
+    """[T] int64 slot that each row's key and value go to; 0 for padding and beyond the table."""
+    positions_RQ = decode.positions(num_query)
+    index = positions_RQ.clamp(min=0)
+    page = index // decode.page_size
+    is_held = (positions_RQ >= 0) & (page < decode.pages_RP.shape[1])
+    page = decode.pages_RP.long().gather(1, page.clamp(max=decode.pages_RP.shape[1] - 1))
+    slots = page * decode.page_size + index % decode.page_size
+    return torch.where(is_held, slots, 0).flatten()
+
+
+def write_rows(
+    k_THD: Tensor, v_THD: Tensor, keys: Tensor, values: Tensor, decode: DecodePass
+) -> None:
+    """The definition: put the rows' keys and values [T, Hkv, D] into their slots."""
+    slots_T = decode_slots(decode, decode.num_query(len(k_THD)))
+    keys.index_copy_(0, slots_T, k_THD)
+    values.index_copy_(0, slots_T, v_THD)
+
+
+def visible_keys(decode: DecodePass, num_query: int, window: int | None) -> Tensor:
+    """[R, Q, S] bool: which of the S = P * page_size keys each row sees.
+
+    The window counts positions along a row's own path, in a tree as in a chain.
+    """
+    check_window(decode, num_query, window)
+    num_keys = decode.pages_RP.shape[1] * decode.page_size
+    key_S = torch.arange(num_keys, device=decode.first_R.device)
+    positions_RQ = decode.positions(num_query)
+    seen = key_S <= positions_RQ[..., None]
+    reach_RQ = positions_RQ
+    if decode.ancestors_RQ is not None:
+        first_R1 = decode.first_R[:, None].long()
+        bit_RQB = decode.ancestors_RQ[..., None] >> torch.arange(64, device=key_S.device) & 1
+        reach_RQ = first_R1 + bit_RQB.sum(dim=-1) - 1
+        own_RS = key_S - first_R1
+        index = own_RS.clamp(0, 63)[:, None].expand(-1, num_query, -1)
+        is_row_RS = (own_RS >= 0) & (key_S <= positions_RQ.amax(dim=1, keepdim=True))
+        on_path = bit_RQB.gather(2, index).bool() & is_row_RS[:, None]
+        seen = ((own_RS < 0)[:, None] | on_path) & (positions_RQ >= 0)[..., None]
+    if decode.first_key:
+        seen = seen & (key_S >= decode.first_key)
+    if window is not None:
+        seen = seen & (key_S > reach_RQ[..., None] - window)
+    return seen
+
+
+def attend_pages(
     q_THD: Tensor,
-    k_THD: Tensor,
-    v_THD: Tensor,
     keys: Tensor,
     values: Tensor,
     decode: DecodePass,
@@ -180,12 +275,68 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """``paged_attention`` of a ``DecodePass``: the definition, without a look at any value."""
-    num_requests = len(decode.pages_RP)
-    offsets = torch.arange(decode.page_size, device=q_THD.device)
-    slots = decode.pages_RP.long()[:, :, None] * decode.page_size + offsets
-    group = make_group(0, slots.view(num_requests, -1), decode.positions_RQ(), decode.first_key)
-    paged = PagedPass(decode.slots_T(), (group,))
-    out = paged_attention(q_THD, k_THD, v_THD, keys, values, paged, scale, window, softcap)
-    sees_nothing = decode.positions_RQ().reshape(-1) < decode.first_key
-    return torch.where(sees_nothing[:, None, None], 0, out)
+    """The definition: attention of rows whose own keys and values are in their slots already.
+
+    Gathers all P pages and works in float32; can be captured.
+
+    Returns:
+        [T, Hq, D].
+    """
+    num_requests, num_pages = decode.pages_RP.shape
+    num_kv, head_dim = keys.shape[1:]
+    num_query = decode.num_query(len(q_THD))
+    wide = torch.promote_types(q_THD.dtype, torch.float32)
+    seen_RQS = visible_keys(decode, num_query, window)
+    offset = torch.arange(decode.page_size, device=keys.device)
+    slots = (decode.pages_RP.long()[..., None] * decode.page_size + offset).flatten()
+    shape = (num_requests, num_pages * decode.page_size, num_kv, head_dim)
+    k = _gather(keys, slots).view(shape).to(wide)
+    v = _gather(values, slots).view(shape).to(wide)
+    v = v.masked_fill(~seen_RQS.any(dim=1)[..., None, None], 0)  # never written: may hold NaN
+    q = q_THD.reshape(num_requests, num_query, num_kv, -1, head_dim).to(wide)
+    scores = torch.einsum("rqhgd,rshd->rhgqs", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = seen_RQS[:, None, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    weights = torch.where(seen, weights, 0)  # a row that sees nothing came out as NaN
+    out = torch.einsum("rhgqs,rshd->rqhgd", weights, v)
+    return out.reshape(q_THD.shape).to(q_THD.dtype)
+
+
+AttendPages = Callable[
+    [Tensor, Tensor, Tensor, DecodePass, float, int | None, float | None], Tensor
+]
+"""``attend_pages``, or a kernel that equals it."""
+WriteRows = Callable[[Tensor, Tensor, Tensor, Tensor, DecodePass], None]
+"""``write_rows``, or a kernel that equals it."""
+
+
+def decode_attention(
+    q_THD: Tensor,
+    k_THD: Tensor | None,
+    v_THD: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    decode: DecodePass,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    attend: AttendPages = attend_pages,
+    write: WriteRows = write_rows,
+) -> Tensor:
+    """Write the rows' keys and values to their slots, then attend; no host reads.
+
+    Args:
+        q_THD: [T, Hq, D] after RoPE.
+        k_THD, v_THD: [T, Hkv, D], or ``None`` where a kernel before has written them.
+        keys, values: [num_slots, Hkv, D], written in place.
+        window: a query sees keys of the last ``window`` positions only.
+        softcap: scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        [T, Hq, D]; 0 in rows that see nothing.
+    """
+    if k_THD is not None and v_THD is not None:
+        write(k_THD, v_THD, keys, values, decode)
+    return attend(q_THD, keys, values, decode, scale, window, softcap)

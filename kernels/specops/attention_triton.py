@@ -1,5 +1,5 @@
-"""Paged attention of a few new tokens as one fused kernel; its definition is
-``specops.attention.group_attention``.
+"""Paged attention of a few new tokens as fused kernels; the definitions are
+``specops.attention.group_attention``, ``attend_pages`` and ``write_rows``.
 
 Every program takes one request, one key head and one part of its keys. The query rows of a request
 and the query heads that share the key head are packed into one tile, so that each key is read once,
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.attention import Group
+from specops.attention import DecodePass, Group, check_window
 
 MAX_ROWS = 256
 """Most Q * G of one tile."""
@@ -166,4 +166,297 @@ def group_attention(
         part_out, top, total, out,
         **shape, PARTS=parts, PARTS_UP=triton.next_power_of_2(parts),
     )  # fmt: skip
+    return out
+
+
+_LOG2_E = 1.4426950408889634
+_PART_KEYS = 128
+"""Fewest keys of a part: below, joining costs more than it saves."""
+_MAX_PARTS = 64
+_TILE_BYTES = 16 << 10
+"""Of one block of keys. With its values and two of each on their way 64 KB: three programs fit a
+multiprocessor, which needs some 30 KB on their way for its share of the bandwidth."""
+_TILE_OUTPUTS = 1 << 14
+"""Most float32 outputs of one tile: 64 registers of each thread of eight warps."""
+
+
+@triton.jit
+def _span(
+    first_ptr, counts_ptr, request, num_query, num_parts, num_keys, window,
+    KEYS: tl.constexpr, PART_KEYS: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Row 0's position, rows that are no padding, first and last key + 1, and keys of a part."""
+    first = tl.load(first_ptr + request)
+    count = num_query
+    if HAS_COUNTS:
+        count = tl.minimum(tl.load(counts_ptr + request), num_query)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+    end = tl.where(count > 0, tl.minimum(first + count, num_keys), 0)
+    length = tl.maximum(end - begin, 0)
+    blocks = (length + num_parts * KEYS - 1) // (num_parts * KEYS)
+    return first, count, begin, end, tl.maximum(blocks * KEYS, PART_KEYS)
+
+
+@triton.jit(do_not_specialize=["window", "num_query", "num_pages", "q_stride"])
+def _attend_pages(
+    q_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr, ancestors_ptr, out_ptr, lse_ptr,
+    scale, cap, window, num_query, num_pages, q_stride,
+    GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, PART_KEYS: tl.constexpr, PAGE: tl.constexpr, FIRST_KEY: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, HAS_ANCESTORS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys of one request and key head, for a tile of the rows that share it.
+
+    With ``JOINED`` there is one part, whose output is final; else writes the part's normalised
+    output and the log2 of its sum of weights.
+    """
+    num_tiles = tl.num_programs(0) // NUM_KV
+    head, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
+    part, num_parts, request = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    first, count, begin, end, part_keys = _span(
+        first_ptr, counts_ptr, request, num_query, num_parts, num_pages * PAGE, window,
+        KEYS, PART_KEYS, HAS_COUNTS, HAS_WINDOW,
+    )  # fmt: skip
+    begin += part * part_keys
+    end = tl.minimum(begin + part_keys, end)
+    if not JOINED:  # noqa: SIM102, this one is decided when compiling
+        if begin >= end:
+            return
+
+    row = tile * ROWS + tl.arange(0, ROWS)
+    query, member = row // GROUP, row % GROUP
+    is_row = row < num_query * GROUP
+    dim = tl.arange(0, D)
+    q_row = (request * num_query + query).to(tl.int64) * q_stride + (head * GROUP + member) * D
+    q = tl.load(q_ptr + q_row[:, None] + dim[None, :], mask=is_row[:, None], other=0.0)
+    is_real = is_row & (query < count) & (first + query >= 0)
+    last = tl.where(is_real, first + query, -1)
+    reach = last
+    if HAS_ANCESTORS:
+        ancestors = tl.load(ancestors_ptr + request * num_query + query, mask=is_real, other=0)
+        last = tl.where(is_real, first - 1, -1)  # the last key that is seen without asking
+        if HAS_WINDOW:
+            bits = (ancestors[:, None] >> tl.arange(0, 64)[None, :].to(tl.int64)) & 1
+            reach = first + tl.sum(bits, axis=1).to(tl.int32) - 1
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, D], tl.float32)
+    # Pages are read one block ahead, so that a block's loads depend on no other load of its turn
+    # and the compiler keeps several blocks on their way.
+    table_ptr = pages_ptr + request * num_pages
+    ahead = begin + tl.arange(0, KEYS)
+    page = tl.load(table_ptr + ahead // PAGE, mask=ahead < end, other=0)
+    for start in range(begin, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        slot = page.to(tl.int64) * PAGE + key % PAGE
+        place = (slot * NUM_KV + head)[:, None] * D + dim[None, :]
+        is_key = (key < end) & (key >= FIRST_KEY)
+        ahead = key + KEYS
+        page = tl.load(table_ptr + ahead // PAGE, mask=ahead < end, other=0)
+        k = tl.load(keys_ptr + place, mask=is_key[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if HAS_SOFTCAP:
+            scores = cap * (2 * tl.sigmoid(scores) - 1)
+        seen = key[None, :] <= last[:, None]
+        if HAS_ANCESTORS:
+            own = key - first
+            bit = tl.minimum(tl.maximum(own, 0), 63).to(tl.int64)
+            on_path = ((ancestors[:, None] >> bit[None, :]) & 1) != 0
+            seen = seen | (on_path & (own >= 0)[None, :])
+        if HAS_WINDOW:
+            seen = seen & (key[None, :] > reach[:, None] - window)
+        scores = tl.where(seen & is_key[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row may see nothing of this part
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        v = tl.load(values_ptr + place, mask=is_key[:, None], other=0.0)
+        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total = total * shrink + tl.sum(weights, axis=1)
+        top = higher
+
+    some = tl.where(total > 0, total, 1.0)
+    mixed = mixed / some[:, None]
+    if JOINED:
+        place = (
+            (request * num_query + query).to(tl.int64) * (NUM_KV * GROUP) + head * GROUP + member
+        )
+    else:
+        whole = (request * NUM_KV + head) * num_parts + part
+        place = whole.to(tl.int64) * (num_query * GROUP) + row
+        tl.store(lse_ptr + place, top + tl.log2(some), mask=is_row)
+    target = out_ptr + place[:, None] * D + dim[None, :]
+    tl.store(target, mixed.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit(do_not_specialize=["window", "num_query", "num_keys", "num_parts"])
+def _join_pages(
+    part_ptr, lse_ptr, first_ptr, counts_ptr, out_ptr, window, num_query, num_keys, num_parts,
+    GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
+    PART_KEYS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Output of one query row and query head: its parts, each by its share of the weights."""
+    row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _, _, begin, end, part_keys = _span(
+        first_ptr, counts_ptr, request, num_query, num_parts, num_keys, window,
+        KEYS, PART_KEYS, HAS_COUNTS, HAS_WINDOW,
+    )  # fmt: skip
+    part = tl.arange(0, PARTS_UP)
+    is_part = begin + part * part_keys < end  # the others left early
+    dim = tl.arange(0, D)
+    whole = (request * NUM_KV + head) * num_parts + part
+    place = whole.to(tl.int64) * (num_query * GROUP) + row
+    lse = tl.load(lse_ptr + place, mask=is_part, other=float("-inf"))
+    top = tl.max(lse, axis=0)
+    share = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    parts = tl.load(part_ptr + place[:, None] * D + dim[None, :], mask=is_part[:, None], other=0.0)
+    total = tl.sum(share, axis=0)
+    mixed = tl.sum(parts * share[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    query_row = (request * num_query + row // GROUP).to(tl.int64)
+    target = query_row * (NUM_KV * GROUP) + head * GROUP + row % GROUP
+    tl.store(out_ptr + target * D + dim, mixed.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["num_query", "num_pages", "k_stride", "v_stride"])
+def _write_rows(
+    k_ptr, v_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr,
+    num_query, num_pages, k_stride, v_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, HAS_COUNTS: tl.constexpr,
+):  # fmt: skip
+    """Key and value of one row, all heads."""
+    row = tl.program_id(0)
+    request, query = row // num_query, row % num_query
+    position = tl.load(first_ptr + request) + query
+    is_held = (position >= 0) & (position < num_pages * PAGE)
+    if HAS_COUNTS:
+        is_held = is_held & (query < tl.load(counts_ptr + request))
+    page = tl.load(pages_ptr + request * num_pages + position // PAGE, mask=is_held, other=0)
+    slot = tl.where(is_held, page.to(tl.int64) * PAGE + position % PAGE, 0)
+    at = tl.arange(0, BLOCK)
+    k = tl.load(k_ptr + row.to(tl.int64) * k_stride + at, mask=at < WIDTH)
+    v = tl.load(v_ptr + row.to(tl.int64) * v_stride + at, mask=at < WIDTH)
+    tl.store(keys_ptr + slot * WIDTH + at, k, mask=at < WIDTH)
+    tl.store(values_ptr + slot * WIDTH + at, v, mask=at < WIDTH)
+
+
+def _packed(rows_THD: Tensor) -> Tensor:
+    """The rows, copied only where a row's heads do not lie side by side."""
+    is_packed = rows_THD.stride(2) == 1 and rows_THD.stride(1) == rows_THD.shape[2]
+    return rows_THD if is_packed else rows_THD.contiguous()
+
+
+def _check_pool(keys: Tensor, values: Tensor, decode: DecodePass) -> None:
+    head_dim = keys.shape[2]
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(f"the head dimension must be a power of two from 16 on, got {head_dim}")
+    held = (decode.pages_RP, decode.first_R, decode.counts_R, decode.ancestors_RQ)
+    if not all(t is None or t.is_contiguous() for t in (keys, values, *held)):
+        raise ValueError("keys, values and the tensors of a DecodePass must be contiguous")
+
+
+def write_rows(
+    k_THD: Tensor, v_THD: Tensor, keys: Tensor, values: Tensor, decode: DecodePass
+) -> None:
+    """See ``specops.attention.write_rows``: keys and values in one launch.
+
+    Raises:
+        ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is no
+            power of two.
+    """
+    _check_pool(keys, values, decode)
+    num_query = decode.num_query(len(k_THD))
+    k, v = _packed(k_THD), _packed(v_THD)
+    width = k.shape[1] * k.shape[2]
+    counts = decode.first_R if decode.counts_R is None else decode.counts_R
+    _write_rows[(len(k),)](
+        k, v, keys, values, decode.pages_RP, decode.first_R, counts,
+        num_query, decode.pages_RP.shape[1], k.stride(0), v.stride(0),
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), PAGE=decode.page_size,
+        HAS_COUNTS=decode.counts_R is not None,
+    )  # fmt: skip
+
+
+def parts_of(num_requests: int, num_tiles: int, num_keys: int) -> int:
+    """Parts that each request's keys are split into at most, from shapes alone.
+
+    ``num_tiles``: programs of a request for each part.
+
+    Two rounds of two programs for each multiprocessor of an H200, if no part gets too short.
+    """
+    wanted = round(2 * _PROGRAMS / (num_requests * num_tiles))
+    return max(1, min(wanted, num_keys // _PART_KEYS, _MAX_PARTS))
+
+
+def attend_pages(
+    q_THD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    decode: DecodePass,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    num_parts: int | None = None,
+) -> Tensor:
+    """See ``specops.attention.attend_pages``, whose arguments and result these are.
+
+    One launch, and one that joins where keys are split. What is launched depends on shapes only:
+    each part takes its share of a request's actual length, and leaves where there is none.
+
+    Args:
+        num_parts: parts that each request's keys are split into at most, up to 64; ``None`` fills
+            the card.
+
+    Raises:
+        ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is no
+            power of two.
+    """
+    _check_pool(keys, values, decode)
+    num_requests, num_pages = decode.pages_RP.shape
+    num_kv, head_dim = keys.shape[1:]
+    num_query = decode.num_query(len(q_THD))
+    check_window(decode, num_query, window)
+    share = q_THD.shape[1] // num_kv
+    num_rows = num_query * share
+    rows = min(_TILE_OUTPUTS // head_dim, 128, max(16, triton.next_power_of_2(num_rows)))
+    num_keys = num_pages * decode.page_size
+    tiles = triton.cdiv(num_rows, rows)
+    parts = num_parts or parts_of(num_requests, num_kv * tiles, num_keys)
+    q = _packed(q_THD)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    counts = decode.first_R if decode.counts_R is None else decode.counts_R
+    span = {
+        "GROUP": share,
+        "NUM_KV": num_kv,
+        "D": head_dim,
+        "KEYS": max(16, min(128, _TILE_BYTES // (head_dim * keys.element_size()))),
+        "PART_KEYS": _PART_KEYS,
+        "HAS_COUNTS": decode.counts_R is not None,
+        "HAS_WINDOW": window is not None,
+    }
+    part_out, lse = out, out
+    if parts > 1:
+        scratch = (num_requests * num_kv * parts, num_rows)
+        part_out = torch.empty((*scratch, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty(scratch, dtype=torch.float32, device=q.device)
+    _attend_pages[(num_kv * tiles, parts, num_requests)](
+        q, keys, values, decode.pages_RP, decode.first_R, counts,
+        decode.first_R if decode.ancestors_RQ is None else decode.ancestors_RQ, part_out, lse,
+        scale * _LOG2_E if softcap is None else 2 * scale / softcap, (softcap or 0.0) * _LOG2_E,
+        window or 0, num_query, num_pages, q.stride(0),
+        **span, ROWS=rows, PAGE=decode.page_size, FIRST_KEY=decode.first_key,
+        HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
+        JOINED=parts == 1, num_warps=4 if 2 * rows * head_dim <= _TILE_OUTPUTS else 8, num_stages=3,
+    )  # fmt: skip
+    if parts > 1:
+        up = triton.next_power_of_2(parts)
+        _join_pages[(num_rows, num_kv, num_requests)](
+            part_out, lse, decode.first_R, counts, out, window or 0, num_query, num_keys, parts,
+            **span, PARTS_UP=up, num_warps=max(1, min(8, up * head_dim // 1024)),
+        )  # fmt: skip
     return out
