@@ -40,6 +40,8 @@ class Fixed:
     drafter: str
     draft_k: int
     times: list[float]
+    committed: list[float]
+    """Tokens per request of each step."""
 
     def plan(self, obs: StepObs) -> Decision:
         return Decision(self.drafter, min(self.draft_k, obs.max_draft), 1.0, False, "fixed")
@@ -47,6 +49,8 @@ class Fixed:
     def observe(self, outcome: Outcome) -> None:
         if not outcome.has_prefill:
             self.times.append(outcome.step_s)
+            tokens = sum(1 + row.num_accepted for row in outcome.rows)
+            self.committed.append(tokens / outcome.batch)
 
     def on_swap(self, version: int, calibration: dict[str, Any]) -> None: ...
     def figures(self) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def main(
                 row: dict[str, Any] = {"batch": size, "drafter": drafter, "draft_k": draft_k}
                 answers = []
                 for name, engine in (("programs", programs), ("passes", passes)):
-                    policy = Fixed(drafter, draft_k, [])
+                    policy = Fixed(drafter, draft_k, [], [])
                     seconds = []
                     for turn in range(turns + 1):
                         tokens, spent = decode(engine, policy, ids[:size], max_tokens)
@@ -126,9 +130,13 @@ def main(
                             seconds.append(spent)
                         else:
                             policy.times.clear()
+                            policy.committed.clear()
                     answers.append(tokens)
                     row[f"{name}_step_ms"] = statistics.median(policy.times) * 1e3
+                    row[f"{name}_tokens_per_step"] = statistics.mean(policy.committed)
                     row[f"{name}_tokens_per_s"] = size * max_tokens / statistics.median(seconds)
+                rounds = programs.programs.rounds  # type: ignore[union-attr]
+                row["device_ms"] = rounds.device_seconds(size, draft_k, drafter) * 1e3
                 row["mismatched"] = sum(a != b for a, b in zip(*answers, strict=True))
                 mismatched += row["mismatched"]
                 rows.append(row)

@@ -35,7 +35,7 @@ from serving.recorder import Recorder
 from serving.scheduler import Scheduler
 from serving.service import Service
 from serving.swapper import Swapper
-from serving.swapping import Expected
+from serving.swapping import Expected, FlatWeights
 from serving.target import (
     KvPool,
     Target,
@@ -73,6 +73,8 @@ def build_engine(settings: Settings) -> Service:
     num_pages = _num_pages(settings, target)
     num_slots = num_pages * settings.engine.page_size
     neural = _neural(start, target, num_slots) if start else None
+    # Before anything is captured: this moves the parameters, and their addresses stay from then on.
+    weights = FlatWeights(neural.module) if neural else None
     suffix = _suffix(settings)
     kinds = (("eagle3",) if neural else ()) + (("suffix",) if suffix else ())
     policy = build_policy(settings.policy, kinds, settings.seed, settings.drafter.max_draft)
@@ -106,7 +108,7 @@ def build_engine(settings: Settings) -> Service:
         policy.calibrate(_profile(settings, engine))
     if start is not None:
         policy.on_swap(start[1].version, start[1].policy)
-    return _service(settings, engine, start[1] if start else None, fingerprint)
+    return _service(settings, engine, weights, start[1] if start else None, fingerprint)
 
 
 def _programs(
@@ -138,7 +140,11 @@ def _profile(settings: Settings, engine: Engine) -> list[CostSample]:
 
 
 def _service(
-    settings: Settings, engine: Engine, initial: Manifest | None, fingerprint: str
+    settings: Settings,
+    engine: Engine,
+    weights: FlatWeights | None,
+    initial: Manifest | None,
+    fingerprint: str,
 ) -> Service:
     producer = f"{socket.gethostname()}-{os.getpid()}"
     recorder = swapper = None
@@ -162,9 +168,10 @@ def _service(
         )
         put = recorder.put
         engine.on_finished = lambda sequence: put(maker.finished(sequence))
-    if engine.drafting.neural is not None and initial is not None:
+    if engine.drafting.neural is not None and weights is not None and initial is not None:
         swapper = Swapper(
             neural=engine.drafting.neural,
+            weights=weights,
             initial=initial,
             expected=Expected(initial.kind, initial.drafter_config, fingerprint),
             root=settings.run_dir / "weights",

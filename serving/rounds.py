@@ -169,13 +169,17 @@ class Rounds:
                 if num_draft == 0:
                     self._program(size, 0, "none")
                     continue
-                without = self._graphs.seconds(self._program(size, num_draft, "suffix"))
+                without = self.device_seconds(size, num_draft, "suffix")
                 if has_neural:
-                    with_draft = self._graphs.seconds(self._program(size, num_draft, "eagle3"))
+                    with_draft = self.device_seconds(size, num_draft, "eagle3")
                     share = max(0.0, 1 - without / with_draft)
                     self._draft_share[size, num_draft] = share
             if has_neural:
                 self._catch_up_program(size)
+
+    def device_seconds(self, num_rows: int, num_draft: int, source: str) -> float:
+        """Time of one round's program on the inputs it had last, its launch included."""
+        return self._graphs.seconds(self._program(self._bucket(num_rows), num_draft, source))
 
     def _bucket(self, num_rows: int) -> int:
         return next(size for size in self._buckets if size >= num_rows)

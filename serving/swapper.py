@@ -46,6 +46,7 @@ class Swapper:
         self,
         *,
         neural: PagedEagle3,
+        weights: FlatWeights,
         initial: Manifest,
         expected: Expected,
         root: Path,
@@ -57,7 +58,7 @@ class Swapper:
         wake_engine: Callable[[], None],
     ) -> None:
         self._neural = neural
-        self._weights = FlatWeights(neural.module)
+        self._weights = weights
         self._expected = expected
         self._root = root
         self._producer = producer
