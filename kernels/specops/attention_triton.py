@@ -200,7 +200,7 @@ def _span(
     return first, count, begin, end, tl.maximum(blocks * KEYS, PART_KEYS)
 
 
-@triton.jit(do_not_specialize=["window", "num_query", "num_pages", "q_stride"])
+@triton.jit(do_not_specialize=["window", "num_query", "num_pages"])
 def _attend_pages(
     q_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr, ancestors_ptr, out_ptr, lse_ptr,
     scale, cap, window, num_query, num_pages, q_stride,
@@ -323,7 +323,7 @@ def _join_pages(
     tl.store(out_ptr + target * D + dim, mixed.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["num_query", "num_pages", "k_stride", "v_stride"])
+@triton.jit(do_not_specialize=["num_query", "num_pages"])
 def _write_rows(
     k_ptr, v_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr,
     num_query, num_pages, k_stride, v_stride,
