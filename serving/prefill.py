@@ -131,8 +131,9 @@ class Prefill:
         first, ids = blocks[:, _FIRST], blocks[:, _IDS:].reshape(-1)
         here = rows.decode_pass(first, self._page_size)
         positions = here.positions(BLOCK).flatten()
-        computed = self._target.forward(ids, positions, here, self._pool)
-        self._drafting.keep_features(decode_slots(here, BLOCK), computed.features_TmH)
+        slots = decode_slots(here, BLOCK)
+        computed = self._target.decode(ids, positions, slots, here, self._pool)
+        self._drafting.keep_features(slots, computed.features_TmH)
         if self._drafting.neural:
             before = decode_slots(rows.decode_pass(first - 1, self._page_size), BLOCK)
             at = rows.decode_pass(first, self._page_size, first_key=1)

@@ -41,10 +41,17 @@ def make_programs(
     max_model_len: int,
     prefill_chunk: int,
     page_size: int,
+    fuse: bool,
 ) -> Programs:
-    """Programs for these sizes; on a GPU they become CUDA graphs."""
+    """Programs for these sizes; on a GPU they become CUDA graphs.
+
+    Args:
+        fuse: replace the target's own code by our decoder, if it is a model that we know.
+    """
     # A block's last rows may lie behind the last position that a request can use.
     pages_each = -(-(max_model_len + drafting.max_draft + 1 + BLOCK) // page_size)
+    if fuse and (reason := target.fuse(pages_each * page_size)):
+        log.warning("the target's own code computes its layers, which is slower: %s", reason)
     lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
     graphs = Graphs(target.device)
     rounds = Rounds(target, pool, drafting, lanes, graphs, page_size=page_size)

@@ -178,7 +178,7 @@ class Rounds:
                 self._catch_up_program(size)
 
     def device_seconds(self, num_rows: int, num_draft: int, source: str) -> float:
-        """Time of one round's program on the inputs it had last, its launch included."""
+        """Time of one round's program, its launch included; nothing may be in flight."""
         return self._graphs.seconds(self._program(self._bucket(num_rows), num_draft, source))
 
     def _bucket(self, num_rows: int) -> int:
@@ -210,8 +210,9 @@ class Rounds:
         block = torch.cat((rows.recent_RC[:, -1:], drafts), dim=1)
         here = rows.decode_pass(anchors, self._page_size)
         positions = here.positions(num_draft + 1).flatten()
-        computed = self._target.forward(block.reshape(-1), positions, here, self._pool)
-        self._drafting.keep_features(decode_slots(here, num_draft + 1), computed.features_TmH)
+        slots = decode_slots(here, num_draft + 1)
+        computed = self._target.decode(block.flatten(), positions, slots, here, self._pool)
+        self._drafting.keep_features(slots, computed.features_TmH)
         logits = self._target.logits(computed.hidden_TH.view(size, num_draft + 1, -1))
         accepted, following = verify_match(logits.argmax(-1), drafts, lens)
         count = torch.minimum(accepted + 1, rows.limit_R - rows.length_R)

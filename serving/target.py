@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+from serving.fused_decoder import FusedDecoder, supports
 from specops.attention import DecodePass, PagedPass, paged_attention
 from specops.device import decode_attention
 
@@ -136,6 +137,7 @@ class Target:
         self.layer_ids = layer_ids
         self.device: torch.device = self.lm_head.weight.device
         self.dtype: torch.dtype = self.lm_head.weight.dtype
+        self._fused: FusedDecoder | None = None
         self._taps: dict[int, Tensor] = {}
         for layer_id in layer_ids:
             self._tap(layer_id)
@@ -157,6 +159,18 @@ class Target:
             self.decoder.layers[0].register_forward_pre_hook(keep_input)
         else:
             self.decoder.layers[layer_id - 1].register_forward_hook(keep)
+
+    def fuse(self, num_positions: int) -> str | None:
+        """Compute passes of fixed shape by few launches a layer from now on, where this model is
+        one of those we know; returns why it is not.
+
+        Args:
+            num_positions: positions of all rows are below it.
+        """
+        reason = supports(self.model)
+        if reason is None:
+            self._fused = FusedDecoder(self.model, num_positions)
+        return reason
 
     @property
     def vocab_size(self) -> int:
@@ -182,14 +196,38 @@ class Target:
         )
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass | DecodePass, pool: KvPool
+        self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass, pool: KvPool
     ) -> TargetRows:
-        """One pass over T packed rows of any requests.
+        """One pass over T packed rows of any requests, by Hugging Face's own code.
 
         Args:
             ids_T: [T] int64; positions_T: [T] int64.
             paged: where the rows write and what they see; covers T rows.
         """
+        return self._forward(ids_T, positions_T, paged, pool)
+
+    def decode(
+        self, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, at: DecodePass, pool: KvPool
+    ) -> TargetRows:
+        """``forward`` of rows given by page tables: what is launched depends on shapes only.
+
+        Args:
+            slots_T: [T] int64, where each row's key and value go.
+        """
+        fused = self._fused
+        if fused is None:
+            return self._forward(ids_T, positions_T, at, pool)
+
+        def attend(layer: int, q_THD: Tensor) -> Tensor:
+            kept = pool.keys[layer], pool.values[layer]
+            return decode_attention(q_THD, None, None, *kept, at, fused.scale)
+
+        features, hidden = fused.forward(ids_T, positions_T, slots_T, attend, pool, self.layer_ids)
+        return TargetRows(features.view(len(ids_T), len(self.layer_ids), -1), hidden)
+
+    def _forward(
+        self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass | DecodePass, pool: KvPool
+    ) -> TargetRows:
         hidden = self.decoder(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
@@ -206,6 +244,8 @@ class Target:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] float32 (float64 for a float64 target)."""
+        if self._fused is not None:
+            return self._fused.logits(hidden)
         scores: Tensor = self.lm_head(hidden)
         scores = scores.to(self.logits_dtype)
         if self.softcap is not None:

@@ -121,6 +121,7 @@ def make_engine(
     eos_ids: frozenset[int] = frozenset(),
     rule: Rule = "block",
     programs: bool = False,
+    fuse: bool = False,
 ) -> Engine:
     """An engine over ``model`` with a random EAGLE-3 drafter unless one is given."""
     if drafter is None:
@@ -151,6 +152,7 @@ def make_engine(
             max_model_len=256,
             prefill_chunk=prefill_chunk,
             page_size=page_size,
+            fuse=fuse,
         )
         if programs
         else None,

@@ -1,0 +1,88 @@
+"""Products of few rows with a large weight, with what stands before and after them in a decoder.
+
+The torch definitions. A decode step of few rows is bound by reading the weights, so a kernel that
+equals these reads each weight once and does the rest on the way.
+
+Shapes: M rows, K inputs, N outputs, P parts that a row's sum of squares comes in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMSNorm (Zhang & Sennrich 2019) as Llama and Qwen3 have it, without a bias."""
+
+    weight_K: Tensor
+    eps: float
+
+
+def rms_norm(x_MK: Tensor, norm: Norm, squares_MP: Tensor | None = None) -> Tensor:
+    """``weight * x / rms(x)``, rounded where Hugging Face rounds: in float32, to the dtype of x,
+    then times the weight.
+
+    Args:
+        x_MK: [..., K] floating.
+        squares_MP: [..., P] float32 that sum to each row's sum of squares; ``None`` sums them here.
+    """
+    wide = x_MK.float()
+    if squares_MP is None:
+        squares_MP = wide.pow(2)
+    mean = squares_MP.sum(dim=-1, keepdim=True) / x_MK.shape[-1]
+    return norm.weight_K * (wide * torch.rsqrt(mean + norm.eps)).to(x_MK.dtype)
+
+
+def silu_gate(gate_up_M2N: Tensor) -> Tensor:
+    """``silu(gate) * up`` of rows that hold the gate in their first half. [M, 2N] -> [M, N]."""
+    gate, up = gate_up_M2N.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def few_row_linear(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    norm: Norm | None = None,
+    squares_MP: Tensor | None = None,
+    *,
+    gated: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``norm(x) @ weight.T``, and ``silu_gate`` of it.
+
+    Args:
+        x_MK: [M, K]; its rows may be apart.
+        weight_NK: [N, K] of the same dtype, or [2N, K] if ``gated``: gate rows, then up rows.
+        norm: applied to x first.
+        squares_MP: see ``rms_norm``.
+        out: [M, N], written and returned; float32 holds the rounded product exactly.
+
+    Returns:
+        [M, N], of x's dtype if ``out`` is not given.
+    """
+    x = x_MK if norm is None else rms_norm(x_MK, norm, squares_MP)
+    product = torch.nn.functional.linear(x, weight_NK)
+    if gated:
+        product = silu_gate(product)
+    return product if out is None else out.copy_(product)
+
+
+def few_row_residual(
+    x_MK: Tensor, weight_NK: Tensor, residual_MN: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``residual + x @ weight.T``, and what the next norm needs of it.
+
+    Args:
+        residual_MN: [M, N]; its rows may be apart.
+        out: [M, N], written and returned; may be the residual itself.
+
+    Returns:
+        The sum, [M, N] of x's dtype, and its squares, [M, P] float32, for ``rms_norm``.
+    """
+    total = residual_MN + torch.nn.functional.linear(x_MK, weight_NK)
+    squares = total.float().pow(2).sum(dim=-1, keepdim=True)
+    return total if out is None else out.copy_(total), squares

@@ -1,0 +1,467 @@
+"""Products of few rows as one kernel each; their definitions are ``specops.linear``'s.
+
+Every program takes some rows of the weight and streams them once, in one of three ways:
+
+- ``multiply``: multiplies and adds in float32, one or two rows of x;
+- ``weights_first``: a matrix product with the weight as its left side, so that Hopper's matrix unit
+  reads both sides from shared memory; at least 64 rows of the weight at a time;
+- ``rows_first``: a matrix product with x, padded to 16 rows, as its left side; narrow tiles.
+
+Where the weight has too few rows to fill the card, its columns are split among programs. Each
+writes its part, and the last to arrive adds all parts in their order, so that results do not depend
+on which program that was.
+
+Shapes: M rows, K inputs, N outputs, P parts that a row's sum of squares comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specops.linear import Norm
+from specops.overlap_triton import fetch_into_l2, let_next_start, wait_for_previous
+
+MAX_ROWS = 64
+_PROGRAMS = 264
+"""Wanted at least: two for each multiprocessor of an H100 or H200."""
+_MAX_SPLIT = 16
+
+Way = Literal["multiply", "weights_first", "rows_first"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a product is cut into programs."""
+
+    way: Way
+    block_n: int
+    """Outputs of a program; a gated product reads twice as many rows of the weight."""
+    block_k: int
+    """Columns that a program reads at a time."""
+    split: int = 1
+    """Programs that share a tile's columns."""
+    num_warps: int = 4
+    num_stages: int = 4
+    """Blocks in flight, the one being multiplied included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where programs that share a tile meet. Launches that use one must follow each other."""
+
+    parts: Tensor
+    """[split * rows * N] float32."""
+    arrived: Tensor
+    """[tiles] int32; zeros between launches."""
+
+
+def choose_plan(num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> Plan:
+    """The plan for one shape; a rule, so that nothing is tuned at start-up.
+
+    Programs that read a tile of 64 rows hold 72 to 100 KB of shared memory, so two fit on one
+    multiprocessor: columns are split only as long as all programs run at once.
+    """
+    if num_rows <= 2:
+        return Plan("multiply", 4 if gated else 8, min(512, _up(num_inputs)))
+    block_k = min(64 if gated else 128, _up(num_inputs))
+    tiles = triton.cdiv(num_outputs, 64)
+    split = min(_PROGRAMS // tiles, triton.cdiv(num_inputs, 2 * block_k), _MAX_SPLIT)
+    return Plan("weights_first", 64, block_k, max(1, split))
+
+
+def _up(number: int) -> int:
+    return max(16, int(triton.next_power_of_2(number)))
+
+
+def _padded(num_rows: int) -> int:
+    """Rows of a matrix product's side."""
+    return max(16, int(triton.next_power_of_2(num_rows)))
+
+
+def make_scratch(products: Iterable[tuple[int, int, bool]], device: torch.device) -> Scratch:
+    """Scratch for ``choose_plan``'s plans of some products: each its N, K and whether gated."""
+    sums = tiles = 1
+    for num_outputs, num_inputs, gated in products:
+        plan = choose_plan(MAX_ROWS, num_outputs, num_inputs, gated)
+        if plan.split > 1:
+            sums = max(sums, plan.split * MAX_ROWS * num_outputs * (1 + gated))
+            tiles = max(tiles, triton.cdiv(num_outputs, plan.block_n))
+    return Scratch(
+        torch.empty(sums, dtype=torch.float32, device=device),
+        torch.zeros(tiles, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _rows_of_x(
+    x_ptr, norm_ptr, row, is_row, k, is_k, x_stride, scale,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BLOCK_K] of x, normed, in the dtype of x."""
+    x = tl.load(
+        x_ptr + row[:, None] * x_stride + k[None, :],
+        mask=is_row[:, None] & is_k[None, :],
+        other=0.0,
+    )
+    if NORM:
+        weight = tl.load(norm_ptr + k, mask=is_k, other=0.0)
+        normed = (x.to(tl.float32) * scale[:, None]).to(x.dtype)
+        x = (weight.to(tl.float32)[None, :] * normed.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _row_of_x(x_ptr, norm_ptr, k, is_k, scale, NORM: tl.constexpr):
+    """[BLOCK_K] of one row of x, normed, as float32 that its dtype holds."""
+    x = tl.load(x_ptr + k, mask=is_k, other=0.0)
+    if NORM:
+        weight = tl.load(norm_ptr + k, mask=is_k, other=0.0)
+        normed = (x.to(tl.float32) * scale).to(x.dtype)
+        x = (weight.to(tl.float32) * normed.to(tl.float32)).to(x.dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _row_squares(
+    x_ptr, squares_ptr, row, is_row, num_inputs, num_parts, x_stride,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS_UP: tl.constexpr,
+):  # fmt: skip
+    """[ROWS] sum of squares of each row: from its parts, or from the row (PARTS_UP = 0)."""
+    if PARTS_UP > 0:
+        part = tl.arange(0, PARTS_UP)
+        parts = tl.load(
+            squares_ptr + row[:, None] * num_parts + part[None, :],
+            mask=is_row[:, None] & (part < num_parts)[None, :],
+            other=0.0,
+        )
+        total = tl.sum(parts, axis=1)
+    else:
+        total = tl.zeros([ROWS], tl.float32)
+        for start in range(0, num_inputs, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = tl.load(
+                x_ptr + row[:, None] * x_stride + k[None, :],
+                mask=is_row[:, None] & (k < num_inputs)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            total += tl.sum(x * x, axis=1)
+    return total
+
+
+@triton.jit
+def _weight_tile(weight_ptr, n, is_n, k, is_k, stride):
+    """[BLOCK_N, BLOCK_K] of the weight; read once by one program, so first to leave the cache."""
+    return tl.load(
+        weight_ptr + n.to(tl.int64)[:, None] * stride + k[None, :],
+        mask=is_n[:, None] & is_k[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
+def _add_parts(parts_ptr, place, is_place, part_size, SPLIT: tl.constexpr):
+    """Sum of a tile's parts in their order; past the first-level cache, which may hold old ones."""
+    total = tl.load(parts_ptr + place, mask=is_place, other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(1, SPLIT):
+        total += tl.load(
+            parts_ptr + part * part_size + place, mask=is_place, other=0.0, cache_modifier=".cg"
+        )
+    return total
+
+
+@triton.jit
+def _finish(
+    value, up, residual_ptr, out_ptr, out_squares_ptr,
+    row, is_row, n, is_n, tile, num_tiles, residual_stride, out_stride, dtype: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Round the product to ``dtype`` as a product of its own would, then what follows it."""
+    is_out = is_row[:, None] & is_n[None, :]
+    value = value.to(dtype)
+    if GATED:
+        gate = value.to(tl.float32)
+        gate = (gate / (1.0 + tl.exp(-gate))).to(dtype)
+        value = (gate.to(tl.float32) * up.to(dtype).to(tl.float32)).to(dtype)
+    if RESIDUAL:
+        at = residual_ptr + row[:, None] * residual_stride + n[None, :]
+        before = tl.load(at, mask=is_out, other=0.0)
+        value = (before.to(tl.float32) + value.to(tl.float32)).to(dtype)
+        wide = tl.where(is_out, value.to(tl.float32), 0.0)
+        tl.store(out_squares_ptr + row * num_tiles + tile, tl.sum(wide * wide, axis=1), mask=is_row)
+    at = out_ptr + row[:, None] * out_stride + n[None, :]
+    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=is_out)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+def _few_rows(
+    x_ptr, weight_ptr, norm_ptr, squares_ptr, residual_ptr, out_ptr, out_squares_ptr,
+    parts_ptr, arrived_ptr,
+    num_rows, num_outputs, num_inputs, num_parts, eps,
+    x_stride, weight_stride, residual_stride, out_stride,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, WAY: tl.constexpr, PARTS_UP: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_N outputs for all rows, or one part of its columns."""
+    tile, num_tiles = tl.program_id(0), tl.num_programs(0)
+    row = tl.arange(0, ROWS)
+    is_row = row < num_rows
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_n = n < num_outputs
+    column = tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(num_inputs, BLOCK_K * SPLIT)
+    begin = tl.program_id(1) * steps * BLOCK_K
+    end = tl.minimum(begin + steps * BLOCK_K, num_inputs)
+
+    if OVERLAP:
+        let_next_start()
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = BLOCK_K // LINE if BLOCK_K > LINE else 1
+        line = tl.arange(0, LINES) * LINE
+        first = tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * weight_stride + weight_ptr
+        for step in tl.static_range(STAGES):
+            ahead = tl.minimum(begin + step * BLOCK_K + line, num_inputs - 1)
+            first = (
+                weight_ptr + tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * weight_stride
+            )
+            fetch_into_l2(first + ahead[None, :])
+            if GATED:
+                fetch_into_l2(first + num_outputs.to(tl.int64) * weight_stride + ahead[None, :])
+        wait_for_previous()
+
+    scale = tl.zeros([ROWS], tl.float32)
+    if NORM:
+        squares = _row_squares(
+            x_ptr, squares_ptr, row, is_row, num_inputs, num_parts, x_stride,
+            ROWS, BLOCK_K, PARTS_UP,
+        )  # fmt: skip
+        scale = tl.rsqrt(squares / num_inputs + eps)
+
+    if WAY == "multiply":
+        scale_0 = tl.sum(tl.where(row == 0, scale, 0.0), axis=0)
+        scale_1 = tl.sum(tl.where(row == 1, scale, 0.0), axis=0)
+        sums_0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        sums_1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        up_sums_0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        up_sums_1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            k = start + column
+            is_k = k < num_inputs  # only the last part can end inside a block
+            weight = _weight_tile(weight_ptr, n, is_n, k, is_k, weight_stride).to(tl.float32)
+            x_0 = _row_of_x(x_ptr, norm_ptr, k, is_k, scale_0, NORM)
+            sums_0 += weight * x_0[None, :]
+            if ROWS > 1:
+                x_1 = _row_of_x(x_ptr + x_stride, norm_ptr, k, is_k & (num_rows > 1), scale_1, NORM)
+                sums_1 += weight * x_1[None, :]
+            if GATED:
+                up_weight = _weight_tile(
+                    weight_ptr, n + num_outputs, is_n, k, is_k, weight_stride
+                ).to(tl.float32)
+                up_sums_0 += up_weight * x_0[None, :]
+                if ROWS > 1:
+                    up_sums_1 += up_weight * x_1[None, :]
+        value = tl.where(
+            row[:, None] == 0, tl.sum(sums_0, axis=1)[None, :], tl.sum(sums_1, axis=1)[None, :]
+        )
+        up = value
+        if GATED:
+            up = tl.where(
+                row[:, None] == 0,
+                tl.sum(up_sums_0, axis=1)[None, :],
+                tl.sum(up_sums_1, axis=1)[None, :],
+            )
+    else:
+        if WAY == "weights_first":
+            sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+        else:
+            sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        up_sums = sums
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            k = start + column
+            is_k = k < num_inputs  # only the last part can end inside a block
+            weight = _weight_tile(weight_ptr, n, is_n, k, is_k, weight_stride)
+            x = _rows_of_x(x_ptr, norm_ptr, row, is_row, k, is_k, x_stride, scale, NORM)
+            if WAY == "weights_first":
+                sums = tl.dot(weight, tl.trans(x), sums, input_precision="ieee")
+            else:
+                sums = tl.dot(x, tl.trans(weight), sums, input_precision="ieee")
+            if GATED:
+                up_weight = _weight_tile(weight_ptr, n + num_outputs, is_n, k, is_k, weight_stride)
+                if WAY == "weights_first":
+                    up_sums = tl.dot(up_weight, tl.trans(x), up_sums, input_precision="ieee")
+                else:
+                    up_sums = tl.dot(x, tl.trans(up_weight), up_sums, input_precision="ieee")
+        if WAY == "weights_first":
+            value, up = tl.trans(sums), tl.trans(up_sums)
+        else:
+            value, up = sums, up_sums
+
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if SPLIT == 1:
+        _finish(
+            value, up, residual_ptr, out_ptr, out_squares_ptr,
+            row, is_row, n, is_n, tile, num_tiles, residual_stride, out_stride, dtype,
+            RESIDUAL, GATED,
+        )  # fmt: skip
+    else:
+        halves: tl.constexpr = 2 if GATED else 1
+        is_out = is_row[:, None] & is_n[None, :]
+        place = row[:, None] * (num_outputs * halves) + n[None, :]
+        part_size = ROWS * num_outputs * halves
+        mine = parts_ptr + tl.program_id(1) * part_size
+        tl.store(mine + place, value, mask=is_out)
+        if GATED:
+            tl.store(mine + num_outputs + place, up, mask=is_out)
+        tl.debug_barrier()  # all of this program's part is written before it says so
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
+            whole = _add_parts(parts_ptr, place, is_out, part_size, SPLIT)
+            whole_up = whole
+            if GATED:
+                whole_up = _add_parts(parts_ptr, num_outputs + place, is_out, part_size, SPLIT)
+            _finish(
+                whole, whole_up, residual_ptr, out_ptr, out_squares_ptr,
+                row, is_row, n, is_n, tile, num_tiles, residual_stride, out_stride, dtype,
+                RESIDUAL, GATED,
+            )  # fmt: skip
+            tl.store(arrived_ptr + tile, 0)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if tensor.stride(1) != 1:
+        raise ValueError(
+            f"the columns of {name} must be next to each other, not by {tensor.stride()}"
+        )
+
+
+def _launch(
+    x_MK: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    plan: Plan | None,
+    scratch: Scratch | None,
+    norm: Norm | None = None,
+    squares_MP: Tensor | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    overlap: bool = False,
+) -> Tensor | None:
+    """Returns the squares of ``out`` if there is a residual."""
+    num_rows, num_inputs = x_MK.shape
+    num_outputs = out.shape[1]
+    _check("x", x_MK, (num_rows, num_inputs))
+    _check("weight", weight, (num_outputs * (1 + gated), num_inputs))
+    _check("out", out, (num_rows, num_outputs))
+    if not 1 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"x must have 1..{MAX_ROWS} rows, got {num_rows}")
+    if weight.dtype != x_MK.dtype:
+        raise ValueError(f"x is {x_MK.dtype}, the weight {weight.dtype}; they must be the same")
+    if plan is None:
+        plan = choose_plan(num_rows, num_outputs, num_inputs, gated)
+        plan = plan if scratch is not None else replace(plan, split=1)
+    if plan.way == "multiply":
+        if num_rows > 2 or plan.split > 1:
+            raise ValueError(f"'multiply' takes 1..2 rows and no split, got {num_rows}, {plan}")
+        rows = num_rows
+    else:
+        rows = _padded(num_rows)
+    tiles = triton.cdiv(num_outputs, plan.block_n)
+    if plan.split > 1:
+        if scratch is None:
+            raise ValueError(f"{plan} needs scratch")
+        size = plan.split * rows * num_outputs * (1 + gated)
+        if scratch.parts.numel() < size or scratch.arrived.numel() < tiles:
+            raise ValueError(
+                f"scratch holds {scratch.parts.numel()} sums and {scratch.arrived.numel()} tiles; "
+                f"{plan} needs {size} and {tiles}"
+            )
+    squares = None
+    if residual is not None:
+        _check("residual", residual, (num_rows, num_outputs))
+        squares = torch.empty(num_rows, tiles, dtype=torch.float32, device=x_MK.device)
+    num_parts = 0 if squares_MP is None else squares_MP.shape[1]
+    if squares_MP is not None and not squares_MP.is_contiguous():
+        raise ValueError("squares must be contiguous")
+    nothing = x_MK  # a pointer that is never followed
+    _few_rows[(tiles, plan.split)](
+        x_MK, weight,
+        nothing if norm is None else norm.weight_K,
+        nothing if squares_MP is None else squares_MP,
+        nothing if residual is None else residual,
+        out,
+        nothing if squares is None else squares,
+        nothing if scratch is None else scratch.parts,
+        nothing if scratch is None else scratch.arrived,
+        num_rows, num_outputs, num_inputs, num_parts, 0.0 if norm is None else norm.eps,
+        x_MK.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+        out.stride(0),
+        ROWS=rows, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, SPLIT=plan.split,
+        STAGES=plan.num_stages, WAY=plan.way,
+        PARTS_UP=triton.next_power_of_2(num_parts) if num_parts else 0,
+        NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, OVERLAP=overlap,
+        num_warps=plan.num_warps, launch_pdl=overlap,
+    )  # fmt: skip
+    return squares
+
+
+def few_row_linear(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    norm: Norm | None = None,
+    squares_MP: Tensor | None = None,
+    *,
+    gated: bool = False,
+    out: Tensor | None = None,
+    plan: Plan | None = None,
+    scratch: Scratch | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    """See ``specops.linear.few_row_linear``, whose arguments and result these are.
+
+    Args:
+        x_MK: [M, K], 1 <= M <= 64.
+        plan: ``None`` takes ``choose_plan``'s, without its split if there is no scratch.
+        scratch: for a plan that splits columns.
+        overlap: start while the kernel before still runs (``specops.overlap_triton``).
+
+    Raises:
+        ValueError: wrong shape, dtype or memory layout, or a plan that does not fit.
+    """
+    num_outputs = weight_NK.shape[0] // (1 + gated)
+    if out is None:
+        out = x_MK.new_empty(len(x_MK), num_outputs)
+    _launch(
+        x_MK, weight_NK, out, plan=plan, scratch=scratch, norm=norm, squares_MP=squares_MP,
+        gated=gated, overlap=overlap,
+    )  # fmt: skip
+    return out
+
+
+def few_row_residual(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    residual_MN: Tensor,
+    out: Tensor | None = None,
+    *,
+    plan: Plan | None = None,
+    scratch: Scratch | None = None,
+    overlap: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See ``specops.linear.few_row_residual``; more arguments and errors as ``few_row_linear``."""
+    if out is None:
+        out = x_MK.new_empty(residual_MN.shape)
+    squares = _launch(
+        x_MK, weight_NK, out, plan=plan, scratch=scratch, residual=residual_MN, overlap=overlap
+    )
+    assert squares is not None
+    return out, squares

@@ -1,0 +1,93 @@
+"""From one product for queries, keys and values to rows that attention can use.
+
+The torch definition. Shapes: T rows, Hq/Hkv heads, D head dimension (even).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specops.linear import Norm, rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a row of the product is laid out, and what happens to its heads."""
+
+    num_query: int
+    """Hq."""
+    num_kv: int
+    """Hkv; a row holds Hq query heads, then Hkv key heads, then Hkv value heads, D each."""
+    query_norm: Norm | None = None
+    """RMSNorm over D of each query head (Qwen3); its key_norm has the same eps."""
+    key_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Cosines and sines of every position: [num_positions, D / 2] of the model's dtype.
+
+    A table, not a computation: Hugging Face rounds them to that dtype before it multiplies, and a
+    card's fast sine is wrong for the large angles of far positions.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_table(
+    inv_freq: Tensor, scaling: float, num_positions: int, dtype: torch.dtype
+) -> RopeTable:
+    """Table of rotary embeddings (Su et al. 2021), as Hugging Face computes them.
+
+    Args:
+        inv_freq: [D / 2] float32, with any scaling of frequencies (Llama 3) in it already.
+        scaling: factor of cosines and sines (YaRN); 1.0 for most.
+    """
+    positions = torch.arange(num_positions, device=inv_freq.device, dtype=torch.float32)
+    angles = positions[:, None] * inv_freq.float()
+    return RopeTable((angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype))
+
+
+def _rotate(x_THD: Tensor, cos_TD2: Tensor, sin_TD2: Tensor) -> Tensor:
+    """Pairs are an element of the first half and its like of the second (as Llama's weights)."""
+    first, second = x_THD.chunk(2, dim=-1)
+    cos, sin = cos_TD2[:, None], sin_TD2[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope_and_write(
+    qkv_TC: Tensor,
+    heads: Heads,
+    table: RopeTable,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Norm and rotate queries and keys, write keys and values to their slots.
+
+    Args:
+        qkv_TC: [T, (Hq + 2 Hkv) * D]; its rows may be apart.
+        positions_T: [T] int64, each below the table's number of positions (not checked).
+        slots_T: [T] int64, where row t's key and value go; distinct.
+        keys, values: [num_slots, Hkv, D] contiguous, written in place.
+
+    Returns:
+        Queries, [T, Hq, D].
+    """
+    head_dim = keys.shape[2]
+    sizes = [heads.num_query, heads.num_kv, heads.num_kv]
+    heads_TND = qkv_TC.view(len(qkv_TC), sum(sizes), head_dim)
+    q, k, v = torch.split(heads_TND, sizes, dim=1)
+    if heads.query_norm is not None:
+        q = rms_norm(q, heads.query_norm)
+    if heads.key_norm is not None:
+        k = rms_norm(k, heads.key_norm)
+    cos, sin = table.cos[positions_T], table.sin[positions_T]
+    keys.index_copy_(0, slots_T, _rotate(k, cos, sin))
+    values.index_copy_(0, slots_T, v)
+    return _rotate(q, cos, sin)

@@ -1,0 +1,45 @@
+"""What a decoder does with its rows between two products. The torch definitions.
+
+Shapes: M rows, H hidden, N outputs, V vocabulary. ``rms_norm`` and ``silu_gate`` are in
+``specops.linear``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specops.linear import Norm, rms_norm
+
+
+def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
+    """Rows of an embedding, written to ``out``.
+
+    Args:
+        ids_M: [M] int64, each in 0..V-1 (not checked).
+        out: [M, H]; its rows may be apart.
+
+    Returns:
+        [M, 1] float32, the sum of each row's squares, for ``rms_norm``.
+    """
+    out.copy_(torch.nn.functional.embedding(ids_M, table_VH))
+    return out.float().pow(2).sum(dim=-1, keepdim=True)
+
+
+def add_norm(
+    residual_MH: Tensor, update_MH: Tensor | None, norm: Norm, out: Tensor | None
+) -> Tensor:
+    """``norm(residual + update)``; the sum goes to ``out``.
+
+    Args:
+        residual_MH: [M, H]; its rows may be apart.
+        update_MH: [M, H] contiguous, or ``None`` for nothing to add.
+        out: [M, H]; may be the residual itself. ``None`` exactly if there is no update.
+
+    Returns:
+        [M, H] contiguous.
+    """
+    if update_MH is not None:
+        assert out is not None
+        residual_MH = out.copy_(residual_MH + update_MH)
+    return rms_norm(residual_MH, norm)

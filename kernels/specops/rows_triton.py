@@ -1,0 +1,145 @@
+"""What a decoder does with its rows between two products, one kernel each; the definitions are in
+``specops.rows`` and ``specops.linear``.
+
+Shapes: M rows, H hidden (a row is one program's, at most 16,384), N outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specops.linear import Norm
+from specops.overlap_triton import let_next_start, wait_for_previous
+
+_COLUMNS = 1024
+
+
+@triton.jit
+def _embed(ids_ptr, table_ptr, out_ptr, squares_ptr, width, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    token = tl.load(ids_ptr + row)
+    x = tl.load(table_ptr + token * width + column, mask=column < width, other=0.0)
+    tl.store(out_ptr + row * out_stride + column, x, mask=column < width)
+    wide = x.to(tl.float32)
+    tl.store(squares_ptr + row, tl.sum(wide * wide, axis=0))
+
+
+@triton.jit
+def _add_norm(
+    residual_ptr, update_ptr, norm_ptr, out_ptr, normed_ptr, width, residual_stride, out_stride,
+    eps, WIDTH: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    is_column = column < width
+    if OVERLAP:
+        let_next_start()
+    weight = tl.load(norm_ptr + column, mask=is_column, other=0.0)
+    if OVERLAP:
+        wait_for_previous()
+    x = tl.load(residual_ptr + row * residual_stride + column, mask=is_column, other=0.0)
+    if ADD:
+        update = tl.load(update_ptr + row * width + column, mask=is_column, other=0.0)
+        x = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
+        tl.store(out_ptr + row * out_stride + column, x, mask=is_column)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
+    normed = (wide * scale).to(x.dtype).to(tl.float32)
+    normed = (weight.to(tl.float32) * normed).to(x.dtype)
+    tl.store(normed_ptr + row * width + column, normed, mask=is_column)
+
+
+@triton.jit
+def _silu_gate(gate_up_ptr, out_ptr, width, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        let_next_start()
+        wait_for_previous()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < width
+    place = gate_up_ptr + row * 2 * width + column
+    gate = tl.load(place, mask=is_column, other=0.0)
+    up = tl.load(place + width, mask=is_column, other=0.0)
+    wide = gate.to(tl.float32)
+    value = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    tl.store(out_ptr + row * width + column, (value * up.to(tl.float32)).to(gate.dtype), is_column)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    if tensor.shape != shape or tensor.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be {list(shape)} with columns next to each other, "
+            f"got {list(tensor.shape)} by {tensor.stride()}"
+        )
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 2048 else 8
+
+
+def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
+    """See ``specops.rows.embed``. Raises ValueError for a wrong shape or memory layout.
+
+    Never overlaps: what comes before a step, such as a swap of weights, has ended when it starts.
+    """
+    width = table_VH.shape[1]
+    _check("out", out, (len(ids_M), width))
+    if not (table_VH.is_contiguous() and ids_M.is_contiguous()):
+        raise ValueError("ids and table must be contiguous")
+    squares = torch.empty(len(ids_M), 1, dtype=torch.float32, device=out.device)
+    _embed[(len(ids_M),)](
+        ids_M, table_VH, out, squares, width, out.stride(0),
+        WIDTH=triton.next_power_of_2(width), num_warps=_warps(width),
+    )  # fmt: skip
+    return squares
+
+
+def add_norm(
+    residual_MH: Tensor,
+    update_MH: Tensor | None,
+    norm: Norm,
+    out: Tensor | None,
+    *,
+    overlap: bool = False,
+) -> Tensor:
+    """See ``specops.rows.add_norm``. Raises ValueError for a wrong shape or memory layout.
+
+    Args:
+        overlap: start while the kernel before still runs (``specops.overlap_triton``).
+    """
+    num_rows, width = residual_MH.shape
+    _check("residual", residual_MH, (num_rows, width))
+    if (update_MH is None) != (out is None):
+        raise ValueError("out is given exactly if there is an update")
+    if update_MH is not None and out is not None:
+        _check("out", out, (num_rows, width))
+        if update_MH.shape != residual_MH.shape or not update_MH.is_contiguous():
+            raise ValueError(f"update must be contiguous {[num_rows, width]}")
+    normed = residual_MH.new_empty(num_rows, width)
+    _add_norm[(num_rows,)](
+        residual_MH,
+        residual_MH if update_MH is None else update_MH,
+        norm.weight_K,
+        residual_MH if out is None else out,
+        normed, width, residual_MH.stride(0), 0 if out is None else out.stride(0), norm.eps,
+        WIDTH=triton.next_power_of_2(width), ADD=update_MH is not None, OVERLAP=overlap,
+        num_warps=_warps(width), launch_pdl=overlap,
+    )  # fmt: skip
+    return normed
+
+
+def silu_gate(gate_up_M2N: Tensor, *, overlap: bool = False) -> Tensor:
+    """See ``specops.linear.silu_gate``. Raises ValueError for a memory layout with gaps."""
+    num_rows, width = gate_up_M2N.shape[0], gate_up_M2N.shape[1] // 2
+    if not gate_up_M2N.is_contiguous():
+        raise ValueError("gate and up must be contiguous")
+    out = gate_up_M2N.new_empty(num_rows, width)
+    _silu_gate[(num_rows, triton.cdiv(width, _COLUMNS))](
+        gate_up_M2N, out, width, COLUMNS=_COLUMNS, OVERLAP=overlap, num_warps=4, launch_pdl=overlap
+    )
+    return out
