@@ -223,7 +223,8 @@ class Target:
             return decode_attention(q_THD, None, None, *kept, at, fused.scale)
 
         features, hidden = fused.forward(ids_T, positions_T, slots_T, attend, pool, self.layer_ids)
-        return TargetRows(features.view(len(ids_T), len(self.layer_ids), -1), hidden)
+        shape = (len(ids_T), len(self.layer_ids), hidden.shape[1])
+        return TargetRows(features.view(shape), hidden)
 
     def _forward(
         self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass | DecodePass, pool: KvPool
