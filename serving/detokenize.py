@@ -25,12 +25,18 @@ class Detokenizer:
     def add(self, token_id: int) -> bool:
         """Append one token; True when a stop string is now complete."""
         self._ids.append(token_id)
+        if not self._stop:  # nothing to look for: the text is made when it is taken
+            return False
+        self._read_on()
+        return self._find_stop()
+
+    def _read_on(self) -> None:
+        """Text of the tokens so far, unless it ends within a character."""
         before = self._decode(self._start, self._read)
         now = self._decode(self._start, len(self._ids))
         if not now.endswith(REPLACEMENT) and len(now) > len(before):
             self._pending += now[len(before) :]
             self._start, self._read = self._read, len(self._ids)
-        return self._find_stop()
 
     def _decode(self, start: int, end: int) -> str:
         text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
@@ -45,7 +51,9 @@ class Detokenizer:
 
     def take(self, final: bool) -> str:
         """Text since the last call. Unless ``final``, what may begin a stop string stays back."""
-        if final and not self.stopped:
+        if not self._stop and self._read < len(self._ids):
+            self._read_on()
+        if final and not self.stopped and self._read < len(self._ids):
             before = self._decode(self._start, self._read)
             self._pending += self._decode(self._start, len(self._ids))[len(before) :]
             self._start = self._read = len(self._ids)
