@@ -11,6 +11,7 @@ imitators); H hidden, of either side; V the teacher's vocabulary, D the student'
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -25,8 +26,14 @@ ETA = 3.0
 """Speed at which LK moves from KL to TV as acceptance grows."""
 MIN_MASS = 1e-6
 """Least mass of the teacher within the student's vocabulary that is divided by."""
-_BLOCK_BYTES = 1 << 30
-"""Of logits, on a GPU. The fewer blocks, the fewer passes over the gradient of the weight."""
+_BLOCK_BYTES = 1_100_000_000
+"""Of logits of both sides, on a GPU."""
+_STUDENT_TILE = 1024
+"""A GPU's blocks of student rows are multiples of it: 1,024 rows by 4,096 are 128 tiles of 128 by
+256, which fill the 132 multiprocessors of an H100 or H200 once."""
+_TEACHER_ROWS = (512, 1024)
+"""Least and most rows of the teacher's logits, on a GPU. The student's get the rest: the more of
+them, the fewer passes over the gradient of the weight."""
 _CPU_ROWS = 128
 """128 x 4,096 floats stay in a CPU's cache."""
 
@@ -269,26 +276,27 @@ def distill(
 ) -> Distilled:
     """Weighted loss of N student rows against their teacher rows, with its gradients.
 
-    A GPU holds about 1 GiB beyond inputs and gradients, whatever N, V and D. Rows are taken in the
-    order of their teacher rows, so that the teacher's logits are formed once, however many
-    student rows imitate it. Gradients are formed in the forward pass, where the logits are at hand;
-    backward multiplies them by the gradient of ``loss``, in place.
+    A GPU holds at most 1.2 GB beyond inputs and gradients, whatever N, for V and D up to 151,936 in
+    bfloat16. Rows are taken in the order of their teacher rows, so that the teacher's logits are
+    formed once, however many student rows imitate it. Gradients are formed in the forward pass,
+    where the logits are at hand; backward multiplies them by the gradient of ``loss``, in place.
 
     Precision: logits and their gradients are rounded to the dtype of ``hidden_NH``, everything
     between them is float32. The gradient of ``weight_DH`` is summed over the blocks in the dtype of
-    ``weight_DH``. If that is bfloat16, each block rounds the sum once, by at most 2^-9 of its
-    size: an error of about ``0.0011 * sqrt(blocks)`` of an element, against 0.0011 for
-    one product over all rows. A float32 weight beside bfloat16 rows has a float32 gradient and
-    no such error.
+    ``weight_DH``. If that is bfloat16, each block rounds the sum once, by at most 2^-8 of its
+    size: an error of about ``0.0017 * sqrt(blocks)`` of an element (root mean square), against
+    0.0017 of one product over all rows; 8,192 rows are three blocks or fewer. A float32 weight
+    beside bfloat16 rows has a float32 gradient and no such error.
 
     Args:
         hidden_NH: student's head inputs; float32, float64 or bfloat16.
         weight_DH: student's head; of that dtype, or float32, which is then rounded for the
             products.
-        teacher, rows: see there. ``teacher_row_N`` is sorted and read by the host: one
-            synchronisation.
+        teacher, rows: see there. ``teacher_row_N`` is sorted and read by the host, which
+            synchronises.
         weights_N: without gradient.
-        chunk_rows: rows of logits formed at once; ``None``: what fits a CPU's cache, or 1 GiB.
+        chunk_rows: most rows of logits formed at once, of either side; ``None``: what fits a CPU's
+            cache, or 1.1 GB on a GPU.
         blocks: ``None``: by device.
 
     Raises:
@@ -318,7 +326,7 @@ def label_figures(
     """
     blocks = blocks or blocks_for(hidden_NH.device)
     num_rows, width = hidden_NH.shape[0], weight_DH.shape[0]
-    chunk = chunk_rows or _rows_at_once(num_rows, width, hidden_NH)
+    chunk, _ = _rows_at_once(hidden_NH, width, 0, chunk_rows)
     weight = weight_DH.to(hidden_NH.dtype)
     room = hidden_NH.new_empty((min(chunk, num_rows), width))
     parts = []
@@ -364,53 +372,66 @@ class _Distill(torch.autograd.Function):
 def _walk(
     hidden: Tensor, weight: Tensor, job: _Job
 ) -> tuple[RowFigures, tuple[Tensor | None, Tensor | None]]:
-    """Every block: teacher's logits, student's logits, both gradients."""
+    """Every block: student's logits, teacher's logits, both gradients."""
     teacher, rows, head = job.teacher, job.rows, job.teacher.head
     blocks = job.blocks or blocks_for(hidden.device)
-    num_teacher, width, head_width = len(teacher.hidden_RH), len(weight), len(head.weight_VH)
-    chunk = job.chunk_rows or _rows_at_once(num_teacher, width + head_width, hidden)
+    width, head_width = len(weight), len(head.weight_VH)
+    most_own, most_seen = _rows_at_once(hidden, width, head_width, job.chunk_rows)
     low = weight.to(hidden.dtype)
     grad_hidden = torch.zeros_like(hidden) if job.wants[0] else None
     grad_weight = torch.zeros_like(weight) if job.wants[1] else None
-    teacher_room = teacher.hidden_RH.new_empty((min(chunk, num_teacher), head_width))
-    room = hidden.new_empty((min(chunk, len(hidden)), width))
+    room = hidden.new_empty((min(most_own, len(hidden)), width))
+    seen_room = teacher.hidden_RH.new_empty((min(most_seen, len(teacher.hidden_RH)), head_width))
     figures = _no_figures(hidden)
-    for part, members in _blocks_of(rows.teacher_row_N, num_teacher, chunk):
-        seen = teacher.hidden_RH[part]
-        logits = torch.mm(seen, head.weight_VH.T, out=teacher_room[: seen.shape[0]])
-        heat = None if teacher.temperature_R is None else teacher.temperature_R[part]
-        target = blocks.target_of(logits, teacher.ids_D, head.softcap, heat)
-        for member in members:
-            own = hidden[member]
-            scores = torch.mm(own, low.T, out=room[: own.shape[0]])
-            weights = job.weights_N[member].to(figures.loss_N.dtype) if any(job.wants) else None
-            found = blocks.judge_(scores, target, rows.part(member, part.start), weights, job.kind)
-            for column, values in zip(figures, found, strict=True):
-                column[member] = values
-            if grad_hidden is not None:
-                grad_hidden[member] = scores @ low
-            if grad_weight is not None:
-                _add_product_(grad_weight, scores.T, own)
+    for member, parts in _layout(rows.teacher_row_N, len(hidden), most_own, most_seen):
+        own = hidden[member]
+        scores = torch.mm(own, low.T, out=room[: own.shape[0]])
+        compared = rows.part(member)
+        weights = job.weights_N[member].to(figures.loss_N.dtype)
+        found = []
+        for seen, place in parts:
+            target = _target_block(teacher, seen, seen_room, blocks)
+            wanted = weights[place] if any(job.wants) else None
+            first = compared.part(place, seen.start)
+            found.append(blocks.judge_(scores[place], target, first, wanted, job.kind))
+        for column, values in zip(figures, zip(*found, strict=True), strict=True):
+            column[member] = torch.cat(values)
+        if grad_hidden is not None:
+            grad_hidden[member] = scores @ low
+        if grad_weight is not None:
+            _add_product_(grad_weight, scores.T, own)
     return figures, (grad_hidden, grad_weight)
 
 
-def _blocks_of(
-    teacher_row_N: Tensor | None, num_teacher: int, chunk: int
-) -> Iterator[tuple[slice, list[Any]]]:
-    """Some teacher rows, and their imitators as indices of at most ``chunk`` student rows each."""
-    starts = range(0, num_teacher, chunk)
-    if teacher_row_N is None:
-        parts = [slice(s, min(s + chunk, num_teacher)) for s in starts]
-        yield from ((part, [part]) for part in parts)
-        return
-    row_N, order_N = teacher_row_N.sort(stable=True)
-    edges = torch.tensor([*starts, num_teacher], device=row_N.device)
-    cuts = torch.searchsorted(row_N, edges).tolist()
-    for start, begin, end in zip(starts, cuts, cuts[1:], strict=False):
-        if end > begin:
-            pieces = -(-(end - begin) // chunk)
-            members = list(order_N[begin:end].tensor_split(pieces))
-            yield slice(start, min(start + chunk, num_teacher)), members
+def _target_block(teacher: Teacher, seen: slice, room: Tensor, blocks: Blocks) -> Any:
+    """Some of the teacher's rows as ``judge_`` takes them; their logits are in ``room``."""
+    hidden = teacher.hidden_RH[seen]
+    logits = torch.mm(hidden, teacher.head.weight_VH.T, out=room[: hidden.shape[0]])
+    heat = None if teacher.temperature_R is None else teacher.temperature_R[seen]
+    return blocks.target_of(logits, teacher.ids_D, teacher.head.softcap, heat)
+
+
+def _layout(
+    teacher_row_N: Tensor | None, num_rows: int, most_own: int, most_seen: int
+) -> Iterator[tuple[Any, list[tuple[slice, slice]]]]:
+    """Blocks of at most ``most_own`` student rows, as slice or index, in the order of their teacher
+    rows; with each, the teacher rows they need, at most ``most_seen`` at once, and the part of the
+    block that needs them."""
+    order = teacher_row_N
+    row_N = torch.arange(num_rows)
+    if teacher_row_N is not None:
+        ordered, order = teacher_row_N.sort(stable=True)
+        row_N = ordered.cpu()
+    for start in range(0, num_rows, most_own):
+        block = slice(start, min(start + most_own, num_rows))
+        own = row_N[block]
+        begin, end = int(own[0]), int(own[-1]) + 1
+        edges = [*range(begin, end, most_seen), end]
+        cuts = torch.searchsorted(own, torch.tensor(edges)).tolist()
+        seen = (slice(a, b) for a, b in itertools.pairwise(edges))
+        places = (slice(a, b) for a, b in itertools.pairwise(cuts))
+        parts = [(s, p) for s, p in zip(seen, places, strict=True) if p.start < p.stop]
+        yield (block if order is None else order[block]), parts
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -423,13 +444,20 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _rows_at_once(num_rows: int, width: int, like: Tensor) -> int:
-    """Rows of a block of ``width`` logits each; blocks of one size, in whole tiles of 128."""
-    if like.device.type == "cpu":
-        return _CPU_ROWS
-    most = max(_BLOCK_BYTES // (width * like.element_size()) // 128, 1) * 128
-    num_blocks = max(-(-num_rows // most), 1)
-    return max(-(-num_rows // num_blocks // 128), 1) * 128
+def _rows_at_once(
+    hidden: Tensor, width: int, head_width: int, chunk_rows: int | None
+) -> tuple[int, int]:
+    """Most rows of the student's logits and of the teacher's, of these widths."""
+    if chunk_rows is not None:
+        return chunk_rows, chunk_rows
+    if hidden.device.type == "cpu":
+        return _CPU_ROWS, _CPU_ROWS
+    least, most = _TEACHER_ROWS
+    own_bytes, seen_bytes = (n * hidden.element_size() for n in (width, max(head_width, 1)))
+    fitting = (_BLOCK_BYTES - least * seen_bytes) // own_bytes // _STUDENT_TILE
+    wanted = -(-hidden.shape[0] // _STUDENT_TILE)
+    own = max(min(fitting, wanted), 1) * _STUDENT_TILE
+    return own, most if own * own_bytes + most * seen_bytes <= _BLOCK_BYTES else least
 
 
 def _no_figures(hidden: Tensor) -> RowFigures:

@@ -181,7 +181,7 @@ def test_without_gradients_the_figures_are_the_same(blocks, dtype):
 
     assert found.loss.requires_grad and not alone.loss.requires_grad
     for left, right in zip(found.figures, alone.figures, strict=True):
-        assert left.equal(right)
+        torch.testing.assert_close(left, right)
 
 
 @pytest.mark.parametrize(("blocks", "dtype"), IMPLEMENTATIONS)
@@ -237,7 +237,7 @@ def test_a_float32_weight_beside_bfloat16_rows_has_a_float32_gradient(blocks, dt
     assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
     for slope, expected in ((weight.grad, want_weight.grad), (hidden.grad, want_hidden.grad)):
         error = (slope.float() - expected).norm() / expected.norm()
-        assert error < 0.05  # logits up to 10 are rounded by 2^-9 of their size
+        assert error < 0.05  # logits up to 10 are rounded by 2^-8 of their size
 
 
 def test_no_rows_lose_nothing():
