@@ -19,8 +19,8 @@ from torch import Tensor
 
 from specops.distill import ETA, MIN_MASS, Blocks, LabelFigures, LossKind, RowFigures, Rows
 
-_BLOCK = 4096
-_NUM_WARPS = 16  # 8 logits a thread: four running sums of them fit 64 registers
+_BLOCK = 2048
+_NUM_WARPS = 8  # 8 logits a thread fit 64 registers, and so four rows a multiprocessor
 _LOWEST = tl.constexpr(-1.0e38)
 _KINDS: dict[LossKind, int] = {"forward_kl": 0, "total_variation": 1, "lk": 2}
 
