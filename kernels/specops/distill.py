@@ -291,7 +291,7 @@ def distill(
     Args:
         hidden_NH: student's head inputs; float32, float64 or bfloat16.
         weight_DH: student's head; of that dtype, or float32, which is then rounded for the
-            products.
+            products, in a copy that lives as long as the forward pass.
         teacher, rows: see there. ``teacher_row_N`` is sorted and read by the host, which
             synchronises.
         weights_N: without gradient.
