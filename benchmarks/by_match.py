@@ -61,7 +61,7 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
             reached = [torch.ones(len(step.row_N), dtype=torch.bool) for step in chains.steps]
             anchors = chains.flat_R[by_chain(chains, reached).all(dim=0)] + piece.start
             kept, _ = chain_acceptance(
-                model, head.embed_VH, head.logits, batch, torch.zeros(1), DRAFT_K
+                model, head.embed_VH, head.lm_head, batch, torch.zeros(1), DRAFT_K
             )
             counts = kept.cumprod(dim=1).sum(dim=1).int().tolist()
             accepted |= {(sample.key, p): n for p, n in zip(anchors.tolist(), counts, strict=True)}

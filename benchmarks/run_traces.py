@@ -32,7 +32,7 @@ def held_out(
     Args:
         manifest: of any version of the run.
     """
-    vocab_size, hidden_size = head.lm_head_VH.shape
+    vocab_size, hidden_size = head.lm_head.weight_VH.shape
     layer_ids = tuple(manifest.drafter_config["layer_ids"])
     expected = Expected(manifest.target_fingerprint, layer_ids, hidden_size, vocab_size)
     kept = [t for t in traces if is_held_out(key_of(t), settings.trainer.held_out_every)]

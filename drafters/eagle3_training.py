@@ -19,7 +19,7 @@ Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.2; rows as in ``eag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,17 +28,18 @@ import torch
 from torch import Tensor
 
 from drafters.eagle3 import Eagle3
-from drafters.losses import (
-    FLOOR,
+from drafters.losses import FLOOR, dpace_weights, head_losses
+from specops.distill import (
+    FrozenHead,
     LossKind,
-    RowLosses,
-    TargetRows,
-    dpace_weights,
-    head_losses,
+    RowFigures,
+    Rows,
+    Target,
+    Teacher,
+    distill,
+    label_figures,
+    target_of,
 )
-
-TargetHead = Callable[[Tensor], Tensor]
-"""lm_head input [N, H] -> the target's logits [N, V]: frozen, softcap included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,17 @@ class Objective:
     One half takes six tenths of the time of 1."""
     floor: float = FLOOR
     """a of D-PACE; 1 gives every chain the same weights."""
-    chunk_rows: int = 128
-    """Rows of logits formed at once: 128 x 4,096 floats stay in a CPU's cache; use some thousands
-    on a GPU."""
+    keep_logits: bool = True
+    """Keep the gradient of every logit, and the target's probabilities, from forward to backward:
+    nothing is computed twice, but a row takes 4 bytes for each token of the drafter's vocabulary,
+    and as many again (half in bfloat16) in every step. ``False``: about 1 GiB whatever the
+    vocabulary, for one more product with the lm_head, which finds the weights of D-PACE first."""
+    chunk_rows: int | None = None
+    """Rows of logits formed at once; ``None``: 128 on a CPU, where 128 x 4,096 floats stay in its
+    cache, or what fits 1 GiB on a GPU."""
+
+
+_CACHED_ROWS = 128
 
 
 class TTTLoss(NamedTuple):
@@ -128,7 +137,7 @@ class Chains(NamedTuple):
 def ttt_loss(
     model: Eagle3,
     embed: Tensor,
-    head: TargetHead,
+    head: FrozenHead,
     batch: TTTBatch,
     objective: Objective,
     generator: torch.Generator | None = None,
@@ -137,27 +146,57 @@ def ttt_loss(
 
     Args:
         embed: [V, H] the target's embedding table, scaled as the target scales it.
-        head: see ``TargetHead``; called on ``chunk_rows`` rows at a time, without gradient.
+        head: the target's.
         generator: draws the chains when ``chain_share`` is below 1.
     """
     chains = lay_out(batch, objective.num_steps, objective.chain_share, generator)
-    target = target_rows(model, head, batch, chains.flat_R, None, objective.chunk_rows)
+    inputs = list(_head_inputs(model, embed, batch, chains))
+    teacher = Teacher(batch.last_hidden_BSH.flatten(0, 1)[chains.flat_R], head, _target_ids(model))
+    labels = _labels(model, batch, chains.flat_R)
+    if not objective.keep_logits:
+        return _distilled(model, chains, inputs, teacher, labels, objective)
+    weight = model.lm_head.weight.to(batch.features_BSF.dtype)
+    chunk_rows = objective.chunk_rows or _CACHED_ROWS
+    target = _target_rows(teacher, chunk_rows)
     judged = [
-        head_losses(hidden, weight, target, row_N, objective.loss, objective.chunk_rows)
-        for hidden, weight, row_N in _head_inputs(model, embed, batch, chains)
+        head_losses(hidden, weight, target, _compared(labels, step), objective.loss, chunk_rows)
+        for hidden, step in zip(inputs, chains.steps, strict=True)
     ]
     return weigh(chains, judged, objective.floor)
+
+
+def _distilled(
+    model: Eagle3,
+    chains: Chains,
+    inputs: list[Tensor],
+    teacher: Teacher,
+    labels: Rows,
+    objective: Objective,
+) -> TTTLoss:
+    """``weigh`` of all steps at once, with the weights found first."""
+    hidden = torch.cat(inputs)
+    rows = _together([_compared(labels, step) for step in chains.steps])
+    lengths = [len(x) for x in inputs]
+    weight = model.lm_head.weight
+    probs = label_figures(hidden, weight, rows, objective.chunk_rows).label_prob_N
+    weights_KR = chain_weights(chains, list(torch.split(probs, lengths)), objective.floor)
+    weights_KR = weights_KR / weights_KR.sum().clamp_min(1e-9)
+    weights = torch.cat([w[step.chain_N] for w, step in zip(weights_KR, chains.steps, strict=True)])
+    found = distill(hidden, weight, teacher, rows, weights, objective.loss, objective.chunk_rows)
+    columns = zip(*(torch.split(column, lengths) for column in found.figures), strict=True)
+    alpha_K, agree_K = _means(chains, [RowFigures(*step) for step in columns])
+    return TTTLoss(found.loss, alpha_K, agree_K, chains.flat_R.numel())
 
 
 @torch.no_grad()
 def chain_acceptance(
     model: Eagle3,
     embed: Tensor,
-    head: TargetHead,
+    head: FrozenHead,
     batch: TTTBatch,
     temperature_B: Tensor,
     num_steps: int,
-    chunk_rows: int = 128,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Acceptance of each position of every chain that has ``num_steps`` rows with a loss.
 
@@ -165,6 +204,7 @@ def chain_acceptance(
         temperature_B: 0 is greedy: 1 where the drafter's argmax is the committed token, else 0.
             Else ``sum_x min(p, q)`` at that temperature. The greedy figure uses the committed
             token, which is the argmax the server really took, whatever the rows' rounding.
+        chunk_rows: as in ``Objective``.
 
     Returns:
         [N, K] float32, and [N] int64, the sequence each chain belongs to.
@@ -173,48 +213,63 @@ def chain_acceptance(
     sequence_R = chains.flat_R // batch.loss_BS.shape[1]
     temperature_R = temperature_B.to(sequence_R.device)[sequence_R]
     greedy_R = temperature_R == 0
-    scale_R1 = torch.where(greedy_R, 1.0, temperature_R)[:, None]
-    target = target_rows(model, head, batch, chains.flat_R, scale_R1, chunk_rows)
-    alphas = []
-    for hidden, weight, row_N in _head_inputs(model, embed, batch, chains):
-        cooled = (hidden / scale_R1[row_N]).to(hidden.dtype)
-        judged = head_losses(cooled, weight, target, row_N, "lk", chunk_rows)
-        alphas.append(torch.where(greedy_R[row_N], judged.agrees_R.float(), judged.alpha_R.float()))
+    scale_R = torch.where(greedy_R, 1.0, temperature_R)
+    inputs = list(_head_inputs(model, embed, batch, chains))
+    rows = _together([_compared(_labels(model, batch, chains.flat_R), s) for s in chains.steps])
+    at_N = torch.cat([step.row_N for step in chains.steps])
+    hidden = torch.cat(inputs)
+    cooled = (hidden / scale_R[at_N, None]).to(hidden.dtype)
+    seen = batch.last_hidden_BSH.flatten(0, 1)[chains.flat_R]
+    teacher = Teacher(seen, head, _target_ids(model), scale_R)
+    weights = torch.zeros_like(at_N, dtype=torch.float32)
+    found = distill(cooled, model.lm_head.weight, teacher, rows, weights, "lk", chunk_rows).figures
+    accepted = torch.where(greedy_R[at_N], found.agrees_N.float(), found.alpha_N.float())
+    alphas = list(torch.split(accepted, [len(x) for x in inputs]))
     full_R = by_chain(chains, [torch.ones_like(a, dtype=torch.bool) for a in alphas]).all(dim=0)
     return by_chain(chains, alphas)[:, full_R].T, sequence_R[full_R]
 
 
+def _target_ids(model: Eagle3) -> Tensor | None:
+    """Target id of each draft id; ``None``: the vocabularies are one."""
+    if model.d2t is None:
+        return None
+    return model.to_target_ids(torch.arange(model.config.draft_vocab_size, device=model.d2t.device))
+
+
+def _labels(model: Eagle3, batch: TTTBatch, flat_R: Tensor) -> Rows:
+    """The committed token after every row ``flat_R`` (index into B * S)."""
+    label_R = batch.token_ids_BS.flatten()[flat_R + 1]
+    ids = _target_ids(model)
+    if ids is not None:
+        draft_id_V = torch.full((model.config.target_vocab_size,), -1, device=flat_R.device)
+        draft_id_V[ids] = torch.arange(len(ids), device=flat_R.device)
+        label_R = draft_id_V[label_R]
+    return Rows(label_R.clamp_min(0), label_R >= 0)
+
+
+def _compared(labels: Rows, step: Step) -> Rows:
+    """The labels of one step, and which row of R each output is compared with."""
+    at = step.row_N
+    return Rows(labels.label_ids_N[at], labels.label_known_N[at], at)
+
+
+def _together(parts: list[Rows]) -> Rows:
+    places = [rows.teacher_row_N for rows in parts if rows.teacher_row_N is not None]
+    return Rows(
+        torch.cat([rows.label_ids_N for rows in parts]),
+        torch.cat([rows.label_known_N for rows in parts]),
+        torch.cat(places),
+    )
+
+
 @torch.no_grad()
-def target_rows(
-    model: Eagle3,
-    head: TargetHead,
-    batch: TTTBatch,
-    flat_R: Tensor,
-    temperature_R1: Tensor | None,
-    chunk_rows: int,
-) -> TargetRows:
-    """The target's distribution at rows ``flat_R`` (index into B * S) over the draft vocabulary."""
-    c = model.config
-    device = flat_R.device
-    hidden_RH = batch.last_hidden_BSH.flatten(0, 1)[flat_R]
-    ids_Vd = model.to_target_ids(torch.arange(c.draft_vocab_size, device=device))
-    dtype = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
-    probs_RV = torch.empty((flat_R.numel(), c.draft_vocab_size), device=device, dtype=dtype)
-    entropy_R = torch.empty(flat_R.numel(), device=device, dtype=dtype)
-    for start in range(0, flat_R.numel(), chunk_rows):
-        part = slice(start, start + chunk_rows)
-        scores = head(hidden_RH[part]).to(dtype)
-        scores = scores if temperature_R1 is None else scores / temperature_R1[part]
-        log_norm = scores.logsumexp(dim=-1)
-        scores = scores if model.d2t is None else scores[:, ids_Vd]
-        torch.exp(scores - log_norm[:, None], out=probs_RV[part])
-        mass = probs_RV[part].sum(dim=-1).clamp_min(1e-6)
-        entropy_R[part] = (probs_RV[part] * scores).sum(dim=-1) / mass - log_norm - mass.log()
-    draft_id_V = torch.full((c.target_vocab_size,), -1, device=device)
-    draft_id_V[ids_Vd] = torch.arange(c.draft_vocab_size, device=device)
-    label_R = draft_id_V[batch.token_ids_BS.flatten()[flat_R + 1]]
-    mass_R = probs_RV.sum(dim=-1).clamp_min(1e-6)
-    return TargetRows(probs_RV, mass_R, entropy_R, label_R.clamp_min(0), label_R >= 0)
+def _target_rows(teacher: Teacher, chunk_rows: int) -> Target:
+    """All of the teacher's distribution at once."""
+    parts = [
+        target_of(hidden @ teacher.head.weight_VH.T, teacher.ids_D, teacher.head.softcap, None)
+        for hidden in torch.split(teacher.hidden_RH, chunk_rows)
+    ]
+    return Target(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def ttt_outputs(
@@ -339,41 +394,59 @@ def _draw(
     return place_BA, begins_BS.gather(1, place_BA)
 
 
-def weigh(chains: Chains, judged: list[RowLosses], floor: float) -> TTTLoss:
-    """Losses of all steps -> one number.
-
-    A chain that was not carried beyond step 0 is taken to survive there as the others do on
-    average, and those count for it as well, so the expected loss is that of all chains.
-    """
-    valid_KR = by_chain(chains, [torch.ones_like(r.agrees_R) for r in judged])
-    prob_KR = by_chain(chains, [r.label_prob_R for r in judged])
-    carried_R = chains.carried_R
-    num_carried = carried_R.sum().clamp_min(1)
-    mean_K1 = (prob_KR * carried_R).sum(dim=1, keepdim=True) / num_carried
-    known_KR = carried_R | (torch.arange(len(judged), device=carried_R.device) == 0)[:, None]
-    survival_KR = torch.where(known_KR, prob_KR, mean_K1)
-    weights_KR = dpace_weights(survival_KR, valid_KR | ~known_KR, floor) * valid_KR
-    weights_KR[1:] *= carried_R.numel() / num_carried
-    loss_KR = by_chain(chains, [r.loss_R for r in judged])
-    num_K = valid_KR.sum(dim=1).clamp_min(1)
+def weigh(chains: Chains, judged: list[RowFigures], floor: float) -> TTTLoss:
+    """Losses of all steps -> one number: their mean, weighted by ``chain_weights``."""
+    weights_KR = chain_weights(chains, [r.label_prob_N for r in judged], floor)
+    loss_KR = by_chain(chains, [r.loss_N for r in judged])
+    alpha_K, agree_K = _means(chains, judged)
     return TTTLoss(
         (weights_KR * loss_KR).sum() / weights_KR.sum().clamp_min(1e-9),
-        by_chain(chains, [r.alpha_R.detach() for r in judged]).sum(dim=1) / num_K,
-        by_chain(chains, [r.agrees_R for r in judged]).sum(dim=1) / num_K,
+        alpha_K,
+        agree_K,
         chains.flat_R.numel(),
     )
 
 
-def _head_inputs(
-    model: Eagle3, embed: Tensor, batch: TTTBatch, chains: Chains
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For every step: lm_head inputs [N, H], its weight, and the row of R each predicts."""
-    dtype = batch.features_BSF.dtype
-    weight = model.lm_head.weight.to(dtype)
+def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Tensor:
+    """D-PACE weight [K, R] of every position of every chain; 0 where it does not have the step.
+
+    A chain that was not carried beyond step 0 is taken to survive there as the others do on
+    average, and those count for it as well, so the expected loss is that of all chains.
+
+    Args:
+        label_probs: of each step [N], the drafter's probability of the committed token.
+    """
+    prob_KR = by_chain(chains, label_probs)
+    valid_KR = _valid(chains)
+    carried_R = chains.carried_R
+    num_carried = carried_R.sum().clamp_min(1)
+    mean_K1 = (prob_KR * carried_R).sum(dim=1, keepdim=True) / num_carried
+    known_KR = carried_R | (torch.arange(len(label_probs), device=carried_R.device) == 0)[:, None]
+    survival_KR = torch.where(known_KR, prob_KR, mean_K1)
+    weights_KR = dpace_weights(survival_KR, valid_KR | ~known_KR, floor) * valid_KR
+    weights_KR[1:] *= carried_R.numel() / num_carried
+    return weights_KR
+
+
+def _means(chains: Chains, judged: list[RowFigures]) -> tuple[Tensor, Tensor]:
+    """Mean overlap and mean agreement of each position."""
+    num_K = _valid(chains).sum(dim=1).clamp_min(1)
+    alpha_K = by_chain(chains, [r.alpha_N.detach() for r in judged]).sum(dim=1) / num_K
+    return alpha_K, by_chain(chains, [r.agrees_N for r in judged]).sum(dim=1) / num_K
+
+
+def _valid(chains: Chains) -> Tensor:
+    """[K, R] bool: the chain has the step."""
+    every = [torch.ones_like(step.chain_N, dtype=torch.bool) for step in chains.steps]
+    return by_chain(chains, every)
+
+
+def _head_inputs(model: Eagle3, embed: Tensor, batch: TTTBatch, chains: Chains) -> Iterator[Tensor]:
+    """lm_head inputs [N, H] of every step."""
     outputs = ttt_outputs(model, embed, batch, chains.place_BA, len(chains.steps))
     for step, output in zip(chains.steps, outputs, strict=True):
         normed: Tensor = model.norm(output.flatten(0, 1)[step.output_N])
-        yield normed.to(dtype), weight, step.row_N
+        yield normed.to(batch.features_BSF.dtype)
 
 
 def _delayed(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from drafters.acceptance import conditional_acceptance, simulated_tokens_per_ste
 from drafters.eagle3 import Eagle3, config_for_target
 from drafters.eagle3_training import Objective, TTTBatch, chain_acceptance, ttt_loss
 from examples.corpus import Domain, read, sources
+from specops.distill import FrozenHead
 
 CONTINUATION = 160
 PROMPT_TOKENS = (32, 64, 96, 128)
@@ -102,6 +103,7 @@ def train(
     """Minimise the LK hybrid until the time is over; returns the number of updates."""
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
     embed = model.get_input_embeddings().weight.detach()
+    head = FrozenHead(model.get_output_embeddings().weight.detach())
     objective = Objective(num_steps=5, chunk_rows=8192)
     numbers = random.Random(0)
     started, step, printed = time.monotonic(), 0, 0.0
@@ -112,7 +114,7 @@ def train(
         ids, prompt = numbers.choice(data)
         index = torch.randint(len(ids), (min(batch, len(ids)),), device=ids.device)
         rows = batch_of(model, ids[index], drafter.config.layer_ids, prompt)
-        judged = ttt_loss(drafter, embed, model.get_output_embeddings(), rows, objective)
+        judged = ttt_loss(drafter, embed, head, rows, objective)
         judged.loss.backward()
         torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
         optimizer.step()
@@ -137,11 +139,10 @@ def held_out_figures(model: Any, tokenizer: Any, drafter: Eagle3) -> dict[str, A
         alphas, _ = chain_acceptance(
             drafter,
             embed,
-            model.get_output_embeddings(),
+            FrozenHead(model.get_output_embeddings().weight.detach()),
             rows,
             torch.zeros(len(ids), device=ids.device),
             num_steps=8,
-            chunk_rows=4096,
         )
         figures[domain] = {
             "tokens_per_step_k4": simulated_tokens_per_step(alphas, 4),

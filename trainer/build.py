@@ -39,7 +39,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     head = load_target_head(folder, device, dtype)
     manifest, model = newest_drafter(settings, head, fingerprint)
     incumbent = copy.deepcopy(model)
-    vocab_size, hidden_size = head.lm_head_VH.shape
+    vocab_size, hidden_size = head.lm_head.weight_VH.shape
     expected = Expected(fingerprint, model.config.layer_ids, hidden_size, vocab_size)
     trainer = Trainer(
         settings=settings,

@@ -100,7 +100,7 @@ class Judge:
             alphas, owner = chain_acceptance(
                 model,
                 self.head.embed_VH,
-                self.head.logits,
+                self.head.lm_head,
                 collate(parts).to(self.device, batch_dtype(self.device)),
                 torch.tensor([x.temperature for x, _ in parts]),
                 GATE_DRAFT_K,

@@ -46,13 +46,14 @@ class UpdateReport:
 
 
 def objective_for(settings: TrainerSettings, device: torch.device) -> Objective:
-    """On a GPU every chain is carried to its end; on a CPU half of them, see ``Objective``."""
+    """On a GPU every chain is carried to its end, and no logits are kept; on a CPU, where training
+    takes its time from serving, half of the chains. See ``Objective``."""
     on_gpu = device.type == "cuda"
     return Objective(
         num_steps=settings.ttt_steps,
         loss=settings.loss,
         chain_share=1.0 if on_gpu else 0.5,
-        chunk_rows=4096 if on_gpu else 128,
+        keep_logits=not on_gpu,
     )
 
 
@@ -120,7 +121,7 @@ class Learner:
         """Loss of a batch under the present weights."""
         batch = batch.to(self.device, batch_dtype(self.device))
         return ttt_loss(
-            self.model, self.head.embed_VH, self.head.logits, batch, self.objective, self.generator
+            self.model, self.head.embed_VH, self.head.lm_head, batch, self.objective, self.generator
         )
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def _model_of(
     if manifest.kind != "eagle3":
         raise ValueError(f"{path} is a {manifest.kind} drafter; only eagle3 can be trained")
     config = Eagle3Config.from_json(manifest.drafter_config)
-    vocab_size, hidden_size = head.lm_head_VH.shape
+    vocab_size, hidden_size = head.lm_head.weight_VH.shape
     if (config.target_vocab_size, config.hidden_size) != (vocab_size, hidden_size):
         raise ValueError(
             f"{path} is shaped for vocabulary {config.target_vocab_size} and hidden size "
@@ -78,7 +78,11 @@ def _publish_initial(settings: Settings, head: TargetHead, fingerprint: str, roo
     path = settings.drafter.path
     if path is None:
         manifest, content = random_drafter(
-            head.config, head.lm_head_VH, settings.drafter.layer_ids, settings.seed, fingerprint
+            head.config,
+            head.lm_head.weight_VH,
+            settings.drafter.layer_ids,
+            settings.seed,
+            fingerprint,
         )
     else:
         read_drafter(path, head, fingerprint)  # refuse what could not be trained

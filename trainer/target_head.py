@@ -3,7 +3,7 @@
 Read straight from the safetensors files, so a trainer beside an 8 B target holds 2.5 GB of it and
 not 16. Which names they have is asked of the target's own modelling code, on the meta device.
 
-Shapes: V vocabulary, H hidden, N rows.
+Shapes: V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from specops.distill import FrozenHead
+
 
 @dataclass(frozen=True, slots=True)
 class TargetHead:
@@ -26,14 +28,7 @@ class TargetHead:
     """Text config of the target (Hugging Face)."""
     embed_VH: Tensor
     """Scaled as the target scales it."""
-    lm_head_VH: Tensor
-    softcap: float | None
-    """``softcap * tanh(logits / softcap)``; ``None``: logits as they are."""
-
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """[N, H] -> [N, V] in the dtype of the product."""
-        scores = hidden_NH @ self.lm_head_VH.T
-        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+    lm_head: FrozenHead
 
 
 def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TargetHead:
@@ -60,8 +55,7 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     return TargetHead(
         text,
         embed if scale is None else embed * torch.tensor(scale, dtype=dtype, device=device),
-        lm_head,
-        getattr(text, "final_logit_softcapping", None),
+        FrozenHead(lm_head, getattr(text, "final_logit_softcapping", None)),
     )
 
 

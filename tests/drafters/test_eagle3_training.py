@@ -19,7 +19,7 @@ from drafters.eagle3_training import (
     ttt_outputs,
     weigh,
 )
-from drafters.losses import RowLosses
+from specops.distill import FrozenHead, RowFigures
 
 HIDDEN, VOCAB, STEPS = 16, 23, 4
 
@@ -66,8 +66,8 @@ EMBED = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(5)).d
 HEAD = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(6)).double()
 
 
-def head(hidden: Tensor) -> Tensor:
-    return hidden @ HEAD.to(hidden.dtype).T
+def head(batch: TTTBatch) -> FrozenHead:
+    return FrozenHead(HEAD.to(batch.features_BSF.dtype))
 
 
 def with_gaps(batch: TTTBatch, unknown: list[int]) -> TTTBatch:
@@ -153,14 +153,14 @@ def test_training_on_one_batch_raises_acceptance(kind, draft_vocab):  # type: ig
     model, batch = make_model(draft_vocab, torch.float32), make_batch((12, 9), torch.float32)
     embed, objective = EMBED.float(), Objective(num_steps=3, loss=kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    first = ttt_loss(model, embed, head, batch, objective)
+    first = ttt_loss(model, embed, head(batch), batch, objective)
 
     for _ in range(60):
         optimizer.zero_grad()
-        ttt_loss(model, embed, head, batch, objective).loss.backward()
+        ttt_loss(model, embed, head(batch), batch, objective).loss.backward()
         optimizer.step()
 
-    last = ttt_loss(model, embed, head, batch, objective)
+    last = ttt_loss(model, embed, head(batch), batch, objective)
     assert last.loss < 0.5 * first.loss
     assert (last.alpha_K > first.alpha_K).all()
 
@@ -175,12 +175,12 @@ def test_gradient_of_the_whole_loss_matches_finite_differences() -> None:
         with torch.no_grad():
             model.fc.weight.add_(fixed, alpha=shift)
         try:
-            return ttt_loss(model, EMBED, head, batch, objective).loss
+            return ttt_loss(model, EMBED, head(batch), batch, objective).loss
         finally:
             with torch.no_grad():
                 model.fc.weight.sub_(fixed, alpha=shift)
 
-    loss = ttt_loss(model, EMBED, head, batch, objective).loss
+    loss = ttt_loss(model, EMBED, head(batch), batch, objective).loss
     loss.backward()
     assert model.fc.weight.grad is not None
     slope = (model.fc.weight.grad * fixed).sum()
@@ -189,13 +189,32 @@ def test_gradient_of_the_whole_loss_matches_finite_differences() -> None:
     torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["lk", "forward_kl"])
+@pytest.mark.parametrize("draft_vocab", [VOCAB, 11], ids=["whole vocabulary", "reduced"])
+def test_logits_that_are_not_kept_change_nothing(kind, draft_vocab):  # type: ignore[no-untyped-def]
+    model, batch = make_model(draft_vocab), with_gaps(make_batch((12, 9)), [5])
+    found = []
+
+    for keep, chunk in ((True, 4), (False, 4), (False, None)):
+        model.zero_grad()
+        objective = Objective(3, kind, chain_share=0.7, keep_logits=keep, chunk_rows=chunk)
+        draw = torch.Generator().manual_seed(3)
+        result = ttt_loss(model, EMBED, head(batch), batch, objective, draw)
+        result.loss.backward()
+        slopes = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([result.loss.detach(), result.alpha_K, result.agree_K, *slopes])
+
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
 def test_a_share_of_the_chains_has_the_loss_of_all_on_average() -> None:
     model, batch = make_model(), make_batch((40, 33))
-    full = ttt_loss(model, EMBED, head, batch, Objective(floor=1.0))
+    full = ttt_loss(model, EMBED, head(batch), batch, Objective(floor=1.0))
     generator = torch.Generator().manual_seed(1)
     objective = Objective(chain_share=0.5, floor=1.0)
 
-    draws = [ttt_loss(model, EMBED, head, batch, objective, generator) for _ in range(50)]
+    draws = [ttt_loss(model, EMBED, head(batch), batch, objective, generator) for _ in range(50)]
 
     mean = torch.stack([draw.loss.detach() for draw in draws]).mean()
     torch.testing.assert_close(mean, full.loss.detach(), rtol=0.01, atol=0.0)
@@ -213,7 +232,7 @@ def test_carried_chains_count_for_those_that_were_not() -> None:
         for step in chains.steps:
             ones = torch.ones(step.row_N.shape, dtype=torch.float64)
             loss = ones * float(step is not chains.steps[0])
-            judged.append(RowLosses(loss, ones, ones, ones.bool()))
+            judged.append(RowFigures(loss, ones, ones, ones.bool()))
         return float(weigh(chains, judged, 1.0).loss)
 
     everyone = share_of_deep_steps(1.0)
@@ -227,7 +246,7 @@ def test_rows_without_loss_get_none() -> None:
     model, batch = make_model(), make_batch((12, 9))
     quiet = replace(batch, loss_BS=torch.zeros_like(batch.loss_BS))
 
-    result = ttt_loss(model, EMBED, head, quiet, Objective())
+    result = ttt_loss(model, EMBED, head(quiet), quiet, Objective())
 
     assert float(result.loss.detach()) == 0
     assert result.num_rows == 0
@@ -251,7 +270,7 @@ def brute_alphas(model: Eagle3, batch: TTTBatch, temperature: float) -> Tensor:
             drafted = model.to_target_ids(logits.argmax(-1))
             rows.append((drafted == batch.token_ids_BS[0, places + 1]).float())
             continue
-        p = (head(batch.last_hidden_BSH[0, places]) / temperature).softmax(-1)
+        p = (head(batch).logits(batch.last_hidden_BSH[0, places]) / temperature).softmax(-1)
         q = torch.zeros_like(p)
         ids = model.to_target_ids(torch.arange(logits.shape[-1]))
         q[:, ids] = (logits / temperature).softmax(-1)
@@ -265,7 +284,7 @@ def test_chain_acceptance_is_that_of_drafting_one_by_one(temperature, draft_voca
     model, batch = make_model(draft_vocab), make_batch((12, 9))
     temperatures = torch.tensor([temperature, 1.0], dtype=torch.float64)
 
-    alphas, sequence = chain_acceptance(model, EMBED, head, batch, temperatures, STEPS)
+    alphas, sequence = chain_acceptance(model, EMBED, head(batch), batch, temperatures, STEPS)
 
     expected = brute_alphas(model, batch, temperature)
     torch.testing.assert_close(alphas[sequence == 0], expected)
@@ -279,8 +298,8 @@ def test_a_bfloat16_batch_trains_float32_weights() -> None:
     low = batch.to(torch.device("cpu"), torch.bfloat16)
     embed, objective = EMBED.bfloat16(), Objective(num_steps=3)
 
-    wide = ttt_loss(model, EMBED.float(), head, batch, objective)
-    narrow = ttt_loss(model, embed, head, low, objective)
+    wide = ttt_loss(model, EMBED.float(), head(batch), batch, objective)
+    narrow = ttt_loss(model, embed, head(low), low, objective)
     narrow.loss.backward()
 
     torch.testing.assert_close(narrow.loss, wide.loss, rtol=0.05, atol=0.0)

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafters.losses import (
+from drafters.losses import dpace_weights, head_losses
+from specops.distill import (
     ETA,
-    RowLosses,
-    TargetRows,
-    dpace_weights,
+    Rows,
+    Target,
     forward_kl,
-    head_losses,
     lk_hybrid,
     overlap,
     total_variation,
@@ -27,11 +26,15 @@ def random_rows(seed: int, rows: int = 5, vocab: int = 7) -> tuple[Tensor, Tenso
     return scores.softmax(-1), logits.requires_grad_()
 
 
-def as_target(probs: Tensor, labels: Tensor) -> TargetRows:
+def as_target(probs: Tensor) -> Target:
     mass = probs.sum(-1)
     renormalised = probs / mass[:, None]
     entropy = torch.special.xlogy(renormalised, renormalised).sum(-1)
-    return TargetRows(probs, mass, entropy, labels, torch.ones_like(labels, dtype=torch.bool))
+    return Target(probs, mass, entropy)
+
+
+def all_known(labels: Tensor, row: Tensor) -> Rows:
+    return Rows(labels, torch.ones_like(labels, dtype=torch.bool), row)
 
 
 @pytest.mark.parametrize("loss", [forward_kl, total_variation])
@@ -123,42 +126,44 @@ def test_head_losses_equal_their_definition(kind, vocab):  # type: ignore[no-unt
     labels = torch.tensor([0, 1, 2, 3, 0])
     plain = {"lk": lk_hybrid, "forward_kl": forward_kl}[kind](probs, hidden @ weight.T)
 
-    fused: RowLosses = head_losses(
-        hidden, weight, as_target(probs, labels), torch.arange(5), kind, chunk_rows=2
-    )
+    compared = all_known(labels, torch.arange(5))
 
-    torch.testing.assert_close(fused.loss_R, plain)
-    torch.testing.assert_close(fused.alpha_R, overlap(probs, hidden @ weight.T))
+    fused = head_losses(hidden, weight, as_target(probs), compared, kind, chunk_rows=2)
+
+    torch.testing.assert_close(fused.loss_N, plain)
+    torch.testing.assert_close(fused.alpha_N, overlap(probs, hidden @ weight.T))
     torch.testing.assert_close(
-        fused.label_prob_R, (hidden @ weight.T).softmax(-1).gather(1, labels[:, None])[:, 0]
+        fused.label_prob_N, (hidden @ weight.T).softmax(-1).gather(1, labels[:, None])[:, 0]
     )
-    assert fused.agrees_R.equal((hidden @ weight.T).argmax(-1) == labels)
+    assert fused.agrees_N.equal((hidden @ weight.T).argmax(-1) == labels)
     expected = torch.autograd.grad((plain * row_weights).sum(), (hidden, weight))
-    slopes = torch.autograd.grad((fused.loss_R * row_weights).sum(), (hidden, weight))
+    slopes = torch.autograd.grad((fused.loss_N * row_weights).sum(), (hidden, weight))
     torch.testing.assert_close(slopes, expected)
 
 
 def test_each_row_is_compared_with_the_target_row_it_names() -> None:
     probs, logits = random_rows(seed=10)
     order = torch.tensor([4, 0, 0])
-    target = as_target(probs, torch.tensor([0, 1, 2, 3, 4]))
+    compared = all_known(torch.tensor([4, 0, 0]), order)
 
-    rows = head_losses(logits.detach()[:3], torch.eye(7).double(), target, order, "lk", 2)
+    rows = head_losses(
+        logits.detach()[:3], torch.eye(7).double(), as_target(probs), compared, "lk", 2
+    )
 
-    torch.testing.assert_close(rows.loss_R, lk_hybrid(probs[order], logits.detach()[:3]))
+    torch.testing.assert_close(rows.loss_N, lk_hybrid(probs[order], logits.detach()[:3]))
 
 
 def test_committed_token_outside_the_drafters_vocabulary_counts_as_never_drafted() -> None:
     probs, logits = random_rows(seed=9)
-    target = as_target(probs, torch.zeros(5, dtype=torch.int64))
-    target = target._replace(label_known_R=torch.zeros(5, dtype=torch.bool))
+    nothing = torch.zeros(5, dtype=torch.bool)
+    compared = Rows(torch.zeros(5, dtype=torch.int64), nothing, torch.arange(5))
 
     rows = head_losses(
-        logits.detach(), torch.eye(7).double(), target, torch.arange(5), "lk", chunk_rows=5
+        logits.detach(), torch.eye(7).double(), as_target(probs), compared, "lk", chunk_rows=5
     )
 
-    assert not rows.agrees_R.any()
-    assert rows.label_prob_R.equal(torch.zeros(5, dtype=torch.float64))
+    assert not rows.agrees_N.any()
+    assert rows.label_prob_N.equal(torch.zeros(5, dtype=torch.float64))
 
 
 def test_dpace_weight_is_the_survival_that_hangs_on_a_position() -> None:

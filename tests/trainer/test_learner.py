@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def new_learner(world: World, **trainer: object) -> Learner:
     head = load_target_head(world.target, CPU, torch.float32)
     model = Eagle3(config_for_target(head.config))
-    model.initialise(0, head.lm_head_VH)
+    model.initialise(0, head.lm_head.weight_VH)
     settings = settings_for(world.target, world.target, **trainer)
     return Learner(model, head, settings.trainer, CPU)
 

@@ -38,7 +38,7 @@ def test_logits_and_embeddings_are_the_targets(save, tmp_path):  # type: ignore[
     with torch.no_grad():
         seen = model(ids, output_hidden_states=True)
         torch.testing.assert_close(head.embed_VH[ids], model.get_input_embeddings()(ids))
-        torch.testing.assert_close(head.logits(seen.hidden_states[-1][0]), seen.logits[0])
+        torch.testing.assert_close(head.lm_head.logits(seen.hidden_states[-1][0]), seen.logits[0])
 
 
 def test_a_pickled_target_is_refused(tmp_path: Path) -> None:

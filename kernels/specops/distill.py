@@ -1,0 +1,507 @@
+"""What a small head learns from a large frozen one, without a tensor of rows by vocabulary.
+
+``row_loss`` over ``FrozenHead.logits`` is the definition. ``distill`` has its value and its
+gradients, but forms the logits of some rows at a time and turns them into their own gradient where
+they lie. The work on such a block is written here in torch, and in ``distill_triton`` as kernels;
+the matrix products are the library's.
+
+Shapes: N student rows, each of which imitates one of R teacher rows (a row may have several
+imitators); H hidden, of either side; V the teacher's vocabulary, D the student's, D <= V.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LossKind = Literal["lk", "forward_kl", "total_variation"]
+
+ETA = 3.0
+"""Speed at which LK moves from KL to TV as acceptance grows."""
+MIN_MASS = 1e-6
+"""Least mass of the teacher within the student's vocabulary that is divided by."""
+_BLOCK_BYTES = 1_100_000_000
+"""Of logits of both sides, on a GPU."""
+_STUDENT_TILE = 1024
+"""A GPU's blocks of student rows are multiples of it: 1,024 rows by 4,096 are 128 tiles of 128 by
+256, which fill the 132 multiprocessors of an H100 or H200 once."""
+_TEACHER_ROWS = (512, 1024)
+"""Least and most rows of the teacher's logits, on a GPU. The student's get the rest: the more of
+them, the fewer passes over the gradient of the weight."""
+_CPU_ROWS = 128
+"""128 x 4,096 floats stay in a CPU's cache."""
+
+
+def forward_kl(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
+    """KL(target || drafter) in nats: ``sum_x p'(x) (log p'(x) - log q(x))``.
+
+    p' is p renormalised over the drafter's vocabulary. Gradient in the logits: ``q - p'``.
+
+    Args:
+        target_probs: [..., D], no gradient.
+        draft_logits: [..., D].
+
+    Returns:
+        [...], >= 0.
+    """
+    renormalised = target_probs / target_probs.sum(dim=-1, keepdim=True)
+    log_ratio = renormalised.clamp_min(1e-38).log() - draft_logits.log_softmax(dim=-1)
+    return (renormalised * log_ratio).sum(dim=-1)
+
+
+def overlap(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
+    """Probability that a token sampled from the drafter survives: ``alpha = sum_x min(p, q)``.
+
+    Not renormalised: with a reduced vocabulary, p's mass outside counts as lost.
+    """
+    return torch.minimum(target_probs, draft_logits.softmax(dim=-1)).sum(dim=-1)
+
+
+def total_variation(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
+    """TV distance ``1 - alpha``, in [0, 1].
+
+    Gradient in the logits: ``q (E_q[m] - m)`` with m = 1 where q < p: weak where q is near 0 on
+    p's mass, which is why it is not used alone.
+    """
+    return 1 - overlap(target_probs, draft_logits)
+
+
+def lk_hybrid(target_probs: Tensor, draft_logits: Tensor, eta: float = ETA) -> Tensor:
+    """``lambda KL + (1 - lambda) TV`` with ``lambda = exp(-eta * stop_gradient(alpha))``, per row.
+
+    A row the drafter misses is pulled by KL, a row it nearly has by the acceptance itself.
+
+    Source:
+        LK losses, arXiv:2602.23881 (eta = 3).
+    """
+    alpha = overlap(target_probs, draft_logits)
+    share = torch.exp(-eta * alpha.detach())
+    return share * forward_kl(target_probs, draft_logits) + (1 - share) * (1 - alpha)
+
+
+def row_loss(kind: LossKind, target_probs: Tensor, draft_logits: Tensor) -> Tensor:
+    """The loss of that name."""
+    losses = {"lk": lk_hybrid, "forward_kl": forward_kl, "total_variation": total_variation}
+    return losses[kind](target_probs, draft_logits)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenHead:
+    """A teacher's lm_head."""
+
+    weight_VH: Tensor
+    softcap: float | None = None
+    """Logits become ``softcap * tanh(logits / softcap)``; ``None``: they stay as they are."""
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, H] -> [N, V] in the dtype of the product."""
+        return _capped(hidden_NH @ self.weight_VH.T, self.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The teacher's distribution at R rows over the student's vocabulary, not yet computed."""
+
+    hidden_RH: Tensor
+    """Input of its head."""
+    head: FrozenHead
+    ids_D: Tensor | None
+    """int64, the teacher's id of each token of the student's; ``None``: the same vocabulary. The
+    teacher's probabilities are those over all of V, not renormalised."""
+    temperature_R: Tensor | None = None
+    """float32 > 0, divides the logits; ``None``: 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the N student rows are compared with."""
+
+    label_ids_N: Tensor
+    """int64, the student's id of the committed token; any id where it has none."""
+    label_known_N: Tensor
+    """bool: the committed token is in the student's vocabulary."""
+    teacher_row_N: Tensor | None = None
+    """int64 index into R; ``None``: student row n imitates teacher row n."""
+
+    def part(self, index: Any, first: int = 0) -> Rows:
+        """Some of the rows, by slice or index; their teacher rows counted from ``first``."""
+        at = None if self.teacher_row_N is None else self.teacher_row_N[index] - first
+        return Rows(self.label_ids_N[index], self.label_known_N[index], at)
+
+
+class RowFigures(NamedTuple):
+    """What is known of each row afterwards; float32, or float64 if the logits are."""
+
+    loss_N: Tensor
+    """Not weighted."""
+    alpha_N: Tensor
+    """``sum_x min(p, q)``."""
+    label_prob_N: Tensor
+    """The student's probability of the committed token; 0 outside its vocabulary."""
+    agrees_N: Tensor
+    """bool: no token of the student's is likelier than the committed one."""
+
+
+class Target(NamedTuple):
+    """The teacher's distribution at R rows over the student's vocabulary."""
+
+    probs_RD: Tensor
+    """float32, or float64 if the logits are; not renormalised."""
+    mass_R: Tensor
+    """Sum of each row of ``probs_RD``, at least ``MIN_MASS``."""
+    negative_entropy_R: Tensor
+    """``sum p' log p'`` of the renormalised rows, nats."""
+
+
+def target_of(
+    logits_RV: Tensor, ids_D: Tensor | None, softcap: float | None, temperature_R: Tensor | None
+) -> Target:
+    """What the teacher's bare logits say of the student's vocabulary; see ``Teacher``."""
+    scores = _capped(_wide(logits_RV), softcap)
+    scores = scores if temperature_R is None else scores / temperature_R[:, None].to(scores.dtype)
+    log_norm = scores.logsumexp(dim=-1)
+    scores = scores if ids_D is None else scores[:, ids_D]
+    probs = torch.exp(scores - log_norm[:, None])
+    mass = probs.sum(dim=-1).clamp_min(MIN_MASS)
+    negative_entropy = (probs * scores).sum(dim=-1) / mass - log_norm - mass.log()
+    return Target(probs, mass, negative_entropy)
+
+
+def judge_(
+    scores_ND: Tensor,
+    target: Target,
+    rows: Rows,
+    weights_N: Tensor | None,
+    kind: LossKind,
+) -> RowFigures:
+    """Figures of a block of rows; ``scores_ND``, the student's logits, become their own gradient.
+
+    The gradient is that of ``(weights_N * loss_N).sum()``, in the dtype of ``scores_ND``:
+
+        w (q (lambda + (1 - lambda) (E_q[m] - m)) - lambda p'),   m = 1 where q < p
+
+    with lambda = 1 for KL, 0 for TV. Written in few passes over [N, D]: on a CPU they take as long
+    as the matrix products.
+
+    Args:
+        weights_N: as the figures; ``None``: no gradient is wanted and ``scores_ND`` stays.
+    """
+    target = target if rows.teacher_row_N is None else _rows_of(target, rows.teacher_row_N)
+    scores = _wide(scores_ND)
+    probs = scores.softmax(dim=-1)
+    top = scores.amax(dim=-1)
+    log_norm = top - probs.amax(dim=-1).log()
+    label = rows.label_ids_N[:, None]
+    label_prob = probs.gather(1, label)[:, 0] * rows.label_known_N
+    agrees = (scores.gather(1, label)[:, 0] >= top) & rows.label_known_N
+    alpha = torch.minimum(target.probs_RD, probs).sum(dim=-1)
+    cross = log_norm - (target.probs_RD * scores).sum(dim=-1) / target.mass_R
+    kl = target.negative_entropy_R + cross
+    share = _share_of_kl(kind, alpha)
+    figures = RowFigures(share * kl + (1 - share) * (1 - alpha), alpha, label_prob, agrees)
+    if weights_N is None:
+        return figures
+    if kind == "forward_kl":
+        probs.mul_(weights_N[:, None])
+    else:
+        below = torch.where(probs < target.probs_RD, probs, 0)
+        pull = share + (1 - share) * below.sum(dim=-1)
+        probs.mul_((weights_N * pull)[:, None])
+        probs.addcmul_(below, (weights_N * (share - 1))[:, None])
+    probs.addcmul_(target.probs_RD, (weights_N * share / target.mass_R)[:, None], value=-1)
+    scores_ND.copy_(probs)
+    return figures
+
+
+class LabelFigures(NamedTuple):
+    """As in ``RowFigures``."""
+
+    label_prob_N: Tensor
+    agrees_N: Tensor
+
+
+def judge_labels(scores_ND: Tensor, rows: Rows) -> LabelFigures:
+    """The two figures of ``judge_`` that need no teacher."""
+    scores = _wide(scores_ND)
+    at_label = scores.gather(1, rows.label_ids_N[:, None])[:, 0]
+    prob = torch.exp(at_label - scores.logsumexp(dim=-1)) * rows.label_known_N
+    return LabelFigures(prob, (at_label >= scores.amax(dim=-1)) & rows.label_known_N)
+
+
+class Blocks(NamedTuple):
+    """How a block of logits is worked on."""
+
+    target_of: Callable[[Tensor, Tensor | None, float | None, Tensor | None], Any]
+    """``target_of``; what it returns is for ``judge_`` alone."""
+    judge_: Callable[[Tensor, Any, Rows, Tensor | None, LossKind], RowFigures]
+    judge_labels: Callable[[Tensor, Rows], LabelFigures]
+
+
+BLOCKS = Blocks(target_of, judge_, judge_labels)
+"""The definition."""
+
+
+def blocks_for(device: torch.device) -> Blocks:
+    """Kernels on a GPU, else the definition."""
+    if device.type != "cuda":
+        return BLOCKS
+    from specops import distill_triton  # a machine without a GPU may lack Triton
+
+    return distill_triton.BLOCKS
+
+
+class Distilled(NamedTuple):
+    """What ``distill`` returns. Only ``loss`` has a gradient."""
+
+    loss: Tensor
+    """Scalar: ``(weights_N * figures.loss_N).sum()``."""
+    figures: RowFigures
+
+
+def distill(
+    hidden_NH: Tensor,
+    weight_DH: Tensor,
+    teacher: Teacher,
+    rows: Rows,
+    weights_N: Tensor,
+    kind: LossKind,
+    chunk_rows: int | None = None,
+    blocks: Blocks | None = None,
+) -> Distilled:
+    """Weighted loss of N student rows against their teacher rows, with its gradients.
+
+    A GPU holds at most 1.2 GB beyond inputs and gradients, whatever N, for V and D up to 151,936 in
+    bfloat16. Rows are taken in the order of their teacher rows, so that the teacher's logits are
+    formed once, however many student rows imitate it. Gradients are formed in the forward pass,
+    where the logits are at hand; backward multiplies them by the gradient of ``loss``, in place.
+
+    Precision: logits and their gradients are rounded to the dtype of ``hidden_NH``, everything
+    between them is float32. The gradient of ``weight_DH`` is summed over the blocks in the dtype of
+    ``weight_DH``. If that is bfloat16, each block rounds the sum once, by at most 2^-8 of its
+    size: an error of about ``0.0017 * sqrt(blocks)`` of an element (root mean square), against
+    0.0017 of one product over all rows; 8,192 rows are three blocks or fewer. A float32 weight
+    beside bfloat16 rows has a float32 gradient and no such error.
+
+    Args:
+        hidden_NH: student's head inputs; float32, float64 or bfloat16.
+        weight_DH: student's head; of that dtype, or float32, which is then rounded for the
+            products, in a copy that lives as long as the forward pass.
+        teacher, rows: see there. ``teacher_row_N`` is sorted and read by the host, which
+            synchronises.
+        weights_N: without gradient.
+        chunk_rows: most rows of logits formed at once, of either side; ``None``: what fits a CPU's
+            cache, or 1.1 GB on a GPU.
+        blocks: ``None``: by device.
+
+    Raises:
+        ValueError: shapes do not fit.
+        RuntimeError: a second backward pass; the first gives the gradients away.
+    """
+    _check(hidden_NH, weight_DH, teacher, rows, weights_N)
+    with_grad = torch.is_grad_enabled()
+    wants = (with_grad and hidden_NH.requires_grad, with_grad and weight_DH.requires_grad)
+    job = _Job(teacher, rows, weights_N.detach(), kind, chunk_rows, blocks, wants)
+    loss, *columns = _Distill.apply(hidden_NH, weight_DH, job)  # type: ignore[no-untyped-call]
+    return Distilled(loss, RowFigures(*columns))
+
+
+@torch.no_grad()
+def label_figures(
+    hidden_NH: Tensor,
+    weight_DH: Tensor,
+    rows: Rows,
+    chunk_rows: int | None = None,
+    blocks: Blocks | None = None,
+) -> LabelFigures:
+    """What ``distill`` would say of the labels, for weights that depend on it. No teacher needed.
+
+    Args:
+        as ``distill``.
+    """
+    blocks = blocks or blocks_for(hidden_NH.device)
+    num_rows, width = hidden_NH.shape[0], weight_DH.shape[0]
+    chunk, _ = _rows_at_once(hidden_NH, width, 0, chunk_rows)
+    weight = weight_DH.to(hidden_NH.dtype)
+    room = hidden_NH.new_empty((min(chunk, num_rows), width))
+    parts = []
+    for start in range(0, max(num_rows, 1), chunk):
+        part = slice(start, start + chunk)
+        hidden = hidden_NH[part]
+        scores = torch.mm(hidden, weight.T, out=room[: hidden.shape[0]])
+        parts.append(blocks.judge_labels(scores, rows.part(part)))
+    return LabelFigures(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Arguments of ``distill`` that have no gradient."""
+
+    teacher: Teacher
+    rows: Rows
+    weights_N: Tensor
+    kind: LossKind
+    chunk_rows: int | None
+    blocks: Blocks | None
+    wants: tuple[bool, bool]
+    """Gradient of the hidden rows, of the weight."""
+
+
+class _Distill(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
+        figures, ctx.grads = _walk(hidden, weight, job)
+        ctx.mark_non_differentiable(*figures)
+        loss = (job.weights_N.to(figures.loss_N.dtype) * figures.loss_N).sum()
+        return (loss, *figures)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of distill were given away by a former backward pass")
+        grads, ctx.grads = ctx.grads, None  # nothing else holds them: they become .grad uncopied
+        return (*(g if g is None else g.mul_(grad_loss) for g in grads), None)
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, job: _Job
+) -> tuple[RowFigures, tuple[Tensor | None, Tensor | None]]:
+    """Every block: student's logits, teacher's logits, both gradients."""
+    teacher, rows, head = job.teacher, job.rows, job.teacher.head
+    blocks = job.blocks or blocks_for(hidden.device)
+    width, head_width = len(weight), len(head.weight_VH)
+    most_own, most_seen = _rows_at_once(hidden, width, head_width, job.chunk_rows)
+    low = weight.to(hidden.dtype)
+    grad_hidden = torch.zeros_like(hidden) if job.wants[0] else None
+    grad_weight = torch.zeros_like(weight) if job.wants[1] else None
+    room = hidden.new_empty((min(most_own, len(hidden)), width))
+    seen_room = teacher.hidden_RH.new_empty((min(most_seen, len(teacher.hidden_RH)), head_width))
+    figures = _no_figures(hidden)
+    for member, parts in _layout(rows.teacher_row_N, len(hidden), most_own, most_seen):
+        own = hidden[member]
+        scores = torch.mm(own, low.T, out=room[: own.shape[0]])
+        compared = rows.part(member)
+        weights = job.weights_N[member].to(figures.loss_N.dtype)
+        found = []
+        for seen, place in parts:
+            target = _target_block(teacher, seen, seen_room, blocks)
+            wanted = weights[place] if any(job.wants) else None
+            first = compared.part(place, seen.start)
+            found.append(blocks.judge_(scores[place], target, first, wanted, job.kind))
+        for column, values in zip(figures, zip(*found, strict=True), strict=True):
+            column[member] = torch.cat(values)
+        if grad_hidden is not None:
+            grad_hidden[member] = scores @ low
+        if grad_weight is not None:
+            _add_product_(grad_weight, scores.T, own)
+    return figures, (grad_hidden, grad_weight)
+
+
+def _target_block(teacher: Teacher, seen: slice, room: Tensor, blocks: Blocks) -> Any:
+    """Some of the teacher's rows as ``judge_`` takes them; their logits are in ``room``."""
+    hidden = teacher.hidden_RH[seen]
+    logits = torch.mm(hidden, teacher.head.weight_VH.T, out=room[: hidden.shape[0]])
+    heat = None if teacher.temperature_R is None else teacher.temperature_R[seen]
+    return blocks.target_of(logits, teacher.ids_D, teacher.head.softcap, heat)
+
+
+def _layout(
+    teacher_row_N: Tensor | None, num_rows: int, most_own: int, most_seen: int
+) -> Iterator[tuple[Any, list[tuple[slice, slice]]]]:
+    """Blocks of at most ``most_own`` student rows, as slice or index, in the order of their teacher
+    rows; with each, the teacher rows they need, at most ``most_seen`` at once, and the part of the
+    block that needs them."""
+    order = teacher_row_N
+    row_N = torch.arange(num_rows)
+    if teacher_row_N is not None:
+        ordered, order = teacher_row_N.sort(stable=True)
+        row_N = ordered.cpu()
+    for start in range(0, num_rows, most_own):
+        block = slice(start, min(start + most_own, num_rows))
+        own = row_N[block]
+        begin, end = int(own[0]), int(own[-1]) + 1
+        edges = [*range(begin, end, most_seen), end]
+        cuts = torch.searchsorted(own, torch.tensor(edges)).tolist()
+        seen = (slice(a, b) for a, b in itertools.pairwise(edges))
+        places = (slice(a, b) for a, b in itertools.pairwise(cuts))
+        parts = [(s, p) for s, p in zip(seen, places, strict=True) if p.start < p.stop]
+        yield (block if order is None else order[block]), parts
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, without a temporary of its size where the library can."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _rows_at_once(
+    hidden: Tensor, width: int, head_width: int, chunk_rows: int | None
+) -> tuple[int, int]:
+    """Most rows of the student's logits and of the teacher's, of these widths."""
+    if chunk_rows is not None:
+        return chunk_rows, chunk_rows
+    if hidden.device.type == "cpu":
+        return _CPU_ROWS, _CPU_ROWS
+    least, most = _TEACHER_ROWS
+    own_bytes, seen_bytes = (n * hidden.element_size() for n in (width, max(head_width, 1)))
+    fitting = (_BLOCK_BYTES - least * seen_bytes) // own_bytes // _STUDENT_TILE
+    wanted = -(-hidden.shape[0] // _STUDENT_TILE)
+    own = max(min(fitting, wanted), 1) * _STUDENT_TILE
+    return own, most if own * own_bytes + most * seen_bytes <= _BLOCK_BYTES else least
+
+
+def _no_figures(hidden: Tensor) -> RowFigures:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    loss, alpha, prob = hidden.new_zeros((3, len(hidden)), dtype=dtype)
+    return RowFigures(loss, alpha, prob, hidden.new_zeros(len(hidden), dtype=torch.bool))
+
+
+def _rows_of(target: Target, row_N: Tensor) -> Target:
+    return Target(*(column[row_N] for column in target))
+
+
+def _share_of_kl(kind: LossKind, alpha: Tensor) -> Tensor:
+    """lambda."""
+    if kind == "lk":
+        return torch.exp(-ETA * alpha)
+    return torch.full_like(alpha, 1.0 if kind == "forward_kl" else 0.0)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _check(hidden: Tensor, weight: Tensor, teacher: Teacher, rows: Rows, weights_N: Tensor) -> None:
+    """Shapes alone: values would synchronise a GPU."""
+    num_rows = hidden.shape[0]
+    shared = teacher.head.weight_VH.shape[0] if teacher.ids_D is None else teacher.ids_D.numel()
+    if weight.shape != (shared, hidden.shape[1]):
+        raise ValueError(
+            f"the student's head must be [{shared}, {hidden.shape[1]}], got {tuple(weight.shape)}"
+        )
+    if rows.teacher_row_N is None and teacher.hidden_RH.shape[0] != num_rows:
+        raise ValueError(
+            f"{num_rows} student rows need as many teacher rows or teacher_row_N, "
+            f"got {teacher.hidden_RH.shape[0]} teacher rows"
+        )
+    columns = {"label_ids_N": rows.label_ids_N, "label_known_N": rows.label_known_N}
+    columns["weights_N"] = weights_N
+    if rows.teacher_row_N is not None:
+        columns["teacher_row_N"] = rows.teacher_row_N
+    for name, column in columns.items():
+        if column.shape != (num_rows,):
+            raise ValueError(f"{name} must be [{num_rows}], got {tuple(column.shape)}")
