@@ -393,6 +393,13 @@ def parts_of(num_requests: int, num_tiles: int, num_keys: int) -> int:
     return max(1, min(wanted, num_keys // _PART_KEYS, _MAX_PARTS))
 
 
+def _tile(num_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
+    """Rows of a tile, keys of a block and warps."""
+    rows = min(_TILE_OUTPUTS // head_dim, 128, max(16, triton.next_power_of_2(num_rows)))
+    keys = max(16, min(128, _TILE_BYTES // element_size // max(rows, head_dim)))
+    return rows, keys, 4 if 2 * rows * max(head_dim, keys) <= _TILE_OUTPUTS else 8
+
+
 def attend_pages(
     q_THD: Tensor,
     keys: Tensor,
@@ -423,7 +430,7 @@ def attend_pages(
     check_window(decode, num_query, window)
     share = q_THD.shape[1] // num_kv
     num_rows = num_query * share
-    rows = min(_TILE_OUTPUTS // head_dim, 128, max(16, triton.next_power_of_2(num_rows)))
+    rows, block, num_warps = _tile(num_rows, head_dim, keys.element_size())
     num_keys = num_pages * decode.page_size
     tiles = triton.cdiv(num_rows, rows)
     parts = num_parts or parts_of(num_requests, num_kv * tiles, num_keys)
@@ -434,7 +441,7 @@ def attend_pages(
         "GROUP": share,
         "NUM_KV": num_kv,
         "D": head_dim,
-        "KEYS": max(16, min(128, _TILE_BYTES // (head_dim * keys.element_size()))),
+        "KEYS": block,
         "PART_KEYS": _PART_KEYS,
         "HAS_COUNTS": decode.counts_R is not None,
         "HAS_WINDOW": window is not None,
@@ -451,7 +458,7 @@ def attend_pages(
         window or 0, num_query, num_pages, q.stride(0),
         **span, ROWS=rows, PAGE=decode.page_size, FIRST_KEY=decode.first_key,
         HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
-        JOINED=parts == 1, num_warps=4 if 2 * rows * head_dim <= _TILE_OUTPUTS else 8, num_stages=3,
+        JOINED=parts == 1, num_warps=num_warps, num_stages=3,
     )  # fmt: skip
     if parts > 1:
         up = triton.next_power_of_2(parts)

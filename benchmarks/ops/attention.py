@@ -1,0 +1,263 @@
+"""Decode attention of Qwen3-8B's heads over paged keys, against what torch and others offer.
+
+    python -m benchmarks.ops.attention        # about a minute on one H200
+
+bfloat16, every request at the same context, pages in random order. Bytes are those of the keys and
+values read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
+keys lie gathered already, and SDPA is measured with that gathering, too; of the ways to call SDPA
+the fastest counts. Writes ``benchmarks/results/ops_attention.json``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from examples.machine import machine
+from specops import attention_triton
+from specops.attention import DecodePass
+
+HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
+BATCHES, CONTEXTS, QUERIES = (1, 16, 64), (512, 2048, 8192, 32768), (1, 5, 16)
+FLEX = {(16, 2048, 1), (16, 2048, 5)}  # each compiles for several seconds
+SCALE = DIM**-0.5
+
+Work = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One measured case."""
+
+    batch: int
+    context: int
+    num_query: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Keys and values, read once."""
+        return self.batch * self.context * KV_HEADS * DIM * 2 * 2
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys and values of a batch, paged and as SDPA wants them."""
+
+    keys: Tensor
+    """[num_slots, Hkv, D], as ``values``."""
+    values: Tensor
+    pages_RP: Tensor
+    k: Tensor
+    """[R, Hkv, S, D], as ``v``."""
+    v: Tensor
+
+
+def new_cache(batch: int, context: int) -> Cache:
+    num_pages = batch * context // PAGE
+    shape = ((num_pages + 1) * PAGE, KV_HEADS, DIM)
+    keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    pages_RP = (torch.randperm(num_pages, device="cuda") + 1).int().view(batch, -1)
+    k, v = (gathered(pool, pages_RP).contiguous() for pool in (keys, values))
+    return Cache(keys, values, pages_RP, k, v)
+
+
+def gathered(pool: Tensor, pages_RP: Tensor) -> Tensor:
+    """[R, Hkv, S, D] view of the copied pages."""
+    rows = pool.view(-1, PAGE, KV_HEADS, DIM).index_select(0, pages_RP.flatten())
+    return rows.view(len(pages_RP), -1, KV_HEADS, DIM).transpose(1, 2)
+
+
+def sdpa_ways(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Ways to have SDPA do it, from [R, Hkv, S, D] keys and values to packed rows."""
+    batch, num_query = shape.batch, shape.num_query
+    share = HEADS // KV_HEADS
+    q = q_THD.view(batch, num_query, HEADS, DIM).transpose(1, 2)
+
+    def grouped(k: Tensor, v: Tensor) -> Tensor:
+        bias = causal_lower_right(num_query, shape.context) if num_query > 1 else None
+        out = sdpa(q, k, v, attn_mask=bias, scale=SCALE, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    # Heads that share a key as rows of one: reads each key once, but needs a mask of its own.
+    rows = q_THD.view(batch, num_query, KV_HEADS, share, DIM).permute(0, 2, 1, 3, 4)
+    rows = rows.reshape(batch, KV_HEADS, num_query * share, DIM)
+    position = torch.arange(num_query, device="cuda") + shape.context - num_query
+    mask = torch.arange(shape.context, device="cuda") <= position.repeat_interleave(share)[:, None]
+
+    def packed(k: Tensor, v: Tensor) -> Tensor:
+        out = sdpa(rows, k, v, attn_mask=mask if num_query > 1 else None, scale=SCALE)
+        out = out.view(batch, KV_HEADS, num_query, share, DIM).permute(0, 2, 1, 3, 4)
+        return out.reshape(-1, HEADS, DIM)
+
+    yield grouped
+    yield packed
+
+
+def flex_way(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    before = shape.context - shape.num_query
+    block_mask = create_block_mask(
+        lambda b, h, q, kv: kv <= q + before, None, None, shape.num_query, shape.context, "cuda"
+    )
+    call = torch.compile(flex_attention, dynamic=False)
+    q = q_THD.view(shape.batch, shape.num_query, HEADS, DIM).transpose(1, 2)
+
+    def work() -> Tensor:
+        out = call(q, cache.k, cache.v, block_mask=block_mask, scale=SCALE, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return work
+
+
+def flashinfer_way(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
+    import flashinfer
+
+    batch, num_pages = cache.pages_RP.shape
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD"
+    )
+    wrapper.plan(
+        indptr * shape.num_query, indptr * num_pages, cache.pages_RP.flatten(),
+        torch.full((batch,), PAGE, dtype=torch.int32, device="cuda"),
+        HEADS, KV_HEADS, DIM, PAGE, causal=True, q_data_type=torch.bfloat16,
+    )  # fmt: skip
+    paged = tuple(pool.view(-1, PAGE, KV_HEADS, DIM) for pool in (cache.keys, cache.values))
+    return lambda: wrapper.run(q_THD, paged)
+
+
+def measured_ms(shape: Shape, work: Work, want: Tensor | None = None) -> float:
+    """Median time; checks the result against ``want`` first."""
+    got = work()
+    if want is not None:
+        error = float((got.float() - want.float()).norm() / want.float().norm())
+        assert error < 2e-2, f"{shape} is off by {error}"
+    large = shape.num_bytes > 1e9
+    return graphed(work, repeats=10 if large else 20, calls=2 if large else 5).median_ms
+
+
+def guarded_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | str:
+    """As ``measured_ms``, or why there is no figure."""
+    try:
+        return measured_ms(shape, make(), want)
+    except Exception as error:  # whatever it is, the other rows are worth having
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def alternatives(shape: Shape, q_THD: Tensor, cache: Cache, want: Tensor) -> dict[str, float | str]:
+    """Milliseconds of every other way that applies, or why there is no figure."""
+    found: dict[str, float | str] = {}
+    ways = list(sdpa_ways(shape, q_THD))
+    times = [guarded_ms(shape, lambda w=w: partial(w, cache.k, cache.v), want) for w in ways]
+    numbers = [time for time in times if isinstance(time, float)]
+    found["sdpa_gathered_ms"] = min(numbers) if numbers else times[0]
+    if numbers:
+        way = ways[times.index(min(numbers))]
+
+        def with_gather() -> Tensor:
+            k, v = (gathered(pool, cache.pages_RP) for pool in (cache.keys, cache.values))
+            return way(k, v)
+
+        torch.cuda.empty_cache()
+        found["sdpa_with_gather_ms"] = guarded_ms(shape, lambda: with_gather, want)
+    if (shape.batch, shape.context, shape.num_query) in FLEX:
+        found["flex_gathered_ms"] = guarded_ms(shape, lambda: flex_way(shape, q_THD, cache), want)
+    if importlib.util.find_spec("flashinfer") is not None:
+        found["flashinfer_ms"] = guarded_ms(
+            shape, lambda: flashinfer_way(shape, q_THD, cache), want
+        )
+    torch.cuda.empty_cache()
+    return found
+
+
+def row_of(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
+    num_rows = shape.batch * shape.num_query
+    q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    start = shape.context - shape.num_query
+    first_R = torch.full((shape.batch,), start, device="cuda").int()
+    decode = DecodePass(cache.pages_RP, first_R, PAGE)
+    # The rows that are there already, so that writing them changes nothing.
+    k_THD, v_THD = (t[:, :, start:].transpose(1, 2).flatten(0, 1) for t in (cache.k, cache.v))
+
+    def ours() -> Tensor:
+        return attention_triton.attend_pages(q_THD, cache.keys, cache.values, decode, SCALE)
+
+    def ours_with_writing() -> Tensor:
+        attention_triton.write_rows(k_THD, v_THD, cache.keys, cache.values, decode)
+        return ours()
+
+    want = ours()
+    found: dict[str, float | str] = {
+        "ours_ms": measured_ms(shape, ours),
+        "ours_with_writing_ms": measured_ms(shape, ours_with_writing),
+        **alternatives(shape, q_THD, cache, want),
+    }
+    floor_ms = shape.num_bytes / copy_rate * 1e3
+    shares = {
+        name.removesuffix("_ms") + "_share": floor_ms / ms
+        for name, ms in found.items()
+        if isinstance(ms, float)
+    }
+    return {**asdict(shape), "num_bytes": shape.num_bytes, "floor_ms": floor_ms, **found, **shares}
+
+
+def rows(
+    batches: tuple[int, ...] = BATCHES, contexts: tuple[int, ...] = CONTEXTS
+) -> list[dict[str, Any]]:
+    """Every case; up to 40 GB of memory at the longest context of the largest batch."""
+    copy_rate = copy_bytes_per_s()
+    found = []
+    for batch in batches:
+        for context in contexts:
+            cache = new_cache(batch, context)
+            for num_query in QUERIES:
+                row = row_of(Shape(batch, context, num_query), cache, copy_rate)
+                found.append(row)
+                print(line(row), flush=True)
+            del cache
+            torch.cuda.empty_cache()
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for a terminal: milliseconds and shares of the copy's bandwidth."""
+    ours_gb_per_s = row["num_bytes"] / row["ours_ms"] / 1e6
+    case = f"B={row['batch']:<3} S={row['context']:<6} Q={row['num_query']:<3}"
+    cells = [f"floor {row['floor_ms']:.4f}", f"ours {ours_gb_per_s:.0f} GB/s"]
+    for name, value in row.items():
+        if not name.endswith("_ms") or name == "floor_ms":
+            continue
+        short = name.removesuffix("_ms")
+        if isinstance(value, float):
+            cells.append(f"{short} {value:.4f} ({row[short + '_share']:.0%})")
+        else:
+            cells.append(f"{short} {value[:60]}")
+    return case + " | ".join(cells)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+        "benchmarks/results/ops_attention.json"
+    ),
+) -> None:
+    """All batches, contexts and numbers of query rows."""
+    torch.manual_seed(0)
+    found = rows()
+    out.write_text(json.dumps({"rows": found, "machine": machine()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
