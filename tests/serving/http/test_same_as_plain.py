@@ -1,4 +1,4 @@
-"""Over HTTP: a body with drafts and the same body without are answered alike, every choice of it."""
+"""Over HTTP: a body with drafts and the same body without are answered alike."""
 
 from __future__ import annotations
 
