@@ -68,8 +68,8 @@ class Round:
     q_logp: tuple[float, ...] | None
     """Natural log of the drafter's probability of each, or ``None`` for a delta draft."""
     p_logp: tuple[float, ...]
-    """Natural log of the target's probability (after temperature and truncation) of each draft
-    token, up to and including the first rejected one; -inf when excluded."""
+    """Natural log of the target's probability (after penalties, temperature and truncation) of each
+    draft token, up to and including the first rejected one; -inf when excluded."""
     num_accepted: int
     """Draft tokens kept, 0..K."""
     next_id: int
@@ -86,7 +86,8 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the target's distribution was shaped for one request."""
+    """How the target's distribution was shaped for one request; biases and penalties are left out,
+    so that the trainer learns the target's own text."""
 
     temperature: float
     """0 is greedy."""

@@ -15,6 +15,7 @@ from drafters.protocol import Draft
 from serving.scheduler import Chunk
 from serving.sequence import Sequence
 from specops.attention import PagedPass, make_group
+from specops.penalties import Adjustments, token_lists
 from specops.rng import Stream, uniforms
 from specops.sampling import SamplingRows, sampling_rows
 
@@ -81,6 +82,42 @@ def sampling_of(batch: list[Sequence], vocab_size: int, device: torch.device) ->
         vocab_size,
         device,
     )
+
+
+def adjustments_of(batch: list[Sequence], device: torch.device) -> Adjustments | None:
+    """Biases and penalties of a batch; ``None``, at no cost, where no request has any.
+
+    Only lists that a penalty of their request looks at are packed.
+    """
+    rows = [row for row, s in enumerate(batch) if s.request.sampling.adjusts_logits]
+    if not rows:
+        return None
+    own = [batch[row] for row in rows]
+    params = [s.request.sampling for s in own]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    return Adjustments(
+        rows_A=torch.tensor(rows, device=device),
+        presence_A=column([p.presence_penalty for p in params]),
+        frequency_A=column([p.frequency_penalty for p in params]),
+        repetition_A=column([p.repetition_penalty for p in params]),
+        prompt=token_lists([_prompt_that_counts(s) for s in own], device),
+        generated=token_lists([_completion_that_counts(s) for s in own], device),
+        biased=token_lists([[token for token, _ in p.logit_bias] for p in params], device),
+        bias_T=column([bias for p in params for _, bias in p.logit_bias]),
+    )
+
+
+def _prompt_that_counts(sequence: Sequence) -> list[int]:
+    counts = sequence.request.sampling.repetition_penalty != 1
+    return sequence.tokens[: sequence.num_prompt] if counts else []
+
+
+def _completion_that_counts(sequence: Sequence) -> list[int]:
+    counts = sequence.request.sampling.penalizes
+    return sequence.tokens[sequence.num_prompt :] if counts else []
 
 
 def uniforms_of(batch: list[Sequence], count: int, stream: Stream, device: torch.device) -> Tensor:

@@ -39,6 +39,26 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Number of alternatives to report at each token, 0..20; ``None`` reports nothing."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the completion holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted as often as the completion holds the token."""
+    repetition_penalty: float = 1.0
+    """> 0: logits of tokens of prompt and completion are divided by it where above 0, multiplied
+    elsewhere."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), each id once."""
+
+    @property
+    def penalizes(self) -> bool:
+        """The logits depend on which tokens came before, and how often."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0, 0, 1)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """The target's logits are changed before they become a distribution."""
+        return bool(self.logit_bias) or self.penalizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +78,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The target's own (temperature 1, untruncated) log probability of one emitted token."""
+    """The target's own (no bias, no penalty, temperature 1, untruncated) log probability of one
+    emitted token, as vLLM reports by default."""
 
     token_id: int
     logprob: float

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from drafters.protocol import Draft
-from serving.packing import sampling_of, uniforms_of
+from serving.packing import adjustments_of, sampling_of, uniforms_of
 from serving.sequence import Sequence
 from serving.types import TokenLogprob
+from specops.penalties import adjust_logits
 from specops.rng import Stream
 from specops.sampling import distribution, draw
 from specops.verify import verify_block, verify_match, verify_standard
@@ -53,11 +54,15 @@ def verify(
 
     Args:
         draft: its ``q_RKV`` is the very tensor the tokens were drawn from.
-        logits: [R, K + 1, V] of the anchor and the draft tokens.
+        logits: [R, K + 1, V] of the anchor and the draft tokens, the target's own: biases and
+            penalties are applied here.
     """
     device = logits.device
     num_draft = logits.shape[1] - 1
     tokens, lens = _tokens_and_lens(batch, draft, device)
+    adjustments = adjustments_of(batch, device)
+    if adjustments is not None:
+        logits = adjust_logits(logits, tokens, adjustments)
     if all(s.is_greedy for s in batch):
         accepted, following = verify_match(logits.argmax(-1), tokens, lens)
         return _greedy(accepted.tolist(), following.tolist(), num_draft)

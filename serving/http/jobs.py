@@ -116,6 +116,8 @@ def check_limits(context: Context, body: SamplingBody, num_choices: int, num_pro
         raise invalid(
             f"stop_token_ids: token ids are below {engine.vocab_size}", param="stop_token_ids"
         )
+    if any(token >= engine.vocab_size for token, _ in body.logit_bias):
+        raise invalid(f"logit_bias: token ids are below {engine.vocab_size}", param="logit_bias")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: only with stream=true", param="stream_options")
 
@@ -158,4 +160,8 @@ def _sampling(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=body.logit_bias,
     )

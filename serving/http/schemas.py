@@ -7,6 +7,7 @@ written into /openapi.json by ``openapi.py``.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,10 +24,17 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
+MAX_BIASES = 300
+MAX_BIAS = 100
+MIN_REPETITION = 0.01
+MAX_REPETITION = 100
+"""Between the two no logit becomes infinite."""
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
 VISIBLE = r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+$"
 """No character that moves a cursor or hides: the text may be shown in an operator's terminal."""
+TOKEN_ID = r"0|[1-9][0-9]{0,9}"
+"""A number as one writes it, so that no two keys name one token."""
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 
@@ -56,6 +64,7 @@ class Neutral:
         raise PydanticCustomError("unsupported_field", "not supported; leave it out")
 
 
+Biases = tuple[tuple[int, float], ...]
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
@@ -91,6 +100,22 @@ def _check_stop(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _check_bias(value: Any) -> Biases:
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise PydanticCustomError("bias_type", "must be an object of token ids and numbers")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("bias_count", f"at most {MAX_BIASES} token ids")
+    if not all(re.fullmatch(TOKEN_ID, key, re.ASCII) for key in value):
+        raise PydanticCustomError("bias_key", 'keys must be token ids, such as "50256"')
+    if not all(type(bias) in (int, float) and abs(bias) <= MAX_BIAS for bias in value.values()):
+        raise PydanticCustomError(
+            "bias_range", f"values must be numbers, {-MAX_BIAS} to {MAX_BIAS}"
+        )
+    return tuple((int(key), float(bias)) for key, bias in value.items())
+
+
 def _check_content(value: Any) -> str:
     if isinstance(value, str):
         return value
@@ -123,12 +148,20 @@ _PromptIds = Annotated[list[_TokenId], Field(min_length=1)]
 _PromptSchema = str | _PromptItems | _PromptIds | Annotated[list[_PromptIds], Field(min_length=1)]
 _StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _StopSchema = _StopText | Annotated[list[_StopText], Field(max_length=MAX_STOPS)] | None
+_BiasKey = Annotated[str, Field(pattern=f"^({TOKEN_ID})$")]
+_Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+_Biases = Annotated[
+    dict[_BiasKey, _Bias],
+    Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
+]
+_BiasSchema = _Biases | None
 _ContentSchema = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
 
 PromptField = Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=_PromptSchema)]
 StopField = Annotated[
     tuple[str, ...], PlainValidator(_check_stop, json_schema_input_type=_StopSchema)
 ]
+BiasField = Annotated[Biases, PlainValidator(_check_bias, json_schema_input_type=_BiasSchema)]
 ContentField = Annotated[str, PlainValidator(_check_content, json_schema_input_type=_ContentSchema)]
 
 
@@ -173,6 +206,15 @@ class SamplingBody(Body):
     """null is no limit."""
     min_p: float | None = Field(None, ge=0, lt=1)
     """null is 0."""
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted from the logit of every token that the completion holds already; null is 0."""
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted once for every time that the completion holds the token; null is 0."""
+    repetition_penalty: float | None = Field(None, ge=MIN_REPETITION, le=MAX_REPETITION)
+    """Logits of tokens of prompt and completion are divided by it where above 0, multiplied
+    elsewhere, as in vLLM; null is 1."""
+    logit_bias: BiasField = ()
+    """Token id, as a text, to what is added to its logit, before the penalties."""
     n: int | None = Field(None, ge=1)
     """Choices for each prompt; null is 1."""
     seed: int | None = Field(None, ge=-MAX_INT64 - 1, le=MAX_INT64)
@@ -197,10 +239,6 @@ class SamplingBody(Body):
     """false: nothing of this request is kept for training. Header X-Slipstream-No-Capture: 1 is
     the same."""
 
-    presence_penalty: Annotated[Any, Neutral(0)] = None
-    frequency_penalty: Annotated[Any, Neutral(0)] = None
-    repetition_penalty: Annotated[Any, Neutral(1)] = None
-    logit_bias: Annotated[Any, Neutral({})] = None
     min_tokens: Annotated[Any, Neutral(0)] = None
 
 

@@ -16,6 +16,7 @@ from drafters.eagle3 import Eagle3, config_for_target
 from specops.sampling import distribution, sampling_rows
 from specops.verify import Verdict
 from tests.engines import make_engine, random_model, request_of, run
+from tests.joint_law import chi_squared_excess
 
 V, LENGTH, PROMPT = 8, 3, [1, 5]
 NUM_SAMPLES = 4_000
@@ -67,23 +68,6 @@ def expected_law(model, shape):
     second = torch.stack([law_after([a]) for a in range(V)])
     third = torch.stack([torch.stack([law_after([a, b]) for b in range(V)]) for a in range(V)])
     return first[:, None, None] * second[:, :, None] * third
-
-
-def chi_squared_excess(counts, law):
-    """Statistic over its p = 1e-9 limit (Wilson-Hilferty); above 1 the law is rejected.
-
-    Cells that expect fewer than 5 are pooled; a count where the law is 0 rejects at once.
-    """
-    if counts[law == 0].sum() > 0:
-        return float("inf")
-    expected = law * counts.sum()
-    small = expected < 5
-    observed = torch.cat((counts[~small], counts[small].sum()[None]))
-    wanted = torch.cat((expected[~small], expected[small].sum()[None])).clamp(min=1e-9)
-    statistic = ((observed - wanted) ** 2 / wanted).sum()
-    df = len(wanted) - 1
-    limit = df * (1 - 2 / (9 * df) + 5.998 * (2 / (9 * df)) ** 0.5) ** 3
-    return float(statistic / limit)
 
 
 def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block"):

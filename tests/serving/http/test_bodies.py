@@ -149,6 +149,23 @@ def test_a_prompt_is_text_or_ids_one_or_several(prompt, is_fine):
         ("user", "a\u202eb"),
         ("user", "a\n"),
         ("capture", 1),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", False),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", "1"),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1),
+        ("repetition_penalty", 101),
+        ("logit_bias", [1]),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"01": 1}),
+        ("logit_bias", {"1\n": 1}),
+        ("logit_bias", {"1": 100.5}),
+        ("logit_bias", {"1": True}),
+        ("logit_bias", {"1": "5"}),
+        ("logit_bias", {"1": None}),
+        ("logit_bias", {str(i): 1 for i in range(301)}),
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(field, value):
@@ -175,16 +192,20 @@ def test_unknown_and_missing_fields_are_named(body, message):
     assert str(refusal(body)) == message
 
 
+def test_a_bias_is_a_token_id_and_a_number():
+    body = parsed({"prompt": "a", "logit_bias": {"0": -100, "50256": 0.5}})
+    assert body.logit_bias == ((0, -100.0), (50256, 0.5))
+    assert parsed({"prompt": "a", "logit_bias": None}).logit_bias == ()
+
+
 @pytest.mark.parametrize(
     ("field", "neutral", "other"),
     [
-        ("presence_penalty", 0.0, 0.5),
-        ("frequency_penalty", 0, -1),
-        ("logit_bias", {}, {"50256": -100}),
+        ("min_tokens", 0, 1),
+        ("min_tokens", None, False),
         ("best_of", 1, 2),
         ("echo", False, True),
         ("echo", None, 0),
-        ("presence_penalty", None, False),
         ("suffix", None, "end"),
     ],
 )

@@ -278,7 +278,8 @@ def test_models_are_listed(client):
         ({"prompt": "word " * 2000}, openai.BadRequestError, "prompt"),
         ({"n": 9}, openai.BadRequestError, "n"),
         ({"best_of": 3}, openai.BadRequestError, "best_of"),
-        ({"presence_penalty": 1.0}, openai.BadRequestError, "presence_penalty"),
+        ({"presence_penalty": 3.0}, openai.BadRequestError, "presence_penalty"),
+        ({"logit_bias": {"288": 1}}, openai.BadRequestError, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options"),
         ({"extra_body": {"max_token": 3}}, openai.BadRequestError, "max_token"),
         (
