@@ -89,7 +89,12 @@ class Rounds:
 
     def fits(self, batch: list[Sequence]) -> bool:
         """Whether a round can decode all of them; the engine's other path takes the rest."""
-        return all(s.is_greedy and s.request.sampling.logprobs is None for s in batch)
+        return all(
+            s.is_greedy
+            and s.request.sampling.logprobs is None
+            and not s.request.sampling.adjusts_logits
+            for s in batch
+        )
 
     def draft_share(self, num_rows: int, num_draft: int) -> float:
         """Share of a round of the neural drafter that is spent on drafting."""
