@@ -216,7 +216,9 @@ class FusedDecoder:
         layer = self.layers[0]
         products = [(*w.shape, False) for w in (layer.qkv, layer.o, layer.down, self.head)]
         gate_up = (layer.gate_up.shape[0] // 2, layer.gate_up.shape[1], True)
-        scratch = linear_triton.make_scratch([*products, gate_up], self.head.device)
+        scratch = linear_triton.make_scratch(
+            [*products, gate_up], self.head.dtype, self.head.device
+        )
         return _Operations(
             rows_triton.embed,
             partial(linear_triton.few_row_linear, scratch=scratch, overlap=overlap),

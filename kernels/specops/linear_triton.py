@@ -32,6 +32,8 @@ MAX_ROWS = 64
 _PROGRAMS = 264
 """Wanted at least: two for each multiprocessor of an H100 or H200."""
 _MAX_SPLIT = 16
+_LINE_BYTES = 128
+_SHARED_BYTES = 100 << 10
 
 Way = Literal["multiply", "weights_first", "rows_first"]
 
@@ -62,18 +64,26 @@ class Scratch:
     """[tiles] int32; zeros between launches."""
 
 
-def choose_plan(num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> Plan:
+def choose_plan(
+    num_rows: int, num_outputs: int, num_inputs: int, gated: bool, itemsize: int = 2
+) -> Plan:
     """The plan for one shape; a rule, so that nothing is tuned at start-up.
 
-    Programs that read a tile of 64 rows hold 72 to 100 KB of shared memory, so two fit on one
-    multiprocessor: columns are split only as long as all programs run at once.
+    Blocks in flight take at most 100 KB of shared memory, so two programs fit on a multiprocessor:
+    columns are split only as long as all programs run at once.
+
+    Args:
+        num_outputs, num_inputs: N, K.
+        itemsize: bytes of an element of the weight.
     """
     if num_rows <= 2:
-        return Plan("multiply", 4 if gated else 8, min(512, _up(num_inputs)))
-    block_k = min(64 if gated else 128, _up(num_inputs))
+        return Plan("multiply", 4 if gated else 8, min(1024 // itemsize, _up(num_inputs)))
+    block_k = min(_LINE_BYTES // itemsize, _up(num_inputs))
+    block_bytes = (64 * (1 + gated) + _padded(num_rows)) * block_k * itemsize
     tiles = triton.cdiv(num_outputs, 64)
-    split = min(_PROGRAMS // tiles, triton.cdiv(num_inputs, 2 * block_k), _MAX_SPLIT)
-    return Plan("weights_first", 64, block_k, max(1, split))
+    split = min(_PROGRAMS // tiles, triton.cdiv(num_inputs, 4 * block_k), _MAX_SPLIT)
+    stages = min(8, _SHARED_BYTES // block_bytes)
+    return Plan("weights_first", 64, block_k, max(1, split), num_stages=stages)
 
 
 def _up(number: int) -> int:
@@ -85,11 +95,13 @@ def _padded(num_rows: int) -> int:
     return max(16, int(triton.next_power_of_2(num_rows)))
 
 
-def make_scratch(products: Iterable[tuple[int, int, bool]], device: torch.device) -> Scratch:
+def make_scratch(
+    products: Iterable[tuple[int, int, bool]], dtype: torch.dtype, device: torch.device
+) -> Scratch:
     """Scratch for ``choose_plan``'s plans of some products: each its N, K and whether gated."""
     sums = tiles = 1
     for num_outputs, num_inputs, gated in products:
-        plan = choose_plan(MAX_ROWS, num_outputs, num_inputs, gated)
+        plan = choose_plan(MAX_ROWS, num_outputs, num_inputs, gated, dtype.itemsize)
         if plan.split > 1:
             sums = max(sums, plan.split * MAX_ROWS * num_outputs * (1 + gated))
             tiles = max(tiles, triton.cdiv(num_outputs, plan.block_n))
@@ -209,6 +221,7 @@ def _few_rows(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, WAY: tl.constexpr, PARTS_UP: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+    FETCH: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_N outputs for all rows, or one part of its columns."""
     tile, num_tiles = tl.program_id(0), tl.num_programs(0)
@@ -223,6 +236,7 @@ def _few_rows(
 
     if OVERLAP:
         let_next_start()
+    if FETCH:  # the first blocks, while the kernel before ends and the rows' squares are added
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = BLOCK_K // LINE if BLOCK_K > LINE else 1
         line = tl.arange(0, LINES) * LINE
@@ -235,6 +249,7 @@ def _few_rows(
             fetch_into_l2(first + ahead[None, :])
             if GATED:
                 fetch_into_l2(first + num_outputs.to(tl.int64) * weight_stride + ahead[None, :])
+    if OVERLAP:
         wait_for_previous()
 
     scale = tl.zeros([ROWS], tl.float32)
@@ -367,7 +382,7 @@ def _launch(
     if weight.dtype != x_MK.dtype:
         raise ValueError(f"x is {x_MK.dtype}, the weight {weight.dtype}; they must be the same")
     if plan is None:
-        plan = choose_plan(num_rows, num_outputs, num_inputs, gated)
+        plan = choose_plan(num_rows, num_outputs, num_inputs, gated, x_MK.element_size())
         plan = plan if scratch is not None else replace(plan, split=1)
     if plan.way == "multiply":
         if num_rows > 2 or plan.split > 1:
@@ -409,6 +424,7 @@ def _launch(
         STAGES=plan.num_stages, WAY=plan.way,
         PARTS_UP=triton.next_power_of_2(num_parts) if num_parts else 0,
         NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, OVERLAP=overlap,
+        FETCH=x_MK.is_cuda,
         num_warps=plan.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     return squares

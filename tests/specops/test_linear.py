@@ -14,7 +14,7 @@ from specops.overlap_triton import can_overlap
 PLANS = [
     pytest.param(Plan("multiply", 8, 32), id="multiply"),
     pytest.param(Plan("weights_first", 64, 32), id="weights first"),
-    pytest.param(Plan("weights_first", 64, 32, split=3), id="weights first, split"),
+    pytest.param(Plan("weights_first", 64, 16, split=3), id="weights first, split"),
     pytest.param(Plan("rows_first", 16, 32), id="rows first"),
     pytest.param(Plan("rows_first", 32, 16, split=4), id="rows first, split"),
 ]
@@ -47,18 +47,18 @@ def rows_that_fit(plan, num_rows):
         pytest.skip("'multiply' takes one or two rows")
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("num_rows", [1, 2, 17])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_kernel_equals_the_definition(num_rows, plan, normed, gated):
     rows_that_fit(plan, num_rows)
-    x, weight, norm = draw(num_rows, 200, 140)  # neither a multiple of a block
+    x, weight, norm = draw(num_rows, 100, 74)  # neither a multiple of a block
     norm = norm if normed else None
-    squares = x.square().view(num_rows, 40, 5).sum(-1) if normed and num_rows > 1 else None
+    squares = x.square().view(num_rows, 20, 5).sum(-1) if normed and num_rows > 1 else None
     want = linear.few_row_linear(x, weight, norm, squares, gated=gated)
 
-    scratch = scratch_of(plan, 140)
+    scratch = scratch_of(plan, 74)
     got = linear_triton.few_row_linear(
         x, weight, norm, squares, gated=gated, plan=plan, scratch=scratch
     )
@@ -68,11 +68,11 @@ def test_the_kernel_equals_the_definition(num_rows, plan, normed, gated):
         assert not scratch.arrived.any()  # ready for the next launch
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 33])
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_residual_is_added_in_place_and_its_squares_feed_the_next_norm(num_rows, plan):
     rows_that_fit(plan, num_rows)
-    x, weight, _ = draw(num_rows, 96, 72)
+    x, weight, _ = draw(num_rows, 48, 72)
     norm = draw(1, 72, 1)[2]
     stream = torch.randn(num_rows, 2, 72, generator=torch.Generator().manual_seed(1))
     residual, before = stream[:, 1], stream.clone()  # rows apart, as taps are
@@ -97,7 +97,7 @@ def test_the_residual_is_added_in_place_and_its_squares_feed_the_next_norm(num_r
 def test_rounding_is_that_of_separate_operations(plan):
     """Nearly all outputs are equal to the bit: only sums near a tie may round apart. In float16:
     the interpreter cuts bfloat16 off instead of rounding it."""
-    x, weight, norm = draw(2, 256, 128, torch.float16)
+    x, weight, norm = draw(2, 128, 128, torch.float16)
     want = linear.few_row_linear(x, weight, norm, gated=True)
 
     got = linear_triton.few_row_linear(
@@ -171,7 +171,7 @@ def test_the_compiled_kernel_equals_the_definition(
     x, weight, norm = draw(num_rows, num_inputs, num_outputs, torch.bfloat16, "cuda")
     residual = torch.randn(num_rows, num_outputs, device="cuda").bfloat16()
     device = torch.device("cuda")
-    scratch = make_scratch([(num_outputs, num_inputs, g) for g in (False, True)], device)
+    scratch = make_scratch([(num_outputs, num_inputs, g) for g in (False, True)], x.dtype, device)
     if plan is not None:
         scratch = Scratch(torch.empty(4 << 20, device=device), scratch.arrived)
     how = {"plan": plan, "scratch": scratch, "overlap": overlap}
