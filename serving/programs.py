@@ -20,12 +20,16 @@ log = logging.getLogger(__name__)
 class Programs:
     """What decodes and prefills without being put together anew for each step."""
 
+    graphs: Graphs
     lanes: Lanes
     rounds: Rounds
     prefill: Prefill
 
     def capture_all(self) -> None:
-        """Make every program now instead of at its first use."""
+        """Make every program now instead of at its first use, and time them; without graphs
+        there is nothing to make."""
+        if not self.graphs.are_real:
+            return
         started = time.perf_counter()
         self.prefill.capture_all()
         self.rounds.capture_all()
@@ -58,4 +62,4 @@ def make_programs(
     prefill = Prefill(
         target, pool, drafting, lanes, graphs, prefill_chunk=prefill_chunk, page_size=page_size
     )
-    return Programs(lanes, rounds, prefill)
+    return Programs(graphs, lanes, rounds, prefill)
