@@ -10,10 +10,13 @@ Source of the mixer: Steele, Lea, Flood 2014, "Fast splittable pseudorandom numb
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 class Stream(IntEnum):
@@ -24,6 +27,18 @@ class Stream(IntEnum):
     RESIDUAL = 3
     TARGET = 4
     POLICY = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """Which random numbers R requests are to be given, as tensors that a CUDA graph can read."""
+
+    keys_R: Tensor
+    """[R] int64, the bits of each request's uint64 key."""
+    nonces_R: Tensor
+    """[R] int64, round number, or 0."""
+    positions_R: Tensor
+    """[R] int64, position of the first token to decide on; the others follow it."""
 
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -55,3 +70,40 @@ def uniforms(
         words = _mix(state[:, None] + _GAMMA * (positions_RK.astype(np.uint64) + np.uint64(1)))
         bits = _mix(words) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
+
+
+def device_uniforms(
+    keys_R: Tensor, positions_RK: Tensor, nonces_R: Tensor, stream: Stream
+) -> Tensor:
+    """``uniforms`` on tensors of one device, bit for bit, without reading them on the host.
+
+    Args:
+        keys_R: [R] int64, the bits of the uint64 keys.
+        positions_RK: [R, K] int64.
+        nonces_R: [R] int64.
+        stream: what the number is for.
+
+    Returns:
+        [R, K] float64 in [0, 1).
+    """
+    gamma = _as_int64(0x9E3779B97F4A7C15)
+    state = _mix_int64(keys_R + _as_int64(0x9E3779B97F4A7C15 * int(stream)))
+    state = _mix_int64(state + gamma * (nonces_R + 1))
+    words = _mix_int64(state[:, None] + gamma * (positions_RK + 1))
+    return _shifted(_mix_int64(words), 11).double() * 2.0**-53
+
+
+def _as_int64(word: int) -> int:
+    """The int64 of the same low 64 bits: torch has no arithmetic on uint64, and int64 wraps."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """Logical shift to the right: the sign bits that an int64 shifts in are taken off."""
+    return torch.bitwise_and(x >> places, (1 << (64 - places)) - 1)
+
+
+def _mix_int64(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _as_int64(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)

@@ -1,0 +1,602 @@
+"""Rows of logits as laws to draw from, without writing their probabilities.
+
+A vocabulary is split into parts, one program each, that leave their largest logit and their sum of
+weights. A second kernel joins the parts of a row, looks for the cut of a truncating row, and draws
+a token where one is wanted: first the part, then the token within it.
+
+Drawing inverts the cumulative sum at one 53-bit number, as ``sampling.draw`` does, with float64
+sums over parts and within the chosen part, so that the tail is drawn at its true rate; a part's own
+sum is float32, which scales all of its tokens alike.
+
+The cut: the tokens that survive min-p and top-k, and then top-p, are each the first few of all in
+the order (logit downwards, id upwards). The last surviving logit is found by halving the interval
+between two logits of the row, each of which a sweep over the row replaces by the nearest logit that
+is there, until few enough are left to be held by one program, in registers.
+
+Shapes: N rows of logits, R requests of ``PER`` rows each, P parts of a row, S stretches of a part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specops.draft_sampling import RowLaws
+from specops.rng import Numbering, Stream
+from specops.sampling import SamplingRows
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Sizes of the pieces that programs work on; all powers of two."""
+
+    part: int = 4096
+    """Tokens of one program of a split row."""
+    stretch: int = 1024
+    """Tokens that share one largest logit: a row's k-th largest of these bounds its top-k."""
+    sweep: int = 8192
+    """Tokens at once of the one program that looks for a row's cut."""
+    held: int = 4096
+    """Most tokens between which a cut is found in registers."""
+
+    @property
+    def part_warps(self) -> int:
+        return max(1, min(4, self.part // 512))
+
+    @property
+    def sweep_warps(self) -> int:
+        return max(1, min(16, self.sweep // 512))
+
+
+TILES = Tiles()
+_GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
+_LOWEST = tl.constexpr(-3.0e38)  # below every finite logit that a model computes
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def uniform(key, nonce, position, STREAM: tl.constexpr):
+    """``rng.uniforms`` of int64 scalars or tensors, float64."""
+    gamma = tl.full((), _GAMMA, tl.uint64)
+    state = _mix(key.to(tl.uint64) + gamma * tl.full((), STREAM, tl.uint64))
+    state = _mix(state + gamma * (nonce + 1).to(tl.uint64))
+    word = _mix(state + gamma * (position + 1).to(tl.uint64))
+    return (_mix(word) >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2**-53
+
+
+@triton.jit
+def _difference(x, top):
+    """x - top, kept finite where x is not: 0 times it is 0."""
+    return tl.maximum(x - top, -1e30)
+
+
+@triton.jit
+def weight(x, ids, top, cut, last, rate):
+    """Weights of logits under a row's law; ``rate`` is 1 / temperature."""
+    is_kept = (x > cut) | ((x == cut) & (ids <= last))
+    return tl.where(is_kept, tl.exp((x - top) * rate), 0.0)
+
+
+@triton.jit
+def rate_of(temperature_ptr, greedy_ptr, request, HAS_GREEDY: tl.constexpr):
+    """1 / temperature, and whether the row takes its argmax; greedy rows have rate 1."""
+    temperature = tl.load(temperature_ptr + request).to(tl.float32)
+    is_greedy = temperature == 0
+    if HAS_GREEDY:
+        is_greedy = is_greedy | (tl.load(greedy_ptr + request) != 0)
+    return 1.0 / tl.where(is_greedy, 1.0, temperature), is_greedy
+
+
+@triton.jit
+def first_beyond(weights, threshold, SIZE: tl.constexpr):
+    """Index of the first float64 weight whose running sum exceeds the threshold; the last one with
+    a weight if rounding leaves none. Never one of weight 0 while there is another."""
+    index = tl.arange(0, SIZE)
+    sums = tl.cumsum(weights, 0)
+    has_weight = weights > 0
+    found = tl.min(tl.where(has_weight & (sums > threshold), index, SIZE), axis=0)
+    fallback = tl.max(tl.where(has_weight, index, 0), axis=0)
+    return tl.minimum(found, fallback)
+
+
+@triton.jit
+def choose_part(shares, number, SIZE: tl.constexpr):
+    """Part in which the number falls, and how far into that part's share, in 0..1."""
+    index = tl.arange(0, SIZE)
+    shares = shares.to(tl.float64)
+    threshold = number * tl.sum(shares, axis=0)
+    part = first_beyond(shares, threshold, SIZE)
+    before = tl.sum(tl.where(index < part, shares, 0.0), axis=0)
+    own = tl.sum(tl.where(index == part, shares, 0.0), axis=0)
+    return part, (threshold - before) / own
+
+
+@triton.jit
+def _split_rows(
+    logits_ptr, request_stride, row_stride, temperature_ptr, greedy_ptr, lens_ptr,
+    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, vocab, num_parts,
+    PER: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
+    HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, PLAIN: tl.constexpr,
+    TRUNCATES: tl.constexpr,
+):  # fmt: skip
+    """One part of one row: largest logit, its lowest id, sum of weights relative to it."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    request, place = row // PER, row % PER
+    if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
+        if place >= tl.load(lens_ptr + request) + EXTRA:
+            return
+    stretch = tl.arange(0, PART // STRETCH)
+    ids = part * PART + stretch[:, None] * STRETCH + tl.arange(0, STRETCH)[None, :]
+    at = logits_ptr + request * request_stride + place * row_stride + ids
+    x = tl.load(at, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    stretch_top = tl.max(x, axis=1)
+    top = tl.max(stretch_top, axis=0)
+    best = tl.min(tl.min(tl.where(x == top, ids, vocab), axis=1), axis=0)
+    z = _difference(x, tl.where(top == float("-inf"), 0.0, top))
+    rate, is_greedy = rate_of(temperature_ptr, greedy_ptr, request, HAS_GREEDY)
+    slot = row * num_parts + part
+    total = 1.0
+    if PLAIN:
+        plain = tl.exp(z)
+        plain_total = tl.sum(tl.sum(plain, axis=1), axis=0)
+        slope = tl.sum(tl.sum(plain * z, axis=1), axis=0)
+        tl.store(plain_ptr + slot * 2, plain_total)
+        tl.store(plain_ptr + slot * 2 + 1, slope)
+        total = plain_total
+        if rate != 1.0:
+            total = tl.sum(tl.sum(tl.exp(z * rate), axis=1), axis=0)
+    else:
+        if not is_greedy:
+            total = tl.sum(tl.sum(tl.exp(z * rate), axis=1), axis=0)
+    tl.store(part_top_ptr + slot, top)
+    tl.store(best_ptr + slot, best)
+    tl.store(sum_ptr + slot, total)
+    if TRUNCATES:
+        tl.store(stretch_top_ptr + slot * (PART // STRETCH) + stretch, stretch_top)
+
+
+@triton.jit
+def _load(row_ptr, start, vocab, SWEEP: tl.constexpr):
+    ids = start + tl.arange(0, SWEEP)
+    x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    return ids, x
+
+
+@triton.jit
+def _sweep(row_ptr, vocab, pivot, top, rate, SWEEP: tl.constexpr):
+    """Of the logits above the pivot: how many, their weight (float64), the least; and the greatest
+    of the others."""
+    count = tl.zeros([SWEEP], tl.int32)
+    mass = tl.zeros([SWEEP], tl.float32)
+    least = tl.full([SWEEP], float("inf"), tl.float32)
+    greatest = tl.full([SWEEP], float("-inf"), tl.float32)
+    for start in tl.range(0, vocab, SWEEP, num_stages=3):
+        ids = start + tl.arange(0, SWEEP)
+        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        is_above = x > pivot
+        count += is_above.to(tl.int32)
+        mass += tl.where(is_above, tl.exp(tl.maximum(x - top, -1e30) * rate), 0.0)
+        least = tl.minimum(least, tl.where(is_above, x, float("inf")))
+        greatest = tl.maximum(greatest, tl.where(is_above, float("-inf"), x))
+    return (
+        tl.sum(count, axis=0), tl.sum(mass.to(tl.float64), axis=0),
+        tl.min(least, axis=0), tl.max(greatest, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather(
+    row_ptr, vocab, lo, hi, held_ptr, held_ids_ptr, SWEEP: tl.constexpr, HELD: tl.constexpr
+):
+    """Write the first HELD logits in lo..hi and their ids, in id order; count all of them, and give
+    the least one."""
+    tl.debug_barrier()  # what was held before has been read
+    count = 0
+    least = tl.full([SWEEP], float("inf"), tl.float32)
+    for start in tl.range(0, vocab, SWEEP, num_stages=3):
+        ids = start + tl.arange(0, SWEEP)
+        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        is_wanted = (x >= lo) & (x <= hi)
+        slot = count + tl.cumsum(is_wanted.to(tl.int32), 0) - 1
+        fits = is_wanted & (slot < HELD)
+        tl.store(held_ptr + slot, x, mask=fits)
+        tl.store(held_ids_ptr + slot, ids, mask=fits)
+        count += tl.sum(is_wanted.to(tl.int32), axis=0)
+        least = tl.minimum(least, tl.where(is_wanted, x, float("inf")))
+    tl.debug_barrier()  # what other threads wrote is there to be read
+    return count, tl.min(least, axis=0)
+
+
+@triton.jit
+def _between(lo, hi):
+    """A pivot with lo <= pivot < hi."""
+    pivot = 0.5 * lo + 0.5 * hi
+    return tl.where((pivot >= lo) & (pivot < hi), pivot, lo)
+
+
+@triton.jit
+def _least_within(x, lo, hi, base, limit, top, rate):
+    """The least of the held logits above which, with ``base``, there is less weight than the limit;
+    it lies in lo..hi, which are held. At rate 0 every logit weighs 1."""
+    weights = tl.where(x > float("-inf"), tl.exp(_difference(x, top) * rate), 0.0)
+    tries = 0
+    while (lo < hi) & (tries < 100):
+        pivot = _between(lo, hi)
+        is_above = x > pivot
+        above = base + tl.sum(tl.where(is_above, weights, 0.0), axis=0).to(tl.float64)
+        greatest = tl.max(tl.where(is_above, float("-inf"), x), axis=0)
+        least = tl.min(tl.where(is_above, x, float("inf")), axis=0)
+        is_less = above < limit
+        hi = tl.where(is_less, greatest, hi)
+        lo = tl.where(is_less, lo, least)
+        tries += 1
+    return hi
+
+
+@triton.jit
+def _find_cut(
+    row_ptr, vocab, lo, count, top, search_rate, limit, held_ptr, held_ids_ptr,
+    SWEEP: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """The least logit above which there is less weight than the limit. ``count`` logits from ``lo``
+    on, one of the row, were gathered. Returns it and how many are now held, more than HELD if they
+    are all alike."""
+    hi = top
+    base = tl.full((), 0.0, tl.float64)
+    from_lo = count
+    above_hi = 0
+    if count > HELD:
+        tries = 0
+        while (count > HELD) & (lo < hi) & (tries < 100):
+            pivot = _between(lo, hi)
+            num_above, above, least, greatest = _sweep(
+                row_ptr, vocab, pivot, top, search_rate, SWEEP
+            )
+            is_less = above < limit
+            hi = tl.where(is_less, greatest, hi)
+            base = tl.where(is_less, above, base)
+            above_hi = tl.where(is_less, num_above, above_hi)
+            lo = tl.where(is_less, lo, least)
+            from_lo = tl.where(is_less, from_lo, num_above)
+            count = from_lo - above_hi
+            tries += 1
+        _gather(row_ptr, vocab, lo, hi, held_ptr, held_ids_ptr, SWEEP, HELD)
+    index = tl.arange(0, HELD)
+    x = tl.load(held_ptr + index, mask=index < count, other=float("-inf"))
+    return _least_within(x, lo, hi, base, limit, top, search_rate), count
+
+
+@triton.jit
+def _above_cut(
+    row_ptr, vocab, cut, count, is_whole, top, rate, held_ptr, SWEEP: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """How many logits lie above the cut, their weight, and how many lie at it. ``is_whole``: all
+    that are not below the cut are held."""
+    index = tl.arange(0, HELD)
+    x = tl.load(held_ptr + index, mask=index < count, other=float("-inf"))
+    ties = tl.where(count > HELD, count, tl.sum((x == cut).to(tl.int32), axis=0))
+    is_above = x > cut
+    num_above = tl.sum(is_above.to(tl.int32), axis=0)
+    held_mass = tl.sum(tl.where(is_above, tl.exp(_difference(x, top) * rate), 0.0), axis=0)
+    mass = held_mass.to(tl.float64)
+    if not is_whole:
+        num_above, mass, _, _ = _sweep(row_ptr, vocab, cut, top, rate, SWEEP)
+    return num_above, mass, ties
+
+
+@triton.jit
+def _last_tie(
+    row_ptr, vocab, cut, num_kept, ties, count, held_ptr, held_ids_ptr, SWEEP: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Id of the last tie at the cut that is kept, in id order; the vocabulary's size if all are."""
+    last = vocab
+    if num_kept < ties:
+        if count <= HELD:
+            index = tl.arange(0, HELD)
+            x = tl.load(held_ptr + index, mask=index < count, other=float("-inf"))
+            ids = tl.load(held_ids_ptr + index, mask=index < count, other=0)
+            is_tie = x == cut
+            rank = tl.cumsum(is_tie.to(tl.int32), 0)
+            last = tl.max(tl.where(is_tie & (rank <= num_kept), ids, -1), axis=0)
+        else:
+            seen = 0
+            last = -1
+            for start in range(0, vocab, SWEEP):
+                ids, x = _load(row_ptr, start, vocab, SWEEP)
+                is_tie = x == cut
+                rank = seen + tl.cumsum(is_tie.to(tl.int32), 0)
+                kept = tl.where(is_tie & (rank <= num_kept), ids, -1)
+                last = tl.maximum(last, tl.max(kept, axis=0))
+                seen += tl.sum(is_tie.to(tl.int32), axis=0)
+    return last
+
+
+@triton.jit
+def _truncated(
+    row_ptr, vocab, top, mass, temperature, rate, top_k, top_p, min_p,
+    stretch_top_ptr, num_stretches, held_ptr, held_ids_ptr,
+    STRETCHES_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """Cut, last id at the cut and mass of a row under min-p and top-k, and then top-p."""
+    cut = _LOWEST + 0.0 * top
+    last = vocab
+    total = mass.to(tl.float64)
+    count = 0
+    is_whole = False
+    floor = cut
+    if min_p > 0:
+        floor = tl.maximum(floor, tl.minimum(top, top + temperature * tl.log(min_p)))
+    num_ties_kept = vocab
+    if (top_k < vocab) | (min_p > 0):
+        # The k-th largest of the stretches' largest is a bound: k logits are not below it.
+        stretch = tl.arange(0, STRETCHES_UP)
+        tops = tl.load(stretch_top_ptr + stretch, mask=stretch < num_stretches, other=float("-inf"))
+        limit = top_k.to(tl.float64)
+        bounding = tl.sum((tops > _LOWEST).to(tl.int32), axis=0)
+        if top_k <= bounding:
+            lowest = tl.min(tl.where(tops > _LOWEST, tops, float("inf")), axis=0)
+            none = tl.full((), 0.0, tl.float64)
+            floor = tl.maximum(floor, _least_within(tops, lowest, top, none, limit, top, 0.0))
+        count, least = _gather(row_ptr, vocab, floor, top, held_ptr, held_ids_ptr, SWEEP, HELD)
+        is_whole = count <= HELD
+        cut = least
+        if top_k < count:
+            cut, count = _find_cut(
+                row_ptr, vocab, least, count, top, 0.0, limit, held_ptr, held_ids_ptr, SWEEP, HELD
+            )
+            num_above, total, ties = _above_cut(
+                row_ptr, vocab, cut, count, is_whole, top, rate, held_ptr, SWEEP, HELD
+            )
+            num_ties_kept = tl.minimum(ties, top_k.to(tl.int32) - num_above)
+            last = _last_tie(
+                row_ptr, vocab, cut, num_ties_kept, ties, count, held_ptr, held_ids_ptr,
+                SWEEP, HELD,
+            )  # fmt: skip
+            total += num_ties_kept.to(tl.float64) * tl.exp((cut - top) * rate).to(tl.float64)
+        else:
+            num_above, total, _ = _above_cut(
+                row_ptr, vocab, cut, count, is_whole, top, rate, held_ptr, SWEEP, HELD
+            )
+            total += (count - num_above).to(tl.float64) * tl.exp((cut - top) * rate).to(tl.float64)
+    if top_p < 1:
+        limit = top_p.to(tl.float64) * total
+        # Logits below it cannot be among those that reach p: all V of them weigh less than 1 - p.
+        bound = tl.log(total.to(tl.float32) * (1 - top_p) / vocab) * temperature + top
+        floor = tl.minimum(top, tl.maximum(cut, bound - 1e-3 * temperature - 1e-5 * tl.abs(top)))
+        least = cut
+        if not is_whole:
+            count, least = _gather(row_ptr, vocab, floor, top, held_ptr, held_ids_ptr, SWEEP, HELD)
+            is_whole = count <= HELD
+        nucleus, count = _find_cut(
+            row_ptr, vocab, least, count, top, rate, limit, held_ptr, held_ids_ptr, SWEEP, HELD
+        )
+        _, above, ties = _above_cut(
+            row_ptr, vocab, nucleus, count, is_whole, top, rate, held_ptr, SWEEP, HELD
+        )
+        each = tl.exp((nucleus - top) * rate).to(tl.float64)
+        wanted = tl.minimum((limit - above) / tl.maximum(each, 1e-300), ties.to(tl.float64))
+        num_kept = wanted.to(tl.int32)
+        num_kept += (num_kept.to(tl.float64) < wanted).to(tl.int32)
+        num_kept = tl.maximum(num_kept, 1)
+        if nucleus == cut:
+            num_kept = tl.minimum(num_kept, num_ties_kept)
+        last = _last_tie(
+            row_ptr, vocab, nucleus, num_kept, ties, count, held_ptr, held_ids_ptr, SWEEP, HELD
+        )
+        cut = nucleus
+        total = above + num_kept.to(tl.float64) * each
+    return cut, last, total.to(tl.float32)
+
+
+@triton.jit
+def _mass_by_part(
+    row_ptr, vocab, num_parts, top, cut, last, rate, sums_ptr, part_top_ptr, PART: tl.constexpr
+):
+    """Replace the sums of a row's parts by those of the tokens that are kept."""
+    tl.debug_barrier()  # the former sums have been read
+    for part in range(0, num_parts):
+        total = 0.0
+        if tl.load(part_top_ptr + part) >= cut:
+            ids, x = _load(row_ptr, part * PART, vocab, PART)
+            total = tl.sum(weight(x, ids, top, cut, last, rate), axis=0)
+        tl.store(sums_ptr + part, total)
+    tl.debug_barrier()
+
+
+@triton.jit
+def draw_within(x, ids, top, cut, last, rate, portion, PART: tl.constexpr):
+    """Id drawn from one part of a row, ``portion`` of the way through its weight."""
+    weights = weight(x, ids, top, cut, last, rate).to(tl.float64)
+    inside = first_beyond(weights, portion * tl.sum(weights, axis=0), PART)
+    return tl.sum(tl.where(tl.arange(0, PART) == inside, ids, 0), axis=0)
+
+
+@triton.jit
+def _join_rows(
+    logits_ptr, request_stride, row_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    greedy_ptr, lens_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr,
+    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, held_ptr, held_ids_ptr,
+    law_ptr, last_ptr, own_ptr, stats_ptr, vocab, num_parts,
+    PER: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
+    PARTS_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr, STREAM: tl.constexpr,
+    HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, HAS_RULES: tl.constexpr,
+    PLAIN: tl.constexpr, TRUNCATES: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """One row: its law, and the token it draws if it is to draw one."""
+    row = tl.program_id(0).to(tl.int64)
+    request, place = row // PER, row % PER
+    if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
+        if place >= tl.load(lens_ptr + request) + EXTRA:
+            if PLAIN:
+                tl.store(stats_ptr + row * 2, 0.0)
+                tl.store(stats_ptr + row * 2 + 1, 0.0)
+            return
+    row_ptr = logits_ptr + request * request_stride + place * row_stride
+    part = tl.arange(0, PARTS_UP)
+    is_part = part < num_parts
+    slot = row * num_parts + part
+    tops = tl.load(part_top_ptr + slot, mask=is_part, other=float("-inf"))
+    top = tl.max(tops, axis=0)
+    bests = tl.load(best_ptr + slot, mask=is_part, other=vocab)
+    best = tl.min(tl.where(tops == top, bests, vocab), axis=0)
+    if PLAIN:
+        gap = _difference(tops, top)
+        shrink = tl.exp(gap)
+        totals = tl.load(plain_ptr + slot * 2, mask=is_part, other=0.0)
+        slopes = tl.load(plain_ptr + slot * 2 + 1, mask=is_part, other=0.0)
+        plain_total = tl.sum(totals * shrink, axis=0)
+        # Sum of e^z z with z relative to the row's top, not to the part's.
+        moved = shrink * slopes + totals * (shrink * gap)
+        log_total = tl.log(plain_total)
+        tl.store(stats_ptr + row * 2, top + log_total)
+        tl.store(stats_ptr + row * 2 + 1, log_total - tl.sum(moved, axis=0) / plain_total)
+    rate, is_greedy = rate_of(temperature_ptr, greedy_ptr, request, HAS_GREEDY)
+    # A greedy row is cut down to its argmax.
+    cut = top
+    last = best
+    mass = 1.0
+    if not is_greedy:
+        sums = tl.load(sum_ptr + slot, mask=is_part, other=0.0)
+        shares = sums * tl.exp((tops - top) * rate)
+        cut = float("-inf")
+        last = vocab
+        mass = tl.sum(shares, axis=0)
+        is_cut = False
+        if TRUNCATES:
+            temperature = tl.load(temperature_ptr + request).to(tl.float32)
+            top_k = tl.load(top_k_ptr + request)
+            top_p = tl.load(top_p_ptr + request).to(tl.float32)
+            min_p = tl.load(min_p_ptr + request).to(tl.float32)
+            is_cut = (top_k < vocab) | (top_p < 1) | (min_p > 0)
+            if is_cut:
+                cut, last, mass = _truncated(
+                    row_ptr, vocab, top, mass, temperature, rate, top_k, top_p, min_p,
+                    stretch_top_ptr + row * num_parts * (PART // STRETCH),
+                    num_parts * (PART // STRETCH), held_ptr + row * HELD,
+                    held_ids_ptr + row * HELD, PARTS_UP * (PART // STRETCH), SWEEP, HELD,
+                )  # fmt: skip
+        if DRAWS:
+            is_drawing = True
+            if HAS_RULES:
+                is_drawing = tl.load(rules_ptr + request) == 0
+            if is_drawing:
+                if TRUNCATES:  # noqa: SIM102
+                    if is_cut:
+                        first_slot = row * num_parts
+                        _mass_by_part(
+                            row_ptr, vocab, num_parts, top, cut, last, rate, sum_ptr + first_slot,
+                            part_top_ptr + first_slot, PART,
+                        )  # fmt: skip
+                        shares = tl.load(sum_ptr + slot, mask=is_part, other=0.0)
+                number = uniform(
+                    tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
+                    tl.load(positions_ptr + request) + place, STREAM,
+                )  # fmt: skip
+                chosen, portion = choose_part(shares, number, PARTS_UP)
+                ids, x = _load(row_ptr, chosen * PART, vocab, PART)
+                best = draw_within(x, ids, top, cut, last, rate, portion, PART)
+    tl.store(law_ptr + row * 3, top)
+    tl.store(law_ptr + row * 3 + 1, cut)
+    tl.store(law_ptr + row * 3 + 2, mass)
+    tl.store(last_ptr + row, last)
+    tl.store(own_ptr + row, best)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedRows:
+    """What a pass over rows of logits left of them."""
+
+    laws: RowLaws
+    """Of the N rows; rows beyond ``lens`` are not written."""
+    own_N: Tensor
+    """[N] int32: the argmax of greedy rows, the drawn token of rows that draw."""
+    stats_N2: Tensor | None
+    """[N, 2] float32: log of the sum of exp(logit), and entropy in nats, of the law at temperature
+    1 with nothing cut off; 0 beyond ``lens``."""
+
+
+def join_rows(
+    logits_RPV: Tensor,
+    sampling: SamplingRows,
+    greedy_R: Tensor | None,
+    lens_R: Tensor | None,
+    rules_R: Tensor | None,
+    numbering: Numbering | None,
+    stream: Stream,
+    extra: int,
+    with_stats: bool,
+    tiles: Tiles = TILES,
+) -> JoinedRows:
+    """The laws of R times ``PER`` rows, N in all, and a token drawn from each where wanted.
+
+    Args:
+        logits_RPV: [R, PER, V] float; the last dimension is contiguous.
+        greedy_R: [R] bool, rows that take their argmax whatever their temperature.
+        lens_R: only the first ``lens + extra`` rows of a request are looked at.
+        rules_R: only requests of rule 0 draw; ``None``: all of them.
+        numbering: of the tokens drawn; ``None``: none are.
+        extra: see ``lens_R``.
+        with_stats: whether ``stats_N2`` is wanted.
+
+    Raises:
+        ValueError: the last dimension is not contiguous.
+    """
+    num_requests, per, vocab_size = logits_RPV.shape
+    if logits_RPV.stride(2) != 1:
+        raise ValueError(f"each row must be contiguous, got strides {logits_RPV.stride()}")
+    device = logits_RPV.device
+    num_rows = num_requests * per
+    parts = triton.cdiv(vocab_size, tiles.part)
+    stretches = tiles.part // tiles.stretch
+    truncates = sampling.truncates
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((num_rows, *shape), dtype=dtype, device=device)
+
+    tops, sums, bests = scratch(parts), scratch(parts), scratch(parts, dtype=torch.int32)
+    plain = scratch(parts, 2) if with_stats else None
+    stretch_tops = scratch(parts, stretches) if truncates else None
+    held = scratch(tiles.held) if truncates else None
+    held_ids = scratch(tiles.held, dtype=torch.int32) if truncates else None
+    laws = RowLaws(scratch(3), scratch(dtype=torch.int32))
+    own = scratch(dtype=torch.int32)
+    stats = scratch(2) if with_stats else None
+    if not num_rows:
+        return JoinedRows(laws, own, stats)
+    rows = (logits_RPV, logits_RPV.stride(0), logits_RPV.stride(1), sampling.temperature_R)
+    kinds = {
+        "PER": per,
+        "EXTRA": extra,
+        "PART": tiles.part,
+        "STRETCH": tiles.stretch,
+        "HAS_GREEDY": greedy_R is not None,
+        "HAS_LENS": lens_R is not None,
+        "PLAIN": with_stats,
+        "TRUNCATES": truncates,
+    }
+    _split_rows[(num_rows, parts)](
+        *rows, greedy_R, lens_R, tops, stretch_tops, bests, sums, plain, vocab_size, parts,
+        **kinds, num_warps=tiles.part_warps,
+    )  # fmt: skip
+    numbers = (numbering.keys_R, numbering.nonces_R, numbering.positions_R) if numbering else ()
+    _join_rows[(num_rows,)](
+        *rows, sampling.top_k_R, sampling.top_p_R, sampling.min_p_R, greedy_R, lens_R, rules_R,
+        *(numbers or (None,) * 3), tops, stretch_tops, bests, sums, plain, held, held_ids,
+        laws.tops_cuts_masses, laws.lasts, own, stats, vocab_size, parts,
+        **kinds, PARTS_UP=triton.next_power_of_2(parts), SWEEP=tiles.sweep, HELD=tiles.held,
+        STREAM=int(stream), HAS_RULES=rules_R is not None, DRAWS=numbering is not None,
+        num_warps=tiles.sweep_warps if truncates else tiles.part_warps,
+    )  # fmt: skip
+    return JoinedRows(laws, own, stats)

@@ -1,0 +1,166 @@
+"""Verification of draft chains from logits: what ``specops.verify`` does with distributions, with
+the distributions and the random numbers made on the way.
+
+This is the definition, in float64. ``verify_logits_triton`` does the same without writing anything
+of the size of a vocabulary, and without a word from the host.
+
+Shapes: R requests, K draft tokens, V target vocabulary, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from specops.draft_sampling import DraftLaw, draft_distribution, target_distribution
+from specops.rng import Numbering, Stream, device_uniforms
+from specops.sampling import SamplingRows, distribution, draw
+from specops.verify import verify_block, verify_match, verify_standard
+
+
+class Rule(IntEnum):
+    """How a request's draft is judged; see ``specops.verify``. Greedy requests are always judged by
+    MATCH, to which the other rules come down at temperature 0."""
+
+    MATCH = 0
+    STANDARD = 1
+    BLOCK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LogitVerdict:
+    """What the target made of a draft, and what its logits say. 0 in places of no meaning."""
+
+    num_accepted_R: Tensor
+    """[R] int64 in 0..lens."""
+    next_R: Tensor
+    """[R] int64, the target's own token after the kept ones."""
+    draft_logp_RK: Tensor
+    """[R, K] float32, log of the target's shaped probability of each draft token."""
+    overlap_RK: Tensor
+    """[R, K] float32, sum over v of min(p, q): the chance that the position survives."""
+    logprob_RK1: Tensor | None
+    """[R, K + 1] float32, the target's own log probability (temperature 1, nothing cut off) of each
+    emitted token; ``None`` unless asked for."""
+    entropy_RK1: Tensor | None
+    """[R, K + 1] float32, nats of that same law after 0 .. lens draft tokens."""
+
+
+def verify_logits(
+    logits_RK1V: Tensor,
+    sampling: SamplingRows,
+    draft_RK: Tensor,
+    lens_R: Tensor,
+    rules_R: Tensor,
+    numbering: Numbering,
+    drafted: DraftLaw | None = None,
+    with_logprobs: bool = True,
+) -> LogitVerdict:
+    """Judge each request's draft by its rule and choose its next token.
+
+    Args:
+        logits_RK1V: [R, K + 1, V] float, the target's after each prefix of the draft.
+        sampling: parameters of the R requests.
+        draft_RK: [R, K] int64 target ids; in 0..V - 1 also beyond ``lens``.
+        lens_R: [R] int64 in 0..K: positions beyond were not drafted.
+        rules_R: [R] int64 of ``Rule``.
+        numbering: ``positions_R`` is the position of the first draft token. Requests whose answer
+            must not depend on how rounds fell have nonce 0.
+        drafted: what the drafts were drawn from; ``None`` for delta drafts.
+        with_logprobs: whether ``logprob_RK1`` and ``entropy_RK1`` are wanted.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    num_draft = draft_RK.shape[1]
+    check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
+    p = distribution(logits_RK1V.double(), sampling)
+    q = None
+    if drafted is not None:
+        own_q = draft_distribution(drafted.logits_RKD, drafted.sampling, drafted.greedy_R)
+        q = target_distribution(own_q, drafted.vocab, logits_RK1V.shape[-1])
+    own = draw(p, _numbers(numbering, num_draft + 1, Stream.TARGET))
+    accept_u = _numbers(numbering, num_draft, Stream.ACCEPT)
+    next_u = _numbers(numbering, 1, Stream.RESIDUAL)[:, 0]
+    block = verify_block(p, q, draft_RK, lens_R, accept_u, next_u)
+    standard = verify_standard(p, q, draft_RK, lens_R, accept_u, next_u)
+    by_match = (rules_R == Rule.MATCH) | (sampling.temperature_R == 0)
+    match_accepted, match_next = verify_match(own, draft_RK, lens_R)
+    by_block = rules_R == Rule.BLOCK
+    accepted = torch.where(by_block, block.num_accepted_R, standard.num_accepted_R)
+    accepted = torch.where(by_match, match_accepted, accepted)
+    following = torch.where(by_block, block.next_R, standard.next_R)
+    following = torch.where(by_match, match_next, following)
+    place = torch.arange(num_draft + 1, device=draft_RK.device)
+    is_drafted = place[:num_draft] < lens_R[:, None]
+    assert block.overlap_RK is not None
+    logprob = entropy = None
+    if with_logprobs:
+        plain = logits_RK1V.double().log_softmax(dim=-1)
+        emitted = torch.nn.functional.pad(draft_RK, (0, 1))
+        emitted = torch.where(place == accepted[:, None], following[:, None], emitted)
+        logprob = plain.gather(-1, emitted[..., None])[..., 0]
+        logprob = torch.where(place <= accepted[:, None], logprob, 0.0).float()
+        entropy = torch.special.entr(plain.exp()).sum(dim=-1)
+        entropy = torch.where(place <= lens_R[:, None], entropy, 0.0).float()
+    return LogitVerdict(
+        accepted,
+        following,
+        torch.where(is_drafted, block.draft_p_RK.log(), 0.0).float(),
+        torch.where(is_drafted, block.overlap_RK, 0.0).float(),
+        logprob,
+        entropy,
+    )
+
+
+def verify_greedy(logits_RK1V: Tensor, draft_RK: Tensor, lens_R: Tensor) -> tuple[Tensor, Tensor]:
+    """``verify_match`` with the target's argmax; the lowest id wins ties.
+
+    Args:
+        logits_RK1V: [R, K + 1, V] float.
+        draft_RK: [R, K] int64.
+        lens_R: [R] int64 in 0..K.
+
+    Returns:
+        num_accepted_R and next_R, both [R] int64.
+    """
+    return verify_match(logits_RK1V.argmax(dim=-1), draft_RK, lens_R)
+
+
+def check_shapes(
+    logits_RK1V: Tensor,
+    draft_RK: Tensor,
+    lens_R: Tensor,
+    rules_R: Tensor,
+    drafted: DraftLaw | None,
+) -> None:
+    """Raises ValueError where shapes do not fit. Values are not looked at: that would wait."""
+    num_requests, num_draft = draft_RK.shape
+    vocab_size = logits_RK1V.shape[-1]
+    if logits_RK1V.shape[:2] != (num_requests, num_draft + 1):
+        raise ValueError(
+            f"logits must be [{num_requests}, {num_draft + 1}, V] for drafts "
+            f"{tuple(draft_RK.shape)}, got {tuple(logits_RK1V.shape)}"
+        )
+    for name, rows in (("lens", lens_R), ("rules", rules_R)):
+        if rows.shape != (num_requests,):
+            raise ValueError(f"{name} must be [{num_requests}], got {tuple(rows.shape)}")
+    if drafted is None:
+        return
+    shape = tuple(drafted.logits_RKD.shape)
+    if shape[:2] != (num_requests, num_draft):
+        raise ValueError(f"draft logits must be [{num_requests}, {num_draft}, D], got {shape}")
+    if drafted.vocab is None and shape[2] != vocab_size:
+        raise ValueError(
+            f"a draft vocabulary of {shape[2]} needs a map to the target's of {vocab_size}"
+        )
+
+
+def _numbers(numbering: Numbering, count: int, stream: Stream) -> Tensor:
+    """[R, count] float64 of the tokens from ``positions_R`` on."""
+    ahead = torch.arange(count, device=numbering.positions_R.device)
+    positions_RK = numbering.positions_R[:, None] + ahead
+    return device_uniforms(numbering.keys_R, positions_RK, numbering.nonces_R, stream)

@@ -1,0 +1,523 @@
+"""Verification of draft chains from logits in a few kernels; see ``specops.verify_logits``.
+
+The rows' laws come first (``laws_triton``), then
+
+* ``_judge``: p and q of each draft token, and pi of block verification;
+* ``_overlap``, of dense drafts: sum over v of min(p, q), and of min(pi p, q), part by part. Only
+  tokens that the drafter has count, so a reduced draft vocabulary costs as little as it is small;
+* ``_stop``: where the chain stops, and the weights of what is left of p there, part by part;
+* ``_emit``: the next token, and the log probabilities of what is emitted.
+
+The logits are read once, those of the K draft rows a second time for dense drafts, and one row of
+each request a last time. Nothing is read back by the host.
+
+Shapes: R requests, K draft tokens, V target vocabulary, D draft vocabulary, P parts of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specops.draft_sampling import DraftLaw, RowLaws
+from specops.laws_triton import (
+    TILES,
+    Tiles,
+    choose_part,
+    first_beyond,
+    join_rows,
+    rate_of,
+    uniform,
+    weight,
+)
+from specops.rng import Numbering, Stream
+from specops.sampling import SamplingRows
+from specops.verify_logits import LogitVerdict, check_shapes
+
+
+@triton.jit
+def _log_weight(x, ids, top, cut, mass, last, rate):
+    """Log probability, float64, of tokens under their rows' laws."""
+    is_kept = (x > cut) | ((x == cut) & (ids <= last))
+    gap = tl.where(is_kept, x, top).to(tl.float64) - top.to(tl.float64)
+    logp = gap * rate.to(tl.float64) - tl.log(mass.to(tl.float64))
+    return tl.where(is_kept, logp, float("-inf"))
+
+
+@triton.jit
+def _judge(
+    logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
+    q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
+    t2d_ptr, logp_ptr, keep_ptr, pi_ptr, K,
+    K_UP: tl.constexpr, DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+):  # fmt: skip
+    """One request: log p of each draft token, its chance by the standard rule, and pi."""
+    request = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, K_UP)
+    num_drafted = tl.load(lens_ptr + request)
+    is_drafted = place < num_drafted
+    token = tl.load(draft_ptr + request * K + place, mask=is_drafted, other=0)
+    rate, _ = rate_of(temperature_ptr, temperature_ptr, request, False)
+    row = request * (K + 1) + place
+    at = logits_ptr + request * request_stride + place * row_stride + token
+    x = tl.load(at, mask=is_drafted, other=0.0).to(tl.float32)
+    top = tl.load(law_ptr + row * 3, mask=is_drafted, other=0.0)
+    cut = tl.load(law_ptr + row * 3 + 1, mask=is_drafted, other=0.0)
+    mass = tl.load(law_ptr + row * 3 + 2, mask=is_drafted, other=1.0)
+    last = tl.load(last_ptr + row, mask=is_drafted, other=0)
+    logp = _log_weight(x, token, top, cut, mass, last, rate)
+    ratio = logp
+    if DENSE:
+        own = token
+        if HAS_MAP:
+            own = tl.load(t2d_ptr + token, mask=is_drafted, other=0).to(tl.int64)
+        q_rate, _ = rate_of(q_temperature_ptr, q_greedy_ptr, request, Q_GREEDY)
+        row = request * K + place
+        at = q_ptr + request * q_request_stride + place * q_row_stride + own
+        is_known = is_drafted & (own >= 0)
+        x = tl.load(at, mask=is_known, other=0.0).to(tl.float32)
+        top = tl.load(q_law_ptr + row * 3, mask=is_drafted, other=0.0)
+        mass = tl.load(q_law_ptr + row * 3 + 2, mask=is_drafted, other=1.0)
+        # The token was drawn, so it has survived any cut.
+        logq = (x.to(tl.float64) - top.to(tl.float64)) * q_rate.to(tl.float64)
+        ratio = logp - logq + tl.log(mass.to(tl.float64))
+    # pi_i = the product of ratios since the last place where it was capped at 1.
+    before = (place[None, :] <= place[:, None]) & is_drafted[None, :]
+    steps = tl.sum(tl.where(before, ratio[None, :], 0.0), axis=1)
+    on_row = tl.sum(tl.where(place[:, None] == place[None, :], steps[:, None], 0.0), axis=0)
+    highest = tl.max(tl.where(before, on_row[None, :], 0.0), axis=1)
+    pi = tl.exp(steps - tl.maximum(highest, 0.0))
+    is_place = place < K
+    tl.store(logp_ptr + request * K + place, tl.where(is_drafted, logp, 0.0), mask=is_place)
+    tl.store(keep_ptr + request * K + place, tl.exp(tl.minimum(ratio, 0.0)), mask=is_drafted)
+    tl.store(pi_ptr + request * (K + 1) + 1 + place, pi, mask=is_drafted)
+    tl.store(pi_ptr + request * (K + 1), tl.full((), 1.0, tl.float64))
+
+
+@triton.jit
+def _overlap(
+    logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, lens_ptr,
+    q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
+    d2t_ptr, pi_ptr, overlap_ptr, draft_size, K, num_parts,
+    PART: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+):  # fmt: skip
+    """One part of one drafted row: sums of min(p, q) and of min(pi p, q)."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    request, place = row // K, row % K
+    if place >= tl.load(lens_ptr + request):
+        return
+    own = part * PART + tl.arange(0, PART)
+    is_own = own < draft_size
+    q_at = q_ptr + request * q_request_stride + place * q_row_stride + own
+    q_x = tl.load(q_at, mask=is_own, other=float("-inf")).to(tl.float32)
+    ids = own.to(tl.int64)
+    if HAS_MAP:
+        ids += tl.load(d2t_ptr + own, mask=is_own, other=0)
+    p_at = logits_ptr + request * request_stride + place * row_stride + ids
+    p_x = tl.load(p_at, mask=is_own, other=float("-inf")).to(tl.float32)
+    p_rate, _ = rate_of(temperature_ptr, temperature_ptr, request, False)
+    q_rate, _ = rate_of(q_temperature_ptr, q_greedy_ptr, request, Q_GREEDY)
+    p_row = request * (K + 1) + place
+    p = weight(
+        p_x, ids, tl.load(law_ptr + p_row * 3), tl.load(law_ptr + p_row * 3 + 1),
+        tl.load(last_ptr + p_row), p_rate,
+    ) / tl.load(law_ptr + p_row * 3 + 2)  # fmt: skip
+    q = weight(
+        q_x, own, tl.load(q_law_ptr + row * 3), tl.load(q_law_ptr + row * 3 + 1),
+        tl.load(q_last_ptr + row), q_rate,
+    ) / tl.load(q_law_ptr + row * 3 + 2)  # fmt: skip
+    pi = tl.load(pi_ptr + p_row).to(tl.float32)
+    slot = row * num_parts + part
+    tl.store(overlap_ptr + slot * 2, tl.sum(tl.minimum(p, q), axis=0))
+    tl.store(overlap_ptr + slot * 2 + 1, tl.sum(tl.minimum(pi * p, q), axis=0))
+
+
+@triton.jit
+def _left_over(
+    request, stop, x, ids, token, num_drafted, pi, temperature_ptr, law_ptr, last_ptr,
+    q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
+    t2d_ptr, vocab, K, DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+):  # fmt: skip
+    """Of one part of the row where a chain stopped: p, and max(pi p - q, 0)."""
+    row = request * (K + 1) + stop
+    rate, _ = rate_of(temperature_ptr, temperature_ptr, request, False)
+    p = weight(
+        x, ids, tl.load(law_ptr + row * 3), tl.load(law_ptr + row * 3 + 1),
+        tl.load(last_ptr + row), rate,
+    ) / tl.load(law_ptr + row * 3 + 2)  # fmt: skip
+    rest = p
+    if stop < num_drafted:
+        if DENSE:
+            own = ids
+            is_known = ids < vocab
+            if HAS_MAP:
+                own = tl.load(t2d_ptr + ids, mask=is_known, other=-1)
+                is_known = own >= 0
+            q_row = request * K + stop
+            at = q_ptr + request * q_request_stride + stop * q_row_stride + own
+            q_x = tl.load(at, mask=is_known, other=float("-inf")).to(tl.float32)
+            q_rate, _ = rate_of(q_temperature_ptr, q_greedy_ptr, request, Q_GREEDY)
+            q = weight(
+                q_x, own, tl.load(q_law_ptr + q_row * 3), tl.load(q_law_ptr + q_row * 3 + 1),
+                tl.load(q_last_ptr + q_row), q_rate,
+            ) / tl.load(q_law_ptr + q_row * 3 + 2)  # fmt: skip
+            q = tl.where(is_known, q, 0.0)
+            rest = tl.maximum(pi.to(tl.float32) * p - q, 0.0)
+        else:
+            rest = tl.where(ids == token, 0.0, p)
+    return p, rest
+
+
+@triton.jit
+def _stop(
+    logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
+    q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
+    t2d_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr, own_ptr,
+    logp_ptr, keep_ptr, pi_ptr, overlap_part_ptr, accepted_ptr, stop_pi_ptr, overlap_ptr,
+    rest_ptr, vocab, K, num_parts, num_draft_parts,
+    PART: tl.constexpr, K_UP: tl.constexpr, DRAFT_PARTS_UP: tl.constexpr, STREAM: tl.constexpr,
+    DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+):  # fmt: skip
+    """One part of the vocabulary of one request: where its chain stops, the same for all parts, and
+    the sums of p and of what is left of p there."""
+    request, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = tl.arange(0, K_UP)
+    num_drafted = tl.load(lens_ptr + request)
+    is_drafted = place < num_drafted
+    rule = tl.load(rules_ptr + request)
+    is_match = (rule == 0) | (tl.load(temperature_ptr + request) == 0)
+    index = request * K + place
+    logp = tl.load(logp_ptr + index, mask=is_drafted, other=0.0)
+    overlap = tl.exp(logp)
+    common = overlap
+    if DENSE:
+        piece = tl.arange(0, DRAFT_PARTS_UP)
+        slot = index[:, None] * num_draft_parts + piece[None, :]
+        is_piece = is_drafted[:, None] & (piece < num_draft_parts)[None, :]
+        pieces = tl.load(overlap_part_ptr + slot * 2, mask=is_piece, other=0.0)
+        overlap = tl.sum(pieces, axis=1)
+        pieces = tl.load(overlap_part_ptr + slot * 2 + 1, mask=is_piece, other=0.0)
+        common = tl.sum(pieces, axis=1)
+    number = uniform(
+        tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
+        tl.load(positions_ptr + request) + place, STREAM,
+    )  # fmt: skip
+    if is_match:
+        token = tl.load(draft_ptr + index, mask=is_drafted, other=0)
+        own = tl.load(own_ptr + request * (K + 1) + place, mask=is_drafted, other=0)
+        is_lost = is_drafted & (token != own)
+        stop = tl.min(tl.where(is_lost, place, num_drafted), axis=0)
+    elif rule == 1:
+        keep = tl.load(keep_ptr + index, mask=is_drafted, other=1.0)
+        is_lost = is_drafted & (number >= keep)
+        stop = tl.min(tl.where(is_lost, place, num_drafted), axis=0)
+    else:
+        # Mass of max(pi p - q, 0) after 1 .. lens - 1 tokens; shifted, as row i + 1 belongs to
+        # place i + 1, which this index calls i.
+        pi = tl.load(pi_ptr + request * (K + 1) + place, mask=place <= num_drafted, other=1.0)
+        mass = pi * (1.0 - common.to(tl.float64))
+        if DENSE:
+            mass = tl.maximum(pi - common.to(tl.float64), 0.0)
+        mass = tl.where(is_drafted, mass, 0.0)
+        is_next = place[None, :] == place[:, None] + 1
+        mass = tl.sum(tl.where(is_next, mass[None, :], 0.0), axis=1)
+        is_inner = place + 1 < num_drafted
+        pi = tl.load(pi_ptr + request * (K + 1) + 1 + place, mask=is_drafted, other=0.0)
+        slack = tl.where(is_inner, mass + 1.0 - pi, 1.0)
+        inner = tl.where(slack > 0, mass / tl.where(slack > 0, slack, 1.0), 1.0)
+        chance = tl.where(is_inner, inner, pi)
+        is_taken = is_drafted & (number < chance)
+        stop = tl.max(tl.where(is_taken, place + 1, 0), axis=0).to(tl.int64)
+    pi = tl.full((), 1.0, tl.float64)
+    if rule == 2:
+        pi = tl.load(pi_ptr + request * (K + 1) + stop)
+    if part == 0:
+        tl.store(accepted_ptr + request, stop)
+        tl.store(stop_pi_ptr + request, pi)
+        tl.store(overlap_ptr + index, tl.where(is_drafted, overlap, 0.0), mask=place < K)
+    if is_match:
+        return
+    ids = part * PART + tl.arange(0, PART)
+    at = logits_ptr + request * request_stride + stop * row_stride + ids
+    x = tl.load(at, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    token = tl.load(draft_ptr + request * K + stop, mask=stop < num_drafted, other=0)
+    p, rest = _left_over(
+        request, stop, x, ids, token, num_drafted, pi, temperature_ptr, law_ptr, last_ptr,
+        q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr,
+        q_last_ptr, t2d_ptr, vocab, K, DENSE, HAS_MAP, Q_GREEDY,
+    )  # fmt: skip
+    slot = request * num_parts + part
+    tl.store(rest_ptr + slot * 2, tl.sum(p, axis=0))
+    tl.store(rest_ptr + slot * 2 + 1, tl.sum(rest, axis=0))
+
+
+@triton.jit
+def _emit(
+    logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
+    q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
+    t2d_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr, own_ptr,
+    accepted_ptr, stop_pi_ptr, rest_ptr, stats_ptr, next_ptr, logprob_ptr, entropy_ptr,
+    vocab, K, num_parts,
+    PART: tl.constexpr, K_UP: tl.constexpr, PARTS_UP: tl.constexpr, STREAM: tl.constexpr,
+    DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """One request: its next token, and the log probabilities of the emitted ones."""
+    request = tl.program_id(0).to(tl.int64)
+    num_drafted = tl.load(lens_ptr + request)
+    stop = tl.load(accepted_ptr + request)
+    rule = tl.load(rules_ptr + request)
+    is_match = (rule == 0) | (tl.load(temperature_ptr + request) == 0)
+    following = tl.load(own_ptr + request * (K + 1) + stop)
+    if not is_match:
+        piece = tl.arange(0, PARTS_UP)
+        is_part = piece < num_parts
+        slot = request * num_parts + piece
+        shares = tl.load(rest_ptr + slot * 2 + 1, mask=is_part, other=0.0)
+        is_left = tl.sum(shares, axis=0) > 0
+        if not is_left:  # p equals q up to rounding: p keeps the row finite
+            shares = tl.load(rest_ptr + slot * 2, mask=is_part, other=0.0)
+        number = uniform(
+            tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
+            tl.load(positions_ptr + request), STREAM,
+        )  # fmt: skip
+        part, portion = choose_part(shares, number, PARTS_UP)
+        index = tl.arange(0, PART)
+        ids = part * PART + index
+        at = logits_ptr + request * request_stride + stop * row_stride + ids
+        x = tl.load(at, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        token = tl.load(draft_ptr + request * K + stop, mask=stop < num_drafted, other=0)
+        p, rest = _left_over(
+            request, stop, x, ids, token, num_drafted, tl.load(stop_pi_ptr + request),
+            temperature_ptr, law_ptr, last_ptr, q_ptr, q_request_stride, q_row_stride,
+            q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr, t2d_ptr, vocab, K,
+            DENSE, HAS_MAP, Q_GREEDY,
+        )  # fmt: skip
+        weights = tl.where(is_left, rest, p).to(tl.float64)
+        inside = first_beyond(weights, portion * tl.sum(weights, axis=0), PART)
+        following = part * PART + inside
+    tl.store(next_ptr + request, following)
+    if PLAIN:
+        place = tl.arange(0, K_UP)
+        row = request * (K + 1) + place
+        is_row = place <= K
+        is_emitted = place <= stop
+        token = tl.load(draft_ptr + request * K + place, mask=place < stop, other=0)
+        token = tl.where(place == stop, following, token)
+        at = logits_ptr + request * request_stride + place * row_stride + token
+        x = tl.load(at, mask=is_emitted, other=0.0).to(tl.float32)
+        log_sum = tl.load(stats_ptr + row * 2, mask=is_emitted, other=0.0)
+        tl.store(logprob_ptr + row, tl.where(is_emitted, x - log_sum, 0.0), mask=is_row)
+        entropy = tl.load(stats_ptr + row * 2 + 1, mask=is_row, other=0.0)
+        tl.store(entropy_ptr + row, entropy, mask=is_row)
+
+
+def verify_logits(
+    logits_RK1V: Tensor,
+    sampling: SamplingRows,
+    draft_RK: Tensor,
+    lens_R: Tensor,
+    rules_R: Tensor,
+    numbering: Numbering,
+    drafted: DraftLaw | None = None,
+    with_logprobs: bool = True,
+    tiles: Tiles = TILES,
+) -> LogitVerdict:
+    """See ``specops.verify_logits.verify_logits``, whose arguments and result these are. Can be
+    captured in a CUDA graph: K, ``sampling.truncates`` and whether drafts are dense are then fixed,
+    all other parameters are read when it is replayed.
+
+    Args:
+        draft_RK, lens_R, rules_R: contiguous.
+        drafted: with the ``laws`` that ``sample_draft`` left, its logits are read once less.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or a row of logits is not contiguous.
+    """
+    check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
+    return _launch(
+        logits_RK1V, sampling, draft_RK, lens_R, rules_R, numbering, drafted, with_logprobs, tiles
+    )[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """What the kernels hand on to each other."""
+
+    keep_RK: Tensor
+    """[R, K] float64, chance of each draft token by the standard rule."""
+    pi_RK1: Tensor
+    """[R, K + 1] float64, pi of block verification."""
+    common_RKP2: Tensor | None
+    """[R, K, P, 2] sums of min(p, q) and min(pi p, q); ``None`` for delta drafts."""
+    rest_RP2: Tensor
+    """[R, P, 2] sums of p and of what is left of it where the chain stopped."""
+
+
+def _launch(
+    logits_RK1V: Tensor,
+    sampling: SamplingRows,
+    draft_RK: Tensor,
+    lens_R: Tensor,
+    rules_R: Tensor,
+    numbering: Numbering,
+    drafted: DraftLaw | None,
+    with_logprobs: bool,
+    tiles: Tiles,
+) -> tuple[LogitVerdict, _Steps]:
+    num_requests, num_draft = draft_RK.shape
+    vocab_size = logits_RK1V.shape[-1]
+    device = logits_RK1V.device
+    joined = join_rows(
+        logits_RK1V, sampling, None, lens_R, rules_R, numbering, Stream.TARGET, 1, with_logprobs,
+        tiles,
+    )  # fmt: skip
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((num_requests, *shape), dtype=dtype, device=device)
+
+    parts = triton.cdiv(vocab_size, tiles.part)
+    accepted, following = scratch(dtype=torch.int64), scratch(dtype=torch.int64)
+    logp, overlap = scratch(num_draft), scratch(num_draft)
+    logprob = scratch(num_draft + 1) if with_logprobs else None
+    entropy = scratch(num_draft + 1) if with_logprobs else None
+    verdict = LogitVerdict(accepted, following, logp, overlap, logprob, entropy)
+    keep, pi = scratch(num_draft, dtype=torch.float64), scratch(num_draft + 1, dtype=torch.float64)
+    stop_pi, rest = scratch(dtype=torch.float64), scratch(parts, 2)
+    laws = (joined.laws.tops_cuts_masses, joined.laws.lasts)
+    target = (
+        logits_RK1V, logits_RK1V.stride(0), logits_RK1V.stride(1), sampling.temperature_R, *laws,
+    )  # fmt: skip
+    is_dense = drafted is not None and num_draft > 0
+    q, d2t, t2d, draft_size = _draft_arguments(drafted if is_dense else None, lens_R, tiles)
+    kinds = {
+        "DENSE": is_dense,
+        "HAS_MAP": d2t is not None,
+        "Q_GREEDY": q[4] is not None,
+    }
+    k_up = triton.next_power_of_2(num_draft + 1)
+    draft_parts = triton.cdiv(draft_size, tiles.part)
+    overlap_parts = scratch(num_draft, draft_parts, 2) if is_dense else None
+    steps = _Steps(keep, pi, overlap_parts, rest)
+    if not num_requests:
+        return verdict, steps
+    drafts = (draft_RK, lens_R)
+    _judge[(num_requests,)](
+        *target, *drafts, *q, t2d, logp, keep, pi, num_draft, **kinds, K_UP=k_up, num_warps=1
+    )
+    if is_dense:
+        of_rows = {name: kinds[name] for name in ("HAS_MAP", "Q_GREEDY")}
+        _overlap[(num_requests * num_draft, draft_parts)](
+            *target, lens_R, *q, d2t, pi, overlap_parts, draft_size, num_draft, draft_parts,
+            **of_rows, PART=tiles.part, num_warps=2 * tiles.part_warps,
+        )  # fmt: skip
+    numbers = (numbering.keys_R, numbering.nonces_R, numbering.positions_R)
+    _stop[(num_requests, parts)](
+        *target, *drafts, *q, t2d, rules_R, *numbers, joined.own_N, logp, keep, pi, overlap_parts,
+        accepted, stop_pi, overlap, rest, vocab_size, num_draft, parts, draft_parts,
+        **kinds, PART=tiles.part, K_UP=k_up, DRAFT_PARTS_UP=triton.next_power_of_2(draft_parts),
+        STREAM=int(Stream.ACCEPT), num_warps=tiles.part_warps,
+    )  # fmt: skip
+    _emit[(num_requests,)](
+        *target, *drafts, *q, t2d, rules_R, *numbers, joined.own_N, accepted, stop_pi, rest,
+        joined.stats_N2, following, logprob, entropy, vocab_size, num_draft, parts,
+        **kinds, PART=tiles.part, K_UP=k_up, PARTS_UP=triton.next_power_of_2(parts),
+        STREAM=int(Stream.RESIDUAL), PLAIN=with_logprobs, num_warps=tiles.part_warps,
+    )  # fmt: skip
+    return verdict, steps
+
+
+def _draft_arguments(
+    drafted: DraftLaw | None, lens_R: Tensor, tiles: Tiles
+) -> tuple[tuple[object, ...], Tensor | None, Tensor | None, int]:
+    """The draft's logits with strides, temperature, greedy flags and laws; both maps; D."""
+    if drafted is None:
+        return (None, 0, 0, None, None, None, None), None, None, 1
+    logits = drafted.logits_RKD
+    laws: RowLaws | None = drafted.laws
+    if laws is None:
+        laws = join_rows(
+            logits, drafted.sampling, drafted.greedy_R, lens_R, None, None, Stream.DRAFT, 0, False,
+            tiles,
+        ).laws  # fmt: skip
+    q = (
+        logits, logits.stride(0), logits.stride(1), drafted.sampling.temperature_R,
+        drafted.greedy_R, laws.tops_cuts_masses, laws.lasts,
+    )  # fmt: skip
+    vocab = drafted.vocab
+    maps = (None, None) if vocab is None else (vocab.d2t_D, vocab.t2d_V)
+    return q, *maps, logits.shape[-1]
+
+
+@triton.jit
+def _best_of_parts(
+    logits_ptr, request_stride, row_stride, lens_ptr, top_ptr, best_ptr, vocab, num_parts, PER,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Largest logit of one part of a row and the lowest id that has it."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    request, place = row // PER, row % PER
+    if place > tl.load(lens_ptr + request):
+        return
+    ids = part * PART + tl.arange(0, PART)
+    at = logits_ptr + request * request_stride + place * row_stride + ids
+    x = tl.load(at, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    tl.store(top_ptr + row * num_parts + part, top)
+    tl.store(best_ptr + row * num_parts + part, tl.min(tl.where(x == top, ids, vocab), axis=0))
+
+
+@triton.jit
+def _match_best(
+    draft_ptr, lens_ptr, top_ptr, best_ptr, accepted_ptr, next_ptr, vocab, num_parts, PER,
+    PER_UP: tl.constexpr, PARTS_UP: tl.constexpr,
+):  # fmt: skip
+    """One request: drafts that equal the argmax, and the argmax after them."""
+    request = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PER_UP)
+    part = tl.arange(0, PARTS_UP)
+    num_drafted = tl.load(lens_ptr + request)
+    is_part = (place <= num_drafted)[:, None] & (part < num_parts)[None, :]
+    slot = (request * PER + place)[:, None] * num_parts + part[None, :]
+    tops = tl.load(top_ptr + slot, mask=is_part, other=float("-inf"))
+    bests = tl.load(best_ptr + slot, mask=is_part, other=vocab)
+    top = tl.max(tops, axis=1)
+    own = tl.min(tl.where(tops == top[:, None], bests, vocab), axis=1)
+    is_drafted = place < num_drafted
+    token = tl.load(draft_ptr + request * (PER - 1) + place, mask=is_drafted, other=0)
+    stop = tl.min(tl.where(is_drafted & (token != own), place, num_drafted), axis=0)
+    tl.store(accepted_ptr + request, stop)
+    tl.store(next_ptr + request, tl.sum(tl.where(place == stop, own, 0), axis=0))
+
+
+def verify_greedy(
+    logits_RK1V: Tensor, draft_RK: Tensor, lens_R: Tensor, tiles: Tiles = TILES
+) -> tuple[Tensor, Tensor]:
+    """See ``specops.verify_logits.verify_greedy``, whose arguments and result these are: one pass
+    over the logits of the drafted rows. Can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: a row of logits is not contiguous.
+    """
+    num_requests, per, vocab_size = logits_RK1V.shape
+    if logits_RK1V.stride(2) != 1:
+        raise ValueError(f"each row must be contiguous, got strides {logits_RK1V.stride()}")
+    parts = triton.cdiv(vocab_size, tiles.part)
+    device = logits_RK1V.device
+    accepted, following = torch.empty((2, num_requests), dtype=torch.int64, device=device)
+    if not num_requests:
+        return accepted, following
+    tops = torch.empty((num_requests * per, parts), dtype=torch.float32, device=device)
+    bests = torch.empty((num_requests * per, parts), dtype=torch.int32, device=device)
+    _best_of_parts[(num_requests * per, parts)](
+        logits_RK1V, logits_RK1V.stride(0), logits_RK1V.stride(1), lens_R, tops, bests,
+        vocab_size, parts, per, PART=tiles.part, num_warps=tiles.part_warps,
+    )  # fmt: skip
+    _match_best[(num_requests,)](
+        draft_RK, lens_R, tops, bests, accepted, following, vocab_size, parts, per,
+        PER_UP=triton.next_power_of_2(per), PARTS_UP=triton.next_power_of_2(parts), num_warps=4,
+    )  # fmt: skip
+    return accepted, following

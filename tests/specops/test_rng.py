@@ -1,0 +1,63 @@
+"""Random numbers made on a device are those made on the host, bit for bit."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from specops.laws_triton import uniform
+from specops.rng import Stream, device_uniforms, uniforms
+
+EXTREMES = [0, 1, -1, 2**31, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63), 0x1E3779B97F4A7C15]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@triton.jit
+def _numbers(keys_ptr, positions_ptr, nonces_ptr, out_ptr, K, STREAM: tl.constexpr):
+    row, place = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions_ptr + row * K + place)
+    number = uniform(tl.load(keys_ptr + row), tl.load(nonces_ptr + row), position, STREAM)
+    tl.store(out_ptr + row * K + place, number)
+
+
+def inputs():
+    """Every pair of extremes as key and nonce, each at all extreme positions, and random ones."""
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(-(2**63), 2**63 - 1, size=(200, 3), dtype=np.int64)
+    keys = np.array([k for k in EXTREMES for _ in EXTREMES] + drawn[:, 0].tolist(), dtype=np.int64)
+    nonces = np.array(EXTREMES * len(EXTREMES) + drawn[:, 1].tolist(), dtype=np.int64)
+    positions = np.tile(np.array(EXTREMES, dtype=np.int64), (len(keys), 1))
+    positions[-200:, 0] = drawn[:, 2]
+    return keys, positions, nonces
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stream", list(Stream))
+def test_numbers_made_on_tensors_have_the_same_bits(stream, device):
+    keys, positions, nonces = inputs()
+
+    want = uniforms(keys.view(np.uint64), positions, nonces, stream)
+    tensors = [torch.from_numpy(array).to(device) for array in (keys, positions, nonces)]
+    got = device_uniforms(*tensors, stream).cpu().numpy()
+
+    assert got.dtype == np.float64
+    assert np.array_equal(got, want)
+
+
+def test_numbers_made_in_a_kernel_have_the_same_bits():
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    keys, positions, nonces = (array[-40:] for array in inputs())
+    keys, nonces = keys.copy(), nonces.copy()
+    keys[: len(EXTREMES)] = EXTREMES
+    want = uniforms(keys.view(np.uint64), positions, nonces, Stream.TARGET)
+    tensors = [torch.tensor(array, device=device) for array in (keys, positions, nonces)]
+    got = torch.empty(positions.shape, dtype=torch.float64, device=device)
+
+    _numbers[positions.shape](*tensors, got, positions.shape[1], STREAM=int(Stream.TARGET))
+
+    assert np.array_equal(got.cpu().numpy(), want)
