@@ -21,6 +21,7 @@ from specops.attention import (
     paged_attention,
 )
 from specops.device import decode_attention
+from specops.draft_sampling import vocab_map
 from specops.sampling import SamplingRows, distribution, draw
 
 _PADDED_ROWS = 16  # requests that catch up on more rows than this get an attention group alone
@@ -47,6 +48,9 @@ class PagedEagle3:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.scale = c.head_dim**-0.5
+        d2t = module.d2t
+        self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
+        """Of a reduced draft vocabulary."""
 
     def run(
         self,

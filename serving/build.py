@@ -125,6 +125,7 @@ def _programs(
         max_model_len=e.max_model_len,
         prefill_chunk=e.prefill_chunk,
         page_size=e.page_size,
+        rule=e.verification,
         fuse=target.device.type == "cuda",
     )
     with torch.inference_mode():

@@ -18,6 +18,8 @@ from torch import Tensor
 from serving.sequence import Sequence
 from serving.target import Target
 from specops.attention import DecodePass
+from specops.rng import Numbering
+from specops.sampling import SamplingRows
 
 _LENGTH, _NONCE, _RECENT = 0, 1, 2
 _NUM_FIXED = 5
@@ -31,7 +33,7 @@ class LaneRows:
     ints: Tensor
     """[R, columns] int64."""
     floats: Tensor
-    """[R, 3] float32."""
+    """[R, 3] float32: temperature, top-p, min-p."""
     pages_RP: Tensor
     """[R, P] int32 page ids; 0 where the request has none."""
     num_recent: int
@@ -39,6 +41,19 @@ class LaneRows:
     def decode_pass(self, first_R: Tensor, page_size: int, first_key: int = 0) -> DecodePass:
         """Equally many rows of each request, from position ``first`` on."""
         return DecodePass(self.pages_RP, first_R.int(), page_size, first_key=first_key)
+
+    def sampling(self) -> SamplingRows:
+        """What the requests asked for; whether any of them cuts its law off is not known here."""
+        temperature, top_p, min_p = self.floats.unbind(dim=1)
+        return SamplingRows(
+            temperature, self.top_k_R, top_p, min_p, all_greedy=False, truncates=True
+        )
+
+    def numbering(self) -> Numbering:
+        """Random numbers of the tokens after each anchor: the same in every round for requests
+        verified by ``match``, fresh ones for the others."""
+        nonces = torch.where(self.by_match_R, 0, self.nonce_R + 1)
+        return Numbering(self.key_R, nonces, self.length_R)
 
     @property
     def length_R(self) -> Tensor:
@@ -82,21 +97,6 @@ class LaneRows:
     def top_k_R(self) -> Tensor:
         """[R]"""
         return self._fixed(4)
-
-    @property
-    def temperature_R(self) -> Tensor:
-        """[R]"""
-        return self.floats[:, 0]
-
-    @property
-    def top_p_R(self) -> Tensor:
-        """[R]"""
-        return self.floats[:, 1]
-
-    @property
-    def min_p_R(self) -> Tensor:
-        """[R]"""
-        return self.floats[:, 2]
 
 
 class Lanes:

@@ -12,6 +12,7 @@ from serving.lanes import Lanes
 from serving.prefill import BLOCK, Prefill
 from serving.rounds import Rounds
 from serving.target import KvPool, Target
+from serving.verifying import Rule
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def make_programs(
     max_model_len: int,
     prefill_chunk: int,
     page_size: int,
+    rule: Rule,
     fuse: bool,
 ) -> Programs:
     """Programs for these sizes; on a GPU they become CUDA graphs.
@@ -58,7 +60,7 @@ def make_programs(
         log.warning("the target's own code computes its layers, which is slower: %s", reason)
     lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
     graphs = Graphs(target.device)
-    rounds = Rounds(target, pool, drafting, lanes, graphs, page_size=page_size)
+    rounds = Rounds(target, pool, drafting, lanes, graphs, page_size=page_size, rule=rule)
     prefill = Prefill(
         target, pool, drafting, lanes, graphs, prefill_chunk=prefill_chunk, page_size=page_size
     )

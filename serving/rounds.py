@@ -13,7 +13,7 @@ Shapes: R requests (a bucket's, the last ones may be padding), K draft tokens, Q
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,38 @@ from serving.graphs import Graphs, Program
 from serving.lanes import LaneRows, Lanes
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
-from serving.verifying import Proposed, Verified
+from serving.verifying import Proposed, Rule, Verified
 from specops.attention import decode_slots
-from specops.verify import verify_match
+from specops.device import sample_draft, verify_logits
+from specops.draft_sampling import Drafted, DraftLaw
+from specops.verify_logits import Rule as Judge
+from specops.verify_logits import verify_greedy
 
-_Key = tuple[int, int, str]
-"""Batch bucket, K, and who drafts: ``eagle3``, or ``suffix``, whose tokens are uploaded."""
+_SOURCES = ("eagle3", "suffix")
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What a round's program is made for."""
+
+    size: int
+    """Batch bucket."""
+    num_draft: int
+    source: str
+    """Who drafts: ``eagle3``, or ``suffix``, whose tokens are uploaded; ``none`` if K is 0."""
+    is_greedy: bool
+    """All requests are, and no distribution is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafts:
+    """What a round drafted, on the device."""
+
+    tokens_RK: Tensor
+    logq_RK: Tensor | None
+    """``None`` where nothing was drawn."""
+    law: DraftLaw | None
+    """What was drawn from; ``None`` for a delta draft."""
 
 
 def buckets(max_batch: int) -> list[int]:
@@ -64,7 +90,13 @@ class Rounds:
         graphs: Graphs,
         *,
         page_size: int,
+        rule: Rule,
     ) -> None:
+        """
+        Args:
+            rule: verifies sampled requests that have no seed.
+        """
+        self._rule = {"block": Judge.BLOCK, "standard": Judge.STANDARD}[rule]
         self._target, self._pool, self._drafting = target, pool, drafting
         self._lanes, self._graphs = lanes, graphs
         self._page_size = page_size
@@ -75,7 +107,9 @@ class Rounds:
         pinned = device.type == "cuda"
         self._inputs = torch.zeros((max_batch, 2 + max_draft), dtype=torch.int64, device=device)
         self._inputs_host = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=pinned)
-        self._outputs = torch.zeros((max_batch, 3 + max_draft), dtype=torch.int64, device=device)
+        # accepted, next, drafted; then tokens, bits of log p and of log q
+        columns = 3 + 3 * max_draft
+        self._outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
         self._outputs_host = torch.zeros(self._outputs.shape, dtype=torch.int64, pin_memory=pinned)
         most_rows = max_batch * (max_draft + 1)
         shape = (most_rows, len(target.layer_ids), hidden)
@@ -89,12 +123,8 @@ class Rounds:
 
     def fits(self, batch: list[Sequence]) -> bool:
         """Whether a round can decode all of them; the engine's other path takes the rest."""
-        return all(
-            s.is_greedy
-            and s.request.sampling.logprobs is None
-            and not s.request.sampling.adjusts_logits
-            for s in batch
-        )
+        sampling = [s.request.sampling for s in batch]
+        return all(p.logprobs is None and not p.adjusts_logits for p in sampling)
 
     def draft_share(self, num_rows: int, num_draft: int) -> float:
         """Share of a round of the neural drafter that is spent on drafting."""
@@ -112,10 +142,11 @@ class Rounds:
         if source == "eagle3":
             self._warm(batch)
         size = self._upload(batch, given)
-        self._program(size, num_draft, source)()
+        key = _Key(size, num_draft, source, all(s.is_greedy for s in batch))
+        self._program(key)()
         self._outputs_host[:size].copy_(self._outputs[:size], non_blocking=True)
         self._graphs.synchronize()
-        return self._read(batch, source, num_draft)
+        return self._read(batch, key)
 
     def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
         """Lanes and proposals of a batch; returns its bucket."""
@@ -145,21 +176,32 @@ class Rounds:
             lanes = torch.tensor([s.lane for s in rest], device=self._target.device)
             self._lanes.outputs_LH.index_copy_(0, lanes, self._drafting.catch_up(rest))
 
-    def _read(self, batch: list[Sequence], source: str, num_draft: int) -> Decoded:
-        rows = self._outputs_host[: len(batch), : 3 + num_draft].tolist()
+    def _read(self, batch: list[Sequence], key: _Key) -> Decoded:
+        num_draft, outputs = key.num_draft, self._outputs_host[: len(batch)]
+        rows = outputs[:, : 3 + num_draft].tolist()
         accepted, following, lens = ([row[i] for row in rows] for i in range(3))
         tokens = [row[3 : 3 + n] for row, n in zip(rows, lens, strict=True)]
-        proposed = Proposed(source, tokens, None) if num_draft else None
-        p_logp = [
-            [0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted
-        ]  # greedy: certain, or impossible
+        if key.is_greedy:  # a kept token is certain, the first rejected one impossible
+            p_logp = [[0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted]
+        else:
+            p_logp = self._reals(outputs, 1)[:, :num_draft].tolist()
+        q_logp = None
+        if key.source == "eagle3" and not key.is_greedy:
+            logq = self._reals(outputs, 2).tolist()
+            q_logp = [row[:n] for row, n in zip(logq, lens, strict=True)]
+        proposed = Proposed(key.source, tokens, q_logp) if num_draft else None
         for sequence, kept in zip(batch, accepted, strict=True):
             sequence.lane_length = len(sequence.tokens) + kept + 1
-            if source == "eagle3":
+            if key.source == "eagle3":
                 self._drafting.is_warm_to(sequence, sequence.lane_length)
         num_rows = len(batch) * (num_draft + 1)
         computed = TargetRows(self._features[:num_rows], self._hidden[:num_rows])
         return Decoded(proposed, Verified(accepted, following, p_logp), computed, num_draft + 1)
+
+    def _reals(self, outputs: Tensor, block: int) -> Tensor:
+        """[R, max_draft] float64 behind the tokens: log p (1) or log q (2)."""
+        start = 3 + block * self._max_draft
+        return outputs[:, start : start + self._max_draft].contiguous().view(torch.float64)
 
     # ---- programs ------------------------------------------------------------------------------
 
@@ -171,28 +213,28 @@ class Rounds:
         has_neural = self._drafting.neural is not None
         for size in reversed(self._buckets):
             for num_draft in range(self._max_draft, -1, -1):
-                if num_draft == 0:
-                    self._program(size, 0, "none")
-                    continue
-                without = self.device_seconds(size, num_draft, "suffix")
-                if has_neural:
+                for source in _SOURCES[not has_neural :] if num_draft else ("none",):
+                    for is_greedy in (True, False):
+                        self._program(_Key(size, num_draft, source, is_greedy))
+                if num_draft and has_neural:
                     with_draft = self.device_seconds(size, num_draft, "eagle3")
+                    without = self.device_seconds(size, num_draft, "suffix")
                     share = max(0.0, 1 - without / with_draft)
                     self._draft_share[size, num_draft] = share
             if has_neural:
                 self._catch_up_program(size)
 
     def device_seconds(self, num_rows: int, num_draft: int, source: str) -> float:
-        """Time of one round's program, its launch included; nothing may be in flight."""
-        return self._graphs.seconds(self._program(self._bucket(num_rows), num_draft, source))
+        """Time of one greedy round's program, its launch included; nothing may be in flight."""
+        key = _Key(self._bucket(num_rows), num_draft, source, is_greedy=True)
+        return self._graphs.seconds(self._program(key))
 
     def _bucket(self, num_rows: int) -> int:
         return next(size for size in self._buckets if size >= num_rows)
 
-    def _program(self, size: int, num_draft: int, source: str) -> Program:
-        key = (size, num_draft, source)
+    def _program(self, key: _Key) -> Program:
         if key not in self._programs:
-            self._programs[key] = self._graphs.capture(lambda: self._round(size, num_draft, source))
+            self._programs[key] = self._graphs.capture(lambda: self._round(key))
         return self._programs[key]
 
     def _catch_up_program(self, size: int) -> Program:
@@ -202,52 +244,84 @@ class Rounds:
 
     # ---- the round itself ----------------------------------------------------------------------
 
-    def _round(self, size: int, num_draft: int, source: str) -> None:
+    def _round(self, key: _Key) -> None:
+        size, num_draft = key.size, key.num_draft
         lanes = self._inputs[:size, 0]
         rows = self._lanes.rows(lanes)
-        anchors = rows.length_R - 1
         lens = self._room(rows, num_draft)
-        if source == "eagle3":
-            drafts = self._draft(lanes, rows, num_draft)
+        if key.source == "eagle3":
+            drafts = self._draft(lanes, rows, key)
         else:
-            drafts = self._inputs[:size, 2 : 2 + num_draft]
+            drafts = _Drafts(self._inputs[:size, 2 : 2 + num_draft], None, None)
             lens = torch.minimum(lens, self._inputs[:size, 1]) if num_draft else lens
-        block = torch.cat((rows.recent_RC[:, -1:], drafts), dim=1)
-        here = rows.decode_pass(anchors, self._page_size)
+        block = torch.cat((rows.recent_RC[:, -1:], drafts.tokens_RK), dim=1)
+        here = rows.decode_pass(rows.length_R - 1, self._page_size)
         positions = here.positions(num_draft + 1).flatten()
         slots = decode_slots(here, num_draft + 1)
         computed = self._target.decode(block.flatten(), positions, slots, here, self._pool)
         self._drafting.keep_features(slots, computed.features_TmH)
         logits = self._target.logits(computed.hidden_TH.view(size, num_draft + 1, -1))
-        accepted, following = verify_match(logits.argmax(-1), drafts, lens)
+        accepted, following = self._verify(logits, rows, drafts, lens, key)
         count = torch.minimum(accepted + 1, rows.limit_R - rows.length_R)
         place = torch.arange(num_draft + 1, device=lanes.device)
-        padded = torch.nn.functional.pad(drafts, (0, 1))
+        padded = torch.nn.functional.pad(drafts.tokens_RK, (0, 1))
         emitted = torch.where(place < accepted[:, None], padded, following[:, None])
-        if source == "eagle3":
+        if key.source == "eagle3":
             self._take_in(lanes, rows, emitted, accepted, computed)
         self._lanes.commit(lanes, rows, emitted, count)
         decided = torch.stack((accepted, following, lens), dim=1)
-        self._outputs[:size, : 3 + num_draft] = torch.cat((decided, drafts), dim=1)
+        self._outputs[:size, : 3 + num_draft] = torch.cat((decided, drafts.tokens_RK), dim=1)
         num_rows = size * (num_draft + 1)
         self._features[:num_rows].copy_(computed.features_TmH)
         self._hidden[:num_rows].copy_(computed.hidden_TH)
+
+    def _verify(
+        self, logits: Tensor, rows: LaneRows, drafts: _Drafts, lens: Tensor, key: _Key
+    ) -> tuple[Tensor, Tensor]:
+        """num_accepted and the next token of each request, [R] each."""
+        if key.is_greedy:
+            return verify_greedy(logits, drafts.tokens_RK, lens)
+        rules = torch.where(rows.by_match_R, int(Judge.MATCH), int(self._rule))
+        verdict = verify_logits(
+            logits, rows.sampling(), drafts.tokens_RK, lens, rules, rows.numbering(), drafts.law
+        )
+        for block, reals in ((1, verdict.draft_logp_RK), (2, drafts.logq_RK)):
+            if reals is not None and key.num_draft:
+                start = 3 + block * self._max_draft
+                bits = reals.double().view(torch.int64)
+                self._outputs[: key.size, start : start + key.num_draft] = bits
+        return verdict.num_accepted_R, verdict.next_R
 
     def _room(self, rows: LaneRows, num_draft: int) -> Tensor:
         """[R] tokens that may be drafted: the last token of a request is the target's own."""
         left = rows.limit_R - rows.length_R - 1
         return torch.minimum(rows.cap_R, left).clamp(min=0, max=num_draft)
 
-    def _draft(self, lanes: Tensor, rows: LaneRows, num_draft: int) -> Tensor:
+    def _draft(self, lanes: Tensor, rows: LaneRows, key: _Key) -> _Drafts:
         neural = self._drafting.neural
         assert neural is not None
         ahead = rows.decode_pass(rows.length_R, self._page_size, first_key=1)
         outputs = self._lanes.outputs_LH.index_select(0, lanes)
+        if key.is_greedy:
 
-        def best(logits: Tensor, _number: int) -> Tensor:
-            return neural.module.to_target_ids(logits.argmax(-1))
+            def best(logits: Tensor, _number: int) -> Tensor:
+                return neural.module.to_target_ids(logits.argmax(-1))
 
-        return neural.draft_ahead(outputs, ahead, num_draft, best)
+            return _Drafts(neural.draft_ahead(outputs, ahead, key.num_draft, best), None, None)
+
+        sampling, numbering, by_match = rows.sampling(), rows.numbering(), rows.by_match_R
+        drawn: list[Drafted] = []
+        kept: list[Tensor] = []
+
+        def draw(logits: Tensor, number: int) -> Tensor:
+            here = replace(numbering, positions_R=numbering.positions_R + number)
+            kept.append(logits)
+            drawn.append(sample_draft(logits, sampling, here, by_match, neural.vocab))
+            return drawn[-1].tokens_R
+
+        tokens = neural.draft_ahead(outputs, ahead, key.num_draft, draw)
+        law = DraftLaw(torch.stack(kept, 1), sampling, by_match, neural.vocab)
+        return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
 
     def _take_in(
         self,

@@ -152,6 +152,7 @@ def make_engine(
             max_model_len=256,
             prefill_chunk=prefill_chunk,
             page_size=page_size,
+            rule=rule,
             fuse=fuse,
         )
         if programs

@@ -5,8 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specops import attention
+from specops import attention, draft_sampling
+from specops import verify_logits as logits_definition
 from specops.attention import DecodePass
+from specops.draft_sampling import Drafted, DraftLaw, VocabMap
+from specops.rng import Numbering
+from specops.sampling import SamplingRows
+from specops.verify_logits import LogitVerdict
 
 
 def decode_attention(
@@ -28,4 +33,39 @@ def decode_attention(
         attend, write = attention_triton.attend_pages, attention_triton.write_rows
     return attention.decode_attention(
         q_THD, k_THD, v_THD, keys, values, decode, scale, window, softcap, attend, write
+    )
+
+
+def sample_draft(
+    logits_RD: Tensor,
+    sampling: SamplingRows,
+    numbering: Numbering,
+    greedy_R: Tensor,
+    vocab: VocabMap | None,
+) -> Drafted:
+    """See ``specops.draft_sampling.sample_draft``."""
+    if logits_RD.is_cuda:
+        from specops import draft_sampling_triton
+
+        return draft_sampling_triton.sample_draft(logits_RD, sampling, numbering, greedy_R, vocab)
+    return draft_sampling.sample_draft(logits_RD, sampling, numbering, greedy_R, vocab)
+
+
+def verify_logits(
+    logits_RK1V: Tensor,
+    sampling: SamplingRows,
+    draft_RK: Tensor,
+    lens_R: Tensor,
+    rules_R: Tensor,
+    numbering: Numbering,
+    drafted: DraftLaw | None,
+) -> LogitVerdict:
+    """See ``specops.verify_logits.verify_logits``."""
+    judge = logits_definition.verify_logits
+    if logits_RK1V.is_cuda:
+        from specops import verify_logits_triton
+
+        judge = verify_logits_triton.verify_logits
+    return judge(
+        logits_RK1V, sampling, draft_RK, lens_R, rules_R, numbering, drafted, with_logprobs=False
     )

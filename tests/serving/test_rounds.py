@@ -27,7 +27,7 @@ class Alternating:
         return {}
 
 
-def rounds_of(arms: list[tuple[str, int]], rounds: bool) -> dict[str, Any]:
+def rounds_of(arms: list[tuple[str, int]], rounds: bool, **sampling: Any) -> dict[str, Any]:
     """Every round of some requests, in order, and what the capture ring kept of them."""
     engine = make_engine(random_model("qwen3"), policy=Alternating(arms), programs=rounds)
     kept: dict[str, Any] = {}
@@ -41,7 +41,9 @@ def rounds_of(arms: list[tuple[str, int]], rounds: bool) -> dict[str, Any]:
             engine.ring.take(sequence.capture_rows),
         ),
     )
-    requests = [request_of(str(i), [5 + i, *range(3 * i, 40)], 12 + 5 * i) for i in range(7)]
+    requests = [
+        request_of(str(i), [5 + i, *range(3 * i, 40)], 12 + 5 * i, **sampling) for i in range(7)
+    ]
     run(engine, requests)
     return kept
 
@@ -55,8 +57,15 @@ def rounds_of(arms: list[tuple[str, int]], rounds: bool) -> dict[str, Any]:
         [("none", 0), ("none", 0), ("suffix", 5), ("eagle3", 1), ("eagle3", 6)],
     ],
 )
-def test_rounds_draft_what_passes_draft(arms):
-    rounds, passes = rounds_of(arms, True), rounds_of(arms, False)
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9, "top_k": 40}, {"seed": 3}],
+    ids=["greedy", "sampled", "truncated", "seeded"],
+)
+def test_rounds_draft_what_passes_draft(arms, sampling):
+    if "seed" in sampling:
+        sampling = {"temperature": 1.0, **sampling}
+    rounds, passes = rounds_of(arms, True, **sampling), rounds_of(arms, False, **sampling)
 
     assert any(draft for one, _ in passes.values() for _, _, draft, _, _ in one)
     for request_id, (expected, rows) in passes.items():
