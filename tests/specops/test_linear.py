@@ -173,9 +173,10 @@ def test_the_compiled_kernel_equals_the_definition(
     device = torch.device("cuda")
     scratch = make_scratch([(num_outputs, num_inputs, g) for g in (False, True)], x.dtype, device)
     if plan is not None:
-        scratch = Scratch(torch.empty(4 << 20, device=device), scratch.arrived)
+        arrived = torch.zeros(4096, dtype=torch.int32, device=device)
+        scratch = Scratch(torch.empty(4 << 20, device=device), arrived)
     how = {"plan": plan, "scratch": scratch, "overlap": overlap}
-    squares = x.float().square().view(num_rows, -1, 8).sum(-1).contiguous()
+    squares = x.float().square().view(num_rows, 8, -1).sum(-1)
     # float64 of the same rounded factors: bfloat16 rounds a result by at most 2**-9 of it, and
     # what is added to it or multiplied by it once more; float32 sums are far nearer.
     exact = linear.rms_norm(x, norm).double() @ weight.double().t()
