@@ -43,6 +43,9 @@ class Fixed:
     committed: list[float]
     """Tokens per request of each step."""
 
+    def rest(self) -> Decision | None:
+        return None
+
     def plan(self, obs: StepObs) -> Decision:
         return Decision(self.drafter, min(self.draft_k, obs.max_draft), 1.0, False, "fixed")
 

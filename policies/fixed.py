@@ -16,6 +16,10 @@ class FixedPolicy:
         self._drafter = drafter
         self._draft_k = draft_k
 
+    def rest(self) -> Decision | None:
+        """Nothing to rest from: what a batch allows is looked at every time."""
+        return None
+
     def plan(self, obs: StepObs) -> Decision:
         """K as configured, less where engine or requests allow less; plain without the drafter."""
         k = min(self._draft_k, obs.max_draft, max(obs.caps))

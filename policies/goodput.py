@@ -1,5 +1,8 @@
 """The default policy: the arm with the most expected tokens per second, plain decoding included.
 
+Looking at a batch costs time too, which plain decoding does not need: it is counted against the
+arms that draft, and while plain decoding is the best arm and looking is dear, the policy rests.
+
 Acceptance (free of hardware) and step time (free of weights) are learned apart and joined when a
 step is planned. Arms are plain decoding and every (drafter, K).
 
@@ -34,6 +37,12 @@ _FLOOR_WINDOW = 32
 """Drafting steps over which measured speed is compared with plain decoding."""
 _FIRST_PAUSE, _LAST_PAUSE = 64, 4096
 """Steps of plain decoding after a window below the floor; doubled each time in a row."""
+
+_REST = 16
+"""Steps without a look after one that found plain decoding best."""
+_DEAR = 0.03
+"""Share of a plain step from which on looking at the batch is dear."""
+_PLAN_GAIN = 0.05
 
 _Arm = tuple[str, int]
 
@@ -105,15 +114,32 @@ class GoodputPolicy:
         self._arm: _Arm = ("none", 0)
         self._last_drafter = "none"
         self._account_s = 0.0
+        self._plan_share = 0.0
+        self._rest_left = 0
         self._decisions: Counter[str] = Counter()
 
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Take in the step times measured at start-up."""
         self._cost.calibrate(samples)
 
+    def rest(self) -> Decision | None:
+        """Plain decoding while the floor is in force, and for some steps after a dear look that
+        found nothing better."""
+        reason = "floor" if self._floor.pause_left else "rest"
+        if self._floor.pause_left:
+            self._floor.pause_left -= 1
+        elif self._rest_left:
+            self._rest_left -= 1
+        else:
+            return None
+        self._decisions[reason] += 1
+        return Decision("none", 0, 1.0, explore=False, reason=reason)
+
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
         decision = self._decide(obs)
+        if decision.reason == "plain" and self._plan_share > _DEAR:
+            self._rest_left = _REST
         self._decisions[decision.reason] += 1
         return decision
 
@@ -130,6 +156,7 @@ class GoodputPolicy:
     def on_swap(self, version: int, calibration: dict[str, Any]) -> None:
         """Forget or re-seed the neural drafter's acceptance; the index's is untouched."""
         self._acceptance.on_swap("eagle3", calibration)
+        self._rest_left = 0
         self._floor.reset()
 
     def figures(self) -> dict[str, Any]:
@@ -147,9 +174,6 @@ class GoodputPolicy:
         max_k = min(obs.max_draft, self._max_draft, max(obs.caps))
         if max_k == 0 or not obs.drafters:
             return PLAIN
-        if self._floor.pause_left:
-            self._floor.pause_left -= 1
-            return Decision("none", 0, 1.0, explore=False, reason="floor")
         if not self._cost.knows_plain(obs.batch):
             return PLAIN
         if self._cost.plain_is_stale:
@@ -244,15 +268,19 @@ class GoodputPolicy:
     def _observe_time(self, outcome: Outcome) -> None:
         decision, batch = outcome.decision, outcome.batch
         k = min(decision.draft_k, self._max_draft)
+        step_s = outcome.step_s if k else outcome.step_s - outcome.plan_s
+        if outcome.plan_s:
+            share = outcome.plan_s / self._cost.step_s("none", 0, batch)
+            self._plan_share += _PLAN_GAIN * (share - self._plan_share)
         caught_up = decision.drafter in ("none", "suffix", self._last_drafter)
         predicted_s = self._cost.step_s(decision.drafter, k, batch)
         self._cost.observe(
-            decision.drafter, k, batch, outcome.step_s, outcome.draft_s if caught_up else None
+            decision.drafter, k, batch, step_s, outcome.draft_s if caught_up else None
         )
-        if k and not decision.explore and outcome.step_s < 5 * predicted_s:
+        if k and not decision.explore and step_s < 5 * predicted_s:
             tokens = batch + sum(row.num_accepted for row in outcome.rows)
             plain_s = self._cost.least_plain_s(batch) * tokens / batch
-            self._floor.observe(tokens, outcome.step_s, plain_s)
+            self._floor.observe(tokens, step_s, plain_s)
 
 
 def _decision(arm: _Arm, propensity: float) -> Decision:

@@ -73,10 +73,16 @@ class Outcome:
     has_prefill: bool
     """The step also computed prompt chunks, so its time says nothing about the arms."""
     version: int
+    plan_s: float = 0.0
+    """Part of it spent on looking at the batch and planning: what plain decoding can do without."""
 
 
 class DraftPolicy(Protocol):
     """Decides before each step, learns after it."""
+
+    def rest(self) -> Decision | None:
+        """A decision for the next step that needs no look at the batch; ``None``: look."""
+        ...
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""

@@ -318,25 +318,34 @@ class Engine:
         plan = self.scheduler.plan()
         if not plan.decode and not plan.chunks:
             return False
-        started = time.perf_counter()
-        batch = list(plan.decode)
-        obs = self.drafting.observe(batch, self._counters.num_steps) if batch else None
-        decision = self.policy.plan(obs) if obs else PLAIN
-        assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
-        chunks, step = plan.chunks, None
+        batch, chunks = list(plan.decode), plan.chunks
         if self.programs is not None and chunks and self.programs.prefill.fits(chunks):
             self._prefill(self.programs.prefill, chunks)
             chunks = ()
-        if self.programs is not None and batch and self.programs.rounds.fits(batch):
-            step = self._round(self.programs.rounds, batch, decision, started)
-            batch = []
         if batch or chunks:
-            step = self._pass(batch, decision, chunks, started) or step
+            self._decode(batch, chunks)
         self._counters.num_steps += 1
+        return True
+
+    def _decode(self, batch: list[Sequence], chunks: tuple[Chunk, ...]) -> None:
+        """Plan, draft, verify and commit; ``chunks`` are computed in the same pass."""
+        started = time.perf_counter()
+        obs, decision = None, PLAIN
+        if batch and (resting := self.policy.rest()) is not None:
+            decision = resting
+        elif batch:
+            obs = self.drafting.observe(batch, self._counters.num_steps)
+            decision = self.policy.plan(obs) if obs else PLAIN
+        assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
+        plan_s = time.perf_counter() - started
+        if self.programs is not None and not chunks and self.programs.rounds.fits(batch):
+            step: Step | None = self._round(self.programs.rounds, batch, decision, started)
+        else:
+            step = self._pass(batch, decision, chunks, started)
         if step is not None:
             self._arms[(decision.drafter, decision.draft_k)] += 1
-            self._observe(obs, decision, step, started, has_prefill=bool(plan.chunks))
-        return True
+            seconds = time.perf_counter() - started, plan_s
+            self._observe(obs, decision, step, seconds, has_prefill=bool(chunks))
 
     def _round(
         self, rounds: Rounds, batch: list[Sequence], decision: Decision, started: float
@@ -585,10 +594,11 @@ class Engine:
         obs: StepObs | None,
         decision: Decision,
         step: Step,
-        started: float,
+        seconds: tuple[float, float],
         *,
         has_prefill: bool,
     ) -> None:
+        """Tell the policy. ``seconds``: of the step, and of looking and planning."""
         accepted, draft = step.verified.num_accepted, step.proposed
         num_rows = len(accepted)
         lens = tuple(map(len, draft.tokens)) if draft else (0,) * num_rows
@@ -599,10 +609,11 @@ class Engine:
                 decision=decision,
                 batch=num_rows,
                 rows=tuple(RowOutcome(*row) for row in rows),
-                step_s=time.perf_counter() - started,
+                step_s=seconds[0],
                 draft_s=step.draft_s,
                 has_prefill=has_prefill,
                 version=self.version,
+                plan_s=seconds[1],
             )
         )
         if self.on_rounds and draft and draft.kind == "eagle3":

@@ -25,6 +25,9 @@ class _Script:
     decision: Decision
     times: list[tuple[float, float]]
 
+    def rest(self) -> Decision | None:
+        return None
+
     def plan(self, obs: StepObs) -> Decision:
         return self.decision
 

@@ -76,6 +76,9 @@ class RandomPolicy:
 
     numbers: random.Random = field(default_factory=lambda: random.Random(0))
 
+    def rest(self) -> Decision | None:
+        return None
+
     def plan(self, obs: StepObs) -> Decision:
         k = min(self.numbers.randint(0, 8), obs.max_draft)
         drafter = self.numbers.choice(obs.drafters) if k else "none"

@@ -17,6 +17,9 @@ class Alternating:
 
     arms: list[tuple[str, int]]
 
+    def rest(self) -> Decision | None:
+        return None
+
     def plan(self, obs: StepObs) -> Decision:
         drafter, k = self.arms[obs.step % len(self.arms)]
         return Decision(drafter, min(k, obs.max_draft), 1.0, False, "test")
