@@ -160,6 +160,7 @@ def greedy_bundled(max_batch: int, count: int) -> dict[str, Any]:
         chosen = [f"run_dir={folder}", f"engine.max_batch={batch}", "policy.kind=fixed"]
         made = build_engine(load_settings([Path("configs/demo.yaml")], chosen, {})).engine
         made.policy = RandomPolicy()
+        made.on_rounds = made.between_steps = None  # weights change here, not by the swapper
         return made
 
     with tempfile.TemporaryDirectory() as folder:

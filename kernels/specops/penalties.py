@@ -8,9 +8,11 @@ Shapes: R requests, A of them that adjust, K draft tokens, V vocabulary, T packe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,12 +50,10 @@ class Adjustments:
 
 def token_lists(lists: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TokenLists:
     """Pack one list for each of A requests. Two small uploads."""
-    owners = [owner for owner, ids in enumerate(lists) for _ in ids]
-    ids = [token for ids in lists for token in ids]
-    return TokenLists(
-        torch.tensor(owners, dtype=torch.int64, device=device),
-        torch.tensor(ids, dtype=torch.int64, device=device),
-    )
+    lengths = [len(ids) for ids in lists]
+    owners = np.repeat(np.arange(len(lists)), lengths)
+    ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64, sum(lengths))
+    return TokenLists(torch.from_numpy(owners).to(device), torch.from_numpy(ids).to(device))
 
 
 def adjust_logits(logits_RQV: Tensor, draft_RK: Tensor, adjustments: Adjustments) -> Tensor:

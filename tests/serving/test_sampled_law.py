@@ -17,6 +17,7 @@ from specops.sampling import distribution, sampling_rows
 from specops.verify import Verdict
 from tests.engines import make_engine, random_model, request_of, run
 from tests.joint_law import chi_squared_excess
+from tests.plain_reference import adjusted
 
 V, LENGTH, PROMPT = 8, 3, [1, 5]
 NUM_SAMPLES = 4_000
@@ -24,6 +25,14 @@ SHAPES = [
     pytest.param({"temperature": 1.0}, id="temperature 1"),
     pytest.param({"temperature": 1.4, "top_k": 6, "top_p": 0.95, "min_p": 0.02}, id="truncated"),
 ]
+
+PENALIZED = {
+    "temperature": 1.0,
+    "presence_penalty": 0.8,
+    "frequency_penalty": -1.1,
+    "repetition_penalty": 1.4,
+    "logit_bias": ((2, 1.5), (6, -2.0)),
+}
 
 
 def soft_target(regime):
@@ -61,8 +70,17 @@ def expected_law(model, shape):
 
     @torch.no_grad()
     def law_after(context):
-        logits = model(torch.tensor([PROMPT + context])).logits[0, -1]
-        return distribution(logits.double()[None, None], rows)[0, 0]
+        logits = model(torch.tensor([PROMPT + context])).logits[0, -1].double()
+        wanted = adjusted(
+            logits.tolist(),
+            PROMPT,
+            context,
+            shape.get("presence_penalty", 0.0),
+            shape.get("frequency_penalty", 0.0),
+            shape.get("repetition_penalty", 1.0),
+            dict(shape.get("logit_bias", ())),
+        )
+        return distribution(torch.tensor([[wanted]], dtype=torch.float64), rows)[0, 0]
 
     first = law_after([])
     second = torch.stack([law_after([a]) for a in range(V)])
@@ -93,6 +111,17 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block"):
         counts[tuple(collected.token_ids[:LENGTH])] += 1
     figures = engine.figures()
     return counts, figures.num_accepted_tokens / figures.num_draft_tokens
+
+
+@pytest.mark.parametrize("regime", ["close", "opposed"])
+def test_penalties_shape_the_joint_law_along_the_draft(regime):
+    law = expected_law(soft_target(regime), PENALIZED)
+
+    counts, _ = sample(regime, PENALIZED)
+
+    assert chi_squared_excess(counts, law) < 1
+    without = expected_law(soft_target(regime), {"temperature": 1.0})
+    assert chi_squared_excess(counts, without) > 1, "the penalties change nothing to be seen"
 
 
 @pytest.mark.parametrize("rule", ["block", "standard"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,9 @@ def test_the_limits_are_this_servers_own(server: LiveServer):
     assert request["n"]["anyOf"][0]["maximum"] == 8
     assert request["max_tokens"]["anyOf"][0]["maximum"] == 512
     assert request["model"]["anyOf"][0]["enum"] == ["tiny"]
+    (token_id,) = request["logit_bias"]["anyOf"][0]["patternProperties"]
+    fitting = [text for text in map(str, range(3000)) if re.search(token_id, text)]
+    assert fitting == [str(number) for number in range(288)]
 
 
 def test_a_key_is_wanted_where_one_is_set(server: LiveServer, locked_server: LiveServer):
