@@ -25,6 +25,8 @@ class World:
     """For each draft token and row."""
     draft_s: float = 0.001
     """For each draft token, whatever the batch."""
+    look_s: float = 0.0
+    """What it costs to look at the batch; yardsticks decode without looking."""
     slowdown: float = 1.0
     noise: float = 0.03
     max_draft: int = 8
@@ -62,22 +64,35 @@ def run(policy, world, *, steps, seed, start=0, on_step=None):
     totals = Totals()
     for step in range(start, start + steps):
         matches = tuple(6 * (rng.random() < world.match_share) for _ in range(world.batch))
-        decision = policy.plan(
-            StepObs(
-                step=step,
-                batch=world.batch,
-                caps=(world.max_draft,) * world.batch,
-                suffix_matches=matches,
-                drafters=("eagle3", "suffix"),
-                max_draft=world.max_draft,
-                version=0,
+        decision, look_s = policy.rest(), 0.0
+        if decision is None:
+            look_s = world.look_s
+            decision = policy.plan(
+                StepObs(
+                    step=step,
+                    batch=world.batch,
+                    caps=(world.max_draft,) * world.batch,
+                    suffix_matches=matches,
+                    drafters=("eagle3", "suffix"),
+                    max_draft=world.max_draft,
+                    version=0,
+                )
             )
-        )
         rows = tuple(draw(decision, match, world, rng) for match in matches)
         step_s, draft_s = world.seconds(decision.drafter, decision.draft_k)
+        step_s += look_s
         noise = rng.lognormvariate(0, world.noise) * (20 if rng.random() < 0.002 else 1)
         policy.observe(
-            Outcome(decision, world.batch, rows, step_s * noise, draft_s * noise, False, 0)
+            Outcome(
+                decision,
+                world.batch,
+                rows,
+                step_s * noise,
+                draft_s * noise,
+                False,
+                0,
+                plan_s=look_s * noise,
+            )
         )
         totals.tokens += sum(expected_tokens(decision, match, world) for match in matches)
         totals.seconds += step_s

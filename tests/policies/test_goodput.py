@@ -107,7 +107,7 @@ def test_the_floor_pauses_drafting_and_pauses_longer_the_next_time():
         for _ in range(32):
             made.observe(Outcome(decision, 1, (RowOutcome(4, 1, 0),), 0.030, 0.004, False, 0))
         steps = 0
-        while made.plan(obs()).reason == "floor":
+        while (decision := made.rest()) and decision.reason == "floor":
             steps += 1
         return steps
 
@@ -115,6 +115,30 @@ def test_the_floor_pauses_drafting_and_pauses_longer_the_next_time():
     assert [pause_after_a_slow_window() for _ in range(3)] == [64, 128, 256]
     made.on_swap(1, {})
     assert pause_after_a_slow_window() == 64
+
+
+@pytest.mark.parametrize("look_s", [0.002, 0.006])
+def test_a_dear_look_at_the_batch_leaves_plain_decoding_its_speed(look_s):
+    """On a fast card finding out what could be drafted takes longer than decoding a token."""
+    hopeless = World(eagle=HOSTILE, suffix=0.1, look_s=look_s)
+    made = policy(world=hopeless)
+    run(made, hopeless, steps=400, seed=0)
+    assert run(made, hopeless, steps=3000, seed=1).speed >= 0.96 * fixed_speed(hopeless, "none", 0)
+
+
+def test_a_dear_look_is_counted_against_drafting():
+    """Two tokens a step that take 1.7 of a plain step, and a look that takes half of one."""
+    world = World(eagle=(0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1), draft_s=0.006, look_s=0.005)
+    made = policy(world=world)
+    run(made, world, steps=600, seed=0)
+    assert run(made, world, steps=3000, seed=1).speed >= 0.96 * fixed_speed(world, "none", 0)
+
+
+def test_a_cheap_look_is_taken_at_every_step():
+    hopeless = World(eagle=HOSTILE, suffix=0.1, look_s=0.0001)
+    made = policy(world=hopeless)
+    run(made, hopeless, steps=400, seed=0)
+    assert "rest" not in made.figures()["decisions"]
 
 
 def test_plain_decoding_is_timed_again_when_the_machine_seems_to_slow_down():
