@@ -176,6 +176,11 @@ class Target:
         return reason
 
     @property
+    def is_fused(self) -> bool:
+        """Passes of fixed shape run our decoder, not the target's own code."""
+        return self._fused is not None
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the lm_head, V."""
         return int(self.lm_head.weight.shape[0])

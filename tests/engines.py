@@ -58,11 +58,13 @@ ARCHITECTURES = {
 }
 
 
-def random_model(architecture: str, vocab_size: int = 96, seed: int = 0) -> Any:
+def random_model(architecture: str, vocab_size: int = 96, seed: int = 0, head_dim: int = 12) -> Any:
     """Random weights, large enough that the two best tokens are far apart."""
-    make, config = ARCHITECTURES[architecture]
+    make, make_config = ARCHITECTURES[architecture]
+    config = make_config(vocab_size)
+    config.head_dim = head_dim
     torch.manual_seed(seed)
-    model = make(config(vocab_size)).float().eval()
+    model = make(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

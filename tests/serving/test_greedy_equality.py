@@ -66,6 +66,21 @@ def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, pro
     assert pages.num_available == pages.num_usable, "a finished request kept pages"
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_the_fused_decoder_answers_as_generate_does(architecture):
+    numbers = random.Random(5)
+    model = random_model(architecture, head_dim=16)
+    plain = copy.deepcopy(model)
+    prompts = random_prompts(numbers, 8, 96)
+    engine = make_engine(model, max_batch=4, prefill_chunk=32, programs=True, fuse=True)
+
+    got = run(engine, [request_of(str(i), p, 20) for i, p in enumerate(prompts)], scramble)
+
+    assert engine.target.is_fused
+    for index, prompt in enumerate(prompts):
+        assert got[str(index)].token_ids == reference(plain, prompt, 20), f"request {index}"
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_a_second_identical_prompt_reuses_pages_and_answers_the_same(prefix_cache):
     engine = make_engine(random_model("qwen3"), prefix_cache=prefix_cache)

@@ -88,7 +88,7 @@ def expected_law(model, shape):
     return first[:, None, None] * second[:, :, None] * third
 
 
-def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block"):
+def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block", programs=False):
     """Counts [V, V, V] of emitted sequences, and the acceptance rate seen."""
     model = soft_target(regime)
     engine = make_engine(
@@ -101,6 +101,7 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block"):
         suffix=regime == "close",
         seed=seed,
         rule=rule,
+        programs=programs,
     )
     requests = [
         request_of(str(i), PROMPT, LENGTH + 1, capture=False, **shape) for i in range(num_samples)
@@ -124,13 +125,15 @@ def test_penalties_shape_the_joint_law_along_the_draft(regime):
     assert chi_squared_excess(counts, without) > 1, "the penalties change nothing to be seen"
 
 
-@pytest.mark.parametrize("rule", ["block", "standard"])
+@pytest.mark.parametrize(
+    ("rule", "programs"), [("block", False), ("standard", False), ("block", True)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("regime", ["close", "opposed"])
-def test_the_joint_law_is_the_targets(regime, shape, rule):
+def test_the_joint_law_is_the_targets(regime, shape, rule, programs):
     law = expected_law(soft_target(regime), shape)
 
-    counts, rate = sample(regime, shape, rule=rule)
+    counts, rate = sample(regime, shape, rule=rule, programs=programs)
 
     assert (rate > 0.7) if regime == "close" else (rate < 0.45), f"acceptance {rate:.2f}"
     assert chi_squared_excess(counts, law) < 1
