@@ -85,7 +85,10 @@ def quantise(vectors: Tensor) -> tuple[Tensor, Tensor]:
     The scale is amax / 448, so that the largest entry is exactly representable.
     """
     wide = vectors.float()
-    scale = (wide.abs().amax(dim=-1) / FP8_MAX).clamp(min=_LEAST_SCALE)
+    largest = wide.abs().amax(dim=-1)
+    # By a tensor: by a number, torch multiplies with its reciprocal on a GPU, and more than half of
+    # the scales come out one unit off those of a CPU.
+    scale = (largest / torch.full_like(largest, FP8_MAX)).clamp(min=_LEAST_SCALE)
     return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 

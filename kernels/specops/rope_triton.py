@@ -142,6 +142,7 @@ def rope_and_write(
         NUM_QUERY=heads.num_query, NUM_KV=heads.num_kv, D=head_dim, HEADS=_HEADS_AT_ONCE,
         BLOCKS=blocks, NORM=query_norm is not None, OVERLAP=overlap, AHEAD=chunks,
         AHEAD_BYTES=_AHEAD_BYTES,
-        num_warps=4, launch_pdl=overlap,
+        # Else a rounded product and its sum become one fma.rn.bf16, which leaves that rounding out.
+        enable_fp_fusion=False, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return q

@@ -112,6 +112,16 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.gpu
+def test_a_gpu_quantises_as_a_cpu_does():
+    largest = torch.arange(2**15).short().view(torch.bfloat16)  # 0 and all positive numbers
+    largest = largest[largest.isfinite()]
+    rows = largest[:, None] * torch.tensor([1, -0.37, 0.006]).bfloat16()
+
+    for got, want in zip(quantise(rows.cuda()), quantise(rows), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("is_fp8", [True, False])
 def test_a_captured_step_packs_what_changed(pinned, is_fp8):
