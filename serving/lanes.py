@@ -23,7 +23,7 @@ from specops.sampling import SamplingRows
 
 _LENGTH, _NONCE, _RECENT = 0, 1, 2
 _NUM_FIXED = 5
-"""Columns between the recent tokens and the pages."""
+"""Fields behind the recent tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class LaneRows:
     """The lanes of one batch, gathered: R requests."""
 
     ints: Tensor
-    """[R, columns] int64."""
+    """[fields, R] int64: kernels are handed a field of all requests, side by side."""
     floats: Tensor
-    """[R, 3] float32: temperature, top-p, min-p."""
+    """[3, R] float32: temperature, top-p, min-p."""
     pages_RP: Tensor
     """[R, P] int32 page ids; 0 where the request has none."""
     num_recent: int
@@ -44,7 +44,7 @@ class LaneRows:
 
     def sampling(self) -> SamplingRows:
         """What the requests asked for; whether any of them cuts its law off is not known here."""
-        temperature, top_p, min_p = self.floats.unbind(dim=1)
+        temperature, top_p, min_p = self.floats.unbind()
         return SamplingRows(
             temperature, self.top_k_R, top_p, min_p, all_greedy=False, truncates=True
         )
@@ -58,20 +58,20 @@ class LaneRows:
     @property
     def length_R(self) -> Tensor:
         """[R] committed tokens, the anchor included."""
-        return self.ints[:, _LENGTH]
+        return self.ints[_LENGTH]
 
     @property
     def nonce_R(self) -> Tensor:
         """[R] rounds so far."""
-        return self.ints[:, _NONCE]
+        return self.ints[_NONCE]
 
     @property
     def recent_RC(self) -> Tensor:
         """[R, C] the last committed tokens; the last of them is the anchor."""
-        return self.ints[:, _RECENT : _RECENT + self.num_recent]
+        return self.ints[_RECENT : _RECENT + self.num_recent].t()
 
     def _fixed(self, index: int) -> Tensor:
-        return self.ints[:, _RECENT + self.num_recent + index]
+        return self.ints[_RECENT + self.num_recent + index]
 
     @property
     def limit_R(self) -> Tensor:
@@ -107,13 +107,13 @@ class Lanes:
         self.padding = max_batch
         self._vocab_size = target.vocab_size
         self._max_draft = max_draft
-        columns = _RECENT + self.num_recent + _NUM_FIXED
+        num_fields = _RECENT + self.num_recent + _NUM_FIXED
         device = target.device
-        self.ints = torch.zeros((max_batch + 1, columns), dtype=torch.int64, device=device)
-        self.ints[self.padding, _LENGTH] = 1
-        self.ints[self.padding, _RECENT + self.num_recent] = 1  # its limit: nothing is committed
+        self.ints = torch.zeros((num_fields, max_batch + 1), dtype=torch.int64, device=device)
+        self.ints[_LENGTH, self.padding] = 1
+        self.ints[_RECENT + self.num_recent, self.padding] = 1  # its limit: nothing is committed
         self.pages = torch.zeros((max_batch + 1, pages_each), dtype=torch.int32, device=device)
-        self.floats = torch.zeros((max_batch + 1, 3), dtype=torch.float32, device=device)
+        self.floats = torch.zeros((3, max_batch + 1), dtype=torch.float32, device=device)
         shape = (max_batch + 1, target.config.hidden_size)
         self.outputs_LH = torch.zeros(shape, dtype=target.dtype, device=device)
         """The neural drafter's output at each anchor: its next draft starts there."""
@@ -131,7 +131,7 @@ class Lanes:
         """Tell the device what the host knows of these requests."""
         if not sequences:
             return
-        rows = np.zeros((len(sequences), self.ints.shape[1]), dtype=np.int64)
+        rows = np.zeros((len(sequences), len(self.ints)), dtype=np.int64)
         floats = np.zeros((len(sequences), 3), dtype=np.float32)
         pages = np.zeros((len(sequences), self.pages.shape[1]), dtype=np.int32)
         for row, reals, held, sequence in zip(rows, floats, pages, sequences, strict=True):
@@ -151,21 +151,28 @@ class Lanes:
             reals[:] = sampling.temperature, sampling.top_p, sampling.min_p
         device = self.ints.device
         index = torch.tensor([s.lane for s in sequences], device=device)
-        for state, news in ((self.ints, rows), (self.floats, floats), (self.pages, pages)):
-            state.index_copy_(0, index, torch.from_numpy(news).to(device))
+        for dim, state, news in (
+            (1, self.ints, rows.T),
+            (1, self.floats, floats.T),
+            (0, self.pages, pages),
+        ):
+            state.index_copy_(dim, index, torch.from_numpy(news).to(device))
         for sequence in sequences:
             sequence.lane_length = len(sequence.tokens)
 
     def rows(self, lanes_R: Tensor) -> LaneRows:
         """The lanes of a batch."""
-        state = (self.ints, self.floats, self.pages)
-        ints, floats, pages = (part.index_select(0, lanes_R) for part in state)
-        return LaneRows(ints, floats, pages, self.num_recent)
+        return LaneRows(
+            self.ints.index_select(1, lanes_R),
+            self.floats.index_select(1, lanes_R),
+            self.pages.index_select(0, lanes_R),
+            self.num_recent,
+        )
 
     def commit(self, lanes_R: Tensor, rows: LaneRows, emitted_RQ: Tensor, count_R: Tensor) -> None:
         """Append the first ``count`` of each request's emitted tokens."""
         tokens = torch.cat((rows.recent_RC, emitted_RQ), dim=1)
         window = count_R[:, None] + torch.arange(self.num_recent, device=tokens.device)
-        news = (rows.length_R + count_R)[:, None], (rows.nonce_R + 1)[:, None]
-        fresh = torch.cat((*news, tokens.gather(1, window)), dim=1)
-        self.ints[:, : fresh.shape[1]].index_copy_(0, lanes_R, fresh)
+        news = (rows.length_R + count_R)[None], (rows.nonce_R + 1)[None]
+        fresh = torch.cat((*news, tokens.gather(1, window).t()))
+        self.ints[: len(fresh)].index_copy_(1, lanes_R, fresh)

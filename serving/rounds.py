@@ -252,7 +252,8 @@ class Rounds:
         if key.source == "eagle3":
             drafts = self._draft(lanes, rows, key)
         else:
-            drafts = _Drafts(self._inputs[:size, 2 : 2 + num_draft], None, None)
+            given = self._inputs[:size, 2 : 2 + num_draft].contiguous()
+            drafts = _Drafts(given, None, None)
             lens = torch.minimum(lens, self._inputs[:size, 1]) if num_draft else lens
         block = torch.cat((rows.recent_RC[:, -1:], drafts.tokens_RK), dim=1)
         here = rows.decode_pass(rows.length_R - 1, self._page_size)

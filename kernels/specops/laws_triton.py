@@ -527,6 +527,32 @@ class JoinedRows:
     1 with nothing cut off; 0 beyond ``lens``."""
 
 
+def check_packed(
+    sampling: SamplingRows, numbering: Numbering | None, **others: Tensor | None
+) -> None:
+    """Kernels read one number a request side by side.
+
+    Raises:
+        ValueError: a tensor is not contiguous; names it.
+    """
+    tensors = {
+        "temperature": sampling.temperature_R,
+        "top_k": sampling.top_k_R,
+        "top_p": sampling.top_p_R,
+        "min_p": sampling.min_p_R,
+        **others,
+    }
+    if numbering is not None:
+        tensors |= {
+            "keys": numbering.keys_R,
+            "nonces": numbering.nonces_R,
+            "positions": numbering.positions_R,
+        }
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
 def join_rows(
     logits_RPV: Tensor,
     sampling: SamplingRows,
@@ -551,11 +577,12 @@ def join_rows(
         with_stats: whether ``stats_N2`` is wanted.
 
     Raises:
-        ValueError: the last dimension is not contiguous.
+        ValueError: the last dimension, or a tensor of one number a request, is not contiguous.
     """
     num_requests, per, vocab_size = logits_RPV.shape
     if logits_RPV.stride(2) != 1:
         raise ValueError(f"each row must be contiguous, got strides {logits_RPV.stride()}")
+    check_packed(sampling, numbering, greedy=greedy_R, lens=lens_R, rules=rules_R)
     device = logits_RPV.device
     num_rows = num_requests * per
     parts = triton.cdiv(vocab_size, tiles.part)

@@ -27,6 +27,7 @@ from specops.draft_sampling import DraftLaw, RowLaws
 from specops.laws_triton import (
     TILES,
     Tiles,
+    check_packed,
     choose_part,
     first_beyond,
     join_rows,
@@ -335,9 +336,13 @@ def verify_logits(
         drafted: with the ``laws`` that ``sample_draft`` left, its logits are read once less.
 
     Raises:
-        ValueError: the shapes do not fit each other, or a row of logits is not contiguous.
+        ValueError: the shapes do not fit each other, or a row of logits or another tensor is not
+            contiguous.
     """
     check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
+    check_packed(sampling, numbering, draft=draft_RK, lens=lens_R, rules=rules_R)
+    if drafted is not None:
+        check_packed(drafted.sampling, None, greedy=drafted.greedy_R)
     return _launch(
         logits_RK1V, sampling, draft_RK, lens_R, rules_R, numbering, drafted, with_logprobs, tiles
     )[0]

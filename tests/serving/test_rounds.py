@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import serving.rounds
 from policies.interface import Decision, Outcome, StepObs
 from tests.engines import make_engine, random_model, request_of, run
 
@@ -30,7 +31,9 @@ class Alternating:
         return {}
 
 
-def rounds_of(arms: list[tuple[str, int]], rounds: bool, **sampling: Any) -> dict[str, Any]:
+def rounds_of(
+    arms: list[tuple[str, int]], rounds: bool, num_requests: int = 7, **sampling: Any
+) -> dict[str, Any]:
     """Every round of some requests, in order, and what the capture ring kept of them."""
     engine = make_engine(random_model("qwen3"), policy=Alternating(arms), programs=rounds)
     kept: dict[str, Any] = {}
@@ -45,7 +48,8 @@ def rounds_of(arms: list[tuple[str, int]], rounds: bool, **sampling: Any) -> dic
         ),
     )
     requests = [
-        request_of(str(i), [5 + i, *range(3 * i, 40)], 12 + 5 * i, **sampling) for i in range(7)
+        request_of(str(i), [5 + i, *range(3 * i, 40)], 12 + 5 * i, **sampling)
+        for i in range(num_requests)
     ]
     run(engine, requests)
     return kept
@@ -77,3 +81,23 @@ def test_rounds_draft_what_passes_draft(arms, sampling):
         assert (found_rows[0] == rows[0]).all()
         assert (found_rows[1] - rows[1]).abs().max() < 2e-2 * rows[1].abs().max()
         assert found_rows[2] == rows[2] == 0
+
+
+def test_the_kernels_sample_and_verify_in_rounds_as_their_definitions_do(monkeypatch):
+    """What a GPU runs, in Triton's interpreter: they read the lanes' fields as they lie."""
+    from specops import draft_sampling_triton, verify_logits_triton
+
+    arms, sampling = [("eagle3", 3), ("suffix", 2)], {"temperature": 0.9, "top_p": 0.95}
+    expected = rounds_of(arms, True, 3, **sampling)
+    calls = []
+
+    def verify(*arguments):
+        calls.append(arguments)
+        return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
+
+    monkeypatch.setattr(serving.rounds, "sample_draft", draft_sampling_triton.sample_draft)
+    monkeypatch.setattr(serving.rounds, "verify_logits", verify)
+    found = rounds_of(arms, True, 3, **sampling)
+
+    assert calls
+    assert {k: one for k, (one, _) in found.items()} == {k: one for k, (one, _) in expected.items()}

@@ -390,3 +390,11 @@ def tensors_of(value):
         fields = dataclasses.fields(value)
         return [t for field in fields for t in tensors_of(getattr(value, field.name))]
     return []
+
+
+def test_a_field_of_requests_that_do_not_lie_side_by_side_is_refused():
+    arguments = list(case(2, 2, 40, 0, False, False, True, torch.float32, DEVICE))
+    spread = torch.stack((arguments[1].top_p_R, arguments[1].top_p_R), dim=1)[:, 0]
+    arguments[1] = dataclasses.replace(arguments[1], top_p_R=spread)
+    with pytest.raises(ValueError, match="top_p must be contiguous"):
+        kernels.verify_logits(*arguments)
