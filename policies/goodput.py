@@ -16,6 +16,7 @@ less than 1 % however bad a drafter is, and a costly probe is late, never forgot
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -38,10 +39,12 @@ _FLOOR_WINDOW = 32
 _FIRST_PAUSE, _LAST_PAUSE = 64, 4096
 """Steps of plain decoding after a window below the floor; doubled each time in a row."""
 
-_REST = 16
-"""Steps without a look after one that found plain decoding best."""
-_DEAR = 0.03
-"""Share of a plain step from which on looking at the batch is dear."""
+_DEAR = 0.2
+"""Share of a plain step from which on looking at the batch is dear. Below, a chance to draft that
+is missed costs more: on two cores a look takes 0.02 of a step, and resting from it cost a fifth of
+the speed."""
+_LOOK_BUDGET = 0.03
+"""Share of the time that dear looks may take while plain decoding is the best arm."""
 _PLAN_GAIN = 0.05
 
 _Arm = tuple[str, int]
@@ -139,7 +142,7 @@ class GoodputPolicy:
         """Choose a drafter and K for the next step."""
         decision = self._decide(obs)
         if decision.reason == "plain" and self._plan_share > _DEAR:
-            self._rest_left = _REST
+            self._rest_left = math.ceil(self._plan_share / _LOOK_BUDGET)
         self._decisions[decision.reason] += 1
         return decision
 

@@ -117,7 +117,7 @@ def test_the_floor_pauses_drafting_and_pauses_longer_the_next_time():
     assert pause_after_a_slow_window() == 64
 
 
-@pytest.mark.parametrize("look_s", [0.002, 0.006])
+@pytest.mark.parametrize("look_s", [0.003, 0.012])
 def test_a_dear_look_at_the_batch_leaves_plain_decoding_its_speed(look_s):
     """On a fast card finding out what could be drafted takes longer than decoding a token."""
     hopeless = World(eagle=HOSTILE, suffix=0.1, look_s=look_s)
@@ -135,7 +135,7 @@ def test_a_dear_look_is_counted_against_drafting():
 
 
 def test_a_cheap_look_is_taken_at_every_step():
-    hopeless = World(eagle=HOSTILE, suffix=0.1, look_s=0.0001)
+    hopeless = World(eagle=HOSTILE, suffix=0.1, look_s=0.0008)
     made = policy(world=hopeless)
     run(made, hopeless, steps=400, seed=0)
     assert "rest" not in made.figures()["decisions"]
