@@ -1,6 +1,6 @@
 """Does drafting change what comes out? Counts, on two CPU cores.
 
-    python -m benchmarks.lossless        # about ten minutes
+    python -m benchmarks.lossless        # a quarter of an hour
 
 * ``law``: sampled requests follow the target's joint law: chi-squared at p = 1e-9 of every setting
   by every kind of drafter by both rules, 400,000 samples each (``tests/joint_law.py``).
