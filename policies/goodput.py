@@ -41,8 +41,7 @@ _FIRST_PAUSE, _LAST_PAUSE = 64, 4096
 
 _DEAR = 0.2
 """Share of a plain step from which on looking at the batch is dear. Below, a chance to draft that
-is missed costs more: on two cores a look takes 0.02 of a step, and resting from it cost a fifth of
-the speed."""
+is missed costs more."""
 _LOOK_BUDGET = 0.03
 """Share of the time that dear looks may take while plain decoding is the best arm."""
 _PLAN_GAIN = 0.05
