@@ -270,7 +270,7 @@ class GoodputPolicy:
     def _observe_time(self, outcome: Outcome) -> None:
         decision, batch = outcome.decision, outcome.batch
         k = min(decision.draft_k, self._max_draft)
-        step_s = outcome.step_s if k else outcome.step_s - outcome.plan_s
+        step_s = outcome.step_s
         if outcome.plan_s:
             share = outcome.plan_s / self._cost.step_s("none", 0, batch)
             self._plan_share += _PLAN_GAIN * (share - self._plan_share)

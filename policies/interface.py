@@ -69,12 +69,12 @@ class Outcome:
     """Wall time of the whole step, seconds, prefill excluded (``None``-free: steps that mixed
     prefill are reported with ``has_prefill``)."""
     draft_s: float
-    """Part of it spent drafting."""
+    """Part of it spent drafting, looking at the batch and planning: plain decoding needs none."""
     has_prefill: bool
     """The step also computed prompt chunks, so its time says nothing about the arms."""
     version: int
     plan_s: float = 0.0
-    """Part of it spent on looking at the batch and planning: what plain decoding can do without."""
+    """Part of ``draft_s`` spent on looking at the batch and planning."""
 
 
 class DraftPolicy(Protocol):

@@ -66,7 +66,7 @@ class Step:
     proposed: Proposed | None
     verified: Verified
     draft_s: float
-    """Seconds spent on drafting."""
+    """Seconds spent on looking at the batch, planning and drafting."""
 
 
 @dataclass(slots=True)
@@ -355,10 +355,12 @@ class Engine:
         if source == "suffix":
             given = self.drafting.from_index(batch, num_draft)
             num_draft = max(map(len, given))
+        before_s = time.perf_counter() - started
         decoded = rounds.run(batch, source if num_draft else "none", num_draft, given)
         step_s = time.perf_counter() - started
         share = rounds.draft_share(len(batch), num_draft) if source == "eagle3" else 0.0
-        step = Step(decoded.proposed, decoded.verified, share * step_s)
+        draft_s = before_s + share * (step_s - before_s)
+        step = Step(decoded.proposed, decoded.verified, draft_s)
         committed = self._commit_rounds(batch, step, decision, None, decoded.num_query, step_s)
         self._capture(committed, decoded.computed)
         self._after_commit(committed)

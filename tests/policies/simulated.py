@@ -88,7 +88,7 @@ def run(policy, world, *, steps, seed, start=0, on_step=None):
                 world.batch,
                 rows,
                 step_s * noise,
-                draft_s * noise,
+                (draft_s + look_s) * noise,
                 False,
                 0,
                 plan_s=look_s * noise,
