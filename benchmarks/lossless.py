@@ -32,9 +32,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.result import write_result
 from configs.load import load_settings
 from examples import corpus
-from examples.machine import machine
 from serving.build import build_engine
 from serving.engine import Engine
 from serving.types import Request, SamplingParams
@@ -304,8 +304,7 @@ def main(
         "seconds": time.time() - started,
     }
     rows = {"law": law_rows, "requests": request_rows, "greedy": greedy_rows}
-    result = {"summary": summary, **rows, "machine": machine()}
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out, {"summary": summary, **rows})
     print(json.dumps(summary, indent=2))
 
 

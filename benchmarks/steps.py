@@ -9,7 +9,6 @@ their outputs must be equal. Writes ``benchmarks/results/steps.json``.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -22,9 +21,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.result import write_result
 from configs.load import load_settings
 from examples import corpus
-from examples.machine import machine
 from policies.interface import Decision, Outcome, StepObs
 from serving.build import build_engine
 from serving.engine import Engine
@@ -145,13 +144,7 @@ def main(
                 rows.append(row)
                 shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
                 print(shown, flush=True)
-    result = {
-        "rows": rows,
-        "mismatched": mismatched,
-        "start_s": programs_s,
-        "machine": machine(),
-    }
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out, {"rows": rows, "mismatched": mismatched, "start_s": programs_s})
     print(f"start with all programs: {programs_s:.1f} s; mismatched: {mismatched}", flush=True)
 
 

@@ -9,7 +9,6 @@ same pass of the target. Writes ``benchmarks/results/verification.json``.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +16,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.result import write_result
 from buffer.records import Acceptance
 from configs.load import load_settings
 from examples import corpus
-from examples.machine import machine
 from serving.build import build_engine
 from serving.engine import Engine
 from serving.types import Output, Request, SamplingParams
@@ -88,7 +87,7 @@ def main(
                     row["gain"] = row["block_tokens_per_step"] / row["standard_tokens_per_step"]
                     results.append(row)
                     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-    out.write_text(json.dumps({"rows": results, "machine": machine()}, indent=2) + "\n")
+    write_result(out, {"rows": results})
 
 
 if __name__ == "__main__":

@@ -13,13 +13,7 @@ from torch import Tensor
 
 from drafters.eagle3 import Eagle3
 from drafters.protocol import CommittedRows, Draft
-from specops.attention import (
-    DecodePass,
-    Group,
-    PagedPass,
-    make_group,
-    paged_attention,
-)
+from specops.attention import DecodePass, Group, PagedPass, make_group, paged_attention
 from specops.device import decode_attention
 from specops.draft_sampling import vocab_map
 from specops.sampling import SamplingRows, distribution, draw
@@ -155,8 +149,7 @@ class PagedEagle3:
         whole = make_group(0, rows.slots_RS, positions_RK, first_key=1)
         for j in range(num_draft - 1):
             one = slice(j, j + 1)
-            where, mask = positions_RK[:, one], whole.mask_RQS[:, :, one]
-            group = Group(0, 1, rows.slots_RS, where, mask, whole.first_key)
+            group = Group(0, 1, rows.slots_RS, positions_RK[:, one], whole.mask_RQS[:, :, one])
             yield (cos[:, j], sin[:, j]), PagedPass(slots_RK[:, j], (group,))
 
     def _choose(

@@ -45,6 +45,7 @@ is missed costs more."""
 _LOOK_BUDGET = 0.03
 """Share of the time that dear looks may take while plain decoding is the best arm."""
 _PLAN_GAIN = 0.05
+"""Of the moving average of that share."""
 
 _Arm = tuple[str, int]
 
@@ -270,19 +271,18 @@ class GoodputPolicy:
     def _observe_time(self, outcome: Outcome) -> None:
         decision, batch = outcome.decision, outcome.batch
         k = min(decision.draft_k, self._max_draft)
-        step_s = outcome.step_s
         if outcome.plan_s:
             share = outcome.plan_s / self._cost.step_s("none", 0, batch)
             self._plan_share += _PLAN_GAIN * (share - self._plan_share)
         caught_up = decision.drafter in ("none", "suffix", self._last_drafter)
         predicted_s = self._cost.step_s(decision.drafter, k, batch)
         self._cost.observe(
-            decision.drafter, k, batch, step_s, outcome.draft_s if caught_up else None
+            decision.drafter, k, batch, outcome.step_s, outcome.draft_s if caught_up else None
         )
-        if k and not decision.explore and step_s < 5 * predicted_s:
+        if k and not decision.explore and outcome.step_s < 5 * predicted_s:
             tokens = batch + sum(row.num_accepted for row in outcome.rows)
             plain_s = self._cost.least_plain_s(batch) * tokens / batch
-            self._floor.observe(tokens, step_s, plain_s)
+            self._floor.observe(tokens, outcome.step_s, plain_s)
 
 
 def _decision(arm: _Arm, propensity: float) -> Decision:

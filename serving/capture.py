@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from buffer.records import FeatureRows
+from specops.capture_pack import quantise
 
 StoredDtype = Literal["bfloat16", "float8_e4m3fn"]
-FP8_MAX = 448.0
 
 
 class CaptureRing:
@@ -72,15 +72,10 @@ class CaptureRing:
 def pack_rows(
     positions_N: np.ndarray, rows: Tensor, layer_ids: tuple[int, ...], dtype: StoredDtype
 ) -> FeatureRows:
-    """Rows [N, m + 1, H] bfloat16 as a record, in the dtype of the log.
-
-    fp8 divides each row by amax / 448, so that its largest entry is exactly representable.
-    """
+    """Rows [N, m + 1, H] bfloat16 as a record, in the dtype of the log."""
     if dtype == "bfloat16":
         bits = rows.contiguous().view(torch.uint16).numpy()
         return FeatureRows(positions_N, layer_ids, "bfloat16", bits, None)
-    wide = rows.float()
-    scale = (wide.abs().amax(dim=-1) / FP8_MAX).clamp(min=1e-12)
-    packed = (wide / scale[..., None]).to(torch.float8_e4m3fn)
+    packed, scale = quantise(rows)
     bits = packed.view(torch.uint8).numpy()
     return FeatureRows(positions_N, layer_ids, "float8_e4m3fn", bits, scale.numpy())

@@ -15,6 +15,7 @@ import torch
 from policies.cost import CostSample
 from policies.interface import Decision, Outcome, StepObs
 from serving.engine import Engine
+from serving.rounds import buckets
 from serving.types import Request, SamplingParams
 
 
@@ -41,16 +42,6 @@ class _Script:
         return {}
 
 
-def batches(max_batch: int) -> list[int]:
-    """1, 2, 4, ... and ``max_batch`` itself."""
-    sizes = []
-    size = 1
-    while size < max_batch:
-        sizes.append(size)
-        size *= 2
-    return [*sizes, max_batch]
-
-
 def profile_engine(engine: Engine, max_draft: int, repeats: int, context: int) -> list[CostSample]:
     """Median step times of (drafter, K, batch). Runs before the engine's thread starts
     and before anything listens to finished requests.
@@ -65,7 +56,7 @@ def profile_engine(engine: Engine, max_draft: int, repeats: int, context: int) -
     if engine.drafting.neural:
         arms += [("eagle3", k) for k in depths]
     try:
-        for batch in batches(engine.scheduler.max_batch):
+        for batch in buckets(engine.scheduler.max_batch):
             for drafter, k in arms:
                 samples.append(_measure(engine, drafter, k, batch, repeats, context))
     finally:

@@ -58,7 +58,7 @@ class _Drafts:
 
 
 def buckets(max_batch: int) -> list[int]:
-    """Batch sizes that programs exist for: 1, 2, 4, ... and ``max_batch`` itself."""
+    """Batch sizes that stand for all: 1, 2, 4, ... and ``max_batch`` itself."""
     sizes = []
     size = 1
     while size < max_batch:

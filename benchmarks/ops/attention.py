@@ -11,7 +11,6 @@ the fastest counts. Writes ``benchmarks/results/ops_attention.json``.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from examples.machine import machine
+from benchmarks.result import write_result
 from specops import attention_triton
 from specops.attention import DecodePass
 
@@ -256,7 +255,7 @@ def main(
     """All batches, contexts and numbers of query rows."""
     torch.manual_seed(0)
     found = rows()
-    out.write_text(json.dumps({"rows": found, "machine": machine()}, indent=2) + "\n")
+    write_result(out, {"rows": found})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Writes ``benchmarks/results/ops_capture.json``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from examples.machine import machine
+from benchmarks.result import write_result
 from specops import capture_pack_triton
 from specops.capture_pack import new_ring, quantise
 
@@ -92,7 +91,7 @@ def main(
     """All ways to pack one step."""
     torch.manual_seed(0)
     found = rows()
-    out.write_text(json.dumps({"rows": found, "machine": machine()}, indent=2) + "\n")
+    write_result(out, {"rows": found})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Writes ``benchmarks/results/ops_decoder.json``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +30,15 @@ from transformers import (
 )
 
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from examples.machine import machine
+from benchmarks.result import write_result
 from serving.fused_decoder import FusedDecoder
 from serving.target import KvPool, fuse_norms
-from specops.attention import make_group
-from specops.attention_triton import group_attention
+from specops.attention import DecodePass, decode_slots
+from specops.device import decode_attention
 from specops.overlap_triton import can_overlap
 
 _NAME = "slipstream_benchmark"
+_PAGE = 16
 
 
 def _hugging_face_attention(
@@ -113,26 +113,24 @@ class Step:
 
 
 def make_step(config: Any, batch: int, num_query: int, context: int) -> Step:
+    num_pages = context // _PAGE
     pool = KvPool(
-        config.num_hidden_layers, batch * context + 1, config.num_key_value_heads, config.head_dim,
-        torch.bfloat16, torch.device("cuda"),
+        config.num_hidden_layers, (batch * num_pages + 1) * _PAGE, config.num_key_value_heads,
+        config.head_dim, torch.bfloat16, torch.device("cuda"),
     )  # fmt: skip
     for tensor in (*pool.keys, *pool.values):
         tensor.normal_()
-    table = torch.randperm(batch * context, device="cuda").view(batch, context) + 1
-    positions = torch.arange(context - num_query, context, device="cuda").expand(batch, -1)
-    positions = positions.contiguous()
-    group = make_group(0, table, positions)
+    pages = torch.randperm(batch * num_pages, device="cuda", dtype=torch.int32) + 1
+    first = torch.full((batch,), context - num_query, device="cuda", dtype=torch.int32)
+    at = DecodePass(pages.view(batch, num_pages), first, _PAGE)
     scale = config.head_dim**-0.5
 
     def attend(layer: int, q_THD: Tensor) -> Tensor:
-        q = q_THD.view(batch, num_query, *q_THD.shape[1:])
-        keys, values = pool.keys[layer], pool.values[layer]
-        return group_attention(q, keys, values, group, scale, None, None).flatten(0, 1)
+        return decode_attention(q_THD, None, None, pool.keys[layer], pool.values[layer], at, scale)
 
     ids = torch.randint(0, config.vocab_size, (batch * num_query,), device="cuda")
-    slots = table[:, -num_query:].flatten()
-    return Step(batch, num_query, context, ids, positions.flatten(), slots, pool, attend)
+    positions, slots = at.positions(num_query).flatten(), decode_slots(at, num_query)
+    return Step(batch, num_query, context, ids, positions, slots, pool, attend)
 
 
 def floor_bytes(config: Any, model: Any, step: Step) -> int:
@@ -254,7 +252,7 @@ def main(
     chosen = list(VARIANTS) if variants == "all" else variants.split(";")
     with torch.inference_mode():
         found = rows(chosen_models, chosen, hugging_face)
-    out.write_text(json.dumps({"rows": found, "machine": machine()}, indent=2) + "\n")
+    write_result(out, {"rows": found})
 
 
 if __name__ == "__main__":

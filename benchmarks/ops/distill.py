@@ -12,7 +12,6 @@ Writes ``benchmarks/results/ops_distill.json``.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.ops.timing import Timed, copy_bytes_per_s, eager
-from examples.machine import machine
+from benchmarks.result import write_result
 from specops import distill_triton
 from specops.distill import (
     BLOCKS,
@@ -213,10 +212,7 @@ def main(
         )
     shape = {"rows": NUM_ROWS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "bfloat16"}
     ceiling = {"copy_bytes_per_s": copy_bytes_per_s()}
-    out.write_text(
-        json.dumps({"shape": shape, "rows": found, **ceiling, "machine": machine()}, indent=2)
-        + "\n"
-    )
+    write_result(out, {"shape": shape, "rows": found, **ceiling})
 
 
 if __name__ == "__main__":

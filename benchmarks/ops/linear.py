@@ -12,7 +12,6 @@ a large copy. Writes ``benchmarks/results/ops_linear.json``.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from examples.machine import machine
+from benchmarks.result import write_result
 from specops import linear, linear_triton
 from specops.linear import Norm
 from specops.linear_triton import Plan, Scratch, choose_plan
@@ -316,7 +315,7 @@ def main(
         print("model  product rows    floor     ours  share  library  share separate compiled")
         for row in found:
             print(_line(row))
-    out.write_text(json.dumps({"rows": found, "machine": machine()}, indent=2) + "\n")
+    write_result(out, {"rows": found})
 
 
 if __name__ == "__main__":

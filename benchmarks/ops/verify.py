@@ -17,7 +17,6 @@ Writes ``benchmarks/results/ops_verify.json``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.ops.timing import graphed
-from examples.machine import machine
+from benchmarks.result import write_result
 from specops import draft_sampling_triton, verify_logits_triton
 from specops.draft_sampling import DraftLaw, RowLaws, VocabMap, vocab_map
 from specops.rng import Numbering
@@ -251,7 +250,7 @@ def main(
         times = [row.get(f"{kind}_us") for kind in kinds]
         cells = "".join(f"{'-' if t is None else f'{t:.1f} us':>20}" for t in times)
         print(f"{row['case']:36}{row['requests']:>4}{cells}")
-    out.write_text(json.dumps({"rows": found, "machine": machine()}, indent=2) + "\n")
+    write_result(out, {"rows": found})
 
 
 if __name__ == "__main__":

@@ -32,8 +32,6 @@ class Group:
     """[R, Q] int64 positions of the query rows."""
     mask_RQS: Tensor
     """[R, 1, Q, S] bool: key visible to query (causal, and not before the first valid key)."""
-    first_key: int = 0
-    """First valid key; the mask says it too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def make_group(start: int, slots_RS: Tensor, positions_RQ: Tensor, first_key: in
     mask = keys <= positions_RQ[..., None]
     if first_key:
         mask &= keys >= first_key
-    return Group(start, positions_RQ.shape[1], slots_RS, positions_RQ, mask[:, None], first_key)
+    return Group(start, positions_RQ.shape[1], slots_RS, positions_RQ, mask[:, None])
 
 
 def _gather(pool: Tensor, slots: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ def group_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The definition: attention of one group's rows over pages that hold their keys already.
+    """Attention of one group's rows over pages that hold their keys already.
 
     Returns:
         [R, Q, Hq, D].
@@ -99,10 +97,6 @@ def group_attention(
     return mixed
 
 
-GroupAttention = Callable[[Tensor, Tensor, Tensor, Group, float, int | None, float | None], Tensor]
-"""``group_attention``, or a kernel that equals it."""
-
-
 def paged_attention(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -113,7 +107,6 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    attend: GroupAttention = group_attention,
 ) -> Tensor:
     """Write the rows' keys and values to their slots, then attend.
 
@@ -122,7 +115,6 @@ def paged_attention(
         keys, values: [num_slots, Hkv, D], written in place.
         window: a query sees keys of the last ``window`` positions only.
         softcap: scores become softcap * tanh(scores / softcap).
-        attend: computes each group.
 
     Returns:
         [T, Hq, D].
@@ -134,7 +126,7 @@ def paged_attention(
         num_requests = group.slots_RS.shape[0]
         end = group.start + num_requests * group.num_query
         q = q_THD[group.start : end].reshape(num_requests, group.num_query, *q_THD.shape[1:])
-        out = attend(q, keys, values, group, scale, window, softcap)
+        out = group_attention(q, keys, values, group, scale, window, softcap)
         outs.append(out.flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 

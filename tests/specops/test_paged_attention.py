@@ -1,22 +1,13 @@
-"""Paged attention equals attention over the contiguous sequence: the definition, and the kernel in
-Triton's interpreter."""
+"""Paged attention equals attention over the contiguous sequence."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import pytest
 import torch
 
-from specops import attention_triton
-from specops.attention import PagedPass, group_attention, make_group, paged_attention
+from specops.attention import PagedPass, make_group, paged_attention
 
 D, PAGE = 16, 4
-IMPLEMENTATIONS = [
-    pytest.param(group_attention, id="definition"),
-    pytest.param(partial(attention_triton.group_attention, num_parts=1), id="kernel, one part"),
-    pytest.param(partial(attention_triton.group_attention, num_parts=3), id="kernel, three parts"),
-]
 
 
 def dense(q, k, v, positions, scale, window, softcap, first_key):
@@ -36,9 +27,8 @@ def dense(q, k, v, positions, scale, window, softcap, first_key):
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0), (6, 2.0)])
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (8, 1)])
-@pytest.mark.parametrize("attend", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("num_query", "first_key"), [(1, 1), (3, 0)])
-def test_paged_equals_dense(window, softcap, heads, attend, num_query, first_key):
+def test_paged_equals_dense(window, softcap, heads, num_query, first_key):
     generator = torch.Generator().manual_seed(0)
     num_query_heads, num_kv_heads = heads
     lengths = [9, 150, 5]
@@ -73,18 +63,6 @@ def test_paged_equals_dense(window, softcap, heads, attend, num_query, first_key
         0.3,
         window,
         softcap,
-        attend,
     )
 
     torch.testing.assert_close(got, torch.cat(want), atol=2e-6, rtol=1e-5)
-
-
-def test_the_kernel_refuses_what_does_not_fit_a_tile():
-    group = make_group(0, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 80).long())
-    q, pool = torch.zeros(1, 80, 8, 16), torch.zeros(4, 2, 16)
-    with pytest.raises(ValueError, match="80 query rows of 4 heads exceed 256"):
-        attention_triton.group_attention(q, pool, pool, group, 1.0, None, None)
-    group = make_group(0, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1).long())
-    q, pool = torch.zeros(1, 1, 8, 24), torch.zeros(4, 2, 24)
-    with pytest.raises(ValueError, match="power of two from 16 on, got 24"):
-        attention_triton.group_attention(q, pool, pool, group, 1.0, None, None)
