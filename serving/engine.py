@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from buffer.records import Round
-from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome, StepObs
+from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome
 from serving.capture import CaptureRing
+from serving.commit import Commits, Committed, Step
 from serving.detokenize import Detokenizer
 from serving.drafting import Drafting
 from serving.packing import step_rows
@@ -31,7 +30,7 @@ from serving.programs import Programs
 from serving.rounds import Launched, Rounds
 from serving.scheduler import Chunk, Scheduler
 from serving.sequence import Sequence
-from serving.target import KvPool, Target, TargetRows
+from serving.target import KvPool, Target
 from serving.types import (
     DrainingError,
     EngineFigures,
@@ -41,23 +40,11 @@ from serving.types import (
     QueueFullError,
     Request,
 )
-from serving.verifying import Proposed, Rule, Verified, proposed, token_logprobs, verify
+from serving.verifying import Rule, proposed, verify
 
 log = logging.getLogger(__name__)
 
 PLAIN = Decision("none", 0, 1.0, False, "plain")
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """Rows of one step that a request keeps."""
-
-    sequence: Sequence
-    row: int
-    """First packed row of a pass, or running number of the first captured row of a program."""
-    position: int
-    """Position of that row."""
-    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +63,6 @@ class Flight:
     """Seconds on looking and planning that the device waited for."""
     before_s: float
     """The same with the look-up of proposals."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What the requests of one step drafted and kept."""
-
-    proposed: Proposed | None
-    verified: Verified
-    draft_s: float
-    """Seconds that looking at the batch, planning and drafting have cost."""
-    version: int
-    """Of the neural drafter."""
-
-
-@dataclass(slots=True)
-class _Counters:
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    generation_tokens: int = 0
-    num_rounds: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_steps: int = 0
-    capture_rows_dropped: int = 0
 
 
 class Engine:
@@ -156,8 +119,7 @@ class Engine:
         self.created_unix_s = int(time.time())
 
         self._seeds = np.random.default_rng(seed if seed else secrets.randbits(64))
-        self._counters = _Counters()
-        self._accepted_per_pos = [0] * self.max_draft
+        self._commits = Commits(drafting, ring, rule)
         self._arms: Counter[tuple[str, int]] = Counter()
         self._flight: Flight | None = None
         self._landed_s = 0.0
@@ -235,13 +197,12 @@ class Engine:
     def reset_figures(self) -> None:
         """Forget counters, prefix cache and random state of a warm-up; nothing may be in flight."""
         assert not self._inflight, "reset while requests are in flight"
-        self._counters = _Counters()
-        self._accepted_per_pos = [0] * self.max_draft
+        self._commits.reset()
         self._arms.clear()
 
     def count_lost_rows(self, count: int) -> None:
         """Captured rows that the ring overwrote before their request ended."""
-        self._counters.capture_rows_dropped += count
+        self._commits.counters.capture_rows_dropped += count
 
     def wake(self) -> None:
         """Let an idle engine look at its control orders."""
@@ -254,7 +215,7 @@ class Engine:
 
     def figures(self) -> EngineFigures:
         """Counters and gauges of now; swap and trace counts are added by the service."""
-        c = self._counters
+        c = self._commits.counters
         pages = self.scheduler.pool
         return EngineFigures(
             num_running=len(self.scheduler.running),
@@ -266,7 +227,7 @@ class Engine:
             num_rounds=c.num_rounds,
             num_draft_tokens=c.num_draft_tokens,
             num_accepted_tokens=c.num_accepted_tokens,
-            num_accepted_per_pos=tuple(self._accepted_per_pos),
+            num_accepted_per_pos=tuple(c.accepted_per_pos),
             num_steps=c.num_steps,
             steps_by_arm=dict(self._arms),
             drafter_version=self.version,
@@ -350,7 +311,7 @@ class Engine:
             self._prefill(self.programs.prefill, chunks)
             chunks = ()
         self._decode(batch, chunks)
-        self._counters.num_steps += 1
+        self._commits.counters.num_steps += 1
         return True
 
     def _decode(self, batch: list[Sequence], chunks: tuple[Chunk, ...]) -> None:
@@ -367,7 +328,7 @@ class Engine:
         if batch and (resting := self.policy.rest()) is not None:
             decision = resting
         elif batch:
-            obs = self.drafting.observe(batch, self._counters.num_steps)
+            obs = self.drafting.observe(batch, self._commits.counters.num_steps)
             decision = self.policy.plan(obs) if obs else PLAIN
         assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
         matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * len(batch)
@@ -399,17 +360,20 @@ class Engine:
         plan_s = time.perf_counter() - started_s
         source, num_draft, given = decision.drafter, decision.draft_k, None
         if not self._may_overtake(batch, source):
-            self._land()
+            if self._land():  # the device was still at it: what the host did has cost nothing
+                plan_s = 0.0
             lives = [s.finish_reason is None for s in batch]
             batch, matches = list(compress(batch, lives)), tuple(compress(matches, lives))
             if not batch:
                 return
+        before_s = plan_s
         if source == "suffix":
+            asked_s = time.perf_counter()
             given = self.drafting.from_index(batch, num_draft)
             num_draft = max(map(len, given))
-        before_s = time.perf_counter() - started_s
+            before_s += time.perf_counter() - asked_s
         launched = rounds.launch(batch, source if num_draft else "none", num_draft, given)
-        if self._land():  # the device was still at it: what the host did has cost nothing
+        if self._land():
             plan_s = before_s = 0.0
         for sequence in batch:
             sequence.is_flying = True
@@ -445,10 +409,10 @@ class Engine:
         step = Step(decoded.proposed, decoded.verified, draft_s, flight.version)
         self._arms[(decision.drafter, decision.draft_k)] += 1
         lives = [s.finish_reason is None for s in launched.batch]
-        committed = self._commit_rounds(
+        committed = self._commits.rounds(
             launched.batch, step, decision, None, decoded.numbers, step_s
         )
-        self._note_rows(committed)
+        self._commits.note_rows(committed)
         self._after_commit(committed)
         if flight.version == self.version:  # else a swap has come between
             seconds = step_s, flight.plan_s
@@ -459,8 +423,8 @@ class Engine:
         """Compute prompt chunks by one program of fixed shape, behind a round under way."""
         logits = prefill.run(chunks)
         self._land()
-        committed = self._commit_chunks(chunks, prefill.numbers(chunks), logits)
-        self._note_rows(committed)
+        committed = self._commits.chunks(chunks, prefill.numbers(chunks), logits)
+        self._commits.note_rows(committed)
         self._after_commit(committed)
 
     def _pass(
@@ -484,14 +448,14 @@ class Engine:
             step = Step(proposed(draft), verified, draft_s, self.version)
             step_s = time.perf_counter() - started
             firsts = list(range(0, num_decode_rows, rows.num_query))
-            committed += self._commit_rounds(batch, step, decision, logits, firsts, step_s)
+            committed += self._commits.rounds(batch, step, decision, logits, firsts, step_s)
         starts = list(accumulate((c.num_rows for c in chunks), initial=num_decode_rows))
         last = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
         if chunks:
             ends = torch.tensor(last, dtype=torch.int64, device=self.target.device)
             chunk_logits = self.target.logits(computed.hidden_TH[ends])
-            committed += self._commit_chunks(chunks, starts, chunk_logits)
-        self._capture(committed, computed)
+            committed += self._commits.chunks(chunks, starts, chunk_logits)
+        self._commits.capture(committed, computed)
         self._after_commit(committed)
         return step
 
@@ -512,8 +476,8 @@ class Engine:
     def _admit(self) -> None:
         page_size = self.scheduler.page_size
         for sequence in self.scheduler.admit():
-            self._counters.prompt_tokens += sequence.num_prompt
-            self._counters.cached_prompt_tokens += sequence.num_cached
+            self._commits.counters.prompt_tokens += sequence.num_prompt
+            self._commits.counters.cached_prompt_tokens += sequence.num_cached
             pages = np.asarray(sequence.pages, dtype=np.int64)
             slots = pages[:, None] * page_size + np.arange(page_size)
             sequence.slots = slots.reshape(-1)
@@ -522,120 +486,6 @@ class Engine:
             self.drafting.begin(sequence)
 
     # ---- commit --------------------------------------------------------------------------------
-
-    def _commit_rounds(
-        self,
-        batch: list[Sequence],
-        step: Step,
-        decision: Decision,
-        logits: Tensor | None,
-        firsts: list[int] | None,
-        step_s: float,
-    ) -> list[Committed]:
-        """Append what was verified; requests that have ended meanwhile keep nothing.
-
-        Args:
-            logits: [R, Q, V], where a request asked for logprobs.
-            firsts: row of each request, see ``Committed``; ``None`` where none is captured.
-        """
-        draft, verified = step.proposed, step.verified
-        committed = []
-        for r, sequence in enumerate(batch):
-            if sequence.finish_reason is not None:
-                continue
-            drafted = draft.tokens[r] if draft else []
-            num_drafted, kept = len(drafted), verified.num_accepted[r]
-            sequence.rounds.append(
-                Round(
-                    anchor=len(sequence.tokens) - 1,
-                    drafter=draft.kind if draft and num_drafted else "none",
-                    version=step.version,
-                    draft_ids=tuple(drafted),
-                    q_logp=tuple(draft.q_logp[r]) if draft and draft.q_logp else None,
-                    p_logp=tuple(verified.p_logp[r][: min(kept + 1, num_drafted)]),
-                    num_accepted=kept,
-                    next_id=verified.next_ids[r],
-                    draft_k=decision.draft_k,
-                    propensity=decision.propensity,
-                    batch=len(batch),
-                    step_s=step_s,
-                )
-            )
-            self._count_round(num_drafted, kept)
-            emitted = [*drafted[:kept], verified.next_ids[r]]
-            anchor = len(sequence.tokens) - 1
-            sequence.version = step.version
-            count = self._commit_tokens(sequence, emitted, None if logits is None else logits[r])
-            sequence.num_proposed += num_drafted
-            sequence.num_accepted += min(kept, count)
-            sequence.num_computed = anchor + count
-            committed.append(Committed(sequence, firsts[r] if firsts else 0, anchor, count))
-        return committed
-
-    def _commit_chunks(
-        self, chunks: tuple[Chunk, ...], firsts: list[int] | None, logits: Tensor
-    ) -> list[Committed]:
-        """Prompt rows are committed as they are; chunks that reach the anchor yield a token.
-
-        Args:
-            firsts: row of each chunk, see ``Committed``; ``None`` where none is captured.
-            logits: [N, V] of the last row of each of the N chunks that reach their anchor.
-        """
-        committed = []
-        for index, chunk in enumerate(chunks):
-            chunk.sequence.num_computed = chunk.end
-            first = firsts[index] if firsts else 0
-            committed.append(Committed(chunk.sequence, first, chunk.start, chunk.num_rows))
-        done = [chunk.sequence for chunk in chunks if chunk.is_last]
-        if done:
-            verified = verify(done, None, logits[:, None], self.rule)
-            for index, sequence in enumerate(done):
-                sequence.version = self.version
-                self._commit_tokens(sequence, [verified.next_ids[index]], logits[index, None])
-        return committed
-
-    def _commit_tokens(self, sequence: Sequence, emitted: list[int], logits: Tensor | None) -> int:
-        """Append tokens until one ends the request; returns how many were appended."""
-        sampling = sequence.request.sampling
-        sequence.num_steps += 1
-        sequence.num_rounds += 1
-        count = 0
-        for token in emitted:
-            sequence.tokens.append(token)
-            count += 1
-            is_end = token in sequence.eos_ids or token in sampling.stop_token_ids
-            if is_end or sequence.detokenizer.add(token):
-                sequence.finish_reason = "stop"
-            elif sequence.num_left <= 0:
-                sequence.finish_reason = "length"
-            if sequence.finish_reason:
-                break
-        if sampling.logprobs is not None:
-            assert logits is not None, "a round without logits decoded a request for logprobs"
-            sequence.logprobs += token_logprobs(logits[:count], emitted[:count], sampling.logprobs)
-        self.drafting.extend(sequence, emitted[:count])
-        self._counters.generation_tokens += count
-        return count
-
-    def _capture(self, committed: list[Committed], computed: TargetRows) -> None:
-        """Copy the committed rows of capturing requests into the ring, all in one write."""
-        wanted = [c for c in committed if c.sequence.request.capture]
-        if self.ring is None or not wanted:
-            return
-        index = torch.tensor([i for c in wanted for i in range(c.row, c.row + c.count)])
-        index = index.to(self.target.device)
-        number = self.ring.write(computed.features_TmH[index], computed.hidden_TH[index])
-        for c in wanted:
-            c.sequence.capture_rows.append((c.position, number, c.count))
-            number += c.count
-
-    def _note_rows(self, committed: list[Committed]) -> None:
-        """A program has appended the rows of capturing requests to the ring."""
-        if self.ring is None:
-            return
-        for c in committed:
-            if c.sequence.request.capture:
-                c.sequence.capture_rows.append((c.position, c.row, c.count))
 
     def _after_commit(self, committed: list[Committed]) -> None:
         for c in committed:
@@ -690,15 +540,6 @@ class Engine:
             self.ring.synchronise()
 
     # ---- figures -------------------------------------------------------------------------------
-
-    def _count_round(self, num_drafted: int, kept: int) -> None:
-        c = self._counters
-        if num_drafted:
-            c.num_rounds += 1
-            c.num_draft_tokens += num_drafted
-            c.num_accepted_tokens += kept
-            for position in range(kept):
-                self._accepted_per_pos[position] += 1
 
     def _observe(
         self,

@@ -1,4 +1,4 @@
-"""A round is launched before the one before it was read, and nobody can tell from what comes out."""
+"""A round is launched before the last one was read, and nobody can tell from what comes out."""
 
 from __future__ import annotations
 
