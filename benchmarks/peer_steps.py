@@ -283,7 +283,7 @@ def compare_steps(
 
     Args:
         cells: ``BATCHxCONTEXT`` by commas.
-        ways: names by semicolons; ``default`` or ``all``: all of them.
+        ways: names by semicolons; ``all``; ``default``: all but the loop with flex attention.
     """
     begin_s, device = time.monotonic(), pick_device(device_name)
     config = SHAPES[shape]()
@@ -296,7 +296,9 @@ def compare_steps(
         "generate, eager": lambda: GenerateSteps(model, False, is_compiled),
         "loop, flex": lambda: LoopSteps(model, "flex", is_compiled),
     }
-    if ways not in ("default", "all"):
+    if ways == "default":
+        del make["loop, flex"]
+    elif ways != "all":
         make = {name: make[name.strip()] for name in ways.split(";")}
     rows: list[dict[str, Any]] = []
     about = {"shape": shape, "weights": "random", "num_new": num_new, "rows": rows}

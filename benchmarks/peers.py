@@ -2,6 +2,8 @@
 
     python -m benchmarks.peers --target FOLDER --drafter FOLDER
     python -m benchmarks.peers --shape Qwen3-8B       # random weights, decoding alone
+    python -m benchmarks.peers --drafter examples/drafter/0 --no-compile --batches 1,2 \\
+        --num-prompt 32 --num-new 8                   # all of it on a CPU, in a minute
 
 Prompts are held-out Python code cut to one length, so that nobody pads; answers are greedy, of a
 fixed number of tokens, end-of-text ignored. Every way of ``WAYS`` is opened and warmed up for each
@@ -62,7 +64,7 @@ OURS = "ours, off"
 FIRST_TURNS = 2
 """Turns for the first token alone; they vary less than whole answers."""
 CHARS_PER_TOKEN = 6
-"""More than any tokenizer of code needs, so that every prompt is long enough to be cut."""
+"""More than tokenizers of code need, so that nearly every prompt is long enough to be cut."""
 
 
 @dataclass(slots=True)
@@ -73,7 +75,8 @@ class Row:
     batch: int
     about: str
     prepare_s: float | None = None
-    """Opening and warming up: compilation, capture, allocation."""
+    """Opening and warming up: compilation, capture, allocation. Our engines are built once, for the
+    largest batch, in the row that is first to use each."""
     seconds: list[float] = field(default_factory=list)
     """Of each turn."""
     first_seconds: list[float] = field(default_factory=list)
@@ -129,21 +132,46 @@ def agreement(plain: Sequence[Ids], other: Sequence[Ids]) -> dict[str, float]:
     }
 
 
+def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Peers' rows with how many times faster each of our ways is at the same batch size, whole
+    requests."""
+    ours: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["way"].startswith("ours") and "tokens_per_s" in row:
+            ours.setdefault(row["batch"], {})[row["way"]] = row["tokens_per_s"]
+    return [
+        row
+        if row["way"].startswith("ours") or "tokens_per_s" not in row
+        else row
+        | {
+            "times_faster": {
+                way: speed / row["tokens_per_s"]
+                for way, speed in ours.get(row["batch"], {}).items()
+            }
+        }
+        for row in rows
+    ]
+
+
 # Prompts
 
 
 def prompt_sets(tokenizer: Any, num_sets: int, batch: int, num_prompt: int) -> list[Ids]:
-    """Sets of ``batch`` held-out beginnings of Python code, ``num_prompt`` tokens each."""
-    chars = num_prompt * CHARS_PER_TOKEN
-    texts = corpus.prompts("python", num_sets * batch, 11, chars, chars + 400)
+    """Sets of ``batch`` held-out beginnings of Python code, ``num_prompt`` tokens each.
+
+    Raises:
+        ValueError: too few of them are as long.
+    """
+    wanted, chars = num_sets * batch, num_prompt * CHARS_PER_TOKEN
+    texts = corpus.prompts("python", wanted + wanted // 4 + 4, 11, chars, chars + 400)
     ids = [tokenizer(t, add_special_tokens=False)["input_ids"][:num_prompt] for t in texts]
-    short = [len(i) for i in ids if len(i) < num_prompt]
-    if short:
+    long = [i for i in ids if len(i) == num_prompt][:wanted]
+    if len(long) < wanted:
         raise ValueError(
-            f"{len(short)} prompts have fewer than {num_prompt} tokens of this tokenizer; "
-            f"ask for shorter ones by --num-prompt"
+            f"{len(long)} of {len(ids)} prompts have {num_prompt} tokens of this tokenizer, "
+            f"{wanted} are needed; ask for shorter ones by --num-prompt"
         )
-    return [ids[start : start + batch] for start in range(0, len(ids), batch)]
+    return [long[start : start + batch] for start in range(0, wanted, batch)]
 
 
 # Ways
@@ -218,10 +246,14 @@ def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
         "q_padding_interval_size": lambda work: work.batch,
         "kv_padding_interval_size": lambda work: work.batch * 64,
     }
-    return {
+    made: dict[str, MakeWay] = {
         OURS: lambda: Ours(plain, None, "the engine without speculation"),
-        "ours, goodput": lambda: Ours(drafted, None, "EAGLE-3 and suffix, K by the policy"),
-        "ours, K=4": lambda: Ours(drafted, FixedPolicy("eagle3", 4), "EAGLE-3, K = 4 always"),
+        "ours, goodput": lambda: Ours(
+            drafted, None, "EAGLE-3 and suffix, K by the policy, capture on"
+        ),
+        "ours, K=4": lambda: Ours(
+            drafted, FixedPolicy("eagle3", 4), "EAGLE-3, K = 4 always, capture on"
+        ),
         "loop": loop("matmul"),
         "generate, static": generate(
             f"StaticCache kept between calls, {how}",
@@ -252,9 +284,12 @@ def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
         ),
         "loop, sdpa": loop("sdpa"),
     }
+    if not o.is_compiled:
+        del made["continuous, compiled"]
+    return made
 
 
-NOT_BY_DEFAULT = {"loop, sdpa"}
+NOT_BY_DEFAULT = {"loop, sdpa", "continuous, compiled"}
 
 
 # Turns
@@ -272,7 +307,7 @@ class Table:
     def save(self) -> None:
         plain = {row.batch: row for row in self.rows if row.way == OURS}
         figures = [row.figures(self._num_new, plain.get(row.batch)) for row in self.rows]
-        write_result(self._out, {**self._about, "rows": figures})
+        write_result(self._out, {**self._about, "rows": with_ratios(figures)})
 
     def line(self, row: Row) -> str:
         found = row.figures(self._num_new, None)

@@ -37,6 +37,9 @@ from serving.types import Output, Request, SamplingParams
 Ids = list[list[int]]
 """Token ids of each request."""
 
+LONGEST_WAIT_S = 60.0
+"""For the answers of a thread that is not ours."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -122,6 +125,9 @@ class Ours:
     def generate(self, prompts: Ids, num_new: int) -> Ids:
         engine = self._engine()
         assert self._policy is not None, "not opened"
+        with torch.inference_mode():
+            while engine.step():  # what the turn before may have left in flight
+                pass
         engine.policy = self._policy
         found: Ids = [[] for _ in prompts]
         sampling = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
@@ -310,7 +316,10 @@ class Continuous:
     def generate(self, prompts: Ids, num_new: int) -> Ids:
         names = self._manager.add_requests(inputs=prompts, max_new_tokens=num_new)
         answers: dict[str, list[int]] = {}
+        deadline_s = time.monotonic() + LONGEST_WAIT_S
         while len(answers) < len(prompts):
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"no answer within {LONGEST_WAIT_S:.0f} s")
             result = self._manager.get_result(timeout=1)
             if result is None:
                 if not self._manager.is_running():

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.compiled_loop import CompiledLoop
 from benchmarks.peer_steps import SHAPES, GenerateSteps, LoopSteps, OurSteps, Past, random_model
-from benchmarks.peers import Row, agreement, attempt, chosen_ways, decode_speed
+from benchmarks.peers import Row, agreement, attempt, chosen_ways, decode_speed, with_ratios
 from benchmarks.ways import Generate, Work, first_layers, static_cache
 
 CPU = torch.device("cpu")
@@ -17,8 +17,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model() -> Any:
+    """Large weights: what a position sees decides its token."""
     torch.manual_seed(0)
-    return random_model(SHAPES["tiny"](), CPU)
+    model = random_model(SHAPES["tiny"](), CPU)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(8)
+    return model
 
 
 def test_a_token_counts_as_equal_up_to_the_first_difference() -> None:
@@ -51,6 +56,19 @@ def test_an_error_is_the_rows_result() -> None:
 
     assert not attempt(row, fail)
     assert row.figures(8, None)["error"] == "RuntimeError: no such kernel"
+
+
+def test_a_peers_row_says_how_many_times_faster_ours_is() -> None:
+    rows = with_ratios(
+        [
+            {"way": "ours, off", "batch": 1, "tokens_per_s": 30.0},
+            {"way": "peer", "batch": 1, "tokens_per_s": 10.0},
+            {"way": "peer", "batch": 8, "tokens_per_s": 10.0},
+            {"way": "broken peer", "batch": 1, "error": "no"},
+        ]
+    )
+
+    assert [row.get("times_faster") for row in rows] == [None, {"ours, off": 3.0}, {}, None]
 
 
 def test_our_plain_way_is_always_among_the_chosen() -> None:
