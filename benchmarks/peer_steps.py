@@ -13,6 +13,7 @@ import copy
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -348,6 +349,7 @@ def _measure(
         row["decode_tokens_per_s"] = past.batch * past.num_new / median
         return answers
     except Exception as error:  # whatever a peer raises is its result
+        traceback.print_exc(limit=-3)
         row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
         return None
     finally:

@@ -6,12 +6,13 @@
         --num-prompt 32 --num-new 8                   # all of it on a CPU, in a minute
 
 Prompts are held-out Python code cut to one length, so that nobody pads; answers are greedy, of a
-fixed number of tokens, end-of-text ignored. Every way of ``WAYS`` is opened and warmed up for each
-batch size (``prepare_s``, in no speed), and then takes turns with the others, every turn on prompts
-of its own. Each turn is made once in full and once for the first token alone: ``tokens_per_s`` is
-of whole requests, ``decode_tokens_per_s`` of what comes after the first token, by the difference of
-the two. ``equal_tokens`` and ``equal_prompts`` are the shares that equal our plain answers, a token
-counting up to the first difference: bfloat16 rounds ties differently in passes of other shapes.
+fixed number of tokens, end-of-text ignored. Every way of ``make_ways`` is opened and warmed up for
+each batch size (``prepare_s``, in no speed), and then takes turns with the others, every turn on
+prompts of its own. Each turn is made in full, the first two also for the first token alone:
+``tokens_per_s`` is of whole requests, ``decode_tokens_per_s`` of what comes after the first token,
+by the difference of the two. ``equal_tokens`` and ``equal_prompts`` are the shares that equal our
+plain answers, a token counting up to the first difference: bfloat16 rounds ties differently in
+passes of other shapes. ``times_faster`` is ours over the peer, whole requests.
 
 A way that cannot run has its error in its row. Writes ``benchmarks/results/peers.json`` (with
 ``--shape``: ``peers_shape.json``, by ``benchmarks.peer_steps``) after every row.
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -326,8 +326,7 @@ def attempt(row: Row, work: Callable[[], None]) -> bool:
         work()
     except Exception as error:  # whatever a peer raises is its result
         row.error = f"{type(error).__name__}: {str(error).strip()[:400]}"
-        if os.environ.get("PEERS_TRACEBACK"):
-            traceback.print_exc()
+        traceback.print_exc(limit=-3)
         return False
     return True
 
@@ -441,7 +440,6 @@ def main(
     max_autotune: Annotated[bool, typer.Option(help="of the loop; compiles longer")] = False,
 ) -> None:
     """Compare, and write the table."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if shape is not None:
         out = out or Path("benchmarks/results/peers_shape.json")
         compare_steps(shape, cells, ways, num_new, turns, budget_s, device, compile_, out)
