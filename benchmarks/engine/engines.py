@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,9 +105,9 @@ def publish_drafters(root: Path, target: LoadedTarget, num_versions: int = 1) ->
     """Random EAGLE-3 versions 0, 1, ... of the target's layer shape; returns the bytes of one."""
     vocab_size = target.model.config.vocab_size
     draft_vocab = min(_DRAFT_VOCAB, vocab_size // 4)
-    module = Eagle3(config_for_target(target.model.config, draft_vocab_size=draft_vocab))
-    device, dtype = target.model.device, target.model.dtype
-    module.to(device=device, dtype=dtype)
+    with target.model.device:
+        module = Eagle3(config_for_target(target.model.config, draft_vocab_size=draft_vocab))
+    module.to(target.model.dtype)
     num_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     for version in range(num_versions):
         with torch.no_grad():
@@ -145,7 +146,9 @@ def engine_of(
         if num_versions:
             drafter_bytes = publish_drafters(Path(folder) / "weights", target, num_versions)
         settings = settings_for(place, Path(folder), chosen, has_drafter=bool(num_versions))
+        started = time.perf_counter()
         service = build_engine(settings, target)
+        print(f"{shape}: engine built in {time.perf_counter() - started:.1f} s", flush=True)
         yield Made(service, target.model.config, target.model, drafter_bytes, place)
 
 

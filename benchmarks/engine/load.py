@@ -35,6 +35,13 @@ def declare_computed(engine: Engine, prompts: Sequence[Prompt]) -> None:
         scheduler.pool.release(pages)
 
 
+def clear(engine: Engine) -> None:
+    """Cancel what is in flight."""
+    engine.cancel_all()
+    while engine.num_inflight():
+        engine.step()
+
+
 class Load:
     """Greedy requests, one for each prompt, from submission to the end."""
 
@@ -47,6 +54,7 @@ class Load:
         temperature: float = 0.0,
         capture: bool = False,
     ) -> None:
+        clear(engine)  # of a load that failed
         self._engine = engine
         self._counts = [0] * len(prompts)
         self.errors: list[str] = []
@@ -81,15 +89,15 @@ class Load:
     def begin(self, warm_ups: int = 0) -> None:
         """Step until all decode, and then some."""
         while not self.has_begun:
+            if not self._engine.num_inflight():
+                raise RuntimeError(f"requests ended before all had a token: {self.errors}")
             self.step()
         for _ in range(warm_ups):
             self.step()
 
     def end(self) -> None:
         """Cancel what is in flight."""
-        self._engine.cancel_all()
-        while self._engine.num_inflight():
-            self._engine.step()
+        clear(self._engine)
         assert not self.errors, self.errors[0]
 
 

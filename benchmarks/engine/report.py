@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.result import write_result
+from examples.machine import machine
 
 
 class Report:
@@ -23,6 +24,13 @@ class Report:
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
         return self._budget_s - (time.monotonic() - self._started)
+
+    def keep(self, former: Mapping[str, Any], without: Collection[str]) -> None:
+        """Begin with the rows of a former result, but those of some parts; rows measured on another
+        machine, version or commit say so."""
+        where = former["machine"]
+        other = {} if where == machine() else {"machine": where}
+        self.rows += [{**other, **row} for row in former["rows"] if row["part"] not in without]
 
     def add(self, part: str, row: dict[str, Any]) -> None:
         """Show one row and write all so far."""

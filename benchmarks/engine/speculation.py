@@ -77,7 +77,7 @@ def forced_row(
 
 
 def program_times(made: Made, replays: Replays) -> dict[str, float]:
-    """Device times of the programs of batch 1 that the last requests were decoded by.
+    """Device times of the greedy programs of batch 1, over the lane that was decoded last.
 
     A drafter pass is a fourth of what the round of K = 4 takes beyond the same round with given
     drafts; it has its share of computing the committed rows in it.

@@ -24,10 +24,8 @@ from configs.load import load_settings
 from configs.schema import Settings
 from serving.build import LoadedTarget, build_engine, load_target
 
-_SAMPLE_S = 10.0
 
-
-def measure(report: Report, place: Place, shape: str, from_disk: bool, timeout_s: float) -> None:
+def measure(report: Report, place: Place, shape: str, from_disk: bool) -> None:
     """Rows ``start``: the first one compiles every kernel, the second finds them in the cache.
 
     Args:
@@ -47,7 +45,7 @@ def measure(report: Report, place: Place, shape: str, from_disk: bool, timeout_s
 
             def start() -> dict[str, Any]:
                 chosen = ["--target", str(saved)] if from_disk else []
-                return _started(shape, place, Path(folder), chosen, timeout_s)
+                return _started(shape, place, Path(folder), chosen, report.left_s)
 
             report.attempt("start", what, 30, start)
 
@@ -82,7 +80,7 @@ def _started(
 
 
 class _Seconds(logging.Handler):
-    """Keeps what the engine says it took: its messages that hold a number of seconds."""
+    """Keeps what the engine says it took: its messages of one number."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -91,7 +89,7 @@ class _Seconds(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         args = record.args
         if isinstance(args, tuple) and len(args) == 1 and isinstance(args[0], float):
-            self.said[str(record.msg)] = args[0]
+            self.said[str(record.msg).removesuffix(" in %.1f s")] = args[0]
 
 
 def start(

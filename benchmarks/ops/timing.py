@@ -117,7 +117,7 @@ def graphed(work: Callable[[], object], repeats: int = 20, calls: int = 5) -> Ti
 
 
 def replayed(launch: Callable[[], object], repeats: int = 20) -> Timed:
-    """Time of a graph that is there already, with the cache as its last replay left it."""
+    """Time of a graph that is there already, behind kernels that overwrite the cache."""
     for _ in range(_WARM_UPS):
         launch()
     return _summary([_device_ms(launch) for _ in range(repeats)])

@@ -105,3 +105,19 @@ def test_a_row_that_fails_or_does_not_fit_leaves_the_others(tmp_path):
     assert rows[0]["error"] == "ValueError: no room"
     assert "skipped" in rows[1] and "step_ms" not in rows[1]
     assert rows[2]["step_ms"] == 2.0
+
+
+def test_rows_of_other_parts_are_kept_and_say_where_they_were_measured(tmp_path):
+    first = Report(tmp_path / "result.json", budget_s=100, about={})
+    first.add("decode", {"step_ms": 1.0})
+    first.add("swaps", {"num_swaps": 3})
+    former = json.loads((tmp_path / "result.json").read_text())
+    elsewhere = {**former, "machine": {"commit": "another"}}
+
+    reports = [Report(tmp_path / "result.json", budget_s=100, about={}) for _ in range(2)]
+    for report, result in zip(reports, (former, elsewhere), strict=True):
+        report.keep(result, without=["swaps", "capture"])
+
+    assert [row["part"] for report in reports for row in report.rows] == ["decode", "decode"]
+    assert "machine" not in reports[0].rows[0]
+    assert reports[1].rows[0]["machine"] == {"commit": "another"}
