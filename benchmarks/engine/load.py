@@ -36,10 +36,10 @@ def declare_computed(engine: Engine, prompts: Sequence[Prompt]) -> None:
 
 
 def clear(engine: Engine) -> None:
-    """Cancel what is in flight."""
+    """Cancel what is in flight, and step until nothing is under way on the device."""
     engine.cancel_all()
-    while engine.num_inflight():
-        engine.step()
+    while engine.step():
+        pass
 
 
 class Load:
@@ -111,8 +111,6 @@ class Turn:
     decode_tokens: int
     """After every request had its first."""
     decode_s: float
-    num_steps: int
-    """Steps of the engine within ``decode_s``."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -136,11 +134,9 @@ def answer_all(
     load = Load(engine, prompts, max_tokens, temperature=temperature, capture=capture)
     load.begin()
     begun, first = time.perf_counter(), load.num_tokens
-    num_steps = 0
     while engine.num_inflight():
         load.step()
-        num_steps += 1
     ended = time.perf_counter()
-    assert not load.errors, load.errors[0]
+    load.end()
     total = load.num_tokens
-    return Turn(total, ended - started, total - first, ended - begun, num_steps)
+    return Turn(total, ended - started, total - first, ended - begun)

@@ -170,15 +170,14 @@ def policy_row(
         f"{drafter} {draft_k}": count - before.steps_by_arm.get((drafter, draft_k), 0)
         for (drafter, draft_k), count in after.steps_by_arm.items()
     }
+    accepted = after.num_accepted_tokens - before.num_accepted_tokens
     return {
         "off_tokens_per_s": statistics.median(speeds["off"]),
         "on_tokens_per_s": statistics.median(speeds["on"]),
         "ratio": statistics.median(pairs),
         "ratios": pairs,
         "first_turn_ratio": first,
-        "tokens_per_step": statistics.mean(
-            t.decode_tokens / t.num_steps / len(prompts) for t in turns["on"]
-        ),
+        "tokens_per_step": 1 + accepted / (sum(arms.values()) * len(prompts)),
         "steps_by_arm": {arm: count for arm, count in arms.items() if count},
         "num_turns": num_turns,
     }
