@@ -110,6 +110,7 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
     drafting = Drafting(
         target, neural, suffix, num_pages, settings.engine.page_size, settings.drafter.max_draft
     )
+    ring = _ring(settings, target) if neural else None
     engine = Engine(
         target=target,
         pool=pool,
@@ -124,8 +125,8 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
         eos_ids=_eos_ids(model),
         policy=policy,
         drafting=drafting,
-        programs=_programs(settings, target, pool, drafting),
-        ring=_ring(settings, target) if neural else None,
+        programs=_programs(settings, target, pool, drafting, ring),
+        ring=ring,
         max_model_len=settings.engine.max_model_len,
         max_queue=settings.engine.max_queue,
         model_name=settings.server.model_name or loaded.name,
@@ -140,7 +141,11 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
 
 
 def _programs(
-    settings: Settings, target: Target, pool: KvPool, drafting: Drafting
+    settings: Settings,
+    target: Target,
+    pool: KvPool,
+    drafting: Drafting,
+    ring: CaptureRing | None,
 ) -> Programs | None:
     e = settings.engine
     if e.programs == "never" or (e.programs == "auto" and target.device.type != "cuda"):
@@ -154,6 +159,7 @@ def _programs(
         prefill_chunk=e.prefill_chunk,
         page_size=e.page_size,
         rule=e.verification,
+        ring=ring,
         fuse=target.device.type == "cuda",
     )
     with torch.inference_mode():
@@ -293,8 +299,10 @@ def _suffix(settings: Settings) -> SuffixIndex | None:
 def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
-    rows = max(settings.capture.ring_rows, settings.engine.prefill_chunk * 2)
-    return CaptureRing(rows, len(target.layer_ids), target.config.hidden_size)
+    e = settings.engine
+    at_once = max(e.prefill_chunk, e.max_batch * (settings.drafter.max_draft + 1))
+    rows = max(settings.capture.ring_rows, 2 * at_once)
+    return CaptureRing(rows, len(target.layer_ids), target.config.hidden_size, target.device)
 
 
 def _num_pages(settings: Settings, target: Target) -> int:

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, compress
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from serving.drafting import Drafting
 from serving.packing import step_rows
 from serving.prefill import Prefill
 from serving.programs import Programs
-from serving.rounds import Rounds
+from serving.rounds import Launched, Rounds
 from serving.scheduler import Chunk, Scheduler
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
@@ -49,14 +50,32 @@ PLAIN = Decision("none", 0, 1.0, False, "plain")
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Rows of one pass that a request keeps."""
+    """Rows of one step that a request keeps."""
 
     sequence: Sequence
     row: int
-    """First packed row."""
+    """First packed row of a pass, or running number of the first captured row of a program."""
     position: int
     """Position of that row."""
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A round that was launched and whose outcome was not read yet."""
+
+    launched: Launched
+    matches: tuple[int, ...]
+    """Tokens of suffix that the index matched for each request when the round was planned."""
+    decision: Decision
+    version: int
+    """Of the drafter, when it was launched."""
+    started_s: float
+    """``time.perf_counter()`` when the engine began to look at the batch."""
+    plan_s: float
+    """Seconds on looking and planning that the device waited for."""
+    before_s: float
+    """The same with the look-up of proposals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +85,9 @@ class Step:
     proposed: Proposed | None
     verified: Verified
     draft_s: float
-    """Seconds spent on looking at the batch, planning and drafting."""
+    """Seconds that looking at the batch, planning and drafting have cost."""
+    version: int
+    """Of the neural drafter."""
 
 
 @dataclass(slots=True)
@@ -138,6 +159,8 @@ class Engine:
         self._counters = _Counters()
         self._accepted_per_pos = [0] * self.max_draft
         self._arms: Counter[tuple[str, int]] = Counter()
+        self._flight: Flight | None = None
+        self._landed_s = 0.0
 
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
@@ -310,25 +333,35 @@ class Engine:
                 self._wake.wait(0.5)
 
     def step(self) -> bool:
-        """One pass over the batch; False when there was nothing to do."""
+        """One pass over the batch; False when there was nothing to do.
+
+        A round by programs is launched before the outcome of the one before is read, so that the
+        host's work on that goes on beside it.
+        """
         if self.between_steps:
             self.between_steps()
         self._take_orders()
         self._admit()
         plan = self.scheduler.plan()
-        if not plan.decode and not plan.chunks:
-            return False
         batch, chunks = list(plan.decode), plan.chunks
+        if not batch and not chunks and self._flight is None:
+            return False
         if self.programs is not None and chunks and self.programs.prefill.fits(chunks):
             self._prefill(self.programs.prefill, chunks)
             chunks = ()
-        if batch or chunks:
-            self._decode(batch, chunks)
+        self._decode(batch, chunks)
         self._counters.num_steps += 1
         return True
 
     def _decode(self, batch: list[Sequence], chunks: tuple[Chunk, ...]) -> None:
         """Plan, draft, verify and commit; ``chunks`` are computed in the same pass."""
+        programs = self.programs
+        if programs is None or chunks or not programs.rounds.fits(batch):
+            self._land()
+        batch = self._undecided(batch)
+        if not batch and not chunks:
+            self._land()
+            return
         started = time.perf_counter()
         obs, decision = None, PLAIN
         if batch and (resting := self.policy.rest()) is not None:
@@ -337,40 +370,97 @@ class Engine:
             obs = self.drafting.observe(batch, self._counters.num_steps)
             decision = self.policy.plan(obs) if obs else PLAIN
         assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
+        matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * len(batch)
+        if programs is not None and not chunks and programs.rounds.fits(batch):
+            self._fly(programs.rounds, batch, matches, decision, started)
+            return
         plan_s = time.perf_counter() - started
-        if self.programs is not None and not chunks and self.programs.rounds.fits(batch):
-            step: Step | None = self._round(self.programs.rounds, batch, decision, started)
-        else:
-            step = self._pass(batch, decision, chunks, started)
+        step = self._pass(batch, decision, chunks, started)
         if step is not None:
             self._arms[(decision.drafter, decision.draft_k)] += 1
-            seconds = time.perf_counter() - started, plan_s
-            self._observe(obs, decision, step, seconds, has_prefill=bool(chunks))
+            seconds, lives = (time.perf_counter() - started, plan_s), [True] * len(batch)
+            self._observe(matches, decision, step, seconds, lives, has_prefill=bool(chunks))
 
-    def _round(
-        self, rounds: Rounds, batch: list[Sequence], decision: Decision, started: float
-    ) -> Step:
-        """Decode a batch by one program of fixed shape."""
+    def _undecided(self, batch: list[Sequence]) -> list[Sequence]:
+        """Those that go on, as far as is known: a round that is under way commits a token of each
+        request at least."""
+        running = (s for s in batch if s.finish_reason is None)
+        return [s for s in running if not (s.is_flying and s.num_left == 1)]
+
+    def _fly(
+        self,
+        rounds: Rounds,
+        batch: list[Sequence],
+        matches: tuple[int, ...],
+        decision: Decision,
+        started_s: float,
+    ) -> None:
+        """Launch a round, and read the one before it."""
+        plan_s = time.perf_counter() - started_s
         source, num_draft, given = decision.drafter, decision.draft_k, None
+        if not self._may_overtake(batch, source):
+            self._land()
+            lives = [s.finish_reason is None for s in batch]
+            batch, matches = list(compress(batch, lives)), tuple(compress(matches, lives))
+            if not batch:
+                return
         if source == "suffix":
             given = self.drafting.from_index(batch, num_draft)
             num_draft = max(map(len, given))
-        before_s = time.perf_counter() - started
-        decoded = rounds.run(batch, source if num_draft else "none", num_draft, given)
-        step_s = time.perf_counter() - started
-        share = rounds.draft_share(len(batch), num_draft) if source == "eagle3" else 0.0
-        draft_s = before_s + share * (step_s - before_s)
-        step = Step(decoded.proposed, decoded.verified, draft_s)
-        committed = self._commit_rounds(batch, step, decision, None, decoded.num_query, step_s)
-        self._capture(committed, decoded.computed)
+        before_s = time.perf_counter() - started_s
+        launched = rounds.launch(batch, source if num_draft else "none", num_draft, given)
+        if self._land():  # the device was still at it: what the host did has cost nothing
+            plan_s = before_s = 0.0
+        for sequence in batch:
+            sequence.is_flying = True
+        self._flight = Flight(
+            launched, matches, decision, self.version, started_s, plan_s, before_s
+        )
+
+    def _may_overtake(self, batch: list[Sequence], source: str) -> bool:
+        """Whether a round of this source can be launched before the one under way is read: the
+        index must know the text, and a cold drafter how much it has to catch up on."""
+        if self._flight is None or source == "none":
+            return True
+        return source == "eagle3" and (
+            self._flight.launched.warms or not any(s.is_flying for s in batch)
+        )
+
+    def _land(self) -> bool:
+        """Read and commit the round under way, if there is one; says whether it kept the host
+        waiting."""
+        if (flight := self._flight) is None or self.programs is None:
+            return False
+        self._flight = None
+        launched, decision = flight.launched, flight.decision
+        for sequence in launched.batch:
+            sequence.is_flying = False
+        has_waited = launched.landed.wait()
+        now_s = time.perf_counter()
+        step_s = now_s - max(flight.started_s, self._landed_s)
+        self._landed_s = now_s
+        rounds = self.programs.rounds
+        decoded = rounds.read(launched)
+        draft_s = flight.before_s + launched.draft_share * max(0.0, step_s - flight.before_s)
+        step = Step(decoded.proposed, decoded.verified, draft_s, flight.version)
+        self._arms[(decision.drafter, decision.draft_k)] += 1
+        lives = [s.finish_reason is None for s in launched.batch]
+        committed = self._commit_rounds(
+            launched.batch, step, decision, None, decoded.numbers, step_s
+        )
+        self._note_rows(committed)
         self._after_commit(committed)
-        return step
+        if flight.version == self.version:  # else a swap has come between
+            seconds = step_s, flight.plan_s
+            self._observe(flight.matches, decision, step, seconds, lives, has_prefill=False)
+        return has_waited
 
     def _prefill(self, prefill: Prefill, chunks: tuple[Chunk, ...]) -> None:
-        """Compute prompt chunks by one program of fixed shape."""
-        computed, starts, logits = prefill.run(chunks)
-        committed = self._commit_chunks(chunks, starts, logits)
-        self._capture(committed, computed)
+        """Compute prompt chunks by one program of fixed shape, behind a round under way."""
+        logits = prefill.run(chunks)
+        self._land()
+        committed = self._commit_chunks(chunks, prefill.numbers(chunks), logits)
+        self._note_rows(committed)
         self._after_commit(committed)
 
     def _pass(
@@ -390,12 +480,12 @@ class Engine:
         if batch:
             hidden = computed.hidden_TH[:num_decode_rows].view(len(batch), rows.num_query, -1)
             logits = self.target.logits(hidden)
-            step = Step(proposed(draft), verify(batch, draft, logits, self.rule), draft_s)
+            verified = verify(batch, draft, logits, self.rule)
+            step = Step(proposed(draft), verified, draft_s, self.version)
             step_s = time.perf_counter() - started
-            committed += self._commit_rounds(batch, step, decision, logits, rows.num_query, step_s)
-        starts = [num_decode_rows]
-        for chunk in chunks:
-            starts.append(starts[-1] + chunk.end - chunk.start)
+            firsts = list(range(0, num_decode_rows, rows.num_query))
+            committed += self._commit_rounds(batch, step, decision, logits, firsts, step_s)
+        starts = list(accumulate((c.num_rows for c in chunks), initial=num_decode_rows))
         last = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
         if chunks:
             ends = torch.tensor(last, dtype=torch.int64, device=self.target.device)
@@ -439,20 +529,27 @@ class Engine:
         step: Step,
         decision: Decision,
         logits: Tensor | None,
-        num_query: int,
+        firsts: list[int] | None,
         step_s: float,
     ) -> list[Committed]:
-        """Append what was verified. ``logits`` [R, Q, V], where a request asked for logprobs."""
+        """Append what was verified; requests that have ended meanwhile keep nothing.
+
+        Args:
+            logits: [R, Q, V], where a request asked for logprobs.
+            firsts: row of each request, see ``Committed``; ``None`` where none is captured.
+        """
         draft, verified = step.proposed, step.verified
         committed = []
         for r, sequence in enumerate(batch):
+            if sequence.finish_reason is not None:
+                continue
             drafted = draft.tokens[r] if draft else []
             num_drafted, kept = len(drafted), verified.num_accepted[r]
             sequence.rounds.append(
                 Round(
                     anchor=len(sequence.tokens) - 1,
                     drafter=draft.kind if draft and num_drafted else "none",
-                    version=self.version,
+                    version=step.version,
                     draft_ids=tuple(drafted),
                     q_logp=tuple(draft.q_logp[r]) if draft and draft.q_logp else None,
                     p_logp=tuple(verified.p_logp[r][: min(kept + 1, num_drafted)]),
@@ -467,31 +564,33 @@ class Engine:
             self._count_round(num_drafted, kept)
             emitted = [*drafted[:kept], verified.next_ids[r]]
             anchor = len(sequence.tokens) - 1
+            sequence.version = step.version
             count = self._commit_tokens(sequence, emitted, None if logits is None else logits[r])
             sequence.num_proposed += num_drafted
             sequence.num_accepted += min(kept, count)
             sequence.num_computed = anchor + count
-            committed.append(Committed(sequence, r * num_query, anchor, count))
+            committed.append(Committed(sequence, firsts[r] if firsts else 0, anchor, count))
         return committed
 
     def _commit_chunks(
-        self, chunks: tuple[Chunk, ...], starts: list[int], logits: Tensor
+        self, chunks: tuple[Chunk, ...], firsts: list[int] | None, logits: Tensor
     ) -> list[Committed]:
         """Prompt rows are committed as they are; chunks that reach the anchor yield a token.
 
         Args:
-            starts: first packed row of each chunk.
+            firsts: row of each chunk, see ``Committed``; ``None`` where none is captured.
             logits: [N, V] of the last row of each of the N chunks that reach their anchor.
         """
         committed = []
-        for chunk, row in zip(chunks, starts, strict=False):
+        for index, chunk in enumerate(chunks):
             chunk.sequence.num_computed = chunk.end
-            count = chunk.end - chunk.start
-            committed.append(Committed(chunk.sequence, row, chunk.start, count))
+            first = firsts[index] if firsts else 0
+            committed.append(Committed(chunk.sequence, first, chunk.start, chunk.num_rows))
         done = [chunk.sequence for chunk in chunks if chunk.is_last]
         if done:
             verified = verify(done, None, logits[:, None], self.rule)
             for index, sequence in enumerate(done):
+                sequence.version = self.version
                 self._commit_tokens(sequence, [verified.next_ids[index]], logits[index, None])
         return committed
 
@@ -500,7 +599,6 @@ class Engine:
         sampling = sequence.request.sampling
         sequence.num_steps += 1
         sequence.num_rounds += 1
-        sequence.version = self.version
         count = 0
         for token in emitted:
             sequence.tokens.append(token)
@@ -530,6 +628,14 @@ class Engine:
         for c in wanted:
             c.sequence.capture_rows.append((c.position, number, c.count))
             number += c.count
+
+    def _note_rows(self, committed: list[Committed]) -> None:
+        """A program has appended the rows of capturing requests to the ring."""
+        if self.ring is None:
+            return
+        for c in committed:
+            if c.sequence.request.capture:
+                c.sequence.capture_rows.append((c.position, c.row, c.count))
 
     def _after_commit(self, committed: list[Committed]) -> None:
         for c in committed:
@@ -577,8 +683,11 @@ class Engine:
         self._emit(sequence, reason, error)
 
     def _fail_all(self) -> None:
+        self._flight = None
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self._finish(sequence, "error", "the engine failed on this request; see the server log")
+        if self.ring is not None:
+            self.ring.synchronise()
 
     # ---- figures -------------------------------------------------------------------------------
 
@@ -593,19 +702,25 @@ class Engine:
 
     def _observe(
         self,
-        obs: StepObs | None,
+        matches: tuple[int, ...],
         decision: Decision,
         step: Step,
         seconds: tuple[float, float],
+        lives: list[bool],
         *,
         has_prefill: bool,
     ) -> None:
-        """Tell the policy. ``seconds``: of the step, and of looking and planning."""
+        """Tell the policy.
+
+        Args:
+            seconds: of the step, and what looking and planning have cost.
+            lives: which requests had not ended when the step was read: the others' text means
+                nothing.
+        """
         accepted, draft = step.verified.num_accepted, step.proposed
         num_rows = len(accepted)
         lens = tuple(map(len, draft.tokens)) if draft else (0,) * num_rows
-        matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * num_rows
-        rows = zip(lens, accepted, matches, strict=True)
+        rows = list(compress(zip(lens, accepted, matches, strict=True), lives))
         self.policy.observe(
             Outcome(
                 decision=decision,
@@ -614,9 +729,9 @@ class Engine:
                 step_s=seconds[0],
                 draft_s=step.draft_s,
                 has_prefill=has_prefill,
-                version=self.version,
+                version=step.version,
                 plan_s=seconds[1],
             )
         )
         if self.on_rounds and draft and draft.kind == "eagle3":
-            self.on_rounds(list(zip(lens, accepted, strict=True)))
+            self.on_rounds([(drafted, kept) for drafted, kept, _ in rows])

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Program = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Something on its way from the device."""
+
+    event: torch.cuda.Event | None
+    """``None``: it is there."""
+
+    def wait(self) -> bool:
+        """Until it has arrived; other threads may run meanwhile. Says whether it had not yet."""
+        if self.event is None or self.event.query():  # type: ignore[no-untyped-call]
+            return False
+        self.event.synchronize()
+        return True
 
 
 class Graphs:
@@ -35,6 +52,16 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._memory):
             work()
         return graph.replay
+
+    def to_host(self, tensor: Tensor) -> tuple[Tensor, Landing]:
+        """A copy on the host, and when it is there: after all that was launched before."""
+        if not self.are_real:
+            return tensor.clone(), Landing(None)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return copy, Landing(event)
 
     def seconds(self, program: Program, repeats: int = 5) -> float:
         """Median time of a program, its launch included."""

@@ -22,8 +22,16 @@ from specops.rng import Numbering
 from specops.sampling import SamplingRows
 
 _LENGTH, _NONCE, _RECENT = 0, 1, 2
-_NUM_FIXED = 5
+_NUM_FIXED = 6
 """Fields behind the recent tokens."""
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that does not wait for what the device has under way, as one from memory that may be
+    moved would."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,11 @@ class LaneRows:
         """[R]"""
         return self._fixed(4)
 
+    @property
+    def captures_R(self) -> Tensor:
+        """[R] 1 for a request whose rows are captured, else 0."""
+        return self._fixed(5)
+
 
 class Lanes:
     """All lanes. The last one belongs to nobody: rows that fill up a batch use it."""
@@ -146,17 +159,19 @@ class Lanes:
                 np.uint64(sequence.key).astype(np.int64),
                 sequence.matches_target,
                 min(sampling.top_k or self._vocab_size, self._vocab_size),
+                sequence.request.capture,
             )
             held[: len(sequence.pages)] = sequence.pages
             reals[:] = sampling.temperature, sampling.top_p, sampling.min_p
         device = self.ints.device
-        index = torch.tensor([s.lane for s in sequences], device=device)
+        index = to_device(torch.tensor([s.lane for s in sequences]), device)
         for dim, state, news in (
             (1, self.ints, rows.T),
             (1, self.floats, floats.T),
             (0, self.pages, pages),
         ):
-            state.index_copy_(dim, index, torch.from_numpy(news).to(device))
+            fresh = to_device(torch.from_numpy(np.ascontiguousarray(news)), device)
+            state.index_copy_(dim, index, fresh)
         for sequence in sequences:
             sequence.lane_length = len(sequence.tokens)
 

@@ -12,20 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Program
-from serving.lanes import Lanes
+from serving.lanes import Lanes, to_device
 from serving.scheduler import Chunk
-from serving.target import KvPool, Target, TargetRows
+from serving.target import KvPool, Target
 from specops.attention import decode_slots
 
 BLOCK = 16
-_LANE, _FIRST, _IDS = 0, 1, 2
+_LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
 
 
 def num_blocks(chunk: Chunk) -> int:
     """Blocks that hold a chunk."""
-    return -(-(chunk.end - chunk.start) // BLOCK)
+    return -(-chunk.num_rows // BLOCK)
 
 
 class Prefill:
@@ -41,6 +42,7 @@ class Prefill:
         *,
         prefill_chunk: int,
         page_size: int,
+        ring: CaptureRing | None,
     ) -> None:
         self._target, self._pool, self._drafting = target, pool, drafting
         self._lanes, self._graphs = lanes, graphs
@@ -49,14 +51,13 @@ class Prefill:
         while self.most_blocks * BLOCK < prefill_chunk:
             self.most_blocks *= 2
         most_ends = min(self.most_blocks, lanes.padding)
-        device, hidden = target.device, target.config.hidden_size
+        device = target.device
         columns = _IDS + BLOCK
         self._inputs = torch.zeros((self.most_blocks, columns), dtype=torch.int64, device=device)
         self._ends = torch.zeros(most_ends, dtype=torch.int64, device=device)
-        num_rows = self.most_blocks * BLOCK
-        shape = (num_rows, len(target.layer_ids), hidden)
-        self._features = torch.zeros(shape, dtype=target.dtype, device=device)
-        self._hidden = torch.zeros((num_rows, hidden), dtype=target.dtype, device=device)
+        self._ring = ring
+        if ring is not None:
+            ring.reserve(self.most_blocks * BLOCK)
         self._logits: Tensor | None = None
         self._programs: dict[int, Program] = {}
 
@@ -64,43 +65,45 @@ class Prefill:
         """Whether one program can compute all of them."""
         return sum(map(num_blocks, chunks)) <= self.most_blocks
 
-    def run(self, chunks: tuple[Chunk, ...]) -> tuple[TargetRows, list[int], Tensor]:
-        """Compute the chunks' rows.
+    def run(self, chunks: tuple[Chunk, ...]) -> Tensor:
+        """Start to compute the chunks' rows.
 
         Returns:
-            the rows, first row of each chunk, and [N, V] float32 logits of the last row of each
-            chunk that ends its prompt, in order. All valid until the next program runs.
+            [N, V] float32 logits of the last row of each chunk that ends its prompt, in order;
+            valid until the next program runs.
         """
         blocks: list[list[int]] = []
-        starts: list[int] = []
         ends: list[int] = []
         for chunk in chunks:
-            starts.append(len(blocks) * BLOCK)
-            lane = chunk.sequence.lane
+            lane, keeps = chunk.sequence.lane, chunk.sequence.request.capture
             assert lane is not None, "a running request has a lane"
+            if chunk.is_last:
+                ends.append(len(blocks) * BLOCK + chunk.num_rows - 1)
             for first in range(chunk.start, chunk.end, BLOCK):
                 ids = chunk.sequence.tokens[first : min(first + BLOCK, chunk.end)]
-                blocks.append([lane, first, *ids, *[0] * (BLOCK - len(ids))])
-            if chunk.is_last:
-                ends.append(starts[-1] + chunk.end - chunk.start - 1)
+                kept = len(ids) if keeps else 0
+                blocks.append([lane, first, kept, *ids, *[0] * (BLOCK - len(ids))])
         size = 1
         while size < len(blocks):
             size *= 2
-        blocks += [[self._lanes.padding, *[0] * (BLOCK + 1)]] * (size - len(blocks))
-        self._inputs[:size].copy_(torch.tensor(blocks))
+        blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
+        device = self._target.device
+        self._inputs[:size].copy_(to_device(torch.tensor(blocks), device))
         padded = ends + [0] * (min(size, len(self._ends)) - len(ends))
-        self._ends[: len(padded)].copy_(torch.tensor(padded))
+        self._ends[: len(padded)].copy_(to_device(torch.tensor(padded), device))
         self._lanes.write([c.sequence for c in chunks if c.sequence.lane_length is None])
         self._program(size)()
         for chunk in chunks:
             self._note(chunk)
-        rows = size * BLOCK
         assert self._logits is not None
-        return (
-            TargetRows(self._features[:rows], self._hidden[:rows]),
-            starts,
-            self._logits[: len(ends)],
-        )
+        return self._logits[: len(ends)]
+
+    def numbers(self, chunks: tuple[Chunk, ...]) -> list[int] | None:
+        """Running number of the first captured row of each chunk, once all rounds before have been
+        read; ``None`` without a ring."""
+        if self._ring is None:
+            return None
+        return self._ring.number([c.num_rows * c.sequence.request.capture for c in chunks])
 
     def _note(self, chunk: Chunk) -> None:
         """The drafter's rows were computed too; they are of use if it had all before them."""
@@ -142,6 +145,6 @@ class Prefill:
         assert self._logits is not None
         last = computed.hidden_TH.index_select(0, self._ends[:count])
         self._logits[:count].copy_(self._target.logits(last))
-        num_rows = size * BLOCK
-        self._features[:num_rows].copy_(computed.features_TmH)
-        self._hidden[:num_rows].copy_(computed.hidden_TH)
+        if self._ring is not None:
+            taps, hidden = computed.features_TmH, computed.hidden_TH
+            self._ring.append(taps, hidden, blocks[:, _KEPT], first, blocks[:, _LANE])

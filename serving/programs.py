@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.graphs import Graphs
 from serving.lanes import Lanes
@@ -47,12 +48,17 @@ def make_programs(
     prefill_chunk: int,
     page_size: int,
     rule: Rule,
+    ring: CaptureRing | None,
     fuse: bool,
 ) -> Programs:
     """Programs for these sizes; on a GPU they become CUDA graphs.
 
     Args:
+        ring: takes the committed rows of requests that capture.
         fuse: replace the target's own code by our decoder, if it is a model that we know.
+
+    Raises:
+        ValueError: the ring does not hold the rows of one step.
     """
     # A block's last rows may lie behind the last position that a request can use.
     pages_each = -(-(max_model_len + drafting.max_draft + 1 + BLOCK) // page_size)
@@ -60,8 +66,11 @@ def make_programs(
         log.warning("the target's own code computes its layers, which is slower: %s", reason)
     lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
     graphs = Graphs(target.device)
-    rounds = Rounds(target, pool, drafting, lanes, graphs, page_size=page_size, rule=rule)
-    prefill = Prefill(
-        target, pool, drafting, lanes, graphs, prefill_chunk=prefill_chunk, page_size=page_size
+    rounds = Rounds(
+        target, pool, drafting, lanes, graphs, page_size=page_size, rule=rule, ring=ring
     )
+    prefill = Prefill(
+        target, pool, drafting, lanes, graphs,
+        prefill_chunk=prefill_chunk, page_size=page_size, ring=ring,
+    )  # fmt: skip
     return Programs(graphs, lanes, rounds, prefill)

@@ -3,7 +3,8 @@
 Nothing in it looks at a value: shapes, launches and addresses depend on (batch bucket, K, source)
 alone, so that every such program is captured in a CUDA graph at start-up and a round is one launch.
 The requests' state is in lanes on the device and is committed there; the host uploads which lanes
-take part (and what the suffix index proposes) and reads back what was decided.
+take part (and what the suffix index proposes) and reads back what was decided, when it likes: the
+next round may be launched before that.
 
 A drafter's rows are computed at the end of the round that committed them, K + 1 at once, and the
 output at the new anchor is kept in the lane: the next draft starts from it whatever its K is.
@@ -18,9 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from serving.capture import CaptureRing
 from serving.drafting import Drafting
-from serving.graphs import Graphs, Program
-from serving.lanes import LaneRows, Lanes
+from serving.graphs import Graphs, Landing, Program
+from serving.lanes import LaneRows, Lanes, to_device
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
 from serving.verifying import Proposed, Rule, Verified
@@ -31,6 +33,8 @@ from specops.verify_logits import Rule as Judge
 from specops.verify_logits import verify_greedy
 
 _SOURCES = ("eagle3", "suffix")
+_TOKENS = 4
+"""Columns of the outputs before the draft tokens: accepted, next, drafted, captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +72,31 @@ def buckets(max_batch: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
+class Launched:
+    """A round that is under way, or done and not read yet."""
+
+    batch: list[Sequence]
+    key: _Key
+    outputs: Tensor
+    """[size, columns] on the host, valid once ``landed``."""
+    landed: Landing
+    draft_share: float
+    """Share of its time that is spent on drafting."""
+
+    @property
+    def warms(self) -> bool:
+        """It leaves the neural drafter with all rows of what it commits."""
+        return self.key.source == "eagle3"
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
-    """What one round decided, on the host, and the rows it computed, on the device."""
+    """What one round decided, on the host."""
 
     proposed: Proposed | None
     verified: Verified
-    computed: TargetRows
-    """R * Q rows, valid until the next round."""
-    num_query: int
+    numbers: list[int] | None
+    """[R] running number of each request's first captured row; ``None`` without a ring."""
 
 
 class Rounds:
@@ -91,10 +112,12 @@ class Rounds:
         *,
         page_size: int,
         rule: Rule,
+        ring: CaptureRing | None,
     ) -> None:
         """
         Args:
             rule: verifies sampled requests that have no seed.
+            ring: takes the committed rows of requests that capture.
         """
         self._rule = {"block": Judge.BLOCK, "standard": Judge.STANDARD}[rule]
         self._target, self._pool, self._drafting = target, pool, drafting
@@ -103,18 +126,14 @@ class Rounds:
         self._max_draft = max_draft = drafting.max_draft
         max_batch = lanes.padding
         self._buckets = buckets(max_batch)
-        device, hidden = target.device, target.config.hidden_size
-        pinned = device.type == "cuda"
+        device = target.device
         self._inputs = torch.zeros((max_batch, 2 + max_draft), dtype=torch.int64, device=device)
-        self._inputs_host = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=pinned)
-        # accepted, next, drafted; then tokens, bits of log p and of log q
-        columns = 3 + 3 * max_draft
+        # accepted, next, drafted, captured; then tokens, bits of log p and of log q
+        columns = _TOKENS + 3 * max_draft
         self._outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
-        self._outputs_host = torch.zeros(self._outputs.shape, dtype=torch.int64, pin_memory=pinned)
-        most_rows = max_batch * (max_draft + 1)
-        shape = (most_rows, len(target.layer_ids), hidden)
-        self._features = torch.zeros(shape, dtype=target.dtype, device=device)
-        self._hidden = torch.zeros((most_rows, hidden), dtype=target.dtype, device=device)
+        self._ring = ring
+        if ring is not None:
+            ring.reserve(max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
         self._catch_ups: dict[int, Program] = {}
         self._draft_share: dict[tuple[int, int], float] = {}
@@ -126,61 +145,36 @@ class Rounds:
         sampling = [s.request.sampling for s in batch]
         return all(p.logprobs is None and not p.adjusts_logits for p in sampling)
 
-    def draft_share(self, num_rows: int, num_draft: int) -> float:
-        """Share of a round of the neural drafter that is spent on drafting."""
-        return self._draft_share.get((self._bucket(num_rows), num_draft), 0.0)
-
-    def run(
+    def launch(
         self, batch: list[Sequence], source: str, num_draft: int, given: list[list[int]] | None
-    ) -> Decoded:
-        """Decode every request of ``batch`` by one round.
+    ) -> Launched:
+        """Start a round that decodes every request of ``batch``.
+
+        Requests that are in a round which was not read yet may take part in this one: their lanes
+        know. For them the neural drafter, if it is the source, must be warm.
 
         Args:
             given: what the suffix index proposes for each, if it is the source.
         """
-        self._lanes.write([s for s in batch if s.lane_length != len(s.tokens)])
+        known = [s for s in batch if not s.is_flying]
+        self._lanes.write([s for s in known if s.lane_length != len(s.tokens)])
         if source == "eagle3":
-            self._warm(batch)
+            self._warm(known)
         size = self._upload(batch, given)
         key = _Key(size, num_draft, source, all(s.is_greedy for s in batch))
         self._program(key)()
-        self._outputs_host[:size].copy_(self._outputs[:size], non_blocking=True)
-        self._graphs.synchronize()
-        return self._read(batch, key)
+        outputs, landed = self._graphs.to_host(self._outputs[:size])
+        share = self._draft_share.get((size, num_draft), 0.0) if source == "eagle3" else 0.0
+        return Launched(batch, key, outputs, landed, share)
 
-    def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
-        """Lanes and proposals of a batch; returns its bucket."""
-        size = self._bucket(len(batch))
-        inputs = self._inputs_host[:size]
-        inputs[:, 0] = self._lanes.padding
-        inputs[: len(batch), 0] = torch.tensor([s.lane for s in batch])
-        if given is not None:
-            inputs[:, 1] = 0
-            padded = [[len(p), *p, *[0] * (self._max_draft - len(p))] for p in given]
-            inputs[: len(batch), 1:] = torch.tensor(padded)
-        self._inputs[:size].copy_(inputs, non_blocking=True)
-        return size
-
-    def _warm(self, batch: list[Sequence]) -> None:
-        """The drafter catches up on requests that were decoded without it."""
-        cold = [s for s in batch if s.draft_next != len(s.tokens)]
-        recent = [s for s in cold if len(s.tokens) - s.draft_next <= self._lanes.num_recent]
-        if recent:
-            size = self._upload(recent, None)
-            self._catch_up_program(size)()
-            self._graphs.synchronize()  # the host's buffer of inputs is written again at once
-            for sequence in recent:
-                self._drafting.is_warm_to(sequence, len(sequence.tokens))
-        rest = [s for s in cold if s.draft_next != len(s.tokens)]
-        if rest:
-            lanes = torch.tensor([s.lane for s in rest], device=self._target.device)
-            self._lanes.outputs_LH.index_copy_(0, lanes, self._drafting.catch_up(rest))
-
-    def _read(self, batch: list[Sequence], key: _Key) -> Decoded:
-        num_draft, outputs = key.num_draft, self._outputs_host[: len(batch)]
-        rows = outputs[:, : 3 + num_draft].tolist()
-        accepted, following, lens = ([row[i] for row in rows] for i in range(3))
-        tokens = [row[3 : 3 + n] for row, n in zip(rows, lens, strict=True)]
+    def read(self, launched: Launched) -> Decoded:
+        """Wait for a round and read what it decided; rounds are read in order."""
+        launched.landed.wait()
+        key, num_draft = launched.key, launched.key.num_draft
+        outputs = launched.outputs[: len(launched.batch)]
+        rows = outputs[:, : _TOKENS + num_draft].tolist()
+        accepted, following, lens, captured = ([row[i] for row in rows] for i in range(_TOKENS))
+        tokens = [row[_TOKENS : _TOKENS + n] for row, n in zip(rows, lens, strict=True)]
         if key.is_greedy:  # a kept token is certain, the first rejected one impossible
             p_logp = [[0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted]
         else:
@@ -189,19 +183,44 @@ class Rounds:
         if key.source == "eagle3" and not key.is_greedy:
             logq = self._reals(outputs, 2).tolist()
             q_logp = [row[:n] for row, n in zip(logq, lens, strict=True)]
+        for sequence, kept in zip(launched.batch, accepted, strict=True):
+            if sequence.finish_reason is None:
+                sequence.lane_length = len(sequence.tokens) + kept + 1
+                if launched.warms:
+                    self._drafting.is_warm_to(sequence, sequence.lane_length)
         proposed = Proposed(key.source, tokens, q_logp) if num_draft else None
-        for sequence, kept in zip(batch, accepted, strict=True):
-            sequence.lane_length = len(sequence.tokens) + kept + 1
-            if key.source == "eagle3":
-                self._drafting.is_warm_to(sequence, sequence.lane_length)
-        num_rows = len(batch) * (num_draft + 1)
-        computed = TargetRows(self._features[:num_rows], self._hidden[:num_rows])
-        return Decoded(proposed, Verified(accepted, following, p_logp), computed, num_draft + 1)
+        numbers = None if self._ring is None else self._ring.number(captured)
+        return Decoded(proposed, Verified(accepted, following, p_logp), numbers)
 
     def _reals(self, outputs: Tensor, block: int) -> Tensor:
         """[R, max_draft] float64 behind the tokens: log p (1) or log q (2)."""
-        start = 3 + block * self._max_draft
+        start = _TOKENS + block * self._max_draft
         return outputs[:, start : start + self._max_draft].contiguous().view(torch.float64)
+
+    def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
+        """Lanes and proposals of a batch; returns its bucket."""
+        size = self._bucket(len(batch))
+        inputs = torch.zeros((size, self._inputs.shape[1] if given else 1), dtype=torch.int64)
+        inputs[:, 0] = self._lanes.padding
+        inputs[: len(batch), 0] = torch.tensor([s.lane for s in batch])
+        if given:
+            padded = [[len(p), *p, *[0] * (self._max_draft - len(p))] for p in given]
+            inputs[: len(batch), 1:] = torch.tensor(padded)
+        self._inputs[:size, : inputs.shape[1]].copy_(to_device(inputs, self._inputs.device))
+        return size
+
+    def _warm(self, batch: list[Sequence]) -> None:
+        """The drafter catches up on requests that were decoded without it."""
+        cold = [s for s in batch if s.draft_next != len(s.tokens)]
+        recent = [s for s in cold if len(s.tokens) - s.draft_next <= self._lanes.num_recent]
+        if recent:
+            self._catch_up_program(self._upload(recent, None))()
+            for sequence in recent:
+                self._drafting.is_warm_to(sequence, len(sequence.tokens))
+        rest = [s for s in cold if s.draft_next != len(s.tokens)]
+        if rest:
+            lanes = torch.tensor([s.lane for s in rest], device=self._target.device)
+            self._lanes.outputs_LH.index_copy_(0, lanes, self._drafting.catch_up(rest))
 
     # ---- programs ------------------------------------------------------------------------------
 
@@ -270,11 +289,12 @@ class Rounds:
         if key.source == "eagle3":
             self._take_in(lanes, rows, emitted, accepted, computed)
         self._lanes.commit(lanes, rows, emitted, count)
-        decided = torch.stack((accepted, following, lens), dim=1)
-        self._outputs[:size, : 3 + num_draft] = torch.cat((decided, drafts.tokens_RK), dim=1)
-        num_rows = size * (num_draft + 1)
-        self._features[:num_rows].copy_(computed.features_TmH)
-        self._hidden[:num_rows].copy_(computed.hidden_TH)
+        captured = count * rows.captures_R
+        if self._ring is not None:
+            taps, hidden = computed.features_TmH, computed.hidden_TH
+            self._ring.append(taps, hidden, captured, rows.length_R - 1, lanes)
+        decided = torch.stack((accepted, following, lens, captured), dim=1)
+        self._outputs[:size, : _TOKENS + num_draft] = torch.cat((decided, drafts.tokens_RK), dim=1)
 
     def _verify(
         self, logits: Tensor, rows: LaneRows, drafts: _Drafts, lens: Tensor, key: _Key
@@ -288,7 +308,7 @@ class Rounds:
         )
         for block, reals in ((1, verdict.draft_logp_RK), (2, drafts.logq_RK)):
             if reals is not None and key.num_draft:
-                start = 3 + block * self._max_draft
+                start = _TOKENS + block * self._max_draft
                 bits = reals.double().view(torch.int64)
                 self._outputs[: key.size, start : start + key.num_draft] = bits
         return verdict.num_accepted_R, verdict.next_R

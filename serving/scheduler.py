@@ -22,6 +22,11 @@ class Chunk:
     end: int
 
     @property
+    def num_rows(self) -> int:
+        """Positions to compute."""
+        return self.end - self.start
+
+    @property
     def is_last(self) -> bool:
         """Reaches the anchor: its last row yields the first token."""
         return self.end == len(self.sequence.tokens)

@@ -43,6 +43,8 @@ class Sequence:
     """Its row of the state on the device, while it runs."""
     lane_length: int | None = None
     """Tokens that row knows of; ``None`` before it is written."""
+    is_flying: bool = False
+    """In a round whose outcome was not read yet: its lane knows more than ``tokens``."""
     num_emitted: int = 0
     """Completion tokens already sent out."""
     finish_reason: FinishReason | None = None

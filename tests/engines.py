@@ -138,6 +138,7 @@ def make_engine(
     neural = PagedEagle3(drafter, target.embed, num_slots)
     index = SuffixIndex(2, 8, 10_000) if suffix else None
     pool = target.make_pool(num_slots)
+    ring = CaptureRing(ring_rows, len(target.layer_ids), target.config.hidden_size)
     drafting = Drafting(target, neural, index, num_pages, page_size, max_draft)
     return Engine(
         target=target,
@@ -158,11 +159,12 @@ def make_engine(
             prefill_chunk=prefill_chunk,
             page_size=page_size,
             rule=rule,
+            ring=ring,
             fuse=fuse,
         )
         if programs
         else None,
-        ring=CaptureRing(ring_rows, len(target.layer_ids), target.config.hidden_size),
+        ring=ring,
         max_model_len=256,
         max_queue=100_000,
         model_name="tiny",

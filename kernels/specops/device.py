@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specops import attention, draft_sampling
+from specops import attention, capture_pack, draft_sampling
 from specops import verify_logits as logits_definition
 from specops.attention import DecodePass
+from specops.capture_pack import PackRing
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
@@ -69,3 +70,20 @@ def verify_logits(
     return judge(
         logits_RK1V, sampling, draft_RK, lens_R, rules_R, numbering, drafted, with_logprobs=False
     )
+
+
+def pack_kept_rows(
+    features_TmH: Tensor,
+    hidden_TH: Tensor,
+    counts_R: Tensor,
+    first_R: Tensor,
+    lanes_R: Tensor,
+    ring: PackRing,
+) -> None:
+    """See ``specops.capture_pack.pack_kept_rows``."""
+    pack = capture_pack.pack_kept_rows
+    if hidden_TH.is_cuda:
+        from specops import capture_pack_triton
+
+        pack = capture_pack_triton.pack_kept_rows
+    pack(features_TmH, hidden_TH, counts_R, first_R, lanes_R, ring)

@@ -16,6 +16,12 @@ from tests.engines import make_engine, random_model, request_of, run
 PROMPT = list(range(30))
 
 
+@pytest.fixture(params=[False, True], ids=["passes", "programs"])
+def programs(request):
+    """Whether steps are computed by programs, which append their rows themselves."""
+    return request.param
+
+
 def traces_of(engine, requests, dtype="bfloat16"):
     """Run and return each request's trace after a round trip through the codec."""
     lost = []
@@ -47,13 +53,16 @@ def restored(features):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("float8_e4m3fn", 2**-4)])
-def test_rows_equal_the_models_hidden_states(dtype, tolerance):
+def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
     model = random_model("qwen3")
-    engine = make_engine(model, prefix_cache=False)
+    engine = make_engine(model, prefix_cache=False, programs=programs, max_batch=4)
+    requests = [
+        request_of(str(i), [*PROMPT, i], 20 + i, capture=i % 3 != 1) for i in range(9)
+    ]
 
-    traces, lost = traces_of(
-        engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(3)], dtype
-    )
+    traces, lost = traces_of(engine, requests, dtype)
+
+    assert set(traces) == {str(i) for i in range(9) if i % 3 != 1}
 
     for trace in traces.values():
         tokens = trace.token_ids.tolist()
@@ -65,9 +74,9 @@ def test_rows_equal_the_models_hidden_states(dtype, tolerance):
     assert lost == 0
 
 
-def test_rows_of_cached_prefix_pages_are_absent_not_invented():
+def test_rows_of_cached_prefix_pages_are_absent_not_invented(programs):
     model = random_model("qwen3")
-    engine = make_engine(model, prefill_chunk=7)
+    engine = make_engine(model, prefill_chunk=7, programs=programs)
     traces_of(engine, [request_of("first", [*PROMPT, 50], 8)])
 
     traces, _ = traces_of(engine, [request_of("second", [*PROMPT, 60], 8)])
@@ -78,8 +87,8 @@ def test_rows_of_cached_prefix_pages_are_absent_not_invented():
     torch.testing.assert_close(restored(second.features), want, atol=0.05, rtol=0.01)
 
 
-def test_rounds_tell_the_whole_completion():
-    engine = make_engine(random_model("qwen3"))
+def test_rounds_tell_the_whole_completion(programs):
+    engine = make_engine(random_model("qwen3"), programs=programs)
     traces, _ = traces_of(engine, [request_of("a", PROMPT, 25), request_of("b", [1, 2], 25)])
 
     for trace in traces.values():
@@ -93,21 +102,28 @@ def test_rounds_tell_the_whole_completion():
             position += len(emitted)
 
 
-def test_a_request_that_opts_out_leaves_no_trace():
-    engine = make_engine(random_model("qwen3"))
+def test_a_request_that_opts_out_leaves_no_trace(programs):
+    engine = make_engine(random_model("qwen3"), programs=programs)
     traces, _ = traces_of(
         engine, [request_of("in", PROMPT, 9), request_of("out", PROMPT, 9, capture=False)]
     )
     assert set(traces) == {"in"}
 
 
-def test_rows_overwritten_in_the_ring_are_counted_and_masked():
-    engine = make_engine(random_model("qwen3"), ring_rows=24, prefix_cache=False)
-    traces, lost = traces_of(engine, [request_of("long", PROMPT, 40)])
+def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
+    engine = make_engine(
+        random_model("qwen3"), ring_rows=48, prefix_cache=False, programs=programs
+    )
+    traces, lost = traces_of(engine, [request_of("long", PROMPT, 60)])
 
     features = traces["long"].features
-    assert lost == 69 - len(features.positions) > 0
-    assert features.positions.tolist() == list(range(69 - len(features.positions), 69))
+    assert lost == 89 - len(features.positions) > 0
+    assert features.positions.tolist() == list(range(89 - len(features.positions), 89))
+
+
+def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
+    with pytest.raises(ValueError, match="45 rows at once do not fit a ring of 44"):
+        make_engine(random_model("qwen3"), ring_rows=44, programs=True)
 
 
 def test_the_ring_wraps_without_mixing_rows():

@@ -22,13 +22,14 @@ def plain_tokens(model, max_tokens=40):
     return run(make_engine(model), [request_of("p", PROMPT, max_tokens, max_draft=0)])["p"]
 
 
-def test_an_end_token_inside_an_accepted_block_ends_there(model):
+@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
+def test_an_end_token_inside_an_accepted_block_ends_there(model, programs):
     tokens = plain_tokens(model).token_ids
     end = tokens[7]
     cut = tokens.index(end) + 1
 
     got = run(
-        make_engine(model, eos_ids=frozenset({end})),
+        make_engine(model, eos_ids=frozenset({end}), programs=programs),
         [request_of("eos", PROMPT, 40), request_of("on", PROMPT, 40, ignore_eos=True)],
     )
 
@@ -80,8 +81,9 @@ def run_without_steps(engine, request):
     return collected
 
 
-def test_cancelling_frees_pages_at_any_stage(model):
-    engine = make_engine(model, max_batch=2)
+@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
+def test_cancelling_frees_pages_at_any_stage(model, programs):
+    engine = make_engine(model, max_batch=2, programs=programs)
     collected = {str(i): Collected() for i in range(5)}
     for name, taker in collected.items():
         engine.submit(request_of(name, PROMPT + [int(name)] * 30, 100), taker.take)
@@ -127,9 +129,10 @@ def test_a_full_queue_and_a_draining_engine_say_so(model):
         engine.submit(request_of("c", PROMPT, 4), Collected().take)
 
 
-def test_a_failing_step_ends_its_requests_and_serving_goes_on(model):
+@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
+def test_a_failing_step_ends_its_requests_and_serving_goes_on(model, programs):
     """A real failure: the target is made to raise once, by a broken weight shape."""
-    engine = make_engine(model)
+    engine = make_engine(model, programs=programs)
     weight = engine.target.decoder.norm.weight
     engine.target.decoder.norm.weight = torch.nn.Parameter(weight[:-1], requires_grad=False)
     collected = Collected()

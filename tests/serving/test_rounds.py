@@ -35,7 +35,11 @@ def rounds_of(
     arms: list[tuple[str, int]], rounds: bool, num_requests: int = 7, **sampling: Any
 ) -> dict[str, Any]:
     """Every round of some requests, in order, and what the capture ring kept of them."""
-    engine = make_engine(random_model("qwen3"), policy=Alternating(arms), programs=rounds)
+    # A lane for each: a request that waits for one would begin one step later behind a round that
+    # is read late, and meet other arms.
+    engine = make_engine(
+        random_model("qwen3"), policy=Alternating(arms), programs=rounds, max_batch=8
+    )
     kept: dict[str, Any] = {}
     engine.on_finished = lambda sequence: kept.__setitem__(
         sequence.request.id,

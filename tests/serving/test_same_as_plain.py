@@ -54,8 +54,12 @@ def asked(model):
     return requests, plain
 
 
-@pytest.mark.parametrize("kind", [*DRAFTERS, "swapped at every step"])
-def test_random_requests_are_answered_the_same(model, asked, kind):
+@pytest.mark.parametrize(
+    ("kind", "programs"),
+    [(kind, False) for kind in (*DRAFTERS, "swapped at every step")]
+    + [("random", True), ("swapped at every step", True)],
+)
+def test_random_requests_are_answered_the_same(model, asked, kind, programs):
     requests, plain = asked
     swaps = kind not in DRAFTERS
     order = random.Random(5).sample(requests[:60], 60) + requests[60:]
@@ -67,6 +71,7 @@ def test_random_requests_are_answered_the_same(model, asked, kind):
         scramble if swaps else lambda _engine, _step: None,
         max_batch=13,
         prefill_chunk=24,
+        programs=programs,
     )
 
     figures = engine.figures()

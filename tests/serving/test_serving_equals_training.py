@@ -27,14 +27,21 @@ def served_logits(engine, monkeypatch):
     monkeypatch.setattr(
         engine.drafting, "keep_features", lambda slots, rows: store(slots, rows.bfloat16().float())
     )
+    neural = engine.drafting.neural
+    take_in = neural.take_in
+    monkeypatch.setattr(
+        neural, "take_in", lambda ids, rows, at: take_in(ids, rows.bfloat16().float(), at)
+    )
     return seen
 
 
+@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architecture):
+def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architecture, programs):
     engine = make_engine(
-        random_model(architecture), policy=FixedPolicy("eagle3", K), suffix=False, prefill_chunk=7
-    )
+        random_model(architecture), policy=FixedPolicy("eagle3", K), suffix=False,
+        prefill_chunk=7, programs=programs,
+    )  # fmt: skip
     seen = served_logits(engine, monkeypatch)
     trace = traces_of(engine, [request_of("a", PROMPT, 40)])[0]["a"]
     module = engine.drafting.neural.module

@@ -1,0 +1,128 @@
+"""A round is launched before the one before it was read, and nobody can tell from what comes out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from policies.interface import Decision
+from tests.engines import Collected, RandomPolicy, make_engine, random_model, request_of, run
+
+V = 288
+PROMPT = [40, 41, 42, 43]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("qwen3", vocab_size=V)
+
+
+class Steady(RandomPolicy):
+    """Plays one arm and keeps what it is told."""
+
+    def __init__(self, drafter, draft_k):
+        self.arm = drafter, draft_k
+        self.told = []
+
+    def plan(self, obs):
+        return Decision(self.arm[0], min(self.arm[1], obs.max_draft), 1.0, False, "test")
+
+    def observe(self, outcome):
+        self.told.append(outcome)
+
+
+def begin(engine, *requests):
+    collected = {r.id: Collected() for r in requests}
+    for request in requests:
+        engine.submit(request, collected[request.id].take)
+    return collected
+
+
+@pytest.mark.parametrize("arm", [("none", 0), ("eagle3", 3)])
+def test_a_round_is_launched_before_the_last_one_is_read(model, arm):
+    policy = Steady(*arm)
+    engine = make_engine(model, policy=policy, programs=True)
+    got = begin(engine, request_of("a", PROMPT, 50))["a"]
+
+    lengths = []
+    with torch.inference_mode():
+        for _ in range(4):
+            engine.step()
+            lengths.append(len(got.token_ids))
+
+    # The prompt's step yields a token, the next one launches a round, the one after it reads that.
+    assert lengths[:2] == [1, 1]
+    assert 1 < lengths[2] < lengths[3]
+    assert len(policy.told) == 2
+
+
+def test_lanes_and_pages_change_hands_while_a_round_flies(model):
+    """More requests than lanes, ends inside blocks, cancellations: each answer is its own."""
+    numbers = random.Random(3)
+    requests = [
+        request_of(str(i), [numbers.randrange(V) for _ in range(numbers.randint(1, 40))],
+                   numbers.randint(1, 40))
+        for i in range(40)
+    ]  # fmt: skip
+    whole = run(make_engine(model, max_batch=4, eos_ids=frozenset(range(5))), requests)
+    doomed = {str(i): numbers.randint(5, 60) for i in range(0, 40, 5)}
+
+    def between(engine, step):
+        for name, when in doomed.items():
+            if step == when:
+                engine.cancel(name)
+
+    # Pages for about three requests at a time: those of one that ended are taken again at once.
+    engine = make_engine(
+        model, max_batch=4, eos_ids=frozenset(range(5)), programs=True, num_pages=90
+    )
+    got = run(engine, requests, between)
+
+    cancelled = {name for name, c in got.items() if c.last.finish_reason == "cancelled"}
+    assert cancelled and cancelled <= set(doomed)
+    for name, collected in got.items():
+        want = whole[name].token_ids
+        if name in cancelled:
+            assert collected.token_ids == want[: len(collected.token_ids)]
+        else:
+            assert collected.token_ids == want
+            assert collected.last.finish_reason == whole[name].last.finish_reason
+    assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_usable
+
+
+def test_a_round_counts_for_the_version_that_drafted_it(model):
+    policy = Steady("eagle3", 2)
+    engine = make_engine(model, policy=policy, programs=True)
+    rounds = []
+    engine.on_finished = lambda sequence: rounds.extend(sequence.rounds)
+    versions = []
+    engine.on_rounds = lambda _rounds: versions.append(engine.version)
+
+    def between(engine, step):
+        engine.drafting.neural.version = step // 4
+
+    run(engine, [request_of("a", PROMPT, 60)], between)
+
+    # Step 0 computes the prompt, step n launches round n - 1.
+    assert [r.version for r in rounds] == [(n + 1) // 4 for n in range(len(rounds))]
+    # A round that lands behind a swap tells nothing of the weights in force.
+    assert len(policy.told) == len(versions) < len(rounds)
+    assert all(told.version == version for told, version in zip(policy.told, versions, strict=True))
+
+
+def test_what_a_request_drafts_behind_its_end_is_told_nobody(model):
+    plain = run(make_engine(model), [request_of("p", PROMPT, 40, max_draft=0)])["p"].token_ids
+    end = plain[9]
+    policy = Steady("eagle3", 3)
+    engine = make_engine(model, policy=policy, programs=True, eos_ids=frozenset({end}))
+
+    got = run(engine, [request_of("a", PROMPT, 40), request_of("b", PROMPT, 40, ignore_eos=True)])
+
+    assert got["a"].token_ids == plain[: plain.index(end) + 1]
+    assert got["b"].token_ids == plain
+    behind = [told for told in policy.told if len(told.rows) < told.batch]
+    assert len(behind) == 1, "one round was under way when the first request ended"
+    figures = engine.figures()
+    assert figures.generation_tokens == len(got["a"].token_ids) + len(got["b"].token_ids)
