@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,37 @@ _PROFILE_REPEATS = 5
 _PROFILE_CONTEXT = 128
 
 
-def build_engine(settings: Settings) -> Service:
+@dataclass(frozen=True, slots=True)
+class LoadedTarget:
+    """A target in memory, on the device that decodes."""
+
+    model: Any
+    """A Hugging Face causal LM in the dtype that it is served in; becomes the engine's own."""
+    tokenizer: Any
+    fingerprint: str
+    """64 hex digits that tie drafters and traces to it."""
+    name: str
+    """What it is called unless ``server.model_name`` says otherwise."""
+
+
+def load_target(settings: Settings) -> LoadedTarget:
+    """The target that the settings name.
+
+    Raises:
+        ValueError: it cannot be used; the text says why.
+    """
+    device = pick_device(settings.device)
+    folder = target_folder(settings.target)
+    fingerprint = target_fingerprint(folder)
+    model = load_model(folder, pick_dtype(settings.dtype, device), device)
+    return LoadedTarget(model, load_tokenizer(folder), fingerprint, folder.name)
+
+
+def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Service:
     """Load everything, measure step times, and return a service that is ready to start.
+
+    Args:
+        loaded: serve this target; ``None``: load the one that the settings name.
 
     Raises:
         ValueError: the target or the drafter cannot be used; the text says why.
@@ -63,10 +93,8 @@ def build_engine(settings: Settings) -> Service:
     if settings.engine.cpu_threads is not None:
         torch.set_num_threads(settings.engine.cpu_threads)
     torch.set_flush_denormal(True)
-    device = pick_device(settings.device)
-    folder = target_folder(settings.target)
-    fingerprint = target_fingerprint(folder)
-    model: Any = load_model(folder, pick_dtype(settings.dtype, device), device)
+    loaded = load_target(settings) if loaded is None else loaded
+    model, fingerprint = loaded.model, loaded.fingerprint
     start = _first_drafter(settings, model, fingerprint)
     layer_ids = start[0].layer_ids if start else ()
     target = Target(model, layer_ids)
@@ -93,7 +121,7 @@ def build_engine(settings: Settings) -> Service:
             settings.engine.prefill_chunk,
             settings.drafter.max_draft,
         ),
-        tokenizer=load_tokenizer(folder),
+        tokenizer=loaded.tokenizer,
         eos_ids=_eos_ids(model),
         policy=policy,
         drafting=drafting,
@@ -101,7 +129,7 @@ def build_engine(settings: Settings) -> Service:
         ring=ring,
         max_model_len=settings.engine.max_model_len,
         max_queue=settings.engine.max_queue,
-        model_name=settings.server.model_name or folder.name,
+        model_name=settings.server.model_name or loaded.name,
         seed=settings.seed,
         rule=settings.engine.verification,
     )

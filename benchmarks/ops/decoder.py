@@ -80,21 +80,27 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def random_model(config: Any) -> Any:
-    """A model on the GPU in bfloat16, drawn there."""
+    """A model on the GPU in bfloat16, with this benchmark's attention."""
+    model = random_weights(config, torch.device("cuda"), torch.bfloat16)
+    fuse_norms(model)
+    model.set_attn_implementation(_NAME)
+    return model
+
+
+def random_weights(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model with weights drawn where it is to compute."""
     make = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
     with torch.device("meta"):
-        model = make(config).to(torch.bfloat16)
-    model.to_empty(device="cuda")
+        model = make(config).to(dtype)
+    model.to_empty(device=device)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).cuda()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02)
-    fuse_norms(model)
-    model.set_attn_implementation(_NAME)
     return model.eval().requires_grad_(False)
 
 
@@ -133,13 +139,17 @@ def make_step(config: Any, batch: int, num_query: int, context: int) -> Step:
     return Step(batch, num_query, context, ids, positions, slots, pool, attend)
 
 
-def floor_bytes(config: Any, model: Any, step: Step) -> int:
-    """Weights once, without the rows of an untied embedding, and every key and value once."""
+def floor_bytes(config: Any, model: Any, num_keys: int) -> int:
+    """Weights once, without the rows of an untied embedding, and every key and value once.
+
+    Args:
+        num_keys: positions that are seen, over all requests.
+    """
     weights = {p.data_ptr(): p.numel() for p in model.parameters()}
     if not config.tie_word_embeddings:
         del weights[model.model.embed_tokens.weight.data_ptr()]
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return 2 * (sum(weights.values()) + per_position * step.batch * step.context)
+    return 2 * (sum(weights.values()) + per_position * num_keys)
 
 
 def by_hugging_face(model: Any, step: Step) -> Tensor:
@@ -203,7 +213,7 @@ def _row(
         "batch": step.batch,
         "num_query": step.num_query,
         "context": step.context,
-        "floor_ms": floor_bytes(config, model, step) / bandwidth * 1e3,
+        "floor_ms": floor_bytes(config, model, step.batch * step.context) / bandwidth * 1e3,
     }
     want = by_hugging_face(model, step)
     if hugging_face:

@@ -116,6 +116,13 @@ def graphed(work: Callable[[], object], repeats: int = 20, calls: int = 5) -> Ti
     return _summary([(t - base) / calls for t in with_work])
 
 
+def replayed(launch: Callable[[], object], repeats: int = 20) -> Timed:
+    """Time of a graph that is there already, behind kernels that overwrite the cache."""
+    for _ in range(_WARM_UPS):
+        launch()
+    return _summary([_device_ms(launch) for _ in range(repeats)])
+
+
 def eager(work: Callable[[], object], repeats: int = 20) -> Timed:
     """Time of one call that cannot be captured, between two events, with a cold cache.
 

@@ -1,0 +1,1 @@
+"""What the engine reaches on one GPU: ``python -m benchmarks.engine``."""

@@ -1,0 +1,180 @@
+"""Plain decoding: step time beside the memory floor, and how idle the device is between steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.engine.engines import Made, Place, engine_of
+from benchmarks.engine.graphs import Replays, median_ms, traced_idle
+from benchmarks.engine.load import Load, declare_computed, random_prompts
+from benchmarks.engine.report import Report
+from benchmarks.ops.decoder import floor_bytes
+from benchmarks.ops.timing import copy_bytes_per_s
+
+Cell = tuple[int, int]
+"""Batch and context."""
+
+_WARM_UPS = 6
+_SPARE = 8
+"""Tokens that a request may decode beyond the measured steps."""
+_KV_SHARE = 0.9
+"""Of the memory beside the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is measured at each shape."""
+
+    cells: tuple[Cell, ...]
+    num_steps: int
+    idle_cell: Cell | None
+    """Where the device's idle time is looked at."""
+
+
+_BATCHES, _CONTEXTS = (1, 8, 32, 64, 128), (512, 2048, 8192, 32_768)
+FULL = ((1, 1024), *((batch, context) for context in _CONTEXTS for batch in _BATCHES))
+SHORT = (
+    (1, 1024), (1, 512), (1, 2048), (1, 8192), (1, 32_768),
+    (8, 2048), (32, 2048), (64, 2048), (128, 512), (128, 2048),
+)  # fmt: skip
+TINY = ((1, 64), (4, 64), (4, 128))
+
+
+def measure(
+    report: Report, place: Place, shape: str, grid: Grid, parts: Sequence[str], replays: Replays
+) -> None:
+    """Rows ``decode`` and ``idle`` of one shape."""
+    chosen = {
+        "engine": {
+            "max_batch": max(batch for batch, _ in grid.cells),
+            "max_model_len": max(c for _, c in grid.cells) + _max_tokens(3 * grid.num_steps),
+            "kv_memory_fraction": _KV_SHARE,
+        }
+    }
+    with engine_of(shape, place, chosen) as made, torch.inference_mode():
+        for tensor in (*made.service.engine.pool.keys, *made.service.engine.pool.values):
+            tensor.normal_()
+        bandwidth = _bandwidth(made)
+        for batch, context in grid.cells:
+            what = {"shape": shape, "batch": batch, "context": context}
+
+            def cell(batch: int = batch, context: int = context) -> dict[str, Any]:
+                return decode_row(made, batch, context, grid.num_steps, bandwidth, replays)
+
+            if "decode" in parts:
+                report.attempt("decode", what, 5, cell)
+            if "idle" in parts and (batch, context) == grid.idle_cell:
+
+                def idle(batch: int = batch, context: int = context) -> dict[str, Any]:
+                    return idle_row(made, batch, context, grid.num_steps, replays)
+
+                report.attempt("idle", what, 10, idle)
+
+
+def _bandwidth(made: Made) -> float | None:
+    """Of a large copy, in what memory the pool has left."""
+    if not made.place.is_gpu:
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return copy_bytes_per_s(min(4 << 30, free // 2))
+
+
+def _max_tokens(num_steps: int) -> int:
+    return _WARM_UPS + num_steps + _SPARE
+
+
+def steady_load(made: Made, batch: int, context: int, num_steps: int) -> Load | None:
+    """Requests that all decode; ``None`` if the pool cannot hold them."""
+    engine = made.service.engine
+    max_tokens = _max_tokens(num_steps)
+    scheduler = engine.scheduler
+    if batch * scheduler.num_pages_for(context, max_tokens) > scheduler.pool.num_usable:
+        return None
+    prompts = random_prompts(batch, context, engine.vocab_size)
+    declare_computed(engine, prompts)
+    load = Load(engine, prompts, max_tokens)
+    load.begin(_WARM_UPS)
+    return load
+
+
+def decode_row(
+    made: Made, batch: int, context: int, num_steps: int, bandwidth: float | None, replays: Replays
+) -> dict[str, Any]:
+    """Step time, tokens a second, and the floor of the same bytes."""
+    load = steady_load(made, batch, context, num_steps)
+    if load is None:
+        return {"skipped": too_large(made, batch, context)}
+    before, started = load.num_tokens, time.perf_counter()
+    times = [load.step() for _ in range(num_steps - 1)]
+    seconds, tokens = time.perf_counter() - started, load.num_tokens - before
+    launched = replays.during(load.step)
+    load.end()
+    step_ms = median_ms(times)
+    tenths = statistics.quantiles(times, n=10)
+    row: dict[str, Any] = {
+        "step_ms": step_ms,
+        "step_low_ms": tenths[0] * 1e3,
+        "step_high_ms": tenths[-1] * 1e3,
+        "tokens_per_s": tokens / seconds,
+        "num_steps": len(times),
+    }
+    if launched:
+        row["device_ms"] = sum(noted.device_s() for noted in launched) * 1e3
+    if bandwidth is not None:
+        floor_ms = floor_bytes(made.config, made.model, batch * context) / bandwidth * 1e3
+        row |= {
+            "floor_ms": floor_ms,
+            "share_of_floor": floor_ms / step_ms,
+            "copy_tb_per_s": bandwidth / 1e12,
+        }
+    return row
+
+
+def too_large(made: Made, batch: int, context: int) -> str:
+    """Why a cell was not measured."""
+    scheduler = made.service.engine.scheduler
+    held = scheduler.pool.num_usable * scheduler.page_size
+    return f"{batch * context} positions wanted, the memory beside the weights holds {held}"
+
+
+def idle_row(
+    made: Made, batch: int, context: int, num_steps: int, replays: Replays
+) -> dict[str, Any]:
+    """Idle shares. ``idle_by_device_time``: the graphs replayed by themselves afterwards, over the
+    wall time of steps; copies count as idle. ``idle_by_events``: time outside of the graphs' events
+    in the run; launches that the device waited for count as busy. ``traced``: from a trace."""
+    load = steady_load(made, batch, context, 3 * num_steps)
+    assert load is not None
+    wall: list[float] = []
+
+    def steps() -> None:
+        wall.append(0.0)
+        started = time.perf_counter()
+        for _ in range(num_steps):
+            load.step()
+        wall[-1] = time.perf_counter() - started
+
+    steps()
+    launched = replays.during(steps)
+    row: dict[str, Any] = {"step_ms": wall[0] / num_steps * 1e3, "num_steps": num_steps}
+    if made.place.is_gpu:
+        try:
+            traced = traced_idle(steps)
+        except RuntimeError as error:  # a machine may not let itself be traced
+            row["trace_error"] = str(error)
+        else:
+            row["traced_step_ms"] = wall[-1] / num_steps * 1e3
+            row["traced"] = asdict(traced) if traced else None
+    load.end()
+    if launched:
+        row["graphs_per_step"] = len(launched) / num_steps
+        row["device_ms"] = launched[-1].device_s() * 1e3
+        row["idle_by_device_time"] = 1 - row["device_ms"] / row["step_ms"]
+        row["idle_by_events"] = 1 - sum(noted.in_run_s() for noted in launched) / wall[1]
+    return row

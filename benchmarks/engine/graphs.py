@@ -1,0 +1,143 @@
+"""What the device does during steps: which graphs it ran, how long they take, when it was idle."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ops.timing import replayed
+
+Launch = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """One launch of a CUDA graph."""
+
+    launch: Launch
+    """Launches it again."""
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+    def in_run_s(self) -> float:
+        """Seconds between the events around it; its launch too, if the device waited for that."""
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end) / 1e3
+
+    def device_s(self) -> float:
+        """Seconds of a replay on the device, its launch not included."""
+        return replayed(self.launch).median_ms / 1e3
+
+
+class Replays:
+    """Notes the CUDA graphs that are launched while it is asked to."""
+
+    def __init__(self) -> None:
+        self._noted: list[Noted] = []
+        self._is_noting = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Graphs captured within can be noted later."""
+        if not torch.cuda.is_available():
+            yield
+            return
+        original = torch.cuda.CUDAGraph.replay
+
+        def replay(graph: torch.cuda.CUDAGraph) -> None:
+            if not self._is_noting:
+                original(graph)
+                return
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            original(graph)
+            end.record()
+            self._noted.append(Noted(partial(original, graph), begin, end))
+
+        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.cuda.CUDAGraph.replay = original  # type: ignore[method-assign]
+
+    def during(self, work: Callable[[], object]) -> list[Noted]:
+        """Graphs that ``work`` launches, in order; none on a CPU."""
+        self._is_noting = True
+        try:
+            work()
+        finally:
+            self._is_noting = False
+            noted, self._noted = self._noted, []
+        return noted
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Shares of a stretch of steps, in [0, 1]."""
+
+    between_launches: float
+    """Nothing that was launched was under way; a graph is, from its first kernel to its last."""
+    no_kernel: float
+    """No kernel ran and nothing was copied; the pauses between a graph's kernels count."""
+    num_launches: int
+    window_ms: float
+
+
+def idle_of(events: Iterable[Mapping[str, Any]]) -> Idle | None:
+    """Idle shares from a trace of the profiler; ``None`` if the device did nothing in it.
+
+    Args:
+        events: of Chrome's trace format, times in microseconds.
+    """
+    pieces: list[tuple[float, float]] = []
+    launches: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    for number, event in enumerate(events):
+        if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        piece = (event["ts"], event["ts"] + event["dur"])
+        pieces.append(piece)
+        launch = event.get("args", {}).get("correlation", f"alone {number}")
+        launches[launch].append(piece)
+    if not pieces:
+        return None
+    spans = [(min(b for b, _ in own), max(e for _, e in own)) for own in launches.values()]
+    window = max(e for _, e in pieces) - min(b for b, _ in pieces)
+    return Idle(
+        1 - _covered(spans) / window, 1 - _covered(pieces) / window, len(spans), window / 1e3
+    )
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def traced_idle(work: Callable[[], object]) -> Idle | None:
+    """Idle shares while ``work`` runs under the profiler, which slows host and device a little."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        return idle_of(json.loads(path.read_text())["traceEvents"])
+
+
+def median_ms(seconds: Iterable[float]) -> float:
+    """Milliseconds."""
+    return statistics.median(seconds) * 1e3

@@ -1,0 +1,249 @@
+"""Swaps of a drafter under load, through the engine's own path from the order to the copy.
+
+The engine runs on its own thread, as in a server. Orders go to ``Service.swap``; reading a bundle
+from the disk, which another thread does and which takes seconds, is done once for each of two
+versions and kept for the others. The watcher is off, so that nothing else swaps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.engine.engines import Made, Place, engine_of
+from benchmarks.engine.load import random_prompts
+from benchmarks.engine.report import Report
+from serving import swapper as swapping_thread
+from serving.swapper import Swapper
+from serving.swapping import Expected, FlatWeights, Staged
+from serving.types import Output, Request, SamplingParams
+
+DRAFT_K = 4
+_NUM_PROMPT = 128
+
+
+def measure(
+    report: Report, place: Place, shape: str, batch: int, num_swaps: int, interval_s: float
+) -> None:
+    """Row ``swaps``."""
+    chosen = {
+        "engine": {"max_batch": batch, "max_model_len": 8192 if place.is_gpu else 1024},
+        "drafter": {"max_draft": DRAFT_K},
+        "policy": {"kind": "fixed", "draft_k": DRAFT_K},
+    }
+    with engine_of(shape, place, chosen, num_versions=2) as made, bundles_stay_loaded():
+        made.service.start()
+        try:
+            found = swap_often(report, made, batch, num_swaps, interval_s)
+        finally:
+            made.service.stop()
+        report.add("swaps", {"shape": shape, "batch": batch, "draft_k": DRAFT_K, **found})
+
+
+@contextmanager
+def bundles_stay_loaded() -> Iterator[None]:
+    """A bundle that was read and staged once is not read again."""
+    load, kept = swapping_thread.load_bundle, {}
+
+    def load_once(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
+        if path not in kept:
+            kept[path] = load(path, weights, expected)
+        return kept[path]
+
+    with mock.patch.object(swapping_thread, "load_bundle", load_once):
+        yield
+
+
+class Watched:
+    """Stands in the engine's place between steps: notes when steps begin and times swaps."""
+
+    def __init__(self, made: Made) -> None:
+        swapper = made.service.swapper
+        assert swapper is not None
+        self._swapper: Swapper = swapper
+        self._is_gpu = made.place.is_gpu
+        self.begun_s: list[float] = []
+        """When each step began."""
+        self.swapped: list[int] = []
+        """Steps that began with a swap."""
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._host_s: list[float] = []
+
+    def between_steps(self) -> None:
+        started = time.perf_counter()
+        before = self._swapper.counts()["swapped"]
+        begin = end = None
+        if self._is_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        self._swapper.between_steps()
+        if self._swapper.counts()["swapped"] > before:
+            if begin is not None and end is not None:
+                end.record()
+                self._events.append((begin, end))
+            self._host_s.append(time.perf_counter() - started)
+            self.swapped.append(len(self.begun_s))
+        self.begun_s.append(started)
+
+    def stream_s(self) -> list[float]:
+        """Time of each swap on the stream; on a CPU, that of the engine's thread."""
+        if not self._is_gpu:
+            return self._host_s
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in self._events]
+
+
+@dataclass(slots=True)
+class _Client:
+    """One request after another, each as long as the engine allows."""
+
+    prompt: tuple[int, ...]
+    news_s: list[float]
+    """When it was told of tokens."""
+
+
+class Traffic:
+    """``batch`` requests always in flight, and what became of them."""
+
+    def __init__(self, made: Made, batch: int) -> None:
+        self._service = made.service
+        vocab_size = made.service.vocab_size
+        self.clients = [_Client(p, []) for p in random_prompts(batch, _NUM_PROMPT, vocab_size)]
+        self.num_finished = 0
+        self.num_failed = 0
+        self._is_over = threading.Event()
+        for number in range(batch):
+            self._ask(number, 0)
+
+    def _ask(self, number: int, again: int) -> None:
+        client = self.clients[number]
+        room = self._service.max_model_len - _NUM_PROMPT
+        sampling = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
+
+        def take(output: Output) -> None:
+            client.news_s.append(time.perf_counter())
+            if output.finish_reason is None:
+                return
+            self.num_failed += output.finish_reason == "error"
+            if not self._is_over.is_set():
+                self.num_finished += 1
+                self._ask(number, again + 1)
+
+        request = Request(f"{number}-{again}", client.prompt, sampling, capture=False)
+        self._service.submit(request, take)
+
+    def wait_until_all_decode(self, num_news: int, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        while min(len(client.news_s) for client in self.clients) < num_news:
+            if time.monotonic() > end:
+                raise RuntimeError("the requests did not begin to decode in time")
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        """Cancel all."""
+        self._is_over.set()
+        self._service.engine.cancel_all()
+        end = time.monotonic() + 10
+        while self._service.num_inflight() and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def swap_often(
+    report: Report, made: Made, batch: int, num_swaps: int, interval_s: float
+) -> dict[str, Any]:
+    """A load without swaps, then the same with one every ``interval_s``; version 1 comes first."""
+    service = made.service
+    watched = Watched(made)
+    service.engine.between_steps = watched.between_steps
+    traffic = Traffic(made, batch)
+    try:
+        traffic.wait_until_all_decode(20, 300)
+        for version in (0, 1):  # reads both from the disk, and makes the buffer of the former one
+            service.swap(version)
+        quiet_from = time.perf_counter()
+        time.sleep(min(5.0, num_swaps * interval_s))
+        swaps_from = time.perf_counter()
+        done = 0
+        while done < num_swaps and report.left_s > 5:
+            service.swap(done % 2)
+            done += 1
+            time.sleep(interval_s)
+        ended = time.perf_counter()
+    finally:
+        traffic.end()
+    stream_ms = [s * 1e3 for s in watched.stream_s()[2:]]
+    steps = step_times(watched.begun_s, watched.swapped, swaps_from, ended)
+    news = [client.news_s for client in traffic.clients]
+    return {
+        "num_swaps": len(stream_ms),
+        "asked_swaps": num_swaps,
+        "drafter_bytes": made.drafter_bytes,
+        "stream_median_ms": statistics.median(stream_ms),
+        "stream_p99_ms": quantile(stream_ms, 0.99),
+        "stream_slowest_ms": max(stream_ms),
+        **steps,
+        "requests": len(news),
+        "finished_requests": traffic.num_finished,
+        "failed_requests": traffic.num_failed,
+        **slowest_waits(news, swaps_from, ended),
+        "without_swaps": slowest_waits(news, quiet_from, swaps_from),
+        "seconds": ended - swaps_from,
+    }
+
+
+def step_times(
+    begun_s: Sequence[float], swapped: Sequence[int], begin: float, end: float
+) -> dict[str, Any]:
+    """Median milliseconds of steps with and without a swap, within a window."""
+    with_swap = set(swapped)
+    both: dict[bool, list[float]] = {True: [], False: []}
+    for number, (started, following) in enumerate(itertools.pairwise(begun_s)):
+        if begin <= started and following <= end:
+            both[number in with_swap].append((following - started) * 1e3)
+    return {
+        "steps_with_swap": len(both[True]),
+        "steps_without_swap": len(both[False]),
+        "step_with_swap_ms": statistics.median(both[True]) if both[True] else None,
+        "step_without_swap_ms": statistics.median(both[False]) if both[False] else None,
+        "slowest_step_ms": max(both[True] + both[False], default=None),
+    }
+
+
+def slowest_waits(news_s: Sequence[Sequence[float]], begin: float, end: float) -> dict[str, Any]:
+    """How much longer than its own median wait for tokens the longest one of a request was.
+
+    Args:
+        news_s: when each request was told of tokens.
+
+    Returns:
+        ``slowest_wait_over_median``: the worst request's longest wait over its median one;
+        1 + that many steps more. ``None`` where nobody was told anything twice.
+    """
+    ratios, medians = [], []
+    for stamps in news_s:
+        kept = [stamp for stamp in stamps if begin <= stamp <= end]
+        waits = [after - before for before, after in itertools.pairwise(kept)]
+        if waits:
+            medians.append(statistics.median(waits))
+            ratios.append(max(waits) / medians[-1])
+    return {
+        "median_wait_ms": statistics.median(medians) * 1e3 if medians else None,
+        "slowest_wait_over_median": max(ratios, default=None),
+        "requests_slowed_by_more_than_one_step": sum(ratio > 2 for ratio in ratios),
+    }
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of the others do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -1,0 +1,123 @@
+"""What the engine's benchmark makes of what it sees, and that its contexts are really there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.engine.forced import NUM_ROUNDS, forced_acceptance, table
+from benchmarks.engine.graphs import idle_of
+from benchmarks.engine.load import Load, answer_all, declare_computed, random_prompts
+from benchmarks.engine.report import Report
+from benchmarks.engine.swaps import slowest_waits, step_times
+from policies.fixed import FixedPolicy
+from tests.engines import make_engine, random_model
+
+
+def kernel(begin, length, launch):
+    return {"cat": "kernel", "ts": begin, "dur": length, "args": {"correlation": launch}}
+
+
+def test_pauses_within_a_graph_are_idle_for_kernels_and_busy_for_launches():
+    graphs = [kernel(0, 3, 1), kernel(5, 3, 1), kernel(10, 5, 2), kernel(12, 8, 2)]
+    host = {"cat": "cuda_runtime", "ts": 0, "dur": 100}
+
+    idle = idle_of([*graphs, host])
+
+    assert idle.between_launches == pytest.approx(2 / 20)
+    assert idle.no_kernel == pytest.approx(4 / 20)
+    assert idle.num_launches == 2
+
+
+def test_a_trace_without_the_device_says_nothing():
+    assert idle_of([{"cat": "cuda_runtime", "ts": 0, "dur": 100}]) is None
+
+
+def test_forced_acceptance_keeps_two_of_four():
+    kept = table()
+
+    assert len(kept) == NUM_ROUNDS
+    assert sum(min(count, 4) for count in kept) == 2 * NUM_ROUNDS
+    assert sum(min(count, 2) for count in kept) < 2 * NUM_ROUNDS  # fewer are not all kept
+
+
+def test_an_engine_under_forced_acceptance_commits_three_tokens_a_round():
+    with forced_acceptance(torch.device("cpu")), torch.inference_mode():
+        engine = make_engine(
+            random_model("qwen3"), programs=True, max_batch=1, policy=FixedPolicy("eagle3", 4)
+        )
+        answer_all(engine, random_prompts(1, 20, engine.vocab_size), 193)
+
+    figures = engine.figures()
+    # The last rounds are cut short by the end of the request.
+    assert figures.num_accepted_tokens / figures.num_rounds == pytest.approx(2, abs=0.05)
+
+
+@torch.inference_mode()
+def test_declared_contexts_are_found_and_each_has_its_own_pages():
+    engine = make_engine(random_model("qwen3"), programs=True)
+    prompts = random_prompts(3, 50, engine.vocab_size)
+
+    declare_computed(engine, prompts)
+    load = Load(engine, prompts, max_tokens=20)
+    load.begin()
+
+    running = engine.scheduler.running
+    assert engine.figures().cached_prompt_tokens == 3 * 48
+    assert len({page for s in running for page in s.pages}) == sum(len(s.pages) for s in running)
+    load.end()
+    assert engine.num_inflight() == 0
+
+
+def test_the_longest_wait_is_told_in_medians_of_its_request():
+    news = [[0, 1, 2, 3, 5.5, 6.5], [0, 2, 4, 6, 8], [100]]
+
+    found = slowest_waits(news, 0, 50)
+
+    assert found["slowest_wait_over_median"] == 2.5
+    assert found["median_wait_ms"] == 1500
+    assert found["requests_slowed_by_more_than_one_step"] == 1
+
+
+def test_steps_with_and_without_a_swap_are_told_apart_within_the_window():
+    begun = [0.0, 1.0, 2.0, 4.0, 5.0]
+
+    found = step_times(begun, swapped=[0, 2], begin=0.5, end=4.5)
+
+    assert (found["steps_with_swap"], found["steps_without_swap"]) == (1, 1)
+    assert (found["step_with_swap_ms"], found["step_without_swap_ms"]) == (2000, 1000)
+
+
+def test_a_row_that_fails_or_does_not_fit_leaves_the_others(tmp_path):
+    out = tmp_path / "result.json"
+    report = Report(out, budget_s=100, about={"dtype": "float32"})
+
+    def fail():
+        raise ValueError("no room")
+
+    report.attempt("decode", {"batch": 1}, 1, fail)
+    report.attempt("decode", {"batch": 2}, 1000, lambda: {"step_ms": 1.0})
+    report.attempt("decode", {"batch": 3}, 1, lambda: {"step_ms": 2.0})
+
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0]["error"] == "ValueError: no room"
+    assert "skipped" in rows[1] and "step_ms" not in rows[1]
+    assert rows[2]["step_ms"] == 2.0
+
+
+def test_rows_of_other_parts_are_kept_and_say_where_they_were_measured(tmp_path):
+    first = Report(tmp_path / "result.json", budget_s=100, about={})
+    first.add("decode", {"step_ms": 1.0})
+    first.add("swaps", {"num_swaps": 3})
+    former = json.loads((tmp_path / "result.json").read_text())
+    elsewhere = {**former, "machine": {"commit": "another"}}
+
+    reports = [Report(tmp_path / "result.json", budget_s=100, about={}) for _ in range(2)]
+    for report, result in zip(reports, (former, elsewhere), strict=True):
+        report.keep(result, without=["swaps", "capture"])
+
+    assert [row["part"] for report in reports for row in report.rows] == ["decode", "decode"]
+    assert "machine" not in reports[0].rows[0]
+    assert reports[1].rows[0]["machine"] == {"commit": "another"}
