@@ -10,8 +10,9 @@ decoding) and ``on`` (the policy decides). The arms take turns on one server.
 
 Clients are a few processes of their own, each an asyncio loop with httpx. What they add is measured
 in the same run: how late requests were sent, how late the loop woke for a timer, how much of a core
-the busiest client took. Lateness of more than a few milliseconds at the 99th percentile, or a core
-that is full, would say that the client and not the server was measured.
+the busiest client took, and its time for one event, all it does counted. Lateness of more than a
+few milliseconds at the 99th percentile, or a core that is full, would say that the client and not
+the server was measured.
 
 - Time to first token: from the moment a request was due, so a late client counts against us.
 - Time between tokens: an event with n tokens, t after the one before it, counts as n times t / n.
@@ -127,8 +128,9 @@ class Client:
     """One client process's part of a turn."""
 
     answers: list[Answer]
-    cpu_share: float
-    """Of one core, over the turn."""
+    cpu_s: float
+    """Of this process, over the turn."""
+    wall_s: float
     tick_late_s: list[float]
     """How late its loop woke for each tick."""
 
@@ -143,11 +145,11 @@ def run_client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Client:
 
 async def _client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Client:
     began_s = time.perf_counter() + (start_unix_s - time.time())
-    cpu_s, wall_s = time.process_time(), time.perf_counter()
     lateness: list[float] = []
     ticker = asyncio.create_task(_tick(lateness))
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=ask.url, timeout=None, limits=limits) as client:
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
         tasks = []
         for arrival in due:
             due_s = began_s + arrival.at_s
@@ -156,8 +158,8 @@ async def _client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Clie
         until_s = time.perf_counter() + ask.patience_s
         answers = [await _until(task, until_s) for task in tasks]
     ticker.cancel()
-    share = (time.process_time() - cpu_s) / max(time.perf_counter() - wall_s, 1e-9)
-    return Client(answers, share, lateness)
+    spent_s = time.process_time() - cpu_s
+    return Client(answers, spent_s, time.perf_counter() - wall_s, lateness)
 
 
 async def _tick(lateness: list[float]) -> None:
@@ -272,6 +274,7 @@ def row_of(rate: float, arm: Arm, turns: Sequence[Turn]) -> dict[str, Any]:
     clients = [client for turn in turns for client in turn.clients]
     errors = Counter(a.error for a in answers if a.error is not None)
     speeds = [turn.num_tokens / turn.seconds for turn in turns if turn.seconds]
+    num_events = sum(len(a.events) for a in answers)
     steps = [a.tokens_per_step for a in answered if a.tokens_per_step is not None]
     return {
         "rate": rate,
@@ -289,7 +292,10 @@ def row_of(rate: float, arm: Arm, turns: Sequence[Turn]) -> dict[str, Any]:
         "client": {
             "sent_late_ms": spread_ms([a.late_s for a in answers]),
             "timer_late_ms": spread_ms([t for c in clients for t in c.tick_late_s]),
-            "busiest_cpu_share": max((c.cpu_share for c in clients), default=None),
+            "busiest_cpu_share": max((c.cpu_s / c.wall_s for c in clients), default=None),
+            "cpu_us_per_event": 1e6 * sum(c.cpu_s for c in clients) / num_events
+            if num_events
+            else None,
         },
     }
 

@@ -7,16 +7,17 @@
 The first two make the target, from the Python and C files of this installation, and an EAGLE-3
 drafter from the target's own traces. Here held-out Python and C prompts are continued greedily in
 the engine's own loop, without HTTP: plain decoding, the drafter at fixed K, the suffix index, and
-the policy deciding. All arms take turns on the same prompts, in rotating order; a figure is the
-median of an arm's turns, prompts included. Nothing is captured and no prefix is cached, so that no
-turn helps the next; the index sees the request itself alone.
+the policy deciding. Plain decoding is that of the same engine, its drafter loaded. All arms take
+turns on the same prompts, in rotating order; a figure is the median of an arm's turns, prompts
+included. Nothing is captured and no prefix is cached, so that no turn helps the next; the index
+sees the request itself alone.
 
 In bfloat16 two tokens whose scores are nearly equal may change places when a batch has another
 shape. So outputs that differ from plain decoding's are counted, and for each the float32 target
 says how far apart the two tokens at the first difference are; plain decoding at one batch size
 against another is counted likewise.
 
-Writes ``benchmarks/results/real_target.json`` after every row.
+Writes ``benchmarks/results/real_target.json`` after every batch size.
 """
 
 from __future__ import annotations

@@ -58,8 +58,10 @@ def test_nothing_measured_is_none():
 def test_failed_requests_are_counted_and_no_part_of_the_speed():
     sent = [[Arrival(1.0, "a"), Arrival(3.0, "c")], [Arrival(2.0, "b")]]
     seen = [
-        Client([answer((0.5, 10), (1.0, 10)), answer((0.5, 30), error="cut off")], 0.2, [0.001]),
-        Client([answer((1.0, 20))], 0.4, [0.003]),
+        Client(
+            [answer((0.5, 10), (1.0, 10)), answer((0.5, 30), error="cut off")], 1.0, 5.0, [0.001]
+        ),
+        Client([answer((1.0, 20))], 2.0, 5.0, [0.003]),
     ]
     turn = turn_of(sent, seen)
 
@@ -69,4 +71,5 @@ def test_failed_requests_are_counted_and_no_part_of_the_speed():
     assert (row["requests"], row["failed"], row["errors"]) == (3, 1, {"cut off": 1})
     assert row["tokens_per_s"] == pytest.approx(40 / 2.5)
     assert row["first_token_ms"]["p50"] == pytest.approx(750)
-    assert row["client"]["busiest_cpu_share"] == 0.4
+    assert row["client"]["busiest_cpu_share"] == pytest.approx(0.4)
+    assert row["client"]["cpu_us_per_event"] == pytest.approx(3e6 / 4)

@@ -8,17 +8,21 @@ import torch
 from benchmarks.real_drafter import Ask, Lessons, asks_of, padded
 from benchmarks.real_target import (
     OFF,
+    POLICY,
     Answer,
     Arm,
     Turn,
     differences,
     first_difference,
+    measure,
     model_flops_per_s,
     rows_of,
 )
 from benchmarks.steps import Fixed
 from buffer.records import Acceptance
 from drafters.eagle3_training import TTTBatch
+from policies.interface import Decision, StepObs
+from tests.engines import RandomPolicy, make_engine, random_model
 
 
 def test_outputs_part_at_their_first_unlike_token():
@@ -106,3 +110,36 @@ def test_a_draw_takes_whole_sequences_each_once():
     assert sorted(drawn.token_ids_BS[:, 0].tolist()) == [1, 4]
     row = drawn.token_ids_BS[:, 0].tolist().index(4)
     assert drawn.loss_BS[row].tolist() == [False, True, False, False]
+
+
+PROMPTS = {"python": [(5, 6, 7), (8, 9), (3,)], "c": [(11, 12), (13,), (14, 15, 16)]}
+
+
+def measured(policy: RandomPolicy) -> dict[str, Arm]:
+    engine = make_engine(random_model("qwen3"), policy=policy, prefix_cache=False)
+    names = [OFF, "eagle3-k2", POLICY]
+    arms = measure(engine, PROMPTS, 2, 12, turns=2, until_s=float("inf"), names=names)
+    assert engine.policy is policy
+    assert engine.num_inflight() == 0
+    return arms
+
+
+def test_all_arms_answer_the_same_prompts_in_every_timed_turn():
+    arms = measured(RandomPolicy())
+
+    assert [len(a.turns) for a in arms.values()] == [2, 2, 2]
+    assert arms[OFF].tokens_per_step() == 1
+    assert arms[OFF].tokens(0) == arms[OFF].tokens(1)  # float32: nothing depends on the batch
+    assert arms["eagle3-k2"].tokens(0) == arms[POLICY].tokens(1) == arms[OFF].tokens(0)
+    assert {len(tokens) for tokens in arms[OFF].tokens(0)} == {12}
+
+
+def test_an_arm_that_fails_leaves_the_others_their_turns():
+    class Broken(RandomPolicy):
+        def plan(self, obs: StepObs) -> Decision:
+            raise ArithmeticError("no plan")
+
+    arms = measured(Broken())
+
+    assert "no plan" in (arms[POLICY].error or "")
+    assert [len(a.turns) for a in arms.values()] == [2, 2, 0]
