@@ -9,8 +9,9 @@ drafter from the target's own traces. Here held-out Python and C prompts are con
 the engine's own loop, without HTTP: plain decoding, the drafter at fixed K, the suffix index, and
 the policy deciding. Plain decoding is that of the same engine, its drafter loaded. All arms take
 turns on the same prompts, in rotating order; a figure is the median of an arm's turns, prompts
-included. Nothing is captured and no prefix is cached, so that no turn helps the next; the index
-sees the request itself alone.
+included; the median ratio of groups of requests, each against the same group's plain decoding in
+the same turn, stands beside it. Nothing is captured and no prefix is cached, so that no turn helps
+the next; the index sees the request itself alone.
 
 In bfloat16 two tokens whose scores are nearly equal may change places when a batch has another
 shape. So outputs that differ from plain decoding's are counted, and for each the float32 target
@@ -57,8 +58,11 @@ FIXED = {
     "suffix-k4": ("suffix", 4),
 }
 MAX_DRAFT = 6
-PROMPTS = {1: 8, 8: 16, 32: 32}
-"""Batch -> prompts of each domain; other batches take one batch of each."""
+PROMPTS = {1: 8, 8: 16, 32: 64}
+"""Batch -> prompts of each domain, so that 5 turns make at least 20 groups; other batches take one
+group of each."""
+IDLE_S = 10.0
+"""An engine that had nothing to do for so long has lost a request."""
 RULE = (
     "greedy, bfloat16; an output differs if any token does. The gap is what the float32 target's "
     "log probabilities of the two tokens at the first difference are apart, in nats"
@@ -112,8 +116,13 @@ class Answer:
 class Turn:
     """One arm's go at the prompts of one domain."""
 
-    seconds: float
+    group_s: list[float]
+    """Seconds of each group: as many prompts as the batch has requests."""
     answers: list[Answer]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.group_s)
 
     @property
     def num_tokens(self) -> int:
@@ -131,27 +140,29 @@ def take_turn(
     engine.policy = policy
     answers = [Answer() for _ in prompts]
     sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-    started = time.perf_counter()
+    group_s = []
     for start in range(0, len(prompts), batch):
+        started = time.perf_counter()
         group = answers[start : start + batch]
         for number, answer in enumerate(group, start):
             request = Request(f"{number}", prompts[number], sampling, capture=False)
             engine.submit(request, answer.take)
         finish(engine, group)
-    seconds = time.perf_counter() - started
+        group_s.append(time.perf_counter() - started)
     bad = [a.error or "cut off" for a in answers if len(a.tokens) != length]
     if bad:
         raise RuntimeError(f"{len(bad)} of {len(answers)} requests failed: {bad[0]}")
-    return Turn(seconds, answers)
+    return Turn(group_s, answers)
 
 
 def finish(engine: Engine, answers: Sequence[Answer]) -> None:
     """Step until all have ended."""
-    num_idle = 0
+    busy_s = time.perf_counter()
     with torch.inference_mode():
         while not all(answer.is_over for answer in answers):
-            num_idle = 0 if engine.step() else num_idle + 1
-            if num_idle > 1000:
+            if engine.step():
+                busy_s = time.perf_counter()
+            elif time.perf_counter() - busy_s > IDLE_S:
                 raise RuntimeError("the engine has nothing to do, and requests have not ended")
 
 
@@ -193,6 +204,16 @@ class Arm:
             ),
             Acceptance(),
         ).tokens_per_step
+
+
+def group_ratios(off: Arm, arm: Arm) -> list[float]:
+    """Plain decoding's seconds over the arm's, for every group of every timed turn."""
+    return [
+        plain_s / arm_s
+        for plain_turn, arm_turn in zip(off.turns, arm.turns, strict=False)
+        for domain, plain in plain_turn.items()
+        for plain_s, arm_s in zip(plain.group_s, arm_turn[domain].group_s, strict=True)
+    ]
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -300,6 +321,9 @@ def rows_of(batch: int, arms: dict[str, Arm], prompts: Sequence[Sequence[int]]) 
             sum(t.num_tokens for t in turn.values()) / sum(t.seconds for t in turn.values())
             for turn in arm.turns
         ]
+        ratios = group_ratios(off, arm)
+        row["groups"] = len(ratios)
+        row["median_group_vs_off"] = statistics.median(ratios) if ratios else None
         row["tokens_per_step"] = arm.tokens_per_step()
         for domain in arm.turns[0]:
             row[domain] = {

@@ -37,7 +37,7 @@ def test_outputs_part_at_their_first_unlike_token():
 
 def arm(seconds: list[float], tokens: list[int]) -> Arm:
     fixed = Fixed("none", 0, [0.001], [])
-    turns = [{"python": Turn(s, [Answer(tokens, Acceptance(2, 4, 2), True)])} for s in seconds]
+    turns = [{"python": Turn([s], [Answer(tokens, Acceptance(2, 4, 2), True)])} for s in seconds]
     return Arm(fixed, turns)
 
 
@@ -49,6 +49,7 @@ def test_a_row_holds_an_arm_against_plain_decoding():
     assert plain["tokens_per_s"] == pytest.approx(4 / 3)
     assert plain["vs_off"] == 1
     assert drafted["vs_off"] == pytest.approx((4 + 2) / 2 / (4 / 3))
+    assert (drafted["groups"], drafted["median_group_vs_off"]) == (2, pytest.approx((4 + 1) / 2))
     assert drafted["tokens_per_step"] == 2
     assert (drafted["outputs"], drafted["outputs_unlike_off"]) == (1, 1)
     assert drafted["outputs_unlike_own_turns"] == 0
