@@ -371,8 +371,9 @@ def measure_all(
         share_s = left_s / (len(plan.rates) - place)
         try:
             rows = measure(stage, plan, rate, time.monotonic() + share_s)
-        except Exception:  # a rate's failure is a row of the result
-            rows = [{"rate": rate, "error": traceback.format_exc(limit=-3)}]
+        except Exception as error:  # a rate's failure is a row of the result
+            rows = [{"rate": rate, "error": f"{type(error).__name__}: {error}"}]
+            say(traceback.format_exc())
         for row in rows:
             figures["rows"].append(row)
             say(json.dumps(row))
@@ -398,9 +399,9 @@ def carry_out(
             stage = Stage(server, children, pool, prompts)
             measure_all(stage, plan, out, figures, until_s)
         figures["policy"] = server.policy()
-    except Exception:  # what was measured until now stays in the result
-        figures["error"] = traceback.format_exc(limit=-3)
-        say(figures["error"])
+    except Exception as error:  # what was measured until now stays in the result
+        figures["error"] = f"{type(error).__name__}: {error}"
+        say(traceback.format_exc())
         log = _log(settings, "server")
         say(tail(log) if log.is_file() else "the server has written no log")
     finally:

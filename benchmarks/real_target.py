@@ -289,9 +289,9 @@ def _one_turn(
         arm.policy.times.clear()  # of the warm-up
     try:
         done = {d: take_turn(engine, arm.policy, ids, batch, length) for d, ids in prompts.items()}
-    except Exception:  # one arm's failure is a row of the result, and the others go on
-        arm.error = traceback.format_exc(limit=-3)
-        say(arm.error)
+    except Exception as error:  # one arm's failure is a row of the result, and the others go on
+        arm.error = f"{type(error).__name__}: {error}"
+        say(traceback.format_exc())
         engine.cancel_all()
         with torch.inference_mode():
             while engine.num_inflight() and engine.step():
@@ -492,8 +492,9 @@ def ties(
     try:
         for name, some in cases.items():
             figures[name] = gap_figures(gaps(target, device, some[:MOST_GAPS]), len(some))
-    except Exception:  # the speeds are measured already
-        figures["error"] = traceback.format_exc(limit=-3)
+    except Exception as error:  # the speeds are measured already
+        figures["error"] = f"{type(error).__name__}: {error}"
+        say(traceback.format_exc())
     return figures
 
 
