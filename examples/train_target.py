@@ -7,6 +7,7 @@ at the end.
 
     python -m examples.train_target --out runs/target --seconds 540     # one H200
     python -m examples.train_target --out /tmp/t --small                   # a CPU, to try
+    python -m examples.train_target --out /tmp/t --large                   # half a billion, of code
 
 Shapes: B rows, T tokens of context, H hidden, V vocabulary.
 """
@@ -20,7 +21,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from examples.corpus import DOMAINS, Document, Domain, Source, Split, read, sources, unique
+from examples.corpus import Document, Domain, Source, Split, read, sources, unique
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>")
 END, USER, ASSISTANT = range(3)
@@ -71,9 +72,16 @@ class Plan:
     """Per domain."""
     tokenizer_chars: int = 16_000_000
     """Sampled from all domains, by their shares."""
+    shares: dict[Domain, float] = field(default_factory=SHARES.copy)
+    """Of the tokens trained on; a domain that is not named is not read."""
+    vocab: int = 4096
+    """At most 32,768: ids are kept in 16 bits."""
     num_layers: int = 16
     hidden: int = 256
     intermediate: int = 624
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
     context: int = 1024
     rows: int = 128
     """Per step: 131,072 tokens."""
@@ -92,19 +100,33 @@ class Plan:
 
 SMALL = Plan(
     seconds=240, reading_s=75, closing_s=15, max_chars=2_000_000, tokenizer_chars=1_000_000,
-    num_layers=2, hidden=128, intermediate=256, context=128, rows=16, checkpoint_every_s=30,
-    heldout_windows=32,
+    num_layers=2, hidden=128, intermediate=256, num_heads=2, num_kv_heads=1, context=128, rows=16,
+    checkpoint_every_s=30, heldout_windows=32,
 )  # fmt: skip
+
+LARGE = Plan(
+    seconds=270, reading_s=24, closing_s=18, max_chars=80_000_000, tokenizer_chars=12_000_000,
+    shares={"python": 0.6, "c": 0.4}, vocab=16_384, num_layers=32, hidden=1024, intermediate=3072,
+    num_heads=16, num_kv_heads=8, head_dim=128, rows=32, muon_lr=2.5e-3, adam_lr=2e-3,
+    warmup_steps=40, checkpoint_every_s=600, heldout_windows=100, graph=False,
+)  # fmt: skip
+"""520 million parameters: 32 layers of Qwen3-0.6B's shape. A step of 32,768 tokens is computed long
+enough to hide its launches, and no graph has to hold its 50 GB of activations a second time."""
 
 
 # Text
+
+READING: tuple[tuple[Domain, float], ...] = (("docs", 0.6), ("c", 0.7), ("python", 1.0))
+"""Domains in the order of reading, and which share of the time that is left each may take."""
 
 
 def gather(plan: Plan, pool: ProcessPoolExecutor) -> dict[tuple[Domain, Split], list[Document]]:
     """Documents of every domain and split. Text that is held out is in no training document."""
     deadline = time.monotonic() + plan.reading_s
     found: dict[tuple[Domain, Split], list[Document]] = {}
-    for domain, share_s in zip(("docs", "c", "python"), (0.6, 0.7, 1.0), strict=True):
+    for domain, share_s in READING:
+        if domain not in plan.shares:
+            continue
         seen: set[bytes] = set()
         until = time.monotonic() + share_s * (deadline - time.monotonic())
         for split in ("heldout", "train"):
@@ -134,7 +156,7 @@ def take(found: Iterator[Document], max_chars: int) -> Iterator[Document]:
         yield document
 
 
-def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
+def train_tokenizer(texts: Iterator[str], vocab: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
@@ -142,7 +164,7 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,
+        vocab_size=vocab,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -151,11 +173,9 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_texts(
-    found: dict[tuple[Domain, Split], list[Document]], max_chars: int
-) -> Iterator[str]:
-    for domain, share in SHARES.items():
-        for document in take(iter(found[domain, "train"]), int(share * max_chars)):
+def tokenizer_texts(found: dict[tuple[Domain, Split], list[Document]], plan: Plan) -> Iterator[str]:
+    for domain, share in plan.shares.items():
+        for document in take(iter(found[domain, "train"]), int(share * plan.tokenizer_chars)):
             yield document.text
 
 
@@ -205,13 +225,13 @@ def _tokenizer(tokenizer_json: str) -> Tokenizer:
 def new_model(plan: Plan) -> Qwen3ForCausalLM:
     """Every layer starts as the identity: what writes to the residual stream starts at zero."""
     config = Qwen3Config(
-        vocab_size=4096,
+        vocab_size=plan.vocab,
         hidden_size=plan.hidden,
         intermediate_size=plan.intermediate,
         num_hidden_layers=plan.num_layers,
-        num_attention_heads=plan.hidden // 64,
-        num_key_value_heads=plan.hidden // 128,
-        head_dim=64,
+        num_attention_heads=plan.num_heads,
+        num_key_value_heads=plan.num_kv_heads,
+        head_dim=plan.head_dim,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
@@ -442,7 +462,7 @@ def train(
     """Step until the clock says so. Checkpoints on the way, so that a killed run left a model."""
     plan, device = clock.plan, model.device
     batch_BT1 = torch.zeros(plan.rows, plan.context + 1, dtype=torch.long, device=device)
-    corpus.fill(batch_BT1, SHARES)
+    corpus.fill(batch_BT1, plan.shares)
     optimisers = new_optimisers(model, plan, device)
     step = Step(model, optimisers, batch_BT1, capture=plan.graph and device.type == "cuda")
     shares = shares_for(corpus, step, clock)
@@ -467,7 +487,7 @@ def train(
 
 
 def shares_for(corpus: Corpus, step: Step, clock: Clock) -> dict[Domain, float]:
-    """SHARES, with what would exceed MAX_EPOCHS of a domain given to Python.
+    """The plan's, with what would exceed MAX_EPOCHS of a domain given to Python.
 
     Steps at learning rate zero say how many tokens the time is enough for.
     """
@@ -477,8 +497,9 @@ def shares_for(corpus: Corpus, step: Step, clock: Clock) -> dict[Domain, float]:
         step().item()
     step_s = (clock.elapsed_s - before_s) / 10
     total = max(1.0, clock.training_left_s / step_s * batch_tokens(clock.plan))
-    most = {domain: MAX_EPOCHS * len(corpus.train[domain]) / total for domain in SHARES}
-    rest: dict[Domain, float] = {d: min(SHARES[d], most[d]) for d in ("c", "docs")}
+    wanted = clock.plan.shares
+    most = {domain: MAX_EPOCHS * len(corpus.train[domain]) / total for domain in wanted}
+    rest = {d: min(share, most[d]) for d, share in wanted.items() if d != "python"}
     return {"python": 1.0 - sum(rest.values()), **rest}
 
 
@@ -506,7 +527,8 @@ def report_step(loss: float, steps: int, tokens: int, clock: Clock, began_s: flo
 
 def in_bf16(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     """A copy with the weights as they are shipped; the rotary frequencies stay float32."""
-    copy = Qwen3ForCausalLM(model.config).to(model.device).eval()
+    with model.device:
+        copy = Qwen3ForCausalLM(model.config).eval()
     copy.load_state_dict(model.state_dict())
     for parameter in copy.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -590,7 +612,7 @@ def prepare(clock: Clock) -> tuple[Tokenizer, dict[tuple[Domain, Split], np.ndar
         found = gather(clock.plan, pool)
         sizes = {f"{d} {split}": text_size(texts) for (d, split), texts in found.items()}
         clock.say(f"read: {sizes}")
-        tokenizer = train_tokenizer(tokenizer_texts(found, clock.plan.tokenizer_chars))
+        tokenizer = train_tokenizer(tokenizer_texts(found, clock.plan), clock.plan.vocab)
         clock.say("tokenizer trained")
         ids = {key: encode(texts, tokenizer.to_str(), pool) for key, texts in found.items()}
         clock.say("encoded: " + ", ".join(f"{key} {len(part):,}" for key, part in ids.items()))
@@ -605,8 +627,8 @@ def text_size(found: Sequence[Document]) -> dict[str, float]:
 def load_corpus(ids: dict[tuple[Domain, Split], np.ndarray], device: torch.device) -> Corpus:
     tensors = {key: torch.from_numpy(part.astype(np.int16)).to(device) for key, part in ids.items()}
     return Corpus(
-        train={domain: tensors[domain, "train"] for domain in DOMAINS},
-        heldout={domain: tensors[domain, "heldout"] for domain in DOMAINS},
+        train={domain: part for (domain, split), part in tensors.items() if split == "train"},
+        heldout={domain: part for (domain, split), part in tensors.items() if split == "heldout"},
     )
 
 
@@ -619,7 +641,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus = load_corpus(ids, device)
-    model = new_model(plan).to(device)
+    with device:
+        model = new_model(plan)
     clock.say(f"model: {model.num_parameters():,} parameters")
     trained = train(model, tokenizer, corpus, clock, out)
 
@@ -647,12 +670,14 @@ def parse() -> tuple[Plan, Path]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--seconds", type=float, help="of the whole run")
-    parser.add_argument("--small", action="store_true", help="a toy of two layers, for a CPU")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="a toy of two layers, for a CPU")
+    size.add_argument("--large", action="store_true", help="520 million parameters, of code alone")
     parser.add_argument("--no-graph", action="store_true", help="launch every kernel by itself")
     given = parser.parse_args()
-    plan = SMALL if given.small else Plan()
+    plan = SMALL if given.small else LARGE if given.large else Plan()
     seconds = plan.seconds if given.seconds is None else given.seconds
-    return replace(plan, seconds=seconds, graph=not given.no_graph), given.out
+    return replace(plan, seconds=seconds, graph=plan.graph and not given.no_graph), given.out
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Speeds, differing outputs and lessons of the benchmark on a target trained on the spot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.real_drafter import Ask, Lessons, asks_of, padded
+from benchmarks.real_target import (
+    OFF,
+    POLICY,
+    Answer,
+    Arm,
+    Turn,
+    differences,
+    first_difference,
+    measure,
+    model_flops_per_s,
+    rows_of,
+)
+from benchmarks.steps import Fixed
+from buffer.records import Acceptance
+from drafters.eagle3_training import TTTBatch
+from policies.interface import Decision, StepObs
+from tests.engines import RandomPolicy, make_engine, random_model
+
+
+def test_outputs_part_at_their_first_unlike_token():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+
+    (found,) = differences([(7, 8), (9,)], [[1, 2, 3], [4]], [[1, 5, 3], [4]])
+
+    assert found.context == (7, 8, 1)
+    assert found.tokens == (2, 5)
+
+
+def arm(seconds: list[float], tokens: list[int]) -> Arm:
+    fixed = Fixed("none", 0, [0.001], [])
+    turns = [{"python": Turn([s], [Answer(tokens, Acceptance(2, 4, 2), True)])} for s in seconds]
+    return Arm(fixed, turns)
+
+
+def test_a_row_holds_an_arm_against_plain_decoding():
+    arms = {OFF: arm([4.0, 2.0, 3.0], [1, 2, 3, 4]), "eagle3-k2": arm([1.0, 2.0], [1, 2, 9, 4])}
+
+    plain, drafted = rows_of(1, arms, [(7,)])
+
+    assert plain["tokens_per_s"] == pytest.approx(4 / 3)
+    assert plain["vs_off"] == 1
+    assert drafted["vs_off"] == pytest.approx((4 + 2) / 2 / (4 / 3))
+    assert (drafted["groups"], drafted["median_group_vs_off"]) == (2, pytest.approx((4 + 1) / 2))
+    assert drafted["tokens_per_step"] == 2
+    assert (drafted["outputs"], drafted["outputs_unlike_off"]) == (1, 1)
+    assert drafted["outputs_unlike_own_turns"] == 0
+
+
+def test_an_arm_that_failed_leaves_a_row_that_says_so():
+    arms = {OFF: arm([1.0], [1]), "eagle3-k2": Arm(Fixed("eagle3", 2, [], []), error="it broke")}
+
+    _, failed = rows_of(1, arms, [(7,)])
+
+    assert failed["error"] == "it broke"
+    assert "tokens_per_s" not in failed
+
+
+def test_flops_count_weights_and_half_of_attention():
+    plan = {"num_layers": 2, "num_heads": 4, "head_dim": 8, "context": 16}
+    training = {"plan": plan, "parameters": 1000, "trained": {"tokens": 10, "training_s": 5.0}}
+
+    # QK and PV, forward and backward: 2 products x 3 x 2 operations, on half of the context.
+    attention = 2 * (2 * 3 * 2) * (4 * 8) * 16 / 2
+    assert model_flops_per_s(training) == (6 * 1000 + attention) * 10 / 5.0
+
+
+def test_a_share_of_the_requests_is_greedy():
+    asks = asks_of([[n] for n in range(1000)], greedy_share=0.6, temperature=0.8)
+
+    assert sorted(ask.prompt_ids[0] for ask in asks) == list(range(1000))
+    assert sum(ask.temperature == 0 for ask in asks) == pytest.approx(600, abs=60)
+    assert {ask.temperature for ask in asks} == {0.0, 0.8}
+    assert asks[0] == Ask(asks[0].prompt_ids, asks[0].temperature)
+
+
+def lessons_batch() -> TTTBatch:
+    return TTTBatch(
+        token_ids_BS=torch.tensor([[1, 2, 3], [4, 5, 6]]),
+        positions_BS=torch.arange(3).repeat(2, 1),
+        features_BSF=torch.ones(2, 3, 4),
+        last_hidden_BSH=torch.ones(2, 3, 2),
+        known_BS=torch.ones(2, 3, dtype=torch.bool),
+        loss_BS=torch.tensor([[True, True, False], [False, True, False]]),
+    )
+
+
+def test_padding_adds_rows_that_are_not_known_and_have_no_loss():
+    wide = padded(lessons_batch(), 5)
+
+    assert wide.token_ids_BS.tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]]
+    assert wide.positions_BS.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert wide.features_BSF.shape == (2, 5, 4)
+    assert not wide.known_BS[:, 3:].any()
+    assert wide.loss_BS.sum() == 3
+
+
+def test_a_draw_takes_whole_sequences_each_once():
+    lessons = Lessons(padded(lessons_batch(), 4), [], 0)
+
+    drawn = lessons.draw(2, torch.Generator().manual_seed(0))
+
+    assert sorted(drawn.token_ids_BS[:, 0].tolist()) == [1, 4]
+    row = drawn.token_ids_BS[:, 0].tolist().index(4)
+    assert drawn.loss_BS[row].tolist() == [False, True, False, False]
+
+
+PROMPTS = {"python": [(5, 6, 7), (8, 9), (3,)], "c": [(11, 12), (13,), (14, 15, 16)]}
+
+
+def measured(policy: RandomPolicy) -> dict[str, Arm]:
+    engine = make_engine(random_model("qwen3"), policy=policy, prefix_cache=False)
+    names = [OFF, "eagle3-k2", POLICY]
+    arms = measure(engine, PROMPTS, 2, 12, turns=2, until_s=float("inf"), names=names)
+    assert engine.policy is policy
+    assert engine.num_inflight() == 0
+    return arms
+
+
+def test_all_arms_answer_the_same_prompts_in_every_timed_turn():
+    arms = measured(RandomPolicy())
+
+    assert [len(a.turns) for a in arms.values()] == [2, 2, 2]
+    assert arms[OFF].tokens_per_step() == 1
+    assert arms[OFF].tokens(0) == arms[OFF].tokens(1)  # float32: nothing depends on the batch
+    assert arms["eagle3-k2"].tokens(0) == arms[POLICY].tokens(1) == arms[OFF].tokens(0)
+    assert {len(tokens) for tokens in arms[OFF].tokens(0)} == {12}
+
+
+def test_an_arm_that_fails_leaves_the_others_their_turns():
+    class Broken(RandomPolicy):
+        def plan(self, obs: StepObs) -> Decision:
+            raise ArithmeticError("no plan")
+
+    arms = measured(Broken())
+
+    assert "no plan" in (arms[POLICY].error or "")
+    assert [len(a.turns) for a in arms.values()] == [2, 2, 0]
