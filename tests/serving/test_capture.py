@@ -56,9 +56,7 @@ def restored(features):
 def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
     model = random_model("qwen3")
     engine = make_engine(model, prefix_cache=False, programs=programs, max_batch=4)
-    requests = [
-        request_of(str(i), [*PROMPT, i], 20 + i, capture=i % 3 != 1) for i in range(9)
-    ]
+    requests = [request_of(str(i), [*PROMPT, i], 20 + i, capture=i % 3 != 1) for i in range(9)]
 
     traces, lost = traces_of(engine, requests, dtype)
 
@@ -111,9 +109,7 @@ def test_a_request_that_opts_out_leaves_no_trace(programs):
 
 
 def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
-    engine = make_engine(
-        random_model("qwen3"), ring_rows=48, prefix_cache=False, programs=programs
-    )
+    engine = make_engine(random_model("qwen3"), ring_rows=48, prefix_cache=False, programs=programs)
     traces, lost = traces_of(engine, [request_of("long", PROMPT, 60)])
 
     features = traces["long"].features
