@@ -9,6 +9,7 @@ their outputs must be equal. Writes ``benchmarks/results/steps.json``.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -110,6 +111,7 @@ def main(
     device: str = "cuda",
 ) -> None:
     """Both engines over arms and batch sizes."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     sizes = [int(b) for b in batches.split(",")]
     rows: list[dict[str, Any]] = []
     mismatched = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 Program = Callable[[], None]
+_TELL_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,17 @@ class Landing:
         return True
 
 
+@dataclass(slots=True)
+class Spent:
+    """Seconds that went to making programs, by part."""
+
+    num_programs: int = 0
+    first_runs_s: float = 0.0
+    """What is compiled and loaded is so in the first run of the first program that needs it."""
+    capture_s: float = 0.0
+    timing_s: float = 0.0
+
+
 class Graphs:
     """Captures programs in CUDA graphs that share one memory; on a CPU they run as they are.
 
@@ -37,21 +52,53 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.are_real = device.type == "cuda"
-        self._memory = torch.cuda.graph_pool_handle() if self.are_real else None
+        self.spent = Spent()
+        self._told_s = time.perf_counter()
+        if self.are_real:
+            self._memory = torch.cuda.graph_pool_handle()
+            # One for all: memory is kept by stream, so that each program finds that of the others.
+            self._side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, work: Program) -> Program:
         """``work``, as one launch where the device has graphs. Runs it once to warm up."""
         if not self.are_real:
             return work
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()  # compiles kernels and loads modules, which a capture forbids
-        torch.cuda.current_stream().wait_stream(side)
+        started = time.perf_counter()
+        num_bytes = self._run(work)
+        warm = time.perf_counter()
+        # A capture allocates what the run did, from other memory. ``torch.cuda.graph`` gives the
+        # run's back before each capture, and the next run asks the driver for all of it again.
+        if torch.cuda.mem_get_info()[0] < 2 * num_bytes:
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            work()
+        with torch.cuda.stream(self._side):
+            graph.capture_begin(pool=self._memory)
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        self._count(warm - started, time.perf_counter() - warm)
         return graph.replay
+
+    def _run(self, work: Program) -> int:
+        """Compiles kernels and loads modules, which a capture forbids. Returns the bytes that the
+        work held at once."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            work()
+        self._side.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _count(self, first_run_s: float, capture_s: float) -> None:
+        self.spent.num_programs += 1
+        self.spent.first_runs_s += first_run_s
+        self.spent.capture_s += capture_s
+        now = time.perf_counter()
+        if now - self._told_s > _TELL_EVERY_S:
+            self._told_s = now
+            log.info("still making programs: %s", self.spent)
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Landing]:
         """A copy on the host, and when it is there: after all that was launched before."""
@@ -72,7 +119,13 @@ class Graphs:
             program()
             self.synchronize()
             times.append(time.perf_counter() - started)
+        self.spent.timing_s += sum(times)
         return sorted(times)[repeats // 2]
+
+    def trim(self) -> None:
+        """Give back the memory of first runs."""
+        if self.are_real:
+            torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         """Wait until all that was launched is done."""

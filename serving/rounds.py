@@ -236,17 +236,17 @@ class Rounds:
                     for is_greedy in (True, False):
                         self._program(_Key(size, num_draft, source, is_greedy))
                 if num_draft and has_neural:
-                    with_draft = self.device_seconds(size, num_draft, "eagle3")
-                    without = self.device_seconds(size, num_draft, "suffix")
+                    with_draft = self.device_seconds(size, num_draft, "eagle3", repeats=3)
+                    without = self.device_seconds(size, num_draft, "suffix", repeats=3)
                     share = max(0.0, 1 - without / with_draft)
                     self._draft_share[size, num_draft] = share
             if has_neural:
                 self._catch_up_program(size)
 
-    def device_seconds(self, num_rows: int, num_draft: int, source: str) -> float:
+    def device_seconds(self, num_rows: int, num_draft: int, source: str, repeats: int = 5) -> float:
         """Time of one greedy round's program, its launch included; nothing may be in flight."""
         key = _Key(self._bucket(num_rows), num_draft, source, is_greedy=True)
-        return self._graphs.seconds(self._program(key))
+        return self._graphs.seconds(self._program(key), repeats)
 
     def _bucket(self, num_rows: int) -> int:
         return next(size for size in self._buckets if size >= num_rows)

@@ -52,12 +52,12 @@ def _span(
     return first, count, begin, end, tl.maximum(blocks * KEYS, PART_KEYS)
 
 
-@triton.jit(do_not_specialize=["window", "num_query", "num_pages"])
+@triton.jit(do_not_specialize=["window", "num_query", "num_pages", "first_key"])
 def _attend_pages(
     q_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr, ancestors_ptr, out_ptr, lse_ptr,
-    scale, cap, window, num_query, num_pages, q_stride,
+    scale, cap, window, num_query, num_pages, first_key, q_stride,
     GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, PART_KEYS: tl.constexpr, PAGE: tl.constexpr, FIRST_KEY: tl.constexpr,
+    KEYS: tl.constexpr, PART_KEYS: tl.constexpr, PAGE: tl.constexpr,
     HAS_COUNTS: tl.constexpr, HAS_ANCESTORS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def _attend_pages(
         key = start + tl.arange(0, KEYS)
         slot = page.to(tl.int64) * PAGE + key % PAGE
         place = (slot * NUM_KV + head)[:, None] * D + dim[None, :]
-        is_key = (key < end) & (key >= FIRST_KEY)
+        is_key = (key < end) & (key >= first_key)
         ahead = key + KEYS
         page = tl.load(table_ptr + ahead // PAGE, mask=ahead < end, other=0)
         k = tl.load(keys_ptr + place, mask=is_key[:, None], other=0.0)
@@ -307,8 +307,8 @@ def attend_pages(
         q, keys, values, decode.pages_RP, decode.first_R, counts,
         decode.first_R if decode.ancestors_RQ is None else decode.ancestors_RQ, part_out, lse,
         scale * _LOG2_E if softcap is None else 2 * scale / softcap, (softcap or 0.0) * _LOG2_E,
-        window or 0, num_query, num_pages, q.stride(0),
-        **span, ROWS=rows, PAGE=decode.page_size, FIRST_KEY=decode.first_key,
+        window or 0, num_query, num_pages, decode.first_key, q.stride(0),
+        **span, ROWS=rows, PAGE=decode.page_size,
         HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
         JOINED=parts == 1, num_warps=num_warps, num_stages=3,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from specops.capture_pack import PackRing, check_step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _number_rows(counts_ptr, next_ptr, starts_ptr, num_requests, BLOCK: tl.constexpr):
     """Running number of every request's first row; raises the count."""
     # One warp, so that the count has been read by all when it is raised.
@@ -103,7 +103,7 @@ def pack_kept_rows(
     starts = torch.empty(len(counts_R), dtype=torch.int64, device=counts_R.device)
     _number_rows[(1,)](
         counts_R, ring.next_1, starts, len(counts_R),
-        BLOCK=triton.next_power_of_2(len(counts_R)), num_warps=1,
+        BLOCK=max(256, triton.next_power_of_2(len(counts_R))), num_warps=1,
     )  # fmt: skip
     block = triton.next_power_of_2(hidden_size)
     _pack_rows[(num_layers + 1, num_rows)](

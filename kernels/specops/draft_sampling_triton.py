@@ -11,12 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from specops.draft_sampling import Drafted, VocabMap
-from specops.laws_triton import TILES, Tiles, join_rows
+from specops.laws_triton import PER_REQUEST, TILES, Tiles, join_rows
 from specops.rng import Numbering, Stream
 from specops.sampling import SamplingRows
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=PER_REQUEST,
+)
 def _finish(
     logits_ptr, row_stride, temperature_ptr, greedy_ptr, own_ptr, law_ptr, d2t_ptr, token_ptr,
     logq_ptr, num_rows, HAS_GREEDY: tl.constexpr, HAS_MAP: tl.constexpr, ROWS: tl.constexpr,

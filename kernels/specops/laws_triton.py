@@ -13,7 +13,7 @@ the order (logit downwards, id upwards). The last surviving logit is found by ha
 between two logits of the row, each of which a sweep over the row replaces by the nearest logit that
 is there, until few enough are left to be held by one program, in registers.
 
-Shapes: N rows of logits, R requests of ``PER`` rows each, P parts of a row, S stretches of a part.
+Shapes: N rows of logits, R requests of ``per`` rows each, P parts of a row, S stretches of a part.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ class Tiles:
 
 
 TILES = Tiles()
+PER_REQUEST = (
+    "temperature_ptr", "greedy_ptr", "lens_ptr", "rules_ptr",
+    "top_k_ptr", "top_p_ptr", "min_p_ptr", "keys_ptr", "nonces_ptr", "positions_ptr",
+)  # fmt: skip
+"""One number a request, read one at a time. They are fields of one matrix, so that where they begin
+depends on the batch size: a kernel that knew how they are aligned would be compiled three times."""
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _LOWEST = tl.constexpr(-3.0e38)  # below every finite logit that a model computes
 
@@ -121,17 +127,17 @@ def choose_part(shares, number, SIZE: tl.constexpr):
     return part, (threshold - before) / own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per"], do_not_specialize_on_alignment=PER_REQUEST)
 def _split_rows(
     logits_ptr, request_stride, row_stride, temperature_ptr, greedy_ptr, lens_ptr,
-    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, vocab, num_parts,
-    PER: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
+    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, vocab, num_parts, per,
+    EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, PLAIN: tl.constexpr,
     TRUNCATES: tl.constexpr,
 ):  # fmt: skip
     """One part of one row: largest logit, its lowest id, sum of weights relative to it."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    request, place = row // PER, row % PER
+    request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
         if place >= tl.load(lens_ptr + request) + EXTRA:
             return
@@ -423,20 +429,20 @@ def draw_within(x, ids, top, cut, last, rate, portion, PART: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, PART) == inside, ids, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per"], do_not_specialize_on_alignment=PER_REQUEST)
 def _join_rows(
     logits_ptr, request_stride, row_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     greedy_ptr, lens_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr,
     part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, held_ptr, held_ids_ptr,
-    law_ptr, last_ptr, own_ptr, stats_ptr, vocab, num_parts,
-    PER: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
+    law_ptr, last_ptr, own_ptr, stats_ptr, vocab, num_parts, per,
+    EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
     PARTS_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr, STREAM: tl.constexpr,
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, HAS_RULES: tl.constexpr,
     PLAIN: tl.constexpr, TRUNCATES: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """One row: its law, and the token it draws if it is to draw one."""
     row = tl.program_id(0).to(tl.int64)
-    request, place = row // PER, row % PER
+    request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
         if place >= tl.load(lens_ptr + request) + EXTRA:
             if PLAIN:
@@ -565,7 +571,7 @@ def join_rows(
     with_stats: bool,
     tiles: Tiles = TILES,
 ) -> JoinedRows:
-    """The laws of R times ``PER`` rows, N in all, and a token drawn from each where wanted.
+    """The laws of R times ``per`` rows, N in all, and a token drawn from each where wanted.
 
     Args:
         logits_RPV: [R, PER, V] float; the last dimension is contiguous.
@@ -604,7 +610,6 @@ def join_rows(
         return JoinedRows(laws, own, stats)
     rows = (logits_RPV, logits_RPV.stride(0), logits_RPV.stride(1), sampling.temperature_R)
     kinds = {
-        "PER": per,
         "EXTRA": extra,
         "PART": tiles.part,
         "STRETCH": tiles.stretch,
@@ -614,14 +619,14 @@ def join_rows(
         "TRUNCATES": truncates,
     }
     _split_rows[(num_rows, parts)](
-        *rows, greedy_R, lens_R, tops, stretch_tops, bests, sums, plain, vocab_size, parts,
+        *rows, greedy_R, lens_R, tops, stretch_tops, bests, sums, plain, vocab_size, parts, per,
         **kinds, num_warps=tiles.part_warps,
     )  # fmt: skip
     numbers = (numbering.keys_R, numbering.nonces_R, numbering.positions_R) if numbering else ()
     _join_rows[(num_rows,)](
         *rows, sampling.top_k_R, sampling.top_p_R, sampling.min_p_R, greedy_R, lens_R, rules_R,
         *(numbers or (None,) * 3), tops, stretch_tops, bests, sums, plain, held, held_ids,
-        laws.tops_cuts_masses, laws.lasts, own, stats, vocab_size, parts,
+        laws.tops_cuts_masses, laws.lasts, own, stats, vocab_size, parts, per,
         **kinds, PARTS_UP=triton.next_power_of_2(parts), SWEEP=tiles.sweep, HELD=tiles.held,
         STREAM=int(stream), HAS_RULES=rules_R is not None, DRAWS=numbering is not None,
         num_warps=tiles.sweep_warps if truncates else tiles.part_warps,

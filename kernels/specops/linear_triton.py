@@ -99,16 +99,24 @@ def make_scratch(
     products: Iterable[tuple[int, int, bool]], dtype: torch.dtype, device: torch.device
 ) -> Scratch:
     """Scratch for ``choose_plan``'s plans of some products: each its N, K and whether gated."""
-    sums = tiles = 1
+    needs = [(1, 1)]
     for num_outputs, num_inputs, gated in products:
-        plan = choose_plan(MAX_ROWS, num_outputs, num_inputs, gated, dtype.itemsize)
-        if plan.split > 1:
-            sums = max(sums, plan.split * MAX_ROWS * num_outputs * (1 + gated))
-            tiles = max(tiles, triton.cdiv(num_outputs, plan.block_n))
+        for num_rows in range(1, MAX_ROWS + 1):
+            plan = choose_plan(num_rows, num_outputs, num_inputs, gated, dtype.itemsize)
+            needs.append(_scratch_needed(plan, num_rows, num_outputs, gated))
+    sums, tiles = (max(sizes) for sizes in zip(*needs, strict=True))
     return Scratch(
         torch.empty(sums, dtype=torch.float32, device=device),
         torch.zeros(tiles, dtype=torch.int32, device=device),
     )
+
+
+def _scratch_needed(plan: Plan, num_rows: int, num_outputs: int, gated: bool) -> tuple[int, int]:
+    """Sums and tiles of a product that is split."""
+    if plan.split == 1:
+        return 0, 0
+    sums = plan.split * _padded(num_rows) * num_outputs * (1 + gated)
+    return sums, int(triton.cdiv(num_outputs, plan.block_n))
 
 
 @triton.jit
@@ -394,11 +402,12 @@ def _launch(
     if plan.split > 1:
         if scratch is None:
             raise ValueError(f"{plan} needs scratch")
-        size = plan.split * rows * num_outputs * (1 + gated)
-        if scratch.parts.numel() < size or scratch.arrived.numel() < tiles:
+        held = (scratch.parts.numel(), scratch.arrived.numel())
+        needed = _scratch_needed(plan, num_rows, num_outputs, gated)
+        if held[0] < needed[0] or held[1] < needed[1]:
             raise ValueError(
-                f"scratch holds {scratch.parts.numel()} sums and {scratch.arrived.numel()} tiles; "
-                f"{plan} needs {size} and {tiles}"
+                f"scratch holds {held[0]} sums and {held[1]} tiles; "
+                f"{plan} needs {needed[0]} and {needed[1]}"
             )
     squares = None
     if residual is not None:

@@ -17,7 +17,7 @@ from specops.overlap_triton import let_next_start, wait_for_previous
 _COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def _embed(ids_ptr, table_ptr, out_ptr, squares_ptr, width, out_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from specops.draft_sampling import DraftLaw, RowLaws
 from specops.laws_triton import (
+    PER_REQUEST,
     TILES,
     Tiles,
     check_packed,
@@ -39,6 +40,13 @@ from specops.rng import Numbering, Stream
 from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, check_shapes
 
+_PER_REQUEST = (*PER_REQUEST, "q_temperature_ptr", "q_greedy_ptr", "accepted_ptr", "next_ptr")
+
+
+def _places(num_draft: int) -> int:
+    """K + 1, as kernels hold it: the same up to 15 drafts, for which one kernel is compiled."""
+    return max(16, int(triton.next_power_of_2(num_draft + 1)))
+
 
 @triton.jit
 def _log_weight(x, ids, top, cut, mass, last, rate):
@@ -49,7 +57,7 @@ def _log_weight(x, ids, top, cut, mass, last, rate):
     return tl.where(is_kept, logp, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=_PER_REQUEST)
 def _judge(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
@@ -99,7 +107,7 @@ def _judge(
     tl.store(pi_ptr + request * (K + 1), tl.full((), 1.0, tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=_PER_REQUEST)
 def _overlap(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
@@ -173,7 +181,7 @@ def _left_over(
     return p, rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=_PER_REQUEST)
 def _stop(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
@@ -256,7 +264,7 @@ def _stop(
     tl.store(rest_ptr + slot * 2 + 1, tl.sum(rest, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=_PER_REQUEST)
 def _emit(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
@@ -403,7 +411,7 @@ def _launch(
         "HAS_MAP": d2t is not None,
         "Q_GREEDY": q[4] is not None,
     }
-    k_up = triton.next_power_of_2(num_draft + 1)
+    k_up = _places(num_draft)
     draft_parts = triton.cdiv(draft_size, tiles.part)
     overlap_parts = scratch(num_draft, draft_parts, 2) if is_dense else None
     steps = _Steps(keep, pi, overlap_parts, rest)
@@ -457,7 +465,7 @@ def _draft_arguments(
     return q, *maps, logits.shape[-1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PER"], do_not_specialize_on_alignment=_PER_REQUEST)
 def _best_of_parts(
     logits_ptr, request_stride, row_stride, lens_ptr, top_ptr, best_ptr, vocab, num_parts, PER,
     PART: tl.constexpr,
@@ -475,7 +483,7 @@ def _best_of_parts(
     tl.store(best_ptr + row * num_parts + part, tl.min(tl.where(x == top, ids, vocab), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PER"], do_not_specialize_on_alignment=_PER_REQUEST)
 def _match_best(
     draft_ptr, lens_ptr, top_ptr, best_ptr, accepted_ptr, next_ptr, vocab, num_parts, PER,
     PER_UP: tl.constexpr, PARTS_UP: tl.constexpr,
@@ -523,6 +531,6 @@ def verify_greedy(
     )  # fmt: skip
     _match_best[(num_requests,)](
         draft_RK, lens_R, tops, bests, accepted, following, vocab_size, parts, per,
-        PER_UP=triton.next_power_of_2(per), PARTS_UP=triton.next_power_of_2(parts), num_warps=4,
+        PER_UP=_places(per - 1), PARTS_UP=triton.next_power_of_2(parts), num_warps=4,
     )  # fmt: skip
     return accepted, following

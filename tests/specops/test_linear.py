@@ -127,6 +127,36 @@ def test_a_rule_cuts_every_shape():
     assert linear_triton.choose_plan(5, 151936, 4096, False).split == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("hidden", "qkv", "heads", "inner", "vocab"),
+    [
+        pytest.param(256, 512, 256, 624, 4096, id="bundled target"),
+        pytest.param(1024, 4096, 2048, 3072, 151_936, id="Qwen3-0.6B"),
+        pytest.param(2048, 4096, 2048, 6144, 151_936, id="Qwen3-1.7B"),
+        pytest.param(4096, 6144, 4096, 12_288, 151_936, id="Qwen3-8B"),
+        pytest.param(4096, 6144, 4096, 14_336, 128_256, id="Llama-3.1-8B"),
+    ],
+)
+def test_one_scratch_holds_every_product_of_a_decoder(hidden, qkv, heads, inner, vocab, dtype):
+    shapes = [(qkv, hidden), (hidden, heads), (hidden, inner), (vocab, hidden)]
+    products = [(*shape, False) for shape in shapes] + [(inner, hidden, True)]
+    scratch = make_scratch(products, dtype, torch.device("meta"))
+    splits = 0
+    for num_rows in range(1, linear_triton.MAX_ROWS + 1):
+        for num_outputs, num_inputs, gated in products:
+            plan = linear_triton.choose_plan(
+                num_rows, num_outputs, num_inputs, gated, dtype.itemsize
+            )
+            splits += plan.split > 1
+            rows = max(16, 1 << (num_rows - 1).bit_length())
+            assert plan.split == 1 or (
+                scratch.parts.numel() >= plan.split * rows * num_outputs * (1 + gated)
+                and scratch.arrived.numel() >= -(-num_outputs // plan.block_n)
+            )
+    assert splits  # else nothing was checked
+
+
 def test_the_kernel_refuses_what_it_cannot_do():
     x, weight, _ = draw(2, 64, 48)
     with pytest.raises(ValueError, match=r"1\.\.64 rows, got 65"):
@@ -171,7 +201,9 @@ def test_the_compiled_kernel_equals_the_definition(
     x, weight, norm = draw(num_rows, num_inputs, num_outputs, torch.bfloat16, "cuda")
     residual = torch.randn(num_rows, num_outputs, device="cuda").bfloat16()
     device = torch.device("cuda")
-    scratch = make_scratch([(num_outputs, num_inputs, g) for g in (False, True)], x.dtype, device)
+    # The gated product takes half of the weight's rows as its gate.
+    products = [(num_outputs, num_inputs, False), (num_outputs // 2, num_inputs, True)]
+    scratch = make_scratch(products, x.dtype, device)
     if plan is not None:
         arrived = torch.zeros(4096, dtype=torch.int32, device=device)
         scratch = Scratch(torch.empty(4 << 20, device=device), arrived)
