@@ -1,6 +1,7 @@
 """Decode attention of Qwen3-8B's heads over paged keys, against what torch and others offer.
 
-    python -m benchmarks.ops.attention        # about a minute on one H200
+    python -m benchmarks.ops.attention            # about a minute on one H200
+    python -m benchmarks.ops.attention --sweep    # which way to cut batch 16 would be best
 
 bfloat16, every request at the same context, pages in random order. Bytes are those of the keys and
 values read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
@@ -11,8 +12,9 @@ the fastest counts. Writes ``benchmarks/results/ops_attention.json``.
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,7 @@ from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from benchmarks.result import write_result
 from specops import attention_triton
 from specops.attention import DecodePass
+from specops.attention_triton import Tiling, choose_tiling
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 BATCHES, CONTEXTS, QUERIES = (1, 16, 64), (512, 2048, 8192, 32768), (1, 5, 16)
@@ -231,6 +234,102 @@ def rows(
     return found
 
 
+SWEPT = ((16, 2048), (16, 8192), (64, 2048), (1, 8192))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One way to cut a case into programs."""
+
+    num_parts: int
+    tiling: Tiling
+    overlap: bool = False
+
+    def __str__(self) -> str:
+        t = self.tiling
+        shown = f"parts {self.num_parts} tile {t.rows}x{t.keys} warps {t.num_warps}"
+        return f"{shown} stages {t.num_stages}{' overlap' * self.overlap}"
+
+
+def cuts(shape: Shape) -> list[Cut]:
+    """The one in force first, and candidates."""
+    num_rows = shape.num_query * HEADS // KV_HEADS
+    tiling = choose_tiling(num_rows, DIM, element_size=2)
+    tiles = KV_HEADS * -(-num_rows // tiling.rows)
+    in_force = attention_triton.parts_of(shape.batch, tiles, shape.context)
+    full = 132 * 2 // (shape.batch * tiles), 132 * 3 // (shape.batch * tiles)
+    fewest = min(in_force, -(-128 // (shape.batch * tiles)))  # else most of the card is idle
+    parts = [in_force, *(p for p in (fewest, *full, 2 * in_force) if fewest <= p <= 64)]
+    found = [Cut(p, tiling, overlap) for p in parts for overlap in (False, True)]
+    tilings = [
+        replace(tiling, num_stages=2),
+        replace(tiling, num_stages=4),
+        replace(tiling, num_warps=8),
+        replace(tiling, keys=32, num_stages=4),
+        replace(tiling, keys=128, num_warps=8, num_stages=2),
+        replace(tiling, keys=128, num_warps=8),
+        replace(tiling, rows=max(32, tiling.rows)),
+    ]
+    found += [Cut(p, t) for t in tilings for p in dict.fromkeys(parts) if p <= in_force]
+    return [cut for cut in dict.fromkeys(found) if cut.num_parts > 1 or not cut.overlap]
+
+
+def sweep(budget_s: float) -> list[dict[str, Any]]:
+    """Milliseconds of every way to cut some cases; stops starting cases after ``budget_s``."""
+    started = time.perf_counter()
+    copy_rate = copy_bytes_per_s(1 << 30)
+    found = []
+    for batch, context in SWEPT:
+        cache = new_cache(batch, context)
+        for num_query in QUERIES:
+            shape = Shape(batch, context, num_query)
+            if time.perf_counter() - started > budget_s:
+                found.append({**asdict(shape), "skipped": f"after {budget_s:.0f} s"})
+                continue
+            found.append(swept(shape, cache, copy_rate))
+            print(swept_line(found[-1]), flush=True)
+        del cache
+        torch.cuda.empty_cache()
+    return found
+
+
+def swept(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
+    """All ways to cut one case, the fastest first."""
+    num_rows = shape.batch * shape.num_query
+    q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    first_R = torch.full((shape.batch,), shape.context - shape.num_query, device="cuda").int()
+    decode = DecodePass(cache.pages_RP, first_R, PAGE)
+
+    def work(cut: Cut) -> Tensor:
+        return attention_triton.attend_pages(
+            q_THD, cache.keys, cache.values, decode, SCALE,
+            num_parts=cut.num_parts, tiling=cut.tiling, overlap=cut.overlap,
+        )  # fmt: skip
+
+    ways = cuts(shape)
+    want = work(ways[0])
+    timed = [(str(cut), guarded_ms(shape, lambda c=cut: partial(work, c), want)) for cut in ways]
+    order = sorted(timed, key=lambda t: t[1] if isinstance(t[1], float) else float("inf"))
+    floor_ms = shape.num_bytes / copy_rate * 1e3
+    return {
+        **asdict(shape),
+        "floor_ms": floor_ms,
+        "in_force_ms": timed[0][1],
+        "cuts": [{"cut": name, "ms": ms} for name, ms in order],
+    }
+
+
+def swept_line(row: dict[str, Any]) -> str:
+    """One swept case for a terminal."""
+
+    def shown(ms: float | str) -> str:
+        return f"{ms:.4f} ({row['floor_ms'] / ms:.0%})" if isinstance(ms, float) else ms[:60]
+
+    best = "; ".join(f"{shown(c['ms'])} {c['cut']}" for c in row["cuts"][:5])
+    case = f"B={row['batch']:<3} S={row['context']:<6} Q={row['num_query']:<3}"
+    return f"{case} in force {shown(row['in_force_ms'])} | {best}"
+
+
 def line(row: dict[str, Any]) -> str:
     """One row for a terminal: milliseconds and shares of the copy's bandwidth."""
     ours_gb_per_s = row["num_bytes"] / row["ours_ms"] / 1e6
@@ -251,11 +350,15 @@ def main(
     out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
         "benchmarks/results/ops_attention.json"
     ),
+    find_cuts: Annotated[bool, typer.Option("--sweep", help="try ways to cut some cases")] = False,
+    budget_s: Annotated[float, typer.Option(help="of a sweep")] = 90.0,
 ) -> None:
     """All batches, contexts and numbers of query rows."""
     torch.manual_seed(0)
-    found = rows()
-    write_result(out, {"rows": found})
+    if find_cuts:
+        write_result(out.with_stem(out.stem + "_sweep"), {"rows": sweep(budget_s)})
+    else:
+        write_result(out, {"rows": rows()})
 
 
 if __name__ == "__main__":

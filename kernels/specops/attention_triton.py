@@ -12,24 +12,43 @@ D head dimension (a power of two, at least 16).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from specops.attention import DecodePass, check_window
+from specops.overlap_triton import let_next_start, wait_for_previous
 
 _PROGRAMS = 264
 """Wanted at least: two for each multiprocessor of an H100 or H200."""
+_ROUNDS = 2
+"""Rounds of these programs: one that ends early, as its request is short, makes room."""
 _LOG2_E = 1.4426950408889634
 _PART_KEYS = 128
 """Fewest keys of a part: below, joining costs more than it saves."""
 _MAX_PARTS = 64
 _TILE_BYTES = 16 << 10
-"""Of one block of keys. With its values and two of each on their way 64 KB: three programs fit a
-multiprocessor, which needs some 30 KB on their way for its share of the bandwidth."""
+"""Of one block of keys. With its values and two of each on their way 64 KB: three programs of 16
+rows, or two of more rows, fit a multiprocessor, which needs some 30 KB on their way for its share
+of the bandwidth."""
 _TILE_OUTPUTS = 1 << 14
 """Most float32 outputs of one tile: 64 registers of each thread of eight warps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """What one program works on at a time."""
+
+    rows: int
+    """Query rows times query heads that share a key head."""
+    keys: int
+    """Of one block."""
+    num_warps: int
+    num_stages: int = 3
+    """Blocks in flight, the one being multiplied included."""
 
 
 @triton.jit
@@ -59,13 +78,15 @@ def _attend_pages(
     GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, PART_KEYS: tl.constexpr, PAGE: tl.constexpr,
     HAS_COUNTS: tl.constexpr, HAS_ANCESTORS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, JOINED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, JOINED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one request and key head, for a tile of the rows that share it.
 
     With ``JOINED`` there is one part, whose output is final; else writes the part's normalised
     output and the log2 of its sum of weights.
     """
+    if OVERLAP:
+        let_next_start()
     num_tiles = tl.num_programs(0) // NUM_KV
     head, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     part, num_parts, request = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
@@ -151,9 +172,11 @@ def _join_pages(
     part_ptr, lse_ptr, first_ptr, counts_ptr, out_ptr, window, num_query, num_keys, num_parts,
     GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
     PART_KEYS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_COUNTS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Output of one query row and query head: its parts, each by its share of the weights."""
+    if OVERLAP:
+        wait_for_previous()
     row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, _, begin, end, part_keys = _span(
         first_ptr, counts_ptr, request, num_query, num_parts, num_keys, window,
@@ -239,17 +262,17 @@ def parts_of(num_requests: int, num_tiles: int, num_keys: int) -> int:
 
     ``num_tiles``: programs of a request for each part.
 
-    Two rounds of two programs for each multiprocessor of an H200, if no part gets too short.
+    ``_ROUNDS`` rounds of two programs for each multiprocessor, if no part gets too short.
     """
-    wanted = round(2 * _PROGRAMS / (num_requests * num_tiles))
+    wanted = round(_ROUNDS * _PROGRAMS / (num_requests * num_tiles))
     return max(1, min(wanted, num_keys // _PART_KEYS, _MAX_PARTS))
 
 
-def _tile(num_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
-    """Rows of a tile, keys of a block and warps."""
+def choose_tiling(num_rows: int, head_dim: int, element_size: int) -> Tiling:
+    """For ``num_rows`` query rows and heads that share a key head."""
     rows = min(_TILE_OUTPUTS // head_dim, 128, max(16, triton.next_power_of_2(num_rows)))
     keys = max(16, min(128, _TILE_BYTES // element_size // max(rows, head_dim)))
-    return rows, keys, 4 if 2 * rows * max(head_dim, keys) <= _TILE_OUTPUTS else 8
+    return Tiling(rows, keys, 4 if 2 * rows * max(head_dim, keys) <= _TILE_OUTPUTS else 8)
 
 
 def attend_pages(
@@ -261,6 +284,8 @@ def attend_pages(
     window: int | None = None,
     softcap: float | None = None,
     num_parts: int | None = None,
+    tiling: Tiling | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     """See ``specops.attention.attend_pages``, whose arguments and result these are.
 
@@ -270,6 +295,8 @@ def attend_pages(
     Args:
         num_parts: parts that each request's keys are split into at most, up to 64; ``None`` fills
             the card.
+        tiling: ``None`` takes ``choose_tiling``'s.
+        overlap: the joining starts while parts are still under way (``specops.overlap_triton``).
 
     Raises:
         ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is no
@@ -282,9 +309,9 @@ def attend_pages(
     check_window(decode, num_query, window)
     share = q_THD.shape[1] // num_kv
     num_rows = num_query * share
-    rows, block, num_warps = _tile(num_rows, head_dim, keys.element_size())
+    tiling = tiling or choose_tiling(num_rows, head_dim, keys.element_size())
     num_keys = num_pages * decode.page_size
-    tiles = triton.cdiv(num_rows, rows)
+    tiles = triton.cdiv(num_rows, tiling.rows)
     parts = num_parts or parts_of(num_requests, num_kv * tiles, num_keys)
     q = _packed(q_THD)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -293,10 +320,11 @@ def attend_pages(
         "GROUP": share,
         "NUM_KV": num_kv,
         "D": head_dim,
-        "KEYS": block,
+        "KEYS": tiling.keys,
         "PART_KEYS": _PART_KEYS,
         "HAS_COUNTS": decode.counts_R is not None,
         "HAS_WINDOW": window is not None,
+        "OVERLAP": overlap and parts > 1,
     }
     part_out, lse = out, out
     if parts > 1:
@@ -308,14 +336,15 @@ def attend_pages(
         decode.first_R if decode.ancestors_RQ is None else decode.ancestors_RQ, part_out, lse,
         scale * _LOG2_E if softcap is None else 2 * scale / softcap, (softcap or 0.0) * _LOG2_E,
         window or 0, num_query, num_pages, decode.first_key, q.stride(0),
-        **span, ROWS=rows, PAGE=decode.page_size,
+        **span, ROWS=tiling.rows, PAGE=decode.page_size,
         HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
-        JOINED=parts == 1, num_warps=num_warps, num_stages=3,
+        JOINED=parts == 1, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     if parts > 1:
         up = triton.next_power_of_2(parts)
         _join_pages[(num_rows, num_kv, num_requests)](
             part_out, lse, decode.first_R, counts, out, window or 0, num_query, num_keys, parts,
             **span, PARTS_UP=up, num_warps=max(1, min(8, up * head_dim // 1024)),
+            launch_pdl=overlap,
         )  # fmt: skip
     return out

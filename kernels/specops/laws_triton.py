@@ -335,74 +335,80 @@ def _truncated(
     stretch_top_ptr, num_stretches, held_ptr, held_ids_ptr,
     STRETCHES_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Cut, last id at the cut and mass of a row under min-p and top-k, and then top-p."""
+    """Cut, last id at the cut and mass of a row under min-p and top-k, and then top-p.
+
+    Both are found by one body in a loop of two turns: written one after the other, they take twice
+    as long to compile.
+    """
     cut = _LOWEST + 0.0 * top
     last = vocab
     total = mass.to(tl.float64)
     count = 0
-    is_whole = False
+    is_whole = tl.full((), False, tl.int1)
     floor = cut
     if min_p > 0:
         floor = tl.maximum(floor, tl.minimum(top, top + temperature * tl.log(min_p)))
     num_ties_kept = vocab
-    if (top_k < vocab) | (min_p > 0):
-        # The k-th largest of the stretches' largest is a bound: k logits are not below it.
-        stretch = tl.arange(0, STRETCHES_UP)
-        tops = tl.load(stretch_top_ptr + stretch, mask=stretch < num_stretches, other=float("-inf"))
-        limit = top_k.to(tl.float64)
-        bounding = tl.sum((tops > _LOWEST).to(tl.int32), axis=0)
-        if top_k <= bounding:
-            lowest = tl.min(tl.where(tops > _LOWEST, tops, float("inf")), axis=0)
-            none = tl.full((), 0.0, tl.float64)
-            floor = tl.maximum(floor, _least_within(tops, lowest, top, none, limit, top, 0.0))
-        count, least = _gather(row_ptr, vocab, floor, top, held_ptr, held_ids_ptr, SWEEP, HELD)
-        is_whole = count <= HELD
-        cut = least
-        if top_k < count:
-            cut, count = _find_cut(
-                row_ptr, vocab, least, count, top, 0.0, limit, held_ptr, held_ids_ptr, SWEEP, HELD
+    for turn in tl.range(0, 2, num_stages=1):
+        by_mass = turn == 1
+        is_wanted = (top_k < vocab) | (min_p > 0)
+        if by_mass:
+            is_wanted = top_p < 1
+        if is_wanted:
+            limit = top_k.to(tl.float64)
+            if by_mass:
+                limit = top_p.to(tl.float64) * total
+                # Logits below it cannot be among those that reach p: all V weigh less than 1 - p.
+                bound = tl.log(total.to(tl.float32) * (1 - top_p) / vocab) * temperature + top
+                bound -= 1e-3 * temperature + 1e-5 * tl.abs(top)
+                floor = tl.minimum(top, tl.maximum(cut, bound))
+            else:
+                # The k-th largest of the stretches' largest is a bound: k logits are not below it.
+                stretch = tl.arange(0, STRETCHES_UP)
+                is_stretch = stretch < num_stretches
+                tops = tl.load(stretch_top_ptr + stretch, mask=is_stretch, other=float("-inf"))
+                if top_k <= tl.sum((tops > _LOWEST).to(tl.int32), axis=0):
+                    lowest = tl.min(tl.where(tops > _LOWEST, tops, float("inf")), axis=0)
+                    none = tl.full((), 0.0, tl.float64)
+                    bound = _least_within(tops, lowest, top, none, limit, top, 0.0)
+                    floor = tl.maximum(floor, bound)
+            least = cut
+            if not is_whole:
+                count, least = _gather(
+                    row_ptr, vocab, floor, top, held_ptr, held_ids_ptr, SWEEP, HELD
+                )
+                is_whole = count <= HELD
+            num_from_least = count
+            found = least
+            is_cut = by_mass | (top_k < count)
+            if is_cut:
+                search_rate = tl.where(by_mass, rate, 0.0)
+                found, count = _find_cut(
+                    row_ptr, vocab, least, count, top, search_rate, limit, held_ptr, held_ids_ptr,
+                    SWEEP, HELD,
+                )  # fmt: skip
+            num_above, above, ties = _above_cut(
+                row_ptr, vocab, found, count, is_whole, top, rate, held_ptr, SWEEP, HELD
             )
-            num_above, total, ties = _above_cut(
-                row_ptr, vocab, cut, count, is_whole, top, rate, held_ptr, SWEEP, HELD
-            )
-            num_ties_kept = tl.minimum(ties, top_k.to(tl.int32) - num_above)
-            last = _last_tie(
-                row_ptr, vocab, cut, num_ties_kept, ties, count, held_ptr, held_ids_ptr,
-                SWEEP, HELD,
-            )  # fmt: skip
-            total += num_ties_kept.to(tl.float64) * tl.exp((cut - top) * rate).to(tl.float64)
-        else:
-            num_above, total, _ = _above_cut(
-                row_ptr, vocab, cut, count, is_whole, top, rate, held_ptr, SWEEP, HELD
-            )
-            total += (count - num_above).to(tl.float64) * tl.exp((cut - top) * rate).to(tl.float64)
-    if top_p < 1:
-        limit = top_p.to(tl.float64) * total
-        # Logits below it cannot be among those that reach p: all V of them weigh less than 1 - p.
-        bound = tl.log(total.to(tl.float32) * (1 - top_p) / vocab) * temperature + top
-        floor = tl.minimum(top, tl.maximum(cut, bound - 1e-3 * temperature - 1e-5 * tl.abs(top)))
-        least = cut
-        if not is_whole:
-            count, least = _gather(row_ptr, vocab, floor, top, held_ptr, held_ids_ptr, SWEEP, HELD)
-            is_whole = count <= HELD
-        nucleus, count = _find_cut(
-            row_ptr, vocab, least, count, top, rate, limit, held_ptr, held_ids_ptr, SWEEP, HELD
-        )
-        _, above, ties = _above_cut(
-            row_ptr, vocab, nucleus, count, is_whole, top, rate, held_ptr, SWEEP, HELD
-        )
-        each = tl.exp((nucleus - top) * rate).to(tl.float64)
-        wanted = tl.minimum((limit - above) / tl.maximum(each, 1e-300), ties.to(tl.float64))
-        num_kept = wanted.to(tl.int32)
-        num_kept += (num_kept.to(tl.float64) < wanted).to(tl.int32)
-        num_kept = tl.maximum(num_kept, 1)
-        if nucleus == cut:
-            num_kept = tl.minimum(num_kept, num_ties_kept)
-        last = _last_tie(
-            row_ptr, vocab, nucleus, num_kept, ties, count, held_ptr, held_ids_ptr, SWEEP, HELD
-        )
-        cut = nucleus
-        total = above + num_kept.to(tl.float64) * each
+            each = tl.exp((found - top) * rate).to(tl.float64)
+            num_kept = num_from_least - num_above
+            if by_mass:
+                wanted = tl.minimum((limit - above) / tl.maximum(each, 1e-300), ties.to(tl.float64))
+                num_kept = wanted.to(tl.int32)
+                num_kept += (num_kept.to(tl.float64) < wanted).to(tl.int32)
+                num_kept = tl.maximum(num_kept, 1)
+                if found == cut:
+                    num_kept = tl.minimum(num_kept, num_ties_kept)
+            elif is_cut:
+                num_kept = tl.minimum(ties, top_k.to(tl.int32) - num_above)
+            if is_cut:
+                num_ties_kept = num_kept
+                last = _last_tie(
+                    row_ptr, vocab, found, num_kept, ties, count, held_ptr, held_ids_ptr,
+                    SWEEP, HELD,
+                )  # fmt: skip
+            cut = found
+            total = above + num_kept.to(tl.float64) * each
     return cut, last, total.to(tl.float32)
 
 

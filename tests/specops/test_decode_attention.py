@@ -11,6 +11,8 @@ import torch
 
 from specops import attention, attention_triton
 from specops.attention import DecodePass, decode_attention
+from specops.attention_triton import Tiling
+from specops.overlap_triton import can_overlap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 4
@@ -237,6 +239,16 @@ def test_parts_fill_the_card_but_do_not_get_short():
     assert attention_triton.parts_of(1, 1, 64) == 1
 
 
+@pytest.mark.parametrize("tiling", [Tiling(16, 32, 4), Tiling(32, 16, 4, 2)])
+def test_a_tile_of_any_size_equals_the_definition(tiling):
+    case = CASES["trees"]
+    cut = partial(attention_triton.attend_pages, num_parts=3, tiling=tiling)
+
+    got = run(case, made := scene(case), (cut, attention_triton.write_rows))
+
+    torch.testing.assert_close(got.cpu(), made.want, atol=2e-6, rtol=1e-5)
+
+
 def test_what_does_not_fit_is_refused():
     pages, first = torch.zeros(2, 3).int(), torch.zeros(2).int()
     with pytest.raises(ValueError, match=r"pages must be torch.int32 of 2 dimensions for 2"):
@@ -313,6 +325,23 @@ def test_bfloat16_is_close_at_real_shapes(
     want = attention.attend_pages(*wide, decode, scale, window, softcap)
     assert relative_error(got, want) < 1e-2
     assert got[num_query : 2 * num_query].abs().max() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiling", [Tiling(32, 128, 8, 2), Tiling(64, 32, 4, 4)])
+@pytest.mark.parametrize(("num_parts", "overlap"), [(1, False), (3, False), (3, True)])
+def test_every_cut_is_close_at_real_shapes(tiling, num_parts, overlap):
+    if overlap and not can_overlap(torch.device("cuda")):
+        pytest.skip("needs compute capability 9.0")
+    q, k, v, keys, values, decode = large(16, 5, (32, 8), 128, 2048)
+    attention_triton.write_rows(k, v, keys, values, decode)
+
+    got = attention_triton.attend_pages(
+        q, keys, values, decode, 0.1, num_parts=num_parts, tiling=tiling, overlap=overlap
+    )
+
+    wide = (t.double() for t in (q, keys, values))
+    assert relative_error(got, attention.attend_pages(*wide, decode, 0.1)) < 1e-2
 
 
 @pytest.mark.gpu

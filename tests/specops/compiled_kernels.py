@@ -1,0 +1,96 @@
+"""Prints how many kernels the sampled and greedy rounds of many shapes need, as JSON by name.
+
+Nothing is compiled and no GPU is needed: a kernel is what Triton would compile anew. Runs in a
+process of its own, without the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from specops.attention import DecodePass
+from specops.attention_triton import attend_pages
+from specops.capture_pack import new_ring
+from specops.capture_pack_triton import pack_kept_rows
+from specops.draft_sampling import DraftLaw
+from specops.draft_sampling_triton import sample_draft
+from specops.rng import Numbering
+from specops.sampling import SamplingRows
+from specops.verify_logits_triton import verify_greedy, verify_logits
+
+VOCAB, HEADS, DIM, PAGE = 4096, 2, 16, 16
+
+
+class _NoDevice:
+    """Just enough of a driver for a kernel to be looked up."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def count_instead_of_compiling() -> Counter[str]:
+    """Every kernel that is launched from now on is counted once and does nothing."""
+    found: Counter[str] = Counter()
+    run = JITFunction.run
+
+    def note(self: Any, key: Any, _signature: Any, device: int, *_: Any) -> Any:
+        found[self.fn.__name__] += 1
+        self.device_caches[device][0][key] = SimpleNamespace()
+        return self.device_caches[device][0][key]
+
+    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    driver.set_active(_NoDevice())
+    JITFunction._do_compile = note
+    JITFunction.run = launch
+    return found
+
+
+def one_round(size: int, num_draft: int) -> None:
+    """What rounds of one shape launch, with fields of all requests side by side as lanes are."""
+    ints = torch.zeros((7, size), dtype=torch.int64)
+    floats = torch.ones((3, size))
+    sampling = SamplingRows(floats[0], ints[0], floats[1], floats[2], False, True)
+    numbering = Numbering(ints[1], ints[2], ints[3])
+    flags, lens, drafts = ints[4] != 0, ints[5].clone(), ints.new_zeros((size, num_draft))
+    logits = torch.zeros((size, num_draft + 1, VOCAB))
+    law = None
+    if num_draft:
+        sample_draft(logits[:, 0].contiguous(), sampling, numbering, flags)
+        law = DraftLaw(logits[:, 1:].contiguous(), sampling, flags, None)
+    for drafted in (None, law):
+        verify_logits(logits, sampling, drafts, lens, ints[6], numbering, drafted, False)
+    verify_greedy(logits, drafts, lens)
+    pool = torch.zeros((8 * PAGE, HEADS, DIM))
+    pages, first = torch.zeros((size, 8), dtype=torch.int32), ints[1].int()
+    q = torch.zeros((size * (num_draft + 1), HEADS, DIM))
+    for first_key in (0, 1):
+        decode = DecodePass(pages, first, PAGE, first_key=first_key)
+        attend_pages(q, pool, pool, decode, 1.0, num_parts=2)
+    ring = new_ring(2048, 2, DIM, "cpu", is_fp8=False, pinned=False)
+    rows = q.bfloat16()
+    pack_kept_rows(rows[:, :1], rows[:, 1], first, first, first, ring)
+
+
+if __name__ == "__main__":
+    kernels = count_instead_of_compiling()
+    for size in (1, 2, 3, 4, 8, 16, 64):
+        for num_draft in (0, 1, 2, 5, 8, 15):
+            one_round(size, num_draft)
+    json.dump(kernels, sys.stdout)

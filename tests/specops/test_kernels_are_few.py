@@ -1,0 +1,36 @@
+"""Start-up compiles every kernel that any round needs: a batch size or a draft length must not need
+one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+
+def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.specops.compiled_kernels"]
+
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == {
+        # drafting, verification, and laws of drafts that came without
+        "_split_rows": 3,
+        "_join_rows": 3,
+        "_finish": 1,
+        # drafts with a law, and without
+        "_judge": 2,
+        "_stop": 2,
+        "_emit": 2,
+        "_overlap": 1,
+        "_best_of_parts": 1,
+        "_match_best": 1,
+        # one row tile
+        "_attend_pages": 1,
+        "_join_pages": 1,
+        "_number_rows": 1,
+        "_pack_rows": 1,
+    }
