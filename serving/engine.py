@@ -383,11 +383,15 @@ class Engine:
 
     def _may_overtake(self, batch: list[Sequence], source: str) -> bool:
         """Whether a round of this source can be launched before the one under way is read: the
-        index must know the text, and a cold drafter how much it has to catch up on."""
-        if self._flight is None or source == "none":
+        index must know the text, a cold drafter how much it has to catch up on, and a batch of
+        which all may have ended would be computed for nothing."""
+        if self._flight is None:
             return True
-        return source == "eagle3" and (
-            self._flight.launched.warms or not any(s.is_flying for s in batch)
+        launched = self._flight.launched
+        if all(s.is_flying and s.num_left <= launched.most_tokens for s in batch):
+            return False
+        return source == "none" or (
+            source == "eagle3" and (launched.warms or not any(s.is_flying for s in batch))
         )
 
     def _land(self) -> bool:

@@ -93,6 +93,11 @@ class Launched:
     """Share of its time that is spent on drafting."""
 
     @property
+    def most_tokens(self) -> int:
+        """Most that one request can commit."""
+        return self.key.num_draft + 1
+
+    @property
     def warms(self) -> bool:
         """It leaves the neural drafter with all rows of what it commits."""
         return self.key.source == "eagle3"

@@ -191,6 +191,8 @@ class Swapper:
             log.warning("%s", error)
             raise
         self._last_error = None
+        if self._former_flat is None:  # here, because a new place for it takes time
+            self._former_flat = torch.empty_like(self._weights.flat)
         return staged
 
     # ---- the watcher's thread ------------------------------------------------------------------
@@ -268,10 +270,9 @@ class Swapper:
 
     def _apply(self, staged: Staged) -> None:
         started = time.perf_counter()
-        if self._former_flat is None:
-            self._former_flat = torch.empty_like(self._weights.flat)
+        assert self._former_flat is not None, "nothing was loaded yet"
         self._former_flat.copy_(self._weights.flat)
-        self._weights.flat.copy_(staged.flat)
+        self._weights.take_over(staged.flat)
         self._swap_seconds += time.perf_counter() - started
         self._former, self._current = self._current, staged.manifest
         self._newest_taken = max(self._newest_taken, staged.manifest.version)

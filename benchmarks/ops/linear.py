@@ -191,6 +191,7 @@ def candidates(num_rows: int, product: Product) -> Iterator[Plan]:
         for block_n, block_k, warps, stages in (
             (8, 512, 4, 1), (8, 512, 4, 3), (4, 512, 2, 4), (4, 1024, 4, 3), (8, 1024, 8, 3),
             (16, 256, 4, 4), (16, 512, 8, 4), (16, 512, 4, 3), (8, 256, 2, 5),
+            (32, 256, 8, 4), (16, 1024, 8, 2), (8, 2048, 8, 2), (4, 2048, 4, 3), (2, 2048, 4, 4),
         ):  # fmt: skip
             yield Plan("multiply", block_n // (1 + product.gated), block_k, 1, warps, stages)
     shapes: list[tuple[Any, ...]] = [
@@ -214,8 +215,8 @@ def candidates(num_rows: int, product: Product) -> Iterator[Plan]:
                 yield Plan(way, block_n, block_k, min(split, 16), warps, stages)
 
 
-def _sweep_cases() -> list[tuple[Product, int]]:
-    return [(product, num_rows) for product in PRODUCTS for num_rows in (1, 5, 16, 32, 64)]
+def _sweep_cases(models: tuple[str, ...], rows: tuple[int, ...]) -> list[tuple[Product, int]]:
+    return [(p, num_rows) for p in PRODUCTS if p.model in models for num_rows in rows]
 
 
 def _compile(what: tuple[Product, int, Plan]) -> None:
@@ -230,9 +231,10 @@ def _compile(what: tuple[Product, int, Plan]) -> None:
         print(f"{product.name}, {num_rows} rows, {plan}: {type(error).__name__}")
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep(models: tuple[str, ...], rows: tuple[int, ...]) -> list[dict[str, Any]]:
     """All candidates' times for each product, best first."""
-    cases = [(p, m, plan) for p, m in _sweep_cases() for plan in dict.fromkeys(candidates(m, p))]
+    chosen = _sweep_cases(models, rows)
+    cases = [(p, m, plan) for p, m in chosen for plan in dict.fromkeys(candidates(m, p))]
     kinds = {(p.normed, p.gated, p.added, p.name == "lm_head", m, plan): (p, m, plan)
              for p, m, plan in cases}  # fmt: skip
     workers = min(12, os.cpu_count() or 1)
@@ -241,7 +243,7 @@ def sweep() -> list[dict[str, Any]]:
         list(pool.map(_compile, kinds.values(), chunksize=4))
     bandwidth = copy_bytes_per_s(1 << 30)
     found = []
-    for product, num_rows in _sweep_cases():
+    for product, num_rows in chosen:
         case = make_case(product, num_rows)
         plans = list(dict.fromkeys(candidates(num_rows, product)))
         floor_us = case.num_bytes / bandwidth * 1e6
@@ -306,10 +308,13 @@ def main(
     ),
     compiled: Annotated[bool, typer.Option(help="time torch.compile as well")] = True,
     find_plans: Annotated[bool, typer.Option("--sweep", help="try all candidate plans")] = False,
+    models: Annotated[str, typer.Option(help="of the sweep, by commas")] = "8B,0.6B",
+    num_rows: Annotated[str, typer.Option(help="of the sweep, by commas")] = "1,5,16,32,64",
 ) -> None:
     """Microseconds of one product, all fused operations included."""
     if find_plans:
-        found = sweep()
+        counts = tuple(int(n) for n in num_rows.split(","))
+        found = sweep(tuple(models.split(",")), counts)
     else:
         found = rows(compiled)
         print("model  product rows    floor     ours  share  library  share separate compiled")
