@@ -171,7 +171,7 @@ class FusedDecoder:
         *,
         few_rows: int = FEW_ROWS,
         use_kernels: bool | None = None,
-        overlap: bool = False,
+        overlap: bool | None = None,
         ahead_bytes: int = 0,
     ) -> None:
         """Fuses the weights of ``model`` in place; its own forward still works.
@@ -181,7 +181,7 @@ class FusedDecoder:
             num_positions: positions are below it; ``None`` takes the model's longest.
             few_rows: up to so many rows a product is one kernel with all around it, 1..64.
             use_kernels: Triton kernels or torch definitions; ``None`` decides by the device.
-            overlap: kernels start while the one before still runs (compute capability 9.0).
+            overlap: kernels start while the one before still runs; ``None``: where the card can.
             ahead_bytes: of each layer's o weight, fetched into the L2 cache during attention.
 
         Raises:
@@ -210,9 +210,11 @@ class FusedDecoder:
         self._operations = self._kernels(overlap) if use_kernels else _DEFINITIONS
         self._ahead_bytes = ahead_bytes if use_kernels else 0
 
-    def _kernels(self, overlap: bool) -> _Operations:
-        from specops import linear_triton, rope_triton, rows_triton
+    def _kernels(self, overlap: bool | None) -> _Operations:
+        from specops import linear_triton, overlap_triton, rope_triton, rows_triton
 
+        if overlap is None:
+            overlap = overlap_triton.can_overlap(self.head.device)
         layer = self.layers[0]
         products = [(*w.shape, False) for w in (layer.qkv, layer.o, layer.down, self.head)]
         gate_up = (layer.gate_up.shape[0] // 2, layer.gate_up.shape[1], True)

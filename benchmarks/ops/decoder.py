@@ -168,8 +168,8 @@ def by_fused(decoder: FusedDecoder, step: Step) -> Tensor:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "fused": {},
-    "fused, 64 rows": {"few_rows": 64},
+    "fused": {"overlap": False},
+    "fused, 64 rows": {"overlap": False, "few_rows": 64},
     "overlap": {"overlap": True},
     "overlap, 64 rows": {"overlap": True, "few_rows": 64},
     "overlap, ahead 16": {"overlap": True, "ahead_bytes": 16 << 20},
