@@ -16,11 +16,13 @@ from examples.demo import MARKER
 from tests.support import REPOSITORY
 
 SHORT = """
-import sys
+import signal, sys
 from pathlib import Path
 from rich.console import Console
 from examples.demo import DemoSettings, Phase, carry_out
 
+# As a terminal starts it: what a shell puts in the background is born deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 target, run_dir, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 names = {"python": "python", "c": "c", "python-again": "python"}
 sys.exit(carry_out(DemoSettings(
