@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,11 +111,14 @@ def start(
     loaded_s = time.perf_counter() - started
     service = build_engine(settings, loaded)
     place.synchronize()
+    programs = service.engine.programs
+    assert programs is not None
     found = {
         "load_s": loaded_s,
         "engine_s": time.perf_counter() - started - loaded_s,
         "total_s": time.perf_counter() - started,
         "said_s": seconds.said,
+        "making_programs": asdict(programs.graphs.spent),
         "max_batch": settings.engine.max_batch,
         "max_draft": settings.drafter.max_draft,
         "held_gib": place.held_bytes() / 2**30,

@@ -257,12 +257,14 @@ def cuts(shape: Shape) -> list[Cut]:
     tiling = choose_tiling(num_rows, DIM, element_size=2)
     tiles = KV_HEADS * -(-num_rows // tiling.rows)
     in_force = attention_triton.parts_of(shape.batch, tiles, shape.context)
+    tiling = choose_tiling(num_rows, DIM, 2, shape.batch * tiles * in_force)
     full = 132 * 2 // (shape.batch * tiles), 132 * 3 // (shape.batch * tiles)
     fewest = min(in_force, -(-128 // (shape.batch * tiles)))  # else most of the card is idle
     parts = [in_force, *(p for p in (fewest, *full, 2 * in_force) if fewest <= p <= 64)]
     found = [Cut(p, tiling, overlap) for p in parts for overlap in (False, True)]
     tilings = [
         replace(tiling, num_stages=2),
+        replace(tiling, num_stages=3),
         replace(tiling, num_stages=4),
         replace(tiling, num_warps=8),
         replace(tiling, keys=32, num_stages=4),

@@ -199,6 +199,11 @@ def candidates(num_rows: int, product: Product) -> Iterator[Plan]:
         ("weights_first", 64, 128, 4, 4), ("weights_first", 64, 256, 4, 3),
         ("weights_first", 128, 64, 8, 5),
     ]  # fmt: skip
+    if product.gated:
+        shapes += [
+            ("weights_first", 32, 64, 4, 5), ("weights_first", 32, 64, 4, 7),
+            ("weights_first", 32, 128, 4, 3), ("weights_first", 32, 64, 4, 4),
+        ]  # fmt: skip
     if num_rows <= 16:
         shapes += [
             ("rows_first", 16, 256, 4, 4), ("rows_first", 16, 512, 4, 3),

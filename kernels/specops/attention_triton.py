@@ -26,6 +26,8 @@ _PROGRAMS = 264
 """Wanted at least: two for each multiprocessor of an H100 or H200."""
 _ROUNDS = 2
 """Rounds of these programs: one that ends early, as its request is short, makes room."""
+_THREE_EACH = 396
+"""Programs that run at once with three blocks of 16 rows in flight."""
 _LOG2_E = 1.4426950408889634
 _PART_KEYS = 128
 """Fewest keys of a part: below, joining costs more than it saves."""
@@ -268,11 +270,17 @@ def parts_of(num_requests: int, num_tiles: int, num_keys: int) -> int:
     return max(1, min(wanted, num_keys // _PART_KEYS, _MAX_PARTS))
 
 
-def choose_tiling(num_rows: int, head_dim: int, element_size: int) -> Tiling:
-    """For ``num_rows`` query rows and heads that share a key head."""
+def choose_tiling(num_rows: int, head_dim: int, element_size: int, num_programs: int = 0) -> Tiling:
+    """For ``num_rows`` query rows and heads that share a key head.
+
+    Two blocks in flight where there are programs enough: then four of 16 rows fit a multiprocessor
+    and 512 of them are one round (16 requests of 2,048 keys: 45.9 us instead of 51.2; of 8,192: 137
+    instead of 156, ``benchmarks/results/ops_attention_sweep.json``).
+    """
     rows = min(_TILE_OUTPUTS // head_dim, 128, max(16, triton.next_power_of_2(num_rows)))
     keys = max(16, min(128, _TILE_BYTES // element_size // max(rows, head_dim)))
-    return Tiling(rows, keys, 4 if 2 * rows * max(head_dim, keys) <= _TILE_OUTPUTS else 8)
+    num_warps = 4 if 2 * rows * max(head_dim, keys) <= _TILE_OUTPUTS else 8
+    return Tiling(rows, keys, num_warps, 2 if rows == 16 and num_programs > _THREE_EACH else 3)
 
 
 def attend_pages(
@@ -309,10 +317,13 @@ def attend_pages(
     check_window(decode, num_query, window)
     share = q_THD.shape[1] // num_kv
     num_rows = num_query * share
-    tiling = tiling or choose_tiling(num_rows, head_dim, keys.element_size())
+    chosen = tiling or choose_tiling(num_rows, head_dim, keys.element_size())
     num_keys = num_pages * decode.page_size
-    tiles = triton.cdiv(num_rows, tiling.rows)
+    tiles = triton.cdiv(num_rows, chosen.rows)
     parts = num_parts or parts_of(num_requests, num_kv * tiles, num_keys)
+    if tiling is None:
+        num_programs = num_requests * num_kv * tiles * parts
+        chosen = choose_tiling(num_rows, head_dim, keys.element_size(), num_programs)
     q = _packed(q_THD)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     counts = decode.first_R if decode.counts_R is None else decode.counts_R
@@ -320,7 +331,7 @@ def attend_pages(
         "GROUP": share,
         "NUM_KV": num_kv,
         "D": head_dim,
-        "KEYS": tiling.keys,
+        "KEYS": chosen.keys,
         "PART_KEYS": _PART_KEYS,
         "HAS_COUNTS": decode.counts_R is not None,
         "HAS_WINDOW": window is not None,
@@ -336,9 +347,9 @@ def attend_pages(
         decode.first_R if decode.ancestors_RQ is None else decode.ancestors_RQ, part_out, lse,
         scale * _LOG2_E if softcap is None else 2 * scale / softcap, (softcap or 0.0) * _LOG2_E,
         window or 0, num_query, num_pages, decode.first_key, q.stride(0),
-        **span, ROWS=tiling.rows, PAGE=decode.page_size,
+        **span, ROWS=chosen.rows, PAGE=decode.page_size,
         HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
-        JOINED=parts == 1, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        JOINED=parts == 1, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     if parts > 1:
         up = triton.next_power_of_2(parts)

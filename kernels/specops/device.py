@@ -3,6 +3,8 @@ definitions."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from specops import attention, capture_pack, draft_sampling
@@ -27,11 +29,14 @@ def decode_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """See ``specops.attention.decode_attention``."""
-    attend, write = attention.attend_pages, attention.write_rows
+    attend: attention.AttendPages = attention.attend_pages
+    write = attention.write_rows
     if q_THD.is_cuda:
-        from specops import attention_triton  # Triton is there where a GPU is
+        from specops import attention_triton, overlap_triton  # Triton is there where a GPU is
 
-        attend, write = attention_triton.attend_pages, attention_triton.write_rows
+        overlap = overlap_triton.can_overlap(q_THD.device)
+        attend = partial(attention_triton.attend_pages, overlap=overlap)
+        write = attention_triton.write_rows
     return attention.decode_attention(
         q_THD, k_THD, v_THD, keys, values, decode, scale, window, softcap, attend, write
     )

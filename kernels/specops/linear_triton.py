@@ -34,6 +34,10 @@ _PROGRAMS = 264
 _MAX_SPLIT = 16
 _LINE_BYTES = 128
 _SHARED_BYTES = 100 << 10
+_THIRD_BYTES = 72 << 10
+"""Shared memory with which three programs fit on a multiprocessor."""
+_FULL = 0.9
+"""Share of the programs wanted from which on fewer, wider blocks in flight are the faster."""
 
 Way = Literal["multiply", "weights_first", "rows_first"]
 
@@ -44,7 +48,8 @@ class Plan:
 
     way: Way
     block_n: int
-    """Outputs of a program; a gated product reads twice as many rows of the weight."""
+    """Outputs of a program; a gated product reads twice as many rows of the weight, and by
+    ``weights_first`` they are one side of its matrix product, 64 rows at least."""
     block_k: int
     """Columns that a program reads at a time."""
     split: int = 1
@@ -70,20 +75,29 @@ def choose_plan(
     """The plan for one shape; a rule, so that nothing is tuned at start-up.
 
     Blocks in flight take at most 100 KB of shared memory, so two programs fit on a multiprocessor:
-    columns are split only as long as all programs run at once.
+    columns are split only as long as all programs run at once. Chosen by a sweep of 15 products of
+    Qwen3-8B on an H200 (``benchmarks/results/ops_linear_sweep.json``).
 
     Args:
         num_outputs, num_inputs: N, K.
         itemsize: bytes of an element of the weight.
     """
-    if num_rows <= 2:
-        return Plan("multiply", 4 if gated else 8, min(1024 // itemsize, _up(num_inputs)))
     block_k = min(_LINE_BYTES // itemsize, _up(num_inputs))
-    block_bytes = (64 * (1 + gated) + _padded(num_rows)) * block_k * itemsize
+    if num_rows <= 2 and gated:
+        return Plan("multiply", 4, min(512 // itemsize, _up(num_inputs)), 1, 2, 5)
+    if num_rows <= 2 and num_outputs < 64 * _PROGRAMS:
+        return Plan("multiply", 8, min(1024 // itemsize, _up(num_inputs)), num_stages=1)
+    rows = _padded(num_rows)
+    if gated:  # three on a multiprocessor: 12,288 outputs are 384 programs, just under one round
+        stages = min(8, _THIRD_BYTES // ((64 + rows) * block_k * itemsize))
+        return Plan("weights_first", 32, block_k, num_stages=stages)
     tiles = triton.cdiv(num_outputs, 64)
-    split = min(_PROGRAMS // tiles, triton.cdiv(num_inputs, 4 * block_k), _MAX_SPLIT)
-    stages = min(8, _SHARED_BYTES // block_bytes)
-    return Plan("weights_first", 64, block_k, max(1, split), num_stages=stages)
+    split = max(1, min(_PROGRAMS // tiles, triton.cdiv(num_inputs, 4 * block_k), _MAX_SPLIT))
+    if tiles * split >= _FULL * _PROGRAMS and num_inputs % (2 * block_k) == 0:
+        stages = min(3, _SHARED_BYTES // ((64 + rows) * 2 * block_k * itemsize))
+        return Plan("weights_first", 64, 2 * block_k, split, num_stages=stages)
+    stages = min(8, _SHARED_BYTES // ((64 + rows) * block_k * itemsize))
+    return Plan("weights_first", 64, block_k, split, num_stages=stages)
 
 
 def _up(number: int) -> int:
@@ -237,6 +251,12 @@ def _few_rows(
     is_row = row < num_rows
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_n = n < num_outputs
+    # Gate and up as one side of a matrix product: one of 64 rows where two would be of 32.
+    PAIRED: tl.constexpr = GATED and WAY == "weights_first"
+    pair = tl.arange(0, 2 * BLOCK_N)
+    pair_n = tile * BLOCK_N + pair % BLOCK_N
+    is_pair = pair_n < num_outputs
+    pair_row = pair_n + (pair // BLOCK_N) * num_outputs
     column = tl.arange(0, BLOCK_K)
     steps = tl.cdiv(num_inputs, BLOCK_K * SPLIT)
     begin = tl.program_id(1) * steps * BLOCK_K
@@ -302,7 +322,9 @@ def _few_rows(
                 tl.sum(up_sums_1, axis=1)[None, :],
             )
     else:
-        if WAY == "weights_first":
+        if PAIRED:
+            sums = tl.zeros([2 * BLOCK_N, ROWS], tl.float32)
+        elif WAY == "weights_first":
             sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
         else:
             sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -310,20 +332,25 @@ def _few_rows(
         for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
             k = start + column
             is_k = k < num_inputs  # only the last part can end inside a block
-            weight = _weight_tile(weight_ptr, n, is_n, k, is_k, weight_stride)
+            if PAIRED:
+                weight = _weight_tile(weight_ptr, pair_row, is_pair, k, is_k, weight_stride)
+            else:
+                weight = _weight_tile(weight_ptr, n, is_n, k, is_k, weight_stride)
             x = _rows_of_x(x_ptr, norm_ptr, row, is_row, k, is_k, x_stride, scale, NORM)
             if WAY == "weights_first":
                 sums = tl.dot(weight, tl.trans(x), sums, input_precision="ieee")
             else:
                 sums = tl.dot(x, tl.trans(weight), sums, input_precision="ieee")
-            if GATED:
-                up_weight = _weight_tile(weight_ptr, n + num_outputs, is_n, k, is_k, weight_stride)
-                if WAY == "weights_first":
-                    up_sums = tl.dot(up_weight, tl.trans(x), up_sums, input_precision="ieee")
-                else:
+                if GATED:
+                    up_weight = _weight_tile(
+                        weight_ptr, n + num_outputs, is_n, k, is_k, weight_stride
+                    )
                     up_sums = tl.dot(x, tl.trans(up_weight), up_sums, input_precision="ieee")
-        if WAY == "weights_first":
-            value, up = tl.trans(sums), tl.trans(up_sums)
+        if PAIRED:
+            both = tl.reshape(tl.trans(sums), (ROWS, 2, BLOCK_N))
+            value, up = tl.split(tl.permute(both, (0, 2, 1)))
+        elif WAY == "weights_first":
+            value, up = tl.trans(sums), tl.trans(sums)
         else:
             value, up = sums, up_sums
 

@@ -121,10 +121,12 @@ def test_a_rule_cuts_every_shape():
     for num_rows in (1, 2, 3, 16, 64):
         for num_outputs, num_inputs in ((6144, 4096), (1024, 3072), (151936, 1024), (40, 8)):
             plan = linear_triton.choose_plan(num_rows, num_outputs, num_inputs, False)
-            assert (plan.way == "multiply") == (num_rows <= 2)
+            assert (plan.way == "multiply") == (num_rows <= 2 and num_outputs < 151936)
             assert plan.split == 1 or plan.way != "multiply"
     assert linear_triton.choose_plan(5, 4096, 12288, False).split == 4  # 256 programs
     assert linear_triton.choose_plan(5, 151936, 4096, False).split == 1
+    gated = linear_triton.choose_plan(5, 12288, 4096, True)
+    assert (gated.way, gated.block_n) == ("weights_first", 32)  # 384 programs, three at a time
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -189,6 +191,7 @@ def test_the_kernel_refuses_what_it_cannot_do():
         (33, None),
         (64, None),
         (5, Plan("weights_first", 64, 128, split=4)),
+        (5, Plan("weights_first", 32, 64, split=2)),
         (5, Plan("rows_first", 32, 256)),
         (16, Plan("rows_first", 16, 128, split=2)),
     ],
