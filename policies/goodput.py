@@ -7,8 +7,9 @@ Acceptance (free of hardware) and step time (free of weights) are learned apart 
 step is planned. Arms are plain decoding and every (drafter, K).
 
 Exploration keeps idle arms known. A probe is charged what it is predicted to lose against the best
-arm, and is taken only from an account that grows by 0.8 % of the time spent: exploration costs
-less than 1 % however bad a drafter is, and a costly probe is late, never forgotten.
+arm, and later what it took beyond that, catching up included; it is taken only from an account that
+grows by 0.8 % of the time spent: exploration costs less than 1 % however bad a drafter is, and a
+costly probe is late, never forgotten.
 
 ``plan`` takes 90 to 110 us at batch 1 to 4 and 190 us at batch 64 (medians of thread time, CPython
 3.11, one of two cores under a load of 5; two drafters, K to 8).
@@ -33,6 +34,8 @@ _EXPLORE_BUDGET = 0.008
 """Share of time that probes may lose."""
 _ACCOUNT_STEPS = 8.0
 """Most steps' time that the account may hold."""
+_MOST_EXCESS = 25.0
+"""Times its prediction that a probe is charged for at most: more is a hiccup of the machine."""
 _PROBE_WEIGHTS = {"deeper": 2.0, "deepest": 1.0, "idle": 2.0, "plain": 0.5}
 _FLOOR_WINDOW = 32
 """Drafting steps over which measured speed is compared with plain decoding."""
@@ -117,6 +120,8 @@ class GoodputPolicy:
         self._arm: _Arm = ("none", 0)
         self._last_drafter = "none"
         self._account_s = 0.0
+        self._probes_s: deque[float] = deque()
+        """Predicted seconds of the probes whose steps were not observed yet."""
         self._plan_share = 0.0
         self._rest_left = 0
         self._decisions: Counter[str] = Counter()
@@ -150,6 +155,11 @@ class GoodputPolicy:
         """Take in what the step did: acceptance always, times only without prefill."""
         decision, batch = outcome.decision, outcome.batch
         self._acceptance.tick(batch)
+        if decision.reason == "probe" and self._probes_s:
+            predicted_s = self._probes_s.popleft()
+            if not outcome.has_prefill:
+                excess_s = min(outcome.step_s - predicted_s, _MOST_EXCESS * predicted_s)
+                self._account_s -= max(0.0, excess_s)
         if decision.draft_k:
             self._observe_rows(outcome)
         if not outcome.has_prefill and outcome.step_s > 0:
@@ -160,6 +170,7 @@ class GoodputPolicy:
         """Forget or re-seed the neural drafter's acceptance; the index's is untouched."""
         self._acceptance.on_swap("eagle3", calibration)
         self._rest_left = 0
+        self._probes_s.clear()  # a step that a swap overtakes is observed by nobody
         self._floor.reset()
 
     def figures(self) -> dict[str, Any]:
@@ -190,6 +201,7 @@ class GoodputPolicy:
             return _decision(best, 1 - self._explore)
         probe = self._rng.choices(list(probes), weights=list(probes.values()))[0]
         self._account_s -= _loss_s(arms[probe], arms[best])
+        self._probes_s.append(arms[probe].seconds)
         share = probes[probe] / sum(probes.values())
         return Decision(*probe, self._explore * share, explore=True, reason="probe")
 

@@ -4,7 +4,7 @@ A round reads its lanes and writes what it committed back, so that the next one 
 host has seen the outcome of this one. The host writes a lane only when it knows better: when a
 request begins to decode, and after a step that was computed outside of a round.
 
-Shapes: L lanes, P pages of a lane, C recent tokens, H hidden.
+Shapes: L lanes, P pages of a lane, H hidden.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from specops.attention import DecodePass
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
 
-_LENGTH, _NONCE, _RECENT = 0, 1, 2
-_NUM_FIXED = 6
-"""Fields behind the recent tokens."""
+_LENGTH, _NONCE, _ANCHOR, _FIXED = 0, 1, 2, 3
+"""Fields that change with every round, and the first of those that stay."""
+_NUM_FIELDS = _FIXED + 6
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -44,7 +44,6 @@ class LaneRows:
     """[3, R] float32: temperature, top-p, min-p."""
     pages_RP: Tensor
     """[R, P] int32 page ids; 0 where the request has none."""
-    num_recent: int
 
     def decode_pass(self, first_R: Tensor, page_size: int, first_key: int = 0) -> DecodePass:
         """Equally many rows of each request, from position ``first`` on."""
@@ -74,12 +73,12 @@ class LaneRows:
         return self.ints[_NONCE]
 
     @property
-    def recent_RC(self) -> Tensor:
-        """[R, C] the last committed tokens; the last of them is the anchor."""
-        return self.ints[_RECENT : _RECENT + self.num_recent].t()
+    def anchor_R(self) -> Tensor:
+        """[R] the last committed token."""
+        return self.ints[_ANCHOR]
 
     def _fixed(self, index: int) -> Tensor:
-        return self.ints[_RECENT + self.num_recent + index]
+        return self.ints[_FIXED + index]
 
     @property
     def limit_R(self) -> Tensor:
@@ -116,15 +115,13 @@ class Lanes:
     """All lanes. The last one belongs to nobody: rows that fill up a batch use it."""
 
     def __init__(self, max_batch: int, pages_each: int, max_draft: int, target: Target) -> None:
-        self.num_recent = max_draft + 1
         self.padding = max_batch
         self._vocab_size = target.vocab_size
         self._max_draft = max_draft
-        num_fields = _RECENT + self.num_recent + _NUM_FIXED
         device = target.device
-        self.ints = torch.zeros((num_fields, max_batch + 1), dtype=torch.int64, device=device)
+        self.ints = torch.zeros((_NUM_FIELDS, max_batch + 1), dtype=torch.int64, device=device)
         self.ints[_LENGTH, self.padding] = 1
-        self.ints[_RECENT + self.num_recent, self.padding] = 1  # its limit: nothing is committed
+        self.ints[_FIXED, self.padding] = 1  # its limit: nothing is committed
         self.pages = torch.zeros((max_batch + 1, pages_each), dtype=torch.int32, device=device)
         self.floats = torch.zeros((3, max_batch + 1), dtype=torch.float32, device=device)
         shape = (max_batch + 1, target.config.hidden_size)
@@ -149,11 +146,9 @@ class Lanes:
         pages = np.zeros((len(sequences), self.pages.shape[1]), dtype=np.int32)
         for row, reals, held, sequence in zip(rows, floats, pages, sequences, strict=True):
             sampling = sequence.request.sampling
-            row[_LENGTH], row[_NONCE] = len(sequence.tokens), sequence.num_rounds
-            recent = sequence.tokens[-self.num_recent :]
-            row[_RECENT + self.num_recent - len(recent) : _RECENT + self.num_recent] = recent
+            row[:_FIXED] = len(sequence.tokens), sequence.num_rounds, sequence.tokens[-1]
             cap = sequence.request.max_draft
-            row[_RECENT + self.num_recent :] = (
+            row[_FIXED:] = (
                 sequence.num_prompt + sampling.max_tokens,
                 self._max_draft if cap is None else min(cap, self._max_draft),
                 np.uint64(sequence.key).astype(np.int64),
@@ -181,13 +176,11 @@ class Lanes:
             self.ints.index_select(1, lanes_R),
             self.floats.index_select(1, lanes_R),
             self.pages.index_select(0, lanes_R),
-            self.num_recent,
         )
 
     def commit(self, lanes_R: Tensor, rows: LaneRows, emitted_RQ: Tensor, count_R: Tensor) -> None:
         """Append the first ``count`` of each request's emitted tokens."""
-        tokens = torch.cat((rows.recent_RC, emitted_RQ), dim=1)
-        window = count_R[:, None] + torch.arange(self.num_recent, device=tokens.device)
-        news = (rows.length_R + count_R)[None], (rows.nonce_R + 1)[None]
-        fresh = torch.cat((*news, tokens.gather(1, window).t()))
-        self.ints[: len(fresh)].index_copy_(1, lanes_R, fresh)
+        tokens = torch.cat((rows.anchor_R[:, None], emitted_RQ), dim=1)
+        anchor_R = tokens.gather(1, count_R[:, None])[:, 0]
+        fresh = torch.stack((rows.length_R + count_R, rows.nonce_R + 1, anchor_R))
+        self.ints[:_FIXED].index_copy_(1, lanes_R, fresh)

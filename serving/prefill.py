@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from serving.capture import CaptureRing
+from serving.catch_up import BLOCK
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Program
 from serving.lanes import Lanes, to_device
@@ -20,7 +21,6 @@ from serving.scheduler import Chunk
 from serving.target import KvPool, Target
 from specops.attention import decode_slots
 
-BLOCK = 16
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
 
 

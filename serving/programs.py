@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 
 from serving.capture import CaptureRing
+from serving.catch_up import BLOCK, CatchUp
 from serving.drafting import Drafting
 from serving.graphs import Graphs
 from serving.lanes import Lanes
-from serving.prefill import BLOCK, Prefill
+from serving.prefill import Prefill
 from serving.rounds import Rounds
 from serving.target import KvPool, Target
 from serving.verifying import Rule
@@ -26,6 +27,7 @@ class Programs:
     lanes: Lanes
     rounds: Rounds
     prefill: Prefill
+    catch_up: CatchUp | None
 
     def capture_all(self) -> None:
         """Make every program now instead of at its first use, and time them; without graphs
@@ -34,6 +36,8 @@ class Programs:
             return
         started = time.perf_counter()
         self.prefill.capture_all()
+        if self.catch_up is not None:
+            self.catch_up.capture_all()
         self.rounds.capture_all()
         self.graphs.trim()
         spent = self.graphs.spent
@@ -73,11 +77,16 @@ def make_programs(
         log.warning("the target's own code computes its layers, which is slower: %s", reason)
     lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
     graphs = Graphs(target.device)
+    catch_up = None
+    if drafting.neural:
+        most_rows = max(prefill_chunk, BLOCK * max_batch)
+        catch_up = CatchUp(drafting, lanes, graphs, most_rows=most_rows, page_size=page_size)
     rounds = Rounds(
-        target, pool, drafting, lanes, graphs, page_size=page_size, rule=rule, ring=ring
-    )
+        target, pool, drafting, lanes, graphs,
+        page_size=page_size, rule=rule, ring=ring, catch_up=catch_up,
+    )  # fmt: skip
     prefill = Prefill(
         target, pool, drafting, lanes, graphs,
         prefill_chunk=prefill_chunk, page_size=page_size, ring=ring,
     )  # fmt: skip
-    return Programs(graphs, lanes, rounds, prefill)
+    return Programs(graphs, lanes, rounds, prefill, catch_up)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from serving.capture import CaptureRing
+from serving.catch_up import CatchUp
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Landing, Program
 from serving.lanes import LaneRows, Lanes, to_device
@@ -127,12 +128,15 @@ class Rounds:
         page_size: int,
         rule: Rule,
         ring: CaptureRing | None,
+        catch_up: CatchUp | None,
     ) -> None:
         """
         Args:
             rule: verifies sampled requests that have no seed.
             ring: takes the committed rows of requests that capture.
+            catch_up: warms the neural drafter, where there is one.
         """
+        self._catch_up = catch_up
         self._rule = {"block": Judge.BLOCK, "standard": Judge.STANDARD}[rule]
         self._target, self._pool, self._drafting = target, pool, drafting
         self._lanes, self._graphs = lanes, graphs
@@ -149,7 +153,6 @@ class Rounds:
         if ring is not None:
             ring.reserve(max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
-        self._catch_ups: dict[int, Program] = {}
         self._draft_share: dict[tuple[int, int], float] = {}
 
     # ---- running -------------------------------------------------------------------------------
@@ -172,8 +175,10 @@ class Rounds:
         """
         known = [s for s in batch if not s.is_flying]
         self._lanes.write([s for s in known if s.lane_length != len(s.tokens)])
-        if source == "eagle3":
-            self._warm(known)
+        cold = [s for s in known if s.draft_next != len(s.tokens)]
+        if source == "eagle3" and cold:
+            assert self._catch_up is not None
+            self._catch_up.run(cold)
         size = self._upload(batch, given)
         key = _Key(size, num_draft, source, all(s.is_greedy for s in batch))
         self._program(key)()
@@ -223,19 +228,6 @@ class Rounds:
         self._inputs[:size, : inputs.shape[1]].copy_(to_device(inputs, self._inputs.device))
         return size
 
-    def _warm(self, batch: list[Sequence]) -> None:
-        """The drafter catches up on requests that were decoded without it."""
-        cold = [s for s in batch if s.draft_next != len(s.tokens)]
-        recent = [s for s in cold if len(s.tokens) - s.draft_next <= self._lanes.num_recent]
-        if recent:
-            self._catch_up_program(self._upload(recent, None))()
-            for sequence in recent:
-                self._drafting.is_warm_to(sequence, len(sequence.tokens))
-        rest = [s for s in cold if s.draft_next != len(s.tokens)]
-        if rest:
-            lanes = torch.tensor([s.lane for s in rest], device=self._target.device)
-            self._lanes.outputs_LH.index_copy_(0, lanes, self._drafting.catch_up(rest))
-
     # ---- programs ------------------------------------------------------------------------------
 
     def capture_all(self) -> None:
@@ -254,8 +246,6 @@ class Rounds:
                     without = self.device_seconds(size, num_draft, "suffix", repeats=3)
                     share = max(0.0, 1 - without / with_draft)
                     self._draft_share[size, num_draft] = share
-            if has_neural:
-                self._catch_up_program(size)
 
     def device_seconds(self, num_rows: int, num_draft: int, source: str, repeats: int = 5) -> float:
         """Time of one greedy round's program, its launch included; nothing may be in flight."""
@@ -270,11 +260,6 @@ class Rounds:
             self._programs[key] = self._graphs.capture(lambda: self._round(key))
         return self._programs[key]
 
-    def _catch_up_program(self, size: int) -> Program:
-        if size not in self._catch_ups:
-            self._catch_ups[size] = self._graphs.capture(lambda: self._catch_up(size))
-        return self._catch_ups[size]
-
     # ---- the round itself ----------------------------------------------------------------------
 
     def _round(self, key: _Key) -> None:
@@ -288,7 +273,7 @@ class Rounds:
             given = self._inputs[:size, 2 : 2 + num_draft].contiguous()
             drafts = _Drafts(given, None, None)
             lens = torch.minimum(lens, self._inputs[:size, 1]) if num_draft else lens
-        block = torch.cat((rows.recent_RC[:, -1:], drafts.tokens_RK), dim=1)
+        block = torch.cat((rows.anchor_R[:, None], drafts.tokens_RK), dim=1)
         here = rows.decode_pass(rows.length_R - 1, self._page_size)
         positions = here.positions(num_draft + 1).flatten()
         slots = decode_slots(here, num_draft + 1)
@@ -375,18 +360,3 @@ class Rounds:
         outputs = neural.take_in(emitted.reshape(-1), computed.features_TmH, at)
         index = torch.arange(len(lanes), device=lanes.device) * num_query + accepted
         self._lanes.outputs_LH.index_copy_(0, lanes, outputs.index_select(0, index))
-
-    def _catch_up(self, size: int) -> None:
-        """The drafter computes the rows of the last committed tokens of each request."""
-        neural = self._drafting.neural
-        assert neural is not None
-        lanes = self._inputs[:size, 0]
-        rows = self._lanes.rows(lanes)
-        num_rows = self._lanes.num_recent
-        first = rows.length_R - num_rows
-        before = rows.decode_pass(first - 1, self._page_size)
-        features = self._drafting.features_at(decode_slots(before, num_rows))
-        at = rows.decode_pass(first, self._page_size, first_key=1)
-        outputs = neural.take_in(rows.recent_RC.reshape(-1), features, at)
-        last = outputs.view(size, num_rows, -1)[:, -1]
-        self._lanes.outputs_LH.index_copy_(0, lanes, last)

@@ -68,8 +68,11 @@ def new_ring(
     def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=where, pin_memory=pinned)
 
+    def unwritten(dtype: torch.dtype, *shape: int) -> Tensor:  # gigabytes: zeros take seconds
+        return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
+
     return PackRing(
-        zeros(
+        unwritten(
             torch.float8_e4m3fn if is_fp8 else torch.bfloat16, capacity, num_vectors, hidden_size
         ),
         zeros(torch.float32, capacity, num_vectors) if is_fp8 else None,

@@ -27,6 +27,8 @@ class World:
     """For each draft token, whatever the batch."""
     look_s: float = 0.0
     """What it costs to look at the batch; yardsticks decode without looking."""
+    cold_s: float = 0.0
+    """What catching up costs a neural drafter after a step without it; no profile knows of it."""
     slowdown: float = 1.0
     noise: float = 0.03
     max_draft: int = 8
@@ -62,6 +64,7 @@ def run(policy, world, *, steps, seed, start=0, on_step=None):
     that two runs compare closely. The policy itself sees drawn tokens and noisy times."""
     rng = random.Random(seed)
     totals = Totals()
+    last_drafter = "none"
     for step in range(start, start + steps):
         matches = tuple(6 * (rng.random() < world.match_share) for _ in range(world.batch))
         decision, look_s = policy.rest(), 0.0
@@ -81,6 +84,9 @@ def run(policy, world, *, steps, seed, start=0, on_step=None):
         rows = tuple(draw(decision, match, world, rng) for match in matches)
         step_s, draft_s = world.seconds(decision.drafter, decision.draft_k)
         step_s += look_s
+        if decision.drafter == "eagle3" != last_drafter:
+            step_s += world.cold_s
+        last_drafter = decision.drafter
         noise = rng.lognormvariate(0, world.noise) * (20 if rng.random() < 0.002 else 1)
         policy.observe(
             Outcome(
