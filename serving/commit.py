@@ -5,7 +5,9 @@ Shapes: R requests of a step, Q = K + 1 rows each, V vocabulary, N chunks that e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from serving.drafting import Drafting
 from serving.scheduler import Chunk
 from serving.sequence import Sequence
 from serving.target import TargetRows
+from serving.types import TokenLogprob
 from serving.verifying import Proposed, Rule, Verified, token_logprobs, verify
 
 
@@ -60,6 +63,19 @@ class Counters:
     """[max_draft]"""
 
 
+Scored = Callable[[int, list[int], int], list[TokenLogprob]]
+"""Log probabilities of what request r of a step emitted, with so many alternatives each."""
+
+
+def scored_by(logits_RQV: Tensor) -> Scored:
+    """Finds them in the logits of the rows before."""
+
+    def scored(r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
+        return token_logprobs(logits_RQV[r, : len(tokens)], tokens, num_top)
+
+    return scored
+
+
 class Commits:
     """The requests' texts grow here and nowhere else."""
 
@@ -78,14 +94,14 @@ class Commits:
         batch: list[Sequence],
         step: Step,
         decision: Decision,
-        logits: Tensor | None,
+        scored: Scored,
         firsts: list[int] | None,
         step_s: float,
     ) -> list[Committed]:
         """Append what a step verified; requests that have ended meanwhile keep nothing.
 
         Args:
-            logits: [R, Q, V], where a request asked for logprobs.
+            scored: finds log probabilities for those who asked.
             firsts: row of each request, see ``Committed``; ``None`` where none is captured.
         """
         draft, verified = step.proposed, step.verified
@@ -115,7 +131,7 @@ class Commits:
             emitted = [*drafted[:kept], verified.next_ids[r]]
             anchor = len(sequence.tokens) - 1
             sequence.version = step.version
-            count = self._append(sequence, emitted, None if logits is None else logits[r])
+            count = self._append(sequence, emitted, partial(scored, r))
             sequence.num_proposed += num_drafted
             sequence.num_accepted += min(kept, count)
             sequence.num_computed = anchor + count
@@ -141,10 +157,16 @@ class Commits:
             verified = verify(done, None, logits[:, None], self._rule)
             for index, sequence in enumerate(done):
                 sequence.version = self._drafting.version
-                self._append(sequence, [verified.next_ids[index]], logits[index, None])
+                own = partial(scored_by(logits[:, None]), index)
+                self._append(sequence, [verified.next_ids[index]], own)
         return committed
 
-    def _append(self, sequence: Sequence, emitted: list[int], logits: Tensor | None) -> int:
+    def _append(
+        self,
+        sequence: Sequence,
+        emitted: list[int],
+        scored: Callable[[list[int], int], list[TokenLogprob]],
+    ) -> int:
         """Append tokens until one ends the request; returns how many were appended."""
         sampling = sequence.request.sampling
         sequence.num_steps += 1
@@ -161,8 +183,7 @@ class Commits:
             if sequence.finish_reason:
                 break
         if sampling.logprobs is not None:
-            assert logits is not None, "a round without logits decoded a request for logprobs"
-            sequence.logprobs += token_logprobs(logits[:count], emitted[:count], sampling.logprobs)
+            sequence.logprobs += scored(emitted[:count], sampling.logprobs)
         self._drafting.extend(sequence, emitted[:count])
         self.counters.generation_tokens += count
         return count

@@ -21,7 +21,7 @@ import torch
 
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome
 from serving.capture import CaptureRing
-from serving.commit import Commits, Committed, Step
+from serving.commit import Commits, Committed, Step, scored_by
 from serving.detokenize import Detokenizer
 from serving.drafting import Drafting
 from serving.packing import step_rows
@@ -45,6 +45,8 @@ from serving.verifying import Rule, proposed, verify
 log = logging.getLogger(__name__)
 
 PLAIN = Decision("none", 0, 1.0, False, "plain")
+SCORED = Decision("none", 0, 1.0, False, "logprobs")
+"""Programs find log probabilities of single tokens only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,14 +327,18 @@ class Engine:
             return
         started = time.perf_counter()
         obs, decision = None, PLAIN
-        if batch and (resting := self.policy.rest()) is not None:
+        flies = programs is not None and not chunks and programs.rounds.fits(batch)
+        is_scored = any(s.request.sampling.logprobs is not None for s in batch)
+        if flies and is_scored:
+            decision = SCORED
+        elif batch and (resting := self.policy.rest()) is not None:
             decision = resting
         elif batch:
             obs = self.drafting.observe(batch, self._commits.counters.num_steps)
             decision = self.policy.plan(obs) if obs else PLAIN
         assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
         matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * len(batch)
-        if programs is not None and not chunks and programs.rounds.fits(batch):
+        if programs is not None and flies:
             self._fly(programs.rounds, batch, matches, decision, started)
             return
         plan_s = time.perf_counter() - started
@@ -414,11 +420,12 @@ class Engine:
         self._arms[(decision.drafter, decision.draft_k)] += 1
         lives = [s.finish_reason is None for s in launched.batch]
         committed = self._commits.rounds(
-            launched.batch, step, decision, None, decoded.numbers, step_s
+            launched.batch, step, decision, decoded.scored, decoded.numbers, step_s
         )
         self._commits.note_rows(committed)
         self._after_commit(committed)
-        if flight.version == self.version:  # else a swap has come between
+        if flight.version == self.version and decision is not SCORED:
+            # Else a swap has come between, or the time says nothing of plain decoding.
             seconds = step_s, flight.plan_s
             self._observe(flight.matches, decision, step, seconds, lives, has_prefill=False)
         return has_waited
@@ -452,7 +459,9 @@ class Engine:
             step = Step(proposed(draft), verified, draft_s, self.version)
             step_s = time.perf_counter() - started
             firsts = list(range(0, num_decode_rows, rows.num_query))
-            committed += self._commits.rounds(batch, step, decision, logits, firsts, step_s)
+            committed += self._commits.rounds(
+                batch, step, decision, scored_by(logits), firsts, step_s
+            )
         starts = list(accumulate((c.num_rows for c in chunks), initial=num_decode_rows))
         last = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
         if chunks:

@@ -26,6 +26,7 @@ from serving.graphs import Graphs, Landing, Program
 from serving.lanes import LaneRows, Lanes, to_device
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
+from serving.types import TokenLogprob
 from serving.verifying import Proposed, Rule, Verified
 from specops.attention import decode_slots
 from specops.device import sample_draft, verify_logits
@@ -34,6 +35,8 @@ from specops.verify_logits import Rule as Judge
 from specops.verify_logits import verify_greedy
 
 _SOURCES = ("eagle3", "suffix")
+_MOST_TOP = 20
+"""Alternatives at a token that a program finds."""
 _TOKENS = 4
 """Columns of the outputs before the draft tokens: accepted, next, drafted, captured."""
 
@@ -49,6 +52,8 @@ class _Key:
     """Who drafts: ``eagle3``, or ``suffix``, whose tokens are uploaded; ``none`` if K is 0."""
     is_greedy: bool
     """All requests are, and no distribution is looked at."""
+    is_scored: bool = False
+    """A request asks for log probabilities; then K is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,9 @@ class Launched:
     key: _Key
     outputs: Tensor
     """[size, columns] on the host, valid once ``landed``."""
+    scores: Tensor | None
+    """[size, 1 + 2 n] float64 likewise: log p of the token and of the n best ones, and their ids;
+    ``None`` if no request asked."""
     landed: Landing
     draft_share: float
     """Share of its time that is spent on drafting."""
@@ -112,6 +120,15 @@ class Decoded:
     verified: Verified
     numbers: list[int] | None
     """[R] running number of each request's first captured row; ``None`` without a ring."""
+    scores: list[list[float]]
+    """[R], see ``Launched``; empty if no request asked."""
+
+    def scored(self, r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
+        """Log probability of the one token of request r, and of the best ones."""
+        own, *rest = self.scores[r]
+        best, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        top = tuple(zip(map(int, ids[:num_top]), best[:num_top], strict=True))
+        return [TokenLogprob(tokens[0], own, top)]
 
 
 class Rounds:
@@ -149,6 +166,9 @@ class Rounds:
         # accepted, next, drafted, captured; then tokens, bits of log p and of log q
         columns = _TOKENS + 3 * max_draft
         self._outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
+        self._num_top = min(_MOST_TOP, target.vocab_size)
+        shape = (max_batch, 1 + 2 * self._num_top)
+        self._scores = torch.zeros(shape, dtype=torch.float64, device=device)
         self._ring = ring
         if ring is not None:
             ring.reserve(max_batch * (max_draft + 1))
@@ -160,7 +180,7 @@ class Rounds:
     def fits(self, batch: list[Sequence]) -> bool:
         """Whether a round can decode all of them; the engine's other path takes the rest."""
         sampling = [s.request.sampling for s in batch]
-        return all(p.logprobs is None and not p.adjusts_logits for p in sampling)
+        return all((p.logprobs or 0) <= self._num_top and not p.adjusts_logits for p in sampling)
 
     def launch(
         self, batch: list[Sequence], source: str, num_draft: int, given: list[list[int]] | None
@@ -171,6 +191,7 @@ class Rounds:
         know. For them the neural drafter, if it is the source, must be warm.
 
         Args:
+            num_draft: 0 where a request asks for log probabilities.
             given: what the suffix index proposes for each, if it is the source.
         """
         known = [s for s in batch if not s.is_flying]
@@ -180,11 +201,14 @@ class Rounds:
             assert self._catch_up is not None
             self._catch_up.run(cold)
         size = self._upload(batch, given)
-        key = _Key(size, num_draft, source, all(s.is_greedy for s in batch))
+        is_scored = any(s.request.sampling.logprobs is not None for s in batch)
+        assert not (is_scored and num_draft), "a round with drafts finds no log probabilities"
+        key = _Key(size, num_draft, source, all(s.is_greedy for s in batch), is_scored)
         self._program(key)()
+        scores = self._graphs.to_host(self._scores[:size])[0] if is_scored else None
         outputs, landed = self._graphs.to_host(self._outputs[:size])
         share = self._draft_share.get((size, num_draft), 0.0) if source == "eagle3" else 0.0
-        return Launched(batch, key, outputs, landed, share)
+        return Launched(batch, key, outputs, scores, landed, share)
 
     def read(self, launched: Launched) -> Decoded:
         """Wait for a round and read what it decided; rounds are read in order."""
@@ -209,7 +233,8 @@ class Rounds:
                     self._drafting.is_warm_to(sequence, sequence.lane_length)
         proposed = Proposed(key.source, tokens, q_logp) if num_draft else None
         numbers = None if self._ring is None else self._ring.number(captured)
-        return Decoded(proposed, Verified(accepted, following, p_logp), numbers)
+        scores = [] if launched.scores is None else launched.scores.tolist()
+        return Decoded(proposed, Verified(accepted, following, p_logp), numbers, scores)
 
     def _reals(self, outputs: Tensor, block: int) -> Tensor:
         """[R, max_draft] float64 behind the tokens: log p (1) or log q (2)."""
@@ -241,6 +266,8 @@ class Rounds:
                 for source in _SOURCES[not has_neural :] if num_draft else ("none",):
                     for is_greedy in (True, False):
                         self._program(_Key(size, num_draft, source, is_greedy))
+                        if num_draft == 0:
+                            self._program(_Key(size, 0, source, is_greedy, is_scored=True))
                 if num_draft and has_neural:
                     with_draft = self.device_seconds(size, num_draft, "eagle3", repeats=3)
                     without = self.device_seconds(size, num_draft, "suffix", repeats=3)
@@ -281,6 +308,8 @@ class Rounds:
         self._drafting.keep_features(slots, computed.features_TmH)
         logits = self._target.logits(computed.hidden_TH.view(size, num_draft + 1, -1))
         accepted, following = self._verify(logits, rows, drafts, lens, key)
+        if key.is_scored:
+            self._score(logits[:, 0], following)
         count = torch.minimum(accepted + 1, rows.limit_R - rows.length_R)
         place = torch.arange(num_draft + 1, device=lanes.device)
         padded = torch.nn.functional.pad(drafts.tokens_RK, (0, 1))
@@ -311,6 +340,14 @@ class Rounds:
                 bits = reals.double().view(torch.int64)
                 self._outputs[: key.size, start : start + key.num_draft] = bits
         return verdict.num_accepted_R, verdict.next_R
+
+    def _score(self, logits_RV: Tensor, following_R: Tensor) -> None:
+        """The target's own log probabilities of the tokens and of the best ones."""
+        scores = logits_RV.log_softmax(dim=-1)
+        best, ids = scores.topk(self._num_top, dim=-1)
+        own = scores.gather(1, following_R[:, None])
+        found = torch.cat((own.double(), best.double(), ids.double()), dim=1)
+        self._scores[: len(found)] = found
 
     def _room(self, rows: LaneRows, num_draft: int) -> Tensor:
         """[R] tokens that may be drafted: the last token of a request is the target's own."""

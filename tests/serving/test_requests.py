@@ -55,8 +55,13 @@ def test_a_text_that_only_begins_a_stop_string_is_delivered_in_the_end(model):
     assert got.text == whole
 
 
-def test_logprobs_are_the_targets_own_and_one_for_each_token(model):
-    got = run(make_engine(model), [request_of("l", PROMPT, 12, logprobs=3)])["l"]
+@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
+def test_logprobs_are_the_targets_own_and_one_for_each_token(model, programs):
+    beside = request_of("beside", PROMPT, 12)  # asks for none
+    engine = make_engine(model, programs=programs)
+    if programs:
+        engine._pass = None  # nothing needs it
+    got = run(engine, [request_of("l", PROMPT, 12, logprobs=3), beside])["l"]
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("sdpa")
     with torch.no_grad():
