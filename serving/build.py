@@ -27,6 +27,7 @@ from policies.cost import CostSample
 from policies.goodput import GoodputPolicy
 from policies.rollback import SwapWatch
 from serving.capture import CaptureRing
+from serving.catch_up import BLOCK
 from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool
@@ -300,7 +301,8 @@ def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
     e = settings.engine
-    at_once = max(e.prefill_chunk, e.max_batch * (settings.drafter.max_draft + 1))
+    a_block_each = BLOCK * e.max_batch
+    at_once = max(e.prefill_chunk + a_block_each, e.max_batch * (settings.drafter.max_draft + 1))
     rows = max(settings.capture.ring_rows, 2 * at_once)
     return CaptureRing(rows, len(target.layer_ids), target.config.hidden_size, target.device)
 

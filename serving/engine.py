@@ -309,7 +309,7 @@ class Engine:
         batch, chunks = list(plan.decode), plan.chunks
         if not batch and not chunks and self._flight is None:
             return False
-        if self.programs is not None and chunks and self.programs.prefill.fits(chunks):
+        if self.programs is not None and chunks:
             self._prefill(self.programs.prefill, chunks)
             chunks = ()
         self._decode(batch, chunks)

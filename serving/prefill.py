@@ -1,8 +1,8 @@
 """Prompt chunks as programs of fixed shape, the neural drafter's rows included.
 
 The rows of all chunks of a step are cut into blocks of 16 consecutive positions of one request; a
-program exists for 1, 2, 4, ... blocks. Rows that fill up a block lie behind the chunk: what they
-write is overwritten before anybody sees it, or goes to page 0.
+program exists for 1, 2, 4, ... blocks, and for as many as a step can have. Rows that fill up a
+block lie behind the chunk: what they write is overwritten before anybody sees it, or goes to page 0.
 
 Shapes: B blocks, T = 16 B rows, N chunks that end their prompt.
 """
@@ -17,16 +17,12 @@ from serving.catch_up import BLOCK
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Program
 from serving.lanes import Lanes, to_device
+from serving.rounds import buckets
 from serving.scheduler import Chunk
 from serving.target import KvPool, Target
 from specops.attention import decode_slots
 
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
-
-
-def num_blocks(chunk: Chunk) -> int:
-    """Blocks that hold a chunk."""
-    return -(-chunk.num_rows // BLOCK)
 
 
 class Prefill:
@@ -47,23 +43,18 @@ class Prefill:
         self._target, self._pool, self._drafting = target, pool, drafting
         self._lanes, self._graphs = lanes, graphs
         self._page_size = page_size
-        self.most_blocks = 1
-        while self.most_blocks * BLOCK < prefill_chunk:
-            self.most_blocks *= 2
-        most_ends = min(self.most_blocks, lanes.padding)
+        # Every chunk may fill up a block of its own.
+        most_blocks = -(-prefill_chunk // BLOCK) + lanes.padding
+        self._sizes = buckets(most_blocks)
         device = target.device
         columns = _IDS + BLOCK
-        self._inputs = torch.zeros((self.most_blocks, columns), dtype=torch.int64, device=device)
-        self._ends = torch.zeros(most_ends, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros((most_blocks, columns), dtype=torch.int64, device=device)
+        self._ends = torch.zeros(lanes.padding, dtype=torch.int64, device=device)
         self._ring = ring
         if ring is not None:
-            ring.reserve(self.most_blocks * BLOCK)
+            ring.reserve(most_blocks * BLOCK)
         self._logits: Tensor | None = None
         self._programs: dict[int, Program] = {}
-
-    def fits(self, chunks: tuple[Chunk, ...]) -> bool:
-        """Whether one program can compute all of them."""
-        return sum(map(num_blocks, chunks)) <= self.most_blocks
 
     def run(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Start to compute the chunks' rows.
@@ -83,9 +74,7 @@ class Prefill:
                 ids = chunk.sequence.tokens[first : min(first + BLOCK, chunk.end)]
                 kept = len(ids) if keeps else 0
                 blocks.append([lane, first, kept, *ids, *[0] * (BLOCK - len(ids))])
-        size = 1
-        while size < len(blocks):
-            size *= 2
+        size = next(size for size in self._sizes if size >= len(blocks))
         blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
         device = self._target.device
         self._inputs[:size].copy_(to_device(torch.tensor(blocks), device))
@@ -113,10 +102,8 @@ class Prefill:
 
     def capture_all(self) -> None:
         """Make every program, the largest first."""
-        size = self.most_blocks
-        while size:
+        for size in reversed(self._sizes):
             self._program(size)
-            size //= 2
 
     def _program(self, size: int) -> Program:
         if size not in self._programs:

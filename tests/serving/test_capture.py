@@ -109,17 +109,19 @@ def test_a_request_that_opts_out_leaves_no_trace(programs):
 
 
 def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
-    engine = make_engine(random_model("qwen3"), ring_rows=48, prefix_cache=False, programs=programs)
-    traces, lost = traces_of(engine, [request_of("long", PROMPT, 60)])
+    engine = make_engine(
+        random_model("qwen3"), ring_rows=112, prefix_cache=False, programs=programs
+    )
+    traces, lost = traces_of(engine, [request_of("long", PROMPT, 200)])
 
     features = traces["long"].features
-    assert lost == 89 - len(features.positions) > 0
-    assert features.positions.tolist() == list(range(89 - len(features.positions), 89))
+    assert lost == 229 - len(features.positions) > 0
+    assert features.positions.tolist() == list(range(229 - len(features.positions), 229))
 
 
 def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
-    with pytest.raises(ValueError, match="45 rows at once do not fit a ring of 44"):
-        make_engine(random_model("qwen3"), ring_rows=44, programs=True)
+    with pytest.raises(ValueError, match="96 rows at once do not fit a ring of 95"):
+        make_engine(random_model("qwen3"), ring_rows=95, programs=True)
 
 
 def test_the_ring_wraps_without_mixing_rows():
