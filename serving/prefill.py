@@ -2,7 +2,7 @@
 
 The rows of all chunks of a step are cut into blocks of 16 consecutive positions of one request; a
 program exists for 1, 2, 4, ... blocks, and for as many as a step can have. Rows that fill up a
-block lie behind the chunk: what they write is overwritten before anybody sees it, or goes to page 0.
+block lie behind the chunk: what they write is overwritten before it is seen, or goes to page 0.
 
 Shapes: B blocks, T = 16 B rows, N chunks that end their prompt.
 """
