@@ -97,6 +97,7 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block", program
         max_batch=256,
         num_pages=1200,
         prefill_chunk=1024,
+        ring_rows=8192,
         max_draft=3,
         suffix=regime == "close",
         seed=seed,
