@@ -20,9 +20,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
+from transformers import DynamicCache, Qwen3Config, StaticCache
 
 from benchmarks.compiled_loop import Attention, CompiledLoop, compile_options
+from benchmarks.ops.decoder import random_weights
 from benchmarks.result import write_result
 from benchmarks.ways import Ids, compiled_once, seconds_of, without_end
 from serving.target import Target, pick_device
@@ -54,18 +55,7 @@ SHAPES: dict[str, Callable[[], Qwen3Config]] = {
 def random_model(config: Any, device: torch.device) -> Any:
     """A Qwen3 drawn on the device: bfloat16, float32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
-        model: Any = Qwen3ForCausalLM(config).to(dtype)
-    model.to_empty(device=device)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(std=0.02)
-    return without_end(model)
+    return without_end(random_weights(config, device, dtype))
 
 
 class Past:

@@ -26,8 +26,8 @@ from policies.build import build_policy
 from policies.cost import CostSample
 from policies.goodput import GoodputPolicy
 from policies.rollback import SwapWatch
+from serving.blocks import BLOCK
 from serving.capture import CaptureRing
-from serving.catch_up import BLOCK
 from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool

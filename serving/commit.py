@@ -215,4 +215,4 @@ class Commits:
             c.num_draft_tokens += num_drafted
             c.num_accepted_tokens += kept
             for position in range(kept):
-                self.counters.accepted_per_pos[position] += 1
+                c.accepted_per_pos[position] += 1

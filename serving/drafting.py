@@ -130,18 +130,6 @@ class Drafting:
             for s in batch
         ]
 
-    def catch_up(self, batch: list[Sequence]) -> Tensor:
-        """The neural drafter computes all committed rows it has not seen, anchors included.
-
-        Returns:
-            [R, H] its output at each anchor.
-        """
-        assert self.neural is not None
-        outputs = self.neural.ingest(self._committed_rows(batch, 0))
-        for sequence in batch:
-            self.is_warm_to(sequence, len(sequence.tokens))
-        return outputs
-
     def is_warm_to(self, sequence: Sequence, length: int) -> None:
         """The neural drafter has the rows of the first ``length`` tokens."""
         sequence.draft_next = length

@@ -319,7 +319,8 @@ class Engine:
     def _decode(self, batch: list[Sequence], chunks: tuple[Chunk, ...]) -> None:
         """Plan, draft, verify and commit; ``chunks`` are computed in the same pass."""
         programs = self.programs
-        if programs is None or chunks or not programs.rounds.fits(batch):
+        flies = programs is not None and programs.rounds.fits(batch)
+        if not flies:
             self._land()
         batch = self._undecided(batch)
         if not batch and not chunks:
@@ -327,7 +328,6 @@ class Engine:
             return
         started = time.perf_counter()
         obs, decision = None, PLAIN
-        flies = programs is not None and not chunks and programs.rounds.fits(batch)
         is_scored = any(s.request.sampling.logprobs is not None for s in batch)
         if flies and is_scored:
             decision = SCORED

@@ -17,6 +17,16 @@ Program = Callable[[], None]
 _TELL_EVERY_S = 10.0
 
 
+def buckets(most: int) -> list[int]:
+    """Sizes that stand for all and have programs: 1, 2, 4, ... and ``most`` itself."""
+    sizes = []
+    size = 1
+    while size < most:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, most]
+
+
 @dataclass(frozen=True, slots=True)
 class Landing:
     """Something on its way from the device."""

@@ -1,8 +1,7 @@
 """Prompt chunks as programs of fixed shape, the neural drafter's rows included.
 
-The rows of all chunks of a step are cut into blocks of 16 consecutive positions of one request; a
-program exists for 1, 2, 4, ... blocks, and for as many as a step can have. Rows that fill up a
-block lie behind the chunk: what they write is overwritten before it is seen, or goes to page 0.
+The rows of all chunks of a step are cut into blocks (``serving.blocks``); a program exists for 1,
+2, 4, ... blocks, and for as many as a step can have.
 
 Shapes: B blocks, T = 16 B rows, N chunks that end their prompt.
 """
@@ -12,12 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from serving.blocks import BLOCK, cut, draft_rows
 from serving.capture import CaptureRing
-from serving.catch_up import BLOCK
 from serving.drafting import Drafting
-from serving.graphs import Graphs, Program
+from serving.graphs import Graphs, Program, buckets
 from serving.lanes import Lanes, to_device
-from serving.rounds import buckets
 from serving.scheduler import Chunk
 from serving.target import KvPool, Target
 from specops.attention import decode_slots
@@ -70,10 +68,8 @@ class Prefill:
             assert lane is not None, "a running request has a lane"
             if chunk.is_last:
                 ends.append(len(blocks) * BLOCK + chunk.num_rows - 1)
-            for first in range(chunk.start, chunk.end, BLOCK):
-                ids = chunk.sequence.tokens[first : min(first + BLOCK, chunk.end)]
-                kept = len(ids) if keeps else 0
-                blocks.append([lane, first, kept, *ids, *[0] * (BLOCK - len(ids))])
+            for first, num_rows, ids in cut(chunk.sequence, chunk.start, chunk.end):
+                blocks.append([lane, first, num_rows if keeps else 0, *ids])
         size = next(size for size in self._sizes if size >= len(blocks))
         blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
         device = self._target.device
@@ -125,9 +121,7 @@ class Prefill:
         computed = self._target.decode(ids, positions, slots, here, self._pool)
         self._drafting.keep_features(slots, computed.features_TmH)
         if self._drafting.neural:
-            before = decode_slots(rows.decode_pass(first - 1, self._page_size), BLOCK)
-            at = rows.decode_pass(first, self._page_size, first_key=1)
-            self._drafting.neural.take_in(ids, self._drafting.features_at(before), at)
+            draft_rows(self._drafting, rows, first, ids, self._page_size)
         count = min(size, len(self._ends))
         assert self._logits is not None
         last = computed.hidden_TH.index_select(0, self._ends[:count])

@@ -15,7 +15,7 @@ import torch
 from policies.cost import CostSample
 from policies.interface import Decision, Outcome, StepObs
 from serving.engine import Engine
-from serving.rounds import buckets
+from serving.graphs import buckets
 from serving.types import Request, SamplingParams
 
 

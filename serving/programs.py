@@ -6,8 +6,9 @@ import logging
 import time
 from dataclasses import dataclass
 
+from serving.blocks import BLOCK
 from serving.capture import CaptureRing
-from serving.catch_up import BLOCK, CatchUp
+from serving.catch_up import CatchUp
 from serving.drafting import Drafting
 from serving.graphs import Graphs
 from serving.lanes import Lanes

@@ -22,7 +22,7 @@ from torch import Tensor
 from serving.capture import CaptureRing
 from serving.catch_up import CatchUp
 from serving.drafting import Drafting
-from serving.graphs import Graphs, Landing, Program
+from serving.graphs import Graphs, Landing, Program, buckets
 from serving.lanes import LaneRows, Lanes, to_device
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
@@ -65,16 +65,6 @@ class _Drafts:
     """``None`` where nothing was drawn."""
     law: DraftLaw | None
     """What was drawn from; ``None`` for a delta draft."""
-
-
-def buckets(max_batch: int) -> list[int]:
-    """Batch sizes that stand for all: 1, 2, 4, ... and ``max_batch`` itself."""
-    sizes = []
-    size = 1
-    while size < max_batch:
-        sizes.append(size)
-        size *= 2
-    return [*sizes, max_batch]
 
 
 def _joined(drawn: list[Drafted]) -> RowLaws | None:
