@@ -27,7 +27,7 @@ from policies.cost import CostSample
 from policies.goodput import GoodputPolicy
 from policies.rollback import SwapWatch
 from serving.blocks import BLOCK
-from serving.capture import CaptureRing
+from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool
@@ -200,7 +200,6 @@ def _service(
             Producer(producer, int(time.time() * 1000), fingerprint),
             engine.ring,
             engine.target.layer_ids,
-            settings.capture.dtype,
             engine.count_lost_rows,
         )
         put = recorder.put
@@ -301,10 +300,11 @@ def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
     e = settings.engine
-    a_block_each = BLOCK * e.max_batch
-    at_once = max(e.prefill_chunk + a_block_each, e.max_batch * (settings.drafter.max_draft + 1))
-    rows = max(settings.capture.ring_rows, 2 * at_once)
-    return CaptureRing(rows, len(target.layer_ids), target.config.hidden_size, target.device)
+    chunks = e.prefill_chunk + BLOCK * e.max_batch
+    rounds = ROUNDS_ON_THE_WAY * e.max_batch * (settings.drafter.max_draft + 1)
+    rows = max(settings.capture.ring_rows, 2 * (chunks + rounds))
+    shape = rows, len(target.layer_ids), target.config.hidden_size
+    return CaptureRing(*shape, target.device, settings.capture.dtype)
 
 
 def _num_pages(settings: Settings, target: Target) -> int:

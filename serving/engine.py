@@ -203,7 +203,7 @@ class Engine:
         self._arms.clear()
 
     def count_lost_rows(self, count: int) -> None:
-        """Captured rows that the ring overwrote before their request ended."""
+        """Captured rows that the ring overwrote before they were written down."""
         self._commits.counters.capture_rows_dropped += count
 
     def wake(self) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from serving.capture import CaptureRing
+from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.catch_up import CatchUp
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Landing, Program, buckets
@@ -161,7 +161,7 @@ class Rounds:
         self._scores = torch.zeros(shape, dtype=torch.float64, device=device)
         self._ring = ring
         if ring is not None:
-            ring.reserve(max_batch * (max_draft + 1))
+            ring.reserve(ROUNDS_ON_THE_WAY * max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
         self._draft_share: dict[tuple[int, int], float] = {}
 
