@@ -17,9 +17,11 @@ from torch import Tensor
 
 from serving.sequence import Sequence
 from serving.target import Target
+from serving.verifying import Rule
 from specops.attention import DecodePass
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
+from specops.verify_logits import Rule as Judge
 
 _LENGTH, _NONCE, _ANCHOR, _FIXED = 0, 1, 2, 3
 """Fields that change with every round, and the first of those that stay."""
@@ -55,6 +57,11 @@ class LaneRows:
         return SamplingRows(
             temperature, self.top_k_R, top_p, min_p, all_greedy=False, truncates=True
         )
+
+    def rules(self, rule: Rule) -> Tensor:
+        """[R] int64, ``specops.verify_logits.Rule`` of each request: MATCH if greedy or seeded."""
+        own = Judge.BLOCK if rule == "block" else Judge.STANDARD
+        return torch.where(self.by_match_R, int(Judge.MATCH), int(own))
 
     def numbering(self) -> Numbering:
         """Random numbers of the tokens after each anchor: the same in every round for requests

@@ -31,7 +31,6 @@ from serving.verifying import Proposed, Rule, Verified
 from specops.attention import decode_slots
 from specops.device import sample_draft, verify_logits
 from specops.draft_sampling import Drafted, DraftLaw, RowLaws
-from specops.verify_logits import Rule as Judge
 from specops.verify_logits import verify_greedy
 
 _SOURCES = ("eagle3", "suffix")
@@ -144,7 +143,7 @@ class Rounds:
             catch_up: warms the neural drafter, where there is one.
         """
         self._catch_up = catch_up
-        self._rule = {"block": Judge.BLOCK, "standard": Judge.STANDARD}[rule]
+        self._rule: Rule = rule
         self._target, self._pool, self._drafting = target, pool, drafting
         self._lanes, self._graphs = lanes, graphs
         self._page_size = page_size
@@ -320,7 +319,7 @@ class Rounds:
         """num_accepted and the next token of each request, [R] each."""
         if key.is_greedy:
             return verify_greedy(logits, drafts.tokens_RK, lens)
-        rules = torch.where(rows.by_match_R, int(Judge.MATCH), int(self._rule))
+        rules = rows.rules(self._rule)
         verdict = verify_logits(
             logits, rows.sampling(), drafts.tokens_RK, lens, rules, rows.numbering(), drafts.law
         )
