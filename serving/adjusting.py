@@ -20,7 +20,8 @@ from serving.sequence import Sequence
 from specops.lane_penalties import new_tables, table_bytes
 
 MOST_BIASES = 512
-"""Biases of one request that fit its lane; HTTP takes 300."""
+"""Biases of one request that fit its lane; HTTP takes 300. A request with more is decoded by
+passes, and so are those beside it."""
 
 
 def adjusting_bytes(num_lanes: int, vocab_size: int) -> int:

@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("num_draft", [0, 5])
 def test_a_captured_round_adjusts_what_changed(num_draft):
     """A vocabulary as large as Qwen3's; other requests, lanes and drafts at every replay."""
-    vocab, num_requests = 151_936, 64
+    vocab, num_requests = 151_936, 16
     _, logits, draft, asks, tables = case(0, num_requests, num_draft, torch.float32, vocab)
     held_asks, held = on(DEVICE, asks, tables)
     held_logits, held_draft = logits.to(DEVICE), draft.to(DEVICE)
