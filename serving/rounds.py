@@ -9,6 +9,10 @@ next round may be launched before that.
 A drafter's rows are computed at the end of the round that committed them, K + 1 at once, and the
 output at the new anchor is kept in the lane: the next draft starts from it whatever its K is.
 
+Biases and penalties are applied to the logits before verification, in every program that looks at
+distributions: for requests that have none, that ends as soon as it has looked. A batch in which one
+has some takes such a program even if all are greedy.
+
 Shapes: R requests (a bucket's, the last ones may be padding), K draft tokens, Q = K + 1.
 """
 
