@@ -26,6 +26,7 @@ from policies.build import build_policy
 from policies.cost import CostSample
 from policies.goodput import GoodputPolicy
 from policies.rollback import SwapWatch
+from serving.adjusting import adjusting_bytes
 from serving.blocks import BLOCK
 from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.drafting import Drafting
@@ -318,6 +319,8 @@ def _num_pages(settings: Settings, target: Target) -> int:
     free, _ = torch.cuda.mem_get_info(target.device)
     pool = target.make_pool(1)
     slot_bytes = sum(k.nbytes + v.nbytes for k, v in zip(pool.keys, pool.values, strict=True))
+    if e.programs != "never":
+        free -= adjusting_bytes(e.max_batch + 1, target.vocab_size)
     affordable = int(free * e.kv_memory_fraction) // (slot_bytes * e.page_size)
     return max(min(wanted, affordable), 2)
 

@@ -40,11 +40,12 @@ def begin(engine, *requests):
     return collected
 
 
+@pytest.mark.parametrize("shape", [{}, {"presence_penalty": 1.0}], ids=["plain", "penalized"])
 @pytest.mark.parametrize("arm", [("none", 0), ("eagle3", 3)])
-def test_a_round_is_launched_before_the_last_one_is_read(model, arm):
+def test_a_round_is_launched_before_the_last_one_is_read(model, arm, shape):
     policy = Steady(*arm)
     engine = make_engine(model, policy=policy, programs=True)
-    got = begin(engine, request_of("a", PROMPT, 50))["a"]
+    got = begin(engine, request_of("a", PROMPT, 50, **shape))["a"]
 
     lengths = []
     with torch.inference_mode():
