@@ -14,14 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serving.lanes import to_device
+from serving.lanes import MOST_BIASES, to_device
 from serving.packing import completion_that_counts, prompt_that_counts
 from serving.sequence import Sequence
+from serving.types import SamplingParams
 from specops.lane_penalties import new_tables, table_bytes
 
-MOST_BIASES = 512
-"""Biases of one request that fit its lane; HTTP takes 300. A request with more is decoded by
-passes, and so are those beside it."""
+
+def fits_lane(sampling: SamplingParams) -> bool:
+    """Whether programs can adjust the logits of such a request; one that does not fit is decoded by
+    passes, and so are those beside it."""
+    return len(sampling.logit_bias) <= MOST_BIASES
 
 
 def adjusting_bytes(num_lanes: int, vocab_size: int) -> int:
@@ -38,7 +41,8 @@ class Adjusting:
     def write(self, sequences: list[Sequence]) -> None:
         """Tell the device what these requests ask for, and what they have emitted; costs nothing
         where none of them adjusts its logits."""
-        own = [s for s in sequences if s.request.sampling.adjusts_logits]
+        asked = [s for s in sequences if s.request.sampling.adjusts_logits]
+        own = [s for s in asked if fits_lane(s.request.sampling)]
         if not own:
             return
         biased = np.zeros((len(own), MOST_BIASES), dtype=np.int32)

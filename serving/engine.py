@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome
+from serving.adjusting import fits_lane
 from serving.capture import CaptureRing
 from serving.commit import Commits, Committed, Scored, Step, scored_by
 from serving.detokenize import Detokenizer
@@ -440,11 +441,11 @@ class Engine:
     def _prefill(self, prefill: Prefill, chunks: tuple[Chunk, ...]) -> None:
         """Launch one program of fixed shape that computes prompt chunks, behind a round under way.
 
-        It chooses first tokens as well, but for requests that want more of the logits.
+        It chooses first tokens as well, but for requests that want more of the logits than one.
         """
         launched = prefill.launch(chunks)
         asked = [c.sequence.request.sampling for c in chunks if c.is_last]
-        if all(p.logprobs is None and not p.adjusts_logits for p in asked):
+        if all(p.logprobs is None and fits_lane(p) for p in asked):
             self._prefilled = launched
             return
         self._land()

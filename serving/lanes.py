@@ -28,6 +28,9 @@ _LENGTH, _NONCE, _ANCHOR, _FIXED = 0, 1, 2, 3
 """Fields that change with every round, and the first of those that stay."""
 _NUM_FIELDS = _FIXED + 8
 
+MOST_BIASES = 512
+"""Biases of one request that fit its lane; HTTP takes 300."""
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy that does not wait for what the device has under way, as one from memory that may be
@@ -169,7 +172,7 @@ class Lanes:
                 sequence.matches_target,
                 min(sampling.top_k or self._vocab_size, self._vocab_size),
                 sequence.request.capture,
-                len(sampling.logit_bias),
+                min(len(sampling.logit_bias), MOST_BIASES),
                 sampling.penalizes,
             )
             held[: len(sequence.pages)] = sequence.pages

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serving.adjusting import Adjusting
 from serving.blocks import BLOCK, cut, draft_rows
 from serving.capture import CaptureRing
 from serving.drafting import Drafting
@@ -22,7 +23,7 @@ from serving.scheduler import Chunk
 from serving.target import KvPool, Target
 from serving.verifying import Rule
 from specops.attention import decode_slots
-from specops.device import verify_logits
+from specops.device import adjust_rows, count_tokens, verify_logits
 
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
 
@@ -33,10 +34,10 @@ class Prefilled:
 
     chunks: tuple[Chunk, ...]
     logits: Tensor
-    """[N, V] of the last row of each chunk that ends its prompt, in order, without biases and
-    penalties; on the device, until the next program runs."""
+    """[N, V] of the last row of each chunk that ends its prompt, in order, the target's own; on the
+    device, until the next program runs."""
     first_ids: Tensor
-    """[N] int64 on the host, once landed: the tokens chosen, by requests that adjust no logits."""
+    """[N] int64 on the host, once landed: the tokens chosen."""
     landed: Landing
 
 
@@ -49,6 +50,7 @@ class Prefill:
         pool: KvPool,
         drafting: Drafting,
         lanes: Lanes,
+        adjusting: Adjusting,
         graphs: Graphs,
         *,
         prefill_chunk: int,
@@ -57,7 +59,7 @@ class Prefill:
         ring: CaptureRing | None,
     ) -> None:
         self._target, self._pool, self._drafting = target, pool, drafting
-        self._lanes, self._graphs = lanes, graphs
+        self._lanes, self._adjusting, self._graphs = lanes, adjusting, graphs
         self._page_size = page_size
         self._rule: Rule = rule
         # Every chunk may fill up a block of its own.
@@ -94,7 +96,9 @@ class Prefill:
         self._inputs[:size].copy_(to_device(torch.tensor(blocks), device))
         padded = ends + [[0, self._lanes.padding]] * (min(size, len(self._ends)) - len(ends))
         self._ends[: len(padded)].copy_(to_device(torch.tensor(padded), device))
-        self._lanes.write([c.sequence for c in chunks if c.sequence.lane_length is None])
+        fresh = [c.sequence for c in chunks if c.sequence.lane_length is None]
+        self._lanes.write(fresh)
+        self._adjusting.write(fresh)
         self._program(size)()
         for chunk in chunks:
             self._note(chunk)
@@ -165,10 +169,13 @@ class Prefill:
         """[N] first tokens, which the lanes take in."""
         rows = self._lanes.rows(lanes_N)
         none = torch.zeros((len(lanes_N), 0), dtype=torch.int64, device=lanes_N.device)
+        adjust_rows(logits_NV[:, None], none, rows.adjusting(), self._adjusting.tables)
         verdict = verify_logits(
             logits_NV[:, None], rows.sampling(), none, torch.zeros_like(lanes_N),
             rows.rules(self._rule), rows.numbering(), None,
         )  # fmt: skip
         count = (rows.limit_R - rows.length_R).clamp(max=1)  # 0 in the lane that is nobody's
-        self._lanes.commit(lanes_N, rows, verdict.next_R[:, None], count)
+        emitted = verdict.next_R[:, None]
+        self._lanes.commit(lanes_N, rows, emitted, count)
+        count_tokens(emitted, count, rows.adjusting(), self._adjusting.tables)
         return verdict.next_R

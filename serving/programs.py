@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+from serving.adjusting import Adjusting
 from serving.blocks import BLOCK
 from serving.capture import CaptureRing
 from serving.catch_up import CatchUp
@@ -82,12 +83,13 @@ def make_programs(
     if drafting.neural:
         most_rows = max(prefill_chunk, BLOCK * max_batch)
         catch_up = CatchUp(drafting, lanes, graphs, most_rows=most_rows, page_size=page_size)
+    adjusting = Adjusting(lanes.padding + 1, target.vocab_size, target.device)
     rounds = Rounds(
-        target, pool, drafting, lanes, graphs,
+        target, pool, drafting, lanes, adjusting, graphs,
         page_size=page_size, rule=rule, ring=ring, catch_up=catch_up,
     )  # fmt: skip
     prefill = Prefill(
-        target, pool, drafting, lanes, graphs,
+        target, pool, drafting, lanes, adjusting, graphs,
         prefill_chunk=prefill_chunk, page_size=page_size, rule=rule, ring=ring,
     )  # fmt: skip
     return Programs(graphs, lanes, rounds, prefill, catch_up)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from serving.adjusting import MOST_BIASES, Adjusting
+from serving.adjusting import Adjusting, fits_lane
 from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.catch_up import CatchUp
 from serving.drafting import Drafting
@@ -134,6 +134,7 @@ class Rounds:
         pool: KvPool,
         drafting: Drafting,
         lanes: Lanes,
+        adjusting: Adjusting,
         graphs: Graphs,
         *,
         page_size: int,
@@ -156,7 +157,7 @@ class Rounds:
         max_batch = lanes.padding
         self._buckets = buckets(max_batch)
         device = target.device
-        self._adjusting = Adjusting(max_batch + 1, target.vocab_size, device)
+        self._adjusting = adjusting
         self._inputs = torch.zeros((max_batch, 2 + max_draft), dtype=torch.int64, device=device)
         # accepted, next, drafted, captured; then tokens, bits of log p and of log q
         columns = _TOKENS + 3 * max_draft
@@ -174,10 +175,8 @@ class Rounds:
 
     def fits(self, batch: list[Sequence]) -> bool:
         """Whether a round can decode all of them; the engine's other path takes the rest."""
-        return all(
-            (p.logprobs or 0) <= self._num_top and len(p.logit_bias) <= MOST_BIASES
-            for p in (s.request.sampling for s in batch)
-        )
+        sampling = [s.request.sampling for s in batch]
+        return all((p.logprobs or 0) <= self._num_top and fits_lane(p) for p in sampling)
 
     def launch(
         self, batch: list[Sequence], source: str, num_draft: int, given: list[list[int]] | None

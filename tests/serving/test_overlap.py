@@ -60,7 +60,9 @@ def test_a_round_is_launched_before_the_last_one_is_read(model, arm, shape):
     assert len(policy.told) == 2
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"logprobs": 2}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0}, {"frequency_penalty": 1.0}, {"logprobs": 2}]
+)
 def test_a_round_is_launched_before_the_prompt_beside_it_is_read(model, sampling):
     """But for requests that want more of the logits than a token."""
     engine = make_engine(model, policy=Steady("none", 0), programs=True, prefix_cache=False)
