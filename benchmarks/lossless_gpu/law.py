@@ -97,14 +97,27 @@ def _row(run: Run, device: torch.device, num_samples: int, seed: int) -> dict[st
     return {**row, **more, "seconds": seconds}
 
 
-def summary(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
-    """What the rows say together; planted bugs by themselves."""
+def is_sound(rows: list[dict[str, Any]]) -> bool:
+    """Nothing was rejected but what was planted, and that was."""
     honest = [row for row in rows if row["planted"] is None]
+    is_kept = all(row["chi_squared_over_limit"] <= 1 for row in honest)
+    return is_kept and all(excess > 1 for excess in _planted(rows).values())
+
+
+def _planted(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Bug -> chi-squared over its limit, by the drafter that shows it best."""
     excesses: dict[str, float] = {}
     for row in rows:
         if row["planted"] is not None:
             worst = excesses.get(row["planted"], 0.0)
             excesses[row["planted"]] = max(worst, row["chi_squared_over_limit"])
+    return excesses
+
+
+def summary(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
+    """What the rows say together; planted bugs by themselves."""
+    honest = [row for row in rows if row["planted"] is None]
+    excesses = _planted(rows)
     return {
         "runs": len(honest),
         "runs_planned": sum(run.bug is None for run in runs(num_samples)),
