@@ -27,10 +27,7 @@ SMALL = {
     "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 LARGE = {"vocab_size": 5000, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
-CUTS = {
-    "blocks": (16, LENGTH),
-    "rounds": (16, 17, 22, LENGTH),
-}
+BLOCKS, ROUNDS = (16, LENGTH), (16, 17, 22, LENGTH)
 """Ends of the passes over each sequence."""
 
 
@@ -88,11 +85,10 @@ def assert_same_bits(model, num):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, vocab, (num, LENGTH), generator=generator).to(device)
     want = decode(model, decoder, ids, (LENGTH,))
-    for ends in CUTS.values():
-        for rows in (slice(0, 1), slice(num // 2, num)):
-            got = decode(model, decoder, ids[rows], ends)
-            for one, other in zip(got, want, strict=True):
-                assert torch.equal(one, other[rows])
+    for rows, ends in ((slice(0, 1), BLOCKS), (slice(0, num), ROUNDS), (slice(1, num), ROUNDS)):
+        got = decode(model, decoder, ids[rows], ends)
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other[rows])
     exact = model.float()(input_ids=ids, use_cache=False).logits
     error = (want[1] - exact).norm() / exact.norm()
     assert error < (1e-5 if want[0].dtype == torch.float32 else 0.05)
@@ -104,7 +100,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "make_config"), MODELS)
+@pytest.mark.parametrize(("make", "make_config"), MODELS[:1])
 def test_a_token_is_computed_alike_in_any_company(make, make_config):
     assert_same_bits(model_of(make, make_config, {}).to(DEVICE), num=2)
 
@@ -128,8 +124,8 @@ def attended(q_THD, keys, values, start, end, pinned):
 def test_rows_of_a_pinned_pass_attend_in_one_order(pinned):
     """And not where it is not pinned, else this shows nothing."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(300, 8, 64, generator=generator).to(DEVICE)
-    keys, values = (torch.randn(300, 2, 64, generator=generator).to(DEVICE) for _ in range(2))
+    q = torch.randn(300, 4, 16, generator=generator).to(DEVICE)
+    keys, values = (torch.randn(300, 2, 16, generator=generator).to(DEVICE) for _ in range(2))
     want = attended(q, keys, values, 260, 300, pinned)
 
     parts = [attended(q, keys, values, *at, pinned) for at in ((260, 261), (261, 277), (277, 300))]
