@@ -48,10 +48,10 @@ def runs(num_samples: int) -> Iterator[Run]:
     planted = min(1.0, _PLANTED / num_samples)
     for bug, regime in itertools.product(BUGS, both):
         yield Run(_BUGGY, regime, Rule.BLOCK, share=planted, bug=bug)
+    yield from all_settings(both, Rule.STANDARD)
+    yield from all_settings(("index",), Rule.BLOCK)
     for regime, setting in itertools.product(both, SETTINGS[7::10]):
         yield Run(setting, regime, Rule.BLOCK, "wide", share=0.05)
-    yield from all_settings(("index",), Rule.BLOCK)
-    yield from all_settings(both, Rule.STANDARD)
     yield from all_settings(("close",), Rule.BLOCK, "reduced")
     yield from all_settings(("swapped",), Rule.BLOCK)
     yield from all_settings(("opposed",), Rule.MATCH)

@@ -4,13 +4,15 @@ compiled kernels on a GPU. ``benchmarks/lossless_gpu`` does the same with 10 mil
 from __future__ import annotations
 
 import pytest
+import torch
 
-from specops import verify_logits
+from specops import draft_sampling, draft_sampling_triton, verify_logits, verify_logits_triton
 from specops.rng import Stream, device_uniforms
 from specops.verify_logits import Rule
 from tests.device_law import BUGS, REDUCED, SMALL, WIDE, Faces, Layout, sample
 from tests.joint_law import REGIMES, SETTINGS, Setting, chi_squared_excess, expected_law, tables_of
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = SETTINGS[::4]
 """Every number of drafts, every temperature, whole and truncated."""
 BUGGY = Setting(temperature=1.5, truncates=False, num_draft=2)
@@ -91,3 +93,27 @@ def test_a_bug_around_the_kernels_is_seen(name):
 def test_the_kernels_keep_the_law_in_pieces_of_their_full_size():
     for number, setting in enumerate(SETTINGS[2::5]):
         assert excess(setting, "close", Rule.BLOCK, 100_000, number, device="cuda", layout=WIDE) < 1
+
+
+@pytest.mark.parametrize(
+    ("truncates", "layout"),
+    [
+        pytest.param(False, SMALL, id="whole"),
+        pytest.param(True, REDUCED, id="truncated, reduced vocabulary"),
+    ],
+)
+def test_kernels_decode_the_very_tokens_of_the_definitions(truncates, layout):
+    """The same numbers, the same laws: only rounding could part them."""
+
+    def kernels(*arguments):
+        return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
+
+    setting = Setting(temperature=1.0, truncates=truncates, num_draft=2, adaptive=True)
+    asked = (setting, tables_of("close"), Rule.BLOCK, 5, DEVICE, layout)
+    definitions = Faces(draft_sampling.sample_draft, verify_logits.verify_logits)
+
+    got, rate = sample(*asked, Faces(draft_sampling_triton.sample_draft, kernels))
+    want, same = sample(*asked, definitions)
+
+    assert got.equal(want)
+    assert rate == same
