@@ -18,12 +18,10 @@ Writes ``benchmarks/results/lossless.json``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import tempfile
 import time
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,17 +30,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.lossless_rows import compared, greedy_requests, law_row, random_prompts
 from benchmarks.result import write_result
 from configs.load import load_settings
 from examples import corpus
 from serving.build import build_engine
 from serving.engine import Engine
-from serving.types import Request, SamplingParams
-from tests.engines import Collected, RandomPolicy, make_engine, random_model, run
+from serving.types import Request
+from tests.engines import RandomPolicy, make_engine, random_model, run
 from tests.joint_law import (
     REGIMES,
     SETTINGS,
-    chi_squared_excess,
     expected_law,
     sample,
     tables_of,
@@ -77,16 +75,7 @@ def law(regime: str, rule: str, num_samples: int) -> list[dict[str, Any]]:
     for number, setting in enumerate(SETTINGS):
         counts, rate = sample(setting, tables, rule, num_samples, seed=100 + number)
         wanted = expected_law(setting, tables)
-        rows.append(
-            {
-                "setting": setting.name,
-                "regime": regime,
-                "rule": rule,
-                "acceptance": rate,
-                "chi_squared_over_limit": chi_squared_excess(counts, wanted),
-                "total_variation": float((counts / counts.sum() - wanted).abs().sum() / 2),
-            }
-        )
+        rows.append(law_row(setting.name, regime, rule, counts, rate, wanted))
     return rows
 
 
@@ -124,7 +113,7 @@ def greedy_random(architecture: str, max_batch: int, count: int) -> dict[str, An
     """Random target and drafters, in float32."""
     torch.set_num_threads(1)
     numbers = random.Random(max_batch)
-    prompts = _prompts(numbers, count)
+    prompts = random_prompts(numbers, count, VOCAB_SIZE)
 
     def engine(batch: int, max_draft: int) -> Engine:
         model = random_model(architecture, vocab_size=VOCAB_SIZE)
@@ -132,24 +121,12 @@ def greedy_random(architecture: str, max_batch: int, count: int) -> dict[str, An
         return make_engine(model, max_batch=batch, max_draft=max_draft, num_pages=pages)
 
     lengths = [numbers.randint(8, 48) for _ in prompts]
-    plain = list(_greedy(prompts, lengths, num_top=2, max_draft=0))
+    plain = list(greedy_requests(prompts, lengths, num_top=2, max_draft=0))
     wanted = run(engine(12, 0), plain)
     drafting = engine(max_batch, 8)
     again = run(drafting, plain)
-    got = run(drafting, list(_greedy(prompts, lengths)), _scramble_every)
-    return _compared(f"random {architecture}", max_batch, wanted, again, got, drafting)
-
-
-def _prompts(numbers: random.Random, count: int) -> list[list[int]]:
-    """Of 1 to 60 tokens; some begin alike. Each occurs twice, far apart: nothing foretells a random
-    target but the suffix index, once it has seen the answer."""
-    stem = [numbers.randrange(VOCAB_SIZE) for _ in range(40)]
-    fresh = [
-        stem[: numbers.choice((0, 0, 8, 40))]
-        + [numbers.randrange(VOCAB_SIZE) for _ in range(numbers.randint(1, 20))]
-        for _ in range(-(-count // 2))
-    ]
-    return (fresh + numbers.sample(fresh, len(fresh)))[:count]
+    got = run(drafting, list(greedy_requests(prompts, lengths)), _scramble_every)
+    return compared(f"random {architecture}", max_batch, wanted, again, got, drafting)
 
 
 def greedy_bundled(max_batch: int, count: int) -> dict[str, Any]:
@@ -171,24 +148,11 @@ def greedy_bundled(max_batch: int, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         drafting = engine(max_batch, folder)
         prompts = [drafting.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-        plain = list(_greedy(prompts, lengths, num_top=2, max_draft=0))
+        plain = list(greedy_requests(prompts, lengths, num_top=2, max_draft=0))
         wanted = run(engine(12, folder), plain)
         again = run(drafting, plain)
-        got = run(drafting, list(_greedy(prompts, lengths)), _alternate(drafting))
-    return _compared("bundled", max_batch, wanted, again, got, drafting)
-
-
-def _greedy(
-    prompts: list[list[int]],
-    lengths: list[int],
-    num_top: int | None = None,
-    max_draft: int | None = None,
-) -> Iterable[Request]:
-    for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=length, logprobs=num_top, ignore_eos=True
-        )
-        yield Request(str(number), tuple(prompt), sampling, max_draft=max_draft, capture=True)
+        got = run(drafting, list(greedy_requests(prompts, lengths)), _alternate(drafting))
+    return compared("bundled", max_batch, wanted, again, got, drafting)
 
 
 def _scramble_every(engine: Engine, step: int) -> None:
@@ -213,52 +177,6 @@ def _alternate(engine: Engine) -> Any:
         neural.version += 1
 
     return between
-
-
-def _compared(
-    target: str,
-    max_batch: int,
-    wanted: dict[str, Collected],
-    again: dict[str, Collected],
-    got: dict[str, Collected],
-    engine: Engine,
-) -> dict[str, Any]:
-    """``again``: plain answers in batches of the size that drafted ones have."""
-    figures = engine.figures()
-    rounding = max(_moved(plain, again[name]) for name, plain in wanted.items())
-    gaps = [_gap(plain, got[name]) for name, plain in wanted.items()]
-    parted = [gap for gap in gaps if gap is not None]
-    return {
-        "target": target,
-        "max_batch": max_batch,
-        "prompts": len(wanted),
-        "tokens": sum(len(c.token_ids) for c in wanted.values()),
-        "swaps": engine.version,
-        "drafted_tokens": figures.num_draft_tokens,
-        "accepted_tokens": figures.num_accepted_tokens,
-        "rounding": rounding,
-        "plain_against_plain": sum(_gap(p, again[n]) is not None for n, p in wanted.items()),
-        "mismatches": len(parted),
-        "mismatches_beyond_ties": sum(gap > 2 * rounding for gap in parted),
-        "gap": parted,
-    }
-
-
-def _moved(one: Collected, other: Collected) -> float:
-    """Most that a log probability differs between two answers, up to where they part."""
-    pairs = zip(one.logprobs, other.logprobs, strict=True)
-    equal = itertools.takewhile(lambda pair: pair[0].token_id == pair[1].token_id, pairs)
-    return max((abs(a.logprob - b.logprob) for a, b in equal), default=0.0)
-
-
-def _gap(plain: Collected, other: Collected) -> float | None:
-    """Best minus second best log probability where two answers part; ``None`` if they do not."""
-    if plain.token_ids == other.token_ids:
-        return None
-    pairs = zip(plain.token_ids, other.token_ids, strict=True)
-    at = next(place for place, (one, another) in enumerate(pairs) if one != another)
-    (_, best), (_, second) = plain.logprobs[at].top
-    return best - second
 
 
 def main(

@@ -62,6 +62,10 @@ class EngineSettings(Section):
     programs: Literal["auto", "always", "never"] = "auto"
     """Compute steps by programs of fixed shape, which are CUDA graphs on a GPU, where a batch fits
     them. ``auto``: on a GPU only."""
+    numerics: Literal["fast", "pinned"] = "fast"
+    """``pinned``: what the target computes for a token depends, in no bit, on what is computed
+    beside it, so that batches and drafts never decide a tie; slower, and for Llama and Qwen3 on a
+    GPU only."""
     cpu_threads: int | None = Field(None, ge=1)
     """Threads of torch in the server process. ``None``: torch's own choice."""
 

@@ -150,7 +150,13 @@ def _programs(
     ring: CaptureRing | None,
 ) -> Programs | None:
     e = settings.engine
-    if e.programs == "never" or (e.programs == "auto" and target.device.type != "cuda"):
+    on_gpu, pinned = target.device.type == "cuda", e.numerics == "pinned"
+    if pinned and (e.programs == "never" or not on_gpu):
+        raise ValueError(
+            f"engine.numerics is 'pinned', which programs on a GPU are; device is "
+            f"{target.device.type} and engine.programs {e.programs}; set it to 'fast'"
+        )
+    if e.programs == "never" or (e.programs == "auto" and not on_gpu):
         return None
     programs = make_programs(
         target,
@@ -162,7 +168,8 @@ def _programs(
         page_size=e.page_size,
         rule=e.verification,
         ring=ring,
-        fuse=target.device.type == "cuda",
+        fuse=on_gpu,
+        pinned=pinned,
     )
     with torch.inference_mode():
         programs.capture_all()

@@ -6,7 +6,9 @@ not by reading the weights. Here a layer is six launches and its attention:
     norm + q, k, v | norms of heads, RoPE, write to the pages | attention | o + residual
     norm + gate, up, silu | down + residual
 
-Above ``few_rows`` rows the products are the library's and what stands between them is fused.
+Above ``few_rows`` rows the products are the library's and what stands between them is fused. With
+pinned numerics they are ours for any number of rows, and all is computed in one order of operations
+that depends on the weights' shapes alone: the library takes another one for another number of rows.
 Rounding follows Hugging Face's order of operations in both.
 
 Shapes: T packed rows of one pass, H hidden, V vocabulary, m tapped layers, Hq query heads,
@@ -173,6 +175,7 @@ class FusedDecoder:
         use_kernels: bool | None = None,
         overlap: bool | None = None,
         ahead_bytes: int = 0,
+        pinned: bool = False,
     ) -> None:
         """Fuses the weights of ``model`` in place; its own forward still works.
 
@@ -183,9 +186,11 @@ class FusedDecoder:
             use_kernels: Triton kernels or torch definitions; ``None`` decides by the device.
             overlap: kernels start while the one before still runs; ``None``: where the card can.
             ahead_bytes: of each layer's o weight, fetched into the L2 cache during attention.
+            pinned: what is computed for a row does not depend on the rows beside it, in no bit,
+                given attention that does not either.
 
         Raises:
-            ValueError: the model cannot be fused.
+            ValueError: the model cannot be fused, or is to be pinned without kernels.
         """
         reason = supports(model)
         if reason is not None:
@@ -205,8 +210,11 @@ class FusedDecoder:
             self.head.dtype,
         )
         self.few_rows = few_rows
+        self.is_pinned = pinned
         if use_kernels is None:
             use_kernels = self.head.is_cuda
+        if pinned and not use_kernels:
+            raise ValueError("pinned numerics need the kernels: the definitions call the library")
         self._operations = self._kernels(overlap) if use_kernels else _DEFINITIONS
         self._ahead_bytes = ahead_bytes if use_kernels else 0
 
@@ -215,20 +223,24 @@ class FusedDecoder:
 
         if overlap is None:
             overlap = overlap_triton.can_overlap(self.head.device)
-        layer = self.layers[0]
-        products = [(*w.shape, False) for w in (layer.qkv, layer.o, layer.down, self.head)]
-        gate_up = (layer.gate_up.shape[0] // 2, layer.gate_up.shape[1], True)
-        scratch = linear_triton.make_scratch(
-            [*products, gate_up], self.head.dtype, self.head.device
-        )
+        product: dict[str, Any] = {"overlap": overlap}
+        product |= {"pinned": True} if self.is_pinned else {"scratch": self._scratch()}
         return _Operations(
             rows_triton.embed,
-            partial(linear_triton.few_row_linear, scratch=scratch, overlap=overlap),
-            partial(linear_triton.few_row_residual, scratch=scratch, overlap=overlap),
+            partial(linear_triton.few_row_linear, **product),
+            partial(linear_triton.few_row_residual, **product),
             partial(rope_triton.rope_and_write, overlap=overlap),
             partial(rows_triton.add_norm, overlap=overlap),
             partial(rows_triton.silu_gate, overlap=overlap),
         )
+
+    def _scratch(self) -> Any:
+        from specops import linear_triton
+
+        layer = self.layers[0]
+        products = [(*w.shape, False) for w in (layer.qkv, layer.o, layer.down, self.head)]
+        gate_up = (layer.gate_up.shape[0] // 2, layer.gate_up.shape[1], True)
+        return linear_triton.make_scratch([*products, gate_up], self.head.dtype, self.head.device)
 
     def forward(
         self,
@@ -276,8 +288,11 @@ class FusedDecoder:
             return attend(index, q).flatten(1)
 
         squares = self._operations.embed(ids_T, self.embedding, outs[0])
-        run = self._few_rows if num_rows <= self.few_rows else self._many_rows
+        run = self._few_rows if self._are_few(num_rows) else self._many_rows
         return features, run(outs, stream, squares, heads_of)
+
+    def _are_few(self, num_rows: int) -> bool:
+        return self.is_pinned or num_rows <= self.few_rows
 
     def _few_rows(
         self,
@@ -317,7 +332,7 @@ class FusedDecoder:
         """[..., H] -> [..., V] float32 (float64 for a float64 model)."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if len(flat) > self.few_rows or not len(flat):
+        if not len(flat) or not self._are_few(len(flat)):
             scores = nn.functional.linear(flat, self.head).to(wide)
         else:
             out = torch.empty(len(flat), len(self.head), dtype=wide, device=hidden.device)

@@ -63,19 +63,27 @@ def make_programs(
     rule: Rule,
     ring: CaptureRing | None,
     fuse: bool,
+    pinned: bool = False,
 ) -> Programs:
     """Programs for these sizes; on a GPU they become CUDA graphs.
 
     Args:
         ring: takes the committed rows of requests that capture.
         fuse: replace the target's own code by our decoder, if it is a model that we know.
+        pinned: what the target computes for a token does not depend, in any bit, on what is
+            computed beside it.
 
     Raises:
-        ValueError: the ring does not hold the rows of one step.
+        ValueError: the ring does not hold the rows of one step, or numerics cannot be pinned.
     """
     # A block's last rows may lie behind the last position that a request can use.
     pages_each = -(-(max_model_len + drafting.max_draft + 1 + BLOCK) // page_size)
-    if fuse and (reason := target.fuse(pages_each * page_size)):
+    if fuse and (reason := target.fuse(pages_each * page_size, pinned)):
+        if pinned:
+            raise ValueError(
+                f"engine.numerics is 'pinned', but the target's own code must compute its layers: "
+                f"{reason}; set it to 'fast'"
+            )
         log.warning("the target's own code computes its layers, which is slower: %s", reason)
     lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
     graphs = Graphs(target.device)

@@ -35,7 +35,7 @@ from serving.types import TokenLogprob
 from serving.verifying import Proposed, Rule, Verified
 from specops.attention import decode_slots
 from specops.device import adjust_rows, count_tokens, sample_draft, verify_logits
-from specops.draft_sampling import Drafted, DraftLaw, RowLaws
+from specops.draft_sampling import Drafted, DraftLaw, join_laws
 from specops.verify_logits import verify_greedy
 
 _SOURCES = ("eagle3", "suffix")
@@ -69,15 +69,6 @@ class _Drafts:
     """``None`` where nothing was drawn."""
     law: DraftLaw | None
     """What was drawn from; ``None`` for a delta draft."""
-
-
-def _joined(drawn: list[Drafted]) -> RowLaws | None:
-    """Laws of all drafted rows, request-major: verification need not look for them again."""
-    laws = [d.laws for d in drawn if d.laws is not None]
-    if not laws:
-        return None
-    tops = torch.stack([law.tops_cuts_masses for law in laws], 1).flatten(0, 1)
-    return RowLaws(tops, torch.stack([law.lasts for law in laws], 1).flatten())
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +371,7 @@ class Rounds:
             return drawn[-1].tokens_R
 
         tokens = neural.draft_ahead(outputs, ahead, key.num_draft, draw)
-        law = DraftLaw(torch.stack(kept, 1), sampling, by_match, neural.vocab, _joined(drawn))
+        law = DraftLaw(torch.stack(kept, 1), sampling, by_match, neural.vocab, join_laws(drawn))
         return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
 
     def _take_in(

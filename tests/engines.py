@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,14 +181,23 @@ def run(
     engine: Engine,
     requests: list[Request],
     between: Callable[[Engine, int], None] = lambda _engine, _step: None,
+    most: Callable[[int], int | None] = lambda _step: None,
 ) -> dict[str, Collected]:
-    """Decode all requests; ``between`` is called before every step with its number."""
+    """Decode all requests.
+
+    Args:
+        between: called before every step with its number.
+        most: step -> requests that may be in flight then; ``None``: all of them.
+    """
     collected = {r.id: Collected() for r in requests}
-    for request in requests:
-        engine.submit(request, collected[request.id].take)
+    waiting = deque(requests)
     step = 0
     with torch.inference_mode():
-        while engine.num_inflight():
+        while waiting or engine.num_inflight():
+            limit = most(step)
+            while waiting and (limit is None or engine.num_inflight() < limit):
+                request = waiting.popleft()
+                engine.submit(request, collected[request.id].take)
             between(engine, step)
             assert engine.step(), "requests in flight, but nothing to do"
             step += 1

@@ -2,7 +2,8 @@
 
 Target and drafter are tables of logits over contexts of two tokens, so the law of the first three
 tokens (8 x 8 x 8 cells) is known exactly. Numbers, distributions, draws and rules are the very
-functions that serving calls; ``Parts`` says where a test may plant a bug.
+functions that serving calls; ``Parts`` says where a test may plant a bug. ``device_law`` does the
+same with the kernels.
 
 Shapes: R requests, K draft tokens, V vocabulary, C contexts.
 """
@@ -40,15 +41,17 @@ class Setting:
     adaptive: bool = False
     """Fewer are drafted after a rejection, and after an even draft token none."""
 
-    def rows(self, dtype: torch.dtype) -> SamplingRows:
+    def rows(
+        self, dtype: torch.dtype, count: int = (V + 1) ** 2, vocab_size: int = V
+    ) -> SamplingRows:
+        """Of ``count`` requests alike."""
         top_k, top_p, min_p = (6, 0.9, 0.05) if self.truncates else (None, 1.0, 0.0)
-        count = (V + 1) ** 2
         return sampling_rows(
             [self.temperature] * count,
             [top_k] * count,
             [top_p] * count,
             [min_p] * count,
-            V,
+            vocab_size,
             dtype=dtype,
         )
 
@@ -154,15 +157,128 @@ def sample(
 ) -> tuple[Tensor, float | None]:
     """Counts [V, V, V] of the first three tokens, and the acceptance rate."""
     shaped = _Shaped.of(setting, tables)
-    counts = torch.zeros(V**3, dtype=torch.int64)
-    totals = np.zeros(2, dtype=np.int64)
-    for start in range(0, num_samples, CHUNK):
-        keys = np.arange(start, min(start + CHUNK, num_samples)) + (seed << 40)
-        tokens = _decode(setting, shaped, rule, parts, keys.astype(np.uint64), totals)
+
+    def decode(start: int, end: int) -> tuple[Tensor, Tensor]:
+        keys = (np.arange(start, end) + (seed << 40)).astype(np.uint64)
+
+        def play(held: Held, round_number: int) -> Played:
+            seen = _round(setting, shaped, parts, keys[held.at_R.numpy()], held, round_number)
+            verdict = parts.verify(seen, rule)
+            return Played(seen.draft, seen.lens, verdict.num_accepted_R, verdict.next_R)
+
+        return decode_in_step(setting, end - start, play)
+
+    return counted(num_samples, CHUNK, decode)
+
+
+def counted(
+    num_samples: int, chunk: int, decode: Callable[[int, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, float | None]:
+    """Counts [V, V, V] of the first three tokens, and the acceptance rate.
+
+    Args:
+        decode: (first sample, last + 1) -> what ``decode_in_step`` returns.
+    """
+    counts, totals = torch.zeros(V**3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    for start in range(0, num_samples, chunk):
+        tokens, of_chunk = decode(start, min(start + chunk, num_samples))
         cells = (tokens[:, 0] * V + tokens[:, 1]) * V + tokens[:, 2]
-        counts += torch.bincount(cells, minlength=V**3)
+        counts += torch.bincount(cells, minlength=V**3).cpu()
+        totals += of_chunk.cpu()
     proposed, accepted = totals.tolist()
     return counts.view(V, V, V).double(), accepted / proposed if proposed else None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Requests that go on, at the start of a round."""
+
+    at_R: Tensor
+    """[R] int64, their numbers among those in step."""
+    before_R: Tensor
+    last_R: Tensor
+    """The last token but one, and the last."""
+    length_R: Tensor
+    """Position of the next token."""
+    room_R: Tensor
+    """Most that may be drafted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What one round did."""
+
+    draft_RK: Tensor
+    lens_R: Tensor
+    num_accepted_R: Tensor
+    next_R: Tensor
+
+
+def decode_in_step(
+    setting: Setting,
+    num_requests: int,
+    play: Callable[[Held, int], Played],
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """[R, LENGTH] tokens of requests that share nothing but their shape, and how many tokens were
+    proposed and accepted, [2]. The host waits once a round, for who goes on.
+
+    Args:
+        play: drafts and verifies in the round of that number, from 1 on.
+    """
+    width = 2 + LENGTH + setting.num_draft + 1
+    text = torch.full((num_requests, width), NONE, device=device)
+    length = torch.full((num_requests,), 2, device=device)
+    room = torch.full((num_requests,), setting.num_draft, device=device)
+    totals = torch.zeros(2, dtype=torch.int64, device=device)
+    round_number = 0
+    while len(at := torch.nonzero(length < 2 + LENGTH)[:, 0]):
+        round_number += 1
+        here = length[at]
+        held = Held(at, text[at, here - 2], text[at, here - 1], here, room[at])
+        played = play(held, round_number)
+        kept = played.num_accepted_R
+        totals += torch.stack((played.lens_R.sum(), kept.sum()))
+        emitted = torch.nn.functional.pad(played.draft_RK, (0, 1))
+        emitted = emitted.scatter(1, kept[:, None], played.next_R[:, None])
+        place = torch.arange(emitted.shape[1], device=device)
+        where = (here[:, None] + place).clamp(max=width - 1)
+        text[at[:, None], where] = emitted  # what lies beyond the kept ones is written over later
+        length[at] = here + kept + 1
+        if setting.adaptive:
+            room[at] = torch.where(kept < played.lens_R, 1, setting.num_draft)
+    return text[:, 2 : 2 + LENGTH], totals
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One round's drafts."""
+
+    tokens_RK: Tensor
+    lens_R: Tensor
+    contexts_RK1: Tensor
+    """After 0 .. K of the tokens."""
+
+
+def draft_chain(setting: Setting, held: Held, choose: Callable[[Tensor, int], Tensor]) -> Chain:
+    """Draft after every request.
+
+    Args:
+        choose: (contexts [R], number of the drafted token) -> tokens [R].
+    """
+    before, last, room = held.before_R, held.last_R, held.room_R
+    lens, open_ = torch.zeros_like(room), torch.ones_like(room, dtype=torch.bool)
+    contexts, tokens = [context_of(before, last)], []
+    for j in range(setting.num_draft):
+        tokens.append(choose(contexts[-1], j))
+        open_ = open_ & (j < room)
+        lens = lens + open_
+        if setting.adaptive:
+            open_ = open_ & (tokens[-1] % 2 == 1)
+        before, last = last, tokens[-1]
+        contexts.append(context_of(before, last))
+    drafted = torch.stack(tokens, dim=1) if tokens else room.new_zeros((len(room), 0))
+    return Chain(drafted, lens, torch.stack(contexts, dim=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,87 +307,41 @@ class _Shaped:
         )
 
 
-def _decode(
-    setting: Setting,
-    shaped: _Shaped,
-    rule: str,
-    parts: Parts,
-    keys: np.ndarray[Any, Any],
-    totals: np.ndarray[Any, Any],
-) -> Tensor:
-    """[R, LENGTH] tokens of requests that share nothing but their shape."""
-    width = 2 + LENGTH + setting.num_draft + 1
-    text = torch.full((len(keys), width), NONE)
-    length = torch.full((len(keys),), 2)
-    room = torch.full((len(keys),), setting.num_draft)
-    round_number = 0
-    while len(at := torch.nonzero(length < 2 + LENGTH)[:, 0]):
-        round_number += 1
-        seen = _round(
-            setting, shaped, parts, keys[at.numpy()], text[at], length[at], room[at], round_number
-        )
-        verdict = parts.verify(seen, rule)
-        kept = verdict.num_accepted_R
-        totals += (int(seen.lens.sum()), int(kept.sum()))
-        emitted = torch.cat((seen.draft, verdict.next_R[:, None]), dim=1)
-        emitted = emitted.scatter(1, kept[:, None], verdict.next_R[:, None])
-        where = (length[at][:, None] + torch.arange(emitted.shape[1])).clamp(max=width - 1)
-        text[at[:, None], where] = emitted  # what lies beyond the kept ones is written over later
-        length[at] += kept + 1
-        if setting.adaptive:
-            room[at] = torch.where(kept < seen.lens, 1, setting.num_draft)
-    return text[:, 2 : 2 + LENGTH]
-
-
 def _round(
     setting: Setting,
     shaped: _Shaped,
     parts: Parts,
     keys: np.ndarray[Any, Any],
-    text: Tensor,
-    length: Tensor,
-    room: Tensor,
+    held: Held,
     round_number: int,
 ) -> Seen:
-    num_draft, num_rows = setting.num_draft, len(keys)
-    nonces = np.full(num_rows, round_number)
+    nonces = np.full(len(keys), round_number)
 
     def numbers(stream: Stream, count: int) -> Tensor:
-        positions = length.numpy()[:, None] + np.arange(count)
+        positions = held.length_R.numpy()[:, None] + np.arange(count)
         return torch.from_numpy(uniforms(keys, positions, nonces, stream))
 
     which = round_number % len(shaped.q)
-    draft_u = numbers(Stream.DRAFT, num_draft)
-    row = torch.arange(num_rows)
-    before, last = text[row, length - 2], text[row, length - 1]
-    contexts, drafted, handed = [], [], []
-    lens, open_ = torch.zeros(num_rows, dtype=torch.int64), torch.ones(num_rows, dtype=torch.bool)
-    for j in range(num_draft):
-        context = context_of(before, last)
+    draft_u = numbers(Stream.DRAFT, setting.num_draft)
+    handed: list[Tensor] = []
+
+    def choose(context: Tensor, j: int) -> Tensor:
         law = shaped.q[which][context]
-        token = parts.draw_draft(law, draft_u[:, j])
-        open_ = open_ & (j < room)
-        lens += open_
-        if setting.adaptive:
-            open_ = open_ & (token % 2 == 1)
-        contexts.append(context)
-        drafted.append(token)
         handed.append(parts.hand_over(law, shaped.q_raw[which][context]))
-        before, last = last, token
-    contexts.append(context_of(before, last))
-    places = torch.stack(contexts, dim=1)
-    none = torch.zeros((num_rows, 0), dtype=torch.int64)
-    q = None if shaped.is_delta or not handed else torch.stack(handed, dim=1)
+        return parts.draw_draft(law, draft_u[:, j])
+
+    chain = draft_chain(setting, held, choose)
+    places = chain.contexts_RK1
     return Seen(
         p=shaped.p[places],
-        q=q,
-        draft=torch.stack(drafted, dim=1) if drafted else none,
-        lens=lens,
+        q=None if shaped.is_delta or not handed else torch.stack(handed, dim=1),
+        draft=chain.tokens_RK,
+        lens=chain.lens_R,
         draft_u=draft_u,
-        accept_u=numbers(Stream.ACCEPT, num_draft),
+        accept_u=numbers(Stream.ACCEPT, setting.num_draft),
         next_u=numbers(Stream.RESIDUAL, 1)[:, 0],
         p_raw=shaped.p_raw[places],
-        q_after=shaped.q[which][contexts[-1]],
+        q_after=shaped.q[which][places[:, -1]],
     )
 
 

@@ -298,6 +298,7 @@ def attend_pages(
     num_parts: int | None = None,
     tiling: Tiling | None = None,
     overlap: bool = False,
+    pinned: bool = False,
 ) -> Tensor:
     """See ``specops.attention.attend_pages``, whose arguments and result these are.
 
@@ -309,12 +310,16 @@ def attend_pages(
             the card.
         tiling: ``None`` takes ``choose_tiling``'s.
         overlap: the joining starts while parts are still under way (``specops.overlap_triton``).
+        pinned: one part and one tiling for all shapes, so that a row's result depends on nothing
+            that is computed beside it; instead of ``num_parts`` and ``tiling``.
 
     Raises:
         ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is no
             power of two.
     """
     _check_pool(keys, values, decode)
+    if pinned:
+        num_parts, tiling = 1, choose_tiling(1, keys.shape[2], keys.element_size())
     num_requests, num_pages = decode.pages_RP.shape
     num_kv, head_dim = keys.shape[1:]
     num_query = decode.num_query(len(q_THD))

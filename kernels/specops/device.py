@@ -28,15 +28,20 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    pinned: bool = False,
 ) -> Tensor:
-    """See ``specops.attention.decode_attention``."""
+    """See ``specops.attention.decode_attention``.
+
+    Args:
+        pinned: a row's result depends on nothing that is computed beside it; on a GPU only.
+    """
     attend: attention.AttendPages = attention.attend_pages
     write = attention.write_rows
     if q_THD.is_cuda:
         from specops import attention_triton, overlap_triton  # Triton is there where a GPU is
 
         overlap = overlap_triton.can_overlap(q_THD.device)
-        attend = partial(attention_triton.attend_pages, overlap=overlap)
+        attend = partial(attention_triton.attend_pages, overlap=overlap, pinned=pinned)
         write = attention_triton.write_rows
     return attention.decode_attention(
         q_THD, k_THD, v_THD, keys, values, decode, scale, window, softcap, attend, write

@@ -9,6 +9,7 @@ Shapes: R requests, K draft tokens, D draft vocabulary, V target vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +62,15 @@ class Drafted:
     """[R] float32, log q of the token; 0 where it is the argmax of a greedy row."""
     laws: RowLaws | None = None
     """Of the R rows, where a kernel made them: verification then need not look for them again."""
+
+
+def join_laws(drawn: Sequence[Drafted]) -> RowLaws | None:
+    """Laws [R * K] of K drafts of R requests, request-major; ``None`` if they were not kept."""
+    laws = [d.laws for d in drawn if d.laws is not None]
+    if not laws:
+        return None
+    tops = torch.stack([law.tops_cuts_masses for law in laws], 1).flatten(0, 1)
+    return RowLaws(tops, torch.stack([law.lasts for law in laws], 1).flatten())
 
 
 @dataclass(frozen=True, slots=True)

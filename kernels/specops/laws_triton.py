@@ -18,7 +18,7 @@ Shapes: N rows of logits, R requests of ``per`` rows each, P parts of a row, S s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import triton
@@ -42,6 +42,11 @@ class Tiles:
     """Tokens at once of the one program that looks for a row's cut."""
     held: int = 4096
     """Most tokens between which a cut is found in registers."""
+
+    def within(self, vocab_size: int) -> Tiles:
+        """No piece much wider than the vocabulary: a row of a small one would hold 32 KB."""
+        most = max(16, int(triton.next_power_of_2(vocab_size)))
+        return Tiles(*(min(size, most) for size in astuple(self)))
 
     @property
     def part_warps(self) -> int:
@@ -592,6 +597,7 @@ def join_rows(
         ValueError: the last dimension, or a tensor of one number a request, is not contiguous.
     """
     num_requests, per, vocab_size = logits_RPV.shape
+    tiles = tiles.within(vocab_size)
     if logits_RPV.stride(2) != 1:
         raise ValueError(f"each row must be contiguous, got strides {logits_RPV.stride()}")
     check_packed(sampling, numbering, greedy=greedy_R, lens=lens_R, rules=rules_R)

@@ -29,6 +29,7 @@ from specops.linear import Norm
 from specops.overlap_triton import fetch_into_l2, let_next_start, wait_for_previous
 
 MAX_ROWS = 64
+_PINNED_ROWS = 16
 _PROGRAMS = 264
 """Wanted at least: two for each multiprocessor of an H100 or H200."""
 _MAX_SPLIT = 16
@@ -57,6 +58,9 @@ class Plan:
     num_warps: int = 4
     num_stages: int = 4
     """Blocks in flight, the one being multiplied included."""
+    rows: int | None = None
+    """Rows of x of a program, for a product of any number of rows; ``None``: all, up to 64. With a
+    fixed number, and no split, a row's result does not depend on the rows beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,14 @@ def choose_plan(
         return Plan("weights_first", 64, 2 * block_k, split, num_stages=stages)
     stages = min(8, _SHARED_BYTES // ((64 + rows) * block_k * itemsize))
     return Plan("weights_first", 64, block_k, split, num_stages=stages)
+
+
+def pinned_plan(num_outputs: int, num_inputs: int, gated: bool, itemsize: int = 2) -> Plan:
+    """The one plan for a weight, whatever the number of rows. Arguments as of ``choose_plan``."""
+    plan = choose_plan(_PINNED_ROWS, num_outputs, num_inputs, gated, itemsize)
+    # No matrix unit multiplies float32 exactly: a thread holds all columns of a block itself.
+    block_k = plan.block_k if itemsize < 4 else 16
+    return replace(plan, split=1, block_k=block_k, rows=_PINNED_ROWS)
 
 
 def _up(number: int) -> int:
@@ -244,11 +256,13 @@ def _few_rows(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, WAY: tl.constexpr, PARTS_UP: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
-    FETCH: tl.constexpr,
+    FETCH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_N outputs for all rows, or one part of its columns."""
+    """One tile of BLOCK_N outputs, for all rows or a block of them; or one part of its columns."""
     tile, num_tiles = tl.program_id(0), tl.num_programs(0)
     row = tl.arange(0, ROWS)
+    if BLOCKS:
+        row += tl.program_id(2) * ROWS
     is_row = row < num_rows
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_n = n < num_outputs
@@ -406,6 +420,7 @@ def _launch(
     residual: Tensor | None = None,
     gated: bool = False,
     overlap: bool = False,
+    pinned: bool = False,
 ) -> Tensor | None:
     """Returns the squares of ``out`` if there is a residual."""
     num_rows, num_inputs = x_MK.shape
@@ -413,7 +428,10 @@ def _launch(
     _check("x", x_MK, (num_rows, num_inputs))
     _check("weight", weight, (num_outputs * (1 + gated), num_inputs))
     _check("out", out, (num_rows, num_outputs))
-    if not 1 <= num_rows <= MAX_ROWS:
+    if pinned:
+        plan = pinned_plan(num_outputs, num_inputs, gated, x_MK.element_size())
+    in_blocks = plan is not None and plan.rows is not None
+    if num_rows < 1 or (num_rows > MAX_ROWS and not in_blocks):
         raise ValueError(f"x must have 1..{MAX_ROWS} rows, got {num_rows}")
     if weight.dtype != x_MK.dtype:
         raise ValueError(f"x is {x_MK.dtype}, the weight {weight.dtype}; they must be the same")
@@ -421,11 +439,13 @@ def _launch(
         plan = choose_plan(num_rows, num_outputs, num_inputs, gated, x_MK.element_size())
         plan = plan if scratch is not None else replace(plan, split=1)
     if plan.way == "multiply":
-        if num_rows > 2 or plan.split > 1:
+        if num_rows > 2 or plan.split > 1 or in_blocks:
             raise ValueError(f"'multiply' takes 1..2 rows and no split, got {num_rows}, {plan}")
         rows = num_rows
     else:
-        rows = _padded(num_rows)
+        rows = _padded(num_rows if plan.rows is None else plan.rows)
+    if in_blocks and plan.split > 1:
+        raise ValueError(f"blocks of rows share no scratch: split must be 1, got {plan}")
     tiles = triton.cdiv(num_outputs, plan.block_n)
     if plan.split > 1:
         if scratch is None:
@@ -445,7 +465,7 @@ def _launch(
     if squares_MP is not None and not squares_MP.is_contiguous():
         raise ValueError("squares must be contiguous")
     nothing = x_MK  # a pointer that is never followed
-    _few_rows[(tiles, plan.split)](
+    _few_rows[(tiles, plan.split, triton.cdiv(num_rows, rows))](
         x_MK, weight,
         nothing if norm is None else norm.weight_K,
         nothing if squares_MP is None else squares_MP,
@@ -461,7 +481,7 @@ def _launch(
         STAGES=plan.num_stages, WAY=plan.way,
         PARTS_UP=triton.next_power_of_2(num_parts) if num_parts else 0,
         NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, OVERLAP=overlap,
-        FETCH=x_MK.is_cuda,
+        FETCH=x_MK.is_cuda, BLOCKS=in_blocks,
         num_warps=plan.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     return squares
@@ -478,14 +498,16 @@ def few_row_linear(
     plan: Plan | None = None,
     scratch: Scratch | None = None,
     overlap: bool = False,
+    pinned: bool = False,
 ) -> Tensor:
     """See ``specops.linear.few_row_linear``, whose arguments and result these are.
 
     Args:
-        x_MK: [M, K], 1 <= M <= 64.
+        x_MK: [M, K], 1 <= M <= 64, or more if pinned.
         plan: ``None`` takes ``choose_plan``'s, without its split if there is no scratch.
         scratch: for a plan that splits columns.
         overlap: start while the kernel before still runs (``specops.overlap_triton``).
+        pinned: by ``pinned_plan``: a row's result does not depend on the rows beside it.
 
     Raises:
         ValueError: wrong shape, dtype or memory layout, or a plan that does not fit.
@@ -495,7 +517,7 @@ def few_row_linear(
         out = x_MK.new_empty(len(x_MK), num_outputs)
     _launch(
         x_MK, weight_NK, out, plan=plan, scratch=scratch, norm=norm, squares_MP=squares_MP,
-        gated=gated, overlap=overlap,
+        gated=gated, overlap=overlap, pinned=pinned,
     )  # fmt: skip
     return out
 
@@ -509,12 +531,14 @@ def few_row_residual(
     plan: Plan | None = None,
     scratch: Scratch | None = None,
     overlap: bool = False,
+    pinned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See ``specops.linear.few_row_residual``; more arguments and errors as ``few_row_linear``."""
     if out is None:
         out = x_MK.new_empty(residual_MN.shape)
     squares = _launch(
-        x_MK, weight_NK, out, plan=plan, scratch=scratch, residual=residual_MN, overlap=overlap
-    )
+        x_MK, weight_NK, out, plan=plan, scratch=scratch, residual=residual_MN, overlap=overlap,
+        pinned=pinned,
+    )  # fmt: skip
     assert squares is not None
     return out, squares

@@ -383,6 +383,7 @@ def _launch(
 ) -> tuple[LogitVerdict, _Steps]:
     num_requests, num_draft = draft_RK.shape
     vocab_size = logits_RK1V.shape[-1]
+    tiles = tiles.within(vocab_size)
     device = logits_RK1V.device
     joined = join_rows(
         logits_RK1V, sampling, None, lens_R, rules_R, numbering, Stream.TARGET, 1, with_logprobs,
@@ -518,6 +519,7 @@ def verify_greedy(
     num_requests, per, vocab_size = logits_RK1V.shape
     if logits_RK1V.stride(2) != 1:
         raise ValueError(f"each row must be contiguous, got strides {logits_RK1V.stride()}")
+    tiles = tiles.within(vocab_size)
     parts = triton.cdiv(vocab_size, tiles.part)
     device = logits_RK1V.device
     accepted, following = torch.empty((2, num_requests), dtype=torch.int64, device=device)

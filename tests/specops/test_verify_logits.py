@@ -12,7 +12,7 @@ import torch
 from specops import draft_sampling, draft_sampling_triton, verify, verify_logits
 from specops import verify_logits_triton as kernels
 from specops.draft_sampling import DraftLaw, vocab_map
-from specops.laws_triton import Tiles
+from specops.laws_triton import TILES, Tiles
 from specops.rng import Numbering
 from specops.sampling import distribution, sampling_rows
 from specops.verify_logits import Rule
@@ -273,6 +273,12 @@ def test_greedy_verification_takes_one_pass_and_the_lowest_of_tied_ids(num_draft
 
     for a, b in zip(got, want, strict=True):
         assert a.tolist() == b.tolist()
+
+
+def test_pieces_are_no_wider_than_the_vocabulary():
+    assert TILES.within(151_936) == TILES
+    assert TILES.within(4_096) == Tiles(4096, 1024, 4096, 4096)
+    assert TILES.within(8) == Tiles(16, 16, 16, 16)
 
 
 def test_wrong_shapes_are_refused():

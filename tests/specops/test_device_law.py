@@ -1,0 +1,119 @@
+"""The joint law of what comes out of the faces that programs call: the definitions on a CPU, the
+compiled kernels on a GPU. ``benchmarks/lossless_gpu`` does the same with 10 million samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specops import draft_sampling, draft_sampling_triton, verify_logits, verify_logits_triton
+from specops.rng import Stream, device_uniforms
+from specops.verify_logits import Rule
+from tests.device_law import BUGS, REDUCED, SMALL, WIDE, Faces, Layout, sample
+from tests.joint_law import REGIMES, SETTINGS, Setting, chi_squared_excess, expected_law, tables_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FEW = SETTINGS[::4]
+"""Every number of drafts, every temperature, whole and truncated."""
+BUGGY = Setting(temperature=1.5, truncates=False, num_draft=2)
+
+
+def excess(setting, regime, rule, num_samples, seed=0, **options):
+    tables = tables_of(regime)
+    counts, _ = sample(setting, tables, rule, num_samples, seed=seed, **options)
+    return chi_squared_excess(counts, expected_law(setting, tables))
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_joint_law_is_the_targets(regime, rule):
+    for number, setting in enumerate(FEW):
+        found = excess(setting, regime, rule, 10_000, number)
+        assert found < 1, f"{setting.name}: {found:.2f}"
+
+
+@pytest.mark.parametrize("rule", [Rule.STANDARD, Rule.BLOCK])
+def test_a_drafter_may_know_fewer_tokens(rule):
+    for number, setting in enumerate(FEW):
+        found = excess(setting, "close", rule, 10_000, number, layout=REDUCED)
+        assert found < 1, f"{setting.name}: {found:.2f}"
+
+
+def test_the_cells_may_lie_far_apart():
+    truncated = Setting(temperature=1.0, truncates=True, num_draft=2)
+    apart = Layout(300, (0, 1, 40, 150, 151, 200, 256, 299))
+
+    assert excess(truncated, "close", Rule.BLOCK, 10_000, layout=apart) < 1
+
+
+def seen(rule, num_samples, **options):
+    return max(excess(BUGGY, r, rule, num_samples, **options) for r in ("close", "opposed"))
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_seen(name):
+    assert seen(Rule.BLOCK, 80_000, parts=BUGS[name]) > 1
+
+
+@pytest.mark.parametrize("former", [Stream.ACCEPT, Stream.DRAFT])
+def test_a_number_used_twice_is_seen(former, monkeypatch):
+    """The residual's is one that ``former`` has used."""
+
+    def wrong(keys_R, positions_RK, nonces_R, stream):
+        chosen = former if stream == Stream.RESIDUAL else stream
+        return device_uniforms(keys_R, positions_RK, nonces_R, chosen)
+
+    monkeypatch.setattr(verify_logits, "device_uniforms", wrong)
+
+    assert seen(Rule.BLOCK, 40_000) > 1
+
+
+def test_where_nothing_is_planted_nothing_is_seen():
+    assert seen(Rule.BLOCK, 80_000, parts=Faces()) < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [SMALL, REDUCED], ids=["whole vocabulary", "reduced"])
+@pytest.mark.parametrize("rule", list(Rule))
+def test_the_joint_law_of_the_kernels_is_the_targets(rule, layout):
+    for regime in REGIMES:
+        for number, setting in enumerate(FEW):
+            options = {"device": "cuda", "layout": layout}
+            found = excess(setting, regime, rule, 1_000_000, number, **options)
+            assert found < 1, f"{regime}, {setting.name}: {found:.2f}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_around_the_kernels_is_seen(name):
+    assert seen(Rule.BLOCK, 1_000_000, parts=BUGS[name], device="cuda") > 1
+
+
+@pytest.mark.gpu
+def test_the_kernels_keep_the_law_in_pieces_of_their_full_size():
+    for number, setting in enumerate(SETTINGS[2::5]):
+        assert excess(setting, "close", Rule.BLOCK, 100_000, number, device="cuda", layout=WIDE) < 1
+
+
+@pytest.mark.parametrize(
+    ("truncates", "layout"),
+    [
+        pytest.param(False, SMALL, id="whole"),
+        pytest.param(True, REDUCED, id="truncated, reduced vocabulary"),
+    ],
+)
+def test_kernels_decode_the_very_tokens_of_the_definitions(truncates, layout):
+    """The same numbers, the same laws: only rounding could part them."""
+
+    def kernels(*arguments):
+        return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
+
+    setting = Setting(temperature=1.0, truncates=truncates, num_draft=2, adaptive=True)
+    asked = (setting, tables_of("close"), Rule.BLOCK, 5, DEVICE, layout)
+    definitions = Faces(draft_sampling.sample_draft, verify_logits.verify_logits)
+
+    got, rate = sample(*asked, Faces(draft_sampling_triton.sample_draft, kernels))
+    want, same = sample(*asked, definitions)
+
+    assert got.equal(want)
+    assert rate == same
