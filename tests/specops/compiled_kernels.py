@@ -23,6 +23,7 @@ from specops.capture_pack import new_ring
 from specops.capture_pack_triton import pack_kept_rows
 from specops.draft_sampling import DraftLaw
 from specops.draft_sampling_triton import sample_draft
+from specops.places_triton import places_of
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
 from specops.verify_logits_triton import verify_greedy, verify_logits
@@ -83,6 +84,8 @@ def one_round(size: int, num_draft: int) -> None:
     for first_key in (0, 1):
         decode = DecodePass(pages, first, PAGE, first_key=first_key)
         attend_pages(q, pool, pool, decode, 1.0, num_parts=2)
+    for by_step in (False, True):
+        places_of(decode, num_draft + 1, by_step=by_step)
     ring = new_ring(2048, 2, DIM, "cpu", is_fp8=False, pinned=False)
     rows = q.bfloat16()
     pack_kept_rows(rows[:, :1], rows[:, 1], first, first, first, ring)

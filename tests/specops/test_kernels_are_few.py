@@ -31,6 +31,8 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         # one row tile
         "_attend_pages": 1,
         "_join_pages": 1,
+        # rows of a request side by side, and rows of a step
+        "_places": 2,
         "_number_rows": 1,
         "_pack_rows": 1,
     }
