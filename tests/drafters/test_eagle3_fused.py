@@ -284,7 +284,7 @@ def test_a_captured_draft_repeats_itself_and_follows_new_weights(overlap):
     module, embed = make_drafter(dtype=torch.bfloat16, device="cuda", **shape)
     at = make_pass(2, "cuda")
     drafter = PagedEagle3(module, embed, NUM_PAGES * PAGE)
-    drafter._fused = FusedEagle3(module, embed, 64, overlap=overlap)
+    assert drafter.fuse(64, overlap=overlap) is None
     _, outputs = make_rows(2, 1024, torch.bfloat16, "cuda")
     kept = []
 

@@ -21,6 +21,9 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_split_rows": 3,
         "_join_rows": 3,
         "_finish": 1,
+        # likeliest drafts
+        "_best_of_part": 1,
+        "_best_of_row": 1,
         # drafts with a law, and without
         "_judge": 2,
         "_stop": 2,
@@ -33,6 +36,9 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_join_pages": 1,
         # rows of a request side by side, and rows of a step
         "_places": 2,
+        # rows that were drafted, of one step
+        "_norm_pair": 1,
+        "_rope_and_write": 1,
         "_number_rows": 1,
         "_pack_rows": 1,
     }
