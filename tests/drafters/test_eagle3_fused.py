@@ -163,12 +163,13 @@ def test_new_weights_are_in_force_at_the_next_pass():
         former = got
 
 
+@pytest.mark.parametrize("use_kernels", [False, True])
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 30])
-def test_the_same_is_drafted_as_by_the_module(draft_vocab):
+def test_the_same_is_drafted_as_by_the_module(draft_vocab, use_kernels):
     """Rows of three verified tokens, then drafts behind them."""
     module, embed = make_drafter(draft_vocab)
     paged = [PagedEagle3(module, embed, NUM_PAGES * PAGE) for _ in range(2)]
-    assert paged[1].fuse(num_positions=64) is None
+    assert paged[1].fuse(num_positions=64, few_rows=10, use_kernels=use_kernels) is None
     assert [p.is_fused for p in paged] == [False, True]
     ids, _ = make_rows(4 * 3, 48)
     features = torch.randn(len(ids), 3, 48, generator=torch.Generator().manual_seed(5))
