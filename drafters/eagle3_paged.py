@@ -16,7 +16,7 @@ from drafters.eagle3 import Eagle3
 from drafters.eagle3_fused import FusedEagle3, supports
 from drafters.protocol import CommittedRows, Draft
 from specops.attention import DecodePass, Group, PagedPass, make_group, paged_attention
-from specops.device import decode_attention, greedy_draft, places_of
+from specops.device import decode_attention, places_of
 from specops.draft_sampling import vocab_map
 from specops.sampling import SamplingRows, distribution, draw
 
@@ -147,10 +147,6 @@ class PagedEagle3:
             outputs_RH, squares = self._pass(tokens[-1], outputs_RH, positions_R, slots_R, here)
             tokens.append(choose(self._logits(outputs_RH, squares), ahead))
         return torch.stack(tokens, dim=1)
-
-    def best(self, logits_RD: Tensor) -> Tensor:
-        """[R] int64 target ids that are likeliest by these logits."""
-        return greedy_draft(logits_RD, self.vocab)
 
     def take_in(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
         """Compute rows that the target has just verified; returns their outputs [T, H].

@@ -352,7 +352,7 @@ class Rounds:
         if key.is_greedy:
 
             def best(logits: Tensor, _number: int) -> Tensor:
-                return neural.best(logits)
+                return neural.module.to_target_ids(logits.argmax(-1))
 
             return _Drafts(neural.draft_ahead(outputs, ahead, key.num_draft, best), None, None)
 

@@ -67,15 +67,6 @@ def sample_draft(
     return draft_sampling.sample_draft(logits_RD, sampling, numbering, greedy_R, vocab)
 
 
-def greedy_draft(logits_RD: Tensor, vocab: VocabMap | None) -> Tensor:
-    """See ``specops.draft_sampling.greedy_draft``."""
-    if logits_RD.is_cuda:
-        from specops import draft_sampling_triton
-
-        return draft_sampling_triton.greedy_draft(logits_RD, vocab)
-    return draft_sampling.greedy_draft(logits_RD, vocab)
-
-
 def verify_logits(
     logits_RK1V: Tensor,
     sampling: SamplingRows,

@@ -121,9 +121,3 @@ def sample_draft(
     ids_R = draw(q_RD, numbers[:, 0])
     logq_R = q_RD.gather(-1, ids_R[:, None])[:, 0].log().float()
     return Drafted(ids_R if vocab is None else vocab.to_target(ids_R), logq_R)
-
-
-def greedy_draft(logits_RD: Tensor, vocab: VocabMap | None) -> Tensor:
-    """[R] int64 target ids of each row's argmax; the lowest id wins ties."""
-    ids_R = logits_RD.argmax(dim=-1)
-    return ids_R if vocab is None else vocab.to_target(ids_R)

@@ -1,5 +1,4 @@
-"""Draft tokens drawn from logits in three small kernels, or the likeliest ones in two; see
-``specops.draft_sampling``.
+"""Draft tokens drawn from logits in three small kernels; see ``specops.draft_sampling``.
 
 Shapes: R requests, D draft vocabulary.
 """
@@ -71,60 +70,3 @@ def sample_draft(
             num_warps=1,
         )  # fmt: skip
     return Drafted(tokens, logq, joined.laws)
-
-
-@triton.jit
-def _best_of_part(
-    logits_ptr, row_stride, top_ptr, best_ptr, vocab, num_parts, PART: tl.constexpr
-):  # fmt: skip
-    """Largest logit of one part of a row and the lowest id that has it."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    ids = part * PART + tl.arange(0, PART)
-    x = tl.load(logits_ptr + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
-    x = x.to(tl.float32)
-    top = tl.max(x, axis=0)
-    tl.store(top_ptr + row * num_parts + part, top)
-    tl.store(best_ptr + row * num_parts + part, tl.min(tl.where(x == top, ids, vocab), axis=0))
-
-
-@triton.jit
-def _best_of_row(
-    top_ptr, best_ptr, d2t_ptr, token_ptr, vocab, num_parts,
-    HAS_MAP: tl.constexpr, PARTS_UP: tl.constexpr,
-):  # fmt: skip
-    """The best of one row's parts, as a target id."""
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS_UP)
-    is_part = part < num_parts
-    tops = tl.load(top_ptr + row * num_parts + part, mask=is_part, other=float("-inf"))
-    bests = tl.load(best_ptr + row * num_parts + part, mask=is_part, other=vocab)
-    best = tl.min(tl.where(tops == tl.max(tops, axis=0), bests, vocab), axis=0).to(tl.int64)
-    if HAS_MAP:
-        best += tl.load(d2t_ptr + best)
-    tl.store(token_ptr + row, best)
-
-
-def greedy_draft(logits_RD: Tensor, vocab: VocabMap | None, tiles: Tiles = TILES) -> Tensor:
-    """See ``specops.draft_sampling.greedy_draft``. Can be captured in a CUDA graph.
-
-    Raises:
-        ValueError: the logits' last dimension is not contiguous.
-    """
-    num_requests, vocab_size = logits_RD.shape
-    if logits_RD.stride(1) != 1:
-        raise ValueError(f"each row must be contiguous, got strides {logits_RD.stride()}")
-    device = logits_RD.device
-    parts = triton.cdiv(vocab_size, tiles.part)
-    tops = torch.empty((num_requests, parts), dtype=torch.float32, device=device)
-    bests = torch.empty((num_requests, parts), dtype=torch.int32, device=device)
-    tokens = torch.empty(num_requests, dtype=torch.int64, device=device)
-    if num_requests:
-        _best_of_part[(num_requests, parts)](
-            logits_RD, logits_RD.stride(0), tops, bests, vocab_size, parts,
-            PART=tiles.part, num_warps=tiles.part_warps,
-        )  # fmt: skip
-        _best_of_row[(num_requests,)](
-            tops, bests, vocab.d2t_D if vocab else None, tokens, vocab_size, parts,
-            HAS_MAP=vocab is not None, PARTS_UP=triton.next_power_of_2(parts), num_warps=1,
-        )  # fmt: skip
-    return tokens

@@ -23,7 +23,7 @@ from specops.attention_triton import attend_pages
 from specops.capture_pack import new_ring
 from specops.capture_pack_triton import pack_kept_rows
 from specops.draft_sampling import DraftLaw
-from specops.draft_sampling_triton import greedy_draft, sample_draft
+from specops.draft_sampling_triton import sample_draft
 from specops.linear import Norm
 from specops.places import Places
 from specops.places_triton import places_of
@@ -80,7 +80,6 @@ def one_round(size: int, num_draft: int) -> None:
     law = None
     if num_draft:
         sample_draft(logits[:, 0].contiguous(), sampling, numbering, flags)
-        greedy_draft(logits[:, 0].contiguous(), None)
         law = DraftLaw(logits[:, 1:].contiguous(), sampling, flags, None)
     for drafted in (None, law):
         verify_logits(logits, sampling, drafts, lens, ints[6], numbering, drafted, False)

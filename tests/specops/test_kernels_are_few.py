@@ -21,9 +21,6 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_split_rows": 3,
         "_join_rows": 3,
         "_finish": 1,
-        # likeliest drafts
-        "_best_of_part": 1,
-        "_best_of_row": 1,
         # drafts with a law, and without
         "_judge": 2,
         "_stop": 2,

@@ -233,29 +233,6 @@ def test_drafts_are_drawn_alike(vocab, reduced, dtype):
     assert not got.logq_R[greedy].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduced", [False, True])
-def test_the_likeliest_draft_is_the_lowest_of_tied_ids(reduced, dtype):
-    vocab = 300
-    size = vocab // 2 if reduced else vocab
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(9, size, generator=generator).to(dtype)
-    logits[0, [149, 70, 65, 130]] = 9.0  # within a part and over several
-    logits[1] = 0.0
-    logits[2] = float("-inf")
-    logits[3, size - 1] = 9.0
-    d2t = torch.randperm(vocab, generator=generator)[:size] - torch.arange(size)
-    mapped = vocab_map(d2t, vocab) if reduced else None
-
-    want = draft_sampling.greedy_draft(logits, mapped)
-    got = by_kernel(draft_sampling_triton.greedy_draft, logits, mapped, tiles=SMALL)
-
-    assert torch.equal(got, want)
-    ids = torch.tensor([65, 0, 0, size - 1])
-    assert torch.equal(got[:4], ids + d2t[ids] if reduced else ids)
-    assert not len(draft_sampling_triton.greedy_draft(logits[:0].to(DEVICE), None))
-
-
 def test_the_laws_that_drafting_left_are_those_that_verification_finds():
     """Bit for bit: q is what the draft was drawn from."""
     logits, rows, draft, lens, rules, numbers, law = case(
