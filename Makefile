@@ -37,9 +37,10 @@ bench: setup
 ifneq ($(HAS_GPU),)
 	$(BIN)/python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
 	$(BIN)/python -m benchmarks.one_gpu --start random --out benchmarks/results/one_gpu_random.json
-	for name in attention capture decoder distill linear verify; do \
+	for name in attention capture decoder distill linear penalties verify; do \
 		$(BIN)/python -m benchmarks.ops.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.adjusted_steps
 	$(BIN)/python -m benchmarks.engine
 endif
 

@@ -86,7 +86,7 @@ def settings_for(
         "drafter.suffix.enabled=false",
         "policy.kind=fixed",
         "policy.draft_k=0",
-        "capture.ring_rows=131072",
+        "capture.ring_rows=400000",
         "capture.queue_traces=1000000",
         f"buffer.max_bytes={40 << 30}",
         f"buffer.segment_bytes={128 << 20}",

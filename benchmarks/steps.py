@@ -13,7 +13,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,13 +82,22 @@ def engine_with(programs: str, max_batch: int, device: str) -> Iterator[tuple[En
 
 
 def decode(
-    engine: Engine, policy: Fixed, prompts: list[tuple[int, ...]], max_tokens: int
+    engine: Engine,
+    policy: Fixed,
+    prompts: list[tuple[int, ...]],
+    max_tokens: int,
+    shape_of: Callable[[int], dict[str, Any]] = lambda _number: {},
 ) -> tuple[list[list[int]], float]:
-    """Outputs of all prompts as one batch, and the seconds of all steps together."""
+    """Outputs of all prompts as one batch, and the seconds of all steps together.
+
+    Args:
+        shape_of: sampling parameters of each prompt beyond greedy decoding.
+    """
     engine.policy = policy
     tokens: list[list[int]] = [[] for _ in prompts]
     for number, ids in enumerate(prompts):
-        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        shape = {"temperature": 0.0, **shape_of(number)}
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **shape)
 
         def take(output: Output, number: int = number) -> None:
             tokens[number] += output.token_ids

@@ -121,7 +121,8 @@ class CaptureSettings(Section):
     dtype: Literal["bfloat16", "float8_e4m3fn"] = "bfloat16"
     """Type of the logged hidden rows; fp8 carries one float32 scale a row."""
     ring_rows: int = Field(65_536, ge=1)
-    """Hidden rows held in memory for requests still running; rows beyond are dropped, counted."""
+    """Hidden rows held in memory until their request is written down; older ones are dropped,
+    counted."""
     queue_traces: int = Field(256, ge=1)
     """Finished traces waiting for the recorder; the oldest is dropped, counted, when full."""
 

@@ -26,8 +26,9 @@ from policies.build import build_policy
 from policies.cost import CostSample
 from policies.goodput import GoodputPolicy
 from policies.rollback import SwapWatch
+from serving.adjusting import adjusting_bytes
 from serving.blocks import BLOCK
-from serving.capture import CaptureRing
+from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool
@@ -200,7 +201,6 @@ def _service(
             Producer(producer, int(time.time() * 1000), fingerprint),
             engine.ring,
             engine.target.layer_ids,
-            settings.capture.dtype,
             engine.count_lost_rows,
         )
         put = recorder.put
@@ -301,10 +301,11 @@ def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
     e = settings.engine
-    a_block_each = BLOCK * e.max_batch
-    at_once = max(e.prefill_chunk + a_block_each, e.max_batch * (settings.drafter.max_draft + 1))
-    rows = max(settings.capture.ring_rows, 2 * at_once)
-    return CaptureRing(rows, len(target.layer_ids), target.config.hidden_size, target.device)
+    chunks = e.prefill_chunk + BLOCK * e.max_batch
+    rounds = ROUNDS_ON_THE_WAY * e.max_batch * (settings.drafter.max_draft + 1)
+    rows = max(settings.capture.ring_rows, 2 * (chunks + rounds))
+    shape = rows, len(target.layer_ids), target.config.hidden_size
+    return CaptureRing(*shape, target.device, settings.capture.dtype)
 
 
 def _num_pages(settings: Settings, target: Target) -> int:
@@ -318,6 +319,8 @@ def _num_pages(settings: Settings, target: Target) -> int:
     free, _ = torch.cuda.mem_get_info(target.device)
     pool = target.make_pool(1)
     slot_bytes = sum(k.nbytes + v.nbytes for k, v in zip(pool.keys, pool.values, strict=True))
+    if e.programs != "never":
+        free -= adjusting_bytes(e.max_batch + 1, target.vocab_size)
     affordable = int(free * e.kv_memory_fraction) // (slot_bytes * e.page_size)
     return max(min(wanted, affordable), 2)
 

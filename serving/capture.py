@@ -3,13 +3,15 @@
 The ring lies in host memory. Programs of fixed shape append to it from the device, in the order in
 which they are launched, and the host learns later how many rows each of them appended; a row has a
 running number, counted on both sides. It is lost, and counted, once ``capacity`` newer rows were
-written. Serving never waits for room.
+written. Serving never waits for room, nor for who reads: a reader copies first and looks afterwards
+what was overwritten meanwhile.
 
 Shapes: N rows, m tapped layers, H hidden.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -23,34 +25,58 @@ from specops.device import pack_kept_rows
 
 StoredDtype = Literal["bfloat16", "float8_e4m3fn"]
 
+ROUNDS_ON_THE_WAY = 2
+"""Rounds that may have appended rows before the host has numbered any of them: one is launched
+before the last one is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Rows copied out of the ring."""
+
+    positions: np.ndarray
+    """[N] int32 in their sequence."""
+    rows: Tensor
+    """[N, m + 1, H] in the ring's dtype."""
+    scales: Tensor | None
+    """[N, m + 1] float32 of fp8 rows, which each vector is multiplied with."""
+
 
 class CaptureRing:
-    """Ring of [capacity, m + 1, H] bfloat16 rows."""
+    """Ring of [capacity, m + 1, H] rows in the dtype of the log."""
 
     def __init__(
-        self, capacity: int, num_layers: int, hidden_size: int, device: torch.device | str = "cpu"
+        self,
+        capacity: int,
+        num_layers: int,
+        hidden_size: int,
+        device: torch.device | str = "cpu",
+        dtype: StoredDtype = "bfloat16",
     ) -> None:
         """
         Args:
             device: where the rows come from.
         """
         on_gpu = torch.device(device).type == "cuda"
+        self.dtype: StoredDtype = dtype
+        is_fp8 = dtype == "float8_e4m3fn"
         self._ring = new_ring(
-            capacity, num_layers + 1, hidden_size, str(device), is_fp8=False, pinned=on_gpu
+            capacity, num_layers + 1, hidden_size, str(device), is_fp8=is_fp8, pinned=on_gpu
         )
         self._capacity = capacity
         self._next = 0
         self._most_on_the_way = 0
 
     def reserve(self, num_rows: int) -> None:
-        """Programs may append up to ``num_rows`` rows that the host does not know of yet.
+        """Programs may append up to ``num_rows`` more rows that the host does not know of yet.
 
         Raises:
-            ValueError: the ring is too small for them.
+            ValueError: the ring is too small for all that are reserved.
         """
-        if num_rows > self._capacity:
-            raise ValueError(f"{num_rows} rows at once do not fit a ring of {self._capacity}")
-        self._most_on_the_way = max(self._most_on_the_way, num_rows)
+        self._most_on_the_way += num_rows
+        if self._most_on_the_way > self._capacity:
+            at_once = self._most_on_the_way
+            raise ValueError(f"{at_once} rows at once do not fit a ring of {self._capacity}")
 
     def append(
         self,
@@ -87,41 +113,55 @@ class CaptureRing:
             raise ValueError(f"{count} rows do not fit a ring of {self._capacity}")
         first = self._next
         rows = torch.cat((features_NmH, hidden_NH[:, None]), dim=1).to(torch.bfloat16)
-        at = first % self._capacity
-        head = min(count, self._capacity - at)
-        self._ring.rows[at : at + head].copy_(rows[:head])
-        if head < count:
-            self._ring.rows[: count - head].copy_(rows[head:])
+        if self._ring.scales is None:
+            self._place(self._ring.rows, first, rows)
+        else:
+            rows, scales = quantise(rows)
+            self._place(self._ring.rows.view(torch.uint8), first, rows.view(torch.uint8))
+            self._place(self._ring.scales, first, scales)
         self._next += count
         self._ring.next_1.add_(count)
         return first
 
-    def take(self, pieces: list[tuple[int, int, int]]) -> tuple[np.ndarray, Tensor, int]:
-        """Rows still held of some (first position, running number, count) pieces.
+    def _place(self, ring: Tensor, first: int, rows: Tensor) -> None:
+        at = first % self._capacity
+        head = min(len(rows), self._capacity - at)
+        ring[at : at + head].copy_(rows[:head])
+        if head < len(rows):
+            ring[: len(rows) - head].copy_(rows[head:])
+
+    def read(self, pieces: list[tuple[int, int, int]]) -> tuple[Held, int]:
+        """Copies rows, on any thread, while the device may be appending.
+
+        Args:
+            pieces: first position, running number and count of rows in a row.
 
         Returns:
-            positions [N] int32, rows [N, m + 1, H] bfloat16 (a copy), and how many rows were lost.
+            those still held, and how many were lost.
         """
+        positions = [p for first, _, count in pieces for p in range(first, first + count)]
+        numbers = [n for _, first, count in pieces for n in range(first, first + count)]
+        numbers_N = torch.tensor(numbers, dtype=torch.int64)
+        index = numbers_N % self._capacity
+        # As bytes: indexing does not know fp8 everywhere.
+        rows = self._ring.rows.view(torch.uint8)[index]
+        scales = None if self._ring.scales is None else self._ring.scales[index]
+        # Only now: what was overwritten during the copy is lost as well.
         oldest = self._next + self._most_on_the_way - self._capacity
-        positions: list[int] = []
-        numbers: list[int] = []
-        lost = 0
-        for position, number, count in pieces:
-            gone = min(max(oldest - number, 0), count)
-            lost += gone
-            positions += range(position + gone, position + count)
-            numbers += range(number + gone, number + count)
-        index = torch.tensor(numbers, dtype=torch.int64) % self._capacity
-        return np.asarray(positions, dtype=np.int32), self._ring.rows[index], lost
+        is_held = numbers_N >= oldest
+        lost = len(numbers) - int(is_held.sum())
+        held_positions = np.asarray(positions, dtype=np.int32)
+        if lost:
+            held_positions, rows = held_positions[is_held.numpy()], rows[is_held]
+            scales = None if scales is None else scales[is_held]
+        return Held(held_positions, rows.view(self._ring.rows.dtype), scales), lost
 
 
-def pack_rows(
-    positions_N: np.ndarray, rows: Tensor, layer_ids: tuple[int, ...], dtype: StoredDtype
-) -> FeatureRows:
-    """Rows [N, m + 1, H] bfloat16 as a record, in the dtype of the log."""
-    if dtype == "bfloat16":
-        bits = rows.contiguous().view(torch.uint16).numpy()
-        return FeatureRows(positions_N, layer_ids, "bfloat16", bits, None)
-    packed, scale = quantise(rows)
-    bits = packed.view(torch.uint8).numpy()
-    return FeatureRows(positions_N, layer_ids, "float8_e4m3fn", bits, scale.numpy())
+def feature_rows(held: Held, layer_ids: tuple[int, ...]) -> FeatureRows:
+    """As a record of the log."""
+    scale = None if held.scales is None else held.scales.numpy()
+    if held.rows.dtype == torch.bfloat16:
+        bits = held.rows.view(torch.uint16).numpy()
+        return FeatureRows(held.positions, layer_ids, "bfloat16", bits, scale)
+    bits = held.rows.view(torch.uint8).numpy()
+    return FeatureRows(held.positions, layer_ids, "float8_e4m3fn", bits, scale)

@@ -20,7 +20,7 @@ from serving.scheduler import Chunk
 from serving.sequence import Sequence
 from serving.target import TargetRows
 from serving.types import TokenLogprob
-from serving.verifying import Proposed, Rule, Verified, token_logprobs, verify
+from serving.verifying import Proposed, Verified, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,9 @@ def scored_by(logits_RQV: Tensor) -> Scored:
 class Commits:
     """The requests' texts grow here and nowhere else."""
 
-    def __init__(self, drafting: Drafting, ring: CaptureRing | None, rule: Rule) -> None:
+    def __init__(self, drafting: Drafting, ring: CaptureRing | None) -> None:
         self._drafting = drafting
         self._ring = ring
-        self._rule: Rule = rule
         self.counters = Counters(accepted_per_pos=[0] * drafting.max_draft)
 
     def reset(self) -> None:
@@ -139,13 +138,18 @@ class Commits:
         return committed
 
     def chunks(
-        self, chunks: tuple[Chunk, ...], firsts: list[int] | None, logits: Tensor
+        self,
+        chunks: tuple[Chunk, ...],
+        firsts: list[int] | None,
+        first_ids: list[int],
+        scored: Scored | None,
     ) -> list[Committed]:
         """Prompt rows are committed as they are; chunks that reach the anchor yield a token.
 
         Args:
             firsts: row of each chunk, see ``Committed``; ``None`` where none is captured.
-            logits: [N, V] of the last row of each of the N chunks that reach their anchor.
+            first_ids: tokens of the N chunks that reach their anchor.
+            scored: finds log probabilities for those who asked; ``None``: nobody did.
         """
         committed = []
         for index, chunk in enumerate(chunks):
@@ -153,19 +157,16 @@ class Commits:
             first = firsts[index] if firsts else 0
             committed.append(Committed(chunk.sequence, first, chunk.start, chunk.num_rows))
         done = [chunk.sequence for chunk in chunks if chunk.is_last]
-        if done:
-            verified = verify(done, None, logits[:, None], self._rule)
-            for index, sequence in enumerate(done):
-                sequence.version = self._drafting.version
-                own = partial(scored_by(logits[:, None]), index)
-                self._append(sequence, [verified.next_ids[index]], own)
+        for index, (sequence, token) in enumerate(zip(done, first_ids, strict=True)):
+            sequence.version = self._drafting.version
+            self._append(sequence, [token], partial(scored, index) if scored else None)
         return committed
 
     def _append(
         self,
         sequence: Sequence,
         emitted: list[int],
-        scored: Callable[[list[int], int], list[TokenLogprob]],
+        scored: Callable[[list[int], int], list[TokenLogprob]] | None,
     ) -> int:
         """Append tokens until one ends the request; returns how many were appended."""
         sampling = sequence.request.sampling
@@ -183,6 +184,7 @@ class Commits:
             if sequence.finish_reason:
                 break
         if sampling.logprobs is not None:
+            assert scored is not None, "log probabilities were asked for"
             sequence.logprobs += scored(emitted[:count], sampling.logprobs)
         self._drafting.extend(sequence, emitted[:count])
         self.counters.generation_tokens += count

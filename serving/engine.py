@@ -21,11 +21,11 @@ import torch
 
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome
 from serving.capture import CaptureRing
-from serving.commit import Commits, Committed, Step, scored_by
+from serving.commit import Commits, Committed, Scored, Step, scored_by
 from serving.detokenize import Detokenizer
 from serving.drafting import Drafting
 from serving.packing import step_rows
-from serving.prefill import Prefill
+from serving.prefill import Prefill, Prefilled
 from serving.programs import Programs
 from serving.rounds import Launched, Rounds
 from serving.scheduler import Chunk, Scheduler
@@ -121,10 +121,12 @@ class Engine:
         self.created_unix_s = int(time.time())
 
         self._seeds = np.random.default_rng(seed if seed else secrets.randbits(64))
-        self._commits = Commits(drafting, ring, rule)
+        self._commits = Commits(drafting, ring)
         self._arms: Counter[tuple[str, int]] = Counter()
         self._flight: Flight | None = None
+        self._prefilled: Prefilled | None = None
         self._landed_s = 0.0
+        self._is_timed = True
 
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
@@ -203,7 +205,7 @@ class Engine:
         self._arms.clear()
 
     def count_lost_rows(self, count: int) -> None:
-        """Captured rows that the ring overwrote before their request ended."""
+        """Captured rows that the ring overwrote before they were written down."""
         self._commits.counters.capture_rows_dropped += count
 
     def wake(self) -> None:
@@ -299,8 +301,10 @@ class Engine:
         """One pass over the batch; False when there was nothing to do.
 
         A round by programs is launched before the outcome of the one before is read, so that the
-        host's work on that goes on beside it.
+        host's work on that goes on beside it; a program of prompt chunks is read before the round
+        that was launched behind it.
         """
+        has_landed = self._land_chunks()
         if self.between_steps:
             self.between_steps()
         self._take_orders()
@@ -308,7 +312,7 @@ class Engine:
         plan = self.scheduler.plan()
         batch, chunks = list(plan.decode), plan.chunks
         if not batch and not chunks and self._flight is None:
-            return False
+            return has_landed
         if self.programs is not None and chunks:
             self._prefill(self.programs.prefill, chunks)
             chunks = ()
@@ -322,6 +326,7 @@ class Engine:
         flies = programs is not None and programs.rounds.fits(batch)
         if not flies:
             self._land()
+            self._land_chunks()
         batch = self._undecided(batch)
         if not batch and not chunks:
             self._land()
@@ -427,14 +432,49 @@ class Engine:
         if flight.version == self.version and decision is not SCORED:
             # Else a swap has come between, or the time says nothing of plain decoding.
             seconds = step_s, flight.plan_s
-            self._observe(flight.matches, decision, step, seconds, lives, has_prefill=False)
+            has_prefill = not self._is_timed
+            self._observe(flight.matches, decision, step, seconds, lives, has_prefill=has_prefill)
+        self._is_timed = True
         return has_waited
 
     def _prefill(self, prefill: Prefill, chunks: tuple[Chunk, ...]) -> None:
-        """Compute prompt chunks by one program of fixed shape, behind a round under way."""
-        logits = prefill.run(chunks)
+        """Launch one program of fixed shape that computes prompt chunks, behind a round under way.
+
+        It chooses first tokens as well, but for requests that want more of the logits.
+        """
+        launched = prefill.launch(chunks)
+        asked = [c.sequence.request.sampling for c in chunks if c.is_last]
+        if all(p.logprobs is None and not p.adjusts_logits for p in asked):
+            self._prefilled = launched
+            return
         self._land()
-        committed = self._commits.chunks(chunks, prefill.numbers(chunks), logits)
+        done = [chunk.sequence for chunk in chunks if chunk.is_last]
+        logits = launched.logits[:, None]
+        first_ids = verify(done, None, logits, self.rule).next_ids
+        self._commit_chunks(prefill, launched, first_ids, scored_by(logits))
+
+    def _land_chunks(self) -> bool:
+        """Read and commit the prompt chunks under way, if there are any; says whether there were.
+        All rounds launched before them have been read."""
+        if (launched := self._prefilled) is None or self.programs is None:
+            return False
+        self._prefilled = None
+        # A round behind them is timed from here on, unless they were there who knows how long.
+        self._is_timed = launched.landed.wait()
+        self._landed_s = time.perf_counter()
+        prefill = self.programs.prefill
+        self._commit_chunks(prefill, launched, prefill.read(launched), None)
+        return True
+
+    def _commit_chunks(
+        self,
+        prefill: Prefill,
+        launched: Prefilled,
+        first_ids: list[int],
+        scored: Scored | None,
+    ) -> None:
+        numbers = prefill.numbers(launched.chunks)
+        committed = self._commits.chunks(launched.chunks, numbers, first_ids, scored)
         self._commits.note_rows(committed)
         self._after_commit(committed)
 
@@ -466,8 +506,10 @@ class Engine:
         last = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
         if chunks:
             ends = torch.tensor(last, dtype=torch.int64, device=self.target.device)
-            chunk_logits = self.target.logits(computed.hidden_TH[ends])
-            committed += self._commits.chunks(chunks, starts, chunk_logits)
+            logits = self.target.logits(computed.hidden_TH[ends])[:, None]
+            done = [chunk.sequence for chunk in chunks if chunk.is_last]
+            first_ids = verify(done, None, logits, self.rule).next_ids if done else []
+            committed += self._commits.chunks(chunks, starts, first_ids, scored_by(logits))
         self._commits.capture(committed, computed)
         self._after_commit(committed)
         return step
@@ -546,7 +588,7 @@ class Engine:
         self._emit(sequence, reason, error)
 
     def _fail_all(self) -> None:
-        self._flight = None
+        self._flight = self._prefilled = None
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self._finish(sequence, "error", "the engine failed on this request; see the server log")
         if self.ring is not None:

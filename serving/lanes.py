@@ -17,13 +17,16 @@ from torch import Tensor
 
 from serving.sequence import Sequence
 from serving.target import Target
+from serving.verifying import Rule
 from specops.attention import DecodePass
+from specops.lane_penalties import LaneRequests
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
+from specops.verify_logits import Rule as Judge
 
 _LENGTH, _NONCE, _ANCHOR, _FIXED = 0, 1, 2, 3
 """Fields that change with every round, and the first of those that stay."""
-_NUM_FIELDS = _FIXED + 6
+_NUM_FIELDS = _FIXED + 8
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -38,6 +41,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class LaneRows:
     """The lanes of one batch, gathered: R requests."""
 
+    lanes_R: Tensor
+    """[R] int64 which they are."""
     ints: Tensor
     """[fields, R] int64: kernels are handed a field of all requests, side by side."""
     floats: Tensor
@@ -56,11 +61,20 @@ class LaneRows:
             temperature, self.top_k_R, top_p, min_p, all_greedy=False, truncates=True
         )
 
+    def rules(self, rule: Rule) -> Tensor:
+        """[R] int64, ``specops.verify_logits.Rule`` of each request: MATCH if greedy or seeded."""
+        own = Judge.BLOCK if rule == "block" else Judge.STANDARD
+        return torch.where(self.by_match_R, int(Judge.MATCH), int(own))
+
     def numbering(self) -> Numbering:
         """Random numbers of the tokens after each anchor: the same in every round for requests
         verified by ``match``, fresh ones for the others."""
         nonces = torch.where(self.by_match_R, 0, self.nonce_R + 1)
         return Numbering(self.key_R, nonces, self.length_R)
+
+    def adjusting(self) -> LaneRequests:
+        """Which of the requests want their logits changed."""
+        return LaneRequests(self.lanes_R, self._fixed(6), self._fixed(7))
 
     @property
     def length_R(self) -> Tensor:
@@ -155,6 +169,8 @@ class Lanes:
                 sequence.matches_target,
                 min(sampling.top_k or self._vocab_size, self._vocab_size),
                 sequence.request.capture,
+                len(sampling.logit_bias),
+                sampling.penalizes,
             )
             held[: len(sequence.pages)] = sequence.pages
             reals[:] = sampling.temperature, sampling.top_p, sampling.min_p
@@ -173,6 +189,7 @@ class Lanes:
     def rows(self, lanes_R: Tensor) -> LaneRows:
         """The lanes of a batch."""
         return LaneRows(
+            lanes_R,
             self.ints.index_select(1, lanes_R),
             self.floats.index_select(1, lanes_R),
             self.pages.index_select(0, lanes_R),

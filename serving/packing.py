@@ -103,19 +103,21 @@ def adjustments_of(batch: list[Sequence], device: torch.device) -> Adjustments |
         presence_A=column([p.presence_penalty for p in params]),
         frequency_A=column([p.frequency_penalty for p in params]),
         repetition_A=column([p.repetition_penalty for p in params]),
-        prompt=token_lists([_prompt_that_counts(s) for s in own], device),
-        generated=token_lists([_completion_that_counts(s) for s in own], device),
+        prompt=token_lists([prompt_that_counts(s) for s in own], device),
+        generated=token_lists([completion_that_counts(s) for s in own], device),
         biased=token_lists([[token for token, _ in p.logit_bias] for p in params], device),
         bias_T=column([bias for p in params for _, bias in p.logit_bias]),
     )
 
 
-def _prompt_that_counts(sequence: Sequence) -> list[int]:
+def prompt_that_counts(sequence: Sequence) -> list[int]:
+    """Its prompt, if a penalty looks at it."""
     counts = sequence.request.sampling.repetition_penalty != 1
     return sequence.tokens[: sequence.num_prompt] if counts else []
 
 
-def _completion_that_counts(sequence: Sequence) -> list[int]:
+def completion_that_counts(sequence: Sequence) -> list[int]:
+    """Its completion, if a penalty looks at it."""
     counts = sequence.request.sampling.penalizes
     return sequence.tokens[sequence.num_prompt :] if counts else []
 

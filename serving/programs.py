@@ -89,7 +89,7 @@ def make_programs(
     )  # fmt: skip
     prefill = Prefill(
         target, pool, drafting, lanes, graphs,
-        prefill_chunk=prefill_chunk, page_size=page_size, ring=ring,
+        prefill_chunk=prefill_chunk, page_size=page_size, rule=rule, ring=ring,
     )  # fmt: skip
     return Programs(graphs, lanes, rounds, prefill, catch_up)
 

@@ -9,6 +9,10 @@ next round may be launched before that.
 A drafter's rows are computed at the end of the round that committed them, K + 1 at once, and the
 output at the new anchor is kept in the lane: the next draft starts from it whatever its K is.
 
+Biases and penalties are applied to the logits before verification, in every program that looks at
+distributions: for requests that have none, that ends as soon as it has looked. A batch in which one
+has some takes such a program even if all are greedy.
+
 Shapes: R requests (a bucket's, the last ones may be padding), K draft tokens, Q = K + 1.
 """
 
@@ -19,7 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from serving.capture import CaptureRing
+from serving.adjusting import MOST_BIASES, Adjusting
+from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.catch_up import CatchUp
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Landing, Program, buckets
@@ -29,9 +34,8 @@ from serving.target import KvPool, Target, TargetRows
 from serving.types import TokenLogprob
 from serving.verifying import Proposed, Rule, Verified
 from specops.attention import decode_slots
-from specops.device import sample_draft, verify_logits
+from specops.device import adjust_rows, count_tokens, sample_draft, verify_logits
 from specops.draft_sampling import Drafted, DraftLaw, RowLaws
-from specops.verify_logits import Rule as Judge
 from specops.verify_logits import verify_greedy
 
 _SOURCES = ("eagle3", "suffix")
@@ -51,7 +55,7 @@ class _Key:
     source: str
     """Who drafts: ``eagle3``, or ``suffix``, whose tokens are uploaded; ``none`` if K is 0."""
     is_greedy: bool
-    """All requests are, and no distribution is looked at."""
+    """All requests are and take the logits as they come: no distribution is looked at."""
     is_scored: bool = False
     """A request asks for log probabilities; then K is 0."""
 
@@ -144,7 +148,7 @@ class Rounds:
             catch_up: warms the neural drafter, where there is one.
         """
         self._catch_up = catch_up
-        self._rule = {"block": Judge.BLOCK, "standard": Judge.STANDARD}[rule]
+        self._rule: Rule = rule
         self._target, self._pool, self._drafting = target, pool, drafting
         self._lanes, self._graphs = lanes, graphs
         self._page_size = page_size
@@ -152,6 +156,7 @@ class Rounds:
         max_batch = lanes.padding
         self._buckets = buckets(max_batch)
         device = target.device
+        self._adjusting = Adjusting(max_batch + 1, target.vocab_size, device)
         self._inputs = torch.zeros((max_batch, 2 + max_draft), dtype=torch.int64, device=device)
         # accepted, next, drafted, captured; then tokens, bits of log p and of log q
         columns = _TOKENS + 3 * max_draft
@@ -161,7 +166,7 @@ class Rounds:
         self._scores = torch.zeros(shape, dtype=torch.float64, device=device)
         self._ring = ring
         if ring is not None:
-            ring.reserve(max_batch * (max_draft + 1))
+            ring.reserve(ROUNDS_ON_THE_WAY * max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
         self._draft_share: dict[tuple[int, int], float] = {}
 
@@ -169,8 +174,10 @@ class Rounds:
 
     def fits(self, batch: list[Sequence]) -> bool:
         """Whether a round can decode all of them; the engine's other path takes the rest."""
-        sampling = [s.request.sampling for s in batch]
-        return all((p.logprobs or 0) <= self._num_top and not p.adjusts_logits for p in sampling)
+        return all(
+            (p.logprobs or 0) <= self._num_top and len(p.logit_bias) <= MOST_BIASES
+            for p in (s.request.sampling for s in batch)
+        )
 
     def launch(
         self, batch: list[Sequence], source: str, num_draft: int, given: list[list[int]] | None
@@ -185,7 +192,9 @@ class Rounds:
             given: what the suffix index proposes for each, if it is the source.
         """
         known = [s for s in batch if not s.is_flying]
-        self._lanes.write([s for s in known if s.lane_length != len(s.tokens)])
+        stale = [s for s in known if s.lane_length != len(s.tokens)]
+        self._lanes.write(stale)
+        self._adjusting.write(stale)
         cold = [s for s in known if s.draft_next != len(s.tokens)]
         if source == "eagle3" and cold:
             assert self._catch_up is not None
@@ -193,7 +202,8 @@ class Rounds:
         size = self._upload(batch, given)
         is_scored = any(s.request.sampling.logprobs is not None for s in batch)
         assert not (is_scored and num_draft), "a round with drafts finds no log probabilities"
-        key = _Key(size, num_draft, source, all(s.is_greedy for s in batch), is_scored)
+        is_greedy = all(s.is_greedy and not s.request.sampling.adjusts_logits for s in batch)
+        key = _Key(size, num_draft, source, is_greedy, is_scored)
         self._program(key)()
         scores = self._graphs.to_host(self._scores[:size])[0] if is_scored else None
         outputs, landed = self._graphs.to_host(self._outputs[:size])
@@ -297,9 +307,12 @@ class Rounds:
         computed = self._target.decode(block.flatten(), positions, slots, here, self._pool)
         self._drafting.keep_features(slots, computed.features_TmH)
         logits = self._target.logits(computed.hidden_TH.view(size, num_draft + 1, -1))
+        scores = logits[:, 0].log_softmax(dim=-1) if key.is_scored else None
+        if not key.is_greedy:
+            adjust_rows(logits, drafts.tokens_RK, rows.adjusting(), self._adjusting.tables)
         accepted, following = self._verify(logits, rows, drafts, lens, key)
-        if key.is_scored:
-            self._score(logits[:, 0], following)
+        if scores is not None:
+            self._score(scores, following)
         count = torch.minimum(accepted + 1, rows.limit_R - rows.length_R)
         place = torch.arange(num_draft + 1, device=lanes.device)
         padded = torch.nn.functional.pad(drafts.tokens_RK, (0, 1))
@@ -307,6 +320,8 @@ class Rounds:
         if key.source == "eagle3":
             self._take_in(lanes, rows, emitted, accepted, computed)
         self._lanes.commit(lanes, rows, emitted, count)
+        if not key.is_greedy:
+            count_tokens(emitted, count, rows.adjusting(), self._adjusting.tables)
         captured = count * rows.captures_R
         if self._ring is not None:
             taps, hidden = computed.features_TmH, computed.hidden_TH
@@ -320,7 +335,7 @@ class Rounds:
         """num_accepted and the next token of each request, [R] each."""
         if key.is_greedy:
             return verify_greedy(logits, drafts.tokens_RK, lens)
-        rules = torch.where(rows.by_match_R, int(Judge.MATCH), int(self._rule))
+        rules = rows.rules(self._rule)
         verdict = verify_logits(
             logits, rows.sampling(), drafts.tokens_RK, lens, rules, rows.numbering(), drafts.law
         )
@@ -331,11 +346,10 @@ class Rounds:
                 self._outputs[: key.size, start : start + key.num_draft] = bits
         return verdict.num_accepted_R, verdict.next_R
 
-    def _score(self, logits_RV: Tensor, following_R: Tensor) -> None:
+    def _score(self, scores_RV: Tensor, following_R: Tensor) -> None:
         """The target's own log probabilities of the tokens and of the best ones."""
-        scores = logits_RV.log_softmax(dim=-1)
-        best, ids = scores.topk(self._num_top, dim=-1)
-        own = scores.gather(1, following_R[:, None])
+        best, ids = scores_RV.topk(self._num_top, dim=-1)
+        own = scores_RV.gather(1, following_R[:, None])
         found = torch.cat((own.double(), best.double(), ids.double()), dim=1)
         self._scores[: len(found)] = found
 

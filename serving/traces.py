@@ -10,7 +10,7 @@ from itertools import count
 import numpy as np
 
 from buffer.records import Sampling, Trace
-from serving.capture import CaptureRing, StoredDtype, pack_rows
+from serving.capture import CaptureRing, feature_rows
 from serving.sequence import Sequence
 
 
@@ -24,31 +24,30 @@ class Producer:
 
 
 class TraceMaker:
-    """Numbers finished requests and packs them; the heavy part runs on the recorder's thread."""
+    """Numbers finished requests; their rows are copied and packed on the recorder's thread."""
 
     def __init__(
         self,
         producer: Producer,
         ring: CaptureRing,
         layer_ids: tuple[int, ...],
-        dtype: StoredDtype,
         count_lost: Callable[[int], None],
     ) -> None:
         self._producer = producer
         self._ring = ring
         self._layer_ids = layer_ids
-        self._dtype: StoredDtype = dtype
         self._count_lost = count_lost
         self._numbers = count()
 
     def finished(self, sequence: Sequence) -> Callable[[], Trace]:
-        """Take the rows out of the ring now; build the trace when called."""
-        positions, rows, lost = self._ring.take(sequence.capture_rows)
-        self._count_lost(lost)
+        """Returns what builds the trace. Rows that the ring has overwritten until it is called are
+        lost and counted."""
         seq = next(self._numbers)
         finished_ms = int(time.time() * 1000)
 
         def make() -> Trace:
+            held, lost = self._ring.read(sequence.capture_rows)
+            self._count_lost(lost)
             request, shape = sequence.request, sequence.request.sampling
             return Trace(
                 producer=self._producer.name,
@@ -63,7 +62,7 @@ class TraceMaker:
                 prompt_length=sequence.num_prompt,
                 token_ids=np.asarray(sequence.tokens, dtype=np.int32),
                 rounds=tuple(sequence.rounds),
-                features=pack_rows(positions, rows, self._layer_ids, self._dtype),
+                features=feature_rows(held, self._layer_ids),
                 finished_unix_ms=finished_ms,
             )
 

@@ -24,7 +24,7 @@ from drafters.eagle3 import Eagle3, config_for_target
 from drafters.eagle3_paged import PagedEagle3
 from drafters.suffix import SuffixIndex
 from policies.interface import Decision, Outcome, StepObs
-from serving.capture import CaptureRing
+from serving.capture import CaptureRing, StoredDtype
 from serving.drafting import Drafting
 from serving.engine import Engine
 from serving.pages import PagePool
@@ -122,6 +122,7 @@ def make_engine(
     suffix: bool = True,
     drafter: Eagle3 | None = None,
     ring_rows: int = 4096,
+    ring_dtype: StoredDtype = "bfloat16",
     seed: int = 1,
     eos_ids: frozenset[int] = frozenset(),
     rule: Rule = "block",
@@ -142,7 +143,9 @@ def make_engine(
         assert neural.fuse(num_positions=512) is None
     index = SuffixIndex(2, 8, 10_000) if suffix else None
     pool = target.make_pool(num_slots)
-    ring = CaptureRing(ring_rows, len(target.layer_ids), target.config.hidden_size)
+    ring = CaptureRing(
+        ring_rows, len(target.layer_ids), target.config.hidden_size, dtype=ring_dtype
+    )
     drafting = Drafting(target, neural, index, num_pages, page_size, max_draft)
     return Engine(
         target=target,

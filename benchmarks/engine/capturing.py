@@ -10,29 +10,40 @@ import torch
 from benchmarks.engine.engines import Made, Place, engine_of, release
 from benchmarks.engine.load import Prompt, Turn, answer_all, random_prompts
 from benchmarks.engine.report import Report
+from serving.capture import StoredDtype
 
 _NUM_PROMPT = 256
+_CLOSE_S = 60.0
+_DTYPES: tuple[StoredDtype, ...] = ("float8_e4m3fn", "bfloat16")
 
 
 def measure(
     report: Report, place: Place, shape: str, batch: int, max_tokens: int, num_turns: int
 ) -> None:
-    """Row ``capture``: an engine that captures every request beside one that cannot."""
+    """Rows ``capture``, one for each dtype of the log: an engine that captures every request beside
+    one that cannot."""
     release(place)
     held = [place.held_bytes()]
-    with engine_of(shape, place, _settings(batch, max_tokens, False), num_versions=1) as off:
+    with engine_of(shape, place, _settings(batch, max_tokens, None), num_versions=1) as off:
         held.append(place.held_bytes())
-        with engine_of(shape, place, _settings(batch, max_tokens, True), num_versions=1) as on:
-            held.append(place.held_bytes())
-            with torch.inference_mode():
-                found = compare(on, off, batch, max_tokens, num_turns)
-    gpu_bytes = (held[2] - held[1]) - (held[1] - held[0]) + found["peak_bytes"]
-    what = {"shape": shape, "batch": batch, "num_prompt": _NUM_PROMPT, "max_tokens": max_tokens}
-    mib = gpu_bytes / 2**20 if place.is_gpu else None
-    report.add("capture", {**what, **found, "gpu_memory_mib": mib})
+        for dtype in _DTYPES:
+            what = {"shape": shape, "batch": batch, "num_prompt": _NUM_PROMPT, "dtype": dtype}
+
+            def row(dtype: StoredDtype = dtype) -> dict[str, Any]:
+                before = place.held_bytes()
+                chosen = _settings(batch, max_tokens, dtype)
+                with engine_of(shape, place, chosen, num_versions=1) as on, torch.inference_mode():
+                    own = (place.held_bytes() - before) - (held[1] - held[0])
+                    found = compare(on, off, batch, max_tokens, num_turns)
+                release(place)
+                mib = (own + found["peak_bytes"]) / 2**20 if place.is_gpu else None
+                return {"max_tokens": max_tokens, **found, "gpu_memory_mib": mib}
+
+            report.attempt("capture", what, 30, row)
 
 
-def _settings(batch: int, max_tokens: int, is_on: bool) -> dict[str, Any]:
+def _settings(batch: int, max_tokens: int, dtype: StoredDtype | None) -> dict[str, Any]:
+    """``dtype`` of the log; ``None``: captures nothing."""
     longest = _NUM_PROMPT + max_tokens
     return {
         "engine": {
@@ -42,7 +53,11 @@ def _settings(batch: int, max_tokens: int, is_on: bool) -> dict[str, Any]:
             "prefix_cache": False,
         },
         "drafter": {"max_draft": 1},
-        "capture": {"enabled": is_on, "ring_rows": batch * longest * 2},
+        "capture": {
+            "enabled": dtype is not None,
+            "dtype": dtype or "bfloat16",
+            "ring_rows": batch * longest * 2,
+        },
     }
 
 
@@ -63,7 +78,7 @@ def compare(on: Made, off: Made, batch: int, max_tokens: int, num_turns: int) ->
                 if number:  # the first one warms up
                     speeds[arm].append(turn.tokens_per_s)
     finally:
-        recorder.close(timeout_s=10.0)
+        recorder.close(_CLOSE_S)
     pairs = [captured / plain for captured, plain in zip(speeds["on"], speeds["off"], strict=True)]
     return {
         "on_tokens_per_s": statistics.median(speeds["on"]),

@@ -46,11 +46,20 @@ class Shape:
     batch: int
     context: int
     num_query: int
+    is_ragged: bool = False
+    """Lengths from an eighth of the context to all of it, instead of all the same."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Keys of each request."""
+        if not self.is_ragged:
+            return [self.context] * self.batch
+        return torch.linspace(self.context / 8, self.context, self.batch).int().tolist()
 
     @property
     def num_bytes(self) -> int:
         """Keys and values, read once."""
-        return self.batch * self.context * KV_HEADS * DIM * 2 * 2
+        return sum(self.lengths) * KV_HEADS * DIM * 2 * 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +243,11 @@ def rows(
     return found
 
 
-SWEPT = ((16, 2048), (16, 8192), (64, 2048), (1, 8192))
+SWEPT = (
+    (16, 2048, False), (16, 8192, False), (16, 8192, True), (64, 4096, True), (64, 2048, False),
+    (1, 8192, False),
+)  # fmt: skip
+"""Batch, context, and whether lengths differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,19 +271,14 @@ def cuts(shape: Shape) -> list[Cut]:
     tiles = KV_HEADS * -(-num_rows // tiling.rows)
     in_force = attention_triton.parts_of(shape.batch, tiles, shape.context)
     tiling = choose_tiling(num_rows, DIM, 2, shape.batch * tiles * in_force)
-    full = 132 * 2 // (shape.batch * tiles), 132 * 3 // (shape.batch * tiles)
+    full = 132 * 2 // (shape.batch * tiles)
     fewest = min(in_force, -(-128 // (shape.batch * tiles)))  # else most of the card is idle
-    parts = [in_force, *(p for p in (fewest, *full, 2 * in_force) if fewest <= p <= 64)]
+    parts = [in_force, *(p for p in (fewest, full, 2 * in_force) if fewest <= p <= 64)]
     found = [Cut(p, tiling, overlap) for p in parts for overlap in (False, True)]
     tilings = [
         replace(tiling, num_stages=2),
         replace(tiling, num_stages=3),
-        replace(tiling, num_stages=4),
-        replace(tiling, num_warps=8),
-        replace(tiling, keys=32, num_stages=4),
-        replace(tiling, keys=128, num_warps=8, num_stages=2),
-        replace(tiling, keys=128, num_warps=8),
-        replace(tiling, rows=max(32, tiling.rows)),
+        replace(tiling, keys=128, num_warps=8, num_stages=3),
     ]
     found += [Cut(p, t) for t in tilings for p in dict.fromkeys(parts) if p <= in_force]
     return [cut for cut in dict.fromkeys(found) if cut.num_parts > 1 or not cut.overlap]
@@ -281,10 +289,10 @@ def sweep(budget_s: float) -> list[dict[str, Any]]:
     started = time.perf_counter()
     copy_rate = copy_bytes_per_s(1 << 30)
     found = []
-    for batch, context in SWEPT:
+    for batch, context, is_ragged in SWEPT:
         cache = new_cache(batch, context)
         for num_query in QUERIES:
-            shape = Shape(batch, context, num_query)
+            shape = Shape(batch, context, num_query, is_ragged)
             if time.perf_counter() - started > budget_s:
                 found.append({**asdict(shape), "skipped": f"after {budget_s:.0f} s"})
                 continue
@@ -299,7 +307,7 @@ def swept(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
     """All ways to cut one case, the fastest first."""
     num_rows = shape.batch * shape.num_query
     q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
-    first_R = torch.full((shape.batch,), shape.context - shape.num_query, device="cuda").int()
+    first_R = torch.tensor(shape.lengths, device="cuda").int() - shape.num_query
     decode = DecodePass(cache.pages_RP, first_R, PAGE)
 
     def work(cut: Cut) -> Tensor:
@@ -329,6 +337,7 @@ def swept_line(row: dict[str, Any]) -> str:
 
     best = "; ".join(f"{shown(c['ms'])} {c['cut']}" for c in row["cuts"][:5])
     case = f"B={row['batch']:<3} S={row['context']:<6} Q={row['num_query']:<3}"
+    case += " ragged" if row["is_ragged"] else ""
     return f"{case} in force {shown(row['in_force_ms'])} | {best}"
 
 

@@ -7,11 +7,12 @@ from functools import partial
 
 from torch import Tensor
 
-from specops import attention, capture_pack, draft_sampling, places
+from specops import attention, capture_pack, draft_sampling, lane_penalties, places
 from specops import verify_logits as logits_definition
 from specops.attention import DecodePass
 from specops.capture_pack import PackRing
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
+from specops.lane_penalties import LaneRequests, LaneTables
 from specops.places import Places
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
@@ -85,6 +86,30 @@ def verify_logits(
     return judge(
         logits_RK1V, sampling, draft_RK, lens_R, rules_R, numbering, drafted, with_logprobs=False
     )
+
+
+def adjust_rows(
+    logits_RQV: Tensor, draft_RK: Tensor, requests: LaneRequests, tables: LaneTables
+) -> None:
+    """See ``specops.lane_penalties.adjust_rows``."""
+    adjust = lane_penalties.adjust_rows
+    if logits_RQV.is_cuda:
+        from specops import lane_penalties_triton
+
+        adjust = lane_penalties_triton.adjust_rows
+    adjust(logits_RQV, draft_RK, requests, tables)
+
+
+def count_tokens(
+    emitted_RQ: Tensor, count_R: Tensor, requests: LaneRequests, tables: LaneTables
+) -> None:
+    """See ``specops.lane_penalties.count_tokens``."""
+    count = lane_penalties.count_tokens
+    if emitted_RQ.is_cuda:
+        from specops import lane_penalties_triton
+
+        count = lane_penalties_triton.count_tokens
+    count(emitted_RQ, count_R, requests, tables)
 
 
 def pack_kept_rows(

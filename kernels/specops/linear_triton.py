@@ -89,6 +89,7 @@ def choose_plan(
         return Plan("multiply", 8, min(1024 // itemsize, _up(num_inputs)), num_stages=1)
     rows = _padded(num_rows)
     if gated:  # three on a multiprocessor: 12,288 outputs are 384 programs, just under one round
+        block_k = 2 * block_k if num_inputs % (2 * block_k) == 0 else block_k
         stages = min(8, _THIRD_BYTES // ((64 + rows) * block_k * itemsize))
         return Plan("weights_first", 32, block_k, num_stages=stages)
     tiles = triton.cdiv(num_outputs, 64)

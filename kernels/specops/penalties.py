@@ -76,23 +76,46 @@ def adjust_logits(logits_RQV: Tensor, draft_RK: Tensor, adjustments: Adjustments
         (frequency, presence, logit_bias).
     """
     a = adjustments
-    own = logits_RQV[a.rows_A]
-    generated = _counts(a.generated, own)[:, None] + _counts_before(draft_RK[a.rows_A], own)
-    is_seen = (generated > 0) | (_counts(a.prompt, own)[:, None] > 0)
-
+    own, draft = logits_RQV[a.rows_A], draft_RK[a.rows_A]
     bias = torch.zeros_like(own[:, 0])
-    at = (a.biased.owner_T, a.biased.ids_T)
-    own = own + bias.index_put_(at, a.bias_T.to(own.dtype))[:, None]
-    repetition = _column(a.repetition_A, own)
+    bias.index_put_((a.biased.owner_T, a.biased.ids_T), a.bias_T.to(own.dtype))
+    generated = _counts(a.generated, own)[:, None] + counts_before(draft, own.shape[-1])
+    in_prompt = _counts(a.prompt, own) > 0
+    penalties = torch.stack((a.presence_A, a.frequency_A, a.repetition_A), dim=1)
+    return logits_RQV.index_copy(0, a.rows_A, penalized(own, bias, generated, in_prompt, penalties))
+
+
+def penalized(
+    logits_AQV: Tensor,
+    bias_AV: Tensor,
+    generated_AQV: Tensor,
+    in_prompt_AV: Tensor,
+    penalties_A3: Tensor,
+) -> Tensor:
+    """The order of operations of ``adjust_logits``, each rounded to the dtype of the logits.
+
+    Args:
+        bias_AV: of that dtype; 0 is none.
+        generated_AQV: int, how often each token stands in the completion before each position.
+        in_prompt_AV: bool.
+        penalties_A3: presence, frequency, repetition.
+    """
+    presence, frequency, repetition = penalties_A3.to(logits_AQV.dtype)[:, None, None].unbind(-1)
+    is_seen = (generated_AQV > 0) | in_prompt_AV[:, None]
+    own = logits_AQV + bias_AV[:, None]
     scaled = torch.where(own > 0, own / repetition, own * repetition)
     own = torch.where(is_seen, scaled, own)
-    own = own - _column(a.frequency_A, own) * generated
-    own = own - _column(a.presence_A, own) * (generated > 0)
-    return logits_RQV.index_copy(0, a.rows_A, own)
+    own = own - frequency * generated_AQV
+    return own - presence * (generated_AQV > 0)
 
 
-def _column(values_A: Tensor, like: Tensor) -> Tensor:
-    return values_A[:, None, None].to(like.dtype)
+def counts_before(draft_AK: Tensor, vocab_size: int) -> Tensor:
+    """[A, K + 1, V] int32: how often each token occurs among the first 0 .. K draft tokens."""
+    num_requests, num_draft = draft_AK.shape
+    shape = (num_requests, num_draft + 1, vocab_size)
+    counts = torch.zeros(shape, dtype=torch.int32, device=draft_AK.device)
+    counts[:, 1:].scatter_(-1, draft_AK[..., None], 1)
+    return counts.cumsum(dim=1, dtype=torch.int32)
 
 
 def _counts(lists: TokenLists, own_AQV: Tensor) -> Tensor:
@@ -100,10 +123,3 @@ def _counts(lists: TokenLists, own_AQV: Tensor) -> Tensor:
     counts = torch.zeros_like(own_AQV[:, 0], dtype=torch.int32)
     ones = torch.ones_like(lists.ids_T, dtype=torch.int32)
     return counts.index_put_((lists.owner_T, lists.ids_T), ones, accumulate=True)
-
-
-def _counts_before(draft_AK: Tensor, own_AQV: Tensor) -> Tensor:
-    """[A, K + 1, V] int32: how often each token occurs among the first 0 .. K draft tokens."""
-    counts = torch.zeros_like(own_AQV, dtype=torch.int32)
-    counts[:, 1:].scatter_(-1, draft_AK[..., None], 1)
-    return counts.cumsum(dim=1, dtype=torch.int32)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
 from buffer.codec import decode_trace, encode_trace
-from serving.capture import CaptureRing, pack_rows
+from serving.capture import CaptureRing, feature_rows
 from serving.traces import Producer, TraceMaker
 from tests.engines import make_engine, random_model, request_of, run
 
@@ -22,11 +21,11 @@ def programs(request):
     return request.param
 
 
-def traces_of(engine, requests, dtype="bfloat16"):
+def traces_of(engine, requests):
     """Run and return each request's trace after a round trip through the codec."""
     lost = []
     maker = TraceMaker(
-        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, dtype, lost.append
+        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, lost.append
     )
     made = []
     engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
@@ -55,10 +54,12 @@ def restored(features):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("float8_e4m3fn", 2**-4)])
 def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
     model = random_model("qwen3")
-    engine = make_engine(model, prefix_cache=False, programs=programs, max_batch=4)
+    engine = make_engine(
+        model, prefix_cache=False, programs=programs, max_batch=4, ring_dtype=dtype
+    )
     requests = [request_of(str(i), [*PROMPT, i], 20 + i, capture=i % 3 != 1) for i in range(9)]
 
-    traces, lost = traces_of(engine, requests, dtype)
+    traces, lost = traces_of(engine, requests)
 
     assert set(traces) == {str(i) for i in range(9) if i % 3 != 1}
 
@@ -110,7 +111,7 @@ def test_a_request_that_opts_out_leaves_no_trace(programs):
 
 def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
     engine = make_engine(
-        random_model("qwen3"), ring_rows=112, prefix_cache=False, programs=programs
+        random_model("qwen3"), ring_rows=216, prefix_cache=False, programs=programs
     )
     traces, lost = traces_of(engine, [request_of("long", PROMPT, 200)])
 
@@ -120,8 +121,8 @@ def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
 
 
 def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
-    with pytest.raises(ValueError, match="96 rows at once do not fit a ring of 95"):
-        make_engine(random_model("qwen3"), ring_rows=95, programs=True)
+    with pytest.raises(ValueError, match="186 rows at once do not fit a ring of 185"):
+        make_engine(random_model("qwen3"), ring_rows=185, programs=True)
 
 
 def test_the_ring_wraps_without_mixing_rows():
@@ -131,14 +132,33 @@ def test_the_ring_wraps_without_mixing_rows():
         rows = torch.arange(start, start + 3).float()[:, None].expand(3, 4)
         pieces.append((start, ring.write(rows[:, None], rows), 3))
 
-    positions, rows, lost = ring.take(pieces)
+    held, lost = ring.read(pieces)
 
-    assert positions.tolist() == list(range(11, 21))
-    assert rows[:, 0, 0].tolist() == positions.tolist()
+    assert held.positions.tolist() == list(range(11, 21))
+    assert held.rows[:, 0, 0].tolist() == held.positions.tolist()
     assert lost == 11
 
 
+def test_rows_that_may_be_overwritten_while_they_are_copied_are_lost():
+    """Rounds on their way append rows that the host has not heard of."""
+    ring = CaptureRing(10, 1, 4)
+    rows = torch.arange(8).float()[:, None].expand(8, 4)
+    pieces = [(0, ring.write(rows[:, None], rows), 8)]
+    ring.reserve(3)
+
+    held, lost = ring.read(pieces)
+    ring.number([2])
+    later, lost_later = ring.read(pieces)
+
+    assert (held.positions.tolist(), lost) == (list(range(1, 8)), 1)
+    assert (later.positions.tolist(), lost_later) == (list(range(3, 8)), 3)
+
+
 def test_fp8_rows_keep_small_and_large_values():
-    values = torch.tensor([[[1e-3, 5.0, -448.0, 0.0]]], dtype=torch.bfloat16)
-    packed = pack_rows(np.array([0], dtype=np.int32), values, (1,), "float8_e4m3fn")
-    assert restored(packed)[0, 0, 2] == -448.0
+    ring = CaptureRing(2, 1, 4, dtype="float8_e4m3fn")
+    values = torch.tensor([[1e-3, 5.0, -448.0, 0.0]])
+
+    ring.write(values[:, None], values)
+    held, _ = ring.read([(0, 0, 1)])
+
+    assert restored(feature_rows(held, (1,)))[0, 0, 2] == -448.0

@@ -40,11 +40,12 @@ def begin(engine, *requests):
     return collected
 
 
+@pytest.mark.parametrize("shape", [{}, {"presence_penalty": 1.0}], ids=["plain", "penalized"])
 @pytest.mark.parametrize("arm", [("none", 0), ("eagle3", 3)])
-def test_a_round_is_launched_before_the_last_one_is_read(model, arm):
+def test_a_round_is_launched_before_the_last_one_is_read(model, arm, shape):
     policy = Steady(*arm)
     engine = make_engine(model, policy=policy, programs=True)
-    got = begin(engine, request_of("a", PROMPT, 50))["a"]
+    got = begin(engine, request_of("a", PROMPT, 50, **shape))["a"]
 
     lengths = []
     with torch.inference_mode():
@@ -52,10 +53,31 @@ def test_a_round_is_launched_before_the_last_one_is_read(model, arm):
             engine.step()
             lengths.append(len(got.token_ids))
 
-    # The prompt's step yields a token, the next one launches a round, the one after it reads that.
-    assert lengths[:2] == [1, 1]
+    # A step computes the prompt, the next one reads its token and launches a round, the one after
+    # it reads that.
+    assert lengths[:2] == [0, 1]
     assert 1 < lengths[2] < lengths[3]
     assert len(policy.told) == 2
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"logprobs": 2}])
+def test_a_round_is_launched_before_the_prompt_beside_it_is_read(model, sampling):
+    """But for requests that want more of the logits than a token."""
+    engine = make_engine(model, policy=Steady("none", 0), programs=True, prefix_cache=False)
+    got = begin(engine, request_of("a", PROMPT, 50))
+    with torch.inference_mode():
+        for _ in range(3):
+            engine.step()
+        got |= begin(engine, request_of("b", PROMPT[::-1], 50, **sampling))
+        before = len(got["a"].token_ids)
+        engine.step()
+        lengths = [len(got[name].token_ids) - before * (name == "a") for name in "ab"]
+        lane = next(s for s in engine.scheduler.running if s.request.id == "b").lane_length
+        engine.step()
+
+    assert lengths == [1, "logprobs" in sampling]
+    assert len(got["b"].token_ids) == 1
+    assert lane == len(PROMPT), "the lane was written with the prompt"
 
 
 def test_lanes_and_pages_change_hands_while_a_round_flies(model):

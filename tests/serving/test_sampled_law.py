@@ -115,11 +115,13 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block", program
     return counts, figures.num_accepted_tokens / figures.num_draft_tokens
 
 
-@pytest.mark.parametrize("regime", ["close", "opposed"])
-def test_penalties_shape_the_joint_law_along_the_draft(regime):
+@pytest.mark.parametrize(
+    ("regime", "programs"), [("close", False), ("opposed", False), ("close", True)]
+)
+def test_penalties_shape_the_joint_law_along_the_draft(regime, programs):
     law = expected_law(soft_target(regime), PENALIZED)
 
-    counts, _ = sample(regime, PENALIZED)
+    counts, _ = sample(regime, PENALIZED, programs=programs)
 
     assert chi_squared_excess(counts, law) < 1
     without = expected_law(soft_target(regime), {"temperature": 1.0})

@@ -24,6 +24,8 @@ from specops.capture_pack import new_ring
 from specops.capture_pack_triton import pack_kept_rows
 from specops.draft_sampling import DraftLaw
 from specops.draft_sampling_triton import sample_draft
+from specops.lane_penalties import LaneRequests, new_tables
+from specops.lane_penalties_triton import adjust_rows, count_tokens
 from specops.linear import Norm
 from specops.places import Places
 from specops.places_triton import places_of
@@ -84,6 +86,10 @@ def one_round(size: int, num_draft: int) -> None:
     for drafted in (None, law):
         verify_logits(logits, sampling, drafts, lens, ints[6], numbering, drafted, False)
     verify_greedy(logits, drafts, lens)
+    lanes = torch.zeros((size, 2 + 16), dtype=torch.int64)[:, 0]
+    asks, tables = LaneRequests(lanes, ints[4], ints[5]), new_tables(size + 1, VOCAB, 512, "cpu")
+    adjust_rows(logits, drafts, asks, tables)
+    count_tokens(logits.argmax(-1), lens, asks, tables)
     pool = torch.zeros((8 * PAGE, HEADS, DIM))
     pages, first = torch.zeros((size, 8), dtype=torch.int32), ints[1].int()
     q = torch.zeros((size * (num_draft + 1), HEADS, DIM))

@@ -28,6 +28,9 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_overlap": 1,
         "_best_of_parts": 1,
         "_match_best": 1,
+        # whether anybody adjusts or not
+        "_adjust_part": 1,
+        "_count_tokens": 1,
         # one row tile
         "_attend_pages": 1,
         "_join_pages": 1,

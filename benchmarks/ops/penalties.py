@@ -1,0 +1,130 @@
+"""Biases and penalties inside a round, beside the definition and a compiled version of it.
+
+    python -m benchmarks.ops.penalties       # some seconds on one GPU
+
+R requests of 5 rows over the 151,936 tokens of Qwen3, float32 logits, of which none, one or all
+have penalties, counts and 300 biases. The definition in torch and the compiled one are given the
+counts and biases as whole rows and adjust all requests, whether they ask or not. The floor reads
+and writes the logits and reads the counts of those that ask, at 4.24 TB/s; where nobody asks, ours
+is the launch alone. Counting the emitted tokens is timed by itself.
+
+Writes ``benchmarks/results/ops_penalties.json`` after every row.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.ops.timing import graphed
+from benchmarks.result import write_result
+from specops import lane_penalties_triton
+from specops.lane_penalties import LaneRequests, LaneTables, new_tables
+from specops.penalties import counts_before, penalized
+
+K, BIASES, HELD_BIASES = 4, 300, 512
+SIZES = (1, 8, 64)
+BYTES_PER_S = 4.24e12
+
+
+def tables_for(num_lanes: int, vocab_size: int, device: str) -> LaneTables:
+    """Every lane asks for everything and has emitted some tokens."""
+    numbers = random.Random(0)
+    tables = new_tables(num_lanes, vocab_size, HELD_BIASES, device)
+    for lane in range(num_lanes):
+        tables.biased_LB[lane, :BIASES] = torch.tensor(
+            numbers.sample(range(vocab_size), BIASES), dtype=torch.int32
+        )
+    tables.bias_LB[:, :BIASES] = -1.5
+    tables.penalties_L3[:] = torch.tensor([0.5, 0.3, 1.1], dtype=torch.float64)
+    tables.counts_LV.random_(0, 6).mul_(tables.counts_LV % 3 == 0)
+    return tables
+
+
+def requests_of(num_requests: int, num_asking: int, device: str) -> LaneRequests:
+    lanes = torch.arange(num_requests, device=device)
+    asks = (lanes < num_asking).long()
+    return LaneRequests(lanes, asks * BIASES, asks)
+
+
+def by_rows(
+    logits_RQV: Tensor, draft_RK: Tensor, bias_RV: Tensor, counts_RV: Tensor, penalties_R3: Tensor
+) -> Tensor:
+    """What ours does for requests that all ask, from biases of all tokens."""
+    generated = (counts_RV // 2)[:, None] + counts_before(draft_RK, logits_RQV.shape[-1])
+    in_prompt = counts_RV % 2 == 1
+    return logits_RQV.copy_(penalized(logits_RQV, bias_RV, generated, in_prompt, penalties_R3))
+
+
+def ways_of(
+    num_requests: int, vocab_size: int, device: str
+) -> list[tuple[str, int, Callable[[], object]]]:
+    """Name, how many requests ask, and the work."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn((num_requests, K + 1, vocab_size), generator=generator, device=device)
+    draft = torch.randint(vocab_size, (num_requests, K), generator=generator, device=device)
+    emitted = torch.nn.functional.pad(draft, (0, 1))
+    count = torch.full((num_requests,), 3, device=device)
+    tables = tables_for(num_requests, vocab_size, device)
+    bias = torch.zeros((num_requests, vocab_size), device=device)
+    rows = (logits, draft, bias, tables.counts_LV, tables.penalties_L3)
+    adjust, count_tokens = lane_penalties_triton.adjust_rows, lane_penalties_triton.count_tokens
+    ways: list[tuple[str, int, Callable[[], object]]] = []
+    for num_asking in sorted({0, 1, num_requests}):
+        asks = requests_of(num_requests, num_asking, device)
+        ways += [
+            ("ours", num_asking, partial(adjust, logits, draft, asks, tables)),
+            ("counting", num_asking, partial(count_tokens, emitted, count, asks, tables)),
+        ]
+    ways.append(("eager", num_requests, partial(by_rows, *rows)))
+    if device == "cuda":
+        compiled = torch.compile(by_rows, dynamic=False)
+        ways.append(("compiled", num_requests, partial(compiled, *rows)))
+    return ways
+
+
+def milliseconds(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        return graphed(work).median_ms
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+        "benchmarks/results/ops_penalties.json"
+    ),
+    device: str = "cuda",
+    vocab_size: int = 151_936,
+    budget_s: Annotated[float, typer.Option(help="no row is begun after this time")] = 120.0,
+) -> None:
+    """All ways, sizes, and numbers of requests that ask."""
+    started = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    for size in SIZES:
+        for way, num_asking, work in ways_of(size, vocab_size, device):
+            if time.perf_counter() - started > budget_s:
+                print(f"stopped after {budget_s} s", flush=True)
+                return
+            row: dict[str, Any] = {"way": way, "requests": size, "asking": num_asking}
+            row["us"] = milliseconds(work, device) * 1e3
+            if way != "counting":
+                num_bytes = 4 * num_asking * vocab_size * (2 * (K + 1) + 1)
+                row["floor_us"] = num_bytes / BYTES_PER_S * 1e6
+            rows.append(row)
+            write_result(out, {"rows": rows})
+            shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
+            print(shown, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
