@@ -133,7 +133,7 @@ class Eagle3(nn.Module):
         self.norm = nn.RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, c.draft_vocab_size, bias=False)
         # Not a buffer: a module moved to bfloat16 would round the angles.
-        self._inverse_frequency: dict[torch.device, Tensor] = {}
+        self._inverse: dict[torch.device, Tensor] = {}
         reduced = c.draft_vocab_size != c.target_vocab_size
         self.register_buffer(
             "d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64) if reduced else None
@@ -158,16 +158,17 @@ class Eagle3(nn.Module):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [..., 1, D] float32, for ``positions`` [...] int64."""
-        angles = positions[..., None].float() * self._inverse_on(positions.device)
+        angles = positions[..., None].float() * self.inverse_frequency(positions.device)
         angles = torch.cat((angles, angles), dim=-1)[..., None, :]
         return angles.cos(), angles.sin()
 
-    def _inverse_on(self, device: torch.device) -> Tensor:
-        if device not in self._inverse_frequency:
+    def inverse_frequency(self, device: torch.device) -> Tensor:
+        """[D / 2] float32: radians a position."""
+        if device not in self._inverse:
             dim = self.config.head_dim
             powers = -torch.arange(0, dim, 2, dtype=torch.float64) / dim
-            self._inverse_frequency[device] = (self.config.rope_theta**powers).float().to(device)
-        return self._inverse_frequency[device]
+            self._inverse[device] = (self.config.rope_theta**powers).float().to(device)
+        return self._inverse[device]
 
     def fuse(self, features: Tensor) -> Tensor:
         """Tapped rows [..., m * H] (layer_ids order) -> h [..., H]."""

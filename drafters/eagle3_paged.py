@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drafters.eagle3 import Eagle3
+from drafters.eagle3_fused import FusedEagle3, supports
 from drafters.protocol import CommittedRows, Draft
 from specops.attention import DecodePass, Group, PagedPass, make_group, paged_attention
-from specops.device import decode_attention
+from specops.device import decode_attention, places_of
 from specops.draft_sampling import vocab_map
 from specops.sampling import SamplingRows, distribution, draw
 
@@ -45,6 +47,7 @@ class PagedEagle3:
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
         """Of a reduced draft vocabulary."""
+        self._fused: FusedEagle3 | None = None
 
     def run(
         self,
@@ -103,6 +106,24 @@ class PagedEagle3:
         lens = (num_draft,) * len(rows.counts_R)
         return Draft(self.kind, torch.stack(tokens, 1), lens, q, self.version)
 
+    def fuse(self, num_positions: int, **options: Any) -> str | None:
+        """Compute passes of fixed shape by few launches from now on, where that computes the same;
+        returns why not.
+
+        Args:
+            num_positions: positions of all rows are below it.
+            options: of ``FusedEagle3``.
+        """
+        reason = supports(self.module, self.embed)
+        if reason is None:
+            self._fused = FusedEagle3(self.module, self.embed, num_positions, **options)
+        return reason
+
+    @property
+    def is_fused(self) -> bool:
+        """Passes of fixed shape run our operations, not the module's own code."""
+        return self._fused is not None
+
     def draft_ahead(
         self, outputs_RH: Tensor, at: DecodePass, num_draft: int, choose: Callable[..., Tensor]
     ) -> Tensor:
@@ -116,13 +137,15 @@ class PagedEagle3:
         Returns:
             [R, num_draft] int64.
         """
-        tokens = [choose(self.module.logits(outputs_RH), 0)]
-        for ahead in range(1, num_draft):
-            embeds = self.embed(tokens[-1]).to(outputs_RH.dtype)
-            here = replace(at, first_R=at.first_R + (ahead - 1))
-            angles = self.module.rope(here.first_R)
-            outputs_RH = self.run(embeds, outputs_RH, angles, here)
-            tokens.append(choose(self.module.logits(outputs_RH), ahead))
+        tokens = [choose(self._logits(outputs_RH, None), 0)]
+        if num_draft == 1:
+            return tokens[0][:, None]
+        steps = places_of(at, num_draft - 1, by_step=True)
+        each = zip(steps.positions, steps.slots, steps.first, strict=True)
+        for ahead, (positions_R, slots_R, first_R) in enumerate(each, start=1):
+            here = replace(at, first_R=first_R)
+            outputs_RH, squares = self._pass(tokens[-1], outputs_RH, positions_R, slots_R, here)
+            tokens.append(choose(self._logits(outputs_RH, squares), ahead))
         return torch.stack(tokens, dim=1)
 
     def take_in(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
@@ -132,10 +155,36 @@ class PagedEagle3:
             ids_T: [T] int64 tokens of the rows.
             features_TmH: [T, m, H] target rows of the positions before.
         """
-        hidden = self.module.fuse(features_TmH.flatten(1))
-        embeds = self.embed(ids_T).to(hidden.dtype)
-        num_query = len(ids_T) // len(at.first_R)
-        return self.run(embeds, hidden, self.module.rope(at.positions(num_query).flatten()), at)
+        fuse = self.module.fuse if self._fused is None else self._fused.fuse
+        hidden = fuse(features_TmH.flatten(1))
+        rows = places_of(at, at.num_query(len(ids_T)))
+        return self._pass(ids_T, hidden, rows.positions.flatten(), rows.slots.flatten(), at)[0]
+
+    def _pass(
+        self,
+        ids_T: Tensor,
+        hidden: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        at: DecodePass,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A pass of fixed shape: outputs g [T, H], and their squares where ``_logits`` wants them;
+        writes the rows' K/V."""
+        if self._fused is None:
+            embeds = self.embed(ids_T).to(hidden.dtype)
+            return self.run(embeds, hidden, self.module.rope(positions_T), at), None
+
+        def attend(q: Tensor) -> Tensor:
+            return decode_attention(q, None, None, self.keys, self.values, at, self.scale)
+
+        return self._fused.forward(
+            ids_T, hidden, positions_T, slots_T, attend, self.keys, self.values
+        )
+
+    def _logits(self, outputs: Tensor, squares: Tensor | None) -> Tensor:
+        if self._fused is None:
+            return self.module.logits(outputs)
+        return self._fused.logits(outputs, squares)
 
     def _drafted_steps(
         self, rows: CommittedRows, anchors_R: Tensor, num_draft: int

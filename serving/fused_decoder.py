@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from specops import linear, rope, rows
+from specops.decoder_operations import DEFINITIONS, few_rows_of, pick_operations
 from specops.linear import Norm
 from specops.rope import Heads, rope_table
 
@@ -36,7 +35,6 @@ Attend = Callable[[int, Tensor], Tensor]
 """Layer number and its queries [T, Hq, D] to what they attend to, [T, Hq, D]; the rows' keys and
 values are in the layer's pages already."""
 
-FEW_ROWS = 16
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds whose frequencies do not depend on the length of the sequence."""
 _WIDEST = 16_384
@@ -58,28 +56,6 @@ class _Layer:
     mlp_norm: Norm
     gate_up: Tensor
     down: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Operations:
-    """The definitions of ``specops``, or the kernels that equal them."""
-
-    embed: Callable[..., Tensor]
-    few_row_linear: Callable[..., Tensor]
-    few_row_residual: Callable[..., tuple[Tensor, Tensor]]
-    rope_and_write: Callable[..., Tensor]
-    add_norm: Callable[..., Tensor]
-    silu_gate: Callable[..., Tensor]
-
-
-_DEFINITIONS = _Operations(
-    rows.embed,
-    linear.few_row_linear,
-    linear.few_row_residual,
-    rope.rope_and_write,
-    rows.add_norm,
-    linear.silu_gate,
-)
 
 
 def supports(model: Any) -> str | None:
@@ -171,7 +147,7 @@ class FusedDecoder:
         model: Any,
         num_positions: int | None = None,
         *,
-        few_rows: int = FEW_ROWS,
+        few_rows: int | None = None,
         use_kernels: bool | None = None,
         overlap: bool | None = None,
         ahead_bytes: int = 0,
@@ -182,7 +158,8 @@ class FusedDecoder:
         Args:
             model: see ``supports``.
             num_positions: positions are below it; ``None`` takes the model's longest.
-            few_rows: up to so many rows a product is one kernel with all around it, 1..64.
+            few_rows: up to so many rows a product is one kernel with all around it, 1..64;
+                ``None`` decides by the dtype.
             use_kernels: Triton kernels or torch definitions; ``None`` decides by the device.
             overlap: kernels start while the one before still runs; ``None``: where the card can.
             ahead_bytes: of each layer's o weight, fetched into the L2 cache during attention.
@@ -209,38 +186,13 @@ class FusedDecoder:
             config.max_position_embeddings if num_positions is None else num_positions,
             self.head.dtype,
         )
-        self.few_rows = few_rows
+        self.few_rows = few_rows_of(self.head.dtype) if few_rows is None else few_rows
         self.is_pinned = pinned
-        if use_kernels is None:
-            use_kernels = self.head.is_cuda
-        if pinned and not use_kernels:
-            raise ValueError("pinned numerics need the kernels: the definitions call the library")
-        self._operations = self._kernels(overlap) if use_kernels else _DEFINITIONS
-        self._ahead_bytes = ahead_bytes if use_kernels else 0
-
-    def _kernels(self, overlap: bool | None) -> _Operations:
-        from specops import linear_triton, overlap_triton, rope_triton, rows_triton
-
-        if overlap is None:
-            overlap = overlap_triton.can_overlap(self.head.device)
-        product: dict[str, Any] = {"overlap": overlap}
-        product |= {"pinned": True} if self.is_pinned else {"scratch": self._scratch()}
-        return _Operations(
-            rows_triton.embed,
-            partial(linear_triton.few_row_linear, **product),
-            partial(linear_triton.few_row_residual, **product),
-            partial(rope_triton.rope_and_write, overlap=overlap),
-            partial(rows_triton.add_norm, overlap=overlap),
-            partial(rows_triton.silu_gate, overlap=overlap),
-        )
-
-    def _scratch(self) -> Any:
-        from specops import linear_triton
-
         layer = self.layers[0]
-        products = [(*w.shape, False) for w in (layer.qkv, layer.o, layer.down, self.head)]
-        gate_up = (layer.gate_up.shape[0] // 2, layer.gate_up.shape[1], True)
-        return linear_triton.make_scratch([*products, gate_up], self.head.dtype, self.head.device)
+        bare = (layer.qkv, layer.o, layer.down, self.head)
+        products = [(layer.gate_up, True), *((weight, False) for weight in bare)]
+        self._operations = pick_operations(products, use_kernels, overlap, pinned)
+        self._ahead_bytes = 0 if self._operations is DEFINITIONS else ahead_bytes
 
     def forward(
         self,

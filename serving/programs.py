@@ -69,7 +69,8 @@ def make_programs(
 
     Args:
         ring: takes the committed rows of requests that capture.
-        fuse: replace the target's own code by our decoder, if it is a model that we know.
+        fuse: replace the target's own code by our decoder, if it is a model that we know, and the
+            drafter's by our operations.
         pinned: what the target computes for a token does not depend, in any bit, on what is
             computed beside it.
 
@@ -78,13 +79,8 @@ def make_programs(
     """
     # A block's last rows may lie behind the last position that a request can use.
     pages_each = -(-(max_model_len + drafting.max_draft + 1 + BLOCK) // page_size)
-    if fuse and (reason := target.fuse(pages_each * page_size, pinned)):
-        if pinned:
-            raise ValueError(
-                f"engine.numerics is 'pinned', but the target's own code must compute its layers: "
-                f"{reason}; set it to 'fast'"
-            )
-        log.warning("the target's own code computes its layers, which is slower: %s", reason)
+    if fuse:
+        _fuse(target, drafting, pages_each * page_size, pinned)
     lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
     graphs = Graphs(target.device)
     catch_up = None
@@ -101,3 +97,15 @@ def make_programs(
         prefill_chunk=prefill_chunk, page_size=page_size, rule=rule, ring=ring,
     )  # fmt: skip
     return Programs(graphs, lanes, rounds, prefill, catch_up)
+
+
+def _fuse(target: Target, drafting: Drafting, num_positions: int, pinned: bool) -> None:
+    if reason := target.fuse(num_positions, pinned):
+        if pinned:
+            raise ValueError(
+                f"engine.numerics is 'pinned', but the target's own code must compute its layers: "
+                f"{reason}; set it to 'fast'"
+            )
+        log.warning("the target's own code computes its layers, which is slower: %s", reason)
+    if drafting.neural and (reason := drafting.neural.fuse(num_positions)):
+        log.warning("the drafter's own code computes its layer, which is slower: %s", reason)

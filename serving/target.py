@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from serving.fused_decoder import FEW_ROWS, FusedDecoder, supports
+from serving.fused_decoder import FusedDecoder, supports
 from specops.attention import DecodePass, PagedPass, paged_attention
 from specops.device import decode_attention
 
@@ -171,10 +171,7 @@ class Target:
         """
         reason = supports(self.model)
         if reason is None:
-            # Tensor cores multiply no exact float32: there the library's products of a few rows
-            # are faster (5 rows of the bundled target: 1.2 against 2.9 ms a step).
-            few_rows = 1 if self.dtype == torch.float32 else FEW_ROWS
-            self._fused = FusedDecoder(self.model, num_positions, few_rows=few_rows, pinned=pinned)
+            self._fused = FusedDecoder(self.model, num_positions, pinned=pinned)
         return reason
 
     @property

@@ -129,8 +129,10 @@ def make_engine(
     rule: Rule = "block",
     programs: bool = False,
     fuse: bool = False,
+    fuse_drafter: bool = False,
 ) -> Engine:
-    """An engine over ``model`` with a random EAGLE-3 drafter unless one is given."""
+    """An engine over ``model`` with a random EAGLE-3 drafter unless one is given; its programs run
+    fused code for target and drafter, or for the drafter alone."""
     if drafter is None:
         drafter = Eagle3(config_for_target(model.config))
         drafter.initialise(seed, model.get_output_embeddings().weight)
@@ -138,6 +140,8 @@ def make_engine(
     target = Target(model, drafter.config.layer_ids)
     num_slots = num_pages * page_size
     neural = PagedEagle3(drafter, target.embed, num_slots)
+    if fuse_drafter:
+        assert neural.fuse(num_positions=512) is None
     index = SuffixIndex(2, 8, 10_000) if suffix else None
     pool = target.make_pool(num_slots)
     ring = CaptureRing(

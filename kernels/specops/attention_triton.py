@@ -73,7 +73,10 @@ def _span(
     return first, count, begin, end, tl.maximum(blocks * KEYS, PART_KEYS)
 
 
-@triton.jit(do_not_specialize=["window", "num_query", "num_pages", "first_key"])
+@triton.jit(
+    do_not_specialize=["window", "num_query", "num_pages", "first_key"],
+    do_not_specialize_on_alignment=["first_ptr"],
+)
 def _attend_pages(
     q_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr, ancestors_ptr, out_ptr, lse_ptr,
     scale, cap, window, num_query, num_pages, first_key, q_stride,
@@ -169,7 +172,10 @@ def _attend_pages(
     tl.store(target, mixed.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
-@triton.jit(do_not_specialize=["window", "num_query", "num_keys", "num_parts"])
+@triton.jit(
+    do_not_specialize=["window", "num_query", "num_keys", "num_parts"],
+    do_not_specialize_on_alignment=["first_ptr"],
+)
 def _join_pages(
     part_ptr, lse_ptr, first_ptr, counts_ptr, out_ptr, window, num_query, num_keys, num_parts,
     GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
@@ -335,7 +341,7 @@ def attend_pages(
         chosen = choose_tiling(num_rows, head_dim, keys.element_size(), num_programs)
     q = _packed(q_THD)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    counts = decode.first_R if decode.counts_R is None else decode.counts_R
+    counts = q if decode.counts_R is None else decode.counts_R  # never followed where it stands in
     span = {
         "GROUP": share,
         "NUM_KV": num_kv,
@@ -353,7 +359,7 @@ def attend_pages(
         lse = torch.empty(scratch, dtype=torch.float32, device=q.device)
     _attend_pages[(num_kv * tiles, parts, num_requests)](
         q, keys, values, decode.pages_RP, decode.first_R, counts,
-        decode.first_R if decode.ancestors_RQ is None else decode.ancestors_RQ, part_out, lse,
+        q if decode.ancestors_RQ is None else decode.ancestors_RQ, part_out, lse,
         scale * _LOG2_E if softcap is None else 2 * scale / softcap, (softcap or 0.0) * _LOG2_E,
         window or 0, num_query, num_pages, decode.first_key, q.stride(0),
         **span, ROWS=chosen.rows, PAGE=decode.page_size,

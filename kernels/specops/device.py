@@ -7,12 +7,13 @@ from functools import partial
 
 from torch import Tensor
 
-from specops import attention, capture_pack, draft_sampling, lane_penalties
+from specops import attention, capture_pack, draft_sampling, lane_penalties, places
 from specops import verify_logits as logits_definition
 from specops.attention import DecodePass
 from specops.capture_pack import PackRing
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
+from specops.places import Places
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict
@@ -46,6 +47,15 @@ def decode_attention(
     return attention.decode_attention(
         q_THD, k_THD, v_THD, keys, values, decode, scale, window, softcap, attend, write
     )
+
+
+def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> Places:
+    """See ``specops.places.places_of``."""
+    if decode.first_R.is_cuda:
+        from specops import places_triton
+
+        return places_triton.places_of(decode, num_query, by_step=by_step)
+    return places.places_of(decode, num_query, by_step=by_step)
 
 
 def sample_draft(

@@ -19,7 +19,7 @@ _AHEAD_BYTES = 64 << 10
 """What one program fetches: its 512 lines are four for each of its threads."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rope_and_write(
     qkv_ptr, query_norm_ptr, key_norm_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr,
     q_ptr, keys_ptr, values_ptr, ahead_ptr, qkv_stride, eps,
@@ -137,7 +137,7 @@ def rope_and_write(
         qkv_TC if query_norm is None else query_norm.weight_K,
         qkv_TC if key_norm is None else key_norm.weight_K,
         table.cos, table.sin, positions_T, slots_T, q, keys, values,
-        positions_T if ahead is None else ahead.view(-1).view(torch.uint8),
+        qkv_TC if ahead is None else ahead.view(-1).view(torch.uint8),
         qkv_TC.stride(0), 0.0 if query_norm is None else query_norm.eps,
         NUM_QUERY=heads.num_query, NUM_KV=heads.num_kv, D=head_dim, HEADS=_HEADS_AT_ONCE,
         BLOCKS=blocks, NORM=query_norm is not None, OVERLAP=overlap, AHEAD=chunks,

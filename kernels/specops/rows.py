@@ -26,6 +26,22 @@ def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
     return out.float().pow(2).sum(dim=-1, keepdim=True)
 
 
+def norm_pair(
+    ids_M: Tensor, table_VH: Tensor, hidden_MH: Tensor, embed_norm: Norm, hidden_norm: Norm
+) -> Tensor:
+    """``(embed_norm(table[id]), hidden_norm(hidden))``, what the layer of EAGLE-3 begins with.
+
+    Args:
+        ids_M: [M] int64, each in 0..V-1 (not checked).
+        hidden_MH: [M, H] of the table's dtype; its rows may be apart.
+
+    Returns:
+        [M, 2H] contiguous, rounded as ``rms_norm`` rounds.
+    """
+    embeds = torch.nn.functional.embedding(ids_M, table_VH)
+    return torch.cat((rms_norm(embeds, embed_norm), rms_norm(hidden_MH, hidden_norm)), dim=-1)
+
+
 def add_norm(
     residual_MH: Tensor, update_MH: Tensor | None, norm: Norm, out: Tensor | None
 ) -> Tensor:

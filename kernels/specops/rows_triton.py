@@ -29,6 +29,40 @@ def _embed(ids_ptr, table_ptr, out_ptr, squares_ptr, width, out_stride, WIDTH: t
 
 
 @triton.jit
+def _normed(x, weight, width, eps):
+    """``rms_norm`` of one row, in the dtype of x; columns behind the row's end hold 0."""
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
+    rounded = (wide * scale).to(x.dtype).to(tl.float32)
+    return (weight.to(tl.float32) * rounded).to(x.dtype)
+
+
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
+def _norm_pair(
+    ids_ptr, table_ptr, hidden_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr,
+    width, hidden_stride, embed_eps, hidden_eps, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One half of one row."""
+    if OVERLAP:  # in this order: what comes next may fetch weights, which a swap may have written
+        wait_for_previous()
+        let_next_start()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    is_column = column < width
+    if tl.program_id(1) == 0:
+        token = tl.load(ids_ptr + row)
+        x = tl.load(table_ptr + token * width + column, mask=is_column, other=0.0)
+        weight = tl.load(embed_norm_ptr + column, mask=is_column, other=0.0)
+        normed = _normed(x, weight, width, embed_eps)
+        tl.store(out_ptr + row * 2 * width + column, normed, mask=is_column)
+    else:
+        x = tl.load(hidden_ptr + row * hidden_stride + column, mask=is_column, other=0.0)
+        weight = tl.load(hidden_norm_ptr + column, mask=is_column, other=0.0)
+        normed = _normed(x, weight, width, hidden_eps)
+        tl.store(out_ptr + row * 2 * width + width + column, normed, mask=is_column)
+
+
+@triton.jit
 def _add_norm(
     residual_ptr, update_ptr, norm_ptr, out_ptr, normed_ptr, width, residual_stride, out_stride,
     eps, WIDTH: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
@@ -47,10 +81,7 @@ def _add_norm(
         update = tl.load(update_ptr + row * width + column, mask=is_column, other=0.0)
         x = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
         tl.store(out_ptr + row * out_stride + column, x, mask=is_column)
-    wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
-    normed = (wide * scale).to(x.dtype).to(tl.float32)
-    normed = (weight.to(tl.float32) * normed).to(x.dtype)
+    normed = _normed(x, weight, width, eps)
     tl.store(normed_ptr + row * width + column, normed, mask=is_column)
 
 
@@ -97,6 +128,36 @@ def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
         WIDTH=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
     return squares
+
+
+def norm_pair(
+    ids_M: Tensor,
+    table_VH: Tensor,
+    hidden_MH: Tensor,
+    embed_norm: Norm,
+    hidden_norm: Norm,
+    *,
+    overlap: bool = False,
+) -> Tensor:
+    """See ``specops.rows.norm_pair``. Raises ValueError for a wrong shape, dtype or memory layout.
+
+    Args:
+        overlap: the kernel after this one may start early (``specops.overlap_triton``).
+    """
+    width = table_VH.shape[1]
+    _check("hidden", hidden_MH, (len(ids_M), width))
+    if not (table_VH.is_contiguous() and ids_M.is_contiguous()):
+        raise ValueError("ids and table must be contiguous")
+    if hidden_MH.dtype != table_VH.dtype:
+        raise ValueError(f"hidden is {hidden_MH.dtype}, the table {table_VH.dtype}")
+    pair = hidden_MH.new_empty(len(ids_M), 2 * width)
+    _norm_pair[(len(ids_M), 2)](
+        ids_M, table_VH, hidden_MH, embed_norm.weight_K, hidden_norm.weight_K, pair,
+        width, hidden_MH.stride(0), embed_norm.eps, hidden_norm.eps,
+        WIDTH=triton.next_power_of_2(width), OVERLAP=overlap,
+        num_warps=_warps(width), launch_pdl=overlap,
+    )  # fmt: skip
+    return pair
 
 
 def add_norm(

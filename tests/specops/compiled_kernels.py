@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,13 @@ from specops.draft_sampling import DraftLaw
 from specops.draft_sampling_triton import sample_draft
 from specops.lane_penalties import LaneRequests, new_tables
 from specops.lane_penalties_triton import adjust_rows, count_tokens
+from specops.linear import Norm
+from specops.places import Places
+from specops.places_triton import places_of
 from specops.rng import Numbering
+from specops.rope import Heads, RopeTable
+from specops.rope_triton import rope_and_write
+from specops.rows_triton import norm_pair
 from specops.sampling import SamplingRows
 from specops.verify_logits_triton import verify_greedy, verify_logits
 
@@ -89,9 +96,24 @@ def one_round(size: int, num_draft: int) -> None:
     for first_key in (0, 1):
         decode = DecodePass(pages, first, PAGE, first_key=first_key)
         attend_pages(q, pool, pool, decode, 1.0, num_parts=2)
+    places_of(decode, num_draft + 1)
+    drafted_rows(decode, places_of(decode, num_draft + 1, by_step=True), pool)
     ring = new_ring(2048, 2, DIM, "cpu", is_fp8=False, pinned=False)
     rows = q.bfloat16()
     pack_kept_rows(rows[:, :1], rows[:, 1], first, first, first, ring)
+
+
+def drafted_rows(decode: DecodePass, steps: Places, pool: torch.Tensor) -> None:
+    """What the passes of drafted rows launch between their products."""
+    norm = Norm(torch.ones(DIM), 1e-6)
+    hidden = torch.zeros((len(decode.first_R), DIM))
+    qkv = torch.zeros((len(hidden), 3 * HEADS * DIM))
+    angles = RopeTable(*torch.zeros((2, 8 * PAGE, DIM // 2)))
+    for positions, slots, first in zip(steps.positions, steps.slots, steps.first, strict=True):
+        norm_pair(positions, torch.zeros((VOCAB, DIM)), hidden, norm, norm)
+        heads = Heads(HEADS, HEADS)
+        q = rope_and_write(qkv, heads, angles, positions, slots, pool, pool)
+        attend_pages(q, pool, pool, replace(decode, first_R=first), 1.0, num_parts=2)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         # one row tile
         "_attend_pages": 1,
         "_join_pages": 1,
+        # rows of a request side by side, and rows of a step
+        "_places": 2,
+        # rows that were drafted, of one step
+        "_norm_pair": 1,
+        "_rope_and_write": 1,
         "_number_rows": 1,
         "_pack_rows": 1,
     }

@@ -31,6 +31,21 @@ def test_embedding_writes_rows_and_their_squares(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pairs_of_an_embedding_and_an_output(device, dtype):
+    table, hidden = (normal(*shape, device=device, dtype=dtype) for shape in ((50, 72), (3, 2, 72)))
+    norms = [Norm(1 + normal(72, device=device, dtype=dtype) / 8, eps) for eps in (1e-5, 0.5)]
+    ids = torch.tensor([7, 3, 49, 0], device=device)[1:]
+
+    want = rows.norm_pair(ids, table, hidden[:, 1], *norms)
+    got = rows_triton.norm_pair(ids, table, hidden[:, 1], *norms)
+
+    assert torch.equal(want[:, :72], linear.rms_norm(table[ids], norms[0]))
+    assert torch.equal(want[:, 72:], linear.rms_norm(hidden[:, 1], norms[1]))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("added", [False, True])
 def test_norms_after_the_residual(device, dtype, added):
     norm = Norm(1 + normal(72, device=device, dtype=dtype) / 8, 1e-5)
@@ -61,5 +76,8 @@ def test_the_kernels_refuse_what_they_cannot_do():
         rows_triton.add_norm(torch.zeros(2, 8), torch.zeros(2, 8), norm, None)
     with pytest.raises(ValueError, match=r"out must be \[2, 8\]"):
         rows_triton.embed(torch.zeros(2).long(), torch.zeros(3, 8), torch.zeros(2, 9))
+    with pytest.raises(ValueError, match=r"hidden is torch\.float16, the table torch\.float32"):
+        hidden = torch.zeros(2, 8, dtype=torch.float16)
+        rows_triton.norm_pair(torch.zeros(2).long(), torch.zeros(3, 8), hidden, norm, norm)
     with pytest.raises(ValueError, match="must be contiguous"):
         rows_triton.silu_gate(torch.zeros(8, 2).t())

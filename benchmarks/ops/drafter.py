@@ -1,0 +1,260 @@
+"""Passes of an EAGLE-3 drafter in a CUDA graph, by its module and fused.
+
+    python -m benchmarks.ops.drafter                        # 0.6B and 8B; about a minute
+    python -m benchmarks.ops.drafter --device cpu --out /tmp/drafter.json     # a tiny one, to try
+
+Weights are random, shapes are those of drafters for the published targets with a draft vocabulary
+of 32,000. A row is one of
+
+- ``draft``: what each further draft token costs a round, but for the choice of it: the pass of one
+  row of each request and its logits. Five drafted tokens minus one, by four.
+- ``take in``: five verified rows of each request, with the product that joins the tapped layers and
+  without the draft head.
+
+Floors are the bytes of the weights in use, and of the keys and values in the context, over the
+bandwidth of a large copy. ``head_ms`` is the draft head alone, its norm inside its kernel or apart.
+
+Writes ``benchmarks/results/ops_drafter.json`` after every row.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.result import write_result
+from drafters.eagle3 import Eagle3, Eagle3Config
+from drafters.eagle3_fused import FusedEagle3
+from drafters.eagle3_paged import PagedEagle3
+from specops.attention import DecodePass
+from specops.overlap_triton import can_overlap
+
+_PAGE = 16
+_MANY, _ONE = 5, 1
+"""Draft tokens whose times are subtracted."""
+_VERIFIED = 5
+NUM_REQUESTS = {"draft": (1, 5, 32), "take in": (1, 32)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "overlap": {"overlap": True},
+    "no overlap": {"overlap": False},
+    "overlap, 64 rows": {"overlap": True, "few_rows": 64},
+}
+
+
+def _config(hidden: int, inner: int, heads: int, theta: float = 1e6) -> Eagle3Config:
+    return Eagle3Config(
+        hidden_size=hidden, target_vocab_size=151_936, draft_vocab_size=32_000,
+        intermediate_size=inner, num_heads=heads, num_kv_heads=8, head_dim=128,
+        layer_ids=(2, 14, 25), rms_norm_eps=1e-6, rope_theta=theta,
+    )  # fmt: skip
+
+
+SHAPES = {"Qwen3-0.6B": _config(1024, 3072, 16), "Qwen3-8B": _config(4096, 12_288, 32)}
+_TINY = Eagle3Config(
+    hidden_size=32, target_vocab_size=96, draft_vocab_size=48, intermediate_size=64, num_heads=4,
+    num_kv_heads=2, head_dim=16, layer_ids=(1, 2, 3), rms_norm_eps=1e-6, rope_theta=1e4,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One drafter and where it runs."""
+
+    module: Eagle3
+    embed: torch.nn.Embedding
+    context: int
+    bandwidth: float | None
+    """Bytes/s of a large copy; ``None`` on a CPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def ms(self, work: Callable[[], object]) -> float:
+        """Median time of ``work``: in a graph, behind a cold cache; on a CPU as it is called."""
+        if self.device.type == "cuda":
+            return graphed(work, repeats=15, calls=1).median_ms
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times) * 1e3
+
+
+def make_bench(config: Eagle3Config, device: str, context: int, bandwidth: float | None) -> Bench:
+    torch.manual_seed(0)
+    with torch.device(device):
+        module = Eagle3(config)
+        embed = torch.nn.Embedding(config.target_vocab_size, config.hidden_size)
+    for parameter in (*module.parameters(), embed.weight):
+        with torch.no_grad():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    assert module.d2t is not None
+    module.d2t += torch.arange(config.draft_vocab_size, device=device)
+    models = [m.to(torch.bfloat16).requires_grad_(False) for m in (module, embed)]
+    return Bench(*models, context, bandwidth)
+
+
+def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) -> PagedEagle3:
+    """A drafter over a filled pool, the same every time; ``None``: by its module."""
+    torch.manual_seed(1)
+    num_pages = num_requests * bench.context // _PAGE + 1
+    paged = PagedEagle3(bench.module, bench.embed, num_pages * _PAGE)
+    paged.keys.normal_()
+    paged.values.normal_()
+    if variant is not None:
+        reason = paged.fuse(bench.context, **variant)
+        assert reason is None, reason
+    return paged
+
+
+def works(
+    bench: Bench, kind: str, num_requests: int, paged: PagedEagle3
+) -> list[Callable[[], Tensor]]:
+    """What is timed; of two, the second is subtracted."""
+    c, device = bench.module.config, bench.device
+    num_pages = bench.context // _PAGE
+    pages = torch.randperm(num_requests * num_pages, device=device, dtype=torch.int32) + 1
+    first = torch.full((num_requests,), bench.context - 8, device=device, dtype=torch.int32)
+    at = DecodePass(pages.view(num_requests, num_pages), first, _PAGE, first_key=1)
+    if kind == "take in":
+        num_rows = num_requests * _VERIFIED
+        ids = torch.randint(0, c.target_vocab_size, (num_rows,), device=device)
+        shape = (num_rows, len(c.layer_ids), c.hidden_size)
+        features = torch.randn(shape, device=device).to(torch.bfloat16)
+        return [lambda: paged.take_in(ids, features, at)]
+    outputs = torch.randn(num_requests, c.hidden_size, device=device).to(torch.bfloat16)
+    ids = torch.randint(0, c.target_vocab_size, (_MANY, num_requests), device=device)
+
+    def draft(num_draft: int) -> Tensor:
+        """Logits of the last of some drafted tokens, which are given."""
+        found: list[Tensor] = []
+
+        def choose(logits: Tensor, number: int) -> Tensor:
+            found.append(logits)
+            return ids[number]
+
+        paged.draft_ahead(outputs, at, num_draft, choose)
+        return found[-1]
+
+    return [lambda: draft(_MANY), lambda: draft(_ONE)]
+
+
+def floor_bytes(bench: Bench, kind: str, num_requests: int) -> int:
+    """Bytes of the weights that a pass reads, and of the keys and values it sees."""
+    c = bench.module.config
+    unread = bench.module.fc if kind == "draft" else bench.module.lm_head
+    weights = sum(p.numel() for p in bench.module.parameters()) - unread.weight.numel()
+    seen = 2 * c.num_kv_heads * c.head_dim * bench.context * num_requests
+    return 2 * (weights + seen)
+
+
+def _time_and_result(
+    bench: Bench, kind: str, num_requests: int, variant: dict[str, Any] | None
+) -> tuple[float, Tensor]:
+    """Milliseconds of one pass, and what the work with the most passes computes."""
+    found = works(bench, kind, num_requests, make_paged(bench, num_requests, variant))
+    result = found[0]().clone()
+    times = [bench.ms(work) for work in found]
+    if len(times) == 1:
+        return times[0], result
+    return (times[0] - times[1]) / (_MANY - _ONE), result
+
+
+def _skips(variant: dict[str, Any], num_rows: int, device: torch.device) -> bool:
+    """Kernels of up to 64 rows change nothing up to 16, nor above 64."""
+    if "few_rows" in variant and not 16 < num_rows <= 64:
+        return True
+    return variant["overlap"] and device.type == "cuda" and not can_overlap(device)
+
+
+def measure(name: str, bench: Bench, kind: str, num_requests: int) -> dict[str, Any]:
+    """One row; times in milliseconds."""
+    num_rows = num_requests * (1 if kind == "draft" else _VERIFIED)
+    row: dict[str, Any] = {
+        "drafter": name, "kind": kind, "requests": num_requests, "rows": num_rows,
+        "context": bench.context,
+    }  # fmt: skip
+    if bench.bandwidth is not None:
+        row["floor_ms"] = floor_bytes(bench, kind, num_requests) / bench.bandwidth * 1e3
+    row["module_ms"], want = _time_and_result(bench, kind, num_requests, None)
+    row["fused_ms"], differences = {}, {}
+    for variant, options in VARIANTS.items():
+        if _skips(options, num_rows, bench.device):
+            continue
+        row["fused_ms"][variant], got = _time_and_result(bench, kind, num_requests, options)
+        differences[variant] = ((got - want).float().norm() / want.float().norm()).item()
+    row["difference_from_module"] = differences
+    if kind == "draft":
+        row["head_ms"] = _head(bench, num_requests)
+    return row
+
+
+def _head(bench: Bench, num_rows: int) -> dict[str, float]:
+    fused = FusedEagle3(bench.module, bench.embed, bench.context)
+    outputs = torch.randn(num_rows, bench.module.config.hidden_size, device=bench.device)
+    outputs = outputs.to(torch.bfloat16)
+    found = {"norm apart": bench.ms(lambda: fused.logits(outputs))}
+    if num_rows <= fused.few_rows:
+        # As many parts as the product before leaves.
+        parts = max(1, bench.module.config.hidden_size // (8 if num_rows <= 2 else 64))
+        squares = outputs.float().pow(2).view(num_rows, parts, -1).sum(dim=-1).contiguous()
+        found["norm inside"] = bench.ms(lambda: fused.logits(outputs, squares))
+    return found
+
+
+def _line(row: dict[str, Any]) -> str:
+    times = ", ".join(f"{name} {ms * 1e3:.1f}" for name, ms in row["fused_ms"].items())
+    head = ", ".join(f"head's {name} {ms * 1e3:.1f}" for name, ms in row.get("head_ms", {}).items())
+    floor = f"{row['floor_ms'] * 1e3:.1f}" if "floor_ms" in row else "-"
+    return (
+        f"{row['drafter']:>10} {row['kind']:>7} {row['rows']:>3} rows: floor {floor}, "
+        f"module {row['module_ms'] * 1e3:.1f}, {times}; {head or 'no head'} us; "
+        f"differs by {max(row['difference_from_module'].values()):.4f}"
+    )
+
+
+def cases(device: str, context: int) -> Iterator[tuple[str, Bench, str, int]]:
+    """Every drafter, kind and number of requests."""
+    shapes = SHAPES if device == "cuda" else {"tiny": _TINY}
+    bandwidth = copy_bytes_per_s() if device == "cuda" else None
+    for name, config in shapes.items():
+        bench = make_bench(config, device, context, bandwidth)
+        for kind, sizes in NUM_REQUESTS.items():
+            for num_requests in sizes:
+                yield name, bench, kind, num_requests
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+        "benchmarks/results/ops_drafter.json"
+    ),
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a tiny shape")] = "cuda",
+    context: Annotated[int, typer.Option(help="positions before the pass")] = 1024,
+    budget_s: Annotated[float, typer.Option(help="begin no row after so many seconds")] = 300.0,
+) -> None:
+    """Milliseconds of one pass of the drafter."""
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for case in cases(device, context):
+            if time.monotonic() - started > budget_s:
+                print(f"{budget_s:.0f} s are spent; the remaining rows are left out", flush=True)
+                break
+            rows.append(measure(*case))
+            print(_line(rows[-1]), flush=True)
+            write_result(out, {"rows": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)
