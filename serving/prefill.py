@@ -15,7 +15,7 @@ from serving.blocks import BLOCK, cut, draft_rows
 from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Program, buckets
-from serving.lanes import Lanes, to_device
+from serving.lanes import Lanes, upload
 from serving.scheduler import Chunk
 from serving.target import KvPool, Target
 from specops.attention import decode_slots
@@ -72,10 +72,9 @@ class Prefill:
                 blocks.append([lane, first, num_rows if keeps else 0, *ids])
         size = next(size for size in self._sizes if size >= len(blocks))
         blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
-        device = self._target.device
-        self._inputs[:size].copy_(to_device(torch.tensor(blocks), device))
+        upload(torch.tensor(blocks), self._inputs[:size])
         padded = ends + [0] * (min(size, len(self._ends)) - len(ends))
-        self._ends[: len(padded)].copy_(to_device(torch.tensor(padded), device))
+        upload(torch.tensor(padded), self._ends[: len(padded)])
         self._lanes.write([c.sequence for c in chunks if c.sequence.lane_length is None])
         self._program(size)()
         for chunk in chunks:

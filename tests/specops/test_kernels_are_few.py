@@ -26,8 +26,13 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_stop": 2,
         "_emit": 2,
         "_overlap": 1,
-        "_best_of_parts": 1,
-        "_match_best": 1,
+        # drafted by a network, and given
+        "_open_round": 2,
+        # greedy, sampled with and without log q
+        "_close_round": 3,
+        "_best_of_part": 1,
+        # whole and reduced vocabulary
+        "_join_best": 2,
         # one row tile
         "_attend_pages": 1,
         "_join_pages": 1,
