@@ -75,11 +75,18 @@ def _join_best(
     tl.store(ids_ptr + row, ids, mask=row < num_rows)
 
 
-def best_ids(logits: Tensor, d2t_D: Tensor | None = None, *, span: int = _SPAN) -> Tensor:
+def best_ids(
+    logits: Tensor,
+    d2t_D: Tensor | None = None,
+    *,
+    span: int = _SPAN,
+    num_programs: int = _PROGRAMS,
+) -> Tensor:
     """See ``specops.best_ids.best_ids``. Can be captured in a CUDA graph.
 
     Args:
         span: logits that a program reads at once, a power of two.
+        num_programs: that the rows are split among, where they are fewer.
 
     Raises:
         ValueError: the logits are not contiguous, or a row has none.
@@ -95,7 +102,7 @@ def best_ids(logits: Tensor, d2t_D: Tensor | None = None, *, span: int = _SPAN) 
     if not num_rows:
         return ids
     spans = triton.cdiv(vocab_size, span)
-    wanted = min(_MOST_PARTS, triton.cdiv(_PROGRAMS, num_rows))
+    wanted = min(_MOST_PARTS, triton.cdiv(num_programs, num_rows))
     num_spans = triton.cdiv(spans, wanted)
     parts = triton.cdiv(spans, num_spans)
     is_double = logits.dtype == torch.float64

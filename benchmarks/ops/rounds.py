@@ -1,0 +1,214 @@
+"""The bookkeeping of a decode round: opened, its greedy ids found, closed; beside torch.
+
+    python -m benchmarks.ops.rounds                                   # two minutes on one GPU
+    TRITON_INTERPRET=1 python -m benchmarks.ops.rounds --device cpu   # a try without a GPU
+
+Ours are the kernels that rounds run on a GPU, ``eager`` their torch definitions, ``compiled``
+torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 tokens; the floor of
+``best_ids`` reads them once at 4.24 TB/s. ``float32 copy`` is the argmax of logits that are
+converted first. A ``greedy round`` is all three, without what a target does between them.
+
+Writes ``benchmarks/results/ops_rounds.json`` after every row; compiling stops first when time is
+short.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.ops.timing import graphed
+from benchmarks.result import write_result
+from specops import best_ids, best_ids_triton, lanes, lanes_triton
+from specops.lanes import Column, Field, Input, LaneState
+from specops.verify_logits import LogitVerdict, Rule
+
+BYTES_PER_S = 4.24e12
+PAGE, MOST = 16, 8
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured."""
+
+    vocab: int = 151_936
+    batches: tuple[int, ...] = (1, 32, 128)
+    drafts: tuple[int, ...] = (0, 4)
+    rows: tuple[int, ...] = (1, 32, 128, 160, 640)
+    num_pages: int = 2560
+    """Of each lane."""
+
+
+TINY = Sizes(vocab=5000, batches=(1, 3), drafts=(0, 2), rows=(1, 4), num_pages=40)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where work is timed, and until when alternatives are compiled."""
+
+    device: str
+    deadline_s: float
+
+    def microseconds(self, work: Work) -> float:
+        if self.device == "cuda":
+            return graphed(work).median_ms * 1e3
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times) * 1e6
+
+    def compiled_microseconds(self, work: Work) -> float | str | None:
+        """``None``: not tried; the error, if torch cannot do it."""
+        if self.device != "cuda" or time.perf_counter() > self.deadline_s:
+            return None
+        torch._dynamo.reset()
+        try:
+            return self.microseconds(torch.compile(work, dynamic=False))
+        except Exception as error:  # whatever keeps an alternative from running is its result
+            return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def make_lanes(sizes: Sizes, device: str) -> LaneState:
+    """Lanes of requests of some hundred tokens that go on for long."""
+    num_lanes = max(sizes.batches) + 1
+    ints = torch.zeros((len(Field), num_lanes), dtype=torch.int64, device=device)
+    ints[Field.LENGTH] = 300 + torch.arange(num_lanes, device=device)
+    ints[Field.LIMIT], ints[Field.CAP] = 1 << 40, MOST
+    floats = torch.ones((3, num_lanes), device=device)
+    shape = (num_lanes, sizes.num_pages)
+    pages = torch.randint(1, 9999, shape, dtype=torch.int32, device=device)
+    return LaneState(ints, floats, pages)
+
+
+def inputs_of(num_requests: int, device: str) -> Tensor:
+    shape = (num_requests, Input.TOKENS + MOST)
+    inputs = torch.full(shape, MOST, dtype=torch.int64, device=device)
+    inputs[:, Input.LANE] = torch.arange(num_requests, device=device)
+    return inputs
+
+
+def opening(module: ModuleType, state: LaneState, num_requests: int, num_draft: int) -> Work:
+    inputs = inputs_of(num_requests, state.ints_FL.device.type)
+
+    def work() -> object:
+        opened = module.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
+        return opened.slots_T, opened.block_RQ, opened.lens_R
+
+    return work
+
+
+def closing(
+    module: ModuleType, state: LaneState, num_requests: int, num_draft: int, is_greedy: bool
+) -> Work:
+    device = state.ints_FL.device
+    inputs = inputs_of(num_requests, device.type)
+    opened = lanes.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
+    outputs = inputs.new_zeros((num_requests, Column.TOKENS + 3 * MOST))
+    logq = torch.zeros((num_requests, num_draft), device=device)
+    whole = inputs.new_zeros(num_requests)
+    verdict: Tensor | LogitVerdict = opened.block_RQ.roll(-1, 1).contiguous()
+    if not is_greedy:
+        verdict = LogitVerdict(whole, whole, logq, logq, None, None)
+    draft = opened.given_RK
+
+    def work() -> object:
+        logq_RK = None if is_greedy else logq
+        return astuple(module.close_round(state, opened, draft, verdict, logq_RK, outputs))
+
+    return work
+
+
+def choosing(module: ModuleType, logits: Tensor) -> Work:
+    return lambda: module.best_ids(logits)
+
+
+def whole_round(
+    bookkeeping: ModuleType, choice: ModuleType, state: LaneState, logits: Tensor
+) -> Work:
+    """Of greedy requests without drafts."""
+    inputs = inputs_of(len(logits), logits.device.type)
+    outputs = inputs.new_zeros((len(logits), Column.TOKENS + 3 * MOST))
+
+    def work() -> object:
+        opened = bookkeeping.open_round(state, inputs, 0, PAGE, Rule.BLOCK, is_given=True)
+        best = choice.best_ids(logits)
+        drafts = opened.given_RK
+        closed = bookkeeping.close_round(state, opened, drafts, best, None, outputs)
+        return closed.next_R
+
+    return work
+
+
+def figures(place: Place, ours: Work, eager: Work, **more: Any) -> dict[str, Any]:
+    return {
+        **more,
+        "ours_us": place.microseconds(ours),
+        "eager_us": place.microseconds(eager),
+        "compiled_us": place.compiled_microseconds(eager),
+    }
+
+
+def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
+    """One row a case."""
+    state = make_lanes(sizes, place.device)
+    torch.manual_seed(0)
+    for num_rows in sizes.rows:
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = torch.randn(num_rows, sizes.vocab, device=place.device).to(dtype)
+            works = [choosing(module, logits) for module in (best_ids_triton, best_ids)]
+            row = figures(place, *works, case=f"best_ids, {dtype}", rows=num_rows)
+            row["floor_us"] = logits.nbytes / BYTES_PER_S * 1e6
+            if dtype == torch.bfloat16:
+                copied = place.microseconds(lambda given=logits: given.float().argmax(-1))  # type: ignore[misc]
+                row["float32_copy_us"] = copied
+            yield row
+    for batch in sizes.batches:
+        logits = torch.randn(batch, 1, sizes.vocab, device=place.device).bfloat16()
+        works = [
+            whole_round(lanes_triton, best_ids_triton, state, logits),
+            whole_round(lanes, best_ids, state, logits),
+        ]
+        yield figures(place, *works, case="greedy round", rows=batch, num_draft=0)
+        for num_draft in sizes.drafts:
+            shape = {"rows": batch, "num_draft": num_draft}
+            works = [opening(m, state, batch, num_draft) for m in (lanes_triton, lanes)]
+            yield figures(place, *works, case="open_round", **shape)
+            for kind, is_greedy in (("greedy", True), ("sampled", False)):
+                works = [
+                    closing(m, state, batch, num_draft, is_greedy) for m in (lanes_triton, lanes)
+                ]
+                yield figures(place, *works, case=f"close_round, {kind}", **shape)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+        "benchmarks/results/ops_rounds.json"
+    ),
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 120.0,
+) -> None:
+    """Measure all cases and print a line for each."""
+    place = Place(device, time.perf_counter() + budget_s)
+    found: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for row in rows(Sizes() if device == "cuda" else TINY, place):
+            found.append(row)
+            print(row, flush=True)
+            write_result(out, {"rows": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)
