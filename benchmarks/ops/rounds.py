@@ -17,9 +17,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -29,7 +28,8 @@ from torch import Tensor
 from benchmarks.ops.timing import graphed
 from benchmarks.result import write_result
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
-from specops.lanes import Column, Field, Input, LaneState
+from specops import device as on_device
+from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound
 from specops.verify_logits import LogitVerdict, Rule
 
 BYTES_PER_S = 4.24e12
@@ -54,11 +54,30 @@ TINY = Sizes(vocab=5000, batches=(1, 3), drafts=(0, 2), rows=(1, 4), num_pages=4
 
 
 @dataclass(frozen=True, slots=True)
+class Ways:
+    """One way to do all of it."""
+
+    open_round: Callable[..., OpenedRound]
+    best_ids: Callable[[Tensor], Tensor]
+    close_round: Callable[..., ClosedRound]
+
+
+EAGER = Ways(lanes.open_round, best_ids.best_ids, lanes.close_round)
+ON_GPU = Ways(on_device.open_round, on_device.best_ids, on_device.close_round)
+INTERPRETED = Ways(lanes_triton.open_round, best_ids_triton.best_ids, lanes_triton.close_round)
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where work is timed, and until when alternatives are compiled."""
 
     device: str
     deadline_s: float
+
+    @property
+    def ways(self) -> tuple[Ways, Ways]:
+        """Ours and the definitions."""
+        return (ON_GPU if self.device == "cuda" else INTERPRETED), EAGER
 
     def microseconds(self, work: Work) -> float:
         if self.device == "cuda":
@@ -100,18 +119,18 @@ def inputs_of(num_requests: int, device: str) -> Tensor:
     return inputs
 
 
-def opening(module: ModuleType, state: LaneState, num_requests: int, num_draft: int) -> Work:
+def opening(way: Ways, state: LaneState, num_requests: int, num_draft: int) -> Work:
     inputs = inputs_of(num_requests, state.ints_FL.device.type)
 
     def work() -> object:
-        opened = module.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
+        opened = way.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
         return opened.slots_T, opened.block_RQ, opened.lens_R
 
     return work
 
 
 def closing(
-    module: ModuleType, state: LaneState, num_requests: int, num_draft: int, is_greedy: bool
+    way: Ways, state: LaneState, num_requests: int, num_draft: int, is_greedy: bool
 ) -> Work:
     device = state.ints_FL.device
     inputs = inputs_of(num_requests, device.type)
@@ -126,27 +145,26 @@ def closing(
 
     def work() -> object:
         logq_RK = None if is_greedy else logq
-        return astuple(module.close_round(state, opened, draft, verdict, logq_RK, outputs))
+        closed = way.close_round(state, opened, draft, verdict, logq_RK, outputs)
+        return closed.emitted_RQ, closed.captured_R, closed.anchor_row_R
 
     return work
 
 
-def choosing(module: ModuleType, logits: Tensor) -> Work:
-    return lambda: module.best_ids(logits)
+def choosing(way: Ways, logits: Tensor) -> Work:
+    return lambda: way.best_ids(logits)
 
 
-def whole_round(
-    bookkeeping: ModuleType, choice: ModuleType, state: LaneState, logits: Tensor
-) -> Work:
+def whole_round(way: Ways, state: LaneState, logits: Tensor) -> Work:
     """Of greedy requests without drafts."""
     inputs = inputs_of(len(logits), logits.device.type)
     outputs = inputs.new_zeros((len(logits), Column.TOKENS + 3 * MOST))
 
     def work() -> object:
-        opened = bookkeeping.open_round(state, inputs, 0, PAGE, Rule.BLOCK, is_given=True)
-        best = choice.best_ids(logits)
+        opened = way.open_round(state, inputs, 0, PAGE, Rule.BLOCK, is_given=True)
+        best = way.best_ids(logits)
         drafts = opened.given_RK
-        closed = bookkeeping.close_round(state, opened, drafts, best, None, outputs)
+        closed = way.close_round(state, opened, drafts, best, None, outputs)
         return closed.next_R
 
     return work
@@ -168,7 +186,7 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
     for num_rows in sizes.rows:
         for dtype in (torch.bfloat16, torch.float32):
             logits = torch.randn(num_rows, sizes.vocab, device=place.device).to(dtype)
-            works = [choosing(module, logits) for module in (best_ids_triton, best_ids)]
+            works = [choosing(way, logits) for way in place.ways]
             row = figures(place, *works, case=f"best_ids, {dtype}", rows=num_rows)
             row["floor_us"] = logits.nbytes / BYTES_PER_S * 1e6
             if dtype == torch.bfloat16:
@@ -177,19 +195,14 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
             yield row
     for batch in sizes.batches:
         logits = torch.randn(batch, 1, sizes.vocab, device=place.device).bfloat16()
-        works = [
-            whole_round(lanes_triton, best_ids_triton, state, logits),
-            whole_round(lanes, best_ids, state, logits),
-        ]
+        works = [whole_round(way, state, logits) for way in place.ways]
         yield figures(place, *works, case="greedy round", rows=batch, num_draft=0)
         for num_draft in sizes.drafts:
             shape = {"rows": batch, "num_draft": num_draft}
-            works = [opening(m, state, batch, num_draft) for m in (lanes_triton, lanes)]
+            works = [opening(way, state, batch, num_draft) for way in place.ways]
             yield figures(place, *works, case="open_round", **shape)
             for kind, is_greedy in (("greedy", True), ("sampled", False)):
-                works = [
-                    closing(m, state, batch, num_draft, is_greedy) for m in (lanes_triton, lanes)
-                ]
+                works = [closing(w, state, batch, num_draft, is_greedy) for w in place.ways]
                 yield figures(place, *works, case=f"close_round, {kind}", **shape)
 
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specops.overlap_triton import let_next_start, wait_for_previous
+
 _SPAN = 2048  # logits that a program reads at once
 _MOST_PARTS = 128
 _PROGRAMS = 1056  # 8 of each of an H200's 132 processors
@@ -35,9 +37,12 @@ def _best(tops, ids, axis: tl.constexpr):
 @triton.jit(do_not_specialize=["num_parts", "num_spans"])
 def _best_of_part(
     logits_ptr, row_stride, tops_ptr, ids_ptr, vocab, num_parts, num_spans,
-    SPAN: tl.constexpr, WIDE: tl.constexpr,
+    SPAN: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One part of a row: ``num_spans`` spans."""
+    if OVERLAP:
+        let_next_start()
+        wait_for_previous()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = part * num_spans * SPAN
     lane = tl.arange(0, SPAN)
@@ -59,9 +64,12 @@ def _best_of_part(
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _join_best(
     tops_ptr, part_ids_ptr, d2t_ptr, ids_ptr, num_rows, num_parts,
-    ROWS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_MAP: tl.constexpr,
+    ROWS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_MAP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some rows: the best of their parts, as a target id."""
+    if OVERLAP:
+        let_next_start()
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.arange(0, PARTS_UP)
     is_part = (row < num_rows)[:, None] & (part < num_parts)[None, :]
@@ -81,12 +89,14 @@ def best_ids(
     *,
     span: int = _SPAN,
     num_programs: int = _PROGRAMS,
+    overlap: bool = False,
 ) -> Tensor:
     """See ``specops.best_ids.best_ids``. Can be captured in a CUDA graph.
 
     Args:
         span: logits that a program reads at once, a power of two.
         num_programs: that the rows are split among, where they are fewer.
+        overlap: start while the kernel before still runs (``specops.overlap_triton``).
 
     Raises:
         ValueError: the logits are not contiguous, or a row has none.
@@ -111,10 +121,12 @@ def best_ids(
     part_ids = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)
     _best_of_part[(num_rows, parts)](
         logits, vocab_size, tops, part_ids, vocab_size, parts, num_spans,
-        SPAN=span, WIDE=tl.float64 if is_double else tl.float32, num_warps=4,
+        SPAN=span, WIDE=tl.float64 if is_double else tl.float32, OVERLAP=overlap,
+        num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     _join_best[(triton.cdiv(num_rows, 4),)](
         tops, part_ids, d2t_D, ids, num_rows, parts,
-        ROWS=4, PARTS_UP=_MOST_PARTS, HAS_MAP=d2t_D is not None, num_warps=4,
+        ROWS=4, PARTS_UP=_MOST_PARTS, HAS_MAP=d2t_D is not None, OVERLAP=overlap,
+        num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return ids

@@ -3,6 +3,7 @@ definitions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -81,12 +82,12 @@ def verify_logits(
 
 def best_ids(logits: Tensor, d2t_D: Tensor | None = None) -> Tensor:
     """See ``specops.best_ids.best_ids``."""
-    find = best_definition.best_ids
     if logits.is_cuda:
-        from specops import best_ids_triton
+        from specops import best_ids_triton, overlap_triton
 
-        find = best_ids_triton.best_ids
-    return find(logits, d2t_D)
+        overlap = overlap_triton.can_overlap(logits.device)
+        return best_ids_triton.best_ids(logits, d2t_D, overlap=overlap)
+    return best_definition.best_ids(logits, d2t_D)
 
 
 def open_round(
@@ -116,11 +117,12 @@ def close_round(
     outputs_RC: Tensor,
 ) -> ClosedRound:
     """See ``specops.lanes.close_round``."""
-    end = lanes.close_round
+    end: Callable[..., ClosedRound] = lanes.close_round
     if draft_RK.is_cuda:
-        from specops import lanes_triton
+        from specops import lanes_triton, overlap_triton
 
-        end = lanes_triton.close_round
+        overlap = overlap_triton.can_overlap(draft_RK.device)
+        end = partial(lanes_triton.close_round, overlap=overlap)
     return end(state, opened, draft_RK, verdict, logq_RK, outputs_RC)
 
 

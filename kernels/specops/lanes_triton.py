@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound, most_drafts
+from specops.overlap_triton import wait_for_previous
 from specops.verify_logits import LogitVerdict, Rule
 
 _FIELDS_UP = 16
@@ -189,9 +190,11 @@ def _close_round(
     accepted_ptr, following_ptr, logp_ptr, logq_ptr, outputs_ptr, outputs_stride,
     emitted_ptr, next_ptr, count_ptr, captured_ptr, anchor_row_ptr,
     most_drafts, num_lanes, num_requests, num_draft,
-    QUERY_UP: tl.constexpr, BY_BEST: tl.constexpr, HAS_LOGQ: tl.constexpr,
+    QUERY_UP: tl.constexpr, BY_BEST: tl.constexpr, HAS_LOGQ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One request."""
+    if OVERLAP:
+        wait_for_previous()
     request = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, QUERY_UP)
     is_draft = place < num_draft
@@ -247,9 +250,14 @@ def close_round(
     verdict: LogitVerdict | Tensor,
     logq_RK: Tensor | None,
     outputs_RC: Tensor,
+    *,
+    overlap: bool = False,
 ) -> ClosedRound:
     """See ``specops.lanes.close_round``, whose arguments and result these are. Can be captured in a
     CUDA graph.
+
+    Args:
+        overlap: start while the kernel before still runs (``specops.overlap_triton``).
 
     Raises:
         ValueError: a tensor is not contiguous, but for the rows of drafts and outputs among each
@@ -289,6 +297,6 @@ def close_round(
         closed.emitted_RQ, closed.next_R, closed.count_R, closed.captured_R, closed.anchor_row_R,
         most_drafts(outputs_RC), state.ints_FL.shape[1], num_requests, num_draft,
         QUERY_UP=_places(num_query), BY_BEST=best is not None, HAS_LOGQ=logq_RK is not None,
-        num_warps=1,
+        OVERLAP=overlap, num_warps=1, launch_pdl=overlap,
     )  # fmt: skip
     return closed

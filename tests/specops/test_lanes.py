@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from specops import lanes, lanes_triton
+from specops import best_ids, device, lanes, lanes_triton
 from specops.lanes import Column, Field, Input, LaneState
 from specops.verify_logits import LogitVerdict, Rule
 
@@ -176,23 +176,26 @@ def test_a_round_commits_what_was_kept(close):
 
 @pytest.mark.gpu
 def test_rounds_replay_on_what_the_lanes_say_then():
-    """Captured once; every replay opens on what the one before has committed."""
+    """Captured once, kernels starting while those before still run; every replay opens on what the
+    one before has committed."""
     expected, captured = state_of("cuda"), state_of("cuda")
     inputs = inputs_of([0, 6, 7, 8], "cuda")
     outputs = torch.zeros((4, Column.TOKENS + 3 * MOST), dtype=torch.int64, device="cuda")
+    laws = torch.randn(1000, 30_000, device="cuda")
 
-    def play(module, state):
-        opened = module.open_round(state, inputs, 4, PAGE, Rule.BLOCK, is_given=True)
-        best = opened.block_RQ.roll(-1, 1).contiguous()  # all are kept
-        module.close_round(state, opened, opened.given_RK, best, None, outputs)
+    def play(state, open_round, best_ids, close_round):
+        opened = open_round(state, inputs, 4, PAGE, Rule.BLOCK, is_given=True)
+        best = best_ids(laws[opened.block_RQ % 1000])
+        close_round(state, opened, opened.given_RK, best, None, outputs)
 
-    play(lanes_triton, state_of("cuda"))
+    kernels = (device.open_round, device.best_ids, device.close_round)
+    play(state_of("cuda"), *kernels)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        play(lanes_triton, captured)
-    for _ in range(3):
+        play(captured, *kernels)
+    for _ in range(6):
         graph.replay()
-        play(lanes, expected)
+        play(expected, lanes.open_round, best_ids.best_ids, lanes.close_round)
 
     assert_equal(captured, expected)
 
