@@ -295,6 +295,8 @@ class Rounds:
         )  # fmt: skip
         rows = LaneRows(opened.pages_RP)
         drafts = self._draft(opened, rows, key) if by_neural else _given(opened)
+        if by_neural:
+            opened.block_RQ[:, 1:] = drafts.tokens_RK
         here = rows.decode_pass(opened.anchor_at_R, self._page_size)
         computed = self._target.decode(
             opened.block_RQ.flatten(), opened.positions_T, opened.slots_T, here, self._pool
@@ -348,9 +350,7 @@ class Rounds:
             def best(logits: Tensor, _number: int) -> Tensor:
                 return best_ids(logits, d2t)
 
-            tokens = neural.draft_ahead(outputs, ahead, key.num_draft, best)
-            opened.block_RQ[:, 1:] = tokens
-            return _Drafts(tokens, None, None)
+            return _Drafts(neural.draft_ahead(outputs, ahead, key.num_draft, best), None, None)
 
         sampling, by_match = opened.sampling(), opened.by_match_R
         drawn: list[Drafted] = []
@@ -363,7 +363,6 @@ class Rounds:
             return drawn[-1].tokens_R
 
         tokens = neural.draft_ahead(outputs, ahead, key.num_draft, draw)
-        opened.block_RQ[:, 1:] = tokens
         law = DraftLaw(torch.stack(kept, 1), sampling, by_match, neural.vocab, _joined(drawn))
         return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
 

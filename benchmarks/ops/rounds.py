@@ -1,6 +1,7 @@
 """The bookkeeping of a decode round: opened, its greedy ids found, closed; beside torch.
 
     python -m benchmarks.ops.rounds                                   # two minutes on one GPU
+    python -m benchmarks.ops.rounds --sweep                           # ways to cut best_ids
     TRITON_INTERPRET=1 python -m benchmarks.ops.rounds --device cpu   # a try without a GPU
 
 Ours are the kernels that rounds run on a GPU, ``eager`` their torch definitions, ``compiled``
@@ -8,8 +9,8 @@ torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 token
 ``best_ids`` reads them once at 4.24 TB/s. ``float32 copy`` is the argmax of logits that are
 converted first. A ``greedy round`` is all three, without what a target does between them.
 
-Writes ``benchmarks/results/ops_rounds.json`` after every row; compiling stops first when time is
-short.
+Writes ``benchmarks/results/ops_rounds.json``, or ``ops_rounds_sweep.json``, after every row;
+compiling stops first when time is short.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +33,7 @@ from benchmarks.result import write_result
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
 from specops import device as on_device
 from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound
+from specops.overlap_triton import can_overlap
 from specops.verify_logits import LogitVerdict, Rule
 
 BYTES_PER_S = 4.24e12
@@ -206,18 +210,32 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
                 yield figures(place, *works, case=f"close_round, {kind}", **shape)
 
 
+def sweep(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
+    """One row for each way to split the rows among programs."""
+    for num_rows in sizes.rows:
+        logits = torch.randn(num_rows, sizes.vocab, device=place.device).bfloat16()
+        overlap = place.device == "cuda" and can_overlap(logits.device)
+        for span, num_programs in product((1024, 2048, 4096), (528, 1056, 2112)):
+            way = {"span": span, "num_programs": num_programs}
+            work = partial(best_ids_triton.best_ids, logits, overlap=overlap, **way)
+            yield {"rows": num_rows, **way, "ours_us": place.microseconds(work)}
+
+
 def main(
     out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
         "benchmarks/results/ops_rounds.json"
     ),
     device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
     budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 120.0,
+    is_sweep: Annotated[bool, typer.Option("--sweep", help="other ways instead")] = False,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = Place(device, time.perf_counter() + budget_s)
     found: list[dict[str, Any]] = []
+    cases = sweep if is_sweep else rows
+    out = out.with_stem(out.stem + "_sweep") if is_sweep else out
     with torch.inference_mode():
-        for row in rows(Sizes() if device == "cuda" else TINY, place):
+        for row in cases(Sizes() if device == "cuda" else TINY, place):
             found.append(row)
             print(row, flush=True)
             write_result(out, {"rows": found})

@@ -70,7 +70,9 @@ def bookkeeping(
     size: int, num_draft: int, best_RQ: torch.Tensor, verdicts: list[LogitVerdict]
 ) -> None:
     """Rounds drafted by a network and rounds with given drafts, greedy and sampled."""
-    best_ids(best_RQ.new_zeros((size, VOCAB), dtype=torch.float32), best_RQ.new_zeros(VOCAB))
+    drafted = best_RQ.new_zeros((size, VOCAB), dtype=torch.bfloat16)
+    best_ids(drafted, best_RQ.new_zeros(VOCAB))
+    best_ids(drafted)
     # As many lanes as a server of this size has, and pages of another number for each.
     ints, floats = torch.zeros((len(Field), 65), dtype=torch.int64), torch.zeros((3, 65))
     state = LaneState(ints, floats, torch.zeros((65, 60 + size), dtype=torch.int32))

@@ -30,7 +30,8 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_open_round": 2,
         # greedy, sampled with and without log q
         "_close_round": 3,
-        "_best_of_part": 1,
+        # logits of few rows, which are float32, and of many
+        "_best_of_part": 2,
         # whole and reduced vocabulary
         "_join_best": 2,
         # one row tile
