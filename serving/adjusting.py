@@ -18,7 +18,8 @@ from serving.lanes import MOST_BIASES, to_device
 from serving.packing import completion_that_counts, prompt_that_counts
 from serving.sequence import Sequence
 from serving.types import SamplingParams
-from specops.lane_penalties import new_tables, table_bytes
+from specops.lane_penalties import LaneRequests, new_tables, table_bytes
+from specops.lanes import Field, Input, OpenedRound
 
 
 def fits_lane(sampling: SamplingParams) -> bool:
@@ -30,6 +31,12 @@ def fits_lane(sampling: SamplingParams) -> bool:
 def adjusting_bytes(num_lanes: int, vocab_size: int) -> int:
     """Memory of ``Adjusting``."""
     return table_bytes(num_lanes, vocab_size, MOST_BIASES)
+
+
+def requests_of(inputs_RI: Tensor, opened: OpenedRound) -> LaneRequests:
+    """Which requests of a round want their logits changed."""
+    fields = opened.ints_FR
+    return LaneRequests(inputs_RI[:, Input.LANE], fields[Field.BIASES], fields[Field.PENALIZES])
 
 
 class Adjusting:

@@ -13,7 +13,7 @@ import torch
 from serving.blocks import BLOCK, cut, draft_rows
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Program, buckets
-from serving.lanes import Lanes, to_device
+from serving.lanes import Lanes, upload
 from serving.sequence import Sequence
 
 _LANE, _FIRST, _END, _IDS = 0, 1, 2, 3
@@ -60,7 +60,7 @@ class CatchUp:
         size = next(size for size in self._sizes if size >= len(blocks))
         filling = [self._lanes.padding, 1, _NO_END, *[0] * BLOCK]
         rows = torch.tensor(blocks + [filling] * (size - len(blocks)))
-        self._inputs[:size].copy_(to_device(rows, self._inputs.device))
+        upload(rows, self._inputs[:size])
         self._program(size)()
 
     def capture_all(self) -> None:

@@ -280,12 +280,17 @@ class FusedDecoder:
             normed = do.add_norm(stream, update, norms[index + 1], outs[index + 1])
         return normed
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V] float32 (float64 for a float64 model)."""
+    def logits(self, hidden: Tensor, *, widen: bool = True) -> Tensor:
+        """[..., H] -> [..., V] float32 (float64 for a float64 model).
+
+        Args:
+            widen: otherwise in the dtype, of the same values, that costs least.
+        """
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         flat = hidden.reshape(-1, hidden.shape[-1])
         if not len(flat) or not self._are_few(len(flat)):
-            scores = nn.functional.linear(flat, self.head).to(wide)
+            scores = nn.functional.linear(flat, self.head)
+            scores = scores.to(wide) if widen else scores
         else:
             out = torch.empty(len(flat), len(self.head), dtype=wide, device=hidden.device)
             scores = self._operations.few_row_linear(flat, self.head, out=out)

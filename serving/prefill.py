@@ -13,19 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.adjusting import Adjusting
+from serving.adjusting import Adjusting, requests_of
 from serving.blocks import BLOCK, cut, draft_rows
 from serving.capture import CaptureRing
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Landing, Program, buckets
-from serving.lanes import Lanes, to_device
+from serving.lanes import Lanes, upload
 from serving.scheduler import Chunk
 from serving.target import KvPool, Target
-from serving.verifying import Rule
+from serving.verifying import Rule, judge_of
 from specops.attention import decode_slots
-from specops.device import adjust_rows, count_tokens, verify_logits
+from specops.device import adjust_rows, close_round, count_tokens, open_round, verify_logits
+from specops.lanes import Column, Input
 
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
+_ROW = 2
+"""Column of a prompt's last row, behind what a round without a draft is handed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,8 @@ class Prefilled:
     logits: Tensor
     """[N, V] of the last row of each chunk that ends its prompt, in order, the target's own; on the
     device, until the next program runs."""
-    first_ids: Tensor
-    """[N] int64 on the host, once landed: the tokens chosen."""
+    outputs: Tensor
+    """[N, columns] int64 on the host, once landed: the outcome of a round without drafts."""
     landed: Landing
 
 
@@ -61,17 +64,18 @@ class Prefill:
         self._target, self._pool, self._drafting = target, pool, drafting
         self._lanes, self._adjusting, self._graphs = lanes, adjusting, graphs
         self._page_size = page_size
-        self._rule: Rule = rule
+        self._rule = judge_of(rule)
         # Every chunk may fill up a block of its own.
         most_blocks = -(-prefill_chunk // BLOCK) + lanes.padding
         self._sizes = buckets(most_blocks)
         device = target.device
         columns = _IDS + BLOCK
         self._inputs = torch.zeros((most_blocks, columns), dtype=torch.int64, device=device)
-        # Row and lane of chunks that end their prompt.
-        self._ends = torch.zeros((lanes.padding, 2), dtype=torch.int64, device=device)
-        self._ends[:, 1] = lanes.padding
-        self._first_ids = torch.zeros(lanes.padding, dtype=torch.int64, device=device)
+        # Chunks that end their prompt: such a request has a round without a draft.
+        self._ends = torch.zeros((lanes.padding, _ROW + 1), dtype=torch.int64, device=device)
+        self._ends[:, Input.LANE] = lanes.padding
+        shape = (lanes.padding, int(Column.TOKENS))
+        self._outputs = torch.zeros(shape, dtype=torch.int64, device=device)
         self._ring = ring
         if ring is not None:
             ring.reserve(most_blocks * BLOCK)
@@ -87,15 +91,15 @@ class Prefill:
             lane, keeps = chunk.sequence.lane, chunk.sequence.request.capture
             assert lane is not None, "a running request has a lane"
             if chunk.is_last:
-                ends.append([len(blocks) * BLOCK + chunk.num_rows - 1, lane])
+                ends.append([lane, 0, len(blocks) * BLOCK + chunk.num_rows - 1])
             for first, num_rows, ids in cut(chunk.sequence, chunk.start, chunk.end):
                 blocks.append([lane, first, num_rows if keeps else 0, *ids])
         size = next(size for size in self._sizes if size >= len(blocks))
         blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
-        device = self._target.device
-        self._inputs[:size].copy_(to_device(torch.tensor(blocks), device))
-        padded = ends + [[0, self._lanes.padding]] * (min(size, len(self._ends)) - len(ends))
-        self._ends[: len(padded)].copy_(to_device(torch.tensor(padded), device))
+        upload(torch.tensor(blocks), self._inputs[:size])
+        no_end = [self._lanes.padding, 0, 0]
+        padded = ends + [no_end] * (min(size, len(self._ends)) - len(ends))
+        upload(torch.tensor(padded), self._ends[: len(padded)])
         fresh = [c.sequence for c in chunks if c.sequence.lane_length is None]
         self._lanes.write(fresh)
         self._adjusting.write(fresh)
@@ -103,10 +107,10 @@ class Prefill:
         for chunk in chunks:
             self._note(chunk)
         assert self._logits is not None
-        first_ids, landed = torch.empty(0, dtype=torch.int64), Landing(None)
+        outputs, landed = torch.empty((0, Column.TOKENS), dtype=torch.int64), Landing(None)
         if ends:  # else there is nothing to wait for
-            first_ids, landed = self._graphs.to_host(self._first_ids[: len(ends)])
-        return Prefilled(chunks, self._logits[: len(ends)], first_ids, landed)
+            outputs, landed = self._graphs.to_host(self._outputs[: len(ends)])
+        return Prefilled(chunks, self._logits[: len(ends)], outputs, landed)
 
     def read(self, prefilled: Prefilled) -> list[int]:
         """Wait for a program and read the first tokens of the prompts that ended."""
@@ -114,7 +118,8 @@ class Prefill:
         for chunk in prefilled.chunks:
             if chunk.is_last:
                 chunk.sequence.lane_length = len(chunk.sequence.tokens) + 1
-        return prefilled.first_ids.tolist()
+        first_ids: list[int] = prefilled.outputs[:, Column.NEXT].tolist()
+        return first_ids
 
     def numbers(self, chunks: tuple[Chunk, ...]) -> list[int] | None:
         """Running number of the first captured row of each chunk, once all programs before have
@@ -157,25 +162,26 @@ class Prefill:
             draft_rows(self._drafting, rows, first, ids, self._page_size)
         count = min(size, len(self._ends))
         assert self._logits is not None
-        row, lanes = self._ends[:count].unbind(1)
-        logits = self._target.logits(computed.hidden_TH.index_select(0, row))
+        last = computed.hidden_TH.index_select(0, self._ends[:count, _ROW])
+        logits = self._target.logits(last)
         self._logits[:count].copy_(logits)
-        self._first_ids[:count] = self._choose(logits, lanes)
+        self._choose(logits)
         if self._ring is not None:
             taps, hidden = computed.features_TmH, computed.hidden_TH
             self._ring.append(taps, hidden, blocks[:, _KEPT], first, blocks[:, _LANE])
 
-    def _choose(self, logits_NV: Tensor, lanes_N: Tensor) -> Tensor:
-        """[N] first tokens, which the lanes take in."""
-        rows = self._lanes.rows(lanes_N)
-        none = torch.zeros((len(lanes_N), 0), dtype=torch.int64, device=lanes_N.device)
-        adjust_rows(logits_NV[:, None], none, rows.adjusting(), self._adjusting.tables)
+    def _choose(self, logits_NV: Tensor) -> None:
+        """First tokens, which the lanes take in: a round without drafts, of which the logits are
+        there already."""
+        ends, outputs = self._ends[: len(logits_NV)], self._outputs[: len(logits_NV)]
+        state, tables = self._lanes.state, self._adjusting.tables
+        opened = open_round(state, ends, 0, self._page_size, self._rule, is_given=True)
+        assert opened.given_RK is not None
+        asks, none = requests_of(ends, opened), opened.given_RK
+        adjust_rows(logits_NV[:, None], none, asks, tables)
         verdict = verify_logits(
-            logits_NV[:, None], rows.sampling(), none, torch.zeros_like(lanes_N),
-            rows.rules(self._rule), rows.numbering(), None,
+            logits_NV[:, None], opened.sampling(), none, opened.lens_R, opened.rules_R,
+            opened.numbering(), None,
         )  # fmt: skip
-        count = (rows.limit_R - rows.length_R).clamp(max=1)  # 0 in the lane that is nobody's
-        emitted = verdict.next_R[:, None]
-        self._lanes.commit(lanes_N, rows, emitted, count)
-        count_tokens(emitted, count, rows.adjusting(), self._adjusting.tables)
-        return verdict.next_R
+        closed = close_round(state, opened, none, verdict, None, outputs)
+        count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)

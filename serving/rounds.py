@@ -18,31 +18,37 @@ Shapes: R requests (a bucket's, the last ones may be padding), K draft tokens, Q
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serving.adjusting import Adjusting, fits_lane
+from serving.adjusting import Adjusting, fits_lane, requests_of
 from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.catch_up import CatchUp
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Landing, Program, buckets
-from serving.lanes import LaneRows, Lanes, to_device
+from serving.lanes import LaneRows, Lanes, upload
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
 from serving.types import TokenLogprob
-from serving.verifying import Proposed, Rule, Verified
-from specops.attention import decode_slots
-from specops.device import adjust_rows, count_tokens, sample_draft, verify_logits
+from serving.verifying import Proposed, Rule, Verified, judge_of
+from specops.device import (
+    adjust_rows,
+    best_ids,
+    close_round,
+    count_tokens,
+    open_round,
+    sample_draft,
+    verify_logits,
+)
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
-from specops.verify_logits import verify_greedy
+from specops.lanes import ClosedRound, Column, Input, OpenedRound
+from specops.verify_logits import LogitVerdict
 
 _SOURCES = ("eagle3", "suffix")
 _MOST_TOP = 20
 """Alternatives at a token that a program finds."""
-_TOKENS = 4
-"""Columns of the outputs before the draft tokens: accepted, next, drafted, captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,12 @@ class _Drafts:
     """``None`` where nothing was drawn."""
     law: DraftLaw | None
     """What was drawn from; ``None`` for a delta draft."""
+
+
+def _given(opened: OpenedRound) -> _Drafts:
+    """The draft tokens that were handed in, none if K is 0."""
+    assert opened.given_RK is not None
+    return _Drafts(opened.given_RK, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +152,17 @@ class Rounds:
             catch_up: warms the neural drafter, where there is one.
         """
         self._catch_up = catch_up
-        self._rule: Rule = rule
+        self._rule = judge_of(rule)
         self._target, self._pool, self._drafting = target, pool, drafting
-        self._lanes, self._graphs = lanes, graphs
+        self._lanes, self._adjusting, self._graphs = lanes, adjusting, graphs
         self._page_size = page_size
         self._max_draft = max_draft = drafting.max_draft
         max_batch = lanes.padding
         self._buckets = buckets(max_batch)
         device = target.device
-        self._adjusting = adjusting
-        self._inputs = torch.zeros((max_batch, 2 + max_draft), dtype=torch.int64, device=device)
-        # accepted, next, drafted, captured; then tokens, bits of log p and of log q
-        columns = _TOKENS + 3 * max_draft
+        shape = (max_batch, Input.TOKENS + max_draft)
+        self._inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        columns = Column.TOKENS + 3 * max_draft
         self._outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
         self._num_top = min(_MOST_TOP, target.vocab_size)
         shape = (max_batch, 1 + 2 * self._num_top)
@@ -205,9 +216,12 @@ class Rounds:
         launched.landed.wait()
         key, num_draft = launched.key, launched.key.num_draft
         outputs = launched.outputs[: len(launched.batch)]
-        rows = outputs[:, : _TOKENS + num_draft].tolist()
-        accepted, following, lens, captured = ([row[i] for row in rows] for i in range(_TOKENS))
-        tokens = [row[_TOKENS : _TOKENS + n] for row, n in zip(rows, lens, strict=True)]
+        rows = outputs[:, : Column.TOKENS + num_draft].tolist()
+        accepted, following, lens, captured = (
+            [row[i] for row in rows]
+            for i in (Column.ACCEPTED, Column.NEXT, Column.DRAFTED, Column.CAPTURED)
+        )
+        tokens = [row[Column.TOKENS :][:n] for row, n in zip(rows, lens, strict=True)]
         if key.is_greedy:  # a kept token is certain, the first rejected one impossible
             p_logp = [[0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted]
         else:
@@ -228,19 +242,19 @@ class Rounds:
 
     def _reals(self, outputs: Tensor, block: int) -> Tensor:
         """[R, max_draft] float64 behind the tokens: log p (1) or log q (2)."""
-        start = _TOKENS + block * self._max_draft
+        start = Column.TOKENS + block * self._max_draft
         return outputs[:, start : start + self._max_draft].contiguous().view(torch.float64)
 
     def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
         """Lanes and proposals of a batch; returns its bucket."""
         size = self._bucket(len(batch))
-        inputs = torch.zeros((size, self._inputs.shape[1] if given else 1), dtype=torch.int64)
-        inputs[:, 0] = self._lanes.padding
-        inputs[: len(batch), 0] = torch.tensor([s.lane for s in batch])
+        inputs = torch.zeros((size, self._inputs.shape[1]), dtype=torch.int64)
+        inputs[:, Input.LANE] = self._lanes.padding
+        inputs[: len(batch), Input.LANE] = torch.tensor([s.lane for s in batch])
         if given:
             padded = [[len(p), *p, *[0] * (self._max_draft - len(p))] for p in given]
-            inputs[: len(batch), 1:] = torch.tensor(padded)
-        self._inputs[:size, : inputs.shape[1]].copy_(to_device(inputs, self._inputs.device))
+            inputs[: len(batch), Input.DRAFTED :] = torch.tensor(padded)
+        upload(inputs, self._inputs[:size])
         return size
 
     # ---- programs ------------------------------------------------------------------------------
@@ -249,7 +263,7 @@ class Rounds:
         """Make every program, the largest first so that all fit the memory of the first, and time
         what drafting costs."""
         self._inputs.zero_()
-        self._inputs[:, 0] = self._lanes.padding
+        self._inputs[:, Input.LANE] = self._lanes.padding
         has_neural = self._drafting.neural is not None
         for size in reversed(self._buckets):
             for num_draft in range(self._max_draft, -1, -1):
@@ -281,60 +295,55 @@ class Rounds:
 
     def _round(self, key: _Key) -> None:
         size, num_draft = key.size, key.num_draft
-        lanes = self._inputs[:size, 0]
-        rows = self._lanes.rows(lanes)
-        lens = self._room(rows, num_draft)
-        if key.source == "eagle3":
-            drafts = self._draft(lanes, rows, key)
-        else:
-            given = self._inputs[:size, 2 : 2 + num_draft].contiguous()
-            drafts = _Drafts(given, None, None)
-            lens = torch.minimum(lens, self._inputs[:size, 1]) if num_draft else lens
-        block = torch.cat((rows.anchor_R[:, None], drafts.tokens_RK), dim=1)
-        here = rows.decode_pass(rows.length_R - 1, self._page_size)
-        positions = here.positions(num_draft + 1).flatten()
-        slots = decode_slots(here, num_draft + 1)
-        computed = self._target.decode(block.flatten(), positions, slots, here, self._pool)
-        self._drafting.keep_features(slots, computed.features_TmH)
-        logits = self._target.logits(computed.hidden_TH.view(size, num_draft + 1, -1))
+        by_neural = key.source == "eagle3"
+        inputs = self._inputs[:size]
+        opened = open_round(
+            self._lanes.state, inputs, num_draft, self._page_size, self._rule,
+            is_given=not by_neural,
+        )  # fmt: skip
+        rows = LaneRows(opened.pages_RP)
+        drafts = self._draft(opened, rows, key) if by_neural else _given(opened)
+        if by_neural:
+            opened.block_RQ[:, 1:] = drafts.tokens_RK
+        here = rows.decode_pass(opened.anchor_at_R, self._page_size)
+        computed = self._target.decode(
+            opened.block_RQ.flatten(), opened.positions_T, opened.slots_T, here, self._pool
+        )
+        self._drafting.keep_features(opened.slots_T, computed.features_TmH)
+        hidden = computed.hidden_TH.view(size, num_draft + 1, -1)
+        # An argmax is the same in the dtype of the product, and a copy of all logits is not free.
+        logits = self._target.logits(hidden, widen=not key.is_greedy or key.is_scored)
         scores = logits[:, 0].log_softmax(dim=-1) if key.is_scored else None
+        asks, tables = requests_of(inputs, opened), self._adjusting.tables
         if not key.is_greedy:
-            adjust_rows(logits, drafts.tokens_RK, rows.adjusting(), self._adjusting.tables)
-        accepted, following = self._verify(logits, rows, drafts, lens, key)
+            adjust_rows(logits, drafts.tokens_RK, asks, tables)
+        verdict = self._verify(logits, opened, drafts, key)
+        closed = close_round(
+            self._lanes.state, opened, drafts.tokens_RK, verdict, drafts.logq_RK,
+            self._outputs[:size],
+        )  # fmt: skip
         if scores is not None:
-            self._score(scores, following)
-        count = torch.minimum(accepted + 1, rows.limit_R - rows.length_R)
-        place = torch.arange(num_draft + 1, device=lanes.device)
-        padded = torch.nn.functional.pad(drafts.tokens_RK, (0, 1))
-        emitted = torch.where(place < accepted[:, None], padded, following[:, None])
-        if key.source == "eagle3":
-            self._take_in(lanes, rows, emitted, accepted, computed)
-        self._lanes.commit(lanes, rows, emitted, count)
+            self._score(scores, closed.next_R)
         if not key.is_greedy:
-            count_tokens(emitted, count, rows.adjusting(), self._adjusting.tables)
-        captured = count * rows.captures_R
+            count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
+        if by_neural:
+            self._take_in(opened, rows, closed, computed)
         if self._ring is not None:
-            taps, hidden = computed.features_TmH, computed.hidden_TH
-            self._ring.append(taps, hidden, captured, rows.length_R - 1, lanes)
-        decided = torch.stack((accepted, following, lens, captured), dim=1)
-        self._outputs[:size, : _TOKENS + num_draft] = torch.cat((decided, drafts.tokens_RK), dim=1)
+            self._ring.append(
+                computed.features_TmH, computed.hidden_TH,
+                closed.captured_R, opened.anchor_at_R, opened.lanes_R,
+            )  # fmt: skip
 
     def _verify(
-        self, logits: Tensor, rows: LaneRows, drafts: _Drafts, lens: Tensor, key: _Key
-    ) -> tuple[Tensor, Tensor]:
-        """num_accepted and the next token of each request, [R] each."""
+        self, logits: Tensor, opened: OpenedRound, drafts: _Drafts, key: _Key
+    ) -> LogitVerdict | Tensor:
+        """What the target made of the drafts; of greedy requests its best ids, [R, Q]."""
         if key.is_greedy:
-            return verify_greedy(logits, drafts.tokens_RK, lens)
-        rules = rows.rules(self._rule)
-        verdict = verify_logits(
-            logits, rows.sampling(), drafts.tokens_RK, lens, rules, rows.numbering(), drafts.law
-        )
-        for block, reals in ((1, verdict.draft_logp_RK), (2, drafts.logq_RK)):
-            if reals is not None and key.num_draft:
-                start = _TOKENS + block * self._max_draft
-                bits = reals.double().view(torch.int64)
-                self._outputs[: key.size, start : start + key.num_draft] = bits
-        return verdict.num_accepted_R, verdict.next_R
+            return best_ids(logits)
+        return verify_logits(
+            logits, opened.sampling(), drafts.tokens_RK, opened.lens_R, opened.rules_R,
+            opened.numbering(), drafts.law,
+        )  # fmt: skip
 
     def _score(self, scores_RV: Tensor, following_R: Tensor) -> None:
         """The target's own log probabilities of the tokens and of the best ones."""
@@ -343,29 +352,25 @@ class Rounds:
         found = torch.cat((own.double(), best.double(), ids.double()), dim=1)
         self._scores[: len(found)] = found
 
-    def _room(self, rows: LaneRows, num_draft: int) -> Tensor:
-        """[R] tokens that may be drafted: the last token of a request is the target's own."""
-        left = rows.limit_R - rows.length_R - 1
-        return torch.minimum(rows.cap_R, left).clamp(min=0, max=num_draft)
-
-    def _draft(self, lanes: Tensor, rows: LaneRows, key: _Key) -> _Drafts:
+    def _draft(self, opened: OpenedRound, rows: LaneRows, key: _Key) -> _Drafts:
         neural = self._drafting.neural
         assert neural is not None
-        ahead = rows.decode_pass(rows.length_R, self._page_size, first_key=1)
-        outputs = self._lanes.outputs_LH.index_select(0, lanes)
+        ahead = rows.decode_pass(opened.draft_at_R, self._page_size, first_key=1)
+        outputs = self._lanes.outputs_LH.index_select(0, opened.lanes_R)
         if key.is_greedy:
+            d2t = None if neural.vocab is None else neural.vocab.d2t_D
 
             def best(logits: Tensor, _number: int) -> Tensor:
-                return neural.module.to_target_ids(logits.argmax(-1))
+                return best_ids(logits, d2t)
 
             return _Drafts(neural.draft_ahead(outputs, ahead, key.num_draft, best), None, None)
 
-        sampling, numbering, by_match = rows.sampling(), rows.numbering(), rows.by_match_R
+        sampling, by_match = opened.sampling(), opened.by_match_R
         drawn: list[Drafted] = []
         kept: list[Tensor] = []
 
         def draw(logits: Tensor, number: int) -> Tensor:
-            here = replace(numbering, positions_R=numbering.positions_R + number)
+            here = opened.numbering(number)
             kept.append(logits)
             drawn.append(sample_draft(logits, sampling, here, by_match, neural.vocab))
             return drawn[-1].tokens_R
@@ -375,19 +380,13 @@ class Rounds:
         return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
 
     def _take_in(
-        self,
-        lanes: Tensor,
-        rows: LaneRows,
-        emitted: Tensor,
-        accepted: Tensor,
-        computed: TargetRows,
+        self, opened: OpenedRound, rows: LaneRows, closed: ClosedRound, computed: TargetRows
     ) -> None:
         """The drafter computes the rows after the old anchor; those behind the new one are
         overwritten before anybody sees them."""
         neural = self._drafting.neural
         assert neural is not None
-        num_query = emitted.shape[1]
-        at = rows.decode_pass(rows.length_R, self._page_size, first_key=1)
-        outputs = neural.take_in(emitted.reshape(-1), computed.features_TmH, at)
-        index = torch.arange(len(lanes), device=lanes.device) * num_query + accepted
-        self._lanes.outputs_LH.index_copy_(0, lanes, outputs.index_select(0, index))
+        at = rows.decode_pass(opened.draft_at_R, self._page_size, first_key=1)
+        outputs = neural.take_in(closed.emitted_RQ.view(-1), computed.features_TmH, at)
+        fresh = outputs.index_select(0, closed.anchor_row_R)
+        self._lanes.outputs_LH.index_copy_(0, self._inputs[: len(fresh), Input.LANE], fresh)

@@ -251,12 +251,17 @@ class Target:
         )
         return TargetRows(features, hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V] float32 (float64 for a float64 target)."""
+    def logits(self, hidden: Tensor, *, widen: bool = True) -> Tensor:
+        """[..., H] -> [..., V] float32 (float64 for a float64 target).
+
+        Args:
+            widen: otherwise in the dtype, of the same values, that costs least.
+        """
         if self._fused is not None:
-            return self._fused.logits(hidden)
+            return self._fused.logits(hidden, widen=widen)
         scores: Tensor = self.lm_head(hidden)
-        scores = scores.to(self.logits_dtype)
+        if widen or self.softcap is not None:
+            scores = scores.to(self.logits_dtype)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return scores

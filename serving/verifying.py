@@ -19,6 +19,7 @@ from specops.penalties import adjust_logits
 from specops.rng import Stream
 from specops.sampling import distribution, draw
 from specops.verify import verify_block, verify_match, verify_standard
+from specops.verify_logits import Rule as Judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ class Proposed:
 
 
 Rule = Literal["block", "standard"]
+
+
+def judge_of(rule: Rule) -> Judge:
+    """What programs know the rule by."""
+    return Judge.BLOCK if rule == "block" else Judge.STANDARD
 
 
 def verify(

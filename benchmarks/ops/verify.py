@@ -112,12 +112,6 @@ def ours(given: Round, with_logprobs: bool = False) -> object:
     )  # fmt: skip
 
 
-def plain_greedy(logits_RK1V: Tensor, draft_RK: Tensor) -> tuple[Tensor, Tensor]:
-    own = logits_RK1V.argmax(-1)
-    accepted = (own[:, :-1] == draft_RK).long().cumprod(1).sum(1)
-    return accepted, own.gather(1, accepted[:, None])[:, 0]
-
-
 def plain_law(logits: Tensor, temperature_R: Tensor, top_p: float) -> Tensor:
     probs = (logits.float() / temperature_R[:, None, None]).softmax(-1)
     if top_p == 1:
@@ -181,20 +175,6 @@ def figures(
     return row
 
 
-def greedy_row(num_requests: int) -> dict[str, Any]:
-    given = make_round(num_requests, 1.0, None, flat=False)
-    compiled = torch.compile(plain_greedy, dynamic=False)
-    logits, draft, lens = given.logits_RK1V, given.draft_RK, given.lens_R
-    return figures(
-        "greedy",
-        num_requests,
-        logits.nbytes,
-        ours=lambda: verify_logits_triton.verify_greedy(logits, draft, lens),
-        compiled=lambda: compiled(logits, draft),
-        flashinfer=None,
-    )
-
-
 def sampled_row(
     name: str, num_requests: int, top_p: float, draft_size: int | None, flat: bool = False
 ) -> dict[str, Any]:
@@ -225,7 +205,6 @@ def rows() -> list[dict[str, Any]]:
     for num_requests in SIZES:
         torch._dynamo.reset()
         out += [
-            greedy_row(num_requests),
             sampled_row("sampled, delta drafts", num_requests, 1.0, None),
             sampled_row("sampled, drafts of 32,000 tokens", num_requests, 1.0, D),
             sampled_row("sampled, drafts of all tokens", num_requests, 1.0, V),

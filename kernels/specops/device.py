@@ -3,20 +3,23 @@ definitions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
-from specops import attention, capture_pack, draft_sampling, lane_penalties, places
+from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes, places
+from specops import best_ids as best_definition
 from specops import verify_logits as logits_definition
 from specops.attention import DecodePass
 from specops.capture_pack import PackRing
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
+from specops.lanes import ClosedRound, LaneState, OpenedRound
 from specops.places import Places
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
-from specops.verify_logits import LogitVerdict
+from specops.verify_logits import LogitVerdict, Rule
 
 
 def decode_attention(
@@ -115,6 +118,52 @@ def count_tokens(
 
         count = lane_penalties_triton.count_tokens
     count(emitted_RQ, count_R, requests, tables)
+
+
+def best_ids(logits: Tensor, d2t_D: Tensor | None = None) -> Tensor:
+    """See ``specops.best_ids.best_ids``."""
+    if logits.is_cuda:
+        from specops import best_ids_triton, overlap_triton
+
+        overlap = overlap_triton.can_overlap(logits.device)
+        return best_ids_triton.best_ids(logits, d2t_D, overlap=overlap)
+    return best_definition.best_ids(logits, d2t_D)
+
+
+def open_round(
+    state: LaneState,
+    inputs_RI: Tensor,
+    num_draft: int,
+    page_size: int,
+    rule: Rule,
+    *,
+    is_given: bool,
+) -> OpenedRound:
+    """See ``specops.lanes.open_round``."""
+    start = lanes.open_round
+    if inputs_RI.is_cuda:
+        from specops import lanes_triton
+
+        start = lanes_triton.open_round
+    return start(state, inputs_RI, num_draft, page_size, rule, is_given=is_given)
+
+
+def close_round(
+    state: LaneState,
+    opened: OpenedRound,
+    draft_RK: Tensor,
+    verdict: LogitVerdict | Tensor,
+    logq_RK: Tensor | None,
+    outputs_RC: Tensor,
+) -> ClosedRound:
+    """See ``specops.lanes.close_round``."""
+    end: Callable[..., ClosedRound] = lanes.close_round
+    if draft_RK.is_cuda:
+        from specops import lanes_triton, overlap_triton
+
+        overlap = overlap_triton.can_overlap(draft_RK.device)
+        end = partial(lanes_triton.close_round, overlap=overlap)
+    return end(state, opened, draft_RK, verdict, logq_RK, outputs_RC)
 
 
 def pack_kept_rows(

@@ -116,20 +116,6 @@ def verify_logits(
     )
 
 
-def verify_greedy(logits_RK1V: Tensor, draft_RK: Tensor, lens_R: Tensor) -> tuple[Tensor, Tensor]:
-    """``verify_match`` with the target's argmax; the lowest id wins ties.
-
-    Args:
-        logits_RK1V: [R, K + 1, V] float.
-        draft_RK: [R, K] int64.
-        lens_R: [R] int64 in 0..K.
-
-    Returns:
-        num_accepted_R and next_R, both [R] int64.
-    """
-    return verify_match(logits_RK1V.argmax(dim=-1), draft_RK, lens_R)
-
-
 def check_shapes(
     logits_RK1V: Tensor,
     draft_RK: Tensor,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 import serving.rounds
 from policies.interface import Decision, Outcome, StepObs
+from specops import best_ids_triton, lanes_triton
 from tests.engines import make_engine, random_model, request_of, run
 
 
@@ -107,3 +110,31 @@ def test_the_kernels_sample_and_verify_in_rounds_as_their_definitions_do(monkeyp
 
     assert calls
     assert {k: one for k, (one, _) in found.items()} == {k: one for k, (one, _) in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.9}, {"temperature": 1.0, "seed": 3}], ids=str
+)
+def test_the_kernels_open_and_close_rounds_as_their_definitions_do(monkeypatch, sampling):
+    """Greedy rounds also choose by kernel; some rounds have a lane that is nobody's."""
+    arms = [("eagle3", 3), ("suffix", 2), ("none", 0)]
+    expected = rounds_of(arms, True, 3, **sampling)
+    calls = Counter()
+
+    def counted(function):
+        def call(*arguments, **options):
+            calls[function.__name__] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(serving.rounds, "open_round", counted(lanes_triton.open_round))
+    monkeypatch.setattr(serving.rounds, "close_round", counted(lanes_triton.close_round))
+    monkeypatch.setattr(serving.rounds, "best_ids", counted(best_ids_triton.best_ids))
+    found = rounds_of(arms, True, 3, **sampling)
+
+    assert calls["open_round"] == calls["close_round"] > 10
+    assert bool(calls["best_ids"]) == (not sampling)
+    for request_id, (one, rows) in expected.items():
+        assert found[request_id][0] == one
+        assert torch.equal(found[request_id][1][0].rows, rows[0].rows)

@@ -20,12 +20,15 @@ from triton.runtime.jit import JITFunction
 
 from specops.attention import DecodePass
 from specops.attention_triton import attend_pages
+from specops.best_ids_triton import best_ids
 from specops.capture_pack import new_ring
 from specops.capture_pack_triton import pack_kept_rows
 from specops.draft_sampling import DraftLaw
 from specops.draft_sampling_triton import sample_draft
 from specops.lane_penalties import LaneRequests, new_tables
 from specops.lane_penalties_triton import adjust_rows, count_tokens
+from specops.lanes import Column, Field, Input, LaneState
+from specops.lanes_triton import close_round, open_round
 from specops.linear import Norm
 from specops.places import Places
 from specops.places_triton import places_of
@@ -34,9 +37,10 @@ from specops.rope import Heads, RopeTable
 from specops.rope_triton import rope_and_write
 from specops.rows_triton import norm_pair
 from specops.sampling import SamplingRows
-from specops.verify_logits_triton import verify_greedy, verify_logits
+from specops.verify_logits import LogitVerdict, Rule
+from specops.verify_logits_triton import verify_logits
 
-VOCAB, HEADS, DIM, PAGE = 4096, 2, 16, 16
+VOCAB, HEADS, DIM, PAGE, MOST = 4096, 2, 16, 16, 16
 
 
 class _NoDevice:
@@ -71,6 +75,27 @@ def count_instead_of_compiling() -> Counter[str]:
     return found
 
 
+def bookkeeping(
+    size: int, num_draft: int, best_RQ: torch.Tensor, verdicts: list[LogitVerdict]
+) -> None:
+    """Rounds drafted by a network and rounds with given drafts, greedy and sampled."""
+    drafted = best_RQ.new_zeros((size, VOCAB), dtype=torch.bfloat16)
+    best_ids(drafted, best_RQ.new_zeros(VOCAB))
+    best_ids(drafted)
+    # As many lanes as a server of this size has, and pages of another number for each.
+    ints, floats = torch.zeros((len(Field), 65), dtype=torch.int64), torch.zeros((3, 65))
+    state = LaneState(ints, floats, torch.zeros((65, 60 + size), dtype=torch.int32))
+    inputs = torch.zeros((64, Input.TOKENS + MOST), dtype=torch.int64)[:size]
+    outputs = torch.zeros((64, Column.TOKENS + 3 * MOST), dtype=torch.int64)[:size]
+    logq = torch.zeros((size, num_draft))
+    for is_given in (True, False):
+        opened = open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=is_given)
+        draft = opened.block_RQ[:, 1:]
+        close_round(state, opened, draft, best_RQ, None, outputs)
+        for verdict, logq_RK in zip(verdicts, (None, logq), strict=True):
+            close_round(state, opened, draft, verdict, logq_RK, outputs)
+
+
 def one_round(size: int, num_draft: int) -> None:
     """What rounds of one shape launch, with fields of all requests side by side as lanes are."""
     ints = torch.zeros((7, size), dtype=torch.int64)
@@ -83,13 +108,15 @@ def one_round(size: int, num_draft: int) -> None:
     if num_draft:
         sample_draft(logits[:, 0].contiguous(), sampling, numbering, flags)
         law = DraftLaw(logits[:, 1:].contiguous(), sampling, flags, None)
-    for drafted in (None, law):
+    verdicts = [
         verify_logits(logits, sampling, drafts, lens, ints[6], numbering, drafted, False)
-    verify_greedy(logits, drafts, lens)
+        for drafted in (None, law)
+    ]
     lanes = torch.zeros((size, 2 + 16), dtype=torch.int64)[:, 0]
     asks, tables = LaneRequests(lanes, ints[4], ints[5]), new_tables(size + 1, VOCAB, 512, "cpu")
     adjust_rows(logits, drafts, asks, tables)
     count_tokens(logits.argmax(-1), lens, asks, tables)
+    bookkeeping(size, num_draft, best_ids(logits), verdicts)
     pool = torch.zeros((8 * PAGE, HEADS, DIM))
     pages, first = torch.zeros((size, 8), dtype=torch.int32), ints[1].int()
     q = torch.zeros((size * (num_draft + 1), HEADS, DIM))

@@ -26,11 +26,17 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_stop": 2,
         "_emit": 2,
         "_overlap": 1,
-        "_best_of_parts": 1,
-        "_match_best": 1,
         # whether anybody adjusts or not
         "_adjust_part": 1,
         "_count_tokens": 1,
+        # drafted by a network, and given
+        "_open_round": 2,
+        # greedy, sampled with and without log q
+        "_close_round": 3,
+        # logits of few rows, which are float32, and of many
+        "_best_of_part": 2,
+        # whole and reduced vocabulary
+        "_join_best": 2,
         # one row tile
         "_attend_pages": 1,
         "_join_pages": 1,

@@ -258,23 +258,6 @@ def test_the_laws_that_drafting_left_are_those_that_verification_finds():
         assert torch.equal(getattr(again, field.name), getattr(reused, field.name)), field.name
 
 
-@pytest.mark.parametrize("num_draft", [0, 1, 4])
-def test_greedy_verification_takes_one_pass_and_the_lowest_of_tied_ids(num_draft):
-    generator = torch.Generator().manual_seed(num_draft)
-    logits = torch.randint(0, 3, (7, num_draft + 1, 150), generator=generator).float()
-    draft = logits[:, :num_draft].argmax(-1)
-    if num_draft:
-        draft[2, -1] += 1
-        draft[3, 0] += 1
-    lens = torch.arange(7) % (num_draft + 1)
-
-    want = verify_logits.verify_greedy(logits, draft, lens)
-    got = by_kernel(kernels.verify_greedy, logits, draft, lens, SMALL)
-
-    for a, b in zip(got, want, strict=True):
-        assert a.tolist() == b.tolist()
-
-
 def test_pieces_are_no_wider_than_the_vocabulary():
     assert TILES.within(151_936) == TILES
     assert TILES.within(4_096) == Tiles(4096, 1024, 4096, 4096)
@@ -298,8 +281,6 @@ def test_wrong_shapes_are_refused():
             )  # fmt: skip
         with pytest.raises(ValueError, match="needs a map to the target's of 30"):
             check(logits, rows, draft, lens, rules, numbers, dataclasses.replace(law, vocab=None))
-    with pytest.raises(ValueError, match="each row must be contiguous"):
-        kernels.verify_greedy(logits.transpose(0, 2).contiguous().transpose(0, 2), draft, lens)
 
 
 @pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])

@@ -1,0 +1,245 @@
+"""The bookkeeping of a decode round: opened, its greedy ids found, closed; beside torch.
+
+    python -m benchmarks.ops.rounds                                   # two minutes on one GPU
+    python -m benchmarks.ops.rounds --sweep                           # ways to cut best_ids
+    TRITON_INTERPRET=1 python -m benchmarks.ops.rounds --device cpu   # a try without a GPU
+
+Ours are the kernels that rounds run on a GPU, ``eager`` their torch definitions, ``compiled``
+torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 tokens; the floor of
+``best_ids`` reads them once at 4.24 TB/s. ``float32 copy`` is the argmax of logits that are
+converted first. A ``greedy round`` is all three, without what a target does between them.
+
+Writes ``benchmarks/results/ops_rounds.json``, or ``ops_rounds_sweep.json``, after every row;
+compiling stops first when time is short.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.ops.timing import graphed
+from benchmarks.result import write_result
+from specops import best_ids, best_ids_triton, lanes, lanes_triton
+from specops import device as on_device
+from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound
+from specops.overlap_triton import can_overlap
+from specops.verify_logits import LogitVerdict, Rule
+
+BYTES_PER_S = 4.24e12
+PAGE, MOST = 16, 8
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured."""
+
+    vocab: int = 151_936
+    batches: tuple[int, ...] = (1, 32, 128)
+    drafts: tuple[int, ...] = (0, 4)
+    rows: tuple[int, ...] = (1, 32, 128, 160, 640)
+    num_pages: int = 2560
+    """Of each lane."""
+
+
+TINY = Sizes(vocab=5000, batches=(1, 3), drafts=(0, 2), rows=(1, 4), num_pages=40)
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """One way to do all of it."""
+
+    open_round: Callable[..., OpenedRound]
+    best_ids: Callable[[Tensor], Tensor]
+    close_round: Callable[..., ClosedRound]
+
+
+EAGER = Ways(lanes.open_round, best_ids.best_ids, lanes.close_round)
+ON_GPU = Ways(on_device.open_round, on_device.best_ids, on_device.close_round)
+INTERPRETED = Ways(lanes_triton.open_round, best_ids_triton.best_ids, lanes_triton.close_round)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where work is timed, and until when alternatives are compiled."""
+
+    device: str
+    deadline_s: float
+
+    @property
+    def ways(self) -> tuple[Ways, Ways]:
+        """Ours and the definitions."""
+        return (ON_GPU if self.device == "cuda" else INTERPRETED), EAGER
+
+    def microseconds(self, work: Work) -> float:
+        if self.device == "cuda":
+            return graphed(work).median_ms * 1e3
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times) * 1e6
+
+    def compiled_microseconds(self, work: Work) -> float | str | None:
+        """``None``: not tried; the error, if torch cannot do it."""
+        if self.device != "cuda" or time.perf_counter() > self.deadline_s:
+            return None
+        torch._dynamo.reset()
+        try:
+            return self.microseconds(torch.compile(work, dynamic=False))
+        except Exception as error:  # whatever keeps an alternative from running is its result
+            return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def make_lanes(sizes: Sizes, device: str) -> LaneState:
+    """Lanes of requests of some hundred tokens that go on for long."""
+    num_lanes = max(sizes.batches) + 1
+    ints = torch.zeros((len(Field), num_lanes), dtype=torch.int64, device=device)
+    ints[Field.LENGTH] = 300 + torch.arange(num_lanes, device=device)
+    ints[Field.LIMIT], ints[Field.CAP] = 1 << 40, MOST
+    floats = torch.ones((3, num_lanes), device=device)
+    shape = (num_lanes, sizes.num_pages)
+    pages = torch.randint(1, 9999, shape, dtype=torch.int32, device=device)
+    return LaneState(ints, floats, pages)
+
+
+def inputs_of(num_requests: int, device: str) -> Tensor:
+    shape = (num_requests, Input.TOKENS + MOST)
+    inputs = torch.full(shape, MOST, dtype=torch.int64, device=device)
+    inputs[:, Input.LANE] = torch.arange(num_requests, device=device)
+    return inputs
+
+
+def opening(way: Ways, state: LaneState, num_requests: int, num_draft: int) -> Work:
+    inputs = inputs_of(num_requests, state.ints_FL.device.type)
+
+    def work() -> object:
+        opened = way.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
+        return opened.slots_T, opened.block_RQ, opened.lens_R
+
+    return work
+
+
+def closing(
+    way: Ways, state: LaneState, num_requests: int, num_draft: int, is_greedy: bool
+) -> Work:
+    device = state.ints_FL.device
+    inputs = inputs_of(num_requests, device.type)
+    opened = lanes.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
+    outputs = inputs.new_zeros((num_requests, Column.TOKENS + 3 * MOST))
+    logq = torch.zeros((num_requests, num_draft), device=device)
+    whole = inputs.new_zeros(num_requests)
+    verdict: Tensor | LogitVerdict = opened.block_RQ.roll(-1, 1).contiguous()
+    if not is_greedy:
+        verdict = LogitVerdict(whole, whole, logq, logq, None, None)
+    draft = opened.given_RK
+
+    def work() -> object:
+        logq_RK = None if is_greedy else logq
+        closed = way.close_round(state, opened, draft, verdict, logq_RK, outputs)
+        return closed.emitted_RQ, closed.captured_R, closed.anchor_row_R
+
+    return work
+
+
+def choosing(way: Ways, logits: Tensor) -> Work:
+    return lambda: way.best_ids(logits)
+
+
+def whole_round(way: Ways, state: LaneState, logits: Tensor) -> Work:
+    """Of greedy requests without drafts."""
+    inputs = inputs_of(len(logits), logits.device.type)
+    outputs = inputs.new_zeros((len(logits), Column.TOKENS + 3 * MOST))
+
+    def work() -> object:
+        opened = way.open_round(state, inputs, 0, PAGE, Rule.BLOCK, is_given=True)
+        best = way.best_ids(logits)
+        drafts = opened.given_RK
+        closed = way.close_round(state, opened, drafts, best, None, outputs)
+        return closed.next_R
+
+    return work
+
+
+def figures(place: Place, ours: Work, eager: Work, **more: Any) -> dict[str, Any]:
+    return {
+        **more,
+        "ours_us": place.microseconds(ours),
+        "eager_us": place.microseconds(eager),
+        "compiled_us": place.compiled_microseconds(eager),
+    }
+
+
+def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
+    """One row a case."""
+    state = make_lanes(sizes, place.device)
+    torch.manual_seed(0)
+    for num_rows in sizes.rows:
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = torch.randn(num_rows, sizes.vocab, device=place.device).to(dtype)
+            works = [choosing(way, logits) for way in place.ways]
+            row = figures(place, *works, case=f"best_ids, {dtype}", rows=num_rows)
+            row["floor_us"] = logits.nbytes / BYTES_PER_S * 1e6
+            if dtype == torch.bfloat16:
+                copied = place.microseconds(lambda given=logits: given.float().argmax(-1))  # type: ignore[misc]
+                row["float32_copy_us"] = copied
+            yield row
+    for batch in sizes.batches:
+        logits = torch.randn(batch, 1, sizes.vocab, device=place.device).bfloat16()
+        works = [whole_round(way, state, logits) for way in place.ways]
+        yield figures(place, *works, case="greedy round", rows=batch, num_draft=0)
+        for num_draft in sizes.drafts:
+            shape = {"rows": batch, "num_draft": num_draft}
+            works = [opening(way, state, batch, num_draft) for way in place.ways]
+            yield figures(place, *works, case="open_round", **shape)
+            for kind, is_greedy in (("greedy", True), ("sampled", False)):
+                works = [closing(w, state, batch, num_draft, is_greedy) for w in place.ways]
+                yield figures(place, *works, case=f"close_round, {kind}", **shape)
+
+
+def sweep(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
+    """One row for each way to split the rows among programs."""
+    for num_rows in sizes.rows:
+        logits = torch.randn(num_rows, sizes.vocab, device=place.device).bfloat16()
+        overlap = place.device == "cuda" and can_overlap(logits.device)
+        for span, num_programs in product((1024, 2048, 4096), (528, 1056, 2112)):
+            way = {"span": span, "num_programs": num_programs}
+            work = partial(best_ids_triton.best_ids, logits, overlap=overlap, **way)
+            yield {"rows": num_rows, **way, "ours_us": place.microseconds(work)}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+        "benchmarks/results/ops_rounds.json"
+    ),
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 120.0,
+    is_sweep: Annotated[bool, typer.Option("--sweep", help="other ways instead")] = False,
+) -> None:
+    """Measure all cases and print a line for each."""
+    place = Place(device, time.perf_counter() + budget_s)
+    found: list[dict[str, Any]] = []
+    cases = sweep if is_sweep else rows
+    out = out.with_stem(out.stem + "_sweep") if is_sweep else out
+    with torch.inference_mode():
+        for row in cases(Sizes() if device == "cuda" else TINY, place):
+            found.append(row)
+            print(row, flush=True)
+            write_result(out, {"rows": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,255 @@
+"""The bookkeeping of a decode round: from the lanes' state to what a round needs of it, and from
+what was verified to the lanes' next state. The torch definitions.
+
+A lane is what the device knows of one request in flight. A round opens with a gather of its lanes
+and closes with a commit to them; both are one launch as kernels (``lanes_triton``).
+
+Shapes: L lanes, R requests of a round, F integer fields, P pages of a lane, K draft tokens,
+Q = K + 1, T = R * Q rows of the target's pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from specops.attention import DecodePass, decode_slots
+from specops.rng import Numbering
+from specops.sampling import SamplingRows
+from specops.verify import verify_match
+from specops.verify_logits import LogitVerdict, Rule
+
+
+class Field(IntEnum):
+    """Integers of a lane. Those before LIMIT change with every round."""
+
+    LENGTH = 0
+    """Committed tokens, the anchor included."""
+    NONCE = 1
+    """Rounds so far."""
+    ANCHOR = 2
+    """The last committed token."""
+    LIMIT = 3
+    """Length at which the request ends."""
+    CAP = 4
+    """Most tokens that may be drafted for the request in one round."""
+    KEY = 5
+    """Key of its random numbers, the 64 bits as a signed number."""
+    BY_MATCH = 6
+    """1 for a greedy or seeded request, verified by ``match``, else 0."""
+    TOP_K = 7
+    CAPTURES = 8
+    """1 for a request whose rows are captured, else 0."""
+    BIASES = 9
+    """Biases of the request, see ``specops.lane_penalties``."""
+    PENALIZES = 10
+    """1 for a request with penalties, else 0."""
+
+
+class Column(IntEnum):
+    """Integers of a round's outcome, one row a request. Behind the draft tokens, each as wide as
+    the longest draft, are the bits of log p and then of log q of the drafted tokens, float64."""
+
+    ACCEPTED = 0
+    NEXT = 1
+    DRAFTED = 2
+    CAPTURED = 3
+    """Rows for the capture ring."""
+    TOKENS = 4
+    """The first draft token."""
+
+
+class Input(IntEnum):
+    """Integers that the host hands to a round, one row a request."""
+
+    LANE = 0
+    DRAFTED = 1
+    """Draft tokens that are given."""
+    TOKENS = 2
+    """The first of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneState:
+    """What the device knows of all lanes."""
+
+    ints_FL: Tensor
+    """[F, L] int64, see ``Field``; committed to in place."""
+    floats_3L: Tensor
+    """[3, L] float32: temperature, top-p, min-p."""
+    pages_LP: Tensor
+    """[L, P] int32 page ids; 0 where the lane has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRound:
+    """What a round needs of its lanes. Fields of all requests lie side by side."""
+
+    lanes_R: Tensor
+    """[R] int32."""
+    ints_FR: Tensor
+    """[F, R] int64."""
+    floats_3R: Tensor
+    """[3, R] float32."""
+    pages_RP: Tensor
+    """[R, P] int32."""
+    by_match_R: Tensor
+    """[R] bool."""
+    rules_R: Tensor
+    """[R] int64 of ``Rule``."""
+    nonces_R: Tensor
+    """[R] int64: the same in every round for requests verified by ``match``, fresh for others."""
+    lens_R: Tensor
+    """[R] int64 in 0..K: tokens that may be drafted, or were given. The last token of a request is
+    the target's own."""
+    anchor_at_R: Tensor
+    """[R] int32 position of the anchor."""
+    draft_at_R: Tensor
+    """[R] int32 position of the first draft token."""
+    draft_positions_KR: Tensor
+    """[max(K, 1), R] int64 position of each draft token."""
+    positions_T: Tensor
+    """[T] int64 positions of the target's rows: the anchor's and the drafts'."""
+    slots_T: Tensor
+    """[T] int64 slots of these."""
+    block_RQ: Tensor
+    """[R, Q] int64 tokens of these rows; those behind the anchor are unset if none were given."""
+    given_RK: Tensor | None
+    """[R, K] int64 draft tokens that were given; ``None``: a drafter is to find them."""
+
+    def sampling(self) -> SamplingRows:
+        """What the requests asked for; whether any of them cuts its law off is not known here."""
+        temperature_R, top_p_R, min_p_R = self.floats_3R.unbind()
+        return SamplingRows(
+            temperature_R, self.ints_FR[Field.TOP_K], top_p_R, min_p_R,
+            all_greedy=False, truncates=True,
+        )  # fmt: skip
+
+    def numbering(self, number: int = 0) -> Numbering:
+        """Random numbers from draft token ``number`` on."""
+        keys_R, positions_R = self.ints_FR[Field.KEY], self.draft_positions_KR[number]
+        return Numbering(keys_R, self.nonces_R, positions_R)
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedRound:
+    """What a round decided."""
+
+    emitted_RQ: Tensor
+    """[R, Q] int64: kept draft tokens, then the target's own token, over and over."""
+    next_R: Tensor
+    """[R] int64, the target's own token after the kept ones."""
+    count_R: Tensor
+    """[R] int64 emitted tokens that were committed; fewer where the request has ended."""
+    captured_R: Tensor
+    """[R] int32 rows for the capture ring."""
+    anchor_row_R: Tensor
+    """[R] int64 among the T rows: that of the last kept token. A drafter that has computed the row
+    after each, has there its output at the new anchor."""
+
+
+def open_round(
+    state: LaneState,
+    inputs_RI: Tensor,
+    num_draft: int,
+    page_size: int,
+    rule: Rule,
+    *,
+    is_given: bool,
+) -> OpenedRound:
+    """Gather the lanes of a round.
+
+    Args:
+        inputs_RI: [R, at least 2 + K] int64, see ``Input``; its rows may be apart.
+        num_draft: K.
+        page_size: tokens of a page.
+        rule: verifies requests that are not verified by ``match``.
+        is_given: the draft tokens, if any, are in the inputs.
+    """
+    lanes_R = inputs_RI[:, Input.LANE]
+    ints_FR = state.ints_FL.index_select(1, lanes_R)
+    pages_RP = state.pages_LP.index_select(0, lanes_R)
+    length_R = ints_FR[Field.LENGTH]
+    by_match_R = ints_FR[Field.BY_MATCH] != 0
+    number_K = torch.arange(max(num_draft, 1), device=lanes_R.device)
+    left_R = ints_FR[Field.LIMIT] - length_R - 1
+    lens_R = torch.minimum(ints_FR[Field.CAP], left_R).clamp(min=0, max=num_draft)
+    given_RK = None
+    block_RQ = ints_FR[Field.ANCHOR][:, None].repeat(1, num_draft + 1)
+    if is_given:
+        lens_R = torch.minimum(lens_R, inputs_RI[:, Input.DRAFTED])
+        given_RK = inputs_RI[:, Input.TOKENS : Input.TOKENS + num_draft].contiguous()
+        block_RQ[:, 1:] = given_RK
+    here = DecodePass(pages_RP, (length_R - 1).int(), page_size)
+    return OpenedRound(
+        lanes_R=lanes_R.int(),
+        ints_FR=ints_FR,
+        floats_3R=state.floats_3L.index_select(1, lanes_R),
+        pages_RP=pages_RP,
+        by_match_R=by_match_R,
+        rules_R=torch.where(by_match_R, int(Rule.MATCH), int(rule)),
+        nonces_R=torch.where(by_match_R, 0, ints_FR[Field.NONCE] + 1),
+        lens_R=lens_R,
+        anchor_at_R=here.first_R,
+        draft_at_R=length_R.int(),
+        draft_positions_KR=length_R + number_K[:, None],
+        positions_T=here.positions(num_draft + 1).flatten(),
+        slots_T=decode_slots(here, num_draft + 1),
+        block_RQ=block_RQ,
+        given_RK=given_RK,
+    )
+
+
+def close_round(
+    state: LaneState,
+    opened: OpenedRound,
+    draft_RK: Tensor,
+    verdict: LogitVerdict | Tensor,
+    logq_RK: Tensor | None,
+    outputs_RC: Tensor,
+) -> ClosedRound:
+    """Commit a round to its lanes, and write what the host is to read of it.
+
+    Args:
+        state: its integers are written.
+        draft_RK: [R, K] int64.
+        verdict: of the draft; or the target's best ids, [R, Q] int64, for greedy requests, which
+            are verified here by ``verify_match``.
+        logq_RK: [R, K] float32 log q of the draft tokens; ``None`` where they were not drawn.
+        outputs_RC: [R, 4 + 3 * the longest draft] int64, see ``Column``; what of it has no meaning
+            is left alone.
+    """
+    num_draft = draft_RK.shape[1]
+    if isinstance(verdict, Tensor):
+        accepted_R, next_R = verify_match(verdict, draft_RK, opened.lens_R)
+        logp_RK = None
+    else:
+        accepted_R, next_R = verdict.num_accepted_R, verdict.next_R
+        logp_RK = verdict.draft_logp_RK
+    length_R = opened.ints_FR[Field.LENGTH]
+    count_R = torch.minimum(accepted_R + 1, opened.ints_FR[Field.LIMIT] - length_R)
+    place = torch.arange(num_draft + 1, device=draft_RK.device)
+    padded = torch.nn.functional.pad(draft_RK, (0, 1))
+    emitted_RQ = torch.where(place < accepted_R[:, None], padded, next_R[:, None])
+    tokens = torch.cat((opened.ints_FR[Field.ANCHOR][:, None], emitted_RQ), dim=1)
+    anchor_R = tokens.gather(1, count_R[:, None])[:, 0]
+    changed = torch.stack((length_R + count_R, opened.ints_FR[Field.NONCE] + 1, anchor_R))
+    state.ints_FL[: Field.LIMIT].index_copy_(1, opened.lanes_R.long(), changed)
+    captured_R = count_R * opened.ints_FR[Field.CAPTURES]
+    decided = torch.stack((accepted_R, next_R, opened.lens_R, captured_R), dim=1)
+    outputs_RC[:, : Column.TOKENS + num_draft] = torch.cat((decided, draft_RK), dim=1)
+    for block, reals in enumerate((logp_RK, logq_RK), start=1):
+        if reals is not None and num_draft:
+            start = Column.TOKENS + block * most_drafts(outputs_RC)
+            outputs_RC[:, start : start + num_draft] = reals.double().view(torch.int64)
+    request = torch.arange(len(draft_RK), device=draft_RK.device)
+    anchor_row_R = request * (num_draft + 1) + accepted_R
+    return ClosedRound(emitted_RQ, next_R, count_R, captured_R.int(), anchor_row_R)
+
+
+def most_drafts(outputs_RC: Tensor) -> int:
+    """Longest draft that a round's outputs have room for."""
+    return (outputs_RC.shape[1] - Column.TOKENS) // 3

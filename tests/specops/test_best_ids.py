@@ -1,0 +1,97 @@
+"""Greedy choice by kernels equals torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specops import best_ids, best_ids_triton
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What a kernel is given to write to holds nonsense."""
+    right = torch.empty
+
+    def empty(*shape, **options):
+        made = right(*shape, **options)
+        return made.fill_(True if made.dtype == torch.bool else 113)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def few_values(shape, dtype, device):
+    """Small whole numbers: every row has its largest one many times."""
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randint(-4, 4, shape, generator=generator).to(dtype).to(device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_programs"),
+    [((1, 1), 1056), ((1, 1, 2100), 1056), ((5, 77), 1056), ((3, 2, 130), 20), ((7, 200), 7)],
+    ids=str,
+)
+def test_the_lowest_of_tied_ids_wins(shape, num_programs, dtype, device):
+    """One part and many of a row, of one span and of several; the last one is cut off."""
+    logits = few_values(shape, dtype, device)
+
+    got = best_ids_triton.best_ids(logits, span=16, num_programs=num_programs)
+
+    assert torch.equal(got, best_ids.best_ids(logits))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_are_none(dtype, device):
+    """Of infinities and NaN, torch takes the first NaN, then the first infinity."""
+    logits = few_values((9, 300), dtype, device)
+    logits[0] = -torch.inf
+    logits[1, :299] = -torch.inf
+    logits[2] = torch.nan
+    logits[3, [40, 250]] = torch.nan
+    logits[4, [3, 200]] = torch.inf
+    logits[5, 2], logits[5, 299] = torch.inf, torch.nan
+    logits[6, 100], logits[6, 101] = torch.nan, torch.inf
+    logits[7] = 0.0
+    logits[7, :7] = -0.0
+    logits[8] = -torch.inf
+    logits[8, 117] = torch.nan
+
+    got = best_ids_triton.best_ids(logits, span=16)
+
+    assert got.tolist() == best_ids.best_ids(logits).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+def test_ids_of_a_reduced_vocabulary_become_the_targets(device):
+    logits = few_values((7, 90), torch.float32, device)
+    d2t = 3 * torch.arange(90, device=device) + 5
+
+    got = best_ids_triton.best_ids(logits, d2t, span=16)
+
+    assert torch.equal(got, best_ids.best_ids(logits, d2t))
+    assert torch.equal(got, 4 * logits.argmax(-1) + 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 32, 640])
+def test_rows_as_wide_as_a_vocabulary(num_rows):
+    logits = torch.randn(num_rows, 151_936, device="cuda").bfloat16()
+
+    assert torch.equal(best_ids_triton.best_ids(logits), logits.float().argmax(-1))
+
+
+def test_rows_that_are_apart_are_refused():
+    with pytest.raises(ValueError, match="contiguous rows of at least one"):
+        best_ids_triton.best_ids(torch.zeros(4, 6)[:, :5])
+    with pytest.raises(ValueError, match="contiguous rows of at least one"):
+        best_ids_triton.best_ids(torch.zeros(4, 0))
+    assert best_ids_triton.best_ids(torch.zeros(0, 6)).shape == (0,)
