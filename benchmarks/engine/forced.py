@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from serving.rounds import Rounds
+from specops.lanes import Field, OpenedRound
+from specops.verify_logits import LogitVerdict
 
 _SURVIVORS = (47, 35, 26, 20, 14, 11, 8, 6)
 """Of 64 rounds, how many keep at least 1, 2, ... 8 tokens. The first four add up to 2 * 64."""
@@ -37,13 +40,20 @@ def forced_acceptance(device: torch.device) -> Iterator[None]:
     verify = Rounds._verify
     kept = torch.tensor(table(), device=device)
 
-    def forced(self: Rounds, logits: Tensor, rows: Any, drafts: Any, lens: Tensor, key: Any) -> Any:
-        accepted, following = verify(self, logits, rows, drafts, lens, key)
+    def forced(
+        self: Rounds, logits: Tensor, opened: OpenedRound, drafts: Any, key: Any
+    ) -> LogitVerdict | Tensor:
+        verdict = verify(self, logits, opened, drafts, key)
         if not key.num_draft:
-            return accepted, following
-        number = (rows.nonce_R + (rows.key_R & (NUM_ROUNDS - 1))) % NUM_ROUNDS
-        wanted = kept.index_select(0, number)
-        return torch.minimum(wanted, lens).to(accepted.dtype), following
+            return verdict
+        fields = opened.ints_FR
+        number = (fields[Field.NONCE] + (fields[Field.KEY] & (NUM_ROUNDS - 1))) % NUM_ROUNDS
+        accepted_R = torch.minimum(kept.index_select(0, number), opened.lens_R)
+        if not isinstance(verdict, Tensor):
+            return replace(verdict, num_accepted_R=accepted_R)
+        next_R = verdict.gather(1, accepted_R[:, None])[:, 0]
+        nothing = torch.zeros_like(drafts.tokens_RK, dtype=torch.float32)
+        return LogitVerdict(accepted_R, next_R, nothing, nothing, None, None)
 
     with mock.patch.object(Rounds, "_verify", forced):
         yield
