@@ -53,13 +53,15 @@ def test_drafts_and_swaps_change_nothing(monkeypatch):
 
 def test_drafts_that_are_kept_unseen_are_found(monkeypatch):
     """Bug: the first draft token is kept, whatever the target says."""
-    right = serving.rounds.verify_greedy
+    right = serving.rounds.close_round
 
-    def wrong(logits, draft, lens):
-        accepted, following = right(logits, draft, lens)
-        return torch.maximum(accepted, lens.clamp(max=1)), following
+    def wrong(state, opened, draft, verdict, logq, outputs):
+        best = verdict.clone()
+        first = (opened.lens_R > 0).nonzero()[:, 0]
+        best[first, 0] = draft[first, 0] if len(first) else best[first, 0]
+        return right(state, opened, draft, best, logq, outputs)
 
-    monkeypatch.setattr(serving.rounds, "verify_greedy", wrong)
+    monkeypatch.setattr(serving.rounds, "close_round", wrong)
     row = greedy._row(TINY, CPU, 24)
 
     assert row["mismatches"] > 0
