@@ -65,7 +65,8 @@ class Flight:
     plan_s: float
     """Seconds on looking and planning that the device waited for."""
     before_s: float
-    """The same with the look-up of proposals."""
+    """Seconds before the device began: the same, or by the index all since the last outcome, since
+    without that it finds nothing. So they are a cost of drafting, and not of verification."""
 
 
 class Engine:
@@ -380,11 +381,11 @@ class Engine:
                 return
         before_s = plan_s
         if source == "suffix":
-            asked_s = time.perf_counter()
             given = self.drafting.from_index(batch, num_draft)
             num_draft = max(map(len, given))
-            before_s += time.perf_counter() - asked_s
         launched = rounds.launch(batch, source if num_draft else "none", num_draft, given)
+        if source == "suffix" and self._prefilled is None:
+            before_s = time.perf_counter() - max(started_s, self._landed_s)
         if self._land():
             plan_s = before_s = 0.0
         for sequence in batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -134,6 +135,29 @@ def test_a_round_counts_for_the_version_that_drafted_it(model):
     # A round that lands behind a swap tells nothing of the weights in force.
     assert len(policy.told) == len(versions) < len(rounds)
     assert all(told.version == version for told, version in zip(policy.told, versions, strict=True))
+
+
+def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model, monkeypatch):
+    """Looking up and, before it, committing: neither can go on beside a round."""
+    policy = Steady("suffix", 4)
+    engine = make_engine(model, policy=policy, programs=True)
+    extend, look_up = engine.drafting.extend, engine.drafting.from_index
+
+    def slow(function):
+        def call(*arguments):
+            time.sleep(0.03)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(engine.drafting, "extend", slow(extend))
+    monkeypatch.setattr(engine.drafting, "from_index", slow(look_up))
+
+    run(engine, [request_of("a", PROMPT * 4, 12)])
+
+    assert len(policy.told) > 2
+    for told in policy.told[1:]:
+        assert told.step_s - 0.05 > told.draft_s - 0.05 > 0
 
 
 def test_what_a_request_drafts_behind_its_end_is_told_nobody(model):
