@@ -27,6 +27,8 @@ _IDLE_GAIN = 0.002
 """Gain of a cell grows by this much for each step without news of it."""
 _MAX_DRIFT_GAIN = 0.5
 _SCALE_GAIN = 0.1
+_SCALE_RETURN = 0.002
+"""Of its logarithm, each step: what lasts is for the cells to know."""
 _STALE_PLAIN = 0.1
 """Relative move of the common factor since the last plain step that calls for another one: blaming
 the machine for what one arm costs would make plain decoding look as slow."""
@@ -126,7 +128,10 @@ class CostModel:
             return
         cell = self._cells.get(("verify", draft_k), {}).get(batch)
         if cell is not None and cell.weight >= _TRUSTED_WEIGHT:
-            self._scale *= (step_s / predicted_s) ** _SCALE_GAIN
+            # Of the plain ratio, whose mean is 1: that of its logarithm is below 0 where steps are
+            # noisy, and the factor would sink for ever, and with it all that is not seen again.
+            self._scale *= 1 + _SCALE_GAIN * (step_s / predicted_s - 1)
+            self._scale **= 1 - _SCALE_RETURN
         self._update("verify", draft_k, batch, max(step_s - draft_s, 0.0) / self._scale)
         if draft_k:
             self._update(drafter, draft_k, batch, draft_s / self._scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from policies.cost import CostModel, CostSample
@@ -79,3 +81,18 @@ def test_without_a_profile_there_are_still_figures():
     assert times[0] > 0
     assert not CostModel(8).knows_plain(4)
     assert calibrated().knows_plain(30)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3])
+def test_noise_does_not_move_what_is_not_seen_again(sigma):
+    """A factor that follows logarithms sinks to nothing within some thousand noisy steps."""
+    numbers = random.Random(0)
+    model = calibrated()
+    before = model.step_s("none", 0, 64)
+    for _ in range(5000):
+        batch, k = numbers.choice((1, 2, 3)), numbers.choice((0, 2, 4, 4, 4, 8))
+        noise = numbers.lognormvariate(-sigma * sigma / 2, sigma)
+        step_s, draft_s = (s * noise for s in truth("eagle3" if k else "none", k, batch))
+        model.observe("eagle3" if k else "none", k, batch, step_s, draft_s)
+
+    assert before / 2 < model.step_s("none", 0, 64) < 2 * before
