@@ -25,6 +25,9 @@ from specops.device import pack_kept_rows
 
 StoredDtype = Literal["bfloat16", "float8_e4m3fn"]
 
+Piece = tuple[int, int, int]
+"""First position, running number of the first, and count of rows in a row."""
+
 ROUNDS_ON_THE_WAY = 2
 """Rounds that may have appended rows before the host has numbered any of them: one is launched
 before the last one is read."""
@@ -130,11 +133,17 @@ class CaptureRing:
         if head < len(rows):
             ring[: len(rows) - head].copy_(rows[head:])
 
-    def read(self, pieces: list[tuple[int, int, int]]) -> tuple[Held, int]:
-        """Copies rows, on any thread, while the device may be appending.
+    def num_lost(self, pieces: list[Piece], ahead: float = 0.0) -> int:
+        """Rows that are lost, or will be once a share ``ahead`` of the ring was written anew."""
+        oldest = self._oldest() + int(ahead * self._capacity)
+        return sum(min(max(oldest - first, 0), count) for _, first, count in pieces)
 
-        Args:
-            pieces: first position, running number and count of rows in a row.
+    def _oldest(self) -> int:
+        """Running number of the oldest row that nothing on its way can overwrite."""
+        return self._next + self._most_on_the_way - self._capacity
+
+    def read(self, pieces: list[Piece]) -> tuple[Held, int]:
+        """Copies rows, on any thread, while the device may be appending.
 
         Returns:
             those still held, and how many were lost.
@@ -147,8 +156,7 @@ class CaptureRing:
         rows = self._ring.rows.view(torch.uint8)[index]
         scales = None if self._ring.scales is None else self._ring.scales[index]
         # Only now: what was overwritten during the copy is lost as well.
-        oldest = self._next + self._most_on_the_way - self._capacity
-        is_held = numbers_N >= oldest
+        is_held = numbers_N >= self._oldest()
         lost = len(numbers) - int(is_held.sum())
         held_positions = np.asarray(positions, dtype=np.int32)
         if lost:

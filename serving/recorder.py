@@ -25,7 +25,7 @@ class Recorder:
         self._writer = writer
         self._max_queue = max_queue
         self._sync_interval_s = sync_interval_s
-        self._queue: deque[Callable[[], Trace]] = deque()
+        self._queue: deque[Callable[[], Trace | None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._counts: Counter[str] = Counter()
@@ -34,8 +34,12 @@ class Recorder:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, make_trace: Callable[[], Trace]) -> None:
-        """Hand over one finished trace; O(1). It is built and encoded on the recorder's thread."""
+    def put(self, make_trace: Callable[[], Trace | None]) -> None:
+        """Hand over one finished trace; O(1). It is built and encoded on the recorder's thread.
+
+        Args:
+            make_trace: ``None`` if it is too late for this one, which is then dropped.
+        """
         with self._wake:
             self._counts["queued"] += 1
             self._queue.append(make_trace)
@@ -80,9 +84,14 @@ class Recorder:
             if closing and not batch:
                 return
 
-    def _write(self, make_trace: Callable[[], Trace]) -> None:
+    def _write(self, make_trace: Callable[[], Trace | None]) -> None:
         try:
-            self._writer.append(encode_trace(make_trace()))
+            trace = make_trace()
+            if trace is None:
+                with self._wake:
+                    self._counts["dropped"] += 1
+                return
+            self._writer.append(encode_trace(trace))
         except (OSError, ValueError) as error:
             log.warning("a trace is lost: it cannot be written (%s); serving goes on", error)
             with self._wake:

@@ -10,7 +10,7 @@ from itertools import count
 import numpy as np
 
 from buffer.records import Sampling, Trace
-from serving.capture import CaptureRing, feature_rows
+from serving.capture import CaptureRing, Held, Piece, feature_rows
 from serving.sequence import Sequence
 
 
@@ -21,6 +21,10 @@ class Producer:
     name: str
     epoch: int
     target_fingerprint: str
+
+
+_SKIP = 0.125
+"""Share of the ring that a recorder skips when it has come too late for a trace."""
 
 
 class TraceMaker:
@@ -38,16 +42,21 @@ class TraceMaker:
         self._layer_ids = layer_ids
         self._count_lost = count_lost
         self._numbers = count()
+        self._is_behind = False
 
-    def finished(self, sequence: Sequence) -> Callable[[], Trace]:
-        """Returns what builds the trace. Rows that the ring has overwritten until it is called are
-        lost and counted."""
+    def finished(self, sequence: Sequence) -> Callable[[], Trace | None]:
+        """Returns what builds the trace, or nothing if the ring has begun to overwrite it by then:
+        to a recorder that is so late every trace would come with holes, so it skips some. Of a
+        request that was longer than the ring, what is there counts."""
+        pieces = sequence.capture_rows
+        has_all = not self._ring.num_lost(pieces)
         seq = next(self._numbers)
         finished_ms = int(time.time() * 1000)
 
-        def make() -> Trace:
-            held, lost = self._ring.read(sequence.capture_rows)
-            self._count_lost(lost)
+        def make() -> Trace | None:
+            held = self._held(pieces, has_all)
+            if held is None:
+                return None
             request, shape = sequence.request, sequence.request.sampling
             return Trace(
                 producer=self._producer.name,
@@ -67,3 +76,16 @@ class TraceMaker:
             )
 
         return make
+
+    def _held(self, pieces: list[Piece], has_all: bool) -> Held | None:
+        """The rows of a finished request, unless it had all of them and has no more."""
+        ahead = _SKIP if self._is_behind else 0.0
+        self._is_behind = has_all and self._ring.num_lost(pieces, ahead) > 0
+        if not self._is_behind:
+            held, lost = self._ring.read(pieces)
+            self._is_behind = has_all and lost > 0
+            if not self._is_behind:
+                self._count_lost(lost)
+                return held
+        self._count_lost(sum(count for _, _, count in pieces))
+        return None

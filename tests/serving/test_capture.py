@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from buffer.codec import decode_trace, encode_trace
+from buffer.traces import open_trace_reader, open_trace_writer
 from serving.capture import CaptureRing, feature_rows
+from serving.recorder import Recorder
 from serving.traces import Producer, TraceMaker
 from tests.engines import make_engine, random_model, request_of, run
 
@@ -118,6 +120,36 @@ def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
     features = traces["long"].features
     assert lost == 229 - len(features.positions) > 0
     assert features.positions.tolist() == list(range(229 - len(features.positions), 229))
+
+
+def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(tmp_path):
+    engine = make_engine(random_model("qwen3"), ring_rows=256, prefix_cache=False)
+    lost = []
+    maker = TraceMaker(
+        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, lost.append
+    )
+    made = []
+    engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
+    # 50 rows each, of which the ring holds those of 5 requests.
+    run(engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(8)])
+    writer = open_trace_writer(
+        "log:", tmp_path, segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0
+    )
+    recorder = Recorder(writer, 100, 0.01)
+    for make in made:
+        recorder.put(make)
+    recorder.start()
+    recorder.close(20.0)
+
+    traces = open_trace_reader("log:", tmp_path).read(100)
+    for trace in traces:
+        assert trace.features.positions.tolist() == list(range(len(trace.token_ids) - 1))
+    dropped = 8 - len(traces)
+    assert 3 <= dropped <= 5
+    assert sum(lost) == dropped * 50
+    assert recorder.counts() == {
+        "queued": 8, "written": len(traces), "dropped": dropped, "failed": 0
+    }  # fmt: skip
 
 
 def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
