@@ -15,7 +15,7 @@ from torch import Tensor
 from serving.drafting import Drafting
 from serving.lanes import LaneRows
 from serving.sequence import Sequence
-from specops.attention import decode_slots
+from specops.device import places_of
 
 BLOCK = 16
 """Rows of a block."""
@@ -33,6 +33,6 @@ def draft_rows(
 ) -> Tensor:
     """The neural drafter computes B blocks, from the target's stored rows; [T, H] its outputs."""
     assert drafting.neural is not None
-    before = decode_slots(rows.decode_pass(first_B - 1, page_size), BLOCK)
+    before = places_of(rows.decode_pass(first_B - 1, page_size), BLOCK).slots.flatten()
     at = rows.decode_pass(first_B, page_size, first_key=1)
     return drafting.neural.take_in(ids_T, drafting.features_at(before), at)

@@ -22,8 +22,14 @@ from serving.lanes import Lanes, upload
 from serving.scheduler import Chunk
 from serving.target import KvPool, Target
 from serving.verifying import Rule, judge_of
-from specops.attention import decode_slots
-from specops.device import adjust_rows, close_round, count_tokens, open_round, verify_logits
+from specops.device import (
+    adjust_rows,
+    close_round,
+    count_tokens,
+    open_round,
+    places_of,
+    verify_logits,
+)
 from specops.lanes import Column, Input
 
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
@@ -154,8 +160,8 @@ class Prefill:
         rows = self._lanes.rows(blocks[:, _LANE])
         first, ids = blocks[:, _FIRST], blocks[:, _IDS:].reshape(-1)
         here = rows.decode_pass(first, self._page_size)
-        positions = here.positions(BLOCK).flatten()
-        slots = decode_slots(here, BLOCK)
+        places = places_of(here, BLOCK)
+        positions, slots = places.positions.flatten(), places.slots.flatten()
         computed = self._target.decode(ids, positions, slots, here, self._pool)
         self._drafting.keep_features(slots, computed.features_TmH)
         if self._drafting.neural:
