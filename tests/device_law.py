@@ -209,41 +209,39 @@ def share_numbers(right: Numbering) -> Numbering:
     return replace(right, keys_R=right.keys_R // 2)
 
 
-def forget_shape(
-    logits: Tensor,
-    sampling: SamplingRows,
-    draft: Tensor,
-    lens: Tensor,
-    rules: Tensor,
-    numbering: Numbering,
-    law: DraftLaw | None,
-) -> LogitVerdict:
+def judged_by(change: Callable[[DraftLaw], DraftLaw]) -> Callable[..., LogitVerdict]:
+    """Verification that takes drafts for drawn from something else."""
+
+    def judge(
+        logits: Tensor,
+        sampling: SamplingRows,
+        draft: Tensor,
+        lens: Tensor,
+        rules: Tensor,
+        numbering: Numbering,
+        law: DraftLaw | None,
+    ) -> LogitVerdict:
+        seen = None if law is None else replace(change(law), laws=None)
+        return faces.verify_logits(logits, sampling, draft, lens, rules, numbering, seen)
+
+    return judge
+
+
+def forget_shape(law: DraftLaw) -> DraftLaw:
     """Bug: q is the drafter's at temperature 1, whatever was drawn from."""
-    if law is not None:
-        warm = replace(law.sampling, temperature_R=torch.ones_like(law.sampling.temperature_R))
-        law = replace(law, sampling=warm, laws=None)
-    return faces.verify_logits(logits, sampling, draft, lens, rules, numbering, law)
+    ones = torch.ones_like(law.sampling.temperature_R)
+    return replace(law, sampling=replace(law.sampling, temperature_R=ones))
 
 
-def wrong_weights(
-    logits: Tensor,
-    sampling: SamplingRows,
-    draft: Tensor,
-    lens: Tensor,
-    rules: Tensor,
-    numbering: Numbering,
-    law: DraftLaw | None,
-) -> LogitVerdict:
+def wrong_weights(law: DraftLaw) -> DraftLaw:
     """Bug: q of other weights than those that drafted."""
-    if law is not None:
-        law = replace(law, logits_RKD=law.logits_RKD.roll(1, dims=-1).contiguous(), laws=None)
-    return faces.verify_logits(logits, sampling, draft, lens, rules, numbering, law)
+    return replace(law, logits_RKD=law.logits_RKD.roll(1, dims=-1).contiguous())
 
 
 BUGS = {
     "numbers drawn again": Faces(numbering=reuse_numbers),
     "requests share a number": Faces(numbering=share_numbers),
-    "q without the temperature": Faces(verify_logits=forget_shape),
-    "q of other weights": Faces(verify_logits=wrong_weights),
+    "q without the temperature": Faces(verify_logits=judged_by(forget_shape)),
+    "q of other weights": Faces(verify_logits=judged_by(wrong_weights)),
 }
 """Planted by the test and by the benchmark, which must see each."""
