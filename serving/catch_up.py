@@ -12,7 +12,7 @@ import torch
 
 from serving.blocks import BLOCK, cut, draft_rows
 from serving.drafting import Drafting
-from serving.graphs import Graphs, Program, buckets
+from serving.graphs import Graphs, Program, buckets, fitting
 from serving.lanes import Lanes, upload
 from serving.sequence import Sequence
 
@@ -57,7 +57,7 @@ class CatchUp:
             self._launch(blocks[at : at + self._most_blocks])
 
     def _launch(self, blocks: list[list[int]]) -> None:
-        size = next(size for size in self._sizes if size >= len(blocks))
+        size = fitting(self._sizes, len(blocks))
         filling = [self._lanes.padding, 1, _NO_END, *[0] * BLOCK]
         rows = torch.tensor(blocks + [filling] * (size - len(blocks)))
         upload(rows, self._inputs[:size])

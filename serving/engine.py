@@ -450,10 +450,13 @@ class Engine:
             self._prefilled = launched
             return
         self._land()
-        done = [chunk.sequence for chunk in chunks if chunk.is_last]
         logits = launched.logits[:, None]
-        first_ids = verify(done, None, logits, self.rule).next_ids
-        self._commit_chunks(prefill, launched, first_ids, scored_by(logits))
+        self._commit_chunks(prefill, launched, self._first_ids(chunks, logits), scored_by(logits))
+
+    def _first_ids(self, chunks: tuple[Chunk, ...], logits: torch.Tensor) -> list[int]:
+        """Tokens after the N prompts that end with these chunks, by [N, 1, V] logits."""
+        done = [chunk.sequence for chunk in chunks if chunk.is_last]
+        return verify(done, None, logits, self.rule).next_ids if done else []
 
     def _land_chunks(self) -> bool:
         """Read and commit the prompt chunks under way, if there are any; says whether there were.
@@ -509,8 +512,7 @@ class Engine:
         if chunks:
             ends = torch.tensor(last, dtype=torch.int64, device=self.target.device)
             logits = self.target.logits(computed.hidden_TH[ends])[:, None]
-            done = [chunk.sequence for chunk in chunks if chunk.is_last]
-            first_ids = verify(done, None, logits, self.rule).next_ids if done else []
+            first_ids = self._first_ids(chunks, logits)
             committed += self._commits.chunks(chunks, starts, first_ids, scored_by(logits))
         self._commits.capture(committed, computed)
         self._after_commit(committed)

@@ -27,6 +27,11 @@ def buckets(most: int) -> list[int]:
     return [*sizes, most]
 
 
+def fitting(sizes: list[int], wanted: int) -> int:
+    """The least of ascending sizes that holds ``wanted``."""
+    return next(size for size in sizes if size >= wanted)
+
+
 @dataclass(frozen=True, slots=True)
 class Landing:
     """Something on its way from the device."""

@@ -17,7 +17,7 @@ from serving.adjusting import Adjusting, requests_of
 from serving.blocks import BLOCK, cut, draft_rows
 from serving.capture import CaptureRing
 from serving.drafting import Drafting
-from serving.graphs import Graphs, Landing, Program, buckets
+from serving.graphs import Graphs, Landing, Program, buckets, fitting
 from serving.lanes import Lanes, upload
 from serving.scheduler import Chunk
 from serving.target import KvPool, Target
@@ -100,7 +100,7 @@ class Prefill:
                 ends.append([lane, 0, len(blocks) * BLOCK + chunk.num_rows - 1])
             for first, num_rows, ids in cut(chunk.sequence, chunk.start, chunk.end):
                 blocks.append([lane, first, num_rows if keeps else 0, *ids])
-        size = next(size for size in self._sizes if size >= len(blocks))
+        size = fitting(self._sizes, len(blocks))
         blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
         upload(torch.tensor(blocks), self._inputs[:size])
         no_end = [self._lanes.padding, 0, 0]

@@ -27,7 +27,7 @@ from serving.adjusting import Adjusting, fits_lane, requests_of
 from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.catch_up import CatchUp
 from serving.drafting import Drafting
-from serving.graphs import Graphs, Landing, Program, buckets
+from serving.graphs import Graphs, Landing, Program, buckets, fitting
 from serving.lanes import LaneRows, Lanes, upload
 from serving.sequence import Sequence
 from serving.target import KvPool, Target, TargetRows
@@ -247,7 +247,7 @@ class Rounds:
 
     def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
         """Lanes and proposals of a batch; returns its bucket."""
-        size = self._bucket(len(batch))
+        size = fitting(self._buckets, len(batch))
         inputs = torch.zeros((size, self._inputs.shape[1]), dtype=torch.int64)
         inputs[:, Input.LANE] = self._lanes.padding
         inputs[: len(batch), Input.LANE] = torch.tensor([s.lane for s in batch])
@@ -280,11 +280,8 @@ class Rounds:
 
     def device_seconds(self, num_rows: int, num_draft: int, source: str, repeats: int = 5) -> float:
         """Time of one greedy round's program, its launch included; nothing may be in flight."""
-        key = _Key(self._bucket(num_rows), num_draft, source, is_greedy=True)
+        key = _Key(fitting(self._buckets, num_rows), num_draft, source, is_greedy=True)
         return self._graphs.seconds(self._program(key), repeats)
-
-    def _bucket(self, num_rows: int) -> int:
-        return next(size for size in self._buckets if size >= num_rows)
 
     def _program(self, key: _Key) -> Program:
         if key not in self._programs:
