@@ -153,7 +153,7 @@ def _programs(
     on_gpu, pinned = target.device.type == "cuda", e.numerics == "pinned"
     if pinned and (e.programs == "never" or not on_gpu):
         raise ValueError(
-            f"engine.numerics is 'pinned', which programs on a GPU are; device is "
+            f"engine.numerics is 'pinned', which needs a GPU and its programs; device is "
             f"{target.device.type} and engine.programs {e.programs}; set it to 'fast'"
         )
     if e.programs == "never" or (e.programs == "auto" and not on_gpu):
