@@ -33,6 +33,7 @@ def measure(report: Report, place: Place, shape: str, from_disk: bool) -> None:
         from_disk: write the target and let the engine load it, as a server does; else its weights
             are drawn on the device, and the load is of that.
     """
+    release(place)  # of an engine before
     with tempfile.TemporaryDirectory() as folder:
         target = random_target(shape, place)
         publish_drafters(Path(folder) / "run" / "weights", target)

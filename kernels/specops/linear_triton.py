@@ -283,12 +283,9 @@ def _few_rows(
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = BLOCK_K // LINE if BLOCK_K > LINE else 1
         line = tl.arange(0, LINES) * LINE
-        first = tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * weight_stride + weight_ptr
+        first = weight_ptr + tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * weight_stride
         for step in tl.static_range(STAGES):
             ahead = tl.minimum(begin + step * BLOCK_K + line, num_inputs - 1)
-            first = (
-                weight_ptr + tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * weight_stride
-            )
             fetch_into_l2(first + ahead[None, :])
             if GATED:
                 fetch_into_l2(first + num_outputs.to(tl.int64) * weight_stride + ahead[None, :])

@@ -71,7 +71,8 @@ def test_drafts_that_are_kept_unseen_are_found(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("target", ["tiny", "bundled"])
-def test_by_pinned_numerics_no_byte_differs(target, dtype):
+def test_by_pinned_numerics_no_byte_differs(target, dtype, monkeypatch):
+    monkeypatch.setattr(greedy, "SWAP_EVERY", 10)
     row = greedy._row(Run(target, dtype, "pinned", 1.0), Place(torch.device("cuda")), 200)
 
     assert row["swaps"] > 0
