@@ -394,12 +394,16 @@ class SuffixIndex:
         """Append committed tokens."""
         self._own(key).append(tokens)
 
-    def finish(self, key: str, keep: bool) -> None:
-        """Stop following; ``keep`` moves the sequence to the recent traffic, else it is gone."""
+    def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
+        """Stop following; ``keep`` moves the sequence to the recent traffic, else it is gone.
+
+        Args:
+            num_tokens: of the sequence, where it ended before the last ones that were appended.
+        """
         own = self._own(key)
         del self._running[key]
         if keep:
-            self._recent.add(own.all_tokens(), own.namespace, own.seed)
+            self._recent.add(own.all_tokens()[:num_tokens], own.namespace, own.seed)
 
     def match(self, key: str) -> int:
         """Tokens of the longest suffix that occurred before, 0 if shorter than min_match."""

@@ -20,7 +20,7 @@ from serving.scheduler import Chunk
 from serving.sequence import Sequence
 from serving.target import TargetRows
 from serving.types import TokenLogprob
-from serving.verifying import Proposed, Verified, token_logprobs
+from serving.verifying import Proposed, Verified, emitted_by, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Commits:
                 )
             )
             self._count_round(num_drafted, kept)
-            emitted = [*drafted[:kept], verified.next_ids[r]]
+            emitted = emitted_by(draft, verified, r)
             anchor = len(sequence.tokens) - 1
             sequence.version = step.version
             count = self._append(sequence, emitted, partial(scored, r))

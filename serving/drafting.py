@@ -65,15 +65,23 @@ class Drafting:
             request = sequence.request
             self.suffix.begin(request.id, sequence.tokens, namespace=request.tenant)
 
-    def extend(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Tokens were committed."""
+    def foresee(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Tokens were decided, and are committed later, unless the request ends before them."""
+        assert not sequence.num_foreseen, "one round is foreseen at a time"
         if self.suffix:
             self.suffix.extend(sequence.request.id, tokens)
+            sequence.num_foreseen = len(tokens)
+
+    def extend(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Tokens were committed."""
+        if self.suffix and not sequence.num_foreseen:
+            self.suffix.extend(sequence.request.id, tokens)
+        sequence.num_foreseen = 0
 
     def finish(self, sequence: Sequence, keep: bool) -> None:
         """A request ended; ``keep``: others may be drafted from its text."""
         if self.suffix and sequence.pages:
-            self.suffix.finish(sequence.request.id, keep=keep)
+            self.suffix.finish(sequence.request.id, keep=keep, num_tokens=len(sequence.tokens))
 
     def keep_features(self, slots_T: Tensor, features_TmH: Tensor) -> None:
         """Store the tapped rows of a pass; rows of rejected drafts are overwritten later."""
@@ -89,7 +97,7 @@ class Drafting:
         """Largest K this request may have now: the last token is always the target's own."""
         asked = sequence.request.max_draft
         limit = self.max_draft if asked is None else min(asked, self.max_draft)
-        return min(limit, sequence.num_left - 1)
+        return max(0, min(limit, sequence.num_left - sequence.num_foreseen - 1))
 
     def observe(self, batch: list[Sequence], step: int) -> StepObs | None:
         """What the policy sees of a batch; ``None`` when nothing can be drafted."""

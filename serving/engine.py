@@ -28,7 +28,7 @@ from serving.drafting import Drafting
 from serving.packing import step_rows
 from serving.prefill import Prefill, Prefilled
 from serving.programs import Programs
-from serving.rounds import Launched, Rounds
+from serving.rounds import Decoded, Launched, Rounds
 from serving.scheduler import Chunk, Scheduler
 from serving.sequence import Sequence
 from serving.target import KvPool, Target
@@ -41,7 +41,7 @@ from serving.types import (
     QueueFullError,
     Request,
 )
-from serving.verifying import Rule, proposed, verify
+from serving.verifying import Rule, emitted_by, proposed, verify
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ SCORED = Decision("none", 0, 1.0, False, "logprobs")
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A round that was launched and whose outcome was not read yet."""
+    """A round that was launched and whose outcome was not committed yet."""
 
     launched: Launched
     matches: tuple[int, ...]
@@ -67,6 +67,16 @@ class Flight:
     before_s: float
     """Seconds before the device began: the same, or by the index all since the last outcome, since
     without that it finds nothing. So they are a cost of drafting, and not of verification."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What a round has decided, read and not committed yet."""
+
+    decoded: Decoded
+    step_s: float
+    has_waited: bool
+    """The host had nothing left to do beside the round."""
 
 
 class Engine:
@@ -126,6 +136,7 @@ class Engine:
         self._commits = Commits(drafting, ring)
         self._arms: Counter[tuple[str, int]] = Counter()
         self._flight: Flight | None = None
+        self._landed: Landed | None = None
         self._prefilled: Prefilled | None = None
         self._landed_s = 0.0
         self._is_timed = True
@@ -369,7 +380,7 @@ class Engine:
         decision: Decision,
         started_s: float,
     ) -> None:
-        """Launch a round, and read the one before it."""
+        """Launch a round, and commit the one before it."""
         plan_s = time.perf_counter() - started_s
         source, num_draft, given = decision.drafter, decision.draft_k, None
         if not self._may_overtake(batch, source):
@@ -379,6 +390,8 @@ class Engine:
             batch, matches = list(compress(batch, lives)), tuple(compress(matches, lives))
             if not batch:
                 return
+        elif source == "suffix" and self._foresee():
+            plan_s = 0.0
         before_s = plan_s
         if source == "suffix":
             given = self.drafting.from_index(batch, num_draft)
@@ -395,33 +408,52 @@ class Engine:
         )
 
     def _may_overtake(self, batch: list[Sequence], source: str) -> bool:
-        """Whether a round of this source can be launched before the one under way is read: the
-        index must know the text, a cold drafter how much it has to catch up on, and a batch of
-        which all may have ended would be computed for nothing."""
+        """Whether a round of this source can be launched before the one under way is committed: a
+        cold drafter must know how much it has to catch up on, and a batch of which all may have
+        ended would be computed for nothing."""
         if self._flight is None:
             return True
         launched = self._flight.launched
         if all(s.is_flying and s.num_left <= launched.most_tokens for s in batch):
             return False
-        return source == "none" or (
-            source == "eagle3" and (launched.warms or not any(s.is_flying for s in batch))
-        )
+        return source != "eagle3" or launched.warms or not any(s.is_flying for s in batch)
+
+    def _foresee(self) -> bool:
+        """Tell the index what the round under way decided, so that it can draft for the next one
+        before all else that follows from it is done; says whether that kept the host waiting."""
+        if self._flight is None:
+            return False
+        outcome = self._read(self._flight)
+        proposed, verified = outcome.decoded.proposed, outcome.decoded.verified
+        for r, sequence in enumerate(self._flight.launched.batch):
+            if sequence.finish_reason is None:
+                self.drafting.foresee(sequence, emitted_by(proposed, verified, r))
+        return outcome.has_waited
+
+    def _read(self, flight: Flight) -> Landed:
+        """Wait for the round under way, the first time it is asked for."""
+        assert self.programs is not None
+        if self._landed is None:
+            has_waited = flight.launched.landed.wait()
+            now_s = time.perf_counter()
+            step_s = now_s - max(flight.started_s, self._landed_s)
+            self._landed_s = now_s
+            decoded = self.programs.rounds.read(flight.launched)
+            self._landed = Landed(decoded, step_s, has_waited)
+        return self._landed
 
     def _land(self) -> bool:
         """Read and commit the round under way, if there is one; says whether it kept the host
-        waiting."""
-        if (flight := self._flight) is None or self.programs is None:
+        waiting just now."""
+        if (flight := self._flight) is None:
             return False
-        self._flight = None
+        was_read = self._landed is not None
+        outcome = self._read(flight)
+        self._flight = self._landed = None
         launched, decision = flight.launched, flight.decision
         for sequence in launched.batch:
             sequence.is_flying = False
-        has_waited = launched.landed.wait()
-        now_s = time.perf_counter()
-        step_s = now_s - max(flight.started_s, self._landed_s)
-        self._landed_s = now_s
-        rounds = self.programs.rounds
-        decoded = rounds.read(launched)
+        decoded, step_s = outcome.decoded, outcome.step_s
         draft_s = flight.before_s + launched.draft_share * max(0.0, step_s - flight.before_s)
         step = Step(decoded.proposed, decoded.verified, draft_s, flight.version)
         self._arms[(decision.drafter, decision.draft_k)] += 1
@@ -437,7 +469,7 @@ class Engine:
             has_prefill = not self._is_timed
             self._observe(flight.matches, decision, step, seconds, lives, has_prefill=has_prefill)
         self._is_timed = True
-        return has_waited
+        return outcome.has_waited and not was_read
 
     def _prefill(self, prefill: Prefill, chunks: tuple[Chunk, ...]) -> None:
         """Launch one program of fixed shape that computes prompt chunks, behind a round under way.
@@ -592,7 +624,7 @@ class Engine:
         self._emit(sequence, reason, error)
 
     def _fail_all(self) -> None:
-        self._flight = self._prefilled = None
+        self._flight = self._landed = self._prefilled = None
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self._finish(sequence, "error", "the engine failed on this request; see the server log")
         if self.ring is not None:

@@ -44,7 +44,10 @@ class Sequence:
     lane_length: int | None = None
     """Tokens that row knows of; ``None`` before it is written."""
     is_flying: bool = False
-    """In a round whose outcome was not read yet: its lane knows more than ``tokens``."""
+    """In a round whose outcome was not committed yet: its lane knows more than ``tokens``."""
+    num_foreseen: int = 0
+    """Tokens that a round has decided, that the index was told of, and that are not in ``tokens``
+    yet."""
     num_emitted: int = 0
     """Completion tokens already sent out."""
     finish_reason: FinishReason | None = None

@@ -43,6 +43,12 @@ class Proposed:
     """Log q of each of them; ``None`` for a delta draft."""
 
 
+def emitted_by(draft: Proposed | None, verified: Verified, r: int) -> list[int]:
+    """Tokens that a round decided for request r: the kept draft tokens and the target's own."""
+    drafted = draft.tokens[r] if draft else []
+    return [*drafted[: verified.num_accepted[r]], verified.next_ids[r]]
+
+
 Rule = Literal["block", "standard"]
 
 

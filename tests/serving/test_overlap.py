@@ -138,10 +138,10 @@ def test_a_round_counts_for_the_version_that_drafted_it(model):
 
 
 def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model, monkeypatch):
-    """Looking up and, before it, committing: neither can go on beside a round."""
+    """Learning what was decided and looking up: neither can go on beside a round."""
     policy = Steady("suffix", 4)
     engine = make_engine(model, policy=policy, programs=True)
-    extend, look_up = engine.drafting.extend, engine.drafting.from_index
+    foresee, look_up = engine.drafting.foresee, engine.drafting.from_index
 
     def slow(function):
         def call(*arguments):
@@ -150,7 +150,7 @@ def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model
 
         return call
 
-    monkeypatch.setattr(engine.drafting, "extend", slow(extend))
+    monkeypatch.setattr(engine.drafting, "foresee", slow(foresee))
     monkeypatch.setattr(engine.drafting, "from_index", slow(look_up))
 
     run(engine, [request_of("a", PROMPT * 4, 12)])
@@ -158,6 +158,51 @@ def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model
     assert len(policy.told) > 2
     for told in policy.told[1:]:
         assert told.step_s - 0.05 > told.draft_s - 0.05 > 0
+
+
+def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model, monkeypatch):
+    """It drafts from the text that the last one has decided all the same."""
+    engine = make_engine(model, policy=Steady("suffix", 4), programs=True)
+    collected = Collected()
+    rounds, look_up = engine.programs.rounds, engine.drafting.from_index
+    committed, texts = [], []
+
+    def launch(*arguments):
+        committed.append(len(collected.token_ids))
+        return right(*arguments)
+
+    def from_index(batch, num_draft):
+        texts.extend(engine.drafting.suffix._own(s.request.id).all_tokens() for s in batch)
+        return look_up(batch, num_draft)
+
+    right = rounds.launch
+    monkeypatch.setattr(rounds, "launch", launch)
+    monkeypatch.setattr(engine.drafting, "from_index", from_index)
+    engine.submit(request_of("a", PROMPT * 4, 12), collected.take)
+    with torch.inference_mode():
+        while collected.last is None or collected.last.finish_reason is None:
+            engine.step()
+
+    whole = [*PROMPT * 4, *collected.token_ids]
+    assert len(texts) > 3
+    known = [len(text) - len(PROMPT * 4) for text in texts]
+    assert all(many > few for many, few in zip(known[1:], committed[1:], strict=False))
+    assert all(text.tolist()[: len(whole)] == whole[: len(text)] for text in texts)
+    assert engine.figures().num_accepted_tokens > 0
+
+
+def test_the_index_keeps_nothing_that_was_decided_behind_the_end_of_a_text(model):
+    """The second request is drafted from the first one's text, which goes on behind that end."""
+    plain = run(make_engine(model), [request_of("p", PROMPT, 40, max_draft=0)])["p"].token_ids
+    end = plain[9]
+    engine = make_engine(model, policy=Steady("suffix", 4), programs=True, eos_ids=frozenset({end}))
+    run(engine, [request_of("a", PROMPT, 40, ignore_eos=True)])
+    before = engine.drafting.suffix.num_recent_tokens
+    got = run(engine, [request_of("b", PROMPT, 40)])["b"]
+
+    assert got.token_ids == plain[: plain.index(end) + 1]
+    assert before == len(PROMPT) + 40
+    assert engine.drafting.suffix.num_recent_tokens - before == len(PROMPT) + len(got.token_ids)
 
 
 def test_what_a_request_drafts_behind_its_end_is_told_nobody(model):
