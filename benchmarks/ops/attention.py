@@ -157,7 +157,7 @@ def measured_ms(shape: Shape, work: Work, want: Tensor | None = None) -> float:
         error = float((got.float() - want.float()).norm() / want.float().norm())
         assert error < 2e-2, f"{shape} is off by {error}"
     large = shape.num_bytes > 1e9
-    return graphed(work, repeats=10 if large else 20, calls=2 if large else 5).median_ms
+    return graphed(work, calls=2 if large else 5).median_ms
 
 
 def guarded_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | str:

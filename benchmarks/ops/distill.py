@@ -41,7 +41,7 @@ DRAFT_VOCABS = (32_000, VOCAB)
 KINDS: tuple[LossKind, ...] = ("lk", "forward_kl")
 TORCH_CHUNK = 1024
 """Rows of a block for the torch variants: a divisor, so that one shape is compiled."""
-REPEATS = 10
+REPEATS = 20
 
 
 @dataclass(frozen=True, slots=True)
