@@ -1,6 +1,7 @@
 # make demo    the whole loop on this machine: serve, learn, swap, report
 # make test    all tests                make check   lint, format, types, order of imports
 # make bench   the measured figures     make clean   remove what make made
+# make bench-real   figures of a target trained on the spot, a drafter for it, and peers; on a GPU
 #
 # Each installs what it needs into .venv first. PYTHON=... names an interpreter (3.11 or 3.12),
 # ARGS=... goes to pytest.
@@ -17,7 +18,7 @@ EXTRAS := dev$(if $(HAS_GPU),$(shell echo ',gpu'))
 # Bytecode is written when a module is first imported; compiling all of torch takes a minute.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench bench-real setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -34,15 +35,28 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.lossless
+	$(BIN)/python -m benchmarks.verification
 ifneq ($(HAS_GPU),)
 	$(BIN)/python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
 	$(BIN)/python -m benchmarks.one_gpu --start random --out benchmarks/results/one_gpu_random.json
-	for name in attention capture decoder distill linear penalties verify; do \
+	for name in attention capture decoder distill drafter drafting linear penalties rounds verify; do \
 		$(BIN)/python -m benchmarks.ops.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.adjusted_steps
+	$(BIN)/python -m benchmarks.lossless_gpu
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.engine --parts start --keep benchmarks/results/engine_speed.json
 endif
+
+# The first makes the target and the second its drafter, some minutes each; the others need both.
+bench-real: REAL := --target runs/real/target
+bench-real: setup
+	$(BIN)/python -m examples.train_target --large --out runs/real/target
+	$(BIN)/python -m benchmarks.real_drafter $(REAL) --run-dir runs/real/run
+	$(BIN)/python -m benchmarks.real_target $(REAL) --run-dir runs/real/run
+	$(BIN)/python -m benchmarks.peers $(REAL) --drafter runs/real/run/weights/1
+	$(BIN)/python -m benchmarks.peers --shape Qwen3-8B
 
 setup: $(VENV)/.installed
 

@@ -17,6 +17,8 @@ from benchmarks.engine.report import Report
 from policies.fixed import FixedPolicy
 
 DRAFT_K = 4
+_FEWER_K = 2
+"""Its rounds are subtracted; three and five verified rows have kernels of one kind."""
 
 
 def measure_forced(
@@ -44,7 +46,12 @@ def measure_forced(
 def forced_row(
     made: Made, context: int, temperature: float, num_turns: int, replays: Replays
 ) -> dict[str, Any]:
-    """Measured speed-up, and what the drafter's and the target's device times allow."""
+    """Measured speed-up, and what the drafter's and the target's device times allow.
+
+    Three tokens a step over one target pass and K passes of the drafter: the bound without anything
+    else. Taking committed rows in is the drafter's work too, but not a draft's; with its share in
+    each pass the bound is lower.
+    """
     engine = made.service.engine
     prompts = random_prompts(1, context, engine.vocab_size)
     arms = {"off": FixedPolicy("none", 0), "on": FixedPolicy("eagle3", DRAFT_K)}
@@ -61,7 +68,10 @@ def forced_row(
     rounds = after.num_rounds - before.num_rounds
     accepted = after.num_accepted_tokens - before.num_accepted_tokens
     times = program_times(made, replays)
-    bound = 3 / (1 + DRAFT_K * times["drafter_over_target"])
+    bounds = {
+        "bound_by_passes": 3 / (1 + DRAFT_K * times["pass_over_target"]),
+        "bound_with_taking_in": 3 / (1 + DRAFT_K * times["with_taking_in_over_target"]),
+    }
     return {
         "draft_k": DRAFT_K,
         "off_tokens_per_s": off,
@@ -69,8 +79,8 @@ def forced_row(
         "speed_up": on / off,
         "tokens_per_step": 1 + accepted / rounds,
         **times,
-        "bound": bound,
-        "share_of_bound": on / off / bound,
+        **bounds,
+        **{f"share_of_{name}": on / off / bound for name, bound in bounds.items()},
         "drafter_bytes": made.drafter_bytes,
         "num_turns": num_turns,
     }
@@ -79,8 +89,10 @@ def forced_row(
 def program_times(made: Made, replays: Replays) -> dict[str, float]:
     """Device times of the greedy programs of batch 1, over the lane that was decoded last.
 
-    A drafter pass is a fourth of what the round of K = 4 takes beyond the same round with given
-    drafts; it has its share of computing the committed rows in it.
+    What a round takes beyond the same round with given drafts is the drafter's. A fourth of it at
+    K = 4 is ``with_taking_in``: a pass and its share of computing the committed rows. A pass alone
+    is half of what it is more at K = 4 than at K = 2, where the taking in is the same but for two
+    rows.
     """
     assert made.service.engine.programs is not None
     rounds = made.service.engine.programs.rounds
@@ -92,18 +104,20 @@ def program_times(made: Made, replays: Replays) -> dict[str, float]:
         )
         return launched[-1].device_s() if launched else host_s[0]
 
-    target, verify, whole = (
-        seconds(0, "none"),
-        seconds(DRAFT_K, "suffix"),
-        seconds(DRAFT_K, "eagle3"),
-    )
-    drafter = max(whole - verify, 0.0) / DRAFT_K
+    target = seconds(0, "none")
+    verify, whole = (seconds(DRAFT_K, source) for source in ("suffix", "eagle3"))
+    fewer_verify, fewer_whole = (seconds(_FEWER_K, source) for source in ("suffix", "eagle3"))
+    drafter, fewer = whole - verify, fewer_whole - fewer_verify
+    with_taking_in = max(drafter, 0.0) / DRAFT_K
+    one_pass = max(drafter - fewer, 0.0) / (DRAFT_K - _FEWER_K)
     return {
         "target_ms": target * 1e3,
         "verify_round_ms": verify * 1e3,
         "round_ms": whole * 1e3,
-        "drafter_ms": drafter * 1e3,
-        "drafter_over_target": drafter / target,
+        "pass_ms": one_pass * 1e3,
+        "pass_over_target": one_pass / target,
+        "with_taking_in_ms": with_taking_in * 1e3,
+        "with_taking_in_over_target": with_taking_in / target,
     }
 
 

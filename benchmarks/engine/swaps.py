@@ -1,8 +1,12 @@
-"""Swaps of a drafter under load, through the engine's own path from the order to the copy.
+"""Swaps of a drafter under load: orders to ``Service.swap`` while the engine decodes on its own
+thread, as in a server. The watcher is off, so that nothing else swaps.
 
-The engine runs on its own thread, as in a server. Orders go to ``Service.swap``; reading a bundle
-from the disk, which another thread does and which takes seconds, is done once for each of two
-versions and kept for the others. The watcher is off, so that nothing else swaps.
+Two series, one after the other under the same load. Many swaps from the order on a bundle that is
+staged already: what the engine's thread and the stream do, without reading, checking and staging a
+bundle, which take another thread up to seconds and so are done once for each of two versions. Then
+some tens of swaps as a server makes them, ``unpatched``: every order reads its bundle from the disk
+(or what the system holds of it in memory), checks it to the last byte and stages it on the device,
+while requests decode.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ from serving.types import Output, Request, SamplingParams
 
 DRAFT_K = 4
 _NUM_PROMPT = 128
+_NUM_UNPATCHED = 30
+_UNPATCHED_S = 60.0
+"""No further bundle is read after so long."""
 
 
 def measure(
@@ -41,7 +48,7 @@ def measure(
         "drafter": {"max_draft": DRAFT_K},
         "policy": {"kind": "fixed", "draft_k": DRAFT_K},
     }
-    with engine_of(shape, place, chosen, num_versions=2) as made, bundles_stay_loaded():
+    with engine_of(shape, place, chosen, num_versions=2) as made:
         made.service.start()
         try:
             found = swap_often(report, made, batch, num_swaps, interval_s)
@@ -52,7 +59,7 @@ def measure(
 
 @contextmanager
 def bundles_stay_loaded() -> Iterator[None]:
-    """A bundle that was read and staged once is not read again."""
+    """A bundle that was read, checked and staged once is not again: an order begins behind that."""
     load, kept = swapping_thread.load_bundle, {}
 
     def load_once(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
@@ -158,46 +165,82 @@ class Traffic:
             time.sleep(0.01)
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Swaps one after another, and the window that they lie in; times by ``time.perf_counter``."""
+
+    begin_s: float
+    end_s: float
+    order_s: tuple[float, ...]
+    """From each order until its weights were in force."""
+
+
 def swap_often(
     report: Report, made: Made, batch: int, num_swaps: int, interval_s: float
 ) -> dict[str, Any]:
-    """A load without swaps, then the same with one every ``interval_s``; version 1 comes first."""
+    """A load without swaps, with one every ``interval_s``, and with some that read their bundles;
+    version 1 comes first."""
     service = made.service
     watched = Watched(made)
     service.engine.between_steps = watched.between_steps
     traffic = Traffic(made, batch)
     try:
         traffic.wait_until_all_decode(20, 300)
-        for version in (0, 1):  # reads both from the disk, and makes the buffer of the former one
-            service.swap(version)
-        quiet_from = time.perf_counter()
-        time.sleep(min(5.0, num_swaps * interval_s))
-        swaps_from = time.perf_counter()
-        done = 0
-        while done < num_swaps and report.left_s > 5:
-            service.swap(done % 2)
-            done += 1
-            time.sleep(interval_s)
-        ended = time.perf_counter()
+        with bundles_stay_loaded():
+            for version in (0, 1):  # reads both, and makes the buffer of the former one
+                service.swap(version)
+            quiet_from = time.perf_counter()
+            time.sleep(min(5.0, num_swaps * interval_s))
+            kept = swap_in_turn(report, made, num_swaps, interval_s, most_s=report.left_s)
+        read = swap_in_turn(report, made, _NUM_UNPATCHED, interval_s, most_s=_UNPATCHED_S)
     finally:
         traffic.end()
     stream_ms = [s * 1e3 for s in watched.stream_s()[2:]]
-    steps = step_times(watched.begun_s, watched.swapped, swaps_from, ended)
     news = [client.news_s for client in traffic.clients]
     return {
-        "num_swaps": len(stream_ms),
         "asked_swaps": num_swaps,
         "drafter_bytes": made.drafter_bytes,
-        "stream_median_ms": statistics.median(stream_ms),
-        "stream_p99_ms": quantile(stream_ms, 0.99),
-        "stream_slowest_ms": max(stream_ms),
-        **steps,
         "requests": len(news),
         "finished_requests": traffic.num_finished,
         "failed_requests": traffic.num_failed,
-        **slowest_waits(news, swaps_from, ended),
-        "without_swaps": slowest_waits(news, quiet_from, swaps_from),
-        "seconds": ended - swaps_from,
+        **figures_of(kept, stream_ms[: len(kept.order_s)], watched, news),
+        "without_swaps": slowest_waits(news, quiet_from, kept.begin_s),
+        "unpatched": figures_of(read, stream_ms[len(kept.order_s) :], watched, news),
+    }
+
+
+def swap_in_turn(
+    report: Report, made: Made, num_swaps: int, interval_s: float, most_s: float
+) -> Series:
+    """Orders of versions 0 and 1 by turns, while there is time."""
+    begin_s = time.perf_counter()
+    other = 0 if made.service.drafter_status()["version"] else 1
+    order_s: list[float] = []
+    while len(order_s) < num_swaps and report.left_s > 5:
+        ordered_s = time.perf_counter()
+        if ordered_s - begin_s > most_s:
+            break
+        made.service.swap((other + len(order_s)) % 2)
+        order_s.append(time.perf_counter() - ordered_s)
+        time.sleep(interval_s)
+    return Series(begin_s, time.perf_counter(), tuple(order_s))
+
+
+def figures_of(
+    series: Series, stream_ms: Sequence[float], watched: Watched, news_s: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """What a series of swaps took, and what it did to steps and requests."""
+    if not series.order_s:  # no time was left for any
+        return {"num_swaps": 0}
+    return {
+        "num_swaps": len(series.order_s),
+        "order_to_swapped_median_ms": statistics.median(series.order_s) * 1e3,
+        "stream_median_ms": statistics.median(stream_ms),
+        "stream_p99_ms": quantile(stream_ms, 0.99),
+        "stream_slowest_ms": max(stream_ms),
+        **step_times(watched.begun_s, watched.swapped, series.begin_s, series.end_s),
+        **slowest_waits(news_s, series.begin_s, series.end_s),
+        "seconds": series.end_s - series.begin_s,
     }
 
 

@@ -1,17 +1,18 @@
 """Decode attention of Qwen3-8B's heads over paged keys, against what torch and others offer.
 
-    python -m benchmarks.ops.attention            # about a minute on one H200
+    python -m benchmarks.ops.attention            # some five minutes on one H200
     python -m benchmarks.ops.attention --sweep    # which way to cut batch 16 would be best
 
 bfloat16, every request at the same context, pages in random order. Bytes are those of the keys and
 values read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
 keys lie gathered already, and SDPA is measured with that gathering, too; of the ways to call SDPA
-the fastest counts. Writes ``benchmarks/results/ops_attention.json``.
+the fastest counts. flashinfer reads pages, by kernels of two generations. flex_attention compiles
+for several seconds a shape: it comes last, for some shapes, while time is left. A way that cannot
+run has its reason in its row. Writes ``benchmarks/results/ops_attention.json`` after every shape.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from benchmarks.ops.place import reason
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from benchmarks.result import write_result
 from specops import attention_triton
@@ -33,7 +35,10 @@ from specops.attention_triton import Tiling, choose_tiling
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 BATCHES, CONTEXTS, QUERIES = (1, 16, 64), (512, 2048, 8192, 32768), (1, 5, 16)
-FLEX = {(16, 2048, 1), (16, 2048, 5)}  # each compiles for several seconds
+FLEX_CONTEXTS = (2048, 8192)
+FLASHINFER = ("fa2", "fa3")
+"""Its kernels for paged keys: FlashAttention 2's, which split a request's keys among programs, and
+those written for an H100."""
 SCALE = DIM**-0.5
 
 Work = Callable[[], Tensor]
@@ -119,6 +124,7 @@ def sdpa_ways(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Tensor]
 def flex_way(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.reset()  # it gives a function up after some shapes
     before = shape.context - shape.num_query
     block_mask = create_block_mask(
         lambda b, h, q, kv: kv <= q + before, None, None, shape.num_query, shape.context, "cuda"
@@ -133,18 +139,19 @@ def flex_way(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
     return work
 
 
-def flashinfer_way(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
+def flashinfer_way(shape: Shape, q_THD: Tensor, cache: Cache, backend: str) -> Work:
     import flashinfer
 
     batch, num_pages = cache.pages_RP.shape
     indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD"
+        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", backend=backend
     )
     wrapper.plan(
         indptr * shape.num_query, indptr * num_pages, cache.pages_RP.flatten(),
         torch.full((batch,), PAGE, dtype=torch.int32, device="cuda"),
-        HEADS, KV_HEADS, DIM, PAGE, causal=True, q_data_type=torch.bfloat16,
+        HEADS, KV_HEADS, DIM, PAGE, causal=True, sm_scale=SCALE, q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
     )  # fmt: skip
     paged = tuple(pool.view(-1, PAGE, KV_HEADS, DIM) for pool in (cache.keys, cache.values))
     return lambda: wrapper.run(q_THD, paged)
@@ -157,7 +164,7 @@ def measured_ms(shape: Shape, work: Work, want: Tensor | None = None) -> float:
         error = float((got.float() - want.float()).norm() / want.float().norm())
         assert error < 2e-2, f"{shape} is off by {error}"
     large = shape.num_bytes > 1e9
-    return graphed(work, repeats=10 if large else 20, calls=2 if large else 5).median_ms
+    return graphed(work, calls=2 if large else 5).median_ms
 
 
 def guarded_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | str:
@@ -165,11 +172,11 @@ def guarded_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | 
     try:
         return measured_ms(shape, make(), want)
     except Exception as error:  # whatever it is, the other rows are worth having
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return reason(error)
 
 
 def alternatives(shape: Shape, q_THD: Tensor, cache: Cache, want: Tensor) -> dict[str, float | str]:
-    """Milliseconds of every other way that applies, or why there is no figure."""
+    """Milliseconds of every other way but flex_attention, or why there is no figure."""
     found: dict[str, float | str] = {}
     ways = list(sdpa_ways(shape, q_THD))
     times = [guarded_ms(shape, lambda w=w: partial(w, cache.k, cache.v), want) for w in ways]
@@ -184,23 +191,27 @@ def alternatives(shape: Shape, q_THD: Tensor, cache: Cache, want: Tensor) -> dic
 
         torch.cuda.empty_cache()
         found["sdpa_with_gather_ms"] = guarded_ms(shape, lambda: with_gather, want)
-    if (shape.batch, shape.context, shape.num_query) in FLEX:
-        found["flex_gathered_ms"] = guarded_ms(shape, lambda: flex_way(shape, q_THD, cache), want)
-    if importlib.util.find_spec("flashinfer") is not None:
-        found["flashinfer_ms"] = guarded_ms(
-            shape, lambda: flashinfer_way(shape, q_THD, cache), want
-        )
+    for backend in FLASHINFER:
+        make = partial(flashinfer_way, shape, q_THD, cache, backend)
+        found[f"flashinfer_{backend}_ms"] = guarded_ms(shape, make, want)
     torch.cuda.empty_cache()
     return found
 
 
-def row_of(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
+def queries(shape: Shape) -> Tensor:
     num_rows = shape.batch * shape.num_query
-    q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+
+
+def new_pass(shape: Shape, cache: Cache) -> DecodePass:
     start = shape.context - shape.num_query
-    first_R = torch.full((shape.batch,), start, device="cuda").int()
-    decode = DecodePass(cache.pages_RP, first_R, PAGE)
+    return DecodePass(cache.pages_RP, torch.full((shape.batch,), start, device="cuda").int(), PAGE)
+
+
+def row_of(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
+    q_THD, decode = queries(shape), new_pass(shape, cache)
     # The rows that are there already, so that writing them changes nothing.
+    start = shape.context - shape.num_query
     k_THD, v_THD = (t[:, :, start:].transpose(1, 2).flatten(0, 1) for t in (cache.k, cache.v))
 
     def ours() -> Tensor:
@@ -217,30 +228,60 @@ def row_of(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
         **alternatives(shape, q_THD, cache, want),
     }
     floor_ms = shape.num_bytes / copy_rate * 1e3
-    shares = {
+    return {
+        **asdict(shape), "num_bytes": shape.num_bytes, "floor_ms": floor_ms,
+        **found, **shares(found, floor_ms),
+    }  # fmt: skip
+
+
+def shares(found: dict[str, float | str], floor_ms: float) -> dict[str, float]:
+    """Shares of the copy's bandwidth."""
+    return {
         name.removesuffix("_ms") + "_share": floor_ms / ms
         for name, ms in found.items()
         if isinstance(ms, float)
     }
-    return {**asdict(shape), "num_bytes": shape.num_bytes, "floor_ms": floor_ms, **found, **shares}
+
+
+def flex_figures(shape: Shape, cache: Cache, floor_ms: float) -> dict[str, float | str]:
+    q_THD = queries(shape)
+    decode = new_pass(shape, cache)
+    want = attention_triton.attend_pages(q_THD, cache.keys, cache.values, decode, SCALE)
+    ms = guarded_ms(shape, lambda: flex_way(shape, q_THD, cache), want)
+    found = {"flex_gathered_ms": ms}
+    return {**found, **shares(found, floor_ms)}
 
 
 def rows(
     batches: tuple[int, ...] = BATCHES, contexts: tuple[int, ...] = CONTEXTS
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Every case; up to 40 GB of memory at the longest context of the largest batch."""
     copy_rate = copy_bytes_per_s()
-    found = []
     for batch in batches:
         for context in contexts:
             cache = new_cache(batch, context)
             for num_query in QUERIES:
-                row = row_of(Shape(batch, context, num_query), cache, copy_rate)
-                found.append(row)
-                print(line(row), flush=True)
+                yield row_of(Shape(batch, context, num_query), cache, copy_rate)
             del cache
             torch.cuda.empty_cache()
-    return found
+
+
+def with_flex(found: list[dict[str, Any]], deadline_s: float) -> Iterator[dict[str, Any]]:
+    """The rows of ``rows`` again, those of some contexts with flex_attention; none is begun after
+    the deadline."""
+    cache: Cache | None = None
+    for row in found:
+        shape = Shape(row["batch"], row["context"], row["num_query"])
+        if shape.context not in FLEX_CONTEXTS:
+            yield row
+        elif time.perf_counter() > deadline_s:
+            yield {**row, "flex_gathered_ms": "not run: the time for it was spent"}
+        else:
+            if cache is None or shape.num_query == QUERIES[0]:
+                cache = None  # before the next one is made
+                torch.cuda.empty_cache()
+                cache = new_cache(shape.batch, shape.context)
+            yield {**row, **flex_figures(shape, cache, row["floor_ms"])}
 
 
 SWEPT = (
@@ -357,19 +398,37 @@ def line(row: dict[str, Any]) -> str:
     return case + " | ".join(cells)
 
 
+def measure_all(out: Path, budget_s: float) -> None:
+    """Every row without flex_attention, written; then with it, the rest of the rows behind."""
+    started = time.perf_counter()
+    found: list[dict[str, Any]] = []
+    for row in rows():
+        found.append(row)
+        print(line(row), flush=True)
+        write_result(out, {"rows": found})
+    done: list[dict[str, Any]] = []
+    for row in with_flex(found, started + budget_s):
+        done.append(row)
+        if "flex_gathered_ms" in row:
+            print(line(row), flush=True)
+            write_result(out, {"rows": done + found[len(done) :]})
+
+
 def main(
     out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
         "benchmarks/results/ops_attention.json"
     ),
     find_cuts: Annotated[bool, typer.Option("--sweep", help="try ways to cut some cases")] = False,
-    budget_s: Annotated[float, typer.Option(help="of a sweep")] = 90.0,
+    budget_s: Annotated[
+        float, typer.Option(help="no flex_attention, no case of a sweep begins after so long")
+    ] = 240.0,
 ) -> None:
     """All batches, contexts and numbers of query rows."""
     torch.manual_seed(0)
     if find_cuts:
         write_result(out.with_stem(out.stem + "_sweep"), {"rows": sweep(budget_s)})
     else:
-        write_result(out, {"rows": rows()})
+        measure_all(out, budget_s)
 
 
 if __name__ == "__main__":

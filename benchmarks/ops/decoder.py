@@ -234,7 +234,7 @@ def _row(
 
 
 def _graphed_ms(work: Callable[[], object]) -> float:
-    return graphed(work, repeats=15, calls=1).median_ms
+    return graphed(work, calls=1).median_ms
 
 
 def _line(row: dict[str, Any]) -> str:

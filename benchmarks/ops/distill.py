@@ -1,19 +1,27 @@
 """What distillation costs beside its bare matrix products, and what it holds.
 
-    python -m benchmarks.ops.distill        # needs a GPU of 40 GB; about a minute
+    python -m benchmarks.ops.distill        # needs a GPU of 40 GB; about three minutes
 
 8,192 rows of 4,096, a teacher of 151,936 tokens, a student of all of them or of 32,000, bfloat16.
-Value and both gradients by ``specops.distill`` with its kernels, by the same blocks in torch, eager
-and compiled, and by Liger where it is installed and can do it. The floor is the four products of
-all rows at once: teacher's logits, student's logits, and the gradients of hidden rows and weight.
-Writes ``benchmarks/results/ops_distill.json``.
+Value and both gradients of each loss by ``specops.distill`` with its kernels, by the same blocks in
+torch, eager and compiled, and by what Liger has. The floor is the four products of all rows at
+once: teacher's logits, student's logits, and the gradients of hidden rows and weight.
+
+Liger knows no reduced vocabulary and has no LK loss. Forward KL is its JSD of beta 0, fused in
+Triton or by torch.compile in chunks (``chunked_loss``); it has no total variation that forms the
+logits itself, so that one gets the logits of all rows, and gives a cross-entropy besides.
+
+A way that cannot run, or for which no time is left, has its reason in its row. Writes
+``benchmarks/results/ops_distill.json`` after every row.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +29,8 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.ops.timing import Timed, copy_bytes_per_s, eager
+from benchmarks.ops.place import Work, reason
+from benchmarks.ops.timing import copy_bytes_per_s, eager
 from benchmarks.result import write_result
 from specops import distill_triton
 from specops.distill import (
@@ -38,10 +47,9 @@ from specops.distill import (
 
 NUM_ROWS, HIDDEN, VOCAB = 8192, 4096, 151_936
 DRAFT_VOCABS = (32_000, VOCAB)
-KINDS: tuple[LossKind, ...] = ("lk", "forward_kl")
+KINDS: tuple[LossKind, ...] = ("lk", "forward_kl", "total_variation")
 TORCH_CHUNK = 1024
 """Rows of a block for the torch variants: a divisor, so that one shape is compiled."""
-REPEATS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,7 @@ def make_case(draft_vocab: int) -> Case:
     )
 
 
-def products(case: Case) -> Callable[[], object]:
+def products(case: Case) -> Work:
     """The four products of all rows, into fixed memory."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
     head = case.teacher.head.weight_VH
@@ -100,7 +108,7 @@ def products(case: Case) -> Callable[[], object]:
     return work
 
 
-def kernels_alone(case: Case) -> Callable[[], object]:
+def kernels_alone(case: Case) -> Work:
     """The kernels of all rows, 1,024 at a time, over logits that are there."""
     weight = case.weight.detach()
     seen = case.teacher.hidden_RH[:TORCH_CHUNK] @ case.teacher.head.weight_VH.T
@@ -115,25 +123,86 @@ def kernels_alone(case: Case) -> Callable[[], object]:
     return work
 
 
-def liger(case: Case) -> Callable[[], object] | None:
-    """Its fused linear JSD, as forward KL; it knows no reduced vocabulary and no row weights."""
-    try:
-        from liger_kernel.transformers import LigerFusedLinearJSD
-    except ImportError:
-        return None
-    if case.teacher.ids_D is not None:
-        return None
+def liger_fused(case: Case) -> Work:
+    """Forward KL, fused; every row counts the same."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
     loss_of = LigerFusedLinearJSD(jsd_beta=0.0)
 
     def work() -> None:
-        head = case.teacher.head.weight_VH
-        loss = loss_of(case.hidden, case.weight, case.teacher.hidden_RH, head, None)
+        given = (case.hidden, case.weight, case.teacher.hidden_RH, case.teacher.head.weight_VH)
+        torch.autograd.grad(loss_of(*given, None), (case.hidden, case.weight))
+
+    return work
+
+
+def liger_chunked(case: Case) -> Work:
+    """Forward KL in chunks of 1,024 rows; the labels only say that every row counts."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss_of = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+
+    def work() -> None:
+        given = (case.hidden, case.weight, case.teacher.hidden_RH, case.teacher.head.weight_VH)
+        loss = loss_of(*given, case.rows.label_ids_N)
         torch.autograd.grad(loss, (case.hidden, case.weight))
 
     return work
 
 
-def extra_bytes(case: Case, work: Callable[[], object]) -> int:
+def liger_of_logits(case: Case) -> Work:
+    """Total variation from the logits of all rows."""
+    from liger_kernel.transformers import LigerFusedCETVDLoss
+
+    loss_of = LigerFusedCETVDLoss()
+
+    def work() -> None:
+        with torch.no_grad():
+            seen = case.teacher.hidden_RH @ case.teacher.head.weight_VH.T
+        _, distance = loss_of(case.hidden @ case.weight.T, seen, case.rows.label_ids_N)
+        torch.autograd.grad((case.weights * distance).sum(), (case.hidden, case.weight))
+
+    return work
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One variant of one loss."""
+
+    name: str
+    kind: str
+    make: Callable[[], Work]
+    """Raises where it is not installed."""
+
+
+def steps_of(case: Case, kind: LossKind, blocks: Blocks | None, chunk_rows: int | None) -> Work:
+    """By ``distill``."""
+    return partial(case.gradients, kind, blocks, chunk_rows)
+
+
+def ours(case: Case) -> Iterator[Way]:
+    for kind in KINDS:
+        yield Way("ours", kind, partial(steps_of, case, kind, None, None))
+
+
+def alternatives(case: Case) -> Iterator[Way]:
+    """Every way of the first loss comes first."""
+    torch._dynamo.reset()
+    compiled = Blocks(
+        torch.compile(target_of, dynamic=False),
+        torch.compile(judge_, dynamic=False),
+        BLOCKS.judge_labels,
+    )
+    for kind in KINDS:
+        for name, blocks in (("torch.compile", compiled), ("torch", BLOCKS)):
+            yield Way(name, kind, partial(steps_of, case, kind, blocks, TORCH_CHUNK))
+    if case.teacher.ids_D is None:
+        yield Way("liger fused linear jsd", "forward_kl", partial(liger_fused, case))
+        yield Way("liger chunked jsd", "forward_kl", partial(liger_chunked, case))
+        yield Way("liger tvd of logits", "total_variation", partial(liger_of_logits, case))
+
+
+def extra_bytes(case: Case, work: Work) -> int:
     """Most that ``work`` holds beyond its inputs and the two gradients."""
     gc.collect()
     torch.cuda.synchronize()
@@ -145,74 +214,74 @@ def extra_bytes(case: Case, work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
-def rows() -> list[dict[str, Any]]:
-    """Every variant for both vocabularies of the student."""
-    found: list[dict[str, Any]] = []
-    compiled = Blocks(
-        torch.compile(target_of, dynamic=False),
-        torch.compile(judge_, dynamic=False),
-        BLOCKS.judge_labels,
-    )
-    for draft_vocab in DRAFT_VOCABS:
-        case = make_case(draft_vocab)
-        floor = eager(products(case), REPEATS)
+def measured(work: Work) -> dict[str, Any]:
+    """Milliseconds of a call."""
+    timed = eager(work)
+    return {"ms": timed.median_ms, "low_ms": timed.low_ms, "high_ms": timed.high_ms}
 
-        def add(
-            name: str,
-            kind: str,
-            timed: Timed,
-            extra: int | None,
-            draft_vocab: int = draft_vocab,
-            floor: Timed = floor,
-        ) -> None:
-            found.append(
-                {
-                    "draft_vocab": draft_vocab,
-                    "variant": name,
-                    "loss": kind,
-                    "ms": timed.median_ms,
-                    "low_ms": timed.low_ms,
-                    "high_ms": timed.high_ms,
-                    "ratio_to_products": timed.median_ms / floor.median_ms,
-                    "extra_mb": None if extra is None else extra / 1e6,
-                }
-            )
 
-        add("products", "", floor, None)
-        add("kernels alone", "lk", eager(kernels_alone(case), REPEATS), None)
-        works: list[tuple[str, str, Callable[[], object]]] = []
-        for kind in KINDS:
-            works.append(("ours", kind, lambda c=case, k=kind: c.gradients(k)))
-        for name, blocks in (("torch", BLOCKS), ("torch.compile", compiled)):
-            works.append((name, "lk", lambda c=case, b=blocks: c.gradients("lk", b, TORCH_CHUNK)))
-        other = liger(case)
-        if other is not None:
-            works.append(("liger fused linear jsd", "forward_kl", other))
-        for name, kind, work in works:
-            add(name, kind, eager(work, REPEATS), extra_bytes(case, work))
-        del case, works, other
-        gc.collect()
+def row_of(case: Case, way: Way, floor_ms: float) -> dict[str, Any]:
+    work = way.make()
+    found = measured(work)
+    ratio = found["ms"] / floor_ms
+    return {**found, "ratio_to_products": ratio, "extra_mb": extra_bytes(case, work) / 1e6}
+
+
+def tried_row(case: Case, way: Way, floor_ms: float, deadline_s: float) -> dict[str, Any]:
+    """As ``row_of``, or why there is no figure."""
+    if time.perf_counter() > deadline_s:
+        return {"error": "not run: the time for it was spent"}
+    try:
+        return row_of(case, way, floor_ms)
+    except Exception as error:  # whatever it is, the other rows are worth having
+        return {"error": reason(error)}
+
+
+def rows_of(draft_vocab: int, deadline_s: float) -> Iterator[dict[str, Any]]:
+    """Every variant for one vocabulary of the student; nothing but ours begins after a deadline."""
+    case = make_case(draft_vocab)
+    floor = measured(products(case))
+    yield {"variant": "products", "loss": "", **floor, "ratio_to_products": 1.0}
+    alone = measured(kernels_alone(case))
+    ratio = alone["ms"] / floor["ms"]
+    yield {"variant": "kernels alone", "loss": "lk", **alone, "ratio_to_products": ratio}
+    for way in ours(case):
+        yield {"variant": way.name, "loss": way.kind, **row_of(case, way, floor["ms"])}
+    for way in alternatives(case):
+        found = tried_row(case, way, floor["ms"], deadline_s)
+        yield {"variant": way.name, "loss": way.kind, **found}
         torch.cuda.empty_cache()
-    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for a terminal."""
+    shown = f"{row['draft_vocab']:>11}  {row['variant']:24}{row['loss']:17}"
+    if "error" in row:
+        return f"{shown}{row['error']}"
+    extra = f"{row['extra_mb']:.0f}" if "extra_mb" in row else ""
+    return f"{shown}{row['ms']:8.2f}{row['ratio_to_products']:7.3f}{extra:>10}"
 
 
 def main(
     out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
         "benchmarks/results/ops_distill.json"
     ),
+    budget_s: Annotated[float, typer.Option(help="no alternative begins after so long")] = 300.0,
 ) -> None:
     """Measure, print, write."""
-    found = rows()
-    print(f"{'draft vocab':>11}  {'variant':24}{'loss':12}{'ms':>8}{'ratio':>7}{'extra MB':>10}")
-    for row in found:
-        extra = "" if row["extra_mb"] is None else f"{row['extra_mb']:.0f}"
-        print(
-            f"{row['draft_vocab']:>11}  {row['variant']:24}{row['loss']:12}{row['ms']:8.2f}"
-            f"{row['ratio_to_products']:7.3f}{extra:>10}"
-        )
+    started = time.perf_counter()
     shape = {"rows": NUM_ROWS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "bfloat16"}
-    ceiling = {"copy_bytes_per_s": copy_bytes_per_s()}
-    write_result(out, {"shape": shape, "rows": found, **ceiling})
+    about = {"shape": shape, "copy_bytes_per_s": copy_bytes_per_s()}
+    found: list[dict[str, Any]] = []
+    print(f"{'draft vocab':>11}  {'variant':24}{'loss':17}{'ms':>8}{'ratio':>7}{'extra MB':>10}")
+    for number, draft_vocab in enumerate(DRAFT_VOCABS, start=1):
+        deadline_s = started + budget_s * number / len(DRAFT_VOCABS)
+        for row in rows_of(draft_vocab, deadline_s):
+            found.append({"draft_vocab": draft_vocab, **row})
+            print(line(found[-1]), flush=True)
+            write_result(out, {**about, "rows": found})
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

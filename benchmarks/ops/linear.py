@@ -263,7 +263,7 @@ def sweep(models: tuple[str, ...], rows: tuple[int, ...]) -> list[dict[str, Any]
                 "product": product.name,
                 "num_rows": num_rows,
                 "floor_us": floor_us,
-                "library_us": graphed(case.library, repeats=8, calls=3).median_ms * 1e3,
+                "library_us": graphed(case.library, calls=3).median_ms * 1e3,
                 "in_force_us": next(us for us, plan in timed if plan == plans[0]),
                 "best": [{"us": us, "plan": _short(plan)} for us, plan in timed[:6]],
             }
@@ -275,7 +275,7 @@ def sweep(models: tuple[str, ...], rows: tuple[int, ...]) -> list[dict[str, Any]
 def _time(case: Case, plan: Plan) -> float | None:
     """Microseconds; ``None`` if the card cannot run it."""
     try:
-        return graphed(lambda: case.ours(plan), repeats=8, calls=3).median_ms * 1e3
+        return graphed(lambda: case.ours(plan), calls=3).median_ms * 1e3
     except Exception as error:
         print(f"{case.product.name}, {len(case.x)} rows, {plan}: {type(error).__name__}: {error}")
         return None

@@ -6,8 +6,8 @@
 
 Ours are the kernels that rounds run on a GPU, ``eager`` their torch definitions, ``compiled``
 torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 tokens; the floor of
-``best_ids`` reads them once at 4.24 TB/s. ``float32 copy`` is the argmax of logits that are
-converted first. A ``greedy round`` is all three, without what a target does between them.
+``best_ids`` reads them once at the speed of a large copy. ``float32 copy`` is the argmax of logits
+that are converted first. A ``greedy round`` is all three, without what a target does between them.
 
 Writes ``benchmarks/results/ops_rounds.json``, or ``ops_rounds_sweep.json``, after every row;
 compiling stops first when time is short.
@@ -15,8 +15,6 @@ compiling stops first when time is short.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +26,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.ops.timing import graphed
+from benchmarks.ops.place import Place, Work, make_place
 from benchmarks.result import write_result
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
 from specops import device as on_device
@@ -36,10 +34,7 @@ from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRo
 from specops.overlap_triton import can_overlap
 from specops.verify_logits import LogitVerdict, Rule
 
-BYTES_PER_S = 4.24e12
 PAGE, MOST = 16, 8
-
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,37 +66,9 @@ ON_GPU = Ways(on_device.open_round, on_device.best_ids, on_device.close_round)
 INTERPRETED = Ways(lanes_triton.open_round, best_ids_triton.best_ids, lanes_triton.close_round)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where work is timed, and until when alternatives are compiled."""
-
-    device: str
-    deadline_s: float
-
-    @property
-    def ways(self) -> tuple[Ways, Ways]:
-        """Ours and the definitions."""
-        return (ON_GPU if self.device == "cuda" else INTERPRETED), EAGER
-
-    def microseconds(self, work: Work) -> float:
-        if self.device == "cuda":
-            return graphed(work).median_ms * 1e3
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times) * 1e6
-
-    def compiled_microseconds(self, work: Work) -> float | str | None:
-        """``None``: not tried; the error, if torch cannot do it."""
-        if self.device != "cuda" or time.perf_counter() > self.deadline_s:
-            return None
-        torch._dynamo.reset()
-        try:
-            return self.microseconds(torch.compile(work, dynamic=False))
-        except Exception as error:  # whatever keeps an alternative from running is its result
-            return f"{type(error).__name__}: {str(error)[:200]}"
+def ways_on(place: Place) -> tuple[Ways, Ways]:
+    """Ours and the definitions."""
+    return (ON_GPU if place.is_gpu else INTERPRETED), EAGER
 
 
 def make_lanes(sizes: Sizes, device: str) -> LaneState:
@@ -190,23 +157,23 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
     for num_rows in sizes.rows:
         for dtype in (torch.bfloat16, torch.float32):
             logits = torch.randn(num_rows, sizes.vocab, device=place.device).to(dtype)
-            works = [choosing(way, logits) for way in place.ways]
+            works = [choosing(way, logits) for way in ways_on(place)]
             row = figures(place, *works, case=f"best_ids, {dtype}", rows=num_rows)
-            row["floor_us"] = logits.nbytes / BYTES_PER_S * 1e6
+            row["floor_us"] = place.floor_us(logits.nbytes)
             if dtype == torch.bfloat16:
                 copied = place.microseconds(lambda given=logits: given.float().argmax(-1))  # type: ignore[misc]
                 row["float32_copy_us"] = copied
             yield row
     for batch in sizes.batches:
         logits = torch.randn(batch, 1, sizes.vocab, device=place.device).bfloat16()
-        works = [whole_round(way, state, logits) for way in place.ways]
+        works = [whole_round(way, state, logits) for way in ways_on(place)]
         yield figures(place, *works, case="greedy round", rows=batch, num_draft=0)
         for num_draft in sizes.drafts:
             shape = {"rows": batch, "num_draft": num_draft}
-            works = [opening(way, state, batch, num_draft) for way in place.ways]
+            works = [opening(way, state, batch, num_draft) for way in ways_on(place)]
             yield figures(place, *works, case="open_round", **shape)
             for kind, is_greedy in (("greedy", True), ("sampled", False)):
-                works = [closing(w, state, batch, num_draft, is_greedy) for w in place.ways]
+                works = [closing(w, state, batch, num_draft, is_greedy) for w in ways_on(place)]
                 yield figures(place, *works, case=f"close_round, {kind}", **shape)
 
 
@@ -214,7 +181,7 @@ def sweep(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
     """One row for each way to split the rows among programs."""
     for num_rows in sizes.rows:
         logits = torch.randn(num_rows, sizes.vocab, device=place.device).bfloat16()
-        overlap = place.device == "cuda" and can_overlap(logits.device)
+        overlap = place.is_gpu and can_overlap(logits.device)
         for span, num_programs in product((1024, 2048, 4096), (528, 1056, 2112)):
             way = {"span": span, "num_programs": num_programs}
             work = partial(best_ids_triton.best_ids, logits, overlap=overlap, **way)
@@ -230,7 +197,7 @@ def main(
     is_sweep: Annotated[bool, typer.Option("--sweep", help="other ways instead")] = False,
 ) -> None:
     """Measure all cases and print a line for each."""
-    place = Place(device, time.perf_counter() + budget_s)
+    place = make_place(device, budget_s)
     found: list[dict[str, Any]] = []
     cases = sweep if is_sweep else rows
     out = out.with_stem(out.stem + "_sweep") if is_sweep else out

@@ -148,7 +148,7 @@ def _summary(times: list[float]) -> Timed:
     return Timed(statistics.median(times), tenths[0], tenths[-1])
 
 
-def copy_bytes_per_s(num_bytes: int = 4 << 30, repeats: int = 9, copies: int = 5) -> float:
+def copy_bytes_per_s(num_bytes: int = 4 << 30, repeats: int = 20, copies: int = 5) -> float:
     """Bytes read plus written each second by a large device-to-device copy: the memory ceiling.
 
     Copies follow each other in a stream, each many times the L2 cache. One copy in a graph, where

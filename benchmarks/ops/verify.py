@@ -1,24 +1,30 @@
 """Verification from logits beside what else does it, and beside reading the logits once.
 
-    python -m benchmarks.ops.verify          # about a minute on one GPU
+    python -m benchmarks.ops.verify                                   # four minutes on one GPU
+    TRITON_INTERPRET=1 python -m benchmarks.ops.verify --device cpu   # a try without a GPU
 
 R requests of 4 draft tokens over the 151,936 tokens of Qwen3, bf16 logits. The logits are like a
 language model's: 256 likely tokens, p falling with the square of their rank, above a normal bulk;
-"flat" ones are the worst case of a cut: a normal bulk alone. Compared are
+"flat" ones are the worst case of a cut: a normal bulk alone. Ours are the kernels that rounds run,
+which look for cuts whether a request asks for any or not; one row has those that know of none.
+Compared are
 
 * ``compiled``: torch.compile of the plain definition in float32, softmax of target and drafter
-  (with a sort, where top-p is asked for), ratios, residual, and a draw by exponential noise;
-* ``flashinfer``: its softmax, top-p renormalisation and chain_speculative_sampling, if installed,
-  on dense drafts of the whole vocabulary, which it needs.
+  (with a sort, where top-p is asked for), ratios, residual, and a draw by exponential noise. Of a
+  reduced draft vocabulary, q is spread to the target's by a scatter; ``compiled_by_gather`` looks
+  up the draft id of every target id instead, which needs no tensor of q's size;
+* ``flashinfer``: its softmax, top-p renormalisation and chain_speculative_sampling, on q of the
+  whole vocabulary, which it needs: spread by a scatter, one-hot for delta drafts.
 
-The floor reads all logits, the drafter's too where they are needed, once at 4.24 TB/s.
-Writes ``benchmarks/results/ops_verify.json``.
+The floor reads all logits, the drafter's too where they are needed, once at the speed of a large
+copy. A way that cannot run has its reason in its row. Writes ``benchmarks/results/ops_verify.json``
+after every row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +32,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.ops.timing import graphed
+from benchmarks.ops.place import Place, Work, make_place
 from benchmarks.result import write_result
 from specops import draft_sampling_triton, verify_logits_triton
 from specops.draft_sampling import DraftLaw, RowLaws, VocabMap, vocab_map
@@ -34,17 +40,49 @@ from specops.rng import Numbering
 from specops.sampling import SamplingRows, sampling_rows
 from specops.verify_logits import Rule
 
-try:
-    import flashinfer.sampling as flashinfer
-except ImportError:
-    flashinfer = None
-
-V, D, K = 151_936, 32_000, 4
-SIZES = (1, 8, 64)
-BYTES_PER_S = 4.24e12
+K = 4
+TEMPERATURE = 0.8
+LIKELY = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured."""
+
+    vocab: int = 151_936
+    draft_vocab: int = 32_000
+    requests: tuple[int, ...] = (1, 8, 64)
+
+
+TINY = Sizes(vocab=4000, draft_vocab=1000, requests=(1, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of round."""
+
+    name: str
+    drafts: str
+    """``delta``, or drawn from ``reduced`` or ``whole`` vocabularies."""
+    top_p: float = 1.0
+    flat: bool = False
+    truncates: bool = True
+    """Kernels that look for cuts. Rounds know no others; alternatives are not run beside these."""
+
+
+CASES = (
+    Case("sampled, delta drafts", "delta"),
+    Case("sampled, drafts of 32,000 tokens", "reduced"),
+    Case("sampled, drafts of 32,000 tokens, kernels without cuts", "reduced", truncates=False),
+    Case("sampled, drafts of all tokens", "whole"),
+    Case("top-p 0.9, delta drafts", "delta", top_p=0.9),
+    Case("top-p 0.9, drafts of 32,000 tokens", "reduced", top_p=0.9),
+    Case("top-p 0.9, drafts of all tokens", "whole", top_p=0.9),
+    Case("top-p 0.9, delta drafts, flat", "delta", top_p=0.9, flat=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """What one verification is given."""
 
@@ -57,52 +95,61 @@ class Round:
     drafted: DraftLaw | None
 
 
-def likely_logits(generator: torch.Generator, *shape: int) -> Tensor:
+def likely_logits(*shape: int, device: str) -> Tensor:
     """[..., V] float32, 256 tokens of p ~ rank ** -2 above a normal bulk."""
-    logits = 2.5 * torch.randn(*shape, V, generator=generator, device="cuda")
-    places = torch.rand(*shape, V, generator=generator, device="cuda").topk(256).indices
-    ranks = torch.arange(1, 257, device="cuda", dtype=torch.float32)
-    return logits.scatter_(-1, places, (22 - 2 * ranks.log()).expand(*shape, 256))
+    logits = 2.5 * torch.randn(*shape, device=device)
+    places = torch.rand(*shape, device=device).topk(LIKELY).indices
+    ranks = torch.arange(1, LIKELY + 1, device=device, dtype=torch.float32)
+    return logits.scatter_(-1, places, (22 - 2 * ranks.log()).expand_as(places))
 
 
-def make_round(num_requests: int, top_p: float, draft_size: int | None, flat: bool) -> Round:
-    """``draft_size``: tokens of the drafter's vocabulary; ``None`` for delta drafts."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (num_requests, K + 1)
-    if flat:
-        logits = torch.randn(*shape, V, generator=generator, device="cuda")
-    else:
-        logits = likely_logits(generator, *shape)
-    q_logits = logits[:, :K] + 0.7 * torch.randn(
-        num_requests, K, V, generator=generator, device="cuda"
+def make_round(case: Case, num_requests: int, sizes: Sizes, device: str) -> Round:
+    """The same every time."""
+    torch.manual_seed(0)
+    num, shape = num_requests, (num_requests, K + 1, sizes.vocab)
+    logits = (
+        torch.randn(*shape, device=device) if case.flat else likely_logits(*shape, device=device)
     )
-    num = num_requests
-    rows = sampling_rows([0.8] * num, [None] * num, [top_p] * num, [0.0] * num, V, "cuda")
-    steady = torch.arange(num_requests, device="cuda")
-    numbering = Numbering(steady * 7919, steady * 0 + 1, steady + 100)
-    lens = torch.full((num_requests,), K, device="cuda")
-    rules = torch.full((num_requests,), int(Rule.BLOCK), device="cuda")
-    if draft_size is None:
-        draft = logits[:, :K].argmax(-1)
-        return Round(logits.bfloat16(), rows, draft, lens, rules, numbering, None)
-    mapped: VocabMap | None = None
-    if draft_size < V:
-        chosen = torch.randperm(V, generator=generator, device="cuda")[:draft_size].sort().values
-        mapped = vocab_map(chosen - torch.arange(draft_size, device="cuda"), V)
+    rows = sampling_rows(
+        [TEMPERATURE] * num, [None] * num, [case.top_p] * num, [0.0] * num, sizes.vocab, device
+    )
+    rows = replace(rows, truncates=case.truncates)
+    request = torch.arange(num, device=device)
+    numbering = Numbering(request * 7919, request * 0 + 1, request + 100)
+    lens = torch.full((num,), K, device=device)
+    rules = torch.full((num,), int(Rule.BLOCK), device=device)
+    if case.drafts == "delta":
+        draft, drafted = logits[:, :K].argmax(-1), None
+    else:
+        draft, drafted = drawn_drafts(logits[:, :K], case, sizes, rows, numbering)
+    return Round(logits.bfloat16(), rows, draft, lens, rules, numbering, drafted)
+
+
+def drawn_drafts(
+    logits_RKV: Tensor, case: Case, sizes: Sizes, rows: SamplingRows, numbering: Numbering
+) -> tuple[Tensor, DraftLaw]:
+    """[R, K] tokens of a drafter whose logits are the target's and some noise."""
+    q_logits = logits_RKV + 0.7 * torch.randn_like(logits_RKV)
+    mapped = None
+    if case.drafts == "reduced":
+        chosen = torch.randperm(sizes.vocab, device=q_logits.device)[: sizes.draft_vocab]
+        chosen = chosen.sort().values
+        mapped = vocab_map(chosen - torch.arange(len(chosen), device=chosen.device), sizes.vocab)
         q_logits = q_logits.index_select(-1, chosen)
     q_logits = q_logits.bfloat16()
+    by_match = torch.zeros(len(q_logits), dtype=torch.bool, device=q_logits.device)
+    sample = draft_sampling_triton.sample_draft
     steps = []
     for j in range(K):
-        place = Numbering(numbering.keys_R, numbering.nonces_R, numbering.positions_R + j)
-        steps.append(draft_sampling_triton.sample_draft(q_logits[:, j], rows, place, None, mapped))
+        place = replace(numbering, positions_R=numbering.positions_R + j)
+        steps.append(sample(q_logits[:, j], rows, place, by_match, mapped))
     found = [step.laws for step in steps if step.laws is not None]
     laws = RowLaws(
         torch.stack([law.tops_cuts_masses for law in found], 1),
         torch.stack([law.lasts for law in found], 1),
     )
     draft = torch.stack([step.tokens_R for step in steps], 1)
-    drafted = DraftLaw(q_logits, rows, None, mapped, laws)
-    return Round(logits.bfloat16(), rows, draft, lens, rules, numbering, drafted)
+    return draft, DraftLaw(q_logits, rows, by_match, mapped, laws)
 
 
 def ours(given: Round, with_logprobs: bool = False) -> object:
@@ -122,21 +169,37 @@ def plain_law(logits: Tensor, temperature_R: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(probs).scatter_(-1, ids, ordered)
 
 
-def plain_sampled(
-    logits_RK1V: Tensor,
-    q_logits_RKV: Tensor | None,
-    draft_RK: Tensor,
-    temperature_R: Tensor,
-    top_p: float,
-) -> tuple[Tensor, Tensor]:
+Spread = Callable[[Tensor, VocabMap], Tensor]
+
+
+def by_scatter(q_RKD: Tensor, vocab: VocabMap) -> Tensor:
+    """q over the target's vocabulary, [R, K, V]."""
+    ids_D = torch.arange(q_RKD.shape[-1], device=q_RKD.device) + vocab.d2t_D
+    q_RKV = q_RKD.new_zeros((*q_RKD.shape[:-1], len(vocab.t2d_V)))
+    return q_RKV.index_copy(-1, ids_D, q_RKD)
+
+
+def by_gather(q_RKD: Tensor, vocab: VocabMap) -> Tensor:
+    """As ``by_scatter``."""
+    return torch.where(vocab.t2d_V >= 0, q_RKD[..., vocab.t2d_V.clamp(min=0)], 0.0)
+
+
+def plain_draft_law(given: Round, top_p: float, spread: Spread) -> Tensor | None:
+    """q over the target's vocabulary; ``None`` for delta drafts."""
+    if given.drafted is None:
+        return None
+    q = plain_law(given.drafted.logits_RKD, given.sampling.temperature_R, top_p)
+    return q if given.drafted.vocab is None else spread(q, given.drafted.vocab)
+
+
+def plain_sampled(given: Round, top_p: float, spread: Spread) -> tuple[Tensor, Tensor]:
     """The standard rule, as one would write it."""
-    p = plain_law(logits_RK1V, temperature_R, top_p)
+    p = plain_law(given.logits_RK1V, given.sampling.temperature_R, top_p)
+    draft_RK = given.draft_RK
     chance = p[:, :K].gather(-1, draft_RK[..., None])[..., 0]
     at = torch.arange(len(p), device=p.device)
-    if q_logits_RKV is None:
-        q = None
-    else:
-        q = plain_law(q_logits_RKV, temperature_R, top_p)
+    q = plain_draft_law(given, top_p, spread)
+    if q is not None:
         chance = chance / q.gather(-1, draft_RK[..., None])[..., 0]
     kept = torch.rand_like(chance) < chance
     accepted = kept.long().cumprod(1).sum(1)
@@ -150,86 +213,95 @@ def plain_sampled(
     return accepted, (law / torch.empty_like(law).exponential_()).argmax(-1)
 
 
-def by_flashinfer(given: Round, top_p: float) -> object:
-    assert given.drafted is not None
-    temperature = given.sampling.temperature_R[:, None, None]
-    p = (given.logits_RK1V.float() / temperature).softmax(-1)
-    q = (given.drafted.logits_RKD.float() / temperature).softmax(-1)
-    if top_p < 1:
-        p = flashinfer.top_p_renorm_probs(p.flatten(0, 1), top_p).view_as(p)
-        q = flashinfer.top_p_renorm_probs(q.flatten(0, 1), top_p).view_as(q)
-    return flashinfer.chain_speculative_sampling(q, given.draft_RK.int(), p)
+def flashinfer_work(given: Round, top_p: float) -> Work:
+    """Its seeds are tensors: others a graph cannot capture."""
+    from flashinfer import sampling
+
+    device = given.logits_RK1V.device
+    seed, offset = torch.zeros((2, 1), dtype=torch.int64, device=device)
+    draft_RK = given.draft_RK.int()
+    heat = {rows: given.sampling.temperature_R.repeat_interleave(rows) for rows in (K, K + 1)}
+
+    def law(logits: Tensor) -> Tensor:
+        probs: Tensor = sampling.softmax(logits.flatten(0, 1), heat[logits.shape[1]])
+        if top_p < 1:
+            probs = sampling.top_p_renorm_probs(probs, top_p)
+        return probs.view(logits.shape)
+
+    def work() -> object:
+        p = law(given.logits_RK1V)
+        if given.drafted is None:
+            q = torch.zeros_like(p[:, :K]).scatter_(-1, given.draft_RK[..., None], 1.0)
+        else:
+            q, vocab = law(given.drafted.logits_RKD), given.drafted.vocab
+            q = q if vocab is None else by_scatter(q, vocab)
+        return sampling.chain_speculative_sampling(q, draft_RK, p, seed=seed, offset=offset)
+
+    return work
 
 
-def figures(
-    name: str, num_requests: int, floor_bytes: int, **works: Callable[[], object] | None
-) -> dict[str, Any]:
-    """Microseconds of each way; those given as ``None`` are not run."""
-    row: dict[str, Any] = {
-        "case": name,
-        "requests": num_requests,
-        "floor_us": floor_bytes / BYTES_PER_S * 1e6,
-    }
-    for kind, work in works.items():
-        row[f"{kind}_us"] = None if work is None else graphed(work).median_ms * 1e3
-    return row
-
-
-def sampled_row(
-    name: str, num_requests: int, top_p: float, draft_size: int | None, flat: bool = False
-) -> dict[str, Any]:
-    given = make_round(num_requests, top_p, draft_size, flat)
+def row_of(case: Case, num_requests: int, sizes: Sizes, place: Place) -> dict[str, Any]:
+    """Microseconds of a call of each way."""
+    given = make_round(case, num_requests, sizes, place.device)
     q_logits = given.drafted.logits_RKD if given.drafted else None
     num_bytes = given.logits_RK1V.nbytes + (q_logits.nbytes if q_logits is not None else 0)
-    is_reduced = draft_size is not None and draft_size < V
-    compiled = torch.compile(plain_sampled, dynamic=False)
-    temperature = given.sampling.temperature_R
-    return figures(
-        name,
-        num_requests,
-        num_bytes,
-        ours=lambda: ours(given),
-        ours_with_logprobs=lambda: ours(given, with_logprobs=True),
-        compiled=None
-        if is_reduced
-        else lambda: compiled(given.logits_RK1V, q_logits, given.draft_RK, temperature, top_p),
-        flashinfer=(lambda: by_flashinfer(given, top_p))
-        if flashinfer is not None and draft_size == V
-        else None,
-    )
+    row: dict[str, Any] = {
+        "case": case.name,
+        "requests": num_requests,
+        "floor_us": place.floor_us(num_bytes),
+        "ours_us": place.microseconds(lambda: ours(given)),
+        "ours_with_logprobs_us": place.microseconds(lambda: ours(given, with_logprobs=True)),
+    }
+    return {**row, **alternatives(case, given, place)} if case.truncates else row
 
 
-def rows() -> list[dict[str, Any]]:
-    """One row a case and size: microseconds of a call, ``None`` where there is nothing to run."""
-    out = []
-    for num_requests in SIZES:
-        torch._dynamo.reset()
-        out += [
-            sampled_row("sampled, delta drafts", num_requests, 1.0, None),
-            sampled_row("sampled, drafts of 32,000 tokens", num_requests, 1.0, D),
-            sampled_row("sampled, drafts of all tokens", num_requests, 1.0, V),
-            sampled_row("top-p 0.9, delta drafts", num_requests, 0.9, None),
-            sampled_row("top-p 0.9, drafts of all tokens", num_requests, 0.9, V),
-            sampled_row("top-p 0.9, delta drafts, flat", num_requests, 0.9, None, flat=True),
-        ]
-        torch.cuda.empty_cache()
-    return out
+def alternatives(case: Case, given: Round, place: Place) -> dict[str, float | str]:
+    def compiled(spread: Spread) -> float | str:
+        return place.compiled_microseconds(lambda: plain_sampled(given, case.top_p, spread))
+
+    found = {"compiled_us": compiled(by_scatter)}
+    if case.drafts == "reduced":
+        found["compiled_by_gather_us"] = compiled(by_gather)
+    found["flashinfer_us"] = place.tried_microseconds(lambda: flashinfer_work(given, case.top_p))
+    return found
+
+
+def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
+    """One row a case and size."""
+    for num_requests in sizes.requests:
+        for case in CASES:
+            yield row_of(case, num_requests, sizes, place)
+            if place.is_gpu:
+                torch.cuda.empty_cache()
+
+
+KINDS = ("floor", "ours", "ours_with_logprobs", "compiled", "compiled_by_gather", "flashinfer")
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for a terminal."""
+    cells = []
+    for kind in KINDS:
+        value = row.get(f"{kind}_us")
+        shown = f"{value:.1f}" if isinstance(value, float) else str(value or "-")
+        cells.append(f"{kind} {shown[:40]}")
+    return f"{row['case']:56}{row['requests']:>4}  " + " | ".join(cells)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
         "benchmarks/results/ops_verify.json"
     ),
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 300.0,
 ) -> None:
-    """Measure all cases and print a table."""
-    found = rows()
-    kinds = ("floor", "ours", "ours_with_logprobs", "compiled", "flashinfer")
-    print(f"{'case':36}{'R':>4}" + "".join(f"{kind:>20}" for kind in kinds))
-    for row in found:
-        times = [row.get(f"{kind}_us") for kind in kinds]
-        cells = "".join(f"{'-' if t is None else f'{t:.1f} us':>20}" for t in times)
-        print(f"{row['case']:36}{row['requests']:>4}{cells}")
-    write_result(out, {"rows": found})
+    """Measure all cases and print a line for each."""
+    place = make_place(device, budget_s)
+    found: list[dict[str, Any]] = []
+    for row in rows(Sizes() if place.is_gpu else TINY, place):
+        found.append(row)
+        print(line(row), flush=True)
+        write_result(out, {"bytes_per_s": place.bytes_per_s, "rows": found})
 
 
 if __name__ == "__main__":

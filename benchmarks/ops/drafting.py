@@ -1,0 +1,212 @@
+"""Choosing a draft token from a drafter's logits, greedily or by drawing, beside what else does.
+
+    python -m benchmarks.ops.drafting                                   # two minutes on one GPU
+    TRITON_INTERPRET=1 python -m benchmarks.ops.drafting --device cpu   # a try without a GPU
+
+R requests, one draft token of each, over a reduced vocabulary of 32,000 tokens with its map to the
+151,936 of Qwen3; bf16 logits of 256 likely tokens above a normal bulk. ``greedy`` is ``best_ids``.
+Drawn tokens come with log q, are of temperature 0.8 and cut as their row says; ours are the kernels
+that rounds run, which look for cuts whether a request asks for any or not. Compared are
+
+* ``eager``: the plain way in float32: argmax and the map; or softmax, a top-k or a sort where there
+  are cuts, a draw by exponential noise, q of the token, and the map;
+* ``compiled``: torch.compile of that;
+* ``flashinfer``: its softmax, renormalisation after a cut and draw; q and the map by torch.
+
+The floor reads the logits once at the speed of a large copy. A way that cannot run has its reason
+in its row. Writes ``benchmarks/results/ops_drafting.json`` after every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.ops.place import Place, Work, make_place
+from benchmarks.result import write_result
+from specops import best_ids, best_ids_triton, draft_sampling_triton
+from specops import device as on_device
+from specops.draft_sampling import VocabMap, vocab_map
+from specops.rng import Numbering
+from specops.sampling import sampling_rows
+
+TEMPERATURE = 0.8
+LIKELY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured."""
+
+    vocab: int = 151_936
+    draft_vocab: int = 32_000
+    requests: tuple[int, ...] = (1, 8, 64)
+
+
+TINY = Sizes(vocab=4000, draft_vocab=1000, requests=(1, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What is left of a law before a token is drawn from it."""
+
+    name: str
+    top_k: int | None = None
+    top_p: float = 1.0
+
+
+CUTS = (
+    Cut("sampled"),
+    Cut("sampled, top-p 0.9", top_p=0.9),
+    Cut("sampled, top-k 20", top_k=20),
+    Cut("sampled, top-k 20, top-p 0.95", top_k=20, top_p=0.95),
+)
+
+
+def make_vocab(sizes: Sizes, device: str) -> VocabMap:
+    """Of draft tokens all over the target's vocabulary, in order."""
+    chosen = torch.randperm(sizes.vocab, device=device)[: sizes.draft_vocab].sort().values
+    return vocab_map(chosen - torch.arange(sizes.draft_vocab, device=device), sizes.vocab)
+
+
+def make_logits(num_requests: int, sizes: Sizes, device: str) -> Tensor:
+    """[R, D] bfloat16, p of the likely tokens falling with the square of their rank."""
+    logits = 2.5 * torch.randn(num_requests, sizes.draft_vocab, device=device)
+    places = torch.rand_like(logits).topk(LIKELY).indices
+    ranks = torch.arange(1, LIKELY + 1, device=device, dtype=torch.float32)
+    return logits.scatter_(-1, places, (22 - 2 * ranks.log()).expand_as(places)).bfloat16()
+
+
+def greedy_work(logits: Tensor, vocab: VocabMap) -> Work:
+    """By ours."""
+    if logits.is_cuda:
+        return lambda: on_device.best_ids(logits, vocab.d2t_D)
+    return lambda: best_ids_triton.best_ids(logits, vocab.d2t_D)
+
+
+def sampled_work(logits: Tensor, vocab: VocabMap, cut: Cut) -> Work:
+    """By ours, as a round of requests of which none drafts greedily."""
+    num, size = logits.shape
+    device = logits.device
+    top_k, top_p = [cut.top_k] * num, [cut.top_p] * num
+    rows = sampling_rows([TEMPERATURE] * num, top_k, top_p, [0.0] * num, size, device)
+    rows = replace(rows, truncates=True)
+    request = torch.arange(num, device=device)
+    numbering = Numbering(request * 7919, request * 0 + 1, request + 100)
+    by_match = torch.zeros(num, dtype=torch.bool, device=device)
+    sample = draft_sampling_triton.sample_draft
+
+    def work() -> object:
+        drafted = sample(logits, rows, numbering, by_match, vocab)
+        return drafted.tokens_R, drafted.logq_R
+
+    return work
+
+
+def plain_law(logits: Tensor, cut: Cut) -> Tensor:
+    """[R, D] float32, as one would write it; top-k first."""
+    probs = (logits.float() / TEMPERATURE).softmax(-1)
+    if cut.top_k is None and cut.top_p == 1:
+        return probs
+    if cut.top_k is None:
+        ordered, ids = probs.sort(dim=-1, descending=True)
+    else:
+        ordered, ids = probs.topk(cut.top_k)
+        ordered = ordered / ordered.sum(-1, keepdim=True)
+    ordered = torch.where(ordered.cumsum(-1) - ordered < cut.top_p, ordered, 0.0)
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, ids, ordered)
+
+
+def plain_sampled(logits: Tensor, d2t_D: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    """Target ids and log q."""
+    q = plain_law(logits, cut)
+    ids = (q / torch.empty_like(q).exponential_()).argmax(-1)
+    return ids + d2t_D[ids], q.gather(-1, ids[:, None])[:, 0].log()
+
+
+def flashinfer_work(logits: Tensor, d2t_D: Tensor, cut: Cut) -> Work:
+    """Its seeds are tensors: others a graph cannot capture."""
+    from flashinfer import sampling
+
+    seed, offset = torch.zeros((2, 1), dtype=torch.int64, device=logits.device)
+
+    def work() -> object:
+        q = sampling.softmax(logits, TEMPERATURE)
+        if cut.top_k is not None:
+            q = sampling.top_k_renorm_probs(q, cut.top_k)
+        if cut.top_p < 1:
+            q = sampling.top_p_renorm_probs(q, cut.top_p)
+        ids = sampling.sampling_from_probs(q, seed=seed, offset=offset).long()
+        return ids + d2t_D[ids], q.gather(-1, ids[:, None])[:, 0].log()
+
+    return work
+
+
+def greedy_row(place: Place, logits: Tensor, vocab: VocabMap) -> dict[str, Any]:
+    def plain() -> Tensor:
+        return best_ids.best_ids(logits, vocab.d2t_D)
+
+    return {
+        "case": "greedy",
+        "requests": len(logits),
+        "floor_us": place.floor_us(logits.nbytes),
+        "ours_us": place.microseconds(greedy_work(logits, vocab)),
+        "eager_us": place.microseconds(plain),
+        "compiled_us": place.compiled_microseconds(plain),
+    }
+
+
+def sampled_row(place: Place, logits: Tensor, vocab: VocabMap, cut: Cut) -> dict[str, Any]:
+    def plain() -> tuple[Tensor, Tensor]:
+        return plain_sampled(logits, vocab.d2t_D, cut)
+
+    return {
+        "case": cut.name,
+        "requests": len(logits),
+        "floor_us": place.floor_us(logits.nbytes),
+        "ours_us": place.microseconds(sampled_work(logits, vocab, cut)),
+        "eager_us": place.microseconds(plain),
+        "compiled_us": place.compiled_microseconds(plain),
+        "flashinfer_us": place.tried_microseconds(
+            lambda: flashinfer_work(logits, vocab.d2t_D, cut)
+        ),
+    }
+
+
+def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
+    """One row a case and number of requests."""
+    torch.manual_seed(0)
+    vocab = make_vocab(sizes, place.device)
+    for num_requests in sizes.requests:
+        logits = make_logits(num_requests, sizes, place.device)
+        yield greedy_row(place, logits, vocab)
+        for cut in CUTS:
+            yield sampled_row(place, logits, vocab, cut)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+        "benchmarks/results/ops_drafting.json"
+    ),
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 180.0,
+) -> None:
+    """Measure all cases and print a line for each."""
+    place = make_place(device, budget_s)
+    found: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for row in rows(Sizes() if place.is_gpu else TINY, place):
+            found.append(row)
+            print(row, flush=True)
+            write_result(out, {"bytes_per_s": place.bytes_per_s, "rows": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)

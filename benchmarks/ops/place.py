@@ -1,0 +1,72 @@
+"""Where a kernel and its alternatives are timed, and what stands for one that cannot run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.ops.timing import copy_bytes_per_s, graphed
+
+Work = Callable[[], object]
+
+
+def reason(error: Exception) -> str:
+    """What a row says in place of a figure."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device, its memory's speed, and the end of the time for compiling."""
+
+    device: str
+    """``cuda``, or ``cpu`` for a try at a tiny size."""
+    bytes_per_s: float | None
+    """Of a large copy, read and written; ``None`` on a CPU."""
+    deadline_s: float
+    """No alternative is compiled after it, by ``time.perf_counter``."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def floor_us(self, num_bytes: int) -> float | None:
+        """Microseconds of moving that many bytes once."""
+        return None if self.bytes_per_s is None else num_bytes / self.bytes_per_s * 1e6
+
+    def microseconds(self, work: Work) -> float:
+        """Median of one call: in a graph, behind a cold cache; on a CPU as it is called."""
+        if self.is_gpu:
+            return graphed(work).median_ms * 1e3
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times) * 1e6
+
+    def tried_microseconds(self, make: Callable[[], Work]) -> float | str:
+        """As ``microseconds``, or why an alternative has no figure."""
+        try:
+            return self.microseconds(make())
+        except Exception as error:  # whatever keeps an alternative from running is its result
+            return reason(error)
+
+    def compiled_microseconds(self, work: Work) -> float | str:
+        """Of torch.compile of ``work``, or why it has no figure."""
+        if not self.is_gpu:
+            return "not compiled without a GPU"
+        if time.perf_counter() > self.deadline_s:
+            return "not compiled: the time for it was spent"
+        torch._dynamo.reset()  # else functions of many shapes are given up after some
+        return self.tried_microseconds(lambda: torch.compile(work, dynamic=False))
+
+
+def make_place(device: str, budget_s: float) -> Place:
+    """Measures the memory's speed first."""
+    deadline_s = time.perf_counter() + budget_s
+    return Place(device, copy_bytes_per_s() if device == "cuda" else None, deadline_s)
