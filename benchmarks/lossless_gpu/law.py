@@ -14,9 +14,9 @@ import torch
 from benchmarks.lossless_rows import law_row
 from specops.verify_logits import Rule
 from tests.device_law import BUGS, REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
-from tests.joint_law import SETTINGS, Setting, expected_law, tables_of
+from tests.joint_law import SETTINGS, Cut, Setting, expected_law, tables_of
 
-_BUGGY = Setting(temperature=1.5, truncates=False, num_draft=2)
+_BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 _PLANTED = 1_000_000
 _LAYOUTS = {"whole": SMALL, "reduced": REDUCED, "wide": WIDE}
 

@@ -52,6 +52,7 @@ from specops.sampling import draw
 from specops.verify import Verdict, verify_match
 from tests.engines import random_model, request_of, run
 from tests.joint_law import (
+    Cut,
     Parts,
     Seen,
     Setting,
@@ -65,7 +66,7 @@ from tests.random_requests import every_shape, exact_engine, twice
 
 # ---- in the rule: seen by the joint law of 100,000 samples ---------------------------------------
 
-SETTING = Setting(temperature=1.5, truncates=False, num_draft=2)
+SETTING = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 """Three tokens are looked at, so that the bonus after two drafted ones is among them."""
 NUM_SAMPLES = 100_000
 

@@ -10,12 +10,20 @@ from specops import draft_sampling, draft_sampling_triton, verify_logits, verify
 from specops.rng import Stream, device_uniforms
 from specops.verify_logits import Rule
 from tests.device_law import BUGS, REDUCED, SMALL, WIDE, Faces, Layout, sample
-from tests.joint_law import REGIMES, SETTINGS, Setting, chi_squared_excess, expected_law, tables_of
+from tests.joint_law import (
+    REGIMES,
+    SETTINGS,
+    Cut,
+    Setting,
+    chi_squared_excess,
+    expected_law,
+    tables_of,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = SETTINGS[::4]
-"""Every number of drafts, every temperature, whole and truncated."""
-BUGGY = Setting(temperature=1.5, truncates=False, num_draft=2)
+"""Every number of drafts, every temperature, whole and with each cut by itself."""
+BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 
 
 def excess(setting, regime, rule, num_samples, seed=0, **options):
@@ -40,7 +48,7 @@ def test_a_drafter_may_know_fewer_tokens(rule):
 
 
 def test_the_cells_may_lie_far_apart():
-    truncated = Setting(temperature=1.0, truncates=True, num_draft=2)
+    truncated = Setting(temperature=1.0, cut=Cut.ALL, num_draft=2)
     apart = Layout(300, (0, 1, 40, 150, 151, 200, 256, 299))
 
     assert excess(truncated, "close", Rule.BLOCK, 10_000, layout=apart) < 1
@@ -96,19 +104,19 @@ def test_the_kernels_keep_the_law_in_pieces_of_their_full_size():
 
 
 @pytest.mark.parametrize(
-    ("truncates", "layout"),
+    ("cut", "layout"),
     [
-        pytest.param(False, SMALL, id="whole"),
-        pytest.param(True, REDUCED, id="truncated, reduced vocabulary"),
+        pytest.param(Cut.NOTHING, SMALL, id="whole"),
+        pytest.param(Cut.ALL, REDUCED, id="truncated, reduced vocabulary"),
     ],
 )
-def test_kernels_decode_the_very_tokens_of_the_definitions(truncates, layout):
+def test_kernels_decode_the_very_tokens_of_the_definitions(cut, layout):
     """The same numbers, the same laws: only rounding could part them."""
 
     def kernels(*arguments):
         return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
 
-    setting = Setting(temperature=1.0, truncates=truncates, num_draft=2, adaptive=True)
+    setting = Setting(temperature=1.0, cut=cut, num_draft=2, adaptive=True)
     asked = (setting, tables_of("close"), Rule.BLOCK, 5, DEVICE, layout)
     definitions = Faces(draft_sampling.sample_draft, verify_logits.verify_logits)
 
