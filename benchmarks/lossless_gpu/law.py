@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.lossless_rows import law_row
 from specops.verify_logits import Rule
-from tests.device_law import BUGS, REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
+from tests.device_bugs import BUGS
+from tests.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
 from tests.joint_law import SETTINGS, Cut, Setting, expected_law, tables_of
 
 _BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)

@@ -34,6 +34,9 @@ transformers, EAGLE and others.
 | M20 | kept if p > 0.3 | ``rule-m20`` here |
 | M21 | bonus from the drafter | ``rule-m21`` here |
 | M22 | drafts and grammars | does not apply: there are no grammars |
+
+M3 to M6, M8, M9, M11, M15, M17 and M19 are planted around the kernels too
+(``tests/device_bugs.py``).
 """
 
 from __future__ import annotations
