@@ -117,7 +117,7 @@ def _row(chosen: Run, place: Place, count: int) -> dict[str, Any]:
         drafted = list(greedy_requests(prompts, lengths))
         got = run(service.engine, drafted, swaps.between, _in_flight)
         swaps.end()
-        row = compared(chosen.target, _MAX_BATCH, wanted, again, got, service.engine)
+        row = compared(chosen.target, _MAX_BATCH, prompts, wanted, again, got, service.engine)
         more = {
             "dtype": chosen.dtype,
             "numerics": chosen.numerics,
@@ -253,9 +253,9 @@ def is_sound(rows: list[dict[str, Any]]) -> bool:
 
 
 def summary(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Totals by numerics."""
+    """Totals by numerics; prompts that are distinct are so within a run."""
     counted = (
-        "prompts", "tokens", "swaps", "drafted_tokens", "accepted_tokens",
+        "prompts", "distinct_prompts", "tokens", "swaps", "drafted_tokens", "accepted_tokens",
         "plain_against_plain", "mismatches", "mismatches_beyond_ties", "texts_that_differ",
         "seconds",
     )  # fmt: skip

@@ -125,6 +125,7 @@ def test_drafts_and_swaps_change_nothing(monkeypatch):
     assert (row["mismatches"], row["texts_that_differ"]) == (0, 0)
     assert row["swaps"] > 0
     assert 0 < row["accepted_tokens"] < row["drafted_tokens"]
+    assert (row["prompts"], row["distinct_prompts"]) == (24, 12)
 
 
 def test_drafts_that_are_kept_unseen_are_found(monkeypatch):
