@@ -22,7 +22,8 @@ transformers, EAGLE and others.
 | M11 | greedy verification of sampled requests | ``rule-m11`` here |
 | M12 | block acceptance, residual of the standard rule | ``test_verification_is_exact`` |
 | M13 | 24-bit numbers | ``test_joint_law`` |
-| M14 | q of lower precision than what was drawn from | ``test_a_rounded_q_is_seen`` |
+| M14 | q of lower precision than what was drawn from | ``test_a_rounded_q_is_seen``; of programs \
+in ``test_mutants_of_programs``, as M17 |
 | M15 | verification off by one | ``rule-m15`` here |
 | M16 | acceptance of p / 0.9 | ``rule-m16`` here |
 | M17 | rows share a number; rounds move a seeded request's numbers | \
