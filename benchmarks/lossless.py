@@ -126,7 +126,7 @@ def greedy_random(architecture: str, max_batch: int, count: int) -> dict[str, An
     drafting = engine(max_batch, 8)
     again = run(drafting, plain)
     got = run(drafting, list(greedy_requests(prompts, lengths)), _scramble_every)
-    return compared(f"random {architecture}", max_batch, wanted, again, got, drafting)
+    return compared(f"random {architecture}", max_batch, prompts, wanted, again, got, drafting)
 
 
 def greedy_bundled(max_batch: int, count: int) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def greedy_bundled(max_batch: int, count: int) -> dict[str, Any]:
         wanted = run(engine(12, folder), plain)
         again = run(drafting, plain)
         got = run(drafting, list(greedy_requests(prompts, lengths)), _alternate(drafting))
-    return compared("bundled", max_batch, wanted, again, got, drafting)
+    return compared("bundled", max_batch, prompts, wanted, again, got, drafting)
 
 
 def _scramble_every(engine: Engine, step: int) -> None:
@@ -217,7 +217,12 @@ def main(
         },
         "requests": _totals(request_rows, "requests", *counted),
         "greedy": _totals(
-            greedy_rows, "prompts", *counted, "mismatches_beyond_ties", "plain_against_plain"
+            greedy_rows,
+            "prompts",
+            "distinct_prompts",
+            *counted,
+            "mismatches_beyond_ties",
+            "plain_against_plain",
         ),
         "seconds": time.time() - started,
     }

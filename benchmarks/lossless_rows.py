@@ -58,6 +58,7 @@ def greedy_requests(
 def compared(
     target: str,
     max_batch: int,
+    prompts: list[list[int]],
     wanted: dict[str, Collected],
     again: dict[str, Collected],
     got: dict[str, Collected],
@@ -71,7 +72,8 @@ def compared(
     return {
         "target": target,
         "max_batch": max_batch,
-        "prompts": len(wanted),
+        "prompts": len(prompts),
+        "distinct_prompts": len({tuple(prompt) for prompt in prompts}),
         "tokens": sum(len(c.token_ids) for c in wanted.values()),
         "swaps": engine.version,
         "drafted_tokens": figures.num_draft_tokens,

@@ -80,6 +80,8 @@ class _Prepared:
         rule: Rule,
         chunk: int,
         device: torch.device,
+        *,
+        as_served: bool,
     ) -> None:
         self.setting, self.rule, self.size = setting, rule, layout.size
         self.ids_V = torch.tensor(layout.ids_V, device=device)
@@ -104,6 +106,7 @@ class _Prepared:
             top_k_R=one.top_k_R.to(device).repeat(chunk),
             top_p_R=one.top_p_R.to(device).repeat(chunk),
             min_p_R=one.min_p_R.to(device).repeat(chunk),
+            truncates=as_served or one.truncates,
         )
         self._rules = torch.full((chunk,), int(rule), device=device)
 
@@ -137,14 +140,18 @@ def sample(
     layout: Layout = SMALL,
     parts: Faces = RIGHT,
     seed: int = 0,
+    *,
+    as_served: bool = True,
 ) -> tuple[Tensor, float | None]:
     """Counts [V, V, V] of the first three tokens, and the acceptance rate.
 
     Args:
         rule: ``MATCH`` decodes requests that have a seed: round numbers do not enter.
+        as_served: programs are one for all requests, so kernels are told that laws may be cut off
+            even where none is; ``False``: they are told only where one is.
     """
     where, chunk = torch.device(device), min(layout.chunk, num_samples)
-    prepared = _Prepared(setting, tables, layout, rule, chunk, where)
+    prepared = _Prepared(setting, tables, layout, rule, chunk, where, as_served=as_served)
 
     def decode(start: int, end: int) -> tuple[Tensor, Tensor]:
         keys = torch.arange(start, end, device=where) + (seed << 40)
@@ -197,51 +204,3 @@ def _round(
     )
     next_R = prepared.cells[verdict.next_R]
     return Played(chain.tokens_RK, chain.lens_R, verdict.num_accepted_R, next_R)
-
-
-def reuse_numbers(right: Numbering) -> Numbering:
-    """Bug: a position that is drafted again gets the number that it had."""
-    return replace(right, nonces_R=torch.zeros_like(right.nonces_R))
-
-
-def share_numbers(right: Numbering) -> Numbering:
-    """Bug: every two requests have one number."""
-    return replace(right, keys_R=right.keys_R // 2)
-
-
-def judged_by(change: Callable[[DraftLaw], DraftLaw]) -> Callable[..., LogitVerdict]:
-    """Verification that takes drafts for drawn from something else."""
-
-    def judge(
-        logits: Tensor,
-        sampling: SamplingRows,
-        draft: Tensor,
-        lens: Tensor,
-        rules: Tensor,
-        numbering: Numbering,
-        law: DraftLaw | None,
-    ) -> LogitVerdict:
-        seen = None if law is None else replace(change(law), laws=None)
-        return faces.verify_logits(logits, sampling, draft, lens, rules, numbering, seen)
-
-    return judge
-
-
-def forget_shape(law: DraftLaw) -> DraftLaw:
-    """Bug: q is the drafter's at temperature 1, whatever was drawn from."""
-    ones = torch.ones_like(law.sampling.temperature_R)
-    return replace(law, sampling=replace(law.sampling, temperature_R=ones))
-
-
-def wrong_weights(law: DraftLaw) -> DraftLaw:
-    """Bug: q of other weights than those that drafted."""
-    return replace(law, logits_RKD=law.logits_RKD.roll(1, dims=-1).contiguous())
-
-
-BUGS = {
-    "numbers drawn again": Faces(numbering=reuse_numbers),
-    "requests share a number": Faces(numbering=share_numbers),
-    "q without the temperature": Faces(verify_logits=judged_by(forget_shape)),
-    "q of other weights": Faces(verify_logits=judged_by(wrong_weights)),
-}
-"""Planted by the test and by the benchmark, which must see each."""

@@ -11,8 +11,9 @@ Shapes: R requests, K draft tokens, V vocabulary, C contexts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,27 @@ CHUNK = 50_000
 """Requests in step at a time."""
 
 
+class Cut(Enum):
+    """What is cut off a law: top-k, top-p, min-p."""
+
+    NOTHING = (None, 1.0, 0.0)
+    ALL = (6, 0.9, 0.05)
+    TOP_K = (4, 1.0, 0.0)
+    TOP_P = (None, 0.9, 0.0)
+    MIN_P = (None, 1.0, 0.1)
+
+    @property
+    def title(self) -> str:
+        titles = {Cut.NOTHING: "whole", Cut.ALL: "truncated"}
+        return titles.get(self, self.name.lower().replace("_", "-"))
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """How one run samples and drafts."""
 
     temperature: float
-    truncates: bool
-    """With top-p, top-k and min-p, all three."""
+    cut: Cut
     num_draft: int
     adaptive: bool = False
     """Fewer are drafted after a rejection, and after an even draft token none."""
@@ -45,7 +60,7 @@ class Setting:
         self, dtype: torch.dtype, count: int = (V + 1) ** 2, vocab_size: int = V
     ) -> SamplingRows:
         """Of ``count`` requests alike."""
-        top_k, top_p, min_p = (6, 0.9, 0.05) if self.truncates else (None, 1.0, 0.0)
+        top_k, top_p, min_p = self.cut.value
         return sampling_rows(
             [self.temperature] * count,
             [top_k] * count,
@@ -56,19 +71,30 @@ class Setting:
         )
 
     @property
+    def sampling(self) -> str:
+        """Name of the law, whoever drafts."""
+        return f"temperature {self.temperature} {self.cut.title}"
+
+    @property
     def name(self) -> str:
-        truncation = "truncated" if self.truncates else "whole"
         length = "adaptive K" if self.adaptive else f"K {self.num_draft}"
-        return f"temperature {self.temperature} {truncation} {length}"
+        return f"{self.sampling} {length}"
 
 
 LENGTHS = ((0, False), (1, False), (3, False), (8, False), (4, True))
-SETTINGS = tuple(
-    Setting(temperature, truncates, num_draft, adaptive)
-    for temperature in (0.3, 1.0, 1.5)
-    for truncates in (False, True)
-    for num_draft, adaptive in LENGTHS
-)
+"""Tokens of a draft, and whether fewer may be drafted."""
+
+
+def _settings() -> Iterator[Setting]:
+    """By temperature: the whole law with every length, then one cut and another in turn, so that
+    every temperature meets each cut and, over all of them, nearly every length does."""
+    cuts = itertools.cycle((Cut.ALL, Cut.TOP_K, Cut.TOP_P, Cut.MIN_P))
+    for temperature in (0.3, 1.0, 1.5):
+        yield from (Setting(temperature, Cut.NOTHING, *length) for length in LENGTHS)
+        yield from (Setting(temperature, next(cuts), *length) for length in LENGTHS)
+
+
+SETTINGS = tuple(_settings())
 REGIMES = ("close", "opposed", "swapped", "index")
 """The drafter is near the target; is its negative; is one and the other from round to round; names
 one token for certain, as the suffix index does."""
@@ -296,7 +322,7 @@ class _Shaped:
         def shape(logits: Tensor, how: Setting) -> Tensor:
             return distribution(logits[:, None], how.rows(torch.float32))[:, 0]
 
-        raw = replace(setting, temperature=1.0, truncates=False)
+        raw = replace(setting, temperature=1.0, cut=Cut.NOTHING)
         drawn_from = replace(setting, temperature=0.0) if tables.is_delta else setting
         return cls(
             p=shape(tables.target, setting),
@@ -348,7 +374,8 @@ def _round(
 def chi_squared_excess(counts: Tensor, law: Tensor) -> float:
     """Statistic over its p = 1e-9 limit (Wilson-Hilferty); above 1 the law is rejected.
 
-    Cells that expect fewer than 5 are pooled; a count where the law is 0 rejects at once.
+    Cells that expect fewer than 5 are pooled; a count where the law is 0 rejects at once, and where
+    all cells are pooled nothing else does.
     """
     if counts[law == 0].sum() > 0:
         return float("inf")
@@ -357,6 +384,6 @@ def chi_squared_excess(counts: Tensor, law: Tensor) -> float:
     observed = torch.cat((counts[~small], counts[small].sum()[None]))
     wanted = torch.cat((expected[~small], expected[small].sum()[None])).clamp(min=1e-9)
     statistic = ((observed - wanted) ** 2 / wanted).sum()
-    df = len(wanted) - 1
+    df = max(1, len(wanted) - 1)
     limit = df * (1 - 2 / (9 * df) + 5.998 * (2 / (9 * df)) ** 0.5) ** 3
     return float(statistic / limit)

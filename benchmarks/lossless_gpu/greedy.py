@@ -70,6 +70,11 @@ RUNS_ON_CPU = (Run("bundled", "float32", "fast", 0.75), Run("tiny", "float32", "
 """Numerics can be pinned on a GPU only."""
 
 
+def planned(device: torch.device) -> tuple[Run, ...]:
+    """The runs of a device."""
+    return RUNS if Place(device).is_gpu else RUNS_ON_CPU
+
+
 def measure(
     device: torch.device, num_prompts: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -80,7 +85,7 @@ def measure(
     """
     started = time.perf_counter()
     place = Place(device)
-    for chosen in RUNS if place.is_gpu else RUNS_ON_CPU:
+    for chosen in planned(device):
         if time.perf_counter() - started > budget_s:
             print(f"greedy: no time for {chosen}", flush=True)
             continue
@@ -112,7 +117,7 @@ def _row(chosen: Run, place: Place, count: int) -> dict[str, Any]:
         drafted = list(greedy_requests(prompts, lengths))
         got = run(service.engine, drafted, swaps.between, _in_flight)
         swaps.end()
-        row = compared(chosen.target, _MAX_BATCH, wanted, again, got, service.engine)
+        row = compared(chosen.target, _MAX_BATCH, prompts, wanted, again, got, service.engine)
         more = {
             "dtype": chosen.dtype,
             "numerics": chosen.numerics,
@@ -234,21 +239,28 @@ def _in_flight(step: int) -> int:
     return random.Random(step // _WAVE).choice(choices)
 
 
+def is_complete(rows: list[dict[str, Any]], device: torch.device) -> bool:
+    """Every planned run is there."""
+    return len(rows) == len(planned(device))
+
+
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """By pinned numerics nothing differs; what fast ones do is told and not judged."""
+    """By pinned numerics nothing differs, true of no rows too; what fast ones do is told and not
+    judged."""
     pinned = [row for row in rows if row["numerics"] == "pinned"]
     differences = ("mismatches", "plain_against_plain", "texts_that_differ", "rounding")
     return not any(row[name] for row in pinned for name in differences)
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Totals by numerics."""
+def summary(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Totals by numerics; prompts that are distinct are so within a run."""
     counted = (
-        "prompts", "tokens", "swaps", "drafted_tokens", "accepted_tokens", "plain_against_plain",
-        "mismatches", "mismatches_beyond_ties", "texts_that_differ", "seconds",
+        "prompts", "distinct_prompts", "tokens", "swaps", "drafted_tokens", "accepted_tokens",
+        "plain_against_plain", "mismatches", "mismatches_beyond_ties", "texts_that_differ",
+        "seconds",
     )  # fmt: skip
     kinds = sorted({row["numerics"] for row in rows}, reverse=True)
     return {
         kind: {name: sum(row[name] for row in rows if row["numerics"] == kind) for name in counted}
         for kind in kinds
-    } | {"switch": "engine.numerics: pinned"}
+    } | {"switch": "engine.numerics: pinned", "complete": is_complete(rows, device)}

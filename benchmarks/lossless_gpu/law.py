@@ -13,11 +13,16 @@ import torch
 
 from benchmarks.lossless_rows import law_row
 from specops.verify_logits import Rule
-from tests.device_law import BUGS, REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
-from tests.joint_law import SETTINGS, Setting, expected_law, tables_of
+from tests.device_bugs import BUGS
+from tests.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
+from tests.joint_law import SETTINGS, Cut, Setting, expected_law, tables_of
 
-_BUGGY = Setting(temperature=1.5, truncates=False, num_draft=2)
+_BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 _PLANTED = 1_000_000
+_WIDE_SHARE = 0.05
+_VARIED = SETTINGS[3::4]
+"""Every number of drafts, every temperature, whole and truncated."""
+_WHOLE = [setting for setting in SETTINGS if setting.cut is Cut.NOTHING]
 _LAYOUTS = {"whole": SMALL, "reduced": REDUCED, "wide": WIDE}
 
 
@@ -34,27 +39,37 @@ class Run:
     """Of the number of samples that was asked for."""
     bug: str | None = None
     """Planted: the run is to be rejected."""
+    as_served: bool = True
+    """See ``device_law.sample``."""
+
+    def num_samples(self, asked: int) -> int:
+        """A planted bug shows in fewer."""
+        count = max(1, round(asked * self.share))
+        return count if self.bug is None else min(count, _PLANTED)
 
 
-def runs(num_samples: int) -> Iterator[Run]:
-    """The most telling ones first."""
-
+def _runs() -> Iterator[Run]:
     def all_settings(regimes: Iterable[str], rule: Rule, layout: str = "whole") -> Iterator[Run]:
         for regime, setting in itertools.product(regimes, SETTINGS):
             yield Run(setting, regime, rule, layout)
 
     both = ("close", "opposed")
-    yield from all_settings(both, Rule.BLOCK)
-    planted = min(1.0, _PLANTED / num_samples)
     for bug, regime in itertools.product(BUGS, both):
-        yield Run(_BUGGY, regime, Rule.BLOCK, share=planted, bug=bug)
-    yield from all_settings(both, Rule.STANDARD)
-    yield from all_settings(("index",), Rule.BLOCK)
-    for regime, setting in itertools.product(both, SETTINGS[7::10]):
-        yield Run(setting, regime, Rule.BLOCK, "wide", share=0.05)
+        yield Run(_BUGGY, regime, Rule.BLOCK, bug=bug)
+    yield from all_settings(both, Rule.BLOCK)
+    for regime, setting in itertools.product(both, _VARIED):
+        yield Run(setting, regime, Rule.BLOCK, "wide", share=_WIDE_SHARE)
     yield from all_settings(("close",), Rule.BLOCK, "reduced")
     yield from all_settings(("swapped",), Rule.BLOCK)
     yield from all_settings(("opposed",), Rule.MATCH)
+    for setting in _WHOLE[2::4]:
+        yield Run(setting, "close", Rule.BLOCK, as_served=False)
+    yield from all_settings(both, Rule.STANDARD)
+    yield from all_settings(("index",), Rule.BLOCK)
+
+
+RUNS = tuple(_runs())
+"""Planted bugs, then the most telling ones first."""
 
 
 def measure(
@@ -66,15 +81,14 @@ def measure(
         keep: takes each row as soon as it is there.
     """
     started = time.perf_counter()
-    planned = list(runs(num_samples))
-    for number, run in enumerate(planned):
+    for number, run in enumerate(RUNS):
         if time.perf_counter() - started > budget_s:
-            print(f"law: no time for {len(planned) - number} of {len(planned)} runs", flush=True)
+            print(f"law: no time for {len(RUNS) - number} of {len(RUNS)} runs", flush=True)
             return
-        row = _row(run, device, max(1, round(num_samples * run.share)), 1_000 + number)
+        row = _row(run, device, run.num_samples(num_samples), 1_000 + number)
         keep(row)
         print(
-            f"law {number + 1}/{len(planned)}, {time.perf_counter() - started:.0f} s: "
+            f"law {number + 1}/{len(RUNS)}, {time.perf_counter() - started:.0f} s: "
             f"{run.setting.name}, {run.regime}, {run.rule.name.lower()}, {run.layout}"
             f"{'' if run.bug is None else ', planted: ' + run.bug}: "
             f"{row['chi_squared_over_limit']:.2f} of the limit in {row['seconds']:.2f} s",
@@ -88,17 +102,29 @@ def _row(run: Run, device: torch.device, num_samples: int, seed: int) -> dict[st
     layout: Layout = _LAYOUTS[run.layout]
     parts: Faces = RIGHT if run.bug is None else BUGS[run.bug]
     counts, rate = sample(
-        run.setting, tables, run.rule, num_samples, device, layout, parts, seed=seed
-    )
+        run.setting, tables, run.rule, num_samples, device, layout, parts,
+        seed=seed, as_served=run.as_served,
+    )  # fmt: skip
     seconds = time.perf_counter() - started
     wanted = expected_law(run.setting, tables)
     row = law_row(run.setting.name, run.regime, run.rule.name.lower(), counts, rate, wanted)
-    more = {"vocabulary": run.layout, "samples": num_samples, "planted": run.bug}
+    more = {
+        "sampling": run.setting.sampling,
+        "vocabulary": run.layout,
+        "as_served": run.as_served,
+        "samples": num_samples,
+        "planted": run.bug,
+    }
     return {**row, **more, "seconds": seconds}
 
 
+def is_complete(rows: list[dict[str, Any]]) -> bool:
+    """Every planned run is there."""
+    return len(rows) == len(RUNS)
+
+
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Nothing was rejected but what was planted, and that was."""
+    """Nothing was rejected but what was planted, and that was; true of no rows too."""
     honest = [row for row in rows if row["planted"] is None]
     is_kept = all(row["chi_squared_over_limit"] <= 1 for row in honest)
     return is_kept and all(excess > 1 for excess in _planted(rows).values())
@@ -117,17 +143,24 @@ def _planted(rows: list[dict[str, Any]]) -> dict[str, float]:
 def summary(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
     """What the rows say together; planted bugs by themselves."""
     honest = [row for row in rows if row["planted"] is None]
+    samples = [row["samples"] for row in honest]
     excesses = _planted(rows)
     return {
+        "complete": is_complete(rows),
         "runs": len(honest),
-        "runs_planned": sum(run.bug is None for run in runs(num_samples)),
-        "samples": sum(row["samples"] for row in honest),
-        "samples_each": num_samples,
+        "runs_planned": sum(run.bug is None for run in RUNS),
+        "runs_of_all_samples": sum(count == num_samples for count in samples),
+        "samples": sum(samples),
+        "samples_min": min(samples, default=None),
+        "samples_max": max(samples, default=None),
+        "settings": len({row["setting"] for row in honest}),
+        "samplings": len({row["sampling"] for row in honest}),
         "rejected_at_1e-9": sum(row["chi_squared_over_limit"] > 1 for row in honest),
         "largest_chi_squared_over_limit": max(
             (row["chi_squared_over_limit"] for row in honest), default=None
         ),
         "planted_bugs": len(excesses),
+        "planted_bugs_planned": len(BUGS),
         "planted_bugs_rejected": sum(excess > 1 for excess in excesses.values()),
         "seconds": sum(row["seconds"] for row in rows),
     }

@@ -22,7 +22,8 @@ transformers, EAGLE and others.
 | M11 | greedy verification of sampled requests | ``rule-m11`` here |
 | M12 | block acceptance, residual of the standard rule | ``test_verification_is_exact`` |
 | M13 | 24-bit numbers | ``test_joint_law`` |
-| M14 | q of lower precision than what was drawn from | ``test_a_rounded_q_is_seen`` |
+| M14 | q of lower precision than what was drawn from | ``test_a_rounded_q_is_seen``; of programs \
+in ``test_mutants_of_programs``, as M17 |
 | M15 | verification off by one | ``rule-m15`` here |
 | M16 | acceptance of p / 0.9 | ``rule-m16`` here |
 | M17 | rows share a number; rounds move a seeded request's numbers | \
@@ -34,6 +35,9 @@ transformers, EAGLE and others.
 | M20 | kept if p > 0.3 | ``rule-m20`` here |
 | M21 | bonus from the drafter | ``rule-m21`` here |
 | M22 | drafts and grammars | does not apply: there are no grammars |
+
+M3 to M6, M8, M9, M11, M15, M17 and M19 are planted around the kernels too
+(``tests/device_bugs.py``).
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ from specops.sampling import draw
 from specops.verify import Verdict, verify_match
 from tests.engines import random_model, request_of, run
 from tests.joint_law import (
+    Cut,
     Parts,
     Seen,
     Setting,
@@ -65,7 +70,7 @@ from tests.random_requests import every_shape, exact_engine, twice
 
 # ---- in the rule: seen by the joint law of 100,000 samples ---------------------------------------
 
-SETTING = Setting(temperature=1.5, truncates=False, num_draft=2)
+SETTING = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 """Three tokens are looked at, so that the bonus after two drafted ones is among them."""
 NUM_SAMPLES = 100_000
 

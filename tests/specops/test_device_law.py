@@ -9,13 +9,22 @@ import torch
 from specops import draft_sampling, draft_sampling_triton, verify_logits, verify_logits_triton
 from specops.rng import Stream, device_uniforms
 from specops.verify_logits import Rule
-from tests.device_law import BUGS, REDUCED, SMALL, WIDE, Faces, Layout, sample
-from tests.joint_law import REGIMES, SETTINGS, Setting, chi_squared_excess, expected_law, tables_of
+from tests.device_bugs import BUGS
+from tests.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
+from tests.joint_law import (
+    REGIMES,
+    SETTINGS,
+    Cut,
+    Setting,
+    chi_squared_excess,
+    expected_law,
+    tables_of,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = SETTINGS[::4]
-"""Every number of drafts, every temperature, whole and truncated."""
-BUGGY = Setting(temperature=1.5, truncates=False, num_draft=2)
+"""Every number of drafts, every temperature, whole and with each cut by itself."""
+BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 
 
 def excess(setting, regime, rule, num_samples, seed=0, **options):
@@ -40,7 +49,7 @@ def test_a_drafter_may_know_fewer_tokens(rule):
 
 
 def test_the_cells_may_lie_far_apart():
-    truncated = Setting(temperature=1.0, truncates=True, num_draft=2)
+    truncated = Setting(temperature=1.0, cut=Cut.ALL, num_draft=2)
     apart = Layout(300, (0, 1, 40, 150, 151, 200, 256, 299))
 
     assert excess(truncated, "close", Rule.BLOCK, 10_000, layout=apart) < 1
@@ -52,7 +61,7 @@ def seen(rule, num_samples, **options):
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_seen(name):
-    assert seen(Rule.BLOCK, 80_000, parts=BUGS[name]) > 1
+    assert seen(Rule.BLOCK, 40_000, parts=BUGS[name]) > 1
 
 
 @pytest.mark.parametrize("former", [Stream.ACCEPT, Stream.DRAFT])
@@ -69,7 +78,7 @@ def test_a_number_used_twice_is_seen(former, monkeypatch):
 
 
 def test_where_nothing_is_planted_nothing_is_seen():
-    assert seen(Rule.BLOCK, 80_000, parts=Faces()) < 1
+    assert seen(Rule.BLOCK, 40_000, parts=Faces()) < 1
 
 
 @pytest.mark.gpu
@@ -91,29 +100,47 @@ def test_a_bug_around_the_kernels_is_seen(name):
 
 @pytest.mark.gpu
 def test_the_kernels_keep_the_law_in_pieces_of_their_full_size():
-    for number, setting in enumerate(SETTINGS[2::5]):
+    for number, setting in enumerate(FEW):
         assert excess(setting, "close", Rule.BLOCK, 100_000, number, device="cuda", layout=WIDE) < 1
 
 
 @pytest.mark.parametrize(
-    ("truncates", "layout"),
+    ("cut", "layout", "as_served"),
     [
-        pytest.param(False, SMALL, id="whole"),
-        pytest.param(True, REDUCED, id="truncated, reduced vocabulary"),
+        pytest.param(Cut.NOTHING, SMALL, True, id="whole"),
+        pytest.param(Cut.NOTHING, SMALL, False, id="whole, and said to be"),
+        pytest.param(Cut.ALL, REDUCED, True, id="truncated, reduced vocabulary"),
     ],
 )
-def test_kernels_decode_the_very_tokens_of_the_definitions(truncates, layout):
+def test_kernels_decode_the_very_tokens_of_the_definitions(cut, layout, as_served):
     """The same numbers, the same laws: only rounding could part them."""
 
     def kernels(*arguments):
         return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
 
-    setting = Setting(temperature=1.0, truncates=truncates, num_draft=2, adaptive=True)
+    setting = Setting(temperature=1.0, cut=cut, num_draft=2, adaptive=True)
     asked = (setting, tables_of("close"), Rule.BLOCK, 5, DEVICE, layout)
     definitions = Faces(draft_sampling.sample_draft, verify_logits.verify_logits)
 
-    got, rate = sample(*asked, Faces(draft_sampling_triton.sample_draft, kernels))
-    want, same = sample(*asked, definitions)
+    by_kernels = Faces(draft_sampling_triton.sample_draft, kernels)
+    got, rate = sample(*asked, by_kernels, as_served=as_served)
+    want, same = sample(*asked, definitions, as_served=as_served)
 
     assert got.equal(want)
     assert rate == same
+
+
+@pytest.mark.parametrize("cut", [Cut.NOTHING, Cut.TOP_P])
+def test_faces_are_called_as_serving_calls_them(cut):
+    """Programs are one for all requests: they say that laws may be cut off, whoever asks."""
+    said = []
+
+    def verify(logits, sampling, *rest):
+        said.append(sampling.truncates)
+        return RIGHT.verify_logits(logits, sampling, *rest)
+
+    setting = Setting(temperature=1.0, cut=cut, num_draft=2)
+    sample(setting, tables_of("close"), Rule.BLOCK, 10, parts=Faces(verify_logits=verify))
+
+    assert said
+    assert all(said)
