@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,24 +97,31 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
     if settings.engine.cpu_threads is not None:
         torch.set_num_threads(settings.engine.cpu_threads)
     torch.set_flush_denormal(True)
-    loaded = load_target(settings) if loaded is None else loaded
+    if loaded is None:
+        with _timed("loaded the target"):
+            loaded = load_target(settings)
     model, fingerprint = loaded.model, loaded.fingerprint
-    start = _first_drafter(settings, model, fingerprint)
+    with _timed("read and checked the drafter"):
+        start = _first_drafter(settings, model, fingerprint)
     layer_ids = start[0].layer_ids if start else ()
-    target = Target(model, layer_ids)
+    with _timed("laid out the target"):
+        target = Target(model, layer_ids)
     num_pages = _num_pages(settings, target)
     num_slots = num_pages * settings.engine.page_size
-    neural = _neural(start, target, num_slots) if start else None
-    # Before anything is captured: this moves the parameters, and their addresses stay from then on.
-    weights = FlatWeights(neural.module) if neural else None
+    with _timed("made the drafter"):
+        neural = _neural(start, target, num_slots) if start else None
+        # Before anything is captured: this moves the parameters, and from then on they stay.
+        weights = FlatWeights(neural.module) if neural else None
     suffix = _suffix(settings)
     kinds = (("eagle3",) if neural else ()) + (("suffix",) if suffix else ())
     policy = build_policy(settings.policy, kinds, settings.seed, settings.drafter.max_draft)
-    pool = target.make_pool(num_slots)
-    drafting = Drafting(
-        target, neural, suffix, num_pages, settings.engine.page_size, settings.drafter.max_draft
-    )
-    ring = _ring(settings, target) if neural else None
+    with _timed("made the pages"):
+        pool = target.make_pool(num_slots)
+        drafting = Drafting(
+            target, neural, suffix, num_pages, settings.engine.page_size, settings.drafter.max_draft
+        )
+    with _timed("made the capture ring"):
+        ring = _ring(settings, target) if neural else None
     engine = Engine(
         target=target,
         pool=pool,
@@ -158,30 +167,37 @@ def _programs(
         )
     if e.programs == "never" or (e.programs == "auto" and not on_gpu):
         return None
-    programs = make_programs(
-        target,
-        pool,
-        drafting,
-        max_batch=e.max_batch,
-        max_model_len=e.max_model_len,
-        prefill_chunk=e.prefill_chunk,
-        page_size=e.page_size,
-        rule=e.verification,
-        ring=ring,
-        fuse=on_gpu,
-        pinned=pinned,
-    )
-    with torch.inference_mode():
+    with _timed("fused weights and made the lanes"):
+        programs = make_programs(
+            target,
+            pool,
+            drafting,
+            max_batch=e.max_batch,
+            max_model_len=e.max_model_len,
+            prefill_chunk=e.prefill_chunk,
+            page_size=e.page_size,
+            rule=e.verification,
+            ring=ring,
+            fuse=on_gpu,
+            pinned=pinned,
+        )
+    with torch.inference_mode(), _timed("made all programs"):
         programs.capture_all()
     return programs
 
 
 def _profile(settings: Settings, engine: Engine) -> list[CostSample]:
-    started = time.perf_counter()
     context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
-    samples = profile_engine(engine, settings.drafter.max_draft, _PROFILE_REPEATS, context)
-    log.info("profiled step times in %.1f s", time.perf_counter() - started)
-    return samples
+    with _timed("profiled step times"):
+        return profile_engine(engine, settings.drafter.max_draft, _PROFILE_REPEATS, context)
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    """Say what a part of the start took: what the device still does of it counts in the next."""
+    started = time.perf_counter()
+    yield
+    log.info("%s in %.1f s", what, time.perf_counter() - started)
 
 
 def _service(
@@ -289,8 +305,9 @@ def _neural(
             f"{config.target_vocab_size}, the target has {target.config.hidden_size} and "
             f"{target.vocab_size}"
         )
-    module = Eagle3(config).requires_grad_(False).eval()
-    module.load_state_dict(tensors)
+    with torch.device("meta"):  # weights that are drawn only to be replaced take seconds
+        module = Eagle3(config).requires_grad_(False).eval()
+    module.load_state_dict(tensors, assign=True)
     module.to(device=target.device, dtype=target.dtype)
     by_columns(module)
     neural = PagedEagle3(module, target.embed, num_slots)

@@ -85,6 +85,10 @@ class Graphs:
         # run's back before each capture, and the next run asks the driver for all of it again.
         if torch.cuda.mem_get_info()[0] < 2 * num_bytes:
             torch.cuda.empty_cache()
+        # The library's products keep a workspace for each stream. The run has made one in ordinary
+        # memory, which anybody may give back (the compiler's graphs do so each time they record); a
+        # capture that has to ask for its own gets it from the graphs' memory, which stays.
+        torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._side):
             graph.capture_begin(pool=self._memory)

@@ -82,7 +82,7 @@ def _started(
 
 
 class _Seconds(logging.Handler):
-    """Keeps what the engine says it took: its messages of one number."""
+    """Keeps what the engine says it took: its messages of a part and its seconds."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -90,8 +90,10 @@ class _Seconds(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         args = record.args
-        if isinstance(args, tuple) and len(args) == 1 and isinstance(args[0], float):
-            self.said[str(record.msg).removesuffix(" in %.1f s")] = args[0]
+        if record.msg == "%s in %.1f s" and isinstance(args, tuple):
+            what, seconds = args
+            assert isinstance(what, str) and isinstance(seconds, float)
+            self.said[what] = seconds
 
 
 def start(
