@@ -71,7 +71,8 @@ class Outcome:
     draft_s: float
     """Part of it spent drafting, looking at the batch and planning: plain decoding needs none."""
     has_prefill: bool
-    """The step also computed prompt chunks, so its time says nothing about the arms."""
+    """The step also computed prompt chunks, or log probabilities that a request asked for, so its
+    time says nothing about the arms."""
     version: int
     plan_s: float = 0.0
     """Part of ``draft_s`` spent on looking at the batch and planning."""

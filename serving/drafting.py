@@ -99,9 +99,13 @@ class Drafting:
         limit = self.max_draft if asked is None else min(asked, self.max_draft)
         return max(0, min(limit, sequence.num_left - sequence.num_foreseen - 1))
 
-    def observe(self, batch: list[Sequence], step: int) -> StepObs | None:
-        """What the policy sees of a batch; ``None`` when nothing can be drafted."""
-        caps = tuple(self.cap(s) for s in batch)
+    def observe(self, batch: list[Sequence], step: int, most: int) -> StepObs | None:
+        """What the policy sees of a batch; ``None`` when nothing can be drafted.
+
+        Args:
+            most: largest K of this step.
+        """
+        caps = tuple(min(self.cap(s), most) for s in batch)
         if not self.kinds or not any(caps):
             return None
         matches = None

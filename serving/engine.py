@@ -46,8 +46,6 @@ from serving.verifying import Rule, emitted_by, proposed, verify
 log = logging.getLogger(__name__)
 
 PLAIN = Decision("none", 0, 1.0, False, "plain")
-SCORED = Decision("none", 0, 1.0, False, "logprobs")
-"""Programs find log probabilities of single tokens only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,13 +344,14 @@ class Engine:
             return
         started = time.perf_counter()
         obs, decision = None, PLAIN
-        is_scored = any(s.request.sampling.logprobs is not None for s in batch)
-        if flies and is_scored:
-            decision = SCORED
-        elif batch and (resting := self.policy.rest()) is not None:
+        if batch and (resting := self.policy.rest()) is not None:
             decision = resting
         elif batch:
-            obs = self.drafting.observe(batch, self._commits.counters.num_steps)
+            most = self.max_draft
+            if flies and any(s.request.sampling.logprobs is not None for s in batch):
+                assert programs is not None
+                most = programs.rounds.most_scored
+            obs = self.drafting.observe(batch, self._commits.counters.num_steps, most)
             decision = self.policy.plan(obs) if obs else PLAIN
         assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
         matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * len(batch)
@@ -463,10 +462,10 @@ class Engine:
         )
         self._commits.note_rows(committed)
         self._after_commit(committed)
-        if flight.version == self.version and decision is not SCORED:
-            # Else a swap has come between, or the time says nothing of plain decoding.
+        if flight.version == self.version:  # else a swap has come between
             seconds = step_s, flight.plan_s
-            has_prefill = not self._is_timed
+            # The time of a round that finds log probabilities says nothing of others.
+            has_prefill = not self._is_timed or launched.scores is not None
             self._observe(flight.matches, decision, step, seconds, lives, has_prefill=has_prefill)
         self._is_timed = True
         return outcome.has_waited and not was_read

@@ -49,6 +49,9 @@ from specops.verify_logits import LogitVerdict
 _SOURCES = ("eagle3", "suffix")
 _MOST_TOP = 20
 """Alternatives at a token that a program finds."""
+MOST_SCORED = 4
+"""Draft tokens of a round that finds log probabilities: each K more is a program for every size and
+source that most servers never run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class _Key:
     is_greedy: bool
     """All requests are and take the logits as they come: no distribution is looked at."""
     is_scored: bool = False
-    """A request asks for log probabilities; then K is 0."""
+    """A request asks for log probabilities; K is at most ``MOST_SCORED``, and it is not greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,8 @@ class Launched:
     outputs: Tensor
     """[size, columns] on the host, valid once ``landed``."""
     scores: Tensor | None
-    """[size, 1 + 2 n] float64 likewise: log p of the token and of the n best ones, and their ids;
-    ``None`` if no request asked."""
+    """[size * Q, 1 + 2 n] float64 likewise: log p of each emitted token and of the n best ones, and
+    their ids; ``None`` if no request asked."""
     landed: Landing
     draft_share: float
     """Share of its time that is spent on drafting."""
@@ -117,15 +120,20 @@ class Decoded:
     verified: Verified
     numbers: list[int] | None
     """[R] running number of each request's first captured row; ``None`` without a ring."""
-    scores: list[list[float]]
-    """[R], see ``Launched``; empty if no request asked."""
+    scores: list[list[list[float]]]
+    """[R][Q], see ``Launched``; empty if no request asked."""
 
     def scored(self, r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
-        """Log probability of the one token of request r, and of the best ones."""
-        own, *rest = self.scores[r]
-        best, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        top = tuple(zip(map(int, ids[:num_top]), best[:num_top], strict=True))
-        return [TokenLogprob(tokens[0], own, top)]
+        """Log probabilities of the tokens that request r emitted, each with the best ones."""
+        rows = self.scores[r][: len(tokens)]
+        return [_scored(token, row, num_top) for token, row in zip(tokens, rows, strict=True)]
+
+
+def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
+    """``row`` as ``Launched`` has it."""
+    own, *rest = row
+    best, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    return TokenLogprob(token, own, tuple(zip(map(int, ids[:num_top]), best, strict=False)))
 
 
 class Rounds:
@@ -165,7 +173,7 @@ class Rounds:
         columns = Column.TOKENS + 3 * max_draft
         self._outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
         self._num_top = min(_MOST_TOP, target.vocab_size)
-        shape = (max_batch, 1 + 2 * self._num_top)
+        shape = (max_batch * (self.most_scored + 1), 1 + 2 * self._num_top)
         self._scores = torch.zeros(shape, dtype=torch.float64, device=device)
         self._ring = ring
         if ring is not None:
@@ -174,6 +182,11 @@ class Rounds:
         self._draft_share: dict[tuple[int, int], float] = {}
 
     # ---- running -------------------------------------------------------------------------------
+
+    @property
+    def most_scored(self) -> int:
+        """Largest K of a round in which a request asks for log probabilities."""
+        return min(MOST_SCORED, self._max_draft)
 
     def fits(self, batch: list[Sequence]) -> bool:
         """Whether a round can decode all of them; the engine's other path takes the rest."""
@@ -189,7 +202,7 @@ class Rounds:
         know. For them the neural drafter, if it is the source, must be warm.
 
         Args:
-            num_draft: 0 where a request asks for log probabilities.
+            num_draft: at most ``most_scored`` where a request asks for log probabilities.
             given: what the suffix index proposes for each, if it is the source.
         """
         known = [s for s in batch if not s.is_flying]
@@ -202,11 +215,15 @@ class Rounds:
             self._catch_up.run(cold)
         size = self._upload(batch, given)
         is_scored = any(s.request.sampling.logprobs is not None for s in batch)
-        assert not (is_scored and num_draft), "a round with drafts finds no log probabilities"
-        is_greedy = all(s.is_greedy and not s.request.sampling.adjusts_logits for s in batch)
+        assert not is_scored or num_draft <= self.most_scored
+        is_greedy = not is_scored and all(
+            s.is_greedy and not s.request.sampling.adjusts_logits for s in batch
+        )
         key = _Key(size, num_draft, source, is_greedy, is_scored)
         self._program(key)()
-        scores = self._graphs.to_host(self._scores[:size])[0] if is_scored else None
+        scores = None
+        if is_scored:
+            scores, _ = self._graphs.to_host(self._scores[: size * (num_draft + 1)])
         outputs, landed = self._graphs.to_host(self._outputs[:size])
         share = self._draft_share.get((size, num_draft), 0.0) if source == "eagle3" else 0.0
         return Launched(batch, key, outputs, scores, landed, share)
@@ -237,7 +254,9 @@ class Rounds:
                     self._drafting.is_warm_to(sequence, sequence.lane_length)
         proposed = Proposed(key.source, tokens, q_logp) if num_draft else None
         numbers = None if self._ring is None else self._ring.number(captured)
-        scores = [] if launched.scores is None else launched.scores.tolist()
+        scores = []
+        if launched.scores is not None:
+            scores = launched.scores.view(launched.key.size, num_draft + 1, -1).tolist()
         return Decoded(proposed, Verified(accepted, following, p_logp), numbers, scores)
 
     def _reals(self, outputs: Tensor, block: int) -> Tensor:
@@ -270,8 +289,8 @@ class Rounds:
                 for source in _SOURCES[not has_neural :] if num_draft else ("none",):
                     for is_greedy in (True, False):
                         self._program(_Key(size, num_draft, source, is_greedy))
-                        if num_draft == 0:
-                            self._program(_Key(size, 0, source, is_greedy, is_scored=True))
+                    if num_draft <= self.most_scored:
+                        self._program(_Key(size, num_draft, source, False, is_scored=True))
                 if num_draft and has_neural:
                     with_draft = self.device_seconds(size, num_draft, "eagle3", repeats=3)
                     without = self.device_seconds(size, num_draft, "suffix", repeats=3)
@@ -309,8 +328,8 @@ class Rounds:
         self._drafting.keep_features(opened.slots_T, computed.features_TmH)
         hidden = computed.hidden_TH.view(size, num_draft + 1, -1)
         # An argmax is the same in the dtype of the product, and a copy of all logits is not free.
-        logits = self._target.logits(hidden, widen=not key.is_greedy or key.is_scored)
-        scores = logits[:, 0].log_softmax(dim=-1) if key.is_scored else None
+        logits = self._target.logits(hidden, widen=not key.is_greedy)
+        scores = logits.log_softmax(dim=-1) if key.is_scored else None
         asks, tables = requests_of(inputs, opened), self._adjusting.tables
         if not key.is_greedy:
             adjust_rows(logits, drafts.tokens_RK, asks, tables)
@@ -320,7 +339,7 @@ class Rounds:
             self._outputs[:size],
         )  # fmt: skip
         if scores is not None:
-            self._score(scores, closed.next_R)
+            self._score(scores, closed.emitted_RQ)
         if not key.is_greedy:
             count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
         if by_neural:
@@ -342,11 +361,11 @@ class Rounds:
             opened.numbering(), drafts.law,
         )  # fmt: skip
 
-    def _score(self, scores_RV: Tensor, following_R: Tensor) -> None:
+    def _score(self, scores_RQV: Tensor, emitted_RQ: Tensor) -> None:
         """The target's own log probabilities of the tokens and of the best ones."""
-        best, ids = scores_RV.topk(self._num_top, dim=-1)
-        own = scores_RV.gather(1, following_R[:, None])
-        found = torch.cat((own.double(), best.double(), ids.double()), dim=1)
+        best, ids = scores_RQV.topk(self._num_top, dim=-1)
+        own = scores_RQV.gather(2, emitted_RQ[:, :, None])
+        found = torch.cat((own.double(), best.double(), ids.double()), dim=2).flatten(0, 1)
         self._scores[: len(found)] = found
 
     def _draft(self, opened: OpenedRound, rows: LaneRows, key: _Key) -> _Drafts:

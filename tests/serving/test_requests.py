@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from policies.fixed import FixedPolicy
 from serving.types import DrainingError, QueueFullError
 from tests.engines import Collected, make_engine, random_model, request_of, run
 
@@ -55,12 +56,16 @@ def test_a_text_that_only_begins_a_stop_string_is_delivered_in_the_end(model):
     assert got.text == whole
 
 
-@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
-def test_logprobs_are_the_targets_own_and_one_for_each_token(model, programs):
+@pytest.mark.parametrize(
+    ("programs", "drafter", "draft_k"),
+    [(False, "suffix", 8), (True, "none", 0), (True, "suffix", 8), (True, "eagle3", 3)],
+)
+def test_logprobs_are_the_targets_own_and_one_for_each_token(model, programs, drafter, draft_k):
     beside = request_of("beside", PROMPT, 12)  # asks for none
-    engine = make_engine(model, programs=programs)
+    engine = make_engine(model, policy=FixedPolicy(drafter, draft_k), programs=programs)
     if programs:
         engine._pass = None  # nothing needs it
+    run(engine, [request_of("before", PROMPT, 40)])  # so that the index has something to propose
     got = run(engine, [request_of("l", PROMPT, 12, logprobs=3), beside])["l"]
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("sdpa")
@@ -72,6 +77,9 @@ def test_logprobs_are_the_targets_own_and_one_for_each_token(model, programs):
     for row, entry in zip(scores, got.logprobs, strict=True):
         assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-3)
         assert [i for i, _ in entry.top] == row.topk(3).indices.tolist()
+    assert (got.last.stats.proposed > 0) == (draft_k > 0)
+    if drafter == "suffix":
+        assert got.last.stats.accepted > 4
 
 
 def test_zero_tokens_are_answered_at_once(model):

@@ -8,7 +8,6 @@ takes turns with them. ``benchmarks/lossless.py`` does the same with thousands o
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -55,14 +54,6 @@ def asked(model):
     return requests, plain
 
 
-def unscored_again(requests, answers):
-    """Those who ask for the second time want no log probabilities."""
-    for request in (r for r in requests if "again" in r.id):
-        answers = {**answers, request.id: replace(answers[request.id], logprobs=())}
-    quiet = [replace(r, sampling=replace(r.sampling, logprobs=None)) for r in requests]
-    return [q if "again" in q.id else r for r, q in zip(requests, quiet, strict=True)], answers
-
-
 @pytest.mark.parametrize(
     ("kind", "programs"),
     [(kind, False) for kind in (*DRAFTERS, "swapped at every step")]
@@ -70,8 +61,6 @@ def unscored_again(requests, answers):
 )
 def test_random_requests_are_answered_the_same(model, asked, kind, programs):
     requests, plain = asked
-    if programs:  # beside a request for log probabilities nobody is drafted for
-        requests, plain = unscored_again(requests, plain)
     swaps = kind not in DRAFTERS
     order = random.Random(5).sample(requests[:60], 60) + requests[60:]
 
