@@ -254,12 +254,6 @@ def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
         "ours, K=4": lambda: Ours(
             drafted, FixedPolicy("eagle3", 4), "EAGLE-3, K = 4 always, capture on"
         ),
-        "loop": loop("matmul"),
-        "generate, static": generate(
-            f"StaticCache kept between calls, {how}",
-            past_key_values=lambda work: static_cache(peer())(work),
-            **compiled,
-        ),
         "generate, eager": generate("dynamic cache"),
         "continuous": continuous("transformers' own choice"),
         "continuous, graphs": continuous("CUDA graphs, padded by one token", **graphs),
@@ -273,6 +267,13 @@ def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
             "DFlash drafter of random weights: none was trained for this target",
             assistant_model=random_block_drafter(peer()),
             speculation_type="dflash",
+        ),
+        # What follows is compiled for each batch size, for up to a minute.
+        "loop": loop("matmul"),
+        "generate, static": generate(
+            f"StaticCache kept between calls, {how}",
+            past_key_values=lambda work: static_cache(peer())(work),
+            **compiled,
         ),
         "loop, flex": loop("flex"),
         "continuous, async": continuous("CUDA graphs, async", use_async_batching=True, **graphs),
