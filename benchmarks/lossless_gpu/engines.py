@@ -126,11 +126,11 @@ class Swaps:
         self._number = 0
         self._order: threading.Thread | None = None
 
-    def between(self, _engine: Engine, step: int) -> None:
+    def between(self, _engine: Engine, _step: int) -> None:
         """Before every step of the engine."""
-        self.num_steps = step + 1
+        self.num_steps += 1
         is_free = self._order is None or not self._order.is_alive()
-        if (step + 1) % self._every == 0 and is_free:
+        if self.num_steps % self._every == 0 and is_free:
             self._number += 1
             version = self._number % _NUM_VERSIONS
             self._order = threading.Thread(target=self._service.swap, args=(version,))
