@@ -1,12 +1,15 @@
 """Does drafting change what comes out of the compiled kernels and of the engine on a GPU?
 
     python -m benchmarks.lossless_gpu                # up to ten minutes on one H100 or H200
-    python -m benchmarks.lossless_gpu --device cpu --num-samples 2000 --num-prompts 20
+    python -m benchmarks.lossless_gpu --device cpu --num-samples 2000 --num-prompts 20 \\
+        --num-requests 60 --num-bodies 20
 
 The second only tries the script out: 40,000 samples show every planted bug, 2,000 do not.
 
 * ``law``: sampled requests follow the target's joint law, by the kernels.
 * ``greedy``: greedy requests get the same bytes with drafts as without, by the engine.
+* ``requests``: so do requests that use every field of a client, greedy or with a seed.
+* ``http``: so do clients of the server, ``n`` and ``usage`` included.
 
 Writes ``benchmarks/results/lossless_gpu.json`` after every row. Exit code 1: something differs that
 must not, a planted bug was not seen, or the budget was spent before all that was planned had run:
@@ -23,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.lossless_gpu import greedy, law
+from benchmarks.lossless_gpu import greedy, http, law, requests
 from benchmarks.result import write_result
 from serving.target import pick_device
 
@@ -31,6 +34,8 @@ from serving.target import pick_device
 class Part(StrEnum):
     LAW = "law"
     GREEDY = "greedy"
+    REQUESTS = "requests"
+    HTTP = "http"
 
 
 def main(
@@ -41,6 +46,8 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     num_samples: Annotated[int, typer.Option(help="of each way to sample")] = 10_000_000,
     num_prompts: Annotated[int, typer.Option(help="decoded greedily")] = 4_000,
+    num_requests: Annotated[int, typer.Option(help="that use every field")] = 2_000,
+    num_bodies: Annotated[int, typer.Option(help="sent over HTTP")] = 200,
     budget_s: Annotated[float, typer.Option(help="seconds for each part")] = 300.0,
 ) -> None:
     """Count what differs."""
@@ -51,6 +58,8 @@ def main(
         found = {
             Part.LAW: law.summary(rows[Part.LAW], num_samples),
             Part.GREEDY: greedy.summary(rows[Part.GREEDY], where),
+            Part.REQUESTS: requests.summary(rows[Part.REQUESTS], num_requests),
+            Part.HTTP: http.summary(rows[Part.HTTP], num_bodies),
         }
         return {one: found[one] for one in parts}
 
@@ -62,13 +71,23 @@ def main(
         law.measure(where, num_samples, budget_s, partial(keep, Part.LAW))
     if Part.GREEDY in parts:
         greedy.measure(where, num_prompts, budget_s, partial(keep, Part.GREEDY))
+    if Part.REQUESTS in parts:
+        requests.measure(where, num_requests, budget_s, partial(keep, Part.REQUESTS))
+    if Part.HTTP in parts:
+        http.measure(where, num_bodies, budget_s, partial(keep, Part.HTTP))
     found = summary()
     write_result(out, {"summary": found, **rows})
     print(json.dumps(found, indent=2))
     incomplete = [one for one in parts if not found[one]["complete"]]
     for one in incomplete:
         print(f"INCOMPLETE: {one}: not all that was planned fits {budget_s} s; raise --budget-s")
-    if incomplete or not (law.is_sound(rows[Part.LAW]) and greedy.is_sound(rows[Part.GREEDY])):
+    sound = (
+        law.is_sound(rows[Part.LAW]),
+        greedy.is_sound(rows[Part.GREEDY]),
+        requests.is_sound(rows[Part.REQUESTS]),
+        http.is_sound(rows[Part.HTTP]),
+    )
+    if incomplete or not all(sound):
         raise typer.Exit(code=1)
 
 

@@ -1,0 +1,150 @@
+"""Engines that answer the same without drafts and with them, and what happens to them meanwhile.
+
+Every one runs programs, CUDA graphs on a GPU. One with a drafter has several published versions of
+it, drafts by ``tests.engines.RandomPolicy``, and swaps between two steps as a server does.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from benchmarks.engine.engines import Place, random_target
+from buffer.weights import TENSORS, publish, read_bundle
+from configs.schema import Settings
+from serving.build import LoadedTarget, build_engine
+from serving.engine import Engine
+from serving.service import Service
+from tests.engines import RandomPolicy
+
+SWAP_EVERY = 50
+"""Steps."""
+_WAVE = 40
+"""Steps after which another number of requests may be in flight."""
+_NUM_VERSIONS = 4
+_MAX_DRAFT = 5
+MAX_BATCH, PLAIN_BATCH = 48, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One target, computed in one way."""
+
+    target: str
+    """``bundled``, or a shape of ``benchmarks.engine`` with random weights."""
+    dtype: str
+    numerics: str
+    share: float
+    """Of the number of requests that was asked for."""
+
+
+@contextmanager
+def engine_of(chosen: Run, place: Place, max_batch: int, folder: Path | None) -> Iterator[Service]:
+    """With a drafter, its versions published, if it has a folder to keep them in."""
+    target = None if chosen.target == "bundled" else _random_target(chosen, place)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = _settings(chosen, place, max_batch, folder, Path(scratch))
+        started = time.perf_counter()
+        service = build_engine(settings, target)
+        print(f"{chosen.target}: engine built in {time.perf_counter() - started:.1f} s", flush=True)
+        if folder is not None:
+            service.engine.policy = RandomPolicy()
+            service.engine.on_finished = None  # nobody learns here
+            _publish_versions(folder / "weights")
+        yield service
+
+
+def _random_target(chosen: Run, place: Place) -> LoadedTarget:
+    loaded = random_target(chosen.target, place)
+    return replace(loaded, model=loaded.model.to(getattr(torch, chosen.dtype)))
+
+
+def _settings(
+    chosen: Run, place: Place, max_batch: int, folder: Path | None, scratch: Path
+) -> Settings:
+    drafter: dict[str, Any] = {"kind": "none", "max_draft": 0}
+    if folder is not None:
+        drafter = {"kind": "eagle3", "max_draft": _MAX_DRAFT}
+        if chosen.target == "bundled":
+            drafter["path"] = Path("examples/drafter/0")
+    return Settings.model_validate(
+        {
+            "target": "examples/target",
+            "device": str(place.device),
+            "dtype": chosen.dtype,
+            "run_dir": folder or scratch,
+            "engine": {
+                "programs": "always",
+                "numerics": chosen.numerics,
+                "max_batch": max_batch,
+                "max_queue": 100_000,
+                "max_model_len": 512,
+            },
+            "drafter": drafter,
+            "policy": {"kind": "fixed"},
+            "swap": {"enabled": False},
+        }
+    )
+
+
+def _publish_versions(root: Path) -> None:
+    """Versions 1, 2, ...: noise and version 0 in turn, so that drafts are good and bad."""
+    first = read_bundle(root / "0")
+    tensors = load(first.files[TENSORS])
+    generator = torch.Generator().manual_seed(11)
+    for version in range(1, _NUM_VERSIONS):
+        changed = tensors
+        if version % 2:
+            changed = {name: _noise(tensor, generator) for name, tensor in tensors.items()}
+        manifest = replace(first.manifest, version=version, parent=version - 1)
+        publish(root, manifest, {TENSORS: save(changed)})
+
+
+def _noise(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return (0.1 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+
+
+class Swaps:
+    """Orders a swap every so many steps, as an operator does: from a thread of its own."""
+
+    def __init__(self, service: Service, every: int) -> None:
+        self.num_steps = 0
+        self._service = service
+        self._every = every
+        self._number = 0
+        self._order: threading.Thread | None = None
+
+    def between(self, _engine: Engine, _step: int) -> None:
+        """Before every step of the engine."""
+        self.num_steps += 1
+        is_free = self._order is None or not self._order.is_alive()
+        if self.num_steps % self._every == 0 and is_free:
+            self._number += 1
+            version = self._number % _NUM_VERSIONS
+            self._order = threading.Thread(target=self._service.swap, args=(version,))
+            self._order.start()
+
+    def end(self) -> None:
+        """Let the engine take the last order."""
+        while self._order is not None and self._order.is_alive():
+            with torch.inference_mode():
+                self._service.engine.step()
+            time.sleep(0.001)
+
+
+def in_flight(step: int) -> int:
+    """One request, a few, or a full batch."""
+    choices = (1, 3, MAX_BATCH // 3, MAX_BATCH, MAX_BATCH)
+    return random.Random(step // _WAVE).choice(choices)

@@ -1,0 +1,161 @@
+"""Random bodies get the same answer from a server with drafts as from one without.
+
+Two applications (``serving.http``) in this process, each over an engine of its own: whole answers
+are compared, several choices of a prompt and ``usage`` included, but for ids, times and what says
+how they were computed (``tests/random_bodies.py``). Many requests are in flight at once.
+
+Needs httpx, which a server does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine.engines import Place, release
+from benchmarks.lossless_gpu.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of
+from configs.schema import Settings
+from examples import corpus
+from serving.service import Service
+from tests.random_bodies import Body, is_same, question, said
+from tests.random_requests import TOLERANCE
+
+RUN = Run("bundled", "bfloat16", "pinned", 1.0)
+RUN_ON_CPU = Run("bundled", "float64", "fast", 1.0)
+PATHS = ("/v1/completions", "/v1/chat/completions")
+_VOCAB_SIZE = 4096
+"""Of the bundled target."""
+_TEXTS = 50
+"""Of each domain."""
+_AT_ONCE = 16
+_NUM_TOLD = 5
+"""Bodies that were answered otherwise and are written down whole."""
+
+Asked = tuple[str, Body]
+"""Path and body."""
+
+
+def measure(
+    device: torch.device, count: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """One run of ``count`` bodies, if there is any budget.
+
+    Args:
+        keep: takes its row.
+    """
+    if budget_s <= 0:
+        return
+    place = Place(device)
+    asked = _bodies(random.Random(9), count)
+    row = row_of(RUN if place.is_gpu else RUN_ON_CPU, place, asked)
+    keep(row)
+    print(
+        f"http, {row['seconds']:.0f} s: {row['mismatches']} of {row['bodies']} differ, "
+        f"{row['accepted_tokens']} of {row['drafted_tokens']} draft tokens accepted",
+        flush=True,
+    )
+
+
+def row_of(chosen: Run, place: Place, asked: list[Asked]) -> dict[str, Any]:
+    """Plain and drafted answers to these bodies, compared."""
+    started = time.perf_counter()
+    wanted = _answers(chosen, place, PLAIN_BATCH, None, asked)
+    with tempfile.TemporaryDirectory() as folder:
+        got = _answers(chosen, place, MAX_BATCH, Path(folder), asked)
+    assert not any(answer["speculation"]["proposed"] for answer in wanted)
+    tolerance = 0.0 if chosen.numerics == "pinned" else TOLERANCE
+    wrong = [
+        {"path": path, "body": body, "wanted": plain, "got": drafted}
+        for (path, body), plain, drafted in zip(asked, wanted, got, strict=True)
+        if not is_same(said(plain), said(drafted), tolerance)
+    ]
+    fields = sorted({field for _, body in asked for field in body})
+    return {
+        "target": chosen.target,
+        "dtype": chosen.dtype,
+        "numerics": chosen.numerics,
+        "logprob_tolerance": tolerance,
+        "mismatches": len(wrong),
+        "first_mismatches": wrong[:_NUM_TOLD],
+        **_counted(got),
+        "by_field": {
+            field: _counted(
+                [answer for (_, body), answer in zip(asked, got, strict=True) if field in body]
+            )
+            for field in fields
+        },
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _counted(answers: list[Body]) -> dict[str, int]:
+    return {
+        "bodies": len(answers),
+        "choices": sum(len(answer["choices"]) for answer in answers),
+        "tokens": sum(answer["usage"]["completion_tokens"] for answer in answers),
+        "drafted_tokens": sum(answer["speculation"]["proposed"] for answer in answers),
+        "accepted_tokens": sum(answer["speculation"]["accepted"] for answer in answers),
+    }
+
+
+def _bodies(numbers: random.Random, count: int) -> list[Asked]:
+    texts = [t for d in corpus.DOMAINS for t in corpus.prompts(d, _TEXTS, seed=9)]
+    paths = (PATHS[number % len(PATHS)] for number in range(count))
+    return [
+        (path, question(numbers, "chat" in path, numbers.choice(texts), _VOCAB_SIZE))
+        for path in paths
+    ]
+
+
+def _answers(
+    chosen: Run, place: Place, max_batch: int, folder: Path | None, asked: list[Asked]
+) -> list[Body]:
+    with engine_of(chosen, place, max_batch, folder) as service:
+        service.start()
+        answers = asyncio.run(_ask(service, asked))
+        service.stop()
+    release(place)
+    return answers
+
+
+async def _ask(service: Service, asked: list[Asked]) -> list[Body]:
+    import httpx  # only this part needs it
+
+    from serving.http.app import create_app
+
+    app = create_app(service, Settings(target="examples/target"))
+    gate = asyncio.Semaphore(_AT_ONCE)
+    transport = httpx.ASGITransport(app=app)
+    client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None)
+
+    async def answer(path: str, body: Body) -> Body:
+        async with gate:
+            response = await client.post(path, json=body)
+        response.raise_for_status()
+        return dict(response.json())
+
+    async with app.router.lifespan_context(app), client:
+        return list(await asyncio.gather(*(answer(*one) for one in asked)))
+
+
+def is_sound(rows: list[dict[str, Any]]) -> bool:
+    """Nothing differs, and drafts were accepted and rejected."""
+    return all(
+        not row["mismatches"] and 0 < row["accepted_tokens"] < row["drafted_tokens"] for row in rows
+    )
+
+
+def summary(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """Totals; ``count`` bodies were asked for."""
+    names = (
+        "bodies", "choices", "tokens", "drafted_tokens", "accepted_tokens", "mismatches", "seconds",
+    )  # fmt: skip
+    totals = {name: sum(row[name] for row in rows) for name in names}
+    return {"bodies_planned": count, "complete": totals["bodies"] >= count, **totals}
