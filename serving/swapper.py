@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,9 @@ class Swapper:
         self._denied_written = set(self._denied)
         self._failed: dict[int, tuple[int, int]] = {}
         self._pinned: int | None = None
-        self._order: _Order | None = None
+        # Without a lock: its ends are safe to use from two threads, and the engine's takes none.
+        self._orders: deque[_Order] = deque()
         self._rollback_order: threading.Event | None = None
-        self._lock = threading.Lock()
         # Held by whoever loads and hands over; the engine's thread never takes it.
         self._one_swap = threading.RLock()
         self._newest_taken = max([initial.version, *self._denied])
@@ -171,8 +171,7 @@ class Swapper:
 
     def _hand_over(self, staged: Staged, timeout_s: float) -> None:
         order = _Order(staged, threading.Event())
-        with self._lock:
-            self._order = order
+        self._orders.append(order)
         self._wake_engine()
         if not order.done.wait(timeout_s):
             raise ValueError("the engine did not take the order in time; it will when it wakes")
@@ -241,12 +240,10 @@ class Swapper:
 
     def between_steps(self) -> None:
         """Apply a waiting order: one in-place copy."""
-        if self._order is not None:
-            with self._lock:
-                order, self._order = self._order, None
-            if order is not None:
-                self._apply(order.staged)
-                order.done.set()
+        if self._orders:
+            order = self._orders.popleft()
+            self._apply(order.staged)
+            order.done.set()
         if self._rollback_order is not None:
             done, self._rollback_order = self._rollback_order, None
             self._roll_back("by order")
