@@ -10,9 +10,10 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import load, save
 from benchmarks.engine.engines import Place, random_target
 from buffer.weights import TENSORS, publish, read_bundle
 from configs.schema import Settings
+from examples import corpus
 from serving.build import LoadedTarget, build_engine
 from serving.engine import Engine
 from serving.service import Service
@@ -46,6 +48,47 @@ class Run:
     numerics: str
     share: float
     """Of the number of requests that was asked for."""
+
+
+RowOf = Callable[[Run, Place, int], dict[str, Any]]
+"""The row of one run, for so many requests."""
+
+
+def measure_runs(
+    part: str,
+    runs: Sequence[Run],
+    place: Place,
+    count: int,
+    budget_s: float,
+    row_of: RowOf,
+    keep: Callable[[dict[str, Any]], None],
+    told: Callable[[dict[str, Any]], str],
+) -> None:
+    """All runs that begin within the budget.
+
+    Args:
+        count: requests, of which each run takes its share.
+        keep: takes each row as soon as it is there.
+        told: what is printed of a row.
+    """
+    started = time.perf_counter()
+    for chosen in runs:
+        if time.perf_counter() - started > budget_s:
+            print(f"{part}: no time for {chosen}", flush=True)
+            continue
+        row = row_of(chosen, place, max(2, round(count * chosen.share)))
+        keep(row)
+        print(
+            f"{part}, {time.perf_counter() - started:.0f} s: {chosen.target} {chosen.dtype} "
+            f"{chosen.numerics}: {told(row)}",
+            flush=True,
+        )
+
+
+@cache
+def texts(seed: int, of_each: int = 300) -> list[str]:
+    """Held-out text of every domain; prompts are the beginnings."""
+    return [t for d in corpus.DOMAINS for t in corpus.prompts(d, of_each, seed=seed)]
 
 
 @contextmanager

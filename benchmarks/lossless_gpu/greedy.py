@@ -30,14 +30,12 @@ from benchmarks.lossless_gpu.engines import (
     Swaps,
     engine_of,
     in_flight,
+    measure_runs,
+    texts,
 )
 from benchmarks.lossless_rows import compared, greedy_requests, random_prompts
-from examples import corpus
 from serving.service import Service
 from tests.engines import run
-
-_TEXTS = 300
-"""Of each domain; prompts are their beginnings."""
 
 RUNS = (
     Run("bundled", "float32", "pinned", 0.75),
@@ -59,25 +57,14 @@ def planned(device: torch.device) -> tuple[Run, ...]:
 def measure(
     device: torch.device, num_prompts: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """All runs that fit the budget.
+    """See ``measure_runs``."""
 
-    Args:
-        keep: takes each row as soon as it is there.
-    """
-    started = time.perf_counter()
-    place = Place(device)
-    for chosen in planned(device):
-        if time.perf_counter() - started > budget_s:
-            print(f"greedy: no time for {chosen}", flush=True)
-            continue
-        row = _row(chosen, place, max(2, round(num_prompts * chosen.share)))
-        keep(row)
-        print(
-            f"greedy, {time.perf_counter() - started:.0f} s: {chosen.target} {chosen.dtype} "
-            f"{chosen.numerics}: {row['mismatches']} of {row['prompts']} differ, plain against "
-            f"plain {row['plain_against_plain']}",
-            flush=True,
-        )
+    def told(row: dict[str, Any]) -> str:
+        differ = f"{row['mismatches']} of {row['prompts']} differ"
+        return f"{differ}, plain against plain {row['plain_against_plain']}"
+
+    runs, place = planned(device), Place(device)
+    measure_runs("greedy", runs, place, num_prompts, budget_s, _row, keep, told)
 
 
 def _row(chosen: Run, place: Place, count: int) -> dict[str, Any]:
@@ -114,8 +101,7 @@ def _row(chosen: Run, place: Place, count: int) -> dict[str, Any]:
 def _prompts(chosen: Run, service: Service, numbers: random.Random, count: int) -> list[list[int]]:
     if chosen.target != "bundled":
         return random_prompts(numbers, count, service.vocab_size)
-    texts = [t for d in corpus.DOMAINS for t in corpus.prompts(d, _TEXTS, seed=3)]
-    encoded = [service.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    encoded = [service.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts(seed=3)]
     return [ids[: numbers.randint(1, 200)] for ids in numbers.choices(encoded, k=count)]
 
 

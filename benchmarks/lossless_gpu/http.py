@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.engine.engines import Place, release
-from benchmarks.lossless_gpu.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of
+from benchmarks.lossless_gpu.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of, texts
 from configs.schema import Settings
-from examples import corpus
 from serving.service import Service
 from tests.random_bodies import Body, is_same, question, said
 from tests.random_requests import TOLERANCE
@@ -106,10 +105,10 @@ def _counted(answers: list[Body]) -> dict[str, int]:
 
 
 def _bodies(numbers: random.Random, count: int) -> list[Asked]:
-    texts = [t for d in corpus.DOMAINS for t in corpus.prompts(d, _TEXTS, seed=9)]
+    about = texts(seed=9, of_each=_TEXTS)
     paths = (PATHS[number % len(PATHS)] for number in range(count))
     return [
-        (path, question(numbers, "chat" in path, numbers.choice(texts), _VOCAB_SIZE))
+        (path, question(numbers, "chat" in path, numbers.choice(about), _VOCAB_SIZE))
         for path in paths
     ]
 

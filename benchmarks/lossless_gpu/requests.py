@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,9 @@ from benchmarks.lossless_gpu.engines import (
     Swaps,
     engine_of,
     in_flight,
+    measure_runs,
+    texts,
 )
-from examples import corpus
 from serving.engine import Engine
 from serving.sequence import Sequence
 from serving.service import Service
@@ -45,8 +45,6 @@ from tests.random_requests import TOLERANCE, Answer, parted_in, random_requests,
 
 RUNS = (Run("bundled", "bfloat16", "pinned", 0.5), Run("bundled", "float32", "pinned", 0.5))
 RUNS_ON_CPU = (Run("tiny", "float64", "fast", 0.5), Run("bundled", "float64", "fast", 0.5))
-_TEXTS = 300
-"""Of each domain; prompts are their beginnings."""
 _MOST_PROMPT = 120
 _LENGTHS = (*range(8, 41), 1, 2, 3)
 """Values of ``max_tokens``."""
@@ -102,26 +100,16 @@ class Drafted:
 def measure(
     device: torch.device, count: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """All runs that fit the budget.
+    """See ``measure_runs``; ``count`` requests in all."""
 
-    Args:
-        count: requests, of all runs together.
-        keep: takes each row as soon as it is there.
-    """
-    started = time.perf_counter()
+    def told(row: dict[str, Any]) -> str:
+        drafted_for = row["drafted"]["requests_drafted_for"]
+        differ = f"{row['mismatches']} of {row['requests']} differ"
+        return f"{differ}, {drafted_for} were drafted for"
+
     place = Place(device)
-    for chosen in RUNS if place.is_gpu else RUNS_ON_CPU:
-        if time.perf_counter() - started > budget_s:
-            print(f"requests: no time for {chosen}", flush=True)
-            continue
-        row = row_of(chosen, place, max(2, round(count * chosen.share)))
-        keep(row)
-        print(
-            f"requests, {time.perf_counter() - started:.0f} s: {chosen.target} {chosen.dtype} "
-            f"{chosen.numerics}: {row['mismatches']} of {row['requests']} differ, "
-            f"{row['drafted']['requests_drafted_for']} were drafted for",
-            flush=True,
-        )
+    runs = RUNS if place.is_gpu else RUNS_ON_CPU
+    measure_runs("requests", runs, place, count, budget_s, row_of, keep, told)
 
 
 def row_of(chosen: Run, place: Place, count: int) -> dict[str, Any]:
@@ -176,16 +164,11 @@ def _requests(chosen: Run, service: Service, numbers: random.Random, count: int)
     makes up."""
     made = [_longer(numbers, r) for r in random_requests(numbers, count, service.vocab_size)]
     if chosen.target == "bundled":
-        texts = numbers.choices(_texts(), k=count)
-        read = [service.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+        chosen_texts = numbers.choices(texts(seed=5), k=count)
+        read = [service.tokenizer(t, add_special_tokens=False)["input_ids"] for t in chosen_texts]
         made = [_reading(numbers, *each) for each in zip(made, read, strict=True)]
     assert len({(r.prompt_ids, r.sampling) for r in made}) == count, "one was made twice"
     return made
-
-
-@cache
-def _texts() -> list[str]:
-    return [t for d in corpus.DOMAINS for t in corpus.prompts(d, _TEXTS, seed=5)]
 
 
 def _longer(numbers: random.Random, request: Request) -> Request:

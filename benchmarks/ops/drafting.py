@@ -28,28 +28,21 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.ops.laws import (
+    TEMPERATURE,
+    TINY,
+    Sizes,
+    likely_logits,
+    make_vocab,
+    numbering_of,
+    plain_law,
+)
 from benchmarks.ops.place import Place, Work, make_place
 from benchmarks.result import write_result
 from specops import best_ids, best_ids_triton, draft_sampling_triton
 from specops import device as on_device
-from specops.draft_sampling import VocabMap, vocab_map
-from specops.rng import Numbering
+from specops.draft_sampling import VocabMap
 from specops.sampling import sampling_rows
-
-TEMPERATURE = 0.8
-LIKELY = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What is measured."""
-
-    vocab: int = 151_936
-    draft_vocab: int = 32_000
-    requests: tuple[int, ...] = (1, 8, 64)
-
-
-TINY = Sizes(vocab=4000, draft_vocab=1000, requests=(1, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +62,6 @@ CUTS = (
 )
 
 
-def make_vocab(sizes: Sizes, device: str) -> VocabMap:
-    """Of draft tokens all over the target's vocabulary, in order."""
-    chosen = torch.randperm(sizes.vocab, device=device)[: sizes.draft_vocab].sort().values
-    return vocab_map(chosen - torch.arange(sizes.draft_vocab, device=device), sizes.vocab)
-
-
-def make_logits(num_requests: int, sizes: Sizes, device: str) -> Tensor:
-    """[R, D] bfloat16, p of the likely tokens falling with the square of their rank."""
-    logits = 2.5 * torch.randn(num_requests, sizes.draft_vocab, device=device)
-    places = torch.rand_like(logits).topk(LIKELY).indices
-    ranks = torch.arange(1, LIKELY + 1, device=device, dtype=torch.float32)
-    return logits.scatter_(-1, places, (22 - 2 * ranks.log()).expand_as(places)).bfloat16()
-
-
 def greedy_work(logits: Tensor, vocab: VocabMap) -> Work:
     """By ours."""
     if logits.is_cuda:
@@ -97,8 +76,7 @@ def sampled_work(logits: Tensor, vocab: VocabMap, cut: Cut) -> Work:
     top_k, top_p = [cut.top_k] * num, [cut.top_p] * num
     rows = sampling_rows([TEMPERATURE] * num, top_k, top_p, [0.0] * num, size, device)
     rows = replace(rows, truncates=True)
-    request = torch.arange(num, device=device)
-    numbering = Numbering(request * 7919, request * 0 + 1, request + 100)
+    numbering = numbering_of(num, str(device))
     by_match = torch.zeros(num, dtype=torch.bool, device=device)
     sample = draft_sampling_triton.sample_draft
 
@@ -109,24 +87,9 @@ def sampled_work(logits: Tensor, vocab: VocabMap, cut: Cut) -> Work:
     return work
 
 
-def plain_law(logits: Tensor, cut: Cut) -> Tensor:
-    """[R, D] float32, as one would write it; top-k first."""
-    probs = (logits.float() / TEMPERATURE).softmax(-1)
-    if cut.top_k is None and cut.top_p == 1:
-        return probs
-    if cut.top_k is None:
-        ordered, ids = probs.sort(dim=-1, descending=True)
-    else:
-        ordered, ids = probs.topk(cut.top_k)
-        ordered = ordered / ordered.sum(-1, keepdim=True)
-    ordered = torch.where(ordered.cumsum(-1) - ordered < cut.top_p, ordered, 0.0)
-    ordered = ordered / ordered.sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, ids, ordered)
-
-
 def plain_sampled(logits: Tensor, d2t_D: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
     """Target ids and log q."""
-    q = plain_law(logits, cut)
+    q = plain_law(logits, TEMPERATURE, cut.top_p, cut.top_k)
     ids = (q / torch.empty_like(q).exponential_()).argmax(-1)
     return ids + d2t_D[ids], q.gather(-1, ids[:, None])[:, 0].log()
 
@@ -185,7 +148,7 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     vocab = make_vocab(sizes, place.device)
     for num_requests in sizes.requests:
-        logits = make_logits(num_requests, sizes, place.device)
+        logits = likely_logits(num_requests, sizes.draft_vocab, device=place.device).bfloat16()
         yield greedy_row(place, logits, vocab)
         for cut in CUTS:
             yield sampled_row(place, logits, vocab, cut)

@@ -24,7 +24,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.place import make_place
 from benchmarks.result import write_result
 from specops import lane_penalties_triton
 from specops.lane_penalties import LaneRequests, LaneTables, new_tables
@@ -90,14 +90,6 @@ def ways_of(
     return ways
 
 
-def milliseconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        return graphed(work).median_ms
-    started = time.perf_counter()
-    work()
-    return (time.perf_counter() - started) * 1e3
-
-
 def main(
     out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
         "benchmarks/results/ops_penalties.json"
@@ -107,19 +99,18 @@ def main(
     budget_s: Annotated[float, typer.Option(help="no row is begun after this time")] = 120.0,
 ) -> None:
     """All ways, sizes, and numbers of requests that ask."""
-    started = time.perf_counter()
-    bytes_per_s = copy_bytes_per_s() if device == "cuda" else None
+    place = make_place(device, budget_s)
     rows: list[dict[str, Any]] = []
     for size in SIZES:
         for way, num_asking, work in ways_of(size, vocab_size, device):
-            if time.perf_counter() - started > budget_s:
+            if time.perf_counter() > place.deadline_s:
                 print(f"stopped after {budget_s} s", flush=True)
                 return
             row: dict[str, Any] = {"way": way, "requests": size, "asking": num_asking}
-            row["us"] = milliseconds(work, device) * 1e3
-            if way != "counting" and bytes_per_s is not None:
+            row["us"] = place.microseconds(work)
+            if way != "counting":
                 num_bytes = 4 * num_asking * vocab_size * (2 * (K + 1) + 1)
-                row["floor_us"] = num_bytes / bytes_per_s * 1e6
+                row["floor_us"] = place.floor_us(num_bytes)
             rows.append(row)
             write_result(out, {"rows": rows})
             shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}

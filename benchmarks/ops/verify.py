@@ -32,29 +32,25 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.ops.laws import (
+    TEMPERATURE,
+    TINY,
+    Sizes,
+    likely_logits,
+    make_vocab,
+    numbering_of,
+    plain_law,
+    target_ids,
+)
 from benchmarks.ops.place import Place, Work, make_place
 from benchmarks.result import write_result
 from specops import draft_sampling_triton, verify_logits_triton
-from specops.draft_sampling import DraftLaw, RowLaws, VocabMap, vocab_map
+from specops.draft_sampling import DraftLaw, RowLaws, VocabMap
 from specops.rng import Numbering
 from specops.sampling import SamplingRows, sampling_rows
 from specops.verify_logits import Rule
 
 K = 4
-TEMPERATURE = 0.8
-LIKELY = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What is measured."""
-
-    vocab: int = 151_936
-    draft_vocab: int = 32_000
-    requests: tuple[int, ...] = (1, 8, 64)
-
-
-TINY = Sizes(vocab=4000, draft_vocab=1000, requests=(1, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +91,6 @@ class Round:
     drafted: DraftLaw | None
 
 
-def likely_logits(*shape: int, device: str) -> Tensor:
-    """[..., V] float32, 256 tokens of p ~ rank ** -2 above a normal bulk."""
-    logits = 2.5 * torch.randn(*shape, device=device)
-    places = torch.rand(*shape, device=device).topk(LIKELY).indices
-    ranks = torch.arange(1, LIKELY + 1, device=device, dtype=torch.float32)
-    return logits.scatter_(-1, places, (22 - 2 * ranks.log()).expand_as(places))
-
-
 def make_round(case: Case, num_requests: int, sizes: Sizes, device: str) -> Round:
     """The same every time."""
     torch.manual_seed(0)
@@ -114,8 +102,7 @@ def make_round(case: Case, num_requests: int, sizes: Sizes, device: str) -> Roun
         [TEMPERATURE] * num, [None] * num, [case.top_p] * num, [0.0] * num, sizes.vocab, device
     )
     rows = replace(rows, truncates=case.truncates)
-    request = torch.arange(num, device=device)
-    numbering = Numbering(request * 7919, request * 0 + 1, request + 100)
+    numbering = numbering_of(num, device)
     lens = torch.full((num,), K, device=device)
     rules = torch.full((num,), int(Rule.BLOCK), device=device)
     if case.drafts == "delta":
@@ -132,10 +119,8 @@ def drawn_drafts(
     q_logits = logits_RKV + 0.7 * torch.randn_like(logits_RKV)
     mapped = None
     if case.drafts == "reduced":
-        chosen = torch.randperm(sizes.vocab, device=q_logits.device)[: sizes.draft_vocab]
-        chosen = chosen.sort().values
-        mapped = vocab_map(chosen - torch.arange(len(chosen), device=chosen.device), sizes.vocab)
-        q_logits = q_logits.index_select(-1, chosen)
+        mapped = make_vocab(sizes, str(q_logits.device))
+        q_logits = q_logits.index_select(-1, target_ids(mapped))
     q_logits = q_logits.bfloat16()
     by_match = torch.zeros(len(q_logits), dtype=torch.bool, device=q_logits.device)
     sample = draft_sampling_triton.sample_draft
@@ -159,24 +144,13 @@ def ours(given: Round, with_logprobs: bool = False) -> object:
     )  # fmt: skip
 
 
-def plain_law(logits: Tensor, temperature_R: Tensor, top_p: float) -> Tensor:
-    probs = (logits.float() / temperature_R[:, None, None]).softmax(-1)
-    if top_p == 1:
-        return probs
-    ordered, ids = probs.sort(dim=-1, descending=True)
-    ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
-    ordered = ordered / ordered.sum(-1, keepdim=True)
-    return torch.empty_like(probs).scatter_(-1, ids, ordered)
-
-
 Spread = Callable[[Tensor, VocabMap], Tensor]
 
 
 def by_scatter(q_RKD: Tensor, vocab: VocabMap) -> Tensor:
     """q over the target's vocabulary, [R, K, V]."""
-    ids_D = torch.arange(q_RKD.shape[-1], device=q_RKD.device) + vocab.d2t_D
     q_RKV = q_RKD.new_zeros((*q_RKD.shape[:-1], len(vocab.t2d_V)))
-    return q_RKV.index_copy(-1, ids_D, q_RKD)
+    return q_RKV.index_copy(-1, target_ids(vocab), q_RKD)
 
 
 def by_gather(q_RKD: Tensor, vocab: VocabMap) -> Tensor:
@@ -188,13 +162,13 @@ def plain_draft_law(given: Round, top_p: float, spread: Spread) -> Tensor | None
     """q over the target's vocabulary; ``None`` for delta drafts."""
     if given.drafted is None:
         return None
-    q = plain_law(given.drafted.logits_RKD, given.sampling.temperature_R, top_p)
+    q = plain_law(given.drafted.logits_RKD, given.sampling.temperature_R[:, None, None], top_p)
     return q if given.drafted.vocab is None else spread(q, given.drafted.vocab)
 
 
 def plain_sampled(given: Round, top_p: float, spread: Spread) -> tuple[Tensor, Tensor]:
     """The standard rule, as one would write it."""
-    p = plain_law(given.logits_RK1V, given.sampling.temperature_R, top_p)
+    p = plain_law(given.logits_RK1V, given.sampling.temperature_R[:, None, None], top_p)
     draft_RK = given.draft_RK
     chance = p[:, :K].gather(-1, draft_RK[..., None])[..., 0]
     at = torch.arange(len(p), device=p.device)
