@@ -68,9 +68,9 @@ class Drafting:
     def foresee(self, sequence: Sequence, tokens: list[int]) -> None:
         """Tokens were decided, and are committed later, unless the request ends before them."""
         assert not sequence.num_foreseen, "one round is foreseen at a time"
-        if self.suffix:
-            self.suffix.extend(sequence.request.id, tokens)
-            sequence.num_foreseen = len(tokens)
+        assert self.suffix is not None
+        self.suffix.extend(sequence.request.id, tokens)
+        sequence.num_foreseen = len(tokens)
 
     def extend(self, sequence: Sequence, tokens: list[int]) -> None:
         """Tokens were committed."""

@@ -333,9 +333,9 @@ class Engine:
 
     def _decode(self, batch: list[Sequence], chunks: tuple[Chunk, ...]) -> None:
         """Plan, draft, verify and commit; ``chunks`` are computed in the same pass."""
-        programs = self.programs
-        flies = programs is not None and programs.rounds.fits(batch)
-        if not flies:
+        rounds = None if self.programs is None else self.programs.rounds
+        if rounds is None or not rounds.fits(batch):
+            rounds = None
             self._land()
             self._land_chunks()
         batch = self._undecided(batch)
@@ -347,16 +347,13 @@ class Engine:
         if batch and (resting := self.policy.rest()) is not None:
             decision = resting
         elif batch:
-            most = self.max_draft
-            if flies and any(s.request.sampling.logprobs is not None for s in batch):
-                assert programs is not None
-                most = programs.rounds.most_scored
+            most = self.max_draft if rounds is None else rounds.most_draft(batch)
             obs = self.drafting.observe(batch, self._commits.counters.num_steps, most)
             decision = self.policy.plan(obs) if obs else PLAIN
         assert 0 <= decision.draft_k <= self.max_draft, f"policy planned K={decision.draft_k}"
         matches = obs.suffix_matches if obs and obs.suffix_matches else (0,) * len(batch)
-        if programs is not None and flies:
-            self._fly(programs.rounds, batch, matches, decision, started)
+        if rounds is not None:
+            self._fly(rounds, batch, matches, decision, started)
             return
         plan_s = time.perf_counter() - started
         step = self._pass(batch, decision, chunks, started)

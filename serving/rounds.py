@@ -49,7 +49,7 @@ from specops.verify_logits import LogitVerdict
 _SOURCES = ("eagle3", "suffix")
 _MOST_TOP = 20
 """Alternatives at a token that a program finds."""
-MOST_SCORED = 4
+_MOST_SCORED = 4
 """Draft tokens of a round that finds log probabilities: each K more is a program for every size and
 source that most servers never run."""
 
@@ -66,7 +66,7 @@ class _Key:
     is_greedy: bool
     """All requests are and take the logits as they come: no distribution is looked at."""
     is_scored: bool = False
-    """A request asks for log probabilities; K is at most ``MOST_SCORED``, and it is not greedy."""
+    """A request asks for log probabilities; K is at most ``_MOST_SCORED``, and it is not greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,11 @@ class Decoded:
         return [_scored(token, row, num_top) for token, row in zip(tokens, rows, strict=True)]
 
 
+def _are_scored(batch: list[Sequence]) -> bool:
+    """Whether a request asks for log probabilities."""
+    return any(s.request.sampling.logprobs is not None for s in batch)
+
+
 def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
     """``row`` as ``Launched`` has it."""
     own, *rest = row
@@ -173,7 +178,8 @@ class Rounds:
         columns = Column.TOKENS + 3 * max_draft
         self._outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
         self._num_top = min(_MOST_TOP, target.vocab_size)
-        shape = (max_batch * (self.most_scored + 1), 1 + 2 * self._num_top)
+        self._most_scored = min(_MOST_SCORED, max_draft)
+        shape = (max_batch * (self._most_scored + 1), 1 + 2 * self._num_top)
         self._scores = torch.zeros(shape, dtype=torch.float64, device=device)
         self._ring = ring
         if ring is not None:
@@ -183,15 +189,14 @@ class Rounds:
 
     # ---- running -------------------------------------------------------------------------------
 
-    @property
-    def most_scored(self) -> int:
-        """Largest K of a round in which a request asks for log probabilities."""
-        return min(MOST_SCORED, self._max_draft)
-
     def fits(self, batch: list[Sequence]) -> bool:
         """Whether a round can decode all of them; the engine's other path takes the rest."""
         sampling = [s.request.sampling for s in batch]
         return all((p.logprobs or 0) <= self._num_top and fits_lane(p) for p in sampling)
+
+    def most_draft(self, batch: list[Sequence]) -> int:
+        """Largest K of a round of theirs."""
+        return self._most_scored if _are_scored(batch) else self._max_draft
 
     def launch(
         self, batch: list[Sequence], source: str, num_draft: int, given: list[list[int]] | None
@@ -202,7 +207,7 @@ class Rounds:
         know. For them the neural drafter, if it is the source, must be warm.
 
         Args:
-            num_draft: at most ``most_scored`` where a request asks for log probabilities.
+            num_draft: at most ``most_draft``.
             given: what the suffix index proposes for each, if it is the source.
         """
         known = [s for s in batch if not s.is_flying]
@@ -214,8 +219,8 @@ class Rounds:
             assert self._catch_up is not None
             self._catch_up.run(cold)
         size = self._upload(batch, given)
-        is_scored = any(s.request.sampling.logprobs is not None for s in batch)
-        assert not is_scored or num_draft <= self.most_scored
+        is_scored = _are_scored(batch)
+        assert not is_scored or num_draft <= self._most_scored
         is_greedy = not is_scored and all(
             s.is_greedy and not s.request.sampling.adjusts_logits for s in batch
         )
@@ -289,7 +294,7 @@ class Rounds:
                 for source in _SOURCES[not has_neural :] if num_draft else ("none",):
                     for is_greedy in (True, False):
                         self._program(_Key(size, num_draft, source, is_greedy))
-                    if num_draft <= self.most_scored:
+                    if num_draft <= self._most_scored:
                         self._program(_Key(size, num_draft, source, False, is_scored=True))
                 if num_draft and has_neural:
                     with_draft = self.device_seconds(size, num_draft, "eagle3", repeats=3)
