@@ -52,6 +52,7 @@ endif
 # The first makes the target and the second its drafter, some minutes each; the others need both.
 bench-real: REAL := --target runs/real/target
 bench-real: setup
+	@test ! -e runs/real || { echo "runs/real is there already, and its drafter may be of another target: move it away first."; exit 1; }
 	$(BIN)/python -m examples.train_target --large --out runs/real/target
 	$(BIN)/python -m benchmarks.real_drafter $(REAL) --run-dir runs/real/run
 	$(BIN)/python -m benchmarks.real_target $(REAL) --run-dir runs/real/run
