@@ -56,6 +56,7 @@ bench-real: setup
 	$(BIN)/python -m examples.train_target --large --out runs/real/target
 	$(BIN)/python -m benchmarks.real_drafter $(REAL) --run-dir runs/real/run
 	$(BIN)/python -m benchmarks.real_target $(REAL) --run-dir runs/real/run
+	$(BIN)/python -m benchmarks.full_batch $(REAL) --run-dir runs/real/run
 	$(BIN)/python -m benchmarks.peers $(REAL) --drafter runs/real/run/weights/1
 	$(BIN)/python -m benchmarks.peers --shape Qwen3-8B
 

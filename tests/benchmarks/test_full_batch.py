@@ -1,0 +1,42 @@
+"""A batch that is kept full: another request begins when one ends."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import full_batch
+from benchmarks.full_batch import Feed, measure
+from benchmarks.real_target import OFF, POLICY
+from tests.engines import RandomPolicy, make_engine, random_model
+
+PROMPTS = [(5, 6, 7), (8, 9), (3,)]
+
+
+def test_another_request_begins_as_soon_as_one_ends():
+    engine = make_engine(random_model("qwen3"), policy=RandomPolicy(), prefix_cache=False)
+    with torch.inference_mode():
+        feed = Feed(engine, PROMPTS, 4, 8)
+        window = feed.run(1.0)
+
+        assert engine.num_inflight() == 4
+        assert window.num_tokens == feed.num_tokens > 4 * 8  # more than the first four had
+        assert window.num_steps > 0
+        feed.stop()
+
+    assert engine.num_inflight() == 0
+
+
+def test_every_arm_has_its_turns_and_the_engine_its_policy_back(monkeypatch):
+    monkeypatch.setattr(full_batch, "WARM_S", 0.05)
+    policy = RandomPolicy()
+    engine = make_engine(random_model("qwen3"), policy=policy, prefix_cache=False)
+    names = [OFF, "eagle3-k2", POLICY]
+
+    arms = measure(engine, PROMPTS, 2, 8, turns=2, window_s=0.2, names=names)
+
+    rows = {name: arm.row() for name, arm in arms.items()}
+    assert [row["turns"] for row in rows.values()] == [2, 2, 2]
+    assert set(rows[OFF]["steps"]) == {"none-k0"}
+    assert rows[OFF]["tokens_per_step_of_the_batch"] <= 2
+    assert rows["eagle3-k2"]["steps"]["eagle3-k2"] > 0
+    assert engine.policy is policy
