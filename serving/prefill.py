@@ -16,6 +16,7 @@ from torch import Tensor
 from serving.adjusting import Adjusting, requests_of
 from serving.blocks import BLOCK, cut, draft_rows
 from serving.capture import CaptureRing
+from serving.drafter_rows import take_in
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Landing, Program, buckets, fitting
 from serving.lanes import Lanes, upload
@@ -123,7 +124,10 @@ class Prefill:
         prefilled.landed.wait()
         for chunk in prefilled.chunks:
             if chunk.is_last:
-                chunk.sequence.lane_length = len(chunk.sequence.tokens) + 1
+                sequence, length = chunk.sequence, len(chunk.sequence.tokens) + 1
+                sequence.lane_length = length
+                if self._drafting.neural and sequence.draft_next == length - 1:
+                    self._drafting.is_warm_to(sequence, length)
         first_ids: list[int] = prefilled.outputs[:, Column.NEXT].tolist()
         return first_ids
 
@@ -171,14 +175,14 @@ class Prefill:
         last = computed.hidden_TH.index_select(0, self._ends[:count, _ROW])
         logits = self._target.logits(last)
         self._logits[:count].copy_(logits)
-        self._choose(logits)
+        self._choose(logits, computed.features_TmH)
         if self._ring is not None:
             taps, hidden = computed.features_TmH, computed.hidden_TH
             self._ring.append(taps, hidden, blocks[:, _KEPT], first, blocks[:, _LANE])
 
-    def _choose(self, logits_NV: Tensor) -> None:
-        """First tokens, which the lanes take in: a round without drafts, of which the logits are
-        there already."""
+    def _choose(self, logits_NV: Tensor, features_TmH: Tensor) -> None:
+        """First tokens, which the lanes take in and the neural drafter too: a round without drafts,
+        of which the logits are there already."""
         ends, outputs = self._ends[: len(logits_NV)], self._outputs[: len(logits_NV)]
         state, tables = self._lanes.state, self._adjusting.tables
         opened = open_round(state, ends, 0, self._page_size, self._rule, is_given=True)
@@ -191,3 +195,10 @@ class Prefill:
         )  # fmt: skip
         closed = close_round(state, opened, none, verdict, None, outputs)
         count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
+        if self._drafting.neural:
+            # Without the drafter's row of its first token a request would have to catch up on it.
+            last = features_TmH.index_select(0, ends[:, _ROW])
+            take_in(
+                self._drafting, self._lanes, opened, closed, ends[:, Input.LANE], last,
+                self._page_size,
+            )  # fmt: skip

@@ -26,11 +26,12 @@ from torch import Tensor
 from serving.adjusting import Adjusting, fits_lane, requests_of
 from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.catch_up import CatchUp
+from serving.drafter_rows import take_in
 from serving.drafting import Drafting
 from serving.graphs import Graphs, Landing, Program, buckets, fitting
 from serving.lanes import LaneRows, Lanes, upload
 from serving.sequence import Sequence
-from serving.target import KvPool, Target, TargetRows
+from serving.target import KvPool, Target
 from serving.types import TokenLogprob
 from serving.verifying import Proposed, Rule, Verified, judge_of
 from specops.device import (
@@ -43,7 +44,7 @@ from specops.device import (
     verify_logits,
 )
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
-from specops.lanes import ClosedRound, Column, Input, OpenedRound
+from specops.lanes import Column, Input, OpenedRound
 from specops.verify_logits import LogitVerdict
 
 _SOURCES = ("eagle3", "suffix")
@@ -348,7 +349,10 @@ class Rounds:
         if not key.is_greedy:
             count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
         if by_neural:
-            self._take_in(opened, rows, closed, computed)
+            take_in(
+                self._drafting, self._lanes, opened, closed, inputs[:, Input.LANE],
+                computed.features_TmH, self._page_size,
+            )  # fmt: skip
         if self._ring is not None:
             self._ring.append(
                 computed.features_TmH, computed.hidden_TH,
@@ -399,15 +403,3 @@ class Rounds:
         tokens = neural.draft_ahead(outputs, ahead, key.num_draft, draw)
         law = DraftLaw(torch.stack(kept, 1), sampling, by_match, neural.vocab, join_laws(drawn))
         return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
-
-    def _take_in(
-        self, opened: OpenedRound, rows: LaneRows, closed: ClosedRound, computed: TargetRows
-    ) -> None:
-        """The drafter computes the rows after the old anchor; those behind the new one are
-        overwritten before anybody sees them."""
-        neural = self._drafting.neural
-        assert neural is not None
-        at = rows.decode_pass(opened.draft_at_R, self._page_size, first_key=1)
-        outputs = neural.take_in(closed.emitted_RQ.view(-1), computed.features_TmH, at)
-        fresh = outputs.index_select(0, closed.anchor_row_R)
-        self._lanes.outputs_LH.index_copy_(0, self._inputs[: len(fresh), Input.LANE], fresh)

@@ -11,6 +11,7 @@ import torch
 
 import serving.rounds
 from policies.interface import Decision, Outcome, StepObs
+from serving.catch_up import CatchUp
 from specops import best_ids_triton, lanes_triton
 from tests.engines import make_engine, random_model, request_of, run
 
@@ -90,6 +91,17 @@ def test_rounds_draft_what_passes_draft(arms, sampling):
         assert (held_there.positions == held.positions).all()
         assert (held_there.rows - held.rows).abs().max() < 2e-2 * held.rows.abs().max()
         assert lost == lost_there == 0
+
+
+def test_a_prompt_leaves_the_drafter_warm(monkeypatch):
+    """Its last program computes the drafter's row of the first token: nothing is caught up on."""
+    caught_up = []
+    monkeypatch.setattr(CatchUp, "run", lambda _self, batch: caught_up.append(len(batch)))
+
+    kept = rounds_of([("eagle3", 4)], rounds=True)
+
+    assert caught_up == []
+    assert all(rounds[0][1] == "eagle3" for rounds, _ in kept.values())
 
 
 def test_the_kernels_sample_and_verify_in_rounds_as_their_definitions_do(monkeypatch):
