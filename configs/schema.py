@@ -54,6 +54,9 @@ class EngineSettings(Section):
     """Share of free GPU memory the KV pool may take."""
     prefill_chunk: int = Field(256, ge=1)
     """Most prompt tokens computed in one step, over all requests."""
+    prefill_hold_ms: float = Field(10.0, ge=0)
+    """Longest time that a short prompt waits for others while 16 or more requests decode: each
+    program of prompts costs them about a step. 0: none waits. Where programs compute the steps."""
     prefix_cache: bool = True
     """Reuse KV pages of equal prefixes."""
     verification: Literal["block", "standard"] = "block"

@@ -122,6 +122,7 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
         )
     with _timed("made the capture ring"):
         ring = _ring(settings, target) if neural else None
+    programs = _programs(settings, target, pool, drafting, ring)
     engine = Engine(
         target=target,
         pool=pool,
@@ -131,12 +132,13 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
             settings.engine.max_batch,
             settings.engine.prefill_chunk,
             settings.drafter.max_draft,
+            settings.engine.prefill_hold_ms / 1e3 if programs else 0.0,
         ),
         tokenizer=loaded.tokenizer,
         eos_ids=_eos_ids(model),
         policy=policy,
         drafting=drafting,
-        programs=_programs(settings, target, pool, drafting, ring),
+        programs=programs,
         ring=ring,
         max_model_len=settings.engine.max_model_len,
         max_queue=settings.engine.max_queue,

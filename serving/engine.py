@@ -46,6 +46,9 @@ from serving.verifying import Rule, emitted_by, proposed, verify
 log = logging.getLogger(__name__)
 
 PLAIN = Decision("none", 0, 1.0, False, "plain")
+_MOST_UNTIMED = 8
+"""Rounds beside prompt chunks that go untimed in a row: the host has more to do for them than for
+others, but where there are no others their times have to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ class Engine:
         self._prefilled: Prefilled | None = None
         self._landed_s = 0.0
         self._is_timed = True
+        self._num_untimed = 0
 
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
@@ -320,7 +324,7 @@ class Engine:
             self.between_steps()
         self._take_orders()
         self._admit()
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(time.perf_counter())
         batch, chunks = list(plan.decode), plan.chunks
         if not batch and not chunks and self._flight is None:
             return has_landed
@@ -464,6 +468,7 @@ class Engine:
             # The time of a round that finds log probabilities says nothing of others.
             has_prefill = not self._is_timed or launched.scores is not None
             self._observe(flight.matches, decision, step, seconds, lives, has_prefill=has_prefill)
+        self._num_untimed = 0 if self._is_timed else self._num_untimed + 1
         self._is_timed = True
         return outcome.has_waited and not was_read
 
@@ -473,6 +478,8 @@ class Engine:
         It chooses first tokens as well, but for requests that want more of the logits than one.
         """
         launched = prefill.launch(chunks)
+        # The round under way is read later for it.
+        self._is_timed = self._is_timed and self._num_untimed >= _MOST_UNTIMED
         asked = [c.sequence.request.sampling for c in chunks if c.is_last]
         if all(p.logprobs is None and fits_lane(p) for p in asked):
             self._prefilled = launched
@@ -493,7 +500,8 @@ class Engine:
             return False
         self._prefilled = None
         # A round behind them is timed from here on, unless they were there who knows how long.
-        self._is_timed = launched.landed.wait()
+        has_waited = launched.landed.wait()
+        self._is_timed = has_waited and self._num_untimed >= _MOST_UNTIMED
         self._landed_s = time.perf_counter()
         prefill = self.programs.prefill
         self._commit_chunks(prefill, launched, prefill.read(launched), None)

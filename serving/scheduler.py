@@ -2,6 +2,9 @@
 
 A request is admitted only when pages for its whole possible length are free, so a running request
 never has to be evicted.
+
+A program of prompt chunks takes a round's time even for one short prompt, and all who decode wait
+for it. So short prompts wait some milliseconds for each other while many requests decode.
 """
 
 from __future__ import annotations
@@ -11,6 +14,11 @@ from dataclasses import dataclass
 
 from serving.pages import PagePool, page_names
 from serving.sequence import Sequence
+
+_GROUP = 8
+"""One prompt for so many requests that decode is worth a program."""
+_FULL_ROWS = 512
+"""Rows that a program computes no faster than one by one: who has so many waits for nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +52,25 @@ class Scheduler:
     """Waiting and running requests, first come first served."""
 
     def __init__(
-        self, pool: PagePool, page_size: int, max_batch: int, prefill_chunk: int, max_draft: int
+        self,
+        pool: PagePool,
+        page_size: int,
+        max_batch: int,
+        prefill_chunk: int,
+        max_draft: int,
+        prefill_hold_s: float = 0.0,
     ) -> None:
+        """
+        Args:
+            prefill_hold_s: longest time that a prompt waits for others.
+        """
         self.pool = pool
         self.page_size = page_size
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
         self.max_draft = max_draft
+        self.prefill_hold_s = prefill_hold_s
+        self._held_from_s: float | None = None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -86,19 +106,44 @@ class Scheduler:
         sequence.num_cached = sequence.num_computed = len(cached) * self.page_size
         return True
 
-    def plan(self) -> StepPlan:
-        """Decode every prefilled request; fill the prefill budget in order of arrival."""
+    def plan(self, now_s: float) -> StepPlan:
+        """Decode every prefilled request; fill the prefill budget in order of arrival, unless its
+        prompts are held for others.
+
+        Args:
+            now_s: of any clock.
+        """
         decode = tuple(s for s in self.running if s.is_prefilled)
+        fresh = [s for s in self.running if not s.is_prefilled]
+        if self._holds(len(decode), fresh, now_s):
+            return StepPlan(decode, ())
         chunks = []
         budget = self.prefill_chunk
-        for sequence in self.running:
-            if sequence.is_prefilled or budget == 0:
-                continue
+        for sequence in fresh:
+            if budget == 0:
+                break
             start = sequence.num_computed
             end = min(len(sequence.tokens), start + budget)
             chunks.append(Chunk(sequence, start, end))
             budget -= end - start
         return StepPlan(decode, tuple(chunks))
+
+    def _holds(self, num_decoding: int, fresh: list[Sequence], now_s: float) -> bool:
+        """Whether the prompts wait for others, from the first step that they might have had."""
+        may_wait = (
+            len(fresh) < num_decoding // _GROUP
+            and all(s.num_computed == s.num_cached for s in fresh)
+            and sum(len(s.tokens) - s.num_computed for s in fresh) < _FULL_ROWS
+        )
+        if not fresh or not may_wait:
+            self._held_from_s = None
+            return False
+        if self._held_from_s is None:
+            self._held_from_s = now_s
+        if now_s - self._held_from_s < self.prefill_hold_s:
+            return True
+        self._held_from_s = None
+        return False
 
     def name_full_pages(self, sequence: Sequence) -> list[int]:
         """Declare newly completed pages to the prefix cache; returns those pages."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from policies.interface import Decision
+from serving.graphs import Landing
 from tests.engines import Collected, RandomPolicy, make_engine, random_model, request_of, run
 
 V = 288
@@ -81,6 +82,38 @@ def test_a_round_is_launched_before_the_prompt_beside_it_is_read(model, sampling
     assert lengths == [1, "logprobs" in sampling]
     assert len(got["b"].token_ids) == 1
     assert lane == len(PROMPT), "the lane was written with the prompt"
+
+
+def test_rounds_beside_a_prompt_are_not_timed(model):
+    """The host has more to do for them: the one under way when it comes, and the one behind it."""
+    policy = Steady("none", 0)
+    engine = make_engine(model, policy=policy, programs=True, prefix_cache=False)
+
+    def between(engine, step):
+        if step == 6:
+            engine.submit(request_of("b", PROMPT[::-1], 30), Collected().take)
+
+    run(engine, [request_of("a", PROMPT, 30)], between)
+
+    untimed = [n for n, told in enumerate(policy.told) if told.has_prefill]
+    # Step 1 launches round 0, behind the prompt; in step 6 round 4 is under way.
+    assert untimed == [0, 4, 5]
+
+
+def test_where_every_round_is_beside_a_prompt_some_are_timed(model, monkeypatch):
+    monkeypatch.setattr(Landing, "wait", lambda _self: True)  # a device that is always behind
+    policy = Steady("none", 0)
+    engine = make_engine(model, policy=policy, programs=True, prefix_cache=False)
+    requests = [request_of(f"{n}", PROMPT, 2) for n in range(60)]
+
+    def between(engine, step):
+        if requests:
+            engine.submit(requests.pop(), Collected().take)
+
+    run(engine, [request_of("a", PROMPT, 70)], between)
+
+    flags = [told.has_prefill for told in policy.told[:50]]
+    assert 3 <= flags.count(False) <= 8
 
 
 def test_lanes_and_pages_change_hands_while_a_round_flies(model):
