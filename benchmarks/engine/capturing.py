@@ -30,12 +30,12 @@ def measure(
             what = {"shape": shape, "batch": batch, "num_prompt": _NUM_PROMPT, "dtype": dtype}
 
             def row(dtype: StoredDtype = dtype) -> dict[str, Any]:
+                release(place)  # of the row before
                 before = place.held_bytes()
                 chosen = _settings(batch, max_tokens, dtype)
                 with engine_of(shape, place, chosen, num_versions=1) as on, torch.inference_mode():
                     own = (place.held_bytes() - before) - (held[1] - held[0])
                     found = compare(on, off, batch, max_tokens, num_turns)
-                release(place)
                 mib = (own + found["peak_bytes"]) / 2**20 if place.is_gpu else None
                 return {"max_tokens": max_tokens, **found, "gpu_memory_mib": mib}
 
