@@ -6,8 +6,9 @@ Beside ``benchmarks.real_target``, whose groups of requests begin and end togeth
 last requests cost alone is in its figures. Here another request begins as soon as one ends, and the
 first ones are of staggered lengths, so that no arm has requests that end together. Arms take turns
 at the same held-out prompts in the same order; a figure is the tokens of a window of time over its
-seconds, prompts' chunks included, and the median of an arm's turns. Greedy, bfloat16, no HTTP;
-nothing is captured and no prefix is cached.
+seconds, prompts' chunks included, and the median of an arm's turns. Arms named ``unheld`` let no
+prompt wait for others (``engine.prefill_hold_ms``). Greedy, bfloat16, no HTTP; nothing is captured
+and no prefix is cached.
 
 Writes ``benchmarks/results/full_batch.json`` after every batch size.
 """
@@ -35,7 +36,11 @@ from serving.engine import Engine
 from serving.target import load_tokenizer
 from serving.types import Output, Request, SamplingParams
 
-ARMS = (OFF, "eagle3-k2", "eagle3-k3", "eagle3-k4", "eagle3-k5", "suffix-k4", POLICY)
+UNHELD = ", unheld"
+ARMS = (
+    *(OFF, "eagle3-k2", "eagle3-k3", "eagle3-k4", "eagle3-k5", "eagle3-k6", "suffix-k4", POLICY),
+    *(name + UNHELD for name in (OFF, "eagle3-k4", POLICY)),
+)
 WARM_S = 0.4
 """Before the window of a turn."""
 
@@ -106,6 +111,8 @@ class Arm:
     """What an arm's turns left."""
 
     policy: DraftPolicy
+    hold_s: float
+    """Longest time that a prompt waits for others."""
     windows: list[Window] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     """Steps by arm of the policy."""
@@ -134,13 +141,17 @@ def measure(
     names: Sequence[str],
 ) -> dict[str, Arm]:
     """All arms in turns, each turn beginning with another arm; one more turn than ``turns``."""
-    learning = engine.policy
-    arms = {n: Arm(learning if n == POLICY else Fixed(*FIXED[n], [], [])) for n in names}
+    learning, hold_s = engine.policy, engine.scheduler.prefill_hold_s
+    arms = {}
+    for name in names:
+        bare = name.removesuffix(UNHELD)
+        policy = learning if bare == POLICY else Fixed(*FIXED[bare], [], [])
+        arms[name] = Arm(policy, hold_s if bare == name else 0.0)
     try:
         with torch.inference_mode():
             for number, place in itertools.product(range(turns + 1), range(len(names))):
                 arm = arms[names[(number + place) % len(names)]]
-                engine.policy = arm.policy
+                engine.policy, engine.scheduler.prefill_hold_s = arm.policy, arm.hold_s
                 feed = Feed(engine, prompts, batch, length)
                 feed.run(WARM_S)
                 before = engine.figures().steps_by_arm
@@ -151,7 +162,7 @@ def measure(
                     arm.steps[key] = arm.steps.get(key, 0) + more
                 feed.stop()
     finally:
-        engine.policy = learning
+        engine.policy, engine.scheduler.prefill_hold_s = learning, hold_s
     return arms
 
 
@@ -163,6 +174,7 @@ def main(
     ),
     batches: Annotated[str, typer.Option(help="by commas")] = "8,32",
     max_tokens: Annotated[int, typer.Option(help="of each request")] = 128,
+    arms: Annotated[str, typer.Option(help="names by semicolons; empty: all")] = "",
     turns: Annotated[int, typer.Option(help="of each arm, after one that warms up")] = 4,
     window_s: Annotated[float, typer.Option(help="measured seconds of a turn")] = 1.5,
     prompts: Annotated[int, typer.Option(help="of each domain")] = 128,
@@ -170,6 +182,7 @@ def main(
 ) -> None:
     """All arms at all batch sizes."""
     sizes = [int(size) for size in batches.split(",")]
+    names = [name for name in ARMS if name == OFF or not arms or name in arms.split(";")]
     drafter = run_dir / "weights" / str(max(versions(run_dir / "weights")))
     texts = prompts_for(load_tokenizer(target), prompts)
     mixed = [ids for pair in zip(*texts.values(), strict=True) for ids in pair]
@@ -177,9 +190,9 @@ def main(
     figures = {"max_tokens": max_tokens, "window_s": window_s, **made_by(target, run_dir)}
     with engine_for(target, drafter, max(sizes), device) as engine:
         for size in sizes:
-            arms = measure(engine, mixed, size, max_tokens, turns, window_s, ARMS)
-            off = arms[OFF].row()["tokens_per_s"]
-            for name, arm in arms.items():
+            done = measure(engine, mixed, size, max_tokens, turns, window_s, names)
+            off = done[OFF].row()["tokens_per_s"]
+            for name, arm in done.items():
                 row = arm.row()
                 rows.append(
                     {"batch": size, "arm": name, "vs_off": row["tokens_per_s"] / off, **row}

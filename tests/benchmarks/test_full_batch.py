@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import full_batch
-from benchmarks.full_batch import Feed, measure
+from benchmarks.full_batch import UNHELD, Feed, measure
 from benchmarks.real_target import OFF, POLICY
 from tests.engines import RandomPolicy, make_engine, random_model
 
@@ -30,13 +30,16 @@ def test_every_arm_has_its_turns_and_the_engine_its_policy_back(monkeypatch):
     monkeypatch.setattr(full_batch, "WARM_S", 0.05)
     policy = RandomPolicy()
     engine = make_engine(random_model("qwen3"), policy=policy, prefix_cache=False)
-    names = [OFF, "eagle3-k2", POLICY]
+    engine.scheduler.prefill_hold_s = 1.0
+    names = [OFF, "eagle3-k2", POLICY, POLICY + UNHELD]
 
     arms = measure(engine, PROMPTS, 2, 8, turns=2, window_s=0.2, names=names)
 
     rows = {name: arm.row() for name, arm in arms.items()}
-    assert [row["turns"] for row in rows.values()] == [2, 2, 2]
+    assert [row["turns"] for row in rows.values()] == [2, 2, 2, 2]
     assert set(rows[OFF]["steps"]) == {"none-k0"}
     assert rows[OFF]["tokens_per_step_of_the_batch"] <= 2
     assert rows["eagle3-k2"]["steps"]["eagle3-k2"] > 0
     assert engine.policy is policy
+    assert [arm.hold_s for arm in arms.values()] == [1.0, 1.0, 1.0, 0.0]
+    assert engine.scheduler.prefill_hold_s == 1.0
