@@ -86,7 +86,7 @@ def join_tensors(
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def parse_header(head: bytes, num_bytes: int, max_header_bytes: int) -> TensorHeader:
+def parse_header(head: bytes | memoryview, num_bytes: int, max_header_bytes: int) -> TensorHeader:
     """Read and check a header.
 
     Args:
@@ -98,7 +98,7 @@ def parse_header(head: bytes, num_bytes: int, max_header_bytes: int) -> TensorHe
         TensorFileError: says what was found and what was expected.
     """
     length = _header_length(head, num_bytes, max_header_bytes)
-    header = parse_json(head[8 : 8 + length])
+    header = parse_json(bytes(head[8 : 8 + length]))
     if not isinstance(header, dict):
         raise TensorFileError(f"the header must be a JSON object, got {type(header).__name__}")
     metadata = _checked_metadata(header.pop("__metadata__", {}))
@@ -112,7 +112,7 @@ def parse_header(head: bytes, num_bytes: int, max_header_bytes: int) -> TensorHe
 
 
 def check_safetensors(
-    source: bytes | Path,
+    source: bytes | memoryview | Path,
     expected: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
     *,
     max_header_bytes: int = MAX_BUNDLE_HEADER_BYTES,
@@ -127,6 +127,7 @@ def check_safetensors(
         TensorFileError: the header is too long or no JSON, the offsets leave a gap, overlap or
             pass the end of the file, or the tensors are not the expected ones.
     """
+    head: bytes | memoryview
     if isinstance(source, Path):
         with source.open("rb") as file:
             head = file.read(8)
@@ -140,7 +141,7 @@ def check_safetensors(
     return tensors
 
 
-def non_finite_tensors(blob: bytes, tensors: Mapping[str, TensorInfo]) -> list[str]:
+def non_finite_tensors(blob: bytes | memoryview, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity; integer tensors hold none."""
     return [name for name, info in tensors.items() if not _is_finite(blob, info)]
 
@@ -169,7 +170,7 @@ def parse_json(text: bytes) -> Any:
         raise TensorFileError(f"not JSON: {error}") from None
 
 
-def _header_length(head: bytes, num_bytes: int, max_header_bytes: int) -> int:
+def _header_length(head: bytes | memoryview, num_bytes: int, max_header_bytes: int) -> int:
     if len(head) < 8:
         raise TensorFileError(f"{len(head)} bytes are too few for a safetensors file")
     length = int.from_bytes(head[:8], "little")
@@ -234,7 +235,7 @@ def _check_expected(
             )
 
 
-def _is_finite(blob: bytes, info: TensorInfo) -> bool:
+def _is_finite(blob: bytes | memoryview, info: TensorInfo) -> bool:
     mask = _NON_FINITE_MASK.get(info.dtype)
     if mask is None:
         return True

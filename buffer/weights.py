@@ -21,12 +21,23 @@ import stat
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from buffer.files import sync_folder, write_atomically, write_durably
 from buffer.records import FileDigest, Manifest
-from buffer.tensors import TensorFileError, check_safetensors, non_finite_tensors, parse_json
+from buffer.tensors import (
+    MAX_BUNDLE_HEADER_BYTES,
+    TensorFileError,
+    TensorInfo,
+    check_safetensors,
+    non_finite_tensors,
+    parse_json,
+)
 
 SCHEMA = "slipstream.bundle"
 SCHEMA_VERSION = 1
@@ -45,6 +56,8 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.(safetensors|json)"
 _VERSION_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
 _PRODUCER = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK_BYTES = 4 << 20
+"""Read and hashed in one go, without the interpreter's lock."""
 
 
 class BundleError(ValueError):
@@ -66,6 +79,36 @@ class Bundle:
     manifest: Manifest
     files: dict[str, bytes]
     """Content of every file but the manifest: the very bytes whose digests were checked."""
+
+
+class HostBuffer:
+    """Memory that file after file is read into, for one reader at a time.
+
+    Made once, because new memory costs the other threads of a process: bytes of 0.8 GB hold the
+    interpreter's lock while they are given back to the system.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Room for so many bytes, and whatever they were; ends the use of what was taken before."""
+        if self._bytes.size < num_bytes:
+            # With a header as long as any, so that the next version never needs a larger one.
+            self._bytes = np.empty(num_bytes + MAX_BUNDLE_HEADER_BYTES, np.uint8)
+        return self._bytes[:num_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class BundleInBuffer:
+    """A checked bundle of which only the tensors were kept, in a ``HostBuffer``."""
+
+    manifest: Manifest
+    content: NDArray[np.uint8]
+    """Of ``drafter.safetensors``: the very bytes that were checked, until the buffer is used again.
+    """
+    tensors: dict[str, TensorInfo]
+    """Where each tensor lies in ``content``."""
 
 
 def publish(root: Path, manifest: Manifest, tensors_bytes: Mapping[str, bytes]) -> Manifest:
@@ -145,15 +188,35 @@ def read_bundle(path: Path, expected: ExpectedTensors | None = None) -> Bundle:
     Raises:
         BundleError: names the file and what was found.
     """
-    manifest = read_manifest(path)
-    unexpected = sorted({entry.name for entry in path.iterdir()} - {*manifest.files, MANIFEST})
-    if unexpected:
-        raise BundleError(path.name, f"{path} holds {unexpected[:8]}, which the manifest lacks")
+    manifest = _manifest_of_all(path)
     files = {name: _read_checked(path, name, digest) for name, digest in manifest.files.items()}
     problem = _files_problem(files, expected)
     if problem is not None:
         raise BundleError(path.name, f"{path}: {problem}")
     return Bundle(manifest, files)
+
+
+def read_bundle_into(
+    buffer: HostBuffer, path: Path, expected: ExpectedTensors | None = None
+) -> BundleInBuffer:
+    """``read_bundle`` beside threads that cannot wait: without new memory, and holding the
+    interpreter's lock for a chunk's bookkeeping at most.
+
+    Args:
+        buffer: grows to the bundle's largest file; nobody else may use it meanwhile.
+
+    Raises:
+        BundleError: as ``read_bundle``.
+    """
+    manifest = _manifest_of_all(path)
+    others = [name for name in manifest.files if name != TENSORS]
+    for name in (*others, TENSORS):  # one after another in the same place; the tensors stay
+        content = _read_checked_into(buffer, path, name, manifest.files[name])
+        try:
+            tensors = _sound_tensors(name, content.data, expected)
+        except TensorFileError as error:
+            raise BundleError(path.name, f"{path}: {error}") from None
+    return BundleInBuffer(manifest, content, tensors)
 
 
 def check_bundle(path: Path, expected: ExpectedTensors | None = None) -> Manifest:
@@ -349,25 +412,50 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _manifest_of_all(path: Path) -> Manifest:
+    """The manifest of a folder that holds no file which the manifest does not name."""
+    manifest = read_manifest(path)
+    unexpected = sorted({entry.name for entry in path.iterdir()} - {*manifest.files, MANIFEST})
+    if unexpected:
+        raise BundleError(path.name, f"{path} holds {unexpected[:8]}, which the manifest lacks")
+    return manifest
+
+
 def _files_problem(
     files: Mapping[str, bytes], expected: ExpectedTensors | None = None
 ) -> str | None:
     """What is wrong with the content of a bundle's files, or ``None``."""
     for name, content in files.items():
-        if not name.endswith(".safetensors"):
-            continue
         try:
-            tensors = check_safetensors(content, expected if name == TENSORS else None)
+            _sound_tensors(name, content, expected)
         except TensorFileError as error:
-            return f"{name}: {error}"
-        broken = non_finite_tensors(content, tensors)
-        if broken:
-            return f"{name}: tensors {broken[:8]} hold NaN or infinity"
+            return str(error)
     return None
 
 
-def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
-    """Content of a plain file of a bundle, links not followed."""
+def _sound_tensors(
+    name: str, content: bytes | memoryview, expected: ExpectedTensors | None
+) -> dict[str, TensorInfo]:
+    """Tensors of one file of a bundle, checked to the last number; a JSON file has none.
+
+    Raises:
+        TensorFileError: names the file and what was found.
+    """
+    if not name.endswith(".safetensors"):
+        return {}
+    try:
+        tensors = check_safetensors(content, expected if name == TENSORS else None)
+    except TensorFileError as error:
+        raise TensorFileError(f"{name}: {error}") from None
+    broken = non_finite_tensors(content, tensors)
+    if broken:
+        raise TensorFileError(f"{name}: tensors {broken[:8]} hold NaN or infinity")
+    return tensors
+
+
+@contextlib.contextmanager
+def _opened(path: Path, name: str, max_bytes: int) -> Iterator[BufferedReader]:
+    """A plain file of a bundle, links not followed, of a size that was expected."""
     try:
         descriptor = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -383,25 +471,55 @@ def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
                 f"{path / name} has {status.st_size} bytes, at most {max_bytes} were expected",
             )
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            yield file
     finally:
         os.close(descriptor)
 
 
+def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
+    """Content of a plain file of a bundle; a byte too many if it grew since it was opened."""
+    with _opened(path, name, max_bytes) as file:
+        return file.read(max_bytes + 1)
+
+
 def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:
     content = _read_file(path, name, digest.num_bytes)
-    if len(content) != digest.num_bytes:
+    _check_size(path, name, len(content), digest)
+    _check_sha256(path, name, _digest(content).sha256, digest)
+    return content
+
+
+def _read_checked_into(
+    buffer: HostBuffer, path: Path, name: str, digest: FileDigest
+) -> NDArray[np.uint8]:
+    """``_read_checked``, chunk by chunk into a buffer."""
+    with _opened(path, name, digest.num_bytes) as file:
+        # Before there is room for it: a manifest may claim what no memory holds.
+        _check_size(path, name, os.fstat(file.fileno()).st_size, digest)
+        content = buffer.take(digest.num_bytes)
+        num_bytes, sha256 = 0, hashlib.sha256()
+        while num_read := file.readinto(content[num_bytes : num_bytes + _CHUNK_BYTES].data):
+            sha256.update(content[num_bytes : num_bytes + num_read].data)
+            num_bytes += num_read
+        grown = len(file.read(1))
+    _check_size(path, name, num_bytes + grown, digest)
+    _check_sha256(path, name, sha256.hexdigest(), digest)
+    return content
+
+
+def _check_size(path: Path, name: str, num_bytes: int, digest: FileDigest) -> None:
+    if num_bytes != digest.num_bytes:
         raise BundleError(
-            path.name,
-            f"{path / name} has {len(content)} bytes, the trainer wrote {digest.num_bytes}",
+            path.name, f"{path / name} has {num_bytes} bytes, the trainer wrote {digest.num_bytes}"
         )
-    found = _digest(content).sha256
+
+
+def _check_sha256(path: Path, name: str, found: str, digest: FileDigest) -> None:
     if found != digest.sha256:
         raise BundleError(
             path.name,
             f"{path / name} has sha256 {found[:12]}, the trainer wrote {digest.sha256[:12]}",
         )
-    return content
 
 
 def _digest(content: bytes) -> FileDigest:
