@@ -1,23 +1,24 @@
 """Swaps of a drafter under load: orders to ``Service.swap`` while the engine decodes on its own
 thread, as in a server. The watcher is off, so that nothing else swaps.
 
-Two series, one after the other under the same load. Many swaps from the order on a bundle that is
-staged already: what the engine's thread and the stream do, without reading, checking and staging a
-bundle, which take another thread up to seconds and so are done once for each of two versions. Then
-some tens of swaps as a server makes them, ``unpatched``: every order reads its bundle from the disk
-(or what the system holds of it in memory), checks it to the last byte and stages it on the device,
-while requests decode.
+Three series, one after the other, each under a load of its own. Many swaps from the order on a
+bundle that is staged already: what the engine's thread and the stream do, without reading, checking
+and staging a bundle, which take another thread up to seconds and so are done once for each of two
+versions. The same load without a swap. Then some tens of swaps as a server makes them,
+``unpatched``: every order reads its bundle from the disk (or what the system holds of it in memory),
+checks it to the last byte and stages it on the device, while requests decode.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +38,10 @@ _NUM_PROMPT = 128
 _NUM_UNPATCHED = 30
 _UNPATCHED_S = 60.0
 """No further bundle is read after so long."""
+_QUIET_S = 20.0
+"""Most of the series without swaps."""
+_NEIGHBOURS = 32
+"""Waits whose median, with as many before and after them, they are judged by."""
 
 
 def measure(
@@ -64,7 +69,8 @@ def bundles_stay_loaded() -> Iterator[None]:
 
     def load_once(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
         if path not in kept:
-            kept[path] = load(path, weights, expected)
+            staged = load(path, weights, expected)
+            kept[path] = replace(staged, flat=staged.flat.clone())  # its own place is used again
         return kept[path]
 
     with mock.patch.object(swapping_thread, "load_bundle", load_once):
@@ -173,46 +179,103 @@ class Series:
     end_s: float
     order_s: tuple[float, ...]
     """From each order until its weights were in force."""
+    news_s: tuple[tuple[float, ...], ...]
+    """When each request was told of tokens."""
+
+
+@dataclass(slots=True)
+class Collections:
+    """Runs of Python's garbage collector, during which no thread of the process does anything."""
+
+    runs: list[tuple[int, float, float]]
+    """Generation, begin and end."""
+    _begun_s: float = 0.0
+
+    def __call__(self, phase: str, info: dict[str, Any]) -> None:
+        if phase == "start":
+            self._begun_s = time.perf_counter()
+        else:
+            self.runs.append((info["generation"], self._begun_s, time.perf_counter()))
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        gc.callbacks.append(self)
+        try:
+            yield
+        finally:
+            gc.callbacks.remove(self)
+
+    def figures(self, begin: float, end: float) -> dict[str, Any]:
+        """How often it ran within a window, and its longest run, by generation."""
+        found: dict[str, Any] = {}
+        for generation in range(3):
+            ms = [
+                1e3 * (to - at) for g, at, to in self.runs if g == generation and begin <= at < end
+            ]
+            found[f"generation_{generation}"] = {"runs": len(ms), "longest_ms": max(ms, default=0)}
+        return found
 
 
 def swap_often(
     report: Report, made: Made, batch: int, num_swaps: int, interval_s: float
 ) -> dict[str, Any]:
-    """A load without swaps, with one every ``interval_s``, and with some that read their bundles;
-    version 1 comes first."""
+    """A load with a swap every ``interval_s``, the same without swaps, and with some that read
+    their bundles; each begins anew, so that contexts are as long in all of them."""
     service = made.service
     watched = Watched(made)
     service.engine.between_steps = watched.between_steps
-    traffic = Traffic(made, batch)
-    try:
-        traffic.wait_until_all_decode(20, 300)
+    collections = Collections([])
+    with collections.noted():
         with bundles_stay_loaded():
-            for version in (0, 1):  # reads both, and makes the buffer of the former one
+            for version in (0, 1, 0):  # reads both, and makes the buffer of the former one
                 service.swap(version)
-            quiet_from = time.perf_counter()
-            time.sleep(min(5.0, num_swaps * interval_s))
-            kept = swap_in_turn(report, made, num_swaps, interval_s, most_s=report.left_s)
-        read = swap_in_turn(report, made, _NUM_UNPATCHED, interval_s, most_s=_UNPATCHED_S)
-    finally:
-        traffic.end()
-    stream_ms = [s * 1e3 for s in watched.stream_s()[2:]]
-    news = [client.news_s for client in traffic.clients]
+            num_before = len(watched.swapped)
+            kept, load = under_load(report, made, batch, num_swaps, interval_s, report.left_s - 60)
+        quiet_s = min(_QUIET_S, kept.end_s - kept.begin_s)
+        quiet, _ = under_load(report, made, batch, 0, interval_s, quiet_s)
+        read, _ = under_load(report, made, batch, _NUM_UNPATCHED, interval_s, _UNPATCHED_S)
+    stream_ms = [s * 1e3 for s in watched.stream_s()[num_before:]]
+    num_kept = len(kept.order_s)
+
+    def figures(series: Series, of_stream_ms: Sequence[float]) -> dict[str, Any]:
+        found = figures_of(series, of_stream_ms, watched)
+        return {**found, "collector": collections.figures(series.begin_s, series.end_s)}
+
     return {
         "asked_swaps": num_swaps,
         "drafter_bytes": made.drafter_bytes,
-        "requests": len(news),
-        "finished_requests": traffic.num_finished,
-        "failed_requests": traffic.num_failed,
-        **figures_of(kept, stream_ms[: len(kept.order_s)], watched, news),
-        "without_swaps": slowest_waits(news, quiet_from, kept.begin_s),
-        "unpatched": figures_of(read, stream_ms[len(kept.order_s) :], watched, news),
+        "requests": len(load.clients),
+        "finished_requests": load.num_finished,
+        "failed_requests": load.num_failed,
+        **figures(kept, stream_ms[:num_kept]),
+        "without_swaps": figures(quiet, []),
+        "unpatched": figures(read, stream_ms[num_kept:]),
     }
+
+
+def under_load(
+    report: Report, made: Made, batch: int, num_swaps: int, interval_s: float, most_s: float
+) -> tuple[Series, Traffic]:
+    """Orders of versions 0 and 1 by turns while fresh requests decode; without orders, for as long
+    as there may be."""
+    traffic = Traffic(made, batch)
+    try:
+        traffic.wait_until_all_decode(20, 300)
+        begin_s = time.perf_counter()
+        order_s = swap_in_turn(report, made, num_swaps, interval_s, most_s)
+        if not num_swaps:
+            time.sleep(most_s)
+        end_s = time.perf_counter()
+    finally:
+        traffic.end()
+    news = tuple(tuple(client.news_s) for client in traffic.clients)
+    return Series(begin_s, end_s, tuple(order_s), news), traffic
 
 
 def swap_in_turn(
     report: Report, made: Made, num_swaps: int, interval_s: float, most_s: float
-) -> Series:
-    """Orders of versions 0 and 1 by turns, while there is time."""
+) -> list[float]:
+    """Seconds of each order, while there is time."""
     begin_s = time.perf_counter()
     other = 0 if made.service.drafter_status()["version"] else 1
     order_s: list[float] = []
@@ -223,23 +286,23 @@ def swap_in_turn(
         made.service.swap((other + len(order_s)) % 2)
         order_s.append(time.perf_counter() - ordered_s)
         time.sleep(interval_s)
-    return Series(begin_s, time.perf_counter(), tuple(order_s))
+    return order_s
 
 
-def figures_of(
-    series: Series, stream_ms: Sequence[float], watched: Watched, news_s: Sequence[Sequence[float]]
-) -> dict[str, Any]:
-    """What a series of swaps took, and what it did to steps and requests."""
-    if not series.order_s:  # no time was left for any
-        return {"num_swaps": 0}
+def figures_of(series: Series, stream_ms: Sequence[float], watched: Watched) -> dict[str, Any]:
+    """What a series took, and what its swaps did to steps and requests."""
+    found: dict[str, Any] = {"num_swaps": len(series.order_s)}
+    if series.order_s:
+        found |= {
+            "order_to_swapped_median_ms": statistics.median(series.order_s) * 1e3,
+            "stream_median_ms": statistics.median(stream_ms),
+            "stream_p99_ms": quantile(stream_ms, 0.99),
+            "stream_slowest_ms": max(stream_ms),
+        }
     return {
-        "num_swaps": len(series.order_s),
-        "order_to_swapped_median_ms": statistics.median(series.order_s) * 1e3,
-        "stream_median_ms": statistics.median(stream_ms),
-        "stream_p99_ms": quantile(stream_ms, 0.99),
-        "stream_slowest_ms": max(stream_ms),
+        **found,
         **step_times(watched.begun_s, watched.swapped, series.begin_s, series.end_s),
-        **slowest_waits(news_s, series.begin_s, series.end_s),
+        **slowest_waits(series.news_s, series.begin_s, series.end_s),
         "seconds": series.end_s - series.begin_s,
     }
 
@@ -263,27 +326,38 @@ def step_times(
 
 
 def slowest_waits(news_s: Sequence[Sequence[float]], begin: float, end: float) -> dict[str, Any]:
-    """How much longer than its own median wait for tokens the longest one of a request was.
+    """How much longer than the median of its neighbours the longest wait of a request was; not than
+    that of all, since waits grow with the contexts.
 
     Args:
         news_s: when each request was told of tokens.
 
     Returns:
-        ``slowest_wait_over_median``: the worst request's longest wait over its median one;
-        1 + that many steps more. ``None`` where nobody was told anything twice.
+        ``slowest_wait_over_median``: the worst request's worst wait over that median; 1 + that many
+        steps more. ``None`` where nobody was told anything twice.
     """
-    ratios, medians = [], []
+    worst, medians = [], []
     for stamps in news_s:
         kept = [stamp for stamp in stamps if begin <= stamp <= end]
         waits = [after - before for before, after in itertools.pairwise(kept)]
         if waits:
             medians.append(statistics.median(waits))
-            ratios.append(max(waits) / medians[-1])
+            worst.append(max(over_neighbours(waits)))
     return {
         "median_wait_ms": statistics.median(medians) * 1e3 if medians else None,
-        "slowest_wait_over_median": max(ratios, default=None),
-        "requests_slowed_by_more_than_one_step": sum(ratio > 2 for ratio in ratios),
+        "slowest_wait_over_median": max(worst, default=None),
+        "requests_slowed_by_more_than_one_step": sum(ratio > 2 for ratio in worst),
     }
+
+
+def over_neighbours(waits: Sequence[float]) -> list[float]:
+    """Each wait over the median of those around it."""
+    found = []
+    for start in range(0, len(waits), _NEIGHBOURS):
+        around = waits[max(0, start - _NEIGHBOURS) : start + 2 * _NEIGHBOURS]
+        median = statistics.median(around)
+        found += [wait / median for wait in waits[start : start + _NEIGHBOURS]]
+    return found
 
 
 def quantile(values: Sequence[float], share: float) -> float:

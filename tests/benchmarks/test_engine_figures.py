@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -78,6 +79,18 @@ def test_the_longest_wait_is_told_in_medians_of_its_request():
 
     assert found["slowest_wait_over_median"] == 2.5
     assert found["median_wait_ms"] == 1500
+    assert found["requests_slowed_by_more_than_one_step"] == 1
+
+
+def test_waits_that_grow_with_the_contexts_are_no_slow_ones():
+    """From 1 to 3 in the end; one in the middle is three times as long as those beside it."""
+    stamps = list(itertools.accumulate(1 + n / 500 for n in range(1000)))
+    assert slowest_waits([stamps], 0, 1e6)["slowest_wait_over_median"] < 1.2
+
+    late = [stamp + 4 * (n >= 500) for n, stamp in enumerate(stamps)]
+    found = slowest_waits([stamps, late], 0, 1e6)
+
+    assert found["slowest_wait_over_median"] == pytest.approx(3, rel=0.1)
     assert found["requests_slowed_by_more_than_one_step"] == 1
 
 
