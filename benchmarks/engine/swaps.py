@@ -5,8 +5,8 @@ Three series, one after the other, each under a load of its own. Many swaps from
 bundle that is staged already: what the engine's thread and the stream do, without reading, checking
 and staging a bundle, which take another thread up to seconds and so are done once for each of two
 versions. The same load without a swap. Then some tens of swaps as a server makes them,
-``unpatched``: every order reads its bundle from the disk (or what the system holds of it in memory),
-checks it to the last byte and stages it on the device, while requests decode.
+``unpatched``: every order reads its bundle from the disk (or what the system holds of it in
+memory), checks it to the last byte and stages it on the device, while requests decode.
 """
 
 from __future__ import annotations
