@@ -310,8 +310,7 @@ def cuts(shape: Shape) -> list[Cut]:
     num_rows = shape.num_query * HEADS // KV_HEADS
     tiling = choose_tiling(num_rows, DIM, element_size=2)
     tiles = KV_HEADS * -(-num_rows // tiling.rows)
-    in_force = attention_triton.parts_of(shape.batch, tiles, shape.context)
-    tiling = choose_tiling(num_rows, DIM, 2, shape.batch * tiles * in_force)
+    in_force = attention_triton.parts_of(shape.batch, KV_HEADS, num_rows, shape.context, DIM, 2)
     full = 132 * 2 // (shape.batch * tiles)
     fewest = min(in_force, -(-128 // (shape.batch * tiles)))  # else most of the card is idle
     parts = [in_force, *(p for p in (fewest, full, 2 * in_force) if fewest <= p <= 64)]
