@@ -1,7 +1,7 @@
 """Decode attention of Qwen3-8B's heads over paged keys, against what torch and others offer.
 
     python -m benchmarks.ops.attention            # some five minutes on one H200
-    python -m benchmarks.ops.attention --sweep    # which way to cut batch 16 would be best
+    python -m benchmarks.ops.attention --sweep --budget-s 90    # which cut would be best where
 
 bfloat16, every request at the same context, pages in random order. Bytes are those of the keys and
 values read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ from benchmarks.result import write_result
 from specops import attention_triton
 from specops.attention import DecodePass
 from specops.attention_triton import Tiling, choose_tiling
+from specops.overlap_triton import can_overlap
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 BATCHES, CONTEXTS, QUERIES = (1, 16, 64), (512, 2048, 8192, 32768), (1, 5, 16)
@@ -53,6 +54,8 @@ class Shape:
     num_query: int
     is_ragged: bool = False
     """Lengths from an eighth of the context to all of it, instead of all the same."""
+    table: int | None = None
+    """Positions that the page table has room for, as a server's has; ``None``: the context."""
 
     @property
     def lengths(self) -> list[int]:
@@ -157,20 +160,22 @@ def flashinfer_way(shape: Shape, q_THD: Tensor, cache: Cache, backend: str) -> W
     return lambda: wrapper.run(q_THD, paged)
 
 
-def measured_ms(shape: Shape, work: Work, want: Tensor | None = None) -> float:
+def measured_ms(shape: Shape, work: Work, want: Tensor | None = None, repeats: int = 20) -> float:
     """Median time; checks the result against ``want`` first."""
     got = work()
     if want is not None:
         error = float((got.float() - want.float()).norm() / want.float().norm())
         assert error < 2e-2, f"{shape} is off by {error}"
     large = shape.num_bytes > 1e9
-    return graphed(work, calls=2 if large else 5).median_ms
+    return graphed(work, repeats, calls=2 if large else 5).median_ms
 
 
-def guarded_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | str:
+def guarded_ms(
+    shape: Shape, make: Callable[[], Work], want: Tensor, repeats: int = 20
+) -> float | str:
     """As ``measured_ms``, or why there is no figure."""
     try:
-        return measured_ms(shape, make(), want)
+        return measured_ms(shape, make(), want, repeats)
     except Exception as error:  # whatever it is, the other rows are worth having
         return reason(error)
 
@@ -285,10 +290,20 @@ def with_flex(found: list[dict[str, Any]], deadline_s: float) -> Iterator[dict[s
 
 
 SWEPT = (
-    (16, 2048, False), (16, 8192, False), (16, 8192, True), (64, 4096, True), (64, 2048, False),
-    (1, 8192, False),
+    Shape(64, 2048, 1), Shape(32, 2048, 1), Shape(64, 8192, 1), Shape(32, 8192, 1),
+    Shape(64, 2048, 1, table=40960), Shape(32, 2048, 1, table=40960),
+    Shape(64, 2048, 1, is_ragged=True), Shape(32, 2048, 1, is_ragged=True),
+    Shape(64, 2048, 5), Shape(128, 2048, 1), Shape(64, 512, 1), Shape(128, 512, 1),
+    Shape(16, 2048, 1), Shape(16, 8192, 1), Shape(64, 8192, 5), Shape(16, 2048, 5),
+    Shape(16, 8192, 5), Shape(16, 2048, 1, table=40960), Shape(1, 2048, 1, table=40960),
+    Shape(1, 32768, 1),
 )  # fmt: skip
-"""Batch, context, and whether lengths differ."""
+"""What one wants to know first comes first."""
+SWEPT_PARTS = (1, 2, 3, 4, 6, 8)
+PARTS_OF_ONE = (8, 16, 24, 32, 64)
+"""Of a request that has the card to itself."""
+SWEPT_TILINGS = (Tiling(16, 64, 4, 2), Tiling(16, 64, 4), Tiling(32, 64, 4))
+SWEPT_REPEATS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,76 +312,74 @@ class Cut:
 
     num_parts: int
     tiling: Tiling
-    overlap: bool = False
 
     def __str__(self) -> str:
         t = self.tiling
         shown = f"parts {self.num_parts} tile {t.rows}x{t.keys} warps {t.num_warps}"
-        return f"{shown} stages {t.num_stages}{' overlap' * self.overlap}"
+        return f"{shown} stages {t.num_stages}"
 
 
 def cuts(shape: Shape) -> list[Cut]:
-    """The one in force first, and candidates."""
+    """The one in force first, and candidates that hold all rows in one tile."""
     num_rows = shape.num_query * HEADS // KV_HEADS
-    tiling = choose_tiling(num_rows, DIM, element_size=2)
-    tiles = KV_HEADS * -(-num_rows // tiling.rows)
-    in_force = attention_triton.parts_of(shape.batch, tiles, shape.context)
-    tiling = choose_tiling(num_rows, DIM, 2, shape.batch * tiles * in_force)
-    full = 132 * 2 // (shape.batch * tiles)
-    fewest = min(in_force, -(-128 // (shape.batch * tiles)))  # else most of the card is idle
-    parts = [in_force, *(p for p in (fewest, full, 2 * in_force) if fewest <= p <= 64)]
-    found = [Cut(p, tiling, overlap) for p in parts for overlap in (False, True)]
-    tilings = [
-        replace(tiling, num_stages=2),
-        replace(tiling, num_stages=3),
-        replace(tiling, keys=128, num_warps=8, num_stages=3),
-    ]
-    found += [Cut(p, t) for t in tilings for p in dict.fromkeys(parts) if p <= in_force]
-    return [cut for cut in dict.fromkeys(found) if cut.num_parts > 1 or not cut.overlap]
+    tilings = [tiling for tiling in SWEPT_TILINGS if tiling.rows >= num_rows]
+    width = shape.table or shape.context
+    in_force = attention_triton.parts_of(shape.batch, KV_HEADS, num_rows, width, DIM, 2)
+    found = [Cut(in_force, choose_tiling(num_rows, DIM, element_size=2))]
+    several = PARTS_OF_ONE if shape.batch == 1 else SWEPT_PARTS
+    found += [Cut(parts, tiling) for parts in several for tiling in tilings]
+    return list(dict.fromkeys(found))
 
 
-def sweep(budget_s: float) -> list[dict[str, Any]]:
-    """Milliseconds of every way to cut some cases; stops starting cases after ``budget_s``."""
+def sweep(budget_s: float) -> Iterator[dict[str, Any]]:
+    """Milliseconds of every way to cut some cases; begins no case after ``budget_s``."""
     started = time.perf_counter()
     copy_rate = copy_bytes_per_s(1 << 30)
-    found = []
-    for batch, context, is_ragged in SWEPT:
-        cache = new_cache(batch, context)
-        for num_query in QUERIES:
-            shape = Shape(batch, context, num_query, is_ragged)
-            if time.perf_counter() - started > budget_s:
-                found.append({**asdict(shape), "skipped": f"after {budget_s:.0f} s"})
-                continue
-            found.append(swept(shape, cache, copy_rate))
-            print(swept_line(found[-1]), flush=True)
-        del cache
+    for shape in SWEPT:
+        if time.perf_counter() - started > budget_s:
+            yield {**asdict(shape), "skipped": f"after {budget_s:.0f} s"}
+            continue
+        yield swept(shape, copy_rate)
         torch.cuda.empty_cache()
-    return found
 
 
-def swept(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
-    """All ways to cut one case, the fastest first."""
-    num_rows = shape.batch * shape.num_query
-    q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+def sweep_all(out: Path, budget_s: float) -> None:
+    """Every case, written as soon as it is there."""
+    found: list[dict[str, Any]] = []
+    for row in sweep(budget_s):
+        found.append(row)
+        if "cuts" in row:
+            print(swept_line(row), flush=True)
+        write_result(out, {"rows": found})
+
+
+def swept(shape: Shape, copy_rate: float) -> dict[str, Any]:
+    """All ways to cut one case, the fastest first; joined as a server joins them."""
+    q_THD, cache = queries(shape), new_cache(shape.batch, shape.context)
     first_R = torch.tensor(shape.lengths, device="cuda").int() - shape.num_query
-    decode = DecodePass(cache.pages_RP, first_R, PAGE)
+    width = (shape.table or shape.context) // PAGE
+    pages_RP = torch.nn.functional.pad(cache.pages_RP, (0, width - cache.pages_RP.shape[1]))
+    decode = DecodePass(pages_RP, first_R, PAGE)
+    overlap = can_overlap(q_THD.device)
 
     def work(cut: Cut) -> Tensor:
         return attention_triton.attend_pages(
             q_THD, cache.keys, cache.values, decode, SCALE,
-            num_parts=cut.num_parts, tiling=cut.tiling, overlap=cut.overlap,
+            num_parts=cut.num_parts, tiling=cut.tiling, overlap=overlap,
         )  # fmt: skip
 
     ways = cuts(shape)
     want = work(ways[0])
-    timed = [(str(cut), guarded_ms(shape, lambda c=cut: partial(work, c), want)) for cut in ways]
+    timed = [
+        (cut, guarded_ms(shape, lambda c=cut: partial(work, c), want, SWEPT_REPEATS))
+        for cut in ways
+    ]
     order = sorted(timed, key=lambda t: t[1] if isinstance(t[1], float) else float("inf"))
-    floor_ms = shape.num_bytes / copy_rate * 1e3
     return {
         **asdict(shape),
-        "floor_ms": floor_ms,
+        "floor_ms": shape.num_bytes / copy_rate * 1e3,
         "in_force_ms": timed[0][1],
-        "cuts": [{"cut": name, "ms": ms} for name, ms in order],
+        "cuts": [{"cut": str(cut), "ms": ms, "is_in_force": cut == ways[0]} for cut, ms in order],
     }
 
 
@@ -377,9 +390,11 @@ def swept_line(row: dict[str, Any]) -> str:
         return f"{ms:.4f} ({row['floor_ms'] / ms:.0%})" if isinstance(ms, float) else ms[:60]
 
     best = "; ".join(f"{shown(c['ms'])} {c['cut']}" for c in row["cuts"][:5])
+    cut = next(c["cut"] for c in row["cuts"] if c["is_in_force"])
     case = f"B={row['batch']:<3} S={row['context']:<6} Q={row['num_query']:<3}"
     case += " ragged" if row["is_ragged"] else ""
-    return f"{case} in force {shown(row['in_force_ms'])} | {best}"
+    case += f" of {row['table']}" if row["table"] else ""
+    return f"{case} in force {shown(row['in_force_ms'])} {cut} | {best}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -426,7 +441,7 @@ def main(
     """All batches, contexts and numbers of query rows."""
     torch.manual_seed(0)
     if find_cuts:
-        write_result(out.with_stem(out.stem + "_sweep"), {"rows": sweep(budget_s)})
+        sweep_all(out.with_stem(out.stem + "_sweep"), budget_s)
     else:
         measure_all(out, budget_s)
 

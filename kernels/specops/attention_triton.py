@@ -12,6 +12,7 @@ D head dimension (a power of two, at least 16).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,27 @@ from torch import Tensor
 from specops.attention import DecodePass, check_window
 from specops.overlap_triton import let_next_start, wait_for_previous
 
-_PROGRAMS = 264
-"""Wanted at least: two for each multiprocessor of an H100 or H200."""
-_ROUNDS = 2
-"""Rounds of these programs: one that ends early, as its request is short, makes room."""
-_THREE_EACH = 396
-"""Programs that run at once with three blocks of 16 rows in flight."""
+_MULTIPROCESSORS = 132
+"""Of an H100 or H200. The figures below are an H200's: with what a pass takes anyway they come
+within 3 % (at worst 13 %) of 92 measured cuts of requests of one length."""
+_BYTES_PER_US = 4.29e6
+"""Keys and values that all multiprocessors together read."""
+_PROGRAM_BYTES_PER_US = 27e3
+"""What one program reads at most, alone on its multiprocessor: it waits for its blocks."""
+_CROWDED = 0.82
+"""Of that speed is left beside other programs, and at the end, when the last ones lie unevenly."""
+_START_US = 1.7
+"""Until a program's first block is there."""
+_JOIN_US = 2.0
+_JOIN_BYTES_PER_US = 3.2e6
+"""Parts written and read again."""
+_UNEQUAL = 0.56
+"""Mean length over the longest, where lengths lie evenly between an eighth and all of it."""
+_LAST = 0.2
+"""Share of a longest part's time for which the card as good as idles, where lengths are unequal: of
+programs simulated at these speeds, not measured."""
+_USUAL_CONTEXTS = (2048, 8192, 32768)
+"""What requests are taken to have, up to the table's width, which is as much as any may get."""
 _LOG2_E = 1.4426950408889634
 _PART_KEYS = 128
 """Fewest keys of a part: below, joining costs more than it saves."""
@@ -265,32 +281,85 @@ def write_rows(
     )  # fmt: skip
 
 
-def parts_of(num_requests: int, num_tiles: int, num_keys: int) -> int:
+def places_of(tiling: Tiling) -> int:
+    """Programs that run at once on the whole card.
+
+    As compiled for an H100: 70 KB of shared memory let three of 16 rows run on a multiprocessor,
+    registers and shared memory two of 32 or 64, one of 128.
+    """
+    return _MULTIPROCESSORS * {16: 3, 32: 2, 64: 2}.get(tiling.rows, 1)
+
+
+@functools.cache
+def parts_of(
+    num_requests: int, num_kv: int, num_rows: int, num_keys: int, head_dim: int, element_size: int
+) -> int:
     """Parts that each request's keys are split into at most, from shapes alone.
 
-    ``num_tiles``: programs of a request for each part.
-
-    ``_ROUNDS`` rounds of two programs for each multiprocessor, if no part gets too short.
-    """
-    wanted = round(_ROUNDS * _PROGRAMS / (num_requests * num_tiles))
-    return max(1, min(wanted, num_keys // _PART_KEYS, _MAX_PARTS))
-
-
-def choose_tiling(num_rows: int, head_dim: int, element_size: int, num_programs: int = 0) -> Tiling:
-    """For ``num_rows`` query rows and heads that share a key head.
-
-    Two blocks in flight where there are programs enough: then four of 16 rows fit a multiprocessor
-    and 512 of them are one round (16 requests of 2,048 keys: 45.9 us instead of 51.2; of 8,192: 137
-    instead of 156, ``benchmarks/results/ops_attention_sweep.json``). Where nothing is split it is
-    the slower way: a step of 64 requests of 2,048 went from 10.2 to 10.9 ms.
+    The number with the least estimated time over the usual contexts, each weighed by the time that
+    reading its keys takes.
 
     Args:
-        num_programs: in all; 0 where keys are not split.
+        num_rows: query rows and heads that share a key head.
+        num_keys: that the page table has room for; requests may have any number up to it.
+    """
+    tiling = choose_tiling(num_rows, head_dim, element_size)
+    num_whole = num_requests * num_kv * triton.cdiv(num_rows, tiling.rows)
+    places, key_bytes = places_of(tiling), 2 * head_dim * element_size
+    join_bytes = 2 * num_requests * num_kv * num_rows * head_dim * 4
+
+    def slowness(parts: int) -> float:
+        return sum(
+            _estimated_us(num_whole, parts, keys, places, key_bytes, join_bytes) / keys
+            for keys in {min(num_keys, usual) for usual in _USUAL_CONTEXTS}
+        )
+
+    return min(range(1, max(1, min(num_keys // _PART_KEYS, _MAX_PARTS)) + 1), key=slowness)
+
+
+def _estimated_us(
+    num_whole: int, parts: int, num_keys: int, places: int, key_bytes: int, join_bytes: int
+) -> float:
+    """Of requests that all have ``num_keys``, and of some from an eighth of that on: the mean, for
+    as many keys.
+
+    Where requests are of one length, programs come in rounds, and those of a last round that fills
+    little of the card are bound by what each can read. Of many lengths, one begins where another
+    ends, until the last are left.
+
+    Args:
+        num_whole: programs if nothing were split.
+        places: programs that run at once.
+        key_bytes: of a key and its value.
+        join_bytes: of a part of every request.
+    """
+    part_keys = max(_PART_KEYS, -(-num_keys // parts))
+    filled = -(-num_keys // part_keys)  # the other parts leave early
+    num_programs, part_bytes = num_whole * filled, part_keys * key_bytes
+    read_us = part_bytes / _BYTES_PER_US  # a part's share of the card's time
+    speed = _CROWDED if num_programs > _MULTIPROCESSORS else 1.0
+    part_us = part_bytes / (speed * _PROGRAM_BYTES_PER_US)
+    rounds, rest = divmod(num_programs, places)
+    equal_us = rounds * (places * read_us + _START_US)
+    if rest:
+        equal_us += max(part_us, rest * read_us) + _START_US
+    unequal_us = max(_UNEQUAL * num_programs * read_us + _LAST * part_us, part_us)
+    unequal_us += _START_US * (1 + num_programs / places)
+    join_us = _JOIN_US + filled * join_bytes / _JOIN_BYTES_PER_US if parts > 1 else 0.0
+    return (equal_us + join_us + (unequal_us + join_us) / _UNEQUAL) / 2
+
+
+def choose_tiling(num_rows: int, head_dim: int, element_size: int) -> Tiling:
+    """For ``num_rows`` query rows and heads that share a key head.
+
+    Three blocks in flight: with two, four programs of 16 rows fit a multiprocessor instead of
+    three, which makes up for it where they all have work, but a program alone reads at two thirds
+    of the speed, and the last ones are alone.
     """
     rows = min(_TILE_OUTPUTS // head_dim, 128, max(16, triton.next_power_of_2(num_rows)))
     keys = max(16, min(128, _TILE_BYTES // element_size // max(rows, head_dim)))
     num_warps = 4 if 2 * rows * max(head_dim, keys) <= _TILE_OUTPUTS else 8
-    return Tiling(rows, keys, num_warps, 2 if rows == 16 and num_programs > _THREE_EACH else 3)
+    return Tiling(rows, keys, num_warps)
 
 
 def attend_pages(
@@ -335,10 +404,9 @@ def attend_pages(
     chosen = tiling or choose_tiling(num_rows, head_dim, keys.element_size())
     num_keys = num_pages * decode.page_size
     tiles = triton.cdiv(num_rows, chosen.rows)
-    parts = num_parts or parts_of(num_requests, num_kv * tiles, num_keys)
-    if tiling is None and parts > 1:
-        num_programs = num_requests * num_kv * tiles * parts
-        chosen = choose_tiling(num_rows, head_dim, keys.element_size(), num_programs)
+    parts = num_parts or parts_of(
+        num_requests, num_kv, num_rows, num_keys, head_dim, keys.element_size()
+    )
     q = _packed(q_THD)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     counts = q if decode.counts_R is None else decode.counts_R  # never followed where it stands in

@@ -231,18 +231,64 @@ def test_a_tree_is_not_a_chain():
     assert (got.cpu() - made.want).abs().amax(dim=(1, 2)).view(4, 4)[0, 2:].min() > 1e-2
 
 
+def parts_of(num_requests, num_keys, num_query=1):
+    """With the heads of Qwen3-8B."""
+    return attention_triton.parts_of(num_requests, 8, 4 * num_query, num_keys, 128, 2)
+
+
 def test_parts_fill_the_card_but_do_not_get_short():
-    assert attention_triton.parts_of(1, 8, 2048) == 16
-    assert attention_triton.parts_of(1, 8, 32768) == 64
-    assert attention_triton.parts_of(16, 8, 32768) == 4
-    assert attention_triton.parts_of(64, 8, 32768) == 1
-    assert attention_triton.parts_of(1, 1, 64) == 1
+    assert parts_of(1, 2048) == 16  # of 128 keys, the shortest
+    assert parts_of(1, 32768) * 8 >= 132  # a program for every multiprocessor
+    assert parts_of(1, 64) == 1
+    assert parts_of(128, 32768) == 1  # several rounds as it is
 
 
-@pytest.mark.parametrize("tiling", [Tiling(16, 32, 4), Tiling(32, 16, 4, 2)])
-def test_a_tile_of_any_size_equals_the_definition(tiling):
+def test_a_nearly_empty_last_round_is_split():
+    """512 programs are a round of 396 and a third of one; 1,024 end in two thirds of one. With more
+    rows 264 run at once, and 512 are nearly two rounds."""
+    assert parts_of(64, 2048) == parts_of(64, 40960) == 2
+    assert parts_of(64, 2048, num_query=5) == 1
+
+
+@pytest.mark.parametrize("num_query", [1, 2, 5, 16])
+@pytest.mark.parametrize("num_requests", [1, 2, 4, 8, 16, 24, 32, 48, 64, 128])
+def test_a_wider_table_never_gets_fewer_parts(num_requests, num_query):
+    widths = [16, 512, 2048, 4096, 8192, 40960, 262144]
+    parts = [parts_of(num_requests, width, num_query) for width in widths]
+
+    assert parts == sorted(parts)
+    assert 8 * num_requests * parts[-1] >= 132  # no multiprocessor is left without a program
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_any_shape_gets_parts_within_limits(head_dim, element_size):
+    for num_requests in (1, 3, 24, 48, 100, 1000):
+        for num_kv, num_rows in ((1, 1), (2, 8), (8, 20), (32, 5), (1, 300)):
+            for num_keys in (1, 127, 300, 5000, 131072):
+                parts = attention_triton.parts_of(
+                    num_requests, num_kv, num_rows, num_keys, head_dim, element_size
+                )
+                assert 1 <= parts <= max(1, min(64, num_keys // 128))
+
+
+def test_the_cut_depends_on_the_table_and_not_on_lengths(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention_triton, "parts_of", lambda *shape: asked.append(shape) or 2)
+    made = scene(CASES["chain"])
+    for first_R in (made.decode.first_R, made.decode.first_R // 4):
+        decode = replace(made.decode, first_R=first_R)
+        attention_triton.attend_pages(made.q, made.keys, made.values, decode, SCALE)
+
+    assert len(asked) == 2
+    assert asked[0] == asked[1] == (4, 2, 8, made.decode.pages_RP.shape[1] * PAGE, 16, 4)
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 36])
+@pytest.mark.parametrize("tiling", [Tiling(16, 32, 4), Tiling(32, 16, 4, 2), Tiling(16, 64, 4)])
+def test_a_tile_of_any_size_equals_the_definition(tiling, num_parts):
     case = CASES["trees"]
-    cut = partial(attention_triton.attend_pages, num_parts=3, tiling=tiling)
+    cut = partial(attention_triton.attend_pages, num_parts=num_parts, tiling=tiling)
 
     got = run(case, made := scene(case), (cut, attention_triton.write_rows))
 
