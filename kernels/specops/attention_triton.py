@@ -47,7 +47,10 @@ _USUAL_CONTEXTS = (2048, 8192, 32768)
 _LOG2_E = 1.4426950408889634
 _PART_KEYS = 128
 """Fewest keys of a part: below, joining costs more than it saves."""
-_MAX_PARTS = 64
+_MAX_PARTS = 32
+"""One request of 32,768 keys: 46.3 us in 32 parts, 50.5 in 36, 48.0 in 64; of 2,048 in a table of
+40,960: 9.9 in 32, 11.5 in 36 (``benchmarks/results/ops_attention_sweep_rounds.json``).
+"""
 _TILE_BYTES = 16 << 10
 """Of one block of keys. With its values and two of each on their way 64 KB: three programs of 16
 rows, or two of more rows, fit a multiprocessor, which needs some 30 KB on their way for its share

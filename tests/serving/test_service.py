@@ -19,15 +19,18 @@ def is_tracked(wanted) -> bool:
 
 
 def test_a_full_collection_does_not_look_at_the_engine_while_it_serves(tiny_target_dir, tmp_path):
+    before = gc.get_threshold()
     service = service_of(tiny_target_dir, tmp_path)
     assert is_tracked(service.engine)
 
     service.start()
     try:
+        assert gc.get_threshold() == (*before[:2], 1000)
         assert not is_tracked(service.engine)
         assert len(gc.get_objects()) < gc.get_freeze_count() / 100
     finally:
         service.stop()
+    assert gc.get_threshold() == before
 
 
 def test_a_service_that_ended_can_be_freed(tiny_target_dir, tmp_path):
