@@ -479,7 +479,8 @@ def _opened(path: Path, name: str, max_bytes: int) -> Iterator[BufferedReader]:
 def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
     """Content of a plain file of a bundle; a byte too many if it grew since it was opened."""
     with _opened(path, name, max_bytes) as file:
-        return file.read(max_bytes + 1)
+        # Not so many as a manifest claims, for which there may be no memory.
+        return file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
 
 
 def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:

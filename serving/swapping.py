@@ -27,7 +27,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32,
 }  # fmt: skip
 _PIECE_BYTES = 8 << 20
-"""Copied in one go: 0.2 ms to a GPU, which what a round uploads waits for at most twice."""
+"""Copied in one go: 0.2 ms to a GPU, for which what a round uploads waits twice at most."""
 
 
 class FlatWeights:
@@ -61,7 +61,7 @@ class FlatWeights:
         on_gpu = self.flat.device.type == "cuda"
         # Rounds run on another: a copy from the host must not stand in their way.
         self._stream: Any = torch.cuda.Stream(self.flat.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._taken = torch.cuda.Event() if on_gpu else None
+        self._taken: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._upload = _Upload(self.flat.device) if on_gpu else None
 
     def stage(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -132,16 +132,7 @@ class _Upload:
     """
 
     def __init__(self, device: torch.device) -> None:
-        make = torch.empty
-        places = [
-            (
-                make(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True),
-                make(_PIECE_BYTES, dtype=torch.uint8, device=device),
-                torch.cuda.Event(blocking=True),
-            )
-            for _ in range(2)
-        ]
-        self._places = itertools.cycle(places)
+        self._places = itertools.cycle([_place(device) for _ in range(2)])
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         """``to.copy_(source)`` on the current stream; ``source`` may be changed at once.
@@ -160,12 +151,21 @@ class _Upload:
         is_free.record()
 
 
+def _place(device: torch.device) -> tuple[Tensor, Tensor, Any]:
+    """A piece on the host, one on the device, and when both are free."""
+    return (
+        torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True),
+        torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device),
+        torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
+    )
+
+
 def _pieces(to: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Both cut alike along their first dimensions, into at most 8 MiB of ``source``."""
     if source.nbytes <= _PIECE_BYTES:
         yield to, source
     elif num_rows := _PIECE_BYTES // source[0].nbytes:
-        yield from zip(to.split(num_rows), source.split(num_rows), strict=True)
+        yield from zip(torch.split(to, num_rows), torch.split(source, num_rows), strict=True)
     else:
         for to_row, row in zip(to, source, strict=True):
             yield from _pieces(to_row, row)

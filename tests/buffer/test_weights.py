@@ -1,10 +1,12 @@
 """A bundle that can be seen is whole, and one that is not what was published is refused."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import resource
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from buffer.records import Manifest
 from buffer.tensors import TensorFileError, check_safetensors, join_tensors
 from buffer.weights import (
     BundleError,
+    HostBuffer,
     check_bundle,
     mark_in_use,
     marked_in_use,
@@ -22,6 +25,7 @@ from buffer.weights import (
     prune,
     publish,
     read_bundle,
+    read_bundle_into,
     read_denied,
     read_manifest,
     unmark_in_use,
@@ -60,6 +64,15 @@ def bundle(tmp_path):
     """A sound bundle of version 42."""
     publish_version(tmp_path, 42, parent=41)
     return tmp_path / "42"
+
+
+def read_in_place(path, expected=None):
+    """As ``read_bundle``, of the tensors alone."""
+    found = read_bundle_into(HostBuffer(), path, expected)
+    return weights.Bundle(found.manifest, {weights.TENSORS: found.content.tobytes()})
+
+
+each_reader = pytest.mark.parametrize("read", [read_bundle, read_in_place])
 
 
 def rewrite_manifest(bundle, **fields):
@@ -214,7 +227,8 @@ def test_what_a_killed_publisher_left_is_neither_seen_nor_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "1", "2", "HIGHEST"]
 
 
-def test_a_damaged_file_is_refused_with_what_to_do(bundle):
+@each_reader
+def test_a_damaged_file_is_refused_with_what_to_do(bundle, read):
     path = bundle / "drafter.safetensors"
     content = bytearray(path.read_bytes())
     expected = read_manifest(bundle).files["drafter.safetensors"].sha256
@@ -222,7 +236,7 @@ def test_a_damaged_file_is_refused_with_what_to_do(bundle):
     path.write_bytes(content)
 
     with pytest.raises(BundleError) as caught:
-        check_bundle(bundle)
+        read(bundle)
     found = weights._digest(bytes(content)).sha256
     assert str(caught.value) == (
         f"snapshot 42 is damaged: {path} has sha256 {found[:12]}, the trainer wrote "
@@ -231,17 +245,19 @@ def test_a_damaged_file_is_refused_with_what_to_do(bundle):
     )
 
 
-def test_a_file_cut_anywhere_is_refused(bundle):
+@each_reader
+def test_a_file_cut_anywhere_is_refused(bundle, read):
     path = bundle / "drafter.safetensors"
     size = path.stat().st_size
     for length in reversed(range(size)):
         os.truncate(path, length)
         with pytest.raises(BundleError, match=f"has {length} bytes, the trainer wrote {size}"):
-            check_bundle(bundle)
+            read(bundle)
 
 
-def test_every_flipped_byte_of_a_bundle_is_noticed_or_leaves_its_meaning_alone(bundle):
-    sound = read_bundle(bundle)
+@each_reader
+def test_every_flipped_byte_of_a_bundle_is_noticed_or_leaves_its_meaning_alone(bundle, read):
+    sound = read(bundle)
     for path in sorted(bundle.iterdir()):
         content = path.read_bytes()
         for index in range(len(content)):
@@ -249,7 +265,7 @@ def test_every_flipped_byte_of_a_bundle_is_noticed_or_leaves_its_meaning_alone(b
             flipped[index] ^= 0x04
             path.write_bytes(flipped)
             try:
-                assert read_bundle(bundle).files == sound.files
+                assert read(bundle).files == sound.files
                 assert path.name == "manifest.json"  # has no digest of its own
             except BundleError:
                 pass
@@ -305,10 +321,11 @@ def damage_huge_manifest(bundle):
         (damage_huge_manifest, "at most 1048576 were expected"),
     ],
 )
-def test_a_folder_that_is_not_what_was_published_is_refused(bundle, damage, message):
+@each_reader
+def test_a_folder_that_is_not_what_was_published_is_refused(bundle, damage, message, read):
     damage(bundle)
     with pytest.raises(BundleError, match=message) as caught:
-        check_bundle(bundle)
+        read(bundle)
     assert str(caught.value).startswith("snapshot 42 is damaged: ")
     assert "not swapping" in str(caught.value)
 
@@ -381,11 +398,94 @@ def test_a_number_too_large_for_a_float_is_no_finite_figure(bundle):
         ({**EXPECTED, "norm": ("BF16", (4,))}, r"'norm' is F32 \[4\], expected BF16 \[4\]"),
     ],
 )
-def test_tensors_of_another_shape_are_refused(bundle, expected, message):
+@each_reader
+def test_tensors_of_another_shape_are_refused(bundle, expected, message, read):
     with pytest.raises(BundleError, match=message):
-        read_bundle(bundle, expected)
+        read(bundle, expected)
     with pytest.raises(TensorFileError, match=message):
         check_safetensors(bundle / "drafter.safetensors", expected)
+
+
+@each_reader
+@pytest.mark.parametrize("name", ["drafter.safetensors", "heads.safetensors"])
+def test_numbers_are_checked_also_where_the_digest_is_right(tmp_path, read, name):
+    sound = join_tensors(tensors(), {})
+    publish(tmp_path, MANIFEST, {"drafter.safetensors": sound, "heads.safetensors": sound})
+    put_in_place(tmp_path / "0", name, join_tensors(tensors(fill=np.nan), {}))
+
+    with pytest.raises(BundleError, match=rf"{name}: tensors \['norm'\] hold NaN or infinity"):
+        read(tmp_path / "0")
+
+
+def put_in_place(bundle, name, content):
+    """Replace a file, and let the manifest say so."""
+    (bundle / name).write_bytes(content)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    rewrite_manifest(bundle, files={**files, name: entry})
+
+
+@each_reader
+def test_a_size_that_no_memory_holds_is_refused_before_there_is_room_for_it(bundle, read):
+    size = (bundle / "drafter.safetensors").stat().st_size
+    entry = {"sha256": "0" * 64, "num_bytes": 1 << 60}
+    rewrite_manifest(bundle, files={"drafter.safetensors": entry})
+
+    with pytest.raises(BundleError, match=f"has {size} bytes, the trainer wrote {1 << 60}"):
+        read(bundle)
+
+
+class Meanwhile(HostBuffer):
+    """Something happens to a file that was opened and is not yet read."""
+
+    def __init__(self, happens):
+        super().__init__()
+        self.happens = happens
+
+    def take(self, num_bytes):
+        self.happens()
+        return super().take(num_bytes)
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_file_that_changes_its_size_while_it_is_read_is_refused(bundle, by):
+    path = bundle / "drafter.safetensors"
+    size = path.stat().st_size
+
+    with pytest.raises(BundleError, match=f"has {size + by} bytes, the trainer wrote {size}"):
+        read_bundle_into(Meanwhile(lambda: os.truncate(path, size + by)), bundle)
+
+
+def test_the_tensors_are_what_stays_in_the_buffer(tmp_path):
+    blob = join_tensors(tensors(), {})
+    others = {"a.json": b"{}" + b" " * 9000, "z.safetensors": join_tensors(tensors(2.0), {})}
+    published = publish(tmp_path, MANIFEST, {**others, "drafter.safetensors": blob})
+
+    found = read_bundle_into(HostBuffer(), tmp_path / "0", EXPECTED)
+
+    assert found.manifest == published
+    assert found.content.tobytes() == blob
+    norm = found.tensors["norm"]
+    assert found.content[norm.start : norm.end].tobytes() == np.ones(4, np.float32).tobytes()
+
+
+def test_a_second_bundle_is_read_into_the_memory_of_the_first(tmp_path):
+    many = {"w": ("F32", np.ones(10_000_000, np.float32))}
+    for version in range(2):
+        # A longer header, as a trainer may write that tells more.
+        blob = join_tensors(many, {"told": "x" * 10_000 * version})
+        manifest = dataclasses.replace(MANIFEST, version=version)
+        publish(tmp_path, manifest, {"drafter.safetensors": blob})
+    buffer = HostBuffer()
+    first = read_bundle_into(buffer, tmp_path / "0").content
+
+    tracemalloc.start()
+    second = read_bundle_into(buffer, tmp_path / "1").content
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert np.shares_memory(first, second)
+    assert most < len(second) / 4, "more than the check of a chunk needs"
 
 
 def test_a_tensor_file_is_judged_by_its_header_alone(tmp_path):
