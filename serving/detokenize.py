@@ -17,9 +17,9 @@ def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
     The wrapper of a fast tokenizer converts ids that are no list and tidies spaces where that is
     asked for; it costs 2 us a call, the Rust behind it 0.5 us for the tokens of a round.
     """
-    kind, is_fast = type(tokenizer), isinstance(tokenizer, PreTrainedTokenizerFast)
+    kind = type(tokenizer)
     if (
-        is_fast
+        isinstance(tokenizer, PreTrainedTokenizerFast)
         and kind.decode is PreTrainedTokenizerFast.decode
         and kind._decode is PreTrainedTokenizerFast._decode
         and not tokenizer.clean_up_tokenization_spaces

@@ -78,6 +78,14 @@ def test_what_a_wrapper_adds_is_kept(tokenizer, text):
     assert decoder_of(tokenizer)([0, 1, 2]) == text == tokenizer.decode([1, 2])
 
 
+def test_what_a_token_reads_as_may_depend_on_the_one_before():
+    detokenizer, texts = Detokenizer(word_pieces(), []), []
+    for token in [1, 1, 2]:
+        detokenizer.add(token)
+        texts.append(detokenizer.take(final=False))
+    assert texts == ["hi", " hi", " ."]
+
+
 def test_half_a_character_waits_for_its_other_half():
     ids = TINY.encode("a€b")
     assert len(ids) == 5
