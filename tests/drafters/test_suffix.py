@@ -116,6 +116,23 @@ def test_namespaces_with_one_hash_never_meet():
     assert index.propose("b", 4) == []
 
 
+def test_one_hash_is_not_one_match():
+    index = SuffixIndex(2, 12, 10_000)
+    finished(index, "a", [token for other in range(4000) for token in (100 + other, 1)])
+    for other in range(5000, 6000):  # hundreds of these pairs have the hash of one above
+        index.begin("b", [other, 1])
+        assert index.match("b") == 0
+        index.finish("b", keep=False)
+
+
+def test_tokens_after_the_end_are_not_shared():
+    index = SuffixIndex(2, 12, 1000)
+    index.begin("a", [1, 2, 3, 4])
+    index.finish("a", keep=True, num_tokens=3)
+    index.begin("b", [1, 2])
+    assert index.propose("b", 4) == [3]
+
+
 def test_without_recent_tokens_nothing_is_shared():
     index = SuffixIndex(2, 12, 0)
     finished(index, "a", [1, 2, 3, 4])
@@ -153,6 +170,20 @@ def test_memory_does_not_grow_with_traffic():
     assert index._recent._chains is chains
     assert len(index._recent._live) <= 5
     assert index.num_running == 0
+
+
+def test_the_longest_match_is_found_however_often_its_end_occurs():
+    index = SuffixIndex(2, 12, 0)
+    index.begin("a", [5, 1, 2, 7, *[6, 1, 2, 8] * 500, 5, 1, 2])
+    assert (index.match("a"), index.propose("a", 1)) == (3, [7])
+
+
+def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
+    index = SuffixIndex(2, 12, 0)
+    for period in (1, 2, 7, 60, 1000):
+        index.begin("a", [i * i % period for i in range(1000)])
+        assert len(index._own("a").text._ends) <= 2 * 1000
+        index.finish("a", keep=False)
 
 
 def test_positions_start_again_before_they_overflow(monkeypatch):

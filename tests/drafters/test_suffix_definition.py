@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from drafters.suffix import SuffixIndex
 
-MIN_MATCH, MAX_MATCH, VOTES = 2, 5, 4
+VOTES = 4
+BOUNDS = (2, 5)
 
 
-def occurrences(tail, sequences):
+def occurrences(tail, sequences, bounds):
     """(match length, [(sequence, end)], latest first) of the longest suffix with a continuation."""
-    for n in range(min(MAX_MATCH, len(tail)), MIN_MATCH - 1, -1):
+    min_match, max_match = bounds
+    for n in range(min(max_match, len(tail)), min_match - 1, -1):
         found = [
             (sequence, end)
             for sequence in reversed(sequences)
@@ -26,16 +28,16 @@ def occurrences(tail, sequences):
     return 0, []
 
 
-def longest(tail, own, others):
-    own_length, own_ends = occurrences(tail, [own])
-    length, ends = occurrences(tail, others)
+def longest(tail, own, others, bounds=BOUNDS):
+    own_length, own_ends = occurrences(tail, [own], bounds)
+    length, ends = occurrences(tail, others, bounds)
     return (own_length, True, own_ends) if own_length >= length else (length, False, ends)
 
 
-def propose(own, others, k):
+def propose(own, others, k, bounds=BOUNDS):
     draft = []
     while len(draft) < k:
-        length, is_own, ends = longest(own + draft, own, others)
+        length, is_own, ends = longest(own + draft, own, others, bounds)
         if not length:
             break
         offset = 0
@@ -59,24 +61,44 @@ tokens = st.lists(st.integers(0, 2), max_size=30)
 
 @settings(max_examples=300, deadline=None)
 @given(
-    others=st.lists(st.tuples(tokens, st.booleans(), st.sampled_from("xy")), max_size=6),
+    bounds=st.sampled_from([(2, 5), (1, 1), (1, 4), (3, 3), (2, 12)]),
+    others=st.lists(
+        st.tuples(tokens, st.booleans(), st.sampled_from("xy"), st.integers(0, 30)), max_size=6
+    ),
     prompt=tokens,
     steps=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), max_size=3),
     k=st.integers(0, 9),
 )
-def test_match_and_proposal_are_those_of_the_definition(others, prompt, steps, k):
-    index = SuffixIndex(MIN_MATCH, MAX_MATCH, 10_000)
+def test_match_and_proposal_are_those_of_the_definition(bounds, others, prompt, steps, k):
+    index = SuffixIndex(*bounds, 10_000)
     own = list(prompt)
     index.begin("own", own, "x")
-    for sequence, keep, namespace in others:
+    for sequence, keep, namespace, num_tokens in others:
         index.begin("other", sequence, namespace)
-        index.finish("other", keep)
-    seen = [s for s, keep, namespace in others if keep and namespace == "x"]
+        index.finish("other", keep, num_tokens)
+    seen = [s[:num] for s, keep, namespace, num in others if keep and namespace == "x"]
     for step in [[], *steps]:
         index.extend("own", step)
         own += step
-        assert index.match("own") == longest(own, own, seen)[0]
-        assert index.propose("own", k) == propose(own, seen, k)
+        assert index.match("own") == longest(own, own, seen, bounds)[0]
+        assert index.propose("own", k) == propose(own, seen, k, bounds)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    other=st.lists(st.integers(0, 3), max_size=60),
+    text=st.lists(st.integers(0, 3), max_size=80),
+    k=st.integers(1, 6),
+)
+def test_a_text_that_grows_token_by_token_is_searched_as_one_that_was_there(other, text, k):
+    index = SuffixIndex(*BOUNDS, 1000)
+    index.begin("other", other)
+    index.finish("other", keep=True)
+    index.begin("grows", [])
+    for num, token in enumerate(text, 1):
+        index.extend("grows", [token])
+        assert index.match("grows") == longest(text[:num], text[:num], [other])[0]
+        assert index.propose("grows", k) == propose(text[:num], [other], k)
 
 
 @settings(max_examples=200, deadline=None)
@@ -85,7 +107,7 @@ def test_match_and_proposal_are_those_of_the_definition(others, prompt, steps, k
     recent_tokens=st.integers(0, 40),
 )
 def test_only_the_newest_traffic_is_searched_within_the_bound(sequences, recent_tokens):
-    index = SuffixIndex(MIN_MATCH, MAX_MATCH, recent_tokens)
+    index = SuffixIndex(*BOUNDS, recent_tokens)
     for sequence in sequences:
         index.begin("other", sequence)
         index.finish("other", keep=True)
