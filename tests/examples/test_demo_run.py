@@ -37,7 +37,7 @@ sys.exit(carry_out(DemoSettings(
         for name, domain in names.items()
     ),
     settle_s=1.0,
-    num_clients=2, max_tokens=16, max_requests=500,
+    num_clients=2, max_tokens=16, max_requests=3000,
     replay_prompts=2, replay_block=1, replay_warmup=1, replay_s=1.0,
 ), Console(width=140)))
 """
