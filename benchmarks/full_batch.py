@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.choice import known
 from benchmarks.real_drafter import say
 from benchmarks.real_target import FIXED, OFF, POLICY, engine_for, made_by, prompts_for
 from benchmarks.result import write_result
@@ -182,7 +183,8 @@ def main(
 ) -> None:
     """All arms at all batch sizes."""
     sizes = [int(size) for size in batches.split(",")]
-    names = [name for name in ARMS if name == OFF or not arms or name in arms.split(";")]
+    chosen = known("arms", arms.split(";"), ARMS) if arms else ARMS
+    names = list(dict.fromkeys((OFF, *chosen)))
     drafter = run_dir / "weights" / str(max(versions(run_dir / "weights")))
     texts = prompts_for(load_tokenizer(target), prompts)
     mixed = [ids for pair in zip(*texts.values(), strict=True) for ids in pair]

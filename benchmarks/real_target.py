@@ -37,6 +37,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.choice import known
 from benchmarks.real_drafter import FIGURES, say
 from benchmarks.result import write_result
 from benchmarks.steps import Fixed
@@ -428,7 +429,8 @@ def main(
     began = time.monotonic()
     sizes = [int(b) for b in batches.split(",")]
     counts = {b: prompts or PROMPTS.get(b, b) for b in sizes}
-    names = [OFF, *(n for n in (*FIXED, POLICY) if n != OFF and (not arms or n in arms.split(",")))]
+    every = (*FIXED, POLICY)
+    names = list(dict.fromkeys((OFF, *(known("arms", arms.split(","), every) if arms else every))))
     drafter = run_dir / "weights" / str(max(versions(run_dir / "weights")))
     figures: dict[str, Any] = {
         "rule": RULE,

@@ -454,8 +454,8 @@ def _sound_tensors(
 
 
 @contextlib.contextmanager
-def _opened(path: Path, name: str, max_bytes: int) -> Iterator[BufferedReader]:
-    """A plain file of a bundle, links not followed, of a size that was expected."""
+def _opened(path: Path, name: str, max_bytes: int) -> Iterator[tuple[BufferedReader, int]]:
+    """A plain file of a bundle, links not followed, and its size, which was expected."""
     try:
         descriptor = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -471,16 +471,16 @@ def _opened(path: Path, name: str, max_bytes: int) -> Iterator[BufferedReader]:
                 f"{path / name} has {status.st_size} bytes, at most {max_bytes} were expected",
             )
         with open(descriptor, "rb", closefd=False) as file:
-            yield file
+            yield file, status.st_size
     finally:
         os.close(descriptor)
 
 
 def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
     """Content of a plain file of a bundle; a byte too many if it grew since it was opened."""
-    with _opened(path, name, max_bytes) as file:
+    with _opened(path, name, max_bytes) as (file, num_bytes):
         # Not so many as a manifest claims, for which there may be no memory.
-        return file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
+        return file.read(num_bytes + 1)
 
 
 def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:
@@ -494,9 +494,9 @@ def _read_checked_into(
     buffer: HostBuffer, path: Path, name: str, digest: FileDigest
 ) -> NDArray[np.uint8]:
     """``_read_checked``, chunk by chunk into a buffer."""
-    with _opened(path, name, digest.num_bytes) as file:
+    with _opened(path, name, digest.num_bytes) as (file, num_bytes):
         # Before there is room for it: a manifest may claim what no memory holds.
-        _check_size(path, name, os.fstat(file.fileno()).st_size, digest)
+        _check_size(path, name, num_bytes, digest)
         content = buffer.take(digest.num_bytes)
         num_bytes, sha256 = 0, hashlib.sha256()
         while num_read := file.readinto(content[num_bytes : num_bytes + _CHUNK_BYTES].data):

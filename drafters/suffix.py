@@ -83,18 +83,16 @@ class _Chains:
         self._tokens[slot : slot + len(tokens)] = tokens
         self._owners[slot : slot + len(tokens)] = owner
 
-    def link(self, start: int, first: int, stop: int, seed: int) -> None:
-        """Index all n-grams of the sequence from ``start`` on that end at first..stop-1."""
-        offset = start - start % self.capacity
-        low = max(start, first - self.max_match + 1) - offset
-        tokens = self._tokens[low : stop - offset].astype(np.int64)
+    def link(self, start: int, stop: int, seed: int) -> None:
+        """Index all n-grams within start..stop-1."""
+        slot = start % self.capacity
+        tokens = self._tokens[slot : slot + stop - start].astype(np.int64)
         hashes = np.full(len(tokens), seed, dtype=np.int64)
         for n in range(1, min(self.max_match, len(tokens)) + 1):
             shorter = hashes[-(len(tokens) - n + 1) :]
             hashes = (shorter + tokens[: len(tokens) - n + 1]) * _MULTIPLIER & _MASK
-            new = min(len(hashes), stop - first)
             if n >= self.min_match:
-                self._link_length(n - self.min_match, hashes[-new:] >> self._shift, stop - new)
+                self._link_length(n - self.min_match, hashes >> self._shift, start + n - 1)
 
     def _link_length(self, row: int, slots: NDArray[np.int64], at: int) -> None:
         """Chain one length's n-grams, which end at consecutive positions from ``at`` on."""
@@ -321,7 +319,7 @@ class _Recent:
         self.oldest = next(iter(self._live.values()))[0]
         self.num_tokens += len(kept)
         self._chains.put(np.append(kept, np.int32(_END)), start, owner)
-        self._chains.link(start, start, start + size - 2, seed)
+        self._chains.link(start, start + size - 2, seed)
 
     def find(
         self, tail: list[int], seed: int, bounds: tuple[int, int], namespace: str

@@ -26,7 +26,7 @@ def take_in(
     anybody sees them.
 
     Args:
-        lanes_R: [R] int64.
+        lanes_R: [R] int64, those of ``opened`` as an index.
         features_TmH: tapped rows of the round: of the old anchors and of the drafts.
     """
     assert drafting.neural is not None

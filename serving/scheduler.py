@@ -18,7 +18,7 @@ from serving.sequence import Sequence
 _GROUP = 8
 """One prompt for so many requests that decode is worth a program."""
 _FULL_ROWS = 512
-"""Rows that a program computes no faster than one by one: who has so many waits for nobody."""
+"""So many are worth a program, whoever else comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +130,15 @@ class Scheduler:
 
     def _holds(self, num_decoding: int, fresh: list[Sequence], now_s: float) -> bool:
         """Whether the prompts wait for others, from the first step that they might have had."""
-        may_wait = (
-            len(fresh) < num_decoding // _GROUP
+        from_s = now_s if self._held_from_s is None else self._held_from_s
+        holds = (
+            0 < len(fresh) < num_decoding // _GROUP
+            and now_s - from_s < self.prefill_hold_s
             and all(s.num_computed == s.num_cached for s in fresh)
             and sum(len(s.tokens) - s.num_computed for s in fresh) < _FULL_ROWS
         )
-        if not fresh or not may_wait:
-            self._held_from_s = None
-            return False
-        if self._held_from_s is None:
-            self._held_from_s = now_s
-        if now_s - self._held_from_s < self.prefill_hold_s:
-            return True
-        self._held_from_s = None
-        return False
+        self._held_from_s = from_s if holds else None
+        return holds
 
     def name_full_pages(self, sequence: Sequence) -> list[int]:
         """Declare newly completed pages to the prefix cache; returns those pages."""

@@ -19,7 +19,7 @@ Writes ``benchmarks/results/engine_speed.json`` after every row.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
+from benchmarks.choice import known
 from benchmarks.engine import capturing, decode, speculation, startup, swaps
 from benchmarks.engine.decode import Grid
 from benchmarks.engine.engines import PUBLISHED, SHAPES, Place
@@ -119,8 +120,8 @@ def main(
 ) -> None:
     """Measure the chosen parts, one after another, ``decode`` and ``idle`` together at first."""
     place = Place(torch.device(device))
-    chosen = _known("parts", PARTS if parts == "all" else parts.split(","), PARTS)
-    names = _known("shapes", PUBLISHED if shapes == "all" else shapes.split(","), SHAPES)
+    chosen = known("parts", PARTS if parts == "all" else parts.split(","), PARTS)
+    names = known("shapes", PUBLISHED if shapes == "all" else shapes.split(","), SHAPES)
     sizes = Sizes(tuple(map(int, batches.split(","))), num_turns, num_swaps)
     if names == ["tiny"]:
         drafted, sizes = "tiny", _tiny(sizes)
@@ -137,13 +138,6 @@ def main(
         for name in chosen:
             if name in works:
                 report.attempt(name, {"shape": drafted}, _EXPECTED_S[name], works[name])
-
-
-def _known(what: str, names: Iterable[str], known: Collection[str]) -> list[str]:
-    chosen = list(names)
-    if unknown := sorted(set(chosen) - set(known)):
-        raise typer.BadParameter(f"unknown {what} {unknown}; known: {', '.join(known)}")
-    return chosen
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,6 +71,8 @@ def bundles_stay_loaded() -> Iterator[None]:
         if path not in kept:
             staged = load(path, weights, expected)
             kept[path] = replace(staged, flat=staged.flat.clone())  # its own place is used again
+            if staged.flat.is_cuda:
+                torch.cuda.current_stream().synchronize()
         return kept[path]
 
     with mock.patch.object(swapping_thread, "load_bundle", load_once):
@@ -187,7 +189,7 @@ class Series:
 class Collections:
     """Runs of Python's garbage collector, during which no thread of the process does anything."""
 
-    runs: list[tuple[int, float, float]]
+    runs: list[tuple[int, float, float]] = field(default_factory=list)
     """Generation, begin and end."""
     _begun_s: float = 0.0
 
@@ -224,7 +226,7 @@ def swap_often(
     service = made.service
     watched = Watched(made)
     service.engine.between_steps = watched.between_steps
-    collections = Collections([])
+    collections = Collections()
     with collections.noted():
         with bundles_stay_loaded():
             for version in (0, 1, 0):  # reads both, and makes the buffer of the former one

@@ -284,8 +284,8 @@ def write_rows(
     )  # fmt: skip
 
 
-def places_of(tiling: Tiling) -> int:
-    """Programs that run at once on the whole card.
+def programs_at_once(tiling: Tiling) -> int:
+    """On the whole card.
 
     As compiled for an H100: 70 KB of shared memory let three of 16 rows run on a multiprocessor,
     registers and shared memory two of 32 or 64, one of 128.
@@ -308,7 +308,7 @@ def parts_of(
     """
     tiling = choose_tiling(num_rows, head_dim, element_size)
     num_whole = num_requests * num_kv * triton.cdiv(num_rows, tiling.rows)
-    places, key_bytes = places_of(tiling), 2 * head_dim * element_size
+    places, key_bytes = programs_at_once(tiling), 2 * head_dim * element_size
     join_bytes = 2 * num_requests * num_kv * num_rows * head_dim * 4
 
     def slowness(parts: int) -> float:

@@ -456,6 +456,23 @@ def test_a_file_that_changes_its_size_while_it_is_read_is_refused(bundle, by):
         read_bundle_into(Meanwhile(lambda: os.truncate(path, size + by)), bundle)
 
 
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_file_that_changes_its_size_after_it_was_opened_is_refused(bundle, monkeypatch, by):
+    path = bundle / "drafter.safetensors"
+    size = path.stat().st_size
+    opened = []
+
+    def is_plain(mode):
+        opened.append(mode)
+        if len(opened) == 2:  # the manifest is the first
+            os.truncate(path, size + by)
+        return True
+
+    monkeypatch.setattr(weights.stat, "S_ISREG", is_plain)
+    with pytest.raises(BundleError, match=f"has {size + by} bytes, the trainer wrote {size}"):
+        read_bundle(bundle)
+
+
 def test_the_tensors_are_what_stays_in_the_buffer(tmp_path):
     blob = join_tensors(tensors(), {})
     others = {"a.json": b"{}" + b" " * 9000, "z.safetensors": join_tensors(tensors(2.0), {})}
