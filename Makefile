@@ -42,8 +42,8 @@ ifneq ($(HAS_GPU),)
 	$(BIN)/python -m benchmarks.one_gpu --start random --out benchmarks/results/one_gpu_random.json
 	for name in attention capture decoder distill drafter drafting linear penalties rounds verify; do \
 		$(BIN)/python -m benchmarks.ops.$$name || exit 1; done
-	$(BIN)/python -m benchmarks.steps
-	$(BIN)/python -m benchmarks.adjusted_steps
+	$(BIN)/python -m benchmarks.engine.steps
+	$(BIN)/python -m benchmarks.engine.adjusted_steps
 	$(BIN)/python -m benchmarks.lossless_gpu
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.engine --parts start --keep benchmarks/results/engine_speed.json
@@ -54,9 +54,9 @@ bench-real: REAL := --target runs/real/target
 bench-real: setup
 	@test ! -e runs/real || { echo "runs/real is there already, and its drafter may be of another target: move it away first."; exit 1; }
 	$(BIN)/python -m examples.train_target --large --out runs/real/target
-	$(BIN)/python -m benchmarks.real_drafter $(REAL) --run-dir runs/real/run
-	$(BIN)/python -m benchmarks.real_target $(REAL) --run-dir runs/real/run
-	$(BIN)/python -m benchmarks.full_batch $(REAL) --run-dir runs/real/run
+	$(BIN)/python -m benchmarks.real.train_drafter $(REAL) --run-dir runs/real/run
+	$(BIN)/python -m benchmarks.real.speculation $(REAL) --run-dir runs/real/run
+	$(BIN)/python -m benchmarks.real.full_batch $(REAL) --run-dir runs/real/run
 	$(BIN)/python -m benchmarks.peers $(REAL) --drafter runs/real/run/weights/1
 	$(BIN)/python -m benchmarks.peers --shape Qwen3-8B
 

@@ -20,19 +20,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.run_traces import all_traces, by_index, held_out
+from benchmarks.harness.run_traces import all_traces, by_index, held_out
 from buffer.records import Trace
 from buffer.weights import read_manifest
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.eagle3 import Eagle3
-from drafters.eagle3_training import by_chain, chain_acceptance, lay_out
+from drafters.eagle3.model import Eagle3
+from drafters.eagle3.training import by_chain, chain_acceptance, lay_out
 from drafters.suffix import SuffixIndex
 from examples.machine import machine
 from policies.acceptance import suffix_bucket
+from targets.head import TargetHead, load_target_head
 from trainer.dataset import Sample, collate, key_of
 from trainer.start import read_drafter
-from trainer.target_head import TargetHead, load_target_head
 
 DRAFT_K = 4
 MATCHES = ("none", "1 to 2", "3", "4 to 5", "6 to 8", "9 and more")

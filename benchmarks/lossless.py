@@ -3,7 +3,7 @@
     python -m benchmarks.lossless        # a quarter of an hour
 
 * ``law``: sampled requests follow the target's joint law: chi-squared at p = 1e-9 of every setting
-  by every kind of drafter by both rules, 400,000 samples each (``tests/joint_law.py``).
+  by every kind of drafter by both rules, 400,000 samples each (``oracles/joint_law.py``).
 * ``requests``: greedy and seeded requests that use every field of a client (penalties, biases,
   truncation, stops, log probabilities) get the same answer as without drafts, float64.
 * ``greedy``: float32, batches of 1 to 64 requests of mixed lengths, drafter weights swapped every
@@ -30,22 +30,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.harness.result import write_result
 from benchmarks.lossless_rows import compared, greedy_requests, law_row, random_prompts
-from benchmarks.result import write_result
 from configs.load import load_settings
 from examples import corpus
-from serving.build import build_engine
-from serving.engine import Engine
-from serving.types import Request
-from tests.engines import RandomPolicy, make_engine, random_model, run
-from tests.joint_law import (
+from oracles.engines import RandomPolicy, make_engine, random_model, run
+from oracles.joint_law import (
     REGIMES,
     SETTINGS,
     expected_law,
     sample,
     tables_of,
 )
-from tests.random_requests import (
+from oracles.random_requests import (
     DRAFTERS,
     Answer,
     differing,
@@ -55,6 +52,9 @@ from tests.random_requests import (
     twice,
     with_ends,
 )
+from serving.build import build_engine
+from serving.engine.loop import Engine
+from serving.requests import Request
 
 NUM_PROCESSES = 2
 VOCAB_SIZE = 288

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from serving.engine import Engine
-from serving.types import Request, SamplingParams
-from tests.engines import Collected
-from tests.joint_law import chi_squared_excess
+from oracles.engines import Collected
+from oracles.joint_law import chi_squared_excess
+from serving.engine.loop import Engine
+from serving.requests import Request, SamplingParams
 
 
 def law_row(

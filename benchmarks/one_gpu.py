@@ -28,7 +28,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.run_traces import JUDGED_TRACES, all_traces, by_index, held_out
+from benchmarks.harness.run_traces import JUDGED_TRACES, all_traces, by_index, held_out
 from buffer.records import Acceptance, Trace
 from buffer.weights import read_manifest, versions
 from configs.load import load_settings
@@ -40,10 +40,10 @@ from examples.machine import machine
 from examples.processes import Child, start, stop
 from examples.report import ARMS, Arm
 from examples.traffic import Reply, Server
+from targets.head import load_target_head
 from trainer.gate import Judge
 from trainer.learner import batch_dtype
 from trainer.start import read_drafter
-from trainer.target_head import load_target_head
 
 DRAFT_K = 4
 JUDGED_VERSIONS = 8

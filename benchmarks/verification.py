@@ -16,14 +16,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.result import write_result
+from benchmarks.harness.result import write_result
 from buffer.records import Acceptance
 from configs.load import load_settings
 from examples import corpus
 from serving.build import build_engine
-from serving.engine import Engine
-from serving.types import Output, Request, SamplingParams
-from serving.verifying import Rule
+from serving.engine.loop import Engine
+from serving.engine.verifying import Rule
+from serving.requests import Output, Request, SamplingParams
 
 RULES: tuple[Rule, ...] = ("standard", "block")
 BATCH = 16

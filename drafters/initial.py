@@ -12,7 +12,7 @@ from torch import Tensor
 
 from buffer.records import Manifest
 from buffer.weights import TENSORS, publish, versions
-from drafters.eagle3 import Eagle3, config_for_target
+from drafters.eagle3.model import Eagle3, config_for_target
 
 
 def random_drafter(

@@ -20,38 +20,30 @@ from buffer.records import Manifest
 from buffer.traces import open_trace_writer
 from buffer.weights import TENSORS, newest_sound, read_bundle, versions
 from configs.schema import Settings
-from drafters.eagle3 import Eagle3, Eagle3Config
-from drafters.eagle3_paged import PagedEagle3
+from drafters.eagle3.model import Eagle3, Eagle3Config
+from drafters.eagle3.paged import PagedEagle3
 from drafters.initial import publish_initial, random_drafter
 from drafters.suffix import SuffixIndex
 from policies.build import build_policy
 from policies.cost import CostSample
 from policies.goodput import GoodputPolicy
 from policies.rollback import SwapWatch
-from serving.adjusting import adjusting_bytes
-from serving.blocks import BLOCK
-from serving.capture import ROUNDS_ON_THE_WAY, CaptureRing
-from serving.drafting import Drafting
-from serving.engine import Engine
-from serving.pages import PagePool
+from serving.capture.recorder import Recorder
+from serving.capture.ring import ROUNDS_ON_THE_WAY, CaptureRing
+from serving.capture.traces import Producer, TraceMaker
+from serving.engine.adjusting import adjusting_bytes
+from serving.engine.blocks import BLOCK
+from serving.engine.drafting import Drafting
+from serving.engine.loop import Engine
+from serving.engine.pages import PagePool
+from serving.engine.programs import Programs, make_programs
+from serving.engine.scheduler import Scheduler
 from serving.profile import profile_engine
-from serving.programs import Programs, make_programs
-from serving.recorder import Recorder
-from serving.scheduler import Scheduler
 from serving.service import Service
-from serving.swapper import Swapper
-from serving.swapping import Expected, FlatWeights
-from serving.target import (
-    KvPool,
-    Target,
-    by_columns,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    target_folder,
-)
-from serving.traces import Producer, TraceMaker
+from serving.swap.flat_weights import Expected, FlatWeights
+from serving.swap.swapper import Swapper
+from targets.load import load_model, load_tokenizer, pick_device, pick_dtype, target_folder
+from targets.target import KvPool, Target, by_columns
 
 log = logging.getLogger(__name__)
 

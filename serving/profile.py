@@ -14,9 +14,9 @@ import torch
 
 from policies.cost import CostSample
 from policies.interface import Decision, Outcome, StepObs
-from serving.engine import Engine
-from serving.graphs import buckets
-from serving.types import Request, SamplingParams
+from serving.engine.cuda_graphs import buckets
+from serving.engine.loop import Engine
+from serving.requests import Request, SamplingParams
 
 
 @dataclass(slots=True)

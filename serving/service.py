@@ -6,10 +6,10 @@ import gc
 from dataclasses import replace
 from typing import Any
 
-from serving.engine import Engine
-from serving.recorder import Recorder
-from serving.swapper import Swapper
-from serving.types import EngineFigures, OnOutput, Request
+from serving.capture.recorder import Recorder
+from serving.engine.loop import Engine
+from serving.requests import EngineFigures, OnOutput, Request
+from serving.swap.swapper import Swapper
 
 _FULL_COLLECTION = 1000
 """Collections of the middle generation from one full collection to the next: a quarter of an hour

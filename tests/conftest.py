@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 target with its tokenizer, as `tests.support.save_tiny_target` makes it."""
-    from tests.support import save_tiny_target
+    """A random Qwen3 target with its tokenizer, as `oracles.support.save_tiny_target` makes it."""
+    from oracles.support import save_tiny_target
 
     return save_tiny_target(tmp_path_factory.mktemp("target"))

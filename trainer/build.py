@@ -14,6 +14,7 @@ import torch
 from buffer.fingerprint import target_fingerprint
 from buffer.traces import TraceReader, open_trace_reader
 from configs.schema import Settings
+from targets.head import load_target_head
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import Expected, Refusal, Sample, key_of, sample_of
 from trainer.gate import Judge
@@ -22,7 +23,6 @@ from trainer.learner import Learner
 from trainer.loop import TRACES_AT_ONCE, Trainer
 from trainer.replay import Memory, keys_in, new_memory, restore
 from trainer.start import newest_drafter
-from trainer.target_head import load_target_head
 
 
 def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:

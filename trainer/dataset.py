@@ -4,7 +4,7 @@ A trace that does not fit this target, or whose rows are not numbers, is refused
 never reaches a batch.
 
 Shapes: T tokens of a trace, N rows captured of it, m tapped layers, H hidden; B, S as in
-``drafters.eagle3_training``.
+``drafters.eagle3.training``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from buffer.records import FeatureRows, Trace
-from drafters.eagle3_training import TTTBatch
+from drafters.eagle3.training import TTTBatch
 
 RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "rows", "short"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from drafters.acceptance import conditional_acceptance, simulated_tokens_per_step
-from drafters.eagle3 import Eagle3
-from drafters.eagle3_training import chain_acceptance
+from drafters.eagle3.model import Eagle3
+from drafters.eagle3.training import chain_acceptance
 from policies.gate import GateVerdict, gate
+from targets.head import TargetHead
 from trainer.dataset import Sample, collate
 from trainer.learner import batch_dtype
-from trainer.target_head import TargetHead
 
 GATE_DRAFT_K = 4
 """K at which drafters are compared."""

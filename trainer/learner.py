@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import TrainerSettings
-from drafters.eagle3 import Eagle3
-from drafters.eagle3_training import Objective, TTTBatch, TTTLoss, ttt_loss
-from trainer.target_head import TargetHead
+from drafters.eagle3.model import Eagle3
+from drafters.eagle3.training import Objective, TTTBatch, TTTLoss, ttt_loss
+from targets.head import TargetHead
 
 BETAS = (0.9, 0.95)
 AVERAGE_DECAY = 0.96

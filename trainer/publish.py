@@ -10,7 +10,7 @@ from torch import Tensor
 
 from buffer.records import Manifest
 from buffer.weights import TENSORS, next_version, prune, publish
-from drafters.eagle3 import Eagle3
+from drafters.eagle3.model import Eagle3
 from trainer.gate import Judgement
 
 LARGEST_FLOAT32_BYTES = 256 << 20

@@ -10,9 +10,9 @@ from safetensors.torch import load
 from buffer.records import Manifest
 from buffer.weights import TENSORS, Bundle, newest_sound, read_bundle, versions
 from configs.schema import Settings
-from drafters.eagle3 import Eagle3, Eagle3Config
+from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.initial import publish_initial, random_drafter
-from trainer.target_head import TargetHead
+from targets.head import TargetHead
 
 log = logging.getLogger(__name__)
 

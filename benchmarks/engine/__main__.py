@@ -28,12 +28,12 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from benchmarks.choice import known
 from benchmarks.engine import capturing, decode, speculation, startup, swaps
 from benchmarks.engine.decode import Grid
 from benchmarks.engine.engines import PUBLISHED, SHAPES, Place
 from benchmarks.engine.graphs import Replays
 from benchmarks.engine.report import Report
+from benchmarks.harness.choice import known
 
 PARTS = ("decode", "idle", "forced", "policy", "swaps", "capture", "start")
 _EXPECTED_S = {"forced": 30, "swaps": 60, "capture": 40, "policy": 90, "start": 60}

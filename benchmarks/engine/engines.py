@@ -27,10 +27,10 @@ from benchmarks.ops.decoder import random_weights
 from buffer.records import Manifest
 from buffer.weights import TENSORS, publish
 from configs.schema import Settings
-from drafters.eagle3 import Eagle3, config_for_target
+from drafters.eagle3.model import Eagle3, config_for_target
 from serving.build import LoadedTarget, build_engine
 from serving.service import Service
-from serving.target import pick_dtype
+from targets.load import pick_dtype
 
 
 def _tiny() -> Qwen3Config:

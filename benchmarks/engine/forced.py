@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from serving.rounds import Rounds
+from serving.engine.rounds import Rounds
 from specops.lanes import Field, OpenedRound
 from specops.verify_logits import LogitVerdict
 

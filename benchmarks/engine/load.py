@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.engine import Engine
-from serving.pages import page_names
-from serving.types import Output, Request, SamplingParams
+from serving.engine.loop import Engine
+from serving.engine.pages import page_names
+from serving.requests import Output, Request, SamplingParams
 
 Prompt = tuple[int, ...]
 

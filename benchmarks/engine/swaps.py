@@ -28,10 +28,10 @@ import torch
 from benchmarks.engine.engines import Made, Place, engine_of
 from benchmarks.engine.load import random_prompts
 from benchmarks.engine.report import Report
-from serving import swapper as swapping_thread
-from serving.swapper import Swapper
-from serving.swapping import Expected, FlatWeights, Staged
-from serving.types import Output, Request, SamplingParams
+from serving.requests import Output, Request, SamplingParams
+from serving.swap import swapper as swapping_thread
+from serving.swap.flat_weights import Expected, FlatWeights, Staged
+from serving.swap.swapper import Swapper
 
 DRAFT_K = 4
 _NUM_PROMPT = 128

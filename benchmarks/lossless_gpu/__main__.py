@@ -26,9 +26,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness.result import write_result
 from benchmarks.lossless_gpu import greedy, http, law, requests
-from benchmarks.result import write_result
-from serving.target import pick_device
+from targets.load import pick_device
 
 
 class Part(StrEnum):

@@ -1,7 +1,7 @@
 """Engines that answer the same without drafts and with them, and what happens to them meanwhile.
 
 Every one runs programs, CUDA graphs on a GPU. One with a drafter has several published versions of
-it, drafts by ``tests.engines.RandomPolicy``, and swaps between two steps as a server does.
+it, drafts by ``oracles.engines.RandomPolicy``, and swaps between two steps as a server does.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from benchmarks.engine.engines import Place, random_target
 from buffer.weights import TENSORS, publish, read_bundle
 from configs.schema import Settings
 from examples import corpus
+from oracles.engines import RandomPolicy
 from serving.build import LoadedTarget, build_engine
-from serving.engine import Engine
+from serving.engine.loop import Engine
 from serving.service import Service
-from tests.engines import RandomPolicy
 
 SWAP_EVERY = 50
 """Steps."""

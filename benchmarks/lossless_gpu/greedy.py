@@ -34,8 +34,8 @@ from benchmarks.lossless_gpu.engines import (
     texts,
 )
 from benchmarks.lossless_rows import compared, greedy_requests, random_prompts
+from oracles.engines import run
 from serving.service import Service
-from tests.engines import run
 
 RUNS = (
     Run("bundled", "float32", "pinned", 0.75),

@@ -2,7 +2,7 @@
 
 Two applications (``serving.http``) in this process, each over an engine of its own: whole answers
 are compared, several choices of a prompt and ``usage`` included, but for ids, times and what says
-how they were computed (``tests/random_bodies.py``). Many requests are in flight at once.
+how they were computed (``oracles/random_bodies.py``). Many requests are in flight at once.
 
 Needs httpx, which a server does not.
 """
@@ -22,9 +22,9 @@ import torch
 from benchmarks.engine.engines import Place, release
 from benchmarks.lossless_gpu.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of, texts
 from configs.schema import Settings
+from oracles.random_bodies import Body, is_same, question, said
+from oracles.random_requests import TOLERANCE
 from serving.service import Service
-from tests.random_bodies import Body, is_same, question, said
-from tests.random_requests import TOLERANCE
 
 RUN = Run("bundled", "bfloat16", "pinned", 1.0)
 RUN_ON_CPU = Run("bundled", "float64", "fast", 1.0)

@@ -1,5 +1,5 @@
 """Sampled requests follow the target's joint law: chi-squared at p = 1e-9, many samples of each way
-to sample and to draft, through the faces that programs call (``tests/device_law.py``)."""
+to sample and to draft, through the faces that programs call (``oracles/device_law.py``)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.lossless_rows import law_row
+from oracles.device_bugs import BUGS
+from oracles.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
+from oracles.joint_law import SETTINGS, Cut, Setting, expected_law, tables_of
 from specops.verify_logits import Rule
-from tests.device_bugs import BUGS
-from tests.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
-from tests.joint_law import SETTINGS, Cut, Setting, expected_law, tables_of
 
 _BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 _PLANTED = 1_000_000

@@ -1,9 +1,9 @@
 """Random requests get the same answer with drafts as without, by the real engine and its programs.
 
 Requests use every field of a client: temperature, truncation, penalties, biases, stops, log
-probabilities (``tests/random_requests.py``); each is greedy or has a seed, so that the whole answer
-is compared: token ids, text, why it ended, log probabilities, and the counts that ``usage`` is made
-of. The plain answers come from an engine without a drafter, the others from one whose batches grow
+probabilities (``oracles/random_requests.py``); each is greedy or has a seed, so that the whole
+answer is compared: token ids, text, why it ended, log probabilities, and the counts that
+``usage`` is made of. The plain answers come from an engine without a drafter, the others from one whose batches grow
 and shrink, whose K and drafter are drawn anew every step and whose weights are swapped every 50.
 
 Numerics are pinned on a GPU, so nothing may differ, not even the last bit of a log probability; a
@@ -36,12 +36,12 @@ from benchmarks.lossless_gpu.engines import (
     measure_runs,
     texts,
 )
-from serving.engine import Engine
-from serving.sequence import Sequence
+from oracles.engines import run
+from oracles.random_requests import TOLERANCE, Answer, parted_in, random_requests, with_ends
+from serving.engine.loop import Engine
+from serving.engine.sequence import Sequence
+from serving.requests import Request, SamplingParams
 from serving.service import Service
-from serving.types import Request, SamplingParams
-from tests.engines import run
-from tests.random_requests import TOLERANCE, Answer, parted_in, random_requests, with_ends
 
 RUNS = (Run("bundled", "bfloat16", "pinned", 0.5), Run("bundled", "float32", "pinned", 0.5))
 RUNS_ON_CPU = (Run("tiny", "float64", "fast", 0.5), Run("bundled", "float64", "fast", 0.5))
@@ -191,7 +191,7 @@ def _reading(numbers: random.Random, request: Request, ids: list[int]) -> Reques
 def _answers(engine: Engine, requests: list[Request], *how: Any) -> dict[str, Answer]:
     """
     Args:
-        how: to run the engine, see ``tests.engines.run``.
+        how: to run the engine, see ``oracles.engines.run``.
     """
     return {name: Answer.of(got) for name, got in run(engine, requests, *how).items()}
 

@@ -18,8 +18,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from benchmarks.result import write_result
 from specops import capture_pack_triton
 from specops.capture_pack import new_ring, quantise
 

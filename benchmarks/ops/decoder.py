@@ -29,13 +29,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from benchmarks.result import write_result
-from serving.fused_decoder import FusedDecoder
-from serving.target import KvPool, fuse_norms
 from specops.attention import DecodePass, decode_slots
 from specops.device import decode_attention
 from specops.overlap_triton import can_overlap
+from targets.fused import FusedDecoder
+from targets.target import KvPool, fuse_norms
 
 _NAME = "slipstream_benchmark"
 _PAGE = 16

@@ -29,9 +29,9 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.place import Work, reason
 from benchmarks.ops.timing import copy_bytes_per_s, eager
-from benchmarks.result import write_result
 from specops import distill_triton
 from specops.distill import (
     BLOCKS,

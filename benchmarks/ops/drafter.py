@@ -30,11 +30,11 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from benchmarks.result import write_result
-from drafters.eagle3 import Eagle3, Eagle3Config
-from drafters.eagle3_fused import FusedEagle3
-from drafters.eagle3_paged import PagedEagle3
+from drafters.eagle3.fused import FusedEagle3
+from drafters.eagle3.model import Eagle3, Eagle3Config
+from drafters.eagle3.paged import PagedEagle3
 from specops.attention import DecodePass
 from specops.overlap_triton import can_overlap
 

@@ -28,6 +28,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -38,7 +39,6 @@ from benchmarks.ops.laws import (
     plain_law,
 )
 from benchmarks.ops.place import Place, Work, make_place
-from benchmarks.result import write_result
 from specops import best_ids, best_ids_triton, draft_sampling_triton
 from specops import device as on_device
 from specops.draft_sampling import VocabMap

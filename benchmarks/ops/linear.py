@@ -25,8 +25,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from benchmarks.result import write_result
 from specops import linear, linear_triton
 from specops.linear import Norm
 from specops.linear_triton import Plan, Scratch, choose_plan

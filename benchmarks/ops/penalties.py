@@ -24,8 +24,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.place import make_place
-from benchmarks.result import write_result
 from specops import lane_penalties_triton
 from specops.lane_penalties import LaneRequests, LaneTables, new_tables
 from specops.penalties import counts_before, penalized

@@ -26,8 +26,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.place import Place, Work, make_place
-from benchmarks.result import write_result
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
 from specops import device as on_device
 from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound

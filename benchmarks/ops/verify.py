@@ -32,6 +32,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.result import write_result
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -43,7 +44,6 @@ from benchmarks.ops.laws import (
     target_ids,
 )
 from benchmarks.ops.place import Place, Work, make_place
-from benchmarks.result import write_result
 from specops import draft_sampling_triton, verify_logits_triton
 from specops.draft_sampling import DraftLaw, RowLaws, VocabMap
 from specops.rng import Numbering

@@ -9,7 +9,7 @@ from serving.http.errors import ApiError
 from serving.http.generation import Generation
 from serving.http.schemas import ChatChunk, CompletionResponse
 from serving.http.streaming import DONE, event
-from serving.types import Output
+from serving.requests import Output
 
 Chunk = TypeVar("Chunk", bound=CompletionResponse | ChatChunk, covariant=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from serving.types import EngineFigures, OnOutput, Request
+from serving.requests import EngineFigures, OnOutput, Request
 
 
 class EngineFace(Protocol):

@@ -16,7 +16,7 @@ from serving.http.jobs import Job
 from serving.http.metrics import ChoiceClock
 from serving.http.schemas import PromptTokensDetails, Speculation, Usage
 from serving.http.streaming import Arrival, Mailbox, join_outputs, until_disconnect
-from serving.types import DrainingError, Output, QueueFullError, Request, SpeculationStats
+from serving.requests import DrainingError, Output, QueueFullError, Request, SpeculationStats
 
 News = list[tuple[int, Output]]
 """(choice index, what is new of it), at most one entry for each choice."""

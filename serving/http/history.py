@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import astuple, dataclass, fields
 
-from serving.types import EngineFigures
+from serving.requests import EngineFigures
 
 PERIOD_S = 1.0
 MAX_SAMPLES = 900

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, invalid
 from serving.http.schemas import SamplingBody
-from serving.types import Request, SamplingParams
+from serving.requests import Request, SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures under it are greedy, as in vLLM: dividing logits by them would overflow."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from serving.http.prompts import token_label
 from serving.http.schemas import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
-from serving.types import TokenLogprob
+from serving.requests import TokenLogprob
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot say (vLLM's choice too)."""

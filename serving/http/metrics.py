@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serving.http.face import EngineFace
-from serving.types import EngineFigures, FinishReason
+from serving.requests import EngineFigures, FinishReason
 
 PREFIX = "slipstream:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from serving.http.errors import ErrorBody
 from serving.http.schemas import FinishReasonName
-from serving.types import Output
+from serving.requests import Output
 
 REFUSALS = (400, 401, 404, 408, 413, 415, 429, 503)
 """What a route that generates may answer instead."""

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.http.errors import internal, log_failure, logger
-from serving.types import Output
+from serving.requests import Output
 
 STALL_S = 30.0
 """A client that takes nothing for so long is given up and its requests are cancelled."""

@@ -13,8 +13,8 @@ from benchmarks.engine.graphs import idle_of
 from benchmarks.engine.load import Load, answer_all, declare_computed, random_prompts
 from benchmarks.engine.report import Report
 from benchmarks.engine.swaps import slowest_waits, step_times
+from oracles.engines import make_engine, random_model
 from policies.fixed import FixedPolicy
-from tests.engines import make_engine, random_model
 
 
 def kernel(begin, length, launch):

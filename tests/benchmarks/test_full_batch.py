@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import full_batch
-from benchmarks.full_batch import UNHELD, Feed, measure
-from benchmarks.real_target import OFF, POLICY
-from tests.engines import RandomPolicy, make_engine, random_model
+from benchmarks.real import full_batch
+from benchmarks.real.full_batch import UNHELD, Feed, measure
+from benchmarks.real.speculation import OFF, POLICY
+from oracles.engines import RandomPolicy, make_engine, random_model
 
 PROMPTS = [(5, 6, 7), (8, 9), (3,)]
 

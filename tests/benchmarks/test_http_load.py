@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.http_load import (
+from benchmarks.real.http_load import (
     Answer,
     Arrival,
     Client,

@@ -8,13 +8,13 @@ import pytest
 import torch
 import typer
 
-import serving.rounds
+import serving.engine.rounds
 from benchmarks.engine.engines import Place
 from benchmarks.lossless_gpu import greedy, law
 from benchmarks.lossless_gpu.__main__ import Part, main
 from benchmarks.lossless_gpu.greedy import Run
+from oracles.joint_law import Cut
 from specops.verify_logits import Rule
-from tests.joint_law import Cut
 
 CPU = Place(torch.device("cpu"))
 TINY = Run("tiny", "float32", "fast", 1.0)
@@ -130,7 +130,7 @@ def test_drafts_and_swaps_change_nothing(monkeypatch):
 
 def test_drafts_that_are_kept_unseen_are_found(monkeypatch):
     """Bug: the first draft token is kept, whatever the target says."""
-    right = serving.rounds.close_round
+    right = serving.engine.rounds.close_round
 
     def wrong(state, opened, draft, verdict, logq, outputs):
         if not isinstance(verdict, torch.Tensor):  # only rounds of greedy requests have the bug
@@ -140,7 +140,7 @@ def test_drafts_that_are_kept_unseen_are_found(monkeypatch):
         best[first, 0] = draft[first, 0] if len(first) else best[first, 0]
         return right(state, opened, draft, best, logq, outputs)
 
-    monkeypatch.setattr(serving.rounds, "close_round", wrong)
+    monkeypatch.setattr(serving.engine.rounds, "close_round", wrong)
     row = greedy._row(TINY, CPU, 24)
 
     assert row["mismatches"] > 0

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+import serving.engine.rounds
 import serving.http.generation
-import serving.rounds
 from benchmarks.engine.engines import Place
 from benchmarks.lossless_gpu import http, requests
 from benchmarks.lossless_gpu.engines import Run
+from oracles.random_bodies import TEXTS, question
 from specops.lanes import Field
-from tests.random_bodies import TEXTS, question
 
 CPU = Place(torch.device("cpu"))
 TINY = Run("tiny", "float64", "fast", 1.0)
@@ -38,23 +38,23 @@ def test_drafts_and_swaps_change_no_answer(monkeypatch):
 
 def blind_penalties(monkeypatch):
     """Bug: penalties do not count the drafted tokens before a position."""
-    right = serving.rounds.adjust_rows
+    right = serving.engine.rounds.adjust_rows
 
     def wrong(logits, draft, asks, tables):
         for at in range(logits.shape[1]):
             right(logits[:, at : at + 1], draft[:, :0], asks, tables)
 
-    monkeypatch.setattr(serving.rounds, "adjust_rows", wrong)
+    monkeypatch.setattr(serving.engine.rounds, "adjust_rows", wrong)
 
 
 def late_counts(monkeypatch):
     """Bug: only the last of the tokens that a round commits is counted for later penalties."""
-    right = serving.rounds.count_tokens
+    right = serving.engine.rounds.count_tokens
 
     def wrong(emitted, count, asks, tables):
         right(emitted, count.clamp(max=1), asks, tables)
 
-    monkeypatch.setattr(serving.rounds, "count_tokens", wrong)
+    monkeypatch.setattr(serving.engine.rounds, "count_tokens", wrong)
 
 
 def repeat_until_penalized(monkeypatch):
@@ -87,13 +87,13 @@ def test_a_bug_of_penalties_is_seen(monkeypatch, plant):
 
 def test_seeds_that_do_not_reproduce_are_seen(monkeypatch):
     """Bug: the numbers of a seeded request depend on how many rounds it had."""
-    right = serving.rounds.open_round
+    right = serving.engine.rounds.open_round
 
     def wrong(*args, **options):
         opened = right(*args, **options)
         return replace(opened, nonces_R=opened.ints_FR[Field.NONCE])
 
-    monkeypatch.setattr(serving.rounds, "open_round", wrong)
+    monkeypatch.setattr(serving.engine.rounds, "open_round", wrong)
     row = requests.row_of(TINY, CPU, 80)
 
     assert row["mismatches_by_field"]["sampled"] > 0

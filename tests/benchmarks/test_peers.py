@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.compiled_loop import CompiledLoop
-from benchmarks.peer_steps import SHAPES, GenerateSteps, LoopSteps, OurSteps, Past, random_model
-from benchmarks.peers import Row, agreement, attempt, chosen_ways, decode_speed, with_ratios
-from benchmarks.ways import Generate, Work, first_layers, static_cache
+from benchmarks.peers.__main__ import (
+    Row,
+    agreement,
+    attempt,
+    chosen_ways,
+    decode_speed,
+    with_ratios,
+)
+from benchmarks.peers.compiled_loop import CompiledLoop
+from benchmarks.peers.steps import SHAPES, GenerateSteps, LoopSteps, OurSteps, Past, random_model
+from benchmarks.peers.ways import Generate, Work, first_layers, static_cache
 
 CPU = torch.device("cpu")
 

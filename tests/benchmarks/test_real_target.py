@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.real_drafter import Ask, Lessons, asks_of, padded
-from benchmarks.real_target import (
+from benchmarks.engine.steps import Fixed
+from benchmarks.real.speculation import (
     OFF,
     POLICY,
     Answer,
@@ -18,11 +18,11 @@ from benchmarks.real_target import (
     model_flops_per_s,
     rows_of,
 )
-from benchmarks.steps import Fixed
+from benchmarks.real.train_drafter import Ask, Lessons, asks_of, padded
 from buffer.records import Acceptance
-from drafters.eagle3_training import TTTBatch
+from drafters.eagle3.training import TTTBatch
+from oracles.engines import RandomPolicy, make_engine, random_model
 from policies.interface import Decision, StepObs
-from tests.engines import RandomPolicy, make_engine, random_model
 
 
 def test_outputs_part_at_their_first_unlike_token():

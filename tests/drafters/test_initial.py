@@ -6,7 +6,7 @@ import torch
 
 from buffer.weights import TENSORS, read_bundle, versions
 from drafters.initial import publish_initial, random_drafter
-from tests.engines import random_model
+from oracles.engines import random_model
 
 
 def fresh(seed):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples.demo import MARKER
-from tests.support import REPOSITORY
+from oracles.support import REPOSITORY
 
 SHORT = """
 import signal, sys

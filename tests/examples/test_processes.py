@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from examples.processes import Child, ChildDiedError, check_alive, start, stop
-from tests.support import REPOSITORY
+from oracles.support import REPOSITORY
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "

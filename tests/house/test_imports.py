@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support import REPOSITORY
+from oracles.support import REPOSITORY
 
 
 def run_python(code: str, **extra_env: str) -> subprocess.CompletedProcess[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from configs.schema import Settings
+from oracles.engines import request_of, run
 from serving.build import build_engine, load_target
-from tests.engines import request_of, run
 
 
 def settings_for(target, run_dir):

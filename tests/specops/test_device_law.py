@@ -6,12 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specops import draft_sampling, draft_sampling_triton, verify_logits, verify_logits_triton
-from specops.rng import Stream, device_uniforms
-from specops.verify_logits import Rule
-from tests.device_bugs import BUGS
-from tests.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
-from tests.joint_law import (
+from oracles.device_bugs import BUGS
+from oracles.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
+from oracles.joint_law import (
     REGIMES,
     SETTINGS,
     Cut,
@@ -20,6 +17,9 @@ from tests.joint_law import (
     expected_law,
     tables_of,
 )
+from specops import draft_sampling, draft_sampling_triton, verify_logits, verify_logits_triton
+from specops.rng import Stream, device_uniforms
+from specops.verify_logits import Rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = SETTINGS[::4]

@@ -1,7 +1,7 @@
 """The joint law of what is emitted, by chi-squared at p = 1e-9, over ways to sample and to draft.
 
 ``benchmarks/lossless.py`` does the same with 400,000 samples of each; planted bugs that these tests
-see are in ``tests/serving/test_mutants.py``.
+see are in ``tests/serving/engine/test_mutants.py``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from specops.rng import Stream, uniforms
-from specops.sampling import draw
-from tests.joint_law import (
+from oracles.joint_law import (
     REGIMES,
     SETTINGS,
     chi_squared_excess,
@@ -20,6 +18,8 @@ from tests.joint_law import (
     sample,
     tables_of,
 )
+from specops.rng import Stream, uniforms
+from specops.sampling import draw
 
 NUM_SAMPLES = 20_000
 

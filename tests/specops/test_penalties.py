@@ -6,8 +6,8 @@ import random
 
 import torch
 
+from oracles.plain_reference import adjusted
 from specops.penalties import Adjustments, adjust_logits, token_lists
-from tests.plain_reference import adjusted
 
 V = 12
 

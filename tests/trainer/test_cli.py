@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from buffer.weights import versions
-from tests.support import REPOSITORY
+from oracles.support import REPOSITORY
 from tests.trainer.conftest import World
 from tests.trainer.traffic import write_traces
 from trainer.checkpoint import read_checkpoint

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from drafters.eagle3 import Eagle3, config_for_target
-from drafters.eagle3_training import TTTBatch
+from drafters.eagle3.model import Eagle3, config_for_target
+from drafters.eagle3.training import TTTBatch
+from targets.head import load_target_head
 from tests.trainer.conftest import World
 from tests.trainer.test_replay import samples_of
 from tests.trainer.traffic import settings_for
 from trainer.dataset import collate
 from trainer.learner import Learner
-from trainer.target_head import load_target_head
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.records import FeatureRows, Round, Sampling, Trace
 from buffer.traces import open_trace_writer
 from configs.schema import DrafterSettings, Settings, TrainerSettings
-from drafters.eagle3 import default_layer_ids
+from drafters.eagle3.model import default_layer_ids
 from trainer.build import build_trainer
 from trainer.loop import run
 

@@ -29,7 +29,7 @@ from serving.http.schemas import (
     ChatResponse,
 )
 from serving.http.streaming import EventStream
-from serving.types import Output
+from serving.requests import Output
 
 router = APIRouter()
 

@@ -20,7 +20,7 @@ from serving.http.logprobs import completion_logprobs
 from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
 from serving.http.schemas import CompletionChoice, CompletionRequest, CompletionResponse, Prompt
 from serving.http.streaming import EventStream
-from serving.types import Output
+from serving.requests import Output
 
 router = APIRouter()
 

@@ -19,7 +19,7 @@ from serving.http.history import SAMPLE_FIELDS
 from serving.http.responses import finite, json_answer
 from serving.http.routes.models import package_version, target_label
 from serving.http.schemas import ArmSteps, DashboardData
-from serving.types import EngineFigures
+from serving.requests import EngineFigures
 
 router = APIRouter()
 

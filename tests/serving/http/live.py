@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 
-from tests.support import REPOSITORY
+from oracles.support import REPOSITORY
 
 START_S = 60.0
 MODEL = "tiny"

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from serving.http.metrics import families
-from serving.types import EngineFigures
+from serving.requests import EngineFigures
 
 FIGURES = EngineFigures(
     num_running=2,

@@ -8,8 +8,8 @@ import httpx
 import openai
 import pytest
 
+from oracles.support import tiny_tokenizer
 from tests.serving.http.live import MODEL, LiveServer
-from tests.support import tiny_tokenizer
 
 PROMPT = "def add(left, right):"
 GREEDY = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 24}

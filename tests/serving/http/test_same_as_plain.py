@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.random_bodies import TEXTS, is_same, question, said
+from oracles.random_bodies import TEXTS, is_same, question, said
 
 TOLERANCE = 1e-3
 """Of a log probability: float32 passes differ in shape."""

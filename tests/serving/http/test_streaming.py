@@ -11,7 +11,7 @@ import pytest
 
 from serving.http import streaming
 from serving.http.streaming import EventStream, Mailbox, join_outputs
-from serving.types import Output, SpeculationStats, TokenLogprob
+from serving.requests import Output, SpeculationStats, TokenLogprob
 from tests.serving.http.live import LiveServer
 
 

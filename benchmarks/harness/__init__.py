@@ -1,0 +1,1 @@
+"""What benchmarks share: engines, loops, shapes and results."""

@@ -1,0 +1,65 @@
+"""Traces of a finished run, for benchmarks that judge drafters on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from buffer.records import Manifest, Trace
+from buffer.traces import open_trace_reader
+from configs.schema import Settings
+from drafters.suffix import SuffixIndex
+from policies.replay import is_held_out
+from targets.head import TargetHead
+from trainer.dataset import Expected, Refusal, Sample, key_of, sample_of
+
+JUDGED_TRACES = 64
+
+
+def all_traces(settings: Settings) -> list[Trace]:
+    """Every trace of the run, in order of finishing."""
+    reader = open_trace_reader(settings.buffer.url, settings.run_dir)
+    traces: list[Trace] = []
+    while batch := reader.read(256):
+        traces += batch
+    return sorted(traces, key=lambda trace: trace.finished_unix_ms)
+
+
+def held_out(
+    traces: Sequence[Trace], manifest: Manifest, head: TargetHead, settings: Settings
+) -> list[Sample]:
+    """The newest traces that no version was trained on.
+
+    Args:
+        manifest: of any version of the run.
+    """
+    vocab_size, hidden_size = head.lm_head.weight_VH.shape
+    layer_ids = tuple(manifest.drafter_config["layer_ids"])
+    expected = Expected(manifest.target_fingerprint, layer_ids, hidden_size, vocab_size)
+    kept = [t for t in traces if is_held_out(key_of(t), settings.trainer.held_out_every)]
+    samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in kept[-JUDGED_TRACES:]]
+    return [s for s in samples if not isinstance(s, Refusal)]
+
+
+def num_kept(drafted: Sequence[int], ids: Sequence[int], at: int) -> int:
+    """Drafted tokens that equal the text from ``at`` on, before the first that does not."""
+    kept = 0
+    while kept < min(len(drafted), len(ids) - at) and drafted[kept] == ids[at + kept]:
+        kept += 1
+    return kept
+
+
+def by_index(index: SuffixIndex, trace: Trace, draft_k: int) -> dict[int, tuple[int, int]]:
+    """What the index would draft at every position, as drafters are simulated there.
+
+    Returns:
+        Position of the last committed token -> (match length, drafted tokens that would be kept).
+    """
+    ids, found = trace.token_ids.tolist(), {}
+    index.begin("judged", ids[: trace.prompt_length])
+    for p in range(trace.prompt_length, len(ids) - draft_k):
+        index.extend("judged", [ids[p]])
+        match = index.match("judged")
+        drafted = index.propose("judged", draft_k) if match else []
+        found[p] = (match, num_kept(drafted, ids, p + 1))
+    index.finish("judged", keep=False)
+    return found

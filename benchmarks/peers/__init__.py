@@ -1,0 +1,1 @@
+"""Other decoders on the same target, hardware and prompts."""

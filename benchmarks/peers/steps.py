@@ -1,0 +1,355 @@
+"""Decode steps of a published shape, random weights: our decoder beside what peers make of it.
+
+Called by ``benchmarks.peers --shape``. Weights, keys and values are drawn on the device and are the
+same for all ways, so nothing is loaded and no prompt is computed: each way starts at the last
+``num_new`` positions of the context with the cache filled before them, and decodes greedily to its
+end. Ours is the decoder step of the engine in a CUDA graph that feeds itself, as the simple loop
+does: the engine's host work is not in it. It is in what ``generate`` takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Qwen3Config, StaticCache
+
+from benchmarks.harness.result import write_result
+from benchmarks.ops.decoder import random_weights
+from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
+from benchmarks.peers.ways import Ids, compiled_once, seconds_of, without_end
+from specops.attention import DecodePass, decode_slots
+from targets.load import pick_device
+from targets.target import Target
+
+_PAGE = 16
+_WARM_UPS = 3
+OURS = "ours, decoder step"
+
+
+def _qwen3(
+    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool
+) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
+        tie_word_embeddings=tied, max_position_embeddings=40_960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], Qwen3Config]] = {
+    "Qwen3-0.6B": lambda: _qwen3(151_936, 1024, 3072, 28, 16, 8, True),
+    "Qwen3-8B": lambda: _qwen3(151_936, 4096, 12_288, 36, 32, 8, False),
+    "tiny": lambda: _qwen3(512, 64, 128, 2, 4, 2, True),
+}
+
+
+def random_model(config: Any, device: torch.device) -> Any:
+    """A Qwen3 drawn on the device: bfloat16, float32 on a CPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return without_end(random_weights(config, device, dtype))
+
+
+class Past:
+    """Keys and values of the positions before the measured ones: the same for every way."""
+
+    def __init__(self, config: Any, batch: int, context: int, num_new: int, like: Tensor) -> None:
+        self.batch = batch
+        self.context = context
+        self.num_new = num_new
+        self.num_filled = context - num_new
+        self._shape = (batch, config.num_key_value_heads, self.num_filled, config.head_dim)
+        self._num_layers = config.num_hidden_layers
+        self._like = like
+        self.first_ids_B = torch.arange(batch, device=like.device) * 7 % config.vocab_size
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [B, Hkv, num_filled, D] of each layer, drawn anew."""
+        generator = torch.Generator(self._like.device).manual_seed(0)
+        options: Any = {
+            "generator": generator, "device": self._like.device, "dtype": self._like.dtype,
+        }  # fmt: skip
+        return [
+            (torch.randn(self._shape, **options), torch.randn(self._shape, **options))
+            for _ in range(self._num_layers)
+        ]
+
+
+class Steps(Protocol):
+    """One way to take decode steps."""
+
+    about: str
+
+    def open(self, past: Past) -> None: ...
+    def rewind(self) -> None:
+        """Back to the filled cache; not timed."""
+
+    def run(self) -> Ids:
+        """``num_new`` tokens of every request."""
+
+    def close(self) -> None: ...
+
+
+class OurSteps:
+    """``Target.decode`` and its logits, fused on a GPU, in a graph that feeds itself."""
+
+    about = "the engine's decoder over pages in a CUDA graph, without the engine's host"
+
+    def __init__(self, model: Any) -> None:
+        self._target = Target(copy.deepcopy(model), ())
+
+    @torch.inference_mode()
+    def open(self, past: Past) -> None:
+        target, batch = self._target, past.batch
+        if target.device.type == "cuda" and not target.is_fused:
+            reason = target.fuse(target.config.max_position_embeddings)
+            if reason is not None:
+                raise ValueError(reason)
+        num_pages = -(-past.context // _PAGE)
+        self._past = past
+        self._pool = target.make_pool((batch * num_pages + 1) * _PAGE)
+        pages = torch.randperm(batch * num_pages, device=target.device) + 1
+        pages_BP = pages.view(batch, num_pages).int()
+        at = torch.arange(past.num_filled, device=target.device)
+        slots_BF = pages_BP.long()[:, at // _PAGE] * _PAGE + at % _PAGE
+        for layer, (keys, values) in enumerate(past.layers()):
+            self._pool.keys[layer][slots_BF] = keys.transpose(1, 2)
+            self._pool.values[layer][slots_BF] = values.transpose(1, 2)
+        self._at = DecodePass(
+            pages_BP, torch.zeros(batch, dtype=torch.int32, device=target.device), _PAGE
+        )
+        self._ids = torch.zeros(batch, dtype=torch.int64, device=target.device)
+        self._column = torch.zeros(1, dtype=torch.int64, device=target.device)
+        self._answer = self._ids.new_zeros(batch, past.num_new + _WARM_UPS)
+        self.rewind()
+        self._step: Callable[[], None] = self._take
+        if target.device.type == "cuda":
+            self._step = self._captured()
+
+    def _captured(self) -> Callable[[], None]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._take()
+        torch.cuda.current_stream().wait_stream(side)
+        self.rewind()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._take()
+        return self._graph.replay
+
+    def _take(self) -> None:
+        positions, slots = self._at.positions(1).flatten(), decode_slots(self._at, 1)
+        rows = self._target.decode(self._ids, positions, slots, self._at, self._pool)
+        self._ids.copy_(self._target.logits(rows.hidden_TH).argmax(dim=-1))
+        self._answer.index_copy_(1, self._column, self._ids[:, None])
+        self._at.first_R.add_(1)
+        self._column.add_(1)
+
+    @torch.inference_mode()
+    def rewind(self) -> None:
+        self._at.first_R.fill_(self._past.num_filled)
+        self._ids.copy_(self._past.first_ids_B)
+        self._column.zero_()
+
+    @torch.inference_mode()
+    def run(self) -> Ids:
+        for _ in range(self._past.num_new):
+            self._step()
+        found: Ids = self._answer[:, : self._past.num_new].tolist()
+        return found
+
+    def close(self) -> None:
+        for name in ("_pool", "_graph", "_step", "_answer", "_at"):
+            vars(self).pop(name, None)
+
+
+class LoopSteps:
+    """The simple loop."""
+
+    def __init__(self, model: Any, attention: Attention, is_compiled: bool) -> None:
+        self.about = f"simple loop, {attention}, {'' if is_compiled else 'not '}compiled"
+        self._model = model
+        self._attention: Attention = attention
+        self._options = compile_options(False) if is_compiled else None
+
+    @torch.no_grad()
+    def open(self, past: Past) -> None:
+        self._past = past
+        self._loop = CompiledLoop(
+            self._model, past.batch, past.context, self._attention, self._options
+        )
+        self._loop.prepare()
+        for layer, (keys, values) in zip(self._loop.layers, past.layers(), strict=True):
+            layer.keys[:, :, : past.num_filled] = keys  # type: ignore[operator,index]
+            layer.values[:, :, : past.num_filled] = values  # type: ignore[operator,index]
+        self.rewind()
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        self._loop.ids.copy_(self._past.first_ids_B[:, None])
+        self._loop.position.fill_(self._past.num_filled)
+
+    def run(self) -> Ids:
+        self._loop.decode(self._past.num_new)
+        found: Ids = self._loop.answer[:, self._past.num_filled : self._past.context].tolist()
+        return found
+
+    def close(self) -> None:
+        vars(self).pop("_loop", None)
+
+
+class GenerateSteps:
+    """transformers' ``generate`` on a cache that is filled already."""
+
+    def __init__(self, model: Any, is_static: bool, is_compiled: bool) -> None:
+        how = "compiled, reduce-overhead" if is_compiled else "not compiled"
+        self.about = f"generate, StaticCache, {how}" if is_static else "generate, dynamic cache"
+        self._model = model
+        self._is_static = is_static
+        self._options = {"compile_config": compiled_once()} if is_static and is_compiled else {}
+
+    def open(self, past: Past) -> None:
+        self._past = past
+        ids = torch.zeros(past.batch, past.num_filled + 1, dtype=torch.int64)
+        self._ids = ids.to(past.first_ids_B.device)
+        self._ids[:, -1] = past.first_ids_B
+        self._cache: Any = None
+        self.rewind()
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        if self._cache is None or not self._is_static:
+            config = self._model.config
+            self._cache = None
+            self._cache = (
+                StaticCache(config=config, max_cache_len=self._past.context)
+                if self._is_static
+                else DynamicCache(config=config)
+            )
+        else:
+            self._cache.reset()
+        for layer, (keys, values) in enumerate(self._past.layers()):
+            self._cache.update(keys, values, layer)
+
+    @torch.no_grad()
+    def run(self) -> Ids:
+        out = self._model.generate(
+            self._ids,
+            attention_mask=torch.ones_like(self._ids),
+            past_key_values=self._cache,
+            max_new_tokens=self._past.num_new,
+            do_sample=False,
+            **self._options,
+        )
+        found: Ids = out[:, self._ids.shape[1] :].tolist()
+        return found
+
+    def close(self) -> None:
+        for name in ("_cache", "_ids"):
+            vars(self).pop(name, None)
+
+
+def compare_steps(
+    shape: str,
+    cells: str,
+    ways: str,
+    num_new: int,
+    turns: int,
+    budget_s: float,
+    device_name: str,
+    is_compiled: bool,
+    out: Path,
+) -> None:
+    """Every way at every cell; one row each, written down at once.
+
+    Args:
+        cells: ``BATCHxCONTEXT`` by commas.
+        ways: names by semicolons; ``all``; ``default``: all but the loop with flex attention.
+    """
+    begin_s, device = time.monotonic(), pick_device(device_name)
+    config = SHAPES[shape]()
+    torch.manual_seed(0)
+    model = random_model(config, device)
+    make: dict[str, Callable[[], Steps]] = {
+        OURS: lambda: OurSteps(model),
+        "loop": lambda: LoopSteps(model, "matmul", is_compiled),
+        "generate, static": lambda: GenerateSteps(model, True, is_compiled),
+        "generate, eager": lambda: GenerateSteps(model, False, is_compiled),
+        "loop, flex": lambda: LoopSteps(model, "flex", is_compiled),
+    }
+    if ways == "default":
+        del make["loop, flex"]
+    elif ways != "all":
+        make = {name: make[name.strip()] for name in ways.split(";")}
+    rows: list[dict[str, Any]] = []
+    about = {"shape": shape, "weights": "random", "num_new": num_new, "rows": rows}
+    for cell in cells.split(","):
+        batch, context = (int(part) for part in cell.split("x"))
+        past = Past(config, batch, context, num_new, model.lm_head.weight)
+        ours: Ids | None = None
+        for name, make_one in make.items():
+            row: dict[str, Any] = {"way": name, "batch": batch, "context": context}
+            rows.append(row)
+            if time.monotonic() - begin_s > budget_s:
+                row["error"] = "skipped: the budget was spent"
+            else:
+                answers = _measure(row, make_one, past, turns, device)
+                ours = answers if name == OURS else ours
+                if answers is not None and ours is not None:
+                    pairs = list(zip(ours, answers, strict=True))
+                    row["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
+            print(
+                {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True
+            )
+            write_result(out, about)
+            _release()
+    print(f"{time.monotonic() - begin_s:.0f} s in all", flush=True)
+
+
+def _measure(
+    row: dict[str, Any], make: Callable[[], Steps], past: Past, turns: int, device: torch.device
+) -> Ids | None:
+    """Fill the row; the answers, or ``None`` with the row's error."""
+    steps: Steps | None = None
+    try:
+        started = time.perf_counter()
+        steps = make()
+        row["about"] = steps.about
+        steps.open(past)
+        steps.run()
+        row["prepare_s"] = time.perf_counter() - started
+        seconds, answers = [], None
+        for _ in range(turns):
+            steps.rewind()
+            spent, answers = seconds_of(steps.run, device)
+            seconds.append(spent)
+        median = statistics.median(seconds)
+        row["seconds"] = seconds
+        row["step_ms"] = median / past.num_new * 1e3
+        row["decode_tokens_per_s"] = past.batch * past.num_new / median
+        return answers
+    except Exception as error:  # whatever a peer raises is its result
+        traceback.print_exc(limit=-3)
+        row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
+        return None
+    finally:
+        if steps is not None:
+            steps.close()
+
+
+def _release() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

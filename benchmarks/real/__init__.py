@@ -1,0 +1,1 @@
+"""Figures of a real target with a drafter trained for it."""

@@ -1,0 +1,461 @@
+"""A running server under an open-loop load: requests arrive when they like, answered or not.
+
+    python -m benchmarks.real.http_load                           # the bundled target, on a CPU
+    python -m benchmarks.real.http_load --config configs/one_gpu.yaml --rates 8,32,96 \\
+        --target runs/real/target --drafter runs/real/run/weights/1
+
+A real ``serving launch`` answers streamed completions of held-out Python and C. Arrivals are a
+Poisson process of a fixed seed, the same for both arms: ``off`` (every request asks for plain
+decoding) and ``on`` (the policy decides). The arms take turns on one server.
+
+Clients are a few processes of their own, each an asyncio loop with httpx. What they add is measured
+in the same run: how late requests were sent, how late the loop woke for a timer, how much of a core
+the busiest client took, and its time for one event, all it does counted. Lateness of more than a
+few milliseconds at the 99th percentile, or a core that is full, would say that the client and not
+the server was measured.
+
+- Time to first token: from the moment a request was due, so a late client counts against us.
+- Time between tokens: an event with n tokens, t after the one before it, counts as n times t / n.
+- Time between events: what a reader of the stream sees; a round of speculation is one event.
+- Tokens/s: of all answers, from the first arrival to the last token.
+
+Writes ``benchmarks/results/http_load.json`` after every rate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import statistics
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import httpx
+import numpy as np
+import typer
+
+from benchmarks.harness.result import write_result
+from examples import corpus
+from examples.demo import DemoSettings, _log, begin_server, own_folder, wait_for_server
+from examples.processes import Child, check_alive, stop, tail
+from examples.traffic import Server
+
+Arm = Literal["off", "on"]
+ARMS: tuple[Arm, ...] = ("off", "on")
+DOMAINS: tuple[corpus.Domain, ...] = ("python", "c")
+TICK_S = 0.01
+"""Sleep of the timer that says how late a client's loop wakes."""
+WARM_UP_S = 4.0
+HEAD_START_S = 0.5
+"""Between telling the clients of a turn and its first arrival."""
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+# Load
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request and when it is due."""
+
+    at_s: float
+    """After the start of the turn."""
+    prompt: str
+
+
+def arrivals(rate: float, seconds: float, prompts: Sequence[str], seed: int) -> list[Arrival]:
+    """A Poisson process of ``rate`` requests each second; prompts follow each other in a circle."""
+    numbers = np.random.default_rng(seed)
+    found: list[Arrival] = []
+    at_s = float(numbers.exponential(1 / rate))
+    while at_s < seconds:
+        found.append(Arrival(at_s, prompts[len(found) % len(prompts)]))
+        at_s += float(numbers.exponential(1 / rate))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What every request of a turn has in common."""
+
+    url: str
+    model: str
+    max_tokens: int
+    max_draft: int | None
+    """0: plain decoding; ``None``: the policy decides."""
+    patience_s: float
+    """After the last arrival of the turn; what is not answered then has failed."""
+
+    def body(self, prompt: str) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+            "capture": False,
+            "speculation": {"max_draft": self.max_draft},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request as the client saw it."""
+
+    late_s: float
+    """Sent so long after it was due."""
+    events: tuple[tuple[float, int], ...]
+    """(seconds after it was due, tokens) of every event that had tokens."""
+    error: str | None
+    tokens_per_step: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One client process's part of a turn."""
+
+    answers: list[Answer]
+    cpu_s: float
+    """Of this process, over the turn."""
+    wall_s: float
+    tick_late_s: list[float]
+    """How late its loop woke for each tick."""
+
+
+# Client processes
+
+
+def run_client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Client:
+    """Send every arrival when it is due. The body of a process of its own."""
+    return asyncio.run(_client(ask, due, start_unix_s))
+
+
+async def _client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Client:
+    began_s = time.perf_counter() + (start_unix_s - time.time())
+    lateness: list[float] = []
+    ticker = asyncio.create_task(_tick(lateness))
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=ask.url, timeout=None, limits=limits) as client:
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        tasks = []
+        for arrival in due:
+            due_s = began_s + arrival.at_s
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            tasks.append(asyncio.create_task(_send(client, ask, arrival.prompt, due_s)))
+        until_s = time.perf_counter() + ask.patience_s
+        answers = [await _until(task, until_s) for task in tasks]
+    ticker.cancel()
+    spent_s = time.process_time() - cpu_s
+    return Client(answers, spent_s, time.perf_counter() - wall_s, lateness)
+
+
+async def _tick(lateness: list[float]) -> None:
+    while True:
+        before_s = time.perf_counter()
+        await asyncio.sleep(TICK_S)
+        lateness.append(time.perf_counter() - before_s - TICK_S)
+
+
+async def _until(task: asyncio.Task[Answer], until_s: float) -> Answer:
+    try:
+        return await asyncio.wait_for(task, max(0.0, until_s - time.perf_counter()))
+    except TimeoutError:
+        return Answer(0.0, (), "unanswered when patience ended", None)
+
+
+async def _send(client: httpx.AsyncClient, ask: Ask, prompt: str, due_s: float) -> Answer:
+    late_s = time.perf_counter() - due_s
+    events: list[tuple[float, int]] = []
+    error: str | None = None
+    spent: dict[str, Any] = {}
+    try:
+        async with client.stream("POST", "/v1/completions", json=ask.body(prompt)) as response:
+            if response.status_code != 200:
+                return Answer(late_s, (), f"HTTP {response.status_code}", None)
+            is_done = False
+            async for line in response.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                if line == "data: [DONE]":
+                    is_done = True
+                    break
+                at_s = time.perf_counter() - due_s
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    error = str(chunk["error"].get("message", chunk["error"]))
+                    break
+                num_tokens = sum(len(c.get("token_ids") or ()) for c in chunk["choices"])
+                if num_tokens:
+                    events.append((at_s, num_tokens))
+                spent = chunk.get("speculation") or spent
+            if not is_done and error is None:
+                error = "the stream ended early"
+    except httpx.HTTPError as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    return Answer(late_s, tuple(events), error, spent.get("tokens_per_step"))
+
+
+# Figures
+
+
+def between_tokens(answer: Answer) -> list[float]:
+    """Seconds between tokens: an event's share of the wait for it, once for each of its tokens."""
+    waits: list[float] = []
+    for (before_s, _), (at_s, count) in pairwise(answer.events):
+        waits += [(at_s - before_s) / count] * count
+    return waits
+
+
+def between_events(answer: Answer) -> list[float]:
+    """Seconds between events."""
+    return [b - a for (a, _), (b, _) in pairwise(answer.events)]
+
+
+def spread_ms(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Median and 99th percentile, in milliseconds; ``None``: there is nothing."""
+    if not seconds:
+        return None
+    p50, p99 = np.quantile(np.asarray(seconds) * 1e3, (0.5, 0.99))
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One arm's go at one load."""
+
+    due: list[Arrival]
+    clients: list[Client]
+    seconds: float
+    """From the first arrival to the last token."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [answer for client in self.clients for answer in client.answers]
+
+    @property
+    def answered(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer.error is None]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(count for answer in self.answered for _, count in answer.events)
+
+
+def turn_of(parts: Sequence[Sequence[Arrival]], clients: list[Client]) -> Turn:
+    """A turn from what each client sent and saw."""
+    ends = [
+        arrival.at_s + answer.events[-1][0]
+        for part, client in zip(parts, clients, strict=True)
+        for arrival, answer in zip(part, client.answers, strict=True)
+        if answer.events
+    ]
+    due = sorted((a for part in parts for a in part), key=lambda a: a.at_s)
+    seconds = max(ends) - due[0].at_s if ends else 0.0
+    return Turn(due, clients, seconds)
+
+
+def row_of(rate: float, arm: Arm, turns: Sequence[Turn]) -> dict[str, Any]:
+    """One row of the result: all turns of one arm at one rate."""
+    answers = [answer for turn in turns for answer in turn.answers]
+    answered = [answer for turn in turns for answer in turn.answered]
+    clients = [client for turn in turns for client in turn.clients]
+    errors = Counter(a.error for a in answers if a.error is not None)
+    speeds = [turn.num_tokens / turn.seconds for turn in turns if turn.seconds]
+    num_events = sum(len(a.events) for a in answers)
+    steps = [a.tokens_per_step for a in answered if a.tokens_per_step is not None]
+    return {
+        "rate": rate,
+        "speculation": arm,
+        "requests": len(answers),
+        "failed": len(answers) - len(answered),
+        "errors": dict(errors.most_common(3)),
+        "tokens_per_s": statistics.median(speeds) if speeds else None,
+        "first_token_ms": spread_ms([a.events[0][0] for a in answered if a.events]),
+        "between_tokens_ms": spread_ms([w for a in answered for w in between_tokens(a)]),
+        "between_events_ms": spread_ms([w for a in answered for w in between_events(a)]),
+        "request_ms": spread_ms([a.events[-1][0] for a in answered if a.events]),
+        "tokens_per_event": _mean([n for a in answered for _, n in a.events]),
+        "tokens_per_step": _mean(steps),
+        "client": {
+            "sent_late_ms": spread_ms([a.late_s for a in answers]),
+            "timer_late_ms": spread_ms([t for c in clients for t in c.tick_late_s]),
+            "busiest_cpu_share": max((c.cpu_s / c.wall_s for c in clients), default=None),
+            "cpu_us_per_event": 1e6 * sum(c.cpu_s for c in clients) / num_events
+            if num_events
+            else None,
+        },
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+# Story
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is sent."""
+
+    rates: tuple[float, ...]
+    """Requests a second."""
+    seconds: float
+    """Of arrivals in one turn."""
+    turns: int
+    """Of each arm at each rate, besides the first round, which warms up."""
+    max_tokens: int
+    clients: int
+    patience_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is there to send it with."""
+
+    server: Server
+    children: list[Child]
+    pool: ProcessPoolExecutor
+    prompts: list[str]
+
+
+def take_turn(stage: Stage, plan: Plan, arm: Arm, due: Sequence[Arrival]) -> Turn:
+    """Deal the arrivals out to the clients, and wait for all."""
+    check_alive(stage.children)
+    draft = 0 if arm == "off" else None
+    ask = Ask(stage.server.url, stage.server.model, plan.max_tokens, draft, plan.patience_s)
+    parts = [due[number :: plan.clients] for number in range(plan.clients)]
+    start_unix_s = time.time() + HEAD_START_S
+    jobs = [stage.pool.submit(run_client, ask, part, start_unix_s) for part in parts]
+    return turn_of(parts, [job.result() for job in jobs])
+
+
+def measure(stage: Stage, plan: Plan, rate: float, until_s: float) -> list[dict[str, Any]]:
+    """Rows of both arms at one rate; each begins every other turn. No new turn begins after
+    ``until_s``."""
+    taken: dict[Arm, list[Turn]] = {arm: [] for arm in ARMS}
+    for number in range(plan.turns + 1):
+        if number > 1 and time.monotonic() > until_s:
+            break
+        length = plan.seconds if number else min(plan.seconds, WARM_UP_S)
+        due = arrivals(rate, length, stage.prompts, seed=round(1000 * rate) + number)
+        for arm in ARMS if number % 2 else ARMS[::-1]:
+            turn = take_turn(stage, plan, arm, due) if due else None
+            if number and turn is not None:
+                taken[arm].append(turn)
+    return [row_of(rate, arm, taken[arm]) for arm in ARMS]
+
+
+def measure_all(
+    stage: Stage, plan: Plan, out: Path, figures: dict[str, Any], until_s: float
+) -> None:
+    """Every rate in its share of the time; each leaves its rows in ``figures`` and in the file."""
+    for place, rate in enumerate(plan.rates):
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            figures["rows"].append({"rate": rate, "skipped": "the time was over"})
+            continue
+        share_s = left_s / (len(plan.rates) - place)
+        try:
+            rows = measure(stage, plan, rate, time.monotonic() + share_s)
+        except Exception as error:  # a rate's failure is a row of the result
+            rows = [{"rate": rate, "error": f"{type(error).__name__}: {error}"}]
+            say(traceback.format_exc())
+        for row in rows:
+            figures["rows"].append(row)
+            say(json.dumps(row))
+        write_result(out, figures)
+
+
+def carry_out(
+    settings: DemoSettings, plan: Plan, out: Path, figures: dict[str, Any], until_s: float
+) -> None:
+    """Start a server and the clients, send everything, end them."""
+    began = time.monotonic()
+    children: list[Child] = []
+    context = multiprocessing.get_context("spawn")
+    try:
+        children.append(begin_server(settings))
+        texts = [corpus.prompts(domain, 96, seed=23) for domain in DOMAINS]
+        prompts = [text for pair in zip(*texts, strict=True) for text in pair]
+        server = wait_for_server(settings, children[0])
+        figures["server_start_s"] = time.monotonic() - began
+        say(f"server ready after {figures['server_start_s']:.1f} s")
+        with ProcessPoolExecutor(plan.clients, mp_context=context) as pool:
+            list(pool.map(_begin, range(plan.clients)))
+            stage = Stage(server, children, pool, prompts)
+            measure_all(stage, plan, out, figures, until_s)
+        figures["policy"] = server.policy()
+    except Exception as error:  # what was measured until now stays in the result
+        figures["error"] = f"{type(error).__name__}: {error}"
+        say(traceback.format_exc())
+        log = _log(settings, "server")
+        say(tail(log) if log.is_file() else "the server has written no log")
+    finally:
+        stop(children)
+
+
+def _begin(number: int) -> int:
+    """Long enough that no client process takes two of these, so all are started."""
+    time.sleep(0.5)
+    return number
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+        "benchmarks/results/http_load.json"
+    ),
+    config: Annotated[Path, typer.Option(help="settings of the server")] = Path(
+        "configs/demo.yaml"
+    ),
+    target: Annotated[Path | None, typer.Option(help="instead of the settings' own")] = None,
+    drafter: Annotated[Path | None, typer.Option(help="bundle folder, likewise")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="of the server")] = None,
+    rates: Annotated[str, typer.Option(help="requests a second")] = "0.5,1",
+    seconds: Annotated[float, typer.Option(help="of arrivals in one turn")] = 12.0,
+    turns: Annotated[int, typer.Option(help="of each arm at each rate")] = 2,
+    max_tokens: int = 128,
+    clients: Annotated[int, typer.Option(help="client processes")] = 4,
+    patience_s: Annotated[float, typer.Option(help="for answers after the last arrival")] = 20.0,
+    budget_s: Annotated[float, typer.Option(help="no new turn begins after so long")] = 240.0,
+    run_dir: Annotated[
+        Path, typer.Option(help="folder of the server; what an earlier one left there goes")
+    ] = Path("runs/http_load"),
+) -> None:
+    """Start a server, load it at every rate, write the result."""
+    began = time.monotonic()
+    # No training meanwhile, and plain decoding does not pay for capturing.
+    own = ["capture.enabled=false", "swap.enabled=false"]
+    own += [f"target={target}"] if target else []
+    own += [f"drafter.path={drafter}"] if drafter else []
+    settings = DemoSettings(config, run_dir, (*own, *(set_ or ())), start_s=300.0)
+    numbers = tuple(float(rate) for rate in rates.split(","))
+    plan = Plan(numbers, seconds, turns, max_tokens, clients, patience_s)
+    figures: dict[str, Any] = {
+        "target": target.name if target else "bundled",
+        "config": str(config),
+        "plan": asdict(plan),
+        "rows": [],
+    }
+    with own_folder(run_dir):
+        carry_out(settings, plan, out, figures, began + budget_s)
+    figures["seconds"] = time.monotonic() - began
+    write_result(out, figures)
+    say(f"done in {figures['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

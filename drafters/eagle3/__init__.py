@@ -1,0 +1,1 @@
+"""EAGLE-3: a one-layer drafter that reads the target's hidden states."""

@@ -1,0 +1,187 @@
+"""The pass of an EAGLE-3 drafter in few launches, for serving.
+
+``Eagle3`` asks for some 45 small operations a pass, and a pass of few rows is bound by them, not by
+reading the weights. Here it is seven launches and its attention:
+
+    norm of embedding and of hidden | q, k, v | RoPE, write to the pages | attention | o + residual
+    norm + gate, up, silu | down + residual | norm + draft head
+
+Above ``few_rows`` rows the products are the library's and what stands between them is fused.
+
+Norms round twice, as ``specops.linear.rms_norm`` does, where ``nn.RMSNorm`` and so training round
+once: in bfloat16 some elements differ in their last bit. That changes what is drafted now and then,
+never what is put out: verification uses the logits that the draft was drawn from.
+
+Shapes as in ``drafters.eagle3.model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from drafters.eagle3.model import Eagle3
+from specops.decoder_operations import few_rows_of, pick_operations
+from specops.linear import Norm
+from specops.rope import Heads, rope_table
+
+Attend = Callable[[Tensor], Tensor]
+"""Queries [T, Hq, D] to what they attend to, [T, Hq, D]; the rows' keys and values are in their
+slots already."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDEST = 16_384
+
+
+def supports(module: Eagle3, embed: nn.Module) -> str | None:
+    """``None`` if ``FusedEagle3`` computes what this drafter does, else why not.
+
+    Args:
+        embed: the target's token embedding; one with a scaling of its own is more than a table.
+    """
+    c, weight = module.config, module.lm_head.weight
+    if type(module) is not Eagle3:
+        return f"the drafter is a {type(module).__name__}"
+    if type(embed) is not nn.Embedding:
+        return f"the target's embedding is a {type(embed).__name__}, not a plain Embedding"
+    if embed.max_norm is not None:
+        return "the target's embedding has a max_norm"
+    if embed.embedding_dim != c.hidden_size or embed.num_embeddings < c.target_vocab_size:
+        return (
+            f"the target's embedding is {embed.num_embeddings} by {embed.embedding_dim}, "
+            f"not {c.target_vocab_size} by {c.hidden_size}"
+        )
+    for path, linear in module.named_modules():
+        if isinstance(linear, nn.Linear) and linear.bias is not None:
+            return f"{path} has a bias"
+    kinds = {(p.dtype, p.device) for p in (*module.parameters(), embed.weight)}
+    if len(kinds) > 1:
+        return f"the weights are of {len(kinds)} dtypes or devices"
+    if weight.dtype not in _DTYPES:
+        return f"the weights are {weight.dtype}"
+    if c.head_dim < 4 or c.head_dim & (c.head_dim - 1):
+        return f"the head dimension {c.head_dim} is not a power of two from 4 on"
+    if c.hidden_size > _WIDEST:
+        return f"the hidden size {c.hidden_size} is above {_WIDEST}"
+    return None
+
+
+def _norm(module: nn.RMSNorm) -> Norm:
+    assert module.eps is not None
+    return Norm(module.weight.detach(), module.eps)
+
+
+class FusedEagle3:
+    """An ``Eagle3`` run by our operations on the module's own weights.
+
+    They are looked up at every pass: what is copied into the module's parameters is in force at the
+    next one. Everything can be captured in a CUDA graph, which keeps the parameters' addresses.
+    Launches of one drafter must follow each other on one stream.
+    """
+
+    def __init__(
+        self,
+        module: Eagle3,
+        embed: nn.Module,
+        num_positions: int,
+        *,
+        few_rows: int | None = None,
+        use_kernels: bool | None = None,
+        overlap: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            module, embed: see ``supports``.
+            num_positions: positions of all rows are below it.
+            few_rows: up to so many rows a product is one kernel with all around it, 1..64;
+                ``None`` decides by the dtype.
+            use_kernels, overlap: see ``pick_operations``.
+
+        Raises:
+            ValueError: the drafter cannot be fused.
+        """
+        reason = supports(module, embed)
+        if reason is not None:
+            raise ValueError(f"the drafter cannot be fused: {reason}")
+        assert isinstance(embed, nn.Embedding)
+        self.module, self.embed = module, embed
+        c, weight = module.config, module.lm_head.weight
+        self.heads = Heads(c.num_heads, c.num_kv_heads)
+        self.table = rope_table(
+            module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
+        )
+        self.few_rows = few_rows_of(weight.dtype) if few_rows is None else few_rows
+        linears = (module.fc, module.qkv_proj, module.o_proj, module.down_proj, module.lm_head)
+        products = [(module.gate_up_proj.weight, True), *((m.weight, False) for m in linears)]
+        self._operations = pick_operations(products, use_kernels, overlap)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Tapped rows [T, m * H] (layer_ids order) -> h [T, H]."""
+        return self._product(features, self.module.fc)
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        hidden: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        attend: Attend,
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer, as ``Eagle3.forward``, with its rows' keys and values written to their slots.
+
+        Args:
+            ids_T, positions_T, slots_T: [T] int64 of the rows.
+            hidden: [T, H], fused features or former output of the row before.
+            keys, values: [num_slots, Hkv, D] contiguous, written in place.
+
+        Returns:
+            Outputs [T, H], before the final norm, and their squares for ``logits``.
+        """
+        do, m = self._operations, self.module
+        ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
+        norms = _norm(m.input_layernorm), _norm(m.hidden_norm)
+        pair = do.norm_pair(ids_T, self.embed.weight.detach(), hidden, *norms)
+        qkv = self._product(pair, m.qkv_proj)
+        q = do.rope_and_write(qkv, self.heads, self.table, positions_T, slots_T, keys, values)
+        run = self._few_rows if self._are_few(ids_T) else self._many_rows
+        return run(attend(q).flatten(1), hidden)
+
+    def _few_rows(self, mixed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        do, m = self._operations, self.module
+        norm = _norm(m.post_attention_layernorm)
+        stream, squares = do.few_row_residual(mixed, m.o_proj.weight.detach(), hidden)
+        gate_up = m.gate_up_proj.weight.detach()
+        gated = do.few_row_linear(stream, gate_up, norm, squares, gated=True)
+        return do.few_row_residual(gated, m.down_proj.weight.detach(), stream)
+
+    def _many_rows(self, mixed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        do, m = self._operations, self.module
+        stream = torch.empty_like(hidden)
+        norm = _norm(m.post_attention_layernorm)
+        normed = do.add_norm(hidden, m.o_proj(mixed), norm, stream)
+        update: Tensor = m.down_proj(do.silu_gate(m.gate_up_proj(normed)))
+        return stream + update, None
+
+    def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
+        """[T, H] -> [T, Vd] over the draft vocabulary, of the weights' dtype.
+
+        Args:
+            squares: of these outputs, from ``forward``.
+        """
+        do, norm = self._operations, _norm(self.module.norm)
+        if squares is None:
+            return self._product(do.add_norm(outputs, None, norm, None), self.module.lm_head)
+        return do.few_row_linear(outputs, self.module.lm_head.weight.detach(), norm, squares)
+
+    def _are_few(self, rows: Tensor) -> bool:
+        return 0 < len(rows) <= self.few_rows
+
+    def _product(self, rows: Tensor, linear: nn.Linear) -> Tensor:
+        if self._are_few(rows):
+            return self._operations.few_row_linear(rows, linear.weight.detach())
+        product: Tensor = linear(rows)
+        return product

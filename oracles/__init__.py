@@ -1,0 +1,1 @@
+"""What the engine is held against: exact laws, plain references and random requests."""

@@ -1,0 +1,215 @@
+"""Small real engines for tests: random targets of three architectures, real drafters, no threads.
+
+``step`` is called by the test, so every run is deterministic.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from drafters.eagle3.model import Eagle3, config_for_target
+from drafters.eagle3.paged import PagedEagle3
+from drafters.suffix import SuffixIndex
+from oracles.support import tiny_tokenizer
+from policies.interface import Decision, Outcome, StepObs
+from serving.capture.ring import CaptureRing, StoredDtype
+from serving.engine.drafting import Drafting
+from serving.engine.loop import Engine
+from serving.engine.pages import PagePool
+from serving.engine.programs import make_programs
+from serving.engine.scheduler import Scheduler
+from serving.engine.verifying import Rule
+from serving.requests import Output, Request, SamplingParams
+from targets.target import Target
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GEMMA = {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+ARCHITECTURES = {
+    "qwen3": (Qwen3ForCausalLM, lambda v: Qwen3Config(vocab_size=v, **SHAPE)),
+    "llama": (LlamaForCausalLM, lambda v: LlamaConfig(vocab_size=v, **SHAPE)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        lambda v: Gemma3TextConfig(vocab_size=v, query_pre_attn_scalar=12, **GEMMA, **SHAPE),
+    ),
+}
+
+
+def random_model(architecture: str, vocab_size: int = 96, seed: int = 0, head_dim: int = 12) -> Any:
+    """Random weights, large enough that the two best tokens are far apart."""
+    make, make_config = ARCHITECTURES[architecture]
+    config = make_config(vocab_size)
+    config.head_dim = head_dim
+    torch.manual_seed(seed)
+    model = make(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.25)
+    return model
+
+
+@dataclass
+class RandomPolicy:
+    """Any drafter, any K, a new one every step: what comes out must not depend on it."""
+
+    numbers: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def rest(self) -> Decision | None:
+        return None
+
+    def plan(self, obs: StepObs) -> Decision:
+        k = min(self.numbers.randint(0, 8), obs.max_draft)
+        drafter = self.numbers.choice(obs.drafters) if k else "none"
+        return Decision(drafter, k, 1.0, False, "random")
+
+    def observe(self, outcome: Outcome) -> None: ...
+    def on_swap(self, version: int, calibration: dict[str, Any]) -> None: ...
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class Collected:
+    """Everything one request was told."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[Any] = field(default_factory=list)
+    last: Output | None = None
+
+    def take(self, output: Output) -> None:
+        assert self.last is None or self.last.finish_reason is None, "news after the end"
+        self.token_ids += output.token_ids
+        self.text += output.text
+        self.logprobs += output.logprobs or ()
+        self.last = output
+
+
+def make_engine(
+    model: Any,
+    *,
+    policy: Any = None,
+    max_batch: int = 5,
+    page_size: int = 4,
+    num_pages: int = 400,
+    prefill_chunk: int = 16,
+    prefix_cache: bool = True,
+    max_draft: int = 8,
+    suffix: bool = True,
+    drafter: Eagle3 | None = None,
+    ring_rows: int = 4096,
+    ring_dtype: StoredDtype = "bfloat16",
+    seed: int = 1,
+    eos_ids: frozenset[int] = frozenset(),
+    rule: Rule = "block",
+    programs: bool = False,
+    fuse: bool = False,
+    fuse_drafter: bool = False,
+) -> Engine:
+    """An engine over ``model`` with a random EAGLE-3 drafter unless one is given; its programs run
+    fused code for target and drafter, or for the drafter alone."""
+    if drafter is None:
+        drafter = Eagle3(config_for_target(model.config))
+        drafter.initialise(seed, model.get_output_embeddings().weight)
+    drafter.eval().requires_grad_(False)
+    target = Target(model, drafter.config.layer_ids)
+    num_slots = num_pages * page_size
+    neural = PagedEagle3(drafter, target.embed, num_slots)
+    if fuse_drafter:
+        assert neural.fuse(num_positions=512) is None
+    index = SuffixIndex(2, 8, 10_000) if suffix else None
+    pool = target.make_pool(num_slots)
+    ring = CaptureRing(
+        ring_rows, len(target.layer_ids), target.config.hidden_size, dtype=ring_dtype
+    )
+    drafting = Drafting(target, neural, index, num_pages, page_size, max_draft)
+    return Engine(
+        target=target,
+        pool=pool,
+        scheduler=Scheduler(
+            PagePool(num_pages, prefix_cache), page_size, max_batch, prefill_chunk, max_draft
+        ),
+        tokenizer=tiny_tokenizer(),
+        eos_ids=eos_ids,
+        policy=policy or RandomPolicy(),
+        drafting=drafting,
+        programs=make_programs(
+            target,
+            pool,
+            drafting,
+            max_batch=max_batch,
+            max_model_len=256,
+            prefill_chunk=prefill_chunk,
+            page_size=page_size,
+            rule=rule,
+            ring=ring,
+            fuse=fuse,
+        )
+        if programs
+        else None,
+        ring=ring,
+        max_model_len=256,
+        max_queue=100_000,
+        model_name="tiny",
+        seed=seed,
+        rule=rule,
+    )
+
+
+def run(
+    engine: Engine,
+    requests: list[Request],
+    between: Callable[[Engine, int], None] = lambda _engine, _step: None,
+    most: Callable[[int], int | None] = lambda _step: None,
+) -> dict[str, Collected]:
+    """Decode all requests.
+
+    Args:
+        between: called before every step with its number.
+        most: step -> requests that may be in flight then; ``None``: all of them.
+    """
+    collected = {r.id: Collected() for r in requests}
+    waiting = deque(requests)
+    step = 0
+    with torch.inference_mode():
+        while waiting or engine.num_inflight():
+            limit = most(step)
+            while waiting and (limit is None or engine.num_inflight() < limit):
+                request = waiting.popleft()
+                engine.submit(request, collected[request.id].take)
+            between(engine, step)
+            assert engine.step(), "requests in flight, but nothing to do"
+            step += 1
+    return collected
+
+
+def request_of(request_id: str, prompt: list[int], max_tokens: int, **params: Any) -> Request:
+    """A greedy request unless ``params`` (of sampling or of the request) say otherwise."""
+    own = {k: params.pop(k) for k in ("max_draft", "capture", "tenant") if k in params}
+    sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **params})
+    return Request(request_id, tuple(prompt), sampling, **own)

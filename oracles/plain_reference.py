@@ -1,0 +1,68 @@
+"""What a request should answer, worked out by the book: one full pass of the target for each token,
+no cache, no batch, no drafts; biases and penalties token by token in plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from serving.requests import Request
+from specops.rng import Stream, uniforms
+from specops.sampling import distribution, draw, sampling_rows
+
+
+def adjusted(
+    logits: Sequence[float],
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    presence: float,
+    frequency: float,
+    repetition: float,
+    bias: dict[int, float],
+) -> list[float]:
+    """Logits of one position after bias, repetition, frequency and presence."""
+    out = []
+    for token, logit in enumerate(logits):
+        value = logit + bias.get(token, 0.0)
+        if token in prompt or token in completion:
+            value = value / repetition if value > 0 else value * repetition
+        value -= frequency * completion.count(token)
+        value -= presence * (token in completion)
+        out.append(value)
+    return out
+
+
+@torch.no_grad()
+def decode(model: Any, request: Request) -> list[int]:
+    """``max_tokens`` tokens of a greedy or seeded request; nothing ends it early."""
+    shape, tokens = request.sampling, list(request.prompt_ids)
+    for _ in range(shape.max_tokens):
+        logits = model(torch.tensor([tokens])).logits[0, -1].double()
+        wanted = adjusted(
+            logits.tolist(),
+            request.prompt_ids,
+            tokens[len(request.prompt_ids) :],
+            shape.presence_penalty,
+            shape.frequency_penalty,
+            shape.repetition_penalty,
+            dict(shape.logit_bias),
+        )
+        tokens.append(_choose(torch.tensor(wanted, dtype=torch.float64), request, len(tokens)))
+    return tokens[len(request.prompt_ids) :]
+
+
+def _choose(logits_V: torch.Tensor, request: Request, position: int) -> int:
+    shape = request.sampling
+    if shape.temperature == 0:
+        return int(logits_V.argmax())
+    rows = sampling_rows(
+        [shape.temperature], [shape.top_k], [shape.top_p], [shape.min_p], len(logits_V)
+    )
+    assert shape.seed is not None, "an answer by the book needs a seed"
+    key = np.array([shape.seed], dtype=np.uint64)
+    number = uniforms(key, np.array([[position]]), np.zeros(1, dtype=np.int64), Stream.TARGET)
+    law = distribution(logits_V[None, None], rows)[0, 0]
+    return int(draw(law, torch.tensor(number[0, 0], dtype=torch.float64)))

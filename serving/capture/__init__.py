@@ -1,0 +1,1 @@
+"""What served requests leave for the trainer."""

@@ -1,0 +1,91 @@
+"""From a finished request to the trace that the buffer keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from buffer.records import Sampling, Trace
+from serving.capture.ring import CaptureRing, Held, Piece, feature_rows
+from serving.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """Who writes: unique with ``epoch`` over restarts."""
+
+    name: str
+    epoch: int
+    target_fingerprint: str
+
+
+_SKIP = 0.125
+"""Share of the ring that a recorder skips when it has come too late for a trace."""
+
+
+class TraceMaker:
+    """Numbers finished requests; their rows are copied and packed on the recorder's thread."""
+
+    def __init__(
+        self,
+        producer: Producer,
+        ring: CaptureRing,
+        layer_ids: tuple[int, ...],
+        count_lost: Callable[[int], None],
+    ) -> None:
+        self._producer = producer
+        self._ring = ring
+        self._layer_ids = layer_ids
+        self._count_lost = count_lost
+        self._numbers = count()
+        self._is_behind = False
+
+    def finished(self, sequence: Sequence) -> Callable[[], Trace | None]:
+        """Returns what builds the trace, or nothing if the ring has begun to overwrite it by then:
+        to a recorder that is so late every trace would come with holes, so it skips some. Of a
+        request that was longer than the ring, what is there counts."""
+        pieces = sequence.capture_rows
+        has_all = not self._ring.num_lost(pieces)
+        seq = next(self._numbers)
+        finished_ms = int(time.time() * 1000)
+
+        def make() -> Trace | None:
+            held = self._held(pieces, has_all)
+            if held is None:
+                return None
+            request, shape = sequence.request, sequence.request.sampling
+            return Trace(
+                producer=self._producer.name,
+                epoch=self._producer.epoch,
+                seq=seq,
+                request_id=request.id,
+                tenant=request.tenant,
+                target_fingerprint=self._producer.target_fingerprint,
+                sampling=Sampling(
+                    shape.temperature, shape.top_p, shape.top_k, shape.min_p, shape.seed
+                ),
+                prompt_length=sequence.num_prompt,
+                token_ids=np.asarray(sequence.tokens, dtype=np.int32),
+                rounds=tuple(sequence.rounds),
+                features=feature_rows(held, self._layer_ids),
+                finished_unix_ms=finished_ms,
+            )
+
+        return make
+
+    def _held(self, pieces: list[Piece], has_all: bool) -> Held | None:
+        """The rows of a finished request, unless it had all of them and has no more."""
+        ahead = _SKIP if self._is_behind else 0.0
+        self._is_behind = has_all and self._ring.num_lost(pieces, ahead) > 0
+        if not self._is_behind:
+            held, lost = self._ring.read(pieces)
+            self._is_behind = has_all and lost > 0
+            if not self._is_behind:
+                self._count_lost(lost)
+                return held
+        self._count_lost(sum(count for _, _, count in pieces))
+        return None

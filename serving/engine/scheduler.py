@@ -1,0 +1,165 @@
+"""Who runs in the next step: admission with full reservation, prefix reuse, chunked prefill.
+
+A request is admitted only when pages for its whole possible length are free, so a running request
+never has to be evicted.
+
+A program of prompt chunks takes a round's time even for one short prompt, and all who decode wait
+for it. So short prompts wait some milliseconds for each other while many requests decode.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from serving.engine.pages import PagePool, page_names
+from serving.engine.sequence import Sequence
+
+_GROUP = 8
+"""One prompt for so many requests that decode is worth a program."""
+_FULL_ROWS = 512
+"""So many are worth a program, whoever else comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive prompt positions of one request, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def num_rows(self) -> int:
+        """Positions to compute."""
+        return self.end - self.start
+
+    @property
+    def is_last(self) -> bool:
+        """Reaches the anchor: its last row yields the first token."""
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The work of one step."""
+
+    decode: tuple[Sequence, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class Scheduler:
+    """Waiting and running requests, first come first served."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        max_batch: int,
+        prefill_chunk: int,
+        max_draft: int,
+        prefill_hold_s: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            prefill_hold_s: longest time that a prompt waits for others.
+        """
+        self.pool = pool
+        self.page_size = page_size
+        self.max_batch = max_batch
+        self.prefill_chunk = prefill_chunk
+        self.max_draft = max_draft
+        self.prefill_hold_s = prefill_hold_s
+        self._held_from_s: float | None = None
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def num_pages_for(self, num_prompt: int, max_tokens: int) -> int:
+        """Pages for every position a request can ever write, drafted ones included."""
+        length = num_prompt + max_tokens + self.max_draft + 1
+        return -(-length // self.page_size)
+
+    def admit(self) -> list[Sequence]:
+        """Move waiting requests into the batch while slots and pages last; returns the new ones."""
+        admitted = []
+        while self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            if not self._reserve(sequence):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        # The anchor must be computed in any case, so its page is never taken from the cache.
+        names = page_names(sequence.tokens[:-1], self.page_size)
+        cached = self.pool.lookup(names)
+        max_tokens = sequence.request.sampling.max_tokens
+        fresh = self.num_pages_for(sequence.num_prompt, max_tokens) - len(cached)
+        if fresh + self.pool.num_idle(cached) > self.pool.num_available:
+            return False
+        self.pool.share(cached)
+        sequence.pages = cached + self.pool.take(fresh)
+        sequence.names = names[: len(cached)]
+        sequence.num_named = len(cached)
+        sequence.num_cached = sequence.num_computed = len(cached) * self.page_size
+        return True
+
+    def plan(self, now_s: float) -> StepPlan:
+        """Decode every prefilled request; fill the prefill budget in order of arrival, unless its
+        prompts are held for others.
+
+        Args:
+            now_s: of any clock.
+        """
+        decode = tuple(s for s in self.running if s.is_prefilled)
+        fresh = [s for s in self.running if not s.is_prefilled]
+        if self._holds(len(decode), fresh, now_s):
+            return StepPlan(decode, ())
+        chunks = []
+        budget = self.prefill_chunk
+        for sequence in fresh:
+            if budget == 0:
+                break
+            start = sequence.num_computed
+            end = min(len(sequence.tokens), start + budget)
+            chunks.append(Chunk(sequence, start, end))
+            budget -= end - start
+        return StepPlan(decode, tuple(chunks))
+
+    def _holds(self, num_decoding: int, fresh: list[Sequence], now_s: float) -> bool:
+        """Whether the prompts wait for others, from the first step that they might have had."""
+        from_s = now_s if self._held_from_s is None else self._held_from_s
+        holds = (
+            0 < len(fresh) < num_decoding // _GROUP
+            and now_s - from_s < self.prefill_hold_s
+            and all(s.num_computed == s.num_cached for s in fresh)
+            and sum(len(s.tokens) - s.num_computed for s in fresh) < _FULL_ROWS
+        )
+        self._held_from_s = from_s if holds else None
+        return holds
+
+    def name_full_pages(self, sequence: Sequence) -> list[int]:
+        """Declare newly completed pages to the prefix cache; returns those pages."""
+        full = sequence.num_computed // self.page_size
+        fresh = []
+        while sequence.num_named < full:
+            index = sequence.num_named
+            start = index * self.page_size
+            parent = sequence.names[-1] if sequence.names else b""
+            tokens = sequence.tokens[start : start + self.page_size]
+            sequence.names += page_names(tokens, self.page_size, parent)
+            self.pool.name(sequence.pages[index], sequence.names[-1])
+            fresh.append(sequence.pages[index])
+            sequence.num_named += 1
+        return fresh
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished or cancelled request out and give its pages back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.pool.release(sequence.pages)
+            sequence.pages = []
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)

@@ -1,0 +1,1 @@
+"""New weights in a running drafter."""

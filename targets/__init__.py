@@ -1,0 +1,1 @@
+"""The models whose output distribution is preserved."""

@@ -1,0 +1,297 @@
+"""The forward pass of a Llama- or Qwen3-shaped target in few launches.
+
+Hugging Face's code asks for some forty operations a layer, and a step of few rows is bound by them,
+not by reading the weights. Here a layer is six launches and its attention:
+
+    norm + q, k, v | norms of heads, RoPE, write to the pages | attention | o + residual
+    norm + gate, up, silu | down + residual
+
+Above ``few_rows`` rows the products are the library's and what stands between them is fused. With
+pinned numerics they are ours for any number of rows, and all is computed in one order of operations
+that depends on the weights' shapes alone: the library takes another one for another number of rows.
+Rounding follows Hugging Face's order of operations in both.
+
+Shapes: T packed rows of one pass, H hidden, V vocabulary, m tapped layers, Hq query heads,
+D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from specops.decoder_operations import DEFINITIONS, few_rows_of, pick_operations
+from specops.linear import Norm
+from specops.rope import Heads, rope_table
+
+Attend = Callable[[int, Tensor], Tensor]
+"""Layer number and its queries [T, Hq, D] to what they attend to, [T, Hq, D]; the rows' keys and
+values are in the layer's pages already."""
+
+_ROPES = ("default", "linear", "llama3", "yarn")
+"""Kinds whose frequencies do not depend on the length of the sequence."""
+_WIDEST = 16_384
+
+
+class Pool(Protocol):
+    """Pages of every layer: [num_slots, Hkv, D] each. ``targets.target.KvPool`` is one."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: Norm
+    qkv: Tensor
+    heads: Heads
+    o: Tensor
+    mlp_norm: Norm
+    gate_up: Tensor
+    down: Tensor
+
+
+def supports(model: Any) -> str | None:
+    """``None`` if ``FusedDecoder`` computes what this model's own forward does, else why not."""
+    parts = {qwen3.Qwen3ForCausalLM: qwen3, llama.LlamaForCausalLM: llama}.get(type(model))
+    if parts is None:
+        return f"{type(model).__name__} is neither Qwen3ForCausalLM nor LlamaForCausalLM"
+    name = "Qwen3" if parts is qwen3 else "Llama"
+    kinds = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")
+    expected = {getattr(parts, name + kind) for kind in (*kinds, "RotaryEmbedding")}
+    expected |= {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"])}
+    for path, module in model.named_modules():
+        if type(module) not in expected:
+            return f"{path} is a {type(module).__name__}"
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            return f"{path} has a bias"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return f"{path} has a max_norm"
+        if getattr(module, "sliding_window", None) is not None:
+            return f"{path} sees a window of {module.sliding_window} keys"
+    return _numbers(model)
+
+
+def _numbers(model: Any) -> str | None:
+    """What of the shape, the dtype or the device stands against fusing."""
+    config, decoder = model.config, model.model
+    attention = decoder.layers[0].self_attn
+    if config.hidden_act != "silu":
+        return f"the activation is {config.hidden_act}, not silu"
+    if decoder.rotary_emb.rope_type not in _ROPES:
+        return f"RoPE of type {decoder.rotary_emb.rope_type} depends on the sequence's length"
+    if 2 * decoder.rotary_emb.inv_freq.numel() != attention.head_dim:
+        return "RoPE rotates only a part of each head"
+    if attention.head_dim < 4 or attention.head_dim & (attention.head_dim - 1):
+        return f"the head dimension {attention.head_dim} is not a power of two from 4 on"
+    if config.hidden_size > _WIDEST:
+        return f"the hidden size {config.hidden_size} is above {_WIDEST}"
+    kinds = {(p.dtype, p.device) for p in model.parameters()}
+    if len(kinds) > 1:
+        return f"the weights are of {len(kinds)} dtypes or devices"
+    return None
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _fuse(*linears: Any) -> Tensor:
+    """One weight with the rows of all; theirs become views of it, so nothing is kept twice."""
+    fused = torch.cat([module.weight.detach() for module in linears])
+    start = 0
+    for module in linears:
+        end = start + module.weight.shape[0]
+        module.weight.data = fused[start:end]
+        start = end
+    return fused
+
+
+def _fuse_layer(module: Any) -> _Layer:
+    attention, mlp = module.self_attn, module.mlp
+    has_norms = hasattr(attention, "q_norm")
+    heads = Heads(
+        attention.q_proj.out_features // attention.head_dim,
+        attention.k_proj.out_features // attention.head_dim,
+        _norm(attention.q_norm) if has_norms else None,
+        _norm(attention.k_norm) if has_norms else None,
+    )
+    return _Layer(
+        _norm(module.input_layernorm),
+        _fuse(attention.q_proj, attention.k_proj, attention.v_proj),
+        heads,
+        attention.o_proj.weight.detach(),
+        _norm(module.post_attention_layernorm),
+        _fuse(mlp.gate_proj, mlp.up_proj),
+        mlp.down_proj.weight.detach(),
+    )
+
+
+class FusedDecoder:
+    """A Hugging Face Llama or Qwen3, run by our operations on the model's own weights.
+
+    Weights are read in place: what is copied into the model's parameters is in force at the next
+    pass. Everything can be captured in a CUDA graph. Launches of one decoder must follow each other
+    on one stream.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_positions: int | None = None,
+        *,
+        few_rows: int | None = None,
+        use_kernels: bool | None = None,
+        overlap: bool | None = None,
+        ahead_bytes: int = 0,
+        pinned: bool = False,
+    ) -> None:
+        """Fuses the weights of ``model`` in place; its own forward still works.
+
+        Args:
+            model: see ``supports``.
+            num_positions: positions are below it; ``None`` takes the model's longest.
+            few_rows: up to so many rows a product is one kernel with all around it, 1..64;
+                ``None`` decides by the dtype.
+            use_kernels: Triton kernels or torch definitions; ``None`` decides by the device.
+            overlap: kernels start while the one before still runs; ``None``: where the card can.
+            ahead_bytes: of each layer's o weight, fetched into the L2 cache during attention.
+            pinned: what is computed for a row does not depend on the rows beside it, in no bit,
+                given attention that does not either.
+
+        Raises:
+            ValueError: the model cannot be fused, or is to be pinned without kernels.
+        """
+        reason = supports(model)
+        if reason is not None:
+            raise ValueError(f"{type(model).__name__} cannot be fused: {reason}")
+        decoder, config = model.model, model.config
+        self.embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self.head: Tensor = model.lm_head.weight.detach()
+        self.layers = [_fuse_layer(layer) for layer in decoder.layers]
+        self.final_norm = _norm(decoder.norm)
+        self.scale: float = decoder.layers[0].self_attn.scaling
+        """What scores are multiplied by in attention."""
+        rotary = decoder.rotary_emb
+        self.table = rope_table(
+            rotary.inv_freq.to(self.head.device),
+            rotary.attention_scaling,
+            config.max_position_embeddings if num_positions is None else num_positions,
+            self.head.dtype,
+        )
+        self.few_rows = few_rows_of(self.head.dtype) if few_rows is None else few_rows
+        self.is_pinned = pinned
+        layer = self.layers[0]
+        bare = (layer.qkv, layer.o, layer.down, self.head)
+        products = [(layer.gate_up, True), *((weight, False) for weight in bare)]
+        self._operations = pick_operations(products, use_kernels, overlap, pinned)
+        self._ahead_bytes = 0 if self._operations is DEFINITIONS else ahead_bytes
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        attend: Attend,
+        pool: Pool,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over T packed rows of any requests.
+
+        Args:
+            ids_T, positions_T, slots_T: [T] int64; where each row's key and value are written.
+            attend: attention of one layer over the pages.
+            taps: layers whose output to keep, each once; 0 is the embeddings.
+
+        Returns:
+            Features [T, m, H], the residual stream after the tapped layers, in their order;
+            hidden [T, H], the lm_head's input.
+        """
+        if len(set(taps)) < len(taps):
+            raise ValueError(f"a layer is tapped once, got {taps}")
+        ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
+        num_rows, width = len(ids_T), self.embedding.shape[1]
+        if taps:
+            features = self.embedding.new_empty(num_rows, len(taps), width)
+        else:
+            features = self.embedding.new_empty(num_rows, 0, 0)
+        stream = self.embedding.new_empty(num_rows, width)
+        # The stream itself, or the place in the features that a tapped layer writes it to.
+        outs = [stream] * (len(self.layers) + 1)
+        for place, layer in enumerate(taps):
+            outs[layer] = features[:, place]
+
+        def heads_of(index: int, qkv: Tensor) -> Tensor:
+            layer = self.layers[index]
+            more: dict[str, Any] = {}
+            if self._ahead_bytes:
+                more = {"ahead": layer.o, "ahead_bytes": self._ahead_bytes}
+            q = self._operations.rope_and_write(
+                qkv, layer.heads, self.table, positions_T, slots_T,
+                pool.keys[index], pool.values[index], **more,
+            )  # fmt: skip
+            return attend(index, q).flatten(1)
+
+        squares = self._operations.embed(ids_T, self.embedding, outs[0])
+        run = self._few_rows if self._are_few(num_rows) else self._many_rows
+        return features, run(outs, stream, squares, heads_of)
+
+    def _are_few(self, num_rows: int) -> bool:
+        return self.is_pinned or num_rows <= self.few_rows
+
+    def _few_rows(
+        self,
+        outs: list[Tensor],
+        stream: Tensor,
+        squares: Tensor,
+        heads_of: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        do = self._operations
+        for index, layer in enumerate(self.layers):
+            qkv = do.few_row_linear(outs[index], layer.qkv, layer.attention_norm, squares)
+            mixed = heads_of(index, qkv)
+            middle, squares = do.few_row_residual(mixed, layer.o, outs[index], stream)
+            gated = do.few_row_linear(middle, layer.gate_up, layer.mlp_norm, squares, gated=True)
+            _, squares = do.few_row_residual(gated, layer.down, middle, outs[index + 1])
+        return do.add_norm(outs[-1], None, self.final_norm, None)
+
+    def _many_rows(
+        self,
+        outs: list[Tensor],
+        stream: Tensor,
+        _squares: Tensor,
+        heads_of: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        do, product = self._operations, nn.functional.linear
+        norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
+        normed = do.add_norm(outs[0], None, norms[0], None)
+        for index, layer in enumerate(self.layers):
+            mixed = heads_of(index, product(normed, layer.qkv))
+            normed = do.add_norm(outs[index], product(mixed, layer.o), layer.mlp_norm, stream)
+            gated = do.silu_gate(product(normed, layer.gate_up))
+            update = product(gated, layer.down)
+            normed = do.add_norm(stream, update, norms[index + 1], outs[index + 1])
+        return normed
+
+    def logits(self, hidden: Tensor, *, widen: bool = True) -> Tensor:
+        """[..., H] -> [..., V] float32 (float64 for a float64 model).
+
+        Args:
+            widen: otherwise in the dtype, of the same values, that costs least.
+        """
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if not len(flat) or not self._are_few(len(flat)):
+            scores = nn.functional.linear(flat, self.head)
+            scores = scores.to(wide) if widen else scores
+        else:
+            out = torch.empty(len(flat), len(self.head), dtype=wide, device=hidden.device)
+            scores = self._operations.few_row_linear(flat, self.head, out=out)
+        return scores.view(*hidden.shape[:-1], len(self.head))

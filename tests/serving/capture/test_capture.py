@@ -1,0 +1,196 @@
+"""Captured rows are the target's hidden rows; positions that were not computed are absent."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from buffer.codec import decode_trace, encode_trace
+from buffer.traces import open_trace_reader, open_trace_writer
+from oracles.engines import make_engine, random_model, request_of, run
+from serving.capture.recorder import Recorder
+from serving.capture.ring import CaptureRing, feature_rows
+from serving.capture.traces import Producer, TraceMaker
+
+PROMPT = list(range(30))
+
+
+@pytest.fixture(params=[False, True], ids=["passes", "programs"])
+def programs(request):
+    """Whether steps are computed by programs, which append their rows themselves."""
+    return request.param
+
+
+def traces_of(engine, requests):
+    """Run and return each request's trace after a round trip through the codec."""
+    lost = []
+    maker = TraceMaker(
+        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, lost.append
+    )
+    made = []
+    engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
+    run(engine, requests)
+    traces = [decode_trace(encode_trace(make())) for make in made]
+    return {t.request_id: t for t in traces}, sum(lost)
+
+
+def hidden_rows(model, token_ids, layer_ids):
+    """[T, m + 1, H] of the plain model: tapped layers, then the lm_head's input."""
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        out = reference.model(torch.tensor([token_ids]), output_hidden_states=True)
+    taps = [out.hidden_states[k][0] for k in layer_ids]
+    return torch.stack([*taps, out.last_hidden_state[0]], dim=1)
+
+
+def restored(features):
+    bits = torch.from_numpy(features.rows)
+    if features.dtype == "bfloat16":
+        return bits.view(torch.bfloat16).float()
+    return bits.view(torch.float8_e4m3fn).float() * torch.from_numpy(features.scale)[..., None]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("float8_e4m3fn", 2**-4)])
+def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
+    model = random_model("qwen3")
+    engine = make_engine(
+        model, prefix_cache=False, programs=programs, max_batch=4, ring_dtype=dtype
+    )
+    requests = [request_of(str(i), [*PROMPT, i], 20 + i, capture=i % 3 != 1) for i in range(9)]
+
+    traces, lost = traces_of(engine, requests)
+
+    assert set(traces) == {str(i) for i in range(9) if i % 3 != 1}
+
+    for trace in traces.values():
+        tokens = trace.token_ids.tolist()
+        want = hidden_rows(model, tokens, trace.features.layer_ids)[:-1]
+        assert trace.features.positions.tolist() == list(range(len(tokens) - 1))
+        got = restored(trace.features)
+        scale = want.abs().amax(-1, keepdim=True)
+        assert ((got - want).abs() / scale).max() < tolerance
+    assert lost == 0
+
+
+def test_rows_of_cached_prefix_pages_are_absent_not_invented(programs):
+    model = random_model("qwen3")
+    engine = make_engine(model, prefill_chunk=7, programs=programs)
+    traces_of(engine, [request_of("first", [*PROMPT, 50], 8)])
+
+    traces, _ = traces_of(engine, [request_of("second", [*PROMPT, 60], 8)])
+
+    second = traces["second"]
+    assert second.features.positions.tolist() == list(range(28, len(second.token_ids) - 1))
+    want = hidden_rows(model, second.token_ids.tolist(), second.features.layer_ids)[28:-1]
+    torch.testing.assert_close(restored(second.features), want, atol=0.05, rtol=0.01)
+
+
+def test_rounds_tell_the_whole_completion(programs):
+    engine = make_engine(random_model("qwen3"), programs=programs)
+    traces, _ = traces_of(engine, [request_of("a", PROMPT, 25), request_of("b", [1, 2], 25)])
+
+    for trace in traces.values():
+        tokens = trace.token_ids.tolist()
+        position = trace.rounds[0].anchor
+        assert position == trace.prompt_length, "the first token came from prefill"
+        for one in trace.rounds:
+            assert one.anchor == position
+            emitted = [*one.draft_ids[: one.num_accepted], one.next_id]
+            assert tokens[position + 1 : position + 1 + len(emitted)] == emitted[: len(tokens)]
+            position += len(emitted)
+
+
+def test_a_request_that_opts_out_leaves_no_trace(programs):
+    engine = make_engine(random_model("qwen3"), programs=programs)
+    traces, _ = traces_of(
+        engine, [request_of("in", PROMPT, 9), request_of("out", PROMPT, 9, capture=False)]
+    )
+    assert set(traces) == {"in"}
+
+
+def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
+    engine = make_engine(
+        random_model("qwen3"), ring_rows=216, prefix_cache=False, programs=programs
+    )
+    traces, lost = traces_of(engine, [request_of("long", PROMPT, 200)])
+
+    features = traces["long"].features
+    assert lost == 229 - len(features.positions) > 0
+    assert features.positions.tolist() == list(range(229 - len(features.positions), 229))
+
+
+def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(tmp_path):
+    engine = make_engine(random_model("qwen3"), ring_rows=256, prefix_cache=False)
+    lost = []
+    maker = TraceMaker(
+        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, lost.append
+    )
+    made = []
+    engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
+    # 50 rows each, of which the ring holds those of 5 requests.
+    run(engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(8)])
+    writer = open_trace_writer(
+        "log:", tmp_path, segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0
+    )
+    recorder = Recorder(writer, 100, 0.01)
+    for make in made:
+        recorder.put(make)
+    recorder.start()
+    recorder.close(20.0)
+
+    traces = open_trace_reader("log:", tmp_path).read(100)
+    for trace in traces:
+        assert trace.features.positions.tolist() == list(range(len(trace.token_ids) - 1))
+    dropped = 8 - len(traces)
+    assert 3 <= dropped <= 5
+    assert sum(lost) == dropped * 50
+    assert recorder.counts() == {
+        "queued": 8, "written": len(traces), "dropped": dropped, "failed": 0
+    }  # fmt: skip
+
+
+def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
+    with pytest.raises(ValueError, match="186 rows at once do not fit a ring of 185"):
+        make_engine(random_model("qwen3"), ring_rows=185, programs=True)
+
+
+def test_the_ring_wraps_without_mixing_rows():
+    ring = CaptureRing(10, 1, 4)
+    pieces = []
+    for start in range(0, 21, 3):
+        rows = torch.arange(start, start + 3).float()[:, None].expand(3, 4)
+        pieces.append((start, ring.write(rows[:, None], rows), 3))
+
+    held, lost = ring.read(pieces)
+
+    assert held.positions.tolist() == list(range(11, 21))
+    assert held.rows[:, 0, 0].tolist() == held.positions.tolist()
+    assert lost == 11
+
+
+def test_rows_that_may_be_overwritten_while_they_are_copied_are_lost():
+    """Rounds on their way append rows that the host has not heard of."""
+    ring = CaptureRing(10, 1, 4)
+    rows = torch.arange(8).float()[:, None].expand(8, 4)
+    pieces = [(0, ring.write(rows[:, None], rows), 8)]
+    ring.reserve(3)
+
+    held, lost = ring.read(pieces)
+    ring.number([2])
+    later, lost_later = ring.read(pieces)
+
+    assert (held.positions.tolist(), lost) == (list(range(1, 8)), 1)
+    assert (later.positions.tolist(), lost_later) == (list(range(3, 8)), 3)
+
+
+def test_fp8_rows_keep_small_and_large_values():
+    ring = CaptureRing(2, 1, 4, dtype="float8_e4m3fn")
+    values = torch.tensor([[1e-3, 5.0, -448.0, 0.0]])
+
+    ring.write(values[:, None], values)
+    held, _ = ring.read([(0, 0, 1)])
+
+    assert restored(feature_rows(held, (1,)))[0, 0, 2] == -448.0

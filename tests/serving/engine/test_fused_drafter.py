@@ -1,0 +1,91 @@
+"""Programs with the fused drafter draft what those with its module draft, and answer the same."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from drafters.eagle3.model import Eagle3, config_for_target
+from oracles.engines import make_engine, random_model, request_of, run
+from policies.fixed import FixedPolicy
+
+
+def reduced_drafter(model, draft_vocab):
+    drafter = Eagle3(config_for_target(model.config, draft_vocab_size=draft_vocab))
+    drafter.initialise(1)
+    assert drafter.d2t is not None
+    drafter.d2t += torch.arange(draft_vocab)  # draft id i is target id 2 i
+    return drafter
+
+
+def decoded(fuse_drafter, num_draft, draft_vocab, swap=lambda _engine, _step: None, **sampling):
+    """Answers, and drafts of every round, of prompts long enough to be cut into chunks."""
+    model = random_model("qwen3", head_dim=16)
+    engine = make_engine(
+        model,
+        policy=FixedPolicy("eagle3", num_draft),
+        max_batch=4,
+        prefill_chunk=32,
+        suffix=False,
+        programs=True,
+        drafter=reduced_drafter(model, draft_vocab) if draft_vocab else None,
+        fuse_drafter=fuse_drafter,
+    )
+    neural = engine.drafting.neural
+    assert neural is not None and neural.is_fused == fuse_drafter
+    drafts = {}
+    engine.on_finished = lambda sequence: drafts.__setitem__(
+        sequence.request.id, [(r.anchor, r.draft_ids, r.num_accepted) for r in sequence.rounds]
+    )
+    numbers = random.Random(3)
+    prompts = [[numbers.randrange(96) for _ in range(n)] for n in (1, 5, 20, 50)]
+    requests = [request_of(str(i), p, 25 + i, **sampling) for i, p in enumerate(prompts)]
+    answers = run(engine, requests, swap)
+    return prompts, {k: a.token_ids for k, a in answers.items()}, drafts
+
+
+def scramble(engine, step):
+    """New random weights, in place, every second step."""
+    if step % 2 == 0:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in engine.drafting.neural.module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+@pytest.mark.parametrize("swap", [lambda _engine, _step: None, scramble], ids=["", "swaps"])
+@pytest.mark.parametrize("draft_vocab", [None, 40])
+@pytest.mark.parametrize("num_draft", [1, 4])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "seeded"]
+)
+def test_drafts_equal_those_of_the_module(num_draft, draft_vocab, swap, sampling):
+    prompts, answers, drafts = decoded(True, num_draft, draft_vocab, swap, **sampling)
+    _, want_answers, want = decoded(False, num_draft, draft_vocab, swap, **sampling)
+
+    assert answers == want_answers
+    assert drafts == want
+    assert any(len(set(ids)) > 1 or num_draft == 1 for one in drafts.values() for _, ids, _ in one)
+    if not sampling:
+        plain = random_model("qwen3", head_dim=16)
+        for index, prompt in enumerate(prompts):
+            one = copy.deepcopy(plain).generate(
+                torch.tensor([prompt]), max_new_tokens=25 + index, do_sample=False
+            )
+            assert answers[str(index)] == one[0, len(prompt) :].tolist()
+
+
+def test_programs_say_why_a_drafter_is_not_fused(caplog):
+    model = random_model("qwen3", head_dim=16)
+    config = config_for_target(model.config)
+    drafter = Eagle3(config).double()
+    drafter.initialise(0)
+
+    engine = make_engine(model, drafter=drafter, programs=True, fuse=True)
+
+    assert engine.drafting.neural is not None and not engine.drafting.neural.is_fused
+    assert "the drafter's own code computes its layer, which is slower: the weights are" in (
+        caplog.text
+    )

@@ -1,0 +1,254 @@
+"""A round is launched before the last one was read, and nobody can tell from what comes out."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+
+from oracles.engines import Collected, RandomPolicy, make_engine, random_model, request_of, run
+from policies.interface import Decision
+from serving.engine.cuda_graphs import Landing
+
+V = 288
+PROMPT = [40, 41, 42, 43]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("qwen3", vocab_size=V)
+
+
+class Steady(RandomPolicy):
+    """Plays one arm and keeps what it is told."""
+
+    def __init__(self, drafter, draft_k):
+        self.arm = drafter, draft_k
+        self.told = []
+
+    def plan(self, obs):
+        return Decision(self.arm[0], min(self.arm[1], obs.max_draft), 1.0, False, "test")
+
+    def observe(self, outcome):
+        self.told.append(outcome)
+
+
+def begin(engine, *requests):
+    collected = {r.id: Collected() for r in requests}
+    for request in requests:
+        engine.submit(request, collected[request.id].take)
+    return collected
+
+
+@pytest.mark.parametrize("shape", [{}, {"presence_penalty": 1.0}], ids=["plain", "penalized"])
+@pytest.mark.parametrize("arm", [("none", 0), ("eagle3", 3)])
+def test_a_round_is_launched_before_the_last_one_is_read(model, arm, shape):
+    policy = Steady(*arm)
+    engine = make_engine(model, policy=policy, programs=True)
+    got = begin(engine, request_of("a", PROMPT, 50, **shape))["a"]
+
+    lengths = []
+    with torch.inference_mode():
+        for _ in range(4):
+            engine.step()
+            lengths.append(len(got.token_ids))
+
+    # A step computes the prompt, the next one reads its token and launches a round, the one after
+    # it reads that.
+    assert lengths[:2] == [0, 1]
+    assert 1 < lengths[2] < lengths[3]
+    assert len(policy.told) == 2
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0}, {"frequency_penalty": 1.0}, {"logprobs": 2}]
+)
+def test_a_round_is_launched_before_the_prompt_beside_it_is_read(model, sampling):
+    """But for requests that want more of the logits than a token."""
+    engine = make_engine(model, policy=Steady("none", 0), programs=True, prefix_cache=False)
+    got = begin(engine, request_of("a", PROMPT, 50))
+    with torch.inference_mode():
+        for _ in range(3):
+            engine.step()
+        got |= begin(engine, request_of("b", PROMPT[::-1], 50, **sampling))
+        before = len(got["a"].token_ids)
+        engine.step()
+        lengths = [len(got[name].token_ids) - before * (name == "a") for name in "ab"]
+        lane = next(s for s in engine.scheduler.running if s.request.id == "b").lane_length
+        engine.step()
+
+    assert lengths == [1, "logprobs" in sampling]
+    assert len(got["b"].token_ids) == 1
+    assert lane == len(PROMPT), "the lane was written with the prompt"
+
+
+def test_rounds_beside_a_prompt_are_not_timed(model):
+    """The host has more to do for them: the one under way when it comes, and the one behind it."""
+    policy = Steady("none", 0)
+    engine = make_engine(model, policy=policy, programs=True, prefix_cache=False)
+
+    def between(engine, step):
+        if step == 6:
+            engine.submit(request_of("b", PROMPT[::-1], 30), Collected().take)
+
+    run(engine, [request_of("a", PROMPT, 30)], between)
+
+    untimed = [n for n, told in enumerate(policy.told) if told.has_prefill]
+    # Step 1 launches round 0, behind the prompt; in step 6 round 4 is under way.
+    assert untimed == [0, 4, 5]
+
+
+def test_where_every_round_is_beside_a_prompt_some_are_timed(model, monkeypatch):
+    monkeypatch.setattr(Landing, "wait", lambda _self: True)  # a device that is always behind
+    policy = Steady("none", 0)
+    engine = make_engine(model, policy=policy, programs=True, prefix_cache=False)
+    requests = [request_of(f"{n}", PROMPT, 2) for n in range(60)]
+
+    def between(engine, step):
+        if requests:
+            engine.submit(requests.pop(), Collected().take)
+
+    run(engine, [request_of("a", PROMPT, 70)], between)
+
+    flags = [told.has_prefill for told in policy.told[:50]]
+    assert 3 <= flags.count(False) <= 8
+
+
+def test_lanes_and_pages_change_hands_while_a_round_flies(model):
+    """More requests than lanes, ends inside blocks, cancellations: each answer is its own."""
+    numbers = random.Random(3)
+    requests = [
+        request_of(str(i), [numbers.randrange(V) for _ in range(numbers.randint(1, 40))],
+                   numbers.randint(1, 40))
+        for i in range(40)
+    ]  # fmt: skip
+    whole = run(make_engine(model, max_batch=4, eos_ids=frozenset(range(5))), requests)
+    doomed = {str(i): numbers.randint(5, 60) for i in range(0, 40, 5)}
+
+    def between(engine, step):
+        for name, when in doomed.items():
+            if step == when:
+                engine.cancel(name)
+
+    # Pages for about three requests at a time: those of one that ended are taken again at once.
+    engine = make_engine(
+        model, max_batch=4, eos_ids=frozenset(range(5)), programs=True, num_pages=90
+    )
+    got = run(engine, requests, between)
+
+    cancelled = {name for name, c in got.items() if c.last.finish_reason == "cancelled"}
+    assert cancelled and cancelled <= set(doomed)
+    for name, collected in got.items():
+        want = whole[name].token_ids
+        if name in cancelled:
+            assert collected.token_ids == want[: len(collected.token_ids)]
+        else:
+            assert collected.token_ids == want
+            assert collected.last.finish_reason == whole[name].last.finish_reason
+    assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_usable
+
+
+def test_a_round_counts_for_the_version_that_drafted_it(model):
+    policy = Steady("eagle3", 2)
+    engine = make_engine(model, policy=policy, programs=True)
+    rounds = []
+    engine.on_finished = lambda sequence: rounds.extend(sequence.rounds)
+    versions = []
+    engine.on_rounds = lambda _rounds: versions.append(engine.version)
+
+    def between(engine, step):
+        engine.drafting.neural.version = step // 4
+
+    run(engine, [request_of("a", PROMPT, 60)], between)
+
+    # Step 0 computes the prompt, step n launches round n - 1.
+    assert [r.version for r in rounds] == [(n + 1) // 4 for n in range(len(rounds))]
+    # A round that lands behind a swap tells nothing of the weights in force.
+    assert len(policy.told) == len(versions) < len(rounds)
+    assert all(told.version == version for told, version in zip(policy.told, versions, strict=True))
+
+
+def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model, monkeypatch):
+    """Learning what was decided and looking up: neither can go on beside a round."""
+    policy = Steady("suffix", 4)
+    engine = make_engine(model, policy=policy, programs=True)
+    foresee, look_up = engine.drafting.foresee, engine.drafting.from_index
+
+    def slow(function):
+        def call(*arguments):
+            time.sleep(0.03)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(engine.drafting, "foresee", slow(foresee))
+    monkeypatch.setattr(engine.drafting, "from_index", slow(look_up))
+
+    run(engine, [request_of("a", PROMPT * 4, 12)])
+
+    assert len(policy.told) > 2
+    for told in policy.told[1:]:
+        assert told.step_s - 0.05 > told.draft_s - 0.05 > 0
+
+
+def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model, monkeypatch):
+    """It drafts from the text that the last one has decided all the same."""
+    engine = make_engine(model, policy=Steady("suffix", 4), programs=True)
+    collected = Collected()
+    rounds, look_up = engine.programs.rounds, engine.drafting.from_index
+    committed, texts = [], []
+
+    def launch(*arguments):
+        committed.append(len(collected.token_ids))
+        return right(*arguments)
+
+    def from_index(batch, num_draft):
+        texts.extend(engine.drafting.suffix._own(s.request.id).all_tokens() for s in batch)
+        return look_up(batch, num_draft)
+
+    right = rounds.launch
+    monkeypatch.setattr(rounds, "launch", launch)
+    monkeypatch.setattr(engine.drafting, "from_index", from_index)
+    engine.submit(request_of("a", PROMPT * 4, 12), collected.take)
+    with torch.inference_mode():
+        while collected.last is None or collected.last.finish_reason is None:
+            engine.step()
+
+    whole = [*PROMPT * 4, *collected.token_ids]
+    assert len(texts) > 3
+    known = [len(text) - len(PROMPT * 4) for text in texts]
+    assert all(many > few for many, few in zip(known[1:], committed[1:], strict=False))
+    assert all(text.tolist()[: len(whole)] == whole[: len(text)] for text in texts)
+    assert engine.figures().num_accepted_tokens > 0
+
+
+def test_the_index_keeps_nothing_that_was_decided_behind_the_end_of_a_text(model):
+    """The second request is drafted from the first one's text, which goes on behind that end."""
+    plain = run(make_engine(model), [request_of("p", PROMPT, 40, max_draft=0)])["p"].token_ids
+    end = plain[9]
+    engine = make_engine(model, policy=Steady("suffix", 4), programs=True, eos_ids=frozenset({end}))
+    run(engine, [request_of("a", PROMPT, 40, ignore_eos=True)])
+    before = engine.drafting.suffix.num_recent_tokens
+    got = run(engine, [request_of("b", PROMPT, 40)])["b"]
+
+    assert got.token_ids == plain[: plain.index(end) + 1]
+    assert before == len(PROMPT) + 40
+    assert engine.drafting.suffix.num_recent_tokens - before == len(PROMPT) + len(got.token_ids)
+
+
+def test_what_a_request_drafts_behind_its_end_is_told_nobody(model):
+    plain = run(make_engine(model), [request_of("p", PROMPT, 40, max_draft=0)])["p"].token_ids
+    end = plain[9]
+    policy = Steady("eagle3", 3)
+    engine = make_engine(model, policy=policy, programs=True, eos_ids=frozenset({end}))
+
+    got = run(engine, [request_of("a", PROMPT, 40), request_of("b", PROMPT, 40, ignore_eos=True)])
+
+    assert got["a"].token_ids == plain[: plain.index(end) + 1]
+    assert got["b"].token_ids == plain
+    behind = [told for told in policy.told if len(told.rows) < told.batch]
+    assert len(behind) == 1, "one round was under way when the first request ended"
+    figures = engine.figures()
+    assert figures.generation_tokens == len(got["a"].token_ids) + len(got["b"].token_ids)

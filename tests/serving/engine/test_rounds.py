@@ -1,0 +1,152 @@
+"""Rounds of fixed shape decode as passes put together for each step do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import serving.engine.rounds
+from oracles.engines import make_engine, random_model, request_of, run
+from policies.interface import Decision, Outcome, StepObs
+from serving.engine.catch_up import CatchUp
+from specops import best_ids_triton, lanes_triton
+
+
+@dataclass
+class Alternating:
+    """Plays a list of (drafter, K) over and over."""
+
+    arms: list[tuple[str, int]]
+
+    def rest(self) -> Decision | None:
+        return None
+
+    def plan(self, obs: StepObs) -> Decision:
+        drafter, k = self.arms[obs.step % len(self.arms)]
+        return Decision(drafter, min(k, obs.max_draft), 1.0, False, "test")
+
+    def observe(self, outcome: Outcome) -> None: ...
+    def on_swap(self, version: int, calibration: dict[str, Any]) -> None: ...
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+
+def rounds_of(
+    arms: list[tuple[str, int]], rounds: bool, num_requests: int = 7, **sampling: Any
+) -> dict[str, Any]:
+    """Every round of some requests, in order, and what the capture ring kept of them."""
+    # A lane for each: a request that waits for one would begin one step later behind a round that
+    # is read late, and meet other arms.
+    engine = make_engine(
+        random_model("qwen3"), policy=Alternating(arms), programs=rounds, max_batch=8
+    )
+    kept: dict[str, Any] = {}
+    engine.on_finished = lambda sequence: kept.__setitem__(
+        sequence.request.id,
+        (
+            [
+                (r.anchor, r.drafter, r.draft_ids, r.num_accepted, r.next_id)
+                for r in sequence.rounds
+            ],
+            engine.ring.read(sequence.capture_rows),
+        ),
+    )
+    requests = [
+        request_of(str(i), [5 + i, *range(3 * i, 40)], 12 + 5 * i, **sampling)
+        for i in range(num_requests)
+    ]
+    run(engine, requests)
+    return kept
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        [("eagle3", 4)],
+        [("eagle3", 8)],
+        [("none", 0), ("eagle3", 3)],
+        [("none", 0), ("none", 0), ("suffix", 5), ("eagle3", 1), ("eagle3", 6)],
+        [("none", 0)] * 20 + [("eagle3", 4)] * 3,  # more to catch up on than one block holds
+    ],
+)
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9, "top_k": 40}, {"seed": 3}],
+    ids=["greedy", "sampled", "truncated", "seeded"],
+)
+def test_rounds_draft_what_passes_draft(arms, sampling):
+    if "seed" in sampling:
+        sampling = {"temperature": 1.0, **sampling}
+    rounds, passes = rounds_of(arms, True, **sampling), rounds_of(arms, False, **sampling)
+
+    assert any(draft for one, _ in passes.values() for _, _, draft, _, _ in one)
+    for request_id, (expected, rows) in passes.items():
+        found, found_rows = rounds[request_id]
+        assert found == expected
+        (held, lost), (held_there, lost_there) = rows, found_rows
+        assert (held_there.positions == held.positions).all()
+        assert (held_there.rows - held.rows).abs().max() < 2e-2 * held.rows.abs().max()
+        assert lost == lost_there == 0
+
+
+def test_a_prompt_leaves_the_drafter_warm(monkeypatch):
+    """Its last program computes the drafter's row of the first token: nothing is caught up on."""
+    caught_up = []
+    monkeypatch.setattr(CatchUp, "run", lambda _self, batch: caught_up.append(len(batch)))
+
+    kept = rounds_of([("eagle3", 4)], rounds=True)
+
+    assert caught_up == []
+    assert all(rounds[0][1] == "eagle3" for rounds, _ in kept.values())
+
+
+def test_the_kernels_sample_and_verify_in_rounds_as_their_definitions_do(monkeypatch):
+    """What a GPU runs, in Triton's interpreter: they read the lanes' fields as they lie."""
+    from specops import draft_sampling_triton, verify_logits_triton
+
+    arms, sampling = [("eagle3", 3), ("suffix", 2)], {"temperature": 0.9, "top_p": 0.95}
+    expected = rounds_of(arms, True, 2, **sampling)
+    calls = []
+
+    def verify(*arguments):
+        calls.append(arguments)
+        return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
+
+    monkeypatch.setattr(serving.engine.rounds, "sample_draft", draft_sampling_triton.sample_draft)
+    monkeypatch.setattr(serving.engine.rounds, "verify_logits", verify)
+    found = rounds_of(arms, True, 2, **sampling)
+
+    assert calls
+    assert {k: one for k, (one, _) in found.items()} == {k: one for k, (one, _) in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.9}, {"temperature": 1.0, "seed": 3}], ids=str
+)
+def test_the_kernels_open_and_close_rounds_as_their_definitions_do(monkeypatch, sampling):
+    """Greedy rounds also choose by kernel; some rounds have a lane that is nobody's."""
+    arms = [("eagle3", 3), ("suffix", 2), ("none", 0)]
+    expected = rounds_of(arms, True, 3, **sampling)
+    calls = Counter()
+
+    def counted(function):
+        def call(*arguments, **options):
+            calls[function.__name__] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(serving.engine.rounds, "open_round", counted(lanes_triton.open_round))
+    monkeypatch.setattr(serving.engine.rounds, "close_round", counted(lanes_triton.close_round))
+    monkeypatch.setattr(serving.engine.rounds, "best_ids", counted(best_ids_triton.best_ids))
+    found = rounds_of(arms, True, 3, **sampling)
+
+    assert calls["open_round"] == calls["close_round"] > 10
+    assert bool(calls["best_ids"]) == (not sampling)
+    for request_id, (one, rows) in expected.items():
+        assert found[request_id][0] == one
+        assert torch.equal(found[request_id][1][0].rows, rows[0].rows)

@@ -1,0 +1,182 @@
+"""Sampled output follows the target's distribution through the whole engine, whoever drafts.
+
+The joint law of the first three tokens (8 x 8 x 8 cells) is computed from the target and compared
+by chi-squared at p = 1e-9 with what the engine emitted, in two regimes: a drafter close to the
+target and one opposed to it. Planted bugs must be seen, or the test protects nothing.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import serving.engine.verifying
+import specops.verify
+from drafters.eagle3.model import Eagle3, config_for_target
+from oracles.engines import make_engine, random_model, request_of, run
+from oracles.joint_law import chi_squared_excess
+from oracles.plain_reference import adjusted
+from specops.sampling import distribution, sampling_rows
+from specops.verify import Verdict
+
+V, LENGTH, PROMPT = 8, 3, [1, 5]
+NUM_SAMPLES = 4_000
+SHAPES = [
+    pytest.param({"temperature": 1.0}, id="temperature 1"),
+    pytest.param({"temperature": 1.4, "top_k": 6, "top_p": 0.95, "min_p": 0.02}, id="truncated"),
+]
+
+PENALIZED = {
+    "temperature": 1.0,
+    "presence_penalty": 0.8,
+    "frequency_penalty": -1.1,
+    "repetition_penalty": 1.4,
+    "logit_bias": ((2, 1.5), (6, -2.0)),
+}
+
+
+def soft_target(regime):
+    """Random, its logits scaled down: to nearly uniform where the drafter shall be close."""
+    model = random_model("qwen3", vocab_size=V, seed=3)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.2 if regime == "close" else 0.5)
+    return model
+
+
+def drafter_for(model, regime):
+    """What the target predicted one token earlier (``close``), or its negative (``opposed``)."""
+    module = Eagle3(config_for_target(model.config, layer_ids=(4,)))
+    module.initialise(0)
+    with torch.no_grad():
+        module.fc.weight.copy_(torch.eye(len(module.fc.weight)))
+        module.o_proj.weight.zero_()
+        module.down_proj.weight.zero_()
+        module.norm.weight.copy_(model.model.norm.weight)
+        sign = 1.0 if regime == "close" else -1.0
+        module.lm_head.weight.copy_(sign * model.lm_head.weight)
+    return module
+
+
+def expected_law(model, shape):
+    """[V, V, V] probability of the first three tokens, from the target alone."""
+    rows = sampling_rows(
+        [shape["temperature"]],
+        [shape.get("top_k")],
+        [shape.get("top_p", 1.0)],
+        [shape.get("min_p", 0.0)],
+        V,
+        dtype=torch.float64,
+    )
+
+    @torch.no_grad()
+    def law_after(context):
+        logits = model(torch.tensor([PROMPT + context])).logits[0, -1].double()
+        wanted = adjusted(
+            logits.tolist(),
+            PROMPT,
+            context,
+            shape.get("presence_penalty", 0.0),
+            shape.get("frequency_penalty", 0.0),
+            shape.get("repetition_penalty", 1.0),
+            dict(shape.get("logit_bias", ())),
+        )
+        return distribution(torch.tensor([[wanted]], dtype=torch.float64), rows)[0, 0]
+
+    first = law_after([])
+    second = torch.stack([law_after([a]) for a in range(V)])
+    third = torch.stack([torch.stack([law_after([a, b]) for b in range(V)]) for a in range(V)])
+    return first[:, None, None] * second[:, :, None] * third
+
+
+def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block", programs=False):
+    """Counts [V, V, V] of emitted sequences, and the acceptance rate seen."""
+    model = soft_target(regime)
+    engine = make_engine(
+        model,
+        drafter=drafter_for(model, regime),
+        max_batch=256,
+        num_pages=1200,
+        prefill_chunk=1024,
+        ring_rows=8192,
+        max_draft=3,
+        suffix=regime == "close",
+        seed=seed,
+        rule=rule,
+        programs=programs,
+    )
+    requests = [
+        request_of(str(i), PROMPT, LENGTH + 1, capture=False, **shape) for i in range(num_samples)
+    ]
+    got = run(engine, requests)
+    counts = torch.zeros(V, V, V, dtype=torch.float64)
+    for collected in got.values():
+        counts[tuple(collected.token_ids[:LENGTH])] += 1
+    figures = engine.figures()
+    return counts, figures.num_accepted_tokens / figures.num_draft_tokens
+
+
+@pytest.mark.parametrize(
+    ("regime", "programs"), [("close", False), ("opposed", False), ("close", True)]
+)
+def test_penalties_shape_the_joint_law_along_the_draft(regime, programs):
+    law = expected_law(soft_target(regime), PENALIZED)
+
+    counts, _ = sample(regime, PENALIZED, programs=programs)
+
+    assert chi_squared_excess(counts, law) < 1
+    without = expected_law(soft_target(regime), {"temperature": 1.0})
+    assert chi_squared_excess(counts, without) > 1, "the penalties change nothing to be seen"
+
+
+@pytest.mark.parametrize(
+    ("rule", "programs"), [("block", False), ("standard", False), ("block", True)]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("regime", ["close", "opposed"])
+def test_the_joint_law_is_the_targets(regime, shape, rule, programs):
+    law = expected_law(soft_target(regime), shape)
+
+    counts, rate = sample(regime, shape, rule=rule, programs=programs)
+
+    assert (rate > 0.7) if regime == "close" else (rate < 0.45), f"acceptance {rate:.2f}"
+    assert chi_squared_excess(counts, law) < 1
+
+
+def redraw_from_target(p, q, draft, lens, accept_u, next_u):
+    """Mutant: after a rejection draw from p, not from what is left of p."""
+    right = specops.verify.verify_block(p, q, draft, lens, accept_u, next_u)
+    at = torch.arange(len(draft))
+    from_p = specops.verify.draw(p[at, right.num_accepted_R], next_u)
+    return Verdict(right.num_accepted_R, from_p, right.overlap_RK, right.draft_p_RK)
+
+
+def reuse_the_uniform(p, q, draft, lens, accept_u, next_u):
+    """Mutant: the number that rejected a token also draws its replacement."""
+    right = specops.verify.verify_standard(p, q, draft, lens, accept_u, next_u)
+    at = torch.arange(len(draft))
+    inside = right.num_accepted_R.clamp(max=max(draft.shape[1] - 1, 0))
+    used = accept_u[at, inside] if draft.shape[1] else next_u
+    return specops.verify.verify_standard(p, q, draft, lens, accept_u, used)
+
+
+def recompute_q(p, q, draft, lens, accept_u, next_u):
+    """Mutant: q of other weights than those that drafted, as after a torn swap."""
+    other = q if q is None else q.roll(1, dims=-1)
+    return specops.verify.verify_block(p, other, draft, lens, accept_u, next_u)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mutant"),
+    [
+        ("block", redraw_from_target),
+        ("block", recompute_q),
+        ("standard", reuse_the_uniform),  # under ``block`` it moves the law too little to be seen
+    ],
+)
+def test_a_planted_bug_is_seen(monkeypatch, rule, mutant):
+    law = expected_law(soft_target("opposed"), {"temperature": 1.0})
+    monkeypatch.setattr(serving.engine.verifying, f"verify_{rule}", mutant)
+
+    counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000, rule=rule)
+
+    assert chi_squared_excess(counts, law) > 1

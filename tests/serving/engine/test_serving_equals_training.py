@@ -1,0 +1,75 @@
+"""One module serves and trains: on the same logged rows both forwards give the same draft logits.
+
+This is the test that catches what breaks drafters in the field: a feature off by one row or layer,
+a context that includes the anchor, other positions in training than in serving.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drafters.eagle3.training import TTTBatch, ttt_outputs
+from oracles.engines import make_engine, random_model, request_of
+from policies.fixed import FixedPolicy
+from tests.serving.capture.test_capture import PROMPT, restored, traces_of
+
+K = 4
+
+
+def served_logits(engine, monkeypatch):
+    """Collect the drafter's logits of every draft pass, in order."""
+    seen = []
+    module = engine.drafting.neural.module
+    module.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out[0].clone()))
+    store = engine.drafting.keep_features
+    # The log holds bfloat16: let serving read the very numbers that training will.
+    monkeypatch.setattr(
+        engine.drafting, "keep_features", lambda slots, rows: store(slots, rows.bfloat16().float())
+    )
+    neural = engine.drafting.neural
+    take_in = neural.take_in
+    monkeypatch.setattr(
+        neural, "take_in", lambda ids, rows, at: take_in(ids, rows.bfloat16().float(), at)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architecture, programs):
+    engine = make_engine(
+        random_model(architecture), policy=FixedPolicy("eagle3", K), suffix=False,
+        prefill_chunk=7, programs=programs,
+    )  # fmt: skip
+    seen = served_logits(engine, monkeypatch)
+    trace = traces_of(engine, [request_of("a", PROMPT, 40)])[0]["a"]
+    module = engine.drafting.neural.module
+
+    rows = restored(trace.features)[None]
+    ids = torch.from_numpy(trace.token_ids).long()[None]
+    known = torch.zeros_like(ids, dtype=torch.bool)
+    known[0, trace.features.positions] = True
+    padded = torch.cat((rows, rows[:, -1:]), dim=1)
+    batch = TTTBatch(
+        ids,
+        torch.arange(ids.shape[1])[None],
+        padded[:, :, :-1].flatten(2),
+        padded[:, :, -1],
+        known,
+        known,
+    )
+    anchors = torch.arange(1, ids.shape[1])[None]
+    with torch.no_grad():
+        outputs = list(ttt_outputs(module, engine.target.embed.weight, batch, anchors, K))
+    outputs[0] = outputs[0][:, 1:]
+
+    compared = passes = 0
+    for one in trace.rounds:
+        for step in range(len(one.draft_ids)):
+            if step <= one.num_accepted:  # its context is what was committed
+                want = module.logits(outputs[step][0, one.anchor - 1])
+                torch.testing.assert_close(seen[passes + step], want, atol=2e-4, rtol=1e-4)
+                compared += 1
+        passes += one.draft_k if one.draft_ids else 0
+    assert compared >= 15

@@ -1,0 +1,268 @@
+"""Published versions enter a running service: whole, between two steps, and never a wrong one."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from transformers import AutoModelForCausalLM
+
+from buffer.fingerprint import target_fingerprint
+from buffer.records import Manifest
+from buffer.weights import TENSORS, publish, read_bundle, versions
+from configs.schema import Settings
+from drafters.eagle3.model import Eagle3, config_for_target
+from oracles.engines import Collected, request_of
+from serving.build import build_engine
+
+PROMPT = [40, 41, 42, 43]
+
+
+@pytest.fixture
+def service(tiny_target_dir, tmp_path):
+    settings = settings_for(tiny_target_dir, tmp_path)
+    service = build_engine(settings)
+    service.start()
+    yield service
+    service.stop()
+
+
+def settings_for(target, run_dir, **swap):
+    return Settings.model_validate(
+        {
+            "target": str(target),
+            "run_dir": run_dir,
+            "device": "cpu",
+            "engine": {"max_batch": 2, "max_model_len": 200, "page_size": 4},
+            "drafter": {"max_draft": 4},
+            "policy": {"kind": "fixed", "draft_k": 3},
+            "swap": {"poll_s": 0.02, "watch_rounds": 96, **swap},
+        }
+    )
+
+
+def ask(service, name, max_tokens=30, prompt=PROMPT, **params):
+    collected, done = Collected(), threading.Event()
+
+    def take(output):
+        collected.take(output)
+        if output.finish_reason:
+            done.set()
+
+    service.submit(request_of(name, prompt, max_tokens, **params), take)
+    assert done.wait(60)
+    return collected
+
+
+def publish_next(root, change=lambda tensors: tensors, **fields):
+    """Version n + 1, its tensors those of version 0 after ``change``."""
+    first = read_bundle(root / "0")
+    tensors = change(load(first.files[TENSORS]))
+    version = max(versions(root)) + 1
+    manifest = replace(first.manifest, version=version, parent=version - 1, **fields)
+    publish(root, manifest, {TENSORS: save(tensors)})
+    return version
+
+
+def wait_until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def noisy(tensors):
+    torch.manual_seed(1)
+    return {k: v + 0.5 * torch.randn_like(v) for k, v in tensors.items()}
+
+
+def test_a_new_version_is_taken_by_itself_and_no_output_changes(service, tmp_path):
+    before = ask(service, "before")
+    assert publish_next(tmp_path / "weights", noisy) == 1
+    wait_until(lambda: service.drafter_status()["version"] == 1)
+
+    after = ask(service, "after")
+
+    assert after.token_ids == before.token_ids
+    assert (before.last.stats.drafter_version, after.last.stats.drafter_version) == (0, 1)
+    assert service.figures().swaps == {"swapped": 1, "rejected": 0, "rolled_back": 0}
+
+
+def test_requests_under_way_survive_many_swaps(service, tmp_path):
+    root = tmp_path / "weights"
+    publish_next(root, noisy)
+    want = ask(service, "want", 100, max_draft=0).token_ids
+    stop = threading.Event()
+
+    def flip():
+        while not stop.is_set():
+            service.swap(0)
+            service.swap(1)
+
+    flipper = threading.Thread(target=flip)
+    flipper.start()
+    try:
+        answers = [ask(service, str(i), 100) for i in range(3)]
+    finally:
+        stop.set()
+        flipper.join()
+
+    assert all(a.token_ids == want for a in answers)
+    assert service.figures().swaps["swapped"] >= 10
+
+
+def damage_digest(root, version):
+    file = root / str(version) / TENSORS
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def cut_short(root, version):
+    file = root / str(version) / TENSORS
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def drop_manifest(root, version):
+    (root / str(version) / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_digest, cut_short, drop_manifest])
+def test_a_damaged_bundle_is_refused_and_the_old_one_serves_on(service, tmp_path, harm):
+    root = tmp_path / "weights"
+    # Made aside, so that the watcher cannot see it before it is damaged.
+    aside = tmp_path / "aside"
+    shutil.copytree(root, aside)
+    version = publish_next(aside, noisy)
+    harm(aside, version)
+    want = ask(service, "before").token_ids
+
+    shutil.move(aside / str(version), root / str(version))
+    wait_until(lambda: service.figures().swaps["rejected"] == 1)
+
+    status = service.drafter_status()
+    assert status["version"] == 0
+    assert "snapshot 1 is damaged" in status["last_error"]
+    assert ask(service, "after").token_ids == want
+    with pytest.raises(ValueError, match="snapshot 1 is damaged"):
+        service.swap(1)
+
+    publish_next(root, noisy)
+    wait_until(lambda: service.drafter_status()["version"] == 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"target_fingerprint": "0" * 64}, "made for target 000000000000"),
+        ({"kind": "medusa"}, "is a medusa drafter"),
+    ],
+)
+def test_a_foreign_bundle_is_refused_by_what_is_foreign(service, tmp_path, fields, text):
+    publish_next(tmp_path / "weights", **fields)
+    wait_until(lambda: service.figures().swaps["rejected"] == 1)
+    assert text in service.drafter_status()["last_error"]
+    assert service.drafter_status()["version"] == 0
+
+
+def test_a_bundle_of_another_shape_is_refused(service, tmp_path):
+    root = tmp_path / "weights"
+    config = {**read_bundle(root / "0").manifest.drafter_config, "intermediate_size": 7}
+    publish_next(root, drafter_config=config)
+    wait_until(lambda: service.figures().swaps["rejected"] == 1)
+    assert "another shape (intermediate_size differ)" in service.drafter_status()["last_error"]
+
+
+def test_an_older_version_is_taken_only_by_order_and_pins(service, tmp_path):
+    root = tmp_path / "weights"
+    publish_next(root, noisy)
+    wait_until(lambda: service.drafter_status()["version"] == 1)
+
+    assert service.swap(0)["state"] == "pinned"
+    publish_next(root, noisy)
+    time.sleep(0.3)
+    assert service.drafter_status()["version"] == 0
+
+    assert service.swap(None)["version"] == 2
+
+
+def test_a_rolled_back_version_stays_away_also_after_a_restart(service, tiny_target_dir, tmp_path):
+    publish_next(tmp_path / "weights", noisy)
+    wait_until(lambda: service.drafter_status()["version"] == 1)
+
+    assert service.rollback()["version"] == 0
+    time.sleep(0.2)
+    assert service.drafter_status()["version"] == 0
+    service.stop()
+
+    again = build_engine(settings_for(tiny_target_dir, tmp_path))
+    again.start()
+    time.sleep(0.3)
+    assert again.drafter_status()["version"] == 0
+    again.stop()
+
+
+def test_a_version_that_accepts_less_is_rolled_back_by_itself(tiny_target_dir, tmp_path):
+    """The first drafter is good by construction, the new one is its negative."""
+    settings = settings_for(tiny_target_dir, tmp_path / "run")
+    drafter = settings.drafter.model_copy(update={"path": echo_bundle(tiny_target_dir, tmp_path)})
+    service = build_engine(settings.model_copy(update={"drafter": drafter}))
+    service.start()
+    count = itertools.count()
+
+    def decode(rounds):
+        start = service.figures().num_rounds
+        while service.figures().num_rounds < start + rounds:
+            # After this token the tiny target repeats itself, so that the echo is right.
+            ask(service, f"r{next(count)}", 150, [247, 247], ignore_eos=True)
+
+    try:
+        decode(300)
+        figures = service.figures()
+        assert figures.num_accepted_tokens > 0.6 * figures.num_draft_tokens
+        publish_next(tmp_path / "run" / "weights", negated)
+        wait_until(lambda: service.drafter_status()["version"] == 1)
+        end = time.monotonic() + 60
+        while service.figures().swaps["rolled_back"] == 0 and time.monotonic() < end:
+            decode(50)
+        status = service.drafter_status()
+    finally:
+        service.stop()
+    assert status["swaps"]["rolled_back"] == 1, status["history"]
+    assert (status["version"], status["denied"]) == (0, [1])
+
+
+def echo_bundle(target, folder):
+    """A drafter that repeats what the target predicted one token earlier: right in every loop."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    module = Eagle3(config_for_target(model.config, layer_ids=(4,)))
+    module.initialise(0, model.lm_head.weight)
+    with torch.no_grad():
+        module.fc.weight.copy_(torch.eye(len(module.fc.weight)))
+        module.o_proj.weight.zero_()
+        module.down_proj.weight.zero_()
+        module.norm.weight.copy_(model.model.norm.weight)
+    fingerprint = target_fingerprint(target)
+    manifest = Manifest(0, None, "eagle3", module.config.to_json(), fingerprint, {})
+    publish(folder / "echo", manifest, {TENSORS: save(module.bundle_tensors())})
+    return folder / "echo" / "0"
+
+
+def negated(tensors):
+    return {k: -v if k == "lm_head.weight" else v for k, v in tensors.items()}
+
+
+def test_a_restart_passes_over_a_damaged_newest_version(tiny_target_dir, tmp_path):
+    first = build_engine(settings_for(tiny_target_dir, tmp_path))
+    first.stop()
+    root = tmp_path / "weights"
+    publish_next(root, noisy)
+    damage_digest(root, publish_next(root, noisy))
+
+    assert build_engine(settings_for(tiny_target_dir, tmp_path)).drafter_status()["version"] == 1
