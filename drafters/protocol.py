@@ -1,76 +1,176 @@
-"""What a drafter is handed and what it hands back.
+"""What every drafter is and does, so that nobody outside this room needs to know which one it is.
 
-Shapes: R requests, K draft tokens, T packed rows, m tapped layers, H hidden, V target vocabulary,
-S positions of the slot table.
+There are two sorts. A *host drafter* (``HostDrafter``) proposes token ids from text alone, on the
+host, before a round is launched. A *neural drafter* (``NeuralDrafter``) computes on the device as
+part of a round's program of fixed shape. Both are lossless: verification uses the very distribution
+that a token was drawn from, and whether a token is verified depends on its prefix only.
+
+Shapes: R requests, K draft tokens, T rows, m tapped layers, H hidden, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from specops.sampling import SamplingRows
+from specops.attention import DecodePass
+from specops.draft_sampling import VocabMap
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """What was proposed for each request of a batch, and from which distribution."""
+class Traits:
+    """What a drafter is like. Others ask for these instead of its name."""
 
-    kind: str
-    """Drafter that made it: ``eagle3`` or ``suffix``."""
-    tokens_RK: Tensor
-    """[R, K] int64 target ids; entries at or beyond ``lens`` are padding."""
-    lens_R: tuple[int, ...]
-    """[R] tokens proposed for each request, 0..K."""
-    q_RKV: Tensor | None
-    """[R, K, V] the very distributions the tokens were drawn from; ``None`` for a delta draft,
-    where each token is a function of the prefix alone."""
-    version: int
-    """Weights that produced it."""
-
-
-@dataclass(frozen=True, slots=True)
-class CommittedRows:
-    """Rows the target has committed since the drafter last looked, packed request by request.
-
-    Row p of a request is (token x_p, features of position p - 1); its last row is the anchor.
-    """
-
-    counts_R: tuple[int, ...]
-    """[R] rows of each request, >= 1."""
-    ids_T: Tensor
-    """[T] int64."""
-    positions_T: Tensor
-    """[T] int64."""
-    features_TmH: Tensor
-    """[T, m, H] target rows of position p - 1."""
-    slots_RS: Tensor
-    """[R, S] int64 slots of positions 0 .. S-1, S > anchor + K for every request."""
+    is_neural: bool
+    """Computes on the device, within a round's program. Otherwise it proposes on the host."""
+    learns: bool
+    """Has weights that a trainer updates: they are published, swapped, watched and rolled back."""
+    needs_match: bool
+    """Proposes only where text has occurred before, and nothing elsewhere."""
+    draws: bool
+    """Its tokens are drawn from a distribution q. Otherwise each is a function of the prefix."""
+    is_tree: bool = False
+    """Proposes trees instead of chains. No drafter does yet."""
+    prior_acceptance: tuple[float, ...] = (0.6,)
+    """Prior probability that the first draft token is kept: one value, or one for each of the
+    policy's six buckets of match length."""
+    prior_draft_cost: float = 0.08
+    """Prior seconds to draft one token, as a share of a plain decoding step."""
 
 
 class Drafter(Protocol):
-    """A neural drafter in a running engine. It owns its KV; rollback is never needed, because
-    drafted rows lie beyond the committed ones and are overwritten."""
+    """What all drafters have."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """Its name in ``drafters.catalog``."""
+
+    @property
+    def traits(self) -> Traits: ...
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in force; 0 for a drafter without weights."""
+
+
+class HostDrafter(Drafter, Protocol):
+    """A drafter that follows the text of running requests. All calls come from the engine's thread
+    and return in microseconds."""
+
+    def begin(self, key: str, tokens: Sequence[int], namespace: str = "") -> None:
+        """Start following a request.
+
+        Args:
+            key: identifies the request among the running ones.
+            tokens: its prompt.
+            namespace: text of requests in other namespaces must not influence its drafts.
+        """
+
+    def extend(self, key: str, tokens: Sequence[int]) -> None:
+        """Append committed tokens."""
+
+    def observe(self, key: str) -> int:
+        """Length of the match that a proposal would continue, 0 without one. The policy sees it, so
+        it depends on committed tokens only."""
+
+    def propose(self, key: str, k: int) -> list[int]:
+        """Up to ``k`` token ids that may follow the committed tokens."""
+
+    def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
+        """Stop following a request.
+
+        Args:
+            keep: later requests may be drafted for from its text.
+            num_tokens: its length, if it ended before the last tokens that were appended.
+        """
+
+
+class NeuralDrafter(Drafter, Protocol):
+    """A drafter that computes rows over pages which share the target's slot numbers.
+
+    It never rolls back: rows of rejected drafts lie behind the committed ones and are overwritten.
+    Everything here can be captured in a CUDA graph: launches depend on shapes only.
+    """
+
     version: int
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Layers of the target whose hidden states it reads."""
+
+    @property
+    def output_size(self) -> int:
+        """Width of the output that is kept for each request, the start of its next draft."""
+
+    @property
+    def vocab(self) -> VocabMap | None:
+        """A reduced draft vocabulary; ``None`` if it proposes from the target's."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Its weights, which swaps overwrite in place."""
+
+    def fuse(self, num_positions: int) -> str | None:
+        """Use fused operations from now on where they compute the same; returns why not.
+
+        Args:
+            num_positions: all rows are at positions below it.
+        """
+
+    def observe(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
+        """Compute the rows of committed tokens; returns their outputs, [T, output_size].
+
+        Args:
+            ids_T: [T] int64 tokens of the rows.
+            features_TmH: [T, m, H] tapped hidden states of the positions before them.
+            at: the rows' requests and first positions.
+        """
 
     def propose(
         self,
-        rows: CommittedRows,
+        outputs_RH: Tensor,
+        at: DecodePass,
         num_draft: int,
-        sampling: SamplingRows,
-        greedy_rows: Tensor | None,
-        uniforms_RK: Tensor | None,
-    ) -> Draft:
-        """Take in committed rows, then draft ``num_draft`` tokens after each anchor.
+        choose: Callable[[Tensor, int], Tensor],
+    ) -> Tensor:
+        """Draft after anchors whose rows have been computed; returns [R, num_draft] int64 ids.
 
         Args:
-            sampling: parameters of the R requests.
-            greedy_rows: [R] bool, rows that draft their argmax whatever their temperature
-                (requests verified by ``match``); ``None``: every row does, and q is ``None``.
-            uniforms_RK: [R, K] float64, stream DRAFT; ``None`` when every row is greedy.
+            outputs_RH: [R, output_size] output of each anchor's row.
+            at: one row for each request, at the position after its anchor.
+            choose: (logits [R, Vd], number of the drafted token) -> target ids [R].
         """
-        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterContext:
+    """The engine that a drafter is built for."""
+
+    settings: Any
+    """``configs.schema.DrafterSettings``: its own section and shared keys."""
+    embed: torch.nn.Module
+    """The target's token embedding, with its own scaling if it has one."""
+    hidden_size: int
+    """H of the target."""
+    vocab_size: int
+    """V of the target."""
+    num_slots: int
+    """Slots of the target's KV pool; a neural drafter's pool uses the same numbers."""
+    device: torch.device
+    dtype: torch.dtype
+    weights: Weights | None
+    """What a drafter that learns begins with; ``None`` for the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One published version of a drafter that learns."""
+
+    version: int
+    config: dict[str, Any]
+    """``Manifest.drafter_config``."""
+    tensors: dict[str, Tensor]

@@ -36,6 +36,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from drafters.protocol import DrafterContext, Traits
+
 _HASH_BITS = 30
 """One digit of a Python int: products stay on CPython's fast path."""
 _MULTIPLIER = 0x1E3779B1
@@ -357,8 +359,23 @@ class _Recent:
             self.oldest = next(iter(self._live.values()))[0]
 
 
+TRAITS = Traits(
+    is_neural=False,
+    learns=False,
+    needs_match=True,
+    draws=False,
+    prior_acceptance=(0.0, 0.35, 0.45, 0.55, 0.7, 0.8),
+    prior_draft_cost=0.005,
+)
+
+
 class SuffixIndex:
-    """Suffix lookup for running requests over themselves and over recent finished ones."""
+    """Suffix lookup for running requests over themselves and over recent finished ones. A
+    ``HostDrafter``."""
+
+    kind = "suffix"
+    traits = TRAITS
+    version = 0
 
     def __init__(self, min_match: int, max_match: int, recent_tokens: int) -> None:
         """
@@ -426,7 +443,7 @@ class SuffixIndex:
         if keep:
             self._recent.add(own.all_tokens()[:num_tokens], own.namespace, own.seed)
 
-    def match(self, key: str) -> int:
+    def observe(self, key: str) -> int:
         """Tokens of the longest suffix that occurred before, 0 if shorter than min_match."""
         return self._current_match(self._own(key)).length
 
@@ -449,7 +466,7 @@ class SuffixIndex:
         return own
 
     def _current_match(self, own: _Own) -> _Match:
-        """``match`` and ``propose`` of one step search once."""
+        """``observe`` and ``propose`` of one step search once."""
         tokens, generation = own.text.tokens, self._recent.generation
         longest = self._max_match
         if own.generation == generation:
@@ -516,3 +533,9 @@ def _most_frequent(tokens: list[int]) -> int | None:
         return tokens[0]
     counts = Counter(token for token in tokens if token != _END)
     return counts.most_common(1)[0][0] if counts else None
+
+
+def build(context: DrafterContext) -> SuffixIndex:
+    """An empty index with the bounds of ``drafter.suffix``."""
+    s = context.settings.suffix
+    return SuffixIndex(s.min_match, s.max_match, s.recent_tokens)

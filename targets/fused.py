@@ -96,6 +96,8 @@ def _numbers(model: Any) -> str | None:
     kinds = {(p.dtype, p.device) for p in model.parameters()}
     if len(kinds) > 1:
         return f"the weights are of {len(kinds)} dtypes or devices"
+    if (dtype := next(iter(kinds))[0]) == torch.float64:
+        return f"the weights are {dtype}"
     return None
 
 
@@ -106,6 +108,8 @@ def _norm(module: Any) -> Norm:
 def _fuse(*linears: Any) -> Tensor:
     """One weight with the rows of all; theirs become views of it, so nothing is kept twice."""
     fused = torch.cat([module.weight.detach() for module in linears])
+    if fused.device.type == "cpu":
+        fused = fused.t().contiguous().t()  # see ``targets.target.by_columns``
     start = 0
     for module in linears:
         end = start + module.weight.shape[0]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from specops.attention import DecodePass, PagedPass, paged_attention
-from specops.device import decode_attention
+from specops.attention import DecodePass, PagedPass
+from specops.device import decode_attention, prepare_pass
 from targets.fused import FusedDecoder, supports
 
 ATTENTION_NAME = "slipstream_paged"
@@ -63,8 +63,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """The function Hugging Face calls in every layer: q, k, v are [1, heads, T, D]."""
     layer = module.layer_idx
-    attend: Any = decode_attention if isinstance(paged, DecodePass) else paged_attention
-    out = attend(
+    out = decode_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -201,41 +200,36 @@ class Target:
             self.device,
         )
 
-    def forward(
-        self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass, pool: KvPool
-    ) -> TargetRows:
-        """One pass over T packed rows of any requests, by Hugging Face's own code.
-
-        Args:
-            ids_T: [T] int64; positions_T: [T] int64.
-            paged: where the rows write and what they see; covers T rows.
-        """
-        return self._forward(ids_T, positions_T, paged, pool)
-
     def decode(
         self, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, at: DecodePass, pool: KvPool
     ) -> TargetRows:
-        """``forward`` of rows given by page tables: what is launched depends on shapes only.
+        """One pass over T packed rows, equally many of each request.
+
+        On a GPU the launches depend on the shapes only, so it can be captured in a CUDA graph.
 
         Args:
+            ids_T, positions_T: [T] int64.
             slots_T: [T] int64, where each row's key and value go.
+            at: the rows' requests, by their page tables.
         """
+        paged = prepare_pass(at, at.num_query(len(ids_T)))
+        if self._fused is None:
+            return self._by_own_code(ids_T, positions_T, paged, pool)
         fused = self._fused
-        if fused is None:
-            return self._forward(ids_T, positions_T, at, pool)
 
         def attend(layer: int, q_THD: Tensor) -> Tensor:
             kept = pool.keys[layer], pool.values[layer]
             pinned = fused.is_pinned
-            return decode_attention(q_THD, None, None, *kept, at, fused.scale, pinned=pinned)
+            return decode_attention(q_THD, None, None, *kept, paged, fused.scale, pinned=pinned)
 
         features, hidden = fused.forward(ids_T, positions_T, slots_T, attend, pool, self.layer_ids)
         shape = (len(ids_T), len(self.layer_ids), hidden.shape[1])
         return TargetRows(features.view(shape), hidden)
 
-    def _forward(
+    def _by_own_code(
         self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass | DecodePass, pool: KvPool
     ) -> TargetRows:
+        """The same by the model's Hugging Face code."""
         hidden = self.decoder(
             input_ids=ids_T[None],
             position_ids=positions_T[None],

@@ -12,7 +12,7 @@ pages, Hq/Hkv heads, G = Hq / Hkv, D head dimension. A slot is page * page_size 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,35 @@ def group_attention(
     return mixed
 
 
+def attend_listed(
+    q_THD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    paged: PagedPass,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of rows whose own keys and values are in their slots already.
+
+    Args:
+        q_THD: [T, Hq, D] after RoPE.
+        window: a query sees keys of the last ``window`` positions only.
+        softcap: scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        [T, Hq, D].
+    """
+    outs = []
+    for group in paged.groups:
+        num_requests = group.slots_RS.shape[0]
+        end = group.start + num_requests * group.num_query
+        q = q_THD[group.start : end].reshape(num_requests, group.num_query, *q_THD.shape[1:])
+        out = group_attention(q, keys, values, group, scale, window, softcap)
+        outs.append(out.flatten(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
 def paged_attention(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -108,27 +137,15 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Write the rows' keys and values to their slots, then attend.
+    """Write the rows' keys and values to their slots, then ``attend_listed``.
 
     Args:
-        q_THD: [T, Hq, D]; k_THD, v_THD: [T, Hkv, D], after RoPE.
+        k_THD, v_THD: [T, Hkv, D], after RoPE.
         keys, values: [num_slots, Hkv, D], written in place.
-        window: a query sees keys of the last ``window`` positions only.
-        softcap: scores become softcap * tanh(scores / softcap).
-
-    Returns:
-        [T, Hq, D].
     """
     keys.index_copy_(0, paged.slots_T, k_THD)
     values.index_copy_(0, paged.slots_T, v_THD)
-    outs = []
-    for group in paged.groups:
-        num_requests = group.slots_RS.shape[0]
-        end = group.start + num_requests * group.num_query
-        q = q_THD[group.start : end].reshape(num_requests, group.num_query, *q_THD.shape[1:])
-        out = group_attention(q, keys, values, group, scale, window, softcap)
-        outs.append(out.flatten(0, 1))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    return attend_listed(q_THD, keys, values, paged, scale, window, softcap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +237,51 @@ def decode_slots(decode: DecodePass, num_query: int) -> Tensor:
     page = decode.pages_RP.long().gather(1, page.clamp(max=decode.pages_RP.shape[1] - 1))
     slots = page * decode.page_size + index % decode.page_size
     return torch.where(is_held, slots, 0).flatten()
+
+
+def listed_pass(decode: DecodePass, num_query: int) -> PagedPass:
+    """The same pass as lists of slots and masks, no longer than its longest request.
+
+    A CPU prepares them once for all layers of a model. Values are read, so this cannot be captured
+    in a CUDA graph. Consecutive blocks of one request become one group, which gathers its keys
+    once.
+
+    Raises:
+        ValueError: the rows are a tree.
+    """
+    if decode.ancestors_RQ is not None or decode.counts_R is not None:
+        raise ValueError("only chains without padding can be listed")
+    slots_T = decode_slots(decode, num_query)
+    positions_RQ = decode.positions(num_query)
+    ends = [*_starts_of_runs(decode, num_query)[1:], len(positions_RQ)]
+    if len(ends) == len(positions_RQ):
+        return PagedPass(slots_T, (_listed_group(decode, positions_RQ, 0),))
+    groups, start = [], 0
+    for end in ends:
+        own = replace(
+            decode, pages_RP=decode.pages_RP[start : start + 1], first_R=decode.first_R[start:][:1]
+        )
+        positions = positions_RQ[start:end].reshape(1, -1)
+        groups.append(_listed_group(own, positions, start * num_query))
+        start = end
+    return PagedPass(slots_T, tuple(groups))
+
+
+def _starts_of_runs(decode: DecodePass, num_query: int) -> list[int]:
+    """Indices of requests that do not continue the pages and positions of the request before."""
+    if num_query == 1 or len(decode.first_R) == 1:
+        return list(range(len(decode.first_R)))
+    has_same_pages = (decode.pages_RP[1:] == decode.pages_RP[:-1]).all(dim=1)
+    is_next = decode.first_R[1:] == decode.first_R[:-1] + num_query
+    return [0, *((~(has_same_pages & is_next)).nonzero()[:, 0] + 1).tolist()]
+
+
+def _listed_group(decode: DecodePass, positions_RQ: Tensor, start: int) -> Group:
+    num_pages = max(-(-(int(positions_RQ.max()) + 1) // decode.page_size), 1)
+    offset = torch.arange(decode.page_size, device=decode.first_R.device)
+    pages_RP = decode.pages_RP[:, :num_pages].long()
+    slots_RS = (pages_RP[..., None] * decode.page_size + offset).flatten(1)
+    return make_group(start, slots_RS, positions_RQ, decode.first_key)
 
 
 def write_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes, places
 from specops import best_ids as best_definition
 from specops import verify_logits as logits_definition
-from specops.attention import DecodePass
+from specops.attention import DecodePass, PagedPass
 from specops.capture_pack import PackRing
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
@@ -22,13 +22,25 @@ from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
 
 
+def prepare_pass(decode: DecodePass, num_query: int) -> DecodePass | PagedPass:
+    """What ``decode_attention`` of every layer is handed: the pass itself, but slots and masks that
+    are listed once on a CPU, where finding them in each layer would take half of a step.
+
+    Args:
+        num_query: rows of each request.
+    """
+    if decode.first_R.is_cuda:
+        return decode
+    return attention.listed_pass(decode, num_query)
+
+
 def decode_attention(
     q_THD: Tensor,
     k_THD: Tensor | None,
     v_THD: Tensor | None,
     keys: Tensor,
     values: Tensor,
-    decode: DecodePass,
+    paged: DecodePass | PagedPass,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -37,8 +49,15 @@ def decode_attention(
     """See ``specops.attention.decode_attention``.
 
     Args:
+        paged: as it is, or from ``prepare_pass``.
         pinned: a row's result depends on nothing that is computed beside it; on a GPU only.
     """
+    if isinstance(paged, PagedPass):
+        if k_THD is None or v_THD is None:
+            return attention.attend_listed(q_THD, keys, values, paged, scale, window, softcap)
+        return attention.paged_attention(
+            q_THD, k_THD, v_THD, keys, values, paged, scale, window, softcap
+        )
     attend: attention.AttendPages = attention.attend_pages
     write = attention.write_rows
     if q_THD.is_cuda:
@@ -48,7 +67,7 @@ def decode_attention(
         attend = partial(attention_triton.attend_pages, overlap=overlap, pinned=pinned)
         write = attention_triton.write_rows
     return attention.decode_attention(
-        q_THD, k_THD, v_THD, keys, values, decode, scale, window, softcap, attend, write
+        q_THD, k_THD, v_THD, keys, values, paged, scale, window, softcap, attend, write
     )
 
 

@@ -1,16 +1,14 @@
-"""Appends what steps decided to the requests they decided on, and notes which hidden rows are kept.
+"""The outcome of a step, and how it is appended to the requests.
 
-Shapes: R requests of a step, Q = K + 1 rows each, V vocabulary, N chunks that end their prompt.
+Shapes: R requests of a step, N prompt chunks that end their prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-
-import torch
-from torch import Tensor
 
 from buffer.records import Round
 from policies.interface import Decision
@@ -18,9 +16,37 @@ from serving.capture.ring import CaptureRing
 from serving.engine.drafting import Drafting
 from serving.engine.scheduler import Chunk
 from serving.engine.sequence import Sequence
-from serving.engine.verifying import Proposed, Verified, emitted_by, token_logprobs
 from serving.requests import TokenLogprob
-from targets.target import TargetRows
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """The drafts of a round, on the host."""
+
+    drafter: str
+    """Kind of the drafter."""
+    tokens: list[list[int]]
+    """[R][its number of draft tokens]."""
+    q_logp: list[list[float]] | None
+    """Log q of each of them; ``None`` where tokens are not drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The verdicts of a round, on the host."""
+
+    num_accepted: list[int]
+    """[R]."""
+    next_ids: list[int]
+    """[R] the target's own token after the accepted ones."""
+    p_logp: list[list[float]]
+    """[R][K] log probability of each draft token under the target's shaped distribution."""
+
+
+def emitted_by(draft: Proposed | None, verified: Verified, r: int) -> list[int]:
+    """Tokens that a round decided for request r: the accepted draft tokens and the target's own."""
+    drafted = draft.tokens[r] if draft else []
+    return [*drafted[: verified.num_accepted[r]], verified.next_ids[r]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +55,7 @@ class Committed:
 
     sequence: Sequence
     row: int
-    """First packed row of a pass, or running number of the first captured row of a program."""
+    """Running number of the first captured row; 0 where none is captured."""
     position: int
     """Position of that row."""
     count: int
@@ -37,19 +63,19 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the requests of one step drafted and kept."""
+    """What the requests of one step drafted and kept, and what that cost."""
 
     proposed: Proposed | None
     verified: Verified
     draft_s: float
-    """Seconds that looking at the batch, planning and drafting have cost."""
+    """Seconds spent on observing the batch, planning and drafting."""
     version: int
-    """Of the neural drafter."""
+    """Version of the drafter, see ``Drafting.version_of``."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """Since the start of the engine."""
+    """Counts since the engine started."""
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -58,26 +84,18 @@ class Counters:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_steps: int = 0
-    capture_rows_dropped: int = 0
     accepted_per_pos: list[int] = field(default_factory=list)
-    """[max_draft]"""
+    """[max_draft]."""
+    steps_by_arm: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Steps of each (drafter, draft_k)."""
 
 
 Scored = Callable[[int, list[int], int], list[TokenLogprob]]
-"""Log probabilities of what request r of a step emitted, with so many alternatives each."""
-
-
-def scored_by(logits_RQV: Tensor) -> Scored:
-    """Finds them in the logits of the rows before."""
-
-    def scored(r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
-        return token_logprobs(logits_RQV[r, : len(tokens)], tokens, num_top)
-
-    return scored
+"""(request r of a step, its emitted tokens, number of alternatives) -> their log probabilities."""
 
 
 class Commits:
-    """The requests' texts grow here and nowhere else."""
+    """Appends to the requests' texts, which grow nowhere else."""
 
     def __init__(self, drafting: Drafting, ring: CaptureRing | None) -> None:
         self._drafting = drafting
@@ -97,11 +115,11 @@ class Commits:
         firsts: list[int] | None,
         step_s: float,
     ) -> list[Committed]:
-        """Append what a step verified; requests that have ended meanwhile keep nothing.
+        """Append what a round verified; requests that have ended meanwhile keep nothing.
 
         Args:
-            scored: finds log probabilities for those who asked.
-            firsts: row of each request, see ``Committed``; ``None`` where none is captured.
+            scored: finds log probabilities for requests that asked for them.
+            firsts: number of the first captured row of each request; ``None`` without capture.
         """
         draft, verified = step.proposed, step.verified
         committed = []
@@ -113,7 +131,7 @@ class Commits:
             sequence.rounds.append(
                 Round(
                     anchor=len(sequence.tokens) - 1,
-                    drafter=draft.kind if draft and num_drafted else "none",
+                    drafter=draft.drafter if draft and num_drafted else "none",
                     version=step.version,
                     draft_ids=tuple(drafted),
                     q_logp=tuple(draft.q_logp[r]) if draft and draft.q_logp else None,
@@ -147,9 +165,9 @@ class Commits:
         """Prompt rows are committed as they are; chunks that reach the anchor yield a token.
 
         Args:
-            firsts: row of each chunk, see ``Committed``; ``None`` where none is captured.
+            firsts: number of the first captured row of each chunk; ``None`` without capture.
             first_ids: tokens of the N chunks that reach their anchor.
-            scored: finds log probabilities for those who asked; ``None``: nobody did.
+            scored: finds log probabilities; ``None`` if no request asked for them.
         """
         committed = []
         for index, chunk in enumerate(chunks):
@@ -190,20 +208,8 @@ class Commits:
         self.counters.generation_tokens += count
         return count
 
-    def capture(self, committed: list[Committed], computed: TargetRows) -> None:
-        """Copy the committed rows of capturing requests into the ring, all in one write."""
-        wanted = [c for c in committed if c.sequence.request.capture]
-        if self._ring is None or not wanted:
-            return
-        index = torch.tensor([i for c in wanted for i in range(c.row, c.row + c.count)])
-        index = index.to(computed.hidden_TH.device)
-        number = self._ring.write(computed.features_TmH[index], computed.hidden_TH[index])
-        for c in wanted:
-            c.sequence.capture_rows.append((c.position, number, c.count))
-            number += c.count
-
     def note_rows(self, committed: list[Committed]) -> None:
-        """A program has appended the rows of capturing requests to the ring."""
+        """Note which rows of the ring belong to the requests that capture."""
         if self._ring is None:
             return
         for c in committed:

@@ -18,7 +18,7 @@ _TELL_EVERY_S = 10.0
 
 
 def buckets(most: int) -> list[int]:
-    """Sizes that stand for all and have programs: 1, 2, 4, ... and ``most`` itself."""
+    """1, 2, 4, ... and ``most`` itself."""
     sizes = []
     size = 1
     while size < most:
@@ -38,6 +38,11 @@ class Landing:
 
     event: torch.cuda.Event | None
     """``None``: it is there."""
+
+    @property
+    def is_here(self) -> bool:
+        """Arrived when it was launched, as everything does on a CPU."""
+        return self.event is None
 
     def wait(self) -> bool:
         """Until it has arrived; other threads may run meanwhile. Says whether it had not yet."""
@@ -73,6 +78,11 @@ class Graphs:
             self._memory = torch.cuda.graph_pool_handle()
             # One for all: memory is kept by stream, so that each program finds that of the others.
             self._side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def sizes(self, most: int) -> list[int]:
+        """Sizes that programs are made for, ascending: a few to which batches are padded where a
+        program is captured, and all of them where it is an ordinary call."""
+        return buckets(most) if self.are_real else list(range(1, most + 1))
 
     def capture(self, work: Program) -> Program:
         """``work``, as one launch where the device has graphs. Runs it once to warm up."""

@@ -1,36 +1,213 @@
-"""The neural drafter's row at a new anchor, computed by the program that has found the anchor.
+"""The rows of one neural drafter: which are computed already, and programs for the others.
 
-Shapes: R requests of Q rows each, T = R Q, m tapped layers, H hidden.
+Row p of a request is computed from its token p and the target's hidden states at p - 1. A round
+computes the rows of the drafter that drafted it; those of the other neural drafters are missing
+until they are about to draft, and are then computed by catch-up programs.
+
+Catch-up programs and prompts work on blocks of 16 consecutive positions of one request. Rows that
+fill up a block lie behind its text: what they write is overwritten before anybody reads it, or goes
+to page 0.
+
+Shapes: R requests, Q rows of each, B blocks, T = R Q or 16 B rows, m tapped layers, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+import torch
 from torch import Tensor
 
-from serving.engine.drafting import Drafting
-from serving.engine.lanes import LaneRows, Lanes
+from drafters.protocol import NeuralDrafter
+from serving.engine.cuda_graphs import Graphs, Program, fitting
+from serving.engine.lanes import LaneRows, Lanes, upload
+from serving.engine.sequence import Sequence
+from specops.device import places_of
 from specops.lanes import ClosedRound, OpenedRound
+from targets.target import Target
+
+BLOCK = 16
+"""Rows of a block."""
+_LANE, _FIRST, _END, _IDS = 0, 1, 2, 3
+_NO_END = -1
 
 
-def take_in(
-    drafting: Drafting,
-    lanes: Lanes,
-    opened: OpenedRound,
-    closed: ClosedRound,
-    lanes_R: Tensor,
-    features_TmH: Tensor,
-    page_size: int,
-) -> None:
-    """Compute the rows after the old anchors, and keep the output at each new one in its lane: the
-    next draft starts there, whatever its K is. Rows behind the new anchor are overwritten before
-    anybody sees them.
+def cut(sequence: Sequence, start: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Cut positions start..end-1 of a request into blocks.
 
-    Args:
-        lanes_R: [R] int64, those of ``opened`` as an index.
-        features_TmH: tapped rows of the round: of the old anchors and of the drafts.
+    Yields:
+        First position, number of rows that are not filling, and 16 token ids.
     """
-    assert drafting.neural is not None
-    at = LaneRows(opened.pages_RP).decode_pass(opened.draft_at_R, page_size, first_key=1)
-    outputs = drafting.neural.take_in(closed.emitted_RQ.view(-1), features_TmH, at)
-    fresh = outputs.index_select(0, closed.anchor_row_R)
-    lanes.outputs_LH.index_copy_(0, lanes_R, fresh)
+    for first in range(start, end, BLOCK):
+        ids = sequence.tokens[first : min(first + BLOCK, end)]
+        yield first, len(ids), ids + [0] * (BLOCK - len(ids))
+
+
+class FeatureStore:
+    """The target's tapped hidden states at every slot, about a fifth of the KV pool.
+
+    They let a drafter catch up at any time: after plain decoding, on a prefix that another request
+    computed, or with new weights.
+    """
+
+    def __init__(self, target: Target, num_slots: int) -> None:
+        self.layer_ids = target.layer_ids
+        shape = (num_slots, len(target.layer_ids), target.config.hidden_size)
+        self._rows = torch.zeros(shape, dtype=target.dtype, device=target.device)
+
+    def keep(self, slots_T: Tensor, features_TmH: Tensor) -> None:
+        """Store the rows of a pass; rows of rejected drafts are overwritten later."""
+        if self.layer_ids:
+            self._rows.index_copy_(0, slots_T, features_TmH)
+
+    def at(self, slots_T: Tensor) -> Tensor:
+        """[T, m, H] rows stored at some slots."""
+        return self._rows.index_select(0, slots_T)
+
+
+class DrafterRows:
+    """One neural drafter, the rows it has, and its catch-up programs."""
+
+    def __init__(
+        self,
+        drafter: NeuralDrafter,
+        features: FeatureStore,
+        lanes: Lanes,
+        graphs: Graphs,
+        *,
+        target: Target,
+        num_pages: int,
+        page_size: int,
+        most_rows: int,
+    ) -> None:
+        """
+        Args:
+            features: stores at least the layers that the drafter reads.
+            most_rows: largest number of rows of one catch-up program.
+        """
+        self.drafter = drafter
+        self._features, self._lanes, self._graphs = features, lanes, graphs
+        self._page_size = page_size
+        columns = [features.layer_ids.index(layer) for layer in drafter.layer_ids]
+        reads_all = columns == list(range(len(features.layer_ids)))
+        self._columns = None if reads_all else torch.tensor(columns, device=target.device)
+        self._has_page = np.zeros(num_pages, dtype=bool)
+        shape = (lanes.padding + 1, drafter.output_size)
+        self._outputs_LH = torch.zeros(shape, dtype=target.dtype, device=target.device)
+        self._most_blocks = -(-most_rows // BLOCK)
+        self._sizes = graphs.sizes(self._most_blocks)
+        inputs = (self._most_blocks, _IDS + BLOCK)
+        self._inputs = torch.zeros(inputs, dtype=torch.int64, device=target.device)
+        self._programs: dict[int, Program] = {}
+
+    @property
+    def kind(self) -> str:
+        """The drafter's."""
+        return self.drafter.kind
+
+    # ---- which rows it has ---------------------------------------------------------------------
+
+    def begin(self, sequence: Sequence) -> None:
+        """A request was admitted: find out how many rows of its cached prefix exist."""
+        cached = sequence.num_cached // self._page_size
+        self._has_page[sequence.pages[cached:]] = False
+        gaps = np.flatnonzero(~self._has_page[sequence.pages[:cached]])
+        num_pages = int(gaps[0]) if len(gaps) else cached
+        sequence.next_row[self.kind] = max(num_pages * self._page_size, 1)
+
+    def has_rows_to(self, sequence: Sequence, length: int) -> None:
+        """Note that the rows of the first ``length`` tokens are computed."""
+        sequence.next_row[self.kind] = length
+        self._has_page[sequence.pages[: length // self._page_size]] = True
+
+    def note_chunk(self, sequence: Sequence, start: int, end: int) -> None:
+        """Note that a prompt's program computed rows start..end-1, if they continue those before."""
+        if max(start, 1) >= sequence.next_row[self.kind] >= start:
+            self.has_rows_to(sequence, end)
+
+    def num_missing(self, sequence: Sequence) -> int:
+        """Committed rows before the anchor's that it must compute before it drafts."""
+        return max(0, len(sequence.tokens) - sequence.next_row[self.kind] - 1)
+
+    # ---- within programs -----------------------------------------------------------------------
+
+    def outputs_of(self, lanes_R: Tensor) -> Tensor:
+        """[R, H] outputs at the anchors, where the next draft starts."""
+        return self._outputs_LH.index_select(0, lanes_R)
+
+    def observe_round(
+        self, opened: OpenedRound, closed: ClosedRound, lanes_R: Tensor, features_TmH: Tensor
+    ) -> None:
+        """Compute the rows after the old anchors and keep the output at each new anchor.
+
+        Rows behind the new anchor are overwritten before anybody reads them.
+
+        Args:
+            lanes_R: [R] int64, the lanes of ``opened`` as an index.
+            features_TmH: the target's tapped rows of the old anchors and the drafts.
+        """
+        at = LaneRows(opened.pages_RP).decode_pass(opened.draft_at_R, self._page_size, first_key=1)
+        outputs = self.drafter.observe(closed.emitted_RQ.view(-1), self._own(features_TmH), at)
+        fresh = outputs.index_select(0, closed.anchor_row_R)
+        self._outputs_LH.index_copy_(0, lanes_R, fresh)
+
+    def observe_blocks(self, rows: LaneRows, first_B: Tensor, ids_T: Tensor) -> Tensor:
+        """Compute B blocks from the target's stored rows; returns their outputs, [T, H]."""
+        before = places_of(rows.decode_pass(first_B - 1, self._page_size), BLOCK).slots.flatten()
+        at = rows.decode_pass(first_B, self._page_size, first_key=1)
+        return self.drafter.observe(ids_T, self._own(self._features.at(before)), at)
+
+    def _own(self, features_TmH: Tensor) -> Tensor:
+        """The layers that this drafter reads."""
+        if self._columns is None:
+            return features_TmH
+        return features_TmH.index_select(1, self._columns)
+
+    # ---- catching up ---------------------------------------------------------------------------
+
+    def catch_up(self, batch: list[Sequence]) -> None:
+        """Launch programs that compute all missing rows, the anchors' included.
+
+        Args:
+            batch: requests whose whole text the host knows.
+        """
+        blocks = []
+        for sequence in batch:
+            lane, start, end = sequence.lane, sequence.next_row[self.kind], len(sequence.tokens)
+            assert lane is not None, "a running request has a lane"
+            if start == end:
+                continue
+            for first, num_rows, ids in cut(sequence, start, end):
+                anchor = num_rows - 1 if first + num_rows == end else _NO_END
+                blocks.append([lane, first, anchor, *ids])
+            self.has_rows_to(sequence, end)
+        for at in range(0, len(blocks), self._most_blocks):
+            self._launch(blocks[at : at + self._most_blocks])
+
+    def _launch(self, blocks: list[list[int]]) -> None:
+        size = fitting(self._sizes, len(blocks))
+        filling = [self._lanes.padding, 1, _NO_END, *[0] * BLOCK]
+        rows = torch.tensor(blocks + [filling] * (size - len(blocks)))
+        upload(rows, self._inputs[:size])
+        self._program(size)()
+
+    def capture_all(self) -> None:
+        """Make every program, the largest first."""
+        for size in reversed(self._sizes):
+            self._program(size)
+
+    def _program(self, size: int) -> Program:
+        if size not in self._programs:
+            self._programs[size] = self._graphs.capture(lambda: self._compute(size))
+        return self._programs[size]
+
+    def _compute(self, size: int) -> None:
+        blocks = self._inputs[:size]
+        lanes, first, end = blocks[:, _LANE], blocks[:, _FIRST], blocks[:, _END]
+        ids = blocks[:, _IDS:].reshape(-1)
+        outputs = self.observe_blocks(self._lanes.rows(lanes), first, ids)
+        last = torch.arange(size, device=end.device) * BLOCK + end.clamp(min=0)
+        # The output of a block without an anchor goes to the lane that belongs to nobody.
+        lanes = torch.where(end == _NO_END, self._lanes.padding, lanes)
+        self._outputs_LH.index_copy_(0, lanes, outputs.index_select(0, last))

@@ -1,97 +1,82 @@
-"""Asks the drafters: which may propose, what they know, what they propose.
-
-Shapes: R requests, K draft tokens, m tapped layers, H hidden.
-"""
+"""All drafters of one engine: who may propose, what they follow, what they propose on the host."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from collections.abc import Sequence as Several
 
-from drafters.eagle3.paged import PagedEagle3
-from drafters.protocol import CommittedRows, Draft
-from drafters.suffix import SuffixIndex
+from drafters.protocol import Drafter, HostDrafter
 from policies.interface import StepObs
-from serving.engine.packing import sampling_of, slot_table, uniforms_of
+from serving.engine.drafter_rows import DrafterRows
 from serving.engine.sequence import Sequence
-from specops.rng import Stream
-from targets.target import Target
 
 
 class Drafting:
-    """The neural drafter and the suffix index of one engine, and what they need kept."""
+    """Any number of drafters, in the order in which settings name them."""
 
     def __init__(
-        self,
-        target: Target,
-        neural: PagedEagle3 | None,
-        suffix: SuffixIndex | None,
-        num_pages: int,
-        page_size: int,
-        max_draft: int,
+        self, hosts: Several[HostDrafter], neural: Several[DrafterRows], max_draft: int
     ) -> None:
-        self.neural = neural
-        self.suffix = suffix
+        self.hosts = {drafter.kind: drafter for drafter in hosts}
+        self.neural = {rows.kind: rows for rows in neural}
         self.max_draft = max_draft
-        self._target = target
-        self._page_size = page_size
-        self._ready = np.zeros(num_pages, dtype=bool)
-        # Tapped rows of every slot, so that the drafter can catch up at any time: after an off
-        # state, on a prefix somebody else computed, or with new weights. About a fifth of the KV.
-        shape = (num_pages * page_size, len(target.layer_ids), target.config.hidden_size)
-        self._features = (
-            torch.zeros(shape, dtype=target.dtype, device=target.device) if neural else None
-        )
+        self._with_match = [d for d in self.hosts.values() if d.traits.needs_match]
+        learning = (r.drafter for r in self.neural.values() if r.drafter.traits.learns)
+        self._learning = next(learning, None)
+
+    @property
+    def drafters(self) -> dict[str, Drafter]:
+        """All of them by kind, neural ones first."""
+        return {k: rows.drafter for k, rows in self.neural.items()} | dict(self.hosts)
 
     @property
     def version(self) -> int:
-        """Version of the neural drafter in force; 0 without one."""
-        return self.neural.version if self.neural else 0
+        """Version of the drafter that learns; 0 without one."""
+        return self._learning.version if self._learning else 0
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Drafters that can propose."""
-        return (("eagle3",) if self.neural else ()) + (("suffix",) if self.suffix else ())
+    def version_of(self, kind: str) -> int:
+        """Version that a round by this drafter bears; plain rounds and those of host drafters bear
+        the version of the drafter that learns."""
+        return self.neural[kind].drafter.version if kind in self.neural else self.version
+
+    def learns(self, kind: str) -> bool:
+        """Whether rounds by this drafter say something about published weights."""
+        return kind in self.neural and self.neural[kind].drafter.traits.learns
+
+    # ---- the life of a request -----------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
-        """A request was admitted: find out which of its cached rows the drafter has seen."""
-        cached = sequence.num_cached // self._page_size
-        self._ready[sequence.pages[cached:]] = False
-        gaps = np.flatnonzero(~self._ready[sequence.pages[:cached]])
-        num_ready = int(gaps[0]) if len(gaps) else cached
-        sequence.draft_next = max(num_ready * self._page_size, 1)
-        if self.suffix:
+        """A request was admitted."""
+        for rows in self.neural.values():
+            rows.begin(sequence)
+        for drafter in self.hosts.values():
             request = sequence.request
-            self.suffix.begin(request.id, sequence.tokens, namespace=request.tenant)
+            drafter.begin(request.id, sequence.tokens, namespace=request.tenant)
 
     def foresee(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Tokens were decided, and are committed later, unless the request ends before them."""
+        """Tokens were decided, and will be committed unless the request ends before them."""
         assert not sequence.num_foreseen, "one round is foreseen at a time"
-        assert self.suffix is not None
-        self.suffix.extend(sequence.request.id, tokens)
+        for drafter in self.hosts.values():
+            drafter.extend(sequence.request.id, tokens)
         sequence.num_foreseen = len(tokens)
 
     def extend(self, sequence: Sequence, tokens: list[int]) -> None:
         """Tokens were committed."""
-        if self.suffix and not sequence.num_foreseen:
-            self.suffix.extend(sequence.request.id, tokens)
+        if not sequence.num_foreseen:
+            for drafter in self.hosts.values():
+                drafter.extend(sequence.request.id, tokens)
         sequence.num_foreseen = 0
 
     def finish(self, sequence: Sequence, keep: bool) -> None:
-        """A request ended; ``keep``: others may be drafted from its text."""
-        if self.suffix and sequence.pages:
-            self.suffix.finish(sequence.request.id, keep=keep, num_tokens=len(sequence.tokens))
+        """A request ended.
 
-    def keep_features(self, slots_T: Tensor, features_TmH: Tensor) -> None:
-        """Store the tapped rows of a pass; rows of rejected drafts are overwritten later."""
-        if self._features is not None:
-            self._features.index_copy_(0, slots_T, features_TmH)
+        Args:
+            keep: later requests may be drafted for from its text.
+        """
+        if sequence.pages:
+            for drafter in self.hosts.values():
+                drafter.finish(sequence.request.id, keep=keep, num_tokens=len(sequence.tokens))
 
-    def features_at(self, slots_T: Tensor) -> Tensor:
-        """[T, m, H] tapped rows stored for some slots."""
-        assert self._features is not None
-        return self._features.index_select(0, slots_T)
+    # ---- a step --------------------------------------------------------------------------------
 
     def cap(self, sequence: Sequence) -> int:
         """Largest K this request may have now: the last token is always the target's own."""
@@ -106,87 +91,30 @@ class Drafting:
             most: largest K of this step.
         """
         caps = tuple(min(self.cap(s), most) for s in batch)
-        if not self.kinds or not any(caps):
+        if not (self.hosts or self.neural) or not any(caps):
             return None
         matches = None
-        if self.suffix:
+        if self._with_match:
             matches = tuple(
-                self.suffix.match(s.request.id) if cap else 0
+                max(d.observe(s.request.id) for d in self._with_match) if cap else 0
                 for s, cap in zip(batch, caps, strict=True)
             )
-        pending = sum(max(0, len(s.tokens) - s.draft_next - 1) for s in batch)
+        pending = {kind: sum(map(r.num_missing, batch)) for kind, r in self.neural.items()}
         return StepObs(
             step=step,
             batch=len(batch),
             caps=caps,
-            suffix_matches=matches,
-            drafters=self.kinds,
+            matches=matches,
+            drafters=(*self.neural, *self.hosts),
             max_draft=max(caps),
             version=self.version,
-            pending_rows=pending if self.neural else 0,
+            pending_rows=pending,
         )
 
-    def draft(self, batch: list[Sequence], drafter: str, num_draft: int) -> Draft | None:
-        """Propose up to ``num_draft`` tokens for each request; ``None`` if nobody proposes any."""
-        if num_draft == 0:
-            return None
-        if drafter == "suffix":
-            return self._from_suffix(batch, num_draft)
-        return self._from_neural(batch, num_draft)
-
-    def from_index(self, batch: list[Sequence], num_draft: int) -> list[list[int]]:
-        """What the suffix index proposes for each request, up to ``num_draft`` tokens."""
-        assert self.suffix is not None
+    def from_host(self, kind: str, batch: list[Sequence], num_draft: int) -> list[list[int]]:
+        """Up to ``num_draft`` tokens that a host drafter proposes for each request."""
+        drafter = self.hosts[kind]
         return [
-            self.suffix.propose(s.request.id, min(num_draft, cap)) if (cap := self.cap(s)) else []
+            drafter.propose(s.request.id, min(num_draft, cap)) if (cap := self.cap(s)) else []
             for s in batch
         ]
-
-    def is_warm_to(self, sequence: Sequence, length: int) -> None:
-        """The neural drafter has the rows of the first ``length`` tokens."""
-        sequence.draft_next = length
-        self._ready[sequence.pages[: length // self._page_size]] = True
-
-    def _from_suffix(self, batch: list[Sequence], num_draft: int) -> Draft | None:
-        proposals = self.from_index(batch, num_draft)
-        width = max(len(p) for p in proposals)
-        if width == 0:
-            return None
-        padded = [p + [0] * (width - len(p)) for p in proposals]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=self._target.device)
-        return Draft("suffix", tokens, tuple(map(len, proposals)), None, self.version)
-
-    def _from_neural(self, batch: list[Sequence], num_draft: int) -> Draft:
-        assert self.neural is not None
-        device = self._target.device
-        matches = [s.matches_target for s in batch]
-        greedy_rows = draws = None
-        if not all(matches):
-            greedy_rows = torch.tensor(matches, device=device)
-            draws = uniforms_of(batch, num_draft, Stream.DRAFT, device)
-        sampling = sampling_of(batch, self._target.vocab_size, device)
-        rows = self._committed_rows(batch, num_draft)
-        draft = self.neural.propose(rows, num_draft, sampling, greedy_rows, draws)
-        for sequence in batch:
-            self.is_warm_to(sequence, len(sequence.tokens))
-        lens = tuple(min(num_draft, self.cap(s)) for s in batch)
-        return Draft(draft.kind, draft.tokens_RK, lens, draft.q_RKV, draft.version)
-
-    def _committed_rows(self, batch: list[Sequence], num_draft: int) -> CommittedRows:
-        """Rows draft_next .. anchor of each request, with the features of the position before."""
-        assert self._features is not None
-        device = self._target.device
-        # A drafter that is warm computes the anchor's row again, for its output.
-        starts = [min(s.draft_next, len(s.tokens) - 1) for s in batch]
-        from_here = list(zip(batch, starts, strict=True))
-        ids = [token for s, start in from_here for token in s.tokens[start:]]
-        positions = [p for s, start in from_here for p in range(start, len(s.tokens))]
-        before = [s.slots[start - 1 : len(s.tokens) - 1] for s, start in from_here]
-        slots = torch.from_numpy(np.concatenate(before)).to(device)
-        return CommittedRows(
-            counts_R=tuple(len(s.tokens) - start for s, start in from_here),
-            ids_T=torch.tensor(ids, device=device),
-            positions_T=torch.tensor(positions, device=device),
-            features_TmH=self._features[slots],
-            slots_RS=slot_table(batch, num_draft, device),
-        )

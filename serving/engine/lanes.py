@@ -1,37 +1,52 @@
-"""What a round must know of the requests in flight, on the device: one row, a lane, for each.
+"""What rounds know about the requests in flight, on the device: one row, a lane, for each request.
 
-A round reads its lanes and writes what it committed back, so that the next one can start before the
-host has seen the outcome of this one. The host writes a lane only when it knows better: when a
-request begins to decode, and after a step that was computed outside of a round.
+A round reads its lanes and writes back what it committed, so the next round can start before the
+host has seen this one's outcome. The host writes a lane when its request begins to decode, together
+with the request's biases and penalties; rounds then count the tokens they commit themselves.
 
-Shapes: L lanes, P pages of a lane, H hidden.
+Shapes: L lanes, P pages of a lane, B biases of a lane, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.engine.sequence import Sequence
 from specops.attention import DecodePass
-from specops.lanes import Field, LaneState
+from specops.lane_penalties import LaneRequests, new_tables, table_bytes
+from specops.lanes import Field, Input, LaneState, OpenedRound
 from targets.target import Target
 
 MOST_BIASES = 512
-"""Biases of one request that fit its lane; HTTP takes 300."""
+"""Largest number of biases of one request; HTTP takes 300."""
+
+
+def table_bytes_of(num_lanes: int, vocab_size: int) -> int:
+    """Device memory of the tables for biases and penalties."""
+    return table_bytes(num_lanes, vocab_size, MOST_BIASES)
+
+
+def requests_of(inputs_RI: Tensor, opened: OpenedRound) -> LaneRequests:
+    """Which requests of a round want their logits changed."""
+    fields = opened.ints_FR
+    return LaneRequests(inputs_RI[:, Input.LANE], fields[Field.BIASES], fields[Field.PENALIZES])
 
 
 def upload(news: Tensor, to: Tensor) -> None:
-    """Overwrite a tensor of the same shape, both contiguous, without waiting for the device."""
+    """Overwrite a tensor of the same shape without waiting for the device; both are contiguous."""
     to.copy_(news.pin_memory() if to.is_cuda else news, non_blocking=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that does not wait for what the device has under way, as one from memory that may be
-    moved would."""
+    """Copy to a device without waiting for the work it has queued, as a copy from pageable memory
+    would."""
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -39,18 +54,18 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LaneRows:
-    """Where the lanes of one batch, R requests, have their keys and values."""
+    """Pages that hold the keys and values of R requests."""
 
     pages_RP: Tensor
     """[R, P] int32 page ids; 0 where the request has none."""
 
     def decode_pass(self, first_R: Tensor, page_size: int, first_key: int = 0) -> DecodePass:
-        """Equally many rows of each request, from position ``first`` on."""
+        """The same number of rows of each request, from position ``first`` on."""
         return DecodePass(self.pages_RP, first_R.int(), page_size, first_key=first_key)
 
 
 class Lanes:
-    """All lanes. The last one belongs to nobody: rows that fill up a batch use it."""
+    """All lanes. The last one belongs to nobody: padding of a batch uses it."""
 
     def __init__(self, max_batch: int, pages_each: int, max_draft: int, target: Target) -> None:
         self.padding = max_batch
@@ -69,15 +84,15 @@ class Lanes:
         self._free = list(range(max_batch - 1, -1, -1))
 
     def take(self) -> int:
-        """A lane for a request that was admitted."""
+        """Take a lane for a request that was admitted."""
         return self._free.pop()
 
     def give_back(self, lane: int) -> None:
-        """Its request has ended."""
+        """Free a lane whose request has ended."""
         self._free.append(lane)
 
     def write(self, sequences: list[Sequence]) -> None:
-        """Tell the device what the host knows of these requests."""
+        """Write what the host knows of these requests to their lanes."""
         if not sequences:
             return
         rows = np.zeros((len(sequences), len(self.ints)), dtype=np.int64)
@@ -108,9 +123,69 @@ class Lanes:
         ):
             fresh = to_device(torch.from_numpy(np.ascontiguousarray(news)), device)
             state.index_copy_(dim, index, fresh)
+        self._write_tables([s for s in sequences if s.request.sampling.adjusts_logits])
         for sequence in sequences:
             sequence.lane_length = len(sequence.tokens)
 
+    def _write_tables(self, sequences: list[Sequence]) -> None:
+        """Write what these requests add to their logits, and count the tokens they hold."""
+        if not sequences:
+            return
+        biased = np.zeros((len(sequences), MOST_BIASES), dtype=np.int32)
+        bias = np.zeros((len(sequences), MOST_BIASES), dtype=np.float64)
+        penalties = np.zeros((len(sequences), 3), dtype=np.float64)
+        for ids, values, row, sequence in zip(biased, bias, penalties, sequences, strict=True):
+            p = sequence.request.sampling
+            row[:] = p.presence_penalty, p.frequency_penalty, p.repetition_penalty
+            if p.logit_bias:
+                ids[: len(p.logit_bias)], values[: len(p.logit_bias)] = zip(
+                    *p.logit_bias, strict=True
+                )
+        lanes = self._upload(np.array([s.lane for s in sequences], dtype=np.int64))
+        for table, news in (
+            (self.tables.biased_LB, biased),
+            (self.tables.bias_LB, bias),
+            (self.tables.penalties_L3, penalties),
+        ):
+            table.index_copy_(0, lanes, self._upload(news))
+        self._count([s for s in sequences if s.request.sampling.penalizes])
+
+    def _count(self, sequences: list[Sequence]) -> None:
+        """Count the tokens that penalties depend on."""
+        if not sequences:
+            return
+        counts = self.tables.counts_LV
+        lanes = self._upload(np.array([s.lane for s in sequences], dtype=np.int64))
+        counts.index_fill_(0, lanes, 0)
+        flat = counts.view(-1)
+        flat.index_fill_(0, self._slots(sequences, _penalized_prompt), 1)
+        emitted = self._slots(sequences, _penalized_completion)
+        flat.scatter_add_(0, emitted, torch.full_like(emitted, 2, dtype=counts.dtype))
+
+    def _slots(self, sequences: list[Sequence], of: Callable[[Sequence], list[int]]) -> Tensor:
+        """Indices of the counts of some tokens of each request."""
+        width = self.tables.counts_LV.shape[1]
+        every = []
+        for sequence in sequences:
+            assert sequence.lane is not None
+            every.append(np.array(of(sequence), dtype=np.int64) + sequence.lane * width)
+        return self._upload(np.concatenate(every))
+
+    def _upload(self, news: NDArray[Any]) -> Tensor:
+        return to_device(torch.from_numpy(news), self.tables.counts_LV.device)
+
     def rows(self, lanes_R: Tensor) -> LaneRows:
-        """The lanes of a batch."""
+        """Pages of the lanes of a batch."""
         return LaneRows(self.pages.index_select(0, lanes_R))
+
+
+def _penalized_prompt(sequence: Sequence) -> list[int]:
+    """The prompt, if a penalty depends on it."""
+    depends = sequence.request.sampling.repetition_penalty != 1
+    return sequence.tokens[: sequence.num_prompt] if depends else []
+
+
+def _penalized_completion(sequence: Sequence) -> list[int]:
+    """The completion, if a penalty depends on it."""
+    depends = sequence.request.sampling.penalizes
+    return sequence.tokens[sequence.num_prompt :] if depends else []

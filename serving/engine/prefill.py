@@ -1,9 +1,9 @@
-"""Prompt chunks as programs of fixed shape, the neural drafter's rows included.
+"""Prompt chunks as programs of fixed shape, the neural drafters' rows included.
 
-The rows of all chunks of a step are cut into blocks (``serving.engine.blocks``); a program exists
-for 1, 2, 4, ... blocks, and for as many as a step can have.
+The rows of all chunks of a step are cut into blocks (``serving.engine.drafter_rows``). On a GPU
+programs exist for 1, 2, 4, ... blocks, and for as many as a step can have.
 
-Shapes: B blocks, T = 16 B rows, N chunks that end their prompt.
+Shapes: B blocks, T = 16 B rows, N chunks that end their prompt, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from serving.capture.ring import CaptureRing
-from serving.engine.adjusting import Adjusting, requests_of
-from serving.engine.blocks import BLOCK, cut, draft_rows
-from serving.engine.cuda_graphs import Graphs, Landing, Program, buckets, fitting
-from serving.engine.drafter_rows import take_in
+from serving.engine.commit import Scored
+from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
+from serving.engine.drafter_rows import BLOCK, FeatureStore, cut
 from serving.engine.drafting import Drafting
-from serving.engine.lanes import Lanes, upload
+from serving.engine.lanes import Lanes, requests_of, upload
 from serving.engine.scheduler import Chunk
-from serving.engine.verifying import Rule, judge_of
+from serving.requests import TokenLogprob
 from specops.device import (
     adjust_rows,
     close_round,
@@ -31,11 +30,12 @@ from specops.device import (
     verify_logits,
 )
 from specops.lanes import Column, Input
+from specops.verify_logits import Rule
 from targets.target import KvPool, Target
 
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
 _ROW = 2
-"""Column of a prompt's last row, behind what a round without a draft is handed."""
+"""Column of a prompt's last row, behind the inputs of a round without a draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +44,40 @@ class Prefilled:
 
     chunks: tuple[Chunk, ...]
     logits: Tensor
-    """[N, V] of the last row of each chunk that ends its prompt, in order, the target's own; on the
+    """[N, V] of the last row of each chunk that ends its prompt, in order, the target's own. On the
     device, until the next program runs."""
     outputs: Tensor
     """[N, columns] int64 on the host, once landed: the outcome of a round without drafts."""
     landed: Landing
 
+    @property
+    def is_scored(self) -> bool:
+        """A request asks for log probabilities of its first token."""
+        ends = (c.sequence.request.sampling for c in self.chunks if c.is_last)
+        return any(sampling.logprobs is not None for sampling in ends)
+
+    def scored(self) -> Scored:
+        """Finds log probabilities in ``logits``; call it before the next program runs."""
+        scores = self.logits.log_softmax(dim=-1)
+
+        def of(r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
+            best, ids = scores[r].topk(num_top)
+            top = tuple(zip(ids.tolist(), best.tolist(), strict=True))
+            return [TokenLogprob(token, float(scores[r, token]), top) for token in tokens]
+
+        return of
+
 
 class Prefill:
-    """The programs of one engine, their inputs and outputs."""
+    """The prompt programs of one engine, their inputs and outputs."""
 
     def __init__(
         self,
         target: Target,
         pool: KvPool,
         drafting: Drafting,
+        features: FeatureStore,
         lanes: Lanes,
-        adjusting: Adjusting,
         graphs: Graphs,
         *,
         prefill_chunk: int,
@@ -69,29 +86,27 @@ class Prefill:
         ring: CaptureRing | None,
     ) -> None:
         self._target, self._pool, self._drafting = target, pool, drafting
-        self._lanes, self._adjusting, self._graphs = lanes, adjusting, graphs
-        self._page_size = page_size
-        self._rule = judge_of(rule)
+        self._features, self._lanes, self._graphs = features, lanes, graphs
+        self._page_size, self._rule, self._ring = page_size, rule, ring
         # Every chunk may fill up a block of its own.
         most_blocks = -(-prefill_chunk // BLOCK) + lanes.padding
-        self._sizes = buckets(most_blocks)
+        self._sizes = graphs.sizes(most_blocks)
         device = target.device
         columns = _IDS + BLOCK
         self._inputs = torch.zeros((most_blocks, columns), dtype=torch.int64, device=device)
-        # Chunks that end their prompt: such a request has a round without a draft.
+        # A request whose prompt ends has a round without a draft.
         self._ends = torch.zeros((lanes.padding, _ROW + 1), dtype=torch.int64, device=device)
         self._ends[:, Input.LANE] = lanes.padding
         shape = (lanes.padding, int(Column.TOKENS))
         self._outputs = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._ring = ring
         if ring is not None:
             ring.reserve(most_blocks * BLOCK)
         self._logits: Tensor | None = None
         self._programs: dict[int, Program] = {}
 
     def launch(self, chunks: tuple[Chunk, ...]) -> Prefilled:
-        """Start to compute the chunks' rows, and to choose the first tokens of those that end their
-        prompts; the lanes of these know theirs at once."""
+        """Start to compute the chunks' rows and to choose the first tokens of prompts that end. The
+        lanes of these requests know their tokens as soon as the program has run."""
         blocks: list[list[int]] = []
         ends: list[list[int]] = []
         for chunk in chunks:
@@ -109,10 +124,10 @@ class Prefill:
         upload(torch.tensor(padded), self._ends[: len(padded)])
         fresh = [c.sequence for c in chunks if c.sequence.lane_length is None]
         self._lanes.write(fresh)
-        self._adjusting.write(fresh)
         self._program(size)()
-        for chunk in chunks:
-            self._note(chunk)
+        for rows in self._drafting.neural.values():
+            for chunk in chunks:
+                rows.note_chunk(chunk.sequence, chunk.start, chunk.end)
         assert self._logits is not None
         outputs, landed = torch.empty((0, Column.TOKENS), dtype=torch.int64), Landing(None)
         if ends:  # else there is nothing to wait for
@@ -120,29 +135,23 @@ class Prefill:
         return Prefilled(chunks, self._logits[: len(ends)], outputs, landed)
 
     def read(self, prefilled: Prefilled) -> list[int]:
-        """Wait for a program and read the first tokens of the prompts that ended."""
+        """Wait for a program and read the first tokens of prompts that ended."""
         prefilled.landed.wait()
         for chunk in prefilled.chunks:
             if chunk.is_last:
                 sequence, length = chunk.sequence, len(chunk.sequence.tokens) + 1
                 sequence.lane_length = length
-                if self._drafting.neural and sequence.draft_next == length - 1:
-                    self._drafting.is_warm_to(sequence, length)
+                for rows in self._drafting.neural.values():
+                    rows.note_chunk(sequence, length - 1, length)
         first_ids: list[int] = prefilled.outputs[:, Column.NEXT].tolist()
         return first_ids
 
     def numbers(self, chunks: tuple[Chunk, ...]) -> list[int] | None:
-        """Running number of the first captured row of each chunk, once all programs before have
-        been read; ``None`` without a ring."""
+        """Number of the first captured row of each chunk, ``None`` without a ring. All earlier
+        programs have been read."""
         if self._ring is None:
             return None
         return self._ring.number([c.num_rows * c.sequence.request.capture for c in chunks])
-
-    def _note(self, chunk: Chunk) -> None:
-        """The drafter's rows were computed too; they are of use if it had all before them."""
-        sequence = chunk.sequence
-        if self._drafting.neural and max(chunk.start, 1) >= sequence.draft_next >= chunk.start:
-            self._drafting.is_warm_to(sequence, chunk.end)
 
     def capture_all(self) -> None:
         """Make every program, the largest first."""
@@ -167,9 +176,9 @@ class Prefill:
         places = places_of(here, BLOCK)
         positions, slots = places.positions.flatten(), places.slots.flatten()
         computed = self._target.decode(ids, positions, slots, here, self._pool)
-        self._drafting.keep_features(slots, computed.features_TmH)
-        if self._drafting.neural:
-            draft_rows(self._drafting, rows, first, ids, self._page_size)
+        self._features.keep(slots, computed.features_TmH)
+        for neural in self._drafting.neural.values():
+            neural.observe_blocks(rows, first, ids)
         count = min(size, len(self._ends))
         assert self._logits is not None
         last = computed.hidden_TH.index_select(0, self._ends[:count, _ROW])
@@ -181,10 +190,10 @@ class Prefill:
             self._ring.append(taps, hidden, blocks[:, _KEPT], first, blocks[:, _LANE])
 
     def _choose(self, logits_NV: Tensor, features_TmH: Tensor) -> None:
-        """First tokens, which the lanes take in and the neural drafter too: a round without drafts,
-        of which the logits are there already."""
+        """Choose the first tokens by a round without drafts, whose logits are there already, and
+        tell the lanes and the neural drafters."""
         ends, outputs = self._ends[: len(logits_NV)], self._outputs[: len(logits_NV)]
-        state, tables = self._lanes.state, self._adjusting.tables
+        state, tables = self._lanes.state, self._lanes.tables
         opened = open_round(state, ends, 0, self._page_size, self._rule, is_given=True)
         assert opened.given_RK is not None
         asks, none = requests_of(ends, opened), opened.given_RK
@@ -195,10 +204,7 @@ class Prefill:
         )  # fmt: skip
         closed = close_round(state, opened, none, verdict, None, outputs)
         count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
-        if self._drafting.neural:
-            # Without the drafter's row of its first token a request would have to catch up on it.
-            last = features_TmH.index_select(0, ends[:, _ROW])
-            take_in(
-                self._drafting, self._lanes, opened, closed, ends[:, Input.LANE], last,
-                self._page_size,
-            )  # fmt: skip
+        # Without its row of the first token a drafter would have to catch up on it.
+        last = features_TmH.index_select(0, ends[:, _ROW])
+        for neural in self._drafting.neural.values():
+            neural.observe_round(opened, closed, ends[:, Input.LANE], last)

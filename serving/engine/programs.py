@@ -1,45 +1,69 @@
-"""All programs of fixed shape of one engine, over one set of lanes."""
+"""All programs of fixed shape of one engine, over one set of lanes: the one way to compute a step.
+
+On a GPU each program is a CUDA graph. On a CPU it is an ordinary call of the same code, of the
+batch's exact size.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
+from drafters.protocol import HostDrafter, NeuralDrafter
 from serving.capture.ring import CaptureRing
-from serving.engine.adjusting import Adjusting
-from serving.engine.blocks import BLOCK
-from serving.engine.catch_up import CatchUp
 from serving.engine.cuda_graphs import Graphs
+from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
 from serving.engine.lanes import Lanes
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
-from serving.engine.verifying import Rule
+from specops.verify_logits import Rule
 from targets.target import KvPool, Target
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Programs:
-    """What decodes and prefills without being put together anew for each step."""
+class Sizes:
+    """Bounds that programs are made for."""
 
+    max_batch: int
+    max_model_len: int
+    prefill_chunk: int
+    page_size: int
+    num_pages: int
+    max_draft: int
+
+    @property
+    def pages_each(self) -> int:
+        """Pages that one request's rows can lie in: a block's last rows may lie behind the last
+        position that the request can use."""
+        return -(-(self.max_model_len + self.max_draft + 1 + BLOCK) // self.page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """Programs that decode and prefill, and what they share."""
+
+    target: Target
     graphs: Graphs
     lanes: Lanes
+    drafting: Drafting
     rounds: Rounds
     prefill: Prefill
-    catch_up: CatchUp | None
+    ring: CaptureRing | None
 
     def capture_all(self) -> None:
-        """Make every program now instead of at its first use, and time them; without graphs
-        there is nothing to make."""
+        """Make every program now instead of at its first use, and time them. Does nothing on a CPU,
+        which has no graphs."""
         if not self.graphs.are_real:
             return
         started = time.perf_counter()
         self.prefill.capture_all()
-        if self.catch_up is not None:
-            self.catch_up.capture_all()
+        for rows in self.drafting.neural.values():
+            rows.capture_all()
         self.rounds.capture_all()
         self.graphs.trim()
         spent = self.graphs.spent
@@ -54,52 +78,57 @@ class Programs:
 def make_programs(
     target: Target,
     pool: KvPool,
-    drafting: Drafting,
+    hosts: Several[HostDrafter],
+    neural: Several[NeuralDrafter],
+    sizes: Sizes,
     *,
-    max_batch: int,
-    max_model_len: int,
-    prefill_chunk: int,
-    page_size: int,
     rule: Rule,
     ring: CaptureRing | None,
-    fuse: bool,
-    pinned: bool = False,
 ) -> Programs:
-    """Programs for these sizes; on a GPU they become CUDA graphs.
+    """Programs for these drafters and sizes.
 
     Args:
-        ring: takes the committed rows of requests that capture.
-        fuse: replace the target's own code by our decoder, if it is a model that we know, and the
-            drafter's by our operations.
-        pinned: what the target computes for a token does not depend, in any bit, on what is
-            computed beside it.
+        rule: verifies sampled requests without a seed.
+        ring: receives the committed rows of requests that capture.
 
     Raises:
-        ValueError: the ring does not hold the rows of one step, or numerics cannot be pinned.
+        ValueError: the ring does not hold the rows of one step.
     """
-    # A block's last rows may lie behind the last position that a request can use.
-    pages_each = -(-(max_model_len + drafting.max_draft + 1 + BLOCK) // page_size)
-    if fuse:
-        _fuse(target, drafting, pages_each * page_size, pinned)
-    lanes = Lanes(max_batch, pages_each, drafting.max_draft, target)
+    lanes = Lanes(sizes.max_batch, sizes.pages_each, sizes.max_draft, target)
     graphs = Graphs(target.device)
-    catch_up = None
-    if drafting.neural:
-        most_rows = max(prefill_chunk, BLOCK * max_batch)
-        catch_up = CatchUp(drafting, lanes, graphs, most_rows=most_rows, page_size=page_size)
-    adjusting = Adjusting(lanes.padding + 1, target.vocab_size, target.device)
+    features = FeatureStore(target, sizes.num_pages * sizes.page_size)
+    rows = [
+        DrafterRows(
+            drafter, features, lanes, graphs, target=target, num_pages=sizes.num_pages,
+            page_size=sizes.page_size, most_rows=max(sizes.prefill_chunk, BLOCK * sizes.max_batch),
+        )
+        for drafter in neural
+    ]  # fmt: skip
+    drafting = Drafting(hosts, rows, sizes.max_draft)
     rounds = Rounds(
-        target, pool, drafting, lanes, adjusting, graphs,
-        page_size=page_size, rule=rule, ring=ring, catch_up=catch_up,
+        target, pool, drafting, features, lanes, graphs,
+        page_size=sizes.page_size, rule=rule, ring=ring,
     )  # fmt: skip
     prefill = Prefill(
-        target, pool, drafting, lanes, adjusting, graphs,
-        prefill_chunk=prefill_chunk, page_size=page_size, rule=rule, ring=ring,
+        target, pool, drafting, features, lanes, graphs,
+        prefill_chunk=sizes.prefill_chunk, page_size=sizes.page_size, rule=rule, ring=ring,
     )  # fmt: skip
-    return Programs(graphs, lanes, rounds, prefill, catch_up)
+    return Programs(target, graphs, lanes, drafting, rounds, prefill, ring)
 
 
-def _fuse(target: Target, drafting: Drafting, num_positions: int, pinned: bool) -> None:
+def fuse(
+    target: Target, neural: Several[NeuralDrafter], num_positions: int, *, pinned: bool
+) -> None:
+    """Compute target and drafters by our fused operations where they compute the same.
+
+    Args:
+        num_positions: all rows are at positions below it.
+        pinned: no bit of what the target computes for a token depends on what is computed beside
+            it.
+
+    Raises:
+        ValueError: numerics cannot be pinned.
+    """
     if reason := target.fuse(num_positions, pinned):
         if pinned:
             raise ValueError(
@@ -107,5 +136,6 @@ def _fuse(target: Target, drafting: Drafting, num_positions: int, pinned: bool) 
                 f"{reason}; set it to 'fast'"
             )
         log.warning("the target's own code computes its layers, which is slower: %s", reason)
-    if drafting.neural and (reason := drafting.neural.fuse(num_positions)):
-        log.warning("the drafter's own code computes its layer, which is slower: %s", reason)
+    for drafter in neural:
+        if reason := drafter.fuse(num_positions):
+            log.warning("the drafter's own code computes its layer, which is slower: %s", reason)

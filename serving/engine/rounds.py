@@ -1,37 +1,36 @@
 """A whole round as one program of fixed shape: draft, verify, commit, and the drafter's own rows.
 
-Nothing in it looks at a value: shapes, launches and addresses depend on (batch bucket, K, source)
-alone, so that every such program is captured in a CUDA graph at start-up and a round is one launch.
-The requests' state is in lanes on the device and is committed there; the host uploads which lanes
-take part (and what the suffix index proposes) and reads back what was decided, when it likes: the
-next round may be launched before that.
+Nothing in it depends on a value: shapes, launches and addresses depend on the batch size, K and the
+drafter alone. On a GPU every such program is captured in a CUDA graph at start-up, so a round is
+one launch. The state of requests is kept in lanes on the device and is committed there. The host
+uploads which lanes take part, and what a host drafter proposes, and reads back the outcome later:
+the next round may be launched before that.
 
-A drafter's rows are computed at the end of the round that committed them, K + 1 at once, and the
-output at the new anchor is kept in the lane: the next draft starts from it whatever its K is.
+A neural drafter's rows are computed at the end of the round that committed them, K + 1 at once, and
+its output at the new anchor is kept for the next draft, whatever its K is.
 
 Biases and penalties are applied to the logits before verification, in every program that looks at
-distributions: for requests that have none, that ends as soon as it has looked. A batch in which one
-has some takes such a program even if all are greedy.
+distributions; for requests without any, this ends after one check. If any request has a bias or
+penalty, the whole batch uses a sampling program.
 
-Shapes: R requests (a bucket's, the last ones may be padding), K draft tokens, Q = K + 1.
+Shapes: R requests (the last ones may be padding), K draft tokens, Q = K + 1.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from serving.capture.ring import ROUNDS_ON_THE_WAY, CaptureRing
-from serving.engine.adjusting import Adjusting, fits_lane, requests_of
-from serving.engine.catch_up import CatchUp
-from serving.engine.cuda_graphs import Graphs, Landing, Program, buckets, fitting
-from serving.engine.drafter_rows import take_in
+from serving.engine.commit import Proposed, Verified
+from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
+from serving.engine.drafter_rows import DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
-from serving.engine.lanes import LaneRows, Lanes, upload
+from serving.engine.lanes import LaneRows, Lanes, requests_of, upload
 from serving.engine.sequence import Sequence
-from serving.engine.verifying import Proposed, Rule, Verified, judge_of
 from serving.requests import TokenLogprob
 from specops.device import (
     adjust_rows,
@@ -44,15 +43,14 @@ from specops.device import (
 )
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
 from specops.lanes import Column, Input, OpenedRound
-from specops.verify_logits import LogitVerdict
+from specops.verify_logits import LogitVerdict, Rule
 from targets.target import KvPool, Target
 
-_SOURCES = ("eagle3", "suffix")
-_MOST_TOP = 20
-"""Alternatives at a token that a program finds."""
+MOST_LOGPROBS = 20
+"""Largest number of alternatives at a token."""
 _MOST_SCORED = 4
-"""Draft tokens of a round that finds log probabilities: each K more is a program for every size and
-source that most servers never run."""
+"""Largest K of a round that finds log probabilities: each further K is one more program for every
+size and drafter, and most servers never run it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,39 +58,41 @@ class _Key:
     """What a round's program is made for."""
 
     size: int
-    """Batch bucket."""
+    """Requests, padding included."""
     num_draft: int
-    source: str
-    """Who drafts: ``eagle3``, or ``suffix``, whose tokens are uploaded; ``none`` if K is 0."""
+    neural: str | None
+    """Kind of the neural drafter; ``None``: tokens are uploaded, or K is 0."""
     is_greedy: bool
-    """All requests are and take the logits as they come: no distribution is looked at."""
+    """All requests are greedy and use the logits as they are, so no distribution is computed."""
     is_scored: bool = False
-    """A request asks for log probabilities; K is at most ``_MOST_SCORED``, and it is not greedy."""
+    """A request asks for log probabilities; K is at most ``_MOST_SCORED``. Never greedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Drafts:
-    """What a round drafted, on the device."""
+    """The drafts of a round, on the device."""
 
     tokens_RK: Tensor
     logq_RK: Tensor | None
     """``None`` where nothing was drawn."""
     law: DraftLaw | None
-    """What was drawn from; ``None`` for a delta draft."""
+    """The distributions that tokens were drawn from; ``None`` where nothing was drawn."""
 
 
 def _given(opened: OpenedRound) -> _Drafts:
-    """The draft tokens that were handed in, none if K is 0."""
+    """The uploaded draft tokens; none if K is 0."""
     assert opened.given_RK is not None
     return _Drafts(opened.given_RK, None, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A round that is under way, or done and not read yet."""
+    """A round that was launched and not read yet."""
 
     batch: list[Sequence]
     key: _Key
+    drafter: str
+    """Kind of the drafter; of no meaning if K is 0."""
     outputs: Tensor
     """[size, columns] on the host, valid once ``landed``."""
     scores: Tensor | None
@@ -104,18 +104,13 @@ class Launched:
 
     @property
     def most_tokens(self) -> int:
-        """Most that one request can commit."""
+        """Largest number of tokens that one request can commit."""
         return self.key.num_draft + 1
-
-    @property
-    def warms(self) -> bool:
-        """It leaves the neural drafter with all rows of what it commits."""
-        return self.key.source == "eagle3"
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What one round decided, on the host."""
+    """The outcome of one round, on the host."""
 
     proposed: Proposed | None
     verified: Verified
@@ -125,7 +120,7 @@ class Decoded:
     """[R][Q], see ``Launched``; empty if no request asked."""
 
     def scored(self, r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
-        """Log probabilities of the tokens that request r emitted, each with the best ones."""
+        """Log probabilities of the tokens that request r emitted, with the best alternatives."""
         rows = self.scores[r][: len(tokens)]
         return [_scored(token, row, num_top) for token, row in zip(tokens, rows, strict=True)]
 
@@ -143,99 +138,87 @@ def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
 
 
 class Rounds:
-    """The programs of one engine, their inputs and outputs."""
+    """The round programs of one engine, their inputs and outputs."""
 
     def __init__(
         self,
         target: Target,
         pool: KvPool,
         drafting: Drafting,
+        features: FeatureStore,
         lanes: Lanes,
-        adjusting: Adjusting,
         graphs: Graphs,
         *,
         page_size: int,
         rule: Rule,
         ring: CaptureRing | None,
-        catch_up: CatchUp | None,
     ) -> None:
         """
         Args:
-            rule: verifies sampled requests that have no seed.
-            ring: takes the committed rows of requests that capture.
-            catch_up: warms the neural drafter, where there is one.
+            rule: verifies sampled requests without a seed.
+            ring: receives the committed rows of requests that capture.
         """
-        self._catch_up = catch_up
-        self._rule = judge_of(rule)
+        self._rule, self._ring, self._page_size = rule, ring, page_size
         self._target, self._pool, self._drafting = target, pool, drafting
-        self._lanes, self._adjusting, self._graphs = lanes, adjusting, graphs
-        self._page_size = page_size
+        self._features, self._lanes, self._graphs = features, lanes, graphs
         self._max_draft = max_draft = drafting.max_draft
         max_batch = lanes.padding
-        self._buckets = buckets(max_batch)
-        device = target.device
-        shape = (max_batch, Input.TOKENS + max_draft)
-        self._inputs = torch.zeros(shape, dtype=torch.int64, device=device)
-        columns = Column.TOKENS + 3 * max_draft
-        self._outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
-        self._num_top = min(_MOST_TOP, target.vocab_size)
-        self._most_scored = min(_MOST_SCORED, max_draft)
-        shape = (max_batch * (self._most_scored + 1), 1 + 2 * self._num_top)
-        self._scores = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._ring = ring
+        self._sizes = graphs.sizes(max_batch)
+        self._io = _Buffers(max_batch, max_draft, target)
         if ring is not None:
             ring.reserve(ROUNDS_ON_THE_WAY * max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
-        self._draft_share: dict[tuple[int, int], float] = {}
+        self._draft_shares: dict[_Key, float] = {}
 
     # ---- running -------------------------------------------------------------------------------
 
-    def fits(self, batch: list[Sequence]) -> bool:
-        """Whether a round can decode all of them; the engine's other path takes the rest."""
-        sampling = [s.request.sampling for s in batch]
-        return all((p.logprobs or 0) <= self._num_top and fits_lane(p) for p in sampling)
-
     def most_draft(self, batch: list[Sequence]) -> int:
-        """Largest K of a round of theirs."""
-        return self._most_scored if _are_scored(batch) else self._max_draft
+        """Largest K of a round of these requests."""
+        return self._io.most_scored if _are_scored(batch) else self._max_draft
 
     def launch(
-        self, batch: list[Sequence], source: str, num_draft: int, given: list[list[int]] | None
+        self,
+        batch: list[Sequence],
+        drafter: str,
+        num_draft: int,
+        given: list[list[int]] | None,
     ) -> Launched:
         """Start a round that decodes every request of ``batch``.
 
-        Requests that are in a round which was not read yet may take part in this one: their lanes
-        know. For them the neural drafter, if it is the source, must be warm.
+        Requests of a round that was not read yet may take part: their lanes are up to date. If a
+        neural drafter drafts, it must have their rows.
 
         Args:
+            drafter: its kind; of no meaning if ``num_draft`` is 0.
             num_draft: at most ``most_draft``.
-            given: what the suffix index proposes for each, if it is the source.
+            given: what a host drafter proposes for each request; ``None`` for a neural drafter.
         """
         known = [s for s in batch if not s.is_flying]
-        stale = [s for s in known if s.lane_length != len(s.tokens)]
-        self._lanes.write(stale)
-        self._adjusting.write(stale)
-        cold = [s for s in known if s.draft_next != len(s.tokens)]
-        if source == "eagle3" and cold:
-            assert self._catch_up is not None
-            self._catch_up.run(cold)
+        self._lanes.write([s for s in known if s.lane_length != len(s.tokens)])
+        neural = self._drafting.neural.get(drafter) if num_draft else None
+        if neural is not None:
+            neural.catch_up(known)
         size = self._upload(batch, given)
         is_scored = _are_scored(batch)
-        assert not is_scored or num_draft <= self._most_scored
+        assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(
             s.is_greedy and not s.request.sampling.adjusts_logits for s in batch
         )
-        key = _Key(size, num_draft, source, is_greedy, is_scored)
+        key = _Key(size, num_draft, neural.kind if neural else None, is_greedy, is_scored)
         self._program(key)()
         scores = None
         if is_scored:
-            scores, _ = self._graphs.to_host(self._scores[: size * (num_draft + 1)])
-        outputs, landed = self._graphs.to_host(self._outputs[:size])
-        share = self._draft_share.get((size, num_draft), 0.0) if source == "eagle3" else 0.0
-        return Launched(batch, key, outputs, scores, landed, share)
+            scores, _ = self._graphs.to_host(self._io.scores[: size * (num_draft + 1)])
+        outputs, landed = self._graphs.to_host(self._io.outputs[:size])
+        share = self._draft_shares.get(_timed_as(key), 0.0)
+        return Launched(batch, key, drafter, outputs, scores, landed, share)
+
+    def leaves_rows(self, launched: Launched, drafter: str) -> bool:
+        """Whether a round computes this neural drafter's rows of all that it commits."""
+        return launched.key.neural == drafter
 
     def read(self, launched: Launched) -> Decoded:
-        """Wait for a round and read what it decided; rounds are read in order."""
+        """Wait for a round and read its outcome; rounds are read in order."""
         launched.landed.wait()
         key, num_draft = launched.key, launched.key.num_draft
         outputs = launched.outputs[: len(launched.batch)]
@@ -245,25 +228,30 @@ class Rounds:
             for i in (Column.ACCEPTED, Column.NEXT, Column.DRAFTED, Column.CAPTURED)
         )
         tokens = [row[Column.TOKENS :][:n] for row, n in zip(rows, lens, strict=True)]
-        if key.is_greedy:  # a kept token is certain, the first rejected one impossible
+        if key.is_greedy:  # an accepted token is certain, the first rejected one impossible
             p_logp = [[0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted]
         else:
             p_logp = self._reals(outputs, 1)[:, :num_draft].tolist()
         q_logp = None
-        if key.source == "eagle3" and not key.is_greedy:
+        if key.neural is not None and not key.is_greedy:
             logq = self._reals(outputs, 2).tolist()
             q_logp = [row[:n] for row, n in zip(logq, lens, strict=True)]
-        for sequence, kept in zip(launched.batch, accepted, strict=True):
-            if sequence.finish_reason is None:
-                sequence.lane_length = len(sequence.tokens) + kept + 1
-                if launched.warms:
-                    self._drafting.is_warm_to(sequence, sequence.lane_length)
-        proposed = Proposed(key.source, tokens, q_logp) if num_draft else None
+        self._note_lengths(launched, accepted)
+        proposed = Proposed(launched.drafter, tokens, q_logp) if num_draft else None
         numbers = None if self._ring is None else self._ring.number(captured)
         scores = []
         if launched.scores is not None:
             scores = launched.scores.view(launched.key.size, num_draft + 1, -1).tolist()
         return Decoded(proposed, Verified(accepted, following, p_logp), numbers, scores)
+
+    def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
+        """Note how far the lanes, and the rows of the round's drafter, have come."""
+        neural = self._drafting.neural.get(launched.key.neural or "")
+        for sequence, kept in zip(launched.batch, accepted, strict=True):
+            if sequence.finish_reason is None:
+                sequence.lane_length = len(sequence.tokens) + kept + 1
+                if neural is not None:
+                    neural.has_rows_to(sequence, sequence.lane_length)
 
     def _reals(self, outputs: Tensor, block: int) -> Tensor:
         """[R, max_draft] float64 behind the tokens: log p (1) or log q (2)."""
@@ -271,15 +259,15 @@ class Rounds:
         return outputs[:, start : start + self._max_draft].contiguous().view(torch.float64)
 
     def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
-        """Lanes and proposals of a batch; returns its bucket."""
-        size = fitting(self._buckets, len(batch))
-        inputs = torch.zeros((size, self._inputs.shape[1]), dtype=torch.int64)
+        """Upload the lanes and proposals of a batch; returns the size of its program."""
+        size = fitting(self._sizes, len(batch))
+        inputs = torch.zeros((size, self._io.inputs.shape[1]), dtype=torch.int64)
         inputs[:, Input.LANE] = self._lanes.padding
         inputs[: len(batch), Input.LANE] = torch.tensor([s.lane for s in batch])
         if given:
             padded = [[len(p), *p, *[0] * (self._max_draft - len(p))] for p in given]
             inputs[: len(batch), Input.DRAFTED :] = torch.tensor(padded)
-        upload(inputs, self._inputs[:size])
+        upload(inputs, self._io.inputs[:size])
         return size
 
     # ---- programs ------------------------------------------------------------------------------
@@ -287,25 +275,39 @@ class Rounds:
     def capture_all(self) -> None:
         """Make every program, the largest first so that all fit the memory of the first, and time
         what drafting costs."""
-        self._inputs.zero_()
-        self._inputs[:, Input.LANE] = self._lanes.padding
-        has_neural = self._drafting.neural is not None
-        for size in reversed(self._buckets):
+        self._io.inputs.zero_()
+        self._io.inputs[:, Input.LANE] = self._lanes.padding
+        for size in reversed(self._sizes):
             for num_draft in range(self._max_draft, -1, -1):
-                for source in _SOURCES[not has_neural :] if num_draft else ("none",):
+                for neural in self._sources(num_draft):
                     for is_greedy in (True, False):
-                        self._program(_Key(size, num_draft, source, is_greedy))
-                    if num_draft <= self._most_scored:
-                        self._program(_Key(size, num_draft, source, False, is_scored=True))
-                if num_draft and has_neural:
-                    with_draft = self.device_seconds(size, num_draft, "eagle3", repeats=3)
-                    without = self.device_seconds(size, num_draft, "suffix", repeats=3)
-                    share = max(0.0, 1 - without / with_draft)
-                    self._draft_share[size, num_draft] = share
+                        self._program(_Key(size, num_draft, neural, is_greedy))
+                    if num_draft <= self._io.most_scored:
+                        self._program(_Key(size, num_draft, neural, False, is_scored=True))
+                if num_draft:
+                    self._time_drafting(size, num_draft)
 
-    def device_seconds(self, num_rows: int, num_draft: int, source: str, repeats: int = 5) -> float:
-        """Time of one greedy round's program, its launch included; nothing may be in flight."""
-        key = _Key(fitting(self._buckets, num_rows), num_draft, source, is_greedy=True)
+    def _sources(self, num_draft: int) -> list[str | None]:
+        """Neural drafters, and ``None`` where tokens are uploaded or K is 0."""
+        neural: list[str | None] = list(self._drafting.neural) if num_draft else []
+        return [*neural, None] if self._drafting.hosts or not num_draft else neural
+
+    def _time_drafting(self, size: int, num_draft: int) -> None:
+        for kind in self._drafting.neural:
+            with_draft = self.device_seconds(size, num_draft, kind, repeats=3)
+            without = self.device_seconds(size, num_draft, None, repeats=3)
+            share = max(0.0, 1 - without / with_draft)
+            self._draft_shares[_Key(size, num_draft, kind, is_greedy=True)] = share
+
+    def device_seconds(
+        self, num_rows: int, num_draft: int, neural: str | None, repeats: int = 5
+    ) -> float:
+        """Time of one greedy round's program, its launch included; nothing may be in flight.
+
+        Args:
+            neural: kind of the drafter; ``None``: draft tokens are uploaded, or K is 0.
+        """
+        key = _Key(fitting(self._sizes, num_rows), num_draft, neural, is_greedy=True)
         return self._graphs.seconds(self._program(key), repeats)
 
     def _program(self, key: _Key) -> Program:
@@ -317,52 +319,57 @@ class Rounds:
 
     def _round(self, key: _Key) -> None:
         size, num_draft = key.size, key.num_draft
-        by_neural = key.source == "eagle3"
-        inputs = self._inputs[:size]
+        neural = self._drafting.neural[key.neural] if key.neural else None
+        watch = _Stopwatch() if neural is not None and not self._graphs.are_real else None
+        inputs = self._io.inputs[:size]
         opened = open_round(
             self._lanes.state, inputs, num_draft, self._page_size, self._rule,
-            is_given=not by_neural,
+            is_given=neural is None,
         )  # fmt: skip
         rows = LaneRows(opened.pages_RP)
-        drafts = self._draft(opened, rows, key) if by_neural else _given(opened)
-        if by_neural:
+        drafts = _given(opened) if neural is None else self._draft(neural, opened, rows, key)
+        if neural is not None:
             opened.block_RQ[:, 1:] = drafts.tokens_RK
+        if watch:
+            watch.count_drafting()
         here = rows.decode_pass(opened.anchor_at_R, self._page_size)
         computed = self._target.decode(
             opened.block_RQ.flatten(), opened.positions_T, opened.slots_T, here, self._pool
         )
-        self._drafting.keep_features(opened.slots_T, computed.features_TmH)
+        self._features.keep(opened.slots_T, computed.features_TmH)
         hidden = computed.hidden_TH.view(size, num_draft + 1, -1)
-        # An argmax is the same in the dtype of the product, and a copy of all logits is not free.
+        # An argmax is the same in the dtype of the product, and copying all logits takes time.
         logits = self._target.logits(hidden, widen=not key.is_greedy)
         scores = logits.log_softmax(dim=-1) if key.is_scored else None
-        asks, tables = requests_of(inputs, opened), self._adjusting.tables
+        asks, tables = requests_of(inputs, opened), self._lanes.tables
         if not key.is_greedy:
             adjust_rows(logits, drafts.tokens_RK, asks, tables)
         verdict = self._verify(logits, opened, drafts, key)
         closed = close_round(
             self._lanes.state, opened, drafts.tokens_RK, verdict, drafts.logq_RK,
-            self._outputs[:size],
+            self._io.outputs[:size],
         )  # fmt: skip
         if scores is not None:
             self._score(scores, closed.emitted_RQ)
         if not key.is_greedy:
             count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
-        if by_neural:
-            take_in(
-                self._drafting, self._lanes, opened, closed, inputs[:, Input.LANE],
-                computed.features_TmH, self._page_size,
-            )  # fmt: skip
         if self._ring is not None:
             self._ring.append(
                 computed.features_TmH, computed.hidden_TH,
                 closed.captured_R, opened.anchor_at_R, opened.lanes_R,
             )  # fmt: skip
+        if watch:
+            watch.count_rest()
+        if neural is not None:
+            neural.observe_round(opened, closed, inputs[:, Input.LANE], computed.features_TmH)
+        if watch:
+            watch.count_drafting()
+            self._draft_shares[_timed_as(key)] = watch.draft_share()
 
     def _verify(
         self, logits: Tensor, opened: OpenedRound, drafts: _Drafts, key: _Key
     ) -> LogitVerdict | Tensor:
-        """What the target made of the drafts; of greedy requests its best ids, [R, Q]."""
+        """The verdict on the drafts; for greedy requests the target's best ids, [R, Q]."""
         if key.is_greedy:
             return best_ids(logits)
         return verify_logits(
@@ -371,24 +378,25 @@ class Rounds:
         )  # fmt: skip
 
     def _score(self, scores_RQV: Tensor, emitted_RQ: Tensor) -> None:
-        """The target's own log probabilities of the tokens and of the best ones."""
-        best, ids = scores_RQV.topk(self._num_top, dim=-1)
+        """Find the target's own log probabilities of the tokens and of the best alternatives."""
+        best, ids = scores_RQV.topk(self._io.num_top, dim=-1)
         own = scores_RQV.gather(2, emitted_RQ[:, :, None])
         found = torch.cat((own.double(), best.double(), ids.double()), dim=2).flatten(0, 1)
-        self._scores[: len(found)] = found
+        self._io.scores[: len(found)] = found
 
-    def _draft(self, opened: OpenedRound, rows: LaneRows, key: _Key) -> _Drafts:
-        neural = self._drafting.neural
-        assert neural is not None
+    def _draft(
+        self, neural: DrafterRows, opened: OpenedRound, rows: LaneRows, key: _Key
+    ) -> _Drafts:
+        drafter = neural.drafter
         ahead = rows.decode_pass(opened.draft_at_R, self._page_size, first_key=1)
-        outputs = self._lanes.outputs_LH.index_select(0, opened.lanes_R)
+        outputs = neural.outputs_of(opened.lanes_R)
         if key.is_greedy:
-            d2t = None if neural.vocab is None else neural.vocab.d2t_D
+            d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
 
             def best(logits: Tensor, _number: int) -> Tensor:
                 return best_ids(logits, d2t)
 
-            return _Drafts(neural.draft_ahead(outputs, ahead, key.num_draft, best), None, None)
+            return _Drafts(drafter.propose(outputs, ahead, key.num_draft, best), None, None)
 
         sampling, by_match = opened.sampling(), opened.by_match_R
         drawn: list[Drafted] = []
@@ -397,9 +405,53 @@ class Rounds:
         def draw(logits: Tensor, number: int) -> Tensor:
             here = opened.numbering(number)
             kept.append(logits)
-            drawn.append(sample_draft(logits, sampling, here, by_match, neural.vocab))
+            drawn.append(sample_draft(logits, sampling, here, by_match, drafter.vocab))
             return drawn[-1].tokens_R
 
-        tokens = neural.draft_ahead(outputs, ahead, key.num_draft, draw)
-        law = DraftLaw(torch.stack(kept, 1), sampling, by_match, neural.vocab, join_laws(drawn))
+        tokens = drafter.propose(outputs, ahead, key.num_draft, draw)
+        law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
         return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
+
+
+class _Buffers:
+    """Inputs and outputs of the programs, at fixed addresses."""
+
+    def __init__(self, max_batch: int, max_draft: int, target: Target) -> None:
+        device = target.device
+        shape = (max_batch, Input.TOKENS + max_draft)
+        self.inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        columns = Column.TOKENS + 3 * max_draft
+        self.outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
+        self.num_top = min(MOST_LOGPROBS, target.vocab_size)
+        self.most_scored = min(_MOST_SCORED, max_draft)
+        shape = (max_batch * (self.most_scored + 1), 1 + 2 * self.num_top)
+        self.scores = torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+class _Stopwatch:
+    """Splits the time of a round that runs as it is called, on a CPU."""
+
+    def __init__(self) -> None:
+        self._last_s = time.perf_counter()
+        self._draft_s = self._rest_s = 0.0
+
+    def count_drafting(self) -> None:
+        """The time since the last count was spent on drafting."""
+        self._draft_s += self._lap()
+
+    def count_rest(self) -> None:
+        """The time since the last count was spent on verification."""
+        self._rest_s += self._lap()
+
+    def draft_share(self) -> float:
+        return self._draft_s / (self._draft_s + self._rest_s)
+
+    def _lap(self) -> float:
+        now_s = time.perf_counter()
+        lap_s, self._last_s = now_s - self._last_s, now_s
+        return lap_s
+
+
+def _timed_as(key: _Key) -> _Key:
+    """The greedy program whose drafting takes about as large a share of the time."""
+    return _Key(key.size, key.num_draft, key.neural, is_greedy=True)

@@ -37,8 +37,8 @@ class Sequence:
     """Digests of its full pages, as far as known."""
     num_rounds: int = 0
     """Rounds so far; the nonce of its random numbers."""
-    draft_next: int = 1
-    """Next position whose drafter row is to be computed (row 0 does not exist)."""
+    next_row: dict[str, int] = field(default_factory=dict)
+    """Next position whose row each neural drafter must compute; row 0 does not exist."""
     lane: int | None = None
     """Its row of the state on the device, while it runs."""
     lane_length: int | None = None

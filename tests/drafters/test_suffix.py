@@ -17,7 +17,7 @@ def finished(index, key, tokens, *, keep=True, namespace=""):
 def test_a_request_that_repeats_itself_is_continued():
     index = SuffixIndex(2, 12, 0)
     index.begin("a", [1, 2, 3, 4, 5, 9, 1, 2, 3])
-    assert index.match("a") == 3
+    assert index.observe("a") == 3
     assert index.propose("a", 3) == [4, 5, 9]
 
 
@@ -30,25 +30,25 @@ def test_a_repetition_runs_on_into_its_own_draft():
 def test_a_short_match_is_no_match():
     index = SuffixIndex(3, 12, 0)
     index.begin("a", [1, 2, 5, 1, 2])
-    assert (index.match("a"), index.propose("a", 4)) == (0, [])
+    assert (index.observe("a"), index.propose("a", 4)) == (0, [])
     index.extend("a", [5, 1, 2, 5])
-    assert index.match("a") == 6
+    assert index.observe("a") == 6
 
 
 def test_finished_traffic_helps_the_next_request():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "a", [1, 2, 3, 4, 5])
     index.begin("b", [9, 2, 3])
-    assert (index.match("b"), index.propose("b", 8)) == (2, [4, 5])
+    assert (index.observe("b"), index.propose("b", 8)) == (2, [4, 5])
 
 
 def test_the_longest_match_wins_and_the_request_itself_on_ties():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "a", [1, 2, 3, 40])
     index.begin("b", [1, 2, 3, 50, 0, 1, 2, 3])
-    assert (index.match("b"), index.propose("b", 1)) == (3, [50])
+    assert (index.observe("b"), index.propose("b", 1)) == (3, [50])
     index.begin("c", [2, 3, 50, 0, 1, 2, 3])
-    assert (index.match("c"), index.propose("c", 1)) == (3, [40])
+    assert (index.observe("c"), index.propose("c", 1)) == (3, [40])
 
 
 def test_the_most_frequent_continuation_wins_and_the_latest_on_ties():
@@ -77,7 +77,7 @@ def test_the_index_follows_committed_tokens_one_by_one_or_many_at_once():
     for token in tokens[3:]:
         one.extend("a", [token])
     many.extend("a", tokens[3:])
-    assert one.match("a") == many.match("a") == 6
+    assert one.observe("a") == many.observe("a") == 6
     assert one.propose("a", 16) == many.propose("a", 16)
 
 
@@ -85,7 +85,7 @@ def test_an_opted_out_request_leaves_no_trace():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "secret", [1, 2, 3, 4], keep=False)
     index.begin("b", [1, 2])
-    assert (index.match("b"), index.propose("b", 4)) == (0, [])
+    assert (index.observe("b"), index.propose("b", 4)) == (0, [])
     assert (index.num_recent_tokens, index.num_recent_sequences) == (0, 0)
     assert index.num_running == 1
 
@@ -94,7 +94,7 @@ def test_a_running_request_is_seen_by_no_other():
     index = SuffixIndex(2, 12, 1000)
     index.begin("a", [1, 2, 3, 4])
     index.begin("b", [1, 2])
-    assert index.match("b") == 0
+    assert index.observe("b") == 0
 
 
 def test_namespaces_never_meet():
@@ -121,7 +121,7 @@ def test_one_hash_is_not_one_match():
     finished(index, "a", [token for other in range(4000) for token in (100 + other, 1)])
     for other in range(5000, 6000):  # hundreds of these pairs have the hash of one above
         index.begin("b", [other, 1])
-        assert index.match("b") == 0
+        assert index.observe("b") == 0
         index.finish("b", keep=False)
 
 
@@ -137,7 +137,7 @@ def test_without_recent_tokens_nothing_is_shared():
     index = SuffixIndex(2, 12, 0)
     finished(index, "a", [1, 2, 3, 4])
     index.begin("b", [1, 2])
-    assert (index.match("b"), index.num_recent_tokens) == (0, 0)
+    assert (index.observe("b"), index.num_recent_tokens) == (0, 0)
 
 
 def test_the_oldest_traffic_leaves_and_is_counted():
@@ -158,7 +158,7 @@ def test_of_a_sequence_beyond_the_bound_the_end_is_kept():
     finished(index, "a", [1, 2, 3, 4, 5, 6])
     index.begin("b", [1, 2])
     index.begin("c", [3, 4])
-    assert (index.match("b"), index.propose("c", 3)) == (0, [5, 6])
+    assert (index.observe("b"), index.propose("c", 3)) == (0, [5, 6])
     assert index.num_recent_tokens == 4
 
 
@@ -175,7 +175,7 @@ def test_memory_does_not_grow_with_traffic():
 def test_the_longest_match_is_found_however_often_its_end_occurs():
     index = SuffixIndex(2, 12, 0)
     index.begin("a", [5, 1, 2, 7, *[6, 1, 2, 8] * 500, 5, 1, 2])
-    assert (index.match("a"), index.propose("a", 1)) == (3, [7])
+    assert (index.observe("a"), index.propose("a", 1)) == (3, [7])
 
 
 def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
@@ -200,11 +200,11 @@ def test_positions_start_again_before_they_overflow(monkeypatch):
 def test_misuse_is_told():
     index = SuffixIndex(2, 12, 20)
     index.begin("a", [])
-    assert (index.match("a"), index.propose("a", 4), index.propose("a", 0)) == (0, [], [])
+    assert (index.observe("a"), index.propose("a", 4), index.propose("a", 0)) == (0, [], [])
     with pytest.raises(ValueError, match="'a' has begun already"):
         index.begin("a", [1])
     with pytest.raises(ValueError, match="no sequence 'b' is running"):
-        index.match("b")
+        index.observe("b")
     with pytest.raises(ValueError, match="1 <= min_match <= max_match"):
         SuffixIndex(3, 2, 0)
     with pytest.raises(ValueError, match="recent_tokens must be >= 0"):

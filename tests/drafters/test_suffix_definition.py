@@ -80,7 +80,7 @@ def test_match_and_proposal_are_those_of_the_definition(bounds, others, prompt, 
     for step in [[], *steps]:
         index.extend("own", step)
         own += step
-        assert index.match("own") == longest(own, own, seen, bounds)[0]
+        assert index.observe("own") == longest(own, own, seen, bounds)[0]
         assert index.propose("own", k) == propose(own, seen, k, bounds)
 
 
@@ -97,7 +97,7 @@ def test_a_text_that_grows_token_by_token_is_searched_as_one_that_was_there(othe
     index.begin("grows", [])
     for num, token in enumerate(text, 1):
         index.extend("grows", [token])
-        assert index.match("grows") == longest(text[:num], text[:num], [other])[0]
+        assert index.observe("grows") == longest(text[:num], text[:num], [other])[0]
         assert index.propose("grows", k) == propose(text[:num], [other], k)
 
 
@@ -120,6 +120,6 @@ def test_only_the_newest_traffic_is_searched_within_the_bound(sequences, recent_
     probes = {(a, b, c) for a in range(3) for b in range(3) for c in range(3)}
     for probe in sorted(probes):
         index.begin("probe", list(probe))
-        assert index.match("probe") == longest(list(probe), list(probe), live)[0]
+        assert index.observe("probe") == longest(list(probe), list(probe), live)[0]
         assert index.propose("probe", 6) == propose(list(probe), live, 6)
         index.finish("probe", keep=False)

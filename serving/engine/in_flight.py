@@ -1,0 +1,84 @@
+"""A round between its launch and its commit, and what the host's clock says of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from policies.interface import Decision
+from serving.engine.commit import Step
+from serving.engine.rounds import Decoded, Launched, Rounds
+
+_MOST_UNTIMED = 8
+"""Rounds beside prompt chunks in a row whose times are not reported to the policy: the host has
+more to do for them than for others. If there are no others, their times have to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRound:
+    """A round that was launched, and what planning it has cost."""
+
+    launched: Launched
+    matches: tuple[int, ...]
+    """Length of the match that was observed for each request when the round was planned."""
+    decision: Decision
+    version: int
+    """The drafter's when the round was launched."""
+    started_s: float
+    """``time.perf_counter()`` when the engine began to plan."""
+    plan_s: float
+    """Seconds of observing and planning that the device waited for."""
+    before_s: float
+    """Seconds before the device began. With a host drafter these are all seconds since the last
+    outcome, because it proposes nothing without that, so they are a cost of drafting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """The outcome of a round that was read and not committed yet."""
+
+    decoded: Decoded
+    step_s: float
+    host_waited: bool
+    """The host had nothing left to do while the round ran."""
+
+    def step(self, planned: PlannedRound) -> Step:
+        """What the requests of the round drafted and kept."""
+        beside_s = max(0.0, self.step_s - planned.before_s)
+        draft_s = planned.before_s + planned.launched.draft_share * beside_s
+        return Step(self.decoded.proposed, self.decoded.verified, draft_s, planned.version)
+
+
+class RoundClock:
+    """Times rounds from one outcome to the next, and knows which times mean something."""
+
+    def __init__(self) -> None:
+        self.last_outcome_s = 0.0
+        self.is_timed = True
+        """The time of the round under way says something about rounds alone."""
+        self._num_untimed = 0
+
+    def read(self, rounds: Rounds, planned: PlannedRound) -> Arrival:
+        """Wait for a round."""
+        host_waited = planned.launched.landed.wait()
+        now_s = time.perf_counter()
+        step_s = now_s - max(planned.started_s, self.last_outcome_s)
+        self.last_outcome_s = now_s
+        return Arrival(rounds.read(planned.launched), step_s, host_waited)
+
+    def round_was_committed(self) -> None:
+        self._num_untimed = 0 if self.is_timed else self._num_untimed + 1
+        self.is_timed = True
+
+    def chunks_were_launched(self) -> None:
+        """The round under way is read later because of them."""
+        self.is_timed = self.is_timed and self._num_untimed >= _MOST_UNTIMED
+
+    def chunks_were_read(self, host_waited: bool, is_exact: bool) -> None:
+        """A round behind them is timed from here on, unless nobody knows when they ended.
+
+        Args:
+            is_exact: they have ended just now, and no round is under way.
+        """
+        self.is_timed = is_exact or (host_waited and self._num_untimed >= _MOST_UNTIMED)
+        self.last_outcome_s = time.perf_counter()
