@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.harness.result import write_result
 from benchmarks.ops.place import Work, reason
 from benchmarks.ops.timing import copy_bytes_per_s, eager
-from specops import distill_triton
+from specops import device, distill_triton
 from specops.distill import (
     BLOCKS,
     Blocks,
@@ -66,9 +66,9 @@ class Case:
         self, kind: LossKind, blocks: Blocks | None = None, chunk_rows: int | None = None
     ) -> None:
         """One training step's worth, as autograd runs it."""
-        given = (self.teacher, self.rows, self.weights, kind, chunk_rows, blocks)
-        loss = distill(self.hidden, self.weight, *given).loss
-        torch.autograd.grad(loss, (self.hidden, self.weight))
+        given = (self.hidden, self.weight, self.teacher, self.rows, self.weights, kind, chunk_rows)
+        found = device.distill(*given) if blocks is None else distill(*given, blocks)
+        torch.autograd.grad(found.loss, (self.hidden, self.weight))
 
 
 def make_case(draft_vocab: int) -> Case:

@@ -29,17 +29,8 @@ from torch import Tensor
 
 from drafters.eagle3.losses import FLOOR, dpace_weights, head_losses
 from drafters.eagle3.model import Eagle3
-from specops.distill import (
-    FrozenHead,
-    LossKind,
-    RowFigures,
-    Rows,
-    Target,
-    Teacher,
-    distill,
-    label_figures,
-    target_of,
-)
+from specops.device import distill, label_figures
+from specops.distill import FrozenHead, LossKind, RowFigures, Rows, Target, Teacher, target_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,16 @@ from functools import partial
 
 from torch import Tensor
 
-from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes, places
+from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes
 from specops import best_ids as best_definition
+from specops import distill as distill_definition
 from specops import verify_logits as logits_definition
-from specops.attention import DecodePass, PagedPass
+from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
+from specops.distill import Distilled, LabelFigures, LossKind, Rows, Teacher
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
 from specops.lanes import ClosedRound, LaneState, OpenedRound
-from specops.places import Places
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
@@ -72,12 +73,12 @@ def decode_attention(
 
 
 def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> Places:
-    """See ``specops.places.places_of``."""
+    """See ``specops.attention.places_of``."""
     if decode.first_R.is_cuda:
-        from specops import places_triton
+        from specops import attention_triton
 
-        return places_triton.places_of(decode, num_query, by_step=by_step)
-    return places.places_of(decode, num_query, by_step=by_step)
+        return attention_triton.places_of(decode, num_query, by_step=by_step)
+    return attention.places_of(decode, num_query, by_step=by_step)
 
 
 def sample_draft(
@@ -200,3 +201,35 @@ def pack_kept_rows(
 
         pack = capture_pack_triton.pack_kept_rows
     pack(features_TmH, hidden_TH, counts_R, first_R, lanes_R, ring)
+
+
+def distill(
+    hidden_NH: Tensor,
+    weight_DH: Tensor,
+    teacher: Teacher,
+    rows: Rows,
+    weights_N: Tensor,
+    kind: LossKind,
+    chunk_rows: int | None = None,
+) -> Distilled:
+    """See ``specops.distill.distill``."""
+    blocks = _distill_blocks(hidden_NH)
+    return distill_definition.distill(
+        hidden_NH, weight_DH, teacher, rows, weights_N, kind, chunk_rows, blocks
+    )
+
+
+def label_figures(
+    hidden_NH: Tensor, weight_DH: Tensor, rows: Rows, chunk_rows: int | None = None
+) -> LabelFigures:
+    """See ``specops.distill.label_figures``."""
+    blocks = _distill_blocks(hidden_NH)
+    return distill_definition.label_figures(hidden_NH, weight_DH, rows, chunk_rows, blocks)
+
+
+def _distill_blocks(hidden_NH: Tensor) -> distill_definition.Blocks:
+    if hidden_NH.is_cuda:
+        from specops import distill_triton
+
+        return distill_triton.BLOCKS
+    return distill_definition.BLOCKS

@@ -247,15 +247,6 @@ BLOCKS = Blocks(target_of, judge_, judge_labels)
 """The definition."""
 
 
-def blocks_for(device: torch.device) -> Blocks:
-    """Kernels on a GPU, else the definition."""
-    if device.type != "cuda":
-        return BLOCKS
-    from specops import distill_triton  # a machine without a GPU may lack Triton
-
-    return distill_triton.BLOCKS
-
-
 class Distilled(NamedTuple):
     """What ``distill`` returns. Only ``loss`` has a gradient."""
 
@@ -272,7 +263,7 @@ def distill(
     weights_N: Tensor,
     kind: LossKind,
     chunk_rows: int | None = None,
-    blocks: Blocks | None = None,
+    blocks: Blocks = BLOCKS,
 ) -> Distilled:
     """Weighted loss of N student rows against their teacher rows, with its gradients.
 
@@ -297,7 +288,7 @@ def distill(
         weights_N: without gradient.
         chunk_rows: most rows of logits formed at once, of either side; ``None``: what fits a CPU's
             cache, or 1.1 GB on a GPU.
-        blocks: ``None``: by device.
+        blocks: what computes on a block of logits; ``specops.device.distill`` picks it by device.
 
     Raises:
         ValueError: shapes do not fit.
@@ -317,14 +308,13 @@ def label_figures(
     weight_DH: Tensor,
     rows: Rows,
     chunk_rows: int | None = None,
-    blocks: Blocks | None = None,
+    blocks: Blocks = BLOCKS,
 ) -> LabelFigures:
     """What ``distill`` would say of the labels, for weights that depend on it. No teacher needed.
 
     Args:
         as ``distill``.
     """
-    blocks = blocks or blocks_for(hidden_NH.device)
     num_rows, width = hidden_NH.shape[0], weight_DH.shape[0]
     chunk, _ = _rows_at_once(hidden_NH, width, 0, chunk_rows)
     weight = weight_DH.to(hidden_NH.dtype)
@@ -347,7 +337,7 @@ class _Job:
     weights_N: Tensor
     kind: LossKind
     chunk_rows: int | None
-    blocks: Blocks | None
+    blocks: Blocks
     wants: tuple[bool, bool]
     """Gradient of the hidden rows, of the weight."""
 
@@ -374,7 +364,7 @@ def _walk(
 ) -> tuple[RowFigures, tuple[Tensor | None, Tensor | None]]:
     """Every block: student's logits, teacher's logits, both gradients."""
     teacher, rows, head = job.teacher, job.rows, job.teacher.head
-    blocks = job.blocks or blocks_for(hidden.device)
+    blocks = job.blocks
     width, head_width = len(weight), len(head.weight_VH)
     most_own, most_seen = _rows_at_once(hidden, width, head_width, job.chunk_rows)
     low = weight.to(hidden.dtype)

@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from specops.attention import DecodePass
-from specops.attention_triton import attend_pages
+from specops.attention import DecodePass, Places
+from specops.attention_triton import attend_pages, places_of
 from specops.best_ids_triton import best_ids
 from specops.capture_pack import new_ring
 from specops.capture_pack_triton import pack_kept_rows
@@ -30,8 +30,6 @@ from specops.lane_penalties_triton import adjust_rows, count_tokens
 from specops.lanes import Column, Field, Input, LaneState
 from specops.lanes_triton import close_round, open_round
 from specops.linear import Norm
-from specops.places import Places
-from specops.places_triton import places_of
 from specops.rng import Numbering
 from specops.rope import Heads, RopeTable
 from specops.rope_triton import rope_and_write

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specops import distill_triton
+from specops import device, distill_triton
 from specops.distill import (
     BLOCKS,
     FrozenHead,
@@ -202,10 +202,10 @@ def test_only_one_gradient_may_be_wanted():
     case = Case(True)
     hidden, weight = case.leaves(WIDE)
     given = (case.teacher_in(WIDE), case.rows, case.weights, "lk", 4)
-    both = torch.autograd.grad(distill(hidden, weight, *given).loss, (hidden, weight))
+    both = torch.autograd.grad(device.distill(hidden, weight, *given).loss, (hidden, weight))
 
-    (left,) = torch.autograd.grad(distill(hidden, weight.detach(), *given).loss, hidden)
-    (right,) = torch.autograd.grad(distill(hidden.detach(), weight, *given).loss, weight)
+    (left,) = torch.autograd.grad(device.distill(hidden, weight.detach(), *given).loss, hidden)
+    (right,) = torch.autograd.grad(device.distill(hidden.detach(), weight, *given).loss, weight)
 
     assert left.equal(both[0]) and right.equal(both[1])
 
@@ -213,7 +213,7 @@ def test_only_one_gradient_may_be_wanted():
 def test_gradients_are_given_away_uncopied_and_once():
     case = Case(True)
     hidden, weight = case.leaves(WIDE)
-    loss = distill(hidden, weight, case.teacher_in(WIDE), case.rows, case.weights, "lk").loss
+    loss = device.distill(hidden, weight, case.teacher_in(WIDE), case.rows, case.weights, "lk").loss
     places = [ctx_grad.data_ptr() for ctx_grad in loss.grad_fn.grads]
 
     loss.backward(retain_graph=True)
@@ -248,7 +248,9 @@ def test_no_rows_lose_nothing():
         case.leaves(torch.float32)[1],
     )
 
-    found = distill(hidden, weight, case.teacher, Rows(none, none.bool(), none), none.float(), "lk")
+    found = device.distill(
+        hidden, weight, case.teacher, Rows(none, none.bool(), none), none.float(), "lk"
+    )
     found.loss.backward()
 
     assert float(found.loss.detach()) == 0
@@ -260,13 +262,13 @@ def test_shapes_that_do_not_fit_are_refused():
     hidden, weight = case.leaves(torch.float32)
 
     with pytest.raises(ValueError, match=r"student's head must be \[140, 6\], got \(139, 6\)"):
-        distill(hidden, weight[1:], case.teacher, case.rows, case.weights, "lk")
+        device.distill(hidden, weight[1:], case.teacher, case.rows, case.weights, "lk")
     with pytest.raises(ValueError, match=r"10 student rows need as many teacher rows"):
-        distill(
+        device.distill(
             hidden[1:], weight, case.teacher, case.rows.part(slice(1, None)), case.weights[1:], "lk"
         )
     with pytest.raises(ValueError, match=r"weights_N must be \[11\], got \(10,\)"):
-        distill(hidden, weight, case.teacher, case.rows, case.weights[1:], "lk")
+        device.distill(hidden, weight, case.teacher, case.rows, case.weights[1:], "lk")
 
 
 def large(num_rows: int, width: int, vocab: int, reduced: int, scale: float) -> tuple:
@@ -316,7 +318,7 @@ def test_at_most_1200_megabytes_beyond_inputs_and_gradients(reduced, kind):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
 
-    distill(hidden, weight, *rest, kind).loss.backward()
+    device.distill(hidden, weight, *rest, kind).loss.backward()
 
     gradients = 2 * (hidden.numel() + weight.numel())
     assert torch.cuda.max_memory_allocated() - before - gradients <= 1.2e9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specops import places, places_triton
+from specops import attention, attention_triton
 from specops.attention import DecodePass, decode_slots
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -27,8 +27,8 @@ def make_pass(device, counts=None):
 def test_the_kernel_finds_the_same_places(device, counts, by_step, num_query):
     decode = make_pass(device, counts)
 
-    want = places.places_of(decode, num_query, by_step=by_step)
-    got = places_triton.places_of(decode, num_query, by_step=by_step)
+    want = attention.places_of(decode, num_query, by_step=by_step)
+    got = attention_triton.places_of(decode, num_query, by_step=by_step)
 
     for name in ("positions", "slots", "first"):
         ours, theirs = getattr(got, name), getattr(want, name)
@@ -39,8 +39,8 @@ def test_the_kernel_finds_the_same_places(device, counts, by_step, num_query):
 def test_places_are_those_of_the_pass():
     decode = make_pass("cpu")
 
-    found = places.places_of(decode, 3)
-    steps = places.places_of(decode, 3, by_step=True)
+    found = attention.places_of(decode, 3)
+    steps = attention.places_of(decode, 3, by_step=True)
 
     assert torch.equal(found.positions, decode.positions(3).clamp(min=0))
     assert torch.equal(found.slots.flatten(), decode_slots(decode, 3))
