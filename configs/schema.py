@@ -56,15 +56,12 @@ class EngineSettings(Section):
     """Most prompt tokens computed in one step, over all requests."""
     prefill_hold_ms: float = Field(10.0, ge=0)
     """Longest time that a short prompt waits for others while 16 or more requests decode: each
-    program of prompts costs them about a step. 0: none waits. Where programs compute the steps."""
+    program of prompts costs them about a step. 0: none waits. On a GPU only."""
     prefix_cache: bool = True
     """Reuse KV pages of equal prefixes."""
     verification: Literal["block", "standard"] = "block"
     """Rule for sampled requests without a seed; both are exact. ``block`` keeps at least as many
     draft tokens."""
-    programs: Literal["auto", "always", "never"] = "auto"
-    """Compute steps by programs of fixed shape, which are CUDA graphs on a GPU, where a batch fits
-    them. ``auto``: on a GPU only."""
     numerics: Literal["fast", "pinned"] = "fast"
     """``pinned``: what the target computes for a token depends, in no bit, on what is computed
     beside it, so that batches and drafts never decide a tie; slower, and for Llama and Qwen3 on a

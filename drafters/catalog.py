@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from configs.schema import DrafterSettings
 from drafters import suffix
 from drafters.eagle3 import paged as eagle3
-from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Traits
+from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Traits, Weights
 
 NONE = "none"
 """The kind that stands for plain decoding."""
@@ -20,10 +20,12 @@ class DrafterKind:
 
     traits: Traits
     build: Callable[[DrafterContext], HostDrafter | NeuralDrafter]
+    layer_ids: Callable[[Weights | None], tuple[int, ...]] = lambda _weights: ()
+    """Layers of the target that it reads, given the weights it begins with."""
 
 
 CATALOG: dict[str, DrafterKind] = {
-    "eagle3": DrafterKind(eagle3.TRAITS, eagle3.build),
+    "eagle3": DrafterKind(eagle3.TRAITS, eagle3.build, eagle3.layer_ids),
     "suffix": DrafterKind(suffix.TRAITS, suffix.build),
 }
 

@@ -27,13 +27,12 @@ from drafters.suffix import SuffixIndex
 from oracles.support import tiny_tokenizer
 from policies.interface import Decision, Outcome, StepObs
 from serving.capture.ring import CaptureRing, StoredDtype
-from serving.engine.drafting import Drafting
-from serving.engine.loop import Engine
-from serving.engine.pages import PagePool
-from serving.engine.programs import make_programs
-from serving.engine.scheduler import Scheduler
-from serving.engine.verifying import Rule
+from serving.engine.assembly import Choices, assemble
+from serving.engine.inbox import Sequences
+from serving.engine.loop import Engine, Listeners
+from serving.engine.programs import Sizes, fuse
 from serving.requests import Output, Request, SamplingParams
+from specops.verify_logits import Rule
 from targets.target import Target
 
 SHAPE: dict[str, Any] = {
@@ -75,9 +74,10 @@ def random_model(architecture: str, vocab_size: int = 96, seed: int = 0, head_di
 
 @dataclass
 class RandomPolicy:
-    """Any drafter, any K, a new one every step: what comes out must not depend on it."""
+    """Any drafter and any K, drawn for every step: the output must not depend on them."""
 
     numbers: random.Random = field(default_factory=lambda: random.Random(0))
+    wants_profile = False
 
     def rest(self) -> Decision | None:
         return None
@@ -88,7 +88,8 @@ class RandomPolicy:
         return Decision(drafter, k, 1.0, False, "random")
 
     def observe(self, outcome: Outcome) -> None: ...
-    def on_swap(self, version: int, calibration: dict[str, Any]) -> None: ...
+    def calibrate(self, samples: Any) -> None: ...
+    def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None: ...
     def figures(self) -> dict[str, Any]:
         return {}
 
@@ -126,59 +127,43 @@ def make_engine(
     ring_dtype: StoredDtype = "bfloat16",
     seed: int = 1,
     eos_ids: frozenset[int] = frozenset(),
-    rule: Rule = "block",
-    programs: bool = False,
-    fuse: bool = False,
-    fuse_drafter: bool = False,
+    rule: Rule = Rule.BLOCK,
+    overlaps: bool = True,
+    fused: bool = False,
+    fused_drafter: bool = False,
+    listeners: Listeners | None = None,
 ) -> Engine:
-    """An engine over ``model`` with a random EAGLE-3 drafter unless one is given; its programs run
-    fused code for target and drafter, or for the drafter alone."""
+    """An engine over ``model`` with a random EAGLE-3 drafter unless one is given.
+
+    Args:
+        overlaps: launch rounds before the last one is read, as a server on a GPU does.
+        fused: compute target and drafter by our fused operations.
+        fused_drafter: compute the drafter alone by them.
+    """
     if drafter is None:
         drafter = Eagle3(config_for_target(model.config))
         drafter.initialise(seed, model.get_output_embeddings().weight)
     drafter.eval().requires_grad_(False)
     target = Target(model, drafter.config.layer_ids)
-    num_slots = num_pages * page_size
-    neural = PagedEagle3(drafter, target.embed, num_slots)
-    if fuse_drafter:
+    sizes = Sizes(max_batch, 256, prefill_chunk, page_size, num_pages, max_draft)
+    neural = PagedEagle3(drafter, target.embed, num_pages * page_size)
+    if fused:
+        fuse(target, [neural], sizes.pages_each * page_size, pinned=False)
+    elif fused_drafter:
         assert neural.fuse(num_positions=512) is None
-    index = SuffixIndex(2, 8, 10_000) if suffix else None
-    pool = target.make_pool(num_slots)
     ring = CaptureRing(
         ring_rows, len(target.layer_ids), target.config.hidden_size, dtype=ring_dtype
     )
-    drafting = Drafting(target, neural, index, num_pages, page_size, max_draft)
-    return Engine(
-        target=target,
-        pool=pool,
-        scheduler=Scheduler(
-            PagePool(num_pages, prefix_cache), page_size, max_batch, prefill_chunk, max_draft
-        ),
-        tokenizer=tiny_tokenizer(),
-        eos_ids=eos_ids,
-        policy=policy or RandomPolicy(),
-        drafting=drafting,
-        programs=make_programs(
-            target,
-            pool,
-            drafting,
-            max_batch=max_batch,
-            max_model_len=256,
-            prefill_chunk=prefill_chunk,
-            page_size=page_size,
-            rule=rule,
-            ring=ring,
-            fuse=fuse,
-        )
-        if programs
-        else None,
-        ring=ring,
-        max_model_len=256,
-        max_queue=100_000,
-        model_name="tiny",
-        seed=seed,
-        rule=rule,
+    parts = assemble(
+        target,
+        [SuffixIndex(2, 8, 10_000)] if suffix else [],
+        [neural],
+        sizes,
+        Sequences(tiny_tokenizer(), eos_ids, seed),
+        Choices(rule=rule, prefix_cache=prefix_cache, max_queue=100_000, overlaps=overlaps),
+        ring,
     )
+    return Engine(parts, policy or RandomPolicy(), listeners)
 
 
 def run(
@@ -197,11 +182,11 @@ def run(
     waiting = deque(requests)
     step = 0
     with torch.inference_mode():
-        while waiting or engine.num_inflight():
+        while waiting or engine.inbox.num_inflight():
             limit = most(step)
-            while waiting and (limit is None or engine.num_inflight() < limit):
+            while waiting and (limit is None or engine.inbox.num_inflight() < limit):
                 request = waiting.popleft()
-                engine.submit(request, collected[request.id].take)
+                engine.inbox.submit(request, collected[request.id].take)
             between(engine, step)
             assert engine.step(), "requests in flight, but nothing to do"
             step += 1

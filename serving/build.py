@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from policies.catalog import build_policy
 from safetensors.torch import load
 
 from buffer.fingerprint import target_fingerprint
@@ -20,30 +21,27 @@ from buffer.records import Manifest
 from buffer.traces import open_trace_writer
 from buffer.weights import TENSORS, newest_sound, read_bundle, versions
 from configs.schema import Settings
-from drafters.eagle3.model import Eagle3, Eagle3Config
-from drafters.eagle3.paged import PagedEagle3
+from drafters.catalog import CATALOG, chosen
 from drafters.initial import publish_initial, random_drafter
-from drafters.suffix import SuffixIndex
-from policies.build import build_policy
-from policies.cost import CostSample
-from policies.goodput import GoodputPolicy
+from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
+from policies.interface import DraftPolicy
 from policies.rollback import SwapWatch
 from serving.capture.recorder import Recorder
 from serving.capture.ring import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.capture.traces import Producer, TraceMaker
-from serving.engine.adjusting import adjusting_bytes
-from serving.engine.blocks import BLOCK
-from serving.engine.drafting import Drafting
-from serving.engine.loop import Engine
-from serving.engine.pages import PagePool
-from serving.engine.programs import Programs, make_programs
-from serving.engine.scheduler import Scheduler
-from serving.profile import profile_engine
-from serving.service import Service
+from serving.engine.assembly import Choices, assemble
+from serving.engine.drafter_rows import BLOCK
+from serving.engine.inbox import Sequences
+from serving.engine.lanes import table_bytes_of
+from serving.engine.loop import Engine, EngineParts, Listeners
+from serving.engine.programs import Sizes, fuse
+from serving.profile import profile_steps
+from serving.service import ServedModel, Service
 from serving.swap.flat_weights import Expected, FlatWeights
 from serving.swap.swapper import Swapper
+from specops.verify_logits import Rule
 from targets.load import load_model, load_tokenizer, pick_device, pick_dtype, target_folder
-from targets.target import KvPool, Target, by_columns
+from targets.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +54,24 @@ class LoadedTarget:
     """A target in memory, on the device that decodes."""
 
     model: Any
-    """A Hugging Face causal LM in the dtype that it is served in; becomes the engine's own."""
+    """A Hugging Face causal LM in its serving dtype; the engine takes it over."""
     tokenizer: Any
     fingerprint: str
     """64 hex digits that tie drafters and traces to it."""
     name: str
-    """What it is called unless ``server.model_name`` says otherwise."""
+    """Its name in the API unless ``server.model_name`` says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Learning:
+    """The drafter that learns, as it starts."""
+
+    manifest: Manifest
+    weights: Weights
 
 
 def load_target(settings: Settings) -> LoadedTarget:
-    """The target that the settings name.
+    """Load the target that the settings name.
 
     Raises:
         ValueError: it cannot be used; the text says why.
@@ -77,11 +83,15 @@ def load_target(settings: Settings) -> LoadedTarget:
     return LoadedTarget(model, load_tokenizer(folder), fingerprint, folder.name)
 
 
-def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Service:
+def build_service(
+    settings: Settings, loaded: LoadedTarget | None = None, policy: DraftPolicy | None = None
+) -> Service:
     """Load everything, measure step times, and return a service that is ready to start.
 
     Args:
         loaded: serve this target; ``None``: load the one that the settings name.
+        policy: decide with this policy, which is not calibrated; ``None``: build the one that the
+            settings name.
 
     Raises:
         ValueError: the target or the drafter cannot be used; the text says why.
@@ -89,101 +99,109 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
     if settings.engine.cpu_threads is not None:
         torch.set_num_threads(settings.engine.cpu_threads)
     torch.set_flush_denormal(True)
+    kinds = chosen(settings.drafter)
     if loaded is None:
         with _timed("loaded the target"):
             loaded = load_target(settings)
-    model, fingerprint = loaded.model, loaded.fingerprint
     with _timed("read and checked the drafter"):
-        start = _first_drafter(settings, model, fingerprint)
-    layer_ids = start[0].layer_ids if start else ()
-    with _timed("laid out the target"):
-        target = Target(model, layer_ids)
-    num_pages = _num_pages(settings, target)
-    num_slots = num_pages * settings.engine.page_size
-    with _timed("made the drafter"):
-        neural = _neural(start, target, num_slots) if start else None
-        # Before anything is captured: this moves the parameters, and from then on they stay.
-        weights = FlatWeights(neural.module) if neural else None
-    suffix = _suffix(settings)
-    kinds = (("eagle3",) if neural else ()) + (("suffix",) if suffix else ())
-    policy = build_policy(settings.policy, kinds, settings.seed, settings.drafter.max_draft)
-    with _timed("made the pages"):
-        pool = target.make_pool(num_slots)
-        drafting = Drafting(
-            target, neural, suffix, num_pages, settings.engine.page_size, settings.drafter.max_draft
-        )
-    with _timed("made the capture ring"):
-        ring = _ring(settings, target) if neural else None
-    programs = _programs(settings, target, pool, drafting, ring)
-    engine = Engine(
-        target=target,
-        pool=pool,
-        scheduler=Scheduler(
-            PagePool(num_pages, settings.engine.prefix_cache),
-            settings.engine.page_size,
-            settings.engine.max_batch,
-            settings.engine.prefill_chunk,
-            settings.drafter.max_draft,
-            settings.engine.prefill_hold_ms / 1e3 if programs else 0.0,
-        ),
+        learning = _first_version(settings, kinds, loaded)
+    parts, flat = _make_parts(settings, loaded, kinds, learning)
+    model = ServedModel(
+        name=settings.server.model_name or loaded.name,
         tokenizer=loaded.tokenizer,
-        eos_ids=_eos_ids(model),
-        policy=policy,
-        drafting=drafting,
-        programs=programs,
-        ring=ring,
-        max_model_len=settings.engine.max_model_len,
-        max_queue=settings.engine.max_queue,
-        model_name=settings.server.model_name or loaded.name,
-        seed=settings.seed,
-        rule=settings.engine.verification,
+        max_draft=settings.drafter.max_draft,
+        limits=parts.inbox.limits,
+        created_unix_s=int(time.time()),
     )
-    if isinstance(policy, GoodputPolicy):
-        policy.calibrate(_profile(settings, engine))
-    if start is not None:
-        policy.on_swap(start[1].version, start[1].policy)
-    return _service(settings, engine, weights, start[1] if start else None, fingerprint)
+    if policy is None:
+        traits = {kind: CATALOG[kind].traits for kind in kinds}
+        policy = build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
+        if policy.wants_profile:
+            with _timed("profiled step times"):
+                context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
+                policy.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
+        if learning is not None:
+            manifest = learning.manifest
+            policy.on_swap(manifest.kind, manifest.version, manifest.policy)
+    return _service(settings, model, parts, policy, learning, flat, loaded.fingerprint)
 
 
-def _programs(
+def _make_parts(
+    settings: Settings,
+    loaded: LoadedTarget,
+    kinds: tuple[str, ...],
+    learning: _Learning | None,
+) -> tuple[EngineParts, FlatWeights | None]:
+    e = settings.engine
+    with _timed("laid out the target"):
+        taps = [layer for k in kinds for layer in CATALOG[k].layer_ids(_weights_of(k, learning))]
+        target = Target(loaded.model, tuple(dict.fromkeys(taps)))
+    num_pages = _num_pages(settings, target)
+    with _timed("made the drafters"):
+        hosts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
+        # Before anything is captured: this moves the parameters, which stay from then on.
+        flat = _flat_weights(neural)
+    with _timed("made the capture ring"):
+        ring = _ring(settings, target) if learning else None
+    sizes = Sizes(
+        e.max_batch, e.max_model_len, e.prefill_chunk, e.page_size, num_pages,
+        settings.drafter.max_draft,
+    )  # fmt: skip
+    on_gpu, pinned = target.device.type == "cuda", e.numerics == "pinned"
+    if pinned and not on_gpu:
+        raise ValueError(
+            f"engine.numerics is 'pinned', which needs a GPU; device is {target.device.type}; set "
+            f"it to 'fast'"
+        )
+    choices = Choices(
+        rule=Rule.BLOCK if e.verification == "block" else Rule.STANDARD,
+        prefix_cache=e.prefix_cache,
+        prefill_hold_s=e.prefill_hold_ms / 1e3 if on_gpu else 0.0,
+        max_queue=e.max_queue,
+        overlaps=on_gpu,
+    )
+    sequences = Sequences(loaded.tokenizer, _eos_ids(loaded.model), settings.seed)
+    with _timed("fused weights and made pages and lanes"):
+        fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
+        parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
+    with torch.inference_mode(), _timed("made all programs"):
+        parts.programs.capture_all()
+    return parts, flat
+
+
+def _make_drafters(
     settings: Settings,
     target: Target,
-    pool: KvPool,
-    drafting: Drafting,
-    ring: CaptureRing | None,
-) -> Programs | None:
-    e = settings.engine
-    on_gpu, pinned = target.device.type == "cuda", e.numerics == "pinned"
-    if pinned and (e.programs == "never" or not on_gpu):
-        raise ValueError(
-            f"engine.numerics is 'pinned', which needs a GPU and its programs; device is "
-            f"{target.device.type} and engine.programs {e.programs}; set it to 'fast'"
+    num_pages: int,
+    kinds: tuple[str, ...],
+    learning: _Learning | None,
+) -> tuple[list[HostDrafter], list[NeuralDrafter]]:
+    hosts: list[HostDrafter] = []
+    neural: list[NeuralDrafter] = []
+    for kind in kinds:
+        context = DrafterContext(
+            settings=settings.drafter,
+            embed=target.embed,
+            hidden_size=target.config.hidden_size,
+            vocab_size=target.vocab_size,
+            num_slots=num_pages * settings.engine.page_size,
+            device=target.device,
+            dtype=target.dtype,
+            weights=_weights_of(kind, learning),
         )
-    if e.programs == "never" or (e.programs == "auto" and not on_gpu):
-        return None
-    with _timed("fused weights and made the lanes"):
-        programs = make_programs(
-            target,
-            pool,
-            drafting,
-            max_batch=e.max_batch,
-            max_model_len=e.max_model_len,
-            prefill_chunk=e.prefill_chunk,
-            page_size=e.page_size,
-            rule=e.verification,
-            ring=ring,
-            fuse=on_gpu,
-            pinned=pinned,
-        )
-    with torch.inference_mode(), _timed("made all programs"):
-        programs.capture_all()
-    return programs
+        made: Any = CATALOG[kind].build(context)
+        (neural if CATALOG[kind].traits.is_neural else hosts).append(made)
+    return hosts, neural
 
 
-def _profile(settings: Settings, engine: Engine) -> list[CostSample]:
-    context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
-    with _timed("profiled step times"):
-        return profile_engine(engine, settings.drafter.max_draft, _PROFILE_REPEATS, context)
+def _weights_of(kind: str, learning: _Learning | None) -> Weights | None:
+    return learning.weights if learning and CATALOG[kind].traits.learns else None
+
+
+def _flat_weights(neural: list[NeuralDrafter]) -> FlatWeights | None:
+    """The buffer that swaps overwrite, of the drafter that learns."""
+    learning = next((d for d in neural if d.traits.learns), None)
+    return FlatWeights(learning.module) if learning else None
 
 
 @contextmanager
@@ -196,14 +214,17 @@ def _timed(what: str) -> Iterator[None]:
 
 def _service(
     settings: Settings,
-    engine: Engine,
-    weights: FlatWeights | None,
-    initial: Manifest | None,
+    model: ServedModel,
+    parts: EngineParts,
+    policy: DraftPolicy,
+    learning: _Learning | None,
+    flat: FlatWeights | None,
     fingerprint: str,
 ) -> Service:
     producer = f"{socket.gethostname()}-{os.getpid()}"
-    recorder = swapper = None
-    if engine.ring is not None:
+    programs = parts.programs
+    recorder = swapper = maker = None
+    if programs.ring is not None:
         b = settings.buffer
         writer = open_trace_writer(
             b.url,
@@ -216,55 +237,64 @@ def _service(
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s)
         maker = TraceMaker(
             Producer(producer, int(time.time() * 1000), fingerprint),
-            engine.ring,
-            engine.target.layer_ids,
-            engine.count_lost_rows,
+            programs.ring,
+            programs.target.layer_ids,
         )
-        put = recorder.put
-        engine.on_finished = lambda sequence: put(maker.finished(sequence))
-    if engine.drafting.neural is not None and weights is not None and initial is not None:
+    if learning is not None and flat is not None:
+        manifest = learning.manifest
         swapper = Swapper(
-            neural=engine.drafting.neural,
-            weights=weights,
-            initial=initial,
-            expected=Expected(initial.kind, initial.drafter_config, fingerprint),
+            neural=programs.drafting.neural[manifest.kind].drafter,
+            weights=flat,
+            initial=manifest,
+            expected=Expected(manifest.kind, manifest.drafter_config, fingerprint),
             root=settings.run_dir / "weights",
             producer=producer,
-            policy=engine.policy,
+            policy=policy,
             poll_s=settings.swap.poll_s,
             watch=SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
             automatic=settings.swap.enabled,
-            wake_engine=engine.wake,
+            wake_engine=parts.inbox.wake,
         )
-        engine.between_steps = swapper.between_steps
-        engine.on_rounds = swapper.on_rounds
-    return Service(engine, recorder, swapper)
+    engine = Engine(parts, policy, _listeners(recorder, maker, swapper))
+    return Service(model, engine, recorder, maker, swapper)
 
 
-def _first_drafter(
-    settings: Settings, model: Any, fingerprint: str
-) -> tuple[Eagle3Config, Manifest, dict[str, torch.Tensor]] | None:
-    """Config, manifest and tensors to start with: the newest of this run, else version 0.
+def _listeners(
+    recorder: Recorder | None, maker: TraceMaker | None, swapper: Swapper | None
+) -> Listeners:
+    heard: dict[str, Any] = {}
+    if recorder is not None and maker is not None:
+        put, finished = recorder.put, maker.finished
+        heard["on_finished"] = lambda sequence: put(finished(sequence))
+    if swapper is not None:
+        heard |= {"before_step": swapper.between_steps, "on_rounds": swapper.on_rounds}
+    return Listeners(**heard)
 
-    Version 0 comes from ``drafter.path`` or from random weights, and is published into the run,
-    so that every version of a run is in one place.
+
+def _first_version(
+    settings: Settings, kinds: tuple[str, ...], loaded: LoadedTarget
+) -> _Learning | None:
+    """What the drafter that learns starts with: the newest version of this run, else version 0.
+
+    Version 0 comes from ``drafter.path`` or from random weights, and is published into the run, so
+    all versions of a run are in one place.
     """
-    if settings.drafter.kind != "eagle3":
+    if not any(CATALOG[kind].traits.learns for kind in kinds):
         return None
     root = settings.run_dir / "weights"
     if not versions(root):
-        _publish_initial(settings, model, fingerprint, root)
+        _publish_initial(settings, loaded.model, loaded.fingerprint, root)
     bundle, passed_over = newest_sound(root)
     for problem in passed_over:
         log.warning("%s Starting with version %d.", problem, bundle.manifest.version)
     manifest = bundle.manifest
-    if manifest.target_fingerprint != fingerprint:
+    if manifest.target_fingerprint != loaded.fingerprint:
         raise ValueError(
             f"{root} holds drafters of target {manifest.target_fingerprint[:12]}, but "
-            f"{settings.target} is {fingerprint[:12]}; choose another run_dir"
+            f"{settings.target} is {loaded.fingerprint[:12]}; choose another run_dir"
         )
-    config = Eagle3Config.from_json(manifest.drafter_config)
-    return config, manifest, load(bundle.files[TENSORS])
+    tensors = load(bundle.files[TENSORS])
+    return _Learning(manifest, Weights(manifest.version, manifest.drafter_config, tensors))
 
 
 def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Path) -> None:
@@ -285,34 +315,6 @@ def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Pat
             model.config, lm_head, settings.drafter.layer_ids, settings.seed, fingerprint
         )
     publish_initial(root, manifest, content)
-
-
-def _neural(
-    start: tuple[Eagle3Config, Manifest, dict[str, torch.Tensor]], target: Target, num_slots: int
-) -> PagedEagle3:
-    config, manifest, tensors = start
-    if config.hidden_size != target.config.hidden_size or (
-        config.target_vocab_size != target.vocab_size
-    ):
-        raise ValueError(
-            f"the drafter is shaped for hidden size {config.hidden_size} and vocabulary "
-            f"{config.target_vocab_size}, the target has {target.config.hidden_size} and "
-            f"{target.vocab_size}"
-        )
-    with torch.device("meta"):  # weights that are drawn only to be replaced take seconds
-        module = Eagle3(config).requires_grad_(False).eval()
-    module.load_state_dict(tensors, assign=True)
-    module.to(device=target.device, dtype=target.dtype)
-    by_columns(module)
-    neural = PagedEagle3(module, target.embed, num_slots)
-    neural.version = manifest.version
-    return neural
-
-
-def _suffix(settings: Settings) -> SuffixIndex | None:
-    s = settings.drafter.suffix
-    wanted = settings.drafter.kind == "suffix" or (settings.drafter.kind != "none" and s.enabled)
-    return SuffixIndex(s.min_match, s.max_match, s.recent_tokens) if wanted else None
 
 
 def _ring(settings: Settings, target: Target) -> CaptureRing | None:
@@ -337,8 +339,7 @@ def _num_pages(settings: Settings, target: Target) -> int:
     free, _ = torch.cuda.mem_get_info(target.device)
     pool = target.make_pool(1)
     slot_bytes = sum(k.nbytes + v.nbytes for k, v in zip(pool.keys, pool.values, strict=True))
-    if e.programs != "never":
-        free -= adjusting_bytes(e.max_batch + 1, target.vocab_size)
+    free -= table_bytes_of(e.max_batch + 1, target.vocab_size)
     affordable = int(free * e.kv_memory_fraction) // (slot_bytes * e.page_size)
     return max(min(wanted, affordable), 2)
 

@@ -37,9 +37,9 @@ def launch(
 
     try:
         bound = bind(settings)  # a taken port is told now and not after minutes of loading
-        from serving.build import build_engine
+        from serving.build import build_service
 
-        engine = build_engine(settings)
+        engine = build_service(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=1) from error

@@ -1,33 +1,41 @@
-"""Step times of this engine on this machine, measured once at start-up for the policy.
+"""Step times of an engine on this machine, measured once at start-up for the policy.
 
-The real loop is timed on real requests of random tokens, so the figures hold everything a step
-costs: draft, target pass, verification, commit.
+The real loop is timed on real requests of random tokens, so the figures hold everything that a step
+costs: drafting, the target's pass, verification and commit.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from policies.cost import CostSample
 from policies.interface import Decision, Outcome, StepObs
 from serving.engine.cuda_graphs import buckets
-from serving.engine.loop import Engine
+from serving.engine.loop import Engine, EngineParts
 from serving.requests import Request, SamplingParams
+
+_DEPTHS = (1, 2, 4, 6, 8, 12)
+"""Values of K that are measured, and the largest one."""
 
 
 @dataclass(slots=True)
-class _Script:
+class Script:
     """A policy that plays one (drafter, K) and keeps the times."""
 
     decision: Decision
-    times: list[tuple[float, float]]
+    times: list[tuple[float, float]] = field(default_factory=list)
+    """(step_s, draft_s) of every timed step."""
 
-    def rest(self) -> Decision | None:
-        return None
+    wants_profile = False
+
+    def rest(self) -> Decision:
+        return self.decision
 
     def plan(self, obs: StepObs) -> Decision:
         return self.decision
@@ -36,53 +44,55 @@ class _Script:
         if not outcome.has_prefill:
             self.times.append((outcome.step_s, outcome.draft_s))
 
-    def on_swap(self, version: int, calibration: dict[str, object]) -> None: ...
+    def calibrate(self, samples: Sequence[CostSample]) -> None: ...
 
-    def figures(self) -> dict[str, object]:
+    def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None: ...
+
+    def figures(self) -> dict[str, Any]:
         return {}
 
 
-def profile_engine(engine: Engine, max_draft: int, repeats: int, context: int) -> list[CostSample]:
-    """Median step times of (drafter, K, batch). Runs before the engine's thread starts
-    and before anything listens to finished requests.
+def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSample]:
+    """Median step times of (drafter, K, batch), for plain decoding and all neural drafters.
 
-    Each sample decodes ``batch`` greedy requests for ``repeats`` steps after two that warm up.
+    Call it before another engine over these parts starts. Each sample decodes ``batch`` greedy
+    requests for ``repeats`` steps after two that warm up.
+
+    Args:
+        context: prompt tokens of each request.
     """
-    policy, suffix = engine.policy, engine.drafting.suffix
-    engine.drafting.suffix = None  # its cost is small, and random tokens must not enter it
-    samples = []
+    max_draft = parts.programs.drafting.max_draft
+    depths = sorted({k for k in (*_DEPTHS, max_draft) if 0 < k <= max_draft})
     arms = [("none", 0)]
-    depths = sorted({k for k in (1, 2, 4, 6, 8, 12, max_draft) if 0 < k <= max_draft})
-    if engine.drafting.neural:
-        arms += [("eagle3", k) for k in depths]
-    try:
-        for batch in buckets(engine.scheduler.max_batch):
-            for drafter, k in arms:
-                samples.append(_measure(engine, drafter, k, batch, repeats, context))
-    finally:
-        engine.policy, engine.drafting.suffix = policy, suffix
-        engine.reset_figures()
-    return samples
+    arms += [(kind, k) for kind in parts.programs.drafting.neural for k in depths]
+    return [
+        measure(parts, drafter, k, batch, repeats, context)
+        for batch in buckets(parts.scheduler.max_batch)
+        for drafter, k in arms
+    ]
 
 
-def _measure(
-    engine: Engine, drafter: str, k: int, batch: int, repeats: int, context: int
+def measure(
+    parts: EngineParts, drafter: str, k: int, batch: int, repeats: int, context: int
 ) -> CostSample:
-    script = _Script(Decision(drafter, k, 1.0, False, "profile"), [])
-    engine.policy = script
+    """Median times of steps that decode ``batch`` requests with one drafter and K."""
+    script = Script(Decision(drafter, k, 1.0, False, "profile"))
+    engine = Engine(parts, script)
     numbers = random.Random(batch * 100 + k)
-    room = engine.max_model_len - context
+    limits = parts.inbox.limits
     for index in range(batch):
-        prompt = tuple(numbers.randrange(engine.vocab_size) for _ in range(context))
+        prompt = tuple(numbers.randrange(limits.vocab_size) for _ in range(context))
+        room = limits.max_model_len - context
         sampling = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
         request = Request(f"profile-{index}", prompt, sampling, capture=True)
-        engine.submit(request, lambda _output: None)
+        parts.inbox.submit(request, lambda _output: None)
     with torch.inference_mode():
         while len(script.times) < repeats + 2:
             if not engine.step():
                 break
-        engine.cancel_all()
-        engine.step()
+        parts.inbox.cancel_all()
+        while parts.inbox.num_inflight():
+            engine.step()
     times = script.times[2:]
     step_s = statistics.median(t for t, _ in times)
     draft_s = statistics.median(d for _, d in times)

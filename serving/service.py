@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serving.capture.recorder import Recorder
+from serving.capture.traces import TraceMaker
+from serving.engine.inbox import Limits
 from serving.engine.loop import Engine
 from serving.requests import EngineFigures, OnOutput, Request
 from serving.swap.swapper import Swapper
@@ -16,19 +18,41 @@ _FULL_COLLECTION = 1000
 at full load, where Python's own 10 make it 8 seconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What clients may know about the target."""
+
+    name: str
+    tokenizer: Any
+    """The target's ``transformers`` tokenizer."""
+    max_draft: int
+    """Largest K that may be planned."""
+    limits: Limits
+    created_unix_s: int
+
+
 class Service:
     """What HTTP talks to. See ``serving.http.face.EngineFace``."""
 
-    def __init__(self, engine: Engine, recorder: Recorder | None, swapper: Swapper | None) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        engine: Engine,
+        recorder: Recorder | None,
+        maker: TraceMaker | None,
+        swapper: Swapper | None,
+    ) -> None:
+        self.model = model
         self.engine = engine
         self.recorder = recorder
+        self.maker = maker
         self.swapper = swapper
-        self.tokenizer: Any = engine.tokenizer
-        self.max_model_len = engine.max_model_len
-        self.vocab_size = engine.vocab_size
-        self.max_draft = engine.max_draft
-        self.model_name = engine.model_name
-        self.created_unix_s = engine.created_unix_s
+        self.tokenizer: Any = model.tokenizer
+        self.max_model_len = model.limits.max_model_len
+        self.vocab_size = model.limits.vocab_size
+        self.max_draft = model.max_draft
+        self.model_name = model.name
+        self.created_unix_s = model.created_unix_s
         self._thresholds = gc.get_threshold()
 
     def start(self) -> None:
@@ -62,11 +86,11 @@ class Service:
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
         """See ``Engine.submit``."""
-        self.engine.submit(request, on_output)
+        self.engine.inbox.submit(request, on_output)
 
     def cancel(self, request_id: str) -> None:
         """See ``Engine.cancel``."""
-        self.engine.cancel(request_id)
+        self.engine.inbox.cancel(request_id)
 
     def figures(self) -> EngineFigures:
         """The engine's figures with those of swaps and traces."""
@@ -75,17 +99,18 @@ class Service:
             swaps=self.swapper.counts() if self.swapper else {},
             swap_seconds=self.swapper.swap_seconds if self.swapper else 0.0,
             traces=self.recorder.counts() if self.recorder else {},
+            capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,
         )
 
     def policy_figures(self) -> dict[str, Any]:
         """See ``Engine.policy_figures``."""
-        return self.engine.policy_figures()
+        return self.engine.policy.figures()
 
     def drafter_status(self) -> dict[str, Any]:
         """Kind, version, parent, staleness, state and history of the neural drafter."""
         if self.swapper:
             return self.swapper.status()
-        kind = "suffix" if self.engine.drafting.suffix else "none"
+        kind = next(iter(self.engine.drafting.hosts), "none")
         return {
             "kind": kind,
             "version": 0,
@@ -112,11 +137,11 @@ class Service:
 
     def drain(self) -> None:
         """See ``Engine.drain``."""
-        self.engine.drain()
+        self.engine.inbox.drain()
 
     def num_inflight(self) -> int:
         """See ``Engine.num_inflight``."""
-        return self.engine.num_inflight()
+        return self.engine.inbox.num_inflight()
 
     def is_ready(self) -> bool:
         """See ``Engine.is_ready``."""

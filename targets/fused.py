@@ -18,18 +18,15 @@ D head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from specops.decoder_operations import DEFINITIONS, few_rows_of, pick_operations
-from specops.linear import Norm
-from specops.rope import Heads, rope_table
+from specops.rope import rope_table
+from targets.families import FAMILIES, family_of
+from targets.layers import norm_of
 
 Attend = Callable[[int, Tensor], Tensor]
 """Layer number and its queries [T, Hq, D] to what they attend to, [T, Hq, D]; the rows' keys and
@@ -47,36 +44,12 @@ class Pool(Protocol):
     values: list[Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: Norm
-    qkv: Tensor
-    heads: Heads
-    o: Tensor
-    mlp_norm: Norm
-    gate_up: Tensor
-    down: Tensor
-
-
 def supports(model: Any) -> str | None:
     """``None`` if ``FusedDecoder`` computes what this model's own forward does, else why not."""
-    parts = {qwen3.Qwen3ForCausalLM: qwen3, llama.LlamaForCausalLM: llama}.get(type(model))
-    if parts is None:
-        return f"{type(model).__name__} is neither Qwen3ForCausalLM nor LlamaForCausalLM"
-    name = "Qwen3" if parts is qwen3 else "Llama"
-    kinds = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")
-    expected = {getattr(parts, name + kind) for kind in (*kinds, "RotaryEmbedding")}
-    expected |= {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"])}
-    for path, module in model.named_modules():
-        if type(module) not in expected:
-            return f"{path} is a {type(module).__name__}"
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            return f"{path} has a bias"
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            return f"{path} has a max_norm"
-        if getattr(module, "sliding_window", None) is not None:
-            return f"{path} sees a window of {module.sliding_window} keys"
-    return _numbers(model)
+    family = family_of(model)
+    if family is None:
+        return f"{type(model).__name__} is not among {', '.join(FAMILIES)}"
+    return family.why_not(model) or _numbers(model)
 
 
 def _numbers(model: Any) -> str | None:
@@ -101,6 +74,7 @@ def _numbers(model: Any) -> str | None:
     return None
 
 
+<<<<<<< HEAD
 def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.variance_epsilon)
 
@@ -138,6 +112,8 @@ def _fuse_layer(module: Any) -> _Layer:
     )
 
 
+=======
+>>>>>>> kernels
 class FusedDecoder:
     """A Hugging Face Llama or Qwen3, run by our operations on the model's own weights.
 
@@ -173,14 +149,14 @@ class FusedDecoder:
         Raises:
             ValueError: the model cannot be fused, or is to be pinned without kernels.
         """
-        reason = supports(model)
-        if reason is not None:
+        reason, family = supports(model), family_of(model)
+        if reason is not None or family is None:
             raise ValueError(f"{type(model).__name__} cannot be fused: {reason}")
         decoder, config = model.model, model.config
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         self.head: Tensor = model.lm_head.weight.detach()
-        self.layers = [_fuse_layer(layer) for layer in decoder.layers]
-        self.final_norm = _norm(decoder.norm)
+        self.layers = [family.layer(layer) for layer in decoder.layers]
+        self.final_norm = norm_of(decoder.norm)
         self.scale: float = decoder.layers[0].self_attn.scaling
         """What scores are multiplied by in attention."""
         rotary = decoder.rotary_emb

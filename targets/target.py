@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+<<<<<<< HEAD
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, prepare_pass
+=======
+from specops.attention import DecodePass, PagedPass, paged_attention
+from specops.device import decode_attention
+from targets.families import family_of
+>>>>>>> kernels
 from targets.fused import FusedDecoder, supports
 
 ATTENTION_NAME = "slipstream_paged"
@@ -81,13 +87,14 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """One operation for each RMSNorm instead of six: a third of a step's launches.
+    """Compute each RMSNorm in one operation instead of six: a third of a step's launches.
 
-    Only norms of the form ``weight * x / rms(x)`` (Llama, Qwen); Gemma's ``1 + weight`` stays.
+    Only the norms that the model's family names, of the form ``weight * x / rms(x)``.
     """
+    family = family_of(model)
+    norms = () if family is None else family.norms
     for module in model.modules():
-        plain = type(module).__name__ in ("LlamaRMSNorm", "Qwen3RMSNorm")
-        if plain and "forward" not in vars(module):
+        if type(module) in norms and "forward" not in vars(module):
             module.forward = _FusedNorm(module)
 
 

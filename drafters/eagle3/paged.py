@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafters.eagle3.fused import FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
-from drafters.protocol import DrafterContext, Traits
+from drafters.protocol import DrafterContext, Traits, Weights
 from specops.attention import DecodePass
 from specops.device import decode_attention, places_of, prepare_pass
 from specops.draft_sampling import vocab_map
@@ -129,6 +129,11 @@ class PagedEagle3:
         if self._fused is None:
             return self.module.logits(outputs)
         return self._fused.logits(outputs, squares)
+
+
+def layer_ids(weights: Weights | None) -> tuple[int, ...]:
+    """Layers of the target that a drafter with these weights reads."""
+    return () if weights is None else Eagle3Config.from_json(weights.config).layer_ids
 
 
 def build(context: DrafterContext) -> PagedEagle3:

@@ -125,7 +125,7 @@ class OpenedRound:
         temperature_R, top_p_R, min_p_R = self.floats_3R.unbind()
         return SamplingRows(
             temperature_R, self.ints_FR[Field.TOP_K], top_p_R, min_p_R,
-            all_greedy=False, truncates=True,
+            truncates=True,
         )  # fmt: skip
 
     def numbering(self, number: int = 0) -> Numbering:

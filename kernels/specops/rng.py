@@ -26,7 +26,6 @@ class Stream(IntEnum):
     ACCEPT = 2
     RESIDUAL = 3
     TARGET = 4
-    POLICY = 5
 
 
 @dataclass(frozen=True, slots=True)

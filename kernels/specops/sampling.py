@@ -24,8 +24,6 @@ class SamplingRows:
     """[R] float in (0, 1]."""
     min_p_R: Tensor
     """[R] float in [0, 1)."""
-    all_greedy: bool
-    """Every temperature is 0: callers skip the distribution altogether."""
     truncates: bool
     """Some row limits top-k, top-p or min-p."""
 
@@ -51,7 +49,6 @@ def sampling_rows(
         top_k_R=torch.tensor(top_k, dtype=torch.int64, device=device),
         top_p_R=torch.tensor(top_ps, dtype=dtype, device=device),
         min_p_R=torch.tensor(min_ps, dtype=dtype, device=device),
-        all_greedy=all(t == 0 for t in temperatures),
         truncates=truncates,
     )
 

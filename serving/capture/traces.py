@@ -35,12 +35,12 @@ class TraceMaker:
         producer: Producer,
         ring: CaptureRing,
         layer_ids: tuple[int, ...],
-        count_lost: Callable[[int], None],
     ) -> None:
         self._producer = producer
         self._ring = ring
         self._layer_ids = layer_ids
-        self._count_lost = count_lost
+        self.num_lost_rows = 0
+        """Captured rows that the ring overwrote before they were read."""
         self._numbers = count()
         self._is_behind = False
 
@@ -85,7 +85,7 @@ class TraceMaker:
             held, lost = self._ring.read(pieces)
             self._is_behind = has_all and lost > 0
             if not self._is_behind:
-                self._count_lost(lost)
+                self.num_lost_rows += lost
                 return held
-        self._count_lost(sum(count for _, _, count in pieces))
+        self.num_lost_rows += sum(count for _, _, count in pieces)
         return None

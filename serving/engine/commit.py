@@ -5,8 +5,8 @@ Shapes: R requests of a step, N prompt chunks that end their prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 

@@ -122,7 +122,7 @@ class DrafterRows:
         self._has_page[sequence.pages[: length // self._page_size]] = True
 
     def note_chunk(self, sequence: Sequence, start: int, end: int) -> None:
-        """Note that a prompt's program computed rows start..end-1, if they continue those before."""
+        """Note that a prompt's program computed rows start..end-1, if they continue its rows."""
         if max(start, 1) >= sequence.next_row[self.kind] >= start:
             self.has_rows_to(sequence, end)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from serving.engine.sequence import Sequence
 from specops.attention import DecodePass
-from specops.lane_penalties import LaneRequests, new_tables, table_bytes
+from specops.lane_penalties import LaneRequests, table_bytes
 from specops.lanes import Field, Input, LaneState, OpenedRound
 from targets.target import Target
 

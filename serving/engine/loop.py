@@ -290,7 +290,9 @@ class Engine:
             launched.batch, step, decision, decoded.scored, decoded.numbers, arrival.step_s
         )
         self._after_commit(committed)
-        if planned.version == self.drafting.version_of(decision.drafter):  # else a swap came between
+        if planned.version == self.drafting.version_of(
+            decision.drafter
+        ):  # else a swap came between
             self._tell_policy(planned, step, arrival.step_s, lives)
         self._clock.round_was_committed()
         return arrival.host_waited and not was_read

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from buffer.records import Manifest
 from buffer.weights import mark_in_use, read_denied, unmark_in_use, versions, write_denied
-from drafters.eagle3.paged import PagedEagle3
+from drafters.protocol import NeuralDrafter
 from policies.interface import DraftPolicy
 from policies.rollback import Action, SwapWatch
 from serving.swap.flat_weights import Expected, FlatWeights, Staged, load_bundle
@@ -45,7 +45,7 @@ class Swapper:
     def __init__(
         self,
         *,
-        neural: PagedEagle3,
+        neural: NeuralDrafter,
         weights: FlatWeights,
         initial: Manifest,
         expected: Expected,
@@ -249,9 +249,9 @@ class Swapper:
             self._roll_back("by order")
             done.set()
 
-    def on_rounds(self, rounds: list[tuple[int, int]]) -> None:
+    def on_rounds(self, drafter: str, rounds: list[tuple[int, int]]) -> None:
         """Feed the watch with (proposed, accepted) of the neural drafter's rounds of one step."""
-        if self._pinned is not None:
+        if self._pinned is not None or drafter != self._neural.kind:
             return
         proposed, accepted = sum(p for p, _ in rounds), sum(a for _, a in rounds)
         num_rounds = sum(p > 0 for p, _ in rounds)
@@ -274,7 +274,7 @@ class Swapper:
         self._former, self._current = self._current, staged.manifest
         self._newest_taken = max(self._newest_taken, staged.manifest.version)
         self._neural.version = staged.manifest.version
-        self._policy.on_swap(staged.manifest.version, staged.manifest.policy)
+        self._policy.on_swap(self._neural.kind, staged.manifest.version, staged.manifest.policy)
         self._counts["swapped"] += 1
         self._note("swapped")
         log.info("swapped to version %d", staged.manifest.version)
@@ -287,7 +287,7 @@ class Swapper:
         self._former_flat.copy_(kept)
         self._former, self._current = self._current, self._former
         self._neural.version = self._current.version
-        self._policy.on_swap(self._current.version, self._current.policy)
+        self._policy.on_swap(self._neural.kind, self._current.version, self._current.policy)
 
     def _roll_back(self, why: str) -> None:
         """Return to the former weights and deny the version that was in force."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from configs.schema import Settings
 from oracles.engines import request_of, run
-from serving.build import build_engine, load_target
+from serving.build import build_service, load_target
 
 
 def settings_for(target, run_dir):
@@ -27,8 +27,8 @@ def test_a_target_in_memory_serves_as_the_one_of_the_folder(tiny_target_dir, tmp
     loaded = replace(load_target(named), name="in-memory", fingerprint="ab" * 32)
 
     services = [
-        build_engine(named),
-        build_engine(settings_for(tmp_path / "nowhere", tmp_path / "own"), loaded),
+        build_service(named),
+        build_service(settings_for(tmp_path / "nowhere", tmp_path / "own"), loaded),
     ]
 
     requests = [request_of("0", [40, 41, 42], 20)]

@@ -53,7 +53,6 @@ def rows_of(parameters, num, device) -> SamplingRows:
         torch.full((num,), top_k, device=device),
         torch.full((num,), top_p, device=device),
         torch.full((num,), min_p, device=device),
-        all_greedy=False,
         truncates=parameters != WHOLE,
     )
 

@@ -211,7 +211,7 @@ def test_a_tap_is_not_overwritten_by_later_layers():
         pytest.param(lambda: qwen3(head_dim=24), "24 is not a power of two", id="head dimension"),
         pytest.param(
             lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL)),
-            "Gemma3ForCausalLM is neither",
+            "Gemma3ForCausalLM is not among LlamaForCausalLM, Qwen3ForCausalLM",
             id="Gemma",
         ),
     ],

@@ -1,0 +1,64 @@
+"""From a target and its drafters to the parts that engines run on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+from drafters.protocol import HostDrafter, NeuralDrafter
+from serving.capture.ring import CaptureRing
+from serving.engine.inbox import Inbox, Limits, Sequences
+from serving.engine.loop import EngineParts
+from serving.engine.pages import PagePool
+from serving.engine.programs import Sizes, make_programs
+from serving.engine.scheduler import Scheduler
+from specops.verify_logits import Rule
+from targets.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """How an engine schedules and verifies."""
+
+    rule: Rule = Rule.BLOCK
+    """Verifies sampled requests without a seed."""
+    prefix_cache: bool = True
+    prefill_hold_s: float = 0.0
+    """Longest time that a prompt waits for others; see ``Scheduler``."""
+    max_queue: int = 256
+    """Requests that may wait."""
+    overlaps: bool = False
+    """See ``EngineParts``."""
+
+
+def assemble(
+    target: Target,
+    hosts: Several[HostDrafter],
+    neural: Several[NeuralDrafter],
+    sizes: Sizes,
+    sequences: Sequences,
+    choices: Choices,
+    ring: CaptureRing | None,
+) -> EngineParts:
+    """Allocate the KV pool and make everything that an ``Engine`` needs but its policy.
+
+    Args:
+        neural: their pools have ``sizes.num_pages * sizes.page_size`` slots.
+        ring: receives the committed rows of requests that capture.
+
+    Raises:
+        ValueError: the ring does not hold the rows of one step.
+    """
+    pool = target.make_pool(sizes.num_pages * sizes.page_size)
+    programs = make_programs(target, pool, hosts, neural, sizes, rule=choices.rule, ring=ring)
+    scheduler = Scheduler(
+        PagePool(sizes.num_pages, choices.prefix_cache),
+        sizes.page_size,
+        sizes.max_batch,
+        sizes.prefill_chunk,
+        sizes.max_draft,
+        choices.prefill_hold_s,
+    )
+    limits = Limits(target.vocab_size, sizes.max_model_len, choices.max_queue)
+    inbox = Inbox(limits, sequences, scheduler)
+    return EngineParts(inbox, scheduler, programs, choices.overlaps)

@@ -1,0 +1,27 @@
+"""The catalog of target families: the models whose layers our own decoder can compute.
+
+A model without a row here runs Hugging Face's own code over our pages: the same results, more
+launches.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
+
+from targets.layers import Family
+
+FAMILIES = {
+    "LlamaForCausalLM": "targets.llama:FAMILY",
+    "Qwen3ForCausalLM": "targets.qwen3:FAMILY",
+}
+"""Name of a Hugging Face model class -> its ``Family``, imported when a model needs it."""
+
+
+def family_of(model: Any) -> Family | None:
+    """The family of a model; ``None`` if no row is about exactly its class."""
+    row = FAMILIES.get(type(model).__name__)
+    if row is None:
+        return None
+    family: Family = pkgutil.resolve_name(row)
+    return family if type(model) is family.model else None

@@ -1,0 +1,119 @@
+"""A target family: how the layers of some Hugging Face models become ours.
+
+A family is one file and one line in ``targets.families``. ``llama_like`` makes one from the
+modelling module of any architecture whose layers are Llama's, with or without norms of the heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from specops.linear import Norm
+from specops.rope import Heads
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one decoder layer, as ``targets.fused.FusedDecoder`` computes it."""
+
+    attention_norm: Norm
+    qkv: Tensor
+    """[(Hq + 2 Hkv) * D, H]: rows of the queries, the keys, the values."""
+    heads: Heads
+    o: Tensor
+    mlp_norm: Norm
+    gate_up: Tensor
+    """[2 * intermediate size, H]: rows of the gate, then of ``up``."""
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models of one Hugging Face class that ``FusedDecoder`` can compute."""
+
+    model: type[nn.Module]
+    """Exactly this class; a subclass may compute something else."""
+    norms: tuple[type[nn.Module], ...]
+    """Its RMSNorms of the form ``weight * x / rms(x)``."""
+    why_not: Callable[[Any], str | None]
+    """What in a model of this class ``FusedDecoder`` would compute differently; ``None`` if
+    nothing."""
+    layer: Callable[[Any], Layer]
+    """The weights of one of its decoder layers. The module's own weights become views of them."""
+
+
+def llama_like(modelling: ModuleType, name: str) -> Family:
+    """The family of a modelling module with Llama's layers.
+
+    Args:
+        modelling: e.g. ``transformers.models.llama.modeling_llama``.
+        name: what the module's classes begin with, e.g. "Llama".
+    """
+    kinds = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")
+    classes = {getattr(modelling, name + kind) for kind in (*kinds, "RotaryEmbedding")}
+    classes |= {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"])}
+
+    def why_not(model: Any) -> str | None:
+        return _unknown_module(model, classes)
+
+    model, norm = (getattr(modelling, name + kind) for kind in ("ForCausalLM", "RMSNorm"))
+    return Family(model, (norm,), why_not, llama_layer)
+
+
+def _unknown_module(model: Any, classes: set[type[nn.Module]]) -> str | None:
+    """The first module that Llama's layers do not have, in words."""
+    for path, module in model.named_modules():
+        if type(module) not in classes:
+            return f"{path} is a {type(module).__name__}"
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            return f"{path} has a bias"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return f"{path} has a max_norm"
+        if getattr(module, "sliding_window", None) is not None:
+            return f"{path} sees a window of {module.sliding_window} keys"
+    return None
+
+
+def llama_layer(module: Any) -> Layer:
+    """The weights of a decoder layer of Llama's, or of Qwen3's, which also has norms of the
+    heads."""
+    attention, mlp = module.self_attn, module.mlp
+    has_norms = hasattr(attention, "q_norm")
+    heads = Heads(
+        attention.q_proj.out_features // attention.head_dim,
+        attention.k_proj.out_features // attention.head_dim,
+        norm_of(attention.q_norm) if has_norms else None,
+        norm_of(attention.k_norm) if has_norms else None,
+    )
+    return Layer(
+        norm_of(module.input_layernorm),
+        _joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        heads,
+        attention.o_proj.weight.detach(),
+        norm_of(module.post_attention_layernorm),
+        _joined(mlp.gate_proj, mlp.up_proj),
+        mlp.down_proj.weight.detach(),
+    )
+
+
+def norm_of(module: Any) -> Norm:
+    """The weight and epsilon of a Hugging Face RMSNorm; the weight is read in place."""
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _joined(*linears: Any) -> Tensor:
+    """One weight with the rows of all; theirs become views of it, so nothing is stored twice."""
+    joined = torch.cat([module.weight.detach() for module in linears])
+    start = 0
+    for module in linears:
+        end = start + module.weight.shape[0]
+        module.weight.data = joined[start:end]
+        start = end
+    return joined
