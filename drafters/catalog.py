@@ -1,45 +1,45 @@
-"""The drafters that exist. A new one is one file and one line in ``CATALOG``."""
+"""Every kind of drafter, one line each.
+
+To add a kind, write one file whose ``KIND`` says what it is like and how it is built, and add its
+line to ``CATALOG``; ``drafter.kind`` then selects it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import pkgutil
+
+from configs.choices import known
 
 from configs.schema import DrafterSettings
-from drafters import suffix
-from drafters.eagle3 import paged as eagle3
-from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Traits, Weights
+from drafters.protocol import DrafterKind
+
+CATALOG = {
+    "eagle3": "drafters.eagle3.paged:KIND",
+    "suffix": "drafters.suffix:KIND",
+}
+"""Values of ``drafter.kind`` -> module and its ``DrafterKind``. Text, so that a kind is one line
+without an import and only the modules in use are loaded."""
 
 NONE = "none"
-"""The kind that stands for plain decoding."""
+"""The value of ``drafter.kind`` for plain decoding."""
+_BESIDE = "suffix"
+"""The kind that runs beside another one if ``drafter.suffix.enabled``."""
 
 
-@dataclass(frozen=True, slots=True)
-class DrafterKind:
-    """What the catalog knows of one kind."""
-
-    traits: Traits
-    build: Callable[[DrafterContext], HostDrafter | NeuralDrafter]
-    layer_ids: Callable[[Weights | None], tuple[int, ...]] = lambda _weights: ()
-    """Layers of the target that it reads, given the weights it begins with."""
-
-
-CATALOG: dict[str, DrafterKind] = {
-    "eagle3": DrafterKind(eagle3.TRAITS, eagle3.build, eagle3.layer_ids),
-    "suffix": DrafterKind(suffix.TRAITS, suffix.build),
-}
+def kind_of(name: str) -> DrafterKind:
+    """What the catalog says about one kind."""
+    kind: DrafterKind = pkgutil.resolve_name(CATALOG[name])
+    return kind
 
 
 def chosen(settings: DrafterSettings) -> tuple[str, ...]:
     """Kinds that a server with these settings runs, the main one first.
 
     Raises:
-        ValueError: ``drafter.kind`` is not in the catalog.
+        SettingsError: ``drafter.kind`` is not in the catalog.
     """
+    known("drafter.kind", settings.kind, (*CATALOG, NONE))
     if settings.kind == NONE:
         return ()
-    if settings.kind not in CATALOG:
-        known = ", ".join((*CATALOG, NONE))
-        raise ValueError(f"drafter.kind {settings.kind!r} is unknown; known: {known}")
-    has_index = settings.suffix.enabled and settings.kind != suffix.SuffixIndex.kind
-    return (settings.kind, suffix.SuffixIndex.kind) if has_index else (settings.kind,)
+    has_beside = settings.suffix.enabled and settings.kind != _BESIDE
+    return (settings.kind, _BESIDE) if has_beside else (settings.kind,)

@@ -174,3 +174,13 @@ class Weights:
     config: dict[str, Any]
     """``Manifest.drafter_config``."""
     tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterKind:
+    """What the catalog knows about one kind of drafter."""
+
+    traits: Traits
+    build: Callable[[DrafterContext], HostDrafter | NeuralDrafter]
+    layer_ids: Callable[[Weights | None], tuple[int, ...]] = lambda _weights: ()
+    """Layers of the target that it reads, given the weights it begins with."""

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.protocol import DrafterContext, Traits
+from drafters.protocol import DrafterContext, DrafterKind, Traits
 
 _HASH_BITS = 30
 """One digit of a Python int: products stay on CPython's fast path."""
@@ -539,3 +539,6 @@ def build(context: DrafterContext) -> SuffixIndex:
     """An empty index with the bounds of ``drafter.suffix``."""
     s = context.settings.suffix
     return SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
+
+
+KIND = DrafterKind(TRAITS, build)

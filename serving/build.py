@@ -21,7 +21,7 @@ from buffer.records import Manifest
 from buffer.traces import open_trace_writer
 from buffer.weights import TENSORS, newest_sound, read_bundle, versions
 from configs.schema import Settings
-from drafters.catalog import CATALOG, chosen
+from drafters.catalog import chosen, kind_of
 from drafters.initial import publish_initial, random_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
 from policies.interface import DraftPolicy
@@ -114,7 +114,7 @@ def build_service(
         created_unix_s=int(time.time()),
     )
     if policy is None:
-        traits = {kind: CATALOG[kind].traits for kind in kinds}
+        traits = {kind: kind_of(kind).traits for kind in kinds}
         policy = build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
         if policy.wants_profile:
             with _timed("profiled step times"):
@@ -134,7 +134,7 @@ def _make_parts(
 ) -> tuple[EngineParts, FlatWeights | None]:
     e = settings.engine
     with _timed("laid out the target"):
-        taps = [layer for k in kinds for layer in CATALOG[k].layer_ids(_weights_of(k, learning))]
+        taps = [layer for k in kinds for layer in kind_of(k).layer_ids(_weights_of(k, learning))]
         target = Target(loaded.model, tuple(dict.fromkeys(taps)))
     num_pages = _num_pages(settings, target)
     with _timed("made the drafters"):
@@ -189,13 +189,13 @@ def _make_drafters(
             dtype=target.dtype,
             weights=_weights_of(kind, learning),
         )
-        made: Any = CATALOG[kind].build(context)
-        (neural if CATALOG[kind].traits.is_neural else hosts).append(made)
+        made: Any = kind_of(kind).build(context)
+        (neural if kind_of(kind).traits.is_neural else hosts).append(made)
     return hosts, neural
 
 
 def _weights_of(kind: str, learning: _Learning | None) -> Weights | None:
-    return learning.weights if learning and CATALOG[kind].traits.learns else None
+    return learning.weights if learning and kind_of(kind).traits.learns else None
 
 
 def _flat_weights(neural: list[NeuralDrafter]) -> FlatWeights | None:
@@ -279,7 +279,7 @@ def _first_version(
     Version 0 comes from ``drafter.path`` or from random weights, and is published into the run, so
     all versions of a run are in one place.
     """
-    if not any(CATALOG[kind].traits.learns for kind in kinds):
+    if not any(kind_of(kind).traits.learns for kind in kinds):
         return None
     root = settings.run_dir / "weights"
     if not versions(root):

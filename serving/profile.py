@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from policies.cost import CostSample
-from policies.interface import Decision, Outcome, StepObs
+from policies.interface import CostSample, Decision, Outcome, StepObs
 from serving.engine.cuda_graphs import buckets
 from serving.engine.loop import Engine, EngineParts
 from serving.requests import Request, SamplingParams

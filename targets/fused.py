@@ -74,46 +74,6 @@ def _numbers(model: Any) -> str | None:
     return None
 
 
-<<<<<<< HEAD
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), module.variance_epsilon)
-
-
-def _fuse(*linears: Any) -> Tensor:
-    """One weight with the rows of all; theirs become views of it, so nothing is kept twice."""
-    fused = torch.cat([module.weight.detach() for module in linears])
-    if fused.device.type == "cpu":
-        fused = fused.t().contiguous().t()  # see ``targets.target.by_columns``
-    start = 0
-    for module in linears:
-        end = start + module.weight.shape[0]
-        module.weight.data = fused[start:end]
-        start = end
-    return fused
-
-
-def _fuse_layer(module: Any) -> _Layer:
-    attention, mlp = module.self_attn, module.mlp
-    has_norms = hasattr(attention, "q_norm")
-    heads = Heads(
-        attention.q_proj.out_features // attention.head_dim,
-        attention.k_proj.out_features // attention.head_dim,
-        _norm(attention.q_norm) if has_norms else None,
-        _norm(attention.k_norm) if has_norms else None,
-    )
-    return _Layer(
-        _norm(module.input_layernorm),
-        _fuse(attention.q_proj, attention.k_proj, attention.v_proj),
-        heads,
-        attention.o_proj.weight.detach(),
-        _norm(module.post_attention_layernorm),
-        _fuse(mlp.gate_proj, mlp.up_proj),
-        mlp.down_proj.weight.detach(),
-    )
-
-
-=======
->>>>>>> kernels
 class FusedDecoder:
     """A Hugging Face Llama or Qwen3, run by our operations on the model's own weights.
 

@@ -111,6 +111,8 @@ def norm_of(module: Any) -> Norm:
 def _joined(*linears: Any) -> Tensor:
     """One weight with the rows of all; theirs become views of it, so nothing is stored twice."""
     joined = torch.cat([module.weight.detach() for module in linears])
+    if joined.device.type == "cpu":
+        joined = joined.t().contiguous().t()  # see ``targets.target.by_columns``
     start = 0
     for module in linears:
         end = start + module.weight.shape[0]

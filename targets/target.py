@@ -12,14 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-<<<<<<< HEAD
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, prepare_pass
-=======
-from specops.attention import DecodePass, PagedPass, paged_attention
-from specops.device import decode_attention
 from targets.families import family_of
->>>>>>> kernels
 from targets.fused import FusedDecoder, supports
 
 ATTENTION_NAME = "slipstream_paged"

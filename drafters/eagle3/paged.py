@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafters.eagle3.fused import FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
-from drafters.protocol import DrafterContext, Traits, Weights
+from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from specops.attention import DecodePass
 from specops.device import decode_attention, places_of, prepare_pass
 from specops.draft_sampling import vocab_map
@@ -160,3 +160,6 @@ def build(context: DrafterContext) -> PagedEagle3:
     drafter = PagedEagle3(module, context.embed, context.num_slots)
     drafter.version = weights.version
     return drafter
+
+
+KIND = DrafterKind(TRAITS, build, layer_ids)

@@ -9,7 +9,6 @@ Shapes: L lanes, P pages of a lane, B biases of a lane, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,25 +150,19 @@ class Lanes:
         self._count([s for s in sequences if s.request.sampling.penalizes])
 
     def _count(self, sequences: list[Sequence]) -> None:
-        """Count the tokens that penalties depend on."""
+        """Mark the prompts' tokens where a penalty depends on them."""
         if not sequences:
             return
         counts = self.tables.counts_LV
         lanes = self._upload(np.array([s.lane for s in sequences], dtype=np.int64))
         counts.index_fill_(0, lanes, 0)
-        flat = counts.view(-1)
-        flat.index_fill_(0, self._slots(sequences, _penalized_prompt), 1)
-        emitted = self._slots(sequences, _penalized_completion)
-        flat.scatter_add_(0, emitted, torch.full_like(emitted, 2, dtype=counts.dtype))
-
-    def _slots(self, sequences: list[Sequence], of: Callable[[Sequence], list[int]]) -> Tensor:
-        """Indices of the counts of some tokens of each request."""
-        width = self.tables.counts_LV.shape[1]
-        every = []
+        width = counts.shape[1]
+        prompts = []
         for sequence in sequences:
             assert sequence.lane is not None
-            every.append(np.array(of(sequence), dtype=np.int64) + sequence.lane * width)
-        return self._upload(np.concatenate(every))
+            prompts.append(np.array(_penalized_prompt(sequence)) + sequence.lane * width)
+        slots = self._upload(np.concatenate(prompts).astype(np.int64))
+        counts.view(-1).index_fill_(0, slots, 1)
 
     def _upload(self, news: NDArray[Any]) -> Tensor:
         return to_device(torch.from_numpy(news), self.tables.counts_LV.device)
@@ -183,9 +176,3 @@ def _penalized_prompt(sequence: Sequence) -> list[int]:
     """The prompt, if a penalty depends on it."""
     depends = sequence.request.sampling.repetition_penalty != 1
     return sequence.tokens[: sequence.num_prompt] if depends else []
-
-
-def _penalized_completion(sequence: Sequence) -> list[int]:
-    """The completion, if a penalty depends on it."""
-    depends = sequence.request.sampling.penalizes
-    return sequence.tokens[sequence.num_prompt :] if depends else []

@@ -194,7 +194,7 @@ class Rounds:
             given: what a host drafter proposes for each request; ``None`` for a neural drafter.
         """
         known = [s for s in batch if not s.is_flying]
-        self._lanes.write([s for s in known if s.lane_length != len(s.tokens)])
+        self._lanes.write([s for s in known if s.lane_length is None])
         neural = self._drafting.neural.get(drafter) if num_draft else None
         if neural is not None:
             neural.catch_up(known)

@@ -47,7 +47,7 @@ def test_forced_acceptance_keeps_two_of_four():
 def test_an_engine_under_forced_acceptance_commits_three_tokens_a_round():
     with forced_acceptance(torch.device("cpu")), torch.inference_mode():
         engine = make_engine(
-            random_model("qwen3"), programs=True, max_batch=1, policy=FixedPolicy("eagle3", 4)
+            random_model("qwen3"), max_batch=1, policy=FixedPolicy("eagle3", 4)
         )
         answer_all(engine, random_prompts(1, 20, engine.vocab_size), 193)
 
@@ -58,7 +58,7 @@ def test_an_engine_under_forced_acceptance_commits_three_tokens_a_round():
 
 @torch.inference_mode()
 def test_declared_contexts_are_found_and_each_has_its_own_pages():
-    engine = make_engine(random_model("qwen3"), programs=True)
+    engine = make_engine(random_model("qwen3"))
     prompts = random_prompts(3, 50, engine.vocab_size)
 
     declare_computed(engine, prompts)
@@ -69,7 +69,7 @@ def test_declared_contexts_are_found_and_each_has_its_own_pages():
     assert engine.figures().cached_prompt_tokens == 3 * 48
     assert len({page for s in running for page in s.pages}) == sum(len(s.pages) for s in running)
     load.end()
-    assert engine.num_inflight() == 0
+    assert engine.inbox.num_inflight() == 0
 
 
 def test_the_longest_wait_is_told_in_medians_of_its_request():

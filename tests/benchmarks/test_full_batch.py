@@ -18,12 +18,12 @@ def test_another_request_begins_as_soon_as_one_ends():
         feed = Feed(engine, PROMPTS, 4, 8)
         window = feed.run(1.0)
 
-        assert engine.num_inflight() == 4
+        assert engine.inbox.num_inflight() == 4
         assert window.num_tokens == feed.num_tokens > 4 * 8  # more than the first four had
         assert window.num_steps > 0
         feed.stop()
 
-    assert engine.num_inflight() == 0
+    assert engine.inbox.num_inflight() == 0
 
 
 def test_every_arm_has_its_turns_and_the_engine_its_policy_back(monkeypatch):

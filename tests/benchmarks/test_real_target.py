@@ -121,7 +121,7 @@ def measured(policy: RandomPolicy) -> dict[str, Arm]:
     names = [OFF, "eagle3-k2", POLICY]
     arms = measure(engine, PROMPTS, 2, 12, turns=2, until_s=float("inf"), names=names)
     assert engine.policy is policy
-    assert engine.num_inflight() == 0
+    assert engine.inbox.num_inflight() == 0
     return arms
 
 

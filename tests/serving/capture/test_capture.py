@@ -27,7 +27,7 @@ def traces_of(engine, requests):
     """Run and return each request's trace after a round trip through the codec."""
     lost = []
     maker = TraceMaker(
-        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, lost.append
+        Producer("test", 1, "f" * 64), engine.programs.ring, engine.programs.target.layer_ids, lost.append
     )
     made = []
     engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
@@ -57,7 +57,7 @@ def restored(features):
 def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
     model = random_model("qwen3")
     engine = make_engine(
-        model, prefix_cache=False, programs=programs, max_batch=4, ring_dtype=dtype
+        model, prefix_cache=False, overlaps=overlaps, max_batch=4, ring_dtype=dtype
     )
     requests = [request_of(str(i), [*PROMPT, i], 20 + i, capture=i % 3 != 1) for i in range(9)]
 
@@ -77,7 +77,7 @@ def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
 
 def test_rows_of_cached_prefix_pages_are_absent_not_invented(programs):
     model = random_model("qwen3")
-    engine = make_engine(model, prefill_chunk=7, programs=programs)
+    engine = make_engine(model, prefill_chunk=7, overlaps=overlaps)
     traces_of(engine, [request_of("first", [*PROMPT, 50], 8)])
 
     traces, _ = traces_of(engine, [request_of("second", [*PROMPT, 60], 8)])
@@ -89,7 +89,7 @@ def test_rows_of_cached_prefix_pages_are_absent_not_invented(programs):
 
 
 def test_rounds_tell_the_whole_completion(programs):
-    engine = make_engine(random_model("qwen3"), programs=programs)
+    engine = make_engine(random_model("qwen3"), overlaps=overlaps)
     traces, _ = traces_of(engine, [request_of("a", PROMPT, 25), request_of("b", [1, 2], 25)])
 
     for trace in traces.values():
@@ -104,7 +104,7 @@ def test_rounds_tell_the_whole_completion(programs):
 
 
 def test_a_request_that_opts_out_leaves_no_trace(programs):
-    engine = make_engine(random_model("qwen3"), programs=programs)
+    engine = make_engine(random_model("qwen3"), overlaps=overlaps)
     traces, _ = traces_of(
         engine, [request_of("in", PROMPT, 9), request_of("out", PROMPT, 9, capture=False)]
     )
@@ -113,7 +113,7 @@ def test_a_request_that_opts_out_leaves_no_trace(programs):
 
 def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
     engine = make_engine(
-        random_model("qwen3"), ring_rows=216, prefix_cache=False, programs=programs
+        random_model("qwen3"), ring_rows=216, prefix_cache=False, overlaps=overlaps
     )
     traces, lost = traces_of(engine, [request_of("long", PROMPT, 200)])
 
@@ -126,7 +126,7 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
     engine = make_engine(random_model("qwen3"), ring_rows=256, prefix_cache=False)
     lost = []
     maker = TraceMaker(
-        Producer("test", 1, "f" * 64), engine.ring, engine.target.layer_ids, lost.append
+        Producer("test", 1, "f" * 64), engine.programs.ring, engine.programs.target.layer_ids, lost.append
     )
     made = []
     engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
@@ -154,7 +154,7 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
 
 def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
     with pytest.raises(ValueError, match="186 rows at once do not fit a ring of 185"):
-        make_engine(random_model("qwen3"), ring_rows=185, programs=True)
+        make_engine(random_model("qwen3"), ring_rows=185)
 
 
 def test_the_ring_wraps_without_mixing_rows():

@@ -51,14 +51,14 @@ def refuse_passes(engine):
     def forward(*_args):
         raise AssertionError("a step was put together anew")
 
-    engine.target.forward = forward
+    engine.programs.target.forward = forward
     return engine
 
 
 def wrong_answers(model, by_the_book, max_batch=4, between=lambda _engine, _step: None, **options):
     """Requests that are answered otherwise than by the book."""
     engine = refuse_passes(
-        exact_engine(model, "echo", max_batch=max_batch, programs=True, **options)
+        exact_engine(model, "echo", max_batch=max_batch, **options)
     )
     got = run(engine, twice(r for r, _ in by_the_book), between)
     if options.get("max_draft", 8):
@@ -89,7 +89,7 @@ def test_lanes_of_cancelled_requests_leave_nothing_behind(model, by_the_book):
 
     def between(engine, step):
         for name in (name for name, when in doomed.items() if when == step):
-            engine.cancel(name)
+            engine.inbox.cancel(name)
 
     assert not wrong_answers(model, by_the_book, between=between)
 
@@ -106,7 +106,7 @@ def test_log_probabilities_beside_penalties_are_the_targets_own(model):
     request = request_of(
         "a", [5, 6, 7], 12, logprobs=2, presence_penalty=1.9, frequency_penalty=1.0
     )
-    engine = refuse_passes(exact_engine(model, "random", programs=True))
+    engine = refuse_passes(exact_engine(model, "random"))
 
     got = run(engine, [request, request_of("b", [5, 6, 7], 12)])["a"]
 
@@ -130,16 +130,16 @@ def wrong_beside_passes():
         request_of("many", [5, 6], 6, logit_bias=many),
         request_of("penalized", [7, 5, 6], 40, presence_penalty=1.5, repetition_penalty=1.3),
     ]
-    engine = exact_engine(model, "echo", programs=True)
+    engine = exact_engine(model, "echo")
     passes = 0
-    forward = engine.target.forward
+    forward = engine.programs.target.forward
 
     def count(*args):
         nonlocal passes
         passes += 1
         return forward(*args)
 
-    engine.target.forward = count
+    engine.programs.target.forward = count
 
     got = run(engine, requests)
 

@@ -30,9 +30,8 @@ def decoded(fuse_drafter, num_draft, draft_vocab, swap=lambda _engine, _step: No
         max_batch=4,
         prefill_chunk=32,
         suffix=False,
-        programs=True,
         drafter=reduced_drafter(model, draft_vocab) if draft_vocab else None,
-        fuse_drafter=fuse_drafter,
+        fused_drafter=fuse_drafter,
     )
     neural = engine.drafting.neural
     assert neural is not None and neural.is_fused == fuse_drafter
@@ -51,7 +50,7 @@ def scramble(engine, step):
     """New random weights, in place, every second step."""
     if step % 2 == 0:
         generator = torch.Generator().manual_seed(step)
-        for parameter in engine.drafting.neural.module.parameters():
+        for parameter in engine.drafting.neural["eagle3"].drafter.module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
@@ -83,7 +82,7 @@ def test_programs_say_why_a_drafter_is_not_fused(caplog):
     drafter = Eagle3(config).double()
     drafter.initialise(0)
 
-    engine = make_engine(model, drafter=drafter, programs=True, fuse=True)
+    engine = make_engine(model, drafter=drafter, fused=True)
 
     assert engine.drafting.neural is not None and not engine.drafting.neural.is_fused
     assert "the drafter's own code computes its layer, which is slower: the weights are" in (

@@ -31,15 +31,15 @@ def scramble(engine, step):
     if step % 3 == 0:
         torch.manual_seed(step)
         with torch.no_grad():
-            for parameter in engine.drafting.neural.module.parameters():
+            for parameter in engine.drafting.neural["eagle3"].drafter.module.parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
-        engine.drafting.neural.version += 1
+        engine.drafting.neural["eagle3"].drafter.version += 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
-def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, programs):
+@pytest.mark.parametrize("overlaps", [False, True], ids=["waits", "overlaps"])
+def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, overlaps):
     numbers = random.Random(seed)
     model = random_model(architecture, seed=seed)
     plain = copy.deepcopy(model)
@@ -54,7 +54,7 @@ def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, pro
         max_batch=numbers.choice((1, 4, 9)),
         prefill_chunk=numbers.choice((3, 16, 64)),
         page_size=numbers.choice((1, 4, 16)),
-        programs=programs,
+        overlaps=overlaps,
     )
 
     got = run(engine, requests, scramble)
@@ -72,11 +72,11 @@ def test_the_fused_decoder_answers_as_generate_does(architecture):
     model = random_model(architecture, head_dim=16)
     plain = copy.deepcopy(model)
     prompts = random_prompts(numbers, 8, 96)
-    engine = make_engine(model, max_batch=4, prefill_chunk=32, programs=True, fuse=True)
+    engine = make_engine(model, max_batch=4, prefill_chunk=32, fused=True)
 
     got = run(engine, [request_of(str(i), p, 20) for i, p in enumerate(prompts)], scramble)
 
-    assert engine.target.is_fused and engine.drafting.neural.is_fused
+    assert engine.programs.target.is_fused and engine.drafting.neural.is_fused
     for index, prompt in enumerate(prompts):
         assert got[str(index)].token_ids == reference(plain, prompt, 20), f"request {index}"
 

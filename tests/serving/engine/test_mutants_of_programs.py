@@ -41,7 +41,7 @@ def drawn_and_verified(model, monkeypatch):
 
     monkeypatch.setattr(serving.engine.rounds, "sample_draft", note_draw)
     monkeypatch.setattr(serving.engine.rounds, "verify_logits", note_rule)
-    engine = exact_engine(model, "echo", suffix=False, programs=True)
+    engine = exact_engine(model, "echo", suffix=False)
     run(engine, [request_of(str(i), [i, 2], 20, temperature=0.7) for i in range(5)])
     assert len(pairs) > 5
     return pairs
@@ -82,7 +82,7 @@ def test_another_q_is_seen(model, monkeypatch, bug):
 
 def answers(model, **options):
     """To seeded and greedy requests."""
-    got = run(exact_engine(model, "echo", programs=True, **options), list(every_shape()))
+    got = run(exact_engine(model, "echo", **options), list(every_shape()))
     return {name: collected.token_ids for name, collected in got.items()}
 
 

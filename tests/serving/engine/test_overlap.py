@@ -38,7 +38,7 @@ class Steady(RandomPolicy):
 def begin(engine, *requests):
     collected = {r.id: Collected() for r in requests}
     for request in requests:
-        engine.submit(request, collected[request.id].take)
+        engine.inbox.submit(request, collected[request.id].take)
     return collected
 
 
@@ -46,7 +46,7 @@ def begin(engine, *requests):
 @pytest.mark.parametrize("arm", [("none", 0), ("eagle3", 3)])
 def test_a_round_is_launched_before_the_last_one_is_read(model, arm, shape):
     policy = Steady(*arm)
-    engine = make_engine(model, policy=policy, programs=True)
+    engine = make_engine(model, policy=policy)
     got = begin(engine, request_of("a", PROMPT, 50, **shape))["a"]
 
     lengths = []
@@ -67,7 +67,7 @@ def test_a_round_is_launched_before_the_last_one_is_read(model, arm, shape):
 )
 def test_a_round_is_launched_before_the_prompt_beside_it_is_read(model, sampling):
     """But for requests that want more of the logits than a token."""
-    engine = make_engine(model, policy=Steady("none", 0), programs=True, prefix_cache=False)
+    engine = make_engine(model, policy=Steady("none", 0), prefix_cache=False)
     got = begin(engine, request_of("a", PROMPT, 50))
     with torch.inference_mode():
         for _ in range(3):
@@ -87,11 +87,11 @@ def test_a_round_is_launched_before_the_prompt_beside_it_is_read(model, sampling
 def test_rounds_beside_a_prompt_are_not_timed(model):
     """The host has more to do for them: the one under way when it comes, and the one behind it."""
     policy = Steady("none", 0)
-    engine = make_engine(model, policy=policy, programs=True, prefix_cache=False)
+    engine = make_engine(model, policy=policy, prefix_cache=False)
 
     def between(engine, step):
         if step == 6:
-            engine.submit(request_of("b", PROMPT[::-1], 30), Collected().take)
+            engine.inbox.submit(request_of("b", PROMPT[::-1], 30), Collected().take)
 
     run(engine, [request_of("a", PROMPT, 30)], between)
 
@@ -103,12 +103,12 @@ def test_rounds_beside_a_prompt_are_not_timed(model):
 def test_where_every_round_is_beside_a_prompt_some_are_timed(model, monkeypatch):
     monkeypatch.setattr(Landing, "wait", lambda _self: True)  # a device that is always behind
     policy = Steady("none", 0)
-    engine = make_engine(model, policy=policy, programs=True, prefix_cache=False)
+    engine = make_engine(model, policy=policy, prefix_cache=False)
     requests = [request_of(f"{n}", PROMPT, 2) for n in range(60)]
 
     def between(engine, step):
         if requests:
-            engine.submit(requests.pop(), Collected().take)
+            engine.inbox.submit(requests.pop(), Collected().take)
 
     run(engine, [request_of("a", PROMPT, 70)], between)
 
@@ -130,11 +130,11 @@ def test_lanes_and_pages_change_hands_while_a_round_flies(model):
     def between(engine, step):
         for name, when in doomed.items():
             if step == when:
-                engine.cancel(name)
+                engine.inbox.cancel(name)
 
     # Pages for about three requests at a time: those of one that ended are taken again at once.
     engine = make_engine(
-        model, max_batch=4, eos_ids=frozenset(range(5)), programs=True, num_pages=90
+        model, max_batch=4, eos_ids=frozenset(range(5)), num_pages=90
     )
     got = run(engine, requests, between)
 
@@ -152,14 +152,14 @@ def test_lanes_and_pages_change_hands_while_a_round_flies(model):
 
 def test_a_round_counts_for_the_version_that_drafted_it(model):
     policy = Steady("eagle3", 2)
-    engine = make_engine(model, policy=policy, programs=True)
+    engine = make_engine(model, policy=policy)
     rounds = []
     engine.on_finished = lambda sequence: rounds.extend(sequence.rounds)
     versions = []
-    engine.on_rounds = lambda _rounds: versions.append(engine.version)
+    engine.on_rounds = lambda _rounds: versions.append(engine.drafting.version)
 
     def between(engine, step):
-        engine.drafting.neural.version = step // 4
+        engine.drafting.neural["eagle3"].drafter.version = step // 4
 
     run(engine, [request_of("a", PROMPT, 60)], between)
 
@@ -173,7 +173,7 @@ def test_a_round_counts_for_the_version_that_drafted_it(model):
 def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model, monkeypatch):
     """Learning what was decided and looking up: neither can go on beside a round."""
     policy = Steady("suffix", 4)
-    engine = make_engine(model, policy=policy, programs=True)
+    engine = make_engine(model, policy=policy)
     foresee, look_up = engine.drafting.foresee, engine.drafting.from_index
 
     def slow(function):
@@ -195,7 +195,7 @@ def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model
 
 def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model, monkeypatch):
     """It drafts from the text that the last one has decided all the same."""
-    engine = make_engine(model, policy=Steady("suffix", 4), programs=True)
+    engine = make_engine(model, policy=Steady("suffix", 4))
     collected = Collected()
     rounds, look_up = engine.programs.rounds, engine.drafting.from_index
     committed, texts = [], []
@@ -205,13 +205,13 @@ def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model
         return right(*arguments)
 
     def from_index(batch, num_draft):
-        texts.extend(engine.drafting.suffix._own(s.request.id).all_tokens() for s in batch)
+        texts.extend(engine.drafting.hosts["suffix"]._own(s.request.id).all_tokens() for s in batch)
         return look_up(batch, num_draft)
 
     right = rounds.launch
     monkeypatch.setattr(rounds, "launch", launch)
     monkeypatch.setattr(engine.drafting, "from_index", from_index)
-    engine.submit(request_of("a", PROMPT * 4, 12), collected.take)
+    engine.inbox.submit(request_of("a", PROMPT * 4, 12), collected.take)
     with torch.inference_mode():
         while collected.last is None or collected.last.finish_reason is None:
             engine.step()
@@ -228,21 +228,21 @@ def test_the_index_keeps_nothing_that_was_decided_behind_the_end_of_a_text(model
     """The second request is drafted from the first one's text, which goes on behind that end."""
     plain = run(make_engine(model), [request_of("p", PROMPT, 40, max_draft=0)])["p"].token_ids
     end = plain[9]
-    engine = make_engine(model, policy=Steady("suffix", 4), programs=True, eos_ids=frozenset({end}))
+    engine = make_engine(model, policy=Steady("suffix", 4), eos_ids=frozenset({end}))
     run(engine, [request_of("a", PROMPT, 40, ignore_eos=True)])
-    before = engine.drafting.suffix.num_recent_tokens
+    before = engine.drafting.hosts["suffix"].num_recent_tokens
     got = run(engine, [request_of("b", PROMPT, 40)])["b"]
 
     assert got.token_ids == plain[: plain.index(end) + 1]
     assert before == len(PROMPT) + 40
-    assert engine.drafting.suffix.num_recent_tokens - before == len(PROMPT) + len(got.token_ids)
+    assert engine.drafting.hosts["suffix"].num_recent_tokens - before == len(PROMPT) + len(got.token_ids)
 
 
 def test_what_a_request_drafts_behind_its_end_is_told_nobody(model):
     plain = run(make_engine(model), [request_of("p", PROMPT, 40, max_draft=0)])["p"].token_ids
     end = plain[9]
     policy = Steady("eagle3", 3)
-    engine = make_engine(model, policy=policy, programs=True, eos_ids=frozenset({end}))
+    engine = make_engine(model, policy=policy, eos_ids=frozenset({end}))
 
     got = run(engine, [request_of("a", PROMPT, 40), request_of("b", PROMPT, 40, ignore_eos=True)])
 

@@ -23,14 +23,14 @@ def plain_tokens(model, max_tokens=40):
     return run(make_engine(model), [request_of("p", PROMPT, max_tokens, max_draft=0)])["p"]
 
 
-@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
-def test_an_end_token_inside_an_accepted_block_ends_there(model, programs):
+@pytest.mark.parametrize("overlaps", [False, True], ids=["waits", "overlaps"])
+def test_an_end_token_inside_an_accepted_block_ends_there(model, overlaps):
     tokens = plain_tokens(model).token_ids
     end = tokens[7]
     cut = tokens.index(end) + 1
 
     got = run(
-        make_engine(model, eos_ids=frozenset({end}), programs=programs),
+        make_engine(model, eos_ids=frozenset({end}), overlaps=overlaps),
         [request_of("eos", PROMPT, 40), request_of("on", PROMPT, 40, ignore_eos=True)],
     )
 
@@ -57,12 +57,12 @@ def test_a_text_that_only_begins_a_stop_string_is_delivered_in_the_end(model):
 
 
 @pytest.mark.parametrize(
-    ("programs", "drafter", "draft_k"),
+    ("overlaps", "drafter", "draft_k"),
     [(False, "suffix", 8), (True, "none", 0), (True, "suffix", 8), (True, "eagle3", 3)],
 )
-def test_logprobs_are_the_targets_own_and_one_for_each_token(model, programs, drafter, draft_k):
+def test_logprobs_are_the_targets_own_and_one_for_each_token(model, overlaps, drafter, draft_k):
     beside = request_of("beside", PROMPT, 12)  # asks for none
-    engine = make_engine(model, policy=FixedPolicy(drafter, draft_k), programs=programs)
+    engine = make_engine(model, policy=FixedPolicy(drafter, draft_k), overlaps=overlaps)
     if programs:
         engine._pass = None  # nothing needs it
     run(engine, [request_of("before", PROMPT, 40)])  # so that the index has something to propose
@@ -89,27 +89,27 @@ def test_zero_tokens_are_answered_at_once(model):
 
 def run_without_steps(engine, request):
     collected = Collected()
-    engine.submit(request, collected.take)
+    engine.inbox.submit(request, collected.take)
     engine.step()
     return collected
 
 
-@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
-def test_cancelling_frees_pages_at_any_stage(model, programs):
-    engine = make_engine(model, max_batch=2, programs=programs)
+@pytest.mark.parametrize("overlaps", [False, True], ids=["waits", "overlaps"])
+def test_cancelling_frees_pages_at_any_stage(model, overlaps):
+    engine = make_engine(model, max_batch=2, overlaps=overlaps)
     collected = {str(i): Collected() for i in range(5)}
     for name, taker in collected.items():
-        engine.submit(request_of(name, PROMPT + [int(name)] * 30, 100), taker.take)
+        engine.inbox.submit(request_of(name, PROMPT + [int(name)] * 30, 100), taker.take)
     with torch.inference_mode():
         for _ in range(4):
             engine.step()
         for name in collected:
-            engine.cancel(name)
-        engine.cancel("unknown")
+            engine.inbox.cancel(name)
+        engine.inbox.cancel("unknown")
         engine.step()
 
     assert all(c.last.finish_reason == "cancelled" for c in collected.values())
-    assert engine.num_inflight() == 0
+    assert engine.inbox.num_inflight() == 0
     assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_usable
 
 
@@ -134,31 +134,31 @@ def test_a_request_larger_than_the_pool_is_refused(model):
 def test_a_full_queue_and_a_draining_engine_say_so(model):
     engine = make_engine(model)
     engine.max_queue = 1
-    engine.submit(request_of("a", PROMPT, 4), Collected().take)
+    engine.inbox.submit(request_of("a", PROMPT, 4), Collected().take)
     with pytest.raises(QueueFullError):
-        engine.submit(request_of("b", PROMPT, 4), Collected().take)
-    engine.drain()
+        engine.inbox.submit(request_of("b", PROMPT, 4), Collected().take)
+    engine.inbox.drain()
     with pytest.raises(DrainingError):
-        engine.submit(request_of("c", PROMPT, 4), Collected().take)
+        engine.inbox.submit(request_of("c", PROMPT, 4), Collected().take)
 
 
-@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
-def test_a_failing_step_ends_its_requests_and_serving_goes_on(model, programs):
+@pytest.mark.parametrize("overlaps", [False, True], ids=["waits", "overlaps"])
+def test_a_failing_step_ends_its_requests_and_serving_goes_on(model, overlaps):
     """A real failure: the target is made to raise once, by a broken weight shape."""
-    engine = make_engine(model, programs=programs)
-    weight = engine.target.decoder.norm.weight
-    engine.target.decoder.norm.weight = torch.nn.Parameter(weight[:-1], requires_grad=False)
+    engine = make_engine(model, overlaps=overlaps)
+    weight = engine.programs.target.decoder.norm.weight
+    engine.programs.target.decoder.norm.weight = torch.nn.Parameter(weight[:-1], requires_grad=False)
     collected = Collected()
     done = Collected()
     engine.start()
     try:
-        engine.submit(request_of("a", PROMPT, 4), collected.take)
+        engine.inbox.submit(request_of("a", PROMPT, 4), collected.take)
         _wait(lambda: collected.last is not None)
-        engine.target.decoder.norm.weight = weight
-        engine.submit(request_of("b", PROMPT, 4), done.take)
+        engine.programs.target.decoder.norm.weight = weight
+        engine.inbox.submit(request_of("b", PROMPT, 4), done.take)
         _wait(lambda: done.last is not None and done.last.finish_reason is not None)
     finally:
-        engine.target.decoder.norm.weight = weight
+        engine.programs.target.decoder.norm.weight = weight
         engine.stop()
 
     assert collected.last.finish_reason == "error"

@@ -42,7 +42,7 @@ def rounds_of(
     # A lane for each: a request that waits for one would begin one step later behind a round that
     # is read late, and meet other arms.
     engine = make_engine(
-        random_model("qwen3"), policy=Alternating(arms), programs=rounds, max_batch=8
+        random_model("qwen3"), policy=Alternating(arms), overlaps=overlaps, max_batch=8
     )
     kept: dict[str, Any] = {}
     engine.on_finished = lambda sequence: kept.__setitem__(
@@ -52,7 +52,7 @@ def rounds_of(
                 (r.anchor, r.drafter, r.draft_ids, r.num_accepted, r.next_id)
                 for r in sequence.rounds
             ],
-            engine.ring.read(sequence.capture_rows),
+            engine.programs.ring.read(sequence.capture_rows),
         ),
     )
     requests = [

@@ -55,11 +55,11 @@ def asked(model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "programs"),
+    ("kind", "overlaps"),
     [(kind, False) for kind in (*DRAFTERS, "swapped at every step")]
     + [("random", True), ("swapped at every step", True)],
 )
-def test_random_requests_are_answered_the_same(model, asked, kind, programs):
+def test_random_requests_are_answered_the_same(model, asked, kind, overlaps):
     requests, plain = asked
     swaps = kind not in DRAFTERS
     order = random.Random(5).sample(requests[:60], 60) + requests[60:]
@@ -71,7 +71,7 @@ def test_random_requests_are_answered_the_same(model, asked, kind, programs):
         scramble if swaps else lambda _engine, _step: None,
         max_batch=13,
         prefill_chunk=24,
-        programs=programs,
+        overlaps=overlaps,
     )
 
     figures = engine.figures()

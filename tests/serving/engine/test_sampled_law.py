@@ -88,7 +88,7 @@ def expected_law(model, shape):
     return first[:, None, None] * second[:, :, None] * third
 
 
-def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block", programs=False):
+def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule=Rule.BLOCK, overlaps=False):
     """Counts [V, V, V] of emitted sequences, and the acceptance rate seen."""
     model = soft_target(regime)
     engine = make_engine(
@@ -102,7 +102,7 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block", program
         suffix=regime == "close",
         seed=seed,
         rule=rule,
-        programs=programs,
+        overlaps=overlaps,
     )
     requests = [
         request_of(str(i), PROMPT, LENGTH + 1, capture=False, **shape) for i in range(num_samples)
@@ -116,12 +116,12 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule="block", program
 
 
 @pytest.mark.parametrize(
-    ("regime", "programs"), [("close", False), ("opposed", False), ("close", True)]
+    ("regime", "overlaps"), [("close", False), ("opposed", False), ("close", True)]
 )
-def test_penalties_shape_the_joint_law_along_the_draft(regime, programs):
+def test_penalties_shape_the_joint_law_along_the_draft(regime, overlaps):
     law = expected_law(soft_target(regime), PENALIZED)
 
-    counts, _ = sample(regime, PENALIZED, programs=programs)
+    counts, _ = sample(regime, PENALIZED, overlaps=overlaps)
 
     assert chi_squared_excess(counts, law) < 1
     without = expected_law(soft_target(regime), {"temperature": 1.0})
@@ -129,14 +129,14 @@ def test_penalties_shape_the_joint_law_along_the_draft(regime, programs):
 
 
 @pytest.mark.parametrize(
-    ("rule", "programs"), [("block", False), ("standard", False), ("block", True)]
+    ("rule", "overlaps"), [("block", False), ("standard", False), ("block", True)]
 )
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("regime", ["close", "opposed"])
-def test_the_joint_law_is_the_targets(regime, shape, rule, programs):
+def test_the_joint_law_is_the_targets(regime, shape, rule, overlaps):
     law = expected_law(soft_target(regime), shape)
 
-    counts, rate = sample(regime, shape, rule=rule, programs=programs)
+    counts, rate = sample(regime, shape, rule=rule, overlaps=overlaps)
 
     assert (rate > 0.7) if regime == "close" else (rate < 0.45), f"acceptance {rate:.2f}"
     assert chi_squared_excess(counts, law) < 1

@@ -20,7 +20,7 @@ K = 4
 def served_logits(engine, monkeypatch):
     """Collect the drafter's logits of every draft pass, in order."""
     seen = []
-    module = engine.drafting.neural.module
+    module = engine.drafting.neural["eagle3"].drafter.module
     module.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out[0].clone()))
     store = engine.drafting.keep_features
     # The log holds bfloat16: let serving read the very numbers that training will.
@@ -35,16 +35,16 @@ def served_logits(engine, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("programs", [False, True], ids=["passes", "programs"])
+@pytest.mark.parametrize("overlaps", [False, True], ids=["waits", "overlaps"])
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architecture, programs):
+def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architecture, overlaps):
     engine = make_engine(
         random_model(architecture), policy=FixedPolicy("eagle3", K), suffix=False,
-        prefill_chunk=7, programs=programs,
+        prefill_chunk=7, overlaps=overlaps,
     )  # fmt: skip
     seen = served_logits(engine, monkeypatch)
     trace = traces_of(engine, [request_of("a", PROMPT, 40)])[0]["a"]
-    module = engine.drafting.neural.module
+    module = engine.drafting.neural["eagle3"].drafter.module
 
     rows = restored(trace.features)[None]
     ids = torch.from_numpy(trace.token_ids).long()[None]
@@ -61,7 +61,7 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architectur
     )
     anchors = torch.arange(1, ids.shape[1])[None]
     with torch.no_grad():
-        outputs = list(ttt_outputs(module, engine.target.embed.weight, batch, anchors, K))
+        outputs = list(ttt_outputs(module, engine.programs.target.embed.weight, batch, anchors, K))
     outputs[0] = outputs[0][:, 1:]
 
     compared = passes = 0
