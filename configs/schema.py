@@ -100,21 +100,22 @@ class DrafterSettings(Section):
 
 
 class PolicySettings(Section):
-    """How far to draft, and with which drafter."""
+    """Choice of drafter and draft length."""
 
-    kind: Literal["goodput", "fixed"] = "goodput"
-    """``goodput``: argmax of expected tokens per second over (drafter, K), K=0 included;
-    ``fixed``: always ``draft_k`` with ``drafter``."""
+    kind: str = "goodput"
+    """A name in the catalog of policies. ``goodput``: the (drafter, K) with the most expected
+    tokens per second, K = 0 included; ``fixed``: always ``draft_k`` with ``drafter``."""
     draft_k: int = Field(4, ge=0, le=16)
-    """K of the fixed policy."""
-    drafter: Literal["eagle3", "suffix"] = "eagle3"
-    """Drafter of the fixed policy."""
+    """Draft length K of the fixed policy."""
+    drafter: str = "eagle3"
+    """Drafter of the fixed policy, a name in the catalog of drafters."""
     explore: float = Field(0.02, ge=0, le=0.5)
-    """Share of steps that try another arm, so that deep positions and idle drafters stay known."""
+    """Largest fraction of steps that explore, which keeps the estimates for deep positions and idle
+    drafters current."""
     half_life_rounds: float = Field(200.0, gt=0)
-    """Rounds after which an old observation counts half."""
+    """Rounds after which the weight of an observation halves."""
     margin: float = Field(1.02, ge=1)
-    """Predicted speed over plain decoding that an arm needs before it is chosen."""
+    """Predicted speedup over plain decoding that drafting must reach to be chosen."""
 
 
 class CaptureSettings(Section):

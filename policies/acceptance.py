@@ -1,58 +1,61 @@
-"""How likely each draft position is kept: Kaplan-Meier hazards that forget.
+"""Acceptance of each draft position: Kaplan-Meier hazards with decay.
 
-A round that verified k tokens and kept A tells of every position up to A + 1 and of none beyond
-min(A + 1, k): longer drafts are right-censored, shorter ones known exactly. So with
-c_j = P(position j kept | all before it kept), expected tokens of *any* k follow from rounds at one.
+A round that verified k tokens and accepted A observes positions 1 to min(A + 1, k) and none beyond:
+longer drafts are right-censored. The hazards c_j = P(position j accepted | all before it accepted)
+therefore give the expected tokens of *every* k, whichever was tried.
 
-Two clocks forget: a half-life in rounds, and a change detector (Page 1954, CUSUM) that cuts the
-weight of all that was seen before traffic turned.
+Old evidence loses weight in two ways: by a half-life in rounds, and at once when a change detector
+(Page 1954, CUSUM) finds that traffic has changed.
 
-Figures are kept apart by the length of the suffix match, for neural drafters too: text that has
-occurred before is easy for both. Judged by its average, a neural drafter looks best exactly where
-the index has nothing to offer, and it is worst there (documentation, K = 4, bundled target: 1.8
-tokens a step without a match, 2.7 after a match of 6 to 8; benchmarks/by_match.py).
+Evidence is kept by length of the text match, for neural drafters too: text that has occurred before
+is easy for them as well. Judged by its average, a neural drafter looks best exactly where no match
+exists, and there it is worst (documentation, K = 4, bundled target: 1.8 tokens a step without a
+match, 2.7 after a match of 6 to 8; benchmarks/by_match.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from policies.interface import DrafterTraits
+
 MAX_DRAFT = 16
 """Largest K that settings allow."""
+NUM_BUCKETS = 6
+"""Buckets of ``match_bucket``."""
 _PRIOR_WEIGHT = 4.0
-"""Rounds that the prior of a position is worth."""
+"""Rounds that the prior of a position counts for."""
 _FLOOR_WEIGHT = 4.0
-"""Rounds that an old observation keeps: an idle drafter is remembered, but weakly."""
+"""Rounds that decay leaves of old observations: an idle drafter is remembered, but weakly."""
 _POOL_WEIGHT, _POOL_FLOOR = 2.0, 8.0
-"""Rounds that all buckets of a neural drafter together are worth as the prior of each; rounds that
-the pool keeps when idle."""
+"""Rounds that a drafter's pool of all buckets counts for as the prior of each bucket, and rounds
+that decay leaves of the pool itself."""
 _SWAP_WEIGHT = 2.0
-"""Rounds that the evidence of the former weights is worth after a swap to unknown ones."""
+"""Rounds that the evidence of the former weights counts for after a swap without calibration."""
 _CALIBRATION_WEIGHT = 16.0
-"""Rounds that a published calibration is worth: a dozen live rounds outvote it."""
+"""Rounds that a published calibration counts for: a dozen live rounds outvote it."""
 _DEPTH_FACTOR = 0.97
-"""Prior of position j + 1 relative to c_j."""
+"""Prior of c_{j + 1} relative to c_j."""
 _IDLE_RATE = 0.25
-"""A round without this drafter ages its figures so many times as much as one with it."""
+"""Decay of a drafter's evidence in a round without it, relative to a round with it."""
 _SHIFT_DRIFT, _SHIFT_LIMIT = 0.5, 10.0
-"""CUSUM of standardised surprises: a shift by one standard deviation is found after 20 steps; false
-alarms are rare, and cost some precision only."""
+"""Drift and limit of the CUSUM, in standard deviations: a shift by one is found after 20 steps;
+false alarms are rare and cost only some precision."""
 _SHIFT_WEIGHT = 12.0
-"""Rounds that the evidence from before a detected shift is worth."""
+"""Rounds that the evidence from before a detected shift counts for."""
 _SURPRISE_GAIN = 0.02
+"""Gain of the moving variance of surprises."""
 _MIN_STEPS = 8
-"""Half-life in steps at least: at a batch of 64, 200 rounds are three steps, mostly noise."""
-_FIRST = {"suffix": (0.0, 0.35, 0.45, 0.55, 0.7, 0.8)}
-"""Prior of c_1 by bucket; 0.6 for neural drafters."""
+"""Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
 _POOL = -1
-"""Bucket number of all rows of a neural drafter together."""
+"""Bucket number of a drafter's pool."""
 
 
-def suffix_bucket(match: int) -> int:
-    """Buckets of match length: 0, 1-2, 3, 4-5, 6-8, 9 and more."""
+def match_bucket(match: int) -> int:
+    """Bucket of a match of so many tokens: 0, 1-2, 3, 4-5, 6-8, 9 or more."""
     if match <= 3:
         return max(match - 1, 1) if match else 0
     return 3 if match <= 5 else 4 if match <= 8 else 5
@@ -65,23 +68,23 @@ class _Evidence:
     first: float
     """Prior of c_1."""
     seen_at: float = 0.0
-    """Rounds that the engine had done when this was last updated."""
+    """Rounds that the engine had done at the last update."""
     reached: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFT)
     accepted: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFT)
     expected: list[float] | None = None
     """Cache of ``expected_tokens`` for k = 0, 1, ..."""
     variance: float = 1.0
-    """Of a round's surprise: tokens accepted minus tokens expected."""
+    """Variance of one round's surprise: tokens accepted minus tokens expected."""
     above: float = 0.0
-    """CUSUM of surprises upward."""
+    """Upward CUSUM of surprises."""
     below: float = 0.0
-    """The same downward."""
+    """Downward CUSUM of surprises."""
     num_shifts: int = 0
     pool: _Evidence | None = None
-    """Prior of every position, where there is one."""
+    """Source of every position's prior, if the drafter's buckets share one."""
 
     def rescale(self, factor: float, floor: float) -> None:
-        """Weigh everything less; ratios stay. Weights under ``floor`` are left as they are."""
+        """Multiply all weights, keeping ratios; no weight is brought below ``floor``."""
         for j, reached in enumerate(self.reached):
             if reached > floor:
                 kept = max(reached * factor, floor)
@@ -90,11 +93,11 @@ class _Evidence:
         self.expected = None
 
     def limit(self, weight: float) -> None:
-        """Let no position weigh more than so many rounds."""
+        """Cap the weight of every position, in rounds."""
         self.rescale(0.0, weight)
 
     def notices_shift(self, surprise: float, rounds: int) -> bool:
-        """Page's CUSUM on the sum of surprises of one step; starts again after an alarm."""
+        """Update Page's CUSUM with one step's summed surprise; an alarm resets it."""
         z = surprise / math.sqrt(max(self.variance, 0.01) * rounds)
         self.variance += _SURPRISE_GAIN * (surprise**2 / rounds - self.variance)
         self.above = max(0.0, self.above + z - _SHIFT_DRIFT)
@@ -106,6 +109,7 @@ class _Evidence:
         return True
 
     def add(self, num_verified: int, num_accepted: int, count: int) -> None:
+        """Count ``count`` equal rounds."""
         for j in range(min(num_accepted + 1, num_verified)):
             self.reached[j] += count
         for j in range(num_accepted):
@@ -113,6 +117,7 @@ class _Evidence:
         self.expected = None
 
     def hazards(self) -> list[float]:
+        """Posterior means of c_1, c_2, ... c_16."""
         if self.pool is not None:
             return [
                 (accepted + _POOL_WEIGHT * prior) / (reached + _POOL_WEIGHT)
@@ -128,7 +133,7 @@ class _Evidence:
         return hazards
 
     def become(self, hazards: Sequence[float], weights: Sequence[float]) -> None:
-        """Take so many rounds at these hazards for all that was seen."""
+        """Replace all evidence by ``weights[j]`` rounds at ``hazards[j]``."""
         for j, (hazard, weight) in enumerate(zip(hazards, weights, strict=True)):
             self.reached[j], self.accepted[j] = weight, weight * hazard
         self.above = self.below = 0.0
@@ -136,17 +141,36 @@ class _Evidence:
 
 
 class AcceptanceModel:
-    """Conditional acceptance by (drafter, bucket, position), decayed by rounds."""
+    """Conditional acceptance by (drafter, bucket, position), decayed by rounds.
 
-    def __init__(self, half_life_rounds: float) -> None:
+    The buckets of a drafter with a single prior share a pool of its rounds, from which each bucket
+    takes its prior; the buckets of a drafter with a prior for each are independent.
+    """
+
+    def __init__(self, half_life_rounds: float, drafters: Mapping[str, DrafterTraits]) -> None:
+        """
+        Args:
+            half_life_rounds: rounds after which an old observation counts half.
+            drafters: traits by kind; no other kind may be observed or asked for.
+
+        Raises:
+            ValueError: a drafter has neither one prior nor one for each bucket.
+        """
+        for kind, traits in drafters.items():
+            if len(traits.prior_acceptance) not in (1, NUM_BUCKETS):
+                raise ValueError(
+                    f"prior_acceptance of drafter {kind!r} must hold 1 or {NUM_BUCKETS} values, "
+                    f"got {len(traits.prior_acceptance)}"
+                )
         self._half_life_rounds = half_life_rounds
+        self._drafters = drafters
         self._evidence: dict[tuple[str, int], _Evidence] = {}
         self._clock = 0.0
         self._published: dict[str, list[float]] = {}
         """Calibration of the weights in force, by drafter."""
 
     def tick(self, num_rounds: int) -> None:
-        """The engine did so many rounds, with whatever drafter."""
+        """Advance the clock by rounds that the engine did, with any drafter or none."""
         self._clock += num_rounds
 
     def observe(
@@ -160,14 +184,14 @@ class AcceptanceModel:
 
         Args:
             outcomes: (num_verified, num_accepted, number of such rounds), num_verified >= 1.
-            batch: requests of the step; bounds the half-life below in steps.
+            batch: requests of the step; sets the least half-life.
         """
         evidence = self._of(drafter, bucket)
         for part, floor in ((evidence.pool, _POOL_FLOOR), (evidence, _FLOOR_WEIGHT)):
             if part is not None:
                 self._take_in(part, self._expected(drafter, bucket, part), outcomes, batch, floor)
         if evidence.pool is not None:
-            self._stale(drafter)
+            self._forget_expected(drafter)
 
     def _take_in(
         self,
@@ -194,16 +218,16 @@ class AcceptanceModel:
         return self._of(drafter, bucket).hazards()
 
     def expected_tokens(self, drafter: str, bucket: int) -> list[float]:
-        """Tokens of a round, the target's own included, at k = 0, 1, ... 16.
+        """Expected tokens of a round, the target's own included, at k = 0, 1, ... 16.
 
-        A suffix row without a match proposes nothing: 1 whatever k is.
+        All 1 in bucket 0 of a drafter that needs a match: it proposes nothing there.
         """
         return self._expected(drafter, bucket, self._of(drafter, bucket))
 
     def _expected(self, drafter: str, bucket: int, evidence: _Evidence) -> list[float]:
         if evidence.expected is None:
             survival, total, expected = 1.0, 1.0, [1.0]
-            is_silent = drafter == "suffix" and bucket == 0
+            is_silent = bucket == 0 and self._drafters[drafter].needs_match
             for hazard in evidence.hazards():
                 survival *= 0.0 if is_silent else hazard
                 total += survival
@@ -212,39 +236,40 @@ class AcceptanceModel:
         return evidence.expected
 
     def on_swap(self, drafter: str, calibration: dict[str, Any]) -> None:
-        """New weights of a neural drafter.
+        """Adapt a drafter's evidence to new weights.
 
-        With published figures of both the former and the new weights, what was learnt live moves by
-        their difference in log-odds, so that what is hard stays hard; with those of the new ones
-        only, they replace it; with none, it becomes a weak memory.
+        With the calibration of both the former and the new weights, live evidence moves by their
+        difference in log-odds, so that hard text stays hard. With the new one only, the calibration
+        replaces the evidence of a drafter with a pool. Otherwise the evidence becomes a weak
+        memory; the same holds without a pool, as a calibration does not tell buckets apart.
         """
-        pool = self._of(drafter, _POOL)
+        pool = self._of(drafter, _POOL) if self._has_pool(drafter) else None
         old, new = self._published.pop(drafter, []), _valid_hazards(calibration.get("acceptance"))
-        mine = [e for (name, _), e in self._evidence.items() if name == drafter]
+        own = [e for (name, _), e in self._evidence.items() if name == drafter]
         if new:
             self._published[drafter] = new
         if new and old:
             shifts = _shifts(old, new)
-            moved = [list(map(_moved, e.hazards(), shifts)) for e in mine]  # before the pool moves
-            for evidence, hazards in zip(mine, moved, strict=True):
+            moved = [list(map(_moved, e.hazards(), shifts)) for e in own]  # before the pool moves
+            for evidence, hazards in zip(own, moved, strict=True):
                 weights = [min(reached, _CALIBRATION_WEIGHT) for reached in evidence.reached]
                 evidence.become(hazards, weights)
-        elif new:
-            for evidence in mine:
+        elif new and pool is not None:
+            for evidence in own:
                 evidence.become([0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT)
             known = new[:MAX_DRAFT]
             unknown = [0.0] * (MAX_DRAFT - len(known))
             pool.become(known + unknown, [_CALIBRATION_WEIGHT] * len(known) + unknown)
         else:
-            for evidence in mine:
+            for evidence in own:
                 evidence.limit(_SWAP_WEIGHT)
                 evidence.above = evidence.below = 0.0
-        for evidence in mine:
+        for evidence in own:
             evidence.seen_at = self._clock
-        self._stale(drafter)
+        self._forget_expected(drafter)
 
-    def _stale(self, drafter: str) -> None:
-        """The pool has changed, and with it what all its buckets expect."""
+    def _forget_expected(self, drafter: str) -> None:
+        """Clear the caches of all buckets of a drafter whose pool changed."""
         for (name, _), evidence in self._evidence.items():
             if name == drafter:
                 evidence.expected = None
@@ -263,17 +288,20 @@ class AcceptanceModel:
     def _of(self, drafter: str, bucket: int) -> _Evidence:
         evidence = self._evidence.get((drafter, bucket))
         if evidence is None:
-            pool = None
-            if drafter not in _FIRST and bucket != _POOL:
+            priors, pool = self._drafters[drafter].prior_acceptance, None
+            if self._has_pool(drafter) and bucket != _POOL:
                 pool = self._of(drafter, _POOL)
-            first = _FIRST[drafter][bucket] if drafter in _FIRST else 0.6
+            first = priors[0] if self._has_pool(drafter) else priors[bucket]
             evidence = _Evidence(first, seen_at=self._clock, pool=pool)
             self._evidence[drafter, bucket] = evidence
         return evidence
 
+    def _has_pool(self, drafter: str) -> bool:
+        return len(self._drafters[drafter].prior_acceptance) == 1
+
 
 def _shifts(old: Sequence[float], new: Sequence[float]) -> list[float]:
-    """Difference in log-odds at every position; the last known one holds for all beyond."""
+    """Difference in log-odds at every position; the last known one also holds for all beyond."""
     known = [_log_odds(b) - _log_odds(a) for a, b in zip(old, new, strict=False)][:MAX_DRAFT]
     return known + known[-1:] * (MAX_DRAFT - len(known))
 
@@ -288,7 +316,7 @@ def _log_odds(hazard: float) -> float:
 
 
 def _valid_hazards(value: Any) -> list[float]:
-    """The published figures, or nothing when they are no list of probabilities."""
+    """The published figures, or nothing if they are not a list of probabilities."""
     if not isinstance(value, list | tuple):
         return []
     is_valid = all(isinstance(c, int | float) and 0 <= c <= 1 for c in value)

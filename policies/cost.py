@@ -1,57 +1,44 @@
-"""What a step costs, in seconds, by (drafter, K, batch).
+"""Step time in seconds by (drafter, K, batch).
 
-A step is draft plus verification (everything else counted with the latter), so the verification
-table is shared by all drafters. Both start from the profile taken at start-up and follow live
-steps. A common factor takes up what slows all arms alike (a busy machine, longer contexts) at
-once, so that arms not tried lately stay comparable with the one in use.
+A step is drafting plus verification, which includes everything else, so all drafters share the
+verification table. Both tables start from the profile taken at start-up and follow live steps. A
+common factor absorbs at once what slows all arms alike (a busy machine, longer contexts), so that
+arms not tried lately stay comparable with the one in use.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from policies.interface import CostSample, DrafterTraits
+
 _OUTLIER = 5.0
-"""A step this many times slower or faster than predicted is a hiccup and says nothing."""
+"""A step slower or faster than predicted by this factor is a hiccup and is ignored."""
 _MAX_OUTLIERS = 16
-"""So many of them in a row are no hiccup."""
+"""Hiccups in a row beyond which they are taken for a lasting change."""
 _CALIBRATED_WEIGHT = 16.0
 _TRUSTED_WEIGHT = 8.0
-"""Observations from which on a cell may blame its error on the whole machine."""
+"""Observations a cell needs before its error moves the common factor."""
 _MIN_GAIN, _MAX_GAIN = 0.03, 0.3
 _IDLE_GAIN = 0.002
-"""Gain of a cell grows by this much for each step without news of it."""
+"""Growth of a cell's gain per step without an observation of it."""
 _MAX_DRIFT_GAIN = 0.5
 _SCALE_GAIN = 0.1
 _SCALE_RETURN = 0.002
-"""Of its logarithm, each step: what lasts is for the cells to know."""
+"""Share of its logarithm that the common factor loses each step; cells absorb lasting changes."""
 _STALE_PLAIN = 0.1
-"""Relative move of the common factor since the last plain step that calls for another one: blaming
-the machine for what one arm costs would make plain decoding look as slow."""
+"""Change of the common factor's logarithm that calls for another plain step: mistaking the cost of
+one arm for a slow machine makes plain decoding look as slow."""
 _PUBLISH = 0.005
-"""Relative change of a cell that is worth recomputing the curves for."""
+"""Relative change of a cell from which on the curves are recomputed."""
 _DEFAULT_STEP_S = 0.01
 _VERIFY_PER_TOKEN = 0.03
-_DRAFT_PER_TOKEN = {"suffix": 0.005}
-"""Of a plain step, for a K or drafter never measured; 0.08 for neural drafters."""
-
-
-@dataclass(frozen=True, slots=True)
-class CostSample:
-    """One timed step of the start-up profile."""
-
-    drafter: str
-    """``none`` iff draft_k is 0."""
-    draft_k: int
-    batch: int
-    step_s: float
-    """Wall time of the step, drafting included."""
-    draft_s: float
-    """Part of it spent drafting."""
+"""Time to verify one more draft token before anything is measured, as a share of a plain step."""
 
 
 @dataclass(slots=True)
@@ -61,13 +48,13 @@ class _Cell:
     seen_at: int
     published_s: float
     seen_scale: float
-    """Common factor when it was last updated."""
+    """Common factor at the last update."""
 
     def update(self, value_s: float, clock: int, scale: float) -> bool:
-        """Move towards a new value; True when the published one moved.
+        """Move towards a new value and return True if the published one changed.
 
-        The longer the cell was not seen, and the more the common factor moved meanwhile, the less
-        its old value is worth.
+        The old value weighs less the longer ago it was observed and the more the common factor has
+        moved since.
         """
         idle_gain = min(_MAX_GAIN, _IDLE_GAIN * (clock - self.seen_at))
         drift_gain = min(_MAX_DRIFT_GAIN, 3 * abs(math.log(scale / self.seen_scale)))
@@ -86,10 +73,16 @@ _Key = tuple[str, int]
 
 
 class CostModel:
-    """Predicted step seconds, for every drafter, K and batch, measured or not."""
+    """Predicted step seconds for every drafter, K and batch, measured or not."""
 
-    def __init__(self, max_draft: int) -> None:
+    def __init__(self, max_draft: int, drafters: Mapping[str, DrafterTraits]) -> None:
+        """
+        Args:
+            max_draft: largest K ever asked for.
+            drafters: traits by kind; no other kind may be observed or asked for.
+        """
         self._max_draft = max_draft
+        self._drafters = drafters
         self._cells: dict[_Key, dict[int, _Cell]] = {}
         self._curves: dict[tuple[str, int], list[float]] = {}
         self._scale = 1.0
@@ -98,7 +91,7 @@ class CostModel:
         self._outliers = 0
 
     def calibrate(self, samples: Sequence[CostSample]) -> None:
-        """Take in the start-up profile: medians over equal (drafter, K, batch)."""
+        """Start from a profile: the median over equal (drafter, K, batch)."""
         values: dict[tuple[str, int, int], list[float]] = {}
         for sample in samples:
             key = ("verify", sample.draft_k, sample.batch)
@@ -118,7 +111,7 @@ class CostModel:
         """Take in a live step without prefill.
 
         Args:
-            draft_s: ``None`` when drafting included catching up, which says nothing of its cost.
+            draft_s: ``None`` if it included catching up and so does not tell the cost of drafting.
         """
         self._clock += 1
         if draft_s is None:
@@ -128,8 +121,8 @@ class CostModel:
             return
         cell = self._cells.get(("verify", draft_k), {}).get(batch)
         if cell is not None and cell.weight >= _TRUSTED_WEIGHT:
-            # Of the plain ratio, whose mean is 1: that of its logarithm is below 0 where steps are
-            # noisy, and the factor would sink for ever, and with it all that is not seen again.
+            # The ratio itself has mean 1. Its logarithm has a mean below 0 where steps are noisy:
+            # the factor would sink for ever, and with it the figures of arms not tried again.
             self._scale *= 1 + _SCALE_GAIN * (step_s / predicted_s - 1)
             self._scale **= 1 - _SCALE_RETURN
         self._update("verify", draft_k, batch, max(step_s - draft_s, 0.0) / self._scale)
@@ -139,7 +132,7 @@ class CostModel:
             self._plain_scale = self._scale
 
     def knows_plain(self, batch: int) -> bool:
-        """A plain step was measured at this batch or within a factor of 2 on either side."""
+        """True if plain steps were timed within a factor of 2 of this batch, or on both sides."""
         cells = self._cells.get(("verify", 0), {})
         return any(batch <= 2 * known and known <= 2 * batch for known in cells) or (
             bool(cells) and min(cells) < batch < max(cells)
@@ -147,11 +140,11 @@ class CostModel:
 
     @property
     def plain_is_stale(self) -> bool:
-        """The machine seems to have changed speed since plain decoding was last timed."""
+        """True if the machine seems to have changed speed since plain decoding was last timed."""
         return abs(math.log(self._scale / self._plain_scale)) > _STALE_PLAIN
 
     def least_plain_s(self, batch: int) -> float:
-        """A plain step without, or with if it is less, what slowed the machine since the last."""
+        """Seconds of a plain step, now or when one was last timed, whichever is less."""
         return min(self._scale, self._plain_scale) * self._curve("verify", batch)[0]
 
     def step_s(self, drafter: str, draft_k: int, batch: int) -> float:
@@ -162,16 +155,16 @@ class CostModel:
         return self._scale * seconds
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
-        """``step_s`` at K = 0, 1, ... max_draft, never falling."""
+        """``step_s`` at K = 0, 1, ... max_draft, non-decreasing."""
         scale = self._scale
         verify, draft = self._curve("verify", batch), self._curve(drafter, batch)
         return [scale * (v + d) for v, d in zip(verify, draft, strict=True)]
 
     def catch_up_s(self, drafter: str, pending_rows: int, batch: int) -> float:
-        """Seconds that rows beyond an ordinary step's add, spread over the steps that follow.
+        """Seconds per step that catching up adds, beyond the rows of an ordinary step.
 
-        A row of catching up costs 1/32 of a drafted token (it is prefill); a return to the drafter
-        is taken to last 8 steps, as the switch cost of Nightjar is spread.
+        A row of catching up costs 1/32 of a drafted token (it is prefill). The cost is spread over
+        8 steps, the assumed stay with the drafter, like the switch cost of Nightjar.
         """
         excess = max(0, pending_rows - batch * (self._max_draft + 1))
         if not excess or not self._max_draft:
@@ -225,15 +218,15 @@ class CostModel:
                 known[0] = (_DEFAULT_STEP_S, 1.0)
             unit_s = min(value for value, _ in known.values())
         else:
-            slope = _DRAFT_PER_TOKEN.get(name, 0.08)
+            slope = self._drafters[name].prior_draft_cost
             known[0] = (0.0, 1e6)
             unit_s = self._curve("verify", batch)[0]
         return _isotonic(_fill(known, self._max_draft, slope * unit_s))
 
 
 def _at_batch(cells: dict[int, _Cell], batch: int) -> tuple[float, float]:
-    """(seconds, weight) at a batch: its own cell, or the straight line between its neighbours;
-    beyond the last one proportional to the batch at most, before the first one constant."""
+    """(seconds, weight) at a batch: its own cell, or interpolated between its neighbours; constant
+    below the smallest batch, with the last slope (0 at least) beyond the largest."""
     own = cells.get(batch)
     if own is not None:
         return own.published_s, own.weight
@@ -257,7 +250,7 @@ def _at_batch(cells: dict[int, _Cell], batch: int) -> tuple[float, float]:
 def _fill(
     known: dict[int, tuple[float, float]], max_draft: int, default_slope: float
 ) -> list[tuple[float, float]]:
-    """(seconds, weight) at every K: straight lines between known ones, slopes kept beyond."""
+    """(seconds, weight) at every K: linear between known ones, last slope kept beyond."""
     ks = sorted(known)
     filled = []
     for k in range(max_draft + 1):
@@ -277,7 +270,7 @@ def _fill(
 
 
 def _isotonic(points: Sequence[tuple[float, float]]) -> list[float]:
-    """Closest never-falling curve, by pooling adjacent violators; weights count."""
+    """Weighted isotonic regression: the closest non-decreasing curve, by pooling violators."""
     pools: list[tuple[float, float, int]] = []
     for value, weight in points:
         pools.append((value, weight, 1))

@@ -1,10 +1,12 @@
-"""Always the same drafter and K: the yardstick, and the choice when nothing may vary."""
+"""The fixed policy: one drafter and one K, as a baseline or where nothing may vary."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
-from policies.interface import Decision, Outcome, StepObs
+from configs.schema import PolicySettings
+from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 
 PLAIN = Decision("none", 0, 1.0, explore=False, reason="plain")
 
@@ -16,22 +18,30 @@ class FixedPolicy:
         self._drafter = drafter
         self._draft_k = draft_k
 
+    @classmethod
+    def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
+        """Draft with ``policy.drafter`` and K = ``policy.draft_k``."""
+        return cls(settings.drafter, settings.draft_k)
+
+    def calibrate(self, samples: Sequence[CostSample]) -> None:
+        """Do nothing: times do not change the decision."""
+
     def rest(self) -> Decision | None:
-        """Nothing to rest from: what a batch allows is looked at every time."""
+        """``None``: caps and ready drafters are checked at every step."""
         return None
 
     def plan(self, obs: StepObs) -> Decision:
-        """K as configured, less where engine or requests allow less; plain without the drafter."""
+        """The configured K, capped by engine and requests; plain if the drafter is not ready."""
         k = min(self._draft_k, obs.max_draft, max(obs.caps))
         if k == 0 or self._drafter not in obs.drafters:
             return PLAIN
         return Decision(self._drafter, k, 1.0, explore=False, reason="fixed")
 
     def observe(self, outcome: Outcome) -> None:
-        """Nothing to learn."""
+        """Do nothing."""
 
-    def on_swap(self, version: int, calibration: dict[str, Any]) -> None:
-        """Nothing to forget."""
+    def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
+        """Do nothing."""
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""

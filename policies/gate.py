@@ -1,4 +1,4 @@
-"""Whether a candidate may be published."""
+"""The gate before publication: a candidate must beat the incumbent and forget nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GateVerdict:
-    """The decision and the figures behind it, in words for logs and the manifest."""
+    """The decision and, for logs and the manifest, its reason with figures."""
 
     passed: bool
     reason: str
@@ -25,14 +25,14 @@ def gate(
     """Compare simulated tokens_per_step on held-out traces.
 
     Args:
-        candidate: figure of the new weights.
-        incumbent: figure of the last published version on the same rows.
-        margin: least ratio of the two, e.g. 1.005.
-        num_rows: held-out rows behind both figures; without any nothing passes.
-        older: the same two figures on held-out traces of earlier traffic, if there are any.
-        keep: least ratio of those: what was learnt before may not be forgotten. Besides, the loss
-            there must be smaller than the gain on the newest traces, so that many small losses
-            cannot add up: the product of both ratios never falls.
+        candidate: tokens_per_step of the new weights.
+        incumbent: tokens_per_step of the last published version on the same rows.
+        margin: required ratio candidate / incumbent, e.g. 1.005.
+        num_rows: held-out rows behind both figures; with none, nothing passes.
+        older: both figures on held-out traces of earlier traffic, if there are any.
+        keep: required ratio of the older figures, so that earlier traffic is not forgotten. Nor may
+            the loss there exceed the gain on the newest traces: the product of both ratios never
+            falls, so many small losses cannot add up.
     """
     if num_rows < 1:
         return GateVerdict(False, "no held-out rows to judge on")

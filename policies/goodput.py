@@ -1,15 +1,15 @@
 """The default policy: the arm with the most expected tokens per second, plain decoding included.
 
-Looking at a batch costs time too, which plain decoding does not need: it is counted against the
-arms that draft, and while plain decoding is the best arm and looking is dear, the policy rests.
+Arms are plain decoding and every (drafter, K). Acceptance, which does not depend on hardware, and
+step time, which does not depend on weights, are learned apart and combined when a step is planned.
 
-Acceptance (free of hardware) and step time (free of weights) are learned apart and joined when a
-step is planned. Arms are plain decoding and every (drafter, K).
+Inspecting the batch takes time that plain decoding does not need, so it is charged to the arms that
+draft. While plain decoding is the best arm and inspection is expensive, the policy rests.
 
-Exploration keeps idle arms known. A probe is charged what it is predicted to lose against the best
-arm, and later what it took beyond that, catching up included; it is taken only from an account that
-grows by 0.8 % of the time spent: exploration costs less than 1 % however bad a drafter is, and a
-costly probe is late, never forgotten.
+Exploration keeps idle arms known. A probe is charged its predicted loss against the best arm, and
+afterwards whatever it took beyond the prediction, catching up included. Probes are paid from an
+account that grows by 0.8 % of the time spent: exploration costs less than 1 % however bad a drafter
+is, and an expensive probe is postponed, never dropped.
 
 ``plan`` takes 90 to 110 us at batch 1 to 4 and 190 us at batch 64 (medians of thread time, CPython
 3.11, one of two cores under a load of 5; two drafters, K to 8).
@@ -21,50 +21,54 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from policies.acceptance import AcceptanceModel, suffix_bucket
-from policies.cost import CostModel, CostSample
+from configs.schema import PolicySettings
+from policies.acceptance import AcceptanceModel, match_bucket
+from policies.cost import CostModel
 from policies.fixed import PLAIN
-from policies.interface import Decision, Outcome, StepObs
+from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 
 _HYSTERESIS = 1.01
-"""Gain over the last arm that a change needs."""
+"""Predicted speed relative to the last arm that another one needs to replace it."""
 _EXPLORE_BUDGET = 0.008
-"""Share of time that probes may lose."""
+"""Share of the time that probes may lose."""
 _ACCOUNT_STEPS = 8.0
-"""Most steps' time that the account may hold."""
+"""Largest balance of the account, in steps of the best arm."""
 _MOST_EXCESS = 25.0
-"""Times its prediction that a probe is charged for at most: more is a hiccup of the machine."""
+"""Largest charge of a probe beyond its prediction, relative to it; more is a machine's hiccup."""
 _PROBE_WEIGHTS = {"deeper": 2.0, "deepest": 1.0, "idle": 2.0, "plain": 0.5}
+"""Weights by which one of the affordable probes is drawn."""
 _FLOOR_WINDOW = 32
 """Drafting steps over which measured speed is compared with plain decoding."""
 _FIRST_PAUSE, _LAST_PAUSE = 64, 4096
-"""Steps of plain decoding after a window below the floor; doubled each time in a row."""
-
-_DEAR = 0.2
-"""Share of a plain step from which on looking at the batch is dear. Below, a chance to draft that
-is missed costs more."""
-_LOOK_BUDGET = 0.03
-"""Share of the time that dear looks may take while plain decoding is the best arm."""
+"""Steps of plain decoding after a window below the floor, doubled for each further one in a row."""
+_EXPENSIVE = 0.2
+"""Share of a plain step from which on inspecting the batch is expensive. Below it, missing a chance
+to draft costs more."""
+_INSPECTION_BUDGET = 0.03
+"""Share of the time that expensive inspections may take while plain decoding is the best arm."""
 _PLAN_GAIN = 0.05
-"""Of the moving average of that share."""
+"""Gain of the moving average of that share."""
 
 _Arm = tuple[str, int]
 
 
 class _Forecast(NamedTuple):
-    """One arm of one step. A tuple: made 17 times a plan, at a third of a dataclass's price."""
+    """The prediction for one arm of one step.
+
+    A named tuple, because a plan makes 17 of them and a dataclass takes three times as long.
+    """
 
     tokens: float
-    """Over the batch."""
+    """Expected tokens over the batch."""
     seconds: float
     speed: float
     """Tokens per second."""
 
 
 class _Floor:
-    """Turns drafting off while it measures slower than plain decoding is predicted to be."""
+    """Pauses drafting when it measures slower than plain decoding is predicted to be."""
 
     def __init__(self) -> None:
         self._window: deque[tuple[int, float, float]] = deque()
@@ -73,7 +77,13 @@ class _Floor:
         self.num_falls = 0
 
     def observe(self, tokens: int, step_s: float, plain_s: float) -> None:
-        """A drafting step: its tokens, its seconds, and plain decoding's for as many tokens."""
+        """Take in a drafting step.
+
+        Args:
+            tokens: tokens committed over the batch.
+            step_s: measured seconds of the step.
+            plain_s: predicted seconds of plain decoding for the same tokens.
+        """
         self._window.append((tokens, step_s, plain_s))
         if len(self._window) < _FLOOR_WINDOW:
             return
@@ -86,7 +96,7 @@ class _Floor:
             self._pause = _FIRST_PAUSE
 
     def reset(self) -> None:
-        """Other weights: what was slow may be fast now."""
+        """Start over after a swap: what was slow may be fast with other weights."""
         self._window.clear()
         self._pause, self.pause_left = _FIRST_PAUSE, 0
 
@@ -96,42 +106,54 @@ class GoodputPolicy:
 
     def __init__(
         self,
+        context: PolicyContext,
         *,
         explore: float,
         half_life_rounds: float,
         margin: float,
-        max_draft: int,
-        seed: int,
     ) -> None:
         """
         Args:
             explore: share of steps that try another arm, as far as the account allows.
             half_life_rounds: rounds after which an old observation counts half.
-            margin: predicted speed over plain decoding that an arm needs.
-            max_draft: largest K ever planned.
+            margin: predicted speed relative to plain decoding that an arm needs.
+
+        Raises:
+            ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
         """
         self._explore = explore
         self._margin = margin
-        self._acceptance = AcceptanceModel(half_life_rounds)
-        self._cost = CostModel(max_draft)
-        self._rng = random.Random(seed)
+        self._drafters = context.drafters
+        self._acceptance = AcceptanceModel(half_life_rounds, context.drafters)
+        self._cost = CostModel(context.max_draft, context.drafters)
+        self._rng = random.Random(context.seed)
         self._floor = _Floor()
-        self._max_draft = max_draft
+        self._max_draft = context.max_draft
         self._arm: _Arm = ("none", 0)
         self._last_drafter = "none"
         self._account_s = 0.0
         self._probes_s: deque[float] = deque()
-        """Predicted seconds of the probes whose steps were not observed yet."""
+        """Predicted seconds of the probes whose steps are yet to be observed."""
         self._plan_share = 0.0
         self._rest_left = 0
         self._decisions: Counter[str] = Counter()
 
+    @classmethod
+    def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
+        """Read ``policy.explore``, ``policy.half_life_rounds`` and ``policy.margin``."""
+        return cls(
+            context,
+            explore=settings.explore,
+            half_life_rounds=settings.half_life_rounds,
+            margin=settings.margin,
+        )
+
     def calibrate(self, samples: Sequence[CostSample]) -> None:
-        """Take in the step times measured at start-up."""
+        """Start the cost model from step times measured at start-up."""
         self._cost.calibrate(samples)
 
     def rest(self) -> Decision | None:
-        """Plain decoding while the floor is in force, and for some steps after a dear look that
+        """Plain decoding during a pause, and for some steps after an expensive inspection that
         found nothing better."""
         reason = "floor" if self._floor.pause_left else "rest"
         if self._floor.pause_left:
@@ -146,13 +168,13 @@ class GoodputPolicy:
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
         decision = self._decide(obs)
-        if decision.reason == "plain" and self._plan_share > _DEAR:
-            self._rest_left = math.ceil(self._plan_share / _LOOK_BUDGET)
+        if decision.reason == "plain" and self._plan_share > _EXPENSIVE:
+            self._rest_left = math.ceil(self._plan_share / _INSPECTION_BUDGET)
         self._decisions[decision.reason] += 1
         return decision
 
     def observe(self, outcome: Outcome) -> None:
-        """Take in what the step did: acceptance always, times only without prefill."""
+        """Learn acceptance from every step, and times from steps without prefill."""
         decision, batch = outcome.decision, outcome.batch
         self._acceptance.tick(batch)
         if decision.reason == "probe" and self._probes_s:
@@ -166,11 +188,11 @@ class GoodputPolicy:
             self._observe_time(outcome)
         self._last_drafter = decision.drafter
 
-    def on_swap(self, version: int, calibration: dict[str, Any]) -> None:
-        """Forget or re-seed the neural drafter's acceptance; the index's is untouched."""
-        self._acceptance.on_swap("eagle3", calibration)
+    def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
+        """Forget or re-seed this drafter's acceptance; that of the others is untouched."""
+        self._acceptance.on_swap(drafter, calibration)
         self._rest_left = 0
-        self._probes_s.clear()  # a step that a swap overtakes is observed by nobody
+        self._probes_s.clear()  # a step that a swap overtakes is never observed
         self._floor.reset()
 
     def figures(self) -> dict[str, Any]:
@@ -206,18 +228,15 @@ class GoodputPolicy:
         return Decision(*probe, self._explore * share, explore=True, reason="probe")
 
     def _forecast(self, obs: StepObs, max_k: int) -> dict[_Arm, _Forecast]:
-        """Every arm of this step."""
+        """Predictions for every arm of this step."""
         batch = obs.batch
         plain_s = self._cost.step_s("none", 0, batch)
         arms: dict[_Arm, _Forecast] = {("none", 0): _Forecast(batch, plain_s, batch / plain_s)}
         for drafter in obs.drafters:
-            matches = obs.suffix_matches
-            if drafter == "suffix" and (matches is None or not any(matches)):
+            if self._drafters[drafter].needs_match and not any(obs.matches or ()):
                 continue
             times = self._cost.arm_times(drafter, batch)
-            late_s = 0.0
-            if drafter != "suffix" and obs.pending_rows:
-                late_s = self._cost.catch_up_s(drafter, obs.pending_rows, batch)
+            late_s = self._cost.catch_up_s(drafter, obs.pending_rows.get(drafter, 0), batch)
             tokens = self._expected_tokens(drafter, obs, max_k)
             for k in range(1, max_k + 1):
                 seconds = times[k] + late_s
@@ -225,9 +244,9 @@ class GoodputPolicy:
         return arms
 
     def _expected_tokens(self, drafter: str, obs: StepObs, max_k: int) -> list[float]:
-        """Over the batch, at k = 0, 1, ... max_k; no row beyond its cap."""
-        matches = obs.suffix_matches if obs.suffix_matches is not None else (0,) * len(obs.caps)
-        rows = Counter(zip(map(suffix_bucket, matches), obs.caps, strict=True))
+        """Expected tokens over the batch at k = 0, 1, ... max_k, each row held to its cap."""
+        matches = obs.matches if obs.matches is not None else (0,) * len(obs.caps)
+        rows = Counter(zip(map(match_bucket, matches), obs.caps, strict=True))
         totals = [0.0] * (max_k + 1)
         for (bucket, cap), count in rows.items():
             expected = self._acceptance.expected_tokens(drafter, bucket)
@@ -248,7 +267,7 @@ class GoodputPolicy:
         return self._arm if last is not None and last * _HYSTERESIS >= eligible[best] else best
 
     def _affordable(self, best: _Arm, arms: dict[_Arm, _Forecast], max_k: int) -> dict[_Arm, float]:
-        """Probes that the account can pay now, with their weights."""
+        """Weights of the probes that the account can pay for now."""
         best_s = arms[best].seconds
         limit_s = _ACCOUNT_STEPS * best_s
         self._account_s = min(self._account_s + _EXPLORE_BUDGET * best_s, limit_s)
@@ -274,7 +293,7 @@ class GoodputPolicy:
         seen: dict[int, Counter[tuple[int, int]]] = {}
         for row in outcome.rows:
             if row.num_verified:
-                counts = seen.setdefault(suffix_bucket(row.suffix_match), Counter())
+                counts = seen.setdefault(match_bucket(row.match), Counter())
                 counts[row.num_verified, row.num_accepted] += 1
         for bucket, counts in seen.items():
             outcomes = [(verified, kept, count) for (verified, kept), count in counts.items()]
@@ -286,7 +305,9 @@ class GoodputPolicy:
         if outcome.plan_s:
             share = outcome.plan_s / self._cost.step_s("none", 0, batch)
             self._plan_share += _PLAN_GAIN * (share - self._plan_share)
-        caught_up = decision.drafter in ("none", "suffix", self._last_drafter)
+        traits = self._drafters.get(decision.drafter)
+        may_catch_up = traits is not None and traits.is_neural
+        caught_up = not may_catch_up or decision.drafter == self._last_drafter
         predicted_s = self._cost.step_s(decision.drafter, k, batch)
         self._cost.observe(
             decision.drafter, k, batch, outcome.step_s, outcome.draft_s if caught_up else None
@@ -302,5 +323,5 @@ def _decision(arm: _Arm, propensity: float) -> Decision:
 
 
 def _loss_s(arm: _Forecast, best: _Forecast) -> float:
-    """Seconds that an arm is predicted to lose against the best one, at equal tokens."""
+    """Seconds that an arm is predicted to lose against the best one for the same tokens."""
     return max(0.0, arm.seconds - arm.tokens / best.speed)

@@ -1,13 +1,83 @@
-"""What a draft policy sees and says. Host-side, torch-free, no I/O, microseconds.
+"""The contract between the engine and a draft policy. Host-side, torch-free, no I/O, microseconds.
+
+The life of a decision:
+
+1. **Start-up.** ``policies.catalog.build_policy`` builds the policy from settings and the traits of
+   the server's drafters. ``calibrate`` gives it step times measured before any request is served,
+   and ``on_swap`` the calibration of each learning drafter's initial weights.
+2. **Rest or plan.** Before every step the engine calls ``rest``. A decision stands; ``None`` makes
+   the engine inspect the batch and call ``plan`` with a ``StepObs``.
+3. **Draft and verify.** The engine runs the decision: the drafter proposes up to ``draft_k`` tokens
+   per request, fewer where ``caps`` say so, none where a drafter with ``needs_match`` has no match.
+   Every round of the trace carries the decision's ``propensity``, for off-policy estimates.
+4. **Observe.** ``observe`` receives the outcome once the host has read the step. Outcomes come in
+   the order of the decisions, but the next step may be planned before this one is observed. A step
+   launched before a swap and read after it is never observed.
+5. **Swap.** ``on_swap`` is called between two steps when a drafter gets other weights.
 
 Lossless by construction: ``plan`` runs before the step's tokens are drawn, on figures of earlier
-steps and on prefix-only facts (how long a suffix matches), never on a drawn draft token.
+steps and on prefix-only facts (how long a match is), never on a drawn draft token.
+
+The engine calls a policy from its own thread only, so a policy needs no locks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+
+class DrafterTraits(Protocol):
+    """What a policy asks about a drafter instead of its name."""
+
+    @property
+    def is_neural(self) -> bool:
+        """It computes on the device and must catch up on rows committed without it; otherwise it
+        proposes on the host and is always up to date."""
+        ...
+
+    @property
+    def needs_match(self) -> bool:
+        """It proposes only for requests whose text it has found elsewhere."""
+        ...
+
+    @property
+    def prior_acceptance(self) -> tuple[float, ...]:
+        """Acceptance of the first draft token before anything is measured: one value, or one for
+        each of the six buckets of ``policies.acceptance.match_bucket``."""
+        ...
+
+    @property
+    def prior_draft_cost(self) -> float:
+        """Time to draft one token before anything is measured, as a share of a plain step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy is built for, apart from its settings."""
+
+    drafters: Mapping[str, DrafterTraits]
+    """Traits by kind of every drafter the server holds."""
+    max_draft: int
+    """Largest K the engine runs, 0..16."""
+    seed: int
+    """Seed of a policy that draws."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostSample:
+    """One timed step of the start-up profile."""
+
+    drafter: str
+    """``none`` iff draft_k is 0."""
+    draft_k: int
+    batch: int
+    step_s: float
+    """Wall time of the step, drafting included."""
+    draft_s: float
+    """Part of ``step_s`` spent drafting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +89,19 @@ class StepObs:
     batch: int
     """Requests to decode, >= 1."""
     caps: tuple[int, ...]
-    """[batch] largest K each request may have now (its own cap, and tokens it has left)."""
-    suffix_matches: tuple[int, ...] | None
-    """[batch] tokens of suffix that the index matched for each request, 0 for none; ``None`` when
-    there is no suffix drafter."""
+    """[batch] largest K of each request now, by its own limit and the tokens it has left."""
+    matches: tuple[int, ...] | None
+    """[batch] tokens of the longest match that a drafter with ``needs_match`` has found for each
+    request, 0 for none; ``None`` without such a drafter."""
     drafters: tuple[str, ...]
-    """Kinds ready to propose, e.g. ``("eagle3", "suffix")``."""
+    """Kinds of the drafters that can propose now."""
     max_draft: int
     """Largest K the engine can run."""
     version: int
-    """Neural drafter version now in force."""
-    pending_rows: int = 0
-    """Committed rows, over the batch, that the neural drafter must catch up on before it drafts."""
+    """Version of the learning drafter in force."""
+    pending_rows: Mapping[str, int] = field(default_factory=dict)
+    """Committed rows, over the batch, that each neural drafter must process before it can draft.
+    A missing kind has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +109,10 @@ class Decision:
     """What to do in this step."""
 
     drafter: str
-    """``none`` iff draft_k is 0."""
+    """Kind of the drafter; ``none`` iff draft_k is 0."""
     draft_k: int
     propensity: float
-    """Probability that the policy took exactly this (drafter, draft_k) here, in (0, 1]."""
+    """Probability with which the policy chose exactly this (drafter, draft_k), in (0, 1]."""
     explore: bool
     reason: str
     """A few words for logs: ``goodput``, ``probe``, ``fixed``, ``plain``."""
@@ -49,40 +120,46 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """What one request of the step made of it."""
+    """The result of one request's round."""
 
     num_verified: int
     """Draft tokens verified, 0..K."""
     num_accepted: int
-    suffix_match: int
-    """Its entry of ``StepObs.suffix_matches``; 0 without a suffix drafter."""
+    match: int
+    """Its entry of ``StepObs.matches``; 0 where that is ``None``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step made of a decision."""
+    """The result of one step."""
 
     decision: Decision
     batch: int
     rows: tuple[RowOutcome, ...]
+    """At most one for each request: those that ended before the step was read are left out."""
     step_s: float
-    """Wall time of the whole step, seconds, prefill excluded (``None``-free: steps that mixed
-    prefill are reported with ``has_prefill``)."""
+    """Wall time of the whole step, seconds."""
     draft_s: float
-    """Part of it spent drafting, looking at the batch and planning: plain decoding needs none."""
+    """Part of ``step_s`` spent drafting, inspecting the batch and planning; plain decoding needs
+    none of these."""
     has_prefill: bool
     """The step also computed prompt chunks, or log probabilities that a request asked for, so its
     time says nothing about the arms."""
     version: int
+    """Version of the drafter that drafted."""
     plan_s: float = 0.0
-    """Part of ``draft_s`` spent on looking at the batch and planning."""
+    """Part of ``draft_s`` spent inspecting the batch and planning."""
 
 
 class DraftPolicy(Protocol):
-    """Decides before each step, learns after it."""
+    """Decides before each step and learns after it."""
+
+    def calibrate(self, samples: Sequence[CostSample]) -> None:
+        """Take in step times measured at start-up."""
+        ...
 
     def rest(self) -> Decision | None:
-        """A decision for the next step that needs no look at the batch; ``None``: look."""
+        """A decision for the next step that needs no inspection of the batch, or ``None``."""
         ...
 
     def plan(self, obs: StepObs) -> Decision:
@@ -90,14 +167,17 @@ class DraftPolicy(Protocol):
         ...
 
     def observe(self, outcome: Outcome) -> None:
-        """Take in what the step did."""
+        """Learn from a finished step."""
         ...
 
-    def on_swap(self, version: int, calibration: dict[str, Any]) -> None:
-        """The neural drafter changed: forget or re-seed its acceptance figures.
+    def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
+        """Forget or re-seed the acceptance figures of a drafter whose weights changed.
 
-        ``calibration`` is ``Manifest.policy``, e.g. ``{"acceptance": [0.8, 0.7, ...]}``: the
-        conditional acceptance of draft position 1, 2, ... on held-out traces.
+        Args:
+            drafter: its kind.
+            version: the version now in force.
+            calibration: ``Manifest.policy`` of that version, e.g. ``{"acceptance": [0.8, 0.7]}``:
+                conditional acceptance of draft positions 1, 2, ... on held-out traces.
         """
         ...
 

@@ -1,6 +1,6 @@
-"""Which traces are kept to train on: the newest, a uniform sample of the older, some never.
+"""Selection of traces for training: the newest, a uniform sample of older ones, none held out.
 
-Pure: state goes in and comes out, randomness is a hash of seed and position.
+Pure functions of their state; randomness is a hash of seed and position.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Replay(Generic[T]):
-    """Newest traces and a reservoir of the traces that left them."""
+    """The newest traces, and a reservoir sampled from all older ones."""
 
     recent: tuple[T, ...] = ()
     """Oldest first."""
     reservoir: tuple[T, ...] = ()
-    """In no order."""
+    """Unordered."""
     num_left: int = 0
     """Traces that ever left ``recent``; the reservoir is a uniform sample of them."""
 
@@ -33,7 +33,7 @@ def add(
     reservoir_traces: int,
     seed: int,
 ) -> Replay[T]:
-    """Take in new traces, oldest first; what no longer fits in ``recent`` may stay as a sample."""
+    """Add new traces, oldest first; those pushed out of ``recent`` may enter the reservoir."""
     recent = (*replay.recent, *traces)
     num_out = max(0, len(recent) - recent_traces)
     reservoir = list(replay.reservoir)
@@ -43,7 +43,7 @@ def add(
 
 
 def _sample_into(reservoir: list[T], trace: T, index: int, size: int, seed: int) -> None:
-    """Vitter's algorithm R, one item; ``index`` counts from 0."""
+    """Vitter's algorithm R for one item; ``index`` counts from 0."""
     if len(reservoir) < size:
         reservoir.append(trace)
         return
@@ -53,9 +53,9 @@ def _sample_into(reservoir: list[T], trace: T, index: int, size: int, seed: int)
 
 
 def is_held_out(trace_key: str, every: int) -> bool:
-    """Whether a trace judges candidates and is never trained on: one in ``every``, by its key.
+    """True for one trace in ``every``, which judges candidates and is never trained on.
 
-    Depends on the key alone, so a restarted trainer splits the same way.
+    Depends only on the key, so a restarted trainer splits the same way.
 
     Args:
         trace_key: e.g. ``producer/epoch/seq``.

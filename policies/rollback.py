@@ -1,21 +1,22 @@
-"""Keep a new version or go back: a decision on counts alone, no clocks, no I/O.
+"""Keep a new version or roll it back. Decides on counts alone: no clocks, no I/O.
 
-After a swap tokens_per_step may fall because the version is worse or because traffic turned, and
-only decoding the *same* traffic with both tells which. So a suspicion leads to a trial: the engine
-goes back to the former weights for a while, then returns to the new ones (A-B-A). The version is
-rolled back only if it is worse than the former's trial by ``max_drop`` both before and after it: a
-shift would have to hit twice, in opposite directions, to be taken for a bad version.
+After a swap, tokens_per_step may fall because the version is worse or because traffic has changed,
+and only decoding the *same* traffic with both versions tells which. A suspicion therefore starts a
+trial: the engine decodes with the former weights for a while, then returns to the new ones (A-B-A).
+The new version is rolled back only if it is worse than the former by ``max_drop`` both before and
+after the trial. To be mistaken for a bad version, traffic would have to shift twice, in opposite
+directions.
 
     steady -> watching -> trial -> confirming -> steady (kept or rolled back)
                  \\-> steady (kept)    \\-> steady (kept)
 
-Rounds of one request resemble each other, so windows are judged by means of blocks of rounds, and
-their variance is raised by the blocks' own correlation.
+Rounds of one request are correlated, so tests compare means of blocks of rounds, and the variance
+is raised by the correlation between neighbouring blocks.
 
 Simulated (requests of 40 rounds on average and unequal difficulty, K = 4, batch 1, max_drop 0.15):
-an equal version is rolled back in 1 of 3,000 swaps at watch_rounds=200, 3 of 1,000 at 64; a random
-drafter always, after 290 rounds; half the tokens_per_step in 96 of 100 swaps, after 290. A loss
-just above max_drop is mostly kept.
+an equal version is rolled back in 1 of 3,000 swaps at watch_rounds=200, and in 3 of 1,000 at 64; a
+random drafter always, after 290 rounds; a version with half the tokens_per_step in 96 of 100 swaps,
+after 290 rounds. A version that loses little more than max_drop is mostly kept.
 """
 
 from __future__ import annotations
@@ -30,40 +31,45 @@ from typing import Any
 
 _BLOCK_ROUNDS = 16
 _MIN_BLOCKS = 6
-"""Blocks wanted before any judgement."""
+"""Least blocks of a window before it is tested."""
 _SUSPECT_SIGMA = 2.0
-"""Standard errors beyond ``max_drop`` that a suspicion before the end of the window needs."""
+"""Standard errors beyond ``max_drop`` that start a trial before the watching window is full."""
 _EARLY_TRIAL_SIGMA, _TRIAL_SIGMA = 3.5, 0.7
-"""The same for guilt in the trial, before and at its end."""
+"""Standard errors needed to convict, during and at the end of the trial."""
 _CONFIRM_SIGMA, _VERDICT_SIGMA = 2.0, 4.0
-"""The same after it: for the confirming window alone, and with the one before the trial."""
+"""Standard errors needed to roll back: in the confirming window alone, and in it together with the
+window before the trial."""
 _MAX_CONFIRM = 4
-"""A confirmation lasts at most so many windows."""
+"""Longest confirmation, in windows."""
 _PRIOR_BLOCKS = 8
+"""Blocks that the prior variance and correlation of blocks count for."""
 
 
 class Action(Enum):
-    """What the server does now."""
+    """What the server must do now."""
 
     KEEP_GOING = "keep_going"
     TRY_FORMER = "try_former"
-    """Decode with the former weights until told otherwise."""
+    """A trial begins: decode with the former weights until ``RETURN_TO_NEW``."""
     RETURN_TO_NEW = "return_to_new"
-    """The trial is over: decode with the new weights again."""
+    """The trial is over: decode with the new weights."""
     ROLL_BACK = "roll_back"
-    """The new version is worse: go back to the former for good."""
+    """The new version is worse: return to the former one for good."""
     ACCEPT = "accept"
     """The new version stays."""
 
 
 class SwapWatch:
-    """Follows the version in force; one observation for each step of the neural drafter."""
+    """Watches one learning drafter; takes one observation for each step in which it drafted."""
 
     def __init__(self, watch_rounds: int, max_drop: float) -> None:
         """
         Args:
-            watch_rounds: rounds of each window, >= 1; 96 at least are used.
-            max_drop: relative loss of tokens_per_step that rolls back, in (0, 1).
+            watch_rounds: rounds of each window, >= 1; at least 96 are used.
+            max_drop: relative loss of tokens_per_step that rolls a version back, in (0, 1).
+
+        Raises:
+            ValueError: an argument is out of range.
         """
         if watch_rounds < 1 or not 0 < max_drop < 1:
             raise ValueError(
@@ -89,14 +95,17 @@ class SwapWatch:
         return self._state
 
     def observe(self, version: int, num_proposed: int, num_accepted: int, rounds: int) -> Action:
-        """Take in one step of the neural drafter and say what to do.
+        """Take in one step of the drafter and return what to do.
 
         Args:
-            version: the one that drafted. Another one than before is a swap; during a trial,
-                steps of the version just left are ignored.
-            num_proposed: draft tokens over those rounds; 0 says nothing and is ignored.
-            num_accepted: kept ones, 0..num_proposed.
+            version: the version that drafted. A new one means a swap; late steps of the version
+                just left, at either end of a trial, are ignored.
+            num_proposed: draft tokens of the step; a step with 0 is ignored.
+            num_accepted: those accepted, 0..num_proposed.
             rounds: requests of the step that drafted.
+
+        Raises:
+            ValueError: num_accepted is out of range.
         """
         if not 0 <= num_accepted <= num_proposed:
             raise ValueError(f"num_accepted {num_accepted} is not in 0..{num_proposed}")
@@ -129,11 +138,11 @@ class SwapWatch:
         }
 
     def _left_behind(self) -> tuple[int | None, ...]:
-        """Versions whose late steps are expected while the engine flips."""
+        """Versions whose late steps may still arrive after the engine switched at a trial."""
         return (self._new, self._former) if self._state in ("trial", "confirming") else ()
 
     def _begin(self, version: int) -> None:
-        """A swap: what the outgoing version did last is the figure to hold."""
+        """Start a watch after a swap; the former version's last window is the reference."""
         has_former = self._version is not None and len(self._recent) >= _MIN_BLOCKS
         self._reference = list(self._recent)
         self._former, self._new = (self._version if has_former else None), version
@@ -146,7 +155,7 @@ class SwapWatch:
         self._recent.clear()
 
     def _fill(self, tokens_per_step: float, rounds: int) -> float | None:
-        """Mean of a block when it is full."""
+        """Add rounds to the current block; return its mean once it is full."""
         total, count = self._filling
         total, count = total + tokens_per_step * rounds, count + rounds
         if count < _BLOCK_ROUNDS:
@@ -160,8 +169,8 @@ class SwapWatch:
             return Action.KEEP_GOING
         new, former = list(self._recent), self._reference
         is_full = len(new) >= self._num_blocks
-        wanted = 0.0 if is_full else _SUSPECT_SIGMA
-        if self._sigmas_worse(new, former) > wanted:
+        needed = 0.0 if is_full else _SUSPECT_SIGMA
+        if self._sigmas_worse(new, former) > needed:
             self._suspect = new
             self._trial, self._confirmation = [], []
             self._state = "trial"
@@ -175,12 +184,12 @@ class SwapWatch:
         if num_trial < _MIN_BLOCKS:
             return Action.KEEP_GOING
         is_full = num_trial >= self._num_blocks
-        wanted = _TRIAL_SIGMA if is_full else _EARLY_TRIAL_SIGMA
-        is_guilty = self._sigmas_worse(self._suspect, self._trial) > wanted
-        if not is_guilty and not is_full:
+        needed = _TRIAL_SIGMA if is_full else _EARLY_TRIAL_SIGMA
+        is_convicted = self._sigmas_worse(self._suspect, self._trial) > needed
+        if not is_convicted and not is_full:
             return Action.KEEP_GOING
-        self._state = "confirming" if is_guilty else "steady"
-        self._last_verdict = None if is_guilty else "kept"
+        self._state = "confirming" if is_convicted else "steady"
+        self._last_verdict = None if is_convicted else "kept"
         self._switch_to(self._new)
         return Action.RETURN_TO_NEW
 
@@ -203,7 +212,7 @@ class SwapWatch:
         return action
 
     def _sigmas_worse(self, new: Sequence[float], former: Sequence[float]) -> float:
-        """Standard errors by which ``new`` is worse than the former less ``max_drop``."""
+        """Standard errors by which ``new`` is below ``(1 - max_drop) * former``."""
         keep = 1 - self._max_drop
         drop = keep * fmean(former) - fmean(new)
         variance = _block_variance(new, former)
@@ -211,10 +220,10 @@ class SwapWatch:
 
 
 def _block_variance(*windows: Sequence[float]) -> float:
-    """Variance of a block's mean, raised for the correlation of neighbouring blocks.
+    """Variance of a block's mean, raised for the correlation between neighbouring blocks.
 
-    Pooled over the windows and shrunk to what is usual, since windows are short: a round's
-    standard deviation is about half of its mean, and neighbouring blocks correlate by 0.3.
+    Pooled over the windows and, since they are short, shrunk towards usual values: a round's
+    standard deviation is half its mean, and neighbouring blocks correlate by 0.3.
     """
     squares, lagged, num = 0.0, 0.0, 0
     for blocks in windows:

@@ -1,4 +1,4 @@
-"""Acceptance by position is learned from censored rounds and forgets."""
+"""Acceptance by position is learned from censored rounds, and old evidence decays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from operator import mul
 
 import pytest
 
-from policies.acceptance import AcceptanceModel, suffix_bucket
+from policies.acceptance import AcceptanceModel, match_bucket
+from tests.policies.simulated import DRAFTERS, Traits
+
+
+def acceptance(half_life_rounds=200, drafters=DRAFTERS):
+    return AcceptanceModel(half_life_rounds, drafters)
 
 
 def feed(model, hazards, *, rounds, k, drafter="eagle3", bucket=0, seed=0):
@@ -23,13 +28,13 @@ def feed(model, hazards, *, rounds, k, drafter="eagle3", bucket=0, seed=0):
 
 def test_hazards_are_learned_at_every_position_reached():
     truth = (0.9, 0.7, 0.5, 0.8)
-    model = AcceptanceModel(half_life_rounds=2000)
+    model = acceptance(half_life_rounds=2000)
     feed(model, truth, rounds=4000, k=4)
     assert model.hazards("eagle3", 0)[:4] == pytest.approx(truth, abs=0.05)
 
 
 def test_expected_tokens_is_one_plus_the_sum_of_survivals():
-    model = AcceptanceModel(200)
+    model = acceptance()
     feed(model, (0.8,) * 4, rounds=100, k=4)
     survivals = list(accumulate(model.hazards("eagle3", 0), mul))
     expected = model.expected_tokens("eagle3", 0)
@@ -38,23 +43,23 @@ def test_expected_tokens_is_one_plus_the_sum_of_survivals():
     assert len(expected) == 17
 
 
-def test_a_short_draft_says_nothing_of_positions_beyond_it():
-    model, other = AcceptanceModel(200), AcceptanceModel(200)
+def test_a_short_draft_is_no_evidence_of_positions_beyond_it():
+    model, other = acceptance(), acceptance()
     model.observe("eagle3", 0, [(2, 2, 1)], batch=1)
     other.observe("eagle3", 0, [(8, 2, 1)], batch=1)
     assert model.figures()["eagle3/0"]["rounds"][:4] == [1.0, 1.0, 0.0, 0.0]
     assert other.figures()["eagle3/0"]["rounds"][:4] == [1.0, 1.0, 1.0, 0.0]
 
 
-def test_a_random_drafter_is_found_out_within_twenty_rounds():
-    model = AcceptanceModel(200)
+def test_a_random_drafter_is_recognised_within_twenty_rounds():
+    model = acceptance()
     feed(model, (0.001,) * 8, rounds=20, k=4)
     assert model.expected_tokens("eagle3", 0)[4] < 1.15
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.9, 0.4), (0.4, 0.9)])
 def test_a_shift_is_followed_long_before_the_half_life(before, after):
-    model = AcceptanceModel(half_life_rounds=2000)
+    model = acceptance(half_life_rounds=2000)
     feed(model, (before,) * 4, rounds=3000, k=4)
     assert model.figures()["eagle3/0"]["shifts"] <= 2
     feed(model, (after,) * 4, rounds=150, k=4, seed=1)
@@ -62,7 +67,7 @@ def test_a_shift_is_followed_long_before_the_half_life(before, after):
 
 
 def test_an_idle_drafter_is_remembered_weakly():
-    model = AcceptanceModel(200)
+    model = acceptance()
     feed(model, (0.001,) * 8, rounds=50, k=4)
     model.tick(100_000)
     assert model.hazards("eagle3", 0)[0] < 0.1
@@ -71,31 +76,31 @@ def test_an_idle_drafter_is_remembered_weakly():
     assert model.hazards("eagle3", 0)[0] > 0.4
 
 
-def test_match_lengths_are_learned_apart():
-    model = AcceptanceModel(200)
-    feed(model, (0.95,) * 4, rounds=100, k=4, drafter="suffix", bucket=suffix_bucket(9))
-    feed(model, (0.05,) * 4, rounds=100, k=4, drafter="suffix", bucket=suffix_bucket(2))
+def test_match_lengths_are_learned_separately():
+    model = acceptance()
+    feed(model, (0.95,) * 4, rounds=100, k=4, drafter="suffix", bucket=match_bucket(9))
+    feed(model, (0.05,) * 4, rounds=100, k=4, drafter="suffix", bucket=match_bucket(2))
     assert model.expected_tokens("suffix", 5)[4] > 4
     assert model.expected_tokens("suffix", 1)[4] < 1.2
 
 
 def feed_both(model):
-    """Rows after a long match are easy, those without one hard; they come in turn."""
+    """Alternate easy rows after a long match and hard rows without one."""
     for seed in range(60):
         feed(model, (0.9,) * 4, rounds=1, k=4, bucket=5, seed=seed)
         feed(model, (0.3,) * 4, rounds=1, k=4, bucket=0, seed=seed)
 
 
-def test_a_neural_drafter_is_known_by_match_length_and_as_a_whole_where_it_is_not():
-    model = AcceptanceModel(200)
+def test_a_bucket_never_seen_takes_a_neural_drafters_average():
+    model = acceptance()
     feed_both(model)
     assert model.hazards("eagle3", 5)[0] == pytest.approx(0.9, abs=0.12)
     assert model.hazards("eagle3", 0)[0] == pytest.approx(0.3, abs=0.12)
     assert 0.4 < model.hazards("eagle3", 3)[0] < 0.8
 
 
-def test_better_weights_keep_what_is_hard_hard():
-    model = AcceptanceModel(200)
+def test_hard_text_stays_hard_after_a_swap_to_better_weights():
+    model = acceptance()
     model.on_swap("eagle3", {"acceptance": [0.6] * 4})
     feed_both(model)
     before = [model.hazards("eagle3", bucket)[0] for bucket in (0, 5)]
@@ -108,17 +113,17 @@ def test_better_weights_keep_what_is_hard_hard():
     assert again == pytest.approx(before, abs=0.1)
 
 
-def test_a_suffix_row_without_a_match_gains_nothing():
-    assert set(AcceptanceModel(200).expected_tokens("suffix", 0)) == {1.0}
+def test_a_drafter_that_needs_a_match_gains_nothing_without_one():
+    assert set(acceptance().expected_tokens("suffix", 0)) == {1.0}
 
 
 def test_match_lengths_fall_in_their_buckets():
     lengths = [0, 1, 2, 3, 4, 5, 6, 8, 9, 12]
-    assert [suffix_bucket(n) for n in lengths] == [0, 1, 1, 2, 3, 3, 4, 4, 5, 5]
+    assert [match_bucket(n) for n in lengths] == [0, 1, 1, 2, 3, 3, 4, 4, 5, 5]
 
 
 def test_a_swap_with_a_calibration_starts_from_it():
-    model = AcceptanceModel(200)
+    model = acceptance()
     feed(model, (0.1,) * 4, rounds=300, k=4)
     model.on_swap("eagle3", {"acceptance": [0.9, 0.8]})
     assert model.hazards("eagle3", 0)[:2] == pytest.approx([0.9, 0.8], abs=0.1)
@@ -129,16 +134,47 @@ def test_a_swap_with_a_calibration_starts_from_it():
     [{}, {"acceptance": [2.0]}, {"acceptance": "0.9"}, {"acceptance": [float("nan")]}],
 )
 def test_a_swap_without_a_usable_calibration_keeps_a_weak_memory(calibration):
-    model = AcceptanceModel(200)
+    model = acceptance()
     feed(model, (0.02,) * 4, rounds=300, k=4)
     model.on_swap("eagle3", calibration)
     assert 0.2 < model.hazards("eagle3", 0)[0] < 0.6
     assert max(model.figures()["eagle3/0"]["rounds"]) <= 2
 
 
-def test_a_swap_leaves_the_suffix_figures_alone():
-    model = AcceptanceModel(200)
+def test_a_swap_leaves_other_drafters_alone():
+    model = acceptance()
     feed(model, (0.9,) * 4, rounds=100, k=4, drafter="suffix", bucket=3)
     before = model.hazards("suffix", 3)
     model.on_swap("eagle3", {})
     assert model.hazards("suffix", 3) == before
+
+
+def test_two_neural_drafters_are_learned_separately():
+    neural = DRAFTERS["eagle3"]
+    model = acceptance(drafters={"first": neural, "second": neural})
+    feed(model, (0.9,) * 4, rounds=100, k=4, drafter="first")
+    feed(model, (0.2,) * 4, rounds=100, k=4, drafter="second")
+    model.on_swap("first", {"acceptance": [0.5, 0.5]})
+    assert model.hazards("first", 0)[0] == pytest.approx(0.5, abs=0.1)
+    assert model.hazards("second", 0)[0] == pytest.approx(0.2, abs=0.1)
+
+
+def test_a_swap_of_a_drafter_with_priors_by_match_length_keeps_its_buckets_apart():
+    model = acceptance()
+    feed(model, (0.9,) * 4, rounds=100, k=4, drafter="suffix", bucket=5)
+    model.on_swap("suffix", {"acceptance": [0.5] * 4})
+    assert model.hazards("suffix", 1)[0] == pytest.approx(0.35)
+    before = model.hazards("suffix", 5)[0]
+    assert before > 0.75
+    model.on_swap("suffix", {"acceptance": [0.3] * 4})
+    assert model.hazards("suffix", 5)[0] < before - 0.05
+
+
+def test_priors_are_one_or_one_for_each_bucket():
+    traits = Traits(
+        is_neural=True, needs_match=False, prior_acceptance=(0.5,) * 3, prior_draft_cost=0
+    )
+    with pytest.raises(
+        ValueError, match="prior_acceptance of drafter 'odd' must hold 1 or 6 values"
+    ):
+        acceptance(drafters={"odd": traits})

@@ -1,4 +1,4 @@
-"""Step times are known for every arm, measured or not, and stay fresh."""
+"""Step times are predicted for every arm, measured or not, and follow live steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from policies.cost import CostModel, CostSample
+from policies.cost import CostModel
+from policies.interface import CostSample
+from tests.policies.simulated import DRAFTERS
 
 
 def truth(drafter, k, batch):
@@ -16,7 +18,7 @@ def truth(drafter, k, batch):
 
 def calibrated(batches=(1, 8, 64), ks=(2, 4, 8)):
     arms = [("none", 0)] + [(d, k) for d in ("eagle3", "suffix") for k in ks]
-    model = CostModel(8)
+    model = CostModel(8, DRAFTERS)
     model.calibrate([CostSample(d, k, b, *truth(d, k, b)) for d, k in arms for b in batches])
     return model
 
@@ -25,12 +27,12 @@ def calibrated(batches=(1, 8, 64), ks=(2, 4, 8)):
 @pytest.mark.parametrize(
     ("drafter", "k"), [("none", 0), ("eagle3", 1), ("eagle3", 5), ("suffix", 8)]
 )
-def test_what_was_not_measured_is_interpolated(drafter, k, batch):
+def test_arms_that_were_not_measured_are_interpolated(drafter, k, batch):
     assert calibrated().step_s(drafter, k, batch) == pytest.approx(truth(drafter, k, batch)[0])
 
 
 def test_a_longer_draft_never_costs_less():
-    model = CostModel(8)
+    model = CostModel(8, DRAFTERS)
     for k, step_s in [(0, 0.010), (2, 0.020), (4, 0.015), (6, 0.016)]:
         model.calibrate([CostSample("suffix" if k else "none", k, 1, step_s, 0.0)])
     times = model.arm_times("suffix", 1)
@@ -46,7 +48,7 @@ def test_live_steps_replace_the_profile():
     assert model.step_s("none", 0, 8) == pytest.approx(0.0108, rel=0.05)
 
 
-def test_what_slows_one_arm_slows_the_others_at_once():
+def test_a_slowdown_of_one_arm_raises_the_others_at_once():
     model = calibrated()
     before = model.step_s("none", 0, 8)
     slow, draft = truth("eagle3", 4, 8)
@@ -66,7 +68,7 @@ def test_a_hiccup_is_ignored_and_a_lasting_change_is_not():
     assert model.step_s("none", 0, 8) == pytest.approx(20 * before, rel=0.1)
 
 
-def test_catching_up_is_not_taken_for_the_price_of_drafting():
+def test_catching_up_is_not_counted_as_drafting():
     model = calibrated()
     step_s, _ = truth("eagle3", 4, 8)
     model.observe("eagle3", 4, 8, step_s, None)
@@ -75,17 +77,24 @@ def test_catching_up_is_not_taken_for_the_price_of_drafting():
     assert model.catch_up_s("eagle3", 8000, 8) > 0
 
 
+def test_without_a_profile_a_drafted_token_costs_its_prior():
+    model = CostModel(8, DRAFTERS)
+    plain_s = model.step_s("none", 0, 1)
+    gap_s = model.step_s("eagle3", 4, 1) - model.step_s("suffix", 4, 1)
+    assert gap_s == pytest.approx(4 * (0.08 - 0.005) * plain_s)
+
+
 def test_without_a_profile_there_are_still_figures():
-    times = CostModel(8).arm_times("eagle3", 4)
+    times = CostModel(8, DRAFTERS).arm_times("eagle3", 4)
     assert times == sorted(times)
     assert times[0] > 0
-    assert not CostModel(8).knows_plain(4)
+    assert not CostModel(8, DRAFTERS).knows_plain(4)
     assert calibrated().knows_plain(30)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3])
-def test_noise_does_not_move_what_is_not_seen_again(sigma):
-    """A factor that follows logarithms sinks to nothing within some thousand noisy steps."""
+def test_noise_does_not_move_arms_that_are_not_tried(sigma):
+    """A common factor that followed logarithms would sink to 0 within some thousand noisy steps."""
     numbers = random.Random(0)
     model = calibrated()
     before = model.step_s("none", 0, 64)

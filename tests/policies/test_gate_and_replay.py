@@ -1,4 +1,4 @@
-"""Candidates pass on evidence only; replay keeps the newest and a fair sample of the rest."""
+"""Candidates pass on evidence only; replay keeps the newest traces and samples older ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kept(num, *, seed=0, recent=10, reservoir=20, step=7):
     return replay
 
 
-def test_the_newest_are_recent_and_the_others_may_be_sampled():
+def test_the_newest_are_recent_and_older_ones_are_sampled():
     replay = kept(200)
     assert replay.recent == tuple(range(190, 200))
     assert len(set(replay.reservoir)) == 20
@@ -58,13 +58,13 @@ def test_the_reservoir_is_uniform_over_all_older_traces():
     assert all(abs(count - 800) < 120 for count in seen.values())  # 4.5 standard deviations
 
 
-def test_sampling_depends_on_nothing_but_order_and_seed():
+def test_sampling_depends_only_on_order_and_seed():
     assert kept(200, step=7) == kept(200, step=1)
     assert kept(200, seed=1) != kept(200, seed=2)
     assert kept(50, reservoir=0).reservoir == ()
 
 
-def test_one_trace_in_so_many_is_held_out_for_ever():
+def test_one_trace_in_eight_is_held_out_for_good():
     keys = [f"server/0/{seq}" for seq in range(8000)]
     held = [key for key in keys if is_held_out(key, 8)]
     assert 850 < len(held) < 1150
@@ -73,11 +73,11 @@ def test_one_trace_in_so_many_is_held_out_for_ever():
         is_held_out("a", 0)
 
 
-def test_what_was_learnt_before_may_not_be_forgotten():
+def test_a_candidate_may_not_forget_earlier_traffic():
     better = {"candidate": 3.2, "incumbent": 3.0, "margin": 1.0, "num_rows": 10}
 
     assert gate(**better, older=(3.77, 4.0)).passed
-    verdict = gate(**better, older=(3.74, 4.0))  # loses more than the gain on newest traffic
+    verdict = gate(**better, older=(3.74, 4.0))  # loses more there than it gains on the newest
     assert not verdict.passed
     assert "forgets earlier traffic: candidate 3.7400 there, below 0.94 x" in verdict.reason
     small = gate(candidate=3.06, incumbent=3.0, margin=1.0, num_rows=10, older=(3.9, 4.0))

@@ -13,10 +13,10 @@ FLIPS = {Action.TRY_FORMER: 0, Action.RETURN_TO_NEW: 1}
 
 
 def swap(seed, old, new, *, shift_at=None, shift=1.0, watch_rounds=200, batch=1):
-    """Serve requests of unequal difficulty, swap after 400 rounds, obey; (kept?, rounds taken).
+    """Serve requests of unequal difficulty, swap after 400 rounds and obey the watch.
 
-    ``old`` and ``new`` are the chances that a draft token is kept; after ``shift_at`` rounds of
-    the new version both are multiplied by ``shift``.
+    ``old`` and ``new`` are the chances that a draft token is accepted; after ``shift_at`` rounds of
+    the new version both are multiplied by ``shift``. Returns (is the version kept, rounds taken).
     """
     rng = random.Random(seed)
     watch, version = SwapWatch(watch_rounds, 0.15), 0
@@ -43,6 +43,7 @@ def swap(seed, old, new, *, shift_at=None, shift=1.0, watch_rounds=200, batch=1)
 
 
 def kept(rng, chance):
+    """Accepted tokens of one round of 4."""
     for accepted in range(4):
         if rng.random() >= chance:
             return accepted
@@ -57,7 +58,7 @@ def test_an_equal_version_is_kept():
 @pytest.mark.parametrize(
     ("shift_at", "shift"), [(0, 0.5), (60, 0.5), (150, 0.5), (0, 1.3), (260, 1.3)]
 )
-def test_a_shift_of_traffic_is_no_reason_to_roll_back(shift_at, shift):
+def test_a_shift_of_traffic_does_not_roll_a_version_back(shift_at, shift):
     outcomes = [swap(seed, 0.65, 0.65, shift_at=shift_at, shift=shift)[0] for seed in range(100)]
     assert outcomes.count(False) == 0
 
@@ -72,7 +73,7 @@ def test_a_broken_version_is_rolled_back_within_400_rounds():
     assert max(rounds for _, rounds in outcomes) <= 400
 
 
-def test_half_the_tokens_per_step_is_rolled_back_also_when_traffic_turns():
+def test_half_the_tokens_per_step_is_rolled_back_even_when_traffic_changes():
     for kwargs, least in [({}, 0.9), ({"shift_at": 0, "shift": 0.8}, 0.75), ({"batch": 8}, 0.98)]:
         outcomes = [swap(seed, 0.75, 0.35, **kwargs) for seed in range(60)]
         assert Counter(is_kept for is_kept, _ in outcomes)[False] >= least * 60
@@ -81,12 +82,12 @@ def test_half_the_tokens_per_step_is_rolled_back_also_when_traffic_turns():
 
 
 def drive(watch, version, accepted, blocks):
-    """Equal rounds, 4 proposed each; the last action that was not to keep going."""
+    """Observe equal blocks of 16 rounds, 4 proposed each; the first action that is not KEEP_GOING."""
     actions = [watch.observe(version, 64, 16 * accepted, 16) for _ in range(blocks)]
     return next((action for action in actions if action is not Action.KEEP_GOING), None)
 
 
-def test_the_road_of_a_bad_version():
+def test_a_bad_version_is_tried_confirmed_and_rolled_back():
     watch = SwapWatch(100, 0.15)
     assert drive(watch, 7, 3, 10) is None
     assert drive(watch, 8, 0, 6) is Action.TRY_FORMER
@@ -99,7 +100,7 @@ def test_the_road_of_a_bad_version():
     assert drive(watch, 7, 3, 20) is None
 
 
-def test_the_road_of_a_good_version_whose_traffic_turned():
+def test_a_good_version_whose_traffic_changed_is_kept_after_its_trial():
     watch = SwapWatch(100, 0.15)
     drive(watch, 7, 3, 10)
     assert drive(watch, 8, 0, 6) is Action.TRY_FORMER
@@ -107,7 +108,7 @@ def test_the_road_of_a_good_version_whose_traffic_turned():
     assert (watch.state, watch.figures()["last_verdict"]) == ("steady", "kept")
 
 
-def test_without_a_former_figure_there_is_nothing_to_compare():
+def test_without_figures_of_a_former_version_nothing_is_compared():
     watch = SwapWatch(100, 0.15)
     assert drive(watch, 1, 0, 50) is None
     assert drive(SwapWatch(100, 0.15), 0, 3, 2) is None
@@ -130,7 +131,7 @@ def test_a_newer_version_starts_a_new_watch():
     assert drive(watch, 3, 3, 11) is Action.ACCEPT
 
 
-def test_misuse_is_told():
+def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="watch_rounds"):
         SwapWatch(0, 0.15)
     with pytest.raises(ValueError, match=r"num_accepted 5 is not in 0\.\.4"):

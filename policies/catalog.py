@@ -1,0 +1,47 @@
+"""Every kind of draft policy, one line each, and how settings become a policy.
+
+To add a kind, write one file with a class that implements ``policies.interface.DraftPolicy`` and
+has a classmethod ``from_settings(settings: PolicySettings, context: PolicyContext)``, and add its
+line to ``CATALOG``; ``policy.kind`` then selects it. The class reads its own keys of the settings'
+``policy`` section.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+
+from configs.choices import known
+from configs.schema import PolicySettings
+from policies.fixed import FixedPolicy
+from policies.interface import DrafterTraits, DraftPolicy, PolicyContext
+
+CATALOG = {
+    "goodput": "policies.goodput:GoodputPolicy",
+    "fixed": "policies.fixed:FixedPolicy",
+}
+"""Values of ``policy.kind`` -> module and class. Text, so that a kind is one line without an import
+and only the module in use is loaded."""
+
+
+def build_policy(
+    settings: PolicySettings, drafters: Mapping[str, DrafterTraits], seed: int, max_draft: int
+) -> DraftPolicy:
+    """The configured policy, or plain decoding where nothing can be drafted.
+
+    Args:
+        drafters: traits by kind of every drafter the server holds.
+        seed: seed of exploration.
+        max_draft: largest K the engine runs, 0..16.
+
+    Raises:
+        SettingsError: ``policy.kind`` is not in the catalog.
+    """
+    known("policy.kind", settings.kind, CATALOG)
+    if not drafters or max_draft == 0:
+        return FixedPolicy("none", 0)
+    context = PolicyContext(drafters=drafters, max_draft=max_draft, seed=seed)
+    policy: DraftPolicy = pkgutil.resolve_name(CATALOG[settings.kind]).from_settings(
+        settings, context
+    )
+    return policy

@@ -1,0 +1,117 @@
+"""A new policy takes one file and one line in the catalog; settings then select it."""
+
+from __future__ import annotations
+
+import json
+
+from oracles.one_line import run_in, with_addition
+
+ALTERNATING = '''
+"""Drafters take turns at K = policy.draft_k; a drafter whose weights changed is left out."""
+
+from policies.fixed import PLAIN
+from policies.interface import Decision
+
+
+class AlternatingPolicy:
+    def __init__(self, draft_k, context):
+        self._draft_k = min(draft_k, context.max_draft)
+        self._turns = list(context.drafters)
+        self._accepted = 0
+
+    @classmethod
+    def from_settings(cls, settings, context):
+        return cls(settings.draft_k, context)
+
+    def calibrate(self, samples):
+        self._turns.sort(key=lambda kind: min(s.step_s for s in samples if s.drafter == kind))
+
+    def rest(self):
+        return None
+
+    def plan(self, obs):
+        ready = [kind for kind in self._turns if kind in obs.drafters]
+        if not ready:
+            return PLAIN
+        k = min(self._draft_k, *obs.caps)
+        return Decision(ready[obs.step % len(ready)], k, 1.0, explore=False, reason="turn")
+
+    def observe(self, outcome):
+        self._accepted += sum(row.num_accepted for row in outcome.rows)
+
+    def on_swap(self, drafter, version, calibration):
+        self._turns.remove(drafter)
+
+    def figures(self):
+        return {"kind": "alternating", "accepted": self._accepted}
+'''
+LINE = '    "alternating": "policies.alternating:AlternatingPolicy",'
+
+PLAY = """
+import json, sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import policies
+from configs.load import load_settings
+from policies.catalog import build_policy
+from policies.interface import CostSample, Outcome, RowOutcome, StepObs
+
+assert Path(policies.__file__).is_relative_to(Path.cwd()), policies.__file__
+
+@dataclass(frozen=True)
+class Traits:
+    is_neural: bool = True
+    needs_match: bool = False
+    prior_acceptance: tuple[float, ...] = (0.6,)
+    prior_draft_cost: float = 0.08
+
+kinds = ("slow", "fast")
+settings = load_settings((), sys.argv[1:], {})
+policy = build_policy(settings.policy, dict.fromkeys(kinds, Traits()), settings.seed, 8)
+policy.calibrate([CostSample("slow", 3, 1, 0.02, 0.01), CostSample("fast", 3, 1, 0.01, 0.001)])
+arms = []
+for step in range(6):
+    decision = policy.rest() or policy.plan(StepObs(step, 1, (8,), None, kinds, 8, 0))
+    arms.append([decision.drafter, decision.draft_k])
+    policy.observe(Outcome(decision, 1, (RowOutcome(3, 2, 0),), 0.01, 0.001, False, 0))
+    if step == 3:
+        policy.on_swap("fast", 1, {})
+print(json.dumps({"arms": arms, "figures": policy.figures()}))
+"""
+
+
+def test_a_policy_is_one_file_and_one_catalog_line(tmp_path):
+    root = with_addition(
+        tmp_path,
+        "policies/alternating.py",
+        ALTERNATING,
+        "policies/catalog.py",
+        LINE,
+        after='    "fixed": ',
+    )
+
+    done = run_in(root, PLAY, "policy.kind=alternating", "policy.draft_k=3")
+
+    assert done.returncode == 0, done.stderr
+    played = json.loads(done.stdout)
+    assert played["arms"] == [
+        [kind, 3] for kind in ("fast", "slow", "fast", "slow", "slow", "slow")
+    ]
+    assert played["figures"] == {"kind": "alternating", "accepted": 12}
+
+
+def test_without_its_line_the_policy_is_unknown(tmp_path):
+    root = with_addition(
+        tmp_path,
+        "policies/alternating.py",
+        ALTERNATING,
+        "policies/catalog.py",
+        "# no line",
+        after='    "fixed": ',
+    )
+
+    done = run_in(root, PLAY, "policy.kind=alternating")
+
+    assert done.returncode == 1
+    assert "policy.kind 'alternating' is unknown; known: fixed, goodput" in done.stderr
