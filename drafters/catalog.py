@@ -9,7 +9,6 @@ from __future__ import annotations
 import pkgutil
 
 from configs.choices import known
-
 from configs.schema import DrafterSettings
 from drafters.protocol import DrafterKind
 

@@ -131,6 +131,7 @@ def make_engine(
     overlaps: bool = True,
     fused: bool = False,
     fused_drafter: bool = False,
+    max_queue: int = 100_000,
     listeners: Listeners | None = None,
 ) -> Engine:
     """An engine over ``model`` with a random EAGLE-3 drafter unless one is given.
@@ -160,7 +161,7 @@ def make_engine(
         [neural],
         sizes,
         Sequences(tiny_tokenizer(), eos_ids, seed),
-        Choices(rule=rule, prefix_cache=prefix_cache, max_queue=100_000, overlaps=overlaps),
+        Choices(rule=rule, prefix_cache=prefix_cache, max_queue=max_queue, overlaps=overlaps),
         ring,
     )
     return Engine(parts, policy or RandomPolicy(), listeners)

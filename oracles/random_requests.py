@@ -188,8 +188,7 @@ def _echo(drafter: Eagle3, model: Any, sign: float) -> None:
 
 def scramble(engine: Engine, step: int) -> None:
     """New random drafter weights in place, as a swap makes them."""
-    neural = engine.drafting.neural
-    assert neural is not None
+    neural = engine.drafting.neural["eagle3"].drafter
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for parameter in neural.module.parameters():

@@ -14,6 +14,8 @@ PLAIN = Decision("none", 0, 1.0, explore=False, reason="plain")
 class FixedPolicy:
     """Implements ``DraftPolicy``. Learns nothing."""
 
+    wants_profile = False
+
     def __init__(self, drafter: str, draft_k: int) -> None:
         self._drafter = drafter
         self._draft_k = draft_k

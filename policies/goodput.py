@@ -104,6 +104,8 @@ class _Floor:
 class GoodputPolicy:
     """Implements ``DraftPolicy``. Deterministic for one seed and one sequence of calls."""
 
+    wants_profile = True
+
     def __init__(
         self,
         context: PolicyContext,

@@ -154,6 +154,11 @@ class Outcome:
 class DraftPolicy(Protocol):
     """Decides before each step and learns after it."""
 
+    @property
+    def wants_profile(self) -> bool:
+        """It uses step times, so that measuring them at start-up is worth the seconds."""
+        ...
+
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Take in step times measured at start-up."""
         ...

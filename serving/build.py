@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policies.catalog import build_policy
 from safetensors.torch import load
 
 from buffer.fingerprint import target_fingerprint
@@ -24,6 +23,7 @@ from configs.schema import Settings
 from drafters.catalog import chosen, kind_of
 from drafters.initial import publish_initial, random_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
+from policies.catalog import build_policy
 from policies.interface import DraftPolicy
 from policies.rollback import SwapWatch
 from serving.capture.recorder import Recorder
@@ -142,7 +142,7 @@ def _make_parts(
         # Before anything is captured: this moves the parameters, which stay from then on.
         flat = _flat_weights(neural)
     with _timed("made the capture ring"):
-        ring = _ring(settings, target) if learning else None
+        ring = _ring(settings, target) if kinds else None
     sizes = Sizes(
         e.max_batch, e.max_model_len, e.prefill_chunk, e.page_size, num_pages,
         settings.drafter.max_draft,

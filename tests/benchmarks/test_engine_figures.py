@@ -46,9 +46,7 @@ def test_forced_acceptance_keeps_two_of_four():
 
 def test_an_engine_under_forced_acceptance_commits_three_tokens_a_round():
     with forced_acceptance(torch.device("cpu")), torch.inference_mode():
-        engine = make_engine(
-            random_model("qwen3"), max_batch=1, policy=FixedPolicy("eagle3", 4)
-        )
+        engine = make_engine(random_model("qwen3"), max_batch=1, policy=FixedPolicy("eagle3", 4))
         answer_all(engine, random_prompts(1, 20, engine.vocab_size), 193)
 
     figures = engine.figures()

@@ -13,27 +13,32 @@ from oracles.engines import make_engine, random_model, request_of, run
 from serving.capture.recorder import Recorder
 from serving.capture.ring import CaptureRing, feature_rows
 from serving.capture.traces import Producer, TraceMaker
+from serving.engine.loop import Engine, Listeners
 
 PROMPT = list(range(30))
 
 
-@pytest.fixture(params=[False, True], ids=["passes", "programs"])
-def programs(request):
-    """Whether steps are computed by programs, which append their rows themselves."""
+@pytest.fixture(params=[False, True], ids=["waits", "overlaps"])
+def overlaps(request):
+    """Whether rounds are launched before the last one is read."""
     return request.param
+
+
+def capturing(engine):
+    """The engine again with a trace maker that listens to it, and what that makes."""
+    programs = engine.programs
+    maker = TraceMaker(Producer("test", 1, "f" * 64), programs.ring, programs.target.layer_ids)
+    made = []
+    listeners = Listeners(on_finished=lambda sequence: made.append(maker.finished(sequence)))
+    return Engine(engine.parts, engine.policy, listeners), maker, made
 
 
 def traces_of(engine, requests):
     """Run and return each request's trace after a round trip through the codec."""
-    lost = []
-    maker = TraceMaker(
-        Producer("test", 1, "f" * 64), engine.programs.ring, engine.programs.target.layer_ids, lost.append
-    )
-    made = []
-    engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
+    engine, maker, made = capturing(engine)
     run(engine, requests)
     traces = [decode_trace(encode_trace(make())) for make in made]
-    return {t.request_id: t for t in traces}, sum(lost)
+    return {t.request_id: t for t in traces}, maker.num_lost_rows
 
 
 def hidden_rows(model, token_ids, layer_ids):
@@ -54,7 +59,7 @@ def restored(features):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("float8_e4m3fn", 2**-4)])
-def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
+def test_rows_equal_the_models_hidden_states(dtype, tolerance, overlaps):
     model = random_model("qwen3")
     engine = make_engine(
         model, prefix_cache=False, overlaps=overlaps, max_batch=4, ring_dtype=dtype
@@ -75,7 +80,7 @@ def test_rows_equal_the_models_hidden_states(dtype, tolerance, programs):
     assert lost == 0
 
 
-def test_rows_of_cached_prefix_pages_are_absent_not_invented(programs):
+def test_rows_of_cached_prefix_pages_are_absent_not_invented(overlaps):
     model = random_model("qwen3")
     engine = make_engine(model, prefill_chunk=7, overlaps=overlaps)
     traces_of(engine, [request_of("first", [*PROMPT, 50], 8)])
@@ -88,7 +93,7 @@ def test_rows_of_cached_prefix_pages_are_absent_not_invented(programs):
     torch.testing.assert_close(restored(second.features), want, atol=0.05, rtol=0.01)
 
 
-def test_rounds_tell_the_whole_completion(programs):
+def test_rounds_tell_the_whole_completion(overlaps):
     engine = make_engine(random_model("qwen3"), overlaps=overlaps)
     traces, _ = traces_of(engine, [request_of("a", PROMPT, 25), request_of("b", [1, 2], 25)])
 
@@ -103,7 +108,7 @@ def test_rounds_tell_the_whole_completion(programs):
             position += len(emitted)
 
 
-def test_a_request_that_opts_out_leaves_no_trace(programs):
+def test_a_request_that_opts_out_leaves_no_trace(overlaps):
     engine = make_engine(random_model("qwen3"), overlaps=overlaps)
     traces, _ = traces_of(
         engine, [request_of("in", PROMPT, 9), request_of("out", PROMPT, 9, capture=False)]
@@ -111,7 +116,7 @@ def test_a_request_that_opts_out_leaves_no_trace(programs):
     assert set(traces) == {"in"}
 
 
-def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
+def test_rows_overwritten_in_the_ring_are_counted_and_masked(overlaps):
     engine = make_engine(
         random_model("qwen3"), ring_rows=216, prefix_cache=False, overlaps=overlaps
     )
@@ -123,13 +128,9 @@ def test_rows_overwritten_in_the_ring_are_counted_and_masked(programs):
 
 
 def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(tmp_path):
-    engine = make_engine(random_model("qwen3"), ring_rows=256, prefix_cache=False)
-    lost = []
-    maker = TraceMaker(
-        Producer("test", 1, "f" * 64), engine.programs.ring, engine.programs.target.layer_ids, lost.append
+    engine, maker, made = capturing(
+        make_engine(random_model("qwen3"), ring_rows=256, prefix_cache=False)
     )
-    made = []
-    engine.on_finished = lambda sequence: made.append(maker.finished(sequence))
     # 50 rows each, of which the ring holds those of 5 requests.
     run(engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(8)])
     writer = open_trace_writer(
@@ -146,7 +147,7 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
         assert trace.features.positions.tolist() == list(range(len(trace.token_ids) - 1))
     dropped = 8 - len(traces)
     assert 3 <= dropped <= 5
-    assert sum(lost) == dropped * 50
+    assert maker.num_lost_rows == dropped * 50
     assert recorder.counts() == {
         "queued": 8, "written": len(traces), "dropped": dropped, "failed": 0
     }  # fmt: skip

@@ -6,21 +6,23 @@ last one was read, K and drafter change with every step, and lanes change hands.
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-import serving.engine.adjusting
+import serving.engine.lanes
+import serving.engine.prefill
 import serving.engine.rounds
 from oracles.engines import random_model, request_of, run
 from oracles.plain_reference import decode
 from oracles.random_requests import every_shape, exact_engine, twice
-from serving.engine.adjusting import Adjusting, adjusting_bytes
-from serving.engine.lanes import MOST_BIASES
+from serving.engine.lanes import Lanes, table_bytes_of
 from specops import lane_penalties, lane_penalties_triton
 from specops.lane_penalties import LaneTables
+from targets.target import Target
 
 V = 288
 
@@ -45,21 +47,9 @@ def by_the_book(model):
     return [(r, decode(model, r)) for r in requests]
 
 
-def refuse_passes(engine):
-    """Only programs may decode: they call the target by another name."""
-
-    def forward(*_args):
-        raise AssertionError("a step was put together anew")
-
-    engine.programs.target.forward = forward
-    return engine
-
-
 def wrong_answers(model, by_the_book, max_batch=4, between=lambda _engine, _step: None, **options):
     """Requests that are answered otherwise than by the book."""
-    engine = refuse_passes(
-        exact_engine(model, "echo", max_batch=max_batch, **options)
-    )
+    engine = exact_engine(model, "echo", max_batch=max_batch, **options)
     got = run(engine, twice(r for r, _ in by_the_book), between)
     if options.get("max_draft", 8):
         assert engine.figures().num_accepted_tokens > 50, "hardly anything was drafted well"
@@ -106,7 +96,7 @@ def test_log_probabilities_beside_penalties_are_the_targets_own(model):
     request = request_of(
         "a", [5, 6, 7], 12, logprobs=2, presence_penalty=1.9, frequency_penalty=1.0
     )
-    engine = refuse_passes(exact_engine(model, "random"))
+    engine = exact_engine(model, "random")
 
     got = run(engine, [request, request_of("b", [5, 6, 7], 12)])["a"]
 
@@ -121,45 +111,10 @@ def test_log_probabilities_beside_penalties_are_the_targets_own(model):
         assert [token for token, _ in one.top] == scores[place].topk(2).indices.tolist()
 
 
-def wrong_beside_passes():
-    """A request with more biases than a lane holds, and one beside it that is penalized: which are
-    answered otherwise than by the book, and how many steps were passes."""
-    model = random_model("qwen3", vocab_size=600).double()
-    many = tuple((token, -3.0 - token / 100) for token in range(MOST_BIASES + 1))
-    requests = [
-        request_of("many", [5, 6], 6, logit_bias=many),
-        request_of("penalized", [7, 5, 6], 40, presence_penalty=1.5, repetition_penalty=1.3),
-    ]
-    engine = exact_engine(model, "echo")
-    passes = 0
-    forward = engine.programs.target.forward
-
-    def count(*args):
-        nonlocal passes
-        passes += 1
-        return forward(*args)
-
-    engine.programs.target.forward = count
-
-    got = run(engine, requests)
-
-    wrong = {r.id for r in requests if got[r.id].token_ids != decode(model, r)}
-    return wrong, passes
-
-
-def test_more_biases_than_a_lane_holds_are_served_by_passes():
-    """The others of such a batch are decoded outside of rounds too, which count for them again
-    when it has ended."""
-    wrong, passes = wrong_beside_passes()
-
-    assert not wrong
-    assert 0 < passes < 10
-
-
-def test_tables_take_as_much_memory_as_is_kept_free_for_them():
-    tables = Adjusting(3, V, torch.device("cpu")).tables
+def test_tables_take_as_much_memory_as_is_kept_free_for_them(model):
+    tables = Lanes(2, 8, 4, Target(copy.deepcopy(model), ())).tables
     held = sum(getattr(tables, name).nbytes for name in LaneTables.__slots__)
-    assert held == adjusting_bytes(3, V)
+    assert held == table_bytes_of(3, V)
 
 
 # ---- bugs planted --------------------------------------------------------------------------------
@@ -210,27 +165,18 @@ class Unclearable(torch.Tensor):
 
 
 def test_counts_left_by_the_lanes_former_request_are_seen(model, by_the_book, monkeypatch):
-    right = serving.engine.adjusting.new_tables
+    right = serving.engine.lanes.new_tables
 
     def tables(*args):
         found = right(*args)
         return replace(found, counts_LV=found.counts_LV.as_subclass(Unclearable))
 
-    monkeypatch.setattr(serving.engine.adjusting, "new_tables", tables)
+    monkeypatch.setattr(serving.engine.lanes, "new_tables", tables)
 
     assert wrong_answers(model, by_the_book, max_batch=2)
 
 
 def test_prompts_that_lanes_are_not_told_of_are_seen(model, by_the_book, monkeypatch):
-    monkeypatch.setattr(serving.engine.adjusting, "prompt_that_counts", lambda _sequence: [])
+    monkeypatch.setattr(serving.engine.lanes, "_penalized_prompt", lambda _sequence: [])
 
     assert wrong_answers(model, by_the_book)
-
-
-def test_completions_that_lanes_are_not_told_of_are_seen(monkeypatch):
-    """Rounds count by themselves, but for what passes have decoded."""
-    monkeypatch.setattr(serving.engine.adjusting, "completion_that_counts", lambda _sequence: [])
-
-    wrong, _ = wrong_beside_passes()
-
-    assert wrong == {"penalized"}

@@ -11,6 +11,7 @@ import torch
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import make_engine, random_model, request_of, run
 from policies.fixed import FixedPolicy
+from serving.engine.loop import Listeners
 
 
 def reduced_drafter(model, draft_vocab):
@@ -24,6 +25,12 @@ def reduced_drafter(model, draft_vocab):
 def decoded(fuse_drafter, num_draft, draft_vocab, swap=lambda _engine, _step: None, **sampling):
     """Answers, and drafts of every round, of prompts long enough to be cut into chunks."""
     model = random_model("qwen3", head_dim=16)
+    drafts = {}
+
+    def keep(sequence):
+        rounds = [(r.anchor, r.draft_ids, r.num_accepted) for r in sequence.rounds]
+        drafts[sequence.request.id] = rounds
+
     engine = make_engine(
         model,
         policy=FixedPolicy("eagle3", num_draft),
@@ -32,13 +39,9 @@ def decoded(fuse_drafter, num_draft, draft_vocab, swap=lambda _engine, _step: No
         suffix=False,
         drafter=reduced_drafter(model, draft_vocab) if draft_vocab else None,
         fused_drafter=fuse_drafter,
+        listeners=Listeners(on_finished=keep),
     )
-    neural = engine.drafting.neural
-    assert neural is not None and neural.is_fused == fuse_drafter
-    drafts = {}
-    engine.on_finished = lambda sequence: drafts.__setitem__(
-        sequence.request.id, [(r.anchor, r.draft_ids, r.num_accepted) for r in sequence.rounds]
-    )
+    assert engine.drafting.neural["eagle3"].drafter.is_fused == fuse_drafter
     numbers = random.Random(3)
     prompts = [[numbers.randrange(96) for _ in range(n)] for n in (1, 5, 20, 50)]
     requests = [request_of(str(i), p, 25 + i, **sampling) for i, p in enumerate(prompts)]
@@ -84,7 +87,7 @@ def test_programs_say_why_a_drafter_is_not_fused(caplog):
 
     engine = make_engine(model, drafter=drafter, fused=True)
 
-    assert engine.drafting.neural is not None and not engine.drafting.neural.is_fused
+    assert not engine.drafting.neural["eagle3"].drafter.is_fused
     assert "the drafter's own code computes its layer, which is slower: the weights are" in (
         caplog.text
     )

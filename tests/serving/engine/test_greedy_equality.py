@@ -76,7 +76,8 @@ def test_the_fused_decoder_answers_as_generate_does(architecture):
 
     got = run(engine, [request_of(str(i), p, 20) for i, p in enumerate(prompts)], scramble)
 
-    assert engine.programs.target.is_fused and engine.drafting.neural.is_fused
+    assert engine.programs.target.is_fused
+    assert engine.drafting.neural["eagle3"].drafter.is_fused
     for index, prompt in enumerate(prompts):
         assert got[str(index)].token_ids == reference(plain, prompt, 20), f"request {index}"
 

@@ -17,13 +17,11 @@ transformers, EAGLE and others.
 | M8 | bonus from the position before | ``rule-m8`` here |
 | M9 | bonus without temperature, top-k, top-p | ``rule-m9`` here |
 | M10 | bias, a penalty or a truncation forgotten in verification, or penalties blind to the draft \
-| ``test_a_shape_that_verification_forgets_is_seen``, \
-``test_penalties_that_do_not_see_the_draft_are_seen`` |
+| ``test_a_shape_that_verification_forgets_is_seen``; ``test_adjusting`` |
 | M11 | greedy verification of sampled requests | ``rule-m11`` here |
 | M12 | block acceptance, residual of the standard rule | ``test_verification_is_exact`` |
 | M13 | 24-bit numbers | ``test_joint_law`` |
-| M14 | q of lower precision than what was drawn from | ``test_a_rounded_q_is_seen``; of programs \
-in ``test_mutants_of_programs``, as M17 |
+| M14 | q of lower precision than what was drawn from | ``test_another_q_is_seen`` |
 | M15 | verification off by one | ``rule-m15`` here |
 | M16 | acceptance of p / 0.9 | ``rule-m16`` here |
 | M17 | rows share a number; rounds move a seeded request's numbers | \
@@ -44,13 +42,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-import drafters.eagle3.paged
-import serving.engine.packing
-import serving.engine.verifying
+import serving.engine.prefill
+import serving.engine.rounds
+from oracles.device_bugs import untempered
 from oracles.engines import random_model, request_of, run
 from oracles.joint_law import (
     Cut,
@@ -64,7 +61,8 @@ from oracles.joint_law import (
 )
 from oracles.plain_reference import decode
 from oracles.random_requests import every_shape, exact_engine, twice
-from specops.penalties import adjust_logits
+from specops.draft_sampling import DraftLaw
+from specops.lanes import Field
 from specops.sampling import draw
 from specops.verify import Verdict, verify_match
 
@@ -174,9 +172,10 @@ def test_where_nothing_is_planted_nothing_is_seen(rule, regime):
     assert excess(Parts(), rule, regime) < 1
 
 
-# ---- in how serving calls it: seen by answers that must equal the book's -------------------------
+# ---- in how the engine calls it: seen by answers that must equal the plain reference ------------
 
 V = 288
+PROGRAMS = serving.engine.rounds, serving.engine.prefill
 
 
 @pytest.fixture(scope="module")
@@ -189,108 +188,134 @@ def by_the_book(model):
     return {r.id: decode(model, r) for r in every_shape()}
 
 
-def wrong_answers(model, by_the_book, max_batch=8, max_draft=8):
-    """Ways of shaping that are answered otherwise than by the book."""
-    engine = exact_engine(model, "echo", max_batch=max_batch, max_draft=max_draft)
+def wrong_answers(model, by_the_book, **options):
+    """Ways of shaping that are answered otherwise than by the plain reference."""
+    engine = exact_engine(model, "echo", **{"max_batch": 8, **options})
     got = run(engine, twice(every_shape()))
     return {
         name for name, c in got.items() if c.token_ids != by_the_book[name.removesuffix(" again")]
     }
 
 
-def forget(**neutral):
-    """``adjustments_of`` with some fields at their neutral value."""
-    right = serving.engine.packing.adjustments_of
+def without_penalty(column, neutral):
+    """Logits adjusted with one penalty at its neutral value."""
 
-    def adjustments(batch, device):
-        found = right(batch, device)
-        if found is None:
-            return None
-        values = {name: torch.full_like(getattr(found, name), v) for name, v in neutral.items()}
-        return replace(found, **values)
+    def change(right):
+        def adjust(logits, draft, requests, tables):
+            penalties = tables.penalties_L3.clone()
+            penalties[:, column] = neutral
+            return right(logits, draft, requests, replace(tables, penalties_L3=penalties))
 
-    return "adjustments_of", adjustments
+        return adjust
+
+    return "adjust_rows", change
 
 
-def shape_without(**neutral):
-    """``sampling_of`` with some fields at their neutral value."""
-    right = serving.engine.packing.sampling_of
+def without_bias():
+    def change(right):
+        def adjust(logits, draft, requests, tables):
+            none = torch.zeros_like(tables.bias_LB)
+            return right(logits, draft, requests, replace(tables, bias_LB=none))
 
-    def sampling(batch, vocab_size, device):
-        rows = right(batch, vocab_size, device)
-        values = {name: torch.full_like(getattr(rows, name), v) for name, v in neutral.items()}
-        return replace(rows, **values)
+        return adjust
 
-    return "sampling_of", sampling
+    return "adjust_rows", change
+
+
+def opened(edit):
+    """Rounds that open with other fields than their lanes hold."""
+
+    def change(right):
+        def open_round(*arguments, **options):
+            return edit(right(*arguments, **options))
+
+        return open_round
+
+    return "open_round", change
+
+
+def without_shape(row, neutral):
+    """A real-valued field at its neutral value."""
+
+    def edit(round_):
+        reals = round_.floats_3R.clone()
+        reals[row] = torch.where(reals[0] > 0, neutral, reals[row])  # greedy requests stay greedy
+        return replace(round_, floats_3R=reals)
+
+    return opened(edit)
+
+
+def without_top_k():
+    def edit(round_):
+        fields = round_.ints_FR.clone()
+        fields[Field.TOP_K] = V
+        return replace(round_, ints_FR=fields)
+
+    return opened(edit)
+
+
+def plant(monkeypatch, mutant):
+    name, change = mutant
+    for module in PROGRAMS:
+        monkeypatch.setattr(module, name, change(getattr(module, name)))
 
 
 @pytest.mark.parametrize(
     "mutant",
     [
-        pytest.param(forget(presence_A=0), id="presence_penalty"),
-        pytest.param(forget(frequency_A=0), id="frequency_penalty"),
-        pytest.param(forget(repetition_A=1), id="repetition_penalty"),
-        pytest.param(forget(bias_T=0), id="logit_bias"),
-        pytest.param(shape_without(temperature_R=1), id="temperature"),
-        pytest.param(shape_without(top_k_R=V), id="top_k"),
-        pytest.param(shape_without(top_p_R=1), id="top_p"),
-        pytest.param(shape_without(min_p_R=0), id="min_p"),
+        pytest.param(without_penalty(0, 0.0), id="presence_penalty"),
+        pytest.param(without_penalty(1, 0.0), id="frequency_penalty"),
+        pytest.param(without_penalty(2, 1.0), id="repetition_penalty"),
+        pytest.param(without_bias(), id="logit_bias"),
+        pytest.param(without_shape(0, 0.5), id="temperature"),
+        pytest.param(without_top_k(), id="top_k"),
+        pytest.param(without_shape(1, 1.0), id="top_p"),
+        pytest.param(without_shape(2, 0.0), id="min_p"),
     ],
 )
 def test_a_shape_that_verification_forgets_is_seen(model, by_the_book, monkeypatch, mutant):
-    monkeypatch.setattr(serving.engine.verifying, *mutant)
+    plant(monkeypatch, mutant)
 
     assert wrong_answers(model, by_the_book)
 
 
-def blind_to_the_draft(logits, draft, adjustments):
-    every = [
-        adjust_logits(logits[:, j : j + 1], draft[:, :0], adjustments)
-        for j in range(logits.shape[1])
-    ]
-    return torch.cat(every, dim=1)
+def test_a_row_with_the_shape_of_another_is_seen(model, by_the_book, monkeypatch):
+    def mixed_up(round_):
+        if round_.floats_3R.shape[1] <= 2:
+            return round_
+        return replace(round_, floats_3R=round_.floats_3R.roll(1, dims=1))
+
+    plant(monkeypatch, opened(mixed_up))
+
+    assert not wrong_answers(model, by_the_book, max_batch=2)
+    assert wrong_answers(model, by_the_book, max_batch=8)
 
 
-def one_draft_late(logits, draft, adjustments):
-    return adjust_logits(logits, draft.roll(1, dims=1), adjustments)
-
-
-@pytest.mark.parametrize("mutant", [blind_to_the_draft, one_draft_late])
-def test_penalties_that_do_not_see_the_draft_are_seen(model, by_the_book, monkeypatch, mutant):
-    """Only where something was drafted: plain decoding has the bug too, and does not show it."""
-    monkeypatch.setattr(serving.engine.verifying, "adjust_logits", mutant)
-
-    assert wrong_answers(model, by_the_book)
-    assert not wrong_answers(model, by_the_book, max_draft=0)
-
-
-RIGHT_UNIFORMS = serving.engine.packing.uniforms
-
-
-def one_key(keys, positions, nonces, stream):
-    return RIGHT_UNIFORMS(np.full_like(keys, keys[0]), positions, nonces, stream)
+def one_key(round_):
+    fields = round_.ints_FR.clone()
+    fields[Field.KEY] = fields[Field.KEY, 0]
+    return replace(round_, ints_FR=fields)
 
 
 def test_rows_that_share_a_number_are_seen(model, by_the_book, monkeypatch):
-    monkeypatch.setattr(serving.engine.packing, "uniforms", one_key)
+    plant(monkeypatch, opened(one_key))
 
     assert wrong_answers(model, by_the_book, max_batch=8)
     assert not wrong_answers(model, by_the_book, max_batch=1)
 
 
-def test_numbers_that_move_with_the_rounds_are_seen(model, by_the_book, monkeypatch):
+def test_numbers_that_move_with_the_rounds_are_seen(model, monkeypatch):
     """A round that starts elsewhere has other numbers: answers with and without drafts differ."""
 
-    def by_round(keys, positions, nonces, stream):
-        return RIGHT_UNIFORMS(keys, positions, positions[:, 0], stream)
+    def by_round(round_):
+        return replace(round_, nonces_R=round_.ints_FR[Field.NONCE] + 1)
 
     def tokens(max_draft):
-        engine = exact_engine(model, "echo", max_draft=max_draft)
-        got = run(engine, twice(every_shape()))
+        got = run(exact_engine(model, "echo", max_draft=max_draft), twice(every_shape()))
         return {name: collected.token_ids for name, collected in got.items()}
 
     assert tokens(max_draft=8) == tokens(max_draft=0)
-    monkeypatch.setattr(serving.engine.packing, "uniforms", by_round)
+    plant(monkeypatch, opened(by_round))
     assert tokens(max_draft=8) != tokens(max_draft=0)
 
 
@@ -303,66 +328,61 @@ def num_distinct(model):
 
 def test_requests_without_a_seed_are_answered_independently(model, monkeypatch):
     assert num_distinct(model) == 32
-    monkeypatch.setattr(serving.engine.packing, "uniforms", one_key)
-    assert num_distinct(model) < 8
-
-
-def test_a_row_with_the_shape_of_another_is_seen(model, by_the_book, monkeypatch):
-    right = serving.engine.packing.sampling_of
-
-    def mixed_up(batch, vocab_size, device):
-        rows = batch if len(batch) <= 2 else [*batch[1:], batch[0]]
-        return right(rows, vocab_size, device)
-
-    monkeypatch.setattr(serving.engine.verifying, "sampling_of", mixed_up)
-
-    assert not wrong_answers(model, by_the_book, max_batch=2)
-    assert wrong_answers(model, by_the_book, max_batch=8)
+    plant(monkeypatch, opened(one_key))
+    assert num_distinct(model) < 12
 
 
 # ---- M14 -----------------------------------------------------------------------------------------
 
 
 def drawn_and_verified(model, monkeypatch):
-    """Pairs of q as the drafter drew from it and as the rule got it, one for each round."""
+    """What each draft token of a round was drawn from and under, and the law that verification got
+    of them, by round."""
     drawn, pairs = [], []
-    right_draw, right_rule = drafters.eagle3.paged.draw, serving.engine.verifying.verify_block
+    right_draw, right_rule = serving.engine.rounds.sample_draft, serving.engine.rounds.verify_logits
 
-    def note_draw(law, numbers):
-        drawn.append(law)
-        return right_draw(law, numbers)
+    def note_draw(logits, sampling, numbering, greedy, vocab):
+        drawn.append((logits.clone(), sampling, greedy, vocab))
+        return right_draw(logits, sampling, numbering, greedy, vocab)
 
-    def note_rule(p, q, *rest):
-        if q is not None:
-            pairs.append((torch.stack(drawn[-q.shape[1] :], dim=1), q))
-        return right_rule(p, q, *rest)
+    def note_rule(logits, sampling, draft, lens, rules, numbering, law):
+        if law is not None:
+            pairs.append((drawn[-draft.shape[1] :], law))
+        return right_rule(logits, sampling, draft, lens, rules, numbering, law)
 
-    monkeypatch.setattr(drafters.eagle3.paged, "draw", note_draw)
-    monkeypatch.setattr(serving.engine.verifying, "verify_block", note_rule)
+    monkeypatch.setattr(serving.engine.rounds, "sample_draft", note_draw)
+    monkeypatch.setattr(serving.engine.rounds, "verify_logits", note_rule)
     engine = exact_engine(model, "echo", suffix=False)
-    run(engine, [request_of(str(i), [i, 2], 20, temperature=1.0) for i in range(5)])
+    run(engine, [request_of(str(i), [i, 2], 20, temperature=0.7) for i in range(5)])
     assert len(pairs) > 5
     return pairs
 
 
-def test_the_rule_gets_the_very_q_that_was_drawn_from(model, monkeypatch):
+def is_very_q(drawn, law):
+    """Bit for bit, in the same precision, under the parameters that were drawn under."""
+    logits = torch.stack([one[0] for one in drawn], dim=1)
+    under = (law.sampling, law.greedy_R, law.vocab)
+    is_same = all(a is b for one in drawn for a, b in zip(one[1:], under, strict=True))
+    return is_same and law.logits_RKD.dtype == logits.dtype and law.logits_RKD.equal(logits)
+
+
+def test_verification_gets_the_very_q_that_was_drawn_from(model, monkeypatch):
     pairs = drawn_and_verified(model, monkeypatch)
 
-    assert all(torch.equal(drawn, verified) for drawn, verified in pairs)
+    assert all(is_very_q(drawn, law) for drawn, law in pairs)
+    assert all(law.sampling.truncates for _, law in pairs)  # as ``device_law`` samples
 
 
-def test_a_rounded_q_is_seen(model, monkeypatch):
-    """Too small for any sample, so it is not looked for in the law."""
-    right = drafters.eagle3.paged.PagedEagle3.propose
+def rounded(logits, *rest):
+    return DraftLaw(logits.bfloat16().to(logits.dtype), *rest)
 
-    def propose(*args):
-        draft = right(*args)
-        return (
-            draft if draft.q_RKV is None else replace(draft, q_RKV=draft.q_RKV.bfloat16().double())
-        )
 
-    monkeypatch.setattr(drafters.eagle3.paged.PagedEagle3, "propose", propose)
+def of_another_shape(logits, sampling, *rest):
+    return DraftLaw(logits, untempered(sampling), *rest)
 
-    pairs = drawn_and_verified(model, monkeypatch)
 
-    assert not all(torch.equal(drawn, verified) for drawn, verified in pairs)
+@pytest.mark.parametrize("bug", [rounded, of_another_shape])
+def test_another_q_is_seen(model, monkeypatch, bug):
+    monkeypatch.setattr(serving.engine.rounds, "DraftLaw", bug)
+
+    assert not any(is_very_q(*pair) for pair in drawn_and_verified(model, monkeypatch))

@@ -11,6 +11,7 @@ import torch
 from oracles.engines import Collected, RandomPolicy, make_engine, random_model, request_of, run
 from policies.interface import Decision
 from serving.engine.cuda_graphs import Landing
+from serving.engine.loop import Listeners
 
 V = 288
 PROMPT = [40, 41, 42, 43]
@@ -81,7 +82,8 @@ def test_a_round_is_launched_before_the_prompt_beside_it_is_read(model, sampling
 
     assert lengths == [1, "logprobs" in sampling]
     assert len(got["b"].token_ids) == 1
-    assert lane == len(PROMPT), "the lane was written with the prompt"
+    # The lane was written with the prompt; a scored token is committed at once.
+    assert lane == len(PROMPT) + ("logprobs" in sampling)
 
 
 def test_rounds_beside_a_prompt_are_not_timed(model):
@@ -133,9 +135,7 @@ def test_lanes_and_pages_change_hands_while_a_round_flies(model):
                 engine.inbox.cancel(name)
 
     # Pages for about three requests at a time: those of one that ended are taken again at once.
-    engine = make_engine(
-        model, max_batch=4, eos_ids=frozenset(range(5)), num_pages=90
-    )
+    engine = make_engine(model, max_batch=4, eos_ids=frozenset(range(5)), num_pages=90)
     got = run(engine, requests, between)
 
     cancelled = {name for name, c in got.items() if c.last.finish_reason == "cancelled"}
@@ -152,11 +152,12 @@ def test_lanes_and_pages_change_hands_while_a_round_flies(model):
 
 def test_a_round_counts_for_the_version_that_drafted_it(model):
     policy = Steady("eagle3", 2)
-    engine = make_engine(model, policy=policy)
-    rounds = []
-    engine.on_finished = lambda sequence: rounds.extend(sequence.rounds)
-    versions = []
-    engine.on_rounds = lambda _rounds: versions.append(engine.drafting.version)
+    rounds, versions = [], []
+    listeners = Listeners(
+        on_finished=lambda sequence: rounds.extend(sequence.rounds),
+        on_rounds=lambda _drafter, _rounds: versions.append(engine.drafting.version),
+    )
+    engine = make_engine(model, policy=policy, listeners=listeners)
 
     def between(engine, step):
         engine.drafting.neural["eagle3"].drafter.version = step // 4
@@ -174,7 +175,7 @@ def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model
     """Learning what was decided and looking up: neither can go on beside a round."""
     policy = Steady("suffix", 4)
     engine = make_engine(model, policy=policy)
-    foresee, look_up = engine.drafting.foresee, engine.drafting.from_index
+    foresee, look_up = engine.drafting.foresee, engine.drafting.from_host
 
     def slow(function):
         def call(*arguments):
@@ -184,7 +185,7 @@ def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model
         return call
 
     monkeypatch.setattr(engine.drafting, "foresee", slow(foresee))
-    monkeypatch.setattr(engine.drafting, "from_index", slow(look_up))
+    monkeypatch.setattr(engine.drafting, "from_host", slow(look_up))
 
     run(engine, [request_of("a", PROMPT * 4, 12)])
 
@@ -197,20 +198,20 @@ def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model
     """It drafts from the text that the last one has decided all the same."""
     engine = make_engine(model, policy=Steady("suffix", 4))
     collected = Collected()
-    rounds, look_up = engine.programs.rounds, engine.drafting.from_index
+    rounds, look_up = engine.programs.rounds, engine.drafting.from_host
     committed, texts = [], []
 
     def launch(*arguments):
         committed.append(len(collected.token_ids))
         return right(*arguments)
 
-    def from_index(batch, num_draft):
+    def from_host(kind, batch, num_draft):
         texts.extend(engine.drafting.hosts["suffix"]._own(s.request.id).all_tokens() for s in batch)
-        return look_up(batch, num_draft)
+        return look_up(kind, batch, num_draft)
 
     right = rounds.launch
     monkeypatch.setattr(rounds, "launch", launch)
-    monkeypatch.setattr(engine.drafting, "from_index", from_index)
+    monkeypatch.setattr(engine.drafting, "from_host", from_host)
     engine.inbox.submit(request_of("a", PROMPT * 4, 12), collected.take)
     with torch.inference_mode():
         while collected.last is None or collected.last.finish_reason is None:
@@ -235,7 +236,8 @@ def test_the_index_keeps_nothing_that_was_decided_behind_the_end_of_a_text(model
 
     assert got.token_ids == plain[: plain.index(end) + 1]
     assert before == len(PROMPT) + 40
-    assert engine.drafting.hosts["suffix"].num_recent_tokens - before == len(PROMPT) + len(got.token_ids)
+    added = engine.drafting.hosts["suffix"].num_recent_tokens - before
+    assert added == len(PROMPT) + len(got.token_ids)
 
 
 def test_what_a_request_drafts_behind_its_end_is_told_nobody(model):

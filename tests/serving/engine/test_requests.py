@@ -63,8 +63,6 @@ def test_a_text_that_only_begins_a_stop_string_is_delivered_in_the_end(model):
 def test_logprobs_are_the_targets_own_and_one_for_each_token(model, overlaps, drafter, draft_k):
     beside = request_of("beside", PROMPT, 12)  # asks for none
     engine = make_engine(model, policy=FixedPolicy(drafter, draft_k), overlaps=overlaps)
-    if programs:
-        engine._pass = None  # nothing needs it
     run(engine, [request_of("before", PROMPT, 40)])  # so that the index has something to propose
     got = run(engine, [request_of("l", PROMPT, 12, logprobs=3), beside])["l"]
     reference = copy.deepcopy(model)
@@ -123,17 +121,30 @@ def test_cancelling_frees_pages_at_any_stage(model, overlaps):
 )
 def test_what_can_never_run_is_refused_by_name(model, prompt, max_tokens, text):
     with pytest.raises(ValueError, match=text):
-        make_engine(model).submit(request_of("x", prompt, max_tokens), Collected().take)
+        make_engine(model).inbox.submit(request_of("x", prompt, max_tokens), Collected().take)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text"),
+    [
+        ({"logit_bias": tuple((i, 1.0) for i in range(513))}, "513 tokens, at most 512"),
+        ({"logprobs": 21}, "logprobs is 21, more than 20"),
+    ],
+)
+def test_what_no_program_holds_is_refused_by_name(sampling, text):
+    engine = make_engine(random_model("qwen3", vocab_size=600))
+    with pytest.raises(ValueError, match=text):
+        engine.inbox.submit(request_of("x", PROMPT, 4, **sampling), Collected().take)
 
 
 def test_a_request_larger_than_the_pool_is_refused(model):
     with pytest.raises(ValueError, match="needs 29 KV pages, the pool has 9"):
-        make_engine(model, num_pages=10).submit(request_of("x", [1], 103), Collected().take)
+        engine = make_engine(model, num_pages=10)
+        engine.inbox.submit(request_of("x", [1], 103), Collected().take)
 
 
 def test_a_full_queue_and_a_draining_engine_say_so(model):
-    engine = make_engine(model)
-    engine.max_queue = 1
+    engine = make_engine(model, max_queue=1)
     engine.inbox.submit(request_of("a", PROMPT, 4), Collected().take)
     with pytest.raises(QueueFullError):
         engine.inbox.submit(request_of("b", PROMPT, 4), Collected().take)
@@ -146,19 +157,20 @@ def test_a_full_queue_and_a_draining_engine_say_so(model):
 def test_a_failing_step_ends_its_requests_and_serving_goes_on(model, overlaps):
     """A real failure: the target is made to raise once, by a broken weight shape."""
     engine = make_engine(model, overlaps=overlaps)
-    weight = engine.programs.target.decoder.norm.weight
-    engine.programs.target.decoder.norm.weight = torch.nn.Parameter(weight[:-1], requires_grad=False)
+    norm = engine.programs.target.decoder.norm
+    weight = norm.weight
+    norm.weight = torch.nn.Parameter(weight[:-1], requires_grad=False)
     collected = Collected()
     done = Collected()
     engine.start()
     try:
         engine.inbox.submit(request_of("a", PROMPT, 4), collected.take)
         _wait(lambda: collected.last is not None)
-        engine.programs.target.decoder.norm.weight = weight
+        norm.weight = weight
         engine.inbox.submit(request_of("b", PROMPT, 4), done.take)
         _wait(lambda: done.last is not None and done.last.finish_reason is not None)
     finally:
-        engine.programs.target.decoder.norm.weight = weight
+        norm.weight = weight
         engine.stop()
 
     assert collected.last.finish_reason == "error"

@@ -1,4 +1,4 @@
-"""Rounds of fixed shape decode as passes put together for each step do."""
+"""Rounds draft and capture the same whether they overlap or not, by kernels as by definitions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 import serving.engine.rounds
 from oracles.engines import make_engine, random_model, request_of, run
 from policies.interface import Decision, Outcome, StepObs
-from serving.engine.catch_up import CatchUp
+from serving.engine.drafter_rows import DrafterRows
+from serving.engine.loop import Engine, Listeners
 from specops import best_ids_triton, lanes_triton
 
 
@@ -21,6 +22,7 @@ class Alternating:
     """Plays a list of (drafter, K) over and over."""
 
     arms: list[tuple[str, int]]
+    wants_profile = False
 
     def rest(self) -> Decision | None:
         return None
@@ -30,13 +32,14 @@ class Alternating:
         return Decision(drafter, min(k, obs.max_draft), 1.0, False, "test")
 
     def observe(self, outcome: Outcome) -> None: ...
-    def on_swap(self, version: int, calibration: dict[str, Any]) -> None: ...
+    def calibrate(self, samples: Any) -> None: ...
+    def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None: ...
     def figures(self) -> dict[str, Any]:
         return {}
 
 
 def rounds_of(
-    arms: list[tuple[str, int]], rounds: bool, num_requests: int = 7, **sampling: Any
+    arms: list[tuple[str, int]], overlaps: bool, num_requests: int = 7, **sampling: Any
 ) -> dict[str, Any]:
     """Every round of some requests, in order, and what the capture ring kept of them."""
     # A lane for each: a request that waits for one would begin one step later behind a round that
@@ -45,16 +48,15 @@ def rounds_of(
         random_model("qwen3"), policy=Alternating(arms), overlaps=overlaps, max_batch=8
     )
     kept: dict[str, Any] = {}
-    engine.on_finished = lambda sequence: kept.__setitem__(
-        sequence.request.id,
-        (
-            [
-                (r.anchor, r.drafter, r.draft_ids, r.num_accepted, r.next_id)
-                for r in sequence.rounds
-            ],
-            engine.programs.ring.read(sequence.capture_rows),
-        ),
-    )
+
+    def keep(sequence):
+        rounds = [
+            (r.anchor, r.drafter, r.draft_ids, r.num_accepted, r.next_id) for r in sequence.rounds
+        ]
+        rows = engine.programs.ring.read(sequence.capture_rows)
+        kept[sequence.request.id] = rounds, rows
+
+    engine = Engine(engine.parts, engine.policy, Listeners(on_finished=keep))
     requests = [
         request_of(str(i), [5 + i, *range(3 * i, 40)], 12 + 5 * i, **sampling)
         for i in range(num_requests)
@@ -78,14 +80,14 @@ def rounds_of(
     [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9, "top_k": 40}, {"seed": 3}],
     ids=["greedy", "sampled", "truncated", "seeded"],
 )
-def test_rounds_draft_what_passes_draft(arms, sampling):
+def test_rounds_that_overlap_draft_what_others_draft(arms, sampling):
     if "seed" in sampling:
         sampling = {"temperature": 1.0, **sampling}
-    rounds, passes = rounds_of(arms, True, **sampling), rounds_of(arms, False, **sampling)
+    ahead, waiting = rounds_of(arms, True, **sampling), rounds_of(arms, False, **sampling)
 
-    assert any(draft for one, _ in passes.values() for _, _, draft, _, _ in one)
-    for request_id, (expected, rows) in passes.items():
-        found, found_rows = rounds[request_id]
+    assert any(draft for one, _ in waiting.values() for _, _, draft, _, _ in one)
+    for request_id, (expected, rows) in waiting.items():
+        found, found_rows = ahead[request_id]
         assert found == expected
         (held, lost), (held_there, lost_there) = rows, found_rows
         assert (held_there.positions == held.positions).all()
@@ -96,9 +98,9 @@ def test_rounds_draft_what_passes_draft(arms, sampling):
 def test_a_prompt_leaves_the_drafter_warm(monkeypatch):
     """Its last program computes the drafter's row of the first token: nothing is caught up on."""
     caught_up = []
-    monkeypatch.setattr(CatchUp, "run", lambda _self, batch: caught_up.append(len(batch)))
+    monkeypatch.setattr(DrafterRows, "_launch", lambda _self, blocks: caught_up.append(blocks))
 
-    kept = rounds_of([("eagle3", 4)], rounds=True)
+    kept = rounds_of([("eagle3", 4)], overlaps=True)
 
     assert caught_up == []
     assert all(rounds[0][1] == "eagle3" for rounds, _ in kept.values())

@@ -10,14 +10,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-import serving.engine.verifying
 import specops.verify
+import specops.verify_logits
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import make_engine, random_model, request_of, run
 from oracles.joint_law import chi_squared_excess
 from oracles.plain_reference import adjusted
 from specops.sampling import distribution, sampling_rows
 from specops.verify import Verdict
+from specops.verify_logits import Rule
 
 V, LENGTH, PROMPT = 8, 3, [1, 5]
 NUM_SAMPLES = 4_000
@@ -129,7 +130,7 @@ def test_penalties_shape_the_joint_law_along_the_draft(regime, overlaps):
 
 
 @pytest.mark.parametrize(
-    ("rule", "overlaps"), [("block", False), ("standard", False), ("block", True)]
+    ("rule", "overlaps"), [(Rule.BLOCK, False), (Rule.STANDARD, False), (Rule.BLOCK, True)]
 )
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("regime", ["close", "opposed"])
@@ -168,14 +169,17 @@ def recompute_q(p, q, draft, lens, accept_u, next_u):
 @pytest.mark.parametrize(
     ("rule", "mutant"),
     [
-        ("block", redraw_from_target),
-        ("block", recompute_q),
-        ("standard", reuse_the_uniform),  # under ``block`` it moves the law too little to be seen
+        (Rule.BLOCK, redraw_from_target),
+        (Rule.BLOCK, recompute_q),
+        (
+            Rule.STANDARD,
+            reuse_the_uniform,
+        ),  # under ``block`` it moves the law too little to be seen
     ],
 )
 def test_a_planted_bug_is_seen(monkeypatch, rule, mutant):
     law = expected_law(soft_target("opposed"), {"temperature": 1.0})
-    monkeypatch.setattr(serving.engine.verifying, f"verify_{rule}", mutant)
+    monkeypatch.setattr(specops.verify_logits, f"verify_{rule.name.lower()}", mutant)
 
     counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000, rule=rule)
 

@@ -22,15 +22,11 @@ def served_logits(engine, monkeypatch):
     seen = []
     module = engine.drafting.neural["eagle3"].drafter.module
     module.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out[0].clone()))
-    store = engine.drafting.keep_features
     # The log holds bfloat16: let serving read the very numbers that training will.
+    neural = engine.drafting.neural["eagle3"].drafter
+    observe = neural.observe
     monkeypatch.setattr(
-        engine.drafting, "keep_features", lambda slots, rows: store(slots, rows.bfloat16().float())
-    )
-    neural = engine.drafting.neural
-    take_in = neural.take_in
-    monkeypatch.setattr(
-        neural, "take_in", lambda ids, rows, at: take_in(ids, rows.bfloat16().float(), at)
+        neural, "observe", lambda ids, rows, at: observe(ids, rows.bfloat16().float(), at)
     )
     return seen
 
