@@ -55,7 +55,7 @@ _POOL = -1
 
 
 def match_bucket(match: int) -> int:
-    """Bucket of a match of so many tokens: 0, 1-2, 3, 4-5, 6-8, 9 or more."""
+    """Bucket of a match by its length in tokens: 0, 1-2, 3, 4-5, 6-8, 9 or more."""
     if match <= 3:
         return max(match - 1, 1) if match else 0
     return 3 if match <= 5 else 4 if match <= 8 else 5

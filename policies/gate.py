@@ -32,7 +32,7 @@ def gate(
         older: both figures on held-out traces of earlier traffic, if there are any.
         keep: required ratio of the older figures, so that earlier traffic is not forgotten. Nor may
             the loss there exceed the gain on the newest traces: the product of both ratios never
-            falls, so many small losses cannot add up.
+            falls, and small losses cannot add up.
     """
     if num_rows < 1:
         return GateVerdict(False, "no held-out rows to judge on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import accumulate
 from operator import mul
 
@@ -114,7 +115,12 @@ def test_hard_text_stays_hard_after_a_swap_to_better_weights():
 
 
 def test_a_drafter_that_needs_a_match_gains_nothing_without_one():
-    assert set(acceptance().expected_tokens("suffix", 0)) == {1.0}
+    drafters = {"lookup": replace(DRAFTERS["suffix"], prior_acceptance=(0.6,)), **DRAFTERS}
+    model = acceptance(drafters=drafters)
+    assert set(model.expected_tokens("suffix", 0)) == {1.0}
+    assert set(model.expected_tokens("lookup", 0)) == {1.0}
+    assert model.expected_tokens("lookup", 1)[1] == pytest.approx(1.6)
+    assert model.expected_tokens("eagle3", 0)[1] == pytest.approx(1.6)
 
 
 def test_match_lengths_fall_in_their_buckets():

@@ -45,9 +45,10 @@ def test_settings_choose_the_policy():
     assert (decision.drafter, decision.draft_k) == ("suffix", 3)
 
 
+@pytest.mark.parametrize("kind", CATALOG)
 @pytest.mark.parametrize("nothing", [{"drafters": {}}, {"max_draft": 0}])
-def test_where_nothing_can_be_drafted_the_policy_decodes_plainly(nothing):
-    policy = build(**nothing)
+def test_where_nothing_can_be_drafted_every_kind_decodes_plainly(nothing, kind):
+    policy = build(kind=kind, **nothing)
     assert (policy.plan(obs()).drafter, policy.plan(obs()).draft_k) == ("none", 0)
 
 

@@ -260,7 +260,35 @@ def test_no_plan_exceeds_what_engine_or_requests_allow():
         assert made.plan(obs(max_draft=2)).draft_k <= 2
     assert made.plan(obs(caps=(0,))).drafter == "none"
     assert made.plan(obs(drafters=())).drafter == "none"
-    assert made.plan(obs(drafters=("suffix",))).drafter == "none"
+
+
+@pytest.mark.parametrize("matches", [None, (0, 0)])
+def test_a_drafter_that_needs_a_match_is_not_even_probed_without_one(matches):
+    made = policy(world=World(), explore=0.5)
+    for _ in range(100):
+        made._account_s = 1.0
+        assert made.plan(obs(2, drafters=("suffix",), matches=matches)).drafter == "none"
+    drafters = set()
+    for _ in range(100):
+        made._account_s = 1.0
+        drafters.add(made.plan(obs(2, drafters=("suffix",), matches=(0, 1))).drafter)
+    assert drafters == {"none", "suffix"}
+
+
+@pytest.mark.parametrize(("drafter", "is_counted"), [("eagle3", False), ("suffix", True)])
+def test_the_first_draft_time_after_other_arms_is_ignored_for_neural_drafters(drafter, is_counted):
+    made = policy(world=World(match_share=1.0))
+    rows, cell = (RowOutcome(4, 4, 6),), f"{drafter}/4/1"
+
+    def draft_ms():
+        return made.figures()["cost"]["cells_ms"][cell]
+
+    before = draft_ms()
+    decision = Decision(drafter, 4, 1.0, explore=False, reason="goodput")
+    made.observe(Outcome(decision, 1, rows, 0.030, 0.015, False, 0))
+    assert (draft_ms() > 1.05 * before) == is_counted
+    made.observe(Outcome(decision, 1, rows, 0.030, 0.015, False, 0))
+    assert draft_ms() > 1.05 * before
 
 
 def test_steps_with_prefill_teach_acceptance_but_no_times():

@@ -82,7 +82,7 @@ def test_half_the_tokens_per_step_is_rolled_back_even_when_traffic_changes():
 
 
 def drive(watch, version, accepted, blocks):
-    """Observe equal blocks of 16 rounds, 4 proposed each; the first action but KEEP_GOING."""
+    """Observe equal blocks of 16 rounds at K = 4; the first action other than KEEP_GOING."""
     actions = [watch.observe(version, 64, 16 * accepted, 16) for _ in range(blocks)]
     return next((action for action in actions if action is not Action.KEEP_GOING), None)
 
