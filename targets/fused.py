@@ -1,15 +1,15 @@
-"""The forward pass of a Llama- or Qwen3-shaped target in few launches.
+"""The forward pass of a Llama-like target in few launches.
 
-Hugging Face's code asks for some forty operations a layer, and a step of few rows is bound by them,
-not by reading the weights. Here a layer is six launches and its attention:
+Hugging Face's code runs about forty operations per layer, which bound a step of few rows more than
+reading the weights does. Here a layer takes six launches and attention:
 
-    norm + q, k, v | norms of heads, RoPE, write to the pages | attention | o + residual
+    norm + q, k, v | head norms, RoPE, write to the pages | attention | o + residual
     norm + gate, up, silu | down + residual
 
-Above ``few_rows`` rows the products are the library's and what stands between them is fused. With
-pinned numerics they are ours for any number of rows, and all is computed in one order of operations
-that depends on the weights' shapes alone: the library takes another one for another number of rows.
-Rounding follows Hugging Face's order of operations in both.
+Above ``few_rows`` rows, products are the library's and only the operations between them are fused.
+With pinned numerics, products are ours for any number of rows, and the order of operations depends
+on the weights' shapes alone; the library's depends on the number of rows. Both round where Hugging
+Face does.
 
 Shapes: T packed rows of one pass, H hidden, V vocabulary, m tapped layers, Hq query heads,
 D head dimension.
@@ -29,11 +29,11 @@ from targets.families import FAMILIES, family_of
 from targets.layers import norm_of
 
 Attend = Callable[[int, Tensor], Tensor]
-"""Layer number and its queries [T, Hq, D] to what they attend to, [T, Hq, D]; the rows' keys and
-values are in the layer's pages already."""
+"""Attention of one layer: (layer number, queries [T, Hq, D]) -> [T, Hq, D]. The rows' keys and
+values are already in the layer's pages."""
 
 _ROPES = ("default", "linear", "llama3", "yarn")
-"""Kinds whose frequencies do not depend on the length of the sequence."""
+"""RoPE types whose frequencies do not depend on the sequence length."""
 _WIDEST = 16_384
 
 
@@ -45,7 +45,7 @@ class Pool(Protocol):
 
 
 def supports(model: Any) -> str | None:
-    """``None`` if ``FusedDecoder`` computes what this model's own forward does, else why not."""
+    """``None`` if ``FusedDecoder`` computes the same as the model's own forward, else why not."""
     family = family_of(model)
     if family is None:
         return f"{type(model).__name__} is not among {', '.join(FAMILIES)}"
@@ -53,33 +53,33 @@ def supports(model: Any) -> str | None:
 
 
 def _numbers(model: Any) -> str | None:
-    """What of the shape, the dtype or the device stands against fusing."""
+    """Why the shape, dtype or device prevents fusing; ``None`` if nothing does."""
     config, decoder = model.config, model.model
     attention = decoder.layers[0].self_attn
     if config.hidden_act != "silu":
         return f"the activation is {config.hidden_act}, not silu"
     if decoder.rotary_emb.rope_type not in _ROPES:
-        return f"RoPE of type {decoder.rotary_emb.rope_type} depends on the sequence's length"
+        return f"RoPE of type {decoder.rotary_emb.rope_type} depends on the sequence length"
     if 2 * decoder.rotary_emb.inv_freq.numel() != attention.head_dim:
-        return "RoPE rotates only a part of each head"
+        return "RoPE rotates only part of each head"
     if attention.head_dim < 4 or attention.head_dim & (attention.head_dim - 1):
-        return f"the head dimension {attention.head_dim} is not a power of two from 4 on"
+        return f"the head dimension {attention.head_dim} is not a power of two or below 4"
     if config.hidden_size > _WIDEST:
         return f"the hidden size {config.hidden_size} is above {_WIDEST}"
     kinds = {(p.dtype, p.device) for p in model.parameters()}
     if len(kinds) > 1:
-        return f"the weights are of {len(kinds)} dtypes or devices"
+        return f"the weights have {len(kinds)} dtypes or devices"
     if (dtype := next(iter(kinds))[0]) == torch.float64:
         return f"the weights are {dtype}"
     return None
 
 
 class FusedDecoder:
-    """A Hugging Face Llama or Qwen3, run by our operations on the model's own weights.
+    """A Hugging Face model of a known family, run by our operations on the model's own weights.
 
-    Weights are read in place: what is copied into the model's parameters is in force at the next
-    pass. Everything can be captured in a CUDA graph. Launches of one decoder must follow each other
-    on one stream.
+    Weights are read in place: values copied into the model's parameters take effect in the next
+    pass. Everything can be captured in a CUDA graph. One decoder's launches must run on a single
+    stream.
     """
 
     def __init__(
@@ -93,21 +93,21 @@ class FusedDecoder:
         ahead_bytes: int = 0,
         pinned: bool = False,
     ) -> None:
-        """Fuses the weights of ``model`` in place; its own forward still works.
+        """Fuse the weights of ``model`` in place; its own forward still works.
 
         Args:
             model: see ``supports``.
-            num_positions: positions are below it; ``None`` takes the model's longest.
-            few_rows: up to so many rows a product is one kernel with all around it, 1..64;
-                ``None`` decides by the dtype.
-            use_kernels: Triton kernels or torch definitions; ``None`` decides by the device.
-            overlap: kernels start while the one before still runs; ``None``: where the card can.
-            ahead_bytes: of each layer's o weight, fetched into the L2 cache during attention.
-            pinned: what is computed for a row does not depend on the rows beside it, in no bit,
-                given attention that does not either.
+            num_positions: exclusive upper bound of positions; ``None``: the model's maximum.
+            few_rows: up to this many rows, 1..64, products are fused with their neighbours;
+                ``None``: depends on the dtype.
+            use_kernels: Triton kernels, or torch definitions; ``None``: kernels on a GPU.
+            overlap: a kernel starts while the previous one still runs; ``None``: if the GPU can.
+            ahead_bytes: bytes of each layer's o weight to fetch into the L2 cache during attention.
+            pinned: a row's result is bitwise independent of the other rows, provided that
+                attention's is.
 
         Raises:
-            ValueError: the model cannot be fused, or is to be pinned without kernels.
+            ValueError: the model cannot be fused, or ``pinned`` without kernels.
         """
         reason, family = supports(model), family_of(model)
         if reason is not None or family is None:
@@ -118,7 +118,7 @@ class FusedDecoder:
         self.layers = [family.layer(layer) for layer in decoder.layers]
         self.final_norm = norm_of(decoder.norm)
         self.scale: float = decoder.layers[0].self_attn.scaling
-        """What scores are multiplied by in attention."""
+        """Factor of the attention scores."""
         rotary = decoder.rotary_emb
         self.table = rope_table(
             rotary.inv_freq.to(self.head.device),
@@ -146,16 +146,19 @@ class FusedDecoder:
         """One pass over T packed rows of any requests.
 
         Args:
-            ids_T, positions_T, slots_T: [T] int64; where each row's key and value are written.
-            attend: attention of one layer over the pages.
-            taps: layers whose output to keep, each once; 0 is the embeddings.
+            ids_T, positions_T, slots_T: [T] int64; slots are where the rows' keys and values go.
+            attend: attention over the pages.
+            taps: distinct layer ids whose output to keep; 0 is the embeddings.
 
         Returns:
-            Features [T, m, H], the residual stream after the tapped layers, in their order;
-            hidden [T, H], the lm_head's input.
+            Features [T, m, H], the residual stream after the tapped layers, in their order
+            ([T, 0, 0] without taps); hidden [T, H], the lm_head's input.
+
+        Raises:
+            ValueError: a layer is tapped twice.
         """
         if len(set(taps)) < len(taps):
-            raise ValueError(f"a layer is tapped once, got {taps}")
+            raise ValueError(f"a layer can be tapped only once, got {taps}")
         ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
         num_rows, width = len(ids_T), self.embedding.shape[1]
         if taps:
@@ -163,7 +166,7 @@ class FusedDecoder:
         else:
             features = self.embedding.new_empty(num_rows, 0, 0)
         stream = self.embedding.new_empty(num_rows, width)
-        # The stream itself, or the place in the features that a tapped layer writes it to.
+        # Where each layer writes the residual stream; tapped layers write to the features.
         outs = [stream] * (len(self.layers) + 1)
         for place, layer in enumerate(taps):
             outs[layer] = features[:, place]
@@ -224,7 +227,7 @@ class FusedDecoder:
         """[..., H] -> [..., V] float32 (float64 for a float64 model).
 
         Args:
-            widen: otherwise in the dtype, of the same values, that costs least.
+            widen: if False, in the cheapest dtype that holds the same values.
         """
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         flat = hidden.reshape(-1, hidden.shape[-1])

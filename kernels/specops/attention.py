@@ -1,9 +1,9 @@
 """Attention of a few new tokens of each request over its paged keys and values.
 
-The torch definitions, on any device, that fused kernels must equal. Two forms: a ``PagedPass``
-lists slots and masks of groups that the host put together (prefill, mixed passes); a ``DecodePass``
-holds page tables and lengths only, so that all its shapes stay while lengths change and a CUDA
-graph can replay it.
+The torch definitions, on any device, that fused kernels must equal. A pass has one of two forms: a
+``PagedPass`` lists slots and masks of groups assembled by the host; a ``DecodePass`` holds only
+page tables and lengths, so its shapes stay fixed while lengths change and a CUDA graph can replay
+it.
 
 Shapes: T packed rows (tokens) of one pass, R requests of a group, Q query rows each, S keys, P
 pages, Hq/Hkv heads, G = Hq / Hkv, D head dimension. A slot is page * page_size + offset.
@@ -20,10 +20,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Requests of one pass that have equally many query rows."""
+    """Requests of one pass with the same number of query rows."""
 
     start: int
-    """First packed row; the group is rows start .. start + R * Q, request-major."""
+    """First packed row; the group is rows start .. start + R * Q - 1, request-major."""
     num_query: int
     """Q."""
     slots_RS: Tensor
@@ -31,21 +31,21 @@ class Group:
     positions_RQ: Tensor
     """[R, Q] int64 positions of the query rows."""
     mask_RQS: Tensor
-    """[R, 1, Q, S] bool: key visible to query (causal, and not before the first valid key)."""
+    """[R, 1, Q, S] bool: the key is visible to the query (causal, from the first valid key on)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PagedPass:
-    """Where the T rows of one forward pass write, and what they may read."""
+    """The slots that the T rows of a forward pass write, and those that they may read."""
 
     slots_T: Tensor
-    """[T] int64 slot that each row's key and value go to."""
+    """[T] int64 slot of each row's key and value."""
     groups: tuple[Group, ...]
     """Cover all T rows, in order."""
 
 
 def make_group(start: int, slots_RS: Tensor, positions_RQ: Tensor, first_key: int = 0) -> Group:
-    """Group with its causal mask. Positions before ``first_key`` are invisible."""
+    """A group with its causal mask. Positions before ``first_key`` are invisible."""
     keys = torch.arange(slots_RS.shape[1], device=slots_RS.device)
     mask = keys <= positions_RQ[..., None]
     if first_key:
@@ -54,7 +54,7 @@ def make_group(start: int, slots_RS: Tensor, positions_RQ: Tensor, first_key: in
 
 
 def _gather(pool: Tensor, slots: Tensor) -> Tensor:
-    """Rows of a pool. ``embedding`` copies whole rows; ``index_select`` was 6x slower on a CPU."""
+    """Rows of a pool. ``embedding`` copies whole rows; ``index_select`` is 6x slower on a CPU."""
     rows: Tensor = torch.nn.functional.embedding(slots, pool.flatten(1))
     return rows.view(-1, *pool.shape[1:])
 
@@ -68,7 +68,7 @@ def group_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one group's rows over pages that hold their keys already.
+    """Attention of one group's rows over pages that already hold their keys.
 
     Returns:
         [R, Q, Hq, D].
@@ -150,27 +150,29 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class DecodePass:
-    """Q new tokens of each of R requests, packed request-major. Only shapes are known to the host.
+    """Q new tokens of each of R requests, packed request-major. The host knows only the shapes.
 
-    Row j of a request stands at position ``first + j``. It is padding, which sees nothing, goes to
-    slot 0 and comes out as 0, where that is negative or j is not below the request's count. Page 0
-    belongs to nobody.
+    Row j of a request is at position ``first + j``. If that is negative or j is not below the
+    request's count, the row is padding: it sees nothing, is written to slot 0, and its output is 0.
+    Page 0 belongs to no request.
 
     Raises:
-        ValueError: a tensor has another dtype or shape than said below.
+        ValueError: a tensor does not have the dtype or shape documented below.
     """
 
     pages_RP: Tensor
-    """[R, P] int32 pages of positions 0 .. P * page_size - 1; 0 where a request has none."""
+    """[R, P] int32 pages of positions 0 .. P * page_size - 1; 0 if a request has none."""
     first_R: Tensor
     """[R] int32 position of query row 0."""
     page_size: int
-    """Tokens of a page."""
+    """Tokens per page."""
     counts_R: Tensor | None = None
-    """[R] int32 rows that are not padding; ``None``: all."""
+    """[R] int32 number of rows that are not padding; ``None``: all. For trees of unequal size."""
     ancestors_RQ: Tensor | None = None
-    """[R, Q] int64, Q at most 64, of a tree of drafts: bit i is set where the row sees row i of
-    its request: itself and its ancestors. ``None``: a chain, each row sees those before it."""
+    """[R, Q] int64, Q at most 64, for a tree of drafts: bit i is set if the row sees row i of its
+    request, that is, for itself and its ancestors. ``None``: a chain, in which each row sees those
+    before it. No drafter drafts trees yet; ``tests/specops/test_decode_attention.py`` covers
+    them."""
     first_key: int = 0
     """First valid key."""
 
@@ -192,10 +194,11 @@ class DecodePass:
                 )
 
     def num_query(self, num_rows: int) -> int:
-        """Q of a pass of ``num_rows`` packed rows.
+        """Q of a pass with ``num_rows`` packed rows.
 
         Raises:
-            ValueError: the rows do not divide among the requests, or differ from the ancestors'.
+            ValueError: the rows do not divide evenly among the requests, or do not match the
+                ancestors.
         """
         num_requests = self.pages_RP.shape[0]
         if num_rows % num_requests:
@@ -209,7 +212,7 @@ class DecodePass:
         return count
 
     def positions(self, num_query: int) -> Tensor:
-        """[R, Q] int64 positions that the rows write to; -1 for padding."""
+        """[R, Q] int64 positions of the rows; -1 for padding."""
         row = torch.arange(num_query, device=self.first_R.device)
         positions_RQ = self.first_R[:, None] + row
         is_real = positions_RQ >= 0
@@ -222,14 +225,14 @@ def check_window(decode: DecodePass, num_query: int, window: int | None) -> None
     """Refuse windows that could end inside a tree, where positions are not path lengths.
 
     Raises:
-        ValueError: there are ancestors, and fewer positions in the window than query rows.
+        ValueError: there are ancestors, and the window is shorter than the number of query rows.
     """
     if decode.ancestors_RQ is not None and window is not None and window < num_query:
         raise ValueError(f"a window of {window} is shorter than a tree of {num_query} rows")
 
 
 def decode_slots(decode: DecodePass, num_query: int) -> Tensor:
-    """[T] int64 slot that each row's key and value go to; 0 for padding and beyond the table."""
+    """[T] int64 slot of each row's key and value; 0 for padding and beyond the page table."""
     positions_RQ = decode.positions(num_query)
     index = positions_RQ.clamp(min=0)
     page = index // decode.page_size
@@ -287,7 +290,7 @@ def _listed_group(decode: DecodePass, positions_RQ: Tensor, start: int) -> Group
 def write_rows(
     k_THD: Tensor, v_THD: Tensor, keys: Tensor, values: Tensor, decode: DecodePass
 ) -> None:
-    """The definition: put the rows' keys and values [T, Hkv, D] into their slots."""
+    """Write the rows' keys and values [T, Hkv, D] to their slots. The definition."""
     slots_T = decode_slots(decode, decode.num_query(len(k_THD)))
     keys.index_copy_(0, slots_T, k_THD)
     values.index_copy_(0, slots_T, v_THD)
@@ -295,22 +298,22 @@ def write_rows(
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Of all rows: [R, Q], or [Q, R] step by step. Contiguous."""
+    """Positions and slots of all rows, [R, Q], or [Q, R] by step. Contiguous."""
 
     positions: Tensor
     """int64; 0 for padding."""
     slots: Tensor
-    """int64 slot that each row's key and value go to; 0 for padding and beyond the table."""
+    """int64 slot of each row's key and value; 0 for padding and beyond the page table."""
     first: Tensor
-    """int32: ``first_R`` of a pass that begins with the row."""
+    """int32, ``first_R`` of a pass that begins with the row."""
 
 
 def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> Places:
-    """Places of ``num_query`` consecutive rows of each request.
+    """Positions and slots of ``num_query`` consecutive rows of each request. The definition.
 
     Args:
-        by_step: step by step, one row of each request after the other's: a chain of passes of one
-            row each then finds its own side by side.
+        by_step: order by step, then by request, so that each of several successive passes of one
+            row per request finds its own contiguous.
     """
     positions_RQ = decode.positions(num_query).clamp(min=0).long()
     slots_RQ = decode_slots(decode, num_query).view(positions_RQ.shape)
@@ -320,7 +323,7 @@ def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> P
 
 
 def visible_keys(decode: DecodePass, num_query: int, window: int | None) -> Tensor:
-    """[R, Q, S] bool: which of the S = P * page_size keys each row sees.
+    """[R, Q, S] bool mask of the S = P * page_size keys that each row sees.
 
     The window counts positions along a row's own path, in a tree as in a chain.
     """
@@ -355,9 +358,9 @@ def attend_pages(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The definition: attention of rows whose own keys and values are in their slots already.
+    """Attention of rows whose own keys and values are already in their slots. The definition.
 
-    Gathers all P pages and works in float32; can be captured.
+    Gathers all P pages and computes in float32; can be captured in a CUDA graph.
 
     Returns:
         [T, Hq, D].
@@ -372,14 +375,14 @@ def attend_pages(
     shape = (num_requests, num_pages * decode.page_size, num_kv, head_dim)
     k = _gather(keys, slots).view(shape).to(wide)
     v = _gather(values, slots).view(shape).to(wide)
-    v = v.masked_fill(~seen_RQS.any(dim=1)[..., None, None], 0)  # never written: may hold NaN
+    v = v.masked_fill(~seen_RQS.any(dim=1)[..., None, None], 0)  # unwritten slots may hold NaN
     q = q_THD.reshape(num_requests, num_query, num_kv, -1, head_dim).to(wide)
     scores = torch.einsum("rqhgd,rshd->rhgqs", q, k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     seen = seen_RQS[:, None, None]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
-    weights = torch.where(seen, weights, 0)  # a row that sees nothing came out as NaN
+    weights = torch.where(seen, weights, 0)  # a row that sees nothing is NaN here
     out = torch.einsum("rhgqs,rshd->rqhgd", weights, v)
     return out.reshape(q_THD.shape).to(q_THD.dtype)
 
@@ -405,11 +408,11 @@ def decode_attention(
     attend: AttendPages = attend_pages,
     write: WriteRows = write_rows,
 ) -> Tensor:
-    """Write the rows' keys and values to their slots, then attend; no host reads.
+    """Write the rows' keys and values to their slots, then attend; the host reads nothing.
 
     Args:
         q_THD: [T, Hq, D] after RoPE.
-        k_THD, v_THD: [T, Hkv, D], or ``None`` where a kernel before has written them.
+        k_THD, v_THD: [T, Hkv, D], or ``None`` if an earlier kernel has written them.
         keys, values: [num_slots, Hkv, D], written in place.
         window: a query sees keys of the last ``window`` positions only.
         softcap: scores become softcap * tanh(scores / softcap).

@@ -1,10 +1,10 @@
-"""Paged attention of a few new tokens as fused kernels; the definitions are
-``specops.attention.attend_pages`` and ``write_rows``.
+"""Paged attention of a few new tokens as fused kernels; the definitions are ``attend_pages``,
+``write_rows`` and ``places_of`` in ``specops.attention``.
 
-Every program takes one request, one key head and one part of its keys. The query rows of a request
-and the query heads that share the key head are packed into one tile, so that each key is read once,
-and the keys are split so that few requests fill a whole card; a second kernel joins the parts
-(Dao et al. 2023, Flash-Decoding).
+Every program processes one request, one key head and one part of its keys. The request's query rows
+and the query heads that share the key head form one tile, so each key is read once. Keys are split
+so that even few requests fill the GPU; a second kernel combines the parts (Dao et al. 2023,
+Flash-Decoding).
 
 Shapes: T packed rows, R requests of Q query rows each, S keys, Hq/Hkv heads, G = Hq / Hkv,
 D head dimension (a power of two, at least 16).
@@ -24,54 +24,56 @@ from specops.attention import DecodePass, Places, check_window
 from specops.overlap_triton import let_next_start, wait_for_previous
 
 _MULTIPROCESSORS = 132
-"""Of an H100 or H200. The figures below are an H200's: with what a pass takes anyway they come
-within 3 % (at worst 13 %) of 92 measured cuts of requests of one length."""
+"""Of an H100 or H200. The numbers below are for an H200. With a pass's fixed costs they predict 92
+measured configurations of equally long requests within 3 % (at worst 13 %)."""
 _BYTES_PER_US = 4.29e6
-"""Keys and values that all multiprocessors together read."""
+"""Bandwidth of all multiprocessors together, reading keys and values."""
 _PROGRAM_BYTES_PER_US = 27e3
-"""What one program reads at most, alone on its multiprocessor: it waits for its blocks."""
+"""Bandwidth of one program alone on its multiprocessor, bound by latency."""
 _CROWDED = 0.82
-"""Of that speed is left beside other programs, and at the end, when the last ones lie unevenly."""
+"""Share of that bandwidth left when programs share multiprocessors, also in an uneven last wave."""
 _START_US = 1.7
-"""Until a program's first block is there."""
+"""Time until a program's first block has arrived."""
 _JOIN_US = 2.0
 _JOIN_BYTES_PER_US = 3.2e6
-"""Parts written and read again."""
+"""Bandwidth of writing the parts and reading them back."""
 _UNEQUAL = 0.56
-"""Mean length over the longest, where lengths lie evenly between an eighth and all of it."""
+"""Mean over maximum length, for lengths spread evenly between an eighth of the maximum and all of
+it."""
 _LAST = 0.2
-"""Share of a longest part's time for which the card as good as idles, where lengths are unequal: of
-programs simulated at these speeds, not measured."""
+"""Share of the longest part's time during which the GPU is nearly idle if lengths are unequal;
+simulated at these speeds, not measured."""
 _USUAL_CONTEXTS = (2048, 8192, 32768)
-"""What requests are taken to have, up to the table's width, which is as much as any may get."""
+"""Assumed context lengths, limited by the page table's width, the longest possible context."""
 _LOG2_E = 1.4426950408889634
 _PART_KEYS = 128
-"""Fewest keys of a part: below, joining costs more than it saves."""
+"""Minimum keys per part: below this, joining costs more than it saves."""
 _MAX_PARTS = 32
-"""One request of 32,768 keys: 46.3 us in 32 parts, 50.5 in 36, 48.0 in 64; of 2,048 in a table of
-40,960: 9.9 in 32, 11.5 in 36 (``benchmarks/results/ops_attention_sweep_rounds.json``).
+"""One request with 32,768 keys takes 46.3 us in 32 parts, 50.5 in 36, 48.0 in 64; one with 2,048 in
+a table for 40,960 takes 9.9 us in 32 parts and 11.5 in 36
+(``benchmarks/results/ops_attention_sweep_rounds.json``).
 """
 _TILE_BYTES = 16 << 10
-"""Of one block of keys. With its values and two of each on their way 64 KB: three programs of 16
-rows, or two of more rows, fit a multiprocessor, which needs some 30 KB on their way for its share
-of the bandwidth."""
+"""Size of one block of keys. With two blocks each of keys and values in flight this makes 64 KB, so
+three programs of 16 rows, or two of more rows, fit on a multiprocessor, which needs about 30 KB in
+flight for its share of the bandwidth."""
 _TILE_OUTPUTS = 1 << 14
-"""Most float32 outputs of one tile: 64 registers of each thread of eight warps."""
+"""Maximum float32 outputs of one tile: 64 registers per thread of eight warps."""
 _PLACE_ROWS = 128
-"""Rows of one program of ``places_of``."""
+"""Rows per program of ``places_of``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """What one program works on at a time."""
+    """Block sizes of one program."""
 
     rows: int
     """Query rows times query heads that share a key head."""
     keys: int
-    """Of one block."""
+    """Keys per block."""
     num_warps: int
     num_stages: int = 3
-    """Blocks in flight, the one being multiplied included."""
+    """Blocks in flight, including the one being multiplied."""
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def _span(
     KEYS: tl.constexpr, PART_KEYS: tl.constexpr, HAS_COUNTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Row 0's position, rows that are no padding, first and last key + 1, and keys of a part."""
+    """(Position of row 0, rows that are not padding, first key, last key + 1, keys per part)."""
     first = tl.load(first_ptr + request)
     count = num_query
     if HAS_COUNTS:
@@ -106,10 +108,10 @@ def _attend_pages(
     HAS_COUNTS: tl.constexpr, HAS_ANCESTORS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, JOINED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one request and key head, for a tile of the rows that share it.
+    """Attend a tile of rows to one part of the keys of one request and key head.
 
-    With ``JOINED`` there is one part, whose output is final; else writes the part's normalised
-    output and the log2 of its sum of weights.
+    With ``JOINED`` there is a single part, whose output is final; otherwise writes the part's
+    normalised output and the log2 of its sum of weights.
     """
     if OVERLAP:
         let_next_start()
@@ -137,7 +139,7 @@ def _attend_pages(
     reach = last
     if HAS_ANCESTORS:
         ancestors = tl.load(ancestors_ptr + request * num_query + query, mask=is_real, other=0)
-        last = tl.where(is_real, first - 1, -1)  # the last key that is seen without asking
+        last = tl.where(is_real, first - 1, -1)  # the last key visible to all rows
         if HAS_WINDOW:
             bits = (ancestors[:, None] >> tl.arange(0, 64)[None, :].to(tl.int64)) & 1
             reach = first + tl.sum(bits, axis=1).to(tl.int32) - 1
@@ -145,8 +147,8 @@ def _attend_pages(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, D], tl.float32)
-    # Pages are read one block ahead, so that a block's loads depend on no other load of its turn
-    # and the compiler keeps several blocks on their way.
+    # Pages are read one block ahead, so that a block's loads depend on no other load of the same
+    # iteration and the compiler keeps several blocks in flight.
     table_ptr = pages_ptr + request * num_pages
     ahead = begin + tl.arange(0, KEYS)
     page = tl.load(table_ptr + ahead // PAGE, mask=ahead < end, other=0)
@@ -171,7 +173,7 @@ def _attend_pages(
             seen = seen & (key[None, :] > reach[:, None] - window)
         scores = tl.where(seen & is_key[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row may see nothing of this part
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row may see no key of this part
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(top - base)
         v = tl.load(values_ptr + place, mask=is_key[:, None], other=0.0)
@@ -203,7 +205,7 @@ def _join_pages(
     PART_KEYS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_COUNTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Output of one query row and query head: its parts, each by its share of the weights."""
+    """Combine the parts of one query row and query head, weighted by their sums of weights."""
     if OVERLAP:
         wait_for_previous()
     row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -212,7 +214,7 @@ def _join_pages(
         KEYS, PART_KEYS, HAS_COUNTS, HAS_WINDOW,
     )  # fmt: skip
     part = tl.arange(0, PARTS_UP)
-    is_part = begin + part * part_keys < end  # the others left early
+    is_part = begin + part * part_keys < end  # programs of the other parts exited early
     dim = tl.arange(0, D)
     whole = (request * NUM_KV + head) * num_parts + part
     place = whole.to(tl.int64) * (num_query * GROUP) + row
@@ -233,7 +235,7 @@ def _write_rows(
     num_query, num_pages, k_stride, v_stride,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, HAS_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Key and value of one row, all heads."""
+    """Write the keys and values of one row, all heads."""
     row = tl.program_id(0)
     request, query = row // num_query, row % num_query
     position = tl.load(first_ptr + request) + query
@@ -250,7 +252,7 @@ def _write_rows(
 
 
 def _packed(rows_THD: Tensor) -> Tensor:
-    """The rows, copied only where a row's heads do not lie side by side."""
+    """The rows, copied only if a row's heads are not adjacent."""
     is_packed = rows_THD.stride(2) == 1 and rows_THD.stride(1) == rows_THD.shape[2]
     return rows_THD if is_packed else rows_THD.contiguous()
 
@@ -258,7 +260,9 @@ def _packed(rows_THD: Tensor) -> Tensor:
 def _check_pool(keys: Tensor, values: Tensor, decode: DecodePass) -> None:
     head_dim = keys.shape[2]
     if head_dim < 16 or head_dim & (head_dim - 1):
-        raise ValueError(f"the head dimension must be a power of two from 16 on, got {head_dim}")
+        raise ValueError(
+            f"the head dimension must be a power of two and at least 16, got {head_dim}"
+        )
     held = (decode.pages_RP, decode.first_R, decode.counts_R, decode.ancestors_RQ)
     if not all(t is None or t.is_contiguous() for t in (keys, values, *held)):
         raise ValueError("keys, values and the tensors of a DecodePass must be contiguous")
@@ -267,11 +271,11 @@ def _check_pool(keys: Tensor, values: Tensor, decode: DecodePass) -> None:
 def write_rows(
     k_THD: Tensor, v_THD: Tensor, keys: Tensor, values: Tensor, decode: DecodePass
 ) -> None:
-    """See ``specops.attention.write_rows``: keys and values in one launch.
+    """See ``specops.attention.write_rows``; keys and values in one launch.
 
     Raises:
-        ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is no
-            power of two.
+        ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is not
+            a power of two.
     """
     _check_pool(keys, values, decode)
     num_query = decode.num_query(len(k_THD))
@@ -287,10 +291,10 @@ def write_rows(
 
 
 def programs_at_once(tiling: Tiling) -> int:
-    """On the whole card.
+    """Number of programs that run concurrently on the whole GPU.
 
-    As compiled for an H100: 70 KB of shared memory let three of 16 rows run on a multiprocessor,
-    registers and shared memory two of 32 or 64, one of 128.
+    As compiled for an H100: with 70 KB of shared memory, three programs of 16 rows fit on a
+    multiprocessor; registers and shared memory allow two of 32 or 64 rows, and one of 128.
     """
     return _MULTIPROCESSORS * {16: 3, 32: 2, 64: 2}.get(tiling.rows, 1)
 
@@ -299,14 +303,14 @@ def programs_at_once(tiling: Tiling) -> int:
 def parts_of(
     num_requests: int, num_kv: int, num_rows: int, num_keys: int, head_dim: int, element_size: int
 ) -> int:
-    """Parts that each request's keys are split into at most, from shapes alone.
+    """Maximum number of parts to split each request's keys into, from shapes alone.
 
-    The number with the least estimated time over the usual contexts, each weighed by the time that
-    reading its keys takes.
+    Minimises the estimated time over the usual contexts, each relative to the time that reading
+    its keys takes.
 
     Args:
         num_rows: query rows and heads that share a key head.
-        num_keys: that the page table has room for; requests may have any number up to it.
+        num_keys: capacity of the page table; requests may have any number of keys up to it.
     """
     tiling = choose_tiling(num_rows, head_dim, element_size)
     num_whole = num_requests * num_kv * triton.cdiv(num_rows, tiling.rows)
@@ -325,21 +329,21 @@ def parts_of(
 def _estimated_us(
     num_whole: int, parts: int, num_keys: int, places: int, key_bytes: int, join_bytes: int
 ) -> float:
-    """Of requests that all have ``num_keys``, and of some from an eighth of that on: the mean, for
-    as many keys.
+    """Estimated time: the mean of requests that all have ``num_keys`` keys, and of requests with an
+    eighth of that up to all of it, scaled to the same number of keys.
 
-    Where requests are of one length, programs come in rounds, and those of a last round that fills
-    little of the card are bound by what each can read. Of many lengths, one begins where another
-    ends, until the last are left.
+    With equal lengths, programs run in waves, and those of a last wave that fills little of the GPU
+    are bound by what each can read. With unequal lengths, a program starts where another ends,
+    until only the last ones are left.
 
     Args:
         num_whole: programs if nothing were split.
         places: programs that run at once.
-        key_bytes: of a key and its value.
-        join_bytes: of a part of every request.
+        key_bytes: size of a key and its value.
+        join_bytes: size of one part of every request.
     """
     part_keys = max(_PART_KEYS, -(-num_keys // parts))
-    filled = -(-num_keys // part_keys)  # the other parts leave early
+    filled = -(-num_keys // part_keys)  # the other parts exit early
     num_programs, part_bytes = num_whole * filled, part_keys * key_bytes
     read_us = part_bytes / _BYTES_PER_US  # a part's share of the card's time
     speed = _CROWDED if num_programs > _MULTIPROCESSORS else 1.0
@@ -355,11 +359,11 @@ def _estimated_us(
 
 
 def choose_tiling(num_rows: int, head_dim: int, element_size: int) -> Tiling:
-    """For ``num_rows`` query rows and heads that share a key head.
+    """The tiling for ``num_rows`` query rows and heads that share a key head.
 
-    Three blocks in flight: with two, four programs of 16 rows fit a multiprocessor instead of
-    three, which makes up for it where they all have work, but a program alone reads at two thirds
-    of the speed, and the last ones are alone.
+    Three blocks are in flight. With two, four programs of 16 rows fit on a multiprocessor instead
+    of three, which compensates while all of them have work; but a program that runs alone, as the
+    last ones do, reads at two thirds of the speed.
     """
     rows = min(_TILE_OUTPUTS // head_dim, 128, max(16, triton.next_power_of_2(num_rows)))
     keys = max(16, min(128, _TILE_BYTES // element_size // max(rows, head_dim)))
@@ -380,22 +384,21 @@ def attend_pages(
     overlap: bool = False,
     pinned: bool = False,
 ) -> Tensor:
-    """See ``specops.attention.attend_pages``, whose arguments and result these are.
+    """See ``specops.attention.attend_pages``, which has the same arguments and result.
 
-    One launch, and one that joins where keys are split. What is launched depends on shapes only:
-    each part takes its share of a request's actual length, and leaves where there is none.
+    One launch, plus one that joins the parts if keys are split. Launches depend on shapes only:
+    each part processes its share of a request's actual length, and exits if that is empty.
 
     Args:
-        num_parts: parts that each request's keys are split into at most, up to 64; ``None`` fills
-            the card.
-        tiling: ``None`` takes ``choose_tiling``'s.
-        overlap: the joining starts while parts are still under way (``specops.overlap_triton``).
-        pinned: one part and one tiling for all shapes, so that a row's result depends on nothing
-            that is computed beside it; instead of ``num_parts`` and ``tiling``.
+        num_parts: maximum number of parts per request, up to 64; ``None``: as many as fill the GPU.
+        tiling: ``None``: ``choose_tiling``'s.
+        overlap: joining starts while parts are still running (``specops.overlap_triton``).
+        pinned: one part and one tiling for all shapes, so that a row's result does not depend on
+            the other rows; overrides ``num_parts`` and ``tiling``.
 
     Raises:
-        ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is no
-            power of two.
+        ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is not
+            a power of two.
     """
     _check_pool(keys, values, decode)
     if pinned:
@@ -414,7 +417,7 @@ def attend_pages(
     )
     q = _packed(q_THD)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    counts = q if decode.counts_R is None else decode.counts_R  # never followed where it stands in
+    counts = q if decode.counts_R is None else decode.counts_R  # a placeholder is never read
     span = {
         "GROUP": share,
         "NUM_KV": num_kv,
@@ -455,7 +458,7 @@ def _places(
     num_requests, num_query, num_pages,
     PAGE: tl.constexpr, BY_STEP: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK rows of any requests, in the order of the result."""
+    """Locate BLOCK rows, in the order of the result."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = row < num_requests * num_query
     if BY_STEP:

@@ -1,4 +1,4 @@
-"""Greedy choice: the id of the largest logit of each row. The torch definition.
+"""Greedy decoding's choice, the id of each row's largest logit: the torch definition.
 
 Shapes: N rows, V vocabulary, D draft vocabulary.
 """
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def best_ids(logits: Tensor, d2t_D: Tensor | None = None) -> Tensor:
-    """The id of the largest logit of each row; the lowest one wins ties, NaN is above all.
+    """The id of each row's largest logit. The lowest id wins ties; NaN ranks above everything.
 
     Args:
         logits: [..., V] of any float dtype.
-        d2t_D: [D] int64, target id minus draft id, where V is a reduced draft vocabulary.
+        d2t_D: [D] int64, target id minus draft id; for logits over a reduced draft vocabulary.
 
     Returns:
         [...] int64 target ids.

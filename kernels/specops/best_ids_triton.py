@@ -1,8 +1,8 @@
-"""The id of the largest logit of each row, in two launches; see ``specops.best_ids``.
+"""The id of each row's largest logit, in two launches; see ``specops.best_ids``.
 
-A row is split among programs, which each keep the best of every 2,048th logit of their part; the
-second launch joins a row's parts. There are as many parts as fill a large GPU, so that few rows
-are read by many programs and many rows in long runs.
+Several programs share a row. Each keeps the best of every 2,048th logit of its part, and the second
+launch combines the parts. Rows are split into just enough parts to fill a large GPU: with few rows,
+many programs read each one; with many rows, each program reads a long run.
 
 Shapes: N rows, V vocabulary, D draft vocabulary.
 """
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from specops.overlap_triton import let_next_start, wait_for_previous
 
-_SPAN = 2048  # logits that a program reads at once
+_SPAN = 2048  # logits a program reads at once
 _MOST_PARTS = 128
-_PROGRAMS = 1056  # 8 of each of an H200's 132 processors
+_PROGRAMS = 1056  # 8 on each of an H200's 132 multiprocessors
 _NONE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def _best(tops, ids, axis: tl.constexpr):
-    """Of numbers and their ids, the largest and its lowest id; NaN is above all."""
+    """The largest number and the lowest id that has it; NaN ranks above everything."""
     is_nan = tops != tops
     nan_id = tl.min(tl.where(is_nan, ids, _NONE), axis=axis)
     top = tl.max(tl.where(is_nan, float("-inf"), tops), axis=axis)
@@ -39,7 +39,7 @@ def _best_of_part(
     logits_ptr, row_stride, tops_ptr, ids_ptr, vocab, num_parts, num_spans,
     SPAN: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row: ``num_spans`` spans."""
+    """Process one part of a row, ``num_spans`` spans."""
     if OVERLAP:
         let_next_start()
         wait_for_previous()
@@ -66,7 +66,7 @@ def _join_best(
     tops_ptr, part_ids_ptr, d2t_ptr, ids_ptr, num_rows, num_parts,
     ROWS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_MAP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: the best of their parts, as a target id."""
+    """Combine the parts of ROWS rows and map the best id to the target's vocabulary."""
     if OVERLAP:
         let_next_start()
         wait_for_previous()
@@ -94,12 +94,12 @@ def best_ids(
     """See ``specops.best_ids.best_ids``. Can be captured in a CUDA graph.
 
     Args:
-        span: logits that a program reads at once, a power of two.
-        num_programs: that the rows are split among, where they are fewer.
-        overlap: start while the kernel before still runs (``specops.overlap_triton``).
+        span: logits a program reads at once, a power of two.
+        num_programs: if there are fewer rows, they are split among about this many programs.
+        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
 
     Raises:
-        ValueError: the logits are not contiguous, or a row has none.
+        ValueError: the logits are not contiguous, or rows are empty.
     """
     vocab_size = logits.shape[-1]
     if not logits.is_contiguous() or not vocab_size:

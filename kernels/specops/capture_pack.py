@@ -1,8 +1,8 @@
-"""Committed rows of a step, packed into a ring: the torch definition.
+"""Packing a step's committed rows into a ring: the torch definition.
 
-Every row holds m + 1 vectors, the tapped layers' features and the last hidden state, each rounded
-to fp8 with a scale of its own. How many rows a step commits is known on the device only, so the
-place in the ring is counted there too.
+A row holds m + 1 vectors: the tapped layers' features and the last hidden state. Each is rounded to
+fp8 with its own scale. Only the device knows how many rows a step commits, so the device also
+counts the position in the ring.
 
 Shapes: T packed rows, R requests of Q = T / R rows each, m tapped layers, H hidden.
 """
@@ -21,25 +21,26 @@ _LEAST_SCALE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class PackRing:
-    """Packed rows by running number: row n is at n modulo the capacity, until overwritten.
+    """Packed rows, numbered consecutively: row n is at n modulo the capacity until overwritten.
 
-    The host may read rows below ``next_1`` as of a finished step, and of those the latest
-    ``capacity``. All but ``next_1`` may be pinned host memory, which a kernel writes directly.
+    The host may read the latest ``capacity`` rows below the value that ``next_1`` had after a
+    finished step. All tensors but ``next_1`` may be in pinned host memory; a kernel writes to it
+    directly.
 
     Raises:
-        ValueError: a tensor has another dtype or shape than said below.
+        ValueError: a tensor does not have the dtype or shape documented below.
     """
 
     rows: Tensor
-    """[capacity, m + 1, H] float8_e4m3fn, or bfloat16 copied as it is."""
+    """[capacity, m + 1, H] float8_e4m3fn, or bfloat16, copied unchanged."""
     scales: Tensor | None
-    """[capacity, m + 1] float32 that each fp8 vector is multiplied with; ``None`` for bfloat16."""
+    """[capacity, m + 1] float32 factor of each fp8 vector; ``None`` for bfloat16."""
     lanes: Tensor
-    """[capacity] int32, whose row it is."""
+    """[capacity] int32, the lane of the request that the row belongs to."""
     positions: Tensor
-    """[capacity] int32 position in its sequence."""
+    """[capacity] int32, position in the sequence."""
     next_1: Tensor
-    """[1] int64 running number of the next row, on the device."""
+    """[1] int64 number of the next row, on the device."""
 
     def __post_init__(self) -> None:
         if self.rows.dtype not in (torch.float8_e4m3fn, torch.bfloat16):
@@ -62,13 +63,13 @@ class PackRing:
 def new_ring(
     capacity: int, num_vectors: int, hidden_size: int, device: str, is_fp8: bool, pinned: bool
 ) -> PackRing:
-    """Empty ring on ``device``, or in pinned host memory with its count on ``device``."""
+    """An empty ring on ``device``, or in pinned host memory with the counter on ``device``."""
     where = "cpu" if pinned else device
 
     def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=where, pin_memory=pinned)
 
-    def unwritten(dtype: torch.dtype, *shape: int) -> Tensor:  # gigabytes: zeros take seconds
+    def unwritten(dtype: torch.dtype, *shape: int) -> Tensor:  # gigabytes: zeroing takes seconds
         return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
 
     return PackRing(
@@ -83,24 +84,24 @@ def new_ring(
 
 
 def quantise(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Finite vectors [..., H] as float8_e4m3fn and their scales [...] float32.
+    """Quantise finite vectors [..., H] to float8_e4m3fn, with scales [...] float32.
 
-    The scale is amax / 448, so that the largest entry is exactly representable.
+    The scale is amax / 448, so the largest entry is exactly representable.
     """
     wide = vectors.float()
     largest = wide.abs().amax(dim=-1)
-    # By a tensor: by a number, torch multiplies with its reciprocal on a GPU, and more than half of
-    # the scales come out one unit off those of a CPU.
+    # Divide by a tensor: for a number, torch on a GPU multiplies by its reciprocal, and more than
+    # half of the scales differ from a CPU's by one unit in the last place.
     scale = (largest / torch.full_like(largest, FP8_MAX)).clamp(min=_LEAST_SCALE)
     return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def check_step(features_TmH: Tensor, hidden_TH: Tensor, counts_R: Tensor, ring: PackRing) -> int:
-    """Q of a step.
+    """Check a step's rows and return Q.
 
     Raises:
-        ValueError: the rows are not bfloat16, do not divide among the requests, do not fit the
-            ring at once, or have another number of vectors or another size than the ring's.
+        ValueError: the rows are not bfloat16, do not divide evenly among the requests, exceed the
+            ring's capacity, or differ from the ring's rows in number or size of vectors.
     """
     num_rows, hidden_size = hidden_TH.shape
     capacity = len(ring.rows)
@@ -127,14 +128,14 @@ def pack_kept_rows(
     lanes_R: Tensor,
     ring: PackRing,
 ) -> None:
-    """The definition: append the first ``counts`` rows of every request; waits for the device.
+    """Append the first ``counts`` rows of every request. The definition; waits for the device.
 
     Args:
         features_TmH: [T, m, H] bfloat16; hidden_TH: [T, H] bfloat16. Finite.
-        counts_R: [R] int32 rows to keep, 0..Q.
+        counts_R: [R] int32 number of rows to keep, 0..Q.
         first_R: [R] int32 position of each request's first row.
-        lanes_R: [R] int32 that the ring names the request by.
-        ring: written in place, its count raised by the sum of ``counts``.
+        lanes_R: [R] int32 id of each request in the ring.
+        ring: written in place; its counter grows by the sum of ``counts``.
 
     Raises:
         ValueError: see ``check_step``.
@@ -150,7 +151,7 @@ def pack_kept_rows(
         ring.rows[at] = vectors.to(at.device)
     else:
         packed, scales = quantise(vectors)
-        # Copied as bytes: indexing does not know fp8 everywhere.
+        # Copied as bytes: indexing does not support fp8 on every device.
         ring.rows.view(torch.uint8)[at] = packed.view(torch.uint8).to(at.device)
         ring.scales[at] = scales.to(at.device)
     lanes = lanes_R[:, None].expand_as(is_kept_RQ)[is_kept_RQ]

@@ -1,8 +1,8 @@
-"""Committed rows packed into a ring as two launches; the definition is
+"""Packing committed rows into a ring in two launches; the definition is
 ``specops.capture_pack.pack_kept_rows``.
 
-The first one hands every request its running number, the second packs one vector in each program.
-Neither reads anything on the host, and rows that are not kept cost an early return.
+The first launch numbers the requests' rows; in the second, each program packs one vector. Neither
+waits for the host, and rows that are not kept cost an early return.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from specops.capture_pack import PackRing, check_step
 
 @triton.jit(do_not_specialize=["num_requests"])
 def _number_rows(counts_ptr, next_ptr, starts_ptr, num_requests, BLOCK: tl.constexpr):
-    """Running number of every request's first row; raises the count."""
-    # One warp, so that the count has been read by all when it is raised.
+    """Number every request's first row and advance the counter."""
+    # One warp, so that all threads have read the counter before it advances.
     request = tl.arange(0, BLOCK)
     is_request = request < num_requests
     count = tl.load(counts_ptr + request, mask=is_request, other=0).to(tl.int64)
@@ -35,7 +35,7 @@ def _pack_rows(
     NUM_LAYERS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, IS_FP8: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One vector of one row."""
+    """Pack one vector of one row."""
     vector, row = tl.program_id(0), tl.program_id(1)
     request, query = row // num_query, row % num_query
     if query >= tl.load(counts_ptr + request):
@@ -51,7 +51,7 @@ def _pack_rows(
     target = rows_ptr + whole * H + i
     if IS_FP8:
         wide = x.to(tl.float32)
-        # Divisions rounded as IEEE does: the plain operator may be off by 2 units.
+        # IEEE division: the plain operator may be off by 2 units in the last place.
         scale = tl.div_rn(tl.max(tl.abs(wide), axis=0), 448.0)
         scale = tl.maximum(scale, 1e-12)
         y = tl.div_rn(wide, scale)
@@ -68,13 +68,13 @@ def _pack_rows(
 
 @triton.jit
 def _rounded_to_e4m3(y):
-    """Nearest number of float8_e4m3fn, ties to even, as float32.
+    """The nearest float8_e4m3fn value, ties to even, as float32.
 
-    Triton's interpreter cuts the last bits off where a GPU rounds; of such a number nothing is cut.
+    Triton's interpreter truncates where a GPU rounds; such a value it leaves unchanged.
     """
     bits = y.to(tl.int32, bitcast=True)
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-    # Below 2^-6 the step is 2^-9, that of a float32 around 1.5 * 2^14.
+    # Below 2^-6 the spacing is 2^-9, that of a float32 around 1.5 * 2^14.
     small = (y + 24576.0) - 24576.0
     return tl.where(tl.abs(y) < 0.015625, small, normal.to(tl.float32, bitcast=True))
 
@@ -87,11 +87,11 @@ def pack_kept_rows(
     lanes_R: Tensor,
     ring: PackRing,
 ) -> None:
-    """See ``specops.capture_pack.pack_kept_rows``, whose arguments these are; never waits.
+    """See ``specops.capture_pack.pack_kept_rows``, which has the same arguments; never waits.
 
     Raises:
-        ValueError: see ``check_step``; or a tensor's vectors are not contiguous, or one of the
-            requests' tensors is not int32.
+        ValueError: see ``check_step``; or vectors are not contiguous, or ``counts_R``,
+            ``first_R`` or ``lanes_R`` is not contiguous int32.
     """
     num_query = check_step(features_TmH, hidden_TH, counts_R, ring)
     num_rows, num_layers, hidden_size = features_TmH.shape

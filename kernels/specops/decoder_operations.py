@@ -1,4 +1,4 @@
-"""The operations of a decoder layer in few launches: the definitions, or the kernels that equal
+"""The operations of a decoder layer, in few launches: torch definitions, or kernels that equal
 them."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from specops import linear, rope, rows
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """Each is called as its definition of that name."""
+    """Every operation has the arguments of the definition of the same name."""
 
     embed: Callable[..., Tensor]
     norm_pair: Callable[..., Tensor]
@@ -39,10 +39,10 @@ DEFINITIONS = Operations(
 
 
 def few_rows_of(dtype: torch.dtype) -> int:
-    """Rows up to which a product is best one kernel with all around it.
+    """Up to how many rows a product fused with its neighbours beats the library.
 
-    Tensor cores multiply no exact float32: there the library's products of a few rows are faster
-    (5 rows of the bundled target: 1.2 against 2.9 ms a step).
+    Tensor cores do not multiply float32 exactly, so in float32 the library is faster for a few rows
+    (5 rows of the bundled target: 1.2 ms a step instead of 2.9).
     """
     return 1 if dtype == torch.float32 else 16
 
@@ -53,17 +53,16 @@ def pick_operations(
     overlap: bool | None,
     pinned: bool = False,
 ) -> Operations:
-    """The operations for one decoder, whose launches follow each other on a stream.
+    """The operations of one decoder, which launches them on a single stream.
 
     Args:
-        products: weights of few-row products, each with whether it is gated; of one dtype and
-            device.
-        use_kernels: Triton kernels or torch definitions; ``None`` decides by the device.
-        overlap: kernels start while the one before still runs; ``None``: where the card can.
-        pinned: what is computed for a row does not depend on the rows beside it, in no bit.
+        products: (weight, is gated) of every few-row product; one dtype, one device.
+        use_kernels: Triton kernels, or torch definitions; ``None``: kernels on a GPU.
+        overlap: a kernel starts while the previous one still runs; ``None``: if the GPU can.
+        pinned: a row's result is bitwise independent of the other rows.
 
     Raises:
-        ValueError: pinned without kernels.
+        ValueError: ``pinned`` without kernels.
     """
     like = products[0][0]
     if not (like.is_cuda if use_kernels is None else use_kernels):
@@ -75,7 +74,7 @@ def pick_operations(
     if overlap is None:
         overlap = overlap_triton.can_overlap(like.device)
     product: dict[str, Any] = {"overlap": overlap, "pinned": pinned}
-    if not pinned:  # pinned products split no columns
+    if not pinned:  # pinned products are not split
         shapes = [(len(w) // (1 + gated), w.shape[1], gated) for w, gated in products]
         product["scratch"] = linear_triton.make_scratch(shapes, like.dtype, like.device)
     return Operations(

@@ -1,5 +1,4 @@
-"""Picks the implementation for the device that the tensors are on: kernels on a GPU, else the torch
-definitions."""
+"""Dispatch by device: kernels for tensors on a GPU, torch definitions for all others."""
 
 from __future__ import annotations
 
@@ -50,8 +49,8 @@ def decode_attention(
     """See ``specops.attention.decode_attention``.
 
     Args:
-        paged: as it is, or from ``prepare_pass``.
-        pinned: a row's result depends on nothing that is computed beside it; on a GPU only.
+        paged: a pass as it is, or from ``prepare_pass``.
+        pinned: a row's result does not depend on the other rows; GPU only.
     """
     if isinstance(paged, PagedPass):
         if k_THD is None or v_THD is None:
@@ -62,7 +61,10 @@ def decode_attention(
     attend: attention.AttendPages = attention.attend_pages
     write = attention.write_rows
     if q_THD.is_cuda:
-        from specops import attention_triton, overlap_triton  # Triton is there where a GPU is
+        from specops import (
+            attention_triton,
+            overlap_triton,
+        )  # Triton is installed wherever there is a GPU
 
         overlap = overlap_triton.can_overlap(q_THD.device)
         attend = partial(attention_triton.attend_pages, overlap=overlap, pinned=pinned)

@@ -1,12 +1,12 @@
-"""What a small head learns from a large frozen one, without a tensor of rows by vocabulary.
+"""Distillation of a small head from a large frozen one, without a rows-by-vocabulary tensor.
 
-``row_loss`` over ``FrozenHead.logits`` is the definition. ``distill`` has its value and its
-gradients, but forms the logits of some rows at a time and turns them into their own gradient where
-they lie. The work on such a block is written here in torch, and in ``distill_triton`` as kernels;
-the matrix products are the library's.
+``row_loss`` over ``FrozenHead.logits`` is the definition. ``distill`` computes the same value and
+gradients, but a block of rows at a time, and overwrites each block of logits with its gradient.
+What is computed on a block is written here in torch and in ``distill_triton`` as kernels; the
+matrix products are the library's.
 
-Shapes: N student rows, each of which imitates one of R teacher rows (a row may have several
-imitators); H hidden, of either side; V the teacher's vocabulary, D the student's, D <= V.
+Shapes: N student rows, each imitating one of R teacher rows (several may imitate the same one); H
+hidden size of the student or the teacher; V the teacher's vocabulary, D the student's, D <= V.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch.autograd.function import once_differentiable
 LossKind = Literal["lk", "forward_kl", "total_variation"]
 
 ETA = 3.0
-"""Speed at which LK moves from KL to TV as acceptance grows."""
+"""How fast LK moves from KL to TV as acceptance grows."""
 MIN_MASS = 1e-6
-"""Least mass of the teacher within the student's vocabulary that is divided by."""
+"""Lower bound of the teacher's mass within the student's vocabulary, a divisor."""
 _BLOCK_BYTES = 1_100_000_000
-"""Of logits of both sides, on a GPU."""
+"""Bytes of a block of logits, student's and teacher's together, on a GPU."""
 _STUDENT_TILE = 1024
-"""A GPU's blocks of student rows are multiples of it: 1,024 rows by 4,096 are 128 tiles of 128 by
-256, which fill the 132 multiprocessors of an H100 or H200 once."""
+"""Blocks of student rows on a GPU are multiples of this: 1,024 rows by 4,096 are 128 tiles of 128
+by 256, which fill the 132 multiprocessors of an H100 or H200 once."""
 _TEACHER_ROWS = (512, 1024)
-"""Least and most rows of the teacher's logits, on a GPU. The student's get the rest: the more of
-them, the fewer passes over the gradient of the weight."""
+"""Minimum and maximum rows of the teacher's logits on a GPU. The student's get the rest: more of
+them mean fewer passes over the gradient of the weight."""
 _CPU_ROWS = 128
-"""128 x 4,096 floats stay in a CPU's cache."""
+"""128 x 4,096 floats fit a CPU's cache."""
 
 
 def forward_kl(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ def overlap(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
 def total_variation(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
     """TV distance ``1 - alpha``, in [0, 1].
 
-    Gradient in the logits: ``q (E_q[m] - m)`` with m = 1 where q < p: weak where q is near 0 on
-    p's mass, which is why it is not used alone.
+    Gradient in the logits: ``q (E_q[m] - m)`` with m = 1 where q < p. It is weak where q is near 0
+    and p is not, so this loss is not used alone.
     """
     return 1 - overlap(target_probs, draft_logits)
 
@@ -75,7 +75,7 @@ def total_variation(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
 def lk_hybrid(target_probs: Tensor, draft_logits: Tensor, eta: float = ETA) -> Tensor:
     """``lambda KL + (1 - lambda) TV`` with ``lambda = exp(-eta * stop_gradient(alpha))``, per row.
 
-    A row the drafter misses is pulled by KL, a row it nearly has by the acceptance itself.
+    KL dominates where the drafter misses, the acceptance itself where it nearly agrees.
 
     Source:
         LK losses, arXiv:2602.23881 (eta = 3).
@@ -86,7 +86,7 @@ def lk_hybrid(target_probs: Tensor, draft_logits: Tensor, eta: float = ETA) -> T
 
 
 def row_loss(kind: LossKind, target_probs: Tensor, draft_logits: Tensor) -> Tensor:
-    """The loss of that name."""
+    """The loss called ``kind``, one value per row."""
     losses = {"lk": lk_hybrid, "forward_kl": forward_kl, "total_variation": total_variation}
     return losses[kind](target_probs, draft_logits)
 
@@ -97,10 +97,10 @@ class FrozenHead:
 
     weight_VH: Tensor
     softcap: float | None = None
-    """Logits become ``softcap * tanh(logits / softcap)``; ``None``: they stay as they are."""
+    """Logits become ``softcap * tanh(logits / softcap)``; ``None``: unchanged."""
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """[N, H] -> [N, V] in the dtype of the product."""
+        """[N, H] -> [N, V], in the dtype of the product."""
         return _capped(hidden_NH @ self.weight_VH.T, self.softcap)
 
 
@@ -109,11 +109,11 @@ class Teacher:
     """The teacher's distribution at R rows over the student's vocabulary, not yet computed."""
 
     hidden_RH: Tensor
-    """Input of its head."""
+    """The teacher head's input."""
     head: FrozenHead
     ids_D: Tensor | None
-    """int64, the teacher's id of each token of the student's; ``None``: the same vocabulary. The
-    teacher's probabilities are those over all of V, not renormalised."""
+    """int64, the teacher's id of each student token; ``None``: both have the same vocabulary.
+    Probabilities are normalised over all of V, not over D."""
     temperature_R: Tensor | None = None
     """float32 > 0, divides the logits; ``None``: 1."""
 
@@ -123,29 +123,29 @@ class Rows:
     """What the N student rows are compared with."""
 
     label_ids_N: Tensor
-    """int64, the student's id of the committed token; any id where it has none."""
+    """int64, the student's id of the committed token; any id if it has none."""
     label_known_N: Tensor
-    """bool: the committed token is in the student's vocabulary."""
+    """bool, the committed token is in the student's vocabulary."""
     teacher_row_N: Tensor | None = None
     """int64 index into R; ``None``: student row n imitates teacher row n."""
 
     def part(self, index: Any, first: int = 0) -> Rows:
-        """Some of the rows, by slice or index; their teacher rows counted from ``first``."""
+        """A subset of the rows, by slice or index; teacher rows are counted from ``first``."""
         at = None if self.teacher_row_N is None else self.teacher_row_N[index] - first
         return Rows(self.label_ids_N[index], self.label_known_N[index], at)
 
 
 class RowFigures(NamedTuple):
-    """What is known of each row afterwards; float32, or float64 if the logits are."""
+    """Results of each row; float32, or float64 if the logits are."""
 
     loss_N: Tensor
-    """Not weighted."""
+    """Unweighted loss."""
     alpha_N: Tensor
     """``sum_x min(p, q)``."""
     label_prob_N: Tensor
     """The student's probability of the committed token; 0 outside its vocabulary."""
     agrees_N: Tensor
-    """bool: no token of the student's is likelier than the committed one."""
+    """bool, the student finds no token likelier than the committed one."""
 
 
 class Target(NamedTuple):
@@ -162,7 +162,7 @@ class Target(NamedTuple):
 def target_of(
     logits_RV: Tensor, ids_D: Tensor | None, softcap: float | None, temperature_R: Tensor | None
 ) -> Target:
-    """What the teacher's bare logits say of the student's vocabulary; see ``Teacher``."""
+    """The distribution that the teacher's raw logits give; see ``Teacher`` for the arguments."""
     scores = _capped(_wide(logits_RV), softcap)
     scores = scores if temperature_R is None else scores / temperature_R[:, None].to(scores.dtype)
     log_norm = scores.logsumexp(dim=-1)
@@ -180,17 +180,18 @@ def judge_(
     weights_N: Tensor | None,
     kind: LossKind,
 ) -> RowFigures:
-    """Figures of a block of rows; ``scores_ND``, the student's logits, become their own gradient.
+    """Results of a block of rows; overwrites the student's logits ``scores_ND`` with their
+    gradient.
 
     The gradient is that of ``(weights_N * loss_N).sum()``, in the dtype of ``scores_ND``:
 
         w (q (lambda + (1 - lambda) (E_q[m] - m)) - lambda p'),   m = 1 where q < p
 
-    with lambda = 1 for KL, 0 for TV. Written in few passes over [N, D]: on a CPU they take as long
-    as the matrix products.
+    with lambda = 1 for KL, 0 for TV. Few passes over [N, D]: on a CPU they take as long as the
+    matrix products.
 
     Args:
-        weights_N: as the figures; ``None``: no gradient is wanted and ``scores_ND`` stays.
+        weights_N: in the dtype of the results; ``None``: no gradient, ``scores_ND`` is unchanged.
     """
     target = target if rows.teacher_row_N is None else _rows_of(target, rows.teacher_row_N)
     scores = _wide(scores_ND)
@@ -220,14 +221,14 @@ def judge_(
 
 
 class LabelFigures(NamedTuple):
-    """As in ``RowFigures``."""
+    """The fields of ``RowFigures`` that need no teacher."""
 
     label_prob_N: Tensor
     agrees_N: Tensor
 
 
 def judge_labels(scores_ND: Tensor, rows: Rows) -> LabelFigures:
-    """The two figures of ``judge_`` that need no teacher."""
+    """The two results of ``judge_`` that need no teacher."""
     scores = _wide(scores_ND)
     at_label = scores.gather(1, rows.label_ids_N[:, None])[:, 0]
     prob = torch.exp(at_label - scores.logsumexp(dim=-1)) * rows.label_known_N
@@ -235,10 +236,10 @@ def judge_labels(scores_ND: Tensor, rows: Rows) -> LabelFigures:
 
 
 class Blocks(NamedTuple):
-    """How a block of logits is worked on."""
+    """An implementation of what is computed on a block of logits."""
 
     target_of: Callable[[Tensor, Tensor | None, float | None, Tensor | None], Any]
-    """``target_of``; what it returns is for ``judge_`` alone."""
+    """``target_of``; only the same implementation's ``judge_`` understands what it returns."""
     judge_: Callable[[Tensor, Any, Rows, Tensor | None, LossKind], RowFigures]
     judge_labels: Callable[[Tensor, Rows], LabelFigures]
 
@@ -248,7 +249,7 @@ BLOCKS = Blocks(target_of, judge_, judge_labels)
 
 
 class Distilled(NamedTuple):
-    """What ``distill`` returns. Only ``loss`` has a gradient."""
+    """Result of ``distill``. Only ``loss`` has a gradient."""
 
     loss: Tensor
     """Scalar: ``(weights_N * figures.loss_N).sum()``."""
@@ -267,32 +268,32 @@ def distill(
 ) -> Distilled:
     """Weighted loss of N student rows against their teacher rows, with its gradients.
 
-    A GPU holds at most 1.2 GB beyond inputs and gradients, whatever N, for V and D up to 151,936 in
-    bfloat16. Rows are taken in the order of their teacher rows, so that the teacher's logits are
-    formed once, however many student rows imitate it. Gradients are formed in the forward pass,
-    where the logits are at hand; backward multiplies them by the gradient of ``loss``, in place.
+    Uses at most 1.2 GB of GPU memory beyond inputs and gradients, for any N and for V and D up to
+    151,936 in bfloat16. Rows are processed in the order of their teacher rows, so each teacher
+    row's logits are computed once, however many student rows imitate it. Gradients are computed in
+    the forward pass, while the logits exist; backward multiplies them in place by the gradient of
+    ``loss``.
 
-    Precision: logits and their gradients are rounded to the dtype of ``hidden_NH``, everything
-    between them is float32. The gradient of ``weight_DH`` is summed over the blocks in the dtype of
+    Precision: logits and their gradients are rounded to the dtype of ``hidden_NH``; everything in
+    between is float32. The gradient of ``weight_DH`` is summed over the blocks in the dtype of
     ``weight_DH``. If that is bfloat16, each block rounds the sum once, by at most 2^-8 of its
-    size: an error of about ``0.0017 * sqrt(blocks)`` of an element (root mean square), against
-    0.0017 of one product over all rows; 8,192 rows are three blocks or fewer. A float32 weight
-    beside bfloat16 rows has a float32 gradient and no such error.
+    size: a relative error of about ``0.0017 * sqrt(blocks)`` (root mean square), against 0.0017 for
+    a single product over all rows; 8,192 rows are at most three blocks. A float32 weight with
+    bfloat16 rows gets a float32 gradient, without this error.
 
     Args:
-        hidden_NH: student's head inputs; float32, float64 or bfloat16.
-        weight_DH: student's head; of that dtype, or float32, which is then rounded for the
-            products, in a copy that lives as long as the forward pass.
-        teacher, rows: see there. ``teacher_row_N`` is sorted and read by the host, which
-            synchronises.
-        weights_N: without gradient.
-        chunk_rows: most rows of logits formed at once, of either side; ``None``: what fits a CPU's
-            cache, or 1.1 GB on a GPU.
-        blocks: what computes on a block of logits; ``specops.device.distill`` picks it by device.
+        hidden_NH: input of the student's head; float32, float64 or bfloat16.
+        weight_DH: the student's head; of that dtype, or float32, which a copy that lives during the
+            forward pass rounds for the products.
+        teacher, rows: the host sorts and reads ``rows.teacher_row_N``, which synchronises.
+        weights_N: weight of each row's loss; gets no gradient.
+        chunk_rows: maximum rows of logits at once, student's or teacher's; ``None``: what fits a
+            CPU's cache, or 1.1 GB on a GPU.
+        blocks: implementation; ``specops.device.distill`` picks it by device.
 
     Raises:
-        ValueError: shapes do not fit.
-        RuntimeError: a second backward pass; the first gives the gradients away.
+        ValueError: shapes do not match.
+        RuntimeError: a second backward pass; the first hands the gradients over.
     """
     _check(hidden_NH, weight_DH, teacher, rows, weights_N)
     with_grad = torch.is_grad_enabled()
@@ -310,10 +311,9 @@ def label_figures(
     chunk_rows: int | None = None,
     blocks: Blocks = BLOCKS,
 ) -> LabelFigures:
-    """What ``distill`` would say of the labels, for weights that depend on it. No teacher needed.
+    """The label results of ``distill``, without a teacher: for weights that depend on them.
 
-    Args:
-        as ``distill``.
+    The arguments are those of ``distill``.
     """
     num_rows, width = hidden_NH.shape[0], weight_DH.shape[0]
     chunk, _ = _rows_at_once(hidden_NH, width, 0, chunk_rows)
@@ -330,7 +330,7 @@ def label_figures(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Arguments of ``distill`` that have no gradient."""
+    """The arguments of ``distill`` without a gradient."""
 
     teacher: Teacher
     rows: Rows
@@ -339,7 +339,7 @@ class _Job:
     chunk_rows: int | None
     blocks: Blocks
     wants: tuple[bool, bool]
-    """Gradient of the hidden rows, of the weight."""
+    """Whether the hidden rows and the weight need a gradient."""
 
 
 class _Distill(torch.autograd.Function):
@@ -354,7 +354,7 @@ class _Distill(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("the gradients of distill were given away by a former backward pass")
+            raise RuntimeError("distill's gradients were handed over by an earlier backward pass")
         grads, ctx.grads = ctx.grads, None  # nothing else holds them: they become .grad uncopied
         return (*(g if g is None else g.mul_(grad_loss) for g in grads), None)
 
@@ -362,7 +362,7 @@ class _Distill(torch.autograd.Function):
 def _walk(
     hidden: Tensor, weight: Tensor, job: _Job
 ) -> tuple[RowFigures, tuple[Tensor | None, Tensor | None]]:
-    """Every block: student's logits, teacher's logits, both gradients."""
+    """Results of all rows and both gradients, block by block."""
     teacher, rows, head = job.teacher, job.rows, job.teacher.head
     blocks = job.blocks
     width, head_width = len(weight), len(head.weight_VH)
@@ -394,7 +394,7 @@ def _walk(
 
 
 def _target_block(teacher: Teacher, seen: slice, room: Tensor, blocks: Blocks) -> Any:
-    """Some of the teacher's rows as ``judge_`` takes them; their logits are in ``room``."""
+    """Input of ``judge_`` for the teacher rows ``seen``; their logits are written to ``room``."""
     hidden = teacher.hidden_RH[seen]
     logits = torch.mm(hidden, teacher.head.weight_VH.T, out=room[: hidden.shape[0]])
     heat = None if teacher.temperature_R is None else teacher.temperature_R[seen]
@@ -404,9 +404,13 @@ def _target_block(teacher: Teacher, seen: slice, room: Tensor, blocks: Blocks) -
 def _layout(
     teacher_row_N: Tensor | None, num_rows: int, most_own: int, most_seen: int
 ) -> Iterator[tuple[Any, list[tuple[slice, slice]]]]:
-    """Blocks of at most ``most_own`` student rows, as slice or index, in the order of their teacher
-    rows; with each, the teacher rows they need, at most ``most_seen`` at once, and the part of the
-    block that needs them."""
+    """Split the student rows into blocks of at most ``most_own``, in the order of their teacher
+    rows.
+
+    Yields:
+        A block's rows, as slice or index, and pairs of slices: at most ``most_seen`` teacher rows,
+        and the part of the block that imitates them.
+    """
     order = teacher_row_N
     row_N = torch.arange(num_rows)
     if teacher_row_N is not None:
@@ -425,7 +429,7 @@ def _layout(
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, without a temporary of its size where the library can."""
+    """``total += a @ b``, without a temporary of its size if the library supports it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:
@@ -437,7 +441,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _rows_at_once(
     hidden: Tensor, width: int, head_width: int, chunk_rows: int | None
 ) -> tuple[int, int]:
-    """Most rows of the student's logits and of the teacher's, of these widths."""
+    """Maximum rows of the student's logits and of the teacher's, for these vocabulary sizes."""
     if chunk_rows is not None:
         return chunk_rows, chunk_rows
     if hidden.device.type == "cpu":
@@ -461,7 +465,7 @@ def _rows_of(target: Target, row_N: Tensor) -> Target:
 
 
 def _share_of_kl(kind: LossKind, alpha: Tensor) -> Tensor:
-    """lambda."""
+    """The weight of KL, called lambda in ``judge_``."""
     if kind == "lk":
         return torch.exp(-ETA * alpha)
     return torch.full_like(alpha, 1.0 if kind == "forward_kl" else 0.0)
@@ -476,7 +480,7 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def _check(hidden: Tensor, weight: Tensor, teacher: Teacher, rows: Rows, weights_N: Tensor) -> None:
-    """Shapes alone: values would synchronise a GPU."""
+    """Check shapes only: checking values would synchronise a GPU."""
     num_rows = hidden.shape[0]
     shared = teacher.head.weight_VH.shape[0] if teacher.ids_D is None else teacher.ids_D.numel()
     if weight.shape != (shared, hidden.shape[1]):

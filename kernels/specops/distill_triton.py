@@ -1,9 +1,8 @@
-"""``specops.distill``'s work on a block of logits as kernels; the definitions are ``target_of``,
-``judge_`` and ``judge_labels`` there.
+"""Kernels for ``specops.distill`` on a block of logits; the definitions are its ``target_of``,
+``judge_`` and ``judge_labels``.
 
-One program takes one row. ``_judge`` reads a row of both sides three times: for the softmax of the
-student, for the sums that the loss is made of, for the gradient, which it writes over the student's
-logits. All sums are float32.
+One program processes one row. ``_judge`` makes three passes: the student's softmax, the sums of the
+loss, and the gradient, which it writes over the student's logits. All sums are float32.
 
 Shapes as in ``specops.distill``.
 """
@@ -20,7 +19,7 @@ from torch import Tensor
 from specops.distill import ETA, MIN_MASS, Blocks, LabelFigures, LossKind, RowFigures, Rows
 
 _BLOCK = 2048
-_NUM_WARPS = 8  # 8 logits a thread fit 64 registers, and so four rows a multiprocessor
+_NUM_WARPS = 8  # 8 logits per thread fit 64 registers, so four rows per multiprocessor
 _LOWEST = tl.constexpr(-1.0e38)
 _KINDS: dict[LossKind, int] = {"forward_kl": 0, "total_variation": 1, "lk": 2}
 
@@ -30,7 +29,7 @@ def _log_norm(
     row_ptr, num_cols, softcap, temperature,
     HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(log of the sum of exponentials, largest) of one row. Every lane keeps its own two."""
+    """(logsumexp, maximum) of one row. Every lane keeps its own pair until the end."""
     top = tl.full([BLOCK], _LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_cols, BLOCK):
@@ -90,7 +89,7 @@ def _both(
     HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Student's logits and probabilities, teacher's logits and probabilities; 0 past the end."""
+    """Logits and probabilities of the student, then of the teacher; 0 past the end."""
     col = start + tl.arange(0, BLOCK)
     is_col = col < num_cols
     s = tl.load(own_ptr + col, mask=is_col, other=0.0).to(tl.float32)
@@ -112,7 +111,7 @@ def _judge(
     HAS_ROW: tl.constexpr, HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr, SLOPES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One student row. ``KIND`` as in ``_KINDS``; without ``SLOPES`` nothing is overwritten."""
+    """Process one student row. ``KIND``: see ``_KINDS``. Only ``SLOPES`` overwrites the logits."""
     row = tl.program_id(0).to(tl.int64)
     seen = row
     if HAS_ROW:
@@ -171,7 +170,7 @@ def _judge(
 
 
 class _TeacherBlock(NamedTuple):
-    """The teacher's logits as they are, and what turns them into probabilities."""
+    """The teacher's raw logits, and what turns them into probabilities."""
 
     logits_RV: Tensor
     log_norm_R: Tensor
@@ -183,7 +182,7 @@ class _TeacherBlock(NamedTuple):
 def target_of(
     logits_RV: Tensor, ids_D: Tensor | None, softcap: float | None, temperature_R: Tensor | None
 ) -> _TeacherBlock:
-    """See ``specops.distill.target_of``; its probabilities are formed where they are used."""
+    """See ``specops.distill.target_of``; the probabilities are computed where they are used."""
     num_rows, num_cols = logits_RV.shape
     heat = None if temperature_R is None else temperature_R.float().contiguous()
     log_norm = torch.empty(num_rows, dtype=torch.float32, device=logits_RV.device)
@@ -204,11 +203,11 @@ def judge_(
     weights_N: Tensor | None,
     kind: LossKind,
 ) -> RowFigures:
-    """See ``specops.distill.judge_``; both blocks of logits have contiguous rows."""
+    """See ``specops.distill.judge_``; rows of both blocks of logits must be contiguous."""
     num_rows, num_cols = scores_ND.shape
     loss, alpha, prob = torch.empty((3, num_rows), dtype=torch.float32, device=scores_ND.device)
     agrees = torch.empty(num_rows, dtype=torch.uint8, device=scores_ND.device)
-    unused = target.log_norm_R  # stands for a pointer that is not read
+    unused = target.log_norm_R  # placeholder for pointers that are not read
     if num_rows:
         _judge[(num_rows,)](
             scores_ND, target.logits_RV, target.log_norm_R,
@@ -247,4 +246,4 @@ def _tile(num_cols: int) -> dict[str, int]:
 
 
 BLOCKS = Blocks(target_of, judge_, judge_labels)
-"""The kernels, for ``specops.distill.distill``."""
+"""The kernels, as an argument of ``specops.distill.distill``."""

@@ -1,8 +1,8 @@
-"""What a drafter's logits stand for, and one draft token drawn from them.
+"""The distribution of a drafter's logits, and sampling a draft token from it.
 
-The law q of a row is that of ``sampling.distribution``, in float64, over the drafter's vocabulary,
-or all on its argmax for rows that draft greedily. Verification builds q again from the very same
-logits and parameters (``verify_logits``), so nothing of the size of a vocabulary is kept.
+The distribution q of a row is that of ``sampling.distribution``, in float64, over the drafter's
+vocabulary; for rows that draft greedily it is one-hot at the argmax. Verification rebuilds q from
+the same logits and parameters (``verify_logits``), so no vocabulary-sized tensor is kept.
 
 Shapes: R requests, K draft tokens, D draft vocabulary, V target vocabulary.
 """
@@ -21,12 +21,12 @@ from specops.sampling import SamplingRows, distribution, draw
 
 @dataclass(frozen=True, slots=True)
 class VocabMap:
-    """Between a reduced draft vocabulary and the target's."""
+    """Mapping between a reduced draft vocabulary and the target's."""
 
     d2t_D: Tensor
     """[D] int64: target id minus draft id, as drafters store it."""
     t2d_V: Tensor
-    """[V] int32: draft id of a target id, or -1 where the drafter has no such token."""
+    """[V] int32: draft id of each target id; -1 if the drafter does not have the token."""
 
     def to_target(self, draft_ids: Tensor) -> Tensor:
         """Draft ids (any shape, int64) -> target ids."""
@@ -34,7 +34,7 @@ class VocabMap:
 
 
 def vocab_map(d2t_D: Tensor, vocab_size: int) -> VocabMap:
-    """The map and its inverse. Target ids must be distinct and below ``vocab_size``."""
+    """A map and its inverse. Target ids must be distinct and below ``vocab_size``."""
     ids = torch.arange(len(d2t_D), device=d2t_D.device)
     t2d = torch.full((vocab_size,), -1, dtype=torch.int32, device=d2t_D.device)
     t2d[ids + d2t_D] = ids.int()
@@ -43,8 +43,8 @@ def vocab_map(d2t_D: Tensor, vocab_size: int) -> VocabMap:
 
 @dataclass(frozen=True, slots=True)
 class RowLaws:
-    """What turns logits l into a distribution: weight exp((l - top) / temperature) for the logits
-    above ``cut``, and for those at ``cut`` with an id up to ``last``; divided by ``mass``."""
+    """What turns logits l into a distribution: weight exp((l - top) / temperature) for logits above
+    ``cut`` and for logits equal to ``cut`` with an id up to ``last``; divided by ``mass``."""
 
     tops_cuts_masses: Tensor
     """[..., 3] float32."""
@@ -59,13 +59,13 @@ class Drafted:
     tokens_R: Tensor
     """[R] int64 target ids."""
     logq_R: Tensor
-    """[R] float32, log q of the token; 0 where it is the argmax of a greedy row."""
+    """[R] float32, log q of the token; 0 for rows that draft greedily."""
     laws: RowLaws | None = None
-    """Of the R rows, where a kernel made them: verification then need not look for them again."""
+    """Laws of the R rows, if a kernel computed them: verification then need not."""
 
 
 def join_laws(drawn: Sequence[Drafted]) -> RowLaws | None:
-    """Laws [R * K] of K drafts of R requests, request-major; ``None`` if they were not kept."""
+    """Laws [R * K] of R requests' K draft tokens, request-major; ``None`` if not kept."""
     laws = [d.laws for d in drawn if d.laws is not None]
     if not laws:
         return None
@@ -75,18 +75,18 @@ def join_laws(drawn: Sequence[Drafted]) -> RowLaws | None:
 
 @dataclass(frozen=True, slots=True)
 class DraftLaw:
-    """What draft tokens were drawn from."""
+    """The distribution that draft tokens were drawn from."""
 
     logits_RKD: Tensor
-    """[R, K, D] the very tensor that was drawn from."""
+    """[R, K, D] the tensor that was drawn from, unchanged."""
     sampling: SamplingRows
-    """The parameters it was drawn under."""
+    """The parameters that were used."""
     greedy_R: Tensor | None = None
-    """[R] bool, rows that drafted their argmax whatever their temperature."""
+    """[R] bool, rows that drafted their argmax regardless of temperature."""
     vocab: VocabMap | None = None
     """``None``: the draft vocabulary is the target's."""
     laws: RowLaws | None = None
-    """[R, K] those of ``sample_draft``, if kept; the definition does without."""
+    """[R, K] laws left by ``sample_draft``, if kept; the definition does not use them."""
 
 
 def draft_distribution(
@@ -100,7 +100,7 @@ def draft_distribution(
 
 
 def target_distribution(q_RKD: Tensor, vocab: VocabMap | None, vocab_size: int) -> Tensor:
-    """q over the target vocabulary: 0 where the drafter has no token. [R, K, V]."""
+    """q over the target vocabulary, [R, K, V]; 0 for tokens the drafter does not have."""
     if vocab is None:
         return q_RKD
     ids = torch.arange(q_RKD.shape[-1], device=q_RKD.device)
@@ -115,14 +115,14 @@ def sample_draft(
     greedy_R: Tensor | None = None,
     vocab: VocabMap | None = None,
 ) -> Drafted:
-    """Draw a draft token for each request, or take the argmax (the lowest id wins ties).
+    """Sample a draft token for each request, or take the argmax (the lowest id wins ties).
 
     Args:
-        logits_RD: [R, D] float, of the drafter.
-        sampling: parameters of the requests; temperature 0 is greedy.
-        numbering: ``positions_R`` is where the drafted token is to stand; stream DRAFT.
-        greedy_R: [R] bool, rows that draft their argmax whatever their temperature.
-        vocab: of a reduced draft vocabulary.
+        logits_RD: [R, D] float, the drafter's.
+        sampling: parameters of the R requests; temperature 0 is greedy.
+        numbering: ``positions_R`` is the draft token's position; stream DRAFT.
+        greedy_R: [R] bool, rows that draft their argmax regardless of temperature.
+        vocab: map of a reduced draft vocabulary; ``None``: the target's vocabulary.
     """
     q_RD = draft_distribution(logits_RD[:, None], sampling, greedy_R)[:, 0]
     numbers = device_uniforms(

@@ -1,4 +1,4 @@
-"""Draft tokens drawn from logits in three small kernels; see ``specops.draft_sampling``.
+"""Sampling draft tokens from logits in three small kernels; see ``specops.draft_sampling``.
 
 Shapes: R requests, D draft vocabulary.
 """
@@ -24,7 +24,7 @@ def _finish(
     logits_ptr, row_stride, temperature_ptr, greedy_ptr, own_ptr, law_ptr, d2t_ptr, token_ptr,
     logq_ptr, num_rows, HAS_GREEDY: tl.constexpr, HAS_MAP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Map the drawn ids to the target's and give their log q."""
+    """Compute log q of the drawn ids and map them to the target's vocabulary."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
     own = tl.load(own_ptr + row, mask=is_row, other=0).to(tl.int64)
@@ -50,8 +50,8 @@ def sample_draft(
     vocab: VocabMap | None = None,
     tiles: Tiles = TILES,
 ) -> Drafted:
-    """See ``specops.draft_sampling.sample_draft``, whose arguments and result these are. Can be
-    captured in a CUDA graph; ``sampling.truncates`` is then fixed.
+    """See ``specops.draft_sampling.sample_draft``, which has the same arguments and result. Can be
+    captured in a CUDA graph, which fixes ``sampling.truncates``.
 
     Raises:
         ValueError: the logits' last dimension is not contiguous.

@@ -1,11 +1,11 @@
-"""Biases and penalties of requests whose state is on the device: what ``specops.penalties`` does
-with lists of tokens, with counts that a round keeps itself. The torch definitions.
+"""Biases and penalties of requests whose state is on the device: what ``specops.penalties``
+computes from token lists, from counts that each round updates. The torch definitions.
 
-Whether a request adjusts is read on the device, so that one program serves batches with and
-without such requests; the rows of those that do not are not touched.
+The device reads which requests have biases or penalties, so one program serves batches with and
+without them; rows of other requests are not touched.
 
-Shapes: L lanes, R requests, A of them that adjust, K draft tokens, Q = K + 1, V vocabulary, B most
-biases.
+Shapes: L lanes, R requests, A of them with biases or penalties, K draft tokens, Q = K + 1, V
+vocabulary, B maximum number of biases.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from specops.penalties import counts_before, penalized
 
 @dataclass(frozen=True, slots=True)
 class LaneTables:
-    """What the requests in L lanes ask for, and how often they emitted each token. What stands here
-    for a request that does not ask for it means nothing."""
+    """Biases, penalties and token counts of the requests in L lanes. Entries that a request does
+    not use are undefined."""
 
     biased_LB: Tensor
-    """[L, B] int32 token ids, each once."""
+    """[L, B] int32 token ids, no duplicates."""
     bias_LB: Tensor
-    """[L, B] float64, added to the logits of ``biased``."""
+    """[L, B] float64, added to the logits of ``biased_LB``."""
     penalties_L3: Tensor
     """[L, 3] float64: presence, frequency, repetition."""
     counts_LV: Tensor
-    """[L, V] int32: twice the times that a token stands in the completion, and 1 more if it stands
-    in the prompt."""
+    """[L, V] int32: twice a token's count in the completion, plus 1 if it occurs in the prompt."""
 
 
 def new_tables(
     num_lanes: int, vocab_size: int, most_biases: int, device: torch.device | str
 ) -> LaneTables:
-    """Tables of ``table_bytes`` bytes, of which nothing is asked."""
+    """Tables without biases or penalties, ``table_bytes`` bytes large."""
 
     def zeros(width: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros((num_lanes, width), dtype=dtype, device=device)
@@ -51,7 +50,7 @@ def new_tables(
 
 
 def table_bytes(num_lanes: int, vocab_size: int, most_biases: int) -> int:
-    """Of ``new_tables``."""
+    """Size of ``new_tables``."""
     return num_lanes * (4 * vocab_size + 12 * most_biases + 24)
 
 
@@ -60,18 +59,19 @@ class LaneRequests:
     """The requests of one batch."""
 
     lanes_R: Tensor
-    """[R] int64, their rows in the tables."""
+    """[R] int64, the requests' rows in the tables."""
     num_biased_R: Tensor
-    """[R] int64 in 0..B: that many leading biases of the lane are theirs."""
+    """[R] int64 in 0..B, how many of the lane's biases apply."""
     penalizes_R: Tensor
-    """[R] int64: whether penalties and counts of the lane are theirs."""
+    """[R] int64, nonzero if the lane's penalties and counts apply."""
 
 
 def adjust_rows(
     logits_RQV: Tensor, draft_RK: Tensor, requests: LaneRequests, tables: LaneTables
 ) -> None:
-    """The definition: logits as each request wants them, written over those that came in; waits for
-    the device. The result is ``specops.penalties.adjust_logits``'s.
+    """Apply each request's biases and penalties in place. The definition; waits for the device.
+
+    The result is that of ``specops.penalties.adjust_logits``.
 
     Args:
         logits_RQV: [R, K + 1, V] float, after 0 .. K draft tokens.
@@ -102,8 +102,8 @@ def _bias(num_biased_A: Tensor, lanes_A: Tensor, tables: LaneTables, like_AV: Te
 def count_tokens(
     emitted_RQ: Tensor, count_R: Tensor, requests: LaneRequests, tables: LaneTables
 ) -> None:
-    """The definition: add the first ``count`` emitted tokens of each request that penalizes to the
-    counts of its lane.
+    """Add the first ``count`` emitted tokens of each request with penalties to its lane's counts.
+    The definition.
 
     Args:
         emitted_RQ: [R, Q] int64 in 0..V-1.

@@ -1,11 +1,11 @@
-"""Biases and penalties by lane, one kernel each for adjusting and for counting; the definitions are
-in ``specops.lane_penalties``.
+"""Biases and penalties by lane: one kernel that adjusts logits, one that counts tokens. The
+definitions are in ``specops.lane_penalties``.
 
-A request that asks for nothing costs programs that read two numbers and end. Otherwise a program
-takes one part of the vocabulary through all rows of its request: the counts are read once, and the
-draft tokens are added to them on the way.
+For a request without biases or penalties, programs read two numbers and exit. Otherwise a program
+processes one part of the vocabulary in all rows of its request: it reads the counts once and adds
+the draft tokens row by row.
 
-Shapes: R requests, K draft tokens, Q = K + 1, V vocabulary, B most biases.
+Shapes: R requests, K draft tokens, Q = K + 1, V vocabulary, B maximum number of biases.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from specops.lane_penalties import LaneRequests, LaneTables
 
 _PART = 2048
-"""Tokens of one program."""
+"""Tokens per program."""
 _MOST_QUERIES = 32
-"""Tokens that are counted at once: one kernel serves all draft lengths up to this."""
+"""Tokens counted at once: one kernel serves all draft lengths up to this."""
 _PER_REQUEST = ("num_biased_ptr", "penalizes_ptr")
-"""Fields of one matrix: how they are aligned depends on the batch size."""
+"""Fields of one matrix, so their alignment depends on the batch size."""
 
 
 @triton.jit
 def _divided(x, y):
-    """Rounded as IEEE does: the plain operator of float32 may be off by 2 units."""
+    """IEEE division: the plain float32 operator may be off by 2 units in the last place."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
     else:
@@ -40,7 +40,7 @@ def _adjust_part(
     num_biased_ptr, penalizes_ptr, biased_ptr, bias_ptr, penalties_ptr, counts_ptr, vocab, K,
     BIASES: tl.constexpr, BIASES_UP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One part of all rows of one request."""
+    """Adjust one part of all rows of one request."""
     request, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_biased = tl.load(num_biased_ptr + request)
     penalizes = tl.load(penalizes_ptr + request)
@@ -59,7 +59,7 @@ def _adjust_part(
             at = rows_ptr + row * row_stride + token
             x = tl.load(at, mask=is_own, other=0.0)
             tl.store(at, x + bias, mask=is_own)
-        # The next loop reads by other threads what these have written.
+        # In the next loop, other threads read what these have written.
         tl.debug_barrier()
     if penalizes != 0:
         ids = part * PART + tl.arange(0, PART)
@@ -88,7 +88,7 @@ def _count_tokens(
     emitted_ptr, count_ptr, lanes_ptr, lanes_stride, penalizes_ptr, counts_ptr, vocab, num_query,
     QUERY_UP: tl.constexpr,
 ):  # fmt: skip
-    """One request."""
+    """Count the emitted tokens of one request."""
     request = tl.program_id(0).to(tl.int64)
     if tl.load(penalizes_ptr + request) == 0:
         return
@@ -103,13 +103,12 @@ def _count_tokens(
 def adjust_rows(
     logits_RQV: Tensor, draft_RK: Tensor, requests: LaneRequests, tables: LaneTables
 ) -> None:
-    """See ``specops.lane_penalties.adjust_rows``, whose arguments these are; never waits, and gives
-    the same bits. Can be captured in a CUDA graph: what the requests ask for is read when it is
-    replayed.
+    """See ``specops.lane_penalties.adjust_rows``, which has the same arguments; bitwise equal,
+    never waits. Can be captured in a CUDA graph: biases and penalties are read at each replay.
 
     Raises:
-        ValueError: the logits are neither float32 nor float64, the shapes do not fit each other, or
-            a row of logits or another tensor is not contiguous.
+        ValueError: the logits are neither float32 nor float64, shapes do not match, or a row of
+            logits or another tensor is not contiguous.
     """
     num_requests, num_query, vocab_size = logits_RQV.shape
     if logits_RQV.dtype not in (torch.float32, torch.float64):
@@ -131,7 +130,7 @@ def adjust_rows(
         tables.biased_LB, tables.bias_LB, tables.penalties_L3, tables.counts_LV,
         vocab_size, num_query - 1,
         BIASES=most_biases, BIASES_UP=triton.next_power_of_2(most_biases), PART=_PART,
-        # A product and a difference that became one operation would be rounded once.
+        # No fused multiply-add: it would round once instead of twice.
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -139,10 +138,10 @@ def adjust_rows(
 def count_tokens(
     emitted_RQ: Tensor, count_R: Tensor, requests: LaneRequests, tables: LaneTables
 ) -> None:
-    """See ``specops.lane_penalties.count_tokens``, whose arguments these are; one launch.
+    """See ``specops.lane_penalties.count_tokens``, which has the same arguments; one launch.
 
     Raises:
-        ValueError: the shapes do not fit each other, or a tensor is not contiguous.
+        ValueError: shapes do not match, or a tensor is not contiguous.
     """
     num_requests, num_query = emitted_RQ.shape
     if count_R.shape != (num_requests,):

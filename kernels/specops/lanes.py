@@ -1,8 +1,8 @@
-"""The bookkeeping of a decode round: from the lanes' state to what a round needs of it, and from
-what was verified to the lanes' next state. The torch definitions.
+"""Per-round bookkeeping: gathering the lanes' state for a round, and committing the verified tokens
+to the lanes. The torch definitions.
 
-A lane is what the device knows of one request in flight. A round opens with a gather of its lanes
-and closes with a commit to them; both are one launch as kernels (``lanes_triton``).
+A lane is the state of one request in flight on the device. A round opens by gathering its lanes and
+closes by committing to them; each is one launch in ``lanes_triton``.
 
 Shapes: L lanes, R requests of a round, F integer fields, P pages of a lane, K draft tokens,
 Q = K + 1, T = R * Q rows of the target's pass.
@@ -24,69 +24,69 @@ from specops.verify_logits import LogitVerdict, Rule
 
 
 class Field(IntEnum):
-    """Integers of a lane. Those before LIMIT change with every round."""
+    """Integer fields of a lane. Those before LIMIT change every round."""
 
     LENGTH = 0
-    """Committed tokens, the anchor included."""
+    """Number of committed tokens, including the anchor."""
     NONCE = 1
-    """Rounds so far."""
+    """Number of rounds so far."""
     ANCHOR = 2
     """The last committed token."""
     LIMIT = 3
     """Length at which the request ends."""
     CAP = 4
-    """Most tokens that may be drafted for the request in one round."""
+    """Maximum draft length of the request."""
     KEY = 5
-    """Key of its random numbers, the 64 bits as a signed number."""
+    """Key of the request's random numbers, 64 bits as a signed integer."""
     BY_MATCH = 6
     """1 for a greedy or seeded request, verified by ``match``, else 0."""
     TOP_K = 7
     CAPTURES = 8
     """1 for a request whose rows are captured, else 0."""
     BIASES = 9
-    """Biases of the request, see ``specops.lane_penalties``."""
+    """Number of the request's biases; see ``specops.lane_penalties``."""
     PENALIZES = 10
     """1 for a request with penalties, else 0."""
 
 
 class Column(IntEnum):
-    """Integers of a round's outcome, one row a request. Behind the draft tokens, each as wide as
-    the longest draft, are the bits of log p and then of log q of the drafted tokens, float64."""
+    """Integers of a round's outcome, one row per request. The draft tokens are followed by the bits
+    of their log p and then of their log q, float64, each as wide as the longest draft."""
 
     ACCEPTED = 0
     NEXT = 1
     DRAFTED = 2
     CAPTURED = 3
-    """Rows for the capture ring."""
+    """Number of rows for the capture ring."""
     TOKENS = 4
     """The first draft token."""
 
 
 class Input(IntEnum):
-    """Integers that the host hands to a round, one row a request."""
+    """Integers that the host passes to a round, one row per request."""
 
     LANE = 0
     DRAFTED = 1
-    """Draft tokens that are given."""
+    """Number of draft tokens that the host provides."""
     TOKENS = 2
-    """The first of them."""
+    """The first of these tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaneState:
-    """What the device knows of all lanes."""
+    """The state of all lanes on the device."""
 
     ints_FL: Tensor
-    """[F, L] int64, see ``Field``; committed to in place."""
+    """[F, L] int64, see ``Field``; rounds commit to it in place."""
     floats_3L: Tensor
     """[3, L] float32: temperature, top-p, min-p."""
     pages_LP: Tensor
-    """[L, P] int32 page ids; 0 where the lane has none."""
+    """[L, P] int32 page ids; 0 if the lane has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedRound:
-    """What a round needs of its lanes. Fields of all requests lie side by side."""
+    """A round's view of its lanes. Each field is contiguous over the requests."""
 
     lanes_R: Tensor
     """[R] int32."""
@@ -101,10 +101,10 @@ class OpenedRound:
     rules_R: Tensor
     """[R] int64 of ``Rule``."""
     nonces_R: Tensor
-    """[R] int64: the same in every round for requests verified by ``match``, fresh for others."""
+    """[R] int64: constant for requests verified by ``match``, new in every round for others."""
     lens_R: Tensor
-    """[R] int64 in 0..K: tokens that may be drafted, or were given. The last token of a request is
-    the target's own."""
+    """[R] int64 in 0..K: number of tokens that may be drafted, or that the host provided. The last
+    token of a request is always the target's own."""
     anchor_at_R: Tensor
     """[R] int32 position of the anchor."""
     draft_at_R: Tensor
@@ -114,14 +114,14 @@ class OpenedRound:
     positions_T: Tensor
     """[T] int64 positions of the target's rows: the anchor's and the drafts'."""
     slots_T: Tensor
-    """[T] int64 slots of these."""
+    """[T] int64 slots of these rows."""
     block_RQ: Tensor
-    """[R, Q] int64 tokens of these rows; those behind the anchor are unset if none were given."""
+    """[R, Q] int64 tokens of these rows; only the anchor is set if a drafter is to draft."""
     given_RK: Tensor | None
-    """[R, K] int64 draft tokens that were given; ``None``: a drafter is to find them."""
+    """[R, K] int64 draft tokens provided by the host; ``None``: a drafter is to draft."""
 
     def sampling(self) -> SamplingRows:
-        """What the requests asked for; whether any of them cuts its law off is not known here."""
+        """The requests' sampling parameters; truncation is assumed, as the host does not know."""
         temperature_R, top_p_R, min_p_R = self.floats_3R.unbind()
         return SamplingRows(
             temperature_R, self.ints_FR[Field.TOP_K], top_p_R, min_p_R,
@@ -139,16 +139,16 @@ class ClosedRound:
     """What a round decided."""
 
     emitted_RQ: Tensor
-    """[R, Q] int64: kept draft tokens, then the target's own token, over and over."""
+    """[R, Q] int64: kept draft tokens, then the target's own token, repeated."""
     next_R: Tensor
     """[R] int64, the target's own token after the kept ones."""
     count_R: Tensor
-    """[R] int64 emitted tokens that were committed; fewer where the request has ended."""
+    """[R] int64 number of emitted tokens committed; fewer if the request has ended."""
     captured_R: Tensor
-    """[R] int32 rows for the capture ring."""
+    """[R] int32 number of rows for the capture ring."""
     anchor_row_R: Tensor
-    """[R] int64 among the T rows: that of the last kept token. A drafter that has computed the row
-    after each, has there its output at the new anchor."""
+    """[R] int64 index among the T rows of the last kept token. A drafter that computed one row per
+    target row, shifted by one, has its output at the new anchor there."""
 
 
 def open_round(
@@ -160,14 +160,14 @@ def open_round(
     *,
     is_given: bool,
 ) -> OpenedRound:
-    """Gather the lanes of a round.
+    """Gather the lanes of a round. The definition.
 
     Args:
-        inputs_RI: [R, at least 2 + K] int64, see ``Input``; its rows may be apart.
+        inputs_RI: [R, at least 2 + K] int64, see ``Input``; rows need not be adjacent.
         num_draft: K.
         page_size: tokens of a page.
-        rule: verifies requests that are not verified by ``match``.
-        is_given: the draft tokens, if any, are in the inputs.
+        rule: verification rule of requests not verified by ``match``.
+        is_given: the inputs hold the draft tokens.
     """
     lanes_R = inputs_RI[:, Input.LANE]
     ints_FR = state.ints_FL.index_select(1, lanes_R)
@@ -211,16 +211,16 @@ def close_round(
     logq_RK: Tensor | None,
     outputs_RC: Tensor,
 ) -> ClosedRound:
-    """Commit a round to its lanes, and write what the host is to read of it.
+    """Commit a round to its lanes and write its outcome for the host. The definition.
 
     Args:
-        state: its integers are written.
+        state: its integers are updated in place.
         draft_RK: [R, K] int64.
-        verdict: of the draft; or the target's best ids, [R, Q] int64, for greedy requests, which
-            are verified here by ``verify_match``.
-        logq_RK: [R, K] float32 log q of the draft tokens; ``None`` where they were not drawn.
-        outputs_RC: [R, 4 + 3 * the longest draft] int64, see ``Column``; what of it has no meaning
-            is left alone.
+        verdict: of the draft; or, if all requests are greedy, the target's best ids [R, Q] int64,
+            which ``verify_match`` compares here.
+        logq_RK: [R, K] float32 log q of the draft tokens; ``None`` if they were not sampled.
+        outputs_RC: [R, 4 + 3 * the longest draft] int64, see ``Column``; columns beyond the draft
+            are not written.
     """
     num_draft = draft_RK.shape[1]
     if isinstance(verdict, Tensor):
@@ -251,5 +251,5 @@ def close_round(
 
 
 def most_drafts(outputs_RC: Tensor) -> int:
-    """Longest draft that a round's outputs have room for."""
+    """The longest draft that fits a round's outputs."""
     return (outputs_RC.shape[1] - Column.TOKENS) // 3

@@ -1,4 +1,4 @@
-"""A round's lanes gathered, and committed to, by one launch each; see ``specops.lanes``.
+"""Gathering a round's lanes and committing to them, one launch each; see ``specops.lanes``.
 
 Shapes: L lanes, R requests of a round, F integer fields, P pages of a lane, K draft tokens,
 Q = K + 1.
@@ -16,7 +16,7 @@ from specops.overlap_triton import wait_for_previous
 from specops.verify_logits import LogitVerdict, Rule
 
 _FIELDS_UP = 16
-_PAGES = 1024  # that one program copies
+_PAGES = 1024  # copied by one program
 
 _LENGTH = tl.constexpr(int(Field.LENGTH))
 _NONCE = tl.constexpr(int(Field.NONCE))
@@ -36,7 +36,7 @@ _TOKENS = tl.constexpr(int(Column.TOKENS))
 
 
 def _places(num_query: int) -> int:
-    """Q, as kernels hold it: the same up to 32 rows, for which one kernel is compiled."""
+    """Q rounded up; the same up to 32 rows, so that they share one compiled kernel."""
     return max(32, int(triton.next_power_of_2(num_query)))
 
 
@@ -54,7 +54,7 @@ def _open_round(
     NUM_FIELDS: tl.constexpr, FIELDS_UP: tl.constexpr, QUERY_UP: tl.constexpr,
     PAGES: tl.constexpr, IS_GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """One request and some of its pages; the program of the first pages does all else."""
+    """Gather some pages of one request; the program of the first pages gathers all else."""
     request, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     given_row = inputs_ptr + request * inputs_stride
     lane = tl.load(given_row)
@@ -117,11 +117,11 @@ def open_round(
     *,
     is_given: bool,
 ) -> OpenedRound:
-    """See ``specops.lanes.open_round``, whose arguments and result these are. Can be captured in a
-    CUDA graph.
+    """See ``specops.lanes.open_round``, which has the same arguments and result. Can be captured in
+    a CUDA graph.
 
     Raises:
-        ValueError: the state, or a row of the inputs, is not contiguous or of another dtype.
+        ValueError: the state, or a row of the inputs, has the wrong dtype or is not contiguous.
     """
     _check_state(state)
     if inputs_RI.dtype != torch.int64 or inputs_RI.stride(1) != 1:
@@ -192,7 +192,7 @@ def _close_round(
     most_drafts, num_lanes, num_requests, num_draft,
     QUERY_UP: tl.constexpr, BY_BEST: tl.constexpr, HAS_LOGQ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One request."""
+    """Commit one request's round."""
     if OVERLAP:
         wait_for_previous()
     request = tl.program_id(0).to(tl.int64)
@@ -253,15 +253,15 @@ def close_round(
     *,
     overlap: bool = False,
 ) -> ClosedRound:
-    """See ``specops.lanes.close_round``, whose arguments and result these are. Can be captured in a
-    CUDA graph.
+    """See ``specops.lanes.close_round``, which has the same arguments and result. Can be captured
+    in a CUDA graph.
 
     Args:
-        overlap: start while the kernel before still runs (``specops.overlap_triton``).
+        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
 
     Raises:
-        ValueError: a tensor is not contiguous, but for the rows of drafts and outputs among each
-            other, or of another dtype.
+        ValueError: a tensor has the wrong dtype or is not contiguous; only the rows of drafts and
+            outputs need not be adjacent.
     """
     _check_state(state)
     num_requests, num_draft = draft_RK.shape

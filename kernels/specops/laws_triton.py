@@ -1,19 +1,20 @@
-"""Rows of logits as laws to draw from, without writing their probabilities.
+"""The sampling distribution (law) of rows of logits, without writing probabilities.
 
-A vocabulary is split into parts, one program each, that leave their largest logit and their sum of
-weights. A second kernel joins the parts of a row, looks for the cut of a truncating row, and draws
-a token where one is wanted: first the part, then the token within it.
+The vocabulary is split into parts. One program per part computes its largest logit and its sum of
+weights. A second kernel combines the parts of a row, finds the cut of a truncated row, and samples
+a token if one is needed: first the part, then the token within it.
 
-Drawing inverts the cumulative sum at one 53-bit number, as ``sampling.draw`` does, with float64
-sums over parts and within the chosen part, so that the tail is drawn at its true rate; a part's own
-sum is float32, which scales all of its tokens alike.
+Sampling inverts the cumulative sum at one 53-bit number, as ``sampling.draw`` does. Sums over parts
+and within the chosen part are float64, so the tail is sampled at its true rate; a part's own sum is
+float32, which scales all of its tokens alike.
 
-The cut: the tokens that survive min-p and top-k, and then top-p, are each the first few of all in
-the order (logit downwards, id upwards). The last surviving logit is found by halving the interval
-between two logits of the row, each of which a sweep over the row replaces by the nearest logit that
-is there, until few enough are left to be held by one program, in registers.
+The cut: the tokens that survive min-p and top-k, and then those that survive top-p, are a prefix of
+the order (logit descending, id ascending). The last surviving logit is found by bisection between
+two logits of the row. After each pass over the row, the bounds move to the nearest existing logits,
+until one program can hold the rest in registers.
 
-Shapes: N rows of logits, R requests of ``per`` rows each, P parts of a row, S stretches of a part.
+Shapes: N rows of logits, R requests with ``per`` rows each, P parts of a row, S stretches of a
+part.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from specops.sampling import SamplingRows
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Sizes of the pieces that programs work on; all powers of two."""
+    """Sizes of the pieces that programs process; all powers of two."""
 
     part: int = 4096
-    """Tokens of one program of a split row."""
+    """Tokens of one part of a row."""
     stretch: int = 1024
-    """Tokens that share one largest logit: a row's k-th largest of these bounds its top-k."""
+    """Tokens whose maximum is kept: the k-th largest of a row's maxima bounds its top-k."""
     sweep: int = 8192
-    """Tokens at once of the one program that looks for a row's cut."""
+    """Tokens read at once by the program that finds a row's cut."""
     held: int = 4096
-    """Most tokens between which a cut is found in registers."""
+    """Maximum number of candidates for the cut held in registers."""
 
     def within(self, vocab_size: int) -> Tiles:
-        """No piece much wider than the vocabulary: a row of a small one would hold 32 KB."""
+        """Limit the sizes to a small vocabulary; otherwise each row takes 32 KB of scratch."""
         most = max(16, int(triton.next_power_of_2(vocab_size)))
         return Tiles(*(min(size, most) for size in astuple(self)))
 
@@ -62,8 +63,8 @@ PER_REQUEST = (
     "temperature_ptr", "greedy_ptr", "lens_ptr", "rules_ptr",
     "top_k_ptr", "top_p_ptr", "min_p_ptr", "keys_ptr", "nonces_ptr", "positions_ptr",
 )  # fmt: skip
-"""One number a request, read one at a time. They are fields of one matrix, so that where they begin
-depends on the batch size: a kernel that knew how they are aligned would be compiled three times."""
+"""One number per request, read individually. They are fields of one matrix, so their alignment
+depends on the batch size: specialised on it, a kernel would be compiled three times."""
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _LOWEST = tl.constexpr(-3.0e38)  # below every finite logit that a model computes
 
@@ -77,7 +78,7 @@ def _mix(x):
 
 @triton.jit
 def uniform(key, nonce, position, STREAM: tl.constexpr):
-    """``rng.uniforms`` of int64 scalars or tensors, float64."""
+    """``rng.uniforms`` for int64 scalars or tensors, float64."""
     gamma = tl.full((), _GAMMA, tl.uint64)
     state = _mix(key.to(tl.uint64) + gamma * tl.full((), STREAM, tl.uint64))
     state = _mix(state + gamma * (nonce + 1).to(tl.uint64))
@@ -87,20 +88,20 @@ def uniform(key, nonce, position, STREAM: tl.constexpr):
 
 @triton.jit
 def _difference(x, top):
-    """x - top, kept finite where x is not: 0 times it is 0."""
+    """x - top, kept finite for infinite x, so that 0 times it is 0."""
     return tl.maximum(x - top, -1e30)
 
 
 @triton.jit
 def weight(x, ids, top, cut, last, rate):
-    """Weights of logits under a row's law; ``rate`` is 1 / temperature."""
+    """Unnormalised probabilities of logits under a row's law; ``rate`` is 1 / temperature."""
     is_kept = (x > cut) | ((x == cut) & (ids <= last))
     return tl.where(is_kept, tl.exp((x - top) * rate), 0.0)
 
 
 @triton.jit
 def rate_of(temperature_ptr, greedy_ptr, request, HAS_GREEDY: tl.constexpr):
-    """1 / temperature, and whether the row takes its argmax; greedy rows have rate 1."""
+    """(1 / temperature, is greedy); greedy rows have rate 1."""
     temperature = tl.load(temperature_ptr + request).to(tl.float32)
     is_greedy = temperature == 0
     if HAS_GREEDY:
@@ -110,8 +111,8 @@ def rate_of(temperature_ptr, greedy_ptr, request, HAS_GREEDY: tl.constexpr):
 
 @triton.jit
 def first_beyond(weights, threshold, SIZE: tl.constexpr):
-    """Index of the first float64 weight whose running sum exceeds the threshold; the last one with
-    a weight if rounding leaves none. Never one of weight 0 while there is another."""
+    """Index of the first float64 weight whose cumulative sum exceeds the threshold; the last
+    nonzero weight if rounding leaves none. Never an index of weight 0 unless all are 0."""
     index = tl.arange(0, SIZE)
     sums = tl.cumsum(weights, 0)
     has_weight = weights > 0
@@ -122,7 +123,7 @@ def first_beyond(weights, threshold, SIZE: tl.constexpr):
 
 @triton.jit
 def choose_part(shares, number, SIZE: tl.constexpr):
-    """Part in which the number falls, and how far into that part's share, in 0..1."""
+    """The part that the number falls into, and how far into its share, in 0..1."""
     index = tl.arange(0, SIZE)
     shares = shares.to(tl.float64)
     threshold = number * tl.sum(shares, axis=0)
@@ -140,7 +141,7 @@ def _split_rows(
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, PLAIN: tl.constexpr,
     TRUNCATES: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row: largest logit, its lowest id, sum of weights relative to it."""
+    """One part of one row: its largest logit, the lowest id of it, the sum of weights."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
@@ -185,8 +186,8 @@ def _load(row_ptr, start, vocab, SWEEP: tl.constexpr):
 
 @triton.jit
 def _sweep(row_ptr, vocab, pivot, top, rate, SWEEP: tl.constexpr):
-    """Of the logits above the pivot: how many, their weight (float64), the least; and the greatest
-    of the others."""
+    """Count, weight (float64) and minimum of the logits above the pivot, and the maximum of the
+    others."""
     count = tl.zeros([SWEEP], tl.int32)
     mass = tl.zeros([SWEEP], tl.float32)
     least = tl.full([SWEEP], float("inf"), tl.float32)
@@ -209,9 +210,9 @@ def _sweep(row_ptr, vocab, pivot, top, rate, SWEEP: tl.constexpr):
 def _gather(
     row_ptr, vocab, lo, hi, held_ptr, held_ids_ptr, SWEEP: tl.constexpr, HELD: tl.constexpr
 ):
-    """Write the first HELD logits in lo..hi and their ids, in id order; count all of them, and give
-    the least one."""
-    tl.debug_barrier()  # what was held before has been read
+    """Write the first HELD logits in lo..hi and their ids, in id order. Returns the count and the
+    minimum of all of them."""
+    tl.debug_barrier()  # the previous candidates have been read
     count = 0
     least = tl.full([SWEEP], float("inf"), tl.float32)
     for start in tl.range(0, vocab, SWEEP, num_stages=3):
@@ -224,7 +225,7 @@ def _gather(
         tl.store(held_ids_ptr + slot, ids, mask=fits)
         count += tl.sum(is_wanted.to(tl.int32), axis=0)
         least = tl.minimum(least, tl.where(is_wanted, x, float("inf")))
-    tl.debug_barrier()  # what other threads wrote is there to be read
+    tl.debug_barrier()  # what other threads wrote is visible
     return count, tl.min(least, axis=0)
 
 
@@ -237,8 +238,8 @@ def _between(lo, hi):
 
 @triton.jit
 def _least_within(x, lo, hi, base, limit, top, rate):
-    """The least of the held logits above which, with ``base``, there is less weight than the limit;
-    it lies in lo..hi, which are held. At rate 0 every logit weighs 1."""
+    """The least held logit for which the weight above it, plus ``base``, is below the limit. It
+    lies in lo..hi, both held. At rate 0 every logit weighs 1."""
     weights = tl.where(x > float("-inf"), tl.exp(_difference(x, top) * rate), 0.0)
     tries = 0
     while (lo < hi) & (tries < 100):
@@ -259,9 +260,9 @@ def _find_cut(
     row_ptr, vocab, lo, count, top, search_rate, limit, held_ptr, held_ids_ptr,
     SWEEP: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """The least logit above which there is less weight than the limit. ``count`` logits from ``lo``
-    on, one of the row, were gathered. Returns it and how many are now held, more than HELD if they
-    are all alike."""
+    """The least logit above which the weight is below the limit, and how many logits are now held
+    (more than HELD if they are all equal). ``count`` logits from ``lo`` up were gathered; ``lo`` is
+    a logit of the row."""
     hi = top
     base = tl.full((), 0.0, tl.float64)
     from_lo = count
@@ -292,8 +293,8 @@ def _above_cut(
     row_ptr, vocab, cut, count, is_whole, top, rate, held_ptr, SWEEP: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
-    """How many logits lie above the cut, their weight, and how many lie at it. ``is_whole``: all
-    that are not below the cut are held."""
+    """Count and weight of the logits above the cut, and the number equal to it. ``is_whole``: all
+    logits from the cut up are held."""
     index = tl.arange(0, HELD)
     x = tl.load(held_ptr + index, mask=index < count, other=float("-inf"))
     ties = tl.where(count > HELD, count, tl.sum((x == cut).to(tl.int32), axis=0))
@@ -311,7 +312,7 @@ def _last_tie(
     row_ptr, vocab, cut, num_kept, ties, count, held_ptr, held_ids_ptr, SWEEP: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
-    """Id of the last tie at the cut that is kept, in id order; the vocabulary's size if all are."""
+    """The last kept id among logits equal to the cut; the vocabulary size if all are kept."""
     last = vocab
     if num_kept < ties:
         if count <= HELD:
@@ -340,10 +341,10 @@ def _truncated(
     stretch_top_ptr, num_stretches, held_ptr, held_ids_ptr,
     STRETCHES_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Cut, last id at the cut and mass of a row under min-p and top-k, and then top-p.
+    """Cut, last id at the cut and mass of a row under min-p and top-k, then top-p.
 
-    Both are found by one body in a loop of two turns: written one after the other, they take twice
-    as long to compile.
+    One loop body finds both in two iterations: written out one after the other, they take twice as
+    long to compile.
     """
     cut = _LOWEST + 0.0 * top
     last = vocab
@@ -363,12 +364,12 @@ def _truncated(
             limit = top_k.to(tl.float64)
             if by_mass:
                 limit = top_p.to(tl.float64) * total
-                # Logits below it cannot be among those that reach p: all V weigh less than 1 - p.
+                # Logits below this are not needed to reach p: V of them weigh less than 1 - p.
                 bound = tl.log(total.to(tl.float32) * (1 - top_p) / vocab) * temperature + top
                 bound -= 1e-3 * temperature + 1e-5 * tl.abs(top)
                 floor = tl.minimum(top, tl.maximum(cut, bound))
             else:
-                # The k-th largest of the stretches' largest is a bound: k logits are not below it.
+                # The k-th largest stretch maximum is a lower bound: k logits are at least as large.
                 stretch = tl.arange(0, STRETCHES_UP)
                 is_stretch = stretch < num_stretches
                 tops = tl.load(stretch_top_ptr + stretch, mask=is_stretch, other=float("-inf"))
@@ -421,8 +422,8 @@ def _truncated(
 def _mass_by_part(
     row_ptr, vocab, num_parts, top, cut, last, rate, sums_ptr, part_top_ptr, PART: tl.constexpr
 ):
-    """Replace the sums of a row's parts by those of the tokens that are kept."""
-    tl.debug_barrier()  # the former sums have been read
+    """Replace the sums of a row's parts by the sums of the tokens that are kept."""
+    tl.debug_barrier()  # the previous sums have been read
     for part in range(0, num_parts):
         total = 0.0
         if tl.load(part_top_ptr + part) >= cut:
@@ -434,7 +435,7 @@ def _mass_by_part(
 
 @triton.jit
 def draw_within(x, ids, top, cut, last, rate, portion, PART: tl.constexpr):
-    """Id drawn from one part of a row, ``portion`` of the way through its weight."""
+    """The id at ``portion`` of the cumulative weight of one part of a row."""
     weights = weight(x, ids, top, cut, last, rate).to(tl.float64)
     inside = first_beyond(weights, portion * tl.sum(weights, axis=0), PART)
     return tl.sum(tl.where(tl.arange(0, PART) == inside, ids, 0), axis=0)
@@ -451,7 +452,7 @@ def _join_rows(
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, HAS_RULES: tl.constexpr,
     PLAIN: tl.constexpr, TRUNCATES: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """One row: its law, and the token it draws if it is to draw one."""
+    """One row: its law, and a token sampled from it if one is needed."""
     row = tl.program_id(0).to(tl.int64)
     request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
@@ -474,13 +475,13 @@ def _join_rows(
         totals = tl.load(plain_ptr + slot * 2, mask=is_part, other=0.0)
         slopes = tl.load(plain_ptr + slot * 2 + 1, mask=is_part, other=0.0)
         plain_total = tl.sum(totals * shrink, axis=0)
-        # Sum of e^z z with z relative to the row's top, not to the part's.
+        # Sum of e^z z with z relative to the row's maximum, not to the part's.
         moved = shrink * slopes + totals * (shrink * gap)
         log_total = tl.log(plain_total)
         tl.store(stats_ptr + row * 2, top + log_total)
         tl.store(stats_ptr + row * 2 + 1, log_total - tl.sum(moved, axis=0) / plain_total)
     rate, is_greedy = rate_of(temperature_ptr, greedy_ptr, request, HAS_GREEDY)
-    # A greedy row is cut down to its argmax.
+    # A greedy row is truncated to its argmax.
     cut = top
     last = best
     mass = 1.0
@@ -533,24 +534,24 @@ def _join_rows(
 
 @dataclass(frozen=True, slots=True)
 class JoinedRows:
-    """What a pass over rows of logits left of them."""
+    """Result of ``join_rows``."""
 
     laws: RowLaws
-    """Of the N rows; rows beyond ``lens`` are not written."""
+    """Laws of the N rows; rows beyond ``lens`` are not written."""
     own_N: Tensor
-    """[N] int32: the argmax of greedy rows, the drawn token of rows that draw."""
+    """[N] int32: the argmax of greedy rows, the sampled token of others."""
     stats_N2: Tensor | None
-    """[N, 2] float32: log of the sum of exp(logit), and entropy in nats, of the law at temperature
-    1 with nothing cut off; 0 beyond ``lens``."""
+    """[N, 2] float32: logsumexp, and the entropy in nats at temperature 1 without truncation; 0
+    beyond ``lens``."""
 
 
 def check_packed(
     sampling: SamplingRows, numbering: Numbering | None, **others: Tensor | None
 ) -> None:
-    """Kernels read one number a request side by side.
+    """Check that tensors with one number per request are contiguous.
 
     Raises:
-        ValueError: a tensor is not contiguous; names it.
+        ValueError: a tensor is not contiguous; the message names it.
     """
     tensors = {
         "temperature": sampling.temperature_R,
@@ -582,19 +583,20 @@ def join_rows(
     with_stats: bool,
     tiles: Tiles = TILES,
 ) -> JoinedRows:
-    """The laws of R times ``per`` rows, N in all, and a token drawn from each where wanted.
+    """The laws of N = R * ``per`` rows, and a token sampled from each if needed.
 
     Args:
         logits_RPV: [R, PER, V] float; the last dimension is contiguous.
-        greedy_R: [R] bool, rows that take their argmax whatever their temperature.
-        lens_R: only the first ``lens + extra`` rows of a request are looked at.
-        rules_R: only requests of rule 0 draw; ``None``: all of them.
-        numbering: of the tokens drawn; ``None``: none are.
+        greedy_R: [R] bool, rows that take their argmax regardless of temperature.
+        lens_R: only the first ``lens + extra`` rows of a request are read.
+        rules_R: only requests with rule 0 sample; ``None``: all of them.
+        numbering: random numbers of the samples; ``None``: no sampling.
         extra: see ``lens_R``.
-        with_stats: whether ``stats_N2`` is wanted.
+        with_stats: compute ``stats_N2``.
 
     Raises:
-        ValueError: the last dimension, or a tensor of one number a request, is not contiguous.
+        ValueError: the last dimension, or a tensor with one number per request, is not
+            contiguous.
     """
     num_requests, per, vocab_size = logits_RPV.shape
     tiles = tiles.within(vocab_size)

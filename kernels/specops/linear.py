@@ -1,9 +1,9 @@
-"""Products of few rows with a large weight, with what stands before and after them in a decoder.
+"""Products of a few rows with a large weight, fused with their neighbours in a decoder layer.
 
-The torch definitions. A decode step of few rows is bound by reading the weights, so a kernel that
-equals these reads each weight once and does the rest on the way.
+The torch definitions. Reading the weights bounds a decode step of few rows, so a kernel that equals
+these reads each weight once and computes everything else alongside.
 
-Shapes: M rows, K inputs, N outputs, P parts that a row's sum of squares comes in.
+Shapes: M rows, K inputs, N outputs, P partial sums of a row's squares.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """An RMSNorm (Zhang & Sennrich 2019) as Llama and Qwen3 have it, without a bias."""
+    """An RMSNorm (Zhang & Sennrich 2019) as in Llama and Qwen3, without a bias."""
 
     weight_K: Tensor
     eps: float
 
 
 def rms_norm(x_MK: Tensor, norm: Norm, squares_MP: Tensor | None = None) -> Tensor:
-    """``weight * x / rms(x)``, rounded where Hugging Face rounds: in float32, to the dtype of x,
-    then times the weight.
+    """``weight * x / rms(x)``, rounded as in Hugging Face: computed in float32, rounded to the
+    dtype of x, then multiplied by the weight.
 
     Args:
         x_MK: [..., K] floating.
-        squares_MP: [..., P] float32 that sum to each row's sum of squares; ``None`` sums them here.
+        squares_MP: [..., P] float32 partial sums of each row's squares; ``None``: computed here.
     """
     if x_MK.dtype == torch.float32 and not x_MK.is_cuda:  # nothing is rounded: one operation
         return torch.nn.functional.rms_norm(x_MK, norm.weight_K.shape, norm.weight_K, norm.eps)
@@ -40,7 +40,7 @@ def rms_norm(x_MK: Tensor, norm: Norm, squares_MP: Tensor | None = None) -> Tens
 
 
 def silu_gate(gate_up_M2N: Tensor) -> Tensor:
-    """``silu(gate) * up`` of rows that hold the gate in their first half. [M, 2N] -> [M, N]."""
+    """``silu(gate) * up``; the first half of each row is the gate. [M, 2N] -> [M, N]."""
     gate, up = gate_up_M2N.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -54,17 +54,17 @@ def few_row_linear(
     gated: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``norm(x) @ weight.T``, and ``silu_gate`` of it.
+    """``norm(x) @ weight.T``, followed by ``silu_gate`` if ``gated``.
 
     Args:
-        x_MK: [M, K]; its rows may be apart.
+        x_MK: [M, K]; rows need not be adjacent.
         weight_NK: [N, K] of the same dtype, or [2N, K] if ``gated``: gate rows, then up rows.
         norm: applied to x first.
         squares_MP: see ``rms_norm``.
         out: [M, N], written and returned; float32 holds the rounded product exactly.
 
     Returns:
-        [M, N], of x's dtype if ``out`` is not given.
+        [M, N], in x's dtype if ``out`` is not given.
     """
     x = x_MK if norm is None else rms_norm(x_MK, norm, squares_MP)
     product = torch.nn.functional.linear(x, weight_NK)
@@ -76,14 +76,14 @@ def few_row_linear(
 def few_row_residual(
     x_MK: Tensor, weight_NK: Tensor, residual_MN: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``residual + x @ weight.T``, and what the next norm needs of it.
+    """``residual + x @ weight.T``, and its squares for the next norm.
 
     Args:
-        residual_MN: [M, N]; its rows may be apart.
+        residual_MN: [M, N]; rows need not be adjacent.
         out: [M, N], written and returned; may be the residual itself.
 
     Returns:
-        The sum, [M, N] of x's dtype, and its squares, [M, P] float32, for ``rms_norm``.
+        The sum, [M, N] in x's dtype, and its squares, [M, P] float32, for ``rms_norm``.
     """
     total = residual_MN + torch.nn.functional.linear(x_MK, weight_NK)
     squares = total.float().pow(2).sum(dim=-1, keepdim=True)

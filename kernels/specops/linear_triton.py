@@ -1,17 +1,17 @@
-"""Products of few rows as one kernel each; their definitions are ``specops.linear``'s.
+"""Products of a few rows, one kernel each; the definitions are in ``specops.linear``.
 
-Every program takes some rows of the weight and streams them once, in one of three ways:
+Every program streams some rows of the weight once. There are three variants:
 
-- ``multiply``: multiplies and adds in float32, one or two rows of x;
-- ``weights_first``: a matrix product with the weight as its left side, so that Hopper's matrix unit
-  reads both sides from shared memory; at least 64 rows of the weight at a time;
-- ``rows_first``: a matrix product with x, padded to 16 rows, as its left side; narrow tiles.
+- ``multiply``: multiplies and adds in float32, for one or two rows of x;
+- ``weights_first``: a matrix product with the weight as left operand, so that Hopper's tensor cores
+  read both operands from shared memory; at least 64 rows of the weight at a time;
+- ``rows_first``: a matrix product with x, padded to 16 rows, as left operand; narrow tiles.
 
-Where the weight has too few rows to fill the card, its columns are split among programs. Each
-writes its part, and the last to arrive adds all parts in their order, so that results do not depend
-on which program that was.
+If the weight has too few rows to fill the GPU, its columns are split among programs. Each writes
+its partial sums, and the last one to finish adds them in a fixed order, so results do not depend on
+which one that was.
 
-Shapes: M rows, K inputs, N outputs, P parts that a row's sum of squares comes in.
+Shapes: M rows, K inputs, N outputs, P partial sums of a row's squares.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from specops.overlap_triton import fetch_into_l2, let_next_start, wait_for_previ
 MAX_ROWS = 64
 _PINNED_ROWS = 16
 _PROGRAMS = 264
-"""Wanted at least: two for each multiprocessor of an H100 or H200."""
+"""Target number: two for each multiprocessor of an H100 or H200."""
 _MAX_SPLIT = 16
 _LINE_BYTES = 128
 _SHARED_BYTES = 100 << 10
 _THIRD_BYTES = 72 << 10
-"""Shared memory with which three programs fit on a multiprocessor."""
+"""Shared memory per program with which three fit on a multiprocessor."""
 _FULL = 0.9
-"""Share of the programs wanted from which on fewer, wider blocks in flight are the faster."""
+"""From this share of ``_PROGRAMS`` on, fewer and wider blocks in flight are faster."""
 
 Way = Literal["multiply", "weights_first", "rows_first"]
 
@@ -49,23 +49,23 @@ class Plan:
 
     way: Way
     block_n: int
-    """Outputs of a program; a gated product reads twice as many rows of the weight, and by
-    ``weights_first`` they are one side of its matrix product, 64 rows at least."""
+    """Outputs per program. A gated product reads twice as many rows of the weight; with
+    ``weights_first`` they form one operand, at least 64 rows."""
     block_k: int
-    """Columns that a program reads at a time."""
+    """Columns read at a time."""
     split: int = 1
     """Programs that share a tile's columns."""
     num_warps: int = 4
     num_stages: int = 4
-    """Blocks in flight, the one being multiplied included."""
+    """Blocks in flight, including the one being multiplied."""
     rows: int | None = None
-    """Rows of x of a program, for a product of any number of rows; ``None``: all, up to 64. With a
-    fixed number, and no split, a row's result does not depend on the rows beside it."""
+    """Rows of x per program, for products of any number of rows; ``None``: all, up to 64. With a
+    fixed number and no split, a row's result does not depend on the other rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Where programs that share a tile meet. Launches that use one must follow each other."""
+    """Partial sums of programs that share a tile. Launches sharing one must run in sequence."""
 
     parts: Tensor
     """[split * rows * N] float32."""
@@ -76,11 +76,11 @@ class Scratch:
 def choose_plan(
     num_rows: int, num_outputs: int, num_inputs: int, gated: bool, itemsize: int = 2
 ) -> Plan:
-    """The plan for one shape; a rule, so that nothing is tuned at start-up.
+    """The plan for one shape, by a rule, so that nothing is tuned at start-up.
 
-    Blocks in flight take at most 100 KB of shared memory, so two programs fit on a multiprocessor:
-    columns are split only as long as all programs run at once. Chosen by a sweep of 15 products of
-    Qwen3-8B on an H200 (``benchmarks/results/ops_linear_sweep.json``).
+    Blocks in flight take at most 100 KB of shared memory, so two programs fit on a multiprocessor;
+    columns are split only as far as all programs run at once. The rule comes from a sweep of 15
+    products of Qwen3-8B on an H200 (``benchmarks/results/ops_linear_sweep.json``).
 
     Args:
         num_outputs, num_inputs: N, K.
@@ -92,7 +92,7 @@ def choose_plan(
     if num_rows <= 2 and num_outputs < 64 * _PROGRAMS:
         return Plan("multiply", 8, min(1024 // itemsize, _up(num_inputs)), num_stages=1)
     rows = _padded(num_rows)
-    if gated:  # three on a multiprocessor: 12,288 outputs are 384 programs, just under one round
+    if gated:  # three per multiprocessor: 12,288 outputs are 384 programs, just under one wave
         block_k = 2 * block_k if num_inputs % (2 * block_k) == 0 else block_k
         stages = min(8, _THIRD_BYTES // ((64 + rows) * block_k * itemsize))
         return Plan("weights_first", 32, block_k, num_stages=stages)
@@ -106,9 +106,9 @@ def choose_plan(
 
 
 def pinned_plan(num_outputs: int, num_inputs: int, gated: bool, itemsize: int = 2) -> Plan:
-    """The one plan for a weight, whatever the number of rows. Arguments as of ``choose_plan``."""
+    """The plan of a weight for any number of rows. For the arguments see ``choose_plan``."""
     plan = choose_plan(_PINNED_ROWS, num_outputs, num_inputs, gated, itemsize)
-    # No matrix unit multiplies float32 exactly: a thread holds all columns of a block itself.
+    # Tensor cores do not multiply float32 exactly, so a thread holds all columns of a block.
     block_k = plan.block_k if itemsize < 4 else 16
     return replace(plan, split=1, block_k=block_k, rows=_PINNED_ROWS)
 
@@ -118,14 +118,14 @@ def _up(number: int) -> int:
 
 
 def _padded(num_rows: int) -> int:
-    """Rows of a matrix product's side."""
+    """Rows of a matrix product's operand."""
     return max(16, int(triton.next_power_of_2(num_rows)))
 
 
 def make_scratch(
     products: Iterable[tuple[int, int, bool]], dtype: torch.dtype, device: torch.device
 ) -> Scratch:
-    """Scratch for ``choose_plan``'s plans of some products: each its N, K and whether gated."""
+    """Scratch for the plans of some products, each given as (N, K, is gated)."""
     needs = [(1, 1)]
     for num_outputs, num_inputs, gated in products:
         for num_rows in range(1, MAX_ROWS + 1):
@@ -139,7 +139,7 @@ def make_scratch(
 
 
 def _scratch_needed(plan: Plan, num_rows: int, num_outputs: int, gated: bool) -> tuple[int, int]:
-    """Sums and tiles of a product that is split."""
+    """(Partial sums, tiles) of a product; zeros if it is not split."""
     if plan.split == 1:
         return 0, 0
     sums = plan.split * _padded(num_rows) * num_outputs * (1 + gated)
@@ -151,7 +151,7 @@ def _rows_of_x(
     x_ptr, norm_ptr, row, is_row, k, is_k, x_stride, scale,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, BLOCK_K] of x, normed, in the dtype of x."""
+    """A block [ROWS, BLOCK_K] of normed x, in the dtype of x."""
     x = tl.load(
         x_ptr + row[:, None] * x_stride + k[None, :],
         mask=is_row[:, None] & is_k[None, :],
@@ -166,7 +166,7 @@ def _rows_of_x(
 
 @triton.jit
 def _row_of_x(x_ptr, norm_ptr, k, is_k, scale, NORM: tl.constexpr):
-    """[BLOCK_K] of one row of x, normed, as float32 that its dtype holds."""
+    """A block [BLOCK_K] of one row of normed x, rounded to its dtype, as float32."""
     x = tl.load(x_ptr + k, mask=is_k, other=0.0)
     if NORM:
         weight = tl.load(norm_ptr + k, mask=is_k, other=0.0)
@@ -180,7 +180,7 @@ def _row_squares(
     x_ptr, squares_ptr, row, is_row, num_inputs, num_parts, x_stride,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS_UP: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS] sum of squares of each row: from its parts, or from the row (PARTS_UP = 0)."""
+    """[ROWS] sum of squares of each row: from partial sums, or from x if PARTS_UP = 0."""
     if PARTS_UP > 0:
         part = tl.arange(0, PARTS_UP)
         parts = tl.load(
@@ -204,7 +204,7 @@ def _row_squares(
 
 @triton.jit
 def _weight_tile(weight_ptr, n, is_n, k, is_k, stride):
-    """[BLOCK_N, BLOCK_K] of the weight; read once by one program, so first to leave the cache."""
+    """A tile [BLOCK_N, BLOCK_K] of the weight, read only once, so evicted first."""
     return tl.load(
         weight_ptr + n.to(tl.int64)[:, None] * stride + k[None, :],
         mask=is_n[:, None] & is_k[None, :],
@@ -215,7 +215,7 @@ def _weight_tile(weight_ptr, n, is_n, k, is_k, stride):
 
 @triton.jit
 def _add_parts(parts_ptr, place, is_place, part_size, SPLIT: tl.constexpr):
-    """Sum of a tile's parts in their order; past the first-level cache, which may hold old ones."""
+    """Sum of a tile's parts in order, read past the L1 cache, which may hold stale values."""
     total = tl.load(parts_ptr + place, mask=is_place, other=0.0, cache_modifier=".cg")
     for part in tl.static_range(1, SPLIT):
         total += tl.load(
@@ -230,7 +230,7 @@ def _finish(
     row, is_row, n, is_n, tile, num_tiles, residual_stride, out_stride, dtype: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Round the product to ``dtype`` as a product of its own would, then what follows it."""
+    """Round the product to ``dtype``, as a separate product would be, then apply what follows."""
     is_out = is_row[:, None] & is_n[None, :]
     value = value.to(dtype)
     if GATED:
@@ -258,7 +258,7 @@ def _few_rows(
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
     FETCH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_N outputs, for all rows or a block of them; or one part of its columns."""
+    """One tile of BLOCK_N outputs for all rows or a block of them, or a partial sum (SPLIT)."""
     tile, num_tiles = tl.program_id(0), tl.num_programs(0)
     row = tl.arange(0, ROWS)
     if BLOCKS:
@@ -266,7 +266,7 @@ def _few_rows(
     is_row = row < num_rows
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_n = n < num_outputs
-    # Gate and up as one side of a matrix product: one of 64 rows where two would be of 32.
+    # Gate and up form one operand: 64 rows instead of twice 32.
     PAIRED: tl.constexpr = GATED and WAY == "weights_first"
     pair = tl.arange(0, 2 * BLOCK_N)
     pair_n = tile * BLOCK_N + pair % BLOCK_N
@@ -279,7 +279,7 @@ def _few_rows(
 
     if OVERLAP:
         let_next_start()
-    if FETCH:  # the first blocks, while the kernel before ends and the rows' squares are added
+    if FETCH:  # the first blocks, while the previous kernel ends and the rows' squares are summed
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = BLOCK_K // LINE if BLOCK_K > LINE else 1
         line = tl.arange(0, LINES) * LINE
@@ -382,7 +382,7 @@ def _few_rows(
         tl.store(mine + place, value, mask=is_out)
         if GATED:
             tl.store(mine + num_outputs + place, up, mask=is_out)
-        tl.debug_barrier()  # all of this program's part is written before it says so
+        tl.debug_barrier()  # the whole part is written before it is announced
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
             whole = _add_parts(parts_ptr, place, is_out, part_size, SPLIT)
             whole_up = whole
@@ -400,9 +400,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     if tensor.stride(1) != 1:
-        raise ValueError(
-            f"the columns of {name} must be next to each other, not by {tensor.stride()}"
-        )
+        raise ValueError(f"the columns of {name} must be adjacent, got strides {tensor.stride()}")
 
 
 def _launch(
@@ -419,7 +417,7 @@ def _launch(
     overlap: bool = False,
     pinned: bool = False,
 ) -> Tensor | None:
-    """Returns the squares of ``out`` if there is a residual."""
+    """Launch the kernel; returns the squares of ``out`` if there is a residual."""
     num_rows, num_inputs = x_MK.shape
     num_outputs = out.shape[1]
     _check("x", x_MK, (num_rows, num_inputs))
@@ -461,7 +459,7 @@ def _launch(
     num_parts = 0 if squares_MP is None else squares_MP.shape[1]
     if squares_MP is not None and not squares_MP.is_contiguous():
         raise ValueError("squares must be contiguous")
-    nothing = x_MK  # a pointer that is never followed
+    nothing = x_MK  # placeholder for pointers that are not read
     _few_rows[(tiles, plan.split, triton.cdiv(num_rows, rows))](
         x_MK, weight,
         nothing if norm is None else norm.weight_K,
@@ -497,17 +495,17 @@ def few_row_linear(
     overlap: bool = False,
     pinned: bool = False,
 ) -> Tensor:
-    """See ``specops.linear.few_row_linear``, whose arguments and result these are.
+    """See ``specops.linear.few_row_linear``, which has the same arguments and result.
 
     Args:
-        x_MK: [M, K], 1 <= M <= 64, or more if pinned.
-        plan: ``None`` takes ``choose_plan``'s, without its split if there is no scratch.
-        scratch: for a plan that splits columns.
-        overlap: start while the kernel before still runs (``specops.overlap_triton``).
-        pinned: by ``pinned_plan``: a row's result does not depend on the rows beside it.
+        x_MK: [M, K], 1 <= M <= 64; any M if pinned.
+        plan: ``None``: ``choose_plan``'s, without a split if there is no scratch.
+        scratch: needed by plans that split columns.
+        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
+        pinned: use ``pinned_plan``: a row's result does not depend on the other rows.
 
     Raises:
-        ValueError: wrong shape, dtype or memory layout, or a plan that does not fit.
+        ValueError: wrong shape, dtype or memory layout, or an unsuitable plan.
     """
     num_outputs = weight_NK.shape[0] // (1 + gated)
     if out is None:
@@ -530,7 +528,7 @@ def few_row_residual(
     overlap: bool = False,
     pinned: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See ``specops.linear.few_row_residual``; more arguments and errors as ``few_row_linear``."""
+    """See ``specops.linear.few_row_residual``, and ``few_row_linear`` for the other arguments."""
     if out is None:
         out = x_MK.new_empty(residual_MN.shape)
     squares = _launch(

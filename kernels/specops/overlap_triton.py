@@ -1,11 +1,12 @@
-"""Starting a kernel while the one before it still runs (CUDA's programmatic dependent launch).
+"""Starting a kernel while the previous one still runs (CUDA's programmatic dependent launch).
 
-A kernel that is launched with ``launch_pdl=True`` starts as soon as every program of the kernel
-before it has called ``let_next_start`` or ended. Before ``wait_for_previous`` it may read only what
-no kernel before it writes, such as weights, and it may write nothing; every program must call it.
-So the pause between two kernels goes to fetching the first weights of the second.
+A kernel launched with ``launch_pdl=True`` starts as soon as every program of the previous kernel
+has called ``let_next_start`` or ended. Until it calls ``wait_for_previous``, which every program
+must do, it may read only what no earlier kernel writes, such as weights, and must not write. The
+gap between two kernels is thus spent fetching the second one's first weights.
 
-Needs compute capability 9.0. Triton's interpreter has neither: callers leave these out there.
+Requires compute capability 9.0. Triton's interpreter does not support it; callers do not overlap
+there.
 Source: CUDA Programming Guide, Programmatic Dependent Launch; PTX ISA, griddepcontrol, prefetch.
 """
 
@@ -18,7 +19,7 @@ from triton.language.extra import cuda as tl_cuda
 
 
 def can_overlap(device: torch.device) -> bool:
-    """Whether kernels on ``device`` may be launched so."""
+    """Kernels on ``device`` support programmatic dependent launch."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -34,7 +35,7 @@ def wait_for_previous():
 
 @triton.jit
 def fetch_into_l2(pointers):
-    """Ask for the 128-byte lines at ``pointers``; nothing waits for them."""
+    """Prefetch the 128-byte lines at ``pointers`` without waiting."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1];\n mov.b32 $0, 0;",
         "=r,l",

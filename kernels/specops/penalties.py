@@ -1,9 +1,10 @@
-"""What a request adds to the target's logits: a bias of single tokens, and penalties on repetition.
+"""Changes that a request makes to the target's logits: token biases and repetition penalties.
 
-The logits after draft token j are adjusted by what stands before them, draft tokens 1 .. j
-included: exactly what plain decoding would have done, had those been committed.
+The logits after draft token j are adjusted by everything before them, including draft tokens 1 ..
+j: exactly what plain decoding would do had those been committed.
 
-Shapes: R requests, A of them that adjust, K draft tokens, V vocabulary, T packed tokens.
+Shapes: R requests, A of them with biases or penalties, K draft tokens, V vocabulary, T packed
+tokens.
 """
 
 from __future__ import annotations
@@ -19,37 +20,37 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenLists:
-    """Token ids of A requests, one list after the other."""
+    """Token ids of A requests, lists concatenated."""
 
     owner_T: Tensor
-    """[T] int64 in 0..A-1, whose token it is."""
+    """[T] int64 in 0..A-1, the request that each token belongs to."""
     ids_T: Tensor
     """[T] int64 in 0..V-1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adjustments:
-    """Biases and penalties of those requests of a batch that have any, on one device."""
+    """Biases and penalties of the requests of a batch that have any, on one device."""
 
     rows_A: Tensor
-    """[A] int64 in 0..R-1: their places in the batch."""
+    """[A] int64 in 0..R-1, the requests' indices in the batch."""
     presence_A: Tensor
-    """[A] float; 0 is none."""
+    """[A] float; 0: none."""
     frequency_A: Tensor
-    """[A] float; 0 is none."""
+    """[A] float; 0: none."""
     repetition_A: Tensor
-    """[A] float > 0; 1 is none."""
+    """[A] float > 0; 1: none."""
     prompt: TokenLists
-    """What only ``repetition`` looks at."""
+    """Prompt tokens that count; only ``repetition`` uses them."""
     generated: TokenLists
-    """What every penalty looks at."""
+    """Completion tokens that count; every penalty uses them."""
     biased: TokenLists
     bias_T: Tensor
-    """[T] float, added to the logits of ``biased``."""
+    """[T] float, added to the logits of the tokens in ``biased``."""
 
 
 def token_lists(lists: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TokenLists:
-    """Pack one list for each of A requests. Two small uploads."""
+    """Pack one list per request. Two small uploads."""
     lengths = [len(ids) for ids in lists]
     owners = np.repeat(np.arange(len(lists)), lengths)
     ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64, sum(lengths))
@@ -57,19 +58,19 @@ def token_lists(lists: Sequence[Sequence[int]], device: torch.device | str = "cp
 
 
 def adjust_logits(logits_RQV: Tensor, draft_RK: Tensor, adjustments: Adjustments) -> Tensor:
-    """Logits as each request wants them, before temperature and truncation.
+    """Apply each request's biases and penalties, before temperature and truncation.
 
-    In this order, which is vLLM's and matters because repetition scales: the bias is added; a
-    token of the prompt or of the completion has its logit divided by ``repetition`` where it is
-    above 0 and multiplied elsewhere; ``frequency`` times its count in the completion, and
-    ``presence`` if it occurs there at all, are subtracted.
+    The order is vLLM's and matters because repetition scales: first the bias is added; then the
+    logit of every token in the prompt or the completion is divided by ``repetition`` if positive,
+    else multiplied by it; finally ``frequency`` times the token's count in the completion is
+    subtracted, and ``presence`` if it occurs there at all.
 
     Args:
         logits_RQV: [R, K + 1, V] float, after 0 .. K draft tokens; not changed.
         draft_RK: [R, K] int64.
 
     Returns:
-        [R, K + 1, V] of the same dtype; rows that do not adjust are the same bits.
+        [R, K + 1, V] of the same dtype; rows of other requests are bitwise unchanged.
 
     Source:
         Keskar et al. 2019, arXiv:1909.05858, Section 4.1 (repetition); OpenAI's API reference
@@ -92,11 +93,11 @@ def penalized(
     in_prompt_AV: Tensor,
     penalties_A3: Tensor,
 ) -> Tensor:
-    """The order of operations of ``adjust_logits``, each rounded to the dtype of the logits.
+    """The operations of ``adjust_logits``, each rounded to the dtype of the logits.
 
     Args:
-        bias_AV: of that dtype; 0 is none.
-        generated_AQV: int, how often each token stands in the completion before each position.
+        bias_AV: in that dtype; 0: none.
+        generated_AQV: int, count of each token in the completion before each position.
         in_prompt_AV: bool.
         penalties_A3: presence, frequency, repetition.
     """
@@ -110,7 +111,7 @@ def penalized(
 
 
 def counts_before(draft_AK: Tensor, vocab_size: int) -> Tensor:
-    """[A, K + 1, V] int32: how often each token occurs among the first 0 .. K draft tokens."""
+    """[A, K + 1, V] int32: count of each token among the first 0 .. K draft tokens."""
     num_requests, num_draft = draft_AK.shape
     shape = (num_requests, num_draft + 1, vocab_size)
     counts = torch.zeros(shape, dtype=torch.int32, device=draft_AK.device)
@@ -119,7 +120,7 @@ def counts_before(draft_AK: Tensor, vocab_size: int) -> Tensor:
 
 
 def _counts(lists: TokenLists, own_AQV: Tensor) -> Tensor:
-    """[A, V] int32: how often each token occurs in each list."""
+    """[A, V] int32: count of each token in each list."""
     counts = torch.zeros_like(own_AQV[:, 0], dtype=torch.int32)
     ones = torch.ones_like(lists.ids_T, dtype=torch.int32)
     return counts.index_put_((lists.owner_T, lists.ids_T), ones, accumulate=True)

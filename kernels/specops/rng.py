@@ -1,8 +1,8 @@
-"""Random numbers keyed by what they are for, so that no two uses can share one.
+"""Random numbers keyed by their purpose, so that no two uses share one.
 
-A draw is a pure function of (key, position, nonce, stream): batch order, padding and zero-draft
-rows cannot move it. ``nonce`` is the request's round number, so a position that is drafted again
-after a rejection gets fresh numbers; requests with a seed leave it at 0 and draw once a position.
+A number is a pure function of (key, position, nonce, stream): batch order, padding and rows without
+a draft cannot change it. ``nonce`` is the request's round number, so a position drafted again after
+a rejection gets new numbers; requests with a seed keep it at 0 and use one number per position.
 
 Source of the mixer: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"
 (SplitMix64), Section 5.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a number is drawn for. Disjoint by construction."""
+    """What a number is used for. Streams are disjoint by construction."""
 
     DRAFT = 1
     ACCEPT = 2
@@ -30,14 +30,14 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Numbering:
-    """Which random numbers R requests are to be given, as tensors that a CUDA graph can read."""
+    """The random numbers of R requests, as tensors that a CUDA graph can read."""
 
     keys_R: Tensor
     """[R] int64, the bits of each request's uint64 key."""
     nonces_R: Tensor
     """[R] int64, round number, or 0."""
     positions_R: Tensor
-    """[R] int64, position of the first token to decide on; the others follow it."""
+    """[R] int64, position of the first token to be decided; the others follow it."""
 
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -58,10 +58,10 @@ def uniforms(
     """[R, K] float64 in [0, 1), 53 random bits each.
 
     Args:
-        keys_R: [R] uint64, one a request.
-        positions_RK: [R, K] int64, position of the token the number decides on.
+        keys_R: [R] uint64, one per request.
+        positions_RK: [R, K] int64, position of the token that the number decides.
         nonces_R: [R] int64, round number, or 0.
-        stream: what the number is for.
+        stream: what the numbers are used for.
     """
     with np.errstate(over="ignore"):
         state = _mix(keys_R + _GAMMA * np.uint64(int(stream)))
@@ -74,13 +74,13 @@ def uniforms(
 def device_uniforms(
     keys_R: Tensor, positions_RK: Tensor, nonces_R: Tensor, stream: Stream
 ) -> Tensor:
-    """``uniforms`` on tensors of one device, bit for bit, without reading them on the host.
+    """``uniforms`` for tensors on one device: bitwise equal, without reading them on the host.
 
     Args:
         keys_R: [R] int64, the bits of the uint64 keys.
         positions_RK: [R, K] int64.
         nonces_R: [R] int64.
-        stream: what the number is for.
+        stream: what the numbers are used for.
 
     Returns:
         [R, K] float64 in [0, 1).
@@ -93,12 +93,12 @@ def device_uniforms(
 
 
 def _as_int64(word: int) -> int:
-    """The int64 of the same low 64 bits: torch has no arithmetic on uint64, and int64 wraps."""
+    """The int64 with the same 64 bits: torch has no uint64 arithmetic, and int64 wraps."""
     return (word + 2**63) % 2**64 - 2**63
 
 
 def _shifted(x: Tensor, places: int) -> Tensor:
-    """Logical shift to the right: the sign bits that an int64 shifts in are taken off."""
+    """Logical right shift: clears the sign bits that an int64 shifts in."""
     return torch.bitwise_and(x >> places, (1 << (64 - places)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""From one product for queries, keys and values to rows that attention can use.
+"""Splitting the product of queries, keys and values into what attention needs.
 
 The torch definition. Shapes: T rows, Hq/Hkv heads, D head dimension (even).
 """
@@ -15,23 +15,23 @@ from specops.linear import Norm, rms_norm
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How a row of the product is laid out, and what happens to its heads."""
+    """Layout of a row of the product, and the norms of its heads."""
 
     num_query: int
     """Hq."""
     num_kv: int
-    """Hkv; a row holds Hq query heads, then Hkv key heads, then Hkv value heads, D each."""
+    """Hkv; a row holds Hq query heads, Hkv key heads and Hkv value heads, in this order."""
     query_norm: Norm | None = None
-    """RMSNorm over D of each query head (Qwen3); its key_norm has the same eps."""
+    """RMSNorm over D of each query head (Qwen3); ``key_norm`` must have the same eps."""
     key_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """Cosines and sines of every position: [num_positions, D / 2] of the model's dtype.
+    """Cosines and sines of all positions, [num_positions, D / 2] in the model's dtype.
 
-    A table, not a computation: Hugging Face rounds them to that dtype before it multiplies, and a
-    card's fast sine is wrong for the large angles of far positions.
+    Precomputed because Hugging Face rounds them to that dtype before multiplying, and because a
+    GPU's fast sine is inaccurate for the large angles of far positions.
     """
 
     cos: Tensor
@@ -41,11 +41,11 @@ class RopeTable:
 def rope_table(
     inv_freq: Tensor, scaling: float, num_positions: int, dtype: torch.dtype
 ) -> RopeTable:
-    """Table of rotary embeddings (Su et al. 2021), as Hugging Face computes them.
+    """Table of rotary embeddings (Su et al. 2021), as computed by Hugging Face.
 
     Args:
-        inv_freq: [D / 2] float32, with any scaling of frequencies (Llama 3) in it already.
-        scaling: factor of cosines and sines (YaRN); 1.0 for most.
+        inv_freq: [D / 2] float32, including any frequency scaling (Llama 3).
+        scaling: factor of cosines and sines (YaRN); 1.0 for most models.
     """
     positions = torch.arange(num_positions, device=inv_freq.device, dtype=torch.float32)
     angles = positions[:, None] * inv_freq.float()
@@ -53,7 +53,7 @@ def rope_table(
 
 
 def _rotate(x_THD: Tensor, cos_TD2: Tensor, sin_TD2: Tensor) -> Tensor:
-    """Pairs are an element of the first half and its like of the second (as Llama's weights)."""
+    """Rotate pairs of elements, one of each half, as Llama's weights require."""
     first, second = x_THD.chunk(2, dim=-1)
     cos, sin = cos_TD2[:, None], sin_TD2[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -68,12 +68,12 @@ def rope_and_write(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """Norm and rotate queries and keys, write keys and values to their slots.
+    """Normalise and rotate queries and keys, and write keys and values to their slots.
 
     Args:
-        qkv_TC: [T, (Hq + 2 Hkv) * D]; its rows may be apart.
+        qkv_TC: [T, (Hq + 2 Hkv) * D]; rows need not be adjacent.
         positions_T: [T] int64, each below the table's number of positions (not checked).
-        slots_T: [T] int64, where row t's key and value go; distinct.
+        slots_T: [T] int64, distinct slots of the rows' keys and values.
         keys, values: [num_slots, Hkv, D] contiguous, written in place.
 
     Returns:

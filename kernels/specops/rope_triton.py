@@ -1,4 +1,4 @@
-"""Norm of heads, rotary embedding and the write to the pages as one kernel; its definition is
+"""Head norms, rotary embedding and the write to the pages in one kernel; the definition is
 ``specops.rope.rope_and_write``.
 
 Shapes: T rows, Hq/Hkv heads, D head dimension (a power of two, at least 4).
@@ -16,7 +16,7 @@ from specops.rope import Heads, RopeTable
 
 _HEADS_AT_ONCE = 4
 _AHEAD_BYTES = 64 << 10
-"""What one program fetches: its 512 lines are four for each of its threads."""
+"""Bytes fetched by one program: 512 lines, four per thread."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
@@ -27,7 +27,7 @@ def _rope_and_write(
     BLOCKS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
     AHEAD_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one row. The first AHEAD programs fetch a weight into the L2 cache instead."""
+    """Process some heads of one row. The first AHEAD programs prefetch a weight instead."""
     if OVERLAP:
         let_next_start()
     if tl.program_id(0) < AHEAD:
@@ -67,7 +67,7 @@ def _rope_and_write(
         position = tl.load(positions_ptr + row)
         cos = tl.load(cos_ptr + position * (D // 2) + half)[None, :].to(tl.float32)
         sin = tl.load(sin_ptr + position * (D // 2) + half)[None, :].to(tl.float32)
-        # Rounded after every operation, as the operations are in the definition.
+        # Rounded after every operation, as in the definition.
         turned_1 = (x_1 * cos).to(dtype).to(tl.float32) - (x_2 * sin).to(dtype).to(tl.float32)
         turned_2 = (x_2 * cos).to(dtype).to(tl.float32) + (x_1 * sin).to(dtype).to(tl.float32)
         turned_1, turned_2 = turned_1.to(dtype), turned_2.to(dtype)
@@ -99,12 +99,12 @@ def rope_and_write(
     ahead_bytes: int = 0,
     overlap: bool = False,
 ) -> Tensor:
-    """See ``specops.rope.rope_and_write``, whose arguments and result these are.
+    """See ``specops.rope.rope_and_write``, which has the same arguments and result.
 
     Args:
-        ahead: a contiguous weight that is read soon after; its first ``ahead_bytes`` are fetched
-            into the L2 cache, which attention over few keys leaves idle.
-        overlap: start while the kernel before still runs (``specops.overlap_triton``).
+        ahead: a contiguous weight that a later kernel reads soon. Its first ``ahead_bytes`` are
+            fetched into the L2 cache, which attention over few keys leaves idle.
+        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
 
     Raises:
         ValueError: wrong shape, dtype or memory layout.
@@ -113,20 +113,22 @@ def rope_and_write(
     num_heads, head_dim = heads.num_query + 2 * heads.num_kv, keys.shape[2]
     if qkv_TC.shape[1] != num_heads * head_dim or qkv_TC.stride(1) != 1:
         raise ValueError(
-            f"a row of the product must be {num_heads} heads of {head_dim} next to each other, "
-            f"got {list(qkv_TC.shape)} by {qkv_TC.stride()}"
+            f"a row of the product must be {num_heads} adjacent heads of {head_dim}, "
+            f"got {list(qkv_TC.shape)} with strides {qkv_TC.stride()}"
         )
     if head_dim < 4 or head_dim & (head_dim - 1):
-        raise ValueError(f"the head dimension must be a power of two from 4 on, got {head_dim}")
+        raise ValueError(
+            f"the head dimension must be a power of two and at least 4, got {head_dim}"
+        )
     if (heads.query_norm is None) != (heads.key_norm is None):
-        raise ValueError("query_norm and key_norm go together")
+        raise ValueError("query_norm and key_norm must be given together")
     for name, tensor in (("keys", keys), ("values", values), ("positions", positions_T),
                          ("slots", slots_T), ("cos", table.cos), ("sin", table.sin)):  # fmt: skip
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, not by {tensor.stride()}")
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     query_norm, key_norm = heads.query_norm, heads.key_norm
     if query_norm is not None and key_norm is not None and query_norm.eps != key_norm.eps:
-        raise ValueError(f"one eps for both norms, got {query_norm.eps} and {key_norm.eps}")
+        raise ValueError(f"both norms must have one eps, got {query_norm.eps} and {key_norm.eps}")
     chunks = 0
     if ahead is not None:
         chunks = min(ahead_bytes, ahead.numel() * ahead.element_size()) // _AHEAD_BYTES
@@ -142,7 +144,7 @@ def rope_and_write(
         NUM_QUERY=heads.num_query, NUM_KV=heads.num_kv, D=head_dim, HEADS=_HEADS_AT_ONCE,
         BLOCKS=blocks, NORM=query_norm is not None, OVERLAP=overlap, AHEAD=chunks,
         AHEAD_BYTES=_AHEAD_BYTES,
-        # Else a rounded product and its sum become one fma.rn.bf16, which leaves that rounding out.
+        # A fused multiply-add (fma.rn.bf16) would skip the rounding of the product.
         enable_fp_fusion=False, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return q

@@ -1,4 +1,4 @@
-"""What a decoder does with its rows between two products. The torch definitions.
+"""Row operations of a decoder between two products. The torch definitions.
 
 Shapes: M rows, H hidden, N outputs, V vocabulary. ``rms_norm`` and ``silu_gate`` are in
 ``specops.linear``.
@@ -13,11 +13,11 @@ from specops.linear import Norm, rms_norm
 
 
 def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
-    """Rows of an embedding, written to ``out``.
+    """Look up rows of an embedding and write them to ``out``.
 
     Args:
         ids_M: [M] int64, each in 0..V-1 (not checked).
-        out: [M, H]; its rows may be apart.
+        out: [M, H]; rows need not be adjacent.
 
     Returns:
         [M, 1] float32, the sum of each row's squares, for ``rms_norm``.
@@ -29,14 +29,14 @@ def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
 def norm_pair(
     ids_M: Tensor, table_VH: Tensor, hidden_MH: Tensor, embed_norm: Norm, hidden_norm: Norm
 ) -> Tensor:
-    """``(embed_norm(table[id]), hidden_norm(hidden))``, what the layer of EAGLE-3 begins with.
+    """``(embed_norm(table[id]), hidden_norm(hidden))``, the input of EAGLE-3's layer.
 
     Args:
         ids_M: [M] int64, each in 0..V-1 (not checked).
-        hidden_MH: [M, H] of the table's dtype; its rows may be apart.
+        hidden_MH: [M, H] in the table's dtype; rows need not be adjacent.
 
     Returns:
-        [M, 2H] contiguous, rounded as ``rms_norm`` rounds.
+        [M, 2H] contiguous, rounded as by ``rms_norm``.
     """
     embeds = torch.nn.functional.embedding(ids_M, table_VH)
     return torch.cat((rms_norm(embeds, embed_norm), rms_norm(hidden_MH, hidden_norm)), dim=-1)
@@ -45,12 +45,12 @@ def norm_pair(
 def add_norm(
     residual_MH: Tensor, update_MH: Tensor | None, norm: Norm, out: Tensor | None
 ) -> Tensor:
-    """``norm(residual + update)``; the sum goes to ``out``.
+    """``norm(residual + update)``; writes the sum to ``out``.
 
     Args:
-        residual_MH: [M, H]; its rows may be apart.
-        update_MH: [M, H] contiguous, or ``None`` for nothing to add.
-        out: [M, H]; may be the residual itself. ``None`` exactly if there is no update.
+        residual_MH: [M, H]; rows need not be adjacent.
+        update_MH: [M, H] contiguous; ``None``: nothing to add.
+        out: [M, H]; may be the residual itself. ``None`` if and only if there is no update.
 
     Returns:
         [M, H] contiguous.

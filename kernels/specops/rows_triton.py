@@ -1,7 +1,7 @@
-"""What a decoder does with its rows between two products, one kernel each; the definitions are in
+"""Row operations of a decoder between two products, one kernel each; the definitions are in
 ``specops.rows`` and ``specops.linear``.
 
-Shapes: M rows, H hidden (a row is one program's, at most 16,384), N outputs, V vocabulary.
+Shapes: M rows, H hidden (at most 16,384: one program holds a row), N outputs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _embed(ids_ptr, table_ptr, out_ptr, squares_ptr, width, out_stride, WIDTH: t
 
 @triton.jit
 def _normed(x, weight, width, eps):
-    """``rms_norm`` of one row, in the dtype of x; columns behind the row's end hold 0."""
+    """``rms_norm`` of one row, in the dtype of x; columns past the end of the row hold 0."""
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
     rounded = (wide * scale).to(x.dtype).to(tl.float32)
@@ -42,8 +42,8 @@ def _norm_pair(
     ids_ptr, table_ptr, hidden_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr,
     width, hidden_stride, embed_eps, hidden_eps, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One half of one row."""
-    if OVERLAP:  # in this order: what comes next may fetch weights, which a swap may have written
+    """Compute one half of one row."""
+    if OVERLAP:  # in this order: the next kernel may fetch weights, which a swap may have written
         wait_for_previous()
         let_next_start()
     row = tl.program_id(0).to(tl.int64)
@@ -67,7 +67,7 @@ def _add_norm(
     residual_ptr, update_ptr, norm_ptr, out_ptr, normed_ptr, width, residual_stride, out_stride,
     eps, WIDTH: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row."""
+    """Process one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     is_column = column < width
@@ -104,8 +104,8 @@ def _silu_gate(gate_up_ptr, out_ptr, width, COLUMNS: tl.constexpr, OVERLAP: tl.c
 def _check(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if tensor.shape != shape or tensor.stride(1) != 1:
         raise ValueError(
-            f"{name} must be {list(shape)} with columns next to each other, "
-            f"got {list(tensor.shape)} by {tensor.stride()}"
+            f"{name} must be {list(shape)} with adjacent columns, "
+            f"got {list(tensor.shape)} with strides {tensor.stride()}"
         )
 
 
@@ -116,7 +116,7 @@ def _warps(width: int) -> int:
 def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
     """See ``specops.rows.embed``. Raises ValueError for a wrong shape or memory layout.
 
-    Never overlaps: what comes before a step, such as a swap of weights, has ended when it starts.
+    Never overlaps: work before a step, such as a weight swap, has ended when this starts.
     """
     width = table_VH.shape[1]
     _check("out", out, (len(ids_M), width))
@@ -142,7 +142,7 @@ def norm_pair(
     """See ``specops.rows.norm_pair``. Raises ValueError for a wrong shape, dtype or memory layout.
 
     Args:
-        overlap: the kernel after this one may start early (``specops.overlap_triton``).
+        overlap: the next kernel may start early (``specops.overlap_triton``).
     """
     width = table_VH.shape[1]
     _check("hidden", hidden_MH, (len(ids_M), width))
@@ -171,12 +171,12 @@ def add_norm(
     """See ``specops.rows.add_norm``. Raises ValueError for a wrong shape or memory layout.
 
     Args:
-        overlap: start while the kernel before still runs (``specops.overlap_triton``).
+        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
     """
     num_rows, width = residual_MH.shape
     _check("residual", residual_MH, (num_rows, width))
     if (update_MH is None) != (out is None):
-        raise ValueError("out is given exactly if there is an update")
+        raise ValueError("out must be given if and only if there is an update")
     if update_MH is not None and out is not None:
         _check("out", out, (num_rows, width))
         if update_MH.shape != residual_MH.shape or not update_MH.is_contiguous():
@@ -195,7 +195,7 @@ def add_norm(
 
 
 def silu_gate(gate_up_M2N: Tensor, *, overlap: bool = False) -> Tensor:
-    """See ``specops.linear.silu_gate``. Raises ValueError for a memory layout with gaps."""
+    """See ``specops.linear.silu_gate``. Raises ValueError unless contiguous."""
     num_rows, width = gate_up_M2N.shape[0], gate_up_M2N.shape[1] // 2
     if not gate_up_M2N.is_contiguous():
         raise ValueError("gate and up must be contiguous")

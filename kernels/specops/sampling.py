@@ -1,6 +1,6 @@
-"""From logits to the distribution a request asked for, and draws from it.
+"""The distribution that a request's sampling parameters give, and sampling from it.
 
-Shapes: R requests, K positions, V vocabulary; a suffix of ``...`` means any leading dimensions.
+Shapes: R requests, K positions, V vocabulary; ``...`` stands for any leading dimensions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class SamplingRows:
     temperature_R: Tensor
     """[R] float; 0 is greedy."""
     top_k_R: Tensor
-    """[R] int64; V where unlimited."""
+    """[R] int64; V: unlimited."""
     top_p_R: Tensor
     """[R] float in (0, 1]."""
     min_p_R: Tensor
     """[R] float in [0, 1)."""
     truncates: bool
-    """Some row limits top-k, top-p or min-p."""
+    """Some request uses top-k, top-p or min-p."""
 
 
 def sampling_rows(
@@ -37,7 +37,7 @@ def sampling_rows(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> SamplingRows:
-    """Pack the parameters of R requests. One small upload each."""
+    """Pack the parameters of R requests. Four small uploads."""
     top_k = [vocab_size if k is None else min(k, vocab_size) for k in top_ks]
     truncates = (
         any(k < vocab_size for k in top_k)
@@ -56,8 +56,8 @@ def sampling_rows(
 def distribution(logits_RKV: Tensor, rows: SamplingRows) -> Tensor:
     """Probabilities after temperature, then min-p, top-k and top-p, renormalised.
 
-    Greedy rows become one-hot at the argmax (the lowest id wins ties, as ``argmax`` does).
-    Truncation keeps ties in id order, so exactly min(k, V) tokens survive top-k.
+    Greedy rows become one-hot at the argmax (the lowest id wins ties, as in ``argmax``).
+    Truncation breaks ties in id order, so exactly min(k, V) tokens survive top-k.
 
     Args:
         logits_RKV: [R, K, V] float.
@@ -76,9 +76,9 @@ def distribution(logits_RKV: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def truncate(probs_RKV: Tensor, rows: SamplingRows) -> Tensor:
-    """min-p, top-k and top-p on probabilities, each on what the former left, renormalised once.
+    """Apply min-p and top-k, renormalise, apply top-p to the rest, and renormalise.
 
-    top-p keeps the smallest set whose mass reaches p: the token that crosses it is kept.
+    top-p keeps the smallest set whose mass reaches p, including the token that crosses it.
     """
     ordered, ids = probs_RKV.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
@@ -87,7 +87,7 @@ def truncate(probs_RKV: Tensor, rows: SamplingRows) -> Tensor:
     ordered = torch.where(keep, ordered, torch.zeros_like(ordered))
     ordered = ordered / ordered.sum(dim=-1, keepdim=True)
     before = ordered.cumsum(dim=-1) - ordered
-    # p = 1 keeps all: rounding in the running sum must not cut the tail.
+    # p = 1 keeps everything: rounding in the cumulative sum must not cut the tail.
     limit = rows.top_p_R[:, None, None].to(ordered.dtype)
     keep = (before < limit) | (limit >= 1)
     ordered = torch.where(keep, ordered, torch.zeros_like(ordered))
@@ -96,19 +96,19 @@ def truncate(probs_RKV: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One id from each distribution by inverting its cumulative sum.
+    """Sample one id from each distribution by inverting its cumulative sum.
 
-    Never returns an id of probability 0, whatever rounding does to the last sums.
+    Never returns an id of probability 0, however the last sums are rounded.
 
     Args:
-        probs: [..., V] float, need not be normalised; each row has some mass.
+        probs: [..., V] float, need not be normalised; each row has positive mass.
         uniforms: [...] float64 in [0, 1).
 
     Returns:
         [...] int64.
     """
     sums = probs.double().cumsum(dim=-1)
-    # A threshold below the total, so that the first sum above it ends on a token with mass.
+    # The threshold is below the total, so the first sum above it belongs to a token with mass.
     threshold = torch.minimum(
         uniforms * sums[..., -1], torch.nextafter(sums[..., -1], uniforms * 0)
     )

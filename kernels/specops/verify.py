@@ -1,17 +1,17 @@
-"""Lossless verification of draft chains. There is no lossy rule in this house.
+"""Lossless verification of draft chains; there is no lossy rule.
 
 Three rules, all exact:
 
-* ``block`` (Sun et al. 2024, arXiv:2403.10444): judge the chain as a whole, so that a token that
-  was unlikely to be kept can be carried by likely ones after it. Keeps at least as many tokens as
-  ``standard`` on average, at the same cost, and just as many of delta drafts.
+* ``block`` (Sun et al. 2024, arXiv:2403.10444): judge the chain as a whole, so that likely tokens
+  can carry an unlikely one before them. Keeps on average at least as many tokens as ``standard``,
+  at the same cost, and equally many of delta drafts.
 * ``standard`` (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318): keep
   x with probability min(1, p(x) / q(x)), else draw from norm(max(p - q, 0)). A delta draft has
   q = 1 at its token: keep with p(x), else draw from p without x.
-* ``match``: draw the target's own token y at every position from p with a number keyed by
-  (seed, position) and keep drafts while they equal y. The output is y whatever was drafted; greedy
-  decoding is its special case. Used for greedy and for seeded requests, whose answers must not
-  depend on the drafter at all.
+* ``match``: draw the target's own token y from p at every position, with a number keyed by
+  (seed, position), and keep drafts while they equal y. The output is y whatever was drafted; greedy
+  decoding is a special case. Used for greedy and seeded requests, whose answers must not depend on
+  the drafter.
 
 Shapes: R requests, K draft tokens, V vocabulary. ``lens_R`` lets rows draft fewer than K.
 """
@@ -28,25 +28,25 @@ from specops.sampling import draw
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the target made of a draft."""
+    """Outcome of verifying a draft."""
 
     num_accepted_R: Tensor
     """[R] int64 in 0..lens."""
     next_R: Tensor
-    """[R] int64, the target's own token after the kept ones."""
+    """[R] int64, the target's own token after the kept draft tokens."""
     overlap_RK: Tensor | None
-    """[R, K] sum over v of min(p, q): chance that the position survives; ``None`` where no
-    distribution was built (greedy)."""
+    """[R, K] sum over v of min(p, q): probability that the position is accepted; ``None`` if no
+    distribution was computed (greedy)."""
     draft_p_RK: Tensor
     """[R, K] the target's probability of each draft token."""
 
 
 def acceptance(p_RKV: Tensor, q_RKV: Tensor | None, draft_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of keeping each draft token, given all before it were kept.
+    """Probability of keeping each draft token, given that all before it were kept.
 
     Args:
         p_RKV: [R, K, V] target probabilities.
-        q_RKV: [R, K, V] the very tensor the drafts were drawn from, or ``None`` for delta drafts.
+        q_RKV: [R, K, V] the tensor the drafts were drawn from, or ``None`` for delta drafts.
         draft_RK: [R, K] int64.
 
     Returns:
@@ -64,10 +64,10 @@ def _of_drafts(law_RKV: Tensor, draft_RK: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor, pi: Tensor | float = 1.0) -> Tensor:
-    """norm(max(pi p - q, 0)) over the last dimension; p itself where nothing is left.
+    """norm(max(pi p - q, 0)) over the last dimension; p itself if that is empty.
 
-    Nothing is left only when pi p <= q everywhere. With pi = 1, that is p = q up to rounding, and
-    then a draft is never rejected; with a smaller one, block verification does not stop there. p
+    It is empty only if pi p <= q everywhere. With pi = 1, p then equals q up to rounding, and a
+    draft is never rejected; with a smaller pi, block verification does not stop there. Returning p
     keeps the row finite.
     """
     rest = (pi * p - q).clamp(min=0)
@@ -76,14 +76,14 @@ def residual(p: Tensor, q: Tensor, pi: Tensor | float = 1.0) -> Tensor:
 
 
 def count_leading(kept_RK: Tensor, lens_R: Tensor) -> Tensor:
-    """[R] int64: kept tokens before the first one that is not, among the first ``lens``."""
+    """[R] int64: number of leading kept tokens among the first ``lens``."""
     index = torch.arange(kept_RK.shape[1], device=kept_RK.device)
     kept = kept_RK & (index < lens_R[:, None])
     return kept.long().cumprod(dim=1).sum(dim=1)
 
 
 def verify_match(target_ids: Tensor, draft_RK: Tensor, lens_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep drafts while they equal the target's own tokens.
+    """Keep draft tokens while they equal the target's own tokens.
 
     Args:
         target_ids: [R, K + 1] int64, argmax or keyed draw after each prefix of the draft.
@@ -100,28 +100,27 @@ def verify_match(target_ids: Tensor, draft_RK: Tensor, lens_R: Tensor) -> tuple[
 def block_acceptance(
     p_RKV: Tensor, q_RKV: Tensor | None, draft_RK: Tensor, lens_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What block verification knows of a chain before it draws.
+    """The probabilities with which block verification stops a chain at each position.
 
-    With ``pi_0 = 1`` and ``pi_i = min(pi_{i-1} p(x_i) / q(x_i), 1)``, the first i tokens are kept,
-    as part of whatever is kept, with probability pi_i. Looking from the end of the chain, it stops
-    at i with ``h_i = S_i / (S_i + 1 - pi_i)``, ``S_i = sum_x max(pi_i p(x) - q(x), 0)``, and at the
-    last drafted token with ``pi``.
+    With ``pi_0 = 1`` and ``pi_i = min(pi_{i-1} p(x_i) / q(x_i), 1)``, at least the first i tokens
+    are kept with probability pi_i. Going back from the end of the chain, verification stops at i
+    with ``h_i = S_i / (S_i + 1 - pi_i)``, ``S_i = sum_x max(pi_i p(x) - q(x), 0)``, and at the last
+    drafted token with probability ``pi``.
 
     Args:
         p_RKV: [R, K, V] target probabilities after 0 .. K - 1 draft tokens.
-        q_RKV: [R, K, V] the very tensor the drafts were drawn from, or ``None`` for delta drafts.
+        q_RKV: [R, K, V] the tensor the drafts were drawn from, or ``None`` for delta drafts.
         draft_RK: [R, K] int64.
         lens_R: [R] int64 in 0..K.
 
     Returns:
-        h_RK, float64: chance of stopping after 1 .. K tokens, given that no later place was taken;
-        0 beyond ``lens``.
-        pi_RK1, float64: pi after 0 .. K tokens.
-        p of each draft token, [R, K].
+        h_RK, float64: probability of stopping after 1 .. K tokens, given that it did not stop
+        later; 0 beyond ``lens``. pi_RK1, float64: pi after 0 .. K tokens. p of each draft token,
+        [R, K].
 
     Source:
-        arXiv:2403.10444, Algorithm 2. The length of a chain may depend on tokens drafted before the
-        one that it leaves out.
+        arXiv:2403.10444, Algorithm 2. A chain's length may depend on the tokens drafted before the
+        one that it omits.
     """
     num_draft = draft_RK.shape[1]
     draft_p = _of_drafts(p_RKV, draft_RK)
@@ -131,11 +130,11 @@ def block_acceptance(
     place = torch.arange(1, num_draft + 1, device=draft_RK.device)
     is_drafted = place <= lens_R[:, None]
     ratio = torch.where(is_drafted, ratio, 0.0)
-    # pi_i = prod of ratios since the last place where the product was capped at 1.
+    # pi_i = product of the ratios since it was last capped at 1.
     steps = torch.nn.functional.pad(ratio.log(), (1, 0)).cumsum(dim=1)
     pi_RK1 = (steps - steps.cummax(dim=1).values).exp()
     pi_next = pi_RK1[:, 1:]
-    # S at 1 .. K - 1 draft tokens; the place after the last one has its own rule.
+    # S after 1 .. K - 1 draft tokens; after the last one, another rule holds.
     if q_RKV is None:
         rest = pi_RK1[:, 1:-1] * (1 - draft_p[:, 1:].double())
     else:
@@ -156,8 +155,10 @@ def verify_block(
     accept_u_RK: Tensor,
     next_u_R: Tensor,
 ) -> Verdict:
-    """Block verification of a chain: the emitted tokens follow p exactly. Arguments as of
-    ``verify_standard``; see ``block_acceptance``."""
+    """Block verification of a chain: the emitted tokens follow p exactly.
+
+    For the arguments see ``verify_standard``, for the rule ``block_acceptance``.
+    """
     num_draft = draft_RK.shape[1]
     h_RK, pi_RK1, draft_p = block_acceptance(p_RK1V[:, :num_draft], q_RKV, draft_RK, lens_R)
     place = torch.arange(1, num_draft + 1, device=draft_RK.device)
@@ -179,9 +180,9 @@ def verify_standard(
 
     Args:
         p_RK1V: [R, K + 1, V] target probabilities after each prefix of the draft.
-        q_RKV: [R, K, V] what the drafts were drawn from, or ``None`` for delta drafts.
+        q_RKV: [R, K, V] the tensor the drafts were drawn from, or ``None`` for delta drafts.
         draft_RK: [R, K] int64.
-        lens_R: [R] int64 in 0..K: positions beyond were not drafted.
+        lens_R: [R] int64 in 0..K, the drafts' lengths.
         accept_u_RK: [R, K] float64 uniforms, stream ACCEPT.
         next_u_R: [R] float64 uniforms, stream RESIDUAL.
     """
@@ -200,7 +201,7 @@ def _verdict(
     draft_p_RK: Tensor,
     next_u_R: Tensor,
 ) -> Verdict:
-    """Draw the token after the kept ones, from what ``residual`` leaves or, after all, from p."""
+    """Draw the token after the kept ones: from ``residual``, or from p if all were kept."""
     num_draft = draft_RK.shape[1]
     overlap = draft_p_RK
     if q_RKV is not None:

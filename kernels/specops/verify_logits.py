@@ -1,8 +1,8 @@
-"""Verification of draft chains from logits: what ``specops.verify`` does with distributions, with
-the distributions and the random numbers made on the way.
+"""Verification of draft chains from logits: computes distributions and random numbers, and verifies
+as in ``specops.verify``.
 
-This is the definition, in float64. ``verify_logits_triton`` does the same without writing anything
-of the size of a vocabulary, and without a word from the host.
+This is the definition, in float64. ``verify_logits_triton`` does the same without writing a
+vocabulary-sized tensor and without synchronising with the host.
 
 Shapes: R requests, K draft tokens, V target vocabulary, D draft vocabulary.
 """
@@ -22,8 +22,8 @@ from specops.verify import verify_block, verify_match, verify_standard
 
 
 class Rule(IntEnum):
-    """How a request's draft is judged; see ``specops.verify``. Greedy requests are always judged by
-    MATCH, to which the other rules come down at temperature 0."""
+    """Verification rule of a request; see ``specops.verify``. Greedy requests always use MATCH, to
+    which the other rules reduce at temperature 0."""
 
     MATCH = 0
     STANDARD = 1
@@ -32,21 +32,21 @@ class Rule(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogitVerdict:
-    """What the target made of a draft, and what its logits say. 0 in places of no meaning."""
+    """Outcome of verifying a draft, and log probabilities. Entries beyond a draft are 0."""
 
     num_accepted_R: Tensor
     """[R] int64 in 0..lens."""
     next_R: Tensor
-    """[R] int64, the target's own token after the kept ones."""
+    """[R] int64, the target's own token after the kept draft tokens."""
     draft_logp_RK: Tensor
-    """[R, K] float32, log of the target's shaped probability of each draft token."""
+    """[R, K] float32, log probability of each draft token, after temperature and truncation."""
     overlap_RK: Tensor
-    """[R, K] float32, sum over v of min(p, q): the chance that the position survives."""
+    """[R, K] float32, sum over v of min(p, q): probability that the position is accepted."""
     logprob_RK1: Tensor | None
-    """[R, K + 1] float32, the target's own log probability (temperature 1, nothing cut off) of each
-    emitted token; ``None`` unless asked for."""
+    """[R, K + 1] float32, the target's log probability (temperature 1, no truncation) of each
+    emitted token; ``None`` unless requested."""
     entropy_RK1: Tensor | None
-    """[R, K + 1] float32, nats of that same law after 0 .. lens draft tokens."""
+    """[R, K + 1] float32, entropy in nats of that distribution after 0 .. lens draft tokens."""
 
 
 def verify_logits(
@@ -59,21 +59,21 @@ def verify_logits(
     drafted: DraftLaw | None = None,
     with_logprobs: bool = True,
 ) -> LogitVerdict:
-    """Judge each request's draft by its rule and choose its next token.
+    """Verify each request's draft by its rule and choose its next token.
 
     Args:
         logits_RK1V: [R, K + 1, V] float, the target's after each prefix of the draft.
         sampling: parameters of the R requests.
-        draft_RK: [R, K] int64 target ids; in 0..V - 1 also beyond ``lens``.
-        lens_R: [R] int64 in 0..K: positions beyond were not drafted.
+        draft_RK: [R, K] int64 target ids, in 0..V - 1 even beyond ``lens``.
+        lens_R: [R] int64 in 0..K, the drafts' lengths.
         rules_R: [R] int64 of ``Rule``.
         numbering: ``positions_R`` is the position of the first draft token. Requests whose answer
-            must not depend on how rounds fell have nonce 0.
-        drafted: what the drafts were drawn from; ``None`` for delta drafts.
-        with_logprobs: whether ``logprob_RK1`` and ``entropy_RK1`` are wanted.
+            must not depend on round boundaries have nonce 0.
+        drafted: the distribution the drafts were drawn from; ``None`` for delta drafts.
+        with_logprobs: compute ``logprob_RK1`` and ``entropy_RK1``.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: shapes do not match.
     """
     num_draft = draft_RK.shape[1]
     check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
@@ -123,7 +123,7 @@ def check_shapes(
     rules_R: Tensor,
     drafted: DraftLaw | None,
 ) -> None:
-    """Raises ValueError where shapes do not fit. Values are not looked at: that would wait."""
+    """Raise ValueError if shapes do not match. Values are not checked: that would synchronise."""
     num_requests, num_draft = draft_RK.shape
     vocab_size = logits_RK1V.shape[-1]
     if logits_RK1V.shape[:2] != (num_requests, num_draft + 1):
@@ -146,7 +146,7 @@ def check_shapes(
 
 
 def _numbers(numbering: Numbering, count: int, stream: Stream) -> Tensor:
-    """[R, count] float64 of the tokens from ``positions_R`` on."""
+    """[R, count] float64 random numbers of the tokens from ``positions_R`` on."""
     ahead = torch.arange(count, device=numbering.positions_R.device)
     positions_RK = numbering.positions_R[:, None] + ahead
     return device_uniforms(numbering.keys_R, positions_RK, numbering.nonces_R, stream)

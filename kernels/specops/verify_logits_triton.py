@@ -1,15 +1,15 @@
 """Verification of draft chains from logits in a few kernels; see ``specops.verify_logits``.
 
-The rows' laws come first (``laws_triton``), then
+The rows' laws are computed first (``laws_triton``), then
 
 * ``_judge``: p and q of each draft token, and pi of block verification;
-* ``_overlap``, of dense drafts: sum over v of min(p, q), and of min(pi p, q), part by part. Only
-  tokens that the drafter has count, so a reduced draft vocabulary costs as little as it is small;
-* ``_stop``: where the chain stops, and the weights of what is left of p there, part by part;
-* ``_emit``: the next token, and the log probabilities of what is emitted.
+* ``_overlap``, for dense drafts only: sums over v of min(p, q) and of min(pi p, q), part by part.
+  It reads only the drafter's tokens, so a small draft vocabulary costs little;
+* ``_stop``: where the chain stops, and the sums of the residual there, part by part;
+* ``_emit``: the next token, and the log probabilities of the emitted tokens.
 
 The logits are read once, those of the K draft rows a second time for dense drafts, and one row of
-each request a last time. Nothing is read back by the host.
+each request a last time. The host reads nothing back.
 
 Shapes: R requests, K draft tokens, V target vocabulary, D draft vocabulary, P parts of a row.
 """
@@ -44,13 +44,13 @@ _PER_REQUEST = (*PER_REQUEST, "q_temperature_ptr", "q_greedy_ptr", "accepted_ptr
 
 
 def _places(num_draft: int) -> int:
-    """K + 1, as kernels hold it: the same up to 15 drafts, for which one kernel is compiled."""
+    """K + 1 rounded up; the same up to 15 draft tokens, so that they share one compiled kernel."""
     return max(16, int(triton.next_power_of_2(num_draft + 1)))
 
 
 @triton.jit
 def _log_weight(x, ids, top, cut, mass, last, rate):
-    """Log probability, float64, of tokens under their rows' laws."""
+    """Log probabilities of tokens under their rows' laws, float64."""
     is_kept = (x > cut) | ((x == cut) & (ids <= last))
     gap = tl.where(is_kept, x, top).to(tl.float64) - top.to(tl.float64)
     logp = gap * rate.to(tl.float64) - tl.log(mass.to(tl.float64))
@@ -64,7 +64,7 @@ def _judge(
     t2d_ptr, logp_ptr, keep_ptr, pi_ptr, K,
     K_UP: tl.constexpr, DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
 ):  # fmt: skip
-    """One request: log p of each draft token, its chance by the standard rule, and pi."""
+    """One request: log p of each draft token, its acceptance by the standard rule, and pi."""
     request = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, K_UP)
     num_drafted = tl.load(lens_ptr + request)
@@ -91,10 +91,10 @@ def _judge(
         x = tl.load(at, mask=is_known, other=0.0).to(tl.float32)
         top = tl.load(q_law_ptr + row * 3, mask=is_drafted, other=0.0)
         mass = tl.load(q_law_ptr + row * 3 + 2, mask=is_drafted, other=1.0)
-        # The token was drawn, so it has survived any cut.
+        # The token was sampled, so it survived truncation.
         logq = (x.to(tl.float64) - top.to(tl.float64)) * q_rate.to(tl.float64)
         ratio = logp - logq + tl.log(mass.to(tl.float64))
-    # pi_i = the product of ratios since the last place where it was capped at 1.
+    # pi_i = product of the ratios since it was last capped at 1.
     before = (place[None, :] <= place[:, None]) & is_drafted[None, :]
     steps = tl.sum(tl.where(before, ratio[None, :], 0.0), axis=1)
     on_row = tl.sum(tl.where(place[:, None] == place[None, :], steps[:, None], 0.0), axis=0)
@@ -151,7 +151,7 @@ def _left_over(
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
     t2d_ptr, vocab, K, DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
 ):  # fmt: skip
-    """Of one part of the row where a chain stopped: p, and max(pi p - q, 0)."""
+    """p and max(pi p - q, 0) for one part of the row where a chain stopped."""
     row = request * (K + 1) + stop
     rate, _ = rate_of(temperature_ptr, temperature_ptr, request, False)
     p = weight(
@@ -191,8 +191,8 @@ def _stop(
     PART: tl.constexpr, K_UP: tl.constexpr, DRAFT_PARTS_UP: tl.constexpr, STREAM: tl.constexpr,
     DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
 ):  # fmt: skip
-    """One part of the vocabulary of one request: where its chain stops, the same for all parts, and
-    the sums of p and of what is left of p there."""
+    """One part of one request's vocabulary: where the chain stops, the same in all parts, and the
+    sums of p and of the residual there."""
     request, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = tl.arange(0, K_UP)
     num_drafted = tl.load(lens_ptr + request)
@@ -225,8 +225,8 @@ def _stop(
         is_lost = is_drafted & (number >= keep)
         stop = tl.min(tl.where(is_lost, place, num_drafted), axis=0)
     else:
-        # Mass of max(pi p - q, 0) after 1 .. lens - 1 tokens; shifted, as row i + 1 belongs to
-        # place i + 1, which this index calls i.
+        # Mass of max(pi p - q, 0) after 1 .. lens - 1 tokens, shifted by one: index i stands for
+        # i + 1 tokens, whose mass comes from row i + 1.
         pi = tl.load(pi_ptr + request * (K + 1) + place, mask=place <= num_drafted, other=1.0)
         mass = pi * (1.0 - common.to(tl.float64))
         if DENSE:
@@ -274,7 +274,7 @@ def _emit(
     PART: tl.constexpr, K_UP: tl.constexpr, PARTS_UP: tl.constexpr, STREAM: tl.constexpr,
     DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """One request: its next token, and the log probabilities of the emitted ones."""
+    """One request: its next token, and the log probabilities of the emitted tokens."""
     request = tl.program_id(0).to(tl.int64)
     num_drafted = tl.load(lens_ptr + request)
     stop = tl.load(accepted_ptr + request)
@@ -335,17 +335,16 @@ def verify_logits(
     with_logprobs: bool = True,
     tiles: Tiles = TILES,
 ) -> LogitVerdict:
-    """See ``specops.verify_logits.verify_logits``, whose arguments and result these are. Can be
-    captured in a CUDA graph: K, ``sampling.truncates`` and whether drafts are dense are then fixed,
-    all other parameters are read when it is replayed.
+    """See ``specops.verify_logits.verify_logits``, which has the same arguments and result. Can be
+    captured in a CUDA graph, which fixes K, ``sampling.truncates`` and whether drafts are dense;
+    all other parameters are read at each replay.
 
     Args:
         draft_RK, lens_R, rules_R: contiguous.
-        drafted: with the ``laws`` that ``sample_draft`` left, its logits are read once less.
+        drafted: with ``laws`` from ``sample_draft``, its logits are read one time less.
 
     Raises:
-        ValueError: the shapes do not fit each other, or a row of logits or another tensor is not
-            contiguous.
+        ValueError: shapes do not match, or a row of logits or another tensor is not contiguous.
     """
     check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
     check_packed(sampling, numbering, draft=draft_RK, lens=lens_R, rules=rules_R)
@@ -358,16 +357,16 @@ def verify_logits(
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """What the kernels hand on to each other."""
+    """Intermediate results that the kernels share."""
 
     keep_RK: Tensor
-    """[R, K] float64, chance of each draft token by the standard rule."""
+    """[R, K] float64, acceptance of each draft token by the standard rule."""
     pi_RK1: Tensor
     """[R, K + 1] float64, pi of block verification."""
     common_RKP2: Tensor | None
     """[R, K, P, 2] sums of min(p, q) and min(pi p, q); ``None`` for delta drafts."""
     rest_RP2: Tensor
-    """[R, P, 2] sums of p and of what is left of it where the chain stopped."""
+    """[R, P, 2] sums of p and of the residual where the chain stopped."""
 
 
 def _launch(
@@ -447,7 +446,7 @@ def _launch(
 def _draft_arguments(
     drafted: DraftLaw | None, lens_R: Tensor, tiles: Tiles
 ) -> tuple[tuple[object, ...], Tensor | None, Tensor | None, int]:
-    """The draft's logits with strides, temperature, greedy flags and laws; both maps; D."""
+    """Kernel arguments: logits, strides, temperature, greedy flags and laws of q; both maps; D."""
     if drafted is None:
         return (None, 0, 0, None, None, None, None), None, None, 1
     logits = drafted.logits_RKD

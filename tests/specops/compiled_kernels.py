@@ -1,7 +1,7 @@
-"""Prints how many kernels the sampled and greedy rounds of many shapes need, as JSON by name.
+"""Prints as JSON how often each kernel is specialised for greedy and sampled rounds of many shapes.
 
-Nothing is compiled and no GPU is needed: a kernel is what Triton would compile anew. Runs in a
-process of its own, without the interpreter.
+Nothing is compiled and no GPU is needed: Triton's requests for compilation are counted. Runs in its
+own process, without the interpreter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VOCAB, HEADS, DIM, PAGE, MOST = 4096, 2, 16, 16, 16
 
 
 class _NoDevice:
-    """Just enough of a driver for a kernel to be looked up."""
+    """The part of a driver that looking up a kernel needs."""
 
     def get_current_device(self) -> int:
         return 0
@@ -55,7 +55,7 @@ class _NoDevice:
 
 
 def count_instead_of_compiling() -> Counter[str]:
-    """Every kernel that is launched from now on is counted once and does nothing."""
+    """From now on, launches do nothing, and each specialisation is counted once."""
     found: Counter[str] = Counter()
     run = JITFunction.run
 
@@ -76,11 +76,11 @@ def count_instead_of_compiling() -> Counter[str]:
 def bookkeeping(
     size: int, num_draft: int, best_RQ: torch.Tensor, verdicts: list[LogitVerdict]
 ) -> None:
-    """Rounds drafted by a network and rounds with given drafts, greedy and sampled."""
+    """Rounds with a neural drafter and rounds with given drafts, greedy and sampled."""
     drafted = best_RQ.new_zeros((size, VOCAB), dtype=torch.bfloat16)
     best_ids(drafted, best_RQ.new_zeros(VOCAB))
     best_ids(drafted)
-    # As many lanes as a server of this size has, and pages of another number for each.
+    # As many lanes as a server of this size, and a different number of pages for each size.
     ints, floats = torch.zeros((len(Field), 65), dtype=torch.int64), torch.zeros((3, 65))
     state = LaneState(ints, floats, torch.zeros((65, 60 + size), dtype=torch.int32))
     inputs = torch.zeros((64, Input.TOKENS + MOST), dtype=torch.int64)[:size]
@@ -95,10 +95,10 @@ def bookkeeping(
 
 
 def one_round(size: int, num_draft: int) -> None:
-    """What rounds of one shape launch, with fields of all requests side by side as lanes are."""
+    """The launches of rounds of one shape, with fields laid out as in lanes."""
     ints = torch.zeros((7, size), dtype=torch.int64)
     floats = torch.ones((3, size))
-    sampling = SamplingRows(floats[0], ints[0], floats[1], floats[2], False, True)
+    sampling = SamplingRows(floats[0], ints[0], floats[1], floats[2], truncates=True)
     numbering = Numbering(ints[1], ints[2], ints[3])
     flags, lens, drafts = ints[4] != 0, ints[5].clone(), ints.new_zeros((size, num_draft))
     logits = torch.zeros((size, num_draft + 1, VOCAB))
@@ -129,7 +129,7 @@ def one_round(size: int, num_draft: int) -> None:
 
 
 def drafted_rows(decode: DecodePass, steps: Places, pool: torch.Tensor) -> None:
-    """What the passes of drafted rows launch between their products."""
+    """The launches between products in the passes of draft rows."""
     norm = Norm(torch.ones(DIM), 1e-6)
     hidden = torch.zeros((len(decode.first_R), DIM))
     qkv = torch.zeros((len(hidden), 3 * HEADS * DIM))

@@ -1,4 +1,4 @@
-"""Greedy choice by kernels equals torch's."""
+"""The kernels' greedy choice equals torch's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What a kernel is given to write to holds nonsense."""
+    """Fill the memory that kernels write to with garbage."""
     right = torch.empty
 
     def empty(*shape, **options):
@@ -24,7 +24,7 @@ def poisoned(monkeypatch):
 
 
 def few_values(shape, dtype, device):
-    """Small whole numbers: every row has its largest one many times."""
+    """Small integers, so that a row's maximum occurs many times."""
     generator = torch.Generator().manual_seed(len(shape))
     return torch.randint(-4, 4, shape, generator=generator).to(dtype).to(device)
 
@@ -38,7 +38,7 @@ def few_values(shape, dtype, device):
     ids=str,
 )
 def test_the_lowest_of_tied_ids_wins(shape, num_programs, dtype, device):
-    """One part and many of a row, of one span and of several; the last one is cut off."""
+    """Rows of one part and of many, parts of one span and of several; the last span is partial."""
     logits = few_values(shape, dtype, device)
 
     got = best_ids_triton.best_ids(logits, span=16, num_programs=num_programs)
@@ -49,8 +49,8 @@ def test_the_lowest_of_tied_ids_wins(shape, num_programs, dtype, device):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_numbers_that_are_none(dtype, device):
-    """Of infinities and NaN, torch takes the first NaN, then the first infinity."""
+def test_infinities_and_nan(dtype, device):
+    """Torch chooses the first NaN, else the first infinity."""
     logits = few_values((9, 300), dtype, device)
     logits[0] = -torch.inf
     logits[1, :299] = -torch.inf
@@ -89,7 +89,7 @@ def test_rows_as_wide_as_a_vocabulary(num_rows):
     assert torch.equal(best_ids_triton.best_ids(logits), logits.float().argmax(-1))
 
 
-def test_rows_that_are_apart_are_refused():
+def test_rows_that_are_not_adjacent_are_refused():
     with pytest.raises(ValueError, match="contiguous rows of at least one"):
         best_ids_triton.best_ids(torch.zeros(4, 6)[:, :5])
     with pytest.raises(ValueError, match="contiguous rows of at least one"):

@@ -1,5 +1,5 @@
-"""Committed rows land in the ring in order, quantised as the log quantises them: the definition,
-and the kernels (in Triton's interpreter where there is no GPU). Bits are equal."""
+"""Committed rows are packed into the ring in order and quantised as in traces. Definition and
+kernels (interpreted without a GPU) are bitwise equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ints(*values: int) -> torch.Tensor:
 
 
 def step(generator, num_rows, num_layers=3, hidden_size=48):
-    """Features and last hidden rows over many magnitudes, one vector all zero."""
+    """Features and last hidden rows of many magnitudes; one vector is zero."""
     shape = (num_rows, num_layers + 1, hidden_size)
     rows = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(
         -6, 4, shape[:2], generator=generator
@@ -152,6 +152,6 @@ def test_a_captured_step_packs_what_changed(pinned, is_fp8):
 def test_quantised_rows_are_close():
     rows = torch.randn(64, 256).bfloat16()
     packed, scales = quantise(rows)
-    # Half a step of 3 mantissa bits: 2^-4 of an entry, or half the smallest step, 2^-10.
+    # Half a step of a 3-bit mantissa, 2^-4 of the entry, or half the smallest step, 2^-10.
     bound = (rows.float().abs() * 2**-4).maximum(scales[:, None] * 2**-10) * (1 + 1e-6)
     assert ((packed.float() * scales[:, None] - rows.float()).abs() <= bound).all()

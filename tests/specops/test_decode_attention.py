@@ -1,5 +1,8 @@
-"""Decode attention equals attention over each row's own path in float64: the definition, and the
-kernels (in Triton's interpreter where there is no GPU). What was never written holds NaN."""
+"""Decode attention, as definition and as kernels (interpreted without a GPU), equals attention over
+each row's own path in float64. Unwritten slots hold NaN.
+
+No drafter drafts trees yet: the cases below are the only users of ``DecodePass.ancestors_RQ`` and
+``counts_R``, which such a drafter will need."""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ TREE = (0b1, 0b11, 0b101, 0b1101)  # 0 -> 1, 0 -> 2 -> 3
 
 @dataclass(frozen=True)
 class Case:
-    """Requests by their first position; a path for each row of a tree."""
+    """Requests, given by their first position; for a tree, the path of each row."""
 
     firsts: tuple[int, ...] = (9, 290, 0, 130)
     num_query: int = 4
@@ -49,7 +52,7 @@ class Case:
     head_dim: int = 16
 
     def row(self, request: int, j: int) -> tuple[int, int] | None:
-        """Own position and bits of a row's path; ``None`` for padding."""
+        """A row's position and the bits of its path; ``None`` for padding."""
         count = self.num_query if self.counts is None else self.counts[request]
         if j >= count or self.firsts[request] + j < 0:
             return None
@@ -75,10 +78,10 @@ CASES = {
 
 
 def want_row(case, q, k, v, position, bits, first):
-    """One row in float64: q [Hq, D] over k, v [S, Hkv, D] of its request. [Hq, D]."""
+    """Attention of one row q [Hq, D] over its request's k, v [S, Hkv, D], in float64. [Hq, D]."""
     path = [first + i for i in range(case.num_query) if bits >> i & 1 and first + i >= 0]
     keys = [*range(max(first, 0)), *path]
-    # Along its own path, the row is the last of them.
+    # The row itself is the last one on its own path.
     keys = [key for at, key in enumerate(keys) if key >= case.first_key]
     if case.window is not None:
         keys = keys[-min(case.window, len(keys)) :]
@@ -94,7 +97,7 @@ def want_row(case, q, k, v, position, bits, first):
 
 @dataclass(frozen=True)
 class Scene:
-    """A pass with its pools, and what must come out."""
+    """A pass with its pools, and the expected output."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -222,7 +225,7 @@ def test_rows_may_be_views_of_one_projection(implementation):
 
 
 def test_a_tree_is_not_a_chain():
-    """Without its ancestors the same tree comes out wrong, so the cases above can fail."""
+    """Without ancestors the same tree gives a wrong result, so the cases above can fail."""
     made = scene(CASES["trees"])
     chain = replace(made, decode=replace(made.decode, ancestors_RQ=None))
 
@@ -232,20 +235,20 @@ def test_a_tree_is_not_a_chain():
 
 
 def parts_of(num_requests, num_keys, num_query=1):
-    """With the heads of Qwen3-8B."""
+    """``attention_triton.parts_of`` with the heads of Qwen3-8B."""
     return attention_triton.parts_of(num_requests, 8, 4 * num_query, num_keys, 128, 2)
 
 
-def test_parts_fill_the_card_but_do_not_get_short():
+def test_parts_fill_the_gpu_but_are_not_too_short():
     assert parts_of(1, 2048) == 16  # of 128 keys, the shortest
     assert parts_of(1, 32768) * 8 >= 132  # a program for every multiprocessor
     assert parts_of(1, 64) == 1
-    assert parts_of(128, 32768) == 1  # several rounds as it is
+    assert parts_of(128, 32768) == 1  # several waves even unsplit
 
 
-def test_a_nearly_empty_last_round_is_split():
-    """512 programs are a round of 396 and a third of one; 1,024 end in two thirds of one. With more
-    rows 264 run at once, and 512 are nearly two rounds."""
+def test_a_nearly_empty_last_wave_is_split():
+    """512 programs are a wave of 396 and a third of one; 1,024 end in two thirds of one. With more
+    rows 264 run at once, and 512 are nearly two waves."""
     assert parts_of(64, 2048) == parts_of(64, 40960) == 2
     assert parts_of(64, 2048, num_query=5) == 1
 
@@ -310,7 +313,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="a window of 3 is shorter than a tree of 4 rows"):
         attention.visible_keys(tree, 4, 3)
     q, pool = torch.zeros(2, 8, 24), torch.zeros(12, 2, 24)
-    with pytest.raises(ValueError, match="power of two from 16 on, got 24"):
+    with pytest.raises(ValueError, match="power of two and at least 16, got 24"):
         attention_triton.attend_pages(q, pool, pool, decode, 1.0)
     q, pool = torch.zeros(2, 8, 16), torch.zeros(12, 16, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="must be contiguous"):
@@ -318,7 +321,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def large(num_requests, num_query, heads, head_dim, longest, page_size=16, seed=0):
-    """Rows and pools in bfloat16 with random lengths; some requests are padding."""
+    """Random rows, pools and lengths in bfloat16; some requests are padding."""
     generator = torch.Generator("cuda").manual_seed(seed)
     num_pages = longest // page_size
     pool_pages = num_requests * num_pages + 1

@@ -1,5 +1,5 @@
-"""The joint law of what comes out of the faces that programs call: the definitions on a CPU, the
-compiled kernels on a GPU. ``benchmarks/lossless_gpu`` does the same with 10 million samples."""
+"""The joint law of tokens emitted through ``specops.device``, which programs call: definitions on a
+CPU, compiled kernels on a GPU. ``benchmarks/lossless_gpu`` repeats this with 10 million samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from specops.verify_logits import Rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = SETTINGS[::4]
-"""Every number of drafts, every temperature, whole and with each cut by itself."""
+"""All draft lengths and temperatures, untruncated and with each truncation alone."""
 BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 
 
@@ -66,7 +66,7 @@ def test_a_bug_is_seen(name):
 
 @pytest.mark.parametrize("former", [Stream.ACCEPT, Stream.DRAFT])
 def test_a_number_used_twice_is_seen(former, monkeypatch):
-    """The residual's is one that ``former`` has used."""
+    """Mutant: the residual reuses a number of the stream ``former``."""
 
     def wrong(keys_R, positions_RK, nonces_R, stream):
         chosen = former if stream == Stream.RESIDUAL else stream
@@ -113,7 +113,7 @@ def test_the_kernels_keep_the_law_in_pieces_of_their_full_size():
     ],
 )
 def test_kernels_decode_the_very_tokens_of_the_definitions(cut, layout, as_served):
-    """The same numbers, the same laws: only rounding could part them."""
+    """Random numbers and laws are the same, so only rounding could make a difference."""
 
     def kernels(*arguments):
         return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
@@ -132,7 +132,7 @@ def test_kernels_decode_the_very_tokens_of_the_definitions(cut, layout, as_serve
 
 @pytest.mark.parametrize("cut", [Cut.NOTHING, Cut.TOP_P])
 def test_faces_are_called_as_serving_calls_them(cut):
-    """Programs are one for all requests: they say that laws may be cut off, whoever asks."""
+    """One program serves all requests, so it always assumes that laws may be truncated."""
     said = []
 
     def verify(logits, sampling, *rest):

@@ -1,5 +1,5 @@
-"""Block by block, in torch and as kernels, distillation has the loss and the gradients of its plain
-definition, and holds no more than some blocks."""
+"""Blockwise distillation, in torch and in kernels, equals its plain definition in loss and
+gradients, and its memory is bounded by a few blocks."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ IMPLEMENTATIONS = [
     pytest.param(BLOCKS, WIDE, id="definition"),
     pytest.param(distill_triton.BLOCKS, torch.float32, id="kernel"),
 ]
-# Kernels sum in float32: some hundred terms of size 1, each with an error of 2^-24.
+# Kernels sum a few hundred terms of size 1 in float32, each with an error of 2^-24.
 TOLERANCE = {WIDE: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 2e-5, "atol": 2e-6}}
 
 
 class Case:
-    """Random rows of N students and R teachers; V and D cross a block of 128."""
+    """Random student and teacher rows; V and D exceed a block of 128."""
 
     def __init__(
         self,
@@ -47,7 +47,9 @@ class Case:
         N, R, H, V = 11, 7 if shared else 11, 6, 300
         D = 140 if reduced else V
         ids = torch.randperm(V, generator=self.generator)[:D].sort().values
-        row = torch.randint(0, R - 1, (N,), generator=self.generator)  # the last has no imitator
+        row = torch.randint(
+            0, R - 1, (N,), generator=self.generator
+        )  # nobody imitates the last one
         self.hidden, self.weight = self.random(N, H, dtype=dtype), self.random(D, H, dtype=dtype)
         self.teacher = Teacher(
             self.random(R, H + 2, dtype=dtype),
@@ -74,7 +76,7 @@ class Case:
         return replace(self.teacher, hidden_RH=self.teacher.hidden_RH.to(dtype), head=head)
 
     def target_probs(self) -> torch.Tensor:
-        """[N, D] float64, straight from the definition's words."""
+        """[N, D] float64, computed directly as documented."""
         teacher = self.teacher_in(WIDE)
         scores = teacher.head.logits(teacher.hidden_RH)
         if teacher.temperature_R is not None:
@@ -85,7 +87,7 @@ class Case:
 
 
 def check(case, blocks, dtype, kind, chunk_rows=4):
-    """Value, figures and gradients against autograd over the plain definition in float64."""
+    """Compare loss, row results and gradients with autograd over the definition in float64."""
     hidden, weight = case.leaves(WIDE)
     logits, probs = hidden @ weight.T, case.target_probs()
     losses = row_loss(kind, probs, logits)
@@ -115,7 +117,7 @@ def check(case, blocks, dtype, kind, chunk_rows=4):
 
 @pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):
-    """Several blocks in a row of 300, as a real vocabulary has; not where the speed counts."""
+    """Several blocks per row of 300, as with a real vocabulary; GPU tests keep the real size."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(distill_triton, "_BLOCK", 128)
         monkeypatch.setattr(distill_triton, "_NUM_WARPS", 4)
@@ -219,7 +221,7 @@ def test_gradients_are_given_away_uncopied_and_once():
     loss.backward(retain_graph=True)
 
     assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == places
-    with pytest.raises(RuntimeError, match="given away by a former backward pass"):
+    with pytest.raises(RuntimeError, match="handed over by an earlier backward pass"):
         loss.backward()
 
 
@@ -237,10 +239,10 @@ def test_a_float32_weight_beside_bfloat16_rows_has_a_float32_gradient(blocks, dt
     assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
     for slope, expected in ((weight.grad, want_weight.grad), (hidden.grad, want_hidden.grad)):
         error = (slope.float() - expected).norm() / expected.norm()
-        assert error < 0.05  # logits up to 10 are rounded by 2^-8 of their size
+        assert error < 0.05  # logits of up to 10 are rounded by 2^-8 of their size
 
 
-def test_no_rows_lose_nothing():
+def test_no_rows_have_no_loss():
     case = Case(True)
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     hidden, weight = (
@@ -272,7 +274,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def large(num_rows: int, width: int, vocab: int, reduced: int, scale: float) -> tuple:
-    """bfloat16 on the GPU: leaves, teacher, rows and weights."""
+    """bfloat16 inputs of ``distill`` on the GPU."""
     made = {"device": "cuda", "dtype": torch.bfloat16}
     hidden = torch.randn(num_rows, width, **made).requires_grad_()
     weight = (torch.randn(reduced, width, **made) * scale).requires_grad_()
@@ -302,10 +304,10 @@ def test_kernels_equal_the_definition_at_full_size(reduced, kind):
     for name, a, b in zip(left.figures._fields, left.figures, right.figures, strict=True):
         if a.dtype == torch.bool:
             assert a.equal(b), name
-        else:  # 150,000 float32 terms, summed in another order
+        else:  # 150,000 float32 terms, summed in a different order
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     for slope, expected in zip(slopes, want, strict=True):
-        # Both round the same float32 gradients of the logits to bfloat16, few of them apart.
+        # Both round the logits' float32 gradients to bfloat16; few come out differently.
         assert (slope - expected).float().norm() < 5e-3 * expected.float().norm()
 
 

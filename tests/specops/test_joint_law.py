@@ -1,7 +1,8 @@
-"""The joint law of what is emitted, by chi-squared at p = 1e-9, over ways to sample and to draft.
+"""The joint law of what is emitted, by chi-squared at p = 1e-9, over sampling parameters and
+drafters.
 
-``benchmarks/lossless.py`` does the same with 400,000 samples of each; planted bugs that these tests
-see are in ``tests/serving/engine/test_mutants.py``.
+``benchmarks/lossless.py`` repeats this with 400,000 samples each; planted bugs that these tests
+detect are in ``tests/serving/engine/test_mutants.py``.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ TAIL_V = 1 << 17
 
 
 def tail_law():
-    """One token has nearly all mass; of the others, even ids have three times that of odd ones,
-    and each pair of them exactly 2^-24."""
+    """One token has nearly all mass. The others form pairs of mass 2^-24, of which the even id has
+    three quarters."""
     law = np.tile([0.75, 0.25], TAIL_V // 2) * 2.0**-24
     law[0] += 1 - law.sum()
     return law
 
 
 def odd_share(numbers, law):
-    """Standard errors by which the share of odd ids among draws from the tail misses 1/4."""
+    """Deviation from 1/4 of the share of odd ids among tail samples, in standard errors."""
     ids = np.searchsorted(law.cumsum(), numbers, side="right")
     tail = ids[ids > 1]
     return float(((tail % 2).mean() - 0.25) / (0.25 * 0.75 / len(tail)) ** 0.5)
@@ -69,7 +70,7 @@ def many_numbers():
 
 
 def test_the_tail_of_a_large_vocabulary_is_drawn_as_it_should():
-    """As often, with the numbers of serving; and each by the very id, with the draw of serving."""
+    """Frequencies are right with serving's random numbers, and every id with serving's ``draw``."""
     law, numbers = tail_law(), many_numbers()
     in_tail = numbers[numbers > 1 - 2.0**-9][:64]
 
@@ -79,7 +80,7 @@ def test_the_tail_of_a_large_vocabulary_is_drawn_as_it_should():
 
 
 def test_numbers_of_24_bits_are_seen():
-    """Mutant M13: a grid as coarse as float32's never reaches the second token of a pair."""
+    """Mutant M13: numbers as coarse as float32's never reach the second token of a pair."""
     coarse = np.floor(many_numbers() * 2**24) / 2**24
 
     assert abs(odd_share(coarse, tail_law())) > 6

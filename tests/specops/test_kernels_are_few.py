@@ -1,5 +1,5 @@
-"""Start-up compiles every kernel that any round needs: a batch size or a draft length must not need
-one of its own."""
+"""Start-up compiles every kernel that any round needs, so no batch size or draft length may need
+its own specialisation."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
 
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout) == {
-        # drafting, verification, and laws of drafts that came without
+        # drafting, verification, and drafts without laws
         "_split_rows": 3,
         "_join_rows": 3,
         "_finish": 1,
-        # drafts with a law, and without
+        # dense and delta drafts
         "_judge": 2,
         "_stop": 2,
         "_emit": 2,
         "_overlap": 1,
-        # whether anybody adjusts or not
+        # with and without biases and penalties
         "_adjust_part": 1,
         "_count_tokens": 1,
-        # drafted by a network, and given
+        # neural drafts and given ones
         "_open_round": 2,
         # greedy, sampled with and without log q
         "_close_round": 3,
-        # logits of few rows, which are float32, and of many
+        # float32 logits of few rows, and logits of many
         "_best_of_part": 2,
         # whole and reduced vocabulary
         "_join_best": 2,
         # one row tile
         "_attend_pages": 1,
         "_join_pages": 1,
-        # rows of a request side by side, and rows of a step
+        # rows by request and rows by step
         "_places": 2,
-        # rows that were drafted, of one step
+        # draft rows of one step
         "_norm_pair": 1,
         "_rope_and_write": 1,
         "_number_rows": 1,

@@ -1,5 +1,5 @@
-"""Biases and penalties by lane: the definition against that of ``specops.penalties``, the kernels
-(interpreted where there is no GPU) against the definition. Bits are equal."""
+"""Biases and penalties by lane: the definition is bitwise equal to ``specops.penalties``, and the
+kernels (interpreted without a GPU) to the definition."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ IMPLEMENTATIONS = [
 ]
 BIASES = 5
 V = 4500
-"""Parts of 2,048 tokens, the last of them short."""
+"""Vocabulary of several parts of 2,048 tokens, the last one partial."""
 
 
 def some_requests(numbers, lanes, vocab):
-    """(lane, prompt, completion, penalties, biases) of each; a third asks for nothing."""
-    near = [0, vocab - 1, *range(2040, 2056)]  # both sides of a seam between parts
+    """(lane, prompt, completion, penalties, biases) of each request; a third have neither."""
+    near = [0, vocab - 1, *range(2040, 2056)]  # both sides of a boundary between parts
 
     def tokens(most):
         return [numbers.choice(near) for _ in range(numbers.randrange(most))]
@@ -48,7 +48,7 @@ def some_requests(numbers, lanes, vocab):
 
 
 def tables_of(requests, num_lanes, vocab):
-    """Tables in which every lane of nobody, and every place without meaning, is full of rubbish."""
+    """Tables whose unused lanes and undefined entries hold garbage."""
     tables = new_tables(num_lanes, vocab, BIASES, "cpu")
     tables.biased_LB.fill_(3)
     for rubbish in (tables.bias_LB, tables.penalties_L3, tables.counts_LV):
@@ -69,7 +69,7 @@ def tables_of(requests, num_lanes, vocab):
 
 
 def of_matrix(asks_R3):
-    """As a round has them: lanes far apart, the others fields of one matrix."""
+    """Laid out as in a round: lanes strided, the others fields of one matrix."""
     return LaneRequests(asks_R3[:, 0], *asks_R3.t().contiguous()[1:])
 
 
@@ -80,7 +80,7 @@ def on(device, requests, tables):
 
 
 def by_lists(logits, draft, requests):
-    """The definition with lists of tokens."""
+    """The definition by token lists."""
     rows = [r for r, (*_, penalties, b) in enumerate(requests) if penalties != (0, 0, 1) or b]
     own = [requests[r] for r in rows]
     presence, frequency, repetition = torch.tensor(
@@ -149,7 +149,7 @@ def test_emitted_tokens_are_counted_for_those_who_penalize(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_counted_tokens_weigh_as_drafted_ones(implementation):
-    """What a round kept is to the next one what it was to the rows behind it."""
+    """Tokens that a round kept weigh in the next one as they did in the rows after them."""
     _, logits, draft, asks, tables = case(5, 6, 4, torch.float32)
     logits = logits[:, :1].expand(-1, 5, -1).contiguous()
     asks, tables = on(DEVICE, asks, tables)
@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_draft", [0, 5])
 def test_a_captured_round_adjusts_what_changed(num_draft):
-    """A vocabulary as large as Qwen3's; other requests, lanes and drafts at every replay."""
+    """Qwen3's vocabulary size; different requests, lanes and drafts at every replay."""
     vocab, num_requests = 151_936, 16
     _, logits, draft, asks, tables = case(0, num_requests, num_draft, torch.float32, vocab)
     held_asks, held = on(DEVICE, asks, tables)

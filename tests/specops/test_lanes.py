@@ -1,4 +1,4 @@
-"""Rounds opened and closed by kernels equal those of the definitions, bit for bit."""
+"""Kernels open and close rounds bitwise as the definitions do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specops.verify_logits import LogitVerdict, Rule
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NUM_LANES, NUM_PAGES, PAGE, MOST = 9, 1030, 4, 16
 LENGTHS = [1, 2, 4, 5, 30, 31, 32, 4117, 1]
-"""The last lane is nobody's; one ends behind its pages."""
+"""The last lane is unused; one ends beyond its pages."""
 
 
 def state_of(device, num_pages=NUM_PAGES):
@@ -40,7 +40,7 @@ def state_of(device, num_pages=NUM_PAGES):
 
 
 def inputs_of(chosen, device):
-    """Given drafts of different lengths, nonsense behind them."""
+    """Given drafts of different lengths, followed by garbage."""
     rows = torch.arange(len(chosen) * (Input.TOKENS + MOST)).view(len(chosen), -1) % 997
     rows[:, Input.LANE] = torch.tensor(chosen)
     rows[:, Input.DRAFTED] = torch.arange(len(chosen)) * 3 % (MOST + 1)
@@ -48,7 +48,7 @@ def inputs_of(chosen, device):
 
 
 def assert_equal(got, want):
-    """Of two records, every bit."""
+    """Compare two records bitwise."""
     for field in dataclasses.fields(want):
         a, b = getattr(got, field.name), getattr(want, field.name)
         if b is None:
@@ -60,7 +60,7 @@ def assert_equal(got, want):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What a kernel is given to write to holds nonsense."""
+    """Fill the memory that kernels write to with garbage."""
     right = torch.empty
 
     def empty(*shape, **options):
@@ -86,7 +86,7 @@ def test_rounds_open_alike(chosen, num_draft, is_given, device):
     want = lanes.open_round(*arguments, is_given=is_given)
     got = lanes_triton.open_round(*arguments, is_given=is_given)
 
-    if not is_given:  # a drafter's tokens are to come
+    if not is_given:  # the drafter's tokens are not known yet
         want.block_RQ[:, 1:] = got.block_RQ[:, 1:] = 0
     assert_equal(got, want)
 
@@ -98,7 +98,7 @@ def test_a_round_reads_what_its_lanes_say():
 
     assert opened.positions_T.tolist() == [4, 5, 6, 4116, 4117, 4118]
     assert opened.draft_positions_KR.tolist() == [[5, 4117], [6, 4118]]
-    assert opened.lens_R.tolist() == [0, 2]  # its cap, and all
+    assert opened.lens_R.tolist() == [0, 2]  # its cap, and the whole draft
     assert opened.rules_R.tolist() == [Rule.MATCH, Rule.MATCH]
     pages = state_of("cpu").pages_LP[[3, 7]]
     slots = opened.slots_T.view(2, 3)
@@ -107,7 +107,7 @@ def test_a_round_reads_what_its_lanes_say():
 
 
 def verdict_of(kind, opened, draft, device):
-    """Best ids, or a verdict, that keep 0, 1, 2, ... tokens of the requests."""
+    """Best ids, or a verdict, that keep 0, 1, 2, ... draft tokens of the requests."""
     num_requests, num_draft = draft.shape
     request = torch.arange(num_requests, device=device)
     kept = torch.minimum(request % (num_draft + 1), opened.lens_R)
@@ -151,7 +151,7 @@ def test_rounds_close_alike(chosen, num_draft, kind, device):
 
 @pytest.mark.parametrize("close", [lanes.close_round, lanes_triton.close_round])
 def test_a_round_commits_what_was_kept(close):
-    """Two drafts kept; all kept, but no room for the last token; nothing for nobody."""
+    """Two draft tokens kept; all kept, but no room for the last token; an unused lane."""
     chosen, state = [0, 2, 8], state_of("cpu")
     before = state.ints_FL.clone()
     opened = lanes.open_round(state, inputs_of(chosen, "cpu"), 3, PAGE, Rule.BLOCK, is_given=False)
@@ -176,8 +176,8 @@ def test_a_round_commits_what_was_kept(close):
 
 @pytest.mark.gpu
 def test_rounds_replay_on_what_the_lanes_say_then():
-    """Captured once, kernels starting while those before still run; every replay opens on what the
-    one before has committed."""
+    """Captured once, with overlapping kernels; every replay starts from what the previous one
+    committed."""
     expected, captured = state_of("cuda"), state_of("cuda")
     inputs = inputs_of([0, 6, 7, 8], "cuda")
     outputs = torch.zeros((4, Column.TOKENS + 3 * MOST), dtype=torch.int64, device="cuda")

@@ -1,5 +1,5 @@
-"""Products of few rows equal their definition, however they are cut, and come out the same in every
-run: the kernel in Triton's interpreter, and compiled where there is a GPU."""
+"""Products of a few rows equal their definition under every plan and are reproducible: the kernel
+in Triton's interpreter, and compiled if there is a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLANS = [
 
 
 def draw(num_rows, num_inputs, num_weight_rows, dtype=torch.float32, device="cpu"):
-    """x with gaps between its rows, a weight and a norm."""
+    """x with strided rows, a weight and a norm."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
@@ -75,7 +75,7 @@ def test_the_residual_is_added_in_place_and_its_squares_feed_the_next_norm(num_r
     x, weight, _ = draw(num_rows, 48, 72)
     norm = draw(1, 72, 1)[2]
     stream = torch.randn(num_rows, 2, 72, generator=torch.Generator().manual_seed(1))
-    residual, before = stream[:, 1], stream.clone()  # rows apart, as taps are
+    residual, before = stream[:, 1], stream.clone()  # strided rows, as taps are
     want, want_squares = linear.few_row_residual(x, weight, residual)
 
     got, squares = linear_triton.few_row_residual(
@@ -95,8 +95,8 @@ def test_the_residual_is_added_in_place_and_its_squares_feed_the_next_norm(num_r
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_rounding_is_that_of_separate_operations(plan):
-    """Nearly all outputs are equal to the bit: only sums near a tie may round apart. In float16:
-    the interpreter cuts bfloat16 off instead of rounding it."""
+    """Nearly all outputs are bitwise equal; only sums near a tie may round differently. In float16,
+    because the interpreter truncates bfloat16."""
     x, weight, norm = draw(2, 128, 128, torch.float16)
     want = linear.few_row_linear(x, weight, norm, gated=True)
 
@@ -108,7 +108,7 @@ def test_rounding_is_that_of_separate_operations(plan):
     torch.testing.assert_close(got, want, atol=1e-3, rtol=4e-3)
 
 
-def test_logits_leave_as_the_float32_of_their_rounded_product():
+def test_logits_are_the_float32_of_their_rounded_product():
     x, weight, _ = draw(2, 64, 48, torch.bfloat16)
     out = torch.empty(2, 48)
 
@@ -117,7 +117,7 @@ def test_logits_leave_as_the_float32_of_their_rounded_product():
     torch.testing.assert_close(out, out.bfloat16().float(), atol=0, rtol=0)
 
 
-def test_a_rule_cuts_every_shape():
+def test_the_rule_gives_every_shape_a_plan():
     for num_rows in (1, 2, 3, 16, 64):
         for num_outputs, num_inputs in ((6144, 4096), (1024, 3072), (151936, 1024), (40, 8)):
             plan = linear_triton.choose_plan(num_rows, num_outputs, num_inputs, False)
@@ -156,7 +156,7 @@ def test_one_scratch_holds_every_product_of_a_decoder(hidden, qkv, heads, inner,
                 scratch.parts.numel() >= plan.split * rows * num_outputs * (1 + gated)
                 and scratch.arrived.numel() >= -(-num_outputs // plan.block_n)
             )
-    assert splits  # else nothing was checked
+    assert splits  # otherwise nothing was checked
 
 
 def test_the_kernel_refuses_what_it_cannot_do():
@@ -171,7 +171,7 @@ def test_the_kernel_refuses_what_it_cannot_do():
         linear_triton.few_row_linear(torch.zeros(3, 64), weight, plan=Plan("multiply", 8, 32))
     with pytest.raises(ValueError, match="needs scratch"):
         linear_triton.few_row_linear(x, weight, plan=Plan("rows_first", 16, 32, split=2))
-    with pytest.raises(ValueError, match="columns of weight must be next to each other"):
+    with pytest.raises(ValueError, match="columns of weight must be adjacent"):
         linear_triton.few_row_linear(x, torch.zeros(64, 48).t())
 
 
@@ -212,8 +212,8 @@ def test_the_compiled_kernel_equals_the_definition(
         scratch = Scratch(torch.empty(4 << 20, device=device), arrived)
     how = {"plan": plan, "scratch": scratch, "overlap": overlap}
     squares = x.float().square().view(num_rows, 8, -1).sum(-1)
-    # float64 of the same rounded factors: bfloat16 rounds a result by at most 2**-9 of it, and
-    # what is added to it or multiplied by it once more; float32 sums are far nearer.
+    # float64 of the same rounded factors: bfloat16 rounds the product by at most 2**-9 of it, and
+    # the sum or product that follows once more; errors of float32 sums are far smaller.
     exact = linear.rms_norm(x, norm).double() @ weight.double().t()
     gate, up = exact.chunk(2, dim=-1)
 

@@ -11,7 +11,7 @@ D, PAGE = 16, 4
 
 
 def dense(q, k, v, positions, scale, window, softcap, first_key):
-    """One request, in float64: q rows at ``positions`` over all keys. [Q, Hq, D]."""
+    """Attention of one request's rows at ``positions`` over all keys, in float64. [Q, Hq, D]."""
     repeat = q.shape[1] // k.shape[1]
     k, v = (t.double().repeat_interleave(repeat, dim=1) for t in (k, v))
     scores = torch.einsum("qhd,shd->hqs", q.double(), k) * scale
@@ -32,7 +32,7 @@ def test_paged_equals_dense(window, softcap, heads, num_query, first_key):
     generator = torch.Generator().manual_seed(0)
     num_query_heads, num_kv_heads = heads
     lengths = [9, 150, 5]
-    keys = torch.full((700, num_kv_heads, D), 1e3)  # poison: what is not written must not be seen
+    keys = torch.full((700, num_kv_heads, D), 1e3)  # poison: unwritten slots must not be read
     values = keys.clone()
     pages = torch.randperm(150, generator=generator) + 1
     tables, want, q_rows, k_rows, v_rows, slots = [], [], [], [], [], []

@@ -1,4 +1,4 @@
-"""Biases and penalties against their definition, one token at a time in plain Python."""
+"""Biases and penalties equal their definition in plain Python, one token at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ V = 12
 
 
 def request(numbers):
-    """Prompt, completion, presence, frequency, repetition and biases; many are neutral."""
+    """Random (prompt, completion, presence, frequency, repetition, biases); many are neutral."""
     return (
         [numbers.randrange(V) for _ in range(numbers.randrange(6))],
         [numbers.randrange(V) for _ in range(numbers.randrange(6))],
@@ -66,7 +66,7 @@ def test_every_position_is_adjusted_by_what_stands_before_it():
 
 
 def test_a_draft_gives_the_bits_that_its_tokens_would_give_when_committed():
-    """Float32, as served: speculation must not even move a rounding."""
+    """In float32, as served: speculation must not even change a rounding."""
     numbers = random.Random(1)
     logits, draft = logits_of(1, 5, dtype=torch.float32), drafts(1, 4)
     prompt, completion, _, _, _, bias = request(numbers)

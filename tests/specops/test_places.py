@@ -1,4 +1,4 @@
-"""Rows of a pass find their positions and slots."""
+"""Positions and slots of a pass's rows: the kernel equals the definition, and both fit the pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def make_pass(device, counts=None):
-    """Five requests of three pages of 4: within a page, over its end, before 0, beyond the table,
-    and one that may be padding."""
+    """Five requests with three pages of 4 slots: rows within a page, across its end, before 0 and
+    beyond the table, and a request that may be padding."""
     pages = torch.randperm(15, generator=torch.Generator().manual_seed(0)).int() + 1
     first = torch.tensor([1, 6, -2, 10, 3], dtype=torch.int32)
     counts = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Random numbers made on a device are those made on the host, bit for bit."""
+"""Random numbers computed on a device are bitwise those computed on the host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _numbers(keys_ptr, positions_ptr, nonces_ptr, out_ptr, K, STREAM: tl.constex
 
 
 def inputs():
-    """Every pair of extremes as key and nonce, each at all extreme positions, and random ones."""
+    """All combinations of extreme keys, nonces and positions, and random ones."""
     generator = np.random.default_rng(0)
     drawn = generator.integers(-(2**63), 2**63 - 1, size=(200, 3), dtype=np.int64)
     keys = np.array([k for k in EXTREMES for _ in EXTREMES] + drawn[:, 0].tolist(), dtype=np.int64)

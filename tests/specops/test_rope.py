@@ -1,4 +1,4 @@
-"""One kernel norms, rotates and writes as Hugging Face's operations do."""
+"""Head norms, RoPE and the write to the pages equal Hugging Face's operations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMPLEMENTATIONS = [
 
 
 def hugging_face(qkv, num_query, num_kv, dim, norms, positions):
-    """Queries, keys and values [T, heads, D] by their code."""
+    """Queries, keys and values [T, heads, D] by Hugging Face's code."""
     config = Qwen3Config(head_dim=dim, hidden_size=64, num_attention_heads=4)
     q, k, v = qkv.unflatten(1, (-1, dim)).split((num_query, num_kv, num_kv), dim=1)
     if norms:
@@ -57,9 +57,9 @@ def check(apply, dtype, device, num_query, num_kv, dim, num_rows, normed, **how)
     table = rope_table(inv_freq, 1.0, 900, dtype)
     q = apply(qkv, heads, table, positions, slots, keys, values, **how)
 
-    # Without a norm, equal: both round every operation on its own. A sum of squares in another
-    # order changes a norm's scale by less than 1e-6 of it, and so, in half precision, a rare
-    # element by one step, at most 2**-8 of it.
+    # Without a norm, results are equal: both round after every operation. With one, summing squares
+    # in another order changes the scale by less than 1e-6, and thus, in half precision, an
+    # occasional element by one step, at most 2**-8 of it.
     close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(q, want[0], **close)
     torch.testing.assert_close(keys[slots], want[1], **close)
@@ -74,7 +74,9 @@ def check(apply, dtype, device, num_query, num_kv, dim, num_rows, normed, **how)
 
 
 @pytest.mark.parametrize("apply", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # its bfloat16 does not round
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16]
+)  # the interpreter truncates bfloat16
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (8, 8)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_it_equals_hugging_face(apply, dtype, heads, normed):
@@ -85,9 +87,9 @@ def test_the_kernel_refuses_what_it_cannot_do():
     table = rope_table(torch.ones(12), 1.0, 4, torch.float32)
     one = torch.zeros(1, dtype=torch.int64)
     pool = torch.zeros(4, 1, 24)
-    with pytest.raises(ValueError, match="power of two from 4 on, got 24"):
+    with pytest.raises(ValueError, match="power of two and at least 4, got 24"):
         rope_triton.rope_and_write(torch.zeros(1, 96), Heads(2, 1), table, one, one, pool, pool)
-    with pytest.raises(ValueError, match="must be 4 heads of 24"):
+    with pytest.raises(ValueError, match="must be 4 adjacent heads of 24"):
         rope_triton.rope_and_write(torch.zeros(1, 90), Heads(2, 1), table, one, one, pool, pool)
 
 

@@ -1,4 +1,4 @@
-"""What stands between the products equals its definition."""
+"""Row operations between products: kernels equal their definitions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_gate(device, dtype):
 
 def test_the_kernels_refuse_what_they_cannot_do():
     norm = Norm(torch.ones(8), 1e-6)
-    with pytest.raises(ValueError, match="exactly if there is an update"):
+    with pytest.raises(ValueError, match="if and only if there is an update"):
         rows_triton.add_norm(torch.zeros(2, 8), torch.zeros(2, 8), norm, None)
     with pytest.raises(ValueError, match=r"out must be \[2, 8\]"):
         rows_triton.embed(torch.zeros(2).long(), torch.zeros(3, 8), torch.zeros(2, 9))

@@ -1,4 +1,4 @@
-"""Shaping a distribution and drawing from it."""
+"""Shaping a distribution and sampling from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, vocab=8, dtype=torch
 
 
 def reference(logits, temperature, top_k, top_p, min_p):
-    """One row, token by token, in plain Python: the definition in the docstring."""
+    """One row in plain Python, token by token, following the docstring of ``distribution``."""
     p = torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, 0).tolist()
     order = sorted(range(len(p)), key=lambda i: (-p[i], i))
     order = [i for i in order if p[i] >= min_p * p[order[0]]]

@@ -1,7 +1,7 @@
-"""The promise of the whole system: whatever the drafter says, the target's distribution comes out.
+"""The system's main guarantee: whatever the drafter proposes, outputs follow the target.
 
-Exact: every draft and every outcome is enumerated in float64 with the very functions that serving
-calls, so there is no sampling noise and no tuned tolerance.
+Exact: every draft and every outcome is enumerated in float64 with the functions that serving calls,
+so there is no sampling noise and no tuned tolerance.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def joint(laws: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
 
 
 def drafts(q, length_after):
-    """Every draft of K tokens: (tokens, its probability, how many of them are verified)."""
+    """Every draft of K tokens: (tokens, probability, number of verified tokens)."""
     for draft in itertools.product(range(V), repeat=K):
         weight = torch.stack([q[draft[:i]][token] for i, token in enumerate(draft)]).prod()
         num_draft = next((n for n in range(K) if length_after(draft[:n]) == n), K)
@@ -62,7 +62,7 @@ def drafted_law(q, draft, place, delta):
 def emitted(p, q, delta: bool, length_after) -> torch.Tensor:
     """Law of the first K + 1 tokens when one round is followed by plain decoding.
 
-    ``length_after(prefix)``: how many tokens are drafted, a function of what was drafted before.
+    ``length_after(prefix)``: draft length as a function of the tokens drafted before.
     """
     out = torch.zeros([V] * (K + 1), dtype=torch.float64)
     for draft, weight, num_draft in drafts(q, length_after):
@@ -79,7 +79,7 @@ def emitted(p, q, delta: bool, length_after) -> torch.Tensor:
 
 
 def emitted_by_block(p, q, delta: bool, length_after) -> torch.Tensor:
-    """The same under block verification: the last place that is taken counts."""
+    """The same under block verification, where the last accepted position counts."""
     out = torch.zeros([V] * (K + 1), dtype=torch.float64)
     for draft, weight, num_draft in drafts(q, length_after):
         p_rows, q_rows = rows(p, q, draft, delta)
@@ -97,7 +97,7 @@ def emitted_by_block(p, q, delta: bool, length_after) -> torch.Tensor:
 
 
 def mean_kept(p, q, delta: bool) -> tuple[float, float]:
-    """Expected kept draft tokens by the standard rule and by block verification."""
+    """Expected number of kept draft tokens by the standard rule and by block verification."""
     standard = block = 0.0
     for draft, weight, num_draft in drafts(q, always_all):
         p_rows, q_rows = rows(p, q, draft, delta)
@@ -113,7 +113,7 @@ def mean_kept(p, q, delta: bool) -> tuple[float, float]:
 
 
 def spread(out, prefix, law, weight, p) -> None:
-    """Add ``weight``: the next token follows ``law``, the rest plain decoding."""
+    """Add ``weight`` to the outcomes: the next token follows ``law``, then plain decoding."""
     for tail in itertools.product(range(V), repeat=K + 1 - len(prefix)):
         tokens = prefix + tail
         chance = weight * law[tail[0]]
@@ -127,7 +127,7 @@ def always_all(prefix):
 
 
 def stop_on_even(prefix):
-    """Adaptive length that looks at drafted tokens before the one it decides on."""
+    """Adaptive length, decided by the draft tokens before the position in question."""
     return len(prefix) if prefix and prefix[-1] % 2 == 0 else K
 
 
@@ -185,7 +185,7 @@ def test_block_verification_keeps_as_many_of_delta_drafts():
 
 
 def test_verify_block_draws_what_its_acceptance_says():
-    """The sampler against the exact figures it is made of, 200,000 times one draft."""
+    """200,000 verifications of one draft match the exact probabilities."""
     num_rows = 200_000
     p, q = random_laws(3, 1.5), random_laws(103, 1.5)
     draft = next(d for d, _, _ in drafts(q, always_all))
@@ -217,7 +217,7 @@ def test_verify_block_draws_what_its_acceptance_says():
 
 
 def test_a_rule_that_redraws_from_the_target_after_a_rejection_is_seen(monkeypatch):
-    """Mutant: resample from p instead of the residual (a bug other engines shipped)."""
+    """Mutant: resample from p instead of the residual (a bug shipped by other engines)."""
     p, q = random_laws(1, 1.5), random_laws(101, 1.5)
     monkeypatch.setitem(globals(), "residual", lambda p_law, q_law: p_law)
 
@@ -226,7 +226,7 @@ def test_a_rule_that_redraws_from_the_target_after_a_rejection_is_seen(monkeypat
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_block_rule_with_the_residual_of_the_standard_one_is_seen(seed, monkeypatch):
-    """Mutant: what another engine shipped; too small to see with fewer than 4 by 3."""
+    """Mutant shipped by another engine; too small to detect below 4 by 3."""
     p, q = random_laws(seed, 1.5), random_laws(seed + 100, 1.5)
     right = residual
     monkeypatch.setitem(globals(), "residual", lambda p_law, q_law, pi=1.0: right(p_law, q_law))
@@ -235,7 +235,7 @@ def test_a_block_rule_with_the_residual_of_the_standard_one_is_seen(seed, monkey
 
 
 def test_a_length_that_depends_on_the_drawn_token_itself_is_seen():
-    """Mutant: drop token j because of its own value; the law of the output moves."""
+    """Mutant: drop token j depending on its own value, which changes the output's law."""
     p, q = random_laws(2, 1.5), random_laws(102, 1.5)
     out = torch.zeros(V, dtype=torch.float64)
     for token in range(V):

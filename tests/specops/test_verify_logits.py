@@ -1,5 +1,4 @@
-"""Verification and drafting from logits: kernels equal their definitions, and what comes out
-follows the target."""
+"""Drafting and verification from logits: kernels equal their definitions."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ from specops.rng import Numbering
 from specops.sampling import distribution, sampling_rows
 from specops.verify_logits import Rule
 
-# Where there is a GPU, kernels are compiled for it; elsewhere they are interpreted.
+# Kernels are compiled if there is a GPU, and interpreted otherwise.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SMALL = Tiles(part=64, stretch=16, sweep=128, held=32)
-"""Many parts, and cuts that do not fit what is held, with few tokens."""
+"""Small tiles: many parts, and cuts with more candidates than are held, with few tokens."""
 TRUNCATIONS = [
     (None, 1.0, 0.0), (3, 1.0, 0.0), (None, 0.9, 0.0), (None, 1.0, 0.02), (40, 0.7, 0.0),
     (90, 0.95, 0.001), (5, 0.3, 0.1), (1, 1.0, 0.0), (None, 0.999, 0.0),
@@ -45,7 +44,7 @@ def numbering(num_requests, seed, device="cpu"):
 
 
 def case(num_requests, num_draft, vocab, seed, reduced, dense, truncates, dtype, device="cpu"):
-    """Arguments of ``verify_logits`` with drafts drawn from the draft's law, if it has one."""
+    """Arguments of ``verify_logits``; dense drafts are sampled from their law."""
     generator = torch.Generator().manual_seed(seed)
     size = vocab // 3 if reduced else vocab
     chosen = torch.randperm(vocab, generator=generator)[:size].sort().values
@@ -75,7 +74,7 @@ def case(num_requests, num_draft, vocab, seed, reduced, dense, truncates, dtype,
 
 
 def moved(value, device):
-    """Tensors, also inside of records and tuples, on a device."""
+    """Move tensors, also those in records and tuples, to a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):
@@ -87,7 +86,7 @@ def moved(value, device):
 
 
 def by_kernel(function, *arguments, **options):
-    """What a kernel makes of arguments on the CPU, brought back to it."""
+    """Run a kernel on arguments from the CPU and return the result there."""
     return moved(function(*moved(arguments, DEVICE), **options), "cpu")
 
 
@@ -151,7 +150,7 @@ def test_rows_of_logits_may_be_a_slice_of_padded_ones():
 
 
 def test_masked_logits_are_never_chosen():
-    """A whole part may be masked, as grammars do."""
+    """A whole part may be masked, as by a grammar."""
     logits, rows, draft, lens, _, numbers, _ = case(5, 0, 200, 1, False, False, True, torch.float32)
     logits[..., 30:170] = float("-inf")
     for rule in (Rule.MATCH, Rule.BLOCK):
@@ -166,7 +165,7 @@ def test_masked_logits_are_never_chosen():
 
 @pytest.mark.parametrize("tiles", [SMALL, Tiles(64, 64, 128, 256)], ids=["narrowing", "held"])
 def test_ties_at_a_cut_survive_in_id_order(tiles):
-    """Logits of few values: each cut falls among ties. The law shows in what was kept."""
+    """Logits have few distinct values, so every cut falls among ties."""
     vocab, top_ks, top_ps = 150, [1, 7, 77, 149], [1.0, 0.5, 0.25]
     pairs = [(k, p) for k in top_ks for p in top_ps]
     num = len(pairs)
@@ -234,7 +233,7 @@ def test_drafts_are_drawn_alike(vocab, reduced, dtype):
 
 
 def test_the_laws_that_drafting_left_are_those_that_verification_finds():
-    """Bit for bit: q is what the draft was drawn from."""
+    """Bitwise: q is the law that the draft was sampled from."""
     logits, rows, draft, lens, rules, numbers, law = case(
         4, 2, 200, 5, True, True, True, torch.bfloat16
     )
@@ -285,7 +284,7 @@ def test_wrong_shapes_are_refused():
 
 @pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
 def test_chances_and_residuals_are_those_of_the_rules(reduced):
-    """The figures that the kernels hand on, against the exact rules' own functions, within 1e-6."""
+    """The kernels' intermediate results equal those of the exact rules within 1e-6."""
     logits, rows, draft, _, _, numbers, law = case(
         6, 4, 100, 8, reduced, True, False, torch.float32
     )
@@ -325,7 +324,7 @@ def test_chances_and_residuals_are_those_of_the_rules(reduced):
 @pytest.mark.parametrize("truncates", [False, True], ids=["whole", "truncated"])
 @pytest.mark.parametrize("drafter", ["delta", "dense", "reduced"])
 def test_the_compiled_kernel_gives_the_same_verdict_of_a_real_vocabulary(drafter, truncates):
-    """A number within some 1e-6 of a boundary may fall on its other side: one row in 64 at most."""
+    """A number within about 1e-6 of a boundary may fall on either side: at most one row in 64."""
     arguments = case(
         64, 4, 151_936, 4, drafter == "reduced", drafter != "delta", truncates, torch.bfloat16,
         "cuda",
@@ -368,7 +367,7 @@ def test_a_captured_graph_follows_what_its_tensors_hold(truncates):
 
 
 def tensors_of(value):
-    """All tensors inside of records and tuples, in order."""
+    """All tensors in records and tuples, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, tuple):
@@ -379,7 +378,7 @@ def tensors_of(value):
     return []
 
 
-def test_a_field_of_requests_that_do_not_lie_side_by_side_is_refused():
+def test_a_field_that_is_not_contiguous_over_the_requests_is_refused():
     arguments = list(case(2, 2, 40, 0, False, False, True, torch.float32, DEVICE))
     spread = torch.stack((arguments[1].top_p_R, arguments[1].top_p_R), dim=1)[:, 0]
     arguments[1] = dataclasses.replace(arguments[1], top_p_R=spread)

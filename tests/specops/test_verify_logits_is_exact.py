@@ -1,9 +1,9 @@
-"""Drafting, verifying and drawing from logits, many times: the tokens follow the target's law.
+"""Tokens drafted, verified and sampled from logits follow the target's law.
 
-Every run drafts K tokens, verifies them, and continues by plain decoding to K + 1 tokens; how often
-each sequence came out is compared with its probability. The numbers are those of serving, keyed by
-request, so that a number used twice shows. Two drafters: a good one hides what a hostile one shows,
-and the other way round.
+Every run drafts K tokens, verifies them, and continues by plain decoding to K + 1 tokens; the
+frequency of each sequence is compared with its probability. Random numbers are serving's, keyed by
+request, so using one twice is detected. There are two drafters, because a good one hides errors
+that a hostile one reveals, and vice versa.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def after(table, tokens):
 
 
 def emitted(rule, law, parameters, num, seed, sample=None, check=None, device="cpu"):
-    """How often each sequence of K + 1 tokens came out of ``num`` requests, [V ** (K + 1)]."""
+    """Counts of each sequence of K + 1 tokens over ``num`` requests, [V ** (K + 1)]."""
     sample = sample or draft_sampling.sample_draft
     check = check or verify_logits.verify_logits
     rows = rows_of(parameters, num, device)
@@ -110,7 +110,7 @@ def joint(law, parameters):
 
 
 def excess(counts, wanted):
-    """Chi-squared above its mean, in its standard deviations; beyond 10 is not chance."""
+    """Chi-squared minus its mean, in standard deviations; above 10 is not chance."""
     expected = wanted.double() * counts.sum()
     assert not counts[wanted == 0].any(), "a token that was cut off came out"
     is_seen = expected > 5
@@ -131,7 +131,7 @@ def test_tokens_follow_the_target(rule, parameters, hostile):
 
 
 def reused(former: Stream):
-    """The numbers of verification, but the residual's are those that ``former`` has used."""
+    """Verification's random numbers, but the residual reuses those of the stream ``former``."""
     right = numbers_of.device_uniforms
 
     def wrong(keys_R, positions_RK, nonces_R, stream):
@@ -144,7 +144,7 @@ def reused(former: Stream):
 @pytest.mark.parametrize("former", [Stream.ACCEPT, Stream.DRAFT])
 @pytest.mark.parametrize("rule", [Rule.STANDARD, Rule.BLOCK])
 def test_a_number_used_twice_is_seen(rule, former, monkeypatch):
-    """Mutants that other engines shipped."""
+    """Mutants shipped by other engines."""
     monkeypatch.setattr(verify_logits, "device_uniforms", reused(former))
     law = laws(hostile=True)
 
@@ -164,7 +164,7 @@ def test_a_residual_that_is_the_target_itself_is_seen(rule, monkeypatch):
 
 
 def test_a_drafter_that_draws_from_another_law_than_it_says_is_seen(monkeypatch):
-    """Mutant: q is rebuilt without the truncation that the draft was drawn under."""
+    """Mutant: q is rebuilt without the truncation that drafting used."""
     right = verify_logits.draft_distribution
 
     def whole(logits, rows, greedy):
@@ -218,8 +218,8 @@ def test_a_number_used_twice_by_the_kernels_is_seen(monkeypatch):
 
 
 def tail_draws(vocab, num, device):
-    """Draws of a heavy token 0 and a tail of equal ones that share 1 in 100: 7e-8 each of them at
-    V = 151,936, about the step of a 24-bit number, and lost in a float32 sum behind token 0."""
+    """Samples of a heavy token 0 and a tail of equally likely tokens that share 1 %: 7e-8 each at
+    V = 151,936, about the step of a 24-bit number, and lost in a float32 sum after token 0."""
     logits = torch.zeros(vocab, device=device)
     logits[0] = torch.log(torch.tensor(99.0 * (vocab - 1)))
     chunk = 65_536
@@ -241,7 +241,7 @@ def test_the_tail_of_a_real_vocabulary_is_drawn_at_its_rate():
     tail = counts[1:].double()
     expected = 0.01 * wanted
     assert abs(float(tail.sum()) - expected) < 5 * expected**0.5
-    # Behind token 0 in its own part, and all over.
+    # After token 0 in its own part, and everywhere.
     own_part = expected * 4095 / (vocab - 1)
     assert abs(float(tail[:4095].sum()) - own_part) < 5 * own_part**0.5
     never = (vocab - 1) * torch.tensor(-expected / (vocab - 1)).exp()

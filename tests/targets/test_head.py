@@ -1,4 +1,4 @@
-"""The two tensors the trainer reads give the logits and embeddings of the whole target."""
+"""The two tensors that the trainer reads reproduce the target's logits and embeddings."""
 
 from __future__ import annotations
 

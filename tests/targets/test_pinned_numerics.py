@@ -1,5 +1,5 @@
-"""With pinned numerics a token's hidden state and logits are the same bits whatever is computed
-beside it, so that batches, prompt chunks and drafts never decide between two tokens."""
+"""With pinned numerics, a token's hidden state and logits are bitwise independent of the rest of
+the batch, so batches, prompt chunks and drafts never decide between two tokens."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ BLOCKS, ROUNDS = (16, LENGTH), (16, 17, 22, LENGTH)
 
 @pytest.fixture(autouse=True)
 def sums_in_order(monkeypatch):
-    """The interpreter multiplies by a library whose sums depend on where in the matrix a row is;
-    a compiled kernel adds one product after the other."""
+    """Make the interpreter add products in order, as a compiled kernel does: it uses NumPy's
+    matmul, whose order of summation depends on a row's position in the matrix."""
     if INTERPRETED:
 
         def matmul(a, b, dtype):
@@ -113,7 +113,7 @@ def test_the_compiled_kernels_compute_a_token_alike_in_any_company(make, make_co
 
 
 def attended(q_THD, keys, values, start, end, pinned):
-    """Rows start .. end - 1 of one request."""
+    """Attention of rows start .. end - 1 of one request."""
     num_pages = len(keys) // PAGE
     pages = torch.arange(num_pages, dtype=torch.int32, device=DEVICE)[None]
     here = DecodePass(pages, torch.tensor([start], dtype=torch.int32, device=DEVICE), PAGE)
@@ -122,7 +122,7 @@ def attended(q_THD, keys, values, start, end, pinned):
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_rows_of_a_pinned_pass_attend_in_one_order(pinned):
-    """And not where it is not pinned, else this shows nothing."""
+    """A row does not depend on how rows are divided into passes; unpinned, it does."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(300, 4, 16, generator=generator).to(DEVICE)
     keys, values = (torch.randn(300, 2, 16, generator=generator).to(DEVICE) for _ in range(2))

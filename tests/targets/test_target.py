@@ -1,5 +1,5 @@
-"""How a target's and a drafter's weights lie in memory changes no value, nor does the dtype in
-which logits are handed on."""
+"""Neither the memory layout of a target's or drafter's weights nor the dtype of the logits changes
+a value."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_matrices_by_columns_compute_the_same(is_tied):
 
     torch.testing.assert_close(after, before)
     assert model.lm_head.weight.t().is_contiguous()
-    assert model.model.embed_tokens.weight.is_contiguous()  # it is read by rows
+    assert model.model.embed_tokens.weight.is_contiguous()  # an embedding is read by rows
 
 
 @pytest.mark.parametrize(
     ("is_fused", "softcap", "dtype"),
     [
-        pytest.param(False, None, torch.bfloat16, id="its own code"),
+        pytest.param(False, None, torch.bfloat16, id="Hugging Face code"),
         pytest.param(False, 5.0, torch.float32, id="a cap is computed in float32"),
         pytest.param(True, None, torch.bfloat16, id="fused"),
     ],
@@ -48,7 +48,7 @@ def test_logits_that_are_not_widened_have_the_same_values(is_fused, softcap, dty
     assert torch.equal(wide, own.float())
 
 
-def test_a_swap_keeps_how_the_drafter_lies_in_memory():
+def test_a_swap_keeps_the_memory_layout_of_the_drafter():
     config = config_for_target(random_model("qwen3").config)
     module, newer = Eagle3(config), Eagle3(config)
     module.initialise(0)
