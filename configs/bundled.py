@@ -38,18 +38,18 @@ def resolve_paths(settings: Settings) -> Settings:
 
 def missing_bundled(settings: Settings) -> Iterator[str]:
     """Messages for the bundled target and drafter where settings name them and they are missing."""
-    where = "is in Slipstream's repository only, not in the installed package, and not here either"
+    comes = "comes with Slipstream's repository and not with an installed package"
     if settings.target == BUNDLED_TARGET and not Path(BUNDLED_TARGET).exists():
         yield (
-            f"target {BUNDLED_TARGET!r}, the bundled target, {where}; name another with "
+            f"target {BUNDLED_TARGET!r} is the bundled target, which {comes}; name another with "
             f"--set target=ORG/NAME (Hugging Face id) or --set target=FOLDER, or run in the "
             f"repository"
         )
     if settings.drafter.path == Path(BUNDLED_DRAFTER) and not Path(BUNDLED_DRAFTER).exists():
         yield (
-            f"drafter.path {BUNDLED_DRAFTER!r}, the bundled drafter, {where}; start from random "
-            f"weights with --set drafter.path=null, name another with --set drafter.path=FOLDER, "
-            f"or run in the repository"
+            f"drafter.path {BUNDLED_DRAFTER!r} is the bundled drafter, which {comes}; start from "
+            f"random weights with --set drafter.path=null, name another with "
+            f"--set drafter.path=FOLDER, or run in the repository"
         )
 
 

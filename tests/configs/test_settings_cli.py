@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import buffer.cli
-import configs.bundled
 import serving.cli
 import trainer.cli
 from configs.choices import SettingsError, known
@@ -65,36 +63,6 @@ def test_print_config_prints_and_does_nothing_else():
 def test_every_command_prints_its_version(room):
     result = CliRunner().invoke(room.cli.app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"{metadata.version('slipstream-serving')}\n")
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """An empty working directory, and the package in a place without the repository around it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configs.bundled, "_REPOSITORY", tmp_path / "site-packages")
-
-
-def test_an_installed_package_says_that_it_has_no_bundled_target(installed):
-    result = CliRunner().invoke(app, ["--config", "demo"])
-    target, drafter = result.stderr.splitlines()
-    assert result.exit_code == 2
-    assert target.startswith(
-        "target 'examples/target', the bundled target, is in Slipstream's repository only, not in "
-        "the installed package, and not here either; name another with --set target=ORG/NAME"
-    )
-    assert drafter.startswith("drafter.path 'examples/drafter/0', the bundled drafter, is in")
-
-
-def test_an_installed_package_runs_any_other_target_and_prints_all_settings(installed):
-    other = ["--config", "demo", "--set", "target=ORG/NAME", "--set", "drafter.path=null"]
-    assert CliRunner().invoke(app, other).stdout == "batch 4\n"
-    printed = CliRunner().invoke(app, ["--config", "demo", "--print-config"]).stdout
-    assert printed.startswith("target: examples/target\n")
-
-
-def test_a_bundled_target_in_the_working_directory_is_used(installed):
-    Path("examples/target").mkdir(parents=True)
-    assert CliRunner().invoke(app, []).exit_code == 0
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones_and_the_nearest():
