@@ -21,6 +21,7 @@ OURS = {room.rpartition("/")[2] for room in PRODUCT_ROOMS} | {
     "examples",
     PROJECT["name"],
 }
+PACKAGES = metadata.packages_distributions()
 PEERS = {"flashinfer", "liger_kernel"}
 """Modules that benchmarks compare with where somebody has installed them."""
 NOT_IMPORTED = {
@@ -49,12 +50,11 @@ def extra(name: str) -> set[str]:
 
 def imported(*rooms: str) -> dict[str, str]:
     """Package -> one file that imports it, for everything outside the standard library and us."""
-    packages = metadata.packages_distributions()
     found: dict[str, str] = {}
     for room in rooms:
         for path in sorted((REPOSITORY / room).rglob("*.py")):
             for module in _modules(ast.parse(path.read_text())) - OURS - PEERS:
-                name = normal(packages.get(module, [module])[0])
+                name = normal(PACKAGES.get(module, [module])[0])
                 found[name] = str(path.relative_to(REPOSITORY))
     return found
 
