@@ -1,10 +1,12 @@
-# make demo    the whole loop on this machine: serve, learn, swap, report
-# make test    all tests                make check   lint, format, types, order of imports
-# make bench   the measured figures     make clean   remove what make made
-# make bench-real   figures of a target trained on the spot, a drafter for it, and peers; on a GPU
+# make demo         the whole loop on this machine: serve, learn, swap, report
+# make test         all tests; ARGS=... is passed to pytest
+# make check        lint, format, types, order of imports, rules of the house
+# make bench        the published figures
+# make bench-real   figures for a target and a drafter trained on the spot, and for peers; on a GPU
+# make clean        remove everything that make created
 #
-# Each installs what it needs into .venv first. PYTHON=... names an interpreter (3.11 or 3.12),
-# ARGS=... goes to pytest.
+# Each target first installs what it needs into .venv. PYTHON=... selects the interpreter, 3.11 or
+# 3.12.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ HAS_GPU := $(shell { ls /dev/nvidia[0-9]* || nvidia-smi -L; } >/dev/null 2>&1 &&
 IS_LINUX := $(shell test `uname -s` = Linux && echo yes)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 EXTRAS := dev$(if $(HAS_GPU),$(shell echo ',gpu'))
-# Bytecode is written when a module is first imported; compiling all of torch takes a minute.
+# --no-compile: compiling all of torch takes a minute, and modules are compiled on first import.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: demo test check bench bench-real setup clean
@@ -32,6 +34,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.house.check_house
 
 bench: setup
 	$(BIN)/python -m benchmarks.demo
@@ -49,10 +52,10 @@ ifneq ($(HAS_GPU),)
 	$(BIN)/python -m benchmarks.engine --parts start --keep benchmarks/results/engine_speed.json
 endif
 
-# The first makes the target and the second its drafter, some minutes each; the others need both.
+# The first two commands train the target and its drafter, a few minutes each; the rest need both.
 bench-real: REAL := --target runs/real/target
 bench-real: setup
-	@test ! -e runs/real || { echo "runs/real is there already, and its drafter may be of another target: move it away first."; exit 1; }
+	@test ! -e runs/real || { echo "runs/real exists, and its drafter may belong to another target: move it away first."; exit 1; }
 	$(BIN)/python -m examples.train_target --large --out runs/real/target
 	$(BIN)/python -m benchmarks.real.train_drafter $(REAL) --run-dir runs/real/run
 	$(BIN)/python -m benchmarks.real.speculation $(REAL) --run-dir runs/real/run
@@ -64,17 +67,17 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { \
-	echo "Slipstream needs Python 3.11 or 3.12; python3 here is: `python3 --version 2>&1`."; \
-	echo "Install one of them, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12"; \
+	echo "Slipstream needs Python 3.11 or 3.12; python3 on this machine is: `python3 --version 2>&1`."; \
+	echo "Install one, or pass its path: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12"; \
 	exit 1; }
 	@$(PYTHON) -c '$(FITS)' || { echo "PYTHON=$(PYTHON) is not Python 3.11 or 3.12."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
-	echo "$(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)."; \
+	echo "$(PYTHON) cannot create virtual environments (on Debian and Ubuntu: apt install python3-venv)."; \
 	exit 1; }
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(IS_LINUX)$(HAS_GPU),yes)
-	@# The ordinary torch for Linux brings gigabytes of CUDA, of no use here. The first form works
-	@# where the configured index offers the CPU build, the second where the internet does.
+	@# The default torch for Linux brings gigabytes of CUDA, useless without a GPU. The first command
+	@# works if the configured index has the CPU build; the second takes it from pytorch.org.
 	$(INSTALL) torch==$(TORCH)+cpu || \
 	$(INSTALL) torch==$(TORCH)+cpu --extra-index-url https://download.pytorch.org/whl/cpu
 endif

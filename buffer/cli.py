@@ -18,6 +18,7 @@ from buffer.codec import UnreadableRecordError, decode_trace
 from buffer.records import Acceptance, Trace
 from buffer.segments import SegmentReader, SegmentReport, recover
 from buffer.weights import BundleError, check_bundle, read_manifest, versions
+from configs.cli import VersionOption
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -110,7 +111,7 @@ class BundleLine:
 
 
 @app.callback()
-def main() -> None:
+def main(version: VersionOption = False) -> None:
     """Look into a run folder from a terminal. Reads only."""  # keeps `inspect` a subcommand
 
 

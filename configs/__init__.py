@@ -1,1 +1,1 @@
-"""What can be set: one typed schema, its loader, and the YAML files people start from."""
+"""Settings: a typed schema, its loader, and shipped YAML files."""

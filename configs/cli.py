@@ -1,4 +1,4 @@
-"""The options that every command shares, and what they do to settings."""
+"""Options that all commands share, and how they become settings."""
 
 from __future__ import annotations
 
@@ -9,31 +9,53 @@ from typing import Annotated
 
 import typer
 
-from configs.load import SettingsError, load_settings, to_yaml
+from configs.bundled import missing_bundled
+from configs.choices import SettingsError
+from configs.load import load_settings, to_yaml
 from configs.schema import Settings
+from configs.version import package_version
 
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(package_version())
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+]
 ConfigOption = Annotated[
     list[Path] | None,
-    typer.Option("--config", help="YAML file of settings; repeatable, a later one wins"),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings, or the name of a shipped one such as demo; repeatable, later "
+        "files win.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="one setting, e.g. engine.max_batch=4; repeatable"
+        "--set", metavar="KEY=VALUE", help="One setting, e.g. engine.max_batch=4; repeatable."
     ),
 ]
 PrintConfigOption = Annotated[
-    bool, typer.Option("--print-config", help="print the settings in force and exit")
+    bool, typer.Option("--print-config", help="Print the settings in force and exit.")
 ]
 
 
 def settings_from_cli(
     files: Sequence[Path] | None, overrides: Sequence[str] | None, print_config: bool
 ) -> Settings:
-    """Settings of a command, read with the process's environment.
+    """Load the settings of a command, with the environment of the process.
 
     Raises:
-        typer.Exit: 2 after telling stderr what is wrong; 0 after ``--print-config``.
+        typer.Exit: with code 2 after printing to stderr what is wrong, or with code 0 after
+            ``--print-config``.
     """
     try:
         settings = load_settings(files or (), overrides or (), os.environ)
@@ -43,4 +65,13 @@ def settings_from_cli(
     if print_config:
         typer.echo(to_yaml(settings), nl=False)
         raise typer.Exit(code=0)
+    missing = list(missing_bundled(settings))
+    if missing:
+        typer.echo("\n".join(missing), err=True)
+        raise typer.Exit(code=2)
     return settings
+
+
+def exit_code(error: Exception) -> int:
+    """Exit code of a command that cannot start: 2 for wrong settings, 1 for all else."""
+    return 2 if isinstance(error, SettingsError) else 1

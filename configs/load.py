@@ -1,19 +1,23 @@
-"""From files, environment and command line to one frozen ``Settings``.
+"""Load settings from files, the environment and the command line into one frozen ``Settings``.
 
-Defaults < files in order < environment ``SLIPSTREAM_A__B`` < ``--set a.b=c``. Every layer is first
-flattened to dotted keys, so that merging is one ``dict.update`` and every complaint can name the
-place where its value was written.
+Defaults < ``--config`` files in order < environment ``SLIPSTREAM_A__B`` < ``--set a.b=c``. Each
+source becomes one layer, a nested mapping. pydantic validates every layer over the defaults, so an
+error can name the source that holds it; then the layers are merged.
+
+Why not pydantic-settings (2.16.3): its environment source ignores unknown names outside a section
+(``SLIPSTREAM_MAX_BATCH``), takes ``4.0`` for an int and reads lists as JSON. Its YAML source skips
+a missing file, lets the second of two equal keys win and reads ``3e-4`` as text. Its errors do not
+name the source. With both sources replaced, only the merge would be left to it, ten lines here.
 """
 
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -21,29 +25,22 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.bundled import resolve_paths, settings_file, shipped_settings
+from configs.checks import ENV_PREFIX, MASK, check_settings
+from configs.choices import SettingsError
 from configs.schema import Settings
 
-ENV_PREFIX = "SLIPSTREAM_"
-MASK = "********"
-"""What ``to_yaml`` writes in place of a secret."""
-
 _SECRETS = frozenset({"server.api_key"})
-_ROOT = Path(__file__).resolve().parent.parent
-
-
-class SettingsError(ValueError):
-    """Some settings are unknown, of a wrong type or contradictory; one line of text for each."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """One value that somebody wrote."""
+class _Layer:
+    """Settings from one source."""
 
     source: str
     """File name, environment variable or ``--set``."""
-    key: str
-    """Dotted."""
-    value: Any
+    values: dict[str, Any]
+    """Nested by section."""
 
 
 def load_settings(
@@ -52,81 +49,23 @@ def load_settings(
     """Merge all layers, validate them and resolve bundled paths.
 
     Args:
-        files: YAML files; a later one wins. An empty file is allowed.
-        overrides: ``a.b=c`` texts of ``--set``; a later one wins.
+        files: YAML files or names of shipped ones, such as ``demo``; later files win. An empty file
+            is allowed.
+        overrides: ``a.b=c`` texts of ``--set``; later ones win.
         env: environment; only names that begin with ``SLIPSTREAM_`` are read.
 
     Raises:
         SettingsError: with one line for each problem.
     """
-    entries = [entry for file in files for entry in _from_file(file)]
-    entries += _from_env(env)
-    entries += [entry for text in overrides for entry in _from_override(text)]
-
-    unknown = [_unknown_text(entry) for entry in entries if not _is_known(entry)]
-    if unknown:
-        raise SettingsError("\n".join(unknown))
-
-    settings = _validate({entry.key: entry for entry in entries if entry.key not in _SECTIONS})
+    layers = [*map(_from_file, files), *_from_env(env), *map(_from_override, overrides)]
+    problems = [line for layer in layers for line in _problems(layer)]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    settings = _validated(reduce(_merged, (layer.values for layer in layers), _DEFAULTS))
     problems = check_settings(settings)
     if problems:
         raise SettingsError("\n".join(problems))
-    return _resolve_paths(settings)
-
-
-def check_settings(settings: Settings) -> list[str]:
-    """What is wrong between keys that are each fine alone; empty when nothing is."""
-    server, engine, drafter = settings.server, settings.engine, settings.drafter
-    policy, suffix, buffer = settings.policy, settings.drafter.suffix, settings.buffer
-    fixed_on_drafter = policy.kind == "fixed" and policy.draft_k > 0 and drafter.kind != "none"
-    suffix_offered = drafter.kind != "none" and suffix.enabled
-    checks = (
-        (
-            not _is_loopback(server.host) and not server.api_key,
-            f"server.host {server.host!r} is not loopback and server.api_key is not set; "
-            f"set {ENV_PREFIX}SERVER__API_KEY or bind 127.0.0.1",
-        ),
-        (
-            server.api_key == MASK,
-            "server.api_key is the mask that --print-config prints; put the real key there",
-        ),
-        (
-            policy.kind == "fixed" and policy.draft_k > drafter.max_draft,
-            f"policy.draft_k {policy.draft_k} is above drafter.max_draft {drafter.max_draft}; "
-            f"lower the one or raise the other",
-        ),
-        (
-            fixed_on_drafter and policy.drafter == "eagle3" and drafter.kind == "suffix",
-            "policy.drafter 'eagle3' is not loaded with drafter.kind 'suffix'; "
-            "set policy.drafter to 'suffix' or drafter.kind to 'eagle3'",
-        ),
-        (
-            fixed_on_drafter and policy.drafter == "suffix" and not suffix_offered,
-            "policy.drafter 'suffix' needs drafter.suffix.enabled",
-        ),
-        (
-            drafter.kind == "suffix" and not suffix.enabled,
-            "drafter.kind 'suffix' needs drafter.suffix.enabled; use drafter.kind 'none' to decode "
-            "without a drafter",
-        ),
-        (
-            suffix.min_match > suffix.max_match,
-            f"drafter.suffix.min_match {suffix.min_match} is above drafter.suffix.max_match "
-            f"{suffix.max_match}",
-        ),
-        (
-            engine.num_pages is not None
-            and engine.num_pages * engine.page_size < engine.max_model_len,
-            f"engine.num_pages {engine.num_pages} of engine.page_size {engine.page_size} tokens "
-            f"cannot hold one request of engine.max_model_len {engine.max_model_len}",
-        ),
-        (
-            buffer.segment_bytes > buffer.max_bytes,
-            f"buffer.segment_bytes {buffer.segment_bytes} is above buffer.max_bytes "
-            f"{buffer.max_bytes}",
-        ),
-    )
-    return [text for is_wrong, text in checks if is_wrong]
+    return resolve_paths(settings)
 
 
 def to_yaml(settings: Settings) -> str:
@@ -138,78 +77,17 @@ def to_yaml(settings: Settings) -> str:
     return text
 
 
-# --- the schema as dotted keys ---------------------------------------------------------------
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, annotation) of every key; the annotation of a section is its model."""
-    for name, info in model.model_fields.items():
-        key = f"{prefix}{name}"
-        yield key, info.annotation
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _fields(info.annotation, f"{key}.")
-
-
-_KEYS: dict[str, Any] = dict(_fields(Settings))
-_SECTIONS = frozenset(
-    key for key, kind in _KEYS.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
-)
-
-
-def _accepts(annotation: Any) -> tuple[Any, ...]:
-    """Members of a union, or the one type."""
-    union = get_origin(annotation) in (Union, UnionType)
-    return get_args(annotation) if union else (annotation,)
-
-
-def _type_text(annotation: Any) -> str:
-    """How a type is called in a message, e.g. ``int or None``."""
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return f"a list of {_type_text(get_args(annotation)[0])}"
-    parts = _accepts(annotation)
-    if len(parts) > 1:
-        return " or ".join(_type_text(part) for part in parts)
-    if issubclass(annotation, BaseModel):
-        return "a section (key: value lines)"
-    names: dict[type, str] = {NoneType: "None", Path: "a path"}
-    name: str = names.get(annotation, annotation.__name__)
-    return name
-
-
-def _is_known(entry: _Entry) -> bool:
-    return entry.key in _KEYS
-
-
-def _unknown_text(entry: _Entry) -> str:
-    text = f"{entry.source}: unknown key {entry.key!r}"
-    nearest = _nearest_key(entry.key)
-    if nearest is not None:
-        return f"{text}; did you mean {nearest!r}?"
-    return f"{text}; --print-config lists the known ones"
-
-
-def _nearest_key(key: str) -> str | None:
-    """The known key that was probably meant: same last word elsewhere, else closest spelling."""
-    last = key.rpartition(".")[2]
-    same_word = [known for known in _KEYS if known.rpartition(".")[2] == last]
-    candidates = same_word if same_word else list(_KEYS)
-    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0 if same_word else 0.6)
-    return close[0] if close else None
-
-
 # --- layers ----------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose repeated keys are an error, whose ``3e-4`` is a number and ``2026-01-01`` text."""
+    """YAML where a repeated key is an error, ``3e-4`` a number and ``2026-01-01`` a string."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                continue  # refused below: a list or mapping is no key
+                continue  # a list or mapping as a key is refused below
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key_node.value!r} appears twice", key_node.start_mark
@@ -239,146 +117,165 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise SettingsError(f"{source}: not YAML: {error}") from error
 
 
-def _from_file(file: Path) -> list[_Entry]:
+def _from_file(name: Path) -> _Layer:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = settings_file(name).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise SettingsError(f"{file}: no such file") from error
+        is_bare = not name.suffix and len(name.parts) == 1
+        shipped = f"; shipped settings: {', '.join(shipped_settings())}" if is_bare else ""
+        raise SettingsError(f"{name}: no such file{shipped}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: cannot be read: {error}") from error
-    tree = _parse_yaml(text, str(file))
-    if tree is None:
-        return []
-    if not isinstance(tree, dict):
-        raise SettingsError(f"{file}: must be key: value lines, got {type(tree).__name__}")
-    return list(_flatten(str(file), tree))
+        raise SettingsError(f"{name}: cannot be read: {error}") from error
+    tree = _parse_yaml(text, str(name))
+    if tree is not None and not isinstance(tree, dict):
+        raise SettingsError(f"{name}: must be key: value lines, got {type(tree).__name__}")
+    return _Layer(str(name), _nested(tree or {}))
 
 
-def _from_env(env: Mapping[str, str]) -> list[_Entry]:
-    """Sorted by name, so that a section and a key of it always merge in one order."""
-    names = sorted(name for name in env if name.startswith(ENV_PREFIX))
-    return [
-        entry
-        for name in names
-        for entry in _from_text(
-            name, name.removeprefix(ENV_PREFIX).lower().replace("__", "."), env[name]
-        )
-    ]
+def _from_env(env: Mapping[str, str]) -> Iterator[_Layer]:
+    """One layer per variable, sorted by name, so that a section comes before keys in it."""
+    for name in sorted(name for name in env if name.startswith(ENV_PREFIX)):
+        key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+        yield _from_text(name, key, env[name])
 
 
-def _from_override(text: str) -> Iterator[_Entry]:
+def _from_override(text: str) -> _Layer:
     key, equals, value = text.partition("=")
     if not equals:
         raise SettingsError(f"--set {text!r}: expected KEY=VALUE, e.g. --set engine.max_batch=4")
     return _from_text("--set", key.strip(), value)
 
 
-def _from_text(source: str, key: str, text: str) -> Iterator[_Entry]:
-    """Text keys take the text as it is (a key of digits is no int); all others are YAML."""
-    accepted = _accepts(_KEYS.get(key))
-    if {str, Path} & set(accepted):
-        is_none = NoneType in accepted and text.strip() in ("", "~", "null")
-        return iter([_Entry(source, key, None if is_none else text)])
-    return _flatten_value(source, key, _parse_yaml(text, source))
+def _from_text(source: str, key: str, text: str) -> _Layer:
+    """Text settings keep their text (an API key of digits is not an int); all others are YAML."""
+    accepted = _members(_KEYS.get(key))
+    value: Any = text
+    if not {str, Path} & set(accepted):
+        value = _parse_yaml(text, source)
+    elif NoneType in accepted and text.strip() in ("", "~", "null"):
+        value = None
+    return _Layer(source, _nested({key: value}))
 
 
-def _flatten(source: str, tree: Mapping[Any, Any], prefix: str = "") -> Iterator[_Entry]:
-    for name, value in tree.items():
-        yield from _flatten_value(source, f"{prefix}{name}", value)
+def _nested(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Split dotted keys, so that ``engine.max_batch: 4`` equals ``engine: {max_batch: 4}``."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        branch = _nested(value) if isinstance(value, dict) else value
+        for part in reversed(str(name).split(".")):
+            branch = {part: branch}
+        tree = _merged(tree, branch)
+    return tree
 
 
-def _flatten_value(source: str, key: str, value: Any) -> Iterator[_Entry]:
-    """Descends into sections, and into unknown mappings so that each key of them is named."""
-    is_leaf = key in _KEYS and key not in _SECTIONS
-    if isinstance(value, dict) and value and not is_leaf:
-        yield from _flatten(source, value, f"{key}.")
-    elif key in _SECTIONS and value not in (None, {}):
-        raise SettingsError(_wrong_type_text(_Entry(source, key, value)))
-    else:
-        yield _Entry(source, key, value)
+def _merged(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` updated section by section with ``values``; an empty section changes nothing."""
+    tree = dict(base)
+    for name, value in values.items():
+        section = base.get(name)
+        if isinstance(section, dict) and (value is None or isinstance(value, dict)):
+            tree[name] = _merged(section, value or {})
+        else:
+            tree[name] = value
+    return tree
 
 
 # --- validation ------------------------------------------------------------------------------
 
 
-def _validate(entries: Mapping[str, _Entry]) -> Settings:
-    """JSON is the strict mode that still takes lists for tuples and text for paths."""
-    infinite = [
-        f"{entry.source}: {entry.key!r} must be finite, got {entry.value}"
-        for entry in entries.values()
-        if isinstance(entry.value, float) and not math.isfinite(entry.value)
-    ]
-    if infinite:
-        raise SettingsError("\n".join(infinite))
-    text = json.dumps(_unflatten(entries), default=str)
+def _validated(tree: dict[str, Any]) -> Settings:
+    """Validate as JSON, the strict mode that still takes lists for tuples and text for paths."""
+    return Settings.model_validate_json(json.dumps(tree, default=str), strict=True)
+
+
+def _problems(layer: _Layer) -> list[str]:
+    """Errors in one layer, one line each; every setting has a default, so a layer stands alone."""
+    tree = _merged(_DEFAULTS, layer.values)
     try:
-        return Settings.model_validate_json(text, strict=True)
+        _validated(tree)
     except ValidationError as error:
-        lines = [_problem_text(problem, entries) for problem in error.errors()]
-        raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+        lines = [line for problem in error.errors() for line in _lines(layer.source, problem, tree)]
+        return list(dict.fromkeys(lines))
+    return []
 
 
-def _unflatten(entries: Mapping[str, _Entry]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for entry in entries.values():
-        *sections, name = entry.key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = entry.value
-    return tree
-
-
-def _problem_text(problem: Any, entries: Mapping[str, _Entry]) -> str:
-    """One pydantic error in our words. ``loc`` may point into a list inside a key."""
+def _lines(source: str, problem: Any, tree: dict[str, Any]) -> Iterator[str]:
+    """One pydantic error in our words; each unknown key within an unknown section is named."""
     parts = [str(part) for part in problem["loc"]]
-    key = next(
-        dotted
-        for dotted in (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-        if dotted in entries
-    )
-    entry = entries[key]
-    if problem["type"].endswith(("_type", "_parsing")) or problem["type"] == "literal_error":
-        return _wrong_type_text(entry)
-    must = problem["msg"].replace("Input should be", "must be")
-    return f"{entry.source}: {key!r} {must}{_got_text(entry)}"
+    if problem["type"] == "extra_forbidden":
+        for key in _leaves(".".join(parts), problem["input"]):
+            yield f"{source}: unknown key {key!r}; {_hint(key)}"
+        return
+    while ".".join(parts) not in _KEYS:  # the location may point into a list
+        parts.pop()
+    key, value = ".".join(parts), reduce(lambda node, part: node[part], parts, tree)
+    if problem["type"] == "finite_number":
+        yield f"{source}: {key!r} must be finite, got {value}"
+        return
+    is_wrong_type = problem["type"].endswith(("_type", "_parsing", "literal_error"))
+    said: str = problem["msg"].replace("Input should be", "must be")
+    must = f"must be {_type_text(_KEYS[key])}" if is_wrong_type else said
+    yield f"{source}: {key!r} {must}, got {_value_text(key, value)}"
 
 
-def _wrong_type_text(entry: _Entry) -> str:
-    return f"{entry.source}: {entry.key!r} must be {_type_text(_KEYS[entry.key])}{_got_text(entry)}"
+def _value_text(key: str, value: Any) -> str:
+    """Type and value, cut at 60 characters; a secret's type alone."""
+    kind, shown = type(value).__name__, repr(value)
+    if key in _SECRETS:
+        return kind
+    return f"{kind} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
 
 
-def _got_text(entry: _Entry) -> str:
-    kind = type(entry.value).__name__
-    if entry.key in _SECRETS:
-        return f", got {kind}"
-    shown = repr(entry.value)
-    return f", got {kind} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+def _hint(key: str) -> str:
+    """The key probably meant: one with the same last word, else the closest spelling."""
+    last = key.rpartition(".")[2]
+    same_word = [known for known in _KEYS if known.rpartition(".")[2] == last]
+    cutoff = 0.0 if same_word else 0.6
+    close = difflib.get_close_matches(key, same_word or list(_KEYS), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else "--print-config lists the known ones"
 
 
-# --- bundled paths ---------------------------------------------------------------------------
+# --- the schema as dotted keys ---------------------------------------------------------------
 
 
-def _resolve_paths(settings: Settings) -> Settings:
-    """``examples/target`` means the bundled one also from another working directory."""
-    path = settings.drafter.path
-    drafter = settings.drafter.model_copy(
-        update={"path": None if path is None else Path(_bundled(str(path)))}
-    )
-    return settings.model_copy(update={"target": _bundled(settings.target), "drafter": drafter})
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, annotation) of every key; the annotation of a section is its model."""
+    for name, info in model.model_fields.items():
+        key = f"{prefix}{name}"
+        yield key, info.annotation
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _fields(info.annotation, f"{key}.")
 
 
-def _bundled(path: str) -> str:
-    """The path itself, unless it only exists under the folder that holds ``configs/``."""
-    if Path(path).is_absolute() or Path(path).exists() or not (_ROOT / path).exists():
-        return path
-    return str(_ROOT / path)
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Members of a union, or the single type."""
+    union = get_origin(annotation) in (Union, UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def _type_text(annotation: Any) -> str:
+    """Name of a type in a message, e.g. ``int or None``."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"a list of {_type_text(get_args(annotation)[0])}"
+    parts = _members(annotation)
+    if len(parts) > 1:
+        return " or ".join(_type_text(part) for part in parts)
+    if issubclass(annotation, BaseModel):
+        return "a section (key: value lines)"
+    names: dict[type, str] = {NoneType: "None", Path: "a path"}
+    name: str = names.get(annotation, annotation.__name__)
+    return name
+
+
+_KEYS: dict[str, Any] = dict(_fields(Settings))
+_DEFAULTS: dict[str, Any] = Settings().model_dump(mode="json")

@@ -1,6 +1,6 @@
-"""Everything that can be set, in one typed tree. One field, one description, one default.
+"""All settings in one typed tree, each with its description and default.
 
-Every model forbids unknown keys: a misspelt setting is an error, never a silent default.
+Every section forbids unknown keys: a misspelt setting is an error, never a silent default.
 """
 
 from __future__ import annotations
@@ -12,90 +12,90 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and closed to unknown keys."""
+    """Base of every section: frozen, no unknown keys, no infinities or NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ServerSettings(Section):
-    """The HTTP face."""
+    """HTTP server."""
 
     host: str = "127.0.0.1"
-    """Address to bind. Anything but loopback needs ``server.api_key``."""
+    """Address to bind. Any address other than loopback needs ``server.api_key``."""
     port: int = Field(8000, ge=0, le=65535)
-    """TCP port; 0 asks the system for a free one, which is then printed and written to run_dir."""
+    """TCP port. With 0 the system picks a free one, which is printed and written to ``run_dir``."""
     api_key: str | None = None
-    """Bearer key of every route but /health and /ready. ``None`` is allowed on loopback only."""
+    """Bearer key required on every route except /health and /ready. ``None`` is allowed on loopback
+    only."""
     model_name: str | None = None
-    """Name in ``/v1/models`` and requests. ``None``: the last part of ``target``."""
+    """Model name in ``/v1/models`` and in requests. ``None``: the last part of ``target``."""
     drain_s: float = Field(30.0, ge=0)
-    """Seconds that in-flight requests get after SIGTERM before they are cancelled."""
+    """Seconds that in-flight requests may continue after SIGTERM before they are cancelled."""
     max_body_bytes: int = Field(1 << 20, ge=1024)
-    """Largest request body accepted."""
+    """Largest request body, in bytes."""
     max_choices: int = Field(8, ge=1)
-    """Largest ``n``."""
+    """Largest ``n``, the number of choices per request."""
 
 
 class EngineSettings(Section):
-    """The decoding loop."""
+    """Engine: batching, KV cache, verification."""
 
     max_batch: int = Field(16, ge=1)
-    """Most requests decoded in one step."""
+    """Maximum number of requests decoded in one step."""
     max_queue: int = Field(256, ge=1)
-    """Most requests waiting for admission; one more is answered 429."""
+    """Maximum number of requests waiting for admission; further ones are answered with 429."""
     max_model_len: int = Field(2048, ge=16)
-    """Most tokens (prompt and completion) of a request."""
+    """Maximum number of tokens of a request, prompt and completion together."""
     page_size: int = Field(16, ge=1)
-    """Tokens of one KV page."""
+    """Tokens per KV page."""
     num_pages: int | None = Field(None, ge=2)
-    """Pages of the KV pool. ``None``: enough for ``max_batch`` requests of ``max_model_len``,
-    capped on a GPU by ``kv_memory_fraction``."""
+    """Pages in the KV pool. ``None``: enough for ``max_batch`` requests of ``max_model_len``; on a
+    GPU at most ``kv_memory_fraction`` of the free memory."""
     kv_memory_fraction: float = Field(0.5, gt=0, lt=1)
-    """Share of free GPU memory the KV pool may take."""
+    """Largest fraction of free GPU memory for the KV pool."""
     prefill_chunk: int = Field(256, ge=1)
-    """Most prompt tokens computed in one step, over all requests."""
+    """Maximum number of prompt tokens prefilled in one step, over all requests."""
     prefill_hold_ms: float = Field(10.0, ge=0)
-    """Longest time that a short prompt waits for others while 16 or more requests decode: each
-    program of prompts costs them about a step. 0: none waits. On a GPU only."""
+    """Milliseconds that a short prompt may wait for others while 16 or more requests decode,
+    because each prefill delays them by about a step. 0: prefill at once. On a GPU only."""
     prefix_cache: bool = True
-    """Reuse KV pages of equal prefixes."""
+    """Reuse the KV pages of identical prefixes."""
     verification: Literal["block", "standard"] = "block"
-    """Rule for sampled requests without a seed; both are exact. ``block`` keeps at least as many
-    draft tokens."""
+    """Verification rule for sampled requests without a seed. Both are exact; ``block`` accepts at
+    least as many draft tokens."""
     numerics: Literal["fast", "pinned"] = "fast"
-    """``pinned``: what the target computes for a token depends, in no bit, on what is computed
-    beside it, so that batches and drafts never decide a tie; slower, and for Llama and Qwen3 on a
-    GPU only."""
+    """``pinned``: the target's output for a token is bitwise independent of the batch and of
+    drafts, so that neither decides a tie. Slower; for Llama and Qwen3 on a GPU only."""
     cpu_threads: int | None = Field(None, ge=1)
-    """Threads of torch in the server process. ``None``: torch's own choice."""
+    """torch threads in the server process. ``None``: torch's default."""
 
 
 class SuffixSettings(Section):
-    """The training-free drafter: an index over the request and over recent traffic."""
+    """Suffix drafter: an index over the request and recent traffic, without training."""
 
     enabled: bool = True
-    """Offer the suffix index to the policy as an arm of its own."""
+    """Offer the suffix index to the policy beside the drafter of ``drafter.kind``."""
     min_match: int = Field(2, ge=1)
-    """Shortest suffix of the request that may be looked up."""
+    """Shortest suffix of the request to look up, in tokens."""
     max_match: int = Field(12, ge=1)
-    """Longest suffix looked up."""
+    """Longest suffix to look up, in tokens."""
     recent_tokens: int = Field(400_000, ge=0)
-    """Tokens of finished requests kept in the shared index; 0 keeps each request to itself."""
+    """Tokens of finished requests kept in the shared index. 0: index each request alone."""
 
 
 class DrafterSettings(Section):
-    """The models that guess."""
+    """Drafters."""
 
-    kind: Literal["eagle3", "suffix", "none"] = "eagle3"
-    """``eagle3``: a trained drafter (and the suffix index beside it when enabled); ``suffix``:
-    the index alone; ``none``: plain decoding."""
+    kind: str = "eagle3"
+    """A name in the catalog of drafters. ``eagle3``: a trained drafter, with the suffix index
+    beside it if that is enabled; ``suffix``: the index alone; ``none``: plain decoding."""
     path: Path | None = None
-    """Bundle folder of the initial weights (version 0). ``None``: random weights."""
+    """Bundle folder with the initial weights (version 0). ``None``: random weights."""
     max_draft: int = Field(8, ge=0, le=16)
-    """Largest K that may be planned."""
+    """Largest draft length K."""
     layer_ids: tuple[int, ...] | None = None
-    """Tapped layers of a drafter that starts from random weights: residual stream after k decoder
-    layers. ``None``: (2, N // 2, N - 3) for a target of N layers."""
+    """Layer ids tapped by a drafter that starts from random weights; id k is the residual stream
+    after k decoder layers. ``None``: (2, N // 2, N - 3) for a target of N layers."""
     suffix: SuffixSettings = SuffixSettings()
 
 
@@ -119,109 +119,118 @@ class PolicySettings(Section):
 
 
 class CaptureSettings(Section):
-    """What the server writes down of its traffic."""
+    """Capture of traces for the trainer."""
 
     enabled: bool = True
-    """Capture traces. A request may opt out by itself."""
+    """Capture traces. A single request may opt out."""
     dtype: Literal["bfloat16", "float8_e4m3fn"] = "bfloat16"
-    """Type of the logged hidden rows; fp8 carries one float32 scale a row."""
+    """Type of the captured hidden rows; fp8 adds one float32 scale per row."""
     ring_rows: int = Field(65_536, ge=1)
-    """Hidden rows held in memory until their request is written down; older ones are dropped,
-    counted."""
+    """Hidden rows held in memory until their request finishes. When full, the oldest are dropped
+    and counted."""
     queue_traces: int = Field(256, ge=1)
-    """Finished traces waiting for the recorder; the oldest is dropped, counted, when full."""
+    """Maximum number of finished traces waiting for the recorder. When full, the oldest is dropped
+    and counted."""
 
 
 class BufferSettings(Section):
-    """What stands between server and trainer."""
+    """Trace log between server and trainer."""
 
     url: str = "log:"
-    """``log:`` is the embedded segment log in ``run_dir/traces``; ``log:/some/folder`` another."""
+    """``log:`` is the embedded segment log in ``run_dir/traces``, ``log:/some/folder`` one
+    elsewhere."""
     segment_bytes: int = Field(32 << 20, ge=4096)
-    """Size at which a segment file is closed and the next begun."""
+    """Size at which a segment file is closed and the next one opened."""
     max_bytes: int = Field(2 << 30, ge=4096)
-    """Bytes of all segments; the oldest leave first."""
+    """Maximum size of all segments together; the oldest are deleted first."""
     ttl_s: float = Field(24 * 3600.0, gt=0)
-    """Age at which a segment leaves."""
+    """Age in seconds at which a segment is deleted."""
     sync_interval_s: float = Field(0.2, ge=0)
-    """Longest time between two group commits (fdatasync)."""
+    """Maximum seconds between two group commits (fdatasync)."""
 
 
 class SwapSettings(Section):
-    """How a published version enters the running server."""
+    """Swaps of a newly published drafter version into the running server."""
 
     enabled: bool = True
-    """Watch ``run_dir/weights`` and swap by itself; off: only ``POST /admin/drafter/swap``."""
+    """Watch ``run_dir/weights`` and swap automatically. Off: swap on ``POST /admin/drafter/swap``
+    only."""
     poll_s: float = Field(0.25, gt=0)
-    """Seconds between two looks for a newer version."""
+    """Seconds between two checks for a newer version."""
     watch_rounds: int = Field(200, ge=1)
-    """Rounds of evidence wanted before a new version is judged against its parent."""
+    """Rounds to observe before a new version is compared with its parent."""
     max_drop: float = Field(0.15, gt=0, lt=1)
-    """Relative loss of tokens_per_step, on the same traffic, that rolls a version back."""
+    """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back."""
 
 
 class TrainerSettings(Section):
-    """The asynchronous trainer."""
+    """Asynchronous trainer."""
 
     device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """Device of the trainer: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     cpu_threads: int | None = Field(None, ge=1)
-    """Threads of torch in the trainer process. ``None``: torch's own choice."""
+    """torch threads in the trainer process. ``None``: torch's default."""
     nice: int = Field(5, ge=0, le=19)
-    """Niceness of the trainer process, so that it yields the cores to a server beside it."""
+    """Niceness of the trainer process; above 0 it yields CPU time to a server on the same
+    machine."""
     lr: float = Field(3.0e-4, gt=0)
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of AdamW."""
     grad_clip: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
     warmup_steps: int = Field(10, ge=0)
+    """Steps over which the learning rate rises linearly to ``lr``."""
     batch_tokens: int = Field(2048, ge=16)
-    """Tokens of one update."""
+    """Tokens per update."""
     max_sequence: int = Field(512, ge=16)
-    """Longest piece of a trace that is trained on at once."""
+    """Maximum tokens of one training sequence, a piece of a trace."""
     ttt_steps: int = Field(4, ge=1, le=8)
-    """Passes of training-time test."""
+    """Passes of training-time test (TTT) per update."""
     loss: Literal["lk", "forward_kl"] = "lk"
     """``lk``: LK hybrid with D-PACE weights; ``forward_kl``: KL(target || drafter)."""
     min_traces: int = Field(16, ge=1)
-    """Traces wanted before the first update."""
+    """Traces to collect before the first update."""
     recent_traces: int = Field(256, ge=1)
-    """Newest traces kept for training."""
+    """Number of newest traces kept for training."""
     reservoir_traces: int = Field(256, ge=0)
-    """Uniform sample of all older traces kept for training."""
+    """Number of older traces kept for training, a uniform sample of all of them."""
     reservoir_share: float = Field(0.25, ge=0, lt=1)
-    """Share of a batch drawn from the reservoir."""
+    """Fraction of a batch drawn from the reservoir."""
     held_out_every: int = Field(8, ge=2)
-    """One trace in so many is never trained on and judges candidates."""
+    """One in this many traces is held out from training, to evaluate candidates."""
     held_out_traces: int = Field(32, ge=1)
-    """Newest held-out traces that judge a candidate."""
+    """Number of newest held-out traces on which a candidate is evaluated."""
     publish_every_steps: int = Field(20, ge=1)
-    """Updates between two candidates."""
+    """Updates between two candidate versions."""
     gate_margin: float = Field(1.005, gt=0)
-    """Simulated tokens_per_step over the last published version that a candidate needs."""
+    """Ratio of simulated tokens_per_step, candidate to last published version, required to
+    publish."""
     checkpoint_every_s: float = Field(30.0, gt=0)
+    """Seconds between two checkpoints of the trainer."""
     keep_versions: int = Field(8, ge=2)
-    """Published versions kept on disk."""
+    """Number of published versions kept on disk."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after so many updates. ``None``: run until told to stop."""
+    """Stop after this many updates. ``None``: run until stopped."""
     replay_ratio: float = Field(4.0, gt=0)
-    """Most times, on average, that a trained token is seen; the trainer waits for fresh traces
-    beyond it."""
+    """Maximum average number of times a token is trained on; beyond it the trainer waits for new
+    traces."""
 
 
 class Settings(Section):
-    """The whole tree."""
+    """All settings."""
 
     target: str = "examples/target"
-    """Hugging Face id or folder of the target."""
+    """Hugging Face id or folder of the target. The default is the bundled target, which is in the
+    repository only: with an installed wheel, name one."""
     device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; where the server decodes."""
+    """Device of the server: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Type of target and drafter. ``auto``: float32 on a CPU, bfloat16 on a GPU."""
+    """dtype of target and drafter. ``auto``: float32 on a CPU, bfloat16 on a GPU."""
     seed: int = 0
-    """Seed of sampling without a request seed, of exploration and of random weights."""
+    """Seed for requests without their own, for exploration and for random weights."""
     run_dir: Path = Path("runs/default")
-    """Folder of this run: traces, weights, trainer, reports."""
+    """Folder of the run: traces, weights, trainer state, reports."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     drafter: DrafterSettings = DrafterSettings()

@@ -11,13 +11,20 @@ import sys
 
 import typer
 
-from configs.cli import ConfigOption, PrintConfigOption, SetOption, settings_from_cli
+from configs.cli import (
+    ConfigOption,
+    PrintConfigOption,
+    SetOption,
+    VersionOption,
+    exit_code,
+    settings_from_cli,
+)
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 @app.callback()
-def main() -> None:
+def main(version: VersionOption = False) -> None:
     """Keeps ``launch`` a subcommand while it is the only one."""
 
 
@@ -42,7 +49,7 @@ def launch(
         engine = build_service(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(code=1) from error
+        raise typer.Exit(code=exit_code(error)) from error
     engine.start()
     try:
         code = serve(create_app(engine, settings), engine, settings, bound)

@@ -11,14 +11,21 @@ import threading
 
 import typer
 
-from configs.cli import ConfigOption, PrintConfigOption, SetOption, settings_from_cli
+from configs.cli import (
+    ConfigOption,
+    PrintConfigOption,
+    SetOption,
+    VersionOption,
+    exit_code,
+    settings_from_cli,
+)
 from trainer.lock import only_trainer
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, add_completion=False)
 
 
 @app.callback()
-def main() -> None:
+def main(version: VersionOption = False) -> None:
     """Keeps ``launch`` a subcommand while it is the only one."""
 
 
@@ -49,4 +56,4 @@ def launch(
             run(build_trainer(settings, stop))
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(code=1) from error
+        raise typer.Exit(code=exit_code(error)) from error

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from configs.load import check_settings
+from configs.checks import check_settings
 from configs.schema import Settings
 from serving.http.auth import scope_of
 from serving.http.boundary import Boundary

@@ -1,4 +1,4 @@
-"""Settings come from four layers, and nothing misspelt or mistyped gets through."""
+"""Settings come from four layers, and every misspelt or mistyped one is reported."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.load import MASK, SettingsError, check_settings, load_settings, to_yaml
+from configs.checks import MASK, check_settings
+from configs.choices import SettingsError
+from configs.load import load_settings, to_yaml
 from configs.schema import Settings
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """Writes ``mine.yaml`` in the working directory and returns its relative path."""
+    """Write ``mine.yaml`` in the working directory and return its relative path."""
     monkeypatch.chdir(tmp_path)
 
     def write(text):
@@ -31,7 +34,7 @@ def problem(*, files=(), overrides=(), env=None):
     return str(caught.value)
 
 
-def test_each_layer_wins_over_the_one_before(tmp_path):
+def test_later_layers_override_earlier_ones(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("seed: 1\nengine: {max_batch: 2, max_queue: 2, page_size: 2}\n")
     second.write_text("engine: {max_batch: 3, max_queue: 3}\nserver:\n")
@@ -45,7 +48,7 @@ def test_each_layer_wins_over_the_one_before(tmp_path):
     assert settings.trainer == Settings().trainer
 
 
-def test_nothing_given_means_the_defaults():
+def test_without_any_source_the_defaults_hold():
     assert load_settings([], [], {}).engine == Settings().engine
 
 
@@ -81,11 +84,11 @@ def test_an_unknown_environment_variable_is_named():
 def test_several_problems_are_several_lines(mine):
     text = problem(
         files=[mine("engine: {max_batch: x}\n")],
-        overrides=["policy.kind=best"],
+        overrides=["trainer.loss=best"],
         env={"SLIPSTREAM_SEED": "1.5"},
     )
     assert sorted(text.splitlines()) == [
-        "--set: 'policy.kind' must be one of 'goodput', 'fixed', got str ('best')",
+        "--set: 'trainer.loss' must be one of 'lk', 'forward_kl', got str ('best')",
         "SLIPSTREAM_SEED: 'seed' must be int, got float (1.5)",
         "mine.yaml: 'engine.max_batch' must be int, got str ('x')",
     ]
@@ -109,7 +112,7 @@ def test_several_problems_are_several_lines(mine):
         ("trainer.lr='1'", "'trainer.lr' must be float, got str ('1')"),
     ],
 )
-def test_a_wrong_value_says_what_was_expected_and_what_came(override, said):
+def test_a_wrong_value_is_reported_with_what_was_expected(override, said):
     assert problem(overrides=[override]) == f"--set: {said}"
 
 
@@ -117,7 +120,7 @@ def test_a_wrong_value_says_what_was_expected_and_what_came(override, said):
     ("override", "value"),
     [("3e-4", 3e-4), ("3.0e-4", 3e-4), ("1E2", 100.0), ("2", 2.0), (".5", 0.5)],
 )
-def test_numbers_may_be_written_as_people_write_them(override, value):
+def test_numbers_may_be_written_in_any_usual_form(override, value):
     assert load_settings([], [f"trainer.lr={override}"], {}).trainer.lr == value
 
 
@@ -149,7 +152,7 @@ def test_a_text_setting_keeps_its_text():
         ("? [a]\n: 1\n", "mine.yaml, line 1: found unhashable key"),
     ],
 )
-def test_a_damaged_file_is_named_with_its_line(mine, text, said):
+def test_an_invalid_file_is_reported_with_its_line(mine, text, said):
     assert problem(files=[mine(text)]).startswith(said)
 
 
@@ -157,7 +160,38 @@ def test_a_missing_file_is_named(tmp_path):
     assert problem(files=[tmp_path / "no.yaml"]) == f"{tmp_path / 'no.yaml'}: no such file"
 
 
-def test_an_override_without_a_value_says_how_to_write_one():
+def test_a_bare_name_is_a_shipped_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_settings([Path("demo")], [], {}) == load_settings([DEMO], [], {})
+    assert problem(files=[Path("dmeo")]) == ("dmeo: no such file; shipped settings: demo, one_gpu")
+
+
+def test_a_path_that_ends_like_a_shipped_name_is_still_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("folder/demo").write_text("seed: 5\n")
+    assert load_settings([Path("folder/demo")], [], {}).seed == 5
+
+
+def test_dotted_keys_in_a_file_equal_nested_ones(mine):
+    file = mine("engine.max_batch: 3\nengine: {max_queue: 4}\n")
+    engine = load_settings([file], [], {}).engine
+    assert (engine.max_batch, engine.max_queue) == (3, 4)
+
+
+def test_every_key_of_an_unknown_section_is_named(mine):
+    assert problem(files=[mine("enigne: {max_batch: 1, nope: {qqqq: 2}}\n")]).splitlines() == [
+        "mine.yaml: unknown key 'enigne.max_batch'; did you mean 'engine.max_batch'?",
+        "mine.yaml: unknown key 'enigne.nope.qqqq'; --print-config lists the known ones",
+    ]
+
+
+def test_an_error_is_reported_even_if_a_later_layer_overrides_it(mine):
+    text = problem(files=[mine("seed: x\n")], overrides=["seed=1"])
+    assert text == "mine.yaml: 'seed' must be int, got str ('x')"
+
+
+def test_an_override_without_a_value_is_refused_with_an_example():
     assert "expected KEY=VALUE" in problem(overrides=["engine.max_batch"])
 
 
@@ -174,6 +208,7 @@ def test_an_open_address_needs_a_key():
     [
         (("policy.kind=fixed", "drafter.max_draft=3"), "policy.draft_k 4 is above"),
         (("policy.kind=fixed", "drafter.kind=suffix"), "policy.drafter 'eagle3' is not loaded"),
+        (("policy.kind=fixed", "drafter.kind=mine"), "policy.drafter 'eagle3' is not loaded"),
         (
             ("policy.kind=fixed", "policy.drafter=suffix", "drafter.suffix.enabled=false"),
             "policy.drafter 'suffix' needs",
@@ -185,7 +220,7 @@ def test_an_open_address_needs_a_key():
         ((f"server.api_key={MASK}",), "server.api_key is the mask"),
     ],
 )
-def test_contradictions_between_keys_are_told(overrides, said):
+def test_contradictions_between_keys_are_reported(overrides, said):
     assert problem(overrides=overrides).startswith(said)
 
 
@@ -194,13 +229,13 @@ def test_a_secret_is_never_printed(mine):
     assert "12345" not in problem(files=[mine("server: {api_key: 12345}\n")])
 
 
-def test_printed_settings_read_back_equal(mine):
+def test_printed_settings_can_be_read_back(mine):
     settings = load_settings([], ["trainer.lr=1e-5", "drafter.layer_ids=[1, 2, 3]"], {})
     assert load_settings([mine(to_yaml(settings))], [], {}) == settings
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_file_loads_and_every_line_of_it_counts(path):
+def test_every_shipped_file_loads_and_changes_the_defaults(path):
     settings = load_settings([path], [], {})
     assert yaml.safe_load(path.read_text()) is not None
     assert settings != load_settings([], [], {})
@@ -210,7 +245,7 @@ def test_the_demo_file_is_shipped():
     assert {path.name for path in SHIPPED} >= {"demo.yaml", "one_gpu.yaml"}
 
 
-def test_a_bundled_path_is_found_from_anywhere(tmp_path, monkeypatch):
+def test_a_bundled_path_is_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = load_settings([], ["target=configs", "drafter.path=configs"], {})
     assert settings.target == str(Path(__file__).parents[2] / "configs")

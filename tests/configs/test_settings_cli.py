@@ -1,11 +1,24 @@
-"""Every command reads its settings through the same three options."""
+"""All commands read their settings through the same three options, and print their version."""
 
 from __future__ import annotations
 
+from importlib import metadata
+
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from configs.cli import ConfigOption, PrintConfigOption, SetOption, settings_from_cli
+import buffer.cli
+import serving.cli
+import trainer.cli
+from configs.choices import SettingsError, known
+from configs.cli import (
+    ConfigOption,
+    PrintConfigOption,
+    SetOption,
+    exit_code,
+    settings_from_cli,
+)
 
 app = typer.Typer()
 
@@ -27,12 +40,12 @@ def test_a_command_gets_its_settings(tmp_path):
     assert (result.exit_code, result.stdout) == (0, "batch 7\n")
 
 
-def test_the_environment_counts():
+def test_the_environment_is_read():
     result = CliRunner().invoke(app, [], env={"SLIPSTREAM_ENGINE__MAX_BATCH": "9"})
     assert result.stdout == "batch 9\n"
 
 
-def test_a_mistake_is_told_on_stderr_and_ends_with_code_2():
+def test_a_mistake_is_printed_to_stderr_with_exit_code_2():
     result = CliRunner().invoke(app, ["--set", "engine.max_batc=1"])
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -44,3 +57,25 @@ def test_print_config_prints_and_does_nothing_else():
     assert result.exit_code == 0
     assert "max_batch: 3" in result.stdout
     assert "batch 3\n" not in result.stdout.replace("max_batch: 3", "")
+
+
+@pytest.mark.parametrize("room", [serving, trainer, buffer], ids=lambda room: room.__name__)
+def test_every_command_prints_its_version(room):
+    result = CliRunner().invoke(room.cli.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"{metadata.version('slipstream-serving')}\n")
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones_and_the_nearest():
+    with pytest.raises(SettingsError) as caught:
+        known("drafter.kind", "eagel3", ("none", "suffix", "eagle3"))
+    assert str(caught.value) == (
+        "drafter.kind 'eagel3' is unknown; known: eagle3, none, suffix; did you mean 'eagle3'?"
+    )
+    with pytest.raises(SettingsError, match=r"known: eagle3, none$"):
+        known("drafter.kind", "qqqq", ("none", "eagle3"))
+    known("drafter.kind", "none", ("none", "eagle3"))
+
+
+def test_a_command_that_cannot_start_tells_wrong_settings_from_other_errors():
+    assert exit_code(SettingsError("drafter.kind 'x' is unknown")) == 2
+    assert exit_code(ValueError("the drafter is damaged")) == 1

@@ -1,4 +1,4 @@
-"""Rooms import downward only, and none of our names hides somebody else's."""
+"""Rooms import downward only, and our packages shadow none that others need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny target is a real one: transformers loads it, and its text survives the tokenizer."""
+"""transformers loads the tiny target, and its tokenizer reproduces any text."""
 
 from __future__ import annotations
 

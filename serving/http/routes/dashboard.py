@@ -12,12 +12,13 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from configs.version import package_version
 from serving.http.auth import PAGE
 from serving.http.context import context_of
 from serving.http.errors import documented
 from serving.http.history import SAMPLE_FIELDS
 from serving.http.responses import finite, json_answer
-from serving.http.routes.models import package_version, target_label
+from serving.http.routes.models import target_label
 from serving.http.schemas import ArmSteps, DashboardData
 from serving.requests import EngineFigures
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 
 from fastapi import APIRouter
 from starlette.requests import Request
 
+from configs.version import package_version
 from serving.http.auth import USER
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, documented
 from serving.http.schemas import ModelCard, ModelList, ModelMetadata, Version
 
 router = APIRouter()
-
-PACKAGE = "slipstream-serving"
 
 
 @router.get("/v1/models", dependencies=USER, responses=documented(401))
@@ -36,14 +34,6 @@ async def get_model(request: Request, model: str) -> ModelCard:
 @router.get("/version", dependencies=USER, responses=documented(401))
 async def get_version() -> Version:
     return Version(version=package_version())
-
-
-def package_version() -> str:
-    """Version of the installed package; ``source`` in a checkout that is not installed."""
-    try:
-        return metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return "source"
 
 
 def target_label(target: str) -> str:

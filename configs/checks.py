@@ -1,0 +1,86 @@
+"""Checks across settings: values that are each valid alone and contradict each other."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+
+from configs.schema import Settings
+
+ENV_PREFIX = "SLIPSTREAM_"
+MASK = "********"
+"""Printed in place of a secret."""
+
+
+def check_settings(settings: Settings) -> list[str]:
+    """Contradictions between settings, one message each; empty if there are none."""
+    return [*_server(settings), *_drafting(settings), *_sizes(settings)]
+
+
+def _server(settings: Settings) -> Iterator[str]:
+    server = settings.server
+    if not _is_loopback(server.host) and not server.api_key:
+        yield (
+            f"server.host {server.host!r} is not loopback and server.api_key is not set; "
+            f"set {ENV_PREFIX}SERVER__API_KEY or bind 127.0.0.1"
+        )
+    if server.api_key == MASK:
+        yield "server.api_key is the mask that --print-config prints; put the real key there"
+
+
+def _drafting(settings: Settings) -> Iterator[str]:
+    policy, drafter, suffix = settings.policy, settings.drafter, settings.drafter.suffix
+    if policy.kind == "fixed" and policy.draft_k > drafter.max_draft:
+        yield (
+            f"policy.draft_k {policy.draft_k} is above drafter.max_draft {drafter.max_draft}; "
+            f"lower the one or raise the other"
+        )
+    if policy.kind == "fixed" and policy.draft_k > 0 and drafter.kind != "none":
+        yield from _fixed_drafter(settings)
+    if drafter.kind == "suffix" and not suffix.enabled:
+        yield (
+            "drafter.kind 'suffix' needs drafter.suffix.enabled; use drafter.kind 'none' to decode "
+            "without a drafter"
+        )
+    if suffix.min_match > suffix.max_match:
+        yield (
+            f"drafter.suffix.min_match {suffix.min_match} is above drafter.suffix.max_match "
+            f"{suffix.max_match}"
+        )
+
+
+def _fixed_drafter(settings: Settings) -> Iterator[str]:
+    """``policy.drafter`` must be loaded: ``drafter.kind``, or the suffix index beside it."""
+    wanted, drafter = settings.policy.drafter, settings.drafter
+    if wanted == "suffix":
+        if not drafter.suffix.enabled:
+            yield "policy.drafter 'suffix' needs drafter.suffix.enabled"
+    elif wanted != drafter.kind:
+        yield (
+            f"policy.drafter {wanted!r} is not loaded with drafter.kind {drafter.kind!r}; "
+            f"set policy.drafter to {drafter.kind!r} or drafter.kind to {wanted!r}"
+        )
+
+
+def _sizes(settings: Settings) -> Iterator[str]:
+    engine, buffer = settings.engine, settings.buffer
+    pages = engine.num_pages
+    if pages is not None and pages * engine.page_size < engine.max_model_len:
+        yield (
+            f"engine.num_pages {pages} of engine.page_size {engine.page_size} tokens "
+            f"cannot hold one request of engine.max_model_len {engine.max_model_len}"
+        )
+    if buffer.segment_bytes > buffer.max_bytes:
+        yield (
+            f"buffer.segment_bytes {buffer.segment_bytes} is above buffer.max_bytes "
+            f"{buffer.max_bytes}"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
