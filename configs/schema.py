@@ -34,6 +34,9 @@ class ServerSettings(Section):
     """Largest request body accepted."""
     max_choices: int = Field(8, ge=1)
     """Largest ``n``."""
+    log_stats_s: float = Field(10.0, ge=0)
+    """Seconds between log lines of throughput and acceptance, written while there is traffic; 0:
+    none."""
 
 
 class EngineSettings(Section):
@@ -224,6 +227,8 @@ class Settings(Section):
     """Seed of sampling without a request seed, of exploration and of random weights."""
     run_dir: Path = Path("runs/default")
     """Folder of this run: traces, weights, trainer, reports."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log lines that server and trainer write to stderr."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     drafter: DrafterSettings = DrafterSettings()

@@ -254,6 +254,7 @@ class Engine:
             swap_seconds=0.0,
             traces={},
             capture_rows_dropped=c.capture_rows_dropped,
+            num_request_steps=c.num_request_steps,
         )
 
     @property
