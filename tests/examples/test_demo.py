@@ -43,7 +43,7 @@ def test_a_round_is_the_same_prompts_by_all_arms_in_rotating_order():
     [
         pytest.param(90, 0, False, True, id="time is over"),
         pytest.param(50, 100, True, True, id="enough requests, trainer has caught up"),
-        pytest.param(50, 100, False, False, id="new versions still come"),
+        pytest.param(50, 100, False, False, id="new versions keep coming"),
         pytest.param(50, 99, True, False, id="too few requests"),
     ],
 )
@@ -74,7 +74,7 @@ def test_prompts_of_the_replay_are_not_in_the_traffic():
     assert len(set(live) | set(kept)) == len(live) + len(kept)
 
 
-def test_folder_that_is_not_ours_is_left_alone(tmp_path: Path):
+def test_a_folder_without_the_marker_is_left_alone(tmp_path: Path):
     precious = tmp_path / "weights" / "mine"
     precious.mkdir(parents=True)
 
@@ -85,7 +85,7 @@ def test_folder_that_is_not_ours_is_left_alone(tmp_path: Path):
     assert not (tmp_path / MARKER).exists()
 
 
-def test_second_run_removes_what_the_first_made_and_nothing_else(tmp_path: Path):
+def test_second_run_removes_what_the_first_wrote_and_nothing_else(tmp_path: Path):
     run_dir = tmp_path / "demo"
     with own_folder(run_dir):
         (run_dir / "weights" / "3").mkdir(parents=True)

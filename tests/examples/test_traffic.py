@@ -1,4 +1,4 @@
-"""Clients of the demo against a real server process on a tiny random target."""
+"""The demo's clients against a real server process on a tiny random target."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_prompt_is_answered_once(server: Server):
     assert all(0 < len(reply.token_ids) <= MAX_TOKENS for reply in replies)
 
 
-def test_stopped_traffic_finishes_what_is_under_way_and_sends_no_more(server: Server):
+def test_stopped_traffic_finishes_requests_in_flight_and_sends_no_more(server: Server):
     replies: list[Reply] = []
     traffic = Traffic(server, PROMPTS * 50, 2, MAX_TOKENS, replies.append)
 
