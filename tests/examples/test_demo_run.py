@@ -125,7 +125,7 @@ def test_a_trainer_that_is_killed_ends_the_demo_by_name(tiny_target_dir: Path, t
     run_dir = tmp_path / "demo"
     demo = begin_demo(tiny_target_dir, run_dir, seconds=60)
     status = run_dir / "trainer" / "status.json"
-    deadline_s = time.monotonic() + 200
+    deadline_s = time.monotonic() + 220
     while not status.exists():
         assert time.monotonic() < deadline_s and demo.poll() is None, "no trainer came"
         time.sleep(0.2)
