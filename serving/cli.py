@@ -34,12 +34,12 @@ def launch(
     set_up_logging(settings.log_level)
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
     # --help and --print-config skip these imports: torch and transformers take seconds.
+    started_s = time.perf_counter()
     from serving.http import bind, create_app, serve
     from serving.periodic import periodic_stats
 
     try:
         bound = bind(settings)  # report a taken port now, not after minutes of loading
-        started_s = time.perf_counter()
         from serving.build import build_engine
 
         log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
