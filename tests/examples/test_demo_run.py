@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from examples.demo import MARKER
+from examples.processes import ChildDiedError, check_alive, start, stop, tail
 from oracles.support import REPOSITORY
 
 SHORT = """
@@ -120,21 +121,25 @@ def test_dead_child_ends_the_demo_with_its_reason(tiny_target_dir: Path, tmp_pat
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_trainer_that_is_killed_ends_the_demo_by_name(tiny_target_dir: Path, tmp_path: Path):
-    run_dir = tmp_path / "demo"
-    demo = begin_demo(tiny_target_dir, run_dir, seconds=60)
-    status = run_dir / "trainer" / "status.json"
-    deadline_s = time.monotonic() + 220
-    while not status.exists():
-        assert time.monotonic() < deadline_s and demo.poll() is None, "no trainer came"
-        time.sleep(0.2)
+def test_a_trainer_that_is_killed_is_named_with_its_last_lines(
+    tiny_target_dir: Path, tmp_path: Path
+):
+    overrides = ("--set", f"target={tiny_target_dir}", "--set", f"run_dir={tmp_path}")
+    command = ["-m", "trainer", "launch", *overrides, "--set", "trainer.device=cpu"]
+    trainer = start("trainer", command, tmp_path / "logs" / "trainer.log")
+    try:
+        deadline_s = time.monotonic() + 250
+        while "training begins" not in trainer.log.read_text():
+            assert time.monotonic() < deadline_s, tail(trainer.log)
+            check_alive([trainer])
+            time.sleep(0.2)
 
-    os.kill(json.loads(status.read_text())["pid"], signal.SIGKILL)
-    output, _ = demo.communicate(timeout=60)
+        trainer.process.kill()
+        trainer.process.wait()
 
-    assert demo.returncode == 1
-    text = output.replace("\n", " ")
-    assert re.search(r"the trainer \(process \d+\) was killed by SIGKILL", text)
-    assert "training begins from version 0" in text  # the last lines of its log
-    assert processes_of(run_dir) == []
+        with pytest.raises(ChildDiedError) as caught:
+            check_alive([trainer])
+    finally:
+        stop([trainer])
+    assert f"the trainer (process {trainer.process.pid}) was killed by SIGKILL" in str(caught.value)
+    assert "training begins from version 0" in str(caught.value)
