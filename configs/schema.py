@@ -35,6 +35,9 @@ class ServerSettings(Section):
     """Largest request body, in bytes."""
     max_choices: int = Field(8, ge=1)
     """Largest ``n``, the number of choices per request."""
+    log_stats_s: float = Field(10.0, ge=0)
+    """Seconds between log lines of throughput and acceptance, written while there is traffic; 0:
+    none."""
 
 
 class EngineSettings(Section):
@@ -231,6 +234,8 @@ class Settings(Section):
     """Seed for requests without their own, for exploration and for random weights."""
     run_dir: Path = Path("runs/default")
     """Folder of the run: traces, weights, trainer state, reports."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log lines that server and trainer write to stderr."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     drafter: DrafterSettings = DrafterSettings()

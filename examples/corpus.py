@@ -1,14 +1,14 @@
-"""Real text from the Python installation that runs this: the demo's traffic, the target's lessons.
+"""Real text from this Python installation: traffic for the demo, training text for its target.
 
 Three domains, all found on disk, none downloaded: ``python`` (sources of the standard library and
 of installed packages), ``c`` (C and C++ headers) and ``docs`` (English prose about programs: the
 language reference, docstrings, package descriptions, manuals).
 
-One file in sixteen is held out. Which one depends on the last two parts of its path alone, so the
+One file in sixteen is held out. The choice depends only on the last two parts of its path, so the
 same file is held out on every machine and in every copy of a package, and a docstring is held out
-together with the source it stands in. Prompts come from held-out text only.
+together with its source. Prompts come from held-out text only.
 
-    python -m examples.corpus         # what this installation holds
+    python -m examples.corpus         # print how much text this installation has
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DOMAINS: tuple[Domain, ...] = ("python", "c", "docs")
 HELDOUT_ONE_IN = 16
 MIN_CHARS = 256
 MAX_BYTES = 384 * 1024
-"""Longer files are tables or amalgamations more often than something a person wrote."""
+"""Longer files are mostly tables or amalgamations."""
 
 _ENDINGS: dict[Domain, tuple[str, ...]] = {
     "python": (".py",),
@@ -80,7 +80,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where one document comes from. Nothing is read before ``read`` is called."""
+    """Location of one document. Nothing is read before ``read`` is called."""
 
     domain: Domain
     root: Path
@@ -95,7 +95,7 @@ class Source:
 
     @property
     def split(self) -> Split:
-        """Digits do not count: ``python3.11/Python.h`` and ``python3.12/Python.h`` go together."""
+        """Digits are ignored: ``python3.11/Python.h`` and ``python3.12/Python.h`` go together."""
         key = f"{self.path.parent.name}/{self.path.name}#{self.topic or ''}".lower()
         digest = hashlib.sha256(re.sub(r"[\d.]+", "", key).encode()).digest()
         return "heldout" if digest[0] % HELDOUT_ONE_IN == 0 else "train"
@@ -103,7 +103,7 @@ class Source:
 
 @cache
 def sources(domain: Domain) -> tuple[Source, ...]:
-    """Every file that may hold text of the domain, in a fixed order. Reads folders, not files."""
+    """Files that may hold text of the domain, in a fixed order. Reads folders, not files."""
     files = [source for root in _roots(domain) for source in _walk(domain, root)]
     if domain != "docs":
         return tuple(files)
@@ -112,7 +112,7 @@ def sources(domain: Domain) -> tuple[Source, ...]:
 
 
 def read(source: Source) -> Document | None:
-    """The text worth learning from, or None: too short, too long, generated, a table."""
+    """The usable text of a source, or None if it is too short, too long, generated or a table."""
     text = _text_of(source)
     if text is None or len(text) < MIN_CHARS:
         return None
@@ -120,19 +120,19 @@ def read(source: Source) -> Document | None:
 
 
 def documents(domain: Domain, split: Split) -> Iterator[Document]:
-    """Every document of one domain and split, in a fixed order, no text twice."""
+    """All documents of one domain and split, in a fixed order, without repeated text."""
     chosen = (source for source in sources(domain) if source.split == split)
     return unique(domain, filter(None, map(read, chosen)), seen=set())
 
 
 def unique(domain: Domain, found: Iterable[Document], seen: set[bytes]) -> Iterator[Document]:
-    """Drop repeats: of whole files where the domain is code, of paragraphs where it is prose.
+    """Drop repeated files (code) or repeated paragraphs (prose).
 
     Args:
         domain: the domain of all of ``found``.
-        found: documents in the order in which they count as first.
-        seen: digests met so far; filled on the way. Pass the set of the held-out split on to the
-            training split, and no held-out text is trained on under another name.
+        found: documents; of repeated text the first occurrence is kept.
+        seen: digests met so far; updated. Pass the set of the held-out split to the training split,
+            so that no held-out text is trained on under another name.
     """
     for document in found:
         pieces = _paragraphs(document.text) if domain == "docs" else [document.text]
@@ -144,13 +144,13 @@ def unique(domain: Domain, found: Iterable[Document], seen: set[bytes]) -> Itera
 def prompts(
     domain: Domain, count: int, seed: int, min_chars: int = 200, max_chars: int = 500
 ) -> list[str]:
-    """Distinct held-out beginnings to continue; the same ones for the same installation and seed.
+    """Distinct pieces of held-out text to continue, reproducible on one installation by ``seed``.
 
-    Each starts where a statement, a declaration or a paragraph starts and ends with a whole line of
-    code or a whole word of prose. 200 to 500 characters are 50 to 160 tokens of the bundled target.
+    Each starts with a statement, a declaration or a paragraph and ends with a whole line of code or
+    a whole word of prose. 200 to 500 characters are 50 to 160 tokens of the bundled target.
 
     Raises:
-        ValueError: this installation holds fewer than ``count``.
+        ValueError: this installation has fewer than ``count``.
     """
     rng = random.Random(f"{domain} {seed}")
     chosen = [source for source in sources(domain) if source.split == "heldout"]
@@ -169,7 +169,7 @@ def prompts(
 
 
 def _rounds(found: Iterable[Document], num_rounds: int = 16) -> Iterator[str]:
-    """Every text once, read only when it is its turn, and then again from memory."""
+    """Every text once, read when it is needed, then all of them again from memory."""
     texts = []
     for document in found:
         texts.append(document.text)
@@ -211,7 +211,7 @@ def _walk(domain: Domain, root: Path) -> Iterator[Source]:
 
 
 def _topic_sources() -> list[Source]:
-    """The language reference, which the standard library carries as one string per topic."""
+    """The language reference, which the standard library has as one string per topic."""
     root = Path(sysconfig.get_paths()["stdlib"]).resolve()
     path = root / "pydoc_data" / "topics.py"
     if not path.is_file():
@@ -242,7 +242,7 @@ def _text_of(source: Source) -> str | None:
 
 
 def _content(path: Path) -> str | None:
-    """Only files that decode as UTF-8 and can be read: links may dangle, encodings may differ."""
+    """Text of a readable UTF-8 file; None for others, such as dangling links."""
     try:
         if not MIN_CHARS <= path.stat().st_size <= MAX_BYTES:
             return None
@@ -253,7 +253,7 @@ def _content(path: Path) -> str | None:
 
 
 def _is_table(text: str) -> bool:
-    """More digits and symbols than a program has, foreign letters, or lines that nobody typed."""
+    """Mostly digits and symbols, non-ASCII letters, or lines too long to be typed."""
     letters_and_spaces = sum(map(str.isalpha, text)) + sum(map(str.isspace, text))
     return (
         letters_and_spaces < 0.65 * len(text)
@@ -263,13 +263,13 @@ def _is_table(text: str) -> bool:
 
 
 def _without_licence(domain: Domain, text: str) -> str:
-    """Cut the comments on top when they speak of rights: thousands of files share them."""
+    """Cut a licence header, which thousands of files share."""
     top = _COMMENTS_ON_TOP[domain].match(text)
     return text[top.end() :] if top and _RIGHTS.search(top.group()) else text
 
 
 def _passages(path: Path, content: str) -> list[str]:
-    """What may hold prose: the docstrings of a module, the body of a description, a whole page."""
+    """Parts that may be prose: docstrings of a module, the body of a description, a whole page."""
     if path.suffix == ".py":
         return _docstrings(content)
     return [content.partition("\n\n")[2] if path.name == "METADATA" else content]
@@ -288,7 +288,7 @@ def _docstrings(content: str) -> list[str]:
 
 
 def _documented(node: ast.AST) -> Iterator[ast.AST]:
-    """Module, classes and functions; does not descend into expressions, which takes far longer."""
+    """Module, classes and functions. Expressions are skipped, which is far faster."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield node
     for child in getattr(node, "body", ()):
@@ -305,7 +305,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _reads_like_prose(paragraph: str) -> bool:
-    """Ten words or more, mostly letters, ending as sentences do; no doctest, table or list."""
+    """At least ten words, mostly letters, ending like a sentence; no doctest, table or list."""
     text = " ".join(paragraph.split())
     return (
         text.count(" ") >= 9

@@ -1,13 +1,13 @@
-"""The whole loop on this machine: serve, learn, swap, report.
+"""Serve, learn, swap and report on this machine.
 
     python -m examples.demo            # or: make demo
 
 Starts a server and a trainer on the bundled target, sends Python, C headers, documentation and
-Python again through the HTTP API, then replays held-out prompts of each phase three ways: without
-drafting, with the drafter as it was before the first shift, and with the newest one.
+Python again through the HTTP API, then replays held-out prompts of each phase in three ways:
+without drafting, with the drafter as it was before the first shift, and with the newest one.
 
-Exit code 0: it ran to its end, nothing failed and no output changed, whatever the speeds. 1: it did
-not, or something did. 2: wrong usage. 130: interrupted.
+Exit code 0: the demo ran to its end, no request failed and no output changed, whatever the speeds.
+1: it could not finish, a request failed or an output changed. 2: wrong usage. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from examples import corpus
-from examples.live import Now, View
+from examples.live import Now, View, summary
 from examples.machine import machine
 from examples.picture import write
 from examples.processes import Child, ChildDiedError, check_alive, start, stop
@@ -38,10 +37,7 @@ from examples.report import (
     PhaseSpan,
     Recording,
     Replay,
-    checks,
-    phase_rows,
-    shown,
-    verdict,
+    VersionChange,
 )
 from examples.traffic import Replayer, Reply, Server, Traffic, replay_rounds
 
@@ -59,19 +55,19 @@ class Phase:
     shifted: bool
     """The first drafter was not trained on such text."""
     seconds: float
-    """The phase ends then at the latest."""
+    """Longest duration."""
     enough_requests: int
-    """It may end earlier, after so many and when the trainer has caught up."""
+    """The phase ends earlier, after this number of requests, once the trainer has caught up."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """Everything one may want to turn. The whole fits ten minutes on two cores."""
+    """Settings of the demo. With the defaults it takes less than ten minutes on two cores."""
 
     config: Path = Path("configs/demo.yaml")
     run_dir: Path = Path("runs/demo")
     overrides: tuple[str, ...] = ()
-    """``--set`` of server and trainer."""
+    """``--set`` options of server and trainer."""
     phases: tuple[Phase, ...] = (
         Phase("python", "python", False, seconds=45, enough_requests=60),
         Phase("c", "c", True, seconds=90, enough_requests=250),
@@ -79,37 +75,37 @@ class DemoSettings:
         Phase("python-again", "python", False, seconds=60, enough_requests=120),
     )
     num_clients: int = 4
-    """Requests under way at a time."""
+    """Concurrent requests."""
     max_tokens: int = 96
     max_requests: int = 400
-    """Prompts prepared for a phase."""
+    """Prompts prepared for each phase."""
     settle_s: float = 20.0
-    """Without a new version for so long, the trainer has caught up; on shifted traffic a first one
-    must have come."""
+    """The trainer has caught up after this time without a new version; on shifted traffic at least
+    one version must have come."""
     replay_prompts: int = 24
-    """Held-out prompts of a domain, each answered by each arm ..."""
+    """Held-out prompts per domain; each is answered by each arm."""
     replay_block: int = 4
-    """... so many at a time ..."""
+    """Prompts that an arm answers before the next arm's turn."""
     replay_s: float = 45.0
-    """... until this time is over, for each phase. One round is always finished."""
+    """Longest replay of a phase; the first round is always finished."""
     replay_warmup: int = 2
-    """Unmeasured prompts after each swap."""
+    """Unmeasured prompts after each swap of the replay."""
     seed: int = 0
     start_s: float = 120.0
-    """Longest wait for the server."""
+    """Longest wait for the server to get ready."""
 
     @property
     def server_overrides(self) -> tuple[str, ...]:
-        """What the demo needs beyond the settings file.
+        """What the demo's server needs beyond the settings file.
 
-        No prefix cache: the replay asks every prompt three times, and only the first would pay for
-        its prompt. Live prompts are all different, so to them it changes nothing.
+        No prefix cache: the replay sends every prompt three times, and only the first would compute
+        its prompt. All live prompts differ, so they lose nothing.
         """
         return ("server.port=0", "engine.prefix_cache=false")
 
     @property
     def shared_overrides(self) -> tuple[str, ...]:
-        """The static version is replayed at the end: it must not be pruned."""
+        """Overrides of both processes. The static version is replayed at the end: keep it."""
         return (f"run_dir={self.run_dir}", "trainer.keep_versions=1000", *self.overrides)
 
 
@@ -122,19 +118,21 @@ class DemoError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Prompts of the whole demo, none of them twice but those of a first and a last phase that
-    share their domain: these are replayed on the same held-out prompts, so that they compare."""
+    """Prompts of the whole demo, all distinct.
+
+    Phases of one domain share their held-out prompts, so that their replays are comparable.
+    """
 
     live: dict[str, list[str]]
     """Phase -> prompts."""
     held_out: dict[corpus.Domain, list[str]]
     """Domain -> prompts for the replay."""
     warmup: dict[corpus.Domain, list[str]]
-    """Domain -> prompts for the replay that are not measured."""
+    """Domain -> unmeasured prompts of the replay."""
 
 
 def gather_texts(settings: DemoSettings) -> Texts:
-    """Read all prompts before the traffic: it costs seconds of a core."""
+    """All prompts. Read before the traffic, because it takes seconds of a core."""
     texts = Texts({}, {}, {})
     for domain in dict.fromkeys(phase.domain for phase in settings.phases):
         phases = [phase.name for phase in settings.phases if phase.domain == domain]
@@ -153,16 +151,15 @@ def gather_texts(settings: DemoSettings) -> Texts:
 
 @contextlib.contextmanager
 def own_folder(run_dir: Path) -> Iterator[None]:
-    """An empty run folder that is ours alone while the demo runs. Deletes only what an earlier demo
-    left in a folder that bears its marker.
+    """Lock the run folder and remove what an earlier demo left in it.
 
     Raises:
-        DemoError: the folder is somebody else's, or another demo runs in it.
+        DemoError: the folder does not carry a demo's marker, or another demo runs in it.
     """
     marker = run_dir / MARKER
     if run_dir.exists() and any(run_dir.iterdir()) and not marker.exists():
         raise DemoError(
-            f"{run_dir} was not made by the demo (it holds no {MARKER}), so nothing in it was "
+            f"{run_dir} was not created by the demo (it holds no {MARKER}), so nothing in it was "
             f"touched. Move it away, or choose another folder with --run-dir."
         )
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -189,7 +186,7 @@ def _lock(file: IO[str], run_dir: Path) -> None:
 
 @dataclass(slots=True)
 class Scene:
-    """The running state of the demo: what it started, what it has seen."""
+    """Running state of the demo: what it started and what it has observed."""
 
     settings: DemoSettings
     view: View
@@ -201,21 +198,25 @@ class Scene:
     spans: list[PhaseSpan] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
-    """Of the drafter, when last asked."""
+    """Status of the drafter, from the last ``look``."""
     live_swaps: dict[str, int] | None = None
-    """Counts at the end of the traffic; those of the replay are ours, not the system's."""
+    """Counts at the end of the traffic. Later swaps are the replay's own."""
 
     def now_s(self) -> float:
         return time.monotonic() - self.began_s
 
     def look(self) -> None:
-        """Ask for the drafter's status; stop the demo if a process died."""
+        """Update the drafter's status.
+
+        Raises:
+            ChildDiedError: the server or the trainer ended.
+        """
         check_alive(self.children)
         self.status = self.server.drafter()
 
     @property
     def swaps(self) -> dict[str, int]:
-        """Of the traffic: ``swapped``, ``rolled_back``, ..."""
+        """Counts of the traffic: ``swapped``, ``rolled_back`` and others."""
         counts: dict[str, int] = self.live_swaps or self.status["swaps"]
         return counts
 
@@ -255,7 +256,7 @@ class Scene:
 
 
 def run_phase(scene: Scene, phase: Phase) -> None:
-    """Send one phase's traffic until its time is over or there is nothing left to see."""
+    """Send one phase's traffic until its time is over or the trainer has caught up."""
     settings = scene.settings
     started_s = scene.now_s()
     newest, num_before = scene.newest_version, len(scene.answers)
@@ -289,7 +290,7 @@ def run_phase(scene: Scene, phase: Phase) -> None:
 
 
 def is_enough(phase: Phase, elapsed_s: float, num_answers: int, has_caught_up: bool) -> bool:
-    """Its time is over, or it has its requests and the trainer has caught up."""
+    """The phase's time is over, or it has enough requests and the trainer has caught up."""
     return elapsed_s >= phase.seconds or (num_answers >= phase.enough_requests and has_caught_up)
 
 
@@ -297,7 +298,7 @@ def is_enough(phase: Phase, elapsed_s: float, num_answers: int, has_caught_up: b
 
 
 def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
-    """Replay every phase, for its share of time."""
+    """Replay every phase, each for at most ``replay_s``."""
     settings = scene.settings
     replays: list[Replay] = []
     rounds = replay_rounds(settings.replay_prompts, settings.replay_block)
@@ -315,19 +316,19 @@ def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
     return replays
 
 
-# Story
+# The whole run
 
 
 def begin_server(settings: DemoSettings) -> Child:
-    """Start the server; it takes some seconds to load and to measure its step times."""
+    """Start the server, which takes some seconds to load and to measure its step times."""
     return start("server", _command(settings, "serving"), _log(settings, "server"))
 
 
 def wait_for_server(settings: DemoSettings, child: Child) -> Server:
     """
     Raises:
-        ChildDiedError: it ended.
-        DemoError: it does not get ready in time.
+        ChildDiedError: the server ended.
+        DemoError: the server was not ready in time.
     """
     deadline_s = time.monotonic() + settings.start_s
     while time.monotonic() < deadline_s:
@@ -353,15 +354,15 @@ def _log(settings: DemoSettings, name: str) -> Path:
 
 
 def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
-    """The demo, from reading text to the last replayed prompt.
+    """Run the demo, from reading text to the last replayed prompt.
 
     Args:
-        children: filled with the processes that were started, for the caller to stop.
+        children: filled with the started processes, for the caller to stop.
 
     Raises:
-        DemoError, ChildDiedError: it could not be carried out.
+        DemoError, ChildDiedError: the demo could not be carried out.
     """
-    began_s = time.monotonic()
+    began_s, began_unix_s = time.monotonic(), time.time()
     view.say("Starting the server, and reading prompts from this Python installation ...")
     children.append(begin_server(settings))
     texts = gather_texts(settings)
@@ -376,8 +377,9 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     for phase in settings.phases[1:]:
         run_phase(scene, phase)
     scene.live_swaps = scene.status["swaps"]
+    changes = version_changes(scene.status["history"], began_unix_s)
 
-    view.say("Stopping the trainer; replaying held-out prompts three ways ...")
+    view.say("Stopping the trainer; replaying held-out prompts in three ways ...")
     stop([children.pop()])
     newest_version = server.swap(None)["version"]
     versions: dict[Arm, int] = {"static": static_version, "tuned": newest_version}
@@ -390,6 +392,7 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         phases=tuple(scene.spans),
         shifted=tuple(phase.name for phase in settings.phases if phase.shifted),
         answers=tuple(scene.answers),
+        changes=tuple(changes),
         replays=tuple(replays),
         static_version=static_version,
         newest_version=newest_version,
@@ -402,37 +405,26 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     )
 
 
-SHORT_COLUMNS = (
-    "phase",
-    "plain",
-    "static",
-    "tuned",
-    "× plain",
-    "× static",
-    "static/step",
-    "tuned/step",
-)
-"""``PHASE_COLUMNS`` for 80 characters."""
+def version_changes(history: list[dict[str, Any]], began_unix_s: float) -> list[VersionChange]:
+    """Swaps and rollbacks in the history that ``GET /admin/drafter`` returns. A trial of the former
+    version is neither.
 
-
-def summary(report: dict[str, Any]) -> list[Table]:
-    """The figures and the verdicts, for a terminal."""
-    phases = Table(*SHORT_COLUMNS, box=None, title="tokens/s, speedups, tokens per step")
-    verdicts = Table(box=None)
-    for row in phase_rows(report):
-        phases.add_row(*row[: len(SHORT_COLUMNS)])
-    for name in ("", "measured", "wanted", ""):
-        verdicts.add_column(name)
-    for check in checks(report):
-        colour = "green" if check.passed else "red"
-        wanted = f"{check.kind} {check.limit:g}"
-        text = f"[{colour}]{verdict(check)}[/]"
-        verdicts.add_row(check.name, shown(check.value), wanted, text)
-    return [phases, verdicts]
+    Args:
+        began_unix_s: start of the demo.
+    """
+    return [
+        VersionChange(
+            at_s=entry["unix_s"] - began_unix_s,
+            version=entry["version"],
+            rolled_back=entry["event"].startswith("rolled back"),
+        )
+        for entry in history
+        if entry["event"].startswith(("swapped", "rolled back"))
+    ]
 
 
 def carry_out(settings: DemoSettings, console: Console) -> int:
-    """Run the demo, write its report, end every process; returns the exit code."""
+    """Run the demo, write its report and stop its processes; returns the exit code."""
     children: list[Child] = []
     try:
         with own_folder(settings.run_dir):
@@ -463,7 +455,7 @@ def main(
         Path, typer.Option(exists=True, help="settings of server and trainer")
     ] = DEFAULTS.config,
     run_dir: Annotated[
-        Path, typer.Option(help="folder of the run; what an earlier demo left there goes")
+        Path, typer.Option(help="folder of the run; removes what an earlier demo left there")
     ] = DEFAULTS.run_dir,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="setting of both")
@@ -476,7 +468,7 @@ def main(
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the demo as Ctrl-C does."""
+    """Make SIGTERM end the demo like Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while the demo runs: a live panel on a terminal, plain lines elsewhere."""
+"""What the demo prints: a live panel on a terminal, plain lines elsewhere, and the summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,7 +15,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from examples.report import Answer, shown, tokens_per_step
+from examples.report import (
+    Answer,
+    checks,
+    headline,
+    phase_rows,
+    shown,
+    tokens_per_step,
+    verdict,
+)
 
 RECENT_S = 10.0
 LINE_EVERY_S = 5.0
@@ -24,19 +33,19 @@ SPARK_WIDTH = 56
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """The demo at one moment."""
+    """State of the demo at one moment."""
 
     phases: tuple[str, ...]
     phase: str
-    """One of ``phases``, or what else is going on."""
+    """One of ``phases``, or ``replay``."""
     phase_s: float
     """Seconds since it began."""
     share: float
-    """Of the phase that is over, 0..1."""
+    """Share of the phase that is over, 0..1."""
     at_s: float
     """Seconds since the demo began."""
     answers: tuple[Answer, ...]
-    """All so far."""
+    """All answers so far."""
     version: int
     newest_version: int
     swaps: int
@@ -49,7 +58,7 @@ class Now:
 
     @property
     def recent(self) -> tuple[Answer, ...]:
-        """Answers of this phase that finished within the last seconds."""
+        """Answers of this phase that finished within the last ``RECENT_S``."""
         return tuple(
             answer
             for answer in self.answers
@@ -65,7 +74,7 @@ class Now:
 
 
 class View:
-    """Shows ``Now`` again and again; a context manager, because a live panel must be closed."""
+    """Shows the newest ``Now``. A context manager, because a live panel must be closed."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -87,7 +96,7 @@ class View:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line above the panel."""
         self.console.print(text, highlight=False)
 
     def show(self, now: Now) -> None:
@@ -99,12 +108,13 @@ class View:
 
 
 def line(now: Now) -> str:
-    """The moment in one line, for logs."""
+    """``now`` in one line, for logs."""
     return (
         f"{now.at_s:5.0f} s  {now.phase:<12}  {len(now.answers):4d} requests  "
         f"{shown(now.tokens_per_s, digits=0):>4} tokens/s  "
         f"{shown(tokens_per_step(now.recent)):>4} tokens/step  "
-        f"version {now.version}  staleness {now.staleness}  swaps {now.swaps}  failed {now.failed}"
+        f"version {now.version}  staleness {now.staleness}  swaps {now.swaps}  "
+        f"rollbacks {now.rollbacks}  failed {now.failed}"
     )
 
 
@@ -121,10 +131,10 @@ def panel(now: Now) -> RenderableType:
     figures.add_row(
         _figure(str(len(now.answers)), "requests"),
         _figure(str(now.swaps), "swaps"),
-        _figure(str(now.rollbacks), "rollbacks"),
-        _figure(str(now.failed), "failed"),
+        _figure(str(now.rollbacks), "rollbacks", "bold yellow" if now.rollbacks else "bold"),
+        _figure(str(now.failed), "failed", "bold red" if now.failed else "bold"),
     )
-    spark = Text.assemble((sparkline(now.answers), "green"), ("  tokens per step so far", "dim"))
+    spark = Text.assemble((sparkline(now.answers), "blue"), ("  tokens per step so far", "dim"))
     return Panel(
         Group(_road(now), Text(), figures, Text(), spark),
         title=f"Slipstream  {now.at_s:.0f} s",
@@ -135,7 +145,7 @@ def panel(now: Now) -> RenderableType:
 
 
 def _road(now: Now) -> Text:
-    """The phases, the present one with its progress."""
+    """The phases in order, the present one with its progress."""
     road = Text()
     for name in now.phases:
         is_present = name == now.phase
@@ -147,12 +157,13 @@ def _road(now: Now) -> Text:
     return road
 
 
-def _figure(value: str, name: str) -> Text:
-    return Text.assemble((value, "bold green"), " ", (name, "dim"))
+def _figure(value: str, name: str, style: str = "bold") -> Text:
+    return Text.assemble((value, style), " ", (name, "dim"))
 
 
 def sparkline(answers: Sequence[Answer], width: int = SPARK_WIDTH) -> str:
-    """tokens_per_step along the traffic in ``width`` characters, from 1 (plain) to its maximum."""
+    """tokens_per_step over the traffic in ``width`` characters, scaled from 1 (plain) to the
+    maximum."""
     if not answers:
         return ""
     cuts = [len(answers) * i // width for i in range(width + 1)]
@@ -162,3 +173,35 @@ def sparkline(answers: Sequence[Answer], width: int = SPARK_WIDTH) -> str:
     return "".join(
         BARS[min(int((level - 1) / span * len(BARS)), len(BARS) - 1)] for level in levels
     )
+
+
+SHORT_COLUMNS = (
+    "phase",
+    "plain",
+    "static",
+    "tuned",
+    "× plain",
+    "× static",
+    "static/step",
+    "tuned/step",
+)
+"""``PHASE_COLUMNS``, short enough for 80 characters."""
+
+
+COLOURS = {"good": "green", "bad": "red", "neutral": "default"}
+
+
+def summary(report: dict[str, Any]) -> list[RenderableType]:
+    """Headline, figures and verdicts, for a terminal."""
+    text, mood = headline(report)
+    phases = Table(*SHORT_COLUMNS, box=None, title="tokens/s, speedups, tokens per step")
+    verdicts = Table(box=None)
+    for row in phase_rows(report):
+        phases.add_row(*row[: len(SHORT_COLUMNS)])
+    for name in ("", "measured", "goal", ""):
+        verdicts.add_column(name)
+    for check in checks(report):
+        colour = "green" if check.passed else "red"
+        goal = f"{check.kind} {check.limit:g}"
+        verdicts.add_row(check.name, shown(check.value), goal, f"[{colour}]{verdict(check)}[/]")
+    return [Text(text, f"bold {COLOURS[mood]}"), phases, verdicts]

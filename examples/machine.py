@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""Hardware and software that a measurement ran on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "numpy", "slipstream-serving")
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, versions and commit, as every published figure carries them."""
+    """Hardware, versions and commit, recorded with every published figure."""
     return {"hardware": hardware(), "versions": versions(), "commit": commit()}
 
 
@@ -36,12 +36,12 @@ def versions() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # run from a checkout that is not installed
+            continue  # a checkout that is not installed
     return found
 
 
 def commit() -> str | None:
-    """Commit of the checkout, marked when files differ from it; ``None`` outside git."""
+    """Commit of the checkout, marked if tracked files differ from it; ``None`` outside git."""
     here = Path(__file__).resolve().parent
     head = _output(["git", "-C", str(here), "rev-parse", "HEAD"])
     if head is None:
@@ -72,7 +72,7 @@ def _gpu_names() -> list[str]:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command printed; ``None`` when it is missing or fails."""
+    """Output of a command; ``None`` if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)

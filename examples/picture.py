@@ -1,6 +1,6 @@
-"""The picture and the page of a demo: SVG by matplotlib, HTML by hand, each one file.
+"""The picture (SVG) and the page (HTML) of a demo, each a file that needs nothing else.
 
-python -m examples.picture runs/demo     # from its recording, write the reports again
+python -m examples.picture runs/demo     # write the reports again from the recording
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import html
 import io
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from examples.report import (
     PHASE_COLUMNS,
     Answer,
     Arm,
+    Mood,
     Recording,
     build_report,
     checks,
+    headline,
+    mood_of_faults,
+    mood_of_speedup,
     phase_rows,
     shown,
     tokens_per_step,
@@ -29,15 +34,16 @@ from examples.report import (
 
 RECORDING_NAME = "recording.json"
 WINDOW = 16
-"""Requests over which the picture's curves are smoothed."""
+"""Number of requests each point of the picture's curves averages over."""
 
-COLOURS: dict[Arm, str] = {"plain": "#a3acb9", "static": "#e3a046", "tuned": "#14866d"}
+COLOURS: dict[Arm, str] = {"plain": "#a3acb9", "static": "#e3a046", "tuned": "#2f6fb0"}
 LABELS: dict[Arm, str] = {
     "plain": "plain decoding",
     "static": "drafter frozen before the shift",
     "tuned": "tuned drafter",
 }
 INK = "#2b3440"
+SWAP_COLOUR, ROLLBACK_COLOUR = "#6b7785", "#c0392b"
 _NO_METADATA: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
@@ -74,24 +80,9 @@ def window_tokens_per_step(answers: Sequence[Answer], seconds: float) -> float |
     return tokens_per_step(answers)
 
 
-def version_changes(answers: Sequence[Answer]) -> list[tuple[int, int, bool]]:
-    """(request number, version, rolled back) where the traffic first met another version."""
-    changes = []
-    newest, current = answers[0].version if answers else 0, answers[0].version if answers else 0
-    for number, answer in enumerate(answers, start=1):
-        if answer.version > newest:
-            newest = current = answer.version
-            changes.append((number, current, False))
-        elif answer.version < current and _stays_below(answers[number - 1 :], current):
-            current = answer.version
-            changes.append((number, current, True))
-    return changes
-
-
-def _stays_below(answers: Sequence[Answer], version: int) -> bool:
-    """A lower version among the next answers is a rollback only if no slower request of an older
-    version explains it, that is if the higher one does not come back."""
-    return all(answer.version != version for answer in answers)
+def num_answered(recording: Recording, at_s: float) -> int:
+    """Requests of the traffic that had finished by then: a moment's position on the x axis."""
+    return bisect_right(recording.answers, at_s, key=lambda answer: answer.finished_s)
 
 
 # Picture
@@ -125,7 +116,7 @@ def draw(recording: Recording, report: dict[str, Any]) -> str:
         speed.sharex(steps)
         _draw_curves(steps, rolling(recording, window_tokens_per_step), "tokens per step", 1)
         _draw_curves(speed, rolling(recording, window_tokens_per_s), "tokens/s, all clients", 0)
-        _draw_legend(steps)
+        _draw_legend(steps, any(change.rolled_back for change in recording.changes))
         _draw_phases(steps, speed, recording)
         _draw_swaps(steps, speed, recording)
         steps.tick_params(labelbottom=False)
@@ -148,7 +139,7 @@ def _draw_curves(axes: Any, curves: list[list[tuple[int, float]]], label: str, l
 
 
 def _bounds(recording: Recording) -> list[tuple[str, float, float]]:
-    """(phase, first, last request number) of the phases that answered something."""
+    """(phase, first request number, last request number), for each phase."""
     bounds, done = [], 0
     for span in recording.phases:
         count = sum(answer.phase == span.name for answer in recording.answers)
@@ -157,10 +148,11 @@ def _bounds(recording: Recording) -> list[tuple[str, float, float]]:
     return bounds
 
 
-def _draw_legend(axes: Any) -> None:
+def _draw_legend(axes: Any, has_rollbacks: bool) -> None:
     axes.plot([], [], color=COLOURS["tuned"], linewidth=2, label="live traffic")
-    axes.plot([], [], color="#6b7785", marker="v", linestyle="", label="new version swapped in")
-    axes.plot([], [], color="#c0392b", marker="^", linestyle="", label="rolled back")
+    axes.plot([], [], color=SWAP_COLOUR, marker="v", linestyle="", label="new version swapped in")
+    if has_rollbacks:
+        axes.plot([], [], color=ROLLBACK_COLOUR, marker="^", linestyle="", label="rolled back")
     axes.legend(loc="lower right", framealpha=0.9, edgecolor="none", ncols=3, fontsize=9)
 
 
@@ -183,12 +175,13 @@ def _draw_phases(steps: Any, speed: Any, recording: Recording) -> None:
 
 
 def _draw_swaps(steps: Any, speed: Any, recording: Recording) -> None:
-    for number, version, rolled_back in version_changes(recording.answers):
-        colour = "#c0392b" if rolled_back else "#6b7785"
+    for change in recording.changes:
+        number = num_answered(recording, change.at_s) + 0.5
+        colour = ROLLBACK_COLOUR if change.rolled_back else SWAP_COLOUR
         for axes in (steps, speed):
             axes.axvline(number, color=colour, linewidth=0.7, alpha=0.5)
         steps.annotate(
-            f"{version}",
+            f"{change.version}",
             (number, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 4),
@@ -200,7 +193,7 @@ def _draw_swaps(steps: Any, speed: Any, recording: Recording) -> None:
         steps.plot(
             number,
             1,
-            marker="^" if rolled_back else "v",
+            marker="^" if change.rolled_back else "v",
             color=colour,
             markersize=5,
             transform=steps.get_xaxis_transform(),
@@ -220,7 +213,7 @@ def _draw_bars(axes: Any, report: dict[str, Any]) -> None:
             axes.bar_label(drawn, texts, padding=2, fontsize=9)
     axes.set_xticks(range(len(phases)), [phase["name"] for phase in phases])
     axes.set_ylabel("tokens/s, one at a time")
-    axes.set_title("Held-out prompts replayed three ways, same output", fontsize=10.5, loc="left")
+    axes.set_title("Held-out prompts replayed in three ways", fontsize=10.5, loc="left")
     axes.margins(y=0.18)
     axes.legend(loc="upper right", frameon=False, ncols=3, bbox_to_anchor=(1, 1.16), fontsize=9)
 
@@ -239,22 +232,23 @@ h1 {{ font-size: 1.7rem; margin: 0 0 .2rem; }} h2 {{ font-size: 1.15rem; margin:
 .cards {{ display: flex; flex-wrap: wrap; gap: .8rem; margin-bottom: 1.4rem; }}
 .card {{ flex: 1 1 9rem; background: #fff; border: 1px solid #e3e8ee; border-radius: .6rem;
   padding: .8rem 1rem; }}
-.card b {{ display: block; font-size: 1.7rem; color: #14866d; line-height: 1.2; }}
+.card b {{ display: block; font-size: 1.7rem; line-height: 1.2; }}
 .picture {{ background: #fff; border: 1px solid #e3e8ee; border-radius: .6rem; padding: .8rem; }}
 .picture svg {{ width: 100%; height: auto; display: block; }}
 table {{ border-collapse: collapse; width: 100%; background: #fff; font-size: .94rem;
   font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .4rem .7rem; border-bottom: 1px solid #e3e8ee; text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }} th {{ color: #5a6673; font-weight: 600; }}
-.pass {{ color: #14866d; font-weight: 600; }} .fail {{ color: #c0392b; font-weight: 600; }}
+.good {{ color: #14866d; }} .bad {{ color: #c0392b; }}
+td.good, td.bad {{ font-weight: 600; }}
 dt {{ font-weight: 600; margin-top: .5rem; }} dd {{ margin: 0; color: #5a6673; }}
 </style></head><body>
-<h1>A server that got faster while it served</h1>
+<h1 class="{mood}">{headline}</h1>
 <p class="lead">{lead}</p>
 <div class="cards">{cards}</div>
 <div class="picture">{picture}</div>
 <h2>Phase by phase</h2>{phases}
-<h2>What it must show</h2>{checks}
+<h2>Goals</h2>{checks}
 <h2>How it was measured</h2><dl>{definitions}</dl>
 <h2>Machine</h2><dl>{machine}</dl>
 </body></html>
@@ -263,12 +257,15 @@ dt {{ font-weight: 600; margin-top: .5rem; }} dd {{ margin: 0; color: #5a6673; }
 
 def render_html(recording: Recording, report: dict[str, Any]) -> str:
     """``report.html``: one file that needs nothing else."""
+    text, mood = headline(report)
     return _PAGE.format(
+        headline=html.escape(text),
+        mood=mood,
         lead=_lead(report),
-        cards="".join(_card(value, text) for value, text in _headlines(report)),
+        cards="".join(_card(*card) for card in _cards(report)),
         picture=draw(recording, report),
         phases=_table(PHASE_COLUMNS, phase_rows(report)),
-        checks=_table(("", "measured", "wanted", ""), _check_rows(report)),
+        checks=_table(("", "measured", "goal", ""), _check_rows(report)),
         definitions=_definition_list(report["definitions"]),
         machine=_definition_list(recording.machine),
     )
@@ -277,18 +274,22 @@ def render_html(recording: Recording, report: dict[str, Any]) -> str:
 def _lead(report: dict[str, Any]) -> str:
     names = " → ".join(phase["name"] for phase in report["phases"])
     return html.escape(
-        f"{report['live_requests']} live requests in four phases ({names}), "
-        f"{report['swaps']} new drafters swapped in while they ran, {report['seconds']:.0f} s."
+        f"{report['live_requests']} live requests in {len(report['phases'])} phases ({names}); "
+        f"drafter versions swapped in: {report['swaps']}, rolled back: {report['rollbacks']}; "
+        f"{report['seconds']:.0f} s in all."
     )
 
 
-def _headlines(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _cards(report: dict[str, Any]) -> list[tuple[str, str, Mood]]:
+    """(figure, what it is, mood)."""
+    plain, static = report["speedup_vs_plain"], report["speedup_vs_static"]
+    failed, changed = report["failed_requests"], report["mismatched_outputs"]
     return [
-        (shown(report["speedup_vs_plain"], "×"), "plain decoding, on shifted traffic"),
-        (shown(report["speedup_vs_static"], "×"), "the frozen drafter, on shifted traffic"),
-        (str(report["swaps"]), "swaps without a pause"),
-        (str(report["failed_requests"]), "failed requests"),
-        (str(report["mismatched_outputs"]), "changed outputs"),
+        (shown(plain, "×"), "plain decoding, on shifted traffic", mood_of_speedup(plain)),
+        (shown(static, "×"), "the frozen drafter, on shifted traffic", mood_of_speedup(static)),
+        (str(report["swaps"]), "swaps", "neutral"),
+        (str(failed), "failed requests", mood_of_faults(failed)),
+        (str(changed), "changed outputs", mood_of_faults(changed)),
     ]
 
 
@@ -299,8 +300,9 @@ def _check_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _card(value: str, text: str) -> str:
-    return f'<div class="card"><b>{html.escape(value)}</b>{html.escape(text)}</div>'
+def _card(value: str, text: str, mood: Mood) -> str:
+    shown_value = f'<b class="{mood}">{html.escape(value)}</b>'
+    return f'<div class="card">{shown_value}{html.escape(text)}</div>'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -310,7 +312,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    mark = f' class="{text.lower()}"' if text in ("PASS", "FAIL") else ""
+    mark = {"PASS": ' class="good"', "FAIL": ' class="bad"'}.get(text, "")
     return f"<td{mark}>{html.escape(text)}</td>"
 
 
@@ -330,7 +332,7 @@ def _definition_list(items: dict[str, Any]) -> str:
 
 
 def write(run_dir: Path, recording: Recording) -> dict[str, Any]:
-    """Write recording, report.json, report.html and report.svg into ``run_dir``."""
+    """Write the recording, report.json, report.html and report.svg into ``run_dir``."""
     report = build_report(recording)
     files = {
         RECORDING_NAME: recording.to_json(),

@@ -1,4 +1,4 @@
-"""Child processes that are logged, watched, and always ended."""
+"""Child processes with a log file, a check that they live, and an orderly end."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PATIENCE_S = 45.0
-"""A server may drain for 30 s, a trainer writes its checkpoint."""
+"""Time to exit after SIGTERM: a server may drain for 30 s, a trainer writes its checkpoint."""
 TAIL_LINES = 25
 
 
 class ChildDiedError(Exception):
-    """A process ended by itself; the text has the end of its log."""
+    """A process ended by itself. The text names it, says how it ended and quotes its last lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """One process, leader of its own group, so that a Ctrl-C at the terminal is not its own."""
+    """A process that leads its own group, so that Ctrl-C at the terminal does not reach it."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -55,15 +55,15 @@ def check_alive(children: Iterable[Child]) -> None:
         code = child.process.poll()
         if code is not None:
             raise ChildDiedError(
-                f"the {child.name} ended with exit code {code}; the end of {child.log}:\n"
-                f"{tail(child.log)}"
+                f"the {child.name} (process {child.process.pid}) {_ending(code)}; the last lines "
+                f"of {child.log}:\n{tail(child.log)}"
             )
 
 
 def stop(children: Sequence[Child], patience_s: float = PATIENCE_S) -> None:
-    """Ask all to end, wait, and kill those that will not. Those that ended already are fine.
+    """Send SIGTERM to all, wait, and kill those that did not end.
 
-    Ctrl-C while waiting kills at once.
+    Ctrl-C while waiting kills them at once.
     """
     for child in children:
         _signal(child, signal.SIGTERM)
@@ -78,9 +78,18 @@ def stop(children: Sequence[Child], patience_s: float = PATIENCE_S) -> None:
 
 
 def tail(log: Path, num_lines: int = TAIL_LINES) -> str:
-    """The last lines of a log."""
+    """The last lines of a log, quoted."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"  | {line}" for line in lines[-num_lines:])
+    return "\n".join(f"  | {line}" for line in lines[-num_lines:]) or "  | (it is empty)"
+
+
+def _ending(code: int) -> str:
+    """How a process ended, from ``Popen.returncode``."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = "; the system may be out of memory" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
 
 
 def _signal(child: Child, number: signal.Signals) -> None:
@@ -91,8 +100,8 @@ def _signal(child: Child, number: signal.Signals) -> None:
 
 
 def _die_with_parent() -> list[str]:
-    """Arguments of a Python that asks the kernel for SIGTERM at its parent's death and then becomes
-    the program named after them; the wish survives exec."""
+    """Python arguments that make the process get SIGTERM when its parent dies, and then exec the
+    program that follows them; the setting survives exec."""
     if sys.platform != "linux":
         return []
     pr_set_pdeathsig = 1

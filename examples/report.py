@@ -1,7 +1,4 @@
-"""What the demo saw, turned into figures, verdicts and a picture. Pure: records in, text out.
-
-python -m examples.report runs/demo      # write report.json and report.html again
-"""
+"""Figures, verdicts and texts of a demo, as pure functions of its recording."""
 
 from __future__ import annotations
 
@@ -58,14 +55,28 @@ class PhaseSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionChange:
+    """The server began to use another version during the traffic."""
+
+    at_s: float
+    """Seconds since the demo began."""
+    version: int
+    """Version in use from then on."""
+    rolled_back: bool
+    """The server returned to it from a newer one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recording:
-    """Everything the demo saw; the report is a function of it."""
+    """Everything the demo observed. The report is a function of it."""
 
     phases: tuple[PhaseSpan, ...]
     shifted: tuple[str, ...]
     """Phases whose traffic the first drafter was not trained on."""
     answers: tuple[Answer, ...]
-    """In order of finishing."""
+    """In the order in which they finished."""
+    changes: tuple[VersionChange, ...]
+    """Swaps and rollbacks of the traffic, as the server recorded them."""
     replays: tuple[Replay, ...]
     static_version: int
     """In force when the first phase ended; its neural weights are those of the static arm."""
@@ -99,6 +110,7 @@ class Recording:
                     Answer(**{**answer, "acceptance": Acceptance(**answer["acceptance"])})
                     for answer in fields["answers"]
                 ),
+                "changes": tuple(VersionChange(**change) for change in fields["changes"]),
                 "replays": tuple(
                     Replay(
                         **{
@@ -115,11 +127,11 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One demanded figure."""
+    """A figure and the goal it is held against."""
 
     name: str
     value: float | None
-    """``None``: not measured, which fails."""
+    """``None`` if it was not measured, which fails the check."""
     limit: float
     kind: Literal["at least", "at most"]
 
@@ -134,7 +146,7 @@ class Check:
 
 
 def tokens_per_s(replays: Iterable[Replay]) -> float | None:
-    """All tokens over all waiting; ``None`` without replays."""
+    """Tokens over seconds waited, of all replays together; ``None`` without replays."""
     chosen = list(replays)
     waited_s = sum(replay.request_s for replay in chosen)
     return sum(len(replay.token_ids) for replay in chosen) / waited_s if chosen else None
@@ -163,7 +175,7 @@ def median_speedup(replays: Sequence[Replay], arm: Arm, base: Arm) -> float | No
 
 
 def mismatched_outputs(replays: Iterable[Replay]) -> int:
-    """Prompts, over all phases, that the arms did not all answer with the same tokens."""
+    """Number of prompts, over all phases, to which the arms gave different tokens."""
     answers: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     for replay in replays:
         answers.setdefault((replay.phase, replay.prompt), set()).add(replay.token_ids)
@@ -215,8 +227,8 @@ def phase_report(recording: Recording, span: PhaseSpan) -> dict[str, Any]:
 
 
 def ratio_to_first(recording: Recording) -> float | None:
-    """tokens_per_step of the newest weights over that of the weights of the first phase's end, on
-    the prompts of the first and the last phase, which are the same."""
+    """tokens_per_step of the newest weights over that of the weights at the end of the first phase,
+    both on the held-out prompts that the first and the last phase share."""
     names = (recording.phases[0].name, recording.phases[-1].name)
     newest, former = (
         tokens_per_step(r for r in recording.replays if r.arm == arm and r.phase in names)
@@ -283,7 +295,7 @@ def build_report(recording: Recording) -> dict[str, Any]:
 
 
 def checks(report: dict[str, Any]) -> list[Check]:
-    """What the demo must show on two CPU cores."""
+    """The demo's goals on two CPU cores."""
     phases = {phase["name"]: phase for phase in report["phases"]}
     shifted = {name: phases[name] for name in report["shifted_phases"]}
     last = report["phases"][-1]
@@ -319,11 +331,45 @@ def verdict(check: Check) -> str:
     return "PASS" if check.passed else "FAIL"
 
 
+Mood = Literal["good", "bad", "neutral"]
+"""How a figure is coloured: green, red or not at all."""
+
+
+def mood_of_speedup(speedup: float | None) -> Mood:
+    """Judged as it is shown, with two digits: above 1.00 good, below bad."""
+    if speedup is None or round(speedup, 2) == 1:
+        return "neutral"
+    return "good" if speedup > 1 else "bad"
+
+
+def mood_of_faults(count: int) -> Mood:
+    """Anything but zero is bad."""
+    return "bad" if count else "good"
+
+
+def headline(report: dict[str, Any]) -> tuple[str, Mood]:
+    """One sentence on what the demo showed, from the speeds on shifted traffic."""
+    over_plain = mood_of_speedup(report["speedup_vs_plain"])
+    over_static = mood_of_speedup(report["speedup_vs_static"])
+    if report["speedup_vs_plain"] is None or report["speedup_vs_static"] is None:
+        return "The speeds were not measured", "neutral"
+    if over_plain == "bad":
+        return "Drafting did not pay: the server was slower than plain decoding", "bad"
+    if over_static == "bad":
+        return "Learning did not pay: the tuned drafter was slower than the frozen one", "bad"
+    if over_static == "neutral":
+        return (
+            "Learning changed nothing: the tuned drafter was as fast as the frozen one",
+            "neutral",
+        )
+    return "The server got faster while it served", "good"
+
+
 # Texts
 
 
 def shown(value: float | None, unit: str = "", digits: int = 2) -> str:
-    """A figure for people; a dash when it was not measured."""
+    """A figure as text, or a dash if it was not measured."""
     if value is None:
         return "–"
     return f"{value}{unit}" if isinstance(value, int) else f"{value:.{digits}f}{unit}"
@@ -343,7 +389,7 @@ PHASE_COLUMNS = (
 
 
 def phase_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row of texts per phase, under ``PHASE_COLUMNS``."""
+    """One row of texts per phase, in the order of ``PHASE_COLUMNS``."""
     return [
         (
             phase["name"],

@@ -1,4 +1,4 @@
-"""Clients of a running server: live traffic from several threads, and a three-way replay."""
+"""Clients of a running server: live traffic from several threads, and a replay in three ways."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back for one prompt."""
+    """The server's answer to one prompt."""
 
     token_ids: tuple[int, ...]
     acceptance: Acceptance
@@ -30,12 +30,12 @@ class Reply:
 
 
 class Server:
-    """A running server, as its ``server.json`` describes it."""
+    """A running server, found by its ``server.json``."""
 
     def __init__(self, file: Path) -> None:
         """
         Raises:
-            FileNotFoundError: the server does not listen yet.
+            FileNotFoundError: the server is not listening yet.
         """
         record = json.loads(file.read_text(encoding="utf-8"))
         self.url = f"http://{record['host']}:{record['port']}"
@@ -58,8 +58,8 @@ class Server:
         """A greedy completion.
 
         Args:
-            max_draft: cap on K; ``None`` leaves it to the server's policy.
-            capture: False keeps the answer out of training and out of the suffix index.
+            max_draft: largest K; ``None`` leaves it to the server's policy.
+            capture: if False, the answer is neither trained on nor put into the suffix index.
 
         Raises:
             openai.OpenAIError: the request failed.
@@ -84,11 +84,11 @@ class Server:
         )
 
     def drafter(self) -> dict[str, Any]:
-        """Status of the drafter: version, versions, swaps, history, ..."""
+        """Status of the drafter: version, versions, swaps, history and more."""
         return self._admin("GET", "/admin/drafter", None)
 
     def policy(self) -> dict[str, Any]:
-        """What the draft policy believes: acceptance, step times, decisions."""
+        """State of the draft policy: acceptance, step times, decisions."""
         beliefs: dict[str, Any] = self._admin("GET", "/dashboard/data", None)["policy"]
         return beliefs
 
@@ -109,7 +109,7 @@ class Server:
 
 
 class Traffic:
-    """Some clients that send prompts one after the other until there are none, or told to stop."""
+    """Clients that each send one prompt after another, until none is left or ``stop`` is called."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Traffic:
     ) -> None:
         """
         Args:
-            on_reply: called in order of finishing, never by two threads at once.
+            on_reply: called in the order in which requests finish, by one thread at a time.
         """
         self._server = server
         self._prompts: Iterator[str] = iter(prompts)
@@ -144,12 +144,12 @@ class Traffic:
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self) -> None:
-        """Until all prompts are answered."""
+        """Wait until all prompts are answered."""
         for thread in self._threads:
             thread.join()
 
     def stop(self) -> None:
-        """Send nothing more; wait for what is under way."""
+        """Send nothing more, and wait for the requests in flight."""
         self._stopping.set()
         self.wait()
 
@@ -164,7 +164,7 @@ class Traffic:
             except openai.OpenAIError as error:
                 with self._lock:
                     self.failures.append(f"{type(error).__name__}: {error}")
-                self._stopping.wait(0.5)  # a dead server must not be hammered
+                self._stopping.wait(0.5)  # do not flood a server that is down
                 continue
             with self._lock:
                 self._on_reply(reply)
@@ -172,17 +172,17 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One arm's go at a few prompts."""
+    """A few prompts that one arm answers in a row."""
 
     arm: Arm
     prompts: tuple[int, ...]
 
 
 def replay_rounds(num_prompts: int, block: int) -> list[list[Turn]]:
-    """Every prompt once by every arm, ``block`` prompts at a time.
+    """A schedule in which every arm answers every prompt once, ``block`` prompts at a time.
 
-    A round is the same prompts by all arms, one after the other, and its order rotates from round
-    to round, so that whatever drifts on the machine touches all arms alike.
+    In a round all arms answer the same prompts in turn. The order of the arms rotates from round to
+    round, so that drift of the machine affects them alike.
     """
     starts = range(0, num_prompts, block)
     blocks = [tuple(range(start, min(start + block, num_prompts))) for start in starts]
@@ -193,7 +193,7 @@ def replay_rounds(num_prompts: int, block: int) -> list[list[Turn]]:
 
 
 class Replayer:
-    """Answers held-out prompts by plain decoding and by two pinned versions of the drafter."""
+    """Sends held-out prompts with drafting off and with two pinned versions of the drafter."""
 
     def __init__(
         self, server: Server, versions: dict[Arm, int], max_tokens: int, num_warmup: int
@@ -201,8 +201,8 @@ class Replayer:
         """
         Args:
             versions: drafter version of the arms ``static`` and ``tuned``.
-            num_warmup: unmeasured prompts after a swap, from which the policy learns again how
-                good the drafter is on this text.
+            num_warmup: unmeasured prompts after a swap, from which the policy estimates how well
+                the drafter does on this text.
         """
         self._server = server
         self._versions = versions

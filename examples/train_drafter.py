@@ -1,11 +1,11 @@
-"""Trains the bundled drafter: EAGLE-3 on the target's own Python continuations, nothing else.
+"""Train the bundled drafter: EAGLE-3 on the target's own continuations of Python only.
 
-That is what a team has on the day before its traffic shifts. One GPU, a few minutes:
+A team has such a drafter on the day before its traffic shifts. A few minutes on one GPU:
 
-    python examples/train_drafter.py --target examples/target --out examples/drafter
+    python -m examples.train_drafter --target examples/target --out examples/drafter
 
-The target continues training-split Python by sampling; its hidden rows are recomputed as they are
-needed, so nothing is stored. The bundle is version 0, in ``OUT/0``.
+The target continues Python of the training split by sampling. Its hidden rows are recomputed when
+they are needed, so nothing is stored. The bundle is version 0, in ``OUT/0``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EVAL_SEQUENCES = 128
 
 
 def pieces(tokenizer: Any, domain: Domain, split: str, count: int, seed: int) -> list[list[int]]:
-    """Up to ``count`` token pieces of prompt length, cut at line starts of random documents."""
+    """Up to ``count`` pieces of PROMPT_TOKENS tokens that start at a line of a random document."""
     numbers = random.Random(seed)
     files = [source for source in sources(domain) if source.split == split]
     chosen = numbers.sample(files, min(MAX_FILES, len(files)))
@@ -60,7 +60,7 @@ def pieces(tokenizer: Any, domain: Domain, split: str, count: int, seed: int) ->
 
 
 def rollouts(model: Any, prompts: list[list[int]], greedy_share: float) -> Iterator[Tensor]:
-    """The target's continuations [B, prompt + CONTINUATION], prompts of one length together."""
+    """The target's continuations [B, prompt + CONTINUATION], batched by prompt length."""
     by_length: dict[int, list[list[int]]] = {}
     for prompt in prompts:
         by_length.setdefault(len(prompt), []).append(prompt)
@@ -75,7 +75,7 @@ def rollouts(model: Any, prompts: list[list[int]], greedy_share: float) -> Itera
 
 @torch.no_grad()
 def continued(model: Any, ids: Tensor, sample: bool) -> Tensor:
-    """One batched continuation of CONTINUATION tokens; end-of-text does not stop it."""
+    """Batched continuation of CONTINUATION tokens; end-of-text does not stop it."""
     cache, step = None, ids
     out = ids
     for _ in range(CONTINUATION):
@@ -88,7 +88,7 @@ def continued(model: Any, ids: Tensor, sample: bool) -> Tensor:
 
 @torch.no_grad()
 def batch_of(model: Any, ids_BS: Tensor, layer_ids: tuple[int, ...], prompt: int) -> TTTBatch:
-    """Ids [B, S] with the target's rows at every position; loss from the last prompt row on."""
+    """Batch of ids [B, S] with the target's rows; the loss starts at the last prompt row."""
     out = model.model(input_ids=ids_BS, output_hidden_states=True, use_cache=False)
     features = torch.cat([out.hidden_states[k] for k in layer_ids], dim=-1)
     places = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
@@ -100,7 +100,7 @@ def batch_of(model: Any, ids_BS: Tensor, layer_ids: tuple[int, ...], prompt: int
 def train(
     model: Any, drafter: Eagle3, data: list[tuple[Tensor, int]], seconds: float, batch: int
 ) -> int:
-    """Minimise the LK hybrid until the time is over; returns the number of updates."""
+    """Minimise the LK hybrid for ``seconds``; returns the number of updates."""
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
     embed = model.get_input_embeddings().weight.detach()
     head = FrozenHead(model.get_output_embeddings().weight.detach())
@@ -154,17 +154,18 @@ def held_out_figures(model: Any, tokenizer: Any, drafter: Eagle3) -> dict[str, A
 
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")] = Path("examples/target"),
-    out: Annotated[Path, typer.Option(help="bundle store to write 0 to")] = Path(
+    out: Annotated[Path, typer.Option(help="folder that gets the bundle 0")] = Path(
         "examples/drafter"
     ),
     minutes: Annotated[float, typer.Option(help="training time")] = 1.8,
-    num_prompts: Annotated[int, typer.Option(help="Python pieces to continue")] = 6_144,
-    batch: Annotated[int, typer.Option(help="sequences of one update")] = 64,
+    num_prompts: Annotated[int, typer.Option(help="pieces of Python to continue")] = 6_144,
+    batch: Annotated[int, typer.Option(help="sequences per update")] = 64,
     greedy_share: Annotated[
-        float, typer.Option(help="of the continuations; the others are sampled", min=0, max=1)
+        float,
+        typer.Option(help="share of greedy continuations; others are sampled", min=0, max=1),
     ] = 0.0,
     intermediate: Annotated[
-        int | None, typer.Option(help="width of the MLP; by default the target's")
+        int | None, typer.Option(help="width of the MLP; default: the target's")
     ] = None,
 ) -> None:
     """Roll out, train, judge, publish."""

@@ -1,4 +1,4 @@
-"""Serve a model with speculative decoding, over HTTP.
+"""Serve a model with speculative decoding over HTTP.
 
 Exit code 0: drained and done. 1: it could not start, or was stopped before it was done. 2: wrong
 usage or settings.
@@ -7,7 +7,7 @@ usage or settings.
 from __future__ import annotations
 
 import logging
-import sys
+import time
 
 import typer
 
@@ -19,7 +19,9 @@ from configs.cli import (
     exit_code,
     settings_from_cli,
 )
+from configs.logs import set_up_logging
 
+log = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
@@ -36,23 +38,27 @@ def launch(
 ) -> None:
     """Load the target and its drafter, and answer requests until told to stop."""
     settings = settings_from_cli(config, set_, print_config)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    # torch and transformers take seconds to import; --help and --print-config do without.
+    set_up_logging(settings.log_level)
+    log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
+    # --help and --print-config skip these imports: torch and transformers take seconds.
+    started_s = time.perf_counter()
     from serving.http import bind, create_app, serve
+    from serving.periodic import periodic_stats
 
     try:
-        bound = bind(settings)  # a taken port is told now and not after minutes of loading
+        bound = bind(settings)  # report a taken port now, not after minutes of loading
         from serving.build import build_service
 
+        log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
         engine = build_service(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
     engine.start()
     try:
-        code = serve(create_app(engine, settings), engine, settings, bound)
+        with periodic_stats(engine.figures, settings.server.log_stats_s):
+            code = serve(create_app(engine, settings), engine, settings, bound)
     finally:
         engine.stop()
+    log.info("stopped")
     raise typer.Exit(code)

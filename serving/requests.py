@@ -157,4 +157,6 @@ class EngineFigures:
     """``queued``, ``written``, ``dropped``, ``rejected`` -> count."""
     capture_rows_dropped: int
     preemptions: int = 0
+    num_request_steps: int = 0
+    """Target passes that emitted tokens, counted once for each request in them."""
     extra: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Train the drafter of a run on the traces its server writes, and publish what is better.
+"""Train the drafter of a run on the traces its server writes, and publish better versions.
 
 Exit code 0: told to stop, or all steps done. 1: it could not start, or could not go on. 2: wrong
 usage or settings, or nothing to train.
@@ -6,6 +6,8 @@ usage or settings, or nothing to train.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import signal
 import threading
 
@@ -19,9 +21,14 @@ from configs.cli import (
     exit_code,
     settings_from_cli,
 )
+from configs.logs import set_up_logging
+from configs.schema import Settings
 from trainer.lock import only_trainer
 
-app = typer.Typer(no_args_is_help=True, help=__doc__, add_completion=False)
+log = logging.getLogger(__name__)
+app = typer.Typer(
+    no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback()
@@ -44,16 +51,34 @@ def launch(
             err=True,
         )
         raise typer.Exit(code=2)
+    set_up_logging(settings.log_level)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
         with only_trainer(settings.run_dir / "trainer"):
-            # torch and transformers take seconds to import; whoever is refused does without.
-            from trainer.build import build_trainer
-            from trainer.loop import run
-
-            run(build_trainer(settings, stop))
+            _train(settings, stop)
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
+
+
+def _train(settings: Settings, stop: threading.Event) -> None:
+    """
+    Raises:
+        ValueError, OSError: it cannot start.
+        typer.Exit: 1 after logging why it cannot go on.
+    """
+    log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
+    # --help and a refused second trainer skip these imports: torch and transformers take seconds.
+    from trainer.build import build_trainer
+    from trainer.loop import run
+
+    trainer = build_trainer(settings, stop)
+    try:
+        run(trainer)
+    except Exception as error:
+        log.critical("the trainer died: %s: %s", type(error).__name__, error, exc_info=True)
+        with contextlib.suppress(OSError):  # a full disk may be what it died of
+            trainer.journal.failed(error)
+        raise typer.Exit(code=1) from error

@@ -1,40 +1,146 @@
-"""What the trainer says of itself: ``log.jsonl``, one event a line, and ``status.json``, now."""
+"""What the trainer reports: every event in ``log.jsonl``, the present state in ``status.json``, and
+log lines for people."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 10.0
+"""Seconds between two log lines while the trainer learns, or waits for one and the same thing."""
+
 
 class Journal:
-    """Appends events and replaces the status. Readers never see half a status."""
+    """Appends events, replaces the status, and logs both. Readers never see half a status."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._status_path = folder / "status.json"
         self._log_path = folder / "log.jsonl"
+        self._lines = _Lines()
+        self._last_status: dict[str, Any] = {}
         if self._log_path.exists() and not _ends_a_line(self._log_path):
-            self._append(b"\n")  # behind what a killed trainer left
+            self._append(b"\n")  # ends the half line that a killed trainer left
 
     def event(self, name: str, /, **values: Any) -> None:
         """Append ``{"event": name, "unix_ms": now, ...}``; NaN and infinities become null."""
         line = {"event": name, "unix_ms": int(time.time() * 1000), **values}
         self._append(json.dumps(_plain(line), allow_nan=False).encode() + b"\n")
+        self._lines.event(name, values)
 
     def status(self, values: dict[str, Any]) -> None:
-        """Replace ``status.json``; after a power cut it may be an old one."""
+        """Replace ``status.json``. A power cut may bring back an older one."""
         body = {"unix_ms": int(time.time() * 1000), "pid": os.getpid(), **values}
-        aside = self._status_path.with_suffix(".tmp")
-        aside.write_text(json.dumps(_plain(body), allow_nan=False, indent=1))
-        aside.replace(self._status_path)
+        temporary = self._status_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(_plain(body), allow_nan=False, indent=1))
+        temporary.replace(self._status_path)
+        self._last_status = values
+        self._lines.status(values)
+
+    def failed(self, error: Exception) -> None:
+        """Record that the trainer ends because of ``error``. The caller logs it."""
+        text = f"{type(error).__name__}: {error}"
+        self.event("failed", text=text)
+        self.status({**self._last_status, "state": f"failed: {text}"})
 
     def _append(self, text: bytes) -> None:
         with self._log_path.open("ab") as file:
             file.write(text)
+
+
+class _Lines:
+    """Log lines of the events, and one every ``LINE_EVERY_S`` of what goes on between them."""
+
+    def __init__(self) -> None:
+        self._window_s = time.monotonic()
+        """Start of the present window, on the monotonic clock."""
+        self._num_updates = 0
+        """Updates in the window."""
+        self._num_rows = 0
+        self._awaited: str | None = None
+        """What the trainer waited for, when that was last logged."""
+        self._reasons: set[str] = set()
+        """Reasons for which a trace was refused so far."""
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Log an event; updates are only counted."""
+        if name == "update":
+            self._num_updates += 1
+            self._num_rows += values["rows"]
+        elif name == "refused":
+            self._refused(values)
+        elif name in _TEXTS:
+            level, text = _TEXTS[name]
+            log.log(level, text, values)
+
+    def status(self, values: dict[str, Any]) -> None:
+        """Log what the trainer waits for when that changes; else a line for each full window."""
+        state: str = values["state"]
+        if not state.startswith(("waiting", "training")):
+            return
+        awaited = state.partition(":")[0] if state.startswith("waiting") else None
+        if awaited is not None and awaited != self._awaited:
+            log.info(state)
+            self._awaited = awaited
+        elif time.monotonic() - self._window_s >= LINE_EVERY_S:
+            if self._num_updates:
+                log.info(self._learning(values))
+            elif awaited is not None:
+                log.info(state)
+            self._begin_window()
+
+    def _refused(self, values: dict[str, Any]) -> None:
+        """Warn about the first trace refused for a reason; thousands may follow for the same."""
+        level = logging.DEBUG if values["reason"] in self._reasons else logging.WARNING
+        self._reasons.add(values["reason"])
+        log.log(
+            level,
+            "trace %(trace)s is not used: %(text)s; status.json counts further traces refused for "
+            "the reason %(reason)r",
+            values,
+        )
+
+    def _learning(self, values: dict[str, Any]) -> str:
+        seconds = time.monotonic() - self._window_s
+        return (
+            f"step {values['step']}: {self._num_updates} updates and "
+            f"{self._num_rows / seconds:.0f} rows/s over {seconds:.0f} s, "
+            f"loss {values['loss']:.4f}, {values['traces']['read']} traces read, "
+            f"version {values['version']}"
+        )
+
+    def _begin_window(self) -> None:
+        self._window_s = time.monotonic()
+        self._num_updates = self._num_rows = 0
+
+
+_TEXTS = {
+    "started": (logging.INFO, "training begins from version %(version)d"),
+    "resumed": (
+        logging.INFO,
+        "resumed at step %(step)d: version %(version)d, %(traces)d traces read back, "
+        "%(traces_gone)d no longer in the buffer",
+    ),
+    "gate": (logging.INFO, "gate at step %(step)d: %(reason)s; parent version %(parent)d"),
+    "published": (logging.INFO, "published version %(version)d, trained from %(parent)d"),
+    "publish_failed": (logging.ERROR, "the new version could not be published: %(text)s"),
+    "rolled_back": (
+        logging.WARNING,
+        "the server rolled back version %(rejected)d; training goes on from version %(version)d",
+    ),
+    "restored": (logging.WARNING, "weights restored from %(source)s: %(text)s"),
+    "checkpoint": (logging.DEBUG, "checkpoint %(name)s written in %(seconds).1f s"),
+    "checkpoint_failed": (logging.ERROR, "the checkpoint could not be written: %(text)s"),
+    "stopped": (logging.INFO, "stopped at step %(step)d"),
+}
+"""Event -> level and text of its log line, filled in with the event's values."""
 
 
 def _ends_a_line(path: Path) -> bool:
@@ -45,7 +151,7 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
+    """The value with NaN and infinities, which JSON cannot express, replaced by ``None``."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

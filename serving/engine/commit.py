@@ -80,6 +80,8 @@ class Counters:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generation_tokens: int = 0
+    num_request_steps: int = 0
+    """Target passes that emitted tokens, counted once for each request in them."""
     num_rounds: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -189,6 +191,7 @@ class Commits:
         """Append tokens until one ends the request; returns how many were appended."""
         sampling = sequence.request.sampling
         sequence.num_steps += 1
+        self.counters.num_request_steps += 1
         sequence.num_rounds += 1
         count = 0
         for token in emitted:

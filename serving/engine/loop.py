@@ -119,6 +119,7 @@ class Engine:
             swap_seconds=0.0,
             traces={},
             capture_rows_dropped=0,
+            num_request_steps=c.num_request_steps,
         )
 
     def reset_figures(self) -> None:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +61,7 @@ def serve(
     def announce() -> None:
         write_server_file(file, host, port, engine.model_name)
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {engine.model_name} on http://{shown}:{port}", file=sys.stderr, flush=True)
+        logger.info("ready: serving %s at http://%s:%d", engine.model_name, shown, port)
 
     server = DrainingServer(
         uvicorn.Config(

@@ -1,11 +1,11 @@
-"""A made-up recording of a demo: four phases, a drafter that learns the shifted ones."""
+"""A synthetic recording of a demo: four phases, a drafter that learns the shifted ones."""
 
 from __future__ import annotations
 
 import random
 
 from buffer.records import Acceptance
-from examples.report import ARMS, Answer, Arm, PhaseSpan, Recording, Replay
+from examples.report import ARMS, Answer, Arm, PhaseSpan, Recording, Replay, VersionChange
 
 NAMES = ("python", "c", "docs", "python-again")
 STATIC = {"python": 3.4, "c": 2.1, "docs": 2.2, "python-again": 3.4}
@@ -31,6 +31,12 @@ def sample_answers(per_phase: int) -> tuple[Answer, ...]:
             acceptance = acceptance_of(level * rng.uniform(0.9, 1.1))
             answers.append(Answer(name, now_s, TOKENS, acceptance, version, version))
     return tuple(answers)
+
+
+def changes_of(answers: tuple[Answer, ...]) -> tuple[VersionChange, ...]:
+    """A swap just before the first answer of each version."""
+    firsts = {answer.version: answer.finished_s for answer in reversed(answers)}
+    return tuple(VersionChange(s - 0.01, v, False) for v, s in sorted(firsts.items()) if v)
 
 
 def sample_replays(prompts: int) -> tuple[Replay, ...]:
@@ -66,6 +72,7 @@ def sample_recording(per_phase: int = 60, prompts: int = 4) -> Recording:
         phases=tuple(PhaseSpan(name, ends[i], ends[i + 1]) for i, name in enumerate(NAMES)),
         shifted=("c", "docs"),
         answers=answers,
+        changes=changes_of(answers),
         replays=sample_replays(prompts),
         static_version=0,
         newest_version=answers[-1].version,

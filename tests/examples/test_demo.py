@@ -1,4 +1,4 @@
-"""The demo's plan, its folder and its view; what it measures is in test_report.py."""
+"""The demo's plan, its folder and what it prints. Its figures are tested in test_report.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from examples.demo import (
     MARKER,
@@ -15,11 +16,12 @@ from examples.demo import (
     gather_texts,
     is_enough,
     own_folder,
+    version_changes,
 )
-from examples.live import Now, line, sparkline
-from examples.report import ARMS
+from examples.live import Now, line, sparkline, summary
+from examples.report import ARMS, VersionChange, build_report
 from examples.traffic import replay_rounds
-from tests.examples.sample import sample_answers
+from tests.examples.sample import sample_answers, sample_recording
 
 
 def test_each_arm_answers_each_prompt_once():
@@ -41,7 +43,7 @@ def test_a_round_is_the_same_prompts_by_all_arms_in_rotating_order():
     [
         pytest.param(90, 0, False, True, id="time is over"),
         pytest.param(50, 100, True, True, id="enough requests, trainer has caught up"),
-        pytest.param(50, 100, False, False, id="new versions still come"),
+        pytest.param(50, 100, False, False, id="new versions keep coming"),
         pytest.param(50, 99, True, False, id="too few requests"),
     ],
 )
@@ -72,7 +74,7 @@ def test_prompts_of_the_replay_are_not_in_the_traffic():
     assert len(set(live) | set(kept)) == len(live) + len(kept)
 
 
-def test_folder_that_is_not_ours_is_left_alone(tmp_path: Path):
+def test_a_folder_without_the_marker_is_left_alone(tmp_path: Path):
     precious = tmp_path / "weights" / "mine"
     precious.mkdir(parents=True)
 
@@ -83,7 +85,7 @@ def test_folder_that_is_not_ours_is_left_alone(tmp_path: Path):
     assert not (tmp_path / MARKER).exists()
 
 
-def test_second_run_removes_what_the_first_made_and_nothing_else(tmp_path: Path):
+def test_second_run_removes_what_the_first_wrote_and_nothing_else(tmp_path: Path):
     run_dir = tmp_path / "demo"
     with own_folder(run_dir):
         (run_dir / "weights" / "3").mkdir(parents=True)
@@ -101,6 +103,35 @@ def test_two_demos_do_not_share_a_folder(tmp_path: Path):
         own_folder(tmp_path),
     ):
         pass
+
+
+def test_changes_of_version_are_the_servers_own_swaps_and_rollbacks():
+    history = [
+        {"unix_s": 1010.0, "event": "swapped", "version": 1},
+        {"unix_s": 1020.0, "event": "trial of the former version", "version": 0},
+        {"unix_s": 1025.0, "event": "trial over", "version": 1},
+        {"unix_s": 1030.0, "event": "rolled back from 1: acceptance fell", "version": 0},
+    ]
+
+    assert version_changes(history, began_unix_s=1000.0) == [
+        VersionChange(10.0, 1, False),
+        VersionChange(30.0, 0, True),
+    ]
+
+
+def printed(report: dict[str, object]) -> str:
+    console = Console(width=100, force_terminal=True, color_system="standard")
+    with console.capture() as captured:
+        console.print(*summary(report))
+    return captured.get()
+
+
+def test_terminal_headline_is_coloured_by_its_figures():
+    report = build_report(sample_recording())
+    green, red = "\x1b[1;32m", "\x1b[1;31m"
+
+    assert f"{green}The server got faster" in printed(report)
+    assert f"{red}Learning did not pay" in printed({**report, "speedup_vs_static": 0.96})
 
 
 def moment(**changes: object) -> Now:

@@ -1,9 +1,10 @@
-"""The demo as a whole, short, on a tiny random target: real server, real trainer, real clients."""
+"""A short demo on a tiny random target, with a real server, trainer and clients."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from examples.demo import MARKER
+from examples.processes import ChildDiedError, check_alive, start, stop, tail
 from oracles.support import REPOSITORY
 
 SHORT = """
@@ -21,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from examples.demo import DemoSettings, Phase, carry_out
 
-# As a terminal starts it: what a shell puts in the background is born deaf to Ctrl-C.
+# A shell starts background processes with SIGINT ignored; a terminal does not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 target, run_dir, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 names = {"python": "python", "c": "c", "python-again": "python"}
@@ -54,7 +56,7 @@ def begin_demo(target: Path, run_dir: Path, seconds: float, *sets: str) -> subpr
 
 
 def processes_of(run_dir: Path) -> list[str]:
-    """Command lines, of any process, that name the run folder."""
+    """Command lines of other processes that name the run folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -81,7 +83,7 @@ def test_a_short_demo_runs_to_its_report_and_leaves_nothing_running(
     assert all(phase["requests"] > 0 for phase in report["phases"])
     assert report["newest_version"] > 0
     assert "report.html" in output
-    assert "FAIL" in output  # a random target teaches nothing, and the demo says so
+    assert "FAIL" in output  # nothing can be learned from a random target, and the demo says so
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
     assert processes_of(tmp_path / "demo") == []
 
@@ -113,6 +115,31 @@ def test_dead_child_ends_the_demo_with_its_reason(tiny_target_dir: Path, tmp_pat
     output, _ = demo.communicate(timeout=280)
 
     assert demo.returncode == 1
-    assert "the server ended with exit code" in output
+    assert re.search(r"the server \(process \d+\) ended with exit code 1", output)
     assert "/nowhere is not a folder" in output.replace("\n", "")
     assert processes_of(tmp_path / "demo") == []
+
+
+@pytest.mark.timeout(300)
+def test_a_trainer_that_is_killed_is_named_with_its_last_lines(
+    tiny_target_dir: Path, tmp_path: Path
+):
+    overrides = ("--set", f"target={tiny_target_dir}", "--set", f"run_dir={tmp_path}")
+    command = ["-m", "trainer", "launch", *overrides, "--set", "trainer.device=cpu"]
+    trainer = start("trainer", command, tmp_path / "logs" / "trainer.log")
+    try:
+        deadline_s = time.monotonic() + 250
+        while "training begins" not in trainer.log.read_text():
+            assert time.monotonic() < deadline_s, tail(trainer.log)
+            check_alive([trainer])
+            time.sleep(0.2)
+
+        trainer.process.kill()
+        trainer.process.wait()
+
+        with pytest.raises(ChildDiedError) as caught:
+            check_alive([trainer])
+    finally:
+        stop([trainer])
+    assert f"the trainer (process {trainer.process.pid}) was killed by SIGKILL" in str(caught.value)
+    assert "training begins from version 0" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Every published figure says what it ran on."""
+"""The record of hardware and software that goes with every published figure."""
 
 from __future__ import annotations
 

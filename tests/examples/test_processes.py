@@ -1,4 +1,4 @@
-"""Children are watched, explained when they die, and never outlive whoever started them."""
+"""A dead child is reported with its reason, and no child outlives its parent."""
 
 from __future__ import annotations
 
@@ -89,10 +89,19 @@ def test_a_dead_child_is_reported_with_the_end_of_its_log(children: list[Child],
         check_alive([child])
 
     text = str(caught.value)
-    assert "the helper ended with exit code 3" in text
+    assert f"the helper (process {child.process.pid}) ended with exit code 3" in text
     assert str(child.log) in text
     assert text.endswith("the reason")
     assert len(text.splitlines()) < 30
+
+
+def test_a_killed_child_is_reported_with_its_signal(children: list[Child], tmp_path: Path):
+    child = started(children, POLITE, tmp_path)
+    child.process.kill()
+    child.process.wait()
+
+    with pytest.raises(ChildDiedError, match="was killed by SIGKILL; the system may be out of"):
+        check_alive([child])
 
 
 def test_stopping_twice_is_fine(children: list[Child], tmp_path: Path):

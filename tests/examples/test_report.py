@@ -1,4 +1,4 @@
-"""The demo's report says what its recording holds, and no more."""
+"""The demo's report is true to its recording, in figures, words, colours and picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from buffer.records import Acceptance
 from examples import picture
 from examples import report as reporting
-from examples.report import Answer, Check, Recording, build_report, checks
+from examples.report import Answer, Check, Recording, VersionChange, build_report, checks, headline
 from tests.examples.sample import TOKENS, acceptance_of, sample_recording
 
 
@@ -127,19 +127,79 @@ def answered(versions: list[int]) -> list[Answer]:
     return [Answer("c", float(i), 96, acceptance_of(3.0), v, v) for i, v in enumerate(versions)]
 
 
+def with_speed(recording: Recording, arm: str, factor: float) -> Recording:
+    """The recording with one arm faster by ``factor``."""
+    replays = tuple(
+        replace(r, request_s=r.request_s / factor) if r.arm == arm else r for r in recording.replays
+    )
+    return replace(recording, replays=replays)
+
+
+def page_of(recording: Recording) -> str:
+    return picture.render_html(recording, build_report(recording))
+
+
+def test_headline_and_colours_of_a_drafter_that_learned(recording: Recording):
+    report = build_report(recording)
+
+    assert report["speedup_vs_static"] > 1
+    assert headline(report) == ("The server got faster while it served", "good")
+    assert page_of(recording).count('<b class="good">') == 4  # both speedups and no faults
+    assert '<b class="bad">' not in page_of(recording)
+
+
 @pytest.mark.parametrize(
-    ("versions", "expected"),
+    ("arm", "factor", "expected"),
     [
-        pytest.param([], [], id="nothing answered"),
-        pytest.param([0, 0, 1, 1, 3], [(3, 1, False), (5, 3, False)], id="two swaps"),
-        pytest.param([0, 1, 0, 1, 1], [(2, 1, False)], id="overtaken by a slower request"),
-        pytest.param(
-            [1, 2, 1, 1, 4], [(2, 2, False), (3, 1, True), (5, 4, False)], id="rolled back"
-        ),
+        ("tuned", 0.65, "Learning did not pay: the tuned drafter was slower than the frozen one"),
+        ("plain", 9.0, "Drafting did not pay: the server was slower than plain decoding"),
     ],
 )
-def test_version_changes(versions: list[int], expected: list[tuple[int, int, bool]]):
-    assert picture.version_changes(answered(versions)) == expected
+def test_a_demo_that_lost_says_so_and_not_in_green(
+    recording: Recording, arm: str, factor: float, expected: str
+):
+    lost = with_speed(recording, arm, factor)
+
+    assert headline(build_report(lost)) == (expected, "bad")
+    page = page_of(lost)
+    assert f'<h1 class="bad">{expected}</h1>' in page
+    assert page.count('<b class="good">') == 3  # the other speedup and no faults
+    assert page.count('<b class="bad">') == 1
+    assert "got faster" not in page
+
+
+def test_a_speedup_shown_as_one_is_no_gain(recording: Recording):
+    report = {**build_report(recording), "speedup_vs_static": 1.004}
+
+    assert headline(report) == (
+        "Learning changed nothing: the tuned drafter was as fast as the frozen one",
+        "neutral",
+    )
+
+
+def test_failed_requests_are_red(recording: Recording):
+    page = page_of(replace(recording, failed_requests=2))
+
+    assert '<b class="bad">2</b>failed requests' in page
+
+
+def test_picture_marks_the_recorded_rollbacks_and_no_others(recording: Recording):
+    """Answers of an older version finish after newer ones without a rollback: slow requests."""
+    versions = [0, 1, 0, 0, 0]
+    quiet = replace(recording, answers=tuple(answered(versions)), changes=())
+    back = replace(quiet, changes=(VersionChange(1.5, 0, True),))
+
+    red = picture.ROLLBACK_COLOUR
+    assert red not in picture.draw(quiet, build_report(quiet))
+    assert "rolled back" not in picture.draw(quiet, build_report(quiet))
+    assert red in picture.draw(back, build_report(back))
+    assert "rolled back" in picture.draw(back, build_report(back))
+
+
+def test_a_change_stands_between_the_requests_that_finished_around_it(recording: Recording):
+    little = replace(recording, answers=tuple(answered([0, 0, 1, 1])))
+
+    assert [picture.num_answered(little, at_s) for at_s in (-1.0, 1.5, 9.0)] == [0, 2, 4]
 
 
 def test_curves_restart_at_each_phase(recording: Recording):

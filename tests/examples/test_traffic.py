@@ -1,7 +1,8 @@
-"""Clients of the demo against a real server process on a tiny random target."""
+"""The demo's clients against a real server process on a tiny random target."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from buffer.weights import TENSORS, publish, read_bundle
-from examples.demo import DemoSettings, begin_server, wait_for_server
+from examples.demo import DemoSettings, begin_server, version_changes, wait_for_server
 from examples.processes import Child, stop
 from examples.report import mismatched_outputs
 from examples.traffic import Replayer, Reply, Server, Traffic, replay_rounds
@@ -48,7 +49,7 @@ def test_every_prompt_is_answered_once(server: Server):
     assert all(0 < len(reply.token_ids) <= MAX_TOKENS for reply in replies)
 
 
-def test_stopped_traffic_finishes_what_is_under_way_and_sends_no_more(server: Server):
+def test_stopped_traffic_finishes_requests_in_flight_and_sends_no_more(server: Server):
     replies: list[Reply] = []
     traffic = Traffic(server, PROMPTS * 50, 2, MAX_TOKENS, replies.append)
 
@@ -76,6 +77,7 @@ def test_three_arms_give_the_same_tokens_whatever_the_version(server: Server, ru
     weights = run_dir / "weights"
     first = read_bundle(weights / "0")
     publish(weights, replace(first.manifest, version=1, parent=0), {TENSORS: first.files[TENSORS]})
+    began_unix_s = time.time()
     replayer = Replayer(server, {"static": 0, "tuned": 1}, MAX_TOKENS, num_warmup=1)
 
     replays = [
@@ -95,3 +97,6 @@ def test_three_arms_give_the_same_tokens_whatever_the_version(server: Server, ru
     assert all(r.acceptance.num_proposed == 0 for r in replays if r.arm == "plain")
     assert replayer.num_warmed == 4
     assert server.swap(None)["pinned"] is None
+    swaps = version_changes(server.drafter()["history"], began_unix_s)
+    assert {change.version for change in swaps} == {0, 1}
+    assert all(change.at_s > 0 and not change.rolled_back for change in swaps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,13 +90,36 @@ def test_one_trainer_runs_alone_until_sigterm_ends_it_with_a_checkpoint(
     trainer.send_signal(signal.SIGTERM)
     _, text = trainer.communicate(timeout=30)
 
-    assert (trainer.returncode, text) == (0, "")
+    assert trainer.returncode == 0
+    lines = [line.partition(": ")[2] for line in text.splitlines()]
+    assert lines[0] == f"starting: target {world.target}, run_dir {tmp_path}"
+    assert lines[1] == "training begins from version 0"
+    assert any(re.match(r"gate at step \d+: at least .*; parent version 0$", x) for x in lines)
+    assert "published version 1, trained from 0" in lines
     saved = read_checkpoint(tmp_path / "trainer" / "checkpoints")
     status = json.loads((tmp_path / "trainer" / "status.json").read_text())
     last_line = (tmp_path / "trainer" / "log.jsonl").read_text().splitlines()[-1]
     assert status["state"] == "stopped"
     assert saved is not None and saved.state["step"] == status["step"] > 0
     assert json.loads(last_line)["event"] == "stopped"
+    assert lines[-1] == f"stopped at step {status['step']}"
+
+
+def test_a_trainer_that_dies_says_why_and_exits_with_1(
+    world: World, tmp_path: Path, launch: Launch
+) -> None:
+    write_traces(tmp_path, world.traces)
+    status = tmp_path / "trainer" / "status.json"
+    status.mkdir(parents=True)  # no file can be moved there
+
+    trainer = launch(tmp_path, world.target)
+    _, text = trainer.communicate(timeout=90)
+
+    assert trainer.returncode == 1
+    assert "CRITICAL trainer.cli: the trainer died: " in text
+    assert str(status) in text
+    last_line = (tmp_path / "trainer" / "log.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last_line)["event"] == "failed"
 
 
 @pytest.mark.parametrize("kind", ["suffix", "none"])

@@ -1,0 +1,22 @@
+"""Logging of both commands: one format, to stderr, at the level of the setting ``log_level``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+OURS = ("serving", "trainer", "drafters", "policies", "targets", "buffer", "configs")
+"""Packages that log at ``log_level``. Libraries log warnings and errors only."""
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def set_up_logging(level: str) -> None:
+    """Send log lines to stderr.
+
+    Args:
+        level: ``debug``, ``info``, ``warning`` or ``error``, as in ``Settings.log_level``.
+    """
+    chosen = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(stream=sys.stderr, level=max(chosen, logging.WARNING), format=FORMAT)
+    for name in OURS:
+        logging.getLogger(name).setLevel(chosen)
