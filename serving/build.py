@@ -9,16 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load
 
+from buffer.backends import open_backend
+from buffer.bundles import read_bundle
 from buffer.fingerprint import target_fingerprint
+from buffer.interface import Backend, TraceLimits, WeightsStore
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.traces import open_trace_writer
-from buffer.weights import TENSORS, newest_sound, read_bundle, versions
 from configs.schema import Settings
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.paged import PagedEagle3
@@ -93,8 +94,9 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
         with _timed("loaded the target"):
             loaded = load_target(settings)
     model, fingerprint = loaded.model, loaded.fingerprint
+    backend = open_backend(settings.buffer.url, settings.run_dir)
     with _timed("read and checked the drafter"):
-        start = _first_drafter(settings, model, fingerprint)
+        start = _first_drafter(settings, backend.open_weights(), model, fingerprint)
     layer_ids = start[0].layer_ids if start else ()
     with _timed("laid out the target"):
         target = Target(model, layer_ids)
@@ -142,7 +144,8 @@ def build_engine(settings: Settings, loaded: LoadedTarget | None = None) -> Serv
         policy.calibrate(_profile(settings, engine))
     if start is not None:
         policy.on_swap(start[1].version, start[1].policy)
-    return _service(settings, engine, weights, start[1] if start else None, fingerprint)
+    initial = start[1] if start else None
+    return _service(settings, engine, backend, weights, initial, fingerprint)
 
 
 def _programs(
@@ -197,6 +200,7 @@ def _timed(what: str) -> Iterator[None]:
 def _service(
     settings: Settings,
     engine: Engine,
+    backend: Backend,
     weights: FlatWeights | None,
     initial: Manifest | None,
     fingerprint: str,
@@ -205,14 +209,8 @@ def _service(
     recorder = swapper = None
     if engine.ring is not None:
         b = settings.buffer
-        writer = open_trace_writer(
-            b.url,
-            settings.run_dir,
-            segment_bytes=b.segment_bytes,
-            max_bytes=b.max_bytes,
-            ttl_s=b.ttl_s,
-            sync_interval_s=b.sync_interval_s,
-        )
+        limits = TraceLimits(b.segment_bytes, b.max_bytes, b.ttl_s, b.sync_interval_s)
+        writer = backend.open_trace_writer(limits)
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s)
         maker = TraceMaker(
             Producer(producer, int(time.time() * 1000), fingerprint),
@@ -228,7 +226,7 @@ def _service(
             weights=weights,
             initial=initial,
             expected=Expected(initial.kind, initial.drafter_config, fingerprint),
-            root=settings.run_dir / "weights",
+            store=backend.open_weights(),
             producer=producer,
             policy=engine.policy,
             poll_s=settings.swap.poll_s,
@@ -242,7 +240,7 @@ def _service(
 
 
 def _first_drafter(
-    settings: Settings, model: Any, fingerprint: str
+    settings: Settings, store: WeightsStore, model: Any, fingerprint: str
 ) -> tuple[Eagle3Config, Manifest, dict[str, torch.Tensor]] | None:
     """Config, manifest and tensors to start with: the newest of this run, else version 0.
 
@@ -251,23 +249,22 @@ def _first_drafter(
     """
     if settings.drafter.kind != "eagle3":
         return None
-    root = settings.run_dir / "weights"
-    if not versions(root):
-        _publish_initial(settings, model, fingerprint, root)
-    bundle, passed_over = newest_sound(root)
+    if not store.versions():
+        _publish_initial(settings, model, fingerprint, store)
+    bundle, passed_over = store.newest_sound()
     for problem in passed_over:
         log.warning("%s Starting with version %d.", problem, bundle.manifest.version)
     manifest = bundle.manifest
     if manifest.target_fingerprint != fingerprint:
         raise ValueError(
-            f"{root} holds drafters of target {manifest.target_fingerprint[:12]}, but "
+            f"{store.location} holds drafters of target {manifest.target_fingerprint[:12]}, but "
             f"{settings.target} is {fingerprint[:12]}; choose another run_dir"
         )
     config = Eagle3Config.from_json(manifest.drafter_config)
     return config, manifest, load(bundle.files[TENSORS])
 
 
-def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Path) -> None:
+def _publish_initial(settings: Settings, model: Any, fingerprint: str, store: WeightsStore) -> None:
     path = settings.drafter.path
     if path is not None:
         if not path.is_dir():
@@ -284,7 +281,7 @@ def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Pat
         manifest, content = random_drafter(
             model.config, lm_head, settings.drafter.layer_ids, settings.seed, fingerprint
         )
-    publish_initial(root, manifest, content)
+    publish_initial(store, manifest, content)
 
 
 def _neural(

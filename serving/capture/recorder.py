@@ -12,8 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from buffer.codec import encode_trace
+from buffer.interface import TraceWriter
 from buffer.records import Trace
-from buffer.segments import SegmentWriter
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Recorder:
     """Background writer of traces."""
 
-    def __init__(self, writer: SegmentWriter, max_queue: int, sync_interval_s: float) -> None:
+    def __init__(self, writer: TraceWriter, max_queue: int, sync_interval_s: float) -> None:
         self._writer = writer
         self._max_queue = max_queue
         self._sync_interval_s = sync_interval_s

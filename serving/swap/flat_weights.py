@@ -13,14 +13,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from buffer.bundles import BundleError, BundleInBuffer, HostBuffer
+from buffer.interface import WeightsStore
 from buffer.records import Manifest
-from buffer.weights import BundleError, BundleInBuffer, HostBuffer, read_bundle_into
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -188,7 +188,9 @@ class Expected:
     target_fingerprint: str
 
 
-def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
+def load_bundle(
+    store: WeightsStore, version: int, weights: FlatWeights, expected: Expected
+) -> Staged:
     """Check a bundle from manifest to last byte and stage it.
 
     Raises:
@@ -196,7 +198,7 @@ def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
             weights keep serving.
     """
     try:
-        bundle = read_bundle_into(weights.host, path)
+        bundle = store.read_into(weights.host, version)
     except (BundleError, OSError) as error:
         raise ValueError(str(error)) from error
     manifest = bundle.manifest

@@ -10,16 +10,15 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from buffer.interface import WeightsStore
 from buffer.records import Manifest
-from buffer.weights import mark_in_use, read_denied, unmark_in_use, versions, write_denied
 from drafters.eagle3.paged import PagedEagle3
 from policies.interface import DraftPolicy
 from policies.rollback import Action, SwapWatch
@@ -49,7 +48,7 @@ class Swapper:
         weights: FlatWeights,
         initial: Manifest,
         expected: Expected,
-        root: Path,
+        store: WeightsStore,
         producer: str,
         policy: DraftPolicy,
         poll_s: float,
@@ -60,7 +59,7 @@ class Swapper:
         self._neural = neural
         self._weights = weights
         self._expected = expected
-        self._root = root
+        self._store = store
         self._producer = producer
         self._policy = policy
         self._poll_s = poll_s
@@ -71,9 +70,9 @@ class Swapper:
         self._current = initial
         self._former: Manifest | None = None
         self._former_flat: Tensor | None = None
-        self._denied = read_denied(root)
+        self._denied = store.read_denied()
         self._denied_written = set(self._denied)
-        self._failed: dict[int, tuple[int, int]] = {}
+        self._failed: dict[int, Hashable] = {}
         self._pinned: int | None = None
         # Without a lock: its ends are safe to use from two threads, and the engine's takes none.
         self._orders: deque[_Order] = deque()
@@ -92,7 +91,7 @@ class Swapper:
 
     def start(self) -> None:
         with self._one_swap:
-            mark_in_use(self._root, self._producer, self._held())
+            self._store.mark_in_use(self._producer, self._held())
         self._thread.start()
 
     def stop(self) -> None:
@@ -100,11 +99,11 @@ class Swapper:
         if self._thread.is_alive():
             self._thread.join(5.0)
         self._remember_denied()
-        unmark_in_use(self._root, self._producer)
+        self._store.unmark_in_use(self._producer)
 
     def status(self) -> dict[str, Any]:
         """What ``GET /admin/drafter`` shows."""
-        known = versions(self._root)
+        known = self._store.versions()
         newest = max(known, default=self._current.version)
         return {
             "kind": self._neural.kind,
@@ -141,12 +140,12 @@ class Swapper:
             return self._swap(version, timeout_s)
 
     def _swap(self, version: int | None, timeout_s: float) -> dict[str, Any]:
-        known = [v for v in versions(self._root) if v not in self._denied]
+        known = [v for v in self._store.versions() if v not in self._denied]
         if version is None and not known:
             raise ValueError("no version is published")
         wanted = max(known) if version is None else version
-        if wanted not in versions(self._root):
-            raise ValueError(f"version {wanted} is not published; known: {versions(self._root)}")
+        if wanted not in self._store.versions():
+            raise ValueError(f"version {wanted} is not published; known: {self._store.versions()}")
         staged = None if wanted == self._current.version else self._load(wanted)
         self._pinned = version  # a refused order changes nothing
         if staged is not None:
@@ -175,15 +174,15 @@ class Swapper:
         self._wake_engine()
         if not order.done.wait(timeout_s):
             raise ValueError("the engine did not take the order in time; it will when it wakes")
-        mark_in_use(self._root, self._producer, self._held())
+        self._store.mark_in_use(self._producer, self._held())
 
     def _held(self) -> set[int]:
         return {m.version for m in (self._current, self._former) if m is not None}
 
     def _load(self, version: int) -> Staged:
-        mark_in_use(self._root, self._producer, self._held() | {version})
+        self._store.mark_in_use(self._producer, self._held() | {version})
         try:
-            staged = load_bundle(self._root / str(version), self._weights, self._expected)
+            staged = load_bundle(self._store, version, self._weights, self._expected)
         except ValueError as error:
             self._counts["rejected"] += 1
             self._last_error = str(error)
@@ -203,7 +202,7 @@ class Swapper:
                 with self._one_swap:
                     self._remember_denied()
                     if time.monotonic() - renewed > _RENEW_S:
-                        mark_in_use(self._root, self._producer, self._held())
+                        self._store.mark_in_use(self._producer, self._held())
                         renewed = time.monotonic()
                     if self._automatic and self._pinned is None and not self._on_trial:
                         self._look()
@@ -220,15 +219,15 @@ class Swapper:
         """So that a restart does not begin with a version that was rolled back."""
         if self._denied != self._denied_written:
             self._denied_written = set(self._denied)
-            write_denied(self._root, self._denied_written)
+            self._store.write_denied(self._denied_written)
 
     def _look(self) -> None:
         """Take the newest version that is newer than ours, unless it failed and is unchanged."""
-        newer = [v for v in versions(self._root) if v > self._newest_taken]
+        newer = [v for v in self._store.versions() if v > self._newest_taken]
         if not newer:
             return
         version = max(newer)
-        mark = _mark(self._root / str(version))
+        mark = self._store.change_mark(version)
         if self._failed.get(version) == mark:
             return
         try:
@@ -304,9 +303,3 @@ class Swapper:
 
     def _state(self) -> str:
         return "pinned" if self._pinned is not None else self._watch.state
-
-
-def _mark(path: Path) -> tuple[int, int]:
-    """Changes when a file of the bundle does: newest mtime and total size."""
-    stats = [p.stat() for p in path.iterdir()] if path.is_dir() else []
-    return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats)
