@@ -27,6 +27,7 @@ import torch
 from benchmarks.engine.engines import Made, Place, engine_of
 from benchmarks.engine.load import random_prompts
 from benchmarks.engine.report import Report
+from buffer.interface import WeightsStore
 from serving.requests import Output, Request, SamplingParams
 from serving.swap import swapper as swapping_thread
 from serving.swap.flat_weights import Expected, FlatWeights, Staged

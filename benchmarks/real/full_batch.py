@@ -31,6 +31,7 @@ from benchmarks.harness.choice import known
 from benchmarks.harness.result import write_result
 from benchmarks.real.speculation import FIXED, OFF, POLICY, engine_for, made_by, prompts_for
 from benchmarks.real.train_drafter import say
+from buffer.folder_weights import FolderWeights
 from policies.interface import DraftPolicy
 from serving.engine.loop import Engine
 from serving.requests import Output, Request, SamplingParams

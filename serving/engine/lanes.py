@@ -62,8 +62,10 @@ class Lanes:
         self.ints[Field.LIMIT, self.padding] = 1  # nothing is committed
         self.pages = torch.zeros((max_batch + 1, pages_each), dtype=torch.int32, device=device)
         self.floats = torch.zeros((3, max_batch + 1), dtype=torch.float32, device=device)
+        shape = (max_batch + 1, target.config.hidden_size)
+        self.outputs_LH = torch.zeros(shape, dtype=target.dtype, device=device)
+        """The neural drafter's output at each anchor: its next draft starts there."""
         self.state = LaneState(self.ints, self.floats, self.pages)
-        self.tables = new_tables(max_batch + 1, target.vocab_size, MOST_BIASES, device)
         self._free = list(range(max_batch - 1, -1, -1))
 
     def take(self) -> int:

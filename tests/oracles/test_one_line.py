@@ -15,7 +15,7 @@ def test_a_copy_runs_the_new_file_and_differs_by_one_line(tmp_path):
         "# more",
         after='"""',
     )
-    code = "import buffer, buffer.greeting, sys; print(buffer.__file__, buffer.greeting.WORD, sys.argv[1])"
+    code = "import buffer.greeting, sys; print(buffer.__file__, buffer.greeting.WORD, sys.argv[1])"
     done = run_in(root, code, "world")
 
     assert done.stdout == f"{root}/buffer/__init__.py hello world\n", done.stderr

@@ -268,7 +268,7 @@ def test_a_checkpoint_of_another_target_is_an_error(world: World, tmp_path: Path
         target_fingerprint=fingerprint_of(other),
     )
     FolderWeights(tmp_path / "weights").publish(
-        manifest, dict(read_bundle(tmp_path / "weights" / "0").files)
+        manifest, read_bundle(tmp_path / "weights" / "0").files
     )
 
     with pytest.raises(CheckpointError, match=r"its target_fingerprint is .*; not training"):

@@ -191,8 +191,7 @@ def test_a_tensor_that_begins_anywhere_is_read(tmp_path):
     shifted = (
         length.to_bytes(8, "little") + content[8 : 5 + length] + b"   " + content[5 + length :]
     )
-    publish(
-        tmp_path / "shifted",
+    FolderWeights(tmp_path / "shifted").publish(
         Manifest(0, None, EXPECTED.kind, {}, EXPECTED.target_fingerprint, {}),
         {TENSORS: shifted},
     )
