@@ -1,4 +1,4 @@
-"""One damaged spot costs at most the record it lies in, and is always noticed."""
+"""Damage in one place costs at most the record that it hits, and is always noticed."""
 
 import os
 from dataclasses import replace
@@ -15,7 +15,7 @@ LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=4 << 20, ttl_s=3600.0, syn
 
 
 def write_segment(root, payloads, **limits):
-    """A closed segment with these records; its path."""
+    """Write a closed segment with these records, and return its path."""
     with SegmentWriter(root, replace(LIMITS, **limits)) as writer:
         for payload in payloads:
             writer.append(payload)
@@ -36,7 +36,7 @@ def read_all(root):
 
 
 def flips(content):
-    """Every version of ``content`` with one bit flipped: (index of the byte, bytes)."""
+    """Every copy of ``content`` with one bit flipped: (index of the byte, bytes)."""
     for bit in range(len(content) * 8):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -44,7 +44,7 @@ def flips(content):
 
 
 def frame_index(payloads, position):
-    """Which record the byte at ``position`` belongs to."""
+    """Index of the record that the byte at ``position`` belongs to."""
     end = 0
     for index, payload in enumerate(payloads):
         end += HEAD.size + len(payload)

@@ -336,7 +336,7 @@ def test_numbers_are_checked_also_where_the_digest_is_right(store, tmp_path, rea
 
 
 def put_in_place(bundle, name, content):
-    """Replace a file, and let the manifest say so."""
+    """Replace a file, and update its entry in the manifest."""
     (bundle / name).write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
     files = json.loads((bundle / "manifest.json").read_text())["files"]
@@ -354,7 +354,7 @@ def test_a_size_that_no_memory_holds_is_refused_before_there_is_room_for_it(bund
 
 
 class Meanwhile(HostBuffer):
-    """Something happens to a file that was opened and is not yet read."""
+    """Runs a function after a file was opened and before it is read."""
 
     def __init__(self, happens):
         super().__init__()
@@ -392,7 +392,7 @@ def test_a_file_that_changes_its_size_after_it_was_opened_is_refused(bundle, mon
 
 
 def test_a_tensor_file_is_judged_by_its_header_alone(tmp_path):
-    """A sparse file of 1 GiB: reading it would take seconds and memory."""
+    """The file is sparse, 1 GiB: reading it would take seconds and memory."""
     path = tmp_path / "big.safetensors"
     header = b'{"w":{"dtype":"U8","shape":[1073741824],"data_offsets":[0,1073741824]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header)

@@ -1,4 +1,4 @@
-"""``buffer inspect`` tells a sound run from a damaged one, also by its exit code."""
+"""``buffer inspect`` tells a sound run from a damaged one, in its output and its exit code."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: nothing acknowledged is lost, nothing half-written is seen."""
+"""After kill -9 at any moment nothing acknowledged is lost and nothing half-written is visible."""
 
 import random
 import time
@@ -49,7 +49,7 @@ while True:
 
 
 def killed_output(process, delay_s):
-    """Lines that a process printed until it was killed ``delay_s`` after its first one."""
+    """Kill a process ``delay_s`` after its first line of output; returns all lines it printed."""
     first = process.stdout.readline()
     time.sleep(delay_s)
     process.kill()

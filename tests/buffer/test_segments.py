@@ -1,4 +1,4 @@
-"""The log: acknowledged is kept, readers are independent, and whatever leaves is counted."""
+"""Segment files: order, size limits, TTL, full disks and power cuts."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ HEAD_BYTES = 32
 
 
 class Clock:
-    """Unix time that moves only when told."""
+    """Unix time that moves only on request."""
 
     def __init__(self):
         self.now_s = 1_700_000_000.0
@@ -174,7 +174,7 @@ def test_what_dead_writers_left_behind_is_swept_once_it_is_old(tmp_path):
 
 
 def test_a_full_disk_costs_the_records_that_do_not_fit_and_nothing_else(tmp_path, start_python):
-    """A file size limit stands for a full disk: the write is cut in the middle of the record."""
+    """A file size limit stands in for a full disk: the write stops in the middle of the record."""
     process = start_python(
         "import sys; from pathlib import Path; from buffer.interface import TraceLimits\n"
         "from buffer.segment_writer import SegmentWriter\n"
@@ -253,7 +253,7 @@ def test_old_segments_can_leave_a_disk_that_is_full(tiny_disk):
 
 
 def test_a_power_cut_takes_nothing_that_was_acknowledged(tmp_path, monkeypatch):
-    """The cut is played: of every file only what was flushed is left, and only if its name was."""
+    """Simulated: only what was flushed is left of a file, and only if its folder was flushed too."""
     flushed, named = {}, set()
     real_fdatasync, real_fsync = os.fdatasync, os.fsync
 
