@@ -21,8 +21,8 @@ import torch
 import typer
 
 from benchmarks.harness.run_traces import all_traces, by_index, held_out
+from buffer.bundles import read_manifest
 from buffer.records import Trace
-from buffer.weights import read_manifest
 from configs.load import load_settings
 from configs.schema import Settings
 from drafters.eagle3.model import Eagle3

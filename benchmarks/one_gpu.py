@@ -29,8 +29,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.harness.run_traces import JUDGED_TRACES, all_traces, by_index, held_out
+from buffer.backends import open_backend
 from buffer.records import Acceptance, Trace
-from buffer.weights import read_manifest, versions
 from configs.load import load_settings
 from configs.schema import Settings
 from drafters.suffix import SuffixIndex
@@ -167,11 +167,11 @@ def learning_curve(
     """
     traces = all_traces(settings)
     head = load_target_head(Path(settings.target), DEVICE, batch_dtype(DEVICE))
-    root = settings.run_dir / "weights"
-    initial = read_manifest(root / "0")
+    store = open_backend(settings.buffer.url, settings.run_dir).open_weights()
+    initial = store.read_manifest(0)
     fingerprint = initial.target_fingerprint
     _, bundled = read_drafter(static, head, fingerprint)
-    known = versions(root)
+    known = store.versions()
     chosen = sorted({0, *known[:: max(1, len(known) // JUDGED_VERSIONS)], *known[-1:]})
     ends = [int(unix_s * 1000) for _, unix_s in spans]
     suffix = suffix_figures(traces, ends, settings)
@@ -183,7 +183,9 @@ def learning_curve(
         judge = Judge(head, DEVICE, bundled.to(DEVICE), margin=1.0)
         static_figure, points = None, []
         for version in chosen:
-            manifest, model = read_drafter(root / str(version), head, fingerprint)
+            manifest, model = read_drafter(
+                settings.run_dir / "weights" / str(version), head, fingerprint
+            )
             judged = judge.judge(model.to(DEVICE), samples)
             static_figure = judged.incumbent
             at = bisect.bisect([t.finished_unix_ms for t in traces], manifest.created_unix_ms)

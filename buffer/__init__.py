@@ -1,1 +1,1 @@
-"""What stands between server and trainer: traces go one way, weights the other. No torch here."""
+"""The buffer between server and trainer: traces flow one way, weights the other. Free of torch."""

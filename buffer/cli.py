@@ -1,6 +1,6 @@
-"""Look into a run folder from a terminal. Reads only.
+"""Inspect the traces and versions of a run. Reads only.
 
-Exit code 0: all fine. 1: something is damaged. 2: wrong usage.
+Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings.
 """
 
 from __future__ import annotations
@@ -10,64 +10,32 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 
+from buffer.backends import open_backend
+from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
+from buffer.interface import Backend, Report, WeightsStore
 from buffer.records import Acceptance, Trace
-from buffer.segments import SegmentReader, SegmentReport, recover
-from buffer.weights import BundleError, check_bundle, read_manifest, versions
-from configs.cli import VersionOption
+from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
-class Report(Protocol):
-    """One line of the output."""
-
-    @property
-    def is_damaged(self) -> bool: ...
-
-    def to_line(self) -> str: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True, slots=True)
-class SegmentLine:
-    """One segment of the trace log."""
-
-    segment: SegmentReport
-
-    @property
-    def is_damaged(self) -> bool:
-        return self.segment.damaged > 0
-
-    def to_line(self) -> str:
-        one = self.segment
-        live = ", being written" if one.live else ""
-        return (
-            f"segment {one.writer}/{one.segment:06d}: {one.records} records, "
-            f"{one.num_bytes} bytes, torn {one.torn_bytes} bytes, damaged {one.damaged}{live}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "segment", **asdict(self.segment)}
-
-
-@dataclass(frozen=True, slots=True)
-class TracesLine:
-    """All traces of the log together."""
+class TracesLine(Report):
+    """All traces together."""
 
     traces: int
     prompt_tokens: int
     completion_tokens: int
     acceptance: Acceptance
     tenants: dict[str, int]
-    """Traces of each."""
+    """Number of traces of each tenant."""
     unreadable: dict[str, int]
-    """Records that are no trace, by reason."""
+    """Number of records that are not a trace, by reason."""
 
     @property
     def is_damaged(self) -> bool:
@@ -88,7 +56,7 @@ class TracesLine:
 
 
 @dataclass(frozen=True, slots=True)
-class BundleLine:
+class BundleLine(Report):
     """One published version."""
 
     version: int
@@ -112,40 +80,55 @@ class BundleLine:
 
 @app.callback()
 def main(version: VersionOption = False) -> None:
-    """Look into a run folder from a terminal. Reads only."""  # keeps `inspect` a subcommand
+    """Inspect the traces and versions of a run. Reads only."""  # keeps `inspect` a subcommand
 
 
 @app.command()
 def inspect(
     run: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="run folder, e.g. runs/demo")
-    ],
+        Path | None,
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            help="run folder, e.g. runs/demo; by default run_dir of the settings",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line")] = False,
 ) -> None:
-    """Check every trace segment and every published bundle, one line for each.
+    """Check all traces that ``buffer.url`` holds and every published bundle, one line for each
+    segment and bundle.
 
-    Exit code 0: all fine. 1: something is damaged. 2: wrong usage.
+    Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings.
     """
-    reports = list(look_into(run))
+    settings = settings_from_cli(config, set_, print_config=False)
+    run_dir = settings.run_dir if run is None else run
+    try:
+        reports = list(inspect_backend(open_backend(settings.buffer.url, run_dir)))
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
     for report in reports:
         typer.echo(json.dumps(report.to_json()) if as_json else report.to_line())
     if any(report.is_damaged for report in reports):
         raise typer.Exit(code=1)
 
 
-def look_into(run: Path) -> Iterator[Report]:
-    """Reports on all segments, on the traces in them, and on all bundles."""
-    yield from map(SegmentLine, recover(run / "traces"))
-    yield summarise_traces(run / "traces")
-    for version in versions(run / "weights"):
-        yield summarise_bundle(run / "weights" / str(version))
+def inspect_backend(backend: Backend) -> Iterator[Report]:
+    """Reports on the storage of the traces, on the traces themselves, and on every bundle."""
+    yield from backend.reports()
+    yield summarise_traces(backend)
+    store = backend.open_weights()
+    for version in store.versions():
+        yield summarise_bundle(store, version)
 
 
-def summarise_traces(root: Path) -> TracesLine:
-    """Count what the log holds; reads from its beginning and moves no other reader."""
+def summarise_traces(backend: Backend) -> TracesLine:
+    """Count all stored traces, from the oldest on; no other reader's offsets move."""
     acceptance = Acceptance()
     counts, tenants, unreadable = Counter[str](), Counter[str](), Counter[str]()
-    for trace in _traces(root, unreadable):
+    for trace in _traces(backend, unreadable):
         acceptance += _acceptance_of(trace)
         tenants[trace.tenant] += 1
         counts["prompt"] += trace.prompt_length
@@ -160,22 +143,22 @@ def summarise_traces(root: Path) -> TracesLine:
     )
 
 
-def summarise_bundle(path: Path) -> BundleLine:
-    """Check one bundle; what its manifest says is shown also when a file of it is damaged."""
+def summarise_bundle(store: WeightsStore, version: int) -> BundleLine:
+    """Check one bundle; its manifest is shown even if another of its files is damaged."""
     problem = None
     try:
-        check_bundle(path)
+        store.read(version)
     except BundleError as error:
         problem = error.problem
     try:
-        manifest = read_manifest(path)
+        manifest = store.read_manifest(version)
     except BundleError:
-        return BundleLine(int(path.name), None, {}, problem)
+        return BundleLine(version, None, {}, problem)
     return BundleLine(manifest.version, manifest.parent, manifest.gate, problem)
 
 
-def _traces(root: Path, unreadable: Counter[str]) -> Iterator[Trace]:
-    reader = SegmentReader(root)
+def _traces(backend: Backend, unreadable: Counter[str]) -> Iterator[Trace]:
+    reader = backend.open_record_reader()  # not a TraceReader, which keeps what it cannot decode
     while records := reader.read(64):
         for record in records:
             try:

@@ -1,9 +1,9 @@
-"""One trace as one safetensors blob: arrays as tensors, all else as JSON in ``__metadata__``.
+"""Encodes a trace as a safetensors blob: arrays as tensors, the rest as JSON in ``__metadata__``.
 
 ``__metadata__`` holds ``schema`` ("slipstream.trace"), ``version`` ("1") and ``trace`` (JSON). A
-reader takes every version up to its own and ignores keys that it does not know; a change that an
-old reader could misread gets a new version. Rounds are written by columns. JSON has no infinity:
-a log-probability of -inf is written as null.
+reader accepts every version up to its own and ignores unknown keys; a change that an old reader
+could misread gets a new version. Rounds are stored by column. JSON has no infinity, so a
+log-probability of -inf is stored as null.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from buffer.tensors import (
 SCHEMA = "slipstream.trace"
 VERSION = 1
 MAX_HEADER_BYTES = 64 << 20
-"""2,048 rounds of 8 draft tokens take 1 MiB; the rest is room for longer contexts."""
+"""2,048 rounds of 8 draft tokens take 1 MiB; the rest leaves room for longer contexts."""
 
 Reason = Literal["header", "schema", "version", "content"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -45,23 +45,23 @@ _SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
 _TEXT_FIELDS = ("producer", "request_id", "tenant", "target_fingerprint")
 _COUNT_FIELDS = ("epoch", "seq", "prompt_length", "finished_unix_ms")
 _MAX_TEXT = 4096
-_MAX_LOGP = 1e-3  # rounding of a log-softmax may leave a little above 0
+_MAX_LOGP = 1e-3  # a log-softmax may round to slightly above 0
 
 
 class UnreadableRecordError(ValueError):
-    """Bytes that are not a trace this reader understands."""
+    """Bytes that this reader cannot decode as a trace."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-        """Short word for counting."""
+        """Category under which it is counted."""
 
 
 def encode_trace(trace: Trace) -> bytes:
-    """Pack a trace.
+    """Encode a trace.
 
     Raises:
-        ValueError: the trace contradicts itself or ``records.py`` (a shape, a count, a NaN).
+        ValueError: the trace is inconsistent or violates ``records.py`` (a shape, a count, a NaN).
     """
     check_trace(trace)
     tensors: dict[str, tuple[str, NDArray[Any]]] = {"token_ids": ("I32", trace.token_ids)}
@@ -76,12 +76,12 @@ def encode_trace(trace: Trace) -> bytes:
 
 
 def decode_trace(blob: bytes) -> Trace:
-    """Unpack a trace and check it; nothing in it is trusted.
+    """Decode a trace and check all of it.
 
-    The arrays share one writable copy of ``blob``, so torch can wrap them without copying again.
+    The arrays share one writable copy of ``blob``, so torch can wrap them without another copy.
 
     Raises:
-        UnreadableRecordError: names what was found.
+        UnreadableRecordError: says what was found.
     """
     try:
         header = parse_header(blob, len(blob), MAX_HEADER_BYTES)
@@ -100,9 +100,9 @@ def decode_trace(blob: bytes) -> Trace:
 
 
 def check_trace(trace: Trace) -> None:
-    """Check that a trace fits ``records.py`` and itself.
+    """Check that a trace is consistent and conforms to ``records.py``.
 
-    Token ids are checked to be >= 0 only: the size of the vocabulary is not known here.
+    Token ids are only checked to be >= 0: the size of the vocabulary is not known here.
 
     Raises:
         ValueError: names the field and what was expected.
@@ -136,7 +136,7 @@ def _body_of(trace: Trace) -> dict[str, Any]:
 
 
 def _columns_of(rounds: tuple[Round, ...]) -> dict[str, list[Any]]:
-    """Rounds by fields. A busy server writes tens of thousands a second."""
+    """Rounds as one list per field. A busy server encodes tens of thousands a second."""
     values = zip(*map(_ROUND_VALUES, rounds), strict=True) if rounds else repeat(())
     columns = {name: list(column) for name, column in zip(_ROUND_FIELDS, values, strict=False)}
     for name in _LOGP_FIELDS:
@@ -229,7 +229,7 @@ def _check_round(one: Round, num_tokens: int) -> None:
 
 
 def _round_problem(one: Round, num_tokens: int, k: int) -> str | None:
-    """What is wrong with a round, or ``None``. Texts are made only when needed: it runs often."""
+    """What is wrong with a round, or ``None``. Called often: formats texts on failure only."""
     if not (_is_count(one.anchor) and one.anchor < num_tokens):
         return f"anchor must be in 0..{num_tokens - 1}, got {one.anchor!r}"
     if not (isinstance(one.drafter, str) and len(one.drafter) <= _MAX_TEXT):
@@ -302,7 +302,7 @@ def _is_finite(value: Any, *, at_least: float) -> bool:
 
 
 def _is_logp(value: Any) -> bool:
-    if type(value) is float:  # as nearly always
+    if type(value) is float:  # nearly always
         return value <= _MAX_LOGP  # False for NaN
     return _is_number(value) and value <= _MAX_LOGP
 

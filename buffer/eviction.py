@@ -1,16 +1,16 @@
-"""How old traces leave: whole segments, oldest first, by age and by bytes, counted exactly."""
+"""Eviction of old traces: whole segments, oldest first, by age and by bytes, counted exactly."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from buffer.frames import read_frame, scan
+from buffer.interface import TraceLimits
 from buffer.layout import (
     QUARANTINE,
     TOMBSTONE,
@@ -25,20 +25,8 @@ from buffer.layout import (
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the log may hold."""
-
-    segment_bytes: int
-    """Size up to which a segment that is being written may still grow."""
-    max_bytes: int
-    """Bytes of all segments together."""
-    ttl_s: float
-    """Age of its oldest record at which a segment leaves."""
-
-
-@dataclass(frozen=True, slots=True)
 class Evicted:
-    """What left. Join with ``+``."""
+    """What was evicted. Join with ``+``."""
 
     records: int = 0
     num_bytes: int = 0
@@ -54,12 +42,12 @@ class _Segment:
     num_bytes: int
     oldest_ms: int
     is_written: bool
-    """A living process still appends to it."""
+    """A living process is still appending to it."""
 
 
 def evict(
     root: Path,
-    limits: Limits,
+    limits: TraceLimits,
     now_s: float,
     *,
     own: Path,
@@ -68,7 +56,7 @@ def evict(
 ) -> Evicted:
     """Delete the oldest segments until ``need_bytes`` more fit and none is older than the TTL.
 
-    A segment that a living process writes is never deleted and is counted at its full size. Does
+    A segment that a living process is writing is never deleted, and counts as if it were full. Does
     nothing while another process evicts.
 
     Args:
@@ -76,45 +64,41 @@ def evict(
         limits: what it may hold.
         now_s: unix time, seconds.
         own: the caller's folder.
-        own_open: segment that the caller is writing; of others, their newest is taken for it.
-        need_bytes: room wanted for a new segment.
+        own_open: segment that the caller is writing; for any other living writer it is assumed to
+            be the newest one.
+        need_bytes: room needed for a new segment.
 
     Raises:
-        OSError: of the disk; what was deleted until then is in the tombstones.
+        OSError: the disk failed; what was deleted until then is counted in the tombstones.
     """
-    with _only_evictor(root) as alone:
-        if not alone:
-            return Evicted()
-        segments = _list_segments(root, own, own_open)
-        total = need_bytes + sum(_planned_bytes(segment, limits) for segment in segments)
-        expired_ms = (now_s - limits.ttl_s) * 1000
-        evicted = Evicted()
-        for segment in sorted(segments, key=lambda s: (s.oldest_ms, s.folder.name, s.number)):
-            too_old, too_much = segment.oldest_ms <= expired_ms, total > limits.max_bytes
-            if (too_old or too_much) and not segment.is_written:
-                evicted += _delete(segment)
-                total -= segment.num_bytes
-        _sweep(root, expired_ms / 1000)
-        return evicted
-
-
-@contextlib.contextmanager
-def _only_evictor(root: Path) -> Iterator[bool]:
-    descriptor = os.open(root / "EVICT.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(descriptor)
+        with FileLock(root / "EVICT.lock", timeout=0, fallback_to_soft=False):
+            return _evict(root, limits, now_s, own, own_open, need_bytes)
+    except Timeout:
+        return Evicted()
+
+
+def _evict(
+    root: Path, limits: TraceLimits, now_s: float, own: Path, own_open: int | None, need_bytes: int
+) -> Evicted:
+    segments = _list_segments(root, own, own_open)
+    total = need_bytes + sum(_planned_bytes(segment, limits) for segment in segments)
+    expired_ms = (now_s - limits.ttl_s) * 1000
+    evicted = Evicted()
+    for segment in sorted(segments, key=lambda s: (s.oldest_ms, s.folder.name, s.number)):
+        too_old, too_much = segment.oldest_ms <= expired_ms, total > limits.max_bytes
+        if (too_old or too_much) and not segment.is_written:
+            evicted += _delete(segment)
+            total -= segment.num_bytes
+    _sweep(root, expired_ms / 1000)
+    return evicted
 
 
 def _list_segments(root: Path, own: Path, own_open: int | None) -> list[_Segment]:
     found = []
     for folder in (root / name for name in writer_names(root)):
         numbers = segment_numbers(folder)
-        # Asked after the listing: who has a segment had taken its lock before.
+        # Checked after the listing: a writer takes its lock before it begins a segment.
         others_open = numbers[-1] if numbers and is_live(folder) else None
         written = own_open if folder == own else others_open
         found += [_describe(folder, number, number == written) for number in numbers]
@@ -133,13 +117,13 @@ def _describe(folder: Path, number: int, is_written: bool) -> _Segment:
     return _Segment(folder, number, status.st_size, oldest_ms, is_written)
 
 
-def _planned_bytes(segment: _Segment, limits: Limits) -> int:
+def _planned_bytes(segment: _Segment, limits: TraceLimits) -> int:
     full = limits.segment_bytes if segment.is_written else 0
     return max(segment.num_bytes, full)
 
 
 def _delete(segment: _Segment) -> Evicted:
-    """Count a segment, write the count down, then delete: a crash in between repeats the same."""
+    """Store the new counts, then delete: after a crash in between, the same is done again."""
     path = segment_path(segment.folder, segment.number)
     before = read_tombstone(segment.folder) or Tombstone(-1, 0, 0, 0)
     after = before if before.segment >= segment.number else _after(before, segment, path)
@@ -147,7 +131,7 @@ def _delete(segment: _Segment) -> Evicted:
         write_tombstone(segment.folder, after)
         path.unlink()
     except OSError:
-        path.unlink()  # a full disk has room for the count only once the segment is gone
+        path.unlink()  # a full disk has room for the counts only once the segment is gone
         write_tombstone(segment.folder, after)
     return Evicted(after.records - before.records, after.num_bytes - before.num_bytes)
 
@@ -166,7 +150,7 @@ def _after(before: Tombstone, segment: _Segment, path: Path) -> Tombstone:
 
 
 def _sweep(root: Path, expired_s: float) -> None:
-    """Remove folders that dead writers left empty, and quarantined records, once they are old."""
+    """Remove old quarantined records, and empty folders of writers that died long ago."""
     for folder in (root / name for name in writer_names(root)):
         if not segment_numbers(folder) and not is_live(folder):
             marker = folder / TOMBSTONE

@@ -1,4 +1,4 @@
-"""Small writes that survive a crash: all of a file is there, or none of it."""
+"""Writes of small files that survive a crash: the whole file is there, or none of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``path`` aside, flush it to the disk, and rename it into place.
+    """Write a temporary file, flush it to disk, and rename it to ``path``.
 
     Raises:
-        OSError: of the disk; the former content of ``path`` is then unharmed.
+        OSError: the disk failed; the former content of ``path`` is intact.
     """
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
@@ -23,7 +23,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file in place and flush it; a crash may leave a part of it."""
+    """Write a file in place and flush it; a crash may leave only a part of it."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -31,7 +31,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names, without which a new file may vanish with the power."""
+    """Flush a folder's entries; without that, a power cut may lose a new file's name."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Which target is this: a digest of its configuration and weights."""
+"""Identity of a target: a digest of its configuration and weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 FULL_BYTES = 1 << 30
-"""Weights up to this size in all are hashed whole."""
+"""Total size up to which weights are hashed whole."""
 _BLOCKS = 64
 _BLOCK_BYTES = 1 << 20
 
@@ -14,10 +14,10 @@ _BLOCK_BYTES = 1 << 20
 def target_fingerprint(folder: Path) -> str:
     """Digest of a target: 64 hex digits of a sha256 over config.json and all *.safetensors.
 
-    Up to 1 GiB of weights are hashed whole. Beyond it, so that a server with a large target starts
-    in seconds, each file counts by its name, its size and 64 blocks of 1 MiB spread evenly from
-    its first byte (with the header, hence all names and shapes) to its last. A fine-tuned model
-    differs in every block; a single altered weight between the blocks would go unseen.
+    Up to 1 GiB of weights are hashed whole. Above that, each file contributes its name, its size
+    and 64 blocks of 1 MiB, spread evenly from its first byte (which covers the header, with all
+    names and shapes) to its last, so that a server with a large target starts in seconds. A
+    fine-tuned model differs in every block; a single altered weight between them goes unnoticed.
 
     Raises:
         ValueError: no config.json, no safetensors, or weights in pickle files only.
@@ -55,7 +55,7 @@ def _add_file(digest: hashlib._Hash, path: Path, *, sampled: bool) -> None:
 
 
 def _starts(size: int, sampled: bool) -> list[int]:
-    """Where the hashed blocks of a file begin."""
+    """Offsets of the hashed blocks of a file."""
     if not sampled or size <= _BLOCKS * _BLOCK_BYTES:
         return list(range(0, size, _BLOCK_BYTES))
     return [(size - _BLOCK_BYTES) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]

@@ -1,12 +1,12 @@
-"""How one record lies in a segment file, and how whole records are found among damaged ones.
+"""The format of a record in a segment file, and the search for whole records among damaged ones.
 
 A frame is a head of 32 bytes and the payload, little endian:
 
     magic 4 | crc32 4 | version 2 | zero 2 | payload length 4 | number 8 | unix ms 8 | payload
 
-The checksum covers everything after itself, head and payload, so any flipped bit is seen: in the
-magic the frame is not found, elsewhere the checksum disagrees. ``number`` runs from 0 over all
-segments of a writer; a gap in it tells exactly how many records were lost.
+The checksum covers everything that follows it, head and payload, so any flipped bit is noticed: if
+it is in the magic the frame is not found, elsewhere the checksum disagrees. ``number`` counts from
+0 over all segments of a writer; a gap in it tells exactly how many records were lost.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAGIC = b"\xf5\xaa\xd7\xfe"
-"""Four bytes that no traffic can write: JSON here is ASCII, and every fourth byte of int32 token
-ids is 0. So a search after damage cannot be led into a frame that a client made up."""
+"""Four bytes that no request can produce: JSON here is ASCII, and every fourth byte of int32 token
+ids is 0. A search after damage therefore cannot be led into a frame that a client forged."""
 VERSION = 1
 HEAD = struct.Struct("<4sIHHIQQ")
 MAX_PAYLOAD_BYTES = (1 << 32) - 1
 _CHECKED_FROM = 8  # the checksum covers the head from here on
-_CHUNK = 1 << 20  # bytes searched in one go
+_CHUNK = 1 << 20  # bytes searched at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One whole record as found in a segment."""
+    """One whole record found in a segment."""
 
     start: int
     """Offset of its first byte in the segment."""
@@ -43,15 +43,15 @@ class Frame:
 
 
 def pack_head(payload: bytes, number: int, unix_ms: int) -> bytes:
-    """Head of a frame; the payload follows it."""
+    """Head of the frame that holds ``payload``."""
     head = HEAD.pack(MAGIC, 0, VERSION, 0, len(payload), number, unix_ms)
     crc = zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:]))
     return HEAD.pack(MAGIC, crc, VERSION, 0, len(payload), number, unix_ms)
 
 
 def read_frame(descriptor: int, start: int, size: int) -> Frame | None:
-    """The frame that begins at ``start`` of a file of ``size`` bytes, or ``None`` if no whole,
-    undamaged frame of a known version does."""
+    """The frame at offset ``start`` of a file of ``size`` bytes; ``None`` unless it is whole,
+    undamaged and of a known version."""
     end = claimed_end(descriptor, start)
     if end is None or end > size:
         return None
@@ -65,7 +65,7 @@ def read_frame(descriptor: int, start: int, size: int) -> Frame | None:
 
 
 def claimed_end(descriptor: int, start: int) -> int | None:
-    """Where the frame at ``start`` says that it ends; ``None`` if no head is there."""
+    """End of the frame at ``start`` according to its head; ``None`` if there is no head."""
     head = os.pread(descriptor, HEAD.size, start)
     if len(head) < HEAD.size or not head.startswith(MAGIC):
         return None
@@ -74,7 +74,7 @@ def claimed_end(descriptor: int, start: int) -> int | None:
 
 
 def next_frame(descriptor: int, start: int, size: int) -> Frame | None:
-    """The first sound frame at or after ``start``; what lies before it is damaged or torn."""
+    """The first sound frame at or after ``start``; anything before it is damaged or torn."""
     return read_frame(descriptor, start, size) or _search_frame(descriptor, start + 1, size)
 
 

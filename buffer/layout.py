@@ -1,11 +1,12 @@
-"""Where the embedded log keeps its files.
+"""Files of the embedded log.
 
     <root>/w<pid>-<boot ms>/000042.seg    segments of one writer process, oldest first
     <root>/w<pid>-<boot ms>/LOCK          held (flock) while that process lives
-    <root>/w<pid>-<boot ms>/EVICTED.json  what has left this folder, counted
+    <root>/w<pid>-<boot ms>/EVICTED.json  counts of what was evicted from this folder
+    <root>/EVICT.lock                     held while a process evicts
     <root>/quarantine/                    records that could not be decoded
 
-Writers share nothing but the folder, so they never wait for each other.
+Each writer appends to a folder of its own, so writers never wait for each other.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ _SEGMENT = re.compile(r"([0-9]{6,})\.seg")
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """What was evicted from one writer's folder, over all processes that evicted."""
+    """What was evicted from one writer's folder, by any process."""
 
     segment: int
-    """Newest segment that left."""
+    """Newest segment evicted."""
     next_number: int
-    """Records numbered below it are gone."""
+    """Records with lower numbers are gone."""
     records: int
-    """Sound records that left."""
+    """Sound records evicted."""
     num_bytes: int
 
 
 def writer_names(root: Path) -> list[str]:
-    """Folders of all writers, oldest name first; empty if the log does not exist yet."""
+    """Folder names of all writers, sorted; empty if the log does not exist yet."""
     try:
         entries = list(os.scandir(root))
     except FileNotFoundError:
@@ -49,7 +50,7 @@ def writer_names(root: Path) -> list[str]:
 
 
 def segment_numbers(folder: Path) -> list[int]:
-    """Numbers of the segments that are there, ascending; empty if the folder left."""
+    """Numbers of the existing segments, ascending; empty if the folder is gone."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -61,8 +62,23 @@ def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.seg"
 
 
+# By hand, not with the filelock library, which the other locks use: readers ask whether a lock is
+# held, which takes a shared lock on a file opened read-only. An exclusive lock would make two
+# readers that ask at once look like a writer, and would create the file in a folder that is only
+# being inspected.
+def hold_lock(folder: Path) -> int:
+    """Take the lock of a writer's folder, which ends with the process.
+
+    Returns:
+        A descriptor; closing it releases the lock.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
 def is_live(folder: Path) -> bool:
-    """Whether the process that writes here still runs; the system frees its lock when it dies."""
+    """True while the process that writes to ``folder`` is running."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
     except FileNotFoundError:
@@ -77,7 +93,7 @@ def is_live(folder: Path) -> bool:
 
 
 def read_tombstone(folder: Path) -> Tombstone | None:
-    """What was evicted from a writer's folder; ``None``: nothing so far."""
+    """What was evicted from a writer's folder; ``None`` if nothing was."""
     try:
         return Tombstone(**json.loads((folder / TOMBSTONE).read_bytes()))
     except FileNotFoundError:

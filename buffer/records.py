@@ -60,16 +60,16 @@ class Round:
     anchor: int
     """Position of the last committed token before the draft."""
     drafter: str
-    """Kind that proposed: ``eagle3``, ``suffix``; ``none`` when nothing was proposed."""
+    """Kind of the drafter that proposed; ``none`` when nothing was proposed."""
     version: int
-    """Version of the drafter that proposed (of the neural drafter, also when it was idle)."""
+    """Version of the drafter that proposed; that of the neural drafter if it was idle."""
     draft_ids: tuple[int, ...]
     """Proposed token ids that were verified, K of them; empty at K = 0."""
     q_logp: tuple[float, ...] | None
-    """Natural log of the drafter's probability of each, or ``None`` for a delta draft."""
+    """Natural log of the drafter's probability of each token; ``None`` for a delta draft."""
     p_logp: tuple[float, ...]
     """Natural log of the target's probability (after penalties, temperature and truncation) of each
-    draft token, up to and including the first rejected one; -inf when excluded."""
+    draft token up to and including the first rejected one; -inf if the token was excluded."""
     num_accepted: int
     """Draft tokens kept, 0..K."""
     next_id: int
@@ -86,8 +86,8 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the target's distribution was shaped for one request; biases and penalties are left out,
-    so that the trainer learns the target's own text."""
+    """Sampling parameters of one request. Biases and penalties are left out, so that the trainer
+    learns the target's own text."""
 
     temperature: float
     """0 is greedy."""
@@ -102,14 +102,14 @@ class FeatureRows:
     """Hidden rows of the target at some positions of a trace."""
 
     positions: NDArray[np.int32]
-    """[N], ascending; positions that were really computed. Missing ones were cached or dropped."""
+    """[N], ascending; positions that were computed. The others were cached or dropped."""
     layer_ids: tuple[int, ...]
     """The m tapped layers."""
     dtype: Literal["bfloat16", "float8_e4m3fn", "float32"]
-    """Type of ``rows``' bits."""
+    """Dtype of ``rows``."""
     rows: NDArray[Any]
     """[N, m + 1, H]: tapped layers in ``layer_ids`` order, then the lm_head's input (after the
-    final norm). bfloat16 is held as uint16 bits, float8 as uint8 bits, float32 as float32."""
+    final norm). bfloat16 is stored as uint16 bits, float8 as uint8 bits, float32 as float32."""
     scale: NDArray[np.float32] | None
     """[N, m + 1] multiplier that restores fp8 rows; ``None`` otherwise."""
 
@@ -119,7 +119,7 @@ class Trace:
     """What one request taught us."""
 
     producer: str
-    """Server process that made it (stable over its life)."""
+    """Server process that made it."""
     epoch: int
     """Start of that process, unix ms; a restart is a new epoch."""
     seq: int
@@ -148,7 +148,7 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bundle says of itself (``manifest.json``); a snapshot is this and its tensors."""
+    """Description of a bundle (``manifest.json``); a snapshot is this and the tensors."""
 
     version: int
     """Integer of a published drafter; 0 is the initial one; never reused."""
@@ -162,9 +162,9 @@ class Manifest:
     files: dict[str, FileDigest]
     """Every file of the bundle but the manifest."""
     gate: dict[str, Any] = field(default_factory=dict)
-    """Figures on which it was let through, e.g. simulated tokens_per_step of it and its parent."""
+    """Figures on which it passed the gate, e.g. simulated tokens_per_step of it and its parent."""
     policy: dict[str, Any] = field(default_factory=dict)
-    """Calibration that belongs to these weights, e.g. acceptance by position on held-out traces."""
+    """Calibration of the policy for these weights, e.g. acceptance by position."""
     created_unix_ms: int = 0
     signature: str | None = None
     """Reserved for signed bundles."""

@@ -1,7 +1,8 @@
-"""The safetensors format, read with distrust and written without torch.
+"""The safetensors format, written without torch and read without trusting the file.
 
-A file is: header length (8 bytes, little endian), a JSON header, the tensors' bytes. The header is
-checked against the size of the file before anything is allocated or handed to another library.
+A file holds the header length (8 bytes, little endian), a JSON header, and the tensors' bytes. The
+header is checked against the size of the file before anything is allocated or passed to another
+library.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _NON_FINITE_MASK: dict[str, np.unsignedinteger[Any]] = {
     "F32": np.uint32(0x7F80_0000),
     "F64": np.uint64(0x7FF0_0000_0000_0000),
 }
-_FINITE_CHUNK = 1 << 20  # elements looked at in one go, so that the check needs no large copy
+_FINITE_CHUNK = 1 << 20  # elements checked at a time, which avoids a large copy
 
 
 class TensorFileError(ValueError):
@@ -45,7 +46,7 @@ class TensorFileError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies in its file."""
+    """Location of one tensor in its file."""
 
     dtype: str
     """Tag of the format, e.g. ``BF16``."""
@@ -58,7 +59,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """All that stands before the tensors."""
+    """Everything that precedes the tensors."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -69,8 +70,8 @@ def join_tensors(
 ) -> bytes:
     """Write a safetensors file: name -> (dtype tag, array that holds its bits).
 
-    Written here because the raw call of the safetensors package takes bytes in one release and
-    memory addresses in the next, and its numpy call knows neither BF16 nor F8_E4M3.
+    Not done with the safetensors package, because its low-level call takes bytes in one release and
+    memory addresses in the next, and its numpy call supports neither BF16 nor F8_E4M3.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -90,9 +91,9 @@ def parse_header(head: bytes | memoryview, num_bytes: int, max_header_bytes: int
     """Read and check a header.
 
     Args:
-        head: the file from its beginning, at least as far as the header goes.
+        head: the beginning of the file, including the whole header.
         num_bytes: size of the whole file.
-        max_header_bytes: longest header that is looked at.
+        max_header_bytes: longest header accepted.
 
     Raises:
         TensorFileError: says what was found and what was expected.
@@ -120,11 +121,12 @@ def check_safetensors(
     """Check a safetensors file by its header alone, before any tensor is allocated.
 
     Args:
-        source: the file's bytes, or its path, of which only the header is read.
+        source: the file's bytes, or its path; only the header is read from a path.
         expected: name -> (dtype tag, shape) of every tensor that must be there, and no other.
+        max_header_bytes: longest header accepted.
 
     Raises:
-        TensorFileError: the header is too long or no JSON, the offsets leave a gap, overlap or
+        TensorFileError: the header is too long or not JSON, the offsets leave a gap, overlap or
             pass the end of the file, or the tensors are not the expected ones.
     """
     head: bytes | memoryview
@@ -142,12 +144,12 @@ def check_safetensors(
 
 
 def non_finite_tensors(blob: bytes | memoryview, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity; integer tensors hold none."""
+    """Names of the tensors that contain a NaN or an infinity; integer tensors never do."""
     return [name for name, info in tensors.items() if not _is_finite(blob, info)]
 
 
 def bits_are_finite(bits: NDArray[Any], dtype: str) -> bool:
-    """No NaN and no infinity in an array of raw bits of type ``dtype`` (a tag of the format)."""
+    """True if an array of raw bits of ``dtype`` (a tag of the format) has no NaN or infinity."""
     mask = _NON_FINITE_MASK[dtype]
     flat = bits.reshape(-1).view(mask.dtype)
     starts = range(0, flat.size, _FINITE_CHUNK)
@@ -155,10 +157,10 @@ def bits_are_finite(bits: NDArray[Any], dtype: str) -> bool:
 
 
 def parse_json(text: bytes) -> Any:
-    """JSON as others wrote it: duplicate keys, NaN, infinities and deep nesting are refused.
+    """Parse untrusted JSON; duplicate keys, NaN, infinities and deep nesting are refused.
 
     Raises:
-        TensorFileError: always this one, whatever is wrong with the text.
+        TensorFileError: anything is wrong with the text.
     """
     try:
         return json.loads(

@@ -1,87 +1,36 @@
-"""The log of traces: how ``buffer.url`` is opened, and how records become traces again.
+"""Reads traces from any backend: decodes records and removes duplicates.
 
-What cannot be decoded is put aside and counted, never raised: one bad record must not stop a
-trainer.
+A record that cannot be decoded is put aside and counted, never raised: one bad record must not stop
+a trainer.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from buffer.codec import UnreadableRecordError, decode_trace
-from buffer.files import write_atomically
-from buffer.layout import QUARANTINE
+from buffer.interface import Backend, Offsets, Record
 from buffer.records import Trace
-from buffer.segments import Record, SegmentReader, SegmentWriter
 
 _MAX_GAPS = 1024  # per producer epoch; beyond it the oldest gap counts as seen
-_MAX_EPOCHS = 256  # producer epochs remembered; the one heard of first is forgotten first
-_QUARANTINE_BYTES = 64 << 20
-
-
-def log_root(url: str, run_dir: Path) -> Path:
-    """Folder of the log that ``buffer.url`` names.
-
-    Raises:
-        ValueError: the scheme is unknown, or the folder is not absolute.
-    """
-    scheme, _, path = url.partition(":")
-    if scheme != "log" or ":" not in url:
-        raise ValueError(
-            f"buffer.url {url!r} has an unknown scheme; known are 'log:' (run_dir/traces) "
-            f"and 'log:/some/folder'"
-        )
-    if not path:
-        return run_dir / "traces"
-    if not path.startswith("/"):
-        raise ValueError(f"buffer.url {url!r} must name an absolute folder, as in 'log:/{path}'")
-    return Path(path)
-
-
-def open_trace_writer(
-    url: str,
-    run_dir: Path,
-    *,
-    segment_bytes: int,
-    max_bytes: int,
-    ttl_s: float,
-    sync_interval_s: float,
-) -> SegmentWriter:
-    """A writer for ``encode_trace``'s blobs. Parameters as in ``SegmentWriter``."""
-    return SegmentWriter(
-        log_root(url, run_dir),
-        segment_bytes=segment_bytes,
-        max_bytes=max_bytes,
-        ttl_s=ttl_s,
-        sync_interval_s=sync_interval_s,
-    )
-
-
-def open_trace_reader(
-    url: str, run_dir: Path, *, offsets: Mapping[str, Any] | None = None
-) -> TraceReader:
-    """A reader that begins at ``offsets`` (from ``TraceReader.offsets()``), or at the oldest."""
-    return TraceReader(log_root(url, run_dir), offsets)
+_MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one first heard of is forgotten
 
 
 @dataclass(frozen=True, slots=True)
 class TraceCounts:
-    """What became of the records.
+    """Records by outcome.
 
     Written = read + duplicate + quarantined + damaged + evicted_unread + not read yet.
     """
 
     read: int
-    """Traces handed out."""
+    """Traces returned."""
     duplicate: int
     quarantined: int
-    """Records that are no trace, or one that contradicts itself."""
+    """Records that are not a trace, or an inconsistent one."""
     damaged: int
     torn: int
     evicted_unread: int
@@ -90,37 +39,29 @@ class TraceCounts:
 
 
 class TraceReader:
-    """Hands out every trace once, sound and decoded."""
+    """Returns every trace once, decoded and checked."""
 
-    def __init__(
-        self,
-        root: Path,
-        offsets: Mapping[str, Any] | None = None,
-        *,
-        quarantine_bytes: int = _QUARANTINE_BYTES,
-    ) -> None:
-        """Begin at ``offsets``, or at the oldest record.
+    def __init__(self, backend: Backend, offsets: Offsets | None = None) -> None:
+        """Continue from ``offsets``, or begin with the oldest record.
 
         Args:
-            root: folder of the log.
+            backend: where the records are.
             offsets: what an earlier reader's ``offsets()`` returned.
-            quarantine_bytes: bytes of unreadable records kept for a look; more are only counted.
 
         Raises:
             ValueError: ``offsets`` are not what ``offsets()`` returns.
         """
         offsets = offsets or {"places": {}, "seen": []}
-        self._segments = SegmentReader(root, offsets["places"])
+        self._backend = backend
+        self._records = backend.open_record_reader(offsets["places"])
         self._seen = SeenTraces.from_json(offsets["seen"])
-        self._quarantine = root / QUARANTINE
-        self._quarantine_bytes = quarantine_bytes
         self._read = self._duplicate = 0
         self._reasons: Counter[str] = Counter()
 
     @property
     def counts(self) -> TraceCounts:
-        """Counts since this reader was made."""
-        below = self._segments.counts
+        """Counts since this reader was opened."""
+        below = self._records.counts
         return TraceCounts(
             read=self._read,
             duplicate=self._duplicate,
@@ -132,15 +73,16 @@ class TraceReader:
         )
 
     def offsets(self) -> dict[str, Any]:
-        """Place in the log and triples seen; JSON keeps it. Store it with what was learnt."""
-        return {"places": self._segments.offsets(), "seen": self._seen.to_json()}
+        """Offsets in the backend and triples seen, for JSON. Store it with what was learnt."""
+        return {"places": self._records.offsets(), "seen": self._seen.to_json()}
 
     def read(self, max_traces: int) -> list[Trace]:
-        """Up to ``max_traces`` traces that came since the last call; never blocks.
+        """Up to ``max_traces`` new traces; never blocks.
 
-        Fewer, even none, may come while more are waiting, when records were put aside.
+        Records put aside count towards ``max_traces``, so fewer traces, even none, may be returned
+        while more are waiting.
         """
-        traces = [self._decode(record) for record in self._segments.read(max_traces)]
+        traces = [self._decode(record) for record in self._records.read(max_traces)]
         return [trace for trace in traces if trace is not None]
 
     def _decode(self, record: Record) -> Trace | None:
@@ -157,20 +99,16 @@ class TraceReader:
 
     def _put_aside(self, record: Record, error: UnreadableRecordError) -> None:
         self._reasons[error.reason] += 1
-        name = f"{error.reason}-{record.writer}-{record.segment:06d}-{record.offset}.bin"
-        with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
-            self._quarantine.mkdir(exist_ok=True)
-            used = sum(path.stat().st_size for path in self._quarantine.glob("*.bin"))
-            if used + len(record.payload) <= self._quarantine_bytes:
-                write_atomically(self._quarantine / name, record.payload)
+        name = f"{error.reason}-{record.writer}-{record.location}"
+        self._backend.keep_unreadable(name, record.payload)
 
 
 @dataclass(slots=True)
 class SeenTraces:
-    """The (producer, epoch, seq) triples that were seen, as ranges of seq."""
+    """The (producer, epoch, seq) triples seen so far, as ranges of seq."""
 
     _ranges: dict[tuple[str, int], list[list[int]]] = field(default_factory=dict)
-    """Ascending, disjoint [first, past the last]."""
+    """Ascending, disjoint [first, one past the last]."""
 
     def add(self, producer: str, epoch: int, seq: int) -> bool:
         """Remember a triple; False if it was seen before."""
@@ -201,7 +139,7 @@ class SeenTraces:
 
 
 def _join_neighbours(ranges: list[list[int]], index: int) -> None:
-    """Join the range at ``index`` with those that touch it."""
+    """Merge the range at ``index`` with those that touch it."""
     if index + 1 < len(ranges) and ranges[index][1] == ranges[index + 1][0]:
         ranges[index : index + 2] = [[ranges[index][0], ranges[index + 1][1]]]
     if index and ranges[index - 1][1] == ranges[index][0]:

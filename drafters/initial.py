@@ -1,17 +1,17 @@
-"""Version 0 of a run: whoever starts first, server or trainer, publishes the same one."""
+"""Version 0 of a run: server and trainer make the same one, and the first to start publishes it."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from buffer.interface import WeightsStore
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.weights import TENSORS, publish, versions
 from drafters.eagle3.model import Eagle3, config_for_target
 
 
@@ -22,10 +22,12 @@ def random_drafter(
     seed: int,
     fingerprint: str,
 ) -> tuple[Manifest, bytes]:
-    """Manifest and safetensors bytes of a fresh EAGLE-3, a function of its arguments alone.
+    """Manifest and safetensors bytes of a randomly initialised EAGLE-3.
+
+    They depend on the arguments alone.
 
     Raises:
-        ValueError: a layer id the target does not have.
+        ValueError: the target has no such layer.
     """
     model = Eagle3(config_for_target(target_config, layer_ids))
     model.initialise(seed, lm_head_VH.float().cpu())
@@ -33,22 +35,24 @@ def random_drafter(
     return manifest, save(model.bundle_tensors())
 
 
-def publish_initial(root: Path, manifest: Manifest, content: bytes) -> None:
-    """Publish tensors as version 0 of the store, unless the other process just did.
+def publish_initial(store: WeightsStore, manifest: Manifest, content: bytes) -> None:
+    """Publish tensors as version 0, unless another process has just done so.
 
     Args:
-        manifest: says kind, shape, target, gate figures and calibration; the rest is set here.
+        store: where versions are published.
+        manifest: kind, shape, target, gate figures and calibration; the rest is set here.
+        content: ``drafter.safetensors``.
 
     Raises:
-        ValueError: it cannot be published, and no version is there.
+        ValueError: it cannot be published, and the store is empty.
     """
     now_ms = int(time.time() * 1000)
     initial = replace(
         manifest, version=0, parent=None, files={}, created_unix_ms=now_ms, signature=None
     )
     try:
-        publish(root, initial, {TENSORS: content})
+        store.publish(initial, {TENSORS: content})
     except ValueError:
-        if not versions(root):
+        if not store.versions():
             raise
-        # The server or trainer beside us published version 0 first, from the same settings.
+        # The other process, server or trainer, published version 0 first, from the same settings.

@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from buffer.fingerprint import target_fingerprint
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.weights import TENSORS, publish
 from drafters.acceptance import conditional_acceptance, simulated_tokens_per_step
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.training import Objective, TTTBatch, chain_acceptance, ttt_loss
@@ -200,7 +201,7 @@ def main(
         created_unix_ms=int(time.time() * 1000),
     )
     tensors = {name: t.to("cpu", torch.bfloat16) for name, t in drafter.bundle_tensors().items()}
-    publish(out, manifest, {TENSORS: save(tensors)})
+    FolderWeights(out).publish(manifest, {TENSORS: save(tensors)})
     record = {
         "trained_on": "continuations of Python, by the target",
         "greedy_share": greedy_share,

@@ -9,16 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load
 
+from buffer.backends import open_backend
+from buffer.bundles import read_bundle
 from buffer.fingerprint import target_fingerprint
+from buffer.interface import Backend, TraceLimits, WeightsStore
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.traces import open_trace_writer
-from buffer.weights import TENSORS, newest_sound, read_bundle, versions
 from configs.schema import Settings
 from drafters.catalog import chosen, kind_of
 from drafters.initial import publish_initial, random_drafter
@@ -226,14 +227,8 @@ def _service(
     recorder = swapper = maker = None
     if programs.ring is not None:
         b = settings.buffer
-        writer = open_trace_writer(
-            b.url,
-            settings.run_dir,
-            segment_bytes=b.segment_bytes,
-            max_bytes=b.max_bytes,
-            ttl_s=b.ttl_s,
-            sync_interval_s=b.sync_interval_s,
-        )
+        limits = TraceLimits(b.segment_bytes, b.max_bytes, b.ttl_s, b.sync_interval_s)
+        writer = backend.open_trace_writer(limits)
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s)
         maker = TraceMaker(
             Producer(producer, int(time.time() * 1000), fingerprint),
@@ -297,7 +292,7 @@ def _first_version(
     return _Learning(manifest, Weights(manifest.version, manifest.drafter_config, tensors))
 
 
-def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Path) -> None:
+def _publish_initial(settings: Settings, model: Any, fingerprint: str, store: WeightsStore) -> None:
     path = settings.drafter.path
     if path is not None:
         if not path.is_dir():
@@ -314,7 +309,7 @@ def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Pat
         manifest, content = random_drafter(
             model.config, lm_head, settings.drafter.layer_ids, settings.seed, fingerprint
         )
-    publish_initial(root, manifest, content)
+    publish_initial(store, manifest, content)
 
 
 def _ring(settings: Settings, target: Target) -> CaptureRing | None:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
-from buffer.traces import TraceReader, open_trace_reader
+from buffer.interface import Backend
+from buffer.traces import TraceReader
 from configs.schema import Settings
 from targets.head import load_target_head
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
@@ -37,14 +39,17 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     fingerprint = target_fingerprint(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head = load_target_head(folder, device, dtype)
-    manifest, model = newest_drafter(settings, head, fingerprint)
+    backend = open_backend(settings.buffer.url, settings.run_dir)
+    store = backend.open_weights()
+    manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model)
     vocab_size, hidden_size = head.lm_head.weight_VH.shape
     expected = Expected(fingerprint, model.config.layer_ids, hidden_size, vocab_size)
     trainer = Trainer(
         settings=settings,
         expected=expected,
-        reader=open_trace_reader(settings.buffer.url, settings.run_dir),
+        reader=TraceReader(backend),
+        store=store,
         memory=new_memory(settings.trainer, settings.seed),
         learner=Learner(model, head, settings.trainer, device),
         judge=Judge(head, device, incumbent.to(device), settings.trainer.gate_margin),
@@ -58,11 +63,11 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         trainer.journal.event("started", version=manifest.version)
         trainer.checkpoint()  # from here on there is always one to go back to
     else:
-        resume(trainer, saved)
+        resume(trainer, saved, backend)
     return trainer
 
 
-def resume(trainer: Trainer, saved: Checkpoint) -> None:
+def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
     """Put a trainer where the checkpoint was made.
 
     Traces read after it are read again; those it held are read from the log by their names, and
@@ -71,7 +76,7 @@ def resume(trainer: Trainer, saved: Checkpoint) -> None:
     Raises:
         CheckpointError: it was made for another target or drafter, or is incomplete.
     """
-    state, settings = saved.state, trainer.settings
+    state = saved.state
     try:
         for name, ours in trainer.identity().items():
             if state[name] != ours:
@@ -83,10 +88,8 @@ def resume(trainer: Trainer, saved: Checkpoint) -> None:
         trainer.steps_since_judged = state["steps_since_judged"]
         trainer.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
-        trainer.reader = open_trace_reader(
-            settings.buffer.url, settings.run_dir, offsets=state["offsets"]
-        )
-        trainer.memory = _remember(trainer, state["memory"])
+        trainer.reader = TraceReader(backend, state["offsets"])
+        trainer.memory = _remember(trainer, backend, state["memory"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(trainer.checkpoints, f"{type(error).__name__}: {error}") from error
     wanted = keys_in(state["memory"])
@@ -107,11 +110,11 @@ def resume(trainer: Trainer, saved: Checkpoint) -> None:
     )
 
 
-def _remember(trainer: Trainer, stored: dict[str, Any]) -> Memory:
+def _remember(trainer: Trainer, backend: Backend, stored: dict[str, Any]) -> Memory:
     """Memory of a checkpoint, its samples read again from the oldest record of the log."""
     settings = trainer.settings
     wanted, found = keys_in(stored), dict[str, Sample]()
-    reader: TraceReader = open_trace_reader(settings.buffer.url, settings.run_dir)
+    reader = TraceReader(backend)
     while wanted - found.keys():
         seen = _num_seen(reader)
         for trace in reader.read(TRACES_AT_ONCE):

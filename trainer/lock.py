@@ -1,34 +1,33 @@
-"""One trainer a run folder."""
+"""One trainer per run folder."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 @contextlib.contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
-    """Hold ``folder/lock``; the system lets go of it when the process ends, however it ends.
+    """Hold ``folder/lock``; the system releases it when the process ends, however it ends.
 
     Raises:
         ValueError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read(32).decode(errors="replace").strip() or "unknown"
-            raise ValueError(
-                f"another trainer (process {owner}) works in {folder}; not starting. Stop it "
-                f"first, or choose another run_dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
-        file.flush()
+    # No fallback to a lock that is a mere file: a killed trainer would leave it behind.
+    try:
+        holding = FileLock(path, timeout=0, fallback_to_soft=False).acquire()
+    except Timeout:
+        owner = path.read_text(errors="replace")[:32].strip() or "unknown"
+        raise ValueError(
+            f"another trainer (process {owner}) works in {folder}; not starting. Stop it first, or "
+            f"choose another run_dir"
+        ) from None
+    with holding:
+        path.write_text(f"{os.getpid()}\n")
         yield

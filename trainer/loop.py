@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from buffer.interface import WeightsStore
 from buffer.records import Manifest
 from buffer.traces import TraceReader
-from buffer.weights import read_denied
 from configs.schema import Settings
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from trainer.dataset import Expected, Refusal, Sample, collate, key_of, sample_of
@@ -60,6 +60,7 @@ class Trainer:
     settings: Settings
     expected: Expected
     reader: TraceReader
+    store: WeightsStore
     memory: Memory
     learner: Learner
     judge: Judge
@@ -138,7 +139,7 @@ class Trainer:
     def judge_candidate(self) -> None:
         """Gate the averaged weights, and publish them if they pass."""
         self.steps_since_judged = 0
-        if self.published.version in read_denied(self.settings.run_dir / "weights"):
+        if self.published.version in self.store.read_denied():
             self._follow_roll_back()
             return
         started = time.monotonic()
@@ -159,7 +160,7 @@ class Trainer:
             return
         try:
             self.published = publish_version(
-                self.settings.run_dir / "weights",
+                self.store,
                 self.learner.average,
                 self.published,
                 judgement,
@@ -257,7 +258,7 @@ class Trainer:
         """
         rejected = self.published.version
         manifest, model = newest_drafter(
-            self.settings, self.learner.head, self.expected.target_fingerprint
+            self.settings, self.store, self.learner.head, self.expected.target_fingerprint
         )
         self.published = manifest
         self.learner.load_weights(model.state_dict())

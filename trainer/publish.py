@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
+from buffer.interface import WeightsStore
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.weights import TENSORS, next_version, prune, publish
 from drafters.eagle3.model import Eagle3
 from trainer.gate import Judgement
 
@@ -19,7 +19,13 @@ so below it float32 costs little and serves every dtype."""
 
 
 def publish_version(
-    root: Path, model: Eagle3, parent: Manifest, judgement: Judgement, *, step: int, keep: int
+    store: WeightsStore,
+    model: Eagle3,
+    parent: Manifest,
+    judgement: Judgement,
+    *,
+    step: int,
+    keep: int,
 ) -> Manifest:
     """Write the next version, and take old ones away.
 
@@ -28,7 +34,7 @@ def publish_version(
         OSError: of the disk.
     """
     manifest = Manifest(
-        version=next_version(root),
+        version=store.next_version(),
         parent=parent.version,
         kind=parent.kind,
         drafter_config=parent.drafter_config,
@@ -38,8 +44,8 @@ def publish_version(
         policy={"acceptance": judgement.acceptance},
         created_unix_ms=int(time.time() * 1000),
     )
-    published = publish(root, manifest, {TENSORS: save(bundle_tensors(model))})
-    prune(root, keep)
+    published = store.publish(manifest, {TENSORS: save(bundle_tensors(model))})
+    store.prune(keep)
     return published
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import load
 
+from buffer.bundles import Bundle, read_bundle
+from buffer.interface import WeightsStore
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.weights import TENSORS, Bundle, newest_sound, read_bundle, versions
 from configs.schema import Settings
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.initial import publish_initial, random_drafter
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def newest_drafter(
-    settings: Settings, head: TargetHead, fingerprint: str
+    settings: Settings, store: WeightsStore, head: TargetHead, fingerprint: str
 ) -> tuple[Manifest, Eagle3]:
     """The newest published bundle of ``run_dir`` that is whole and was not rolled back; if there is
     none at all, version 0 is made first.
@@ -29,13 +31,13 @@ def newest_drafter(
     Raises:
         ValueError: no bundle can be used, or it is of another kind, or made for another target.
     """
-    root = settings.run_dir / "weights"
-    if not versions(root):
-        _publish_initial(settings, head, fingerprint, root)
-    bundle, passed_over = newest_sound(root)
+    if not store.versions():
+        _publish_initial(settings, head, fingerprint, store)
+    bundle, passed_over = store.newest_sound()
     for problem in passed_over:
         log.warning("%s Training goes on from version %d.", problem, bundle.manifest.version)
-    return _model_of(bundle, root / str(bundle.manifest.version), head, fingerprint)
+    where = f"{store.location}/{bundle.manifest.version}"
+    return _model_of(bundle, where, head, fingerprint)
 
 
 def read_drafter(path: Path, head: TargetHead, fingerprint: str) -> tuple[Manifest, Eagle3]:
@@ -44,11 +46,11 @@ def read_drafter(path: Path, head: TargetHead, fingerprint: str) -> tuple[Manife
     Raises:
         ValueError: it is damaged, of another kind, or made for another target.
     """
-    return _model_of(read_bundle(path), path, head, fingerprint)
+    return _model_of(read_bundle(path), str(path), head, fingerprint)
 
 
 def _model_of(
-    bundle: Bundle, path: Path, head: TargetHead, fingerprint: str
+    bundle: Bundle, path: str, head: TargetHead, fingerprint: str
 ) -> tuple[Manifest, Eagle3]:
     manifest = bundle.manifest
     if manifest.target_fingerprint != fingerprint:
@@ -74,7 +76,9 @@ def _model_of(
     return manifest, model
 
 
-def _publish_initial(settings: Settings, head: TargetHead, fingerprint: str, root: Path) -> None:
+def _publish_initial(
+    settings: Settings, head: TargetHead, fingerprint: str, store: WeightsStore
+) -> None:
     path = settings.drafter.path
     if path is None:
         manifest, content = random_drafter(
@@ -88,4 +92,4 @@ def _publish_initial(settings: Settings, head: TargetHead, fingerprint: str, roo
         read_drafter(path, head, fingerprint)  # refuse what could not be trained
         bundle = read_bundle(path)
         manifest, content = bundle.manifest, bundle.files[TENSORS]
-    publish_initial(root, manifest, content)
+    publish_initial(store, manifest, content)

@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from benchmarks.ops.decoder import SHAPES as PUBLISHED
 from benchmarks.ops.decoder import random_weights
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.weights import TENSORS, publish
 from configs.schema import Settings
 from drafters.eagle3.model import Eagle3, config_for_target
 from serving.build import LoadedTarget, build_engine
@@ -125,7 +126,7 @@ def publish_drafters(root: Path, target: LoadedTarget, num_versions: int = 1) ->
             target.fingerprint,
             {},
         )
-        publish(root, manifest, {TENSORS: save(tensors)})
+        FolderWeights(root).publish(manifest, {TENSORS: save(tensors)})
     return num_bytes
 
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,6 +27,7 @@ import torch
 from benchmarks.engine.engines import Made, Place, engine_of
 from benchmarks.engine.load import random_prompts
 from benchmarks.engine.report import Report
+from buffer.interface import WeightsStore
 from serving.requests import Output, Request, SamplingParams
 from serving.swap import swapper as swapping_thread
 from serving.swap.flat_weights import Expected, FlatWeights, Staged
@@ -67,13 +67,15 @@ def bundles_stay_loaded() -> Iterator[None]:
     """A bundle that was read, checked and staged once is not again: an order begins behind that."""
     load, kept = swapping_thread.load_bundle, {}
 
-    def load_once(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
-        if path not in kept:
-            staged = load(path, weights, expected)
-            kept[path] = replace(staged, flat=staged.flat.clone())  # its own place is used again
+    def load_once(
+        store: WeightsStore, version: int, weights: FlatWeights, expected: Expected
+    ) -> Staged:
+        if version not in kept:
+            staged = load(store, version, weights, expected)
+            kept[version] = replace(staged, flat=staged.flat.clone())  # its own place is used again
             if staged.flat.is_cuda:
                 torch.cuda.current_stream().synchronize()
-        return kept[path]
+        return kept[version]
 
     with mock.patch.object(swapping_thread, "load_bundle", load_once):
         yield

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from buffer.backends import open_backend
 from buffer.records import Manifest, Trace
-from buffer.traces import open_trace_reader
+from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.suffix import SuffixIndex
 from policies.replay import is_held_out
@@ -17,7 +18,7 @@ JUDGED_TRACES = 64
 
 def all_traces(settings: Settings) -> list[Trace]:
     """Every trace of the run, in order of finishing."""
-    reader = open_trace_reader(settings.buffer.url, settings.run_dir)
+    reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
     traces: list[Trace] = []
     while batch := reader.read(256):
         traces += batch

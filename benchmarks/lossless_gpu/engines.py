@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load, save
 
 from benchmarks.engine.engines import Place, random_target
-from buffer.weights import TENSORS, publish, read_bundle
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from configs.schema import Settings
 from examples import corpus
 from oracles.engines import RandomPolicy
@@ -142,7 +143,8 @@ def _settings(
 
 def _publish_versions(root: Path) -> None:
     """Versions 1, 2, ...: noise and version 0 in turn, so that drafts are good and bad."""
-    first = read_bundle(root / "0")
+    store = FolderWeights(root)
+    first = store.read(0)
     tensors = load(first.files[TENSORS])
     generator = torch.Generator().manual_seed(11)
     for version in range(1, _NUM_VERSIONS):
@@ -150,7 +152,7 @@ def _publish_versions(root: Path) -> None:
         if version % 2:
             changed = {name: _noise(tensor, generator) for name, tensor in tensors.items()}
         manifest = replace(first.manifest, version=version, parent=version - 1)
-        publish(root, manifest, {TENSORS: save(changed)})
+        store.publish(manifest, {TENSORS: save(changed)})
 
 
 def _noise(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

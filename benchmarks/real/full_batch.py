@@ -31,7 +31,7 @@ from benchmarks.harness.choice import known
 from benchmarks.harness.result import write_result
 from benchmarks.real.speculation import FIXED, OFF, POLICY, engine_for, made_by, prompts_for
 from benchmarks.real.train_drafter import say
-from buffer.weights import versions
+from buffer.folder_weights import FolderWeights
 from policies.interface import DraftPolicy
 from serving.engine.loop import Engine
 from serving.requests import Output, Request, SamplingParams
@@ -185,7 +185,8 @@ def main(
     sizes = [int(size) for size in batches.split(",")]
     chosen = known("arms", arms.split(";"), ARMS) if arms else ARMS
     names = list(dict.fromkeys((OFF, *chosen)))
-    drafter = run_dir / "weights" / str(max(versions(run_dir / "weights")))
+    store = FolderWeights(run_dir / "weights")
+    drafter = store.path(max(store.versions()))
     texts = prompts_for(load_tokenizer(target), prompts)
     mixed = [ids for pair in zip(*texts.values(), strict=True) for ids in pair]
     rows: list[dict[str, Any]] = []

@@ -41,8 +41,8 @@ from benchmarks.engine.steps import Fixed
 from benchmarks.harness.choice import known
 from benchmarks.harness.result import write_result
 from benchmarks.real.train_drafter import FIGURES, say
+from buffer.folder_weights import FolderWeights
 from buffer.records import Acceptance
-from buffer.weights import versions
 from configs.load import load_settings
 from examples import corpus
 from policies.interface import DraftPolicy
@@ -431,7 +431,8 @@ def main(
     counts = {b: prompts or PROMPTS.get(b, b) for b in sizes}
     every = (*FIXED, POLICY)
     names = list(dict.fromkeys((OFF, *(known("arms", arms.split(","), every) if arms else every))))
-    drafter = run_dir / "weights" / str(max(versions(run_dir / "weights")))
+    store = FolderWeights(run_dir / "weights")
+    drafter = store.path(max(store.versions()))
     figures: dict[str, Any] = {
         "rule": RULE,
         "max_tokens": max_tokens,

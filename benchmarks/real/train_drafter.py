@@ -31,9 +31,10 @@ import torch
 import typer
 from torch import Tensor
 
+from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Trace
-from buffer.traces import open_trace_reader
+from buffer.traces import TraceReader
 from configs.load import load_settings
 from configs.schema import Settings
 from drafters.eagle3.training import TTTBatch
@@ -226,7 +227,7 @@ def read_lessons(
     settings: Settings, expected: Expected, device: torch.device, length: int, seconds: float
 ) -> Lessons:
     """Read the log until its end, or until the time is over."""
-    reader = open_trace_reader(settings.buffer.url, settings.run_dir)
+    reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
     until = time.monotonic() + seconds
 
     def batches() -> Iterator[list[Trace]]:
@@ -284,7 +285,8 @@ def train(
     dtype = batch_dtype(device)
     head: TargetHead = load_target_head(target, device, dtype)
     fingerprint = target_fingerprint(target)
-    manifest, model = newest_drafter(settings, head, fingerprint)
+    store = open_backend(settings.buffer.url, settings.run_dir).open_weights()
+    manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
     vocab_size, hidden_size = head.lm_head.weight_VH.shape
     expected = Expected(fingerprint, model.config.layer_ids, hidden_size, vocab_size)
@@ -303,7 +305,7 @@ def train(
     judged = judge.judge(learner.average, lessons.held_out[:JUDGED])
     say(f"held-out traces: {judged.to_json()}, acceptance {judged.acceptance}")
     published = publish_version(
-        settings.run_dir / "weights",
+        store,
         learner.average,
         manifest,
         judged,

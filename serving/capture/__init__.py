@@ -1,1 +1,1 @@
-"""What served requests leave for the trainer."""
+"""Capture of what served requests teach the trainer."""

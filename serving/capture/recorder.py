@@ -1,7 +1,7 @@
-"""Takes finished traces off the engine's hands and writes them to the buffer, on its own thread.
+"""Writes finished traces to the buffer on a thread of its own.
 
-consumes: finished traces, bounded; the oldest is dropped and counted when full.
-waits for: the disk. The engine never does.
+Consumes: finished traces from a bounded queue; when it is full, the oldest is dropped and counted.
+Waits for: the disk. The engine never does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from buffer.codec import encode_trace
+from buffer.interface import TraceWriter
 from buffer.records import Trace
-from buffer.segments import SegmentWriter
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Recorder:
     """Background writer of traces."""
 
-    def __init__(self, writer: SegmentWriter, max_queue: int, sync_interval_s: float) -> None:
+    def __init__(self, writer: TraceWriter, max_queue: int, sync_interval_s: float) -> None:
         self._writer = writer
         self._max_queue = max_queue
         self._sync_interval_s = sync_interval_s
@@ -35,10 +35,11 @@ class Recorder:
         self._thread.start()
 
     def put(self, make_trace: Callable[[], Trace | None]) -> None:
-        """Hand over one finished trace; O(1). It is built and encoded on the recorder's thread.
+        """Queue one finished trace, in O(1). It is built and encoded on the recorder's thread.
 
         Args:
-            make_trace: ``None`` if it is too late for this one, which is then dropped.
+            make_trace: builds the trace; returns ``None`` if it is too late for that, in which case
+                the trace counts as dropped.
         """
         with self._wake:
             self._counts["queued"] += 1
@@ -49,9 +50,10 @@ class Recorder:
             self._wake.notify()
 
     def counts(self) -> dict[str, int]:
-        """``queued`` = ``written`` + ``dropped`` + ``failed`` + those still on their way.
+        """Traces by outcome: ``queued`` = ``written`` + ``dropped`` + ``failed`` + in progress.
 
-        ``written`` are on the disk for good; ``failed`` were refused by it or never acknowledged.
+        ``written`` traces are acknowledged by the buffer; ``failed`` ones were refused by it or
+        never acknowledged.
         """
         kept = self._writer.counts
         with self._wake:
@@ -63,7 +65,7 @@ class Recorder:
             }
 
     def close(self, timeout_s: float) -> None:
-        """Write what is queued, sync, stop. Bounded by ``timeout_s``."""
+        """Write what is queued, sync and stop, within ``timeout_s`` seconds."""
         with self._wake:
             self._closing = True
             self._wake.notify()

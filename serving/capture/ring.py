@@ -1,10 +1,10 @@
 """Hidden rows of running requests, held in a bounded ring until the request ends.
 
-The ring lies in host memory. Programs of fixed shape append to it from the device, in the order in
-which they are launched, and the host learns later how many rows each of them appended; a row has a
-running number, counted on both sides. It is lost, and counted, once ``capacity`` newer rows were
-written. Serving never waits for room, nor for who reads: a reader copies first and looks afterwards
-what was overwritten meanwhile.
+The ring is in host memory. Programs of fixed shape append to it from the device, in launch order,
+and the host learns later how many rows each of them appended. Every row has a running number, which
+both sides count. A row is lost, and counted, once ``capacity`` newer rows have been written.
+Serving never waits for space or for a reader: a reader copies first and checks afterwards which
+rows were overwritten meanwhile.
 
 Shapes: N rows, m tapped layers, H hidden.
 """
@@ -26,11 +26,11 @@ from specops.device import pack_kept_rows
 StoredDtype = Literal["bfloat16", "float8_e4m3fn"]
 
 Piece = tuple[int, int, int]
-"""First position, running number of the first, and count of rows in a row."""
+"""First position, running number of the first row, and number of consecutive rows."""
 
 ROUNDS_ON_THE_WAY = 2
-"""Rounds that may have appended rows before the host has numbered any of them: one is launched
-before the last one is read."""
+"""Rounds that may have appended rows before the host has numbered any of them: a round is launched
+before the previous one is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class Held:
     """Rows copied out of the ring."""
 
     positions: np.ndarray
-    """[N] int32 in their sequence."""
+    """[N] int32, positions in the sequence."""
     rows: Tensor
     """[N, m + 1, H] in the ring's dtype."""
     scales: Tensor | None
-    """[N, m + 1] float32 of fp8 rows, which each vector is multiplied with."""
+    """[N, m + 1] float32 multiplier of each vector for fp8 rows; ``None`` for bfloat16."""
 
 
 class CaptureRing:
@@ -56,9 +56,14 @@ class CaptureRing:
         device: torch.device | str = "cpu",
         dtype: StoredDtype = "bfloat16",
     ) -> None:
-        """
+        """Allocate the ring.
+
         Args:
-            device: where the rows come from.
+            capacity: rows it holds.
+            num_layers: tapped layers, m.
+            hidden_size: H.
+            device: device that appends the rows.
+            dtype: dtype in which rows are stored.
         """
         on_gpu = torch.device(device).type == "cuda"
         self.dtype: StoredDtype = dtype
@@ -71,10 +76,10 @@ class CaptureRing:
         self._most_on_the_way = 0
 
     def reserve(self, num_rows: int) -> None:
-        """Programs may append up to ``num_rows`` more rows that the host does not know of yet.
+        """Allow programs to append up to ``num_rows`` more rows that the host has not numbered yet.
 
         Raises:
-            ValueError: the ring is too small for all that are reserved.
+            ValueError: the ring is too small for all reservations together.
         """
         self._most_on_the_way += num_rows
         if self._most_on_the_way > self._capacity:
@@ -89,24 +94,27 @@ class CaptureRing:
         first_R: Tensor,
         lanes_R: Tensor,
     ) -> None:
-        """The device appends the first ``counts`` rows of each request; part of a program, whose
-        host must ``number`` the rows in turn. See ``specops.capture_pack.pack_kept_rows``."""
+        """Append the first ``counts`` rows of each request, on the device, as part of a program.
+
+        The host must ``number`` the rows afterwards, in launch order. See
+        ``specops.capture_pack.pack_kept_rows``.
+        """
         pack_kept_rows(
             features_TmH.bfloat16(), hidden_TH.bfloat16(),
             counts_R.int(), first_R.int(), lanes_R.int(), self._ring,
         )  # fmt: skip
 
     def number(self, counts: list[int]) -> list[int]:
-        """Running number of the first row of each request that a program appended."""
+        """Number the rows that a program appended; returns the first number of each request."""
         *firsts, self._next = accumulate(counts, initial=self._next)
         return firsts
 
     def synchronise(self) -> None:
-        """Learn from the device how many rows there are, after a step that failed half-way."""
+        """Take over the row count of the device, after a step that failed half-way."""
         self._next = int(self._ring.next_1)
 
     def write(self, features_NmH: Tensor, hidden_NH: Tensor) -> int:
-        """Append N rows; returns the running number of the first. No program may be under way.
+        """Append N rows and return the running number of the first. No program may be running.
 
         Raises:
             ValueError: more rows at once than the ring holds.
@@ -134,28 +142,28 @@ class CaptureRing:
             ring[: len(rows) - head].copy_(rows[head:])
 
     def num_lost(self, pieces: list[Piece], ahead: float = 0.0) -> int:
-        """Rows that are lost, or will be once a share ``ahead`` of the ring was written anew."""
+        """Rows that are lost, or will be once a share ``ahead`` of the ring is overwritten."""
         oldest = self._oldest() + int(ahead * self._capacity)
         return sum(min(max(oldest - first, 0), count) for _, first, count in pieces)
 
     def _oldest(self) -> int:
-        """Running number of the oldest row that nothing on its way can overwrite."""
+        """Running number of the oldest row that no launched program can overwrite."""
         return self._next + self._most_on_the_way - self._capacity
 
     def read(self, pieces: list[Piece]) -> tuple[Held, int]:
-        """Copies rows, on any thread, while the device may be appending.
+        """Copy rows, on any thread, while the device may be appending.
 
         Returns:
-            those still held, and how many were lost.
+            The rows still held, and the number of rows lost.
         """
         positions = [p for first, _, count in pieces for p in range(first, first + count)]
         numbers = [n for _, first, count in pieces for n in range(first, first + count)]
         numbers_N = torch.tensor(numbers, dtype=torch.int64)
         index = numbers_N % self._capacity
-        # As bytes: indexing does not know fp8 everywhere.
+        # As bytes, because not every device can index fp8.
         rows = self._ring.rows.view(torch.uint8)[index]
         scales = None if self._ring.scales is None else self._ring.scales[index]
-        # Only now: what was overwritten during the copy is lost as well.
+        # Checked after the copy, so that rows overwritten during it count as lost.
         is_held = numbers_N >= self._oldest()
         lost = len(numbers) - int(is_held.sum())
         held_positions = np.asarray(positions, dtype=np.int32)
@@ -166,7 +174,7 @@ class CaptureRing:
 
 
 def feature_rows(held: Held, layer_ids: tuple[int, ...]) -> FeatureRows:
-    """As a record of the log."""
+    """Convert rows to the record that the log stores."""
     scale = None if held.scales is None else held.scales.numpy()
     if held.rows.dtype == torch.bfloat16:
         bits = held.rows.view(torch.uint16).numpy()

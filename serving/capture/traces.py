@@ -1,4 +1,4 @@
-"""From a finished request to the trace that the buffer keeps."""
+"""Turns finished requests into traces for the buffer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """Who writes: unique with ``epoch`` over restarts."""
+    """The server process that makes traces; ``name`` and ``epoch`` together are unique."""
 
     name: str
     epoch: int
@@ -24,7 +24,7 @@ class Producer:
 
 
 _SKIP = 0.125
-"""Share of the ring that a recorder skips when it has come too late for a trace."""
+"""Share of the ring that a recorder skips after it came too late for a trace."""
 
 
 class TraceMaker:
@@ -45,9 +45,12 @@ class TraceMaker:
         self._is_behind = False
 
     def finished(self, sequence: Sequence) -> Callable[[], Trace | None]:
-        """Returns what builds the trace, or nothing if the ring has begun to overwrite it by then:
-        to a recorder that is so late every trace would come with holes, so it skips some. Of a
-        request that was longer than the ring, what is there counts."""
+        """A function that builds the trace, for the recorder's thread.
+
+        It returns ``None`` if the ring has begun to overwrite the request's rows by then. A
+        recorder that far behind would find holes in every trace, so it skips some to catch up.
+        For a request longer than the ring, the rows that are left are used.
+        """
         pieces = sequence.capture_rows
         has_all = not self._ring.num_lost(pieces)
         seq = next(self._numbers)
@@ -78,7 +81,7 @@ class TraceMaker:
         return make
 
     def _held(self, pieces: list[Piece], has_all: bool) -> Held | None:
-        """The rows of a finished request, unless it had all of them and has no more."""
+        """Rows of a finished request; ``None`` if it finished with all rows and lost some since."""
         ahead = _SKIP if self._is_behind else 0.0
         self._is_behind = has_all and self._ring.num_lost(pieces, ahead) > 0
         if not self._is_behind:

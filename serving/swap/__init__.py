@@ -1,1 +1,1 @@
-"""New weights in a running drafter."""
+"""Swapping new weights into a running drafter."""

@@ -1,10 +1,10 @@
-"""New weights in a running drafter: built aside, verified, then one copy between two steps.
+"""New weights for a running drafter: verified and staged aside, then copied between two steps.
 
-All parameters are views into one flat buffer, so a swap is a single in-place copy that keeps every
-address (graphs and compiled code stay valid) and can never be half done between two steps.
+All parameters are views into one flat buffer, so a swap is a single in-place copy. It keeps every
+address, so graphs and compiled code stay valid, and it is never half done when a step begins.
 
-A load runs beside the engine's thread and must not stand in its way: its memory is made once and
-used by every load, and it goes through it in pieces, each without the interpreter's lock.
+Loading runs beside the engine's thread and must not delay it: its memory is allocated once and
+reused, and it works in pieces, each without the interpreter lock.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from buffer.bundles import BundleError, BundleInBuffer, HostBuffer
+from buffer.interface import WeightsStore
 from buffer.records import Manifest
-from buffer.weights import BundleError, BundleInBuffer, HostBuffer, read_bundle_into
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32,
 }  # fmt: skip
 _PIECE_BYTES = 8 << 20
-"""Copied in one go: 0.2 ms to a GPU, for which what a round uploads waits twice at most."""
+"""Copied at a time: 0.2 ms to a GPU. An upload of a round waits for two pieces at most."""
 
 
 class FlatWeights:
-    """The one flat buffer behind a module's parameters, each laid out there as it was.
+    """One flat buffer behind all parameters of a module; each keeps its strides.
 
-    One thread at a time may load and stage; ``take_over`` is called from the engine's.
+    One thread at a time may load and stage; ``take_over`` is called on the engine's thread.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,7 +45,7 @@ class FlatWeights:
         total = sum(p.numel() for p in parameters.values())
         self.flat = torch.empty(total, dtype=first.dtype, device=first.device)
         self.spans: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
-        """Name -> where it begins, shape, strides."""
+        """Name -> offset, shape, strides; offset and strides in elements."""
         at = 0
         for name, parameter in parameters.items():
             view = self.flat.as_strided(parameter.shape, parameter.stride(), at)
@@ -54,27 +54,27 @@ class FlatWeights:
             self.spans[name] = (at, parameter.shape, parameter.stride())
             at += parameter.numel()
         self.host = HostBuffer()
-        """Where bundles are read."""
+        """Memory that bundles are read into."""
         self._buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
         self._spare: Tensor | None = None
-        """A staged buffer that nobody needs any more, once ``_taken`` has passed."""
+        """A staged buffer that is free for reuse once ``_taken`` has passed."""
         on_gpu = self.flat.device.type == "cuda"
-        # Rounds run on another: a copy from the host must not stand in their way.
+        # Rounds run on another stream, so that copies from the host do not delay them.
         self._stream: Any = torch.cuda.Stream(self.flat.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._taken: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._upload = _Upload(self.flat.device) if on_gpu else None
 
     def stage(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A second flat buffer, on the module's device, filled from named tensors.
+        """Fill a second flat buffer, on the module's device, from named tensors.
 
-        It is the caller's until ``take_over``, which gives it back for a later call.
+        The caller owns it until ``take_over``, which returns it for reuse.
 
         Args:
-            tensors: on the host, of finite numbers.
+            tensors: on the host, all values finite.
 
         Raises:
-            ValueError: names or shapes differ from the module's, or a number is too large for its
-                dtype.
+            ValueError: names or shapes differ from the module's, or a value overflows the
+                module's dtype.
         """
         self._check(tensors)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
@@ -102,7 +102,7 @@ class FlatWeights:
                 raise ValueError(f"{name} differs from the running drafter's; restart to change it")
 
     def _fill(self, staged: Tensor, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Copy all in, and wait for it; returns the names of those that became infinite."""
+        """Copy all tensors and wait; returns the names of those that overflowed to infinity."""
         is_infinite = torch.zeros(len(self.spans), dtype=torch.bool, device=staged.device)
         for number, (name, (at, shape, stride)) in enumerate(self.spans.items()):
             for to, source in _pieces(staged.as_strided(shape, stride, at), tensors[name]):
@@ -110,41 +110,42 @@ class FlatWeights:
                     self._upload.copy(to, source)
                 else:
                     to.copy_(source)
-                if to.dtype != source.dtype:  # of one dtype they are what was checked
+                if to.dtype != source.dtype:  # otherwise the values are those already checked
                     is_infinite[number] |= ~torch.isfinite(to).all()
-        found = is_infinite.tolist()  # waits for the stream, the only time, and without the lock
+        found = is_infinite.tolist()  # the only wait for the stream; releases the interpreter lock
         return [name for name, is_so in zip(self.spans, found, strict=True) if is_so]
 
     def take_over(self, staged: Tensor) -> None:
-        """Make staged weights the running ones, between two rounds of the calling thread."""
+        """Copy staged weights over the running ones, between two rounds of the calling thread."""
         self.flat.copy_(staged)
         if self._taken is not None:
             self._taken.record()
-            # Its memory was another stream's, and is given away if another becomes the spare one.
+            # Allocated on another stream: it may be freed when another buffer becomes the spare.
             staged.record_stream(torch.cuda.current_stream())
         self._spare = staged
 
 
 class _Upload:
-    """Copies from the host to a GPU that let others in between: through two places of a piece.
+    """Copies from the host to a GPU piece by piece, so that other copies get in between.
 
-    The driver would stage pageable memory itself, under locks of its own and whole.
+    Two staging buffers alternate. Left to the driver, pageable memory would be staged whole and
+    under the driver's own locks.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._places = itertools.cycle([_place(device) for _ in range(2)])
 
     def copy(self, to: Tensor, source: Tensor) -> None:
-        """``to.copy_(source)`` on the current stream; ``source`` may be changed at once.
+        """``to.copy_(source)`` on the current stream; ``source`` may be modified on return.
 
         Args:
-            to: on the device, laid out anyhow, of any dtype.
-            source: on the host, 8 MiB at most.
+            to: on the device, with any strides and dtype.
+            source: on the host, at most 8 MiB.
         """
         pinned, arrived, is_free = next(self._places)
         is_free.synchronize()
         bits = source.reshape(-1).view(torch.uint8)
-        # By numpy, on this thread alone: torch would wake a thread on every core.
+        # With numpy, which stays on this thread: torch would wake a thread on every core.
         pinned.numpy()[: len(bits)] = bits.numpy()
         arrived[: len(bits)].copy_(pinned[: len(bits)], non_blocking=True)
         to.copy_(arrived[: len(bits)].view(source.dtype).view(source.shape))
@@ -152,7 +153,7 @@ class _Upload:
 
 
 def _place(device: torch.device) -> tuple[Tensor, Tensor, Any]:
-    """A piece on the host, one on the device, and when both are free."""
+    """A pinned buffer, a device buffer, and an event that passes when both are free."""
     return (
         torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True),
         torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device),
@@ -161,7 +162,7 @@ def _place(device: torch.device) -> tuple[Tensor, Tensor, Any]:
 
 
 def _pieces(to: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both cut alike along their first dimensions, into at most 8 MiB of ``source``."""
+    """Split both alike along their leading dimensions, into at most 8 MiB of ``source`` each."""
     if source.nbytes <= _PIECE_BYTES:
         yield to, source
     elif num_rows := _PIECE_BYTES // source[0].nbytes:
@@ -173,7 +174,7 @@ def _pieces(to: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A verified bundle, ready to be copied in."""
+    """Verified weights, ready to be copied in."""
 
     manifest: Manifest
     flat: Tensor
@@ -181,22 +182,24 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a bundle must match to be loaded."""
+    """Properties that a bundle must match to be loaded."""
 
     kind: str
     drafter_config: dict[str, object]
     target_fingerprint: str
 
 
-def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
-    """Check a bundle from manifest to last byte and stage it.
+def load_bundle(
+    store: WeightsStore, version: int, weights: FlatWeights, expected: Expected
+) -> Staged:
+    """Read a version, check all of it, and stage it.
 
     Raises:
-        ValueError: it is damaged, foreign, or of another shape; says which, and that the old
-            weights keep serving.
+        ValueError: it is damaged, made for another target, or of another kind or shape; says which,
+            and that the old weights keep serving.
     """
     try:
-        bundle = read_bundle_into(weights.host, path)
+        bundle = store.read_into(weights.host, version)
     except (BundleError, OSError) as error:
         raise ValueError(str(error)) from error
     manifest = bundle.manifest
@@ -226,7 +229,7 @@ def load_bundle(path: Path, weights: FlatWeights, expected: Expected) -> Staged:
 
 
 def _tensors(bundle: BundleInBuffer) -> dict[str, Tensor]:
-    """Views of the very bytes that were checked, where they lie."""
+    """Views into the bytes that were checked; misaligned tensors are copied."""
     whole = torch.from_numpy(bundle.content)
     found = {}
     for name, info in bundle.tensors.items():

@@ -1,7 +1,7 @@
-"""Which weights serve: watches for newer versions, stages them, judges them, goes back if worse.
+"""Chooses the weights that serve: loads newer versions, judges them, and rolls back worse ones.
 
-Threads: ``between_steps`` and ``on_rounds`` run on the engine's thread and only copy a staged
-buffer or add numbers; everything that touches a disk runs on the watcher's or the caller's.
+``between_steps`` and ``on_rounds`` run on the engine's thread and only copy a staged buffer or add
+numbers. Everything that touches storage runs on the watcher's thread or the caller's.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from buffer.interface import WeightsStore
 from buffer.records import Manifest
-from buffer.weights import mark_in_use, read_denied, unmark_in_use, versions, write_denied
 from drafters.protocol import NeuralDrafter
 from policies.interface import DraftPolicy
 from policies.rollback import Action, SwapWatch
@@ -28,19 +27,19 @@ from serving.swap.flat_weights import Expected, FlatWeights, Staged, load_bundle
 log = logging.getLogger(__name__)
 
 _RENEW_S = 600.0
-"""The in-use mark is renewed so often; it counts for a day."""
+"""Interval at which the in-use mark is renewed; a mark is valid for a day."""
 
 
 @dataclass(slots=True)
 class _Order:
-    """A swap on its way to the engine's thread."""
+    """A swap that waits for the engine's thread."""
 
     staged: Staged
     done: threading.Event
 
 
 class Swapper:
-    """Current, former and candidate weights of one neural drafter."""
+    """Current, former and staged weights of one neural drafter."""
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class Swapper:
         weights: FlatWeights,
         initial: Manifest,
         expected: Expected,
-        root: Path,
+        store: WeightsStore,
         producer: str,
         policy: DraftPolicy,
         poll_s: float,
@@ -60,7 +59,7 @@ class Swapper:
         self._neural = neural
         self._weights = weights
         self._expected = expected
-        self._root = root
+        self._store = store
         self._producer = producer
         self._policy = policy
         self._poll_s = poll_s
@@ -71,14 +70,14 @@ class Swapper:
         self._current = initial
         self._former: Manifest | None = None
         self._former_flat: Tensor | None = None
-        self._denied = read_denied(root)
+        self._denied = store.read_denied()
         self._denied_written = set(self._denied)
-        self._failed: dict[int, tuple[int, int]] = {}
+        self._failed: dict[int, Hashable] = {}
         self._pinned: int | None = None
-        # Without a lock: its ends are safe to use from two threads, and the engine's takes none.
+        # No lock: a deque is safe between two threads, and the engine's thread must not take one.
         self._orders: deque[_Order] = deque()
         self._rollback_order: threading.Event | None = None
-        # Held by whoever loads and hands over; the engine's thread never takes it.
+        # Held while loading and handing over; never taken by the engine's thread.
         self._one_swap = threading.RLock()
         self._newest_taken = max([initial.version, *self._denied])
         self._counts: Counter[str] = Counter()
@@ -92,7 +91,7 @@ class Swapper:
 
     def start(self) -> None:
         with self._one_swap:
-            mark_in_use(self._root, self._producer, self._held())
+            self._store.mark_in_use(self._producer, self._held())
         self._thread.start()
 
     def stop(self) -> None:
@@ -100,11 +99,11 @@ class Swapper:
         if self._thread.is_alive():
             self._thread.join(5.0)
         self._remember_denied()
-        unmark_in_use(self._root, self._producer)
+        self._store.unmark_in_use(self._producer)
 
     def status(self) -> dict[str, Any]:
         """What ``GET /admin/drafter`` shows."""
-        known = versions(self._root)
+        known = self._store.versions()
         newest = max(known, default=self._current.version)
         return {
             "kind": self._neural.kind,
@@ -132,29 +131,29 @@ class Swapper:
         return self._swap_seconds
 
     def swap(self, version: int | None, timeout_s: float = 30.0) -> dict[str, Any]:
-        """Swap by order. A number pins that version; ``None`` unpins and takes the newest.
+        """Swap on request: a number pins that version, ``None`` unpins and takes the newest.
 
         Raises:
-            ValueError: no such version, or it is refused; the old one keeps serving.
+            ValueError: there is no such version, or it was refused; the old one keeps serving.
         """
         with self._one_swap:
             return self._swap(version, timeout_s)
 
     def _swap(self, version: int | None, timeout_s: float) -> dict[str, Any]:
-        known = [v for v in versions(self._root) if v not in self._denied]
+        known = [v for v in self._store.versions() if v not in self._denied]
         if version is None and not known:
             raise ValueError("no version is published")
         wanted = max(known) if version is None else version
-        if wanted not in versions(self._root):
-            raise ValueError(f"version {wanted} is not published; known: {versions(self._root)}")
+        if wanted not in self._store.versions():
+            raise ValueError(f"version {wanted} is not published; known: {self._store.versions()}")
         staged = None if wanted == self._current.version else self._load(wanted)
-        self._pinned = version  # a refused order changes nothing
+        self._pinned = version  # only now: a refused request changes nothing
         if staged is not None:
             self._hand_over(staged, timeout_s)
         return self.status()
 
     def rollback(self, timeout_s: float = 30.0) -> dict[str, Any]:
-        """Return to the former version and never take the present one again by itself.
+        """Return to the former version, and never take the current one again without being asked.
 
         Raises:
             ValueError: there is no former version.
@@ -175,22 +174,22 @@ class Swapper:
         self._wake_engine()
         if not order.done.wait(timeout_s):
             raise ValueError("the engine did not take the order in time; it will when it wakes")
-        mark_in_use(self._root, self._producer, self._held())
+        self._store.mark_in_use(self._producer, self._held())
 
     def _held(self) -> set[int]:
         return {m.version for m in (self._current, self._former) if m is not None}
 
     def _load(self, version: int) -> Staged:
-        mark_in_use(self._root, self._producer, self._held() | {version})
+        self._store.mark_in_use(self._producer, self._held() | {version})
         try:
-            staged = load_bundle(self._root / str(version), self._weights, self._expected)
+            staged = load_bundle(self._store, version, self._weights, self._expected)
         except ValueError as error:
             self._counts["rejected"] += 1
             self._last_error = str(error)
             log.warning("%s", error)
             raise
         self._last_error = None
-        if self._former_flat is None:  # here, because a new place for it takes time
+        if self._former_flat is None:  # allocated here because it takes time
             self._former_flat = torch.empty_like(self._weights.flat)
         return staged
 
@@ -203,32 +202,32 @@ class Swapper:
                 with self._one_swap:
                     self._remember_denied()
                     if time.monotonic() - renewed > _RENEW_S:
-                        mark_in_use(self._root, self._producer, self._held())
+                        self._store.mark_in_use(self._producer, self._held())
                         renewed = time.monotonic()
                     if self._automatic and self._pinned is None and not self._on_trial:
                         self._look()
-            except OSError as error:  # a full disk must not end the watching
+            except OSError as error:  # a full disk must not stop the watcher
                 self._last_error = str(error)
                 log.warning("cannot look for new versions (%s); the running one serves on", error)
 
     @property
     def _on_trial(self) -> bool:
-        """A version is being judged; another swap now would spoil the evidence."""
+        """True while a version is judged; another swap would spoil the evidence."""
         return self._watch.state in ("trial", "confirming")
 
     def _remember_denied(self) -> None:
-        """So that a restart does not begin with a version that was rolled back."""
+        """Store rolled-back versions, so that a restart does not begin with one of them."""
         if self._denied != self._denied_written:
             self._denied_written = set(self._denied)
-            write_denied(self._root, self._denied_written)
+            self._store.write_denied(self._denied_written)
 
     def _look(self) -> None:
-        """Take the newest version that is newer than ours, unless it failed and is unchanged."""
-        newer = [v for v in versions(self._root) if v > self._newest_taken]
+        """Swap to the newest version, unless it is not newer or failed before and is unchanged."""
+        newer = [v for v in self._store.versions() if v > self._newest_taken]
         if not newer:
             return
         version = max(newer)
-        mark = _mark(self._root / str(version))
+        mark = self._store.change_mark(version)
         if self._failed.get(version) == mark:
             return
         try:
@@ -239,7 +238,7 @@ class Swapper:
     # ---- the engine's thread -------------------------------------------------------------------
 
     def between_steps(self) -> None:
-        """Apply a waiting order: one in-place copy."""
+        """Apply a waiting swap or rollback: one in-place copy."""
         if self._orders:
             order = self._orders.popleft()
             self._apply(order.staged)
@@ -250,7 +249,7 @@ class Swapper:
             done.set()
 
     def on_rounds(self, drafter: str, rounds: list[tuple[int, int]]) -> None:
-        """Feed the watch with (proposed, accepted) of the neural drafter's rounds of one step."""
+        """Report (proposed, accepted) of each of a drafter's rounds in one step."""
         if self._pinned is not None or drafter != self._neural.kind:
             return
         proposed, accepted = sum(p for p, _ in rounds), sum(a for _, a in rounds)
@@ -280,7 +279,7 @@ class Swapper:
         log.info("swapped to version %d", staged.manifest.version)
 
     def _exchange(self) -> None:
-        """Swap current and former weights, for a trial or a roll-back."""
+        """Exchange current and former weights, for a trial or a rollback."""
         assert self._former_flat is not None and self._former is not None
         kept = self._weights.flat.clone()
         self._weights.flat.copy_(self._former_flat)
@@ -290,7 +289,7 @@ class Swapper:
         self._policy.on_swap(self._neural.kind, self._current.version, self._current.policy)
 
     def _roll_back(self, why: str) -> None:
-        """Return to the former weights and deny the version that was in force."""
+        """Return to the former weights and deny the version that was serving."""
         rejected = self._current.version
         self._exchange()
         self._denied.add(rejected)
@@ -304,9 +303,3 @@ class Swapper:
 
     def _state(self) -> str:
         return "pinned" if self._pinned is not None else self._watch.state
-
-
-def _mark(path: Path) -> tuple[int, int]:
-    """Changes when a file of the bundle does: newest mtime and total size."""
-    stats = [p.stat() for p in path.iterdir()] if path.is_dir() else []
-    return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats)

@@ -1,4 +1,4 @@
-"""Small honest traces, and processes to kill."""
+"""Buffers of every backend, small sound traces, and processes to kill."""
 
 import dataclasses
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from buffer.backends import open_backend
+from buffer.interface import TraceLimits
 from buffer.records import FeatureRows, Round, Sampling, Trace
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,6 +47,19 @@ def make_trace():
         return dataclasses.replace(trace, **fields)
 
     return make
+
+
+@pytest.fixture(params=["log", "memory"])
+def open_buffer(request, tmp_path):
+    """Open this test's buffer; a second call opens the same one again, as a restart would."""
+    url = {"log": "log:", "memory": f"memory:{tmp_path}"}[request.param]
+    return lambda: open_backend(url, tmp_path)
+
+
+@pytest.fixture
+def limits():
+    """Small segments, and acknowledgement at the next ``tend``."""
+    return TraceLimits(segment_bytes=4096, max_bytes=1 << 20, ttl_s=3600.0, sync_interval_s=0.0)
 
 
 @pytest.fixture

@@ -1,18 +1,22 @@
-"""One damaged spot costs at most the record it lies in, and is always noticed."""
+"""Damage in one place costs at most the record that it hits, and is always noticed."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from buffer.frames import HEAD, scan
-from buffer.segments import SegmentReader, SegmentWriter, recover
+from buffer.interface import TraceLimits
+from buffer.segment_reader import SegmentReader
+from buffer.segment_report import check_segments
+from buffer.segment_writer import SegmentWriter
 
-LIMITS = {"segment_bytes": 1 << 20, "max_bytes": 4 << 20, "ttl_s": 3600.0, "sync_interval_s": 0.0}
+LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=4 << 20, ttl_s=3600.0, sync_interval_s=0.0)
 
 
 def write_segment(root, payloads, **limits):
-    """A closed segment with these records; its path."""
-    with SegmentWriter(root, **{**LIMITS, **limits}) as writer:
+    """Write a closed segment with these records, and return its path."""
+    with SegmentWriter(root, replace(LIMITS, **limits)) as writer:
         for payload in payloads:
             writer.append(payload)
     return root / writer.name / "000000.seg"
@@ -32,7 +36,7 @@ def read_all(root):
 
 
 def flips(content):
-    """Every version of ``content`` with one bit flipped: (index of the byte, bytes)."""
+    """Every copy of ``content`` with one bit flipped: (index of the byte, bytes)."""
     for bit in range(len(content) * 8):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -40,7 +44,7 @@ def flips(content):
 
 
 def frame_index(payloads, position):
-    """Which record the byte at ``position`` belongs to."""
+    """Index of the record that the byte at ``position`` belongs to."""
     end = 0
     for index, payload in enumerate(payloads):
         end += HEAD.size + len(payload)
@@ -74,7 +78,7 @@ def test_a_reader_counts_every_flipped_bit_as_one_lost_record(tmp_path):
         found, counts = read_all(tmp_path)
         assert found == payloads[:lost] + payloads[lost + 1 :]
         assert counts.damaged + counts.torn == 1
-        [report] = recover(tmp_path)
+        [report] = check_segments(tmp_path)
         assert report.damaged == 1 or report.torn_bytes > 0
         assert report.records == 2
 
@@ -105,7 +109,7 @@ def test_a_reader_steps_over_the_torn_tail_of_a_dead_writer_once(tmp_path):
 
 
 def test_a_half_written_record_of_a_living_writer_is_waited_for(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
+    with SegmentWriter(tmp_path, LIMITS) as writer:
         writer.append(b"whole")
         path = tmp_path / writer.name / "000000.seg"
         whole = path.read_bytes()
@@ -129,7 +133,7 @@ def test_neighbouring_damaged_records_are_counted_one_by_one(tmp_path):
     found, counts = read_all(tmp_path)
     assert found == payloads[:3] + payloads[6:9]
     assert counts.damaged == 4
-    assert recover(tmp_path)[0].damaged == 4
+    assert check_segments(tmp_path)[0].damaged == 4
 
 
 def test_damage_at_the_end_of_a_segment_does_not_hide_the_next_segment(tmp_path):
@@ -140,7 +144,7 @@ def test_damage_at_the_end_of_a_segment_does_not_hide_the_next_segment(tmp_path)
     found, counts = read_all(tmp_path)
     assert found == payloads[:1] + payloads[2:]
     assert (counts.damaged, counts.torn) == (1, 0)
-    assert sum(report.damaged for report in recover(tmp_path)) == 1
+    assert sum(report.damaged for report in check_segments(tmp_path)) == 1
 
 
 def test_a_frame_inside_a_payload_is_not_taken_for_a_record_while_its_record_is_sound(tmp_path):

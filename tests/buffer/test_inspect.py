@@ -1,4 +1,4 @@
-"""``buffer inspect`` tells a sound run from a damaged one, also by its exit code."""
+"""``buffer inspect`` tells a sound run from a damaged one, in its output and its exit code."""
 
 import dataclasses
 import json
@@ -8,27 +8,28 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from buffer.backends import open_backend
 from buffer.cli import app
 from buffer.codec import encode_trace
+from buffer.folder_weights import FolderWeights
+from buffer.interface import TraceLimits
 from buffer.records import Manifest
 from buffer.tensors import join_tensors
-from buffer.traces import open_trace_writer
-from buffer.weights import publish
 
-LIMITS = {"segment_bytes": 1 << 16, "max_bytes": 1 << 22, "ttl_s": 3600.0, "sync_interval_s": 0.0}
+LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 22, ttl_s=3600.0, sync_interval_s=0.0)
 
 
 @pytest.fixture
 def run(tmp_path, make_trace):
     """A run folder with three traces and two versions."""
-    with open_trace_writer("log:", tmp_path, **LIMITS) as writer:
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
         for seq, tenant in enumerate(["acme", "acme", "umbrella"]):
             writer.append(encode_trace(make_trace(seq=seq, tenant=tenant)))
     blob = join_tensors({"w": ("F32", np.ones(4, np.float32))}, {})
     manifest = Manifest(0, None, "eagle3", {}, "target", {}, gate={"tokens_per_step": 2.5})
     for version, parent in ((0, None), (1, 0)):
         one = dataclasses.replace(manifest, version=version, parent=parent)
-        publish(tmp_path / "weights", one, {"drafter.safetensors": blob})
+        FolderWeights(tmp_path / "weights").publish(one, {"drafter.safetensors": blob})
     return tmp_path
 
 
@@ -85,7 +86,7 @@ def test_a_damaged_trace_is_an_exit_code_of_1(run):
 
 
 def test_a_record_that_is_no_trace_is_an_exit_code_of_1(run):
-    with open_trace_writer("log:", run, **LIMITS) as writer:
+    with open_backend("log:", run).open_trace_writer(LIMITS) as writer:
         writer.append(b"no trace")
     code, output = inspect(run)
     assert code == 1
@@ -125,6 +126,28 @@ def test_an_empty_run_is_fine(tmp_path):
 
 def test_a_folder_that_does_not_exist_is_wrong_usage(tmp_path):
     assert inspect(tmp_path / "nope")[0] == 2
+
+
+def test_the_url_of_the_settings_is_followed(run, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (run / "traces").rename(elsewhere)
+    assert inspect(run)[1].splitlines()[0].startswith("traces: 0, ")
+    code, output = inspect(run, "--set", f"buffer.url=log:{elsewhere}")
+    assert code == 0
+    assert output.splitlines()[1].startswith("traces: 3, ")
+
+
+def test_the_run_folder_of_the_settings_is_the_default(run, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"run_dir: {run}\n")
+    assert inspect("--config", config) == inspect(run)
+
+
+@pytest.mark.parametrize(
+    "setting", ["buffer.url=nope:", "buffer.url=log:relative", "buffer.ur=log:"]
+)
+def test_settings_that_name_no_buffer_are_wrong_usage(run, setting):
+    assert inspect(run, "--set", setting)[0] == 2
 
 
 def test_python_m_buffer_is_the_same_command_and_needs_no_torch(run, start_python):

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: nothing acknowledged is lost, nothing half-written is seen."""
+"""After kill -9 at any moment nothing acknowledged is lost and nothing half-written is visible."""
 
 import random
 import time
@@ -6,20 +6,20 @@ import zlib
 
 import pytest
 
-from buffer.segments import SegmentReader, recover
-from buffer.weights import check_bundle, next_version, versions
+from buffer.folder_weights import FolderWeights
+from buffer.segment_reader import SegmentReader
+from buffer.segment_report import check_segments
 
 NUM_KILLS = 15
 
 WRITE_FOREVER = """
 import random, sys, zlib
 from pathlib import Path
-from buffer.segments import SegmentWriter
+from buffer.interface import TraceLimits
+from buffer.segment_writer import SegmentWriter
 
 chance = random.Random(int(sys.argv[2]))
-writer = SegmentWriter(
-    Path(sys.argv[1]), segment_bytes=1 << 20, max_bytes=1 << 30, ttl_s=1e9, sync_interval_s=0
-)
+writer = SegmentWriter(Path(sys.argv[1]), TraceLimits(1 << 20, 1 << 30, 1e9, 0))
 print(writer.name, flush=True)
 while True:
     for _ in range(chance.randrange(1, 20)):
@@ -32,24 +32,24 @@ while True:
 PUBLISH_FOREVER = """
 import sys
 from pathlib import Path
+from buffer.folder_weights import FolderWeights
 from buffer.records import Manifest
 from buffer.tensors import join_tensors
-from buffer.weights import next_version, publish
 import numpy as np
 
-root = Path(sys.argv[1])
+store = FolderWeights(Path(sys.argv[1]))
 print("ready", flush=True)
 while True:
-    version = next_version(root)
+    version = store.next_version()
     tensors = {"w": ("F32", np.full(50_000, version, np.float32))}
     manifest = Manifest(version, version - 1 if version else None, "eagle3", {}, "target", {})
-    publish(root, manifest, {"drafter.safetensors": join_tensors(tensors, {})})
+    store.publish(manifest, {"drafter.safetensors": join_tensors(tensors, {})})
     print(version, flush=True)
 """
 
 
 def killed_output(process, delay_s):
-    """Lines that a process printed until it was killed ``delay_s`` after its first one."""
+    """Kill a process ``delay_s`` after its first line of output; returns all lines it printed."""
     first = process.stdout.readline()
     time.sleep(delay_s)
     process.kill()
@@ -78,7 +78,7 @@ def test_a_killed_writer_loses_nothing_that_it_acknowledged(tmp_path, start_pyth
     assert sum(acknowledged.values()) > 0
     assert all(read.get(name, 0) >= count for name, count in acknowledged.items())
     assert reader.counts.damaged == reader.counts.evicted_unread == 0
-    reports = recover(tmp_path)
+    reports = check_segments(tmp_path)
     assert sum(report.records for report in reports) == sum(read.values())
     assert not any(report.live or report.damaged for report in reports)
 
@@ -106,15 +106,15 @@ def test_a_killed_publisher_leaves_no_torn_bundle_and_no_version_is_used_twice(
     tmp_path, start_python
 ):
     chance = random.Random(2)
-    published = []
+    store, published = FolderWeights(tmp_path), []
     for _ in range(NUM_KILLS):
         process = start_python(PUBLISH_FOREVER, tmp_path)
         _, *lines = killed_output(process, chance.uniform(0, 0.15))
         published += map(int, lines)
-        for version in versions(tmp_path):
-            assert check_bundle(tmp_path / str(version)).version == version
+        for version in store.versions():
+            assert store.read(version).manifest.version == version
 
     assert published
     assert len(published) == len(set(published))
-    assert set(published) <= set(versions(tmp_path))
-    assert next_version(tmp_path) > max(versions(tmp_path))
+    assert set(published) <= set(store.versions())
+    assert store.next_version() > max(store.versions())

@@ -1,24 +1,26 @@
-"""The log: acknowledged is kept, readers are independent, and whatever leaves is counted."""
+"""Segment files: order, size limits, TTL, full disks and power cuts."""
 
 import errno
-import json
 import os
-import random
 import resource
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
+from buffer.interface import TraceLimits
 from buffer.layout import read_tombstone
-from buffer.segments import SegmentReader, SegmentWriter, recover
+from buffer.segment_reader import SegmentReader
+from buffer.segment_report import check_segments
+from buffer.segment_writer import SegmentWriter
 
-LIMITS = {"segment_bytes": 4096, "max_bytes": 1 << 20, "ttl_s": 3600.0, "sync_interval_s": 0.0}
+LIMITS = TraceLimits(segment_bytes=4096, max_bytes=1 << 20, ttl_s=3600.0, sync_interval_s=0.0)
 HEAD_BYTES = 32
 
 
 class Clock:
-    """Unix time that moves only when told."""
+    """Unix time that moves only on request."""
 
     def __init__(self):
         self.now_s = 1_700_000_000.0
@@ -39,65 +41,21 @@ def log_bytes(root):
     return sum(path.stat().st_size for path in root.glob("w*/*.seg"))
 
 
-def test_a_record_is_acknowledged_by_sync_and_not_before(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
-        assert [writer.append(payload(i)) for i in range(3)] == [0, 1, 2]
-        assert (writer.counts.durable, writer.counts.pending) == (0, 3)
-        assert list(writer.sync()) == [0, 1, 2]
-        assert (writer.counts.durable, writer.counts.pending) == (3, 0)
-        assert list(writer.sync()) == []
-
-
-def test_tend_syncs_once_the_oldest_record_has_waited_long_enough(tmp_path):
-    with SegmentWriter(tmp_path, **{**LIMITS, "sync_interval_s": 0.05}) as writer:
-        writer.append(payload(0))
-        assert list(writer.tend()) == []
-        time.sleep(0.06)
-        assert list(writer.tend()) == [0]
-
-
 def test_records_come_back_in_order_over_many_segments(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
+    with SegmentWriter(tmp_path, LIMITS) as writer:
         for i in range(200):
             writer.append(payload(i))
         assert numbers(SegmentReader(tmp_path).read(1000)) == list(range(200))
-        assert len(recover(tmp_path)) == 7
-        assert all(report.num_bytes <= 4096 for report in recover(tmp_path))
+        assert len(check_segments(tmp_path)) == 7
+        assert all(report.num_bytes <= 4096 for report in check_segments(tmp_path))
 
 
 def test_a_record_larger_than_a_segment_gets_a_segment_of_its_own(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
+    with SegmentWriter(tmp_path, LIMITS) as writer:
         for i, num_bytes in enumerate([100, 10_000, 100]):
             writer.append(payload(i, num_bytes))
         assert numbers(SegmentReader(tmp_path).read(10)) == [0, 1, 2]
-        assert [report.records for report in recover(tmp_path)] == [1, 1, 1]
-
-
-def test_a_record_over_half_the_log_is_refused_and_the_writer_goes_on(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
-        with pytest.raises(OSError, match="over half of max_bytes") as caught:
-            writer.append(bytes(1 << 20))
-        assert caught.value.errno == errno.EFBIG
-        assert writer.append(payload(0)) == 0
-
-
-def test_limits_that_hold_no_two_segments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="raise max_bytes or lower segment_bytes"):
-        SegmentWriter(tmp_path, **{**LIMITS, "max_bytes": 8191})
-
-
-def test_readers_keep_their_own_places_and_resume_from_json(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
-        fast, slow = SegmentReader(tmp_path), SegmentReader(tmp_path)
-        for i in range(100):
-            writer.append(payload(i))
-        assert numbers(fast.read(1000)) == list(range(100))
-        assert numbers(slow.read(7)) == list(range(7))
-        stored = json.loads(json.dumps(slow.offsets()))
-        assert numbers(SegmentReader(tmp_path, stored).read(1000)) == list(range(7, 100))
-        assert numbers(slow.read(3)) == [7, 8, 9]
-        writer.append(payload(100))
-        assert numbers(fast.read(1000)) == [100]
+        assert [report.records for report in check_segments(tmp_path)] == [1, 1, 1]
 
 
 def test_offsets_of_another_kind_are_refused_by_name(tmp_path):
@@ -108,14 +66,14 @@ def test_offsets_of_another_kind_are_refused_by_name(tmp_path):
 def test_a_reader_of_a_log_that_does_not_exist_yet_finds_it_later(tmp_path):
     reader = SegmentReader(tmp_path / "traces")
     assert reader.read(10) == []
-    with SegmentWriter(tmp_path / "traces", **LIMITS) as writer:
+    with SegmentWriter(tmp_path / "traces", LIMITS) as writer:
         assert reader.read(10) == []
         writer.append(payload(0))
         assert numbers(reader.read(10)) == [0]
 
 
 def test_a_reader_that_looks_before_a_writer_has_its_lock_still_finds_its_records(tmp_path):
-    with SegmentWriter(tmp_path / "elsewhere", **LIMITS) as writer:
+    with SegmentWriter(tmp_path / "elsewhere", LIMITS) as writer:
         writer.append(payload(0))
         (tmp_path / "log" / "w1-1").mkdir(parents=True)
         reader = SegmentReader(tmp_path / "log")
@@ -125,31 +83,9 @@ def test_a_reader_that_looks_before_a_writer_has_its_lock_still_finds_its_record
         assert numbers(reader.read(10)) == [0]
 
 
-def test_two_writers_of_one_process_do_not_mix_and_none_is_starved(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as left, SegmentWriter(tmp_path, **LIMITS) as right:
-        for i in range(20):
-            left.append(payload(i))
-            right.append(payload(i + 100))
-        reader = SegmentReader(tmp_path)
-        assert {record.writer for record in reader.read(10) + reader.read(10)} == {
-            left.name,
-            right.name,
-        }
-        rest = numbers(reader.read(100))
-        assert [n for n in rest if n < 100] == list(range(10, 20))
-        assert [n for n in rest if n >= 100] == list(range(110, 120))
-
-
-def test_a_read_stops_at_its_byte_limit(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
-        for i in range(10):
-            writer.append(payload(i))
-        assert numbers(SegmentReader(tmp_path).read(10, max_bytes=250)) == [0, 1, 2]
-
-
 def test_bytes_never_pass_the_cap_and_every_evicted_record_is_counted(tmp_path):
-    limits = {**LIMITS, "max_bytes": 16_384}
-    with SegmentWriter(tmp_path, **limits) as writer:
+    limits = replace(LIMITS, max_bytes=16_384)
+    with SegmentWriter(tmp_path, limits) as writer:
         reader = SegmentReader(tmp_path)
         for i in range(1000):
             writer.append(payload(i, 20 + i % 300))
@@ -163,37 +99,10 @@ def test_bytes_never_pass_the_cap_and_every_evicted_record_is_counted(tmp_path):
         assert writer.counts.evicted_bytes == written_bytes - log_bytes(tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_written_is_read_plus_evicted_whatever_the_pace_of_the_reader(tmp_path, seed):
-    chance = random.Random(seed)
-    limits = {**LIMITS, "max_bytes": 12_288}
-    reader, read = SegmentReader(tmp_path), []
-    total = damaged = evicted = torn = 0
-    for _ in range(4):  # four lives of the server
-        with SegmentWriter(tmp_path, **limits) as writer:
-            for _ in range(chance.randrange(300)):
-                writer.append(payload(total, chance.randrange(8, 400)))
-                total += 1
-                if chance.random() < 0.05:
-                    read += numbers(reader.read(chance.randrange(1, 30)))
-                if chance.random() < 0.02:  # the trainer restarts
-                    counts = reader.counts
-                    damaged, torn = damaged + counts.damaged, torn + counts.torn
-                    evicted += counts.evicted_unread
-                    reader = SegmentReader(tmp_path, reader.offsets())
-    while batch := reader.read(50):
-        read += numbers(batch)
-    evicted += reader.counts.evicted_unread
-
-    assert len(read) == len(set(read))
-    assert len(read) + evicted == total
-    assert damaged + torn + reader.counts.damaged + reader.counts.torn == 0
-
-
 def test_segments_leave_at_their_ttl_also_when_the_server_is_idle(tmp_path):
     clock = Clock()
-    limits = {**LIMITS, "ttl_s": 0.08}  # eviction is due every 10 ms of real time
-    with SegmentWriter(tmp_path, **limits, clock=clock) as writer:
+    limits = replace(LIMITS, ttl_s=0.08)  # eviction is due every 10 ms of real time
+    with SegmentWriter(tmp_path, limits, clock=clock) as writer:
         for i in range(10):
             writer.append(payload(i))
         clock.now_s += 0.07
@@ -218,16 +127,16 @@ def test_segments_leave_at_their_ttl_also_when_the_server_is_idle(tmp_path):
 
 def test_the_segment_that_a_living_process_writes_is_never_evicted(tmp_path, start_python):
     process = start_python(
-        "import sys; from pathlib import Path; from buffer.segments import SegmentWriter\n"
-        "w = SegmentWriter(Path(sys.argv[1]), segment_bytes=4096, max_bytes=8192, ttl_s=1e9,"
-        " sync_interval_s=0)\n"
+        "import sys; from pathlib import Path; from buffer.interface import TraceLimits\n"
+        "from buffer.segment_writer import SegmentWriter\n"
+        "w = SegmentWriter(Path(sys.argv[1]), TraceLimits(4096, 8192, 1e9, 0))\n"
         "w.append(b'\\7'.ljust(8, b'\\0')); w.sync(); print('ready', flush=True)\n"
         "sys.stdin.read()",
         tmp_path,
         stdin=subprocess.PIPE,
     )
     assert process.stdout.readline() == "ready\n"
-    with SegmentWriter(tmp_path, **{**LIMITS, "max_bytes": 12_288}) as writer:
+    with SegmentWriter(tmp_path, replace(LIMITS, max_bytes=12_288)) as writer:
         for i in range(300):
             writer.append(payload(i))
         assert 7 in numbers(SegmentReader(tmp_path).read(1000))
@@ -242,7 +151,7 @@ def test_the_segment_that_a_living_process_writes_is_never_evicted(tmp_path, sta
 def test_what_dead_writers_left_behind_is_swept_once_it_is_old(tmp_path):
     clock = Clock()
     clock.now_s = time.time()  # ages of folders and quarantined files are real
-    with SegmentWriter(tmp_path, **LIMITS, clock=clock) as writer:
+    with SegmentWriter(tmp_path, LIMITS, clock=clock) as writer:
         writer.append(payload(0))
     (tmp_path / "quarantine").mkdir()
     (tmp_path / "quarantine" / "header-w1-2-000000-0.bin").write_bytes(b"x")
@@ -250,7 +159,7 @@ def test_what_dead_writers_left_behind_is_swept_once_it_is_old(tmp_path):
     reader.read(10)
 
     def tend():
-        with SegmentWriter(tmp_path, **LIMITS, clock=clock) as later:
+        with SegmentWriter(tmp_path, LIMITS, clock=clock) as later:
             later.tend()
 
     clock.now_s += 3601
@@ -265,11 +174,11 @@ def test_what_dead_writers_left_behind_is_swept_once_it_is_old(tmp_path):
 
 
 def test_a_full_disk_costs_the_records_that_do_not_fit_and_nothing_else(tmp_path, start_python):
-    """A file size limit stands for a full disk: the write is cut in the middle of the record."""
+    """A file size limit stands in for a full disk: the write stops in the middle of the record."""
     process = start_python(
-        "import sys; from pathlib import Path; from buffer.segments import SegmentWriter\n"
-        "w = SegmentWriter(Path(sys.argv[1]), segment_bytes=1 << 20, max_bytes=1 << 22,"
-        " ttl_s=1e9, sync_interval_s=0)\n"
+        "import sys; from pathlib import Path; from buffer.interface import TraceLimits\n"
+        "from buffer.segment_writer import SegmentWriter\n"
+        "w = SegmentWriter(Path(sys.argv[1]), TraceLimits(1 << 20, 1 << 22, 1e9, 0))\n"
         "failed = []\n"
         "for i in range(12):\n"
         "    try: w.append(i.to_bytes(8, 'little') * (100 if i % 4 == 3 else 1))\n"
@@ -301,8 +210,8 @@ def tiny_disk(tmp_path):
 
 def test_a_full_disk_keeps_all_that_was_acknowledged_and_is_used_again_when_it_has_room(tiny_disk):
     ballast = tiny_disk / "ballast"
-    limits = {**LIMITS, "segment_bytes": 32_768, "max_bytes": 131_072}
-    with SegmentWriter(tiny_disk, **limits) as writer:
+    limits = replace(LIMITS, segment_bytes=32_768, max_bytes=131_072)
+    with SegmentWriter(tiny_disk, limits) as writer:
         written = [writer.append(payload(i)) for i in range(100)]
         ballast.write_bytes(bytes((os.statvfs(tiny_disk).f_bavail - 1) * 4096))
         dropped = 0
@@ -320,12 +229,12 @@ def test_a_full_disk_keeps_all_that_was_acknowledged_and_is_used_again_when_it_h
         reader = SegmentReader(tiny_disk)
         assert len(reader.read(1000)) == writer.counts.durable == 201 - dropped
         assert reader.counts.damaged == 0
-    [report] = recover(tiny_disk)
+    [report] = check_segments(tiny_disk)
     assert (report.torn_bytes, report.damaged) == (0, 0)
 
 
 def test_old_segments_can_leave_a_disk_that_is_full(tiny_disk):
-    with SegmentWriter(tiny_disk, **{**LIMITS, "max_bytes": 65_536}) as writer:
+    with SegmentWriter(tiny_disk, replace(LIMITS, max_bytes=65_536)) as writer:
         for i in range(600):
             writer.append(payload(i))
         fill = (os.statvfs(tiny_disk).f_bavail) * 4096
@@ -344,7 +253,7 @@ def test_old_segments_can_leave_a_disk_that_is_full(tiny_disk):
 
 
 def test_a_power_cut_takes_nothing_that_was_acknowledged(tmp_path, monkeypatch):
-    """The cut is played: of every file only what was flushed is left, and only if its name was."""
+    """Simulated: only what was flushed is left of a file, and only if its folder was flushed too."""
     flushed, named = {}, set()
     real_fdatasync, real_fsync = os.fdatasync, os.fsync
 
@@ -359,7 +268,7 @@ def test_a_power_cut_takes_nothing_that_was_acknowledged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     monkeypatch.setattr(os, "fsync", fsync)
-    writer = SegmentWriter(tmp_path / "log", **LIMITS)
+    writer = SegmentWriter(tmp_path / "log", LIMITS)
     for i in range(150):
         writer.append(payload(i))
         if i % 20 == 19:
@@ -378,7 +287,7 @@ def test_records_that_the_disk_failed_to_sync_are_never_acknowledged(tmp_path, m
     def fail(descriptor):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with SegmentWriter(tmp_path, **LIMITS) as writer:
+    with SegmentWriter(tmp_path, LIMITS) as writer:
         writer.append(payload(0))
         writer.sync()
         writer.append(payload(1))
@@ -390,4 +299,4 @@ def test_records_that_the_disk_failed_to_sync_are_never_acknowledged(tmp_path, m
         assert list(writer.sync()) == [2]
         counts = writer.counts
         assert (counts.appended, counts.durable, counts.doubtful) == (3, 2, 1)
-        assert [report.segment for report in recover(tmp_path)] == [0, 1]
+        assert [report.segment for report in check_segments(tmp_path)] == [0, 1]

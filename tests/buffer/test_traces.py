@@ -1,22 +1,30 @@
-"""The trainer gets every trace once; what is no trace is put aside and counted."""
+"""The log's URL, its quarantine, and what a reader remembers."""
 
 import json
-import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from buffer.backends import open_backend
 from buffer.codec import encode_trace
-from buffer.segments import SegmentWriter
-from buffer.traces import SeenTraces, TraceReader, log_root, open_trace_reader, open_trace_writer
+from buffer.embedded_log import EmbeddedLog, log_root
+from buffer.interface import TraceLimits
+from buffer.segment_writer import SegmentWriter
+from buffer.traces import SeenTraces, TraceReader
 
-LIMITS = {"segment_bytes": 1 << 16, "max_bytes": 1 << 22, "ttl_s": 3600.0, "sync_interval_s": 0.0}
+LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 22, ttl_s=3600.0, sync_interval_s=0.0)
+
+
+@pytest.fixture
+def log(tmp_path):
+    return EmbeddedLog(f"log:{tmp_path}", tmp_path)
 
 
 @pytest.fixture
 def writer(tmp_path):
-    with SegmentWriter(tmp_path, **LIMITS) as one:
+    with SegmentWriter(tmp_path, LIMITS) as one:
         yield one
 
 
@@ -27,53 +35,24 @@ def test_the_url_of_the_log_says_where_it_is(tmp_path):
 
 @pytest.mark.parametrize("url", ["kafka://host", "log", "", "LOG:"])
 def test_an_unknown_url_is_refused_and_the_known_ones_are_named(tmp_path, url):
-    with pytest.raises(ValueError, match=r"unknown scheme; known are 'log:'"):
-        log_root(url, tmp_path)
+    with pytest.raises(ValueError, match=r"unknown scheme; known are 'log:', 'memory:'"):
+        open_backend(url, tmp_path)
 
 
 def test_a_relative_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must name an absolute folder, as in 'log:/traces'"):
-        log_root("log:traces", tmp_path)
+        open_backend("log:traces", tmp_path)
 
 
-def test_a_trace_goes_from_server_to_trainer(tmp_path, make_trace):
-    reader = open_trace_reader("log:", tmp_path)
-    with open_trace_writer("log:", tmp_path, **LIMITS) as one:
-        for seq in range(5):
-            one.append(encode_trace(make_trace(seq=seq)))
-        assert [trace.seq for trace in reader.read(3)] == [0, 1, 2]
-        later = open_trace_reader(
-            "log:", tmp_path, offsets=json.loads(json.dumps(reader.offsets()))
-        )
-        assert [trace.seq for trace in later.read(10)] == [3, 4]
-
-
-def test_a_trace_that_was_sent_twice_is_handed_out_once(tmp_path, writer, make_trace):
-    for seq in (0, 1, 1, 0, 2):
-        writer.append(encode_trace(make_trace(seq=seq)))
-    writer.append(encode_trace(make_trace(seq=0, epoch=5)))
-    writer.append(encode_trace(make_trace(seq=0, producer="server-2")))
-    reader = TraceReader(tmp_path)
-    read = reader.read(100)
-
-    assert [(t.producer, t.epoch, t.seq) for t in read[3:]] == [
-        ("server-1", 5, 0),
-        ("server-2", make_trace().epoch, 0),
-    ]
-    assert (reader.counts.read, reader.counts.duplicate) == (5, 2)
-    writer.append(encode_trace(make_trace(seq=2)))
-    after_restart = TraceReader(tmp_path, json.loads(json.dumps(reader.offsets())))
-    assert after_restart.read(100) == []
-    assert after_restart.counts.duplicate == 1
-
-
-def test_records_that_are_no_traces_are_put_aside_with_their_reason(tmp_path, writer, make_trace):
+def test_records_that_are_no_traces_are_put_aside_with_their_reason(
+    tmp_path, log, writer, make_trace
+):
     sound = encode_trace(make_trace())
     newer = sound.replace(b'"version":"1"', b'"version":"7"')
     poison = sound.replace(b'\\"prompt_length\\":2', b'\\"prompt_length\\":9')
     for record in (b"rubbish!", newer, poison, sound):
         writer.append(record)
-    reader = TraceReader(tmp_path)
+    reader = TraceReader(log)
 
     assert [trace.seq for trace in reader.read(100)] == [0]
     assert reader.counts.quarantined == 3
@@ -87,17 +66,18 @@ def test_records_that_are_no_traces_are_put_aside_with_their_reason(tmp_path, wr
 def test_the_quarantine_is_bounded_in_bytes_and_the_count_goes_on(tmp_path, writer):
     for _ in range(10):
         writer.append(b"x" * 300)
-    reader = TraceReader(tmp_path, quarantine_bytes=1000)
+    log = EmbeddedLog(f"log:{tmp_path}", tmp_path, max_unreadable_bytes=1000)
+    reader = TraceReader(log)
     reader.read(100)
 
     assert reader.counts.quarantined == 10
     assert sum(path.stat().st_size for path in (tmp_path / "quarantine").iterdir()) == 900
 
 
-def test_all_that_was_written_is_accounted_for(tmp_path, make_trace):
-    limits = {**LIMITS, "segment_bytes": 8192, "max_bytes": 32_768}
-    reader = TraceReader(tmp_path)
-    with SegmentWriter(tmp_path, **limits) as writer:
+def test_all_that_was_written_is_accounted_for(tmp_path, log, make_trace):
+    limits = replace(LIMITS, segment_bytes=8192, max_bytes=32_768)
+    reader = TraceReader(log)
+    with SegmentWriter(tmp_path, limits) as writer:
         for seq in range(200):
             blob = encode_trace(make_trace(seq=seq // 2 if seq % 10 == 1 else seq + 1000))
             writer.append(b"rubbish" if seq % 7 == 0 else blob)
@@ -140,17 +120,3 @@ def test_what_is_remembered_stays_small_whatever_the_gaps():
         assert seen.add("q", epoch, 0)
     assert not seen.add("q", 999, 0)
     assert len(json.dumps(seen.to_json())) < 20_000
-
-
-def test_a_log_of_small_traces_is_read_fast_enough_to_keep_up_with_a_server(
-    tmp_path, writer, make_trace
-):
-    """A loose floor, 20 times under what one core does: it catches quadratic behaviour."""
-    for seq in range(1000):
-        writer.append(encode_trace(make_trace(seq=seq)))
-    begun = time.monotonic()
-    reader = TraceReader(tmp_path)
-    while reader.read(64):
-        pass
-    assert reader.counts.read == 1000
-    assert time.monotonic() - begun < 10

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from buffer.weights import TENSORS, read_bundle, versions
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from drafters.initial import publish_initial, random_drafter
 from oracles.engines import random_model
 
@@ -21,10 +22,11 @@ def test_equal_settings_make_equal_bytes_and_seeds_differ():
 
 
 def test_the_second_to_publish_leaves_the_first_one_in_place(tmp_path):
+    store = FolderWeights(tmp_path)
     manifest, content = fresh(1)
-    publish_initial(tmp_path, manifest, content)
+    publish_initial(store, manifest, content)
 
-    publish_initial(tmp_path, *fresh(2))
+    publish_initial(store, *fresh(2))
 
-    assert versions(tmp_path) == [0]
-    assert read_bundle(tmp_path / "0").files[TENSORS] == content
+    assert store.versions() == [0]
+    assert store.read(0).files[TENSORS] == content

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from buffer.weights import TENSORS, publish, read_bundle
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from examples.demo import DemoSettings, begin_server, version_changes, wait_for_server
 from examples.processes import Child, stop
 from examples.report import mismatched_outputs
@@ -74,9 +75,9 @@ def test_refused_request_is_counted_and_the_others_go_on(server: Server):
 
 
 def test_three_arms_give_the_same_tokens_whatever_the_version(server: Server, run_dir: Path):
-    weights = run_dir / "weights"
-    first = read_bundle(weights / "0")
-    publish(weights, replace(first.manifest, version=1, parent=0), {TENSORS: first.files[TENSORS]})
+    weights = FolderWeights(run_dir / "weights")
+    first = weights.read(0)
+    weights.publish(replace(first.manifest, version=1, parent=0), {TENSORS: first.files[TENSORS]})
     began_unix_s = time.time()
     replayer = Replayer(server, {"static": 0, "tuned": 1}, MAX_TOKENS, num_warmup=1)
 

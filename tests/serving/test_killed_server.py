@@ -9,8 +9,9 @@ import time
 import httpx
 import pytest
 
-from buffer.segments import recover
-from buffer.traces import open_trace_reader
+from buffer.backends import open_backend
+from buffer.segment_report import check_segments
+from buffer.traces import TraceReader
 from tests.serving.http.live import MODEL, running_server, wait_for
 
 
@@ -43,10 +44,10 @@ def test_no_acknowledged_trace_is_lost_and_a_new_server_serves(tiny_target_dir, 
         for client in clients:
             client.join()
 
-    reports = recover(server.run_dir / "traces")
+    reports = check_segments(server.run_dir / "traces")
     assert sum(r.records for r in reports) >= acknowledged
     assert sum(r.damaged for r in reports) == 0
-    reader = open_trace_reader("log:", server.run_dir)
+    reader = TraceReader(open_backend("log:", server.run_dir))
     traces = reader.read(100_000)
     assert len(traces) >= acknowledged
     assert len({(t.producer, t.epoch, t.seq) for t in traces}) == len(traces)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from buffer.weights import versions
+from buffer.folder_weights import FolderWeights
 from oracles.support import REPOSITORY
 from tests.trainer.conftest import World
 from tests.trainer.traffic import write_traces
@@ -66,7 +66,7 @@ def launch() -> Iterator[Launch]:
 
 def wait_for_version(run_dir: Path, version: int) -> None:
     deadline = time.monotonic() + 90
-    while version not in versions(run_dir / "weights"):
+    while version not in FolderWeights(run_dir / "weights").versions():
         assert time.monotonic() < deadline, f"version {version} was not published in time"
         time.sleep(0.05)
 

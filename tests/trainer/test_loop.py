@@ -18,15 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from buffer.weights import (
-    TENSORS,
-    check_bundle,
-    publish,
-    read_bundle,
-    read_manifest,
-    versions,
-    write_denied,
-)
+from buffer.bundles import check_bundle, read_bundle, read_manifest
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from configs.schema import DrafterSettings, Settings
 from tests.trainer.conftest import World
 from tests.trainer.traffic import (
@@ -71,8 +65,8 @@ def test_learning_raises_tokens_per_step_version_by_version(world: World, tmp_pa
     assert [u["step"] for u in updates] == list(range(1, 51))
     assert np.mean([u["loss"] for u in updates[-5:]]) < 0.6 * updates[0]["loss"]
     assert gates[-1]["candidate"] > gates[0]["incumbent"] + 0.35
-    assert versions(tmp_path / "weights") == list(range(len(published) + 1))
-    for before, after in itertools.pairwise(versions(tmp_path / "weights")):
+    assert FolderWeights(tmp_path / "weights").versions() == list(range(len(published) + 1))
+    for before, after in itertools.pairwise(FolderWeights(tmp_path / "weights").versions()):
         manifest = check_bundle(tmp_path / "weights" / str(after))
         assert manifest.parent == before
         assert manifest.gate["candidate"] >= 1.005 * manifest.gate["incumbent"]
@@ -97,13 +91,13 @@ def test_training_goes_on_from_a_given_bundle(world: World, tmp_path: Path) -> N
     first, second = tmp_path / "first", tmp_path / "second"
     write_traces(first, world.traces)
     train(settings_for(first, world.target, max_steps=20))
-    newest = max(versions(first / "weights"))
+    newest = max(FolderWeights(first / "weights").versions())
     settings = settings_for(second, world.target)
     path = first / "weights" / str(newest)
 
     build(settings.model_copy(update={"drafter": DrafterSettings(kind="eagle3", path=path)}))
 
-    assert versions(second / "weights") == [0]
+    assert FolderWeights(second / "weights").versions() == [0]
     assert read_bundle(second / "weights" / "0").files == read_bundle(path).files
 
 
@@ -142,8 +136,8 @@ def test_a_nan_gradient_never_reaches_a_bundle(world: World, tmp_path: Path) -> 
 
     assert trainer.learner.num_skipped >= 8
     assert all(torch.isfinite(t).all() for t in trainer.learner.model.state_dict().values())
-    assert max(versions(tmp_path / "weights")) >= 1
-    for version in versions(tmp_path / "weights"):
+    assert max(FolderWeights(tmp_path / "weights").versions()) >= 1
+    for version in FolderWeights(tmp_path / "weights").versions():
         check_bundle(tmp_path / "weights" / str(version))
 
 
@@ -172,7 +166,7 @@ def test_after_a_roll_back_learning_goes_on_from_the_version_before(
         trainer.update()
         trainer.judge_candidate()
     assert trainer.published.version == 3
-    write_denied(tmp_path / "weights", {3})
+    FolderWeights(tmp_path / "weights").write_denied({3})
 
     trainer.update()
     trainer.judge_candidate()
@@ -190,7 +184,7 @@ def test_after_a_roll_back_learning_goes_on_from_the_version_before(
 def test_a_damaged_newest_version_is_passed_over(world: World, tmp_path: Path) -> None:
     write_traces(tmp_path, world.traces)
     train(settings_for(tmp_path, world.target, gate_margin=0.01, max_steps=20))
-    assert versions(tmp_path / "weights") == [0, 1, 2]
+    assert FolderWeights(tmp_path / "weights").versions() == [0, 1, 2]
     file = tmp_path / "weights" / "2" / TENSORS
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -232,7 +226,7 @@ def test_an_absurd_learning_rate_publishes_nothing(world: World, tmp_path: Path)
 
     train(settings_for(tmp_path, world.target, lr=1e30, max_steps=14, publish_every_steps=1))
 
-    assert versions(tmp_path / "weights") == [0]
+    assert FolderWeights(tmp_path / "weights").versions() == [0]
     assert status(tmp_path)["skipped"] >= 3
     assert events(tmp_path, "restored")
 
@@ -273,7 +267,9 @@ def test_a_checkpoint_of_another_target_is_an_error(world: World, tmp_path: Path
         version=1,
         target_fingerprint=fingerprint_of(other),
     )
-    publish(tmp_path / "weights", manifest, dict(read_bundle(tmp_path / "weights" / "0").files))
+    FolderWeights(tmp_path / "weights").publish(
+        manifest, read_bundle(tmp_path / "weights" / "0").files
+    )
 
     with pytest.raises(CheckpointError, match=r"its target_fingerprint is .*; not training"):
         build(settings_for(tmp_path, other))
@@ -358,9 +354,9 @@ def test_kill_9_at_any_time_loses_nothing(world: World, tmp_path: Path, processe
         saved = read_checkpoint(tmp_path / "trainer" / "checkpoints")
         assert saved is not None
         steps.append(saved.state["step"])
-        for version in versions(tmp_path / "weights"):
+        for version in FolderWeights(tmp_path / "weights").versions():
             check_bundle(tmp_path / "weights" / str(version))
-        published.append(max(versions(tmp_path / "weights")))
+        published.append(max(FolderWeights(tmp_path / "weights").versions()))
 
     assert steps == sorted(steps) and steps[-1] > 0
     assert published == sorted(published) and published[-1] > 0

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.fingerprint import target_fingerprint
+from buffer.interface import TraceLimits
 from buffer.records import FeatureRows, Round, Sampling, Trace
-from buffer.traces import open_trace_writer
 from configs.schema import DrafterSettings, Settings, TrainerSettings
 from drafters.eagle3.model import default_layer_ids
 from trainer.build import build_trainer
@@ -112,9 +113,8 @@ def with_rows(trace: Trace, rows: np.ndarray[Any, Any]) -> Trace:
 
 def write_traces(run_dir: Path, traces: Iterable[Trace]) -> None:
     """Put traces into the run's log, as a server that then ended."""
-    with open_trace_writer(
-        "log:", run_dir, segment_bytes=1 << 20, max_bytes=1 << 26, ttl_s=1e6, sync_interval_s=0.0
-    ) as writer:
+    limits = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 26, ttl_s=1e6, sync_interval_s=0.0)
+    with open_backend("log:", run_dir).open_trace_writer(limits) as writer:
         for trace in traces:
             writer.append(encode_trace(trace))
 

@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 
+from buffer.backends import open_backend
 from buffer.codec import decode_trace, encode_trace
-from buffer.traces import open_trace_reader, open_trace_writer
+from buffer.interface import TraceLimits
+from buffer.traces import TraceReader
 from oracles.engines import make_engine, random_model, request_of, run
 from serving.capture.recorder import Recorder
 from serving.capture.ring import CaptureRing, feature_rows
@@ -133,16 +135,15 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
     )
     # 50 rows each, of which the ring holds those of 5 requests.
     run(engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(8)])
-    writer = open_trace_writer(
-        "log:", tmp_path, segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0
-    )
-    recorder = Recorder(writer, 100, 0.01)
+    backend = open_backend("memory:late", tmp_path)
+    limits = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0)
+    recorder = Recorder(backend.open_trace_writer(limits), 100, 0.01)
     for make in made:
         recorder.put(make)
     recorder.start()
     recorder.close(20.0)
 
-    traces = open_trace_reader("log:", tmp_path).read(100)
+    traces = TraceReader(backend).read(100)
     for trace in traces:
         assert trace.features.positions.tolist() == list(range(len(trace.token_ids) - 1))
     dropped = 8 - len(traces)

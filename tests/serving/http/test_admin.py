@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import httpx
 
-from buffer.weights import publish, read_bundle
+from buffer.folder_weights import FolderWeights
 from tests.serving.http.live import LiveServer, wait_for
 
 ASK = {"prompt": "def add(", "max_tokens": 8, "temperature": 0, "seed": 1}
@@ -14,9 +14,10 @@ ASK = {"prompt": "def add(", "max_tokens": 8, "temperature": 0, "seed": 1}
 
 def publish_copy(server: LiveServer, version: int) -> None:
     """Version 0 once more, under another number."""
-    bundle = read_bundle(server.run_dir / "weights" / "0")
+    store = FolderWeights(server.run_dir / "weights")
+    bundle = store.read(0)
     manifest = replace(bundle.manifest, version=version, parent=0, files={})
-    publish(server.run_dir / "weights", manifest, bundle.files)
+    store.publish(manifest, bundle.files)
 
 
 def order(client: httpx.Client, what: str, body: dict | None = None) -> httpx.Response:

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.weights import TENSORS, publish
 from serving.swap import flat_weights as swapping
 from serving.swap.flat_weights import Expected, FlatWeights, load_bundle
 
@@ -40,7 +41,7 @@ def numbers(seed, dtype=torch.float32):
 
 def publish_numbers(root, version, tensors):
     manifest = Manifest(version, None, EXPECTED.kind, {}, EXPECTED.target_fingerprint, {})
-    publish(root, manifest, {TENSORS: save(tensors)})
+    FolderWeights(root).publish(manifest, {TENSORS: save(tensors)})
 
 
 def assert_serves(module, tensors):
@@ -62,7 +63,7 @@ def test_pieces_of_any_size_arrive_where_they_lie(
     for version in range(2):
         publish_numbers(tmp_path, version, numbers(version))
 
-        weights.take_over(load_bundle(tmp_path / str(version), weights, EXPECTED).flat)
+        weights.take_over(load_bundle(FolderWeights(tmp_path), version, weights, EXPECTED).flat)
 
         assert_serves(module, numbers(version))
         assert module.cube.stride() == strides
@@ -92,7 +93,7 @@ def test_what_is_staged_was_read_before_it_was_checked_and_not_again(tmp_path):
     module = module_of()
     weights = Late(module)
 
-    weights.take_over(load_bundle(tmp_path / "0", weights, EXPECTED).flat)
+    weights.take_over(load_bundle(FolderWeights(tmp_path), 0, weights, EXPECTED).flat)
 
     assert_serves(module, numbers(0))
 
@@ -103,7 +104,7 @@ def test_a_load_uses_the_memory_of_the_one_before(tmp_path, device):
     places = set()
     for version in range(3):
         publish_numbers(tmp_path, version, numbers(version))
-        staged = load_bundle(tmp_path / str(version), weights, EXPECTED)
+        staged = load_bundle(FolderWeights(tmp_path), version, weights, EXPECTED)
         places.add(staged.flat.data_ptr())
         weights.take_over(staged.flat)
     assert len(places) == 1
@@ -117,7 +118,7 @@ def test_a_version_that_nobody_took_yet_is_not_overwritten(tmp_path, device):
     for version in range(2):
         publish_numbers(tmp_path, version, numbers(version))
 
-    first, second = (load_bundle(tmp_path / str(v), weights, EXPECTED) for v in range(2))
+    first, second = (load_bundle(FolderWeights(tmp_path), v, weights, EXPECTED) for v in range(2))
 
     weights.take_over(first.flat)
     assert_serves(module, numbers(0))
@@ -131,11 +132,11 @@ def test_a_load_waits_until_the_engine_has_copied_the_one_before(tmp_path):
     weights = FlatWeights(module)
     for version in range(2):
         publish_numbers(tmp_path, version, numbers(version))
-    former = load_bundle(tmp_path / "0", weights, EXPECTED)
+    former = load_bundle(FolderWeights(tmp_path), 0, weights, EXPECTED)
 
     torch.cuda._sleep(1_000_000_000)  # the copy is some half a second behind
     weights.take_over(former.flat)
-    load_bundle(tmp_path / "1", weights, EXPECTED)
+    load_bundle(FolderWeights(tmp_path), 1, weights, EXPECTED)
 
     assert_serves(module, numbers(0))
 
@@ -146,16 +147,16 @@ def test_a_number_too_large_for_the_served_dtype_is_refused(tmp_path, device):
     weights = FlatWeights(module)
     sound = numbers(0)
     publish_numbers(tmp_path, 0, sound)
-    former = load_bundle(tmp_path / "0", weights, EXPECTED).flat
+    former = load_bundle(FolderWeights(tmp_path), 0, weights, EXPECTED).flat
     weights.take_over(former)
     publish_numbers(tmp_path, 1, {**sound, "matrix": torch.full((6, 9), 1e6)})
 
     with pytest.raises(ValueError, match=r"snapshot 1 cannot be used: \['matrix'\] do not fit in"):
-        load_bundle(tmp_path / "1", weights, EXPECTED)
+        load_bundle(FolderWeights(tmp_path), 1, weights, EXPECTED)
 
     assert_serves(module, sound)
     publish_numbers(tmp_path, 2, numbers(2))
-    newer = load_bundle(tmp_path / "2", weights, EXPECTED).flat
+    newer = load_bundle(FolderWeights(tmp_path), 2, weights, EXPECTED).flat
     assert newer.data_ptr() == former.data_ptr()
     weights.take_over(newer)
     assert_serves(module, numbers(2))
@@ -176,7 +177,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, text):
     publish_numbers(tmp_path, 0, {**numbers(0), **change})
 
     with pytest.raises(ValueError, match=f"snapshot 0 cannot be used: .*{text}"):
-        load_bundle(tmp_path / "0", weights, EXPECTED)
+        load_bundle(FolderWeights(tmp_path), 0, weights, EXPECTED)
 
     assert not module.cube.any()
 
@@ -190,14 +191,13 @@ def test_a_tensor_that_begins_anywhere_is_read(tmp_path):
     shifted = (
         length.to_bytes(8, "little") + content[8 : 5 + length] + b"   " + content[5 + length :]
     )
-    publish(
-        tmp_path / "shifted",
+    FolderWeights(tmp_path / "shifted").publish(
         Manifest(0, None, EXPECTED.kind, {}, EXPECTED.target_fingerprint, {}),
         {TENSORS: shifted},
     )
     module = module_of()
     weights = FlatWeights(module)
 
-    weights.take_over(load_bundle(tmp_path / "shifted" / "0", weights, EXPECTED).flat)
+    weights.take_over(load_bundle(FolderWeights(tmp_path / "shifted"), 0, weights, EXPECTED).flat)
 
     assert_serves(module, numbers(0))

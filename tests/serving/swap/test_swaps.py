@@ -14,8 +14,9 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
 from buffer.fingerprint import target_fingerprint
+from buffer.folder_weights import FolderWeights
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.weights import TENSORS, publish, read_bundle, versions
 from configs.schema import Settings
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import Collected, request_of
@@ -62,11 +63,11 @@ def ask(service, name, max_tokens=30, prompt=PROMPT, **params):
 
 def publish_next(root, change=lambda tensors: tensors, **fields):
     """Version n + 1, its tensors those of version 0 after ``change``."""
-    first = read_bundle(root / "0")
+    first = FolderWeights(root).read(0)
     tensors = change(load(first.files[TENSORS]))
-    version = max(versions(root)) + 1
+    version = max(FolderWeights(root).versions()) + 1
     manifest = replace(first.manifest, version=version, parent=version - 1, **fields)
-    publish(root, manifest, {TENSORS: save(tensors)})
+    FolderWeights(root).publish(manifest, {TENSORS: save(tensors)})
     return version
 
 
@@ -173,7 +174,7 @@ def test_a_foreign_bundle_is_refused_by_what_is_foreign(service, tmp_path, field
 
 def test_a_bundle_of_another_shape_is_refused(service, tmp_path):
     root = tmp_path / "weights"
-    config = {**read_bundle(root / "0").manifest.drafter_config, "intermediate_size": 7}
+    config = {**FolderWeights(root).read(0).manifest.drafter_config, "intermediate_size": 7}
     publish_next(root, drafter_config=config)
     wait_until(lambda: service.figures().swaps["rejected"] == 1)
     assert "another shape (intermediate_size differ)" in service.drafter_status()["last_error"]
@@ -250,7 +251,7 @@ def echo_bundle(target, folder):
         module.norm.weight.copy_(model.model.norm.weight)
     fingerprint = target_fingerprint(target)
     manifest = Manifest(0, None, "eagle3", module.config.to_json(), fingerprint, {})
-    publish(folder / "echo", manifest, {TENSORS: save(module.bundle_tensors())})
+    FolderWeights(folder / "echo").publish(manifest, {TENSORS: save(module.bundle_tensors())})
     return folder / "echo" / "0"
 
 

@@ -1,37 +1,26 @@
-"""A bundle that can be seen is whole, and one that is not what was published is refused."""
+"""On disk a visible bundle is whole, and a bundle that is not what was published is refused."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import resource
-import threading
-import tracemalloc
 
 import numpy as np
 import pytest
 
-from buffer import weights
-from buffer.records import Manifest
-from buffer.tensors import TensorFileError, check_safetensors, join_tensors
-from buffer.weights import (
+from buffer import bundles
+from buffer.bundles import (
     BundleError,
     HostBuffer,
     check_bundle,
-    mark_in_use,
-    marked_in_use,
-    newest_sound,
-    next_version,
-    prune,
-    publish,
     read_bundle,
     read_bundle_into,
-    read_denied,
     read_manifest,
-    unmark_in_use,
-    versions,
-    write_denied,
 )
+from buffer.folder_weights import FolderWeights
+from buffer.records import Manifest
+from buffer.tensors import TensorFileError, check_safetensors, join_tensors
 
 MANIFEST = Manifest(
     version=0,
@@ -54,22 +43,27 @@ def tensors(fill=1.0):
     }
 
 
-def publish_version(root, version, parent=None):
+@pytest.fixture
+def store(tmp_path):
+    return FolderWeights(tmp_path)
+
+
+def publish_version(store, version, parent=None):
     manifest = dataclasses.replace(MANIFEST, version=version, parent=parent)
-    return publish(root, manifest, {"drafter.safetensors": join_tensors(tensors(), {})})
+    return store.publish(manifest, {"drafter.safetensors": join_tensors(tensors(), {})})
 
 
 @pytest.fixture
-def bundle(tmp_path):
+def bundle(store, tmp_path):
     """A sound bundle of version 42."""
-    publish_version(tmp_path, 42, parent=41)
+    publish_version(store, 42, parent=41)
     return tmp_path / "42"
 
 
 def read_in_place(path, expected=None):
-    """As ``read_bundle``, of the tensors alone."""
+    """Like ``read_bundle``, but with the tensors alone."""
     found = read_bundle_into(HostBuffer(), path, expected)
-    return weights.Bundle(found.manifest, {weights.TENSORS: found.content.tobytes()})
+    return bundles.Bundle(found.manifest, {bundles.TENSORS: found.content.tobytes()})
 
 
 each_reader = pytest.mark.parametrize("read", [read_bundle, read_in_place])
@@ -80,150 +74,74 @@ def rewrite_manifest(bundle, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_a_published_bundle_is_read_as_it_was_written(tmp_path):
-    content = {
-        "drafter.safetensors": join_tensors(tensors(), {}),
-        "policy.json": b'{"k": 4}',
-    }
-    published = publish(tmp_path, MANIFEST, content)
-
-    bundle = read_bundle(tmp_path / "0", EXPECTED)
-    assert bundle.manifest == published == read_manifest(tmp_path / "0")
-    assert dataclasses.replace(published, files={}) == MANIFEST
-    assert bundle.files == content
-    assert versions(tmp_path) == [0]
-
-
-def test_the_newest_sound_version_is_neither_damaged_nor_rolled_back(tmp_path):
+def test_the_newest_sound_version_is_neither_damaged_nor_rolled_back(store, tmp_path):
     for version in range(4):
-        publish_version(tmp_path, version, parent=version - 1 if version else None)
+        publish_version(store, version, parent=version - 1 if version else None)
     (tmp_path / "3" / "drafter.safetensors").unlink()
-    write_denied(tmp_path, {2})
+    store.write_denied({2})
 
-    bundle, passed_over = newest_sound(tmp_path)
+    bundle, passed_over = store.newest_sound()
 
     assert bundle.manifest.version == 1
     assert "drafter.safetensors" in passed_over[0]
     assert "version 2 was rolled back" in passed_over[1]
-    write_denied(tmp_path, {0, 1, 2})
+    store.write_denied({0, 1, 2})
     with pytest.raises(ValueError, match=r"no version in .* can be used"):
-        newest_sound(tmp_path)
+        store.newest_sound()
 
 
-def test_a_damaged_list_of_rolled_back_versions_is_named(tmp_path):
+def test_a_damaged_list_of_rolled_back_versions_is_named(store, tmp_path):
     (tmp_path / "DENIED.json").write_text("{")
     with pytest.raises(ValueError, match=r"DENIED\.json must be a list"):
-        read_denied(tmp_path)
+        store.read_denied()
 
 
-def test_an_empty_store_has_no_versions_and_begins_with_0(tmp_path):
-    assert versions(tmp_path / "missing") == []
-    assert next_version(tmp_path / "missing") == 0
-
-
-def test_a_version_is_never_used_twice(tmp_path):
-    publish_version(tmp_path, 3)
-    with pytest.raises(ValueError, match="3 was published before, and versions are never reused"):
-        publish_version(tmp_path, 3)
-    with pytest.raises(ValueError, match="Publish as version 4 or higher"):
-        publish_version(tmp_path, 2)
-    assert versions(tmp_path) == [3]
-
-
-def test_a_version_is_never_used_twice_even_if_its_bundle_is_gone(tmp_path):
+def test_a_version_is_never_used_twice_even_if_its_bundle_is_gone(store, tmp_path):
     for version in range(4):
-        publish_version(tmp_path, version)
-    assert prune(tmp_path, keep=1) == [0, 1, 2]
+        publish_version(store, version)
+    assert store.prune(keep=1) == [0, 1, 2]
     for path in (tmp_path / "3").iterdir():
         path.unlink()
     (tmp_path / "3").rmdir()
 
-    assert next_version(tmp_path) == 4
+    assert store.next_version() == 4
     for version in range(4):
         with pytest.raises(ValueError, match="never reused"):
-            publish_version(tmp_path, version)
+            publish_version(store, version)
 
 
-def test_versions_are_not_reused_when_the_memory_of_the_highest_is_lost_or_damaged(tmp_path):
-    publish_version(tmp_path, 5)
+def test_versions_are_not_reused_when_the_memory_of_the_highest_is_lost_or_damaged(store, tmp_path):
+    publish_version(store, 5)
     (tmp_path / "HIGHEST").unlink()
-    assert next_version(tmp_path) == 6
+    assert store.next_version() == 6
     (tmp_path / "HIGHEST").write_text("what?")
     with pytest.raises(ValueError, match="must hold the highest version ever published"):
-        publish_version(tmp_path, 6)
+        publish_version(store, 6)
 
 
-def test_of_two_publishers_of_one_version_one_wins_and_the_other_is_told(tmp_path):
-    outcomes = []
-
-    def race():
-        try:
-            outcomes.append(publish_version(tmp_path, 1).version)
-        except ValueError as error:
-            outcomes.append(str(error)[:9])
-
-    threads = [threading.Thread(target=race) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes, key=str) == [1] + ["version 1"] * 5
-    check_bundle(tmp_path / "1")
-
-
-@pytest.mark.parametrize(
-    ("fields", "content", "message"),
-    [
-        ({"version": -1}, tensors(), "version must be an integer >= 0"),
-        ({"parent": 0}, tensors(), "parent must be a version below 0"),
-        ({"gate": {"x": float("nan")}}, tensors(), "JSON compliant"),
-        ({}, tensors(fill=np.nan), r"\['norm'\] hold NaN or infinity"),
-        ({}, tensors(fill=-np.inf), r"\['norm'\] hold NaN or infinity"),
-        ({}, None, "files must name drafter.safetensors"),
-        ({}, b"short", "5 bytes are too few"),
-    ],
-)
-def test_what_would_be_refused_later_is_not_published(tmp_path, fields, content, message):
-    files = {"other.json": b"{}"}
-    if content is not None:
-        blob = content if isinstance(content, bytes) else join_tensors(content, {})
-        files["drafter.safetensors"] = blob
-    with pytest.raises(ValueError, match=message):
-        publish(tmp_path, dataclasses.replace(MANIFEST, **fields), files)
-    assert versions(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "name", ["../evil.json", "model.bin", ".hidden.json", "manifest.json", "a/b.json"]
-)
-def test_a_file_name_that_leads_elsewhere_is_not_published(tmp_path, name):
-    files = {"drafter.safetensors": join_tensors(tensors(), {}), name: b"{}"}
-    with pytest.raises(ValueError, match="is not a plain name"):
-        publish(tmp_path, MANIFEST, files)
-
-
-def test_a_full_disk_leaves_no_trace_of_a_bundle(tmp_path, start_python):
+def test_a_full_disk_leaves_no_trace_of_a_bundle(store, tmp_path, start_python):
     code = (
         "import sys, numpy as np; from pathlib import Path\n"
         "from buffer.records import Manifest; from buffer.tensors import join_tensors\n"
-        "from buffer.weights import publish, versions\n"
-        "root = Path(sys.argv[1])\n"
+        "from buffer.folder_weights import FolderWeights\n"
+        "store = FolderWeights(Path(sys.argv[1]))\n"
         "blob = join_tensors({'w': ('F32', np.zeros(100_000, np.float32))}, {})\n"
-        "try: publish(root, Manifest(7, None, 'e', {}, 't', {}), {'drafter.safetensors': blob})\n"
-        "except OSError as error: print(error.strerror, versions(root), list(root.glob('.tmp*')))\n"
+        "try: store.publish(Manifest(7, None, 'e', {}, 't', {}), {'drafter.safetensors': blob})\n"
+        "except OSError as error:\n"
+        "    print(error.strerror, store.versions(), list(store.root.glob('.tmp*')))\n"
     )
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
     output, _ = start_python(code, tmp_path, preexec_fn=limit).communicate(timeout=30)
     assert output == "File too large [] []\n"
 
 
-def test_what_a_killed_publisher_left_is_neither_seen_nor_kept(tmp_path):
-    publish_version(tmp_path, 1)
+def test_what_a_killed_publisher_left_is_neither_seen_nor_kept(store, tmp_path):
+    publish_version(store, 1)
     (tmp_path / ".tmp-2").mkdir()
     (tmp_path / ".tmp-2" / "drafter.safetensors").write_bytes(b"half")
 
-    assert versions(tmp_path) == [1]
-    publish_version(tmp_path, 2)
+    assert store.versions() == [1]
+    publish_version(store, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "1", "2", "HIGHEST"]
 
 
@@ -237,7 +155,7 @@ def test_a_damaged_file_is_refused_with_what_to_do(bundle, read):
 
     with pytest.raises(BundleError) as caught:
         read(bundle)
-    found = weights._digest(bytes(content)).sha256
+    found = bundles._digest(bytes(content)).sha256
     assert str(caught.value) == (
         f"snapshot 42 is damaged: {path} has sha256 {found[:12]}, the trainer wrote "
         f"{expected[:12]}; not swapping. Restore the file, or wait: the next published version "
@@ -408,9 +326,9 @@ def test_tensors_of_another_shape_are_refused(bundle, expected, message, read):
 
 @each_reader
 @pytest.mark.parametrize("name", ["drafter.safetensors", "heads.safetensors"])
-def test_numbers_are_checked_also_where_the_digest_is_right(tmp_path, read, name):
+def test_numbers_are_checked_also_where_the_digest_is_right(store, tmp_path, read, name):
     sound = join_tensors(tensors(), {})
-    publish(tmp_path, MANIFEST, {"drafter.safetensors": sound, "heads.safetensors": sound})
+    store.publish(MANIFEST, {"drafter.safetensors": sound, "heads.safetensors": sound})
     put_in_place(tmp_path / "0", name, join_tensors(tensors(fill=np.nan), {}))
 
     with pytest.raises(BundleError, match=rf"{name}: tensors \['norm'\] hold NaN or infinity"):
@@ -418,7 +336,7 @@ def test_numbers_are_checked_also_where_the_digest_is_right(tmp_path, read, name
 
 
 def put_in_place(bundle, name, content):
-    """Replace a file, and let the manifest say so."""
+    """Replace a file, and update its entry in the manifest."""
     (bundle / name).write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
     files = json.loads((bundle / "manifest.json").read_text())["files"]
@@ -436,7 +354,7 @@ def test_a_size_that_no_memory_holds_is_refused_before_there_is_room_for_it(bund
 
 
 class Meanwhile(HostBuffer):
-    """Something happens to a file that was opened and is not yet read."""
+    """Runs a function after a file was opened and before it is read."""
 
     def __init__(self, happens):
         super().__init__()
@@ -468,45 +386,13 @@ def test_a_file_that_changes_its_size_after_it_was_opened_is_refused(bundle, mon
             os.truncate(path, size + by)
         return True
 
-    monkeypatch.setattr(weights.stat, "S_ISREG", is_plain)
+    monkeypatch.setattr(bundles.stat, "S_ISREG", is_plain)
     with pytest.raises(BundleError, match=f"has {size + by} bytes, the trainer wrote {size}"):
         read_bundle(bundle)
 
 
-def test_the_tensors_are_what_stays_in_the_buffer(tmp_path):
-    blob = join_tensors(tensors(), {})
-    others = {"a.json": b"{}" + b" " * 9000, "z.safetensors": join_tensors(tensors(2.0), {})}
-    published = publish(tmp_path, MANIFEST, {**others, "drafter.safetensors": blob})
-
-    found = read_bundle_into(HostBuffer(), tmp_path / "0", EXPECTED)
-
-    assert found.manifest == published
-    assert found.content.tobytes() == blob
-    norm = found.tensors["norm"]
-    assert found.content[norm.start : norm.end].tobytes() == np.ones(4, np.float32).tobytes()
-
-
-def test_a_second_bundle_is_read_into_the_memory_of_the_first(tmp_path):
-    many = {"w": ("F32", np.ones(10_000_000, np.float32))}
-    for version in range(2):
-        # A longer header, as a trainer may write that tells more.
-        blob = join_tensors(many, {"told": "x" * 10_000 * version})
-        manifest = dataclasses.replace(MANIFEST, version=version)
-        publish(tmp_path, manifest, {"drafter.safetensors": blob})
-    buffer = HostBuffer()
-    first = read_bundle_into(buffer, tmp_path / "0").content
-
-    tracemalloc.start()
-    second = read_bundle_into(buffer, tmp_path / "1").content
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-
-    assert np.shares_memory(first, second)
-    assert most < len(second) / 4, "more than the check of a chunk needs"
-
-
 def test_a_tensor_file_is_judged_by_its_header_alone(tmp_path):
-    """A sparse file of 1 GiB: reading it would take seconds and memory."""
+    """The file is sparse, 1 GiB: reading it would take seconds and memory."""
     path = tmp_path / "big.safetensors"
     header = b'{"w":{"dtype":"U8","shape":[1073741824],"data_offsets":[0,1073741824]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -523,45 +409,23 @@ def test_a_header_over_1_mib_is_not_read(tmp_path):
         check_safetensors(len(header).to_bytes(8, "little") + header)
 
 
-def test_pruning_keeps_the_newest_those_in_use_and_their_parents(tmp_path):
-    for version in range(10):
-        publish_version(tmp_path, version, parent=max(0, version - 2) if version else None)
-    mark_in_use(tmp_path, "server-1", [4])
-
-    assert prune(tmp_path, keep=2, in_use={7}) == [0, 1, 3, 6]
-    assert versions(tmp_path) == [2, 4, 5, 7, 8, 9]
-    unmark_in_use(tmp_path, "server-1")
-    assert prune(tmp_path, keep=2) == [2, 4, 5, 7]
-    assert [check_bundle(tmp_path / str(v)).version for v in versions(tmp_path)] == [8, 9]
-
-
-def test_a_mark_that_nobody_renews_protects_for_a_day_only(tmp_path):
-    mark_in_use(tmp_path, "dead", [1])
+def test_a_mark_that_nobody_renews_protects_for_a_day_only(store, tmp_path):
+    store.mark_in_use("dead", [1])
     now_s = (tmp_path / "IN_USE-dead.json").stat().st_mtime
-    assert marked_in_use(tmp_path, now_s + 86_000) == {1}
-    assert marked_in_use(tmp_path, now_s + 87_000) == set()
+    assert store.marked_in_use(now_s + 86_000) == {1}
+    assert store.marked_in_use(now_s + 87_000) == set()
 
 
-def test_an_unreadable_mark_stops_all_pruning(tmp_path):
+def test_an_unreadable_mark_stops_all_pruning(store, tmp_path):
     for version in range(5):
-        publish_version(tmp_path, version)
+        publish_version(store, version)
     (tmp_path / "IN_USE-server-1.json").write_text("{")
-    assert prune(tmp_path, keep=1) == []
-    assert versions(tmp_path) == [0, 1, 2, 3, 4]
+    assert store.prune(keep=1) == []
+    assert store.versions() == [0, 1, 2, 3, 4]
 
 
-def test_a_damaged_bundle_in_use_stays_and_stops_nothing(tmp_path):
+def test_a_damaged_bundle_in_use_stays_and_stops_nothing(store, tmp_path):
     for version in range(4):
-        publish_version(tmp_path, version, parent=version - 1 if version else None)
+        publish_version(store, version, parent=version - 1 if version else None)
     (tmp_path / "1" / "manifest.json").write_text("{")
-    assert prune(tmp_path, keep=1, in_use=[1, 99]) == [0, 2]
-
-
-def test_pruning_everything_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        prune(tmp_path, keep=0)
-
-
-def test_a_producer_name_cannot_leave_the_store(tmp_path):
-    with pytest.raises(ValueError, match="producer must match"):
-        mark_in_use(tmp_path, "../x", [1])
+    assert store.prune(keep=1, in_use=[1, 99]) == [0, 2]

@@ -1,0 +1,32 @@
+"""The catalog of buffer backends: URL scheme -> class that opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pkgutil import resolve_name
+
+from buffer.interface import Backend
+
+# Named by module and class, so that a backend's client library is imported only when it is used.
+CATALOG: dict[str, str] = {
+    "log": "buffer.embedded_log:EmbeddedLog",
+    "memory": "buffer.memory:MemoryBackend",
+}
+
+
+def open_backend(url: str, run_dir: Path) -> Backend:
+    """Open the backend that ``buffer.url`` names.
+
+    Args:
+        url: scheme, colon and whatever the backend makes of the rest; e.g. ``log:``.
+        run_dir: folder of the run.
+
+    Raises:
+        ValueError: the scheme is unknown, or its backend refuses the rest.
+    """
+    scheme, colon, _ = url.partition(":")
+    if not colon or scheme not in CATALOG:
+        known = ", ".join(f"'{name}:'" for name in CATALOG)
+        raise ValueError(f"buffer.url {url!r} has an unknown scheme; known are {known}")
+    backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
+    return backend

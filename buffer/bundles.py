@@ -1,0 +1,303 @@
+"""A bundle: one published version of a drafter, its manifest and its files.
+
+On disk it is a folder with ``manifest.json`` and the files that the manifest names,
+``drafter.safetensors`` and perhaps more. Nothing read is trusted: names, sizes, digests, headers
+and numbers are checked before any tensor is created.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.manifest import (
+    MANIFEST,
+    TENSORS,
+    ManifestError,
+    decode_manifest,
+    encode_manifest,
+    manifest_problem,
+)
+from buffer.records import FileDigest, Manifest
+from buffer.tensors import (
+    MAX_BUNDLE_HEADER_BYTES,
+    TensorFileError,
+    TensorInfo,
+    check_safetensors,
+    non_finite_tensors,
+)
+
+MAX_MANIFEST_BYTES = 1 << 20
+
+ExpectedTensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name -> (dtype tag of safetensors, shape)."""
+
+_CHUNK_BYTES = 4 << 20
+"""Read and hashed at a time, without the interpreter lock."""
+
+
+class BundleError(ValueError):
+    """A published bundle that must not be used; the message says why and what to do."""
+
+    def __init__(self, version: str, problem: str) -> None:
+        super().__init__(
+            f"snapshot {version} is damaged: {problem}; not swapping. Restore the file, or wait: "
+            f"the next published version supersedes it."
+        )
+        self.problem = problem
+        """What is wrong, without the advice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A checked bundle in memory."""
+
+    manifest: Manifest
+    files: dict[str, bytes]
+    """Content of every file but the manifest: the same bytes whose digests were checked."""
+
+
+class HostBuffer:
+    """Host memory that one file after another is read into, for one reader at a time.
+
+    It is reused because freeing memory stalls the other threads of a process: a ``bytes`` object
+    of 0.8 GB holds the interpreter lock while it is returned to the system.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Uninitialised memory of ``num_bytes``; invalidates what was taken before."""
+        if self._bytes.size < num_bytes:
+            # With room for the longest header, so that the next version needs no larger buffer.
+            self._bytes = np.empty(num_bytes + MAX_BUNDLE_HEADER_BYTES, np.uint8)
+        return self._bytes[:num_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class BundleInBuffer:
+    """A checked bundle whose tensors are kept in a ``HostBuffer`` and whose other files are not."""
+
+    manifest: Manifest
+    content: NDArray[np.uint8]
+    """``drafter.safetensors``: the same bytes that were checked, until the buffer is reused."""
+    tensors: dict[str, TensorInfo]
+    """Location of each tensor in ``content``."""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the bundle in folder ``path``, checked; no other file is opened.
+
+    Raises:
+        BundleError: it is missing, unreadable, of a newer schema, or inconsistent.
+    """
+    if path.is_symlink() or not path.is_dir():
+        raise BundleError(path.name, f"{path} is not a folder, or a link to one")
+    text = _read_file(path, MANIFEST, MAX_MANIFEST_BYTES)
+    try:
+        manifest = decode_manifest(text)
+        problem = manifest_problem(manifest, path.name)
+    except (ManifestError, RecursionError) as error:
+        raise BundleError(path.name, f"{path / MANIFEST} is unreadable: {error}") from None
+    if problem is not None:
+        raise BundleError(path.name, f"{path / MANIFEST}: {problem}")
+    return manifest
+
+
+def read_bundle(path: Path, expected: ExpectedTensors | None = None) -> Bundle:
+    """Read the bundle in folder ``path`` into memory, and check all of it there.
+
+    Args:
+        path: the bundle's folder.
+        expected: tensors that ``drafter.safetensors`` must hold, and no others.
+
+    Raises:
+        BundleError: names the file and what was found.
+    """
+    manifest = _manifest_of_all(path)
+    files = {name: _read_checked(path, name, digest) for name, digest in manifest.files.items()}
+    problem = files_problem(files, expected)
+    if problem is not None:
+        raise BundleError(path.name, f"{path}: {problem}")
+    return Bundle(manifest, files)
+
+
+def read_bundle_into(
+    buffer: HostBuffer, path: Path, expected: ExpectedTensors | None = None
+) -> BundleInBuffer:
+    """``read_bundle`` for use beside threads that cannot wait: it reuses memory, and holds the
+    interpreter lock no longer than the bookkeeping of one chunk takes.
+
+    Args:
+        buffer: grows to the size of the bundle's largest file; nobody else may use it meanwhile.
+
+    Raises:
+        BundleError: as ``read_bundle``.
+    """
+    manifest = _manifest_of_all(path)
+    others = [name for name in manifest.files if name != TENSORS]
+    for name in (*others, TENSORS):  # all through the same memory; the tensors come last and stay
+        content = _read_checked_into(buffer, path, name, manifest.files[name])
+        try:
+            tensors = sound_tensors(name, content.data, expected)
+        except TensorFileError as error:
+            raise BundleError(path.name, f"{path}: {error}") from None
+    return BundleInBuffer(manifest, content, tensors)
+
+
+def check_bundle(path: Path, expected: ExpectedTensors | None = None) -> Manifest:
+    """Check a bundle as ``read_bundle`` does, and return its manifest alone.
+
+    Raises:
+        BundleError: as ``read_bundle``.
+    """
+    return read_bundle(path, expected).manifest
+
+
+def prepare_bundle(
+    manifest: Manifest, files: Mapping[str, bytes]
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Check a bundle before it is published, as every reader will check it.
+
+    Args:
+        manifest: everything but ``files``.
+        files: name -> content; ``drafter.safetensors`` must be among them.
+
+    Returns:
+        The manifest with all digests, and all files of the bundle including ``manifest.json``.
+
+    Raises:
+        ValueError: a reader would refuse it.
+    """
+    manifest = replace(manifest, files={name: _digest(content) for name, content in files.items()})
+    text = encode_manifest(manifest)
+    problem = manifest_problem(manifest, str(manifest.version)) or files_problem(files)
+    if problem is not None:
+        raise ValueError(f"version {manifest.version} cannot be published: {problem}")
+    return manifest, {**files, MANIFEST: text}
+
+
+def files_problem(
+    files: Mapping[str, bytes], expected: ExpectedTensors | None = None
+) -> str | None:
+    """What is wrong with the content of a bundle's files; ``None`` if nothing is."""
+    for name, content in files.items():
+        try:
+            sound_tensors(name, content, expected)
+        except TensorFileError as error:
+            return str(error)
+    return None
+
+
+def sound_tensors(
+    name: str, content: bytes | memoryview, expected: ExpectedTensors | None
+) -> dict[str, TensorInfo]:
+    """Tensors in one file of a bundle, checked down to the last number; a JSON file has none.
+
+    Raises:
+        TensorFileError: names the file and what was found.
+    """
+    if not name.endswith(".safetensors"):
+        return {}
+    try:
+        tensors = check_safetensors(content, expected if name == TENSORS else None)
+    except TensorFileError as error:
+        raise TensorFileError(f"{name}: {error}") from None
+    broken = non_finite_tensors(content, tensors)
+    if broken:
+        raise TensorFileError(f"{name}: tensors {broken[:8]} hold NaN or infinity")
+    return tensors
+
+
+def _manifest_of_all(path: Path) -> Manifest:
+    """The manifest of a folder that must hold the files it names, and no others."""
+    manifest = read_manifest(path)
+    unexpected = sorted({entry.name for entry in path.iterdir()} - {*manifest.files, MANIFEST})
+    if unexpected:
+        raise BundleError(path.name, f"{path} holds {unexpected[:8]}, which the manifest lacks")
+    return manifest
+
+
+@contextlib.contextmanager
+def _opened(path: Path, name: str, max_bytes: int) -> Iterator[tuple[BufferedReader, int]]:
+    """Open a plain file of a bundle without following links, and yield it with its size."""
+    try:
+        descriptor = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        found = "is a link" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+        raise BundleError(path.name, f"{path / name} {found}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(path.name, f"{path / name} is not a plain file")
+        if status.st_size > max_bytes:
+            raise BundleError(
+                path.name,
+                f"{path / name} has {status.st_size} bytes, at most {max_bytes} were expected",
+            )
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file, status.st_size
+    finally:
+        os.close(descriptor)
+
+
+def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
+    """Content of a plain file of a bundle; one byte more if it has grown since it was opened."""
+    with _opened(path, name, max_bytes) as (file, num_bytes):
+        # Not the size that the manifest claims: there may not be enough memory for it.
+        return file.read(num_bytes + 1)
+
+
+def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:
+    content = _read_file(path, name, digest.num_bytes)
+    _check_size(path, name, len(content), digest)
+    _check_sha256(path, name, _digest(content).sha256, digest)
+    return content
+
+
+def _read_checked_into(
+    buffer: HostBuffer, path: Path, name: str, digest: FileDigest
+) -> NDArray[np.uint8]:
+    """Like ``_read_checked``, chunk by chunk into ``buffer``."""
+    with _opened(path, name, digest.num_bytes) as (file, num_bytes):
+        # Before memory is taken: a manifest may claim more than there is.
+        _check_size(path, name, num_bytes, digest)
+        content = buffer.take(digest.num_bytes)
+        num_bytes, sha256 = 0, hashlib.sha256()
+        while num_read := file.readinto(content[num_bytes : num_bytes + _CHUNK_BYTES].data):
+            sha256.update(content[num_bytes : num_bytes + num_read].data)
+            num_bytes += num_read
+        grown = len(file.read(1))
+    _check_size(path, name, num_bytes + grown, digest)
+    _check_sha256(path, name, sha256.hexdigest(), digest)
+    return content
+
+
+def _check_size(path: Path, name: str, num_bytes: int, digest: FileDigest) -> None:
+    if num_bytes != digest.num_bytes:
+        raise BundleError(
+            path.name, f"{path / name} has {num_bytes} bytes, the trainer wrote {digest.num_bytes}"
+        )
+
+
+def _check_sha256(path: Path, name: str, found: str, digest: FileDigest) -> None:
+    if found != digest.sha256:
+        raise BundleError(
+            path.name,
+            f"{path / name} has sha256 {found[:12]}, the trainer wrote {digest.sha256[:12]}",
+        )
+
+
+def _digest(content: bytes) -> FileDigest:
+    return FileDigest(hashlib.sha256(content).hexdigest(), len(content))

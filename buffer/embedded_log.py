@@ -1,0 +1,61 @@
+"""The embedded log, ``log:``: traces and weights in local folders, with no service to run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from buffer.files import write_atomically
+from buffer.folder_weights import FolderWeights
+from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Report, TraceLimits
+from buffer.layout import QUARANTINE
+from buffer.segment_reader import SegmentReader
+from buffer.segment_report import check_segments
+from buffer.segment_writer import SegmentWriter
+
+
+class EmbeddedLog(Backend):
+    """Segment files in ``run_dir/traces`` (``log:``) or in another folder (``log:/some/folder``),
+    and weights in ``run_dir/weights``."""
+
+    def __init__(
+        self, url: str, run_dir: Path, *, max_unreadable_bytes: int = MAX_UNREADABLE_BYTES
+    ) -> None:
+        self._root = log_root(url, run_dir)
+        self._weights = run_dir / "weights"
+        self._max_unreadable_bytes = max_unreadable_bytes
+
+    def open_trace_writer(self, limits: TraceLimits) -> SegmentWriter:
+        return SegmentWriter(self._root, limits)
+
+    def open_record_reader(self, offsets: Offsets | None = None) -> SegmentReader:
+        return SegmentReader(self._root, offsets)
+
+    def keep_unreadable(self, name: str, payload: bytes) -> None:
+        folder = self._root / QUARANTINE
+        with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
+            folder.mkdir(exist_ok=True)
+            used = sum(path.stat().st_size for path in folder.glob("*.bin"))
+            if used + len(payload) <= self._max_unreadable_bytes:
+                write_atomically(folder / f"{name}.bin", payload)
+
+    def open_weights(self) -> FolderWeights:
+        return FolderWeights(self._weights)
+
+    def reports(self) -> Iterable[Report]:
+        return check_segments(self._root)
+
+
+def log_root(url: str, run_dir: Path) -> Path:
+    """Folder of the segment files that a ``log:`` URL names.
+
+    Raises:
+        ValueError: the folder is not absolute.
+    """
+    path = url.removeprefix("log:")
+    if not path:
+        return run_dir / "traces"
+    if not path.startswith("/"):
+        raise ValueError(f"buffer.url {url!r} must name an absolute folder, as in 'log:/{path}'")
+    return Path(path)

@@ -1,0 +1,203 @@
+"""The weights store on disk: one folder per version, written whole or not at all.
+
+    <root>/<version>/              a bundle, see ``bundles.py``
+    <root>/HIGHEST                 highest version ever published; versions are never reused
+    <root>/DENIED.json             versions that a server rolled back from
+    <root>/IN_USE-<producer>.json  versions that a server uses or may roll back to
+    <root>/.lock                   held while a process publishes or prunes
+
+A version is written to a temporary folder, flushed and renamed, so a visible version is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from filelock import FileLock
+
+from buffer.bundles import (
+    Bundle,
+    BundleError,
+    BundleInBuffer,
+    ExpectedTensors,
+    HostBuffer,
+    prepare_bundle,
+    read_bundle,
+    read_bundle_into,
+    read_manifest,
+)
+from buffer.files import sync_folder, write_atomically, write_durably
+from buffer.interface import WeightsStore
+from buffer.manifest import VERSION_NAME
+from buffer.records import Manifest
+from buffer.tensors import parse_json
+from buffer.version_rules import check_keep, check_producer, check_unused, versions_to_prune
+
+DENIED = "DENIED.json"
+HIGHEST = "HIGHEST"
+IN_USE_STALE_S = 24 * 3600.0
+"""Age at which a mark that was not renewed is taken for that of a dead server, seconds."""
+
+
+class FolderWeights(WeightsStore):
+    """Versions in folders under one root, which ``publish`` creates if it is missing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def location(self) -> str:
+        return str(self.root)
+
+    def path(self, version: int) -> Path:
+        """Folder of a version, whether or not it exists."""
+        return self.root / str(version)
+
+    def versions(self) -> list[int]:
+        try:
+            entries = list(os.scandir(self.root))
+        except FileNotFoundError:
+            return []
+        return sorted(int(e.name) for e in entries if VERSION_NAME.fullmatch(e.name) and e.is_dir())
+
+    def next_version(self) -> int:
+        highest = self._read_highest()
+        return max([-1 if highest is None else highest, *self.versions()]) + 1
+
+    def publish(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+        manifest, content = prepare_bundle(manifest, files)
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            check_unused(manifest.version, self.next_version())
+            write_atomically(self.root / HIGHEST, f"{manifest.version}\n".encode())
+            self._write(manifest.version, content)
+        return manifest
+
+    def read_manifest(self, version: int) -> Manifest:
+        return read_manifest(self.path(version))
+
+    def read(self, version: int, expected: ExpectedTensors | None = None) -> Bundle:
+        return read_bundle(self.path(version), expected)
+
+    def read_into(
+        self, host: HostBuffer, version: int, expected: ExpectedTensors | None = None
+    ) -> BundleInBuffer:
+        return read_bundle_into(host, self.path(version), expected)
+
+    def change_mark(self, version: int) -> tuple[int, int]:
+        """Newest modification time of the version's files in nanoseconds, and their total size."""
+        path = self.path(version)
+        stats = [file.stat() for file in path.iterdir()] if path.is_dir() else []
+        return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats)
+
+    def read_denied(self) -> set[int]:
+        path = self.root / DENIED
+        try:
+            return {int(version) for version in json.loads(path.read_bytes())}
+        except FileNotFoundError:
+            return set()
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{path} must be a list of the versions that were rolled back; write [] to forget "
+                f"them"
+            ) from None
+
+    def write_denied(self, denied: Collection[int]) -> None:
+        write_atomically(self.root / DENIED, json.dumps(sorted(denied)).encode())
+
+    def mark_in_use(self, producer: str, in_use: Collection[int]) -> None:
+        check_producer(producer)
+        self.root.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"producer": producer, "versions": sorted(in_use)})
+        write_atomically(self._mark_path(producer), text.encode())
+
+    def unmark_in_use(self, producer: str) -> None:
+        self._mark_path(producer).unlink(missing_ok=True)
+
+    def marked_in_use(self, now_s: float | None = None) -> set[int] | None:
+        """Versions that living servers marked; ``None`` if a mark is unreadable.
+
+        Args:
+            now_s: unix time, seconds; ``None`` is now.
+        """
+        fresh_s = (time.time() if now_s is None else now_s) - IN_USE_STALE_S
+        marked: set[int] = set()
+        for path in self.root.glob("IN_USE-*.json"):
+            try:
+                if path.stat().st_mtime >= fresh_s:
+                    versions = parse_json(path.read_bytes())["versions"]
+                    marked |= {int(version) for version in versions}
+            except FileNotFoundError:
+                continue  # its server has just stopped
+            except (ValueError, TypeError, KeyError):
+                return None
+        return marked
+
+    def prune(self, keep: int, in_use: Collection[int] = ()) -> list[int]:
+        """Remove old versions, and return them; if a mark is unreadable, none are removed."""
+        check_keep(keep)
+        marked = self.marked_in_use()
+        if marked is None:
+            return []
+        used = marked | set(in_use)
+        removed = versions_to_prune(self.versions(), keep, used, self._parent_of)
+        with self._locked() if removed else contextlib.nullcontext():
+            for version in removed:
+                self._remove(version)
+        return removed
+
+    def _mark_path(self, producer: str) -> Path:
+        return self.root / f"IN_USE-{producer}.json"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the store's lock, and delete what a killed publisher left behind."""
+        with FileLock(self.root / ".lock", fallback_to_soft=False):
+            for leftover in filter(Path.is_dir, self.root.glob(".tmp-*")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
+    def _write(self, version: int, files: Mapping[str, bytes]) -> None:
+        aside = self.root / f".tmp-{version}"
+        try:
+            aside.mkdir()
+            for name, content in files.items():
+                write_durably(aside / name, content)
+            sync_folder(aside)
+            aside.rename(self.path(version))
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        sync_folder(self.root)
+
+    def _read_highest(self) -> int | None:
+        path = self.root / HIGHEST
+        try:
+            text = path.read_text(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        if not VERSION_NAME.fullmatch(text):
+            raise ValueError(
+                f"{path} must hold the highest version ever published, got {text[:40]!r}; nothing "
+                f"is published. Write that number into it"
+            )
+        return int(text)
+
+    def _parent_of(self, version: int) -> int | None:
+        try:
+            return self.read_manifest(version).parent
+        except BundleError:  # a damaged bundle has no parent to protect
+            return None
+
+    def _remove(self, version: int) -> None:
+        """Hide a version in one step, then delete it."""
+        aside = self.root / f".tmp-removed-{version}"
+        with contextlib.suppress(FileNotFoundError):
+            self.path(version).rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,336 @@
+"""A buffer in the memory of one process, ``memory:NAME``, for tests.
+
+Everything that opens the same name in this process shares one buffer. Another process sees nothing
+of it, so a server and a trainer started by their commands need another backend.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from buffer.bundles import (
+    Bundle,
+    BundleError,
+    BundleInBuffer,
+    ExpectedTensors,
+    HostBuffer,
+    files_problem,
+    prepare_bundle,
+    sound_tensors,
+)
+from buffer.interface import (
+    MAX_READ_BYTES,
+    MAX_UNREADABLE_BYTES,
+    Backend,
+    Offsets,
+    ReaderCounts,
+    Record,
+    RecordReader,
+    Report,
+    TraceLimits,
+    TraceWriter,
+    WeightsStore,
+    WriterCounts,
+)
+from buffer.manifest import TENSORS
+from buffer.records import Manifest
+from buffer.version_rules import check_keep, check_producer, check_unused, versions_to_prune
+
+
+@dataclass(frozen=True, slots=True)
+class _Appended:
+    payload: bytes
+    appended_s: float
+    """Unix time, seconds."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Records of one writer by number; evicted ones are gone from the front."""
+
+    records: dict[int, _Appended] = field(default_factory=dict)
+    first: int = 0
+    """Number of the oldest record kept."""
+    end: int = 0
+    """One past the number of the newest."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """Content of one named buffer. ``lock`` guards all of it."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    streams: dict[str, _Stream] = field(default_factory=dict)
+    unreadable: dict[str, bytes] = field(default_factory=dict)
+    num_bytes: int = 0
+    """Payload bytes of all records kept."""
+    bundles: dict[int, Bundle] = field(default_factory=dict)
+    highest: int = -1
+    denied: set[int] = field(default_factory=set)
+    marks: dict[str, set[int]] = field(default_factory=dict)
+
+
+_BUFFERS: defaultdict[str, _Held] = defaultdict(_Held)
+"""Buffers of this process by name."""
+
+
+class MemoryBackend(Backend):
+    """The buffer ``NAME`` of this process."""
+
+    def __init__(self, url: str, run_dir: Path) -> None:
+        name = url.removeprefix("memory:")
+        if not name:
+            raise ValueError(f"buffer.url {url!r} must name the buffer, as in 'memory:test'")
+        self._url = url
+        self._held = _BUFFERS[name]
+
+    def open_trace_writer(self, limits: TraceLimits) -> MemoryWriter:
+        return MemoryWriter(self._held, limits)
+
+    def open_record_reader(self, offsets: Offsets | None = None) -> MemoryReader:
+        return MemoryReader(self._held, offsets)
+
+    def keep_unreadable(self, name: str, payload: bytes) -> None:
+        with self._held.lock:
+            kept = self._held.unreadable
+            if sum(map(len, kept.values())) + len(payload) <= MAX_UNREADABLE_BYTES:
+                kept[name] = payload
+
+    def open_weights(self) -> MemoryWeights:
+        return MemoryWeights(self._held, self._url)
+
+    def reports(self) -> Iterable[Report]:
+        return ()
+
+
+class MemoryWriter(TraceWriter):
+    """Appends to a stream of its own; records are stored at once and acknowledged by ``sync``."""
+
+    def __init__(self, held: _Held, limits: TraceLimits) -> None:
+        self._held = held
+        self._limits = limits
+        with held.lock:
+            self._name = f"w{len(held.streams)}"
+            self._stream = held.streams.setdefault(self._name, _Stream())
+        self._durable = self._evicted_records = self._evicted_bytes = 0
+        self._pending_since = 0.0
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def counts(self) -> WriterCounts:
+        appended = self._stream.end
+        return WriterCounts(
+            appended,
+            self._durable,
+            appended - self._durable,
+            0,
+            self._evicted_records,
+            self._evicted_bytes,
+        )
+
+    def append(self, payload: bytes) -> int:
+        self._limits.check_record(len(payload))
+        with self._held.lock:
+            number = self._stream.end
+            if number == self._durable:
+                self._pending_since = time.monotonic()
+            self._stream.records[number] = _Appended(payload, time.time())
+            self._stream.end = number + 1
+            self._held.num_bytes += len(payload)
+            self._evict()
+        return number
+
+    def sync(self) -> range:
+        newly = range(self._durable, self._stream.end)
+        self._durable = self._stream.end
+        return newly
+
+    def tend(self) -> range:
+        newly = range(self._durable, self._durable)
+        if time.monotonic() - self._pending_since >= self._limits.sync_interval_s:
+            newly = self.sync()
+        with self._held.lock:
+            self._evict()
+        return newly
+
+    def close(self) -> None:
+        self.sync()
+
+    def __enter__(self) -> MemoryWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _evict(self) -> None:
+        """Delete the oldest records until the rest fit and none is older than the TTL."""
+        held, expired_s = self._held, time.time() - self._limits.ttl_s
+        while oldest := min(
+            filter(_has_records, held.streams.values()), key=_oldest_s, default=None
+        ):
+            if _oldest_s(oldest) > expired_s and held.num_bytes <= self._limits.max_bytes:
+                return
+            num_bytes = len(oldest.records.pop(oldest.first).payload)
+            oldest.first += 1
+            held.num_bytes -= num_bytes
+            self._evicted_records += 1
+            self._evicted_bytes += num_bytes
+
+
+def _has_records(stream: _Stream) -> bool:
+    return stream.first < stream.end
+
+
+def _oldest_s(stream: _Stream) -> float:
+    return stream.records[stream.first].appended_s
+
+
+class MemoryReader(RecordReader):
+    """Follows all streams of a buffer. An offset is the number of the next record."""
+
+    def __init__(self, held: _Held, offsets: Offsets | None = None) -> None:
+        for name, number in (offsets or {}).items():
+            if type(number) is not int:
+                raise ValueError(f"offsets of {name!r} must be a record number, got {number!r}")
+        self._held = held
+        self._next: dict[str, int] = dict(offsets or {})
+        self._turn = 0
+        self._read = self._evicted_unread = 0
+
+    @property
+    def counts(self) -> ReaderCounts:
+        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+
+    def offsets(self) -> dict[str, int]:
+        return dict(self._next)
+
+    def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
+        records: list[Record] = []
+        with self._held.lock:
+            unread = self._unread()
+            while len(records) < max_records and max_bytes > 0:
+                record = next(unread, None)
+                if record is None:
+                    break
+                records.append(record)
+                max_bytes -= len(record.payload)
+        self._read += len(records)
+        return records
+
+    def _unread(self) -> Iterator[Record]:
+        """Unread records, one stream after another; each call starts with another stream."""
+        names = list(self._held.streams)
+        self._turn += 1
+        for index in range(len(names)):
+            name = names[(self._turn + index) % len(names)]
+            stream, number = self._held.streams[name], self._next.get(name, 0)
+            self._evicted_unread += max(stream.first - number, 0)
+            self._next[name] = max(number, stream.first)
+            while self._next[name] < stream.end:
+                number = self._next[name]
+                self._next[name] = number + 1
+                yield Record(stream.records[number].payload, name, str(number))
+
+
+class MemoryWeights(WeightsStore):
+    """Versions of one buffer. Marks of servers end with ``unmark_in_use`` alone: a server that died
+    without it has taken the store along."""
+
+    def __init__(self, held: _Held, location: str) -> None:
+        self._held = held
+        self._location = location
+
+    @property
+    def location(self) -> str:
+        return self._location
+
+    def versions(self) -> list[int]:
+        with self._held.lock:
+            return sorted(self._held.bundles)
+
+    def next_version(self) -> int:
+        return self._held.highest + 1
+
+    def publish(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+        manifest, _ = prepare_bundle(manifest, files)
+        with self._held.lock:
+            check_unused(manifest.version, self.next_version())
+            self._held.highest = manifest.version
+            self._held.bundles[manifest.version] = Bundle(manifest, dict(files))
+        return manifest
+
+    def read_manifest(self, version: int) -> Manifest:
+        return self._bundle(version).manifest
+
+    def read(self, version: int, expected: ExpectedTensors | None = None) -> Bundle:
+        bundle = self._bundle(version)
+        problem = files_problem(bundle.files, expected)
+        if problem is not None:
+            raise BundleError(str(version), f"{self._location}: {problem}")
+        return Bundle(bundle.manifest, dict(bundle.files))
+
+    def read_into(
+        self, host: HostBuffer, version: int, expected: ExpectedTensors | None = None
+    ) -> BundleInBuffer:
+        bundle = self.read(version, expected)
+        source = np.frombuffer(bundle.files[TENSORS], np.uint8)
+        content = host.take(source.size)
+        content[:] = source
+        return BundleInBuffer(
+            bundle.manifest, content, sound_tensors(TENSORS, content.data, expected)
+        )
+
+    def change_mark(self, version: int) -> int:
+        """0: a stored version never changes."""
+        return 0
+
+    def read_denied(self) -> set[int]:
+        return set(self._held.denied)
+
+    def write_denied(self, denied: Collection[int]) -> None:
+        self._held.denied = set(denied)
+
+    def mark_in_use(self, producer: str, in_use: Collection[int]) -> None:
+        check_producer(producer)
+        with self._held.lock:
+            self._held.marks[producer] = set(in_use)
+
+    def unmark_in_use(self, producer: str) -> None:
+        with self._held.lock, suppress(KeyError):
+            del self._held.marks[producer]
+
+    def prune(self, keep: int, in_use: Collection[int] = ()) -> list[int]:
+        check_keep(keep)
+        with self._held.lock:
+            used = set(in_use).union(*self._held.marks.values())
+            removed = versions_to_prune(self.versions(), keep, used, self._parent_of)
+            for version in removed:
+                del self._held.bundles[version]
+        return removed
+
+    def _parent_of(self, version: int) -> int | None:
+        return self._bundle(version).manifest.parent
+
+    def _bundle(self, version: int) -> Bundle:
+        with self._held.lock:
+            bundle = self._held.bundles.get(version)
+        if bundle is None:
+            raise BundleError(str(version), f"{self._location} has no version {version}")
+        return bundle

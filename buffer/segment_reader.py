@@ -1,0 +1,160 @@
+"""Reads the embedded log: follows the segment files of all writers.
+
+Damage is skipped and counted. A torn record, one that its writer did not live to finish, stays in
+its file: readers wait for it while the writer lives and step over it once the writer is dead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from buffer.frames import claimed_end, next_frame
+from buffer.interface import MAX_READ_BYTES, ReaderCounts, Record, RecordReader
+from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """How far a reader has come with one writer."""
+
+    segment: int = 0
+    offset: int = 0
+    number: int = 0
+    """Number of the next record."""
+
+
+class SegmentReader(RecordReader):
+    """Follows the segment files of all writers under one root."""
+
+    def __init__(self, root: Path, offsets: Mapping[str, Any] | None = None) -> None:
+        """Continue from ``offsets``, or begin with the oldest record.
+
+        Raises:
+            ValueError: ``offsets`` are not what ``offsets()`` returns.
+        """
+        self._root = root
+        self._positions = {
+            name: _position_of(name, position) for name, position in (offsets or {}).items()
+        }
+        self._finished: set[str] = set()
+        self._turn = 0
+        self._read = self._damaged = self._torn = self._evicted_unread = 0
+
+    @property
+    def counts(self) -> ReaderCounts:
+        return ReaderCounts(self._read, self._damaged, self._torn, self._evicted_unread)
+
+    def offsets(self) -> dict[str, dict[str, int]]:
+        return {name: asdict(position) for name, position in self._positions.items()}
+
+    def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
+        names = writer_names(self._root)
+        for name in self._positions.keys() - set(names):
+            del self._positions[name]
+        batch = _Batch(max_records, max_bytes)
+        self._turn += 1  # start with another writer each time, so that none is starved
+        for index in range(len(names)):
+            name = names[(self._turn + index) % len(names)]
+            if name not in self._finished:
+                self._read_writer(name, batch)
+        self._read += len(batch.records)
+        return batch.records
+
+    def _read_writer(self, name: str, batch: _Batch) -> None:
+        while not batch.is_full:
+            segment = self._positions.setdefault(name, _Position()).segment
+            # Checked before the file is read: a segment that is closed by then no longer grows.
+            is_closed = self._is_closed(name, segment)
+            self._read_segment(name, batch, is_closed)
+            if batch.is_full or not is_closed or not self._enter_next_segment(name):
+                return
+
+    def _read_segment(self, name: str, batch: _Batch, is_closed: bool) -> None:
+        position = self._positions[name]
+        try:
+            descriptor = os.open(segment_path(self._root / name, position.segment), os.O_RDONLY)
+        except FileNotFoundError:  # evicted, or not begun yet
+            self._count_evicted(name)
+            return
+        try:
+            size = os.fstat(descriptor).st_size
+            while not batch.is_full and (frame := next_frame(descriptor, position.offset, size)):
+                batch.add(Record(frame.payload, name, f"{position.segment:06d}-{frame.start}"))
+                self._damaged += max(0, frame.number - position.number)
+                position = _Position(position.segment, frame.end, frame.number + 1)
+                self._positions[name] = position
+            if is_closed and not batch.is_full:
+                self._pass_tail(name, descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def _pass_tail(self, name: str, descriptor: int, size: int) -> None:
+        """Step over whatever follows the last sound record of a closed segment.
+
+        If another segment follows, the gap in the record numbers will tell how many were lost here.
+        In a writer's last segment, a head whose payload is all there means a damaged record;
+        anything else means a record that the writer did not live to finish.
+        """
+        position = self._positions[name]
+        num_damaged = 0
+        if position.offset < size and not self._later_segments(name, position.segment):
+            end = claimed_end(descriptor, position.offset)
+            num_damaged = int(end is not None and end <= size)
+            self._torn += 1 - num_damaged
+        self._damaged += num_damaged
+        self._positions[name] = _Position(position.segment, size, position.number + num_damaged)
+
+    def _is_closed(self, name: str, segment: int) -> bool:
+        return bool(self._later_segments(name, segment)) or not is_live(self._root / name)
+
+    def _later_segments(self, name: str, segment: int) -> list[int]:
+        return [number for number in segment_numbers(self._root / name) if number > segment]
+
+    def _enter_next_segment(self, name: str) -> bool:
+        """Move on to the next existing segment; False if there is none."""
+        self._count_evicted(name)
+        position = self._positions[name]
+        is_dead = not is_live(self._root / name)  # checked first: a dead writer begins no segment
+        later = self._later_segments(name, position.segment)
+        if later:
+            self._positions[name] = _Position(later[0], 0, position.number)
+        elif is_dead and position.number:  # with no record yet, it may be about to take its lock
+            self._finished.add(name)
+        return bool(later)
+
+    def _count_evicted(self, name: str) -> None:
+        position = self._positions[name]
+        tombstone = read_tombstone(self._root / name)
+        if tombstone is not None and tombstone.next_number > position.number:
+            self._evicted_unread += tombstone.next_number - position.number
+            self._positions[name] = _Position(
+                position.segment, position.offset, tombstone.next_number
+            )
+
+
+class _Batch:
+    """Records of one ``read``, up to its limits."""
+
+    def __init__(self, max_records: int, max_bytes: int) -> None:
+        self.records: list[Record] = []
+        self._max_records = max_records
+        self._bytes_left = max_bytes
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+        self._bytes_left -= len(record.payload)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.records) >= self._max_records or self._bytes_left <= 0
+
+
+def _position_of(name: str, position: Any) -> _Position:
+    match position:
+        case {"segment": int(segment), "offset": int(offset), "number": int(number)}:
+            return _Position(segment, offset, number)
+    raise ValueError(f"offsets of {name!r} must hold segment, offset and number, got {position!r}")

@@ -1,0 +1,84 @@
+"""Reports on segment files, for ``buffer inspect``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from buffer.frames import claimed_end, scan
+from buffer.interface import Report
+from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport(Report):
+    """Contents of one segment file."""
+
+    writer: str
+    segment: int
+    records: int
+    """Sound records."""
+    num_bytes: int
+    """Size of the file."""
+    torn_bytes: int
+    """Bytes after the last sound record; in a live segment a record may be in the making."""
+    damaged: int
+    """Records that were written whole but cannot be read any more."""
+    live: bool
+    """Its writer is still running."""
+
+    @property
+    def is_damaged(self) -> bool:
+        return self.damaged > 0
+
+    def to_line(self) -> str:
+        live = ", being written" if self.live else ""
+        return (
+            f"segment {self.writer}/{self.segment:06d}: {self.records} records, "
+            f"{self.num_bytes} bytes, torn {self.torn_bytes} bytes, damaged {self.damaged}{live}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "segment", **asdict(self)}
+
+
+def check_segments(root: Path) -> list[SegmentReport]:
+    """Read every segment of a log from its first byte to its last, without changing anything.
+
+    Nothing has to be repaired before reading: readers step over damaged and torn records.
+    """
+    reports = []
+    for folder in (root / name for name in writer_names(root)):
+        tombstone = read_tombstone(folder)
+        number = 0 if tombstone is None else tombstone.next_number
+        numbers = segment_numbers(folder)
+        live = is_live(folder)
+        for segment in numbers:
+            is_last = segment == numbers[-1]
+            report, number = _report(folder, segment, number, live=live, is_last=is_last)
+            reports.append(report)
+    return reports
+
+
+def _report(
+    folder: Path, segment: int, number: int, *, live: bool, is_last: bool
+) -> tuple[SegmentReport, int]:
+    """Report on one segment, and the number of the record that follows it."""
+    records = damaged = end = 0
+    descriptor = os.open(segment_path(folder, segment), os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        for frame in scan(descriptor, size):
+            damaged += max(0, frame.number - number)
+            records, end, number = records + 1, frame.end, frame.number + 1
+        claimed = claimed_end(descriptor, end) if is_last else None
+    finally:
+        os.close(descriptor)
+    if claimed is not None and claimed <= size:
+        damaged, number = damaged + 1, number + 1
+    report = SegmentReport(
+        folder.name, segment, records, size, size - end, damaged, live and is_last
+    )
+    return report, number

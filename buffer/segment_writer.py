@@ -1,0 +1,214 @@
+"""Writes the embedded log: append-only segment files in a folder per writer.
+
+A record is acknowledged once ``sync`` has returned; from then on neither kill -9 nor a power cut
+loses it. See ``layout.py`` for the folders, ``frames.py`` for the format of a record and
+``eviction.py`` for how old segments are deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from buffer.eviction import Evicted, evict
+from buffer.files import sync_folder
+from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
+from buffer.interface import TraceLimits, TraceWriter, WriterCounts
+from buffer.layout import hold_lock, segment_path
+
+_ROLLS_PER_TTL = 8  # a segment is closed at this fraction of the TTL: records leave little early
+_MAX_EVICT_INTERVAL_S = 10.0
+
+
+class SegmentWriter(TraceWriter):
+    """Appends records to segment files in a folder of its own."""
+
+    def __init__(
+        self, root: Path, limits: TraceLimits, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Create this writer's folder under ``root``.
+
+        Args:
+            root: folder of the log, created if missing.
+            limits: what the log may hold.
+            clock: unix time, seconds.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        self._root = root
+        self._limits = limits
+        self._clock = clock
+        self._folder = _make_folder(root, clock)
+        self._lock = hold_lock(self._folder)
+        self._descriptor: int | None = None
+        self._segment = -1
+        self._size = 0
+        self._begun_s = 0.0
+        self._appended = self._durable = self._doubtful = 0
+        self._pending_since = 0.0
+        self._evicted = Evicted()
+        self._next_evict = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name of this writer's folder."""
+        return self._folder.name
+
+    @property
+    def counts(self) -> WriterCounts:
+        return WriterCounts(
+            self._appended,
+            self._durable,
+            self._pending,
+            self._doubtful,
+            self._evicted.records,
+            self._evicted.num_bytes,
+        )
+
+    @property
+    def _pending(self) -> int:
+        return self._appended - self._durable - self._doubtful
+
+    def append(self, payload: bytes) -> int:
+        """Write one record without waiting for the disk; whatever a failing disk wrote of it is cut
+        off again."""
+        num_bytes = HEAD.size + len(payload)
+        self._limits.check_record(num_bytes)
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            raise OSError(errno.EFBIG, f"a record holds at most {MAX_PAYLOAD_BYTES} bytes")
+        if self._descriptor is not None and self._size + num_bytes > self._limits.segment_bytes:
+            self._close_segment()
+        if self._descriptor is None:
+            self._begin_segment(num_bytes)
+        self._write(pack_head(payload, self._appended, int(self._clock() * 1000)), payload)
+        self._size += num_bytes
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        self._appended += 1
+        return self._appended - 1
+
+    def sync(self) -> range:
+        """Flush everything appended to the disk.
+
+        When the disk fails, the kernel may have dropped the data: the pending records are counted
+        ``doubtful`` for good, and later ones go to a new segment.
+        """
+        if self._descriptor is not None and self._pending:
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError:
+                self._abandon_segment()
+                raise
+        newly = range(self._appended - self._pending, self._appended)
+        self._durable += self._pending
+        return newly
+
+    def tend(self) -> range:
+        """Sync, close the current segment if it has grown old, and evict, each when due."""
+        newly = range(self._appended, self._appended)
+        if self._pending and time.monotonic() - self._pending_since >= self._limits.sync_interval_s:
+            newly = self.sync()
+        if time.monotonic() >= self._next_evict:
+            self._close_if_old()
+            self._evict(need_bytes=0)
+        return newly
+
+    def close(self) -> None:
+        """Sync, close, and release the lock that tells readers this writer is alive."""
+        try:
+            self._close_segment()
+        finally:
+            os.close(self._lock)
+
+    def __enter__(self) -> SegmentWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _begin_segment(self, num_bytes: int) -> None:
+        self._evict(need_bytes=max(num_bytes, self._limits.segment_bytes))
+        self._segment += 1
+        path = segment_path(self._folder, self._segment)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o644)
+        self._size = 0
+        self._begun_s = self._clock()
+        try:
+            sync_folder(self._folder)
+        except OSError:
+            self._abandon_segment()
+            raise
+
+    def _write(self, head: bytes, payload: bytes) -> None:
+        assert self._descriptor is not None
+        try:
+            written = os.writev(self._descriptor, [head, payload])
+            rest = (
+                memoryview(head + payload)[written:] if written < len(head) + len(payload) else b""
+            )
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            self._cut_off_partial_record()
+            raise
+
+    def _cut_off_partial_record(self) -> None:
+        assert self._descriptor is not None
+        try:
+            os.ftruncate(self._descriptor, self._size)
+        except OSError:
+            self._abandon_segment()
+
+    def _close_segment(self) -> None:
+        self.sync()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _abandon_segment(self) -> None:
+        assert self._descriptor is not None
+        os.close(self._descriptor)
+        self._descriptor = None
+        self._doubtful += self._pending
+
+    def _close_if_old(self) -> None:
+        age_s = self._clock() - self._begun_s
+        if self._descriptor is not None and age_s >= self._limits.ttl_s / _ROLLS_PER_TTL:
+            self._close_segment()
+
+    def _evict(self, need_bytes: int) -> None:
+        interval_s = min(_MAX_EVICT_INTERVAL_S, self._limits.ttl_s / _ROLLS_PER_TTL)
+        self._next_evict = time.monotonic() + interval_s
+        self._evicted += evict(
+            self._root,
+            self._limits,
+            self._clock(),
+            own=self._folder,
+            own_open=None if self._descriptor is None else self._segment,
+            need_bytes=need_bytes,
+        )
+
+
+def _make_folder(root: Path, clock: Callable[[], float]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    boot_ms = int(clock() * 1000)
+    while True:  # a second writer of this process within a millisecond takes the next name
+        folder = root / f"w{os.getpid()}-{boot_ms}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            boot_ms += 1
+            continue
+        sync_folder(root)
+        return folder

@@ -1,0 +1,61 @@
+"""Rules about version numbers that every weights store follows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+
+_PRODUCER = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def check_unused(version: int, lowest: int) -> None:
+    """Refuse a version that may have been used before.
+
+    Args:
+        version: the version to publish.
+        lowest: lowest version that may still be published.
+
+    Raises:
+        ValueError: says which versions are free.
+    """
+    if version < lowest:
+        raise ValueError(
+            f"version {version} cannot be published: {lowest - 1} was published before, and "
+            f"versions are never reused. Publish as version {lowest} or higher"
+        )
+
+
+def check_producer(producer: str) -> None:
+    """Refuse a producer name that is not a plain file name.
+
+    Raises:
+        ValueError: says which names are allowed.
+    """
+    if not _PRODUCER.fullmatch(producer):
+        raise ValueError(f"producer must match {_PRODUCER.pattern}, got {producer!r}")
+
+
+def check_keep(keep: int) -> None:
+    """Refuse to prune everything.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}: the newest version always stays")
+
+
+def versions_to_prune(
+    present: list[int], keep: int, used: Collection[int], parent_of: Callable[[int], int | None]
+) -> list[int]:
+    """Versions to remove: all but the newest ``keep``, those in use, and the parents of the latter.
+
+    Args:
+        present: stored versions, ascending.
+        keep: number of newest versions that stay.
+        used: versions in use; they need not be present.
+        parent_of: parent of a present version, ``None`` if it has none or is damaged.
+    """
+    parents = {parent_of(version) for version in used if version in present}
+    kept = {*present[-keep:], *used, *parents}
+    return [version for version in present if version not in kept]

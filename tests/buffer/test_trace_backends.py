@@ -1,0 +1,238 @@
+"""Every backend keeps what it acknowledged, lets readers go at any pace, and counts all losses."""
+
+import errno
+import json
+import random
+import time
+from dataclasses import replace
+
+import pytest
+
+from buffer.codec import encode_trace
+from buffer.traces import TraceReader
+
+
+def payload(number, num_bytes=100):
+    return number.to_bytes(8, "little").ljust(num_bytes, b".")
+
+
+def numbers(records):
+    return [int.from_bytes(record.payload[:8], "little") for record in records]
+
+
+def test_a_record_is_acknowledged_by_sync_and_not_before(open_buffer, limits):
+    with open_buffer().open_trace_writer(limits) as writer:
+        assert [writer.append(payload(i)) for i in range(3)] == [0, 1, 2]
+        assert (writer.counts.durable, writer.counts.pending) == (0, 3)
+        assert list(writer.sync()) == [0, 1, 2]
+        assert (writer.counts.durable, writer.counts.pending) == (3, 0)
+        assert list(writer.sync()) == []
+
+
+def test_tend_syncs_once_the_oldest_record_has_waited_long_enough(open_buffer, limits):
+    with open_buffer().open_trace_writer(replace(limits, sync_interval_s=0.05)) as writer:
+        writer.append(payload(0))
+        assert list(writer.tend()) == []
+        time.sleep(0.03)
+        writer.append(payload(1))
+        time.sleep(0.03)
+        assert list(writer.tend()) == [0, 1]
+
+
+def test_closing_acknowledges_what_is_pending(open_buffer, limits):
+    writer = open_buffer().open_trace_writer(limits)
+    writer.append(payload(0))
+    writer.close()
+    assert (writer.counts.appended, writer.counts.durable, writer.counts.doubtful) == (1, 1, 0)
+
+
+def test_limits_that_hold_no_two_segments_are_refused(limits):
+    with pytest.raises(ValueError, match="raise max_bytes or lower segment_bytes"):
+        replace(limits, max_bytes=8191)
+
+
+def test_a_record_over_half_of_max_bytes_is_refused_and_the_writer_remains_usable(
+    open_buffer, limits
+):
+    with open_buffer().open_trace_writer(limits) as writer:
+        with pytest.raises(OSError, match="over half of max_bytes") as caught:
+            writer.append(bytes(1 << 20))
+        assert caught.value.errno == errno.EFBIG
+        assert writer.append(payload(0)) == 0
+
+
+def test_readers_keep_their_own_offsets_and_continue_from_json(open_buffer, limits):
+    buffer = open_buffer()
+    with buffer.open_trace_writer(limits) as writer:
+        fast, slow = buffer.open_record_reader(), buffer.open_record_reader()
+        for i in range(100):
+            writer.append(payload(i))
+        assert numbers(fast.read(1000)) == list(range(100))
+        assert numbers(slow.read(7)) == list(range(7))
+        stored = json.loads(json.dumps(slow.offsets()))
+        again = open_buffer().open_record_reader(stored)
+        assert numbers(again.read(1000)) == list(range(7, 100))
+        assert numbers(slow.read(3)) == [7, 8, 9]
+        writer.append(payload(100))
+        assert numbers(fast.read(1000)) == [100]
+
+
+def test_offsets_that_are_no_offsets_are_refused(open_buffer):
+    with pytest.raises(ValueError, match="offsets of 'w1-2' must"):
+        open_buffer().open_record_reader({"w1-2": "seven"})
+
+
+def test_a_reader_opened_before_the_first_writer_finds_its_records(open_buffer, limits):
+    buffer = open_buffer()
+    reader = buffer.open_record_reader()
+    assert reader.read(10) == []
+    with buffer.open_trace_writer(limits) as writer:
+        assert reader.read(10) == []
+        writer.append(payload(0))
+        assert numbers(reader.read(10)) == [0]
+
+
+def test_two_writers_of_one_process_do_not_mix_and_neither_is_starved(open_buffer, limits):
+    buffer = open_buffer()
+    with buffer.open_trace_writer(limits) as left, buffer.open_trace_writer(limits) as right:
+        for i in range(20):
+            left.append(payload(i))
+            right.append(payload(i + 100))
+        reader = buffer.open_record_reader()
+        first = reader.read(10) + reader.read(10)
+        assert {record.writer for record in first} == {left.name, right.name}
+        rest = numbers(reader.read(100))
+        assert [n for n in rest if n < 100] == list(range(10, 20))
+        assert [n for n in rest if n >= 100] == list(range(110, 120))
+
+
+def test_records_of_a_writer_have_locations_of_their_own(open_buffer, limits):
+    buffer = open_buffer()
+    with buffer.open_trace_writer(limits) as writer:
+        for _ in range(50):
+            writer.append(payload(0))
+        locations = {record.location for record in buffer.open_record_reader().read(100)}
+    assert len(locations) == 50
+    assert not any("/" in location for location in locations)
+
+
+def test_a_read_stops_at_its_byte_limit(open_buffer, limits):
+    buffer = open_buffer()
+    with buffer.open_trace_writer(limits) as writer:
+        for i in range(10):
+            writer.append(payload(i))
+        reader = buffer.open_record_reader()
+        assert numbers(reader.read(10, max_bytes=250)) == [0, 1, 2]
+        assert numbers(reader.read(10)) == list(range(3, 10))
+
+
+def test_the_oldest_records_are_evicted_and_counted(open_buffer, limits):
+    buffer = open_buffer()
+    with buffer.open_trace_writer(replace(limits, max_bytes=16_384)) as writer:
+        reader = buffer.open_record_reader()
+        for i in range(1000):
+            writer.append(payload(i, 20 + i % 300))
+        read = numbers(reader.read(1000))
+
+    assert 0 < len(read) < 200
+    assert read == list(range(1000 - len(read), 1000))
+    assert sum(20 + i % 300 for i in read) <= 16_384
+    assert reader.counts.evicted_unread == writer.counts.evicted_records == 1000 - len(read)
+    assert writer.counts.evicted_bytes >= sum(20 + i % 300 for i in range(1000 - len(read)))
+
+
+def test_records_are_evicted_at_their_ttl_even_if_nothing_is_appended(open_buffer, limits):
+    buffer = open_buffer()
+    with buffer.open_trace_writer(replace(limits, ttl_s=0.1)) as writer:
+        writer.append(payload(0))
+        writer.tend()
+        time.sleep(0.12)
+        writer.tend()
+        reader = buffer.open_record_reader()
+        assert reader.read(10) == []
+        assert reader.counts.evicted_unread == writer.counts.evicted_records == 1
+        assert writer.append(payload(1)) == 1
+        assert numbers(reader.read(10)) == [1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_written_is_read_plus_evicted_at_any_pace_of_the_reader(open_buffer, limits, seed):
+    chance = random.Random(seed)
+    reader, read = open_buffer().open_record_reader(), []
+    total = damaged = evicted = torn = 0
+    for _ in range(4):  # four lives of the server
+        with open_buffer().open_trace_writer(replace(limits, max_bytes=12_288)) as writer:
+            for _ in range(chance.randrange(300)):
+                writer.append(payload(total, chance.randrange(8, 400)))
+                total += 1
+                if chance.random() < 0.05:
+                    read += numbers(reader.read(chance.randrange(1, 30)))
+                if chance.random() < 0.02:  # the trainer restarts
+                    counts = reader.counts
+                    damaged, torn = damaged + counts.damaged, torn + counts.torn
+                    evicted += counts.evicted_unread
+                    reader = open_buffer().open_record_reader(reader.offsets())
+    while batch := reader.read(50):
+        read += numbers(batch)
+    evicted += reader.counts.evicted_unread
+
+    assert len(read) == len(set(read))
+    assert len(read) + evicted == total
+    assert damaged + torn + reader.counts.damaged + reader.counts.torn == 0
+
+
+def test_a_trace_goes_from_server_to_trainer(open_buffer, limits, make_trace):
+    reader = TraceReader(open_buffer())
+    with open_buffer().open_trace_writer(limits) as writer:
+        for seq in range(5):
+            writer.append(encode_trace(make_trace(seq=seq)))
+        assert [trace.seq for trace in reader.read(3)] == [0, 1, 2]
+        later = TraceReader(open_buffer(), json.loads(json.dumps(reader.offsets())))
+        assert [trace.seq for trace in later.read(10)] == [3, 4]
+
+
+def test_a_trace_that_was_sent_twice_is_returned_once(open_buffer, limits, make_trace):
+    with open_buffer().open_trace_writer(limits) as writer:
+        for seq in (0, 1, 1, 0, 2):
+            writer.append(encode_trace(make_trace(seq=seq)))
+        writer.append(encode_trace(make_trace(seq=0, epoch=5)))
+        writer.append(encode_trace(make_trace(seq=0, producer="server-2")))
+        reader = TraceReader(open_buffer())
+        read = reader.read(100)
+
+        assert [(t.producer, t.epoch, t.seq) for t in read[3:]] == [
+            ("server-1", 5, 0),
+            ("server-2", make_trace().epoch, 0),
+        ]
+        assert (reader.counts.read, reader.counts.duplicate) == (5, 2)
+        writer.append(encode_trace(make_trace(seq=2)))
+    restarted = TraceReader(open_buffer(), json.loads(json.dumps(reader.offsets())))
+    assert restarted.read(100) == []
+    assert restarted.counts.duplicate == 1
+
+
+def test_records_that_are_no_traces_are_counted_and_passed_over(open_buffer, limits, make_trace):
+    sound = encode_trace(make_trace())
+    with open_buffer().open_trace_writer(limits) as writer:
+        for record in (b"rubbish!", sound.replace(b'"version":"1"', b'"version":"7"'), sound):
+            writer.append(record)
+    reader = TraceReader(open_buffer())
+
+    assert [trace.seq for trace in reader.read(100)] == [0]
+    assert reader.counts.quarantined == 2
+    assert reader.counts.quarantined_by_reason == {"header": 1, "version": 1}
+
+
+def test_small_traces_are_read_fast_enough_to_keep_up_with_a_server(
+    open_buffer, limits, make_trace
+):
+    """A loose bound, a twentieth of what one core does: it catches quadratic behaviour."""
+    with open_buffer().open_trace_writer(replace(limits, max_bytes=1 << 22)) as writer:
+        for seq in range(1000):
+            writer.append(encode_trace(make_trace(seq=seq)))
+    begun = time.monotonic()
+    reader = TraceReader(open_buffer())
+    while reader.read(64):
+        pass
+    assert reader.counts.read == 1000
+    assert time.monotonic() - begun < 10

@@ -1,0 +1,258 @@
+"""In every backend a visible version is whole and as published, and its number is never reused."""
+
+import dataclasses
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from buffer.bundles import BundleError, HostBuffer
+from buffer.records import Manifest
+from buffer.tensors import join_tensors
+
+MANIFEST = Manifest(
+    version=0,
+    parent=None,
+    kind="eagle3",
+    drafter_config={"hidden_size": 4},
+    target_fingerprint="ab" * 32,
+    files={},
+    gate={"tokens_per_step": 2.5, "by_tenant": {"acme": [2.0, 3.0]}},
+    policy={"acceptance_by_position": [0.8, 0.6]},
+    created_unix_ms=1_700_000_000_000,
+)
+EXPECTED = {"fc.weight": ("BF16", (2, 4)), "norm": ("F32", (4,))}
+
+
+def tensors(fill=1.0):
+    return {
+        "fc.weight": ("BF16", np.full((2, 4), 0x3F80, np.uint16)),
+        "norm": ("F32", np.full(4, fill, np.float32)),
+    }
+
+
+def publish(store, version, parent=None, files=None):
+    manifest = dataclasses.replace(MANIFEST, version=version, parent=parent)
+    content = {"drafter.safetensors": join_tensors(tensors(), {})} if files is None else files
+    return store.publish(manifest, content)
+
+
+def read_in_place(store, version, expected=None):
+    """``read_into``, returning the content of ``drafter.safetensors``."""
+    return store.read_into(HostBuffer(), version, expected).content.tobytes()
+
+
+def read_whole(store, version, expected=None):
+    return store.read(version, expected).files["drafter.safetensors"]
+
+
+each_reader = pytest.mark.parametrize("read", [read_whole, read_in_place])
+
+
+@pytest.fixture
+def store(open_buffer):
+    return open_buffer().open_weights()
+
+
+def test_a_published_version_is_read_as_it_was_written(store, open_buffer):
+    content = {
+        "drafter.safetensors": join_tensors(tensors(), {}),
+        "policy.json": b'{"k": 4}',
+    }
+    published = publish(store, 0, files=content)
+
+    other = open_buffer().open_weights()
+    bundle = other.read(0, EXPECTED)
+    assert bundle.manifest == published == other.read_manifest(0)
+    assert dataclasses.replace(published, files={}) == MANIFEST
+    assert bundle.files == content
+    assert other.versions() == [0]
+
+
+def test_an_empty_store_has_no_versions_and_begins_with_0(store):
+    assert store.versions() == []
+    assert store.next_version() == 0
+    assert store.read_denied() == set()
+    with pytest.raises(ValueError, match=r"no version in .* can be used: it is empty"):
+        store.newest_sound()
+
+
+@each_reader
+def test_a_version_that_does_not_exist_is_refused(store, read):
+    publish(store, 0)
+    with pytest.raises(BundleError, match="snapshot 7 is damaged: "):
+        read(store, 7)
+    with pytest.raises(BundleError, match="snapshot 7 is damaged: "):
+        store.read_manifest(7)
+
+
+def test_the_newest_sound_version_was_not_rolled_back(store, open_buffer):
+    for version in range(4):
+        publish(store, version, parent=version - 1 if version else None)
+    open_buffer().open_weights().write_denied({2, 3})
+
+    bundle, passed_over = store.newest_sound()
+
+    assert store.read_denied() == {2, 3}
+    assert bundle.manifest.version == 1
+    assert passed_over == ["version 3 was rolled back.", "version 2 was rolled back."]
+    store.write_denied({0, 1, 2, 3})
+    with pytest.raises(ValueError, match=r"no version in .* can be used: version 3 was rolled"):
+        store.newest_sound()
+
+
+def test_a_version_is_never_used_twice(store):
+    publish(store, 3)
+    with pytest.raises(ValueError, match="3 was published before, and versions are never reused"):
+        publish(store, 3)
+    with pytest.raises(ValueError, match="Publish as version 4 or higher"):
+        publish(store, 2)
+    assert store.versions() == [3]
+
+
+def test_a_version_is_never_used_twice_even_after_it_was_pruned(store, open_buffer):
+    for version in range(4):
+        publish(store, version)
+    assert store.prune(keep=1) == [0, 1, 2]
+
+    again = open_buffer().open_weights()
+    assert again.next_version() == 4
+    for version in range(4):
+        with pytest.raises(ValueError, match="never reused"):
+            publish(again, version)
+
+
+def test_if_two_publish_the_same_version_one_wins_and_the_others_are_told(open_buffer):
+    outcomes = []
+
+    def race():
+        try:
+            outcomes.append(publish(open_buffer().open_weights(), 1).version)
+        except ValueError as error:
+            outcomes.append(str(error)[:9])
+
+    threads = [threading.Thread(target=race) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes, key=str) == [1] + ["version 1"] * 5
+    assert open_buffer().open_weights().read(1).manifest.version == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "content", "message"),
+    [
+        ({"version": -1}, tensors(), "version must be an integer >= 0"),
+        ({"parent": 0}, tensors(), "parent must be a version below 0"),
+        ({"gate": {"x": float("nan")}}, tensors(), "JSON compliant"),
+        ({}, tensors(fill=np.nan), r"\['norm'\] hold NaN or infinity"),
+        ({}, tensors(fill=-np.inf), r"\['norm'\] hold NaN or infinity"),
+        ({}, None, "files must name drafter.safetensors"),
+        ({}, b"short", "5 bytes are too few"),
+    ],
+)
+def test_what_a_reader_would_refuse_is_not_published(store, fields, content, message):
+    files = {"other.json": b"{}"}
+    if content is not None:
+        blob = content if isinstance(content, bytes) else join_tensors(content, {})
+        files["drafter.safetensors"] = blob
+    with pytest.raises(ValueError, match=message):
+        store.publish(dataclasses.replace(MANIFEST, **fields), files)
+    assert store.versions() == []
+    assert store.next_version() == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "model.bin", ".hidden.json", "manifest.json", "a/b.json"]
+)
+def test_a_file_name_that_leads_elsewhere_is_not_published(store, name):
+    files = {"drafter.safetensors": join_tensors(tensors(), {}), name: b"{}"}
+    with pytest.raises(ValueError, match="is not a plain name"):
+        publish(store, 0, files=files)
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({**EXPECTED, "lm_head": ("F32", (1,))}, r"missing \['lm_head'\]"),
+        ({"norm": EXPECTED["norm"]}, r"not expected \['fc.weight'\]"),
+        ({**EXPECTED, "norm": ("F32", (5,))}, r"'norm' is F32 \[4\], expected F32 \[5\]"),
+        ({**EXPECTED, "norm": ("BF16", (4,))}, r"'norm' is F32 \[4\], expected BF16 \[4\]"),
+    ],
+)
+@each_reader
+def test_tensors_of_another_shape_are_refused(store, expected, message, read):
+    publish(store, 42)
+    with pytest.raises(BundleError, match=message):
+        read(store, 42, expected)
+
+
+def test_the_tensors_are_what_stays_in_the_host_buffer(store):
+    blob = join_tensors(tensors(), {})
+    others = {"a.json": b"{}" + b" " * 9000, "z.safetensors": join_tensors(tensors(2.0), {})}
+    published = publish(store, 0, files={**others, "drafter.safetensors": blob})
+
+    found = store.read_into(HostBuffer(), 0)
+
+    assert found.manifest == published
+    assert found.content.tobytes() == blob
+    norm = found.tensors["norm"]
+    assert found.content[norm.start : norm.end].tobytes() == np.ones(4, np.float32).tobytes()
+
+
+def test_a_second_version_is_read_into_the_memory_of_the_first(store):
+    many = {"w": ("F32", np.ones(10_000_000, np.float32))}
+    for version in range(2):
+        blob = join_tensors(many, {"told": "x" * 10_000 * version})  # the second header is longer
+        publish(store, version, files={"drafter.safetensors": blob})
+    host = HostBuffer()
+    first = store.read_into(host, 0).content
+
+    tracemalloc.start()
+    second = store.read_into(host, 1).content
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert np.shares_memory(first, second)
+    assert most < len(second) / 4, "more than checking one chunk needs"
+
+
+def test_the_change_mark_of_an_unchanged_version_stays(store, open_buffer):
+    publish(store, 0)
+    mark = store.change_mark(0)
+    publish(store, 1)
+    assert open_buffer().open_weights().change_mark(0) == mark
+
+
+def test_pruning_keeps_the_newest_those_in_use_and_their_parents(store, open_buffer):
+    for version in range(10):
+        publish(store, version, parent=max(0, version - 2) if version else None)
+    server = open_buffer().open_weights()
+    server.mark_in_use("server-1", [3])
+    server.mark_in_use("server-1", [4])  # replaces the first
+
+    assert store.prune(keep=2, in_use={7}) == [0, 1, 3, 6]
+    assert store.versions() == [2, 4, 5, 7, 8, 9]
+    server.unmark_in_use("server-1")
+    server.unmark_in_use("server-1")
+    assert store.prune(keep=2) == [2, 4, 5, 7]
+    assert [store.read(version).manifest.version for version in store.versions()] == [8, 9]
+    assert store.prune(keep=2) == []
+
+
+def test_a_version_in_use_that_is_gone_stops_no_pruning(store):
+    for version in range(3):
+        publish(store, version)
+    assert store.prune(keep=1, in_use=[99]) == [0, 1]
+
+
+def test_pruning_everything_is_refused(store):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        store.prune(keep=0)
+
+
+def test_a_producer_name_that_is_no_plain_name_is_refused(store):
+    with pytest.raises(ValueError, match="producer must match"):
+        store.mark_in_use("../x", [1])
