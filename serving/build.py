@@ -9,20 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Manifest
 from buffer.traces import open_trace_writer
-from buffer.weights import TENSORS, newest_sound, read_bundle, versions
 from configs.schema import Settings
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.paged import PagedEagle3
-from drafters.initial import publish_initial, random_drafter
+from drafters.initial import TargetFacts, first_drafter
 from drafters.suffix import SuffixIndex
 from policies.build import build_policy
 from policies.cost import CostSample
@@ -244,61 +241,25 @@ def _service(
 def _first_drafter(
     settings: Settings, model: Any, fingerprint: str
 ) -> tuple[Eagle3Config, Manifest, dict[str, torch.Tensor]] | None:
-    """Config, manifest and tensors to start with: the newest of this run, else version 0.
-
-    Version 0 comes from ``drafter.path`` or from random weights, and is published into the run,
-    so that every version of a run is in one place.
-    """
+    """Config, manifest and tensors to start with, see ``first_drafter``."""
     if settings.drafter.kind != "eagle3":
         return None
-    root = settings.run_dir / "weights"
-    if not versions(root):
-        _publish_initial(settings, model, fingerprint, root)
-    bundle, passed_over = newest_sound(root)
-    for problem in passed_over:
-        log.warning("%s Starting with version %d.", problem, bundle.manifest.version)
-    manifest = bundle.manifest
-    if manifest.target_fingerprint != fingerprint:
-        raise ValueError(
-            f"{root} holds drafters of target {manifest.target_fingerprint[:12]}, but "
-            f"{settings.target} is {fingerprint[:12]}; choose another run_dir"
-        )
-    config = Eagle3Config.from_json(manifest.drafter_config)
-    return config, manifest, load(bundle.files[TENSORS])
-
-
-def _publish_initial(settings: Settings, model: Any, fingerprint: str, root: Path) -> None:
-    path = settings.drafter.path
-    if path is not None:
-        if not path.is_dir():
-            raise ValueError(f"drafter.path {path} is not a folder")
-        bundle = read_bundle(path)
-        manifest, content = bundle.manifest, bundle.files[TENSORS]
-        if manifest.target_fingerprint != fingerprint:
-            raise ValueError(
-                f"the drafter in {path} was made for target "
-                f"{manifest.target_fingerprint[:12]}, {settings.target} is {fingerprint[:12]}"
-            )
-    else:
-        lm_head = model.get_output_embeddings().weight
-        manifest, content = random_drafter(
-            model.config, lm_head, settings.drafter.layer_ids, settings.seed, fingerprint
-        )
-    publish_initial(root, manifest, content)
+    stored = first_drafter(
+        settings.run_dir / "weights",
+        settings.drafter.kind,
+        TargetFacts(model.config, model.get_output_embeddings().weight, fingerprint),
+        path=settings.drafter.path,
+        layer_ids=settings.drafter.layer_ids,
+        seed=settings.seed,
+    )
+    config = Eagle3Config.from_json(stored.manifest.drafter_config)
+    return config, stored.manifest, stored.tensors
 
 
 def _neural(
     start: tuple[Eagle3Config, Manifest, dict[str, torch.Tensor]], target: Target, num_slots: int
 ) -> PagedEagle3:
     config, manifest, tensors = start
-    if config.hidden_size != target.config.hidden_size or (
-        config.target_vocab_size != target.vocab_size
-    ):
-        raise ValueError(
-            f"the drafter is shaped for hidden size {config.hidden_size} and vocabulary "
-            f"{config.target_vocab_size}, the target has {target.config.hidden_size} and "
-            f"{target.vocab_size}"
-        )
     with torch.device("meta"):  # weights that are drawn only to be replaced take seconds
         module = Eagle3(config).requires_grad_(False).eval()
     module.load_state_dict(tensors, assign=True)

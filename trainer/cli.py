@@ -12,6 +12,7 @@ import threading
 import typer
 
 from configs.cli import ConfigOption, PrintConfigOption, SetOption, settings_from_cli
+from drafters.trainable import learning_kinds
 from trainer.lock import only_trainer
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, add_completion=False)
@@ -30,10 +31,10 @@ def launch(
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
     settings = settings_from_cli(config, set_, print_config)
-    if settings.drafter.kind != "eagle3":
+    if settings.drafter.kind not in learning_kinds():
         typer.echo(
-            f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to "
-            f"'eagle3', or run the server alone",
+            f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to one "
+            f"that learns ({', '.join(learning_kinds())}), or run the server alone",
             err=True,
         )
         raise typer.Exit(code=2)

@@ -1,4 +1,4 @@
-"""One trainer a run folder."""
+"""Only one trainer runs in a run folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
-    """Hold ``folder/lock``; the system lets go of it when the process ends, however it ends.
+    """Hold ``folder/lock``; the system releases it when the process ends, however it ends.
 
     Raises:
         ValueError: another process holds it.
