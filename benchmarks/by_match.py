@@ -25,13 +25,16 @@ from buffer.bundles import read_manifest
 from buffer.records import Trace
 from configs.load import load_settings
 from configs.schema import Settings
+from drafters.eagle3.batch import collate
+from drafters.eagle3.chains import by_chain, lay_out
 from drafters.eagle3.model import Eagle3
-from drafters.eagle3.training import by_chain, chain_acceptance, lay_out
+from drafters.eagle3.training import chain_acceptance
+from drafters.samples import Sample
 from drafters.suffix import SuffixIndex
 from examples.machine import machine
 from policies.acceptance import suffix_bucket
 from targets.head import TargetHead, load_target_head
-from trainer.dataset import Sample, collate, key_of
+from trainer.dataset import key_of
 from trainer.start import read_drafter
 
 DRAFT_K = 4

@@ -34,6 +34,7 @@ from buffer.records import Acceptance, Trace
 from configs.load import load_settings
 from configs.schema import Settings
 from drafters.suffix import SuffixIndex
+from drafters.trainable import trainable
 from examples import demo
 from examples.live import View
 from examples.machine import machine
@@ -180,7 +181,7 @@ def learning_curve(
         begin = ends[index - 1] if index else 0
         own = [t for t in traces if begin < t.finished_unix_ms <= ends[index]]
         samples = held_out(own, initial, head, settings)
-        judge = Judge(head, DEVICE, bundled.to(DEVICE), margin=1.0)
+        judge = Judge(trainable(initial.kind), head, DEVICE, bundled.to(DEVICE), margin=1.0)
         static_figure, points = None, []
         for version in chosen:
             manifest, model = read_drafter(

@@ -1,1 +1,1 @@
-"""The models that guess: one protocol, used for serving and for training."""
+"""Drafters: they propose the tokens that the target verifies."""

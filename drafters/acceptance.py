@@ -1,4 +1,4 @@
-"""How many drafted tokens would survive verification, from probabilities alone.
+"""Expected acceptance of drafts, computed from probabilities alone.
 
 Shapes: B requests, N chains, K draft positions, V vocabulary.
 """
@@ -41,11 +41,11 @@ def expected_acceptance(target_probs_BKV: Tensor, draft_probs_BKV: Tensor) -> Te
 def simulated_tokens_per_step(alphas_NK: Tensor, draft_k: int) -> float | None:
     """tokens_per_step of chains of ``draft_k`` tokens: ``1 + sum_k prod_{i<=k} a_i``.
 
-    Averaged over the chains; ``None`` when there is none.
+    Averaged over the chains; ``None`` if there are none.
 
     Args:
-        alphas_NK: [N, K] acceptance of each position given that all before it were kept: 0 or 1
-            for a greedy request, ``sum_x min(p, q)`` at the request's temperature for others.
+        alphas_NK: [N, K] acceptance of each position given that all earlier ones were kept: 0 or 1
+            for a greedy request, else ``sum_x min(p, q)`` at the request's temperature.
         draft_k: positions used, 0..K.
 
     Raises:
@@ -60,10 +60,10 @@ def simulated_tokens_per_step(alphas_NK: Tensor, draft_k: int) -> float | None:
 
 
 def conditional_acceptance(alphas_NK: Tensor) -> list[float | None]:
-    """Share kept at each position among drafts that were kept up to it, over all chains.
+    """Acceptance at each position over all chains, given that all earlier positions were kept.
 
-    ``None`` at a position that no chain reaches. Their running product is the survival of position
-    k, so a policy can price every K from them.
+    ``None`` at positions that no chain reaches. The running product is the survival of position k,
+    from which a policy can price every K.
     """
     kept_NK = alphas_NK.double().cumprod(dim=1)
     kept = [float(alphas_NK.shape[0]), *kept_NK.sum(dim=0).tolist()]

@@ -1,23 +1,40 @@
 """Every kind of drafter, one line each.
 
 To add a kind, write one file whose ``KIND`` says what it is like and how it is built, and add its
-line to ``CATALOG``; ``drafter.kind`` then selects it.
+line to ``CATALOG``; ``drafter.kind`` then selects it. A kind that learns also names its
+``Trainable``.
+
+This module imports no torch at run time: a command that only asks which kinds exist starts fast.
 """
 
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from configs.choices import known
 from configs.schema import DrafterSettings
-from drafters.protocol import DrafterKind
+
+if TYPE_CHECKING:
+    from drafters.protocol import DrafterKind
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a kind is defined, as ``module:name``, imported on first use."""
+
+    kind: str
+    """Its ``DrafterKind``."""
+    trainable: str | None = None
+    """Its ``Trainable``; ``None`` if it does not learn."""
+
 
 CATALOG = {
-    "eagle3": "drafters.eagle3.paged:KIND",
-    "suffix": "drafters.suffix:KIND",
+    "eagle3": Entry("drafters.eagle3.paged:KIND", "drafters.eagle3.trainable:Eagle3Trainable"),
+    "suffix": Entry("drafters.suffix:KIND"),
 }
-"""Values of ``drafter.kind`` -> module and its ``DrafterKind``. Text, so that a kind is one line
-without an import and only the modules in use are loaded."""
+"""Values of ``drafter.kind``."""
 
 NONE = "none"
 """The value of ``drafter.kind`` for plain decoding."""
@@ -27,7 +44,7 @@ _BESIDE = "suffix"
 
 def kind_of(name: str) -> DrafterKind:
     """What the catalog says about one kind."""
-    kind: DrafterKind = pkgutil.resolve_name(CATALOG[name])
+    kind: DrafterKind = pkgutil.resolve_name(CATALOG[name].kind)
     return kind
 
 

@@ -1,50 +1,121 @@
-"""Version 0 of a run: server and trainer make the same one, and the first to start publishes it."""
+"""The drafter a run starts with: its newest sound version, else version 0.
+
+Server and trainer of a run both call ``first_drafter``; whichever starts first publishes version 0,
+and from equal settings both would publish the same bytes.
+
+Shapes: V vocabulary, H hidden.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from buffer.bundles import Bundle, read_bundle
 from buffer.interface import WeightsStore
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from drafters.eagle3.model import Eagle3, config_for_target
+from drafters.trainable import trainable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """What a drafter must know of its target, and fit."""
+
+    config: Any
+    """Hugging Face config."""
+    lm_head_VH: Tensor
+    """[V, H], any dtype and device."""
+    fingerprint: str
+    """64 hex digits that tie bundles to the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDrafter:
+    """A bundle that was checked against its config and the target."""
+
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+    """On the CPU, in the dtype of the bundle."""
+    layer_ids: tuple[int, ...]
+    """Layers of the target that it taps."""
+
+
+def first_drafter(
+    store: WeightsStore,
+    kind: str,
+    target: TargetFacts,
+    *,
+    path: Path | None,
+    layer_ids: tuple[int, ...] | None,
+    seed: int,
+) -> StoredDrafter:
+    """Newest version in the store that is sound and was not rolled back.
+
+    An empty store first gets version 0: a copy of the bundle at ``path``, or random weights.
+
+    Args:
+        store: the run's versions.
+        kind: kind of drafter the run uses.
+        path: bundle folder; ``None``: random weights.
+        layer_ids: layers that random weights tap; ``None``: the kind's default.
+        seed: of random weights.
+
+    Raises:
+        ValueError: no version can be used, or it is of another kind, or made for another target,
+            or drafters of this kind do not learn.
+    """
+    if not store.versions():
+        _publish_version_0(store, kind, target, path, layer_ids, seed)
+    bundle, passed_over = store.newest_sound()
+    version = bundle.manifest.version
+    for problem in passed_over:
+        log.warning("%s Starting with version %d.", problem, version)
+    name = f"version {version} in {store.location}"
+    _check_kind(bundle.manifest, kind, name)
+    return _checked(bundle, name, target)
+
+
+def stored_drafter(path: Path, target: TargetFacts) -> StoredDrafter:
+    """The drafter in the bundle folder ``path``.
+
+    Raises:
+        ValueError: it is damaged, or made for another target, or of a kind that does not learn.
+    """
+    return _checked(read_bundle(path), str(path), target)
 
 
 def random_drafter(
-    target_config: Any,
-    lm_head_VH: Tensor,
-    layer_ids: tuple[int, ...] | None,
-    seed: int,
-    fingerprint: str,
+    kind: str, target: TargetFacts, layer_ids: tuple[int, ...] | None, seed: int
 ) -> tuple[Manifest, bytes]:
-    """Manifest and safetensors bytes of a randomly initialised EAGLE-3.
-
-    They depend on the arguments alone.
+    """Manifest and safetensors bytes of random weights, a function of the arguments alone.
 
     Raises:
-        ValueError: the target has no such layer.
+        ValueError: a layer id that the target does not have.
     """
-    model = Eagle3(config_for_target(target_config, layer_ids))
-    model.initialise(seed, lm_head_VH.float().cpu())
-    manifest = Manifest(0, None, "eagle3", model.config.to_json(), fingerprint, {})
-    return manifest, save(model.bundle_tensors())
+    learner = trainable(kind)
+    model = learner.new_model(target.config, target.lm_head_VH.float().cpu(), layer_ids, seed)
+    manifest = Manifest(0, None, kind, learner.config_to_json(model), target.fingerprint, {})
+    return manifest, save(learner.bundle_tensors(model))
 
 
 def publish_initial(store: WeightsStore, manifest: Manifest, content: bytes) -> None:
     """Publish tensors as version 0, unless another process has just done so.
 
     Args:
-        store: where versions are published.
-        manifest: kind, shape, target, gate figures and calibration; the rest is set here.
-        content: ``drafter.safetensors``.
+        manifest: kind, config, target, gate figures and calibration are kept; the rest is set here.
+        content: safetensors bytes.
 
     Raises:
-        ValueError: it cannot be published, and the store is empty.
+        ValueError: the bundle is not sound, and the store has no version yet.
     """
     now_ms = int(time.time() * 1000)
     initial = replace(
@@ -55,4 +126,56 @@ def publish_initial(store: WeightsStore, manifest: Manifest, content: bytes) -> 
     except ValueError:
         if not store.versions():
             raise
-        # The other process, server or trainer, published version 0 first, from the same settings.
+        # The run's server or trainer published version 0 first, from the same settings.
+
+
+def _publish_version_0(
+    store: WeightsStore,
+    kind: str,
+    target: TargetFacts,
+    path: Path | None,
+    layer_ids: tuple[int, ...] | None,
+    seed: int,
+) -> None:
+    if path is None:
+        publish_initial(store, *random_drafter(kind, target, layer_ids, seed))
+        return
+    if not path.is_dir():
+        raise ValueError(f"drafter.path {path} is not a folder")
+    bundle = read_bundle(path)
+    _check_kind(bundle.manifest, kind, str(path))
+    _checked(bundle, str(path), target)
+    publish_initial(store, bundle.manifest, bundle.files[TENSORS])
+
+
+def _check_kind(manifest: Manifest, kind: str, name: str) -> None:
+    if manifest.kind != kind:
+        raise ValueError(
+            f"{name} holds a drafter of kind {manifest.kind!r}, but drafter.kind is {kind!r}; not "
+            f"starting. Choose another run_dir, or set drafter.kind to {manifest.kind!r}"
+        )
+
+
+def _checked(bundle: Bundle, name: str, target: TargetFacts) -> StoredDrafter:
+    manifest = bundle.manifest
+    if manifest.target_fingerprint != target.fingerprint:
+        raise ValueError(
+            f"{name} was made for target {manifest.target_fingerprint[:12]}, but the target in "
+            f"settings is {target.fingerprint[:12]}; not starting. Choose another run_dir, or a "
+            f"target and drafter that belong together"
+        )
+    learner = trainable(manifest.kind)
+    shape = learner.target_shape(manifest.drafter_config)
+    vocab_size, hidden_size = target.lm_head_VH.shape
+    if (shape.vocab_size, shape.hidden_size) != (vocab_size, hidden_size):
+        raise ValueError(
+            f"{name} is shaped for vocabulary {shape.vocab_size} and hidden size "
+            f"{shape.hidden_size}, but the target has {vocab_size} and {hidden_size}; not "
+            f"starting. Choose a target and drafter that belong together"
+        )
+    tensors = load(bundle.files[TENSORS])
+    try:
+        learner.check(manifest.drafter_config, tensors)
+    except ValueError as error:
+        raise ValueError(f"{name} contradicts itself, not starting: {error}") from error
+    return StoredDrafter(manifest, tensors, shape.layer_ids)

@@ -29,8 +29,9 @@ from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from drafters.acceptance import conditional_acceptance, simulated_tokens_per_step
+from drafters.eagle3.batch import TTTBatch
 from drafters.eagle3.model import Eagle3, config_for_target
-from drafters.eagle3.training import Objective, TTTBatch, chain_acceptance, ttt_loss
+from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
 from examples.corpus import Domain, read, sources
 from specops.distill import FrozenHead
 

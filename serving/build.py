@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
 from buffer.backends import open_backend
-from buffer.bundles import read_bundle
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend, TraceLimits, WeightsStore
-from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from configs.schema import Settings
 from drafters.catalog import chosen, kind_of
-from drafters.initial import publish_initial, random_drafter
+from drafters.initial import TargetFacts, first_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
 from policies.catalog import build_policy
 from policies.interface import DraftPolicy
@@ -104,8 +101,9 @@ def build_service(
     if loaded is None:
         with _timed("loaded the target"):
             loaded = load_target(settings)
+    backend = open_backend(settings.buffer.url, settings.run_dir)
     with _timed("read and checked the drafter"):
-        learning = _first_version(settings, kinds, loaded)
+        learning = _first_version(settings, kinds, loaded, backend.open_weights())
     parts, flat = _make_parts(settings, loaded, kinds, learning)
     model = ServedModel(
         name=settings.server.model_name or loaded.name,
@@ -124,7 +122,7 @@ def build_service(
         if learning is not None:
             manifest = learning.manifest
             policy.on_swap(manifest.kind, manifest.version, manifest.policy)
-    return _service(settings, model, parts, policy, learning, flat, loaded.fingerprint)
+    return _service(settings, backend, model, parts, policy, learning, flat, loaded.fingerprint)
 
 
 def _make_parts(
@@ -215,6 +213,7 @@ def _timed(what: str) -> Iterator[None]:
 
 def _service(
     settings: Settings,
+    backend: Backend,
     model: ServedModel,
     parts: EngineParts,
     policy: DraftPolicy,
@@ -242,7 +241,7 @@ def _service(
             weights=flat,
             initial=manifest,
             expected=Expected(manifest.kind, manifest.drafter_config, fingerprint),
-            root=settings.run_dir / "weights",
+            store=backend.open_weights(),
             producer=producer,
             policy=policy,
             poll_s=settings.swap.poll_s,
@@ -267,49 +266,23 @@ def _listeners(
 
 
 def _first_version(
-    settings: Settings, kinds: tuple[str, ...], loaded: LoadedTarget
+    settings: Settings, kinds: tuple[str, ...], loaded: LoadedTarget, store: WeightsStore
 ) -> _Learning | None:
-    """What the drafter that learns starts with: the newest version of this run, else version 0.
-
-    Version 0 comes from ``drafter.path`` or from random weights, and is published into the run, so
-    all versions of a run are in one place.
-    """
-    if not any(kind_of(kind).traits.learns for kind in kinds):
+    """What the drafter that learns starts with; ``None`` if none learns."""
+    learning = [kind for kind in kinds if kind_of(kind).traits.learns]
+    if not learning:
         return None
-    root = settings.run_dir / "weights"
-    if not versions(root):
-        _publish_initial(settings, loaded.model, loaded.fingerprint, root)
-    bundle, passed_over = newest_sound(root)
-    for problem in passed_over:
-        log.warning("%s Starting with version %d.", problem, bundle.manifest.version)
-    manifest = bundle.manifest
-    if manifest.target_fingerprint != loaded.fingerprint:
-        raise ValueError(
-            f"{root} holds drafters of target {manifest.target_fingerprint[:12]}, but "
-            f"{settings.target} is {loaded.fingerprint[:12]}; choose another run_dir"
-        )
-    tensors = load(bundle.files[TENSORS])
-    return _Learning(manifest, Weights(manifest.version, manifest.drafter_config, tensors))
-
-
-def _publish_initial(settings: Settings, model: Any, fingerprint: str, store: WeightsStore) -> None:
-    path = settings.drafter.path
-    if path is not None:
-        if not path.is_dir():
-            raise ValueError(f"drafter.path {path} is not a folder")
-        bundle = read_bundle(path)
-        manifest, content = bundle.manifest, bundle.files[TENSORS]
-        if manifest.target_fingerprint != fingerprint:
-            raise ValueError(
-                f"the drafter in {path} was made for target "
-                f"{manifest.target_fingerprint[:12]}, {settings.target} is {fingerprint[:12]}"
-            )
-    else:
-        lm_head = model.get_output_embeddings().weight
-        manifest, content = random_drafter(
-            model.config, lm_head, settings.drafter.layer_ids, settings.seed, fingerprint
-        )
-    publish_initial(store, manifest, content)
+    lm_head = loaded.model.get_output_embeddings().weight
+    stored = first_drafter(
+        store,
+        learning[0],
+        TargetFacts(loaded.model.config, lm_head, loaded.fingerprint),
+        path=settings.drafter.path,
+        layer_ids=settings.drafter.layer_ids,
+        seed=settings.seed,
+    )
+    manifest = stored.manifest
+    return _Learning(manifest, Weights(manifest.version, manifest.drafter_config, stored.tensors))
 
 
 def _ring(settings: Settings, target: Target) -> CaptureRing | None:

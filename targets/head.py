@@ -1,7 +1,7 @@
-"""The two tensors of the target that training needs: its embedding table and its lm_head.
+"""The two tensors of the target that training needs: embedding table and lm_head.
 
-Read straight from the safetensors files, so a trainer beside an 8 B target holds 2.5 GB of it and
-not 16. Which names they have is asked of the target's own modelling code, on the meta device.
+They are read directly from the safetensors files, so the trainer of an 8B target holds 2.5 GB of it
+instead of 16. The target's modelling code, built on the meta device, tells their names.
 
 Shapes: V vocabulary, H hidden.
 """
@@ -22,20 +22,20 @@ from specops.distill import FrozenHead
 
 @dataclass(frozen=True, slots=True)
 class TargetHead:
-    """Frozen parts of the target."""
+    """Frozen tensors of the target."""
 
     config: Any
-    """Text config of the target (Hugging Face)."""
+    """Hugging Face text config of the target."""
     embed_VH: Tensor
-    """Scaled as the target scales it."""
+    """Embedding table, scaled as the target scales it."""
     lm_head: FrozenHead
 
 
 def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TargetHead:
-    """Read the two tensors of the target in ``folder``.
+    """Read embedding table and lm_head of the target in ``folder``.
 
     Raises:
-        ValueError: its weights are no safetensors, or the tensors are not among them.
+        ValueError: there are no safetensors files, or the tensors are not in them.
     """
     files = _tensor_files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -60,7 +60,7 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file."""
+    """File of each tensor, by name."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
@@ -75,7 +75,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _read(files: dict[str, Path], name: str, folder: Path) -> Tensor:
-    """The tensor of that name, or the only one of its last two words (wrapped checkpoints)."""
+    """Tensor ``name``, or the only one with the same last two parts (wrapped checkpoints)."""
     ending = ".".join(name.split(".")[-2:])
     names = [name] if name in files else [n for n in files if n.endswith(ending)]
     if len(names) != 1:

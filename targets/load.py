@@ -1,4 +1,4 @@
-"""From the name of a target to its model, tokenizer, device and dtype."""
+"""Load a target: device, dtype, folder, model and tokenizer from their settings."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA when there is one. Raises ValueError when CUDA is asked for and missing."""
+def pick_device(name: str, setting: str = "device") -> torch.device:
+    """Device from its setting; ``auto`` is CUDA if available, else the CPU.
+
+    Args:
+        setting: name of the setting, for the error message.
+
+    Raises:
+        ValueError: CUDA is requested but not available.
+    """
+    has_cuda = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but no CUDA device is available; use cpu or auto")
+        return torch.device("cuda" if has_cuda else "cpu")
+    if name.startswith("cuda") and not has_cuda:
+        raise ValueError(
+            f"{setting} is {name!r}, but no CUDA device is available; set it to cpu or auto"
+        )
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is float32 on a CPU and bfloat16 on a GPU."""
+    """Dtype from its setting; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
@@ -28,7 +38,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def target_folder(target: str) -> Path:
-    """Folder of a target: the path itself, or the local snapshot of a Hugging Face id."""
+    """Folder of a target: the path itself, or the snapshot of a Hugging Face id, downloaded if new.
+
+    Raises:
+        ValueError: ``target`` is neither a folder nor an id that can be loaded.
+    """
     path = Path(target)
     if path.is_dir():
         return path
@@ -39,15 +53,15 @@ def target_folder(target: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(target, allow_patterns=patterns))
-    except Exception as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"target {target!r} is neither a folder here nor a Hugging Face id that can be "
+            f"target {target!r} is neither a folder nor a Hugging Face id that can be "
             f"loaded ({type(error).__name__}: {error})"
         ) from error
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The causal LM in ``folder``: safetensors only, no code from the folder is run."""
+    """Causal LM in ``folder``; loads safetensors only and runs no code from the folder."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
@@ -55,5 +69,5 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``."""
+    """Tokenizer in ``folder``; runs no code from the folder."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,1 +1,1 @@
-"""Traces in, better drafter and policy out."""
+"""Trains a drafter on traces and publishes better versions."""

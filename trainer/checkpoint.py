@@ -1,8 +1,9 @@
-"""The trainer's own resumable state: written whole or not at all, read whole or not at all.
+"""The trainer's own resumable state: written and read whole or not at all.
 
 ``<root>/<number>/`` holds ``state.safetensors`` (weights, moments, generator) and ``state.json``
-(all else, with the digest of the former). A folder is written aside, flushed and renamed, so kill
--9 leaves the one before. Numbers only grow; the newest two are kept. safetensors and JSON only.
+(everything else, and the digest of the tensors). A folder is written under a temporary name,
+flushed and renamed, so kill -9 leaves the previous checkpoint intact. Numbers only grow; the newest
+two checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _NUMBER = re.compile(r"[0-9]{8}")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. Starting afresh instead would hide it, so nobody does."""
+    """A checkpoint cannot be used. The trainer stops: a fresh start would hide the loss."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(
@@ -39,21 +40,24 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """State as it was saved."""
+    """Saved state of a trainer."""
 
     state: dict[str, Any]
-    """JSON."""
+    """Content of ``state.json``."""
     tensors: dict[str, Tensor]
 
 
 def write_checkpoint(root: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Save, then let go of checkpoints before the last two.
+    """Save a checkpoint, then remove all but the newest two.
+
+    Returns:
+        Its folder.
 
     Raises:
-        OSError: of the disk; the former checkpoint stays.
+        OSError: the disk is full or failed; earlier checkpoints stay.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".tmp-*"):  # of a killed trainer: only one runs at a time
+    for leftover in root.glob(".tmp-*"):  # left by a killed trainer: only one runs at a time
         shutil.rmtree(leftover)
     numbers = _numbers(root)
     path = root / f"{max(numbers, default=0) + 1:08d}"
@@ -77,10 +81,10 @@ def write_checkpoint(root: Path, state: Mapping[str, Any], tensors: Mapping[str,
 
 
 def read_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest checkpoint; ``None`` if there never was one.
+    """Newest checkpoint; ``None`` if there is none.
 
     Raises:
-        CheckpointError: it is damaged, or of another schema.
+        CheckpointError: it is damaged, or has another schema.
     """
     numbers = _numbers(root)
     if not numbers:

@@ -23,6 +23,7 @@ from configs.cli import (
 )
 from configs.logs import set_up_logging
 from configs.schema import Settings
+from drafters.trainable import learning_kinds
 from trainer.lock import only_trainer
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,10 @@ def launch(
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
     settings = settings_from_cli(config, set_, print_config)
-    if settings.drafter.kind != "eagle3":
+    if settings.drafter.kind not in learning_kinds():
         typer.echo(
-            f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to "
-            f"'eagle3', or run the server alone",
+            f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to one "
+            f"that learns ({', '.join(learning_kinds())}), or run the server alone",
             err=True,
         )
         raise typer.Exit(code=2)

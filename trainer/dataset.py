@@ -1,15 +1,13 @@
-"""From traces to what one update sees: checked samples, cut into pieces, padded into batches.
+"""Turn traces into training samples.
 
-A trace that does not fit this target, or whose rows are not numbers, is refused with a reason and
+A trace that does not fit the target, or whose rows are not finite, is refused with a reason and
 never reaches a batch.
 
-Shapes: T tokens of a trace, N rows captured of it, m tapped layers, H hidden; B, S as in
-``drafters.eagle3.training``.
+Shapes: N captured rows of a trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,13 +15,13 @@ import torch
 from torch import Tensor
 
 from buffer.records import FeatureRows, Trace
-from drafters.eagle3.training import TTTBatch
+from drafters.samples import Piece, Sample, widen
 
 RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "rows", "short"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
 LARGEST_VALUE = 1e9
-"""Hidden rows beyond it are damage: real ones stay below 1e6, and squares must stay finite."""
+"""Larger hidden values are damage: real ones stay below 1e6, and squares must stay finite."""
 _TORCH_TYPES = {
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
@@ -33,7 +31,7 @@ _TORCH_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a trace must fit."""
+    """Target and tapped layers that a trace must come from."""
 
     target_fingerprint: str
     layer_ids: tuple[int, ...]
@@ -43,58 +41,27 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a trace is not trained on."""
+    """Reason why a trace is not trained on."""
 
     reason: RefusalReason
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a trace that is trained on at once: positions start <= p < stop."""
-
-    start: int
-    stop: int
-    loss_from: int
-    """First row with a loss; rows before it are context."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A trace that fits, with its rows still packed as they were captured."""
-
-    key: str
-    """``producer/epoch/seq``."""
-    token_ids_T: Tensor
-    """int64."""
-    positions_N: Tensor
-    """int64, ascending: positions whose rows are known."""
-    rows: Tensor
-    """[N, m + 1, H] bfloat16, float8 or float32."""
-    scale: Tensor | None
-    """[N, m + 1] float32 multiplier of fp8 rows."""
-    pieces: tuple[Piece, ...]
-    num_loss_rows: int
-    temperature: float
-    version: int | None
-    """Newest drafter version that proposed in it; ``None`` without rounds."""
-
-
 def key_of(trace: Trace) -> str:
-    """Name of a trace that no other has."""
+    """Unique name of a trace."""
     return f"{trace.producer}/{trace.epoch}/{trace.seq}"
 
 
 def sample_of(
     trace: Trace, expected: Expected, max_sequence: int, train_on_prompts: bool = False
 ) -> Sample | Refusal:
-    """Check a trace and lay out its pieces.
+    """Check a trace and cut it into pieces.
 
     Args:
-        trace: as ``buffer.codec`` hands it out: consistent with itself.
-        expected: the running target and drafter.
-        max_sequence: longest piece.
-        train_on_prompts: also learn from rows whose next token the user wrote.
+        trace: decoded by ``buffer.codec``, which checks that it is consistent.
+        expected: target and layers of this run.
+        max_sequence: most positions of a piece.
+        train_on_prompts: also train on rows whose next token is part of the prompt.
     """
     features = trace.features
     if features is None or features.positions.size == 0:
@@ -104,16 +71,16 @@ def sample_of(
         return refusal
     rows = torch.from_numpy(features.rows).view(_TORCH_TYPES[features.dtype])
     scale = None if features.scale is None else torch.from_numpy(features.scale)
-    largest = float(_widen(rows, scale).abs().amax())
+    largest = float(widen(rows, scale).abs().amax())
     if not largest <= LARGEST_VALUE:  # also when it is NaN
         return Refusal("rows", f"hidden rows reach {largest:g}, at most {LARGEST_VALUE:g} is sane")
     first = 0 if train_on_prompts else max(trace.prompt_length - 1, 0)
     positions = torch.from_numpy(features.positions).long()
-    taught = _rows_with_loss(positions, first, trace.token_ids.size)
+    trained = _rows_with_loss(positions, first, trace.token_ids.size)
     pieces = [
         piece
         for piece in cut(trace.token_ids.size, first, max_sequence)
-        if bool(((taught >= piece.loss_from) & (taught < piece.stop - 1)).any())
+        if bool(((trained >= piece.loss_from) & (trained < piece.stop - 1)).any())
     ]
     if not pieces:
         return Refusal("short", "no two captured rows in a row are followed by a generated token")
@@ -124,7 +91,7 @@ def sample_of(
         rows,
         scale,
         tuple(pieces),
-        taught.numel(),
+        trained.numel(),
         trace.sampling.temperature,
         max((r.version for r in trace.rounds), default=None),
     )
@@ -148,16 +115,16 @@ def _misfit(trace: Trace, features: FeatureRows, expected: Expected) -> Refusal 
 
 
 def _rows_with_loss(positions_N: Tensor, first: int, num_tokens: int) -> Tensor:
-    """Positions whose row can be trained: known, as is the one before, and a token follows."""
+    """Positions of rows to train on: captured, like the preceding row, and with a next token."""
     follows = torch.diff(positions_N, prepend=positions_N[:1] - 2) == 1
     return positions_N[follows & (positions_N >= first) & (positions_N + 1 < num_tokens)]
 
 
 def cut(num_tokens: int, first_loss: int, max_sequence: int) -> tuple[Piece, ...]:
-    """Pieces whose rows with a loss are each row of first_loss .. num_tokens - 2 exactly once.
+    """Cut a trace into pieces that train each row of first_loss .. num_tokens - 2 exactly once.
 
-    Every piece carries at least a quarter of ``max_sequence`` as context, where there is as much
-    before it: a row early in a piece would else see less than it will when serving.
+    If the trace is long enough, a quarter of ``max_sequence`` or more of each piece is context:
+    without it, early rows of a piece would see less than they do when serving.
     """
     pieces = []
     row = first_loss
@@ -167,42 +134,3 @@ def cut(num_tokens: int, first_loss: int, max_sequence: int) -> tuple[Piece, ...
         pieces.append(Piece(start, stop, row))
         row = stop - 1  # its next token is in the next piece
     return tuple(pieces)
-
-
-def collate(parts: Sequence[tuple[Sample, Piece]]) -> TTTBatch:
-    """Pad pieces to the longest, as float32 on the CPU."""
-    first = parts[0][0]
-    B, S = len(parts), max(piece.stop - piece.start for _, piece in parts)
-    width, H = (first.rows.shape[1] - 1) * first.rows.shape[2], first.rows.shape[2]
-    batch = TTTBatch(
-        token_ids_BS=torch.zeros(B, S, dtype=torch.int64),
-        positions_BS=torch.zeros(B, S, dtype=torch.int64),
-        features_BSF=torch.zeros(B, S, width),
-        last_hidden_BSH=torch.zeros(B, S, H),
-        known_BS=torch.zeros(B, S, dtype=torch.bool),
-        loss_BS=torch.zeros(B, S, dtype=torch.bool),
-    )
-    for b, (sample, piece) in enumerate(parts):
-        _fill(batch, b, sample, piece)
-    return batch
-
-
-def _fill(batch: TTTBatch, b: int, sample: Sample, piece: Piece) -> None:
-    """Write one piece into row ``b`` of a batch that is being built."""
-    length = piece.stop - piece.start
-    batch.token_ids_BS[b, :length] = sample.token_ids_T[piece.start : piece.stop]
-    batch.positions_BS[b] = torch.arange(batch.positions_BS.shape[1]) + piece.start
-    inside = (sample.positions_N >= piece.start) & (sample.positions_N < piece.stop)
-    place = sample.positions_N[inside] - piece.start
-    scale = None if sample.scale is None else sample.scale[inside]
-    rows = _widen(sample.rows[inside], scale)
-    batch.features_BSF[b, place] = rows[:, :-1].flatten(1)
-    batch.last_hidden_BSH[b, place] = rows[:, -1]
-    batch.known_BS[b, place] = True
-    batch.loss_BS[b, place] = (place >= piece.loss_from - piece.start) & (place + 1 < length)
-
-
-def _widen(rows: Tensor, scale: Tensor | None) -> Tensor:
-    """Packed rows -> float32."""
-    wide = rows.float()
-    return wide if scale is None else wide * scale[..., None]

@@ -1,6 +1,6 @@
-"""Is the candidate better than what is published, on traces neither was trained on?
+"""Compare a candidate with the published version on held-out traces.
 
-Simulated, from the traces' own hidden rows: no server and no target is run.
+Acceptance is simulated from the hidden rows of the traces; neither a server nor the target runs.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from drafters.acceptance import conditional_acceptance, simulated_tokens_per_step
-from drafters.eagle3.model import Eagle3
-from drafters.eagle3.training import chain_acceptance
+from drafters.acceptance import conditional_acceptance
+from drafters.samples import Sample
+from drafters.trainable import Trainable
 from policies.gate import GateVerdict, gate
 from targets.head import TargetHead
-from trainer.dataset import Sample, collate
 from trainer.learner import batch_dtype
 
 GATE_DRAFT_K = 4
 """K at which drafters are compared."""
 _TOKENS_AT_ONCE = 8192
+"""Tokens of one batch of held-out samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A candidate held against the last published version on the same held-out traces."""
+    """Result of comparing a candidate with the published version on the same held-out traces."""
 
     verdict: GateVerdict
     candidate: float | None
     """Simulated tokens_per_step at K = ``GATE_DRAFT_K``; ``None`` without held-out chains."""
     incumbent: float | None
     acceptance: list[float]
-    """The candidate's conditional acceptance of each position, up to the last that is known."""
+    """The candidate's conditional acceptance at each position, up to the last one measured."""
     num_chains: int
     num_traces: int
 
     def to_json(self) -> dict[str, Any]:
-        """What a manifest and the log say of it."""
+        """Figures for the manifest and the log."""
         return {
             "draft_k": GATE_DRAFT_K,
             "passed": self.verdict.passed,
@@ -53,30 +53,31 @@ class Judgement:
 
 @dataclass(slots=True)
 class Judge:
-    """Compares models; remembers what the incumbent scored on each trace."""
+    """Compares candidates with the incumbent, whose acceptance on each trace it caches."""
 
+    trainable: Trainable[Any, Any]
     head: TargetHead
     device: torch.device
-    incumbent: Eagle3
+    incumbent: nn.Module
+    """Model of the published version."""
     margin: float
+    """Least ratio of candidate to incumbent."""
     _known: dict[str, Tensor] = field(default_factory=dict)
+    """Sample key -> the incumbent's acceptance."""
 
     def judge(
-        self, candidate: Eagle3, held_out: Sequence[Sample], older: Sequence[Sample] = ()
+        self, candidate: nn.Module, held_out: Sequence[Sample], older: Sequence[Sample] = ()
     ) -> Judgement:
-        """Both models on the newest held-out traces, and on ``older`` ones that must not suffer."""
+        """Compare on the newest held-out traces; ``older`` ones guard against forgetting."""
         everything = [*held_out, *older]
-        news = [x for x in everything if x.key not in self._known]
-        known = self._known | self._measure(self.incumbent, news)
+        unknown = [x for x in everything if x.key not in self._known]
+        known = self._known | self._measure(self.incumbent, unknown)
         self._known = {x.key: known[x.key] for x in everything}
         measured = self._measure(candidate, everything)
         ours, theirs = _join(measured, held_out), _join(self._known, held_out)
-        mine, best = (simulated_tokens_per_step(x, GATE_DRAFT_K) for x in (ours, theirs))
+        mine, best = (self._tokens_per_step(x) for x in (ours, theirs))
         figures = (mine, best) if mine is not None and best is not None else (0.0, 0.0)
-        kept = [
-            simulated_tokens_per_step(_join(found, older), GATE_DRAFT_K)
-            for found in (measured, self._known)
-        ]
+        kept = [self._tokens_per_step(_join(found, older)) for found in (measured, self._known)]
         before = (kept[0], kept[1]) if kept[0] is not None and kept[1] is not None else None
         return Judgement(
             gate(*figures, margin=self.margin, num_rows=len(ours), older=before),
@@ -87,21 +88,24 @@ class Judge:
             len(held_out),
         )
 
-    def promote(self, candidate: Eagle3) -> None:
-        """The candidate was published: it is the one to beat now."""
+    def _tokens_per_step(self, alphas_NK: Tensor) -> float | None:
+        return self.trainable.tokens_per_step(alphas_NK, GATE_DRAFT_K)
+
+    def promote(self, candidate: nn.Module) -> None:
+        """Make the candidate, which was published, the incumbent."""
         self.incumbent.load_state_dict(candidate.state_dict())
         self._known = {}
 
-    def _measure(self, model: Eagle3, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Sample key -> acceptance [N, K] of its chains."""
+    def _measure(self, model: nn.Module, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Acceptance [N, K] of the chains of each sample, by its key."""
         found = {x.key: torch.zeros(0, GATE_DRAFT_K) for x in samples}
         for group in _groups(samples):
             parts = [(x, piece) for x in group for piece in x.pieces]
-            alphas, owner = chain_acceptance(
+            batch = self.trainable.collate(parts)
+            alphas, owner = self.trainable.acceptance(
                 model,
-                self.head.embed_VH,
-                self.head.lm_head,
-                collate(parts).to(self.device, batch_dtype(self.device)),
+                self.head,
+                batch.to(self.device, batch_dtype(self.device)),
                 torch.tensor([x.temperature for x, _ in parts]),
                 GATE_DRAFT_K,
             )
@@ -112,7 +116,7 @@ class Judge:
 
 
 def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples of like length together, some thousand tokens at once."""
+    """Group samples of similar length, about ``_TOKENS_AT_ONCE`` tokens each."""
     groups: list[list[Sample]] = []
     room = 0
     for sample in sorted(samples, key=lambda x: len(x.token_ids_T)):

@@ -1,4 +1,4 @@
-"""One trainer per run folder."""
+"""Only one trainer runs in a run folder."""
 
 from __future__ import annotations
 

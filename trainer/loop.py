@@ -1,6 +1,6 @@
-"""The trainer's main loop, and the one object that is its running state.
+"""The trainer's main loop and its running state.
 
-Consumes: traces. Waits for: enough traces, and fresh ones once all were seen ``replay_ratio``
+Consumes: traces. Waits for: enough traces, and new ones once all were trained on ``replay_ratio``
 times. Unblocked by: the server's recorder. Nothing waits for the trainer.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,27 @@ import numpy as np
 
 from buffer.interface import WeightsStore
 from buffer.records import Manifest
-from buffer.traces import TraceReader
 from configs.schema import Settings
+from drafters.samples import Sample
 from trainer.checkpoint import read_checkpoint, write_checkpoint
-from trainer.dataset import Expected, Refusal, Sample, collate, key_of, sample_of
-from trainer.gate import Judge
+from trainer.gate import Judge, Judgement
+from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner, UpdateReport
 from trainer.publish import publish_version
 from trainer.replay import Memory
 from trainer.start import newest_drafter
 
-TRACES_AT_ONCE = 64
 POLL_S = 0.1
 QUIET_S = 15.0
-"""Without a new trace for so long, what was learnt is judged without waiting for more updates."""
+"""After this time without a trace, a candidate is judged without waiting for more updates."""
 
 
 def run(trainer: Trainer) -> None:
-    """Learn until told to stop, then leave a checkpoint.
+    """Train until told to stop, then save a checkpoint.
 
     Raises:
-        ValueError: the weights went wrong and the checkpoint to go back to is damaged.
+        ValueError: the weights are broken and the checkpoint to restore them from is damaged.
     """
     while not trainer.is_done():
         trainer.take_in_traces()
@@ -55,66 +53,51 @@ def run(trainer: Trainer) -> None:
 
 @dataclass(slots=True)
 class Trainer:
-    """Everything one trainer process holds."""
+    """State of one trainer process."""
 
     settings: Settings
-    expected: Expected
-    reader: TraceReader
+    intake: Intake
     store: WeightsStore
     memory: Memory
     learner: Learner
     judge: Judge
     published: Manifest
-    """Newest version, the one to beat."""
+    """Manifest of the newest version, which candidates must beat."""
     random: np.random.Generator
     journal: Journal
     stop: threading.Event
     steps_since_judged: int = 0
     refused_in_row: int = 0
-    """Candidates refused since the last publication."""
+    """Candidates refused since the last published version."""
     restored: bool = False
-    """Weights were restored from a checkpoint and no update was finite since."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Refused traces by reason, since this process began."""
+    """Weights were restored from a checkpoint, and no update was finite since."""
     figures: dict[str, Any] = field(default_factory=dict)
-    """Newest loss, alpha and gate figures, for the status."""
+    """Latest loss, alpha and gate figures, for the status."""
     saved_s: float = field(default_factory=time.monotonic)
-    heard_s: float = field(default_factory=time.monotonic)
+    """Monotonic time of the last checkpoint."""
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the trainer's checkpoints."""
         return self.settings.run_dir / "trainer" / "checkpoints"
 
     def is_done(self) -> bool:
+        """Told to stop, or all steps are done."""
         return self.stop.is_set() or self._has_all_steps()
 
     def waits_for(self) -> str | None:
-        """What is missing before the next update."""
+        """What the next update waits for; ``None`` if it can start."""
         return "the end" if self._has_all_steps() else self.memory.waits_for()
 
     def take_in_traces(self) -> None:
-        """Read what came since the last look, and refuse what does not fit."""
-        traces = self.reader.read(TRACES_AT_ONCE)
-        if not traces:
-            return
-        self.heard_s = time.monotonic()
-        samples: list[Sample] = []
-        for trace in traces:
-            sample = sample_of(trace, self.expected, self.settings.trainer.max_sequence)
-            if isinstance(sample, Refusal):
-                self.counts[sample.reason] += 1
-                self.journal.event(
-                    "refused", trace=key_of(trace), reason=sample.reason, text=sample.text
-                )
-            else:
-                samples.append(sample)
-        self.memory.take_in(samples)
+        """Move the traces that arrived into memory."""
+        self.memory.take_in(self.intake.read())
 
     def update(self) -> None:
-        """One batch from memory through the learner."""
+        """Train on one batch from memory."""
         started = time.monotonic()
         parts = self.memory.draw(self.random)
-        report = self.learner.update(collate(parts))
+        report = self.learner.update(self.learner.trainable.collate(parts))
         self.memory.trained_rows += report.num_rows
         self.steps_since_judged += 1
         self._record(report, [sample for sample, _ in parts], time.monotonic() - started)
@@ -124,20 +107,21 @@ class Trainer:
             self._restore_weights()
 
     def wait(self) -> None:
-        """Say what is missing, and give traces a moment to come."""
+        """Report what is missing, and wait ``POLL_S`` for traces."""
         self._write_status(f"waiting for {self.waits_for()}")
         self.stop.wait(POLL_S)
 
     def candidate_is_due(self) -> bool:
-        """Enough updates; or fewer, when traffic pauses or all steps are done."""
+        """There were enough updates, or any at all if traffic paused or all steps are done."""
         if self.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
             return False
-        is_quiet = time.monotonic() - self.heard_s >= QUIET_S and self.waits_for() is not None
+        quiet_s = time.monotonic() - self.intake.last_trace_s
+        is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
         enough = self.steps_since_judged >= self.settings.trainer.publish_every_steps
         return enough or is_quiet or self._has_all_steps()
 
     def judge_candidate(self) -> None:
-        """Gate the averaged weights, and publish them if they pass."""
+        """Judge the averaged weights, and publish them if they pass the gate."""
         self.steps_since_judged = 0
         if self.published.version in self.store.read_denied():
             self._follow_roll_back()
@@ -155,12 +139,17 @@ class Trainer:
             acceptance=judgement.acceptance,
             **judgement.to_json(),
         )
-        if not judgement.verdict.passed:
+        if judgement.verdict.passed:
+            self._publish(judgement)
+        else:
             self.refused_in_row += 1
-            return
+
+    def _publish(self, judgement: Judgement) -> None:
+        """Publish the averaged weights; if the disk is full, training continues without."""
         try:
             self.published = publish_version(
                 self.store,
+                self.learner.trainable,
                 self.learner.average,
                 self.published,
                 judgement,
@@ -180,11 +169,12 @@ class Trainer:
         )
 
     def checkpoint_is_due(self) -> bool:
+        """The last checkpoint is old enough, and the weights are sound."""
         age_s = time.monotonic() - self.saved_s
         return age_s >= self.settings.trainer.checkpoint_every_s and not self.learner.skips_in_row
 
     def checkpoint(self) -> None:
-        """Save everything needed to go on; a full disk leaves the former checkpoint."""
+        """Save everything needed to resume; if the disk is full, the previous checkpoint stays."""
         self.saved_s = time.monotonic()
         try:
             path = write_checkpoint(
@@ -201,21 +191,21 @@ class Trainer:
         )
 
     def finish(self) -> None:
-        """Leave in order."""
+        """Save a checkpoint if the weights are sound, and report the end."""
         if not self.learner.skips_in_row:
             self.checkpoint()
         self.journal.event("stopped", step=self.learner.step)
         self._write_status("stopped")
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree in to be resumed."""
+        """What must be equal in a checkpoint for this trainer to resume from it."""
         return {
-            "target_fingerprint": self.expected.target_fingerprint,
-            "drafter_config": self.learner.model.config.to_json(),
+            "target_fingerprint": self.intake.expected.target_fingerprint,
+            "drafter_config": self.learner.trainable.config_to_json(self.learner.model),
         }
 
     def state_to_json(self) -> dict[str, Any]:
-        """What ``build`` needs to go on where this trainer was, besides the tensors."""
+        """State that ``trainer.build.resume`` restores, besides the tensors."""
         return {
             **self.identity(),
             "step": self.learner.step,
@@ -225,7 +215,7 @@ class Trainer:
             "refused_in_row": self.refused_in_row,
             "random": self.random.bit_generator.state,
             "memory": self.memory.to_json(),
-            "offsets": self.reader.offsets(),
+            "offsets": self.intake.reader.offsets(),
         }
 
     def _has_all_steps(self) -> bool:
@@ -233,7 +223,7 @@ class Trainer:
         return most is not None and self.learner.step >= most
 
     def _restore_weights(self) -> None:
-        """Go back to the last checkpoint; if that did not help, to the last published version."""
+        """Restore the last checkpoint or, if that did not help, the last published version."""
         saved = None if self.restored else read_checkpoint(self.checkpoints)
         if saved is None:
             self.learner.load_weights(self.judge.incumbent.state_dict())
@@ -251,14 +241,14 @@ class Trainer:
         )
 
     def _follow_roll_back(self) -> None:
-        """A server found the newest version worse on live traffic: learn on from the one before.
+        """Continue from the newest version that no server rolled back.
 
-        The gate's held-out traces had said otherwise, so both the weights and what they are judged
-        against go back.
+        Live traffic contradicted the gate's held-out traces, so both the weights and the incumbent
+        are replaced.
         """
         rejected = self.published.version
         manifest, model = newest_drafter(
-            self.settings, self.store, self.learner.head, self.expected.target_fingerprint
+            self.settings, self.store, self.learner.head, self.intake.expected.target_fingerprint
         )
         self.published = manifest
         self.learner.load_weights(model.state_dict())
@@ -288,7 +278,7 @@ class Trainer:
         self._write_status("training")
 
     def _write_status(self, state: str) -> None:
-        memory, counts = self.memory, self.reader.counts
+        memory, counts = self.memory, self.intake.reader.counts
         self.journal.status(
             {
                 "state": state,
@@ -302,7 +292,7 @@ class Trainer:
                     "quarantined": counts.quarantined,
                     "damaged": counts.damaged,
                     "evicted_unread": counts.evicted_unread,
-                    "refused": dict(self.counts),
+                    "refused": dict(self.intake.num_refused),
                     "taken_in": memory.num_samples,
                     "held": len(memory.samples()),
                     "held_out": len(memory.held_out),

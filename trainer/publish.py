@@ -1,37 +1,43 @@
-"""A candidate that passed the gate becomes a published version."""
+"""Publish a candidate that passed the gate."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from buffer.interface import WeightsStore
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from drafters.eagle3.model import Eagle3
+from drafters.trainable import Trainable
 from trainer.gate import Judgement
 
 LARGEST_FLOAT32_BYTES = 256 << 20
-"""Bundles above it are written as bfloat16, which is what a GPU serves; the server casts on load,
-so below it float32 costs little and serves every dtype."""
+"""Larger bundles are written as bfloat16, the dtype that a GPU serves. Smaller ones stay float32,
+which costs little and suits every dtype, since the server casts on load."""
 
 
 def publish_version(
     store: WeightsStore,
-    model: Eagle3,
+    trainable: Trainable[Any, Any],
+    model: nn.Module,
     parent: Manifest,
     judgement: Judgement,
     *,
     step: int,
     keep: int,
 ) -> Manifest:
-    """Write the next version, and take old ones away.
+    """Write the next version to the store, and remove old ones.
+
+    Args:
+        step: updates that made the model.
+        keep: newest versions that stay.
 
     Raises:
         ValueError: a weight is not finite; nothing is published.
-        OSError: of the disk.
+        OSError: the disk is full or failed; nothing is published.
     """
     manifest = Manifest(
         version=store.next_version(),
@@ -44,14 +50,15 @@ def publish_version(
         policy={"acceptance": judgement.acceptance},
         created_unix_ms=int(time.time() * 1000),
     )
-    published = store.publish(manifest, {TENSORS: save(bundle_tensors(model))})
+    tensors = _to_store(trainable.bundle_tensors(model))
+    published = store.publish(manifest, {TENSORS: save(tensors)})
     store.prune(keep)
     return published
 
 
-def bundle_tensors(model: Eagle3) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, in the dtype of a bundle."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.bundle_tensors().items()}
+def _to_store(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, in the dtype of a bundle."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST_FLOAT32_BYTES:
         tensors = {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

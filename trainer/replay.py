@@ -1,6 +1,7 @@
-"""What the trainer remembers of its traffic, and which of it the next batch is made of.
+"""Samples that the trainer holds, and the choice of the next batch.
 
-``policies.replay`` says which traces stay; here are their samples and how often each was seen.
+``policies.replay`` decides which traces are kept; this module holds their samples and counts how
+often each was trained on.
 """
 
 from __future__ import annotations
@@ -12,33 +13,33 @@ from typing import Any
 import numpy as np
 
 from configs.schema import TrainerSettings
+from drafters.samples import Piece, Sample
 from policies.replay import Replay, add, is_held_out
-from trainer.dataset import Piece, Sample
 
 
 @dataclass(slots=True)
 class Memory:
-    """Samples held, and the counters that go with them. The trainer's running state."""
+    """Samples held, and their counters."""
 
     settings: TrainerSettings
     seed: int
     replay: Replay[Sample]
     judges: Replay[Sample]
-    """Never trained on: the newest judge what is learnt, the sample of older ones what is kept."""
+    """Never trained on: the newest show what was learnt, the sample of older ones what was kept."""
     visits: dict[str, int]
-    """Sample key -> batches it was in."""
+    """Sample key -> number of batches it was in."""
     num_samples: int = 0
-    """Samples ever taken in to train on."""
+    """Training samples ever taken in."""
     fresh_rows: int = 0
-    """Rows with a loss in them."""
+    """Their rows with a loss."""
     trained_rows: int = 0
-    """Rows with a loss that updates have seen, each time counted."""
+    """Rows with a loss that updates were trained on, counted each time."""
 
     def take_in(self, samples: Sequence[Sample]) -> None:
-        """Split new samples into those that judge and those that teach."""
+        """Split new samples into held-out and training samples."""
         s = self.settings
         judges = [x for x in samples if is_held_out(x.key, s.held_out_every)]
-        pupils = [x for x in samples if not is_held_out(x.key, s.held_out_every)]
+        training = [x for x in samples if not is_held_out(x.key, s.held_out_every)]
         self.judges = add(
             self.judges,
             judges,
@@ -48,13 +49,13 @@ class Memory:
         )
         self.replay = add(
             self.replay,
-            pupils,
+            training,
             recent_traces=s.recent_traces,
             reservoir_traces=s.reservoir_traces,
             seed=self.seed,
         )
-        self.num_samples += len(pupils)
-        self.fresh_rows += sum(x.num_loss_rows for x in pupils)
+        self.num_samples += len(training)
+        self.fresh_rows += sum(x.num_loss_rows for x in training)
         held = {x.key for x in self.samples()}
         self.visits = {key: n for key, n in self.visits.items() if key in held}
 
@@ -65,15 +66,15 @@ class Memory:
 
     @property
     def held_out_older(self) -> tuple[Sample, ...]:
-        """A uniform sample of the held-out samples before them."""
+        """Uniform sample of the held-out samples before ``held_out``."""
         return self.judges.reservoir
 
     def samples(self) -> tuple[Sample, ...]:
-        """Everything that may be trained on."""
+        """All training samples held."""
         return (*self.replay.recent, *self.replay.reservoir)
 
     def waits_for(self) -> str | None:
-        """What is missing before the next update; ``None`` when nothing is."""
+        """What the next update waits for; ``None`` if it can start."""
         s = self.settings
         if self.num_samples < s.min_traces:
             return f"traces: {self.num_samples} of trainer.min_traces={s.min_traces}"
@@ -86,11 +87,11 @@ class Memory:
         return None
 
     def draw(self, random: np.random.Generator) -> list[tuple[Sample, Piece]]:
-        """Pieces of the next batch, up to ``batch_tokens`` tokens, and count the visit.
+        """Draw the pieces of the next batch, up to ``batch_tokens`` tokens, and count the visits.
 
-        Most come from the samples seen least often, so that new traffic is learnt first and
-        everything gets its turn. A share of ``reservoir_share`` is drawn evenly from all that is
-        held, reservoir included, so that old traffic is not forgotten.
+        Most come from the samples trained on least often, so that new traffic is learnt first and
+        every sample gets its turn. A share of ``reservoir_share`` is drawn uniformly from all
+        samples held, reservoir included, so that old traffic is not forgotten.
         """
         everything = self.samples()
         luck = random.random(len(everything))
@@ -111,7 +112,7 @@ class Memory:
         return parts
 
     def to_json(self) -> dict[str, Any]:
-        """By reference: the samples themselves are still in the log of traces."""
+        """State for a checkpoint. Samples are saved by key; the trace log still holds them."""
         return {
             "recent": [x.key for x in self.replay.recent],
             "reservoir": [x.key for x in self.replay.reservoir],
@@ -127,12 +128,12 @@ class Memory:
 
 
 def new_memory(settings: TrainerSettings, seed: int) -> Memory:
-    """Nothing remembered yet."""
+    """Empty memory."""
     return Memory(settings, seed, Replay(), Replay(), {})
 
 
 def keys_in(stored: dict[str, Any]) -> set[str]:
-    """Keys of all samples that ``restore`` will ask for."""
+    """Keys of all samples that ``restore`` needs."""
     names = ("recent", "reservoir", "held_out", "held_out_older")
     return {key for name in names for key in stored[name]}
 
@@ -140,7 +141,7 @@ def keys_in(stored: dict[str, Any]) -> set[str]:
 def restore(
     settings: TrainerSettings, seed: int, stored: dict[str, Any], found: dict[str, Sample]
 ) -> Memory:
-    """Undo ``Memory.to_json``; samples that left the log meanwhile are left out."""
+    """Memory from ``Memory.to_json``, without the samples that are no longer in the log."""
 
     def present(keys: Iterable[str]) -> tuple[Sample, ...]:
         return tuple(found[key] for key in keys if key in found)
@@ -162,7 +163,7 @@ def restore(
 
 
 def _interleave(needed: list[int], lucky: list[int], take_lucky: list[bool]) -> list[int]:
-    """Each index once, from the front of one list or the other as ``take_lucky`` says."""
+    """Each index once, taken from the front of the list that ``take_lucky`` selects."""
     queues = {False: iter(needed), True: iter(lucky)}
     drawn = [next(queues[choice], None) for choice in take_lucky]
     return list(dict.fromkeys(index for index in (*drawn, *needed) if index is not None))

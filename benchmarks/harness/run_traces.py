@@ -8,10 +8,12 @@ from buffer.backends import open_backend
 from buffer.records import Manifest, Trace
 from buffer.traces import TraceReader
 from configs.schema import Settings
+from drafters.samples import Sample
 from drafters.suffix import SuffixIndex
 from policies.replay import is_held_out
 from targets.head import TargetHead
-from trainer.dataset import Expected, Refusal, Sample, key_of, sample_of
+from trainer.build import expected_of
+from trainer.dataset import Refusal, key_of, sample_of
 
 JUDGED_TRACES = 64
 
@@ -33,9 +35,7 @@ def held_out(
     Args:
         manifest: of any version of the run.
     """
-    vocab_size, hidden_size = head.lm_head.weight_VH.shape
-    layer_ids = tuple(manifest.drafter_config["layer_ids"])
-    expected = Expected(manifest.target_fingerprint, layer_ids, hidden_size, vocab_size)
+    expected = expected_of(manifest, head)
     kept = [t for t in traces if is_held_out(key_of(t), settings.trainer.held_out_every)]
     samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in kept[-JUDGED_TRACES:]]
     return [s for s in samples if not isinstance(s, Refusal)]

@@ -37,7 +37,9 @@ from buffer.records import Trace
 from buffer.traces import TraceReader
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.eagle3.training import TTTBatch
+from drafters.eagle3.batch import TTTBatch, collate
+from drafters.samples import Sample
+from drafters.trainable import trainable
 from examples.corpus import Domain
 from examples.train_drafter import pieces
 from policies.replay import is_held_out
@@ -46,7 +48,8 @@ from serving.requests import Output, Request, SamplingParams
 from serving.service import Service
 from targets.head import TargetHead, load_target_head
 from targets.load import load_tokenizer
-from trainer.dataset import Expected, Refusal, Sample, collate, sample_of
+from trainer.build import expected_of
+from trainer.dataset import Expected, Refusal, sample_of
 from trainer.gate import Judge
 from trainer.learner import Learner, UpdateReport, batch_dtype
 from trainer.publish import publish_version
@@ -288,8 +291,7 @@ def train(
     store = open_backend(settings.buffer.url, settings.run_dir).open_weights()
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
-    vocab_size, hidden_size = head.lm_head.weight_VH.shape
-    expected = Expected(fingerprint, model.config.layer_ids, hidden_size, vocab_size)
+    learns, expected = trainable(manifest.kind), expected_of(manifest, head)
 
     started = time.monotonic()
     lessons = read_lessons(settings, expected, device, length, read_s)
@@ -298,14 +300,15 @@ def train(
     num_rows = int(lessons.everything.loss_BS.sum())
     say(f"read {num_sequences} traces, {num_rows:,} rows to learn from, in {read_s:.1f} s")
 
-    learner = Learner(model, head, settings.trainer, device)
+    learner = Learner(learns, model, head, settings.trainer, device)
     seconds = min(seconds, until_s - time.monotonic())
     report, train_s = learn(learner, lessons, seconds, sequences)
-    judge = Judge(head, device, incumbent, settings.trainer.gate_margin)
+    judge = Judge(learns, head, device, incumbent, settings.trainer.gate_margin)
     judged = judge.judge(learner.average, lessons.held_out[:JUDGED])
     say(f"held-out traces: {judged.to_json()}, acceptance {judged.acceptance}")
     published = publish_version(
         store,
+        learns,
         learner.average,
         manifest,
         judged,

@@ -1,9 +1,9 @@
 """EAGLE-3: one decoder layer that reads three tapped layers of the target.
 
-One module serves and trains; only the attention differs and is passed in. Rows are indexed by the
-position of their *token*: row p is (x_p, h_{p-1}), predicts x_{p+1}, and its K/V live at slot p,
-so a page of draft KV depends on nothing beyond the prefix that names the page. h is
-``fuse(features)`` at committed positions and the layer's own output on drafted ones.
+Serving and training share this module; only the attention differs and is passed in. Rows are
+indexed by the position of their *token*: row p is (x_p, h_{p-1}), predicts x_{p+1}, and keeps its
+K/V in slot p, so a page of draft KV depends only on the prefix that identifies the page. h is
+``fuse(features)`` at committed positions and the layer's own output at drafted ones.
 
 Shapes: T rows (any leading dimensions work), H hidden, m tapped layers, V target vocabulary,
 Vd draft vocabulary, Hq/Hkv query/key heads, D head dimension.
@@ -13,7 +13,7 @@ Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,33 +21,33 @@ import torch
 from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q [..., Hq, D], k and v [..., Hkv, D], after RoPE -> [..., Hq, D]. Scale 1 / sqrt(D)."""
+"""q [..., Hq, D], k and v [..., Hkv, D], after RoPE -> [..., Hq, D]; scaled by 1 / sqrt(D)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Config:
-    """Everything that fixes the tensors' shapes and meaning."""
+    """Shapes and meaning of a drafter's tensors."""
 
     hidden_size: int
     target_vocab_size: int
     draft_vocab_size: int
-    """Equal to ``target_vocab_size``: no reduced vocabulary."""
+    """Smaller than ``target_vocab_size`` if the vocabulary is reduced, else equal."""
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     layer_ids: tuple[int, ...]
-    """Tapped: residual stream after k decoder layers of the target."""
+    """Tapped layers: residual stream after k decoder layers of the target."""
     rms_norm_eps: float
     rope_theta: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionary, lists for tuples."""
+        """Config as JSON: a dictionary with lists for tuples."""
         return {**asdict(self), "layer_ids": list(self.layer_ids)}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Eagle3Config:
-        """Inverse of ``to_json``. Raises ValueError when a key is missing or unknown."""
+    def from_json(cls, value: Mapping[str, Any]) -> Eagle3Config:
+        """Inverse of ``to_json``. Raises ValueError if a key is missing or unknown."""
         try:
             return cls(**{**value, "layer_ids": tuple(value["layer_ids"])})
         except (KeyError, TypeError) as error:
@@ -55,7 +55,7 @@ class Eagle3Config:
 
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
-    """(2, N // 2, N - 3), kept inside 1..N and distinct for shallow targets."""
+    """(2, N // 2, N - 3), clamped to 1..N without duplicates for shallow targets."""
     wanted = (2, num_layers // 2, num_layers - 3)
     ids = sorted({min(max(k, 1), num_layers) for k in wanted})
     return tuple(ids)
@@ -66,7 +66,7 @@ def config_for_target(
     layer_ids: tuple[int, ...] | None = None,
     draft_vocab_size: int | None = None,
 ) -> Eagle3Config:
-    """Shape of a fresh drafter for a Hugging Face text config: the target's own layer shape.
+    """Config of a new drafter whose layer has the shape of the target's layers.
 
     Raises:
         ValueError: a layer id outside 0..N.
@@ -91,7 +91,7 @@ def config_for_target(
 
 
 def rope_theta(config: Any) -> float:
-    """Base of the rotary embedding; Gemma3 keeps one set a layer type, the global one is taken."""
+    """Base of the rotary embedding; Gemma3 has one for each layer type, the global one is used."""
     parameters = config.rope_parameters
     if "rope_theta" not in parameters:
         parameters = parameters["full_attention"]
@@ -106,10 +106,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Eagle3(nn.Module):
-    """The drafter's tensors and its one layer.
+    """EAGLE-3's tensors and its one layer.
 
-    ``embed`` is the target's embedding table: shared, frozen, and not part of a bundle.
-    ``d2t`` maps draft ids to target ids: ``target_id = draft_id + d2t[draft_id]``; absent when the
+    Token embeddings come from the target's table, which is shared, frozen and not part of a bundle.
+    ``d2t`` maps draft ids to target ids: ``target_id = draft_id + d2t[draft_id]``; ``None`` if the
     vocabularies are equal.
     """
 
@@ -132,7 +132,7 @@ class Eagle3(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, c.draft_vocab_size, bias=False)
-        # Not a buffer: a module moved to bfloat16 would round the angles.
+        # Not a buffer, because moving the module to bfloat16 would round the angles.
         self._inverse: dict[torch.device, Tensor] = {}
         reduced = c.draft_vocab_size != c.target_vocab_size
         self.register_buffer(
@@ -141,10 +141,10 @@ class Eagle3(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, target_lm_head: Tensor | None = None) -> None:
-        """Random weights (normal, std 0.02; norms 1), with the target's head when it fits.
+        """Draw random weights (normal, std 0.02; norms 1); copies the target's lm_head if it fits.
 
         Args:
-            target_lm_head: [V, H]; used for ``lm_head`` when the vocabularies are equal.
+            target_lm_head: [V, H]; becomes ``lm_head`` if the vocabularies are equal.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -163,7 +163,7 @@ class Eagle3(nn.Module):
         return angles.cos(), angles.sin()
 
     def inverse_frequency(self, device: torch.device) -> Tensor:
-        """[D / 2] float32: radians a position."""
+        """[D / 2] float32, radians per position."""
         if device not in self._inverse:
             dim = self.config.head_dim
             powers = -torch.arange(0, dim, 2, dtype=torch.float64) / dim
@@ -171,22 +171,22 @@ class Eagle3(nn.Module):
         return self._inverse[device]
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Tapped rows [..., m * H] (layer_ids order) -> h [..., H]."""
+        """Project tapped rows [..., m * H], in ``layer_ids`` order, to h [..., H]."""
         fused: Tensor = self.fc(features)
         return fused
 
     def forward(
         self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
     ) -> Tensor:
-        """The layer: token embeddings and h of rows -> their output g, before the final norm.
+        """Run the layer: output g of rows, before the final norm.
 
         Args:
-            embeds: [..., H], target embedding of each row's token.
-            hidden: [..., H], fused features or former output of the row before.
-            cos, sin: from ``rope`` at the rows' positions.
+            embeds: [..., H], the target's embedding of each row's token.
+            hidden: [..., H], fused features, or the output of the preceding row.
+            cos, sin: see ``rope``, at the rows' positions.
 
         Returns:
-            [..., H]; feed it to ``logits``, and back as ``hidden`` of the next row.
+            [..., H]; input of ``logits``, and ``hidden`` of the next row.
         """
         c = self.config
         pair = torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
@@ -200,14 +200,14 @@ class Eagle3(nn.Module):
         return out
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """[..., H] -> [..., Vd] over the draft vocabulary."""
+        """Logits [..., Vd] over the draft vocabulary for outputs [..., H]."""
         scores: Tensor = self.lm_head(self.norm(outputs))
         return scores
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft-vocabulary ids (any shape, int64) -> target ids."""
+        """Map draft ids (any shape, int64) to target ids."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
     def bundle_tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor of everything a bundle holds: parameters and ``d2t``, no embedding."""
+        """Name -> tensor of everything that a bundle holds: parameters and ``d2t``."""
         return dict(self.state_dict())

@@ -1,20 +1,22 @@
-"""Training-time test for EAGLE-3: the chains the server could have drafted, in one padded pass.
+"""Training-time test for EAGLE-3: the chains a server could have drafted, in one padded pass.
 
-Step 0 takes every row with h from the target's features. A chain begins at an anchor a; its row at
-step i is a + i, with the committed token x_{a+i} and, as h, its own output of step i - 1. It
+Step 0 computes every row with h from the target's features. A chain begins at an anchor a; its row
+at step i is a + i, with the committed token x_{a+i} and its own output of step i - 1 as h. It
 attends to the step-0 keys p' <= a and to its own keys of steps 1..i; RoPE is at a + i. Its output
-predicts x_{a+i+1}, draft token i + 1. So every step of every chain equals what serving computes
-when it drafts from that anchor and the earlier draft tokens were kept.
+predicts x_{a+i+1}, draft token i + 1. Every step of every chain therefore equals what serving
+computes when it drafts from that anchor and the earlier draft tokens were kept.
 
-``reference_chain_logits`` is the definition, drafted one token after another as a server does.
+``reference_chain_logits`` is the definition: it drafts one token after another as a server does.
 
-Chains share nothing but step 0, so any subset of anchors may be carried beyond it: the first draft
-token is trained at every row, the deeper ones, whose weight is smaller, on a share of the chains.
+Chains share only step 0, so any subset of anchors may be carried beyond it: the first draft token
+is trained at every row, later ones, which weigh less, on a share of the chains.
 
 Shapes: B sequences, S positions (padded), A anchors of a sequence, K steps, R rows that have a
 loss (each is the first row of a chain), H hidden, m tapped layers, F = m * H, Vd draft vocabulary.
 
-Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.2; rows as in ``eagle3``.
+Rows are indexed as in ``drafters.eagle3.model``, chains are laid out in ``drafters.eagle3.chains``.
+
+Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.2.
 """
 
 from __future__ import annotations
@@ -22,107 +24,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drafters.eagle3.losses import FLOOR, dpace_weights, head_losses
+from drafters.eagle3.batch import TTTBatch, delayed
+from drafters.eagle3.chains import Chains, Step, by_chain, chain_weights, has_step, lay_out
+from drafters.eagle3.losses import FLOOR, head_losses
 from drafters.eagle3.model import Eagle3
+from drafters.trainable import BatchLoss
 from specops.device import distill, label_figures
 from specops.distill import FrozenHead, LossKind, RowFigures, Rows, Target, Teacher, target_of
 
 
 @dataclass(frozen=True, slots=True)
-class TTTBatch:
-    """Pieces of traces, padded to one length. What is not ``known`` may hold anything finite."""
-
-    token_ids_BS: Tensor
-    """int64."""
-    positions_BS: Tensor
-    """int64, position in the request; consecutive along S."""
-    features_BSF: Tensor
-    """Tapped layers in ``layer_ids`` order. bfloat16 runs the layer under autocast."""
-    last_hidden_BSH: Tensor
-    """lm_head's input."""
-    known_BS: Tensor
-    """bool: both of the above exist at this position."""
-    loss_BS: Tensor
-    """bool: the row counts. Needs ``known`` there, and a committed token after it."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> TTTBatch:
-        """On ``device``, features and hidden rows in ``dtype``."""
-        return TTTBatch(
-            self.token_ids_BS.to(device),
-            self.positions_BS.to(device),
-            self.features_BSF.to(device, dtype),
-            self.last_hidden_BSH.to(device, dtype),
-            self.known_BS.to(device),
-            self.loss_BS.to(device),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised and how it is cut into blocks."""
+    """Loss to minimise, and how its computation is split into blocks."""
 
     num_steps: int = 4
     """K, passes of training-time test."""
     loss: LossKind = "lk"
-    """``lk``: LK hybrid; ``forward_kl``. Positions are weighted by D-PACE in both."""
+    """``lk``: LK hybrid; ``forward_kl``: KL(target || drafter). Both are weighted by D-PACE."""
     chain_share: float = 1.0
-    """Share of the chains, drawn anew each time, that is carried beyond the first draft token.
-    One half takes six tenths of the time of 1."""
+    """Share of the chains, redrawn for every batch, that is carried beyond the first draft token.
+    0.5 takes 60 % of the time of 1."""
     floor: float = FLOOR
-    """a of D-PACE; 1 gives every chain the same weights."""
+    """D-PACE's a; 1 gives every chain the same weights."""
     keep_logits: bool = True
-    """Keep the gradient of every logit, and the target's probabilities, from forward to backward:
-    nothing is computed twice, but a row takes 4 bytes for each token of the drafter's vocabulary,
-    and as many again (half in bfloat16) in every step. ``False``: about 1 GiB whatever the
-    vocabulary, for one more product with the lm_head, which finds the weights of D-PACE first."""
+    """Keep the target's probabilities and the gradient of every logit from forward to backward.
+    Nothing is computed twice, but a row takes 4 bytes per token of the drafter's vocabulary, and
+    the same again (half in bfloat16) in every step. ``False`` needs about 1 GiB for any vocabulary,
+    and one more product with the lm_head to find the D-PACE weights first."""
     chunk_rows: int | None = None
-    """Rows of logits formed at once; ``None``: 128 on a CPU, where 128 x 4,096 floats stay in its
-    cache, or what fits 1 GiB on a GPU."""
+    """Rows of logits computed at once. ``None``: 128 with ``keep_logits``; without, as many as fit
+    into a CPU's cache or 1 GiB of GPU memory."""
 
 
 _CACHED_ROWS = 128
-
-
-class TTTLoss(NamedTuple):
-    """One batch judged. Only ``loss`` has a gradient."""
-
-    loss: Tensor
-    """Scalar: mean over all chain positions, weighted by D-PACE."""
-    alpha_K: Tensor
-    """Mean overlap of each draft position; 0 where no chain has it."""
-    agree_K: Tensor
-    """Share of positions where the drafter's argmax is the committed token."""
-    num_rows: int
-    """R."""
-
-
-class Step(NamedTuple):
-    """Where the N outputs of one step that have a loss come from and belong to; int64 each."""
-
-    output_N: Tensor
-    """Index into the step's outputs, flattened."""
-    row_N: Tensor
-    """The row of R they predict for."""
-    chain_N: Tensor
-    """The row of R their chain began at."""
-
-
-class Chains(NamedTuple):
-    """Which chains are run, and how far."""
-
-    flat_R: Tensor
-    """Index into B * S of every row that begins a chain."""
-    place_BA: Tensor
-    """int64 index along S of the anchors carried beyond step 0, padded with any."""
-    carried_R: Tensor
-    """bool: the chain is among them."""
-    steps: tuple[Step, ...]
-    """[K]"""
+"""128 rows of 4,096 float32 logits stay in a CPU's cache."""
 
 
 def ttt_loss(
@@ -132,13 +71,13 @@ def ttt_loss(
     batch: TTTBatch,
     objective: Objective,
     generator: torch.Generator | None = None,
-) -> TTTLoss:
-    """Loss of the chains in a batch.
+) -> BatchLoss:
+    """Training loss of a batch.
 
     Args:
         embed: [V, H] the target's embedding table, scaled as the target scales it.
-        head: the target's.
-        generator: draws the chains when ``chain_share`` is below 1.
+        head: the target's lm_head.
+        generator: draws the chains if ``chain_share`` is below 1.
     """
     chains = lay_out(batch, objective.num_steps, objective.chain_share, generator)
     inputs = list(_head_inputs(model, embed, batch, chains))
@@ -149,11 +88,11 @@ def ttt_loss(
     weight = model.lm_head.weight.to(batch.features_BSF.dtype)
     chunk_rows = objective.chunk_rows or _CACHED_ROWS
     target = _target_rows(teacher, chunk_rows)
-    judged = [
+    figures = [
         head_losses(hidden, weight, target, _compared(labels, step), objective.loss, chunk_rows)
         for hidden, step in zip(inputs, chains.steps, strict=True)
     ]
-    return weigh(chains, judged, objective.floor)
+    return weigh(chains, figures, objective.floor)
 
 
 def _distilled(
@@ -163,10 +102,10 @@ def _distilled(
     teacher: Teacher,
     labels: Rows,
     objective: Objective,
-) -> TTTLoss:
-    """``weigh`` of all steps at once, with the weights found first."""
+) -> BatchLoss:
+    """``weigh`` for all steps at once, with the weights computed first."""
     hidden = torch.cat(inputs)
-    rows = _together([_compared(labels, step) for step in chains.steps])
+    rows = _concatenated([_compared(labels, step) for step in chains.steps])
     lengths = [len(x) for x in inputs]
     weight = model.lm_head.weight
     probs = label_figures(hidden, weight, rows, objective.chunk_rows).label_prob_N
@@ -176,7 +115,7 @@ def _distilled(
     found = distill(hidden, weight, teacher, rows, weights, objective.loss, objective.chunk_rows)
     columns = zip(*(torch.split(column, lengths) for column in found.figures), strict=True)
     alpha_K, agree_K = _means(chains, [RowFigures(*step) for step in columns])
-    return TTTLoss(found.loss, alpha_K, agree_K, chains.flat_R.numel())
+    return BatchLoss(found.loss, alpha_K, agree_K, chains.flat_R.numel())
 
 
 @torch.no_grad()
@@ -192,13 +131,14 @@ def chain_acceptance(
     """Acceptance of each position of every chain that has ``num_steps`` rows with a loss.
 
     Args:
-        temperature_B: 0 is greedy: 1 where the drafter's argmax is the committed token, else 0.
-            Else ``sum_x min(p, q)`` at that temperature. The greedy figure uses the committed
-            token, which is the argmax the server really took, whatever the rows' rounding.
-        chunk_rows: as in ``Objective``.
+        temperature_B: above 0: acceptance is ``sum_x min(p, q)`` at this temperature. 0 is greedy:
+            1 where the drafter's argmax is the committed token, else 0. The committed token is the
+            argmax that the server took, so rounding of the captured rows has no influence.
+        chunk_rows: see ``Objective``.
 
     Returns:
-        [N, K] float32, and [N] int64, the sequence each chain belongs to.
+        alphas_NK: [N, K] float32.
+        sequence_N: [N] int64, the sequence of each chain.
     """
     chains = lay_out(batch, num_steps, 1.0, None)
     sequence_R = chains.flat_R // batch.loss_BS.shape[1]
@@ -206,7 +146,7 @@ def chain_acceptance(
     greedy_R = temperature_R == 0
     scale_R = torch.where(greedy_R, 1.0, temperature_R)
     inputs = list(_head_inputs(model, embed, batch, chains))
-    rows = _together([_compared(_labels(model, batch, chains.flat_R), s) for s in chains.steps])
+    rows = _concatenated([_compared(_labels(model, batch, chains.flat_R), s) for s in chains.steps])
     at_N = torch.cat([step.row_N for step in chains.steps])
     hidden = torch.cat(inputs)
     cooled = (hidden / scale_R[at_N, None]).to(hidden.dtype)
@@ -221,14 +161,14 @@ def chain_acceptance(
 
 
 def _target_ids(model: Eagle3) -> Tensor | None:
-    """Target id of each draft id; ``None``: the vocabularies are one."""
+    """Target id of each draft id; ``None`` if both vocabularies are the same."""
     if model.d2t is None:
         return None
     return model.to_target_ids(torch.arange(model.config.draft_vocab_size, device=model.d2t.device))
 
 
 def _labels(model: Eagle3, batch: TTTBatch, flat_R: Tensor) -> Rows:
-    """The committed token after every row ``flat_R`` (index into B * S)."""
+    """Committed token after each row ``flat_R`` (index into B * S), as a draft id."""
     label_R = batch.token_ids_BS.flatten()[flat_R + 1]
     ids = _target_ids(model)
     if ids is not None:
@@ -239,23 +179,23 @@ def _labels(model: Eagle3, batch: TTTBatch, flat_R: Tensor) -> Rows:
 
 
 def _compared(labels: Rows, step: Step) -> Rows:
-    """The labels of one step, and which row of R each output is compared with."""
+    """Labels of one step, and the row of R that each output is compared with."""
     at = step.row_N
     return Rows(labels.label_ids_N[at], labels.label_known_N[at], at)
 
 
-def _together(parts: list[Rows]) -> Rows:
-    places = [rows.teacher_row_N for rows in parts if rows.teacher_row_N is not None]
+def _concatenated(parts: list[Rows]) -> Rows:
+    teacher_rows = [rows.teacher_row_N for rows in parts if rows.teacher_row_N is not None]
     return Rows(
         torch.cat([rows.label_ids_N for rows in parts]),
         torch.cat([rows.label_known_N for rows in parts]),
-        torch.cat(places),
+        torch.cat(teacher_rows),
     )
 
 
 @torch.no_grad()
 def _target_rows(teacher: Teacher, chunk_rows: int) -> Target:
-    """All of the teacher's distribution at once."""
+    """The teacher's distribution at all rows, computed ``chunk_rows`` rows at a time."""
     parts = [
         target_of(hidden @ teacher.head.weight_VH.T, teacher.ids_D, teacher.head.softcap, None)
         for hidden in torch.split(teacher.hidden_RH, chunk_rows)
@@ -264,11 +204,11 @@ def _target_rows(teacher: Teacher, chunk_rows: int) -> Target:
 
 
 def ttt_outputs(
-    model: Eagle3, embed: Tensor, batch: TTTBatch, place_BA: Tensor, num_steps: int
+    model: Eagle3, embed: Tensor, batch: TTTBatch, anchor_BA: Tensor, num_steps: int
 ) -> Iterator[Tensor]:
-    """Outputs g of step 0 at every row [B, S, H], then of step 1, 2, ... of each chain [B, A, H].
+    """Yield outputs g of step 0 at every row [B, S, H], then of steps 1, 2, ... [B, A, H].
 
-    Rows without features hold garbage, but finite; so do chains past the end of their sequence.
+    Rows without features, and chains past the end of their sequence, hold arbitrary finite values.
     """
     mixed = partial(
         torch.autocast,
@@ -277,50 +217,50 @@ def ttt_outputs(
         enabled=batch.features_BSF.dtype == torch.bfloat16,
     )
     last = batch.token_ids_BS.shape[1] - 1
-    attend = _ChainAttention(_delayed(batch.known_BS), place_BA)
+    attend = _ChainAttention(delayed(batch.known_BS), anchor_BA)
     with mixed():
-        hidden = _delayed(model.fuse(batch.features_BSF))
+        hidden = delayed(model.fuse(batch.features_BSF))
         embeds = embed[batch.token_ids_BS].to(hidden.dtype)
         hidden = model(embeds, hidden, *model.rope(batch.positions_BS), attend)
     yield hidden
-    hidden = _pick(hidden, place_BA)
+    hidden = _pick(hidden, anchor_BA)
     for step in range(1, num_steps):
-        place = (place_BA + step).clamp_max(last)
+        at = (anchor_BA + step).clamp_max(last)
         with mixed():
-            embeds = embed[batch.token_ids_BS.gather(1, place)].to(hidden.dtype)
-            positions = batch.positions_BS.gather(1, place_BA) + step
+            embeds = embed[batch.token_ids_BS.gather(1, at)].to(hidden.dtype)
+            positions = batch.positions_BS.gather(1, anchor_BA) + step
             hidden = model(embeds, hidden, *model.rope(positions), attend)
         yield hidden
 
 
 class _ChainAttention:
-    """The attention of one pass; called for step 0, then for each later step in order."""
+    """Attention of one pass: call it for step 0, then for each later step in order."""
 
-    def __init__(self, has_row_BS: Tensor, place_BA: Tensor) -> None:
+    def __init__(self, has_row_BS: Tensor, anchor_BA: Tensor) -> None:
         self.has_row_BS = has_row_BS
-        self.place_BA = place_BA
+        self.anchor_BA = anchor_BA
         self.trunk: tuple[Tensor, Tensor] | None = None
         """Keys and values of step 0, [B, Hkv, S, D]."""
         self.own: list[tuple[Tensor, Tensor]] = []
         """Keys and values of each later step, [B, Hkv, 1, A, D]."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S or A, Hq, D], k and v [B, S or A, Hkv, D] -> as q."""
+        """q [B, S or A, Hq, D], k and v [B, S or A, Hkv, D] -> shape of q."""
         if self.trunk is None:
             self.trunk = (k.transpose(1, 2), v.transpose(1, 2))
-            place = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])
+            anchor = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])
         else:
             self.own.append((k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]))
-            place = self.place_BA
-        return self._attend(q, *self.trunk, place)
+            anchor = self.anchor_BA
+        return self._attend(q, *self.trunk, anchor)
 
-    def _attend(self, q: Tensor, trunk_k: Tensor, trunk_v: Tensor, place: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, trunk_k: Tensor, trunk_v: Tensor, anchor: Tensor) -> Tensor:
         B, A, Hq, D = q.shape
         Hkv, S = trunk_k.shape[1:3]
         G = Hq // Hkv
         grouped = (q * D**-0.5).view(B, A, Hkv, G, D).permute(0, 2, 3, 1, 4)  # B Hkv G A D
         scores = (grouped.flatten(2, 3) @ trunk_k.transpose(-1, -2)).view(B, Hkv, G, A, S)
-        scores = scores + self._hidden_from(place, scores.dtype)
+        scores = scores + self._causal_bias(anchor, scores.dtype)
         own = [(grouped * k).sum(-1, keepdim=True) for k, _ in self.own]
         weights = torch.cat((scores, *own), dim=-1).softmax(dim=-1).to(trunk_v.dtype)
         mixed = (weights[..., :S].flatten(2, 3) @ trunk_v).view(B, Hkv, G, A, D)
@@ -329,68 +269,25 @@ class _ChainAttention:
         merged: Tensor = mixed.permute(0, 3, 1, 2, 4).reshape(B, A, Hq, D)
         return merged
 
-    def _hidden_from(self, place: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, 1, 1, A, S] 0 where anchor ``place`` sees a step-0 key, very negative elsewhere.
+    def _causal_bias(self, anchor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Additive mask [B, 1, 1, A, S]: 0 where anchor sees a step-0 key.
 
-        Seen are rows that exist, up to the anchor, and always the anchor itself, so that no softmax
-        is empty.
+        An anchor sees the existing rows up to itself, and always itself, so that no softmax is
+        empty.
         """
-        key = torch.arange(self.has_row_BS.shape[1], device=place.device)
-        behind = (key <= place[..., None]) & self.has_row_BS[:, None]
-        seen = behind | (key == place[..., None])
-        bias = torch.zeros(seen.shape, dtype=dtype, device=place.device)
+        key = torch.arange(self.has_row_BS.shape[1], device=anchor.device)
+        behind = (key <= anchor[..., None]) & self.has_row_BS[:, None]
+        seen = behind | (key == anchor[..., None])
+        bias = torch.zeros(seen.shape, dtype=dtype, device=anchor.device)
         return bias.masked_fill(~seen, torch.finfo(dtype).min / 2)[:, None, None]
 
 
-def lay_out(
-    batch: TTTBatch, num_steps: int, share: float, generator: torch.Generator | None
-) -> Chains:
-    """Choose the chains of a batch and follow each until its first row without a loss."""
-    S = batch.loss_BS.shape[1]
-    begins_BS = batch.loss_BS & _delayed(batch.known_BS)
-    flat_R = begins_BS.flatten().nonzero()[:, 0]
-    row_of = torch.zeros_like(begins_BS, dtype=torch.int64).flatten()
-    row_of[flat_R] = torch.arange(flat_R.numel(), device=flat_R.device)
-    place_BA, alive_BA = _draw(begins_BS, share, generator)
-    start_BA = torch.arange(begins_BS.shape[0], device=flat_R.device)[:, None] * S
-    chain_BA = row_of[start_BA + place_BA]
-    carried_R = torch.zeros_like(flat_R, dtype=torch.bool)
-    carried_R[chain_BA[alive_BA]] = True
-    steps = [Step(flat_R, row_of[flat_R], row_of[flat_R])]
-    for step in range(1, num_steps):
-        within_BA = (place_BA + step).clamp_max(S - 1)  # the last row never has a loss
-        alive_BA = alive_BA & begins_BS.gather(1, within_BA)
-        output_N = alive_BA.flatten().nonzero()[:, 0]
-        row_N, chain_N = row_of[(start_BA + within_BA)[alive_BA]], chain_BA[alive_BA]
-        steps.append(Step(output_N, row_N, chain_N))
-    return Chains(flat_R, place_BA, carried_R, tuple(steps))
-
-
-def by_chain(chains: Chains, values: list[Tensor]) -> Tensor:
-    """[N] figures of every step -> [K, R] by chain; 0 where a chain does not have the step."""
-    zeros = values[0].new_zeros(chains.flat_R.numel())
-    rows = zip(chains.steps, values, strict=True)
-    return torch.stack([zeros.index_copy(0, step.chain_N, figures) for step, figures in rows])
-
-
-def _draw(
-    begins_BS: Tensor, share: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Each beginning with probability ``share`` -> its index along S, and which are no padding."""
-    if share < 1:
-        luck_BS = torch.rand(begins_BS.shape, generator=generator).to(begins_BS.device)
-        begins_BS = begins_BS & (luck_BS < share)
-    num_anchors = int(begins_BS.sum(dim=1).max()) if begins_BS.numel() else 0
-    place_BA = (~begins_BS).byte().argsort(dim=1, stable=True)[:, :num_anchors]
-    return place_BA, begins_BS.gather(1, place_BA)
-
-
-def weigh(chains: Chains, judged: list[RowFigures], floor: float) -> TTTLoss:
-    """Losses of all steps -> one number: their mean, weighted by ``chain_weights``."""
-    weights_KR = chain_weights(chains, [r.label_prob_N for r in judged], floor)
-    loss_KR = by_chain(chains, [r.loss_N for r in judged])
-    alpha_K, agree_K = _means(chains, judged)
-    return TTTLoss(
+def weigh(chains: Chains, figures: list[RowFigures], floor: float) -> BatchLoss:
+    """Mean loss over all steps and chains, weighted by ``chain_weights``."""
+    weights_KR = chain_weights(chains, [r.label_prob_N for r in figures], floor)
+    loss_KR = by_chain(chains, [r.loss_N for r in figures])
+    alpha_K, agree_K = _means(chains, figures)
+    return BatchLoss(
         (weights_KR * loss_KR).sum() / weights_KR.sum().clamp_min(1e-9),
         alpha_K,
         agree_K,
@@ -398,56 +295,24 @@ def weigh(chains: Chains, judged: list[RowFigures], floor: float) -> TTTLoss:
     )
 
 
-def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Tensor:
-    """D-PACE weight [K, R] of every position of every chain; 0 where it does not have the step.
-
-    A chain that was not carried beyond step 0 is taken to survive there as the others do on
-    average, and those count for it as well, so the expected loss is that of all chains.
-
-    Args:
-        label_probs: of each step [N], the drafter's probability of the committed token.
-    """
-    prob_KR = by_chain(chains, label_probs)
-    valid_KR = _valid(chains)
-    carried_R = chains.carried_R
-    num_carried = carried_R.sum().clamp_min(1)
-    mean_K1 = (prob_KR * carried_R).sum(dim=1, keepdim=True) / num_carried
-    known_KR = carried_R | (torch.arange(len(label_probs), device=carried_R.device) == 0)[:, None]
-    survival_KR = torch.where(known_KR, prob_KR, mean_K1)
-    weights_KR = dpace_weights(survival_KR, valid_KR | ~known_KR, floor) * valid_KR
-    weights_KR[1:] *= carried_R.numel() / num_carried
-    return weights_KR
-
-
-def _means(chains: Chains, judged: list[RowFigures]) -> tuple[Tensor, Tensor]:
-    """Mean overlap and mean agreement of each position."""
-    num_K = _valid(chains).sum(dim=1).clamp_min(1)
-    alpha_K = by_chain(chains, [r.alpha_N.detach() for r in judged]).sum(dim=1) / num_K
-    return alpha_K, by_chain(chains, [r.agrees_N for r in judged]).sum(dim=1) / num_K
-
-
-def _valid(chains: Chains) -> Tensor:
-    """[K, R] bool: the chain has the step."""
-    every = [torch.ones_like(step.chain_N, dtype=torch.bool) for step in chains.steps]
-    return by_chain(chains, every)
+def _means(chains: Chains, figures: list[RowFigures]) -> tuple[Tensor, Tensor]:
+    """Mean overlap [K] and mean agreement [K] of each position."""
+    num_K = has_step(chains).sum(dim=1).clamp_min(1)
+    alpha_K = by_chain(chains, [r.alpha_N.detach() for r in figures]).sum(dim=1) / num_K
+    return alpha_K, by_chain(chains, [r.agrees_N for r in figures]).sum(dim=1) / num_K
 
 
 def _head_inputs(model: Eagle3, embed: Tensor, batch: TTTBatch, chains: Chains) -> Iterator[Tensor]:
-    """lm_head inputs [N, H] of every step."""
-    outputs = ttt_outputs(model, embed, batch, chains.place_BA, len(chains.steps))
+    """Yield the lm_head's inputs [N, H] of each step."""
+    outputs = ttt_outputs(model, embed, batch, chains.anchor_BA, len(chains.steps))
     for step, output in zip(chains.steps, outputs, strict=True):
         normed: Tensor = model.norm(output.flatten(0, 1)[step.output_N])
         yield normed.to(batch.features_BSF.dtype)
 
 
-def _delayed(x: Tensor) -> Tensor:
-    """x [B, S, ...] with row p holding what was at p - 1; zero at the start."""
-    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-
-
-def _pick(x: Tensor, place_BA: Tensor) -> Tensor:
-    """x [B, S, H] -> [B, A, H]."""
-    return x.gather(1, place_BA[..., None].expand(-1, -1, x.shape[2]))
+def _pick(x: Tensor, anchor_BA: Tensor) -> Tensor:
+    """Rows of x [B, S, H] at the anchors, [B, A, H]."""
+    return x.gather(1, anchor_BA[..., None].expand(-1, -1, x.shape[2]))
 
 
 @torch.no_grad()
@@ -460,14 +325,14 @@ def reference_chain_logits(
     anchor: int,
     num_steps: int,
 ) -> Tensor:
-    """The definition: draft logits [K, Vd] of the chain at ``anchor``, with a growing KV.
+    """Reference: draft logits [K, Vd] of the chain at ``anchor``, over a growing KV cache.
 
-    Rows up to the anchor enter with fused features, as a server ingests committed rows; then each
+    Rows up to the anchor enter with fused features, as a server ingests committed rows. Then each
     output is fed back with the next committed token, as if it had been drafted and accepted.
-    Positions count from 0 at ``token_ids_S[0]``.
+    ``token_ids_S[0]`` is at position 0.
 
     Raises:
-        ValueError: the anchor's own row lacks its feature (row p needs it at p - 1).
+        ValueError: the anchor's row has no feature (row p needs the one at p - 1).
     """
     usable = [p for p in range(1, anchor + 1) if bool(known_S[p - 1])]
     if not usable or usable[-1] != anchor:
@@ -485,7 +350,7 @@ def reference_chain_logits(
 
 
 class _GrowingAttention:
-    """One row at a time over all keys so far."""
+    """Attention of one row at a time over all earlier keys and its own."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []

@@ -20,7 +20,7 @@ from benchmarks.real.speculation import (
 )
 from benchmarks.real.train_drafter import Ask, Lessons, asks_of, padded
 from buffer.records import Acceptance
-from drafters.eagle3.training import TTTBatch
+from drafters.eagle3.batch import TTTBatch
 from oracles.engines import RandomPolicy, make_engine, random_model
 from policies.interface import Decision, StepObs
 

@@ -49,14 +49,15 @@ def build(context: DrafterContext):
 
 KIND = DrafterKind(TRAITS, build)
 '''
-LINE = '    "constant": "drafters.constant:KIND",'
+LINE = '    "constant": Entry("drafters.constant:KIND"),'
 
 SERVE = """
 import json, sys
 from pathlib import Path
 
 import drafters
-from buffer.traces import open_trace_reader
+from buffer.backends import open_backend
+from buffer.traces import TraceReader
 from configs.load import load_settings
 from oracles.engines import random_model, request_of, run
 from oracles.support import tiny_tokenizer
@@ -83,7 +84,7 @@ service.recorder.start()
 got = run(service.engine, [request_of(str(i), [40 + i, 41 + i], 40) for i in range(4)])
 figures, policy = service.engine.figures(), service.engine.policy.figures()
 service.recorder.close(10.0)
-traces = open_trace_reader(settings.buffer.url, settings.run_dir).read(100)
+traces = TraceReader(open_backend(settings.buffer.url, settings.run_dir)).read(100)
 print(json.dumps({
     "answers": {name: one.token_ids for name, one in got.items()},
     "arms": [list(arm) for arm in figures.steps_by_arm],
@@ -106,7 +107,7 @@ def house_with(line: str, tmp_path):
         CONSTANT,
         "drafters/catalog.py",
         line,
-        after='    "suffix": ',
+        after='    "suffix": Entry(',
     )
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from buffer.records import FeatureRows, Trace
+from drafters.eagle3.batch import collate
+from drafters.samples import Sample
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, LENGTH, PROMPT, VOCAB, with_rows
-from trainer.dataset import Expected, Refusal, Sample, collate, cut, sample_of
+from trainer.dataset import Expected, Refusal, cut, sample_of
 
 
 def expected(world: World) -> Expected:

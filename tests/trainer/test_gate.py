@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
+from drafters.eagle3.batch import collate
 from tests.trainer.conftest import World
 from tests.trainer.test_learner import new_learner
 from tests.trainer.test_replay import samples_of
-from trainer.dataset import collate
 from trainer.gate import GATE_DRAFT_K, Judge
 from trainer.learner import Learner
 
@@ -32,7 +32,7 @@ def trained(world: World, updates: int) -> Learner:
 
 
 def judge_with(learner: Learner, margin: float = 1.005) -> Judge:
-    return Judge(learner.head, CPU, copy.deepcopy(learner.model), margin)
+    return Judge(learner.trainable, learner.head, CPU, copy.deepcopy(learner.model), margin)
 
 
 def test_a_better_candidate_passes_and_a_worse_one_does_not(world: World, better: Learner) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from drafters.eagle3.model import Eagle3, config_for_target
-from drafters.eagle3.training import TTTBatch
+from drafters.eagle3.batch import TTTBatch, collate
+from drafters.trainable import trainable
 from targets.head import load_target_head
 from tests.trainer.conftest import World
 from tests.trainer.test_replay import samples_of
 from tests.trainer.traffic import settings_for
-from trainer.dataset import collate
 from trainer.learner import Learner
 
 CPU = torch.device("cpu")
@@ -18,10 +17,10 @@ CPU = torch.device("cpu")
 
 def new_learner(world: World, **trainer: object) -> Learner:
     head = load_target_head(world.target, CPU, torch.float32)
-    model = Eagle3(config_for_target(head.config))
-    model.initialise(0, head.lm_head.weight_VH)
+    learns = trainable("eagle3")
+    model = learns.new_model(head.config, head.lm_head.weight_VH, None, seed=0)
     settings = settings_for(world.target, world.target, **trainer)
-    return Learner(model, head, settings.trainer, CPU)
+    return Learner(learns, model, head, settings.trainer, CPU)
 
 
 def some_batch(world: World, first: int = 0) -> TTTBatch:

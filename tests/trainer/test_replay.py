@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from drafters.samples import Sample
 from policies.replay import is_held_out
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, settings_for
-from trainer.dataset import Expected, Sample, sample_of
+from trainer.dataset import Expected, sample_of
 from trainer.replay import Memory, keys_in, new_memory, restore
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafters.eagle3.batch import TTTBatch
+from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.training import (
     Objective,
-    TTTBatch,
     chain_acceptance,
-    lay_out,
     reference_chain_logits,
     ttt_loss,
     ttt_outputs,

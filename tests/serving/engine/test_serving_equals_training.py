@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafters.eagle3.training import TTTBatch, ttt_outputs
+from drafters.eagle3.batch import TTTBatch
+from drafters.eagle3.training import ttt_outputs
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
 from tests.serving.capture.test_capture import PROMPT, restored, traces_of

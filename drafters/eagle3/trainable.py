@@ -1,0 +1,114 @@
+"""Learning side of EAGLE-3, as a trainer uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import TrainerSettings
+from drafters.acceptance import simulated_tokens_per_step
+from drafters.eagle3.batch import TTTBatch, collate
+from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
+from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
+from drafters.samples import Piece, Sample
+from drafters.trainable import BatchLoss, TargetShape
+from targets.head import TargetHead
+
+CPU_CHAIN_SHARE = 0.5
+"""Share of the chains carried beyond the first draft token on a CPU, where training takes its time
+from serving."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Trainable:
+    """``drafters.trainable.Trainable`` of EAGLE-3, where every method is described."""
+
+    kind: str = "eagle3"
+
+    def new_model(
+        self,
+        target_config: Any,
+        lm_head_VH: Tensor,
+        layer_ids: tuple[int, ...] | None,
+        seed: int,
+    ) -> Eagle3:
+        """The target's layer shape, its whole vocabulary and its lm_head."""
+        model = Eagle3(config_for_target(target_config, layer_ids))
+        model.initialise(seed, lm_head_VH)
+        return model
+
+    def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Eagle3:
+        """Reads bundles of any floating dtype."""
+        self.check(config, tensors)
+        model = Eagle3(Eagle3Config.from_json(config))
+        model.load_state_dict(dict(tensors))
+        return model
+
+    def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Compares on the meta device, so no weights are drawn or copied."""
+        with torch.device("meta"):
+            model = Eagle3(Eagle3Config.from_json(config))
+        try:
+            model.load_state_dict({name: tensor.to("meta") for name, tensor in tensors.items()})
+        except RuntimeError as error:
+            raise ValueError(f"the tensors do not fit their config: {error}") from error
+
+    def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
+        """Vocabulary, hidden size and tapped layers of the target."""
+        found = Eagle3Config.from_json(config)
+        return TargetShape(found.target_vocab_size, found.hidden_size, found.layer_ids)
+
+    def config_to_json(self, model: Eagle3) -> dict[str, Any]:
+        """All fields of ``Eagle3Config``."""
+        return model.config.to_json()
+
+    def bundle_tensors(self, model: Eagle3) -> dict[str, Tensor]:
+        """Parameters, and ``d2t`` of a reduced vocabulary."""
+        return model.bundle_tensors()
+
+    def collate(self, parts: Sequence[tuple[Sample, Piece]]) -> TTTBatch:
+        """One sequence for each piece."""
+        return collate(parts)
+
+    def loss(
+        self,
+        model: Eagle3,
+        head: TargetHead,
+        batch: TTTBatch,
+        settings: TrainerSettings,
+        generator: torch.Generator | None,
+    ) -> BatchLoss:
+        """Loss of training-time test, as ``objective_for`` says."""
+        objective = objective_for(settings, batch.token_ids_BS.device)
+        return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
+
+    def acceptance(
+        self,
+        model: Eagle3,
+        head: TargetHead,
+        batch: TTTBatch,
+        temperature_B: Tensor,
+        num_draft: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``chain_acceptance``."""
+        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, temperature_B, num_draft)
+
+    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
+        """See ``simulated_tokens_per_step``."""
+        return simulated_tokens_per_step(alphas_NK, num_draft)
+
+
+def objective_for(settings: TrainerSettings, device: torch.device) -> Objective:
+    """On a GPU, carry every chain to its end and keep no logits; on a CPU, carry half of the
+    chains and keep the logits. See ``Objective`` for the costs."""
+    on_gpu = device.type == "cuda"
+    return Objective(
+        num_steps=settings.ttt_steps,
+        loss=settings.loss,
+        chain_share=1.0 if on_gpu else CPU_CHAIN_SHARE,
+        keep_logits=not on_gpu,
+    )

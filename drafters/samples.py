@@ -1,0 +1,50 @@
+"""Training samples: traces that fit the target, checked and cut into pieces.
+
+Shapes: T tokens of a trace, N captured rows, m tapped layers, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a sample that is trained on at once: positions start <= p < stop."""
+
+    start: int
+    stop: int
+    loss_from: int
+    """First row with a loss; earlier rows are context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A trace to train on, its hidden rows still packed as they were captured."""
+
+    key: str
+    """``producer/epoch/seq``."""
+    token_ids_T: Tensor
+    """int64."""
+    positions_N: Tensor
+    """int64, ascending: positions whose rows were captured."""
+    rows: Tensor
+    """[N, m + 1, H] bfloat16, float8 or float32: tapped layers in ``layer_ids`` order, then the
+    lm_head's input."""
+    scale: Tensor | None
+    """[N, m + 1] float32 multiplier of fp8 rows."""
+    pieces: tuple[Piece, ...]
+    num_loss_rows: int
+    temperature: float
+    version: int | None
+    """Newest drafter version that proposed in it; ``None`` without rounds."""
+
+
+def widen(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Packed rows [..., m + 1, H] as float32."""
+    wide = rows.float()
+    return wide if scale is None else wide * scale[..., None]

@@ -1,0 +1,117 @@
+"""A trainer obtains every drafter that learns by its kind, and nothing else of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from buffer.records import Trace
+from drafters.samples import Sample
+from drafters.trainable import learning_kinds, trainable
+from oracles.support import REPOSITORY
+from targets.head import load_target_head
+from tests.trainer.traffic import (
+    HIDDEN,
+    LAYER_IDS,
+    VOCAB,
+    fingerprint_of,
+    make_traces,
+    save_target,
+    settings_for,
+)
+from trainer.dataset import Expected, sample_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    return folder, save_target(folder), load_target_head(folder, CPU, torch.float32)
+
+
+def samples(model, folder) -> list[Sample]:
+    fingerprint = fingerprint_of(folder)
+    traces: list[Trace] = make_traces(model, fingerprint, 4)
+    expected = Expected(fingerprint, LAYER_IDS, HIDDEN, VOCAB)
+    found = [sample_of(trace, expected, 64) for trace in traces]
+    return [sample for sample in found if isinstance(sample, Sample)]
+
+
+def new_model(learns, head, seed=0):
+    return learns.new_model(head.config, head.lm_head.weight_VH, LAYER_IDS, seed)
+
+
+@pytest.mark.parametrize("kind", learning_kinds())
+def test_what_a_bundle_holds_makes_the_same_model(head, kind):
+    learns, target_head = trainable(kind), head[2]
+    model = new_model(learns, target_head)
+    config, tensors = learns.config_to_json(model), learns.bundle_tensors(model)
+
+    loaded = learns.load_model(config, {name: t.bfloat16() for name, t in tensors.items()})
+
+    assert learns.kind == kind
+    assert learns.target_shape(config) == (VOCAB, HIDDEN, LAYER_IDS)
+    for name, tensor in learns.bundle_tensors(loaded).items():
+        assert tensor.dtype == torch.float32
+        assert tensor.equal(tensors[name].bfloat16().float()), name
+
+
+@pytest.mark.parametrize("kind", learning_kinds())
+def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
+    learns, (folder, model, target_head) = trainable(kind), head
+    drafter = new_model(learns, target_head)
+    parts = [(sample, piece) for sample in samples(model, folder) for piece in sample.pieces]
+    batch = learns.collate(parts).to(CPU, torch.float32)
+    settings = settings_for(folder, folder).trainer
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens_per_step():
+        temperatures = torch.zeros(len(parts))
+        alphas, owner = learns.acceptance(drafter, target_head, batch, temperatures, 3)
+        assert set(owner.tolist()) == set(range(len(parts)))
+        return learns.tokens_per_step(alphas, 3)
+
+    before = tokens_per_step()
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        computed = learns.loss(drafter, target_head, batch, settings, generator)
+        computed.loss.backward()
+        optimizer.step()
+        losses.append(float(computed.loss.detach()))
+
+    assert losses[-1] < 0.6 * losses[0]
+    assert tokens_per_step() > before + 0.5
+    assert computed.num_rows == sum(sample.num_loss_rows for sample, _ in parts)
+    assert computed.alpha_K.shape == computed.agree_K.shape == (settings.ttt_steps,)
+
+
+@pytest.mark.parametrize("kind", learning_kinds())
+def test_missing_tensors_are_refused(head, kind):
+    learns = trainable(kind)
+    model = new_model(learns, head[2])
+    tensors = learns.bundle_tensors(model)
+    missing = sorted(tensors)[0]
+    del tensors[missing]
+
+    with pytest.raises(ValueError, match=f"(?s)do not fit their config.*{missing}"):
+        learns.check(learns.config_to_json(model), tensors)
+
+
+@pytest.mark.parametrize("kind", ["suffix", "none"])
+def test_a_kind_that_does_not_learn_is_an_error_that_names_those_that_do(kind):
+    with pytest.raises(ValueError, match=f"kind '{kind}' cannot be trained; .*: eagle3"):
+        trainable(kind)
+
+
+def test_asking_which_kinds_learn_imports_no_torch():
+    code = (
+        "import sys; from drafters.trainable import learning_kinds; learning_kinds(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
