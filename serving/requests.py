@@ -6,6 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from serving.sampling import SamplingParams
+
+__all__ = [
+    "DrainingError",
+    "EngineFigures",
+    "FinishReason",
+    "OnOutput",
+    "Output",
+    "QueueFullError",
+    "Request",
+    "SamplingParams",
+    "SpeculationStats",
+    "TokenLogprob",
+]
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -15,50 +30,6 @@ class QueueFullError(Exception):
 
 class DrainingError(Exception):
     """The server is shutting down and admits nothing new; the caller answers 503."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose tokens and when to stop. Validated by whoever builds it."""
-
-    temperature: float = 1.0
-    """>= 0; 0 is greedy."""
-    top_p: float = 1.0
-    """In (0, 1]."""
-    top_k: int | None = None
-    """>= 1, or ``None`` for no limit."""
-    min_p: float = 0.0
-    """In [0, 1): tokens under this share of the top token's probability are excluded."""
-    seed: int | None = None
-    """Seeded requests answer identically whatever the drafter proposes."""
-    max_tokens: int = 16
-    """>= 0 completion tokens."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the completion; not part of the returned text."""
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    """Number of alternatives to report at each token, 0..20; ``None`` reports nothing."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logit of every token that the completion holds."""
-    frequency_penalty: float = 0.0
-    """Subtracted as often as the completion holds the token."""
-    repetition_penalty: float = 1.0
-    """> 0: logits of tokens of prompt and completion are divided by it where above 0, multiplied
-    elsewhere."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, what is added to its logit), each id once."""
-
-    @property
-    def penalizes(self) -> bool:
-        """The logits depend on which tokens came before, and how often."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
-        return penalties != (0, 0, 1)
-
-    @property
-    def adjusts_logits(self) -> bool:
-        """The target's logits are changed before they become a distribution."""
-        return bool(self.logit_bias) or self.penalizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from serving.engine.lanes import MOST_BIASES, to_device
 from serving.engine.packing import completion_that_counts, prompt_that_counts
 from serving.engine.sequence import Sequence
-from serving.requests import SamplingParams
+from serving.sampling import SamplingParams, table_row
 from specops.lane_penalties import LaneRequests, new_tables, table_bytes
 from specops.lanes import Field, Input, OpenedRound
 
@@ -57,7 +57,7 @@ class Adjusting:
         penalties = np.zeros((len(own), 3), dtype=np.float64)
         for ids, values, row, sequence in zip(biased, bias, penalties, own, strict=True):
             p = sequence.request.sampling
-            row[:] = p.presence_penalty, p.frequency_penalty, p.repetition_penalty
+            row[:] = table_row(p, "penalties")
             if p.logit_bias:
                 ids[: len(p.logit_bias)], values[: len(p.logit_bias)] = zip(
                     *p.logit_bias, strict=True

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from serving.http.errors import ApiError
 from serving.http.generation import Generation
-from serving.http.schemas import ChatChunk, CompletionResponse
+from serving.http.response_bodies import ChatChunk, CompletionResponse
 from serving.http.streaming import DONE, event
 from serving.requests import Output
 

@@ -14,7 +14,7 @@ from serving.http.context import Context
 from serving.http.errors import ApiError, internal, invalid, logger, overloaded, unavailable
 from serving.http.jobs import Job
 from serving.http.metrics import ChoiceClock
-from serving.http.schemas import PromptTokensDetails, Speculation, Usage
+from serving.http.response_bodies import PromptTokensDetails, Speculation, Usage
 from serving.http.streaming import Arrival, Mailbox, join_outputs, until_disconnect
 from serving.requests import DrainingError, Output, QueueFullError, Request, SpeculationStats
 

@@ -13,11 +13,10 @@ from starlette.requests import Request as HttpRequest
 
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, invalid
-from serving.http.schemas import SamplingBody
-from serving.requests import Request, SamplingParams
+from serving.http.request_bodies import GenerationBody
+from serving.http.sampling_body import field_outside_vocabulary, sampling_params
+from serving.requests import Request
 
-GREEDY_BELOW = 1e-5
-"""Temperatures under it are greedy, as in vLLM: dividing logits by them would overflow."""
 NoCaptureHeader = Annotated[
     Literal["0", "1"],
     Header(alias="X-Slipstream-No-Capture", description="1: as the body's `capture` set to false."),
@@ -42,7 +41,7 @@ class Job:
 
 def plan_job(
     http_request: HttpRequest,
-    body: SamplingBody,
+    body: GenerationBody,
     no_capture: str,
     prompts: Sequence[tuple[int, ...]],
     *,
@@ -70,8 +69,11 @@ def plan_job(
         Request(
             id=f"{job_id}-{place * num_choices + choice}",
             prompt_ids=prompt_ids,
-            sampling=_sampling(
-                body, choice, _max_tokens(context, prompt_ids, max_tokens), logprobs
+            sampling=sampling_params(
+                body,
+                choice,
+                max_tokens=_max_tokens(context, prompt_ids, max_tokens),
+                logprobs=logprobs,
             ),
             tenant="default" if body.user is None else body.user,
             max_draft=None if body.speculation is None else body.speculation.max_draft,
@@ -83,7 +85,7 @@ def plan_job(
     return Job(job_id, int(time.time()), context.engine.model_name, num_choices, requests)
 
 
-def check_model(context: Context, body: SamplingBody) -> None:
+def check_model(context: Context, body: GenerationBody) -> None:
     """Raises ApiError 404 for a model that is not served. ``None`` is the served one."""
     if body.model not in (None, context.engine.model_name):
         raise ApiError(
@@ -94,7 +96,9 @@ def check_model(context: Context, body: SamplingBody) -> None:
         )
 
 
-def check_limits(context: Context, body: SamplingBody, num_choices: int, num_prompts: int) -> None:
+def check_limits(
+    context: Context, body: GenerationBody, num_choices: int, num_prompts: int
+) -> None:
     """Raises ApiError 400 where a field exceeds what the settings or the target allow."""
     server, engine = context.settings.server, context.engine
     max_queue = context.settings.engine.max_queue
@@ -112,17 +116,13 @@ def check_limits(context: Context, body: SamplingBody, num_choices: int, num_pro
             f"speculation.max_draft: at most drafter.max_draft ({engine.max_draft})",
             param="speculation.max_draft",
         )
-    if any(token >= engine.vocab_size for token in body.stop_token_ids or ()):
-        raise invalid(
-            f"stop_token_ids: token ids are below {engine.vocab_size}", param="stop_token_ids"
-        )
-    if any(token >= engine.vocab_size for token, _ in body.logit_bias):
-        raise invalid(f"logit_bias: token ids are below {engine.vocab_size}", param="logit_bias")
+    if (name := field_outside_vocabulary(body, engine.vocab_size)) is not None:
+        raise invalid(f"{name}: token ids are below {engine.vocab_size}", param=name)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: only with stream=true", param="stream_options")
 
 
-def wants_usage(body: SamplingBody) -> bool:
+def wants_usage(body: GenerationBody) -> bool:
     """Whether a stream ends with a chunk of its own for ``usage``."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
@@ -143,25 +143,3 @@ def _max_tokens(context: Context, prompt_ids: tuple[int, ...], wanted: int | Non
             code="context_length_exceeded",
         )
     return room if wanted is None else wanted
-
-
-def _sampling(
-    body: SamplingBody, choice: int, max_tokens: int, logprobs: int | None
-) -> SamplingParams:
-    temperature = 1.0 if body.temperature is None else body.temperature
-    return SamplingParams(
-        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k,
-        min_p=0.0 if body.min_p is None else body.min_p,
-        seed=None if body.seed is None else (body.seed + choice) % 2**63,
-        max_tokens=max_tokens,
-        stop=body.stop,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(body.ignore_eos),
-        logprobs=logprobs,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        logit_bias=body.logit_bias,
-    )

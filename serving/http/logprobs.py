@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from serving.http.prompts import token_label
-from serving.http.schemas import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
+from serving.http.response_bodies import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
 from serving.requests import TokenLogprob
 
 LOWEST = -9999.0

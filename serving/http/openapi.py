@@ -11,7 +11,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serving.http.context import Context
-from serving.http.schemas import ChatChunk, ChatRequest, CompletionRequest, NoFields, SwapRequest
+from serving.http.request_bodies import ChatRequest, CompletionRequest, NoFields, SwapRequest
+from serving.http.response_bodies import ChatChunk
+from serving.http.sampling_body import limit_schema
 
 _REFERENCE = "#/components/schemas/{model}"
 _BODIES = (CompletionRequest, ChatRequest, SwapRequest, NoFields)
@@ -59,11 +61,7 @@ def _add_limits(models: dict[str, Any], context: Context) -> None:
         for name in ("max_tokens", "max_completion_tokens"):
             if name in fields:
                 _integer(fields[name])["maximum"] = engine.max_model_len
-        bias = _branch(fields["logit_bias"], "object")
-        (limits,) = bias["patternProperties"].values()
-        bias["patternProperties"] = {f"^({_decimals_to(engine.vocab_size - 1)})$": limits}
-        stop_ids = _branch(fields["stop_token_ids"], "array")
-        stop_ids["items"]["maximum"] = engine.vocab_size - 1
+        limit_schema(fields, engine.vocab_size)
     max_draft = models["SpeculationOptions"]["properties"]["max_draft"]
     _integer(max_draft)["maximum"] = engine.max_draft
     for branch in models["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
@@ -82,18 +80,6 @@ def _limit_prompt(branch: dict[str, Any], context: Context) -> None:
         return
     branch["maxItems"] = context.settings.engine.max_queue
     _limit_prompt(items, context)
-
-
-def _decimals_to(largest: int) -> str:
-    """A pattern of the numbers 0 to ``largest``, which has at least two digits."""
-    digits = str(largest)
-    forms = ["0", f"[1-9][0-9]{{0,{len(digits) - 2}}}"]
-    for place, digit in enumerate(digits):
-        lowest = 1 if place == 0 else 0
-        if int(digit) > lowest:
-            tail = len(digits) - place - 1
-            forms.append(f"{digits[:place]}[{lowest}-{int(digit) - 1}][0-9]{{{tail}}}")
-    return "|".join([*forms, digits])
 
 
 def _integer(field: dict[str, Any]) -> dict[str, Any]:

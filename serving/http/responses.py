@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from serving.http.errors import ErrorBody
-from serving.http.schemas import FinishReasonName
+from serving.http.response_bodies import FinishReasonName
 from serving.requests import Output
 
 REFUSALS = (400, 401, 404, 408, 413, 415, 429, 503)

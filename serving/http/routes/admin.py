@@ -14,8 +14,9 @@ from serving.http.auth import ADMIN
 from serving.http.bodies import body_schema, json_body
 from serving.http.context import context_of
 from serving.http.errors import ApiError, documented
+from serving.http.request_bodies import NoFields, SwapRequest
+from serving.http.response_bodies import DrafterStatus, Drain, SwapResult
 from serving.http.responses import json_status
-from serving.http.schemas import DrafterStatus, Drain, NoFields, SwapRequest, SwapResult
 
 router = APIRouter()
 

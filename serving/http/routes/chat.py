@@ -17,17 +17,17 @@ from serving.http.errors import documented, invalid
 from serving.http.generation import Generation
 from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
 from serving.http.logprobs import chat_logprobs
-from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
-from serving.http.schemas import (
+from serving.http.request_bodies import ChatRequest
+from serving.http.response_bodies import (
     ChatAnswer,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatDelta,
     ChatLogprobs,
-    ChatRequest,
     ChatResponse,
 )
+from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
 from serving.http.streaming import EventStream
 from serving.requests import Output
 

@@ -17,8 +17,9 @@ from serving.http.errors import documented
 from serving.http.generation import Generation
 from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
 from serving.http.logprobs import completion_logprobs
+from serving.http.request_bodies import CompletionRequest, Prompt
+from serving.http.response_bodies import CompletionChoice, CompletionResponse
 from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
-from serving.http.schemas import CompletionChoice, CompletionRequest, CompletionResponse, Prompt
 from serving.http.streaming import EventStream
 from serving.requests import Output
 

@@ -16,9 +16,9 @@ from serving.http.auth import PAGE
 from serving.http.context import context_of
 from serving.http.errors import documented
 from serving.http.history import SAMPLE_FIELDS
+from serving.http.response_bodies import ArmSteps, DashboardData
 from serving.http.responses import finite, json_answer
 from serving.http.routes.models import package_version, target_label
-from serving.http.schemas import ArmSteps, DashboardData
 from serving.requests import EngineFigures
 
 router = APIRouter()

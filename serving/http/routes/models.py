@@ -11,7 +11,7 @@ from starlette.requests import Request
 from serving.http.auth import USER
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, documented
-from serving.http.schemas import ModelCard, ModelList, ModelMetadata, Version
+from serving.http.response_bodies import ModelCard, ModelList, ModelMetadata, Version
 
 router = APIRouter()
 

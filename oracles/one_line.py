@@ -1,0 +1,85 @@
+"""A copy of the source tree with one file and one catalog line more.
+
+Tests use it to show that a drafter, a policy, a buffer backend or a sampling field takes one new
+file and one line: they add both to a copy and run the copy in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from oracles.support import REPOSITORY
+
+FOLDERS = (
+    "serving", "trainer", "drafters", "policies", "targets", "buffer", "configs", "kernels",
+    "oracles",
+)  # fmt: skip
+
+
+def with_addition(
+    tmp_path: Path, new_file: str, text: str, catalog_file: str, line: str, after: str
+) -> Path:
+    """Copy the rooms to ``tmp_path``, write one file and insert one line.
+
+    Args:
+        tmp_path: where the copy is made, in the folder ``house``.
+        new_file: path of the new file within the copy, e.g. ``buffer/list_log.py``.
+        text: its content.
+        catalog_file: path of the file that gets the line, e.g. ``buffer/backends.py``.
+        line: the line as it is to stand there, indentation included.
+        after: text that occurs on exactly one line of ``catalog_file``; ``line`` follows that line.
+
+    Returns:
+        Root of the copy.
+
+    Raises:
+        ValueError: ``new_file`` exists already, ``line`` is more than one line, or ``after`` is not
+            on exactly one line.
+    """
+    root = tmp_path / "house"
+    for folder in FOLDERS:
+        shutil.copytree(
+            REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    path = root / new_file
+    if path.exists():
+        raise ValueError(f"{new_file} exists already; a new file must have a name of its own")
+    path.write_text(text)
+    _insert_line(root / catalog_file, line.removesuffix("\n"), after)
+    return root
+
+
+def run_in(root: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -c code arguments`` on the copy at ``root``; the repository is not on its path.
+
+    Returns:
+        The finished process; standard output and error as text.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran for 100 s.
+    """
+    path = os.pathsep.join([str(root), str(root / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def _insert_line(path: Path, line: str, after: str) -> None:
+    if "\n" in line:
+        raise ValueError(f"an addition is one line, got {line!r}")
+    lines = path.read_text().splitlines()
+    found = [index for index, existing in enumerate(lines) if after in existing]
+    if len(found) != 1:
+        raise ValueError(f"{path.name} must have {after!r} on exactly one line, has {len(found)}")
+    lines.insert(found[0] + 1, line)
+    path.write_text("\n".join(lines) + "\n")
