@@ -39,13 +39,13 @@ def launch(
         bound = bind(settings)  # a taken port is told now and not after minutes of loading
         from serving.build import build_engine
 
-        engine = build_engine(settings)
+        service = build_engine(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=1) from error
-    engine.start()
+    service.start()
     try:
-        code = serve(create_app(engine, settings), engine, settings, bound)
+        code = serve(create_app(service, settings), service.model, settings, bound)
     finally:
-        engine.stop()
+        service.stop()
     raise typer.Exit(code)

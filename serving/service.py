@@ -6,9 +6,10 @@ import gc
 from dataclasses import replace
 from typing import Any
 
+from policies.interface import DraftPolicy
 from serving.capture.recorder import Recorder
 from serving.engine.loop import Engine
-from serving.requests import EngineFigures, OnOutput, Request
+from serving.requests import EngineFigures
 from serving.swap.swapper import Swapper
 
 _FULL_COLLECTION = 1000
@@ -17,19 +18,27 @@ at full load, where Python's own 10 make it 8 seconds."""
 
 
 class Service:
-    """What HTTP talks to. See ``serving.http.face.EngineFace``."""
+    """A ``serving.http.face.RunningServer``: it starts and stops its parts together."""
 
     def __init__(self, engine: Engine, recorder: Recorder | None, swapper: Swapper | None) -> None:
         self.engine = engine
         self.recorder = recorder
         self.swapper = swapper
-        self.tokenizer: Any = engine.tokenizer
-        self.max_model_len = engine.max_model_len
-        self.vocab_size = engine.vocab_size
-        self.max_draft = engine.max_draft
-        self.model_name = engine.model_name
-        self.created_unix_s = engine.created_unix_s
         self._thresholds = gc.get_threshold()
+
+    @property
+    def model(self) -> Engine:
+        """The target and its limits."""
+        return self.engine
+
+    @property
+    def inbox(self) -> Engine:
+        """Takes requests from other threads."""
+        return self.engine
+
+    @property
+    def policy(self) -> DraftPolicy:
+        return self.engine.policy
 
     def start(self) -> None:
         """Begin decoding, recording and watching for new versions.
@@ -60,14 +69,6 @@ class Service:
         gc.unfreeze()  # the engine is garbage once its last user is gone
         gc.set_threshold(*self._thresholds)
 
-    def submit(self, request: Request, on_output: OnOutput) -> None:
-        """See ``Engine.submit``."""
-        self.engine.submit(request, on_output)
-
-    def cancel(self, request_id: str) -> None:
-        """See ``Engine.cancel``."""
-        self.engine.cancel(request_id)
-
     def figures(self) -> EngineFigures:
         """The engine's figures with those of swaps and traces."""
         return replace(
@@ -76,10 +77,6 @@ class Service:
             swap_seconds=self.swapper.swap_seconds if self.swapper else 0.0,
             traces=self.recorder.counts() if self.recorder else {},
         )
-
-    def policy_figures(self) -> dict[str, Any]:
-        """See ``Engine.policy_figures``."""
-        return self.engine.policy_figures()
 
     def drafter_status(self) -> dict[str, Any]:
         """Kind, version, parent, staleness, state and history of the neural drafter."""
@@ -96,28 +93,3 @@ class Service:
             "former": None,
             "last_error": None,
         }
-
-    def swap(self, version: int | None) -> dict[str, Any]:
-        """See ``Swapper.swap``."""
-        return self._swapper().swap(version)
-
-    def rollback(self) -> dict[str, Any]:
-        """See ``Swapper.rollback``."""
-        return self._swapper().rollback()
-
-    def _swapper(self) -> Swapper:
-        if self.swapper is None:
-            raise ValueError("this server runs no neural drafter; there is nothing to swap")
-        return self.swapper
-
-    def drain(self) -> None:
-        """See ``Engine.drain``."""
-        self.engine.drain()
-
-    def num_inflight(self) -> int:
-        """See ``Engine.num_inflight``."""
-        return self.engine.num_inflight()
-
-    def is_ready(self) -> bool:
-        """See ``Engine.is_ready``."""
-        return self.engine.is_ready()

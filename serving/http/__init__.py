@@ -5,6 +5,6 @@ Start at ``app.create_app`` (what is answered) and ``drain.serve`` (how the proc
 
 from serving.http.app import create_app
 from serving.http.drain import bind, serve
-from serving.http.face import EngineFace
+from serving.http.face import RunningServer
 
-__all__ = ["EngineFace", "bind", "create_app", "serve"]
+__all__ = ["RunningServer", "bind", "create_app", "serve"]

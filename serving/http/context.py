@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.requests import HTTPConnection
 
 from configs.schema import Settings
-from serving.http.face import EngineFace
+from serving.http.face import RunningServer
 from serving.http.history import History
 from serving.http.metrics import Metrics
 from serving.http.prompts import PromptEncoder
@@ -19,7 +19,7 @@ from serving.http.prompts import PromptEncoder
 class Context:
     """One per app; two apps in one process share nothing."""
 
-    engine: EngineFace
+    server: RunningServer
     settings: Settings
     metrics: Metrics
     prompts: PromptEncoder
@@ -31,15 +31,15 @@ class Context:
     def begin_drain(self) -> None:
         """Turn /ready off and admit nothing; what is in flight goes on."""
         self.is_draining = True
-        self.engine.drain()
+        self.server.inbox.drain()
 
     def cancel_inflight(self) -> None:
         for request_id in list(self.inflight_ids):
-            self.engine.cancel(request_id)
+            self.server.inbox.cancel(request_id)
 
     @property
     def is_ready(self) -> bool:
-        return not self.is_draining and self.engine.is_ready()
+        return not self.is_draining and self.server.inbox.is_ready()
 
 
 def attach(app: FastAPI, context: Context) -> None:

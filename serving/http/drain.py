@@ -28,7 +28,7 @@ from configs.schema import Settings
 from serving.http.boundary import MAX_HEAD_BYTES
 from serving.http.context import Context, of_app
 from serving.http.errors import ApiError, invalid, logger
-from serving.http.face import EngineFace
+from serving.http.face import ServedModel
 
 HEADER_S = 10.0
 """A client that has begun a request must finish its headers within this time."""
@@ -42,7 +42,7 @@ SERVER_FILE = "server.json"
 
 
 def serve(
-    app: FastAPI, engine: EngineFace, settings: Settings, bound: socket.socket | None = None
+    app: FastAPI, model: ServedModel, settings: Settings, bound: socket.socket | None = None
 ) -> int:
     """Answer until told to stop.
 
@@ -60,9 +60,9 @@ def serve(
     file = settings.run_dir / SERVER_FILE
 
     def announce() -> None:
-        write_server_file(file, host, port, engine.model_name)
+        write_server_file(file, host, port, model.model_name)
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {engine.model_name} on http://{shown}:{port}", file=sys.stderr, flush=True)
+        print(f"serving {model.model_name} on http://{shown}:{port}", file=sys.stderr, flush=True)
 
     server = DrainingServer(
         uvicorn.Config(
@@ -169,7 +169,7 @@ class DrainingServer(uvicorn.Server):
         self._context.begin_drain()
         logger.warning(
             "draining: %d requests in flight get up to %.0f s; a second signal stops now",
-            self._context.engine.num_inflight(),
+            self._context.server.inbox.num_inflight(),
             drain_s,
         )
 
@@ -177,7 +177,7 @@ class DrainingServer(uvicorn.Server):
         """True when nothing is in flight any more, or when the time is up."""
         assert self._deadline_s is not None
         left_s = self._deadline_s - time.monotonic()
-        num_left = self._context.engine.num_inflight()
+        num_left = self._context.server.inbox.num_inflight()
         if num_left and left_s > 0:
             return False
         if num_left:

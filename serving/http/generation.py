@@ -54,7 +54,7 @@ class Generation:
         self._context.inflight_ids.add(request.id)
         self._open[request.id] = self._context.metrics.start_clock(time.perf_counter())
         try:
-            self._context.engine.submit(request, self._mailbox.put)
+            self._context.server.inbox.submit(request, self._mailbox.put)
         except BaseException:
             self._forget(request.id)
             raise
@@ -62,7 +62,7 @@ class Generation:
     def close(self) -> None:
         """Cancel what still runs. Harmless when nothing does."""
         for request_id in list(self._open):
-            self._context.engine.cancel(request_id)
+            self._context.server.inbox.cancel(request_id)
             self._context.metrics.count_finished("cancelled")
             self._forget(request_id)
 

@@ -82,15 +82,15 @@ def plan_job(
         for place, prompt_ids in enumerate(prompts)
         for choice in range(num_choices)
     )
-    return Job(job_id, int(time.time()), context.engine.model_name, num_choices, requests)
+    return Job(job_id, int(time.time()), context.server.model.model_name, num_choices, requests)
 
 
 def check_model(context: Context, body: GenerationBody) -> None:
     """Raises ApiError 404 for a model that is not served. ``None`` is the served one."""
-    if body.model not in (None, context.engine.model_name):
+    if body.model not in (None, context.server.model.model_name):
         raise ApiError(
             404,
-            f"The model does not exist; this server serves '{context.engine.model_name}'.",
+            f"The model does not exist; this server serves '{context.server.model.model_name}'.",
             param="model",
             code="model_not_found",
         )
@@ -100,7 +100,7 @@ def check_limits(
     context: Context, body: GenerationBody, num_choices: int, num_prompts: int
 ) -> None:
     """Raises ApiError 400 where a field exceeds what the settings or the target allow."""
-    server, engine = context.settings.server, context.engine
+    server, model = context.settings.server, context.server.model
     max_queue = context.settings.engine.max_queue
     draft = 0 if body.speculation is None else body.speculation.max_draft or 0
     if num_choices > server.max_choices:
@@ -111,13 +111,13 @@ def check_limits(
             f"engine.max_queue ({max_queue})",
             param="prompt",
         )
-    if draft > engine.max_draft:
+    if draft > model.max_draft:
         raise invalid(
-            f"speculation.max_draft: at most drafter.max_draft ({engine.max_draft})",
+            f"speculation.max_draft: at most drafter.max_draft ({model.max_draft})",
             param="speculation.max_draft",
         )
-    if (name := field_outside_vocabulary(body, engine.vocab_size)) is not None:
-        raise invalid(f"{name}: token ids are below {engine.vocab_size}", param=name)
+    if (name := field_outside_vocabulary(body, model.vocab_size)) is not None:
+        raise invalid(f"{name}: token ids are below {model.vocab_size}", param=name)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: only with stream=true", param="stream_options")
 
@@ -133,12 +133,12 @@ def _max_tokens(context: Context, prompt_ids: tuple[int, ...], wanted: int | Non
     Raises:
         ApiError: 400, prompt and completion exceed the target's length.
     """
-    room = context.engine.max_model_len - len(prompt_ids)
+    room = context.server.model.max_model_len - len(prompt_ids)
     if room < (0 if wanted is None else wanted):
         completion = "" if wanted is None else f" and max_tokens {wanted}"
         raise invalid(
             f"prompt: {len(prompt_ids)} tokens{completion}, together at most "
-            f"engine.max_model_len ({context.engine.max_model_len})",
+            f"engine.max_model_len ({context.server.model.max_model_len})",
             param="prompt",
             code="context_length_exceeded",
         )

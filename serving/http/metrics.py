@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serving.http.face import EngineFace
+from serving.http.face import RunningServer
 from serving.requests import EngineFigures, FinishReason
 
 PREFIX = "slipstream:"
@@ -65,9 +65,9 @@ class ChoiceClock:
 class Metrics:
     """One registry for each app: two apps in a process share no figures."""
 
-    def __init__(self, engine: EngineFace) -> None:
+    def __init__(self, server: RunningServer) -> None:
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": engine.model_name, "engine": "0"}
+        self._labels = {"model_name": server.model.model_name, "engine": "0"}
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From submission to the first token.", _TTFT_S
         )
@@ -87,7 +87,7 @@ class Metrics:
         )
         for reason in get_args(FinishReason):
             self._finished.labels(**self._labels, finished_reason=reason)
-        self.registry.register(EngineCollector(engine))
+        self.registry.register(ServerCollector(server))
 
     def start_clock(self, submitted_s: float) -> ChoiceClock:
         return ChoiceClock(self, submitted_s)
@@ -103,14 +103,14 @@ class Metrics:
         return family.labels(**self._labels)
 
 
-class EngineCollector(Collector):
-    """Reads the engine's figures when, and only when, somebody scrapes."""
+class ServerCollector(Collector):
+    """Reads the server's figures when, and only when, somebody scrapes."""
 
-    def __init__(self, engine: EngineFace) -> None:
-        self._engine = engine
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        yield from families(self._engine.figures(), self._engine.model_name)
+        yield from families(self._server.figures(), self._server.model.model_name)
 
 
 def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:

@@ -53,17 +53,17 @@ def _tell_truth(operation: dict[str, Any], context: Context) -> None:
 
 def _add_limits(models: dict[str, Any], context: Context) -> None:
     """Write what ``jobs.py`` checks into the models."""
-    engine, server = context.engine, context.settings.server
+    served, server = context.server.model, context.settings.server
     for model in ("CompletionRequest", "ChatRequest"):
         fields = models[model]["properties"]
         _integer(fields["n"])["maximum"] = server.max_choices
-        _branch(fields["model"], "string")["enum"] = [engine.model_name]
+        _branch(fields["model"], "string")["enum"] = [served.model_name]
         for name in ("max_tokens", "max_completion_tokens"):
             if name in fields:
-                _integer(fields[name])["maximum"] = engine.max_model_len
-        limit_schema(fields, engine.vocab_size)
+                _integer(fields[name])["maximum"] = served.max_model_len
+        limit_schema(fields, served.vocab_size)
     max_draft = models["SpeculationOptions"]["properties"]["max_draft"]
-    _integer(max_draft)["maximum"] = engine.max_draft
+    _integer(max_draft)["maximum"] = served.max_draft
     for branch in models["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
         _limit_prompt(branch, context)
 
@@ -75,8 +75,8 @@ def _limit_prompt(branch: dict[str, Any], context: Context) -> None:
         return
     items = branch["items"]
     if items["type"] == "integer":
-        items["maximum"] = context.engine.vocab_size - 1
-        branch["maxItems"] = context.engine.max_model_len
+        items["maximum"] = context.server.model.vocab_size - 1
+        branch["maxItems"] = context.server.model.max_model_len
         return
     branch["maxItems"] = context.settings.engine.max_queue
     _limit_prompt(items, context)

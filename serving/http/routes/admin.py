@@ -14,6 +14,7 @@ from serving.http.auth import ADMIN
 from serving.http.bodies import body_schema, json_body
 from serving.http.context import context_of
 from serving.http.errors import ApiError, documented
+from serving.http.face import Swapper
 from serving.http.request_bodies import NoFields, SwapRequest
 from serving.http.response_bodies import DrafterStatus, Drain, SwapResult
 from serving.http.responses import json_status
@@ -32,7 +33,7 @@ _NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
 )
 async def drafter(request: Request) -> Response:
     """Version in use, the versions to be had, and how the last swap went."""
-    return json_status(await asyncio.to_thread(context_of(request).engine.drafter_status))
+    return json_status(await asyncio.to_thread(context_of(request).server.drafter_status))
 
 
 @router.post(
@@ -46,8 +47,8 @@ async def swap(
     request: Request, body: Annotated[SwapRequest, Depends(json_body(SwapRequest))]
 ) -> Response:
     """Use another published version, between two steps; requests go on."""
-    engine = context_of(request).engine
-    return await _ordered(lambda: engine.swap(body.version))
+    swapper = _swapper(request)
+    return await _ordered(lambda: swapper.swap(body.version))
 
 
 @router.post(
@@ -59,7 +60,7 @@ async def swap(
 )
 async def rollback(request: Request, body: _NoFields) -> Response:
     """Return to the former version."""
-    return await _ordered(context_of(request).engine.rollback)
+    return await _ordered(_swapper(request).rollback)
 
 
 @router.post(
@@ -72,7 +73,18 @@ async def drain(request: Request, body: _NoFields) -> Drain:
     """Take no new requests and turn /ready off. The process goes on until it gets SIGTERM."""
     context = context_of(request)
     context.begin_drain()
-    return Drain(draining=True, inflight=context.engine.num_inflight())
+    return Drain(draining=True, inflight=context.server.inbox.num_inflight())
+
+
+def _swapper(request: Request) -> Swapper:
+    swapper = context_of(request).server.swapper
+    if swapper is None:
+        raise _refused("this server has no drafter that learns; there is nothing to swap")
+    return swapper
+
+
+def _refused(message: str) -> ApiError:
+    return ApiError(409, message, code="swap_refused")
 
 
 async def _ordered(order: Callable[[], dict[str, Any]]) -> Response:
@@ -80,4 +92,4 @@ async def _ordered(order: Callable[[], dict[str, Any]]) -> Response:
     try:
         return json_status(await asyncio.to_thread(order))
     except ValueError as error:
-        raise ApiError(409, str(error), code="swap_refused") from None
+        raise _refused(str(error)) from None

@@ -59,15 +59,16 @@ async def dashboard_data(
 ) -> Response:
     """Figures of now, and a sample of every second of the last minutes."""
     context = context_of(request)
-    engine, figures = context.engine, context.engine.figures()
-    status = await asyncio.to_thread(engine.drafter_status)  # it looks at the run folder
+    server, model = context.server, context.server.model
+    figures = server.figures()
+    status = await asyncio.to_thread(server.drafter_status)  # it looks at the run folder
     return json_answer(
         DashboardData(
-            model=engine.model_name,
+            model=model.model_name,
             target=target_label(context.settings.target),
             package_version=package_version(),
             unix_s=time.time(),
-            started_unix_s=engine.created_unix_s,
+            started_unix_s=model.created_unix_s,
             is_ready=context.is_ready,
             figures=_plain(figures),
             arms=[
@@ -75,7 +76,7 @@ async def dashboard_data(
                 for (drafter, draft_k), steps in sorted(figures.steps_by_arm.items())
             ],
             drafter=finite(status),
-            policy=finite(engine.policy_figures()),
+            policy=finite(server.policy.figures()),
             sample_fields=list(SAMPLE_FIELDS),
             samples=context.history.rows(since),
         )

@@ -52,16 +52,16 @@ def target_label(target: str) -> str:
 
 
 def _card(context: Context) -> ModelCard:
-    engine = context.engine
+    model = context.server.model
     return ModelCard(
-        id=engine.model_name,
+        id=model.model_name,
         object="model",
-        created=engine.created_unix_s,
+        created=model.created_unix_s,
         owned_by="slipstream",
-        max_model_len=engine.max_model_len,
+        max_model_len=model.max_model_len,
         metadata=ModelMetadata(
             target=target_label(context.settings.target),
-            drafter_version=engine.figures().drafter_version,
-            max_draft=engine.max_draft,
+            drafter_version=context.server.figures().drafter_version,
+            max_draft=model.max_draft,
         ),
     )
