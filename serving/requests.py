@@ -1,4 +1,4 @@
-"""Records inside the server. HTTP makes a Request, the engine answers with Outputs."""
+"""Records that HTTP and the engine exchange: a Request in, Outputs back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DrainingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to make (``n`` choices are n requests)."""
+    """One completion to generate (``n`` choices are n requests)."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -42,20 +42,20 @@ class Request:
     sampling: SamplingParams
     tenant: str = "default"
     max_draft: int | None = None
-    """Cap on K for this request, 0 = plain decoding; ``None``: the server's own."""
+    """Cap on K for this request; 0 is plain decoding, ``None`` the server's own limit."""
     capture: bool = True
-    """False: nothing of this request is logged."""
+    """False keeps the request out of traces."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The target's own (no bias, no penalty, temperature 1, untruncated) log probability of one
-    emitted token, as vLLM reports by default."""
+    """The target's own log probability of one emitted token: without bias and penalties, at
+    temperature 1, untruncated; vLLM's default."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """Best alternatives, highest first, (token id, log probability)."""
+    """(token id, log probability) of the most probable alternatives, highest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class SpeculationStats:
     drafter_version: int
     """Version in force at the last step."""
     steps: int
-    """Target passes that emitted tokens, the first (prefill) one included."""
+    """Target passes that emitted tokens, including prefill."""
     proposed: int
     accepted: int
 
@@ -77,31 +77,31 @@ class SpeculationStats:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """News of one request: what was committed since the last one. The last has finish_reason."""
+    """What one request committed since its last output. The final one has a finish_reason."""
 
     request_id: str
     text: str
-    """New text; a tail that could become a stop string or half a character is held back."""
+    """New text, without a tail that could become a stop string or is half a character."""
     token_ids: tuple[int, ...]
     """New tokens."""
     logprobs: tuple[TokenLogprob, ...] | None
-    """One for each new token, when asked for."""
+    """One for each new token, if requested."""
     finish_reason: FinishReason | None
     stats: SpeculationStats
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""
     error: str | None = None
-    """What went wrong, with finish_reason ``error``."""
+    """Error message, with finish_reason ``error``."""
 
 
 OnOutput = Callable[[Output], None]
-"""Called on the engine's thread; must return at once and never raise."""
+"""Called on the engine's thread; must return at once and must not raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
-    """Counters since start and gauges of now, for /metrics and /dashboard."""
+    """Counters since the start and current gauges, for /metrics and /dashboard."""
 
     num_running: int
     num_waiting: int
@@ -111,7 +111,7 @@ class EngineFigures:
     generation_tokens: int
     cached_prompt_tokens: int
     num_rounds: int
-    """Rounds that proposed something (vLLM: num_drafts)."""
+    """Rounds that proposed tokens (vLLM: num_drafts)."""
     num_draft_tokens: int
     num_accepted_tokens: int
     num_accepted_per_pos: tuple[int, ...]

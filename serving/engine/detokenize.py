@@ -31,7 +31,7 @@ def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
     adds nothing.
 
     The wrapper of a fast tokenizer converts ids that are not in a list and cleans up spaces where
-    configured. It takes 2 us a call; the Rust code behind it takes 0.5 us for the tokens of a round.
+    configured. It takes 2 us a call, the Rust code behind it 0.5 us for the tokens of a round.
     """
     kind = type(tokenizer)
     if (
@@ -88,7 +88,7 @@ class Detokenizer:
         return self.stopped
 
     def take(self, final: bool) -> str:
-        """Text since the last call. Unless ``final``, a tail that may begin a stop string is held."""
+        """Text since the last call. Unless ``final``, it ends before a possible stop string."""
         if not self._stop and self._read < len(self._ids):
             self._read_on()
         if final and not self.stopped and self._read < len(self._ids):

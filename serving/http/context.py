@@ -1,4 +1,4 @@
-"""What the routes of one app share."""
+"""State that the routes of one app share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serving.http.prompts import PromptEncoder
 
 @dataclass(slots=True)
 class Context:
-    """One per app; two apps in one process share nothing."""
+    """One instance per app; two apps in a process share nothing."""
 
     server: RunningServer
     settings: Settings
@@ -29,7 +29,7 @@ class Context:
     """Engine requests whose HTTP response is not finished."""
 
     def begin_drain(self) -> None:
-        """Turn /ready off and admit nothing; what is in flight goes on."""
+        """Answer /ready with 503 and admit no requests; those in flight continue."""
         self.is_draining = True
         self.server.inbox.drain()
 

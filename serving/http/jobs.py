@@ -1,4 +1,4 @@
-"""From a checked body to the requests of the engine: one job for each HTTP request."""
+"""Turns a validated body into engine requests: one job for each HTTP request."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from serving.requests import Request
 
 NoCaptureHeader = Annotated[
     Literal["0", "1"],
-    Header(alias="X-Slipstream-No-Capture", description="1: as the body's `capture` set to false."),
+    Header(
+        alias="X-Slipstream-No-Capture",
+        description="1 is the same as `capture: false` in the body.",
+    ),
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one HTTP request asks of the engine."""
+    """The engine requests of one HTTP request."""
 
     id: str
     created_unix_s: int
@@ -49,13 +52,13 @@ def plan_job(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Job:
-    """Check what depends on this server and build the requests.
+    """Check the limits that depend on this server and build the requests.
 
     Args:
         no_capture: value of ``NoCaptureHeader``.
         prompts: token ids of each prompt.
-        max_tokens: ``None`` for all that fits.
-        logprobs: alternatives at each token, or ``None``.
+        max_tokens: ``None`` for as many as fit.
+        logprobs: alternatives for each token, or ``None``.
 
     Raises:
         ApiError: 400 or 404 that names the field.
@@ -86,7 +89,7 @@ def plan_job(
 
 
 def check_model(context: Context, body: GenerationBody) -> None:
-    """Raises ApiError 404 for a model that is not served. ``None`` is the served one."""
+    """Raise ApiError 404 for a model that is not served. ``None`` is the served one."""
     if body.model not in (None, context.server.model.model_name):
         raise ApiError(
             404,
@@ -99,7 +102,7 @@ def check_model(context: Context, body: GenerationBody) -> None:
 def check_limits(
     context: Context, body: GenerationBody, num_choices: int, num_prompts: int
 ) -> None:
-    """Raises ApiError 400 where a field exceeds what the settings or the target allow."""
+    """Raise ApiError 400 if a field exceeds what the settings or the target allow."""
     server, model = context.settings.server, context.server.model
     max_queue = context.settings.engine.max_queue
     draft = 0 if body.speculation is None else body.speculation.max_draft or 0
@@ -123,12 +126,12 @@ def check_limits(
 
 
 def wants_usage(body: GenerationBody) -> bool:
-    """Whether a stream ends with a chunk of its own for ``usage``."""
+    """True if the stream ends with a separate chunk for ``usage``."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
 def _max_tokens(context: Context, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
-    """The limit of one request, ``None`` meaning all that fits.
+    """The limit of one request; ``None`` means as many as fit.
 
     Raises:
         ApiError: 400, prompt and completion exceed the target's length.

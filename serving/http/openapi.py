@@ -1,5 +1,5 @@
-"""/openapi.json that tells the truth: request bodies that FastAPI does not see, and the limits that
-only this server's settings know."""
+"""/openapi.json, completed with the request bodies that FastAPI does not see and the limits that
+follow from the settings."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def build_schema(app: FastAPI, context: Context) -> dict[str, Any]:
     _add_limits(schema["components"]["schemas"], context)
     for path in schema["paths"].values():
         for operation in path.values():
-            _tell_truth(operation, context)
+            _correct(operation, context)
     for model in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(model, None)
     return schema
 
 
-def _tell_truth(operation: dict[str, Any], context: Context) -> None:
-    """Undo what FastAPI assumes: that wrong parameters are 422, that refusals have the media type
-    of the answer, and that a key is wanted where none is set."""
+def _correct(operation: dict[str, Any], context: Context) -> None:
+    """Undo FastAPI's assumptions: that invalid parameters are 422, that errors have the media type
+    of the answer, and that a key is required if none is configured."""
     responses = operation["responses"]
     responses.pop("422", None)
     for status, response in responses.items():
@@ -52,7 +52,7 @@ def _tell_truth(operation: dict[str, Any], context: Context) -> None:
 
 
 def _add_limits(models: dict[str, Any], context: Context) -> None:
-    """Write what ``jobs.py`` checks into the models."""
+    """Write the limits that ``jobs.py`` checks into the models."""
     served, server = context.server.model, context.settings.server
     for model in ("CompletionRequest", "ChatRequest"):
         fields = models[model]["properties"]
@@ -87,6 +87,6 @@ def _integer(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _branch(field: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The alternative of a nullable field that is not null."""
+    """The non-null alternative of a nullable field."""
     found: dict[str, Any] = next(b for b in field["anyOf"] if b.get("type") == kind)
     return found

@@ -1,5 +1,5 @@
-"""What clients send and get. Every field known to OpenAI's client is known here: supported, or
-accepted at its neutral value only. Nothing is silently ignored.
+"""Request bodies. Every field of OpenAI's client is known here: supported, or accepted at its
+neutral value only. None is silently ignored. Sampling fields come from ``serving.sampling``.
 
 Limits that depend on settings (``n``, ``max_tokens``, token ids) are checked in ``jobs.py`` and
 written into /openapi.json by ``openapi.py``.
@@ -25,13 +25,11 @@ from serving.sampling import MAX_INT64
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
 VISIBLE = r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+$"
-"""No character that moves a cursor or hides: the text may be shown in an operator's terminal."""
-
-# --- fields with a shape of their own ---------------------------------------------------------
+"""Excludes invisible and control characters: an operator's terminal may show the text."""
 
 
 class Neutral:
-    """Annotation of a known field that is not supported: only these values pass."""
+    """Annotation of a field that is known but not supported: only these values are accepted."""
 
     def __init__(self, *values: Any) -> None:
         self._values = (None, *values)
@@ -44,10 +42,13 @@ class Neutral:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"enum": list(self._values), "description": "Not supported: no other value passes."}
+        return {
+            "enum": list(self._values),
+            "description": "Not supported: no other value is accepted.",
+        }
 
     def _check(self, value: Any) -> Any:
-        # bool is told apart from int: False == 0 here, but not in JSON.
+        # False == 0 in Python, but not in JSON.
         if any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in self._values):
             return value
         raise PydanticCustomError("unsupported_field", "not supported; leave it out")
@@ -109,11 +110,8 @@ PromptField = Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_
 ContentField = Annotated[str, PlainValidator(_check_content, json_schema_input_type=_ContentSchema)]
 
 
-# --- requests ---------------------------------------------------------------------------------
-
-
 class Body(BaseModel):
-    """Base of every request object: exact JSON types, closed to unknown fields."""
+    """Base of every request object: exact JSON types, no unknown fields."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -131,10 +129,10 @@ class StreamOptions(Body):
 
 
 class SpeculationOptions(Body):
-    """How far the server may draft for this request. Never changes what is answered."""
+    """How far the server may draft for this request. Does not change the answer."""
 
     max_draft: int | None = Field(None, ge=0)
-    """Cap on K; 0 is plain decoding, null the server's own."""
+    """Cap on K; 0 is plain decoding, null the server's own limit."""
 
 
 class GenerationBody(Body):
@@ -148,14 +146,14 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     """Only with ``stream``."""
     user: str | None = Field(None, min_length=1, max_length=256, pattern=VISIBLE)
-    """Tenant: traces bear it, and the text of one tenant never drafts for another; null is
+    """Tenant: recorded in traces, and text of one tenant never drafts for another; null is
     ``default``."""
     return_token_ids: bool | None = None
     """Add ``token_ids`` and ``prompt_token_ids``, as vLLM does."""
     speculation: SpeculationOptions | None = None
     capture: bool | None = None
-    """false: nothing of this request is kept for training. Header X-Slipstream-No-Capture: 1 is
-    the same."""
+    """false keeps this request out of training. The header X-Slipstream-No-Capture: 1 does the
+    same."""
 
     min_tokens: Annotated[Any, Neutral(0)] = None
 
@@ -169,7 +167,7 @@ class CompletionRequest(GenerationBody):
     max_tokens: int | None = bounded("max_tokens")
     """null is 16."""
     logprobs: int | None = bounded("logprobs")
-    """Alternatives to report at each token; null reports nothing."""
+    """Alternatives to report for each token; null reports none."""
 
     echo: Annotated[Any, Neutral(False)] = None
     best_of: Annotated[Any, Neutral(1)] = None
@@ -194,12 +192,12 @@ class ChatRequest(GenerationBody):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = bounded("max_tokens")
-    """null is all that fits."""
+    """null is as many as fit."""
     max_tokens: int | None = bounded("max_tokens")
     """The former name of ``max_completion_tokens``; not both."""
     logprobs: bool | None = None
     top_logprobs: int | None = bounded("logprobs")
-    """Alternatives to report at each token; only with ``logprobs``."""
+    """Alternatives to report for each token; only with ``logprobs``."""
 
     audio: Annotated[Any, Neutral()] = None
     function_call: Annotated[Any, Neutral("none", "auto")] = None

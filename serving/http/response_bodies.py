@@ -1,4 +1,4 @@
-"""What clients get: the bodies of every answer, whole or streamed."""
+"""Response bodies, complete and streamed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Usage(Answer):
 
 
 class Speculation(Answer):
-    """How the answer was decoded, summed over its choices."""
+    """Decoding statistics, summed over the choices of an answer."""
 
     drafter_version: int
     """Version in force at the last step."""
@@ -45,7 +45,7 @@ FinishReasonName = Literal["stop", "length"]
 
 class CompletionLogprobs(Answer):
     tokens: list[str]
-    """Text of each token; ``token_id:N`` where a token is no whole character."""
+    """Text of each token; ``token_id:N`` for a token that is not a whole character."""
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
@@ -74,7 +74,7 @@ class CompletionResponse(Answer):
 
 class TopLogprob(Answer):
     token: str
-    """``token_id:N`` where the token is no whole character."""
+    """``token_id:N`` if the token is not a whole character."""
     logprob: float
     bytes: list[int] | None
 
@@ -170,11 +170,11 @@ class Health(Answer):
 class Drain(Answer):
     draining: bool
     inflight: int
-    """Requests that are still being answered."""
+    """Requests still in flight."""
 
 
 class DrafterStatus(BaseModel):
-    """What the engine says of its drafter; more keys may be present."""
+    """State of the drafter; more keys may be present."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
@@ -186,17 +186,17 @@ class DrafterStatus(BaseModel):
     state: str
     versions: list[Any]
     former: int | None
-    """Version that a rollback would return to."""
+    """Version to which a rollback would return."""
     last_error: str | None
 
 
 class SwapResult(BaseModel):
-    """What the engine says of a swap or a roll back; more keys may be present."""
+    """Result of a swap or rollback; more keys may be present."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     version: int
-    """Version in use from now on."""
+    """Version now in use."""
 
 
 class ArmSteps(Answer):
@@ -206,7 +206,7 @@ class ArmSteps(Answer):
 
 
 class DashboardData(Answer):
-    """What /dashboard polls. Counters; the page takes differences."""
+    """Data that /dashboard polls. Counters; the page takes differences."""
 
     model: str
     target: str
@@ -220,4 +220,4 @@ class DashboardData(Answer):
     policy: dict[str, Any]
     sample_fields: list[str]
     samples: list[list[float]]
-    """One row a second, in the order of ``sample_fields``."""
+    """One row per second, in the order of ``sample_fields``."""

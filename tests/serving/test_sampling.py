@@ -84,8 +84,8 @@ def test_an_empty_body_asks_for_the_defaults():
 def test_every_field_reaches_the_parameters():
     asked = {
         "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125, "seed": 7, "stop": "x",
-        "stop_token_ids": [1, 2], "ignore_eos": True, "presence_penalty": 1, "frequency_penalty": -1,
-        "repetition_penalty": 2, "logit_bias": {"5": 1},
+        "stop_token_ids": [1, 2], "ignore_eos": True, "presence_penalty": 1,
+        "frequency_penalty": -1, "repetition_penalty": 2, "logit_bias": {"5": 1},
     }  # fmt: skip
     body = CompletionRequest(prompt="hi", **asked)
     params = sampling_params(body, 2, max_tokens=4, logprobs=1)

@@ -1,4 +1,4 @@
-"""Admin: look at the drafter, change its version, drain the server."""
+"""Admin routes: inspect the drafter, change its version, drain the server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
     responses=documented(401, 403),
 )
 async def drafter(request: Request) -> Response:
-    """Version in use, the versions to be had, and how the last swap went."""
+    """Version in use, available versions, and the result of the last swap."""
     return json_status(await asyncio.to_thread(context_of(request).server.drafter_status))
 
 
@@ -46,7 +46,7 @@ async def drafter(request: Request) -> Response:
 async def swap(
     request: Request, body: Annotated[SwapRequest, Depends(json_body(SwapRequest))]
 ) -> Response:
-    """Use another published version, between two steps; requests go on."""
+    """Switch to another published version between two steps; requests continue."""
     swapper = _swapper(request)
     return await _ordered(lambda: swapper.swap(body.version))
 
@@ -70,7 +70,7 @@ async def rollback(request: Request, body: _NoFields) -> Response:
     openapi_extra=body_schema(NoFields, required=False),
 )
 async def drain(request: Request, body: _NoFields) -> Drain:
-    """Take no new requests and turn /ready off. The process goes on until it gets SIGTERM."""
+    """Accept no new requests and answer /ready with 503. The process runs on until SIGTERM."""
     context = context_of(request)
     context.begin_drain()
     return Drain(draining=True, inflight=context.server.inbox.num_inflight())
@@ -88,7 +88,7 @@ def _refused(message: str) -> ApiError:
 
 
 async def _ordered(order: Callable[[], dict[str, Any]]) -> Response:
-    """Carry out an order that reads weights from disk, off the event loop."""
+    """Run a swap or rollback, which reads weights from disk, off the event loop."""
     try:
         return json_status(await asyncio.to_thread(order))
     except ValueError as error:

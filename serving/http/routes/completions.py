@@ -65,7 +65,7 @@ async def create_completion(
 
 
 async def prompt_ids(context: Context, prompt: Prompt) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, whichever of the four forms it came in."""
+    """Token ids of each prompt, given in any of the four forms."""
     if isinstance(prompt, str):
         return await context.prompts.encode([prompt])
     if isinstance(prompt[0], str):
@@ -76,7 +76,7 @@ async def prompt_ids(context: Context, prompt: Prompt) -> list[tuple[int, ...]]:
 
 
 class CompletionWriter:
-    """Outputs in the shape of /v1/completions."""
+    """Outputs in the format of /v1/completions."""
 
     def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
         self._prompts = context.prompts

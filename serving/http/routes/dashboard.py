@@ -1,4 +1,4 @@
-"""GET /dashboard: one page for a person, and the figures that it polls."""
+"""GET /dashboard: one page for people, and the data that it polls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _HEADERS = {
     responses=documented(401),
 )
 async def dashboard() -> Response:
-    """The page. It loads nothing from elsewhere."""
+    """The page. It loads nothing from other hosts."""
     return HTMLResponse(_PAGE, headers=_HEADERS)
 
 
@@ -57,11 +57,11 @@ async def dashboard_data(
         float, Query(ge=0, allow_inf_nan=False, description="only samples after this unix time")
     ] = 0.0,
 ) -> Response:
-    """Figures of now, and a sample of every second of the last minutes."""
+    """Current figures, and one sample per second of the last minutes."""
     context = context_of(request)
     server, model = context.server, context.server.model
     figures = server.figures()
-    status = await asyncio.to_thread(server.drafter_status)  # it looks at the run folder
+    status = await asyncio.to_thread(server.drafter_status)  # it reads the run folder
     return json_answer(
         DashboardData(
             model=model.model_name,

@@ -47,7 +47,7 @@ def package_version() -> str:
 
 
 def target_label(target: str) -> str:
-    """The target's id, or the name of its folder: where it lies is nobody's business."""
+    """The target's id, or the name of its folder without the path, which clients need not know."""
     return Path(target).name if Path(target).is_dir() else target
 
 
