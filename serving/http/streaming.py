@@ -147,7 +147,7 @@ class EventStream(Response):
             )
 
     async def _guarded(self) -> AsyncIterator[bytes]:
-        """The events. An internal failure becomes the last one, since the status is already sent."""
+        """The events; an internal failure becomes the last one: the status is already sent."""
         try:
             async for data in self._events:
                 yield data

@@ -1,4 +1,4 @@
-"""Request bodies: limits come before work, and a refusal names the field without quoting values."""
+"""Request bodies: limits are checked before the work, errors name the field but quote no values."""
 
 from __future__ import annotations
 
