@@ -41,8 +41,8 @@ from serving.sampling import LANE_REALS, SamplingParams, documentation
 
 target_dir, run_dir = sys.argv[1:]
 settings = Settings.model_validate({
-    "target": target_dir, "run_dir": run_dir, "device": "cpu", "policy": {"kind": "fixed"},
-    "drafter": {"max_draft": 1}, "engine": {"max_model_len": 64, "max_batch": 2},
+    "target": target_dir, "run_dir": run_dir, "device": "cpu", "drafter": {"max_draft": 1},
+    "policy": {"kind": "fixed", "draft_k": 1}, "engine": {"max_model_len": 64, "max_batch": 2},
 })
 service = build_engine(settings)
 service.start()
