@@ -41,10 +41,10 @@ _BITS = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float32": np.float32
 _ROUND_FIELDS = tuple(Round.__dataclass_fields__)
 _ROUND_VALUES = attrgetter(*_ROUND_FIELDS)
 _LOGP_FIELDS = ("q_logp", "p_logp")
-_SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
 _TEXT_FIELDS = ("producer", "request_id", "tenant", "target_fingerprint")
 _COUNT_FIELDS = ("epoch", "seq", "prompt_length", "finished_unix_ms")
 _MAX_TEXT = 4096
+_MAX_SAMPLING_FIELDS = 64
 _MAX_LOGP = 1e-3  # a log-softmax may round to slightly above 0
 
 
@@ -129,7 +129,7 @@ def _body_of(trace: Trace) -> dict[str, Any]:
     features = trace.features
     return {
         **{name: getattr(trace, name) for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
-        "sampling": {name: getattr(trace.sampling, name) for name in _SAMPLING_FIELDS},
+        "sampling": dict(trace.sampling.values),
         "rounds": _columns_of(trace.rounds),
         "layer_ids": None if features is None else list(features.layer_ids),
     }
@@ -167,7 +167,7 @@ def _trace_of(body: Any, header: TensorHeader, blob: bytes) -> Trace:
     layer_ids = body["layer_ids"]
     return Trace(
         **{name: body[name] for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
-        sampling=Sampling(**{name: body["sampling"][name] for name in _SAMPLING_FIELDS}),
+        sampling=Sampling(body["sampling"]),
         token_ids=_array(header, memory, "token_ids", "I32", np.int32),
         rounds=_rounds_of(body["rounds"]),
         features=None if layer_ids is None else _features_of(tuple(layer_ids), header, memory),
@@ -215,11 +215,16 @@ def _array(header: TensorHeader, memory: bytearray, name: str, tag: str, bits: A
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    for name in ("temperature", "top_p", "min_p"):
-        _require(_is_finite(getattr(sampling, name), at_least=0), f"{name} must be finite and >= 0")
-    for name in ("top_k", "seed"):
-        value = getattr(sampling, name)
-        _require(value is None or type(value) is int, f"{name} must be an integer or None")
+    """Fields are checked by type only, except for the temperature, which the trainer reads: which
+    fields there are is the server's to say."""
+    values = sampling.values
+    _require(isinstance(values, dict), "sampling must hold named values")
+    _require(len(values) <= _MAX_SAMPLING_FIELDS, "sampling holds too many values")
+    temperature = values.get("temperature")
+    _require(_is_finite(temperature, at_least=0), "temperature must be finite and >= 0")
+    for name, value in values.items():
+        _require(isinstance(name, str) and len(name) <= _MAX_TEXT, "sampling needs short names")
+        _require(_is_sampling_value(value), f"{name} must be a number, text, bool or None")
 
 
 def _check_round(one: Round, num_tokens: int) -> None:
@@ -287,6 +292,14 @@ def _check_finite(features: FeatureRows | None) -> None:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def _is_sampling_value(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return len(value) <= _MAX_TEXT
+    return value is None or isinstance(value, int)
 
 
 def _is_count(value: Any) -> bool:

@@ -6,6 +6,7 @@ Positions count from 0 over prompt and completion together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -84,17 +85,26 @@ class Round:
     """Wall time of the step, seconds."""
 
 
+SamplingValue = float | int | str | bool | None
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling parameters of one request. Biases and penalties are left out, so that the trainer
-    learns the target's own text."""
+    """Sampling parameters of one request.
 
-    temperature: float
-    """0 is greedy."""
-    top_p: float
-    top_k: int | None
-    min_p: float
-    seed: int | None
+    The server's table of sampling fields decides which fields a trace keeps. It leaves out biases
+    and penalties, so that the trainer learns the target's own text.
+    """
+
+    values: Mapping[str, SamplingValue]
+    """Name of a field -> its value; ``temperature`` is always among them."""
+
+    @property
+    def temperature(self) -> float:
+        """>= 0; 0 is greedy."""
+        value = self.values["temperature"]
+        assert isinstance(value, int | float)
+        return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,11 +105,13 @@ def build_service(
     with _timed("read and checked the drafter"):
         learning = _first_version(settings, kinds, loaded, backend.open_weights())
     parts, flat = _make_parts(settings, loaded, kinds, learning)
+    limits = parts.inbox.limits
     model = ServedModel(
-        name=settings.server.model_name or loaded.name,
+        model_name=settings.server.model_name or loaded.name,
         tokenizer=loaded.tokenizer,
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
         max_draft=settings.drafter.max_draft,
-        limits=parts.inbox.limits,
         created_unix_s=int(time.time()),
     )
     if policy is None:

@@ -50,15 +50,15 @@ def launch(
         from serving.build import build_service
 
         log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
-        engine = build_service(settings)
+        service = build_service(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
-    engine.start()
+    service.start()
     try:
-        with periodic_stats(engine.figures, settings.server.log_stats_s):
-            code = serve(create_app(engine, settings), engine, settings, bound)
+        with periodic_stats(service.figures, settings.server.log_stats_s):
+            code = serve(create_app(service, settings), service.model, settings, bound)
     finally:
-        engine.stop()
+        service.stop()
     log.info("stopped")
     raise typer.Exit(code)

@@ -6,11 +6,12 @@ import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
+from policies.interface import DraftPolicy
 from serving.capture.recorder import Recorder
 from serving.capture.traces import TraceMaker
-from serving.engine.inbox import Limits
+from serving.engine.inbox import Inbox
 from serving.engine.loop import Engine
-from serving.requests import EngineFigures, OnOutput, Request
+from serving.requests import EngineFigures
 from serving.swap.swapper import Swapper
 
 _FULL_COLLECTION = 1000
@@ -20,19 +21,21 @@ at full load, where Python's own 10 make it 8 seconds."""
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What clients may know about the target."""
+    """The target and its limits; constant while the server runs."""
 
-    name: str
+    model_name: str
     tokenizer: Any
     """The target's ``transformers`` tokenizer."""
+    vocab_size: int
+    max_model_len: int
+    """Most tokens of a request, prompt and completion together."""
     max_draft: int
     """Largest K that may be planned."""
-    limits: Limits
     created_unix_s: int
 
 
 class Service:
-    """What HTTP talks to. See ``serving.http.face.EngineFace``."""
+    """A ``serving.http.face.RunningServer``: it starts and stops its parts together."""
 
     def __init__(
         self,
@@ -47,13 +50,20 @@ class Service:
         self.recorder = recorder
         self.maker = maker
         self.swapper = swapper
-        self.tokenizer: Any = model.tokenizer
-        self.max_model_len = model.limits.max_model_len
-        self.vocab_size = model.limits.vocab_size
-        self.max_draft = model.max_draft
-        self.model_name = model.name
-        self.created_unix_s = model.created_unix_s
         self._thresholds = gc.get_threshold()
+
+    @property
+    def inbox(self) -> Inbox:
+        """Takes requests from other threads."""
+        return self.engine.inbox
+
+    @property
+    def policy(self) -> DraftPolicy:
+        return self.engine.policy
+
+    def is_ready(self) -> bool:
+        """Decoding, and not draining."""
+        return self.engine.is_ready()
 
     def start(self) -> None:
         """Begin decoding, recording and watching for new versions.
@@ -84,14 +94,6 @@ class Service:
         gc.unfreeze()  # the engine is garbage once its last user is gone
         gc.set_threshold(*self._thresholds)
 
-    def submit(self, request: Request, on_output: OnOutput) -> None:
-        """See ``Engine.submit``."""
-        self.engine.inbox.submit(request, on_output)
-
-    def cancel(self, request_id: str) -> None:
-        """See ``Engine.cancel``."""
-        self.engine.inbox.cancel(request_id)
-
     def figures(self) -> EngineFigures:
         """The engine's figures with those of swaps and traces."""
         return replace(
@@ -101,10 +103,6 @@ class Service:
             traces=self.recorder.counts() if self.recorder else {},
             capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,
         )
-
-    def policy_figures(self) -> dict[str, Any]:
-        """See ``Engine.policy_figures``."""
-        return self.engine.policy.figures()
 
     def drafter_status(self) -> dict[str, Any]:
         """Kind, version, parent, staleness, state and history of the neural drafter."""
@@ -121,28 +119,3 @@ class Service:
             "former": None,
             "last_error": None,
         }
-
-    def swap(self, version: int | None) -> dict[str, Any]:
-        """See ``Swapper.swap``."""
-        return self._swapper().swap(version)
-
-    def rollback(self) -> dict[str, Any]:
-        """See ``Swapper.rollback``."""
-        return self._swapper().rollback()
-
-    def _swapper(self) -> Swapper:
-        if self.swapper is None:
-            raise ValueError("this server runs no neural drafter; there is nothing to swap")
-        return self.swapper
-
-    def drain(self) -> None:
-        """See ``Engine.drain``."""
-        self.engine.inbox.drain()
-
-    def num_inflight(self) -> int:
-        """See ``Engine.num_inflight``."""
-        return self.engine.inbox.num_inflight()
-
-    def is_ready(self) -> bool:
-        """See ``Engine.is_ready``."""
-        return self.engine.is_ready()

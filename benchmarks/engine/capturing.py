@@ -71,7 +71,7 @@ def compare(on: Made, off: Made, batch: int, max_tokens: int, num_turns: int) ->
     peaks = {"on": 0, "off": 0}
     try:
         for number in range(num_turns + 1):
-            prompts = random_prompts(batch, _NUM_PROMPT, on.service.vocab_size, seed=number)
+            prompts = random_prompts(batch, _NUM_PROMPT, on.service.model.vocab_size, seed=number)
             for arm in arms if number % 2 else reversed(arms):
                 turn, peak = _turn(arms[arm], prompts, max_tokens)
                 peaks[arm] = max(peaks[arm], peak)

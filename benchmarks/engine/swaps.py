@@ -134,7 +134,7 @@ class Traffic:
 
     def __init__(self, made: Made, batch: int) -> None:
         self._service = made.service
-        vocab_size = made.service.vocab_size
+        vocab_size = made.service.model.vocab_size
         self.clients = [_Client(p, []) for p in random_prompts(batch, _NUM_PROMPT, vocab_size)]
         self.num_finished = 0
         self.num_failed = 0
@@ -144,7 +144,7 @@ class Traffic:
 
     def _ask(self, number: int, again: int) -> None:
         client = self.clients[number]
-        room = self._service.max_model_len - _NUM_PROMPT
+        room = self._service.model.max_model_len - _NUM_PROMPT
         sampling = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
 
         def take(output: Output) -> None:
@@ -157,7 +157,7 @@ class Traffic:
                 self._ask(number, again + 1)
 
         request = Request(f"{number}-{again}", client.prompt, sampling, capture=False)
-        self._service.submit(request, take)
+        self._service.inbox.submit(request, take)
 
     def wait_until_all_decode(self, num_news: int, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
@@ -171,7 +171,7 @@ class Traffic:
         self._is_over.set()
         self._service.engine.cancel_all()
         end = time.monotonic() + 10
-        while self._service.num_inflight() and time.monotonic() < end:
+        while self._service.inbox.num_inflight() and time.monotonic() < end:
             time.sleep(0.01)
 
 
@@ -232,7 +232,7 @@ def swap_often(
     with collections.noted():
         with bundles_stay_loaded():
             for version in (0, 1, 0):  # reads both, and makes the buffer of the former one
-                service.swap(version)
+                service.swapper.swap(version)
             num_before = len(watched.swapped)
             kept, load = under_load(report, made, batch, num_swaps, interval_s, report.left_s - 60)
         quiet_s = min(_QUIET_S, kept.end_s - kept.begin_s)
@@ -287,7 +287,7 @@ def swap_in_turn(
         ordered_s = time.perf_counter()
         if ordered_s - begin_s > most_s:
             break
-        made.service.swap((other + len(order_s)) % 2)
+        made.service.swapper.swap((other + len(order_s)) % 2)
         order_s.append(time.perf_counter() - ordered_s)
         time.sleep(interval_s)
     return order_s

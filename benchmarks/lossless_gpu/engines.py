@@ -178,7 +178,7 @@ class Swaps:
         if self.num_steps % self._every == 0 and is_free:
             self._number += 1
             version = self._number % _NUM_VERSIONS
-            self._order = threading.Thread(target=self._service.swap, args=(version,))
+            self._order = threading.Thread(target=self._service.swapper.swap, args=(version,))
             self._order.start()
 
     def end(self) -> None:

@@ -100,8 +100,10 @@ def _row(chosen: Run, place: Place, count: int) -> dict[str, Any]:
 
 def _prompts(chosen: Run, service: Service, numbers: random.Random, count: int) -> list[list[int]]:
     if chosen.target != "bundled":
-        return random_prompts(numbers, count, service.vocab_size)
-    encoded = [service.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts(seed=3)]
+        return random_prompts(numbers, count, service.model.vocab_size)
+    encoded = [
+        service.model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts(seed=3)
+    ]
     return [ids[: numbers.randint(1, 200)] for ids in numbers.choices(encoded, k=count)]
 
 

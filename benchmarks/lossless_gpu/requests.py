@@ -162,10 +162,12 @@ def _plain(
 def _requests(chosen: Run, service: Service, numbers: random.Random, count: int) -> list[Request]:
     """No stops yet. The bundled target reads text; one with random weights what ``random_requests``
     makes up."""
-    made = [_longer(numbers, r) for r in random_requests(numbers, count, service.vocab_size)]
+    made = [_longer(numbers, r) for r in random_requests(numbers, count, service.model.vocab_size)]
     if chosen.target == "bundled":
         chosen_texts = numbers.choices(texts(seed=5), k=count)
-        read = [service.tokenizer(t, add_special_tokens=False)["input_ids"] for t in chosen_texts]
+        read = [
+            service.model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in chosen_texts
+        ]
         made = [_reading(numbers, *each) for each in zip(made, read, strict=True)]
     assert len({(r.prompt_ids, r.sampling) for r in made}) == count, "one was made twice"
     return made

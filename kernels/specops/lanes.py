@@ -77,9 +77,11 @@ class LaneState:
     """The state of all lanes on the device."""
 
     ints_FL: Tensor
-    """[F, L] int64, see ``Field``; rounds commit to it in place."""
+    """[at least F, L] int64, see ``Field``; rounds commit to it in place. Rows after those of
+    ``Field`` are only gathered."""
     floats_3L: Tensor
-    """[3, L] float32: temperature, top-p, min-p."""
+    """[at least 3, L] float32: temperature, top-p, min-p. Rows behind those are only
+    gathered."""
     pages_LP: Tensor
     """[L, P] int32 page ids; 0 if the lane has none."""
 
@@ -91,9 +93,9 @@ class OpenedRound:
     lanes_R: Tensor
     """[R] int32."""
     ints_FR: Tensor
-    """[F, R] int64."""
+    """[at least F, R] int64."""
     floats_3R: Tensor
-    """[3, R] float32."""
+    """[at least 3, R] float32."""
     pages_RP: Tensor
     """[R, P] int32."""
     by_match_R: Tensor
@@ -122,7 +124,7 @@ class OpenedRound:
 
     def sampling(self) -> SamplingRows:
         """The requests' sampling parameters; truncation is assumed, as the host does not know."""
-        temperature_R, top_p_R, min_p_R = self.floats_3R.unbind()
+        temperature_R, top_p_R, min_p_R = self.floats_3R[:3].unbind()
         return SamplingRows(
             temperature_R, self.ints_FR[Field.TOP_K], top_p_R, min_p_R,
             truncates=True,

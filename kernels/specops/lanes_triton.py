@@ -15,7 +15,6 @@ from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRo
 from specops.overlap_triton import wait_for_previous
 from specops.verify_logits import LogitVerdict, Rule
 
-_FIELDS_UP = 16
 _PAGES = 1024  # copied by one program
 
 _LENGTH = tl.constexpr(int(Field.LENGTH))
@@ -51,8 +50,8 @@ def _open_round(
     out_lanes_ptr, out_ints_ptr, out_floats_ptr, out_pages_ptr, by_match_ptr, rules_ptr, nonces_ptr,
     lens_ptr, anchor_at_ptr, draft_at_ptr, draft_positions_ptr, positions_ptr, slots_ptr, block_ptr,
     given_ptr, num_lanes, num_pages, page_size, num_requests, num_query, rule,
-    NUM_FIELDS: tl.constexpr, FIELDS_UP: tl.constexpr, QUERY_UP: tl.constexpr,
-    PAGES: tl.constexpr, IS_GIVEN: tl.constexpr,
+    NUM_FIELDS: tl.constexpr, FIELDS_UP: tl.constexpr, NUM_REALS: tl.constexpr,
+    REALS_UP: tl.constexpr, QUERY_UP: tl.constexpr, PAGES: tl.constexpr, IS_GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Gather some pages of one request; the program of the first pages gathers all else."""
     request, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -67,9 +66,9 @@ def _open_round(
     field = tl.arange(0, FIELDS_UP)
     values = tl.load(ints_ptr + field * num_lanes + lane, mask=field < NUM_FIELDS, other=0)
     tl.store(out_ints_ptr + field * num_requests + request, values, mask=field < NUM_FIELDS)
-    real = tl.arange(0, 4)
-    values = tl.load(floats_ptr + real * num_lanes + lane, mask=real < 3, other=0.0)
-    tl.store(out_floats_ptr + real * num_requests + request, values, mask=real < 3)
+    real = tl.arange(0, REALS_UP)
+    values = tl.load(floats_ptr + real * num_lanes + lane, mask=real < NUM_REALS, other=0.0)
+    tl.store(out_floats_ptr + real * num_requests + request, values, mask=real < NUM_REALS)
     length = tl.load(ints_ptr + _LENGTH * num_lanes + lane)
     by_match = tl.load(ints_ptr + _BY_MATCH * num_lanes + lane) != 0
     nonce = tl.load(ints_ptr + _NONCE * num_lanes + lane) + 1
@@ -128,7 +127,7 @@ def open_round(
         raise ValueError(f"inputs must be rows of int64, got {inputs_RI.dtype}")
     num_requests, num_query, device = len(inputs_RI), num_draft + 1, inputs_RI.device
     num_fields, num_lanes = state.ints_FL.shape
-    num_pages = state.pages_LP.shape[1]
+    num_reals, num_pages = len(state.floats_3L), state.pages_LP.shape[1]
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -136,7 +135,7 @@ def open_round(
     opened = OpenedRound(
         lanes_R=empty(num_requests, dtype=torch.int32),
         ints_FR=empty(num_fields, num_requests),
-        floats_3R=empty(3, num_requests, dtype=torch.float32),
+        floats_3R=empty(num_reals, num_requests, dtype=torch.float32),
         pages_RP=empty(num_requests, num_pages, dtype=torch.int32),
         by_match_R=empty(num_requests, dtype=torch.bool),
         rules_R=empty(num_requests),
@@ -156,8 +155,9 @@ def open_round(
         opened.rules_R, opened.nonces_R, opened.lens_R, opened.anchor_at_R, opened.draft_at_R,
         opened.draft_positions_KR, opened.positions_T, opened.slots_T, opened.block_RQ,
         opened.given_RK, num_lanes, num_pages, page_size, num_requests, num_query, int(rule),
-        NUM_FIELDS=num_fields, FIELDS_UP=_FIELDS_UP, QUERY_UP=_places(num_query), PAGES=_PAGES,
-        IS_GIVEN=is_given, num_warps=4,
+        NUM_FIELDS=num_fields, FIELDS_UP=int(triton.next_power_of_2(num_fields)),
+        NUM_REALS=num_reals, REALS_UP=int(triton.next_power_of_2(num_reals)),
+        QUERY_UP=_places(num_query), PAGES=_PAGES, IS_GIVEN=is_given, num_warps=4,
     )  # fmt: skip
     return opened
 
@@ -170,7 +170,7 @@ def _check_state(state: LaneState) -> None:
     ):
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous {dtype}, got {tensor.dtype}")
-    assert len(Field) == len(state.ints_FL) <= _FIELDS_UP
+    assert len(state.ints_FL) >= len(Field) and len(state.floats_3L) >= 3
 
 
 @triton.jit

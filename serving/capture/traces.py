@@ -12,6 +12,7 @@ import numpy as np
 from buffer.records import Sampling, Trace
 from serving.capture.ring import CaptureRing, Held, Piece, feature_rows
 from serving.engine.sequence import Sequence
+from serving.sampling import trace_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class TraceMaker:
             held = self._held(pieces, has_all)
             if held is None:
                 return None
-            request, shape = sequence.request, sequence.request.sampling
+            request = sequence.request
             return Trace(
                 producer=self._producer.name,
                 epoch=self._producer.epoch,
@@ -68,9 +69,7 @@ class TraceMaker:
                 request_id=request.id,
                 tenant=request.tenant,
                 target_fingerprint=self._producer.target_fingerprint,
-                sampling=Sampling(
-                    shape.temperature, shape.top_p, shape.top_k, shape.min_p, shape.seed
-                ),
+                sampling=Sampling(trace_values(request.sampling)),
                 prompt_length=sequence.num_prompt,
                 token_ids=np.asarray(sequence.tokens, dtype=np.int32),
                 rounds=tuple(sequence.rounds),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.engine.sequence import Sequence
+from serving.sampling import LANE_INTEGERS, LANE_REALS, lane_integers, lane_reals, table_row
 from specops.attention import DecodePass
 from specops.lane_penalties import LaneRequests, new_tables, table_bytes
 from specops.lanes import Field, Input, LaneState, OpenedRound
@@ -25,6 +26,9 @@ from targets.target import Target
 
 MOST_BIASES = 512
 """Largest number of biases of one request; HTTP takes 300."""
+_INTEGERS = list(dict.fromkeys((*Field.__members__, *LANE_INTEGERS)))
+"""Names of a lane's integers. Those of sampling fields that ``Field`` does not name come last."""
+_SAMPLING_ROWS = [_INTEGERS.index(name) for name in LANE_INTEGERS]
 
 
 def table_bytes_of(num_lanes: int, vocab_size: int) -> int:
@@ -71,11 +75,12 @@ class Lanes:
         self._vocab_size = target.vocab_size
         self._max_draft = max_draft
         device = target.device
-        self.ints = torch.zeros((len(Field), max_batch + 1), dtype=torch.int64, device=device)
+        self.ints = torch.zeros((len(_INTEGERS), max_batch + 1), dtype=torch.int64, device=device)
         self.ints[Field.LENGTH, self.padding] = 1
         self.ints[Field.LIMIT, self.padding] = 1  # nothing is committed
         self.pages = torch.zeros((max_batch + 1, pages_each), dtype=torch.int32, device=device)
-        self.floats = torch.zeros((3, max_batch + 1), dtype=torch.float32, device=device)
+        shape = (len(LANE_REALS), max_batch + 1)
+        self.floats = torch.zeros(shape, dtype=torch.float32, device=device)
         self.state = LaneState(self.ints, self.floats, self.pages)
         self.tables = new_tables(max_batch + 1, target.vocab_size, MOST_BIASES, device)
         self._free = list(range(max_batch - 1, -1, -1))
@@ -93,24 +98,23 @@ class Lanes:
         if not sequences:
             return
         rows = np.zeros((len(sequences), len(self.ints)), dtype=np.int64)
-        floats = np.zeros((len(sequences), 3), dtype=np.float32)
+        floats = np.zeros((len(sequences), len(LANE_REALS)), dtype=np.float32)
         pages = np.zeros((len(sequences), self.pages.shape[1]), dtype=np.int32)
         for row, reals, held, sequence in zip(rows, floats, pages, sequences, strict=True):
             sampling = sequence.request.sampling
             row[: Field.LIMIT] = len(sequence.tokens), sequence.num_rounds, sequence.tokens[-1]
             cap = sequence.request.max_draft
-            row[Field.LIMIT :] = (
+            row[Field.LIMIT : Field.TOP_K] = (
                 sequence.num_prompt + sampling.max_tokens,
                 self._max_draft if cap is None else min(cap, self._max_draft),
                 np.uint64(sequence.key).astype(np.int64),
                 sequence.matches_target,
-                min(sampling.top_k or self._vocab_size, self._vocab_size),
-                sequence.request.capture,
-                min(len(sampling.logit_bias), MOST_BIASES),
-                sampling.penalizes,
             )
+            row[Field.CAPTURES] = sequence.request.capture
+            row[_SAMPLING_ROWS] = lane_integers(sampling, self._vocab_size)
+            row[Field.BIASES] = min(row[Field.BIASES], MOST_BIASES)
             held[: len(sequence.pages)] = sequence.pages
-            reals[:] = sampling.temperature, sampling.top_p, sampling.min_p
+            reals[:] = lane_reals(sampling)
         device = self.ints.device
         index = to_device(torch.tensor([s.lane for s in sequences]), device)
         for dim, state, news in (
@@ -133,7 +137,7 @@ class Lanes:
         penalties = np.zeros((len(sequences), 3), dtype=np.float64)
         for ids, values, row, sequence in zip(biased, bias, penalties, sequences, strict=True):
             p = sequence.request.sampling
-            row[:] = p.presence_penalty, p.frequency_penalty, p.repetition_penalty
+            row[:] = table_row(p, "penalties")
             if p.logit_bias:
                 ids[: len(p.logit_bias)], values[: len(p.logit_bias)] = zip(
                     *p.logit_bias, strict=True

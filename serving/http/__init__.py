@@ -1,10 +1,10 @@
-"""The HTTP face: OpenAI-shaped requests in, the engine's outputs out.
+"""The HTTP face: an OpenAI-compatible API over the engine.
 
-Start at ``app.create_app`` (what is answered) and ``drain.serve`` (how the process lives and ends).
+Start at ``app.create_app`` (the routes) and ``drain.serve`` (the process from start to exit).
 """
 
 from serving.http.app import create_app
 from serving.http.drain import bind, serve
-from serving.http.face import EngineFace
+from serving.http.face import RunningServer
 
-__all__ = ["EngineFace", "bind", "create_app", "serve"]
+__all__ = ["RunningServer", "bind", "create_app", "serve"]

@@ -1,4 +1,4 @@
-"""The application: its routes, its refusals and what they share."""
+"""The application: routes, error handlers and what they share."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from serving.http.errors import (
     on_http_exception,
     on_query_error,
 )
-from serving.http.face import EngineFace
+from serving.http.face import RunningServer
 from serving.http.history import PERIOD_S, History
 from serving.http.metrics import Metrics
 from serving.http.prompts import PromptEncoder
 from serving.http.routes import ALL
 
 
-def create_app(engine: EngineFace, settings: Settings) -> FastAPI:
-    """The whole face of one engine.
+def create_app(server: RunningServer, settings: Settings) -> FastAPI:
+    """The HTTP face of one running server.
 
     Raises:
-        ValueError: the settings contradict each other, e.g. an address that is not loopback and no
-            key.
+        ValueError: the settings contradict each other, e.g. an address that is not loopback
+            without a key.
     """
     problems = check_settings(settings)
     if problems:
@@ -47,8 +47,8 @@ def create_app(engine: EngineFace, settings: Settings) -> FastAPI:
         title="Slipstream",
         routes=list(ALL),
         lifespan=_lifespan,
-        openapi_url=None,  # FastAPI's own would be open to everybody
-        docs_url=None,  # loads scripts from elsewhere
+        openapi_url=None,  # FastAPI's own route would need no key
+        docs_url=None,  # loads scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat the client's Host header
         exception_handlers={
@@ -62,10 +62,10 @@ def create_app(engine: EngineFace, settings: Settings) -> FastAPI:
     attach(
         app,
         Context(
-            engine=engine,
+            server=server,
             settings=settings,
-            metrics=Metrics(engine),
-            prompts=PromptEncoder(engine.tokenizer),
+            metrics=Metrics(server),
+            prompts=PromptEncoder(server.model.tokenizer),
             history=History(),
         ),
     )
@@ -82,7 +82,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _sample(context: Context) -> None:
-    """Keep the dashboard's history."""
+    """Record the dashboard's history."""
     while True:
-        context.history.add(time.time(), context.engine.figures())
+        context.history.add(time.time(), context.server.figures())
         await asyncio.sleep(PERIOD_S)

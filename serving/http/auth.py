@@ -1,7 +1,8 @@
-"""Who may call what. A route declares its scope as a dependency; without one the app is not built.
+"""Access control. Each route declares its scope as a dependency; the app is not built if one does
+not.
 
-No decision looks at the path or at the Host header: both can be forged past a prefix check
-(CVE-2026-48710), a dependency cannot.
+No decision depends on the path or the Host header: forged ones can bypass a prefix check
+(CVE-2026-48710), but not a dependency.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Scope = Literal["open", "user", "page", "admin"]
 
 _documented = HTTPBearer(auto_error=False, description="`Authorization: Bearer <server.api_key>`")
 _Documented = Annotated[Any, Depends(_documented)]
-"""Puts the scheme into /openapi.json; the decision is ours."""
+"""Documents the scheme in /openapi.json; the check is our own."""
 
 
 async def allow_everybody() -> None:
-    """Scope ``open``: probes of a load balancer."""
+    """Scope ``open``: a load balancer's probes."""
 
 
 async def require_user(request: Request, _: _Documented) -> None:
-    """Scope ``user``: the bearer key, where one is set."""
+    """Scope ``user``: the bearer key, if one is configured."""
     _require_key(request, _bearer_key(request), "Bearer")
 
 
@@ -45,8 +46,8 @@ async def require_page(request: Request, _: _Documented) -> None:
 
 
 async def require_admin(request: Request, _: _Documented) -> None:
-    """Scope ``admin``: the bearer key. Without a configured key, loopback clients that are no
-    web page: any page that a local browser shows can reach 127.0.0.1."""
+    """Scope ``admin``: the bearer key. If none is configured, loopback clients except web pages:
+    any page in a local browser can reach 127.0.0.1."""
     if context_of(request).settings.server.api_key is None:
         _require_local_program(request)
     await require_user(request, None)
@@ -66,7 +67,7 @@ _SCOPES: dict[Any, Scope] = {
 
 
 def scope_of(route: BaseRoute) -> Scope | None:
-    """The one scope that a route declares; ``None`` when it declares none or several."""
+    """The scope that a route declares; ``None`` if it declares none or several."""
     if not isinstance(route, APIRoute):
         return None
     found = [_SCOPES[d.dependency] for d in route.dependencies if d.dependency in _SCOPES]
@@ -74,7 +75,7 @@ def scope_of(route: BaseRoute) -> Scope | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address of the configuration or of a client is this machine's own."""
+    """True for an address, configured or a client's, of this machine's loopback interface."""
     if host == "localhost":
         return True
     try:
@@ -86,10 +87,10 @@ def is_loopback(host: str) -> bool:
 
 
 def _require_key(request: Request, given: bytes | None, scheme: str) -> None:
-    wanted = context_of(request).settings.server.api_key
-    if wanted is None:
+    expected = context_of(request).settings.server.api_key
+    if expected is None:
         return
-    if given is None or not _equal(given, wanted.encode()):
+    if given is None or not _equal(given, expected.encode()):
         raise ApiError(
             401,
             "Missing or wrong key: send 'Authorization: Bearer <server.api_key>'.",
@@ -98,9 +99,9 @@ def _require_key(request: Request, given: bytes | None, scheme: str) -> None:
         )
 
 
-def _equal(given: bytes, wanted: bytes) -> bool:
-    """Constant-time in content and length: digests are compared."""
-    digests = [hashlib.sha256(key).digest() for key in (given, wanted)]
+def _equal(given: bytes, expected: bytes) -> bool:
+    """Compare digests, so that the time depends on neither content nor length."""
+    digests = [hashlib.sha256(key).digest() for key in (given, expected)]
     return hmac.compare_digest(*digests)
 
 
@@ -110,12 +111,14 @@ def _require_local_program(request: Request) -> None:
         raise ApiError(403, "Admin routes need server.api_key.", code="key_required")
     if "origin" in request.headers:
         raise ApiError(
-            403, "Admin routes do not answer web pages without server.api_key.", code="web_page"
+            403,
+            "Admin routes do not answer web pages unless server.api_key is set.",
+            code="web_page",
         )
 
 
 def _credentials(request: Request, scheme: bytes) -> bytes | None:
-    """What follows ``scheme`` in the one Authorization header; several headers are none."""
+    """Credentials of the Authorization header under ``scheme``; ``None`` if there are several."""
     values = [value for name, value in request.headers.raw if name == b"authorization"]
     if len(values) != 1:
         return None

@@ -1,4 +1,4 @@
-"""From bytes to a checked model. Every limit is applied before the work that it limits."""
+"""Reading and parsing request bodies. Each limit is checked before the work that it bounds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from serving.http.errors import ApiError, from_validation, invalid
 MAX_DEPTH = 32
 """Deepest nesting of arrays and objects in a body."""
 BODY_S = 30.0
-"""Longest time a client may take to send a body, seconds."""
+"""Time a client may take to send a body, seconds."""
 INLINE_BYTES = 32 << 10
-"""Bodies above this size are parsed on a thread: 1 MiB of token ids takes 50 ms."""
+"""Larger bodies are parsed on a thread: 1 MiB of token ids takes 50 ms."""
 
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.?)*+"?|[\[\]{}]', re.DOTALL)
-"""A string, also one that never ends (scanning it again from every quote would be quadratic)."""
+"""A string, including one without an end: rescanning it from each quote would be quadratic."""
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -31,8 +31,8 @@ Model = TypeVar("Model", bound=BaseModel)
 def json_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
     """A dependency that reads the request's body as ``model``.
 
-    It runs after the route's scope, so nobody without a key gets a body parsed; FastAPI's own body
-    parameters are read first.
+    It runs after the check of the route's scope, so no body is parsed for a client without a key;
+    FastAPI would read its own body parameters first.
     """
 
     async def read(request: Request) -> Model:
@@ -131,7 +131,7 @@ def _depth_exceeds(body: bytes, limit: int) -> bool:
 
 
 def _number(text: str) -> float:
-    """JSON knows one kind of number: 3.0 is the integer 3."""
+    """JSON has one type of number: 3.0 is the integer 3."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
@@ -141,7 +141,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _check_content_type(request: Request) -> None:
-    """JSON only: a web page cannot send it across origins without asking first."""
+    """Accept JSON only: a web page cannot send it to another origin without a preflight request."""
     given = request.headers.get("content-type", "")
     kind, _, parameters = given.partition(";")
     charset = parameters.strip().lower().replace('"', "")

@@ -1,4 +1,4 @@
-"""The outermost layer of a request: it gets an id, and no failure of ours gets out unspoken."""
+"""The outermost layer: gives each request an id and logs every failure of the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Boundary:
-    """Pure ASGI, so that streams pass through untouched."""
+    """Pure ASGI middleware, so that streams pass through unbuffered."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -41,14 +41,14 @@ class Boundary:
             await self._app(scope, receive, send_with_id)
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
-        except Exception as error:  # the outermost place that knows the request
+        except Exception as error:  # the outermost handler that knows the request id
             log_failure(request_id, error)
-            if not is_started:  # else the server drops the connection, for the answer is cut short
+            if not is_started:  # else the server drops the connection: the answer is incomplete
                 await internal(request_id).response()(scope, receive, send_with_id)
 
 
 def _check_head(scope: Scope) -> None:
-    """Limit request line and headers. The HTTP parser limits only what is not complete yet.
+    """Limit the request line and headers. The HTTP parser limits incomplete ones only.
 
     Raises:
         ApiError: 431.
@@ -60,7 +60,7 @@ def _check_head(scope: Scope) -> None:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The caller's own id if it is a plain word, for tracing through proxies; else a fresh one."""
+    """The caller's id if it is a plain word, for tracing through proxies; otherwise a new one."""
     given = [value for name, value in scope["headers"] if name == b"x-request-id"]
     if len(given) == 1 and _ACCEPTABLE_ID.fullmatch(given[0]):
         return str(given[0].decode())

@@ -1,4 +1,4 @@
-"""The chunks of a streamed answer, whichever kind it is."""
+"""Chunks of a streamed answer, for either endpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from serving.http.errors import ApiError
 from serving.http.generation import Generation
-from serving.http.schemas import ChatChunk, CompletionResponse
+from serving.http.response_bodies import ChatChunk, CompletionResponse
 from serving.http.streaming import DONE, event
 from serving.requests import Output
 
@@ -15,10 +15,10 @@ Chunk = TypeVar("Chunk", bound=CompletionResponse | ChatChunk, covariant=True)
 
 
 class ChunkWriter(Protocol[Chunk]):
-    """Turns outputs into chunks; it remembers what the client of this stream has seen."""
+    """Turns outputs into chunks and keeps track of what the client has received."""
 
     def chunks(self, index: int, output: Output) -> Sequence[Chunk]:
-        """Chunks for what is new of one choice; at least one when it is finished."""
+        """Chunks for one choice's new output; at least one when the choice is finished."""
 
     def bare_chunk(self) -> Chunk:
         """A chunk without choices."""
@@ -27,7 +27,7 @@ class ChunkWriter(Protocol[Chunk]):
 async def chunk_events(
     generation: Generation, writer: ChunkWriter[Chunk], include_usage: bool
 ) -> AsyncIterator[bytes]:
-    """Server-sent events of a whole answer. The last chunk carries ``speculation``."""
+    """Server-sent events of an entire answer. The last chunk carries ``speculation``."""
     try:
         async for news in generation.news():
             chunks = [chunk for index, output in news for chunk in writer.chunks(index, output)]

@@ -1,4 +1,4 @@
-"""What the routes of one app share."""
+"""State that the routes of one app share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.requests import HTTPConnection
 
 from configs.schema import Settings
-from serving.http.face import EngineFace
+from serving.http.face import RunningServer
 from serving.http.history import History
 from serving.http.metrics import Metrics
 from serving.http.prompts import PromptEncoder
@@ -17,9 +17,9 @@ from serving.http.prompts import PromptEncoder
 
 @dataclass(slots=True)
 class Context:
-    """One per app; two apps in one process share nothing."""
+    """One instance per app; two apps in a process share nothing."""
 
-    engine: EngineFace
+    server: RunningServer
     settings: Settings
     metrics: Metrics
     prompts: PromptEncoder
@@ -29,17 +29,17 @@ class Context:
     """Engine requests whose HTTP response is not finished."""
 
     def begin_drain(self) -> None:
-        """Turn /ready off and admit nothing; what is in flight goes on."""
+        """Answer /ready with 503 and admit no requests; those in flight continue."""
         self.is_draining = True
-        self.engine.drain()
+        self.server.inbox.drain()
 
     def cancel_inflight(self) -> None:
         for request_id in list(self.inflight_ids):
-            self.engine.cancel(request_id)
+            self.server.inbox.cancel(request_id)
 
     @property
     def is_ready(self) -> bool:
-        return not self.is_draining and self.engine.is_ready()
+        return not self.is_draining and self.server.is_ready()
 
 
 def attach(app: FastAPI, context: Context) -> None:

@@ -1,8 +1,8 @@
-"""How the process lives and ends.
+"""The server process from binding its socket to its exit.
 
-SIGTERM or SIGINT: /ready turns 503 and nothing new is admitted, while the listener stays open so
-that load balancers can see it; what is in flight finishes, for at most ``server.drain_s``; then the
-process exits with 0. A second signal stops now, with 1.
+On SIGTERM or SIGINT, /ready turns 503 and no new requests are admitted, while the listener stays
+open so that load balancers can see it. Requests in flight get at most ``server.drain_s`` to finish;
+then the process exits with 0. A second signal stops it immediately, with 1.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from configs.schema import Settings
 from serving.http.boundary import MAX_HEAD_BYTES
 from serving.http.context import Context, of_app
 from serving.http.errors import ApiError, invalid, logger
-from serving.http.face import EngineFace
+from serving.http.face import ServedModel
 
 HEADER_S = 10.0
-"""A client that has begun a request must finish its headers within this time."""
+"""Time from the first byte of a request to the end of its headers."""
 KEEP_ALIVE_S = 75
-"""An idle connection stays open for so long: longer than clients keep theirs in a pool (the openai
-client 5 s, common load balancers 60 s). Whoever closes first must be the client: a request sent at
-the moment when the server closes is lost."""
+"""Idle connections stay open longer than clients keep theirs in a pool (the openai client 5 s,
+common load balancers 60 s). The client must close first: a request sent while the server closes is
+lost."""
 LAST_WORDS_S = 2.0
-"""Time to tell clients that their requests were cancelled at the end of the drain."""
+"""Time to answer clients whose requests were cancelled at the end of the drain."""
 SERVER_FILE = "server.json"
 
 
 def serve(
-    app: FastAPI, engine: EngineFace, settings: Settings, bound: socket.socket | None = None
+    app: FastAPI, model: ServedModel, settings: Settings, bound: socket.socket | None = None
 ) -> int:
-    """Answer until told to stop.
+    """Answer requests until a signal arrives.
 
     Args:
-        bound: what ``bind`` returned, for a caller who wants a taken port to fail early.
+        bound: socket from ``bind``, for a caller that wants to fail early if the port is taken.
 
     Returns:
         Exit code: 0 after a drain, 1 when a second signal cut it short.
@@ -59,9 +59,9 @@ def serve(
     file = settings.run_dir / SERVER_FILE
 
     def announce() -> None:
-        write_server_file(file, host, port, engine.model_name)
+        write_server_file(file, host, port, model.model_name)
         shown = f"[{host}]" if ":" in host else host
-        logger.info("ready: serving %s at http://%s:%d", engine.model_name, shown, port)
+        logger.info("ready: serving %s at http://%s:%d", model.model_name, shown, port)
 
     server = DrainingServer(
         uvicorn.Config(
@@ -87,16 +87,16 @@ def serve(
 
 
 def bind(settings: Settings) -> socket.socket:
-    """A socket on the address of the settings. Nobody can connect before ``serve`` listens.
+    """A socket on the configured address. No client can connect before ``serve`` listens.
 
-    A ``server.json`` that a killed server left behind goes.
+    Removes a ``server.json`` that a killed server left behind.
 
     Raises:
         OSError: the address is in use, or not this machine's; the text names the setting.
     """
     host, port = settings.server.host, settings.server.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named TCP, or asyncio leaves Nagle's algorithm on and every answer waits 40 ms for an ACK.
+    # Without the protocol asyncio leaves Nagle's algorithm on: answers wait 40 ms for an ACK.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -105,15 +105,15 @@ def bind(settings: Settings) -> socket.socket:
         bound.close()
         raise OSError(
             f"cannot bind server.host {host} and server.port {port}: {error.strerror}; "
-            f"stop what listens there, or choose another port (0 for a free one)"
+            f"stop the process that listens there, or choose another port (0 for a free one)"
         ) from error
-    # A killed server could not take it away; nobody shall look for us there.
+    # A killed server could not remove it, and this one is not reachable under that address.
     (settings.run_dir / SERVER_FILE).unlink(missing_ok=True)
     return bound
 
 
 def write_server_file(file: Path, host: str, port: int, model: str) -> None:
-    """Tell other programs where this server is. Whole or not at all."""
+    """Publish the server's address for other programs, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     record = {"pid": os.getpid(), "host": host, "port": port, "model": model}
@@ -122,14 +122,14 @@ def write_server_file(file: Path, host: str, port: int, model: str) -> None:
 
 
 def remove_server_file(file: Path) -> None:
-    """Undo ``write_server_file``, unless another server of this run has written its own since."""
+    """Undo ``write_server_file``, unless another server of this run has overwritten the file."""
     with contextlib.suppress(FileNotFoundError):
         if json.loads(file.read_text())["pid"] == os.getpid():
             file.unlink()
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server with a drain before its shutdown."""
+    """uvicorn's server, drained before its shutdown."""
 
     def __init__(
         self, config: uvicorn.Config, context: Context, announce: Callable[[], None]
@@ -139,21 +139,21 @@ class DrainingServer(uvicorn.Server):
         self._announce = announce
         self._num_signals = 0
         self._deadline_s: float | None = None
-        """End of the drain on the monotonic clock, once it has begun."""
+        """End of the drain on the monotonic clock; ``None`` before it begins."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Runs between two instructions of the main thread: it may only set flags, for whatever
-        lock a longer call needs may be held by the code it interrupted."""
+        """Only sets flags: it interrupts the main thread anywhere, and the interrupted code may
+        hold the locks that a longer call needs."""
         self._num_signals += 1
         if self._num_signals > 1:
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True ends the main loop."""
+        """Called ten times a second. Returns True to end the main loop."""
         if await super().on_tick(counter):
             return True
         if self._num_signals == 0:
@@ -167,29 +167,29 @@ class DrainingServer(uvicorn.Server):
         self._deadline_s = time.monotonic() + drain_s
         self._context.begin_drain()
         logger.warning(
-            "draining: %d requests in flight get up to %.0f s; a second signal stops now",
-            self._context.engine.num_inflight(),
+            "draining: %d requests in flight get up to %.0f s; a second signal stops immediately",
+            self._context.server.inbox.num_inflight(),
             drain_s,
         )
 
     def _is_drained(self) -> bool:
-        """True when nothing is in flight any more, or when the time is up."""
+        """True if nothing is in flight, or if the time is over."""
         assert self._deadline_s is not None
         left_s = self._deadline_s - time.monotonic()
-        num_left = self._context.engine.num_inflight()
+        num_left = self._context.server.inbox.num_inflight()
         if num_left and left_s > 0:
             return False
         if num_left:
-            logger.warning("the drain is over: %d requests are cancelled", num_left)
+            logger.warning("drain time is over: cancelling %d requests", num_left)
             self._context.cancel_inflight()
-        # Responses that are still being written: a slow reader has the rest of the drain.
+        # For responses still being written: a slow reader gets the rest of the drain.
         self.config.timeout_graceful_shutdown = math.ceil(max(left_s, LAST_WORDS_S))
         return True
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with a limit on how long headers may take: without it, sockets that never
-    finish a request line are held for ever."""
+    """uvicorn's HTTP/1.1 with a time limit on headers: without it, a client that never finishes a
+    request line holds its socket forever."""
 
     _header_timer: asyncio.TimerHandle | None = None
 
@@ -202,7 +202,7 @@ class GuardedProtocol(H11Protocol):
         self._watch_headers()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP like everything else, unless an answer has begun already."""
+        """Refuse malformed HTTP in the usual error format, unless a response has begun."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

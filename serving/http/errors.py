@@ -1,7 +1,7 @@
-"""Every refusal in OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
+"""Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}.
 
-A message tells the caller what to change. It never holds text or tokens of a prompt, and what goes
-wrong inside is answered with a fixed text and the request id; the log has the rest.
+A message tells the caller what to change. It never contains text or tokens of a prompt; internal
+failures are answered with a fixed text and the request id, and the log has the details.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("serving.http")
 
 INTERNAL_MESSAGE = "The server failed on this request; its log has the details."
 CLIENT_GONE_STATUS = 499
-"""Status of a response that nobody reads."""
+"""Status of a response to a client that disconnected."""
 
 _TYPES = {
     401: "authentication_error",
@@ -39,18 +39,18 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
-    """Dotted path of the field at fault."""
+    """Dotted path of the invalid field."""
     code: str | None
 
 
 class ErrorBody(BaseModel):
-    """Body of every response that is not a success."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """A refusal on its way to the client."""
+    """An error to be answered to the client."""
 
     def __init__(
         self,
@@ -72,17 +72,17 @@ class ApiError(Exception):
 
 
 def invalid(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """400: the caller has to change the request."""
+    """400: the caller must change the request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def overloaded(message: str) -> ApiError:
-    """429: the same request may succeed in a moment."""
+    """429: the same request may succeed shortly."""
     return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
 
 
 def unavailable(message: str) -> ApiError:
-    """503: this server is going away, another may answer."""
+    """503: this server is shutting down; another may answer."""
     return ApiError(503, message, code="draining", headers={"Retry-After": "1"})
 
 
@@ -92,18 +92,18 @@ def internal(request_id: str) -> ApiError:
 
 
 def log_failure(request_id: str, error: BaseException) -> None:
-    """Write down where it failed. Not the exception's text: it may quote a prompt."""
+    """Log the traceback without the exception's text, which may quote a prompt."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("request %s failed: %s\n%s", request_id, type(error).__qualname__, frames)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """``responses=`` of a route: the refusals that it may answer, and those that any may."""
+    """``responses=`` of a route: its own error statuses and those that every route has."""
     return {status: {"model": ErrorBody} for status in sorted({*statuses, 431, 500})}
 
 
 def from_validation(first: ErrorDetails, model: type[BaseModel]) -> ApiError:
-    """What is wrong with a body, said without quoting its values."""
+    """The error for an invalid body. Does not quote its values."""
     loc = first["loc"]
     param = ".".join(printable(str(part)) for part in loc)
     if first["type"] == "extra_forbidden":
@@ -117,7 +117,7 @@ def from_validation(first: ErrorDetails, model: type[BaseModel]) -> ApiError:
 
 
 def printable(word: str, limit: int = 64) -> str:
-    """A client's own word, short and without control characters or lone surrogates."""
+    """A client's word, shortened, without control characters and lone surrogates."""
     return ascii(word[:limit])[1:-1]
 
 
@@ -128,7 +128,7 @@ def _unknown_field(name: str, param: str, known: Sequence[str]) -> ApiError:
 
 
 def _known_fields(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """Field names of the object at ``loc``; list positions are passed over."""
+    """Field names of the object at ``loc``; list indices are skipped."""
     for name in (part for part in loc if isinstance(part, str)):
         model = _model_in(model.model_fields[name].annotation)
     return list(model.model_fields)
@@ -147,7 +147,7 @@ async def on_api_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such path, wrong method."""
+    """Starlette's own errors: unknown path, wrong method."""
     assert isinstance(error, HTTPException)
     texts = {404: "No such route.", 405: "This route does not answer this method."}
     text = texts.get(error.status_code, str(error.detail))
@@ -156,7 +156,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_query_error(request: Request, error: Exception) -> Response:
-    """A query parameter that is not what the route declares."""
+    """An invalid query parameter."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ".".join(printable(str(part)) for part in first["loc"][1:])

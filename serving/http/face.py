@@ -1,4 +1,4 @@
-"""What HTTP needs of the engine, and nothing more."""
+"""What the HTTP face needs of a running server: one small protocol for each need."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any, Protocol
 from serving.requests import EngineFigures, OnOutput, Request
 
 
-class EngineFace(Protocol):
-    """``swap`` and ``rollback`` wait for the engine, ``drafter_status`` looks at the disk: they are
-    called on other threads. The rest is called from the event loop and returns at once."""
+class ServedModel(Protocol):
+    """The target and its limits; constant while the server runs."""
 
     @property
     def tokenizer(self) -> Any:
@@ -17,7 +16,7 @@ class EngineFace(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens, prompt and completion, of a request."""
+        """Most tokens of a request, prompt and completion together."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -32,25 +31,37 @@ class EngineFace(Protocol):
     @property
     def created_unix_s(self) -> int: ...
 
+
+class Inbox(Protocol):
+    """Requests on their way into the engine. Called from the event loop; returns at once."""
+
     def submit(self, request: Request, on_output: OnOutput) -> None:
         """Queue a request; ``on_output`` is called on the engine's thread until it finishes.
 
         Raises:
-            QueueFullError: too many requests wait already.
-            DrainingError: nothing new is admitted.
-            ValueError: the request can never run; the text says why.
+            QueueFullError: too many requests are waiting.
+            DrainingError: no new requests are admitted.
+            ValueError: the request can never be served; the text says why.
         """
 
     def cancel(self, request_id: str) -> None:
-        """End a request early and free its pages; unknown and finished ids are fine."""
+        """End a request early and free its pages; unknown and finished ids are ignored."""
 
-    def figures(self) -> EngineFigures: ...
+    def drain(self) -> None:
+        """Admit no new requests; those in flight continue."""
 
-    def policy_figures(self) -> dict[str, Any]: ...
+    def num_inflight(self) -> int:
+        """Requests submitted and not finished."""
 
-    def drafter_status(self) -> dict[str, Any]:
-        """Keys ``kind``, ``version``, ``parent``, ``staleness``, ``state``, ``versions``,
-        ``former``, ``last_error`` and more."""
+
+class Policy(Protocol):
+    """The policy's own view of itself, for the dashboard."""
+
+    def figures(self) -> dict[str, Any]: ...
+
+
+class Swapper(Protocol):
+    """Changes the drafter's version. Both wait for the engine: call them off the event loop."""
 
     def swap(self, version: int | None) -> dict[str, Any]:
         """Swap to a published version, ``None`` for the newest.
@@ -66,9 +77,29 @@ class EngineFace(Protocol):
             ValueError: there is none.
         """
 
-    def drain(self) -> None:
-        """Admit nothing from now on; what is in flight goes on."""
 
-    def num_inflight(self) -> int: ...
+class RunningServer(Protocol):
+    """What ``create_app`` is given: the parts above, and what is said of all of them together."""
 
-    def is_ready(self) -> bool: ...
+    @property
+    def model(self) -> ServedModel: ...
+
+    @property
+    def inbox(self) -> Inbox: ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def swapper(self) -> Swapper | None:
+        """``None`` if the server has no drafter that learns."""
+
+    def is_ready(self) -> bool:
+        """Decoding, and not draining."""
+
+    def figures(self) -> EngineFigures:
+        """Counters and gauges of engine, swaps and traces. Returns at once."""
+
+    def drafter_status(self) -> dict[str, Any]:
+        """Keys ``kind``, ``version``, ``parent``, ``staleness``, ``state``, ``versions``,
+        ``former``, ``last_error`` and more. Reads the run folder: call it off the event loop."""

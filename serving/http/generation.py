@@ -1,4 +1,4 @@
-"""One job in the engine: submitted whole, followed to its end, and never left running."""
+"""One job in the engine: all of its requests are submitted, followed to their end or cancelled."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from serving.http.context import Context
 from serving.http.errors import ApiError, internal, invalid, logger, overloaded, unavailable
 from serving.http.jobs import Job
 from serving.http.metrics import ChoiceClock
-from serving.http.schemas import PromptTokensDetails, Speculation, Usage
+from serving.http.response_bodies import PromptTokensDetails, Speculation, Usage
 from serving.http.streaming import Arrival, Mailbox, join_outputs, until_disconnect
 from serving.requests import DrainingError, Output, QueueFullError, Request, SpeculationStats
 
 News = list[tuple[int, Output]]
-"""(choice index, what is new of it), at most one entry for each choice."""
+"""(choice index, its new output), at most one entry for each choice."""
 
 
 class Generation:
-    """The running state of one job. Leaving it, however, cancels what is unfinished."""
+    """Running state of one job. Leaving the context, on any path, cancels unfinished requests."""
 
     def __init__(self, context: Context, job: Job, request_id: str) -> None:
         self.job = job
@@ -32,9 +32,9 @@ class Generation:
         self._mailbox = Mailbox(asyncio.get_running_loop())
         self._index = {request.id: index for index, request in enumerate(job.requests)}
         self._open: dict[str, ChoiceClock] = {}
-        """Clock of every request that has been submitted and is not finished."""
+        """Clock of every request that was submitted and has not finished."""
         self._last: dict[int, Output] = {}
-        """Newest output of each choice: its counters are totals."""
+        """Latest output of each choice; its counters are totals."""
         self._num_tokens = 0
 
     def submit(self) -> None:
@@ -54,15 +54,15 @@ class Generation:
         self._context.inflight_ids.add(request.id)
         self._open[request.id] = self._context.metrics.start_clock(time.perf_counter())
         try:
-            self._context.engine.submit(request, self._mailbox.put)
+            self._context.server.inbox.submit(request, self._mailbox.put)
         except BaseException:
             self._forget(request.id)
             raise
 
     def close(self) -> None:
-        """Cancel what still runs. Harmless when nothing does."""
+        """Cancel the requests that still run, if any."""
         for request_id in list(self._open):
-            self._context.engine.cancel(request_id)
+            self._context.server.inbox.cancel(request_id)
             self._context.metrics.count_finished("cancelled")
             self._forget(request_id)
 
@@ -82,7 +82,7 @@ class Generation:
         return not self._open
 
     async def news(self) -> AsyncIterator[News]:
-        """What the engine says, until every choice is finished.
+        """The engine's outputs, until every choice is finished.
 
         Raises:
             ApiError: 500 or 503, a choice ended without an answer.
@@ -97,7 +97,7 @@ class Generation:
             yield [(index, join_outputs(outputs)) for index, outputs in by_choice.items()]
 
     async def answers(self, receive: Receive) -> list[Output]:
-        """The whole output of each choice, in order of index.
+        """The complete output of each choice, ordered by index.
 
         Raises:
             ApiError: 500 or 503, a choice ended without an answer.
@@ -145,7 +145,7 @@ class Generation:
         del self._open[request_id]
 
     def usage(self) -> Usage:
-        """Each prompt counts once, however many choices it has."""
+        """Token counts. A prompt counts once, regardless of its number of choices."""
         first = [o for index, o in self._last.items() if self.job.is_first_choice(index)]
         prompt_tokens = sum(output.num_prompt_tokens for output in first)
         cached_tokens = sum(output.num_cached_tokens for output in first)
@@ -168,7 +168,7 @@ class Generation:
 
 
 def sum_stats(stats: Iterable[SpeculationStats]) -> SpeculationStats:
-    """Counts added up; the version is the newest of them."""
+    """Sums of the counts; the version is the newest one."""
     every = list(stats)
     return SpeculationStats(
         drafter_version=max(entry.drafter_version for entry in every),
@@ -179,11 +179,11 @@ def sum_stats(stats: Iterable[SpeculationStats]) -> SpeculationStats:
 
 
 def _refusal(error: BaseException) -> BaseException:
-    """What the client hears of a request that the engine did not take."""
+    """The error for a request that the engine did not accept."""
     if isinstance(error, QueueFullError):
-        return overloaded("The waiting queue is full (engine.max_queue); try again in a moment.")
+        return overloaded("The waiting queue is full (engine.max_queue); retry shortly.")
     if isinstance(error, DrainingError):
-        return unavailable("The server is shutting down and takes no new requests.")
+        return unavailable("The server is shutting down and accepts no new requests.")
     if isinstance(error, ValueError):
         return invalid(str(error), param="prompt", code="invalid_prompt")
     return error

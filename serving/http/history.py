@@ -1,4 +1,4 @@
-"""The last minutes of the engine's counters, so that a dashboard opened late shows them too."""
+"""Recent engine counters, so that a dashboard shows the minutes before it was opened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_SAMPLES = 900
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Counters at one moment; a reader takes differences."""
+    """Counters at one moment; readers take differences."""
 
     unix_s: float
     generation_tokens: int
@@ -28,7 +28,7 @@ SAMPLE_FIELDS = tuple(field.name for field in fields(Sample))
 
 
 class History:
-    """A ring of samples, filled by ``run``."""
+    """A ring of samples."""
 
     def __init__(self) -> None:
         self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
@@ -47,5 +47,5 @@ class History:
         )
 
     def rows(self, since_unix_s: float) -> list[list[float]]:
-        """Samples after a moment, oldest first, each in the order of ``SAMPLE_FIELDS``."""
+        """Samples after the given time, oldest first, each in the order of ``SAMPLE_FIELDS``."""
         return [list(astuple(s)) for s in self._samples if s.unix_s > since_unix_s]

@@ -1,4 +1,4 @@
-"""From a checked body to the requests of the engine: one job for each HTTP request."""
+"""Turns a validated body into engine requests: one job for each HTTP request."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from starlette.requests import Request as HttpRequest
 
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, invalid
-from serving.http.schemas import SamplingBody
-from serving.requests import Request, SamplingParams
+from serving.http.request_bodies import GenerationBody
+from serving.http.sampling_body import field_outside_vocabulary, sampling_params
+from serving.requests import Request
 
-GREEDY_BELOW = 1e-5
-"""Temperatures under it are greedy, as in vLLM: dividing logits by them would overflow."""
 NoCaptureHeader = Annotated[
     Literal["0", "1"],
-    Header(alias="X-Slipstream-No-Capture", description="1: as the body's `capture` set to false."),
+    Header(
+        alias="X-Slipstream-No-Capture",
+        description="1 is the same as `capture: false` in the body.",
+    ),
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one HTTP request asks of the engine."""
+    """The engine requests of one HTTP request."""
 
     id: str
     created_unix_s: int
@@ -42,7 +44,7 @@ class Job:
 
 def plan_job(
     http_request: HttpRequest,
-    body: SamplingBody,
+    body: GenerationBody,
     no_capture: str,
     prompts: Sequence[tuple[int, ...]],
     *,
@@ -50,13 +52,13 @@ def plan_job(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Job:
-    """Check what depends on this server and build the requests.
+    """Check the limits that depend on this server and build the requests.
 
     Args:
         no_capture: value of ``NoCaptureHeader``.
         prompts: token ids of each prompt.
-        max_tokens: ``None`` for all that fits.
-        logprobs: alternatives at each token, or ``None``.
+        max_tokens: ``None`` for as many as fit.
+        logprobs: alternatives for each token, or ``None``.
 
     Raises:
         ApiError: 400 or 404 that names the field.
@@ -70,8 +72,11 @@ def plan_job(
         Request(
             id=f"{job_id}-{place * num_choices + choice}",
             prompt_ids=prompt_ids,
-            sampling=_sampling(
-                body, choice, _max_tokens(context, prompt_ids, max_tokens), logprobs
+            sampling=sampling_params(
+                body,
+                choice,
+                max_tokens=_max_tokens(context, prompt_ids, max_tokens),
+                logprobs=logprobs,
             ),
             tenant="default" if body.user is None else body.user,
             max_draft=None if body.speculation is None else body.speculation.max_draft,
@@ -80,23 +85,25 @@ def plan_job(
         for place, prompt_ids in enumerate(prompts)
         for choice in range(num_choices)
     )
-    return Job(job_id, int(time.time()), context.engine.model_name, num_choices, requests)
+    return Job(job_id, int(time.time()), context.server.model.model_name, num_choices, requests)
 
 
-def check_model(context: Context, body: SamplingBody) -> None:
-    """Raises ApiError 404 for a model that is not served. ``None`` is the served one."""
-    if body.model not in (None, context.engine.model_name):
+def check_model(context: Context, body: GenerationBody) -> None:
+    """Raise ApiError 404 for a model that is not served. ``None`` is the served one."""
+    if body.model not in (None, context.server.model.model_name):
         raise ApiError(
             404,
-            f"The model does not exist; this server serves '{context.engine.model_name}'.",
+            f"The model does not exist; this server serves '{context.server.model.model_name}'.",
             param="model",
             code="model_not_found",
         )
 
 
-def check_limits(context: Context, body: SamplingBody, num_choices: int, num_prompts: int) -> None:
-    """Raises ApiError 400 where a field exceeds what the settings or the target allow."""
-    server, engine = context.settings.server, context.engine
+def check_limits(
+    context: Context, body: GenerationBody, num_choices: int, num_prompts: int
+) -> None:
+    """Raise ApiError 400 if a field exceeds what the settings or the target allow."""
+    server, model = context.settings.server, context.server.model
     max_queue = context.settings.engine.max_queue
     draft = 0 if body.speculation is None else body.speculation.max_draft or 0
     if num_choices > server.max_choices:
@@ -107,61 +114,35 @@ def check_limits(context: Context, body: SamplingBody, num_choices: int, num_pro
             f"engine.max_queue ({max_queue})",
             param="prompt",
         )
-    if draft > engine.max_draft:
+    if draft > model.max_draft:
         raise invalid(
-            f"speculation.max_draft: at most drafter.max_draft ({engine.max_draft})",
+            f"speculation.max_draft: at most drafter.max_draft ({model.max_draft})",
             param="speculation.max_draft",
         )
-    if any(token >= engine.vocab_size for token in body.stop_token_ids or ()):
-        raise invalid(
-            f"stop_token_ids: token ids are below {engine.vocab_size}", param="stop_token_ids"
-        )
-    if any(token >= engine.vocab_size for token, _ in body.logit_bias):
-        raise invalid(f"logit_bias: token ids are below {engine.vocab_size}", param="logit_bias")
+    if (name := field_outside_vocabulary(body, model.vocab_size)) is not None:
+        raise invalid(f"{name}: token ids are below {model.vocab_size}", param=name)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: only with stream=true", param="stream_options")
 
 
-def wants_usage(body: SamplingBody) -> bool:
-    """Whether a stream ends with a chunk of its own for ``usage``."""
+def wants_usage(body: GenerationBody) -> bool:
+    """True if the stream ends with a separate chunk for ``usage``."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
 def _max_tokens(context: Context, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
-    """The limit of one request, ``None`` meaning all that fits.
+    """The limit of one request; ``None`` means as many as fit.
 
     Raises:
         ApiError: 400, prompt and completion exceed the target's length.
     """
-    room = context.engine.max_model_len - len(prompt_ids)
+    room = context.server.model.max_model_len - len(prompt_ids)
     if room < (0 if wanted is None else wanted):
         completion = "" if wanted is None else f" and max_tokens {wanted}"
         raise invalid(
             f"prompt: {len(prompt_ids)} tokens{completion}, together at most "
-            f"engine.max_model_len ({context.engine.max_model_len})",
+            f"engine.max_model_len ({context.server.model.max_model_len})",
             param="prompt",
             code="context_length_exceeded",
         )
     return room if wanted is None else wanted
-
-
-def _sampling(
-    body: SamplingBody, choice: int, max_tokens: int, logprobs: int | None
-) -> SamplingParams:
-    temperature = 1.0 if body.temperature is None else body.temperature
-    return SamplingParams(
-        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k,
-        min_p=0.0 if body.min_p is None else body.min_p,
-        seed=None if body.seed is None else (body.seed + choice) % 2**63,
-        max_tokens=max_tokens,
-        stop=body.stop,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(body.ignore_eos),
-        logprobs=logprobs,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        logit_bias=body.logit_bias,
-    )

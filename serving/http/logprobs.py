@@ -1,24 +1,24 @@
-"""Log probabilities in the two shapes that OpenAI gave them."""
+"""Log probabilities in the formats of OpenAI's two endpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from serving.http.prompts import token_label
-from serving.http.schemas import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
+from serving.http.response_bodies import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
 from serving.requests import TokenLogprob
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot say (vLLM's choice too)."""
+"""Stands for minus infinity, which JSON lacks; the same value as in vLLM."""
 
 TokenText = Callable[[int], str | None]
-"""Text of one token; ``None`` where it is no whole character."""
+"""Text of one token; ``None`` if it is not a whole character."""
 
 
 def completion_logprobs(
     entries: Sequence[TokenLogprob], text_of: TokenText, offset: int
 ) -> CompletionLogprobs:
-    """Shape of /v1/completions.
+    """Format of /v1/completions.
 
     Args:
         offset: characters of the choice before these tokens.
@@ -36,7 +36,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], text_of: TokenText) -> ChatLogprobs:
-    """Shape of /v1/chat/completions."""
+    """Format of /v1/chat/completions."""
     return ChatLogprobs(content=[_chat_entry(entry, text_of) for entry in entries])
 
 

@@ -1,9 +1,8 @@
-"""What /metrics says: vLLM's names with our prefix, so that existing panels carry over; counters,
-not ratios.
+"""/metrics: vLLM's names with our prefix, so that existing panels carry over; counters, not ratios.
 
 Acceptance rate is rate(spec_decode_num_accepted_tokens_total) over
 rate(spec_decode_num_draft_tokens_total); mean acceptance length is 1 + accepted tokens over
-spec_decode_num_drafts_total. No label ever comes from a request.
+spec_decode_num_drafts_total. No label comes from a request.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serving.http.face import EngineFace
+from serving.http.face import RunningServer
 from serving.requests import EngineFigures, FinishReason
 
 PREFIX = "slipstream:"
@@ -38,7 +37,7 @@ _E2E_S = (
 
 
 class ChoiceClock:
-    """Times of one choice: to its first token, between its tokens, to its end."""
+    """Latencies of one choice: first token, between tokens, end to end."""
 
     def __init__(self, metrics: Metrics, submitted_s: float) -> None:
         self._metrics = metrics
@@ -46,8 +45,8 @@ class ChoiceClock:
         self._last_s: float | None = None
 
     def tick(self, at_s: float, num_tokens: int) -> None:
-        """Note tokens that were committed together. Each of m tokens took 1/m of the time, so that
-        the histogram's sum is wall time and its count is tokens."""
+        """Record tokens that were committed together. Each of m tokens counts 1/m of the time, so
+        that the histogram's sum is wall time and its count is tokens."""
         if num_tokens == 0:
             return
         if self._last_s is None:
@@ -63,17 +62,17 @@ class ChoiceClock:
 
 
 class Metrics:
-    """One registry for each app: two apps in a process share no figures."""
+    """One registry per app: two apps in a process share no metrics."""
 
-    def __init__(self, engine: EngineFace) -> None:
+    def __init__(self, server: RunningServer) -> None:
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": engine.model_name, "engine": "0"}
+        self._labels = {"model_name": server.model.model_name, "engine": "0"}
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From submission to the first token.", _TTFT_S
         )
         self.inter_token_latency = self._histogram(
             "inter_token_latency_seconds",
-            "Time of each further token; tokens committed together share theirs evenly.",
+            "Time of each further token; tokens committed together share it evenly.",
             _ITL_S,
         )
         self.e2e_request_latency = self._histogram(
@@ -87,7 +86,7 @@ class Metrics:
         )
         for reason in get_args(FinishReason):
             self._finished.labels(**self._labels, finished_reason=reason)
-        self.registry.register(EngineCollector(engine))
+        self.registry.register(ServerCollector(server))
 
     def start_clock(self, submitted_s: float) -> ChoiceClock:
         return ChoiceClock(self, submitted_s)
@@ -103,18 +102,18 @@ class Metrics:
         return family.labels(**self._labels)
 
 
-class EngineCollector(Collector):
-    """Reads the engine's figures when, and only when, somebody scrapes."""
+class ServerCollector(Collector):
+    """Reads the server's figures on every scrape."""
 
-    def __init__(self, engine: EngineFace) -> None:
-        self._engine = engine
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        yield from families(self._engine.figures(), self._engine.model_name)
+        yield from families(self._server.figures(), self._server.model.model_name)
 
 
 def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
-    """Every figure as a metric family, labelled with the model's name."""
+    """One metric family for each figure, labelled with the model's name."""
     common = [model_name, "0"]
 
     def gauge(name: str, text: str, value: float) -> Metric:
@@ -160,7 +159,7 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
     yield gauge("drafter_version", "Version in use.", figures.drafter_version)
     yield counters(
         "weight_swaps",
-        "Versions offered to the engine, by what became of them.",
+        "Versions offered to the engine, by outcome.",
         ("result",),
         {(result,): n for result, n in figures.swaps.items()},
     )
@@ -171,7 +170,7 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
     yield copies
     yield counters(
         "traces",
-        "Traces, by what became of them.",
+        "Traces, by outcome.",
         ("result",),
         {(result,): n for result, n in figures.traces.items()},
     )

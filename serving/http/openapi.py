@@ -1,5 +1,5 @@
-"""/openapi.json that tells the truth: request bodies that FastAPI does not see, and the limits that
-only this server's settings know."""
+"""/openapi.json, completed with the request bodies that FastAPI does not see and the limits that
+follow from the settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serving.http.context import Context
-from serving.http.schemas import ChatChunk, ChatRequest, CompletionRequest, NoFields, SwapRequest
+from serving.http.request_bodies import ChatRequest, CompletionRequest, NoFields, SwapRequest
+from serving.http.response_bodies import ChatChunk
+from serving.http.sampling_body import limit_schema
 
 _REFERENCE = "#/components/schemas/{model}"
 _BODIES = (CompletionRequest, ChatRequest, SwapRequest, NoFields)
@@ -31,15 +33,15 @@ def build_schema(app: FastAPI, context: Context) -> dict[str, Any]:
     _add_limits(schema["components"]["schemas"], context)
     for path in schema["paths"].values():
         for operation in path.values():
-            _tell_truth(operation, context)
+            _correct(operation, context)
     for model in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(model, None)
     return schema
 
 
-def _tell_truth(operation: dict[str, Any], context: Context) -> None:
-    """Undo what FastAPI assumes: that wrong parameters are 422, that refusals have the media type
-    of the answer, and that a key is wanted where none is set."""
+def _correct(operation: dict[str, Any], context: Context) -> None:
+    """Undo FastAPI's assumptions: that invalid parameters are 422, that errors have the media type
+    of the answer, and that a key is required if none is configured."""
     responses = operation["responses"]
     responses.pop("422", None)
     for status, response in responses.items():
@@ -50,22 +52,18 @@ def _tell_truth(operation: dict[str, Any], context: Context) -> None:
 
 
 def _add_limits(models: dict[str, Any], context: Context) -> None:
-    """Write what ``jobs.py`` checks into the models."""
-    engine, server = context.engine, context.settings.server
+    """Write the limits that ``jobs.py`` checks into the models."""
+    served, server = context.server.model, context.settings.server
     for model in ("CompletionRequest", "ChatRequest"):
         fields = models[model]["properties"]
         _integer(fields["n"])["maximum"] = server.max_choices
-        _branch(fields["model"], "string")["enum"] = [engine.model_name]
+        _branch(fields["model"], "string")["enum"] = [served.model_name]
         for name in ("max_tokens", "max_completion_tokens"):
             if name in fields:
-                _integer(fields[name])["maximum"] = engine.max_model_len
-        bias = _branch(fields["logit_bias"], "object")
-        (limits,) = bias["patternProperties"].values()
-        bias["patternProperties"] = {f"^({_decimals_to(engine.vocab_size - 1)})$": limits}
-        stop_ids = _branch(fields["stop_token_ids"], "array")
-        stop_ids["items"]["maximum"] = engine.vocab_size - 1
+                _integer(fields[name])["maximum"] = served.max_model_len
+        limit_schema(fields, served.vocab_size)
     max_draft = models["SpeculationOptions"]["properties"]["max_draft"]
-    _integer(max_draft)["maximum"] = engine.max_draft
+    _integer(max_draft)["maximum"] = served.max_draft
     for branch in models["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
         _limit_prompt(branch, context)
 
@@ -77,23 +75,11 @@ def _limit_prompt(branch: dict[str, Any], context: Context) -> None:
         return
     items = branch["items"]
     if items["type"] == "integer":
-        items["maximum"] = context.engine.vocab_size - 1
-        branch["maxItems"] = context.engine.max_model_len
+        items["maximum"] = context.server.model.vocab_size - 1
+        branch["maxItems"] = context.server.model.max_model_len
         return
     branch["maxItems"] = context.settings.engine.max_queue
     _limit_prompt(items, context)
-
-
-def _decimals_to(largest: int) -> str:
-    """A pattern of the numbers 0 to ``largest``, which has at least two digits."""
-    digits = str(largest)
-    forms = ["0", f"[1-9][0-9]{{0,{len(digits) - 2}}}"]
-    for place, digit in enumerate(digits):
-        lowest = 1 if place == 0 else 0
-        if int(digit) > lowest:
-            tail = len(digits) - place - 1
-            forms.append(f"{digits[:place]}[{lowest}-{int(digit) - 1}][0-9]{{{tail}}}")
-    return "|".join([*forms, digits])
 
 
 def _integer(field: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +87,6 @@ def _integer(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _branch(field: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The alternative of a nullable field that is not null."""
+    """The non-null alternative of a nullable field."""
     found: dict[str, Any] = next(b for b in field["anyOf"] if b.get("type") == kind)
     return found

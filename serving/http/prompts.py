@@ -1,4 +1,4 @@
-"""From text to token ids and back, off the event loop."""
+"""Tokenization off the event loop."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ T = TypeVar("T")
 
 
 class PromptEncoder:
-    """The target's tokenizer on one thread of its own: a long prompt delays other prompts, never
-    the streams that are running."""
+    """The target's tokenizer on a separate thread: a long prompt delays other prompts, but not the
+    running streams."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        if self._backend is not None:  # what a tokenizer.json may carry, and transformers ignores
+        if (
+            self._backend is not None
+        ):  # a tokenizer.json may set these, and transformers ignores them
             self._backend.no_truncation()
             self._backend.no_padding()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         self._token_texts: dict[int, str | None] = {}
 
     async def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each text, with the special tokens that the tokenizer adds by itself."""
+        """Token ids of each text, including the special tokens that the tokenizer adds."""
         return await self._run(lambda: [self._ids(text) for text in texts])
 
     async def encode_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant begins to speak.
+        """Token ids of a conversation, up to the start of the assistant's turn.
 
         Raises:
             ApiError: 400, the target has no chat template or its template refuses the messages.
@@ -54,7 +56,7 @@ class PromptEncoder:
             ) from None
 
     def token_text(self, token_id: int) -> str | None:
-        """Text of one token alone; ``None`` where it is no whole character."""
+        """Text of a single token; ``None`` if it is not a whole character."""
         if token_id not in self._token_texts:
             text: str = self._tokenizer.decode([token_id])
             self._token_texts[token_id] = None if REPLACEMENT in text else text
@@ -67,8 +69,8 @@ class PromptEncoder:
         return await asyncio.get_running_loop().run_in_executor(self._thread, job)
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """As ``tokenizer(text)``; its backend alone takes a third of the time and, unlike it, lets
-        other threads run: 1 MiB is 1.9 s instead of 7, the longest stall 0.09 s instead of 0.26."""
+        """Same as ``tokenizer(text)``. The backend alone takes a third of the time and lets other
+        threads run: 1.9 s instead of 7 for 1 MiB, longest stall 0.09 s instead of 0.26."""
         if self._backend is None:
             encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
             return tuple(encoded["input_ids"])
@@ -83,6 +85,6 @@ class PromptEncoder:
 
 
 def token_label(text_of: Callable[[int], str | None], token_id: int) -> str:
-    """How a token is called in a log probability: its text, or ``token_id:N``."""
+    """Label of a token in log probabilities: its text, or ``token_id:N``."""
     text = text_of(token_id)
     return f"token_id:{token_id}" if text is None else text

@@ -1,4 +1,4 @@
-"""Small things that several answers share."""
+"""Helpers that several routes share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from serving.http.errors import ErrorBody
-from serving.http.schemas import FinishReasonName
+from serving.http.response_bodies import FinishReasonName
 from serving.requests import Output
 
 REFUSALS = (400, 401, 404, 408, 413, 415, 429, 503)
-"""What a route that generates may answer instead."""
+"""Error statuses of the routes that generate."""
 
 
 def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:
-    """Second form of a 200, for ``responses=``: events that carry ``chunk``s, then [DONE]."""
+    """Streamed form of a 200, for ``responses=``: events with ``chunk``s, then [DONE]."""
     bodies = [{"$ref": f"#/components/schemas/{m.__name__}"} for m in (chunk, ErrorBody)]
     data = {
         "type": "string",
@@ -37,24 +37,24 @@ def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:
 
 
 def json_answer(model: BaseModel) -> Response:
-    """A model as it is: the route's ``response_model`` documents, it does not check again."""
+    """A model as JSON, not validated again: the route's ``response_model`` only documents it."""
     return Response(model.model_dump_json(), media_type="application/json")
 
 
 def reason_name(output: Output) -> FinishReasonName | None:
-    """Why a choice ended, as clients know it. One that ended otherwise has no answer."""
+    """Finish reason as clients know it. Cancelled and failed choices have no answer."""
     reason = output.finish_reason
     assert reason != "cancelled" and reason != "error"
     return reason
 
 
 def json_status(status: dict[str, Any]) -> Response:
-    """A dict of the engine's. NaN and infinities become null, other objects their text."""
+    """A dict as JSON. NaN and infinities become null, other objects their ``str``."""
     return Response(json.dumps(finite(status), default=str), media_type="application/json")
 
 
 def finite(value: Any) -> Any:
-    """The same tree with text keys and without floats that JSON cannot say."""
+    """The same tree with text keys; floats that JSON lacks become ``None``."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

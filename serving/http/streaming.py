@@ -1,7 +1,7 @@
-"""From the engine's thread to a client's socket, without either waiting for the other.
+"""Outputs from the engine's thread to a client's socket; neither waits for the other.
 
-The engine puts outputs into a ``Mailbox`` and goes on. The response takes whatever lies there: a
-client that reads slowly gets fewer and larger chunks. A mailbox holds at most one output for each
+The engine puts outputs into a ``Mailbox`` and continues. The response takes all that have arrived:
+a client that reads slowly gets fewer and larger chunks. A mailbox holds at most one output for each
 token of its requests, so memory is bounded by ``max_tokens``.
 """
 
@@ -23,20 +23,20 @@ from serving.http.errors import internal, log_failure, logger
 from serving.requests import Output
 
 STALL_S = 30.0
-"""A client that takes nothing for so long is given up and its requests are cancelled."""
+"""A client that reads nothing for this long is dropped and its requests are cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One output and when the engine made it."""
+    """One output and when the engine produced it."""
 
     at_s: float
-    """On the clock of ``time.perf_counter``."""
+    """``time.perf_counter()``."""
     output: Output
 
 
 class Mailbox:
-    """Outputs on their way to one response."""
+    """Outputs for one response."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -45,16 +45,16 @@ class Mailbox:
         self._news = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        """Called on the engine's thread. Wakes the loop only when the mailbox was empty."""
+        """Called on the engine's thread. Wakes the loop only if the mailbox was empty."""
         with self._lock:
             was_empty = not self._arrivals
             self._arrivals.append(Arrival(time.perf_counter(), output))
         if was_empty:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader
                 self._loop.call_soon_threadsafe(self._news.set)
 
     async def take(self) -> list[Arrival]:
-        """Everything that arrived since the last call, at least one."""
+        """All outputs since the last call; waits for at least one."""
         await self._news.wait()
         with self._lock:
             taken, self._arrivals = self._arrivals, []
@@ -63,7 +63,7 @@ class Mailbox:
 
 
 def join_outputs(outputs: Sequence[Output]) -> Output:
-    """One output that says what several of one request say, in order."""
+    """Several consecutive outputs of one request joined into one."""
     last = outputs[-1]
     if len(outputs) == 1:
         return last
@@ -77,7 +77,7 @@ def join_outputs(outputs: Sequence[Output]) -> Output:
 
 
 async def until_disconnect(receive: Receive) -> None:
-    """Return when the client has left. The body must have been read."""
+    """Return when the client has disconnected. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -91,10 +91,10 @@ DONE = event("[DONE]")
 
 
 class EventStream(Response):
-    """Server-sent events; ``on_close`` is called however the response ends.
+    """Server-sent events; ``on_close`` is called on every end of the response.
 
-    It ends early when the client leaves or takes nothing for ``stall_s``. The connection is then
-    dropped, because a finished stream would look complete.
+    The response ends early if the client disconnects or reads nothing for ``stall_s``. The
+    connection is then dropped, because a finished stream would look complete.
     """
 
     media_type = "text/event-stream"
@@ -141,13 +141,13 @@ class EventStream(Response):
             await self._send_body(send, b"", more=False)
         except TimeoutError:
             logger.warning(
-                "request %s: the client took nothing for %.0f s, request cancelled",
+                "request %s: the client read nothing for %.0f s, request cancelled",
                 self._request_id,
                 self._stall_s,
             )
 
     async def _guarded(self) -> AsyncIterator[bytes]:
-        """The events; a failure of ours becomes the last one, for the status is sent already."""
+        """The events; an internal failure becomes the last one: the status is already sent."""
         try:
             async for data in self._events:
                 yield data

@@ -28,7 +28,9 @@ def make_trace():
             request_id="cmpl-1",
             tenant="acme",
             target_fingerprint="ab" * 32,
-            sampling=Sampling(temperature=1.0, top_p=0.9, top_k=None, min_p=0.0, seed=7),
+            sampling=Sampling(
+                {"temperature": 1.0, "top_p": 0.9, "top_k": None, "min_p": 0.0, "seed": 7}
+            ),
             prompt_length=2,
             token_ids=np.array([5, 6, 7, 8, 9], np.int32),
             rounds=(

@@ -22,6 +22,10 @@ texts = st.text(max_size=20)
 counts = st.integers(0, 2**62)
 ids = st.integers(0, 2**31 - 1)
 seconds = st.floats(0, 1e6)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+sampling_values = st.dictionaries(
+    texts, finite | st.integers() | texts | st.booleans() | st.none(), max_size=5
+)
 
 
 def assert_same(left, right):
@@ -84,13 +88,7 @@ def traces(draw):
         request_id=draw(texts),
         tenant=draw(texts),
         target_fingerprint=draw(texts),
-        sampling=Sampling(
-            temperature=draw(seconds),
-            top_p=draw(st.floats(0, 1)),
-            top_k=draw(st.none() | st.integers(-1, 1000)),
-            min_p=draw(st.floats(0, 1)),
-            seed=draw(st.none() | st.integers()),
-        ),
+        sampling=Sampling({**draw(sampling_values), "temperature": draw(seconds)}),
         prompt_length=draw(st.integers(0, token_ids.size)),
         token_ids=token_ids,
         rounds=tuple(draw(st.lists(rounds(token_ids.size), max_size=4))),

@@ -34,6 +34,6 @@ def test_a_target_in_memory_serves_as_the_one_of_the_folder(tiny_target_dir, tmp
     requests = [request_of("0", [40, 41, 42], 20)]
     answers = [run(service.engine, requests)["0"].token_ids for service in services]
     assert answers[0] == answers[1] and len(answers[0]) == 20
-    assert services[0].model_name == tiny_target_dir.name
-    assert services[1].model_name == "in-memory"
-    assert services[1].engine.vocab_size == loaded.model.config.vocab_size
+    assert services[0].model.model_name == tiny_target_dir.name
+    assert services[1].model.model_name == "in-memory"
+    assert services[1].model.vocab_size == loaded.model.config.vocab_size

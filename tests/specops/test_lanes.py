@@ -23,7 +23,8 @@ def state_of(device, num_pages=NUM_PAGES):
     def some(high, *shape):
         return torch.randint(high, shape, generator=generator)
 
-    ints = torch.zeros((len(Field), NUM_LANES), dtype=torch.int64)
+    ints = torch.zeros((len(Field) + 2, NUM_LANES), dtype=torch.int64)
+    ints[len(Field) :] = some(99, 2, NUM_LANES)  # rows that only their own reader knows
     ints[Field.LENGTH] = torch.tensor(LENGTHS)
     ints[Field.NONCE] = some(9, NUM_LANES)
     ints[Field.ANCHOR] = some(1000, NUM_LANES)
@@ -33,7 +34,7 @@ def state_of(device, num_pages=NUM_PAGES):
     ints[Field.BY_MATCH] = torch.arange(NUM_LANES) % 2
     ints[Field.TOP_K] = some(50, NUM_LANES)
     ints[Field.CAPTURES] = torch.arange(NUM_LANES) % 3 % 2
-    floats = torch.rand(3, NUM_LANES, generator=generator)
+    floats = torch.rand(5, NUM_LANES, generator=generator)
     pages = some(5000, NUM_LANES, num_pages).int()
     pages[NUM_LANES - 1] = 0
     return LaneState(ints.to(device), floats.to(device), pages.to(device))

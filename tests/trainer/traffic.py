@@ -97,7 +97,7 @@ def trace_of(
         request_id=f"r{seq}",
         tenant="default",
         target_fingerprint=fingerprint,
-        sampling=Sampling(temperature, 1.0, None, 0.0, None),
+        sampling=Sampling({"temperature": temperature}),
         prompt_length=PROMPT,
         token_ids=ids.numpy().astype(np.int32),
         rounds=(Round(PROMPT, "eagle3", 0, (1,), None, (-0.5,), 0, 2, 1, 1.0, 1, 0.01),),

@@ -1,4 +1,4 @@
-"""What is answered, by noun. ``ALL`` is every route of the app."""
+"""Routes, one module per resource. ``ALL`` holds every route of the app."""
 
 from fastapi.routing import APIRoute
 

@@ -1,4 +1,4 @@
-"""Admin: look at the drafter, change its version, drain the server."""
+"""Admin routes: inspect the drafter, change its version, drain the server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from serving.http.auth import ADMIN
 from serving.http.bodies import body_schema, json_body
 from serving.http.context import context_of
 from serving.http.errors import ApiError, documented
+from serving.http.face import Swapper
+from serving.http.request_bodies import NoFields, SwapRequest
+from serving.http.response_bodies import DrafterStatus, Drain, SwapResult
 from serving.http.responses import json_status
-from serving.http.schemas import DrafterStatus, Drain, NoFields, SwapRequest, SwapResult
 
 router = APIRouter()
 
@@ -30,8 +32,8 @@ _NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
     responses=documented(401, 403),
 )
 async def drafter(request: Request) -> Response:
-    """Version in use, the versions to be had, and how the last swap went."""
-    return json_status(await asyncio.to_thread(context_of(request).engine.drafter_status))
+    """Version in use, available versions, and the result of the last swap."""
+    return json_status(await asyncio.to_thread(context_of(request).server.drafter_status))
 
 
 @router.post(
@@ -44,9 +46,9 @@ async def drafter(request: Request) -> Response:
 async def swap(
     request: Request, body: Annotated[SwapRequest, Depends(json_body(SwapRequest))]
 ) -> Response:
-    """Use another published version, between two steps; requests go on."""
-    engine = context_of(request).engine
-    return await _ordered(lambda: engine.swap(body.version))
+    """Switch to another published version between two steps; requests continue."""
+    swapper = _swapper(request)
+    return await _ordered(lambda: swapper.swap(body.version))
 
 
 @router.post(
@@ -58,7 +60,7 @@ async def swap(
 )
 async def rollback(request: Request, body: _NoFields) -> Response:
     """Return to the former version."""
-    return await _ordered(context_of(request).engine.rollback)
+    return await _ordered(_swapper(request).rollback)
 
 
 @router.post(
@@ -68,15 +70,26 @@ async def rollback(request: Request, body: _NoFields) -> Response:
     openapi_extra=body_schema(NoFields, required=False),
 )
 async def drain(request: Request, body: _NoFields) -> Drain:
-    """Take no new requests and turn /ready off. The process goes on until it gets SIGTERM."""
+    """Accept no new requests and answer /ready with 503. The process runs on until SIGTERM."""
     context = context_of(request)
     context.begin_drain()
-    return Drain(draining=True, inflight=context.engine.num_inflight())
+    return Drain(draining=True, inflight=context.server.inbox.num_inflight())
+
+
+def _swapper(request: Request) -> Swapper:
+    swapper = context_of(request).server.swapper
+    if swapper is None:
+        raise _refused("this server has no drafter that learns; there is nothing to swap")
+    return swapper
+
+
+def _refused(message: str) -> ApiError:
+    return ApiError(409, message, code="swap_refused")
 
 
 async def _ordered(order: Callable[[], dict[str, Any]]) -> Response:
-    """Carry out an order that reads weights from disk, off the event loop."""
+    """Run a swap or rollback, which reads weights from disk, off the event loop."""
     try:
         return json_status(await asyncio.to_thread(order))
     except ValueError as error:
-        raise ApiError(409, str(error), code="swap_refused") from None
+        raise _refused(str(error)) from None

@@ -17,17 +17,17 @@ from serving.http.errors import documented, invalid
 from serving.http.generation import Generation
 from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
 from serving.http.logprobs import chat_logprobs
-from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
-from serving.http.schemas import (
+from serving.http.request_bodies import ChatRequest
+from serving.http.response_bodies import (
     ChatAnswer,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatDelta,
     ChatLogprobs,
-    ChatRequest,
     ChatResponse,
 )
+from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
 from serving.http.streaming import EventStream
 from serving.requests import Output
 
@@ -71,7 +71,7 @@ async def create_chat_completion(
 
 
 def max_tokens(body: ChatRequest) -> int | None:
-    """The limit under either of its names; ``None`` for all that fits."""
+    """The limit under either of its names; ``None`` for as many as fit."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise invalid(
             "max_tokens: the former name of max_completion_tokens; send one of them",
@@ -135,7 +135,7 @@ class ChatWriter:
         )
 
     def _opening(self, index: int) -> ChatChunk:
-        """The first chunk of a choice says who speaks."""
+        """The first chunk of a choice, with its role."""
         chunk = self.bare_chunk()
         delta = ChatDelta(role="assistant", content="")
         chunk.choices = [

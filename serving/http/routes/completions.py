@@ -17,8 +17,9 @@ from serving.http.errors import documented
 from serving.http.generation import Generation
 from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
 from serving.http.logprobs import completion_logprobs
+from serving.http.request_bodies import CompletionRequest, Prompt
+from serving.http.response_bodies import CompletionChoice, CompletionResponse
 from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
-from serving.http.schemas import CompletionChoice, CompletionRequest, CompletionResponse, Prompt
 from serving.http.streaming import EventStream
 from serving.requests import Output
 
@@ -64,7 +65,7 @@ async def create_completion(
 
 
 async def prompt_ids(context: Context, prompt: Prompt) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, whichever of the four forms it came in."""
+    """Token ids of each prompt, given in any of the four forms."""
     if isinstance(prompt, str):
         return await context.prompts.encode([prompt])
     if isinstance(prompt[0], str):
@@ -75,7 +76,7 @@ async def prompt_ids(context: Context, prompt: Prompt) -> list[tuple[int, ...]]:
 
 
 class CompletionWriter:
-    """Outputs in the shape of /v1/completions."""
+    """Outputs in the format of /v1/completions."""
 
     def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
         self._prompts = context.prompts

@@ -1,4 +1,4 @@
-"""GET /dashboard: one page for a person, and the figures that it polls."""
+"""GET /dashboard: one page for people, and the data that it polls."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from serving.http.auth import PAGE
 from serving.http.context import context_of
 from serving.http.errors import documented
 from serving.http.history import SAMPLE_FIELDS
+from serving.http.response_bodies import ArmSteps, DashboardData
 from serving.http.responses import finite, json_answer
 from serving.http.routes.models import target_label
-from serving.http.schemas import ArmSteps, DashboardData
 from serving.requests import EngineFigures
 
 router = APIRouter()
@@ -42,7 +42,7 @@ _HEADERS = {
     responses=documented(401),
 )
 async def dashboard() -> Response:
-    """The page. It loads nothing from elsewhere."""
+    """The page. It loads nothing from other hosts."""
     return HTMLResponse(_PAGE, headers=_HEADERS)
 
 
@@ -58,17 +58,18 @@ async def dashboard_data(
         float, Query(ge=0, allow_inf_nan=False, description="only samples after this unix time")
     ] = 0.0,
 ) -> Response:
-    """Figures of now, and a sample of every second of the last minutes."""
+    """Current figures, and one sample per second of the last minutes."""
     context = context_of(request)
-    engine, figures = context.engine, context.engine.figures()
-    status = await asyncio.to_thread(engine.drafter_status)  # it looks at the run folder
+    server, model = context.server, context.server.model
+    figures = server.figures()
+    status = await asyncio.to_thread(server.drafter_status)  # it reads the run folder
     return json_answer(
         DashboardData(
-            model=engine.model_name,
+            model=model.model_name,
             target=target_label(context.settings.target),
             package_version=package_version(),
             unix_s=time.time(),
-            started_unix_s=engine.created_unix_s,
+            started_unix_s=model.created_unix_s,
             is_ready=context.is_ready,
             figures=_plain(figures),
             arms=[
@@ -76,7 +77,7 @@ async def dashboard_data(
                 for (drafter, draft_k), steps in sorted(figures.steps_by_arm.items())
             ],
             drafter=finite(status),
-            policy=finite(engine.policy_figures()),
+            policy=finite(server.policy.figures()),
             sample_fields=list(SAMPLE_FIELDS),
             samples=context.history.rows(since),
         )

@@ -11,7 +11,7 @@ from configs.version import package_version
 from serving.http.auth import USER
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, documented
-from serving.http.schemas import ModelCard, ModelList, ModelMetadata, Version
+from serving.http.response_bodies import ModelCard, ModelList, ModelMetadata, Version
 
 router = APIRouter()
 
@@ -37,21 +37,21 @@ async def get_version() -> Version:
 
 
 def target_label(target: str) -> str:
-    """The target's id, or the name of its folder: where it lies is nobody's business."""
+    """The target's id, or the name of its folder without the path, which clients need not know."""
     return Path(target).name if Path(target).is_dir() else target
 
 
 def _card(context: Context) -> ModelCard:
-    engine = context.engine
+    model = context.server.model
     return ModelCard(
-        id=engine.model_name,
+        id=model.model_name,
         object="model",
-        created=engine.created_unix_s,
+        created=model.created_unix_s,
         owned_by="slipstream",
-        max_model_len=engine.max_model_len,
+        max_model_len=model.max_model_len,
         metadata=ModelMetadata(
             target=target_label(context.settings.target),
-            drafter_version=engine.figures().drafter_version,
-            max_draft=engine.max_draft,
+            drafter_version=context.server.figures().drafter_version,
+            max_draft=model.max_draft,
         ),
     )

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from serving.http.auth import OPEN
 from serving.http.context import context_of
 from serving.http.errors import documented
+from serving.http.response_bodies import Health
 from serving.http.responses import json_answer
-from serving.http.schemas import Health
 
 router = APIRouter()
 

@@ -17,5 +17,5 @@ router = APIRouter()
 
 @router.get("/openapi.json", dependencies=USER, responses=documented(401))
 async def openapi(request: Request) -> dict[str, Any]:
-    """This interface, with the limits of this very server."""
+    """This API, with the limits of this server."""
     return build_schema(request.app, context_of(request))

@@ -1,4 +1,4 @@
-"""One server for all tests that leave it as they found it."""
+"""Servers that tests share; each test leaves them as it found them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def server(tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def locked_server(
     tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """With a key, and a queue of one behind a batch of one."""
+    """With a key, a batch of one and a queue of one."""
     folder = tmp_path_factory.mktemp("locked")
     queue = (
         "engine.max_batch=1",

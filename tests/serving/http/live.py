@@ -1,4 +1,4 @@
-"""A real server: ``python -m serving launch`` in a process of its own, on a port of its own."""
+"""A real server: ``python -m serving launch`` in its own process, on its own port."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def wait_for(condition, timeout_s: float) -> None:
 
 @contextmanager
 def running_server(target: Path, folder: Path, *more: str, **env: str) -> Iterator[LiveServer]:
-    """A server that answers /ready; killed, if it still lives, on leaving."""
+    """A server that answers /ready; killed on leaving if it is still alive."""
     run_dir, log_path = folder / "run", folder / "log.txt"
     settings = (*SETTINGS, f"target={target}", f"run_dir={run_dir}", *more)
     with log_path.open("wb") as log:

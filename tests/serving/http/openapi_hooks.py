@@ -1,4 +1,4 @@
-"""What schemathesis loads before it generates requests (``SCHEMATHESIS_HOOKS``)."""
+"""Hooks that schemathesis loads before it generates requests (``SCHEMATHESIS_HOOKS``)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ACROSS_FIELDS = {"prompt", "messages", "max_tokens", "stream_options", "top_logp
 """Fields that a valid body may still get wrong: no schema says how long a text is in tokens, or
 which fields go together."""
 FEW = 4
-"""Completion tokens in these tests, which are about shapes."""
+"""Completion tokens in these tests, which check formats."""
 
 
 @schemathesis.hook
 def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
-    """Ask for little work. A valid body stays valid and an invalid one invalid."""
+    """Reduce the work. Valid bodies stay valid and invalid ones invalid."""
     body = case.body
     if not isinstance(body, dict):
         return
@@ -32,7 +32,7 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
 
 @schemathesis.check
 def valid_data_is_taken(ctx: CheckContext, response: Response, case: Case) -> None:
-    """A body that the schema allows is refused only for what a schema cannot say."""
+    """A body that the schema allows is refused only for reasons that no schema can express."""
     is_valid = case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE
     if is_valid and response.status_code == 400:
         param = response.json()["error"]["param"]

@@ -1,4 +1,4 @@
-"""Orders of an operator, on a server that goes on answering."""
+"""Operators' commands, on a server that keeps answering requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ASK = {"prompt": "def add(", "max_tokens": 8, "temperature": 0, "seed": 1}
 
 
 def publish_copy(server: LiveServer, version: int) -> None:
-    """Version 0 once more, under another number."""
+    """Publish version 0 again under another number."""
     store = FolderWeights(server.run_dir / "weights")
     bundle = store.read(0)
     manifest = replace(bundle.manifest, version=version, parent=0, files={})
@@ -56,6 +56,15 @@ def test_the_status_says_where_it_stands(server: LiveServer):
         status = client.get("/admin/drafter").json()
     assert (status["kind"], status["version"]) == ("eagle3", 0)
     assert {"parent", "staleness", "state", "versions", "former", "last_error"} <= status.keys()
+
+
+def test_a_server_whose_drafter_does_not_learn_refuses_to_swap(locked_server: LiveServer):
+    with locked_server.client() as client:
+        answers = [order(client, "swap", {"version": 1}), order(client, "rollback")]
+    for answer in answers:
+        assert answer.status_code == 409
+        assert answer.json()["error"]["code"] == "swap_refused"
+        assert "nothing to swap" in answer.json()["error"]["message"]
 
 
 def test_orders_take_exactly_their_fields(server: LiveServer):

@@ -1,4 +1,4 @@
-"""Who may call what: every route, every way of not having the key."""
+"""Access control: every route, with every variant of a missing or wrong key."""
 
 from __future__ import annotations
 

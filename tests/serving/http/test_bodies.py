@@ -1,4 +1,4 @@
-"""Request bodies: limits come before work, and a refusal names the field without quoting values."""
+"""Request bodies: limits are checked before the work, errors name the field but quote no values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openai.resources.completions import Completions
 
 from serving.http.bodies import MAX_DEPTH, parse_body, parse_json
 from serving.http.errors import ApiError
-from serving.http.schemas import ChatRequest, CompletionRequest
+from serving.http.request_bodies import ChatRequest, CompletionRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
 

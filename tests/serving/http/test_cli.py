@@ -1,4 +1,4 @@
-"""``serving launch`` before a server runs: help is fast, and mistakes have one line each."""
+"""``serving launch`` before a server runs: help is fast, and each mistake prints one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a server: what is in flight finishes, and nothing new begins."""
+"""Shutdown: requests in flight finish, and no new ones are admitted."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_after_an_admin_drain_two_signals_stop_at_once(tiny_target_dir: Path, tm
 
 
 def test_a_full_queue_is_answered_429_at_once(locked_server: LiveServer):
-    """A batch of one and a queue of one: the third request has to come back."""
+    """A batch of one and a queue of one: the third request must be retried."""
     with locked_server.openai() as client:
         streams = []
         with pytest.raises(openai.RateLimitError) as caught:
@@ -173,7 +173,7 @@ def test_the_server_file_is_whole_or_absent(tmp_path: Path):
 
 
 def test_headers_that_never_end_are_cut_off(monkeypatch: pytest.MonkeyPatch):
-    """On uvicorn's own loop, with less patience than a real server has."""
+    """On uvicorn's own loop, with shorter timeouts than a real server."""
     monkeypatch.setattr(drain, "HEADER_S", 0.3)
     served: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Hostile clients: junk, floods and crawls. The server answers the next honest one at once."""
+"""Hostile clients: junk, floods and slow senders. The next honest client is answered at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/metrics: the names that panels know, from the engine's figures."""
+"""/metrics: the names that panels use, with the engine's figures."""
 
 from __future__ import annotations
 

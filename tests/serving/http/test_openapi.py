@@ -1,4 +1,4 @@
-"""The interface is what /openapi.json says: generated requests, valid and not, to every route."""
+"""The API matches /openapi.json: generated requests, valid and invalid, to every route."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from serving.http.routes import ALL
 from tests.serving.http.live import LiveServer, environment
 
 DRAIN = "/admin/drain"
-"""Ends the server that other tests use; `test_drain.py` calls it."""
+"""Drains the server that other tests use; tested in `test_drain.py`."""
 OWN = "/openapi.json"
-"""Is read by schemathesis and left out of its tests."""
+"""Read by schemathesis and excluded from its tests."""
 SILENT = "positive_data_acceptance,ignored_auth"
 """The first has a stricter form in `openapi_hooks.py`; the second needs a key, see
 `test_auth.py`."""

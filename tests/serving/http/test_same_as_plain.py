@@ -1,4 +1,4 @@
-"""Over HTTP: a body with drafts and the same body without are answered alike."""
+"""Over HTTP, the same body gets the same answer with and without drafts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from oracles.random_bodies import TEXTS, is_same, question, said
 
 TOLERANCE = 1e-3
-"""Of a log probability: float32 passes differ in shape."""
+"""Allowed difference of a log probability: float32 passes differ in shape."""
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -1,4 +1,4 @@
-"""From the engine's thread to a client: nothing lost, nothing waited for, nothing left behind."""
+"""From the engine's thread to a client: no output is lost, nobody waits, nothing leaks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def endless():
 
 
 def answer(client: Client, events, stall_s: float = 5.0) -> list[str]:
-    """Run one response to its end; how often it was closed."""
+    """Run one response to its end. Returns how often it was closed."""
     closed: list[str] = []
     request = SimpleNamespace(state=SimpleNamespace(request_id="id-1"))
 
@@ -118,7 +118,7 @@ def answer(client: Client, events, stall_s: float = 5.0) -> list[str]:
 def test_a_client_that_stops_reading_is_given_up(caplog):
     client = Client(reads=3)
     assert answer(client, endless(), stall_s=0.1) == ["closed"]
-    assert "id-1" in caplog.text and "took nothing" in caplog.text
+    assert "id-1" in caplog.text and "read nothing" in caplog.text
 
 
 def test_a_client_that_leaves_ends_the_request():

@@ -56,7 +56,7 @@ def ask(service, name, max_tokens=30, prompt=PROMPT, **params):
         if output.finish_reason:
             done.set()
 
-    service.submit(request_of(name, prompt, max_tokens, **params), take)
+    service.inbox.submit(request_of(name, prompt, max_tokens, **params), take)
     assert done.wait(60)
     return collected
 
@@ -103,8 +103,8 @@ def test_requests_under_way_survive_many_swaps(service, tmp_path):
 
     def flip():
         while not stop.is_set():
-            service.swap(0)
-            service.swap(1)
+            service.swapper.swap(0)
+            service.swapper.swap(1)
 
     flipper = threading.Thread(target=flip)
     flipper.start()
@@ -152,7 +152,7 @@ def test_a_damaged_bundle_is_refused_and_the_old_one_serves_on(service, tmp_path
     assert "snapshot 1 is damaged" in status["last_error"]
     assert ask(service, "after").token_ids == want
     with pytest.raises(ValueError, match="snapshot 1 is damaged"):
-        service.swap(1)
+        service.swapper.swap(1)
 
     publish_next(root, noisy)
     wait_until(lambda: service.drafter_status()["version"] == 2)
@@ -185,19 +185,19 @@ def test_an_older_version_is_taken_only_by_order_and_pins(service, tmp_path):
     publish_next(root, noisy)
     wait_until(lambda: service.drafter_status()["version"] == 1)
 
-    assert service.swap(0)["state"] == "pinned"
+    assert service.swapper.swap(0)["state"] == "pinned"
     publish_next(root, noisy)
     time.sleep(0.3)
     assert service.drafter_status()["version"] == 0
 
-    assert service.swap(None)["version"] == 2
+    assert service.swapper.swap(None)["version"] == 2
 
 
 def test_a_rolled_back_version_stays_away_also_after_a_restart(service, tiny_target_dir, tmp_path):
     publish_next(tmp_path / "weights", noisy)
     wait_until(lambda: service.drafter_status()["version"] == 1)
 
-    assert service.rollback()["version"] == 0
+    assert service.swapper.rollback()["version"] == 0
     time.sleep(0.2)
     assert service.drafter_status()["version"] == 0
     service.stop()
