@@ -253,7 +253,7 @@ def test_old_segments_can_leave_a_disk_that_is_full(tiny_disk):
 
 
 def test_a_power_cut_takes_nothing_that_was_acknowledged(tmp_path, monkeypatch):
-    """Simulated: only what was flushed is left of a file, and only if its folder was flushed too."""
+    """Simulated: only flushed bytes of a file are left, and only if its folder was flushed too."""
     flushed, named = {}, set()
     real_fdatasync, real_fsync = os.fdatasync, os.fsync
 
