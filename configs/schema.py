@@ -140,8 +140,8 @@ class BufferSettings(Section):
     """Trace log between server and trainer."""
 
     url: str = "log:"
-    """``log:`` is the embedded segment log in ``run_dir/traces``, ``log:/some/folder`` one elsewhere.
-    ``memory:NAME`` lives in one process and is for tests."""
+    """``log:`` is the embedded segment log in ``run_dir/traces``; ``log:/some/folder`` is one in
+    another folder. ``memory:NAME`` lives in one process and is for tests."""
     segment_bytes: int = Field(32 << 20, ge=4096)
     """Size at which a segment file is closed and the next one opened."""
     max_bytes: int = Field(2 << 30, ge=4096)

@@ -29,9 +29,10 @@ from pathlib import Path
 
 import httpx
 
-from buffer.traces import open_trace_reader
+from buffer.backends import open_backend
+from buffer.traces import TraceReader
 from configs.schema import Settings
-from serving.build import build_engine
+from serving.build import build_service
 from serving.engine.detokenize import Detokenizer
 from serving.engine.lanes import Lanes
 from serving.engine.sequence import Sequence
@@ -44,7 +45,7 @@ settings = Settings.model_validate({
     "target": target_dir, "run_dir": run_dir, "device": "cpu", "drafter": {"max_draft": 1},
     "policy": {"kind": "fixed", "draft_k": 1}, "engine": {"max_model_len": 64, "max_batch": 2},
 })
-service = build_engine(settings)
+service = build_service(settings)
 service.start()
 
 
@@ -70,10 +71,10 @@ async def ask():
 
 def lane_of(sampling):
     engine = service.engine
-    lanes = Lanes(2, 4, 4, engine.target)
+    lanes = Lanes(2, 4, 4, engine.programs.target)
     sequence = Sequence(
         request=Request("one", (5,), sampling), on_output=print, key=1,
-        detokenizer=Detokenizer(engine.tokenizer, ()), eos_ids=frozenset(), tokens=[5],
+        detokenizer=Detokenizer(service.model.tokenizer, ()), eos_ids=frozenset(), tokens=[5],
     )
     sequence.lane = lanes.take()
     lanes.write([sequence])
@@ -83,7 +84,7 @@ def lane_of(sampling):
 
 asked, shown = asyncio.run(ask())
 service.stop()
-reader = open_trace_reader(settings.buffer.url, Path(run_dir))
+reader = TraceReader(open_backend(settings.buffer.url, Path(run_dir)))
 traces = reader.read(10)
 print(json.dumps({
     "asked": asked,
