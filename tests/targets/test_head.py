@@ -1,4 +1,4 @@
-"""The two tensors the trainer reads give the logits and embeddings of the whole target."""
+"""The two tensors that a trainer reads yield the logits and embeddings of the whole target."""
 
 from __future__ import annotations
 

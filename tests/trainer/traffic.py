@@ -1,7 +1,7 @@
-"""A small real target, the traffic it would have served, and trainers on it.
+"""A small real target, traffic that it would have served, and trainers for it.
 
-Traces are made with plain transformers: sample a continuation token by token, then read the hidden
-states of one pass over all of it.
+Traces are made with plain transformers: continue token by token, then read the hidden states of one
+pass over the whole text.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def with_rows(trace: Trace, rows: np.ndarray[Any, Any]) -> Trace:
 
 
 def write_traces(run_dir: Path, traces: Iterable[Trace]) -> None:
-    """Put traces into the run's log, as a server that then ended."""
+    """Write traces to the run's log, like a server that then stopped."""
     with open_trace_writer(
         "log:", run_dir, segment_bytes=1 << 20, max_bytes=1 << 26, ttl_s=1e6, sync_interval_s=0.0
     ) as writer:
@@ -120,7 +120,7 @@ def write_traces(run_dir: Path, traces: Iterable[Trace]) -> None:
 
 
 def settings_for(run_dir: Path, target: Path, **trainer: Any) -> Settings:
-    """Small batches, eager publishing."""
+    """Small batches, frequent publishing."""
     values: dict[str, Any] = {
         "device": "cpu",
         "nice": 0,
@@ -145,7 +145,7 @@ def settings_for(run_dir: Path, target: Path, **trainer: Any) -> Settings:
 
 
 def train(settings: Settings) -> None:
-    """One trainer from start to end, in this process."""
+    """Run one trainer from start to end in this process."""
     run(build_trainer(settings, threading.Event()))
 
 
