@@ -91,7 +91,8 @@ class Trainer:
 
     def take_in_traces(self) -> None:
         """Move the traces that arrived into memory."""
-        self.memory.take_in(self.intake.read())
+        if samples := self.intake.read():
+            self.memory.take_in(samples)
 
     def update(self) -> None:
         """Train on one batch from memory."""
@@ -157,7 +158,7 @@ class Trainer:
                 keep=self.settings.trainer.keep_versions,
             )
         except OSError as error:
-            self.journal.event("publish_failed", text=f"{error}; training goes on")
+            self.journal.event("publish_failed", text=f"{error}; training continues")
             return
         self.refused_in_row = 0
         self.judge.promote(self.learner.average)
@@ -181,7 +182,7 @@ class Trainer:
                 self.checkpoints, self.state_to_json(), self.learner.state_tensors()
             )
         except OSError as error:
-            self.journal.event("checkpoint_failed", text=f"{error}; the former one stays")
+            self.journal.event("checkpoint_failed", text=f"{error}; the previous one stays")
             return
         self.journal.event(
             "checkpoint",

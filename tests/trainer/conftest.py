@@ -1,4 +1,4 @@
-"""One target and its traffic for all tests of the trainer."""
+"""One target and its traffic, shared by all trainer tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.trainer.traffic import fingerprint_of, make_traces, save_target
 
 @dataclass(frozen=True)
 class World:
-    """A target on disk and what it generated."""
+    """A target on disk and the traces it generated."""
 
     target: Path
     model: Any

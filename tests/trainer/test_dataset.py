@@ -1,4 +1,4 @@
-"""Only traces that fit the target reach a batch, and every row of theirs does so once."""
+"""Only traces that fit the target reach a batch, and each of their rows does so once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A candidate is published only if it is better on traces that nobody was trained on."""
+"""A candidate passes only if it is better on held-out traces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def better(world: World) -> Learner:
-    """25 updates ahead of a fresh one."""
+    """Learner after 25 updates."""
     return trained(world, 25)
 
 

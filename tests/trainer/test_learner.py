@@ -1,4 +1,4 @@
-"""An update that is not finite changes nothing; a learner goes on exactly where it was saved."""
+"""Updates that are not finite change nothing; a restored learner continues bit by bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every trace gets its turn, none more than allowed, and those that judge never teach."""
+"""Every sample gets its turn, within ``replay_ratio``; held-out samples are never trained on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A small real target, the traffic it would have served, and trainers on it.
+"""A small real target, traffic that it would have served, and trainers for it.
 
-Traces are made with plain transformers: sample a continuation token by token, then read the hidden
-states of one pass over all of it.
+Traces are made with plain transformers: continue token by token, then read the hidden states of one
+pass over the whole text.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def write_traces(run_dir: Path, traces: Iterable[Trace]) -> None:
 
 
 def settings_for(run_dir: Path, target: Path, **trainer: Any) -> Settings:
-    """Small batches, eager publishing."""
+    """Small batches, frequent publishing."""
     values: dict[str, Any] = {
         "device": "cpu",
         "nice": 0,
@@ -145,7 +145,7 @@ def settings_for(run_dir: Path, target: Path, **trainer: Any) -> Settings:
 
 
 def train(settings: Settings) -> None:
-    """One trainer from start to end, in this process."""
+    """Run one trainer from start to end in this process."""
     run(build_trainer(settings, threading.Event()))
 
 
