@@ -30,7 +30,7 @@ from drafters.eagle3.chains import by_chain, lay_out
 from drafters.eagle3.model import Eagle3
 from drafters.eagle3.training import chain_acceptance
 from drafters.samples import Sample
-from drafters.suffix import SuffixIndex
+from drafters.suffix.index import SuffixIndex
 from examples.machine import machine
 from policies.acceptance import suffix_bucket
 from targets.head import TargetHead, load_target_head

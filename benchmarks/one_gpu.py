@@ -33,7 +33,7 @@ from buffer.backends import open_backend
 from buffer.records import Acceptance, Trace
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.suffix import SuffixIndex
+from drafters.suffix.index import SuffixIndex
 from drafters.trainable import trainable
 from examples import demo
 from examples.live import View

@@ -165,7 +165,7 @@ class Manifest:
     parent: int | None
     """Version it was trained from."""
     kind: str
-    """Drafter kind, e.g. ``eagle3``."""
+    """Kind of the drafter: a name in the catalog of drafters."""
     drafter_config: dict[str, Any]
     """Shape of the drafter; must equal the running one's."""
     target_fingerprint: str

@@ -32,7 +32,7 @@ class Entry:
 
 CATALOG = {
     "eagle3": Entry("drafters.eagle3.paged:KIND", "drafters.eagle3.trainable:Eagle3Trainable"),
-    "suffix": Entry("drafters.suffix:KIND"),
+    "suffix": Entry("drafters.suffix.index:KIND"),
 }
 """Values of ``drafter.kind``."""
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
-from drafters.suffix import SuffixIndex
+from drafters.suffix.index import SuffixIndex
 from oracles.support import tiny_tokenizer
 from policies.interface import Decision, Outcome, StepObs
 from serving.capture.ring import CaptureRing, StoredDtype

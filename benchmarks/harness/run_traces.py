@@ -9,7 +9,7 @@ from buffer.records import Manifest, Trace
 from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.samples import Sample
-from drafters.suffix import SuffixIndex
+from drafters.suffix.index import SuffixIndex
 from policies.replay import is_held_out
 from targets.head import TargetHead
 from trainer.build import expected_of

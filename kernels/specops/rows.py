@@ -29,7 +29,7 @@ def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
 def norm_pair(
     ids_M: Tensor, table_VH: Tensor, hidden_MH: Tensor, embed_norm: Norm, hidden_norm: Norm
 ) -> Tensor:
-    """``(embed_norm(table[id]), hidden_norm(hidden))``, the input of EAGLE-3's layer.
+    """``(embed_norm(table[id]), hidden_norm(hidden))``, the input of a drafter's layer.
 
     Args:
         ids_M: [M] int64, each in 0..V-1 (not checked).

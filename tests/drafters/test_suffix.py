@@ -6,7 +6,8 @@ import zlib
 
 import pytest
 
-from drafters.suffix import SuffixIndex, _Recent
+from drafters.suffix.index import SuffixIndex
+from drafters.suffix.recent import RecentText
 
 
 def finished(index, key, tokens, *, keep=True, namespace=""):
@@ -187,7 +188,7 @@ def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
 
 
 def test_positions_start_again_before_they_overflow(monkeypatch):
-    monkeypatch.setattr(_Recent, "_MAX_POSITION", 30)
+    monkeypatch.setattr(RecentText, "_MAX_POSITION", 30)
     index = SuffixIndex(2, 12, 20)
     for key in range(12):
         finished(index, "a", [key, 100, 50 + key, 200])

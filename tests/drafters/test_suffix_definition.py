@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.suffix import SuffixIndex
+from drafters.suffix.index import SuffixIndex
 
 VOTES = 4
 BOUNDS = (2, 5)

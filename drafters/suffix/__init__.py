@@ -1,0 +1,1 @@
+"""The suffix index: proposes what followed the last few tokens when they occurred before."""

@@ -1,0 +1,256 @@
+"""The training-free drafter: what followed the last few tokens when they occurred before.
+
+Two places are searched: the request itself, and recent finished traffic. The longest match wins,
+the request's own on ties; among the latest occurrences of that match the most frequent next token
+is proposed, the latest on ties, and so on token by token.
+
+Privacy: finished traffic is shared by all requests of one *namespace*, so a draft may follow text
+of another user. Only a token that the target itself chose is ever committed, so no text leaks into
+outputs, but acceptance, hence timing, depends on it. ``recent_tokens=0`` keeps every request to
+itself; a namespace per tenant keeps tenants apart; ``finish(key, keep=False)`` leaves no trace.
+
+How: a request's own text is a suffix tree, which grows with it and finds the longest match in one
+descent of at most max_match nodes; 16 to 230 bytes a token for min_match=2, max_match=12, the least
+where the text repeats itself. Finished traffic lies in hash chains, as in zlib: for every length n
+in min_match..max_match a table maps the hash of an n-gram to its latest position, and every
+position to the one before it with the same hash. Positions count upward for ever and live in a
+ring, so an evicted position is one that is too old: nothing is ever deleted, and memory is fixed,
+about 100 bytes a token (40 MB at the default recent_tokens).
+
+Measured in CPython 3.11 on one of two busy cores (AMD EPYC), lengths 2..12, source code in pieces
+of 800 tokens, means of thread time: 1.4 us to commit a token, and 6.5 us where all tokens are the
+same; 2.6 us to match in the request alone, 9.5 us with 400,000 recent tokens; 2 us to propose 8
+tokens where all occurrences agree, 8 us where they vote; 0.9 us a token for a prompt, and 1 us a
+token when a request finishes (vectorised).
+
+Source: Saxena 2023, prompt lookup decoding; Oliaro et al. 2024, SuffixDecoding, arXiv:2411.04975.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.protocol import DrafterContext, DrafterKind, Traits
+from drafters.suffix.recent import END, MASK, RecentText
+from drafters.suffix.running import RunningText
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """Where the longest suffix occurred."""
+
+    length: int
+    """0: nowhere."""
+    is_own: bool
+    """In the request itself, else in finished traffic."""
+    slots: Sequence[int]
+    """Indices of its last token, latest first."""
+
+
+class _Own:
+    """One running request."""
+
+    def __init__(self, tokens: Sequence[int], namespace: str, min_match: int, max_match: int):
+        self.namespace = namespace
+        self.seed = zlib.crc32(namespace.encode()) & MASK
+        self.text = RunningText(min_match, max_match)
+        self.text.append(tokens)
+        self.match = _Match(0, is_own=True, slots=())
+        self.num_matched = 0
+        """Tokens when that was found."""
+        self.generation: int | None = None
+        """Of the finished traffic then."""
+
+    def all_tokens(self) -> NDArray[np.int32]:
+        return np.array(self.text.tokens, dtype=np.int32)
+
+
+TRAITS = Traits(
+    is_neural=False,
+    learns=False,
+    needs_match=True,
+    draws=False,
+    prior_acceptance=(0.0, 0.35, 0.45, 0.55, 0.7, 0.8),
+    prior_draft_cost=0.005,
+)
+
+
+class SuffixIndex:
+    """Suffix lookup for running requests over themselves and over recent finished ones. A
+    ``HostDrafter``."""
+
+    kind = "suffix"
+    traits = TRAITS
+    version = 0
+
+    def __init__(self, min_match: int, max_match: int, recent_tokens: int) -> None:
+        """
+        Args:
+            min_match: shortest suffix looked up, >= 1.
+            max_match: longest suffix looked up, >= min_match.
+            recent_tokens: bound on the tokens of finished sequences, a separator for each
+                included; 0 shares nothing between requests.
+        """
+        if not 1 <= min_match <= max_match:
+            raise ValueError(f"need 1 <= min_match <= max_match, got {min_match} and {max_match}")
+        if recent_tokens < 0:
+            raise ValueError(f"recent_tokens must be >= 0, got {recent_tokens}")
+        self._min_match = min_match
+        self._max_match = max_match
+        self._recent = RecentText(recent_tokens, min_match, max_match)
+        self._running: dict[str, _Own] = {}
+
+    @property
+    def num_recent_tokens(self) -> int:
+        """Tokens of finished sequences now searchable."""
+        return self._recent.num_tokens
+
+    @property
+    def num_recent_sequences(self) -> int:
+        return self._recent.num_sequences
+
+    @property
+    def num_evicted_sequences(self) -> int:
+        """Finished sequences that left for newer ones, since the start."""
+        return self._recent.num_evicted_sequences
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        return self._recent.num_evicted_tokens
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def begin(self, key: str, tokens: Sequence[int], namespace: str = "") -> None:
+        """Start following a request, from its prompt on.
+
+        Args:
+            key: id of the request among the running ones.
+            tokens: token ids >= 0, those of the prompt.
+            namespace: only finished sequences of the same one are searched.
+        """
+        if key in self._running:
+            raise ValueError(f"sequence {key!r} has begun already")
+        self._running[key] = _Own(tokens, namespace, self._min_match, self._max_match)
+
+    def extend(self, key: str, tokens: Sequence[int]) -> None:
+        """Append committed tokens."""
+        self._own(key).text.append(tokens)
+
+    def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
+        """Stop following; ``keep`` moves the sequence to the recent traffic, else it is gone.
+
+        Args:
+            num_tokens: of the sequence, where it ended before the last ones that were appended.
+        """
+        own = self._own(key)
+        del self._running[key]
+        if keep:
+            self._recent.add(own.all_tokens()[:num_tokens], own.namespace, own.seed)
+
+    def observe(self, key: str) -> int:
+        """Tokens of the longest suffix that occurred before, 0 if shorter than min_match."""
+        return self._current_match(self._own(key)).length
+
+    def propose(self, key: str, k: int) -> list[int]:
+        """Up to ``k`` token ids that followed the longest match; empty without a match."""
+        own = self._own(key)
+        draft: list[int] = []
+        match = self._current_match(own)
+        while len(draft) < k and match.length:
+            self._continue(own, match, draft, k)
+            if len(draft) < k:  # finished sequences ended here: look the proposal itself up
+                tail = (own.text.tokens[-self._max_match :] + draft)[-self._max_match :]
+                match = self._search(own, tail, self._max_match)
+        return draft
+
+    def _own(self, key: str) -> _Own:
+        own = self._running.get(key)
+        if own is None:
+            raise ValueError(f"no sequence {key!r} is running; begin it first")
+        return own
+
+    def _current_match(self, own: _Own) -> _Match:
+        """``observe`` and ``propose`` of one step search once."""
+        tokens, generation = own.text.tokens, self._recent.generation
+        longest = self._max_match
+        if own.generation == generation:
+            # A match is at most as much longer than the last one as there are new tokens.
+            new = len(tokens) - own.num_matched
+            if not new:
+                return own.match
+            longest = max(own.match.length, self._min_match - 1) + new
+        own.match = self._search(own, tokens[-self._max_match :], longest)
+        own.num_matched, own.generation = len(tokens), generation
+        return own.match
+
+    def _search(self, own: _Own, tail: list[int], longest: int) -> _Match:
+        """The longest match anywhere, the request's own on ties.
+
+        Args:
+            longest: no match in finished traffic is longer.
+        """
+        own_length, own_ends = own.text.find(tail)
+        bounds = own_length + 1, longest
+        length, ends = self._recent.find(tail, own.seed, bounds, own.namespace)
+        if not length:
+            return _Match(own_length, is_own=True, slots=own_ends)
+        slots = [self._recent.slot(end) for end in ends]
+        return _Match(length, is_own=False, slots=slots)
+
+    def _continue(self, own: _Own, match: _Match, draft: list[int], k: int) -> None:
+        """Append to ``draft`` what followed the match, until k or until every occurrence ended.
+
+        The request's own occurrences never end: they run on into the draft itself, as in LZ77.
+        """
+        view = own.text.tokens if match.is_own else self._recent.token_view
+        slots, offset = match.slots, 0
+        if run := _agreed(view, slots, k - len(draft)):
+            draft += run
+            return
+        while len(draft) < k:
+            offset += 1
+            if match.is_own:
+                over = offset - len(view)
+                tokens = [
+                    view[slot + offset] if slot + over < 0 else draft[slot + over] for slot in slots
+                ]
+            else:
+                tokens = [view[slot + offset] for slot in slots]
+            chosen = _most_frequent(tokens)
+            if chosen is None:
+                return
+            draft.append(chosen)
+            slots = [slot for slot, token in zip(slots, tokens, strict=True) if token == chosen]
+
+
+def _agreed(view: Sequence[int], slots: Sequence[int], num: int) -> list[int]:
+    """The ``num`` tokens that follow on every slot; empty if they differ or one sequence ends."""
+    run = view[slots[0] + 1 : slots[0] + 1 + num]
+    if len(run) < num or any(view[slot + 1 : slot + 1 + num] != run for slot in slots[1:]):
+        return []
+    return [] if END in run else list(run)
+
+
+def _most_frequent(tokens: list[int]) -> int | None:
+    """The first on ties; ``None`` when all sequences ended."""
+    if tokens[0] != END and tokens.count(tokens[0]) * 2 >= len(tokens):
+        return tokens[0]
+    counts = Counter(token for token in tokens if token != END)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def build(context: DrafterContext) -> SuffixIndex:
+    """An empty index with the bounds of ``drafter.suffix``."""
+    s = context.settings.suffix
+    return SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
+
+
+KIND = DrafterKind(TRAITS, build)
