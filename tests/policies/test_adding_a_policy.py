@@ -7,13 +7,15 @@ import json
 from oracles.one_line import run_in, with_addition
 
 ALTERNATING = '''
-"""Drafters take turns at K = policy.draft_k; a drafter whose weights changed is left out."""
+"""Drafters take turns at K = policy.draft_k; one whose weights have changed comes last."""
 
 from policies.fixed import PLAIN
 from policies.interface import Decision
 
 
 class AlternatingPolicy:
+    wants_profile = True
+
     def __init__(self, draft_k, context):
         self._draft_k = min(draft_k, context.max_draft)
         self._turns = list(context.drafters)
@@ -24,23 +26,24 @@ class AlternatingPolicy:
         return cls(settings.draft_k, context)
 
     def calibrate(self, samples):
-        self._turns.sort(key=lambda kind: min(s.step_s for s in samples if s.drafter == kind))
+        times = {kind: [s.step_s for s in samples if s.drafter == kind] for kind in self._turns}
+        self._turns.sort(key=lambda kind: min(times[kind], default=0.0))
 
     def rest(self):
         return None
 
     def plan(self, obs):
         ready = [kind for kind in self._turns if kind in obs.drafters]
-        if not ready:
+        k = min(self._draft_k, max(obs.caps))
+        if not ready or k == 0:
             return PLAIN
-        k = min(self._draft_k, *obs.caps)
         return Decision(ready[obs.step % len(ready)], k, 1.0, explore=False, reason="turn")
 
     def observe(self, outcome):
         self._accepted += sum(row.num_accepted for row in outcome.rows)
 
     def on_swap(self, drafter, version, calibration):
-        self._turns.remove(drafter)
+        self._turns.sort(key=lambda kind: kind == drafter)
 
     def figures(self):
         return {"kind": "alternating", "accepted": self._accepted}
@@ -96,7 +99,7 @@ def test_a_policy_is_one_file_and_one_catalog_line(tmp_path):
     assert done.returncode == 0, done.stderr
     played = json.loads(done.stdout)
     assert played["arms"] == [
-        [kind, 3] for kind in ("fast", "slow", "fast", "slow", "slow", "slow")
+        [kind, 3] for kind in ("fast", "slow", "fast", "slow", "slow", "fast")
     ]
     assert played["figures"] == {"kind": "alternating", "accepted": 12}
 
