@@ -25,9 +25,9 @@ from policies.catalog import build_policy
 from policies.interface import DraftPolicy
 from policies.rollback import SwapWatch
 from serving.capture.recorder import Recorder
-from serving.capture.ring import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.capture.traces import Producer, TraceMaker
 from serving.engine.assembly import Choices, assemble
+from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.engine.drafter_rows import BLOCK
 from serving.engine.inbox import Sequences
 from serving.engine.lanes import table_bytes_of

@@ -10,7 +10,7 @@ import torch
 from benchmarks.engine.engines import Made, Place, engine_of, release
 from benchmarks.engine.load import Prompt, Turn, answer_all, random_prompts
 from benchmarks.engine.report import Report
-from serving.capture.ring import StoredDtype
+from serving.engine.capture_ring import StoredDtype
 
 _NUM_PROMPT = 256
 _CLOSE_S = 60.0

@@ -10,7 +10,7 @@ from itertools import count
 import numpy as np
 
 from buffer.records import Sampling, Trace
-from serving.capture.ring import CaptureRing, Held, Piece, feature_rows
+from serving.engine.capture_ring import CaptureRing, Held, Piece, feature_rows
 from serving.engine.sequence import Sequence
 from serving.sampling import trace_values
 

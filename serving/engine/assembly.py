@@ -6,7 +6,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 from drafters.protocol import HostDrafter, NeuralDrafter
-from serving.capture.ring import CaptureRing
+from serving.engine.capture_ring import CaptureRing
 from serving.engine.inbox import Inbox, Limits, Sequences
 from serving.engine.loop import EngineParts
 from serving.engine.pages import PagePool

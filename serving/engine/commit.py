@@ -12,7 +12,7 @@ from functools import partial
 
 from buffer.records import Round
 from policies.interface import Decision
-from serving.capture.ring import CaptureRing
+from serving.engine.capture_ring import CaptureRing
 from serving.engine.drafting import Drafting
 from serving.engine.scheduler import Chunk
 from serving.engine.sequence import Sequence

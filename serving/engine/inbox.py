@@ -182,9 +182,7 @@ class Inbox:
                 f"possible"
             )
         if sampling.logprobs is not None and sampling.logprobs > MOST_LOGPROBS:
-            raise ValueError(
-                f"logprobs is {sampling.logprobs}, at most {MOST_LOGPROBS} is possible"
-            )
+            raise ValueError(f"logprobs is {sampling.logprobs}, at most {MOST_LOGPROBS}")
         total = num_prompt + sampling.max_tokens
         if total > limits.max_model_len:
             raise ValueError(

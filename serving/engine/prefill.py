@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.capture.ring import CaptureRing
+from serving.engine.capture_ring import CaptureRing
 from serving.engine.commit import Scored
 from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
 from serving.engine.drafter_rows import BLOCK, FeatureStore, cut

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 from drafters.protocol import HostDrafter, NeuralDrafter
-from serving.capture.ring import CaptureRing
+from serving.engine.capture_ring import CaptureRing
 from serving.engine.cuda_graphs import Graphs
 from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting

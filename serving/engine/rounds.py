@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.capture.ring import ROUNDS_ON_THE_WAY, CaptureRing
+from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.engine.commit import Proposed, Verified
 from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
 from serving.engine.drafter_rows import DrafterRows, FeatureStore

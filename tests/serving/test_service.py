@@ -6,12 +6,12 @@ import gc
 import weakref
 
 from configs.schema import Settings
-from serving.build import build_engine
+from serving.build import build_service
 
 
 def service_of(target, run_dir):
     settings = {"target": str(target), "run_dir": run_dir, "device": "cpu"}
-    return build_engine(Settings.model_validate({**settings, "engine": {"max_model_len": 64}}))
+    return build_service(Settings.model_validate({**settings, "engine": {"max_model_len": 64}}))
 
 
 def is_tracked(wanted) -> bool:

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from configs.schema import Settings
-from serving.build import build_engine
+from serving.build import build_service
 from specops import attention_triton, linear, linear_triton
 from specops.attention import DecodePass, decode_slots
 from specops.linear import Norm
@@ -161,4 +161,4 @@ def test_without_kernels_nothing_is_pinned(tiny_target_dir, tmp_path):
         }
     )
     with pytest.raises(ValueError, match=r"engine\.numerics is 'pinned'.*device is cpu"):
-        build_engine(settings)
+        build_service(settings)

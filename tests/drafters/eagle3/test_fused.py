@@ -178,14 +178,14 @@ def test_the_same_is_drafted_as_by_the_module(draft_vocab, use_kernels):
 
     found = []
     for drafter in paged:
-        outputs = drafter.take_in(ids, features, at)
+        outputs = drafter.observe(ids, features, at)
         seen = []
 
         def choose(logits, number, seen=seen):
             seen.append((number, logits))
             return module.to_target_ids(logits.argmax(-1))
 
-        drafts = [drafter.draft_ahead(outputs[2::3], after, k, choose) for k in (5, 1)]
+        drafts = [drafter.propose(outputs[2::3], after, k, choose) for k in (5, 1)]
         found.append((outputs, drafts, seen))
 
     (want_outputs, want, want_seen), (outputs, got, seen) = found
@@ -295,7 +295,7 @@ def test_a_captured_draft_repeats_itself_and_follows_new_weights(overlap):
 
     def draft():
         kept.clear()
-        return drafter.draft_ahead(outputs, at, 4, choose), torch.stack(kept)
+        return drafter.propose(outputs, at, 4, choose), torch.stack(kept)
 
     first = [t.clone() for t in draft()]
     graph = torch.cuda.CUDAGraph()

@@ -13,8 +13,8 @@ from buffer.interface import TraceLimits
 from buffer.traces import TraceReader
 from oracles.engines import make_engine, random_model, request_of, run
 from serving.capture.recorder import Recorder
-from serving.capture.ring import CaptureRing, feature_rows
 from serving.capture.traces import Producer, TraceMaker
+from serving.engine.capture_ring import CaptureRing, feature_rows
 from serving.engine.loop import Engine, Listeners
 
 PROMPT = list(range(30))
@@ -131,9 +131,9 @@ def test_rows_overwritten_in_the_ring_are_counted_and_masked(overlaps):
 
 def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(tmp_path):
     engine, maker, made = capturing(
-        make_engine(random_model("qwen3"), ring_rows=256, prefix_cache=False)
+        make_engine(random_model("qwen3"), ring_rows=442, prefix_cache=False)
     )
-    # 50 rows each, of which the ring holds those of 5 requests.
+    # 50 rows each. Rounds and prompts under way may overwrite 186, so 5 requests are held.
     run(engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(8)])
     backend = open_backend("memory:late", tmp_path)
     limits = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0)
@@ -159,12 +159,19 @@ def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
         make_engine(random_model("qwen3"), ring_rows=185)
 
 
+def written(ring, rows_NH):
+    """Append rows of one request, each as tapped layer and as last hidden state, and number them."""
+    count, none = torch.tensor([len(rows_NH)]), torch.zeros(1)
+    ring.append(rows_NH[:, None], rows_NH, count, none, none)
+    return ring.number([len(rows_NH)])[0]
+
+
 def test_the_ring_wraps_without_mixing_rows():
     ring = CaptureRing(10, 1, 4)
     pieces = []
     for start in range(0, 21, 3):
         rows = torch.arange(start, start + 3).float()[:, None].expand(3, 4)
-        pieces.append((start, ring.write(rows[:, None], rows), 3))
+        pieces.append((start, written(ring, rows), 3))
 
     held, lost = ring.read(pieces)
 
@@ -177,7 +184,7 @@ def test_rows_that_may_be_overwritten_while_they_are_copied_are_lost():
     """Rounds on their way append rows that the host has not heard of."""
     ring = CaptureRing(10, 1, 4)
     rows = torch.arange(8).float()[:, None].expand(8, 4)
-    pieces = [(0, ring.write(rows[:, None], rows), 8)]
+    pieces = [(0, written(ring, rows), 8)]
     ring.reserve(3)
 
     held, lost = ring.read(pieces)
@@ -192,7 +199,7 @@ def test_fp8_rows_keep_small_and_large_values():
     ring = CaptureRing(2, 1, 4, dtype="float8_e4m3fn")
     values = torch.tensor([[1e-3, 5.0, -448.0, 0.0]])
 
-    ring.write(values[:, None], values)
+    written(ring, values)
     held, _ = ring.read([(0, 0, 1)])
 
     assert restored(feature_rows(held, (1,)))[0, 0, 2] == -448.0

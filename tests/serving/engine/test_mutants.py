@@ -285,7 +285,9 @@ def test_a_row_with_the_shape_of_another_is_seen(model, by_the_book, monkeypatch
             return round_
         return replace(round_, floats_3R=round_.floats_3R.roll(1, dims=1))
 
-    plant(monkeypatch, opened(mixed_up))
+    # In rounds alone: programs of prompts are padded with a lane that belongs to nobody.
+    name, change = opened(mixed_up)
+    monkeypatch.setattr(serving.engine.rounds, name, change(serving.engine.rounds.open_round))
 
     assert not wrong_answers(model, by_the_book, max_batch=2)
     assert wrong_answers(model, by_the_book, max_batch=8)

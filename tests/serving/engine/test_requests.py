@@ -128,7 +128,7 @@ def test_what_can_never_run_is_refused_by_name(model, prompt, max_tokens, text):
     ("sampling", "text"),
     [
         ({"logit_bias": tuple((i, 1.0) for i in range(513))}, "513 tokens, at most 512"),
-        ({"logprobs": 21}, "logprobs is 21, more than 20"),
+        ({"logprobs": 21}, "logprobs is 21, at most 20"),
     ],
 )
 def test_what_no_program_holds_is_refused_by_name(sampling, text):

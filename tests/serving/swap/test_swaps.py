@@ -20,7 +20,7 @@ from buffer.records import Manifest
 from configs.schema import Settings
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import Collected, request_of
-from serving.build import build_engine
+from serving.build import build_service
 
 PROMPT = [40, 41, 42, 43]
 
@@ -28,7 +28,7 @@ PROMPT = [40, 41, 42, 43]
 @pytest.fixture
 def service(tiny_target_dir, tmp_path):
     settings = settings_for(tiny_target_dir, tmp_path)
-    service = build_engine(settings)
+    service = build_service(settings)
     service.start()
     yield service
     service.stop()
@@ -202,7 +202,7 @@ def test_a_rolled_back_version_stays_away_also_after_a_restart(service, tiny_tar
     assert service.drafter_status()["version"] == 0
     service.stop()
 
-    again = build_engine(settings_for(tiny_target_dir, tmp_path))
+    again = build_service(settings_for(tiny_target_dir, tmp_path))
     again.start()
     time.sleep(0.3)
     assert again.drafter_status()["version"] == 0
@@ -213,7 +213,7 @@ def test_a_version_that_accepts_less_is_rolled_back_by_itself(tiny_target_dir, t
     """The first drafter is good by construction, the new one is its negative."""
     settings = settings_for(tiny_target_dir, tmp_path / "run")
     drafter = settings.drafter.model_copy(update={"path": echo_bundle(tiny_target_dir, tmp_path)})
-    service = build_engine(settings.model_copy(update={"drafter": drafter}))
+    service = build_service(settings.model_copy(update={"drafter": drafter}))
     service.start()
     count = itertools.count()
 
@@ -260,10 +260,10 @@ def negated(tensors):
 
 
 def test_a_restart_passes_over_a_damaged_newest_version(tiny_target_dir, tmp_path):
-    first = build_engine(settings_for(tiny_target_dir, tmp_path))
+    first = build_service(settings_for(tiny_target_dir, tmp_path))
     first.stop()
     root = tmp_path / "weights"
     publish_next(root, noisy)
     damage_digest(root, publish_next(root, noisy))
 
-    assert build_engine(settings_for(tiny_target_dir, tmp_path)).drafter_status()["version"] == 1
+    assert build_service(settings_for(tiny_target_dir, tmp_path)).drafter_status()["version"] == 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from buffer.records import FeatureRows
-from specops.capture_pack import new_ring, quantise
+from specops.capture_pack import new_ring
 from specops.device import pack_kept_rows
 
 StoredDtype = Literal["bfloat16", "float8_e4m3fn"]
@@ -112,34 +112,6 @@ class CaptureRing:
     def synchronise(self) -> None:
         """Take over the row count of the device, after a step that failed half-way."""
         self._next = int(self._ring.next_1)
-
-    def write(self, features_NmH: Tensor, hidden_NH: Tensor) -> int:
-        """Append N rows and return the running number of the first. No program may be running.
-
-        Raises:
-            ValueError: more rows at once than the ring holds.
-        """
-        count = len(hidden_NH)
-        if count > self._capacity:
-            raise ValueError(f"{count} rows do not fit a ring of {self._capacity}")
-        first = self._next
-        rows = torch.cat((features_NmH, hidden_NH[:, None]), dim=1).to(torch.bfloat16)
-        if self._ring.scales is None:
-            self._place(self._ring.rows, first, rows)
-        else:
-            rows, scales = quantise(rows)
-            self._place(self._ring.rows.view(torch.uint8), first, rows.view(torch.uint8))
-            self._place(self._ring.scales, first, scales)
-        self._next += count
-        self._ring.next_1.add_(count)
-        return first
-
-    def _place(self, ring: Tensor, first: int, rows: Tensor) -> None:
-        at = first % self._capacity
-        head = min(len(rows), self._capacity - at)
-        ring[at : at + head].copy_(rows[:head])
-        if head < len(rows):
-            ring[: len(rows) - head].copy_(rows[head:])
 
     def num_lost(self, pieces: list[Piece], ahead: float = 0.0) -> int:
         """Rows that are lost, or will be once a share ``ahead`` of the ring is overwritten."""
