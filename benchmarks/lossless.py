@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.lossless_rows import compared, greedy_requests, law_row, random_prompts
 from configs.load import load_settings
 from examples import corpus

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from buffer.records import Acceptance
 from configs.load import load_settings
 from examples import corpus

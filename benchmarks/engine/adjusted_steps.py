@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.engine.steps import Fixed, decode, engine_with
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from examples import corpus
 from serving.engine.loop import Engine
 

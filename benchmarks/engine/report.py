@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from examples.machine import machine
 
 

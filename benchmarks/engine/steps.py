@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from configs.load import load_settings
 from examples import corpus
 from policies.interface import Decision, Outcome, StepObs

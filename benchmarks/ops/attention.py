@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.place import reason
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from specops import attention_triton

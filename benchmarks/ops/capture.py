@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from specops import capture_pack_triton
 from specops.capture_pack import new_ring, quantise

@@ -29,7 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from specops.attention import DecodePass, decode_slots
 from specops.device import decode_attention

@@ -29,7 +29,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.place import Work, reason
 from benchmarks.ops.timing import copy_bytes_per_s, eager
 from specops import distill_triton

@@ -30,7 +30,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from drafters.eagle3.fused import FusedEagle3
 from drafters.eagle3.model import Eagle3, Eagle3Config

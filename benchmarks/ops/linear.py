@@ -25,7 +25,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from specops import linear, linear_triton
 from specops.linear import Norm

@@ -24,7 +24,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.place import make_place
 from specops import lane_penalties_triton
 from specops.lane_penalties import LaneRequests, LaneTables, new_tables

@@ -26,7 +26,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.place import Place, Work, make_place
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
 from specops import device as on_device

@@ -32,7 +32,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,

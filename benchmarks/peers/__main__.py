@@ -36,7 +36,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.peers.steps import compare_steps
 from benchmarks.peers.ways import (
     Continuous,

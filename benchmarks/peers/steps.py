@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, StaticCache
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.decoder import random_weights
 from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
 from benchmarks.peers.ways import Ids, compiled_once, seconds_of, without_end

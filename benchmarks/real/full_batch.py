@@ -28,7 +28,7 @@ import typer
 
 from benchmarks.engine.steps import Fixed
 from benchmarks.harness.choice import known
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.real.speculation import FIXED, OFF, POLICY, engine_for, made_by, prompts_for
 from benchmarks.real.train_drafter import say
 from buffer.weights import versions

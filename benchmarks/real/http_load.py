@@ -42,7 +42,7 @@ import httpx
 import numpy as np
 import typer
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from examples import corpus
 from examples.demo import DemoSettings, _log, begin_server, own_folder, wait_for_server
 from examples.processes import Child, check_alive, stop, tail

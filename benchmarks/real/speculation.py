@@ -39,7 +39,7 @@ import typer
 
 from benchmarks.engine.steps import Fixed
 from benchmarks.harness.choice import known
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.real.train_drafter import FIGURES, say
 from buffer.records import Acceptance
 from buffer.weights import versions
