@@ -33,7 +33,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness.results import RESULTS, Row, write_result, write_rows
+from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 from benchmarks.harness.side import ANSWER
 
 THIS = Path(__file__).resolve().parent.parent
@@ -255,11 +255,6 @@ def shapes_of(cases: Sequence[Case]) -> Iterator[tuple[str, list[Case]]]:
     """Cases by shape, in order."""
     for shape in dict.fromkeys(case.shape for case in cases):
         yield shape, [case for case in cases if case.shape == shape]
-
-
-def say(text: str) -> None:
-    """Print at once, with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def line(case: Case, figure: dict[str, Any]) -> str:

@@ -1,0 +1,356 @@
+"""Every engine that a benchmark measures, built as the server builds it.
+
+``build`` is the only place that calls ``serving.build``. Whatever an arm of a measurement changes
+while an engine runs goes through the policy it was built with, a ``PolicySwitch``; whatever a
+benchmark reads beyond ``Engine.submit``, ``step`` and ``figures`` is a function at the end of this
+file.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from benchmarks.harness.predictable import make_drafter_predictable, make_target_predictable
+from benchmarks.harness.shapes import SHAPES, draft_vocab_size, draw_weights, random_weights
+from benchmarks.harness.side import number_tokenizer
+from buffer.records import Manifest
+from buffer.weights import TENSORS, publish
+from configs.load import load_settings
+from configs.schema import Settings
+from drafters.eagle3.model import Eagle3, config_for_target
+from policies.interface import Decision, DraftPolicy, Outcome, StepObs
+from serving.build import LoadedTarget, build_engine
+from serving.engine.loop import Engine
+from serving.engine.pages import page_names
+from serving.service import Service
+from targets.load import pick_dtype
+
+DEMO, ONE_GPU = Path("configs/demo.yaml"), Path("configs/one_gpu.yaml")
+
+
+# Policies
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One decode step that computed no prompt."""
+
+    seconds: float
+    batch: int
+    num_accepted: int
+
+    @property
+    def tokens_per_request(self) -> float:
+        return 1 + self.num_accepted / self.batch
+
+
+class PolicySwitch:
+    """A ``DraftPolicy`` that plays another one, chosen anew for each turn of a measurement.
+
+    Keeps when each step was planned, what it took, and when weights were swapped.
+    """
+
+    def __init__(self, own: DraftPolicy) -> None:
+        """
+        Args:
+            own: the policy of the settings; plays until another is chosen.
+        """
+        self.own = own
+        self._playing = own
+        self.steps: list[StepTime] = []
+        self.planned_s: list[float] = []
+        """``time.perf_counter()`` at each plan."""
+        self.swapped: list[int] = []
+        """Indices into ``planned_s``: the plan before each swap."""
+
+    def play(self, policy: DraftPolicy | None = None) -> None:
+        """Play ``policy`` from now on, the settings' own if ``None``, and forget former steps."""
+        self._playing = self.own if policy is None else policy
+        for kept in (self.steps, self.planned_s, self.swapped):
+            kept.clear()
+
+    def rest(self) -> Decision | None:
+        return self._playing.rest()
+
+    def plan(self, obs: StepObs) -> Decision:
+        self.planned_s.append(time.perf_counter())
+        return self._playing.plan(obs)
+
+    def observe(self, outcome: Outcome) -> None:
+        if not outcome.has_prefill:
+            accepted = sum(row.num_accepted for row in outcome.rows)
+            self.steps.append(StepTime(outcome.step_s, outcome.batch, accepted))
+        self._playing.observe(outcome)
+
+    def on_swap(self, *swap: Any) -> None:
+        self.swapped.append(len(self.planned_s) - 1)
+        self.own.on_swap(*swap)
+
+    def calibrate(self, *samples: Any) -> None:
+        """The costs measured at start-up are of use to the settings' own policy alone."""
+        calibrate = getattr(self.own, "calibrate", None)
+        if calibrate is not None:
+            calibrate(*samples)
+
+    def figures(self) -> dict[str, Any]:
+        return self._playing.figures()
+
+
+# Building
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One engine and what it was built from."""
+
+    service: Service
+    policy: PolicySwitch
+    device: torch.device
+    config: Any = None
+    """Hugging Face config of a target with random weights."""
+    model: Any = None
+    drafter_bytes: int = 0
+    """Weights of the neural drafter on the device; 0 without one."""
+
+    @property
+    def engine(self) -> Engine:
+        return self.service.engine
+
+
+def build(settings: Settings, loaded: LoadedTarget | None = None) -> tuple[Service, PolicySwitch]:
+    """A service that is not started, and the switch that its engine plans with."""
+    service = build_engine(settings, loaded)
+    switch = PolicySwitch(service.engine.policy)
+    service.engine.policy = switch
+    return service, switch
+
+
+@contextmanager
+def engine_from(config: Path, chosen: Sequence[str], device: str | None = None) -> Iterator[Built]:
+    """An engine by a settings file, in a run folder of its own, stopped at the end.
+
+    Args:
+        chosen: ``key=value`` over those of the file, as after ``--set``.
+        device: ``None``: the file's own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        where = [] if device is None else [f"device={device}"]
+        settings = load_settings([config], [f"run_dir={folder}", *where, *chosen], {})
+        built = Built(*build(settings), torch.device(settings.device))
+        try:
+            yield built
+        finally:
+            built.engine.stop()
+
+
+@contextmanager
+def engine_of(
+    shape: str,
+    device: torch.device,
+    chosen: dict[str, Any],
+    num_versions: int = 0,
+    *,
+    is_predictable: bool = False,
+) -> Iterator[Built]:
+    """An engine over a target with random weights, in a run folder of its own.
+
+    Args:
+        shape: a key of ``shapes.SHAPES``.
+        chosen: settings by section, e.g. ``{"engine": {"max_batch": 8}}``.
+        num_versions: drafter versions published before it starts; 0: no drafter.
+        is_predictable: force acceptance (``predictable.py``).
+    """
+    release(device)  # an engine built before
+    with tempfile.TemporaryDirectory() as folder:
+        target = random_target(shape, device, is_predictable=is_predictable)
+        drafter_bytes = 0
+        if num_versions:
+            root = Path(folder) / "weights"
+            drafter_bytes = publish_drafters(
+                root, target, num_versions, is_predictable=is_predictable
+            )
+        settings = settings_for(device, Path(folder), chosen, has_drafter=bool(num_versions))
+        started = time.perf_counter()
+        service, policy = build(settings, target)
+        print(f"{shape}: engine built in {time.perf_counter() - started:.1f} s", flush=True)
+        yield Built(service, policy, device, target.model.config, target.model, drafter_bytes)
+
+
+def settings_for(
+    device: torch.device, folder: Path, chosen: dict[str, Any], has_drafter: bool
+) -> Settings:
+    """Common settings of the engines over random targets, and what one benchmark chose."""
+    own: dict[str, Any] = {
+        "run_dir": folder,
+        "device": str(device),
+        "engine": {"max_queue": 4096, "prefill_chunk": 4096},
+        "drafter": {"kind": "eagle3" if has_drafter else "none", "suffix": {"enabled": False}},
+        "policy": {"kind": "fixed", "draft_k": 0},
+        "capture": {"enabled": False},
+        "swap": {"enabled": False},
+    }
+    if "programs" in type(Settings().engine).model_fields:
+        own["engine"]["programs"] = "always"
+    if not has_drafter:
+        own["drafter"]["max_draft"] = 0
+    for section, values in chosen.items():
+        own[section] = {**own.get(section, {}), **values}
+    return Settings.model_validate(own)
+
+
+# Targets and drafters
+
+
+def random_target(
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    is_predictable: bool = False,
+) -> LoadedTarget:
+    """A target of a published shape, its weights drawn on the device.
+
+    Args:
+        dtype: ``None``: bfloat16 on a GPU, float32 on a CPU.
+    """
+    torch.manual_seed(0)
+    config = SHAPES[shape]()
+    model = random_weights(config, device, pick_dtype("auto", device))
+    if is_predictable:
+        make_target_predictable(model)
+    if dtype is not None:
+        model = model.to(dtype)
+    kind = "predictable" if is_predictable else "random"
+    fingerprint = hashlib.sha256(f"{kind} {shape}".encode()).hexdigest()
+    return LoadedTarget(model, number_tokenizer(config.vocab_size), fingerprint, f"{kind}-{shape}")
+
+
+def publish_drafters(
+    root: Path, target: LoadedTarget, num_versions: int = 1, *, is_predictable: bool = False
+) -> int:
+    """Publish EAGLE-3 versions 0, 1, ... of the target's layer shape; returns the bytes of one."""
+    config = target.model.config
+    vocab_size = draft_vocab_size(config.vocab_size)
+    with target.model.device:
+        module = Eagle3(config_for_target(config, draft_vocab_size=vocab_size))
+    module.to(target.model.dtype)
+    for version in range(num_versions):
+        draw_weights(module)
+        tensors = module.bundle_tensors()
+        if is_predictable:
+            make_drafter_predictable(tensors, config.hidden_size)
+        manifest = Manifest(
+            version,
+            version - 1 if version else None,
+            "eagle3",
+            module.config.to_json(),
+            target.fingerprint,
+            {},
+        )
+        content = save({name: tensor.cpu() for name, tensor in tensors.items()})
+        publish(root, manifest, {TENSORS: content})
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+# Devices
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of the tensors on a GPU, those of CUDA graphs included; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of engines that nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# What benchmarks read of an engine
+
+
+def declare_computed(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> None:
+    """Enter all but the last tokens of each prompt into the prefix cache, uncomputed.
+
+    Gives requests a long context at once, each in pages of its own, whose keys and values are
+    whatever the pool holds.
+    """
+    scheduler = engine.scheduler
+    for prompt in prompts:
+        names = page_names(prompt[:-1], scheduler.page_size)
+        pages = scheduler.pool.take(len(names))
+        for page, name in zip(pages, names, strict=True):
+            scheduler.pool.name(page, name)
+        scheduler.pool.release(pages)
+
+
+def fill_pool(engine: Engine) -> None:
+    """Fill the KV pool with random keys and values."""
+    for tensor in (*engine.pool.keys, *engine.pool.values):
+        tensor.normal_()
+
+
+def num_positions_held(engine: Engine) -> int:
+    """Positions that the KV pool holds."""
+    return engine.scheduler.pool.num_usable * engine.scheduler.page_size
+
+
+def holds(engine: Engine, batch: int, num_prompt: int, max_tokens: int) -> bool:
+    """Whether the KV pool holds ``batch`` such requests at once."""
+    pages = engine.scheduler.num_pages_for(num_prompt, max_tokens)
+    return batch * pages <= engine.scheduler.pool.num_usable
+
+
+def round_seconds(engine: Engine, batch: int, drafter: str, draft_k: int) -> float:
+    """Time of one greedy round's program by itself, its launch included; nothing may be in flight.
+
+    Args:
+        drafter: ``none`` with K = 0; ``suffix``: drafts are uploaded, so none are computed.
+    """
+    assert engine.programs is not None
+    return engine.programs.rounds.device_seconds(batch, draft_k, drafter)
+
+
+def making_programs(engine: Engine) -> dict[str, Any]:
+    """Number of programs, and the seconds of their first runs, captures and timings."""
+    assert engine.programs is not None
+    return asdict(engine.programs.graphs.spent)
+
+
+@contextmanager
+def prefill_hold(engine: Engine, seconds: float) -> Iterator[None]:
+    """Let prompts wait for others at most ``seconds`` meanwhile."""
+    scheduler = engine.scheduler
+    former, scheduler.prefill_hold_s = scheduler.prefill_hold_s, seconds
+    try:
+        yield
+    finally:
+        scheduler.prefill_hold_s = former
+
+
+@contextmanager
+def verification(engine: Engine, rule: Any) -> Iterator[None]:
+    """Verify sampled requests without a seed by another rule meanwhile."""
+    former, engine.rule = engine.rule, rule
+    try:
+        yield
+    finally:
+        engine.rule = former
