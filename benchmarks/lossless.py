@@ -1,17 +1,17 @@
-"""Does drafting change what comes out? Counts, on two CPU cores.
+"""Does drafting change the output? Counts differences, on two CPU cores.
 
     python -m benchmarks.lossless        # a quarter of an hour
 
-* ``law``: sampled requests follow the target's joint law: chi-squared at p = 1e-9 of every setting
-  by every kind of drafter by both rules, 400,000 samples each (``oracles/joint_law.py``).
+* ``law``: sampled requests follow the target's joint law: chi-squared at p = 1e-9 for every
+  setting, kind of drafter and rule, 400,000 samples each (``oracles/joint_law.py``).
 * ``requests``: greedy and seeded requests that use every field of a client (penalties, biases,
-  truncation, stops, log probabilities) get the same answer as without drafts, float64.
-* ``greedy``: float32, batches of 1 to 64 requests of mixed lengths, drafter weights swapped every
-  50 steps: the same tokens as without drafts in batches of another size. Random targets and the
-  bundled one. Passes of different shapes round differently, so plain answers in both batch sizes
-  are compared as well: ``rounding`` is the most that a log probability moved between them. Where
-  the drafted answer differs, ``gap`` is the difference of the two best log probabilities; one of
-  at most twice the rounding is a tie.
+  truncation, stops, log probabilities) get the same answer as without drafts, in float64.
+* ``greedy``: in float32, batches of 1 to 64 requests of mixed lengths, with drafter weights swapped
+  every 50 steps, get the same tokens as without drafts in batches of another size. Random targets
+  and the bundled one. Batches of different shapes round differently, so plain answers in both batch sizes
+  are compared as well: ``rounding`` is the largest difference of a log probability between them.
+  Where a drafted answer differs, ``gap`` is the difference of the two best log probabilities; a gap
+  of at most twice the rounding is a tie.
 
 Writes ``benchmarks/results/lossless.json``.
 """
@@ -31,17 +31,11 @@ import torch
 import typer
 
 from benchmarks.harness.results import write_result
-from benchmarks.lossless_rows import compared, greedy_requests, law_row, random_prompts
-from configs.load import load_settings
+from benchmarks.lossless_gpu.engines import Run, Swaps, engine_of
 from examples import corpus
-from oracles.engines import RandomPolicy, make_engine, random_model, run
-from oracles.joint_law import (
-    REGIMES,
-    SETTINGS,
-    expected_law,
-    sample,
-    tables_of,
-)
+from oracles.engines import make_engine, random_model, run
+from oracles.greedy import compared, greedy_requests, law_row, random_prompts
+from oracles.joint_law import REGIMES, SETTINGS, expected_law, sample, tables_of
 from oracles.random_requests import (
     DRAFTERS,
     Answer,
@@ -52,7 +46,6 @@ from oracles.random_requests import (
     twice,
     with_ends,
 )
-from serving.build import build_engine
 from serving.engine.loop import Engine
 from serving.requests import Request
 
@@ -60,16 +53,16 @@ NUM_PROCESSES = 2
 VOCAB_SIZE = 288
 EOS = frozenset({40, 41, 42})
 SWAP_EVERY = 50
-"""Steps."""
+"""Steps between swaps."""
 KINDS = (*DRAFTERS, "swapped at every step")
 SHARE_BUNDLED = 0.1
-"""Of the greedy prompts; the others go to the random target."""
+"""Share of the greedy prompts for the bundled target; the random ones get the others."""
 SHARES = {1: 0.02, 4: 0.08, 16: 0.3, 64: 0.6}
 """Largest batch -> share of the random target's prompts."""
 
 
 def law(regime: str, rule: str, num_samples: int) -> list[dict[str, Any]]:
-    """One row for each setting."""
+    """Measure one row per setting."""
     torch.set_num_threads(1)
     tables, rows = tables_of(regime), []
     for number, setting in enumerate(SETTINGS):
@@ -80,7 +73,7 @@ def law(regime: str, rule: str, num_samples: int) -> list[dict[str, Any]]:
 
 
 def requests(kind: str, count: int) -> dict[str, Any]:
-    """Plain and drafted answers to ``count`` requests, half of them asked a second time."""
+    """Compare plain and drafted answers to ``count`` requests; each is sent twice."""
     torch.set_num_threads(1)
     numbers = random.Random(kind)
     model = random_model("qwen3", vocab_size=VOCAB_SIZE).double()
@@ -110,7 +103,7 @@ def requests(kind: str, count: int) -> dict[str, Any]:
 
 
 def greedy_random(architecture: str, max_batch: int, count: int) -> dict[str, Any]:
-    """Random target and drafters, in float32."""
+    """Compare answers of a random target with random drafters, in float32."""
     torch.set_num_threads(1)
     numbers = random.Random(max_batch)
     prompts = random_prompts(numbers, count, VOCAB_SIZE)
@@ -126,33 +119,35 @@ def greedy_random(architecture: str, max_batch: int, count: int) -> dict[str, An
     drafting = engine(max_batch, 8)
     again = run(drafting, plain)
     got = run(drafting, list(greedy_requests(prompts, lengths)), _scramble_every)
-    return compared(f"random {architecture}", max_batch, prompts, wanted, again, got, drafting)
+    name, figures = f"random {architecture}", drafting.figures()
+    return compared(name, max_batch, prompts, wanted, again, got, figures, drafting.version)
 
 
 def greedy_bundled(max_batch: int, count: int) -> dict[str, Any]:
-    """The bundled target, and its first drafter in turn with random weights."""
+    """Compare answers of the bundled target; its first drafter and random weights alternate."""
     torch.set_num_threads(1)
     per_domain = -(-count // len(corpus.DOMAINS))
     texts = [t for d in corpus.DOMAINS for t in corpus.prompts(d, per_domain, seed=max_batch)]
     numbers = random.Random(max_batch)
     texts = numbers.sample(texts, count)
     lengths = [numbers.randint(8, 48) for _ in texts]
-
-    def engine(batch: int, folder: str) -> Engine:
-        chosen = [f"run_dir={folder}", f"engine.max_batch={batch}", "policy.kind=fixed"]
-        made = build_engine(load_settings([Path("configs/demo.yaml")], chosen, {})).engine
-        made.policy = RandomPolicy()
-        made.on_rounds = made.between_steps = None  # weights change here, not by the swapper
-        return made
-
-    with tempfile.TemporaryDirectory() as folder:
-        drafting = engine(max_batch, folder)
-        prompts = [drafting.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    bundled, cpu = Run("bundled", "float32", "fast", 1.0), torch.device("cpu")
+    with engine_of(bundled, cpu, 12, None) as service:
+        prompts = [service.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
         plain = list(greedy_requests(prompts, lengths, num_top=2, max_draft=0))
-        wanted = run(engine(12, folder), plain)
-        again = run(drafting, plain)
-        got = run(drafting, list(greedy_requests(prompts, lengths)), _alternate(drafting))
-    return compared("bundled", max_batch, prompts, wanted, again, got, drafting)
+        wanted = run(service.engine, plain)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        engine_of(bundled, cpu, max_batch, Path(folder)) as service,
+    ):
+        again = run(service.engine, plain)
+        swaps = Swaps(service, SWAP_EVERY)
+        drafted = list(greedy_requests(prompts, lengths))
+        got = run(service.engine, drafted, swaps.between)
+        swaps.end()
+        num_swaps = service.figures().swaps["swapped"]
+        figures = service.engine.figures()
+    return compared("bundled", max_batch, prompts, wanted, again, got, figures, num_swaps)
 
 
 def _scramble_every(engine: Engine, step: int) -> None:
@@ -160,34 +155,15 @@ def _scramble_every(engine: Engine, step: int) -> None:
         scramble(engine, step)
 
 
-def _alternate(engine: Engine) -> Any:
-    """Its own weights and noise in turn."""
-    neural = engine.drafting.neural
-    assert neural is not None
-    own = [parameter.detach().clone() for parameter in neural.module.parameters()]
-
-    def between(engine: Engine, step: int) -> None:
-        if step % SWAP_EVERY:
-            return
-        if step // SWAP_EVERY % 2:
-            return scramble(engine, step)
-        with torch.no_grad():
-            for parameter, value in zip(neural.module.parameters(), own, strict=True):
-                parameter.copy_(value)
-        neural.version += 1
-
-    return between
-
-
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/lossless.json"
     ),
-    num_samples: Annotated[int, typer.Option(help="of each setting")] = 400_000,
-    num_requests: Annotated[int, typer.Option(help="of every kind")] = 2_000,
+    num_samples: Annotated[int, typer.Option(help="per setting")] = 400_000,
+    num_requests: Annotated[int, typer.Option(help="over all kinds")] = 2_000,
     num_prompts: Annotated[int, typer.Option(help="decoded greedily")] = 4_000,
 ) -> None:
-    """Count what differs."""
+    """Count differences."""
     started = time.time()
     bundled = round(num_prompts * SHARE_BUNDLED)
     others = {batch: round((num_prompts - bundled) * share) for batch, share in SHARES.items()}

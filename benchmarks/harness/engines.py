@@ -67,7 +67,7 @@ class PolicySwitch:
             own: the policy of the settings; plays until another is chosen.
         """
         self.own = own
-        self._playing = own
+        self.playing = own
         self.steps: list[StepTime] = []
         self.planned_s: list[float] = []
         """``time.perf_counter()`` at each plan."""
@@ -76,22 +76,22 @@ class PolicySwitch:
 
     def play(self, policy: DraftPolicy | None = None) -> None:
         """Play ``policy`` from now on, the settings' own if ``None``, and forget former steps."""
-        self._playing = self.own if policy is None else policy
+        self.playing = self.own if policy is None else policy
         for kept in (self.steps, self.planned_s, self.swapped):
             kept.clear()
 
     def rest(self) -> Decision | None:
-        return self._playing.rest()
+        return self.playing.rest()
 
     def plan(self, obs: StepObs) -> Decision:
         self.planned_s.append(time.perf_counter())
-        return self._playing.plan(obs)
+        return self.playing.plan(obs)
 
     def observe(self, outcome: Outcome) -> None:
         if not outcome.has_prefill:
             accepted = sum(row.num_accepted for row in outcome.rows)
             self.steps.append(StepTime(outcome.step_s, outcome.batch, accepted))
-        self._playing.observe(outcome)
+        self.playing.observe(outcome)
 
     def on_swap(self, *swap: Any) -> None:
         self.swapped.append(len(self.planned_s) - 1)
@@ -104,7 +104,7 @@ class PolicySwitch:
             calibrate(*samples)
 
     def figures(self) -> dict[str, Any]:
-        return self._playing.figures()
+        return self.playing.figures()
 
 
 # Building
@@ -204,8 +204,9 @@ def settings_for(
         own["engine"]["programs"] = "always"
     if not has_drafter:
         own["drafter"]["max_draft"] = 0
-    for section, values in chosen.items():
-        own[section] = {**own.get(section, {}), **values}
+    for key, value in chosen.items():
+        is_section = isinstance(value, dict)
+        own[key] = {**own.get(key, {}), **value} if is_section else value
     return Settings.model_validate(own)
 
 
@@ -336,10 +337,11 @@ def making_programs(engine: Engine) -> dict[str, Any]:
 
 
 @contextmanager
-def prefill_hold(engine: Engine, seconds: float) -> Iterator[None]:
-    """Let prompts wait for others at most ``seconds`` meanwhile."""
+def prefill_hold(engine: Engine, seconds: float | None) -> Iterator[None]:
+    """Meanwhile let prompts wait for others ``seconds`` at most; ``None``: as the settings say."""
     scheduler = engine.scheduler
-    former, scheduler.prefill_hold_s = scheduler.prefill_hold_s, seconds
+    former = scheduler.prefill_hold_s
+    scheduler.prefill_hold_s = former if seconds is None else seconds
     try:
         yield
     finally:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.lossless_rows import law_row
 from oracles.device_bugs import BUGS
 from oracles.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
+from oracles.greedy import law_row
 from oracles.joint_law import SETTINGS, Cut, Setting, expected_law, tables_of
 from specops.verify_logits import Rule
 

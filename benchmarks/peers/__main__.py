@@ -23,7 +23,6 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.harness.engines import Built
 from benchmarks.harness.results import write_result
 from benchmarks.peers.steps import compare_steps
 from benchmarks.peers.ways import (
@@ -57,7 +57,6 @@ from benchmarks.peers.ways import (
 )
 from examples import corpus
 from policies.fixed import FixedPolicy
-from serving.engine.loop import Engine
 from targets.load import load_model, load_tokenizer, pick_device, pick_dtype
 
 OURS = "ours, off"
@@ -196,21 +195,16 @@ class Options:
 def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
     """Every way by its name; nothing is loaded before a way is made and opened."""
     device = pick_device(o.device)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
     @cache
-    def plain() -> Engine:
-        return stack.enter_context(
-            our_engine(o.target, None, o.largest, o.device, folder / "plain")
-        )
+    def plain() -> Built:
+        return stack.enter_context(our_engine(o.target, None, o.largest, o.device))
 
     @cache
-    def drafted() -> Engine:
+    def drafted() -> Built:
         if o.drafter is None:
             raise ValueError("no drafter was given: --drafter FOLDER")
-        return stack.enter_context(
-            our_engine(o.target, o.drafter, o.largest, o.device, folder / "drafted")
-        )
+        return stack.enter_context(our_engine(o.target, o.drafter, o.largest, o.device))
 
     @cache
     def peer() -> Any:

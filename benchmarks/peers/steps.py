@@ -20,14 +20,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from benchmarks.harness.results import write_result
-from benchmarks.ops.decoder import random_weights
+from benchmarks.harness.shapes import SHAPES, random_weights
 from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
 from benchmarks.peers.ways import Ids, compiled_once, seconds_of, without_end
 from specops.attention import DecodePass, decode_slots
-from targets.load import pick_device
+from targets.load import pick_device, pick_dtype
 from targets.target import Target
 
 _PAGE = 16
@@ -35,28 +35,9 @@ _WARM_UPS = 3
 OURS = "ours, decoder step"
 
 
-def _qwen3(
-    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool
-) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
-        tie_word_embeddings=tied, max_position_embeddings=40_960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], Qwen3Config]] = {
-    "Qwen3-0.6B": lambda: _qwen3(151_936, 1024, 3072, 28, 16, 8, True),
-    "Qwen3-8B": lambda: _qwen3(151_936, 4096, 12_288, 36, 32, 8, False),
-    "tiny": lambda: _qwen3(512, 64, 128, 2, 4, 2, True),
-}
-
-
 def random_model(config: Any, device: torch.device) -> Any:
-    """A Qwen3 drawn on the device: bfloat16, float32 on a CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return without_end(random_weights(config, device, dtype))
+    """A Qwen3 with weights drawn on the device: bfloat16, float32 on a CPU."""
+    return without_end(random_weights(config, device, pick_dtype("auto", device)))
 
 
 class Past:

@@ -42,9 +42,9 @@ import httpx
 import numpy as np
 import typer
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.results import say, write_result
 from examples import corpus
-from examples.demo import DemoSettings, _log, begin_server, own_folder, wait_for_server
+from examples.demo import DemoSettings, begin_server, log_of, own_folder, wait_for_server
 from examples.processes import Child, check_alive, stop, tail
 from examples.traffic import Server
 
@@ -56,10 +56,6 @@ TICK_S = 0.01
 WARM_UP_S = 4.0
 HEAD_START_S = 0.5
 """Between telling the clients of a turn and its first arrival."""
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 # Load
@@ -402,7 +398,7 @@ def carry_out(
     except Exception as error:  # what was measured until now stays in the result
         figures["error"] = f"{type(error).__name__}: {error}"
         say(traceback.format_exc())
-        log = _log(settings, "server")
+        log = log_of(settings, "server")
         say(tail(log) if log.is_file() else "the server has written no log")
     finally:
         stop(children)

@@ -31,6 +31,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.engines import ONE_GPU, build
+from benchmarks.harness.results import say
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Trace
 from buffer.traces import open_trace_reader
@@ -40,7 +42,6 @@ from drafters.eagle3.training import TTTBatch
 from examples.corpus import Domain
 from examples.train_drafter import pieces
 from policies.replay import is_held_out
-from serving.build import build_engine
 from serving.requests import Output, Request, SamplingParams
 from serving.service import Service
 from targets.head import TargetHead, load_target_head
@@ -62,10 +63,6 @@ LAST_RATE = 0.02
 """Of the learning rate, reached when the time is over."""
 
 
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
 def settings_for(
     target: Path, run_dir: Path, device: str, batch: int, steps: int, lr: float
 ) -> Settings:
@@ -80,7 +77,6 @@ def settings_for(
         "engine.max_model_len=512",
         "engine.prefill_chunk=2048",
         "engine.prefix_cache=false",
-        "engine.programs=always",
         "drafter.kind=eagle3",
         "drafter.max_draft=1",
         "drafter.suffix.enabled=false",
@@ -96,7 +92,7 @@ def settings_for(
         "trainer.warmup_steps=50",
         "trainer.max_sequence=512",
     ]
-    return load_settings([Path("configs/one_gpu.yaml")], chosen, {})
+    return load_settings([ONE_GPU], chosen, {})
 
 
 # Traces
@@ -360,7 +356,7 @@ def main(
             pool.submit(domain_pieces, target, domain, int(share * num_prompts))
             for domain, share in shares.items()
         ]
-        service = build_engine(settings)
+        service, _ = build(settings)
         build_s = time.monotonic() - began
         say(f"engine ready after {build_s:.1f} s")
         prompts = [ids for job in jobs for ids in job.result()]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness.shapes import SHAPES
 from benchmarks.peers.__main__ import (
     Row,
     agreement,
@@ -16,7 +17,7 @@ from benchmarks.peers.__main__ import (
     with_ratios,
 )
 from benchmarks.peers.compiled_loop import CompiledLoop
-from benchmarks.peers.steps import SHAPES, GenerateSteps, LoopSteps, OurSteps, Past, random_model
+from benchmarks.peers.steps import GenerateSteps, LoopSteps, OurSteps, Past, random_model
 from benchmarks.peers.ways import Generate, Work, first_layers, static_cache
 
 CPU = torch.device("cpu")
