@@ -8,8 +8,9 @@
   truncation, stops, log probabilities) get the same answer as without drafts, in float64.
 * ``greedy``: in float32, batches of 1 to 64 requests of mixed lengths, with drafter weights swapped
   every 50 steps, get the same tokens as without drafts in batches of another size. Random targets
-  and the bundled one. Batches of different shapes round differently, so plain answers in both batch sizes
-  are compared as well: ``rounding`` is the largest difference of a log probability between them.
+  and the bundled one. Batches of different shapes round differently, so plain answers in both batch
+  sizes are compared as well: ``rounding`` is the largest difference of a log probability between
+  them.
   Where a drafted answer differs, ``gap`` is the difference of the two best log probabilities; a gap
   of at most twice the rounding is a tie.
 

@@ -1,4 +1,4 @@
-"""Forced acceptance by weights: the target walks a cycle, the drafter predicts a known part of it."""
+"""Forced acceptance by weights: the target walks a cycle, the drafter knows a part of it."""
 
 from __future__ import annotations
 
