@@ -43,7 +43,7 @@ ifneq ($(HAS_GPU),)
 	for name in attention capture decoder distill drafter drafting linear penalties rounds verify; do \
 		$(BIN)/python -m benchmarks.ops.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.engine.steps
-	$(BIN)/python -m benchmarks.lossless_gpu
+	$(BIN)/python -m benchmarks.lossless
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.engine --parts start --keep benchmarks/results/engine_speed.json
 endif

@@ -66,6 +66,25 @@ def write_rows(topic: str, rows: Iterable[Row], source: str, folder: Path = RESU
     return out
 
 
+def write_each(
+    out: Path,
+    rows: Iterable[dict[str, Any]],
+    show: Callable[[dict[str, Any]], Any] = lambda row: row,
+    **about: Any,
+) -> None:
+    """Print each row and write all so far, as they come.
+
+    Args:
+        show: a row -> what to print.
+        about: figures beside the rows.
+    """
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found.append(row)
+        print(show(row), flush=True)
+        write_result(out, {**about, "rows": found})
+
+
 def say(text: str) -> None:
     """Print with the time of day, unbuffered."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)

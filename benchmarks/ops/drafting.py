@@ -28,7 +28,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.results import write_each
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -155,20 +155,17 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_drafting.json"
     ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
-    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 180.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 180.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)
-    found: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for row in rows(Sizes() if place.is_gpu else TINY, place):
-            found.append(row)
-            print(row, flush=True)
-            write_result(out, {"bytes_per_s": place.bytes_per_s, "rows": found})
+        cases = rows(Sizes() if place.is_gpu else TINY, place)
+        write_each(out, cases, bytes_per_s=place.bytes_per_s)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import torch
 
 import serving.engine.rounds
 import serving.http.generation
-from benchmarks.lossless_gpu import http, requests
-from benchmarks.lossless_gpu.engines import Run
+from benchmarks.lossless import http, requests
+from benchmarks.lossless.engines import Run
 from oracles.random_bodies import TEXTS, question
 from specops.lanes import Field
 

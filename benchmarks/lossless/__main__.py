@@ -1,7 +1,7 @@
 """Does drafting change what comes out of the compiled kernels and of the engine on a GPU?
 
-    python -m benchmarks.lossless_gpu                # up to ten minutes on one H100 or H200
-    python -m benchmarks.lossless_gpu --device cpu --num-samples 2000 --num-prompts 20 \\
+    python -m benchmarks.lossless                # up to ten minutes on one H100 or H200
+    python -m benchmarks.lossless --device cpu --num-samples 2000 --num-prompts 20 \\
         --num-requests 60 --num-bodies 20
 
 The second only tries the script out: 40,000 samples show every planted bug, 2,000 do not.
@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.harness.results import write_result
-from benchmarks.lossless_gpu import greedy, http, law, requests
+from benchmarks.lossless import greedy, http, law, requests
 from targets.load import pick_device
 
 

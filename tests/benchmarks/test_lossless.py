@@ -9,9 +9,9 @@ import torch
 import typer
 
 import serving.engine.rounds
-from benchmarks.lossless_gpu import greedy, law
-from benchmarks.lossless_gpu.__main__ import Part, main
-from benchmarks.lossless_gpu.greedy import Run
+from benchmarks.lossless import greedy, law
+from benchmarks.lossless.__main__ import Part, main
+from benchmarks.lossless.greedy import Run
 from oracles.joint_law import Cut
 from specops.verify_logits import Rule
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.engines import release
-from benchmarks.lossless_gpu.engines import (
+from benchmarks.lossless.engines import (
     MAX_BATCH,
     PLAIN_BATCH,
     SWAP_EVERY,

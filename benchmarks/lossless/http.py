@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.engines import release
-from benchmarks.lossless_gpu.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of, texts
+from benchmarks.lossless.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of, texts
 from configs.schema import Settings
 from oracles.random_bodies import Body, is_same, question, said
 from oracles.random_requests import TOLERANCE
