@@ -1,6 +1,7 @@
 # make demo    the whole loop on this machine: serve, learn, swap, report
 # make test    all tests                make check   lint, format, types, order of imports
 # make bench   the measured figures     make clean   remove what make made
+#              AGAINST=FOLDER: speed against another checkout, too
 # make bench-real   figures of a target trained on the spot, a drafter for it, and peers; on a GPU
 #
 # Each installs what it needs into .venv first. PYTHON=... names an interpreter (3.11 or 3.12),
@@ -35,9 +36,11 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.demo
-	$(BIN)/python -m benchmarks.lossless
+	$(BIN)/python -m benchmarks.lossless --device cpu
 	$(BIN)/python -m benchmarks.verification
+	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --against $(AGAINST))
 ifneq ($(HAS_GPU),)
+	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --gpu --against $(AGAINST))
 	$(BIN)/python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
 	$(BIN)/python -m benchmarks.one_gpu --start random --out benchmarks/results/one_gpu_random.json
 	for name in attention capture decoder distill drafter drafting linear penalties rounds verify; do \

@@ -23,11 +23,10 @@ from benchmarks.harness.engines import (
     build,
     held_bytes,
     making_programs,
-    publish_drafters,
-    random_target,
     release,
     synchronize,
 )
+from benchmarks.harness.random_targets import publish_drafters, random_target
 from benchmarks.harness.results import Report
 from buffer.fingerprint import target_fingerprint
 from configs.load import load_settings

@@ -8,20 +8,19 @@ same load without a swap.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.harness.engines import Built, PolicySwitch, engine_of
+from benchmarks.harness.engines import Built, engine_of
 from benchmarks.harness.loops import random_prompts
+from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.results import Report
 from benchmarks.ops.timing import replayed
 from serving.requests import Output, Request, SamplingParams
@@ -135,58 +134,20 @@ class Series:
     """When each request received tokens."""
 
 
-@dataclass(slots=True)
-class Collections:
-    """Runs of Python's garbage collector, during which no thread runs Python."""
-
-    runs: list[tuple[int, float, float]] = field(default_factory=list)
-    """Generation, begin and end."""
-    _begun_s: float = 0.0
-
-    def __call__(self, phase: str, info: dict[str, Any]) -> None:
-        if phase == "start":
-            self._begun_s = time.perf_counter()
-        else:
-            self.runs.append((info["generation"], self._begun_s, time.perf_counter()))
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        gc.callbacks.append(self)
-        try:
-            yield
-        finally:
-            gc.callbacks.remove(self)
-
-    def figures(self, begin: float, end: float) -> dict[str, Any]:
-        """Number of runs within a window, and the longest, by generation."""
-        found: dict[str, Any] = {}
-        for generation in range(3):
-            ms = [
-                1e3 * (to - at) for g, at, to in self.runs if g == generation and begin <= at < end
-            ]
-            found[f"generation_{generation}"] = {"runs": len(ms), "longest_ms": max(ms, default=0)}
-        return found
-
-
 def swap_often(
     report: Report, built: Built, batch: int, num_swaps: int, interval_s: float
 ) -> dict[str, Any]:
     """A load with a swap every ``interval_s``, then the same without swaps; each starts with fresh
     requests, so that contexts are equally long in both."""
     service = built.service
-    collections = Collections()
-    with collections.noted():
-        for version in (0, 1, 0):  # fills the file cache, and allocates the former version's buffer
-            service.swap(version)
-        swapping, load = under_load(
-            report, built, batch, num_swaps, interval_s, report.left_s - _QUIET_S - 20
-        )
-        found = figures_of(swapping, built.policy)
-        found["collector"] = collections.figures(swapping.begin_s, swapping.end_s)
-        quiet_s = min(_QUIET_S, swapping.end_s - swapping.begin_s)
-        quiet, _ = under_load(report, built, batch, 0, interval_s, quiet_s)
-        without = figures_of(quiet, built.policy)
-        without["collector"] = collections.figures(quiet.begin_s, quiet.end_s)
+    for version in (0, 1, 0):  # fills the file cache, and allocates the former version's buffer
+        service.swap(version)
+    most_s = report.left_s - _QUIET_S - 20
+    swapping, load = under_load(report, built, batch, num_swaps, interval_s, most_s)
+    found = figures_of(swapping, built.policy)
+    quiet_s = min(_QUIET_S, swapping.end_s - swapping.begin_s)
+    quiet, _ = under_load(report, built, batch, 0, interval_s, quiet_s)
+    without = figures_of(quiet, built.policy)
     return {
         "asked_swaps": num_swaps,
         "drafter_bytes": built.drafter_bytes,

@@ -9,7 +9,6 @@ file.
 from __future__ import annotations
 
 import gc
-import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,92 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from benchmarks.harness.predictable import make_drafter_predictable, make_target_predictable
-from benchmarks.harness.shapes import SHAPES, draft_vocab_size, draw_weights, random_weights
-from benchmarks.harness.side import number_tokenizer
-from buffer.records import Manifest
-from buffer.weights import TENSORS, publish
+from benchmarks.harness.policy import PolicySwitch
+from benchmarks.harness.random_targets import publish_drafters, random_target
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.eagle3.model import Eagle3, config_for_target
-from policies.interface import Decision, DraftPolicy, Outcome, StepObs
 from serving.build import LoadedTarget, build_engine
 from serving.engine.loop import Engine
 from serving.engine.pages import page_names
 from serving.service import Service
-from targets.load import pick_dtype
 
 DEMO, ONE_GPU = Path("configs/demo.yaml"), Path("configs/one_gpu.yaml")
-
-
-# Policies
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """One decode step that computed no prompt."""
-
-    seconds: float
-    batch: int
-    num_accepted: int
-
-    @property
-    def tokens_per_request(self) -> float:
-        return 1 + self.num_accepted / self.batch
-
-
-class PolicySwitch:
-    """A ``DraftPolicy`` that plays another one, chosen anew for each turn of a measurement.
-
-    Keeps when each step was planned, what it took, and when weights were swapped.
-    """
-
-    def __init__(self, own: DraftPolicy) -> None:
-        """
-        Args:
-            own: the policy of the settings; plays until another is chosen.
-        """
-        self.own = own
-        self.playing = own
-        self.steps: list[StepTime] = []
-        self.planned_s: list[float] = []
-        """``time.perf_counter()`` at each plan."""
-        self.swapped: list[int] = []
-        """Indices into ``planned_s``: the plan before each swap."""
-
-    def play(self, policy: DraftPolicy | None = None) -> None:
-        """Play ``policy`` from now on, the settings' own if ``None``, and forget former steps."""
-        self.playing = self.own if policy is None else policy
-        for kept in (self.steps, self.planned_s, self.swapped):
-            kept.clear()
-
-    def rest(self) -> Decision | None:
-        return self.playing.rest()
-
-    def plan(self, obs: StepObs) -> Decision:
-        self.planned_s.append(time.perf_counter())
-        return self.playing.plan(obs)
-
-    def observe(self, outcome: Outcome) -> None:
-        if not outcome.has_prefill:
-            accepted = sum(row.num_accepted for row in outcome.rows)
-            self.steps.append(StepTime(outcome.step_s, outcome.batch, accepted))
-        self.playing.observe(outcome)
-
-    def on_swap(self, *swap: Any) -> None:
-        self.swapped.append(len(self.planned_s) - 1)
-        self.own.on_swap(*swap)
-
-    def calibrate(self, *samples: Any) -> None:
-        """The costs measured at start-up are of use to the settings' own policy alone."""
-        calibrate = getattr(self.own, "calibrate", None)
-        if calibrate is not None:
-            calibrate(*samples)
-
-    def figures(self) -> dict[str, Any]:
-        return self.playing.figures()
 
 
 # Building
@@ -208,60 +132,6 @@ def settings_for(
         is_section = isinstance(value, dict)
         own[key] = {**own.get(key, {}), **value} if is_section else value
     return Settings.model_validate(own)
-
-
-# Targets and drafters
-
-
-def random_target(
-    shape: str,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    *,
-    is_predictable: bool = False,
-) -> LoadedTarget:
-    """A target of a published shape, its weights drawn on the device.
-
-    Args:
-        dtype: ``None``: bfloat16 on a GPU, float32 on a CPU.
-    """
-    torch.manual_seed(0)
-    config = SHAPES[shape]()
-    model = random_weights(config, device, pick_dtype("auto", device))
-    if is_predictable:
-        make_target_predictable(model)
-    if dtype is not None:
-        model = model.to(dtype)
-    kind = "predictable" if is_predictable else "random"
-    fingerprint = hashlib.sha256(f"{kind} {shape}".encode()).hexdigest()
-    return LoadedTarget(model, number_tokenizer(config.vocab_size), fingerprint, f"{kind}-{shape}")
-
-
-def publish_drafters(
-    root: Path, target: LoadedTarget, num_versions: int = 1, *, is_predictable: bool = False
-) -> int:
-    """Publish EAGLE-3 versions 0, 1, ... of the target's layer shape; returns the bytes of one."""
-    config = target.model.config
-    vocab_size = draft_vocab_size(config.vocab_size)
-    with target.model.device:
-        module = Eagle3(config_for_target(config, draft_vocab_size=vocab_size))
-    module.to(target.model.dtype)
-    for version in range(num_versions):
-        draw_weights(module)
-        tensors = module.bundle_tensors()
-        if is_predictable:
-            make_drafter_predictable(tensors, config.hidden_size)
-        manifest = Manifest(
-            version,
-            version - 1 if version else None,
-            "eagle3",
-            module.config.to_json(),
-            target.fingerprint,
-            {},
-        )
-        content = save({name: tensor.cpu() for name, tensor in tensors.items()})
-        publish(root, manifest, {TENSORS: content})
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 # Devices

@@ -11,7 +11,7 @@ by i. One SwiGLU rolls it once more (its gates are held open by a coordinate tha
 embedding), so the head's argmax is token i + 1. The drafter does the same from its fused features.
 Its head is negated at some tokens of the cycle, where its proposal is therefore rejected.
 
-Imports nothing of the project, so that ``side.py`` can load it beside any version of the engine.
+Imports nothing of the project, so that ``side.py`` can use it with any version of the engine.
 """
 
 from __future__ import annotations

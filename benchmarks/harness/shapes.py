@@ -2,7 +2,7 @@
 
 Speed does not depend on the values of weights; how many drafted tokens are accepted does, and is
 set in ``predictable.py`` where it matters. Imports nothing of the project, so that ``side.py`` can
-load it beside any version of the engine.
+use it with any version of the engine.
 """
 
 from __future__ import annotations

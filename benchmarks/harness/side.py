@@ -2,8 +2,8 @@
 engine of the checkout it is started in and measures on command.
 
 Started as a file, with the checkout as PYTHONPATH, so that one script measures an older commit as
-well. From that checkout it imports what every version has, under either of its names; from its own
-folder only ``shapes.py`` and ``predictable.py``, which import nothing of the project.
+well. The engine and everything below it come from that checkout; the package ``benchmarks`` is the
+one this file belongs to, of which it uses only what runs with both versions.
 
 Reads one JSON command per line and answers each with one line that begins with ``ANSWER``.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -23,9 +22,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,59 +33,22 @@ _PATIENCE_S = 300.0
 """Longest wait for the answers of one turn."""
 
 
-def _beside(name: str) -> ModuleType:
-    """A module of this file's folder, loaded by its path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def use_own_benchmarks() -> None:
+    """Make ``benchmarks`` the package of this file, whatever checkout comes first in the path."""
+    folder = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
 
 
-def _first(*names: str) -> Any:
-    """The first of ``module:attribute`` that this checkout has."""
-    for name in names:
-        module, _, attribute = name.partition(":")
-        with contextlib.suppress(ImportError, AttributeError):
-            return getattr(importlib.import_module(module), attribute)
-    raise ImportError(f"this checkout has none of {', '.join(names)}")
+if __name__ == "__main__":
+    use_own_benchmarks()
 
-
-class Chosen:
-    """A policy that plays the arm set by the measurement, and keeps what steps took.
-
-    Has the methods of both versions of ``DraftPolicy``.
-    """
-
-    def __init__(self, decision: Any) -> None:
-        self._decision = decision
-        self.arm = ("none", 0)
-        self.steps: list[tuple[float, int, int]] = []
-        """Seconds, requests and accepted tokens of each step without prefill."""
-
-    def rest(self) -> None:
-        """Never decide without an observation, as ``FixedPolicy``."""
-
-    def plan(self, obs: Any) -> Any:
-        """The arm, limited as ``FixedPolicy`` limits it."""
-        drafter, wanted = self.arm
-        k = min(wanted, obs.max_draft, max(obs.caps))
-        if k == 0 or drafter not in obs.drafters:
-            return self._decision("none", 0, 1.0, False, "plain")
-        return self._decision(drafter, k, 1.0, False, "fixed")
-
-    def observe(self, outcome: Any) -> None:
-        if not outcome.has_prefill:
-            accepted = sum(row.num_accepted for row in outcome.rows)
-            self.steps.append((outcome.step_s, outcome.batch, accepted))
-
-    def on_swap(self, *_: Any) -> None: ...
-
-    def calibrate(self, *_: Any) -> None: ...
-
-    def figures(self) -> dict[str, Any]:
-        return {}
+from benchmarks.harness import predictable  # noqa: E402
+from benchmarks.harness.policy import PolicySwitch  # noqa: E402
+from benchmarks.harness.random_targets import first, publish_drafters, random_target  # noqa: E402
 
 
 class Side:
@@ -96,7 +57,8 @@ class Side:
     def __init__(self) -> None:
         self._open = contextlib.ExitStack()
         self._service: Any = None
-        self._policy = Chosen(_first("policies.interface:Decision"))
+        self._fixed = first("policies.fixed:FixedPolicy")
+        self._policy = PolicySwitch(self._fixed("none", 0))
         self._vocab_size = 0
         self._is_predictable = False
         self._num_asked = 0
@@ -132,7 +94,7 @@ class Side:
             "prefix_cache": False,
             "cpu_threads": threads,
         }
-        engine_settings = _first("configs.schema:EngineSettings").model_fields
+        engine_settings = first("configs.schema:EngineSettings").model_fields
         if "programs" in engine_settings:
             engine["programs"] = programs
         chosen: dict[str, Any] = {
@@ -148,65 +110,23 @@ class Side:
         if shape == "bundled":
             chosen["target"] = "examples/target"
             chosen["drafter"]["path"] = "examples/drafter/0"
-            self._vocab_size = json.loads(Path("examples/target/config.json").read_text())[
-                "vocab_size"
-            ]
         else:
-            loaded = self._predictable(shape, torch.device(device), folder / "weights")
+            loaded = random_target(shape, torch.device(device), is_predictable=True)
+            publish_drafters(folder / "weights", loaded, is_predictable=True)
+            self._vocab_size = loaded.model.config.vocab_size
         self._is_predictable = shape != "bundled"
-        settings = _first("configs.schema:Settings").model_validate(chosen)
+        settings = first("configs.schema:Settings").model_validate(chosen)
         self._service = self._built(settings, loaded)
         self._service.start()
         return {"built_s": time.perf_counter() - started}
 
     def _built(self, settings: Any, loaded: Any) -> Any:
-        build = _first("serving.build:build_service", "serving.build:build_engine")
+        build = first("serving.build:build_service", "serving.build:build_engine")
         if "policy" in inspect.signature(build).parameters:
             return build(settings, loaded, policy=self._policy)
         service = build(settings, loaded)
         service.engine.policy = self._policy
         return service
-
-    def _predictable(self, shape: str, device: torch.device, root: Path) -> Any:
-        """A target that walks a cycle, and its drafter published as version 0."""
-        shapes, predictable = _beside("shapes"), _beside("predictable")
-        torch.manual_seed(0)
-        config = shapes.SHAPES[shape]()
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = shapes.random_weights(config, device, dtype)
-        predictable.make_target_predictable(model)
-        fingerprint = hashlib.sha256(f"predictable {shape}".encode()).hexdigest()
-        self._vocab_size = config.vocab_size
-
-        eagle3 = "drafters.eagle3.model", "drafters.eagle3"
-        config_for = _first(*(f"{module}:config_for_target" for module in eagle3))
-        make = _first(*(f"{module}:Eagle3" for module in eagle3))
-        with device:
-            drafter = make(
-                config_for(config, draft_vocab_size=shapes.draft_vocab_size(config.vocab_size))
-            )
-        drafter.to(dtype)
-        shapes.draw_weights(drafter)
-        tensors = drafter.bundle_tensors()
-        predictable.make_drafter_predictable(tensors, config.hidden_size)
-        self._publish(root, drafter.config.to_json(), fingerprint, tensors)
-
-        tokenizer = number_tokenizer(config.vocab_size)
-        make_loaded = _first("serving.build:LoadedTarget", "targets.load:LoadedTarget")
-        return make_loaded(
-            model=model, tokenizer=tokenizer, fingerprint=fingerprint, name=f"predictable-{shape}"
-        )
-
-    def _publish(
-        self, root: Path, config: dict[str, Any], fingerprint: str, tensors: dict[str, Any]
-    ) -> None:
-        from safetensors.torch import save
-
-        manifest = _first("buffer.records:Manifest")(0, None, "eagle3", config, fingerprint, {})
-        content = save({name: tensor.cpu() for name, tensor in tensors.items()})
-        _first("buffer.weights:publish")(
-            root, manifest, {_first("buffer.weights:TENSORS"): content}
-        )
 
     def close(self) -> dict[str, Any]:
         """Stop the engine and give back its memory."""
@@ -223,11 +143,11 @@ class Side:
 
     def _request(self, ids: Sequence[int], max_tokens: int) -> Any:
         names = "serving.requests", "serving.types"
-        sampling = _first(*(f"{module}:SamplingParams" for module in names))(
+        sampling = first(*(f"{module}:SamplingParams" for module in names))(
             temperature=0.0, max_tokens=max_tokens, ignore_eos=True
         )
         self._num_asked += 1
-        make = _first(*(f"{module}:Request" for module in names))
+        make = first(*(f"{module}:Request" for module in names))
         return make(f"house-{self._num_asked}", tuple(ids), sampling)
 
     def turn(
@@ -317,52 +237,35 @@ class Side:
         return found
 
     def _arm(self, drafter: str, draft_k: int) -> None:
-        self._policy.arm = (drafter, draft_k)
-        self._policy.steps.clear()
+        self._policy.play(self._fixed(drafter, draft_k))
 
     def _step_figures(self, batch: int) -> dict[str, Any]:
-        steps = [step for step in list(self._policy.steps) if step[1] == batch]
+        steps = [step for step in list(self._policy.steps) if step.batch == batch]
         if not steps:
             return {"step_ms": None, "tokens_per_step": None}
         return {
-            "step_ms": statistics.median(s for s, _, _ in steps) * 1e3,
-            "tokens_per_step": 1 + sum(a for _, _, a in steps) / sum(b for _, b, _ in steps),
+            "step_ms": statistics.median(step.seconds for step in steps) * 1e3,
+            "tokens_per_step": statistics.fmean(step.tokens_per_request for step in steps),
         }
 
     def _check(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
         if not self._is_predictable:
             return
-        walks = _beside("predictable").is_continuation
+        walks = predictable.is_continuation
         wrong = sum(not walks(p[-1], a) for p, a in zip(prompts, answers, strict=True))
         if wrong:
             raise RuntimeError(f"{wrong} of {len(prompts)} answers are not the target's own")
 
     def prompts(self, batch: int, length: int, seed: int) -> dict[str, Any]:
         """Random prompts that end on a token of the cycle; for predictable shapes."""
-        made = _beside("predictable").prompts(batch, length, self._vocab_size, seed)
-        return {"prompts": made}
-
-
-def number_tokenizer(vocab_size: int) -> Any:
-    """A tokenizer in which every id is a word: text of random ids costs what text costs."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f" {token}": token for token in range(vocab_size)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token=" 0"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" 0")
-
-
-def _commands() -> Iterator[dict[str, Any]]:
-    for line in sys.stdin:
-        yield json.loads(line)
+        return {"prompts": predictable.prompts(batch, length, self._vocab_size, seed)}
 
 
 def main() -> None:
     """Serve commands until the input ends."""
     side = Side()
-    for command in _commands():
+    for line in sys.stdin:
+        command = json.loads(line)
         name = command.pop("do")
         try:
             found = getattr(side, name)(**command)

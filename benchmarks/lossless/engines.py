@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from benchmarks.harness.engines import build, random_target, settings_for
+from benchmarks.harness.engines import build, settings_for
+from benchmarks.harness.random_targets import random_target
 from buffer.weights import TENSORS, publish, read_bundle
 from configs.schema import Settings
 from examples import corpus

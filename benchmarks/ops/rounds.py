@@ -8,7 +8,8 @@ torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 token
 ``best_ids`` reads them once at the speed of a large copy. ``float32 copy`` is the argmax of logits
 that are converted first. A ``greedy round`` is all three, without what a target does between them.
 
-Writes ``benchmarks/results/ops_rounds.json`` after every row; compiling stops first when time is short.
+Writes ``benchmarks/results/ops_rounds.json`` after every row; compiling stops first when time is
+short.
 """
 
 from __future__ import annotations

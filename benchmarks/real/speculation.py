@@ -36,8 +36,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.engines import ONE_GPU, Built, StepTime, engine_from
+from benchmarks.harness.engines import ONE_GPU, Built, engine_from
 from benchmarks.harness.loops import Answer, Batch, Prompt, arm_steps, clear
+from benchmarks.harness.policy import StepTime
 from benchmarks.harness.results import known, say, write_result
 from benchmarks.real.train_drafter import FIGURES
 from buffer.records import Acceptance

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.engines import Built, PolicySwitch
+from benchmarks.harness.engines import Built
+from benchmarks.harness.policy import PolicySwitch
 from oracles.engines import make_engine, random_model
 from serving.service import Service
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.harness.engines import StepTime
 from benchmarks.harness.loops import Answer
+from benchmarks.harness.policy import StepTime
 from benchmarks.real.speculation import (
     OFF,
     POLICY,

@@ -1,5 +1,5 @@
 """The joint law of what comes out of the faces that programs call: the definitions on a CPU, the
-compiled kernels on a GPU. ``benchmarks/lossless_gpu`` does the same with 10 million samples."""
+compiled kernels on a GPU. ``benchmarks/lossless`` does the same with 10 million samples."""
 
 from __future__ import annotations
 
