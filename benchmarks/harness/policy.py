@@ -25,7 +25,7 @@ class StepTime:
 
 
 class PolicySwitch:
-    """A ``DraftPolicy`` that plays another one, chosen anew for each turn of a measurement.
+    """A ``DraftPolicy`` that plays another one, chosen for each turn of a measurement.
 
     Keeps when each step was planned, what it took, and when weights were swapped.
     """

@@ -62,14 +62,14 @@ def measure_runs(
     budget_s: float,
     row_of: RowOf,
     keep: Callable[[dict[str, Any]], None],
-    told: Callable[[dict[str, Any]], str],
+    text_of: Callable[[dict[str, Any]], str],
 ) -> None:
     """Measure all runs that begin within the budget.
 
     Args:
         count: requests; each run takes its share.
         keep: called with each row at once.
-        told: text to print for a row.
+        text_of: text to print for a row.
     """
     started = time.perf_counter()
     for chosen in runs:
@@ -80,7 +80,7 @@ def measure_runs(
         keep(row)
         print(
             f"{part}, {time.perf_counter() - started:.0f} s: {chosen.target} {chosen.dtype} "
-            f"{chosen.numerics}: {told(row)}",
+            f"{chosen.numerics}: {text_of(row)}",
             flush=True,
         )
 

@@ -59,12 +59,12 @@ def measure(
 ) -> None:
     """See ``measure_runs``."""
 
-    def told(row: dict[str, Any]) -> str:
+    def text_of(row: dict[str, Any]) -> str:
         differ = f"{row['mismatches']} of {row['prompts']} differ"
         return f"{differ}, plain against plain {row['plain_against_plain']}"
 
     runs = planned(device)
-    measure_runs("greedy", runs, device, num_prompts, budget_s, row_of, keep, told)
+    measure_runs("greedy", runs, device, num_prompts, budget_s, row_of, keep, text_of)
 
 
 def row_of(chosen: Run, device: torch.device, count: int) -> dict[str, Any]:

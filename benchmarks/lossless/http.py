@@ -30,9 +30,9 @@ RUN = Run("bundled", "bfloat16", "pinned", 1.0)
 RUN_ON_CPU = Run("bundled", "float64", "fast", 1.0)
 PATHS = ("/v1/completions", "/v1/chat/completions")
 _VOCAB_SIZE = 4096
-"""Of the bundled target."""
+"""Vocabulary size of the bundled target."""
 _TEXTS = 50
-"""Of each domain."""
+"""Texts per domain."""
 _AT_ONCE = 16
 _NUM_TOLD = 5
 """Differing bodies that a row holds in full."""
@@ -151,7 +151,7 @@ def is_sound(rows: list[dict[str, Any]]) -> bool:
 
 
 def summary(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Totals; ``count`` bodies were asked for."""
+    """Totals; ``count`` bodies were planned."""
     names = (
         "bodies", "choices", "tokens", "drafted_tokens", "accepted_tokens", "mismatches", "seconds",
     )  # fmt: skip

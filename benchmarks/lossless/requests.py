@@ -101,13 +101,13 @@ def measure(
 ) -> None:
     """See ``measure_runs``; ``count`` requests in all."""
 
-    def told(row: dict[str, Any]) -> str:
+    def text_of(row: dict[str, Any]) -> str:
         drafted_for = row["drafted"]["requests_drafted_for"]
         differ = f"{row['mismatches']} of {row['requests']} differ"
         return f"{differ}, {drafted_for} were drafted for"
 
     runs = RUNS if device.type == "cuda" else RUNS_ON_CPU
-    measure_runs("requests", runs, device, count, budget_s, row_of, keep, told)
+    measure_runs("requests", runs, device, count, budget_s, row_of, keep, text_of)
 
 
 def row_of(chosen: Run, device: torch.device, count: int) -> dict[str, Any]:

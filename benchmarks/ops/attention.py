@@ -309,7 +309,7 @@ def measure_all(out: Path, budget_s: float) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_attention.json"
     ),
     budget_s: Annotated[float, typer.Option(help="flex_attention is not tried later")] = 240.0,

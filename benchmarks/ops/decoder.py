@@ -190,7 +190,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_decoder.json"
     ),
     models: Annotated[str, typer.Option(help="names by commas, or all")] = "Qwen3-0.6B,Qwen3-8B",

@@ -1,4 +1,4 @@
-"""Passes of an EAGLE-3 drafter in a CUDA graph, by its module and fused.
+"""Passes of an EAGLE-3 drafter in a CUDA graph, from its module and fused.
 
     python -m benchmarks.ops.drafter                        # 0.6B and 8B; about a minute
     python -m benchmarks.ops.drafter --device cpu --out /tmp/drafter.json     # a tiny one, to try
@@ -228,12 +228,12 @@ def cases(device: str, context: int) -> Iterator[tuple[str, Bench, str, int]]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_drafter.json"
     ),
     device: Annotated[str, typer.Option(help="cuda, or cpu for a tiny shape")] = "cuda",
     context: Annotated[int, typer.Option(help="positions before the pass")] = 1024,
-    budget_s: Annotated[float, typer.Option(help="begin no row after so many seconds")] = 300.0,
+    budget_s: Annotated[float, typer.Option(help="no row begins later")] = 300.0,
 ) -> None:
     """Milliseconds of one pass of the drafter."""
     started = time.monotonic()

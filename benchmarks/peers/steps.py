@@ -1,10 +1,10 @@
-"""Decode steps of a published shape, random weights: our decoder beside what peers make of it.
+"""Decode steps of a published shape with random weights: our decoder against those of peers.
 
 Called by ``benchmarks.peers --shape``. Weights, keys and values are drawn on the device and are the
-same for all ways, so nothing is loaded and no prompt is computed: each way starts at the last
-``num_new`` positions of the context with the cache filled before them, and decodes greedily to its
-end. Ours is the decoder step of the engine in a CUDA graph that feeds itself, as the simple loop
-does: the engine's host work is not in it. It is in what ``generate`` takes.
+same for all decoders, so nothing is loaded and no prompt is computed. Each starts with a filled
+cache, ``num_new`` positions before the end of the context, and decodes greedily to that end. Ours
+is the engine's decoder step in a CUDA graph that feeds itself, as the simple loop does; it excludes
+the engine's host work, while the time of ``generate`` includes its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import DynamicCache, StaticCache
 from benchmarks.harness.results import write_result
 from benchmarks.harness.shapes import SHAPES, random_weights
 from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
-from benchmarks.peers.ways import Ids, compiled_once, seconds_of, without_end
+from benchmarks.peers.decoders import Ids, compiled_once, seconds_of, without_end
 from specops.attention import DecodePass, decode_slots
 from targets.load import pick_device, pick_dtype
 from targets.target import Target
@@ -41,7 +41,7 @@ def random_model(config: Any, device: torch.device) -> Any:
 
 
 class Past:
-    """Keys and values of the positions before the measured ones: the same for every way."""
+    """Keys and values of the positions before the measured ones, equal for all decoders."""
 
     def __init__(self, config: Any, batch: int, context: int, num_new: int, like: Tensor) -> None:
         self.batch = batch
@@ -54,7 +54,7 @@ class Past:
         self.first_ids_B = torch.arange(batch, device=like.device) * 7 % config.vocab_size
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [B, Hkv, num_filled, D] of each layer, drawn anew."""
+        """Keys and values [B, Hkv, num_filled, D] of each layer, drawn at each call."""
         generator = torch.Generator(self._like.device).manual_seed(0)
         options: Any = {
             "generator": generator, "device": self._like.device, "dtype": self._like.dtype,
@@ -66,7 +66,7 @@ class Past:
 
 
 class Steps(Protocol):
-    """One way to take decode steps."""
+    """Takes decode steps."""
 
     about: str
 
@@ -244,7 +244,7 @@ class GenerateSteps:
 def compare_steps(
     shape: str,
     cells: str,
-    ways: str,
+    decoders: str,
     num_new: int,
     turns: int,
     budget_s: float,
@@ -252,11 +252,11 @@ def compare_steps(
     is_compiled: bool,
     out: Path,
 ) -> None:
-    """Every way at every cell; one row each, written down at once.
+    """Measure every decoder at every cell; each row is written at once.
 
     Args:
-        cells: ``BATCHxCONTEXT`` by commas.
-        ways: names by semicolons; ``all``; ``default``: all but the loop with flex attention.
+        cells: ``BATCHxCONTEXT``, comma-separated.
+        decoders: names separated by semicolons, or ``all``.
     """
     begin_s, device = time.monotonic(), pick_device(device_name)
     config = SHAPES[shape]()
@@ -267,12 +267,9 @@ def compare_steps(
         "loop": lambda: LoopSteps(model, "matmul", is_compiled),
         "generate, static": lambda: GenerateSteps(model, True, is_compiled),
         "generate, eager": lambda: GenerateSteps(model, False, is_compiled),
-        "loop, flex": lambda: LoopSteps(model, "flex", is_compiled),
     }
-    if ways == "default":
-        del make["loop, flex"]
-    elif ways != "all":
-        make = {name: make[name.strip()] for name in ways.split(";")}
+    if decoders != "all":
+        make = {name: make[name.strip()] for name in decoders.split(";")}
     rows: list[dict[str, Any]] = []
     about = {"shape": shape, "weights": "random", "num_new": num_new, "rows": rows}
     for cell in cells.split(","):

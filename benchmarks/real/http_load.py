@@ -1,4 +1,4 @@
-"""A running server under an open-loop load: requests arrive when they like, answered or not.
+"""A running server under an open-loop load: requests arrive regardless of earlier answers.
 
     python -m benchmarks.real.http_load                           # the bundled target, on a CPU
     python -m benchmarks.real.http_load --config configs/one_gpu.yaml --rates 8,32,96 \\
@@ -15,7 +15,7 @@ few milliseconds at the 99th percentile, or a core that is full, would say that 
 the server was measured.
 
 - Time to first token: from the moment a request was due, so a late client counts against us.
-- Time between tokens: an event with n tokens, t after the one before it, counts as n times t / n.
+- Time between tokens: an event with n tokens, t after the previous one, counts as n times t / n.
 - Time between events: what a reader of the stream sees; a round of speculation is one event.
 - Tokens/s: of all answers, from the first arrival to the last token.
 
@@ -112,7 +112,7 @@ class Answer:
     """One request as the client saw it."""
 
     late_s: float
-    """Sent so long after it was due."""
+    """Delay between due and sent."""
     events: tuple[tuple[float, int], ...]
     """(seconds after it was due, tokens) of every event that had tokens."""
     error: str | None
@@ -125,7 +125,7 @@ class Client:
 
     answers: list[Answer]
     cpu_s: float
-    """Of this process, over the turn."""
+    """Processor seconds of this process over the turn."""
     wall_s: float
     tick_late_s: list[float]
     """How late its loop woke for each tick."""
@@ -230,7 +230,7 @@ def spread_ms(seconds: Sequence[float]) -> dict[str, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One arm's go at one load."""
+    """One arm under one load."""
 
     due: list[Arrival]
     clients: list[Client]
@@ -300,19 +300,19 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-# Story
+# Command
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is sent."""
+    """The load."""
 
     rates: tuple[float, ...]
     """Requests a second."""
     seconds: float
-    """Of arrivals in one turn."""
+    """Seconds of arrivals in one turn."""
     turns: int
-    """Of each arm at each rate, besides the first round, which warms up."""
+    """Turns per arm and rate, after one that warms up."""
     max_tokens: int
     clients: int
     patience_s: float
@@ -320,7 +320,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is there to send it with."""
+    """Server, processes and prompts of a run."""
 
     server: Server
     children: list[Child]
@@ -329,7 +329,7 @@ class Stage:
 
 
 def take_turn(stage: Stage, plan: Plan, arm: Arm, due: Sequence[Arrival]) -> Turn:
-    """Deal the arrivals out to the clients, and wait for all."""
+    """Distribute the arrivals over the clients, and wait for all."""
     check_alive(stage.children)
     draft = 0 if arm == "off" else None
     ask = Ask(stage.server.url, stage.server.model, plan.max_tokens, draft, plan.patience_s)
@@ -405,13 +405,13 @@ def carry_out(
 
 
 def _begin(number: int) -> int:
-    """Long enough that no client process takes two of these, so all are started."""
+    """Sleep long enough that every client process takes one of these and is started."""
     time.sleep(0.5)
     return number
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/http_load.json"
     ),
     config: Annotated[Path, typer.Option(help="settings of the server")] = Path(
@@ -426,9 +426,9 @@ def main(
     max_tokens: int = 128,
     clients: Annotated[int, typer.Option(help="client processes")] = 4,
     patience_s: Annotated[float, typer.Option(help="for answers after the last arrival")] = 20.0,
-    budget_s: Annotated[float, typer.Option(help="no new turn begins after so long")] = 240.0,
+    budget_s: Annotated[float, typer.Option(help="no new turn begins later")] = 240.0,
     run_dir: Annotated[
-        Path, typer.Option(help="folder of the server; what an earlier one left there goes")
+        Path, typer.Option(help="folder of the server; what an earlier run left there is deleted")
     ] = Path("runs/http_load"),
 ) -> None:
     """Start a server, load it at every rate, write the result."""

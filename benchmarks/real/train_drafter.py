@@ -1,9 +1,8 @@
-"""An EAGLE-3 drafter for a real target, learnt from the target's own traces.
+"""An EAGLE-3 drafter for a real target, trained on the target's own traces.
 
-The road of a server and its trainer: requests on held-in prompts through the engine, every row that
-it computes captured, the log of traces read back, and the trainer's own learner, gate and
-publication. What differs is the order, one after the other on one GPU, and that all traces lie in
-its memory, so that an update takes its sequences from there and waits for nothing.
+Does what a server and its trainer do: sends held-in prompts to the engine, captures every row,
+reads the traces back from the log, and uses the trainer's own learner, gate and publication. Unlike them
+it does so step by step on one GPU, and keeps all traces in its memory, so that updates never wait.
 
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
 
@@ -60,7 +59,7 @@ READ_AT_ONCE = 32
 CLOSING_S = 15.0
 """Kept of the budget for judging and publishing."""
 LAST_RATE = 0.02
-"""Of the learning rate, reached when the time is over."""
+"""Share of the learning rate reached when the time is over."""
 
 
 def settings_for(

@@ -1,8 +1,8 @@
-"""The ways to decode that ``benchmarks.peers.__main__`` holds against each other, behind one face.
+"""The decoders that ``benchmarks.peers.__main__`` compares, behind one interface.
 
-A way is opened for one batch size, answers prompts of one length greedily, and is closed. What it
-compiles, captures or allocates happens in ``open``; what it needs to have done once before it is
-fast, in the answer to the warm-up prompts.
+A decoder is opened for one batch size, answers prompts of one length greedily, and is closed.
+``open`` compiles, captures and allocates; anything else that must run once before it is fast runs
+in the answer to the warm-up prompts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LONGEST_WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one way is opened for."""
+    """What a decoder is opened for."""
 
     batch: int
     num_prompt: int
@@ -52,8 +52,8 @@ class Work:
         return self.num_prompt + self.num_new
 
 
-class Way(Protocol):
-    """One way to decode."""
+class Decoder(Protocol):
+    """One decoder."""
 
     about: str
     """Its settings, for the table."""
@@ -179,7 +179,7 @@ def compiled_once() -> CompileConfig:
 
 
 def static_cache(model: Any) -> Callable[[Work], StaticCache]:
-    """A cache that one way keeps, so that its graphs are recorded once."""
+    """A cache that one decoder keeps, so that its graphs are recorded once."""
     return lambda work: StaticCache(config=model.config, max_cache_len=work.num_positions)
 
 
@@ -237,7 +237,7 @@ class Continuous:
     def __init__(self, model: Any, attention: str, about: str, **settings: Any) -> None:
         """
         Args:
-            model: is this way's own: its attention is replaced.
+            model: is this decoder's own: its attention is replaced.
             settings: of ContinuousBatchingConfig; a function is called with the work to come.
         """
         self.about = f"{attention}, {about}"
@@ -303,7 +303,7 @@ class Continuous:
 
 
 class Loop:
-    """``CompiledLoop``, built anew for each batch size."""
+    """``CompiledLoop``, built for each batch size."""
 
     num_warm_up = 8
 
