@@ -1,8 +1,9 @@
 """An EAGLE-3 drafter for a real target, trained on the target's own traces.
 
 Does what a server and its trainer do: sends held-in prompts to the engine, captures every row,
-reads the traces back from the log, and uses the trainer's own learner, gate and publication. Unlike them
-it does so step by step on one GPU, and keeps all traces in its memory, so that updates never wait.
+reads the traces back from the log, and uses the trainer's own learner, gate and publication. Unlike
+them it does so step by step on one GPU, and keeps all traces in its memory, so that updates never
+wait.
 
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
 
