@@ -103,7 +103,7 @@ class Side:
             "engine": engine,
             "drafter": {"kind": "eagle3", "max_draft": max_draft, "suffix": {"enabled": False}},
             "policy": {"kind": "fixed", "draft_k": 0},
-            "capture": {"enabled": True},
+            "capture": {"enabled": not is_gpu},  # on a GPU it would write 0.5 GB a turn
             "swap": {"enabled": False},
         }
         loaded = None

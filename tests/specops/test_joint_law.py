@@ -1,6 +1,6 @@
 """The joint law of what is emitted, by chi-squared at p = 1e-9, over ways to sample and to draft.
 
-``benchmarks/lossless.py`` does the same with 400,000 samples of each; planted bugs that these tests
+``benchmarks/lossless`` does the same with more samples of each; planted bugs that these tests
 see are in ``tests/serving/engine/test_mutants.py``.
 """
 
