@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,13 +157,14 @@ class Process:
             self._process.kill()
 
 
-def bundled_prompts(num_tokens: int, count: int) -> list[list[int]]:
+@cache
+def bundled_prompts(num_tokens: int, count: int = 64) -> list[list[int]]:
     """Beginnings of Python files in the bundled tokenizer, cut to one length."""
     from examples import corpus
     from targets.load import load_tokenizer
 
     tokenizer = load_tokenizer(THIS / "examples" / "target")
-    texts = corpus.prompts("python", 8 * count, 11, 6 * num_tokens, 6 * num_tokens + 400)
+    texts = corpus.prompts("python", 2 * count, 11, 6 * num_tokens, 6 * num_tokens + 400)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts]
     return [i for i in ids if len(i) == num_tokens][:count]
 
@@ -194,7 +196,8 @@ def _prompts(case: Case, side: Process, number: int) -> list[list[int]]:
         length = {"batch": case.batch, "length": case.num_prompt}
         made: list[list[int]] = side.do("prompts", **length, seed=number)["prompts"]
         return made
-    return bundled_prompts(case.num_prompt, case.batch * (number + 1))[-case.batch :]
+    known = bundled_prompts(case.num_prompt)
+    return [known[(case.batch * number + n) % len(known)] for n in range(case.batch)]
 
 
 def _turn(case: Case, side: Process, prompts: list[list[int]]) -> dict[str, Any]:
