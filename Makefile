@@ -1,7 +1,7 @@
 # make demo         the whole loop on this machine: serve, learn, swap, report
 # make test         all tests; ARGS=... is passed to pytest
 # make check        lint, format, types, order of imports, rules of the house
-# make bench        the published figures
+# make bench        the published figures; AGAINST=FOLDER compares speed with another checkout
 # make bench-real   figures for a target and a drafter trained on the spot, and for peers; on a GPU
 # make clean        remove everything that make created
 #
@@ -38,16 +38,17 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.demo
-	$(BIN)/python -m benchmarks.lossless
+	$(BIN)/python -m benchmarks.lossless --device cpu
 	$(BIN)/python -m benchmarks.verification
+	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --against $(AGAINST))
 ifneq ($(HAS_GPU),)
+	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --gpu --against $(AGAINST))
 	$(BIN)/python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
 	$(BIN)/python -m benchmarks.one_gpu --start random --out benchmarks/results/one_gpu_random.json
 	for name in attention capture decoder distill drafter drafting linear penalties rounds verify; do \
 		$(BIN)/python -m benchmarks.ops.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.engine.steps
-	$(BIN)/python -m benchmarks.engine.adjusted_steps
-	$(BIN)/python -m benchmarks.lossless_gpu
+	$(BIN)/python -m benchmarks.lossless
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.engine --parts start --keep benchmarks/results/engine_speed.json
 endif

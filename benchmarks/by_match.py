@@ -1,12 +1,12 @@
-"""Where learning helps beside a suffix index: tokens_per_step by length of the suffix match.
+"""Where learning helps in addition to a suffix index: tokens_per_step by suffix match length.
 
     python -m benchmarks.demo                       # or: make demo
     python -m benchmarks.by_match runs/bench_demo
 
-From the traces of a demo that no version was trained on: at every position the index (with all
-other traffic of the run in it), the drafter of before the first shift, and the newest one draft 4
-tokens each, and what they would have had accepted is counted. Greedy, simulated, no server runs;
-about a minute on one core. Writes ``benchmarks/results/by_match.json``.
+Uses traces of a demo that no version was trained on. At every position the index (holding all other
+traffic of the run), the drafter from before the first shift, and the newest one draft 4 tokens
+each, and the tokens that would have been accepted are counted. Greedy and simulated, without a
+server; about a minute on one core. Writes ``benchmarks/results/by_match.json``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.harness.results import write_result
 from benchmarks.harness.run_traces import all_traces, by_index, held_out
 from buffer.bundles import read_manifest
 from buffer.records import Trace
@@ -31,7 +32,6 @@ from drafters.eagle3.model import Eagle3
 from drafters.eagle3.training import chain_acceptance
 from drafters.samples import Sample
 from drafters.suffix.index import SuffixIndex
-from examples.machine import machine
 from policies.acceptance import suffix_bucket
 from targets.head import TargetHead, load_target_head
 from trainer.dataset import key_of
@@ -46,7 +46,7 @@ Accepted = dict[tuple[str, int], int]
 
 
 def traces_by_phase(settings: Settings) -> dict[str, list[Trace]]:
-    """The run's traces in order; a phase of the recording has as many as it had answers."""
+    """The run's traces by phase, in order: each phase has as many as it had answers."""
     answers = json.loads((settings.run_dir / "recording.json").read_text())["answers"]
     phases: dict[str, list[Trace]] = defaultdict(list)
     for trace, answer in zip(all_traces(settings), answers, strict=False):
@@ -55,7 +55,7 @@ def traces_by_phase(settings: Settings) -> dict[str, list[Trace]]:
 
 
 def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Accepted:
-    """What a neural drafter would have had accepted at every position with K tokens to come."""
+    """Accepted tokens of a neural drafter at every position that K tokens follow."""
     accepted: Accepted = {}
     for sample in samples:
         for piece in sample.pieces:
@@ -74,7 +74,7 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
 def table(
     judged: Sequence[Trace], index: SuffixIndex, static: Accepted, newest: Accepted
 ) -> list[dict[str, Any]]:
-    """One row for every match length, and one for all."""
+    """One row per match length, and one for all."""
     rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in (*MATCHES, "all")}
     for trace in judged:
         for p, (match, kept) in by_index(index, trace, DRAFT_K).items():
@@ -104,7 +104,7 @@ def main(
         "benchmarks/results/by_match.json"
     ),
 ) -> None:
-    """Judge both versions of a demo and its index on the traces that were held out."""
+    """Judge both versions of a demo, and its index, on held-out traces."""
     if not (run_dir / "report.json").is_file():
         raise typer.BadParameter(f"{run_dir} holds no report.json; name the folder of a demo")
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def main(
         path = root / str(report[f"{arm}_version"])
         _, models[arm] = read_drafter(path, head, manifest.target_fingerprint)
     phases = traces_by_phase(settings)
-    result: dict[str, Any] = {"draft_k": DRAFT_K, "phases": {}, "machine": machine()}
+    result: dict[str, Any] = {"draft_k": DRAFT_K, "phases": {}}
     for name in report["shifted_phases"]:
         samples = held_out(phases[name], manifest, head, settings)
         judged = {sample.key for sample in samples}
@@ -140,7 +140,7 @@ def main(
         for row in rows:
             figures = (f"{row[key]:6.2f}" for key in ("share", "index", "static", "newest"))
             print(f"  {row['match']:>10}", *figures)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out, result)
 
 
 if __name__ == "__main__":

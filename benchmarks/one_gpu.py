@@ -306,8 +306,8 @@ def carry_out(
     texts = demo.gather_texts(settings)
     server = demo.wait_for_server(settings, children[0])
     ready_s = time.monotonic() - began_s
-    command = demo._command(settings, "trainer")
-    children.append(start("trainer", command, demo._log(settings, "trainer")))
+    command = demo.command_of(settings, "trainer")
+    children.append(start("trainer", command, demo.log_of(settings, "trainer")))
     scene = demo.Scene(settings, view, texts, began_s, server, children)
     scene.look()
     spans, first_version = [], 0

@@ -320,8 +320,8 @@ def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
 
 
 def begin_server(settings: DemoSettings) -> Child:
-    """Start the server, which takes some seconds to load and to measure its step times."""
-    return start("server", _command(settings, "serving"), _log(settings, "server"))
+    """Start the server; it takes some seconds to load and to measure its step times."""
+    return start("server", command_of(settings, "serving"), log_of(settings, "server"))
 
 
 def wait_for_server(settings: DemoSettings, child: Child) -> Server:
@@ -339,17 +339,19 @@ def wait_for_server(settings: DemoSettings, child: Child) -> Server:
                 return server
         time.sleep(0.1)
     raise DemoError(
-        f"the server is not ready after {settings.start_s:.0f} s; see {_log(settings, 'server')}"
+        f"the server is not ready after {settings.start_s:.0f} s; see {log_of(settings, 'server')}"
     )
 
 
-def _command(settings: DemoSettings, room: str) -> list[str]:
+def command_of(settings: DemoSettings, room: str) -> list[str]:
+    """Arguments of ``python`` that launch the server (``serving``) or the ``trainer``."""
     own = settings.server_overrides if room == "serving" else ()
     overrides = [part for item in (*own, *settings.shared_overrides) for part in ("--set", item)]
     return ["-m", room, "launch", "--config", str(settings.config), *overrides]
 
 
-def _log(settings: DemoSettings, name: str) -> Path:
+def log_of(settings: DemoSettings, name: str) -> Path:
+    """The log file of a process of the run."""
     return settings.run_dir / "logs" / f"{name}.log"
 
 
@@ -368,7 +370,7 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     texts = gather_texts(settings)
     server = wait_for_server(settings, children[0])
     view.say(f"Serving on {server.url}; starting the trainer ...")
-    children.append(start("trainer", _command(settings, "trainer"), _log(settings, "trainer")))
+    children.append(start("trainer", command_of(settings, "trainer"), log_of(settings, "trainer")))
     scene = Scene(settings, view, texts, began_s, server, children)
     scene.look()
 

@@ -1,4 +1,4 @@
-"""Bugs planted in the faces that programs call: ``device_law`` must reject what comes out, by the
+"""Bugs planted in the functions that programs call: ``device_law`` must reject the result, with the
 kernels too. M1, M2, ... are the numbers of ``tests/serving/engine/test_mutants.py``.
 
 Shapes: R requests, K draft tokens, V target vocabulary.
@@ -22,7 +22,7 @@ from specops.verify_logits import LogitVerdict
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What verification is asked: the arguments of its face, in their order."""
+    """Arguments of the verification function, in order."""
 
     logits_RK1V: Tensor
     sampling: SamplingRows
@@ -41,7 +41,7 @@ def judged_by(bug: Callable[[Asked], LogitVerdict]) -> Faces:
 
 
 def laid_as(like: Tensor, values: Tensor) -> Tensor:
-    """Values with the strides of ``like``: kernels are compiled anew for others."""
+    """Values with the strides of ``like``: other strides would recompile the kernels."""
     return like.new_empty_strided(like.shape, like.stride()).copy_(values)
 
 
@@ -49,7 +49,7 @@ def laid_as(like: Tensor, values: Tensor) -> Tensor:
 
 
 def reuse_numbers(right: Numbering) -> Numbering:
-    """A position that is drafted again gets the number that it had."""
+    """A position that is drafted again gets its former random number."""
     return replace(right, nonces_R=torch.zeros_like(right.nonces_R))
 
 

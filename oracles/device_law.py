@@ -29,25 +29,25 @@ from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
 
 _ABSENT = -1e4
-"""Logit of tokens that are no cell: their probability is 0 in float64 too."""
+"""Logit of tokens outside the law's cells: their probability is 0 even in float64."""
 _ALIGNED = 16
-"""Rows of logits begin at multiples of so many, as those of any real vocabulary do: kernels are
-compiled anew for others."""
+"""Rows of logits begin at multiples of this, as with any real vocabulary; other alignments would
+recompile the kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the law's cells lie in the vocabularies of target and drafter."""
+    """Positions of the law's cells in the vocabularies of target and drafter."""
 
     size: int = V
-    """Of the target's vocabulary."""
+    """Size of the target's vocabulary."""
     ids_V: tuple[int, ...] = tuple(range(V))
     drafted: tuple[int, ...] | None = None
-    """Cells that the drafter knows, its whole vocabulary; ``None``: it has the target's."""
+    """Cells in the drafter's reduced vocabulary; ``None``: it has the target's."""
 
     @property
     def chunk(self) -> int:
-        """Requests in step at a time: 4 GB with all scratch at K = 8."""
+        """Requests simulated at a time: 4 GB with all scratch at K = 8."""
         return min(1_000_000, 100_000_000 // self.size)
 
 
@@ -59,7 +59,7 @@ WIDE = Layout(12_288, (0, 1, 4_095, 4_096, 6_000, 8_191, 8_192, 12_287))
 
 @dataclass(frozen=True, slots=True)
 class Faces:
-    """What a program calls, each of which a test may replace."""
+    """The functions that programs call; a test may replace each."""
 
     sample_draft: Callable[..., Drafted] = faces.sample_draft
     verify_logits: Callable[..., LogitVerdict] = faces.verify_logits
@@ -125,7 +125,7 @@ class _Prepared:
 
 
 def _laid_out(table_CV: Tensor, size: int, ids: Tensor) -> Tensor:
-    """[C, size or a little more]: the table's columns at these ids."""
+    """[C, size, padded]: the table's columns at these ids."""
     width = -(-size // _ALIGNED) * _ALIGNED
     wide = torch.full((len(table_CV), width), _ABSENT, device=table_CV.device)
     return wide.index_copy_(1, ids, table_CV.float())
@@ -147,8 +147,8 @@ def sample(
 
     Args:
         rule: ``MATCH`` decodes requests that have a seed: round numbers do not enter.
-        as_served: programs are one for all requests, so kernels are told that laws may be cut off
-            even where none is; ``False``: they are told only where one is.
+        as_served: one program serves all requests, so its kernels always assume that laws may be
+            truncated; ``False``: they assume it only where one is.
     """
     where, chunk = torch.device(device), min(layout.chunk, num_samples)
     prepared = _Prepared(setting, tables, layout, rule, chunk, where, as_served=as_served)
@@ -167,7 +167,7 @@ def sample(
 def _round(
     prepared: _Prepared, parts: Faces, keys_R: Tensor, held: Held, round_number: int
 ) -> Played:
-    """What ``serving.engine.rounds`` does between its passes."""
+    """The work of ``serving.engine.rounds`` between its passes."""
     count = len(keys_R)
     rows, rules = prepared.rows(count), prepared.rules(count)
     by_match = rules == int(Rule.MATCH)

@@ -26,8 +26,8 @@ from drafters.eagle3.paged import PagedEagle3
 from drafters.suffix.index import SuffixIndex
 from oracles.support import tiny_tokenizer
 from policies.interface import Decision, Outcome, StepObs
-from serving.engine.capture_ring import CaptureRing, StoredDtype
 from serving.engine.assembly import Choices, assemble
+from serving.engine.capture_ring import CaptureRing, StoredDtype
 from serving.engine.inbox import Sequences
 from serving.engine.loop import Engine, Listeners
 from serving.engine.programs import Sizes, fuse

@@ -26,13 +26,13 @@ from specops.verify import Verdict, verify_block, verify_standard
 
 V, LENGTH = 8, 3
 NONE = V
-"""Stands for the token before the first."""
+"""The token before the first."""
 CHUNK = 50_000
-"""Requests in step at a time."""
+"""Requests simulated at a time."""
 
 
 class Cut(Enum):
-    """What is cut off a law: top-k, top-p, min-p."""
+    """Truncation of a law: top-k, top-p, min-p."""
 
     NOTHING = (None, 1.0, 0.0)
     ALL = (6, 0.9, 0.05)
@@ -48,18 +48,18 @@ class Cut(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How one run samples and drafts."""
+    """Sampling and drafting of one run."""
 
     temperature: float
     cut: Cut
     num_draft: int
     adaptive: bool = False
-    """Fewer are drafted after a rejection, and after an even draft token none."""
+    """Draft fewer tokens after a rejection, and none after an even draft token."""
 
     def rows(
         self, dtype: torch.dtype, count: int = (V + 1) ** 2, vocab_size: int = V
     ) -> SamplingRows:
-        """Of ``count`` requests alike."""
+        """Sampling rows of ``count`` equal requests."""
         top_k, top_p, min_p = self.cut.value
         return sampling_rows(
             [self.temperature] * count,
@@ -72,7 +72,7 @@ class Setting:
 
     @property
     def sampling(self) -> str:
-        """Name of the law, whoever drafts."""
+        """Name of the law, which does not depend on the drafter."""
         return f"temperature {self.temperature} {self.cut.title}"
 
     @property
@@ -82,12 +82,12 @@ class Setting:
 
 
 LENGTHS = ((0, False), (1, False), (3, False), (8, False), (4, True))
-"""Tokens of a draft, and whether fewer may be drafted."""
+"""Pairs of K and whether fewer tokens may be drafted."""
 
 
 def _settings() -> Iterator[Setting]:
-    """By temperature: the whole law with every length, then one cut and another in turn, so that
-    every temperature meets each cut and, over all of them, nearly every length does."""
+    """For each temperature the whole law with every length, then the cuts in turn, so that every
+    temperature meets each cut and, over all temperatures, nearly every length meets it too."""
     cuts = itertools.cycle((Cut.ALL, Cut.TOP_K, Cut.TOP_P, Cut.MIN_P))
     for temperature in (0.3, 1.0, 1.5):
         yield from (Setting(temperature, Cut.NOTHING, *length) for length in LENGTHS)
@@ -96,8 +96,8 @@ def _settings() -> Iterator[Setting]:
 
 SETTINGS = tuple(_settings())
 REGIMES = ("close", "opposed", "swapped", "index")
-"""The drafter is near the target; is its negative; is one and the other from round to round; names
-one token for certain, as the suffix index does."""
+"""The drafter is close to the target; its negative; alternates between the two by round; proposes
+one token with certainty, as the suffix index does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def tables_of(regime: str, seed: int = 0) -> Tables:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """All that a rule could look at in one round; most of it, it must not."""
+    """Everything a rule could read in one round, including what it must not."""
 
     p: Tensor
     """[R, K + 1, V] target, shaped."""
@@ -148,7 +148,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The steps of a round, each of which a test may replace."""
+    """The steps of a round; a test may replace each."""
 
     draw_draft: Callable[[Tensor, Tensor], Tensor] = draw
     hand_over: Callable[[Tensor, Tensor], Tensor] = lambda drawn, raw: drawn
@@ -217,22 +217,22 @@ def counted(
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Requests that go on, at the start of a round."""
+    """Unfinished requests at the start of a round."""
 
     at_R: Tensor
-    """[R] int64, their numbers among those in step."""
+    """[R] int64, their indices among those simulated."""
     before_R: Tensor
     last_R: Tensor
-    """The last token but one, and the last."""
+    """The last two tokens."""
     length_R: Tensor
     """Position of the next token."""
     room_R: Tensor
-    """Most that may be drafted."""
+    """Largest number of draft tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What one round did."""
+    """Outcome of one round."""
 
     draft_RK: Tensor
     lens_R: Tensor
@@ -283,7 +283,7 @@ class Chain:
     tokens_RK: Tensor
     lens_R: Tensor
     contexts_RK1: Tensor
-    """After 0 .. K of the tokens."""
+    """Contexts after 0 .. K of the draft tokens."""
 
 
 def draft_chain(setting: Setting, held: Held, choose: Callable[[Tensor, int], Tensor]) -> Chain:

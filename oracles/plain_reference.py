@@ -1,5 +1,5 @@
-"""What a request should answer, worked out by the book: one full pass of the target for each token,
-no cache, no batch, no drafts; biases and penalties token by token in plain Python."""
+"""Reference answers of requests: one full pass of the target for each token, no cache, no batch, no
+drafts; biases and penalties token by token in plain Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adjusted(
     repetition: float,
     bias: dict[int, float],
 ) -> list[float]:
-    """Logits of one position after bias, repetition, frequency and presence."""
+    """Logits of one position with bias, repetition, frequency and presence."""
     out = []
     for token, logit in enumerate(logits):
         value = logit + bias.get(token, 0.0)
@@ -61,7 +61,7 @@ def _choose(logits_V: torch.Tensor, request: Request, position: int) -> int:
     rows = sampling_rows(
         [shape.temperature], [shape.top_k], [shape.top_p], [shape.min_p], len(logits_V)
     )
-    assert shape.seed is not None, "an answer by the book needs a seed"
+    assert shape.seed is not None, "a reference answer needs a seed"
     key = np.array([shape.seed], dtype=np.uint64)
     number = uniforms(key, np.array([[position]]), np.zeros(1, dtype=np.int64), Stream.TARGET)
     law = distribution(logits_V[None, None], rows)[0, 0]

@@ -1,5 +1,5 @@
-"""Random bodies of ``/v1/completions`` and ``/v1/chat/completions``, all with a seed, and what of
-an answer may not depend on drafts."""
+"""Random bodies of ``/v1/completions`` and ``/v1/chat/completions``, all with a seed, and the parts
+of answers that must not depend on drafts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEXTS = ("def add(left, right):", "for item in items:", "The drafter", "a a a a 
 
 
 def question(numbers: random.Random, is_chat: bool, text: str, vocab_size: int) -> Body:
-    """A body about this text."""
+    """A random body with this text as its prompt."""
     body = _sampling(numbers, vocab_size)
     if is_chat:
         log = {"logprobs": True, "top_logprobs": 2} if numbers.random() < 0.4 else {}
@@ -43,15 +43,15 @@ def _sampling(numbers: random.Random, vocab_size: int) -> Body:
 
 
 def said(answer: Body) -> Body:
-    """The whole answer, but who it is and how it was computed: ids, times, ``speculation`` and
-    ``cached_tokens``."""
+    """The answer without its id and time, and without ``speculation`` and ``cached_tokens``, which
+    say how it was computed."""
     kept = {k: v for k, v in answer.items() if k not in ("id", "created", "speculation")}
     usage = {k: v for k, v in answer["usage"].items() if k != "prompt_tokens_details"}
     return {**kept, "usage": usage}
 
 
 def is_same(one: Any, other: Any, tolerance: float) -> bool:
-    """Equal, log probabilities within the tolerance; 0 where they are to be the same bits."""
+    """Whether two answers are equal, log probabilities within the tolerance; 0: to the last bit."""
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= tolerance
     if isinstance(one, dict):

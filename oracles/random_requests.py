@@ -1,8 +1,8 @@
-"""Requests that use everything a client may ask for, and what may not depend on drafts: their
-answers. Engines in float64, so that no rounding decides between two tokens.
+"""Requests that use every field of a client, and their answers, which must not depend on drafts.
+Engines compute in float64, so that no rounding decides between two tokens.
 
-Left out of a comparison: ``speculation``, which says how the answer was decoded, and
-``cached_tokens``, which depends on who else was being answered.
+Comparisons exclude ``speculation``, which says how the answer was decoded, and ``cached_tokens``,
+which depends on the other requests.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from serving.engine.loop import Engine
 from serving.requests import Request, SamplingParams, TokenLogprob
 
 TOLERANCE = 1e-9
-"""Of a log probability; float64 passes of different shapes differ by some 1e-13."""
+"""Tolerance of log probabilities; float64 batches of different shapes differ by about 1e-13."""
 NUM_EOS = 3
 DRAFTERS = ("random", "hostile", "echo")
-"""Random weights; the negative of the target's head on its own hidden row, which proposes the
-unlikeliest; that head itself, which repeats what was predicted one token earlier."""
+"""Random weights; the negated target head on the target's own hidden row, which proposes the least
+likely token; that head itself, which repeats the prediction for the previous token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """All of a response that a client may rely on."""
+    """Everything in a response that a client may rely on."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -78,14 +78,14 @@ def _same_logprob(one: TokenLogprob, other: TokenLogprob, tolerance: float) -> b
 
 
 def differing(wanted: dict[str, Answer], got: dict[str, Answer]) -> list[str]:
-    """Ids of requests that were answered otherwise."""
+    """Ids of requests whose answers differ."""
     assert wanted.keys() == got.keys()
     return [name for name, answer in wanted.items() if parted_in(answer, got[name])]
 
 
 def random_requests(numbers: random.Random, count: int, vocab_size: int) -> list[Request]:
-    """Greedy and seeded; no stops yet (see ``with_ends``). Some share prefixes, some repeat
-    themselves, so that the suffix index has something to draft."""
+    """Greedy and seeded requests, without stops yet (see ``with_ends``). Some share prefixes, and
+    some repeat themselves, so that the suffix index can draft."""
     stem = [numbers.randrange(vocab_size) for _ in range(24)]
     return [
         Request(str(i), tuple(_prompt(numbers, stem, vocab_size)), _sampling(numbers, vocab_size))
@@ -123,7 +123,7 @@ def _sampling(numbers: random.Random, vocab_size: int) -> SamplingParams:
 
 
 def with_ends(numbers: random.Random, request: Request, answer: Answer) -> Request:
-    """Half of the requests get stops that do occur in their answer, or nearly."""
+    """Add stops that occur in the answer, or almost, to about half of the requests."""
     stops, stop_ids = [], []
     if numbers.random() < 0.3 and answer.text:
         start = numbers.randrange(len(answer.text))
@@ -136,12 +136,12 @@ def with_ends(numbers: random.Random, request: Request, answer: Answer) -> Reque
 
 
 def twice(requests: Iterable[Request]) -> list[Request]:
-    """Every request, and later once more: the second time the suffix index knows the answer."""
+    """Every request twice: the second time the suffix index knows the answer."""
     every = list(requests)
     return every + [replace(request, id=f"{request.id} again") for request in every]
 
 
-WAYS: tuple[dict[str, Any], ...] = (
+SHAPINGS: tuple[dict[str, Any], ...] = (
     {},
     {"presence_penalty": 1.9},
     {"presence_penalty": -1.5, "frequency_penalty": 0.6},
@@ -157,10 +157,10 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 
 def every_shape() -> Iterator[Request]:
-    """One request for every way of shaping and temperature; 8 tokens each."""
-    for number, (way, temperature) in enumerate(itertools.product(WAYS, (0.0, 1.0))):
+    """One request per shaping and temperature; 8 tokens each."""
+    for number, (shaping, temperature) in enumerate(itertools.product(SHAPINGS, (0.0, 1.0))):
         sampling = SamplingParams(
-            temperature=temperature, seed=number, max_tokens=8, ignore_eos=True, **way
+            temperature=temperature, seed=number, max_tokens=8, ignore_eos=True, **shaping
         )
         yield Request(str(number), (5, 6, 5, 6, number), sampling)
 

@@ -1,4 +1,4 @@
-"""Small things that many tests share."""
+"""A tiny tokenizer and target for tests."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,14 +82,15 @@ def load_target(settings: Settings) -> LoadedTarget:
 
 
 def build_service(
-    settings: Settings, loaded: LoadedTarget | None = None, policy: DraftPolicy | None = None
+    settings: Settings,
+    loaded: LoadedTarget | None = None,
+    wrap: Callable[[DraftPolicy], DraftPolicy] | None = None,
 ) -> Service:
     """Load everything, measure step times, and return a service that is ready to start.
 
     Args:
         loaded: serve this target; ``None``: load the one that the settings name.
-        policy: decide with this policy, which is not calibrated; ``None``: build the one that the
-            settings name.
+        wrap: returns the policy to decide with, given the one that the settings name.
 
     Raises:
         ValueError: the target or the drafter cannot be used; the text says why.
@@ -114,17 +115,28 @@ def build_service(
         max_draft=settings.drafter.max_draft,
         created_unix_s=int(time.time()),
     )
-    if policy is None:
-        traits = {kind: kind_of(kind).traits for kind in kinds}
-        policy = build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
-        if policy.wants_profile:
-            with _timed("profiled step times"):
-                context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
-                policy.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
-        if learning is not None:
-            manifest = learning.manifest
-            policy.on_swap(manifest.kind, manifest.version, manifest.policy)
+    policy = _policy(settings, kinds, parts, wrap)
+    if learning is not None:
+        manifest = learning.manifest
+        policy.on_swap(manifest.kind, manifest.version, manifest.policy)
     return _service(settings, backend, model, parts, policy, learning, flat, loaded.fingerprint)
+
+
+def _policy(
+    settings: Settings,
+    kinds: tuple[str, ...],
+    parts: EngineParts,
+    wrap: Callable[[DraftPolicy], DraftPolicy] | None,
+) -> DraftPolicy:
+    traits = {kind: kind_of(kind).traits for kind in kinds}
+    policy = build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
+    if wrap is not None:
+        policy = wrap(policy)
+    if policy.wants_profile:
+        with _timed("profiled step times"):
+            context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
+            policy.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
+    return policy
 
 
 def _make_parts(

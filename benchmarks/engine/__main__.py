@@ -3,15 +3,16 @@
     python -m benchmarks.engine                            # every part but ``start``
     python -m benchmarks.engine --parts decode,idle --grid full
     python -m benchmarks.engine --parts policy,start --keep FORMER_RESULT
-    python -m benchmarks.engine --device cpu --shapes tiny --parts all    # a try without a GPU
+    python -m benchmarks.engine --device cpu --shapes tiny --parts all    # try it without a GPU
 
-Parts: ``decode`` plain decode steps beside the memory floor; ``idle`` time of the device between
-steps; ``forced`` K = 4 with 3 tokens a step, synthetic; ``policy`` the policy against no drafter;
-``swaps`` of a drafter under load; ``capture`` on against off; ``start`` of a server's engine.
+Parts: ``decode`` plain decode steps against the memory floor; ``idle`` time of the device between
+steps; ``forced`` K = 4 with 3 tokens per step, by forced acceptance (``harness/predictable.py``);
+``policy`` the policy against no drafter; ``swaps`` of a drafter under load; ``capture`` on against
+off; ``start`` of a server's engine.
 
-All through the real engine: requests are submitted, steps are taken, programs are CUDA graphs. The
+Requests are submitted to the real engine and its steps are taken in this process, without HTTP. The
 contexts of ``decode`` and ``idle`` are declared to the prefix cache instead of computed; their keys
-and values are random, in pages of their own for each request. HTTP is no part of it.
+and values are random, in pages of their own for each request.
 
 Writes ``benchmarks/results/engine_speed.json`` after every row.
 """
@@ -30,37 +31,37 @@ import typer
 
 from benchmarks.engine import capturing, decode, speculation, startup, swaps
 from benchmarks.engine.decode import Grid
-from benchmarks.engine.engines import PUBLISHED, SHAPES, Place
 from benchmarks.engine.graphs import Replays
-from benchmarks.engine.report import Report
-from benchmarks.harness.choice import known
+from benchmarks.harness.results import Report, known
+from benchmarks.harness.shapes import LARGE, SHAPES
+from targets.load import pick_dtype
 
 PARTS = ("decode", "idle", "forced", "policy", "swaps", "capture", "start")
 _EXPECTED_S = {"forced": 30, "swaps": 60, "capture": 40, "policy": 90, "start": 60}
-"""Seconds that must be left when a part begins."""
+"""Seconds of the budget that a part needs to begin."""
 _IDLE_SHAPES = ("Qwen3-0.6B", "Qwen3-8B")
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large the parts are, but ``decode``, ``idle`` and ``start``."""
+    """Sizes of all parts but ``decode``, ``idle`` and ``start``."""
 
     policy_batches: tuple[int, ...]
     num_turns: int
-    """Of each arm, after one that warms up."""
+    """Turns of each arm, after one that warms up."""
     num_swaps: int
     batch: int = 32
-    """Of ``swaps`` and ``capture``."""
+    """Batch of ``swaps`` and ``capture``."""
     context: int = 1024
-    """Of ``forced``."""
+    """Context of ``forced``."""
     num_prompt: int = 256
-    """Of ``policy``."""
+    """Prompt length of ``policy``."""
     max_tokens: int = 129
-    """Of ``policy`` and ``capture``."""
+    """Answer length of ``policy`` and ``capture``."""
 
 
 def _tiny(sizes: Sizes) -> Sizes:
-    """For a try on a CPU."""
+    """Sizes to try the benchmark on a CPU."""
     turns, swaps = min(sizes.num_turns, 2), min(sizes.num_swaps, 20)
     return Sizes((1, 4), turns, swaps, batch=4, context=64, num_prompt=64, max_tokens=24)
 
@@ -73,37 +74,42 @@ def _grid(shape: str, kind: str) -> Grid:
 
 
 def _works(
-    report: Report, place: Place, replays: Replays, shape: str, sizes: Sizes, from_disk: bool
+    report: Report,
+    device: torch.device,
+    replays: Replays,
+    shape: str,
+    sizes: Sizes,
+    from_disk: bool,
 ) -> dict[str, Callable[[], None]]:
     """The parts that are measured at one shape."""
 
     def forced() -> None:
-        speculation.measure_forced(report, place, shape, sizes.context, sizes.num_turns, replays)
+        speculation.measure_forced(report, device, shape, sizes.context, sizes.num_turns, replays)
 
     def policy() -> None:
         lengths = sizes.num_prompt, sizes.max_tokens
         batches, turns = sizes.policy_batches, sizes.num_turns
-        speculation.measure_policy(report, place, shape, batches, *lengths, turns)
+        speculation.measure_policy(report, device, shape, batches, *lengths, turns)
 
     def swap() -> None:
-        swaps.measure(report, place, shape, sizes.batch, sizes.num_swaps, interval_s=0.02)
+        swaps.measure(report, device, shape, sizes.batch, sizes.num_swaps, interval_s=0.02)
 
     def capture() -> None:
         batch, turns = sizes.batch, sizes.num_turns
-        capturing.measure(report, place, shape, batch, sizes.max_tokens, turns)
+        capturing.measure(report, device, shape, batch, sizes.max_tokens, turns)
 
     def start() -> None:
-        startup.measure(report, place, shape, from_disk)
+        startup.measure(report, device, shape, from_disk)
 
     return {"forced": forced, "policy": policy, "swaps": swap, "capture": capture, "start": start}
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/engine_speed.json"
     ),
-    parts: Annotated[str, typer.Option(help="names by commas, or all")] = ",".join(PARTS[:-1]),
-    shapes: Annotated[str, typer.Option(help="of decode and idle; by commas, or all")] = (
+    parts: Annotated[str, typer.Option(help="comma-separated, or all")] = ",".join(PARTS[:-1]),
+    shapes: Annotated[str, typer.Option(help="of decode and idle; comma-separated, or all")] = (
         "Qwen3-0.6B,Qwen3-8B,Qwen3-1.7B,Llama-3.1-8B"
     ),
     drafted: Annotated[str, typer.Option(help="shape of the other parts")] = "Qwen3-8B",
@@ -111,30 +117,33 @@ def main(
         Literal["short", "full"], typer.Option(help="full: all batches by all contexts")
     ] = "short",
     batches: Annotated[str, typer.Option(help="of policy")] = "1,8,32,64,128",
-    num_turns: Annotated[int, typer.Option(help="of each arm, after one that warms up")] = 3,
-    num_swaps: int = 1000,
-    budget_s: Annotated[float, typer.Option(help="what does not fit is skipped, and said")] = 540,
-    keep: Annotated[Path | None, typer.Option(help="former result, for its other parts")] = None,
+    num_turns: Annotated[int, typer.Option(help="per arm, after one that warms up")] = 3,
+    num_swaps: Annotated[int, typer.Option(help="orders; fewer if the budget ends")] = 100,
+    budget_s: Annotated[float, typer.Option(help="parts that do not fit are skipped")] = 540,
+    keep: Annotated[
+        Path | None, typer.Option(help="former result whose other parts are kept")
+    ] = None,
     from_disk: Annotated[bool, typer.Option(help="start: write and load the target")] = False,
     device: str = "cuda",
 ) -> None:
-    """Measure the chosen parts, one after another, ``decode`` and ``idle`` together at first."""
-    place = Place(torch.device(device))
+    """Measure the chosen parts one after another; ``decode`` and ``idle`` come first, together."""
+    on = torch.device(device)
     chosen = known("parts", PARTS if parts == "all" else parts.split(","), PARTS)
-    names = known("shapes", PUBLISHED if shapes == "all" else shapes.split(","), SHAPES)
+    names = known("shapes", LARGE if shapes == "all" else shapes.split(","), SHAPES)
     sizes = Sizes(tuple(map(int, batches.split(","))), num_turns, num_swaps)
     if names == ["tiny"]:
         drafted, sizes = "tiny", _tiny(sizes)
-    report = Report(out, budget_s, {"dtype": str(place.dtype).removeprefix("torch.")})
+    dtype = str(pick_dtype("auto", on)).removeprefix("torch.")
+    report = Report(out, budget_s, {"dtype": dtype})
     if keep is not None:
         report.keep(json.loads(keep.read_text()), without=chosen)
     replays = Replays()
     with replays.installed():
         for shape in names if {"decode", "idle"} & set(chosen) else ():
             cells = _grid(shape, grid)
-            work = partial(decode.measure, report, place, shape, cells, chosen, replays)
+            work = partial(decode.measure, report, on, shape, cells, chosen, replays)
             report.attempt("decode", {"shape": shape}, 20, work)
-        works = _works(report, place, replays, drafted, sizes, from_disk)
+        works = _works(report, on, replays, drafted, sizes, from_disk)
         for name in chosen:
             if name in works:
                 report.attempt(name, {"shape": drafted}, _EXPECTED_S[name], works[name])

@@ -1,4 +1,4 @@
-"""Capture on against off: throughput of the same prompts in turns, and memory of the device."""
+"""Capture on against off: throughput on the same prompts, alternating, and device memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.engines import Made, Place, engine_of, release
-from benchmarks.engine.load import Prompt, Turn, answer_all, random_prompts
-from benchmarks.engine.report import Report
+from benchmarks.harness.engines import Built, engine_of, held_bytes, release
+from benchmarks.harness.loops import Prompt, Turn, answer_all, random_prompts
+from benchmarks.harness.results import Report
 from serving.engine.capture_ring import StoredDtype
 
 _NUM_PROMPT = 256
@@ -18,32 +18,33 @@ _DTYPES: tuple[StoredDtype, ...] = ("float8_e4m3fn", "bfloat16")
 
 
 def measure(
-    report: Report, place: Place, shape: str, batch: int, max_tokens: int, num_turns: int
+    report: Report, device: torch.device, shape: str, batch: int, max_tokens: int, num_turns: int
 ) -> None:
-    """Rows ``capture``, one for each dtype of the log: an engine that captures every request beside
-    one that cannot."""
-    release(place)
-    held = [place.held_bytes()]
-    with engine_of(shape, place, _settings(batch, max_tokens, None), num_versions=1) as off:
-        held.append(place.held_bytes())
+    """Add the rows ``capture``, one per dtype of the log: an engine that captures every request
+    against one that cannot."""
+    release(device)
+    held = [held_bytes(device)]
+    with engine_of(shape, device, _settings(batch, max_tokens, None), num_versions=1) as off:
+        held.append(held_bytes(device))
         for dtype in _DTYPES:
             what = {"shape": shape, "batch": batch, "num_prompt": _NUM_PROMPT, "dtype": dtype}
 
             def row(dtype: StoredDtype = dtype) -> dict[str, Any]:
-                release(place)  # of the row before
-                before = place.held_bytes()
+                release(device)  # the former row's engine
+                before = held_bytes(device)
                 chosen = _settings(batch, max_tokens, dtype)
-                with engine_of(shape, place, chosen, num_versions=1) as on, torch.inference_mode():
-                    own = (place.held_bytes() - before) - (held[1] - held[0])
+                with engine_of(shape, device, chosen, num_versions=1) as on:
+                    own = (held_bytes(device) - before) - (held[1] - held[0])
                     found = compare(on, off, batch, max_tokens, num_turns)
-                mib = (own + found["peak_bytes"]) / 2**20 if place.is_gpu else None
+                is_gpu = device.type == "cuda"
+                mib = (own + found["peak_bytes"]) / 2**20 if is_gpu else None
                 return {"max_tokens": max_tokens, **found, "gpu_memory_mib": mib}
 
             report.attempt("capture", what, 30, row)
 
 
 def _settings(batch: int, max_tokens: int, dtype: StoredDtype | None) -> dict[str, Any]:
-    """``dtype`` of the log; ``None``: captures nothing."""
+    """``dtype``: type of the logged rows; ``None`` captures nothing."""
     longest = _NUM_PROMPT + max_tokens
     return {
         "engine": {
@@ -61,8 +62,8 @@ def _settings(batch: int, max_tokens: int, dtype: StoredDtype | None) -> dict[st
     }
 
 
-def compare(on: Made, off: Made, batch: int, max_tokens: int, num_turns: int) -> dict[str, Any]:
-    """Turns of plain decoding, prompts computed anew in each; traces are written meanwhile."""
+def compare(on: Built, off: Built, batch: int, max_tokens: int, num_turns: int) -> dict[str, Any]:
+    """Alternate turns of plain decoding on fresh prompts, while traces are written."""
     recorder = on.service.recorder
     assert recorder is not None
     recorder.start()
@@ -75,7 +76,7 @@ def compare(on: Made, off: Made, batch: int, max_tokens: int, num_turns: int) ->
             for arm in arms if number % 2 else reversed(arms):
                 turn, peak = _turn(arms[arm], prompts, max_tokens)
                 peaks[arm] = max(peaks[arm], peak)
-                if number:  # the first one warms up
+                if number:  # the first pair warms up
                     speeds[arm].append(turn.tokens_per_s)
     finally:
         recorder.close(_CLOSE_S)
@@ -87,16 +88,16 @@ def compare(on: Made, off: Made, batch: int, max_tokens: int, num_turns: int) ->
         "ratios": pairs,
         "peak_bytes": peaks["on"] - peaks["off"],
         "traces": recorder.counts(),
-        "rows_dropped": on.service.engine.figures().capture_rows_dropped,
+        "rows_dropped": on.engine.figures().capture_rows_dropped,
         "num_turns": num_turns,
     }
 
 
-def _turn(made: Made, prompts: list[Prompt], max_tokens: int) -> tuple[Turn, int]:
-    """One turn, and the bytes that it took on the device for a while."""
-    if not made.place.is_gpu:
-        return answer_all(made.service.engine, prompts, max_tokens, capture=True), 0
+def _turn(built: Built, prompts: list[Prompt], max_tokens: int) -> tuple[Turn, int]:
+    """One turn, and its peak of temporary device memory in bytes."""
+    if built.device.type != "cuda":
+        return answer_all(built.engine, prompts, max_tokens, capture=True), 0
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
-    turn = answer_all(made.service.engine, prompts, max_tokens, capture=True)
+    turn = answer_all(built.engine, prompts, max_tokens, capture=True)
     return turn, torch.cuda.max_memory_allocated() - base

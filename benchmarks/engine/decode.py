@@ -1,4 +1,4 @@
-"""Plain decoding: step time beside the memory floor, and how idle the device is between steps."""
+"""Plain decoding: step time against the memory floor, and idle time of the device between steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.engines import Made, Place, engine_of
 from benchmarks.engine.graphs import Replays, median_ms, traced_idle
-from benchmarks.engine.load import Load, declare_computed, random_prompts
-from benchmarks.engine.report import Report
-from benchmarks.ops.decoder import floor_bytes
+from benchmarks.harness.engines import (
+    Built,
+    declare_computed,
+    engine_of,
+    fill_pool,
+    holds,
+    num_positions_held,
+)
+from benchmarks.harness.loops import Batch, random_prompts
+from benchmarks.harness.results import Report
+from benchmarks.harness.shapes import floor_bytes
 from benchmarks.ops.timing import copy_bytes_per_s
 
 Cell = tuple[int, int]
@@ -24,7 +31,7 @@ _WARM_UPS = 6
 _SPARE = 8
 """Tokens that a request may decode beyond the measured steps."""
 _KV_SHARE = 0.9
-"""Of the memory beside the weights."""
+"""Share of the memory left by the weights that the KV pool takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class Grid:
     cells: tuple[Cell, ...]
     num_steps: int
     idle_cell: Cell | None
-    """Where the device's idle time is looked at."""
+    """Where idle time is measured."""
 
 
 _BATCHES, _CONTEXTS = (1, 8, 32, 64, 128), (512, 2048, 8192, 32_768)
@@ -47,9 +54,14 @@ TINY = ((1, 64), (4, 64), (4, 128))
 
 
 def measure(
-    report: Report, place: Place, shape: str, grid: Grid, parts: Sequence[str], replays: Replays
+    report: Report,
+    device: torch.device,
+    shape: str,
+    grid: Grid,
+    parts: Sequence[str],
+    replays: Replays,
 ) -> None:
-    """Rows ``decode`` and ``idle`` of one shape."""
+    """Add the rows ``decode`` and ``idle`` of one shape."""
     chosen = {
         "engine": {
             "max_batch": max(batch for batch, _ in grid.cells),
@@ -57,29 +69,28 @@ def measure(
             "kv_memory_fraction": _KV_SHARE,
         }
     }
-    with engine_of(shape, place, chosen) as made, torch.inference_mode():
-        for tensor in (*made.service.engine.pool.keys, *made.service.engine.pool.values):
-            tensor.normal_()
-        bandwidth = _bandwidth(made)
+    with engine_of(shape, device, chosen) as built, torch.inference_mode():
+        fill_pool(built.engine)
+        bandwidth = _bandwidth(device)
         for batch, context in grid.cells:
             what = {"shape": shape, "batch": batch, "context": context}
 
             def cell(batch: int = batch, context: int = context) -> dict[str, Any]:
-                return decode_row(made, batch, context, grid.num_steps, bandwidth, replays)
+                return decode_row(built, batch, context, grid.num_steps, bandwidth, replays)
 
             if "decode" in parts:
                 report.attempt("decode", what, 5, cell)
             if "idle" in parts and (batch, context) == grid.idle_cell:
 
                 def idle(batch: int = batch, context: int = context) -> dict[str, Any]:
-                    return idle_row(made, batch, context, grid.num_steps, replays)
+                    return idle_row(built, batch, context, grid.num_steps, replays)
 
                 report.attempt("idle", what, 10, idle)
 
 
-def _bandwidth(made: Made) -> float | None:
-    """Of a large copy, in what memory the pool has left."""
-    if not made.place.is_gpu:
+def _bandwidth(device: torch.device) -> float | None:
+    """Bytes per second of a large copy, in the memory that the pool has left."""
+    if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info()
     return copy_bytes_per_s(min(4 << 30, free // 2))
@@ -89,27 +100,30 @@ def _max_tokens(num_steps: int) -> int:
     return _WARM_UPS + num_steps + _SPARE
 
 
-def steady_load(made: Made, batch: int, context: int, num_steps: int) -> Load | None:
+def steady_batch(built: Built, batch: int, context: int, num_steps: int) -> Batch | None:
     """Requests that all decode; ``None`` if the pool cannot hold them."""
-    engine = made.service.engine
     max_tokens = _max_tokens(num_steps)
-    scheduler = engine.scheduler
-    if batch * scheduler.num_pages_for(context, max_tokens) > scheduler.pool.num_usable:
+    if not holds(built.engine, batch, context, max_tokens):
         return None
-    prompts = random_prompts(batch, context, engine.vocab_size)
-    declare_computed(engine, prompts)
-    load = Load(engine, prompts, max_tokens)
-    load.begin(_WARM_UPS)
-    return load
+    prompts = random_prompts(batch, context, built.engine.inbox.limits.vocab_size)
+    declare_computed(built.engine, prompts)
+    steady = Batch(built.engine, prompts, max_tokens)
+    steady.begin(_WARM_UPS)
+    return steady
 
 
 def decode_row(
-    made: Made, batch: int, context: int, num_steps: int, bandwidth: float | None, replays: Replays
+    built: Built,
+    batch: int,
+    context: int,
+    num_steps: int,
+    bandwidth: float | None,
+    replays: Replays,
 ) -> dict[str, Any]:
-    """Step time, tokens a second, and the floor of the same bytes."""
-    load = steady_load(made, batch, context, num_steps)
+    """Step time, tokens per second, and the time that reading the same bytes takes."""
+    load = steady_batch(built, batch, context, num_steps)
     if load is None:
-        return {"skipped": too_large(made, batch, context)}
+        return {"skipped": too_large(built, batch, context)}
     before, started = load.num_tokens, time.perf_counter()
     times = [load.step() for _ in range(num_steps - 1)]
     seconds, tokens = time.perf_counter() - started, load.num_tokens - before
@@ -127,7 +141,7 @@ def decode_row(
     if launched:
         row["device_ms"] = sum(noted.device_s() for noted in launched) * 1e3
     if bandwidth is not None:
-        floor_ms = floor_bytes(made.config, made.model, batch * context) / bandwidth * 1e3
+        floor_ms = floor_bytes(built.config, built.model, batch * context) / bandwidth * 1e3
         row |= {
             "floor_ms": floor_ms,
             "share_of_floor": floor_ms / step_ms,
@@ -136,20 +150,22 @@ def decode_row(
     return row
 
 
-def too_large(made: Made, batch: int, context: int) -> str:
+def too_large(built: Built, batch: int, context: int) -> str:
     """Why a cell was not measured."""
-    scheduler = made.service.engine.scheduler
-    held = scheduler.pool.num_usable * scheduler.page_size
-    return f"{batch * context} positions wanted, the memory beside the weights holds {held}"
+    held = num_positions_held(built.engine)
+    return f"{batch * context} positions needed, the memory left by the weights holds {held}"
 
 
 def idle_row(
-    made: Made, batch: int, context: int, num_steps: int, replays: Replays
+    built: Built, batch: int, context: int, num_steps: int, replays: Replays
 ) -> dict[str, Any]:
-    """Idle shares. ``idle_by_device_time``: the graphs replayed by themselves afterwards, over the
-    wall time of steps; copies count as idle. ``idle_by_events``: time outside of the graphs' events
-    in the run; launches that the device waited for count as busy. ``traced``: from a trace."""
-    load = steady_load(made, batch, context, 3 * num_steps)
+    """Shares of the time in which the device is idle.
+
+    ``idle_by_device_time``: the graphs, replayed by themselves afterwards, against the wall time of
+    steps; copies count as idle. ``idle_by_events``: time outside the events around each graph;
+    launches that the device waited for count as busy. ``traced``: from the profiler's trace.
+    """
+    load = steady_batch(built, batch, context, 3 * num_steps)
     assert load is not None
     wall: list[float] = []
 
@@ -163,10 +179,10 @@ def idle_row(
     steps()
     launched = replays.during(steps)
     row: dict[str, Any] = {"step_ms": wall[0] / num_steps * 1e3, "num_steps": num_steps}
-    if made.place.is_gpu:
+    if built.device.type == "cuda":
         try:
             traced = traced_idle(steps)
-        except RuntimeError as error:  # a machine may not let itself be traced
+        except RuntimeError as error:  # some machines do not permit tracing
             row["trace_error"] = str(error)
         else:
             row["traced_step_ms"] = wall[-1] / num_steps * 1e3

@@ -12,50 +12,56 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.engine.engines import Place, publish_drafters, random_target, release
-from benchmarks.engine.report import Report
+from benchmarks.harness.engines import (
+    ONE_GPU,
+    build,
+    held_bytes,
+    making_programs,
+    release,
+    synchronize,
+)
+from benchmarks.harness.random_targets import publish_drafters, random_target
+from benchmarks.harness.results import Report
+from buffer.fingerprint import target_fingerprint
 from configs.load import load_settings
 from configs.schema import Settings
-from serving.build import LoadedTarget, build_engine, load_target
+from serving.build import LoadedTarget, load_target
 
 
-def measure(report: Report, place: Place, shape: str, from_disk: bool) -> None:
-    """Rows ``start``: the first one compiles every kernel, the second finds them in the cache.
+def measure(report: Report, device: torch.device, shape: str, from_disk: bool) -> None:
+    """Add the rows ``start``: the first start compiles every kernel, the second finds them cached.
 
     Args:
-        from_disk: write the target and let the engine load it, as a server does; else its weights
-            are drawn on the device, and the load is of that.
+        from_disk: write the target and load it as a server does; else its weights are drawn on
+            the device, and ``load_s`` is the time of that.
     """
-    release(place)  # of an engine before
+    release(device)  # an engine built before
     with tempfile.TemporaryDirectory() as folder:
-        target = random_target(shape, place)
+        target = random_target(shape, device)
         publish_drafters(Path(folder) / "run" / "weights", target)
         saved = Path(folder) / "target"
         if from_disk:
             _save(target, saved, Path(folder) / "run")
         del target
-        release(place)
+        release(device)
         for kernels in ("cold", "warm"):
             what = {"shape": shape, "kernels": kernels, "from_disk": from_disk}
 
             def start() -> dict[str, Any]:
                 chosen = ["--target", str(saved)] if from_disk else []
-                return _started(shape, place, Path(folder), chosen, report.left_s)
+                return _started(shape, device, Path(folder), chosen, report.left_s)
 
             report.attempt("start", what, 30, start)
 
 
 def _save(target: LoadedTarget, folder: Path, run_dir: Path) -> None:
-    """The target as a server finds it, and its drafter under the fingerprint of the folder."""
-    from buffer.fingerprint import target_fingerprint
-
+    """Write the target as a server finds it, and give its drafter the fingerprint of the folder."""
     target.model.save_pretrained(folder, max_shard_size="5GB")
     target.tokenizer.save_pretrained(folder)
     manifest = run_dir / "weights" / "0" / "manifest.json"
@@ -64,11 +70,11 @@ def _save(target: LoadedTarget, folder: Path, run_dir: Path) -> None:
 
 
 def _started(
-    shape: str, place: Place, folder: Path, chosen: list[str], timeout_s: float
+    shape: str, device: torch.device, folder: Path, chosen: list[str], timeout_s: float
 ) -> dict[str, Any]:
     """One start in a new process; its kernels are cached in ``folder``."""
     command = [sys.executable, "-m", "benchmarks.engine.startup", "--shape", shape]
-    command += ["--device", str(place.device), "--run-dir", str(folder / "run"), *chosen]
+    command += ["--device", str(device), "--run-dir", str(folder / "run"), *chosen]
     env = {**os.environ, "TRITON_CACHE_DIR": str(folder / "kernels")}
     started = time.perf_counter()
     done = subprocess.run(
@@ -82,7 +88,7 @@ def _started(
 
 
 class _Seconds(logging.Handler):
-    """Keeps what the engine says it took: its messages of a part and its seconds."""
+    """Keeps the seconds that the engine logs for each part of its start."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -103,40 +109,37 @@ def start(
     target: Annotated[Path | None, typer.Option(help="load this folder")] = None,
 ) -> None:
     """One start with the settings of ``configs/one_gpu.yaml``; prints its times as JSON."""
-    place = Place(torch.device(device))
+    on = torch.device(device)
     seconds = _Seconds()
     logging.getLogger("serving").addHandler(seconds)
     logging.getLogger("serving").setLevel(logging.INFO)
     started = time.perf_counter()
-    settings = _settings(place, run_dir, target)
-    loaded = load_target(settings) if target else random_target(shape, place)
-    place.synchronize()
+    settings = _settings(on, run_dir, target)
+    loaded = load_target(settings) if target else random_target(shape, on)
+    synchronize(on)
     loaded_s = time.perf_counter() - started
-    service = build_engine(settings, loaded)
-    place.synchronize()
-    programs = service.engine.programs
-    assert programs is not None
+    service, _ = build(settings, loaded)
+    synchronize(on)
     found = {
         "load_s": loaded_s,
         "engine_s": time.perf_counter() - started - loaded_s,
         "total_s": time.perf_counter() - started,
         "said_s": seconds.said,
-        "making_programs": asdict(programs.graphs.spent),
+        "making_programs": making_programs(service.engine),
         "max_batch": settings.engine.max_batch,
         "max_draft": settings.drafter.max_draft,
-        "held_gib": place.held_bytes() / 2**30,
+        "held_gib": held_bytes(on) / 2**30,
     }
-    del service
     print(json.dumps(found), flush=True)
 
 
-def _settings(place: Place, run_dir: Path, target: Path | None) -> Settings:
-    chosen = [f"run_dir={run_dir}", f"device={place.device}", "engine.programs=always"]
+def _settings(device: torch.device, run_dir: Path, target: Path | None) -> Settings:
+    chosen = [f"run_dir={run_dir}", f"device={device}"]
     if target is not None:
         chosen.append(f"target={target}")
-    if not place.is_gpu:  # a try
+    if device.type != "cuda":  # to try it out
         chosen += ["engine.max_batch=2", "engine.max_model_len=256", "engine.prefill_chunk=64"]
-    return load_settings([Path("configs/one_gpu.yaml")], chosen, {})
+    return load_settings([ONE_GPU], chosen, {})
 
 
 if __name__ == "__main__":

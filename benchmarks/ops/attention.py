@@ -1,14 +1,14 @@
 """Decode attention of Qwen3-8B's heads over paged keys, against what torch and others offer.
 
-    python -m benchmarks.ops.attention            # some five minutes on one H200
-    python -m benchmarks.ops.attention --sweep --budget-s 90    # which cut would be best where
+    python -m benchmarks.ops.attention            # about five minutes on one H200
 
 bfloat16, every request at the same context, pages in random order. Bytes are those of the keys and
-values read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
-keys lie gathered already, and SDPA is measured with that gathering, too; of the ways to call SDPA
-the fastest counts. flashinfer reads pages, by kernels of two generations. flex_attention compiles
-for several seconds a shape: it comes last, for some shapes, while time is left. A way that cannot
-run has its reason in its row. Writes ``benchmarks/results/ops_attention.json`` after every shape.
+values, read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
+keys are gathered beforehand; SDPA is also measured with the gathering. Of the variants of calling
+SDPA the fastest counts. flashinfer reads pages, with kernels of two generations. flex_attention
+compiles for several seconds per shape, so it comes last, for some shapes, while time is left. If a
+variant cannot run, its row says why. Writes ``benchmarks/results/ops_attention.json`` after every
+shape.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.place import reason
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from specops import attention_triton
 from specops.attention import DecodePass
-from specops.attention_triton import Tiling, choose_tiling
-from specops.overlap_triton import can_overlap
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 BATCHES, CONTEXTS, QUERIES = (1, 16, 64), (512, 2048, 8192, 32768), (1, 5, 16)
@@ -52,22 +50,11 @@ class Shape:
     batch: int
     context: int
     num_query: int
-    is_ragged: bool = False
-    """Lengths from an eighth of the context to all of it, instead of all the same."""
-    table: int | None = None
-    """Positions that the page table has room for, as a server's has; ``None``: the context."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Keys of each request."""
-        if not self.is_ragged:
-            return [self.context] * self.batch
-        return torch.linspace(self.context / 8, self.context, self.batch).int().tolist()
 
     @property
     def num_bytes(self) -> int:
         """Keys and values, read once."""
-        return sum(self.lengths) * KV_HEADS * DIM * 2 * 2
+        return self.batch * self.context * KV_HEADS * DIM * 2 * 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +85,8 @@ def gathered(pool: Tensor, pages_RP: Tensor) -> Tensor:
     return rows.view(len(pages_RP), -1, KV_HEADS, DIM).transpose(1, 2)
 
 
-def sdpa_ways(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Ways to have SDPA do it, from [R, Hkv, S, D] keys and values to packed rows."""
+def sdpa_variants(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Calls of SDPA, from [R, Hkv, S, D] keys and values to packed rows."""
     batch, num_query = shape.batch, shape.num_query
     share = HEADS // KV_HEADS
     q = q_THD.view(batch, num_query, HEADS, DIM).transpose(1, 2)
@@ -124,7 +111,7 @@ def sdpa_ways(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Tensor]
     yield packed
 
 
-def flex_way(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
+def flex_variant(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()  # it gives a function up after some shapes
@@ -142,7 +129,7 @@ def flex_way(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
     return work
 
 
-def flashinfer_way(shape: Shape, q_THD: Tensor, cache: Cache, backend: str) -> Work:
+def flashinfer_variant(shape: Shape, q_THD: Tensor, cache: Cache, backend: str) -> Work:
     import flashinfer
 
     batch, num_pages = cache.pages_RP.shape
@@ -173,7 +160,7 @@ def measured_ms(shape: Shape, work: Work, want: Tensor | None = None, repeats: i
 def guarded_ms(
     shape: Shape, make: Callable[[], Work], want: Tensor, repeats: int = 20
 ) -> float | str:
-    """As ``measured_ms``, or why there is no figure."""
+    """``measured_ms``, or why there is no figure."""
     try:
         return measured_ms(shape, make(), want, repeats)
     except Exception as error:  # whatever it is, the other rows are worth having
@@ -181,23 +168,23 @@ def guarded_ms(
 
 
 def alternatives(shape: Shape, q_THD: Tensor, cache: Cache, want: Tensor) -> dict[str, float | str]:
-    """Milliseconds of every other way but flex_attention, or why there is no figure."""
+    """Milliseconds of every alternative but flex_attention, or why there is no figure."""
     found: dict[str, float | str] = {}
-    ways = list(sdpa_ways(shape, q_THD))
-    times = [guarded_ms(shape, lambda w=w: partial(w, cache.k, cache.v), want) for w in ways]
+    variants = list(sdpa_variants(shape, q_THD))
+    times = [guarded_ms(shape, lambda w=w: partial(w, cache.k, cache.v), want) for w in variants]
     numbers = [time for time in times if isinstance(time, float)]
     found["sdpa_gathered_ms"] = min(numbers) if numbers else times[0]
     if numbers:
-        way = ways[times.index(min(numbers))]
+        variant = variants[times.index(min(numbers))]
 
         def with_gather() -> Tensor:
             k, v = (gathered(pool, cache.pages_RP) for pool in (cache.keys, cache.values))
-            return way(k, v)
+            return variant(k, v)
 
         torch.cuda.empty_cache()
         found["sdpa_with_gather_ms"] = guarded_ms(shape, lambda: with_gather, want)
     for backend in FLASHINFER:
-        make = partial(flashinfer_way, shape, q_THD, cache, backend)
+        make = partial(flashinfer_variant, shape, q_THD, cache, backend)
         found[f"flashinfer_{backend}_ms"] = guarded_ms(shape, make, want)
     torch.cuda.empty_cache()
     return found
@@ -252,7 +239,7 @@ def flex_figures(shape: Shape, cache: Cache, floor_ms: float) -> dict[str, float
     q_THD = queries(shape)
     decode = new_pass(shape, cache)
     want = attention_triton.attend_pages(q_THD, cache.keys, cache.values, decode, SCALE)
-    ms = guarded_ms(shape, lambda: flex_way(shape, q_THD, cache), want)
+    ms = guarded_ms(shape, lambda: flex_variant(shape, q_THD, cache), want)
     found = {"flex_gathered_ms": ms}
     return {**found, **shares(found, floor_ms)}
 
@@ -272,8 +259,8 @@ def rows(
 
 
 def with_flex(found: list[dict[str, Any]], deadline_s: float) -> Iterator[dict[str, Any]]:
-    """The rows of ``rows`` again, those of some contexts with flex_attention; none is begun after
-    the deadline."""
+    """The rows of ``rows``, with flex_attention added at some contexts; none begins after the
+    deadline."""
     cache: Cache | None = None
     for row in found:
         shape = Shape(row["batch"], row["context"], row["num_query"])
@@ -287,114 +274,6 @@ def with_flex(found: list[dict[str, Any]], deadline_s: float) -> Iterator[dict[s
                 torch.cuda.empty_cache()
                 cache = new_cache(shape.batch, shape.context)
             yield {**row, **flex_figures(shape, cache, row["floor_ms"])}
-
-
-SWEPT = (
-    Shape(64, 2048, 1), Shape(32, 2048, 1), Shape(64, 8192, 1), Shape(32, 8192, 1),
-    Shape(64, 2048, 1, table=40960), Shape(32, 2048, 1, table=40960),
-    Shape(64, 2048, 1, is_ragged=True), Shape(32, 2048, 1, is_ragged=True),
-    Shape(64, 2048, 5), Shape(128, 2048, 1), Shape(64, 512, 1), Shape(128, 512, 1),
-    Shape(16, 2048, 1), Shape(16, 8192, 1), Shape(64, 8192, 5), Shape(16, 2048, 5),
-    Shape(16, 8192, 5), Shape(16, 2048, 1, table=40960), Shape(1, 2048, 1, table=40960),
-    Shape(1, 32768, 1),
-)  # fmt: skip
-"""What one wants to know first comes first."""
-SWEPT_PARTS = (1, 2, 3, 4, 6, 8)
-PARTS_OF_ONE = (8, 16, 24, 32, 64)
-"""Of a request that has the card to itself."""
-SWEPT_TILINGS = (Tiling(16, 64, 4, 2), Tiling(16, 64, 4), Tiling(32, 64, 4))
-SWEPT_REPEATS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """One way to cut a case into programs."""
-
-    num_parts: int
-    tiling: Tiling
-
-    def __str__(self) -> str:
-        t = self.tiling
-        shown = f"parts {self.num_parts} tile {t.rows}x{t.keys} warps {t.num_warps}"
-        return f"{shown} stages {t.num_stages}"
-
-
-def cuts(shape: Shape) -> list[Cut]:
-    """The one in force first, and candidates that hold all rows in one tile."""
-    num_rows = shape.num_query * HEADS // KV_HEADS
-    tilings = [tiling for tiling in SWEPT_TILINGS if tiling.rows >= num_rows]
-    width = shape.table or shape.context
-    in_force = attention_triton.parts_of(shape.batch, KV_HEADS, num_rows, width, DIM, 2)
-    found = [Cut(in_force, choose_tiling(num_rows, DIM, element_size=2))]
-    several = PARTS_OF_ONE if shape.batch == 1 else SWEPT_PARTS
-    found += [Cut(parts, tiling) for parts in several for tiling in tilings]
-    return list(dict.fromkeys(found))
-
-
-def sweep(budget_s: float) -> Iterator[dict[str, Any]]:
-    """Milliseconds of every way to cut some cases; begins no case after ``budget_s``."""
-    started = time.perf_counter()
-    copy_rate = copy_bytes_per_s(1 << 30)
-    for shape in SWEPT:
-        if time.perf_counter() - started > budget_s:
-            yield {**asdict(shape), "skipped": f"after {budget_s:.0f} s"}
-            continue
-        yield swept(shape, copy_rate)
-        torch.cuda.empty_cache()
-
-
-def sweep_all(out: Path, budget_s: float) -> None:
-    """Every case, written as soon as it is there."""
-    found: list[dict[str, Any]] = []
-    for row in sweep(budget_s):
-        found.append(row)
-        if "cuts" in row:
-            print(swept_line(row), flush=True)
-        write_result(out, {"rows": found})
-
-
-def swept(shape: Shape, copy_rate: float) -> dict[str, Any]:
-    """All ways to cut one case, the fastest first; joined as a server joins them."""
-    q_THD, cache = queries(shape), new_cache(shape.batch, shape.context)
-    first_R = torch.tensor(shape.lengths, device="cuda").int() - shape.num_query
-    width = (shape.table or shape.context) // PAGE
-    pages_RP = torch.nn.functional.pad(cache.pages_RP, (0, width - cache.pages_RP.shape[1]))
-    decode = DecodePass(pages_RP, first_R, PAGE)
-    overlap = can_overlap(q_THD.device)
-
-    def work(cut: Cut) -> Tensor:
-        return attention_triton.attend_pages(
-            q_THD, cache.keys, cache.values, decode, SCALE,
-            num_parts=cut.num_parts, tiling=cut.tiling, overlap=overlap,
-        )  # fmt: skip
-
-    ways = cuts(shape)
-    want = work(ways[0])
-    timed = [
-        (cut, guarded_ms(shape, lambda c=cut: partial(work, c), want, SWEPT_REPEATS))
-        for cut in ways
-    ]
-    order = sorted(timed, key=lambda t: t[1] if isinstance(t[1], float) else float("inf"))
-    return {
-        **asdict(shape),
-        "floor_ms": shape.num_bytes / copy_rate * 1e3,
-        "in_force_ms": timed[0][1],
-        "cuts": [{"cut": str(cut), "ms": ms, "is_in_force": cut == ways[0]} for cut, ms in order],
-    }
-
-
-def swept_line(row: dict[str, Any]) -> str:
-    """One swept case for a terminal."""
-
-    def shown(ms: float | str) -> str:
-        return f"{ms:.4f} ({row['floor_ms'] / ms:.0%})" if isinstance(ms, float) else ms[:60]
-
-    best = "; ".join(f"{shown(c['ms'])} {c['cut']}" for c in row["cuts"][:5])
-    cut = next(c["cut"] for c in row["cuts"] if c["is_in_force"])
-    case = f"B={row['batch']:<3} S={row['context']:<6} Q={row['num_query']:<3}"
-    case += " ragged" if row["is_ragged"] else ""
-    case += f" of {row['table']}" if row["table"] else ""
-    return f"{case} in force {shown(row['in_force_ms'])} {cut} | {best}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -430,20 +309,14 @@ def measure_all(out: Path, budget_s: float) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_attention.json"
     ),
-    find_cuts: Annotated[bool, typer.Option("--sweep", help="try ways to cut some cases")] = False,
-    budget_s: Annotated[
-        float, typer.Option(help="no flex_attention, no case of a sweep begins after so long")
-    ] = 240.0,
+    budget_s: Annotated[float, typer.Option(help="flex_attention is not tried later")] = 240.0,
 ) -> None:
     """All batches, contexts and numbers of query rows."""
     torch.manual_seed(0)
-    if find_cuts:
-        sweep_all(out.with_stem(out.stem + "_sweep"), budget_s)
-    else:
-        measure_all(out, budget_s)
+    measure_all(out, budget_s)
 
 
 if __name__ == "__main__":

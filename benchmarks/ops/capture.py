@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from specops import capture_pack_triton
 from specops.capture_pack import new_ring, quantise
@@ -56,7 +56,7 @@ def rows() -> list[dict[str, Any]]:
     host = torch.empty(2 * vectors, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(2 * vectors, dtype=torch.uint8, device="cuda")
     compiled = torch.compile(gather_and_cast, dynamic=False)
-    ways: dict[str, tuple[Callable[[], object], float]] = {
+    variants: dict[str, tuple[Callable[[], object], float]] = {
         "ours, fp8": (ours(True, False), 3 * vectors),
         "ours, bfloat16": (ours(False, False), 4 * vectors),
         "eager, fp8": (lambda: gather_and_cast(features, hidden, kept), 3 * vectors),
@@ -73,7 +73,7 @@ def rows() -> list[dict[str, Any]]:
         ),
     }
     found = []
-    for name, (work, num_bytes) in ways.items():
+    for name, (work, num_bytes) in variants.items():
         ms = graphed(work).median_ms
         row: dict[str, Any] = {"way": name, "ms": ms, "gb_per_s": num_bytes / ms / 1e6}
         if "pinned" not in name:
@@ -84,11 +84,11 @@ def rows() -> list[dict[str, Any]]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_capture.json"
     ),
 ) -> None:
-    """All ways to pack one step."""
+    """Measure all variants of packing one step."""
     torch.manual_seed(0)
     found = rows()
     write_result(out, {"rows": found})

@@ -21,15 +21,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AttentionInterface
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
+from benchmarks.harness.shapes import LARGE, SHAPES, floor_bytes, random_weights
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from specops.attention import DecodePass, decode_slots
 from specops.device import decode_attention
@@ -54,54 +49,12 @@ def _hugging_face_attention(
 AttentionInterface.register(_NAME, _hugging_face_attention)
 
 
-def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied,
-        max_position_embeddings=40_960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], Any]] = {
-    "Qwen3-0.6B": lambda: _qwen3(1024, 3072, 28, 16, True),
-    "Qwen3-1.7B": lambda: _qwen3(2048, 6144, 28, 16, True),
-    "Qwen3-8B": lambda: _qwen3(4096, 12_288, 36, 32, False),
-    "Llama-3.1-8B": lambda: LlamaConfig(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
-        rms_norm_eps=1e-5, max_position_embeddings=131_072,
-        rope_parameters={
-            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        },
-    ),
-}  # fmt: skip
-
-
 def random_model(config: Any) -> Any:
     """A model on the GPU in bfloat16, with this benchmark's attention."""
     model = random_weights(config, torch.device("cuda"), torch.bfloat16)
     fuse_norms(model)
     model.set_attn_implementation(_NAME)
     return model
-
-
-def random_weights(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model with weights drawn where it is to compute."""
-    make = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
-    with torch.device("meta"):
-        model = make(config).to(dtype)
-    model.to_empty(device=device)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(std=0.02)
-    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +90,6 @@ def make_step(config: Any, batch: int, num_query: int, context: int) -> Step:
     ids = torch.randint(0, config.vocab_size, (batch * num_query,), device="cuda")
     positions, slots = at.positions(num_query).flatten(), decode_slots(at, num_query)
     return Step(batch, num_query, context, ids, positions, slots, pool, attend)
-
-
-def floor_bytes(config: Any, model: Any, num_keys: int) -> int:
-    """Weights once, without the rows of an untied embedding, and every key and value once.
-
-    Args:
-        num_keys: positions that are seen, over all requests.
-    """
-    weights = {p.data_ptr(): p.numel() for p in model.parameters()}
-    if not config.tie_word_embeddings:
-        del weights[model.model.embed_tokens.weight.data_ptr()]
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return 2 * (sum(weights.values()) + per_position * num_keys)
 
 
 def by_hugging_face(model: Any, step: Step) -> Tensor:
@@ -250,7 +190,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_decoder.json"
     ),
     models: Annotated[str, typer.Option(help="names by commas, or all")] = "Qwen3-0.6B,Qwen3-8B",
@@ -258,7 +198,7 @@ def main(
     hugging_face: Annotated[bool, typer.Option(help="time Hugging Face's forward")] = True,
 ) -> None:
     """Milliseconds of one step in a CUDA graph."""
-    chosen_models = list(SHAPES) if models == "all" else models.split(",")
+    chosen_models = list(LARGE) if models == "all" else models.split(",")
     chosen = list(VARIANTS) if variants == "all" else variants.split(";")
     with torch.inference_mode():
         found = rows(chosen_models, chosen, hugging_face)

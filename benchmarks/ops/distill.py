@@ -1,17 +1,17 @@
-"""What distillation costs beside its bare matrix products, and what it holds.
+"""Time and memory of distillation losses against their bare matrix products.
 
     python -m benchmarks.ops.distill        # needs a GPU of 40 GB; about three minutes
 
 8,192 rows of 4,096, a teacher of 151,936 tokens, a student of all of them or of 32,000, bfloat16.
-Value and both gradients of each loss by ``specops.distill`` with its kernels, by the same blocks in
-torch, eager and compiled, and by what Liger has. The floor is the four products of all rows at
-once: teacher's logits, student's logits, and the gradients of hidden rows and weight.
+Value and both gradients of each loss: by ``specops.distill`` with its kernels, by the same blocks
+in torch, eager and compiled, and by Liger. The floor is the four products of all rows at once: the
+teacher's logits, the student's logits, and the gradients of hidden rows and weight.
 
-Liger knows no reduced vocabulary and has no LK loss. Forward KL is its JSD of beta 0, fused in
+Liger supports no reduced vocabulary and has no LK loss. Forward KL is its JSD of beta 0, fused in
 Triton or by torch.compile in chunks (``chunked_loss``); it has no total variation that forms the
 logits itself, so that one gets the logits of all rows, and gives a cross-entropy besides.
 
-A way that cannot run, or for which no time is left, has its reason in its row. Writes
+If a variant cannot run, or no time is left for it, its row says why. Writes
 ``benchmarks/results/ops_distill.json`` after every row.
 """
 
@@ -29,7 +29,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.place import Work, reason
 from benchmarks.ops.timing import copy_bytes_per_s, eager
 from specops import device, distill_triton
@@ -263,10 +263,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_distill.json"
     ),
-    budget_s: Annotated[float, typer.Option(help="no alternative begins after so long")] = 300.0,
+    budget_s: Annotated[float, typer.Option(help="no alternative begins later")] = 300.0,
 ) -> None:
     """Measure, print, write."""
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Passes of an EAGLE-3 drafter in a CUDA graph, by its module and fused.
+"""Passes of an EAGLE-3 drafter in a CUDA graph, from its module and fused.
 
     python -m benchmarks.ops.drafter                        # 0.6B and 8B; about a minute
     python -m benchmarks.ops.drafter --device cpu --out /tmp/drafter.json     # a tiny one, to try
@@ -30,10 +30,11 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
+from benchmarks.harness.shapes import SHAPES, draft_vocab_size, draw_weights
 from benchmarks.ops.timing import copy_bytes_per_s, graphed
 from drafters.eagle3.fused import FusedEagle3
-from drafters.eagle3.model import Eagle3, Eagle3Config
+from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.paged import PagedEagle3
 from specops.attention import DecodePass
 from specops.overlap_triton import can_overlap
@@ -50,19 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _config(hidden: int, inner: int, heads: int, theta: float = 1e6) -> Eagle3Config:
-    return Eagle3Config(
-        hidden_size=hidden, target_vocab_size=151_936, draft_vocab_size=32_000,
-        intermediate_size=inner, num_heads=heads, num_kv_heads=8, head_dim=128,
-        layer_ids=(2, 14, 25), rms_norm_eps=1e-6, rope_theta=theta,
-    )  # fmt: skip
-
-
-SHAPES = {"Qwen3-0.6B": _config(1024, 3072, 16), "Qwen3-8B": _config(4096, 12_288, 32)}
-_TINY = Eagle3Config(
-    hidden_size=32, target_vocab_size=96, draft_vocab_size=48, intermediate_size=64, num_heads=4,
-    num_kv_heads=2, head_dim=16, layer_ids=(1, 2, 3), rms_norm_eps=1e-6, rope_theta=1e4,
-)  # fmt: skip
+def drafter_config(shape: str) -> Eagle3Config:
+    """The drafter of a target shape."""
+    config = SHAPES[shape]()
+    vocab_size = draft_vocab_size(config.vocab_size)
+    return config_for_target(config, draft_vocab_size=vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +89,8 @@ def make_bench(config: Eagle3Config, device: str, context: int, bandwidth: float
     with torch.device(device):
         module = Eagle3(config)
         embed = torch.nn.Embedding(config.target_vocab_size, config.hidden_size)
-    for parameter in (*module.parameters(), embed.weight):
-        with torch.no_grad():
-            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    for drawn in (module, embed):
+        draw_weights(drawn)
     assert module.d2t is not None
     module.d2t += torch.arange(config.draft_vocab_size, device=device)
     models = [m.to(torch.bfloat16).requires_grad_(False) for m in (module, embed)]
@@ -226,22 +218,22 @@ def _line(row: dict[str, Any]) -> str:
 
 def cases(device: str, context: int) -> Iterator[tuple[str, Bench, str, int]]:
     """Every drafter, kind and number of requests."""
-    shapes = SHAPES if device == "cuda" else {"tiny": _TINY}
+    shapes = ("Qwen3-0.6B", "Qwen3-8B") if device == "cuda" else ("tiny",)
     bandwidth = copy_bytes_per_s() if device == "cuda" else None
-    for name, config in shapes.items():
-        bench = make_bench(config, device, context, bandwidth)
+    for name in shapes:
+        bench = make_bench(drafter_config(name), device, context, bandwidth)
         for kind, sizes in NUM_REQUESTS.items():
             for num_requests in sizes:
                 yield name, bench, kind, num_requests
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_drafter.json"
     ),
     device: Annotated[str, typer.Option(help="cuda, or cpu for a tiny shape")] = "cuda",
     context: Annotated[int, typer.Option(help="positions before the pass")] = 1024,
-    budget_s: Annotated[float, typer.Option(help="begin no row after so many seconds")] = 300.0,
+    budget_s: Annotated[float, typer.Option(help="no row begins later")] = 300.0,
 ) -> None:
     """Milliseconds of one pass of the drafter."""
     started = time.monotonic()

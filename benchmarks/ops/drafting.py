@@ -1,20 +1,20 @@
-"""Choosing a draft token from a drafter's logits, greedily or by drawing, beside what else does.
+"""Choosing a draft token from a drafter's logits, greedily or by drawing, against alternatives.
 
     python -m benchmarks.ops.drafting                                   # two minutes on one GPU
-    TRITON_INTERPRET=1 python -m benchmarks.ops.drafting --device cpu   # a try without a GPU
+    TRITON_INTERPRET=1 python -m benchmarks.ops.drafting --device cpu   # without a GPU
 
 R requests, one draft token of each, over a reduced vocabulary of 32,000 tokens with its map to the
 151,936 of Qwen3; bf16 logits of 256 likely tokens above a normal bulk. ``greedy`` is ``best_ids``.
 Drawn tokens come with log q, are of temperature 0.8 and cut as their row says; ours are the kernels
 that rounds run, which look for cuts whether a request asks for any or not. Compared are
 
-* ``eager``: the plain way in float32: argmax and the map; or softmax, a top-k or a sort where there
+* ``eager``: plain torch in float32: argmax and the map; or softmax, a top-k or a sort where there
   are cuts, a draw by exponential noise, q of the token, and the map;
 * ``compiled``: torch.compile of that;
 * ``flashinfer``: its softmax, renormalisation after a cut and draw; q and the map by torch.
 
-The floor reads the logits once at the speed of a large copy. A way that cannot run has its reason
-in its row. Writes ``benchmarks/results/ops_drafting.json`` after every row.
+The floor reads the logits once at the speed of a large copy. If a variant cannot
+run, its row says why. Writes ``benchmarks/results/ops_drafting.json`` after every row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_each
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -47,7 +47,7 @@ from specops.sampling import sampling_rows
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What is left of a law before a token is drawn from it."""
+    """How a law is truncated before a token is drawn from it."""
 
     name: str
     top_k: int | None = None
@@ -63,14 +63,14 @@ CUTS = (
 
 
 def greedy_work(logits: Tensor, vocab: VocabMap) -> Work:
-    """By ours."""
+    """Our kernel, greedy."""
     if logits.is_cuda:
         return lambda: on_device.best_ids(logits, vocab.d2t_D)
     return lambda: best_ids_triton.best_ids(logits, vocab.d2t_D)
 
 
 def sampled_work(logits: Tensor, vocab: VocabMap, cut: Cut) -> Work:
-    """By ours, as a round of requests of which none drafts greedily."""
+    """Our kernel, for a round of requests of which none drafts greedily."""
     num, size = logits.shape
     device = logits.device
     top_k, top_p = [cut.top_k] * num, [cut.top_p] * num
@@ -95,7 +95,7 @@ def plain_sampled(logits: Tensor, d2t_D: Tensor, cut: Cut) -> tuple[Tensor, Tens
 
 
 def flashinfer_work(logits: Tensor, d2t_D: Tensor, cut: Cut) -> Work:
-    """Its seeds are tensors: others a graph cannot capture."""
+    """flashinfer's seeds are tensors here, since a graph can capture no others."""
     from flashinfer import sampling
 
     seed, offset = torch.zeros((2, 1), dtype=torch.int64, device=logits.device)
@@ -144,7 +144,7 @@ def sampled_row(place: Place, logits: Tensor, vocab: VocabMap, cut: Cut) -> dict
 
 
 def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
-    """One row a case and number of requests."""
+    """One row per case and number of requests."""
     torch.manual_seed(0)
     vocab = make_vocab(sizes, place.device)
     for num_requests in sizes.requests:
@@ -155,20 +155,17 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_drafting.json"
     ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
-    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 180.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 180.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)
-    found: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for row in rows(Sizes() if place.is_gpu else TINY, place):
-            found.append(row)
-            print(row, flush=True)
-            write_result(out, {"bytes_per_s": place.bytes_per_s, "rows": found})
+        cases = rows(Sizes() if place.is_gpu else TINY, place)
+        write_each(out, cases, bytes_per_s=place.bytes_per_s)
 
 
 if __name__ == "__main__":

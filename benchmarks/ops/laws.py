@@ -39,7 +39,7 @@ def likely_logits(*shape: int, device: str) -> Tensor:
 
 
 def make_vocab(sizes: Sizes, device: str) -> VocabMap:
-    """Of draft tokens all over the target's vocabulary, in order."""
+    """The map of draft tokens spread over the target's vocabulary, in order."""
     chosen = torch.randperm(sizes.vocab, device=device)[: sizes.draft_vocab].sort().values
     return vocab_map(chosen - torch.arange(sizes.draft_vocab, device=device), sizes.vocab)
 

@@ -24,7 +24,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_result
 from benchmarks.ops.place import make_place
 from specops import lane_penalties_triton
 from specops.lane_penalties import LaneRequests, LaneTables, new_tables
@@ -63,7 +63,7 @@ def by_rows(
     return logits_RQV.copy_(penalized(logits_RQV, bias_RV, generated, in_prompt, penalties_R3))
 
 
-def ways_of(
+def variants_of(
     num_requests: int, vocab_size: int, device: str
 ) -> list[tuple[str, int, Callable[[], object]]]:
     """Name, how many requests ask, and the work."""
@@ -76,33 +76,33 @@ def ways_of(
     bias = torch.zeros((num_requests, vocab_size), device=device)
     rows = (logits, draft, bias, tables.counts_LV, tables.penalties_L3)
     adjust, count_tokens = lane_penalties_triton.adjust_rows, lane_penalties_triton.count_tokens
-    ways: list[tuple[str, int, Callable[[], object]]] = []
+    variants: list[tuple[str, int, Callable[[], object]]] = []
     for num_asking in sorted({0, 1, num_requests}):
         asks = requests_of(num_requests, num_asking, device)
-        ways += [
+        variants += [
             ("ours", num_asking, partial(adjust, logits, draft, asks, tables)),
             ("counting", num_asking, partial(count_tokens, emitted, count, asks, tables)),
         ]
-    ways.append(("eager", num_requests, partial(by_rows, *rows)))
+    variants.append(("eager", num_requests, partial(by_rows, *rows)))
     if device == "cuda":
         compiled = torch.compile(by_rows, dynamic=False)
-        ways.append(("compiled", num_requests, partial(compiled, *rows)))
-    return ways
+        variants.append(("compiled", num_requests, partial(compiled, *rows)))
+    return variants
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_penalties.json"
     ),
     device: str = "cuda",
     vocab_size: int = 151_936,
-    budget_s: Annotated[float, typer.Option(help="no row is begun after this time")] = 120.0,
+    budget_s: Annotated[float, typer.Option(help="no row begins later")] = 120.0,
 ) -> None:
-    """All ways, sizes, and numbers of requests that ask."""
+    """Measure all variants, sizes and numbers of requests with penalties."""
     place = make_place(device, budget_s)
     rows: list[dict[str, Any]] = []
     for size in SIZES:
-        for way, num_asking, work in ways_of(size, vocab_size, device):
+        for way, num_asking, work in variants_of(size, vocab_size, device):
             if time.perf_counter() > place.deadline_s:
                 print(f"stopped after {budget_s} s", flush=True)
                 return

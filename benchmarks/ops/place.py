@@ -1,4 +1,4 @@
-"""Where a kernel and its alternatives are timed, and what stands for one that cannot run."""
+"""Times a kernel and its alternatives on one device; one that cannot run yields its reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Work = Callable[[], object]
 
 
 def reason(error: Exception) -> str:
-    """What a row says in place of a figure."""
+    """What a row holds instead of a figure."""
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
@@ -24,9 +24,9 @@ class Place:
     """A device, its memory's speed, and the end of the time for compiling."""
 
     device: str
-    """``cuda``, or ``cpu`` for a try at a tiny size."""
+    """``cuda``, or ``cpu`` to try a tiny size."""
     bytes_per_s: float | None
-    """Of a large copy, read and written; ``None`` on a CPU."""
+    """Bytes read and written per second by a large copy; ``None`` on a CPU."""
     deadline_s: float
     """No alternative is compiled after it, by ``time.perf_counter``."""
 
@@ -35,7 +35,7 @@ class Place:
         return self.device == "cuda"
 
     def floor_us(self, num_bytes: int) -> float | None:
-        """Microseconds of moving that many bytes once."""
+        """Microseconds that moving ``num_bytes`` once takes."""
         return None if self.bytes_per_s is None else num_bytes / self.bytes_per_s * 1e6
 
     def microseconds(self, work: Work) -> float:
@@ -50,23 +50,23 @@ class Place:
         return statistics.median(times) * 1e6
 
     def tried_microseconds(self, make: Callable[[], Work]) -> float | str:
-        """As ``microseconds``, or why an alternative has no figure."""
+        """``microseconds`` of an alternative, or why it has no figure."""
         try:
             return self.microseconds(make())
         except Exception as error:  # whatever keeps an alternative from running is its result
             return reason(error)
 
     def compiled_microseconds(self, work: Work) -> float | str:
-        """Of torch.compile of ``work``, or why it has no figure."""
+        """Median of ``work`` through torch.compile, or why it has no figure."""
         if not self.is_gpu:
             return "not compiled without a GPU"
         if time.perf_counter() > self.deadline_s:
             return "not compiled: the time for it was spent"
-        torch._dynamo.reset()  # else functions of many shapes are given up after some
+        torch._dynamo.reset()  # it gives up on a function after several shapes
         return self.tried_microseconds(lambda: torch.compile(work, dynamic=False))
 
 
 def make_place(device: str, budget_s: float) -> Place:
-    """Measures the memory's speed first."""
+    """Measure the memory bandwidth, and start the time for compiling."""
     deadline_s = time.perf_counter() + budget_s
     return Place(device, copy_bytes_per_s() if device == "cuda" else None, deadline_s)

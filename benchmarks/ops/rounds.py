@@ -1,7 +1,6 @@
 """The bookkeeping of a decode round: opened, its greedy ids found, closed; beside torch.
 
     python -m benchmarks.ops.rounds                                   # two minutes on one GPU
-    python -m benchmarks.ops.rounds --sweep                           # ways to cut best_ids
     TRITON_INTERPRET=1 python -m benchmarks.ops.rounds --device cpu   # a try without a GPU
 
 Ours are the kernels that rounds run on a GPU, ``eager`` their torch definitions, ``compiled``
@@ -9,16 +8,14 @@ torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 token
 ``best_ids`` reads them once at the speed of a large copy. ``float32 copy`` is the argmax of logits
 that are converted first. A ``greedy round`` is all three, without what a target does between them.
 
-Writes ``benchmarks/results/ops_rounds.json``, or ``ops_rounds_sweep.json``, after every row;
-compiling stops first when time is short.
+Writes ``benchmarks/results/ops_rounds.json`` after every row; compiling stops first when time is
+short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,12 +23,11 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_each
 from benchmarks.ops.place import Place, Work, make_place
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
 from specops import device as on_device
 from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound
-from specops.overlap_triton import can_overlap
 from specops.verify_logits import LogitVerdict, Rule
 
 PAGE, MOST = 16, 8
@@ -46,33 +42,33 @@ class Sizes:
     drafts: tuple[int, ...] = (0, 4)
     rows: tuple[int, ...] = (1, 32, 128, 160, 640)
     num_pages: int = 2560
-    """Of each lane."""
+    """Pages of each lane."""
 
 
 TINY = Sizes(vocab=5000, batches=(1, 3), drafts=(0, 2), rows=(1, 4), num_pages=40)
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
-    """One way to do all of it."""
+class Variant:
+    """One implementation of all three steps."""
 
     open_round: Callable[..., OpenedRound]
     best_ids: Callable[[Tensor], Tensor]
     close_round: Callable[..., ClosedRound]
 
 
-EAGER = Ways(lanes.open_round, best_ids.best_ids, lanes.close_round)
-ON_GPU = Ways(on_device.open_round, on_device.best_ids, on_device.close_round)
-INTERPRETED = Ways(lanes_triton.open_round, best_ids_triton.best_ids, lanes_triton.close_round)
+EAGER = Variant(lanes.open_round, best_ids.best_ids, lanes.close_round)
+ON_GPU = Variant(on_device.open_round, on_device.best_ids, on_device.close_round)
+INTERPRETED = Variant(lanes_triton.open_round, best_ids_triton.best_ids, lanes_triton.close_round)
 
 
-def ways_on(place: Place) -> tuple[Ways, Ways]:
+def variants_on(place: Place) -> tuple[Variant, Variant]:
     """Ours and the definitions."""
     return (ON_GPU if place.is_gpu else INTERPRETED), EAGER
 
 
 def make_lanes(sizes: Sizes, device: str) -> LaneState:
-    """Lanes of requests of some hundred tokens that go on for long."""
+    """Lanes of requests with some hundred tokens and far to go."""
     num_lanes = max(sizes.batches) + 1
     ints = torch.zeros((len(Field), num_lanes), dtype=torch.int64, device=device)
     ints[Field.LENGTH] = 300 + torch.arange(num_lanes, device=device)
@@ -90,18 +86,18 @@ def inputs_of(num_requests: int, device: str) -> Tensor:
     return inputs
 
 
-def opening(way: Ways, state: LaneState, num_requests: int, num_draft: int) -> Work:
+def opening(variant: Variant, state: LaneState, num_requests: int, num_draft: int) -> Work:
     inputs = inputs_of(num_requests, state.ints_FL.device.type)
 
     def work() -> object:
-        opened = way.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
+        opened = variant.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
         return opened.slots_T, opened.block_RQ, opened.lens_R
 
     return work
 
 
 def closing(
-    way: Ways, state: LaneState, num_requests: int, num_draft: int, is_greedy: bool
+    variant: Variant, state: LaneState, num_requests: int, num_draft: int, is_greedy: bool
 ) -> Work:
     device = state.ints_FL.device
     inputs = inputs_of(num_requests, device.type)
@@ -116,26 +112,26 @@ def closing(
 
     def work() -> object:
         logq_RK = None if is_greedy else logq
-        closed = way.close_round(state, opened, draft, verdict, logq_RK, outputs)
+        closed = variant.close_round(state, opened, draft, verdict, logq_RK, outputs)
         return closed.emitted_RQ, closed.captured_R, closed.anchor_row_R
 
     return work
 
 
-def choosing(way: Ways, logits: Tensor) -> Work:
-    return lambda: way.best_ids(logits)
+def choosing(variant: Variant, logits: Tensor) -> Work:
+    return lambda: variant.best_ids(logits)
 
 
-def whole_round(way: Ways, state: LaneState, logits: Tensor) -> Work:
-    """Of greedy requests without drafts."""
+def whole_round(variant: Variant, state: LaneState, logits: Tensor) -> Work:
+    """A round of greedy requests without drafts."""
     inputs = inputs_of(len(logits), logits.device.type)
     outputs = inputs.new_zeros((len(logits), Column.TOKENS + 3 * MOST))
 
     def work() -> object:
-        opened = way.open_round(state, inputs, 0, PAGE, Rule.BLOCK, is_given=True)
-        best = way.best_ids(logits)
+        opened = variant.open_round(state, inputs, 0, PAGE, Rule.BLOCK, is_given=True)
+        best = variant.best_ids(logits)
         drafts = opened.given_RK
-        closed = way.close_round(state, opened, drafts, best, None, outputs)
+        closed = variant.close_round(state, opened, drafts, best, None, outputs)
         return closed.next_R
 
     return work
@@ -151,13 +147,13 @@ def figures(place: Place, ours: Work, eager: Work, **more: Any) -> dict[str, Any
 
 
 def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
-    """One row a case."""
+    """One row per case."""
     state = make_lanes(sizes, place.device)
     torch.manual_seed(0)
     for num_rows in sizes.rows:
         for dtype in (torch.bfloat16, torch.float32):
             logits = torch.randn(num_rows, sizes.vocab, device=place.device).to(dtype)
-            works = [choosing(way, logits) for way in ways_on(place)]
+            works = [choosing(variant, logits) for variant in variants_on(place)]
             row = figures(place, *works, case=f"best_ids, {dtype}", rows=num_rows)
             row["floor_us"] = place.floor_us(logits.nbytes)
             if dtype == torch.bfloat16:
@@ -166,46 +162,28 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
             yield row
     for batch in sizes.batches:
         logits = torch.randn(batch, 1, sizes.vocab, device=place.device).bfloat16()
-        works = [whole_round(way, state, logits) for way in ways_on(place)]
+        works = [whole_round(variant, state, logits) for variant in variants_on(place)]
         yield figures(place, *works, case="greedy round", rows=batch, num_draft=0)
         for num_draft in sizes.drafts:
             shape = {"rows": batch, "num_draft": num_draft}
-            works = [opening(way, state, batch, num_draft) for way in ways_on(place)]
+            works = [opening(variant, state, batch, num_draft) for variant in variants_on(place)]
             yield figures(place, *works, case="open_round", **shape)
             for kind, is_greedy in (("greedy", True), ("sampled", False)):
-                works = [closing(w, state, batch, num_draft, is_greedy) for w in ways_on(place)]
+                works = [closing(v, state, batch, num_draft, is_greedy) for v in variants_on(place)]
                 yield figures(place, *works, case=f"close_round, {kind}", **shape)
 
 
-def sweep(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
-    """One row for each way to split the rows among programs."""
-    for num_rows in sizes.rows:
-        logits = torch.randn(num_rows, sizes.vocab, device=place.device).bfloat16()
-        overlap = place.is_gpu and can_overlap(logits.device)
-        for span, num_programs in product((1024, 2048, 4096), (528, 1056, 2112)):
-            way = {"span": span, "num_programs": num_programs}
-            work = partial(best_ids_triton.best_ids, logits, overlap=overlap, **way)
-            yield {"rows": num_rows, **way, "ours_us": place.microseconds(work)}
-
-
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_rounds.json"
     ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
-    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 120.0,
-    is_sweep: Annotated[bool, typer.Option("--sweep", help="other ways instead")] = False,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 120.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)
-    found: list[dict[str, Any]] = []
-    cases = sweep if is_sweep else rows
-    out = out.with_stem(out.stem + "_sweep") if is_sweep else out
     with torch.inference_mode():
-        for row in cases(Sizes() if device == "cuda" else TINY, place):
-            found.append(row)
-            print(row, flush=True)
-            write_result(out, {"rows": found})
+        write_each(out, rows(Sizes() if device == "cuda" else TINY, place))
 
 
 if __name__ == "__main__":

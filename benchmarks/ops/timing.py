@@ -1,4 +1,4 @@
-"""Times work on a GPU as a server meets it: in a CUDA graph, with a cold cache.
+"""Times work on a GPU under a server's conditions: in a CUDA graph, with a cold cache.
 
 A captured function is replayed with kernels that overwrite the L2 cache between its calls; a graph
 of those kernels alone is replayed in turn and subtracted. Each replay waits on the device behind

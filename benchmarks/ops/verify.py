@@ -32,7 +32,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.results import write_each
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -263,19 +263,16 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/ops_verify.json"
     ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a try at a tiny size")] = "cuda",
-    budget_s: Annotated[float, typer.Option(help="nothing is compiled after so long")] = 300.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 300.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)
-    found: list[dict[str, Any]] = []
-    for row in rows(Sizes() if place.is_gpu else TINY, place):
-        found.append(row)
-        print(line(row), flush=True)
-        write_result(out, {"bytes_per_s": place.bytes_per_s, "rows": found})
+    cases = rows(Sizes() if place.is_gpu else TINY, place)
+    write_each(out, cases, line, bytes_per_s=place.bytes_per_s)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Ours beside what a PyTorch user would run instead: same target, same prompts, one run, one card.
+"""Our engine against what a PyTorch user would run instead: same target, prompts, run and GPU.
 
     python -m benchmarks.peers --target FOLDER --drafter FOLDER
     python -m benchmarks.peers --shape Qwen3-8B       # random weights, decoding alone
     python -m benchmarks.peers --drafter examples/drafter/0 --no-compile --batches 1,2 \\
-        --num-prompt 32 --num-new 8                   # all of it on a CPU, in a minute
+        --num-prompt 32 --num-new 8                   # everything on a CPU, in a minute
 
-Prompts are held-out Python code cut to one length, so that nobody pads; answers are greedy, of a
-fixed number of tokens, end-of-text ignored. Every way of ``make_ways`` is opened and warmed up for
-each batch size (``prepare_s``, in no speed), and then takes turns with the others, every turn on
-prompts of its own. Each turn is made in full, the first two also for the first token alone:
-``tokens_per_s`` is of whole requests, ``decode_tokens_per_s`` of what comes after the first token,
-by the difference of the two. ``equal_tokens`` and ``equal_prompts`` are the shares that equal our
-plain answers, a token counting up to the first difference: bfloat16 rounds ties differently in
-passes of other shapes. ``times_faster`` is ours over the peer, whole requests.
+Prompts are held-out Python code cut to one length, so that no decoder pads; answers are greedy, of
+a fixed number of tokens, and ignore end-of-text. Every decoder of ``make_decoders`` is opened and
+warmed up for each batch size (``prepare_s``, part of no speed) and then alternates with the others;
+every turn has prompts of its own. Each turn is answered in full, the first two also for the first
+token alone: ``tokens_per_s`` counts whole requests, ``decode_tokens_per_s`` what follows the first
+token, by the difference of the two. ``equal_tokens`` and ``equal_prompts`` are the shares equal to
+our plain answers, counting tokens up to the first difference: bfloat16 rounds ties differently in
+batches of other shapes. ``times_faster`` is our speed over the peer's on whole requests.
 
-A way that cannot run has its error in its row. Writes ``benchmarks/results/peers.json`` (with
+If a decoder cannot run, its row holds the error. Writes ``benchmarks/results/peers.json`` (with
 ``--shape``: ``peers_shape.json``, by ``benchmarks.peers.steps``) after every row.
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,15 +35,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.result import write_result
-from benchmarks.peers.steps import compare_steps
-from benchmarks.peers.ways import (
+from benchmarks.harness.engines import Built
+from benchmarks.harness.results import write_result
+from benchmarks.peers.decoders import (
     Continuous,
+    Decoder,
     Generate,
     Ids,
     Loop,
     Ours,
-    Way,
     Work,
     best_paged_attention,
     compiled_once,
@@ -55,9 +54,9 @@ from benchmarks.peers.ways import (
     seconds_of,
     static_cache,
 )
+from benchmarks.peers.steps import compare_steps
 from examples import corpus
 from policies.fixed import FixedPolicy
-from serving.engine.loop import Engine
 from targets.load import load_model, load_tokenizer, pick_device, pick_dtype
 
 OURS = "ours, off"
@@ -69,7 +68,7 @@ CHARS_PER_TOKEN = 6
 
 @dataclass(slots=True)
 class Row:
-    """What one way did at one batch size."""
+    """One decoder at one batch size."""
 
     way: str
     batch: int
@@ -78,14 +77,14 @@ class Row:
     """Opening and warming up: compilation, capture, allocation. Our engines are built once, for the
     largest batch, in the row that is first to use each."""
     seconds: list[float] = field(default_factory=list)
-    """Of each turn."""
+    """Seconds of each turn."""
     first_seconds: list[float] = field(default_factory=list)
-    """Of each turn for the first token alone."""
+    """Seconds of each turn for the first token alone."""
     answers: list[Ids] = field(default_factory=list)
     error: str | None = None
 
     def figures(self, num_new: int, plain: Row | None) -> dict[str, Any]:
-        """As written down; ``plain`` is our own row without speculation."""
+        """The row as written; ``plain`` is our own without speculation."""
         found: dict[str, Any] = {
             "way": self.way,
             "batch": self.batch,
@@ -133,8 +132,8 @@ def agreement(plain: Sequence[Ids], other: Sequence[Ids]) -> dict[str, float]:
 
 
 def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Peers' rows with how many times faster each of our ways is at the same batch size, whole
-    requests."""
+    """Peers' rows with how many times faster each of our decoders answers whole requests, at the
+    same batch size."""
     ours: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["way"].startswith("ours") and "tokens_per_s" in row:
@@ -174,14 +173,14 @@ def prompt_sets(tokenizer: Any, num_sets: int, batch: int, num_prompt: int) -> l
     return [long[start : start + batch] for start in range(0, wanted, batch)]
 
 
-# Ways
+# Decoders
 
-MakeWay = Callable[[], Way]
+MakeDecoder = Callable[[], Decoder]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the ways are made from."""
+    """What decoders are made from."""
 
     target: Path
     drafter: Path | None
@@ -193,24 +192,19 @@ class Options:
     is_tuned: bool
 
 
-def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
-    """Every way by its name; nothing is loaded before a way is made and opened."""
+def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
+    """All decoders by name; nothing is loaded before one is made and opened."""
     device = pick_device(o.device)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
     @cache
-    def plain() -> Engine:
-        return stack.enter_context(
-            our_engine(o.target, None, o.largest, o.device, folder / "plain")
-        )
+    def plain() -> Built:
+        return stack.enter_context(our_engine(o.target, None, o.largest, o.device))
 
     @cache
-    def drafted() -> Engine:
+    def drafted() -> Built:
         if o.drafter is None:
             raise ValueError("no drafter was given: --drafter FOLDER")
-        return stack.enter_context(
-            our_engine(o.target, o.drafter, o.largest, o.device, folder / "drafted")
-        )
+        return stack.enter_context(our_engine(o.target, o.drafter, o.largest, o.device))
 
     @cache
     def peer() -> Any:
@@ -228,13 +222,13 @@ def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
         small = first_layers(peer(), o.assistant_layers)
         return small, f"assistant: the target's first {o.assistant_layers} layers, not trained"
 
-    def generate(about: str, **options: Any) -> MakeWay:
+    def generate(about: str, **options: Any) -> MakeDecoder:
         return lambda: Generate(peer(), about, **options)
 
-    def continuous(about: str, **settings: Any) -> MakeWay:
+    def continuous(about: str, **settings: Any) -> MakeDecoder:
         return lambda: Continuous(paged(), best_paged_attention(), about, **settings)
 
-    def loop(attention: Any) -> MakeWay:
+    def loop(attention: Any) -> MakeDecoder:
         return lambda: Loop(
             peer(), attention, is_compiled=o.is_compiled, is_tuned=o.is_tuned
         )  # fmt: skip
@@ -246,7 +240,7 @@ def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
         "q_padding_interval_size": lambda work: work.batch,
         "kv_padding_interval_size": lambda work: work.batch * 64,
     }
-    made: dict[str, MakeWay] = {
+    made: dict[str, MakeDecoder] = {
         OURS: lambda: Ours(plain, None, "the engine without speculation"),
         "ours, goodput": lambda: Ours(
             drafted, None, "EAGLE-3 and suffix, K by the policy, capture on"
@@ -276,28 +270,15 @@ def make_ways(o: Options, stack: ExitStack) -> dict[str, MakeWay]:
             **compiled,
         ),
         "loop, flex": loop("flex"),
-        "continuous, async": continuous("CUDA graphs, async", use_async_batching=True, **graphs),
-        "continuous, compiled": continuous(
-            "default_compile_level=1, CUDA graphs", default_compile_level=1, **graphs
-        ),
-        "generate, static anew": generate(
-            f'cache_implementation="static", {how}', cache_implementation="static", **compiled
-        ),
-        "loop, sdpa": loop("sdpa"),
     }
-    if not o.is_compiled:
-        del made["continuous, compiled"]
     return made
-
-
-NOT_BY_DEFAULT = {"loop, sdpa", "continuous, compiled"}
 
 
 # Turns
 
 
 class Table:
-    """All rows so far; written down after every change."""
+    """All rows so far; written after every change."""
 
     def __init__(self, out: Path, about: dict[str, Any], num_new: int) -> None:
         self.rows: list[Row] = []
@@ -322,7 +303,7 @@ class Table:
 
 
 def attempt(row: Row, work: Callable[[], None]) -> bool:
-    """Do it; what goes wrong is the row's result, and the run goes on."""
+    """Call ``work``; an error becomes the row's result, and the run goes on."""
     try:
         work()
     except Exception as error:  # whatever a peer raises is its result
@@ -333,91 +314,95 @@ def attempt(row: Row, work: Callable[[], None]) -> bool:
 
 
 def compare(
-    make: dict[str, MakeWay],
+    make: dict[str, MakeDecoder],
     work: Work,
     prompts: list[Ids],
     turns: int,
     device: torch.device,
     table: Table,
     deadline_s: float,
-    way_s: float,
+    decoder_s: float,
 ) -> None:
-    """All ways at one batch size: opened and given a first turn one by one, then in turns."""
+    """Measure all decoders at one batch size: open each for a first turn, then alternate."""
     warm_up, *sets = prompts
-    living: list[tuple[Row, Way]] = []
+    living: list[tuple[Row, Decoder]] = []
 
-    def turn(row: Row, way: Way, number: int) -> None:
-        seconds, answers = seconds_of(lambda: way.generate(sets[number], work.num_new), device)
+    def turn(row: Row, decoder: Decoder, number: int) -> None:
+        seconds, answers = seconds_of(lambda: decoder.generate(sets[number], work.num_new), device)
         wrong = {len(a) for a in answers} - {work.num_new}
         if wrong:
             raise RuntimeError(f"answers have {wrong} tokens, not {work.num_new}")
         row.seconds.append(seconds)
         row.answers.append(answers)
         if len(row.first_seconds) < FIRST_TURNS:
-            first, _ = seconds_of(lambda: way.generate(sets[number], 1), device)
+            first, _ = seconds_of(lambda: decoder.generate(sets[number], 1), device)
             row.first_seconds.append(first)
 
-    def begin(row: Row, make_way: MakeWay) -> None:
+    def begin(row: Row, make_decoder: MakeDecoder) -> None:
         started = time.perf_counter()
-        way = make_way()
-        row.about = way.about
+        decoder = make_decoder()
+        row.about = decoder.about
         try:
-            way.open(work)
-            row.about = way.about
-            num = work.num_new if way.num_warm_up is None else min(way.num_warm_up, work.num_new)
-            way.generate(warm_up, num)
-            way.generate(warm_up, 1)
+            decoder.open(work)
+            row.about = decoder.about
+            num = (
+                work.num_new
+                if decoder.num_warm_up is None
+                else min(decoder.num_warm_up, work.num_new)
+            )
+            decoder.generate(warm_up, num)
+            decoder.generate(warm_up, 1)
             row.prepare_s = time.perf_counter() - started
-            turn(row, way, 0)
+            turn(row, decoder, 0)
         except BaseException:
-            way.close()
+            decoder.close()
             raise
-        living.append((row, way))
+        living.append((row, decoder))
 
-    for name, make_way in make.items():
+    for name, make_decoder in make.items():
         row = Row(name, work.batch, "")
         table.rows.append(row)
         if time.monotonic() > deadline_s:
             row.error = "skipped: the budget of this batch size was spent"
         else:
-            attempt(row, partial(begin, row, make_way))
+            attempt(row, partial(begin, row, make_decoder))
         print(table.line(row), flush=True)
         table.save()
     for number in range(1, turns):
-        for row, way in living:
-            is_spent = sum(row.seconds) + row.seconds[-1] > way_s or time.monotonic() > deadline_s
+        for row, decoder in living:
+            is_spent = (
+                sum(row.seconds) + row.seconds[-1] > decoder_s or time.monotonic() > deadline_s
+            )
             if row.error is None and not is_spent:
-                attempt(row, partial(turn, row, way, number))
+                attempt(row, partial(turn, row, decoder, number))
         table.save()
-    for row, way in living:
-        attempt(row, way.close)
+    for row, decoder in living:
+        attempt(row, decoder.close)
         print(table.line(row), flush=True)
     table.save()
     release()
 
 
 def release() -> None:
-    """Give back what compiled and captured functions of one batch size held."""
+    """Free what compiled and captured functions of one batch size hold."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def chosen_ways(make: dict[str, MakeWay], names: str) -> dict[str, MakeWay]:
-    """The named ways; our own plain one always comes first, as what others are compared with.
+def chosen_decoders(make: dict[str, MakeDecoder], names: str) -> dict[str, MakeDecoder]:
+    """The named decoders; our plain one always comes first, since others are compared with it.
 
     Raises:
-        ValueError: there is no such way.
+        ValueError: no decoder has that name.
     """
     if names == "all":
         return make
-    if names == "default":
-        return {name: way for name, way in make.items() if name not in NOT_BY_DEFAULT}
     wanted = [name.strip() for name in names.split(";")]
     unknown = [name for name in wanted if name not in make]
     if unknown:
-        raise ValueError(f"no way is called {unknown[0]!r}; there are {'; '.join(make)}")
+        raise ValueError(f"no decoder is called {unknown[0]!r}; known: {'; '.join(make)}")
     return {name: make[name] for name in (OURS, *wanted)}
 
 
@@ -427,15 +412,15 @@ def main(
     assistant: Annotated[Path | None, typer.Option(help="folder of a small model")] = None,
     assistant_layers: Annotated[int, typer.Option(help="without one: of the target itself")] = 4,
     shape: Annotated[str | None, typer.Option(help="random weights of this shape instead")] = None,
-    out: Annotated[Path | None, typer.Option(help="where the result goes")] = None,
-    ways: Annotated[str, typer.Option(help="names by semicolons, default or all")] = "default",
+    out: Annotated[Path | None, typer.Option(help="result file")] = None,
+    decoders: Annotated[str, typer.Option(help="separated by semicolons, or all")] = "all",
     batches: Annotated[str, typer.Option(help="by commas")] = "1,8,32",
     cells: Annotated[str, typer.Option(help="with --shape: batch x context")] = "1x1024,32x2048",
     num_prompt: int = 256,
     num_new: int = 128,
     turns: int = 3,
-    budget_s: Annotated[float, typer.Option(help="ways are skipped when it is spent")] = 240.0,
-    way_s: Annotated[float, typer.Option(help="turns of one way at one batch size")] = 9.0,
+    budget_s: Annotated[float, typer.Option(help="decoders are skipped when it is spent")] = 240.0,
+    decoder_s: Annotated[float, typer.Option(help="turns of one decoder at one batch size")] = 9.0,
     device: str = "auto",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
     max_autotune: Annotated[bool, typer.Option(help="of the loop; compiles longer")] = False,
@@ -443,7 +428,7 @@ def main(
     """Compare, and write the table."""
     if shape is not None:
         out = out or Path("benchmarks/results/peers_shape.json")
-        compare_steps(shape, cells, ways, num_new, turns, budget_s, device, compile_, out)
+        compare_steps(shape, cells, decoders, num_new, turns, budget_s, device, compile_, out)
         return
     out = out or Path("benchmarks/results/peers.json")
     begin_s, sizes = time.monotonic(), [int(b) for b in batches.split(",")]
@@ -463,15 +448,15 @@ def main(
         target, drafter, assistant, assistant_layers, device, largest, compile_, max_autotune
     )
     with ExitStack() as stack:
-        make = chosen_ways(make_ways(options, stack), ways)
+        make = chosen_decoders(make_decoders(options, stack), decoders)
         for index, size in enumerate(sizes):
             prompts = prompt_sets(tokenizer, turns + 1, size, num_prompt)
             now = time.monotonic()
-            # The first size builds our engines, and is the one that assisted ways can do.
+            # The first size builds our engines, and only that size allows assisted decoders.
             num_shares = len(sizes) - index + (index == 0)
             share_s = (begin_s + budget_s - now) / num_shares * (2 if index == 0 else 1)
             work = Work(size, num_prompt, num_new)
-            compare(make, work, prompts, turns, on, table, now + share_s, way_s)
+            compare(make, work, prompts, turns, on, table, now + share_s, decoder_s)
     print(f"{time.monotonic() - begin_s:.0f} s in all", flush=True)
 
 

@@ -244,7 +244,7 @@ class CompiledLoop(nn.Module):
 
 
 def compile_options(is_tuned: bool) -> dict[str, Any]:
-    """Of torch.compile; the graph is captured around the compiled step, so not by it.
+    """Options of torch.compile; it captures no graph, since one is captured around the step.
 
     Coordinate descent also turns a product of one row into a reduction, which is where gpt-fast's
     speed at batch 1 comes from.

@@ -1,10 +1,10 @@
-"""Decode steps of a published shape, random weights: our decoder beside what peers make of it.
+"""Decode steps of a published shape with random weights: our decoder against those of peers.
 
 Called by ``benchmarks.peers --shape``. Weights, keys and values are drawn on the device and are the
-same for all ways, so nothing is loaded and no prompt is computed: each way starts at the last
-``num_new`` positions of the context with the cache filled before them, and decodes greedily to its
-end. Ours is the decoder step of the engine in a CUDA graph that feeds itself, as the simple loop
-does: the engine's host work is not in it. It is in what ``generate`` takes.
+same for all decoders, so nothing is loaded and no prompt is computed. Each starts with a filled
+cache, ``num_new`` positions before the end of the context, and decodes greedily to that end. Ours
+is the engine's decoder step in a CUDA graph that feeds itself, as the simple loop does; it excludes
+the engine's host work, while the time of ``generate`` includes its own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, StaticCache
+from transformers import DynamicCache, StaticCache
 
-from benchmarks.harness.result import write_result
-from benchmarks.ops.decoder import random_weights
+from benchmarks.harness.results import write_result
+from benchmarks.harness.shapes import SHAPES, random_weights
 from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
-from benchmarks.peers.ways import Ids, compiled_once, seconds_of, without_end
+from benchmarks.peers.decoders import Ids, compiled_once, seconds_of, without_end
 from specops.attention import DecodePass, decode_slots
-from targets.load import pick_device
+from targets.load import pick_device, pick_dtype
 from targets.target import Target
 
 _PAGE = 16
@@ -35,32 +35,13 @@ _WARM_UPS = 3
 OURS = "ours, decoder step"
 
 
-def _qwen3(
-    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool
-) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
-        tie_word_embeddings=tied, max_position_embeddings=40_960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], Qwen3Config]] = {
-    "Qwen3-0.6B": lambda: _qwen3(151_936, 1024, 3072, 28, 16, 8, True),
-    "Qwen3-8B": lambda: _qwen3(151_936, 4096, 12_288, 36, 32, 8, False),
-    "tiny": lambda: _qwen3(512, 64, 128, 2, 4, 2, True),
-}
-
-
 def random_model(config: Any, device: torch.device) -> Any:
-    """A Qwen3 drawn on the device: bfloat16, float32 on a CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return without_end(random_weights(config, device, dtype))
+    """A Qwen3 with weights drawn on the device: bfloat16, float32 on a CPU."""
+    return without_end(random_weights(config, device, pick_dtype("auto", device)))
 
 
 class Past:
-    """Keys and values of the positions before the measured ones: the same for every way."""
+    """Keys and values of the positions before the measured ones, equal for all decoders."""
 
     def __init__(self, config: Any, batch: int, context: int, num_new: int, like: Tensor) -> None:
         self.batch = batch
@@ -73,7 +54,7 @@ class Past:
         self.first_ids_B = torch.arange(batch, device=like.device) * 7 % config.vocab_size
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [B, Hkv, num_filled, D] of each layer, drawn anew."""
+        """Keys and values [B, Hkv, num_filled, D] of each layer, drawn at each call."""
         generator = torch.Generator(self._like.device).manual_seed(0)
         options: Any = {
             "generator": generator, "device": self._like.device, "dtype": self._like.dtype,
@@ -85,7 +66,7 @@ class Past:
 
 
 class Steps(Protocol):
-    """One way to take decode steps."""
+    """Takes decode steps."""
 
     about: str
 
@@ -263,7 +244,7 @@ class GenerateSteps:
 def compare_steps(
     shape: str,
     cells: str,
-    ways: str,
+    decoders: str,
     num_new: int,
     turns: int,
     budget_s: float,
@@ -271,11 +252,11 @@ def compare_steps(
     is_compiled: bool,
     out: Path,
 ) -> None:
-    """Every way at every cell; one row each, written down at once.
+    """Measure every decoder at every cell; each row is written at once.
 
     Args:
-        cells: ``BATCHxCONTEXT`` by commas.
-        ways: names by semicolons; ``all``; ``default``: all but the loop with flex attention.
+        cells: ``BATCHxCONTEXT``, comma-separated.
+        decoders: names separated by semicolons, or ``all``.
     """
     begin_s, device = time.monotonic(), pick_device(device_name)
     config = SHAPES[shape]()
@@ -286,12 +267,9 @@ def compare_steps(
         "loop": lambda: LoopSteps(model, "matmul", is_compiled),
         "generate, static": lambda: GenerateSteps(model, True, is_compiled),
         "generate, eager": lambda: GenerateSteps(model, False, is_compiled),
-        "loop, flex": lambda: LoopSteps(model, "flex", is_compiled),
     }
-    if ways == "default":
-        del make["loop, flex"]
-    elif ways != "all":
-        make = {name: make[name.strip()] for name in ways.split(";")}
+    if decoders != "all":
+        make = {name: make[name.strip()] for name in decoders.split(";")}
     rows: list[dict[str, Any]] = []
     about = {"shape": shape, "weights": "random", "num_new": num_new, "rows": rows}
     for cell in cells.split(","):

@@ -2,13 +2,13 @@
 
     python -m benchmarks.real.full_batch --target runs/real/target --run-dir runs/real/run
 
-Beside ``benchmarks.real.speculation``, whose groups of requests begin and end together: what a
-group's last requests cost alone is in its figures. Here another request begins as soon as one
-ends, and the first ones are of staggered lengths, so that no arm has requests that end together. Arms take turns
-at the same held-out prompts in the same order; a figure is the tokens of a window of time over its
-seconds, prompts' chunks included, and the median of an arm's turns. Arms named ``unheld`` let no
-prompt wait for others (``engine.prefill_hold_ms``). Greedy, bfloat16, no HTTP; nothing is captured
-and no prefix is cached.
+``benchmarks.real.speculation`` answers groups of requests that begin and end together, so its
+figures include what a group's last requests cost alone. Here another request begins as soon as one
+ends, and the first ones have staggered lengths, so that no arm has requests that end together. Arms
+alternate on the same held-out prompts in the same order; a figure is the tokens of a window of time
+divided by its seconds, prompt chunks included, and the median over an arm's turns. In arms named
+``unheld`` no prompt waits for others (``engine.prefill_hold_ms``). Greedy, bfloat16, no HTTP;
+nothing is captured and no prefix is cached.
 
 Writes ``benchmarks/results/full_batch.json`` after every batch size.
 """
@@ -17,24 +17,20 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from benchmarks.engine.steps import Fixed
-from benchmarks.harness.choice import known
-from benchmarks.harness.result import write_result
+from benchmarks.harness.engines import Built, prefill_hold
+from benchmarks.harness.loops import Feed, Prompt, Window, arm_steps
+from benchmarks.harness.results import known, say, write_result
 from benchmarks.real.speculation import FIXED, OFF, POLICY, engine_for, made_by, prompts_for
-from benchmarks.real.train_drafter import say
 from buffer.folder_weights import FolderWeights
+from policies.fixed import FixedPolicy
 from policies.interface import DraftPolicy
-from serving.engine.loop import Engine
-from serving.requests import Output, Request, SamplingParams
 from targets.load import load_tokenizer
 
 UNHELD = ", unheld"
@@ -43,77 +39,17 @@ ARMS = (
     *(name + UNHELD for name in (OFF, "eagle3-k4", POLICY)),
 )
 WARM_S = 0.4
-"""Before the window of a turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What was decoded in a stretch of one turn."""
-
-    seconds: float
-    num_tokens: int
-    num_steps: int
-
-
-class Feed:
-    """Keeps an engine's batch full of requests of ``length`` tokens."""
-
-    def __init__(
-        self, engine: Engine, prompts: Sequence[tuple[int, ...]], batch: int, length: int
-    ) -> None:
-        """The prompts are taken in order, again from the first after the last."""
-        self.num_tokens = 0
-        self._engine, self._length = engine, length
-        self._prompts = enumerate(itertools.cycle(prompts))
-        self._num_missing = 0
-        self._failed: str | None = None
-        for place in range(batch):
-            self._submit(max(1, length * (place + 1) // batch))
-
-    def run(self, seconds: float) -> Window:
-        """Step for so long.
-
-        Raises:
-            RuntimeError: a request failed.
-        """
-        engine, tokens, steps = self._engine, self.num_tokens, self._engine.figures().num_steps
-        started = now = time.perf_counter()
-        while now - started < seconds:
-            engine.step()
-            for _ in range(self._num_missing):
-                self._submit(self._length)
-            self._num_missing = 0
-            now = time.perf_counter()
-        if self._failed is not None:
-            raise RuntimeError(f"a request failed: {self._failed}")
-        return Window(now - started, self.num_tokens - tokens, engine.figures().num_steps - steps)
-
-    def stop(self) -> None:
-        """Cancel what is in flight."""
-        self._engine.cancel_all()
-        while self._engine.num_inflight():
-            self._engine.step()
-
-    def _submit(self, length: int) -> None:
-        number, prompt = next(self._prompts)
-        sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-        self._engine.submit(Request(f"{number}", prompt, sampling, capture=False), self._take)
-
-    def _take(self, output: Output) -> None:
-        self.num_tokens += len(output.token_ids)
-        if output.finish_reason is not None:
-            self._num_missing += 1
-        if output.error is not None:
-            self._failed = output.error
+"""Seconds before the window of a turn."""
 
 
 @dataclass(slots=True)
 class Arm:
-    """What an arm's turns left."""
+    """One arm and its turns so far."""
 
-    policy: DraftPolicy
-    hold_s: float
-    """Longest time that a prompt waits for others."""
+    policy: DraftPolicy | None
+    """``None``: the engine's own."""
+    is_held: bool
+    """Prompts may wait for others."""
     windows: list[Window] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     """Steps by arm of the policy."""
@@ -133,50 +69,48 @@ class Arm:
 
 
 def measure(
-    engine: Engine,
-    prompts: Sequence[tuple[int, ...]],
+    built: Built,
+    prompts: Sequence[Prompt],
     batch: int,
     length: int,
     turns: int,
     window_s: float,
     names: Sequence[str],
 ) -> dict[str, Arm]:
-    """All arms in turns, each turn beginning with another arm; one more turn than ``turns``."""
-    learning, hold_s = engine.policy, engine.scheduler.prefill_hold_s
+    """Alternate all arms for ``turns`` turns and one that warms up, each starting with another."""
     arms = {}
     for name in names:
         bare = name.removesuffix(UNHELD)
-        policy = learning if bare == POLICY else Fixed(*FIXED[bare], [], [])
-        arms[name] = Arm(policy, hold_s if bare == name else 0.0)
-    try:
-        with torch.inference_mode():
-            for number, place in itertools.product(range(turns + 1), range(len(names))):
-                arm = arms[names[(number + place) % len(names)]]
-                engine.policy, engine.scheduler.prefill_hold_s = arm.policy, arm.hold_s
-                feed = Feed(engine, prompts, batch, length)
-                feed.run(WARM_S)
-                before = engine.figures().steps_by_arm
-                arm.windows.append(feed.run(window_s))
-                for (kind, draft_k), count in engine.figures().steps_by_arm.items():
-                    key = f"{kind}-k{draft_k}"
-                    more = count - before.get((kind, draft_k), 0)
-                    arm.steps[key] = arm.steps.get(key, 0) + more
-                feed.stop()
-    finally:
-        engine.policy, engine.scheduler.prefill_hold_s = learning, hold_s
+        policy = None if bare == POLICY else FixedPolicy(*FIXED[bare])
+        arms[name] = Arm(policy, is_held=bare == name)
+    for number, offset in itertools.product(range(turns + 1), range(len(names))):
+        arm = arms[names[(number + offset) % len(names)]]
+        built.policy.play(arm.policy)
+        with prefill_hold(built.engine, None if arm.is_held else 0.0):
+            _one_turn(built, arm, Feed(built.engine, prompts, batch, length), window_s)
+    built.policy.play()
     return arms
+
+
+def _one_turn(built: Built, arm: Arm, feed: Feed, window_s: float) -> None:
+    feed.run(WARM_S)
+    before = built.engine.figures()
+    arm.windows.append(feed.run(window_s))
+    for key, count in arm_steps(before, built.engine.figures()).items():
+        arm.steps[key] = arm.steps.get(key, 0) + count
+    feed.stop()
 
 
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
     run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/full_batch.json"
     ),
-    batches: Annotated[str, typer.Option(help="by commas")] = "8,32",
+    batches: Annotated[str, typer.Option(help="comma-separated")] = "8,32",
     max_tokens: Annotated[int, typer.Option(help="of each request")] = 128,
-    arms: Annotated[str, typer.Option(help="names by semicolons; empty: all")] = "",
-    turns: Annotated[int, typer.Option(help="of each arm, after one that warms up")] = 4,
+    arms: Annotated[str, typer.Option(help="separated by semicolons; empty: all")] = "",
+    turns: Annotated[int, typer.Option(help="per arm, after one that warms up")] = 4,
     window_s: Annotated[float, typer.Option(help="measured seconds of a turn")] = 1.5,
     prompts: Annotated[int, typer.Option(help="of each domain")] = 128,
     device: str = "cuda",
@@ -191,9 +125,9 @@ def main(
     mixed = [ids for pair in zip(*texts.values(), strict=True) for ids in pair]
     rows: list[dict[str, Any]] = []
     figures = {"max_tokens": max_tokens, "window_s": window_s, **made_by(target, run_dir)}
-    with engine_for(target, drafter, max(sizes), device) as engine:
+    with engine_for(target, drafter, max(sizes), device) as built:
         for size in sizes:
-            done = measure(engine, mixed, size, max_tokens, turns, window_s, names)
+            done = measure(built, mixed, size, max_tokens, turns, window_s, names)
             off = done[OFF].row()["tokens_per_s"]
             for name, arm in done.items():
                 row = arm.row()
@@ -202,7 +136,7 @@ def main(
                 )
                 say(f"batch {size} {name}: {rows[-1]}")
             write_result(out, {**figures, "rows": rows})
-        figures["policy"] = engine.policy_figures()
+        figures["policy"] = built.policy.figures()
     write_result(out, {**figures, "rows": rows})
 
 

@@ -1,4 +1,4 @@
-"""A running server under an open-loop load: requests arrive when they like, answered or not.
+"""A running server under an open-loop load: requests arrive regardless of earlier answers.
 
     python -m benchmarks.real.http_load                           # the bundled target, on a CPU
     python -m benchmarks.real.http_load --config configs/one_gpu.yaml --rates 8,32,96 \\
@@ -15,7 +15,7 @@ few milliseconds at the 99th percentile, or a core that is full, would say that 
 the server was measured.
 
 - Time to first token: from the moment a request was due, so a late client counts against us.
-- Time between tokens: an event with n tokens, t after the one before it, counts as n times t / n.
+- Time between tokens: an event with n tokens, t after the previous one, counts as n times t / n.
 - Time between events: what a reader of the stream sees; a round of speculation is one event.
 - Tokens/s: of all answers, from the first arrival to the last token.
 
@@ -24,7 +24,6 @@ Writes ``benchmarks/results/http_load.json`` after every rate.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import multiprocessing
 import statistics
@@ -38,174 +37,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import httpx
 import numpy as np
 import typer
 
-from benchmarks.harness.result import write_result
+from benchmarks.harness.http_loop import Answer, Arrival, Ask, Client, arrivals, run_client
+from benchmarks.harness.results import say, write_result
 from examples import corpus
-from examples.demo import DemoSettings, _log, begin_server, own_folder, wait_for_server
+from examples.demo import DemoSettings, begin_server, log_of, own_folder, wait_for_server
 from examples.processes import Child, check_alive, stop, tail
 from examples.traffic import Server
 
 Arm = Literal["off", "on"]
 ARMS: tuple[Arm, ...] = ("off", "on")
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "c")
-TICK_S = 0.01
-"""Sleep of the timer that says how late a client's loop wakes."""
 WARM_UP_S = 4.0
 HEAD_START_S = 0.5
 """Between telling the clients of a turn and its first arrival."""
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
-# Load
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request and when it is due."""
-
-    at_s: float
-    """After the start of the turn."""
-    prompt: str
-
-
-def arrivals(rate: float, seconds: float, prompts: Sequence[str], seed: int) -> list[Arrival]:
-    """A Poisson process of ``rate`` requests each second; prompts follow each other in a circle."""
-    numbers = np.random.default_rng(seed)
-    found: list[Arrival] = []
-    at_s = float(numbers.exponential(1 / rate))
-    while at_s < seconds:
-        found.append(Arrival(at_s, prompts[len(found) % len(prompts)]))
-        at_s += float(numbers.exponential(1 / rate))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What every request of a turn has in common."""
-
-    url: str
-    model: str
-    max_tokens: int
-    max_draft: int | None
-    """0: plain decoding; ``None``: the policy decides."""
-    patience_s: float
-    """After the last arrival of the turn; what is not answered then has failed."""
-
-    def body(self, prompt: str) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": self.max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "return_token_ids": True,
-            "capture": False,
-            "speculation": {"max_draft": self.max_draft},
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One request as the client saw it."""
-
-    late_s: float
-    """Sent so long after it was due."""
-    events: tuple[tuple[float, int], ...]
-    """(seconds after it was due, tokens) of every event that had tokens."""
-    error: str | None
-    tokens_per_step: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """One client process's part of a turn."""
-
-    answers: list[Answer]
-    cpu_s: float
-    """Of this process, over the turn."""
-    wall_s: float
-    tick_late_s: list[float]
-    """How late its loop woke for each tick."""
-
-
-# Client processes
-
-
-def run_client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Client:
-    """Send every arrival when it is due. The body of a process of its own."""
-    return asyncio.run(_client(ask, due, start_unix_s))
-
-
-async def _client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Client:
-    began_s = time.perf_counter() + (start_unix_s - time.time())
-    lateness: list[float] = []
-    ticker = asyncio.create_task(_tick(lateness))
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=ask.url, timeout=None, limits=limits) as client:
-        cpu_s, wall_s = time.process_time(), time.perf_counter()
-        tasks = []
-        for arrival in due:
-            due_s = began_s + arrival.at_s
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            tasks.append(asyncio.create_task(_send(client, ask, arrival.prompt, due_s)))
-        until_s = time.perf_counter() + ask.patience_s
-        answers = [await _until(task, until_s) for task in tasks]
-    ticker.cancel()
-    spent_s = time.process_time() - cpu_s
-    return Client(answers, spent_s, time.perf_counter() - wall_s, lateness)
-
-
-async def _tick(lateness: list[float]) -> None:
-    while True:
-        before_s = time.perf_counter()
-        await asyncio.sleep(TICK_S)
-        lateness.append(time.perf_counter() - before_s - TICK_S)
-
-
-async def _until(task: asyncio.Task[Answer], until_s: float) -> Answer:
-    try:
-        return await asyncio.wait_for(task, max(0.0, until_s - time.perf_counter()))
-    except TimeoutError:
-        return Answer(0.0, (), "unanswered when patience ended", None)
-
-
-async def _send(client: httpx.AsyncClient, ask: Ask, prompt: str, due_s: float) -> Answer:
-    late_s = time.perf_counter() - due_s
-    events: list[tuple[float, int]] = []
-    error: str | None = None
-    spent: dict[str, Any] = {}
-    try:
-        async with client.stream("POST", "/v1/completions", json=ask.body(prompt)) as response:
-            if response.status_code != 200:
-                return Answer(late_s, (), f"HTTP {response.status_code}", None)
-            is_done = False
-            async for line in response.aiter_lines():
-                if not line.startswith("data: "):
-                    continue
-                if line == "data: [DONE]":
-                    is_done = True
-                    break
-                at_s = time.perf_counter() - due_s
-                chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    error = str(chunk["error"].get("message", chunk["error"]))
-                    break
-                num_tokens = sum(len(c.get("token_ids") or ()) for c in chunk["choices"])
-                if num_tokens:
-                    events.append((at_s, num_tokens))
-                spent = chunk.get("speculation") or spent
-            if not is_done and error is None:
-                error = "the stream ended early"
-    except httpx.HTTPError as problem:
-        error = f"{type(problem).__name__}: {problem}"
-    return Answer(late_s, tuple(events), error, spent.get("tokens_per_step"))
 
 
 # Figures
@@ -234,7 +81,7 @@ def spread_ms(seconds: Sequence[float]) -> dict[str, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One arm's go at one load."""
+    """One arm under one load."""
 
     due: list[Arrival]
     clients: list[Client]
@@ -304,19 +151,19 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-# Story
+# Command
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is sent."""
+    """The load."""
 
     rates: tuple[float, ...]
     """Requests a second."""
     seconds: float
-    """Of arrivals in one turn."""
+    """Seconds of arrivals in one turn."""
     turns: int
-    """Of each arm at each rate, besides the first round, which warms up."""
+    """Turns per arm and rate, after one that warms up."""
     max_tokens: int
     clients: int
     patience_s: float
@@ -324,7 +171,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is there to send it with."""
+    """Server, processes and prompts of a run."""
 
     server: Server
     children: list[Child]
@@ -333,7 +180,7 @@ class Stage:
 
 
 def take_turn(stage: Stage, plan: Plan, arm: Arm, due: Sequence[Arrival]) -> Turn:
-    """Deal the arrivals out to the clients, and wait for all."""
+    """Distribute the arrivals over the clients, and wait for all."""
     check_alive(stage.children)
     draft = 0 if arm == "off" else None
     ask = Ask(stage.server.url, stage.server.model, plan.max_tokens, draft, plan.patience_s)
@@ -402,20 +249,20 @@ def carry_out(
     except Exception as error:  # what was measured until now stays in the result
         figures["error"] = f"{type(error).__name__}: {error}"
         say(traceback.format_exc())
-        log = _log(settings, "server")
+        log = log_of(settings, "server")
         say(tail(log) if log.is_file() else "the server has written no log")
     finally:
         stop(children)
 
 
 def _begin(number: int) -> int:
-    """Long enough that no client process takes two of these, so all are started."""
+    """Sleep long enough that every client process takes one of these and is started."""
     time.sleep(0.5)
     return number
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/http_load.json"
     ),
     config: Annotated[Path, typer.Option(help="settings of the server")] = Path(
@@ -430,9 +277,9 @@ def main(
     max_tokens: int = 128,
     clients: Annotated[int, typer.Option(help="client processes")] = 4,
     patience_s: Annotated[float, typer.Option(help="for answers after the last arrival")] = 20.0,
-    budget_s: Annotated[float, typer.Option(help="no new turn begins after so long")] = 240.0,
+    budget_s: Annotated[float, typer.Option(help="no new turn begins later")] = 240.0,
     run_dir: Annotated[
-        Path, typer.Option(help="folder of the server; what an earlier one left there goes")
+        Path, typer.Option(help="folder of the server; what an earlier run left there is deleted")
     ] = Path("runs/http_load"),
 ) -> None:
     """Start a server, load it at every rate, write the result."""

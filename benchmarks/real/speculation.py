@@ -4,19 +4,19 @@
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
     python -m benchmarks.real.speculation --target runs/real/target --run-dir runs/real/run
 
-The first two make the target, from the Python and C files of this installation, and an EAGLE-3
-drafter from the target's own traces. Here held-out Python and C prompts are continued greedily in
-the engine's own loop, without HTTP: plain decoding, the drafter at fixed K, the suffix index, and
-the policy deciding. Plain decoding is that of the same engine, its drafter loaded. All arms take
-turns on the same prompts, in rotating order; a figure is the median of an arm's turns, prompts
-included; the median ratio of groups of requests, each against the same group's plain decoding in
-the same turn, stands beside it. Nothing is captured and no prefix is cached, so that no turn helps
-the next; the index sees the request itself alone.
+The first two train the target, on the Python and C files of this installation, and an EAGLE-3
+drafter on the target's own traces. Here held-out Python and C prompts are continued greedily in the
+engine's own loop, without HTTP: plain decoding, the drafter at fixed K, the suffix index, and the
+policy deciding. Plain decoding runs on the same engine, with the drafter loaded. All arms alternate
+on the same prompts, in rotating order. A figure is the median over an arm's turns, prompts
+included; beside it stands the median ratio of groups of requests, each to plain decoding of the
+same group in the same turn. Nothing is captured and no prefix is cached, so that no turn helps the
+next; the index sees only the request itself.
 
-In bfloat16 two tokens whose scores are nearly equal may change places when a batch has another
-shape. So outputs that differ from plain decoding's are counted, and for each the float32 target
-says how far apart the two tokens at the first difference are; plain decoding at one batch size
-against another is counted likewise.
+In bfloat16 two tokens with nearly equal scores may change places when a batch has another shape. So
+outputs that differ from plain decoding's are counted, and for each the float32 target says how far
+apart the two tokens at the first difference are; plain decoding at one batch size is compared with
+another in the same way.
 
 Writes ``benchmarks/results/real_target.json`` after every batch size.
 """
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -37,18 +36,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.engine.steps import Fixed
-from benchmarks.harness.choice import known
-from benchmarks.harness.result import write_result
-from benchmarks.real.train_drafter import FIGURES, say
+from benchmarks.harness.engines import ONE_GPU, Built, engine_from
+from benchmarks.harness.loops import Answer, Batch, Prompt, arm_steps, clear
+from benchmarks.harness.policy import StepTime
+from benchmarks.harness.results import known, say, write_result
+from benchmarks.real.train_drafter import FIGURES
 from buffer.folder_weights import FolderWeights
 from buffer.records import Acceptance
-from configs.load import load_settings
 from examples import corpus
+from policies.fixed import FixedPolicy
 from policies.interface import DraftPolicy
-from serving.build import build_engine
-from serving.engine.loop import Engine
-from serving.requests import Output, Request, SamplingParams
 from targets.load import load_model, load_tokenizer
 
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "c")
@@ -62,8 +59,6 @@ MAX_DRAFT = 6
 PROMPTS = {1: 8, 8: 16, 32: 64}
 """Batch -> prompts of each domain, so that 5 turns make at least 20 groups; other batches take one
 group of each."""
-IDLE_S = 10.0
-"""An engine that had nothing to do for so long has lost a request."""
 RULE = (
     "greedy, bfloat16; an output differs if any token does. The gap is what the float32 target's "
     "log probabilities of the two tokens at the first difference are apart, in nats"
@@ -73,49 +68,29 @@ MOST_GAPS = 64
 
 
 @contextmanager
-def engine_for(target: Path, drafter: Path, max_batch: int, device: str) -> Iterator[Engine]:
-    """The one-GPU server's engine with its programs, in bfloat16 on a GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = [
-            f"target={target}",
-            f"run_dir={folder}",
-            f"drafter.path={drafter}",
-            f"drafter.max_draft={MAX_DRAFT}",
-            f"device={device}",
-            f"engine.max_batch={max_batch}",
-            "engine.max_model_len=1024",
-            "engine.prefix_cache=false",
-            "engine.programs=always",
-            "capture.enabled=false",
-            "swap.enabled=false",
-            "policy.kind=goodput",
-        ]
-        yield build_engine(load_settings([Path("configs/one_gpu.yaml")], chosen, {})).engine
+def engine_for(target: Path, drafter: Path, max_batch: int, device: str) -> Iterator[Built]:
+    """The one-GPU server's engine, in bfloat16 on a GPU."""
+    chosen = [
+        f"target={target}",
+        f"drafter.path={drafter}",
+        f"drafter.max_draft={MAX_DRAFT}",
+        f"engine.max_batch={max_batch}",
+        "engine.max_model_len=1024",
+        "engine.prefix_cache=false",
+        "capture.enabled=false",
+        "swap.enabled=false",
+        "policy.kind=goodput",
+    ]
+    with engine_from(ONE_GPU, chosen, device) as built:
+        yield built
 
 
 # One turn
 
 
-@dataclass(slots=True)
-class Answer:
-    """One output as it grows."""
-
-    tokens: list[int] = field(default_factory=list)
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    is_over: bool = False
-    error: str | None = None
-
-    def take(self, output: Output) -> None:
-        self.tokens += output.token_ids
-        spent = output.stats
-        self.acceptance = Acceptance(spent.steps, spent.proposed, spent.accepted)
-        self.is_over = output.finish_reason is not None
-        self.error = output.error
-
-
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One arm's go at the prompts of one domain."""
+    """One arm's answers to the prompts of one domain."""
 
     group_s: list[float]
     """Seconds of each group: as many prompts as the batch has requests."""
@@ -130,41 +105,21 @@ class Turn:
         return sum(len(answer.tokens) for answer in self.answers)
 
 
-def take_turn(
-    engine: Engine, policy: DraftPolicy, prompts: Sequence[tuple[int, ...]], batch: int, length: int
-) -> Turn:
-    """Continue all prompts, ``batch`` at a time: the next ones begin when all of these ended.
+def take_turn(built: Built, prompts: Sequence[Prompt], batch: int, length: int) -> Turn:
+    """Continue all prompts, ``batch`` at a time: a group begins when the former has ended.
 
     Raises:
         RuntimeError: a request failed, or the engine stopped before all had ended.
     """
-    engine.policy = policy
-    answers = [Answer() for _ in prompts]
-    sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-    group_s = []
+    answers, group_s = [], []
     for start in range(0, len(prompts), batch):
+        clear(built.engine)
         started = time.perf_counter()
-        group = answers[start : start + batch]
-        for number, answer in enumerate(group, start):
-            request = Request(f"{number}", prompts[number], sampling, capture=False)
-            engine.submit(request, answer.take)
-        finish(engine, group)
+        group = Batch(built.engine, prompts[start : start + batch], length)
+        group.finish()
         group_s.append(time.perf_counter() - started)
-    bad = [a.error or "cut off" for a in answers if len(a.tokens) != length]
-    if bad:
-        raise RuntimeError(f"{len(bad)} of {len(answers)} requests failed: {bad[0]}")
+        answers += group.answers
     return Turn(group_s, answers)
-
-
-def finish(engine: Engine, answers: Sequence[Answer]) -> None:
-    """Step until all have ended."""
-    busy_s = time.perf_counter()
-    with torch.inference_mode():
-        while not all(answer.is_over for answer in answers):
-            if engine.step():
-                busy_s = time.perf_counter()
-            elif time.perf_counter() - busy_s > IDLE_S:
-                raise RuntimeError("the engine has nothing to do, and requests have not ended")
 
 
 # One batch size
@@ -172,13 +127,15 @@ def finish(engine: Engine, answers: Sequence[Answer]) -> None:
 
 @dataclass(slots=True)
 class Arm:
-    """What an arm's turns left; of turn 0, which warms up, nothing is timed."""
+    """One arm and its turns so far, without turn 0, which warms up."""
 
-    policy: DraftPolicy
+    policy: DraftPolicy | None
+    """``None``: the engine's own."""
     turns: list[dict[str, Turn]] = field(default_factory=list)
-    """Domain -> turn, of each round."""
+    """Domain -> turn, one entry per round of arms."""
     steps: dict[str, int] = field(default_factory=dict)
-    """Steps by arm of the policy, in timed turns."""
+    """Steps by drafter and K."""
+    times: list[StepTime] = field(default_factory=list)
     error: str | None = None
 
     def speed(self, domain: str | None = None) -> float | None:
@@ -218,95 +175,86 @@ def group_ratios(off: Arm, arm: Arm) -> list[float]:
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Place of the first token that differs; ``None``: equal."""
-    for place, (a, b) in enumerate(zip(one, other, strict=True)):
+    """Index of the first token that differs; ``None``: equal."""
+    for index, (a, b) in enumerate(zip(one, other, strict=True)):
         if a != b:
-            return place
+            return index
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two continuations of one prompt part here."""
+    """Where two continuations of one prompt diverge."""
 
     context: tuple[int, ...]
-    """Prompt and the tokens that both have."""
+    """The prompt and the tokens that both share."""
     tokens: tuple[int, int]
 
 
 def differences(
     prompts: Sequence[Sequence[int]], one: Sequence[list[int]], other: Sequence[list[int]]
 ) -> list[Difference]:
-    """Where outputs of the same prompts part."""
+    """Where outputs of the same prompts diverge."""
     found = []
     for prompt, a, b in zip(prompts, one, other, strict=True):
-        place = first_difference(a, b)
-        if place is not None:
-            found.append(Difference((*prompt, *a[:place]), (a[place], b[place])))
+        at = first_difference(a, b)
+        if at is not None:
+            found.append(Difference((*prompt, *a[:at]), (a[at], b[at])))
     return found
 
 
 def measure(
-    engine: Engine,
-    prompts: dict[str, list[tuple[int, ...]]],
+    built: Built,
+    prompts: dict[str, list[Prompt]],
     batch: int,
     length: int,
     turns: int,
     until_s: float,
     names: Sequence[str],
 ) -> dict[str, Arm]:
-    """All arms in turns, the first of which warms up; no new round begins after ``until_s``."""
-    learning = engine.policy
-    arms = {
-        name: Arm(learning if name == POLICY else Fixed(*FIXED[name], [], [])) for name in names
-    }
-    try:
-        for number in range(turns + 1):
-            if number > 1 and time.monotonic() > until_s:
-                say(f"batch {batch}: the time is over after {number - 1} turns")
-                break
-            for place in range(len(names)):
-                name = names[(number + place) % len(names)]
-                _one_turn(engine, arms[name], prompts, batch, length, is_timed=number > 0)
-    finally:
-        engine.policy = learning
+    """Alternate all arms, the first turn to warm up; no new turn begins after ``until_s``."""
+    arms = {name: Arm(None if name == POLICY else FixedPolicy(*FIXED[name])) for name in names}
+    for number in range(turns + 1):
+        if number > 1 and time.monotonic() > until_s:
+            say(f"batch {batch}: the time is over after {number - 1} turns")
+            break
+        for offset in range(len(names)):
+            arm = arms[names[(number + offset) % len(names)]]
+            if arm.error is None:
+                _one_turn(built, arm, prompts, batch, length, is_timed=number > 0)
+    built.policy.play()
     return arms
 
 
 def _one_turn(
-    engine: Engine,
+    built: Built,
     arm: Arm,
-    prompts: dict[str, list[tuple[int, ...]]],
+    prompts: dict[str, list[Prompt]],
     batch: int,
     length: int,
     *,
     is_timed: bool,
 ) -> None:
-    """One arm's go at all prompts; an arm that failed rests."""
-    if arm.error is not None:
-        return
-    before = engine.figures().steps_by_arm
-    if is_timed and not arm.turns and isinstance(arm.policy, Fixed):
-        arm.policy.times.clear()  # of the warm-up
+    """Let one arm answer all prompts; if it fails, it takes no further turn."""
+    built.policy.play(arm.policy)
+    before = built.engine.figures()
     try:
-        done = {d: take_turn(engine, arm.policy, ids, batch, length) for d, ids in prompts.items()}
+        done = {domain: take_turn(built, ids, batch, length) for domain, ids in prompts.items()}
     except Exception as error:  # one arm's failure is a row of the result, and the others go on
         arm.error = f"{type(error).__name__}: {error}"
         say(traceback.format_exc())
-        engine.cancel_all()
-        with torch.inference_mode():
-            while engine.num_inflight() and engine.step():
-                pass
+        built.policy.play(FixedPolicy("none", 0))
+        clear(built.engine)
         return
     if is_timed:
         arm.turns.append(done)
-        for key, count in engine.figures().steps_by_arm.items():
-            name = f"{key[0]}-k{key[1]}"
-            arm.steps[name] = arm.steps.get(name, 0) + count - before.get(key, 0)
+        arm.times += built.policy.steps
+        for name, count in arm_steps(before, built.engine.figures()).items():
+            arm.steps[name] = arm.steps.get(name, 0) + count
 
 
 def rows_of(batch: int, arms: dict[str, Arm], prompts: Sequence[Sequence[int]]) -> list[Any]:
-    """The result's rows of one batch size."""
+    """Rows of one batch size."""
     off = arms[OFF]
     rows = []
     for name, arm in arms.items():
@@ -332,10 +280,10 @@ def rows_of(batch: int, arms: dict[str, Arm], prompts: Sequence[Sequence[int]]) 
                 "vs_off": _ratio(arm.speed(domain), off.speed(domain)),
                 "tokens_per_step": arm.tokens_per_step(domain),
             }
-        if isinstance(arm.policy, Fixed):
-            row["step_ms"] = statistics.median(arm.policy.times) * 1e3
-        else:
-            row["steps"] = {k: n for k, n in sorted(arm.steps.items()) if n}
+        if name == POLICY:
+            row["steps"] = dict(sorted(arm.steps.items()))
+        elif arm.times:
+            row["step_ms"] = statistics.median(step.seconds for step in arm.times) * 1e3
         if off.turns:
             row["outputs"] = len(prompts)
             row["outputs_unlike_off"] = len(differences(prompts, off.tokens(0), arm.tokens(0)))
@@ -377,7 +325,7 @@ def gap_figures(apart: Sequence[float], num_differences: int) -> dict[str, Any]:
     }
 
 
-# Story
+# Command
 
 
 def prompts_for(tokenizer: Any, count: int) -> dict[str, list[tuple[int, ...]]]:
@@ -392,7 +340,7 @@ def prompts_for(tokenizer: Any, count: int) -> dict[str, list[tuple[int, ...]]]:
 
 
 def made_by(target: Path, run_dir: Path) -> dict[str, Any]:
-    """What the two trainings wrote down of themselves."""
+    """Figures that the two trainings wrote."""
     found: dict[str, Any] = {}
     for name, file in (("target", target / "training.json"), ("drafter", run_dir / FIGURES)):
         if file.is_file():
@@ -403,8 +351,8 @@ def made_by(target: Path, run_dir: Path) -> dict[str, Any]:
 
 
 def model_flops_per_s(training: dict[str, Any]) -> float:
-    """Operations of the model itself, each second of the training: 6 for each weight and token, and
-    the causal half of attention."""
+    """The model's own operations per second of training: 6 per weight and token, and the causal
+    half of attention."""
     plan, trained = training["plan"], training["trained"]
     attention = 6 * plan["num_layers"] * plan["num_heads"] * plan["head_dim"] * plan["context"]
     each = 6 * training["parameters"] + attention
@@ -414,15 +362,15 @@ def model_flops_per_s(training: dict[str, Any]) -> float:
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
     run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
+    out: Annotated[Path, typer.Option(help="result file")] = Path(
         "benchmarks/results/real_target.json"
     ),
     batches: str = "1,8,32",
     arms: Annotated[str, typer.Option(help="which arms; empty: all")] = "",
     max_tokens: int = 128,
-    turns: Annotated[int, typer.Option(help="timed ones of each arm")] = 5,
+    turns: Annotated[int, typer.Option(help="timed turns per arm")] = 5,
     prompts: Annotated[int | None, typer.Option(help="of each domain, for every batch")] = None,
-    budget_s: Annotated[float, typer.Option(help="no new turn begins after so long")] = 270.0,
+    budget_s: Annotated[float, typer.Option(help="no new turn begins later")] = 270.0,
     device: str = "cuda",
 ) -> None:
     """All arms at all batch sizes."""
@@ -444,18 +392,18 @@ def main(
     say(f"prompts read after {time.monotonic() - began:.1f} s")
     found: dict[int, list[Difference]] = {}
     plain: dict[int, dict[tuple[int, ...], list[int]]] = {}
-    with engine_for(target, drafter, max(sizes), device) as engine:
+    with engine_for(target, drafter, max(sizes), device) as built:
         figures["engine_start_s"] = time.monotonic() - began
         say(f"engine ready after {figures['engine_start_s']:.1f} s")
-        for place, size in enumerate(sizes):
-            if place and time.monotonic() - began > budget_s:
+        for index, size in enumerate(sizes):
+            if index and time.monotonic() - began > budget_s:
                 figures["rows"].append({"batch": size, "skipped": "the time was over"})
                 continue
             chosen = {domain: ids[: counts[size]] for domain, ids in texts.items()}
             flat = [ids for domain in chosen.values() for ids in domain]
             left_s = budget_s - (time.monotonic() - began)
-            until_s = time.monotonic() + left_s / (len(sizes) - place)
-            done = measure(engine, chosen, size, max_tokens, turns, until_s, names)
+            until_s = time.monotonic() + left_s / (len(sizes) - index)
+            done = measure(built, chosen, size, max_tokens, turns, until_s, names)
             for row in rows_of(size, done, flat):
                 figures["rows"].append(row)
                 say(json.dumps({k: v for k, v in row.items() if k not in ("by_turn", *DOMAINS)}))
@@ -469,7 +417,7 @@ def main(
                     for d in differences(flat, off, arm.tokens(0))
                 ]
             write_result(out, figures)
-        figures["policy"] = engine.policy_figures()
+        figures["policy"] = built.policy.figures()
     figures["ties"] = ties(target, device, found, plain)
     figures["seconds"] = time.monotonic() - began
     write_result(out, figures)
@@ -482,8 +430,8 @@ def ties(
     found: dict[int, list[Difference]],
     plain: dict[int, dict[tuple[int, ...], list[int]]],
 ) -> dict[str, Any]:
-    """Gaps at the differences from plain decoding, and at those of plain decoding between the
-    smallest batch and each other."""
+    """Gaps where arms differ from plain decoding, and where plain decoding at the smallest batch
+    differs from that at each other."""
     figures: dict[str, Any] = {}
     cases: dict[str, list[Difference]] = {f"batch {b}, arms": d for b, d in found.items()}
     for size in sorted(plain)[1:]:

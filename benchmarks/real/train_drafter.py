@@ -1,9 +1,9 @@
-"""An EAGLE-3 drafter for a real target, learnt from the target's own traces.
+"""An EAGLE-3 drafter for a real target, trained on the target's own traces.
 
-The road of a server and its trainer: requests on held-in prompts through the engine, every row that
-it computes captured, the log of traces read back, and the trainer's own learner, gate and
-publication. What differs is the order, one after the other on one GPU, and that all traces lie in
-its memory, so that an update takes its sequences from there and waits for nothing.
+Does what a server and its trainer do: sends held-in prompts to the engine, captures every row,
+reads the traces back from the log, and uses the trainer's own learner, gate and publication. Unlike
+them it does so step by step on one GPU, and keeps all traces in its memory, so that updates never
+wait.
 
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
 
@@ -31,6 +31,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.harness.engines import ONE_GPU, build
+from benchmarks.harness.results import say
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Trace
@@ -43,7 +45,6 @@ from drafters.trainable import trainable
 from examples.corpus import Domain
 from examples.train_drafter import pieces
 from policies.replay import is_held_out
-from serving.build import build_engine
 from serving.requests import Output, Request, SamplingParams
 from serving.service import Service
 from targets.head import TargetHead, load_target_head
@@ -63,11 +64,7 @@ READ_AT_ONCE = 32
 CLOSING_S = 15.0
 """Kept of the budget for judging and publishing."""
 LAST_RATE = 0.02
-"""Of the learning rate, reached when the time is over."""
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+"""Share of the learning rate reached when the time is over."""
 
 
 def settings_for(
@@ -84,7 +81,6 @@ def settings_for(
         "engine.max_model_len=512",
         "engine.prefill_chunk=2048",
         "engine.prefix_cache=false",
-        "engine.programs=always",
         "drafter.kind=eagle3",
         "drafter.max_draft=1",
         "drafter.suffix.enabled=false",
@@ -100,7 +96,7 @@ def settings_for(
         "trainer.warmup_steps=50",
         "trainer.max_sequence=512",
     ]
-    return load_settings([Path("configs/one_gpu.yaml")], chosen, {})
+    return load_settings([ONE_GPU], chosen, {})
 
 
 # Traces
@@ -158,7 +154,7 @@ def collect(
         sampling = SamplingParams(
             temperature=ask.temperature, max_tokens=max_tokens, ignore_eos=True
         )
-        engine.submit(Request(f"trace-{number}", ask.prompt_ids, sampling), take)
+        engine.inbox.submit(Request(f"trace-{number}", ask.prompt_ids, sampling), take)
         num_sent += 1
         if num_sent % 512 == 0:
             elapsed = time.monotonic() - started
@@ -365,7 +361,7 @@ def main(
             pool.submit(domain_pieces, target, domain, int(share * num_prompts))
             for domain, share in shares.items()
         ]
-        service = build_engine(settings)
+        service, _ = build(settings)
         build_s = time.monotonic() - began
         say(f"engine ready after {build_s:.1f} s")
         prompts = [ids for job in jobs for ids in job.result()]

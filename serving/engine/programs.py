@@ -48,6 +48,7 @@ class Programs:
     """Programs that decode and prefill, and what they share."""
 
     target: Target
+    pool: KvPool
     graphs: Graphs
     lanes: Lanes
     drafting: Drafting
@@ -113,7 +114,7 @@ def make_programs(
         target, pool, drafting, features, lanes, graphs,
         prefill_chunk=sizes.prefill_chunk, page_size=sizes.page_size, rule=rule, ring=ring,
     )  # fmt: skip
-    return Programs(target, graphs, lanes, drafting, rounds, prefill, ring)
+    return Programs(target, pool, graphs, lanes, drafting, rounds, prefill, ring)
 
 
 def fuse(

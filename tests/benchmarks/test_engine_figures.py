@@ -1,4 +1,4 @@
-"""What the engine's benchmark makes of what it sees, and that its contexts are really there."""
+"""The figures that benchmarks compute, and the harness that drives engines for them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import json
 import pytest
 import torch
 
-from benchmarks.engine.forced import NUM_ROUNDS, forced_acceptance, table
 from benchmarks.engine.graphs import idle_of
-from benchmarks.engine.load import Load, answer_all, declare_computed, random_prompts
-from benchmarks.engine.report import Report
 from benchmarks.engine.swaps import slowest_waits, step_times
+from benchmarks.harness.engines import declare_computed
+from benchmarks.harness.loops import Batch, random_prompts
+from benchmarks.harness.results import Report, Row, write_rows
 from oracles.engines import make_engine, random_model
-from policies.fixed import FixedPolicy
 
 
 def kernel(begin, length, launch):
@@ -36,37 +35,19 @@ def test_a_trace_without_the_device_says_nothing():
     assert idle_of([{"cat": "cuda_runtime", "ts": 0, "dur": 100}]) is None
 
 
-def test_forced_acceptance_keeps_two_of_four():
-    kept = table()
-
-    assert len(kept) == NUM_ROUNDS
-    assert sum(min(count, 4) for count in kept) == 2 * NUM_ROUNDS
-    assert sum(min(count, 2) for count in kept) < 2 * NUM_ROUNDS  # fewer are not all kept
-
-
-def test_an_engine_under_forced_acceptance_commits_three_tokens_a_round():
-    with forced_acceptance(torch.device("cpu")), torch.inference_mode():
-        engine = make_engine(random_model("qwen3"), max_batch=1, policy=FixedPolicy("eagle3", 4))
-        answer_all(engine, random_prompts(1, 20, engine.vocab_size), 193)
-
-    figures = engine.figures()
-    # The last rounds are cut short by the end of the request.
-    assert figures.num_accepted_tokens / figures.num_rounds == pytest.approx(2, abs=0.05)
-
-
 @torch.inference_mode()
 def test_declared_contexts_are_found_and_each_has_its_own_pages():
     engine = make_engine(random_model("qwen3"))
-    prompts = random_prompts(3, 50, engine.vocab_size)
+    prompts = random_prompts(3, 50, engine.inbox.limits.vocab_size)
 
     declare_computed(engine, prompts)
-    load = Load(engine, prompts, max_tokens=20)
-    load.begin()
+    batch = Batch(engine, prompts, max_tokens=20)
+    batch.begin()
 
     running = engine.scheduler.running
     assert engine.figures().cached_prompt_tokens == 3 * 48
     assert len({page for s in running for page in s.pages}) == sum(len(s.pages) for s in running)
-    load.end()
+    batch.end()
     assert engine.inbox.num_inflight() == 0
 
 
@@ -132,3 +113,22 @@ def test_rows_of_other_parts_are_kept_and_say_where_they_were_measured(tmp_path)
     assert [row["part"] for report in reports for row in report.rows] == ["decode", "decode"]
     assert "machine" not in reports[0].rows[0]
     assert reports[1].rows[0]["machine"] == {"commit": "another"}
+
+
+def test_rows_of_another_source_stay_and_those_of_the_same_are_replaced(tmp_path):
+    plain = Row("tiny, plain", "tokens per second", 12.5, "at least 10", True)
+    drafted = Row("tiny, K = 4", "tokens per second", 20.0, None, None)
+
+    write_rows("speed", [plain], "python -m one", tmp_path)
+    write_rows("speed", [drafted], "python -m other", tmp_path)
+    out = write_rows("speed", [drafted], "python -m one", tmp_path)
+
+    rows = json.loads(out.read_text())
+    assert out == tmp_path / "rows" / "speed.json"
+    assert [(row["row"], row["source"]) for row in rows] == [
+        ("tiny, K = 4", "python -m other"),
+        ("tiny, K = 4", "python -m one"),
+    ]
+    assert set(rows[0]) == {
+        "row", "measure", "value", "goal", "holds", "hardware", "commit", "source",
+    }  # fmt: skip

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import torch
-
+from benchmarks.harness.loops import Feed
 from benchmarks.real import full_batch
-from benchmarks.real.full_batch import UNHELD, Feed, measure
+from benchmarks.real.full_batch import UNHELD, measure
 from benchmarks.real.speculation import OFF, POLICY
 from oracles.engines import RandomPolicy, make_engine, random_model
+from tests.benchmarks.built import built_over
 
 PROMPTS = [(5, 6, 7), (8, 9), (3,)]
 
 
 def test_another_request_begins_as_soon_as_one_ends():
     engine = make_engine(random_model("qwen3"), policy=RandomPolicy(), prefix_cache=False)
-    with torch.inference_mode():
-        feed = Feed(engine, PROMPTS, 4, 8)
-        window = feed.run(1.0)
+    feed = Feed(engine, PROMPTS, 4, 8)
+    window = feed.run(1.0)
 
-        assert engine.inbox.num_inflight() == 4
-        assert window.num_tokens == feed.num_tokens > 4 * 8  # more than the first four had
-        assert window.num_steps > 0
-        feed.stop()
+    assert engine.inbox.num_inflight() == 4
+    assert window.num_tokens == feed.num_tokens > 4 * 8  # more than the first four had
+    assert window.num_steps > 0
+    feed.stop()
 
     assert engine.inbox.num_inflight() == 0
 
 
 def test_every_arm_has_its_turns_and_the_engine_its_policy_back(monkeypatch):
     monkeypatch.setattr(full_batch, "WARM_S", 0.05)
-    policy = RandomPolicy()
-    engine = make_engine(random_model("qwen3"), policy=policy, prefix_cache=False)
-    engine.scheduler.prefill_hold_s = 1.0
+    built = built_over(RandomPolicy())
+    built.engine.scheduler.prefill_hold_s = 1.0
     names = [OFF, "eagle3-k2", POLICY, POLICY + UNHELD]
 
-    arms = measure(engine, PROMPTS, 2, 8, turns=2, window_s=0.2, names=names)
+    arms = measure(built, PROMPTS, 2, 8, turns=2, window_s=0.2, names=names)
 
     rows = {name: arm.row() for name, arm in arms.items()}
     assert [row["turns"] for row in rows.values()] == [2, 2, 2, 2]
     assert set(rows[OFF]["steps"]) == {"none-k0"}
     assert rows[OFF]["tokens_per_step_of_the_batch"] <= 2
     assert rows["eagle3-k2"]["steps"]["eagle3-k2"] > 0
-    assert engine.policy is policy
-    assert [arm.hold_s for arm in arms.values()] == [1.0, 1.0, 1.0, 0.0]
-    assert engine.scheduler.prefill_hold_s == 1.0
+    assert built.policy.playing is built.policy.own
+    assert [arm.is_held for arm in arms.values()] == [True, True, True, False]
+    assert built.engine.scheduler.prefill_hold_s == 1.0

@@ -1,5 +1,5 @@
-"""Random requests of the lossless benchmark of a GPU, at a tiny size: nothing differs, and what
-would differ is seen."""
+"""Random requests of the lossless benchmark for a GPU, at a tiny size: nothing differs, and planted
+differences are detected."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 
 import serving.engine.rounds
 import serving.http.generation
-from benchmarks.engine.engines import Place
-from benchmarks.lossless_gpu import http, requests
-from benchmarks.lossless_gpu.engines import Run
+from benchmarks.lossless import http, requests
+from benchmarks.lossless.engines import Run
 from oracles.random_bodies import TEXTS, question
 from specops.lanes import Field
 
-CPU = Place(torch.device("cpu"))
+CPU = torch.device("cpu")
 TINY = Run("tiny", "float64", "fast", 1.0)
 BUNDLED = Run("bundled", "float64", "fast", 1.0)
 
@@ -33,7 +32,7 @@ def test_drafts_and_swaps_change_no_answer(monkeypatch):
     assert row["drafted"]["requests_drafted_for"] > 40
     assert 100 < row["drafted"]["accepted_tokens"] < row["drafted"]["drafted_tokens"]
     assert row["by_field"]["logprobs"]["requests"] > 5
-    assert row["by_field"]["logprobs"]["rounds"] > 5
+    assert row["by_field"]["logprobs"]["drafted_tokens"] > 5
 
 
 def blind_penalties(monkeypatch):
@@ -60,14 +59,14 @@ def late_counts(monkeypatch):
 def repeat_until_penalized(monkeypatch):
     """Only such requests: a random target that is asked greedily says the same token on and on,
     which the index finds."""
-    right = requests._longer
+    right = requests.longer
 
     def longer(numbers, request):
         made = right(numbers, request)
         changed = replace(made.sampling, temperature=0.0, frequency_penalty=0.5, max_tokens=30)
         return replace(made, sampling=changed)
 
-    monkeypatch.setattr(requests, "_longer", longer)
+    monkeypatch.setattr(requests, "longer", longer)
 
 
 @pytest.mark.parametrize("plant", [blind_penalties, late_counts])
@@ -101,12 +100,12 @@ def test_seeds_that_do_not_reproduce_are_seen(monkeypatch):
 
 
 def test_a_field_that_was_never_drafted_for_is_told():
-    drafted = {field: {"rounds": int(field != "stop")} for field in requests.USES}
+    drafted = {field: {"drafted_tokens": int(field != "stop")} for field in requests.USES}
     row = {"mismatches": 0, "by_field": drafted}
 
     assert requests.untried([row]) == ["stop"]
     assert not requests.is_sound([row])
-    assert requests.is_sound([row, {**row, "by_field": {**drafted, "stop": {"rounds": 1}}}])
+    assert requests.is_sound([row, {**row, "by_field": {**drafted, "stop": {"drafted_tokens": 1}}}])
 
 
 def bodies(count):
@@ -144,9 +143,9 @@ def test_usage_that_counts_drafts_is_seen(monkeypatch):
 @pytest.mark.gpu
 def test_by_pinned_numerics_no_answer_differs(monkeypatch):
     monkeypatch.setattr(requests, "SWAP_EVERY", 10)
-    pinned, place = Run("bundled", "bfloat16", "pinned", 1.0), Place(torch.device("cuda"))
-    row = requests.row_of(pinned, place, 200)
+    pinned, cuda = Run("bundled", "bfloat16", "pinned", 1.0), torch.device("cuda")
+    row = requests.row_of(pinned, cuda, 200)
 
     assert row["swaps"] > 0
     assert requests.is_sound([row]), row["first_mismatches"]
-    assert http.is_sound([http.row_of(pinned, place, bodies(20))])
+    assert http.is_sound([http.row_of(pinned, cuda, bodies(20))])

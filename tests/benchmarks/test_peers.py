@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness.shapes import SHAPES
 from benchmarks.peers.__main__ import (
     Row,
     agreement,
     attempt,
-    chosen_ways,
+    chosen_decoders,
     decode_speed,
     with_ratios,
 )
 from benchmarks.peers.compiled_loop import CompiledLoop
-from benchmarks.peers.steps import SHAPES, GenerateSteps, LoopSteps, OurSteps, Past, random_model
-from benchmarks.peers.ways import Generate, Work, first_layers, static_cache
+from benchmarks.peers.decoders import Generate, Work, first_layers, static_cache
+from benchmarks.peers.steps import GenerateSteps, LoopSteps, OurSteps, Past, random_model
 
 CPU = torch.device("cpu")
 
@@ -79,11 +80,11 @@ def test_a_peers_row_says_how_many_times_faster_ours_is() -> None:
 
 
 def test_our_plain_way_is_always_among_the_chosen() -> None:
-    ways: Any = {"ours, off": 0, "loop": 1, "peer": 2}
+    decoders: Any = {"ours, off": 0, "loop": 1, "peer": 2}
 
-    assert list(chosen_ways(ways, "peer")) == ["ours, off", "peer"]
-    with pytest.raises(ValueError, match="no way is called 'other'"):
-        chosen_ways(ways, "other")
+    assert list(chosen_decoders(decoders, "peer")) == ["ours, off", "peer"]
+    with pytest.raises(ValueError, match="no decoder is called 'other'"):
+        chosen_decoders(decoders, "other")
 
 
 @pytest.mark.parametrize("attention", ["matmul", "sdpa"])

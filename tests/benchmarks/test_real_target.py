@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.engine.steps import Fixed
+from benchmarks.harness.loops import Answer
+from benchmarks.harness.policy import StepTime
 from benchmarks.real.speculation import (
     OFF,
     POLICY,
-    Answer,
     Arm,
     Turn,
     differences,
@@ -20,9 +20,11 @@ from benchmarks.real.speculation import (
 )
 from benchmarks.real.train_drafter import Ask, Lessons, asks_of, padded
 from buffer.records import Acceptance
-from drafters.eagle3.batch import TTTBatch
-from oracles.engines import RandomPolicy, make_engine, random_model
+from drafters.eagle3.training import TTTBatch
+from oracles.engines import RandomPolicy
+from policies.fixed import FixedPolicy
 from policies.interface import Decision, StepObs
+from tests.benchmarks.built import built_over
 
 
 def test_outputs_part_at_their_first_unlike_token():
@@ -36,9 +38,8 @@ def test_outputs_part_at_their_first_unlike_token():
 
 
 def arm(seconds: list[float], tokens: list[int]) -> Arm:
-    fixed = Fixed("none", 0, [0.001], [])
     turns = [{"python": Turn([s], [Answer(tokens, Acceptance(2, 4, 2), True)])} for s in seconds]
-    return Arm(fixed, turns)
+    return Arm(FixedPolicy("none", 0), turns, times=[StepTime(0.001, 1, 0)])
 
 
 def test_a_row_holds_an_arm_against_plain_decoding():
@@ -56,7 +57,7 @@ def test_a_row_holds_an_arm_against_plain_decoding():
 
 
 def test_an_arm_that_failed_leaves_a_row_that_says_so():
-    arms = {OFF: arm([1.0], [1]), "eagle3-k2": Arm(Fixed("eagle3", 2, [], []), error="it broke")}
+    arms = {OFF: arm([1.0], [1]), "eagle3-k2": Arm(FixedPolicy("eagle3", 2), error="it broke")}
 
     _, failed = rows_of(1, arms, [(7,)])
 
@@ -117,11 +118,11 @@ PROMPTS = {"python": [(5, 6, 7), (8, 9), (3,)], "c": [(11, 12), (13,), (14, 15, 
 
 
 def measured(policy: RandomPolicy) -> dict[str, Arm]:
-    engine = make_engine(random_model("qwen3"), policy=policy, prefix_cache=False)
+    built = built_over(policy)
     names = [OFF, "eagle3-k2", POLICY]
-    arms = measure(engine, PROMPTS, 2, 12, turns=2, until_s=float("inf"), names=names)
-    assert engine.policy is policy
-    assert engine.inbox.num_inflight() == 0
+    arms = measure(built, PROMPTS, 2, 12, turns=2, until_s=float("inf"), names=names)
+    assert built.policy.playing is policy
+    assert built.engine.inbox.num_inflight() == 0
     return arms
 
 

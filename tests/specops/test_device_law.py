@@ -1,5 +1,5 @@
 """The joint law of tokens emitted through ``specops.device``, which programs call: definitions on a
-CPU, compiled kernels on a GPU. ``benchmarks/lossless_gpu`` repeats this with 10 million samples."""
+CPU, compiled kernels on a GPU. ``benchmarks/lossless`` repeats this with 10 million samples."""
 
 from __future__ import annotations
 

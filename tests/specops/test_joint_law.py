@@ -1,7 +1,7 @@
 """The joint law of what is emitted, by chi-squared at p = 1e-9, over sampling parameters and
 drafters.
 
-``benchmarks/lossless.py`` repeats this with 400,000 samples each; planted bugs that these tests
+``benchmarks/lossless`` repeats this with 400,000 samples each; planted bugs that these tests
 detect are in ``tests/serving/engine/test_mutants.py``.
 """
 

@@ -1,13 +1,13 @@
-"""Greedy requests get the same bytes with drafts as without, by the real engine and its programs.
+"""Greedy requests get the same bytes with drafts as without, from the real engine.
 
-Drafts of any length by any drafter, a new choice every step; batches that grow and shrink; prompts
-of mixed lengths, cached prefixes; drafter weights swapped every 50 steps by the server's own
-swapper. The plain answers come from an engine without a drafter, in batches of another size.
+Drafter and K change every step; batches grow and shrink; prompts have mixed lengths and cached
+prefixes; the server's own swapper swaps drafter weights every 50 steps. The plain answers come from
+an engine without a drafter, in batches of another size.
 
-``engine.numerics: pinned`` is the switch under which no byte may differ. By ``fast`` numerics a
-pass rounds as its shape makes it, and where two tokens tie within that rounding, the choice may
-differ: there plain answers in both batch sizes are compared as well, and what differs is measured
-against the rounding (``benchmarks/lossless.py``).
+With ``engine.numerics: pinned`` no byte may differ. With ``fast`` numerics rounding depends on the
+shape of a batch, so the choice may differ where two tokens tie within that rounding. There plain
+answers in both batch sizes are compared as well, and differences are measured against the rounding
+(``benchmarks/lossless.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.engines import Place, release
-from benchmarks.lossless_gpu.engines import (
+from benchmarks.harness.engines import release
+from benchmarks.lossless.engines import (
     MAX_BATCH,
     PLAIN_BATCH,
     SWAP_EVERY,
@@ -33,8 +33,8 @@ from benchmarks.lossless_gpu.engines import (
     measure_runs,
     texts,
 )
-from benchmarks.lossless_rows import compared, greedy_requests, random_prompts
 from oracles.engines import run
+from oracles.greedy import compared, greedy_requests, random_prompts
 from serving.service import Service
 
 RUNS = (
@@ -44,14 +44,14 @@ RUNS = (
     Run("bundled", "float32", "fast", 0.25),
     Run("bundled", "bfloat16", "fast", 0.25),
 )
-"""The first two decode all the prompts that were asked for between them."""
+"""The first two together decode all prompts asked for."""
 RUNS_ON_CPU = (Run("bundled", "float32", "fast", 0.75), Run("tiny", "float32", "fast", 0.25))
-"""Numerics can be pinned on a GPU only."""
+"""Only a GPU can pin numerics."""
 
 
 def planned(device: torch.device) -> tuple[Run, ...]:
-    """The runs of a device."""
-    return RUNS if Place(device).is_gpu else RUNS_ON_CPU
+    """Runs on a device."""
+    return RUNS if device.type == "cuda" else RUNS_ON_CPU
 
 
 def measure(
@@ -59,42 +59,43 @@ def measure(
 ) -> None:
     """See ``measure_runs``."""
 
-    def told(row: dict[str, Any]) -> str:
+    def text_of(row: dict[str, Any]) -> str:
         differ = f"{row['mismatches']} of {row['prompts']} differ"
         return f"{differ}, plain against plain {row['plain_against_plain']}"
 
-    runs, place = planned(device), Place(device)
-    measure_runs("greedy", runs, place, num_prompts, budget_s, _row, keep, told)
+    runs = planned(device)
+    measure_runs("greedy", runs, device, num_prompts, budget_s, row_of, keep, text_of)
 
 
-def _row(chosen: Run, place: Place, count: int) -> dict[str, Any]:
+def row_of(chosen: Run, device: torch.device, count: int) -> dict[str, Any]:
     started = time.perf_counter()
     numbers = random.Random(7)
-    with engine_of(chosen, place, PLAIN_BATCH, None) as service:
+    with engine_of(chosen, device, PLAIN_BATCH, None) as service:
         prompts = _prompts(chosen, service, numbers, count)
         lengths = [numbers.randint(8, 32) for _ in prompts]
         plain = list(greedy_requests(prompts, lengths, num_top=2, max_draft=0))
         wanted = run(service.engine, plain)
-    release(place)
+    release(device)
     with (
         tempfile.TemporaryDirectory() as folder,
-        engine_of(chosen, place, MAX_BATCH, Path(folder)) as service,
+        engine_of(chosen, device, MAX_BATCH, Path(folder)) as service,
     ):
         again = run(service.engine, plain)
         swaps = Swaps(service, SWAP_EVERY)
         drafted = list(greedy_requests(prompts, lengths))
         got = run(service.engine, drafted, swaps.between, in_flight)
         swaps.end()
-        row = compared(chosen.target, MAX_BATCH, prompts, wanted, again, got, service.engine)
+        num_swaps = service.figures().swaps["swapped"]
+        figures = service.engine.figures()
+        row = compared(chosen.target, MAX_BATCH, prompts, wanted, again, got, figures, num_swaps)
         more = {
             "dtype": chosen.dtype,
             "numerics": chosen.numerics,
-            "swaps": service.figures().swaps["swapped"],
             "steps": swaps.num_steps,
             "texts_that_differ": sum(wanted[name].text != got[name].text for name in wanted),
             "seconds": time.perf_counter() - started,
         }
-    release(place)
+    release(device)
     return {**row, **more}
 
 
@@ -108,20 +109,20 @@ def _prompts(chosen: Run, service: Service, numbers: random.Random, count: int) 
 
 
 def is_complete(rows: list[dict[str, Any]], device: torch.device) -> bool:
-    """Every planned run is there."""
+    """Whether every planned run was measured."""
     return len(rows) == len(planned(device))
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """By pinned numerics nothing differs, true of no rows too; what fast ones do is told and not
-    judged."""
+    """Whether nothing differs with pinned numerics; also true of no rows. Fast numerics are
+    reported, not judged."""
     pinned = [row for row in rows if row["numerics"] == "pinned"]
     differences = ("mismatches", "plain_against_plain", "texts_that_differ", "rounding")
     return not any(row[name] for row in pinned for name in differences)
 
 
 def summary(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Totals by numerics; prompts that are distinct are so within a run."""
+    """Totals by numerics; distinct prompts are counted per run."""
     counted = (
         "prompts", "distinct_prompts", "tokens", "swaps", "drafted_tokens", "accepted_tokens",
         "plain_against_plain", "mismatches", "mismatches_beyond_ties", "texts_that_differ",

@@ -1,8 +1,8 @@
-"""The ways to decode that ``benchmarks.peers.__main__`` holds against each other, behind one face.
+"""The decoders that ``benchmarks.peers.__main__`` compares, behind one interface.
 
-A way is opened for one batch size, answers prompts of one length greedily, and is closed. What it
-compiles, captures or allocates happens in ``open``; what it needs to have done once before it is
-fast, in the answer to the warm-up prompts.
+A decoder is opened for one batch size, answers prompts of one length greedily, and is closed.
+``open`` compiles, captures and allocates; anything else that must run once before it is fast runs
+in the answer to the warm-up prompts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from benchmarks.harness.engines import ONE_GPU, Built, engine_from
+from benchmarks.harness.loops import answer_all
 from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
-from configs.load import load_settings
 from policies.interface import DraftPolicy
-from serving.build import build_engine
-from serving.engine.loop import Engine
-from serving.requests import Output, Request, SamplingParams
 from targets.load import load_model, pick_dtype
 
 Ids = list[list[int]]
@@ -43,7 +41,7 @@ LONGEST_WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one way is opened for."""
+    """What a decoder is opened for."""
 
     batch: int
     num_prompt: int
@@ -54,8 +52,8 @@ class Work:
         return self.num_prompt + self.num_new
 
 
-class Way(Protocol):
-    """One way to decode."""
+class Decoder(Protocol):
+    """One decoder."""
 
     about: str
     """Its settings, for the table."""
@@ -71,19 +69,15 @@ class Way(Protocol):
 
 
 @contextmanager
-def our_engine(
-    target: Path, drafter: Path | None, work: Work, device: str, run_dir: Path
-) -> Iterator[Engine]:
-    """The engine as the server builds it; without ``drafter``, one that has no speculation.
+def our_engine(target: Path, drafter: Path | None, work: Work, device: str) -> Iterator[Built]:
+    """The engine as the server builds it, without speculation if there is no ``drafter``.
 
-    Nothing is remembered between requests, so that the second turn of a prompt is like its first:
-    no prefix cache, and the suffix index sees its own request only.
+    It remembers nothing between requests, so that the second turn on a prompt is like the first: no
+    prefix cache, and the suffix index sees only the request itself.
     """
     room = -(-(work.num_positions + 16) // 16) * 16
     chosen = [
         f"target={target}",
-        f"run_dir={run_dir}",
-        f"device={device}",
         f"engine.max_batch={work.batch}",
         f"engine.max_model_len={room}",
         "engine.prefix_cache=false",
@@ -91,65 +85,33 @@ def our_engine(
         "swap.enabled=false",
         *([f"drafter.path={drafter}"] if drafter is not None else ["drafter.kind=none"]),
     ]
-    settings = load_settings([Path("configs/one_gpu.yaml")], chosen, {})
-    engine = build_engine(settings).engine
-    try:
-        yield engine
-    finally:
-        engine.stop()
+    with engine_from(ONE_GPU, chosen, device) as built:
+        yield built
 
 
 class Ours:
-    """An engine that is driven in this thread, with a policy of its own."""
+    """Our engine, driven in this thread, with a policy of its own."""
 
     num_warm_up = None
 
-    def __init__(
-        self, engine: Callable[[], Engine], policy: DraftPolicy | None, about: str
-    ) -> None:
+    def __init__(self, built: Callable[[], Built], policy: DraftPolicy | None, about: str) -> None:
         """
         Args:
-            engine: gives the engine, built at the first call.
-            policy: in force while this way answers; ``None``: the engine's first one.
+            built: returns the engine, built at the first call.
+            policy: plays while this decoder answers; ``None``: the engine's own.
         """
         self.about = about
-        self._engine = engine
+        self._built = built
         self._policy = policy
-        self._number = 0
 
     def open(self, work: Work) -> None:
-        engine = self._engine()
-        if self._policy is None:
-            self._policy = engine.policy
+        self._built()
 
     def generate(self, prompts: Ids, num_new: int) -> Ids:
-        engine = self._engine()
-        assert self._policy is not None, "not opened"
-        with torch.inference_mode():
-            while engine.step():  # what the turn before may have left in flight
-                pass
-        engine.policy = self._policy
-        found: Ids = [[] for _ in prompts]
-        sampling = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
-        unfinished, errors = set(range(len(prompts))), []
-
-        def take(output: Output, index: int) -> None:
-            found[index] += output.token_ids
-            if output.finish_reason is not None:
-                unfinished.discard(index)
-            if output.error is not None:
-                errors.append(output.error)
-
-        for index, ids in enumerate(prompts):
-            request = Request(f"{self.about} {self._number}", tuple(ids), sampling)
-            self._number += 1
-            engine.submit(request, lambda output, index=index: take(output, index))
-        with torch.inference_mode():
-            while unfinished:
-                engine.step()
-        if errors:
-            raise RuntimeError(errors[0])
-        return found
+        built = self._built()
+        built.policy.play(self._policy)
+        turn = answer_all(built.engine, [tuple(ids) for ids in prompts], num_new, capture=True)
+        return [answer.tokens for answer in turn.answers]
 
     def close(self) -> None:
         """The engine stays for the next batch size."""
@@ -217,7 +179,7 @@ def compiled_once() -> CompileConfig:
 
 
 def static_cache(model: Any) -> Callable[[Work], StaticCache]:
-    """A cache that one way keeps, so that its graphs are recorded once."""
+    """A cache that one decoder keeps, so that its graphs are recorded once."""
     return lambda work: StaticCache(config=model.config, max_cache_len=work.num_positions)
 
 
@@ -275,7 +237,7 @@ class Continuous:
     def __init__(self, model: Any, attention: str, about: str, **settings: Any) -> None:
         """
         Args:
-            model: is this way's own: its attention is replaced.
+            model: is this decoder's own: its attention is replaced.
             settings: of ContinuousBatchingConfig; a function is called with the work to come.
         """
         self.about = f"{attention}, {about}"
@@ -341,7 +303,7 @@ class Continuous:
 
 
 class Loop:
-    """``CompiledLoop``, built anew for each batch size."""
+    """``CompiledLoop``, built for each batch size."""
 
     num_warm_up = 8
 

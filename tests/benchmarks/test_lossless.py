@@ -1,4 +1,4 @@
-"""The lossless benchmark of a GPU, at a tiny size: it sees what it is there to see."""
+"""The lossless benchmark for a GPU, at a tiny size: it detects what it must detect."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 import typer
 
 import serving.engine.rounds
-from benchmarks.engine.engines import Place
-from benchmarks.lossless_gpu import greedy, law
-from benchmarks.lossless_gpu.__main__ import Part, main
-from benchmarks.lossless_gpu.greedy import Run
+from benchmarks.lossless import greedy, law
+from benchmarks.lossless.__main__ import Part, main
+from benchmarks.lossless.greedy import Run
 from oracles.joint_law import Cut
 from specops.verify_logits import Rule
 
-CPU = Place(torch.device("cpu"))
+CPU = torch.device("cpu")
 TINY = Run("tiny", "float32", "fast", 1.0)
 
 
@@ -106,7 +105,7 @@ def test_what_is_complete_says_so():
     rows = [honest_row()] * len(law.RUNS)
 
     assert law.summary(rows, 500)["complete"]
-    assert greedy.is_complete([{}] * len(greedy.RUNS_ON_CPU), CPU.device)
+    assert greedy.is_complete([{}] * len(greedy.RUNS_ON_CPU), CPU)
 
 
 def test_a_planted_bug_that_is_not_seen_is_told():
@@ -120,7 +119,7 @@ def test_a_planted_bug_that_is_not_seen_is_told():
 
 def test_drafts_and_swaps_change_nothing(monkeypatch):
     monkeypatch.setattr(greedy, "SWAP_EVERY", 4)
-    row = greedy._row(TINY, CPU, 24)
+    row = greedy.row_of(TINY, CPU, 24)
 
     assert (row["mismatches"], row["texts_that_differ"]) == (0, 0)
     assert row["swaps"] > 0
@@ -141,7 +140,7 @@ def test_drafts_that_are_kept_unseen_are_found(monkeypatch):
         return right(state, opened, draft, best, logq, outputs)
 
     monkeypatch.setattr(serving.engine.rounds, "close_round", wrong)
-    row = greedy._row(TINY, CPU, 24)
+    row = greedy.row_of(TINY, CPU, 24)
 
     assert row["mismatches"] > 0
     assert not greedy.is_sound([{**row, "numerics": "pinned"}])
@@ -152,7 +151,7 @@ def test_drafts_that_are_kept_unseen_are_found(monkeypatch):
 @pytest.mark.parametrize("target", ["tiny", "bundled"])
 def test_by_pinned_numerics_no_byte_differs(target, dtype, monkeypatch):
     monkeypatch.setattr(greedy, "SWAP_EVERY", 10)
-    row = greedy._row(Run(target, dtype, "pinned", 1.0), Place(torch.device("cuda")), 200)
+    row = greedy.row_of(Run(target, dtype, "pinned", 1.0), torch.device("cuda"), 200)
 
     assert row["swaps"] > 0
     assert greedy.is_sound([row])

@@ -1,4 +1,4 @@
-"""What the lossless benchmarks ask, and what they write down of one run."""
+"""Greedy requests with and without drafts, and how far their answers differ."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from oracles.engines import Collected
 from oracles.joint_law import chi_squared_excess
-from serving.engine.loop import Engine
-from serving.requests import Request, SamplingParams
+from serving.requests import EngineFigures, Request, SamplingParams
 
 
 def law_row(
     setting: str, regime: str, rule: str, counts: Tensor, rate: float | None, wanted: Tensor
 ) -> dict[str, Any]:
-    """How far counts are from the law, and how much of the drafts was accepted."""
+    """Distance of sample counts from the law, and the acceptance rate."""
     return {
         "setting": setting,
         "regime": regime,
@@ -30,8 +29,8 @@ def law_row(
 
 
 def random_prompts(numbers: random.Random, count: int, vocab_size: int) -> list[list[int]]:
-    """Of 1 to 60 tokens; some begin alike. Each occurs twice, far apart: nothing foretells a random
-    target but the suffix index, once it has seen the answer."""
+    """Prompts of 1 to 60 tokens, some with a common prefix. Each occurs twice, far apart: only the
+    suffix index can predict a random target, once it has seen the answer."""
     stem = [numbers.randrange(vocab_size) for _ in range(40)]
     fresh = [
         stem[: numbers.choice((0, 0, 8, 40))]
@@ -47,7 +46,7 @@ def greedy_requests(
     num_top: int | None = None,
     max_draft: int | None = None,
 ) -> Iterable[Request]:
-    """One for each prompt, of that many tokens."""
+    """One greedy request per prompt and answer length."""
     for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         sampling = SamplingParams(
             temperature=0.0, max_tokens=length, logprobs=num_top, ignore_eos=True
@@ -62,10 +61,17 @@ def compared(
     wanted: dict[str, Collected],
     again: dict[str, Collected],
     got: dict[str, Collected],
-    engine: Engine,
+    figures: EngineFigures,
+    num_swaps: int,
 ) -> dict[str, Any]:
-    """``again``: plain answers in batches of the size that drafted ones have."""
-    figures = engine.figures()
+    """One row of a result.
+
+    Args:
+        wanted: plain answers.
+        again: plain answers in batches of the size that the drafted ones have.
+        got: drafted answers.
+        figures: of the engine that drafted.
+    """
     rounding = max(_moved(plain, again[name]) for name, plain in wanted.items())
     gaps = [_gap(plain, got[name]) for name, plain in wanted.items()]
     parted = [gap for gap in gaps if gap is not None]
@@ -75,7 +81,7 @@ def compared(
         "prompts": len(prompts),
         "distinct_prompts": len({tuple(prompt) for prompt in prompts}),
         "tokens": sum(len(c.token_ids) for c in wanted.values()),
-        "swaps": engine.version,
+        "swaps": num_swaps,
         "drafted_tokens": figures.num_draft_tokens,
         "accepted_tokens": figures.num_accepted_tokens,
         "rounding": rounding,
@@ -87,17 +93,17 @@ def compared(
 
 
 def _moved(one: Collected, other: Collected) -> float:
-    """Most that a log probability differs between two answers, up to where they part."""
+    """Largest difference of a log probability between two answers, up to where they diverge."""
     pairs = zip(one.logprobs, other.logprobs, strict=True)
     equal = itertools.takewhile(lambda pair: pair[0].token_id == pair[1].token_id, pairs)
     return max((abs(a.logprob - b.logprob) for a, b in equal), default=0.0)
 
 
 def _gap(plain: Collected, other: Collected) -> float | None:
-    """Best minus second best log probability where two answers part; ``None`` if they do not."""
+    """Best minus second-best log probability where two answers diverge; ``None`` if equal."""
     if plain.token_ids == other.token_ids:
         return None
     pairs = zip(plain.token_ids, other.token_ids, strict=True)
-    at = next(place for place, (one, another) in enumerate(pairs) if one != another)
+    at = next(n for n, (one, another) in enumerate(pairs) if one != another)
     (_, best), (_, second) = plain.logprobs[at].top
     return best - second

@@ -1,19 +1,18 @@
-"""Does drafting change what comes out of the compiled kernels and of the engine on a GPU?
+"""Does drafting change the output of the kernels, of the engine, or of the server?
 
-    python -m benchmarks.lossless_gpu                # up to ten minutes on one H100 or H200
-    python -m benchmarks.lossless_gpu --device cpu --num-samples 2000 --num-prompts 20 \\
-        --num-requests 60 --num-bodies 20
+    python -m benchmarks.lossless                # up to ten minutes on one H100 or H200
+    python -m benchmarks.lossless --device cpu   # on two cores: fewer samples, torch definitions
+    python -m benchmarks.lossless --device cpu --num-samples 2000 --num-prompts 20 \\
+        --num-requests 60 --num-bodies 20        # to try it: too few samples for planted bugs
 
-The second only tries the script out: 40,000 samples show every planted bug, 2,000 do not.
-
-* ``law``: sampled requests follow the target's joint law, by the kernels.
-* ``greedy``: greedy requests get the same bytes with drafts as without, by the engine.
+* ``law``: sampled requests follow the target's joint law, with the kernels that programs call.
+* ``greedy``: greedy requests get the same bytes with drafts as without, from the engine.
 * ``requests``: so do requests that use every field of a client, greedy or with a seed.
 * ``http``: so do clients of the server, ``n`` and ``usage`` included.
 
-Writes ``benchmarks/results/lossless_gpu.json`` after every row. Exit code 1: something differs that
-must not, a planted bug was not seen, or the budget was spent before all that was planned had run:
-what did not run shows nothing, and such a result says ``"complete": false``.
+Writes ``benchmarks/results/lossless_gpu.json`` (``lossless.json`` on a CPU) after every row. Exit
+code 1: something differs that must not, a planted bug was not detected, or the budget was spent
+before everything planned had run; such a result says ``"complete": false``.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness.result import write_result
-from benchmarks.lossless_gpu import greedy, http, law, requests
+from benchmarks.harness.results import RESULTS, write_result
+from benchmarks.lossless import greedy, http, law, requests
 from targets.load import pick_device
 
 
@@ -39,19 +38,26 @@ class Part(StrEnum):
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
-        "benchmarks/results/lossless_gpu.json"
-    ),
+    out: Annotated[Path | None, typer.Option(help="result file; default: by device")] = None,
     part: Annotated[list[Part] | None, typer.Option(help="run only this part; repeatable")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    num_samples: Annotated[int, typer.Option(help="of each way to sample")] = 10_000_000,
+    num_samples: Annotated[
+        int | None, typer.Option(help="per setting; default: 10 million, 100,000 on a CPU")
+    ] = None,
     num_prompts: Annotated[int, typer.Option(help="decoded greedily")] = 4_000,
-    num_requests: Annotated[int, typer.Option(help="that use every field")] = 2_000,
+    num_requests: Annotated[int, typer.Option(help="with every field")] = 2_000,
     num_bodies: Annotated[int, typer.Option(help="sent over HTTP")] = 200,
-    budget_s: Annotated[float, typer.Option(help="seconds for each part")] = 300.0,
+    budget_s: Annotated[
+        float | None, typer.Option(help="seconds per part; default: 300, 1200 on a CPU")
+    ] = None,
 ) -> None:
-    """Count what differs."""
+    """Count differences."""
     where, parts = pick_device(device), part or list(Part)
+    is_gpu = where.type == "cuda"
+    out = out or RESULTS / ("lossless_gpu.json" if is_gpu else "lossless.json")
+    num_samples = num_samples or (10_000_000 if is_gpu else 100_000)
+    if budget_s is None:
+        budget_s = 300.0 if is_gpu else 1200.0
     rows: dict[Part, list[dict[str, Any]]] = {one: [] for one in Part}
 
     def summary() -> dict[str, Any]:
@@ -80,7 +86,9 @@ def main(
     print(json.dumps(found, indent=2))
     incomplete = [one for one in parts if not found[one]["complete"]]
     for one in incomplete:
-        print(f"INCOMPLETE: {one}: not all that was planned fits {budget_s} s; raise --budget-s")
+        print(
+            f"INCOMPLETE: {one}: {budget_s} s were too few for everything planned; raise --budget-s"
+        )
     sound = (
         law.is_sound(rows[Part.LAW]),
         greedy.is_sound(rows[Part.GREEDY]),

@@ -1,8 +1,8 @@
 """Random bodies get the same answer from a server with drafts as from one without.
 
-Two applications (``serving.http``) in this process, each over an engine of its own: whole answers
-are compared, several choices of a prompt and ``usage`` included, but for ids, times and what says
-how they were computed (``oracles/random_bodies.py``). Many requests are in flight at once.
+Two applications (``serving.http``) in this process, each over an engine of its own. Whole answers
+are compared, with several choices per prompt and ``usage``, except for ids, times and fields that
+say how the answer was computed (``oracles/random_bodies.py``). Many requests are in flight at once.
 
 Needs httpx, which a server does not.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.engines import Place, release
-from benchmarks.lossless_gpu.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of, texts
+from benchmarks.harness.engines import release
+from benchmarks.lossless.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of, texts
 from configs.schema import Settings
 from oracles.random_bodies import Body, is_same, question, said
 from oracles.random_requests import TOLERANCE
@@ -30,12 +30,12 @@ RUN = Run("bundled", "bfloat16", "pinned", 1.0)
 RUN_ON_CPU = Run("bundled", "float64", "fast", 1.0)
 PATHS = ("/v1/completions", "/v1/chat/completions")
 _VOCAB_SIZE = 4096
-"""Of the bundled target."""
+"""Vocabulary size of the bundled target."""
 _TEXTS = 50
-"""Of each domain."""
+"""Texts per domain."""
 _AT_ONCE = 16
 _NUM_TOLD = 5
-"""Bodies that were answered otherwise and are written down whole."""
+"""Differing bodies that a row holds in full."""
 
 Asked = tuple[str, Body]
 """Path and body."""
@@ -44,16 +44,15 @@ Asked = tuple[str, Body]
 def measure(
     device: torch.device, count: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """One run of ``count`` bodies, if there is any budget.
+    """Measure one run of ``count`` bodies, if any budget is left.
 
     Args:
-        keep: takes its row.
+        keep: called with its row.
     """
     if budget_s <= 0:
         return
-    place = Place(device)
     asked = _bodies(random.Random(9), count)
-    row = row_of(RUN if place.is_gpu else RUN_ON_CPU, place, asked)
+    row = row_of(RUN if device.type == "cuda" else RUN_ON_CPU, device, asked)
     keep(row)
     print(
         f"http, {row['seconds']:.0f} s: {row['mismatches']} of {row['bodies']} differ, "
@@ -62,12 +61,12 @@ def measure(
     )
 
 
-def row_of(chosen: Run, place: Place, asked: list[Asked]) -> dict[str, Any]:
+def row_of(chosen: Run, device: torch.device, asked: list[Asked]) -> dict[str, Any]:
     """Plain and drafted answers to these bodies, compared."""
     started = time.perf_counter()
-    wanted = _answers(chosen, place, PLAIN_BATCH, None, asked)
+    wanted = _answers(chosen, device, PLAIN_BATCH, None, asked)
     with tempfile.TemporaryDirectory() as folder:
-        got = _answers(chosen, place, MAX_BATCH, Path(folder), asked)
+        got = _answers(chosen, device, MAX_BATCH, Path(folder), asked)
     assert not any(answer["speculation"]["proposed"] for answer in wanted)
     tolerance = 0.0 if chosen.numerics == "pinned" else TOLERANCE
     wrong = [
@@ -114,13 +113,13 @@ def _bodies(numbers: random.Random, count: int) -> list[Asked]:
 
 
 def _answers(
-    chosen: Run, place: Place, max_batch: int, folder: Path | None, asked: list[Asked]
+    chosen: Run, device: torch.device, max_batch: int, folder: Path | None, asked: list[Asked]
 ) -> list[Body]:
-    with engine_of(chosen, place, max_batch, folder) as service:
+    with engine_of(chosen, device, max_batch, folder) as service:
         service.start()
         answers = asyncio.run(_ask(service, asked))
         service.stop()
-    release(place)
+    release(device)
     return answers
 
 
@@ -145,14 +144,14 @@ async def _ask(service: Service, asked: list[Asked]) -> list[Body]:
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Nothing differs, and drafts were accepted and rejected."""
+    """Whether nothing differs, and drafts were accepted as well as rejected."""
     return all(
         not row["mismatches"] and 0 < row["accepted_tokens"] < row["drafted_tokens"] for row in rows
     )
 
 
 def summary(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Totals; ``count`` bodies were asked for."""
+    """Totals; ``count`` bodies were planned."""
     names = (
         "bodies", "choices", "tokens", "drafted_tokens", "accepted_tokens", "mismatches", "seconds",
     )  # fmt: skip

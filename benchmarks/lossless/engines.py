@@ -1,7 +1,7 @@
-"""Engines that answer the same without drafts and with them, and what happens to them meanwhile.
+"""Engines that must answer the same with and without drafts.
 
-Every one runs programs, CUDA graphs on a GPU. One with a drafter has several published versions of
-it, drafts by ``oracles.engines.RandomPolicy``, and swaps between two steps as a server does.
+An engine with a drafter has several published versions of it, drafts by
+``oracles.engines.RandomPolicy``, and swaps between two steps as a server does.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from benchmarks.engine.engines import Place, random_target
+from benchmarks.harness.engines import build, settings_for
+from benchmarks.harness.random_targets import random_target
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from configs.schema import Settings
 from examples import corpus
 from oracles.engines import RandomPolicy
-from serving.build import LoadedTarget, build_engine
 from serving.engine.loop import Engine
 from serving.service import Service
 
 SWAP_EVERY = 50
 """Steps."""
 _WAVE = 40
-"""Steps after which another number of requests may be in flight."""
+"""Steps between changes of the number of requests in flight."""
 _NUM_VERSIONS = 4
 _MAX_DRAFT = 5
 MAX_BATCH, PLAIN_BATCH = 48, 64
@@ -41,104 +41,104 @@ MAX_BATCH, PLAIN_BATCH = 48, 64
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One target, computed in one way."""
+    """One target, dtype and numerics."""
 
     target: str
-    """``bundled``, or a shape of ``benchmarks.engine`` with random weights."""
+    """``bundled``, or a key of ``harness.shapes.SHAPES`` with random weights."""
     dtype: str
     numerics: str
     share: float
-    """Of the number of requests that was asked for."""
+    """Share of the number of requests asked for."""
 
 
-RowOf = Callable[[Run, Place, int], dict[str, Any]]
-"""The row of one run, for so many requests."""
+RowOf = Callable[[Run, torch.device, int], dict[str, Any]]
+"""Measures one run with a number of requests."""
 
 
 def measure_runs(
     part: str,
     runs: Sequence[Run],
-    place: Place,
+    device: torch.device,
     count: int,
     budget_s: float,
     row_of: RowOf,
     keep: Callable[[dict[str, Any]], None],
-    told: Callable[[dict[str, Any]], str],
+    text_of: Callable[[dict[str, Any]], str],
 ) -> None:
-    """All runs that begin within the budget.
+    """Measure all runs that begin within the budget.
 
     Args:
-        count: requests, of which each run takes its share.
-        keep: takes each row as soon as it is there.
-        told: what is printed of a row.
+        count: requests; each run takes its share.
+        keep: called with each row at once.
+        text_of: text to print for a row.
     """
     started = time.perf_counter()
     for chosen in runs:
         if time.perf_counter() - started > budget_s:
             print(f"{part}: no time for {chosen}", flush=True)
             continue
-        row = row_of(chosen, place, max(2, round(count * chosen.share)))
+        row = row_of(chosen, device, max(2, round(count * chosen.share)))
         keep(row)
         print(
             f"{part}, {time.perf_counter() - started:.0f} s: {chosen.target} {chosen.dtype} "
-            f"{chosen.numerics}: {told(row)}",
+            f"{chosen.numerics}: {text_of(row)}",
             flush=True,
         )
 
 
 @cache
 def texts(seed: int, of_each: int = 300) -> list[str]:
-    """Held-out text of every domain; prompts are the beginnings."""
+    """Held-out text of every domain; prompts are their beginnings."""
     return [t for d in corpus.DOMAINS for t in corpus.prompts(d, of_each, seed=seed)]
 
 
 @contextmanager
-def engine_of(chosen: Run, place: Place, max_batch: int, folder: Path | None) -> Iterator[Service]:
-    """With a drafter, its versions published, if it has a folder to keep them in."""
-    target = None if chosen.target == "bundled" else _random_target(chosen, place)
+def engine_of(
+    chosen: Run, device: torch.device, max_batch: int, folder: Path | None
+) -> Iterator[Service]:
+    """An engine that is not started.
+
+    Args:
+        folder: run folder, where the versions of a drafter are published; ``None``: no drafter.
+    """
+    target = None
+    if chosen.target != "bundled":
+        target = random_target(chosen.target, device, getattr(torch, chosen.dtype))
     with tempfile.TemporaryDirectory() as scratch:
-        settings = _settings(chosen, place, max_batch, folder, Path(scratch))
+        settings = _settings(chosen, device, max_batch, folder, Path(scratch))
         started = time.perf_counter()
-        service = build_engine(settings, target)
+        service, policy = build(settings, target)
         print(f"{chosen.target}: engine built in {time.perf_counter() - started:.1f} s", flush=True)
         if folder is not None:
-            service.engine.policy = RandomPolicy()
-            service.engine.on_finished = None  # nobody learns here
+            policy.play(RandomPolicy())
             _publish_versions(folder / "weights")
         yield service
 
 
-def _random_target(chosen: Run, place: Place) -> LoadedTarget:
-    loaded = random_target(chosen.target, place)
-    return replace(loaded, model=loaded.model.to(getattr(torch, chosen.dtype)))
-
-
 def _settings(
-    chosen: Run, place: Place, max_batch: int, folder: Path | None, scratch: Path
+    chosen: Run, device: torch.device, max_batch: int, folder: Path | None, scratch: Path
 ) -> Settings:
-    drafter: dict[str, Any] = {"kind": "none", "max_draft": 0}
-    if folder is not None:
-        drafter = {"kind": "eagle3", "max_draft": _MAX_DRAFT}
-        if chosen.target == "bundled":
-            drafter["path"] = Path("examples/drafter/0")
-    return Settings.model_validate(
-        {
-            "target": "examples/target",
-            "device": str(place.device),
-            "dtype": chosen.dtype,
-            "run_dir": folder or scratch,
-            "engine": {
-                "programs": "always",
-                "numerics": chosen.numerics,
-                "max_batch": max_batch,
-                "max_queue": 100_000,
-                "max_model_len": 512,
-            },
-            "drafter": drafter,
-            "policy": {"kind": "fixed"},
-            "swap": {"enabled": False},
-        }
-    )
+    drafter: dict[str, Any] = {"suffix": {"enabled": True}, "max_draft": _MAX_DRAFT}
+    if folder is None:
+        drafter = {}
+    elif chosen.target == "bundled":
+        drafter["path"] = Path("examples/drafter/0")
+    engine = {
+        "numerics": chosen.numerics,
+        "max_batch": max_batch,
+        "max_queue": 100_000,
+        "max_model_len": 512,
+        "prefill_chunk": 256,
+    }
+    sections = {
+        "target": "examples/target",
+        "dtype": chosen.dtype,
+        "engine": engine,
+        "drafter": drafter,
+        "policy": {"kind": "fixed"},
+        "capture": {"enabled": True},
+    }
+    return settings_for(device, folder or scratch, sections, has_drafter=folder is not None)
 
 
 def _publish_versions(root: Path) -> None:
@@ -162,7 +162,7 @@ def _noise(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class Swaps:
-    """Orders a swap every so many steps, as an operator does: from a thread of its own."""
+    """Orders a swap every ``every`` steps from another thread, as an operator does."""
 
     def __init__(self, service: Service, every: int) -> None:
         self.num_steps = 0

@@ -1,5 +1,5 @@
-"""Sampled requests follow the target's joint law: chi-squared at p = 1e-9, many samples of each way
-to sample and to draft, through the faces that programs call (``oracles/device_law.py``)."""
+"""Sampled requests follow the target's joint law: chi-squared at p = 1e-9 on many samples of each
+sampling setting and drafter, with the kernels that programs call (``oracles/device_law.py``)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.lossless_rows import law_row
 from oracles.device_bugs import BUGS
 from oracles.device_law import REDUCED, RIGHT, SMALL, WIDE, Faces, Layout, sample
+from oracles.greedy import law_row
 from oracles.joint_law import SETTINGS, Cut, Setting, expected_law, tables_of
 from specops.verify_logits import Rule
 
@@ -28,22 +28,22 @@ _LAYOUTS = {"whole": SMALL, "reduced": REDUCED, "wide": WIDE}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way to sample and to draft."""
+    """One setting of sampling and drafting."""
 
     setting: Setting
     regime: str
     rule: Rule
     layout: str = "whole"
-    """Of the vocabularies: ``reduced`` is the drafter's, ``wide`` has parts of full size."""
+    """Layout of the vocabularies: ``reduced`` for the drafter, ``wide`` with parts of full size."""
     share: float = 1.0
-    """Of the number of samples that was asked for."""
+    """Share of the number of samples asked for."""
     bug: str | None = None
-    """Planted: the run is to be rejected."""
+    """A planted bug: the run must be rejected."""
     as_served: bool = True
     """See ``device_law.sample``."""
 
     def num_samples(self, asked: int) -> int:
-        """A planted bug shows in fewer."""
+        """Samples to draw; a planted bug shows in fewer."""
         count = max(1, round(asked * self.share))
         return count if self.bug is None else min(count, _PLANTED)
 
@@ -69,16 +69,16 @@ def _runs() -> Iterator[Run]:
 
 
 RUNS = tuple(_runs())
-"""Planted bugs, then the most telling ones first."""
+"""Planted bugs, then the most revealing runs first."""
 
 
 def measure(
     device: torch.device, num_samples: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """All runs that fit the budget.
+    """Measure all runs that fit the budget.
 
     Args:
-        keep: takes each row as soon as it is there.
+        keep: called with each row at once.
     """
     started = time.perf_counter()
     for number, run in enumerate(RUNS):
@@ -119,19 +119,19 @@ def _row(run: Run, device: torch.device, num_samples: int, seed: int) -> dict[st
 
 
 def is_complete(rows: list[dict[str, Any]]) -> bool:
-    """Every planned run is there."""
+    """Whether every planned run was measured."""
     return len(rows) == len(RUNS)
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Nothing was rejected but what was planted, and that was; true of no rows too."""
+    """Whether exactly the planted bugs were rejected; also true of no rows."""
     honest = [row for row in rows if row["planted"] is None]
     is_kept = all(row["chi_squared_over_limit"] <= 1 for row in honest)
     return is_kept and all(excess > 1 for excess in _planted(rows).values())
 
 
 def _planted(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Bug -> chi-squared over its limit, by the drafter that shows it best."""
+    """Bug -> largest chi-squared over its limit, over drafters."""
     excesses: dict[str, float] = {}
     for row in rows:
         if row["planted"] is not None:
@@ -141,7 +141,7 @@ def _planted(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def summary(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
-    """What the rows say together; planted bugs by themselves."""
+    """Totals; planted bugs apart."""
     honest = [row for row in rows if row["planted"] is None]
     samples = [row["samples"] for row in honest]
     excesses = _planted(rows)

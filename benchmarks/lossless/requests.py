@@ -1,13 +1,13 @@
-"""Random requests get the same answer with drafts as without, by the real engine and its programs.
+"""Random requests get the same answer with drafts as without, from the real engine.
 
 Requests use every field of a client: temperature, truncation, penalties, biases, stops, log
-probabilities (``oracles/random_requests.py``); each is greedy or has a seed, so that the whole
-answer is compared: token ids, text, why it ended, log probabilities, and the counts that
-``usage`` is made of. The plain answers come from an engine without a drafter, the others from one whose batches grow
-and shrink, whose K and drafter are drawn anew every step and whose weights are swapped every 50.
+probabilities (``oracles/random_requests.py``). Each is greedy or has a seed, so the whole answer is
+compared: token ids, text, finish reason, log probabilities and the counts of ``usage``. The plain
+answers come from an engine without a drafter; the others from one whose batches grow and shrink,
+whose drafter and K change every step, and whose weights are swapped every 50 steps.
 
-Numerics are pinned on a GPU, so nothing may differ, not even the last bit of a log probability; a
-CPU cannot pin them, and computes in float64 instead, to a tolerance.
+On a GPU numerics are pinned, so nothing may differ, not even the last bit of a log probability. A
+CPU cannot pin them; it computes in float64 and compares to a tolerance.
 
 Each row counts what was drafted, by the fields in use.
 """
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.engines import Place, release
-from benchmarks.lossless_gpu.engines import (
+from benchmarks.harness.engines import release
+from benchmarks.lossless.engines import (
     MAX_BATCH,
     PLAIN_BATCH,
     SWAP_EVERY,
@@ -36,10 +36,9 @@ from benchmarks.lossless_gpu.engines import (
     measure_runs,
     texts,
 )
-from oracles.engines import run
+from oracles.engines import Collected, run
 from oracles.random_requests import TOLERANCE, Answer, parted_in, random_requests, with_ends
 from serving.engine.loop import Engine
-from serving.engine.sequence import Sequence
 from serving.requests import Request, SamplingParams
 from serving.service import Service
 
@@ -49,10 +48,10 @@ _MOST_PROMPT = 120
 _LENGTHS = (*range(8, 41), 1, 2, 3)
 """Values of ``max_tokens``."""
 _SHARE_SCORED = 0.5
-"""Of the random requests with log probabilities, beside which drafts are shorter: the others go
-without them."""
+"""Share of the random requests with log probabilities that keep them: beside those, drafts are
+shorter."""
 _NUM_TOLD = 5
-"""Requests that were answered otherwise and are written down whole."""
+"""Differing requests that a row holds in full."""
 
 USES: dict[str, Callable[[SamplingParams], bool]] = {
     "greedy": lambda p: p.temperature == 0,
@@ -77,21 +76,21 @@ class Drafted:
 
     requests: int = 0
     requests_drafted_for: int = 0
-    rounds: int = 0
-    """That proposed something."""
+    steps: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
     @classmethod
-    def of(cls, sequence: Sequence) -> Drafted:
-        rounds = sum(bool(r.draft_ids) for r in sequence.rounds)
-        return cls(1, int(rounds > 0), rounds, sequence.num_proposed, sequence.num_accepted)
+    def of(cls, collected: Collected) -> Drafted:
+        assert collected.last is not None
+        spent = collected.last.stats
+        return cls(1, int(spent.proposed > 0), spent.steps, spent.proposed, spent.accepted)
 
     def __add__(self, other: Drafted) -> Drafted:
         return Drafted(
             self.requests + other.requests,
             self.requests_drafted_for + other.requests_drafted_for,
-            self.rounds + other.rounds,
+            self.steps + other.steps,
             self.drafted_tokens + other.drafted_tokens,
             self.accepted_tokens + other.accepted_tokens,
         )
@@ -102,33 +101,32 @@ def measure(
 ) -> None:
     """See ``measure_runs``; ``count`` requests in all."""
 
-    def told(row: dict[str, Any]) -> str:
+    def text_of(row: dict[str, Any]) -> str:
         drafted_for = row["drafted"]["requests_drafted_for"]
         differ = f"{row['mismatches']} of {row['requests']} differ"
         return f"{differ}, {drafted_for} were drafted for"
 
-    place = Place(device)
-    runs = RUNS if place.is_gpu else RUNS_ON_CPU
-    measure_runs("requests", runs, place, count, budget_s, row_of, keep, told)
+    runs = RUNS if device.type == "cuda" else RUNS_ON_CPU
+    measure_runs("requests", runs, device, count, budget_s, row_of, keep, text_of)
 
 
-def row_of(chosen: Run, place: Place, count: int) -> dict[str, Any]:
+def row_of(chosen: Run, device: torch.device, count: int) -> dict[str, Any]:
     """Plain and drafted answers to ``count`` distinct requests, compared."""
     started = time.perf_counter()
     numbers = random.Random(f"{chosen.target} {chosen.dtype}")
-    asked, wanted = _plain(chosen, place, numbers, count)
+    asked, wanted = _plain(chosen, device, numbers, count)
     with (
         tempfile.TemporaryDirectory() as folder,
-        engine_of(chosen, place, MAX_BATCH, Path(folder)) as service,
+        engine_of(chosen, device, MAX_BATCH, Path(folder)) as service,
     ):
-        finished: dict[str, Drafted] = {}
-        service.engine.on_finished = lambda s: finished.update({s.request.id: Drafted.of(s)})
         swaps = Swaps(service, SWAP_EVERY)
         order = numbers.sample(asked, len(asked))
-        got = _answers(service.engine, order, swaps.between, in_flight)
+        collected = run(service.engine, order, swaps.between, in_flight)
         swaps.end()
         num_swaps = service.figures().swaps["swapped"]
-    release(place)
+    release(device)
+    got = {name: Answer.of(each) for name, each in collected.items()}
+    drafted = {name: Drafted.of(each) for name, each in collected.items()}
     tolerance = 0.0 if chosen.numerics == "pinned" else TOLERANCE
     return {
         "target": chosen.target,
@@ -138,31 +136,31 @@ def row_of(chosen: Run, place: Place, count: int) -> dict[str, Any]:
         **_compared(asked, wanted, got, tolerance),
         "swaps": num_swaps,
         "steps": swaps.num_steps,
-        "drafted": asdict(sum(finished.values(), Drafted())),
-        "by_field": {field: asdict(_sum(asked, finished, uses)) for field, uses in USES.items()},
+        "drafted": asdict(sum(drafted.values(), Drafted())),
+        "by_field": {field: asdict(_sum(asked, drafted, uses)) for field, uses in USES.items()},
         "seconds": time.perf_counter() - started,
     }
 
 
 def _plain(
-    chosen: Run, place: Place, numbers: random.Random, count: int
+    chosen: Run, device: torch.device, numbers: random.Random, count: int
 ) -> tuple[list[Request], dict[str, Answer]]:
-    """Requests, and their answers without drafts; stops are found in answers to the same requests
-    without them."""
-    with engine_of(chosen, place, PLAIN_BATCH, None) as service:
+    """Requests and their answers without drafts. Stops are taken from answers to the same requests
+    without stops."""
+    with engine_of(chosen, device, PLAIN_BATCH, None) as service:
         first = _requests(chosen, service, numbers, count)
         whole = _answers(service.engine, first)
         asked = [with_ends(numbers, request, whole[request.id]) for request in first]
         wanted = _answers(service.engine, asked)
         assert service.figures().num_draft_tokens == 0
-    release(place)
+    release(device)
     return asked, wanted
 
 
 def _requests(chosen: Run, service: Service, numbers: random.Random, count: int) -> list[Request]:
     """No stops yet. The bundled target reads text; one with random weights what ``random_requests``
     makes up."""
-    made = [_longer(numbers, r) for r in random_requests(numbers, count, service.model.vocab_size)]
+    made = [longer(numbers, r) for r in random_requests(numbers, count, service.model.vocab_size)]
     if chosen.target == "bundled":
         chosen_texts = numbers.choices(texts(seed=5), k=count)
         read = [
@@ -173,15 +171,15 @@ def _requests(chosen: Run, service: Service, numbers: random.Random, count: int)
     return made
 
 
-def _longer(numbers: random.Random, request: Request) -> Request:
-    """Long enough to be drafted for."""
+def longer(numbers: random.Random, request: Request) -> Request:
+    """The request with an answer long enough to be drafted for."""
     kept = request.sampling.logprobs if numbers.random() < _SHARE_SCORED else None
     shape = replace(request.sampling, max_tokens=numbers.choice(_LENGTHS), logprobs=kept)
     return replace(request, sampling=shape)
 
 
 def _reading(numbers: random.Random, request: Request, ids: list[int]) -> Request:
-    """The beginning of a text as its prompt, biases of tokens that are likely after it."""
+    """The request with the beginning of a text as its prompt, and biases on tokens of that text."""
     prompt = tuple(ids[: numbers.randint(1, _MOST_PROMPT)])
     likely = numbers.sample(sorted(set(prompt)), len(set(prompt)))
     biases = zip(likely, (bias for _, bias in request.sampling.logit_bias), strict=False)
@@ -190,20 +188,15 @@ def _reading(numbers: random.Random, request: Request, ids: list[int]) -> Reques
     )
 
 
-def _answers(engine: Engine, requests: list[Request], *how: Any) -> dict[str, Answer]:
-    """
-    Args:
-        how: to run the engine, see ``oracles.engines.run``.
-    """
-    return {name: Answer.of(got) for name, got in run(engine, requests, *how).items()}
+def _answers(engine: Engine, requests: list[Request]) -> dict[str, Answer]:
+    return {name: Answer.of(got) for name, got in run(engine, requests).items()}
 
 
 def _sum(
-    asked: list[Request], finished: dict[str, Drafted], uses: Callable[[SamplingParams], bool]
+    asked: list[Request], drafted: dict[str, Drafted], uses: Callable[[SamplingParams], bool]
 ) -> Drafted:
-    """Over the requests that use a field; one that failed was not finished."""
-    own = (finished.get(r.id, Drafted(requests=1)) for r in asked if uses(r.sampling))
-    return sum(own, Drafted())
+    """Totals over the requests that use a field."""
+    return sum((drafted[r.id] for r in asked if uses(r.sampling)), Drafted())
 
 
 def _compared(
@@ -236,12 +229,12 @@ def _compared(
 
 
 def untried(rows: list[dict[str, Any]]) -> list[str]:
-    """Fields whose requests nobody drafted for: of those the rows say nothing."""
-    return [f for f in USES if not any(row["by_field"][f]["rounds"] for row in rows)]
+    """Fields whose requests were never drafted for: the rows prove nothing about those."""
+    return [f for f in USES if not any(row["by_field"][f]["drafted_tokens"] for row in rows)]
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Nothing differs, and requests that use a field were drafted for, whatever the field."""
+    """Whether nothing differs, and requests of every field were drafted for."""
     return not any(row["mismatches"] for row in rows) and not (rows and untried(rows))
 
 

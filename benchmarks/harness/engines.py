@@ -1,0 +1,231 @@
+"""Every engine that a benchmark measures, built as the server builds it.
+
+``build`` is the only place that calls ``serving.build``. Whatever an arm of a measurement changes
+while an engine runs goes through the policy it was built with, a ``PolicySwitch``; whatever a
+benchmark reads beyond ``Engine.submit``, ``step`` and ``figures`` is a function at the end of this
+file.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.policy import PolicySwitch
+from benchmarks.harness.random_targets import publish_drafters, random_target
+from configs.load import load_settings
+from configs.schema import Settings
+from policies.interface import DraftPolicy
+from serving.build import LoadedTarget, build_service
+from serving.engine.loop import Engine
+from serving.engine.pages import page_names
+from serving.service import Service
+
+DEMO, ONE_GPU = Path("configs/demo.yaml"), Path("configs/one_gpu.yaml")
+
+
+# Building
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One engine and what it was built from."""
+
+    service: Service
+    policy: PolicySwitch
+    device: torch.device
+    config: Any = None
+    """Hugging Face config of a target with random weights."""
+    model: Any = None
+    drafter_bytes: int = 0
+    """Weights of the neural drafter on the device; 0 without one."""
+
+    @property
+    def engine(self) -> Engine:
+        return self.service.engine
+
+
+def build(settings: Settings, loaded: LoadedTarget | None = None) -> tuple[Service, PolicySwitch]:
+    """A service that is not started, and the switch that its engine plans with."""
+    switches: list[PolicySwitch] = []
+
+    def wrap(own: DraftPolicy) -> PolicySwitch:
+        switches.append(PolicySwitch(own))
+        return switches[0]
+
+    service = build_service(settings, loaded, wrap)
+    return service, switches[0]
+
+
+@contextmanager
+def engine_from(config: Path, chosen: Sequence[str], device: str | None = None) -> Iterator[Built]:
+    """An engine by a settings file, in a run folder of its own, stopped at the end.
+
+    Args:
+        chosen: ``key=value`` over those of the file, as after ``--set``.
+        device: ``None``: the file's own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        where = [] if device is None else [f"device={device}"]
+        settings = load_settings([config], [f"run_dir={folder}", *where, *chosen], {})
+        built = Built(*build(settings), torch.device(settings.device))
+        try:
+            yield built
+        finally:
+            built.engine.stop()
+
+
+@contextmanager
+def engine_of(
+    shape: str,
+    device: torch.device,
+    chosen: dict[str, Any],
+    num_versions: int = 0,
+    *,
+    is_predictable: bool = False,
+) -> Iterator[Built]:
+    """An engine over a target with random weights, in a run folder of its own.
+
+    Args:
+        shape: a key of ``shapes.SHAPES``.
+        chosen: settings by section, e.g. ``{"engine": {"max_batch": 8}}``.
+        num_versions: drafter versions published before it starts; 0: no drafter.
+        is_predictable: force acceptance (``predictable.py``).
+    """
+    release(device)  # an engine built before
+    with tempfile.TemporaryDirectory() as folder:
+        target = random_target(shape, device, is_predictable=is_predictable)
+        drafter_bytes = 0
+        if num_versions:
+            root = Path(folder) / "weights"
+            drafter_bytes = publish_drafters(
+                root, target, num_versions, is_predictable=is_predictable
+            )
+        settings = settings_for(device, Path(folder), chosen, has_drafter=bool(num_versions))
+        started = time.perf_counter()
+        service, policy = build(settings, target)
+        print(f"{shape}: engine built in {time.perf_counter() - started:.1f} s", flush=True)
+        yield Built(service, policy, device, target.model.config, target.model, drafter_bytes)
+
+
+def settings_for(
+    device: torch.device, folder: Path, chosen: dict[str, Any], has_drafter: bool
+) -> Settings:
+    """Common settings of the engines over random targets, and what one benchmark chose."""
+    own: dict[str, Any] = {
+        "run_dir": folder,
+        "device": str(device),
+        "engine": {"max_queue": 4096, "prefill_chunk": 4096},
+        "drafter": {"kind": "eagle3" if has_drafter else "none", "suffix": {"enabled": False}},
+        "policy": {"kind": "fixed", "draft_k": 0},
+        "capture": {"enabled": False},
+        "swap": {"enabled": False},
+    }
+    if not has_drafter:
+        own["drafter"]["max_draft"] = 0
+    for key, value in chosen.items():
+        is_section = isinstance(value, dict)
+        own[key] = {**own.get(key, {}), **value} if is_section else value
+    return Settings.model_validate(own)
+
+
+# Devices
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of the tensors on a GPU, those of CUDA graphs included; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of engines that nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# What benchmarks read of an engine
+
+
+def declare_computed(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> None:
+    """Enter all but the last tokens of each prompt into the prefix cache, uncomputed.
+
+    Gives requests a long context at once, each in pages of its own, whose keys and values are
+    whatever the pool holds.
+    """
+    scheduler = engine.scheduler
+    for prompt in prompts:
+        names = page_names(prompt[:-1], scheduler.page_size)
+        pages = scheduler.pool.take(len(names))
+        for page, name in zip(pages, names, strict=True):
+            scheduler.pool.name(page, name)
+        scheduler.pool.release(pages)
+
+
+def fill_pool(engine: Engine) -> None:
+    """Fill the KV pool with random keys and values."""
+    pool = engine.programs.pool
+    for tensor in (*pool.keys, *pool.values):
+        tensor.normal_()
+
+
+def num_positions_held(engine: Engine) -> int:
+    """Positions that the KV pool holds."""
+    return engine.scheduler.pool.num_usable * engine.scheduler.page_size
+
+
+def holds(engine: Engine, batch: int, num_prompt: int, max_tokens: int) -> bool:
+    """Whether the KV pool holds ``batch`` such requests at once."""
+    pages = engine.scheduler.num_pages_for(num_prompt, max_tokens)
+    return batch * pages <= engine.scheduler.pool.num_usable
+
+
+def round_seconds(engine: Engine, batch: int, drafter: str, draft_k: int) -> float:
+    """Time of one greedy round's program by itself, its launch included; nothing may be in flight.
+
+    Args:
+        drafter: of a host drafter, drafts are uploaded, so none are computed.
+    """
+    neural = drafter if drafter in engine.drafting.neural else None
+    return engine.programs.rounds.device_seconds(batch, draft_k, neural)
+
+
+def making_programs(engine: Engine) -> dict[str, Any]:
+    """Number of programs, and the seconds of their first runs, captures and timings."""
+    return asdict(engine.programs.graphs.spent)
+
+
+@contextmanager
+def prefill_hold(engine: Engine, seconds: float | None) -> Iterator[None]:
+    """Meanwhile let prompts wait for others ``seconds`` at most; ``None``: as the settings say."""
+    scheduler = engine.scheduler
+    former = scheduler.prefill_hold_s
+    scheduler.prefill_hold_s = former if seconds is None else seconds
+    try:
+        yield
+    finally:
+        scheduler.prefill_hold_s = former
+
+
+@contextmanager
+def verification(engine: Engine, rule: Any) -> Iterator[None]:
+    """Verify sampled requests without a seed by another rule meanwhile."""
+    former, engine.rule = engine.rule, rule
+    try:
+        yield
+    finally:
+        engine.rule = former

@@ -1,0 +1,79 @@
+"""The policy that measured engines plan with. Imports nothing of the project when it runs, so that
+``side.py`` can use it with any version of the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from policies.interface import Decision, DraftPolicy, Outcome, StepObs
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One decode step that computed no prompt."""
+
+    seconds: float
+    batch: int
+    num_accepted: int
+
+    @property
+    def tokens_per_request(self) -> float:
+        return 1 + self.num_accepted / self.batch
+
+
+class PolicySwitch:
+    """A ``DraftPolicy`` that plays another one, chosen for each turn of a measurement.
+
+    Keeps when each step was planned, what it took, and when weights were swapped.
+    """
+
+    wants_profile: bool
+
+    def __init__(self, own: DraftPolicy) -> None:
+        """
+        Args:
+            own: the policy of the settings; plays until another is chosen.
+        """
+        self.own = own
+        self.playing = own
+        self.wants_profile = getattr(own, "wants_profile", False)
+        self.steps: list[StepTime] = []
+        self.planned_s: list[float] = []
+        """``time.perf_counter()`` at each plan."""
+        self.swapped: list[int] = []
+        """Indices into ``planned_s``: the plan before each swap."""
+
+    def play(self, policy: DraftPolicy | None = None) -> None:
+        """Play ``policy`` from now on, the settings' own if ``None``, and forget former steps."""
+        self.playing = self.own if policy is None else policy
+        for kept in (self.steps, self.planned_s, self.swapped):
+            kept.clear()
+
+    def rest(self) -> Decision | None:
+        return self.playing.rest()
+
+    def plan(self, obs: StepObs) -> Decision:
+        self.planned_s.append(time.perf_counter())
+        return self.playing.plan(obs)
+
+    def observe(self, outcome: Outcome) -> None:
+        if not outcome.has_prefill:
+            accepted = sum(row.num_accepted for row in outcome.rows)
+            self.steps.append(StepTime(outcome.step_s, outcome.batch, accepted))
+        self.playing.observe(outcome)
+
+    def on_swap(self, *swap: Any) -> None:
+        self.swapped.append(len(self.planned_s) - 1)
+        self.own.on_swap(*swap)
+
+    def calibrate(self, *samples: Any) -> None:
+        """The costs measured at start-up are of use to the settings' own policy alone."""
+        calibrate = getattr(self.own, "calibrate", None)
+        if calibrate is not None:
+            calibrate(*samples)
+
+    def figures(self) -> dict[str, Any]:
+        return self.playing.figures()

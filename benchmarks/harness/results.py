@@ -1,0 +1,162 @@
+"""How every published figure is written: the full result of a benchmark, and its rows.
+
+A row is one line of a table of claims: what was measured, the value, the goal, and whether the goal
+is met. ``benchmarks/results/rows/<topic>.json`` holds the rows of one topic.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from examples.machine import commit, hardware, machine
+
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One claim."""
+
+    row: str
+    """What it is about, e.g. ``Qwen3-8B, batch 1, K = 4``."""
+    measure: str
+    """What the value is, with its unit."""
+    value: float | int | str | None
+    """``None``: not measured."""
+    goal: str | None
+    """In words; ``None``: a figure without a goal."""
+    holds: bool | None
+    """Whether the goal is met; ``None`` without a goal or a value."""
+
+
+def write_result(out: Path, figures: Mapping[str, Any]) -> None:
+    """Write figures with the hardware, versions and commit they were measured on."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**figures, "machine": machine()}, indent=2) + "\n")
+
+
+def write_rows(topic: str, rows: Iterable[Row], source: str, folder: Path = RESULTS) -> Path:
+    """Write the rows of a topic measured on this machine; other sources' rows stay.
+
+    Args:
+        source: the command that measured them; its former rows are replaced.
+
+    Returns:
+        The file.
+    """
+    out = folder / "rows" / f"{topic}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    former = json.loads(out.read_text()) if out.exists() else []
+    where = hardware()
+    named = {
+        "hardware": ", ".join(where["gpu"]) or f"{where['cores']} cores, {where['cpu']}",
+        "commit": commit(),
+        "source": source,
+    }
+    kept = [row for row in former if row["source"] != source]
+    out.write_text(json.dumps(kept + [{**asdict(row), **named} for row in rows], indent=2) + "\n")
+    return out
+
+
+def write_each(
+    out: Path,
+    rows: Iterable[dict[str, Any]],
+    show: Callable[[dict[str, Any]], Any] = lambda row: row,
+    **about: Any,
+) -> None:
+    """Print each row and write all so far, as they come.
+
+    Args:
+        show: a row -> what to print.
+        about: figures beside the rows.
+    """
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found.append(row)
+        print(show(row), flush=True)
+        write_result(out, {**about, "rows": found})
+
+
+def say(text: str) -> None:
+    """Print with the time of day, unbuffered."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def rounded(row: Mapping[str, Any], digits: int = 3) -> dict[str, Any]:
+    """A row for a terminal."""
+    return {k: round(v, digits) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def known(what: str, names: Iterable[str], all_names: Collection[str]) -> list[str]:
+    """Names given on a command line, checked.
+
+    Raises:
+        typer.BadParameter: one is unknown; says which, and which exist.
+    """
+    chosen = list(names)
+    if unknown := sorted(set(chosen) - set(all_names)):
+        raise typer.BadParameter(f"unknown {what} {unknown}; known: {'; '.join(all_names)}")
+    return chosen
+
+
+class Report:
+    """The rows of one run, written after each, within a budget of seconds."""
+
+    def __init__(self, out: Path, budget_s: float, about: dict[str, Any]) -> None:
+        self._out, self._budget_s, self._about = out, budget_s, about
+        self._started = time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left of the budget."""
+        return self._budget_s - (time.monotonic() - self._started)
+
+    def keep(self, former: Mapping[str, Any], without: Collection[str]) -> None:
+        """Start with the rows of a former result except those of some parts. Rows measured on other
+        hardware, versions or commit say so."""
+        where = former["machine"]
+        other = {} if where == machine() else {"machine": where}
+        self.rows += [{**other, **row} for row in former["rows"] if row["part"] not in without]
+
+    def add(self, part: str, row: dict[str, Any]) -> None:
+        """Print one row, and write all rows."""
+        row = {"part": part, **row, "at_s": round(self._budget_s - self.left_s, 1)}
+        self.rows.append(row)
+        print(" ".join(f"{k}={v}" for k, v in rounded(row, 4).items()), flush=True)
+        write_result(self._out, {**self._about, "rows": self.rows})
+
+    def attempt(
+        self,
+        part: str,
+        what: dict[str, Any],
+        expected_s: float,
+        work: Callable[[], dict[str, Any] | None],
+    ) -> None:
+        """Add what ``work`` returns, or why there is no figure: it failed, or no time was left.
+
+        Args:
+            what: names the row.
+            expected_s: skip ``work`` if less time is left.
+            work: returns ``None`` if it has added its own rows.
+        """
+        if self.left_s < expected_s:
+            skipped = f"{self.left_s:.0f} s of the budget left, {expected_s:.0f} s expected"
+            self.add(part, {**what, "skipped": skipped})
+            return
+        try:
+            found = work()
+        except Exception as error:  # one row that fails must not cost the others
+            traceback.print_exc()
+            self.add(part, {**what, "error": f"{type(error).__name__}: {error}"[:2000]})
+        else:
+            if found is not None:
+                self.add(part, {**what, **found})
