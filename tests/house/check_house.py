@@ -45,7 +45,9 @@ MAX_ATTRIBUTES = 15
 MAX_LINES = 500
 
 EXCEPTIONS: dict[str, str] = {
-    "serving/http/request_bodies.py: spells the drafter kind 'suffix'": "OpenAI's field of that name",
+    "serving/http/request_bodies.py: spells the drafter kind 'suffix'": (
+        "OpenAI's field of that name"
+    ),
     "serving/engine/sequence.py: class Sequence has 27 attributes, over 15": (
         "the running state of one request: the one object that is edited in place"
     ),

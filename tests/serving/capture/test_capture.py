@@ -160,7 +160,7 @@ def test_a_ring_that_does_not_hold_the_rows_of_a_step_is_refused():
 
 
 def written(ring, rows_NH):
-    """Append rows of one request, each as tapped layer and as last hidden state, and number them."""
+    """Append rows of one request, as tapped layer and as last hidden state, and number them."""
     count, none = torch.tensor([len(rows_NH)]), torch.zeros(1)
     ring.append(rows_NH[:, None], rows_NH, count, none, none)
     return ring.number([len(rows_NH)])[0]
