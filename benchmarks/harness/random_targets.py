@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" 0")
 
 
+def publisher_in(root: Path) -> Any:
+    """What publishes (manifest, files) into the folder ``root``."""
+    try:
+        return first("buffer.folder_weights:FolderWeights")(root).publish
+    except ImportError:
+        return partial(first("buffer.weights:publish"), root)
+
+
 def publish_drafters(
     root: Path, target: Any, num_versions: int = 1, *, is_predictable: bool = False
 ) -> int:
@@ -93,6 +102,6 @@ def publish_drafters(
             {},
         )
         content = save({name: tensor.cpu() for name, tensor in tensors.items()})
-        files = {first("buffer.weights:TENSORS"): content}
-        first("buffer.weights:publish")(root, manifest, files)
+        files = {first("buffer.manifest:TENSORS", "buffer.weights:TENSORS"): content}
+        publisher_in(root)(manifest, files)
     return sum(p.numel() * p.element_size() for p in drafter.parameters())
