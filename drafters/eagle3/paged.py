@@ -6,7 +6,6 @@ Shapes as in ``drafters.protocol``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from drafters.eagle3.fused import FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
-from specops.attention import DecodePass
-from specops.device import decode_attention, places_of, prepare_pass
+from specops.attention import DecodePass, PagedPass
+from specops.device import decode_attention, places_of, prepare_pass, prepare_steps
 from specops.draft_sampling import vocab_map
 from targets.target import by_columns
 
@@ -79,9 +78,9 @@ class PagedEagle3:
         if num_draft == 1:
             return tokens[0][:, None]
         steps = places_of(at, num_draft - 1, by_step=True)
-        each = zip(steps.positions, steps.slots, steps.first, strict=True)
-        for ahead, (positions_R, slots_R, first_R) in enumerate(each, start=1):
-            here = replace(at, first_R=first_R)
+        passes = prepare_steps(at, steps.first, num_draft - 1)
+        each = zip(steps.positions, steps.slots, passes, strict=True)
+        for ahead, (positions_R, slots_R, here) in enumerate(each, start=1):
             outputs_RH, squares = self._pass(tokens[-1], outputs_RH, positions_R, slots_R, here)
             tokens.append(choose(self._logits(outputs_RH, squares), ahead))
         return torch.stack(tokens, dim=1)
@@ -90,8 +89,9 @@ class PagedEagle3:
         """See ``NeuralDrafter.observe``."""
         fuse = self.module.fuse if self._fused is None else self._fused.fuse
         hidden = fuse(features_TmH.flatten(1))
-        rows = places_of(at, at.num_query(len(ids_T)))
-        return self._pass(ids_T, hidden, rows.positions.flatten(), rows.slots.flatten(), at)[0]
+        num_query = at.num_query(len(ids_T))
+        rows, paged = places_of(at, num_query), prepare_pass(at, num_query)
+        return self._pass(ids_T, hidden, rows.positions.flatten(), rows.slots.flatten(), paged)[0]
 
     def _pass(
         self,
@@ -99,14 +99,13 @@ class PagedEagle3:
         hidden: Tensor,
         positions_T: Tensor,
         slots_T: Tensor,
-        at: DecodePass,
+        paged: DecodePass | PagedPass,
     ) -> tuple[Tensor, Tensor | None]:
         """One pass over T rows, whose keys and values are written to their slots.
 
         Returns:
             Outputs g [T, H], and their squares if ``_logits`` uses them.
         """
-        paged = prepare_pass(at, at.num_query(len(ids_T)))
         if self._fused is None:
             embeds = self.embed(ids_T).to(hidden.dtype)
 

@@ -270,6 +270,23 @@ def listed_pass(decode: DecodePass, num_query: int) -> PagedPass:
     return PagedPass(slots_T, tuple(groups))
 
 
+def listed_steps(decode: DecodePass, num_steps: int) -> list[PagedPass]:
+    """``listed_pass`` of single rows at consecutive positions, one pass for each step.
+
+    Slots and masks of all steps are found at once.
+    """
+    slots_RK = decode_slots(decode, num_steps).view(-1, num_steps)
+    positions_RK = decode.positions(num_steps)
+    whole = _listed_group(decode, positions_RK, 0)
+    passes = []
+    for step in range(num_steps):
+        one = slice(step, step + 1)
+        mask = whole.mask_RQS[:, :, one]
+        group = replace(whole, num_query=1, positions_RQ=positions_RK[:, one], mask_RQS=mask)
+        passes.append(PagedPass(slots_RK[:, step], (group,)))
+    return passes
+
+
 def _starts_of_runs(decode: DecodePass, num_query: int) -> list[int]:
     """Indices of requests that do not continue the pages and positions of the request before."""
     if num_query == 1 or len(decode.first_R) == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -32,6 +33,20 @@ def prepare_pass(decode: DecodePass, num_query: int) -> DecodePass | PagedPass:
     if decode.first_R.is_cuda:
         return decode
     return attention.listed_pass(decode, num_query)
+
+
+def prepare_steps(
+    decode: DecodePass, first_KR: Tensor, num_steps: int
+) -> Sequence[DecodePass | PagedPass]:
+    """``prepare_pass`` of single rows at consecutive positions, one pass for each step.
+
+    Args:
+        first_KR: [K, R] int32 position of each request's row at each step.
+        num_steps: K.
+    """
+    if decode.first_R.is_cuda:
+        return [replace(decode, first_R=first_R) for first_R in first_KR.unbind()]
+    return attention.listed_steps(decode, num_steps)
 
 
 def decode_attention(
