@@ -34,6 +34,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness.arms import LEARNED, OFF
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 from benchmarks.harness.side import ANSWER
 
@@ -79,7 +80,7 @@ class Plan:
 def cpu_plan(shapes: Sequence[str], turns: int) -> Plan:
     """K 0 to 6 at batch 1 and 4; answers of 96 tokens, 48 for the larger target."""
     cases = tuple(
-        Case(shape, batch, "eagle3" if k else "none", k, 64, 96 if shape != "SmolLM2-135M" else 48)
+        Case(shape, batch, LEARNED if k else "none", k, 64, 96 if shape != "SmolLM2-135M" else 48)
         for shape in shapes
         for batch in (1, 4)
         for k in range(7)
@@ -89,7 +90,7 @@ def cpu_plan(shapes: Sequence[str], turns: int) -> Plan:
 
 def gpu_plan(shapes: Sequence[str], turns: int) -> Plan:
     """Plain and K = 4 at batch 1 and 32, answered at once and kept full."""
-    arms = (("none", 0), ("eagle3", 4))
+    arms = (OFF, (LEARNED, 4))
     cases = [
         Case(shape, batch, *arm, 256, 193, full)
         for shape in shapes

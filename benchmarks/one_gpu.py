@@ -5,7 +5,7 @@
 
 The demo's story with more clients: Python, C headers, documentation, Python again; then held-out
 prompts of each phase by all three arms at the same load, interleaved. Afterwards the learning curve
-is computed from the run's own log: every published version, the bundled drafter and the suffix
+is computed from the run's own log: every published version, the bundled drafter and the
 index are simulated at K = 4 on the same held-out traces of each phase.
 
 float32, so that greedy outputs do not depend on the shape of a batch (see docs/operations.md).
@@ -28,12 +28,11 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.harness.run_traces import JUDGED_TRACES, all_traces, by_index, held_out
+from benchmarks.harness.run_traces import JUDGED_TRACES, all_traces, by_index, held_out, new_index
 from buffer.backends import open_backend
 from buffer.records import Acceptance, Trace
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.suffix.index import SuffixIndex
 from drafters.trainable import trainable
 from examples import demo
 from examples.live import View
@@ -70,7 +69,7 @@ def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One arm's go at all prompts of a phase."""
+    """All prompts of a phase, answered by one arm."""
 
     seconds: float
     replies: list[Reply | None]
@@ -175,11 +174,11 @@ def learning_curve(
     known = store.versions()
     chosen = sorted({0, *known[:: max(1, len(known) // JUDGED_VERSIONS)], *known[-1:]})
     ends = [int(unix_s * 1000) for _, unix_s in spans]
-    suffix = suffix_figures(traces, ends, settings)
+    by_lookup = index_figures(traces, ends, settings)
     curves = []
-    for index, (name, _) in enumerate(spans):
-        begin = ends[index - 1] if index else 0
-        own = [t for t in traces if begin < t.finished_unix_ms <= ends[index]]
+    for place, (name, _) in enumerate(spans):
+        begin = ends[place - 1] if place else 0
+        own = [t for t in traces if begin < t.finished_unix_ms <= ends[place]]
         samples = held_out(own, initial, head, settings)
         judge = Judge(trainable(initial.kind), head, DEVICE, bundled.to(DEVICE), margin=1.0)
         static_figure, points = None, []
@@ -202,22 +201,21 @@ def learning_curve(
                 "phase": name,
                 "num_traces": len(samples),
                 "static_tokens_per_step_k4": static_figure,
-                "suffix_tokens_per_step_k4": suffix[index],
+                "index_tokens_per_step_k4": by_lookup[place],
                 "versions": points,
                 "requests_to_pass_static": first_above(points, static_figure),
-                "requests_to_pass_suffix": first_above(points, suffix[index]),
+                "requests_to_pass_index": first_above(points, by_lookup[place]),
             }
         )
     return curves
 
 
-def suffix_figures(
+def index_figures(
     traces: Sequence[Trace], ends_ms: Sequence[int], settings: Settings
 ) -> list[float | None]:
-    """tokens_per_step at K = 4 of the suffix index alone on the last traces of each phase, with all
-    traffic before them in the index; at every position, as the drafters are simulated."""
-    s = settings.drafter.suffix
-    index = SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
+    """tokens_per_step at K = 4 of the index alone on the last traces of each phase, filled with all
+    traffic before them, at the positions where drafters are simulated."""
+    index = new_index(settings)
     totals = [Acceptance() for _ in ends_ms]
     last = [bisect.bisect([t.finished_unix_ms for t in traces], end) for end in ends_ms]
     for number, trace in enumerate(traces):

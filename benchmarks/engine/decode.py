@@ -62,13 +62,12 @@ def measure(
     replays: Replays,
 ) -> None:
     """Add the rows ``decode`` and ``idle`` of one shape."""
-    chosen = {
-        "engine": {
-            "max_batch": max(batch for batch, _ in grid.cells),
-            "max_model_len": max(c for _, c in grid.cells) + _max_tokens(3 * grid.num_steps),
-            "kv_memory_fraction": _KV_SHARE,
-        }
-    }
+    longest = max(c for _, c in grid.cells) + _max_tokens(3 * grid.num_steps)
+    chosen = [
+        f"engine.max_batch={max(batch for batch, _ in grid.cells)}",
+        f"engine.max_model_len={longest}",
+        f"engine.kv_memory_fraction={_KV_SHARE}",
+    ]
     with engine_of(shape, device, chosen) as built, torch.inference_mode():
         fill_pool(built.engine)
         bandwidth = _bandwidth(device)
@@ -161,9 +160,7 @@ def idle_row(
 ) -> dict[str, Any]:
     """Shares of the time in which the device is idle.
 
-    ``idle_by_device_time``: the graphs, replayed by themselves afterwards, against the wall time of
-    steps; copies count as idle. ``idle_by_events``: time outside the events around each graph;
-    launches that the device waited for count as busy. ``traced``: from the profiler's trace.
+    ``traced`` is computed from the profiler's trace, ``device_ms`` is a graph replayed by itself.
     """
     load = steady_batch(built, batch, context, 3 * num_steps)
     assert load is not None
@@ -191,6 +188,4 @@ def idle_row(
     if launched:
         row["graphs_per_step"] = len(launched) / num_steps
         row["device_ms"] = launched[-1].device_s() * 1e3
-        row["idle_by_device_time"] = 1 - row["device_ms"] / row["step_ms"]
-        row["idle_by_events"] = 1 - sum(noted.in_run_s() for noted in launched) / wall[1]
     return row

@@ -26,13 +26,6 @@ class Noted:
 
     launch: Launch
     """Launches it again."""
-    begin: torch.cuda.Event
-    end: torch.cuda.Event
-
-    def in_run_s(self) -> float:
-        """Seconds between the events around it; its launch too, if the device waited for that."""
-        self.end.synchronize()
-        return self.begin.elapsed_time(self.end) / 1e3
 
     def device_s(self) -> float:
         """Seconds of a replay on the device, its launch not included."""
@@ -58,11 +51,8 @@ class Replays:
             if not self._is_noting:
                 original(graph)
                 return
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
             original(graph)
-            end.record()
-            self._noted.append(Noted(partial(original, graph), begin, end))
+            self._noted.append(Noted(partial(original, graph)))
 
         torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
         try:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness.arms import LEARNED, LOOKUP, OFF
 from benchmarks.harness.engines import (
     ONE_GPU,
     Built,
@@ -30,8 +31,8 @@ from benchmarks.harness.results import rounded, write_result
 from examples import corpus
 from policies.fixed import FixedPolicy
 
-ARMS = (("none", 0), ("eagle3", 2), ("eagle3", 4), ("suffix", 4))
-ARMS_ADJUSTED = (("none", 0), ("eagle3", 4))
+ARMS = (OFF, (LEARNED, 2), (LEARNED, 4), (LOOKUP, 4))
+ARMS_ADJUSTED = (OFF, (LEARNED, 4))
 ADJUSTED = {
     "presence_penalty": 0.5,
     "frequency_penalty": 0.3,

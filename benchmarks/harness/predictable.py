@@ -1,5 +1,5 @@
-"""Forced acceptance without a hook: a target that walks a cycle of tokens, and an EAGLE-3 drafter
-that predicts a fixed part of that cycle.
+"""Forced acceptance without a hook: a target that walks a cycle of tokens, and a drafter that
+predicts a fixed part of that cycle.
 
 All matrices keep the size and the dense kernels of their shape, so steps cost what they cost with
 any weights; only what is accepted is known in advance. The engine verifies as always, and outputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def publish_drafters(
     with target.model.device:
         drafter = make(config_for(config, draft_vocab_size=draft_vocab_size(config.vocab_size)))
     drafter.to(target.model.dtype)
+    store = first("buffer.folder_weights:FolderWeights", "buffer.weights:publish")
+    publish = store(root).publish if isinstance(store, type) else partial(store, root)
     for version in range(num_versions):
         draw_weights(drafter)
         tensors = drafter.bundle_tensors()
@@ -93,6 +96,6 @@ def publish_drafters(
             {},
         )
         content = save({name: tensor.cpu() for name, tensor in tensors.items()})
-        files = {first("buffer.weights:TENSORS"): content}
-        first("buffer.weights:publish")(root, manifest, files)
+        files = {first("buffer.manifest:TENSORS", "buffer.weights:TENSORS"): content}
+        publish(manifest, files)
     return sum(p.numel() * p.element_size() for p in drafter.parameters())

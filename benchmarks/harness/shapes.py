@@ -20,7 +20,7 @@ from transformers import (
 )
 
 DRAFT_VOCAB = 32_000
-"""Tokens in the reduced vocabulary of an EAGLE-3 of a published shape, at most a quarter of the
+"""Tokens in the reduced vocabulary of a drafter of a published shape, at most a quarter of the
 target's. At the 8B shape its weights then take 0.8 GB."""
 
 

@@ -124,7 +124,7 @@ def works(
         ids = torch.randint(0, c.target_vocab_size, (num_rows,), device=device)
         shape = (num_rows, len(c.layer_ids), c.hidden_size)
         features = torch.randn(shape, device=device).to(torch.bfloat16)
-        return [lambda: paged.take_in(ids, features, at)]
+        return [lambda: paged.observe(ids, features, at)]
     outputs = torch.randn(num_requests, c.hidden_size, device=device).to(torch.bfloat16)
     ids = torch.randint(0, c.target_vocab_size, (_MANY, num_requests), device=device)
 
@@ -136,7 +136,7 @@ def works(
             found.append(logits)
             return ids[number]
 
-        paged.draft_ahead(outputs, at, num_draft, choose)
+        paged.propose(outputs, at, num_draft, choose)
         return found[-1]
 
     return [lambda: draft(_MANY), lambda: draft(_ONE)]

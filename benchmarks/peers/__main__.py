@@ -20,7 +20,6 @@ If a decoder cannot run, its row holds the error. Writes ``benchmarks/results/pe
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import time
@@ -35,7 +34,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.engines import Built
+from benchmarks.harness.arms import LEARNED
+from benchmarks.harness.engines import Built, release
 from benchmarks.harness.results import write_result
 from benchmarks.peers.decoders import (
     Continuous,
@@ -189,7 +189,6 @@ class Options:
     device: str
     largest: Work
     is_compiled: bool
-    is_tuned: bool
 
 
 def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
@@ -228,11 +227,6 @@ def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
     def continuous(about: str, **settings: Any) -> MakeDecoder:
         return lambda: Continuous(paged(), best_paged_attention(), about, **settings)
 
-    def loop(attention: Any) -> MakeDecoder:
-        return lambda: Loop(
-            peer(), attention, is_compiled=o.is_compiled, is_tuned=o.is_tuned
-        )  # fmt: skip
-
     compiled: dict[str, Any] = {"compile_config": compiled_once()} if o.is_compiled else {}
     how = "compiled, reduce-overhead" if o.is_compiled else "not compiled"
     graphs = {
@@ -243,10 +237,10 @@ def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
     made: dict[str, MakeDecoder] = {
         OURS: lambda: Ours(plain, None, "the engine without speculation"),
         "ours, goodput": lambda: Ours(
-            drafted, None, "EAGLE-3 and suffix, K by the policy, capture on"
+            drafted, None, "drafter and index, K by the policy, capture on"
         ),
         "ours, K=4": lambda: Ours(
-            drafted, FixedPolicy("eagle3", 4), "EAGLE-3, K = 4 always, capture on"
+            drafted, FixedPolicy(LEARNED, 4), "the drafter, K = 4 always, capture on"
         ),
         "generate, eager": generate("dynamic cache"),
         "continuous": continuous("transformers' own choice"),
@@ -263,13 +257,12 @@ def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
             speculation_type="dflash",
         ),
         # What follows is compiled for each batch size, for up to a minute.
-        "loop": loop("matmul"),
+        "loop": lambda: Loop(peer(), o.is_compiled),
         "generate, static": generate(
             f"StaticCache kept between calls, {how}",
             past_key_values=lambda work: static_cache(peer())(work),
             **compiled,
         ),
-        "loop, flex": loop("flex"),
     }
     return made
 
@@ -380,15 +373,8 @@ def compare(
         attempt(row, decoder.close)
         print(table.line(row), flush=True)
     table.save()
-    release()
-
-
-def release() -> None:
-    """Free what compiled and captured functions of one batch size hold."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.compiler.reset()  # frees what compiled and captured functions hold
+    release(device)
 
 
 def chosen_decoders(make: dict[str, MakeDecoder], names: str) -> dict[str, MakeDecoder]:
@@ -408,7 +394,7 @@ def chosen_decoders(make: dict[str, MakeDecoder], names: str) -> dict[str, MakeD
 
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")] = Path("examples/target"),
-    drafter: Annotated[Path | None, typer.Option(help="folder of an EAGLE-3 bundle")] = None,
+    drafter: Annotated[Path | None, typer.Option(help="folder of a drafter bundle")] = None,
     assistant: Annotated[Path | None, typer.Option(help="folder of a small model")] = None,
     assistant_layers: Annotated[int, typer.Option(help="without one: of the target itself")] = 4,
     shape: Annotated[str | None, typer.Option(help="random weights of this shape instead")] = None,
@@ -423,7 +409,6 @@ def main(
     decoder_s: Annotated[float, typer.Option(help="turns of one decoder at one batch size")] = 9.0,
     device: str = "auto",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
-    max_autotune: Annotated[bool, typer.Option(help="of the loop; compiles longer")] = False,
 ) -> None:
     """Compare, and write the table."""
     if shape is not None:
@@ -444,9 +429,7 @@ def main(
     }
     table = Table(out, about, num_new)
     largest = Work(max(sizes), num_prompt, num_new)
-    options = Options(
-        target, drafter, assistant, assistant_layers, device, largest, compile_, max_autotune
-    )
+    options = Options(target, drafter, assistant, assistant_layers, device, largest, compile_)
     with ExitStack() as stack:
         make = chosen_decoders(make_decoders(options, stack), decoders)
         for index, size in enumerate(sizes):

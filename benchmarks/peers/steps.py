@@ -10,7 +10,6 @@ the engine's host work, while the time of ``generate`` includes its own.
 from __future__ import annotations
 
 import copy
-import gc
 import statistics
 import time
 import traceback
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.engines import release
+from benchmarks.harness.results import rounded, write_result
 from benchmarks.harness.shapes import SHAPES, random_weights
-from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
+from benchmarks.peers.compiled_loop import COMPILE_OPTIONS, CompiledLoop
 from benchmarks.peers.decoders import Ids, compiled_once, seconds_of, without_end
 from specops.attention import DecodePass, decode_slots
 from targets.load import pick_device, pick_dtype
@@ -158,18 +158,15 @@ class OurSteps:
 class LoopSteps:
     """The simple loop."""
 
-    def __init__(self, model: Any, attention: Attention, is_compiled: bool) -> None:
-        self.about = f"simple loop, {attention}, {'' if is_compiled else 'not '}compiled"
+    def __init__(self, model: Any, is_compiled: bool) -> None:
+        self.about = f"simple loop, {'' if is_compiled else 'not '}compiled"
         self._model = model
-        self._attention: Attention = attention
-        self._options = compile_options(False) if is_compiled else None
+        self._options = COMPILE_OPTIONS if is_compiled else None
 
     @torch.no_grad()
     def open(self, past: Past) -> None:
         self._past = past
-        self._loop = CompiledLoop(
-            self._model, past.batch, past.context, self._attention, self._options
-        )
+        self._loop = CompiledLoop(self._model, past.batch, past.context, self._options)
         self._loop.prepare()
         for layer, (keys, values) in zip(self._loop.layers, past.layers(), strict=True):
             layer.keys[:, :, : past.num_filled] = keys  # type: ignore[operator,index]
@@ -264,7 +261,7 @@ def compare_steps(
     model = random_model(config, device)
     make: dict[str, Callable[[], Steps]] = {
         OURS: lambda: OurSteps(model),
-        "loop": lambda: LoopSteps(model, "matmul", is_compiled),
+        "loop": lambda: LoopSteps(model, is_compiled),
         "generate, static": lambda: GenerateSteps(model, True, is_compiled),
         "generate, eager": lambda: GenerateSteps(model, False, is_compiled),
     }
@@ -287,11 +284,10 @@ def compare_steps(
                 if answers is not None and ours is not None:
                     pairs = list(zip(ours, answers, strict=True))
                     row["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
-            print(
-                {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True
-            )
+            print(rounded(row, 2), flush=True)
             write_result(out, about)
-            _release()
+            torch.compiler.reset()
+            release(device)
     print(f"{time.monotonic() - begin_s:.0f} s in all", flush=True)
 
 
@@ -324,10 +320,3 @@ def _measure(
     finally:
         if steps is not None:
             steps.close()
-
-
-def _release() -> None:
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

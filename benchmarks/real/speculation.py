@@ -4,10 +4,10 @@
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
     python -m benchmarks.real.speculation --target runs/real/target --run-dir runs/real/run
 
-The first two train the target, on the Python and C files of this installation, and an EAGLE-3
-drafter on the target's own traces. Here held-out Python and C prompts are continued greedily in the
-engine's own loop, without HTTP: plain decoding, the drafter at fixed K, the suffix index, and the
-policy deciding. Plain decoding runs on the same engine, with the drafter loaded. All arms alternate
+The first two train the target, on the Python and C files of this installation, and a drafter on
+the target's own traces. Here held-out Python and C prompts are continued greedily in the engine's
+own loop, without HTTP: plain decoding, the drafter at fixed K, looked-up matches, and the policy
+deciding. Plain decoding runs on the same engine, with the drafter loaded. All arms alternate
 on the same prompts, in rotating order. A figure is the median over an arm's turns, prompts
 included; beside it stands the median ratio of groups of requests, each to plain decoding of the
 same group in the same turn. Nothing is captured and no prefix is cached, so that no turn helps the
@@ -36,6 +36,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.harness.arms import LEARNED, LOOKUP
 from benchmarks.harness.engines import ONE_GPU, Built, engine_from
 from benchmarks.harness.loops import Answer, Batch, Prompt, arm_steps, clear
 from benchmarks.harness.policy import StepTime
@@ -52,8 +53,8 @@ DOMAINS: tuple[corpus.Domain, ...] = ("python", "c")
 OFF, POLICY = "off", "policy"
 FIXED = {
     OFF: ("none", 0),
-    **{f"eagle3-k{k}": ("eagle3", k) for k in range(2, 7)},
-    "suffix-k4": ("suffix", 4),
+    **{f"{LEARNED}-k{k}": (LEARNED, k) for k in range(2, 7)},
+    f"{LOOKUP}-k4": (LOOKUP, 4),
 }
 MAX_DRAFT = 6
 PROMPTS = {1: 8, 8: 16, 32: 64}
@@ -68,7 +69,9 @@ MOST_GAPS = 64
 
 
 @contextmanager
-def engine_for(target: Path, drafter: Path, max_batch: int, device: str) -> Iterator[Built]:
+def engine_for(
+    target: Path, drafter: Path, max_batch: int, device: str, *more: str
+) -> Iterator[Built]:
     """The one-GPU server's engine, in bfloat16 on a GPU."""
     chosen = [
         f"target={target}",
@@ -80,6 +83,7 @@ def engine_for(target: Path, drafter: Path, max_batch: int, device: str) -> Iter
         "capture.enabled=false",
         "swap.enabled=false",
         "policy.kind=goodput",
+        *more,
     ]
     with engine_from(ONE_GPU, chosen, device) as built:
         yield built

@@ -41,7 +41,7 @@ def test_a_token_counts_as_equal_up_to_the_first_difference() -> None:
     assert agreement(plain, other) == {"equal_prompts": 0.5, "equal_tokens": 6 / 8}
 
 
-def test_turns_that_only_one_way_took_are_not_compared() -> None:
+def test_turns_that_only_one_decoder_took_are_not_compared() -> None:
     plain = [[[1, 2]], [[3, 4]]]
 
     assert agreement(plain, [[[1, 2]]]) == {"equal_prompts": 1.0, "equal_tokens": 1.0}
@@ -79,7 +79,7 @@ def test_a_peers_row_says_how_many_times_faster_ours_is() -> None:
     assert [row.get("times_faster") for row in rows] == [None, {"ours, off": 3.0}, {}, None]
 
 
-def test_our_plain_way_is_always_among_the_chosen() -> None:
+def test_our_plain_decoder_is_always_among_the_chosen() -> None:
     decoders: Any = {"ours, off": 0, "loop": 1, "peer": 2}
 
     assert list(chosen_decoders(decoders, "peer")) == ["ours, off", "peer"]
@@ -87,11 +87,10 @@ def test_our_plain_way_is_always_among_the_chosen() -> None:
         chosen_decoders(decoders, "other")
 
 
-@pytest.mark.parametrize("attention", ["matmul", "sdpa"])
-def test_the_simple_loop_answers_as_generate_does(model: Any, attention: Any) -> None:
+def test_the_simple_loop_answers_as_generate_does(model: Any) -> None:
     prompts = [[3, 141, 59, 26, 5], [35, 89, 79, 323, 84]]
     work = Work(batch=2, num_prompt=5, num_new=12)
-    loop = CompiledLoop(model, work.batch, work.num_positions, attention)
+    loop = CompiledLoop(model, work.batch, work.num_positions)
     loop.prepare()
     peer = Generate(model, "dynamic cache")
     peer.open(work)
@@ -106,8 +105,8 @@ def test_a_kept_static_cache_and_an_assistant_answer_as_generate_does(model: Any
     plain = Generate(model, "dynamic cache")
     static = Generate(model, "static", past_key_values=static_cache(model))
     assisted = Generate(model, "assistant", assistant_model=first_layers(model, 1))
-    for way in (plain, static, assisted):
-        way.open(work)
+    for decoder in (plain, static, assisted):
+        decoder.open(work)
 
     for _ in range(2):
         want = plain.generate(prompts, 12)
@@ -115,12 +114,12 @@ def test_a_kept_static_cache_and_an_assistant_answer_as_generate_does(model: Any
         assert assisted.generate(prompts, 12) == want
 
 
-def test_steps_of_all_ways_go_on_alike_from_a_filled_cache(model: Any) -> None:
+def test_all_decoders_continue_alike_from_a_filled_cache(model: Any) -> None:
     past = Past(model.config, batch=2, context=40, num_new=8, like=model.lm_head.weight)
     answers = []
     for steps in (
         OurSteps(model),
-        LoopSteps(model, "matmul", False),
+        LoopSteps(model, False),
         GenerateSteps(model, True, False),
         GenerateSteps(model, False, False),
     ):
