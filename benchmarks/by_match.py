@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.results import RESULTS, Out, write_result
 from benchmarks.harness.run_traces import all_traces, by_index, held_out, new_index
 from buffer.bundles import read_manifest
 from buffer.records import Trace
@@ -100,9 +100,7 @@ def table(
 
 def main(
     run_dir: Annotated[Path, typer.Argument(help="folder of a finished demo")],
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
-        "benchmarks/results/by_match.json"
-    ),
+    out: Out = RESULTS / "by_match.json",
 ) -> None:
     """Judge both versions of a demo, and its index, on held-out traces."""
     if not (run_dir / "report.json").is_file():

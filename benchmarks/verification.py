@@ -9,14 +9,13 @@ either rule. Writes ``benchmarks/results/verification.json``.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks.harness.engines import DEMO, Built, engine_from
 from benchmarks.harness.loops import answer_all
-from benchmarks.harness.results import RESULTS, rounded, write_result
+from benchmarks.harness.results import RESULTS, Out, rounded, write_result
 from buffer.records import Acceptance
 from examples import corpus
 
@@ -35,7 +34,7 @@ def sampled(built: Built, domain: corpus.Domain, count: int, temperature: float)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "verification.json",
+    out: Out = RESULTS / "verification.json",
     num_prompts: Annotated[int, typer.Option(help="per domain")] = 64,
 ) -> None:
     """Measure both rules over domains, temperatures and K."""

@@ -32,7 +32,7 @@ import typer
 from benchmarks.engine import capturing, decode, speculation, startup, swaps
 from benchmarks.engine.decode import Grid
 from benchmarks.engine.graphs import Replays
-from benchmarks.harness.results import Report, known
+from benchmarks.harness.results import RESULTS, Out, Report, known
 from benchmarks.harness.shapes import LARGE, SHAPES
 from targets.load import pick_dtype
 
@@ -105,9 +105,7 @@ def _works(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/engine_speed.json"
-    ),
+    out: Out = RESULTS / "engine_speed.json",
     parts: Annotated[str, typer.Option(help="comma-separated, or all")] = ",".join(PARTS[:-1]),
     shapes: Annotated[str, typer.Option(help="of decode and idle; comma-separated, or all")] = (
         "Qwen3-0.6B,Qwen3-8B,Qwen3-1.7B,Llama-3.1-8B"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +26,7 @@ from benchmarks.harness.engines import (
     round_seconds,
 )
 from benchmarks.harness.loops import Prompt, answer_all
-from benchmarks.harness.results import rounded, write_result
+from benchmarks.harness.results import RESULTS, Out, rounded, write_result
 from examples import corpus
 from policies.fixed import FixedPolicy
 
@@ -86,7 +85,7 @@ def row_of(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path("benchmarks/results/steps.json"),
+    out: Out = RESULTS / "steps.json",
     batches: Annotated[str, typer.Option(help="comma-separated")] = "1,8,64",
     max_tokens: int = 64,
     turns: Annotated[int, typer.Option(help="per row, after one that warms up")] = 3,

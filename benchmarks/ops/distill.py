@@ -22,14 +22,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.engines import release
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.place import Work, reason
 from benchmarks.ops.timing import copy_bytes_per_s, eager
 from specops import device, distill_triton
@@ -253,35 +253,23 @@ def rows_of(draft_vocab: int, deadline_s: float) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row for a terminal."""
-    shown = f"{row['draft_vocab']:>11}  {row['variant']:24}{row['loss']:17}"
-    if "error" in row:
-        return f"{shown}{row['error']}"
-    extra = f"{row['extra_mb']:.0f}" if "extra_mb" in row else ""
-    return f"{shown}{row['ms']:8.2f}{row['ratio_to_products']:7.3f}{extra:>10}"
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_distill.json"
-    ),
-    budget_s: Annotated[float, typer.Option(help="no alternative begins later")] = 300.0,
-) -> None:
-    """Measure, print, write."""
+def rows(budget_s: float) -> Iterator[dict[str, Any]]:
+    """Both vocabularies of the student, each in its share of the time."""
     started = time.perf_counter()
-    shape = {"rows": NUM_ROWS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "bfloat16"}
-    about = {"shape": shape, "copy_bytes_per_s": copy_bytes_per_s()}
-    found: list[dict[str, Any]] = []
-    print(f"{'draft vocab':>11}  {'variant':24}{'loss':17}{'ms':>8}{'ratio':>7}{'extra MB':>10}")
     for number, draft_vocab in enumerate(DRAFT_VOCABS, start=1):
         deadline_s = started + budget_s * number / len(DRAFT_VOCABS)
         for row in rows_of(draft_vocab, deadline_s):
-            found.append({"draft_vocab": draft_vocab, **row})
-            print(line(found[-1]), flush=True)
-            write_result(out, {**about, "rows": found})
-        gc.collect()
-        torch.cuda.empty_cache()
+            yield {"draft_vocab": draft_vocab, **row}
+        release(torch.device("cuda"))
+
+
+def main(
+    out: Out = RESULTS / "ops_distill.json",
+    budget_s: Annotated[float, typer.Option(help="no alternative begins later")] = 300.0,
+) -> None:
+    """Measure, print, write."""
+    shape = {"rows": NUM_ROWS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "bfloat16"}
+    write_each(out, rows(budget_s), shape=shape, copy_bytes_per_s=copy_bytes_per_s())
 
 
 if __name__ == "__main__":

@@ -12,27 +12,25 @@ of 32,000. A row is one of
   without the draft head.
 
 Floors are the bytes of the weights in use, and of the keys and values in the context, over the
-bandwidth of a large copy. ``head_ms`` is the draft head alone, its norm inside its kernel or apart.
+bandwidth of a large copy. ``head_us`` is the draft head alone, its norm inside its kernel or apart.
 
 Writes ``benchmarks/results/ops_drafter.json`` after every row.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.harness.shapes import SHAPES, draft_vocab_size, draw_weights
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.place import Device, Place, Work, make_place
 from drafters.eagle3.fused import FusedEagle3
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.paged import PagedEagle3
@@ -65,36 +63,27 @@ class Bench:
     module: Eagle3
     embed: torch.nn.Embedding
     context: int
-    bandwidth: float | None
-    """Bytes/s of a large copy; ``None`` on a CPU."""
+    place: Place
 
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    def ms(self, work: Callable[[], object]) -> float:
-        """Median time of ``work``: in a graph, behind a cold cache; on a CPU as it is called."""
-        if self.device.type == "cuda":
-            return graphed(work, calls=1).median_ms
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times) * 1e3
+    def us(self, work: Work) -> float:
+        return self.place.microseconds(work, calls=1)
 
 
-def make_bench(config: Eagle3Config, device: str, context: int, bandwidth: float | None) -> Bench:
+def make_bench(config: Eagle3Config, place: Place, context: int) -> Bench:
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(place.device):
         module = Eagle3(config)
         embed = torch.nn.Embedding(config.target_vocab_size, config.hidden_size)
     for drawn in (module, embed):
         draw_weights(drawn)
     assert module.d2t is not None
-    module.d2t += torch.arange(config.draft_vocab_size, device=device)
+    module.d2t += torch.arange(config.draft_vocab_size, device=place.device)
     models = [m.to(torch.bfloat16).requires_grad_(False) for m in (module, embed)]
-    return Bench(*models, context, bandwidth)
+    return Bench(*models, context, place)
 
 
 def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) -> PagedEagle3:
@@ -154,10 +143,10 @@ def floor_bytes(bench: Bench, kind: str, num_requests: int) -> int:
 def _time_and_result(
     bench: Bench, kind: str, num_requests: int, variant: dict[str, Any] | None
 ) -> tuple[float, Tensor]:
-    """Milliseconds of one pass, and what the work with the most passes computes."""
+    """Microseconds of one pass, and what the work with the most passes computes."""
     found = works(bench, kind, num_requests, make_paged(bench, num_requests, variant))
     result = found[0]().clone()
-    times = [bench.ms(work) for work in found]
+    times = [bench.us(work) for work in found]
     if len(times) == 1:
         return times[0], result
     return (times[0] - times[1]) / (_MANY - _ONE), result
@@ -171,24 +160,23 @@ def _skips(variant: dict[str, Any], num_rows: int, device: torch.device) -> bool
 
 
 def measure(name: str, bench: Bench, kind: str, num_requests: int) -> dict[str, Any]:
-    """One row; times in milliseconds."""
+    """One row; times in microseconds."""
     num_rows = num_requests * (1 if kind == "draft" else _VERIFIED)
     row: dict[str, Any] = {
         "drafter": name, "kind": kind, "requests": num_requests, "rows": num_rows,
         "context": bench.context,
     }  # fmt: skip
-    if bench.bandwidth is not None:
-        row["floor_ms"] = floor_bytes(bench, kind, num_requests) / bench.bandwidth * 1e3
-    row["module_ms"], want = _time_and_result(bench, kind, num_requests, None)
-    row["fused_ms"], differences = {}, {}
+    row["floor_us"] = bench.place.floor_us(floor_bytes(bench, kind, num_requests))
+    row["module_us"], want = _time_and_result(bench, kind, num_requests, None)
+    row["fused_us"], differences = {}, {}
     for variant, options in VARIANTS.items():
         if _skips(options, num_rows, bench.device):
             continue
-        row["fused_ms"][variant], got = _time_and_result(bench, kind, num_requests, options)
+        row["fused_us"][variant], got = _time_and_result(bench, kind, num_requests, options)
         differences[variant] = ((got - want).float().norm() / want.float().norm()).item()
     row["difference_from_module"] = differences
     if kind == "draft":
-        row["head_ms"] = _head(bench, num_requests)
+        row["head_us"] = _head(bench, num_requests)
     return row
 
 
@@ -196,56 +184,34 @@ def _head(bench: Bench, num_rows: int) -> dict[str, float]:
     fused = FusedEagle3(bench.module, bench.embed, bench.context)
     outputs = torch.randn(num_rows, bench.module.config.hidden_size, device=bench.device)
     outputs = outputs.to(torch.bfloat16)
-    found = {"norm apart": bench.ms(lambda: fused.logits(outputs))}
+    found = {"norm apart": bench.us(lambda: fused.logits(outputs))}
     if num_rows <= fused.few_rows:
         # As many parts as the product before leaves.
         parts = max(1, bench.module.config.hidden_size // (8 if num_rows <= 2 else 64))
         squares = outputs.float().pow(2).view(num_rows, parts, -1).sum(dim=-1).contiguous()
-        found["norm inside"] = bench.ms(lambda: fused.logits(outputs, squares))
+        found["norm inside"] = bench.us(lambda: fused.logits(outputs, squares))
     return found
 
 
-def _line(row: dict[str, Any]) -> str:
-    times = ", ".join(f"{name} {ms * 1e3:.1f}" for name, ms in row["fused_ms"].items())
-    head = ", ".join(f"head's {name} {ms * 1e3:.1f}" for name, ms in row.get("head_ms", {}).items())
-    floor = f"{row['floor_ms'] * 1e3:.1f}" if "floor_ms" in row else "-"
-    return (
-        f"{row['drafter']:>10} {row['kind']:>7} {row['rows']:>3} rows: floor {floor}, "
-        f"module {row['module_ms'] * 1e3:.1f}, {times}; {head or 'no head'} us; "
-        f"differs by {max(row['difference_from_module'].values()):.4f}"
-    )
-
-
-def cases(device: str, context: int) -> Iterator[tuple[str, Bench, str, int]]:
-    """Every drafter, kind and number of requests."""
-    shapes = ("Qwen3-0.6B", "Qwen3-8B") if device == "cuda" else ("tiny",)
-    bandwidth = copy_bytes_per_s() if device == "cuda" else None
-    for name in shapes:
-        bench = make_bench(drafter_config(name), device, context, bandwidth)
+def rows(place: Place, context: int) -> Iterator[dict[str, Any]]:
+    """Every drafter, kind and number of requests, while time is left."""
+    for name in ("Qwen3-0.6B", "Qwen3-8B") if place.is_gpu else ("tiny",):
+        bench = make_bench(drafter_config(name), place, context)
         for kind, sizes in NUM_REQUESTS.items():
             for num_requests in sizes:
-                yield name, bench, kind, num_requests
+                if time.perf_counter() < place.deadline_s:
+                    yield measure(name, bench, kind, num_requests)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_drafter.json"
-    ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a tiny shape")] = "cuda",
+    out: Out = RESULTS / "ops_drafter.json",
+    device: Device = "cuda",
     context: Annotated[int, typer.Option(help="positions before the pass")] = 1024,
     budget_s: Annotated[float, typer.Option(help="no row begins later")] = 300.0,
 ) -> None:
-    """Milliseconds of one pass of the drafter."""
-    started = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    """Microseconds of one pass of the drafter."""
     with torch.inference_mode():
-        for case in cases(device, context):
-            if time.monotonic() - started > budget_s:
-                print(f"{budget_s:.0f} s are spent; the remaining rows are left out", flush=True)
-                break
-            rows.append(measure(*case))
-            print(_line(rows[-1]), flush=True)
-            write_result(out, {"rows": rows})
+        write_each(out, rows(make_place(device, budget_s), context))
 
 
 if __name__ == "__main__":

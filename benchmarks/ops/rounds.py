@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_each
-from benchmarks.ops.place import Place, Work, make_place
+from benchmarks.harness.results import RESULTS, Out, write_each
+from benchmarks.ops.place import Device, Place, Work, make_place
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
 from specops import device as on_device
 from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound
@@ -174,10 +173,8 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_rounds.json"
-    ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    out: Out = RESULTS / "ops_rounds.json",
+    device: Device = "cuda",
     budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 120.0,
 ) -> None:
     """Measure all cases and print a line for each."""

@@ -25,14 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_each
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -43,7 +42,7 @@ from benchmarks.ops.laws import (
     plain_law,
     target_ids,
 )
-from benchmarks.ops.place import Place, Work, make_place
+from benchmarks.ops.place import Device, Place, Work, make_place
 from specops import draft_sampling_triton, verify_logits_triton
 from specops.draft_sampling import DraftLaw, RowLaws, VocabMap
 from specops.rng import Numbering
@@ -249,30 +248,15 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
                 torch.cuda.empty_cache()
 
 
-KINDS = ("floor", "ours", "ours_with_logprobs", "compiled", "compiled_by_gather", "flashinfer")
-
-
-def line(row: dict[str, Any]) -> str:
-    """One row for a terminal."""
-    cells = []
-    for kind in KINDS:
-        value = row.get(f"{kind}_us")
-        shown = f"{value:.1f}" if isinstance(value, float) else str(value or "-")
-        cells.append(f"{kind} {shown[:40]}")
-    return f"{row['case']:56}{row['requests']:>4}  " + " | ".join(cells)
-
-
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_verify.json"
-    ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    out: Out = RESULTS / "ops_verify.json",
+    device: Device = "cuda",
     budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 300.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)
     cases = rows(Sizes() if place.is_gpu else TINY, place)
-    write_each(out, cases, line, bytes_per_s=place.bytes_per_s)
+    write_each(out, cases, bytes_per_s=place.bytes_per_s)
 
 
 if __name__ == "__main__":

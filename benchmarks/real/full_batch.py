@@ -29,7 +29,7 @@ import typer
 from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import Built
 from benchmarks.harness.loops import Feed, Prompt, Window, arm_steps, greedy_requests
-from benchmarks.harness.results import known, say, write_result
+from benchmarks.harness.results import RESULTS, Out, known, say, write_result
 from benchmarks.real.speculation import FIXED, OFF, POLICY, engine_for, made_by, prompts_for
 from buffer.folder_weights import FolderWeights
 from policies.fixed import FixedPolicy
@@ -115,9 +115,7 @@ def _one_turn(arm: Arm, feed: Feed, window_s: float) -> None:
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
     run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/full_batch.json"
-    ),
+    out: Out = RESULTS / "full_batch.json",
     batches: Annotated[str, typer.Option(help="comma-separated")] = "8,32",
     max_tokens: Annotated[int, typer.Option(help="of each request")] = 128,
     arms: Annotated[str, typer.Option(help="separated by semicolons; empty: all")] = "",

@@ -41,7 +41,7 @@ import numpy as np
 import typer
 
 from benchmarks.harness.http_loop import Answer, Arrival, Ask, Client, arrivals, run_client
-from benchmarks.harness.results import say, write_result
+from benchmarks.harness.results import RESULTS, Out, say, write_result
 from examples import corpus
 from examples.demo import DemoSettings, begin_server, log_of, own_folder, wait_for_server
 from examples.processes import Child, check_alive, stop, tail
@@ -262,9 +262,7 @@ def _begin(number: int) -> int:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/http_load.json"
-    ),
+    out: Out = RESULTS / "http_load.json",
     config: Annotated[Path, typer.Option(help="settings of the server")] = Path(
         "configs/demo.yaml"
     ),

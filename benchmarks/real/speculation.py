@@ -40,7 +40,7 @@ from benchmarks.harness.arms import LEARNED, LOOKUP
 from benchmarks.harness.engines import ONE_GPU, Built, engine_from
 from benchmarks.harness.loops import Answer, Batch, Prompt, arm_steps, clear
 from benchmarks.harness.policy import StepTime
-from benchmarks.harness.results import known, say, write_result
+from benchmarks.harness.results import RESULTS, Out, known, say, write_result
 from benchmarks.real.train_drafter import FIGURES
 from buffer.folder_weights import FolderWeights
 from buffer.records import Acceptance
@@ -366,9 +366,7 @@ def model_flops_per_s(training: dict[str, Any]) -> float:
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
     run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/real_target.json"
-    ),
+    out: Out = RESULTS / "real_target.json",
     batches: str = "1,8,32",
     arms: Annotated[str, typer.Option(help="which arms; empty: all")] = "",
     max_tokens: int = 128,
