@@ -28,6 +28,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.harness.results import write_result
 from benchmarks.harness.run_traces import JUDGED_TRACES, all_traces, by_index, held_out, new_index
 from buffer.backends import open_backend
 from buffer.records import Acceptance, Trace
@@ -36,7 +37,6 @@ from configs.schema import Settings
 from drafters.trainable import trainable
 from examples import demo
 from examples.live import View
-from examples.machine import machine
 from examples.processes import Child, start, stop
 from examples.report import ARMS, Arm
 from examples.traffic import Reply, Server
@@ -279,16 +279,11 @@ def main(
             result, spans = carry_out(settings, view, children, rounds, begin)
     finally:
         stop(children)
-    save(out, result, console)  # before the curve, so that a cut-off run keeps its figures
+    write_result(out, result)  # before the curve, so that a cut-off run keeps its figures
     loaded = load_settings([settings.config], [f"run_dir={run_dir}", *settings.overrides], {})
-    save(out, {**result, "learning_curve": learning_curve(loaded, static, spans)}, console)
-
-
-def save(out: Path, result: dict[str, Any], console: Console) -> None:
-    """Write the result and show it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    console.print_json(json.dumps({k: v for k, v in result.items() if k != "machine"}))
+    result["learning_curve"] = learning_curve(loaded, static, spans)
+    write_result(out, result)
+    console.print_json(json.dumps(result))
 
 
 def carry_out(
@@ -346,7 +341,6 @@ def carry_out(
         "speedup_vs_static": statistics.fmean(p["speedup_vs_static"] for p in shifted),
         "phases": list(replayed.values()),
         "policy": policy,
-        "machine": machine(),
     }
     return figures, spans
 

@@ -166,7 +166,7 @@ def liger_of_logits(case: Case) -> Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Variant:
     """One variant of one loss."""
 
     name: str
@@ -180,13 +180,10 @@ def steps_of(case: Case, kind: LossKind, blocks: Blocks | None, chunk_rows: int 
     return partial(case.gradients, kind, blocks, chunk_rows)
 
 
-def ours(case: Case) -> Iterator[Way]:
+def variants(case: Case) -> Iterator[Variant]:
+    """Ours come first, then the alternatives by loss."""
     for kind in KINDS:
-        yield Way("ours", kind, partial(steps_of, case, kind, None, None))
-
-
-def alternatives(case: Case) -> Iterator[Way]:
-    """Every way of the first loss comes first."""
+        yield Variant("ours", kind, partial(steps_of, case, kind, None, None))
     torch._dynamo.reset()
     compiled = Blocks(
         torch.compile(target_of, dynamic=False),
@@ -195,11 +192,11 @@ def alternatives(case: Case) -> Iterator[Way]:
     )
     for kind in KINDS:
         for name, blocks in (("torch.compile", compiled), ("torch", BLOCKS)):
-            yield Way(name, kind, partial(steps_of, case, kind, blocks, TORCH_CHUNK))
+            yield Variant(name, kind, partial(steps_of, case, kind, blocks, TORCH_CHUNK))
     if case.teacher.ids_D is None:
-        yield Way("liger fused linear jsd", "forward_kl", partial(liger_fused, case))
-        yield Way("liger chunked jsd", "forward_kl", partial(liger_chunked, case))
-        yield Way("liger tvd of logits", "total_variation", partial(liger_of_logits, case))
+        yield Variant("liger fused linear jsd", "forward_kl", partial(liger_fused, case))
+        yield Variant("liger chunked jsd", "forward_kl", partial(liger_chunked, case))
+        yield Variant("liger tvd of logits", "total_variation", partial(liger_of_logits, case))
 
 
 def extra_bytes(case: Case, work: Work) -> int:
@@ -220,19 +217,19 @@ def measured(work: Work) -> dict[str, Any]:
     return {"ms": timed.median_ms, "low_ms": timed.low_ms, "high_ms": timed.high_ms}
 
 
-def row_of(case: Case, way: Way, floor_ms: float) -> dict[str, Any]:
-    work = way.make()
+def row_of(case: Case, variant: Variant, floor_ms: float) -> dict[str, Any]:
+    work = variant.make()
     found = measured(work)
     ratio = found["ms"] / floor_ms
     return {**found, "ratio_to_products": ratio, "extra_mb": extra_bytes(case, work) / 1e6}
 
 
-def tried_row(case: Case, way: Way, floor_ms: float, deadline_s: float) -> dict[str, Any]:
+def tried_row(case: Case, variant: Variant, floor_ms: float, deadline_s: float) -> dict[str, Any]:
     """As ``row_of``, or why there is no figure."""
     if time.perf_counter() > deadline_s:
         return {"error": "not run: the time for it was spent"}
     try:
-        return row_of(case, way, floor_ms)
+        return row_of(case, variant, floor_ms)
     except Exception as error:  # whatever it is, the other rows are worth having
         return {"error": reason(error)}
 
@@ -245,11 +242,9 @@ def rows_of(draft_vocab: int, deadline_s: float) -> Iterator[dict[str, Any]]:
     alone = measured(kernels_alone(case))
     ratio = alone["ms"] / floor["ms"]
     yield {"variant": "kernels alone", "loss": "lk", **alone, "ratio_to_products": ratio}
-    for way in ours(case):
-        yield {"variant": way.name, "loss": way.kind, **row_of(case, way, floor["ms"])}
-    for way in alternatives(case):
-        found = tried_row(case, way, floor["ms"], deadline_s)
-        yield {"variant": way.name, "loss": way.kind, **found}
+    for variant in variants(case):
+        found = tried_row(case, variant, floor["ms"], deadline_s)
+        yield {"variant": variant.name, "loss": variant.kind, **found}
         torch.cuda.empty_cache()
 
 

@@ -166,10 +166,3 @@ def copy_bytes_per_s(num_bytes: int = 4 << 30, repeats: int = 20, copies: int = 
         copy()
     median_ms = statistics.median(_device_ms(copy) for _ in range(repeats))
     return num_bytes * copies / (median_ms / 1e3)
-
-
-def matmul_flops_per_s(size: int = 8192) -> float:
-    """Operations each second of a large bf16 matrix product on random data: the other ceiling."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * size**3 / (graphed(lambda: torch.mm(a, b, out=out)).median_ms / 1e3)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from benchmarks.harness.engines import release
-from benchmarks.harness.results import rounded, write_result
+from benchmarks.harness.results import Report
 from benchmarks.harness.shapes import SHAPES, random_weights
 from benchmarks.peers.compiled_loop import COMPILE_OPTIONS, CompiledLoop
 from benchmarks.peers.decoders import Ids, compiled_once, seconds_of, without_end
@@ -255,7 +254,7 @@ def compare_steps(
         cells: ``BATCHxCONTEXT``, comma-separated.
         decoders: names separated by semicolons, or ``all``.
     """
-    begin_s, device = time.monotonic(), pick_device(device_name)
+    device = pick_device(device_name)
     config = SHAPES[shape]()
     torch.manual_seed(0)
     model = random_model(config, device)
@@ -267,56 +266,47 @@ def compare_steps(
     }
     if decoders != "all":
         make = {name: make[name.strip()] for name in decoders.split(";")}
-    rows: list[dict[str, Any]] = []
-    about = {"shape": shape, "weights": "random", "num_new": num_new, "rows": rows}
+    report = Report(out, budget_s, {"shape": shape, "weights": "random", "num_new": num_new})
     for cell in cells.split(","):
         batch, context = (int(part) for part in cell.split("x"))
         past = Past(config, batch, context, num_new, model.lm_head.weight)
-        ours: Ids | None = None
+        answers: dict[str, Ids] = {}
         for name, make_one in make.items():
-            row: dict[str, Any] = {"way": name, "batch": batch, "context": context}
-            rows.append(row)
-            if time.monotonic() - begin_s > budget_s:
-                row["error"] = "skipped: the budget was spent"
-            else:
-                answers = _measure(row, make_one, past, turns, device)
-                ours = answers if name == OURS else ours
-                if answers is not None and ours is not None:
-                    pairs = list(zip(ours, answers, strict=True))
-                    row["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
-            print(rounded(row, 2), flush=True)
-            write_result(out, about)
+
+            def row(name: str = name, make_one: Callable[[], Steps] = make_one) -> dict[str, Any]:
+                found, answers[name] = _measured(make_one(), past, turns, device)
+                if OURS in answers:
+                    pairs = list(zip(answers[OURS], answers[name], strict=True))
+                    found["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
+                return found
+
+            report.attempt("steps", {"way": name, "batch": batch, "context": context}, 0.0, row)
             torch.compiler.reset()
             release(device)
-    print(f"{time.monotonic() - begin_s:.0f} s in all", flush=True)
 
 
-def _measure(
-    row: dict[str, Any], make: Callable[[], Steps], past: Past, turns: int, device: torch.device
-) -> Ids | None:
-    """Fill the row; the answers, or ``None`` with the row's error."""
-    steps: Steps | None = None
+def _measured(
+    steps: Steps, past: Past, turns: int, device: torch.device
+) -> tuple[dict[str, Any], Ids]:
+    """Figures of one decoder, and its answers."""
     try:
         started = time.perf_counter()
-        steps = make()
-        row["about"] = steps.about
         steps.open(past)
         steps.run()
-        row["prepare_s"] = time.perf_counter() - started
-        seconds, answers = [], None
+        prepare_s = time.perf_counter() - started
+        seconds, answers = [], []
         for _ in range(turns):
             steps.rewind()
             spent, answers = seconds_of(steps.run, device)
             seconds.append(spent)
-        median = statistics.median(seconds)
-        row["seconds"] = seconds
-        row["step_ms"] = median / past.num_new * 1e3
-        row["decode_tokens_per_s"] = past.batch * past.num_new / median
-        return answers
-    except Exception as error:  # whatever a peer raises is its result
-        traceback.print_exc(limit=-3)
-        row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
-        return None
     finally:
-        if steps is not None:
-            steps.close()
+        steps.close()
+    median = statistics.median(seconds)
+    figures = {
+        "about": steps.about,
+        "prepare_s": prepare_s,
+        "seconds": seconds,
+        "step_ms": median / past.num_new * 1e3,
+        "decode_tokens_per_s": past.batch * past.num_new / median,
+    }
+    return figures, answers

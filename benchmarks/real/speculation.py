@@ -349,18 +349,7 @@ def made_by(target: Path, run_dir: Path) -> dict[str, Any]:
     for name, file in (("target", target / "training.json"), ("drafter", run_dir / FIGURES)):
         if file.is_file():
             found[name] = json.loads(file.read_text())
-    if "trained" in found.get("target", {}):
-        found["target"]["model_tflops_per_s"] = model_flops_per_s(found["target"]) / 1e12
     return found
-
-
-def model_flops_per_s(training: dict[str, Any]) -> float:
-    """The model's own operations per second of training: 6 per weight and token, and the causal
-    half of attention."""
-    plan, trained = training["plan"], training["trained"]
-    attention = 6 * plan["num_layers"] * plan["num_heads"] * plan["head_dim"] * plan["context"]
-    each = 6 * training["parameters"] + attention
-    return float(each * trained["tokens"] / trained["training_s"])
 
 
 def main(

@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness.shapes import SHAPES
-from benchmarks.peers.__main__ import (
-    Row,
-    agreement,
-    attempt,
-    chosen_decoders,
-    decode_speed,
-    with_ratios,
-)
+from benchmarks.peers.__main__ import Row, agreement, attempt
 from benchmarks.peers.compiled_loop import CompiledLoop
 from benchmarks.peers.decoders import Generate, Work, first_layers, static_cache
 from benchmarks.peers.steps import GenerateSteps, LoopSteps, OurSteps, Past, random_model
@@ -47,15 +40,6 @@ def test_turns_that_only_one_decoder_took_are_not_compared() -> None:
     assert agreement(plain, [[[1, 2]]]) == {"equal_prompts": 1.0, "equal_tokens": 1.0}
 
 
-def test_decoding_speed_leaves_out_the_first_token() -> None:
-    assert decode_speed(batch=2, num_new=11, whole_s=3.0, first_s=1.0) == 10.0
-
-
-def test_decoding_speed_is_none_where_noise_hides_it() -> None:
-    assert decode_speed(batch=2, num_new=11, whole_s=1.0, first_s=1.0) is None
-    assert decode_speed(batch=2, num_new=1, whole_s=2.0, first_s=1.0) is None
-
-
 def test_an_error_is_the_rows_result() -> None:
     row = Row("peer", 1, "")
 
@@ -64,27 +48,6 @@ def test_an_error_is_the_rows_result() -> None:
 
     assert not attempt(row, fail)
     assert row.figures(8, None)["error"] == "RuntimeError: no such kernel"
-
-
-def test_a_peers_row_says_how_many_times_faster_ours_is() -> None:
-    rows = with_ratios(
-        [
-            {"way": "ours, off", "batch": 1, "tokens_per_s": 30.0},
-            {"way": "peer", "batch": 1, "tokens_per_s": 10.0},
-            {"way": "peer", "batch": 8, "tokens_per_s": 10.0},
-            {"way": "broken peer", "batch": 1, "error": "no"},
-        ]
-    )
-
-    assert [row.get("times_faster") for row in rows] == [None, {"ours, off": 3.0}, {}, None]
-
-
-def test_our_plain_decoder_is_always_among_the_chosen() -> None:
-    decoders: Any = {"ours, off": 0, "loop": 1, "peer": 2}
-
-    assert list(chosen_decoders(decoders, "peer")) == ["ours, off", "peer"]
-    with pytest.raises(ValueError, match="no decoder is called 'other'"):
-        chosen_decoders(decoders, "other")
 
 
 def test_the_simple_loop_answers_as_generate_does(model: Any) -> None:

@@ -15,7 +15,6 @@ from benchmarks.real.speculation import (
     differences,
     first_difference,
     measure,
-    model_flops_per_s,
     rows_of,
 )
 from benchmarks.real.train_drafter import Ask, TrainingData, asks_of, padded
@@ -63,15 +62,6 @@ def test_an_arm_that_failed_leaves_a_row_that_says_so():
 
     assert failed["error"] == "it broke"
     assert "tokens_per_s" not in failed
-
-
-def test_flops_count_weights_and_half_of_attention():
-    plan = {"num_layers": 2, "num_heads": 4, "head_dim": 8, "context": 16}
-    training = {"plan": plan, "parameters": 1000, "trained": {"tokens": 10, "training_s": 5.0}}
-
-    # QK and PV, forward and backward: 2 products x 3 x 2 operations, on half of the context.
-    attention = 2 * (2 * 3 * 2) * (4 * 8) * 16 / 2
-    assert model_flops_per_s(training) == (6 * 1000 + attention) * 10 / 5.0
 
 
 def test_a_share_of_the_requests_is_greedy():
