@@ -39,7 +39,6 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.lossless --device cpu
-	$(BIN)/python -m benchmarks.verification
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --against $(AGAINST))
 ifneq ($(HAS_GPU),)
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --gpu --against $(AGAINST))

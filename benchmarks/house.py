@@ -103,14 +103,13 @@ def gpu_plan(shapes: Sequence[str], turns: int) -> Plan:
 class Process:
     """One checkout, measuring on command."""
 
-    def __init__(self, name: str, root: Path, programs: str, python: str) -> None:
+    def __init__(self, name: str, root: Path) -> None:
         self.name = name
-        self._programs = programs
         path = os.pathsep.join(str(folder) for folder in (root, root / "kernels"))
         # Threads of an idle side must sleep, not spin on the other's core.
         env = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
         self._process = subprocess.Popen(
-            [python, "-P", str(SIDE)],
+            [sys.executable, "-P", str(SIDE)],
             cwd=root, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -145,7 +144,6 @@ class Process:
         self.ask(
             "build", shape=shape, device=plan.device, max_batch=plan.max_batch,
             max_draft=plan.max_draft, max_model_len=plan.max_model_len, threads=threads,
-            programs=self._programs,
         )  # fmt: skip
 
     def end(self) -> None:
@@ -277,10 +275,6 @@ def line(case: Case, figure: dict[str, Any]) -> str:
 def main(
     gpu: Annotated[bool, typer.Option("--gpu", help="measure on a GPU")] = False,
     against: Annotated[Path | None, typer.Option(help="another checkout")] = None,
-    against_programs: Annotated[
-        str, typer.Option(help="engine.programs of that checkout, if it has the setting")
-    ] = "auto",
-    programs: Annotated[str, typer.Option(help="the same for this checkout")] = "auto",
     shapes: Annotated[str, typer.Option(help="names by commas; default: by device")] = "",
     turns: Annotated[int, typer.Option(help="pairs per case")] = 5,
     threads: Annotated[int, typer.Option(help="of torch per side, on a CPU")] = 1,
@@ -300,9 +294,9 @@ def main(
     found: list[dict[str, Any]] = []
     rows: list[Row] = []
     with ExitStack() as stack:
-        sides = [Process(NOW, THIS, programs, sys.executable)]
+        sides = [Process(NOW, THIS)]
         if against is not None:
-            sides.append(Process(BEFORE, against.resolve(), against_programs, sys.executable))
+            sides.append(Process(BEFORE, against.resolve()))
         for side in sides:
             stack.callback(side.end)
         for index, (shape, cases) in enumerate(shapes_of(plan.cases)):

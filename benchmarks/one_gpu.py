@@ -3,7 +3,7 @@
     python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
     python -m benchmarks.one_gpu --start random  --out benchmarks/results/one_gpu_random.json
 
-The demo's story with more clients: Python, C headers, documentation, Python again; then held-out
+The demo with more clients: Python, C headers, documentation, Python again; then held-out
 prompts of each phase by all three arms at the same load, interleaved. Afterwards the learning curve
 is computed from the run's own log: every published version, the bundled drafter and the
 index are simulated at K = 4 on the same held-out traces of each phase.
@@ -51,7 +51,7 @@ DEVICE = torch.device("cuda")
 
 
 def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
-    """A quarter of the requests each; time only ends what has gone wrong."""
+    """Four phases with a quarter of the requests each; the time limit only ends runs that hang."""
     count = -(-num_requests // 4)
     return tuple(
         demo.Phase(name, domain, shifted, seconds, count)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def replay(
 def ask(
     server: Server, prompt: str, max_tokens: int, cap: int | None, failures: list[str]
 ) -> Reply | None:
-    """A greedy completion; a failure is noted, and the run goes on."""
+    """A greedy completion; a failure is noted, and the run continues."""
     try:
         return server.ask(prompt, max_tokens, cap, capture=False)
     except openai.OpenAIError as error:
@@ -229,18 +229,18 @@ def index_figures(
 
 
 def first_above(points: list[dict[str, Any]], figure: float | None) -> int | None:
-    """Requests after which a version was first above ``figure``; ``None``: none was."""
+    """Number of requests until a version first exceeded ``figure``; ``None`` if none did."""
     if figure is None:
         return None
     reached = [p["requests"] for p in points if (p["tokens_per_step_k4"] or 0) > figure]
     return min(reached, default=None)
 
 
-# Story
+# Command
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the JSON goes")],
+    out: Annotated[Path, typer.Option(help="result file")],
     begin: Annotated[Literal["bundled", "random"], typer.Option("--start")] = "bundled",
     num_requests: int = 10_000,
     num_clients: int = 96,
@@ -293,7 +293,7 @@ def carry_out(
     rounds: int,
     begin: str,
 ) -> tuple[dict[str, Any], list[tuple[str, float]]]:
-    """The run itself: its figures, and when each phase ended."""
+    """Run everything; returns the figures and when each phase ended."""
     began_s = time.monotonic()
     children.append(demo.begin_server(settings))
     texts = demo.gather_texts(settings)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.graphs import Replays, median_ms, traced_idle
+from benchmarks.engine.graphs import Replays, device_s, median_ms, traced_idle
 from benchmarks.harness.engines import (
     Built,
     declare_computed,
@@ -138,7 +138,7 @@ def decode_row(
         "num_steps": len(times),
     }
     if launched:
-        row["device_ms"] = sum(noted.device_s() for noted in launched) * 1e3
+        row["device_ms"] = sum(map(device_s, launched)) * 1e3
     if bandwidth is not None:
         floor_ms = floor_bytes(built.config, built.model, batch * context) / bandwidth * 1e3
         row |= {
@@ -187,5 +187,5 @@ def idle_row(
     load.end()
     if launched:
         row["graphs_per_step"] = len(launched) / num_steps
-        row["device_ms"] = launched[-1].device_s() * 1e3
+        row["device_ms"] = device_s(launched[-1]) * 1e3
     return row

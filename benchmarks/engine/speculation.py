@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.graphs import Replays
+from benchmarks.engine.graphs import Replays, device_s
 from benchmarks.harness.arms import LEARNED, LOOKUP, OFF
 from benchmarks.harness.engines import Built, engine_of, round_seconds
 from benchmarks.harness.loops import Prompt, Turn, answer_all, arm_steps
@@ -109,7 +109,7 @@ def program_times(built: Built, replays: Replays) -> dict[str, float]:
         launched = replays.during(
             lambda: host_s.append(round_seconds(built.engine, 1, source, num_draft))
         )
-        return launched[-1].device_s() if launched else host_s[0]
+        return device_s(launched[-1]) if launched else host_s[0]
 
     target = seconds(0, "none")
     verify, whole = (seconds(DRAFT_K, source) for source in (LOOKUP, LEARNED))

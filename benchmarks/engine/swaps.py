@@ -22,7 +22,7 @@ from benchmarks.harness.engines import Built, engine_of
 from benchmarks.harness.loops import random_prompts
 from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.results import Report
-from benchmarks.ops.timing import replayed
+from benchmarks.ops.timing import replayed_ms
 from serving.requests import Output, Request, SamplingParams
 
 DRAFT_K = 4
@@ -62,7 +62,7 @@ def copies_ms(num_bytes: int) -> float:
         former.copy_(current)
         current.copy_(staged)
 
-    return replayed(swap).median_ms
+    return replayed_ms(swap)
 
 
 @dataclass(slots=True)

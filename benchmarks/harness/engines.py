@@ -188,7 +188,7 @@ def num_positions_held(engine: Engine) -> int:
 
 
 def holds(engine: Engine, batch: int, num_prompt: int, max_tokens: int) -> bool:
-    """Whether the KV pool holds ``batch`` such requests at once."""
+    """True if the KV pool holds ``batch`` such requests at once."""
     pages = engine.scheduler.num_pages_for(num_prompt, max_tokens)
     return batch * pages <= engine.scheduler.pool.num_usable
 

@@ -147,7 +147,7 @@ class Turn:
 
     answers: list[Answer]
     seconds: float
-    """From submission to the last token."""
+    """Time from submission to the last token."""
     decode_tokens: int
     """Emitted after every request had its first token."""
     decode_s: float

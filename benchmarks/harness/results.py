@@ -35,7 +35,7 @@ class Row:
     goal: str | None
     """In words; ``None``: a figure without a goal."""
     holds: bool | None
-    """Whether the goal is met; ``None`` without a goal or a value."""
+    """The goal is met; ``None`` without a goal or a value."""
 
 
 def write_result(out: Path, figures: Mapping[str, Any]) -> None:

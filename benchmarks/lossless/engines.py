@@ -158,8 +158,9 @@ class Swaps:
     """Orders a swap every ``every`` steps from another thread, as an operator does."""
 
     def __init__(self, service: Service, every: int) -> None:
+        assert service.swapper is not None, "only a drafter that learns is swapped"
         self.num_steps = 0
-        self._service = service
+        self._service, self._swap = service, service.swapper.swap
         self._every = every
         self._number = 0
         self._order: threading.Thread | None = None
@@ -171,7 +172,7 @@ class Swaps:
         if self.num_steps % self._every == 0 and is_free:
             self._number += 1
             version = self._number % _NUM_VERSIONS
-            self._order = threading.Thread(target=self._service.swapper.swap, args=(version,))
+            self._order = threading.Thread(target=self._swap, args=(version,))
             self._order.start()
 
     def end(self) -> None:

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.place import reason
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 from specops import attention_triton
 from specops.attention import DecodePass
 
@@ -154,7 +154,7 @@ def measured_ms(shape: Shape, work: Work, want: Tensor | None = None) -> float:
         error = float((got.float() - want.float()).norm() / want.float().norm())
         assert error < 2e-2, f"{shape} is off by {error}"
     large = shape.num_bytes > 1e9
-    return graphed(work, calls=2 if large else 5).median_ms
+    return graphed_ms(work, calls=2 if large else 5)
 
 
 def tried_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | str:

@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.harness.results import RESULTS, Out, write_each
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 from specops import capture_pack_triton
 from specops.capture_pack import new_ring, quantise
 
@@ -73,8 +73,8 @@ def rows() -> Iterator[dict[str, Any]]:
         ),
     }
     for name, (work, num_bytes) in variants.items():
-        ms = graphed(work).median_ms
-        row: dict[str, Any] = {"way": name, "ms": ms, "gb_per_s": num_bytes / ms / 1e6}
+        ms = graphed_ms(work)
+        row: dict[str, Any] = {"variant": name, "ms": ms, "gb_per_s": num_bytes / ms / 1e6}
         if "pinned" not in name:
             row["floor_ms"] = num_bytes / copy_rate * 1e3
         yield row

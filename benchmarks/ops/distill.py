@@ -31,8 +31,8 @@ from torch import Tensor
 from benchmarks.harness.engines import release
 from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.place import Work, reason
-from benchmarks.ops.timing import copy_bytes_per_s, eager
-from specops import device, distill_triton
+from benchmarks.ops.timing import copy_bytes_per_s, eager_ms
+from specops import device
 from specops.distill import (
     BLOCKS,
     Blocks,
@@ -108,21 +108,6 @@ def products(case: Case) -> Work:
     return work
 
 
-def kernels_alone(case: Case) -> Work:
-    """The kernels of all rows, 1,024 at a time, over logits that are there."""
-    weight = case.weight.detach()
-    seen = case.teacher.hidden_RH[:TORCH_CHUNK] @ case.teacher.head.weight_VH.T
-    own = case.hidden.detach()[:TORCH_CHUNK] @ weight.T
-    rows, weights = case.rows.part(slice(TORCH_CHUNK)), case.weights[:TORCH_CHUNK]
-
-    def work() -> None:
-        for _ in range(NUM_ROWS // TORCH_CHUNK):
-            target = distill_triton.target_of(seen, case.teacher.ids_D, None, None)
-            distill_triton.judge_(own, target, rows, weights, "lk")
-
-    return work
-
-
 def liger_fused(case: Case) -> Work:
     """Forward KL, fused; every row counts the same."""
     from liger_kernel.transformers import LigerFusedLinearJSD
@@ -176,7 +161,7 @@ class Variant:
 
 
 def steps_of(case: Case, kind: LossKind, blocks: Blocks | None, chunk_rows: int | None) -> Work:
-    """By ``distill``."""
+    """A step of ``specops.distill``."""
     return partial(case.gradients, kind, blocks, chunk_rows)
 
 
@@ -211,21 +196,16 @@ def extra_bytes(case: Case, work: Work) -> int:
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
-def measured(work: Work) -> dict[str, Any]:
-    """Milliseconds of a call."""
-    timed = eager(work)
-    return {"ms": timed.median_ms, "low_ms": timed.low_ms, "high_ms": timed.high_ms}
-
-
 def row_of(case: Case, variant: Variant, floor_ms: float) -> dict[str, Any]:
     work = variant.make()
-    found = measured(work)
-    ratio = found["ms"] / floor_ms
-    return {**found, "ratio_to_products": ratio, "extra_mb": extra_bytes(case, work) / 1e6}
+    ms = eager_ms(work)
+    return {
+        "ms": ms, "ratio_to_products": ms / floor_ms, "extra_mb": extra_bytes(case, work) / 1e6,
+    }  # fmt: skip
 
 
 def tried_row(case: Case, variant: Variant, floor_ms: float, deadline_s: float) -> dict[str, Any]:
-    """As ``row_of``, or why there is no figure."""
+    """``row_of``, or why there is no figure."""
     if time.perf_counter() > deadline_s:
         return {"error": "not run: the time for it was spent"}
     try:
@@ -237,13 +217,10 @@ def tried_row(case: Case, variant: Variant, floor_ms: float, deadline_s: float) 
 def rows_of(draft_vocab: int, deadline_s: float) -> Iterator[dict[str, Any]]:
     """Every variant for one vocabulary of the student; nothing but ours begins after a deadline."""
     case = make_case(draft_vocab)
-    floor = measured(products(case))
-    yield {"variant": "products", "loss": "", **floor, "ratio_to_products": 1.0}
-    alone = measured(kernels_alone(case))
-    ratio = alone["ms"] / floor["ms"]
-    yield {"variant": "kernels alone", "loss": "lk", **alone, "ratio_to_products": ratio}
+    floor_ms = eager_ms(products(case))
+    yield {"variant": "products", "loss": "", "ms": floor_ms, "ratio_to_products": 1.0}
     for variant in variants(case):
-        found = tried_row(case, variant, floor["ms"], deadline_s)
+        found = tried_row(case, variant, floor_ms, deadline_s)
         yield {"variant": variant.name, "loss": variant.kind, **found}
         torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""Passes of an EAGLE-3 drafter in a CUDA graph, from its module and fused.
+"""Passes of an EAGLE-3 drafter in a CUDA graph, by its module and fused.
 
     python -m benchmarks.ops.drafter                        # 0.6B and 8B; about a minute
     python -m benchmarks.ops.drafter --device cpu --out /tmp/drafter.json     # a tiny one, to try
@@ -6,10 +6,10 @@
 Weights are random, shapes are those of drafters for the published targets with a draft vocabulary
 of 32,000. A row is one of
 
-- ``draft``: what each further draft token costs a round, but for the choice of it: the pass of one
-  row of each request and its logits. Five drafted tokens minus one, by four.
-- ``take in``: five verified rows of each request, with the product that joins the tapped layers and
-  without the draft head.
+- ``draft``: the cost of each further draft token except choosing it: a pass of one row per request,
+  and its logits. The time of five drafted tokens minus that of one, divided by four.
+- ``take in``: computing five verified rows per request, including the product that joins the tapped
+  layers, without the draft head.
 
 Floors are the bytes of the weights in use, and of the keys and values in the context, over the
 bandwidth of a large copy. ``head_us`` is the draft head alone, its norm inside its kernel or apart.
@@ -31,7 +31,6 @@ from torch import Tensor
 from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.harness.shapes import SHAPES, draft_vocab_size, draw_weights
 from benchmarks.ops.place import Device, Place, Work, make_place
-from drafters.eagle3.fused import FusedEagle3
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.paged import PagedEagle3
 from specops.attention import DecodePass
@@ -45,7 +44,6 @@ NUM_REQUESTS = {"draft": (1, 5, 32), "take in": (1, 32)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "overlap": {"overlap": True},
     "no overlap": {"overlap": False},
-    "overlap, 64 rows": {"overlap": True, "few_rows": 64},
 }
 
 
@@ -82,12 +80,13 @@ def make_bench(config: Eagle3Config, place: Place, context: int) -> Bench:
         draw_weights(drawn)
     assert module.d2t is not None
     module.d2t += torch.arange(config.draft_vocab_size, device=place.device)
-    models = [m.to(torch.bfloat16).requires_grad_(False) for m in (module, embed)]
-    return Bench(*models, context, place)
+    for made in (module, embed):
+        made.to(torch.bfloat16).requires_grad_(False)
+    return Bench(module, embed, context, place)
 
 
 def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) -> PagedEagle3:
-    """A drafter over a filled pool, the same every time; ``None``: by its module."""
+    """A drafter over a filled pool from a fixed seed; ``None``: computed by its module."""
     torch.manual_seed(1)
     num_pages = num_requests * bench.context // _PAGE + 1
     paged = PagedEagle3(bench.module, bench.embed, num_pages * _PAGE)
@@ -102,7 +101,7 @@ def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) 
 def works(
     bench: Bench, kind: str, num_requests: int, paged: PagedEagle3
 ) -> list[Callable[[], Tensor]]:
-    """What is timed; of two, the second is subtracted."""
+    """Work to time; if there are two, the second is subtracted."""
     c, device = bench.module.config, bench.device
     num_pages = bench.context // _PAGE
     pages = torch.randperm(num_requests * num_pages, device=device, dtype=torch.int32) + 1
@@ -152,45 +151,24 @@ def _time_and_result(
     return (times[0] - times[1]) / (_MANY - _ONE), result
 
 
-def _skips(variant: dict[str, Any], num_rows: int, device: torch.device) -> bool:
-    """Kernels of up to 64 rows change nothing up to 16, nor above 64."""
-    if "few_rows" in variant and not 16 < num_rows <= 64:
-        return True
-    return variant["overlap"] and device.type == "cuda" and not can_overlap(device)
-
-
 def measure(name: str, bench: Bench, kind: str, num_requests: int) -> dict[str, Any]:
     """One row; times in microseconds."""
+    place = bench.place
     num_rows = num_requests * (1 if kind == "draft" else _VERIFIED)
     row: dict[str, Any] = {
         "drafter": name, "kind": kind, "requests": num_requests, "rows": num_rows,
         "context": bench.context,
     }  # fmt: skip
-    row["floor_us"] = bench.place.floor_us(floor_bytes(bench, kind, num_requests))
+    row["floor_us"] = place.floor_us(floor_bytes(bench, kind, num_requests))
     row["module_us"], want = _time_and_result(bench, kind, num_requests, None)
     row["fused_us"], differences = {}, {}
     for variant, options in VARIANTS.items():
-        if _skips(options, num_rows, bench.device):
+        if options["overlap"] and place.is_gpu and not can_overlap(bench.device):
             continue
         row["fused_us"][variant], got = _time_and_result(bench, kind, num_requests, options)
         differences[variant] = ((got - want).float().norm() / want.float().norm()).item()
     row["difference_from_module"] = differences
-    if kind == "draft":
-        row["head_us"] = _head(bench, num_requests)
     return row
-
-
-def _head(bench: Bench, num_rows: int) -> dict[str, float]:
-    fused = FusedEagle3(bench.module, bench.embed, bench.context)
-    outputs = torch.randn(num_rows, bench.module.config.hidden_size, device=bench.device)
-    outputs = outputs.to(torch.bfloat16)
-    found = {"norm apart": bench.us(lambda: fused.logits(outputs))}
-    if num_rows <= fused.few_rows:
-        # As many parts as the product before leaves.
-        parts = max(1, bench.module.config.hidden_size // (8 if num_rows <= 2 else 64))
-        squares = outputs.float().pow(2).view(num_rows, parts, -1).sum(dim=-1).contiguous()
-        found["norm inside"] = bench.us(lambda: fused.logits(outputs, squares))
-    return found
 
 
 def rows(place: Place, context: int) -> Iterator[dict[str, Any]]:

@@ -69,7 +69,7 @@ def greedy_work(logits: Tensor, vocab: VocabMap) -> Work:
 
 
 def sampled_work(logits: Tensor, vocab: VocabMap, cut: Cut) -> Work:
-    """Our kernel, for a round of requests of which none drafts greedily."""
+    """Our kernel, for a round of sampled requests."""
     num, size = logits.shape
     device = logits.device
     top_k, top_p = [cut.top_k] * num, [cut.top_p] * num

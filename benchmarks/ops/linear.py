@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.harness.results import RESULTS, Out, write_each
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 from specops import linear, linear_triton
 from specops.linear import Norm
 from specops.linear_triton import Scratch
@@ -169,7 +169,7 @@ def _row(case: Case, bandwidth: float) -> dict[str, Any]:
         function = torch.compile(_separate, dynamic=False)
         times["compiled"] = lambda: case.separate(function)
     for name, work in times.items():
-        row[f"{name}_us"] = graphed(work).median_ms * 1e3
+        row[f"{name}_us"] = graphed_ms(work) * 1e3
     if "ours_us" in row:
         row["share_of_bandwidth"] = row["floor_us"] / row["ours_us"]
     row["library_share_of_bandwidth"] = row["floor_us"] / row["library_us"]

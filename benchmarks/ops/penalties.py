@@ -1,12 +1,12 @@
-"""Biases and penalties inside a round, beside the definition and a compiled version of it.
+"""Biases and penalties inside a round, against their definition, eager and compiled.
 
     python -m benchmarks.ops.penalties       # some seconds on one GPU
 
-R requests of 5 rows over the 151,936 tokens of Qwen3, float32 logits, of which none, one or all
-have penalties, counts and 300 biases. The definition in torch and the compiled one are given the
-counts and biases as whole rows and adjust all requests, whether they ask or not. The floor reads
-and writes the logits and reads the counts of those that ask, at the speed of a large copy; where
-nobody asks, ours is the launch alone. Counting the emitted tokens is timed by itself.
+R requests of 5 rows over the 151,936 tokens of Qwen3, float32 logits. None, one or all of them have
+penalties, counts and 300 biases. The eager and compiled definitions get counts and biases as whole
+rows and adjust all requests, whether they ask or not. The floor reads and writes the logits and
+reads the counts of requests that ask, at the speed of a large copy; where none asks, ours is the
+launch alone. Counting the emitted tokens is timed separately.
 
 Writes ``benchmarks/results/ops_penalties.json`` after every row.
 """
@@ -56,7 +56,7 @@ def requests_of(num_requests: int, num_asking: int, device: str) -> LaneRequests
 def by_rows(
     logits_RQV: Tensor, draft_RK: Tensor, bias_RV: Tensor, counts_RV: Tensor, penalties_R3: Tensor
 ) -> Tensor:
-    """What ours does for requests that all ask, from biases of all tokens."""
+    """The definition for requests that all ask, given a bias for every token."""
     generated = (counts_RV // 2)[:, None] + counts_before(draft_RK, logits_RQV.shape[-1])
     in_prompt = counts_RV % 2 == 1
     return logits_RQV.copy_(penalized(logits_RQV, bias_RV, generated, in_prompt, penalties_R3))
@@ -90,12 +90,12 @@ def variants_of(num_requests: int, vocab_size: int, device: str) -> list[tuple[s
 def rows(place: Place, vocab_size: int) -> Iterator[dict[str, Any]]:
     """All variants, sizes and numbers of requests with penalties, while time is left."""
     for size in SIZES:
-        for way, num_asking, work in variants_of(size, vocab_size, place.device):
+        for variant, num_asking, work in variants_of(size, vocab_size, place.device):
             if time.perf_counter() > place.deadline_s:
                 return
-            row = {"way": way, "requests": size, "asking": num_asking}
+            row = {"variant": variant, "requests": size, "asking": num_asking}
             num_bytes = 4 * num_asking * vocab_size * (2 * (K + 1) + 1)
-            floor = {} if way == "counting" else {"floor_us": place.floor_us(num_bytes)}
+            floor = {} if variant == "counting" else {"floor_us": place.floor_us(num_bytes)}
             yield {**row, "us": place.microseconds(work), **floor}
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 
 Work = Callable[[], object]
 Device = Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")]
@@ -44,7 +44,7 @@ class Place:
     def microseconds(self, work: Work, calls: int = 5) -> float:
         """Median of one call: in a graph of some calls, with a cold cache; on a CPU, called."""
         if self.is_gpu:
-            return graphed(work, calls=calls).median_ms * 1e3
+            return graphed_ms(work, calls=calls) * 1e3
         times = []
         for _ in range(3):
             started = time.perf_counter()

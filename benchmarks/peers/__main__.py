@@ -67,7 +67,7 @@ CHARS_PER_TOKEN = 6
 class Row:
     """One decoder at one batch size."""
 
-    way: str
+    variant: str
     batch: int
     about: str
     prepare_s: float | None = None
@@ -81,7 +81,7 @@ class Row:
     def figures(self, num_new: int, plain: Row | None) -> dict[str, Any]:
         """The row as written; ``plain`` is our own without speculation."""
         found: dict[str, Any] = {
-            "way": self.way,
+            "variant": self.variant,
             "batch": self.batch,
             "about": self.about,
             "prepare_s": self.prepare_s,
@@ -140,38 +140,33 @@ def prompt_sets(tokenizer: Any, num_sets: int, batch: int, num_prompt: int) -> l
 MakeDecoder = Callable[[], Decoder]
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What decoders are made from."""
-
-    target: Path
-    drafter: Path | None
-    device: str
-    largest: Work
-    is_compiled: bool
-
-
-def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
+def make_decoders(
+    target: Path,
+    drafter: Path | None,
+    device: torch.device,
+    largest: Work,
+    is_compiled: bool,
+    stack: ExitStack,
+) -> dict[str, MakeDecoder]:
     """All decoders by name; nothing is loaded before one is made and opened."""
-    device = pick_device(o.device)
 
     @cache
     def plain() -> Built:
-        return stack.enter_context(our_engine(o.target, None, o.largest, o.device))
+        return stack.enter_context(our_engine(target, None, largest, str(device)))
 
     @cache
     def drafted() -> Built:
-        if o.drafter is None:
+        if drafter is None:
             raise ValueError("no drafter was given: --drafter FOLDER")
-        return stack.enter_context(our_engine(o.target, o.drafter, o.largest, o.device))
+        return stack.enter_context(our_engine(target, drafter, largest, str(device)))
 
     @cache
     def peer() -> Any:
-        return peer_model(o.target, device)
+        return peer_model(target, device)
 
     @cache
     def paged() -> Any:
-        return peer_model(o.target, device)
+        return peer_model(target, device)
 
     def generate(about: str, **options: Any) -> MakeDecoder:
         return lambda: Generate(peer(), about, **options)
@@ -179,8 +174,8 @@ def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
     def continuous(about: str, **settings: Any) -> MakeDecoder:
         return lambda: Continuous(paged(), best_paged_attention(), about, **settings)
 
-    compiled: dict[str, Any] = {"compile_config": compiled_once()} if o.is_compiled else {}
-    how = "compiled, reduce-overhead" if o.is_compiled else "not compiled"
+    compiled: dict[str, Any] = {"compile_config": compiled_once()} if is_compiled else {}
+    how = "compiled, reduce-overhead" if is_compiled else "not compiled"
     graphs = {
         "use_cuda_graph": True,
         "q_padding_interval_size": lambda work: work.batch,
@@ -211,7 +206,7 @@ def make_decoders(o: Options, stack: ExitStack) -> dict[str, MakeDecoder]:
             speculation_type="dflash",
         ),
         # What follows is compiled for each batch size, for up to a minute.
-        "loop": lambda: Loop(peer(), o.is_compiled),
+        "loop": lambda: Loop(peer(), is_compiled),
         "generate, static": generate(
             f"StaticCache kept between calls, {how}",
             past_key_values=lambda work: static_cache(peer())(work),
@@ -234,13 +229,13 @@ class Table:
         self._num_new = num_new
 
     def save(self) -> None:
-        plain = {row.batch: row for row in self.rows if row.way == OURS}
+        plain = {row.batch: row for row in self.rows if row.variant == OURS}
         figures = [row.figures(self._num_new, plain.get(row.batch)) for row in self.rows]
         write_result(self._out, {**self._about, "rows": figures})
 
 
 def attempt(row: Row, work: Callable[[], None]) -> bool:
-    """Call ``work``; an error becomes the row's result, and the run goes on."""
+    """Call ``work``; an error becomes the row's result, and the run continues."""
     try:
         work()
     except Exception as error:  # whatever a peer raises is its result
@@ -347,9 +342,8 @@ def main(
     }
     table = Table(out, about, num_new)
     largest = Work(max(sizes), num_prompt, num_new)
-    options = Options(target, drafter, device, largest, compile_)
     with ExitStack() as stack:
-        make = make_decoders(options, stack)
+        make = make_decoders(target, drafter, on, largest, compile_, stack)
         if decoders != "all":  # ours comes first: others are compared with it
             make = {
                 name: make[name] for name in (OURS, *known("decoders", decoders.split(";"), make))

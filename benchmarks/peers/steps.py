@@ -13,6 +13,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -168,8 +169,8 @@ class LoopSteps:
         self._loop = CompiledLoop(self._model, past.batch, past.context, self._options)
         self._loop.prepare()
         for layer, (keys, values) in zip(self._loop.layers, past.layers(), strict=True):
-            layer.keys[:, :, : past.num_filled] = keys  # type: ignore[operator,index]
-            layer.values[:, :, : past.num_filled] = values  # type: ignore[operator,index]
+            layer.keys[:, :, : past.num_filled] = keys  # type: ignore[operator]
+            layer.values[:, :, : past.num_filled] = values  # type: ignore[operator]
         self.rewind()
 
     @torch.no_grad()
@@ -272,17 +273,26 @@ def compare_steps(
         past = Past(config, batch, context, num_new, model.lm_head.weight)
         answers: dict[str, Ids] = {}
         for name, make_one in make.items():
-
-            def row(name: str = name, make_one: Callable[[], Steps] = make_one) -> dict[str, Any]:
-                found, answers[name] = _measured(make_one(), past, turns, device)
-                if OURS in answers:
-                    pairs = list(zip(answers[OURS], answers[name], strict=True))
-                    found["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
-                return found
-
-            report.attempt("steps", {"way": name, "batch": batch, "context": context}, 0.0, row)
+            row = partial(_row, name, make_one, past, turns, device, answers)
+            report.attempt("steps", {"variant": name, "batch": batch, "context": context}, 0.0, row)
             torch.compiler.reset()
             release(device)
+
+
+def _row(
+    name: str,
+    make: Callable[[], Steps],
+    past: Past,
+    turns: int,
+    device: torch.device,
+    answers: dict[str, Ids],
+) -> dict[str, Any]:
+    """Figures of one decoder; its answers are kept and compared with ours."""
+    found, answers[name] = _measured(make(), past, turns, device)
+    if OURS in answers:
+        pairs = list(zip(answers[OURS], answers[name], strict=True))
+        found["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
+    return found
 
 
 def _measured(
@@ -294,7 +304,7 @@ def _measured(
         steps.open(past)
         steps.run()
         prepare_s = time.perf_counter() - started
-        seconds, answers = [], []
+        seconds: list[float] = []
         for _ in range(turns):
             steps.rewind()
             spent, answers = seconds_of(steps.run, device)

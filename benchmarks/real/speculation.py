@@ -15,8 +15,8 @@ next; the index sees only the request itself.
 
 In bfloat16 two tokens with nearly equal scores may change places when a batch has another shape. So
 outputs that differ from plain decoding's are counted, and for each the float32 target says how far
-apart the two tokens at the first difference are; plain decoding at one batch size is compared with
-another in the same way.
+apart the two tokens at the first difference are. Plain decoding at one batch size is compared with
+another likewise.
 
 Writes ``benchmarks/results/real_target.json`` after every batch size.
 """

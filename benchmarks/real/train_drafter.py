@@ -14,23 +14,23 @@ Shapes: B sequences, S positions (padded).
 from __future__ import annotations
 
 import copy
-import json
 import multiprocessing
 import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.harness.engines import ONE_GPU, build, release
 from benchmarks.harness.loops import Feed
-from benchmarks.harness.results import say
+from benchmarks.harness.results import say, write_result
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Trace
@@ -187,18 +187,11 @@ def padded(batch: TTTBatch, length: int) -> TTTBatch:
     """The batch with S = ``length``; the added positions are unknown and have no loss."""
 
     def pad(tensor: Tensor) -> Tensor:
-        wide = tensor.new_zeros(len(tensor), length, *tensor.shape[2:])
-        wide[:, : tensor.shape[1]] = tensor
-        return wide
+        return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, length - tensor.shape[1]))
 
     found = _each(pad, batch)
-    positions = torch.arange(length, device=found.positions_BS.device).expand(
-        found.positions_BS.shape
-    )
-    return TTTBatch(
-        found.token_ids_BS, positions.clone(), found.features_BSF, found.last_hidden_BSH,
-        found.known_BS, found.loss_BS,
-    )  # fmt: skip
+    positions = torch.arange(length, device=found.positions_BS.device)
+    return replace(found, positions_BS=positions.expand_as(found.positions_BS).clone())
 
 
 def read_data(
@@ -353,21 +346,15 @@ def main(
     length = max(map(len, prompts)) + max_tokens
     until_s = began + budget_s - CLOSING_S
     trained = train(settings, target, seconds, read_s, sequences, length, until_s)
-    (run_dir / FIGURES).write_text(
-        json.dumps(
-            {
-                **trained,
-                "collected": figures,
-                "greedy_share": greedy_share,
-                "sampled_temperature": temperature,
-                "max_tokens": max_tokens,
-                "engine_build_s": build_s,
-                "whole_s": time.monotonic() - began,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    about = {
+        "collected": figures,
+        "greedy_share": greedy_share,
+        "sampled_temperature": temperature,
+        "max_tokens": max_tokens,
+        "engine_build_s": build_s,
+        "whole_s": time.monotonic() - began,
+    }
+    write_result(run_dir / FIGURES, {**trained, **about})
     say(f"done in {time.monotonic() - began:.1f} s")
 
 
