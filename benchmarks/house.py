@@ -105,7 +105,9 @@ class Process:
 
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
-        path = os.pathsep.join(str(folder) for folder in (root, root / "kernels"))
+        # The checkout comes first; what the caller's own path adds, such as packages, comes behind.
+        folders = str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")
+        path = os.pathsep.join(filter(None, folders))
         # Threads of an idle side must sleep, not spin on the other's core.
         env = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
         self._process = subprocess.Popen(

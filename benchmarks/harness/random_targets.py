@@ -68,6 +68,14 @@ def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" 0")
 
 
+def publisher_in(root: Path) -> Any:
+    """What publishes (manifest, files) into the folder ``root``."""
+    try:
+        return first("buffer.folder_weights:FolderWeights")(root).publish
+    except ImportError:
+        return partial(first("buffer.weights:publish"), root)
+
+
 def publish_drafters(
     root: Path, target: Any, num_versions: int = 1, *, is_predictable: bool = False
 ) -> int:
@@ -80,8 +88,6 @@ def publish_drafters(
     with target.model.device:
         drafter = make(config_for(config, draft_vocab_size=draft_vocab_size(config.vocab_size)))
     drafter.to(target.model.dtype)
-    store = first("buffer.folder_weights:FolderWeights", "buffer.weights:publish")
-    publish = store(root).publish if isinstance(store, type) else partial(store, root)
     for version in range(num_versions):
         draw_weights(drafter)
         tensors = drafter.bundle_tensors()
@@ -97,5 +103,5 @@ def publish_drafters(
         )
         content = save({name: tensor.cpu() for name, tensor in tensors.items()})
         files = {first("buffer.manifest:TENSORS", "buffer.weights:TENSORS"): content}
-        publish(manifest, files)
+        publisher_in(root)(manifest, files)
     return sum(p.numel() * p.element_size() for p in drafter.parameters())
