@@ -39,13 +39,12 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.lossless --device cpu
-	$(BIN)/python -m benchmarks.verification
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --against $(AGAINST))
 ifneq ($(HAS_GPU),)
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --gpu --against $(AGAINST))
 	$(BIN)/python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
 	$(BIN)/python -m benchmarks.one_gpu --start random --out benchmarks/results/one_gpu_random.json
-	for name in attention capture decoder distill drafter drafting linear penalties rounds verify; do \
+	for name in attention capture distill drafter drafting linear penalties rounds verify; do \
 		$(BIN)/python -m benchmarks.ops.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.engine.steps
 	$(BIN)/python -m benchmarks.lossless

@@ -1,4 +1,4 @@
-"""Where learning helps in addition to a suffix index: tokens_per_step by suffix match length.
+"""Where learning helps in addition to looking up matches: tokens_per_step by match length.
 
     python -m benchmarks.demo                       # or: make demo
     python -m benchmarks.by_match runs/bench_demo
@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness.results import write_result
-from benchmarks.harness.run_traces import all_traces, by_index, held_out
+from benchmarks.harness.results import RESULTS, Out, write_result
+from benchmarks.harness.run_traces import all_traces, by_index, held_out, new_index
 from buffer.bundles import read_manifest
 from buffer.records import Trace
 from configs.load import load_settings
@@ -30,9 +30,9 @@ from drafters.eagle3.batch import collate
 from drafters.eagle3.chains import by_chain, lay_out
 from drafters.eagle3.model import Eagle3
 from drafters.eagle3.training import chain_acceptance
+from drafters.protocol import HostDrafter
 from drafters.samples import Sample
-from drafters.suffix.index import SuffixIndex
-from policies.acceptance import suffix_bucket
+from policies.acceptance import match_bucket
 from targets.head import TargetHead, load_target_head
 from trainer.dataset import key_of
 from trainer.start import read_drafter
@@ -72,7 +72,7 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
 
 
 def table(
-    judged: Sequence[Trace], index: SuffixIndex, static: Accepted, newest: Accepted
+    judged: Sequence[Trace], index: HostDrafter, static: Accepted, newest: Accepted
 ) -> list[dict[str, Any]]:
     """One row per match length, and one for all."""
     rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in (*MATCHES, "all")}
@@ -81,7 +81,7 @@ def table(
             key = (key_of(trace), p)
             if key in static and key in newest:
                 figures = (kept, static[key], newest[key])
-                rows[MATCHES[suffix_bucket(match)]].append(figures)
+                rows[MATCHES[match_bucket(match)]].append(figures)
                 rows["all"].append(figures)
     total = len(rows["all"])
     return [
@@ -100,9 +100,7 @@ def table(
 
 def main(
     run_dir: Annotated[Path, typer.Argument(help="folder of a finished demo")],
-    out: Annotated[Path, typer.Option(help="where the result goes")] = Path(
-        "benchmarks/results/by_match.json"
-    ),
+    out: Out = RESULTS / "by_match.json",
 ) -> None:
     """Judge both versions of a demo, and its index, on held-out traces."""
     if not (run_dir / "report.json").is_file():
@@ -122,8 +120,7 @@ def main(
     for name in report["shifted_phases"]:
         samples = held_out(phases[name], manifest, head, settings)
         judged = {sample.key for sample in samples}
-        s = settings.drafter.suffix
-        index = SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
+        index = new_index(settings)
         for trace in (t for traces in phases.values() for t in traces):
             if key_of(trace) not in judged:
                 index.begin("other", trace.token_ids.tolist())

@@ -14,13 +14,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.harness.results import RESULTS, Out
 from examples.demo import DemoSettings, carry_out
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the report goes")] = Path(
-        "benchmarks/results/demo.json"
-    ),
+    out: Out = RESULTS / "demo.json",
     run_dir: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/bench_demo"),
 ) -> None:
     """Run the demo and keep its report."""

@@ -34,6 +34,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness.arms import LEARNED, OFF
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 from benchmarks.harness.side import ANSWER
 
@@ -79,7 +80,7 @@ class Plan:
 def cpu_plan(shapes: Sequence[str], turns: int) -> Plan:
     """K 0 to 6 at batch 1 and 4; answers of 96 tokens, 48 for the larger target."""
     cases = tuple(
-        Case(shape, batch, "eagle3" if k else "none", k, 64, 96 if shape != "SmolLM2-135M" else 48)
+        Case(shape, batch, LEARNED if k else "none", k, 64, 96 if shape != "SmolLM2-135M" else 48)
         for shape in shapes
         for batch in (1, 4)
         for k in range(7)
@@ -89,7 +90,7 @@ def cpu_plan(shapes: Sequence[str], turns: int) -> Plan:
 
 def gpu_plan(shapes: Sequence[str], turns: int) -> Plan:
     """Plain and K = 4 at batch 1 and 32, answered at once and kept full."""
-    arms = (("none", 0), ("eagle3", 4))
+    arms = (OFF, (LEARNED, 4))
     cases = [
         Case(shape, batch, *arm, 256, 193, full)
         for shape in shapes
@@ -102,16 +103,15 @@ def gpu_plan(shapes: Sequence[str], turns: int) -> Plan:
 class Process:
     """One checkout, measuring on command."""
 
-    def __init__(self, name: str, root: Path, programs: str, python: str) -> None:
+    def __init__(self, name: str, root: Path) -> None:
         self.name = name
-        self._programs = programs
         # The checkout comes first; what the caller's own path adds, such as packages, comes behind.
         folders = str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")
         path = os.pathsep.join(filter(None, folders))
         # Threads of an idle side must sleep, not spin on the other's core.
         env = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
         self._process = subprocess.Popen(
-            [python, "-P", str(SIDE)],
+            [sys.executable, "-P", str(SIDE)],
             cwd=root, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -146,7 +146,6 @@ class Process:
         self.ask(
             "build", shape=shape, device=plan.device, max_batch=plan.max_batch,
             max_draft=plan.max_draft, max_model_len=plan.max_model_len, threads=threads,
-            programs=self._programs,
         )  # fmt: skip
 
     def end(self) -> None:
@@ -278,10 +277,6 @@ def line(case: Case, figure: dict[str, Any]) -> str:
 def main(
     gpu: Annotated[bool, typer.Option("--gpu", help="measure on a GPU")] = False,
     against: Annotated[Path | None, typer.Option(help="another checkout")] = None,
-    against_programs: Annotated[
-        str, typer.Option(help="engine.programs of that checkout, if it has the setting")
-    ] = "auto",
-    programs: Annotated[str, typer.Option(help="the same for this checkout")] = "auto",
     shapes: Annotated[str, typer.Option(help="names by commas; default: by device")] = "",
     turns: Annotated[int, typer.Option(help="pairs per case")] = 5,
     threads: Annotated[int, typer.Option(help="of torch per side, on a CPU")] = 1,
@@ -301,9 +296,9 @@ def main(
     found: list[dict[str, Any]] = []
     rows: list[Row] = []
     with ExitStack() as stack:
-        sides = [Process(NOW, THIS, programs, sys.executable)]
+        sides = [Process(NOW, THIS)]
         if against is not None:
-            sides.append(Process(BEFORE, against.resolve(), against_programs, sys.executable))
+            sides.append(Process(BEFORE, against.resolve()))
         for side in sides:
             stack.callback(side.end)
         for index, (shape, cases) in enumerate(shapes_of(plan.cases)):

@@ -3,9 +3,9 @@
     python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
     python -m benchmarks.one_gpu --start random  --out benchmarks/results/one_gpu_random.json
 
-The demo's story with more clients: Python, C headers, documentation, Python again; then held-out
+The demo with more clients: Python, C headers, documentation, Python again; then held-out
 prompts of each phase by all three arms at the same load, interleaved. Afterwards the learning curve
-is computed from the run's own log: every published version, the bundled drafter and the suffix
+is computed from the run's own log: every published version, the bundled drafter and the
 index are simulated at K = 4 on the same held-out traces of each phase.
 
 float32, so that greedy outputs do not depend on the shape of a batch (see docs/operations.md).
@@ -28,16 +28,15 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.harness.run_traces import JUDGED_TRACES, all_traces, by_index, held_out
+from benchmarks.harness.results import write_result
+from benchmarks.harness.run_traces import JUDGED_TRACES, all_traces, by_index, held_out, new_index
 from buffer.backends import open_backend
 from buffer.records import Acceptance, Trace
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.suffix.index import SuffixIndex
 from drafters.trainable import trainable
 from examples import demo
 from examples.live import View
-from examples.machine import machine
 from examples.processes import Child, start, stop
 from examples.report import ARMS, Arm
 from examples.traffic import Reply, Server
@@ -52,7 +51,7 @@ DEVICE = torch.device("cuda")
 
 
 def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
-    """A quarter of the requests each; time only ends what has gone wrong."""
+    """Four phases with a quarter of the requests each; the time limit only ends runs that hang."""
     count = -(-num_requests // 4)
     return tuple(
         demo.Phase(name, domain, shifted, seconds, count)  # type: ignore[arg-type]
@@ -70,7 +69,7 @@ def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One arm's go at all prompts of a phase."""
+    """All prompts of a phase, answered by one arm."""
 
     seconds: float
     replies: list[Reply | None]
@@ -120,7 +119,7 @@ def replay(
 def ask(
     server: Server, prompt: str, max_tokens: int, cap: int | None, failures: list[str]
 ) -> Reply | None:
-    """A greedy completion; a failure is noted, and the run goes on."""
+    """A greedy completion; a failure is noted, and the run continues."""
     try:
         return server.ask(prompt, max_tokens, cap, capture=False)
     except openai.OpenAIError as error:
@@ -175,11 +174,11 @@ def learning_curve(
     known = store.versions()
     chosen = sorted({0, *known[:: max(1, len(known) // JUDGED_VERSIONS)], *known[-1:]})
     ends = [int(unix_s * 1000) for _, unix_s in spans]
-    suffix = suffix_figures(traces, ends, settings)
+    by_lookup = index_figures(traces, ends, settings)
     curves = []
-    for index, (name, _) in enumerate(spans):
-        begin = ends[index - 1] if index else 0
-        own = [t for t in traces if begin < t.finished_unix_ms <= ends[index]]
+    for place, (name, _) in enumerate(spans):
+        begin = ends[place - 1] if place else 0
+        own = [t for t in traces if begin < t.finished_unix_ms <= ends[place]]
         samples = held_out(own, initial, head, settings)
         judge = Judge(trainable(initial.kind), head, DEVICE, bundled.to(DEVICE), margin=1.0)
         static_figure, points = None, []
@@ -202,22 +201,21 @@ def learning_curve(
                 "phase": name,
                 "num_traces": len(samples),
                 "static_tokens_per_step_k4": static_figure,
-                "suffix_tokens_per_step_k4": suffix[index],
+                "index_tokens_per_step_k4": by_lookup[place],
                 "versions": points,
                 "requests_to_pass_static": first_above(points, static_figure),
-                "requests_to_pass_suffix": first_above(points, suffix[index]),
+                "requests_to_pass_index": first_above(points, by_lookup[place]),
             }
         )
     return curves
 
 
-def suffix_figures(
+def index_figures(
     traces: Sequence[Trace], ends_ms: Sequence[int], settings: Settings
 ) -> list[float | None]:
-    """tokens_per_step at K = 4 of the suffix index alone on the last traces of each phase, with all
-    traffic before them in the index; at every position, as the drafters are simulated."""
-    s = settings.drafter.suffix
-    index = SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
+    """tokens_per_step at K = 4 of the index alone on the last traces of each phase, filled with all
+    traffic before them, at the positions where drafters are simulated."""
+    index = new_index(settings)
     totals = [Acceptance() for _ in ends_ms]
     last = [bisect.bisect([t.finished_unix_ms for t in traces], end) for end in ends_ms]
     for number, trace in enumerate(traces):
@@ -231,18 +229,18 @@ def suffix_figures(
 
 
 def first_above(points: list[dict[str, Any]], figure: float | None) -> int | None:
-    """Requests after which a version was first above ``figure``; ``None``: none was."""
+    """Number of requests until a version first exceeded ``figure``; ``None`` if none did."""
     if figure is None:
         return None
     reached = [p["requests"] for p in points if (p["tokens_per_step_k4"] or 0) > figure]
     return min(reached, default=None)
 
 
-# Story
+# Command
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the JSON goes")],
+    out: Annotated[Path, typer.Option(help="result file")],
     begin: Annotated[Literal["bundled", "random"], typer.Option("--start")] = "bundled",
     num_requests: int = 10_000,
     num_clients: int = 96,
@@ -281,16 +279,11 @@ def main(
             result, spans = carry_out(settings, view, children, rounds, begin)
     finally:
         stop(children)
-    save(out, result, console)  # before the curve, so that a cut-off run keeps its figures
+    write_result(out, result)  # before the curve, so that a cut-off run keeps its figures
     loaded = load_settings([settings.config], [f"run_dir={run_dir}", *settings.overrides], {})
-    save(out, {**result, "learning_curve": learning_curve(loaded, static, spans)}, console)
-
-
-def save(out: Path, result: dict[str, Any], console: Console) -> None:
-    """Write the result and show it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    console.print_json(json.dumps({k: v for k, v in result.items() if k != "machine"}))
+    result["learning_curve"] = learning_curve(loaded, static, spans)
+    write_result(out, result)
+    console.print_json(json.dumps(result))
 
 
 def carry_out(
@@ -300,7 +293,7 @@ def carry_out(
     rounds: int,
     begin: str,
 ) -> tuple[dict[str, Any], list[tuple[str, float]]]:
-    """The run itself: its figures, and when each phase ended."""
+    """Run everything; returns the figures and when each phase ended."""
     began_s = time.monotonic()
     children.append(demo.begin_server(settings))
     texts = demo.gather_texts(settings)
@@ -348,7 +341,6 @@ def carry_out(
         "speedup_vs_static": statistics.fmean(p["speedup_vs_static"] for p in shifted),
         "phases": list(replayed.values()),
         "policy": policy,
-        "machine": machine(),
     }
     return figures, spans
 

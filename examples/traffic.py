@@ -59,7 +59,7 @@ class Server:
 
         Args:
             max_draft: largest K; ``None`` leaves it to the server's policy.
-            capture: if False, the answer is neither trained on nor put into the suffix index.
+            capture: if False, the answer is neither trained on nor looked up for later requests.
 
         Raises:
             openai.OpenAIError: the request failed.

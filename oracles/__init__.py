@@ -1,1 +1,1 @@
-"""What the engine is held against: exact laws, plain references and random requests."""
+"""What tests and benchmarks compare the engine with: exact laws, references, random requests."""

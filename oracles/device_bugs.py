@@ -54,7 +54,7 @@ def reuse_numbers(right: Numbering) -> Numbering:
 
 
 def share_numbers(right: Numbering) -> Numbering:
-    """M17: every two requests have one number."""
+    """M17: pairs of requests share a random number."""
     return replace(right, keys_R=right.keys_R // 2)
 
 
@@ -68,13 +68,13 @@ def draft_greedily(
     greedy: Tensor,
     vocab: VocabMap | None,
 ) -> Drafted:
-    """M4: the argmax is drafted where q says that it was drawn."""
+    """M4: the argmax is drafted, although q says that the token was drawn."""
     drawn = faces.sample_draft(logits, sampling, numbering, torch.ones_like(greedy), vocab)
     return replace(drawn, laws=None)
 
 
 def with_law(change: Callable[[DraftLaw], DraftLaw]) -> Callable[[Asked], LogitVerdict]:
-    """Verification that takes drafts for drawn from something else."""
+    """Verification that assumes another draft distribution."""
 
     def judge(asked: Asked) -> LogitVerdict:
         law = None if asked.law is None else replace(change(asked.law), laws=None)
@@ -88,12 +88,12 @@ def untempered(sampling: SamplingRows) -> SamplingRows:
 
 
 def forget_shape(law: DraftLaw) -> DraftLaw:
-    """M5: q is the drafter's at temperature 1, whatever was drawn from."""
+    """M5: q is the drafter's at temperature 1, whatever the drafts were drawn from."""
     return replace(law, sampling=untempered(law.sampling))
 
 
 def wrong_weights(law: DraftLaw) -> DraftLaw:
-    """M19: q of other weights than those that drafted."""
+    """M19: q comes from other weights than those that drafted."""
     return replace(law, logits_RKD=law.logits_RKD.roll(1, dims=-1).contiguous())
 
 
@@ -101,13 +101,13 @@ def wrong_weights(law: DraftLaw) -> DraftLaw:
 
 
 def late_rows(asked: Asked) -> LogitVerdict:
-    """M8, M15: each place is judged by the logits of the place before, the bonus too."""
+    """M8, M15: each position is judged by the logits of its predecessor, the bonus token too."""
     late = asked.logits_RK1V.roll(1, dims=1)
     return replace(asked, logits_RK1V=laid_as(asked.logits_RK1V, late)).judge()
 
 
 def untempered_bonus(asked: Asked) -> LogitVerdict:
-    """M9: behind the last draft token the target is taken at temperature 1."""
+    """M9: the token after the last draft is drawn from the target at temperature 1."""
     place = torch.arange(asked.logits_RK1V.shape[1], device=asked.lens_R.device)
     is_bonus = (place == asked.lens_R[:, None])[..., None]
     hot = asked.logits_RK1V * asked.sampling.temperature_R[:, None, None]
@@ -116,7 +116,7 @@ def untempered_bonus(asked: Asked) -> LogitVerdict:
 
 
 def untempered_target(asked: Asked) -> LogitVerdict:
-    """M11: the target is taken at temperature 1, whatever is asked."""
+    """M11: the target's temperature is 1, whatever was requested."""
     return replace(asked, sampling=untempered(asked.sampling)).judge()
 
 
@@ -126,7 +126,7 @@ def keep_all(asked: Asked) -> LogitVerdict:
 
 
 def correct_from_target(asked: Asked) -> LogitVerdict:
-    """M6: after a rejection the next token is drawn from p, and not from what q leaves of it."""
+    """M6: after a rejection the next token is drawn from p instead of the residual."""
     right = asked.judge()
     request = torch.arange(len(asked.lens_R), device=asked.lens_R.device)
     row = asked.logits_RK1V[request, right.num_accepted_R][:, None]

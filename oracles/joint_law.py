@@ -247,7 +247,7 @@ def decode_in_step(
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """[R, LENGTH] tokens of requests that share nothing but their shape, and how many tokens were
-    proposed and accepted, [2]. The host waits once a round, for who goes on.
+    proposed and accepted, [2]. The host waits once per round, to learn who continues.
 
     Args:
         play: drafts and verifies in the round of that number, from 1 on.

@@ -51,7 +51,7 @@ def said(answer: Body) -> Body:
 
 
 def is_same(one: Any, other: Any, tolerance: float) -> bool:
-    """Whether two answers are equal, log probabilities within the tolerance; 0: to the last bit."""
+    """True if two answers are equal, log probabilities within the tolerance; 0: to the last bit."""
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= tolerance
     if isinstance(one, dict):

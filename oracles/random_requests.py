@@ -136,7 +136,7 @@ def with_ends(numbers: random.Random, request: Request, answer: Answer) -> Reque
 
 
 def twice(requests: Iterable[Request]) -> list[Request]:
-    """Every request twice: the second time the suffix index knows the answer."""
+    """Every request twice: the second time the index of matches knows the answer."""
     every = list(requests)
     return every + [replace(request, id=f"{request.id} again") for request in every]
 

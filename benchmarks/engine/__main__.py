@@ -32,7 +32,7 @@ import typer
 from benchmarks.engine import capturing, decode, speculation, startup, swaps
 from benchmarks.engine.decode import Grid
 from benchmarks.engine.graphs import Replays
-from benchmarks.harness.results import Report, known
+from benchmarks.harness.results import RESULTS, Out, Report, known
 from benchmarks.harness.shapes import LARGE, SHAPES
 from targets.load import pick_dtype
 
@@ -74,40 +74,24 @@ def _grid(shape: str, kind: str) -> Grid:
 
 
 def _works(
-    report: Report,
-    device: torch.device,
-    replays: Replays,
-    shape: str,
-    sizes: Sizes,
-    from_disk: bool,
+    report: Report, device: torch.device, replays: Replays, shape: str, sizes: Sizes
 ) -> dict[str, Callable[[], None]]:
     """The parts that are measured at one shape."""
-
-    def forced() -> None:
-        speculation.measure_forced(report, device, shape, sizes.context, sizes.num_turns, replays)
-
-    def policy() -> None:
-        lengths = sizes.num_prompt, sizes.max_tokens
-        batches, turns = sizes.policy_batches, sizes.num_turns
-        speculation.measure_policy(report, device, shape, batches, *lengths, turns)
-
-    def swap() -> None:
-        swaps.measure(report, device, shape, sizes.batch, sizes.num_swaps, interval_s=0.02)
-
-    def capture() -> None:
-        batch, turns = sizes.batch, sizes.num_turns
-        capturing.measure(report, device, shape, batch, sizes.max_tokens, turns)
-
-    def start() -> None:
-        startup.measure(report, device, shape, from_disk)
-
-    return {"forced": forced, "policy": policy, "swaps": swap, "capture": capture, "start": start}
+    given, turns, batch = (report, device, shape), sizes.num_turns, sizes.batch
+    lengths = sizes.num_prompt, sizes.max_tokens
+    return {
+        "forced": partial(speculation.measure_forced, *given, sizes.context, turns, replays),
+        "policy": partial(
+            speculation.measure_policy, *given, sizes.policy_batches, *lengths, turns
+        ),
+        "swaps": partial(swaps.measure, *given, batch, sizes.num_swaps, interval_s=0.02),
+        "capture": partial(capturing.measure, *given, batch, sizes.max_tokens, turns),
+        "start": partial(startup.measure, *given),
+    }
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/engine_speed.json"
-    ),
+    out: Out = RESULTS / "engine_speed.json",
     parts: Annotated[str, typer.Option(help="comma-separated, or all")] = ",".join(PARTS[:-1]),
     shapes: Annotated[str, typer.Option(help="of decode and idle; comma-separated, or all")] = (
         "Qwen3-0.6B,Qwen3-8B,Qwen3-1.7B,Llama-3.1-8B"
@@ -123,7 +107,6 @@ def main(
     keep: Annotated[
         Path | None, typer.Option(help="former result whose other parts are kept")
     ] = None,
-    from_disk: Annotated[bool, typer.Option(help="start: write and load the target")] = False,
     device: str = "cuda",
 ) -> None:
     """Measure the chosen parts one after another; ``decode`` and ``idle`` come first, together."""
@@ -143,7 +126,7 @@ def main(
             cells = _grid(shape, grid)
             work = partial(decode.measure, report, on, shape, cells, chosen, replays)
             report.attempt("decode", {"shape": shape}, 20, work)
-        works = _works(report, on, replays, drafted, sizes, from_disk)
+        works = _works(report, on, replays, drafted, sizes)
         for name in chosen:
             if name in works:
                 report.attempt(name, {"shape": drafted}, _EXPECTED_S[name], works[name])

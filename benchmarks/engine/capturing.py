@@ -43,23 +43,18 @@ def measure(
             report.attempt("capture", what, 30, row)
 
 
-def _settings(batch: int, max_tokens: int, dtype: StoredDtype | None) -> dict[str, Any]:
+def _settings(batch: int, max_tokens: int, dtype: StoredDtype | None) -> list[str]:
     """``dtype``: type of the logged rows; ``None`` captures nothing."""
     longest = _NUM_PROMPT + max_tokens
-    return {
-        "engine": {
-            "max_batch": batch,
-            "max_model_len": longest,
-            "num_pages": batch * (longest // 16 + 4),
-            "prefix_cache": False,
-        },
-        "drafter": {"max_draft": 1},
-        "capture": {
-            "enabled": dtype is not None,
-            "dtype": dtype or "bfloat16",
-            "ring_rows": batch * longest * 2,
-        },
-    }
+    return [
+        f"engine.max_batch={batch}",
+        f"engine.max_model_len={longest}",
+        f"engine.num_pages={batch * (longest // 16 + 4)}",
+        "engine.prefix_cache=false",
+        "drafter.max_draft=1",
+        *(["capture.enabled=true", f"capture.dtype={dtype}"] if dtype else []),
+        f"capture.ring_rows={batch * longest * 2}",
+    ]
 
 
 def compare(on: Built, off: Built, batch: int, max_tokens: int, num_turns: int) -> dict[str, Any]:
@@ -88,7 +83,7 @@ def compare(on: Built, off: Built, batch: int, max_tokens: int, num_turns: int) 
         "ratios": pairs,
         "peak_bytes": peaks["on"] - peaks["off"],
         "traces": recorder.counts(),
-        "rows_dropped": on.engine.figures().capture_rows_dropped,
+        "rows_dropped": on.service.figures().capture_rows_dropped,
         "num_turns": num_turns,
     }
 

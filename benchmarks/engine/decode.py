@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.graphs import Replays, median_ms, traced_idle
+from benchmarks.engine.graphs import Replays, device_s, median_ms, traced_idle
 from benchmarks.harness.engines import (
     Built,
     declare_computed,
@@ -62,13 +62,12 @@ def measure(
     replays: Replays,
 ) -> None:
     """Add the rows ``decode`` and ``idle`` of one shape."""
-    chosen = {
-        "engine": {
-            "max_batch": max(batch for batch, _ in grid.cells),
-            "max_model_len": max(c for _, c in grid.cells) + _max_tokens(3 * grid.num_steps),
-            "kv_memory_fraction": _KV_SHARE,
-        }
-    }
+    longest = max(c for _, c in grid.cells) + _max_tokens(3 * grid.num_steps)
+    chosen = [
+        f"engine.max_batch={max(batch for batch, _ in grid.cells)}",
+        f"engine.max_model_len={longest}",
+        f"engine.kv_memory_fraction={_KV_SHARE}",
+    ]
     with engine_of(shape, device, chosen) as built, torch.inference_mode():
         fill_pool(built.engine)
         bandwidth = _bandwidth(device)
@@ -139,7 +138,7 @@ def decode_row(
         "num_steps": len(times),
     }
     if launched:
-        row["device_ms"] = sum(noted.device_s() for noted in launched) * 1e3
+        row["device_ms"] = sum(map(device_s, launched)) * 1e3
     if bandwidth is not None:
         floor_ms = floor_bytes(built.config, built.model, batch * context) / bandwidth * 1e3
         row |= {
@@ -161,9 +160,7 @@ def idle_row(
 ) -> dict[str, Any]:
     """Shares of the time in which the device is idle.
 
-    ``idle_by_device_time``: the graphs, replayed by themselves afterwards, against the wall time of
-    steps; copies count as idle. ``idle_by_events``: time outside the events around each graph;
-    launches that the device waited for count as busy. ``traced``: from the profiler's trace.
+    ``traced`` is computed from the profiler's trace, ``device_ms`` is a graph replayed by itself.
     """
     load = steady_batch(built, batch, context, 3 * num_steps)
     assert load is not None
@@ -190,7 +187,5 @@ def idle_row(
     load.end()
     if launched:
         row["graphs_per_step"] = len(launched) / num_steps
-        row["device_ms"] = launched[-1].device_s() * 1e3
-        row["idle_by_device_time"] = 1 - row["device_ms"] / row["step_ms"]
-        row["idle_by_events"] = 1 - sum(noted.in_run_s() for noted in launched) / wall[1]
+        row["device_ms"] = device_s(launched[-1]) * 1e3
     return row

@@ -15,36 +15,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.ops.timing import replayed
+from benchmarks.ops.timing import replayed_ms
 
 Launch = Callable[[], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Noted:
-    """One launch of a CUDA graph."""
-
-    launch: Launch
-    """Launches it again."""
-    begin: torch.cuda.Event
-    end: torch.cuda.Event
-
-    def in_run_s(self) -> float:
-        """Seconds between the events around it; its launch too, if the device waited for that."""
-        self.end.synchronize()
-        return self.begin.elapsed_time(self.end) / 1e3
-
-    def device_s(self) -> float:
-        """Seconds of a replay on the device, its launch not included."""
-        return replayed(self.launch).median_ms / 1e3
+def device_s(launch: Launch) -> float:
+    """Seconds of a graph on the device, without its launch."""
+    return replayed_ms(launch) / 1e3
 
 
 class Replays:
-    """Notes the CUDA graphs that are launched while it is asked to."""
+    """Notes which CUDA graphs are launched."""
 
     def __init__(self) -> None:
-        self._noted: list[Noted] = []
-        self._is_noting = False
+        self._noted: list[Launch] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -55,14 +40,9 @@ class Replays:
         original = torch.cuda.CUDAGraph.replay
 
         def replay(graph: torch.cuda.CUDAGraph) -> None:
-            if not self._is_noting:
-                original(graph)
-                return
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
             original(graph)
-            end.record()
-            self._noted.append(Noted(partial(original, graph), begin, end))
+            if self._noted is not None:
+                self._noted.append(partial(original, graph))
 
         torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
         try:
@@ -70,14 +50,14 @@ class Replays:
         finally:
             torch.cuda.CUDAGraph.replay = original  # type: ignore[method-assign]
 
-    def during(self, work: Callable[[], object]) -> list[Noted]:
-        """Graphs that ``work`` launches, in order; none on a CPU."""
-        self._is_noting = True
+    def during(self, work: Callable[[], object]) -> list[Launch]:
+        """Launches of the graphs that ``work`` launches, in order; none on a CPU."""
+        noted: list[Launch] = []
+        self._noted = noted
         try:
             work()
         finally:
-            self._is_noting = False
-            noted, self._noted = self._noted, []
+            self._noted = None
         return noted
 
 
@@ -86,7 +66,7 @@ class Idle:
     """Shares of a stretch of steps, in [0, 1]."""
 
     between_launches: float
-    """Nothing that was launched was under way; a graph is, from its first kernel to its last."""
+    """No launch was in progress. A graph is in progress from its first kernel to its last."""
     no_kernel: float
     """No kernel ran and nothing was copied; the pauses between a graph's kernels count."""
     num_launches: int

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.graphs import Replays
+from benchmarks.engine.graphs import Replays, device_s
+from benchmarks.harness.arms import LEARNED, LOOKUP, OFF
 from benchmarks.harness.engines import Built, engine_of, round_seconds
 from benchmarks.harness.loops import Prompt, Turn, answer_all, arm_steps
 from benchmarks.harness.predictable import prompts as predictable_prompts
@@ -29,10 +30,11 @@ def measure_forced(
     replays: Replays,
 ) -> None:
     """Add the rows ``forced``: 3 tokens per step at K = 4, batch 1, against plain decoding."""
-    chosen = {
-        "engine": {"max_batch": 1, "max_model_len": context + 512},
-        "drafter": {"max_draft": DRAFT_K},
-    }
+    chosen = [
+        "engine.max_batch=1",
+        f"engine.max_model_len={context + 512}",
+        f"drafter.max_draft={DRAFT_K}",
+    ]
     with (
         engine_of(shape, device, chosen, num_versions=1, is_predictable=True) as built,
         torch.inference_mode(),
@@ -59,7 +61,7 @@ def forced_row(
     prompts = [
         tuple(ids) for ids in predictable_prompts(1, context, engine.inbox.limits.vocab_size)
     ]
-    arms = {"off": FixedPolicy("none", 0), "on": FixedPolicy("eagle3", DRAFT_K)}
+    arms = {"off": FixedPolicy(*OFF), "on": FixedPolicy(LEARNED, DRAFT_K)}
     turns: dict[str, list[Turn]] = {arm: [] for arm in arms}
     before = engine.figures()
     for number in range(num_turns + 1):
@@ -107,11 +109,11 @@ def program_times(built: Built, replays: Replays) -> dict[str, float]:
         launched = replays.during(
             lambda: host_s.append(round_seconds(built.engine, 1, source, num_draft))
         )
-        return launched[-1].device_s() if launched else host_s[0]
+        return device_s(launched[-1]) if launched else host_s[0]
 
     target = seconds(0, "none")
-    verify, whole = (seconds(DRAFT_K, source) for source in ("suffix", "eagle3"))
-    fewer_verify, fewer_whole = (seconds(_FEWER_K, source) for source in ("suffix", "eagle3"))
+    verify, whole = (seconds(DRAFT_K, source) for source in (LOOKUP, LEARNED))
+    fewer_verify, fewer_whole = (seconds(_FEWER_K, source) for source in (LOOKUP, LEARNED))
     drafter, fewer = whole - verify, fewer_whole - fewer_verify
     with_taking_in = max(drafter, 0.0) / DRAFT_K
     one_pass = max(drafter - fewer, 0.0) / (DRAFT_K - _FEWER_K)
@@ -138,22 +140,18 @@ def measure_policy(
     """Add the rows ``policy``: the policy deciding, against an engine without a drafter."""
     longest = num_prompt + max_tokens
     pages = (longest + 16) // 16 + 2
-    engine = {
-        "max_batch": max(batches),
-        "max_model_len": longest,
-        "num_pages": 2 * max(batches) * pages,
-    }
-    drafting = {
-        "engine": engine,
-        "drafter": {"max_draft": DRAFT_K},
-        "policy": {"kind": "goodput"},
-    }
+    engine = [
+        f"engine.max_batch={max(batches)}",
+        f"engine.max_model_len={longest}",
+        f"engine.num_pages={2 * max(batches) * pages}",
+    ]
+    drafting = [*engine, f"drafter.max_draft={DRAFT_K}", "policy.kind=goodput"]
     for acceptance in ("random", "forced"):
         forced = acceptance == "forced"
 
         def rows(acceptance: str = acceptance, forced: bool = forced) -> None:
             with (
-                engine_of(shape, device, {"engine": engine}, is_predictable=forced) as off,
+                engine_of(shape, device, engine, is_predictable=forced) as off,
                 engine_of(shape, device, drafting, 1, is_predictable=forced) as on,
                 torch.inference_mode(),
             ):

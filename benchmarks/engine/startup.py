@@ -1,6 +1,6 @@
 """Start-up of a server's engine in a process of its own, with a cold and with a warm kernel cache.
 
-python -m benchmarks.engine.startup --shape Qwen3-8B --run-dir /tmp/run   # one start, as JSON
+python -m benchmarks.engine.startup --target FOLDER --run-dir FOLDER   # one start, as JSON
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,30 +35,20 @@ from configs.schema import Settings
 from serving.build import LoadedTarget, load_target
 
 
-def measure(report: Report, device: torch.device, shape: str, from_disk: bool) -> None:
+def measure(report: Report, device: torch.device, shape: str) -> None:
     """Add the rows ``start``: the first start compiles every kernel, the second finds them cached.
-
-    Args:
-        from_disk: write the target and load it as a server does; else its weights are drawn on
-            the device, and ``load_s`` is the time of that.
-    """
+    Both load the target from disk, as a server does."""
     release(device)  # an engine built before
     with tempfile.TemporaryDirectory() as folder:
         target = random_target(shape, device)
         publish_drafters(Path(folder) / "run" / "weights", target)
-        saved = Path(folder) / "target"
-        if from_disk:
-            _save(target, saved, Path(folder) / "run")
+        _save(target, Path(folder) / "target", Path(folder) / "run")
         del target
         release(device)
         for kernels in ("cold", "warm"):
-            what = {"shape": shape, "kernels": kernels, "from_disk": from_disk}
-
-            def start() -> dict[str, Any]:
-                chosen = ["--target", str(saved)] if from_disk else []
-                return _started(shape, device, Path(folder), chosen, report.left_s)
-
-            report.attempt("start", what, 30, start)
+            what = {"shape": shape, "kernels": kernels, "from_disk": True}
+            work = partial(_started, device, Path(folder), report.left_s)
+            report.attempt("start", what, 30, work)
 
 
 def _save(target: LoadedTarget, folder: Path, run_dir: Path) -> None:
@@ -69,12 +60,10 @@ def _save(target: LoadedTarget, folder: Path, run_dir: Path) -> None:
     manifest.write_text(text)
 
 
-def _started(
-    shape: str, device: torch.device, folder: Path, chosen: list[str], timeout_s: float
-) -> dict[str, Any]:
+def _started(device: torch.device, folder: Path, timeout_s: float) -> dict[str, Any]:
     """One start in a new process; its kernels are cached in ``folder``."""
-    command = [sys.executable, "-m", "benchmarks.engine.startup", "--shape", shape]
-    command += ["--device", str(device), "--run-dir", str(folder / "run"), *chosen]
+    command = [sys.executable, "-m", "benchmarks.engine.startup", "--device", str(device)]
+    command += ["--target", str(folder / "target"), "--run-dir", str(folder / "run")]
     env = {**os.environ, "TRITON_CACHE_DIR": str(folder / "kernels")}
     started = time.perf_counter()
     done = subprocess.run(
@@ -103,10 +92,9 @@ class _Seconds(logging.Handler):
 
 
 def start(
-    shape: Annotated[str, typer.Option()],
+    target: Annotated[Path, typer.Option()],
     run_dir: Annotated[Path, typer.Option()],
     device: Annotated[str, typer.Option()] = "cuda",
-    target: Annotated[Path | None, typer.Option(help="load this folder")] = None,
 ) -> None:
     """One start with the settings of ``configs/one_gpu.yaml``; prints its times as JSON."""
     on = torch.device(device)
@@ -115,7 +103,7 @@ def start(
     logging.getLogger("serving").setLevel(logging.INFO)
     started = time.perf_counter()
     settings = _settings(on, run_dir, target)
-    loaded = load_target(settings) if target else random_target(shape, on)
+    loaded = load_target(settings)
     synchronize(on)
     loaded_s = time.perf_counter() - started
     service, _ = build(settings, loaded)
@@ -133,10 +121,8 @@ def start(
     print(json.dumps(found), flush=True)
 
 
-def _settings(device: torch.device, run_dir: Path, target: Path | None) -> Settings:
-    chosen = [f"run_dir={run_dir}", f"device={device}"]
-    if target is not None:
-        chosen.append(f"target={target}")
+def _settings(device: torch.device, run_dir: Path, target: Path) -> Settings:
+    chosen = [f"run_dir={run_dir}", f"device={device}", f"target={target}"]
     if device.type != "cuda":  # to try it out
         chosen += ["engine.max_batch=2", "engine.max_model_len=256", "engine.prefill_chunk=64"]
     return load_settings([ONE_GPU], chosen, {})

@@ -13,11 +13,11 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness.arms import LEARNED, LOOKUP, OFF
 from benchmarks.harness.engines import (
     ONE_GPU,
     Built,
@@ -26,12 +26,12 @@ from benchmarks.harness.engines import (
     round_seconds,
 )
 from benchmarks.harness.loops import Prompt, answer_all
-from benchmarks.harness.results import rounded, write_result
+from benchmarks.harness.results import RESULTS, Out, write_each
 from examples import corpus
 from policies.fixed import FixedPolicy
 
-ARMS = (("none", 0), ("eagle3", 2), ("eagle3", 4), ("suffix", 4))
-ARMS_ADJUSTED = (("none", 0), ("eagle3", 4))
+ARMS = (OFF, (LEARNED, 2), (LEARNED, 4), (LOOKUP, 4))
+ARMS_ADJUSTED = (OFF, (LEARNED, 4))
 ADJUSTED = {
     "presence_penalty": 0.5,
     "frequency_penalty": 0.3,
@@ -85,7 +85,7 @@ def row_of(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path("benchmarks/results/steps.json"),
+    out: Out = RESULTS / "steps.json",
     batches: Annotated[str, typer.Option(help="comma-separated")] = "1,8,64",
     max_tokens: int = 64,
     turns: Annotated[int, typer.Option(help="per row, after one that warms up")] = 3,
@@ -98,25 +98,22 @@ def main(
     sizes = [int(size) for size in batches.split(",")]
     cases = [(size, arm, 0) for size in sizes for arm in ARMS]
     cases += [(s, arm, n) for s in sizes for arm in ARMS_ADJUSTED for n in sorted({1, s})]
-    rows: list[dict[str, Any]] = []
     chosen = [*CHOSEN, f"engine.max_batch={max(sizes)}"]
     with engine_from(ONE_GPU, chosen, device) as built:
-        figures: dict[str, Any] = {
-            "rows": rows,
+        about = {
             "start_s": time.perf_counter() - started,
             "making_programs": making_programs(built.engine),
         }
-        print(f"engine built in {figures['start_s']:.1f} s", flush=True)
+        print(f"engine built in {about['start_s']:.1f} s", flush=True)
         texts = corpus.prompts("python", max(sizes), seed=11)
         tokenizer = built.service.model.tokenizer
         ids = [tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
-        for size, arm, num_adjusted in cases:
-            if time.perf_counter() - started > budget_s:
-                print(f"stopped after {budget_s:.0f} s", flush=True)
-                break
-            rows.append(row_of(built, arm, ids[:size], max_tokens, turns, num_adjusted))
-            write_result(out, {**figures, "is_complete": len(rows) == len(cases)})
-            print(rounded(rows[-1]), flush=True)
+        rows = (
+            row_of(built, arm, ids[:size], max_tokens, turns, num_adjusted)
+            for size, arm, num_adjusted in cases
+            if time.perf_counter() - started < budget_s
+        )
+        write_each(out, rows, **about)
 
 
 if __name__ == "__main__":

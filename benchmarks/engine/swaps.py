@@ -1,4 +1,4 @@
-"""Swaps of a drafter under load: orders to ``Service.swap`` while the engine decodes on its own
+"""Swaps of a drafter under load: orders to the swapper while the engine decodes on its own
 thread, as in a server. The watcher is off, so that nothing else swaps.
 
 Two series, each under a load of its own. Orders of two versions in turn: each reads its bundle,
@@ -22,7 +22,7 @@ from benchmarks.harness.engines import Built, engine_of
 from benchmarks.harness.loops import random_prompts
 from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.results import Report
-from benchmarks.ops.timing import replayed
+from benchmarks.ops.timing import replayed_ms
 from serving.requests import Output, Request, SamplingParams
 
 DRAFT_K = 4
@@ -37,14 +37,12 @@ def measure(
     report: Report, device: torch.device, shape: str, batch: int, num_swaps: int, interval_s: float
 ) -> None:
     """Add the row ``swaps``."""
-    chosen = {
-        "engine": {
-            "max_batch": batch,
-            "max_model_len": 8192 if device.type == "cuda" else 1024,
-        },
-        "drafter": {"max_draft": DRAFT_K},
-        "policy": {"kind": "fixed", "draft_k": DRAFT_K},
-    }
+    chosen = [
+        f"engine.max_batch={batch}",
+        f"engine.max_model_len={8192 if device.type == 'cuda' else 1024}",
+        f"drafter.max_draft={DRAFT_K}",
+        f"policy.draft_k={DRAFT_K}",
+    ]
     with engine_of(shape, device, chosen, num_versions=2) as built:
         built.service.start()
         try:
@@ -64,7 +62,7 @@ def copies_ms(num_bytes: int) -> float:
         former.copy_(current)
         current.copy_(staged)
 
-    return replayed(swap).median_ms
+    return replayed_ms(swap)
 
 
 @dataclass(slots=True)
@@ -139,9 +137,10 @@ def swap_often(
 ) -> dict[str, Any]:
     """A load with a swap every ``interval_s``, then the same without swaps; each starts with fresh
     requests, so that contexts are equally long in both."""
-    service = built.service
+    swapper = built.service.swapper
+    assert swapper is not None
     for version in (0, 1, 0):  # fills the file cache, and allocates the former version's buffer
-        service.swapper.swap(version)
+        swapper.swap(version)
     most_s = report.left_s - _QUIET_S - 20
     swapping, load = under_load(report, built, batch, num_swaps, interval_s, most_s)
     found = figures_of(swapping, built.policy)
@@ -183,14 +182,15 @@ def swap_in_turn(
     report: Report, built: Built, num_swaps: int, interval_s: float, most_s: float
 ) -> list[float]:
     """Seconds of each order, as many as fit the time."""
-    begin_s = time.perf_counter()
+    begin_s, swapper = time.perf_counter(), built.service.swapper
+    assert swapper is not None
     other = 0 if built.service.drafter_status()["version"] else 1
     order_s: list[float] = []
     while len(order_s) < num_swaps and report.left_s > 5:
         ordered_s = time.perf_counter()
         if ordered_s - begin_s > most_s:
             break
-        built.service.swapper.swap((other + len(order_s)) % 2)
+        swapper.swap((other + len(order_s)) % 2)
         order_s.append(time.perf_counter() - ordered_s)
         time.sleep(interval_s)
     return order_s

@@ -1,9 +1,8 @@
 """Every engine that a benchmark measures, built as the server builds it.
 
-``build`` is the only place that calls ``serving.build``. Whatever an arm of a measurement changes
-while an engine runs goes through the policy it was built with, a ``PolicySwitch``; whatever a
-benchmark reads beyond ``Engine.submit``, ``step`` and ``figures`` is a function at the end of this
-file.
+``build`` is the only place that calls ``serving.build``. Arms of a measurement differ in
+what its ``PolicySwitch`` plays, or each has its own engine. Whatever a benchmark reads of an engine
+beyond its inbox, ``step`` and ``figures`` is a function at the end of this file.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.random_targets import publish_drafters, random_target
 from configs.load import load_settings
@@ -29,6 +29,7 @@ from serving.engine.loop import Engine
 from serving.engine.pages import page_names
 from serving.service import Service
 
+NO_DRAFTER = ("drafter.kind=none", "drafter.max_draft=0")
 DEMO, ONE_GPU = Path("configs/demo.yaml"), Path("configs/one_gpu.yaml")
 
 
@@ -67,10 +68,10 @@ def build(settings: Settings, loaded: LoadedTarget | None = None) -> tuple[Servi
 
 @contextmanager
 def engine_from(config: Path, chosen: Sequence[str], device: str | None = None) -> Iterator[Built]:
-    """An engine by a settings file, in a run folder of its own, stopped at the end.
+    """An engine from a settings file, with its own run folder, stopped at the end.
 
     Args:
-        chosen: ``key=value`` over those of the file, as after ``--set``.
+        chosen: ``key=value`` overrides, as after ``--set``.
         device: ``None``: the file's own.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -87,16 +88,16 @@ def engine_from(config: Path, chosen: Sequence[str], device: str | None = None) 
 def engine_of(
     shape: str,
     device: torch.device,
-    chosen: dict[str, Any],
+    chosen: Sequence[str],
     num_versions: int = 0,
     *,
     is_predictable: bool = False,
 ) -> Iterator[Built]:
-    """An engine over a target with random weights, in a run folder of its own.
+    """An engine over a target with random weights, with its own run folder.
 
     Args:
         shape: a key of ``shapes.SHAPES``.
-        chosen: settings by section, e.g. ``{"engine": {"max_batch": 8}}``.
+        chosen: ``key=value`` settings, as after ``--set``.
         num_versions: drafter versions published before it starts; 0: no drafter.
         is_predictable: force acceptance (``predictable.py``).
     """
@@ -117,24 +118,22 @@ def engine_of(
 
 
 def settings_for(
-    device: torch.device, folder: Path, chosen: dict[str, Any], has_drafter: bool
+    device: torch.device, folder: Path, chosen: Sequence[str], has_drafter: bool
 ) -> Settings:
-    """Common settings of the engines over random targets, and what one benchmark chose."""
-    own: dict[str, Any] = {
-        "run_dir": folder,
-        "device": str(device),
-        "engine": {"max_queue": 4096, "prefill_chunk": 4096},
-        "drafter": {"kind": "eagle3" if has_drafter else "none", "suffix": {"enabled": False}},
-        "policy": {"kind": "fixed", "draft_k": 0},
-        "capture": {"enabled": False},
-        "swap": {"enabled": False},
-    }
-    if not has_drafter:
-        own["drafter"]["max_draft"] = 0
-    for key, value in chosen.items():
-        is_section = isinstance(value, dict)
-        own[key] = {**own.get(key, {}), **value} if is_section else value
-    return Settings.model_validate(own)
+    """Settings shared by engines over random targets, overridden by ``chosen``."""
+    drafter = [f"drafter.kind={LEARNED}"] if has_drafter else list(NO_DRAFTER)
+    common = [
+        f"run_dir={folder}",
+        f"device={device}",
+        "engine.max_queue=4096",
+        "engine.prefill_chunk=4096",
+        "drafter.suffix.enabled=false",
+        "policy.kind=fixed",
+        "policy.draft_k=0",
+        "capture.enabled=false",
+        "swap.enabled=false",
+    ]
+    return load_settings([], [*common, *drafter, *chosen], {})
 
 
 # Devices
@@ -189,7 +188,7 @@ def num_positions_held(engine: Engine) -> int:
 
 
 def holds(engine: Engine, batch: int, num_prompt: int, max_tokens: int) -> bool:
-    """Whether the KV pool holds ``batch`` such requests at once."""
+    """True if the KV pool holds ``batch`` such requests at once."""
     pages = engine.scheduler.num_pages_for(num_prompt, max_tokens)
     return batch * pages <= engine.scheduler.pool.num_usable
 
@@ -198,7 +197,7 @@ def round_seconds(engine: Engine, batch: int, drafter: str, draft_k: int) -> flo
     """Time of one greedy round's program by itself, its launch included; nothing may be in flight.
 
     Args:
-        drafter: of a host drafter, drafts are uploaded, so none are computed.
+        drafter: a kind; a host drafter's tokens are uploaded, so no drafting is timed.
     """
     neural = drafter if drafter in engine.drafting.neural else None
     return engine.programs.rounds.device_seconds(batch, draft_k, neural)
@@ -207,25 +206,3 @@ def round_seconds(engine: Engine, batch: int, drafter: str, draft_k: int) -> flo
 def making_programs(engine: Engine) -> dict[str, Any]:
     """Number of programs, and the seconds of their first runs, captures and timings."""
     return asdict(engine.programs.graphs.spent)
-
-
-@contextmanager
-def prefill_hold(engine: Engine, seconds: float | None) -> Iterator[None]:
-    """Meanwhile let prompts wait for others ``seconds`` at most; ``None``: as the settings say."""
-    scheduler = engine.scheduler
-    former = scheduler.prefill_hold_s
-    scheduler.prefill_hold_s = former if seconds is None else seconds
-    try:
-        yield
-    finally:
-        scheduler.prefill_hold_s = former
-
-
-@contextmanager
-def verification(engine: Engine, rule: Any) -> Iterator[None]:
-    """Verify sampled requests without a seed by another rule meanwhile."""
-    former, engine.rule = engine.rule, rule
-    try:
-        yield
-    finally:
-        engine.rule = former

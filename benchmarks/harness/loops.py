@@ -6,9 +6,10 @@ The loop through HTTP is in ``http_loop.py``.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +147,7 @@ class Turn:
 
     answers: list[Answer]
     seconds: float
-    """From submission to the last token."""
+    """Time from submission to the last token."""
     decode_tokens: int
     """Emitted after every request had its first token."""
     decode_s: float
@@ -195,55 +196,66 @@ class Window:
 
 
 class Feed:
-    """Keeps an engine's batch full of requests of ``length`` tokens."""
+    """Keeps a batch of an engine full: a request begins when another ends."""
 
-    def __init__(self, engine: Engine, prompts: Sequence[Prompt], batch: int, length: int) -> None:
-        """Prompts are taken in order, and from the first again after the last. The first requests
-        are of staggered lengths, so that later ones do not end together."""
-        self.num_tokens = 0
-        self._engine, self._length = engine, length
-        self._prompts = enumerate(itertools.cycle(prompts))
-        self._num_missing = 0
+    def __init__(self, engine: Engine, requests: Iterable[Request], batch: int) -> None:
+        """
+        Args:
+            requests: taken one by one; the batch drains when there are no more.
+        """
+        self.num_tokens = self.num_finished = 0
+        self._engine, self._requests = engine, iter(requests)
+        self._num_missing = batch
         self._failed: str | None = None
-        for number in range(batch):
-            self._submit(max(1, length * (number + 1) // batch))
+        self._fill()
 
     @torch.inference_mode()
     def run(self, seconds: float) -> Window:
-        """Step for some time, and submit a request whenever one ends.
+        """Step for some time, or until nothing is left to do.
 
         Raises:
             RuntimeError: a request failed.
         """
         engine, tokens, steps = self._engine, self.num_tokens, self._engine.figures().num_steps
         started = now = time.perf_counter()
-        while now - started < seconds:
+        while now - started < seconds and engine.inbox.num_inflight():
             engine.step()
-            for _ in range(self._num_missing):
-                self._submit(self._length)
-            self._num_missing = 0
+            self._fill()
             now = time.perf_counter()
         if self._failed is not None:
             raise RuntimeError(f"a request failed: {self._failed}")
         return Window(now - started, self.num_tokens - tokens, engine.figures().num_steps - steps)
 
+    def finish(self) -> Window:
+        """Begin no further requests, and step until those in flight have ended."""
+        self._requests = iter(())
+        return self.run(math.inf)
+
     def stop(self) -> None:
         """Cancel what is in flight."""
         clear(self._engine)
 
-    def _submit(self, length: int) -> None:
-        number, prompt = next(self._prompts)
-        sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-        self._engine.inbox.submit(
-            Request(f"feed-{number}", prompt, sampling, capture=False), self._take
-        )
+    def _fill(self) -> None:
+        for request in itertools.islice(self._requests, self._num_missing):
+            self._num_missing -= 1
+            self._engine.inbox.submit(request, self._take)
 
     def _take(self, output: Output) -> None:
         self.num_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self._num_missing += 1
+            self.num_finished += 1
         if output.error is not None:
             self._failed = output.error
+
+
+def greedy_requests(prompts: Sequence[Prompt], batch: int, length: int) -> Iterator[Request]:
+    """Endless requests of ``length`` tokens for a ``Feed``, over the prompts again and again. The
+    first ``batch`` have staggered lengths, so that requests do not end together."""
+    for number, prompt in enumerate(itertools.cycle(prompts)):
+        num = max(1, length * (number + 1) // batch) if number < batch else length
+        sampling = SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True)
+        yield Request(f"feed-{number}", prompt, sampling, capture=False)
 
 
 def arm_steps(before: Any, after: Any) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Forced acceptance without a hook: a target that walks a cycle of tokens, and an EAGLE-3 drafter
-that predicts a fixed part of that cycle.
+"""Forced acceptance without a hook: a target that walks a cycle of tokens, and a drafter that
+predicts a fixed part of that cycle.
 
 All matrices keep the size and the dense kernels of their shape, so steps cost what they cost with
 any weights; only what is accepted is known in advance. The engine verifies as always, and outputs
@@ -59,7 +59,7 @@ def prompts(num_prompts: int, length: int, vocab_size: int, seed: int = 0) -> li
 
 
 def is_continuation(last: int, token_ids: list[int]) -> bool:
-    """Whether ``token_ids`` walk the cycle on from token ``last``."""
+    """True if ``token_ids`` continue the cycle after token ``last``."""
     start = last - FIRST_TOKEN
     return token_ids == [FIRST_TOKEN + (start + n) % CYCLE for n in range(1, len(token_ids) + 1)]
 
@@ -106,7 +106,7 @@ def _roll_of(hidden: int) -> _Roll:
 
 @torch.no_grad()
 def make_target_predictable(model: Any) -> None:
-    """Give a Llama or Qwen3 model with random weights the walk, in place.
+    """Make a Llama or Qwen3 model with random weights walk the cycle, in place.
 
     Raises:
         ValueError: the hidden size is below 49.
@@ -125,7 +125,7 @@ def make_target_predictable(model: Any) -> None:
 
 @torch.no_grad()
 def make_drafter_predictable(tensors: Mapping[str, Tensor], hidden: int) -> None:
-    """Give the tensors of an EAGLE-3 of random weights, named as in a bundle, the walk, in place.
+    """Make a random EAGLE-3 predict the walk: changes its tensors, named as in a bundle, in place.
 
     Args:
         hidden: H. A reduced vocabulary must hold the target's first ids (``d2t`` all 0).
@@ -149,7 +149,7 @@ def make_drafter_predictable(tensors: Mapping[str, Tensor], hidden: int) -> None
 
 
 def _roll_by(gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor, roll: _Roll) -> None:
-    """Make a SwiGLU add the rolled vector and take the vector itself away, after an RMS norm."""
+    """Make a SwiGLU add the rolled vector and subtract the vector itself, after an RMS norm."""
     if len(gate_IH) < roll.num_used:
         raise ValueError(f"{roll.num_used} units are needed, the MLP has {len(gate_IH)}")
     units = torch.arange(roll.num_used, device=gate_IH.device)

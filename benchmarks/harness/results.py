@@ -12,13 +12,14 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from examples.machine import commit, hardware, machine
 
 RESULTS = Path("benchmarks/results")
+Out = Annotated[Path, typer.Option(help="result file")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Row:
     goal: str | None
     """In words; ``None``: a figure without a goal."""
     holds: bool | None
-    """Whether the goal is met; ``None`` without a goal or a value."""
+    """The goal is met; ``None`` without a goal or a value."""
 
 
 def write_result(out: Path, figures: Mapping[str, Any]) -> None:
@@ -66,22 +67,12 @@ def write_rows(topic: str, rows: Iterable[Row], source: str, folder: Path = RESU
     return out
 
 
-def write_each(
-    out: Path,
-    rows: Iterable[dict[str, Any]],
-    show: Callable[[dict[str, Any]], Any] = lambda row: row,
-    **about: Any,
-) -> None:
-    """Print each row and write all so far, as they come.
-
-    Args:
-        show: a row -> what to print.
-        about: figures beside the rows.
-    """
+def write_each(out: Path, rows: Iterable[dict[str, Any]], **about: Any) -> None:
+    """Print each row as it comes, and write all so far with the figures ``about``."""
     found: list[dict[str, Any]] = []
     for row in rows:
         found.append(row)
-        print(show(row), flush=True)
+        print(rounded(row), flush=True)
         write_result(out, {**about, "rows": found})
 
 

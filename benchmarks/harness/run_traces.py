@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
+from benchmarks.harness.arms import LOOKUP
 from buffer.backends import open_backend
 from buffer.records import Manifest, Trace
 from buffer.traces import TraceReader
 from configs.schema import Settings
+from drafters.catalog import kind_of
+from drafters.protocol import DrafterContext, HostDrafter
 from drafters.samples import Sample
-from drafters.suffix.index import SuffixIndex
 from policies.replay import is_held_out
 from targets.head import TargetHead
 from trainer.build import expected_of
@@ -49,8 +52,15 @@ def num_kept(drafted: Sequence[int], ids: Sequence[int], at: int) -> int:
     return kept
 
 
-def by_index(index: SuffixIndex, trace: Trace, draft_k: int) -> dict[int, tuple[int, int]]:
-    """What the index would draft at every position, as drafters are simulated there.
+def new_index(settings: Settings) -> HostDrafter:
+    """The drafter that looks up matches, as these settings configure it and without any text."""
+    nothing: Any = None  # it computes nothing on a device and has no weights
+    context = DrafterContext(settings.drafter, nothing, 0, 0, 0, nothing, nothing, nothing)
+    return cast(HostDrafter, kind_of(LOOKUP).build(context))
+
+
+def by_index(index: HostDrafter, trace: Trace, draft_k: int) -> dict[int, tuple[int, int]]:
+    """What the index would draft at every position; drafters are simulated at the same ones.
 
     Returns:
         Position of the last committed token -> (match length, drafted tokens that would be kept).
@@ -59,7 +69,7 @@ def by_index(index: SuffixIndex, trace: Trace, draft_k: int) -> dict[int, tuple[
     index.begin("judged", ids[: trace.prompt_length])
     for p in range(trace.prompt_length, len(ids) - draft_k):
         index.extend("judged", [ids[p]])
-        match = index.match("judged")
+        match = index.observe("judged")
         drafted = index.propose("judged", draft_k) if match else []
         found[p] = (match, num_kept(drafted, ids, p + 1))
     index.finish("judged", keep=False)

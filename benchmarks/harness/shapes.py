@@ -20,7 +20,7 @@ from transformers import (
 )
 
 DRAFT_VOCAB = 32_000
-"""Tokens in the reduced vocabulary of an EAGLE-3 of a published shape, at most a quarter of the
+"""Tokens in the reduced vocabulary of a drafter of a published shape, at most a quarter of the
 target's. At the 8B shape its weights then take 0.8 GB."""
 
 
@@ -71,7 +71,6 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "tiny": _tiny,
 }
 """``tiny`` is for trying a benchmark on a CPU."""
-PUBLISHED = tuple(name for name in SHAPES if name != "tiny")
 LARGE = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B", "Llama-3.1-8B")
 """Shapes of the GPU figures."""
 
@@ -104,8 +103,8 @@ def draft_vocab_size(vocab_size: int) -> int:
 
 
 def floor_bytes(config: Any, model: Any, num_keys: int) -> int:
-    """Bytes that a decode step in bfloat16 must read: all weights once (an untied embedding
-    excepted, of which only single rows are read), and every key and value once.
+    """Bytes that a decode step in bfloat16 must read: all weights but an untied embedding, of which
+    it needs single rows, and every key and value once.
 
     Args:
         num_keys: positions attended to, summed over requests.

@@ -73,13 +73,11 @@ class Side:
         max_draft: int,
         max_model_len: int,
         threads: int | None,
-        programs: str = "auto",
     ) -> dict[str, Any]:
         """Build and start an engine.
 
         Args:
             shape: ``bundled`` or a key of ``shapes.SHAPES``.
-            programs: ``engine.programs``, where this checkout has that setting.
         """
         self.close()
         started = time.perf_counter()
@@ -94,9 +92,6 @@ class Side:
             "prefix_cache": False,
             "cpu_threads": threads,
         }
-        engine_settings = first("configs.schema:EngineSettings").model_fields
-        if "programs" in engine_settings:
-            engine["programs"] = programs
         chosen: dict[str, Any] = {
             "run_dir": folder,
             "device": device,

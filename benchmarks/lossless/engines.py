@@ -118,27 +118,20 @@ def engine_of(
 def _settings(
     chosen: Run, device: torch.device, max_batch: int, folder: Path | None, scratch: Path
 ) -> Settings:
-    drafter: dict[str, Any] = {"suffix": {"enabled": True}, "max_draft": _MAX_DRAFT}
-    if folder is None:
-        drafter = {}
-    elif chosen.target == "bundled":
-        drafter["path"] = Path("examples/drafter/0")
-    engine = {
-        "numerics": chosen.numerics,
-        "max_batch": max_batch,
-        "max_queue": 100_000,
-        "max_model_len": 512,
-        "prefill_chunk": 256,
-    }
-    sections = {
-        "target": "examples/target",
-        "dtype": chosen.dtype,
-        "engine": engine,
-        "drafter": drafter,
-        "policy": {"kind": "fixed"},
-        "capture": {"enabled": True},
-    }
-    return settings_for(device, folder or scratch, sections, has_drafter=folder is not None)
+    own = [
+        "target=examples/target",
+        f"dtype={chosen.dtype}",
+        f"engine.numerics={chosen.numerics}",
+        f"engine.max_batch={max_batch}",
+        "engine.max_queue=100000",
+        "engine.max_model_len=512",
+        "engine.prefill_chunk=256",
+        "capture.enabled=true",
+    ]
+    if folder is not None:
+        own += ["drafter.suffix.enabled=true", f"drafter.max_draft={_MAX_DRAFT}"]
+        own += ["drafter.path=examples/drafter/0"] if chosen.target == "bundled" else []
+    return settings_for(device, folder or scratch, own, has_drafter=folder is not None)
 
 
 def _publish_versions(root: Path) -> None:
@@ -165,8 +158,9 @@ class Swaps:
     """Orders a swap every ``every`` steps from another thread, as an operator does."""
 
     def __init__(self, service: Service, every: int) -> None:
+        assert service.swapper is not None, "only a drafter that learns is swapped"
         self.num_steps = 0
-        self._service = service
+        self._service, self._swap = service, service.swapper.swap
         self._every = every
         self._number = 0
         self._order: threading.Thread | None = None
@@ -178,7 +172,7 @@ class Swaps:
         if self.num_steps % self._every == 0 and is_free:
             self._number += 1
             version = self._number % _NUM_VERSIONS
-            self._order = threading.Thread(target=self._service.swapper.swap, args=(version,))
+            self._order = threading.Thread(target=self._swap, args=(version,))
             self._order.start()
 
     def end(self) -> None:

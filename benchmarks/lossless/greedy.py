@@ -7,7 +7,7 @@ an engine without a drafter, in batches of another size.
 With ``engine.numerics: pinned`` no byte may differ. With ``fast`` numerics rounding depends on the
 shape of a batch, so the choice may differ where two tokens tie within that rounding. There plain
 answers in both batch sizes are compared as well, and differences are measured against the rounding
-(``benchmarks/lossless.py``).
+(``oracles/greedy.py``).
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def _prompts(chosen: Run, service: Service, numbers: random.Random, count: int) 
 
 
 def is_complete(rows: list[dict[str, Any]], device: torch.device) -> bool:
-    """Whether every planned run was measured."""
+    """All planned runs were measured."""
     return len(rows) == len(planned(device))
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Whether nothing differs with pinned numerics; also true of no rows. Fast numerics are
-    reported, not judged."""
+    """True if nothing differs with pinned numerics, or without rows. Fast numerics are reported
+    only."""
     pinned = [row for row in rows if row["numerics"] == "pinned"]
     differences = ("mismatches", "plain_against_plain", "texts_that_differ", "rounding")
     return not any(row[name] for row in pinned for name in differences)

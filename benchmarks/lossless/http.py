@@ -144,7 +144,7 @@ async def _ask(service: Service, asked: list[Asked]) -> list[Body]:
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Whether nothing differs, and drafts were accepted as well as rejected."""
+    """True if nothing differs and some drafts were accepted, some rejected."""
     return all(
         not row["mismatches"] and 0 < row["accepted_tokens"] < row["drafted_tokens"] for row in rows
     )

@@ -118,13 +118,8 @@ def _row(run: Run, device: torch.device, num_samples: int, seed: int) -> dict[st
     return {**row, **more, "seconds": seconds}
 
 
-def is_complete(rows: list[dict[str, Any]]) -> bool:
-    """Whether every planned run was measured."""
-    return len(rows) == len(RUNS)
-
-
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Whether exactly the planted bugs were rejected; also true of no rows."""
+    """True if exactly the planted bugs were rejected, or without rows."""
     honest = [row for row in rows if row["planted"] is None]
     is_kept = all(row["chi_squared_over_limit"] <= 1 for row in honest)
     return is_kept and all(excess > 1 for excess in _planted(rows).values())
@@ -146,7 +141,7 @@ def summary(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
     samples = [row["samples"] for row in honest]
     excesses = _planted(rows)
     return {
-        "complete": is_complete(rows),
+        "complete": len(rows) == len(RUNS),
         "runs": len(honest),
         "runs_planned": sum(run.bug is None for run in RUNS),
         "runs_of_all_samples": sum(count == num_samples for count in samples),

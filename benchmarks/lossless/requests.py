@@ -18,7 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,7 @@ class Drafted:
         return cls(1, int(spent.proposed > 0), spent.steps, spent.proposed, spent.accepted)
 
     def __add__(self, other: Drafted) -> Drafted:
-        return Drafted(
-            self.requests + other.requests,
-            self.requests_drafted_for + other.requests_drafted_for,
-            self.steps + other.steps,
-            self.drafted_tokens + other.drafted_tokens,
-            self.accepted_tokens + other.accepted_tokens,
-        )
+        return Drafted(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def measure(
@@ -172,7 +166,7 @@ def _requests(chosen: Run, service: Service, numbers: random.Random, count: int)
 
 
 def longer(numbers: random.Random, request: Request) -> Request:
-    """The request with an answer long enough to be drafted for."""
+    """The request, with a longer answer, so that drafting happens."""
     kept = request.sampling.logprobs if numbers.random() < _SHARE_SCORED else None
     shape = replace(request.sampling, max_tokens=numbers.choice(_LENGTHS), logprobs=kept)
     return replace(request, sampling=shape)
@@ -234,7 +228,7 @@ def untried(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """Whether nothing differs, and requests of every field were drafted for."""
+    """True if nothing differs and requests with every field were drafted for."""
     return not any(row["mismatches"] for row in rows) and not (rows and untried(rows))
 
 

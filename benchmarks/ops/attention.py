@@ -6,8 +6,8 @@ bfloat16, every request at the same context, pages in random order. Bytes are th
 values, read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
 keys are gathered beforehand; SDPA is also measured with the gathering. Of the variants of calling
 SDPA the fastest counts. flashinfer reads pages, with kernels of two generations. flex_attention
-compiles for several seconds per shape, so it comes last, for some shapes, while time is left. If a
-variant cannot run, its row says why. Writes ``benchmarks/results/ops_attention.json`` after every
+compiles for several seconds per shape, so it is measured at two contexts and while time is left. If
+a variant cannot run, its row says why. Writes ``benchmarks/results/ops_attention.json`` after every
 shape.
 """
 
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -26,9 +25,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.place import reason
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 from specops import attention_triton
 from specops.attention import DecodePass
 
@@ -39,6 +38,7 @@ FLASHINFER = ("fa2", "fa3")
 """Its kernels for paged keys: FlashAttention 2's, which split a request's keys among programs, and
 those written for an H100."""
 SCALE = DIM**-0.5
+TOO_LATE = "not run: the time for it was spent"
 
 Work = Callable[[], Tensor]
 
@@ -147,31 +147,31 @@ def flashinfer_variant(shape: Shape, q_THD: Tensor, cache: Cache, backend: str) 
     return lambda: wrapper.run(q_THD, paged)
 
 
-def measured_ms(shape: Shape, work: Work, want: Tensor | None = None, repeats: int = 20) -> float:
+def measured_ms(shape: Shape, work: Work, want: Tensor | None = None) -> float:
     """Median time; checks the result against ``want`` first."""
     got = work()
     if want is not None:
         error = float((got.float() - want.float()).norm() / want.float().norm())
         assert error < 2e-2, f"{shape} is off by {error}"
     large = shape.num_bytes > 1e9
-    return graphed(work, repeats, calls=2 if large else 5).median_ms
+    return graphed_ms(work, calls=2 if large else 5)
 
 
-def guarded_ms(
-    shape: Shape, make: Callable[[], Work], want: Tensor, repeats: int = 20
-) -> float | str:
+def tried_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | str:
     """``measured_ms``, or why there is no figure."""
     try:
-        return measured_ms(shape, make(), want, repeats)
+        return measured_ms(shape, make(), want)
     except Exception as error:  # whatever it is, the other rows are worth having
         return reason(error)
 
 
-def alternatives(shape: Shape, q_THD: Tensor, cache: Cache, want: Tensor) -> dict[str, float | str]:
-    """Milliseconds of every alternative but flex_attention, or why there is no figure."""
+def alternatives(
+    shape: Shape, q_THD: Tensor, cache: Cache, want: Tensor, deadline_s: float
+) -> dict[str, float | str]:
+    """Milliseconds of every alternative, or why there is no figure."""
     found: dict[str, float | str] = {}
     variants = list(sdpa_variants(shape, q_THD))
-    times = [guarded_ms(shape, lambda w=w: partial(w, cache.k, cache.v), want) for w in variants]
+    times = [tried_ms(shape, lambda w=w: partial(w, cache.k, cache.v), want) for w in variants]
     numbers = [time for time in times if isinstance(time, float)]
     found["sdpa_gathered_ms"] = min(numbers) if numbers else times[0]
     if numbers:
@@ -182,28 +182,26 @@ def alternatives(shape: Shape, q_THD: Tensor, cache: Cache, want: Tensor) -> dic
             return variant(k, v)
 
         torch.cuda.empty_cache()
-        found["sdpa_with_gather_ms"] = guarded_ms(shape, lambda: with_gather, want)
+        found["sdpa_with_gather_ms"] = tried_ms(shape, lambda: with_gather, want)
     for backend in FLASHINFER:
         make = partial(flashinfer_variant, shape, q_THD, cache, backend)
-        found[f"flashinfer_{backend}_ms"] = guarded_ms(shape, make, want)
+        found[f"flashinfer_{backend}_ms"] = tried_ms(shape, make, want)
     torch.cuda.empty_cache()
+    if shape.context in FLEX_CONTEXTS:
+        make = partial(flex_variant, shape, q_THD, cache)
+        is_late = time.perf_counter() > deadline_s
+        found["flex_gathered_ms"] = TOO_LATE if is_late else tried_ms(shape, make, want)
     return found
 
 
-def queries(shape: Shape) -> Tensor:
+def row_of(shape: Shape, cache: Cache, copy_rate: float, deadline_s: float) -> dict[str, Any]:
+    """Milliseconds and shares of the copy's bandwidth."""
     num_rows = shape.batch * shape.num_query
-    return torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
-
-
-def new_pass(shape: Shape, cache: Cache) -> DecodePass:
+    q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
     start = shape.context - shape.num_query
-    return DecodePass(cache.pages_RP, torch.full((shape.batch,), start, device="cuda").int(), PAGE)
-
-
-def row_of(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
-    q_THD, decode = queries(shape), new_pass(shape, cache)
+    first_R = torch.full((shape.batch,), start, device="cuda").int()
+    decode = DecodePass(cache.pages_RP, first_R, PAGE)
     # The rows that are there already, so that writing them changes nothing.
-    start = shape.context - shape.num_query
     k_THD, v_THD = (t[:, :, start:].transpose(1, 2).flatten(0, 1) for t in (cache.k, cache.v))
 
     def ours() -> Tensor:
@@ -213,110 +211,41 @@ def row_of(shape: Shape, cache: Cache, copy_rate: float) -> dict[str, Any]:
         attention_triton.write_rows(k_THD, v_THD, cache.keys, cache.values, decode)
         return ours()
 
-    want = ours()
     found: dict[str, float | str] = {
         "ours_ms": measured_ms(shape, ours),
         "ours_with_writing_ms": measured_ms(shape, ours_with_writing),
-        **alternatives(shape, q_THD, cache, want),
+        **alternatives(shape, q_THD, cache, ours(), deadline_s),
     }
     floor_ms = shape.num_bytes / copy_rate * 1e3
-    return {
-        **asdict(shape), "num_bytes": shape.num_bytes, "floor_ms": floor_ms,
-        **found, **shares(found, floor_ms),
-    }  # fmt: skip
-
-
-def shares(found: dict[str, float | str], floor_ms: float) -> dict[str, float]:
-    """Shares of the copy's bandwidth."""
-    return {
+    shares = {
         name.removesuffix("_ms") + "_share": floor_ms / ms
         for name, ms in found.items()
         if isinstance(ms, float)
     }
+    return {
+        **asdict(shape), "num_bytes": shape.num_bytes, "floor_ms": floor_ms, **found, **shares,
+    }  # fmt: skip
 
 
-def flex_figures(shape: Shape, cache: Cache, floor_ms: float) -> dict[str, float | str]:
-    q_THD = queries(shape)
-    decode = new_pass(shape, cache)
-    want = attention_triton.attend_pages(q_THD, cache.keys, cache.values, decode, SCALE)
-    ms = guarded_ms(shape, lambda: flex_variant(shape, q_THD, cache), want)
-    found = {"flex_gathered_ms": ms}
-    return {**found, **shares(found, floor_ms)}
-
-
-def rows(
-    batches: tuple[int, ...] = BATCHES, contexts: tuple[int, ...] = CONTEXTS
-) -> Iterator[dict[str, Any]]:
+def rows(deadline_s: float) -> Iterator[dict[str, Any]]:
     """Every case; up to 40 GB of memory at the longest context of the largest batch."""
     copy_rate = copy_bytes_per_s()
-    for batch in batches:
-        for context in contexts:
+    for batch in BATCHES:
+        for context in CONTEXTS:
             cache = new_cache(batch, context)
             for num_query in QUERIES:
-                yield row_of(Shape(batch, context, num_query), cache, copy_rate)
+                yield row_of(Shape(batch, context, num_query), cache, copy_rate, deadline_s)
             del cache
             torch.cuda.empty_cache()
 
 
-def with_flex(found: list[dict[str, Any]], deadline_s: float) -> Iterator[dict[str, Any]]:
-    """The rows of ``rows``, with flex_attention added at some contexts; none begins after the
-    deadline."""
-    cache: Cache | None = None
-    for row in found:
-        shape = Shape(row["batch"], row["context"], row["num_query"])
-        if shape.context not in FLEX_CONTEXTS:
-            yield row
-        elif time.perf_counter() > deadline_s:
-            yield {**row, "flex_gathered_ms": "not run: the time for it was spent"}
-        else:
-            if cache is None or shape.num_query == QUERIES[0]:
-                cache = None  # before the next one is made
-                torch.cuda.empty_cache()
-                cache = new_cache(shape.batch, shape.context)
-            yield {**row, **flex_figures(shape, cache, row["floor_ms"])}
-
-
-def line(row: dict[str, Any]) -> str:
-    """One row for a terminal: milliseconds and shares of the copy's bandwidth."""
-    ours_gb_per_s = row["num_bytes"] / row["ours_ms"] / 1e6
-    case = f"B={row['batch']:<3} S={row['context']:<6} Q={row['num_query']:<3}"
-    cells = [f"floor {row['floor_ms']:.4f}", f"ours {ours_gb_per_s:.0f} GB/s"]
-    for name, value in row.items():
-        if not name.endswith("_ms") or name == "floor_ms":
-            continue
-        short = name.removesuffix("_ms")
-        if isinstance(value, float):
-            cells.append(f"{short} {value:.4f} ({row[short + '_share']:.0%})")
-        else:
-            cells.append(f"{short} {value[:60]}")
-    return case + " | ".join(cells)
-
-
-def measure_all(out: Path, budget_s: float) -> None:
-    """Every row without flex_attention, written; then with it, the rest of the rows behind."""
-    started = time.perf_counter()
-    found: list[dict[str, Any]] = []
-    for row in rows():
-        found.append(row)
-        print(line(row), flush=True)
-        write_result(out, {"rows": found})
-    done: list[dict[str, Any]] = []
-    for row in with_flex(found, started + budget_s):
-        done.append(row)
-        if "flex_gathered_ms" in row:
-            print(line(row), flush=True)
-            write_result(out, {"rows": done + found[len(done) :]})
-
-
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_attention.json"
-    ),
-    budget_s: Annotated[float, typer.Option(help="flex_attention is not tried later")] = 240.0,
+    out: Out = RESULTS / "ops_attention.json",
+    budget_s: Annotated[float, typer.Option(help="flex_attention is not tried later")] = 400.0,
 ) -> None:
     """All batches, contexts and numbers of query rows."""
     torch.manual_seed(0)
-    measure_all(out, budget_s)
+    write_each(out, rows(time.perf_counter() + budget_s))
 
 
 if __name__ == "__main__":

@@ -4,22 +4,21 @@
 
 64 requests of 5 rows, of which 3 are kept; Qwen3-8B's hidden size, three tapped layers and the last
 hidden state. The alternatives are given the kept rows' indices, which ours finds on the device.
-Bytes of the floor: every kept vector read in bfloat16 and written as fp8; the bus has its own row.
+The floor reads every kept vector in bfloat16 and writes it as fp8; the PCIe bus has its own rows.
 Writes ``benchmarks/results/ops_capture.json``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.harness.results import RESULTS, Out, write_each
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 from specops import capture_pack_triton
 from specops.capture_pack import new_ring, quantise
 
@@ -31,13 +30,14 @@ CAPACITY = 4096
 def gather_and_cast(
     features_TmH: Tensor, hidden_TH: Tensor, kept_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What ours does, for rows known beforehand and without a ring."""
+    """The same for rows known beforehand, without a ring."""
     rows = torch.cat((features_TmH[kept_N], hidden_TH[kept_N, None]), dim=1)
     return quantise(rows)
 
 
-def rows() -> list[dict[str, Any]]:
-    """Every way to pack, with its time and its share of the floor's bandwidth."""
+def rows() -> Iterator[dict[str, Any]]:
+    """Every variant, with its time and bandwidth."""
+    torch.manual_seed(0)
     num_rows = NUM_REQUESTS * NUM_QUERY
     features = torch.randn(num_rows, LAYERS, HIDDEN, dtype=torch.bfloat16, device="cuda")
     hidden = torch.randn(num_rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
@@ -72,26 +72,17 @@ def rows() -> list[dict[str, Any]]:
             2 * vectors,
         ),
     }
-    found = []
     for name, (work, num_bytes) in variants.items():
-        ms = graphed(work).median_ms
-        row: dict[str, Any] = {"way": name, "ms": ms, "gb_per_s": num_bytes / ms / 1e6}
+        ms = graphed_ms(work)
+        row: dict[str, Any] = {"variant": name, "ms": ms, "gb_per_s": num_bytes / ms / 1e6}
         if "pinned" not in name:
             row["floor_ms"] = num_bytes / copy_rate * 1e3
-        found.append(row)
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    return found
+        yield row
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_capture.json"
-    ),
-) -> None:
+def main(out: Out = RESULTS / "ops_capture.json") -> None:
     """Measure all variants of packing one step."""
-    torch.manual_seed(0)
-    found = rows()
-    write_result(out, {"rows": found})
+    write_each(out, rows())
 
 
 if __name__ == "__main__":

@@ -22,17 +22,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.engines import release
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.place import Work, reason
-from benchmarks.ops.timing import copy_bytes_per_s, eager
-from specops import device, distill_triton
+from benchmarks.ops.timing import copy_bytes_per_s, eager_ms
+from specops import device
 from specops.distill import (
     BLOCKS,
     Blocks,
@@ -108,21 +108,6 @@ def products(case: Case) -> Work:
     return work
 
 
-def kernels_alone(case: Case) -> Work:
-    """The kernels of all rows, 1,024 at a time, over logits that are there."""
-    weight = case.weight.detach()
-    seen = case.teacher.hidden_RH[:TORCH_CHUNK] @ case.teacher.head.weight_VH.T
-    own = case.hidden.detach()[:TORCH_CHUNK] @ weight.T
-    rows, weights = case.rows.part(slice(TORCH_CHUNK)), case.weights[:TORCH_CHUNK]
-
-    def work() -> None:
-        for _ in range(NUM_ROWS // TORCH_CHUNK):
-            target = distill_triton.target_of(seen, case.teacher.ids_D, None, None)
-            distill_triton.judge_(own, target, rows, weights, "lk")
-
-    return work
-
-
 def liger_fused(case: Case) -> Work:
     """Forward KL, fused; every row counts the same."""
     from liger_kernel.transformers import LigerFusedLinearJSD
@@ -166,7 +151,7 @@ def liger_of_logits(case: Case) -> Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Variant:
     """One variant of one loss."""
 
     name: str
@@ -176,17 +161,14 @@ class Way:
 
 
 def steps_of(case: Case, kind: LossKind, blocks: Blocks | None, chunk_rows: int | None) -> Work:
-    """By ``distill``."""
+    """A step of ``specops.distill``."""
     return partial(case.gradients, kind, blocks, chunk_rows)
 
 
-def ours(case: Case) -> Iterator[Way]:
+def variants(case: Case) -> Iterator[Variant]:
+    """Ours come first, then the alternatives by loss."""
     for kind in KINDS:
-        yield Way("ours", kind, partial(steps_of, case, kind, None, None))
-
-
-def alternatives(case: Case) -> Iterator[Way]:
-    """Every way of the first loss comes first."""
+        yield Variant("ours", kind, partial(steps_of, case, kind, None, None))
     torch._dynamo.reset()
     compiled = Blocks(
         torch.compile(target_of, dynamic=False),
@@ -195,11 +177,11 @@ def alternatives(case: Case) -> Iterator[Way]:
     )
     for kind in KINDS:
         for name, blocks in (("torch.compile", compiled), ("torch", BLOCKS)):
-            yield Way(name, kind, partial(steps_of, case, kind, blocks, TORCH_CHUNK))
+            yield Variant(name, kind, partial(steps_of, case, kind, blocks, TORCH_CHUNK))
     if case.teacher.ids_D is None:
-        yield Way("liger fused linear jsd", "forward_kl", partial(liger_fused, case))
-        yield Way("liger chunked jsd", "forward_kl", partial(liger_chunked, case))
-        yield Way("liger tvd of logits", "total_variation", partial(liger_of_logits, case))
+        yield Variant("liger fused linear jsd", "forward_kl", partial(liger_fused, case))
+        yield Variant("liger chunked jsd", "forward_kl", partial(liger_chunked, case))
+        yield Variant("liger tvd of logits", "total_variation", partial(liger_of_logits, case))
 
 
 def extra_bytes(case: Case, work: Work) -> int:
@@ -214,25 +196,20 @@ def extra_bytes(case: Case, work: Work) -> int:
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
-def measured(work: Work) -> dict[str, Any]:
-    """Milliseconds of a call."""
-    timed = eager(work)
-    return {"ms": timed.median_ms, "low_ms": timed.low_ms, "high_ms": timed.high_ms}
+def row_of(case: Case, variant: Variant, floor_ms: float) -> dict[str, Any]:
+    work = variant.make()
+    ms = eager_ms(work)
+    return {
+        "ms": ms, "ratio_to_products": ms / floor_ms, "extra_mb": extra_bytes(case, work) / 1e6,
+    }  # fmt: skip
 
 
-def row_of(case: Case, way: Way, floor_ms: float) -> dict[str, Any]:
-    work = way.make()
-    found = measured(work)
-    ratio = found["ms"] / floor_ms
-    return {**found, "ratio_to_products": ratio, "extra_mb": extra_bytes(case, work) / 1e6}
-
-
-def tried_row(case: Case, way: Way, floor_ms: float, deadline_s: float) -> dict[str, Any]:
-    """As ``row_of``, or why there is no figure."""
+def tried_row(case: Case, variant: Variant, floor_ms: float, deadline_s: float) -> dict[str, Any]:
+    """``row_of``, or why there is no figure."""
     if time.perf_counter() > deadline_s:
         return {"error": "not run: the time for it was spent"}
     try:
-        return row_of(case, way, floor_ms)
+        return row_of(case, variant, floor_ms)
     except Exception as error:  # whatever it is, the other rows are worth having
         return {"error": reason(error)}
 
@@ -240,48 +217,31 @@ def tried_row(case: Case, way: Way, floor_ms: float, deadline_s: float) -> dict[
 def rows_of(draft_vocab: int, deadline_s: float) -> Iterator[dict[str, Any]]:
     """Every variant for one vocabulary of the student; nothing but ours begins after a deadline."""
     case = make_case(draft_vocab)
-    floor = measured(products(case))
-    yield {"variant": "products", "loss": "", **floor, "ratio_to_products": 1.0}
-    alone = measured(kernels_alone(case))
-    ratio = alone["ms"] / floor["ms"]
-    yield {"variant": "kernels alone", "loss": "lk", **alone, "ratio_to_products": ratio}
-    for way in ours(case):
-        yield {"variant": way.name, "loss": way.kind, **row_of(case, way, floor["ms"])}
-    for way in alternatives(case):
-        found = tried_row(case, way, floor["ms"], deadline_s)
-        yield {"variant": way.name, "loss": way.kind, **found}
+    floor_ms = eager_ms(products(case))
+    yield {"variant": "products", "loss": "", "ms": floor_ms, "ratio_to_products": 1.0}
+    for variant in variants(case):
+        found = tried_row(case, variant, floor_ms, deadline_s)
+        yield {"variant": variant.name, "loss": variant.kind, **found}
         torch.cuda.empty_cache()
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row for a terminal."""
-    shown = f"{row['draft_vocab']:>11}  {row['variant']:24}{row['loss']:17}"
-    if "error" in row:
-        return f"{shown}{row['error']}"
-    extra = f"{row['extra_mb']:.0f}" if "extra_mb" in row else ""
-    return f"{shown}{row['ms']:8.2f}{row['ratio_to_products']:7.3f}{extra:>10}"
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_distill.json"
-    ),
-    budget_s: Annotated[float, typer.Option(help="no alternative begins later")] = 300.0,
-) -> None:
-    """Measure, print, write."""
+def rows(budget_s: float) -> Iterator[dict[str, Any]]:
+    """Both vocabularies of the student, each in its share of the time."""
     started = time.perf_counter()
-    shape = {"rows": NUM_ROWS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "bfloat16"}
-    about = {"shape": shape, "copy_bytes_per_s": copy_bytes_per_s()}
-    found: list[dict[str, Any]] = []
-    print(f"{'draft vocab':>11}  {'variant':24}{'loss':17}{'ms':>8}{'ratio':>7}{'extra MB':>10}")
     for number, draft_vocab in enumerate(DRAFT_VOCABS, start=1):
         deadline_s = started + budget_s * number / len(DRAFT_VOCABS)
         for row in rows_of(draft_vocab, deadline_s):
-            found.append({"draft_vocab": draft_vocab, **row})
-            print(line(found[-1]), flush=True)
-            write_result(out, {**about, "rows": found})
-        gc.collect()
-        torch.cuda.empty_cache()
+            yield {"draft_vocab": draft_vocab, **row}
+        release(torch.device("cuda"))
+
+
+def main(
+    out: Out = RESULTS / "ops_distill.json",
+    budget_s: Annotated[float, typer.Option(help="no alternative begins later")] = 300.0,
+) -> None:
+    """Measure, print, write."""
+    shape = {"rows": NUM_ROWS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "bfloat16"}
+    write_each(out, rows(budget_s), shape=shape, copy_bytes_per_s=copy_bytes_per_s())
 
 
 if __name__ == "__main__":

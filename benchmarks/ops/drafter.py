@@ -1,4 +1,4 @@
-"""Passes of an EAGLE-3 drafter in a CUDA graph, from its module and fused.
+"""Passes of an EAGLE-3 drafter in a CUDA graph, by its module and fused.
 
     python -m benchmarks.ops.drafter                        # 0.6B and 8B; about a minute
     python -m benchmarks.ops.drafter --device cpu --out /tmp/drafter.json     # a tiny one, to try
@@ -6,34 +6,31 @@
 Weights are random, shapes are those of drafters for the published targets with a draft vocabulary
 of 32,000. A row is one of
 
-- ``draft``: what each further draft token costs a round, but for the choice of it: the pass of one
-  row of each request and its logits. Five drafted tokens minus one, by four.
-- ``take in``: five verified rows of each request, with the product that joins the tapped layers and
-  without the draft head.
+- ``draft``: the cost of each further draft token except choosing it: a pass of one row per request,
+  and its logits. The time of five drafted tokens minus that of one, divided by four.
+- ``take in``: computing five verified rows per request, including the product that joins the tapped
+  layers, without the draft head.
 
 Floors are the bytes of the weights in use, and of the keys and values in the context, over the
-bandwidth of a large copy. ``head_ms`` is the draft head alone, its norm inside its kernel or apart.
+bandwidth of a large copy. ``head_us`` is the draft head alone, its norm inside its kernel or apart.
 
 Writes ``benchmarks/results/ops_drafter.json`` after every row.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.harness.shapes import SHAPES, draft_vocab_size, draw_weights
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
-from drafters.eagle3.fused import FusedEagle3
+from benchmarks.ops.place import Device, Place, Work, make_place
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.paged import PagedEagle3
 from specops.attention import DecodePass
@@ -47,7 +44,6 @@ NUM_REQUESTS = {"draft": (1, 5, 32), "take in": (1, 32)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "overlap": {"overlap": True},
     "no overlap": {"overlap": False},
-    "overlap, 64 rows": {"overlap": True, "few_rows": 64},
 }
 
 
@@ -65,40 +61,32 @@ class Bench:
     module: Eagle3
     embed: torch.nn.Embedding
     context: int
-    bandwidth: float | None
-    """Bytes/s of a large copy; ``None`` on a CPU."""
+    place: Place
 
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    def ms(self, work: Callable[[], object]) -> float:
-        """Median time of ``work``: in a graph, behind a cold cache; on a CPU as it is called."""
-        if self.device.type == "cuda":
-            return graphed(work, calls=1).median_ms
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times) * 1e3
+    def us(self, work: Work) -> float:
+        return self.place.microseconds(work, calls=1)
 
 
-def make_bench(config: Eagle3Config, device: str, context: int, bandwidth: float | None) -> Bench:
+def make_bench(config: Eagle3Config, place: Place, context: int) -> Bench:
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(place.device):
         module = Eagle3(config)
         embed = torch.nn.Embedding(config.target_vocab_size, config.hidden_size)
     for drawn in (module, embed):
         draw_weights(drawn)
     assert module.d2t is not None
-    module.d2t += torch.arange(config.draft_vocab_size, device=device)
-    models = [m.to(torch.bfloat16).requires_grad_(False) for m in (module, embed)]
-    return Bench(*models, context, bandwidth)
+    module.d2t += torch.arange(config.draft_vocab_size, device=place.device)
+    for made in (module, embed):
+        made.to(torch.bfloat16).requires_grad_(False)
+    return Bench(module, embed, context, place)
 
 
 def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) -> PagedEagle3:
-    """A drafter over a filled pool, the same every time; ``None``: by its module."""
+    """A drafter over a filled pool from a fixed seed; ``None``: computed by its module."""
     torch.manual_seed(1)
     num_pages = num_requests * bench.context // _PAGE + 1
     paged = PagedEagle3(bench.module, bench.embed, num_pages * _PAGE)
@@ -113,7 +101,7 @@ def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) 
 def works(
     bench: Bench, kind: str, num_requests: int, paged: PagedEagle3
 ) -> list[Callable[[], Tensor]]:
-    """What is timed; of two, the second is subtracted."""
+    """Work to time; if there are two, the second is subtracted."""
     c, device = bench.module.config, bench.device
     num_pages = bench.context // _PAGE
     pages = torch.randperm(num_requests * num_pages, device=device, dtype=torch.int32) + 1
@@ -124,7 +112,7 @@ def works(
         ids = torch.randint(0, c.target_vocab_size, (num_rows,), device=device)
         shape = (num_rows, len(c.layer_ids), c.hidden_size)
         features = torch.randn(shape, device=device).to(torch.bfloat16)
-        return [lambda: paged.take_in(ids, features, at)]
+        return [lambda: paged.observe(ids, features, at)]
     outputs = torch.randn(num_requests, c.hidden_size, device=device).to(torch.bfloat16)
     ids = torch.randint(0, c.target_vocab_size, (_MANY, num_requests), device=device)
 
@@ -136,7 +124,7 @@ def works(
             found.append(logits)
             return ids[number]
 
-        paged.draft_ahead(outputs, at, num_draft, choose)
+        paged.propose(outputs, at, num_draft, choose)
         return found[-1]
 
     return [lambda: draft(_MANY), lambda: draft(_ONE)]
@@ -154,98 +142,54 @@ def floor_bytes(bench: Bench, kind: str, num_requests: int) -> int:
 def _time_and_result(
     bench: Bench, kind: str, num_requests: int, variant: dict[str, Any] | None
 ) -> tuple[float, Tensor]:
-    """Milliseconds of one pass, and what the work with the most passes computes."""
+    """Microseconds of one pass, and what the work with the most passes computes."""
     found = works(bench, kind, num_requests, make_paged(bench, num_requests, variant))
     result = found[0]().clone()
-    times = [bench.ms(work) for work in found]
+    times = [bench.us(work) for work in found]
     if len(times) == 1:
         return times[0], result
     return (times[0] - times[1]) / (_MANY - _ONE), result
 
 
-def _skips(variant: dict[str, Any], num_rows: int, device: torch.device) -> bool:
-    """Kernels of up to 64 rows change nothing up to 16, nor above 64."""
-    if "few_rows" in variant and not 16 < num_rows <= 64:
-        return True
-    return variant["overlap"] and device.type == "cuda" and not can_overlap(device)
-
-
 def measure(name: str, bench: Bench, kind: str, num_requests: int) -> dict[str, Any]:
-    """One row; times in milliseconds."""
+    """One row; times in microseconds."""
+    place = bench.place
     num_rows = num_requests * (1 if kind == "draft" else _VERIFIED)
     row: dict[str, Any] = {
         "drafter": name, "kind": kind, "requests": num_requests, "rows": num_rows,
         "context": bench.context,
     }  # fmt: skip
-    if bench.bandwidth is not None:
-        row["floor_ms"] = floor_bytes(bench, kind, num_requests) / bench.bandwidth * 1e3
-    row["module_ms"], want = _time_and_result(bench, kind, num_requests, None)
-    row["fused_ms"], differences = {}, {}
+    row["floor_us"] = place.floor_us(floor_bytes(bench, kind, num_requests))
+    row["module_us"], want = _time_and_result(bench, kind, num_requests, None)
+    row["fused_us"], differences = {}, {}
     for variant, options in VARIANTS.items():
-        if _skips(options, num_rows, bench.device):
+        if options["overlap"] and place.is_gpu and not can_overlap(bench.device):
             continue
-        row["fused_ms"][variant], got = _time_and_result(bench, kind, num_requests, options)
+        row["fused_us"][variant], got = _time_and_result(bench, kind, num_requests, options)
         differences[variant] = ((got - want).float().norm() / want.float().norm()).item()
     row["difference_from_module"] = differences
-    if kind == "draft":
-        row["head_ms"] = _head(bench, num_requests)
     return row
 
 
-def _head(bench: Bench, num_rows: int) -> dict[str, float]:
-    fused = FusedEagle3(bench.module, bench.embed, bench.context)
-    outputs = torch.randn(num_rows, bench.module.config.hidden_size, device=bench.device)
-    outputs = outputs.to(torch.bfloat16)
-    found = {"norm apart": bench.ms(lambda: fused.logits(outputs))}
-    if num_rows <= fused.few_rows:
-        # As many parts as the product before leaves.
-        parts = max(1, bench.module.config.hidden_size // (8 if num_rows <= 2 else 64))
-        squares = outputs.float().pow(2).view(num_rows, parts, -1).sum(dim=-1).contiguous()
-        found["norm inside"] = bench.ms(lambda: fused.logits(outputs, squares))
-    return found
-
-
-def _line(row: dict[str, Any]) -> str:
-    times = ", ".join(f"{name} {ms * 1e3:.1f}" for name, ms in row["fused_ms"].items())
-    head = ", ".join(f"head's {name} {ms * 1e3:.1f}" for name, ms in row.get("head_ms", {}).items())
-    floor = f"{row['floor_ms'] * 1e3:.1f}" if "floor_ms" in row else "-"
-    return (
-        f"{row['drafter']:>10} {row['kind']:>7} {row['rows']:>3} rows: floor {floor}, "
-        f"module {row['module_ms'] * 1e3:.1f}, {times}; {head or 'no head'} us; "
-        f"differs by {max(row['difference_from_module'].values()):.4f}"
-    )
-
-
-def cases(device: str, context: int) -> Iterator[tuple[str, Bench, str, int]]:
-    """Every drafter, kind and number of requests."""
-    shapes = ("Qwen3-0.6B", "Qwen3-8B") if device == "cuda" else ("tiny",)
-    bandwidth = copy_bytes_per_s() if device == "cuda" else None
-    for name in shapes:
-        bench = make_bench(drafter_config(name), device, context, bandwidth)
+def rows(place: Place, context: int) -> Iterator[dict[str, Any]]:
+    """Every drafter, kind and number of requests, while time is left."""
+    for name in ("Qwen3-0.6B", "Qwen3-8B") if place.is_gpu else ("tiny",):
+        bench = make_bench(drafter_config(name), place, context)
         for kind, sizes in NUM_REQUESTS.items():
             for num_requests in sizes:
-                yield name, bench, kind, num_requests
+                if time.perf_counter() < place.deadline_s:
+                    yield measure(name, bench, kind, num_requests)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_drafter.json"
-    ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a tiny shape")] = "cuda",
+    out: Out = RESULTS / "ops_drafter.json",
+    device: Device = "cuda",
     context: Annotated[int, typer.Option(help="positions before the pass")] = 1024,
     budget_s: Annotated[float, typer.Option(help="no row begins later")] = 300.0,
 ) -> None:
-    """Milliseconds of one pass of the drafter."""
-    started = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    """Microseconds of one pass of the drafter."""
     with torch.inference_mode():
-        for case in cases(device, context):
-            if time.monotonic() - started > budget_s:
-                print(f"{budget_s:.0f} s are spent; the remaining rows are left out", flush=True)
-                break
-            rows.append(measure(*case))
-            print(_line(rows[-1]), flush=True)
-            write_result(out, {"rows": rows})
+        write_each(out, rows(make_place(device, budget_s), context))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_each
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -38,7 +37,7 @@ from benchmarks.ops.laws import (
     numbering_of,
     plain_law,
 )
-from benchmarks.ops.place import Place, Work, make_place
+from benchmarks.ops.place import Device, Place, Work, make_place
 from specops import best_ids, best_ids_triton, draft_sampling_triton
 from specops import device as on_device
 from specops.draft_sampling import VocabMap
@@ -70,7 +69,7 @@ def greedy_work(logits: Tensor, vocab: VocabMap) -> Work:
 
 
 def sampled_work(logits: Tensor, vocab: VocabMap, cut: Cut) -> Work:
-    """Our kernel, for a round of requests of which none drafts greedily."""
+    """Our kernel, for a round of sampled requests."""
     num, size = logits.shape
     device = logits.device
     top_k, top_p = [cut.top_k] * num, [cut.top_p] * num
@@ -155,10 +154,8 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_drafting.json"
-    ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    out: Out = RESULTS / "ops_drafting.json",
+    device: Device = "cuda",
     budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 180.0,
 ) -> None:
     """Measure all cases and print a line for each."""

@@ -1,4 +1,4 @@
-"""Logits like a language model's, a drafter's reduced vocabulary, and laws as one would write them.
+"""Logits like a language model's, a drafter's reduced vocabulary, and distributions in plain torch.
 
 Shapes: R requests, D draft vocabulary.
 """
@@ -27,15 +27,15 @@ class Sizes:
 
 
 TINY = Sizes(vocab=4000, draft_vocab=1000, requests=(1, 3))
-"""For a try without a GPU."""
+"""Sizes to try a benchmark without a GPU."""
 
 
 def likely_logits(*shape: int, device: str) -> Tensor:
     """[..., V] float32, 256 tokens of p ~ rank ** -2 above a normal bulk."""
     logits = 2.5 * torch.randn(*shape, device=device)
-    places = torch.rand(*shape, device=device).topk(LIKELY).indices
+    ids = torch.rand(*shape, device=device).topk(LIKELY).indices
     ranks = torch.arange(1, LIKELY + 1, device=device, dtype=torch.float32)
-    return logits.scatter_(-1, places, (22 - 2 * ranks.log()).expand_as(places))
+    return logits.scatter_(-1, ids, (22 - 2 * ranks.log()).expand_as(ids))
 
 
 def make_vocab(sizes: Sizes, device: str) -> VocabMap:
@@ -58,13 +58,13 @@ def numbering_of(num_requests: int, device: str) -> Numbering:
 def plain_law(
     logits: Tensor, temperature: float | Tensor, top_p: float, top_k: int | None = None
 ) -> Tensor:
-    """As ``logits``, float32; top-k comes first."""
+    """Probabilities with the shape of ``logits``, float32; top-k is applied first."""
     probs = (logits.float() / temperature).softmax(-1)
     if top_k is None and top_p == 1:
         return probs
     if top_k is None:
         ordered, ids = probs.sort(dim=-1, descending=True)
-        law = torch.empty_like(probs)  # every place is written
+        law = torch.empty_like(probs)  # every entry is written
     else:
         ordered, ids = probs.topk(top_k)
         ordered = ordered / ordered.sum(-1, keepdim=True)

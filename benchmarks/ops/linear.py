@@ -1,28 +1,27 @@
-"""Products of few rows against memory bandwidth, the library's products and a compiler's fusion.
+"""Matrix products of few rows, against memory bandwidth, cuBLAS and torch.compile.
 
     python -m benchmarks.ops.linear            # about a minute
 
 Each row is one product of a decoder with everything its kernel fuses: the norm before q, k, v and
-before gate and up, the gate after them, the residual after o and down. ``library`` is the bare
-product, ``separate`` the product and the rest as the library's operations, ``compiled`` the same
+before gate and up, the gate after them, the residual after o and down. ``library`` is torch's
+product alone, ``separate`` adds the rest as separate torch operations, ``compiled`` is the same
 through torch.compile. The floor is the bytes of weight, rows and result over the bandwidth of a
-large copy. Writes ``benchmarks/results/ops_linear.json``.
+large copy. Writes ``benchmarks/results/ops_linear.json`` after every row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.harness.results import RESULTS, Out, write_each
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 from specops import linear, linear_triton
 from specops.linear import Norm
 from specops.linear_triton import Scratch
@@ -63,7 +62,7 @@ PRODUCTS = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One product's tensors on the GPU, random."""
+    """Random tensors of one product, on the GPU."""
 
     product: Product
     x: Tensor
@@ -145,18 +144,16 @@ def make_case(product: Product, num_rows: int) -> Case:
     )  # fmt: skip
 
 
-def rows(compiled: bool = True) -> list[dict[str, Any]]:
+def rows() -> Iterator[dict[str, Any]]:
     """One row per product and number of rows."""
     torch.manual_seed(0)
     bandwidth = copy_bytes_per_s()
-    return [
-        _row(make_case(product, num_rows), bandwidth, compiled)
-        for product in PRODUCTS
-        for num_rows in NUM_ROWS
-    ]
+    for product in PRODUCTS:
+        for num_rows in NUM_ROWS:
+            yield _row(make_case(product, num_rows), bandwidth)
 
 
-def _row(case: Case, bandwidth: float, compiled: bool) -> dict[str, Any]:
+def _row(case: Case, bandwidth: float) -> dict[str, Any]:
     product, num_rows = case.product, len(case.x)
     row: dict[str, Any] = {
         "model": product.model,
@@ -167,42 +164,21 @@ def _row(case: Case, bandwidth: float, compiled: bool) -> dict[str, Any]:
     times: dict[str, Callable[[], object]] = {"library": case.library, "separate": case.separate}
     if num_rows <= linear_triton.MAX_ROWS:
         times = {"ours": case.ours, **times}
-    if compiled and product.model == "8B" and num_rows in _COMPILED_ROWS:
-        torch.compiler.reset()  # it gives up after compiling one function for eight shapes
+    if product.model == "8B" and num_rows in _COMPILED_ROWS:
+        torch.compiler.reset()  # it stops compiling a function after eight shapes
         function = torch.compile(_separate, dynamic=False)
         times["compiled"] = lambda: case.separate(function)
     for name, work in times.items():
-        row[f"{name}_us"] = graphed(work).median_ms * 1e3
+        row[f"{name}_us"] = graphed_ms(work) * 1e3
     if "ours_us" in row:
         row["share_of_bandwidth"] = row["floor_us"] / row["ours_us"]
     row["library_share_of_bandwidth"] = row["floor_us"] / row["library_us"]
     return row
 
 
-def _line(row: dict[str, Any]) -> str:
-    def number(key: str) -> str:
-        return f"{row[key]:8.1f}" if key in row else " " * 8
-
-    share = f"{row['share_of_bandwidth']:6.0%}" if "share_of_bandwidth" in row else " " * 6
-    return (
-        f"{row['model']:>5} {row['product']:>8} {row['num_rows']:>4} {number('floor_us')} "
-        f"{number('ours_us')} {share} {number('library_us')} "
-        f"{row['library_share_of_bandwidth']:6.0%} {number('separate_us')} {number('compiled_us')}"
-    )
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_linear.json"
-    ),
-    compiled: Annotated[bool, typer.Option(help="time torch.compile as well")] = True,
-) -> None:
+def main(out: Out = RESULTS / "ops_linear.json") -> None:
     """Microseconds of one product, all fused operations included."""
-    found = rows(compiled)
-    print("model  product rows    floor     ours  share  library  share separate compiled")
-    for row in found:
-        print(_line(row))
-    write_result(out, {"rows": found})
+    write_each(out, rows())
 
 
 if __name__ == "__main__":

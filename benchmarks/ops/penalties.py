@@ -1,12 +1,12 @@
-"""Biases and penalties inside a round, beside the definition and a compiled version of it.
+"""Biases and penalties inside a round, against their definition, eager and compiled.
 
     python -m benchmarks.ops.penalties       # some seconds on one GPU
 
-R requests of 5 rows over the 151,936 tokens of Qwen3, float32 logits, of which none, one or all
-have penalties, counts and 300 biases. The definition in torch and the compiled one are given the
-counts and biases as whole rows and adjust all requests, whether they ask or not. The floor reads
-and writes the logits and reads the counts of those that ask, at the speed of a large copy; where
-nobody asks, ours is the launch alone. Counting the emitted tokens is timed by itself.
+R requests of 5 rows over the 151,936 tokens of Qwen3, float32 logits. None, one or all of them have
+penalties, counts and 300 biases. The eager and compiled definitions get counts and biases as whole
+rows and adjust all requests, whether they ask or not. The floor reads and writes the logits and
+reads the counts of requests that ask, at the speed of a large copy; where none asks, ours is the
+launch alone. Counting the emitted tokens is timed separately.
 
 Writes ``benchmarks/results/ops_penalties.json`` after every row.
 """
@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_result
-from benchmarks.ops.place import make_place
+from benchmarks.harness.results import RESULTS, Out, write_each
+from benchmarks.ops.place import Device, Place, Work, make_place
 from specops import lane_penalties_triton
 from specops.lane_penalties import LaneRequests, LaneTables, new_tables
 from specops.penalties import counts_before, penalized
@@ -57,15 +56,13 @@ def requests_of(num_requests: int, num_asking: int, device: str) -> LaneRequests
 def by_rows(
     logits_RQV: Tensor, draft_RK: Tensor, bias_RV: Tensor, counts_RV: Tensor, penalties_R3: Tensor
 ) -> Tensor:
-    """What ours does for requests that all ask, from biases of all tokens."""
+    """The definition for requests that all ask, given a bias for every token."""
     generated = (counts_RV // 2)[:, None] + counts_before(draft_RK, logits_RQV.shape[-1])
     in_prompt = counts_RV % 2 == 1
     return logits_RQV.copy_(penalized(logits_RQV, bias_RV, generated, in_prompt, penalties_R3))
 
 
-def variants_of(
-    num_requests: int, vocab_size: int, device: str
-) -> list[tuple[str, int, Callable[[], object]]]:
+def variants_of(num_requests: int, vocab_size: int, device: str) -> list[tuple[str, int, Work]]:
     """Name, how many requests ask, and the work."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn((num_requests, K + 1, vocab_size), generator=generator, device=device)
@@ -76,7 +73,7 @@ def variants_of(
     bias = torch.zeros((num_requests, vocab_size), device=device)
     rows = (logits, draft, bias, tables.counts_LV, tables.penalties_L3)
     adjust, count_tokens = lane_penalties_triton.adjust_rows, lane_penalties_triton.count_tokens
-    variants: list[tuple[str, int, Callable[[], object]]] = []
+    variants: list[tuple[str, int, Work]] = []
     for num_asking in sorted({0, 1, num_requests}):
         asks = requests_of(num_requests, num_asking, device)
         variants += [
@@ -90,31 +87,26 @@ def variants_of(
     return variants
 
 
+def rows(place: Place, vocab_size: int) -> Iterator[dict[str, Any]]:
+    """All variants, sizes and numbers of requests with penalties, while time is left."""
+    for size in SIZES:
+        for variant, num_asking, work in variants_of(size, vocab_size, place.device):
+            if time.perf_counter() > place.deadline_s:
+                return
+            row = {"variant": variant, "requests": size, "asking": num_asking}
+            num_bytes = 4 * num_asking * vocab_size * (2 * (K + 1) + 1)
+            floor = {} if variant == "counting" else {"floor_us": place.floor_us(num_bytes)}
+            yield {**row, "us": place.microseconds(work), **floor}
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_penalties.json"
-    ),
-    device: str = "cuda",
+    out: Out = RESULTS / "ops_penalties.json",
+    device: Device = "cuda",
     vocab_size: int = 151_936,
     budget_s: Annotated[float, typer.Option(help="no row begins later")] = 120.0,
 ) -> None:
-    """Measure all variants, sizes and numbers of requests with penalties."""
-    place = make_place(device, budget_s)
-    rows: list[dict[str, Any]] = []
-    for size in SIZES:
-        for way, num_asking, work in variants_of(size, vocab_size, device):
-            if time.perf_counter() > place.deadline_s:
-                print(f"stopped after {budget_s} s", flush=True)
-                return
-            row: dict[str, Any] = {"way": way, "requests": size, "asking": num_asking}
-            row["us"] = place.microseconds(work)
-            if way != "counting":
-                num_bytes = 4 * num_asking * vocab_size * (2 * (K + 1) + 1)
-                row["floor_us"] = place.floor_us(num_bytes)
-            rows.append(row)
-            write_result(out, {"rows": rows})
-            shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
-            print(shown, flush=True)
+    """Measure all variants and print a line for each."""
+    write_each(out, rows(make_place(device, budget_s), vocab_size))
 
 
 if __name__ == "__main__":

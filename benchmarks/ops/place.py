@@ -1,4 +1,4 @@
-"""Times a kernel and its alternatives on one device; one that cannot run yields its reason."""
+"""Times a kernel and its alternatives on one device; what cannot run yields the reason."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import typer
 
-from benchmarks.ops.timing import copy_bytes_per_s, graphed
+from benchmarks.ops.timing import copy_bytes_per_s, graphed_ms
 
 Work = Callable[[], object]
+Device = Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")]
 
 
 def reason(error: Exception) -> str:
@@ -38,10 +41,10 @@ class Place:
         """Microseconds that moving ``num_bytes`` once takes."""
         return None if self.bytes_per_s is None else num_bytes / self.bytes_per_s * 1e6
 
-    def microseconds(self, work: Work) -> float:
-        """Median of one call: in a graph, behind a cold cache; on a CPU as it is called."""
+    def microseconds(self, work: Work, calls: int = 5) -> float:
+        """Median of one call: in a graph of some calls, with a cold cache; on a CPU, called."""
         if self.is_gpu:
-            return graphed(work).median_ms * 1e3
+            return graphed_ms(work, calls=calls) * 1e3
         times = []
         for _ in range(3):
             started = time.perf_counter()

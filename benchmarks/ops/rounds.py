@@ -1,9 +1,9 @@
-"""The bookkeeping of a decode round: opened, its greedy ids found, closed; beside torch.
+"""The bookkeeping of a decode round against torch: open it, find its greedy ids, close it.
 
     python -m benchmarks.ops.rounds                                   # two minutes on one GPU
     TRITON_INTERPRET=1 python -m benchmarks.ops.rounds --device cpu   # a try without a GPU
 
-Ours are the kernels that rounds run on a GPU, ``eager`` their torch definitions, ``compiled``
+Ours are the kernels that rounds run on a GPU, ``eager`` is their torch definitions, ``compiled``
 torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 tokens; the floor of
 ``best_ids`` reads them once at the speed of a large copy. ``float32 copy`` is the argmax of logits
 that are converted first. A ``greedy round`` is all three, without what a target does between them.
@@ -16,19 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_each
-from benchmarks.ops.place import Place, Work, make_place
+from benchmarks.harness.results import RESULTS, Out, write_each
+from benchmarks.ops.place import Device, Place, Work, make_place
 from specops import best_ids, best_ids_triton, lanes, lanes_triton
 from specops import device as on_device
 from specops.lanes import ClosedRound, Column, Field, Input, LaneState, OpenedRound
-from specops.verify_logits import LogitVerdict, Rule
+from specops.verify_logits import Rule
 
 PAGE, MOST = 16, 8
 
@@ -39,13 +38,12 @@ class Sizes:
 
     vocab: int = 151_936
     batches: tuple[int, ...] = (1, 32, 128)
-    drafts: tuple[int, ...] = (0, 4)
     rows: tuple[int, ...] = (1, 32, 128, 160, 640)
     num_pages: int = 2560
     """Pages of each lane."""
 
 
-TINY = Sizes(vocab=5000, batches=(1, 3), drafts=(0, 2), rows=(1, 4), num_pages=40)
+TINY = Sizes(vocab=5000, batches=(1, 3), rows=(1, 4), num_pages=40)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,38 +82,6 @@ def inputs_of(num_requests: int, device: str) -> Tensor:
     inputs = torch.full(shape, MOST, dtype=torch.int64, device=device)
     inputs[:, Input.LANE] = torch.arange(num_requests, device=device)
     return inputs
-
-
-def opening(variant: Variant, state: LaneState, num_requests: int, num_draft: int) -> Work:
-    inputs = inputs_of(num_requests, state.ints_FL.device.type)
-
-    def work() -> object:
-        opened = variant.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
-        return opened.slots_T, opened.block_RQ, opened.lens_R
-
-    return work
-
-
-def closing(
-    variant: Variant, state: LaneState, num_requests: int, num_draft: int, is_greedy: bool
-) -> Work:
-    device = state.ints_FL.device
-    inputs = inputs_of(num_requests, device.type)
-    opened = lanes.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
-    outputs = inputs.new_zeros((num_requests, Column.TOKENS + 3 * MOST))
-    logq = torch.zeros((num_requests, num_draft), device=device)
-    whole = inputs.new_zeros(num_requests)
-    verdict: Tensor | LogitVerdict = opened.block_RQ.roll(-1, 1).contiguous()
-    if not is_greedy:
-        verdict = LogitVerdict(whole, whole, logq, logq, None, None)
-    draft = opened.given_RK
-
-    def work() -> object:
-        logq_RK = None if is_greedy else logq
-        closed = variant.close_round(state, opened, draft, verdict, logq_RK, outputs)
-        return closed.emitted_RQ, closed.captured_R, closed.anchor_row_R
-
-    return work
 
 
 def choosing(variant: Variant, logits: Tensor) -> Work:
@@ -164,20 +130,11 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
         logits = torch.randn(batch, 1, sizes.vocab, device=place.device).bfloat16()
         works = [whole_round(variant, state, logits) for variant in variants_on(place)]
         yield figures(place, *works, case="greedy round", rows=batch, num_draft=0)
-        for num_draft in sizes.drafts:
-            shape = {"rows": batch, "num_draft": num_draft}
-            works = [opening(variant, state, batch, num_draft) for variant in variants_on(place)]
-            yield figures(place, *works, case="open_round", **shape)
-            for kind, is_greedy in (("greedy", True), ("sampled", False)):
-                works = [closing(v, state, batch, num_draft, is_greedy) for v in variants_on(place)]
-                yield figures(place, *works, case=f"close_round, {kind}", **shape)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_rounds.json"
-    ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    out: Out = RESULTS / "ops_rounds.json",
+    device: Device = "cuda",
     budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 120.0,
 ) -> None:
     """Measure all cases and print a line for each."""

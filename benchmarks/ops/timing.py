@@ -1,15 +1,14 @@
 """Times work on a GPU under a server's conditions: in a CUDA graph, with a cold cache.
 
-A captured function is replayed with kernels that overwrite the L2 cache between its calls; a graph
-of those kernels alone is replayed in turn and subtracted. Each replay waits on the device behind
-others until the host has launched it, so launches, which cost a host some 70 microseconds each
-where these figures were made and more for a large graph, are no part of a figure.
+A captured function is replayed with kernels between its calls that overwrite the L2 cache. A graph
+of those kernels alone is replayed alternately and subtracted. Each replay is queued behind other
+work on the device until the host has launched it, so figures exclude launches, which cost the host
+some 70 microseconds each where these figures were made, and more for a large graph.
 
-A figure has in it, besides its kernels: the pause before each of them, about a microsecond where
-one waits for the one before, so a function of one kernel that does nothing is not 0; and bringing
-back the part of the old cache that was not in memory yet, which the next overwriting is then spared
-and so the subtraction takes out. Of a kernel of few microseconds, hold the figure against that of
-an empty one.
+Besides its kernels, a figure includes the pause before each of them, about a microsecond, so a
+kernel that does nothing does not measure 0. It excludes writing back what the cache held before:
+the flush would have done that, and is subtracted. Compare kernels of few microseconds with an empty
+one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import functools
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -28,19 +26,8 @@ _RUNWAY_FLUSHES = 16  # about a millisecond; an H200 takes 65 microseconds for e
 _MAX_RUNWAYS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """Milliseconds of one call."""
-
-    median_ms: float
-    low_ms: float
-    """A tenth of the repeats were faster."""
-    high_ms: float
-    """A tenth of the repeats were slower."""
-
-
 def _device_ms(launch: Callable[[], object]) -> float:
-    """Time between two events around ``launch``, all queued before the device comes to them."""
+    """Time between two events around ``launch``, all queued before the device reaches them."""
     runway = _flushes(_RUNWAY_FLUSHES)
     num_runways = 1
     while True:
@@ -56,8 +43,8 @@ def _device_ms(launch: Callable[[], object]) -> float:
             break
         if num_runways == _MAX_RUNWAYS:
             warnings.warn(
-                f"the host was still launching when the device had done some {num_runways} ms of "
-                "other work: the time has a part of the launch in it; time less work at once",
+                f"the host was still launching after about {num_runways} ms of other work on the "
+                "device, so the time includes part of the launch; time less work at once",
                 stacklevel=2,
             )
             break
@@ -88,45 +75,45 @@ def _flushes(calls: int) -> torch.cuda.CUDAGraph:
 
 @functools.cache
 def _flusher() -> Callable[[], object]:
-    """One buffer for all: what was captured keeps its address."""
+    """Overwrites one buffer, whose address captured graphs keep."""
     return torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda").zero_
 
 
-def graphed(work: Callable[[], object], repeats: int = 20, calls: int = 5) -> Timed:
-    """Time of one call of ``work``, which must be capturable and write to fixed memory.
+def graphed_ms(work: Callable[[], object], repeats: int = 20, calls: int = 5) -> float:
+    """Milliseconds of one call of ``work``, which must be capturable and write to fixed memory.
 
     Args:
         repeats: replays of the graph.
-        calls: calls in one graph, each before a flush and behind one.
+        calls: calls in one graph, each between two flushes.
     """
     flush = _flusher()
 
-    # The flush comes last and one comes before the graph: so each replay leaves the cache as it
-    # found it, and the memory that is written for the flushes is that of the flushes alone.
+    # With the flush last, each replay leaves the cache as it found it, and the flushes of both
+    # graphs write the same memory.
     def both() -> None:
         work()
         flush()
 
     graph, flushes = _captured(both, calls), _flushes(calls)
     with_work, without = [], []
-    for _ in range(repeats):  # in turn: clocks drift
+    for _ in range(repeats):  # alternately, because clocks drift
         with_work.append(_device_ms(graph.replay))
         without.append(_device_ms(flushes.replay))
     base = statistics.median(without)
-    return _summary([(t - base) / calls for t in with_work])
+    return statistics.median((t - base) / calls for t in with_work)
 
 
-def replayed(launch: Callable[[], object], repeats: int = 20) -> Timed:
-    """Time of a graph that is there already, behind kernels that overwrite the cache."""
+def replayed_ms(launch: Callable[[], object], repeats: int = 20) -> float:
+    """Milliseconds of a graph that exists already, after kernels that overwrite the cache."""
     for _ in range(_WARM_UPS):
         launch()
-    return _summary([_device_ms(launch) for _ in range(repeats)])
+    return statistics.median(_device_ms(launch) for _ in range(repeats))
 
 
-def eager(work: Callable[[], object], repeats: int = 20) -> Timed:
-    """Time of one call that cannot be captured, between two events, with a cold cache.
+def eager_ms(work: Callable[[], object], repeats: int = 20) -> float:
+    """Milliseconds of one call that cannot be captured, between two events, with a cold cache.
 
-    Launches that the device waits for are part of it, the first one among them.
+    Includes launches that the device waits for, such as the first.
     """
     flush = _flusher()
     for _ in range(_WARM_UPS):
@@ -140,20 +127,15 @@ def eager(work: Callable[[], object], repeats: int = 20) -> Timed:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return _summary(times)
-
-
-def _summary(times: list[float]) -> Timed:
-    tenths = statistics.quantiles(times, n=10)
-    return Timed(statistics.median(times), tenths[0], tenths[-1])
+    return statistics.median(times)
 
 
 def copy_bytes_per_s(num_bytes: int = 4 << 30, repeats: int = 20, copies: int = 5) -> float:
     """Bytes read plus written each second by a large device-to-device copy: the memory ceiling.
 
-    Copies follow each other in a stream, each many times the L2 cache. One copy in a graph, where
-    it is no kernel but a node of its own kind, its launch in the time, had come out at 2.75 TB/s on
-    an H200 that copies 4.24 TB/s.
+    Copies follow each other in a stream, each many times larger than the L2 cache. A single copy in
+    a graph, which is a node of its own kind, measured 2.75 TB/s with its launch on an H200 that
+    copies 4.24 TB/s.
     """
     source = torch.randint(2**62, (num_bytes // 16,), device="cuda")
     target = torch.empty_like(source)
@@ -162,14 +144,7 @@ def copy_bytes_per_s(num_bytes: int = 4 << 30, repeats: int = 20, copies: int = 
         for _ in range(copies):
             target.copy_(source)
 
-    for _ in range(repeats):  # so that the clocks have risen
+    for _ in range(repeats):  # until the clocks have risen
         copy()
     median_ms = statistics.median(_device_ms(copy) for _ in range(repeats))
     return num_bytes * copies / (median_ms / 1e3)
-
-
-def matmul_flops_per_s(size: int = 8192) -> float:
-    """Operations each second of a large bf16 matrix product on random data: the other ceiling."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * size**3 / (graphed(lambda: torch.mm(a, b, out=out)).median_ms / 1e3)

@@ -1,38 +1,35 @@
-"""Verification from logits beside what else does it, and beside reading the logits once.
+"""Verification from logits, against alternatives and against reading the logits once.
 
     python -m benchmarks.ops.verify                                   # four minutes on one GPU
-    TRITON_INTERPRET=1 python -m benchmarks.ops.verify --device cpu   # a try without a GPU
+    TRITON_INTERPRET=1 python -m benchmarks.ops.verify --device cpu   # without a GPU
 
-R requests of 4 draft tokens over the 151,936 tokens of Qwen3, bf16 logits. The logits are like a
-language model's: 256 likely tokens, p falling with the square of their rank, above a normal bulk;
-"flat" ones are the worst case of a cut: a normal bulk alone. Ours are the kernels that rounds run,
-which look for cuts whether a request asks for any or not; one row has those that know of none.
-Compared are
+R requests of 4 draft tokens over the 151,936 tokens of Qwen3, bf16 logits. The logits resemble a
+language model's: 256 likely tokens, p falling with the square of their rank, above a normal bulk.
+"Flat" ones, a normal bulk alone, are the worst case of a cut. Ours are the kernels that rounds run,
+which look for cuts whether a request asks for any or not. They are compared with
 
-* ``compiled``: torch.compile of the plain definition in float32, softmax of target and drafter
-  (with a sort, where top-p is asked for), ratios, residual, and a draw by exponential noise. Of a
-  reduced draft vocabulary, q is spread to the target's by a scatter; ``compiled_by_gather`` looks
-  up the draft id of every target id instead, which needs no tensor of q's size;
-* ``flashinfer``: its softmax, top-p renormalisation and chain_speculative_sampling, on q of the
-  whole vocabulary, which it needs: spread by a scatter, one-hot for delta drafts.
+* ``compiled``: torch.compile of the plain definition in float32: softmax of target and drafter
+  (with a sort for top-p), ratios, residual, and a draw by exponential noise. With a reduced draft
+  vocabulary, a scatter spreads q over the target's;
+* ``flashinfer``: its softmax, top-p renormalisation and chain_speculative_sampling. It needs q over
+  the whole vocabulary: spread by a scatter, one-hot for delta drafts.
 
-The floor reads all logits, the drafter's too where they are needed, once at the speed of a large
-copy. A way that cannot run has its reason in its row. Writes ``benchmarks/results/ops_verify.json``
+The floor reads all logits, and the drafter's where they are needed, once at the speed of a large
+copy. If a variant cannot run, its row says why. Writes ``benchmarks/results/ops_verify.json``
 after every row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness.results import write_each
+from benchmarks.harness.results import RESULTS, Out, write_each
 from benchmarks.ops.laws import (
     TEMPERATURE,
     TINY,
@@ -43,7 +40,7 @@ from benchmarks.ops.laws import (
     plain_law,
     target_ids,
 )
-from benchmarks.ops.place import Place, Work, make_place
+from benchmarks.ops.place import Device, Place, Work, make_place
 from specops import draft_sampling_triton, verify_logits_triton
 from specops.draft_sampling import DraftLaw, RowLaws, VocabMap
 from specops.rng import Numbering
@@ -62,14 +59,11 @@ class Case:
     """``delta``, or drawn from ``reduced`` or ``whole`` vocabularies."""
     top_p: float = 1.0
     flat: bool = False
-    truncates: bool = True
-    """Kernels that look for cuts. Rounds know no others; alternatives are not run beside these."""
 
 
 CASES = (
     Case("sampled, delta drafts", "delta"),
     Case("sampled, drafts of 32,000 tokens", "reduced"),
-    Case("sampled, drafts of 32,000 tokens, kernels without cuts", "reduced", truncates=False),
     Case("sampled, drafts of all tokens", "whole"),
     Case("top-p 0.9, delta drafts", "delta", top_p=0.9),
     Case("top-p 0.9, drafts of 32,000 tokens", "reduced", top_p=0.9),
@@ -80,7 +74,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one verification is given."""
+    """Inputs of one verification."""
 
     logits_RK1V: Tensor
     sampling: SamplingRows
@@ -92,7 +86,7 @@ class Round:
 
 
 def make_round(case: Case, num_requests: int, sizes: Sizes, device: str) -> Round:
-    """The same every time."""
+    """Inputs of a case, from a fixed seed."""
     torch.manual_seed(0)
     num, shape = num_requests, (num_requests, K + 1, sizes.vocab)
     logits = (
@@ -101,7 +95,7 @@ def make_round(case: Case, num_requests: int, sizes: Sizes, device: str) -> Roun
     rows = sampling_rows(
         [TEMPERATURE] * num, [None] * num, [case.top_p] * num, [0.0] * num, sizes.vocab, device
     )
-    rows = replace(rows, truncates=case.truncates)
+    rows = replace(rows, truncates=True)
     numbering = numbering_of(num, device)
     lens = torch.full((num,), K, device=device)
     rules = torch.full((num,), int(Rule.BLOCK), device=device)
@@ -115,7 +109,7 @@ def make_round(case: Case, num_requests: int, sizes: Sizes, device: str) -> Roun
 def drawn_drafts(
     logits_RKV: Tensor, case: Case, sizes: Sizes, rows: SamplingRows, numbering: Numbering
 ) -> tuple[Tensor, DraftLaw]:
-    """[R, K] tokens of a drafter whose logits are the target's and some noise."""
+    """[R, K] tokens of a drafter whose logits are the target's plus noise."""
     q_logits = logits_RKV + 0.7 * torch.randn_like(logits_RKV)
     mapped = None
     if case.drafts == "reduced":
@@ -144,35 +138,27 @@ def ours(given: Round, with_logprobs: bool = False) -> object:
     )  # fmt: skip
 
 
-Spread = Callable[[Tensor, VocabMap], Tensor]
-
-
 def by_scatter(q_RKD: Tensor, vocab: VocabMap) -> Tensor:
     """q over the target's vocabulary, [R, K, V]."""
     q_RKV = q_RKD.new_zeros((*q_RKD.shape[:-1], len(vocab.t2d_V)))
     return q_RKV.index_copy(-1, target_ids(vocab), q_RKD)
 
 
-def by_gather(q_RKD: Tensor, vocab: VocabMap) -> Tensor:
-    """As ``by_scatter``."""
-    return torch.where(vocab.t2d_V >= 0, q_RKD[..., vocab.t2d_V.clamp(min=0)], 0.0)
-
-
-def plain_draft_law(given: Round, top_p: float, spread: Spread) -> Tensor | None:
+def plain_draft_law(given: Round, top_p: float) -> Tensor | None:
     """q over the target's vocabulary; ``None`` for delta drafts."""
     if given.drafted is None:
         return None
     q = plain_law(given.drafted.logits_RKD, given.sampling.temperature_R[:, None, None], top_p)
-    return q if given.drafted.vocab is None else spread(q, given.drafted.vocab)
+    return q if given.drafted.vocab is None else by_scatter(q, given.drafted.vocab)
 
 
-def plain_sampled(given: Round, top_p: float, spread: Spread) -> tuple[Tensor, Tensor]:
-    """The standard rule, as one would write it."""
+def plain_sampled(given: Round, top_p: float) -> tuple[Tensor, Tensor]:
+    """The standard rule in plain torch."""
     p = plain_law(given.logits_RK1V, given.sampling.temperature_R[:, None, None], top_p)
     draft_RK = given.draft_RK
     chance = p[:, :K].gather(-1, draft_RK[..., None])[..., 0]
     at = torch.arange(len(p), device=p.device)
-    q = plain_draft_law(given, top_p, spread)
+    q = plain_draft_law(given, top_p)
     if q is not None:
         chance = chance / q.gather(-1, draft_RK[..., None])[..., 0]
     kept = torch.rand_like(chance) < chance
@@ -188,7 +174,7 @@ def plain_sampled(given: Round, top_p: float, spread: Spread) -> tuple[Tensor, T
 
 
 def flashinfer_work(given: Round, top_p: float) -> Work:
-    """Its seeds are tensors: others a graph cannot capture."""
+    """Its seeds are tensors, because a graph captures no others."""
     from flashinfer import sampling
 
     device = given.logits_RK1V.device
@@ -215,7 +201,7 @@ def flashinfer_work(given: Round, top_p: float) -> Work:
 
 
 def row_of(case: Case, num_requests: int, sizes: Sizes, place: Place) -> dict[str, Any]:
-    """Microseconds of a call of each way."""
+    """Microseconds per call of each variant."""
     given = make_round(case, num_requests, sizes, place.device)
     q_logits = given.drafted.logits_RKD if given.drafted else None
     num_bytes = given.logits_RK1V.nbytes + (q_logits.nbytes if q_logits is not None else 0)
@@ -226,22 +212,18 @@ def row_of(case: Case, num_requests: int, sizes: Sizes, place: Place) -> dict[st
         "ours_us": place.microseconds(lambda: ours(given)),
         "ours_with_logprobs_us": place.microseconds(lambda: ours(given, with_logprobs=True)),
     }
-    return {**row, **alternatives(case, given, place)} if case.truncates else row
+    return {**row, **alternatives(case, given, place)}
 
 
 def alternatives(case: Case, given: Round, place: Place) -> dict[str, float | str]:
-    def compiled(spread: Spread) -> float | str:
-        return place.compiled_microseconds(lambda: plain_sampled(given, case.top_p, spread))
-
-    found = {"compiled_us": compiled(by_scatter)}
-    if case.drafts == "reduced":
-        found["compiled_by_gather_us"] = compiled(by_gather)
-    found["flashinfer_us"] = place.tried_microseconds(lambda: flashinfer_work(given, case.top_p))
-    return found
+    return {
+        "compiled_us": place.compiled_microseconds(lambda: plain_sampled(given, case.top_p)),
+        "flashinfer_us": place.tried_microseconds(lambda: flashinfer_work(given, case.top_p)),
+    }
 
 
 def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
-    """One row a case and size."""
+    """One row per case and number of requests."""
     for num_requests in sizes.requests:
         for case in CASES:
             yield row_of(case, num_requests, sizes, place)
@@ -249,30 +231,15 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
                 torch.cuda.empty_cache()
 
 
-KINDS = ("floor", "ours", "ours_with_logprobs", "compiled", "compiled_by_gather", "flashinfer")
-
-
-def line(row: dict[str, Any]) -> str:
-    """One row for a terminal."""
-    cells = []
-    for kind in KINDS:
-        value = row.get(f"{kind}_us")
-        shown = f"{value:.1f}" if isinstance(value, float) else str(value or "-")
-        cells.append(f"{kind} {shown[:40]}")
-    return f"{row['case']:56}{row['requests']:>4}  " + " | ".join(cells)
-
-
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/ops_verify.json"
-    ),
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")] = "cuda",
+    out: Out = RESULTS / "ops_verify.json",
+    device: Device = "cuda",
     budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 300.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)
     cases = rows(Sizes() if place.is_gpu else TINY, place)
-    write_each(out, cases, line, bytes_per_s=place.bytes_per_s)
+    write_each(out, cases, bytes_per_s=place.bytes_per_s)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The fastest simple loop: plain PyTorch, a static cache, a compiled step in a CUDA graph.
 
 What gpt-fast does, for a Qwen3 of Hugging Face: all prompts have one length, keys and values lie in
-one tensor a layer that is as long as prompt and answer together, the step is compiled as a whole
-and captured once, and the device feeds each token to the next step by itself. Nothing is read back
-until the last token, nothing can join, leave or stop early: no server can be that simple, which
-makes it the bar for the decode step alone.
+one tensor per layer that is as long as prompt and answer together, the step is compiled as a whole
+and captured once, and the device feeds each token to the next step. Nothing is read back until the
+last token, and no request can join, leave or stop early. No server can be that simple, which makes
+it the bar for the decode step alone.
 
 B requests, P prompt tokens, S positions of the cache, H hidden, V vocabulary, Hq and Hkv query and
 key heads, G = Hq / Hkv, D head dimension.
@@ -13,16 +13,11 @@ key heads, G = Hq / Hkv, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
-
-Attention = Literal["matmul", "sdpa", "flex"]
-"""How one query row a request meets the whole cache: two batched products, the library's kernel
-with a mask, or a generated kernel that splits over the keys."""
 
 _WARM_UPS = 3
 
@@ -41,7 +36,7 @@ class _Layer(nn.Module):
     qkv: Tensor
     gate_up: Tensor
 
-    def __init__(self, module: Any, batch: int, num_positions: int, attention: Attention) -> None:
+    def __init__(self, module: Any, batch: int, num_positions: int) -> None:
         super().__init__()
         attend, mlp = module.self_attn, module.mlp
         self.head_dim: int = attend.head_dim
@@ -49,7 +44,6 @@ class _Layer(nn.Module):
         self.num_kv_heads = attend.k_proj.out_features // self.head_dim
         self.scale: float = attend.scaling
         self.eps: float = module.input_layernorm.variance_epsilon
-        self.attention = attention
         weights = {
             "qkv": torch.cat([m.weight for m in (attend.q_proj, attend.k_proj, attend.v_proj)]),
             "o": attend.o_proj.weight,
@@ -104,28 +98,12 @@ class _Layer(nn.Module):
         return self._finish(x_B1H, self._attend(q, position, at))
 
     def _attend(self, q_BHq1D: Tensor, position: Tensor, at: Tensor) -> Tensor:
-        if self.attention == "flex":
-
-            def only_seen(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, key: Tensor) -> Tensor:
-                return torch.where(key <= position[0], score, -torch.inf)
-
-            kept = self.keys, self.values
-            found: Any = flex_attention(
-                q_BHq1D, *kept, score_mod=only_seen, scale=self.scale, enable_gqa=True
-            )
-            return found
         seen = at <= position
-        # A group's heads share their keys: they stand in the place of query rows, so that no key
-        # is read twice.
+        # Heads of a group become query rows of one head, so that no key is read twice.
         q = q_BHq1D.unflatten(1, (self.num_kv_heads, -1)).squeeze(3)  # [B, Hkv, G, D]
-        if self.attention == "sdpa":
-            mixed = scaled_dot_product_attention(
-                q, self.keys, self.values, attn_mask=seen[None, None, None], scale=self.scale
-            )
-        else:
-            scores = (q @ self.keys.transpose(-1, -2)).float() * self.scale
-            scores = scores.masked_fill(~seen, -torch.inf)
-            mixed = scores.softmax(dim=-1).to(q.dtype) @ self.values
+        scores = (q @ self.keys.transpose(-1, -2)).float() * self.scale
+        scores = scores.masked_fill(~seen, -torch.inf)
+        mixed = scores.softmax(dim=-1).to(q.dtype) @ self.values
         return mixed.flatten(1, 2)[:, :, None]
 
 
@@ -146,7 +124,6 @@ class CompiledLoop(nn.Module):
         model: Any,
         batch: int,
         num_positions: int,
-        attention: Attention = "matmul",
         options: dict[str, Any] | None = None,
     ) -> None:
         """
@@ -157,9 +134,7 @@ class CompiledLoop(nn.Module):
         super().__init__()
         decoder = model.model
         device = decoder.embed_tokens.weight.device
-        self.layers = nn.ModuleList(
-            _Layer(layer, batch, num_positions, attention) for layer in decoder.layers
-        )
+        self.layers = nn.ModuleList(_Layer(layer, batch, num_positions) for layer in decoder.layers)
         self.eps: float = decoder.norm.variance_epsilon
         at = torch.arange(num_positions, device=device)
         cos, sin = decoder.rotary_emb(decoder.embed_tokens.weight[:1], at[None])
@@ -229,7 +204,7 @@ class CompiledLoop(nn.Module):
 
     @torch.no_grad()
     def decode(self, num_steps: int) -> None:
-        """So many more tokens of every request."""
+        """``num_steps`` more tokens of every request."""
         step = self._graph.replay if self._graph is not None else self._step
         for _ in range(num_steps):
             step()
@@ -243,11 +218,7 @@ class CompiledLoop(nn.Module):
         return found
 
 
-def compile_options(is_tuned: bool) -> dict[str, Any]:
-    """Options of torch.compile; it captures no graph, since one is captured around the step.
-
-    Coordinate descent also turns a product of one row into a reduction, which is where gpt-fast's
-    speed at batch 1 comes from.
-    """
-    options: dict[str, Any] = {"coordinate_descent_tuning": True}
-    return {**options, "max_autotune": True} if is_tuned else options
+COMPILE_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
+"""Options of torch.compile. It captures no graph, since one is captured around the step. Coordinate
+descent also turns a product of one row into a reduction, the source of gpt-fast's speed at batch
+1."""

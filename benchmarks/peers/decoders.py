@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from benchmarks.harness.engines import ONE_GPU, Built, engine_from
+from benchmarks.harness.engines import ONE_GPU, Built, engine_from, synchronize
 from benchmarks.harness.loops import answer_all
-from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
+from benchmarks.peers.compiled_loop import COMPILE_OPTIONS, CompiledLoop
 from policies.interface import DraftPolicy
 from targets.load import load_model, pick_dtype
 
@@ -73,7 +73,7 @@ def our_engine(target: Path, drafter: Path | None, work: Work, device: str) -> I
     """The engine as the server builds it, without speculation if there is no ``drafter``.
 
     It remembers nothing between requests, so that the second turn on a prompt is like the first: no
-    prefix cache, and the suffix index sees only the request itself.
+    prefix cache, and the index sees only the request itself.
     """
     room = -(-(work.num_positions + 16) // 16) * 16
     chosen = [
@@ -307,21 +307,14 @@ class Loop:
 
     num_warm_up = 8
 
-    def __init__(
-        self, model: Any, attention: Attention, *, is_compiled: bool, is_tuned: bool
-    ) -> None:
-        self.about = f"attention: {attention}; " + (
-            f"compiled with {compile_options(is_tuned)}" if is_compiled else "not compiled"
-        )
+    def __init__(self, model: Any, is_compiled: bool) -> None:
         self._model = model
-        self._attention: Attention = attention
-        self._options = compile_options(is_tuned) if is_compiled else None
+        self._options = COMPILE_OPTIONS if is_compiled else None
+        self.about = f"compiled with {COMPILE_OPTIONS}" if is_compiled else "not compiled"
         self._loop: CompiledLoop | None = None
 
     def open(self, work: Work) -> None:
-        self._loop = CompiledLoop(
-            self._model, work.batch, work.num_positions, self._attention, self._options
-        )
+        self._loop = CompiledLoop(self._model, work.batch, work.num_positions, self._options)
         self._loop.prepare()
 
     def generate(self, prompts: Ids, num_new: int) -> Ids:
@@ -334,10 +327,8 @@ class Loop:
 
 def seconds_of(work: Callable[[], Ids], device: torch.device) -> tuple[float, Ids]:
     """Seconds until the device is done, and the answers."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     started = time.perf_counter()
     answers = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - started, answers

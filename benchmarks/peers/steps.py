@@ -10,11 +10,10 @@ the engine's host work, while the time of ``generate`` includes its own.
 from __future__ import annotations
 
 import copy
-import gc
 import statistics
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.harness.results import write_result
+from benchmarks.harness.engines import release
+from benchmarks.harness.results import Report
 from benchmarks.harness.shapes import SHAPES, random_weights
-from benchmarks.peers.compiled_loop import Attention, CompiledLoop, compile_options
+from benchmarks.peers.compiled_loop import COMPILE_OPTIONS, CompiledLoop
 from benchmarks.peers.decoders import Ids, compiled_once, seconds_of, without_end
 from specops.attention import DecodePass, decode_slots
 from targets.load import pick_device, pick_dtype
@@ -158,22 +158,19 @@ class OurSteps:
 class LoopSteps:
     """The simple loop."""
 
-    def __init__(self, model: Any, attention: Attention, is_compiled: bool) -> None:
-        self.about = f"simple loop, {attention}, {'' if is_compiled else 'not '}compiled"
+    def __init__(self, model: Any, is_compiled: bool) -> None:
+        self.about = f"simple loop, {'' if is_compiled else 'not '}compiled"
         self._model = model
-        self._attention: Attention = attention
-        self._options = compile_options(False) if is_compiled else None
+        self._options = COMPILE_OPTIONS if is_compiled else None
 
     @torch.no_grad()
     def open(self, past: Past) -> None:
         self._past = past
-        self._loop = CompiledLoop(
-            self._model, past.batch, past.context, self._attention, self._options
-        )
+        self._loop = CompiledLoop(self._model, past.batch, past.context, self._options)
         self._loop.prepare()
         for layer, (keys, values) in zip(self._loop.layers, past.layers(), strict=True):
-            layer.keys[:, :, : past.num_filled] = keys  # type: ignore[operator,index]
-            layer.values[:, :, : past.num_filled] = values  # type: ignore[operator,index]
+            layer.keys[:, :, : past.num_filled] = keys  # type: ignore[operator]
+            layer.values[:, :, : past.num_filled] = values  # type: ignore[operator]
         self.rewind()
 
     @torch.no_grad()
@@ -258,76 +255,68 @@ def compare_steps(
         cells: ``BATCHxCONTEXT``, comma-separated.
         decoders: names separated by semicolons, or ``all``.
     """
-    begin_s, device = time.monotonic(), pick_device(device_name)
+    device = pick_device(device_name)
     config = SHAPES[shape]()
     torch.manual_seed(0)
     model = random_model(config, device)
     make: dict[str, Callable[[], Steps]] = {
         OURS: lambda: OurSteps(model),
-        "loop": lambda: LoopSteps(model, "matmul", is_compiled),
+        "loop": lambda: LoopSteps(model, is_compiled),
         "generate, static": lambda: GenerateSteps(model, True, is_compiled),
         "generate, eager": lambda: GenerateSteps(model, False, is_compiled),
     }
     if decoders != "all":
         make = {name: make[name.strip()] for name in decoders.split(";")}
-    rows: list[dict[str, Any]] = []
-    about = {"shape": shape, "weights": "random", "num_new": num_new, "rows": rows}
+    report = Report(out, budget_s, {"shape": shape, "weights": "random", "num_new": num_new})
     for cell in cells.split(","):
         batch, context = (int(part) for part in cell.split("x"))
         past = Past(config, batch, context, num_new, model.lm_head.weight)
-        ours: Ids | None = None
+        answers: dict[str, Ids] = {}
         for name, make_one in make.items():
-            row: dict[str, Any] = {"way": name, "batch": batch, "context": context}
-            rows.append(row)
-            if time.monotonic() - begin_s > budget_s:
-                row["error"] = "skipped: the budget was spent"
-            else:
-                answers = _measure(row, make_one, past, turns, device)
-                ours = answers if name == OURS else ours
-                if answers is not None and ours is not None:
-                    pairs = list(zip(ours, answers, strict=True))
-                    row["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
-            print(
-                {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True
-            )
-            write_result(out, about)
-            _release()
-    print(f"{time.monotonic() - begin_s:.0f} s in all", flush=True)
+            row = partial(_row, name, make_one, past, turns, device, answers)
+            report.attempt("steps", {"variant": name, "batch": batch, "context": context}, 0.0, row)
+            torch.compiler.reset()
+            release(device)
 
 
-def _measure(
-    row: dict[str, Any], make: Callable[[], Steps], past: Past, turns: int, device: torch.device
-) -> Ids | None:
-    """Fill the row; the answers, or ``None`` with the row's error."""
-    steps: Steps | None = None
+def _row(
+    name: str,
+    make: Callable[[], Steps],
+    past: Past,
+    turns: int,
+    device: torch.device,
+    answers: dict[str, Ids],
+) -> dict[str, Any]:
+    """Figures of one decoder; its answers are kept and compared with ours."""
+    found, answers[name] = _measured(make(), past, turns, device)
+    if OURS in answers:
+        pairs = list(zip(answers[OURS], answers[name], strict=True))
+        found["equal_prompts"] = sum(a == b for a, b in pairs) / len(pairs)
+    return found
+
+
+def _measured(
+    steps: Steps, past: Past, turns: int, device: torch.device
+) -> tuple[dict[str, Any], Ids]:
+    """Figures of one decoder, and its answers."""
     try:
         started = time.perf_counter()
-        steps = make()
-        row["about"] = steps.about
         steps.open(past)
         steps.run()
-        row["prepare_s"] = time.perf_counter() - started
-        seconds, answers = [], None
+        prepare_s = time.perf_counter() - started
+        seconds: list[float] = []
         for _ in range(turns):
             steps.rewind()
             spent, answers = seconds_of(steps.run, device)
             seconds.append(spent)
-        median = statistics.median(seconds)
-        row["seconds"] = seconds
-        row["step_ms"] = median / past.num_new * 1e3
-        row["decode_tokens_per_s"] = past.batch * past.num_new / median
-        return answers
-    except Exception as error:  # whatever a peer raises is its result
-        traceback.print_exc(limit=-3)
-        row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
-        return None
     finally:
-        if steps is not None:
-            steps.close()
-
-
-def _release() -> None:
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        steps.close()
+    median = statistics.median(seconds)
+    figures = {
+        "about": steps.about,
+        "prepare_s": prepare_s,
+        "seconds": seconds,
+        "step_ms": median / past.num_new * 1e3,
+        "decode_tokens_per_s": past.batch * past.num_new / median,
+    }
+    return figures, answers

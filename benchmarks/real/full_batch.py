@@ -7,8 +7,8 @@ figures include what a group's last requests cost alone. Here another request be
 ends, and the first ones have staggered lengths, so that no arm has requests that end together. Arms
 alternate on the same held-out prompts in the same order; a figure is the tokens of a window of time
 divided by its seconds, prompt chunks included, and the median over an arm's turns. In arms named
-``unheld`` no prompt waits for others (``engine.prefill_hold_ms``). Greedy, bfloat16, no HTTP;
-nothing is captured and no prefix is cached.
+``unheld``, which have an engine of their own, no prompt waits for others
+(``engine.prefill_hold_ms=0``). Greedy, bfloat16, no HTTP; nothing is captured, no prefix is cached.
 
 Writes ``benchmarks/results/full_batch.json`` after every batch size.
 """
@@ -18,15 +18,18 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness.engines import Built, prefill_hold
-from benchmarks.harness.loops import Feed, Prompt, Window, arm_steps
-from benchmarks.harness.results import known, say, write_result
+from benchmarks.harness.arms import LEARNED
+from benchmarks.harness.engines import Built
+from benchmarks.harness.loops import Feed, Prompt, Window, arm_steps, greedy_requests
+from benchmarks.harness.results import RESULTS, Out, known, say, write_result
 from benchmarks.real.speculation import FIXED, OFF, POLICY, engine_for, made_by, prompts_for
 from buffer.folder_weights import FolderWeights
 from policies.fixed import FixedPolicy
@@ -35,8 +38,8 @@ from targets.load import load_tokenizer
 
 UNHELD = ", unheld"
 ARMS = (
-    *(OFF, "eagle3-k2", "eagle3-k3", "eagle3-k4", "eagle3-k5", "eagle3-k6", "suffix-k4", POLICY),
-    *(name + UNHELD for name in (OFF, "eagle3-k4", POLICY)),
+    *(*FIXED, POLICY),
+    *(name + UNHELD for name in (OFF, f"{LEARNED}-k4", POLICY)),
 )
 WARM_S = 0.4
 """Seconds before the window of a turn."""
@@ -48,8 +51,8 @@ class Arm:
 
     policy: DraftPolicy | None
     """``None``: the engine's own."""
-    is_held: bool
-    """Prompts may wait for others."""
+    built: Built
+    """The engine that it runs on."""
     windows: list[Window] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     """Steps by arm of the policy."""
@@ -69,7 +72,8 @@ class Arm:
 
 
 def measure(
-    built: Built,
+    held: Built,
+    unheld: Built | None,
     prompts: Sequence[Prompt],
     batch: int,
     length: int,
@@ -77,26 +81,33 @@ def measure(
     window_s: float,
     names: Sequence[str],
 ) -> dict[str, Arm]:
-    """Alternate all arms for ``turns`` turns and one that warms up, each starting with another."""
+    """Alternate all arms for ``turns`` turns after a warm-up; each turn starts with another arm.
+
+    Args:
+        unheld: the engine of arms whose prompts wait for no others; ``None`` if there are none.
+    """
     arms = {}
     for name in names:
         bare = name.removesuffix(UNHELD)
         policy = None if bare == POLICY else FixedPolicy(*FIXED[bare])
-        arms[name] = Arm(policy, is_held=bare == name)
+        built = held if bare == name else unheld
+        assert built is not None
+        arms[name] = Arm(policy, built)
     for number, offset in itertools.product(range(turns + 1), range(len(names))):
         arm = arms[names[(number + offset) % len(names)]]
-        built.policy.play(arm.policy)
-        with prefill_hold(built.engine, None if arm.is_held else 0.0):
-            _one_turn(built, arm, Feed(built.engine, prompts, batch, length), window_s)
-    built.policy.play()
+        arm.built.policy.play(arm.policy)
+        requests = greedy_requests(prompts, batch, length)
+        _one_turn(arm, Feed(arm.built.engine, requests, batch), window_s)
+    for arm in arms.values():
+        arm.built.policy.play()
     return arms
 
 
-def _one_turn(built: Built, arm: Arm, feed: Feed, window_s: float) -> None:
+def _one_turn(arm: Arm, feed: Feed, window_s: float) -> None:
     feed.run(WARM_S)
-    before = built.engine.figures()
+    before = arm.built.engine.figures()
     arm.windows.append(feed.run(window_s))
-    for key, count in arm_steps(before, built.engine.figures()).items():
+    for key, count in arm_steps(before, arm.built.engine.figures()).items():
         arm.steps[key] = arm.steps.get(key, 0) + count
     feed.stop()
 
@@ -104,9 +115,7 @@ def _one_turn(built: Built, arm: Arm, feed: Feed, window_s: float) -> None:
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
     run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/full_batch.json"
-    ),
+    out: Out = RESULTS / "full_batch.json",
     batches: Annotated[str, typer.Option(help="comma-separated")] = "8,32",
     max_tokens: Annotated[int, typer.Option(help="of each request")] = 128,
     arms: Annotated[str, typer.Option(help="separated by semicolons; empty: all")] = "",
@@ -125,9 +134,13 @@ def main(
     mixed = [ids for pair in zip(*texts.values(), strict=True) for ids in pair]
     rows: list[dict[str, Any]] = []
     figures = {"max_tokens": max_tokens, "window_s": window_s, **made_by(target, run_dir)}
-    with engine_for(target, drafter, max(sizes), device) as built:
+    with ExitStack() as stack:
+        start = partial(engine_for, target, drafter, max(sizes), device)
+        held, unheld = stack.enter_context(start()), None
+        if any(name.endswith(UNHELD) for name in names):
+            unheld = stack.enter_context(start("engine.prefill_hold_ms=0"))
         for size in sizes:
-            done = measure(built, mixed, size, max_tokens, turns, window_s, names)
+            done = measure(held, unheld, mixed, size, max_tokens, turns, window_s, names)
             off = done[OFF].row()["tokens_per_s"]
             for name, arm in done.items():
                 row = arm.row()
@@ -136,7 +149,7 @@ def main(
                 )
                 say(f"batch {size} {name}: {rows[-1]}")
             write_result(out, {**figures, "rows": rows})
-        figures["policy"] = built.policy.figures()
+        figures["policy"] = held.policy.figures()
     write_result(out, {**figures, "rows": rows})
 
 

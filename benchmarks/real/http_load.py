@@ -16,7 +16,6 @@ the server was measured.
 
 - Time to first token: from the moment a request was due, so a late client counts against us.
 - Time between tokens: an event with n tokens, t after the previous one, counts as n times t / n.
-- Time between events: what a reader of the stream sees; a round of speculation is one event.
 - Tokens/s: of all answers, from the first arrival to the last token.
 
 Writes ``benchmarks/results/http_load.json`` after every rate.
@@ -41,7 +40,7 @@ import numpy as np
 import typer
 
 from benchmarks.harness.http_loop import Answer, Arrival, Ask, Client, arrivals, run_client
-from benchmarks.harness.results import say, write_result
+from benchmarks.harness.results import RESULTS, Out, say, write_result
 from examples import corpus
 from examples.demo import DemoSettings, begin_server, log_of, own_folder, wait_for_server
 from examples.processes import Child, check_alive, stop, tail
@@ -66,11 +65,6 @@ def between_tokens(answer: Answer) -> list[float]:
     return waits
 
 
-def between_events(answer: Answer) -> list[float]:
-    """Seconds between events."""
-    return [b - a for (a, _), (b, _) in pairwise(answer.events)]
-
-
 def spread_ms(seconds: Sequence[float]) -> dict[str, float] | None:
     """Median and 99th percentile, in milliseconds; ``None``: there is nothing."""
     if not seconds:
@@ -86,7 +80,7 @@ class Turn:
     due: list[Arrival]
     clients: list[Client]
     seconds: float
-    """From the first arrival to the last token."""
+    """Time from the first arrival to the last token."""
 
     @property
     def answers(self) -> list[Answer]:
@@ -132,7 +126,6 @@ def row_of(rate: float, arm: Arm, turns: Sequence[Turn]) -> dict[str, Any]:
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "first_token_ms": spread_ms([a.events[0][0] for a in answered if a.events]),
         "between_tokens_ms": spread_ms([w for a in answered for w in between_tokens(a)]),
-        "between_events_ms": spread_ms([w for a in answered for w in between_events(a)]),
         "request_ms": spread_ms([a.events[-1][0] for a in answered if a.events]),
         "tokens_per_event": _mean([n for a in answered for _, n in a.events]),
         "tokens_per_step": _mean(steps),
@@ -262,9 +255,7 @@ def _begin(number: int) -> int:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/http_load.json"
-    ),
+    out: Out = RESULTS / "http_load.json",
     config: Annotated[Path, typer.Option(help="settings of the server")] = Path(
         "configs/demo.yaml"
     ),

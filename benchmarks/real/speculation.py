@@ -4,10 +4,10 @@
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
     python -m benchmarks.real.speculation --target runs/real/target --run-dir runs/real/run
 
-The first two train the target, on the Python and C files of this installation, and an EAGLE-3
-drafter on the target's own traces. Here held-out Python and C prompts are continued greedily in the
-engine's own loop, without HTTP: plain decoding, the drafter at fixed K, the suffix index, and the
-policy deciding. Plain decoding runs on the same engine, with the drafter loaded. All arms alternate
+The first two train the target, on the Python and C files of this installation, and a drafter on
+the target's own traces. Here held-out Python and C prompts are continued greedily in the engine's
+own loop, without HTTP: plain decoding, the drafter at fixed K, looked-up matches, and the policy
+deciding. Plain decoding runs on the same engine, with the drafter loaded. All arms alternate
 on the same prompts, in rotating order. A figure is the median over an arm's turns, prompts
 included; beside it stands the median ratio of groups of requests, each to plain decoding of the
 same group in the same turn. Nothing is captured and no prefix is cached, so that no turn helps the
@@ -15,8 +15,8 @@ next; the index sees only the request itself.
 
 In bfloat16 two tokens with nearly equal scores may change places when a batch has another shape. So
 outputs that differ from plain decoding's are counted, and for each the float32 target says how far
-apart the two tokens at the first difference are; plain decoding at one batch size is compared with
-another in the same way.
+apart the two tokens at the first difference are. Plain decoding at one batch size is compared with
+another likewise.
 
 Writes ``benchmarks/results/real_target.json`` after every batch size.
 """
@@ -36,10 +36,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.harness.arms import LEARNED, LOOKUP
 from benchmarks.harness.engines import ONE_GPU, Built, engine_from
 from benchmarks.harness.loops import Answer, Batch, Prompt, arm_steps, clear
 from benchmarks.harness.policy import StepTime
-from benchmarks.harness.results import known, say, write_result
+from benchmarks.harness.results import RESULTS, Out, known, say, write_result
 from benchmarks.real.train_drafter import FIGURES
 from buffer.folder_weights import FolderWeights
 from buffer.records import Acceptance
@@ -52,8 +53,8 @@ DOMAINS: tuple[corpus.Domain, ...] = ("python", "c")
 OFF, POLICY = "off", "policy"
 FIXED = {
     OFF: ("none", 0),
-    **{f"eagle3-k{k}": ("eagle3", k) for k in range(2, 7)},
-    "suffix-k4": ("suffix", 4),
+    **{f"{LEARNED}-k{k}": (LEARNED, k) for k in range(2, 7)},
+    f"{LOOKUP}-k4": (LOOKUP, 4),
 }
 MAX_DRAFT = 6
 PROMPTS = {1: 8, 8: 16, 32: 64}
@@ -68,7 +69,9 @@ MOST_GAPS = 64
 
 
 @contextmanager
-def engine_for(target: Path, drafter: Path, max_batch: int, device: str) -> Iterator[Built]:
+def engine_for(
+    target: Path, drafter: Path, max_batch: int, device: str, *more: str
+) -> Iterator[Built]:
     """The one-GPU server's engine, in bfloat16 on a GPU."""
     chosen = [
         f"target={target}",
@@ -80,6 +83,7 @@ def engine_for(target: Path, drafter: Path, max_batch: int, device: str) -> Iter
         "capture.enabled=false",
         "swap.enabled=false",
         "policy.kind=goodput",
+        *more,
     ]
     with engine_from(ONE_GPU, chosen, device) as built:
         yield built
@@ -345,26 +349,13 @@ def made_by(target: Path, run_dir: Path) -> dict[str, Any]:
     for name, file in (("target", target / "training.json"), ("drafter", run_dir / FIGURES)):
         if file.is_file():
             found[name] = json.loads(file.read_text())
-    if "trained" in found.get("target", {}):
-        found["target"]["model_tflops_per_s"] = model_flops_per_s(found["target"]) / 1e12
     return found
-
-
-def model_flops_per_s(training: dict[str, Any]) -> float:
-    """The model's own operations per second of training: 6 per weight and token, and the causal
-    half of attention."""
-    plan, trained = training["plan"], training["trained"]
-    attention = 6 * plan["num_layers"] * plan["num_heads"] * plan["head_dim"] * plan["context"]
-    each = 6 * training["parameters"] + attention
-    return float(each * trained["tokens"] / trained["training_s"])
 
 
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
     run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
-    out: Annotated[Path, typer.Option(help="result file")] = Path(
-        "benchmarks/results/real_target.json"
-    ),
+    out: Out = RESULTS / "real_target.json",
     batches: str = "1,8,32",
     arms: Annotated[str, typer.Option(help="which arms; empty: all")] = "",
     max_tokens: int = 128,

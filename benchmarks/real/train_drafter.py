@@ -1,9 +1,8 @@
 """An EAGLE-3 drafter for a real target, trained on the target's own traces.
 
-Does what a server and its trainer do: sends held-in prompts to the engine, captures every row,
-reads the traces back from the log, and uses the trainer's own learner, gate and publication. Unlike
-them it does so step by step on one GPU, and keeps all traces in its memory, so that updates never
-wait.
+Does what a server and its trainer do: decodes held-in prompts, captures every row, reads the traces
+back from the log, and uses the trainer's own learner, gate and publication. Unlike them it works
+step by step on one GPU and keeps all traces in GPU memory, so that updates never wait.
 
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
 
@@ -15,24 +14,23 @@ Shapes: B sequences, S positions (padded).
 from __future__ import annotations
 
 import copy
-import gc
-import json
 import multiprocessing
 import random
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
+from torch.nn import functional
 
-from benchmarks.harness.engines import ONE_GPU, build
-from benchmarks.harness.results import say
+from benchmarks.harness.engines import ONE_GPU, build, release
+from benchmarks.harness.loops import Feed
+from benchmarks.harness.results import say, write_result
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
 from buffer.records import Trace
@@ -45,7 +43,7 @@ from drafters.trainable import trainable
 from examples.corpus import Domain
 from examples.train_drafter import pieces
 from policies.replay import is_held_out
-from serving.requests import Output, Request, SamplingParams
+from serving.requests import Request, SamplingParams
 from serving.service import Service
 from targets.head import TargetHead, load_target_head
 from targets.load import load_tokenizer
@@ -62,7 +60,9 @@ JUDGED = 96
 """Held-out traces that judge the drafter."""
 READ_AT_ONCE = 32
 CLOSING_S = 15.0
-"""Kept of the budget for judging and publishing."""
+"""Part of the budget reserved for judging and publishing."""
+WRITING_S = 60.0
+"""Longest wait until all traces are written."""
 LAST_RATE = 0.02
 """Share of the learning rate reached when the time is over."""
 
@@ -111,7 +111,7 @@ class Ask:
 
 
 def domain_pieces(target: Path, domain: Domain, count: int) -> list[list[int]]:
-    """Held-in prompts; runs in a process of its own, since reading thousands of files takes one."""
+    """Held-in prompts. Reading thousands of files keeps a core busy, hence a process of its own."""
     return pieces(load_tokenizer(target), domain, "train", count, seed=5)
 
 
@@ -129,103 +129,75 @@ def asks_of(
 def collect(
     service: Service, asks: Sequence[Ask], max_tokens: int, seconds: float, batch: int
 ) -> dict[str, Any]:
-    """Answer requests until the time is over; twice the engine's batch is under way."""
-    engine = service.engine
-    room = threading.Semaphore(2 * batch)
-    lock = threading.Lock()
-    counts = {"finished": 0, "failed": 0, "tokens": 0}
+    """Answer requests until the time is over, and write the trace of each."""
+    recorder = service.recorder
+    assert recorder is not None, "the settings capture"
 
-    def take(output: Output) -> None:
-        with lock:
-            counts["tokens"] += len(output.token_ids)
-            if output.finish_reason is not None:
-                ended_well = output.finish_reason in ("stop", "length")
-                counts["finished" if ended_well else "failed"] += 1
-                room.release()
+    def requests() -> Iterator[Request]:
+        for number, ask in enumerate(asks):
+            sampling = SamplingParams(
+                temperature=ask.temperature, max_tokens=max_tokens, ignore_eos=True
+            )
+            yield Request(f"trace-{number}", ask.prompt_ids, sampling)
 
     started = time.monotonic()
-    num_sent = 0
-    for number, ask in enumerate(asks):
-        while not room.acquire(timeout=0.5):
-            if time.monotonic() - started > 2 * seconds + 60:
-                raise RuntimeError("the engine answers no more")
-        if time.monotonic() - started > seconds:
-            break
-        sampling = SamplingParams(
-            temperature=ask.temperature, max_tokens=max_tokens, ignore_eos=True
-        )
-        engine.inbox.submit(Request(f"trace-{number}", ask.prompt_ids, sampling), take)
-        num_sent += 1
-        if num_sent % 512 == 0:
-            elapsed = time.monotonic() - started
-            say(f"{num_sent} requests sent, {counts['tokens'] / elapsed:,.0f} tokens/s")
-    while counts["finished"] + counts["failed"] < num_sent:
-        time.sleep(0.02)
-        if time.monotonic() - started > 2 * seconds + 120:
-            raise RuntimeError("the engine answers no more")
-    elapsed = time.monotonic() - started
-    return {"requests": num_sent, **counts, "collect_s": elapsed}
-
-
-def wait_for_recorder(service: Service, patience_s: float) -> dict[str, int]:
-    """Until every trace is on the disk, or patience ends; the recorder's counts."""
-    until = time.monotonic() + patience_s
-    while True:
-        counts = service.figures().traces
-        on_the_way = counts["queued"] - sum(counts[k] for k in ("written", "dropped", "failed"))
-        if not on_the_way or time.monotonic() > until:
-            return counts
-        time.sleep(0.1)
+    recorder.start()
+    try:
+        feed = Feed(service.engine, requests(), batch)
+        feed.run(seconds)
+        feed.finish()
+    finally:
+        recorder.close(WRITING_S)
+    return {
+        "requests": feed.num_finished,
+        "tokens": feed.num_tokens,
+        "collect_s": time.monotonic() - started,
+        "recorder": recorder.counts(),
+        "rows_lost": service.figures().capture_rows_dropped,
+    }
 
 
 # Learning
 
 
 @dataclass(frozen=True, slots=True)
-class Lessons:
-    """What the learner is given: all sequences in the memory of the device."""
+class TrainingData:
+    """All traces of a run, in the memory of the device."""
 
-    everything: TTTBatch
+    sequences: TTTBatch
     """Padded to one length."""
     held_out: list[Sample]
     num_refused: int
 
     def draw(self, count: int, generator: torch.Generator) -> TTTBatch:
         """Random sequences."""
-        total = len(self.everything.token_ids_BS)
+        total = len(self.sequences.token_ids_BS)
         index = torch.randperm(total, generator=generator)[:count]
-        index = index.to(self.everything.token_ids_BS.device)
-        return _each(lambda *parts: parts[0].index_select(0, index), self.everything)
+        index = index.to(self.sequences.token_ids_BS.device)
+        return _each(lambda *parts: parts[0].index_select(0, index), self.sequences)
 
 
 def _each(do: Any, *batches: TTTBatch) -> TTTBatch:
-    """``do`` on each field of some batches."""
+    """Apply ``do`` to each field of the batches."""
     names = [f.name for f in fields(TTTBatch)]
     return TTTBatch(*(do(*(getattr(b, name) for b in batches)) for name in names))
 
 
 def padded(batch: TTTBatch, length: int) -> TTTBatch:
-    """A batch with S = ``length``; what is added is not known and has no loss."""
+    """The batch with S = ``length``; the added positions are unknown and have no loss."""
 
     def pad(tensor: Tensor) -> Tensor:
-        wide = tensor.new_zeros(len(tensor), length, *tensor.shape[2:])
-        wide[:, : tensor.shape[1]] = tensor
-        return wide
+        return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, length - tensor.shape[1]))
 
     found = _each(pad, batch)
-    positions = torch.arange(length, device=found.positions_BS.device).expand(
-        found.positions_BS.shape
-    )
-    return TTTBatch(
-        found.token_ids_BS, positions.clone(), found.features_BSF, found.last_hidden_BSH,
-        found.known_BS, found.loss_BS,
-    )  # fmt: skip
+    positions = torch.arange(length, device=found.positions_BS.device)
+    return replace(found, positions_BS=positions.expand_as(found.positions_BS).clone())
 
 
-def read_lessons(
+def read_data(
     settings: Settings, expected: Expected, device: torch.device, length: int, seconds: float
-) -> Lessons:
-    """Read the log until its end, or until the time is over."""
+) -> TrainingData:
+    """Read the log to its end, or for some seconds."""
     reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
     until = time.monotonic() + seconds
 
@@ -233,36 +205,36 @@ def read_lessons(
         while time.monotonic() < until and (traces := reader.read(READ_AT_ONCE)):
             yield traces
 
-    def lessons_of(traces: list[Trace]) -> tuple[TTTBatch | None, list[Sample], int]:
+    def parts_of(traces: list[Trace]) -> tuple[TTTBatch | None, list[Sample], int]:
         samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in traces]
         sound = [s for s in samples if not isinstance(s, Refusal)]
         held_out = [s for s in sound if is_held_out(s.key, HELD_OUT_EVERY)]
-        pupils = [s for s in sound if not is_held_out(s.key, HELD_OUT_EVERY)]
-        parts = [(s, piece) for s in pupils for piece in s.pieces]
+        trained = [s for s in sound if not is_held_out(s.key, HELD_OUT_EVERY)]
+        parts = [(s, piece) for s in trained for piece in s.pieces]
         if not parts:
             return None, held_out, len(samples) - len(sound)
         batch = collate(parts).to(device, batch_dtype(device))
         return padded(batch, length), held_out, len(samples) - len(sound)
 
     with ThreadPoolExecutor(8) as pool:
-        jobs: list[Future[Any]] = [pool.submit(lessons_of, traces) for traces in batches()]
+        jobs: list[Future[Any]] = [pool.submit(parts_of, traces) for traces in batches()]
         found = [job.result() for job in jobs]
     groups = [batch for batch, _, _ in found if batch is not None]
-    everything = _each(lambda *parts: torch.cat(parts), *groups)
+    sequences = _each(lambda *parts: torch.cat(parts), *groups)
     held_out = [s for _, samples, _ in found for s in samples]
-    return Lessons(everything, held_out, sum(refused for _, _, refused in found))
+    return TrainingData(sequences, held_out, sum(refused for _, _, refused in found))
 
 
 def learn(
-    learner: Learner, lessons: Lessons, seconds: float, sequences: int
+    learner: Learner, data: TrainingData, seconds: float, sequences: int
 ) -> tuple[UpdateReport, float]:
-    """Updates until the time is over, the learning rate falling linearly; the last report, and the
-    seconds."""
+    """Update for some seconds while the learning rate falls linearly; returns the last report and
+    the time spent."""
     generator = torch.Generator().manual_seed(0)
     started, printed, report = time.monotonic(), 0.0, None
     while (elapsed := time.monotonic() - started) < seconds or report is None:
         learner.lr_scale = max(LAST_RATE, 1 - elapsed / seconds)
-        report = learner.update(lessons.draw(sequences, generator))
+        report = learner.update(data.draw(sequences, generator))
         if elapsed - printed > 10:
             printed = elapsed
             alphas = [round(a, 3) for a in report.alpha]
@@ -279,7 +251,7 @@ def train(
     length: int,
     until_s: float,
 ) -> dict[str, Any]:
-    """Read, learn, judge, publish. Learning ends before the monotonic time ``until_s``."""
+    """Read, train, judge, publish. Training ends by the monotonic time ``until_s``."""
     device = torch.device(settings.trainer.device)
     dtype = batch_dtype(device)
     head: TargetHead = load_target_head(target, device, dtype)
@@ -290,17 +262,17 @@ def train(
     learns, expected = trainable(manifest.kind), expected_of(manifest, head)
 
     started = time.monotonic()
-    lessons = read_lessons(settings, expected, device, length, read_s)
+    data = read_data(settings, expected, device, length, read_s)
     read_s = time.monotonic() - started
-    num_sequences = len(lessons.everything.token_ids_BS)
-    num_rows = int(lessons.everything.loss_BS.sum())
-    say(f"read {num_sequences} traces, {num_rows:,} rows to learn from, in {read_s:.1f} s")
+    num_sequences = len(data.sequences.token_ids_BS)
+    num_rows = int(data.sequences.loss_BS.sum())
+    say(f"read {num_sequences} traces, {num_rows:,} training rows, in {read_s:.1f} s")
 
     learner = Learner(learns, model, head, settings.trainer, device)
     seconds = min(seconds, until_s - time.monotonic())
-    report, train_s = learn(learner, lessons, seconds, sequences)
+    report, train_s = learn(learner, data, seconds, sequences)
     judge = Judge(learns, head, device, incumbent, settings.trainer.gate_margin)
-    judged = judge.judge(learner.average, lessons.held_out[:JUDGED])
+    judged = judge.judge(learner.average, data.held_out[:JUDGED])
     say(f"held-out traces: {judged.to_json()}, acceptance {judged.acceptance}")
     published = publish_version(
         store,
@@ -315,7 +287,7 @@ def train(
         "version": published.version,
         "parameters": sum(p.numel() for p in learner.model.parameters()),
         "traces": num_sequences,
-        "traces_refused": lessons.num_refused,
+        "traces_refused": data.num_refused,
         "rows": num_rows,
         "read_s": read_s,
         "train_s": train_s,
@@ -366,39 +338,23 @@ def main(
         say(f"engine ready after {build_s:.1f} s")
         prompts = [ids for job in jobs for ids in job.result()]
     say(f"{len(prompts)} prompts after {time.monotonic() - began:.1f} s")
-    service.start()
-    try:
-        figures = collect(
-            service, asks_of(prompts, greedy_share, temperature), max_tokens, collect_s, batch
-        )
-        say(f"collected: {figures}")
-        figures["recorder"] = wait_for_recorder(service, patience_s=60.0)
-        figures["rows_lost"] = service.figures().capture_rows_dropped
-    finally:
-        service.stop()
-    say(f"on the disk: {figures['recorder']}")
+    asks = asks_of(prompts, greedy_share, temperature)
+    figures = collect(service, asks, max_tokens, collect_s, batch)
+    say(f"collected: {figures}")
     del service
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    release(torch.device(device))
     length = max(map(len, prompts)) + max_tokens
     until_s = began + budget_s - CLOSING_S
     trained = train(settings, target, seconds, read_s, sequences, length, until_s)
-    (run_dir / FIGURES).write_text(
-        json.dumps(
-            {
-                **trained,
-                "collected": figures,
-                "greedy_share": greedy_share,
-                "sampled_temperature": temperature,
-                "max_tokens": max_tokens,
-                "engine_build_s": build_s,
-                "whole_s": time.monotonic() - began,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    about = {
+        "collected": figures,
+        "greedy_share": greedy_share,
+        "sampled_temperature": temperature,
+        "max_tokens": max_tokens,
+        "engine_build_s": build_s,
+        "whole_s": time.monotonic() - began,
+    }
+    write_result(run_dir / FIGURES, {**trained, **about})
     say(f"done in {time.monotonic() - began:.1f} s")
 
 

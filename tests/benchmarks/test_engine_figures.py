@@ -51,7 +51,7 @@ def test_declared_contexts_are_found_and_each_has_its_own_pages():
     assert engine.inbox.num_inflight() == 0
 
 
-def test_the_longest_wait_is_told_in_medians_of_its_request():
+def test_the_longest_wait_is_a_multiple_of_its_requests_median():
     news = [[0, 1, 2, 3, 5.5, 6.5], [0, 2, 4, 6, 8], [100]]
 
     found = slowest_waits(news, 0, 50)
@@ -62,7 +62,7 @@ def test_the_longest_wait_is_told_in_medians_of_its_request():
 
 
 def test_waits_that_grow_with_the_contexts_are_no_slow_ones():
-    """From 1 to 3 in the end; one in the middle is three times as long as those beside it."""
+    """Waits grow from 1 to 3; then one in the middle is three times as long as its neighbours."""
     stamps = list(itertools.accumulate(1 + n / 500 for n in range(1000)))
     assert slowest_waits([stamps], 0, 1e6)["slowest_wait_over_median"] < 1.2
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.loops import Feed
+from itertools import islice
+
+from benchmarks.harness.loops import Feed, greedy_requests
 from benchmarks.real import full_batch
 from benchmarks.real.full_batch import UNHELD, measure
 from benchmarks.real.speculation import OFF, POLICY
@@ -14,7 +16,7 @@ PROMPTS = [(5, 6, 7), (8, 9), (3,)]
 
 def test_another_request_begins_as_soon_as_one_ends():
     engine = make_engine(random_model("qwen3"), policy=RandomPolicy(), prefix_cache=False)
-    feed = Feed(engine, PROMPTS, 4, 8)
+    feed = Feed(engine, greedy_requests(PROMPTS, 4, 8), 4)
     window = feed.run(1.0)
 
     assert engine.inbox.num_inflight() == 4
@@ -25,19 +27,29 @@ def test_another_request_begins_as_soon_as_one_ends():
     assert engine.inbox.num_inflight() == 0
 
 
-def test_every_arm_has_its_turns_and_the_engine_its_policy_back(monkeypatch):
+def test_a_batch_drains_when_there_are_no_more_requests():
+    engine = make_engine(random_model("qwen3"), policy=RandomPolicy(), prefix_cache=False)
+    feed = Feed(engine, islice(greedy_requests(PROMPTS, 2, 8), 5), 2)
+
+    feed.finish()
+    assert (feed.num_finished, feed.num_tokens) == (2, 4 + 8)
+
+    feed = Feed(engine, islice(greedy_requests(PROMPTS, 2, 8), 5), 2)
+    feed.run(60.0)
+    assert (feed.num_finished, feed.num_tokens) == (5, 4 + 4 * 8)
+
+
+def test_every_arm_has_its_turns_and_each_engine_its_policy_back(monkeypatch):
     monkeypatch.setattr(full_batch, "WARM_S", 0.05)
-    built = built_over(RandomPolicy())
-    built.engine.scheduler.prefill_hold_s = 1.0
+    built, unheld = built_over(RandomPolicy()), built_over(RandomPolicy())
     names = [OFF, "eagle3-k2", POLICY, POLICY + UNHELD]
 
-    arms = measure(built, PROMPTS, 2, 8, turns=2, window_s=0.2, names=names)
+    arms = measure(built, unheld, PROMPTS, 2, 8, turns=2, window_s=0.2, names=names)
 
     rows = {name: arm.row() for name, arm in arms.items()}
     assert [row["turns"] for row in rows.values()] == [2, 2, 2, 2]
     assert set(rows[OFF]["steps"]) == {"none-k0"}
     assert rows[OFF]["tokens_per_step_of_the_batch"] <= 2
     assert rows["eagle3-k2"]["steps"]["eagle3-k2"] > 0
-    assert built.policy.playing is built.policy.own
-    assert [arm.is_held for arm in arms.values()] == [True, True, True, False]
-    assert built.engine.scheduler.prefill_hold_s == 1.0
+    assert [arm.built for arm in arms.values()] == [built, built, built, unheld]
+    assert all(one.policy.playing is one.policy.own for one in (built, unheld))

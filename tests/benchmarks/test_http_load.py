@@ -11,7 +11,6 @@ from benchmarks.real.http_load import (
     Arrival,
     Client,
     arrivals,
-    between_events,
     between_tokens,
     row_of,
     spread_ms,
@@ -47,7 +46,6 @@ def test_the_wait_for_an_event_is_shared_by_its_tokens():
     seen = answer((0.5, 1), (0.7, 4), (0.8, 1))
 
     assert between_tokens(seen) == pytest.approx([0.05] * 4 + [0.1])
-    assert between_events(seen) == pytest.approx([0.2, 0.1])
 
 
 def test_nothing_measured_is_none():

@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness.shapes import SHAPES
-from benchmarks.peers.__main__ import (
-    Row,
-    agreement,
-    attempt,
-    chosen_decoders,
-    decode_speed,
-    with_ratios,
-)
+from benchmarks.peers.__main__ import Row, agreement, attempt
 from benchmarks.peers.compiled_loop import CompiledLoop
 from benchmarks.peers.decoders import Generate, Work, first_layers, static_cache
 from benchmarks.peers.steps import GenerateSteps, LoopSteps, OurSteps, Past, random_model
@@ -41,19 +34,10 @@ def test_a_token_counts_as_equal_up_to_the_first_difference() -> None:
     assert agreement(plain, other) == {"equal_prompts": 0.5, "equal_tokens": 6 / 8}
 
 
-def test_turns_that_only_one_way_took_are_not_compared() -> None:
+def test_turns_that_only_one_decoder_took_are_not_compared() -> None:
     plain = [[[1, 2]], [[3, 4]]]
 
     assert agreement(plain, [[[1, 2]]]) == {"equal_prompts": 1.0, "equal_tokens": 1.0}
-
-
-def test_decoding_speed_leaves_out_the_first_token() -> None:
-    assert decode_speed(batch=2, num_new=11, whole_s=3.0, first_s=1.0) == 10.0
-
-
-def test_decoding_speed_is_none_where_noise_hides_it() -> None:
-    assert decode_speed(batch=2, num_new=11, whole_s=1.0, first_s=1.0) is None
-    assert decode_speed(batch=2, num_new=1, whole_s=2.0, first_s=1.0) is None
 
 
 def test_an_error_is_the_rows_result() -> None:
@@ -66,32 +50,10 @@ def test_an_error_is_the_rows_result() -> None:
     assert row.figures(8, None)["error"] == "RuntimeError: no such kernel"
 
 
-def test_a_peers_row_says_how_many_times_faster_ours_is() -> None:
-    rows = with_ratios(
-        [
-            {"way": "ours, off", "batch": 1, "tokens_per_s": 30.0},
-            {"way": "peer", "batch": 1, "tokens_per_s": 10.0},
-            {"way": "peer", "batch": 8, "tokens_per_s": 10.0},
-            {"way": "broken peer", "batch": 1, "error": "no"},
-        ]
-    )
-
-    assert [row.get("times_faster") for row in rows] == [None, {"ours, off": 3.0}, {}, None]
-
-
-def test_our_plain_way_is_always_among_the_chosen() -> None:
-    decoders: Any = {"ours, off": 0, "loop": 1, "peer": 2}
-
-    assert list(chosen_decoders(decoders, "peer")) == ["ours, off", "peer"]
-    with pytest.raises(ValueError, match="no decoder is called 'other'"):
-        chosen_decoders(decoders, "other")
-
-
-@pytest.mark.parametrize("attention", ["matmul", "sdpa"])
-def test_the_simple_loop_answers_as_generate_does(model: Any, attention: Any) -> None:
+def test_the_simple_loop_answers_as_generate_does(model: Any) -> None:
     prompts = [[3, 141, 59, 26, 5], [35, 89, 79, 323, 84]]
     work = Work(batch=2, num_prompt=5, num_new=12)
-    loop = CompiledLoop(model, work.batch, work.num_positions, attention)
+    loop = CompiledLoop(model, work.batch, work.num_positions)
     loop.prepare()
     peer = Generate(model, "dynamic cache")
     peer.open(work)
@@ -106,8 +68,8 @@ def test_a_kept_static_cache_and_an_assistant_answer_as_generate_does(model: Any
     plain = Generate(model, "dynamic cache")
     static = Generate(model, "static", past_key_values=static_cache(model))
     assisted = Generate(model, "assistant", assistant_model=first_layers(model, 1))
-    for way in (plain, static, assisted):
-        way.open(work)
+    for decoder in (plain, static, assisted):
+        decoder.open(work)
 
     for _ in range(2):
         want = plain.generate(prompts, 12)
@@ -115,12 +77,12 @@ def test_a_kept_static_cache_and_an_assistant_answer_as_generate_does(model: Any
         assert assisted.generate(prompts, 12) == want
 
 
-def test_steps_of_all_ways_go_on_alike_from_a_filled_cache(model: Any) -> None:
+def test_all_decoders_continue_alike_from_a_filled_cache(model: Any) -> None:
     past = Past(model.config, batch=2, context=40, num_new=8, like=model.lm_head.weight)
     answers = []
     for steps in (
         OurSteps(model),
-        LoopSteps(model, "matmul", False),
+        LoopSteps(model, False),
         GenerateSteps(model, True, False),
         GenerateSteps(model, False, False),
     ):

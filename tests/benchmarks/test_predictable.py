@@ -55,7 +55,7 @@ def test_every_token_of_the_cycle_is_followed_by_the_next(shape, num_layers, dty
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_engine_accepts_what_the_cycle_says_and_answers_as_the_target(temperature):
-    chosen = {"engine": {"max_batch": 2, "max_model_len": 256}, "drafter": {"max_draft": 4}}
+    chosen = ["engine.max_batch=2", "engine.max_model_len=256", "drafter.max_draft=4"]
     with engine_of("tiny", CPU, chosen, num_versions=1, is_predictable=True) as built:
         asked = [tuple(ids) for ids in prompts(2, 24, built.engine.inbox.limits.vocab_size)]
         built.policy.play(FixedPolicy("eagle3", 4))

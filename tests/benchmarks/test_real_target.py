@@ -1,4 +1,4 @@
-"""Speeds, differing outputs and lessons of the benchmark on a target trained on the spot."""
+"""Speeds, differing outputs and training data of the benchmark on a target trained on the spot."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from benchmarks.real.speculation import (
     differences,
     first_difference,
     measure,
-    model_flops_per_s,
     rows_of,
 )
-from benchmarks.real.train_drafter import Ask, Lessons, asks_of, padded
+from benchmarks.real.train_drafter import Ask, TrainingData, asks_of, padded
 from buffer.records import Acceptance
 from drafters.eagle3.training import TTTBatch
 from oracles.engines import RandomPolicy
@@ -65,15 +64,6 @@ def test_an_arm_that_failed_leaves_a_row_that_says_so():
     assert "tokens_per_s" not in failed
 
 
-def test_flops_count_weights_and_half_of_attention():
-    plan = {"num_layers": 2, "num_heads": 4, "head_dim": 8, "context": 16}
-    training = {"plan": plan, "parameters": 1000, "trained": {"tokens": 10, "training_s": 5.0}}
-
-    # QK and PV, forward and backward: 2 products x 3 x 2 operations, on half of the context.
-    attention = 2 * (2 * 3 * 2) * (4 * 8) * 16 / 2
-    assert model_flops_per_s(training) == (6 * 1000 + attention) * 10 / 5.0
-
-
 def test_a_share_of_the_requests_is_greedy():
     asks = asks_of([[n] for n in range(1000)], greedy_share=0.6, temperature=0.8)
 
@@ -83,7 +73,7 @@ def test_a_share_of_the_requests_is_greedy():
     assert asks[0] == Ask(asks[0].prompt_ids, asks[0].temperature)
 
 
-def lessons_batch() -> TTTBatch:
+def small_batch() -> TTTBatch:
     return TTTBatch(
         token_ids_BS=torch.tensor([[1, 2, 3], [4, 5, 6]]),
         positions_BS=torch.arange(3).repeat(2, 1),
@@ -95,7 +85,7 @@ def lessons_batch() -> TTTBatch:
 
 
 def test_padding_adds_rows_that_are_not_known_and_have_no_loss():
-    wide = padded(lessons_batch(), 5)
+    wide = padded(small_batch(), 5)
 
     assert wide.token_ids_BS.tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]]
     assert wide.positions_BS.tolist() == [[0, 1, 2, 3, 4]] * 2
@@ -105,9 +95,9 @@ def test_padding_adds_rows_that_are_not_known_and_have_no_loss():
 
 
 def test_a_draw_takes_whole_sequences_each_once():
-    lessons = Lessons(padded(lessons_batch(), 4), [], 0)
+    data = TrainingData(padded(small_batch(), 4), [], 0)
 
-    drawn = lessons.draw(2, torch.Generator().manual_seed(0))
+    drawn = data.draw(2, torch.Generator().manual_seed(0))
 
     assert sorted(drawn.token_ids_BS[:, 0].tolist()) == [1, 4]
     row = drawn.token_ids_BS[:, 0].tolist().index(4)

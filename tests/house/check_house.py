@@ -48,6 +48,30 @@ EXCEPTIONS: dict[str, str] = {
     "serving/http/request_bodies.py: spells the drafter kind 'suffix'": (
         "OpenAI's field of that name"
     ),
+    "benchmarks/by_match.py: spells the drafter kind 'eagle3'": (
+        "judges chains of that drafter's training at every position of a trace"
+    ),
+    "benchmarks/harness/predictable.py: spells the drafter kind 'eagle3'": (
+        "writes weights into tensors that only this kind has"
+    ),
+    "benchmarks/harness/random_targets.py: spells the drafter kind 'eagle3'": (
+        "publishes bundles of this kind, also for checkouts without a catalog"
+    ),
+    "benchmarks/harness/side.py: spells the drafter kind 'eagle3'": (
+        "builds checkouts without a catalog too"
+    ),
+    "benchmarks/harness/side.py: spells the drafter kind 'suffix'": (
+        "builds checkouts without a catalog too"
+    ),
+    "benchmarks/ops/drafter.py: spells the drafter kind 'eagle3'": (
+        "measures the kernels of one drafter"
+    ),
+    "benchmarks/real/train_drafter.py: spells the drafter kind 'eagle3'": (
+        "keeps this drafter's training batches on the device"
+    ),
+    "examples/train_drafter.py: spells the drafter kind 'eagle3'": (
+        "made the drafter that the repository bundles"
+    ),
     "serving/engine/sequence.py: class Sequence has 27 attributes, over 15": (
         "the running state of one request: the one object that is edited in place"
     ),
