@@ -102,7 +102,7 @@ def inspect(
 
     Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings.
     """
-    settings = settings_from_cli(config, set_, print_config=False)
+    settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     run_dir = settings.run_dir if run is None else run
     try:
         reports = list(inspect_backend(open_backend(settings.buffer.url, run_dir)))

@@ -49,9 +49,16 @@ PrintConfigOption = Annotated[
 
 
 def settings_from_cli(
-    files: Sequence[Path] | None, overrides: Sequence[str] | None, print_config: bool
+    files: Sequence[Path] | None,
+    overrides: Sequence[str] | None,
+    print_config: bool,
+    *,
+    loads_target: bool = True,
 ) -> Settings:
     """Load the settings of a command, with the environment of the process.
+
+    Args:
+        loads_target: the command loads the target, so a bundled one must be there.
 
     Raises:
         typer.Exit: with code 2 after printing to stderr what is wrong, or with code 0 after
@@ -65,7 +72,7 @@ def settings_from_cli(
     if print_config:
         typer.echo(to_yaml(settings), nl=False)
         raise typer.Exit(code=0)
-    missing = list(missing_bundled(settings))
+    missing = list(missing_bundled(settings)) if loads_target else []
     if missing:
         typer.echo("\n".join(missing), err=True)
         raise typer.Exit(code=2)

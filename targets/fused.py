@@ -115,7 +115,8 @@ class FusedDecoder:
         decoder, config = model.model, model.config
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         self.head: Tensor = model.lm_head.weight.detach()
-        self.layers = [family.layer(layer) for layer in decoder.layers]
+        on_cpu = self.head.device.type == "cpu" and not use_kernels
+        self.layers = [family.layer(layer, on_cpu) for layer in decoder.layers]
         self.final_norm = norm_of(decoder.norm)
         self.scale: float = decoder.layers[0].self_attn.scaling
         """Factor of the attention scores."""

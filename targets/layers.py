@@ -45,8 +45,9 @@ class Family:
     why_not: Callable[[Any], str | None]
     """What in a model of this class ``FusedDecoder`` would compute differently; ``None`` if
     nothing."""
-    layer: Callable[[Any], Layer]
-    """The weights of one of its decoder layers. The module's own weights become views of them."""
+    layer: Callable[[Any, bool], Layer]
+    """The weights of one of its decoder layers, laid out by columns or by rows. The module's own
+    weights become views of them."""
 
 
 def llama_like(modelling: ModuleType, name: str) -> Family:
@@ -81,9 +82,12 @@ def _unknown_module(model: Any, classes: set[type[nn.Module]]) -> str | None:
     return None
 
 
-def llama_layer(module: Any) -> Layer:
-    """The weights of a decoder layer of Llama's, or of Qwen3's, which also has norms of the
-    heads."""
+def llama_layer(module: Any, by_columns: bool) -> Layer:
+    """The weights of a decoder layer of Llama's, or of Qwen3's, which also has norms of the heads.
+
+    Args:
+        by_columns: lay joined weights out as ``targets.target.by_columns`` does, for a CPU.
+    """
     attention, mlp = module.self_attn, module.mlp
     has_norms = hasattr(attention, "q_norm")
     heads = Heads(
@@ -94,11 +98,11 @@ def llama_layer(module: Any) -> Layer:
     )
     return Layer(
         norm_of(module.input_layernorm),
-        _joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        _joined(by_columns, attention.q_proj, attention.k_proj, attention.v_proj),
         heads,
         attention.o_proj.weight.detach(),
         norm_of(module.post_attention_layernorm),
-        _joined(mlp.gate_proj, mlp.up_proj),
+        _joined(by_columns, mlp.gate_proj, mlp.up_proj),
         mlp.down_proj.weight.detach(),
     )
 
@@ -108,11 +112,11 @@ def norm_of(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.variance_epsilon)
 
 
-def _joined(*linears: Any) -> Tensor:
+def _joined(by_columns: bool, *linears: Any) -> Tensor:
     """One weight with the rows of all; theirs become views of it, so nothing is stored twice."""
     joined = torch.cat([module.weight.detach() for module in linears])
-    if joined.device.type == "cpu":
-        joined = joined.t().contiguous().t()  # see ``targets.target.by_columns``
+    if by_columns:
+        joined = joined.t().contiguous().t()
     start = 0
     for module in linears:
         end = start + module.weight.shape[0]

@@ -118,7 +118,7 @@ from buffer.traces import TraceReader
 
 run_dir = Path(sys.argv[1])
 limits = TraceLimits(segment_bytes=4096, max_bytes=1 << 20, ttl_s=60.0, sync_interval_s=0.0)
-sampling = Sampling(temperature=0.0, top_p=1.0, top_k=None, min_p=0.0, seed=None)
+sampling = Sampling({"temperature": 0.0})
 ids = np.arange(5, dtype=np.int32)
 trace = Trace("server", 1, 0, "cmpl-1", "acme", "ab" * 32, sampling, 2, ids, (), None, 7)
 
