@@ -36,7 +36,8 @@ from serving.engine.programs import Sizes, fuse
 from serving.profile import profile_steps
 from serving.service import ServedModel, Service
 from serving.swap.flat_weights import Expected, FlatWeights
-from serving.swap.swapper import Swapper
+from serving.swap.in_force import WeightsInForce
+from serving.swap.swapper import Shelf, Swapper
 from specops.verify_logits import Rule
 from targets.load import load_model, load_tokenizer, pick_device, pick_dtype, target_folder
 from targets.target import Target
@@ -250,14 +251,12 @@ def _service(
         )
     if learning is not None and flat is not None:
         manifest = learning.manifest
+        store = backend.open_weights()
+        neural = programs.drafting.neural[manifest.kind].drafter
+        expected = Expected(manifest.kind, manifest.drafter_config, fingerprint)
         swapper = Swapper(
-            neural=programs.drafting.neural[manifest.kind].drafter,
-            weights=flat,
-            initial=manifest,
-            expected=Expected(manifest.kind, manifest.drafter_config, fingerprint),
-            store=backend.open_weights(),
-            producer=producer,
-            policy=policy,
+            force=WeightsInForce(neural, flat, manifest, policy, set(store.read_denied())),
+            shelf=Shelf(store, producer, expected),
             poll_s=settings.swap.poll_s,
             watch=SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
             automatic=settings.swap.enabled,

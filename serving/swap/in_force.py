@@ -1,0 +1,116 @@
+"""The weights that serve and the former ones, exchanged by copies between two steps.
+
+Everything here runs on the engine's thread, except where it says otherwise, and only copies device
+memory or adds numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buffer.records import Manifest
+from drafters.protocol import NeuralDrafter
+from policies.interface import DraftPolicy
+from serving.swap.flat_weights import FlatWeights, Staged
+
+log = logging.getLogger(__name__)
+
+
+class WeightsInForce:
+    """Current and former version of one neural drafter, and what happened to its versions."""
+
+    def __init__(
+        self,
+        neural: NeuralDrafter,
+        weights: FlatWeights,
+        initial: Manifest,
+        policy: DraftPolicy,
+        denied: set[int],
+    ) -> None:
+        """
+        Args:
+            denied: versions that were rolled back before, by this process or another.
+        """
+        self.weights = weights
+        self.current = initial
+        self.former: Manifest | None = None
+        self.denied = denied
+        self.newest_taken = max([initial.version, *denied])
+        self.swap_seconds = 0.0
+        """Total time of the copies."""
+        self.counts: Counter[str] = Counter()
+        self.history: list[dict[str, Any]] = []
+        self._neural = neural
+        self._policy = policy
+        self._former_flat: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """Kind of the drafter."""
+        return self._neural.kind
+
+    @property
+    def version(self) -> int:
+        """Version that drafts now."""
+        return self._neural.version
+
+    def versions(self) -> set[int]:
+        """Versions that must not be pruned."""
+        return {m.version for m in (self.current, self.former) if m is not None}
+
+    def make_room(self) -> None:
+        """Allocate the former weights' buffer. Called on a thread that loads, because it takes
+        time."""
+        if self._former_flat is None:
+            self._former_flat = torch.empty_like(self.weights.flat)
+
+    def take(self, staged: Staged) -> None:
+        """Serve a loaded version: one in-place copy."""
+        started = time.perf_counter()
+        assert self._former_flat is not None, "nothing was loaded yet"
+        self._former_flat.copy_(self.weights.flat)
+        self.weights.take_over(staged.flat)
+        self.swap_seconds += time.perf_counter() - started
+        self.former, self.current = self.current, staged.manifest
+        self.newest_taken = max(self.newest_taken, staged.manifest.version)
+        self._tell()
+        self.counts["swapped"] += 1
+        self.note("swapped")
+        log.info("swapped to version %d", staged.manifest.version)
+
+    def exchange(self, event: str) -> None:
+        """Exchange current and former weights, for a trial."""
+        self._exchange()
+        self.note(event)
+
+    def roll_back(self, why: str) -> None:
+        """Return to the former weights and deny the version that was serving."""
+        rejected = self.current.version
+        self._exchange()
+        self.denied.add(rejected)
+        self.counts["rolled_back"] += 1
+        self.note(f"rolled back from {rejected}: {why}")
+        log.warning("rolled back from version %d to %d: %s", rejected, self.current.version, why)
+
+    def note(self, event: str) -> None:
+        """Add an event to the history that ``GET /admin/drafter`` shows."""
+        entry = {"unix_s": time.time(), "event": event, "version": self.version}
+        self.history.append(entry)
+
+    def _exchange(self) -> None:
+        assert self._former_flat is not None and self.former is not None
+        kept = self.weights.flat.clone()
+        self.weights.flat.copy_(self._former_flat)
+        self._former_flat.copy_(kept)
+        self.former, self.current = self.current, self.former
+        self._tell()
+
+    def _tell(self) -> None:
+        self._neural.version = self.current.version
+        self._policy.on_swap(self._neural.kind, self.current.version, self.current.policy)
