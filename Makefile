@@ -20,6 +20,9 @@ EXTRAS := dev$(if $(HAS_GPU),$(shell echo ',gpu'))
 # --no-compile: compiling all of torch takes a minute, and modules are compiled on first import.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
+# Each test server would compile torch and transformers again, three times its start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check bench bench-real setup clean
 .DELETE_ON_ERROR:
 

@@ -111,6 +111,12 @@ class Collected:
         self.last = output
 
 
+class SecondEagle3(PagedEagle3):
+    """A second neural drafter of one engine."""
+
+    kind = "second"
+
+
 def make_engine(
     model: Any,
     *,
@@ -123,6 +129,7 @@ def make_engine(
     max_draft: int = 8,
     suffix: bool = True,
     drafter: Eagle3 | None = None,
+    second: Eagle3 | None = None,
     ring_rows: int = 4096,
     ring_dtype: StoredDtype = "bfloat16",
     seed: int = 1,
@@ -140,25 +147,32 @@ def make_engine(
         overlaps: launch rounds before the last one is read, as a server on a GPU does.
         fused: compute target and drafter by our fused operations.
         fused_drafter: compute the drafter alone by them.
+        second: another neural drafter, of kind "second".
     """
     if drafter is None:
         drafter = Eagle3(config_for_target(model.config))
         drafter.initialise(seed, model.get_output_embeddings().weight)
     drafter.eval().requires_grad_(False)
-    target = Target(model, drafter.config.layer_ids)
+    modules = [drafter] if second is None else [drafter, second.eval().requires_grad_(False)]
+    taps = dict.fromkeys(layer for module in modules for layer in module.config.layer_ids)
+    target = Target(model, tuple(taps))
     sizes = Sizes(max_batch, 256, prefill_chunk, page_size, num_pages, max_draft)
-    neural = PagedEagle3(drafter, target.embed, num_pages * page_size)
+    kinds = (PagedEagle3, SecondEagle3)
+    neural = [
+        kind(module, target.embed, num_pages * page_size)
+        for kind, module in zip(kinds, modules, strict=False)
+    ]
     if fused:
-        fuse(target, [neural], sizes.pages_each * page_size, pinned=False)
+        fuse(target, neural, sizes.pages_each * page_size, pinned=False)
     elif fused_drafter:
-        assert neural.fuse(num_positions=512) is None
+        assert neural[0].fuse(num_positions=512) is None
     ring = CaptureRing(
         ring_rows, len(target.layer_ids), target.config.hidden_size, dtype=ring_dtype
     )
     parts = assemble(
         target,
         [SuffixIndex(2, 8, 10_000)] if suffix else [],
-        [neural],
+        neural,
         sizes,
         Sequences(tiny_tokenizer(), eos_ids, seed),
         Choices(rule=rule, prefix_cache=prefix_cache, max_queue=max_queue, overlaps=overlaps),

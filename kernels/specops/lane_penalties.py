@@ -71,7 +71,7 @@ def adjust_rows(
 ) -> None:
     """Apply each request's biases and penalties in place. The definition; waits for the device.
 
-    The result is that of ``specops.penalties.adjust_logits``.
+    See ``specops.penalties.penalized`` for their order.
 
     Args:
         logits_RQV: [R, K + 1, V] float, after 0 .. K draft tokens.

@@ -233,7 +233,7 @@ class Rounds:
         else:
             p_logp = self._reals(outputs, 1)[:, :num_draft].tolist()
         q_logp = None
-        if key.neural is not None and not key.is_greedy:
+        if self._draws(key):
             logq = self._reals(outputs, 2).tolist()
             q_logp = [row[:n] for row, n in zip(logq, lens, strict=True)]
         self._note_lengths(launched, accepted)
@@ -257,6 +257,12 @@ class Rounds:
         """[R, max_draft] float64 behind the tokens: log p (1) or log q (2)."""
         start = Column.TOKENS + block * self._max_draft
         return outputs[:, start : start + self._max_draft].contiguous().view(torch.float64)
+
+    def _draws(self, key: _Key) -> bool:
+        """Whether a round's draft tokens are drawn from a distribution."""
+        if key.neural is None or key.is_greedy:
+            return False
+        return self._drafting.neural[key.neural].drafter.traits.draws
 
     def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
         """Upload the lanes and proposals of a batch; returns the size of its program."""
@@ -390,7 +396,7 @@ class Rounds:
         drafter = neural.drafter
         ahead = rows.decode_pass(opened.draft_at_R, self._page_size, first_key=1)
         outputs = neural.outputs_of(opened.lanes_R)
-        if key.is_greedy:
+        if not self._draws(key):
             d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
 
             def best(logits: Tensor, _number: int) -> Tensor:

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from oracles.packed_penalties import Adjustments, adjust_logits, token_lists
 from specops import lane_penalties, lane_penalties_triton
 from specops.lane_penalties import LaneRequests, LaneTables, new_tables, table_bytes
-from specops.penalties import Adjustments, adjust_logits, token_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -6,8 +6,8 @@ import random
 
 import torch
 
+from oracles.packed_penalties import Adjustments, adjust_logits, token_lists
 from oracles.plain_reference import adjusted
-from specops.penalties import Adjustments, adjust_logits, token_lists
 
 V = 12
 
