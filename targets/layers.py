@@ -112,11 +112,27 @@ def norm_of(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.variance_epsilon)
 
 
+_PADDING = 16
+
+
+def columns_of(weight_NK: Tensor) -> Tensor:
+    """A copy laid out by columns, [N, K] with strides (1, N + 16).
+
+    A CPU multiplies one token faster with it: head of 49,152 by 576 on one core, by rows and by
+    columns, 13.6 and 6.3 ms. The padding keeps elements of one row out of the same cache sets: with
+    seven tokens 37.7 ms, and 59.2 ms without it.
+    """
+    num_rows, width = weight_NK.shape
+    columns = weight_NK.new_zeros(width, num_rows + _PADDING)
+    columns[:, :num_rows] = weight_NK.t()
+    return columns[:, :num_rows].t()
+
+
 def _joined(by_columns: bool, *linears: Any) -> Tensor:
     """One weight with the rows of all; theirs become views of it, so nothing is stored twice."""
     joined = torch.cat([module.weight.detach() for module in linears])
     if by_columns:
-        joined = joined.t().contiguous().t()
+        joined = columns_of(joined)
     start = 0
     for module in linears:
         end = start + module.weight.shape[0]

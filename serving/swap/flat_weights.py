@@ -30,6 +30,14 @@ _PIECE_BYTES = 8 << 20
 """Copied at a time: 0.2 ms to a GPU. An upload of a round waits for two pieces at most."""
 
 
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last one in memory, padding between rows or columns
+    included."""
+    return 1 + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
 class FlatWeights:
     """One flat buffer behind all parameters of a module; each keeps its strides.
 
@@ -42,8 +50,8 @@ class FlatWeights:
         dtypes = {p.dtype for p in parameters.values()}
         assert len(dtypes) == 1, "a drafter has one dtype"
         first = next(iter(parameters.values()))
-        total = sum(p.numel() for p in parameters.values())
-        self.flat = torch.empty(total, dtype=first.dtype, device=first.device)
+        total = sum(map(_extent, parameters.values()))
+        self.flat = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.spans: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
         """Name -> offset, shape, strides; offset and strides in elements."""
         at = 0
@@ -52,7 +60,7 @@ class FlatWeights:
             view.copy_(parameter.data)
             parameter.data = view
             self.spans[name] = (at, parameter.shape, parameter.stride())
-            at += parameter.numel()
+            at += _extent(parameter)
         self.host = HostBuffer()
         """Memory that bundles are read into."""
         self._buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
