@@ -55,8 +55,8 @@ def test_a_server_tells_its_start_its_figures_and_what_becomes_of_versions(
     assert re.search(r"INFO serving\.build: profiled step times in [\d.]+ s", started)
     assert f"INFO serving.http: ready: serving tiny at {server.url}\n" in started
     assert any(float(match["speed"]) > 0 for match in FIGURES.finditer(log))
-    assert "INFO serving.swap.swapper: swapped to version 1" in log
-    assert "WARNING serving.swap.swapper: rolled back from version 1 to 0" in log
+    assert "INFO serving.swap.in_force: swapped to version 1" in log
+    assert "WARNING serving.swap.in_force: rolled back from version 1 to 0" in log
     assert refused.status_code == 409
     assert re.search(r"WARNING serving\.swap\.swapper: .*2.* is damaged", log)
     assert log.rstrip().endswith("INFO serving.cli: stopped")
