@@ -15,7 +15,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from buffer.bundles import Bundle, BundleError, BundleInBuffer, ExpectedTensors, HostBuffer
 from buffer.records import Manifest
@@ -128,14 +128,16 @@ class TraceWriter(Protocol):
         """Sync, then tell readers that this writer is done."""
         ...
 
-    def __enter__(self) -> TraceWriter: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 from buffer.eviction import Evicted, evict
 from buffer.files import sync_folder
@@ -124,17 +123,6 @@ class SegmentWriter(TraceWriter):
             self._close_segment()
         finally:
             os.close(self._lock)
-
-    def __enter__(self) -> SegmentWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _begin_segment(self, num_bytes: int) -> None:
         self._evict(need_bytes=max(num_bytes, self._limits.segment_bytes))

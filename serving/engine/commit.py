@@ -104,10 +104,6 @@ class Commits:
         self._ring = ring
         self.counters = Counters(accepted_per_pos=[0] * drafting.max_draft)
 
-    def reset(self) -> None:
-        """Count from zero."""
-        self.counters = Counters(accepted_per_pos=[0] * self._drafting.max_draft)
-
     def rounds(
         self,
         batch: list[Sequence],

@@ -112,7 +112,6 @@ class Lanes:
             )
             row[Field.CAPTURES] = sequence.request.capture
             row[_SAMPLING_ROWS] = lane_integers(sampling, self._vocab_size)
-            row[Field.BIASES] = min(row[Field.BIASES], MOST_BIASES)
             held[: len(sequence.pages)] = sequence.pages
             reals[:] = lane_reals(sampling)
         device = self.ints.device

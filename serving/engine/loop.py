@@ -122,11 +122,6 @@ class Engine:
             num_request_steps=c.num_request_steps,
         )
 
-    def reset_figures(self) -> None:
-        """Count from zero after a warm-up; nothing may be in flight."""
-        assert not self.inbox.num_inflight(), "reset while requests are in flight"
-        self._commits.reset()
-
     # ---- the loop ------------------------------------------------------------------------------
 
     def _run(self) -> None:
