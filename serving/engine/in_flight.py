@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import compress
 
-from policies.interface import Decision
+from policies.interface import Decision, Outcome, RowOutcome
 from serving.engine.commit import Step
 from serving.engine.rounds import Decoded, Launched, Rounds
 
@@ -47,6 +48,30 @@ class Arrival:
         beside_s = max(0.0, self.step_s - planned.before_s)
         draft_s = planned.before_s + planned.launched.draft_share * beside_s
         return Step(self.decoded.proposed, self.decoded.verified, draft_s, planned.version)
+
+    def outcome(self, planned: PlannedRound, lives: list[bool], is_timed: bool) -> Outcome:
+        """What the policy learns from the round.
+
+        Args:
+            lives: [R] requests that had not ended when the round was read; what others drafted
+                means nothing.
+            is_timed: see ``RoundClock``.
+        """
+        step = self.step(planned)
+        accepted, draft = step.verified.num_accepted, step.proposed
+        lens = tuple(map(len, draft.tokens)) if draft else (0,) * len(accepted)
+        rows = compress(zip(lens, accepted, planned.matches, strict=True), lives)
+        return Outcome(
+            decision=planned.decision,
+            batch=len(accepted),
+            rows=tuple(RowOutcome(*row) for row in rows),
+            step_s=self.step_s,
+            draft_s=step.draft_s,
+            # The time of a round that computes log probabilities says nothing about other rounds.
+            has_prefill=not is_timed or planned.launched.scores is not None,
+            version=step.version,
+            plan_s=planned.plan_s,
+        )
 
 
 class RoundClock:

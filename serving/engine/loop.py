@@ -16,15 +16,16 @@ from itertools import compress
 import numpy as np
 import torch
 
-from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome
-from serving.engine.commit import Commits, Committed, Step, emitted_by
+from policies.interface import Decision, DraftPolicy
+from serving.engine.commit import Commits, emitted_by
 from serving.engine.in_flight import Arrival, PlannedRound, RoundClock
 from serving.engine.inbox import Inbox
+from serving.engine.outputs import Outputs
 from serving.engine.prefill import Prefilled
 from serving.engine.programs import Programs
 from serving.engine.scheduler import Chunk, Scheduler
 from serving.engine.sequence import Sequence
-from serving.requests import EngineFigures, FinishReason, Output
+from serving.requests import EngineFigures
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,13 @@ class Engine:
         self.drafting = parts.programs.drafting
         self._listeners = listeners or Listeners()
         self._commits = Commits(self.drafting, parts.programs.ring)
+        self._outputs = Outputs(
+            parts.inbox,
+            parts.scheduler,
+            self.drafting,
+            parts.programs.lanes,
+            self._listeners.on_finished,
+        )
         self._clock = RoundClock()
         self._round: PlannedRound | None = None
         self._arrival: Arrival | None = None
@@ -134,7 +142,7 @@ class Engine:
                     log.exception("engine step failed; the requests in flight are ended")
                     self._fail_all()
             for sequence in self.inbox.inflight():
-                self._finish(sequence, "cancelled")
+                self._outputs.finish(sequence, "cancelled")
 
     def step(self) -> bool:
         """Run one pass over the batch. Returns False if there was nothing to do.
@@ -167,10 +175,10 @@ class Engine:
         arrived, cancelled = self.inbox.take()
         self.scheduler.waiting.extend(arrived)
         for sequence in cancelled:
-            self._finish(sequence, "cancelled")
+            self._outputs.finish(sequence, "cancelled")
         for sequence in arrived:
             if sequence.request.sampling.max_tokens == 0 and sequence.finish_reason is None:
-                self._finish(sequence, "length")
+                self._outputs.finish(sequence, "length")
 
     def _admit(self) -> None:
         page_size = self.scheduler.page_size
@@ -285,42 +293,22 @@ class Engine:
         committed = self._commits.rounds(
             launched.batch, step, decision, decoded.scored, decoded.numbers, arrival.step_s
         )
-        self._after_commit(committed)
-        if planned.version == self.drafting.version_of(
-            decision.drafter
-        ):  # else a swap came between
-            self._tell_policy(planned, step, arrival.step_s, lives)
+        self._commits.note_rows(committed)
+        self._outputs.after_commit(committed)
+        # Otherwise a swap came between, and the round says nothing about the new weights.
+        if planned.version == self.drafting.version_of(decision.drafter):
+            self._report(planned, arrival, lives)
         self._clock.round_was_committed()
         return arrival.host_waited and not was_read
 
-    def _tell_policy(
-        self, planned: PlannedRound, step: Step, step_s: float, lives: list[bool]
-    ) -> None:
-        """
-        Args:
-            lives: requests that had not ended when the round was read; the text of others means
-                nothing.
-        """
-        accepted, draft = step.verified.num_accepted, step.proposed
-        lens = tuple(map(len, draft.tokens)) if draft else (0,) * len(accepted)
-        rows = list(compress(zip(lens, accepted, planned.matches, strict=True), lives))
-        # The time of a round that finds log probabilities says nothing about other rounds.
-        is_timed = self._clock.is_timed and planned.launched.scores is None
-        self.policy.observe(
-            Outcome(
-                decision=planned.decision,
-                batch=len(accepted),
-                rows=tuple(RowOutcome(*row) for row in rows),
-                step_s=step_s,
-                draft_s=step.draft_s,
-                has_prefill=not is_timed,
-                version=step.version,
-                plan_s=planned.plan_s,
-            )
-        )
+    def _report(self, planned: PlannedRound, arrival: Arrival, lives: list[bool]) -> None:
+        """Report a round to the policy and, if its drafter learns, to ``on_rounds``."""
+        outcome = arrival.outcome(planned, lives, self._clock.is_timed)
+        self.policy.observe(outcome)
+        draft = arrival.decoded.proposed
         if draft and self.drafting.learns(draft.drafter):
-            told = [(drafted, kept) for drafted, kept, _ in rows]
-            self._listeners.on_rounds(draft.drafter, told)
+            counts = [(row.num_verified, row.num_accepted) for row in outcome.rows]
+            self._listeners.on_rounds(draft.drafter, counts)
 
     # ---- prompts -------------------------------------------------------------------------------
 
@@ -346,60 +334,15 @@ class Engine:
         scored = launched.scored() if launched.is_scored else None
         first_ids, numbers = prefill.read(launched), prefill.numbers(launched.chunks)
         committed = self._commits.chunks(launched.chunks, numbers, first_ids, scored)
-        self._after_commit(committed)
-        return True
-
-    # ---- after a commit ------------------------------------------------------------------------
-
-    def _after_commit(self, committed: list[Committed]) -> None:
         self._commits.note_rows(committed)
-        for c in committed:
-            self.scheduler.name_full_pages(c.sequence)
-            if c.sequence.finish_reason:
-                self._finish(c.sequence, c.sequence.finish_reason)
-            elif c.sequence.num_completion > c.sequence.num_emitted:
-                self._emit(c.sequence, None)
-
-    def _emit(
-        self, sequence: Sequence, reason: FinishReason | None, error: str | None = None
-    ) -> None:
-        start = sequence.num_prompt + sequence.num_emitted
-        tokens = tuple(sequence.tokens[start:])
-        logprobs = None
-        if sequence.request.sampling.logprobs is not None:
-            logprobs = tuple(sequence.logprobs[sequence.num_emitted :])
-        sequence.num_emitted += len(tokens)
-        sequence.on_output(
-            Output(
-                request_id=sequence.request.id,
-                text=sequence.detokenizer.take(final=reason is not None),
-                token_ids=tokens,
-                logprobs=logprobs,
-                finish_reason=reason,
-                stats=sequence.stats(),
-                num_prompt_tokens=sequence.num_prompt,
-                num_cached_tokens=sequence.num_cached,
-                error=error,
-            )
-        )
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        request = sequence.request
-        captured = request.capture and reason in ("stop", "length")
-        self.drafting.finish(sequence, keep=captured)
-        self.scheduler.remove(sequence)
-        if sequence.lane is not None:
-            self.programs.lanes.give_back(sequence.lane)
-            sequence.lane = None
-        self.inbox.remove(request.id)
-        sequence.finish_reason = reason
-        if captured:
-            self._listeners.on_finished(sequence)
-        self._emit(sequence, reason, error)
+        self._outputs.after_commit(committed)
+        return True
 
     def _fail_all(self) -> None:
         self._round = self._arrival = self._prompts = None
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._finish(sequence, "error", "the engine failed on this request; see the server log")
+            self._outputs.finish(
+                sequence, "error", "the engine failed on this request; see the server log"
+            )
         if self.programs.ring is not None:
             self.programs.ring.synchronise()

@@ -1,0 +1,83 @@
+"""What a request gives back: its outputs, and everything it held once it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from serving.engine.commit import Committed
+from serving.engine.drafting import Drafting
+from serving.engine.inbox import Inbox
+from serving.engine.lanes import Lanes
+from serving.engine.scheduler import Scheduler
+from serving.engine.sequence import Sequence
+from serving.requests import FinishReason, Output
+
+
+class Outputs:
+    """Delivers outputs and ends requests, each of them once."""
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        scheduler: Scheduler,
+        drafting: Drafting,
+        lanes: Lanes,
+        on_finished: Callable[[Sequence], None],
+    ) -> None:
+        self._inbox = inbox
+        self._scheduler = scheduler
+        self._drafting = drafting
+        self._lanes = lanes
+        self._on_finished = on_finished
+
+    def after_commit(self, committed: Iterable[Committed]) -> None:
+        """Deliver the new tokens of the requests of a step, and end those that are done."""
+        for c in committed:
+            self._scheduler.name_full_pages(c.sequence)
+            if c.sequence.finish_reason:
+                self.finish(c.sequence, c.sequence.finish_reason)
+            elif c.sequence.num_completion > c.sequence.num_emitted:
+                self._emit(c.sequence, None)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """Free the pages and the lane of a request, deliver the rest of its text, and hand it to
+        ``on_finished`` if it was captured.
+
+        Args:
+            error: message for the client, with the reason ``error``.
+        """
+        request = sequence.request
+        captured = request.capture and reason in ("stop", "length")
+        self._drafting.finish(sequence, keep=captured)
+        self._scheduler.remove(sequence)
+        if sequence.lane is not None:
+            self._lanes.give_back(sequence.lane)
+            sequence.lane = None
+        self._inbox.remove(request.id)
+        sequence.finish_reason = reason
+        if captured:
+            self._on_finished(sequence)
+        self._emit(sequence, reason, error)
+
+    def _emit(
+        self, sequence: Sequence, reason: FinishReason | None, error: str | None = None
+    ) -> None:
+        start = sequence.num_prompt + sequence.num_emitted
+        tokens = tuple(sequence.tokens[start:])
+        logprobs = None
+        if sequence.request.sampling.logprobs is not None:
+            logprobs = tuple(sequence.logprobs[sequence.num_emitted :])
+        sequence.num_emitted += len(tokens)
+        sequence.on_output(
+            Output(
+                request_id=sequence.request.id,
+                text=sequence.detokenizer.take(final=reason is not None),
+                token_ids=tokens,
+                logprobs=logprobs,
+                finish_reason=reason,
+                stats=sequence.stats(),
+                num_prompt_tokens=sequence.num_prompt,
+                num_cached_tokens=sequence.num_cached,
+                error=error,
+            )
+        )
