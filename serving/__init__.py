@@ -1,1 +1,1 @@
-"""The engine and its HTTP face."""
+"""The engine and its HTTP layer."""

@@ -1,4 +1,4 @@
-"""From settings to a running service."""
+"""Builds a running service from settings."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class LoadedTarget:
 
 @dataclass(frozen=True, slots=True)
 class _Learning:
-    """The drafter that learns, as it starts."""
+    """The initial version of the drafter that learns."""
 
     manifest: Manifest
     weights: Weights
@@ -73,7 +73,7 @@ def load_target(settings: Settings) -> LoadedTarget:
     """Load the target that the settings name.
 
     Raises:
-        ValueError: it cannot be used; the text says why.
+        ValueError: it cannot be used; the message says why.
     """
     device = pick_device(settings.device)
     folder = target_folder(settings.target)
@@ -94,7 +94,7 @@ def build_service(
         wrap: returns the policy to decide with, given the one that the settings name.
 
     Raises:
-        ValueError: the target or the drafter cannot be used; the text says why.
+        ValueError: the target or the drafter cannot be used; the message says why.
     """
     if settings.engine.cpu_threads is not None:
         torch.set_num_threads(settings.engine.cpu_threads)
@@ -153,7 +153,7 @@ def _make_parts(
     num_pages = _num_pages(settings, target)
     with _timed("made the drafters"):
         hosts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
-        # Before anything is captured: this moves the parameters, which stay from then on.
+        # Before any capture: this moves the parameters, whose addresses stay fixed from then on.
         flat = _flat_weights(neural)
     with _timed("made the capture ring"):
         ring = _ring(settings, target) if kinds else None
@@ -213,14 +213,15 @@ def _weights_of(kind: str, learning: _Learning | None) -> Weights | None:
 
 
 def _flat_weights(neural: list[NeuralDrafter]) -> FlatWeights | None:
-    """The buffer that swaps overwrite, of the drafter that learns."""
+    """The learning drafter's weights, as a buffer that swaps overwrite; ``None`` if none learns."""
     learning = next((d for d in neural if d.traits.learns), None)
     return FlatWeights(learning.module) if learning else None
 
 
 @contextmanager
 def _timed(what: str) -> Iterator[None]:
-    """Say what a part of the start took: what the device still does of it counts in the next."""
+    """Log how long a part of start-up took; work that is still running on the device counts towards
+    the next part."""
     started = time.perf_counter()
     yield
     log.info("%s in %.1f s", what, time.perf_counter() - started)
@@ -281,7 +282,7 @@ def _listeners(
 def _first_version(
     settings: Settings, kinds: tuple[str, ...], loaded: LoadedTarget, store: WeightsStore
 ) -> _Learning | None:
-    """What the drafter that learns starts with; ``None`` if none learns."""
+    """The version that the learning drafter starts with; ``None`` if none learns."""
     learning = [kind for kind in kinds if kind_of(kind).traits.learns]
     if not learning:
         return None

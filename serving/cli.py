@@ -1,6 +1,6 @@
 """Serve a model with speculative decoding over HTTP.
 
-Exit code 0: drained and done. 1: it could not start, or was stopped before it was done. 2: wrong
+Exit code 0: drained and stopped. 1: failed to start, or was stopped before it had drained. 2: wrong
 usage or settings.
 """
 

@@ -1,7 +1,7 @@
-"""A log line every few seconds while there is traffic: what vLLM's periodic line says, and how well
-drafts are accepted.
+"""A log line every few seconds while there is traffic: the figures of vLLM's periodic line, and how
+well drafts are accepted.
 
-A thread of its own takes the differences of ``EngineFigures``; the engine's thread is not involved.
+A separate thread takes the differences of ``EngineFigures``; the engine's thread is not involved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The engine's figures at the two ends of a stretch of time."""
+    """The engine's figures at the start and end of a time window."""
 
     before: EngineFigures
     after: EngineFigures

@@ -1,7 +1,7 @@
 """Step times of an engine on this machine, measured once at start-up for the policy.
 
-The real loop is timed on real requests of random tokens, so the figures hold everything that a step
-costs: drafting, the target's pass, verification and commit.
+The real loop is timed on real requests of random tokens, so the figures include everything that a
+step costs: drafting, the target's pass, verification and commit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from serving.engine.loop import Engine, EngineParts
 from serving.requests import Request, SamplingParams
 
 _DEPTHS = (1, 2, 4, 6, 8, 12)
-"""Values of K that are measured, and the largest one."""
+"""Values of K to measure, in addition to the largest one."""
 
 
 @dataclass(slots=True)
 class Script:
-    """A policy that plays one (drafter, K) and keeps the times."""
+    """A policy that always chooses one (drafter, K) and records the times."""
 
     decision: Decision
     times: list[tuple[float, float]] = field(default_factory=list)
@@ -55,7 +55,7 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
     """Median step times of (drafter, K, batch), for plain decoding and all neural drafters.
 
     Call it before another engine over these parts starts. Each sample decodes ``batch`` greedy
-    requests for ``repeats`` steps after two that warm up.
+    requests for ``repeats`` steps after two warm-up steps.
 
     Args:
         context: prompt tokens of each request.

@@ -81,7 +81,7 @@ class Output:
 
     request_id: str
     text: str
-    """New text, without a tail that could become a stop string or is half a character."""
+    """New text, without a tail that could become a stop string or is an incomplete character."""
     token_ids: tuple[int, ...]
     """New tokens."""
     logprobs: tuple[TokenLogprob, ...] | None

@@ -1,8 +1,8 @@
-"""The table of sampling fields: everything that a request may say about the choice of its tokens.
+"""The table of sampling fields: everything that a request can specify about choosing its tokens.
 
 ``SamplingParams`` is the table. A new field is one line in it; a definition that needs code of its
-own is a file in ``serving/fields/`` that the line names through ``defined_in``. From the table
-follow
+own is a file in ``serving/fields/`` that the line names through ``defined_in``. The table
+determines
 
 - the request bodies and their limits, /openapi.json included (``serving.http.sampling_body``),
 - the columns of the lanes on the device (``lane_integers``, ``lane_reals``, ``table_row``),
@@ -40,7 +40,7 @@ _REPETITION = (LaneTable("penalties"), IntegerColumn("PENALIZES", lambda value, 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. HTTP checks the bounds; other callers must keep to
+    """How to choose tokens and when to stop. HTTP checks the bounds; other callers must respect
     them."""
 
     temperature: float = declare(

@@ -1,4 +1,4 @@
-"""The running server without its HTTP face: engine, recorder and swapper under one roof."""
+"""The running server without its HTTP layer: engine, recorder and swapper."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from serving.requests import EngineFigures
 from serving.swap.swapper import Swapper
 
 _FULL_COLLECTION = 1000
-"""Collections of the middle generation from one full collection to the next: a quarter of an hour
-at full load, where Python's own 10 make it 8 seconds."""
+"""Collections of the middle generation between two full collections: a quarter of an hour at full
+load, where Python's default of 10 makes it 8 seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class ServedModel:
     """The target's ``transformers`` tokenizer."""
     vocab_size: int
     max_model_len: int
-    """Most tokens of a request, prompt and completion together."""
+    """Maximum number of tokens of a request, prompt and completion together."""
     max_draft: int
-    """Largest K that may be planned."""
+    """Largest K that may be chosen."""
     created_unix_s: int
 
 
@@ -68,11 +68,11 @@ class Service:
     def start(self) -> None:
         """Begin decoding, recording and watching for new versions.
 
-        First it takes what was made so far out of the garbage collector's sight, until ``stop``:
-        400,000 objects of torch, transformers and the engine that live as long as the server, over
-        which a full collection walks for 0.16 s, on whatever thread it begins, while no other runs
-        any Python and so no step begins. The rounds of the requests in flight are 100,000 more, 40
-        ms: full collections, which find next to nothing, become rare.
+        First it hides all existing objects from the garbage collector, until ``stop``: 400,000
+        objects of torch, transformers and the engine that live as long as the server. A full
+        collection takes 0.16 s to traverse them, on whatever thread it starts; no other thread runs
+        Python meanwhile, so no step begins. The rounds of the requests in flight are 100,000 more,
+        40 ms, so full collections, which find next to nothing, are made rare.
         """
         gc.collect()
         gc.freeze()
@@ -85,7 +85,7 @@ class Service:
             self.swapper.start()
 
     def stop(self) -> None:
-        """End everything; traces that are queued are written first."""
+        """Stop everything; queued traces are written first."""
         if self.swapper:
             self.swapper.stop()
         self.engine.stop()

@@ -1,9 +1,9 @@
 """Attention of a few new tokens of each request over its paged keys and values.
 
-The torch definitions, on any device, that fused kernels must equal. A pass has one of two forms: a
-``PagedPass`` lists slots and masks of groups assembled by the host; a ``DecodePass`` holds only
-page tables and lengths, so its shapes stay fixed while lengths change and a CUDA graph can replay
-it.
+These are the torch definitions, on any device; fused kernels must equal them. A pass has one of two
+forms: a ``PagedPass`` lists slots and masks of groups assembled by the host; a ``DecodePass`` holds
+only page tables and lengths, so its shapes stay fixed while lengths change and a CUDA graph can
+replay it.
 
 Shapes: T packed rows (tokens) of one pass, R requests of a group, Q query rows each, S keys, P
 pages, Hq/Hkv heads, G = Hq / Hkv, D head dimension. A slot is page * page_size + offset.
@@ -171,7 +171,7 @@ class DecodePass:
     ancestors_RQ: Tensor | None = None
     """[R, Q] int64, Q at most 64, for a tree of drafts: bit i is set if the row sees row i of its
     request, that is, for itself and its ancestors. ``None``: a chain, in which each row sees those
-    before it. No drafter drafts trees yet; ``tests/specops/test_decode_attention.py`` covers
+    before it. No drafter proposes trees yet; ``tests/specops/test_decode_attention.py`` covers
     them."""
     first_key: int = 0
     """First valid key."""
@@ -273,7 +273,7 @@ def listed_pass(decode: DecodePass, num_query: int) -> PagedPass:
 def listed_steps(decode: DecodePass, num_steps: int) -> list[PagedPass]:
     """``listed_pass`` of single rows at consecutive positions, one pass for each step.
 
-    Slots and masks of all steps are found at once.
+    Slots and masks of all steps are computed at once.
     """
     slots_RK = decode_slots(decode, num_steps).view(-1, num_steps)
     positions_RK = decode.positions(num_steps)
@@ -315,7 +315,7 @@ def write_rows(
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Positions and slots of all rows, [R, Q], or [Q, R] by step. Contiguous."""
+    """Positions and slots of all rows, [R, Q], or [Q, R] if ordered by step. Contiguous."""
 
     positions: Tensor
     """int64; 0 for padding."""
@@ -329,8 +329,8 @@ def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> P
     """Positions and slots of ``num_query`` consecutive rows of each request. The definition.
 
     Args:
-        by_step: order by step, then by request, so that each of several successive passes of one
-            row per request finds its own contiguous.
+        by_step: order by step, then by request, so that the rows of each of several successive
+            one-row passes are contiguous.
     """
     positions_RQ = decode.positions(num_query).clamp(min=0).long()
     slots_RQ = decode_slots(decode, num_query).view(positions_RQ.shape)

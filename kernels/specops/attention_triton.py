@@ -24,8 +24,8 @@ from specops.attention import DecodePass, Places, check_window
 from specops.overlap_triton import let_next_start, wait_for_previous
 
 _MULTIPROCESSORS = 132
-"""Of an H100 or H200. The numbers below are for an H200. With a pass's fixed costs they predict 92
-measured configurations of equally long requests within 3 % (at worst 13 %)."""
+"""On an H100 or H200. The numbers below are for an H200. Together with a pass's fixed costs they
+predict 92 measured configurations of equally long requests to within 3 % (13 % at worst)."""
 _BYTES_PER_US = 4.29e6
 """Bandwidth of all multiprocessors together, reading keys and values."""
 _PROGRAM_BYTES_PER_US = 27e3
@@ -293,8 +293,8 @@ def write_rows(
 def programs_at_once(tiling: Tiling) -> int:
     """Number of programs that run concurrently on the whole GPU.
 
-    As compiled for an H100: with 70 KB of shared memory, three programs of 16 rows fit on a
-    multiprocessor; registers and shared memory allow two of 32 or 64 rows, and one of 128.
+    Compiled for an H100, three programs of 16 rows, which need 70 KB of shared memory each, fit on
+    a multiprocessor; registers and shared memory allow two of 32 or 64 rows, and one of 128.
     """
     return _MULTIPROCESSORS * {16: 3, 32: 2, 64: 2}.get(tiling.rows, 1)
 
@@ -329,12 +329,12 @@ def parts_of(
 def _estimated_us(
     num_whole: int, parts: int, num_keys: int, places: int, key_bytes: int, join_bytes: int
 ) -> float:
-    """Estimated time: the mean of requests that all have ``num_keys`` keys, and of requests with an
-    eighth of that up to all of it, scaled to the same number of keys.
+    """Estimated time, averaged over two cases: all requests have ``num_keys`` keys; or their
+    lengths are spread between an eighth of that and all of it, scaled to the same number of keys.
 
-    With equal lengths, programs run in waves, and those of a last wave that fills little of the GPU
-    are bound by what each can read. With unequal lengths, a program starts where another ends,
-    until only the last ones are left.
+    With equal lengths, programs run in waves, and if the last wave fills little of the GPU, its
+    programs are bound by the bandwidth of one program. With unequal lengths, a program starts where
+    another ends, until only the last ones are left.
 
     Args:
         num_whole: programs if nothing were split.

@@ -1,8 +1,8 @@
 """The id of each row's largest logit, in two launches; see ``specops.best_ids``.
 
-Several programs share a row. Each keeps the best of every 2,048th logit of its part, and the second
-launch combines the parts. Rows are split into just enough parts to fill a large GPU: with few rows,
-many programs read each one; with many rows, each program reads a long run.
+Several programs share a row. Each keeps 2,048 running maxima over its part, one per lane, and the
+second launch combines the parts. Rows are split into just enough parts to fill a large GPU: with
+few rows, many programs read each one; with many rows, each program reads a long run.
 
 Shapes: N rows, V vocabulary, D draft vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specops.overlap_triton import let_next_start, wait_for_previous
 
-_SPAN = 2048  # logits a program reads at once
+_SPAN = 2048  # logits that a program reads at once
 _MOST_PARTS = 128
 _PROGRAMS = 1056  # 8 on each of an H200's 132 multiprocessors
 _NONE = tl.constexpr(2**31 - 1)
@@ -104,7 +104,7 @@ def best_ids(
     vocab_size = logits.shape[-1]
     if not logits.is_contiguous() or not vocab_size:
         raise ValueError(
-            f"logits must be contiguous rows of at least one, "
+            f"logits must be contiguous rows of at least one logit, "
             f"got {list(logits.shape)} by {logits.stride()}"
         )
     num_rows = logits.numel() // vocab_size

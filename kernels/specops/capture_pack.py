@@ -23,7 +23,7 @@ _LEAST_SCALE = 1e-12
 class PackRing:
     """Packed rows, numbered consecutively: row n is at n modulo the capacity until overwritten.
 
-    The host may read the latest ``capacity`` rows below the value that ``next_1`` had after a
+    The host may read the latest ``capacity`` rows numbered below the value of ``next_1`` after a
     finished step. All tensors but ``next_1`` may be in pinned host memory; a kernel writes to it
     directly.
 
@@ -32,7 +32,7 @@ class PackRing:
     """
 
     rows: Tensor
-    """[capacity, m + 1, H] float8_e4m3fn, or bfloat16, copied unchanged."""
+    """[capacity, m + 1, H] float8_e4m3fn, or bfloat16 copied unchanged."""
     scales: Tensor | None
     """[capacity, m + 1] float32 factor of each fp8 vector; ``None`` for bfloat16."""
     lanes: Tensor

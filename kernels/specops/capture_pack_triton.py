@@ -70,7 +70,7 @@ def _pack_rows(
 def _rounded_to_e4m3(y):
     """The nearest float8_e4m3fn value, ties to even, as float32.
 
-    Triton's interpreter truncates where a GPU rounds; such a value it leaves unchanged.
+    Triton's interpreter truncates where a GPU rounds, but leaves a rounded value unchanged.
     """
     bits = y.to(tl.int32, bitcast=True)
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
@@ -96,7 +96,7 @@ def pack_kept_rows(
     num_query = check_step(features_TmH, hidden_TH, counts_R, ring)
     num_rows, num_layers, hidden_size = features_TmH.shape
     if features_TmH.stride()[1:] != (hidden_size, 1) or hidden_TH.stride(1) != 1:
-        raise ValueError("the vectors of a row must lie side by side")
+        raise ValueError("the vectors of a row must be adjacent")
     held = (counts_R, first_R, lanes_R)
     if not all(t.dtype == torch.int32 and t.is_contiguous() for t in held):
         raise ValueError("counts, first and lanes must be contiguous int32")

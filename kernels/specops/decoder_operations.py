@@ -39,7 +39,7 @@ DEFINITIONS = Operations(
 
 
 def few_rows_of(dtype: torch.dtype) -> int:
-    """Up to how many rows a product fused with its neighbours beats the library.
+    """Maximum number of rows for which a product fused with its neighbours beats the library.
 
     Tensor cores do not multiply float32 exactly, so in float32 the library is faster for a few rows
     (5 rows of the bundled target: 1.2 ms a step instead of 2.9).

@@ -24,8 +24,8 @@ from specops.verify_logits import LogitVerdict, Rule
 
 
 def prepare_pass(decode: DecodePass, num_query: int) -> DecodePass | PagedPass:
-    """What ``decode_attention`` of every layer is handed: the pass itself, but slots and masks that
-    are listed once on a CPU, where finding them in each layer would take half of a step.
+    """The pass as every layer's ``decode_attention`` takes it: unchanged on a GPU; on a CPU, as
+    slots and masks listed once, because finding them in each layer would take half of a step.
 
     Args:
         num_query: rows of each request.

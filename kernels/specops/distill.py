@@ -2,7 +2,7 @@
 
 ``row_loss`` over ``FrozenHead.logits`` is the definition. ``distill`` computes the same value and
 gradients, but a block of rows at a time, and overwrites each block of logits with its gradient.
-What is computed on a block is written here in torch and in ``distill_triton`` as kernels; the
+The computation on a block is written in torch here and as kernels in ``distill_triton``; the
 matrix products are the library's.
 
 Shapes: N student rows, each imitating one of R teacher rows (several may imitate the same one); H
@@ -145,7 +145,7 @@ class RowFigures(NamedTuple):
     label_prob_N: Tensor
     """The student's probability of the committed token; 0 outside its vocabulary."""
     agrees_N: Tensor
-    """bool, the student finds no token likelier than the committed one."""
+    """bool, the student ranks no token above the committed one."""
 
 
 class Target(NamedTuple):
@@ -236,7 +236,7 @@ def judge_labels(scores_ND: Tensor, rows: Rows) -> LabelFigures:
 
 
 class Blocks(NamedTuple):
-    """An implementation of what is computed on a block of logits."""
+    """An implementation of the computation on a block of logits."""
 
     target_of: Callable[[Tensor, Tensor | None, float | None, Tensor | None], Any]
     """``target_of``; only the same implementation's ``judge_`` understands what it returns."""
@@ -283,8 +283,8 @@ def distill(
 
     Args:
         hidden_NH: input of the student's head; float32, float64 or bfloat16.
-        weight_DH: the student's head; of that dtype, or float32, which a copy that lives during the
-            forward pass rounds for the products.
+        weight_DH: the student's head; of that dtype, or float32; the products then use a rounded
+            copy that lives during the forward pass.
         teacher, rows: the host sorts and reads ``rows.teacher_row_N``, which synchronises.
         weights_N: weight of each row's loss; gets no gradient.
         chunk_rows: maximum rows of logits at once, student's or teacher's; ``None``: what fits a
@@ -311,7 +311,7 @@ def label_figures(
     chunk_rows: int | None = None,
     blocks: Blocks = BLOCKS,
 ) -> LabelFigures:
-    """The label results of ``distill``, without a teacher: for weights that depend on them.
+    """The label results of ``distill``, without a teacher, for row weights that depend on them.
 
     The arguments are those of ``distill``.
     """
@@ -330,7 +330,7 @@ def label_figures(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """The arguments of ``distill`` without a gradient."""
+    """The arguments of ``distill`` that get no gradient."""
 
     teacher: Teacher
     rows: Rows

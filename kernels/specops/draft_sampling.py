@@ -43,8 +43,9 @@ def vocab_map(d2t_D: Tensor, vocab_size: int) -> VocabMap:
 
 @dataclass(frozen=True, slots=True)
 class RowLaws:
-    """What turns logits l into a distribution: weight exp((l - top) / temperature) for logits above
-    ``cut`` and for logits equal to ``cut`` with an id up to ``last``; divided by ``mass``."""
+    """Parameters that turn logits l into a distribution: weight exp((l - top) / temperature) for
+    logits above ``cut``, and for logits equal to ``cut`` with an id up to ``last``; all divided by
+    ``mass``."""
 
     tops_cuts_masses: Tensor
     """[..., 3] float32."""
@@ -61,7 +62,7 @@ class Drafted:
     logq_R: Tensor
     """[R] float32, log q of the token; 0 for rows that draft greedily."""
     laws: RowLaws | None = None
-    """Laws of the R rows, if a kernel computed them: verification then need not."""
+    """Laws of the R rows, if a kernel computed them; verification then need not recompute them."""
 
 
 def join_laws(drawn: Sequence[Drafted]) -> RowLaws | None:
@@ -78,7 +79,7 @@ class DraftLaw:
     """The distribution that draft tokens were drawn from."""
 
     logits_RKD: Tensor
-    """[R, K, D] the tensor that was drawn from, unchanged."""
+    """[R, K, D] the logits that tokens were drawn from, unchanged."""
     sampling: SamplingRows
     """The parameters that were used."""
     greedy_R: Tensor | None = None

@@ -1,5 +1,6 @@
-"""Biases and penalties of requests whose state is on the device: what ``specops.penalties``
-computes from token lists, from counts that each round updates. The torch definitions.
+"""Biases and penalties of requests whose state is on the device. Computes what
+``specops.penalties`` computes from token lists, but from counts that each round updates. The torch
+definitions.
 
 The device reads which requests have biases or penalties, so one program serves batches with and
 without them; rows of other requests are not touched.
@@ -36,7 +37,7 @@ class LaneTables:
 def new_tables(
     num_lanes: int, vocab_size: int, most_biases: int, device: torch.device | str
 ) -> LaneTables:
-    """Tables without biases or penalties, ``table_bytes`` bytes large."""
+    """Tables without biases or penalties, of ``table_bytes`` bytes."""
 
     def zeros(width: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros((num_lanes, width), dtype=dtype, device=device)

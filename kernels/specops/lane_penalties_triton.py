@@ -174,5 +174,5 @@ def _check(num_requests: int, vocab_size: int, requests: LaneRequests, tables: L
         raise ValueError("num_biased and penalizes must be contiguous")
     if tables.counts_LV.shape[1] != vocab_size:
         raise ValueError(
-            f"counts are of {tables.counts_LV.shape[1]} tokens, the logits of {vocab_size}"
+            f"counts cover {tables.counts_LV.shape[1]} tokens, the logits {vocab_size}"
         )

@@ -80,7 +80,7 @@ class LaneState:
     """[at least F, L] int64, see ``Field``; rounds commit to it in place. Rows after those of
     ``Field`` are only gathered."""
     floats_3L: Tensor
-    """[at least 3, L] float32: temperature, top-p, min-p. Rows behind those are only
+    """[at least 3, L] float32: temperature, top-p, min-p. Rows after those are only
     gathered."""
     pages_LP: Tensor
     """[L, P] int32 page ids; 0 if the lane has none."""
@@ -167,7 +167,7 @@ def open_round(
     Args:
         inputs_RI: [R, at least 2 + K] int64, see ``Input``; rows need not be adjacent.
         num_draft: K.
-        page_size: tokens of a page.
+        page_size: tokens per page.
         rule: verification rule of requests not verified by ``match``.
         is_given: the inputs hold the draft tokens.
     """
@@ -218,8 +218,8 @@ def close_round(
     Args:
         state: its integers are updated in place.
         draft_RK: [R, K] int64.
-        verdict: of the draft; or, if all requests are greedy, the target's best ids [R, Q] int64,
-            which ``verify_match`` compares here.
+        verdict: the outcome of verifying the draft; or, if all requests are greedy, the target's
+            best ids [R, Q] int64, which ``verify_match`` compares here.
         logq_RK: [R, K] float32 log q of the draft tokens; ``None`` if they were not sampled.
         outputs_RC: [R, 4 + 3 * the longest draft] int64, see ``Column``; columns beyond the draft
             are not written.

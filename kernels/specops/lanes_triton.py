@@ -53,7 +53,7 @@ def _open_round(
     NUM_FIELDS: tl.constexpr, FIELDS_UP: tl.constexpr, NUM_REALS: tl.constexpr,
     REALS_UP: tl.constexpr, QUERY_UP: tl.constexpr, PAGES: tl.constexpr, IS_GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Gather some pages of one request; the program of the first pages gathers all else."""
+    """Gather some pages of one request; the program of the first pages gathers everything else."""
     request, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     given_row = inputs_ptr + request * inputs_stride
     lane = tl.load(given_row)
@@ -276,7 +276,7 @@ def close_round(
         (logp, torch.float32), (logq_RK, torch.float32),
     ):  # fmt: skip
         if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous()):
-            raise ValueError(f"a verdict must be of contiguous {dtype}, got {tensor.dtype}")
+            raise ValueError(f"a verdict must be contiguous {dtype}, got {tensor.dtype}")
     for name, rows in (("drafts", draft_RK), ("outputs", outputs_RC)):
         if rows.dtype != torch.int64 or (rows.numel() and rows.stride(1) != 1):
             raise ValueError(f"{name} must be rows of int64, got {rows.dtype}")

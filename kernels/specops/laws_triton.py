@@ -123,7 +123,7 @@ def first_beyond(weights, threshold, SIZE: tl.constexpr):
 
 @triton.jit
 def choose_part(shares, number, SIZE: tl.constexpr):
-    """The part that the number falls into, and how far into its share, in 0..1."""
+    """The part that the number falls into, and how far into that part's share, in 0..1."""
     index = tl.arange(0, SIZE)
     shares = shares.to(tl.float64)
     threshold = number * tl.sum(shares, axis=0)
@@ -141,7 +141,7 @@ def _split_rows(
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, PLAIN: tl.constexpr,
     TRUNCATES: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row: its largest logit, the lowest id of it, the sum of weights."""
+    """One part of one row: its largest logit, that logit's lowest id, and the sum of weights."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)

@@ -1,7 +1,7 @@
 """Products of a few rows with a large weight, fused with their neighbours in a decoder layer.
 
-The torch definitions. Reading the weights bounds a decode step of few rows, so a kernel that equals
-these reads each weight once and computes everything else alongside.
+The torch definitions. A decode step of few rows is bound by reading the weights, so a kernel that
+equals these reads each weight once and computes everything else alongside.
 
 Shapes: M rows, K inputs, N outputs, P partial sums of a row's squares.
 """

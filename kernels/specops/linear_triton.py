@@ -31,14 +31,14 @@ from specops.overlap_triton import fetch_into_l2, let_next_start, wait_for_previ
 MAX_ROWS = 64
 _PINNED_ROWS = 16
 _PROGRAMS = 264
-"""Target number: two for each multiprocessor of an H100 or H200."""
+"""Target number of programs: two for each multiprocessor of an H100 or H200."""
 _MAX_SPLIT = 16
 _LINE_BYTES = 128
 _SHARED_BYTES = 100 << 10
 _THIRD_BYTES = 72 << 10
 """Shared memory per program with which three fit on a multiprocessor."""
 _FULL = 0.9
-"""From this share of ``_PROGRAMS`` on, fewer and wider blocks in flight are faster."""
+"""From this share of ``_PROGRAMS`` upwards, fewer and wider blocks in flight are faster."""
 
 Way = Literal["multiply", "weights_first", "rows_first"]
 
@@ -76,7 +76,7 @@ class Scratch:
 def choose_plan(
     num_rows: int, num_outputs: int, num_inputs: int, gated: bool, itemsize: int = 2
 ) -> Plan:
-    """The plan for one shape, by a rule, so that nothing is tuned at start-up.
+    """The plan for one shape, chosen by a rule, so that nothing is tuned at start-up.
 
     Blocks in flight take at most 100 KB of shared memory, so two programs fit on a multiprocessor;
     columns are split only as far as all programs run at once. The rule comes from a sweep of 15

@@ -1,7 +1,7 @@
 """Changes that a request makes to the target's logits: token biases and repetition penalties.
 
 The logits after draft token j are adjusted by everything before them, including draft tokens 1 ..
-j: exactly what plain decoding would do had those been committed.
+j: exactly what plain decoding would do if those had been committed.
 
 Shapes: A requests with biases or penalties, Q positions, K draft tokens, V vocabulary.
 """

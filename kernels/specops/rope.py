@@ -53,7 +53,7 @@ def rope_table(
 
 
 def _rotate(x_THD: Tensor, cos_TD2: Tensor, sin_TD2: Tensor) -> Tensor:
-    """Rotate pairs of elements, one of each half, as Llama's weights require."""
+    """Rotate pairs of elements, one from each half, as Llama's weights require."""
     first, second = x_THD.chunk(2, dim=-1)
     cos, sin = cos_TD2[:, None], sin_TD2[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

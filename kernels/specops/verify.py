@@ -3,8 +3,8 @@
 Three rules, all exact:
 
 * ``block`` (Sun et al. 2024, arXiv:2403.10444): judge the chain as a whole, so that likely tokens
-  can carry an unlikely one before them. Keeps on average at least as many tokens as ``standard``,
-  at the same cost, and equally many of delta drafts.
+  can carry an unlikely one before them. On average keeps at least as many tokens as ``standard``
+  (for delta drafts, equally many), at the same cost.
 * ``standard`` (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318): keep
   x with probability min(1, p(x) / q(x)), else draw from norm(max(p - q, 0)). A delta draft has
   q = 1 at its token: keep with p(x), else draw from p without x.

@@ -9,7 +9,7 @@ The rows' laws are computed first (``laws_triton``), then
 * ``_emit``: the next token, and the log probabilities of the emitted tokens.
 
 The logits are read once, those of the K draft rows a second time for dense drafts, and one row of
-each request a last time. The host reads nothing back.
+each request once more. The host reads nothing back.
 
 Shapes: R requests, K draft tokens, V target vocabulary, D draft vocabulary, P parts of a row.
 """
@@ -341,7 +341,7 @@ def verify_logits(
 
     Args:
         draft_RK, lens_R, rules_R: contiguous.
-        drafted: with ``laws`` from ``sample_draft``, its logits are read one time less.
+        drafted: ``laws`` from ``sample_draft`` save one pass over its logits.
 
     Raises:
         ValueError: shapes do not match, or a row of logits or another tensor is not contiguous.

@@ -1,1 +1,1 @@
-"""Capture of what served requests teach the trainer."""
+"""Captures training data from served requests."""

@@ -1,4 +1,4 @@
-"""Writes finished traces to the buffer on a thread of its own.
+"""Writes finished traces to the buffer on its own thread.
 
 Consumes: finished traces from a bounded queue; when it is full, the oldest is dropped and counted.
 Waits for: the disk. The engine never does.
@@ -38,8 +38,8 @@ class Recorder:
         """Queue one finished trace, in O(1). It is built and encoded on the recorder's thread.
 
         Args:
-            make_trace: builds the trace; returns ``None`` if it is too late for that, in which case
-                the trace counts as dropped.
+            make_trace: builds the trace; returns ``None`` if it is too late to build it, and the
+                trace then counts as dropped.
         """
         with self._wake:
             self._counts["queued"] += 1
@@ -95,7 +95,7 @@ class Recorder:
                 return
             self._writer.append(encode_trace(trace))
         except (OSError, ValueError) as error:
-            log.warning("a trace is lost: it cannot be written (%s); serving goes on", error)
+            log.warning("a trace is lost: it cannot be written (%s); serving continues", error)
             with self._wake:
                 self._counts["failed"] += 1
 
@@ -106,4 +106,4 @@ class Recorder:
             else:
                 self._writer.tend()
         except OSError as error:
-            log.warning("the disk did not acknowledge traces (%s); serving goes on", error)
+            log.warning("the disk did not acknowledge traces (%s); serving continues", error)

@@ -25,7 +25,7 @@ class Producer:
 
 
 _SKIP = 0.125
-"""Share of the ring that a recorder skips after it came too late for a trace."""
+"""Share of the ring that the recorder skips after it was too late for a trace."""
 
 
 class TraceMaker:
@@ -50,7 +50,7 @@ class TraceMaker:
 
         It returns ``None`` if the ring has begun to overwrite the request's rows by then. A
         recorder that far behind would find holes in every trace, so it skips some to catch up.
-        For a request longer than the ring, the rows that are left are used.
+        For a request longer than the ring, the remaining rows are used.
         """
         pieces = sequence.capture_rows
         has_all = not self._ring.num_lost(pieces)

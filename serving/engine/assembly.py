@@ -1,4 +1,4 @@
-"""From a target and its drafters to the parts that engines run on."""
+"""Assembles the parts that an engine runs on from a target and its drafters."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Choices:
     """How an engine schedules and verifies."""
 
     rule: Rule = Rule.BLOCK
-    """Verifies sampled requests without a seed."""
+    """Rule that verifies sampled requests without a seed."""
     prefix_cache: bool = True
     prefill_hold_s: float = 0.0
-    """Longest time that a prompt waits for others; see ``Scheduler``."""
+    """Maximum time that a prompt waits for others; see ``Scheduler``."""
     max_queue: int = 256
-    """Requests that may wait."""
+    """Maximum number of waiting requests."""
     overlaps: bool = False
     """See ``EngineParts``."""
 
@@ -40,14 +40,14 @@ def assemble(
     choices: Choices,
     ring: CaptureRing | None,
 ) -> EngineParts:
-    """Allocate the KV pool and make everything that an ``Engine`` needs but its policy.
+    """Allocate the KV pool and make everything that an ``Engine`` needs except its policy.
 
     Args:
         neural: their pools have ``sizes.num_pages * sizes.page_size`` slots.
-        ring: receives the committed rows of requests that capture.
+        ring: receives the committed rows of captured requests.
 
     Raises:
-        ValueError: the ring does not hold the rows of one step.
+        ValueError: the ring cannot hold the rows of one step.
     """
     pool = target.make_pool(sizes.num_pages * sizes.page_size)
     programs = make_programs(target, pool, hosts, neural, sizes, rule=choices.rule, ring=ring)

@@ -110,11 +110,11 @@ class CaptureRing:
         return firsts
 
     def synchronise(self) -> None:
-        """Take over the row count of the device, after a step that failed half-way."""
+        """Adopt the device's row count after a step that failed halfway."""
         self._next = int(self._ring.next_1)
 
     def num_lost(self, pieces: list[Piece], ahead: float = 0.0) -> int:
-        """Rows that are lost, or will be once a share ``ahead`` of the ring is overwritten."""
+        """Number of rows that are lost, or will be once a share ``ahead`` more is overwritten."""
         oldest = self._oldest() + int(ahead * self._capacity)
         return sum(min(max(oldest - first, 0), count) for _, first, count in pieces)
 

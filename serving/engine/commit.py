@@ -28,7 +28,7 @@ class Proposed:
     tokens: list[list[int]]
     """[R][its number of draft tokens]."""
     q_logp: list[list[float]] | None
-    """Log q of each of them; ``None`` where tokens are not drawn."""
+    """Log q of each of them; ``None`` if tokens are not sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Verified:
     next_ids: list[int]
     """[R] the target's own token after the accepted ones."""
     p_logp: list[list[float]]
-    """[R][K] log probability of each draft token under the target's shaped distribution."""
+    """[R][K] the target's log probability of each draft token, after temperature and truncation."""
 
 
 def emitted_by(draft: Proposed | None, verified: Verified, r: int) -> list[int]:
@@ -55,7 +55,7 @@ class Committed:
 
     sequence: Sequence
     row: int
-    """Running number of the first captured row; 0 where none is captured."""
+    """Running number of the first captured row; 0 if none is captured."""
     position: int
     """Position of that row."""
     count: int
@@ -70,7 +70,7 @@ class Step:
     draft_s: float
     """Seconds spent on observing the batch, planning and drafting."""
     version: int
-    """Version of the drafter, see ``Drafting.version_of``."""
+    """Version of the drafter; see ``Drafting.version_of``."""
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ Scored = Callable[[int, list[int], int], list[TokenLogprob]]
 
 
 class Commits:
-    """Appends to the requests' texts, which grow nowhere else."""
+    """Appends committed tokens to the requests; nothing else does."""
 
     def __init__(self, drafting: Drafting, ring: CaptureRing | None) -> None:
         self._drafting = drafting
@@ -113,7 +113,7 @@ class Commits:
         firsts: list[int] | None,
         step_s: float,
     ) -> list[Committed]:
-        """Append what a round verified; requests that have ended meanwhile keep nothing.
+        """Append what a round verified; requests that have ended in the meantime keep nothing.
 
         Args:
             scored: finds log probabilities for requests that asked for them.
@@ -160,7 +160,7 @@ class Commits:
         first_ids: list[int],
         scored: Scored | None,
     ) -> list[Committed]:
-        """Prompt rows are committed as they are; chunks that reach the anchor yield a token.
+        """Commit prompt rows as they are; chunks that reach the anchor yield a token.
 
         Args:
             firsts: number of the first captured row of each chunk; ``None`` without capture.
@@ -208,7 +208,7 @@ class Commits:
         return count
 
     def note_rows(self, committed: list[Committed]) -> None:
-        """Note which rows of the ring belong to the requests that capture."""
+        """Note which rows of the ring belong to captured requests."""
         if self._ring is None:
             return
         for c in committed:

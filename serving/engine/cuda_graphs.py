@@ -28,24 +28,24 @@ def buckets(most: int) -> list[int]:
 
 
 def fitting(sizes: list[int], wanted: int) -> int:
-    """The least of ascending sizes that holds ``wanted``."""
+    """The smallest of ascending sizes that holds ``wanted``."""
     return next(size for size in sizes if size >= wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """Something on its way from the device."""
+    """A copy on its way from the device to the host."""
 
     event: torch.cuda.Event | None
-    """``None``: it is there."""
+    """``None``: it has arrived."""
 
     @property
     def is_here(self) -> bool:
-        """Arrived when it was launched, as everything does on a CPU."""
+        """It arrived as soon as it was launched, as every copy does on a CPU."""
         return self.event is None
 
     def wait(self) -> bool:
-        """Until it has arrived; other threads may run meanwhile. Says whether it had not yet."""
+        """Wait until it has arrived; other threads may run meanwhile. Returns True if it had to."""
         if self.event is None or self.event.query():  # type: ignore[no-untyped-call]
             return False
         self.event.synchronize()
@@ -54,20 +54,20 @@ class Landing:
 
 @dataclass(slots=True)
 class Spent:
-    """Seconds that went to making programs, by part."""
+    """Seconds spent on making programs, by phase."""
 
     num_programs: int = 0
     first_runs_s: float = 0.0
-    """What is compiled and loaded is so in the first run of the first program that needs it."""
+    """Includes compiling and loading kernels, by the first program that needs them."""
     capture_s: float = 0.0
     timing_s: float = 0.0
 
 
 class Graphs:
-    """Captures programs in CUDA graphs that share one memory; on a CPU they run as they are.
+    """Captures programs in CUDA graphs that share one memory pool; on a CPU they run as they are.
 
-    A program reads and writes tensors with an address of their own. What it allocates itself is
-    overwritten by the next program that is replayed.
+    A program's inputs and outputs are tensors at fixed addresses of their own. What it allocates
+    itself is overwritten by the next program that is replayed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,28 +76,29 @@ class Graphs:
         self._told_s = time.perf_counter()
         if self.are_real:
             self._memory = torch.cuda.graph_pool_handle()
-            # One for all: memory is kept by stream, so that each program finds that of the others.
+            # One stream for all: memory is cached per stream, so each program reuses the others'.
             self._side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def sizes(self, most: int) -> list[int]:
-        """Sizes that programs are made for, ascending: a few to which batches are padded where a
-        program is captured, and all of them where it is an ordinary call."""
+        """Sizes that programs are made for, ascending: a few, to which batches are padded, if
+        programs are captured; every size if they are ordinary calls."""
         return buckets(most) if self.are_real else list(range(1, most + 1))
 
     def capture(self, work: Program) -> Program:
-        """``work``, as one launch where the device has graphs. Runs it once to warm up."""
+        """Return ``work`` as one launch if the device has graphs. Runs it once as a warm-up."""
         if not self.are_real:
             return work
         started = time.perf_counter()
         num_bytes = self._run(work)
         warm = time.perf_counter()
-        # A capture allocates what the run did, from other memory. ``torch.cuda.graph`` gives the
-        # run's back before each capture, and the next run asks the driver for all of it again.
+        # A capture allocates as much as the run did, from another pool. ``torch.cuda.graph`` would
+        # free the run's memory before each capture, and the next run would have to ask the driver
+        # for all of it again.
         if torch.cuda.mem_get_info()[0] < 2 * num_bytes:
             torch.cuda.empty_cache()
-        # The library's products keep a workspace for each stream. The run has made one in ordinary
-        # memory, which anybody may give back (the compiler's graphs do so each time they record); a
-        # capture that has to ask for its own gets it from the graphs' memory, which stays.
+        # cuBLAS keeps a workspace for each stream. The run has allocated one in ordinary memory,
+        # which any code may free (the compiler's graphs do so each time they record). Without one,
+        # the capture allocates its own from the graphs' pool, which stays.
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._side):
@@ -110,8 +111,8 @@ class Graphs:
         return graph.replay
 
     def _run(self, work: Program) -> int:
-        """Compiles kernels and loads modules, which a capture forbids. Returns the bytes that the
-        work held at once."""
+        """Run the work once, to compile kernels and load modules, which a capture forbids. Returns
+        the work's peak memory in bytes."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._side.wait_stream(torch.cuda.current_stream())
@@ -130,7 +131,7 @@ class Graphs:
             log.info("still making programs: %s", self.spent)
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Landing]:
-        """A copy on the host, and when it is there: after all that was launched before."""
+        """Start a copy to the host. It arrives after all work that was launched before it."""
         if not self.are_real:
             return tensor.clone(), Landing(None)
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -140,7 +141,7 @@ class Graphs:
         return copy, Landing(event)
 
     def seconds(self, program: Program, repeats: int = 5) -> float:
-        """Median time of a program, its launch included."""
+        """Median time of a program in seconds, including its launch."""
         times = []
         for _ in range(repeats):
             self.synchronize()
@@ -152,11 +153,11 @@ class Graphs:
         return sorted(times)[repeats // 2]
 
     def trim(self) -> None:
-        """Give back the memory of first runs."""
+        """Free the memory of first runs."""
         if self.are_real:
             torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
-        """Wait until all that was launched is done."""
+        """Wait until all launched work is done."""
         if self.are_real:
             torch.cuda.current_stream().synchronize()

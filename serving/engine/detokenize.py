@@ -1,17 +1,17 @@
-"""Incremental detokenization: whole characters only, and no text from a stop string on.
+"""Incremental detokenization: whole characters only, and no text from a stop string onwards.
 
-Why not ``tokenizers.decoders.DecodeStream`` (0.23): it knows a prompt's end (``ids=``) and is
-faster, 1.8 us a token against our 6.1 when every token is read by itself, 0.9 against 2.0 at three
-tokens a round (bundled target, one busy core). But
+Why not ``tokenizers.decoders.DecodeStream`` (0.23): it knows the end of the prompt (``ids=``) and
+is faster, 1.8 us per token against our 6.1 when tokens are read one at a time, 0.9 against 2.0 at
+three tokens per round (bundled target, one busy core). But
 
-- it raises "Invalid prefix encountered" where byte-fallback pieces do not make valid UTF-8: 12 % of
+- it raises "Invalid prefix encountered" if byte-fallback pieces do not form valid UTF-8: 12 % of
   random sequences over a SentencePiece vocabulary with byte fallback. A sampled answer may contain
   such a sequence, and its request would fail; here it reads as U+FFFD.
-- it has no flush: an answer that ends within a character would lose its last bytes.
-- it needs a Rust tokenizer without clean-up of spaces, so that other tokenizers would need this
-  code beside it.
+- it has no flush: an answer that ends in the middle of a character would lose its last bytes.
+- it needs a Rust tokenizer that does not clean up spaces; other tokenizers would still need this
+  code.
 
-A completion is decoded by itself, like ``tokenizer.decode(completion_ids)``: a SentencePiece
+A completion is decoded on its own, like ``tokenizer.decode(completion_ids)``: a SentencePiece
 decoder that strips the first space strips it at the completion's start.
 """
 
@@ -30,8 +30,8 @@ def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
     """``tokenizer.decode`` without special tokens; calls the Rust tokenizer directly if its wrapper
     adds nothing.
 
-    The wrapper of a fast tokenizer converts ids that are not in a list and cleans up spaces where
-    configured. It takes 2 us a call, the Rust code behind it 0.5 us for the tokens of a round.
+    The wrapper of a fast tokenizer converts ids that are not in a list and cleans up spaces if
+    configured. It takes 2 us per call, the Rust code behind it 0.5 us for the tokens of a round.
     """
     kind = type(tokenizer)
     if (
@@ -68,15 +68,15 @@ class Detokenizer:
         return self._find_stop()
 
     def _read_on(self) -> None:
-        """Decode the tokens that were added, unless they end within a character."""
+        """Decode the tokens that were added, unless they end in the middle of a character."""
         before, now = self._before_and_now()
         if not now.endswith(REPLACEMENT) and len(now) > len(before):
             self._pending += now[len(before) :]
             self._start, self._read = self._read, len(self._ids)
 
     def _before_and_now(self) -> tuple[str, str]:
-        """Text of the last tokens read, without and with the new tokens after them: how a token is
-        decoded may depend on its predecessor."""
+        """Text of the last tokens read, without and with the new tokens after them: the text of a
+        token may depend on its predecessor."""
         ids, start = self._ids, self._start
         return self._decode(ids[start : self._read]), self._decode(ids[start:])
 

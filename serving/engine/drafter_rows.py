@@ -1,11 +1,11 @@
-"""The rows of one neural drafter: which are computed already, and programs for the others.
+"""The rows of one neural drafter: which are already computed, and programs for the others.
 
 Row p of a request is computed from its token p and the target's hidden states at p - 1. A round
 computes the rows of the drafter that drafted it; those of the other neural drafters are missing
 until they are about to draft, and are then computed by catch-up programs.
 
 Catch-up programs and prompts work on blocks of 16 consecutive positions of one request. Rows that
-fill up a block lie behind its text: what they write is overwritten before anybody reads it, or goes
+pad a block lie after the request's text: what they write is overwritten before it is read, or goes
 to page 0.
 
 Shapes: R requests, Q rows of each, B blocks, T = R Q or 16 B rows, m tapped layers, H hidden.
@@ -37,7 +37,7 @@ def cut(sequence: Sequence, start: int, end: int) -> Iterator[tuple[int, int, li
     """Cut positions start..end-1 of a request into blocks.
 
     Yields:
-        First position, number of rows that are not filling, and 16 token ids.
+        First position, number of rows that are not padding, and 16 token ids.
     """
     for first in range(start, end, BLOCK):
         ids = sequence.tokens[first : min(first + BLOCK, end)]
@@ -84,7 +84,7 @@ class DrafterRows:
         """
         Args:
             features: stores at least the layers that the drafter reads.
-            most_rows: largest number of rows of one catch-up program.
+            most_rows: maximum number of rows of one catch-up program.
         """
         self.drafter = drafter
         self._features, self._lanes, self._graphs = features, lanes, graphs
@@ -103,13 +103,13 @@ class DrafterRows:
 
     @property
     def kind(self) -> str:
-        """The drafter's."""
+        """The drafter's kind."""
         return self.drafter.kind
 
     # ---- which rows it has ---------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
-        """A request was admitted: find out how many rows of its cached prefix exist."""
+        """Find out how many rows of a newly admitted request's cached prefix exist."""
         cached = sequence.num_cached // self._page_size
         self._has_page[sequence.pages[cached:]] = False
         gaps = np.flatnonzero(~self._has_page[sequence.pages[:cached]])
@@ -122,12 +122,12 @@ class DrafterRows:
         self._has_page[sequence.pages[: length // self._page_size]] = True
 
     def note_chunk(self, sequence: Sequence, start: int, end: int) -> None:
-        """Note that a prompt's program computed rows start..end-1, if they continue its rows."""
+        """Note that a prefill program computed rows start..end-1, if these continue the rows."""
         if max(start, 1) >= sequence.next_row[self.kind] >= start:
             self.has_rows_to(sequence, end)
 
     def num_missing(self, sequence: Sequence) -> int:
-        """Committed rows before the anchor's that it must compute before it drafts."""
+        """Number of committed rows before the anchor's that it must compute before it drafts."""
         return max(0, len(sequence.tokens) - sequence.next_row[self.kind] - 1)
 
     # ---- within programs -----------------------------------------------------------------------
@@ -141,7 +141,7 @@ class DrafterRows:
     ) -> None:
         """Compute the rows after the old anchors and keep the output at each new anchor.
 
-        Rows behind the new anchor are overwritten before anybody reads them.
+        Rows after the new anchor are overwritten before they are read.
 
         Args:
             lanes_R: [R] int64, the lanes of ``opened`` as an index.
@@ -167,7 +167,7 @@ class DrafterRows:
     # ---- catching up ---------------------------------------------------------------------------
 
     def catch_up(self, batch: list[Sequence]) -> None:
-        """Launch programs that compute all missing rows, the anchors' included.
+        """Launch programs that compute all missing rows, including the anchors'.
 
         Args:
             batch: requests whose whole text the host knows.
@@ -208,6 +208,6 @@ class DrafterRows:
         ids = blocks[:, _IDS:].reshape(-1)
         outputs = self.observe_blocks(self._lanes.rows(lanes), first, ids)
         last = torch.arange(size, device=end.device) * BLOCK + end.clamp(min=0)
-        # The output of a block without an anchor goes to the lane that belongs to nobody.
+        # The output of a block without an anchor goes to the padding lane.
         lanes = torch.where(end == _NO_END, self._lanes.padding, lanes)
         self._outputs_LH.index_copy_(0, lanes, outputs.index_select(0, last))

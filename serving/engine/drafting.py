@@ -1,4 +1,4 @@
-"""All drafters of one engine: who may propose, what they follow, what they propose on the host."""
+"""All drafters of one engine: which may propose, the requests they follow, and host proposals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serving.engine.sequence import Sequence
 
 
 class Drafting:
-    """Any number of drafters, in the order in which settings name them."""
+    """Any number of drafters, in the order of the settings."""
 
     def __init__(
         self, hosts: Several[HostDrafter], neural: Several[DrafterRows], max_draft: int
@@ -34,8 +34,8 @@ class Drafting:
         return self._learning.version if self._learning else 0
 
     def version_of(self, kind: str) -> int:
-        """Version that a round by this drafter bears; plain rounds and those of host drafters bear
-        the version of the drafter that learns."""
+        """Version recorded for a round by this drafter; plain rounds and those of host drafters
+        record the version of the drafter that learns."""
         return self.neural[kind].drafter.version if kind in self.neural else self.version
 
     def learns(self, kind: str) -> bool:
@@ -45,7 +45,7 @@ class Drafting:
     # ---- the life of a request -----------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
-        """A request was admitted."""
+        """Tell all drafters that a request was admitted."""
         for rows in self.neural.values():
             rows.begin(sequence)
         for drafter in self.hosts.values():
@@ -53,24 +53,24 @@ class Drafting:
             drafter.begin(request.id, sequence.tokens, namespace=request.tenant)
 
     def foresee(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Tokens were decided, and will be committed unless the request ends before them."""
+        """Tell the host drafters of tokens that will be committed unless the request ends first."""
         assert not sequence.num_foreseen, "one round is foreseen at a time"
         for drafter in self.hosts.values():
             drafter.extend(sequence.request.id, tokens)
         sequence.num_foreseen = len(tokens)
 
     def extend(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Tokens were committed."""
+        """Tell the host drafters of committed tokens, unless ``foresee`` has."""
         if not sequence.num_foreseen:
             for drafter in self.hosts.values():
                 drafter.extend(sequence.request.id, tokens)
         sequence.num_foreseen = 0
 
     def finish(self, sequence: Sequence, keep: bool) -> None:
-        """A request ended.
+        """Tell the host drafters that a request ended.
 
         Args:
-            keep: later requests may be drafted for from its text.
+            keep: drafts for later requests may be taken from its text.
         """
         if sequence.pages:
             for drafter in self.hosts.values():

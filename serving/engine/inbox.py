@@ -1,6 +1,6 @@
-"""Where other threads meet the engine's: requests and cancellations come in, and draining.
+"""Passes requests, cancellations and drain orders from other threads to the engine's thread.
 
-The engine's thread takes what has come between two steps, under a lock around two short lists.
+The engine's thread takes what has arrived between two steps, under a lock around two short lists.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Limits:
     vocab_size: int
     max_model_len: int
     max_queue: int
-    """Requests that may wait."""
+    """Maximum number of waiting requests."""
 
 
 class Sequences:
@@ -84,7 +84,7 @@ class Inbox:
             on_output: called on the engine's thread until the request has finished.
 
         Raises:
-            ValueError: it can never be served; the text names the field.
+            ValueError: it can never be served; the message names the field.
             QueueFullError, DrainingError: it cannot be served now.
         """
         self._check(request)
@@ -95,7 +95,7 @@ class Inbox:
             if request.id in self._inflight:
                 raise ValueError(f"request id {request.id!r} is already in flight")
             if self.num_waiting() >= self.limits.max_queue:
-                raise QueueFullError(f"{self.limits.max_queue} requests are waiting already")
+                raise QueueFullError(f"{self.limits.max_queue} requests are already waiting")
             self._inflight[request.id] = sequence
             self._arrived.append(sequence)
             self._wake.notify()
@@ -113,7 +113,7 @@ class Inbox:
             self._wake.notify()
 
     def drain(self) -> None:
-        """Admit no new requests; those in flight go on."""
+        """Admit no new requests; those in flight continue."""
         with self._wake:
             self._is_draining = True
 
@@ -155,7 +155,7 @@ class Inbox:
         return arrived, [s for i in cancels if (s := self._inflight.get(i)) is not None]
 
     def remove(self, request_id: str) -> None:
-        """A request has finished."""
+        """Forget a request that has finished."""
         self._inflight.pop(request_id, None)
 
     def inflight(self) -> list[Sequence]:
@@ -163,7 +163,7 @@ class Inbox:
         return list(self._inflight.values())
 
     def wait(self, timeout_s: float = 0.5) -> None:
-        """Sleep until there is something to take, or the time is over."""
+        """Sleep until there is something to take, or the timeout expires."""
         with self._wake:
             if not (self._arrived or self._cancels or self._is_closed):
                 self._wake.wait(timeout_s)
@@ -179,7 +179,7 @@ class Inbox:
         if len(sampling.logit_bias) > MOST_BIASES:
             raise ValueError(
                 f"logit_bias holds {len(sampling.logit_bias)} tokens, at most {MOST_BIASES} are "
-                f"possible"
+                f"allowed"
             )
         if sampling.logprobs is not None and sampling.logprobs > MOST_LOGPROBS:
             raise ValueError(f"logprobs is {sampling.logprobs}, at most {MOST_LOGPROBS}")

@@ -1,4 +1,4 @@
-"""What rounds know about the requests in flight, on the device: one row, a lane, for each request.
+"""Per-request state on the device, which rounds read: one row, a lane, per request in flight.
 
 A round reads its lanes and writes back what it committed, so the next round can start before the
 host has seen this one's outcome. The host writes a lane when its request begins to decode, together
@@ -25,7 +25,7 @@ from specops.lanes import Field, Input, LaneState, OpenedRound
 from targets.target import Target
 
 MOST_BIASES = 512
-"""Largest number of biases of one request; HTTP takes 300."""
+"""Maximum number of biases of one request; HTTP accepts 300."""
 _INTEGERS = list(dict.fromkeys((*Field.__members__, *LANE_INTEGERS)))
 """Names of a lane's integers. Those of sampling fields that ``Field`` does not name come last."""
 _SAMPLING_ROWS = [_INTEGERS.index(name) for name in LANE_INTEGERS]
@@ -37,7 +37,7 @@ def table_bytes_of(num_lanes: int, vocab_size: int) -> int:
 
 
 def requests_of(inputs_RI: Tensor, opened: OpenedRound) -> LaneRequests:
-    """Which requests of a round want their logits changed."""
+    """The requests of a round: their lanes, and whose logits to adjust."""
     fields = opened.ints_FR
     return LaneRequests(inputs_RI[:, Input.LANE], fields[Field.BIASES], fields[Field.PENALIZES])
 
@@ -60,15 +60,15 @@ class LaneRows:
     """Pages that hold the keys and values of R requests."""
 
     pages_RP: Tensor
-    """[R, P] int32 page ids; 0 where the request has none."""
+    """[R, P] int32 page ids; 0 if the request has none."""
 
     def decode_pass(self, first_R: Tensor, page_size: int, first_key: int = 0) -> DecodePass:
-        """The same number of rows of each request, from position ``first`` on."""
+        """A pass over the same number of rows of each request, from position ``first`` on."""
         return DecodePass(self.pages_RP, first_R.int(), page_size, first_key=first_key)
 
 
 class Lanes:
-    """All lanes. The last one belongs to nobody: padding of a batch uses it."""
+    """All lanes. The last one belongs to no request: the padding of a batch uses it."""
 
     def __init__(self, max_batch: int, pages_each: int, max_draft: int, target: Target) -> None:
         self.padding = max_batch
@@ -94,7 +94,7 @@ class Lanes:
         self._free.append(lane)
 
     def write(self, sequences: list[Sequence]) -> None:
-        """Write what the host knows of these requests to their lanes."""
+        """Write what the host knows about these requests to their lanes."""
         if not sequences:
             return
         rows = np.zeros((len(sequences), len(self.ints)), dtype=np.int64)
@@ -128,7 +128,7 @@ class Lanes:
             sequence.lane_length = len(sequence.tokens)
 
     def _write_tables(self, sequences: list[Sequence]) -> None:
-        """Write what these requests add to their logits, and count the tokens they hold."""
+        """Write these requests' biases and penalties, and count the tokens they hold."""
         if not sequences:
             return
         biased = np.zeros((len(sequences), MOST_BIASES), dtype=np.int32)
@@ -151,7 +151,7 @@ class Lanes:
         self._count([s for s in sequences if s.request.sampling.penalizes])
 
     def _count(self, sequences: list[Sequence]) -> None:
-        """Mark the prompts' tokens where a penalty depends on them."""
+        """Mark the prompts' tokens if a penalty depends on them."""
         if not sequences:
             return
         counts = self.tables.counts_LV

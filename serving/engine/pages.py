@@ -1,8 +1,9 @@
-"""Who owns which KV page, and which pages can be used again for an equal prefix.
+"""Ownership of KV pages, and which pages can be reused for an equal prefix.
 
 Pure bookkeeping: no tensors. Page 0 is never handed out; padding rows write there. A full page of
 committed tokens is named by a digest of all tokens up to its end, so equal names mean equal
-prefixes. Pages nobody holds keep their name and content until they are needed (oldest first).
+prefixes. Pages that no request holds keep their name and content until they are needed (oldest
+first).
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class PagePool:
 
     @property
     def num_usable(self) -> int:
-        """Pages that requests can hold in all."""
+        """Number of pages that requests can hold in total."""
         return self.num_pages - 1
 
     @property
     def num_available(self) -> int:
-        """Pages that can be taken now, idle cached ones included."""
+        """Number of pages that can be taken now, including idle cached ones."""
         return len(self._free) + len(self._idle)
 
     def lookup(self, names: Sequence[bytes]) -> list[int]:
@@ -57,7 +58,7 @@ class PagePool:
         return pages
 
     def num_idle(self, pages: Sequence[int]) -> int:
-        """How many of ``pages`` nobody holds; sharing those uses up availability."""
+        """How many of ``pages`` no request holds; sharing those reduces ``num_available``."""
         return sum(self._references[page] == 0 for page in pages)
 
     def share(self, pages: Sequence[int]) -> None:
@@ -67,7 +68,7 @@ class PagePool:
             self._idle.pop(page, None)
 
     def take(self, count: int) -> list[int]:
-        """``count`` fresh pages, one reference each; forgets the longest idle cached pages."""
+        """``count`` fresh pages, one reference each; evicts the cached pages idle the longest."""
         assert count <= self.num_available, "caller checks num_available"
         return [self._take_one() for _ in range(count)]
 
@@ -81,13 +82,13 @@ class PagePool:
         return page
 
     def name(self, page: int, name: bytes) -> None:
-        """Declare ``page`` full and committed. The first page of a name stays the cached one."""
+        """Declare ``page`` full and committed. The first page with a name stays the cached one."""
         if self.prefix_cache and name not in self._page_of and page not in self._name_of:
             self._name_of[page] = name
             self._page_of[name] = page
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give one reference of each back; named pages stay cached, the last ones leave first."""
+        """Drop one reference to each; named pages stay cached, the last ones are evicted first."""
         for page in reversed(pages):
             self._references[page] -= 1
             assert self._references[page] >= 0, "page released twice"

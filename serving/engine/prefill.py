@@ -1,7 +1,7 @@
-"""Prompt chunks as programs of fixed shape, the neural drafters' rows included.
+"""Prompt chunks as programs of fixed shape, including the neural drafters' rows.
 
-The rows of all chunks of a step are cut into blocks (``serving.engine.drafter_rows``). On a GPU
-programs exist for 1, 2, 4, ... blocks, and for as many as a step can have.
+The rows of all chunks of a step are cut into blocks (``serving.engine.drafter_rows``). On a GPU,
+programs exist for 1, 2, 4, ... blocks, and for the maximum number of blocks in a step.
 
 Shapes: B blocks, T = 16 B rows, N chunks that end their prompt, V vocabulary.
 """
@@ -35,7 +35,7 @@ from targets.target import KvPool, Target
 
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
 _ROW = 2
-"""Column of a prompt's last row, behind the inputs of a round without a draft."""
+"""Column of a prompt's last row, after the inputs of a round without a draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class Prefilled:
 
     chunks: tuple[Chunk, ...]
     logits: Tensor
-    """[N, V] of the last row of each chunk that ends its prompt, in order, the target's own. On the
-    device, until the next program runs."""
+    """[N, V] the target's own logits of the last row of each chunk that ends its prompt, in order.
+    On the device, valid until the next program runs."""
     outputs: Tensor
-    """[N, columns] int64 on the host, once landed: the outcome of a round without drafts."""
+    """[N, columns] int64 on the host, valid once ``landed``: outcome of a round without drafts."""
     landed: Landing
 
     @property
@@ -88,7 +88,7 @@ class Prefill:
         self._target, self._pool, self._drafting = target, pool, drafting
         self._features, self._lanes, self._graphs = features, lanes, graphs
         self._page_size, self._rule, self._ring = page_size, rule, ring
-        # Every chunk may fill up a block of its own.
+        # Every chunk may need to pad a block of its own.
         most_blocks = -(-prefill_chunk // BLOCK) + lanes.padding
         self._sizes = graphs.sizes(most_blocks)
         device = target.device
@@ -105,8 +105,8 @@ class Prefill:
         self._programs: dict[int, Program] = {}
 
     def launch(self, chunks: tuple[Chunk, ...]) -> Prefilled:
-        """Start to compute the chunks' rows and to choose the first tokens of prompts that end. The
-        lanes of these requests know their tokens as soon as the program has run."""
+        """Start computing the chunks' rows and choosing the first tokens of prompts that end. The
+        lanes of these requests hold the tokens as soon as the program has run."""
         blocks: list[list[int]] = []
         ends: list[list[int]] = []
         for chunk in chunks:
@@ -147,8 +147,8 @@ class Prefill:
         return first_ids
 
     def numbers(self, chunks: tuple[Chunk, ...]) -> list[int] | None:
-        """Number of the first captured row of each chunk, ``None`` without a ring. All earlier
-        programs have been read."""
+        """Number of the first captured row of each chunk; ``None`` without a ring. All earlier
+        programs must have been read."""
         if self._ring is None:
             return None
         return self._ring.number([c.num_rows * c.sequence.request.capture for c in chunks])
@@ -190,8 +190,8 @@ class Prefill:
             self._ring.append(taps, hidden, blocks[:, _KEPT], first, blocks[:, _LANE])
 
     def _choose(self, logits_NV: Tensor, features_TmH: Tensor) -> None:
-        """Choose the first tokens by a round without drafts, whose logits are there already, and
-        tell the lanes and the neural drafters."""
+        """Choose the first tokens by a round without drafts on these logits, and update the lanes
+        and the neural drafters."""
         ends, outputs = self._ends[: len(logits_NV)], self._outputs[: len(logits_NV)]
         state, tables = self._lanes.state, self._lanes.tables
         opened = open_round(state, ends, 0, self._page_size, self._rule, is_given=True)
@@ -204,7 +204,7 @@ class Prefill:
         )  # fmt: skip
         closed = close_round(state, opened, none, verdict, None, outputs)
         count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
-        # Without its row of the first token a drafter would have to catch up on it.
+        # Without its row for the first token, a drafter would have to catch up.
         last = features_TmH.index_select(0, ends[:, _ROW])
         for neural in self._drafting.neural.values():
             neural.observe_round(opened, closed, ends[:, Input.LANE], last)

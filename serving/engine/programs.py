@@ -1,7 +1,7 @@
-"""All programs of fixed shape of one engine, over one set of lanes: the one way to compute a step.
+"""All programs of fixed shape of one engine, over one set of lanes: the only way to compute a step.
 
-On a GPU each program is a CUDA graph. On a CPU it is an ordinary call of the same code, of the
-batch's exact size.
+On a GPU each program is a CUDA graph. On a CPU it is an ordinary call of the same code, with
+the batch's exact size.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Sizes:
 
     @property
     def pages_each(self) -> int:
-        """Pages that one request's rows can lie in: a block's last rows may lie behind the last
-        position that the request can use."""
+        """Number of pages that one request's rows can occupy: a block's last rows may lie beyond
+        the last position that the request can use."""
         return -(-(self.max_model_len + self.max_draft + 1 + BLOCK) // self.page_size)
 
 
@@ -69,7 +69,7 @@ class Programs:
         self.graphs.trim()
         spent = self.graphs.spent
         log.info(
-            "made %d programs in %.1f s: %.1f s their first runs, compiling included, %.1f s "
+            "made %d programs in %.1f s: %.1f s in first runs, including compilation, %.1f s "
             "capturing, %.1f s timing them",
             spent.num_programs, time.perf_counter() - started,
             spent.first_runs_s, spent.capture_s, spent.timing_s,
@@ -90,10 +90,10 @@ def make_programs(
 
     Args:
         rule: verifies sampled requests without a seed.
-        ring: receives the committed rows of requests that capture.
+        ring: receives the committed rows of captured requests.
 
     Raises:
-        ValueError: the ring does not hold the rows of one step.
+        ValueError: the ring cannot hold the rows of one step.
     """
     lanes = Lanes(sizes.max_batch, sizes.pages_each, sizes.max_draft, target)
     graphs = Graphs(target.device)
@@ -120,12 +120,12 @@ def make_programs(
 def fuse(
     target: Target, neural: Several[NeuralDrafter], num_positions: int, *, pinned: bool
 ) -> None:
-    """Compute target and drafters by our fused operations where they compute the same.
+    """Switch target and drafters to our fused operations where these compute the same.
 
     Args:
         num_positions: all rows are at positions below it.
-        pinned: no bit of what the target computes for a token depends on what is computed beside
-            it.
+        pinned: what the target computes for a token is bitwise independent of what else is in
+            the pass.
 
     Raises:
         ValueError: numerics cannot be pinned.

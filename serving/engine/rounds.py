@@ -47,7 +47,7 @@ from specops.verify_logits import LogitVerdict, Rule
 from targets.target import KvPool, Target
 
 MOST_LOGPROBS = 20
-"""Largest number of alternatives at a token."""
+"""Maximum number of alternatives per token."""
 _MOST_SCORED = 4
 """Largest K of a round that finds log probabilities: each further K is one more program for every
 size and drafter, and most servers never run it."""
@@ -55,10 +55,10 @@ size and drafter, and most servers never run it."""
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """What a round's program is made for."""
+    """Properties of a round that determine its program."""
 
     size: int
-    """Requests, padding included."""
+    """Number of requests, including padding."""
     num_draft: int
     neural: str | None
     """Kind of the neural drafter; ``None``: tokens are uploaded, or K is 0."""
@@ -87,17 +87,17 @@ def _given(opened: OpenedRound) -> _Drafts:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A round that was launched and not read yet."""
+    """A round that was launched but not yet read."""
 
     batch: list[Sequence]
     key: _Key
     drafter: str
-    """Kind of the drafter; of no meaning if K is 0."""
+    """Kind of the drafter; meaningless if K is 0."""
     outputs: Tensor
     """[size, columns] on the host, valid once ``landed``."""
     scores: Tensor | None
-    """[size * Q, 1 + 2 n] float64 likewise: log p of each emitted token and of the n best ones, and
-    their ids; ``None`` if no request asked."""
+    """[size * Q, 1 + 2 n] float64, valid once ``landed``: log p of each emitted token and of the n
+    best ones, and the ids of the latter; ``None`` if no request asked."""
     landed: Landing
     draft_share: float
     """Share of its time that is spent on drafting."""
@@ -131,7 +131,7 @@ def _are_scored(batch: list[Sequence]) -> bool:
 
 
 def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
-    """``row`` as ``Launched`` has it."""
+    """Convert a row of ``Launched.scores``."""
     own, *rest = row
     best, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     return TokenLogprob(token, own, tuple(zip(map(int, ids[:num_top]), best, strict=False)))
@@ -156,7 +156,7 @@ class Rounds:
         """
         Args:
             rule: verifies sampled requests without a seed.
-            ring: receives the committed rows of requests that capture.
+            ring: receives the committed rows of captured requests.
         """
         self._rule, self._ring, self._page_size = rule, ring, page_size
         self._target, self._pool, self._drafting = target, pool, drafting
@@ -185,11 +185,11 @@ class Rounds:
     ) -> Launched:
         """Start a round that decodes every request of ``batch``.
 
-        Requests of a round that was not read yet may take part: their lanes are up to date. If a
+        Requests of a round that was not yet read may take part: their lanes are up to date. If a
         neural drafter drafts, it must have their rows.
 
         Args:
-            drafter: its kind; of no meaning if ``num_draft`` is 0.
+            drafter: kind of the drafter; meaningless if ``num_draft`` is 0.
             num_draft: at most ``most_draft``.
             given: what a host drafter proposes for each request; ``None`` for a neural drafter.
         """
@@ -245,7 +245,7 @@ class Rounds:
         return Decoded(proposed, Verified(accepted, following, p_logp), numbers, scores)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
-        """Note how far the lanes, and the rows of the round's drafter, have come."""
+        """Note the new lengths of the lanes and of the rows of the round's drafter."""
         neural = self._drafting.neural.get(launched.key.neural or "")
         for sequence, kept in zip(launched.batch, accepted, strict=True):
             if sequence.finish_reason is None:
@@ -254,7 +254,7 @@ class Rounds:
                     neural.has_rows_to(sequence, sequence.lane_length)
 
     def _reals(self, outputs: Tensor, block: int) -> Tensor:
-        """[R, max_draft] float64 behind the tokens: log p (1) or log q (2)."""
+        """[R, max_draft] float64 after the tokens: log p (block 1) or log q (block 2)."""
         start = Column.TOKENS + block * self._max_draft
         return outputs[:, start : start + self._max_draft].contiguous().view(torch.float64)
 
@@ -279,8 +279,8 @@ class Rounds:
     # ---- programs ------------------------------------------------------------------------------
 
     def capture_all(self) -> None:
-        """Make every program, the largest first so that all fit the memory of the first, and time
-        what drafting costs."""
+        """Make every program, the largest first so that the others fit in its memory, and time
+        drafting."""
         self._io.inputs.zero_()
         self._io.inputs[:, Input.LANE] = self._lanes.padding
         for size in reversed(self._sizes):
@@ -308,7 +308,7 @@ class Rounds:
     def device_seconds(
         self, num_rows: int, num_draft: int, neural: str | None, repeats: int = 5
     ) -> float:
-        """Time of one greedy round's program, its launch included; nothing may be in flight.
+        """Seconds that one greedy round takes, including its launch; nothing may be in flight.
 
         Args:
             neural: kind of the drafter; ``None``: draft tokens are uploaded, or K is 0.
@@ -435,7 +435,7 @@ class _Buffers:
 
 
 class _Stopwatch:
-    """Splits the time of a round that runs as it is called, on a CPU."""
+    """Splits the time of a round that runs synchronously, on a CPU."""
 
     def __init__(self) -> None:
         self._last_s = time.perf_counter()
@@ -459,5 +459,5 @@ class _Stopwatch:
 
 
 def _timed_as(key: _Key) -> _Key:
-    """The greedy program whose drafting takes about as large a share of the time."""
+    """The greedy program in which drafting takes about the same share of the time."""
     return _Key(key.size, key.num_draft, key.neural, is_greedy=True)

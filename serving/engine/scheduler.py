@@ -1,10 +1,12 @@
-"""Who runs in the next step: admission with full reservation, prefix reuse, chunked prefill.
+"""Chooses who runs in the next step: admission with full reservation, prefix reuse, chunked
+prefill.
 
 A request is admitted only when pages for its whole possible length are free, so a running request
 never has to be evicted.
 
-A program of prompt chunks takes a round's time even for one short prompt, and all who decode wait
-for it. So short prompts wait some milliseconds for each other while many requests decode.
+A program of prompt chunks takes as long as a round even for one short prompt, and all decoding
+requests wait for it. So while many requests decode, short prompts wait a few milliseconds for each
+other.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from serving.engine.pages import PagePool, page_names
 from serving.engine.sequence import Sequence
 
 _GROUP = 8
-"""One prompt for so many requests that decode is worth a program."""
+"""Prefill once at least one prompt is waiting per this many decoding requests."""
 _FULL_ROWS = 512
-"""So many are worth a program, whoever else comes."""
+"""Prefill once this many prompt rows are waiting, whatever the number of prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Scheduler:
     ) -> None:
         """
         Args:
-            prefill_hold_s: longest time that a prompt waits for others.
+            prefill_hold_s: maximum time that a prompt waits for others.
         """
         self.pool = pool
         self.page_size = page_size
@@ -107,11 +109,11 @@ class Scheduler:
         return True
 
     def plan(self, now_s: float) -> StepPlan:
-        """Decode every prefilled request; fill the prefill budget in order of arrival, unless its
-        prompts are held for others.
+        """Decode every prefilled request; fill the prefill budget in order of arrival, unless the
+        prompts are held back to wait for others.
 
         Args:
-            now_s: of any clock.
+            now_s: current time, on any clock.
         """
         decode = tuple(s for s in self.running if s.is_prefilled)
         fresh = [s for s in self.running if not s.is_prefilled]
@@ -129,7 +131,7 @@ class Scheduler:
         return StepPlan(decode, tuple(chunks))
 
     def _holds(self, num_decoding: int, fresh: list[Sequence], now_s: float) -> bool:
-        """Whether the prompts wait for others, from the first step that they might have had."""
+        """Whether the prompts wait for others; the wait counts from the first step held back."""
         from_s = now_s if self._held_from_s is None else self._held_from_s
         holds = (
             0 < len(fresh) < num_decoding // _GROUP

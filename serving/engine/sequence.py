@@ -1,4 +1,4 @@
-"""The running state of one request: the one object of the engine that is edited in place."""
+"""The running state of one request: the one object of the engine that is modified in place."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Sequence:
     lane: int | None = None
     """Its row of the state on the device, while it runs."""
     lane_length: int | None = None
-    """Tokens that row knows of; ``None`` before it is written."""
+    """Number of tokens that the lane covers; ``None`` before it is written."""
     is_flying: bool = False
-    """In a round whose outcome was not committed yet: its lane knows more than ``tokens``."""
+    """In a round whose outcome is not committed yet: its lane is ahead of ``tokens``."""
     num_foreseen: int = 0
-    """Tokens that a round has decided, that the index was told of, and that are not in ``tokens``
-    yet."""
+    """Number of tokens that a round has decided and the host drafters know, but that are not in
+    ``tokens`` yet."""
     num_emitted: int = 0
     """Completion tokens already sent out."""
     finish_reason: FinishReason | None = None

@@ -1,4 +1,4 @@
-"""What the server knows about one sampling field: everything that its users derive from.
+"""The definition of one sampling field, from which everything else about it is derived.
 
 HTTP bodies, OpenAPI, validation, the lanes on the device, traces and the documentation read a
 ``Definition``; none of them names a field.
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 Endpoint = Literal["completions", "chat"]
 ENDPOINTS: tuple[Endpoint, ...] = ("completions", "chat")
 METADATA_KEY = "definition"
-"""Where a dataclass field keeps its ``Definition``."""
+"""Metadata key under which a dataclass field keeps its ``Definition``."""
 T = TypeVar("T")
 
 
@@ -24,7 +24,7 @@ class IntegerColumn:
     largest of their values."""
 
     name: str
-    """A member of ``specops.lanes.Field``, or a new name for a row behind those."""
+    """A member of ``specops.lanes.Field``, or a new name for a row after those."""
     value: Callable[[Any, int], int] = lambda value, vocab_size: int(value)
     """(value of the field, vocabulary size) -> what the device reads."""
 
@@ -54,7 +54,7 @@ class Bounds:
     below: float | None = None
 
     def keywords(self) -> dict[str, Any]:
-        """The limits by the names that pydantic gives them."""
+        """The limits under pydantic's names."""
         limits = {"ge": self.at_least, "gt": self.above, "le": self.at_most, "lt": self.below}
         return {name: limit for name, limit in limits.items() if limit is not None}
 
@@ -75,10 +75,10 @@ class Definition:
     """What it does, in one or two sentences; shown in /openapi.json and in the documentation."""
     bounds: Bounds
     accepted: str | None
-    """The accepted values in words, for the documentation; ``None``: the bounds say it all."""
+    """The accepted values in words, for the documentation; ``None``: the bounds suffice."""
     endpoints: tuple[Endpoint, ...]
-    """Endpoints whose body takes the field under its own name. The others, if any, ask for it under
-    a name of their own, and their route translates."""
+    """Endpoints whose body takes the field under its own name. The others, if any, take it under
+    another name, which their route translates."""
     body: Any
     """Pydantic annotation of the field in a body; ``None``: follows from its type and bounds."""
     from_body: Callable[[Any], Any] | None
@@ -93,7 +93,7 @@ class Definition:
     locations: tuple[Location, ...]
     """Where the device reads it; empty for a field that only the host reads."""
     in_trace: bool
-    """Traces keep it. Such a value is a number, a short text, a bool or ``None``."""
+    """Traces keep it. Such a value is a number, a short string, a bool or ``None``."""
 
 
 def declare(

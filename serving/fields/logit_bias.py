@@ -13,7 +13,7 @@ from serving.fields.definition import IntegerColumn, LaneTable, declare
 MAX_BIASES = 300
 MAX_BIAS = 100
 TOKEN_ID = r"0|[1-9][0-9]{0,9}"
-"""A number in its usual notation, so that no two keys name the same token."""
+"""A number in canonical notation, so that no two keys name the same token."""
 
 Biases = tuple[tuple[int, float], ...]
 
@@ -41,7 +41,7 @@ def _limit_schema(schema: dict[str, Any], vocab_size: int) -> None:
 
 
 def _decimals_to(largest: int) -> str:
-    """A pattern of the numbers 0 to ``largest``, which has at least two digits."""
+    """A pattern for the numbers 0 to ``largest``, which has at least two digits."""
     digits = str(largest)
     forms = ["0", f"[1-9][0-9]{{0,{len(digits) - 2}}}"]
     for place, digit in enumerate(digits):

@@ -18,12 +18,12 @@ def _check(value: Any) -> tuple[str, ...]:
     if texts is None:
         return ()
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise PydanticCustomError("stop_type", "must be a text or a list of texts")
+        raise PydanticCustomError("stop_type", "must be a string or a list of strings")
     if len(texts) > MAX_STOPS:
-        raise PydanticCustomError("stop_count", f"at most {MAX_STOPS} stop texts")
+        raise PydanticCustomError("stop_count", f"at most {MAX_STOPS} stop strings")
     if not all(0 < len(text) <= MAX_STOP_CHARS for text in texts):
         raise PydanticCustomError(
-            "stop_length", f"stop texts have 1 to {MAX_STOP_CHARS} characters"
+            "stop_length", f"stop strings have 1 to {MAX_STOP_CHARS} characters"
         )
     return tuple(texts)
 

@@ -1,4 +1,4 @@
-"""The HTTP face: an OpenAI-compatible API over the engine.
+"""The HTTP layer: an OpenAI-compatible API over the engine.
 
 Start at ``app.create_app`` (the routes) and ``drain.serve`` (the process from start to exit).
 """

@@ -32,7 +32,7 @@ from serving.http.routes import ALL
 
 
 def create_app(server: RunningServer, settings: Settings) -> FastAPI:
-    """The HTTP face of one running server.
+    """The HTTP application of one running server.
 
     Raises:
         ValueError: the settings contradict each other, e.g. an address that is not loopback

@@ -92,7 +92,7 @@ def bind(settings: Settings) -> socket.socket:
     Removes a ``server.json`` that a killed server left behind.
 
     Raises:
-        OSError: the address is in use, or not this machine's; the text names the setting.
+        OSError: the address is in use, or not this machine's; the message names the setting.
     """
     host, port = settings.server.host, settings.server.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -173,14 +173,14 @@ class DrainingServer(uvicorn.Server):
         )
 
     def _is_drained(self) -> bool:
-        """True if nothing is in flight, or if the time is over."""
+        """True if nothing is in flight, or if the time is up."""
         assert self._deadline_s is not None
         left_s = self._deadline_s - time.monotonic()
         num_left = self._context.server.inbox.num_inflight()
         if num_left and left_s > 0:
             return False
         if num_left:
-            logger.warning("drain time is over: cancelling %d requests", num_left)
+            logger.warning("drain time is up: cancelling %d requests", num_left)
             self._context.cancel_inflight()
         # For responses still being written: a slow reader gets the rest of the drain.
         self.config.timeout_graceful_shutdown = math.ceil(max(left_s, LAST_WORDS_S))

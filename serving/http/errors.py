@@ -50,7 +50,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An error to be answered to the client."""
+    """An error to send to the client."""
 
     def __init__(
         self,

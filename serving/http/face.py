@@ -1,4 +1,4 @@
-"""What the HTTP face needs of a running server: one small protocol for each need."""
+"""What the HTTP layer needs from a running server: one small protocol for each need."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class ServedModel(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a request, prompt and completion together."""
+        """Maximum number of tokens of a request, prompt and completion together."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def max_draft(self) -> int:
-        """Largest K that may be planned."""
+        """Largest K that may be chosen."""
 
     @property
     def model_name(self) -> str: ...
@@ -41,7 +41,7 @@ class Inbox(Protocol):
         Raises:
             QueueFullError: too many requests are waiting.
             DrainingError: no new requests are admitted.
-            ValueError: the request can never be served; the text says why.
+            ValueError: the request can never be served; the message says why.
         """
 
     def cancel(self, request_id: str) -> None:
@@ -67,7 +67,7 @@ class Swapper(Protocol):
         """Swap to a published version, ``None`` for the newest.
 
         Raises:
-            ValueError: the version is refused; the text says why.
+            ValueError: the version is refused; the message says why.
         """
 
     def rollback(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Swapper(Protocol):
 
 
 class RunningServer(Protocol):
-    """What ``create_app`` is given: the parts above, and what is said of all of them together."""
+    """The argument of ``create_app``: the parts above, and the state of all of them together."""
 
     @property
     def model(self) -> ServedModel: ...

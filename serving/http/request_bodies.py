@@ -70,7 +70,7 @@ def _check_prompt(value: Any) -> Prompt:
         return value  # type: ignore[no-any-return]
     raise PydanticCustomError(
         "prompt_type",
-        "must be a text, a list of texts, a list of token ids or a list of such lists",
+        "must be a string, a list of strings, a list of token ids or a list of such lists",
     )
 
 
@@ -79,7 +79,7 @@ def _check_content(value: Any) -> str:
         return value
     if not isinstance(value, list) or not 0 < len(value) <= MAX_PARTS:
         raise PydanticCustomError(
-            "content_type", f"must be a text or a list of 1 to {MAX_PARTS} text parts"
+            "content_type", f"must be a string or a list of 1 to {MAX_PARTS} text parts"
         )
     return "\n".join(_part_text(part) for part in value)
 

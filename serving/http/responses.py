@@ -54,7 +54,7 @@ def json_status(status: dict[str, Any]) -> Response:
 
 
 def finite(value: Any) -> Any:
-    """The same tree with text keys; floats that JSON lacks become ``None``."""
+    """The same tree with string keys; floats that JSON lacks become ``None``."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -44,7 +44,7 @@ def sampling_params(body: BaseModel, choice: int, **translated: Any) -> Sampling
     """The parameters of one choice.
 
     Args:
-        body: of a model that ``takes_sampling``.
+        body: an instance of a model that ``takes_sampling``.
         choice: index among the choices of one prompt.
         translated: values of the fields that the endpoint asks for in its own way.
     """
@@ -75,7 +75,7 @@ def _taken_by(endpoint: Endpoint) -> Iterator[tuple[str, Definition]]:
 
 
 def _fields_of(body: BaseModel) -> Iterator[tuple[str, Definition]]:
-    """The table's fields that a body has as they are: those translated belong to no endpoint."""
+    """The table's fields that a body has untranslated: those translated belong to no endpoint."""
     known = type(body).model_fields
     return ((name, one) for name, one in TABLE.items() if one.endpoints and name in known)
 

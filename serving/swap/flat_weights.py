@@ -27,12 +27,12 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32,
 }  # fmt: skip
 _PIECE_BYTES = 8 << 20
-"""Copied at a time: 0.2 ms to a GPU. An upload of a round waits for two pieces at most."""
+"""Bytes copied at a time: 0.2 ms to a GPU. An upload of a round waits for two pieces at most."""
 
 
 def _extent(tensor: Tensor) -> int:
-    """Elements from the first to the last one in memory, padding between rows or columns
-    included."""
+    """Number of elements from the first to the last one in memory, including padding between rows
+    or columns."""
     return 1 + sum(
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -65,7 +65,7 @@ class FlatWeights:
         """Memory that bundles are read into."""
         self._buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
         self._spare: Tensor | None = None
-        """A staged buffer that is free for reuse once ``_taken`` has passed."""
+        """A staged buffer that is free for reuse once ``_taken`` has completed."""
         on_gpu = self.flat.device.type == "cuda"
         # Rounds run on another stream, so that copies from the host do not delay them.
         self._stream: Any = torch.cuda.Stream(self.flat.device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -161,7 +161,7 @@ class _Upload:
 
 
 def _place(device: torch.device) -> tuple[Tensor, Tensor, Any]:
-    """A pinned buffer, a device buffer, and an event that passes when both are free."""
+    """A pinned buffer, a device buffer, and an event that completes when both are free."""
     return (
         torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True),
         torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device),
@@ -203,8 +203,8 @@ def load_bundle(
     """Read a version, check all of it, and stage it.
 
     Raises:
-        ValueError: it is damaged, made for another target, or of another kind or shape; says which,
-            and that the old weights keep serving.
+        ValueError: it is damaged, made for another target, or of another kind or shape; the message
+            says which, and that the old weights keep serving.
     """
     try:
         bundle = store.read_into(weights.host, version)

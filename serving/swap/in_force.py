@@ -1,7 +1,7 @@
-"""The weights that serve and the former ones, exchanged by copies between two steps.
+"""The current weights and the former ones, exchanged by copies between two steps.
 
-Everything here runs on the engine's thread, except where it says otherwise, and only copies device
-memory or adds numbers.
+Everything here runs on the engine's thread, unless stated otherwise, and only copies device memory
+or adds numbers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class WeightsInForce:
         return {m.version for m in (self.current, self.former) if m is not None}
 
     def make_room(self) -> None:
-        """Allocate the former weights' buffer. Called on a thread that loads, because it takes
+        """Allocate the former weights' buffer. Called on the loading thread, because it takes
         time."""
         if self._former_flat is None:
             self._former_flat = torch.empty_like(self.weights.flat)

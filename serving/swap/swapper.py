@@ -35,7 +35,7 @@ class _Order:
 
 
 class Shelf:
-    """This server's view of the weights store: what it may take, and what it holds in use."""
+    """This server's view of the weights store: what it may take, and what it keeps in use."""
 
     def __init__(self, store: WeightsStore, producer: str, expected: Expected) -> None:
         self.store = store
@@ -68,7 +68,7 @@ class Shelf:
         """Read, check and stage a version.
 
         Raises:
-            ValueError: it is refused; the text says why.
+            ValueError: it is refused; the message says why.
         """
         self.mark(force.versions() | {version})
         staged = load_bundle(self.store, version, force.weights, self._expected)
@@ -76,7 +76,7 @@ class Shelf:
         return staged
 
     def newest_after(self, version: int) -> int | None:
-        """Newest version after another, unless it failed before and has not changed since."""
+        """Newest version after ``version``, unless it failed before and has not changed since."""
         newest = max((v for v in self.store.versions() if v > version), default=None)
         if newest is not None and self._failed.get(newest) == self.store.change_mark(newest):
             return None
@@ -102,7 +102,7 @@ class Swapper:
     ) -> None:
         """
         Args:
-            poll_s: seconds between two looks at the store.
+            poll_s: seconds between two polls of the store.
             automatic: take newer versions without being asked.
         """
         self._force = force
@@ -205,7 +205,7 @@ class Swapper:
         self._orders.append(order)
         self._wake_engine()
         if not order.done.wait(timeout_s):
-            raise ValueError("the engine did not take the order in time; it will when it wakes")
+            raise ValueError("the engine did not take the order in time; it will when it wakes up")
         self._shelf.mark(self._force.versions())
 
     def _load(self, version: int) -> Staged:
@@ -231,7 +231,7 @@ class Swapper:
                         self._look()
             except OSError as error:  # a full disk must not stop the watcher
                 self._last_error = str(error)
-                log.warning("cannot look for new versions (%s); the running one serves on", error)
+                log.warning("cannot look for new versions (%s); serving continues", error)
 
     @property
     def _on_trial(self) -> bool:

@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused():
         adjust(logits, draft[:, :0], asks, tables)
     with pytest.raises(ValueError, match="each row of logits, and the draft, must be contiguous"):
         adjust(logits[:, :, ::2], draft, asks, tables)
-    with pytest.raises(ValueError, match="counts are of 2100 tokens, the logits of 2000"):
+    with pytest.raises(ValueError, match="counts cover 2100 tokens, the logits 2000"):
         adjust(logits[:, :, :2000], draft, asks, tables)
     with pytest.raises(ValueError, match=r"lanes must be \[2\] int64, got \(2,\) torch.int32"):
         adjust(logits, draft, replace(asks, lanes_R=asks.lanes_R.int()), tables)

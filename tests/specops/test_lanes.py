@@ -212,7 +212,7 @@ def test_states_of_another_layout_are_refused():
     opened = lanes_triton.open_round(state, inputs, 2, PAGE, Rule.BLOCK, is_given=True)
     assert opened.given_RK is not None
     outputs = torch.zeros((1, Column.TOKENS + 3 * MOST), dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"a verdict must be of contiguous torch\.int64"):
+    with pytest.raises(ValueError, match=r"a verdict must be contiguous torch\.int64"):
         lanes_triton.close_round(
             state, opened, opened.given_RK, opened.block_RQ.int(), None, outputs
         )

@@ -24,7 +24,7 @@ async def list_models(request: Request) -> ModelList:
 
 @router.get("/v1/models/{model:path}", dependencies=USER, responses=documented(401, 404))
 async def get_model(request: Request, model: str) -> ModelCard:
-    """The model of that name, which may hold slashes."""
+    """The model of that name, which may contain slashes."""
     card = _card(context_of(request))
     if model != card.id:
         raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")

@@ -118,7 +118,7 @@ def test_a_prompt_is_text_or_ids_one_or_several(prompt, is_fine):
     else:
         error = refusal({"prompt": prompt})
         assert error.body.error.param == "prompt"
-        assert str(error).startswith("prompt: must be a text, a list of texts")
+        assert str(error).startswith("prompt: must be a string, a list of strings")
 
 
 @pytest.mark.parametrize(
