@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+from oracles.forked import run_forked
 from oracles.support import REPOSITORY
 
 FOLDERS = (
@@ -63,15 +63,8 @@ def run_in(root: Path, code: str, *arguments: str) -> subprocess.CompletedProces
         subprocess.TimeoutExpired: it ran for 100 s.
     """
     path = os.pathsep.join([str(root), str(root / "kernels")])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    return run_forked(["-c", code, *arguments], env, root, timeout=100)
 
 
 def _insert_line(path: Path, line: str, after: str) -> None:

@@ -125,7 +125,7 @@ class EngineFigures:
     swap_seconds: float
     """Total time of the engine's in-place copies."""
     traces: dict[str, int]
-    """``queued``, ``written``, ``dropped``, ``rejected`` -> count."""
+    """``queued``, ``written``, ``dropped``, ``failed`` -> count."""
     capture_rows_dropped: int
     preemptions: int = 0
     num_request_steps: int = 0

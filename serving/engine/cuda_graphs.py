@@ -37,12 +37,7 @@ class Landing:
     """A copy on its way from the device to the host."""
 
     event: torch.cuda.Event | None
-    """``None``: it has arrived."""
-
-    @property
-    def is_here(self) -> bool:
-        """It arrived as soon as it was launched, as every copy does on a CPU."""
-        return self.event is None
+    """``None``: it arrived as soon as it was launched, as every copy does on a CPU."""
 
     def wait(self) -> bool:
         """Wait until it has arrived; other threads may run meanwhile. Returns True if it had to."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import compress
 
-import numpy as np
 import torch
 
 from policies.interface import Decision, DraftPolicy
@@ -181,13 +180,9 @@ class Engine:
                 self._outputs.finish(sequence, "length")
 
     def _admit(self) -> None:
-        page_size = self.scheduler.page_size
         for sequence in self.scheduler.admit():
             self._commits.counters.prompt_tokens += sequence.num_prompt
             self._commits.counters.cached_prompt_tokens += sequence.num_cached
-            pages = np.asarray(sequence.pages, dtype=np.int64)
-            slots = pages[:, None] * page_size + np.arange(page_size)
-            sequence.slots = slots.reshape(-1)
             sequence.lane = self.programs.lanes.take()
             self.drafting.begin(sequence)
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from buffer.records import Round
 from serving.engine.detokenize import Detokenizer
 from serving.requests import FinishReason, OnOutput, Request, SpeculationStats, TokenLogprob
@@ -25,8 +22,6 @@ class Sequence:
     tokens: list[int]
     """Prompt and committed completion."""
     pages: list[int] = field(default_factory=list)
-    slots: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Slot of every position it may ever use, from its pages."""
     num_cached: int = 0
     """Prompt tokens whose pages were found in the prefix cache."""
     num_computed: int = 0

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from buffer.folder_weights import FolderWeights
+from oracles.forked import Forked
 from oracles.support import REPOSITORY
 from tests.trainer.conftest import World
 from tests.trainer.traffic import write_traces
@@ -40,28 +39,25 @@ def options(run_dir: Path, target: Path) -> list[str]:
     return [text for one in wanted for text in ("--set", one)]
 
 
-Launch = Callable[[Path, Path], "subprocess.Popen[str]"]
+Launch = Callable[[Path, Path], tuple[Forked, Path]]
 
 
 @pytest.fixture
-def launch() -> Iterator[Launch]:
-    """Starts trainers; none outlives the test."""
-    children: list[subprocess.Popen[str]] = []
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Starts trainers and returns each with its log; none outlives the test."""
+    children: list[Forked] = []
 
-    def start(run_dir: Path, target: Path) -> subprocess.Popen[str]:
+    def start(run_dir: Path, target: Path) -> tuple[Forked, Path]:
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
-        command = [sys.executable, "-m", "trainer", "launch", *options(run_dir, target)]
-        children.append(
-            subprocess.Popen(
-                command, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
-            )
-        )
-        return children[-1]
+        command = ["-m", "trainer", "launch", *options(run_dir, target)]
+        log = tmp_path / f"log-{len(children)}.txt"
+        children.append(Forked(command, environment, REPOSITORY, log))
+        return children[-1], log
 
     yield start
     for child in children:
         child.kill()
-        child.communicate()
+        child.wait()
 
 
 def wait_for_version(run_dir: Path, version: int) -> None:
@@ -75,23 +71,21 @@ def test_one_trainer_runs_alone_until_sigterm_ends_it_with_a_checkpoint(
     world: World, tmp_path: Path, launch: Launch
 ) -> None:
     write_traces(tmp_path, world.traces)
-    trainer = launch(tmp_path, world.target)
+    trainer, log = launch(tmp_path, world.target)
     wait_for_version(tmp_path, 1)
 
-    second = launch(tmp_path, world.target)
-    _, text = second.communicate(timeout=60)
-    assert second.returncode == 1
-    assert text == (
+    second, refusal = launch(tmp_path, world.target)
+    assert second.wait(timeout=60) == 1
+    assert refusal.read_text() == (
         f"another trainer (process {trainer.pid}) works in {tmp_path / 'trainer'}; not "
         f"starting. Stop it first, or choose another run_dir\n"
     )
     assert os.getpriority(os.PRIO_PROCESS, trainer.pid) == 3
 
     trainer.send_signal(signal.SIGTERM)
-    _, text = trainer.communicate(timeout=30)
 
-    assert trainer.returncode == 0
-    lines = [line.partition(": ")[2] for line in text.splitlines()]
+    assert trainer.wait(timeout=30) == 0
+    lines = [line.partition(": ")[2] for line in log.read_text().splitlines()]
     assert lines[0] == f"starting: target {world.target}, run_dir {tmp_path}"
     assert lines[1] == "training begins from version 0"
     assert any(re.match(r"gate at step \d+: at least .*; parent version 0$", x) for x in lines)
@@ -112,10 +106,10 @@ def test_a_trainer_that_dies_says_why_and_exits_with_1(
     status = tmp_path / "trainer" / "status.json"
     status.mkdir(parents=True)  # no file can be moved there
 
-    trainer = launch(tmp_path, world.target)
-    _, text = trainer.communicate(timeout=90)
+    trainer, log = launch(tmp_path, world.target)
 
-    assert trainer.returncode == 1
+    assert trainer.wait(timeout=90) == 1
+    text = log.read_text()
     assert "CRITICAL trainer.cli: the trainer died: " in text
     assert str(status) in text
     last_line = (tmp_path / "trainer" / "log.jsonl").read_text().splitlines()[-1]

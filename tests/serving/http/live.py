@@ -1,11 +1,10 @@
-"""A real server: ``python -m serving launch`` in its own process, on its own port."""
+"""A real server: ``python -m serving launch`` in a process of its own, on a port of its own."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 
+from oracles.forked import Forked
 from oracles.support import REPOSITORY
 
 START_S = 60.0
@@ -33,7 +33,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class LiveServer:
-    process: subprocess.Popen[bytes]
+    process: Forked
     url: str
     run_dir: Path
     log_path: Path
@@ -87,10 +87,7 @@ def running_server(target: Path, folder: Path, *more: str, **env: str) -> Iterat
     """A server that answers /ready; killed on leaving if it is still alive."""
     run_dir, log_path = folder / "run", folder / "log.txt"
     settings = (*SETTINGS, f"target={target}", f"run_dir={run_dir}", *more)
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            launch_command(*settings), env=environment(**env), stderr=log, stdout=log
-        )
+    process = Forked(launch_command(*settings)[1:], environment(**env), Path.cwd(), log_path)
     try:
         wait_for(lambda: (run_dir / "server.json").exists() or process.poll() is not None, START_S)
         assert process.poll() is None, log_path.read_text()
