@@ -1,8 +1,8 @@
 # make demo         the whole loop on this machine: serve, learn, swap, report
 # make test         all tests; ARGS=... is passed to pytest
-# make check        lint, format, types, order of imports, rules of the house
+# make check        lint, format, types, import order, house rules
 # make bench        the published figures; AGAINST=FOLDER compares speed with another checkout
-# make bench-real   figures for a target and a drafter trained on the spot, and for peers; on a GPU
+# make bench-real   figures for a target and a drafter trained on the spot, and for peers; needs a GPU
 # make clean        remove everything that make created
 #
 # Each target first installs what it needs into .venv. PYTHON=... selects the interpreter, 3.11 or
@@ -20,7 +20,7 @@ EXTRAS := dev$(if $(HAS_GPU),$(shell echo ',gpu'))
 # --no-compile: compiling all of torch takes a minute, and modules are compiled on first import.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
-# Each test server would compile torch and transformers again, three times its start.
+# Otherwise each test server would recompile torch and transformers, which triples its start-up time.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check bench bench-real setup clean
