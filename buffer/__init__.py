@@ -1,1 +1,1 @@
-"""The buffer between server and trainer: traces flow one way, weights the other. Free of torch."""
+"""The buffer between server and trainer: traces flow one way, weights the other. Torch-free."""

@@ -18,7 +18,7 @@ def open_backend(url: str, run_dir: Path) -> Backend:
     """Open the backend that ``buffer.url`` names.
 
     Args:
-        url: scheme, colon and whatever the backend makes of the rest; e.g. ``log:``.
+        url: scheme, colon and a part that the backend interprets, e.g. ``log:``.
         run_dir: folder of the run.
 
     Raises:

@@ -43,7 +43,7 @@ ExpectedTensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (dtype tag of safetensors, shape)."""
 
 _CHUNK_BYTES = 4 << 20
-"""Read and hashed at a time, without the interpreter lock."""
+"""Bytes read and hashed at a time, without the interpreter lock."""
 
 
 class BundleError(ValueError):
@@ -68,7 +68,7 @@ class Bundle:
 
 
 class HostBuffer:
-    """Host memory that one file after another is read into, for one reader at a time.
+    """Host memory into which files are read one after another, by one reader at a time.
 
     It is reused because freeing memory stalls the other threads of a process: a ``bytes`` object
     of 0.8 GB holds the interpreter lock while it is returned to the system.
@@ -137,7 +137,7 @@ def read_bundle_into(
     buffer: HostBuffer, path: Path, expected: ExpectedTensors | None = None
 ) -> BundleInBuffer:
     """``read_bundle`` for use beside threads that cannot wait: it reuses memory, and holds the
-    interpreter lock no longer than the bookkeeping of one chunk takes.
+    interpreter lock only for the bookkeeping of one chunk at a time.
 
     Args:
         buffer: grows to the size of the bundle's largest file; nobody else may use it meanwhile.
@@ -147,7 +147,7 @@ def read_bundle_into(
     """
     manifest = _manifest_of_all(path)
     others = [name for name in manifest.files if name != TENSORS]
-    for name in (*others, TENSORS):  # all through the same memory; the tensors come last and stay
+    for name in (*others, TENSORS):  # all use the same memory; the tensors come last and stay in it
         content = _read_checked_into(buffer, path, name, manifest.files[name])
         try:
             tensors = sound_tensors(name, content.data, expected)
@@ -203,7 +203,7 @@ def files_problem(
 def sound_tensors(
     name: str, content: bytes | memoryview, expected: ExpectedTensors | None
 ) -> dict[str, TensorInfo]:
-    """Tensors in one file of a bundle, checked down to the last number; a JSON file has none.
+    """Tensors in one file of a bundle, with every value checked; a JSON file has none.
 
     Raises:
         TensorFileError: names the file and what was found.

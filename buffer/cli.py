@@ -1,4 +1,4 @@
-"""Inspect the traces and versions of a run. Reads only.
+"""Inspect the traces and versions of a run. Read-only.
 
 Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings.
 """
@@ -80,7 +80,7 @@ class BundleLine(Report):
 
 @app.callback()
 def main(version: VersionOption = False) -> None:
-    """Inspect the traces and versions of a run. Reads only."""  # keeps `inspect` a subcommand
+    """Inspect the traces and versions of a run. Read-only."""  # keeps `inspect` a subcommand
 
 
 @app.command()
@@ -125,7 +125,7 @@ def inspect_backend(backend: Backend) -> Iterator[Report]:
 
 
 def summarise_traces(backend: Backend) -> TracesLine:
-    """Count all stored traces, from the oldest on; no other reader's offsets move."""
+    """Count all stored traces, oldest first; the offsets of other readers do not move."""
     acceptance = Acceptance()
     counts, tenants, unreadable = Counter[str](), Counter[str](), Counter[str]()
     for trace in _traces(backend, unreadable):

@@ -155,7 +155,7 @@ def _check_schema(metadata: dict[str, str]) -> None:
     if schema != SCHEMA:
         raise UnreadableRecordError("schema", f"record has schema {schema!r}, expected {SCHEMA!r}")
     if not (version.isascii() and version.isdigit() and len(version) < 9):
-        raise UnreadableRecordError("version", f"record has version {version!r}, no number")
+        raise UnreadableRecordError("version", f"record has version {version!r}, not a number")
     if not 1 <= int(version) <= VERSION:
         raise UnreadableRecordError(
             "version", f"record has {SCHEMA} version {version}, this reader knows 1 to {VERSION}"
@@ -215,8 +215,8 @@ def _array(header: TensorHeader, memory: bytearray, name: str, tag: str, bits: A
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    """Fields are checked by type only, except for the temperature, which the trainer reads: which
-    fields there are is the server's to say."""
+    """Fields are checked by type only, because the server decides which fields exist. Only the
+    temperature, which the trainer reads, is checked by value."""
     values = sampling.values
     _require(isinstance(values, dict), "sampling must hold named values")
     _require(len(values) <= _MAX_SAMPLING_FIELDS, "sampling holds too many values")

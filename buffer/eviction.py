@@ -61,7 +61,7 @@ def evict(
 
     Args:
         root: folder of the log.
-        limits: what it may hold.
+        limits: limits of the log.
         now_s: unix time, seconds.
         own: the caller's folder.
         own_open: segment that the caller is writing; for any other living writer it is assumed to
@@ -123,7 +123,7 @@ def _planned_bytes(segment: _Segment, limits: TraceLimits) -> int:
 
 
 def _delete(segment: _Segment) -> Evicted:
-    """Store the new counts, then delete: after a crash in between, the same is done again."""
+    """Store the new counts, then delete: after a crash in between, both are repeated."""
     path = segment_path(segment.folder, segment.number)
     before = read_tombstone(segment.folder) or Tombstone(-1, 0, 0, 0)
     after = before if before.segment >= segment.number else _after(before, segment, path)

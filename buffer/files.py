@@ -1,4 +1,4 @@
-"""Writes of small files that survive a crash: the whole file is there, or none of it."""
+"""Small-file writes that survive a crash: the whole file is there, or none of it."""
 
 from __future__ import annotations
 

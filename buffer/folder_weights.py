@@ -42,7 +42,7 @@ from buffer.version_rules import check_keep, check_producer, check_unused, versi
 DENIED = "DENIED.json"
 HIGHEST = "HIGHEST"
 IN_USE_STALE_S = 24 * 3600.0
-"""Age at which a mark that was not renewed is taken for that of a dead server, seconds."""
+"""Seconds after which a mark that was not renewed is assumed to be a dead server's."""
 
 
 class FolderWeights(WeightsStore):

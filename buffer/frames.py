@@ -6,7 +6,7 @@ A frame is a head of 32 bytes and the payload, little endian:
 
 The checksum covers everything that follows it, head and payload, so any flipped bit is noticed: if
 it is in the magic the frame is not found, elsewhere the checksum disagrees. ``number`` counts from
-0 over all segments of a writer; a gap in it tells exactly how many records were lost.
+0 over all segments of a writer; a gap in it shows exactly how many records were lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 MAGIC = b"\xf5\xaa\xd7\xfe"
 """Four bytes that no request can produce: JSON here is ASCII, and every fourth byte of int32 token
-ids is 0. A search after damage therefore cannot be led into a frame that a client forged."""
+ids is 0. A search after damage therefore cannot find a frame that a client forged."""
 VERSION = 1
 HEAD = struct.Struct("<4sIHHIQQ")
 MAX_PAYLOAD_BYTES = (1 << 32) - 1

@@ -51,7 +51,7 @@ class TraceLimits:
             )
 
     def check_record(self, num_bytes: int) -> None:
-        """Refuse a record that would take over half of the log.
+        """Refuse a record that would fill more than half of the log.
 
         Raises:
             OSError: with errno EFBIG.
@@ -249,7 +249,7 @@ class WeightsStore(Protocol):
         """Like ``read``, but into memory that is reused from version to version.
 
         Meant for a thread beside others that cannot wait: it allocates no large memory once
-        ``host`` has grown, and holds the interpreter lock for short moments only.
+        ``host`` has grown, and holds the interpreter lock only briefly.
 
         Raises:
             BundleError: as ``read``.
@@ -257,7 +257,7 @@ class WeightsStore(Protocol):
         ...
 
     def change_mark(self, version: int) -> Hashable:
-        """A value that changes whenever the stored version does. Cheap; nothing is read.
+        """A value that changes whenever the stored version does. Cheap; no content is read.
 
         Raises:
             OSError: storage failed.

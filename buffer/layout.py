@@ -62,10 +62,10 @@ def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.seg"
 
 
-# By hand, not with the filelock library, which the other locks use: readers ask whether a lock is
-# held, which takes a shared lock on a file opened read-only. An exclusive lock would make two
-# readers that ask at once look like a writer, and would create the file in a folder that is only
-# being inspected.
+# With flock, not with the filelock library that the other locks use: readers ask whether a lock is
+# held, for which they take a shared lock on a file opened read-only. An exclusive lock would make
+# two readers that ask at once look like a writer, and would create the file in a folder that is
+# only being inspected.
 def hold_lock(folder: Path) -> int:
     """Take the lock of a writer's folder, which ends with the process.
 

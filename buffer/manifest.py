@@ -38,10 +38,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(text: bytes) -> Manifest:
-    """Undo ``encode_manifest``. Values are not checked; see ``manifest_problem``.
+    """Inverse of ``encode_manifest``. Values are not checked; see ``manifest_problem``.
 
     Raises:
-        ManifestError: it is not JSON, of another or newer schema, or lacks a field.
+        ManifestError: it is not JSON, has another or newer schema, or lacks a field.
     """
     try:
         return _manifest_of(parse_json(text))
@@ -53,13 +53,13 @@ def manifest_problem(manifest: Manifest, folder: str) -> str | None:
     """What is wrong with a manifest stored under the name ``folder``; ``None`` if nothing is.
 
     Raises:
-        RecursionError: its figures are nested too deep.
+        RecursionError: its figures are nested too deeply.
     """
     version, parent = manifest.version, manifest.parent
     if type(version) is not int or not VERSION_NAME.fullmatch(str(version)):
         return f"version must be an integer >= 0, got {version!r}"
     if str(version) != folder:
-        return f"it is of version {version}, but lies in folder {folder!r}"
+        return f"it is version {version}, but is in folder {folder!r}"
     if parent is not None and (type(parent) is not int or not 0 <= parent < version):
         return f"parent must be a version below {version} or null, got {parent!r}"
     for name in ("kind", "target_fingerprint"):

@@ -1,7 +1,7 @@
 """A buffer in the memory of one process, ``memory:NAME``, for tests.
 
-Everything that opens the same name in this process shares one buffer. Another process sees nothing
-of it, so a server and a trainer started by their commands need another backend.
+Everything that opens the same name in this process shares one buffer. Other processes cannot
+see it, so a server and a trainer started by their commands need another backend.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Appended:
 
 @dataclass(slots=True)
 class _Stream:
-    """Records of one writer by number; evicted ones are gone from the front."""
+    """Records of one writer by number; evicted ones are removed from the front."""
 
     records: dict[int, _Appended] = field(default_factory=dict)
     first: int = 0
@@ -238,8 +238,8 @@ class MemoryReader(RecordReader):
 
 
 class MemoryWeights(WeightsStore):
-    """Versions of one buffer. Marks of servers end with ``unmark_in_use`` alone: a server that died
-    without it has taken the store along."""
+    """Versions of one buffer. Only ``unmark_in_use`` removes a server's mark: a server that dies
+    without calling it takes the store with it."""
 
     def __init__(self, held: _Held, location: str) -> None:
         self._held = held

@@ -126,7 +126,7 @@ class FeatureRows:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one request taught us."""
+    """Record of one request: its tokens, rounds and hidden rows."""
 
     producer: str
     """Server process that made it."""

@@ -23,7 +23,7 @@ class SegmentReport(Report):
     num_bytes: int
     """Size of the file."""
     torn_bytes: int
-    """Bytes after the last sound record; in a live segment a record may be in the making."""
+    """Bytes after the last sound record; in a live segment a record may be only partly written."""
     damaged: int
     """Records that were written whole but cannot be read any more."""
     live: bool

@@ -19,7 +19,7 @@ from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
 from buffer.interface import TraceLimits, TraceWriter, WriterCounts
 from buffer.layout import hold_lock, segment_path
 
-_ROLLS_PER_TTL = 8  # a segment is closed at this fraction of the TTL: records leave little early
+_ROLLS_PER_TTL = 8  # a segment is closed after TTL / 8, so records leave only a little early
 _MAX_EVICT_INTERVAL_S = 10.0
 
 
@@ -74,8 +74,8 @@ class SegmentWriter(TraceWriter):
         return self._appended - self._durable - self._doubtful
 
     def append(self, payload: bytes) -> int:
-        """Write one record without waiting for the disk; whatever a failing disk wrote of it is cut
-        off again."""
+        """Write one record without waiting for the disk; if the disk fails, a partial record is cut
+        off."""
         num_bytes = HEAD.size + len(payload)
         self._limits.check_record(num_bytes)
         if len(payload) > MAX_PAYLOAD_BYTES:

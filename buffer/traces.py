@@ -1,6 +1,6 @@
 """Reads traces from any backend: decodes records and removes duplicates.
 
-A record that cannot be decoded is put aside and counted, never raised: one bad record must not stop
+A record that cannot be decoded is set aside and counted, never raised: one bad record must not stop
 a trainer.
 """
 
@@ -16,7 +16,7 @@ from buffer.interface import Backend, Offsets, Record
 from buffer.records import Trace
 
 _MAX_GAPS = 1024  # per producer epoch; beyond it the oldest gap counts as seen
-_MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one first heard of is forgotten
+_MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one seen first is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,13 @@ class TraceReader:
         )
 
     def offsets(self) -> dict[str, Any]:
-        """Offsets in the backend and triples seen, for JSON. Store it with what was learnt."""
+        """Offsets in the backend and triples seen, for JSON. Store them with what was learnt."""
         return {"places": self._records.offsets(), "seen": self._seen.to_json()}
 
     def read(self, max_traces: int) -> list[Trace]:
         """Up to ``max_traces`` new traces; never blocks.
 
-        Records put aside count towards ``max_traces``, so fewer traces, even none, may be returned
+        Records set aside count towards ``max_traces``, so fewer traces, even none, may be returned
         while more are waiting.
         """
         traces = [self._decode(record) for record in self._records.read(max_traces)]
@@ -132,7 +132,7 @@ class SeenTraces:
 
     @classmethod
     def from_json(cls, stored: list[list[Any]]) -> SeenTraces:
-        """Undo ``to_json``."""
+        """Inverse of ``to_json``."""
         return cls(
             {(producer, epoch): [list(one) for one in ranges] for producer, epoch, ranges in stored}
         )

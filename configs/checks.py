@@ -1,4 +1,4 @@
-"""Checks across settings: values that are each valid alone and contradict each other."""
+"""Checks across settings: values that are each valid alone but contradict each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _drafting(settings: Settings) -> Iterator[str]:
     if policy.kind == "fixed" and policy.draft_k > drafter.max_draft:
         yield (
             f"policy.draft_k {policy.draft_k} is above drafter.max_draft {drafter.max_draft}; "
-            f"lower the one or raise the other"
+            f"lower one or raise the other"
         )
     if policy.kind == "fixed" and policy.draft_k > 0 and drafter.kind != "none":
         yield from _fixed_drafter(settings)

@@ -1,7 +1,7 @@
 """Every kind of drafter, one line each.
 
-To add a kind, write one file whose ``KIND`` says what it is like and how it is built, and add its
-line to ``CATALOG``; ``drafter.kind`` then selects it. A kind that learns also names its
+To add a kind, write one file whose ``KIND`` holds its traits and how it is built, and add its line
+to ``CATALOG``; ``drafter.kind`` then selects it. A kind that learns also names its
 ``Trainable``.
 
 This module imports no torch at run time: a command that only asks which kinds exist starts fast.
@@ -43,7 +43,7 @@ _BESIDE = "suffix"
 
 
 def kind_of(name: str) -> DrafterKind:
-    """What the catalog says about one kind."""
+    """The ``DrafterKind`` of a kind in the catalog."""
     kind: DrafterKind = pkgutil.resolve_name(CATALOG[name].kind)
     return kind
 

@@ -1,7 +1,7 @@
 """The drafter a run starts with: its newest sound version, else version 0.
 
-Server and trainer of a run both call ``first_drafter``; whichever starts first publishes version 0,
-and from equal settings both would publish the same bytes.
+The server and the trainer of a run both call ``first_drafter``; whichever starts first publishes
+version 0. With equal settings, both would publish the same bytes.
 
 Shapes: V vocabulary, H hidden.
 """
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TargetFacts:
-    """What a drafter must know of its target, and fit."""
+    """What a drafter must know about its target, and match."""
 
     config: Any
     """Hugging Face config."""
@@ -67,7 +67,7 @@ def first_drafter(
         kind: kind of drafter the run uses.
         path: bundle folder; ``None``: random weights.
         layer_ids: layers that random weights tap; ``None``: the kind's default.
-        seed: of random weights.
+        seed: seed for random weights.
 
     Raises:
         ValueError: no version can be used, or it is of another kind, or made for another target,
@@ -96,10 +96,10 @@ def stored_drafter(path: Path, target: TargetFacts) -> StoredDrafter:
 def random_drafter(
     kind: str, target: TargetFacts, layer_ids: tuple[int, ...] | None, seed: int
 ) -> tuple[Manifest, bytes]:
-    """Manifest and safetensors bytes of random weights, a function of the arguments alone.
+    """Manifest and safetensors bytes of random weights, determined by the arguments alone.
 
     Raises:
-        ValueError: a layer id that the target does not have.
+        ValueError: the target does not have a layer of ``layer_ids``.
     """
     learner = trainable(kind)
     model = learner.new_model(target.config, target.lm_head_VH.float().cpu(), layer_ids, seed)

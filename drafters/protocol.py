@@ -1,9 +1,10 @@
-"""What every drafter is and does, so that nobody outside this room needs to know which one it is.
+"""The interface of every drafter, so that code outside this room need not know which one it is.
 
 There are two sorts. A *host drafter* (``HostDrafter``) proposes token ids from text alone, on the
 host, before a round is launched. A *neural drafter* (``NeuralDrafter``) computes on the device as
-part of a round's program of fixed shape. Both are lossless: verification uses the very distribution
-that a token was drawn from, and whether a token is verified depends on its prefix only.
+part of a round's program of fixed shape. Both are lossless: verification uses the exact
+distribution that a token was drawn from, and whether a token is verified depends on its prefix
+only.
 
 Shapes: R requests, K draft tokens, T rows, m tapped layers, H hidden, Vd draft vocabulary.
 """
@@ -23,7 +24,7 @@ from specops.draft_sampling import VocabMap
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a drafter is like. Others ask for these instead of its name."""
+    """Properties of a drafter. Other code checks these instead of its name."""
 
     is_neural: bool
     """Computes on the device, within a round's program. Otherwise it proposes on the host."""
@@ -43,7 +44,7 @@ class Traits:
 
 
 class Drafter(Protocol):
-    """What all drafters have."""
+    """Attributes of every drafter."""
 
     @property
     def kind(self) -> str:
@@ -84,13 +85,13 @@ class HostDrafter(Drafter, Protocol):
         """Stop following a request.
 
         Args:
-            keep: later requests may be drafted for from its text.
+            keep: its text may be used to draft for later requests.
             num_tokens: its length, if it ended before the last tokens that were appended.
         """
 
 
 class NeuralDrafter(Drafter, Protocol):
-    """A drafter that computes rows over pages which share the target's slot numbers.
+    """A drafter that computes rows over pages that share the target's slot numbers.
 
     It never rolls back: rows of rejected drafts lie behind the committed ones and are overwritten.
     Everything here can be captured in a CUDA graph: launches depend on shapes only.
@@ -104,7 +105,7 @@ class NeuralDrafter(Drafter, Protocol):
 
     @property
     def output_size(self) -> int:
-        """Width of the output that is kept for each request, the start of its next draft."""
+        """Width of the output kept for each request, from which its next draft starts."""
 
     @property
     def vocab(self) -> VocabMap | None:
@@ -115,10 +116,13 @@ class NeuralDrafter(Drafter, Protocol):
         """Its weights, which swaps overwrite in place."""
 
     def fuse(self, num_positions: int) -> str | None:
-        """Use fused operations from now on where they compute the same; returns why not.
+        """Use fused operations from now on, if they compute the same.
 
         Args:
-            num_positions: all rows are at positions below it.
+            num_positions: exclusive upper bound on the rows' positions.
+
+        Returns:
+            Why they are not used; ``None`` if they are.
         """
 
     def observe(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
@@ -148,7 +152,7 @@ class NeuralDrafter(Drafter, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DrafterContext:
-    """The engine that a drafter is built for."""
+    """What a drafter is built from: its settings and facts about the engine."""
 
     settings: Any
     """``configs.schema.DrafterSettings``: its own section and shared keys."""
@@ -163,7 +167,7 @@ class DrafterContext:
     device: torch.device
     dtype: torch.dtype
     weights: Weights | None
-    """What a drafter that learns begins with; ``None`` for the others."""
+    """First weights of a drafter that learns; ``None`` for the others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ BatchT = TypeVar("BatchT", bound=Batch)
 class Trainable(Protocol[ModelT, BatchT]):
     """Learning side of one kind of drafter. Stateless: the trainer owns the model.
 
-    ``config`` is the drafter's config as JSON, as it stands in a bundle's manifest.
+    ``config`` is the drafter's config as JSON, as stored in a bundle's manifest.
     """
 
     @property
@@ -74,7 +74,7 @@ class Trainable(Protocol[ModelT, BatchT]):
         layer_ids: tuple[int, ...] | None,
         seed: int,
     ) -> ModelT:
-        """Model with random weights on the CPU, a function of its arguments alone.
+        """Model with random weights on the CPU, determined by the arguments alone.
 
         Args:
             target_config: Hugging Face config of the target.
@@ -135,7 +135,7 @@ class Trainable(Protocol[ModelT, BatchT]):
         Args:
             head: embedding table and lm_head of the target, in the dtype of the batch.
             settings: which loss, and how many draft positions.
-            generator: draws the chains to train when that is only a share of them.
+            generator: draws the chains to train, if only a share of them is trained.
         """
         ...
 

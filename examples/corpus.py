@@ -95,7 +95,7 @@ class Source:
 
     @property
     def split(self) -> Split:
-        """Digits are ignored: ``python3.11/Python.h`` and ``python3.12/Python.h`` go together."""
+        """Digits are ignored: ``python3.11/Python.h`` and ``python3.12/Python.h`` share a split."""
         key = f"{self.path.parent.name}/{self.path.name}#{self.topic or ''}".lower()
         digest = hashlib.sha256(re.sub(r"[\d.]+", "", key).encode()).digest()
         return "heldout" if digest[0] % HELDOUT_ONE_IN == 0 else "train"

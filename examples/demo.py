@@ -55,7 +55,7 @@ class Phase:
     shifted: bool
     """The first drafter was not trained on such text."""
     seconds: float
-    """Longest duration."""
+    """Maximum duration."""
     enough_requests: int
     """The phase ends earlier, after this number of requests, once the trainer has caught up."""
 
@@ -80,19 +80,19 @@ class DemoSettings:
     max_requests: int = 400
     """Prompts prepared for each phase."""
     settle_s: float = 20.0
-    """The trainer has caught up after this time without a new version; on shifted traffic at least
-    one version must have come."""
+    """The trainer has caught up after this time without a new version; on shifted traffic, only if
+    at least one version was published."""
     replay_prompts: int = 24
     """Held-out prompts per domain; each is answered by each arm."""
     replay_block: int = 4
     """Prompts that an arm answers before the next arm's turn."""
     replay_s: float = 45.0
-    """Longest replay of a phase; the first round is always finished."""
+    """Maximum duration of a phase's replay; the first round is always finished."""
     replay_warmup: int = 2
     """Unmeasured prompts after each swap of the replay."""
     seed: int = 0
     start_s: float = 120.0
-    """Longest wait for the server to get ready."""
+    """Maximum wait for the server to become ready."""
 
     @property
     def server_overrides(self) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class DemoSettings:
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the text says why and what to do."""
+    """The demo cannot continue; the text says why and what to do."""
 
 
 # Text
@@ -132,7 +132,7 @@ class Texts:
 
 
 def gather_texts(settings: DemoSettings) -> Texts:
-    """All prompts. Read before the traffic, because it takes seconds of a core."""
+    """Read all prompts. Done before the traffic starts, because it takes seconds on a core."""
     texts = Texts({}, {}, {})
     for domain in dict.fromkeys(phase.domain for phase in settings.phases):
         phases = [phase.name for phase in settings.phases if phase.domain == domain]
@@ -454,13 +454,14 @@ DEFAULTS = DemoSettings()
 
 def main(
     config: Annotated[
-        Path, typer.Option(exists=True, help="settings of server and trainer")
+        Path, typer.Option(exists=True, help="settings file of server and trainer")
     ] = DEFAULTS.config,
     run_dir: Annotated[
         Path, typer.Option(help="folder of the run; removes what an earlier demo left there")
     ] = DEFAULTS.run_dir,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="setting of both")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),
     ] = None,
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""

@@ -145,7 +145,7 @@ def panel(now: Now) -> RenderableType:
 
 
 def _road(now: Now) -> Text:
-    """The phases in order, the present one with its progress."""
+    """The phases in order, the current one with its progress."""
     road = Text()
     for name in now.phases:
         is_present = name == now.phase

@@ -1,4 +1,4 @@
-"""The picture (SVG) and the page (HTML) of a demo, each a file that needs nothing else.
+"""The picture (SVG) and the page (HTML) of a demo, each a self-contained file.
 
 python -m examples.picture runs/demo     # write the reports again from the recording
 """
@@ -81,7 +81,7 @@ def window_tokens_per_step(answers: Sequence[Answer], seconds: float) -> float |
 
 
 def num_answered(recording: Recording, at_s: float) -> int:
-    """Requests of the traffic that had finished by then: a moment's position on the x axis."""
+    """Live requests that had finished by ``at_s``: the position of that moment on the x axis."""
     return bisect_right(recording.answers, at_s, key=lambda answer: answer.finished_s)
 
 
@@ -256,7 +256,7 @@ dt {{ font-weight: 600; margin-top: .5rem; }} dd {{ margin: 0; color: #5a6673; }
 
 
 def render_html(recording: Recording, report: dict[str, Any]) -> str:
-    """``report.html``: one file that needs nothing else."""
+    """``report.html``: one self-contained file."""
     text, mood = headline(report)
     return _PAGE.format(
         headline=html.escape(text),

@@ -81,14 +81,14 @@ class Recording:
     static_version: int
     """In force when the first phase ended; its neural weights are those of the static arm."""
     newest_version: int
-    """The tuned arm."""
+    """Version of the tuned arm."""
     swaps: int
     """During the traffic; those of the replay are not counted."""
     rollbacks: int
     failed_requests: int
     """Live, replayed or warming up."""
     warmup_requests: int
-    """Unmeasured ones of the replay."""
+    """Unmeasured requests of the replay."""
     seconds: float
     """From the start of the demo to its last answer, with start-up and replay."""
     machine: dict[str, Any]

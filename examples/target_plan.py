@@ -1,4 +1,4 @@
-"""What a run of ``examples.train_target`` may use, and the clock that it follows."""
+"""Budget of a run of ``examples.train_target``, and its clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plan:
     closing_s: float = 25.0
     """Reserved for the last evaluation, the samples and saving."""
     max_chars: int = 200_000_000
-    """Largest amount of text per domain."""
+    """Maximum characters of text per domain."""
     tokenizer_chars: int = 16_000_000
     """Text the tokenizer is trained on, sampled from all domains by their shares."""
     shares: dict[Domain, float] = field(default_factory=SHARES.copy)

@@ -1,6 +1,6 @@
 """Train the bundled drafter: EAGLE-3 on the target's own continuations of Python only.
 
-A team has such a drafter on the day before its traffic shifts. A few minutes on one GPU:
+It stands for the drafter of a team on the day before its traffic shifts. A few minutes on one GPU:
 
     python -m examples.train_drafter --target examples/target --out examples/drafter
 
@@ -156,7 +156,7 @@ def held_out_figures(model: Any, tokenizer: Any, drafter: Eagle3) -> dict[str, A
 
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")] = Path("examples/target"),
-    out: Annotated[Path, typer.Option(help="folder that gets the bundle 0")] = Path(
+    out: Annotated[Path, typer.Option(help="folder that bundle 0 is written to")] = Path(
         "examples/drafter"
     ),
     minutes: Annotated[float, typer.Option(help="training time")] = 1.8,

@@ -7,7 +7,7 @@ stops when its share is used up, and the learning rate reaches zero at the end.
 
     python -m examples.train_target --out runs/target --seconds 540     # one H200
     python -m examples.train_target --out /tmp/t --small                   # a CPU, to try
-    python -m examples.train_target --out /tmp/t --large                   # half a billion, of code
+    python -m examples.train_target --out /tmp/t --large                   # 520 million, code only
 
 Shapes: B rows, T tokens of context, H hidden, V vocabulary.
 """
@@ -199,7 +199,7 @@ def train(
 def shares_for(corpus: Corpus, step: Step, clock: Clock) -> dict[Domain, float]:
     """The plan's shares, capped at MAX_EPOCHS per domain; Python takes the rest.
 
-    Timed steps at learning rate zero tell how many tokens fit into the time.
+    Timed steps at learning rate zero show how many tokens fit into the time.
     """
     step().item()  # compiles if nothing was captured
     before_s = clock.elapsed_s
@@ -218,7 +218,7 @@ def batch_tokens(plan: Plan) -> int:
 
 
 def report_step(loss: float, steps: int, tokens: int, clock: Clock, began_s: float) -> None:
-    """Log one line, and stop a run early that does not learn.
+    """Log one line, and stop early if the run does not learn.
 
     Raises:
         RuntimeError: after 200 steps the loss is above 6 nats, or is not a number.
@@ -349,11 +349,11 @@ def main() -> None:
 def parse() -> tuple[Plan, Path]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--seconds", type=float, help="of the whole run")
+    parser.add_argument("--seconds", type=float, help="duration of the whole run")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", action="store_true", help="a toy of two layers, for a CPU")
-    size.add_argument("--large", action="store_true", help="520 million parameters, of code alone")
-    parser.add_argument("--no-graph", action="store_true", help="launch every kernel by itself")
+    size.add_argument("--large", action="store_true", help="520 million parameters, code only")
+    parser.add_argument("--no-graph", action="store_true", help="launch every kernel separately")
     given = parser.parse_args()
     plan = SMALL if given.small else LARGE if given.large else Plan()
     seconds = plan.seconds if given.seconds is None else given.seconds

@@ -9,7 +9,7 @@ Old evidence loses weight in two ways: by a half-life in rounds, and at once whe
 
 Evidence is kept by length of the text match, for neural drafters too: text that has occurred before
 is easy for them as well. Judged by its average, a neural drafter looks best exactly where no match
-exists, and there it is worst (documentation, K = 4, bundled target: 1.8 tokens a step without a
+exists, and there it is worst (documentation, K = 4, bundled target: 1.8 tokens per step without a
 match, 2.7 after a match of 6 to 8; benchmarks/by_match.py).
 """
 
@@ -180,7 +180,7 @@ class AcceptanceModel:
         outcomes: Sequence[tuple[int, int, int]],
         batch: int,
     ) -> None:
-        """Take in rounds of one step.
+        """Learn from rounds of one step.
 
         Args:
             outcomes: (num_verified, num_accepted, number of such rounds), num_verified >= 1.
@@ -241,7 +241,7 @@ class AcceptanceModel:
         With the calibration of both the former and the new weights, live evidence moves by their
         difference in log-odds, so that hard text stays hard. With the new one only, the calibration
         replaces the evidence of a drafter with a pool. Otherwise the evidence becomes a weak
-        memory; the same holds without a pool, as a calibration does not tell buckets apart.
+        memory; the same holds without a pool, since a calibration does not tell buckets apart.
         """
         pool = self._of(drafter, _POOL) if self._has_pool(drafter) else None
         old, new = self._published.pop(drafter, []), _valid_hazards(calibration.get("acceptance"))

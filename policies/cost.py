@@ -20,7 +20,7 @@ from policies.interface import CostSample, DrafterTraits
 _OUTLIER = 5.0
 """A step slower or faster than predicted by this factor is a hiccup and is ignored."""
 _MAX_OUTLIERS = 16
-"""Hiccups in a row beyond which they are taken for a lasting change."""
+"""More hiccups in a row than this are taken for a lasting change."""
 _CALIBRATED_WEIGHT = 16.0
 _TRUSTED_WEIGHT = 8.0
 """Observations a cell needs before its error moves the common factor."""
@@ -32,10 +32,10 @@ _SCALE_GAIN = 0.1
 _SCALE_RETURN = 0.002
 """Share of its logarithm that the common factor loses each step; cells absorb lasting changes."""
 _STALE_PLAIN = 0.1
-"""Change of the common factor's logarithm that calls for another plain step: mistaking the cost of
-one arm for a slow machine makes plain decoding look as slow."""
+"""Change of the common factor's logarithm that calls for another plain step: if the cost of one arm
+is mistaken for a slow machine, plain decoding looks just as slow."""
 _PUBLISH = 0.005
-"""Relative change of a cell from which on the curves are recomputed."""
+"""Relative change of a cell above which the curves are recomputed."""
 _DEFAULT_STEP_S = 0.01
 _VERIFY_PER_TOKEN = 0.03
 """Time to verify one more draft token before anything is measured, as a share of a plain step."""
@@ -108,10 +108,10 @@ class CostModel:
     def observe(
         self, drafter: str, draft_k: int, batch: int, step_s: float, draft_s: float | None
     ) -> None:
-        """Take in a live step without prefill.
+        """Learn from a live step without prefill.
 
         Args:
-            draft_s: ``None`` if it included catching up and so does not tell the cost of drafting.
+            draft_s: ``None`` if it included catching up and so does not show the cost of drafting.
         """
         self._clock += 1
         if draft_s is None:
@@ -122,7 +122,7 @@ class CostModel:
         cell = self._cells.get(("verify", draft_k), {}).get(batch)
         if cell is not None and cell.weight >= _TRUSTED_WEIGHT:
             # The ratio itself has mean 1. Its logarithm has a mean below 0 where steps are noisy:
-            # the factor would sink for ever, and with it the figures of arms not tried again.
+            # the factor would fall forever, and with it the figures of arms not tried again.
             self._scale *= 1 + _SCALE_GAIN * (step_s / predicted_s - 1)
             self._scale **= 1 - _SCALE_RETURN
         self._update("verify", draft_k, batch, max(step_s - draft_s, 0.0) / self._scale)
@@ -132,7 +132,7 @@ class CostModel:
             self._plain_scale = self._scale
 
     def knows_plain(self, batch: int) -> bool:
-        """True if plain steps were timed within a factor of 2 of this batch, or on both sides."""
+        """True if plain steps were timed at a batch within a factor of 2, or below and above it."""
         cells = self._cells.get(("verify", 0), {})
         return any(batch <= 2 * known and known <= 2 * batch for known in cells) or (
             bool(cells) and min(cells) < batch < max(cells)
@@ -164,7 +164,7 @@ class CostModel:
         """Seconds per step that catching up adds, beyond the rows of an ordinary step.
 
         A row of catching up costs 1/32 of a drafted token (it is prefill). The cost is spread over
-        8 steps, the assumed stay with the drafter, like the switch cost of Nightjar.
+        8 steps, for which the drafter is assumed to stay in use, like the switch cost of Nightjar.
         """
         excess = max(0, pending_rows - batch * (self._max_draft + 1))
         if not excess or not self._max_draft:
@@ -226,7 +226,7 @@ class CostModel:
 
 def _at_batch(cells: dict[int, _Cell], batch: int) -> tuple[float, float]:
     """(seconds, weight) at a batch: its own cell, or interpolated between its neighbours; constant
-    below the smallest batch, with the last slope (0 at least) beyond the largest."""
+    below the smallest batch, with the last slope (at least 0) beyond the largest."""
     own = cells.get(batch)
     if own is not None:
         return own.published_s, own.weight

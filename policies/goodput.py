@@ -1,18 +1,19 @@
 """The default policy: the arm with the most expected tokens per second, plain decoding included.
 
 Arms are plain decoding and every (drafter, K). Acceptance, which does not depend on hardware, and
-step time, which does not depend on weights, are learned apart and combined when a step is planned.
+step time, which does not depend on weights, are learned separately and combined when a step is
+planned.
 
 Inspecting the batch takes time that plain decoding does not need, so it is charged to the arms that
 draft. While plain decoding is the best arm and inspection is expensive, the policy rests.
 
-Exploration keeps idle arms known. A probe is charged its predicted loss against the best arm, and
-afterwards whatever it took beyond the prediction, catching up included. Probes are paid from an
-account that grows by 0.8 % of the time spent: exploration costs less than 1 % however bad a drafter
-is, and an expensive probe is postponed, never dropped.
+Exploration keeps the estimates of idle arms current. A probe is charged its predicted loss against
+the best arm, and afterwards whatever it took beyond the prediction, catching up included. Probes
+are paid from an account that grows by 0.8 % of the time spent: exploration costs less than 1 %
+however bad a drafter is, and an expensive probe is postponed, never dropped.
 
 ``plan`` takes 90 to 110 us at batch 1 to 4 and 190 us at batch 64 (medians of thread time, CPython
-3.11, one of two cores under a load of 5; two drafters, K to 8).
+3.11, one of two cores under a load of 5; two drafters, K up to 8).
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from policies.fixed import PLAIN
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 
 _HYSTERESIS = 1.01
-"""Predicted speed relative to the last arm that another one needs to replace it."""
+"""Ratio of predicted speeds that another arm must exceed to replace the last one."""
 _EXPLORE_BUDGET = 0.008
 """Share of the time that probes may lose."""
 _ACCOUNT_STEPS = 8.0
 """Largest balance of the account, in steps of the best arm."""
 _MOST_EXCESS = 25.0
-"""Largest charge of a probe beyond its prediction, relative to it; more is a machine's hiccup."""
+"""Largest charge of a probe beyond its prediction, relative to it; more is a hiccup."""
 _PROBE_WEIGHTS = {"deeper": 2.0, "deepest": 1.0, "idle": 2.0, "plain": 0.5}
-"""Weights by which one of the affordable probes is drawn."""
+"""Weights with which one of the affordable probes is drawn."""
 _FLOOR_WINDOW = 32
 """Drafting steps over which measured speed is compared with plain decoding."""
 _FIRST_PAUSE, _LAST_PAUSE = 64, 4096
 """Steps of plain decoding after a window below the floor, doubled for each further one in a row."""
 _EXPENSIVE = 0.2
-"""Share of a plain step from which on inspecting the batch is expensive. Below it, missing a chance
+"""Share of a plain step above which inspecting the batch is expensive. Below it, missing a chance
 to draft costs more."""
 _INSPECTION_BUDGET = 0.03
 """Share of the time that expensive inspections may take while plain decoding is the best arm."""
@@ -68,7 +69,7 @@ class _Forecast(NamedTuple):
 
 
 class _Floor:
-    """Pauses drafting when it measures slower than plain decoding is predicted to be."""
+    """Pauses drafting when it is measured to be slower than plain decoding is predicted to be."""
 
     def __init__(self) -> None:
         self._window: deque[tuple[int, float, float]] = deque()
@@ -118,7 +119,7 @@ class GoodputPolicy:
         Args:
             explore: share of steps that try another arm, as far as the account allows.
             half_life_rounds: rounds after which an old observation counts half.
-            margin: predicted speed relative to plain decoding that an arm needs.
+            margin: predicted speed relative to plain decoding that an arm must reach.
 
         Raises:
             ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
@@ -246,7 +247,7 @@ class GoodputPolicy:
         return arms
 
     def _expected_tokens(self, drafter: str, obs: StepObs, max_k: int) -> list[float]:
-        """Expected tokens over the batch at k = 0, 1, ... max_k, each row held to its cap."""
+        """Expected tokens over the batch at k = 0, 1, ... max_k, each row limited to its cap."""
         matches = obs.matches if obs.matches is not None else (0,) * len(obs.caps)
         rows = Counter(zip(map(match_bucket, matches), obs.caps, strict=True))
         totals = [0.0] * (max_k + 1)

@@ -5,8 +5,8 @@ The life of a decision:
 1. **Start-up.** ``policies.catalog.build_policy`` builds the policy from settings and the traits of
    the server's drafters. ``calibrate`` gives it step times measured before any request is served,
    and ``on_swap`` the calibration of each learning drafter's initial weights.
-2. **Rest or plan.** Before every step the engine calls ``rest``. A decision stands; ``None`` makes
-   the engine inspect the batch and call ``plan`` with a ``StepObs``.
+2. **Rest or plan.** Before every step the engine calls ``rest``. If it returns a decision, that is
+   used; ``None`` makes the engine inspect the batch and call ``plan`` with a ``StepObs``.
 3. **Draft and verify.** The engine runs the decision: the drafter proposes up to ``draft_k`` tokens
    per request, fewer where ``caps`` say so, none where a drafter with ``needs_match`` has no match.
    Every round of the trace carries the decision's ``propensity``, for off-policy estimates.
@@ -63,7 +63,7 @@ class PolicyContext:
     max_draft: int
     """Largest K the engine runs, 0..16."""
     seed: int
-    """Seed of a policy that draws."""
+    """Seed for a policy that makes random choices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Selection of traces for training: the newest, a uniform sample of older ones, none held out.
+"""Selection of traces for training: the newest and a uniform sample of older ones, none held out.
 
 Pure functions of their state; randomness is a hash of seed and position.
 """

@@ -16,7 +16,7 @@ is raised by the correlation between neighbouring blocks.
 Simulated (requests of 40 rounds on average and unequal difficulty, K = 4, batch 1, max_drop 0.15):
 an equal version is rolled back in 1 of 3,000 swaps at watch_rounds=200, and in 3 of 1,000 at 64; a
 random drafter always, after 290 rounds; a version with half the tokens_per_step in 96 of 100 swaps,
-after 290 rounds. A version that loses little more than max_drop is mostly kept.
+after 290 rounds. A version that loses only slightly more than max_drop is mostly kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 _BLOCK_ROUNDS = 16
 _MIN_BLOCKS = 6
-"""Least blocks of a window before it is tested."""
+"""Minimum blocks in a window before it is tested."""
 _SUSPECT_SIGMA = 2.0
 """Standard errors beyond ``max_drop`` that start a trial before the watching window is full."""
 _EARLY_TRIAL_SIGMA, _TRIAL_SIGMA = 3.5, 0.7

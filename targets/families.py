@@ -1,6 +1,6 @@
 """The catalog of target families: the models whose layers our own decoder can compute.
 
-A model without a row here runs Hugging Face's own code over our pages: the same results, more
+A model that is not listed here runs Hugging Face's own code over our pages: the same results, more
 launches.
 """
 
@@ -19,7 +19,7 @@ FAMILIES = {
 
 
 def family_of(model: Any) -> Family | None:
-    """The family of a model; ``None`` if no row is about exactly its class."""
+    """The family of a model; ``None`` if exactly its class is not listed."""
     row = FAMILIES.get(type(model).__name__)
     if row is None:
         return None

@@ -1,15 +1,15 @@
 """The forward pass of a Llama-like target in few launches.
 
-Hugging Face's code runs about forty operations per layer, which bound a step of few rows more than
-reading the weights does. Here a layer takes six launches and attention:
+Hugging Face's code runs about forty operations per layer. With few rows, they limit the speed of a
+step more than reading the weights does. Here a layer takes six launches and attention:
 
     norm + q, k, v | head norms, RoPE, write to the pages | attention | o + residual
     norm + gate, up, silu | down + residual
 
-Above ``few_rows`` rows, products are the library's and only the operations between them are fused.
-With pinned numerics, products are ours for any number of rows, and the order of operations depends
-on the weights' shapes alone; the library's depends on the number of rows. Both round where Hugging
-Face does.
+Above ``few_rows`` rows, the library computes the products and only the operations between them are
+fused. With pinned numerics, our kernels compute the products for any number of rows, and the order
+of operations depends on the weights' shapes alone; in the library it depends on the number of rows.
+Both round where Hugging Face does.
 
 Shapes: T packed rows of one pass, H hidden, V vocabulary, m tapped layers, Hq query heads,
 D head dimension.
@@ -63,7 +63,7 @@ def _numbers(model: Any) -> str | None:
     if 2 * decoder.rotary_emb.inv_freq.numel() != attention.head_dim:
         return "RoPE rotates only part of each head"
     if attention.head_dim < 4 or attention.head_dim & (attention.head_dim - 1):
-        return f"the head dimension {attention.head_dim} is not a power of two or below 4"
+        return f"the head dimension {attention.head_dim} is below 4 or not a power of two"
     if config.hidden_size > _WIDEST:
         return f"the hidden size {config.hidden_size} is above {_WIDEST}"
     kinds = {(p.dtype, p.device) for p in model.parameters()}
@@ -97,7 +97,7 @@ class FusedDecoder:
 
         Args:
             model: see ``supports``.
-            num_positions: exclusive upper bound of positions; ``None``: the model's maximum.
+            num_positions: exclusive upper bound on positions; ``None``: the model's maximum.
             few_rows: up to this many rows, 1..64, products are fused with their neighbours;
                 ``None``: depends on the dtype.
             use_kernels: Triton kernels, or torch definitions; ``None``: kernels on a GPU.

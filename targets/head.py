@@ -1,7 +1,7 @@
 """The two tensors of the target that training needs: embedding table and lm_head.
 
 They are read directly from the safetensors files, so the trainer of an 8B target holds 2.5 GB of it
-instead of 16. The target's modelling code, built on the meta device, tells their names.
+instead of 16. Their names come from the target's modelling code, built on the meta device.
 
 Shapes: V vocabulary, H hidden.
 """
@@ -35,7 +35,8 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     """Read embedding table and lm_head of the target in ``folder``.
 
     Raises:
-        ValueError: there are no safetensors files, or the tensors are not in them.
+        ValueError: there are no safetensors files, the tensors are not in them, or the lm_head has
+            a bias.
     """
     files = _tensor_files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

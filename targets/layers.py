@@ -1,7 +1,8 @@
-"""A target family: how the layers of some Hugging Face models become ours.
+"""A target family: how the layers of some Hugging Face models map to ours.
 
 A family is one file and one line in ``targets.families``. ``llama_like`` makes one from the
-modelling module of any architecture whose layers are Llama's, with or without norms of the heads.
+modelling module of any architecture whose layers are Llama's, with or without norms of the query
+and key heads.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def llama_like(modelling: ModuleType, name: str) -> Family:
 
 
 def _unknown_module(model: Any, classes: set[type[nn.Module]]) -> str | None:
-    """The first module that Llama's layers do not have, in words."""
+    """Describe the first module that Llama's layers do not have; ``None`` if there is none."""
     for path, module in model.named_modules():
         if type(module) not in classes:
             return f"{path} is a {type(module).__name__}"
@@ -83,10 +84,10 @@ def _unknown_module(model: Any, classes: set[type[nn.Module]]) -> str | None:
 
 
 def llama_layer(module: Any, by_columns: bool) -> Layer:
-    """The weights of a decoder layer of Llama's, or of Qwen3's, which also has norms of the heads.
+    """The weights of a decoder layer of Llama or Qwen3, which also has norms of the heads.
 
     Args:
-        by_columns: lay joined weights out as ``targets.target.by_columns`` does, for a CPU.
+        by_columns: lay out joined weights as ``targets.target.by_columns`` does, for a CPU.
     """
     attention, mlp = module.self_attn, module.mlp
     has_norms = hasattr(attention, "q_norm")
@@ -118,9 +119,9 @@ _PADDING = 16
 def columns_of(weight_NK: Tensor) -> Tensor:
     """A copy laid out by columns, [N, K] with strides (1, N + 16).
 
-    A CPU multiplies one token faster with it: head of 49,152 by 576 on one core, by rows and by
-    columns, 13.6 and 6.3 ms. The padding keeps elements of one row out of the same cache sets: with
-    seven tokens 37.7 ms, and 59.2 ms without it.
+    A CPU multiplies one token faster with it: on one core, a head of 49,152 by 576 takes 13.6 ms by
+    rows and 6.3 ms by columns. The padding keeps the elements of a row out of the same cache sets:
+    seven tokens take 37.7 ms with it and 59.2 ms without.
     """
     num_rows, width = weight_NK.shape
     columns = weight_NK.new_zeros(width, num_rows + _PADDING)
@@ -129,7 +130,7 @@ def columns_of(weight_NK: Tensor) -> Tensor:
 
 
 def _joined(by_columns: bool, *linears: Any) -> Tensor:
-    """One weight with the rows of all; theirs become views of it, so nothing is stored twice."""
+    """One weight with the rows of all modules, whose weights become views of it to save memory."""
     joined = torch.cat([module.weight.detach() for module in linears])
     if by_columns:
         joined = columns_of(joined)

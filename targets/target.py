@@ -23,7 +23,7 @@ ATTENTION_NAME = "slipstream_paged"
 
 @dataclass(frozen=True, slots=True)
 class TargetRows:
-    """What one pass computed, one row a token."""
+    """Results of one pass, one row per token."""
 
     features_TmH: Tensor
     """[T, m, H] residual stream after the tapped layers, in layer_ids order."""
@@ -85,7 +85,7 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 def fuse_norms(model: nn.Module) -> None:
     """Compute each RMSNorm in one operation instead of six: a third of a step's launches.
 
-    Only the norms that the model's family names, of the form ``weight * x / rms(x)``.
+    Only norms that the model's family lists are replaced; they compute ``weight * x / rms(x)``.
     """
     family = family_of(model)
     norms = () if family is None else family.norms
@@ -95,8 +95,8 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def by_columns(model: nn.Module) -> None:
-    """Lay the matrices of a target's or drafter's linear layers out by columns, for a CPU that
-    multiplies few rows.
+    """Lay out the weights of a target's or drafter's linear layers by columns, which is faster on a
+    CPU with few rows.
 
     An embedding tied to the head keeps its own copy by rows.
     """
@@ -111,7 +111,7 @@ def by_columns(model: nn.Module) -> None:
 
 
 class _FusedNorm:
-    """Stands in for ``forward`` of a norm module; reads its weight at every call."""
+    """Replaces ``forward`` of a norm module; reads its weight at every call."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -122,7 +122,7 @@ class _FusedNorm:
 
 
 class Target:
-    """A causal LM whose attention is ours. Stateless but for the KV pool handed to each pass."""
+    """A causal LM that runs our attention. Stateless except for the KV pool passed to each call."""
 
     def __init__(self, model: Any, layer_ids: tuple[int, ...]) -> None:
         self.model: Any = model.eval().requires_grad_(False)
@@ -161,13 +161,14 @@ class Target:
             self.decoder.layers[layer_id - 1].register_forward_hook(keep)
 
     def fuse(self, num_positions: int, pinned: bool = False) -> str | None:
-        """Compute passes of fixed shape by few launches a layer from now on, where this model is
-        one of those we know; returns why it is not.
+        """Run passes with ``FusedDecoder`` from now on, if it supports this model.
 
         Args:
-            num_positions: positions of all rows are below it.
-            pinned: a row's hidden state and logits depend on nothing that is computed beside it;
-                on a GPU only.
+            num_positions: exclusive upper bound on the rows' positions.
+            pinned: a row's hidden state and logits do not depend on the other rows; on a GPU only.
+
+        Returns:
+            Why the model is not supported; ``None`` if it is.
         """
         reason = supports(self.model)
         if reason is None:
@@ -205,14 +206,14 @@ class Target:
     def decode(
         self, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, at: DecodePass, pool: KvPool
     ) -> TargetRows:
-        """One pass over T packed rows, equally many of each request.
+        """One pass over T packed rows, the same number for each request.
 
         On a GPU the launches depend on the shapes only, so it can be captured in a CUDA graph.
 
         Args:
             ids_T, positions_T: [T] int64.
             slots_T: [T] int64, where each row's key and value go.
-            at: the rows' requests, by their page tables.
+            at: page tables and positions of the rows' requests.
         """
         paged = prepare_pass(at, at.num_query(len(ids_T)))
         if self._fused is None:
@@ -231,7 +232,7 @@ class Target:
     def _by_own_code(
         self, ids_T: Tensor, positions_T: Tensor, paged: PagedPass | DecodePass, pool: KvPool
     ) -> TargetRows:
-        """The same by the model's Hugging Face code."""
+        """``decode`` with the model's Hugging Face code."""
         hidden = self.decoder(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
@@ -250,7 +251,7 @@ class Target:
         """[..., H] -> [..., V] float32 (float64 for a float64 target).
 
         Args:
-            widen: otherwise in the dtype, of the same values, that costs least.
+            widen: if False, in the cheapest dtype that holds the same values.
         """
         if self._fused is not None:
             return self._fused.logits(hidden, widen=widen)

@@ -96,7 +96,7 @@ def read_checkpoint(root: Path) -> Checkpoint | None:
         if (body["schema"], body["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
             raise CheckpointError(path, f"it is {body['schema']} {body['schema_version']}")
         if hashlib.sha256(content).hexdigest() != body["sha256"]:
-            raise CheckpointError(path, "state.safetensors has another sha256 than was written")
+            raise CheckpointError(path, "state.safetensors has a different sha256 than was written")
         return Checkpoint(body["state"], load(content))
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(path, f"{type(error).__name__}: {error}") from error

@@ -1,6 +1,6 @@
 """Train the drafter of a run on the traces its server writes, and publish better versions.
 
-Exit code 0: told to stop, or all steps done. 1: it could not start, or could not go on. 2: wrong
+Exit code 0: told to stop, or all steps done. 1: it could not start, or could not continue. 2: wrong
 usage or settings, or nothing to train.
 """
 
@@ -68,7 +68,7 @@ def _train(settings: Settings, stop: threading.Event) -> None:
     """
     Raises:
         ValueError, OSError: it cannot start.
-        typer.Exit: 1 after logging why it cannot go on.
+        typer.Exit: 1 after logging why it cannot continue.
     """
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
     # --help and a refused second trainer skip these imports: torch and transformers take seconds.

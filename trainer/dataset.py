@@ -21,7 +21,7 @@ RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary"
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
 LARGEST_VALUE = 1e9
-"""Larger hidden values are damage: real ones stay below 1e6, and squares must stay finite."""
+"""Larger hidden values mean damage: real ones stay below 1e6, and squares must stay finite."""
 _TORCH_TYPES = {
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
@@ -60,7 +60,7 @@ def sample_of(
     Args:
         trace: decoded by ``buffer.codec``, which checks that it is consistent.
         expected: target and layers of this run.
-        max_sequence: most positions of a piece.
+        max_sequence: maximum number of positions in a piece.
         train_on_prompts: also train on rows whose next token is part of the prompt.
     """
     features = trace.features
@@ -83,7 +83,7 @@ def sample_of(
         if bool(((trained >= piece.loss_from) & (trained < piece.stop - 1)).any())
     ]
     if not pieces:
-        return Refusal("short", "no two captured rows in a row are followed by a generated token")
+        return Refusal("short", "no two adjacent captured rows are followed by a generated token")
     return Sample(
         key_of(trace),
         torch.from_numpy(trace.token_ids).long(),
@@ -115,7 +115,7 @@ def _misfit(trace: Trace, features: FeatureRows, expected: Expected) -> Refusal 
 
 
 def _rows_with_loss(positions_N: Tensor, first: int, num_tokens: int) -> Tensor:
-    """Positions of rows to train on: captured, like the preceding row, and with a next token."""
+    """Positions of rows to train on: they and the row before are captured, and a token follows."""
     follows = torch.diff(positions_N, prepend=positions_N[:1] - 2) == 1
     return positions_N[follows & (positions_N >= first) & (positions_N + 1 < num_tokens)]
 

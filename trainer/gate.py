@@ -22,7 +22,7 @@ from trainer.learner import batch_dtype
 GATE_DRAFT_K = 4
 """K at which drafters are compared."""
 _TOKENS_AT_ONCE = 8192
-"""Tokens of one batch of held-out samples."""
+"""Tokens in one batch of held-out samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Judge:
     incumbent: nn.Module
     """Model of the published version."""
     margin: float
-    """Least ratio of candidate to incumbent."""
+    """Minimum ratio of candidate to incumbent."""
     _known: dict[str, Tensor] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
 

@@ -22,7 +22,7 @@ class Intake:
     reader: TraceReader
     expected: Expected
     max_sequence: int
-    """Most positions of a piece."""
+    """Maximum number of positions in a piece."""
     journal: Journal
     num_refused: Counter[str] = field(default_factory=Counter)
     """Refused traces by reason, since this process started."""

@@ -1,4 +1,4 @@
-"""What the trainer reports: every event in ``log.jsonl``, the present state in ``status.json``, and
+"""What the trainer reports: every event in ``log.jsonl``, the current state in ``status.json``, and
 log lines for people."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
-"""Seconds between two log lines while the trainer learns, or waits for one and the same thing."""
+"""Seconds between two log lines while the trainer learns, or keeps waiting for the same thing."""
 
 
 class Journal:
@@ -56,11 +56,11 @@ class Journal:
 
 
 class _Lines:
-    """Log lines of the events, and one every ``LINE_EVERY_S`` of what goes on between them."""
+    """Log lines for events, and a summary every ``LINE_EVERY_S`` in between."""
 
     def __init__(self) -> None:
         self._window_s = time.monotonic()
-        """Start of the present window, on the monotonic clock."""
+        """Start of the current window, on the monotonic clock."""
         self._num_updates = 0
         """Updates in the window."""
         self._num_rows = 0

@@ -2,8 +2,8 @@
 
 An update whose loss or gradient is not finite is skipped; three in a row mean that the weights
 themselves are broken. Candidates are the running average of the weights: at a constant learning
-rate, the noise of small batches costs a drafter that was annealed offline what it gains from them,
-and averaging keeps the gain.
+rate, the noise of small batches costs a drafter that was annealed offline as much as it gains from
+them; averaging keeps the gain.
 """
 
 from __future__ import annotations

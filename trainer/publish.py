@@ -32,8 +32,8 @@ def publish_version(
     """Write the next version to the store, and remove old ones.
 
     Args:
-        step: updates that made the model.
-        keep: newest versions that stay.
+        step: number of updates that produced the model.
+        keep: number of newest versions that stay.
 
     Raises:
         ValueError: a weight is not finite; nothing is published.

@@ -99,7 +99,7 @@ def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Te
     """D-PACE weight [K, R] of every position of every chain; 0 where a chain lacks the step.
 
     A chain that stops at step 0 is assumed to survive later steps as the carried chains do on
-    average. Carried chains are weighted up in its stead, so the expected loss is that of all
+    average. Carried chains are weighted up to compensate, so the expected loss is that of all
     chains.
 
     Args:

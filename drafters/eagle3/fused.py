@@ -1,16 +1,17 @@
 """The pass of an EAGLE-3 drafter in few launches, for serving.
 
-``Eagle3`` asks for some 45 small operations a pass, and a pass of few rows is bound by them, not by
-reading the weights. Here it is seven launches and its attention:
+``Eagle3`` runs about 45 small operations per pass. With few rows, these limit the speed of a pass,
+not reading the weights. Here a pass takes seven launches and attention:
 
     norm of embedding and of hidden | q, k, v | RoPE, write to the pages | attention | o + residual
     norm + gate, up, silu | down + residual | norm + draft head
 
-Above ``few_rows`` rows the products are the library's and what stands between them is fused.
+Above ``few_rows`` rows, the library computes the products and only the operations between them are
+fused.
 
 Norms round twice, as ``specops.linear.rms_norm`` does, where ``nn.RMSNorm`` and so training round
-once: in bfloat16 some elements differ in their last bit. That changes what is drafted now and then,
-never what is put out: verification uses the logits that the draft was drawn from.
+once: in bfloat16 some elements differ in their last bit. This occasionally changes a draft, but
+never the output: verification uses the logits that the draft was drawn from.
 
 Shapes as in ``drafters.eagle3.model``.
 """
@@ -28,8 +29,8 @@ from specops.linear import Norm
 from specops.rope import Heads, rope_table
 
 Attend = Callable[[Tensor], Tensor]
-"""Queries [T, Hq, D] to what they attend to, [T, Hq, D]; the rows' keys and values are in their
-slots already."""
+"""Attention: queries [T, Hq, D] -> [T, Hq, D]. The rows' keys and values are already in their
+slots."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 16_384
@@ -39,7 +40,7 @@ def supports(module: Eagle3, embed: nn.Module) -> str | None:
     """``None`` if ``FusedEagle3`` computes what this drafter does, else why not.
 
     Args:
-        embed: the target's token embedding; one with a scaling of its own is more than a table.
+        embed: the target's token embedding; must be a plain ``nn.Embedding``.
     """
     c, weight = module.config, module.lm_head.weight
     if type(module) is not Eagle3:
@@ -58,11 +59,11 @@ def supports(module: Eagle3, embed: nn.Module) -> str | None:
             return f"{path} has a bias"
     kinds = {(p.dtype, p.device) for p in (*module.parameters(), embed.weight)}
     if len(kinds) > 1:
-        return f"the weights are of {len(kinds)} dtypes or devices"
+        return f"the weights have {len(kinds)} dtypes or devices"
     if weight.dtype not in _DTYPES:
         return f"the weights are {weight.dtype}"
     if c.head_dim < 4 or c.head_dim & (c.head_dim - 1):
-        return f"the head dimension {c.head_dim} is not a power of two from 4 on"
+        return f"the head dimension {c.head_dim} is not a power of two or is below 4"
     if c.hidden_size > _WIDEST:
         return f"the hidden size {c.hidden_size} is above {_WIDEST}"
     return None
@@ -76,9 +77,9 @@ def _norm(module: nn.RMSNorm) -> Norm:
 class FusedEagle3:
     """An ``Eagle3`` run by our operations on the module's own weights.
 
-    They are looked up at every pass: what is copied into the module's parameters is in force at the
-    next one. Everything can be captured in a CUDA graph, which keeps the parameters' addresses.
-    Launches of one drafter must follow each other on one stream.
+    Weights are read in place: values copied into the module's parameters take effect in the next
+    pass. Everything can be captured in a CUDA graph, which keeps the parameters' addresses. One
+    drafter's launches must run on a single stream.
     """
 
     def __init__(
@@ -94,9 +95,9 @@ class FusedEagle3:
         """
         Args:
             module, embed: see ``supports``.
-            num_positions: positions of all rows are below it.
-            few_rows: up to so many rows a product is one kernel with all around it, 1..64;
-                ``None`` decides by the dtype.
+            num_positions: exclusive upper bound on the rows' positions.
+            few_rows: up to this many rows, 1..64, products are fused with their neighbours;
+                ``None``: depends on the dtype.
             use_kernels, overlap: see ``pick_operations``.
 
         Raises:
@@ -131,11 +132,11 @@ class FusedEagle3:
         keys: Tensor,
         values: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer, as ``Eagle3.forward``, with its rows' keys and values written to their slots.
+        """Run the layer like ``Eagle3.forward``, and write its keys and values to the rows' slots.
 
         Args:
             ids_T, positions_T, slots_T: [T] int64 of the rows.
-            hidden: [T, H], fused features or former output of the row before.
+            hidden: [T, H], fused features, or the output of the preceding row.
             keys, values: [num_slots, Hkv, D] contiguous, written in place.
 
         Returns:
@@ -167,10 +168,10 @@ class FusedEagle3:
         return stream + update, None
 
     def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, Vd] over the draft vocabulary, of the weights' dtype.
+        """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype.
 
         Args:
-            squares: of these outputs, from ``forward``.
+            squares: squares of these outputs, from ``forward``.
         """
         do, norm = self._operations, _norm(self.module.norm)
         if squares is None:

@@ -91,7 +91,7 @@ def config_for_target(
 
 
 def rope_theta(config: Any) -> float:
-    """Base of the rotary embedding; Gemma3 has one for each layer type, the global one is used."""
+    """Base of the rotary embedding; for Gemma3, that of the full-attention layers."""
     parameters = config.rope_parameters
     if "rope_theta" not in parameters:
         parameters = parameters["full_attention"]
@@ -141,7 +141,7 @@ class Eagle3(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, target_lm_head: Tensor | None = None) -> None:
-        """Draw random weights (normal, std 0.02; norms 1); copies the target's lm_head if it fits.
+        """Draw random weights (normal, std 0.02; norms 1); copy the target's lm_head if it fits.
 
         Args:
             target_lm_head: [V, H]; becomes ``lm_head`` if the vocabularies are equal.

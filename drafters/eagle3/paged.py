@@ -151,7 +151,7 @@ def build(context: DrafterContext) -> PagedEagle3:
             f"{config.target_vocab_size}, the target has {context.hidden_size} and "
             f"{context.vocab_size}"
         )
-    with torch.device("meta"):  # weights that are drawn only to be replaced take seconds
+    with torch.device("meta"):  # drawing weights that are then replaced would take seconds
         module = Eagle3(config).requires_grad_(False).eval()
     module.load_state_dict(weights.tensors, assign=True)
     module.to(device=context.device, dtype=context.dtype)

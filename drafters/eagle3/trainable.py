@@ -25,7 +25,7 @@ from serving."""
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Trainable:
-    """``drafters.trainable.Trainable`` of EAGLE-3, where every method is described."""
+    """EAGLE-3's ``drafters.trainable.Trainable``, which describes every method."""
 
     kind: str = "eagle3"
 
@@ -82,7 +82,7 @@ class Eagle3Trainable:
         settings: TrainerSettings,
         generator: torch.Generator | None,
     ) -> BatchLoss:
-        """Loss of training-time test, as ``objective_for`` says."""
+        """Loss of training-time test, with the objective of ``objective_for``."""
         objective = objective_for(settings, batch.token_ids_BS.device)
         return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
 

@@ -1,8 +1,8 @@
-"""The training-free drafter: what followed the last few tokens when they occurred before.
+"""The training-free drafter: proposes what followed the last few tokens when they occurred before.
 
-Two places are searched: the request itself, and recent finished traffic. The longest match wins,
-the request's own on ties; among the latest occurrences of that match the most frequent next token
-is proposed, the latest on ties, and so on token by token.
+Two texts are searched: the request itself, and recent finished traffic. The longest match wins, the
+request's own on ties. Among the latest occurrences of that match, the most frequent next token is
+proposed (the latest on ties), and so on, token by token.
 
 Privacy: finished traffic is shared by all requests of one *namespace*, so a draft may follow text
 of another user. Only a token that the target itself chose is ever committed, so no text leaks into
@@ -10,18 +10,18 @@ outputs, but acceptance, hence timing, depends on it. ``recent_tokens=0`` keeps 
 itself; a namespace per tenant keeps tenants apart; ``finish(key, keep=False)`` leaves no trace.
 
 How: a request's own text is a suffix tree, which grows with it and finds the longest match in one
-descent of at most max_match nodes; 16 to 230 bytes a token for min_match=2, max_match=12, the least
-where the text repeats itself. Finished traffic lies in hash chains, as in zlib: for every length n
-in min_match..max_match a table maps the hash of an n-gram to its latest position, and every
-position to the one before it with the same hash. Positions count upward for ever and live in a
-ring, so an evicted position is one that is too old: nothing is ever deleted, and memory is fixed,
-about 100 bytes a token (40 MB at the default recent_tokens).
+descent of at most max_match nodes. It takes 16 to 230 bytes per token for min_match=2 and
+max_match=12, least where the text repeats itself. Finished traffic is in hash chains, as in zlib:
+for every length n in min_match..max_match a table maps the hash of an n-gram to its latest
+position, and every position to the one before it with the same hash. Positions only increase and
+index a ring, so an evicted position is one that is too old: nothing is ever deleted, and memory is
+fixed, about 100 bytes per token (40 MB at the default recent_tokens).
 
 Measured in CPython 3.11 on one of two busy cores (AMD EPYC), lengths 2..12, source code in pieces
 of 800 tokens, means of thread time: 1.4 us to commit a token, and 6.5 us where all tokens are the
 same; 2.6 us to match in the request alone, 9.5 us with 400,000 recent tokens; 2 us to propose 8
-tokens where all occurrences agree, 8 us where they vote; 0.9 us a token for a prompt, and 1 us a
-token when a request finishes (vectorised).
+tokens where all occurrences agree, 8 us where they vote; 0.9 us per token for a prompt, and 1 us
+per token when a request finishes (vectorised).
 
 Source: Saxena 2023, prompt lookup decoding; Oliaro et al. 2024, SuffixDecoding, arXiv:2411.04975.
 """
@@ -63,9 +63,9 @@ class _Own:
         self.text.append(tokens)
         self.match = _Match(0, is_own=True, slots=())
         self.num_matched = 0
-        """Tokens when that was found."""
+        """Number of tokens when ``match`` was found."""
         self.generation: int | None = None
-        """Of the finished traffic then."""
+        """Generation of the finished traffic at that time."""
 
     def all_tokens(self) -> NDArray[np.int32]:
         return np.array(self.text.tokens, dtype=np.int32)
@@ -94,8 +94,8 @@ class SuffixIndex:
         Args:
             min_match: shortest suffix looked up, >= 1.
             max_match: longest suffix looked up, >= min_match.
-            recent_tokens: bound on the tokens of finished sequences, a separator for each
-                included; 0 shares nothing between requests.
+            recent_tokens: maximum number of tokens of finished sequences, including a separator for
+                each; 0 shares nothing between requests.
         """
         if not 1 <= min_match <= max_match:
             raise ValueError(f"need 1 <= min_match <= max_match, got {min_match} and {max_match}")
@@ -117,7 +117,7 @@ class SuffixIndex:
 
     @property
     def num_evicted_sequences(self) -> int:
-        """Finished sequences that left for newer ones, since the start."""
+        """Finished sequences evicted to make room for newer ones, since the start."""
         return self._recent.num_evicted_sequences
 
     @property
@@ -129,12 +129,12 @@ class SuffixIndex:
         return len(self._running)
 
     def begin(self, key: str, tokens: Sequence[int], namespace: str = "") -> None:
-        """Start following a request, from its prompt on.
+        """Start following a request.
 
         Args:
             key: id of the request among the running ones.
-            tokens: token ids >= 0, those of the prompt.
-            namespace: only finished sequences of the same one are searched.
+            tokens: token ids of the prompt, each >= 0.
+            namespace: only finished sequences of the same namespace are searched.
         """
         if key in self._running:
             raise ValueError(f"sequence {key!r} has begun already")
@@ -145,10 +145,11 @@ class SuffixIndex:
         self._own(key).text.append(tokens)
 
     def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
-        """Stop following; ``keep`` moves the sequence to the recent traffic, else it is gone.
+        """Stop following a request.
 
         Args:
-            num_tokens: of the sequence, where it ended before the last ones that were appended.
+            keep: move its tokens to the recent traffic; otherwise they are dropped.
+            num_tokens: its length, if it ended before the last tokens that were appended.
         """
         own = self._own(key)
         del self._running[key]
@@ -166,7 +167,7 @@ class SuffixIndex:
         match = self._current_match(own)
         while len(draft) < k and match.length:
             self._continue(own, match, draft, k)
-            if len(draft) < k:  # finished sequences ended here: look the proposal itself up
+            if len(draft) < k:  # finished sequences ended here: look up the proposal itself
                 tail = (own.text.tokens[-self._max_match :] + draft)[-self._max_match :]
                 match = self._search(own, tail, self._max_match)
         return draft
@@ -178,11 +179,11 @@ class SuffixIndex:
         return own
 
     def _current_match(self, own: _Own) -> _Match:
-        """``observe`` and ``propose`` of one step search once."""
+        """The longest match, cached so that ``observe`` and ``propose`` of a step search once."""
         tokens, generation = own.text.tokens, self._recent.generation
         longest = self._max_match
         if own.generation == generation:
-            # A match is at most as much longer than the last one as there are new tokens.
+            # A match grows by at most one token per new token.
             new = len(tokens) - own.num_matched
             if not new:
                 return own.match
@@ -232,7 +233,7 @@ class SuffixIndex:
 
 
 def _agreed(view: Sequence[int], slots: Sequence[int], num: int) -> list[int]:
-    """The ``num`` tokens that follow on every slot; empty if they differ or one sequence ends."""
+    """The ``num`` tokens that follow every slot; empty if they differ or a sequence ends."""
     run = view[slots[0] + 1 : slots[0] + 1 + num]
     if len(run) < num or any(view[slot + 1 : slot + 1 + num] != run for slot in slots[1:]):
         return []
@@ -240,7 +241,7 @@ def _agreed(view: Sequence[int], slots: Sequence[int], num: int) -> list[int]:
 
 
 def _most_frequent(tokens: list[int]) -> int | None:
-    """The first on ties; ``None`` when all sequences ended."""
+    """The most frequent token, the first on ties; ``None`` if all sequences ended."""
     if tokens[0] != END and tokens.count(tokens[0]) * 2 >= len(tokens):
         return tokens[0]
     counts = Counter(token for token in tokens if token != END)

@@ -14,11 +14,11 @@ _HASH_BITS = 30
 _MULTIPLIER = 0x1E3779B1
 MASK = (1 << _HASH_BITS) - 1
 END = -1
-"""Stands behind every finished sequence in the ring; no token id is negative."""
+"""Follows every finished sequence in the ring; no token id is negative."""
 MAX_VOTES = 4
 """Latest occurrences that vote on the next token."""
 _MAX_WALK = 64
-"""Links of a chain followed at most: bounds the time of a lookup whatever the traffic is."""
+"""Maximum links of a chain to follow: bounds the time of a lookup for any traffic."""
 
 
 def _hash_suffixes(tokens: list[int], seed: int) -> list[int]:
@@ -31,7 +31,7 @@ def _hash_suffixes(tokens: list[int], seed: int) -> list[int]:
 
 
 class Chains:
-    """Tokens at positions of a ring, and for each n-gram length the chain of equal n-grams."""
+    """Tokens in a ring, with a table of hash chains for each n-gram length."""
 
     def __init__(self, capacity: int, min_match: int, max_match: int) -> None:
         bits = max(10, (capacity - 1).bit_length())
@@ -51,7 +51,7 @@ class Chains:
         self._prev_views = [row.data for row in self._prevs]
 
     def put(self, tokens: NDArray[np.int32], at: int, owner: int) -> None:
-        """Store tokens at positions from ``at`` on; they may not straddle the ring's end."""
+        """Store tokens, beginning at position ``at``; they may not straddle the ring's end."""
         slot = at % self.capacity
         self._tokens[slot : slot + len(tokens)] = tokens
         self._owners[slot : slot + len(tokens)] = owner
@@ -68,7 +68,7 @@ class Chains:
                 self._link_length(n - self.min_match, hashes >> self._shift, start + n - 1)
 
     def _link_length(self, row: int, slots: NDArray[np.int64], at: int) -> None:
-        """Chain one length's n-grams, which end at consecutive positions from ``at`` on."""
+        """Chain the n-grams of one length, which end at consecutive positions from ``at``."""
         heads, prevs = self._heads[row], self._prevs[row]
         order = np.argsort(slots, kind="stable")
         ordered, positions = slots[order], (order + at).astype(np.int32)
@@ -90,7 +90,7 @@ class Chains:
         low, high = max(bounds[0], self.min_match), min(bounds[1], len(tail))
         if low > high:
             return best
-        # A suffix that occurred has shorter suffixes that occurred: bisect, the longest first.
+        # If a suffix occurred, so did all shorter ones: bisect, trying the longest first.
         hashes = _hash_suffixes(tail[-high:], seed)
         n = high
         while low <= high:
@@ -129,7 +129,7 @@ class Chains:
 
 
 class RecentText:
-    """Finished sequences, the newest ``capacity`` tokens of them, separators included."""
+    """The newest ``capacity`` tokens of finished sequences, separators included."""
 
     _MAX_POSITION = (1 << 31) - 1
 
@@ -158,7 +158,7 @@ class RecentText:
         return self._chains.token_view
 
     def add(self, tokens: NDArray[np.int32], namespace: str, seed: int) -> None:
-        """Take in one finished sequence; the oldest leave to make room."""
+        """Add a finished sequence; the oldest ones are evicted to make room."""
         capacity = self._chains.capacity
         kept = tokens[max(0, len(tokens) - (capacity - 1)) :]
         if not len(kept):
@@ -188,7 +188,7 @@ class RecentText:
         return position % self._chains.capacity
 
     def _place(self, size: int) -> int:
-        """First position of a sequence: never across the ring's end, never beyond int32."""
+        """First position for a sequence that neither crosses the ring's end nor exceeds int32."""
         capacity = self._chains.capacity
         room = capacity - self._next_position % capacity
         start = self._next_position if size <= room else self._next_position + room

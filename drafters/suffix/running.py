@@ -11,7 +11,7 @@ class RunningText:
     """A running request's tokens, and where its n-grams have occurred: the suffix tree of the text
     read backwards, ``max_match`` tokens deep.
 
-    A node stands for n-grams that have occurred at the same ends, and keeps the latest of those.
+    A node stands for n-grams that end at the same positions, and keeps the latest of those.
     Its longest n-gram is as long as ``_lengths`` says; its shortest is one token longer than the
     longest of its parent, and that one token leads from the parent to it. The last token of the
     text is stored but not yet linked: it has no continuation.
@@ -27,7 +27,7 @@ class RunningText:
         self._ends: list[tuple[int, ...]] = []
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Store tokens and link what has a continuation now."""
+        """Store tokens, and link those that now have a continuation."""
         for token in tokens:
             self._link(len(self.tokens) - 1)
             self.tokens.append(token)
@@ -36,7 +36,7 @@ class RunningText:
         """Length of the longest linked suffix of ``tail``, and where it ends, latest first.
 
         Args:
-            tail: the last ``max_match`` tokens, or all, of the text or of what may follow on it.
+            tail: the last ``max_match`` tokens (or all) of the text, or of the text and a draft.
         """
         found: tuple[int, tuple[int, ...]] = (0, ())
         key: tuple[int, ...] | int = tuple(tail[-self._min_match :])
@@ -68,7 +68,7 @@ class RunningText:
         self._nodes[key] = self._new_node(len(tail), (end,))
 
     def _num_shared(self, tail: list[int], end: int, most: int) -> int:
-        """How many tokens before and at ``end`` are those at the end of ``tail``; 0..most."""
+        """Number of tokens up to ``end`` that equal the last ones of ``tail``; 0..most."""
         gram = self.tokens[end + 1 - most : end + 1]
         if gram == tail[-most:]:
             return most
@@ -91,5 +91,5 @@ class RunningText:
 
 
 def _key_below(node: int, token: int) -> int:
-    """Of the node that ``token`` leads to."""
+    """Key of the node that ``token`` leads to from ``node``."""
     return node << 32 | token

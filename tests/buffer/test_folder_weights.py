@@ -240,7 +240,7 @@ def test_a_link_to_a_bundle_is_not_a_bundle(bundle):
         ({"schema": "other"}, "schema is 'other', expected 'slipstream.bundle'"),
         ({"schema_version": 2}, "schema_version is 2, this reader knows 1 to 1"),
         ({"schema_version": True}, "schema_version is True"),
-        ({"version": 43}, "it is of version 43, but lies in folder '42'"),
+        ({"version": 43}, "it is version 43, but is in folder '42'"),
         ({"version": "42"}, "version must be an integer"),
         ({"parent": 42}, "parent must be a version below 42"),
         ({"parent": 1.5}, "parent must be a version below 42"),
@@ -271,7 +271,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(bundle, fields, message):
         ("", "not JSON"),
         ("[]", "unreadable"),
         ("[" * 100_000, "nested too deep"),
-        ('{"schema": "a", "schema": "b"}', "'schema' stands twice"),
+        ('{"schema": "a", "schema": "b"}', "'schema' appears twice"),
     ],
 )
 def test_a_manifest_that_is_no_manifest_is_refused(bundle, text, message):

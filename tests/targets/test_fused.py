@@ -212,7 +212,7 @@ def test_a_tap_is_not_overwritten_by_later_layers():
             id="RoPE by length",
         ),
         pytest.param(
-            lambda: qwen3(head_dim=24), "24 is not a power of two or below 4", id="head dimension"
+            lambda: qwen3(head_dim=24), "24 is below 4 or not a power of two", id="head dimension"
         ),
         pytest.param(
             lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL)),

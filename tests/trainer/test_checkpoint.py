@@ -50,7 +50,7 @@ def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        ("state.safetensors", b"\0" * 100, "another sha256 than was written"),
+        ("state.safetensors", b"\0" * 100, "a different sha256 than was written"),
         ("state.json", b"{", "JSONDecodeError"),
         ("state.json", b"{}", "KeyError"),
         ("state.json", None, "FileNotFoundError"),

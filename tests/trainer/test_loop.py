@@ -281,7 +281,7 @@ def test_a_damaged_checkpoint_is_never_a_fresh_start(world: World, tmp_path: Pat
     newest = tmp_path / "trainer" / "checkpoints" / "00000001" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
 
-    with pytest.raises(CheckpointError, match="another sha256"):
+    with pytest.raises(CheckpointError, match="different sha256"):
         build(settings)
 
 
