@@ -2,7 +2,6 @@
 that a forked process may run any copy of our own rooms."""
 
 import fastapi  # noqa: F401
-import msgpack  # noqa: F401
 import prometheus_client  # noqa: F401
 import safetensors.torch  # noqa: F401
 import torch  # noqa: F401
