@@ -1,12 +1,12 @@
-"""Where learning helps in addition to looking up matches: tokens_per_step by match length.
+"""Where training adds to looking up matches: tokens_per_step by match length.
 
     python -m benchmarks.demo                       # or: make demo
     python -m benchmarks.by_match runs/bench_demo
 
-Uses traces of a demo that no version was trained on. At every position the index (holding all other
-traffic of the run), the drafter from before the first shift, and the newest one draft 4 tokens
-each, and the tokens that would have been accepted are counted. Greedy and simulated, without a
-server; about a minute on one core. Writes ``benchmarks/results/by_match.json``.
+Uses held-out traces of a demo. At every position, the index (filled with all other traffic of the
+run), the drafter from before the first shift and the newest drafter each draft 4 tokens, and the
+tokens that would be accepted are counted. Greedy and simulated, without a server; takes about a
+minute on one core. Writes ``benchmarks/results/by_match.json``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Accepted = dict[tuple[str, int], int]
 
 
 def traces_by_phase(settings: Settings) -> dict[str, list[Trace]]:
-    """The run's traces by phase, in order: each phase has as many as it had answers."""
+    """The run's traces by phase, in order: one trace per answer of the phase."""
     answers = json.loads((settings.run_dir / "recording.json").read_text())["answers"]
     phases: dict[str, list[Trace]] = defaultdict(list)
     for trace, answer in zip(all_traces(settings), answers, strict=False):
@@ -55,7 +55,7 @@ def traces_by_phase(settings: Settings) -> dict[str, list[Trace]]:
 
 
 def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Accepted:
-    """Accepted tokens of a neural drafter at every position that K tokens follow."""
+    """Accepted tokens of a neural drafter at every position followed by at least K tokens."""
     accepted: Accepted = {}
     for sample in samples:
         for piece in sample.pieces:
@@ -74,7 +74,7 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
 def table(
     judged: Sequence[Trace], index: HostDrafter, static: Accepted, newest: Accepted
 ) -> list[dict[str, Any]]:
-    """One row per match length, and one for all."""
+    """One row per match length, and one for all positions."""
     rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in (*MATCHES, "all")}
     for trace in judged:
         for p, (match, kept) in by_index(index, trace, DRAFT_K).items():

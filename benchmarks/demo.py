@@ -1,8 +1,8 @@
-"""The demo as a measurement: two CPU cores, the bundled target and drafter.
+"""The demo as a benchmark: two CPU cores, the bundled target and drafter.
 
-    python -m benchmarks.demo            # about ten minutes; nothing else should run
+    python -m benchmarks.demo            # about ten minutes; run nothing else beside it
 
-Writes ``benchmarks/results/demo.json``, which is the demo's own report.
+Writes the demo's own report to ``benchmarks/results/demo.json``.
 """
 
 from __future__ import annotations

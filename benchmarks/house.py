@@ -4,14 +4,14 @@
     python -m benchmarks.house --against ../before --gpu      # one H100 or H200, 8 minutes at most
     python -m benchmarks.house                                # this checkout alone
 
-Each checkout is measured by a process of its own (``harness/side.py``) that stays alive; turns of
-the two alternate, so that both meet the same machine, and ratios are of turns side by side.
+Each checkout is measured by its own long-lived process (``harness/side.py``). Turns of the two
+alternate, so that both see the same machine conditions, and ratios compare adjacent turns.
 
 On two cores: tokens per second of the bundled target with its drafter, and of a 135M Llama shape,
-batch 1 and 4, K 0 to 6. On a GPU: steps of the 8B and 0.6B shapes, plain and K = 4, batch 1 and 32,
-and a batch that is kept full. Targets of published shapes have random weights and forced acceptance
-(``harness/predictable.py``); every answer is checked against the walk of its target, and answers of
-the bundled target must be equal on both sides.
+at batch 1 and 4 with K = 0 to 6. On a GPU: steps of the 8B and 0.6B shapes, plain and K = 4, at
+batch 1 and 32, and with a batch that is kept full. Targets of published shapes have random weights
+and forced acceptance (``harness/predictable.py``); each of their answers must follow the target's
+cycle, and answers of the bundled target must be equal on both sides.
 
 Writes ``benchmarks/results/house.json`` (``house_gpu.json``) after every case, and
 ``benchmarks/results/rows/house.json``.
@@ -45,7 +45,7 @@ NOW, BEFORE = "now", "before"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One figure: an arm on a batch of one shape."""
+    """One measurement: an arm at one shape and batch size."""
 
     shape: str
     batch: int
@@ -54,7 +54,7 @@ class Case:
     num_prompt: int
     max_tokens: int
     full_s: float | None = None
-    """Seconds for which the batch is kept full; ``None``: the batch is answered once per turn."""
+    """Seconds to keep the batch full; ``None``: the batch is answered once per turn."""
 
     def __str__(self) -> str:
         arm = f"K = {self.draft_k}" if self.draft_k else "plain"
@@ -72,13 +72,13 @@ class Plan:
     max_draft: int
     max_model_len: int
     turns: int
-    """Pairs per case, after one that warms up."""
+    """Pairs of turns per case, after a warm-up pair."""
     tolerance: float
-    """Loss of speed at which the goal still holds, as a share."""
+    """Largest relative loss of speed at which the goal is still met."""
 
 
 def cpu_plan(shapes: Sequence[str], turns: int) -> Plan:
-    """K 0 to 6 at batch 1 and 4; answers of 96 tokens, 48 for the larger target."""
+    """K = 0 to 6 at batch 1 and 4; answers of 96 tokens, or 48 for the larger target."""
     cases = tuple(
         Case(shape, batch, LEARNED if k else "none", k, 64, 96 if shape != "SmolLM2-135M" else 48)
         for shape in shapes
@@ -89,7 +89,7 @@ def cpu_plan(shapes: Sequence[str], turns: int) -> Plan:
 
 
 def gpu_plan(shapes: Sequence[str], turns: int) -> Plan:
-    """Plain and K = 4 at batch 1 and 32, answered at once and kept full."""
+    """Plain and K = 4 at batch 1 and 32, and at batch 32 kept full."""
     arms = (OFF, (LEARNED, 4))
     cases = [
         Case(shape, batch, *arm, 256, 193, full)
@@ -101,14 +101,14 @@ def gpu_plan(shapes: Sequence[str], turns: int) -> Plan:
 
 
 class Process:
-    """One checkout, measuring on command."""
+    """The process that measures one checkout on command."""
 
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
-        # The checkout comes first; what the caller's own path adds, such as packages, comes behind.
+        # The checkout comes first; entries of the caller's own path, such as packages, follow.
         folders = str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")
         path = os.pathsep.join(filter(None, folders))
-        # Threads of an idle side must sleep, not spin on the other's core.
+        # Idle threads of one side must sleep, not spin on a core that the other side uses.
         env = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(SIDE)],
@@ -122,10 +122,10 @@ class Process:
         self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        """What it answers to the last command.
+        """Wait for the answer to the last command.
 
         Raises:
-            RuntimeError: it has ended, or the command failed.
+            RuntimeError: the process has ended, or the command failed.
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -142,14 +142,14 @@ class Process:
         return self.answer()
 
     def build(self, shape: str, plan: Plan, threads: int | None) -> None:
-        """Begin to build the engine of a shape."""
+        """Start building the engine of a shape."""
         self.ask(
             "build", shape=shape, device=plan.device, max_batch=plan.max_batch,
             max_draft=plan.max_draft, max_model_len=plan.max_model_len, threads=threads,
         )  # fmt: skip
 
     def end(self) -> None:
-        """Close its input, so that it ends by itself; kill it if it does not."""
+        """Close its input so that it exits; kill it if it does not within 60 s."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -160,7 +160,7 @@ class Process:
 
 @cache
 def bundled_prompts(num_tokens: int, count: int = 64) -> list[list[int]]:
-    """Beginnings of Python files in the bundled tokenizer, cut to one length."""
+    """Beginnings of Python files, tokenized by the bundled tokenizer and cut to one length."""
     from examples import corpus
     from targets.load import load_tokenizer
 
@@ -173,7 +173,7 @@ def bundled_prompts(num_tokens: int, count: int = 64) -> list[list[int]]:
 def measure(
     case: Case, sides: Sequence[Process], turns: int, deadline_s: float
 ) -> dict[str, Any] | None:
-    """Alternate turns of one case; ``None`` if no pair was done before the deadline."""
+    """Alternate turns of one case; ``None`` if no pair was finished before the deadline."""
     found: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     digests_differ = 0
     for number in range(turns + 1):
@@ -219,10 +219,10 @@ def _about(case: Case) -> dict[str, Any]:
 
 
 def figures(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of each side, and the ratio of speeds by pairs.
+    """Medians of each side, and the median ratio of speeds over pairs.
 
     Args:
-        found: side -> its turns, in order; both sides have as many.
+        found: side -> its turns, in order; both sides have the same number.
     """
     result: dict[str, Any] = {"num_turns": len(found[NOW])}
     for name, turns in found.items():
@@ -242,7 +242,7 @@ def figures(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def row_of(case: Case, figure: dict[str, Any], tolerance: float) -> Row:
-    """The claim that a case makes: its speed against the other checkout, or its speed alone."""
+    """The row of one case: its speed relative to the other checkout, or its speed alone."""
     if "speed_ratio" not in figure:
         return Row(str(case), "tokens per second", figure["now_tokens_per_s"], None, None)
     ratio = figure["speed_ratio"]
@@ -262,7 +262,7 @@ def shapes_of(cases: Sequence[Case]) -> Iterator[tuple[str, list[Case]]]:
 
 
 def line(case: Case, figure: dict[str, Any]) -> str:
-    """One case for a terminal."""
+    """One case as a line for a terminal."""
     text = f"{case}: {figure['now_tokens_per_s']:,.1f} tokens/s"
     if figure["now_step_ms"] is not None:
         text += f", step {figure['now_step_ms']:.3f} ms"
@@ -270,23 +270,23 @@ def line(case: Case, figure: dict[str, Any]) -> str:
     if "speed_ratio" in figure:
         text += f", {figure['speed_ratio']:.3f} of before"
     if "cpu_ratio" in figure:
-        text += f" at {figure['cpu_ratio']:.3f} of its processor time"
+        text += f" at {figure['cpu_ratio']:.3f} of its CPU time"
     return text
 
 
 def main(
     gpu: Annotated[bool, typer.Option("--gpu", help="measure on a GPU")] = False,
     against: Annotated[Path | None, typer.Option(help="another checkout")] = None,
-    shapes: Annotated[str, typer.Option(help="names by commas; default: by device")] = "",
-    turns: Annotated[int, typer.Option(help="pairs per case")] = 5,
-    threads: Annotated[int, typer.Option(help="of torch per side, on a CPU")] = 1,
+    shapes: Annotated[str, typer.Option(help="comma-separated; default: by device")] = "",
+    turns: Annotated[int, typer.Option(help="pairs of turns per case")] = 5,
+    threads: Annotated[int, typer.Option(help="torch threads per side, on a CPU")] = 1,
     budget_s: Annotated[
-        float | None, typer.Option(help="no turn begins later; default: 420 on a GPU")
+        float | None, typer.Option(help="no turn starts after this; default: 3600, 420 on a GPU")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="where the result is written")] = None,
-    rows_dir: Annotated[Path, typer.Option(help="folder of rows/house.json")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help="result file")] = None,
+    rows_dir: Annotated[Path, typer.Option(help="folder that holds rows/house.json")] = RESULTS,
 ) -> None:
-    """Measure this checkout, and another one beside it."""
+    """Measure this checkout, and optionally another one beside it."""
     names = shapes or ("Qwen3-8B,Qwen3-0.6B" if gpu else "bundled,SmolLM2-135M")
     plan = (gpu_plan if gpu else cpu_plan)(names.split(","), turns)
     out = out or RESULTS / ("house_gpu.json" if gpu else "house.json")
@@ -302,7 +302,7 @@ def main(
         for side in sides:
             stack.callback(side.end)
         for index, (shape, cases) in enumerate(shapes_of(plan.cases)):
-            for side in sides:  # together on a GPU, where a start leaves cores idle
+            for side in sides:  # at the same time on a GPU, where start-up leaves cores idle
                 side.build(shape, plan, None if gpu else threads)
                 if not gpu:
                     say(f"{shape}: {side.name} built in {side.answer()['built_s']:.1f} s")
@@ -315,7 +315,7 @@ def main(
                 share = (deadline_s - time.monotonic()) / (len(cases) - number)
                 figure = measure(case, sides, plan.turns, time.monotonic() + share)
                 if figure is None:
-                    say(f"{case}: no time was left")
+                    say(f"{case}: no time left")
                     continue
                 say(line(case, figure))
                 found.append(figure)

@@ -1,12 +1,12 @@
-"""The loop at load on one GPU: 10,000 requests, server and trainer sharing the card.
+"""The training loop under load on one GPU: 10,000 requests, server and trainer on one card.
 
     python -m benchmarks.one_gpu --start bundled --out benchmarks/results/one_gpu_bundled.json
     python -m benchmarks.one_gpu --start random  --out benchmarks/results/one_gpu_random.json
 
-The demo with more clients: Python, C headers, documentation, Python again; then held-out
-prompts of each phase by all three arms at the same load, interleaved. Afterwards the learning curve
-is computed from the run's own log: every published version, the bundled drafter and the
-index are simulated at K = 4 on the same held-out traces of each phase.
+The demo with more clients: Python, C headers, documentation, Python again. Then all three arms
+answer held-out prompts of each phase at the same load, interleaved. Finally the learning curve is
+computed from the run's own log, simulated at K = 4: published versions and the bundled drafter on
+held-out traces of each phase, the index on the last traces of each phase.
 
 float32, so that greedy outputs do not depend on the shape of a batch (see docs/operations.md).
 """
@@ -51,7 +51,7 @@ DEVICE = torch.device("cuda")
 
 
 def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
-    """Four phases with a quarter of the requests each; the time limit only ends runs that hang."""
+    """Four phases with a quarter of the requests each; ``seconds`` only ends one that hangs."""
     count = -(-num_requests // 4)
     return tuple(
         demo.Phase(name, domain, shifted, seconds, count)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def replay(
     rounds: int,
     failures: list[str],
 ) -> dict[str, Any]:
-    """Every phase by every arm, ``num_clients`` requests at a time, arms in rotating order."""
+    """Replay every phase with every arm, ``num_clients`` requests at a time, rotating the arms."""
     found: dict[str, Any] = {}
 
     def answer(prompts: Sequence[str], cap: int | None) -> list[Reply | None]:
@@ -119,7 +119,7 @@ def replay(
 def ask(
     server: Server, prompt: str, max_tokens: int, cap: int | None, failures: list[str]
 ) -> Reply | None:
-    """A greedy completion; a failure is noted, and the run continues."""
+    """A greedy completion; a failure is recorded and the run continues."""
     try:
         return server.ask(prompt, max_tokens, cap, capture=False)
     except openai.OpenAIError as error:
@@ -128,7 +128,7 @@ def ask(
 
 
 def phase_figures(phase: demo.Phase, turns: dict[Arm, list[Turn]]) -> dict[str, Any]:
-    """Median tokens/s of each arm's turns, and whether all gave the same tokens."""
+    """Median tokens/s of each arm's turns, and the number of prompts whose outputs differ."""
     speeds = {arm: statistics.median(t.tokens_per_s for t in taken) for arm, taken in turns.items()}
     steps = {
         arm: sum((r.acceptance for t in taken for r in t.answered), Acceptance()).tokens_per_step
@@ -150,7 +150,7 @@ def phase_figures(phase: demo.Phase, turns: dict[Arm, list[Turn]]) -> dict[str, 
 
 
 def harmonic(phases: Sequence[dict[str, Any]], name: str) -> float:
-    """Speed over several phases of equally many tokens."""
+    """Speed over several phases with the same number of tokens."""
     return statistics.harmonic_mean([phase[name] for phase in phases])
 
 
@@ -160,7 +160,7 @@ def harmonic(phases: Sequence[dict[str, Any]], name: str) -> float:
 def learning_curve(
     settings: Settings, static: Path, spans: list[tuple[str, float]]
 ) -> list[dict[str, Any]]:
-    """For each phase, tokens_per_step at K = 4 of every version, the static drafter and the index.
+    """tokens_per_step at K = 4 by phase: selected versions, the bundled drafter and the index.
 
     Args:
         spans: (phase, unix second at which it ended), in order.
@@ -213,8 +213,9 @@ def learning_curve(
 def index_figures(
     traces: Sequence[Trace], ends_ms: Sequence[int], settings: Settings
 ) -> list[float | None]:
-    """tokens_per_step at K = 4 of the index alone on the last traces of each phase, filled with all
-    traffic before them, at the positions where drafters are simulated."""
+    """tokens_per_step at K = 4 of the index alone on the last traces of each phase, at the
+    positions where drafters are simulated. Before each trace the index holds all earlier
+    traffic."""
     index = new_index(settings)
     totals = [Acceptance() for _ in ends_ms]
     last = [bisect.bisect([t.finished_unix_ms for t in traces], end) for end in ends_ms]
@@ -229,7 +230,7 @@ def index_figures(
 
 
 def first_above(points: list[dict[str, Any]], figure: float | None) -> int | None:
-    """Number of requests until a version first exceeded ``figure``; ``None`` if none did."""
+    """Requests before the first version that exceeds ``figure``; ``None`` if none does."""
     if figure is None:
         return None
     reached = [p["requests"] for p in points if (p["tokens_per_step_k4"] or 0) > figure]
@@ -273,13 +274,13 @@ def main(
     children: list[Child] = []
     console = Console(width=150)
     if not torch.cuda.is_available():
-        raise typer.BadParameter("this benchmark needs an NVIDIA GPU, and none is here")
+        raise typer.BadParameter("this benchmark needs an NVIDIA GPU, but none was found")
     try:
         with demo.own_folder(run_dir), View(console) as view:
             result, spans = carry_out(settings, view, children, rounds, begin)
     finally:
         stop(children)
-    write_result(out, result)  # before the curve, so that a cut-off run keeps its figures
+    write_result(out, result)  # before the curve, so that an interrupted run keeps its figures
     loaded = load_settings([settings.config], [f"run_dir={run_dir}", *settings.overrides], {})
     result["learning_curve"] = learning_curve(loaded, static, spans)
     write_result(out, result)
@@ -293,7 +294,7 @@ def carry_out(
     rounds: int,
     begin: str,
 ) -> tuple[dict[str, Any], list[tuple[str, float]]]:
-    """Run everything; returns the figures and when each phase ended."""
+    """Run everything; returns the figures and the time at which each phase ended."""
     began_s = time.monotonic()
     children.append(demo.begin_server(settings))
     texts = demo.gather_texts(settings)

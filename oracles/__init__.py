@@ -1,1 +1,1 @@
-"""What tests and benchmarks compare the engine with: exact laws, references, random requests."""
+"""References for tests and benchmarks: exact distributions, plain decoding, random requests."""

@@ -1,5 +1,5 @@
-"""Bugs planted in the functions that programs call: ``device_law`` must reject the result, with the
-kernels too. M1, M2, ... are the numbers of ``tests/serving/engine/test_mutants.py``.
+"""Bugs planted in the functions that programs call. ``device_law`` must reject each result, also
+with the kernels. M1, M2, ... are the numbers used in ``tests/serving/engine/test_mutants.py``.
 
 Shapes: R requests, K draft tokens, V target vocabulary.
 """
@@ -41,7 +41,7 @@ def judged_by(bug: Callable[[Asked], LogitVerdict]) -> Faces:
 
 
 def laid_as(like: Tensor, values: Tensor) -> Tensor:
-    """Values with the strides of ``like``: other strides would recompile the kernels."""
+    """Copy values into the strides of ``like``; other strides would recompile the kernels."""
     return like.new_empty_strided(like.shape, like.stride()).copy_(values)
 
 
@@ -49,7 +49,7 @@ def laid_as(like: Tensor, values: Tensor) -> Tensor:
 
 
 def reuse_numbers(right: Numbering) -> Numbering:
-    """A position that is drafted again gets its former random number."""
+    """A position that is drafted again gets the same random number as before."""
     return replace(right, nonces_R=torch.zeros_like(right.nonces_R))
 
 
@@ -58,7 +58,7 @@ def share_numbers(right: Numbering) -> Numbering:
     return replace(right, keys_R=right.keys_R // 2)
 
 
-# ---- what was drafted, and what it is taken for --------------------------------------------------
+# ---- drafts, and their assumed distribution ------------------------------------------------------
 
 
 def draft_greedily(
@@ -68,7 +68,7 @@ def draft_greedily(
     greedy: Tensor,
     vocab: VocabMap | None,
 ) -> Drafted:
-    """M4: the argmax is drafted, although q says that the token was drawn."""
+    """M4: the argmax is drafted, although q claims that the token was sampled."""
     drawn = faces.sample_draft(logits, sampling, numbering, torch.ones_like(greedy), vocab)
     return replace(drawn, laws=None)
 
@@ -88,12 +88,12 @@ def untempered(sampling: SamplingRows) -> SamplingRows:
 
 
 def forget_shape(law: DraftLaw) -> DraftLaw:
-    """M5: q is the drafter's at temperature 1, whatever the drafts were drawn from."""
+    """M5: q is the drafter's distribution at temperature 1, whatever the drafts were drawn from."""
     return replace(law, sampling=untempered(law.sampling))
 
 
 def wrong_weights(law: DraftLaw) -> DraftLaw:
-    """M19: q comes from other weights than those that drafted."""
+    """M19: q comes from different weights than the drafts."""
     return replace(law, logits_RKD=law.logits_RKD.roll(1, dims=-1).contiguous())
 
 
@@ -101,7 +101,7 @@ def wrong_weights(law: DraftLaw) -> DraftLaw:
 
 
 def late_rows(asked: Asked) -> LogitVerdict:
-    """M8, M15: each position is judged by the logits of its predecessor, the bonus token too."""
+    """M8, M15: each position, including the bonus token, is judged by its predecessor's logits."""
     late = asked.logits_RK1V.roll(1, dims=1)
     return replace(asked, logits_RK1V=laid_as(asked.logits_RK1V, late)).judge()
 
@@ -152,4 +152,4 @@ BUGS = {
     "every draft kept": judged_by(keep_all),
     "corrections from the whole target": judged_by(correct_from_target),
 }
-"""Planted by the test and by the benchmark, which must see each."""
+"""Planted by the test and by the benchmark; both must detect each of them."""

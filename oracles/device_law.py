@@ -1,7 +1,7 @@
-"""``joint_law`` on the device that programs run on, through the faces that they call: kernels on a
-GPU, the definitions on a CPU. Random numbers are made where they are used, as in serving.
+"""``joint_law`` on the device that programs run on, through the functions they call: kernels on a
+GPU, torch definitions on a CPU. Random numbers are generated where they are used, as in serving.
 
-Shapes: R requests, K draft tokens, V cells of the law, C contexts, D draft vocabulary.
+Shapes: R requests, K draft tokens, V cells of the distribution, C contexts, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
 
 _ABSENT = -1e4
-"""Logit of tokens outside the law's cells: their probability is 0 even in float64."""
+"""Logit of tokens outside the cells; their probability is 0 even in float64."""
 _ALIGNED = 16
-"""Rows of logits begin at multiples of this, as with any real vocabulary; other alignments would
+"""Rows of logits start at multiples of this, as with any real vocabulary; other alignments would
 recompile the kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Positions of the law's cells in the vocabularies of target and drafter."""
+    """Token ids of the distribution's cells in the vocabularies of target and drafter."""
 
     size: int = V
     """Size of the target's vocabulary."""
     ids_V: tuple[int, ...] = tuple(range(V))
     drafted: tuple[int, ...] | None = None
-    """Cells in the drafter's reduced vocabulary; ``None``: it has the target's."""
+    """Cells in the drafter's reduced vocabulary; ``None``: it uses the target's vocabulary."""
 
     @property
     def chunk(self) -> int:
-        """Requests simulated at a time: 4 GB with all scratch at K = 8."""
+        """Requests simulated at a time; they need 4 GB at K = 8, including scratch memory."""
         return min(1_000_000, 100_000_000 // self.size)
 
 
 SMALL = Layout()
 REDUCED = Layout(drafted=(0, 2, 3, 5, 7))
 WIDE = Layout(12_288, (0, 1, 4_095, 4_096, 6_000, 8_191, 8_192, 12_287))
-"""Three parts of the size that kernels cut real vocabularies into, with cells at their edges."""
+"""Three of the parts that kernels split real vocabularies into, with cells at their edges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class _Prepared:
 
 
 def _laid_out(table_CV: Tensor, size: int, ids: Tensor) -> Tensor:
-    """[C, size, padded]: the table's columns at these ids."""
+    """[C, padded size]: the table's columns placed at these ids."""
     width = -(-size // _ALIGNED) * _ALIGNED
     wide = torch.full((len(table_CV), width), _ABSENT, device=table_CV.device)
     return wide.index_copy_(1, ids, table_CV.float())
@@ -146,9 +146,10 @@ def sample(
     """Counts [V, V, V] of the first three tokens, and the acceptance rate.
 
     Args:
-        rule: ``MATCH`` decodes requests that have a seed: round numbers do not enter.
-        as_served: one program serves all requests, so its kernels always assume that laws may be
-            truncated; ``False``: they assume it only where one is.
+        rule: ``MATCH`` decodes requests that have a seed, so random numbers do not depend on the
+            round.
+        as_served: one program serves all requests, so its kernels always assume that
+            distributions may be truncated; ``False``: they assume it only if one is.
     """
     where, chunk = torch.device(device), min(layout.chunk, num_samples)
     prepared = _Prepared(setting, tables, layout, rule, chunk, where, as_served=as_served)

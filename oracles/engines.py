@@ -59,7 +59,7 @@ ARCHITECTURES = {
 
 
 def random_model(architecture: str, vocab_size: int = 96, seed: int = 0, head_dim: int = 12) -> Any:
-    """Random weights, large enough that the two best tokens are far apart."""
+    """A model with random weights, large enough that the two best tokens are far apart."""
     make, make_config = ARCHITECTURES[architecture]
     config = make_config(vocab_size)
     config.head_dim = head_dim
@@ -74,7 +74,7 @@ def random_model(architecture: str, vocab_size: int = 96, seed: int = 0, head_di
 
 @dataclass
 class RandomPolicy:
-    """Any drafter and any K, drawn for every step: the output must not depend on them."""
+    """Draws any drafter and any K for every step; the output must not depend on them."""
 
     numbers: random.Random = field(default_factory=lambda: random.Random(0))
     wants_profile = False
@@ -96,7 +96,7 @@ class RandomPolicy:
 
 @dataclass
 class Collected:
-    """Everything one request was told."""
+    """All outputs of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -104,7 +104,7 @@ class Collected:
     last: Output | None = None
 
     def take(self, output: Output) -> None:
-        assert self.last is None or self.last.finish_reason is None, "news after the end"
+        assert self.last is None or self.last.finish_reason is None, "output after the end"
         self.token_ids += output.token_ids
         self.text += output.text
         self.logprobs += output.logprobs or ()
@@ -112,7 +112,7 @@ class Collected:
 
 
 class SecondEagle3(PagedEagle3):
-    """A second neural drafter of one engine."""
+    """A second neural drafter for one engine."""
 
     kind = "second"
 
@@ -144,9 +144,9 @@ def make_engine(
     """An engine over ``model`` with a random EAGLE-3 drafter unless one is given.
 
     Args:
-        overlaps: launch rounds before the last one is read, as a server on a GPU does.
-        fused: compute target and drafter by our fused operations.
-        fused_drafter: compute the drafter alone by them.
+        overlaps: launch each round before the last one is read, as a server on a GPU does.
+        fused: compute target and drafter with our fused operations.
+        fused_drafter: compute only the drafter with them.
         second: another neural drafter, of kind "second".
     """
     if drafter is None:
@@ -190,8 +190,8 @@ def run(
     """Decode all requests.
 
     Args:
-        between: called before every step with its number.
-        most: step -> requests that may be in flight then; ``None``: all of them.
+        between: called before every step with the engine and the step number.
+        most: step number -> maximum number of in-flight requests; ``None``: no limit.
     """
     collected = {r.id: Collected() for r in requests}
     waiting = deque(requests)
@@ -209,7 +209,7 @@ def run(
 
 
 def request_of(request_id: str, prompt: list[int], max_tokens: int, **params: Any) -> Request:
-    """A greedy request unless ``params`` (of sampling or of the request) say otherwise."""
+    """A request, greedy by default; ``params`` are sampling or request fields."""
     own = {k: params.pop(k) for k in ("max_draft", "capture", "tenant") if k in params}
     sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **params})
     return Request(request_id, tuple(prompt), sampling, **own)

@@ -17,7 +17,7 @@ from serving.requests import EngineFigures, Request, SamplingParams
 def law_row(
     setting: str, regime: str, rule: str, counts: Tensor, rate: float | None, wanted: Tensor
 ) -> dict[str, Any]:
-    """Distance of sample counts from the law, and the acceptance rate."""
+    """Distance of sample counts from the expected distribution, and the acceptance rate."""
     return {
         "setting": setting,
         "regime": regime,
@@ -29,8 +29,8 @@ def law_row(
 
 
 def random_prompts(numbers: random.Random, count: int, vocab_size: int) -> list[list[int]]:
-    """Prompts of 1 to 60 tokens, some with a common prefix. Each occurs twice, far apart: only the
-    suffix index can predict a random target, once it has seen the answer."""
+    """Prompts of 1 to 60 tokens, some with a common prefix. Each occurs twice, far apart, because
+    only the suffix index can predict a random target, and only once it has seen the answer."""
     stem = [numbers.randrange(vocab_size) for _ in range(40)]
     fresh = [
         stem[: numbers.choice((0, 0, 8, 40))]
@@ -68,9 +68,9 @@ def compared(
 
     Args:
         wanted: plain answers.
-        again: plain answers in batches of the size that the drafted ones have.
+        again: plain answers in batches of the same size as the drafted ones.
         got: drafted answers.
-        figures: of the engine that drafted.
+        figures: figures of the engine that drafted.
     """
     rounding = max(_moved(plain, again[name]) for name, plain in wanted.items())
     gaps = [_gap(plain, got[name]) for name, plain in wanted.items()]
@@ -93,7 +93,7 @@ def compared(
 
 
 def _moved(one: Collected, other: Collected) -> float:
-    """Largest difference of a log probability between two answers, up to where they diverge."""
+    """Largest log-probability difference between two answers, up to where they diverge."""
     pairs = zip(one.logprobs, other.logprobs, strict=True)
     equal = itertools.takewhile(lambda pair: pair[0].token_id == pair[1].token_id, pairs)
     return max((abs(a.logprob - b.logprob) for a, b in equal), default=0.0)

@@ -1,9 +1,10 @@
-"""Speculative sampling without an engine: many requests in step, and the law they should follow.
+"""Speculative sampling without an engine: many requests in lockstep, and the joint distribution
+(the law) that they should follow.
 
 Target and drafter are tables of logits over contexts of two tokens, so the law of the first three
-tokens (8 x 8 x 8 cells) is known exactly. Numbers, distributions, draws and rules are the very
-functions that serving calls; ``Parts`` says where a test may plant a bug. ``device_law`` does the
-same with the kernels.
+tokens (8 x 8 x 8 cells) is known exactly. Random numbers, distributions, draws and rules come from
+the functions that serving calls; ``Parts`` holds those that a test may replace to plant a bug.
+``device_law`` does the same with the kernels.
 
 Shapes: R requests, K draft tokens, V vocabulary, C contexts.
 """
@@ -26,13 +27,13 @@ from specops.verify import Verdict, verify_block, verify_standard
 
 V, LENGTH = 8, 3
 NONE = V
-"""The token before the first."""
+"""Stands for the tokens before the first."""
 CHUNK = 50_000
 """Requests simulated at a time."""
 
 
 class Cut(Enum):
-    """Truncation of a law: top-k, top-p, min-p."""
+    """Truncation of a distribution: (top-k, top-p, min-p)."""
 
     NOTHING = (None, 1.0, 0.0)
     ALL = (6, 0.9, 0.05)
@@ -48,7 +49,7 @@ class Cut(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Sampling and drafting of one run."""
+    """Sampling and drafting settings of one run."""
 
     temperature: float
     cut: Cut
@@ -59,7 +60,7 @@ class Setting:
     def rows(
         self, dtype: torch.dtype, count: int = (V + 1) ** 2, vocab_size: int = V
     ) -> SamplingRows:
-        """Sampling rows of ``count`` equal requests."""
+        """Sampling rows for ``count`` equal requests."""
         top_k, top_p, min_p = self.cut.value
         return sampling_rows(
             [self.temperature] * count,
@@ -72,7 +73,7 @@ class Setting:
 
     @property
     def sampling(self) -> str:
-        """Name of the law, which does not depend on the drafter."""
+        """Name of the distribution, which does not depend on the drafter."""
         return f"temperature {self.temperature} {self.cut.title}"
 
     @property
@@ -82,12 +83,12 @@ class Setting:
 
 
 LENGTHS = ((0, False), (1, False), (3, False), (8, False), (4, True))
-"""Pairs of K and whether fewer tokens may be drafted."""
+"""Pairs of (K, whether the draft length is adaptive)."""
 
 
 def _settings() -> Iterator[Setting]:
-    """For each temperature the whole law with every length, then the cuts in turn, so that every
-    temperature meets each cut and, over all temperatures, nearly every length meets it too."""
+    """For each temperature, the untruncated distribution at every length, then the cuts in turn.
+    Each cut is combined with every temperature and, across temperatures, nearly every length."""
     cuts = itertools.cycle((Cut.ALL, Cut.TOP_K, Cut.TOP_P, Cut.MIN_P))
     for temperature in (0.3, 1.0, 1.5):
         yield from (Setting(temperature, Cut.NOTHING, *length) for length in LENGTHS)
@@ -96,13 +97,13 @@ def _settings() -> Iterator[Setting]:
 
 SETTINGS = tuple(_settings())
 REGIMES = ("close", "opposed", "swapped", "index")
-"""The drafter is close to the target; its negative; alternates between the two by round; proposes
-one token with certainty, as the suffix index does."""
+"""The drafter is close to the target; is the target's negative; alternates between the two by
+round; proposes one token with certainty, as the suffix index does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Logits [C, V] after every context: target, and the drafters in force by round."""
+    """Logits [C, V] after every context: the target, and the drafters that alternate by round."""
 
     target: Tensor
     drafters: tuple[Tensor, ...]
@@ -125,21 +126,21 @@ def tables_of(regime: str, seed: int = 0) -> Tables:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Everything a rule could read in one round, including what it must not."""
+    """Everything a verification rule could read in one round, including what it must not use."""
 
     p: Tensor
-    """[R, K + 1, V] target, shaped."""
+    """[R, K + 1, V] target distributions, after temperature and truncation."""
     q: Tensor | None
-    """[R, K, V] as the drafter handed it over; ``None`` for delta drafts."""
+    """[R, K, V] draft distributions as handed over; ``None`` for delta drafts."""
     draft: Tensor
     lens: Tensor
     draft_u: Tensor
     accept_u: Tensor
     next_u: Tensor
     p_raw: Tensor
-    """[R, K + 1, V] target at temperature 1, whole."""
+    """[R, K + 1, V] target distributions at temperature 1, untruncated."""
     q_after: Tensor
-    """[R, V] drafter after its own last token."""
+    """[R, V] draft distribution after the last draft token."""
 
     def verdict(self, rule: str) -> Verdict:
         judge = verify_block if rule == "block" else verify_standard
@@ -160,7 +161,7 @@ RIGHT = Parts()
 
 
 def expected_law(setting: Setting, tables: Tables) -> Tensor:
-    """[V, V, V] float64: the target alone."""
+    """[V, V, V] float64: joint distribution of the first three tokens under the target alone."""
     law = distribution(tables.target.double()[:, None], setting.rows(torch.float64))[:, 0]
     out = torch.zeros(V, V, V, dtype=torch.float64)
     for a, b, c in itertools.product(range(V), repeat=3):
@@ -203,7 +204,7 @@ def counted(
     """Counts [V, V, V] of the first three tokens, and the acceptance rate.
 
     Args:
-        decode: (first sample, last + 1) -> what ``decode_in_step`` returns.
+        decode: (first sample, end) -> what ``decode_in_step`` returns.
     """
     counts, totals = torch.zeros(V**3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     for start in range(0, num_samples, chunk):
@@ -220,7 +221,7 @@ class Held:
     """Unfinished requests at the start of a round."""
 
     at_R: Tensor
-    """[R] int64, their indices among those simulated."""
+    """[R] int64, indices among the simulated requests."""
     before_R: Tensor
     last_R: Tensor
     """The last two tokens."""
@@ -246,11 +247,14 @@ def decode_in_step(
     play: Callable[[Held, int], Played],
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """[R, LENGTH] tokens of requests that share nothing but their shape, and how many tokens were
-    proposed and accepted, [2]. The host waits once per round, to learn who continues.
+    """Decode independent requests in lockstep. The host synchronises once per round, to learn which
+    requests continue.
 
     Args:
-        play: drafts and verifies in the round of that number, from 1 on.
+        play: (unfinished requests, round number from 1) -> outcome of drafting and verification.
+
+    Returns:
+        [R, LENGTH] tokens, and [2] the numbers of proposed and accepted tokens.
     """
     width = 2 + LENGTH + setting.num_draft + 1
     text = torch.full((num_requests, width), NONE, device=device)
@@ -269,7 +273,7 @@ def decode_in_step(
         emitted = emitted.scatter(1, kept[:, None], played.next_R[:, None])
         place = torch.arange(emitted.shape[1], device=device)
         where = (here[:, None] + place).clamp(max=width - 1)
-        text[at[:, None], where] = emitted  # what lies beyond the kept ones is written over later
+        text[at[:, None], where] = emitted  # whatever follows the kept tokens is overwritten later
         length[at] = here + kept + 1
         if setting.adaptive:
             room[at] = torch.where(kept < played.lens_R, 1, setting.num_draft)
@@ -283,14 +287,14 @@ class Chain:
     tokens_RK: Tensor
     lens_R: Tensor
     contexts_RK1: Tensor
-    """Contexts after 0 .. K of the draft tokens."""
+    """Contexts after 0 .. K draft tokens."""
 
 
 def draft_chain(setting: Setting, held: Held, choose: Callable[[Tensor, int], Tensor]) -> Chain:
-    """Draft after every request.
+    """Draft for every request.
 
     Args:
-        choose: (contexts [R], number of the drafted token) -> tokens [R].
+        choose: (contexts [R], index of the draft token) -> tokens [R].
     """
     before, last, room = held.before_R, held.last_R, held.room_R
     lens, open_ = torch.zeros_like(room), torch.ones_like(room, dtype=torch.bool)
@@ -372,10 +376,10 @@ def _round(
 
 
 def chi_squared_excess(counts: Tensor, law: Tensor) -> float:
-    """Statistic over its p = 1e-9 limit (Wilson-Hilferty); above 1 the law is rejected.
+    """Chi-squared statistic over its p = 1e-9 limit (Wilson-Hilferty); above 1 the law is rejected.
 
-    Cells that expect fewer than 5 are pooled; a count where the law is 0 rejects at once, and where
-    all cells are pooled nothing else does.
+    Cells with an expected count below 5 are pooled. A count where the law is 0 rejects immediately;
+    if all cells are pooled, nothing else can reject.
     """
     if counts[law == 0].sum() > 0:
         return float("inf")

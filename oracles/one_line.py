@@ -1,7 +1,7 @@
-"""A copy of the source tree with one file and one catalog line more.
+"""A copy of the source tree with one additional file and one additional catalog line.
 
-Tests use it to show that a drafter, a policy, a buffer backend or a sampling field takes one new
-file and one line: they add both to a copy and run the copy in a process of its own.
+Tests use it to show that adding a drafter, a policy, a buffer backend or a sampling field takes one
+new file and one line: they add both to a copy and run it in a separate process.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ FOLDERS = (
 def with_addition(
     tmp_path: Path, new_file: str, text: str, catalog_file: str, line: str, after: str
 ) -> Path:
-    """Copy the rooms to ``tmp_path``, write one file and insert one line.
+    """Copy the source packages to ``tmp_path``, write one file and insert one line.
 
     Args:
-        tmp_path: where the copy is made, in the folder ``house``.
+        tmp_path: parent of the copy, which is the folder ``house``.
         new_file: path of the new file within the copy, e.g. ``buffer/list_log.py``.
         text: its content.
         catalog_file: path of the file that gets the line, e.g. ``buffer/backends.py``.
-        line: the line as it is to stand there, indentation included.
-        after: text that occurs on exactly one line of ``catalog_file``; ``line`` follows that line.
+        line: the line to insert, including indentation.
+        after: text on exactly one line of ``catalog_file``; ``line`` is inserted below that line.
 
     Returns:
         Root of the copy.
@@ -47,7 +47,7 @@ def with_addition(
         )
     path = root / new_file
     if path.exists():
-        raise ValueError(f"{new_file} exists already; a new file must have a name of its own")
+        raise ValueError(f"{new_file} exists already; choose another name for the new file")
     path.write_text(text)
     _insert_line(root / catalog_file, line.removesuffix("\n"), after)
     return root
@@ -60,7 +60,7 @@ def run_in(root: Path, code: str, *arguments: str) -> subprocess.CompletedProces
         The finished process; standard output and error as text.
 
     Raises:
-        subprocess.TimeoutExpired: it ran for 100 s.
+        subprocess.TimeoutExpired: it ran for more than 100 s.
     """
     path = os.pathsep.join([str(root), str(root / "kernels")])
     env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}

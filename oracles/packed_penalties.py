@@ -1,4 +1,4 @@
-"""Biases and penalties from packed lists of tokens: what the tables of lanes are held against.
+"""Biases and penalties from packed token lists: the reference for the tables of lanes.
 
 Shapes: R requests, A of them with biases or penalties, K draft tokens, V vocabulary, T packed
 tokens.
@@ -19,7 +19,7 @@ from specops.penalties import counts_before, penalized
 
 @dataclass(frozen=True, slots=True)
 class TokenLists:
-    """Token ids of A requests, lists concatenated."""
+    """Concatenated lists of token ids, one list per request."""
 
     owner_T: Tensor
     """[T] int64 in 0..A-1, the request that each token belongs to."""
@@ -29,7 +29,7 @@ class TokenLists:
 
 @dataclass(frozen=True, slots=True)
 class Adjustments:
-    """Biases and penalties of the requests of a batch that have any, on one device."""
+    """Biases and penalties of those requests in a batch that have any, on one device."""
 
     rows_A: Tensor
     """[A] int64 in 0..R-1, the requests' indices in the batch."""
@@ -49,7 +49,7 @@ class Adjustments:
 
 
 def token_lists(lists: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TokenLists:
-    """Pack one list per request. Two small uploads."""
+    """Pack one list per request, with two small uploads."""
     lengths = [len(ids) for ids in lists]
     owners = np.repeat(np.arange(len(lists)), lengths)
     ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64, sum(lengths))
@@ -77,7 +77,7 @@ def adjust_logits(logits_RQV: Tensor, draft_RK: Tensor, adjustments: Adjustments
 
 
 def _counts(lists: TokenLists, own_AQV: Tensor) -> Tensor:
-    """[A, V] int32: count of each token in each list."""
+    """[A, V] int32: count of each token in each request's list."""
     counts = torch.zeros_like(own_AQV[:, 0], dtype=torch.int32)
     ones = torch.ones_like(lists.ids_T, dtype=torch.int32)
     return counts.index_put_((lists.owner_T, lists.ids_T), ones, accumulate=True)

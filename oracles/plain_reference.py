@@ -1,5 +1,5 @@
-"""Reference answers of requests: one full pass of the target for each token, no cache, no batch, no
-drafts; biases and penalties token by token in plain Python."""
+"""Reference answers: one full forward pass of the target per token, without KV cache, batching or
+drafts; biases and penalties are applied token by token in plain Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adjusted(
     repetition: float,
     bias: dict[int, float],
 ) -> list[float]:
-    """Logits of one position with bias, repetition, frequency and presence."""
+    """Logits of one position after bias and repetition, frequency and presence penalties."""
     out = []
     for token, logit in enumerate(logits):
         value = logit + bias.get(token, 0.0)
@@ -37,7 +37,7 @@ def adjusted(
 
 @torch.no_grad()
 def decode(model: Any, request: Request) -> list[int]:
-    """``max_tokens`` tokens of a greedy or seeded request; nothing ends it early."""
+    """Decode ``max_tokens`` tokens of a greedy or seeded request; nothing stops it early."""
     shape, tokens = request.sampling, list(request.prompt_ids)
     for _ in range(shape.max_tokens):
         logits = model(torch.tensor([tokens])).logits[0, -1].double()

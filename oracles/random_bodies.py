@@ -1,5 +1,5 @@
-"""Random bodies of ``/v1/completions`` and ``/v1/chat/completions``, all with a seed, and the parts
-of answers that must not depend on drafts."""
+"""Random request bodies for ``/v1/completions`` and ``/v1/chat/completions``, all with a seed, and
+the parts of answers that must not depend on drafts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def said(answer: Body) -> Body:
 
 
 def is_same(one: Any, other: Any, tolerance: float) -> bool:
-    """True if two answers are equal, log probabilities within the tolerance; 0: to the last bit."""
+    """True if two answers are equal, with floats within ``tolerance``; 0: exactly equal."""
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= tolerance
     if isinstance(one, dict):

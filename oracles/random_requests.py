@@ -1,5 +1,5 @@
-"""Requests that use every field of a client, and their answers, which must not depend on drafts.
-Engines compute in float64, so that no rounding decides between two tokens.
+"""Requests that use every sampling field, and their answers, which must not depend on drafts.
+Engines compute in float64, so that rounding never decides between two tokens.
 
 Comparisons exclude ``speculation``, which says how the answer was decoded, and ``cached_tokens``,
 which depends on the other requests.
@@ -25,8 +25,8 @@ TOLERANCE = 1e-9
 """Tolerance of log probabilities; float64 batches of different shapes differ by about 1e-13."""
 NUM_EOS = 3
 DRAFTERS = ("random", "hostile", "echo")
-"""Random weights; the negated target head on the target's own hidden row, which proposes the least
-likely token; that head itself, which repeats the prediction for the previous token."""
+"""Random weights; the negated target head applied to the target's hidden row, which proposes the
+least likely token; the target head itself, which repeats the prediction for the previous token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def parted_in(one: Answer, other: Answer, tolerance: float = TOLERANCE) -> list[
     """Fields in which two answers differ.
 
     Args:
-        tolerance: of log probabilities; 0 where they are to be the same bits.
+        tolerance: for log probabilities; 0: they must be bitwise equal.
     """
     names = [field.name for field in fields(Answer) if field.name != "logprobs"]
     parted = [name for name in names if getattr(one, name) != getattr(other, name)]
@@ -84,8 +84,8 @@ def differing(wanted: dict[str, Answer], got: dict[str, Answer]) -> list[str]:
 
 
 def random_requests(numbers: random.Random, count: int, vocab_size: int) -> list[Request]:
-    """Greedy and seeded requests, without stops yet (see ``with_ends``). Some share prefixes, and
-    some repeat themselves, so that the suffix index can draft."""
+    """Greedy and seeded requests, without stops (``with_ends`` adds them). Some share prefixes, and
+    some contain repetitions, so that the suffix index can draft."""
     stem = [numbers.randrange(vocab_size) for _ in range(24)]
     return [
         Request(str(i), tuple(_prompt(numbers, stem, vocab_size)), _sampling(numbers, vocab_size))
@@ -123,7 +123,7 @@ def _sampling(numbers: random.Random, vocab_size: int) -> SamplingParams:
 
 
 def with_ends(numbers: random.Random, request: Request, answer: Answer) -> Request:
-    """Add stops that occur in the answer, or almost, to about half of the requests."""
+    """Add stops that occur, or almost occur, in the answer to about half of the requests."""
     stops, stop_ids = [], []
     if numbers.random() < 0.3 and answer.text:
         start = numbers.randrange(len(answer.text))
@@ -136,7 +136,7 @@ def with_ends(numbers: random.Random, request: Request, answer: Answer) -> Reque
 
 
 def twice(requests: Iterable[Request]) -> list[Request]:
-    """Every request twice: the second time the index of matches knows the answer."""
+    """Every request twice; the second time the suffix index has seen the answer."""
     every = list(requests)
     return every + [replace(request, id=f"{request.id} again") for request in every]
 
@@ -166,14 +166,14 @@ def every_shape() -> Iterator[Request]:
 
 
 def exact_engine(model: Any, kind: str, **options: Any) -> Engine:
-    """An engine over a float64 ``model`` with one of ``DRAFTERS``; keys of ``make_engine``."""
+    """An engine over a float64 ``model`` with a drafter of ``DRAFTERS``; see ``make_engine``."""
     top = model.config.num_hidden_layers
     config = config_for_target(model.config, layer_ids=None if kind == "random" else (top,))
     drafter = Eagle3(config)
     drafter.initialise(1, model.get_output_embeddings().weight.float())
     if kind != "random":
         _echo(drafter, model, 1.0 if kind == "echo" else -1.0)
-    model = copy.deepcopy(model)  # an engine puts its own attention into it
+    model = copy.deepcopy(model)  # an engine replaces its attention
     return make_engine(model, drafter=drafter.double(), num_pages=900, **options)
 
 
@@ -187,7 +187,7 @@ def _echo(drafter: Eagle3, model: Any, sign: float) -> None:
 
 
 def scramble(engine: Engine, step: int) -> None:
-    """New random drafter weights in place, as a swap makes them."""
+    """Replace the drafter's weights with random ones in place, as a swap does."""
     neural = engine.drafting.neural["eagle3"].drafter
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():

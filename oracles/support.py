@@ -63,8 +63,8 @@ def tiny_qwen3_config(vocab_size: int, eos_token_id: int) -> Qwen3Config:
 def save_tiny_target(folder: Path, seed: int = 0) -> Path:
     """Write a random Qwen3 (hidden 32, 4 layers) and its tokenizer to ``folder``, as float32.
 
-    The weights are larger than an initialisation's, so that its top tokens are far apart and differ
-    from context to context; close calls would make greedy comparisons depend on rounding.
+    The weights are larger than at initialisation, so that the top tokens are far apart and differ
+    from context to context; near ties would make greedy comparisons depend on rounding.
     """
     tokenizer = tiny_tokenizer()
     eos_id = tokenizer.convert_tokens_to_ids(EOS)

@@ -1,1 +1,1 @@
-"""What the engine reaches on one GPU: ``python -m benchmarks.engine``."""
+"""Engine performance on one GPU: ``python -m benchmarks.engine``."""

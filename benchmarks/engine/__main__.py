@@ -1,18 +1,18 @@
-"""What the engine reaches on one GPU, with random weights at published shapes.
+"""Engine performance on one GPU, with random weights at published shapes.
 
     python -m benchmarks.engine                            # every part but ``start``
     python -m benchmarks.engine --parts decode,idle --grid full
-    python -m benchmarks.engine --parts policy,start --keep FORMER_RESULT
+    python -m benchmarks.engine --parts policy,start --keep PREVIOUS_RESULT
     python -m benchmarks.engine --device cpu --shapes tiny --parts all    # try it without a GPU
 
-Parts: ``decode`` plain decode steps against the memory floor; ``idle`` time of the device between
-steps; ``forced`` K = 4 with 3 tokens per step, by forced acceptance (``harness/predictable.py``);
-``policy`` the policy against no drafter; ``swaps`` of a drafter under load; ``capture`` on against
-off; ``start`` of a server's engine.
+Parts: ``decode``: plain decode steps against the memory floor. ``idle``: time the device is idle
+between steps. ``forced``: K = 4 with 3 tokens per step, by forced acceptance
+(``harness/predictable.py``). ``policy``: the policy against no drafter. ``swaps``: drafter swaps
+under load. ``capture``: on against off. ``start``: start-up of a server's engine.
 
-Requests are submitted to the real engine and its steps are taken in this process, without HTTP. The
-contexts of ``decode`` and ``idle`` are declared to the prefix cache instead of computed; their keys
-and values are random, in pages of their own for each request.
+Requests are submitted to the real engine, and this process runs its steps, without HTTP. The
+contexts of ``decode`` and ``idle`` are entered into the prefix cache without being computed: their
+keys and values are random, and each request has its own pages.
 
 Writes ``benchmarks/results/engine_speed.json`` after every row.
 """
@@ -38,7 +38,7 @@ from targets.load import pick_dtype
 
 PARTS = ("decode", "idle", "forced", "policy", "swaps", "capture", "start")
 _EXPECTED_S = {"forced": 30, "swaps": 60, "capture": 40, "policy": 90, "start": 60}
-"""Seconds of the budget that a part needs to begin."""
+"""Seconds of the budget that must be left for a part to start."""
 _IDLE_SHAPES = ("Qwen3-0.6B", "Qwen3-8B")
 
 
@@ -48,7 +48,7 @@ class Sizes:
 
     policy_batches: tuple[int, ...]
     num_turns: int
-    """Turns of each arm, after one that warms up."""
+    """Turns per arm, after a warm-up turn."""
     num_swaps: int
     batch: int = 32
     """Batch of ``swaps`` and ``capture``."""
@@ -61,7 +61,7 @@ class Sizes:
 
 
 def _tiny(sizes: Sizes) -> Sizes:
-    """Sizes to try the benchmark on a CPU."""
+    """Sizes for trying the benchmark on a CPU."""
     turns, swaps = min(sizes.num_turns, 2), min(sizes.num_swaps, 20)
     return Sizes((1, 4), turns, swaps, batch=4, context=64, num_prompt=64, max_tokens=24)
 
@@ -93,23 +93,23 @@ def _works(
 def main(
     out: Out = RESULTS / "engine_speed.json",
     parts: Annotated[str, typer.Option(help="comma-separated, or all")] = ",".join(PARTS[:-1]),
-    shapes: Annotated[str, typer.Option(help="of decode and idle; comma-separated, or all")] = (
+    shapes: Annotated[str, typer.Option(help="for decode and idle; comma-separated, or all")] = (
         "Qwen3-0.6B,Qwen3-8B,Qwen3-1.7B,Llama-3.1-8B"
     ),
-    drafted: Annotated[str, typer.Option(help="shape of the other parts")] = "Qwen3-8B",
+    drafted: Annotated[str, typer.Option(help="shape for the other parts")] = "Qwen3-8B",
     grid: Annotated[
-        Literal["short", "full"], typer.Option(help="full: all batches by all contexts")
+        Literal["short", "full"], typer.Option(help="full: every batch at every context")
     ] = "short",
-    batches: Annotated[str, typer.Option(help="of policy")] = "1,8,32,64,128",
-    num_turns: Annotated[int, typer.Option(help="per arm, after one that warms up")] = 3,
-    num_swaps: Annotated[int, typer.Option(help="orders; fewer if the budget ends")] = 100,
+    batches: Annotated[str, typer.Option(help="batch sizes for policy")] = "1,8,32,64,128",
+    num_turns: Annotated[int, typer.Option(help="turns per arm, after a warm-up turn")] = 3,
+    num_swaps: Annotated[int, typer.Option(help="fewer if the budget runs out")] = 100,
     budget_s: Annotated[float, typer.Option(help="parts that do not fit are skipped")] = 540,
     keep: Annotated[
-        Path | None, typer.Option(help="former result whose other parts are kept")
+        Path | None, typer.Option(help="previous result whose other parts are kept")
     ] = None,
     device: str = "cuda",
 ) -> None:
-    """Measure the chosen parts one after another; ``decode`` and ``idle`` come first, together."""
+    """Measure the chosen parts in order; ``decode`` and ``idle`` run first, together."""
     on = torch.device(device)
     chosen = known("parts", PARTS if parts == "all" else parts.split(","), PARTS)
     names = known("shapes", LARGE if shapes == "all" else shapes.split(","), SHAPES)

@@ -20,8 +20,8 @@ _DTYPES: tuple[StoredDtype, ...] = ("float8_e4m3fn", "bfloat16")
 def measure(
     report: Report, device: torch.device, shape: str, batch: int, max_tokens: int, num_turns: int
 ) -> None:
-    """Add the rows ``capture``, one per dtype of the log: an engine that captures every request
-    against one that cannot."""
+    """Add the ``capture`` rows, one per dtype of the log: an engine that captures every request
+    against one with capture disabled."""
     release(device)
     held = [held_bytes(device)]
     with engine_of(shape, device, _settings(batch, max_tokens, None), num_versions=1) as off:
@@ -30,7 +30,7 @@ def measure(
             what = {"shape": shape, "batch": batch, "num_prompt": _NUM_PROMPT, "dtype": dtype}
 
             def row(dtype: StoredDtype = dtype) -> dict[str, Any]:
-                release(device)  # the former row's engine
+                release(device)  # the previous row's engine
                 before = held_bytes(device)
                 chosen = _settings(batch, max_tokens, dtype)
                 with engine_of(shape, device, chosen, num_versions=1) as on:
@@ -44,7 +44,7 @@ def measure(
 
 
 def _settings(batch: int, max_tokens: int, dtype: StoredDtype | None) -> list[str]:
-    """``dtype``: type of the logged rows; ``None`` captures nothing."""
+    """``dtype``: dtype of the logged rows; ``None``: nothing is captured."""
     longest = _NUM_PROMPT + max_tokens
     return [
         f"engine.max_batch={batch}",

@@ -1,4 +1,4 @@
-"""Plain decoding: step time against the memory floor, and idle time of the device between steps."""
+"""Plain decoding: step time against the memory floor, and device idle time between steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WARM_UPS = 6
 _SPARE = 8
 """Tokens that a request may decode beyond the measured steps."""
 _KV_SHARE = 0.9
-"""Share of the memory left by the weights that the KV pool takes."""
+"""Share of the memory left after the weights that the KV pool takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def measure(
     parts: Sequence[str],
     replays: Replays,
 ) -> None:
-    """Add the rows ``decode`` and ``idle`` of one shape."""
+    """Add the ``decode`` and ``idle`` rows of one shape."""
     longest = max(c for _, c in grid.cells) + _max_tokens(3 * grid.num_steps)
     chosen = [
         f"engine.max_batch={max(batch for batch, _ in grid.cells)}",
@@ -88,7 +88,7 @@ def measure(
 
 
 def _bandwidth(device: torch.device) -> float | None:
-    """Bytes per second of a large copy, in the memory that the pool has left."""
+    """Bytes per second of a large copy, in the memory that the pool leaves free."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info()
@@ -100,7 +100,7 @@ def _max_tokens(num_steps: int) -> int:
 
 
 def steady_batch(built: Built, batch: int, context: int, num_steps: int) -> Batch | None:
-    """Requests that all decode; ``None`` if the pool cannot hold them."""
+    """A batch in which every request is decoding; ``None`` if the pool cannot hold it."""
     max_tokens = _max_tokens(num_steps)
     if not holds(built.engine, batch, context, max_tokens):
         return None
@@ -119,7 +119,7 @@ def decode_row(
     bandwidth: float | None,
     replays: Replays,
 ) -> dict[str, Any]:
-    """Step time, tokens per second, and the time that reading the same bytes takes."""
+    """Step time, tokens per second, and the time it takes to read the same bytes."""
     load = steady_batch(built, batch, context, num_steps)
     if load is None:
         return {"skipped": too_large(built, batch, context)}
@@ -158,9 +158,9 @@ def too_large(built: Built, batch: int, context: int) -> str:
 def idle_row(
     built: Built, batch: int, context: int, num_steps: int, replays: Replays
 ) -> dict[str, Any]:
-    """Shares of the time in which the device is idle.
+    """Shares of time during which the device is idle.
 
-    ``traced`` is computed from the profiler's trace, ``device_ms`` is a graph replayed by itself.
+    ``traced`` comes from the profiler's trace; ``device_ms`` times one graph replayed by itself.
     """
     load = steady_batch(built, batch, context, 3 * num_steps)
     assert load is not None

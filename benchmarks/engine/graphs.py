@@ -1,4 +1,4 @@
-"""What the device does during steps: which graphs it ran, how long they take, when it was idle."""
+"""What the device does during steps: which graphs it runs, how long they take, when it is idle."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Launch = Callable[[], object]
 
 
 def device_s(launch: Launch) -> float:
-    """Seconds of a graph on the device, without its launch."""
+    """Device time of a graph in seconds, without its launch."""
     return replayed_ms(launch) / 1e3
 
 
 class Replays:
-    """Notes which CUDA graphs are launched."""
+    """Records which CUDA graphs are launched."""
 
     def __init__(self) -> None:
         self._noted: list[Launch] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Graphs captured within can be noted later."""
+        """Launches can be recorded of all graphs captured inside this context."""
         if not torch.cuda.is_available():
             yield
             return
@@ -51,7 +51,7 @@ class Replays:
             torch.cuda.CUDAGraph.replay = original  # type: ignore[method-assign]
 
     def during(self, work: Callable[[], object]) -> list[Launch]:
-        """Launches of the graphs that ``work`` launches, in order; none on a CPU."""
+        """One launch function per graph that ``work`` launches, in order; none on a CPU."""
         noted: list[Launch] = []
         self._noted = noted
         try:
@@ -63,21 +63,21 @@ class Replays:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Shares of a stretch of steps, in [0, 1]."""
+    """Idle shares over a series of steps, in [0, 1]."""
 
     between_launches: float
     """No launch was in progress. A graph is in progress from its first kernel to its last."""
     no_kernel: float
-    """No kernel ran and nothing was copied; the pauses between a graph's kernels count."""
+    """No kernel ran and nothing was copied; includes the gaps between a graph's kernels."""
     num_launches: int
     window_ms: float
 
 
 def idle_of(events: Iterable[Mapping[str, Any]]) -> Idle | None:
-    """Idle shares from a trace of the profiler; ``None`` if the device did nothing in it.
+    """Idle shares from a profiler trace; ``None`` if the device did nothing in it.
 
     Args:
-        events: of Chrome's trace format, times in microseconds.
+        events: in Chrome's trace format, times in microseconds.
     """
     pieces: list[tuple[float, float]] = []
     launches: dict[Any, list[tuple[float, float]]] = defaultdict(list)
@@ -119,5 +119,5 @@ def traced_idle(work: Callable[[], object]) -> Idle | None:
 
 
 def median_ms(seconds: Iterable[float]) -> float:
-    """Milliseconds."""
+    """Median in milliseconds."""
     return statistics.median(seconds) * 1e3

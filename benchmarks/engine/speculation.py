@@ -1,4 +1,4 @@
-"""Drafting against plain decoding: a fixed K with forced acceptance, and the policy deciding."""
+"""Drafting against plain decoding: a fixed K with forced acceptance, and K chosen by the policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from policies.fixed import FixedPolicy
 
 DRAFT_K = 4
 _FEWER_K = 2
-"""The smaller K whose rounds are subtracted; kernels of 3 and of 5 verified rows are alike."""
+"""The smaller K whose rounds are subtracted; verifying 3 and 5 rows uses similar kernels."""
 
 
 def measure_forced(
@@ -29,7 +29,7 @@ def measure_forced(
     num_turns: int,
     replays: Replays,
 ) -> None:
-    """Add the rows ``forced``: 3 tokens per step at K = 4, batch 1, against plain decoding."""
+    """Add the ``forced`` rows: 3 tokens per step at K = 4, batch 1, against plain decoding."""
     chosen = [
         "engine.max_batch=1",
         f"engine.max_model_len={context + 512}",
@@ -51,11 +51,11 @@ def measure_forced(
 def forced_row(
     built: Built, context: int, temperature: float, num_turns: int, replays: Replays
 ) -> dict[str, Any]:
-    """Measured speed-up, and the speed-up that the device times of drafter and target permit.
+    """Measured speedup, and its bounds from the device times of drafter and target.
 
-    The bound: three tokens per step at the cost of one target pass and K drafter passes.
-    Committing rows to the drafter's cache is its work too, though not drafting; with a share of
-    that in each pass, the bound is lower.
+    ``bound_by_passes``: three tokens per step at the cost of one target pass and K drafter passes.
+    ``bound_with_taking_in`` is lower: each drafter pass also carries its share of committing rows
+    to the drafter's cache.
     """
     engine = built.engine
     prompts = [
@@ -70,7 +70,7 @@ def forced_row(
             turn = answer_all(
                 engine, prompts, 193, fields_of=lambda _number: {"temperature": temperature}
             )
-            if number:  # the first one warms up
+            if number:  # the first turn is the warm-up
                 turns[arm].append(turn)
     off, on = (statistics.median(t.decode_tokens_per_s for t in turns[arm]) for arm in arms)
     after = engine.figures()
@@ -96,12 +96,12 @@ def forced_row(
 
 
 def program_times(built: Built, replays: Replays) -> dict[str, float]:
-    """Device times of the greedy programs of batch 1, on the request that decoded last.
+    """Device times of the greedy programs at batch 1, on the request that decoded last.
 
-    The drafter's time is what a round takes beyond the same round with uploaded drafts. A quarter
-    of it at K = 4 is ``with_taking_in``: one pass, and its share of committing rows. A pass alone
-    is half of what the drafter takes more at K = 4 than at K = 2, where all but two of the rows
-    that are committed are the same.
+    The drafter's time is the time of a round minus that of the same round with uploaded drafts.
+    ``with_taking_in`` is a quarter of it at K = 4: one pass and its share of committing rows. The
+    time of a pass alone is half the difference between the drafter's times at K = 4 and K = 2,
+    since all but two of the committed rows are the same.
     """
 
     def seconds(num_draft: int, source: str) -> float:
@@ -137,7 +137,7 @@ def measure_policy(
     max_tokens: int,
     num_turns: int,
 ) -> None:
-    """Add the rows ``policy``: the policy deciding, against an engine without a drafter."""
+    """Add the ``policy`` rows: K chosen by the policy, against an engine without a drafter."""
     longest = num_prompt + max_tokens
     pages = (longest + 16) // 16 + 2
     engine = [
@@ -171,7 +171,7 @@ def measure_policy(
 def policy_row(
     on: Built, off: Built, prompts: Sequence[Prompt], max_tokens: int, num_turns: int
 ) -> dict[str, Any]:
-    """Alternate turns on the same prompts; the first pair is reported apart."""
+    """Alternate turns on the same prompts; the first pair is reported separately."""
     engines = {"off": off.engine, "on": on.engine}
     turns: dict[str, list[Turn]] = {arm: [] for arm in engines}
     before = engines["on"].figures()

@@ -1,4 +1,4 @@
-"""Start-up of a server's engine in a process of its own, with a cold and with a warm kernel cache.
+"""Start-up of a server's engine in its own process, with a cold and with a warm kernel cache.
 
 python -m benchmarks.engine.startup --target FOLDER --run-dir FOLDER   # one start, as JSON
 """
@@ -36,7 +36,7 @@ from serving.build import LoadedTarget, load_target
 
 
 def measure(report: Report, device: torch.device, shape: str) -> None:
-    """Add the rows ``start``: the first start compiles every kernel, the second finds them cached.
+    """Add the ``start`` rows: the first start compiles every kernel, the second finds them cached.
     Both load the target from disk, as a server does."""
     release(device)  # an engine built before
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def measure(report: Report, device: torch.device, shape: str) -> None:
 
 
 def _save(target: LoadedTarget, folder: Path, run_dir: Path) -> None:
-    """Write the target as a server finds it, and give its drafter the fingerprint of the folder."""
+    """Save the target as a server loads it, and write its fingerprint into its drafter's bundle."""
     target.model.save_pretrained(folder, max_shard_size="5GB")
     target.tokenizer.save_pretrained(folder)
     manifest = run_dir / "weights" / "0" / "manifest.json"
@@ -77,7 +77,7 @@ def _started(device: torch.device, folder: Path, timeout_s: float) -> dict[str, 
 
 
 class _Seconds(logging.Handler):
-    """Keeps the seconds that the engine logs for each part of its start."""
+    """Collects the seconds that the engine logs for each part of its start-up."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -123,7 +123,7 @@ def start(
 
 def _settings(device: torch.device, run_dir: Path, target: Path) -> Settings:
     chosen = [f"run_dir={run_dir}", f"device={device}", f"target={target}"]
-    if device.type != "cuda":  # to try it out
+    if device.type != "cuda":  # sizes for trying it out
         chosen += ["engine.max_batch=2", "engine.max_model_len=256", "engine.prefill_chunk=64"]
     return load_settings([ONE_GPU], chosen, {})
 

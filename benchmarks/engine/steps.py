@@ -2,8 +2,8 @@
 
     python -m benchmarks.engine.steps        # two minutes on one GPU
 
-Greedy requests in the engine's own loop, without HTTP. In further rows one or all requests have
-penalties and 300 biases: what these cost the requests that ask for them, and their neighbours.
+Greedy requests in the engine's own loop, without HTTP. In additional rows one or all requests have
+penalties and 300 biases, to show what these cost the requests that use them and all others.
 
 Writes ``benchmarks/results/steps.json`` after every row.
 """
@@ -55,7 +55,7 @@ def row_of(
     turns: int,
     num_adjusted: int,
 ) -> dict[str, Any]:
-    """Medians over the turns of one arm, after a turn that warms up."""
+    """Medians over the turns of one arm, after a warm-up turn."""
     policy = FixedPolicy(*arm)
     seconds, steps = [], []
     for number in range(turns + 1):
@@ -88,9 +88,9 @@ def main(
     out: Out = RESULTS / "steps.json",
     batches: Annotated[str, typer.Option(help="comma-separated")] = "1,8,64",
     max_tokens: int = 64,
-    turns: Annotated[int, typer.Option(help="per row, after one that warms up")] = 3,
+    turns: Annotated[int, typer.Option(help="turns per row, after a warm-up turn")] = 3,
     device: str = "cuda",
-    budget_s: Annotated[float, typer.Option(help="no row begins later")] = 300.0,
+    budget_s: Annotated[float, typer.Option(help="no row starts after this")] = 300.0,
 ) -> None:
     """Measure all arms at all batch sizes."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")

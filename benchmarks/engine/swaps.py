@@ -1,9 +1,9 @@
-"""Swaps of a drafter under load: orders to the swapper while the engine decodes on its own
-thread, as in a server. The watcher is off, so that nothing else swaps.
+"""Drafter swaps under load: swaps are ordered while the engine decodes on its own thread, as in a
+server. The watcher is off, so that nothing else swaps.
 
-Two series, each under a load of its own. Orders of two versions in turn: each reads its bundle,
-checks it to the last byte, stages it on the device, and takes force between two steps. Then the
-same load without a swap.
+Two series, each under its own load. In the first, two versions are ordered in turn: each order
+reads its bundle, verifies every byte, stages it on the device, and takes effect between two steps.
+The second is the same load without swaps.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from serving.requests import Output, Request, SamplingParams
 DRAFT_K = 4
 _NUM_PROMPT = 128
 _QUIET_S = 20.0
-"""Longest series without swaps."""
+"""Maximum length of the series without swaps."""
 _NEIGHBOURS = 32
-"""A wait is judged by the median of itself and as many waits before and after it."""
+"""Block size: a wait is compared with the median of its own block and the blocks beside it."""
 
 
 def measure(
     report: Report, device: torch.device, shape: str, batch: int, num_swaps: int, interval_s: float
 ) -> None:
-    """Add the row ``swaps``."""
+    """Add the ``swaps`` row."""
     chosen = [
         f"engine.max_batch={batch}",
         f"engine.max_model_len={8192 if device.type == 'cuda' else 1024}",
@@ -55,7 +55,7 @@ def measure(
 
 
 def copies_ms(num_bytes: int) -> float:
-    """Time of the two device copies that a swap makes, by themselves."""
+    """Milliseconds of the two device copies of a swap alone."""
     current, former, staged = torch.zeros((3, num_bytes), dtype=torch.uint8, device="cuda")
 
     def swap() -> None:
@@ -71,7 +71,7 @@ class _Client:
 
     prompt: tuple[int, ...]
     news_s: list[float]
-    """When it received tokens."""
+    """Times at which it received tokens."""
 
 
 class Traffic:
@@ -112,7 +112,7 @@ class Traffic:
             time.sleep(0.01)
 
     def end(self) -> None:
-        """Cancel all."""
+        """Cancel all requests."""
         self._is_over.set()
         self._engine.inbox.cancel_all()
         end = time.monotonic() + 10
@@ -122,24 +122,24 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Swaps one after another, and their window; times by ``time.perf_counter``."""
+    """Successive swaps and their time window; times from ``time.perf_counter``."""
 
     begin_s: float
     end_s: float
     order_s: tuple[float, ...]
-    """Seconds from each order until its weights were in force."""
+    """Seconds from each order until its weights were in use."""
     news_s: tuple[tuple[float, ...], ...]
-    """When each request received tokens."""
+    """Times at which each request received tokens."""
 
 
 def swap_often(
     report: Report, built: Built, batch: int, num_swaps: int, interval_s: float
 ) -> dict[str, Any]:
-    """A load with a swap every ``interval_s``, then the same without swaps; each starts with fresh
-    requests, so that contexts are equally long in both."""
+    """A load with a swap every ``interval_s``, then the same load without swaps; each starts with
+    fresh requests, so that contexts are equally long in both."""
     swapper = built.service.swapper
     assert swapper is not None
-    for version in (0, 1, 0):  # fills the file cache, and allocates the former version's buffer
+    for version in (0, 1, 0):  # fills the file cache and allocates the previous version's buffer
         swapper.swap(version)
     most_s = report.left_s - _QUIET_S - 20
     swapping, load = under_load(report, built, batch, num_swaps, interval_s, most_s)
@@ -161,8 +161,8 @@ def swap_often(
 def under_load(
     report: Report, built: Built, batch: int, num_swaps: int, interval_s: float, most_s: float
 ) -> tuple[Series, Traffic]:
-    """Order versions 0 and 1 in turn while fresh requests decode; without orders, let them decode
-    for ``most_s``."""
+    """Order versions 0 and 1 in turn while fresh requests decode; if ``num_swaps`` is 0, let them
+    decode for ``most_s``."""
     built.policy.play()
     traffic = Traffic(built, batch)
     try:
@@ -181,7 +181,7 @@ def under_load(
 def swap_in_turn(
     report: Report, built: Built, num_swaps: int, interval_s: float, most_s: float
 ) -> list[float]:
-    """Seconds of each order, as many as fit the time."""
+    """Seconds of each order; stops when the time is used up."""
     begin_s, swapper = time.perf_counter(), built.service.swapper
     assert swapper is not None
     other = 0 if built.service.drafter_status()["version"] else 1
@@ -197,7 +197,7 @@ def swap_in_turn(
 
 
 def figures_of(series: Series, policy: PolicySwitch) -> dict[str, Any]:
-    """What the swaps of a series took, and what they did to steps and requests."""
+    """Duration of the swaps of a series, and their effect on steps and requests."""
     found: dict[str, Any] = {"num_swaps": len(series.order_s)}
     if series.order_s:
         found["order_to_swapped_median_ms"] = statistics.median(series.order_s) * 1e3
@@ -212,7 +212,7 @@ def figures_of(series: Series, policy: PolicySwitch) -> dict[str, Any]:
 def step_times(
     begun_s: Sequence[float], swapped: Sequence[int], begin: float, end: float
 ) -> dict[str, Any]:
-    """Median milliseconds of steps with and without a swap, within a window."""
+    """Median milliseconds of the steps with and without a swap, within a window."""
     with_swap = set(swapped)
     both: dict[bool, list[float]] = {True: [], False: []}
     for number, (started, following) in enumerate(itertools.pairwise(begun_s)):
@@ -228,15 +228,15 @@ def step_times(
 
 
 def slowest_waits(news_s: Sequence[Sequence[float]], begin: float, end: float) -> dict[str, Any]:
-    """The longest wait of a request over the median of its neighbours; not of all waits, since
-    those grow with the contexts.
+    """Each request's longest wait over the median of neighbouring waits. The median of all waits
+    would not do: waits grow with the contexts.
 
     Args:
-        news_s: when each request received tokens.
+        news_s: times at which each request received tokens.
 
     Returns:
-        ``slowest_wait_over_median``: the worst request's worst wait over that median; 3 means two
-        steps longer. ``None`` if no request received tokens twice.
+        ``slowest_wait_over_median``: the largest such ratio of any request; 3 means two steps
+        longer. ``None`` if no request received tokens twice.
     """
     worst, medians = [], []
     for stamps in news_s:

@@ -1,11 +1,11 @@
-"""The drafters that the arms of a measurement name, found by their traits."""
+"""The drafters used by the arms of a benchmark, found by their traits."""
 
 from __future__ import annotations
 
 from drafters.catalog import CATALOG, kind_of
 
 LEARNED = next(kind for kind in CATALOG if kind_of(kind).traits.learns)
-"""Kind of the drafter that is trained on traffic."""
+"""Kind of the drafter that is trained on live traffic."""
 LOOKUP = next(kind for kind in CATALOG if kind_of(kind).traits.needs_match)
 """Kind of the drafter that looks up matches in text, at no cost on the device."""
 OFF = ("none", 0)

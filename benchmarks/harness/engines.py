@@ -1,8 +1,8 @@
 """Every engine that a benchmark measures, built as the server builds it.
 
-``build`` is the only place that calls ``serving.build``. Arms of a measurement differ in
-what its ``PolicySwitch`` plays, or each has its own engine. Whatever a benchmark reads of an engine
-beyond its inbox, ``step`` and ``figures`` is a function at the end of this file.
+Only ``build`` calls ``serving.build``. The arms of a benchmark share an engine and differ in the
+policy that its ``PolicySwitch`` plays, or each has its own engine. Anything that a benchmark reads
+from an engine beyond its inbox, ``step`` and ``figures`` has a function at the end of this file.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Built:
     policy: PolicySwitch
     device: torch.device
     config: Any = None
-    """Hugging Face config of a target with random weights."""
+    """Hugging Face config; only for targets with random weights."""
     model: Any = None
     drafter_bytes: int = 0
-    """Weights of the neural drafter on the device; 0 without one."""
+    """Bytes of the neural drafter's weights on the device; 0 without one."""
 
     @property
     def engine(self) -> Engine:
@@ -55,7 +55,7 @@ class Built:
 
 
 def build(settings: Settings, loaded: LoadedTarget | None = None) -> tuple[Service, PolicySwitch]:
-    """A service that is not started, and the switch that its engine plans with."""
+    """A service that is not yet started, and the ``PolicySwitch`` its engine plans with."""
     switches: list[PolicySwitch] = []
 
     def wrap(own: DraftPolicy) -> PolicySwitch:
@@ -72,7 +72,7 @@ def engine_from(config: Path, chosen: Sequence[str], device: str | None = None) 
 
     Args:
         chosen: ``key=value`` overrides, as after ``--set``.
-        device: ``None``: the file's own.
+        device: ``None``: as in the file.
     """
     with tempfile.TemporaryDirectory() as folder:
         where = [] if device is None else [f"device={device}"]
@@ -98,10 +98,10 @@ def engine_of(
     Args:
         shape: a key of ``shapes.SHAPES``.
         chosen: ``key=value`` settings, as after ``--set``.
-        num_versions: drafter versions published before it starts; 0: no drafter.
+        num_versions: drafter versions to publish beforehand; 0: no drafter.
         is_predictable: force acceptance (``predictable.py``).
     """
-    release(device)  # an engine built before
+    release(device)  # free the memory of an earlier engine
     with tempfile.TemporaryDirectory() as folder:
         target = random_target(shape, device, is_predictable=is_predictable)
         drafter_bytes = 0
@@ -146,24 +146,24 @@ def synchronize(device: torch.device) -> None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes of the tensors on a GPU, those of CUDA graphs included; 0 on a CPU."""
+    """Bytes of the tensors on a GPU, including those of CUDA graphs; 0 on a CPU."""
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of engines that nobody holds any more."""
+    """Free the memory of engines that are no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-# What benchmarks read of an engine
+# What benchmarks read from an engine
 
 
 def declare_computed(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> None:
-    """Enter all but the last tokens of each prompt into the prefix cache, uncomputed.
+    """Enter all but the last token of each prompt into the prefix cache without computing it.
 
-    Gives requests a long context at once, each in pages of its own, whose keys and values are
+    Gives each request a long context immediately, in its own pages, whose keys and values are
     whatever the pool holds.
     """
     scheduler = engine.scheduler
@@ -183,26 +183,26 @@ def fill_pool(engine: Engine) -> None:
 
 
 def num_positions_held(engine: Engine) -> int:
-    """Positions that the KV pool holds."""
+    """Number of positions that the KV pool can hold."""
     return engine.scheduler.pool.num_usable * engine.scheduler.page_size
 
 
 def holds(engine: Engine, batch: int, num_prompt: int, max_tokens: int) -> bool:
-    """True if the KV pool holds ``batch`` such requests at once."""
+    """True if the KV pool can hold ``batch`` such requests at once."""
     pages = engine.scheduler.num_pages_for(num_prompt, max_tokens)
     return batch * pages <= engine.scheduler.pool.num_usable
 
 
 def round_seconds(engine: Engine, batch: int, drafter: str, draft_k: int) -> float:
-    """Time of one greedy round's program by itself, its launch included; nothing may be in flight.
+    """Time of one greedy round's program alone, including its launch; nothing may be in flight.
 
     Args:
-        drafter: a kind; a host drafter's tokens are uploaded, so no drafting is timed.
+        drafter: a drafter kind; a host drafter's tokens are uploaded, so drafting is not timed.
     """
     neural = drafter if drafter in engine.drafting.neural else None
     return engine.programs.rounds.device_seconds(batch, draft_k, neural)
 
 
 def making_programs(engine: Engine) -> dict[str, Any]:
-    """Number of programs, and the seconds of their first runs, captures and timings."""
+    """Number of programs, and the seconds spent on first runs, captures and timings."""
     return asdict(engine.programs.graphs.spent)

@@ -1,7 +1,7 @@
-"""The loop that drives a server through HTTP: requests sent when they are due, by client processes.
+"""The loop that drives a server through HTTP: client processes send each request when it is due.
 
-Each client is an asyncio loop with httpx in a process of its own. It also measures what it adds
-itself: how late it sent requests, how late it woke for a timer, and its processor time.
+Each client is an asyncio loop with httpx in its own process. It also measures its own overhead: how
+late it sent requests, how late it woke for a timer, and its CPU time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def arrivals(rate: float, seconds: float, prompts: Sequence[str], seed: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What all requests of a turn share."""
+    """Parameters that all requests of a turn share."""
 
     url: str
     model: str
@@ -50,7 +50,7 @@ class Ask:
     max_draft: int | None
     """0: plain decoding; ``None``: the policy decides."""
     patience_s: float
-    """Seconds after the last arrival of the turn, when unanswered requests have failed."""
+    """Seconds after the last arrival of the turn until an unanswered request counts as failed."""
 
     def body(self, prompt: str) -> dict[str, Any]:
         return {
@@ -73,7 +73,7 @@ class Answer:
     late_s: float
     """Delay between due and sent."""
     events: tuple[tuple[float, int], ...]
-    """(seconds after it was due, tokens) of every event that had tokens."""
+    """(seconds after it was due, number of tokens) for every event with tokens."""
     error: str | None
     tokens_per_step: float | None
 
@@ -84,14 +84,14 @@ class Client:
 
     answers: list[Answer]
     cpu_s: float
-    """Processor seconds of this process over the turn."""
+    """CPU seconds of this process over the turn."""
     wall_s: float
     tick_late_s: list[float]
-    """How late its loop woke, for each tick."""
+    """How late its loop woke at each tick."""
 
 
 def run_client(ask: Ask, due: Sequence[Arrival], start_unix_s: float) -> Client:
-    """Send every arrival when it is due; runs in a process of its own."""
+    """Send every request when it is due; runs in its own process."""
     return asyncio.run(_client(ask, due, start_unix_s))
 
 
@@ -125,7 +125,7 @@ async def _until(task: asyncio.Task[Answer], until_s: float) -> Answer:
     try:
         return await asyncio.wait_for(task, max(0.0, until_s - time.perf_counter()))
     except TimeoutError:
-        return Answer(0.0, (), "unanswered when patience ended", None)
+        return Answer(0.0, (), "unanswered when patience_s ended", None)
 
 
 async def _send(client: httpx.AsyncClient, ask: Ask, prompt: str, due_s: float) -> Answer:

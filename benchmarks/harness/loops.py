@@ -1,4 +1,4 @@
-"""The loops that drive an engine in this thread, without HTTP: a batch, and a batch kept full.
+"""Loops that drive an engine in this thread, without HTTP: one batch, or a batch kept full.
 
 The loop through HTTP is in ``http_loop.py``.
 """
@@ -21,7 +21,7 @@ from serving.requests import Output, Request, SamplingParams
 
 Prompt = tuple[int, ...]
 IDLE_S = 10.0
-"""An engine that reports nothing to do for this long has lost a request."""
+"""If the engine has had nothing to do for this long, it has lost a request."""
 
 
 def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int = 0) -> list[Prompt]:
@@ -32,7 +32,7 @@ def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int = 0
 
 @torch.inference_mode()
 def clear(engine: Engine) -> None:
-    """Cancel what is in flight, and step until the device has nothing left."""
+    """Cancel all in-flight requests, and step until the engine has nothing left to do."""
     engine.inbox.cancel_all()
     while engine.step():
         pass
@@ -56,7 +56,7 @@ class Answer:
 
 
 class Batch:
-    """Requests submitted together, one per prompt, greedy unless ``fields_of`` says otherwise."""
+    """Requests submitted together, one per prompt; greedy unless ``fields_of`` changes that."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class Batch:
     ) -> None:
         """
         Args:
-            fields_of: number of a prompt -> its sampling parameters beyond greedy decoding.
+            fields_of: prompt index -> sampling parameters that replace or extend the greedy ones.
         """
-        clear(engine)  # what a failed turn may have left in flight
+        clear(engine)  # a failed turn may have left requests in flight
         self._engine, self._max_tokens = engine, max_tokens
         self.answers = [Answer() for _ in prompts]
         for number, (ids, answer) in enumerate(zip(prompts, self.answers, strict=True)):
@@ -91,13 +91,13 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> float:
-        """One step of the engine, in seconds."""
+        """Run one engine step; returns its seconds."""
         started = time.perf_counter()
         self._engine.step()
         return time.perf_counter() - started
 
     def begin(self, warm_ups: int = 0) -> None:
-        """Step until every request has a token, so that only decoding is left, then some more.
+        """Step until every request has a token and is decoding, then ``warm_ups`` more times.
 
         Raises:
             RuntimeError: requests ended before all had a token.
@@ -126,10 +126,10 @@ class Batch:
             self._raise("failed or were cut short")
 
     def end(self) -> None:
-        """Cancel what is in flight.
+        """Cancel all in-flight requests.
 
         Raises:
-            RuntimeError: a request had failed before.
+            RuntimeError: a request has failed.
         """
         clear(self._engine)
         if any(answer.error for answer in self.answers):
@@ -149,7 +149,7 @@ class Turn:
     seconds: float
     """Time from submission to the last token."""
     decode_tokens: int
-    """Emitted after every request had its first token."""
+    """Tokens emitted after every request had its first token."""
     decode_s: float
 
     @property
@@ -169,7 +169,7 @@ def answer_all(engine: Engine, prompts: Sequence[Prompt], max_tokens: int, **opt
     """Answer all prompts as one batch.
 
     Args:
-        options: of ``Batch``.
+        options: keyword arguments for ``Batch``.
     """
     clear(engine)
     started = time.perf_counter()
@@ -188,7 +188,7 @@ def answer_all(engine: Engine, prompts: Sequence[Prompt], max_tokens: int, **opt
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What was decoded in a stretch of time."""
+    """What was decoded in a period of time."""
 
     seconds: float
     num_tokens: int
@@ -196,7 +196,7 @@ class Window:
 
 
 class Feed:
-    """Keeps a batch of an engine full: a request begins when another ends."""
+    """Keeps the engine's batch full: submits a request whenever one ends."""
 
     def __init__(self, engine: Engine, requests: Iterable[Request], batch: int) -> None:
         """
@@ -211,7 +211,7 @@ class Feed:
 
     @torch.inference_mode()
     def run(self, seconds: float) -> Window:
-        """Step for some time, or until nothing is left to do.
+        """Step for ``seconds``, or until no request is in flight.
 
         Raises:
             RuntimeError: a request failed.
@@ -227,12 +227,12 @@ class Feed:
         return Window(now - started, self.num_tokens - tokens, engine.figures().num_steps - steps)
 
     def finish(self) -> Window:
-        """Begin no further requests, and step until those in flight have ended."""
+        """Submit no further requests, and step until those in flight have ended."""
         self._requests = iter(())
         return self.run(math.inf)
 
     def stop(self) -> None:
-        """Cancel what is in flight."""
+        """Cancel all in-flight requests."""
         clear(self._engine)
 
     def _fill(self) -> None:
@@ -250,8 +250,8 @@ class Feed:
 
 
 def greedy_requests(prompts: Sequence[Prompt], batch: int, length: int) -> Iterator[Request]:
-    """Endless requests of ``length`` tokens for a ``Feed``, over the prompts again and again. The
-    first ``batch`` have staggered lengths, so that requests do not end together."""
+    """Endless requests of ``length`` tokens for a ``Feed``, cycling through the prompts. The first
+    ``batch`` have staggered lengths, so that requests do not end together."""
     for number, prompt in enumerate(itertools.cycle(prompts)):
         num = max(1, length * (number + 1) // batch) if number < batch else length
         sampling = SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True)
@@ -259,7 +259,7 @@ def greedy_requests(prompts: Sequence[Prompt], batch: int, length: int) -> Itera
 
 
 def arm_steps(before: Any, after: Any) -> dict[str, int]:
-    """Steps of each (drafter, K) between two ``Engine.figures()``, as ``drafter-kK``."""
+    """Steps of each (drafter, K) between two ``Engine.figures()``, keyed ``drafter-kK``."""
     former = before.steps_by_arm
     more = {key: count - former.get(key, 0) for key, count in after.steps_by_arm.items()}
     return {f"{kind}-k{k}": count for (kind, k), count in sorted(more.items()) if count}

@@ -1,4 +1,4 @@
-"""The policy that measured engines plan with. Imports nothing of the project when it runs, so that
+"""The policy of the engines under test. Imports nothing of the project at run time, so that
 ``side.py`` can use it with any version of the engine."""
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class StepTime:
 
 
 class PolicySwitch:
-    """A ``DraftPolicy`` that plays another one, chosen for each turn of a measurement.
+    """A ``DraftPolicy`` that delegates to another one, chosen for each turn of a benchmark.
 
-    Keeps when each step was planned, what it took, and when weights were swapped.
+    Records when each step was planned, how long it took, and when weights were swapped.
     """
 
     wants_profile: bool
@@ -35,7 +35,7 @@ class PolicySwitch:
     def __init__(self, own: DraftPolicy) -> None:
         """
         Args:
-            own: the policy of the settings; plays until another is chosen.
+            own: the policy from the settings; used until another is chosen.
         """
         self.own = own
         self.playing = own
@@ -44,10 +44,10 @@ class PolicySwitch:
         self.planned_s: list[float] = []
         """``time.perf_counter()`` at each plan."""
         self.swapped: list[int] = []
-        """Indices into ``planned_s``: the plan before each swap."""
+        """Index into ``planned_s`` of the last plan before each swap."""
 
     def play(self, policy: DraftPolicy | None = None) -> None:
-        """Play ``policy`` from now on, the settings' own if ``None``, and forget former steps."""
+        """Delegate to ``policy`` (``None``: the settings' own) and clear the records."""
         self.playing = self.own if policy is None else policy
         for kept in (self.steps, self.planned_s, self.swapped):
             kept.clear()
@@ -70,7 +70,7 @@ class PolicySwitch:
         self.own.on_swap(*swap)
 
     def calibrate(self, *samples: Any) -> None:
-        """The costs measured at start-up are of use to the settings' own policy alone."""
+        """Costs measured at start-up are passed only to the settings' own policy."""
         calibrate = getattr(self.own, "calibrate", None)
         if calibrate is not None:
             calibrate(*samples)

@@ -1,15 +1,16 @@
 """Forced acceptance without a hook: a target that walks a cycle of tokens, and a drafter that
 predicts a fixed part of that cycle.
 
-All matrices keep the size and the dense kernels of their shape, so steps cost what they cost with
-any weights; only what is accepted is known in advance. The engine verifies as always, and outputs
-are the target's own.
+All matrices keep the sizes and dense kernels of their shape, so steps cost the same as with any
+other weights; only the accepted tokens are known in advance. The engine verifies as usual, and
+outputs are the target's own.
 
-How: every layer but the last adds next to nothing to the residual stream, so the hidden state is
-the embedding of the last token. The embedding of token i of the cycle is a vector of signs rolled
-by i. One SwiGLU rolls it once more (its gates are held open by a coordinate that is 1 in every
-embedding), so the head's argmax is token i + 1. The drafter does the same from its fused features.
-Its head is negated at some tokens of the cycle, where its proposal is therefore rejected.
+How it works: every layer but the last adds almost nothing to the residual stream, so the hidden
+state is the embedding of the last token. The embedding of token i of the cycle is a vector of signs
+rolled by i. The last layer's SwiGLU rolls it once more (its gates are held open by a coordinate
+that is 1 in every embedding), so the head's argmax is token i + 1. The drafter does the same with
+its fused features. Its head is negated for some tokens of the cycle, so its proposals for them are
+rejected.
 
 Imports nothing of the project, so that ``side.py`` can use it with any version of the engine.
 """
@@ -27,17 +28,17 @@ import torch
 from torch import Tensor
 
 CYCLE = 48
-"""Tokens of the cycle."""
+"""Number of tokens in the cycle."""
 MISSES = frozenset((0, 3, 13, 16, 17, 23, 24, 27, 28, 33, 34, 38, 44))
 """Positions of the cycle whose tokens the drafter never proposes. Chosen so that K = 4 emits 3.0
-tokens per step, and K = 1, 2, 3 emit 1.71, 2.29, 2.67: what independent tokens that survive with a
-probability of 0.74 would emit, to 0.03."""
+tokens per step, and K = 1, 2, 3 emit 1.71, 2.29, 2.67: within 0.03 of what independent tokens with
+an acceptance rate of 0.74 would emit."""
 FIRST_TOKEN = 16
-"""Id of the cycle's first token; all are in a reduced draft vocabulary."""
+"""Id of the cycle's first token; a reduced draft vocabulary contains the whole cycle."""
 _GATE = 8.0
-"""Input of the SiLU of an open gate."""
+"""SiLU input of an open gate."""
 _QUIET = 2e-5
-"""Std of the output projections of attention and MLP: keeps the residual stream."""
+"""Std of the output projections of attention and MLP; small, to preserve the residual stream."""
 
 
 def expected_tokens_per_step(draft_k: int, num_rounds: int = 4800) -> float:
@@ -66,7 +67,7 @@ def is_continuation(last: int, token_ids: list[int]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Roll:
-    """One roll of the coordinates of a hidden size H, in blocks of ``CYCLE``."""
+    """One roll of the H coordinates of a hidden state, in blocks of ``CYCLE``."""
 
     hidden: int
     num_used: int
@@ -79,7 +80,7 @@ class _Roll:
         return math.sqrt((1 + self.num_used) / self.hidden)
 
     def after(self) -> list[int]:
-        """Where each used coordinate moves, in the order of the coordinates."""
+        """New index of each used coordinate, in coordinate order."""
         offsets = range(self.num_used)
         return [1 + n - n % CYCLE + (n % CYCLE + 1) % CYCLE for n in offsets]
 
@@ -125,10 +126,12 @@ def make_target_predictable(model: Any) -> None:
 
 @torch.no_grad()
 def make_drafter_predictable(tensors: Mapping[str, Tensor], hidden: int) -> None:
-    """Make a random EAGLE-3 predict the walk: changes its tensors, named as in a bundle, in place.
+    """Make a random EAGLE-3 drafter predict the cycle, by changing its bundle tensors in place.
 
     Args:
-        hidden: H. A reduced vocabulary must hold the target's first ids (``d2t`` all 0).
+        tensors: named as in a bundle. A reduced vocabulary must hold the target's first ids
+            (``d2t`` all 0).
+        hidden: H.
     """
     roll = _roll_of(hidden)
     fc_HF = tensors["fc.weight"]

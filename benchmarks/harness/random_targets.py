@@ -1,7 +1,7 @@
 """Targets of published shapes with random weights, and drafters for them.
 
-Used by ``engines.py``, and by ``side.py`` with an older checkout too: what moved between the two
-versions is imported by ``first`` under either name.
+Used by ``engines.py``, and by ``side.py`` with older checkouts too: ``first`` imports what has
+moved between versions under either name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.harness.shapes import SHAPES, draft_vocab_size, draw_weights, ra
 
 
 def first(*names: str) -> Any:
-    """The first of ``module:attribute`` that this checkout has."""
+    """Import the first ``module:attribute`` that this checkout has."""
     for name in names:
         module, _, attribute = name.partition(":")
         with contextlib.suppress(ImportError, AttributeError):
@@ -39,7 +39,7 @@ def random_target(
     *,
     is_predictable: bool = False,
 ) -> Any:
-    """A ``LoadedTarget`` of a published shape, its weights drawn on the device.
+    """A ``LoadedTarget`` of a published shape, with weights drawn on the device.
 
     Args:
         dtype: ``None``: bfloat16 on a GPU, float32 on a CPU.
@@ -62,14 +62,14 @@ def random_target(
 
 
 def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer in which every id is a word: text of random ids costs what text costs."""
+    """A tokenizer in which every id is a word, so that random ids cost as much as real text."""
     words = {f" {token}": token for token in range(vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token=" 0"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" 0")
 
 
 def publisher_in(root: Path) -> Any:
-    """What publishes (manifest, files) into the folder ``root``."""
+    """The function that publishes (manifest, files) into the folder ``root``."""
     try:
         return first("buffer.folder_weights:FolderWeights")(root).publish
     except ImportError:

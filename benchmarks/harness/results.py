@@ -1,7 +1,7 @@
-"""How every published figure is written: the full result of a benchmark, and its rows.
+"""Writes every published figure: the full result of a benchmark, and its rows.
 
-A row is one line of a table of claims: what was measured, the value, the goal, and whether the goal
-is met. ``benchmarks/results/rows/<topic>.json`` holds the rows of one topic.
+A row is one claim: what was measured, the value, the goal, and whether the goal is met.
+``benchmarks/results/rows/<topic>.json`` holds the rows of one topic.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Row:
     """One claim."""
 
     row: str
-    """What it is about, e.g. ``Qwen3-8B, batch 1, K = 4``."""
+    """What was measured, e.g. ``Qwen3-8B, batch 1, K = 4``."""
     measure: str
     """What the value is, with its unit."""
     value: float | int | str | None
     """``None``: not measured."""
     goal: str | None
-    """In words; ``None``: a figure without a goal."""
+    """The goal in words; ``None``: no goal."""
     holds: bool | None
-    """The goal is met; ``None`` without a goal or a value."""
+    """Whether the goal is met; ``None`` without a goal or a value."""
 
 
 def write_result(out: Path, figures: Mapping[str, Any]) -> None:
@@ -45,10 +45,10 @@ def write_result(out: Path, figures: Mapping[str, Any]) -> None:
 
 
 def write_rows(topic: str, rows: Iterable[Row], source: str, folder: Path = RESULTS) -> Path:
-    """Write the rows of a topic measured on this machine; other sources' rows stay.
+    """Write the rows of a topic, measured on this machine; rows of other sources are kept.
 
     Args:
-        source: the command that measured them; its former rows are replaced.
+        source: the command that measured them; its previous rows are replaced.
 
     Returns:
         The file.
@@ -68,7 +68,7 @@ def write_rows(topic: str, rows: Iterable[Row], source: str, folder: Path = RESU
 
 
 def write_each(out: Path, rows: Iterable[dict[str, Any]], **about: Any) -> None:
-    """Print each row as it comes, and write all so far with the figures ``about``."""
+    """Print each row as it arrives, and write all rows so far together with ``about``."""
     found: list[dict[str, Any]] = []
     for row in rows:
         found.append(row)
@@ -82,15 +82,15 @@ def say(text: str) -> None:
 
 
 def rounded(row: Mapping[str, Any], digits: int = 3) -> dict[str, Any]:
-    """A row for a terminal."""
+    """A row with floats rounded, for a terminal."""
     return {k: round(v, digits) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def known(what: str, names: Iterable[str], all_names: Collection[str]) -> list[str]:
-    """Names given on a command line, checked.
+    """Check names given on a command line.
 
     Raises:
-        typer.BadParameter: one is unknown; says which, and which exist.
+        typer.BadParameter: a name is unknown; the message lists the known ones.
     """
     chosen = list(names)
     if unknown := sorted(set(chosen) - set(all_names)):
@@ -99,7 +99,7 @@ def known(what: str, names: Iterable[str], all_names: Collection[str]) -> list[s
 
 
 class Report:
-    """The rows of one run, written after each, within a budget of seconds."""
+    """The rows of one run, written to disk after each row, within a time budget."""
 
     def __init__(self, out: Path, budget_s: float, about: dict[str, Any]) -> None:
         self._out, self._budget_s, self._about = out, budget_s, about
@@ -112,8 +112,8 @@ class Report:
         return self._budget_s - (time.monotonic() - self._started)
 
     def keep(self, former: Mapping[str, Any], without: Collection[str]) -> None:
-        """Start with the rows of a former result except those of some parts. Rows measured on other
-        hardware, versions or commit say so."""
+        """Start with the rows of a previous result, except those of some parts. Rows measured with
+        other hardware, versions or commit carry their own ``machine``."""
         where = former["machine"]
         other = {} if where == machine() else {"machine": where}
         self.rows += [{**other, **row} for row in former["rows"] if row["part"] not in without]
@@ -132,10 +132,10 @@ class Report:
         expected_s: float,
         work: Callable[[], dict[str, Any] | None],
     ) -> None:
-        """Add what ``work`` returns, or why there is no figure: it failed, or no time was left.
+        """Add the row that ``work`` returns, or why there is none: an error, or no time left.
 
         Args:
-            what: names the row.
+            what: identifies the row.
             expected_s: skip ``work`` if less time is left.
             work: returns ``None`` if it has added its own rows.
         """
@@ -145,7 +145,7 @@ class Report:
             return
         try:
             found = work()
-        except Exception as error:  # one row that fails must not cost the others
+        except Exception as error:  # one failed row must not lose the others
             traceback.print_exc()
             self.add(part, {**what, "error": f"{type(error).__name__}: {error}"[:2000]})
         else:

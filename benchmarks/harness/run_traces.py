@@ -1,4 +1,4 @@
-"""Traces of a finished run, for benchmarks that judge drafters on them."""
+"""Traces of a finished run, for benchmarks that evaluate drafters on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JUDGED_TRACES = 64
 
 
 def all_traces(settings: Settings) -> list[Trace]:
-    """Every trace of the run, in order of finishing."""
+    """Every trace of the run, in the order in which requests finished."""
     reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
     traces: list[Trace] = []
     while batch := reader.read(256):
@@ -36,7 +36,7 @@ def held_out(
     """The newest traces that no version was trained on.
 
     Args:
-        manifest: of any version of the run.
+        manifest: the manifest of any version of the run.
     """
     expected = expected_of(manifest, head)
     kept = [t for t in traces if is_held_out(key_of(t), settings.trainer.held_out_every)]
@@ -45,7 +45,7 @@ def held_out(
 
 
 def num_kept(drafted: Sequence[int], ids: Sequence[int], at: int) -> int:
-    """Drafted tokens that equal the text from ``at`` on, before the first that does not."""
+    """Number of drafted tokens that match the text from ``at`` on, before the first mismatch."""
     kept = 0
     while kept < min(len(drafted), len(ids) - at) and drafted[kept] == ids[at + kept]:
         kept += 1
@@ -53,14 +53,14 @@ def num_kept(drafted: Sequence[int], ids: Sequence[int], at: int) -> int:
 
 
 def new_index(settings: Settings) -> HostDrafter:
-    """The drafter that looks up matches, as these settings configure it and without any text."""
+    """An empty match-lookup drafter, configured by these settings."""
     nothing: Any = None  # it computes nothing on a device and has no weights
     context = DrafterContext(settings.drafter, nothing, 0, 0, 0, nothing, nothing, nothing)
     return cast(HostDrafter, kind_of(LOOKUP).build(context))
 
 
 def by_index(index: HostDrafter, trace: Trace, draft_k: int) -> dict[int, tuple[int, int]]:
-    """What the index would draft at every position; drafters are simulated at the same ones.
+    """Simulate the index at every position; other drafters are simulated at the same positions.
 
     Returns:
         Position of the last committed token -> (match length, drafted tokens that would be kept).

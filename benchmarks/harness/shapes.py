@@ -1,8 +1,8 @@
 """Published model shapes, and models of those shapes with random weights.
 
-Speed does not depend on the values of weights; how many drafted tokens are accepted does, and is
-set in ``predictable.py`` where it matters. Imports nothing of the project, so that ``side.py`` can
-use it with any version of the engine.
+Speed does not depend on the values of weights, but the acceptance rate does; where it matters,
+``predictable.py`` forces it. Imports nothing of the project, so that ``side.py`` can use it with
+any version of the engine.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import (
 )
 
 DRAFT_VOCAB = 32_000
-"""Tokens in the reduced vocabulary of a drafter of a published shape, at most a quarter of the
-target's. At the 8B shape its weights then take 0.8 GB."""
+"""Size of a drafter's reduced vocabulary for a published shape; at most a quarter of the target's.
+At the 8B shape the drafter's weights then take 0.8 GB."""
 
 
 def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Qwen3Config:
@@ -72,11 +72,11 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 """``tiny`` is for trying a benchmark on a CPU."""
 LARGE = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B", "Llama-3.1-8B")
-"""Shapes of the GPU figures."""
+"""Shapes measured on a GPU."""
 
 
 def random_weights(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A causal LM whose weights are drawn on ``device``: normal with std 0.02, norms 1."""
+    """A causal LM with weights drawn on ``device``: normal with std 0.02, norms 1."""
     make = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
     with torch.device("meta"):
         model = make(config).to(dtype)
@@ -98,16 +98,16 @@ def draw_weights(module: torch.nn.Module) -> None:
 
 
 def draft_vocab_size(vocab_size: int) -> int:
-    """Size of the drafter's reduced vocabulary for a target of this one."""
+    """Size of the drafter's reduced vocabulary for a target with this vocabulary size."""
     return min(DRAFT_VOCAB, vocab_size // 4)
 
 
 def floor_bytes(config: Any, model: Any, num_keys: int) -> int:
-    """Bytes that a decode step in bfloat16 must read: all weights but an untied embedding, of which
-    it needs single rows, and every key and value once.
+    """Bytes that a decode step in bfloat16 must read: every key and value once, and all weights
+    except an untied embedding, of which it reads only single rows.
 
     Args:
-        num_keys: positions attended to, summed over requests.
+        num_keys: attended positions, summed over requests.
     """
     weights = {p.data_ptr(): p.numel() for p in model.parameters()}
     if not config.tie_word_embeddings:

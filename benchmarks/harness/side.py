@@ -1,11 +1,11 @@
 """One checkout's half of a paired measurement (``benchmarks/house.py``): a process that builds an
-engine of the checkout it is started in and measures on command.
+engine from the checkout it is started in and measures it on command.
 
-Started as a file, with the checkout as PYTHONPATH, so that one script measures an older commit as
-well. The engine and everything below it come from that checkout; the package ``benchmarks`` is the
-one this file belongs to, of which it uses only what runs with both versions.
+Run as a file, with the checkout on PYTHONPATH, so that the same script can measure an older commit.
+The engine and everything below it come from that checkout; the ``benchmarks`` package is the one
+this file belongs to, and only the parts of it that work with both versions are used.
 
-Reads one JSON command per line and answers each with one line that begins with ``ANSWER``.
+Reads one JSON command per line and answers each with one line that starts with ``ANSWER``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import torch
 
 ANSWER = "ANSWER "
 _PATIENCE_S = 300.0
-"""Longest wait for the answers of one turn."""
+"""Longest wait for the next answer of a turn."""
 
 
 def use_own_benchmarks() -> None:
-    """Make ``benchmarks`` the package of this file, whatever checkout comes first in the path."""
+    """Import ``benchmarks`` from this file's tree, whichever checkout comes first on the path."""
     folder = Path(__file__).resolve().parent.parent
     spec = importlib.util.spec_from_file_location(
         "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -52,7 +52,7 @@ from benchmarks.harness.random_targets import first, publish_drafters, random_ta
 
 
 class Side:
-    """The engine that is measured; built once per shape."""
+    """The engine under test; built once per shape."""
 
     def __init__(self) -> None:
         self._open = contextlib.ExitStack()
@@ -124,7 +124,7 @@ class Side:
         return service
 
     def close(self) -> dict[str, Any]:
-        """Stop the engine and give back its memory."""
+        """Stop the engine and free its memory."""
         if self._service is not None:
             self._service.stop()
         self._service = None
@@ -155,8 +155,8 @@ class Side:
         """Answer all prompts as one batch.
 
         Returns:
-            ``tokens_per_s`` from submission to the last token; processor time of all threads per
-            token, which other processes on the host disturb less; the median time of a step
+            ``tokens_per_s`` from submission to the last token; CPU time of all threads per token,
+            which is less sensitive to other processes on the host; the median time of a step
             without prefill; tokens emitted per such step and request; a digest of the answers.
         """
         self._arm(drafter, draft_k)
@@ -195,10 +195,10 @@ class Side:
         self, drafter: str, draft_k: int, prompts: list[list[int]], max_tokens: int, batch: int,
         seconds: float,
     ) -> dict[str, Any]:  # fmt: skip
-        """Keep ``batch`` requests in flight: whenever one ends, another begins.
+        """Keep ``batch`` requests in flight: whenever one ends, another starts.
 
-        Lengths of answers are spread over half to all of ``max_tokens``, so that requests end one
-        at a time.
+        Answer lengths range from half of ``max_tokens`` to all of it, so that requests end one at a
+        time.
         """
         self._arm(drafter, draft_k)
         num_tokens = 0
@@ -256,7 +256,7 @@ class Side:
             raise RuntimeError(f"{wrong} of {len(prompts)} answers are not the target's own")
 
     def prompts(self, batch: int, length: int, seed: int) -> dict[str, Any]:
-        """Random prompts that end on a token of the cycle; for predictable shapes."""
+        """Random prompts that end with a token of the cycle; for predictable shapes."""
         return {"prompts": predictable.prompts(batch, length, self._vocab_size, seed)}
 
 
@@ -268,7 +268,7 @@ def main() -> None:
         name = command.pop("do")
         try:
             found = getattr(side, name)(**command)
-        except Exception as error:  # the other side's figures are worth having
+        except Exception as error:  # the other side's figures are still useful
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"[:2000]}
         print(ANSWER + json.dumps(found), flush=True)

@@ -3,15 +3,15 @@
     python -m benchmarks.lossless                # up to ten minutes on one H100 or H200
     python -m benchmarks.lossless --device cpu   # on two cores: fewer samples, torch definitions
     python -m benchmarks.lossless --device cpu --num-samples 2000 --num-prompts 20 \\
-        --num-requests 60 --num-bodies 20        # to try it: too few samples for planted bugs
+        --num-requests 60 --num-bodies 20        # a trial: too few samples for planted bugs
 
-* ``law``: sampled requests follow the target's joint law, with the kernels that programs call.
-* ``greedy``: greedy requests get the same bytes with drafts as without, from the engine.
-* ``requests``: so do requests that use every field of a client, greedy or with a seed.
-* ``http``: so do clients of the server, ``n`` and ``usage`` included.
+* ``law``: sampled requests follow the target's joint distribution, with the programs' kernels.
+* ``greedy``: greedy requests to the engine get the same bytes with and without drafts.
+* ``requests``: so do requests that use every sampling field, either greedy or with a seed.
+* ``http``: so do clients of the server, including ``n`` and ``usage``.
 
 Writes ``benchmarks/results/lossless_gpu.json`` (``lossless.json`` on a CPU) after every row. Exit
-code 1: something differs that must not, a planted bug was not detected, or the budget was spent
+code 1: something differs that must not, a planted bug was not detected, or the budget ran out
 before everything planned had run; such a result says ``"complete": false``.
 """
 
@@ -42,16 +42,16 @@ def main(
     part: Annotated[list[Part] | None, typer.Option(help="run only this part; repeatable")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     num_samples: Annotated[
-        int | None, typer.Option(help="per setting; default: 10 million, 100,000 on a CPU")
+        int | None, typer.Option(help="samples per setting; default: 10 million, 100,000 on a CPU")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="decoded greedily")] = 4_000,
-    num_requests: Annotated[int, typer.Option(help="with every field")] = 2_000,
-    num_bodies: Annotated[int, typer.Option(help="sent over HTTP")] = 200,
+    num_prompts: Annotated[int, typer.Option(help="prompts decoded greedily")] = 4_000,
+    num_requests: Annotated[int, typer.Option(help="requests that use every field")] = 2_000,
+    num_bodies: Annotated[int, typer.Option(help="bodies sent over HTTP")] = 200,
     budget_s: Annotated[
         float | None, typer.Option(help="seconds per part; default: 300, 1200 on a CPU")
     ] = None,
 ) -> None:
-    """Count differences."""
+    """Count the differences between drafted and plain decoding."""
     where, parts = pick_device(device), part or list(Part)
     is_gpu = where.type == "cuda"
     out = out or RESULTS / ("lossless_gpu.json" if is_gpu else "lossless.json")

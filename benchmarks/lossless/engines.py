@@ -1,7 +1,7 @@
-"""Engines that must answer the same with and without drafts.
+"""Engines that must give the same answers with and without drafts.
 
-An engine with a drafter has several published versions of it, drafts by
-``oracles.engines.RandomPolicy``, and swaps between two steps as a server does.
+An engine with a drafter has several published versions of it, drafts as
+``oracles.engines.RandomPolicy`` decides, and swaps between two steps as a server does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from serving.engine.loop import Engine
 from serving.service import Service
 
 SWAP_EVERY = 50
-"""Steps."""
+"""Steps between swaps."""
 _WAVE = 40
 """Steps between changes of the number of requests in flight."""
 _NUM_VERSIONS = 4
@@ -48,11 +48,11 @@ class Run:
     dtype: str
     numerics: str
     share: float
-    """Share of the number of requests asked for."""
+    """Share of the total number of requests that this run gets."""
 
 
 RowOf = Callable[[Run, torch.device, int], dict[str, Any]]
-"""Measures one run with a number of requests."""
+"""(run, device, number of requests) -> row of figures."""
 
 
 def measure_runs(
@@ -65,11 +65,11 @@ def measure_runs(
     keep: Callable[[dict[str, Any]], None],
     text_of: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Measure all runs that begin within the budget.
+    """Measure all runs that start within the budget.
 
     Args:
-        count: requests; each run takes its share.
-        keep: called with each row at once.
+        count: total number of requests; each run takes its share.
+        keep: called with each row as soon as it is measured.
         text_of: text to print for a row.
     """
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def measure_runs(
 
 @cache
 def texts(seed: int, of_each: int = 300) -> list[str]:
-    """Held-out text of every domain; prompts are their beginnings."""
+    """Held-out texts of every domain; prompts are their beginnings."""
     return [t for d in corpus.DOMAINS for t in corpus.prompts(d, of_each, seed=seed)]
 
 
@@ -96,10 +96,10 @@ def texts(seed: int, of_each: int = 300) -> list[str]:
 def engine_of(
     chosen: Run, device: torch.device, max_batch: int, folder: Path | None
 ) -> Iterator[Service]:
-    """An engine that is not started.
+    """A service whose engine is not started.
 
     Args:
-        folder: run folder, where the versions of a drafter are published; ``None``: no drafter.
+        folder: run folder to publish the drafter versions in; ``None``: no drafter.
     """
     target = None
     if chosen.target != "bundled":
@@ -135,7 +135,7 @@ def _settings(
 
 
 def _publish_versions(root: Path) -> None:
-    """Versions 1, 2, ...: noise and version 0 in turn, so that drafts are good and bad."""
+    """Publish versions 1, 2, ...: noise and version 0 in turn, for both bad and good drafts."""
     store = FolderWeights(root)
     first = store.read(0)
     tensors = load(first.files[TENSORS])
@@ -166,7 +166,7 @@ class Swaps:
         self._order: threading.Thread | None = None
 
     def between(self, _engine: Engine, _step: int) -> None:
-        """Before every step of the engine."""
+        """Called before every engine step."""
         self.num_steps += 1
         is_free = self._order is None or not self._order.is_alive()
         if self.num_steps % self._every == 0 and is_free:
@@ -176,7 +176,7 @@ class Swaps:
             self._order.start()
 
     def end(self) -> None:
-        """Let the engine take the last order."""
+        """Step the engine until the last order is carried out."""
         while self._order is not None and self._order.is_alive():
             with torch.inference_mode():
                 self._service.engine.step()
@@ -184,6 +184,6 @@ class Swaps:
 
 
 def in_flight(step: int) -> int:
-    """One request, a few, or a full batch."""
+    """Limit on in-flight requests at this step: one, a few, or a full batch."""
     choices = (1, 3, MAX_BATCH // 3, MAX_BATCH, MAX_BATCH)
     return random.Random(step // _WAVE).choice(choices)

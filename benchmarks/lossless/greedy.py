@@ -1,12 +1,12 @@
-"""Greedy requests get the same bytes with drafts as without, from the real engine.
+"""Greedy requests to the real engine get the same bytes with and without drafts.
 
 Drafter and K change every step; batches grow and shrink; prompts have mixed lengths and cached
 prefixes; the server's own swapper swaps drafter weights every 50 steps. The plain answers come from
 an engine without a drafter, in batches of another size.
 
-With ``engine.numerics: pinned`` no byte may differ. With ``fast`` numerics rounding depends on the
-shape of a batch, so the choice may differ where two tokens tie within that rounding. There plain
-answers in both batch sizes are compared as well, and differences are measured against the rounding
+With ``engine.numerics: pinned`` no byte may differ. With ``fast``, rounding depends on the shape of
+the batch, so the choice may differ where two tokens tie within that rounding. In that case plain
+answers at both batch sizes are also compared, and differences are measured against the rounding
 (``oracles/greedy.py``).
 """
 
@@ -44,13 +44,13 @@ RUNS = (
     Run("bundled", "float32", "fast", 0.25),
     Run("bundled", "bfloat16", "fast", 0.25),
 )
-"""The first two together decode all prompts asked for."""
+"""The first two together decode the requested number of prompts."""
 RUNS_ON_CPU = (Run("bundled", "float32", "fast", 0.75), Run("tiny", "float32", "fast", 0.25))
 """Only a GPU can pin numerics."""
 
 
 def planned(device: torch.device) -> tuple[Run, ...]:
-    """Runs on a device."""
+    """The runs for a device."""
     return RUNS if device.type == "cuda" else RUNS_ON_CPU
 
 
@@ -109,20 +109,20 @@ def _prompts(chosen: Run, service: Service, numbers: random.Random, count: int) 
 
 
 def is_complete(rows: list[dict[str, Any]], device: torch.device) -> bool:
-    """All planned runs were measured."""
+    """True if all planned runs were measured."""
     return len(rows) == len(planned(device))
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """True if nothing differs with pinned numerics, or without rows. Fast numerics are reported
-    only."""
+    """True if nothing differs with pinned numerics, or if there are no rows. Differences with fast
+    numerics are only reported."""
     pinned = [row for row in rows if row["numerics"] == "pinned"]
     differences = ("mismatches", "plain_against_plain", "texts_that_differ", "rounding")
     return not any(row[name] for row in pinned for name in differences)
 
 
 def summary(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Totals by numerics; distinct prompts are counted per run."""
+    """Totals per numerics mode; prompts are distinct within a run only."""
     counted = (
         "prompts", "distinct_prompts", "tokens", "swaps", "drafted_tokens", "accepted_tokens",
         "plain_against_plain", "mismatches", "mismatches_beyond_ties", "texts_that_differ",

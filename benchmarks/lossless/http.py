@@ -1,7 +1,7 @@
-"""Random bodies get the same answer from a server with drafts as from one without.
+"""Random request bodies get the same answer from a server with drafts as from one without.
 
-Two applications (``serving.http``) in this process, each over an engine of its own. Whole answers
-are compared, with several choices per prompt and ``usage``, except for ids, times and fields that
+Two applications (``serving.http``) in this process, each with its own engine. Whole answers are
+compared, including multiple choices per prompt and ``usage``, except for ids, times and fields that
 say how the answer was computed (``oracles/random_bodies.py``). Many requests are in flight at once.
 
 Needs httpx, which a server does not.
@@ -35,7 +35,7 @@ _TEXTS = 50
 """Texts per domain."""
 _AT_ONCE = 16
 _NUM_TOLD = 5
-"""Differing bodies that a row holds in full."""
+"""Maximum number of differing bodies that a row lists in full."""
 
 Asked = tuple[str, Body]
 """Path and body."""
@@ -44,10 +44,10 @@ Asked = tuple[str, Body]
 def measure(
     device: torch.device, count: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Measure one run of ``count`` bodies, if any budget is left.
+    """Measure one run of ``count`` bodies, if the budget is above 0.
 
     Args:
-        keep: called with its row.
+        keep: called with the row.
     """
     if budget_s <= 0:
         return
@@ -62,7 +62,7 @@ def measure(
 
 
 def row_of(chosen: Run, device: torch.device, asked: list[Asked]) -> dict[str, Any]:
-    """Plain and drafted answers to these bodies, compared."""
+    """Compare plain and drafted answers to these bodies."""
     started = time.perf_counter()
     wanted = _answers(chosen, device, PLAIN_BATCH, None, asked)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +144,7 @@ async def _ask(service: Service, asked: list[Asked]) -> list[Body]:
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """True if nothing differs and some drafts were accepted, some rejected."""
+    """True if nothing differs, and some draft tokens were accepted and some rejected."""
     return all(
         not row["mismatches"] and 0 < row["accepted_tokens"] < row["drafted_tokens"] for row in rows
     )

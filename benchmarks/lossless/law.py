@@ -1,5 +1,6 @@
-"""Sampled requests follow the target's joint law: chi-squared at p = 1e-9 on many samples of each
-sampling setting and drafter, with the kernels that programs call (``oracles/device_law.py``)."""
+"""Sampled requests follow the target's joint distribution: a chi-squared test at p = 1e-9 on many
+samples of each sampling setting and drafter, with the kernels that programs call
+(``oracles/device_law.py``)."""
 
 from __future__ import annotations
 
@@ -21,29 +22,29 @@ _BUGGY = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 _PLANTED = 1_000_000
 _WIDE_SHARE = 0.05
 _VARIED = SETTINGS[3::4]
-"""Every number of drafts, every temperature, whole and truncated."""
+"""Covers every draft length and temperature, with and without truncation."""
 _WHOLE = [setting for setting in SETTINGS if setting.cut is Cut.NOTHING]
 _LAYOUTS = {"whole": SMALL, "reduced": REDUCED, "wide": WIDE}
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One setting of sampling and drafting."""
+    """One combination of sampling and drafting settings."""
 
     setting: Setting
     regime: str
     rule: Rule
     layout: str = "whole"
-    """Layout of the vocabularies: ``reduced`` for the drafter, ``wide`` with parts of full size."""
+    """Vocabulary layout; ``reduced``: a smaller draft vocabulary, ``wide``: full-size parts."""
     share: float = 1.0
-    """Share of the number of samples asked for."""
+    """Share of the requested number of samples."""
     bug: str | None = None
-    """A planted bug: the run must be rejected."""
+    """Name of a planted bug; the run must then be rejected."""
     as_served: bool = True
     """See ``device_law.sample``."""
 
     def num_samples(self, asked: int) -> int:
-        """Samples to draw; a planted bug shows in fewer."""
+        """Samples to draw; fewer are enough to expose a planted bug."""
         count = max(1, round(asked * self.share))
         return count if self.bug is None else min(count, _PLANTED)
 
@@ -75,10 +76,10 @@ RUNS = tuple(_runs())
 def measure(
     device: torch.device, num_samples: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Measure all runs that fit the budget.
+    """Measure the runs in order until the budget is used up.
 
     Args:
-        keep: called with each row at once.
+        keep: called with each row as soon as it is measured.
     """
     started = time.perf_counter()
     for number, run in enumerate(RUNS):
@@ -119,14 +120,14 @@ def _row(run: Run, device: torch.device, num_samples: int, seed: int) -> dict[st
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """True if exactly the planted bugs were rejected, or without rows."""
+    """True if exactly the planted bugs were rejected, or if there are no rows."""
     honest = [row for row in rows if row["planted"] is None]
     is_kept = all(row["chi_squared_over_limit"] <= 1 for row in honest)
     return is_kept and all(excess > 1 for excess in _planted(rows).values())
 
 
 def _planted(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Bug -> largest chi-squared over its limit, over drafters."""
+    """Bug -> largest chi-squared over its limit, across drafters."""
     excesses: dict[str, float] = {}
     for row in rows:
         if row["planted"] is not None:
@@ -136,7 +137,7 @@ def _planted(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def summary(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
-    """Totals; planted bugs apart."""
+    """Totals, with planted bugs counted separately."""
     honest = [row for row in rows if row["planted"] is None]
     samples = [row["samples"] for row in honest]
     excesses = _planted(rows)

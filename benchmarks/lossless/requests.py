@@ -1,15 +1,16 @@
-"""Random requests get the same answer with drafts as without, from the real engine.
+"""Random requests to the real engine get the same answer with and without drafts.
 
-Requests use every field of a client: temperature, truncation, penalties, biases, stops, log
+Requests use every sampling field: temperature, truncation, penalties, biases, stops, log
 probabilities (``oracles/random_requests.py``). Each is greedy or has a seed, so the whole answer is
 compared: token ids, text, finish reason, log probabilities and the counts of ``usage``. The plain
 answers come from an engine without a drafter; the others from one whose batches grow and shrink,
 whose drafter and K change every step, and whose weights are swapped every 50 steps.
 
-On a GPU numerics are pinned, so nothing may differ, not even the last bit of a log probability. A
-CPU cannot pin them; it computes in float64 and compares to a tolerance.
+On a GPU numerics are pinned, so nothing may differ, not even the last bit of a log probability.
+Numerics cannot be pinned on a CPU; there the engines compute in float64 and log probabilities are
+compared within a tolerance.
 
-Each row counts what was drafted, by the fields in use.
+Each row counts what was drafted, per field in use.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ _MOST_PROMPT = 120
 _LENGTHS = (*range(8, 41), 1, 2, 3)
 """Values of ``max_tokens``."""
 _SHARE_SCORED = 0.5
-"""Share of the random requests with log probabilities that keep them: beside those, drafts are
-shorter."""
+"""Share of the random requests with log probabilities that keep them; drafts are shorter in a batch
+with such requests."""
 _NUM_TOLD = 5
-"""Differing requests that a row holds in full."""
+"""Maximum number of differing requests that a row lists in full."""
 
 USES: dict[str, Callable[[SamplingParams], bool]] = {
     "greedy": lambda p: p.temperature == 0,
@@ -93,7 +94,7 @@ class Drafted:
 def measure(
     device: torch.device, count: int, budget_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """See ``measure_runs``; ``count`` requests in all."""
+    """See ``measure_runs``; ``count`` is the total number of requests."""
 
     def text_of(row: dict[str, Any]) -> str:
         drafted_for = row["drafted"]["requests_drafted_for"]
@@ -105,7 +106,7 @@ def measure(
 
 
 def row_of(chosen: Run, device: torch.device, count: int) -> dict[str, Any]:
-    """Plain and drafted answers to ``count`` distinct requests, compared."""
+    """Compare plain and drafted answers to ``count`` distinct requests."""
     started = time.perf_counter()
     numbers = random.Random(f"{chosen.target} {chosen.dtype}")
     asked, wanted = _plain(chosen, device, numbers, count)
@@ -152,8 +153,8 @@ def _plain(
 
 
 def _requests(chosen: Run, service: Service, numbers: random.Random, count: int) -> list[Request]:
-    """No stops yet. The bundled target reads text; one with random weights what ``random_requests``
-    makes up."""
+    """Requests without stops. Prompts are text for the bundled target, and random tokens for a
+    target with random weights."""
     made = [longer(numbers, r) for r in random_requests(numbers, count, service.model.vocab_size)]
     if chosen.target == "bundled":
         chosen_texts = numbers.choices(texts(seed=5), k=count)
@@ -161,19 +162,20 @@ def _requests(chosen: Run, service: Service, numbers: random.Random, count: int)
             service.model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in chosen_texts
         ]
         made = [_reading(numbers, *each) for each in zip(made, read, strict=True)]
-    assert len({(r.prompt_ids, r.sampling) for r in made}) == count, "one was made twice"
+    assert len({(r.prompt_ids, r.sampling) for r in made}) == count, "two requests are equal"
     return made
 
 
 def longer(numbers: random.Random, request: Request) -> Request:
-    """The request, with a longer answer, so that drafting happens."""
+    """The request with a longer answer, so that something is drafted."""
     kept = request.sampling.logprobs if numbers.random() < _SHARE_SCORED else None
     shape = replace(request.sampling, max_tokens=numbers.choice(_LENGTHS), logprobs=kept)
     return replace(request, sampling=shape)
 
 
 def _reading(numbers: random.Random, request: Request, ids: list[int]) -> Request:
-    """The request with the beginning of a text as its prompt, and biases on tokens of that text."""
+    """The request with the beginning of a text as its prompt, and biases on that prompt's
+    tokens."""
     prompt = tuple(ids[: numbers.randint(1, _MOST_PROMPT)])
     likely = numbers.sample(sorted(set(prompt)), len(set(prompt)))
     biases = zip(likely, (bias for _, bias in request.sampling.logit_bias), strict=False)
@@ -223,17 +225,17 @@ def _compared(
 
 
 def untried(rows: list[dict[str, Any]]) -> list[str]:
-    """Fields whose requests were never drafted for: the rows prove nothing about those."""
+    """Fields that no drafted request used, so that the rows prove nothing about them."""
     return [f for f in USES if not any(row["by_field"][f]["drafted_tokens"] for row in rows)]
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    """True if nothing differs and requests with every field were drafted for."""
+    """True if nothing differs and every field was used by a request that was drafted for."""
     return not any(row["mismatches"] for row in rows) and not (rows and untried(rows))
 
 
 def summary(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Totals; ``count`` requests were asked for."""
+    """Totals; ``count`` requests were planned."""
     names = ("requests", "tokens", "ended_by_stop", "swaps", "mismatches", "seconds")
     return {
         "requests_planned": count,

@@ -1,1 +1,1 @@
-"""One file a kernel of ``specops``: what it costs beside its floor and beside the best others."""
+"""One file per kernel of ``specops``: its cost against its floor and the best alternatives."""

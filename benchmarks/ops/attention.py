@@ -1,14 +1,14 @@
-"""Decode attention of Qwen3-8B's heads over paged keys, against what torch and others offer.
+"""Decode attention with Qwen3-8B's heads over paged keys, against torch and other libraries.
 
     python -m benchmarks.ops.attention            # about five minutes on one H200
 
 bfloat16, every request at the same context, pages in random order. Bytes are those of the keys and
-values, read once; the ceiling is a large copy. SDPA and flex_attention cannot read pages, so their
-keys are gathered beforehand; SDPA is also measured with the gathering. Of the variants of calling
-SDPA the fastest counts. flashinfer reads pages, with kernels of two generations. flex_attention
-compiles for several seconds per shape, so it is measured at two contexts and while time is left. If
-a variant cannot run, its row says why. Writes ``benchmarks/results/ops_attention.json`` after every
-shape.
+values, read once; the ceiling is the bandwidth of a large copy. SDPA and flex_attention cannot read
+pages, so their keys are gathered beforehand; SDPA is also measured including the gather, and the
+fastest way of calling it counts. flashinfer reads pages, with kernels of two generations.
+flex_attention takes several seconds to compile for each shape, so it is measured only at two
+contexts and while time is left. If a variant cannot run, its row says why. Writes
+``benchmarks/results/ops_attention.json`` after every shape.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 BATCHES, CONTEXTS, QUERIES = (1, 16, 64), (512, 2048, 8192, 32768), (1, 5, 16)
 FLEX_CONTEXTS = (2048, 8192)
 FLASHINFER = ("fa2", "fa3")
-"""Its kernels for paged keys: FlashAttention 2's, which split a request's keys among programs, and
-those written for an H100."""
+"""flashinfer's kernels for paged keys: those of FlashAttention 2, which split a request's keys
+among programs, and those written for an H100."""
 SCALE = DIM**-0.5
-TOO_LATE = "not run: the time for it was spent"
+TOO_LATE = "not run: no time left"
 
 Work = Callable[[], Tensor]
 
@@ -59,14 +59,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Keys and values of a batch, paged and as SDPA wants them."""
+    """Keys and values of a batch, paged and in the layout of SDPA."""
 
     keys: Tensor
-    """[num_slots, Hkv, D], as ``values``."""
+    """[num_slots, Hkv, D], like ``values``."""
     values: Tensor
     pages_RP: Tensor
     k: Tensor
-    """[R, Hkv, S, D], as ``v``."""
+    """[R, Hkv, S, D], like ``v``."""
     v: Tensor
 
 
@@ -80,13 +80,13 @@ def new_cache(batch: int, context: int) -> Cache:
 
 
 def gathered(pool: Tensor, pages_RP: Tensor) -> Tensor:
-    """[R, Hkv, S, D] view of the copied pages."""
+    """Copy the pages together; returns a [R, Hkv, S, D] view."""
     rows = pool.view(-1, PAGE, KV_HEADS, DIM).index_select(0, pages_RP.flatten())
     return rows.view(len(pages_RP), -1, KV_HEADS, DIM).transpose(1, 2)
 
 
 def sdpa_variants(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Calls of SDPA, from [R, Hkv, S, D] keys and values to packed rows."""
+    """Ways of calling SDPA: from [R, Hkv, S, D] keys and values to packed rows."""
     batch, num_query = shape.batch, shape.num_query
     share = HEADS // KV_HEADS
     q = q_THD.view(batch, num_query, HEADS, DIM).transpose(1, 2)
@@ -96,7 +96,7 @@ def sdpa_variants(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Ten
         out = sdpa(q, k, v, attn_mask=bias, scale=SCALE, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    # Heads that share a key as rows of one: reads each key once, but needs a mask of its own.
+    # Heads that share a key become rows of one head: each key is read once, at the cost of a mask.
     rows = q_THD.view(batch, num_query, KV_HEADS, share, DIM).permute(0, 2, 1, 3, 4)
     rows = rows.reshape(batch, KV_HEADS, num_query * share, DIM)
     position = torch.arange(num_query, device="cuda") + shape.context - num_query
@@ -114,7 +114,7 @@ def sdpa_variants(shape: Shape, q_THD: Tensor) -> Iterator[Callable[[Tensor, Ten
 def flex_variant(shape: Shape, q_THD: Tensor, cache: Cache) -> Work:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # it gives a function up after some shapes
+    torch._dynamo.reset()  # it stops compiling a function after several shapes
     before = shape.context - shape.num_query
     block_mask = create_block_mask(
         lambda b, h, q, kv: kv <= q + before, None, None, shape.num_query, shape.context, "cuda"
@@ -161,7 +161,7 @@ def tried_ms(shape: Shape, make: Callable[[], Work], want: Tensor) -> float | st
     """``measured_ms``, or why there is no figure."""
     try:
         return measured_ms(shape, make(), want)
-    except Exception as error:  # whatever it is, the other rows are worth having
+    except Exception as error:  # whatever the cause, the other rows are still useful
         return reason(error)
 
 
@@ -195,13 +195,13 @@ def alternatives(
 
 
 def row_of(shape: Shape, cache: Cache, copy_rate: float, deadline_s: float) -> dict[str, Any]:
-    """Milliseconds and shares of the copy's bandwidth."""
+    """Milliseconds, and shares of the copy bandwidth."""
     num_rows = shape.batch * shape.num_query
     q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
     start = shape.context - shape.num_query
     first_R = torch.full((shape.batch,), start, device="cuda").int()
     decode = DecodePass(cache.pages_RP, first_R, PAGE)
-    # The rows that are there already, so that writing them changes nothing.
+    # These rows are in the cache already, so writing them changes nothing.
     k_THD, v_THD = (t[:, :, start:].transpose(1, 2).flatten(0, 1) for t in (cache.k, cache.v))
 
     def ours() -> Tensor:
@@ -228,7 +228,7 @@ def row_of(shape: Shape, cache: Cache, copy_rate: float, deadline_s: float) -> d
 
 
 def rows(deadline_s: float) -> Iterator[dict[str, Any]]:
-    """Every case; up to 40 GB of memory at the longest context of the largest batch."""
+    """Every case; needs up to 40 GB of memory, at the largest batch and longest context."""
     copy_rate = copy_bytes_per_s()
     for batch in BATCHES:
         for context in CONTEXTS:
@@ -241,9 +241,9 @@ def rows(deadline_s: float) -> Iterator[dict[str, Any]]:
 
 def main(
     out: Out = RESULTS / "ops_attention.json",
-    budget_s: Annotated[float, typer.Option(help="flex_attention is not tried later")] = 400.0,
+    budget_s: Annotated[float, typer.Option(help="flex_attention is not tried after this")] = 400.0,
 ) -> None:
-    """All batches, contexts and numbers of query rows."""
+    """Measure all batches, contexts and numbers of query rows."""
     torch.manual_seed(0)
     write_each(out, rows(time.perf_counter() + budget_s))
 

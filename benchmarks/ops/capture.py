@@ -1,11 +1,11 @@
 """Packing the committed rows of one step, against torch.compile and against copying them.
 
-    python -m benchmarks.ops.capture        # some seconds on one H200
+    python -m benchmarks.ops.capture        # a few seconds on one H200
 
-64 requests of 5 rows, of which 3 are kept; Qwen3-8B's hidden size, three tapped layers and the last
-hidden state. The alternatives are given the kept rows' indices, which ours finds on the device.
-The floor reads every kept vector in bfloat16 and writes it as fp8; the PCIe bus has its own rows.
-Writes ``benchmarks/results/ops_capture.json``.
+64 requests of 5 rows, 3 of them kept; Qwen3-8B's hidden size, three tapped layers and the last
+hidden state. The alternatives are given the indices of the kept rows, which our kernel finds on the
+device. The floor reads every kept vector in bfloat16 and writes it as fp8; PCIe transfers have
+their own rows. Writes ``benchmarks/results/ops_capture.json``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CAPACITY = 4096
 def gather_and_cast(
     features_TmH: Tensor, hidden_TH: Tensor, kept_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same for rows known beforehand, without a ring."""
+    """The same for rows whose indices are known beforehand, without a ring."""
     rows = torch.cat((features_TmH[kept_N], hidden_TH[kept_N, None]), dim=1)
     return quantise(rows)
 

@@ -1,15 +1,16 @@
-"""Time and memory of distillation losses against their bare matrix products.
+"""Time and memory of distillation losses, against their matrix products alone.
 
-    python -m benchmarks.ops.distill        # needs a GPU of 40 GB; about three minutes
+    python -m benchmarks.ops.distill        # needs a GPU with 40 GB; about three minutes
 
-8,192 rows of 4,096, a teacher of 151,936 tokens, a student of all of them or of 32,000, bfloat16.
-Value and both gradients of each loss: by ``specops.distill`` with its kernels, by the same blocks
-in torch, eager and compiled, and by Liger. The floor is the four products of all rows at once: the
-teacher's logits, the student's logits, and the gradients of hidden rows and weight.
+bfloat16; 8,192 rows with hidden size 4,096, a teacher vocabulary of 151,936 tokens, and a student
+vocabulary of the same size or of 32,000. Computes the value and both gradients of each loss with
+the kernels of ``specops.distill``, with the same blocks in torch (eager and compiled), and with
+Liger. The floor is the four matrix products over all rows at once: the teacher's logits, the
+student's logits, and the gradients of hidden rows and weight.
 
-Liger supports no reduced vocabulary and has no LK loss. Forward KL is its JSD of beta 0, fused in
-Triton or by torch.compile in chunks (``chunked_loss``); it has no total variation that forms the
-logits itself, so that one gets the logits of all rows, and gives a cross-entropy besides.
+Liger supports no reduced vocabulary and has no LK loss. Its forward KL is JSD with beta 0, fused in
+Triton or in chunks by torch.compile (``chunked_loss``). Its total variation cannot compute the
+logits itself, so it is given the logits of all rows; it also computes a cross-entropy.
 
 If a variant cannot run, or no time is left for it, its row says why. Writes
 ``benchmarks/results/ops_distill.json`` after every row.
@@ -49,7 +50,7 @@ NUM_ROWS, HIDDEN, VOCAB = 8192, 4096, 151_936
 DRAFT_VOCABS = (32_000, VOCAB)
 KINDS: tuple[LossKind, ...] = ("lk", "forward_kl", "total_variation")
 TORCH_CHUNK = 1024
-"""Rows of a block for the torch variants: a divisor, so that one shape is compiled."""
+"""Rows per block of the torch variants; a divisor of all rows, so that one shape is compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,14 @@ class Case:
     def gradients(
         self, kind: LossKind, blocks: Blocks | None = None, chunk_rows: int | None = None
     ) -> None:
-        """One training step's worth, as autograd runs it."""
+        """The loss and gradients of one training step, through autograd."""
         given = (self.hidden, self.weight, self.teacher, self.rows, self.weights, kind, chunk_rows)
         found = device.distill(*given) if blocks is None else distill(*given, blocks)
         torch.autograd.grad(found.loss, (self.hidden, self.weight))
 
 
 def make_case(draft_vocab: int) -> Case:
-    """Random, with logits of standard deviation 1.3 and a student near its teacher."""
+    """Random inputs: logits with standard deviation 1.3, and a student close to its teacher."""
     torch.manual_seed(0)
     made: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     head = torch.randn(VOCAB, HIDDEN, **made) * 0.02
@@ -92,7 +93,7 @@ def make_case(draft_vocab: int) -> Case:
 
 
 def products(case: Case) -> Work:
-    """The four products of all rows, into fixed memory."""
+    """The four matrix products over all rows, written to fixed memory."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
     head = case.teacher.head.weight_VH
     seen = torch.empty(NUM_ROWS, VOCAB, dtype=hidden.dtype, device="cuda")
@@ -109,7 +110,7 @@ def products(case: Case) -> Work:
 
 
 def liger_fused(case: Case) -> Work:
-    """Forward KL, fused; every row counts the same."""
+    """Forward KL, fused; all rows have the same weight."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     loss_of = LigerFusedLinearJSD(jsd_beta=0.0)
@@ -122,7 +123,7 @@ def liger_fused(case: Case) -> Work:
 
 
 def liger_chunked(case: Case) -> Work:
-    """Forward KL in chunks of 1,024 rows; the labels only say that every row counts."""
+    """Forward KL in chunks of 1,024 rows; the labels only mark every row as valid."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss_of = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
@@ -152,21 +153,21 @@ def liger_of_logits(case: Case) -> Work:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One variant of one loss."""
+    """One implementation of one loss."""
 
     name: str
     kind: str
     make: Callable[[], Work]
-    """Raises where it is not installed."""
+    """Raises if the library is not installed."""
 
 
 def steps_of(case: Case, kind: LossKind, blocks: Blocks | None, chunk_rows: int | None) -> Work:
-    """A step of ``specops.distill``."""
+    """One step with ``specops.distill``."""
     return partial(case.gradients, kind, blocks, chunk_rows)
 
 
 def variants(case: Case) -> Iterator[Variant]:
-    """Ours come first, then the alternatives by loss."""
+    """Our variants come first, then the alternatives by loss."""
     for kind in KINDS:
         yield Variant("ours", kind, partial(steps_of, case, kind, None, None))
     torch._dynamo.reset()
@@ -185,7 +186,7 @@ def variants(case: Case) -> Iterator[Variant]:
 
 
 def extra_bytes(case: Case, work: Work) -> int:
-    """Most that ``work`` holds beyond its inputs and the two gradients."""
+    """Peak memory of ``work`` in bytes, beyond its inputs and the two gradients."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -207,15 +208,15 @@ def row_of(case: Case, variant: Variant, floor_ms: float) -> dict[str, Any]:
 def tried_row(case: Case, variant: Variant, floor_ms: float, deadline_s: float) -> dict[str, Any]:
     """``row_of``, or why there is no figure."""
     if time.perf_counter() > deadline_s:
-        return {"error": "not run: the time for it was spent"}
+        return {"error": "not run: no time left"}
     try:
         return row_of(case, variant, floor_ms)
-    except Exception as error:  # whatever it is, the other rows are worth having
+    except Exception as error:  # whatever the cause, the other rows are still useful
         return {"error": reason(error)}
 
 
 def rows_of(draft_vocab: int, deadline_s: float) -> Iterator[dict[str, Any]]:
-    """Every variant for one vocabulary of the student; nothing but ours begins after a deadline."""
+    """Every variant for one student vocabulary; none starts after the deadline."""
     case = make_case(draft_vocab)
     floor_ms = eager_ms(products(case))
     yield {"variant": "products", "loss": "", "ms": floor_ms, "ratio_to_products": 1.0}
@@ -226,7 +227,7 @@ def rows_of(draft_vocab: int, deadline_s: float) -> Iterator[dict[str, Any]]:
 
 
 def rows(budget_s: float) -> Iterator[dict[str, Any]]:
-    """Both vocabularies of the student, each in its share of the time."""
+    """Both student vocabularies, each within its share of the time."""
     started = time.perf_counter()
     for number, draft_vocab in enumerate(DRAFT_VOCABS, start=1):
         deadline_s = started + budget_s * number / len(DRAFT_VOCABS)
@@ -237,9 +238,9 @@ def rows(budget_s: float) -> Iterator[dict[str, Any]]:
 
 def main(
     out: Out = RESULTS / "ops_distill.json",
-    budget_s: Annotated[float, typer.Option(help="no alternative begins later")] = 300.0,
+    budget_s: Annotated[float, typer.Option(help="no variant starts after this")] = 300.0,
 ) -> None:
-    """Measure, print, write."""
+    """Measure all variants; print and write each row."""
     shape = {"rows": NUM_ROWS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "bfloat16"}
     write_each(out, rows(budget_s), shape=shape, copy_bytes_per_s=copy_bytes_per_s())
 

@@ -1,18 +1,18 @@
-"""Passes of an EAGLE-3 drafter in a CUDA graph, by its module and fused.
+"""Passes of an EAGLE-3 drafter in a CUDA graph, with its torch module and fused.
 
     python -m benchmarks.ops.drafter                        # 0.6B and 8B; about a minute
-    python -m benchmarks.ops.drafter --device cpu --out /tmp/drafter.json     # a tiny one, to try
+    python -m benchmarks.ops.drafter --device cpu --out /tmp/drafter.json     # a trial, tiny size
 
-Weights are random, shapes are those of drafters for the published targets with a draft vocabulary
+Weights are random; shapes are those of drafters for the published targets with a draft vocabulary
 of 32,000. A row is one of
 
-- ``draft``: the cost of each further draft token except choosing it: a pass of one row per request,
-  and its logits. The time of five drafted tokens minus that of one, divided by four.
+- ``draft``: the cost of each additional draft token, without choosing it: a pass of one row per
+  request, and its logits. The time of five draft tokens minus that of one, divided by four.
 - ``take in``: computing five verified rows per request, including the product that joins the tapped
   layers, without the draft head.
 
 Floors are the bytes of the weights in use, and of the keys and values in the context, over the
-bandwidth of a large copy. ``head_us`` is the draft head alone, its norm inside its kernel or apart.
+bandwidth of a large copy.
 
 Writes ``benchmarks/results/ops_drafter.json`` after every row.
 """
@@ -38,7 +38,7 @@ from specops.overlap_triton import can_overlap
 
 _PAGE = 16
 _MANY, _ONE = 5, 1
-"""Draft tokens whose times are subtracted."""
+"""Numbers of draft tokens whose times are subtracted."""
 _VERIFIED = 5
 NUM_REQUESTS = {"draft": (1, 5, 32), "take in": (1, 32)}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def make_bench(config: Eagle3Config, place: Place, context: int) -> Bench:
 
 
 def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) -> PagedEagle3:
-    """A drafter over a filled pool from a fixed seed; ``None``: computed by its module."""
+    """A drafter over a pool filled from a fixed seed; without a variant, its torch module runs."""
     torch.manual_seed(1)
     num_pages = num_requests * bench.context // _PAGE + 1
     paged = PagedEagle3(bench.module, bench.embed, num_pages * _PAGE)
@@ -101,7 +101,7 @@ def make_paged(bench: Bench, num_requests: int, variant: dict[str, Any] | None) 
 def works(
     bench: Bench, kind: str, num_requests: int, paged: PagedEagle3
 ) -> list[Callable[[], Tensor]]:
-    """Work to time; if there are two, the second is subtracted."""
+    """The work to time; if there are two, the second's time is subtracted from the first's."""
     c, device = bench.module.config, bench.device
     num_pages = bench.context // _PAGE
     pages = torch.randperm(num_requests * num_pages, device=device, dtype=torch.int32) + 1
@@ -117,7 +117,7 @@ def works(
     ids = torch.randint(0, c.target_vocab_size, (_MANY, num_requests), device=device)
 
     def draft(num_draft: int) -> Tensor:
-        """Logits of the last of some drafted tokens, which are given."""
+        """Logits of the last of ``num_draft`` tokens; the tokens themselves are given."""
         found: list[Tensor] = []
 
         def choose(logits: Tensor, number: int) -> Tensor:
@@ -131,7 +131,7 @@ def works(
 
 
 def floor_bytes(bench: Bench, kind: str, num_requests: int) -> int:
-    """Bytes of the weights that a pass reads, and of the keys and values it sees."""
+    """Bytes of the weights, keys and values that a pass reads."""
     c = bench.module.config
     unread = bench.module.fc if kind == "draft" else bench.module.lm_head
     weights = sum(p.numel() for p in bench.module.parameters()) - unread.weight.numel()
@@ -142,7 +142,7 @@ def floor_bytes(bench: Bench, kind: str, num_requests: int) -> int:
 def _time_and_result(
     bench: Bench, kind: str, num_requests: int, variant: dict[str, Any] | None
 ) -> tuple[float, Tensor]:
-    """Microseconds of one pass, and what the work with the most passes computes."""
+    """Microseconds of one pass, and the result of the work with the most passes."""
     found = works(bench, kind, num_requests, make_paged(bench, num_requests, variant))
     result = found[0]().clone()
     times = [bench.us(work) for work in found]
@@ -185,9 +185,9 @@ def main(
     out: Out = RESULTS / "ops_drafter.json",
     device: Device = "cuda",
     context: Annotated[int, typer.Option(help="positions before the pass")] = 1024,
-    budget_s: Annotated[float, typer.Option(help="no row begins later")] = 300.0,
+    budget_s: Annotated[float, typer.Option(help="no row starts after this")] = 300.0,
 ) -> None:
-    """Microseconds of one pass of the drafter."""
+    """Measure one pass of the drafter, in microseconds."""
     with torch.inference_mode():
         write_each(out, rows(make_place(device, budget_s), context))
 

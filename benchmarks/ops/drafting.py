@@ -1,20 +1,20 @@
-"""Choosing a draft token from a drafter's logits, greedily or by drawing, against alternatives.
+"""Choosing a draft token from a drafter's logits, greedily or by sampling, against alternatives.
 
     python -m benchmarks.ops.drafting                                   # two minutes on one GPU
     TRITON_INTERPRET=1 python -m benchmarks.ops.drafting --device cpu   # without a GPU
 
-R requests, one draft token of each, over a reduced vocabulary of 32,000 tokens with its map to the
-151,936 of Qwen3; bf16 logits of 256 likely tokens above a normal bulk. ``greedy`` is ``best_ids``.
-Drawn tokens come with log q, are of temperature 0.8 and cut as their row says; ours are the kernels
-that rounds run, which look for cuts whether a request asks for any or not. Compared are
+R requests with one draft token each, from a reduced vocabulary of 32,000 tokens mapped to the
+151,936 of Qwen3; bf16 logits with 256 likely tokens above a normally distributed bulk. ``greedy``
+is ``best_ids``. Sampled tokens come with log q, use temperature 0.8, and are truncated as their row
+says; ours are the kernels that rounds run, which always check for truncation. The alternatives are
 
-* ``eager``: plain torch in float32: argmax and the map; or softmax, a top-k or a sort where there
-  are cuts, a draw by exponential noise, q of the token, and the map;
-* ``compiled``: torch.compile of that;
-* ``flashinfer``: its softmax, renormalisation after a cut and draw; q and the map by torch.
+* ``eager``: plain torch in float32: argmax and the map; or softmax, a top-k or a sort if truncated,
+  a draw by exponential noise, q of the token, and the map;
+* ``compiled``: torch.compile of ``eager``;
+* ``flashinfer``: its softmax, renormalisation after truncation, and draw; q and the map in torch.
 
-The floor reads the logits once at the speed of a large copy. If a variant cannot
-run, its row says why. Writes ``benchmarks/results/ops_drafting.json`` after every row.
+The floor reads the logits once at the speed of a large copy. If a variant cannot run, its row says
+why. Writes ``benchmarks/results/ops_drafting.json`` after every row.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from specops.sampling import sampling_rows
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a law is truncated before a token is drawn from it."""
+    """How a distribution is truncated before a token is drawn from it."""
 
     name: str
     top_k: int | None = None
@@ -62,14 +62,14 @@ CUTS = (
 
 
 def greedy_work(logits: Tensor, vocab: VocabMap) -> Work:
-    """Our kernel, greedy."""
+    """Our greedy kernel."""
     if logits.is_cuda:
         return lambda: on_device.best_ids(logits, vocab.d2t_D)
     return lambda: best_ids_triton.best_ids(logits, vocab.d2t_D)
 
 
 def sampled_work(logits: Tensor, vocab: VocabMap, cut: Cut) -> Work:
-    """Our kernel, for a round of sampled requests."""
+    """Our kernel for a round of sampled requests."""
     num, size = logits.shape
     device = logits.device
     top_k, top_p = [cut.top_k] * num, [cut.top_p] * num
@@ -94,7 +94,7 @@ def plain_sampled(logits: Tensor, d2t_D: Tensor, cut: Cut) -> tuple[Tensor, Tens
 
 
 def flashinfer_work(logits: Tensor, d2t_D: Tensor, cut: Cut) -> Work:
-    """flashinfer's seeds are tensors here, since a graph can capture no others."""
+    """Seeds are tensors, because a CUDA graph cannot capture other seeds."""
     from flashinfer import sampling
 
     seed, offset = torch.zeros((2, 1), dtype=torch.int64, device=logits.device)
@@ -156,7 +156,7 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
 def main(
     out: Out = RESULTS / "ops_drafting.json",
     device: Device = "cuda",
-    budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 180.0,
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled after this")] = 180.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)

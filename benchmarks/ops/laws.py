@@ -1,4 +1,4 @@
-"""Logits like a language model's, a drafter's reduced vocabulary, and distributions in plain torch.
+"""Logits like those of a language model, a reduced draft vocabulary, and distributions in torch.
 
 Shapes: R requests, D draft vocabulary.
 """
@@ -19,7 +19,7 @@ LIKELY = 256
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is measured."""
+    """Sizes to measure."""
 
     vocab: int = 151_936
     draft_vocab: int = 32_000
@@ -27,11 +27,11 @@ class Sizes:
 
 
 TINY = Sizes(vocab=4000, draft_vocab=1000, requests=(1, 3))
-"""Sizes to try a benchmark without a GPU."""
+"""Sizes for trying a benchmark without a GPU."""
 
 
 def likely_logits(*shape: int, device: str) -> Tensor:
-    """[..., V] float32, 256 tokens of p ~ rank ** -2 above a normal bulk."""
+    """[..., V] float32: 256 tokens with p ~ rank ** -2 above a normally distributed bulk."""
     logits = 2.5 * torch.randn(*shape, device=device)
     ids = torch.rand(*shape, device=device).topk(LIKELY).indices
     ranks = torch.arange(1, LIKELY + 1, device=device, dtype=torch.float32)
@@ -39,18 +39,18 @@ def likely_logits(*shape: int, device: str) -> Tensor:
 
 
 def make_vocab(sizes: Sizes, device: str) -> VocabMap:
-    """The map of draft tokens spread over the target's vocabulary, in order."""
+    """A map for draft tokens drawn at random from the target's vocabulary, in order."""
     chosen = torch.randperm(sizes.vocab, device=device)[: sizes.draft_vocab].sort().values
     return vocab_map(chosen - torch.arange(sizes.draft_vocab, device=device), sizes.vocab)
 
 
 def target_ids(vocab: VocabMap) -> Tensor:
-    """[D] the target's id of each draft token."""
+    """[D]: the target id of each draft token."""
     return torch.arange(len(vocab.d2t_D), device=vocab.d2t_D.device) + vocab.d2t_D
 
 
 def numbering_of(num_requests: int, device: str) -> Numbering:
-    """Requests that differ in key and position."""
+    """Numbering of requests with distinct keys and positions."""
     request = torch.arange(num_requests, device=device)
     return Numbering(request * 7919, request * 0 + 1, request + 100)
 

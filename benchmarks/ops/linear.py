@@ -1,12 +1,12 @@
-"""Matrix products of few rows, against memory bandwidth, cuBLAS and torch.compile.
+"""Matrix products with few rows, against memory bandwidth, cuBLAS and torch.compile.
 
     python -m benchmarks.ops.linear            # about a minute
 
-Each row is one product of a decoder with everything its kernel fuses: the norm before q, k, v and
-before gate and up, the gate after them, the residual after o and down. ``library`` is torch's
-product alone, ``separate`` adds the rest as separate torch operations, ``compiled`` is the same
-through torch.compile. The floor is the bytes of weight, rows and result over the bandwidth of a
-large copy. Writes ``benchmarks/results/ops_linear.json`` after every row.
+Each row is one product of a decoder with everything that its kernel fuses: the norm before q, k, v
+and before gate and up, the gate after them, the residual after o and down. ``library`` is torch's
+product alone, ``separate`` adds the rest as separate torch operations, and ``compiled`` runs those
+through torch.compile. The floor is the bytes of weight, input rows and result over the bandwidth of
+a large copy. Writes ``benchmarks/results/ops_linear.json`` after every row.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _row(case: Case, bandwidth: float) -> dict[str, Any]:
 
 
 def main(out: Out = RESULTS / "ops_linear.json") -> None:
-    """Microseconds of one product, all fused operations included."""
+    """Measure each product with all its fused operations, in microseconds."""
     write_each(out, rows())
 
 

@@ -1,12 +1,12 @@
-"""Biases and penalties inside a round, against their definition, eager and compiled.
+"""Biases and penalties inside a round, against their eager and compiled definitions.
 
-    python -m benchmarks.ops.penalties       # some seconds on one GPU
+    python -m benchmarks.ops.penalties       # a few seconds on one GPU
 
-R requests of 5 rows over the 151,936 tokens of Qwen3, float32 logits. None, one or all of them have
-penalties, counts and 300 biases. The eager and compiled definitions get counts and biases as whole
-rows and adjust all requests, whether they ask or not. The floor reads and writes the logits and
-reads the counts of requests that ask, at the speed of a large copy; where none asks, ours is the
-launch alone. Counting the emitted tokens is timed separately.
+R requests of 5 rows over the 151,936 tokens of Qwen3, float32 logits. None, one or all of the
+requests use penalties and 300 biases. The eager and compiled definitions get counts and biases as
+whole rows and adjust every request, whether it uses them or not. The floor reads and writes the
+logits, and reads the counts, of the requests that use them, at the speed of a large copy; if none
+does, our time is the launch alone. Counting the emitted tokens is timed separately.
 
 Writes ``benchmarks/results/ops_penalties.json`` after every row.
 """
@@ -34,7 +34,7 @@ SIZES = (1, 8, 64)
 
 
 def tables_for(num_lanes: int, vocab_size: int, device: str) -> LaneTables:
-    """Every lane asks for everything and has emitted some tokens."""
+    """Tables in which every lane has penalties, biases and some emitted tokens."""
     numbers = random.Random(0)
     tables = new_tables(num_lanes, vocab_size, HELD_BIASES, device)
     for lane in range(num_lanes):
@@ -56,14 +56,14 @@ def requests_of(num_requests: int, num_asking: int, device: str) -> LaneRequests
 def by_rows(
     logits_RQV: Tensor, draft_RK: Tensor, bias_RV: Tensor, counts_RV: Tensor, penalties_R3: Tensor
 ) -> Tensor:
-    """The definition for requests that all ask, given a bias for every token."""
+    """The definition applied to every request, given a bias for every token."""
     generated = (counts_RV // 2)[:, None] + counts_before(draft_RK, logits_RQV.shape[-1])
     in_prompt = counts_RV % 2 == 1
     return logits_RQV.copy_(penalized(logits_RQV, bias_RV, generated, in_prompt, penalties_R3))
 
 
 def variants_of(num_requests: int, vocab_size: int, device: str) -> list[tuple[str, int, Work]]:
-    """Name, how many requests ask, and the work."""
+    """Name, number of requests that use penalties, and the work."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn((num_requests, K + 1, vocab_size), generator=generator, device=device)
     draft = torch.randint(vocab_size, (num_requests, K), generator=generator, device=device)
@@ -103,7 +103,7 @@ def main(
     out: Out = RESULTS / "ops_penalties.json",
     device: Device = "cuda",
     vocab_size: int = 151_936,
-    budget_s: Annotated[float, typer.Option(help="no row begins later")] = 120.0,
+    budget_s: Annotated[float, typer.Option(help="no row starts after this")] = 120.0,
 ) -> None:
     """Measure all variants and print a line for each."""
     write_each(out, rows(make_place(device, budget_s), vocab_size))

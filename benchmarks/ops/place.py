@@ -1,4 +1,4 @@
-"""Times a kernel and its alternatives on one device; what cannot run yields the reason."""
+"""Times a kernel and its alternatives on one device; one that cannot run yields the reason."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Device = Annotated[str, typer.Option(help="cuda, or cpu to try a tiny size")]
 
 
 def reason(error: Exception) -> str:
-    """What a row holds instead of a figure."""
+    """The text that a row holds instead of a figure."""
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A device, its memory's speed, and the end of the time for compiling."""
+    """A device, its memory bandwidth, and the deadline for compiling."""
 
     device: str
     """``cuda``, or ``cpu`` to try a tiny size."""
     bytes_per_s: float | None
     """Bytes read and written per second by a large copy; ``None`` on a CPU."""
     deadline_s: float
-    """No alternative is compiled after it, by ``time.perf_counter``."""
+    """No alternative is compiled after this ``time.perf_counter()``."""
 
     @property
     def is_gpu(self) -> bool:
         return self.device == "cuda"
 
     def floor_us(self, num_bytes: int) -> float | None:
-        """Microseconds that moving ``num_bytes`` once takes."""
+        """Microseconds to move ``num_bytes`` once."""
         return None if self.bytes_per_s is None else num_bytes / self.bytes_per_s * 1e6
 
     def microseconds(self, work: Work, calls: int = 5) -> float:
-        """Median of one call: in a graph of some calls, with a cold cache; on a CPU, called."""
+        """Median time of one call: on a GPU in a graph of ``calls`` calls, with a cold cache."""
         if self.is_gpu:
             return graphed_ms(work, calls=calls) * 1e3
         times = []
@@ -56,20 +56,20 @@ class Place:
         """``microseconds`` of an alternative, or why it has no figure."""
         try:
             return self.microseconds(make())
-        except Exception as error:  # whatever keeps an alternative from running is its result
+        except Exception as error:  # the reason an alternative cannot run is its result
             return reason(error)
 
     def compiled_microseconds(self, work: Work) -> float | str:
-        """Median of ``work`` through torch.compile, or why it has no figure."""
+        """Median time of ``work`` under torch.compile, or why it has no figure."""
         if not self.is_gpu:
             return "not compiled without a GPU"
         if time.perf_counter() > self.deadline_s:
-            return "not compiled: the time for it was spent"
+            return "not compiled: no time left"
         torch._dynamo.reset()  # it gives up on a function after several shapes
         return self.tried_microseconds(lambda: torch.compile(work, dynamic=False))
 
 
 def make_place(device: str, budget_s: float) -> Place:
-    """Measure the memory bandwidth, and start the time for compiling."""
+    """Measure the memory bandwidth, and set the deadline for compiling."""
     deadline_s = time.perf_counter() + budget_s
     return Place(device, copy_bytes_per_s() if device == "cuda" else None, deadline_s)

@@ -1,14 +1,15 @@
-"""The bookkeeping of a decode round against torch: open it, find its greedy ids, close it.
+"""Per-round bookkeeping, against torch: open the round, find its greedy ids, close it.
 
     python -m benchmarks.ops.rounds                                   # two minutes on one GPU
-    TRITON_INTERPRET=1 python -m benchmarks.ops.rounds --device cpu   # a try without a GPU
+    TRITON_INTERPRET=1 python -m benchmarks.ops.rounds --device cpu   # a trial without a GPU
 
-Ours are the kernels that rounds run on a GPU, ``eager`` is their torch definitions, ``compiled``
-torch.compile of these; all in a CUDA graph. Logits are of Qwen3's 151,936 tokens; the floor of
-``best_ids`` reads them once at the speed of a large copy. ``float32 copy`` is the argmax of logits
-that are converted first. A ``greedy round`` is all three, without what a target does between them.
+Ours are the kernels that rounds run on a GPU; ``eager`` is their torch definitions, ``compiled`` is
+torch.compile of these; all run in a CUDA graph. Logits cover Qwen3's 151,936 tokens; the floor of
+``best_ids`` reads them once at the speed of a large copy. ``float32_copy_us`` is the argmax of
+logits that are first converted to float32. A ``greedy round`` is all three, without the target's
+work in between.
 
-Writes ``benchmarks/results/ops_rounds.json`` after every row; compiling stops first when time is
+Writes ``benchmarks/results/ops_rounds.json`` after every row. Compiling stops first if time is
 short.
 """
 
@@ -34,7 +35,7 @@ PAGE, MOST = 16, 8
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is measured."""
+    """Sizes to measure."""
 
     vocab: int = 151_936
     batches: tuple[int, ...] = (1, 32, 128)
@@ -61,12 +62,12 @@ INTERPRETED = Variant(lanes_triton.open_round, best_ids_triton.best_ids, lanes_t
 
 
 def variants_on(place: Place) -> tuple[Variant, Variant]:
-    """Ours and the definitions."""
+    """Our kernels, and their definitions."""
     return (ON_GPU if place.is_gpu else INTERPRETED), EAGER
 
 
 def make_lanes(sizes: Sizes, device: str) -> LaneState:
-    """Lanes of requests with some hundred tokens and far to go."""
+    """Lanes of requests with a few hundred tokens, far from their limits."""
     num_lanes = max(sizes.batches) + 1
     ints = torch.zeros((len(Field), num_lanes), dtype=torch.int64, device=device)
     ints[Field.LENGTH] = 300 + torch.arange(num_lanes, device=device)
@@ -135,7 +136,7 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
 def main(
     out: Out = RESULTS / "ops_rounds.json",
     device: Device = "cuda",
-    budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 120.0,
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled after this")] = 120.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)

@@ -1,14 +1,13 @@
-"""Times work on a GPU under a server's conditions: in a CUDA graph, with a cold cache.
+"""Times GPU work under a server's conditions: in a CUDA graph, with a cold cache.
 
 A captured function is replayed with kernels between its calls that overwrite the L2 cache. A graph
-of those kernels alone is replayed alternately and subtracted. Each replay is queued behind other
-work on the device until the host has launched it, so figures exclude launches, which cost the host
-some 70 microseconds each where these figures were made, and more for a large graph.
+of those kernels alone is replayed in alternation and its time subtracted. Each replay is queued
+behind other work on the device until the host has launched it, so figures exclude launches, each of
+which costs about 70 microseconds of host time on the measured machines, and more for a large graph.
 
-Besides its kernels, a figure includes the pause before each of them, about a microsecond, so a
-kernel that does nothing does not measure 0. It excludes writing back what the cache held before:
-the flush would have done that, and is subtracted. Compare kernels of few microseconds with an empty
-one.
+In addition to its kernels, a figure includes the gap before each of them, about a microsecond, so
+an empty kernel does not measure 0. It excludes writing back what the cache held before: the flush
+would have done that, and is subtracted. Compare kernels of a few microseconds with an empty one.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def _captured(work: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(_WARM_UPS):  # compiles, tunes and allocates outside the capture
+        for _ in range(_WARM_UPS):  # compile, tune and allocate outside the capture
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -104,7 +103,7 @@ def graphed_ms(work: Callable[[], object], repeats: int = 20, calls: int = 5) ->
 
 
 def replayed_ms(launch: Callable[[], object], repeats: int = 20) -> float:
-    """Milliseconds of a graph that exists already, after kernels that overwrite the cache."""
+    """Milliseconds of an existing graph, replayed after kernels that overwrite the cache."""
     for _ in range(_WARM_UPS):
         launch()
     return statistics.median(_device_ms(launch) for _ in range(repeats))
@@ -134,8 +133,8 @@ def copy_bytes_per_s(num_bytes: int = 4 << 30, repeats: int = 20, copies: int = 
     """Bytes read plus written each second by a large device-to-device copy: the memory ceiling.
 
     Copies follow each other in a stream, each many times larger than the L2 cache. A single copy in
-    a graph, which is a node of its own kind, measured 2.75 TB/s with its launch on an H200 that
-    copies 4.24 TB/s.
+    a graph, where it is a special kind of node, measured 2.75 TB/s including its launch, on an H200
+    that copies 4.24 TB/s.
     """
     source = torch.randint(2**62, (num_bytes // 16,), device="cuda")
     target = torch.empty_like(source)
@@ -144,7 +143,7 @@ def copy_bytes_per_s(num_bytes: int = 4 << 30, repeats: int = 20, copies: int = 
         for _ in range(copies):
             target.copy_(source)
 
-    for _ in range(repeats):  # until the clocks have risen
+    for _ in range(repeats):  # until the clocks have ramped up
         copy()
     median_ms = statistics.median(_device_ms(copy) for _ in range(repeats))
     return num_bytes * copies / (median_ms / 1e3)

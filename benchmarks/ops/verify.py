@@ -1,21 +1,21 @@
-"""Verification from logits, against alternatives and against reading the logits once.
+"""Verification from logits, against alternatives and against one read of the logits.
 
     python -m benchmarks.ops.verify                                   # four minutes on one GPU
     TRITON_INTERPRET=1 python -m benchmarks.ops.verify --device cpu   # without a GPU
 
 R requests of 4 draft tokens over the 151,936 tokens of Qwen3, bf16 logits. The logits resemble a
-language model's: 256 likely tokens, p falling with the square of their rank, above a normal bulk.
-"Flat" ones, a normal bulk alone, are the worst case of a cut. Ours are the kernels that rounds run,
-which look for cuts whether a request asks for any or not. They are compared with
+language model's: 256 likely tokens, with p falling with the square of their rank, above a normally
+distributed bulk. "Flat" logits, the bulk alone, are the worst case of truncation. Ours are the
+kernels that rounds run, which always check for truncation. They are compared with
 
 * ``compiled``: torch.compile of the plain definition in float32: softmax of target and drafter
   (with a sort for top-p), ratios, residual, and a draw by exponential noise. With a reduced draft
-  vocabulary, a scatter spreads q over the target's;
+  vocabulary, a scatter expands q to the target's vocabulary;
 * ``flashinfer``: its softmax, top-p renormalisation and chain_speculative_sampling. It needs q over
-  the whole vocabulary: spread by a scatter, one-hot for delta drafts.
+  the whole vocabulary: expanded by a scatter, one-hot for delta drafts.
 
-The floor reads all logits, and the drafter's where they are needed, once at the speed of a large
-copy. If a variant cannot run, its row says why. Writes ``benchmarks/results/ops_verify.json``
+The floor reads the target's logits, and the drafter's if they are needed, once at the speed of a
+large copy. If a variant cannot run, its row says why. Writes ``benchmarks/results/ops_verify.json``
 after every row.
 """
 
@@ -56,7 +56,7 @@ class Case:
 
     name: str
     drafts: str
-    """``delta``, or drawn from ``reduced`` or ``whole`` vocabularies."""
+    """``delta``, or drawn from a ``reduced`` or the ``whole`` vocabulary."""
     top_p: float = 1.0
     flat: bool = False
 
@@ -139,7 +139,7 @@ def ours(given: Round, with_logprobs: bool = False) -> object:
 
 
 def by_scatter(q_RKD: Tensor, vocab: VocabMap) -> Tensor:
-    """q over the target's vocabulary, [R, K, V]."""
+    """[R, K, V]: q over the target's vocabulary."""
     q_RKV = q_RKD.new_zeros((*q_RKD.shape[:-1], len(vocab.t2d_V)))
     return q_RKV.index_copy(-1, target_ids(vocab), q_RKD)
 
@@ -174,7 +174,7 @@ def plain_sampled(given: Round, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def flashinfer_work(given: Round, top_p: float) -> Work:
-    """Its seeds are tensors, because a graph captures no others."""
+    """Seeds are tensors, because a CUDA graph cannot capture other seeds."""
     from flashinfer import sampling
 
     device = given.logits_RK1V.device
@@ -234,7 +234,7 @@ def rows(sizes: Sizes, place: Place) -> Iterator[dict[str, Any]]:
 def main(
     out: Out = RESULTS / "ops_verify.json",
     device: Device = "cuda",
-    budget_s: Annotated[float, typer.Option(help="nothing is compiled later")] = 300.0,
+    budget_s: Annotated[float, typer.Option(help="nothing is compiled after this")] = 300.0,
 ) -> None:
     """Measure all cases and print a line for each."""
     place = make_place(device, budget_s)

@@ -1,16 +1,16 @@
-"""Our engine against what a PyTorch user would run instead: same target, prompts, process, GPU.
+"""Our engine against other decoders for PyTorch: same target, prompts, process and GPU.
 
     python -m benchmarks.peers --target FOLDER --drafter FOLDER
     python -m benchmarks.peers --shape Qwen3-8B       # random weights, decoding alone
     python -m benchmarks.peers --drafter examples/drafter/0 --no-compile --batches 1,2 \\
         --num-prompt 32 --num-new 8                   # everything on a CPU, in a minute
 
-Prompts are held-out Python code cut to one length, so that no decoder pads; answers are greedy, of
-a fixed number of tokens, and ignore end-of-text. Every decoder of ``make_decoders`` is opened and
-warmed up for each batch size (``prepare_s``, part of no speed) and then alternates with the others;
-every turn has prompts of its own. ``tokens_per_s`` counts whole requests. ``equal_tokens`` and
-``equal_prompts`` are the shares equal to our plain answers, counting tokens up to the first
-difference: bfloat16 rounds ties differently in batches of other shapes.
+Prompts are held-out Python code cut to one length, so that no decoder pads; answers are greedy,
+have a fixed number of tokens, and ignore end-of-text. Every decoder of ``make_decoders`` is opened
+and warmed up for each batch size (``prepare_s``, not included in any speed) and then alternates
+with the others; every turn has its own prompts. ``tokens_per_s`` covers whole requests.
+``equal_prompts`` and ``equal_tokens`` are the shares that equal our plain answers, counting tokens
+up to the first difference: bfloat16 rounds ties differently in batches of other shapes.
 
 If a decoder cannot run, its row holds the error. Writes ``benchmarks/results/peers.json`` (with
 ``--shape``: ``peers_shape.json``, by ``benchmarks.peers.steps``) after every row.
@@ -60,7 +60,7 @@ from targets.load import load_tokenizer, pick_device, pick_dtype
 OURS = "ours, off"
 ASSISTANT_LAYERS = 4
 CHARS_PER_TOKEN = 6
-"""More than tokenizers of code need, so that nearly every prompt is long enough to be cut."""
+"""More than a tokenizer needs for code, so that nearly every prompt is long enough to be cut."""
 
 
 @dataclass(slots=True)
@@ -71,15 +71,15 @@ class Row:
     batch: int
     about: str
     prepare_s: float | None = None
-    """Opening and warming up: compilation, capture, allocation. Our engines are built once, for the
-    largest batch, in the row that is first to use each."""
+    """Seconds to open and warm up: compilation, capture, allocation. Our engines are built once,
+    for the largest batch, and counted in the first row that uses each."""
     seconds: list[float] = field(default_factory=list)
     """Seconds of each turn."""
     answers: list[Ids] = field(default_factory=list)
     error: str | None = None
 
     def figures(self, num_new: int, plain: Row | None) -> dict[str, Any]:
-        """The row as written; ``plain`` is our own without speculation."""
+        """The row as written; ``plain`` is our own row without speculation."""
         found: dict[str, Any] = {
             "variant": self.variant,
             "batch": self.batch,
@@ -98,8 +98,8 @@ class Row:
 
 
 def agreement(plain: Sequence[Ids], other: Sequence[Ids]) -> dict[str, float]:
-    """Shares of answers that are equal, and of tokens before the first difference, over the turns
-    that both took."""
+    """Shares of equal answers, and of tokens before the first difference, over the turns that both
+    have taken."""
     pairs = [
         pair for ours, theirs in zip(plain, other, strict=False)
         for pair in zip(ours, theirs, strict=True)
@@ -118,10 +118,10 @@ def agreement(plain: Sequence[Ids], other: Sequence[Ids]) -> dict[str, float]:
 
 
 def prompt_sets(tokenizer: Any, num_sets: int, batch: int, num_prompt: int) -> list[Ids]:
-    """Sets of ``batch`` held-out beginnings of Python code, ``num_prompt`` tokens each.
+    """Sets of ``batch`` held-out Python prompts, ``num_prompt`` tokens each.
 
     Raises:
-        ValueError: too few of them are as long.
+        ValueError: too few prompts are long enough.
     """
     wanted, chars = num_sets * batch, num_prompt * CHARS_PER_TOKEN
     texts = corpus.prompts("python", wanted + wanted // 4 + 4, 11, chars, chars + 400)
@@ -129,8 +129,8 @@ def prompt_sets(tokenizer: Any, num_sets: int, batch: int, num_prompt: int) -> l
     long = [i for i in ids if len(i) == num_prompt][:wanted]
     if len(long) < wanted:
         raise ValueError(
-            f"{len(long)} of {len(ids)} prompts have {num_prompt} tokens of this tokenizer, "
-            f"{wanted} are needed; ask for shorter ones by --num-prompt"
+            f"{len(long)} of {len(ids)} prompts have {num_prompt} tokens with this tokenizer, "
+            f"{wanted} are needed; ask for shorter ones with --num-prompt"
         )
     return [long[start : start + batch] for start in range(0, wanted, batch)]
 
@@ -148,7 +148,7 @@ def make_decoders(
     is_compiled: bool,
     stack: ExitStack,
 ) -> dict[str, MakeDecoder]:
-    """All decoders by name; nothing is loaded before one is made and opened."""
+    """All decoders by name; nothing is loaded until a decoder is made and opened."""
 
     @cache
     def plain() -> Built:
@@ -187,7 +187,7 @@ def make_decoders(
             drafted, None, "drafter and index, K by the policy, capture on"
         ),
         "ours, K=4": lambda: Ours(
-            drafted, FixedPolicy(LEARNED, 4), "the drafter, K = 4 always, capture on"
+            drafted, FixedPolicy(LEARNED, 4), "the drafter, always K = 4, capture on"
         ),
         "generate, eager": generate("dynamic cache"),
         "continuous": continuous("transformers' own choice"),
@@ -201,11 +201,11 @@ def make_decoders(
         "generate, MTP": generate("use_mtp", use_mtp=True),
         "generate, DFlash": lambda: Generate(
             peer(),
-            "DFlash drafter of random weights: none was trained for this target",
+            "DFlash drafter with random weights: none was trained for this target",
             assistant_model=random_block_drafter(peer()),
             speculation_type="dflash",
         ),
-        # What follows is compiled for each batch size, for up to a minute.
+        # The decoders below compile for each batch size, which takes up to a minute.
         "loop": lambda: Loop(peer(), is_compiled),
         "generate, static": generate(
             f"StaticCache kept between calls, {how}",
@@ -220,7 +220,7 @@ def make_decoders(
 
 
 class Table:
-    """All rows so far; written after every change."""
+    """All rows so far; ``save`` writes them after every change."""
 
     def __init__(self, out: Path, about: dict[str, Any], num_new: int) -> None:
         self.rows: list[Row] = []
@@ -235,7 +235,7 @@ class Table:
 
 
 def attempt(row: Row, work: Callable[[], None]) -> bool:
-    """Call ``work``; an error becomes the row's result, and the run continues."""
+    """Call ``work``; returns False and records the error in the row if it raises."""
     try:
         work()
     except Exception as error:  # whatever a peer raises is its result
@@ -286,7 +286,7 @@ def compare(
         row = Row(name, work.batch, "")
         table.rows.append(row)
         if time.monotonic() > deadline_s:
-            row.error = "skipped: the budget of this batch size was spent"
+            row.error = "skipped: the budget of this batch size is used up"
         else:
             attempt(row, partial(begin, row, make_decoder))
         say(str(rounded(row.figures(work.num_new, None))))
@@ -303,7 +303,7 @@ def compare(
         attempt(row, decoder.close)
         say(str(rounded(row.figures(work.num_new, None))))
     table.save()
-    torch.compiler.reset()  # frees what compiled and captured functions hold
+    torch.compiler.reset()  # frees memory held by compiled and captured functions
     release(device)
 
 
@@ -313,13 +313,13 @@ def main(
     shape: Annotated[str | None, typer.Option(help="random weights of this shape instead")] = None,
     out: Annotated[Path | None, typer.Option(help="result file")] = None,
     decoders: Annotated[str, typer.Option(help="separated by semicolons, or all")] = "all",
-    batches: Annotated[str, typer.Option(help="by commas")] = "1,8,32",
-    cells: Annotated[str, typer.Option(help="with --shape: batch x context")] = "1x1024,32x2048",
+    batches: Annotated[str, typer.Option(help="comma-separated")] = "1,8,32",
+    cells: Annotated[str, typer.Option(help="with --shape: BATCHxCONTEXT")] = "1x1024,32x2048",
     num_prompt: int = 256,
     num_new: int = 128,
     turns: int = 3,
-    budget_s: Annotated[float, typer.Option(help="decoders are skipped when it is spent")] = 240.0,
-    decoder_s: Annotated[float, typer.Option(help="turns of one decoder at one batch size")] = 9.0,
+    budget_s: Annotated[float, typer.Option(help="decoders are skipped after this")] = 240.0,
+    decoder_s: Annotated[float, typer.Option(help="per decoder and batch size")] = 9.0,
     device: str = "auto",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
 ) -> None:
@@ -351,7 +351,7 @@ def main(
         for index, size in enumerate(sizes):
             prompts = prompt_sets(tokenizer, turns + 1, size, num_prompt)
             now = time.monotonic()
-            # The first size builds our engines, and only that size allows assisted decoders.
+            # Our engines are built in the first size, and assisted decoders run only at batch 1.
             num_shares = len(sizes) - index + (index == 0)
             share_s = (begin_s + budget_s - now) / num_shares * (2 if index == 0 else 1)
             work = Work(size, num_prompt, num_new)

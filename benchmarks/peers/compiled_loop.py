@@ -1,10 +1,10 @@
-"""The fastest simple loop: plain PyTorch, a static cache, a compiled step in a CUDA graph.
+"""The fastest simple loop: plain PyTorch, a static KV cache, a compiled step in a CUDA graph.
 
-What gpt-fast does, for a Qwen3 of Hugging Face: all prompts have one length, keys and values lie in
-one tensor per layer that is as long as prompt and answer together, the step is compiled as a whole
+Does what gpt-fast does, for a Hugging Face Qwen3: all prompts have one length, each layer keeps its
+keys and values in one tensor as long as prompt and answer together, the step is compiled as a whole
 and captured once, and the device feeds each token to the next step. Nothing is read back until the
-last token, and no request can join, leave or stop early. No server can be that simple, which makes
-it the bar for the decode step alone.
+last token, and no request can join, leave or stop early. No server can be this simple, so it sets
+the bar for the decode step alone.
 
 B requests, P prompt tokens, S positions of the cache, H hidden, V vocabulary, Hq and Hkv query and
 key heads, G = Hq / Hkv, D head dimension.
@@ -23,13 +23,13 @@ _WARM_UPS = 3
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding as Hugging Face has it: [..., D] by halves."""
+    """Rotary embedding in Hugging Face's layout: [..., D], rotated by halves."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 class _Layer(nn.Module):
-    """One decoder layer on the weights of Hugging Face's, its products merged."""
+    """One decoder layer with Hugging Face's weights, its projections merged."""
 
     keys: Tensor
     values: Tensor
@@ -73,7 +73,7 @@ class _Layer(nn.Module):
         return q, k, v
 
     def _finish(self, x_BTH: Tensor, mixed: Tensor) -> Tensor:
-        """Output product and MLP behind ``mixed`` [B, Hq, T, D]."""
+        """Output projection and MLP after attention; ``mixed`` is [B, Hq, T, D]."""
         x_BTH = x_BTH + linear(mixed.transpose(1, 2).flatten(2), self.o)
         normed = rms_norm(x_BTH, x_BTH.shape[-1:], self.mlp_norm, self.eps)
         gate, up = linear(normed, self.gate_up).chunk(2, dim=-1)
@@ -99,7 +99,7 @@ class _Layer(nn.Module):
 
     def _attend(self, q_BHq1D: Tensor, position: Tensor, at: Tensor) -> Tensor:
         seen = at <= position
-        # Heads of a group become query rows of one head, so that no key is read twice.
+        # The query heads of a group become rows of one head, so that no key is read twice.
         q = q_BHq1D.unflatten(1, (self.num_kv_heads, -1)).squeeze(3)  # [B, Hkv, G, D]
         scores = (q @ self.keys.transpose(-1, -2)).float() * self.scale
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -108,8 +108,8 @@ class _Layer(nn.Module):
 
 
 class CompiledLoop(nn.Module):
-    """Greedy answers of one batch size and one length. Its weights are the model's, products merged
-    (a second copy)."""
+    """Greedy decoding at one batch size and one length. Uses the model's weights; merged
+    projections are a second copy."""
 
     cos: Tensor
     sin: Tensor
@@ -129,7 +129,7 @@ class CompiledLoop(nn.Module):
         """
         Args:
             model: a Qwen3ForCausalLM.
-            options: of torch.compile; ``None``: the step is not compiled.
+            options: options for torch.compile; ``None``: the step is not compiled.
         """
         super().__init__()
         decoder = model.model
@@ -159,7 +159,7 @@ class CompiledLoop(nn.Module):
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def _eager_step(self) -> None:
-        """One token of every request, from ``ids`` at ``position``; writes the next of both."""
+        """Decode one token per request from ``ids`` at ``position``, and advance both."""
         x = embedding(self.ids, self.embed)
         cos, sin = self.cos[self.position], self.sin[self.position]
         for layer in self.layers:
@@ -174,7 +174,7 @@ class CompiledLoop(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Compile the step and, on a GPU, capture it. Overwrites cache and answers."""
+        """Compile the step and, on a GPU, capture it. Overwrites the cache and the answers."""
         self.position.zero_()
         if not self.head.is_cuda:
             self._step()
@@ -186,13 +186,13 @@ class CompiledLoop(nn.Module):
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may be at work on the device: only what this one does is captured.
+        # Other threads may use the device: capture only the work of this thread.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step()
 
     @torch.no_grad()
     def prefill(self, ids_BP: Tensor) -> None:
-        """Fill the cache with prompts of one length and find the first token of each answer."""
+        """Prefill prompts of one length and compute the first token of each answer."""
         num = ids_BP.shape[1]
         x = embedding(ids_BP, self.embed)
         cos, sin = self.cos[:num], self.sin[:num]
@@ -204,7 +204,7 @@ class CompiledLoop(nn.Module):
 
     @torch.no_grad()
     def decode(self, num_steps: int) -> None:
-        """``num_steps`` more tokens of every request."""
+        """Decode ``num_steps`` more tokens of every request."""
         step = self._graph.replay if self._graph is not None else self._step
         for _ in range(num_steps):
             step()
@@ -219,6 +219,6 @@ class CompiledLoop(nn.Module):
 
 
 COMPILE_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
-"""Options of torch.compile. It captures no graph, since one is captured around the step. Coordinate
-descent also turns a product of one row into a reduction, the source of gpt-fast's speed at batch
-1."""
+"""Options for torch.compile. It captures no graph, because one is captured around the step.
+Coordinate descent also turns a one-row product into a reduction, the source of gpt-fast's speed at
+batch 1."""

@@ -1,8 +1,8 @@
 """The decoders that ``benchmarks.peers.__main__`` compares, behind one interface.
 
 A decoder is opened for one batch size, answers prompts of one length greedily, and is closed.
-``open`` compiles, captures and allocates; anything else that must run once before it is fast runs
-in the answer to the warm-up prompts.
+``open`` compiles, captures and allocates; any other one-time work happens while the warm-up prompts
+are answered.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Ids = list[list[int]]
 """Token ids of each request."""
 
 LONGEST_WAIT_S = 60.0
-"""For the answers of a thread that is not ours."""
+"""Longest wait for answers from the thread of another library."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a decoder is opened for."""
+    """The workload that a decoder is opened for."""
 
     batch: int
     num_prompt: int
@@ -58,7 +58,7 @@ class Decoder(Protocol):
     about: str
     """Its settings, for the table."""
     num_warm_up: int | None
-    """Tokens that its warm-up needs; ``None``: as many as are measured."""
+    """Tokens that its warm-up needs; ``None``: as many as a measured turn."""
 
     def open(self, work: Work) -> None: ...
     def generate(self, prompts: Ids, num_new: int) -> Ids: ...
@@ -72,8 +72,8 @@ class Decoder(Protocol):
 def our_engine(target: Path, drafter: Path | None, work: Work, device: str) -> Iterator[Built]:
     """The engine as the server builds it, without speculation if there is no ``drafter``.
 
-    It remembers nothing between requests, so that the second turn on a prompt is like the first: no
-    prefix cache, and the index sees only the request itself.
+    Nothing carries over between requests: there is no prefix cache, and the index sees only the
+    request itself.
     """
     room = -(-(work.num_positions + 16) // 16) * 16
     chosen = [
@@ -90,15 +90,15 @@ def our_engine(target: Path, drafter: Path | None, work: Work, device: str) -> I
 
 
 class Ours:
-    """Our engine, driven in this thread, with a policy of its own."""
+    """Our engine, driven in this thread, with its own policy."""
 
     num_warm_up = None
 
     def __init__(self, built: Callable[[], Built], policy: DraftPolicy | None, about: str) -> None:
         """
         Args:
-            built: returns the engine, built at the first call.
-            policy: plays while this decoder answers; ``None``: the engine's own.
+            built: returns the engine, which is built at the first call.
+            policy: used while this decoder answers; ``None``: the engine's own.
         """
         self.about = about
         self._built = built
@@ -114,14 +114,14 @@ class Ours:
         return [answer.tokens for answer in turn.answers]
 
     def close(self) -> None:
-        """The engine stays for the next batch size."""
+        """Keeps the engine for the next batch size."""
 
 
 # transformers
 
 
 def peer_model(target: Path, device: torch.device) -> Any:
-    """The target by transformers alone, with no end-of-text token to stop at."""
+    """The target loaded with transformers, without an end-of-text token."""
     model: Any = load_model(target, pick_dtype("auto", device), device)
     return without_end(model)
 
@@ -134,12 +134,12 @@ def without_end(model: Any) -> Any:
 class Generate:
     """``model.generate`` with some options."""
 
-    num_warm_up = 16  # compiles, and replays its graphs
+    num_warm_up = 16  # enough to compile and to replay its graphs
 
     def __init__(self, model: Any, about: str, **options: Any) -> None:
         """
         Args:
-            options: of ``generate``; a function is called first, with the work to come.
+            options: for ``model.generate``; a function is first called with the ``Work``.
         """
         self.about = about
         self._model = model
@@ -174,17 +174,17 @@ class Generate:
 
 
 def compiled_once() -> CompileConfig:
-    """One compilation for each shape: a dynamic one would not be captured."""
+    """Compile once per shape; dynamic shapes would not be captured."""
     return CompileConfig(dynamic=False, mode="reduce-overhead")
 
 
 def static_cache(model: Any) -> Callable[[Work], StaticCache]:
-    """A cache that one decoder keeps, so that its graphs are recorded once."""
+    """A cache that the decoder keeps, so that its graphs are recorded only once."""
     return lambda work: StaticCache(config=model.config, max_cache_len=work.num_positions)
 
 
 def first_layers(model: Any, num_layers: int) -> Any:
-    """A drafter nobody trained: the target's own first layers under its own norm and head."""
+    """An untrained drafter: the target's first layers with the target's norm and head."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = num_layers
     config.layer_types = config.layer_types[:num_layers]
@@ -223,22 +223,22 @@ def random_block_drafter(model: Any, num_layers: int = 2, block_size: int = 8) -
 
 
 def best_paged_attention() -> str:
-    """What is installed of the kernels that transformers wants for continuous batching."""
+    """The best installed attention kernel for continuous batching in transformers."""
     if is_flash_attn_3_available():
         return "paged|flash_attention_3"
     return "paged|flash_attention_2" if is_flash_attn_2_available() else "paged|sdpa"
 
 
 class Continuous:
-    """transformers' continuous batching, its manager kept over all turns of a batch size."""
+    """transformers' continuous batching; its manager is kept for all turns of a batch size."""
 
     num_warm_up: int | None
 
     def __init__(self, model: Any, attention: str, about: str, **settings: Any) -> None:
         """
         Args:
-            model: is this decoder's own: its attention is replaced.
-            settings: of ContinuousBatchingConfig; a function is called with the work to come.
+            model: used by this decoder only, because its attention is replaced.
+            settings: for ContinuousBatchingConfig; a function is called with the ``Work``.
         """
         self.about = f"{attention}, {about}"
         self.num_warm_up = None if settings else 16  # graphs are captured at every new length
@@ -326,7 +326,7 @@ class Loop:
 
 
 def seconds_of(work: Callable[[], Ids], device: torch.device) -> tuple[float, Ids]:
-    """Seconds until the device is done, and the answers."""
+    """Run ``work``; returns the seconds until the device is done, and the answers."""
     synchronize(device)
     started = time.perf_counter()
     answers = work()

@@ -1,10 +1,10 @@
-"""Decode steps of a published shape with random weights: our decoder against those of peers.
+"""Decode steps at a published shape with random weights: our decoder against other decoders.
 
 Called by ``benchmarks.peers --shape``. Weights, keys and values are drawn on the device and are the
-same for all decoders, so nothing is loaded and no prompt is computed. Each starts with a filled
-cache, ``num_new`` positions before the end of the context, and decodes greedily to that end. Ours
-is the engine's decoder step in a CUDA graph that feeds itself, as the simple loop does; it excludes
-the engine's host work, while the time of ``generate`` includes its own.
+same for all decoders, so nothing is loaded and no prompt is prefilled. Each decoder starts with a
+filled cache, ``num_new`` positions before the end of the context, and decodes greedily to that end.
+Ours is the engine's decoder step in a CUDA graph that feeds its tokens back, like the simple loop;
+its time excludes the engine's host work, while that of ``generate`` includes its own.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ OURS = "ours, decoder step"
 
 
 def random_model(config: Any, device: torch.device) -> Any:
-    """A Qwen3 with weights drawn on the device: bfloat16, float32 on a CPU."""
+    """A causal LM with weights drawn on the device; bfloat16, or float32 on a CPU."""
     return without_end(random_weights(config, device, pick_dtype("auto", device)))
 
 
 class Past:
-    """Keys and values of the positions before the measured ones, equal for all decoders."""
+    """Keys and values of the positions before the measured ones; the same for all decoders."""
 
     def __init__(self, config: Any, batch: int, context: int, num_new: int, like: Tensor) -> None:
         self.batch = batch
@@ -66,22 +66,22 @@ class Past:
 
 
 class Steps(Protocol):
-    """Takes decode steps."""
+    """A decoder that runs decode steps."""
 
     about: str
 
     def open(self, past: Past) -> None: ...
     def rewind(self) -> None:
-        """Back to the filled cache; not timed."""
+        """Go back to the filled cache; not timed."""
 
     def run(self) -> Ids:
-        """``num_new`` tokens of every request."""
+        """Decode ``num_new`` tokens of every request."""
 
     def close(self) -> None: ...
 
 
 class OurSteps:
-    """``Target.decode`` and its logits, fused on a GPU, in a graph that feeds itself."""
+    """``Target.decode`` and its logits, fused on a GPU, in a graph that feeds its tokens back."""
 
     about = "the engine's decoder over pages in a CUDA graph, without the engine's host"
 
@@ -188,7 +188,7 @@ class LoopSteps:
 
 
 class GenerateSteps:
-    """transformers' ``generate`` on a cache that is filled already."""
+    """transformers' ``generate`` on a filled cache."""
 
     def __init__(self, model: Any, is_static: bool, is_compiled: bool) -> None:
         how = "compiled, reduce-overhead" if is_compiled else "not compiled"
@@ -249,7 +249,7 @@ def compare_steps(
     is_compiled: bool,
     out: Path,
 ) -> None:
-    """Measure every decoder at every cell; each row is written at once.
+    """Measure every decoder at every cell; each row is written as soon as it is measured.
 
     Args:
         cells: ``BATCHxCONTEXT``, comma-separated.

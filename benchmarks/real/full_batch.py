@@ -1,13 +1,13 @@
-"""Speculation on a target trained on the spot while its batch stays full, as in a server at load.
+"""Speculation on a target trained for this benchmark, with a full batch as in a loaded server.
 
     python -m benchmarks.real.full_batch --target runs/real/target --run-dir runs/real/run
 
-``benchmarks.real.speculation`` answers groups of requests that begin and end together, so its
-figures include what a group's last requests cost alone. Here another request begins as soon as one
-ends, and the first ones have staggered lengths, so that no arm has requests that end together. Arms
-alternate on the same held-out prompts in the same order; a figure is the tokens of a window of time
-divided by its seconds, prompt chunks included, and the median over an arm's turns. In arms named
-``unheld``, which have an engine of their own, no prompt waits for others
+``benchmarks.real.speculation`` answers groups of requests that start together, so its figures
+include the time in which only a group's last requests are left. Here a new request starts as soon
+as one ends, and the first ones have staggered lengths, so that requests do not end together. Arms
+alternate on the same held-out prompts in the same order. A figure is the number of tokens in a time
+window divided by its seconds, prefill chunks included; medians over an arm's turns are reported.
+Arms named ``unheld`` have their own engine, in which no prompt waits for others
 (``engine.prefill_hold_ms=0``). Greedy, bfloat16, no HTTP; nothing is captured, no prefix is cached.
 
 Writes ``benchmarks/results/full_batch.json`` after every batch size.
@@ -42,7 +42,7 @@ ARMS = (
     *(name + UNHELD for name in (OFF, f"{LEARNED}-k4", POLICY)),
 )
 WARM_S = 0.4
-"""Seconds before the window of a turn."""
+"""Warm-up seconds before the window of a turn."""
 
 
 @dataclass(slots=True)
@@ -52,13 +52,13 @@ class Arm:
     policy: DraftPolicy | None
     """``None``: the engine's own."""
     built: Built
-    """The engine that it runs on."""
+    """The engine it runs on."""
     windows: list[Window] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
-    """Steps by arm of the policy."""
+    """Number of steps per (drafter, K)."""
 
     def row(self) -> dict[str, Any]:
-        """Figures of all turns but the first, which warms up."""
+        """Figures of all turns except the first, which is the warm-up."""
         windows = self.windows[1:]
         steps = sum(w.num_steps for w in windows)
         return {
@@ -84,7 +84,7 @@ def measure(
     """Alternate all arms for ``turns`` turns after a warm-up; each turn starts with another arm.
 
     Args:
-        unheld: the engine of arms whose prompts wait for no others; ``None`` if there are none.
+        unheld: engine of the arms in which no prompt waits for others; ``None`` if unused.
     """
     arms = {}
     for name in names:
@@ -114,17 +114,17 @@ def _one_turn(arm: Arm, feed: Feed, window_s: float) -> None:
 
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
-    run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
+    run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is used")],
     out: Out = RESULTS / "full_batch.json",
     batches: Annotated[str, typer.Option(help="comma-separated")] = "8,32",
-    max_tokens: Annotated[int, typer.Option(help="of each request")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="completion tokens per request")] = 128,
     arms: Annotated[str, typer.Option(help="separated by semicolons; empty: all")] = "",
-    turns: Annotated[int, typer.Option(help="per arm, after one that warms up")] = 4,
+    turns: Annotated[int, typer.Option(help="turns per arm, after a warm-up turn")] = 4,
     window_s: Annotated[float, typer.Option(help="measured seconds of a turn")] = 1.5,
-    prompts: Annotated[int, typer.Option(help="of each domain")] = 128,
+    prompts: Annotated[int, typer.Option(help="prompts per domain")] = 128,
     device: str = "cuda",
 ) -> None:
-    """All arms at all batch sizes."""
+    """Measure all arms at all batch sizes."""
     sizes = [int(size) for size in batches.split(",")]
     chosen = known("arms", arms.split(";"), ARMS) if arms else ARMS
     names = list(dict.fromkeys((OFF, *chosen)))

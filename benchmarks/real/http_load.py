@@ -4,19 +4,18 @@
     python -m benchmarks.real.http_load --config configs/one_gpu.yaml --rates 8,32,96 \\
         --target runs/real/target --drafter runs/real/run/weights/1
 
-A real ``serving launch`` answers streamed completions of held-out Python and C. Arrivals are a
-Poisson process of a fixed seed, the same for both arms: ``off`` (every request asks for plain
-decoding) and ``on`` (the policy decides). The arms take turns on one server.
+A real ``serving launch`` process answers streaming completions of held-out Python and C. Arrivals
+follow a Poisson process with a fixed seed, the same for both arms: ``off`` (every request asks for
+plain decoding) and ``on`` (the policy decides). The arms take turns on one server.
 
-Clients are a few processes of their own, each an asyncio loop with httpx. What they add is measured
+Clients run in a few separate processes, each an asyncio loop with httpx. Their overhead is measured
 in the same run: how late requests were sent, how late the loop woke for a timer, how much of a core
-the busiest client took, and its time for one event, all it does counted. Lateness of more than a
-few milliseconds at the 99th percentile, or a core that is full, would say that the client and not
-the server was measured.
+the busiest client used, and the total CPU time per event. If the lateness exceeds a few
+milliseconds at the 99th percentile, or a core is saturated, the figures show the client's limits.
 
 - Time to first token: from the moment a request was due, so a late client counts against us.
-- Time between tokens: an event with n tokens, t after the previous one, counts as n times t / n.
-- Tokens/s: of all answers, from the first arrival to the last token.
+- Time between tokens: an event with n tokens, t after the previous one, counts as n waits of t / n.
+- Tokens/s: over all answers, from the first arrival to the last token.
 
 Writes ``benchmarks/results/http_load.json`` after every rate.
 """
@@ -51,14 +50,14 @@ ARMS: tuple[Arm, ...] = ("off", "on")
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "c")
 WARM_UP_S = 4.0
 HEAD_START_S = 0.5
-"""Between telling the clients of a turn and its first arrival."""
+"""Seconds between submitting a turn to the clients and its start."""
 
 
 # Figures
 
 
 def between_tokens(answer: Answer) -> list[float]:
-    """Seconds between tokens: an event's share of the wait for it, once for each of its tokens."""
+    """Seconds between tokens: each event's wait divided by its tokens, once per token."""
     waits: list[float] = []
     for (before_s, _), (at_s, count) in pairwise(answer.events):
         waits += [(at_s - before_s) / count] * count
@@ -66,7 +65,7 @@ def between_tokens(answer: Answer) -> list[float]:
 
 
 def spread_ms(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Median and 99th percentile, in milliseconds; ``None``: there is nothing."""
+    """Median and 99th percentile in milliseconds; ``None`` if there are no values."""
     if not seconds:
         return None
     p50, p99 = np.quantile(np.asarray(seconds) * 1e3, (0.5, 0.99))
@@ -96,7 +95,7 @@ class Turn:
 
 
 def turn_of(parts: Sequence[Sequence[Arrival]], clients: list[Client]) -> Turn:
-    """A turn from what each client sent and saw."""
+    """Combine what each client sent and received into a turn."""
     ends = [
         arrival.at_s + answer.events[-1][0]
         for part, client in zip(parts, clients, strict=True)
@@ -152,11 +151,11 @@ class Plan:
     """The load."""
 
     rates: tuple[float, ...]
-    """Requests a second."""
+    """Requests per second."""
     seconds: float
     """Seconds of arrivals in one turn."""
     turns: int
-    """Turns per arm and rate, after one that warms up."""
+    """Turns per arm and rate, after a warm-up turn."""
     max_tokens: int
     clients: int
     patience_s: float
@@ -173,7 +172,7 @@ class Stage:
 
 
 def take_turn(stage: Stage, plan: Plan, arm: Arm, due: Sequence[Arrival]) -> Turn:
-    """Distribute the arrivals over the clients, and wait for all."""
+    """Distribute the arrivals over the clients, and wait for all answers."""
     check_alive(stage.children)
     draft = 0 if arm == "off" else None
     ask = Ask(stage.server.url, stage.server.model, plan.max_tokens, draft, plan.patience_s)
@@ -184,7 +183,7 @@ def take_turn(stage: Stage, plan: Plan, arm: Arm, due: Sequence[Arrival]) -> Tur
 
 
 def measure(stage: Stage, plan: Plan, rate: float, until_s: float) -> list[dict[str, Any]]:
-    """Rows of both arms at one rate; each begins every other turn. No new turn begins after
+    """Rows of both arms at one rate; the arm that goes first alternates. No new turn starts after
     ``until_s``."""
     taken: dict[Arm, list[Turn]] = {arm: [] for arm in ARMS}
     for number in range(plan.turns + 1):
@@ -202,11 +201,11 @@ def measure(stage: Stage, plan: Plan, rate: float, until_s: float) -> list[dict[
 def measure_all(
     stage: Stage, plan: Plan, out: Path, figures: dict[str, Any], until_s: float
 ) -> None:
-    """Every rate in its share of the time; each leaves its rows in ``figures`` and in the file."""
+    """Measure every rate within its share of the time; rows go into ``figures`` and the file."""
     for place, rate in enumerate(plan.rates):
         left_s = until_s - time.monotonic()
         if left_s <= 0:
-            figures["rows"].append({"rate": rate, "skipped": "the time was over"})
+            figures["rows"].append({"rate": rate, "skipped": "no time left"})
             continue
         share_s = left_s / (len(plan.rates) - place)
         try:
@@ -223,7 +222,7 @@ def measure_all(
 def carry_out(
     settings: DemoSettings, plan: Plan, out: Path, figures: dict[str, Any], until_s: float
 ) -> None:
-    """Start a server and the clients, send everything, end them."""
+    """Start a server and the clients, send all requests, and stop everything."""
     began = time.monotonic()
     children: list[Child] = []
     context = multiprocessing.get_context("spawn")
@@ -239,7 +238,7 @@ def carry_out(
             stage = Stage(server, children, pool, prompts)
             measure_all(stage, plan, out, figures, until_s)
         figures["policy"] = server.policy()
-    except Exception as error:  # what was measured until now stays in the result
+    except Exception as error:  # what has been measured so far stays in the result
         figures["error"] = f"{type(error).__name__}: {error}"
         say(traceback.format_exc())
         log = log_of(settings, "server")
@@ -249,7 +248,7 @@ def carry_out(
 
 
 def _begin(number: int) -> int:
-    """Sleep long enough that every client process takes one of these and is started."""
+    """Sleep long enough that each call starts a separate client process."""
     time.sleep(0.5)
     return number
 
@@ -259,23 +258,23 @@ def main(
     config: Annotated[Path, typer.Option(help="settings of the server")] = Path(
         "configs/demo.yaml"
     ),
-    target: Annotated[Path | None, typer.Option(help="instead of the settings' own")] = None,
-    drafter: Annotated[Path | None, typer.Option(help="bundle folder, likewise")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="of the server")] = None,
-    rates: Annotated[str, typer.Option(help="requests a second")] = "0.5,1",
-    seconds: Annotated[float, typer.Option(help="of arrivals in one turn")] = 12.0,
-    turns: Annotated[int, typer.Option(help="of each arm at each rate")] = 2,
+    target: Annotated[Path | None, typer.Option(help="replaces the settings' target")] = None,
+    drafter: Annotated[Path | None, typer.Option(help="bundle folder; likewise")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="server setting")] = None,
+    rates: Annotated[str, typer.Option(help="requests per second, comma-separated")] = "0.5,1",
+    seconds: Annotated[float, typer.Option(help="seconds of arrivals in one turn")] = 12.0,
+    turns: Annotated[int, typer.Option(help="turns per arm and rate, after a warm-up turn")] = 2,
     max_tokens: int = 128,
     clients: Annotated[int, typer.Option(help="client processes")] = 4,
-    patience_s: Annotated[float, typer.Option(help="for answers after the last arrival")] = 20.0,
-    budget_s: Annotated[float, typer.Option(help="no new turn begins later")] = 240.0,
+    patience_s: Annotated[float, typer.Option(help="wait after the last arrival")] = 20.0,
+    budget_s: Annotated[float, typer.Option(help="no new turn starts after this")] = 240.0,
     run_dir: Annotated[
-        Path, typer.Option(help="folder of the server; what an earlier run left there is deleted")
+        Path, typer.Option(help="folder of the server; contents from an earlier run are deleted")
     ] = Path("runs/http_load"),
 ) -> None:
-    """Start a server, load it at every rate, write the result."""
+    """Start a server, put load on it at every rate, and write the result."""
     began = time.monotonic()
-    # No training meanwhile, and plain decoding does not pay for capturing.
+    # No training runs beside it, and plain decoding should not pay for capture.
     own = ["capture.enabled=false", "swap.enabled=false"]
     own += [f"target={target}"] if target else []
     own += [f"drafter.path={drafter}"] if drafter else []

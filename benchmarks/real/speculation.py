@@ -1,22 +1,22 @@
-"""Speculation on a real target of half a billion parameters, trained on the spot.
+"""Speculation on a real target of half a billion parameters, trained for this benchmark.
 
     python -m examples.train_target --large --out runs/real/target
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
     python -m benchmarks.real.speculation --target runs/real/target --run-dir runs/real/run
 
-The first two train the target, on the Python and C files of this installation, and a drafter on
-the target's own traces. Here held-out Python and C prompts are continued greedily in the engine's
-own loop, without HTTP: plain decoding, the drafter at fixed K, looked-up matches, and the policy
-deciding. Plain decoding runs on the same engine, with the drafter loaded. All arms alternate
-on the same prompts, in rotating order. A figure is the median over an arm's turns, prompts
-included; beside it stands the median ratio of groups of requests, each to plain decoding of the
-same group in the same turn. Nothing is captured and no prefix is cached, so that no turn helps the
-next; the index sees only the request itself.
+The first two commands train the target on the Python and C files of this installation, and a
+drafter on the target's own traces. This one continues held-out Python and C prompts greedily in the
+engine's own loop, without HTTP. The arms are plain decoding, the drafter at fixed K, looked-up
+matches, and the policy. Plain decoding runs on the same engine, with the drafter loaded. All arms
+alternate on the same prompts, in rotating order. A figure is the median over an arm's turns,
+including prefill; the median ratio over groups of requests, each compared with plain decoding of
+the same group in the same turn, is reported as well. Nothing is captured and no prefix is cached,
+so that no turn helps the next; the index sees only the request itself.
 
-In bfloat16 two tokens with nearly equal scores may change places when a batch has another shape. So
-outputs that differ from plain decoding's are counted, and for each the float32 target says how far
-apart the two tokens at the first difference are. Plain decoding at one batch size is compared with
-another likewise.
+In bfloat16 two tokens with nearly equal scores may swap ranks when the batch shape changes. Outputs
+that differ from plain decoding are therefore counted, and the float32 target shows how far apart
+the two tokens at the first difference are. Plain decoding at different batch sizes is compared in
+the same way.
 
 Writes ``benchmarks/results/real_target.json`` after every batch size.
 """
@@ -61,11 +61,11 @@ PROMPTS = {1: 8, 8: 16, 32: 64}
 """Batch -> prompts of each domain, so that 5 turns make at least 20 groups; other batches take one
 group of each."""
 RULE = (
-    "greedy, bfloat16; an output differs if any token does. The gap is what the float32 target's "
-    "log probabilities of the two tokens at the first difference are apart, in nats"
+    "greedy, bfloat16; an output differs if any token does. The gap is the difference between the "
+    "float32 target's log probabilities of the two tokens at the first difference, in nats"
 )
 MOST_GAPS = 64
-"""Differing outputs of a batch size that the float32 target is asked about."""
+"""Maximum number of differing outputs per batch size to examine with the float32 target."""
 
 
 @contextmanager
@@ -97,7 +97,7 @@ class Turn:
     """One arm's answers to the prompts of one domain."""
 
     group_s: list[float]
-    """Seconds of each group: as many prompts as the batch has requests."""
+    """Seconds of each group; a group has as many prompts as the batch has requests."""
     answers: list[Answer]
 
     @property
@@ -110,10 +110,10 @@ class Turn:
 
 
 def take_turn(built: Built, prompts: Sequence[Prompt], batch: int, length: int) -> Turn:
-    """Continue all prompts, ``batch`` at a time: a group begins when the former has ended.
+    """Continue all prompts, ``batch`` at a time; a group starts when the previous one has ended.
 
     Raises:
-        RuntimeError: a request failed, or the engine stopped before all had ended.
+        RuntimeError: a request failed, or the engine stopped before all requests had ended.
     """
     answers, group_s = [], []
     for start in range(0, len(prompts), batch):
@@ -131,7 +131,7 @@ def take_turn(built: Built, prompts: Sequence[Prompt], batch: int, length: int) 
 
 @dataclass(slots=True)
 class Arm:
-    """One arm and its turns so far, without turn 0, which warms up."""
+    """One arm and its turns so far, without turn 0, which is the warm-up."""
 
     policy: DraftPolicy | None
     """``None``: the engine's own."""
@@ -179,7 +179,7 @@ def group_ratios(off: Arm, arm: Arm) -> list[float]:
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token that differs; ``None``: equal."""
+    """Index of the first differing token; ``None`` if they are equal."""
     for index, (a, b) in enumerate(zip(one, other, strict=True)):
         if a != b:
             return index
@@ -191,7 +191,7 @@ class Difference:
     """Where two continuations of one prompt diverge."""
 
     context: tuple[int, ...]
-    """The prompt and the tokens that both share."""
+    """The prompt and the tokens that both continuations share."""
     tokens: tuple[int, int]
 
 
@@ -216,11 +216,11 @@ def measure(
     until_s: float,
     names: Sequence[str],
 ) -> dict[str, Arm]:
-    """Alternate all arms, the first turn to warm up; no new turn begins after ``until_s``."""
+    """Alternate all arms after a warm-up turn; no new turn starts after ``until_s``."""
     arms = {name: Arm(None if name == POLICY else FixedPolicy(*FIXED[name])) for name in names}
     for number in range(turns + 1):
         if number > 1 and time.monotonic() > until_s:
-            say(f"batch {batch}: the time is over after {number - 1} turns")
+            say(f"batch {batch}: no time left after {number - 1} turns")
             break
         for offset in range(len(names)):
             arm = arms[names[(number + offset) % len(names)]]
@@ -244,7 +244,7 @@ def _one_turn(
     before = built.engine.figures()
     try:
         done = {domain: take_turn(built, ids, batch, length) for domain, ids in prompts.items()}
-    except Exception as error:  # one arm's failure is a row of the result, and the others go on
+    except Exception as error:  # one arm's failure becomes a row, and the others continue
         arm.error = f"{type(error).__name__}: {error}"
         say(traceback.format_exc())
         built.policy.play(FixedPolicy("none", 0))
@@ -307,7 +307,7 @@ def _ratio(one: float | None, other: float | None) -> float | None:
 
 @torch.no_grad()
 def gaps(target: Path, device: str, found: Sequence[Difference]) -> list[float]:
-    """How far apart the float32 target sees the two tokens of each difference, in nats."""
+    """Float32 log-probability gap between the two tokens of each difference, in nats."""
     model: Any = load_model(target, torch.float32, torch.device(device)).eval()
     apart = []
     for difference in found:
@@ -333,7 +333,7 @@ def gap_figures(apart: Sequence[float], num_differences: int) -> dict[str, Any]:
 
 
 def prompts_for(tokenizer: Any, count: int) -> dict[str, list[tuple[int, ...]]]:
-    """Held-out prompts of each domain; a smaller count gives the first of a larger one's."""
+    """Held-out prompts of each domain; a smaller count gives a prefix of a larger one."""
     return {
         domain: [
             tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -344,7 +344,7 @@ def prompts_for(tokenizer: Any, count: int) -> dict[str, list[tuple[int, ...]]]:
 
 
 def made_by(target: Path, run_dir: Path) -> dict[str, Any]:
-    """Figures that the two trainings wrote."""
+    """Figures that the two training runs wrote."""
     found: dict[str, Any] = {}
     for name, file in (("target", target / "training.json"), ("drafter", run_dir / FIGURES)):
         if file.is_file():
@@ -354,17 +354,17 @@ def made_by(target: Path, run_dir: Path) -> dict[str, Any]:
 
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
-    run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is taken")],
+    run_dir: Annotated[Path, typer.Option(help="the drafter's run; its newest version is used")],
     out: Out = RESULTS / "real_target.json",
     batches: str = "1,8,32",
-    arms: Annotated[str, typer.Option(help="which arms; empty: all")] = "",
+    arms: Annotated[str, typer.Option(help="comma-separated; empty: all")] = "",
     max_tokens: int = 128,
     turns: Annotated[int, typer.Option(help="timed turns per arm")] = 5,
-    prompts: Annotated[int | None, typer.Option(help="of each domain, for every batch")] = None,
-    budget_s: Annotated[float, typer.Option(help="no new turn begins later")] = 270.0,
+    prompts: Annotated[int | None, typer.Option(help="per domain, for every batch size")] = None,
+    budget_s: Annotated[float, typer.Option(help="no new turn starts after this")] = 270.0,
     device: str = "cuda",
 ) -> None:
-    """All arms at all batch sizes."""
+    """Measure all arms at all batch sizes."""
     began = time.monotonic()
     sizes = [int(b) for b in batches.split(",")]
     counts = {b: prompts or PROMPTS.get(b, b) for b in sizes}
@@ -388,7 +388,7 @@ def main(
         say(f"engine ready after {figures['engine_start_s']:.1f} s")
         for index, size in enumerate(sizes):
             if index and time.monotonic() - began > budget_s:
-                figures["rows"].append({"batch": size, "skipped": "the time was over"})
+                figures["rows"].append({"batch": size, "skipped": "no time left"})
                 continue
             chosen = {domain: ids[: counts[size]] for domain, ids in texts.items()}
             flat = [ids for domain in chosen.values() for ids in domain]
@@ -422,7 +422,7 @@ def ties(
     plain: dict[int, dict[tuple[int, ...], list[int]]],
 ) -> dict[str, Any]:
     """Gaps where arms differ from plain decoding, and where plain decoding at the smallest batch
-    differs from that at each other."""
+    size differs from plain decoding at each larger one."""
     figures: dict[str, Any] = {}
     cases: dict[str, list[Difference]] = {f"batch {b}, arms": d for b, d in found.items()}
     for size in sorted(plain)[1:]:

@@ -1,12 +1,12 @@
 """An EAGLE-3 drafter for a real target, trained on the target's own traces.
 
-Does what a server and its trainer do: decodes held-in prompts, captures every row, reads the traces
-back from the log, and uses the trainer's own learner, gate and publication. Unlike them it works
-step by step on one GPU and keeps all traces in GPU memory, so that updates never wait.
+Does what a server and its trainer do: decodes training prompts, captures every row, reads the
+traces back from the log, and uses the trainer's own learner, gate and publishing code. Unlike them,
+it runs sequentially on one GPU and keeps all traces in GPU memory, so that updates never wait.
 
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
 
-Publishes version 1 of ``RUN_DIR/weights`` and writes ``RUN_DIR/drafter.json``.
+Publishes version 1 in ``RUN_DIR/weights`` and writes ``RUN_DIR/drafter.json``.
 
 Shapes: B sequences, S positions (padded).
 """
@@ -57,20 +57,20 @@ from trainer.start import newest_drafter
 FIGURES = "drafter.json"
 HELD_OUT_EVERY = 24
 JUDGED = 96
-"""Held-out traces that judge the drafter."""
+"""Number of held-out traces used to evaluate the drafter."""
 READ_AT_ONCE = 32
 CLOSING_S = 15.0
-"""Part of the budget reserved for judging and publishing."""
+"""Part of the budget reserved for evaluation and publishing."""
 WRITING_S = 60.0
 """Longest wait until all traces are written."""
 LAST_RATE = 0.02
-"""Share of the learning rate reached when the time is over."""
+"""Final learning rate, as a share of the peak."""
 
 
 def settings_for(
     target: Path, run_dir: Path, device: str, batch: int, steps: int, lr: float
 ) -> Settings:
-    """Plain decoding with everything captured, and a trainer for the same run."""
+    """Settings for plain decoding with everything captured, and for a trainer of the same run."""
     chosen = [
         f"target={target}",
         f"run_dir={run_dir}",
@@ -111,14 +111,14 @@ class Ask:
 
 
 def domain_pieces(target: Path, domain: Domain, count: int) -> list[list[int]]:
-    """Held-in prompts. Reading thousands of files keeps a core busy, hence a process of its own."""
+    """Training prompts. Reads thousands of files, so it runs in its own process."""
     return pieces(load_tokenizer(target), domain, "train", count, seed=5)
 
 
 def asks_of(
     prompts: Sequence[list[int]], greedy_share: float, temperature: float, seed: int = 0
 ) -> list[Ask]:
-    """The prompts in random order, a share of them greedy."""
+    """Requests for the prompts in random order; ``greedy_share`` of them are greedy."""
     numbers = random.Random(seed)
     mixed = numbers.sample(list(prompts), len(prompts))
     return [
@@ -129,9 +129,9 @@ def asks_of(
 def collect(
     service: Service, asks: Sequence[Ask], max_tokens: int, seconds: float, batch: int
 ) -> dict[str, Any]:
-    """Answer requests until the time is over, and write the trace of each."""
+    """Answer requests for ``seconds``, and write the trace of each."""
     recorder = service.recorder
-    assert recorder is not None, "the settings capture"
+    assert recorder is not None, "capture must be enabled"
 
     def requests() -> Iterator[Request]:
         for number, ask in enumerate(asks):
@@ -162,7 +162,7 @@ def collect(
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """All traces of a run, in the memory of the device."""
+    """All traces of a run, in device memory."""
 
     sequences: TTTBatch
     """Padded to one length."""
@@ -184,7 +184,7 @@ def _each(do: Any, *batches: TTTBatch) -> TTTBatch:
 
 
 def padded(batch: TTTBatch, length: int) -> TTTBatch:
-    """The batch with S = ``length``; the added positions are unknown and have no loss."""
+    """Pad the batch to S = ``length``; added positions are unknown and have no loss."""
 
     def pad(tensor: Tensor) -> Tensor:
         return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, length - tensor.shape[1]))
@@ -197,7 +197,7 @@ def padded(batch: TTTBatch, length: int) -> TTTBatch:
 def read_data(
     settings: Settings, expected: Expected, device: torch.device, length: int, seconds: float
 ) -> TrainingData:
-    """Read the log to its end, or for some seconds."""
+    """Read the log to its end, or for at most ``seconds``."""
     reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
     until = time.monotonic() + seconds
 
@@ -228,8 +228,8 @@ def read_data(
 def learn(
     learner: Learner, data: TrainingData, seconds: float, sequences: int
 ) -> tuple[UpdateReport, float]:
-    """Update for some seconds while the learning rate falls linearly; returns the last report and
-    the time spent."""
+    """Run updates for ``seconds`` with a linearly decaying learning rate; returns the last report
+    and the time spent."""
     generator = torch.Generator().manual_seed(0)
     started, printed, report = time.monotonic(), 0.0, None
     while (elapsed := time.monotonic() - started) < seconds or report is None:
@@ -251,7 +251,7 @@ def train(
     length: int,
     until_s: float,
 ) -> dict[str, Any]:
-    """Read, train, judge, publish. Training ends by the monotonic time ``until_s``."""
+    """Read, train, evaluate, publish. Training ends by ``until_s`` on the monotonic clock."""
     device = torch.device(settings.trainer.device)
     dtype = batch_dtype(device)
     head: TargetHead = load_target_head(target, device, dtype)
@@ -306,23 +306,23 @@ def train(
 def main(
     target: Annotated[Path, typer.Option(help="folder of the target")],
     run_dir: Annotated[Path, typer.Option(help="folder of the run: traces and weights")],
-    collect_s: Annotated[float, typer.Option(help="of requests for traces")] = 50.0,
-    seconds: Annotated[float, typer.Option(help="of learning")] = 150.0,
-    read_s: Annotated[float, typer.Option(help="at most, of reading the traces back")] = 45.0,
-    num_prompts: Annotated[int, typer.Option(help="most requests")] = 6144,
+    collect_s: Annotated[float, typer.Option(help="seconds of requests that are captured")] = 50.0,
+    seconds: Annotated[float, typer.Option(help="seconds of training")] = 150.0,
+    read_s: Annotated[float, typer.Option(help="maximum seconds to read the traces back")] = 45.0,
+    num_prompts: Annotated[int, typer.Option(help="maximum number of requests")] = 6144,
     max_tokens: int = 160,
     batch: Annotated[int, typer.Option(help="requests decoded at a time")] = 128,
     greedy_share: float = 0.6,
-    temperature: Annotated[float, typer.Option(help="of the requests that are sampled")] = 0.8,
-    sequences: Annotated[int, typer.Option(help="of one update")] = 64,
+    temperature: Annotated[float, typer.Option(help="temperature of sampled requests")] = 0.8,
+    sequences: Annotated[int, typer.Option(help="sequences per update")] = 64,
     ttt_steps: int = 5,
     lr: float = 6e-4,
-    budget_s: Annotated[float, typer.Option(help="of everything; learning gets what is left")] = (
+    budget_s: Annotated[float, typer.Option(help="total seconds; training gets what is left")] = (
         290.0
     ),
     device: str = "cuda",
 ) -> None:
-    """Collect traces, learn from them, publish."""
+    """Collect traces, train on them, publish."""
     began = time.monotonic()
     target, run_dir = target.resolve(), run_dir.resolve()
     settings = settings_for(target, run_dir, device, batch, ttt_steps, lr)
