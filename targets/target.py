@@ -191,7 +191,7 @@ class Target:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def make_pool(self, num_slots: int) -> KvPool:
-        """KV pool of this model's shape. Raises ValueError for targets with unequal KV shapes."""
+        """KV pool of this model's shape, which is the same in every layer."""
         c = self.config
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         return KvPool(
