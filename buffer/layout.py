@@ -93,11 +93,14 @@ def is_live(folder: Path) -> bool:
 
 
 def read_tombstone(folder: Path) -> Tombstone | None:
-    """What was evicted from a writer's folder; ``None`` if nothing was."""
+    """What was evicted from a writer's folder; ``None`` if nothing was, or if the file is damaged:
+    then the gap in the record numbers counts as damage."""
     try:
-        return Tombstone(**json.loads((folder / TOMBSTONE).read_bytes()))
-    except FileNotFoundError:
+        tombstone = Tombstone(**json.loads((folder / TOMBSTONE).read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):
         return None
+    is_sound = all(type(value) is int for value in asdict(tombstone).values())
+    return tombstone if is_sound else None
 
 
 def write_tombstone(folder: Path, tombstone: Tombstone) -> None:

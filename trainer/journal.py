@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,21 @@ class Journal:
         self._log_path = folder / "log.jsonl"
         self._lines = _Lines()
         self._last_status: dict[str, Any] = {}
-        if self._log_path.exists() and not _ends_a_line(self._log_path):
-            self._append(b"\n")  # ends the half line that a killed trainer left
+        self._problem: str | None = None
+        """Why the last write failed; a problem that lasts is logged once."""
 
     def event(self, name: str, /, **values: Any) -> None:
         """Append ``{"event": name, "unix_ms": now, ...}``; NaN and infinities become null."""
         line = {"event": name, "unix_ms": int(time.time() * 1000), **values}
-        self._append(json.dumps(_plain(line), allow_nan=False).encode() + b"\n")
+        text = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
+        self._write(lambda: self._append(text))
         self._lines.event(name, values)
 
     def status(self, values: dict[str, Any]) -> None:
         """Replace ``status.json``. A power cut may bring back an older one."""
         body = {"unix_ms": int(time.time() * 1000), "pid": os.getpid(), **values}
-        temporary = self._status_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(_plain(body), allow_nan=False, indent=1))
-        temporary.replace(self._status_path)
+        text = json.dumps(_plain(body), allow_nan=False, indent=1)
+        self._write(lambda: self._replace_status(text))
         self._last_status = values
         self._lines.status(values)
 
@@ -50,9 +51,27 @@ class Journal:
         self.event("failed", text=text)
         self.status({**self._last_status, "state": f"failed: {text}"})
 
+    def _write(self, write: Callable[[], None]) -> None:
+        """A full disk costs the report, not the trainer."""
+        try:
+            write()
+        except OSError as error:
+            if str(error) != self._problem:
+                log.error("events and status are not written (%s); training continues", error)
+            self._problem = str(error)
+        else:
+            self._problem = None
+
     def _append(self, text: bytes) -> None:
+        if self._log_path.exists() and not _ends_a_line(self._log_path):
+            text = b"\n" + text  # ends the half line that a killed trainer or a full disk left
         with self._log_path.open("ab") as file:
             file.write(text)
+
+    def _replace_status(self, text: str) -> None:
+        temporary = self._status_path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(self._status_path)
 
 
 class _Lines:

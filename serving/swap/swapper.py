@@ -6,6 +6,7 @@ numbers. Everything that touches storage runs on the watcher's thread or the cal
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -61,8 +62,11 @@ class Shelf:
     def remember_denied(self, denied: set[int]) -> None:
         """Store rolled-back versions, so that a restart does not begin with one of them."""
         if denied != self._denied_written:
-            self._denied_written = set(denied)
-            self.store.write_denied(self._denied_written)
+            wanted, others = set(denied), set[int]()  # others: by further servers of the run
+            with contextlib.suppress(ValueError):  # the list is unreadable: ours replaces it
+                others = self.store.read_denied()
+            self.store.write_denied(wanted | others)
+            self._denied_written = wanted  # only now: a full disk must not make us forget them
 
     def load(self, version: int, force: WeightsInForce) -> Staged:
         """Read, check and stage a version.
@@ -132,8 +136,11 @@ class Swapper:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(5.0)
-        self._shelf.remember_denied(self._force.denied)
-        self._shelf.unmark()
+        try:
+            self._shelf.remember_denied(self._force.denied)
+            self._shelf.unmark()
+        except OSError as error:  # the rest of the server has to stop too
+            log.warning("cannot record which versions were rolled back or in use (%s)", error)
 
     def status(self) -> dict[str, Any]:
         """What ``GET /admin/drafter`` shows."""
@@ -206,7 +213,11 @@ class Swapper:
         self._wake_engine()
         if not order.done.wait(timeout_s):
             raise ValueError("the engine did not take the order in time; it will when it wakes up")
-        self._shelf.mark(self._force.versions())
+        try:
+            self._shelf.mark(self._force.versions())
+        except OSError as error:  # the order is carried out, and the former mark still stands
+            self._last_error = str(error)
+            log.warning("cannot mark the versions in use (%s); serving continues", error)
 
     def _load(self, version: int) -> Staged:
         try:

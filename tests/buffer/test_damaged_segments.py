@@ -162,3 +162,16 @@ def test_rubbish_in_front_of_sound_records_is_skipped(tmp_path, filler):
     found, counts = read_all(tmp_path)
     assert found == [b"one", b"two"]
     assert counts.damaged == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"[]", b'{"segment": "a"}'])
+def test_a_damaged_tombstone_stops_neither_readers_nor_writers(tmp_path, content):
+    path = write_segment(tmp_path, [b"one", b"two"])
+    (path.parent / "EVICTED.json").write_bytes(content)
+
+    assert read_all(tmp_path)[0] == [b"one", b"two"]
+    assert [report.records for report in check_segments(tmp_path)] == [2]
+    limits = replace(LIMITS, segment_bytes=4096, max_bytes=8192)
+    with SegmentWriter(tmp_path, limits, clock=lambda: 9e9) as writer:  # all else has expired
+        writer.append(b"three")
+        assert writer.counts.evicted_records == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -131,3 +132,22 @@ def test_a_failure_stays_in_the_status_beside_the_last_figures(tmp_path: Path) -
 
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed: RuntimeError: out of memory", 7)
+
+
+def test_a_full_disk_costs_the_report_and_not_the_trainer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        for _ in range(3):
+            journal.event("stopped", step=1)
+            journal.status({"state": "training"})
+    journal.event("stopped", step=2)
+
+    assert len(messages(caplog, logging.ERROR)) == 1
+    assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 2

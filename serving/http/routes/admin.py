@@ -91,5 +91,5 @@ async def _ordered(order: Callable[[], dict[str, Any]]) -> Response:
     """Run a swap or rollback, which reads weights from disk, off the event loop."""
     try:
         return json_status(await asyncio.to_thread(order))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise _refused(str(error)) from None

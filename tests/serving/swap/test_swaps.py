@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import shutil
 import threading
@@ -207,6 +208,35 @@ def test_a_rolled_back_version_stays_away_also_after_a_restart(service, tiny_tar
     time.sleep(0.3)
     assert again.drafter_status()["version"] == 0
     again.stop()
+
+
+def test_a_full_disk_delays_the_record_of_a_rollback_and_loses_nothing(
+    service, tmp_path, monkeypatch
+):
+    publish_next(tmp_path / "weights", noisy)
+    wait_until(lambda: service.drafter_status()["version"] == 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("buffer.folder_weights.write_atomically", full)
+        assert service.swapper.rollback()["version"] == 0
+        time.sleep(0.2)
+    denied = tmp_path / "weights" / "DENIED.json"
+    wait_until(denied.exists)
+    assert denied.read_text() == "[1]"
+
+
+def test_rollbacks_by_several_servers_of_a_run_are_all_kept(service, tmp_path):
+    publish_next(tmp_path / "weights", noisy)
+    wait_until(lambda: service.drafter_status()["version"] == 1)
+    (tmp_path / "weights" / "DENIED.json").write_text("[7]")
+
+    service.swapper.rollback()
+    service.stop()
+
+    assert (tmp_path / "weights" / "DENIED.json").read_text() == "[1, 7]"
 
 
 def test_a_version_that_accepts_less_is_rolled_back_by_itself(tiny_target_dir, tmp_path):
