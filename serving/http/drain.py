@@ -108,8 +108,19 @@ def bind(settings: Settings) -> socket.socket:
             f"stop the process that listens there, or choose another port (0 for a free one)"
         ) from error
     # A killed server could not remove it, and this one is not reachable under that address.
-    (settings.run_dir / SERVER_FILE).unlink(missing_ok=True)
+    _remove_stale(settings.run_dir / SERVER_FILE)
     return bound
+
+
+def _remove_stale(file: Path) -> None:
+    """Remove a ``server.json`` whose server is dead; that of a live one stays until this server
+    replaces it."""
+    try:
+        os.kill(json.loads(file.read_text())["pid"], 0)
+    except (FileNotFoundError, PermissionError):
+        return
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        file.unlink(missing_ok=True)
 
 
 def write_server_file(file: Path, host: str, port: int, model: str) -> None:

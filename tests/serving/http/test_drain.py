@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -17,6 +19,7 @@ import openai
 import pytest
 import uvicorn
 
+from configs.schema import ServerSettings, Settings
 from serving.http import drain
 from serving.http.drain import write_server_file
 from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
@@ -170,6 +173,22 @@ def test_the_server_file_is_whole_or_absent(tmp_path: Path):
     file.write_text('{"pid": 1}')  # another server's
     drain.remove_server_file(file)
     assert file.exists()
+
+
+def test_a_start_removes_the_server_file_of_a_dead_server_only(tmp_path: Path):
+    settings = Settings(run_dir=tmp_path, server=ServerSettings(port=0))
+    file = tmp_path / drain.SERVER_FILE
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for text, is_kept in (
+        (json.dumps({"pid": os.getppid()}), True),
+        (json.dumps({"pid": dead.pid}), False),
+        ("[]", False),
+        ("{", False),
+    ):
+        file.write_text(text)
+        drain.bind(settings).close()
+        assert file.exists() == is_kept, text
 
 
 def test_headers_that_never_end_are_cut_off(monkeypatch: pytest.MonkeyPatch):
