@@ -34,8 +34,6 @@ class Traits:
     """Proposes only where text has occurred before, and nothing elsewhere."""
     draws: bool
     """Its tokens are drawn from a distribution q. Otherwise each is a function of the prefix."""
-    is_tree: bool = False
-    """Proposes trees instead of chains. No drafter does yet."""
     prior_acceptance: tuple[float, ...] = (0.6,)
     """Prior probability that the first draft token is kept: one value, or one for each of the
     policy's six buckets of match length."""
