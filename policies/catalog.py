@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
+from typing import Any
 
 from configs.choices import known
 from configs.schema import PolicySettings
@@ -22,6 +23,16 @@ CATALOG = {
 }
 """Values of ``policy.kind`` -> module and class. Text, so that a kind is one line without an import
 and only the module in use is loaded."""
+
+
+def policy_class(settings: PolicySettings) -> Any:
+    """The class of the configured kind.
+
+    Raises:
+        SettingsError: ``policy.kind`` is not in the catalog.
+    """
+    known("policy.kind", settings.kind, CATALOG)
+    return pkgutil.resolve_name(CATALOG[settings.kind])
 
 
 def build_policy(
@@ -37,11 +48,9 @@ def build_policy(
     Raises:
         SettingsError: ``policy.kind`` is not in the catalog.
     """
-    known("policy.kind", settings.kind, CATALOG)
+    found = policy_class(settings)
     if not drafters or max_draft == 0:
         return FixedPolicy("none", 0)
     context = PolicyContext(drafters=drafters, max_draft=max_draft, seed=seed)
-    policy: DraftPolicy = pkgutil.resolve_name(CATALOG[settings.kind]).from_settings(
-        settings, context
-    )
+    policy: DraftPolicy = found.from_settings(settings, context)
     return policy

@@ -11,6 +11,7 @@ import time
 
 import typer
 
+from buffer.backends import open_backend
 from configs.cli import (
     ConfigOption,
     PrintConfigOption,
@@ -20,6 +21,9 @@ from configs.cli import (
     settings_from_cli,
 )
 from configs.logs import set_up_logging
+from configs.schema import Settings
+from drafters.catalog import chosen
+from policies.catalog import policy_class
 
 log = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -38,6 +42,7 @@ def launch(
 ) -> None:
     """Load the target and its drafter, and answer requests until told to stop."""
     settings = settings_from_cli(config, set_, print_config)
+    _check_kinds(settings)
     set_up_logging(settings.log_level)
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
     # --help and --print-config skip these imports: torch and transformers take seconds.
@@ -62,3 +67,18 @@ def launch(
         service.stop()
     log.info("stopped")
     raise typer.Exit(code)
+
+
+def _check_kinds(settings: Settings) -> None:
+    """Refuse names that are in no catalog, before torch is imported.
+
+    Raises:
+        typer.Exit: with code 2 after printing the unknown name and the known ones.
+    """
+    try:
+        chosen(settings.drafter)
+        policy_class(settings.policy)
+        open_backend(settings.buffer.url, settings.run_dir)
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 
@@ -53,15 +54,28 @@ def launch(
         )
         raise typer.Exit(code=2)
     set_up_logging(settings.log_level)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _stop_on_signal()
     try:
         with only_trainer(settings.run_dir / "trainer"):
             _train(settings, stop)
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
+
+
+def _stop_on_signal() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+        # Not by logging: the interrupted code may hold its locks.
+        os.write(2, b"stopping after this update; a second signal stops at once\n")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return stop
 
 
 def _train(settings: Settings, stop: threading.Event) -> None:
@@ -76,6 +90,9 @@ def _train(settings: Settings, stop: threading.Event) -> None:
     from trainer.loop import run
 
     trainer = build_trainer(settings, stop)
+    if stop.is_set():
+        log.info("stopped before training began")
+        return
     try:
         run(trainer)
     except Exception as error:
