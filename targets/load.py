@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 
 def pick_device(name: str, setting: str = "device") -> torch.device:
@@ -50,6 +52,8 @@ def target_folder(target: str) -> Path:
         raise ValueError(f"target {target!r} is not a folder")
     from huggingface_hub import snapshot_download
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(target, allow_patterns=patterns))
@@ -61,7 +65,12 @@ def target_folder(target: str) -> Path:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Causal LM in ``folder``; loads safetensors only and runs no code from the folder."""
+    """Causal LM in ``folder``; loads safetensors only and runs no code from the folder.
+
+    Shows a progress bar on a terminal only: in a log file it would be control characters.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
