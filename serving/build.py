@@ -101,7 +101,7 @@ def build_service(
     torch.set_flush_denormal(True)
     kinds = chosen(settings.drafter)
     if loaded is None:
-        with _timed("loaded the target"):
+        with _timed("loaded the target", "loading the target"):
             loaded = load_target(settings)
     backend = open_backend(settings.buffer.url, settings.run_dir)
     with _timed("read and checked the drafter"):
@@ -134,7 +134,7 @@ def _policy(
     if wrap is not None:
         policy = wrap(policy)
     if policy.wants_profile:
-        with _timed("profiled step times"):
+        with _timed("profiled step times", "profiling step times"):
             context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
             policy.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
     return policy
@@ -178,7 +178,7 @@ def _make_parts(
     with _timed("fused weights and made pages and lanes"):
         fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
         parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
-    with torch.inference_mode(), _timed("made all programs"):
+    with torch.inference_mode(), _timed("made all programs", "making all programs"):
         parts.programs.capture_all()
     return parts, flat
 
@@ -219,9 +219,15 @@ def _flat_weights(neural: list[NeuralDrafter]) -> FlatWeights | None:
 
 
 @contextmanager
-def _timed(what: str) -> Iterator[None]:
+def _timed(what: str, announced: str | None = None) -> Iterator[None]:
     """Log how long a part of start-up took; work that is still running on the device counts towards
-    the next part."""
+    the next part.
+
+    Args:
+        announced: logged at the beginning of a part that may take long.
+    """
+    if announced:
+        log.info("%s ...", announced)
     started = time.perf_counter()
     yield
     log.info("%s in %.1f s", what, time.perf_counter() - started)

@@ -103,15 +103,15 @@ def test_a_trainer_that_dies_says_why_and_exits_with_1(
     world: World, tmp_path: Path, launch: Launch
 ) -> None:
     write_traces(tmp_path, world.traces)
-    status = tmp_path / "trainer" / "status.json"
-    status.mkdir(parents=True)  # no file can be moved there
-
     trainer, log = launch(tmp_path, world.target)
+    wait_for_version(tmp_path, 0)
+    denied = tmp_path / "weights" / "DENIED.json"
+    denied.write_text("{")  # it must know which versions were rolled back
 
     assert trainer.wait(timeout=90) == 1
     text = log.read_text()
     assert "CRITICAL trainer.cli: the trainer died: " in text
-    assert str(status) in text
+    assert str(denied) in text
     last_line = (tmp_path / "trainer" / "log.jsonl").read_text().splitlines()[-1]
     assert json.loads(last_line)["event"] == "failed"
 

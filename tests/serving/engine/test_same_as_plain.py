@@ -81,19 +81,21 @@ def test_random_requests_are_answered_the_same(model, asked, kind, overlaps):
 
 
 @pytest.fixture(scope="module")
-def by_the_book(model):
+def by_definition(model):
     return {r.id: tuple(decode(model, r)) for r in every_shape()}
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 8])
-def test_every_way_of_shaping_is_the_books_in_every_batch(model, by_the_book, max_batch):
+def test_every_way_of_shaping_follows_its_definition_in_every_batch(
+    model, by_definition, max_batch
+):
     got, _ = answers(model, twice(every_shape()), "echo", max_batch=max_batch)
 
-    for name, tokens in by_the_book.items():
+    for name, tokens in by_definition.items():
         assert got[name].token_ids == got[f"{name} again"].token_ids == tokens, name
 
 
-def test_plain_decoding_is_the_books_too(model, by_the_book):
+def test_plain_decoding_follows_it_too(model, by_definition):
     got, _ = answers(model, list(every_shape()), max_batch=8, max_draft=0)
 
-    assert {name: answer.token_ids for name, answer in got.items()} == by_the_book
+    assert {name: answer.token_ids for name, answer in got.items()} == by_definition
