@@ -1,6 +1,7 @@
 # make demo         the whole loop on this machine: serve, learn, swap, report
 # make test         all tests; ARGS=... is passed to pytest
 # make check        lint, format, types, import order, house rules
+# make real         fetches a real target, SmolLM2-135M-Instruct, and says how to serve it
 # make bench        the published figures; AGAINST=FOLDER compares speed with another checkout
 # make bench-real   figures for a target and a drafter trained on the spot, and for peers; needs a GPU
 # make clean        remove everything that make created
@@ -23,7 +24,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 # Otherwise each test server would recompile torch and transformers, which triples its start-up time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench bench-real setup clean
+.PHONY: demo test check real bench bench-real setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -38,6 +39,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.house.check_house
+
+real: setup
+	$(BIN)/python -m examples.real_target
 
 bench: setup
 	$(BIN)/python -m benchmarks.demo

@@ -35,6 +35,13 @@ def target_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_fingerprint(path: Path) -> str:
+    """The same of a single file: 64 hex digits over its name, size and content."""
+    digest = hashlib.sha256()
+    _add_file(digest, path, sampled=path.stat().st_size > FULL_BYTES)
+    return digest.hexdigest()
+
+
 def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:

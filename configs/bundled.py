@@ -12,6 +12,8 @@ from configs.schema import Settings
 
 BUNDLED_TARGET = "examples/target"
 BUNDLED_DRAFTER = "examples/drafter/0"
+REAL_TARGET = "runs/targets/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The target of ``real.yaml``, which ``make real`` fetches into the repository."""
 
 _PACKAGE = Path(__file__).resolve().parent
 _REPOSITORY = _PACKAGE.parent
@@ -37,13 +39,18 @@ def resolve_paths(settings: Settings) -> Settings:
 
 
 def missing_bundled(settings: Settings) -> Iterator[str]:
-    """Messages for the bundled target and drafter where settings name them and they are missing."""
+    """Messages for the targets and the drafter of shipped settings, where they are missing."""
     comes = "comes with Slipstream's repository and not with an installed package"
     if settings.target == BUNDLED_TARGET and not Path(BUNDLED_TARGET).exists():
         yield (
             f"target {BUNDLED_TARGET!r} is the bundled target, which {comes}; name another with "
             f"--set target=ORG/NAME (Hugging Face id) or --set target=FOLDER, or run in the "
             f"repository"
+        )
+    if settings.target == REAL_TARGET and not Path(REAL_TARGET).exists():
+        yield (
+            f"target {REAL_TARGET!r} has not been fetched; run `make real` in the repository, or "
+            f"name another target with --set target=FILE.gguf"
         )
     if settings.drafter.path == Path(BUNDLED_DRAFTER) and not Path(BUNDLED_DRAFTER).exists():
         yield (

@@ -28,7 +28,8 @@ class ServerSettings(Section):
     """Bearer key required on every route except /health and /ready. ``None`` is allowed on loopback
     only."""
     model_name: str | None = None
-    """Model name in ``/v1/models`` and in requests. ``None``: the last part of ``target``."""
+    """Model name in ``/v1/models`` and in requests. ``None``: the last part of ``target``,
+    without ``.gguf``."""
     drain_s: float = Field(30.0, ge=0)
     """Seconds that in-flight requests may continue after SIGTERM before they are cancelled."""
     max_body_bytes: int = Field(1 << 20, ge=1024)
@@ -224,8 +225,12 @@ class Settings(Section):
     """All settings."""
 
     target: str = "examples/target"
-    """Hugging Face id or folder of the target. The default is the bundled target, which is in the
-    repository only: with an installed wheel, name one."""
+    """Hugging Face id, folder or GGUF file of the target. The default is the bundled target, which
+    is in the repository only: with an installed wheel, name one."""
+    target_cache: Path | None = None
+    """Folder for targets converted from GGUF files, of server and trainer alike; each file is
+    converted once. ``None``: ``slipstream/targets`` in the user's cache folder (XDG_CACHE_HOME,
+    else ``~/.cache``)."""
     device: str = "auto"
     """Device of the server: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

@@ -39,7 +39,14 @@ from serving.swap.flat_weights import Expected, FlatWeights
 from serving.swap.in_force import WeightsInForce
 from serving.swap.swapper import Shelf, Swapper
 from specops.verify_logits import Rule
-from targets.load import load_model, load_tokenizer, pick_device, pick_dtype, target_folder
+from targets.load import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    target_folder,
+    target_name,
+)
 from targets.target import Target
 
 log = logging.getLogger(__name__)
@@ -76,10 +83,10 @@ def load_target(settings: Settings) -> LoadedTarget:
         ValueError: it cannot be used; the message says why.
     """
     device = pick_device(settings.device)
-    folder = target_folder(settings.target)
+    folder = target_folder(settings.target, settings.target_cache)
     fingerprint = target_fingerprint(folder)
     model = load_model(folder, pick_dtype(settings.dtype, device), device)
-    return LoadedTarget(model, load_tokenizer(folder), fingerprint, folder.name)
+    return LoadedTarget(model, load_tokenizer(folder), fingerprint, target_name(settings.target))
 
 
 def build_service(

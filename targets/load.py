@@ -11,6 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from targets.gguf_cache import converted_folder
+
+GGUF = ".gguf"
+"""Ending of the name of a GGUF file."""
+
 
 def pick_device(name: str, setting: str = "device") -> torch.device:
     """Device from its setting; ``auto`` is CUDA if available, else the CPU.
@@ -39,17 +44,23 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def target_folder(target: str) -> Path:
-    """Folder of a target: the path itself, or the snapshot of a Hugging Face id, downloaded if new.
+def target_folder(target: str, cache: Path | None = None) -> Path:
+    """Folder of a target: the path itself, what a GGUF file was converted into, or the snapshot of
+    a Hugging Face id, downloaded if new.
+
+    Args:
+        cache: folder of converted GGUF files; ``None``: ``targets.gguf_cache.default_cache()``.
 
     Raises:
-        ValueError: ``target`` is neither a folder nor an id that can be loaded.
+        ValueError: ``target`` is neither a folder, nor a GGUF file or an id that can be loaded.
     """
     path = Path(target)
     if path.is_dir():
         return path
+    if path.is_file() or target.endswith(GGUF):
+        return converted_folder(path, cache)
     if path.is_absolute() or target.startswith("."):
-        raise ValueError(f"target {target!r} is not a folder")
+        raise ValueError(f"target {target!r} is neither a folder nor a GGUF file")
     from huggingface_hub import snapshot_download
 
     if not sys.stderr.isatty():
@@ -59,9 +70,14 @@ def target_folder(target: str) -> Path:
         return Path(snapshot_download(target, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"target {target!r} is neither a folder nor a Hugging Face id that can be "
+            f"target {target!r} is neither a folder, a GGUF file nor a Hugging Face id that can be "
             f"loaded ({type(error).__name__}: {error})"
         ) from error
+
+
+def target_name(target: str) -> str:
+    """Name of a target in the API: the last part of its path or id, without ``.gguf``."""
+    return Path(target).absolute().name.removesuffix(GGUF)
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:

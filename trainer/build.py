@@ -39,7 +39,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     _set_up_process(settings)
     learns = trainable(settings.drafter.kind)
     device = pick_device(settings.trainer.device, setting="trainer.device")
-    folder = target_folder(settings.target)
+    folder = target_folder(settings.target, settings.target_cache)
     fingerprint = target_fingerprint(folder)
     head = load_target_head(folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)

@@ -25,6 +25,7 @@ PACKAGES = metadata.packages_distributions()
 PEERS = {"flashinfer", "liger_kernel"}
 """Modules that benchmarks compare with where somebody has installed them."""
 NOT_IMPORTED = {
+    "accelerate": "transformers reads GGUF files with it",
     "import-linter": "a command",
     "mypy": "a command",
     "pytest-timeout": "a plugin of pytest",
@@ -74,27 +75,27 @@ CORE = declared(PROJECT["dependencies"])
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
     found = imported(*PRODUCT_ROOMS)
-    wanted = CORE | extra("gpu")
+    wanted = CORE | extra("gpu") | extra("gguf")
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert wanted - found.keys() == set()
 
 
 def test_the_demo_extra_is_what_the_examples_need_beside_the_rooms():
     found = imported("examples")
-    wanted = CORE | extra("demo") | extra("dev")
+    wanted = CORE | extra("demo") | extra("gguf") | extra("dev")
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert extra("demo") - found.keys() == set()
 
 
 def test_the_dev_extra_is_what_tests_benchmarks_and_commands_need():
     found = imported("tests", "oracles", "benchmarks", "examples")
-    wanted = CORE | extra("demo") | extra("dev")
+    wanted = CORE | extra("demo") | extra("gguf") | extra("dev")
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert extra("dev") - found.keys() == NOT_IMPORTED.keys()
 
 
 def test_every_extra_is_known_here():
-    assert PROJECT["optional-dependencies"].keys() == {"gpu", "demo", "dev"}
+    assert PROJECT["optional-dependencies"].keys() == {"gpu", "demo", "gguf", "dev"}
 
 
 PINS = dict(
@@ -116,7 +117,10 @@ def test_every_declared_package_is_pinned_to_a_version_that_it_allows():
         and not one.specifier.contains(pins.get(normal(one.name), "0"))
     ]
     assert refused == []
-    assert declared([*CORE, *extra("gpu"), *extra("demo"), *extra("dev")]) <= pins.keys()
+    assert (
+        declared([*CORE, *extra("gpu"), *extra("demo"), *extra("gguf"), *extra("dev")])
+        <= pins.keys()
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the pins are those of Linux")

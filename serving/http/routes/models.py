@@ -37,8 +37,9 @@ async def get_version() -> Version:
 
 
 def target_label(target: str) -> str:
-    """The target's id, or the name of its folder without the path, which clients need not know."""
-    return Path(target).name if Path(target).is_dir() else target
+    """The target's id, or the name of its folder or file without the path, which clients need not
+    know."""
+    return Path(target).name if Path(target).exists() else target
 
 
 def _card(context: Context) -> ModelCard:
