@@ -33,6 +33,8 @@ class Traits:
     """Proposes only where text has occurred before, and nothing elsewhere."""
     draws: bool
     """Its tokens are drawn from a distribution q. Otherwise each is a function of the prefix."""
+    shares_text: bool = False
+    """Its drafts may follow text of other requests."""
     is_tree: bool = False
     """Proposes trees instead of chains. No drafter does yet."""
     prior_acceptance: tuple[float, ...] = (0.6,)
