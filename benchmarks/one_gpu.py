@@ -239,7 +239,8 @@ def carry_out(
     swaps = scene.status["swaps"]
     stop([children.pop()])
     time.sleep(1.0)
-    status = server.swap(None)
+    server.swap(None)
+    status = server.drafter()
     arms = setups(status["drafters"], first_version, status["version"])
     replayer = Replayer(
         server,

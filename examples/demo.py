@@ -307,7 +307,8 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
 
     view.say("Stopping the trainer; replaying held-out prompts by all arms ...")
     stop([children.pop()])
-    status = server.swap(None)
+    server.swap(None)
+    status = server.drafter()
     arms = setups(status["drafters"], static_version, status["version"])
     replayer = Replayer(
         server,
