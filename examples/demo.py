@@ -408,7 +408,9 @@ def main(
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""
     signal.signal(signal.SIGTERM, interrupt)
-    settings = replace(default_settings(), run_dir=run_dir, overrides=tuple(set_ or ()))
+    settings = default_settings()
+    overrides = (*settings.overrides, *(set_ or ()))
+    settings = replace(settings, run_dir=run_dir, overrides=overrides)
     if config:
         settings = replace(settings, configs=tuple(config))
     if temperature is not None:
