@@ -8,22 +8,19 @@ answer held-out prompts of each phase at the same load, interleaved. Finally the
 computed from the run's own log, simulated at K = 4: published versions and the bundled drafter on
 held-out traces of each phase, the index on the last traces of each phase.
 
-float32, so that greedy outputs do not depend on the shape of a batch (see docs/operations.md).
+float32, so that seeded outputs do not depend on the shape of a batch (see docs/operations.md).
 """
 
 from __future__ import annotations
 
 import bisect
 import json
-import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import openai
 import torch
 import typer
 from rich.console import Console
@@ -36,10 +33,14 @@ from configs.load import load_settings
 from configs.schema import Settings
 from drafters.trainable import trainable
 from examples import demo
+from examples.arms import setups
+from examples.clients import Replayer
 from examples.live import View
+from examples.plan import DemoSettings
 from examples.processes import Child, start, stop
-from examples.report import ARMS, Arm
-from examples.traffic import Reply, Server
+from examples.recording import Replay
+from examples.report import mismatched_outputs, speeds, tokens_per_step
+from examples.texts import Kept, Phase
 from targets.head import load_target_head
 from trainer.gate import Judge
 from trainer.learner import batch_dtype
@@ -50,11 +51,11 @@ JUDGED_VERSIONS = 8
 DEVICE = torch.device("cuda")
 
 
-def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
-    """Four phases with a quarter of the requests each; ``seconds`` only ends one that hangs."""
+def phases(num_requests: int, seconds: float) -> tuple[Phase, ...]:
+    """Four phases with a quarter of the requests each; the time limit only ends runs that hang."""
     count = -(-num_requests // 4)
     return tuple(
-        demo.Phase(name, domain, shifted, seconds, count)  # type: ignore[arg-type]
+        Phase(name, domain, shifted, seconds, count)
         for name, domain, shifted in (
             ("python", "python", False),
             ("c", "c", True),
@@ -64,94 +65,17 @@ def phases(num_requests: int, seconds: float) -> tuple[demo.Phase, ...]:
     )
 
 
-# Replay at load
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """All prompts of a phase, answered by one arm."""
-
-    seconds: float
-    replies: list[Reply | None]
-    """In the order of the prompts; ``None``: failed."""
-
-    @property
-    def answered(self) -> list[Reply]:
-        return [reply for reply in self.replies if reply is not None]
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(len(reply.token_ids) for reply in self.answered) / self.seconds
-
-
-def replay(
-    server: Server,
-    settings: demo.DemoSettings,
-    texts: demo.Texts,
-    arms: dict[Arm, int],
-    rounds: int,
-    failures: list[str],
-) -> dict[str, Any]:
-    """Replay every phase with every arm, ``num_clients`` requests at a time, rotating the arms."""
-    found: dict[str, Any] = {}
-
-    def answer(prompts: Sequence[str], cap: int | None) -> list[Reply | None]:
-        return list(pool.map(lambda p: ask(server, p, settings.max_tokens, cap, failures), prompts))
-
-    with ThreadPoolExecutor(settings.num_clients) as pool:
-        for phase in settings.phases:
-            prompts = texts.held_out[phase.domain]
-            turns: dict[Arm, list[Turn]] = {arm: [] for arm in ARMS}
-            for number in range(rounds):
-                for place in range(len(ARMS)):
-                    arm = ARMS[(number + place) % len(ARMS)]
-                    if arm != "plain":
-                        server.swap(arms[arm])
-                        answer(texts.warmup[phase.domain], None)
-                    cap = 0 if arm == "plain" else None
-                    started_s = time.perf_counter()
-                    replies = answer(prompts, cap)
-                    turns[arm].append(Turn(time.perf_counter() - started_s, replies))
-            found[phase.name] = phase_figures(phase, turns)
-    return found
-
-
-def ask(
-    server: Server, prompt: str, max_tokens: int, cap: int | None, failures: list[str]
-) -> Reply | None:
-    """A greedy completion; a failure is recorded and the run continues."""
-    try:
-        return server.ask(prompt, max_tokens, cap, capture=False)
-    except openai.OpenAIError as error:
-        failures.append(f"{type(error).__name__}: {error}")
-        return None
-
-
-def phase_figures(phase: demo.Phase, turns: dict[Arm, list[Turn]]) -> dict[str, Any]:
-    """Median tokens/s of each arm's turns, and the number of prompts whose outputs differ."""
-    speeds = {arm: statistics.median(t.tokens_per_s for t in taken) for arm, taken in turns.items()}
-    steps = {
-        arm: sum((r.acceptance for t in taken for r in t.answered), Acceptance()).tokens_per_step
-        for arm, taken in turns.items()
-    }
-    answers = zip(*(t.replies for taken in turns.values() for t in taken), strict=True)
+def phase_figures(phase: Phase, replays: Sequence[Replay]) -> dict[str, Any]:
+    """Speeds of all arms in a phase, and whether all gave the same tokens."""
+    own = [replay for replay in replays if replay.phase == phase.name]
     return {
         "name": phase.name,
         "shifted": phase.shifted,
-        **{f"{arm}_tokens_per_s": speeds[arm] for arm in ARMS},
-        "speedup_vs_plain": speeds["tuned"] / speeds["plain"],
-        "speedup_vs_static": speeds["tuned"] / speeds["static"],
-        "tokens_per_step": steps["tuned"],
-        "static_tokens_per_step": steps["static"],
-        "mismatched_outputs": sum(
-            len({r.token_ids for r in same if r is not None}) > 1 for same in answers
-        ),
+        **speeds(own),
+        "tokens_per_step": tokens_per_step(r for r in own if r.arm == "tuned"),
+        "static_tokens_per_step": tokens_per_step(r for r in own if r.arm == "static"),
+        "mismatched_outputs": mismatched_outputs(own),
     }
-
-
-def harmonic(phases: Sequence[dict[str, Any]], name: str) -> float:
-    """Speed over several phases with the same number of tokens."""
-    return statistics.harmonic_mean([phase[name] for phase in phases])
 
 
 # Learning curve
@@ -258,18 +182,21 @@ def main(
         "buffer.max_bytes=8589934592",
         *([f"drafter.path={static}"] if begin == "bundled" else []),
     ]
-    settings = demo.DemoSettings(
-        config=Path("configs/one_gpu.yaml"),
+    settings = DemoSettings(
+        configs=(Path("configs/one_gpu.yaml"), Path("configs/compare.yaml")),
         run_dir=run_dir,
         overrides=(*own, *(set_ or ())),
         phases=phases(num_requests, phase_s),
         num_clients=num_clients,
-        max_tokens=max_tokens,
+        sampling=replace(DemoSettings().sampling, max_tokens=max_tokens),
         max_requests=-(-num_requests // 4) + num_clients,
         settle_s=0.0,
-        replay_prompts=num_clients,
-        replay_warmup=num_clients // 2,
+        kept=Kept(replayed=rounds * num_clients, warmup=num_clients // 2),
+        replay_clients=num_clients,
+        replay_block=num_clients,
+        replay_s=phase_s,
         start_s=240.0,
+        on_gpu=True,
     )
     children: list[Child] = []
     console = Console(width=150)
@@ -277,21 +204,20 @@ def main(
         raise typer.BadParameter("this benchmark needs an NVIDIA GPU, but none was found")
     try:
         with demo.own_folder(run_dir), View(console) as view:
-            result, spans = carry_out(settings, view, children, rounds, begin)
+            result, spans = carry_out(settings, view, children, begin)
     finally:
         stop(children)
-    write_result(out, result)  # before the curve, so that an interrupted run keeps its figures
-    loaded = load_settings([settings.config], [f"run_dir={run_dir}", *settings.overrides], {})
+    write_result(out, result)  # before the curve, so that a cut-off run keeps its figures
+    loaded = load_settings(list(settings.configs), [f"run_dir={run_dir}", *settings.overrides], {})
     result["learning_curve"] = learning_curve(loaded, static, spans)
     write_result(out, result)
     console.print_json(json.dumps(result))
 
 
 def carry_out(
-    settings: demo.DemoSettings,
+    settings: DemoSettings,
     view: View,
     children: list[Child],
-    rounds: int,
     begin: str,
 ) -> tuple[dict[str, Any], list[tuple[str, float]]]:
     """Run everything; returns the figures and the time at which each phase ended."""
@@ -314,33 +240,41 @@ def carry_out(
     swaps = scene.status["swaps"]
     stop([children.pop()])
     time.sleep(1.0)
-    tuned = server.swap(None)["version"]
-    arms: dict[Arm, int] = {"static": first_version, "tuned": tuned}
-    replayed = replay(server, settings, texts, arms, rounds, scene.failures)
+    server.swap(None)
+    status = server.drafter()
+    arms = setups(status["drafters"], first_version, status["version"])
+    replayer = Replayer(
+        server,
+        arms,
+        settings.sampling,
+        num_clients=settings.replay_clients,
+        num_warmup=settings.kept.warmup,
+    )
+    replays = demo.run_replay(scene, replayer)
+    scene.failures += replayer.failures
     policy = server.policy()
-    shifted = [replayed[p.name] for p in settings.phases if p.shifted]
+    shifted = [phase.name for phase in settings.phases if phase.shifted]
     stop([children.pop()])
     answers = scene.answers
     figures = {
         "start": begin,
         "requests": len(answers),
         "failed_requests": len(scene.failures),
-        "mismatched_outputs": sum(p["mismatched_outputs"] for p in replayed.values()),
+        "mismatched_outputs": mismatched_outputs(replays),
         "swaps": swaps["swapped"],
         "rollbacks": swaps["rolled_back"],
         "static_version": first_version,
-        "newest_version": tuned,
+        "newest_version": status["version"],
         "num_clients": settings.num_clients,
-        "max_tokens": settings.max_tokens,
+        "max_tokens": settings.sampling.max_tokens,
+        "temperature": settings.sampling.temperature,
         "dtype": "float32",
         "ready_s": ready_s,
         "traffic_s": traffic_s,
         "traffic_tokens_per_s": sum(a.num_tokens for a in answers) / traffic_s,
         "seconds": time.monotonic() - began_s,
-        **{f"{arm}_tokens_per_s": harmonic(shifted, f"{arm}_tokens_per_s") for arm in ARMS},
-        "speedup_vs_plain": statistics.fmean(p["speedup_vs_plain"] for p in shifted),
-        "speedup_vs_static": statistics.fmean(p["speedup_vs_static"] for p in shifted),
-        "phases": list(replayed.values()),
+        **speeds([replay for replay in replays if replay.phase in shifted]),
+        "phases": [phase_figures(phase, replays) for phase in settings.phases],
         "policy": policy,
     }
     return figures, spans

@@ -101,6 +101,11 @@ class DrafterSettings(Section):
     """Layer ids tapped by a drafter that starts from random weights; id k is the residual stream
     after k decoder layers. ``None``: (2, N // 2, N - 3) for a target of N layers."""
     suffix: SuffixSettings = SuffixSettings()
+    on_request: tuple[str, ...] | None = None
+    """Names in the catalog of drafters that draft only for requests that name them in
+    ``speculation.drafters``. With a list, even an empty one, requests may choose their drafters;
+    with ``None`` that field is refused, because a step uses only drafters that all of its requests
+    allow, so one client could slow the others. For comparisons on one server."""
 
 
 class PolicySettings(Section):

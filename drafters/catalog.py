@@ -33,6 +33,7 @@ class Entry:
 CATALOG = {
     "eagle3": Entry("drafters.eagle3.paged:KIND", "drafters.eagle3.trainable:Eagle3Trainable"),
     "suffix": Entry("drafters.suffix.index:KIND"),
+    "suffix_request": Entry("drafters.suffix.index:REQUEST_KIND"),
 }
 """Values of ``drafter.kind``."""
 
@@ -49,11 +50,30 @@ def kind_of(name: str) -> DrafterKind:
 
 
 def chosen(settings: DrafterSettings) -> tuple[str, ...]:
-    """Kinds that a server with these settings runs, the main one first.
+    """Kinds that a server with these settings runs, the main one first, those that draft on request
+    last.
 
     Raises:
-        SettingsError: ``drafter.kind`` is not in the catalog.
+        SettingsError: ``drafter.kind`` or ``drafter.on_request`` names a kind that is not in the
+            catalog.
     """
+    return (*_ordinary(settings), *on_request(settings))
+
+
+def on_request(settings: DrafterSettings) -> tuple[str, ...]:
+    """Kinds that draft only for requests that name them.
+
+    Raises:
+        SettingsError: a name is not in the catalog.
+    """
+    asked, ordinary = settings.on_request or (), _ordinary(settings)
+    for name in asked:
+        known("drafter.on_request", name, CATALOG)
+    return tuple(name for name in dict.fromkeys(asked) if name not in ordinary)
+
+
+def _ordinary(settings: DrafterSettings) -> tuple[str, ...]:
+    """Kinds that draft for every request that does not choose."""
     known("drafter.kind", settings.kind, (*CATALOG, NONE))
     if settings.kind == NONE:
         return ()

@@ -34,6 +34,8 @@ class Traits:
     """Proposes only where text has occurred before, and nothing elsewhere."""
     draws: bool
     """Its tokens are drawn from a distribution q. Otherwise each is a function of the prefix."""
+    shares_text: bool = False
+    """Its drafts may follow text of other requests."""
     prior_acceptance: tuple[float, ...] = (0.6,)
     """Prior probability that the first draft token is kept: one value, or one for each of the
     policy's six buckets of match length."""

@@ -135,7 +135,7 @@ def unique(domain: Domain, found: Iterable[Document], seen: set[bytes]) -> Itera
             so that no held-out text is trained on under another name.
     """
     for document in found:
-        pieces = _paragraphs(document.text) if domain == "docs" else [document.text]
+        pieces = paragraphs(document.text) if domain == "docs" else [document.text]
         text = "\n\n".join(piece for piece in pieces if _is_new(piece, seen))
         if len(text) >= MIN_CHARS:
             yield Document(document.name, text)
@@ -231,7 +231,7 @@ def _topics(path: Path) -> dict[str, str]:
 def _text_of(source: Source) -> str | None:
     if source.topic is not None:
         return _prose([_topics(source.path)[source.topic]])
-    content = _content(source.path)
+    content = content_of(source.path)
     if content is None:
         return None
     if source.domain == "docs":
@@ -241,7 +241,7 @@ def _text_of(source: Source) -> str | None:
     return _without_licence(source.domain, content)
 
 
-def _content(path: Path) -> str | None:
+def content_of(path: Path) -> str | None:
     """Text of a readable UTF-8 file; None for others, such as dangling links."""
     try:
         if not MIN_CHARS <= path.stat().st_size <= MAX_BYTES:
@@ -296,15 +296,15 @@ def _documented(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _prose(passages: Iterable[str]) -> str:
-    pieces = (piece for passage in passages for piece in _paragraphs(passage))
-    return "\n\n".join(piece for piece in pieces if _reads_like_prose(piece))
+    pieces = (piece for passage in passages for piece in paragraphs(passage))
+    return "\n\n".join(piece for piece in pieces if reads_like_prose(piece))
 
 
-def _paragraphs(text: str) -> list[str]:
+def paragraphs(text: str) -> list[str]:
     return [piece.strip("\n") for piece in re.split(r"\n\s*\n", text) if piece.strip()]
 
 
-def _reads_like_prose(paragraph: str) -> bool:
+def reads_like_prose(paragraph: str) -> bool:
     """At least ten words, mostly letters, ending like a sentence; no doctest, table or list."""
     text = " ".join(paragraph.split())
     return (

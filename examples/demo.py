@@ -1,10 +1,12 @@
 """Serve, learn, swap and report on this machine.
 
     python -m examples.demo            # or: make demo
+    python -m examples.demo --prompts mine.jsonl
 
-Starts a server and a trainer on the bundled target, sends Python, C headers, documentation and
-Python again through the HTTP API, then replays held-out prompts of each phase in three ways:
-without drafting, with the drafter as it was before the first shift, and with the newest one.
+Starts a server and a trainer, sends traffic that shifts from domain to domain and back through the
+HTTP API, then replays held-out prompts of each phase by every arm (``examples/arms.py``). On a GPU,
+once ``make real`` has fetched it, the target is a real one that answers chat requests; else it is
+the bundled one, which continues Python, C headers and documentation.
 
 Exit code 0: the demo ran to its end, no request failed and no output changed, whatever the speeds.
 1: it could not finish, a request failed or an output changed. 2: wrong usage. 130: interrupted.
@@ -18,7 +20,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Annotated, Any
@@ -26,124 +28,31 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
-from examples import corpus
+from examples.arms import ArmsError, setups
+from examples.clients import Replayer, Reply, Server, Traffic, replay_rounds
 from examples.live import Now, View, summary
 from examples.machine import machine
 from examples.picture import write
+from examples.plan import DemoSettings, default_settings, with_prompts
 from examples.processes import Child, ChildDiedError, check_alive, start, stop
-from examples.report import (
+from examples.recording import (
     Answer,
-    Arm,
     PhaseSpan,
     Recording,
     Replay,
     VersionChange,
+    learning_of,
 )
-from examples.traffic import Replayer, Reply, Server, Traffic, replay_rounds
+from examples.texts import Phase, Texts, gather
+from examples.traffic.prompts import PromptError
 
 MARKER = ".slipstream-demo"
 OWN = ("traces", "weights", "trainer", "logs")
 OWN_FILES = ("server.json", "recording.json", "report.json", "report.html", "report.svg")
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """One stretch of traffic."""
-
-    name: str
-    domain: corpus.Domain
-    shifted: bool
-    """The first drafter was not trained on such text."""
-    seconds: float
-    """Maximum duration."""
-    enough_requests: int
-    """The phase ends earlier, after this number of requests, once the trainer has caught up."""
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """Settings of the demo. With the defaults it takes less than ten minutes on two cores."""
-
-    config: Path = Path("configs/demo.yaml")
-    run_dir: Path = Path("runs/demo")
-    overrides: tuple[str, ...] = ()
-    """``--set`` options of server and trainer."""
-    phases: tuple[Phase, ...] = (
-        Phase("python", "python", False, seconds=45, enough_requests=60),
-        Phase("c", "c", True, seconds=90, enough_requests=250),
-        Phase("docs", "docs", True, seconds=90, enough_requests=250),
-        Phase("python-again", "python", False, seconds=60, enough_requests=120),
-    )
-    num_clients: int = 4
-    """Concurrent requests."""
-    max_tokens: int = 96
-    max_requests: int = 400
-    """Prompts prepared for each phase."""
-    settle_s: float = 20.0
-    """The trainer has caught up after this time without a new version; on shifted traffic, only if
-    at least one version was published."""
-    replay_prompts: int = 24
-    """Held-out prompts per domain; each is answered by each arm."""
-    replay_block: int = 4
-    """Prompts that an arm answers before the next arm's turn."""
-    replay_s: float = 45.0
-    """Maximum duration of a phase's replay; the first round is always finished."""
-    replay_warmup: int = 2
-    """Unmeasured prompts after each swap of the replay."""
-    seed: int = 0
-    start_s: float = 120.0
-    """Maximum wait for the server to become ready."""
-
-    @property
-    def server_overrides(self) -> tuple[str, ...]:
-        """What the demo's server needs beyond the settings file.
-
-        No prefix cache: the replay sends every prompt three times, and only the first would compute
-        its prompt. All live prompts differ, so they lose nothing.
-        """
-        return ("server.port=0", "engine.prefix_cache=false")
-
-    @property
-    def shared_overrides(self) -> tuple[str, ...]:
-        """Overrides of both processes. The static version is replayed at the end: keep it."""
-        return (f"run_dir={self.run_dir}", "trainer.keep_versions=1000", *self.overrides)
-
-
 class DemoError(Exception):
     """The demo cannot continue; the text says why and what to do."""
-
-
-# Text
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """Prompts of the whole demo, all distinct.
-
-    Phases of one domain share their held-out prompts, so that their replays are comparable.
-    """
-
-    live: dict[str, list[str]]
-    """Phase -> prompts."""
-    held_out: dict[corpus.Domain, list[str]]
-    """Domain -> prompts for the replay."""
-    warmup: dict[corpus.Domain, list[str]]
-    """Domain -> unmeasured prompts of the replay."""
-
-
-def gather_texts(settings: DemoSettings) -> Texts:
-    """Read all prompts. Done before the traffic starts, because it takes seconds on a core."""
-    texts = Texts({}, {}, {})
-    for domain in dict.fromkeys(phase.domain for phase in settings.phases):
-        phases = [phase.name for phase in settings.phases if phase.domain == domain]
-        num_replay, num_warmup = settings.replay_prompts, settings.replay_warmup
-        num_live = settings.max_requests * len(phases)
-        found = corpus.prompts(domain, num_replay + num_warmup + num_live, settings.seed)
-        texts.held_out[domain] = found[:num_replay]
-        texts.warmup[domain] = found[num_replay : num_replay + num_warmup]
-        rest = found[num_replay + num_warmup :]
-        texts.live.update({name: rest[i :: len(phases)] for i, name in enumerate(phases)})
-    return texts
 
 
 # Folder
@@ -265,7 +174,7 @@ def run_phase(scene: Scene, phase: Phase) -> None:
         scene.server,
         scene.texts.live[phase.name],
         settings.num_clients,
-        settings.max_tokens,
+        settings.sampling,
         lambda reply: scene.note(phase.name, reply),
     )
     traffic.start()
@@ -301,7 +210,7 @@ def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
     """Replay every phase, each for at most ``replay_s``."""
     settings = scene.settings
     replays: list[Replay] = []
-    rounds = replay_rounds(settings.replay_prompts, settings.replay_block)
+    rounds = replay_rounds(settings.kept.replayed, settings.replay_block)
     for place, phase in enumerate(settings.phases):
         held_out, warmup = scene.texts.held_out[phase.domain], scene.texts.warmup[phase.domain]
         started_s = scene.now_s()
@@ -317,6 +226,20 @@ def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
 
 
 # The whole run
+
+
+def gather_texts(settings: DemoSettings) -> Texts:
+    """All prompts of the demo.
+
+    Raises:
+        DemoError: there are too few.
+    """
+    try:
+        return gather(
+            settings.source, settings.phases, settings.max_requests, settings.kept, settings.seed
+        )
+    except ValueError as error:
+        raise DemoError(f"{error}. Give more prompts with --prompts FILE.jsonl.") from None
 
 
 def begin_server(settings: DemoSettings) -> Child:
@@ -347,7 +270,8 @@ def command_of(settings: DemoSettings, room: str) -> list[str]:
     """Arguments of ``python`` that launch the server (``serving``) or the ``trainer``."""
     own = settings.server_overrides if room == "serving" else ()
     overrides = [part for item in (*own, *settings.shared_overrides) for part in ("--set", item)]
-    return ["-m", room, "launch", "--config", str(settings.config), *overrides]
+    configs = [part for config in settings.configs for part in ("--config", str(config))]
+    return ["-m", room, "launch", *configs, *overrides]
 
 
 def log_of(settings: DemoSettings, name: str) -> Path:
@@ -381,15 +305,23 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     scene.live_swaps = scene.status["swaps"]
     changes = version_changes(scene.status["history"], began_unix_s)
 
-    view.say("Stopping the trainer; replaying held-out prompts in three ways ...")
+    view.say("Stopping the trainer; replaying held-out prompts by all arms ...")
     stop([children.pop()])
-    newest_version = server.swap(None)["version"]
-    versions: dict[Arm, int] = {"static": static_version, "tuned": newest_version}
-    replayer = Replayer(server, versions, settings.max_tokens, settings.replay_warmup)
+    server.swap(None)
+    status = server.drafter()
+    arms = setups(status["drafters"], static_version, status["version"])
+    replayer = Replayer(
+        server,
+        arms,
+        settings.sampling,
+        num_clients=settings.replay_clients,
+        num_warmup=settings.kept.warmup,
+    )
     replays = run_replay(scene, replayer)
     scene.failures += replayer.failures
     for failure in scene.failures[:3]:
         view.say(f"failed request: {failure}")
+    journal = settings.run_dir / "trainer" / "log.jsonl"
     return Recording(
         phases=tuple(scene.spans),
         shifted=tuple(phase.name for phase in settings.phases if phase.shifted),
@@ -397,12 +329,18 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         changes=tuple(changes),
         replays=tuple(replays),
         static_version=static_version,
-        newest_version=newest_version,
+        newest_version=status["version"],
         swaps=scene.swaps["swapped"],
         rollbacks=scene.swaps["rolled_back"],
         failed_requests=len(scene.failures),
         warmup_requests=replayer.num_warmed,
         seconds=scene.now_s(),
+        learning=learning_of(journal, "GPU" if settings.on_gpu else "CPU"),
+        target=server.model,
+        temperature=settings.sampling.temperature,
+        num_clients=settings.num_clients,
+        replay_clients=settings.replay_clients,
+        goals=settings.goals,
         machine=machine(),
     )
 
@@ -439,7 +377,7 @@ def carry_out(settings: DemoSettings, console: Console) -> int:
     except KeyboardInterrupt:
         console.print("Interrupted: server and trainer are stopped; no report was written.")
         return 130
-    except (ChildDiedError, DemoError) as error:
+    except (ArmsError, ChildDiedError, DemoError) as error:
         console.print(str(error), markup=False, highlight=False)
         return 1
     console.print(*summary(report), sep="\n\n")
@@ -449,16 +387,21 @@ def carry_out(settings: DemoSettings, console: Console) -> int:
 
 # Command
 
-DEFAULTS = DemoSettings()
-
 
 def main(
     config: Annotated[
-        Path, typer.Option(exists=True, help="settings file of server and trainer")
-    ] = DEFAULTS.config,
+        list[Path] | None,
+        typer.Option(help="settings of server and trainer, instead of the demo's own; repeatable"),
+    ] = None,
     run_dir: Annotated[
         Path, typer.Option(help="folder of the run; removes what an earlier demo left there")
-    ] = DEFAULTS.run_dir,
+    ] = Path("runs/demo"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL file of prompts to send instead of the demo's own")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the demo's own")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),
@@ -466,7 +409,18 @@ def main(
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""
     signal.signal(signal.SIGTERM, interrupt)
-    settings = DemoSettings(config=config, run_dir=run_dir, overrides=tuple(set_ or ()))
+    settings = default_settings()
+    overrides = (*settings.overrides, *(set_ or ()))
+    settings = replace(settings, run_dir=run_dir, overrides=overrides)
+    if config:
+        settings = replace(settings, configs=tuple(config))
+    if temperature is not None:
+        sampling = replace(settings.sampling, temperature=temperature)
+        settings = replace(settings, sampling=sampling)
+    try:
+        settings = settings if prompts is None else with_prompts(settings, prompts)
+    except PromptError as error:
+        raise typer.BadParameter(str(error), param_hint="--prompts") from None
     raise typer.Exit(carry_out(settings, Console()))
 
 

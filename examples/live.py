@@ -15,10 +15,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from examples.recording import Answer
 from examples.report import (
-    Answer,
     checks,
     headline,
+    learning_line,
     phase_rows,
     shown,
     tokens_per_step,
@@ -179,13 +180,15 @@ SHORT_COLUMNS = (
     "phase",
     "plain",
     "static",
+    "index",
     "tuned",
     "× plain",
     "× static",
-    "static/step",
-    "tuned/step",
+    "× index",
+    "alone",
+    "newest",
 )
-"""``PHASE_COLUMNS``, short enough for 80 characters."""
+"""``PHASE_COLUMNS``, short enough for 80 characters; the last two are the drafter alone."""
 
 
 COLOURS = {"good": "green", "bad": "red", "neutral": "default"}
@@ -194,7 +197,7 @@ COLOURS = {"good": "green", "bad": "red", "neutral": "default"}
 def summary(report: dict[str, Any]) -> list[RenderableType]:
     """Headline, figures and verdicts, for a terminal."""
     text, mood = headline(report)
-    phases = Table(*SHORT_COLUMNS, box=None, title="tokens/s, speedups, tokens per step")
+    phases = Table(*SHORT_COLUMNS, box=None, title="tokens/s and speedups")
     verdicts = Table(box=None)
     for row in phase_rows(report):
         phases.add_row(*row[: len(SHORT_COLUMNS)])
@@ -204,4 +207,5 @@ def summary(report: dict[str, Any]) -> list[RenderableType]:
         colour = "green" if check.passed else "red"
         goal = f"{check.kind} {check.limit:g}"
         verdicts.add_row(check.name, shown(check.value), goal, f"[{colour}]{verdict(check)}[/]")
-    return [Text(text, f"bold {COLOURS[mood]}"), phases, verdicts]
+    learning = Text(learning_line(report))
+    return [Text(text, f"bold {COLOURS[mood]}"), learning, phases, verdicts]

@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.arms import ALL_ARMS, Arm
+from examples.recording import Answer, Recording
 from examples.report import (
-    ARMS,
     PHASE_COLUMNS,
-    Answer,
-    Arm,
     Mood,
-    Recording,
     build_report,
     checks,
     headline,
+    learning_line,
     mood_of_faults,
     mood_of_speedup,
     phase_rows,
+    ratio,
     shown,
     tokens_per_step,
     verdict,
@@ -36,11 +36,21 @@ RECORDING_NAME = "recording.json"
 WINDOW = 16
 """Number of requests each point of the picture's curves averages over."""
 
-COLOURS: dict[Arm, str] = {"plain": "#a3acb9", "static": "#e3a046", "tuned": "#2f6fb0"}
+COLOURS: dict[Arm, str] = {
+    "plain": "#a3acb9",
+    "static": "#e3a046",
+    "index": "#4fa58c",
+    "tuned": "#2f6fb0",
+    "drafter_alone_static": "#f3d6ab",
+    "drafter_alone_tuned": "#a9c7e3",
+}
 LABELS: dict[Arm, str] = {
     "plain": "plain decoding",
-    "static": "drafter frozen before the shift",
-    "tuned": "tuned drafter",
+    "static": "static: frozen drafter, index of the request",
+    "index": "index: frozen drafter, index of recent traffic",
+    "tuned": "tuned: newest drafter, index of recent traffic",
+    "drafter_alone_static": "frozen drafter alone",
+    "drafter_alone_tuned": "newest drafter alone",
 }
 INK = "#2b3440"
 SWAP_COLOUR, ROLLBACK_COLOUR = "#6b7785", "#c0392b"
@@ -111,11 +121,15 @@ def draw(recording: Recording, report: dict[str, Any]) -> str:
     }
     with pyplot.rc_context(style):
         figure, (steps, speed, bars) = pyplot.subplots(
-            3, 1, figsize=(10.5, 9), height_ratios=(3, 2.4, 2.6), layout="constrained"
+            3, 1, figsize=(10.5, 10), height_ratios=(3, 2.4, 3), layout="constrained"
         )
         speed.sharex(steps)
         _draw_curves(steps, rolling(recording, window_tokens_per_step), "tokens per step", 1)
         _draw_curves(speed, rolling(recording, window_tokens_per_s), "tokens/s, all clients", 0)
+        _draw_levels(steps, recording, report, "static_tokens_per_step")
+        # One request at a time is another load than the traffic's: no level to compare with.
+        if recording.replay_clients == recording.num_clients:
+            _draw_levels(speed, recording, report, "static_tokens_per_s")
         _draw_legend(steps, any(change.rolled_back for change in recording.changes))
         _draw_phases(steps, speed, recording)
         _draw_swaps(steps, speed, recording)
@@ -138,6 +152,20 @@ def _draw_curves(axes: Any, curves: list[list[tuple[int, float]]], label: str, l
     axes.set_axisbelow(True)
 
 
+def _draw_levels(axes: Any, recording: Recording, report: dict[str, Any], key: str) -> None:
+    """A dashed line in each phase at the static arm's figure on its held-out prompts."""
+    levels = {phase["name"]: phase[key] for phase in report["phases"]}
+    known = [level for level in levels.values() if level is not None]
+    for name, first, last in _bounds(recording):
+        if levels[name] is not None:
+            axes.hlines(
+                levels[name], first, last,
+                color=COLOURS["static"], linewidth=1.6, linestyles="dashed",
+            )  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, max([high, *(1.1 * level for level in known)]))
+
+
 def _bounds(recording: Recording) -> list[tuple[str, float, float]]:
     """(phase, first request number, last request number), for each phase."""
     bounds, done = [], 0
@@ -150,10 +178,13 @@ def _bounds(recording: Recording) -> list[tuple[str, float, float]]:
 
 def _draw_legend(axes: Any, has_rollbacks: bool) -> None:
     axes.plot([], [], color=COLOURS["tuned"], linewidth=2, label="live traffic")
+    axes.plot(
+        [], [], color=COLOURS["static"], linewidth=1.6, linestyle="dashed", label="static arm"
+    )
     axes.plot([], [], color=SWAP_COLOUR, marker="v", linestyle="", label="new version swapped in")
     if has_rollbacks:
         axes.plot([], [], color=ROLLBACK_COLOUR, marker="^", linestyle="", label="rolled back")
-    axes.legend(loc="lower right", framealpha=0.9, edgecolor="none", ncols=3, fontsize=9)
+    axes.legend(loc="lower right", framealpha=0.9, edgecolor="none", ncols=4, fontsize=9)
 
 
 def _draw_phases(steps: Any, speed: Any, recording: Recording) -> None:
@@ -203,19 +234,32 @@ def _draw_swaps(steps: Any, speed: Any, recording: Recording) -> None:
 
 def _draw_bars(axes: Any, report: dict[str, Any]) -> None:
     phases = report["phases"]
-    for offset, arm in enumerate(ARMS):
+    width = 0.9 / len(ALL_ARMS)
+    for offset, arm in enumerate(ALL_ARMS):
         heights = [phase[f"{arm}_tokens_per_s"] or 0.0 for phase in phases]
-        places = [index + (offset - 1) * 0.27 for index in range(len(phases))]
-        drawn = axes.bar(places, heights, width=0.25, color=COLOURS[arm], label=LABELS[arm])
+        middle = (len(ALL_ARMS) - 1) / 2
+        places = [index + (offset - middle) * width for index in range(len(phases))]
+        drawn = axes.bar(places, heights, width=0.94 * width, color=COLOURS[arm], label=LABELS[arm])
+        texts = [times(p[f"{arm}_tokens_per_s"], p["plain_tokens_per_s"]) for p in phases]
         if arm != "plain":
-            key = "speedup_vs_plain" if arm == "tuned" else "static_speedup_vs_plain"
-            texts = ["" if p[key] is None else f"{p[key]:.2f}×" for p in phases]
-            axes.bar_label(drawn, texts, padding=2, fontsize=9)
+            axes.bar_label(drawn, texts, padding=2, fontsize=7.5)
     axes.set_xticks(range(len(phases)), [phase["name"] for phase in phases])
-    axes.set_ylabel("tokens/s, one at a time")
-    axes.set_title("Held-out prompts replayed in three ways", fontsize=10.5, loc="left")
-    axes.margins(y=0.18)
-    axes.legend(loc="upper right", frameon=False, ncols=3, bbox_to_anchor=(1, 1.16), fontsize=9)
+    axes.set_ylabel(f"tokens/s, {_num_requests(report['replay_clients'])} at a time")
+    axes.set_title("Held-out prompts by all arms, over plain decoding", fontsize=10.5, loc="left")
+    axes.margins(y=0.12)
+    axes.legend(
+        loc="upper center", frameon=False, ncols=3, bbox_to_anchor=(0.5, -0.1), fontsize=8.5
+    )
+
+
+def times(value: float | None, base: float | None) -> str:
+    """How many times as fast, for a bar's label."""
+    quotient = ratio(value, base)
+    return "" if quotient is None else f"{quotient:.2f}×"
+
+
+def _num_requests(number: int) -> str:
+    return "one request" if number == 1 else f"{number} requests"
 
 
 # Page
@@ -276,17 +320,19 @@ def _lead(report: dict[str, Any]) -> str:
     return html.escape(
         f"{report['live_requests']} live requests in {len(report['phases'])} phases ({names}); "
         f"drafter versions swapped in: {report['swaps']}, rolled back: {report['rollbacks']}; "
-        f"{report['seconds']:.0f} s in all."
+        f"{report['seconds']:.0f} s in all. Target {report['target']}, temperature "
+        f"{report['temperature']:g}. {learning_line(report)}"
     )
 
 
 def _cards(report: dict[str, Any]) -> list[tuple[str, str, Mood]]:
     """(figure, what it is, mood)."""
-    plain, static = report["speedup_vs_plain"], report["speedup_vs_static"]
+    plain, static, index = (report[f"speedup_vs_{arm}"] for arm in ("plain", "static", "index"))
     failed, changed = report["failed_requests"], report["mismatched_outputs"]
     return [
         (shown(plain, "×"), "plain decoding, on shifted traffic", mood_of_speedup(plain)),
-        (shown(static, "×"), "the frozen drafter, on shifted traffic", mood_of_speedup(static)),
+        (shown(static, "×"), "the frozen server, on shifted traffic", mood_of_speedup(static)),
+        (shown(index, "×"), "by the newest weights alone", mood_of_speedup(index)),
         (str(report["swaps"]), "swaps", "neutral"),
         (str(failed), "failed requests", mood_of_faults(failed)),
         (str(changed), "changed outputs", mood_of_faults(changed)),

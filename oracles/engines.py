@@ -23,6 +23,7 @@ from transformers import (
 
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
+from drafters.protocol import HostDrafter
 from drafters.suffix.index import SuffixIndex
 from oracles.support import tiny_tokenizer
 from policies.interface import Decision, Outcome, StepObs
@@ -128,6 +129,7 @@ def make_engine(
     prefix_cache: bool = True,
     max_draft: int = 8,
     suffix: bool = True,
+    on_request: tuple[HostDrafter, ...] = (),
     drafter: Eagle3 | None = None,
     second: Eagle3 | None = None,
     ring_rows: int = 4096,
@@ -146,6 +148,7 @@ def make_engine(
     Args:
         overlaps: launch each round before the last one is read, as a server on a GPU does.
         fused: compute target and drafter with our fused operations.
+        on_request: further host drafters, which draft only for requests that name them.
         fused_drafter: compute only the drafter with them.
         second: another neural drafter, of kind "second".
     """
@@ -171,11 +174,17 @@ def make_engine(
     )
     parts = assemble(
         target,
-        [SuffixIndex(2, 8, 10_000)] if suffix else [],
+        [*([SuffixIndex(2, 8, 10_000)] if suffix else []), *on_request],
         neural,
         sizes,
         Sequences(tiny_tokenizer(), eos_ids, seed),
-        Choices(rule=rule, prefix_cache=prefix_cache, max_queue=max_queue, overlaps=overlaps),
+        Choices(
+            rule=rule,
+            prefix_cache=prefix_cache,
+            max_queue=max_queue,
+            overlaps=overlaps,
+            on_request=tuple(one.kind for one in on_request),
+        ),
         ring,
     )
     return Engine(parts, policy or RandomPolicy(), listeners)
@@ -209,7 +218,8 @@ def run(
 
 
 def request_of(request_id: str, prompt: list[int], max_tokens: int, **params: Any) -> Request:
-    """A request, greedy by default; ``params`` are sampling or request fields."""
-    own = {k: params.pop(k) for k in ("max_draft", "capture", "tenant") if k in params}
+    """A greedy request unless ``params`` (of sampling or of the request) say otherwise."""
+    names = ("max_draft", "capture", "tenant", "drafters")
+    own = {k: params.pop(k) for k in names if k in params}
     sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **params})
     return Request(request_id, tuple(prompt), sampling, **own)

@@ -18,9 +18,10 @@ from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend, TraceLimits, WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
-from drafters.catalog import chosen, kind_of
+from drafters.catalog import chosen, kind_of, on_request
 from drafters.initial import TargetFacts, first_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
+from policies.arms import ArmPolicies
 from policies.catalog import build_policy
 from policies.interface import DraftPolicy
 from policies.rollback import SwapWatch
@@ -121,30 +122,33 @@ def build_service(
         vocab_size=limits.vocab_size,
         max_model_len=limits.max_model_len,
         max_draft=settings.drafter.max_draft,
+        drafters=None if settings.drafter.on_request is None else kinds,
         created_unix_s=int(time.time()),
     )
-    policy = _policy(settings, kinds, parts, wrap)
+    policies = _policies(settings, kinds, parts, wrap)
     if learning is not None:
         manifest = learning.manifest
-        policy.on_swap(manifest.kind, manifest.version, manifest.policy)
-    return _service(settings, backend, model, parts, policy, learning, flat, loaded.fingerprint)
+        policies.on_swap(manifest.kind, manifest.version, manifest.policy)
+    return _service(settings, backend, model, parts, policies, learning, flat, loaded.fingerprint)
 
 
-def _policy(
+def _policies(
     settings: Settings,
     kinds: tuple[str, ...],
     parts: EngineParts,
     wrap: Callable[[DraftPolicy], DraftPolicy] | None,
-) -> DraftPolicy:
-    traits = {kind: kind_of(kind).traits for kind in kinds}
-    policy = build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
-    if wrap is not None:
-        policy = wrap(policy)
-    if policy.wants_profile:
+) -> ArmPolicies:
+    def new(drafters: frozenset[str]) -> DraftPolicy:
+        traits = {kind: kind_of(kind).traits for kind in kinds if kind in drafters}
+        return build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
+
+    ordinary = new(frozenset(kinds) - set(on_request(settings.drafter)))
+    policies = ArmPolicies(ordinary if wrap is None else wrap(ordinary), new)
+    if policies.wants_profile:
         with _timed("profiled step times", "profiling step times"):
             context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
-            policy.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
-    return policy
+            policies.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
+    return policies
 
 
 def _make_parts(
@@ -180,6 +184,7 @@ def _make_parts(
         prefill_hold_s=e.prefill_hold_ms / 1e3 if on_gpu else 0.0,
         max_queue=e.max_queue,
         overlaps=on_gpu,
+        on_request=on_request(settings.drafter),
     )
     sequences = Sequences(loaded.tokenizer, _eos_ids(loaded.model), settings.seed)
     with _timed("fused weights and made pages and lanes"):
@@ -245,7 +250,7 @@ def _service(
     backend: Backend,
     model: ServedModel,
     parts: EngineParts,
-    policy: DraftPolicy,
+    policies: ArmPolicies,
     learning: _Learning | None,
     flat: FlatWeights | None,
     fingerprint: str,
@@ -269,15 +274,16 @@ def _service(
         neural = programs.drafting.neural[manifest.kind].drafter
         expected = Expected(manifest.kind, manifest.drafter_config, fingerprint)
         swapper = Swapper(
-            force=WeightsInForce(neural, flat, manifest, policy, set(store.read_denied())),
+            force=WeightsInForce(neural, flat, manifest, policies, set(store.read_denied())),
             shelf=Shelf(store, producer, expected),
             poll_s=settings.swap.poll_s,
             watch=SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
             automatic=settings.swap.enabled,
             wake_engine=parts.inbox.wake,
         )
-    engine = Engine(parts, policy, _listeners(recorder, maker, swapper))
-    return Service(model, engine, recorder, maker, swapper)
+    listeners = _listeners(recorder, maker, swapper)
+    engine = Engine(parts, policies.ordinary, listeners, policies.of)
+    return Service(model, engine, recorder, maker, swapper, policies)
 
 
 def _listeners(

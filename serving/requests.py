@@ -45,6 +45,8 @@ class Request:
     """Cap on K for this request; 0 is plain decoding, ``None`` the server's own limit."""
     capture: bool = True
     """False keeps the request out of traces."""
+    drafters: frozenset[str] | None = None
+    """Kinds that may draft for it; ``None``: all but those that draft on request only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from policies.arms import ArmPolicies
 from policies.interface import DraftPolicy
 from serving.capture.recorder import Recorder
 from serving.capture.traces import TraceMaker
@@ -32,6 +33,8 @@ class ServedModel:
     max_draft: int
     """Largest K that may be chosen."""
     created_unix_s: int
+    drafters: tuple[str, ...] | None = None
+    """Kinds that a request may name; ``None``: requests may not choose."""
 
 
 class Service:
@@ -44,12 +47,18 @@ class Service:
         recorder: Recorder | None,
         maker: TraceMaker | None,
         swapper: Swapper | None,
+        policies: ArmPolicies | None = None,
     ) -> None:
+        """
+        Args:
+            policies: the engine's policy among those of arms; ``None``: it has no others.
+        """
         self.model = model
         self.engine = engine
         self.recorder = recorder
         self.maker = maker
         self.swapper = swapper
+        self._policies = policies
         self._thresholds = gc.get_threshold()
 
     @property
@@ -58,8 +67,9 @@ class Service:
         return self.engine.inbox
 
     @property
-    def policy(self) -> DraftPolicy:
-        return self.engine.policy
+    def policy(self) -> DraftPolicy | ArmPolicies:
+        """The engine's policy, with those of arms if it has any."""
+        return self.engine.policy if self._policies is None else self._policies
 
     def is_ready(self) -> bool:
         """Decoding, and not draining."""
@@ -105,7 +115,19 @@ class Service:
         )
 
     def drafter_status(self) -> dict[str, Any]:
-        """Kind, version, parent, staleness, state and history of the neural drafter."""
+        """Kind, version, parent, staleness, state and history of the neural drafter, and what is
+        known of every drafter."""
+        return self._learning_status() | {"drafters": self._drafters()}
+
+    def _drafters(self) -> list[dict[str, Any]]:
+        """Kind and traits of every drafter, and whether it drafts on request only."""
+        drafting = self.engine.drafting
+        return [
+            {"kind": kind, "on_request": kind in drafting.on_request, **asdict(drafter.traits)}
+            for kind, drafter in drafting.drafters.items()
+        ]
+
+    def _learning_status(self) -> dict[str, Any]:
         if self.swapper:
             return self.swapper.status()
         kind = next(iter(self.engine.drafting.hosts), "none")

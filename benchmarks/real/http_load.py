@@ -41,9 +41,10 @@ import typer
 from benchmarks.harness.http_loop import Answer, Arrival, Ask, Client, arrivals, run_client
 from benchmarks.harness.results import RESULTS, Out, say, write_result
 from examples import corpus
-from examples.demo import DemoSettings, begin_server, log_of, own_folder, wait_for_server
+from examples.clients import Server
+from examples.demo import begin_server, log_of, own_folder, wait_for_server
+from examples.plan import DemoSettings
 from examples.processes import Child, check_alive, stop, tail
-from examples.traffic import Server
 
 Arm = Literal["off", "on"]
 ARMS: tuple[Arm, ...] = ("off", "on")
@@ -278,7 +279,7 @@ def main(
     own = ["capture.enabled=false", "swap.enabled=false"]
     own += [f"target={target}"] if target else []
     own += [f"drafter.path={drafter}"] if drafter else []
-    settings = DemoSettings(config, run_dir, (*own, *(set_ or ())), start_s=300.0)
+    settings = DemoSettings((config,), run_dir, (*own, *(set_ or ())), start_s=300.0)
     numbers = tuple(float(rate) for rate in rates.split(","))
     plan = Plan(numbers, seconds, turns, max_tokens, clients, patience_s)
     figures: dict[str, Any] = {

@@ -4,6 +4,8 @@ Two texts are searched: the request itself, and recent finished traffic. The lon
 request's own on ties. Among the latest occurrences of that match, the most frequent next token is
 proposed (the latest on ties), and so on, token by token.
 
+``suffix`` searches both, ``suffix_request`` the request alone.
+
 Privacy: finished traffic is shared by all requests of one *namespace*, so a draft may follow text
 of another user. Only a token that the target itself chose is ever committed, so no text leaks into
 outputs, but acceptance, hence timing, depends on it. ``recent_tokens=0`` keeps every request to
@@ -31,7 +33,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,31 +78,41 @@ TRAITS = Traits(
     learns=False,
     needs_match=True,
     draws=False,
+    shares_text=True,
     prior_acceptance=(0.0, 0.35, 0.45, 0.55, 0.7, 0.8),
     prior_draft_cost=0.005,
 )
+REQUEST_TRAITS = replace(TRAITS, shares_text=False)
 
 
 class SuffixIndex:
     """Suffix lookup for running requests over themselves and over recent finished ones. A
     ``HostDrafter``."""
 
-    kind = "suffix"
-    traits = TRAITS
     version = 0
 
-    def __init__(self, min_match: int, max_match: int, recent_tokens: int) -> None:
+    def __init__(
+        self,
+        min_match: int,
+        max_match: int,
+        recent_tokens: int,
+        kind: str = "suffix",
+        traits: Traits = TRAITS,
+    ) -> None:
         """
         Args:
             min_match: shortest suffix looked up, >= 1.
             max_match: longest suffix looked up, >= min_match.
             recent_tokens: maximum number of tokens of finished sequences, including a separator for
                 each; 0 shares nothing between requests.
+            kind: its name in the catalog.
         """
         if not 1 <= min_match <= max_match:
             raise ValueError(f"need 1 <= min_match <= max_match, got {min_match} and {max_match}")
         if recent_tokens < 0:
             raise ValueError(f"recent_tokens must be >= 0, got {recent_tokens}")
+        self.kind = kind
+        self.traits = traits
         self._min_match = min_match
         self._max_match = max_match
         self._recent = RecentText(recent_tokens, min_match, max_match)
@@ -254,4 +266,11 @@ def build(context: DrafterContext) -> SuffixIndex:
     return SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
 
 
+def build_for_request(context: DrafterContext) -> SuffixIndex:
+    """An index that searches each request alone, whatever ``recent_tokens`` is."""
+    s = context.settings.suffix
+    return SuffixIndex(s.min_match, s.max_match, 0, "suffix_request", REQUEST_TRAITS)
+
+
 KIND = DrafterKind(TRAITS, build)
+REQUEST_KIND = DrafterKind(REQUEST_TRAITS, build_for_request)

@@ -29,6 +29,8 @@ class Choices:
     """Maximum number of waiting requests."""
     overlaps: bool = False
     """See ``EngineParts``."""
+    on_request: tuple[str, ...] = ()
+    """Kinds of drafters that draft only for requests that name them."""
 
 
 def assemble(
@@ -50,7 +52,10 @@ def assemble(
         ValueError: the ring cannot hold the rows of one step.
     """
     pool = target.make_pool(sizes.num_pages * sizes.page_size)
-    programs = make_programs(target, pool, hosts, neural, sizes, rule=choices.rule, ring=ring)
+    programs = make_programs(
+        target, pool, hosts, neural, sizes,
+        rule=choices.rule, ring=ring, on_request=choices.on_request,
+    )  # fmt: skip
     scheduler = Scheduler(
         PagePool(sizes.num_pages, choices.prefix_cache),
         sizes.page_size,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Several
+from dataclasses import dataclass
 
 from drafters.protocol import Drafter, HostDrafter
 from policies.interface import StepObs
@@ -10,16 +12,44 @@ from serving.engine.drafter_rows import DrafterRows
 from serving.engine.sequence import Sequence
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """The drafters that may draft for a request or for a batch."""
+
+    kinds: tuple[str, ...]
+    """Neural ones first."""
+    hosts: tuple[HostDrafter, ...]
+    with_match: tuple[HostDrafter, ...]
+    """Those of ``hosts`` that need a match."""
+    neural: dict[str, DrafterRows]
+
+
 class Drafting:
-    """Any number of drafters, in the order of the settings."""
+    """Any number of drafters, in the order in which settings name them.
+
+    A request may choose its drafters. The others do not follow its text, and a step uses only
+    drafters that all of its requests allow.
+    """
 
     def __init__(
-        self, hosts: Several[HostDrafter], neural: Several[DrafterRows], max_draft: int
+        self,
+        hosts: Several[HostDrafter],
+        neural: Several[DrafterRows],
+        max_draft: int,
+        on_request: Collection[str] = (),
     ) -> None:
+        """
+        Args:
+            on_request: kinds that draft only for requests that name them.
+        """
         self.hosts = {drafter.kind: drafter for drafter in hosts}
         self.neural = {rows.kind: rows for rows in neural}
         self.max_draft = max_draft
-        self._with_match = [d for d in self.hosts.values() if d.traits.needs_match]
+        self.on_request = frozenset(on_request)
+        self._ordinary = self._offer_of({*self.hosts, *self.neural} - self.on_request)
+        self._offers: dict[frozenset[str], _Offer] = {}
+        self._num_choosing = 0
+        """Requests admitted and not finished that choose their drafters."""
         learning = (r.drafter for r in self.neural.values() if r.drafter.traits.learns)
         self._learning = next(learning, None)
 
@@ -42,27 +72,61 @@ class Drafting:
         """Whether rounds by this drafter say something about published weights."""
         return kind in self.neural and self.neural[kind].drafter.traits.learns
 
+    # ---- who may draft ------------------------------------------------------------------------
+
+    def choice(self, batch: list[Sequence]) -> frozenset[str] | None:
+        """Kinds that all requests of a batch allow; ``None`` if no request chooses. Requests that
+        decode plainly do not count."""
+        if not self._num_choosing:
+            return None
+        choices = [s.request.drafters for s in batch if s.request.max_draft != 0]
+        chosen = [choice for choice in choices if choice is not None]
+        if not chosen:
+            return None
+        if len(chosen) < len(choices):
+            chosen.append(frozenset(self._ordinary.kinds))
+        return frozenset.intersection(*chosen)
+
+    def _offer(self, choice: frozenset[str] | None) -> _Offer:
+        if choice is None:
+            return self._ordinary
+        if choice not in self._offers:
+            self._offers[choice] = self._offer_of(choice)
+        return self._offers[choice]
+
+    def _offer_of(self, kinds: Collection[str]) -> _Offer:
+        hosts = tuple(d for d in self.hosts.values() if d.kind in kinds)
+        neural = {kind: rows for kind, rows in self.neural.items() if kind in kinds}
+        with_match = tuple(d for d in hosts if d.traits.needs_match)
+        return _Offer((*neural, *(d.kind for d in hosts)), hosts, with_match, neural)
+
+    def _following(self, sequence: Sequence) -> tuple[HostDrafter, ...]:
+        """Host drafters that follow the text of a request."""
+        choice = sequence.request.drafters
+        return self._ordinary.hosts if choice is None else self._offer(choice).hosts
+
     # ---- the life of a request -----------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
-        """Tell all drafters that a request was admitted."""
+        """A request was admitted."""
+        request = sequence.request
+        self._num_choosing += request.drafters is not None
         for rows in self.neural.values():
             rows.begin(sequence)
-        for drafter in self.hosts.values():
-            request = sequence.request
+        for drafter in self._following(sequence):
             drafter.begin(request.id, sequence.tokens, namespace=request.tenant)
 
     def foresee(self, sequence: Sequence, tokens: list[int]) -> None:
         """Tell the host drafters of tokens that will be committed unless the request ends first."""
         assert not sequence.num_foreseen, "one round is foreseen at a time"
-        for drafter in self.hosts.values():
+        for drafter in self._following(sequence):
             drafter.extend(sequence.request.id, tokens)
         sequence.num_foreseen = len(tokens)
 
     def extend(self, sequence: Sequence, tokens: list[int]) -> None:
         """Tell the host drafters of committed tokens, unless ``foresee`` has."""
         if not sequence.num_foreseen:
-            for drafter in self.hosts.values():
+            for drafter in self._following(sequence):
                 drafter.extend(sequence.request.id, tokens)
         sequence.num_foreseen = 0
 
@@ -73,7 +137,8 @@ class Drafting:
             keep: drafts for later requests may be taken from its text.
         """
         if sequence.pages:
-            for drafter in self.hosts.values():
+            self._num_choosing -= sequence.request.drafters is not None
+            for drafter in self._following(sequence):
                 drafter.finish(sequence.request.id, keep=keep, num_tokens=len(sequence.tokens))
 
     # ---- a step --------------------------------------------------------------------------------
@@ -84,28 +149,32 @@ class Drafting:
         limit = self.max_draft if asked is None else min(asked, self.max_draft)
         return max(0, min(limit, sequence.num_left - sequence.num_foreseen - 1))
 
-    def observe(self, batch: list[Sequence], step: int, most: int) -> StepObs | None:
+    def observe(
+        self, batch: list[Sequence], step: int, most: int, choice: frozenset[str] | None = None
+    ) -> StepObs | None:
         """What the policy sees of a batch; ``None`` when nothing can be drafted.
 
         Args:
             most: largest K of this step.
+            choice: see the method of that name.
         """
         caps = tuple(min(self.cap(s), most) for s in batch)
-        if not (self.hosts or self.neural) or not any(caps):
+        offer = self._offer(choice)
+        if not offer.kinds or not any(caps):
             return None
         matches = None
-        if self._with_match:
+        if offer.with_match:
             matches = tuple(
-                max(d.observe(s.request.id) for d in self._with_match) if cap else 0
+                max(d.observe(s.request.id) for d in offer.with_match) if cap else 0
                 for s, cap in zip(batch, caps, strict=True)
             )
-        pending = {kind: sum(map(r.num_missing, batch)) for kind, r in self.neural.items()}
+        pending = {kind: sum(map(r.num_missing, batch)) for kind, r in offer.neural.items()}
         return StepObs(
             step=step,
             batch=len(batch),
             caps=caps,
             matches=matches,
-            drafters=(*self.neural, *self.hosts),
+            drafters=offer.kinds,
             max_draft=max(caps),
             version=self.version,
             pending_rows=pending,

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from itertools import compress
 
-from policies.interface import Decision, Outcome, RowOutcome
+from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome
 from serving.engine.commit import Step
 from serving.engine.rounds import Decoded, Launched, Rounds
 
@@ -22,6 +22,8 @@ class PlannedRound:
     launched: Launched
     matches: tuple[int, ...]
     """Length of the match that was observed for each request when the round was planned."""
+    policy: DraftPolicy
+    """Made the decision, and learns the outcome."""
     decision: Decision
     version: int
     """The drafter's when the round was launched."""

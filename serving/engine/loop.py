@@ -65,10 +65,21 @@ class Engine:
     """Runs the requests of an inbox with a policy."""
 
     def __init__(
-        self, parts: EngineParts, policy: DraftPolicy, listeners: Listeners | None = None
+        self,
+        parts: EngineParts,
+        policy: DraftPolicy,
+        listeners: Listeners | None = None,
+        policy_of: Callable[[frozenset[str]], DraftPolicy] | None = None,
     ) -> None:
+        """
+        Args:
+            policy: decides for requests that do not choose their drafters.
+            policy_of: kinds of drafters that a batch allows -> the policy that decides for it;
+                ``None``: ``policy`` decides for all.
+        """
         self.parts = parts
         self.policy = policy
+        self._policy_of = policy_of
         self.inbox = parts.inbox
         self.scheduler = parts.scheduler
         self.programs = parts.programs
@@ -197,7 +208,7 @@ class Engine:
     def _decode(self, batch: list[Sequence]) -> None:
         """Plan and launch a round, and commit the one before it."""
         started_s = time.perf_counter()
-        decision, matches = self._plan(batch)
+        policy, decision, matches = self._plan(batch)
         plan_s = time.perf_counter() - started_s
         drafter, num_draft, given = decision.drafter, decision.draft_k, None
         on_host = num_draft > 0 and drafter in self.drafting.hosts
@@ -223,21 +234,25 @@ class Engine:
             sequence.is_flying = True
         version = self.drafting.version_of(drafter)
         self._round = PlannedRound(
-            launched, matches, decision, version, started_s, plan_s, before_s
+            launched, matches, policy, decision, version, started_s, plan_s, before_s
         )
 
-    def _plan(self, batch: list[Sequence]) -> tuple[Decision, tuple[int, ...]]:
-        """The policy's decision, and the length of the match observed for each request."""
-        nothing = (0,) * len(batch)
-        if (resting := self.policy.rest()) is not None:
-            return resting, nothing
+    def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, tuple[int, ...]]:
+        """The policy in charge, its decision, and the length of the match observed for each
+        request."""
+        policy, nothing = self.policy, (0,) * len(batch)
+        choice = self.drafting.choice(batch)
+        if choice is not None and self._policy_of is not None:
+            policy = self._policy_of(choice)
+        if (resting := policy.rest()) is not None:
+            return policy, resting, nothing
         most = self.programs.rounds.most_draft(batch)
-        obs = self.drafting.observe(batch, self._commits.counters.num_steps, most)
+        obs = self.drafting.observe(batch, self._commits.counters.num_steps, most, choice)
         if obs is None:
-            return PLAIN, nothing
-        decision = self.policy.plan(obs)
+            return policy, PLAIN, nothing
+        decision = policy.plan(obs)
         assert 0 <= decision.draft_k <= most, f"policy planned K={decision.draft_k}"
-        return decision, obs.matches or nothing
+        return policy, decision, obs.matches or nothing
 
     def _may_overtake(self, batch: list[Sequence], decision: Decision) -> bool:
         """Whether a round can be launched before the one under way is committed: a neural drafter
@@ -297,9 +312,9 @@ class Engine:
         return arrival.host_waited and not was_read
 
     def _report(self, planned: PlannedRound, arrival: Arrival, lives: list[bool]) -> None:
-        """Report a round to the policy and, if its drafter learns, to ``on_rounds``."""
+        """Report a round to its policy and, if its drafter learns, to ``on_rounds``."""
         outcome = arrival.outcome(planned, lives, self._clock.is_timed)
-        self.policy.observe(outcome)
+        planned.policy.observe(outcome)
         draft = arrival.decoded.proposed
         if draft and self.drafting.learns(draft.drafter):
             counts = [(row.num_verified, row.num_accepted) for row in outcome.rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
@@ -85,10 +86,12 @@ def make_programs(
     *,
     rule: Rule,
     ring: CaptureRing | None,
+    on_request: Collection[str] = (),
 ) -> Programs:
     """Programs for these drafters and sizes.
 
     Args:
+        on_request: kinds that draft only for requests that name them.
         rule: verifies sampled requests without a seed.
         ring: receives the committed rows of captured requests.
 
@@ -105,7 +108,7 @@ def make_programs(
         )
         for drafter in neural
     ]  # fmt: skip
-    drafting = Drafting(hosts, rows, sizes.max_draft)
+    drafting = Drafting(hosts, rows, sizes.max_draft, on_request)
     rounds = Rounds(
         target, pool, drafting, features, lanes, graphs,
         page_size=sizes.page_size, rule=rule, ring=ring,

@@ -26,6 +26,10 @@ class ServedModel(Protocol):
         """Largest K that may be chosen."""
 
     @property
+    def drafters(self) -> tuple[str, ...] | None:
+        """Kinds that a request may name; ``None``: requests may not choose."""
+
+    @property
     def model_name(self) -> str: ...
 
     @property
@@ -102,4 +106,5 @@ class RunningServer(Protocol):
 
     def drafter_status(self) -> dict[str, Any]:
         """Keys ``kind``, ``version``, ``parent``, ``staleness``, ``state``, ``versions``,
-        ``former``, ``last_error`` and more. Reads the run folder: call it off the event loop."""
+        ``former``, ``last_error``, ``drafters`` and more. Reads the run folder: call it off the
+        event loop."""

@@ -68,6 +68,7 @@ def plan_job(
     check_limits(context, body, num_choices, len(prompts))
     job_id = f"{id_prefix}-{uuid.uuid4().hex}"
     capture = body.capture is not False and no_capture != "1"
+    drafters = _drafters(context, body)
     requests = tuple(
         Request(
             id=f"{job_id}-{place * num_choices + choice}",
@@ -81,6 +82,7 @@ def plan_job(
             tenant="default" if body.user is None else body.user,
             max_draft=None if body.speculation is None else body.speculation.max_draft,
             capture=capture,
+            drafters=drafters,
         )
         for place, prompt_ids in enumerate(prompts)
         for choice in range(num_choices)
@@ -123,6 +125,25 @@ def check_limits(
         raise invalid(f"{name}: token ids are below {model.vocab_size}", param=name)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: only with stream=true", param="stream_options")
+
+
+def _drafters(context: Context, body: GenerationBody) -> frozenset[str] | None:
+    """Kinds that may draft for the request.
+
+    Raises:
+        ApiError: 400, requests may not choose, or this server does not have one of the kinds.
+    """
+    wanted = None if body.speculation is None else body.speculation.drafters
+    if wanted is None:
+        return None
+    known, param = context.server.model.drafters, "speculation.drafters"
+    if known is None:
+        raise invalid(f"{param}: only if the setting drafter.on_request is a list", param=param)
+    for kind in wanted:
+        if kind not in known:
+            names = ", ".join(known) or "none"
+            raise invalid(f"{param}: there is no drafter {kind!r}; known: {names}", param=param)
+    return frozenset(wanted)
 
 
 def wants_usage(body: GenerationBody) -> bool:

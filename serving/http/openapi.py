@@ -62,10 +62,19 @@ def _add_limits(models: dict[str, Any], context: Context) -> None:
             if name in fields:
                 _integer(fields[name])["maximum"] = served.max_model_len
         limit_schema(fields, served.vocab_size)
-    max_draft = models["SpeculationOptions"]["properties"]["max_draft"]
-    _integer(max_draft)["maximum"] = served.max_draft
+    speculation = models["SpeculationOptions"]["properties"]
+    _integer(speculation["max_draft"])["maximum"] = served.max_draft
+    _limit_choice(speculation, served.drafters)
     for branch in models["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
         _limit_prompt(branch, context)
+
+
+def _limit_choice(speculation: dict[str, Any], kinds: tuple[str, ...] | None) -> None:
+    """``speculation.drafters``: these kinds, or null alone if requests may not choose."""
+    if kinds is None:
+        speculation["drafters"]["anyOf"] = [{"type": "null"}]
+    else:
+        _branch(speculation["drafters"], "array")["items"]["enum"] = list(kinds)
 
 
 def _limit_prompt(branch: dict[str, Any], context: Context) -> None:

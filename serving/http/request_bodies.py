@@ -129,10 +129,13 @@ class StreamOptions(Body):
 
 
 class SpeculationOptions(Body):
-    """How far the server may draft for this request. Does not change the answer."""
+    """How the server may draft for this request. Does not change the answer."""
 
     max_draft: int | None = Field(None, ge=0)
     """Cap on K; 0 is plain decoding, null the server's own limit."""
+    drafters: list[str] | None = None
+    """The only drafters that may draft, by their kinds in GET /admin/drafter; null are the server's
+    own. For servers whose settings let requests choose (``drafter.on_request``)."""
 
 
 class GenerationBody(Body):

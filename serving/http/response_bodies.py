@@ -188,6 +188,8 @@ class DrafterStatus(BaseModel):
     former: int | None
     """Version to which a rollback would return."""
     last_error: str | None
+    drafters: list[dict[str, Any]]
+    """Every drafter: ``kind``, ``on_request``, and what it is like."""
 
 
 class SwapResult(BaseModel):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from buffer.records import Manifest
 from drafters.protocol import NeuralDrafter
+from policies.arms import ArmPolicies
 from policies.interface import DraftPolicy
 from serving.swap.flat_weights import FlatWeights, Staged
 
@@ -30,7 +31,7 @@ class WeightsInForce:
         neural: NeuralDrafter,
         weights: FlatWeights,
         initial: Manifest,
-        policy: DraftPolicy,
+        policy: DraftPolicy | ArmPolicies,
         denied: set[int],
     ) -> None:
         """

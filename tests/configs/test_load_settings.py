@@ -163,7 +163,9 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_bare_name_is_a_shipped_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_settings([Path("demo")], [], {}) == load_settings([DEMO], [], {})
-    assert problem(files=[Path("dmeo")]) == ("dmeo: no such file; shipped settings: demo, one_gpu")
+    assert problem(files=[Path("dmeo")]) == (
+        "dmeo: no such file; shipped settings: compare, demo, one_gpu"
+    )
 
 
 def test_a_path_that_ends_like_a_shipped_name_is_still_a_path(tmp_path, monkeypatch):

@@ -5,11 +5,21 @@ from __future__ import annotations
 import random
 
 from buffer.records import Acceptance
-from examples.report import ARMS, Answer, Arm, PhaseSpan, Recording, Replay, VersionChange
+from examples.arms import ALL_ARMS, Arm
+from examples.recording import (
+    Answer,
+    Goals,
+    Learning,
+    PhaseSpan,
+    Recording,
+    Replay,
+    VersionChange,
+)
 
 NAMES = ("python", "c", "docs", "python-again")
 STATIC = {"python": 3.4, "c": 2.1, "docs": 2.2, "python-again": 3.4}
-TUNED = {"python": 3.4, "c": 3.3, "docs": 2.9, "python-again": 3.3}
+INDEX = {"python": 3.4, "c": 2.5, "docs": 2.4, "python-again": 3.4}
+TUNED = {"python": 3.4, "c": 3.3, "docs": 2.9, "python-again": 3.35}
 PLAIN_TOKENS_PER_S = 150.0
 TOKENS = 96
 
@@ -42,23 +52,41 @@ def changes_of(answers: tuple[Answer, ...]) -> tuple[VersionChange, ...]:
 def sample_replays(prompts: int) -> tuple[Replay, ...]:
     return tuple(
         Replay(
-            name, arm, prompt, request_s(name, arm), tokens_of(name, prompt), spent(name, arm), 7
+            name,
+            arm,
+            prompt,
+            request_s(name, arm),
+            request_s(name, arm),
+            tokens_of(name, prompt),
+            spent(name, arm),
+            7,
         )
         for name in NAMES
-        for arm in ARMS
+        for arm in ALL_ARMS
         for prompt in range(prompts)
     )
 
 
+def level(name: str, arm: Arm) -> float:
+    """tokens_per_step of an arm."""
+    levels = {
+        "plain": 1.0,
+        "static": STATIC[name],
+        "index": INDEX[name],
+        "tuned": TUNED[name],
+        "drafter_alone_static": 0.8 * STATIC[name],
+        "drafter_alone_tuned": 0.8 * TUNED[name],
+    }
+    return levels[arm]
+
+
 def request_s(name: str, arm: Arm) -> float:
-    levels = {"plain": 1.0, "static": 0.6 * STATIC[name], "tuned": 0.6 * TUNED[name]}
-    return TOKENS / (PLAIN_TOKENS_PER_S * levels[arm])
+    speedup = 1.0 if arm == "plain" else 0.6 * level(name, arm)
+    return TOKENS / (PLAIN_TOKENS_PER_S * speedup)
 
 
 def spent(name: str, arm: Arm) -> Acceptance:
-    if arm == "plain":
-        return Acceptance(TOKENS, 0, 0)
-    return acceptance_of(STATIC[name] if arm == "static" else TUNED[name])
+    return Acceptance(TOKENS, 0, 0) if arm == "plain" else acceptance_of(level(name, arm))
 
 
 def tokens_of(name: str, prompt: int) -> tuple[int, ...]:
@@ -81,5 +109,11 @@ def sample_recording(per_phase: int = 60, prompts: int = 4) -> Recording:
         failed_requests=0,
         warmup_requests=24,
         seconds=500.0,
+        learning=Learning("CPU", 60.0, 400, 400_000),
+        target="target",
+        temperature=0.4,
+        num_clients=4,
+        replay_clients=1,
+        goals=Goals(),
         machine={"hardware": {"cpu": "a CPU", "cores": 2}, "versions": {}, "commit": None},
     )

@@ -8,19 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.demo import (
-    MARKER,
-    DemoError,
-    DemoSettings,
-    Phase,
-    gather_texts,
-    is_enough,
-    own_folder,
-    version_changes,
-)
+from examples.arms import ALL_ARMS
+from examples.clients import replay_rounds
+from examples.demo import MARKER, DemoError, gather_texts, is_enough, own_folder, version_changes
 from examples.live import Now, line, sparkline, summary
-from examples.report import ARMS, VersionChange, build_report
-from examples.traffic import replay_rounds
+from examples.plan import DemoSettings, real_settings, with_prompts
+from examples.recording import VersionChange
+from examples.report import build_report
+from examples.texts import Kept, Phase
+from examples.traffic.prompts import Prompt, PromptError, asked, write_prompts
 from tests.examples.sample import sample_answers, sample_recording
 
 
@@ -28,14 +24,14 @@ def test_each_arm_answers_each_prompt_once():
     rounds = replay_rounds(num_prompts=10, block=4)
 
     met = Counter((turn.arm, i) for turns in rounds for turn in turns for i in turn.prompts)
-    assert met == Counter({(arm, i): 1 for arm in ARMS for i in range(10)})
+    assert met == Counter({(arm, i): 1 for arm in ALL_ARMS for i in range(10)})
 
 
 def test_a_round_is_the_same_prompts_by_all_arms_in_rotating_order():
-    rounds = replay_rounds(num_prompts=12, block=4)
+    rounds = replay_rounds(num_prompts=24, block=4)
 
     assert all(len({turn.prompts for turn in turns}) == 1 for turns in rounds)
-    assert [turns[0].arm for turns in rounds] == list(ARMS)
+    assert [turns[0].arm for turns in rounds] == list(ALL_ARMS)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +60,7 @@ def test_default_plan_fits_ten_minutes():
 
 def test_prompts_of_the_replay_are_not_in_the_traffic():
     phases = tuple(Phase(name, "python", False, 1, 1) for name in ("python", "python-again"))
-    settings = DemoSettings(phases=phases, max_requests=20, replay_prompts=6)
+    settings = DemoSettings(phases=phases, max_requests=20, kept=Kept(6, 2))
 
     texts = gather_texts(settings)
 
@@ -72,6 +68,60 @@ def test_prompts_of_the_replay_are_not_in_the_traffic():
     kept = [*texts.held_out["python"], *texts.warmup["python"]]
     assert len(live) == 40 and len(texts.held_out["python"]) == 6
     assert len(set(live) | set(kept)) == len(live) + len(kept)
+
+
+def test_the_real_targets_plan_takes_five_minutes_and_comes_back_to_its_first_domain():
+    settings = real_settings()
+
+    traffic_s = sum(phase.seconds for phase in settings.phases)
+    assert traffic_s + settings.replay_s * len(settings.phases) <= 300
+    assert len({phase.domain for phase in settings.phases}) == 4
+    assert settings.phases[-1].domain == settings.phases[0].domain
+
+
+def file_of(folder: Path, **counts: int) -> Path:
+    path = folder / "mine.jsonl"
+    write_prompts(path, (asked(d, f"{d} {i}") for d, n in counts.items() for i in range(n)))
+    return path
+
+
+def test_a_file_of_prompts_brings_its_own_phases(tmp_path: Path):
+    settings = DemoSettings(kept=Kept(4, 1), max_requests=50)
+    settings = with_prompts(settings, file_of(tmp_path, mail=11, law=9))
+
+    texts = gather_texts(settings)
+
+    assert [(p.name, p.shifted) for p in settings.phases] == [
+        ("mail", False),
+        ("law", True),
+        ("mail-again", False),
+    ]
+    assert {name: len(prompts) for name, prompts in texts.live.items()} == {
+        "mail": 3,
+        "mail-again": 3,
+        "law": 4,
+    }
+    assert all(prompt.messages for prompt in texts.held_out["law"])
+
+
+def test_a_file_with_too_few_prompts_says_how_many_are_needed(tmp_path: Path):
+    settings = with_prompts(DemoSettings(kept=Kept(4, 1)), file_of(tmp_path, mail=6))
+
+    with pytest.raises(DemoError, match=r"6 prompts of domain 'mail'; at least 7 are needed"):
+        gather_texts(settings)
+
+
+def test_a_file_with_too_many_domains_names_them(tmp_path: Path):
+    with pytest.raises(PromptError, match=r"5 domains \(a, b, c, d, e\)"):
+        with_prompts(DemoSettings(), file_of(tmp_path, a=1, b=1, c=1, d=1, e=1))
+
+
+def test_completions_of_the_bundled_target_are_texts():
+    phases = (Phase("docs", "docs", False, 1, 1),)
+
+    texts = gather_texts(DemoSettings(phases=phases, max_requests=3, kept=Kept(1, 1)))
+
+    assert all(isinstance(p, Prompt) and p.prompt and not p.messages for p in texts.live["docs"])
 
 
 def test_a_folder_without_the_marker_is_left_alone(tmp_path: Path):
@@ -130,8 +180,13 @@ def test_terminal_headline_is_coloured_by_its_figures():
     report = build_report(sample_recording())
     green, red = "\x1b[1;32m", "\x1b[1;31m"
 
-    assert f"{green}The server got faster" in printed(report)
+    assert f"{green}Learning paid: 1.44 times" in printed(report)
     assert f"{red}Learning did not pay" in printed({**report, "speedup_vs_static": 0.96})
+    assert f"{red}Learning did not pay" in printed({**report, "speedup_vs_index": 0.96})
+
+
+def test_terminal_says_what_learning_took():
+    assert "CPU-seconds in 400 updates" in printed(build_report(sample_recording()))
 
 
 def moment(**changes: object) -> Now:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.arms import ALL_ARMS
 from examples.demo import MARKER
 from examples.processes import ChildDiedError, check_alive, start, stop, tail
 from oracles.support import REPOSITORY
@@ -21,7 +22,10 @@ SHORT = """
 import signal, sys
 from pathlib import Path
 from rich.console import Console
-from examples.demo import DemoSettings, Phase, carry_out
+from examples.clients import Sampling
+from examples.demo import carry_out
+from examples.plan import DemoSettings
+from examples.texts import Kept, Phase
 
 # A shell starts background processes with SIGINT ignored; a terminal does not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,8 +43,8 @@ sys.exit(carry_out(DemoSettings(
         for name, domain in names.items()
     ),
     settle_s=1.0,
-    num_clients=2, max_tokens=16, max_requests=3000,
-    replay_prompts=2, replay_block=1, replay_warmup=1, replay_s=1.0,
+    num_clients=2, sampling=Sampling(0.7, max_tokens=16), max_requests=3000,
+    kept=Kept(2, 1), replay_block=1, replay_s=1.0,
 ), Console(width=140)))
 """
 
@@ -83,6 +87,9 @@ def test_a_short_demo_runs_to_its_report_and_leaves_nothing_running(
     assert all(phase["requests"] > 0 for phase in report["phases"])
     assert report["newest_version"] > 0
     assert "report.html" in output
+    speeds = {f"{arm}_tokens_per_s" for arm in ALL_ARMS}
+    assert all(phase[speed] > 0 for phase in report["phases"] for speed in speeds)
+    assert report["learning_seconds"] > 0 and report["learning_updates"] > 0
     assert "FAIL" in output  # nothing can be learned from a random target, and the demo says so
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
     assert processes_of(tmp_path / "demo") == []

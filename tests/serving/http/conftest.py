@@ -24,12 +24,13 @@ def server(tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def locked_server(
     tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """With a key, a batch of one and a queue of one."""
+    """With a key, a batch of one, a queue of one, and requests that may choose their drafters."""
     folder = tmp_path_factory.mktemp("locked")
     queue = (
         "engine.max_batch=1",
         "engine.max_queue=1",
         "drafter.kind=suffix",
+        "drafter.on_request=[suffix_request]",
         "server.model_name=org/tiny",
     )
     with running_server(tiny_target_dir, folder, *queue, SLIPSTREAM_SERVER__API_KEY=KEY) as server:

@@ -1,4 +1,4 @@
-"""Clients of a running server: live traffic from several threads, and a replay in three ways."""
+"""Clients of a running server: live traffic from several threads, and a replay by all arms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,23 @@ from typing import Any
 import openai
 
 from buffer.records import Acceptance
-from examples.report import ARMS, Arm, Replay
+from examples.arms import ALL_ARMS, Arm, Setup
+from examples.recording import Replay
+from examples.traffic.prompts import Prompt
 
 TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn, unless a prompt says otherwise."""
+
+    temperature: float = 0.7
+    """0 is greedy."""
+    max_tokens: int = 512
+    """A bound: answers end where the model ends them."""
+    seed: int = 0
+    """Every prompt's own seed follows from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +68,39 @@ class Server:
             return False
 
     def ask(
-        self, prompt: str, max_tokens: int, max_draft: int | None = None, capture: bool = True
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        setup: Setup | None = None,
+        capture: bool = True,
     ) -> Reply:
-        """A greedy completion.
+        """The answer to a prompt: a completion of a text, or a turn of a chat.
 
         Args:
-            max_draft: largest K; ``None`` leaves it to the server's policy.
+            setup: what may draft; ``None`` leaves it to the server.
             capture: if False, the answer is neither trained on nor looked up for later requests.
 
         Raises:
             openai.OpenAIError: the request failed.
         """
-        extra = {
-            "return_token_ids": True,
-            "capture": capture,
-            "speculation": {"max_draft": max_draft},
+        extra = {"return_token_ids": True, "capture": capture, "speculation": _speculation(setup)}
+        given = prompt.temperature
+        drawn: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens,
+            "temperature": sampling.temperature if given is None else given,
+            "seed": prompt.seed(sampling.seed),
+            "extra_body": extra,
         }
         started_s = time.perf_counter()
-        completion = self._openai.completions.create(
-            model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra
-        )
+        answer: Any
+        if prompt.messages is None:
+            answer = self._openai.completions.create(prompt=prompt.prompt, **drawn)
+        else:
+            messages: Any = [message.model_dump() for message in prompt.messages]
+            answer = self._openai.chat.completions.create(messages=messages, **drawn)
         request_s = time.perf_counter() - started_s
-        fields: dict[str, Any] = completion.model_dump()
+        fields: dict[str, Any] = answer.model_dump()
         spent = fields["speculation"]
         return Reply(
             token_ids=tuple(fields["choices"][0]["token_ids"]),
@@ -108,15 +134,21 @@ class Server:
         return answer
 
 
+def _speculation(setup: Setup | None) -> dict[str, Any] | None:
+    if setup is None:
+        return None
+    return {"max_draft": None if setup.drafters else 0, "drafters": list(setup.drafters)}
+
+
 class Traffic:
     """Clients that each send one prompt after another, until none is left or ``stop`` is called."""
 
     def __init__(
         self,
         server: Server,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_clients: int,
-        max_tokens: int,
+        sampling: Sampling,
         on_reply: Callable[[Reply], None],
     ) -> None:
         """
@@ -124,8 +156,8 @@ class Traffic:
             on_reply: called in the order in which requests finish, by one thread at a time.
         """
         self._server = server
-        self._prompts: Iterator[str] = iter(prompts)
-        self._max_tokens = max_tokens
+        self._prompts: Iterator[Prompt] = iter(prompts)
+        self._sampling = sampling
         self._on_reply = on_reply
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -160,7 +192,7 @@ class Traffic:
             if prompt is None:
                 return
             try:
-                reply = self._server.ask(prompt, self._max_tokens)
+                reply = self._server.ask(prompt, self._sampling)
             except openai.OpenAIError as error:
                 with self._lock:
                     self.failures.append(f"{type(error).__name__}: {error}")
@@ -186,50 +218,68 @@ def replay_rounds(num_prompts: int, block: int) -> list[list[Turn]]:
     """
     starts = range(0, num_prompts, block)
     blocks = [tuple(range(start, min(start + block, num_prompts))) for start in starts]
+    num_arms = len(ALL_ARMS)
     return [
-        [Turn(ARMS[(number + place) % len(ARMS)], prompts) for place in range(len(ARMS))]
+        [Turn(ALL_ARMS[(number + place) % num_arms], prompts) for place in range(num_arms)]
         for number, prompts in enumerate(blocks)
     ]
 
 
 class Replayer:
-    """Sends held-out prompts with drafting off and with two pinned versions of the drafter."""
+    """Sends held-out prompts by one arm after another."""
 
     def __init__(
-        self, server: Server, versions: dict[Arm, int], max_tokens: int, num_warmup: int
+        self,
+        server: Server,
+        setups: Mapping[Arm, Setup],
+        sampling: Sampling,
+        *,
+        num_clients: int,
+        num_warmup: int,
     ) -> None:
         """
         Args:
-            versions: drafter version of the arms ``static`` and ``tuned``.
-            num_warmup: unmeasured prompts after a swap, from which the policy estimates how well
-                the drafter does on this text.
+            num_clients: concurrent requests.
+            num_warmup: unmeasured prompts of an arm's first turn in a phase, from which its policy
+                estimates how well the drafters do on this text.
         """
         self._server = server
-        self._versions = versions
-        self._max_tokens = max_tokens
+        self._setups = setups
+        self._sampling = sampling
         self._num_warmup = num_warmup
+        self._pool = ThreadPoolExecutor(num_clients, thread_name_prefix="replay")
+        self._warm: set[tuple[str, Arm]] = set()
         self.num_warmed = 0
         self.failures: list[str] = []
 
     def take(
-        self, phase: str, turn: Turn, prompts: Sequence[str], warmup: Sequence[str]
+        self, phase: str, turn: Turn, prompts: Sequence[Prompt], warmup: Sequence[Prompt]
     ) -> list[Replay]:
         """Carry out one turn."""
-        if turn.arm != "plain":
-            self._server.swap(self._versions[turn.arm])
-            for text in warmup[: self._num_warmup]:
-                self.num_warmed += self._try(text, None) is not None
-        cap = 0 if turn.arm == "plain" else None
-        replies = [(index, self._try(prompts[index], cap)) for index in turn.prompts]
+        setup = self._setups[turn.arm]
+        if setup.version is not None:
+            self._server.swap(setup.version)
+        if setup.drafters and (phase, turn.arm) not in self._warm:
+            self._warm.add((phase, turn.arm))
+            replies = self._ask_all(warmup[: self._num_warmup], setup)
+            self.num_warmed += sum(reply is not None for reply in replies)
+        started_s = time.perf_counter()
+        replies = self._ask_all([prompts[index] for index in turn.prompts], setup)
+        share_s = (time.perf_counter() - started_s) / len(turn.prompts)
         return [
-            Replay(phase, turn.arm, i, r.request_s, r.token_ids, r.acceptance, r.version)
-            for i, r in replies
+            Replay(
+                phase, turn.arm, index, r.request_s, share_s, r.token_ids, r.acceptance, r.version
+            )
+            for index, r in zip(turn.prompts, replies, strict=True)
             if r is not None
         ]
 
-    def _try(self, prompt: str, max_draft: int | None) -> Reply | None:
+    def _ask_all(self, prompts: Sequence[Prompt], setup: Setup) -> list[Reply | None]:
+        return list(self._pool.map(lambda prompt: self._try(prompt, setup), prompts))
+
+    def _try(self, prompt: Prompt, setup: Setup) -> Reply | None:
         try:
-            return self._server.ask(prompt, self._max_tokens, max_draft, capture=False)
+            return self._server.ask(prompt, self._sampling, setup, capture=False)
         except openai.OpenAIError as error:
             self.failures.append(f"{type(error).__name__}: {error}")
             return None

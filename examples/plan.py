@@ -1,0 +1,127 @@
+"""What a demo does: on which target, with which traffic, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from configs.load import load_settings
+from examples.clients import Sampling
+from examples.machine import hardware
+from examples.recording import Goals
+from examples.texts import Kept, Phase, Source, chats, completions, of_file, phases_of
+from examples.traffic.chat import DOMAINS
+
+SAMPLING = Sampling(temperature=0.5, max_tokens=96)
+"""Below 0.4 the bundled target repeats itself, which an index drafts without learning; from 0.7 on
+it is too random to draft for. Tokens per step at K = 4 on C at 0.2, 0.4, 0.55 and 0.7: 2.07, 1.98,
+1.98, 1.76 by its first drafter, 2.89, 2.49, 2.34, 2.04 by an index of the request. It seldom ends a
+text by itself."""
+KEPT = Kept(replayed=24, warmup=1)
+GOALS = Goals()
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Settings of the demo. With the defaults, for the bundled target, it takes less than ten
+    minutes on two cores."""
+
+    configs: tuple[Path, ...] = (Path("configs/demo.yaml"), Path("configs/compare.yaml"))
+    run_dir: Path = Path("runs/demo")
+    overrides: tuple[str, ...] = ()
+    """``--set`` options of server and trainer."""
+    source: Source = completions
+    """Where prompts come from."""
+    phases: tuple[Phase, ...] = (
+        Phase("python", "python", False, seconds=40, enough_requests=60),
+        Phase("c", "c", True, seconds=75, enough_requests=250),
+        Phase("docs", "docs", True, seconds=75, enough_requests=250),
+        Phase("python-again", "python", False, seconds=45, enough_requests=120),
+    )
+    num_clients: int = 4
+    """Concurrent requests."""
+    sampling: Sampling = SAMPLING
+    max_requests: int = 400
+    """Prompts prepared for each phase."""
+    settle_s: float = 20.0
+    """The trainer has caught up after this time without a new version; on shifted traffic at least
+    one version must have come."""
+    kept: Kept = KEPT
+    replay_clients: int = 1
+    """Concurrent requests of the replay."""
+    replay_block: int = 2
+    """Prompts that an arm answers before the next arm's turn."""
+    replay_s: float = 62.0
+    """Longest replay of a phase; the first round is always finished."""
+    seed: int = 0
+    start_s: float = 120.0
+    """Longest wait for the server to get ready."""
+    on_gpu: bool = False
+    """Server and trainer share a GPU."""
+    goals: Goals = GOALS
+
+    @property
+    def server_overrides(self) -> tuple[str, ...]:
+        """What the demo's server needs beyond the settings files.
+
+        No prefix cache: the replay sends every prompt once for each arm, and only the first would
+        compute its prompt. All live prompts differ, so they lose nothing.
+        """
+        return ("server.port=0", "engine.prefix_cache=false")
+
+    @property
+    def shared_overrides(self) -> tuple[str, ...]:
+        """Overrides of both processes. The static version is replayed at the end: keep it."""
+        return (f"run_dir={self.run_dir}", "trainer.keep_versions=1000", *self.overrides)
+
+
+REAL_CONFIGS = tuple(Path("configs", f"{name}.yaml") for name in ("one_gpu", "real", "compare"))
+
+
+def default_settings() -> DemoSettings:
+    """The demo of this machine: a real target where there is a GPU and ``make real`` has fetched
+    it, else the bundled one."""
+    return real_settings() if real_target_is_here() and hardware()["gpu"] else DemoSettings()
+
+
+def real_target_is_here() -> bool:
+    """``make real`` has been run."""
+    if not all(config.exists() for config in REAL_CONFIGS):
+        return False
+    return Path(load_settings(REAL_CONFIGS, [], {}).target).exists()
+
+
+def real_settings() -> DemoSettings:
+    """Chat requests to a real target on one GPU, from random weights, in five minutes.
+
+    Numerics are pinned, so that arms can be compared token by token: in bfloat16, two tokens tie
+    now and then, and the shape of a batch would decide.
+    """
+    return DemoSettings(
+        configs=REAL_CONFIGS,
+        overrides=("engine.numerics=pinned",),
+        source=chats,
+        phases=phases_of(DOMAINS[:4], seconds=36.0, enough_requests=4000),
+        num_clients=32,
+        sampling=Sampling(temperature=0.7, max_tokens=512),
+        max_requests=3000,
+        kept=Kept(replayed=256, warmup=64),
+        replay_clients=32,
+        replay_block=64,
+        replay_s=15.0,
+        on_gpu=True,
+        goals=Goals(over_plain=1.3, over_static=1.15, seconds=360.0),
+    )
+
+
+def with_prompts(settings: DemoSettings, path: Path) -> DemoSettings:
+    """The same demo with the prompts of a file: its domains in the order in which they come, and
+    the first one again.
+
+    Raises:
+        PromptError: the file is not one of prompts.
+    """
+    source, domains = of_file(path)
+    longest_s = max(phase.seconds for phase in settings.phases)
+    enough = max(phase.enough_requests for phase in settings.phases)
+    return replace(settings, source=source, phases=phases_of(domains, longest_s, enough))

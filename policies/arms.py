@@ -1,0 +1,80 @@
+"""One policy for ordinary requests, and one for each arm of a comparison.
+
+An arm is a set of drafters together with the version of the one that learns. What is known of one
+arm misleads in another: acceptance is counted by the length of the match that the arm's own
+drafters found, a pause of one arm would silence the next one, and other weights accept otherwise.
+So every arm has a policy of its own, as if it had a server of its own. It is built when the arm is
+first asked for; a server that nobody asks holds the ordinary policy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from policies.interface import CostSample, DraftPolicy
+
+MAX_ARMS = 16
+"""Arms that are remembered; beyond it the one that was not asked for longest is forgotten."""
+
+
+class ArmPolicies:
+    """The policies of one server. Used by the engine's thread, except ``figures``."""
+
+    def __init__(
+        self, ordinary: DraftPolicy, make: Callable[[frozenset[str]], DraftPolicy]
+    ) -> None:
+        """
+        Args:
+            ordinary: decides for requests that do not choose their drafters.
+            make: kinds of drafters -> a new policy that decides among them.
+        """
+        self.ordinary = ordinary
+        self._make = make
+        self._samples: Sequence[CostSample] = ()
+        self._in_force: tuple[str, int, dict[str, Any]] | None = None
+        """Kind, version and calibration of the weights in force."""
+        self._arms: dict[tuple[frozenset[str], int], DraftPolicy] = {}
+        """The arm that was asked for last comes last."""
+
+    @property
+    def wants_profile(self) -> bool:
+        """Whether step times should be measured at start-up."""
+        return self.ordinary.wants_profile
+
+    def calibrate(self, samples: Sequence[CostSample]) -> None:
+        """Take in step times measured at start-up, for all policies."""
+        self._samples = samples
+        self.ordinary.calibrate(samples)
+
+    def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
+        """Tell the ordinary policy, and decide by the new version's arms from now on.
+
+        Args: as ``DraftPolicy.on_swap`` has them.
+        """
+        self._in_force = drafter, version, calibration
+        self.ordinary.on_swap(drafter, version, calibration)
+
+    def of(self, drafters: frozenset[str]) -> DraftPolicy:
+        """The policy of the arm with these kinds of drafters and the version in force."""
+        key = drafters, self._in_force[1] if self._in_force else 0
+        policy = self._arms.pop(key, None) or self._new(drafters)
+        self._arms[key] = policy
+        if len(self._arms) > MAX_ARMS:
+            del self._arms[next(iter(self._arms))]
+        return policy
+
+    def figures(self) -> dict[str, Any]:
+        """The ordinary policy's, and under ``arms`` those of every arm. Called by any thread."""
+        arms = {
+            f"{'+'.join(sorted(kinds)) or 'none'} at version {version}": policy.figures()
+            for (kinds, version), policy in list(self._arms.items())
+        }
+        return self.ordinary.figures() | ({"arms": arms} if arms else {})
+
+    def _new(self, drafters: frozenset[str]) -> DraftPolicy:
+        policy = self._make(drafters)
+        policy.calibrate(self._samples)
+        if self._in_force is not None and self._in_force[0] in drafters:
+            policy.on_swap(*self._in_force)
+        return policy
