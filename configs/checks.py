@@ -70,7 +70,7 @@ def _sizes(settings: Settings) -> Iterator[str]:
             f"engine.num_pages {pages} of engine.page_size {engine.page_size} tokens "
             f"cannot hold one request of engine.max_model_len {engine.max_model_len}"
         )
-    if buffer.segment_bytes > buffer.max_bytes:
+    if buffer.max_bytes is not None and buffer.segment_bytes > buffer.max_bytes:
         yield (
             f"buffer.segment_bytes {buffer.segment_bytes} is above buffer.max_bytes "
             f"{buffer.max_bytes}"
