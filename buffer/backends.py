@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from pkgutil import resolve_name
 
-from buffer.interface import Backend
+from buffer.interface import Backend, TraceLimits
+from configs.schema import BufferSettings
 
 # Named by module and class, so that a backend's client library is imported only when it is used.
 CATALOG: dict[str, str] = {
@@ -30,3 +31,14 @@ def open_backend(url: str, run_dir: Path) -> Backend:
         raise ValueError(f"buffer.url {url!r} has an unknown scheme; known are {known}")
     backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
     return backend
+
+
+def limits_of(settings: BufferSettings) -> TraceLimits:
+    """What these settings allow the log.
+
+    Raises:
+        ValueError: the log would hold less than two segments.
+    """
+    return TraceLimits(
+        settings.segment_bytes, settings.max_bytes, settings.ttl_s, settings.sync_interval_s
+    )

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from buffer.backends import open_backend
+from buffer.backends import limits_of, open_backend
 from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
-from buffer.interface import Backend, Report, WeightsStore
-from buffer.records import Acceptance, Trace
+from buffer.interface import Backend, Report, TraceLimits, WeightsStore
+from buffer.records import Acceptance, Count, Trace
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -105,7 +105,8 @@ def inspect(
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     run_dir = settings.run_dir if run is None else run
     try:
-        reports = list(inspect_backend(open_backend(settings.buffer.url, run_dir)))
+        backend = open_backend(settings.buffer.url, run_dir)
+        reports = list(inspect_backend(backend, limits_of(settings.buffer)))
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=2) from error
@@ -115,9 +116,9 @@ def inspect(
         raise typer.Exit(code=1)
 
 
-def inspect_backend(backend: Backend) -> Iterator[Report]:
+def inspect_backend(backend: Backend, limits: TraceLimits) -> Iterator[Report]:
     """Reports on the storage of the traces, on the traces themselves, and on every bundle."""
-    yield from backend.reports()
+    yield from backend.reports(limits)
     yield summarise_traces(backend)
     store = backend.open_weights()
     for version in store.versions():
@@ -168,10 +169,11 @@ def _traces(backend: Backend, unreadable: Counter[str]) -> Iterator[Trace]:
 
 
 def _acceptance_of(trace: Trace) -> Acceptance:
+    rounds = trace.rounds
     return Acceptance(
-        num_steps=len(trace.rounds),
-        num_proposed=sum(len(one.draft_ids) for one in trace.rounds),
-        num_accepted=sum(one.num_accepted for one in trace.rounds),
+        num_steps=len(rounds),
+        num_proposed=rounds.draft_ids.size,
+        num_accepted=int(rounds.counts[Count.NUM_ACCEPTED].sum()),
     )
 
 

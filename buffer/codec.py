@@ -1,51 +1,56 @@
-"""Encodes a trace as a safetensors blob: arrays as tensors, the rest as JSON in ``__metadata__``.
+"""Encodes a trace as flat columns, and decodes it without trusting a byte of it.
 
-``__metadata__`` holds ``schema`` ("slipstream.trace"), ``version`` ("1") and ``trace`` (JSON). A
-reader accepts every version up to its own and ignores unknown keys; a change that an old reader
-could misread gets a new version. Rounds are stored by column. JSON has no infinity, so a
-log-probability of -inf is stored as null.
+The numbers of a trace are columns (see ``columns.py``), so that nothing is done for each round in
+Python, neither to read them nor to check them:
+
+    token_ids I32 [T] | counts I32 [10, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
+    draft_ids I32 | q_logp F32 | p_logp F32                        of one round after another
+    positions I32 [N] | scale F32 [N, m + 1], for fp8 rows alone
+    rows [N, m + 1, H], in the dtype and with the bytes that were captured
+
+The rest is a JSON object: identity, sampling, names of drafters, number of rounds, tapped layers
+and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that it does not
+know; a change that an old reader could misread gets a new version. Version 1, a safetensors blob,
+is not read any more.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import repeat
-from operator import attrgetter
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import FeatureRows, Round, Sampling, Trace
-from buffer.tensors import (
-    TensorFileError,
-    TensorHeader,
-    bits_are_finite,
-    join_tensors,
-    parse_header,
-    parse_json,
-)
+from buffer.columns import ColumnsError, new_record, parse_columns, parse_head
+from buffer.interface import Payload
+from buffer.records import Count, FeatureRows, Real, Rounds, Sampling, Trace
+from buffer.tensors import TensorFileError, largest_magnitude, parse_json
 
-SCHEMA = "slipstream.trace"
-VERSION = 1
-MAX_HEADER_BYTES = 64 << 20
-"""2,048 rounds of 8 draft tokens take 1 MiB; the rest leaves room for longer contexts."""
+SCHEMA = b"slipstream.trace"
+VERSION = 2
+_VERSION_1 = b'{"__metadata__":{"schema":"slipstream.trace"'
+"""How the header of a trace of version 1 began, after its length."""
 
 Reason = Literal["header", "schema", "version", "content"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
+LARGEST_VALUE = 1e9
+"""Larger hidden values are damage: real ones stay below 1e6, and squares must stay finite."""
+
 _TAG_OF_DTYPE = {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float32": "F32"}
 _DTYPE_OF_TAG = {tag: dtype for dtype, tag in _TAG_OF_DTYPE.items()}
-_BITS = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float32": np.float32}
-_ROUND_FIELDS = tuple(Round.__dataclass_fields__)
-_ROUND_VALUES = attrgetter(*_ROUND_FIELDS)
-_LOGP_FIELDS = ("q_logp", "p_logp")
+_BITS: dict[str, Any] = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float32": np.float32}
 _TEXT_FIELDS = ("producer", "request_id", "tenant", "target_fingerprint")
 _COUNT_FIELDS = ("epoch", "seq", "prompt_length", "finished_unix_ms")
 _MAX_TEXT = 4096
 _MAX_SAMPLING_FIELDS = 64
 _MAX_LOGP = 1e-3  # a log-softmax may round to slightly above 0
+
+
+_Columns = dict[str, tuple[str, NDArray[Any]]]
+"""Name -> (dtype tag, values)."""
 
 
 class UnreadableRecordError(ValueError):
@@ -57,50 +62,75 @@ class UnreadableRecordError(ValueError):
         """Category under which it is counted."""
 
 
-def encode_trace(trace: Trace) -> bytes:
+def encode_trace(trace: Trace) -> memoryview:
     """Encode a trace.
 
     Raises:
         ValueError: the trace is inconsistent or violates ``records.py`` (a shape, a count, a NaN).
     """
+    record, rows = encode_without_rows(trace)
+    if trace.features is not None:
+        rows[:] = trace.features.rows
+    return record
+
+
+def encode_without_rows(trace: Trace) -> tuple[memoryview, NDArray[Any]]:
+    """Encode all of a trace but its hidden rows, which the caller then copies into their place.
+
+    Args:
+        trace: only shape and dtype of its hidden rows are looked at.
+
+    Returns:
+        The record, and a view of the place of its rows, shaped like them; [0, 0, 0] if it has none.
+
+    Raises:
+        ValueError: as ``encode_trace``.
+    """
     check_trace(trace)
-    tensors: dict[str, tuple[str, NDArray[Any]]] = {"token_ids": ("I32", trace.token_ids)}
+    values = _values_of(trace)
     features = trace.features
+    sizes = {name: (tag, column.size) for name, (tag, column) in values.items()}
     if features is not None:
-        tensors["features.positions"] = ("I32", features.positions)
-        tensors["features.rows"] = (_TAG_OF_DTYPE[features.dtype], features.rows)
-        if features.scale is not None:
-            tensors["features.scale"] = ("F32", features.scale)
-    text = json.dumps(_body_of(trace), separators=(",", ":"), allow_nan=False)
-    return join_tensors(tensors, {"schema": SCHEMA, "version": str(VERSION), "trace": text})
+        sizes["rows"] = (_TAG_OF_DTYPE[features.dtype], math.prod(features.rows.shape))
+    text = json.dumps(_text_of(trace), separators=(",", ":"), allow_nan=False).encode()
+    blank = new_record(SCHEMA, VERSION, text, sizes)
+    for name, (_, column) in values.items():
+        blank.columns[name][:] = column.reshape(-1)
+    if features is None:
+        return blank.record.data, np.zeros((0, 0, 0), np.uint8)
+    return blank.record.data, blank.columns["rows"].reshape(features.rows.shape)
 
 
-def decode_trace(blob: bytes) -> Trace:
+def decode_trace(record: Payload) -> Trace:
     """Decode a trace and check all of it.
 
-    The arrays share one writable copy of ``blob``, so torch can wrap them without another copy.
+    The arrays are views of ``record``; of a writable copy of it if it is read-only, so that torch
+    can wrap them.
 
     Raises:
         UnreadableRecordError: says what was found.
     """
+    view = memoryview(record)
+    view = memoryview(bytearray(view)) if view.readonly else view
     try:
-        header = parse_header(blob, len(blob), MAX_HEADER_BYTES)
-    except TensorFileError as error:
+        head = parse_head(view)
+        _check_schema(view, head.schema, head.version)
+        text, columns = parse_columns(view, head)
+    except ColumnsError as error:
         raise UnreadableRecordError("header", f"not a trace: {error}") from None
-    _check_schema(header.metadata)
     try:
-        trace = _trace_of(parse_json(header.metadata["trace"].encode()), header, blob)
+        trace = _trace_of(parse_json(bytes(text)), columns)
         check_trace(trace)
-        _check_finite(trace.features)
+        _check_values(trace.features)
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableRecordError("content", f"trace lacks or misstates {error}") from None
-    except ValueError as error:
+    except (ValueError, TensorFileError) as error:
         raise UnreadableRecordError("content", f"trace contradicts itself: {error}") from None
     return trace
 
 
 def check_trace(trace: Trace) -> None:
-    """Check that a trace is consistent and conforms to ``records.py``.
+    """Check that a trace is consistent and conforms to ``records.py``; values of hidden rows aside.
 
     Token ids are only checked to be >= 0: the size of the vocabulary is not known here.
 
@@ -108,190 +138,272 @@ def check_trace(trace: Trace) -> None:
         ValueError: names the field and what was expected.
     """
     for name in _TEXT_FIELDS:
-        text = getattr(trace, name)
-        _require(isinstance(text, str) and len(text) <= _MAX_TEXT, f"{name} must be a short text")
+        if not _is_short_text(getattr(trace, name)):
+            raise ValueError(f"{name} must be a short text")
     for name in _COUNT_FIELDS:
-        _require(_is_count(getattr(trace, name)), f"{name} must be an integer >= 0")
+        if not _is_count(getattr(trace, name)):
+            raise ValueError(f"{name} must be an integer >= 0")
     ids = trace.token_ids
-    _require(
-        ids.dtype == np.int32 and ids.ndim == 1, f"token_ids must be int32 [T], got {ids.dtype}"
-    )
-    _require(ids.size > 0 and int(ids.min()) >= 0, "token_ids must hold at least one id, all >= 0")
-    _require(trace.prompt_length <= ids.size, f"prompt_length must be in 0..{ids.size}")
+    if ids.dtype != np.int32 or ids.ndim != 1:
+        raise ValueError(f"token_ids must be int32 [T], got {ids.dtype} {list(ids.shape)}")
+    if ids.size == 0 or ids.min() < 0:
+        raise ValueError("token_ids must hold at least one id, all >= 0")
+    if trace.prompt_length > ids.size:
+        raise ValueError(f"prompt_length must be in 0..{ids.size}")
     _check_sampling(trace.sampling)
-    for one in trace.rounds:
-        _check_round(one, ids.size)
+    _check_rounds(trace.rounds, ids.size)
     if trace.features is not None:
         _check_features(trace.features, ids.size)
 
 
-def _body_of(trace: Trace) -> dict[str, Any]:
+# ---- from a trace to its parts, and back ---------------------------------------------------------
+
+
+def _text_of(trace: Trace) -> dict[str, Any]:
     features = trace.features
+    shape = None
+    if features is not None:
+        shape = {"layer_ids": list(features.layer_ids), "hidden_size": features.rows.shape[2]}
     return {
         **{name: getattr(trace, name) for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
         "sampling": dict(trace.sampling.values),
-        "rounds": _columns_of(trace.rounds),
-        "layer_ids": None if features is None else list(features.layer_ids),
+        "drafters": list(trace.rounds.drafters),
+        "num_rounds": len(trace.rounds),
+        "rows": shape,
     }
 
 
-def _columns_of(rounds: tuple[Round, ...]) -> dict[str, list[Any]]:
-    """Rounds as one list per field. A busy server encodes tens of thousands a second."""
-    values = zip(*map(_ROUND_VALUES, rounds), strict=True) if rounds else repeat(())
-    columns = {name: list(column) for name, column in zip(_ROUND_FIELDS, values, strict=False)}
-    for name in _LOGP_FIELDS:
-        columns[name] = [_without_infinity(logps) for logps in columns[name]]
-    return columns
+def _values_of(trace: Trace) -> _Columns:
+    """Name -> (dtype tag, values) of every column but the hidden rows."""
+    rounds, features = trace.rounds, trace.features
+    values: _Columns = {
+        "token_ids": ("I32", trace.token_ids),
+        "counts": ("I32", rounds.counts),
+        "reals": ("F64", rounds.reals),
+        "draft_ids": ("I32", rounds.draft_ids),
+        "q_logp": ("F32", rounds.q_logp),
+        "p_logp": ("F32", rounds.p_logp),
+    }
+    if features is not None:
+        values["positions"] = "I32", features.positions
+        if features.scale is not None:
+            values["scale"] = "F32", features.scale
+    return values
 
 
-def _without_infinity(logps: tuple[float, ...] | None) -> tuple[float | None, ...] | None:
-    if logps is None or -math.inf not in logps:
-        return logps
-    return tuple(None if logp == -math.inf else logp for logp in logps)
-
-
-def _check_schema(metadata: dict[str, str]) -> None:
-    schema, version = metadata.get("schema"), metadata.get("version", "")
+def _check_schema(record: memoryview, schema: bytes, version: int) -> None:
+    if bytes(record[8 : 8 + len(_VERSION_1)]) == _VERSION_1:
+        raise UnreadableRecordError(
+            "version",
+            f"record is a slipstream.trace of version 1, written by an older server; this reader "
+            f"knows version {VERSION} alone. It is put aside; traces of the present server follow",
+        )
     if schema != SCHEMA:
         raise UnreadableRecordError("schema", f"record has schema {schema!r}, expected {SCHEMA!r}")
-    if not (version.isascii() and version.isdigit() and len(version) < 9):
-        raise UnreadableRecordError("version", f"record has version {version!r}, not a number")
-    if not 1 <= int(version) <= VERSION:
+    if version != VERSION:
         raise UnreadableRecordError(
-            "version", f"record has {SCHEMA} version {version}, this reader knows 1 to {VERSION}"
+            "version", f"record has slipstream.trace version {version}, this reader knows {VERSION}"
         )
 
 
-def _trace_of(body: Any, header: TensorHeader, blob: bytes) -> Trace:
-    memory = bytearray(blob)
-    layer_ids = body["layer_ids"]
+def _trace_of(text: Any, columns: _Columns) -> Trace:
     return Trace(
-        **{name: body[name] for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
-        sampling=Sampling(body["sampling"]),
-        token_ids=_array(header, memory, "token_ids", "I32", np.int32),
-        rounds=_rounds_of(body["rounds"]),
-        features=None if layer_ids is None else _features_of(tuple(layer_ids), header, memory),
+        **{name: text[name] for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
+        sampling=Sampling(text["sampling"]),
+        token_ids=_column(columns, "token_ids", "I32"),
+        rounds=_rounds_of(text["num_rounds"], text["drafters"], columns),
+        features=None if text["rows"] is None else _features_of(text["rows"], columns),
     )
 
 
-def _rounds_of(columns: Any) -> tuple[Round, ...]:
-    in_order = [columns[name] for name in _ROUND_FIELDS]
-    return tuple(_round_of(values) for values in zip(*in_order, strict=True))
+def _rounds_of(num_rounds: Any, drafters: Any, columns: _Columns) -> Rounds:
+    if not _is_count(num_rounds):
+        raise ValueError("num_rounds must be an integer >= 0")
+    if not isinstance(drafters, list):
+        raise ValueError("drafters must be a list of names")
+    return Rounds(
+        _table(columns, "counts", "I32", len(Count), num_rounds),
+        _table(columns, "reals", "F64", len(Real), num_rounds),
+        _column(columns, "draft_ids", "I32"),
+        _column(columns, "q_logp", "F32"),
+        _column(columns, "p_logp", "F32"),
+        tuple(drafters),
+    )
 
 
-def _round_of(values: tuple[Any, ...]) -> Round:
-    fields = dict(zip(_ROUND_FIELDS, values, strict=True))
-    fields["draft_ids"] = tuple(fields["draft_ids"])
-    fields["p_logp"] = _logps_of(fields["p_logp"])
-    fields["q_logp"] = None if fields["q_logp"] is None else _logps_of(fields["q_logp"])
-    return Round(**fields)
+def _table(
+    columns: _Columns,
+    name: str,
+    tag: str,
+    num_rows: int,
+    num_rounds: int,
+) -> NDArray[Any]:
+    """The first ``num_rows`` rows of a column that has ``num_rounds`` values in each."""
+    values = _column(columns, name, tag)
+    found_rows, rest = divmod(values.size, num_rounds) if num_rounds else (num_rows, values.size)
+    if found_rows < num_rows or rest:
+        raise ValueError(
+            f"{name} must hold {num_rows} or more rows of {num_rounds} values, got {values.size}"
+        )
+    return values[: num_rows * num_rounds].reshape(num_rows, num_rounds)
 
 
-def _logps_of(values: list[float | None]) -> tuple[float, ...]:
-    return tuple(-math.inf if value is None else value for value in values)
-
-
-def _features_of(
-    layer_ids: tuple[int, ...], header: TensorHeader, memory: bytearray
-) -> FeatureRows:
-    tag = header.tensors["features.rows"].dtype
+def _features_of(shape: Any, columns: _Columns) -> FeatureRows:
+    tag, rows = columns["rows"]
     dtype: Any = _DTYPE_OF_TAG.get(tag)
-    _require(dtype is not None, f"features.rows has dtype {tag}")
-    scaled = "features.scale" in header.tensors
+    if dtype is None:
+        raise ValueError(f"rows have dtype {tag}")
+    layer_ids, hidden_size = tuple(shape["layer_ids"]), shape["hidden_size"]
+    positions = _column(columns, "positions", "I32")
+    leading = positions.size, len(layer_ids) + 1
+    if not _is_count(hidden_size) or math.prod(leading) * hidden_size != rows.size:
+        raise ValueError(
+            f"rows must be [{leading[0]}, {leading[1]}, {hidden_size}], got {rows.size} values"
+        )
+    scale = _column(columns, "scale", "F32") if "scale" in columns else None
+    if scale is not None and scale.size != math.prod(leading):
+        raise ValueError(f"scale must hold {math.prod(leading)} values, got {scale.size}")
     return FeatureRows(
-        positions=_array(header, memory, "features.positions", "I32", np.int32),
+        positions=positions,
         layer_ids=layer_ids,
         dtype=dtype,
-        rows=_array(header, memory, "features.rows", tag, _BITS[dtype]),
-        scale=_array(header, memory, "features.scale", "F32", np.float32) if scaled else None,
+        rows=rows.reshape(*leading, hidden_size),
+        scale=None if scale is None else scale.reshape(leading),
     )
 
 
-def _array(header: TensorHeader, memory: bytearray, name: str, tag: str, bits: Any) -> NDArray[Any]:
-    info = header.tensors[name]
-    _require(info.dtype == tag, f"{name} must be {tag}, got {info.dtype}")
-    array: NDArray[Any] = np.frombuffer(memory, np.uint8)[info.start : info.end].view(bits)
-    return array.reshape(info.shape)
+def _column(columns: _Columns, name: str, tag: str) -> NDArray[Any]:
+    found, values = columns[name]
+    if found != tag:
+        raise ValueError(f"{name} must be {tag}, got {found}")
+    return values
+
+
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def _check_sampling(sampling: Sampling) -> None:
     """Fields are checked by type only, because the server decides which fields exist. Only the
     temperature, which the trainer reads, is checked by value."""
     values = sampling.values
-    _require(isinstance(values, dict), "sampling must hold named values")
-    _require(len(values) <= _MAX_SAMPLING_FIELDS, "sampling holds too many values")
-    temperature = values.get("temperature")
-    _require(_is_finite(temperature, at_least=0), "temperature must be finite and >= 0")
+    if not isinstance(values, dict):
+        raise ValueError("sampling must hold named values")
+    if len(values) > _MAX_SAMPLING_FIELDS:
+        raise ValueError("sampling holds too many values")
+    if not _is_temperature(values.get("temperature")):
+        raise ValueError("temperature must be finite and >= 0")
     for name, value in values.items():
-        _require(isinstance(name, str) and len(name) <= _MAX_TEXT, "sampling needs short names")
-        _require(_is_sampling_value(value), f"{name} must be a number, text, bool or None")
+        if not _is_short_text(name):
+            raise ValueError("sampling needs short names")
+        if not _is_sampling_value(value):
+            raise ValueError(f"{name} must be a number, text, bool or None")
 
 
-def _check_round(one: Round, num_tokens: int) -> None:
-    problem = _round_problem(one, num_tokens, len(one.draft_ids))
-    if problem is not None:
-        raise ValueError(problem)
+def _check_rounds(rounds: Rounds, num_tokens: int) -> None:
+    """Each check is of whole columns."""
+    num_rounds = len(rounds)
+    _check_column("counts", rounds.counts, np.int32, (len(Count), num_rounds))
+    _check_column("reals", rounds.reals, np.float64, (len(Real), num_rounds))
+    _check_column("draft_ids", rounds.draft_ids, np.int32, (rounds.draft_ids.size,))
+    _check_column("q_logp", rounds.q_logp, np.float32, (rounds.q_logp.size,))
+    _check_column("p_logp", rounds.p_logp, np.float32, (rounds.p_logp.size,))
+    if not all(map(_is_short_text, rounds.drafters)):
+        raise ValueError("drafter must be a short text")
+    _check_lengths(rounds)
+    if num_rounds:
+        _check_counts(rounds, num_tokens)
+        _check_reals(rounds)
 
 
-def _round_problem(one: Round, num_tokens: int, k: int) -> str | None:
-    """What is wrong with a round, or ``None``. Called often: formats texts on failure only."""
-    if not (_is_count(one.anchor) and one.anchor < num_tokens):
-        return f"anchor must be in 0..{num_tokens - 1}, got {one.anchor!r}"
-    if not (isinstance(one.drafter, str) and len(one.drafter) <= _MAX_TEXT):
-        return "drafter must be a short text"
-    if not (_is_count(one.version) and _is_count(one.next_id) and _is_count(one.draft_k)):
-        return "version, next_id and draft_k of a round must be integers >= 0"
-    if not all(map(_is_token_id, one.draft_ids)):
-        return "draft_ids must be int32 and >= 0"
-    if not (_is_count(one.num_accepted) and one.num_accepted <= k):
-        return f"num_accepted must be in 0..{k}, got {one.num_accepted!r}"
-    if not one.num_accepted <= len(one.p_logp) <= k:
-        return f"p_logp must cover {one.num_accepted} kept of {k} tokens, got {len(one.p_logp)}"
-    if one.q_logp is not None and len(one.q_logp) != k:
-        return f"q_logp must hold {k} values or be None, got {len(one.q_logp)}"
-    if not all(map(_is_logp, (*one.p_logp, *(one.q_logp or ())))):
-        return "every value of p_logp and q_logp must be a number <= 0"
-    if not (_is_finite(one.propensity, at_least=0) and one.propensity <= 1):
-        return f"propensity must be in 0..1, got {one.propensity!r}"
-    if not (_is_count(one.batch) and one.batch >= 1 and _is_finite(one.step_s, at_least=0)):
-        return f"batch must be >= 1 and step_s >= 0, got {one.batch!r} and {one.step_s!r}"
-    return None
+def _check_column(name: str, column: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:
+    if column.dtype != dtype or column.shape != shape:
+        raise ValueError(
+            f"{name} of rounds must be {np.dtype(dtype)} {list(shape)}, "
+            f"got {column.dtype} {list(column.shape)}"
+        )
+
+
+def _check_lengths(rounds: Rounds) -> None:
+    sums = rounds.counts[[Count.NUM_DRAFTED, Count.NUM_Q, Count.NUM_P]].sum(axis=1).tolist()
+    sizes = [rounds.draft_ids.size, rounds.q_logp.size, rounds.p_logp.size]
+    if sums != sizes:
+        raise ValueError(
+            f"draft_ids, q_logp and p_logp must hold {sums} values, as rounds count, got {sizes}"
+        )
+
+
+def _check_counts(rounds: Rounds, num_tokens: int) -> None:
+    counts = rounds.counts
+    if counts.min() < 0:
+        row = Count(int(counts.argmin()) // counts.shape[1])
+        raise ValueError(f"{row.name.lower()} of a round must be an integer >= 0")
+    anchor = counts[Count.ANCHOR]
+    if anchor[-1] >= num_tokens or not (anchor[1:] > anchor[:-1]).all():
+        raise ValueError(f"anchor must grow from round to round, within 0..{num_tokens - 1}")
+    if counts[Count.DRAFTER].max() >= len(rounds.drafters):
+        raise ValueError(f"drafter must be one of {len(rounds.drafters)} names")
+    if not counts[Count.BATCH].all():
+        raise ValueError("batch must be >= 1")
+    # NUM_ACCEPTED, NUM_P and NUM_DRAFTED are neighbours.
+    in_order = counts[Count.NUM_ACCEPTED : Count.NUM_DRAFTED + 1]
+    if not (in_order[:-1] <= in_order[1:]).all():
+        raise ValueError(
+            "num_accepted must be in 0..K, and p_logp must cover the kept of K draft tokens"
+        )
+    num_q = counts[Count.NUM_Q]
+    if not ((num_q == counts[Count.NUM_DRAFTED]) | (num_q == 0)).all():
+        raise ValueError("q_logp must hold a value for each draft token, or none")
+    if rounds.draft_ids.size and rounds.draft_ids.min() < 0:
+        raise ValueError("draft_ids must be >= 0")
+
+
+def _check_reals(rounds: Rounds) -> None:
+    for name in ("p_logp", "q_logp"):
+        logps = getattr(rounds, name)
+        if logps.size and not logps.max() <= _MAX_LOGP:  # also when one is NaN
+            raise ValueError(f"every value of {name} must be a number <= 0")
+    propensity, step_s = rounds.reals.max(axis=1).tolist()
+    if not (rounds.reals.min() >= 0 and propensity <= 1 and step_s < math.inf):
+        raise ValueError("propensity must be in 0..1, and step_s finite and >= 0")
 
 
 def _check_features(features: FeatureRows, num_tokens: int) -> None:
     positions, rows, scale = features.positions, features.rows, features.scale
-    _require(features.dtype in _BITS, f"features.dtype must be one of {sorted(_BITS)}")
-    _require(positions.dtype == np.int32 and positions.ndim == 1, "positions must be int32 [N]")
-    _require(bool((np.diff(positions) > 0).all()), "positions must ascend")
-    within = positions.size == 0 or 0 <= positions[0] <= positions[-1] < num_tokens
-    _require(bool(within), f"positions must be in 0..{num_tokens - 1}")
-    _require(all(_is_count(i) for i in features.layer_ids), "layer_ids must be integers >= 0")
+    if features.dtype not in _BITS:
+        raise ValueError(f"features.dtype must be one of {sorted(_BITS)}")
+    if positions.dtype != np.int32 or positions.ndim != 1:
+        raise ValueError("positions must be int32 [N]")
+    if not (positions[1:] > positions[:-1]).all():
+        raise ValueError("positions must ascend")
+    if positions.size and not 0 <= positions[0] <= positions[-1] < num_tokens:
+        raise ValueError(f"positions must be in 0..{num_tokens - 1}")
+    if not all(map(_is_count, features.layer_ids)):
+        raise ValueError("layer_ids must be integers >= 0")
     leading = (positions.size, len(features.layer_ids) + 1)
-    _require(
-        rows.ndim == 3 and rows.shape[:2] == leading and rows.dtype == _BITS[features.dtype],
-        f"rows must be {features.dtype} bits [{leading[0]}, {leading[1]}, H], "
-        f"got {rows.dtype} {list(rows.shape)}",
-    )
-    _require(
-        (scale is not None) == (features.dtype == "float8_e4m3fn"), "scale belongs to fp8 rows"
-    )
-    if scale is not None:
-        _require(
-            scale.dtype == np.float32 and scale.shape == leading, "scale must be float32 [N, m+1]"
+    if rows.ndim != 3 or rows.shape[:2] != leading or rows.dtype != _BITS[features.dtype]:
+        raise ValueError(
+            f"rows must be {features.dtype} bits [{leading[0]}, {leading[1]}, H], "
+            f"got {rows.dtype} {list(rows.shape)}"
         )
+    if (scale is not None) != (features.dtype == "float8_e4m3fn"):
+        raise ValueError("scale belongs to fp8 rows")
+    if scale is not None and (scale.dtype != np.float32 or scale.shape != leading):
+        raise ValueError("scale must be float32 [N, m + 1]")
 
 
-def _check_finite(features: FeatureRows | None) -> None:
+def _check_values(features: FeatureRows | None) -> None:
+    """Refuse hidden rows that hold a NaN or infinity, or that are absurdly large."""
     if features is None:
         return
-    _require(bits_are_finite(features.rows, _TAG_OF_DTYPE[features.dtype]), "rows hold NaN or inf")
+    largest = largest_magnitude(features.rows, _TAG_OF_DTYPE[features.dtype])
     if features.scale is not None:
-        _require(bits_are_finite(features.scale, "F32"), "scale holds NaN or inf")
+        largest *= largest_magnitude(features.scale, "F32")
+    if not largest <= LARGEST_VALUE:
+        raise ValueError(f"hidden rows reach {largest:g}, at most {LARGEST_VALUE:g} is sane")
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+def _is_short_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_TEXT
 
 
 def _is_sampling_value(value: Any) -> bool:
@@ -306,21 +418,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_token_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 31
-
-
-def _is_finite(value: Any, *, at_least: float) -> bool:
-    return _is_number(value) and math.isfinite(value) and value >= at_least
-
-
-def _is_logp(value: Any) -> bool:
-    if type(value) is float:  # nearly always
-        return value <= _MAX_LOGP  # False for NaN
-    return _is_number(value) and value <= _MAX_LOGP
-
-
-def _is_number(value: Any) -> bool:
+def _is_temperature(value: Any) -> bool:
+    """An integer up to what a float holds exactly, or a float; finite and >= 0."""
     if type(value) is int:
-        return abs(value) < 1 << 53  # what a float holds exactly
-    return isinstance(value, float)
+        return 0 <= value < 1 << 53
+    return isinstance(value, float) and 0 <= value < math.inf

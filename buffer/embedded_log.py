@@ -8,10 +8,10 @@ from pathlib import Path
 
 from buffer.files import write_atomically
 from buffer.folder_weights import FolderWeights
-from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Report, TraceLimits
+from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Payload, Report, TraceLimits
 from buffer.layout import QUARANTINE
 from buffer.segment_reader import SegmentReader
-from buffer.segment_report import check_segments
+from buffer.segment_report import check_segments, report_size
 from buffer.segment_writer import SegmentWriter
 
 
@@ -32,7 +32,7 @@ class EmbeddedLog(Backend):
     def open_record_reader(self, offsets: Offsets | None = None) -> SegmentReader:
         return SegmentReader(self._root, offsets)
 
-    def keep_unreadable(self, name: str, payload: bytes) -> None:
+    def keep_unreadable(self, name: str, payload: Payload) -> None:
         folder = self._root / QUARANTINE
         with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
             folder.mkdir(exist_ok=True)
@@ -43,8 +43,9 @@ class EmbeddedLog(Backend):
     def open_weights(self) -> FolderWeights:
         return FolderWeights(self._weights)
 
-    def reports(self) -> Iterable[Report]:
-        return check_segments(self._root)
+    def reports(self, limits: TraceLimits) -> Iterable[Report]:
+        segments = check_segments(self._root)
+        return [*segments, report_size(self._root, limits)] if segments else []
 
 
 def log_root(url: str, run_dir: Path) -> Path:

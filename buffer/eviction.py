@@ -9,7 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from buffer.frames import read_frame, scan
+from buffer.frames import scan
+from buffer.hour_of_traffic import Traffic, allowed_bytes, measure
 from buffer.interface import TraceLimits
 from buffer.layout import (
     QUARANTINE,
@@ -18,10 +19,10 @@ from buffer.layout import (
     is_live,
     read_tombstone,
     segment_numbers,
-    segment_path,
     write_tombstone,
     writer_names,
 )
+from buffer.segment_list import Segment, SegmentList
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,116 +37,110 @@ class Evicted:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
-    folder: Path
-    number: int
-    num_bytes: int
-    oldest_ms: int
-    is_written: bool
-    """A living process is still appending to it."""
+class Contents:
+    """Records of one closed segment, as its writer knows without reading it again."""
+
+    records: int
+    next_number: int
+    """Number of the record that follows the last one."""
 
 
-def evict(
-    root: Path,
-    limits: TraceLimits,
-    now_s: float,
-    *,
-    own: Path,
-    own_open: int | None,
-    need_bytes: int = 0,
-) -> Evicted:
-    """Delete the oldest segments until ``need_bytes`` more fit and none is older than the TTL.
+class Evictor:
+    """Evicts on behalf of one writer."""
 
-    A segment that a living process is writing is never deleted, and counts as if it were full. Does
-    nothing while another process evicts.
+    def __init__(self, root: Path, limits: TraceLimits, own: Path) -> None:
+        """
+        Args:
+            root: folder of the log.
+            limits: what it may hold.
+            own: the writer's folder.
+        """
+        self._root, self._limits, self._own = root, limits, own
+        self._segments = SegmentList(root)
+        self._contents: dict[int, Contents] = {}
+        self.max_bytes = allowed_bytes(limits, measure(self._segments.refresh(own)), root)
+        """What the log may hold at present."""
+        self.evicted = Evicted()
+        """All that was evicted on behalf of this writer."""
 
-    Args:
-        root: folder of the log.
-        limits: limits of the log.
-        now_s: unix time, seconds.
-        own: the caller's folder.
-        own_open: segment that the caller is writing; for any other living writer it is assumed to
-            be the newest one.
-        need_bytes: room needed for a new segment.
+    def note_closed(self, segment: int, contents: Contents) -> None:
+        """Remember what the writer's own segment holds."""
+        self._contents[segment] = contents
 
-    Raises:
-        OSError: the disk failed; what was deleted until then is counted in the tombstones.
-    """
-    try:
-        with FileLock(root / "EVICT.lock", timeout=0, fallback_to_soft=False):
-            return _evict(root, limits, now_s, own, own_open, need_bytes)
-    except Timeout:
-        return Evicted()
+    def evict(self, now_s: float, own_open: int | None, need_bytes: int = 0) -> None:
+        """Delete the oldest segments until ``need_bytes`` more fit and none is older than the TTL.
 
+        A segment that a living process is writing is never deleted, and counts as if it were full.
+        Does nothing while another process evicts.
 
-def _evict(
-    root: Path, limits: TraceLimits, now_s: float, own: Path, own_open: int | None, need_bytes: int
-) -> Evicted:
-    segments = _list_segments(root, own, own_open)
-    total = need_bytes + sum(_planned_bytes(segment, limits) for segment in segments)
-    expired_ms = (now_s - limits.ttl_s) * 1000
-    evicted = Evicted()
-    for segment in sorted(segments, key=lambda s: (s.oldest_ms, s.folder.name, s.number)):
-        too_old, too_much = segment.oldest_ms <= expired_ms, total > limits.max_bytes
-        if (too_old or too_much) and not segment.is_written:
-            evicted += _delete(segment)
-            total -= segment.num_bytes
-    _sweep(root, expired_ms / 1000)
-    return evicted
+        Args:
+            now_s: unix time.
+            own_open: number of the writer's own segment that is open.
+            need_bytes: room needed for a new segment.
 
+        Raises:
+            OSError: the disk failed; what was deleted until then is counted in the tombstones.
+        """
+        try:
+            with FileLock(self._root / "EVICT.lock", timeout=0, fallback_to_soft=False):
+                self._evict(now_s, own_open, need_bytes)
+        except Timeout:
+            return
 
-def _list_segments(root: Path, own: Path, own_open: int | None) -> list[_Segment]:
-    found = []
-    for folder in (root / name for name in writer_names(root)):
-        numbers = segment_numbers(folder)
-        # Checked after the listing: a writer takes its lock before it begins a segment.
-        others_open = numbers[-1] if numbers and is_live(folder) else None
-        written = own_open if folder == own else others_open
-        found += [_describe(folder, number, number == written) for number in numbers]
-    return found
+    def _evict(self, now_s: float, own_open: int | None, need_bytes: int) -> None:
+        segments = self._segments.refresh(self._own, own_open)
+        traffic: Traffic = measure(segments)
+        self.max_bytes = allowed_bytes(self._limits, traffic, self._root)
+        total = need_bytes + sum(map(self._planned_bytes, segments))
+        expired_ms = (now_s - self._limits.ttl_s) * 1000
+        for segment in sorted(segments, key=lambda s: (s.oldest_ms, s.folder.name, s.number)):
+            too_old, too_much = segment.oldest_ms <= expired_ms, total > self.max_bytes
+            if not too_old and not too_much:
+                break
+            if not segment.is_written:
+                self.evicted += self._delete(segment)
+                total -= segment.num_bytes
+        _sweep(self._root, expired_ms / 1000)
 
+    def _planned_bytes(self, segment: Segment) -> int:
+        full = self._limits.segment_bytes if segment.is_written else 0
+        return max(segment.num_bytes, full)
 
-def _describe(folder: Path, number: int, is_written: bool) -> _Segment:
-    path = segment_path(folder, number)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        status = os.fstat(descriptor)
-        first = read_frame(descriptor, 0, status.st_size)
-    finally:
-        os.close(descriptor)
-    oldest_ms = int(status.st_mtime * 1000) if first is None else first.unix_ms
-    return _Segment(folder, number, status.st_size, oldest_ms, is_written)
+    def _delete(self, segment: Segment) -> Evicted:
+        """Store the new counts, then delete: after a crash in between, the same is done again."""
+        before = read_tombstone(segment.folder) or Tombstone(-1, 0, 0, 0)
+        is_counted = before.segment >= segment.number
+        after = before if is_counted else _after(before, segment, self._contents_of(segment))
+        try:
+            write_tombstone(segment.folder, after)
+            segment.path.unlink()
+        except OSError:
+            segment.path.unlink()  # a full disk has room for the counts only once it is gone
+            write_tombstone(segment.folder, after)
+        return Evicted(after.records - before.records, after.num_bytes - before.num_bytes)
 
-
-def _planned_bytes(segment: _Segment, limits: TraceLimits) -> int:
-    full = limits.segment_bytes if segment.is_written else 0
-    return max(segment.num_bytes, full)
-
-
-def _delete(segment: _Segment) -> Evicted:
-    """Store the new counts, then delete: after a crash in between, both are repeated."""
-    path = segment_path(segment.folder, segment.number)
-    before = read_tombstone(segment.folder) or Tombstone(-1, 0, 0, 0)
-    after = before if before.segment >= segment.number else _after(before, segment, path)
-    try:
-        write_tombstone(segment.folder, after)
-        path.unlink()
-    except OSError:
-        path.unlink()  # a full disk has room for the counts only once the segment is gone
-        write_tombstone(segment.folder, after)
-    return Evicted(after.records - before.records, after.num_bytes - before.num_bytes)
+    def _contents_of(self, segment: Segment) -> Contents:
+        known = self._contents.pop(segment.number, None) if segment.folder == self._own else None
+        return _read_contents(segment) if known is None else known
 
 
-def _after(before: Tombstone, segment: _Segment, path: Path) -> Tombstone:
-    records, next_number = 0, before.next_number
-    descriptor = os.open(path, os.O_RDONLY)
+def _read_contents(segment: Segment) -> Contents:
+    records = next_number = 0
+    descriptor = os.open(segment.path, os.O_RDONLY)
     try:
         for frame in scan(descriptor, segment.num_bytes):
             records, next_number = records + 1, max(next_number, frame.number + 1)
     finally:
         os.close(descriptor)
+    return Contents(records, next_number)
+
+
+def _after(before: Tombstone, segment: Segment, contents: Contents) -> Tombstone:
     return Tombstone(
-        segment.number, next_number, before.records + records, before.num_bytes + segment.num_bytes
+        segment.number,
+        max(before.next_number, contents.next_number),
+        before.records + contents.records,
+        before.num_bytes + segment.num_bytes,
     )
 
 

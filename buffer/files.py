@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | bytearray | memoryview) -> None:
     """Write a temporary file, flush it to disk, and rename it to ``path``.
 
     Raises:
@@ -22,7 +22,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes | bytearray | memoryview) -> None:
     """Write a file in place and flush it; a crash may leave only a part of it."""
     with path.open("wb") as file:
         file.write(content)

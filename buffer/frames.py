@@ -2,11 +2,15 @@
 
 A frame is a head of 32 bytes and the payload, little endian:
 
-    magic 4 | crc32 4 | version 2 | zero 2 | payload length 4 | number 8 | unix ms 8 | payload
+    magic 4 | checksum 4 | version 2 | zero 2 | payload length 4 | number 8 | unix ms 8 | payload
 
-The checksum covers everything that follows it, head and payload, so any flipped bit is noticed: if
-it is in the magic the frame is not found, elsewhere the checksum disagrees. ``number`` counts from
-0 over all segments of a writer; a gap in it shows exactly how many records were lost.
+The checksum covers everything that follows it, head and payload: damage to the magic hides the
+frame, any other disagrees with the checksum, but for one case in 2**32. It is the lower half of
+XXH3, which takes 0.05 ms for a megabyte where CRC-32 takes 0.15 ms at best. ``number`` counts from
+0 over all segments of a writer; a gap in it tells exactly how many records were lost.
+
+Frames of version 1, which had a CRC-32, are still found, so that what an older server wrote is told
+from damage.
 """
 
 from __future__ import annotations
@@ -17,14 +21,20 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from buffer.interface import Payload
+
 MAGIC = b"\xf5\xaa\xd7\xfe"
 """Four bytes that no request can produce: JSON here is ASCII, and every fourth byte of int32 token
 ids is 0. A search after damage therefore cannot find a frame that a client forged."""
-VERSION = 1
+VERSION = 2
 HEAD = struct.Struct("<4sIHHIQQ")
 MAX_PAYLOAD_BYTES = (1 << 32) - 1
 _CHECKED_FROM = 8  # the checksum covers the head from here on
 _CHUNK = 1 << 20  # bytes searched at a time
+_CRC_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +49,45 @@ class Frame:
     """Running number within its writer."""
     unix_ms: int
     """When it was appended."""
-    payload: bytes
+    payload: memoryview
+    """Writable; its memory is nobody else's."""
 
 
-def pack_head(payload: bytes, number: int, unix_ms: int) -> bytes:
+def pack_head(payload: Payload, number: int, unix_ms: int) -> bytes:
     """Head of the frame that holds ``payload``."""
     head = HEAD.pack(MAGIC, 0, VERSION, 0, len(payload), number, unix_ms)
-    crc = zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:]))
-    return HEAD.pack(MAGIC, crc, VERSION, 0, len(payload), number, unix_ms)
+    checksum = _checksum(head[_CHECKED_FROM:], payload)
+    return HEAD.pack(MAGIC, checksum, VERSION, 0, len(payload), number, unix_ms)
+
+
+def _checksum(head: Payload, payload: Payload) -> int:
+    """Of the head from its version on, and of the payload."""
+    seed: int = xxh3_64_intdigest(head)
+    whole: int = xxh3_64_intdigest(payload, seed)
+    return whole & 0xFFFF_FFFF
 
 
 def read_frame(descriptor: int, start: int, size: int) -> Frame | None:
     """The frame at offset ``start`` of a file of ``size`` bytes; ``None`` unless it is whole,
-    undamaged and of a known version."""
+    undamaged and of a known version.
+
+    It is read into memory of its own. Mapping the file would save a sixth of the time of reading
+    and checking a trace; but a mapping ends the process when the disk fails or the file is cut,
+    and keeps an evicted segment on the disk for as long as one of its traces is held.
+    """
     end = claimed_end(descriptor, start)
     if end is None or end > size:
         return None
-    block = os.pread(descriptor, end - start, start)
-    if len(block) < end - start:  # truncated since the size was taken
+    block = np.empty(end - start, np.uint8).data
+    if os.preadv(descriptor, [block], start) < end - start:  # truncated since the size was taken
         return None
-    _, crc, version, _, _, number, unix_ms = HEAD.unpack_from(block)
-    if zlib.crc32(memoryview(block)[_CHECKED_FROM:]) != crc or version != VERSION:
-        return None
-    return Frame(start, end, number, unix_ms, block[HEAD.size :])
+    _, checksum, version, _, _, number, unix_ms = HEAD.unpack_from(block)
+    head, payload = block[_CHECKED_FROM : HEAD.size], block[HEAD.size :]
+    if version == VERSION:
+        is_sound = checksum == _checksum(head, payload)
+    else:
+        is_sound = version == _CRC_VERSION and checksum == zlib.crc32(payload, zlib.crc32(head))
+    return Frame(start, end, number, unix_ms, payload) if is_sound else None
 
 
 def claimed_end(descriptor: int, start: int) -> int | None:

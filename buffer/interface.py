@@ -11,7 +11,7 @@ one file and name it in the catalog, ``backends.py``.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,9 @@ MAX_READ_BYTES = 64 << 20
 MAX_UNREADABLE_BYTES = 64 << 20
 """Undecodable records that a backend keeps for inspection, in bytes."""
 
+Payload = bytes | bytearray | memoryview
+"""Bytes of a record."""
+
 Offsets = Mapping[str, Any]
 """How far a reader has come, as its backend stores it; survives a round trip through JSON."""
 
@@ -36,31 +39,36 @@ class TraceLimits:
     segment_bytes: int
     """Size at which a segment is closed and the next one begun. Backends without segments ignore
     it."""
-    max_bytes: int
-    """Bytes of all records of all writers; the oldest are evicted first."""
+    max_bytes: int | None
+    """Bytes of all records of all writers; the oldest are evicted first. ``None``: as many as an
+    hour of traffic takes, see ``hour_of_traffic.py``; a backend without a disk holds 1 GiB."""
     ttl_s: float
     """Age at which records are evicted, seconds."""
     sync_interval_s: float
     """Longest time a record waits in ``tend`` for its acknowledgement, seconds."""
 
     def __post_init__(self) -> None:
-        if self.max_bytes < 2 * self.segment_bytes:
+        if self.max_bytes is not None and self.max_bytes < 2 * self.segment_bytes:
             raise ValueError(
                 f"max_bytes={self.max_bytes} holds less than two segments of "
                 f"segment_bytes={self.segment_bytes}; raise max_bytes or lower segment_bytes"
             )
 
-    def check_record(self, num_bytes: int) -> None:
-        """Refuse a record that would fill more than half of the log.
 
-        Raises:
-            OSError: with errno EFBIG.
-        """
-        if num_bytes > self.max_bytes // 2:
-            raise OSError(
-                errno.EFBIG,
-                f"a record of {num_bytes} bytes is over half of max_bytes={self.max_bytes}",
-            )
+def check_record(num_bytes: int, max_bytes: int) -> None:
+    """Refuse a record that would take over half of the log.
+
+    Args:
+        num_bytes: size of the record.
+        max_bytes: what the log may hold at present.
+
+    Raises:
+        OSError: with errno EFBIG.
+    """
+    if num_bytes > max_bytes // 2:
+        raise OSError(
+            errno.EFBIG, f"a record of {num_bytes} bytes is over half of max_bytes={max_bytes}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ class TraceWriter(Protocol):
     @property
     def counts(self) -> WriterCounts: ...
 
-    def append(self, payload: bytes) -> int:
+    def append(self, payload: Payload) -> int:
         """Write one record; ``sync`` or ``tend`` acknowledges it later.
 
         Returns:
@@ -101,6 +109,20 @@ class TraceWriter(Protocol):
                 not written, and the writer remains usable.
         """
         ...
+
+    def append_all(self, payloads: Sequence[Payload]) -> list[OSError]:
+        """Write several records, as ``append`` does each.
+
+        Returns:
+            The errors of those that were not written.
+        """
+        errors = []
+        for payload in payloads:
+            try:
+                self.append(payload)
+            except OSError as error:
+                errors.append(error)
+        return errors
 
     def sync(self) -> range:
         """Wait until everything appended is stored.
@@ -144,7 +166,7 @@ class TraceWriter(Protocol):
 class Record:
     """One record as a reader receives it."""
 
-    payload: bytes
+    payload: Payload
     writer: str
     location: str
     """Where it is stored; unique within the writer, fit for a file name; e.g. ``000042-1024``."""
@@ -365,13 +387,17 @@ class Backend(Protocol):
         """
         ...
 
-    def keep_unreadable(self, name: str, payload: bytes) -> None:
+    def keep_unreadable(self, name: str, payload: Payload) -> None:
         """Keep a record that could not be decoded, for inspection. Best effort: never raises, and
         drops it once ``MAX_UNREADABLE_BYTES`` are kept."""
         ...
 
     def open_weights(self) -> WeightsStore: ...
 
-    def reports(self) -> Iterable[Report]:
-        """State of the stored records for ``buffer inspect``, without changing anything."""
+    def reports(self, limits: TraceLimits) -> Iterable[Report]:
+        """State of the stored records for ``buffer inspect``, without changing anything.
+
+        Args:
+            limits: what the settings allow the records to take.
+        """
         ...

@@ -31,6 +31,7 @@ from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
     Offsets,
+    Payload,
     ReaderCounts,
     Record,
     RecordReader,
@@ -39,10 +40,14 @@ from buffer.interface import (
     TraceWriter,
     WeightsStore,
     WriterCounts,
+    check_record,
 )
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.version_rules import check_keep, check_producer, check_unused, versions_to_prune
+
+DEFAULT_BYTES = 1 << 30
+"""What a buffer holds where ``max_bytes`` leaves it open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +103,16 @@ class MemoryBackend(Backend):
     def open_record_reader(self, offsets: Offsets | None = None) -> MemoryReader:
         return MemoryReader(self._held, offsets)
 
-    def keep_unreadable(self, name: str, payload: bytes) -> None:
+    def keep_unreadable(self, name: str, payload: Payload) -> None:
         with self._held.lock:
             kept = self._held.unreadable
             if sum(map(len, kept.values())) + len(payload) <= MAX_UNREADABLE_BYTES:
-                kept[name] = payload
+                kept[name] = bytes(payload)
 
     def open_weights(self) -> MemoryWeights:
         return MemoryWeights(self._held, self._url)
 
-    def reports(self) -> Iterable[Report]:
+    def reports(self, limits: TraceLimits) -> Iterable[Report]:
         return ()
 
 
@@ -117,6 +122,7 @@ class MemoryWriter(TraceWriter):
     def __init__(self, held: _Held, limits: TraceLimits) -> None:
         self._held = held
         self._limits = limits
+        self._max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
         with held.lock:
             self._name = f"w{len(held.streams)}"
             self._stream = held.streams.setdefault(self._name, _Stream())
@@ -139,13 +145,13 @@ class MemoryWriter(TraceWriter):
             self._evicted_bytes,
         )
 
-    def append(self, payload: bytes) -> int:
-        self._limits.check_record(len(payload))
+    def append(self, payload: Payload) -> int:
+        check_record(len(payload), self._max_bytes)
         with self._held.lock:
             number = self._stream.end
             if number == self._durable:
                 self._pending_since = time.monotonic()
-            self._stream.records[number] = _Appended(payload, time.time())
+            self._stream.records[number] = _Appended(bytes(payload), time.time())
             self._stream.end = number + 1
             self._held.num_bytes += len(payload)
             self._evict()
@@ -173,7 +179,7 @@ class MemoryWriter(TraceWriter):
         while oldest := min(
             filter(_has_records, held.streams.values()), key=_oldest_s, default=None
         ):
-            if _oldest_s(oldest) > expired_s and held.num_bytes <= self._limits.max_bytes:
+            if _oldest_s(oldest) > expired_s and held.num_bytes <= self._max_bytes:
                 return
             num_bytes = len(oldest.records.pop(oldest.first).payload)
             oldest.first += 1

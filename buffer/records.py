@@ -6,9 +6,11 @@ Positions count from 0 over prompt and completion together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from enum import IntEnum
+from itertools import chain, islice
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +61,7 @@ class Round:
     """One draft and one verification of one request."""
 
     anchor: int
-    """Position of the last committed token before the draft."""
+    """Position of the last committed token before the draft; grows from round to round."""
     drafter: str
     """Kind of the drafter that proposed; ``none`` when nothing was proposed."""
     version: int
@@ -67,7 +69,8 @@ class Round:
     draft_ids: tuple[int, ...]
     """Proposed token ids that were verified, K of them; empty at K = 0."""
     q_logp: tuple[float, ...] | None
-    """Natural log of the drafter's probability of each token; ``None`` for a delta draft."""
+    """Natural log of the drafter's probability of each token; ``None`` for a delta draft, and where
+    nothing was proposed."""
     p_logp: tuple[float, ...]
     """Natural log of the target's probability (after penalties, temperature and truncation) of each
     draft token up to and including the first rejected one; -inf if the token was excluded."""
@@ -83,6 +86,118 @@ class Round:
     """Requests in the step."""
     step_s: float
     """Wall time of the step, seconds."""
+
+
+class Count(IntEnum):
+    """Rows of ``Rounds.counts``. What is meant is said at the field of ``Round``."""
+
+    ANCHOR = 0
+    DRAFTER = 1
+    """Index into ``Rounds.drafters``."""
+    VERSION = 2
+    NEXT_ID = 3
+    DRAFT_K = 4
+    BATCH = 5
+    NUM_Q = 6
+    """Values of ``q_logp``: as many as draft tokens, or 0 where a round has none."""
+    NUM_ACCEPTED = 7
+    NUM_P = 8
+    """Values of ``p_logp``."""
+    NUM_DRAFTED = 9
+    """Draft tokens, K."""
+
+
+class Real(IntEnum):
+    """Rows of ``Rounds.reals``."""
+
+    PROPENSITY = 0
+    STEP_S = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounds(Sequence[Round]):
+    """The R rounds of one request by column; a ``Round`` is made when somebody asks for it."""
+
+    counts: NDArray[np.int32]
+    """[10, R]: one row for each ``Count``; all >= 0."""
+    reals: NDArray[np.float64]
+    """[2, R]: one row for each ``Real``."""
+    draft_ids: NDArray[np.int32]
+    """[sum of K] the draft tokens of one round after another."""
+    q_logp: NDArray[np.float32]
+    """[sum of NUM_Q] likewise."""
+    p_logp: NDArray[np.float32]
+    """[sum of NUM_P] likewise."""
+    drafters: tuple[str, ...]
+    """Kinds of the drafters that occur."""
+
+    @classmethod
+    def of(cls, rounds: Iterable[Round] = ()) -> Self:
+        """Columns of some rounds; log probabilities are rounded to float32.
+
+        Raises:
+            OverflowError: a count does not fit int32.
+        """
+        rounds = tuple(rounds)
+        drafters = tuple(dict.fromkeys(one.drafter for one in rounds))
+        q_logp = [one.q_logp or () for one in rounds]
+        counts = {
+            Count.ANCHOR: [one.anchor for one in rounds],
+            Count.DRAFTER: [drafters.index(one.drafter) for one in rounds],
+            Count.VERSION: [one.version for one in rounds],
+            Count.NEXT_ID: [one.next_id for one in rounds],
+            Count.DRAFT_K: [one.draft_k for one in rounds],
+            Count.BATCH: [one.batch for one in rounds],
+            Count.NUM_Q: list(map(len, q_logp)),
+            Count.NUM_ACCEPTED: [one.num_accepted for one in rounds],
+            Count.NUM_P: [len(one.p_logp) for one in rounds],
+            Count.NUM_DRAFTED: [len(one.draft_ids) for one in rounds],
+        }
+        reals = [one.propensity for one in rounds], [one.step_s for one in rounds]
+        return cls(
+            np.array([counts[row] for row in Count], np.int32),
+            np.array(reals, np.float64),
+            np.array([*chain.from_iterable(one.draft_ids for one in rounds)], np.int32),
+            np.array([*chain.from_iterable(q_logp)], np.float32),
+            np.array([*chain.from_iterable(one.p_logp for one in rounds)], np.float32),
+            drafters,
+        )
+
+    def __len__(self) -> int:
+        return int(self.counts.shape[1])
+
+    @overload
+    def __getitem__(self, index: int) -> Round: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Round, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Round | tuple[Round, ...]:
+        return tuple(self)[index]
+
+    def __iter__(self) -> Iterator[Round]:
+        counts, reals = self.counts.tolist(), self.reals.tolist()
+        return map(
+            Round,
+            counts[Count.ANCHOR],
+            map(self.drafters.__getitem__, counts[Count.DRAFTER]),
+            counts[Count.VERSION],
+            _in_pieces(self.draft_ids, counts[Count.NUM_DRAFTED]),
+            (piece or None for piece in _in_pieces(self.q_logp, counts[Count.NUM_Q])),
+            _in_pieces(self.p_logp, counts[Count.NUM_P]),
+            counts[Count.NUM_ACCEPTED],
+            counts[Count.NEXT_ID],
+            counts[Count.DRAFT_K],
+            reals[Real.PROPENSITY],
+            counts[Count.BATCH],
+            reals[Real.STEP_S],
+        )
+
+
+def _in_pieces(values: NDArray[Any], lengths: list[int]) -> Iterator[tuple[Any, ...]]:
+    """Consecutive pieces of these lengths."""
+    left = iter(values.tolist())
+    return (tuple(islice(left, length)) for length in lengths)
 
 
 SamplingValue = float | int | str | bool | None
@@ -143,7 +258,7 @@ class Trace:
     """Tokens of the prompt; the rest of ``token_ids`` was generated."""
     token_ids: NDArray[np.int32]
     """[T] prompt and completion."""
-    rounds: tuple[Round, ...]
+    rounds: Rounds
     features: FeatureRows | None
     finished_unix_ms: int
 

@@ -6,6 +6,7 @@ its file: readers wait for it while the writer lives and step over it once the w
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ class SegmentReader(RecordReader):
             name: _position_of(name, position) for name, position in (offsets or {}).items()
         }
         self._finished: set[str] = set()
+        self._listed: dict[str, list[int]] = {}
         self._turn = 0
         self._read = self._damaged = self._torn = self._evicted_unread = 0
 
@@ -55,6 +57,7 @@ class SegmentReader(RecordReader):
         names = writer_names(self._root)
         for name in self._positions.keys() - set(names):
             del self._positions[name]
+            self._listed.pop(name, None)
         batch = _Batch(max_records, max_bytes)
         self._turn += 1  # start with another writer each time, so that none is starved
         for index in range(len(names)):
@@ -101,7 +104,7 @@ class SegmentReader(RecordReader):
         """
         position = self._positions[name]
         num_damaged = 0
-        if position.offset < size and not self._later_segments(name, position.segment):
+        if position.offset < size and self._next_segment(name, position.segment) is None:
             end = claimed_end(descriptor, position.offset)
             num_damaged = int(end is not None and end <= size)
             self._torn += 1 - num_damaged
@@ -109,22 +112,28 @@ class SegmentReader(RecordReader):
         self._positions[name] = _Position(position.segment, size, position.number + num_damaged)
 
     def _is_closed(self, name: str, segment: int) -> bool:
-        return bool(self._later_segments(name, segment)) or not is_live(self._root / name)
+        return self._next_segment(name, segment) is not None or not is_live(self._root / name)
 
-    def _later_segments(self, name: str, segment: int) -> list[int]:
-        return [number for number in segment_numbers(self._root / name) if number > segment]
+    def _next_segment(self, name: str, segment: int) -> int | None:
+        """The lowest segment above ``segment``, by the last listing or, if that has none, by a new
+        one: a log of an hour has thousands of segments. It may have been evicted since."""
+        listed = self._listed.get(name, [])
+        if not listed or listed[-1] <= segment:
+            listed = self._listed[name] = segment_numbers(self._root / name)
+        index = bisect.bisect_right(listed, segment)
+        return listed[index] if index < len(listed) else None
 
     def _enter_next_segment(self, name: str) -> bool:
         """Move on to the next existing segment; False if there is none."""
         self._count_evicted(name)
         position = self._positions[name]
         is_dead = not is_live(self._root / name)  # checked first: a dead writer begins no segment
-        later = self._later_segments(name, position.segment)
-        if later:
-            self._positions[name] = _Position(later[0], 0, position.number)
+        later = self._next_segment(name, position.segment)
+        if later is not None:
+            self._positions[name] = _Position(later, 0, position.number)
         elif is_dead and position.number:  # with no record yet, it may be about to take its lock
             self._finished.add(name)
-        return bool(later)
+        return later is not None
 
     def _count_evicted(self, name: str) -> None:
         position = self._positions[name]

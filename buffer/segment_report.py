@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from buffer.frames import claimed_end, scan
-from buffer.interface import Report
+from buffer.hour_of_traffic import allowed_bytes, measure
+from buffer.interface import Report, TraceLimits
 from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
+from buffer.segment_list import SegmentList
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,43 @@ class SegmentReport(Report):
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "segment", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class SizeReport(Report):
+    """How large a log is, how fast it grows, and what it may hold."""
+
+    segments: int
+    num_bytes: int
+    bytes_per_s: float
+    """Over the hour before the newest record."""
+    max_bytes: int
+    """Beyond it, the oldest segments are evicted."""
+    is_measured: bool
+    """``max_bytes`` is an hour of traffic; otherwise the settings name it."""
+
+    @property
+    def is_damaged(self) -> bool:
+        return False
+
+    def to_line(self) -> str:
+        why = "an hour of traffic, disk permitting" if self.is_measured else "buffer.max_bytes"
+        return (
+            f"log: {self.num_bytes} bytes in {self.segments} segments, written at "
+            f"{self.bytes_per_s:.0f} bytes/s; holds up to {self.max_bytes} bytes ({why})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "log", **asdict(self)}
+
+
+def report_size(root: Path, limits: TraceLimits) -> SizeReport:
+    """Measure a log by its segments, as its writers do."""
+    segments = SegmentList(root).refresh()
+    traffic = measure(segments)
+    max_bytes = allowed_bytes(limits, traffic, root)
+    is_measured = limits.max_bytes is None
+    return SizeReport(len(segments), traffic.num_bytes, traffic.bytes_per_s, max_bytes, is_measured)
 
 
 def check_segments(root: Path) -> list[SegmentReport]:

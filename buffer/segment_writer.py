@@ -10,17 +10,18 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from buffer.eviction import Evicted, evict
+from buffer.eviction import Contents, Evictor
 from buffer.files import sync_folder
 from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
-from buffer.interface import TraceLimits, TraceWriter, WriterCounts
+from buffer.interface import Payload, TraceLimits, TraceWriter, WriterCounts, check_record
 from buffer.layout import hold_lock, segment_path
 
 _ROLLS_PER_TTL = 8  # a segment is closed after TTL / 8, so records leave only a little early
 _MAX_EVICT_INTERVAL_S = 10.0
+_MAX_GROUP = 256  # records of one write; the system takes 1,024 pieces, and a record is two
 
 
 class SegmentWriter(TraceWriter):
@@ -39,7 +40,6 @@ class SegmentWriter(TraceWriter):
         Raises:
             OSError: the disk failed.
         """
-        self._root = root
         self._limits = limits
         self._clock = clock
         self._folder = _make_folder(root, clock)
@@ -47,10 +47,11 @@ class SegmentWriter(TraceWriter):
         self._descriptor: int | None = None
         self._segment = -1
         self._size = 0
+        self._first = 0
         self._begun_s = 0.0
         self._appended = self._durable = self._doubtful = 0
         self._pending_since = 0.0
-        self._evicted = Evicted()
+        self._evictor = Evictor(root, limits, self._folder)
         self._next_evict = 0.0
 
     @property
@@ -65,31 +66,74 @@ class SegmentWriter(TraceWriter):
             self._durable,
             self._pending,
             self._doubtful,
-            self._evicted.records,
-            self._evicted.num_bytes,
+            self._evictor.evicted.records,
+            self._evictor.evicted.num_bytes,
         )
 
     @property
     def _pending(self) -> int:
         return self._appended - self._durable - self._doubtful
 
-    def append(self, payload: bytes) -> int:
-        """Write one record without waiting for the disk; if the disk fails, a partial record is cut
-        off."""
-        num_bytes = HEAD.size + len(payload)
-        self._limits.check_record(num_bytes)
+    def append(self, payload: Payload) -> int:
+        """Write one record without waiting for the disk; whatever a failing disk wrote of it is cut
+        off again."""
+        self._check(payload)
+        if self._leaves_segment(HEAD.size + len(payload)):
+            self._close_segment()
+        self._append_group([payload])
+        return self._appended - 1
+
+    def append_all(self, payloads: Sequence[Payload]) -> list[OSError]:
+        """As ``append`` does each, but with one write for as many as fit the segment."""
+        errors: list[OSError] = []
+        group: list[Payload] = []
+        num_bytes = 0
+        for payload in payloads:
+            size = HEAD.size + len(payload)
+            if group and (len(group) == _MAX_GROUP or self._leaves_segment(num_bytes + size)):
+                errors += self._try_group(group)
+                group, num_bytes = [], 0
+            group.append(payload)
+            num_bytes += size
+        return errors + self._try_group(group)
+
+    def _try_group(self, group: list[Payload]) -> list[OSError]:
+        """Write a group at once or, where that fails, one by one, to find those that fail."""
+        try:
+            if len(group) > 1:
+                for payload in group:
+                    self._check(payload)
+                if self._leaves_segment(sum(HEAD.size + len(payload) for payload in group)):
+                    self._close_segment()
+                self._append_group(group)
+                return []
+        except OSError:
+            pass
+        return super().append_all(group)
+
+    def _check(self, payload: Payload) -> None:
+        check_record(HEAD.size + len(payload), self._evictor.max_bytes)
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise OSError(errno.EFBIG, f"a record holds at most {MAX_PAYLOAD_BYTES} bytes")
-        if self._descriptor is not None and self._size + num_bytes > self._limits.segment_bytes:
-            self._close_segment()
+
+    def _leaves_segment(self, num_bytes: int) -> bool:
+        """Whether so many more bytes belong in the next segment."""
+        is_open = self._descriptor is not None
+        return is_open and self._size + num_bytes > self._limits.segment_bytes
+
+    def _append_group(self, payloads: Sequence[Payload]) -> None:
+        num_bytes = sum(HEAD.size + len(payload) for payload in payloads)
         if self._descriptor is None:
             self._begin_segment(num_bytes)
-        self._write(pack_head(payload, self._appended, int(self._clock() * 1000)), payload)
+        now_ms = int(self._clock() * 1000)
+        pieces: list[Payload] = []
+        for number, payload in enumerate(payloads, start=self._appended):
+            pieces += [pack_head(payload, number, now_ms), payload]
+        self._write(pieces)
         self._size += num_bytes
         if not self._pending:
             self._pending_since = time.monotonic()
-        self._appended += 1
-        return self._appended - 1
+        self._appended += len(payloads)
 
     def sync(self) -> range:
         """Flush everything appended to the disk.
@@ -130,7 +174,7 @@ class SegmentWriter(TraceWriter):
         path = segment_path(self._folder, self._segment)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o644)
-        self._size = 0
+        self._size, self._first = 0, self._appended
         self._begun_s = self._clock()
         try:
             sync_folder(self._folder)
@@ -138,15 +182,14 @@ class SegmentWriter(TraceWriter):
             self._abandon_segment()
             raise
 
-    def _write(self, head: bytes, payload: bytes) -> None:
+    def _write(self, pieces: Sequence[Payload]) -> None:
         assert self._descriptor is not None
         try:
-            written = os.writev(self._descriptor, [head, payload])
-            rest = (
-                memoryview(head + payload)[written:] if written < len(head) + len(payload) else b""
-            )
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            written = os.writev(self._descriptor, pieces)
+            if written < sum(map(len, pieces)):
+                rest = memoryview(b"".join(pieces))[written:]
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
         except OSError:
             self._cut_off_partial_record()
             raise
@@ -161,10 +204,13 @@ class SegmentWriter(TraceWriter):
     def _close_segment(self) -> None:
         self.sync()
         if self._descriptor is not None:
+            contents = Contents(self._appended - self._first, self._appended)
+            self._evictor.note_closed(self._segment, contents)
             os.close(self._descriptor)
             self._descriptor = None
 
     def _abandon_segment(self) -> None:
+        """Leave a segment of which nobody knows what it holds."""
         assert self._descriptor is not None
         os.close(self._descriptor)
         self._descriptor = None
@@ -178,14 +224,8 @@ class SegmentWriter(TraceWriter):
     def _evict(self, need_bytes: int) -> None:
         interval_s = min(_MAX_EVICT_INTERVAL_S, self._limits.ttl_s / _ROLLS_PER_TTL)
         self._next_evict = time.monotonic() + interval_s
-        self._evicted += evict(
-            self._root,
-            self._limits,
-            self._clock(),
-            own=self._folder,
-            own_open=None if self._descriptor is None else self._segment,
-            need_bytes=need_bytes,
-        )
+        own_open = None if self._descriptor is None else self._segment
+        self._evictor.evict(self._clock(), own_open, need_bytes)
 
 
 def _make_folder(root: Path, clock: Callable[[], float]) -> Path:

@@ -70,7 +70,7 @@ def _sizes(settings: Settings) -> Iterator[str]:
             f"engine.num_pages {pages} of engine.page_size {engine.page_size} tokens "
             f"cannot hold one request of engine.max_model_len {engine.max_model_len}"
         )
-    if buffer.max_bytes < 2 * buffer.segment_bytes:
+    if buffer.max_bytes is not None and buffer.max_bytes < 2 * buffer.segment_bytes:
         yield (
             f"buffer.max_bytes {buffer.max_bytes} holds less than two segments of "
             f"buffer.segment_bytes {buffer.segment_bytes}; raise the first or lower the second"

@@ -133,10 +133,12 @@ class CaptureSettings(Section):
     enabled: bool = True
     """Capture traces. A single request may opt out."""
     dtype: Literal["bfloat16", "float8_e4m3fn"] = "bfloat16"
-    """Type of the captured hidden rows; fp8 adds one float32 scale per row."""
-    ring_rows: int = Field(65_536, ge=1)
-    """Hidden rows held in memory until their request finishes. When full, the oldest are dropped
-    and counted."""
+    """Type of the captured hidden rows. fp8 halves memory, log and reading, and adds one float32
+    scale per vector."""
+    ring_rows: int | None = Field(None, ge=1)
+    """Hidden rows held in memory until their request finishes and is recorded. When full, the
+    oldest are dropped and counted. ``None``: as many as ``engine.max_batch`` requests of
+    ``engine.max_model_len``, up to 2048, tokens have; at most a sixteenth of the host's memory."""
     queue_traces: int = Field(256, ge=1)
     """Maximum number of finished traces waiting for the recorder. When full, the oldest is dropped
     and counted."""
@@ -150,8 +152,10 @@ class BufferSettings(Section):
     another folder. ``memory:NAME`` lives in one process and is for tests."""
     segment_bytes: int = Field(32 << 20, ge=4096)
     """Size at which a segment file is closed and the next one opened."""
-    max_bytes: int = Field(2 << 30, ge=4096)
-    """Maximum size of all segments together; the oldest are deleted first."""
+    max_bytes: int | None = Field(None, ge=4096)
+    """Maximum size of all segments together; the oldest are deleted first. ``None``: what an hour
+    of traffic takes, as measured; at least 1 GiB and at most a tenth of the free disk. ``buffer
+    inspect`` shows it."""
     ttl_s: float = Field(24 * 3600.0, gt=0)
     """Age in seconds at which a segment is deleted."""
     sync_interval_s: float = Field(0.2, ge=0)

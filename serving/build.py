@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from buffer.backends import open_backend
+from buffer.backends import limits_of, open_backend
 from buffer.fingerprint import target_fingerprint
-from buffer.interface import Backend, TraceLimits, WeightsStore
+from buffer.interface import Backend, WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
 from drafters.catalog import chosen, kind_of, on_request
@@ -54,6 +54,10 @@ log = logging.getLogger(__name__)
 
 _PROFILE_REPEATS = 5
 _PROFILE_CONTEXT = 128
+_RING_TOKENS = 2048
+"""Tokens of a long request: the ring holds so many rows for each that decodes. Typical ones are a
+tenth as long, and the rest of the ring is how far the recorder may fall behind."""
+_RING_SHARE = 1 / 16  # of the host's memory, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +264,7 @@ def _service(
     recorder = swapper = maker = None
     if programs.ring is not None:
         b = settings.buffer
-        limits = TraceLimits(b.segment_bytes, b.max_bytes, b.ttl_s, b.sync_interval_s)
-        writer = backend.open_trace_writer(limits)
+        writer = backend.open_trace_writer(limits_of(b))
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s)
         maker = TraceMaker(
             Producer(producer, int(time.time() * 1000), fingerprint),
@@ -324,9 +327,19 @@ def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     e = settings.engine
     chunks = e.prefill_chunk + BLOCK * e.max_batch
     rounds = ROUNDS_ON_THE_WAY * e.max_batch * (settings.drafter.max_draft + 1)
-    rows = max(settings.capture.ring_rows, 2 * (chunks + rounds))
+    rows = settings.capture.ring_rows
+    if rows is None:
+        row_bytes = (len(target.layer_ids) + 1) * target.config.hidden_size * 2
+        affordable = int(_RING_SHARE * _host_memory_bytes()) // row_bytes
+        rows = min(e.max_batch * min(e.max_model_len, _RING_TOKENS), affordable)
+    rows = max(rows, 2 * (chunks + rounds))
     shape = rows, len(target.layer_ids), target.config.hidden_size
     return CaptureRing(*shape, target.device, settings.capture.dtype)
+
+
+def _host_memory_bytes() -> int:
+    """Memory of this host."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _num_pages(settings: Settings, target: Target) -> int:

@@ -95,7 +95,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.steps_since_judged = state["steps_since_judged"]
         trainer.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
-        intake.reader = TraceReader(backend, state["offsets"])
+        intake.continue_with(TraceReader(backend, state["offsets"]))
         wanted = keys_in(state["memory"])
         found = intake.find(wanted, TraceReader(backend))
         trainer.memory = restore(settings.trainer, settings.seed, state["memory"], found)

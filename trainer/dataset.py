@@ -1,7 +1,7 @@
 """Turn traces into training samples.
 
-A trace that does not fit the target, or whose rows are not finite, is refused with a reason and
-never reaches a batch.
+A trace that does not fit the target is refused with a reason and never reaches a batch. What can be
+said of a trace alone, such as that its rows are finite, the decoder has checked.
 
 Shapes: N captured rows of a trace.
 """
@@ -11,17 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from buffer.records import FeatureRows, Trace
-from drafters.samples import Piece, Sample, widen
+from buffer.records import Count, FeatureRows, Trace
+from drafters.samples import Piece, Sample
 
-RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "rows", "short"]
+RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "short"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
-LARGEST_VALUE = 1e9
-"""Larger hidden values mean damage: real ones stay below 1e6, and squares must stay finite."""
 _TORCH_TYPES = {
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
@@ -69,31 +68,28 @@ def sample_of(
     refusal = _misfit(trace, features, expected)
     if refusal is not None:
         return refusal
-    rows = torch.from_numpy(features.rows).view(_TORCH_TYPES[features.dtype])
-    scale = None if features.scale is None else torch.from_numpy(features.scale)
-    largest = float(widen(rows, scale).abs().amax())
-    if not largest <= LARGEST_VALUE:  # also when it is NaN
-        return Refusal("rows", f"hidden rows reach {largest:g}, at most {LARGEST_VALUE:g} is sane")
     first = 0 if train_on_prompts else max(trace.prompt_length - 1, 0)
-    positions = torch.from_numpy(features.positions).long()
-    trained = _rows_with_loss(positions, first, trace.token_ids.size)
-    pieces = [
+    trained = _rows_with_loss(features.positions, first, trace.token_ids.size)
+    pieces = tuple(
         piece
         for piece in cut(trace.token_ids.size, first, max_sequence)
-        if bool(((trained >= piece.loss_from) & (trained < piece.stop - 1)).any())
-    ]
+        if _num_below(trained, piece.loss_from) < _num_below(trained, piece.stop - 1)
+    )
     if not pieces:
-        return Refusal("short", "no two adjacent captured rows are followed by a generated token")
+        return Refusal("short", "no two captured rows in a row are followed by a generated token")
+    rows = torch.from_numpy(features.rows).view(_TORCH_TYPES[features.dtype])
+    scale = None if features.scale is None else torch.from_numpy(features.scale)
+    versions = trace.rounds.counts[Count.VERSION]
     return Sample(
         key_of(trace),
         torch.from_numpy(trace.token_ids).long(),
-        positions,
+        torch.from_numpy(features.positions).long(),
         rows,
         scale,
-        tuple(pieces),
-        trained.numel(),
+        pieces,
+        trained.size,
         trace.sampling.temperature,
-        max((r.version for r in trace.rounds), default=None),
+        int(versions.max()) if versions.size else None,
     )
 
 
@@ -108,16 +104,28 @@ def _misfit(trace: Trace, features: FeatureRows, expected: Expected) -> Refusal 
     if features.rows.shape[2] != expected.hidden_size:
         width = features.rows.shape[2]
         return Refusal("shape", f"rows are {width} wide, expected {expected.hidden_size}")
-    largest = int(trace.token_ids.max())
+    rounds = trace.rounds
+    largest = max(
+        int(ids.max())
+        for ids in (trace.token_ids, rounds.draft_ids, rounds.counts[Count.NEXT_ID])
+        if ids.size
+    )
     if largest >= expected.vocab_size:
         return Refusal("vocabulary", f"token {largest} is not below {expected.vocab_size}")
     return None
 
 
-def _rows_with_loss(positions_N: Tensor, first: int, num_tokens: int) -> Tensor:
-    """Positions of rows to train on: they and the row before are captured, and a token follows."""
-    follows = torch.diff(positions_N, prepend=positions_N[:1] - 2) == 1
-    return positions_N[follows & (positions_N >= first) & (positions_N + 1 < num_tokens)]
+def _rows_with_loss(
+    positions_N: NDArray[np.int32], first: int, num_tokens: int
+) -> NDArray[np.int32]:
+    """Positions of rows to train on, ascending: captured, like the preceding row, and with a next
+    token."""
+    follows: NDArray[np.int32] = positions_N[1:][positions_N[1:] - positions_N[:-1] == 1]
+    return follows[_num_below(follows, first) : _num_below(follows, num_tokens - 1)]
+
+
+def _num_below(ascending: NDArray[np.int32], bound: int) -> int:
+    return int(ascending.searchsorted(bound))
 
 
 def cut(num_tokens: int, first_loss: int, max_sequence: int) -> tuple[Piece, ...]:

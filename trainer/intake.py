@@ -1,41 +1,114 @@
-"""Reads traces from the buffer and refuses those that do not fit."""
+"""Reads traces from the buffer and refuses those that do not fit.
+
+Consumes: records of the trace log. Once started, a thread of its own reads and checks, so that the
+trainer finds samples ready.
+Waits for: the trainer to take what is ready; new records.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from buffer.records import Trace
-from buffer.traces import TraceReader
+from buffer.traces import TraceCounts, TraceReader
 from drafters.samples import Sample
 from trainer.dataset import Expected, Refusal, key_of, sample_of
 from trainer.journal import Journal
 
 TRACES_AT_ONCE = 64
+BATCHES_AHEAD = 2
+"""Batches that wait for the trainer, of at most ``TRACES_AT_ONCE`` traces or 64 MiB each."""
+POLL_S = 0.02
+"""Seconds between two looks for new records once all were read."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What one read of the log gave."""
+
+    samples: list[Sample]
+    refused: list[tuple[str, Refusal]]
+    """Key and reason of each refused trace."""
+    offsets: dict[str, Any]
+    """The reader's after it."""
+    counts: TraceCounts
+    """Likewise."""
+    is_empty: bool
+    """All records had been read before."""
+
+
 class Intake:
     """The trainer's end of the trace log."""
 
-    reader: TraceReader
-    expected: Expected
-    max_sequence: int
-    """Maximum number of positions in a piece."""
-    journal: Journal
-    num_refused: Counter[str] = field(default_factory=Counter)
-    """Refused traces by reason, since this process started."""
-    last_trace_s: float = field(default_factory=time.monotonic)
-    """Monotonic time at which the last trace arrived."""
+    def __init__(
+        self, reader: TraceReader, expected: Expected, max_sequence: int, journal: Journal
+    ) -> None:
+        """
+        Args:
+            reader: read by nobody else.
+            expected: what traces must fit.
+            max_sequence: most positions of a piece.
+            journal: told of refused traces.
+        """
+        self.expected = expected
+        self.num_refused: Counter[str] = Counter()
+        """Refused traces by reason, since this process started."""
+        self.last_trace_s = time.monotonic()
+        """Monotonic time at which the last trace arrived."""
+        self._max_sequence = max_sequence
+        self._journal = journal
+        self._ahead: _Ahead | None = None
+        self.continue_with(reader)
+
+    def continue_with(self, reader: TraceReader) -> None:
+        """Read from this reader from now on; not once started."""
+        assert self._ahead is None, "the intake has started"
+        self._reader = reader
+        self._offsets, self._counts = reader.offsets(), reader.counts
+
+    def start(self) -> None:
+        """Read ahead, on a thread of its own, until ``stop``."""
+        if self._ahead is None:
+            self._ahead = _Ahead(self._next_batch)
+
+    def stop(self) -> None:
+        """Stop reading ahead. What was read and not handed over is read again after a restart."""
+        if self._ahead is not None:
+            self._ahead.stop()
 
     def read(self) -> list[Sample]:
-        """Samples of the next traces, at most ``TRACES_AT_ONCE``; never waits for more."""
-        traces = self.reader.read(TRACES_AT_ONCE)
-        if traces:
+        """Samples of the next traces, at most ``TRACES_AT_ONCE``.
+
+        Never waits for traces to be written; while earlier ones are still being read, it waits for
+        the next of them.
+
+        Raises:
+            OSError: the log cannot be read.
+        """
+        batch = self._next_batch() if self._ahead is None else self._ahead.take()
+        if batch is None:
+            return []
+        self._offsets, self._counts = batch.offsets, batch.counts
+        if batch.samples or batch.refused:
             self.last_trace_s = time.monotonic()
-        samples = [self._sample(trace) for trace in traces]
-        return [sample for sample in samples if sample is not None]
+        for key, refusal in batch.refused:
+            self.num_refused[refusal.reason] += 1
+            self._journal.event("refused", trace=key, reason=refusal.reason, text=refusal.text)
+        return batch.samples
+
+    def offsets(self) -> dict[str, Any]:
+        """Offsets behind the samples that ``read`` has returned, for a checkpoint."""
+        return self._offsets
+
+    @property
+    def counts(self) -> TraceCounts:
+        """Records by outcome, up to the samples that ``read`` has returned."""
+        return self._counts
 
     def find(self, wanted: set[str], reader: TraceReader) -> dict[str, Sample]:
         """Samples named ``wanted`` that ``reader`` still finds in the log, by their names."""
@@ -44,20 +117,95 @@ class Intake:
             num_seen = _num_seen(reader)
             for trace in reader.read(TRACES_AT_ONCE):
                 if key_of(trace) in wanted:
-                    sample = sample_of(trace, self.expected, self.max_sequence)
-                    if not isinstance(sample, Refusal):
+                    sample = self._sample_of(trace)
+                    if isinstance(sample, Sample):
                         found[sample.key] = sample
             if _num_seen(reader) == num_seen:
                 break  # end of the log
         return found
 
-    def _sample(self, trace: Trace) -> Sample | None:
-        sample = sample_of(trace, self.expected, self.max_sequence)
-        if isinstance(sample, Sample):
-            return sample
-        self.num_refused[sample.reason] += 1
-        self.journal.event("refused", trace=key_of(trace), reason=sample.reason, text=sample.text)
-        return None
+    def _next_batch(self) -> _Batch:
+        before = _num_seen(self._reader)
+        samples, refused = list[Sample](), list[tuple[str, Refusal]]()
+        for trace in self._reader.read(TRACES_AT_ONCE):
+            sample = self._sample_of(trace)
+            if isinstance(sample, Sample):
+                samples.append(sample)
+            else:
+                refused.append((key_of(trace), sample))
+        is_empty = _num_seen(self._reader) == before
+        return _Batch(samples, refused, self._reader.offsets(), self._reader.counts, is_empty)
+
+    def _sample_of(self, trace: Trace) -> Sample | Refusal:
+        return sample_of(trace, self.expected, self._max_sequence)
+
+
+class _Ahead:
+    """Reads batches ahead, on a thread."""
+
+    def __init__(self, next_batch: Callable[[], _Batch]) -> None:
+        self._next_batch = next_batch
+        self._ready: deque[_Batch] = deque()
+        self._has_all = False
+        """The last read found nothing new."""
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        """Guards all of the above; notified whenever it changes."""
+        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+        self._thread.start()
+
+    def take(self) -> _Batch | None:
+        """The next batch; ``None`` if all records were read.
+
+        Raises:
+            BaseException: what ended the thread.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._ready or self._has_all or self._stopping or self._error
+            )
+            if self._ready:
+                batch = self._ready.popleft()
+                self._changed.notify_all()
+                return batch
+            if self._error is not None:
+                raise self._error
+            return None
+
+    def stop(self) -> None:
+        """End the thread, and wait for that."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_room():
+                batch = self._next_batch()
+                with self._changed:
+                    self._has_all = batch.is_empty
+                    if self._ready and self._ready[-1].is_empty:
+                        self._ready.pop()  # it says nothing that the next one does not
+                    self._ready.append(batch)
+                    self._changed.notify_all()
+        except BaseException as error:  # the thread's outermost loop: whoever takes must know
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> bool:
+        """Wait until a batch is wanted, for ``POLL_S`` at least if there was nothing to read;
+        returns False once told to stop."""
+        with self._changed:
+            if self._has_all:
+                self._changed.wait_for(lambda: self._stopping, POLL_S)
+            self._changed.wait_for(lambda: self._stopping or self._has_room())
+            return not self._stopping
+
+    def _has_room(self) -> bool:
+        return sum(not batch.is_empty for batch in self._ready) < BATCHES_AHEAD
 
 
 def _num_seen(reader: TraceReader) -> int:

@@ -38,6 +38,7 @@ def run(trainer: Trainer) -> None:
     Raises:
         ValueError: the weights are broken and the checkpoint to restore them from is damaged.
     """
+    trainer.intake.start()
     while not trainer.is_done():
         trainer.take_in_traces()
         if trainer.waits_for() is None:
@@ -193,6 +194,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Save a checkpoint if the weights are sound, and report the end."""
+        self.intake.stop()
         if not self.learner.skips_in_row:
             self.checkpoint()
         self.journal.event("stopped", step=self.learner.step)
@@ -216,7 +218,7 @@ class Trainer:
             "refused_in_row": self.refused_in_row,
             "random": self.random.bit_generator.state,
             "memory": self.memory.to_json(),
-            "offsets": self.intake.reader.offsets(),
+            "offsets": self.intake.offsets(),
         }
 
     def _has_all_steps(self) -> bool:
@@ -279,7 +281,7 @@ class Trainer:
         self._write_status("training")
 
     def _write_status(self, state: str) -> None:
-        memory, counts = self.memory, self.intake.reader.counts
+        memory, counts = self.memory, self.intake.counts
         self.journal.status(
             {
                 "state": state,

@@ -9,8 +9,10 @@ from itertools import count
 
 import numpy as np
 
-from buffer.records import Sampling, Trace
-from serving.engine.capture_ring import CaptureRing, Held, Piece, feature_rows
+from buffer.codec import encode_trace, encode_without_rows
+from buffer.records import FeatureRows, Sampling, Trace
+from serving.capture.rounds import round_columns
+from serving.engine.capture_ring import CaptureRing, Held
 from serving.engine.sequence import Sequence
 from serving.sampling import trace_values
 
@@ -45,49 +47,62 @@ class TraceMaker:
         self._numbers = count()
         self._is_behind = False
 
-    def finished(self, sequence: Sequence) -> Callable[[], Trace | None]:
-        """A function that builds the trace, for the recorder's thread.
+    def finished(self, sequence: Sequence) -> Callable[[], memoryview | None]:
+        """A function that encodes the trace, for the recorder's thread.
 
         It returns ``None`` if the ring has begun to overwrite the request's rows by then. A
         recorder that far behind would find holes in every trace, so it skips some to catch up.
         For a request longer than the ring, the remaining rows are used.
         """
         pieces = sequence.capture_rows
-        has_all = not self._ring.num_lost(pieces)
+        has_all = self._ring.has_all(pieces)
         seq = next(self._numbers)
         finished_ms = int(time.time() * 1000)
 
-        def make() -> Trace | None:
-            held = self._held(pieces, has_all)
-            if held is None:
-                return None
-            request = sequence.request
-            return Trace(
-                producer=self._producer.name,
-                epoch=self._producer.epoch,
-                seq=seq,
-                request_id=request.id,
-                tenant=request.tenant,
-                target_fingerprint=self._producer.target_fingerprint,
-                sampling=Sampling(trace_values(request.sampling)),
-                prompt_length=sequence.num_prompt,
-                token_ids=np.asarray(sequence.tokens, dtype=np.int32),
-                rounds=tuple(sequence.rounds),
-                features=feature_rows(held, self._layer_ids),
-                finished_unix_ms=finished_ms,
-            )
-
-        return make
-
-    def _held(self, pieces: list[Piece], has_all: bool) -> Held | None:
-        """Rows of a finished request; ``None`` if it finished with all rows and lost some since."""
-        ahead = _SKIP if self._is_behind else 0.0
-        self._is_behind = has_all and self._ring.num_lost(pieces, ahead) > 0
-        if not self._is_behind:
-            held, lost = self._ring.read(pieces)
-            self._is_behind = has_all and lost > 0
-            if not self._is_behind:
+        def encode() -> memoryview | None:
+            if not has_all:
+                held, lost = self._ring.read(pieces)
+                self._is_behind = False
                 self.num_lost_rows += lost
-                return held
-        self.num_lost_rows += sum(count for _, _, count in pieces)
-        return None
+                features = self._ring.features(held, self._layer_ids)
+                return encode_trace(self._trace(sequence, seq, finished_ms, features))
+            if self._ring.has_all(pieces, _SKIP if self._is_behind else 0.0):
+                record = self._copied(sequence, seq, finished_ms)
+                if record is not None:
+                    self._is_behind = False
+                    return record
+            self._is_behind = True
+            self.num_lost_rows += sum(count for _, _, count in pieces)
+            return None
+
+        return encode
+
+    def _copied(self, sequence: Sequence, seq: int, finished_ms: int) -> memoryview | None:
+        """The trace, its rows copied from the ring to their place in the record; ``None`` if any
+        of them was overwritten meanwhile."""
+        ring = self._ring
+        places = ring.places(sequence.capture_rows)
+        held = Held(places.positions, ring.blank_rows(places), ring.scales(places))
+        features = ring.features(held, self._layer_ids)
+        record, rows = encode_without_rows(self._trace(sequence, seq, finished_ms, features))
+        ring.copy_rows(places, rows)
+        return None if ring.num_lost(places) else record
+
+    def _trace(
+        self, sequence: Sequence, seq: int, finished_ms: int, features: FeatureRows
+    ) -> Trace:
+        request = sequence.request
+        return Trace(
+            producer=self._producer.name,
+            epoch=self._producer.epoch,
+            seq=seq,
+            request_id=request.id,
+            tenant=request.tenant,
+            target_fingerprint=self._producer.target_fingerprint,
+            sampling=Sampling(trace_values(request.sampling)),
+            prompt_length=sequence.num_prompt,
+            token_ids=np.asarray(sequence.tokens, dtype=np.int32),
+            rounds=round_columns(sequence.rounds),
+            features=features,
+            finished_unix_ms=finished_ms,
+        )

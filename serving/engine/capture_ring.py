@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from buffer.records import FeatureRows
@@ -34,15 +35,25 @@ before the previous one is read."""
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Where the rows of one request are."""
+
+    positions: NDArray[np.int32]
+    """[N] positions in the sequence, ascending."""
+    numbers: NDArray[np.int64]
+    """[N] running numbers, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """Rows copied out of the ring."""
 
-    positions: np.ndarray
-    """[N] int32, positions in the sequence."""
-    rows: Tensor
-    """[N, m + 1, H] in the ring's dtype."""
-    scales: Tensor | None
-    """[N, m + 1] float32 multiplier of each vector for fp8 rows; ``None`` for bfloat16."""
+    positions: NDArray[np.int32]
+    """[N] positions in the sequence."""
+    rows: NDArray[Any]
+    """[N, m + 1, H] in the bits of ``FeatureRows.rows``."""
+    scales: NDArray[np.float32] | None
+    """[N, m + 1] multiplier of each vector for fp8 rows; ``None`` for bfloat16."""
 
 
 class CaptureRing:
@@ -71,6 +82,11 @@ class CaptureRing:
         self._ring = new_ring(
             capacity, num_layers + 1, hidden_size, str(device), is_fp8=is_fp8, pinned=on_gpu
         )
+        # numpy's views of the same host memory: its copies are one call each.
+        bits = torch.uint8 if is_fp8 else torch.uint16
+        self._rows: NDArray[Any] = self._ring.rows.view(bits).numpy()
+        scales = self._ring.scales
+        self._scales = None if scales is None else scales.numpy()
         self._capacity = capacity
         self._next = 0
         self._most_on_the_way = 0
@@ -113,43 +129,74 @@ class CaptureRing:
         """Adopt the device's row count after a step that failed halfway."""
         self._next = int(self._ring.next_1)
 
-    def num_lost(self, pieces: list[Piece], ahead: float = 0.0) -> int:
-        """Number of rows that are lost, or will be once a share ``ahead`` more is overwritten."""
+    def has_all(self, pieces: list[Piece], ahead: float = 0.0) -> bool:
+        """Whether all of a request's rows are held, and will be once a share ``ahead`` of the ring
+        is overwritten.
+
+        Args:
+            pieces: ascending, as the engine noted them.
+        """
         oldest = self._oldest() + int(ahead * self._capacity)
-        return sum(min(max(oldest - first, 0), count) for _, first, count in pieces)
+        return not pieces or pieces[0][1] >= oldest
 
     def _oldest(self) -> int:
         """Running number of the oldest row that no launched program can overwrite."""
         return self._next + self._most_on_the_way - self._capacity
 
+    def places(self, pieces: list[Piece]) -> Places:
+        """Positions and running numbers of the rows of a request."""
+        if not pieces:
+            return Places(np.zeros(0, np.int32), np.zeros(0, np.int64))
+        first_P, number_P, count_P = np.array(pieces, dtype=np.int64).T
+        # Within a piece, positions and numbers grow together.
+        numbers = np.arange(count_P.sum()) + np.repeat(
+            number_P - np.cumsum(count_P) + count_P, count_P
+        )
+        positions = numbers + np.repeat(first_P - number_P, count_P)
+        return Places(positions.astype(np.int32), numbers)
+
+    def blank_rows(self, places: Places) -> NDArray[Any]:
+        """[N, m + 1, H] zeros that take no memory: the shape of rows that nobody has copied yet."""
+        shape = (places.numbers.size, *self._rows.shape[1:])
+        return np.broadcast_to(np.zeros((), self._rows.dtype), shape)
+
+    def copy_rows(self, places: Places, out: NDArray[Any]) -> None:
+        """Copy rows on any thread, while the device may be appending; see ``num_lost``.
+
+        Args:
+            out: [N, m + 1, H], contiguous, in the bits of ``FeatureRows.rows``.
+        """
+        # With an index that cannot be out of range, numpy needs no second copy.
+        index = places.numbers % self._capacity
+        self._rows.take(index, axis=0, out=out, mode="clip")
+
+    def scales(self, places: Places) -> NDArray[np.float32] | None:
+        """[N, m + 1] multiplier of each vector for fp8 rows; ``None`` for bfloat16."""
+        if self._scales is None:
+            return None
+        return self._scales.take(places.numbers % self._capacity, axis=0)
+
+    def num_lost(self, places: Places) -> int:
+        """Leading rows that may have been overwritten by now; if they were being copied, during it.
+
+        Asked after a copy, it tells which copied rows are sound.
+        """
+        return int(np.searchsorted(places.numbers, self._oldest()))
+
     def read(self, pieces: list[Piece]) -> tuple[Held, int]:
-        """Copy rows, on any thread, while the device may be appending.
+        """Copy the rows that are still held.
 
         Returns:
-            The rows still held, and the number of rows lost.
+            They, and the number of rows lost.
         """
-        positions = [p for first, _, count in pieces for p in range(first, first + count)]
-        numbers = [n for _, first, count in pieces for n in range(first, first + count)]
-        numbers_N = torch.tensor(numbers, dtype=torch.int64)
-        index = numbers_N % self._capacity
-        # As bytes, because not every device can index fp8.
-        rows = self._ring.rows.view(torch.uint8)[index]
-        scales = None if self._ring.scales is None else self._ring.scales[index]
-        # Checked after the copy, so that rows overwritten during it count as lost.
-        is_held = numbers_N >= self._oldest()
-        lost = len(numbers) - int(is_held.sum())
-        held_positions = np.asarray(positions, dtype=np.int32)
-        if lost:
-            held_positions, rows = held_positions[is_held.numpy()], rows[is_held]
-            scales = None if scales is None else scales[is_held]
-        return Held(held_positions, rows.view(self._ring.rows.dtype), scales), lost
+        places = self.places(pieces)
+        rows = np.empty_like(self.blank_rows(places), order="C")
+        self.copy_rows(places, rows)
+        scales = self.scales(places)
+        lost = self.num_lost(places)
+        kept = None if scales is None else scales[lost:]
+        return Held(places.positions[lost:], rows[lost:], kept), lost
 
-
-def feature_rows(held: Held, layer_ids: tuple[int, ...]) -> FeatureRows:
-    """Convert rows to the record that the log stores."""
-    scale = None if held.scales is None else held.scales.numpy()
-    if held.rows.dtype == torch.bfloat16:
-        bits = held.rows.view(torch.uint16).numpy()
-        return FeatureRows(held.positions, layer_ids, "bfloat16", bits, scale)
-    bits = held.rows.view(torch.uint8).numpy()
-    return FeatureRows(held.positions, layer_ids, "float8_e4m3fn", bits, scale)
+    def features(self, held: Held, layer_ids: tuple[int, ...]) -> FeatureRows:
+        """Rows as the record that the log stores."""
+        return FeatureRows(held.positions, layer_ids, self.dtype, held.rows, held.scales)

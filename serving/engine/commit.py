@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from buffer.records import Round
 from policies.interface import Decision
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.drafting import Drafting
 from serving.engine.scheduler import Chunk
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import NotedStep, Sequence
 from serving.requests import TokenLogprob
 
 
@@ -120,26 +119,25 @@ class Commits:
             firsts: number of the first captured row of each request; ``None`` without capture.
         """
         draft, verified = step.proposed, step.verified
+        rest = step.version, decision.draft_k, decision.propensity, len(batch), step_s
+        idle = NotedStep("none", *rest)
+        drafting = NotedStep(draft.drafter, *rest) if draft else idle
         committed = []
         for r, sequence in enumerate(batch):
             if sequence.finish_reason is not None:
                 continue
-            drafted = draft.tokens[r] if draft else []
+            drafted = draft.tokens[r] if draft else ()
             num_drafted, kept = len(drafted), verified.num_accepted[r]
+            drawn = draft.q_logp[r] if draft and draft.q_logp else ()
             sequence.rounds.append(
-                Round(
-                    anchor=len(sequence.tokens) - 1,
-                    drafter=draft.drafter if draft and num_drafted else "none",
-                    version=step.version,
-                    draft_ids=tuple(drafted),
-                    q_logp=tuple(draft.q_logp[r]) if draft and draft.q_logp else None,
-                    p_logp=tuple(verified.p_logp[r][: min(kept + 1, num_drafted)]),
-                    num_accepted=kept,
-                    next_id=verified.next_ids[r],
-                    draft_k=decision.draft_k,
-                    propensity=decision.propensity,
-                    batch=len(batch),
-                    step_s=step_s,
+                (
+                    drafting if num_drafted else idle,
+                    len(sequence.tokens) - 1,
+                    drafted,
+                    drawn,
+                    verified.p_logp[r],
+                    kept,
+                    verified.next_ids[r],
                 )
             )
             self._count_round(num_drafted, kept)

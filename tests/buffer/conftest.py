@@ -11,7 +11,7 @@ import pytest
 
 from buffer.backends import open_backend
 from buffer.interface import TraceLimits
-from buffer.records import FeatureRows, Round, Sampling, Trace
+from buffer.records import FeatureRows, Round, Rounds, Sampling, Trace
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,9 +33,11 @@ def make_trace():
             ),
             prompt_length=2,
             token_ids=np.array([5, 6, 7, 8, 9], np.int32),
-            rounds=(
-                Round(1, "eagle3", 3, (7, 8), (-0.1, -0.5), (-0.2, -0.4), 2, 9, 2, 0.98, 4, 0.004),
-                Round(4, "none", 3, (), None, (), 0, 1, 0, 0.02, 4, 0.003),
+            rounds=Rounds.of(
+                [
+                    Round(1, "eagle3", 3, (7, 8), (-1, -0.5), (-2, -0.25), 2, 9, 2, 0.98, 4, 0.004),
+                    Round(4, "none", 3, (), None, (), 0, 1, 0, 0.02, 4, 0.003),
+                ]
             ),
             features=FeatureRows(
                 positions=np.array([0, 1, 3], np.int32),

@@ -36,7 +36,7 @@ class JsonLines(Backend):
     def open_weights(self):
         return FolderWeights(self.weights)
 
-    def reports(self):
+    def reports(self, limits):
         return ()
 
 
@@ -112,7 +112,7 @@ import numpy as np
 from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.interface import TraceLimits
-from buffer.records import Manifest, Sampling, Trace
+from buffer.records import Manifest, Rounds, Sampling, Trace
 from buffer.tensors import join_tensors
 from buffer.traces import TraceReader
 
@@ -120,7 +120,7 @@ run_dir = Path(sys.argv[1])
 limits = TraceLimits(segment_bytes=4096, max_bytes=1 << 20, ttl_s=60.0, sync_interval_s=0.0)
 sampling = Sampling({"temperature": 0.0})
 ids = np.arange(5, dtype=np.int32)
-trace = Trace("server", 1, 0, "cmpl-1", "acme", "ab" * 32, sampling, 2, ids, (), None, 7)
+trace = Trace("server", 1, 0, "cmpl-1", "acme", "ab" * 32, sampling, 2, ids, Rounds.of(), None, 7)
 
 server = open_backend("jsonl:traces.jsonl", run_dir)
 with server.open_trace_writer(limits) as writer:

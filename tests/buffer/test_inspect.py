@@ -40,12 +40,15 @@ def inspect(*arguments):
 
 def test_a_sound_run_is_summed_up(run):
     code, output = inspect(run)
-    segment, traces, *bundles = output.splitlines()
+    segment, log, traces, *bundles = output.splitlines()
 
     assert code == 0
     assert segment.startswith("segment w")
     assert "/000000: 3 records, " in segment
     assert segment.endswith("bytes, torn 0 bytes, damaged 0")
+    num_bytes = segment.split(", ")[1].removesuffix(" bytes")
+    assert log.startswith(f"log: {num_bytes} bytes in 1 segments, written at ")
+    assert log.endswith(" bytes (an hour of traffic, disk permitting)")
     assert traces == (
         "traces: 3, tokens 6 prompt + 9 completion, tokens_per_step 2.000, "
         "tenants: acme 2, umbrella 1; unreadable: none"
@@ -61,11 +64,11 @@ def test_json_output_is_one_object_per_line(run):
     lines = [json.loads(line) for line in output.splitlines()]
 
     assert code == 0
-    assert [line["kind"] for line in lines] == ["segment", "traces", "bundle", "bundle"]
-    assert lines[0]["records"] == lines[1]["traces"] == 3
-    assert lines[1]["tenants"] == {"acme": 2, "umbrella": 1}
-    assert lines[1]["tokens_per_step"] == 2.0
-    assert lines[3] == {
+    assert [line["kind"] for line in lines] == ["segment", "log", "traces", "bundle", "bundle"]
+    assert lines[0]["records"] == lines[2]["traces"] == 3
+    assert lines[2]["tenants"] == {"acme": 2, "umbrella": 1}
+    assert lines[2]["tokens_per_step"] == 2.0
+    assert lines[4] == {
         "kind": "bundle",
         "version": 1,
         "parent": 0,
@@ -134,7 +137,7 @@ def test_the_url_of_the_settings_is_followed(run, tmp_path):
     assert inspect(run)[1].splitlines()[0].startswith("traces: 0, ")
     code, output = inspect(run, "--set", f"buffer.url=log:{elsewhere}")
     assert code == 0
-    assert output.splitlines()[1].startswith("traces: 3, ")
+    assert output.splitlines()[2].startswith("traces: 3, ")
 
 
 def test_the_run_folder_of_the_settings_is_the_default(run, tmp_path):

@@ -212,9 +212,9 @@ def test_a_trace_that_was_sent_twice_is_returned_once(open_buffer, limits, make_
 
 
 def test_records_that_are_no_traces_are_counted_and_passed_over(open_buffer, limits, make_trace):
-    sound = encode_trace(make_trace())
+    sound = bytes(encode_trace(make_trace()))
     with open_buffer().open_trace_writer(limits) as writer:
-        for record in (b"rubbish!", sound.replace(b'"version":"1"', b'"version":"7"'), sound):
+        for record in (b"rubbish!", sound[:16] + b"\7" + sound[17:], sound):
             writer.append(record)
     reader = TraceReader(open_buffer())
 

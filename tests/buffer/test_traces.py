@@ -47,9 +47,9 @@ def test_a_relative_folder_is_refused(tmp_path):
 def test_records_that_are_no_traces_are_put_aside_with_their_reason(
     tmp_path, log, writer, make_trace
 ):
-    sound = encode_trace(make_trace())
-    newer = sound.replace(b'"version":"1"', b'"version":"7"')
-    poison = sound.replace(b'\\"prompt_length\\":2', b'\\"prompt_length\\":9')
+    sound = bytes(encode_trace(make_trace()))
+    newer = sound[:16] + b"\7" + sound[17:]
+    poison = sound.replace(b'"prompt_length":2', b'"prompt_length":9')
     for record in (b"rubbish!", newer, poison, sound):
         writer.append(record)
     reader = TraceReader(log)

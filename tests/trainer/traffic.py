@@ -20,7 +20,7 @@ from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import TraceLimits
-from buffer.records import FeatureRows, Round, Sampling, Trace
+from buffer.records import FeatureRows, Round, Rounds, Sampling, Trace
 from configs.schema import DrafterSettings, Settings, TrainerSettings
 from drafters.eagle3.model import default_layer_ids
 from trainer.build import build_trainer
@@ -100,7 +100,7 @@ def trace_of(
         sampling=Sampling({"temperature": temperature}),
         prompt_length=PROMPT,
         token_ids=ids.numpy().astype(np.int32),
-        rounds=(Round(PROMPT, "eagle3", 0, (1,), None, (-0.5,), 0, 2, 1, 1.0, 1, 0.01),),
+        rounds=Rounds.of([Round(PROMPT, "eagle3", 0, (1,), None, (-0.5,), 0, 2, 1, 1.0, 1, 0.01)]),
         features=FeatureRows(positions, LAYER_IDS, "bfloat16", bits, None),
         finished_unix_ms=1,
     )
