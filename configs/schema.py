@@ -176,6 +176,14 @@ class TrainerSettings(Section):
     nice: int = Field(5, ge=0, le=19)
     """Niceness of the trainer process; above 0 it yields CPU time to a server on the same
     machine."""
+    memory_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the GPU's memory for the hidden rows of all traces that are held, which are uploaded
+    once. If they do not fit, fewer traces are held."""
+    memory_bytes: int = Field(1 << 30, ge=1 << 16)
+    """The same bound in bytes where the trainer runs on a CPU."""
+    read_ahead: bool = True
+    """Read and check traces in a thread of their own beside the updates. Off: between them, so that
+    a run on the same log repeats exactly."""
     lr: float = Field(3.0e-4, gt=0)
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
@@ -184,6 +192,10 @@ class TrainerSettings(Section):
     """Maximum gradient norm."""
     warmup_steps: int = Field(10, ge=0)
     """Steps over which the learning rate rises linearly to ``lr``."""
+    average_decay: float = Field(0.96, ge=0, lt=1)
+    """Candidates are a running average of the weights that keeps this share of itself at each
+    update; 0.96 averages over about the last 25. It keeps less at first: (1 + n) / (10 + n) after n
+    updates. 0: no averaging."""
     batch_tokens: int = Field(2048, ge=16)
     """Tokens per update."""
     max_sequence: int = Field(512, ge=16)

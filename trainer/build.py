@@ -23,10 +23,13 @@ from trainer.dataset import Expected
 from trainer.gate import Judge
 from trainer.intake import Intake
 from trainer.journal import Journal
-from trainer.learner import Learner, batch_dtype
+from trainer.learner import Learner
 from trainer.loop import Trainer
-from trainer.replay import keys_in, new_memory, restore
+from trainer.reading import Reading
+from trainer.replay import Memory, keys_in
+from trainer.rows import RowStore, memory_bytes
 from trainer.start import newest_drafter
+from trainer.update import batch_dtype
 
 
 def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
@@ -47,18 +50,17 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
     journal = Journal(settings.run_dir / "trainer")
+    rows = RowStore(device, memory_bytes(settings.trainer, device))
+    intake = Intake(
+        TraceReader(backend), expected_of(manifest, head), settings.trainer.max_sequence, journal
+    )
     trainer = Trainer(
         settings=settings,
-        intake=Intake(
-            TraceReader(backend),
-            expected_of(manifest, head),
-            settings.trainer.max_sequence,
-            journal,
-        ),
+        reading=Reading(intake, intake.reader.offsets()),
         store=store,
-        memory=new_memory(settings.trainer, settings.seed),
-        learner=Learner(learns, model, head, settings.trainer, device),
-        judge=Judge(learns, head, device, incumbent, settings.trainer.gate_margin),
+        memory=Memory(settings.trainer, settings.seed, rows),
+        learner=Learner(learns, model, head, settings.trainer, rows),
+        judge=Judge(learns, head, rows, incumbent, settings.trainer.gate_margin),
         published=manifest,
         random=np.random.default_rng(settings.seed),
         journal=journal,
@@ -82,8 +84,8 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
     Raises:
         CheckpointError: it was made for another target or drafter, or is incomplete.
     """
-    state, settings = saved.state, trainer.settings
-    intake = trainer.intake
+    state = saved.state
+    intake = trainer.reading.intake
     try:
         for name, ours in trainer.identity().items():
             if state[name] != ours:
@@ -92,13 +94,14 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.learner.step = state["step"]
         trainer.learner.num_skipped = state["num_skipped"]
         trainer.learner.lr_scale = state["lr_scale"]
-        trainer.steps_since_judged = state["steps_since_judged"]
-        trainer.refused_in_row = state["refused_in_row"]
+        trainer.pace.steps_since_judged = state["steps_since_judged"]
+        trainer.pace.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
         intake.reader = TraceReader(backend, state["offsets"])
         wanted = keys_in(state["memory"])
         found = intake.find(wanted, TraceReader(backend))
-        trainer.memory = restore(settings.trainer, settings.seed, state["memory"], found)
+        trainer.memory.restore(state["memory"], found)
+        trainer.reading.offsets = state["offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(trainer.checkpoints, f"{type(error).__name__}: {error}") from error
     trainer.journal.event(

@@ -13,6 +13,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+STATUS_EVERY_S = 0.5
+"""Seconds between two writes of a status whose state is the same."""
 LINE_EVERY_S = 10.0
 """Seconds between two log lines while the trainer learns, or waits for one and the same thing."""
 
@@ -26,6 +28,8 @@ class Journal:
         self._log_path = folder / "log.jsonl"
         self._lines = _Lines()
         self._last_status: dict[str, Any] = {}
+        self._status_s = -math.inf
+        """Monotonic time of the last status."""
         if self._log_path.exists() and not _ends_a_line(self._log_path):
             self._append(b"\n")  # ends the half line that a killed trainer left
 
@@ -35,8 +39,14 @@ class Journal:
         self._append(json.dumps(_plain(line), allow_nan=False).encode() + b"\n")
         self._lines.event(name, values)
 
+    def status_is_due(self, state: str) -> bool:
+        """The state is another than in ``status.json``, or that is ``STATUS_EVERY_S`` old."""
+        age_s = time.monotonic() - self._status_s
+        return age_s >= STATUS_EVERY_S or state != self._last_status.get("state")
+
     def status(self, values: dict[str, Any]) -> None:
         """Replace ``status.json``. A power cut may bring back an older one."""
+        self._status_s = time.monotonic()
         body = {"unix_ms": int(time.time() * 1000), "pid": os.getpid(), **values}
         temporary = self._status_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(_plain(body), allow_nan=False, indent=1))
@@ -72,7 +82,7 @@ class _Lines:
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Log an event; updates are only counted."""
         if name == "update":
-            self._num_updates += 1
+            self._num_updates += values["updates"]
             self._num_rows += values["rows"]
         elif name == "refused":
             self._refused(values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ import numpy as np
 from buffer.interface import WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
-from drafters.samples import Sample
 from trainer.checkpoint import read_checkpoint, write_checkpoint
+from trainer.figures import UpdateReport
 from trainer.gate import Judge, Judgement
-from trainer.intake import Intake
 from trainer.journal import Journal
-from trainer.learner import MAX_SKIPS, Learner, UpdateReport
+from trainer.learner import MAX_SKIPS, Learner
+from trainer.pace import Pace
 from trainer.publish import publish_version
+from trainer.reading import Reading
 from trainer.replay import Memory
 from trainer.start import newest_drafter
+from trainer.update_log import UpdateLog
 
 POLL_S = 0.1
 QUIET_S = 15.0
@@ -38,16 +41,20 @@ def run(trainer: Trainer) -> None:
     Raises:
         ValueError: the weights are broken and the checkpoint to restore them from is damaged.
     """
-    while not trainer.is_done():
-        trainer.take_in_traces()
-        if trainer.waits_for() is None:
-            trainer.update()
-        else:
-            trainer.wait()
-        if trainer.candidate_is_due():
-            trainer.judge_candidate()
-        if trainer.checkpoint_is_due():
-            trainer.checkpoint()
+    trainer.start()
+    try:
+        while not trainer.is_done():
+            trainer.take_in_traces()
+            if trainer.waits_for() is None:
+                trainer.update()
+            else:
+                trainer.wait()
+            if trainer.candidate_is_due():
+                trainer.judge_candidate()
+            if trainer.checkpoint_is_due():
+                trainer.checkpoint()
+    finally:
+        trainer.reading.close()
     trainer.finish()
 
 
@@ -56,7 +63,7 @@ class Trainer:
     """State of one trainer process."""
 
     settings: Settings
-    intake: Intake
+    reading: Reading
     store: WeightsStore
     memory: Memory
     learner: Learner
@@ -66,13 +73,14 @@ class Trainer:
     random: np.random.Generator
     journal: Journal
     stop: threading.Event
-    steps_since_judged: int = 0
-    refused_in_row: int = 0
-    """Candidates refused since the last published version."""
+    pace: Pace = field(default_factory=Pace)
+    """When the next candidate is due."""
     restored: bool = False
     """Weights were restored from a checkpoint, and no update was finite since."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Latest loss, alpha and gate figures, for the status."""
+    updates: UpdateLog = field(default_factory=UpdateLog)
+    """Updates that are not in the journal yet."""
     saved_s: float = field(default_factory=time.monotonic)
     """Monotonic time of the last checkpoint."""
 
@@ -89,41 +97,51 @@ class Trainer:
         """What the next update waits for; ``None`` if it can start."""
         return "the end" if self._has_all_steps() else self.memory.waits_for()
 
+    def start(self) -> None:
+        """Read traces beside the updates from now on, if settings say so."""
+        if self.settings.trainer.read_ahead:
+            self.reading.start()
+
     def take_in_traces(self) -> None:
         """Move the traces that arrived into memory."""
-        if samples := self.intake.read():
+        if samples := self.reading.take():
             self.memory.take_in(samples)
 
     def update(self) -> None:
-        """Train on one batch from memory."""
-        started = time.monotonic()
+        """Train on one batch from memory. On a GPU its figures arrive some updates later."""
         parts = self.memory.draw(self.random)
-        report = self.learner.update(self.learner.trainable.collate(parts))
-        self.memory.trained_rows += report.num_rows
-        self.steps_since_judged += 1
-        self._record(report, [sample for sample, _ in parts], time.monotonic() - started)
-        if not report.skipped:
-            self.restored = False
-        elif self.learner.skips_in_row >= MAX_SKIPS:
-            self._restore_weights()
+        pieces = [piece for _, piece in parts]
+        reports = self.learner.update(pieces)
+        self.memory.trained_rows += sum(len(piece.rows) for piece in pieces)
+        self.pace.steps_since_judged += 1
+        self.updates.drew([sample for sample, _ in parts])
+        self._follow(reports)
+        self._write_status("training")
+
+    def settle(self) -> None:
+        """Wait for the updates that were launched, and write what is known of them."""
+        self._follow(self.learner.settle())
+        self._write_updates()
 
     def wait(self) -> None:
         """Report what is missing, and wait ``POLL_S`` for traces."""
+        self.settle()
         self._write_status(f"waiting for {self.waits_for()}")
         self.stop.wait(POLL_S)
 
     def candidate_is_due(self) -> bool:
         """There were enough updates, or any at all if traffic paused or all steps are done."""
-        if self.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
+        if self.pace.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
             return False
-        quiet_s = time.monotonic() - self.intake.last_trace_s
+        quiet_s = time.monotonic() - self.reading.intake.last_trace_s
         is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
-        enough = self.steps_since_judged >= self.settings.trainer.publish_every_steps
+        enough = self.pace.steps_since_judged >= self.settings.trainer.publish_every_steps
         return enough or is_quiet or self._has_all_steps()
 
     def judge_candidate(self) -> None:
         """Judge the averaged weights, and publish them if they pass the gate."""
-        self.steps_since_judged = 0
+        self.settle()
+        self.pace.steps_since_judged = 0
         if self.published.version in self.store.read_denied():
             self._follow_roll_back()
             return
@@ -143,7 +161,7 @@ class Trainer:
         if judgement.verdict.passed:
             self._publish(judgement)
         else:
-            self.refused_in_row += 1
+            self.pace.refused_in_row += 1
 
     def _publish(self, judgement: Judgement) -> None:
         """Publish the averaged weights; if the disk is full, training continues without."""
@@ -160,7 +178,7 @@ class Trainer:
         except OSError as error:
             self.journal.event("publish_failed", text=f"{error}; training continues")
             return
-        self.refused_in_row = 0
+        self.pace.refused_in_row = 0
         self.judge.promote(self.learner.average)
         self.journal.event(
             "published",
@@ -176,6 +194,7 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Save everything needed to resume; if the disk is full, the previous checkpoint stays."""
+        self.settle()
         self.saved_s = time.monotonic()
         try:
             path = write_checkpoint(
@@ -193,6 +212,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Save a checkpoint if the weights are sound, and report the end."""
+        self.settle()
         if not self.learner.skips_in_row:
             self.checkpoint()
         self.journal.event("stopped", step=self.learner.step)
@@ -201,7 +221,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must be equal in a checkpoint for this trainer to resume from it."""
         return {
-            "target_fingerprint": self.intake.expected.target_fingerprint,
+            "target_fingerprint": self.reading.intake.expected.target_fingerprint,
             "drafter_config": self.learner.trainable.config_to_json(self.learner.model),
         }
 
@@ -212,11 +232,11 @@ class Trainer:
             "step": self.learner.step,
             "num_skipped": self.learner.num_skipped,
             "lr_scale": self.learner.lr_scale,
-            "steps_since_judged": self.steps_since_judged,
-            "refused_in_row": self.refused_in_row,
+            "steps_since_judged": self.pace.steps_since_judged,
+            "refused_in_row": self.pace.refused_in_row,
             "random": self.random.bit_generator.state,
             "memory": self.memory.to_json(),
-            "offsets": self.intake.reader.offsets(),
+            "offsets": self.reading.offsets,
         }
 
     def _has_all_steps(self) -> bool:
@@ -231,7 +251,6 @@ class Trainer:
         else:
             self.learner.load_state_tensors(saved.tensors)
         self.learner.lr_scale /= 2
-        self.learner.skips_in_row = 0
         self.restored = True
         self.journal.event(
             "restored",
@@ -249,7 +268,10 @@ class Trainer:
         """
         rejected = self.published.version
         manifest, model = newest_drafter(
-            self.settings, self.store, self.learner.head, self.intake.expected.target_fingerprint
+            self.settings,
+            self.store,
+            self.learner.head,
+            self.reading.intake.expected.target_fingerprint,
         )
         self.published = manifest
         self.learner.load_weights(model.state_dict())
@@ -258,42 +280,41 @@ class Trainer:
             "rolled_back", step=self.learner.step, version=manifest.version, rejected=rejected
         )
 
-    def _record(self, report: UpdateReport, samples: list[Sample], seconds: float) -> None:
-        made = [x.version for x in samples if x.version is not None]
-        self.figures |= {"loss": report.loss, "alpha": report.alpha, "agree": report.agree}
-        self.journal.event(
-            "update",
-            step=self.learner.step,
-            loss=report.loss,
-            alpha=report.alpha,
-            agree=report.agree,
-            rows=report.num_rows,
-            traces=len(samples),
-            grad_norm=report.grad_norm,
-            lr=report.lr,
-            skipped=report.skipped,
-            seconds=seconds,
-            version=self.published.version,
-            staleness=self.published.version - sum(made) / len(made) if made else None,
-        )
-        self._write_status("training")
+    def _follow(self, reports: Sequence[UpdateReport]) -> None:
+        """Act on figures that arrived."""
+        for report in reports:
+            self.updates.add(report)
+            if not report.skipped:
+                self.restored = False
+        if reports and self.learner.skips_in_row >= MAX_SKIPS:
+            self._restore_weights()
+        if self.updates.is_due():
+            self._write_updates()
+
+    def _write_updates(self) -> None:
+        """One event for the updates since the last one."""
+        if values := self.updates.taken(self.published.version):
+            self.figures |= {name: values[name] for name in ("loss", "alpha", "agree")}
+            self.journal.event("update", version=self.published.version, **values)
 
     def _write_status(self, state: str) -> None:
-        memory, counts = self.memory, self.intake.reader.counts
+        if not self.journal.status_is_due(state):
+            return
+        memory, counts = self.memory, self.reading.intake.reader.counts
         self.journal.status(
             {
                 "state": state,
                 "step": self.learner.step,
                 "skipped": self.learner.num_skipped,
                 "version": self.published.version,
-                "refused_in_row": self.refused_in_row,
+                "refused_in_row": self.pace.refused_in_row,
                 "traces": {
                     "read": counts.read,
                     "duplicate": counts.duplicate,
                     "quarantined": counts.quarantined,
                     "damaged": counts.damaged,
                     "evicted_unread": counts.evicted_unread,
-                    "refused": dict(self.intake.num_refused),
+                    "refused": dict(self.reading.intake.num_refused),
                     "taken_in": memory.num_samples,
                     "held": len(memory.samples()),
                     "held_out": len(memory.held_out),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from configs.schema import TrainerSettings
 from drafters.acceptance import simulated_tokens_per_step
-from drafters.eagle3.batch import TTTBatch, collate
+from drafters.batch import TrainingBatch
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
-from drafters.samples import Piece, Sample
 from drafters.trainable import BatchLoss, TargetShape
 from targets.head import TargetHead
 
@@ -70,32 +69,27 @@ class Eagle3Trainable:
         """Parameters, and ``d2t`` of a reduced vocabulary."""
         return model.bundle_tensors()
 
-    def collate(self, parts: Sequence[tuple[Sample, Piece]]) -> TTTBatch:
-        """One sequence for each piece."""
-        return collate(parts)
-
     def loss(
         self,
         model: Eagle3,
         head: TargetHead,
-        batch: TTTBatch,
+        batch: TrainingBatch,
         settings: TrainerSettings,
         generator: torch.Generator | None,
     ) -> BatchLoss:
         """Loss of training-time test, as ``objective_for`` says."""
-        objective = objective_for(settings, batch.token_ids_BS.device)
+        objective = objective_for(settings, batch.token_ids_T.device)
         return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
 
     def acceptance(
         self,
         model: Eagle3,
         head: TargetHead,
-        batch: TTTBatch,
-        temperature_B: Tensor,
+        batch: TrainingBatch,
         num_draft: int,
     ) -> tuple[Tensor, Tensor]:
         """See ``chain_acceptance``."""
-        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, temperature_B, num_draft)
+        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, num_draft)
 
     def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
         """See ``simulated_tokens_per_step``."""

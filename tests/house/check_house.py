@@ -66,9 +66,6 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/ops/drafter.py: spells the drafter kind 'eagle3'": (
         "measures the kernels of one drafter"
     ),
-    "benchmarks/real/train_drafter.py: spells the drafter kind 'eagle3'": (
-        "keeps this drafter's training batches on the device"
-    ),
     "examples/train_drafter.py: spells the drafter kind 'eagle3'": (
         "made the drafter that the repository bundles"
     ),

@@ -62,7 +62,7 @@ def test_learning_is_one_line_a_window_and_not_one_an_update(
     for step in (1, 2, 3):
         if step == 3:
             monkeypatch.setattr(journals, "LINE_EVERY_S", 0.0)
-        journal.event("update", step=step, rows=100, loss=0.5)
+        journal.event("update", step=step, updates=1, rows=100, loss=0.5)
         journal.status(training(step))
 
     [line] = messages(caplog)
