@@ -95,7 +95,8 @@ def save_target(shape: Shape, folder: Path) -> None:
         eos_token_id=None,
         pad_token_id=None,
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.bfloat16().save_pretrained(folder)
 
 
 def traces(shape: Shape, fingerprint: str, dtype: Literal["bfloat16"] = "bfloat16") -> list[Trace]:

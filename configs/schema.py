@@ -181,9 +181,6 @@ class TrainerSettings(Section):
     once. If they do not fit, fewer traces are held."""
     memory_bytes: int = Field(1 << 30, ge=1 << 16)
     """The same bound in bytes where the trainer runs on a CPU."""
-    read_ahead: bool = True
-    """Read and check traces in a thread of their own beside the updates. Off: between them, so that
-    a run on the same log repeats exactly."""
     lr: float = Field(3.0e-4, gt=0)
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)

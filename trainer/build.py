@@ -25,7 +25,6 @@ from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import Learner
 from trainer.loop import Trainer
-from trainer.reading import Reading
 from trainer.replay import Memory, keys_in
 from trainer.rows import RowStore, memory_bytes
 from trainer.start import newest_drafter
@@ -51,12 +50,14 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     incumbent = copy.deepcopy(model).to(device)
     journal = Journal(settings.run_dir / "trainer")
     rows = RowStore(device, memory_bytes(settings.trainer, device))
-    intake = Intake(
-        TraceReader(backend), expected_of(manifest, head), settings.trainer.max_sequence, journal
-    )
     trainer = Trainer(
         settings=settings,
-        reading=Reading(intake, intake.reader.offsets()),
+        intake=Intake(
+            TraceReader(backend),
+            expected_of(manifest, head),
+            settings.trainer.max_sequence,
+            journal,
+        ),
         store=store,
         memory=Memory(settings.trainer, settings.seed, rows),
         learner=Learner(learns, model, head, settings.trainer, rows),
@@ -85,7 +86,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         CheckpointError: it was made for another target or drafter, or is incomplete.
     """
     state = saved.state
-    intake = trainer.reading.intake
+    intake = trainer.intake
     try:
         for name, ours in trainer.identity().items():
             if state[name] != ours:
@@ -101,7 +102,6 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         wanted = keys_in(state["memory"])
         found = intake.find(wanted, TraceReader(backend))
         trainer.memory.restore(state["memory"], found)
-        trainer.reading.offsets = state["offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(trainer.checkpoints, f"{type(error).__name__}: {error}") from error
     trainer.journal.event(

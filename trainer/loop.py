@@ -21,11 +21,11 @@ from configs.schema import Settings
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from trainer.figures import UpdateReport
 from trainer.gate import Judge, Judgement
+from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
 from trainer.publish import publish_version
-from trainer.reading import Reading
 from trainer.replay import Memory
 from trainer.start import newest_drafter
 from trainer.update_log import UpdateLog
@@ -41,20 +41,16 @@ def run(trainer: Trainer) -> None:
     Raises:
         ValueError: the weights are broken and the checkpoint to restore them from is damaged.
     """
-    trainer.start()
-    try:
-        while not trainer.is_done():
-            trainer.take_in_traces()
-            if trainer.waits_for() is None:
-                trainer.update()
-            else:
-                trainer.wait()
-            if trainer.candidate_is_due():
-                trainer.judge_candidate()
-            if trainer.checkpoint_is_due():
-                trainer.checkpoint()
-    finally:
-        trainer.reading.close()
+    while not trainer.is_done():
+        trainer.take_in_traces()
+        if trainer.waits_for() is None:
+            trainer.update()
+        else:
+            trainer.wait()
+        if trainer.candidate_is_due():
+            trainer.judge_candidate()
+        if trainer.checkpoint_is_due():
+            trainer.checkpoint()
     trainer.finish()
 
 
@@ -63,7 +59,7 @@ class Trainer:
     """State of one trainer process."""
 
     settings: Settings
-    reading: Reading
+    intake: Intake
     store: WeightsStore
     memory: Memory
     learner: Learner
@@ -97,14 +93,9 @@ class Trainer:
         """What the next update waits for; ``None`` if it can start."""
         return "the end" if self._has_all_steps() else self.memory.waits_for()
 
-    def start(self) -> None:
-        """Read traces beside the updates from now on, if settings say so."""
-        if self.settings.trainer.read_ahead:
-            self.reading.start()
-
     def take_in_traces(self) -> None:
         """Move the traces that arrived into memory."""
-        if samples := self.reading.take():
+        if samples := self.intake.read():
             self.memory.take_in(samples)
 
     def update(self) -> None:
@@ -133,7 +124,7 @@ class Trainer:
         """There were enough updates, or any at all if traffic paused or all steps are done."""
         if self.pace.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
             return False
-        quiet_s = time.monotonic() - self.reading.intake.last_trace_s
+        quiet_s = time.monotonic() - self.intake.last_trace_s
         is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
         enough = self.pace.steps_since_judged >= self.settings.trainer.publish_every_steps
         return enough or is_quiet or self._has_all_steps()
@@ -221,7 +212,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must be equal in a checkpoint for this trainer to resume from it."""
         return {
-            "target_fingerprint": self.reading.intake.expected.target_fingerprint,
+            "target_fingerprint": self.intake.expected.target_fingerprint,
             "drafter_config": self.learner.trainable.config_to_json(self.learner.model),
         }
 
@@ -236,7 +227,7 @@ class Trainer:
             "refused_in_row": self.pace.refused_in_row,
             "random": self.random.bit_generator.state,
             "memory": self.memory.to_json(),
-            "offsets": self.reading.offsets,
+            "offsets": self.intake.reader.offsets(),
         }
 
     def _has_all_steps(self) -> bool:
@@ -271,7 +262,7 @@ class Trainer:
             self.settings,
             self.store,
             self.learner.head,
-            self.reading.intake.expected.target_fingerprint,
+            self.intake.expected.target_fingerprint,
         )
         self.published = manifest
         self.learner.load_weights(model.state_dict())
@@ -300,7 +291,7 @@ class Trainer:
     def _write_status(self, state: str) -> None:
         if not self.journal.status_is_due(state):
             return
-        memory, counts = self.memory, self.reading.intake.reader.counts
+        memory, counts = self.memory, self.intake.reader.counts
         self.journal.status(
             {
                 "state": state,
@@ -314,7 +305,7 @@ class Trainer:
                     "quarantined": counts.quarantined,
                     "damaged": counts.damaged,
                     "evicted_unread": counts.evicted_unread,
-                    "refused": dict(self.reading.intake.num_refused),
+                    "refused": dict(self.intake.num_refused),
                     "taken_in": memory.num_samples,
                     "held": len(memory.samples()),
                     "held_out": len(memory.held_out),

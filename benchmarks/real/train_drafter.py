@@ -178,7 +178,8 @@ class TrainingData:
 
     def draw(self, num_tokens: int, random: np.random.Generator) -> list[HeldPiece]:
         """Random pieces, each at most once, of at most ``num_tokens`` positions."""
-        drawn, total = [], 0
+        drawn: list[HeldPiece] = []
+        total = 0
         for place in random.permutation(len(self.pieces)).tolist():
             total += len(self.pieces[place].slots)
             if drawn and total > num_tokens:

@@ -308,10 +308,10 @@ def test_what_was_learnt_is_judged_when_traffic_pauses(world: World, tmp_path: P
     trainer.take_in_traces()
     while trainer.waits_for() is None:
         trainer.update()
-    trainer.reading.intake.last_trace_s = time.monotonic()
+    trainer.intake.last_trace_s = time.monotonic()
     assert not trainer.candidate_is_due()
 
-    trainer.reading.intake.last_trace_s -= QUIET_S
+    trainer.intake.last_trace_s -= QUIET_S
 
     assert trainer.candidate_is_due()
     trainer.judge_candidate()

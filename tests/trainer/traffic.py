@@ -134,7 +134,6 @@ def settings_for(run_dir: Path, target: Path, **trainer: Any) -> Settings:
         "warmup_steps": 2,
         "held_out_every": 6,
         "checkpoint_every_s": 1000.0,
-        "read_ahead": False,
         **trainer,
     }
     return Settings(
