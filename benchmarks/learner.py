@@ -290,7 +290,7 @@ def gate_speed(place: Place) -> dict[str, Any]:
     """Milliseconds of a judgement over 32 newest and 32 older held-out traces."""
     device = place.store.device
     candidate, incumbent = place.learner(False).average, place.learner(False).average
-    judge = Judge(trainable(KIND), place.head, place.store, incumbent, 1.005)
+    judge = Judge(trainable(KIND), place.head, place.store, incumbent, 1.005, 0.9)
     held_out, older = place.held[:32], place.held[32:64]
     times = []
     for promote in (False, True, False, False):

@@ -185,7 +185,7 @@ def learning_curve(
         samples = held_out(own, initial, head, settings)
         rows = RowStore(DEVICE, _JUDGED_BYTES)
         judged_rows = rows.put(samples)
-        judge = Judge(trainable(initial.kind), head, rows, bundled.to(DEVICE), margin=1.0)
+        judge = Judge(trainable(initial.kind), head, rows, bundled.to(DEVICE), 1.0, 0.5)
         static_figure, points = None, []
         for version in chosen:
             manifest, model = read_drafter(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from configs.schema import TrainerSettings
     from drafters.batch import TrainingBatch
     from targets.head import TargetHead
+    from targets.last_layer import LastLayer
 
 
 class TargetShape(NamedTuple):
@@ -62,13 +63,17 @@ class Trainable(Protocol[ModelT]):
         lm_head_VH: Tensor,
         layer_ids: tuple[int, ...] | None,
         seed: int,
+        draft_ids: Tensor | None = None,
+        last_layer: LastLayer | None = None,
     ) -> ModelT:
-        """Model with random weights on the CPU, a function of its arguments alone.
+        """New model on the CPU, a function of its arguments alone.
 
         Args:
             target_config: Hugging Face config of the target.
             lm_head_VH: [V, H] float32 on the CPU, the target's.
             layer_ids: layers to tap; ``None``: the kind's default.
+            draft_ids: [D] int64 ascending, the only tokens it can propose; ``None``: all.
+            last_layer: the target's, to start from instead of random weights.
 
         Raises:
             ValueError: the target has no such layer.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from drafters.acceptance import conditional_acceptance
 from drafters.trainable import Trainable
-from policies.gate import GateVerdict, gate
+from policies.gate import GateVerdict, PairedTrace, gain_error, gate
 from targets.head import TargetHead
 from trainer.packing import HeldPiece, Packed, pack
 from trainer.rows import HeldSample, RowStore
@@ -38,6 +38,8 @@ class Judgement:
     incumbent: float | None
     acceptance: list[float]
     """The candidate's conditional acceptance at each position, up to the last one measured."""
+    gain_error: float | None
+    """Standard error of ``candidate - incumbent``."""
     num_chains: int
     num_traces: int
 
@@ -49,6 +51,7 @@ class Judgement:
             "reason": self.verdict.reason,
             "candidate": self.candidate,
             "incumbent": self.incumbent,
+            "gain_error": self.gain_error,
             "num_chains": self.num_chains,
             "num_traces": self.num_traces,
         }
@@ -65,6 +68,8 @@ class Judge:
     """Model of the published version."""
     margin: float
     """Least ratio of candidate to incumbent."""
+    confidence: float
+    """With which the candidate must not be worse; 0.5: only the estimates count."""
     _known: dict[str, Tensor] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
 
@@ -85,14 +90,30 @@ class Judge:
         figures = (mine, best) if mine is not None and best is not None else (0.0, 0.0)
         kept = [self._tokens_per_step(_join(found, older)) for found in (measured, self._known)]
         before = (kept[0], kept[1]) if kept[0] is not None and kept[1] is not None else None
+        traces = [self._paired(measured[x.key], self._known[x.key]) for x in held_out]
+        verdict = gate(
+            *figures,
+            margin=self.margin,
+            num_rows=len(ours),
+            older=before,
+            traces=traces,
+            confidence=self.confidence,
+        )
         return Judgement(
-            gate(*figures, margin=self.margin, num_rows=len(ours), older=before),
+            verdict,
             mine,
             best,
             [a for a in conditional_acceptance(ours) if a is not None],
+            gain_error(traces),
             len(ours),
             len(held_out),
         )
+
+    def _paired(self, ours_NK: Tensor, theirs_NK: Tensor) -> PairedTrace:
+        """Both drafters on one trace."""
+        count = len(ours_NK)
+        mine, best = (self._tokens_per_step(x) or 0.0 for x in (ours_NK, theirs_NK))
+        return PairedTrace(count, count * mine, count * best)
 
     def _tokens_per_step(self, alphas_NK: Tensor) -> float | None:
         return self.trainable.tokens_per_step(alphas_NK, GATE_DRAFT_K)

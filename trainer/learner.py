@@ -122,15 +122,15 @@ class Learner:
         return reports
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Weights, their average, moments and generator, on the CPU."""
-        tensors = {f"model.{n}": t.detach() for n, t in self.model.state_dict().items()}
+        """Copies of weights, their average, moments and generator, on the CPU."""
+        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.weights.optimizer.state[parameter]
             tensors |= {f"adam.{kind}.{name}": state[kind] for kind in _MOMENTS}
         tensors["num_averaged"] = self.weights.num_averaged
         tensors["generator"] = self.generator.get_state()
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that ``state_tensors`` returned.

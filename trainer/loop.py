@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from buffer.interface import WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
-from trainer.checkpoint import read_checkpoint, write_checkpoint
+from trainer.checkpoint import read_checkpoint
 from trainer.figures import UpdateReport
 from trainer.gate import Judge, Judgement
 from trainer.intake import Intake
@@ -27,6 +26,7 @@ from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
 from trainer.publish import publish_version
 from trainer.replay import Memory
+from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.update_log import UpdateLog
 
@@ -69,21 +69,15 @@ class Trainer:
     random: np.random.Generator
     journal: Journal
     stop: threading.Event
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace
     """When the next candidate is due."""
+    saver: Saver
     restored: bool = False
     """Weights were restored from a checkpoint, and no update was finite since."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Latest loss, alpha and gate figures, for the status."""
     updates: UpdateLog = field(default_factory=UpdateLog)
     """Updates that are not in the journal yet."""
-    saved_s: float = field(default_factory=time.monotonic)
-    """Monotonic time of the last checkpoint."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the trainer's checkpoints."""
-        return self.settings.run_dir / "trainer" / "checkpoints"
 
     def is_done(self) -> bool:
         """Told to stop, or all steps are done."""
@@ -126,15 +120,14 @@ class Trainer:
             return False
         quiet_s = time.monotonic() - self.intake.last_trace_s
         is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
-        enough = self.pace.steps_since_judged >= self.settings.trainer.publish_every_steps
-        return enough or is_quiet or self._has_all_steps()
+        return self.pace.is_due() or is_quiet or self._has_all_steps()
 
     def judge_candidate(self) -> None:
         """Judge the averaged weights, and publish them if they pass the gate."""
         self.settle()
-        self.pace.steps_since_judged = 0
         if self.published.version in self.store.read_denied():
             self._follow_roll_back()
+            self.pace.judged(None, None, 0.0)
             return
         started = time.monotonic()
         judgement = self.judge.judge(
@@ -153,6 +146,10 @@ class Trainer:
             self._publish(judgement)
         else:
             self.pace.refused_in_row += 1
+        error = judgement.gain_error
+        relative = error / judgement.candidate if error and judgement.candidate else None
+        lacks = judgement.verdict.lacks
+        self.pace.judged(relative, lacks, time.monotonic() - started)
 
     def _publish(self, judgement: Judgement) -> None:
         """Publish the averaged weights; if the disk is full, training continues without."""
@@ -179,33 +176,37 @@ class Trainer:
         )
 
     def checkpoint_is_due(self) -> bool:
-        """The last checkpoint is old enough, and the weights are sound."""
-        age_s = time.monotonic() - self.saved_s
-        return age_s >= self.settings.trainer.checkpoint_every_s and not self.learner.skips_in_row
+        """The last checkpoint is old enough and written, and the weights are sound."""
+        self.report_checkpoint(wait=False)
+        is_old = self.saver.age_s >= self.settings.trainer.checkpoint_every_s
+        return is_old and not self.saver.is_busy and not self.learner.skips_in_row
 
     def checkpoint(self) -> None:
-        """Save everything needed to resume; if the disk is full, the previous checkpoint stays."""
+        """Begin to save everything needed to resume; it is written beside the next updates.
+
+        If the disk is full, the previous checkpoint stays.
+        """
         self.settle()
-        self.saved_s = time.monotonic()
-        try:
-            path = write_checkpoint(
-                self.checkpoints, self.state_to_json(), self.learner.state_tensors()
-            )
-        except OSError as error:
-            self.journal.event("checkpoint_failed", text=f"{error}; the previous one stays")
+        self.report_checkpoint(wait=True)
+        self.saver.start(self.state_to_json(), self.learner.state_tensors())
+
+    def report_checkpoint(self, wait: bool) -> None:
+        """Record the outcome of the checkpoint on its way, if there is one and it is known."""
+        saved = self.saver.outcome(wait)
+        if saved is None:
             return
-        self.journal.event(
-            "checkpoint",
-            step=self.learner.step,
-            name=path.name,
-            seconds=time.monotonic() - self.saved_s,
-        )
+        if saved.error is not None:
+            text = f"{saved.error}; the previous one stays"
+            self.journal.event("checkpoint_failed", text=text)
+            return
+        self.journal.event("checkpoint", step=saved.step, name=saved.name, seconds=saved.seconds)
 
     def finish(self) -> None:
         """Save a checkpoint if the weights are sound, and report the end."""
         self.settle()
         if not self.learner.skips_in_row:
             self.checkpoint()
+        self.report_checkpoint(wait=True)
         self.journal.event("stopped", step=self.learner.step)
         self._write_status("stopped")
 
@@ -236,7 +237,8 @@ class Trainer:
 
     def _restore_weights(self) -> None:
         """Restore the last checkpoint or, if that did not help, the last published version."""
-        saved = None if self.restored else read_checkpoint(self.checkpoints)
+        self.report_checkpoint(wait=True)
+        saved = None if self.restored else read_checkpoint(self.saver.root)
         if saved is None:
             self.learner.load_weights(self.judge.incumbent.state_dict())
         else:
@@ -275,6 +277,7 @@ class Trainer:
         """Act on figures that arrived."""
         for report in reports:
             self.updates.add(report)
+            self.pace.saw(report)
             if not report.skipped:
                 self.restored = False
         if reports and self.learner.skips_in_row >= MAX_SKIPS:

@@ -260,7 +260,7 @@ def train(
     learner = Learner(learns, model, head, settings.trainer, store_rows)
     seconds = min(seconds, until_s - time.monotonic())
     report, train_s = learn(learner, data, seconds)
-    judge = Judge(learns, head, store_rows, incumbent, settings.trainer.gate_margin)
+    judge = Judge(learns, head, store_rows, incumbent, settings.trainer.gate_margin, 0.5)
     judged = judge.judge(learner.average, data.held_out[:JUDGED])
     say(f"held-out traces: {judged.to_json()}, acceptance {judged.acceptance}")
     published = publish_version(

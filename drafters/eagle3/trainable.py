@@ -12,10 +12,12 @@ from torch import Tensor
 from configs.schema import TrainerSettings
 from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import TrainingBatch
+from drafters.eagle3.from_target import imitate
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
 from drafters.trainable import BatchLoss, TargetShape
 from targets.head import TargetHead
+from targets.last_layer import LastLayer
 
 CPU_CHAIN_SHARE = 0.5
 """Share of the chains carried beyond the first draft token on a CPU, where training takes its time
@@ -34,10 +36,18 @@ class Eagle3Trainable:
         lm_head_VH: Tensor,
         layer_ids: tuple[int, ...] | None,
         seed: int,
+        draft_ids: Tensor | None = None,
+        last_layer: LastLayer | None = None,
     ) -> Eagle3:
-        """The target's layer shape, its whole vocabulary and its lm_head."""
-        model = Eagle3(config_for_target(target_config, layer_ids))
-        model.initialise(seed, lm_head_VH)
+        """The target's layer shape and its lm_head, as far as the draft vocabulary reaches."""
+        size = None if draft_ids is None else draft_ids.numel()
+        model = Eagle3(config_for_target(target_config, layer_ids, size))
+        head = lm_head_VH if draft_ids is None else lm_head_VH[draft_ids]
+        model.initialise(seed, head)
+        if model.d2t is not None and draft_ids is not None:
+            model.d2t.copy_(draft_ids - torch.arange(draft_ids.numel()))
+        if last_layer is not None:
+            imitate(model, last_layer)
         return model
 
     def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Eagle3:

@@ -14,7 +14,7 @@ from drafters.batch import collate
 from drafters.samples import Sample
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, LENGTH, PROMPT, VOCAB, with_rows
-from trainer.dataset import Expected, Refusal, cut, sample_of
+from trainer.dataset import Emphasis, Expected, Refusal, cut, sample_of
 
 
 def expected(world: World) -> Expected:
@@ -156,3 +156,20 @@ def test_fp8_rows_are_restored_by_their_scale(world: World) -> None:
 
     restored, wanted = batch.last_hidden_RH, wide[batch.row_R, -1]
     torch.testing.assert_close(restored, wanted, rtol=2**-4, atol=float(scale.max()) * 2**-9)
+
+
+def test_a_rejected_draft_of_the_drafter_in_training_makes_its_row_weigh_more(world: World) -> None:
+    trace = world.traces[0]  # one token drafted at the end of the prompt, and rejected
+    ours, other = (
+        replace(expected(world), emphasis=Emphasis(kind, 4.0)) for kind in ("eagle3", "suffix")
+    )
+
+    weighted, plain = (sample_of(trace, one, 64) for one in (ours, other))
+
+    assert isinstance(weighted, Sample) and isinstance(plain, Sample)
+    assert weighted.weight_T is not None and plain.weight_T is not None
+    assert weighted.weight_T.nonzero().numel() == LENGTH
+    assert (weighted.weight_T > 1).nonzero()[:, 0].tolist() == [PROMPT]
+    assert float(weighted.weight_T[PROMPT]) == 4
+    assert (plain.weight_T == 1).all()
+    assert sample_from(world, trace).weight_T is None

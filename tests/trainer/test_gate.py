@@ -32,9 +32,9 @@ def trained(world: World, updates: int) -> Learner:
     return learner
 
 
-def judge_with(learner: Learner, margin: float = 1.005) -> Judge:
-    store = RowStore(learner.store.device, 1 << 22)
-    return Judge(learner.trainable, learner.head, store, copy.deepcopy(learner.model), margin)
+def judge_with(learner: Learner, margin: float = 1.005, confidence: float = 0.9) -> Judge:
+    store, incumbent = RowStore(learner.store.device, 1 << 22), copy.deepcopy(learner.model)
+    return Judge(learner.trainable, learner.head, store, incumbent, margin, confidence)
 
 
 def judged(
@@ -117,3 +117,16 @@ def test_the_incumbents_figure_follows_the_held_out_traces(world: World) -> None
     afresh = judged(judge_with(new_learner(world)), candidate.model, samples[3:9])
 
     assert moved == afresh
+
+
+def test_a_gain_on_one_trace_alone_is_no_evidence(world: World, better: Learner) -> None:
+    """A version that passes by its estimate does not if the gain may be luck."""
+    fresh, one = new_learner(world), samples_of(world)[:1]
+
+    by_estimate = judged(judge_with(fresh, confidence=0.5), better.model, one)
+    by_interval = judged(judge_with(fresh), better.model, one)
+
+    assert by_estimate.verdict.passed and by_estimate.gain_error is None
+    assert not by_interval.verdict.passed
+    many = judged(judge_with(fresh), better.model, samples_of(world)[:12])
+    assert many.gain_error is not None and many.gain_error > 0
