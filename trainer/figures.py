@@ -43,13 +43,14 @@ class UpdateReport:
 class Figures:
     """The figures of the newest updates in device memory, and those on their way to the host."""
 
-    def __init__(self, device: torch.device, num_steps: int) -> None:
+    def __init__(self, device: torch.device, num_steps: int, lag: int | None = None) -> None:
         """
         Args:
             num_steps: K, values of ``alpha`` and ``agree``.
+            lag: updates between two reads; ``None``: ``LAG`` on a GPU, 1 on a CPU.
         """
         is_gpu = device.type == "cuda"
-        self.lag = LAG if is_gpu else 1
+        self.lag = lag or (LAG if is_gpu else 1)
         shape = (self.lag, 3 + 2 * num_steps)
         self._ring = torch.zeros(shape, device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)

@@ -66,6 +66,9 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/ops/drafter.py: spells the drafter kind 'eagle3'": (
         "measures the kernels of one drafter"
     ),
+    "benchmarks/real/train_drafter.py: spells the drafter kind 'eagle3'": (
+        "trains one, and says so"
+    ),
     "examples/train_drafter.py: spells the drafter kind 'eagle3'": (
         "made the drafter that the repository bundles"
     ),

@@ -131,3 +131,17 @@ def test_a_failure_stays_in_the_status_beside_the_last_figures(tmp_path: Path) -
 
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed: RuntimeError: out of memory", 7)
+
+
+def test_a_status_is_due_when_it_is_old_or_says_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+    assert journal.status_is_due("training")
+
+    journal.status(training(1))
+
+    assert not journal.status_is_due("training")
+    assert journal.status_is_due("stopped")
+    monkeypatch.setattr(journals, "STATUS_EVERY_S", 0.0)
+    assert journal.status_is_due("training")
