@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +27,7 @@ from buffer.bundles import read_manifest
 from buffer.records import Trace
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.eagle3.batch import collate
-from drafters.eagle3.chains import by_chain, lay_out
+from drafters.batch import collate
 from drafters.eagle3.model import Eagle3
 from drafters.eagle3.training import chain_acceptance
 from drafters.protocol import HostDrafter
@@ -59,14 +59,10 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
     accepted: Accepted = {}
     for sample in samples:
         for piece in sample.pieces:
-            batch = collate([(sample, piece)])
-            chains = lay_out(batch, DRAFT_K, 1.0, None)
-            reached = [torch.ones(len(step.row_N), dtype=torch.bool) for step in chains.steps]
-            anchors = chains.flat_R[by_chain(chains, reached).all(dim=0)] + piece.start
-            kept, _ = chain_acceptance(
-                model, head.embed_VH, head.lm_head, batch, torch.zeros(1), DRAFT_K
-            )
-            counts = kept.cumprod(dim=1).sum(dim=1).int().tolist()
+            batch = collate([(replace(sample, temperature=0.0), piece)])
+            kept, is_full = chain_acceptance(model, head.embed_VH, head.lm_head, batch, DRAFT_K)
+            anchors = batch.positions_T[batch.row_R[is_full]]
+            counts = kept[is_full].cumprod(dim=1).sum(dim=1).int().tolist()
             accepted |= {(sample.key, p): n for p, n in zip(anchors.tolist(), counts, strict=True)}
     return accepted
 

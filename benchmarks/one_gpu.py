@@ -43,12 +43,15 @@ from examples.report import mismatched_outputs, speeds, tokens_per_step
 from examples.texts import Kept, Phase
 from targets.head import load_target_head
 from trainer.gate import Judge
-from trainer.learner import batch_dtype
+from trainer.rows import RowStore
 from trainer.start import read_drafter
+from trainer.update import batch_dtype
 
 DRAFT_K = 4
 JUDGED_VERSIONS = 8
 DEVICE = torch.device("cuda")
+_JUDGED_BYTES = 4 << 30
+"""For the hidden rows of the traces that versions are judged on."""
 
 
 def phases(num_requests: int, seconds: float) -> tuple[Phase, ...]:
@@ -104,13 +107,15 @@ def learning_curve(
         begin = ends[place - 1] if place else 0
         own = [t for t in traces if begin < t.finished_unix_ms <= ends[place]]
         samples = held_out(own, initial, head, settings)
-        judge = Judge(trainable(initial.kind), head, DEVICE, bundled.to(DEVICE), margin=1.0)
+        rows = RowStore(DEVICE, _JUDGED_BYTES)
+        judged_rows = rows.put(samples)
+        judge = Judge(trainable(initial.kind), head, rows, bundled.to(DEVICE), 1.0, 0.5)
         static_figure, points = None, []
         for version in chosen:
             manifest, model = read_drafter(
                 settings.run_dir / "weights" / str(version), head, fingerprint
             )
-            judged = judge.judge(model.to(DEVICE), samples)
+            judged = judge.judge(model.to(DEVICE), judged_rows)
             static_figure = judged.incumbent
             at = bisect.bisect([t.finished_unix_ms for t in traces], manifest.created_unix_ms)
             points.append(

@@ -94,11 +94,18 @@ class DrafterSettings(Section):
     """A name in the catalog of drafters. ``eagle3``: a trained drafter, with the suffix index
     beside it if that is enabled; ``suffix``: the index alone; ``none``: plain decoding."""
     path: Path | None = None
-    """Bundle folder with the initial weights (version 0). ``None``: random weights."""
+    """Bundle folder with the initial weights (version 0). ``None``: new weights."""
+    init: Literal["random", "target"] = "random"
+    """What new weights are: ``random``, or the ``target``'s last decoder layer for the drafter's
+    own, with the last tapped layer passed through (targets with Llama's layers)."""
+    draft_vocab: Path | None = None
+    """JSON list of the token ids that new weights can propose, as ``trainer vocabulary`` writes it
+    from traces. Fewer of them make drafting and training faster; a token outside is never
+    proposed. ``None``: all."""
     max_draft: int = Field(8, ge=0, le=16)
     """Largest draft length K."""
     layer_ids: tuple[int, ...] | None = None
-    """Layer ids tapped by a drafter that starts from random weights; id k is the residual stream
+    """Layer ids tapped by new weights; id k is the residual stream
     after k decoder layers. ``None``: (2, N // 2, N - 3) for a target of N layers."""
     suffix: SuffixSettings = SuffixSettings()
     on_request: tuple[str, ...] | None = None
@@ -186,6 +193,11 @@ class TrainerSettings(Section):
     nice: int = Field(5, ge=0, le=19)
     """Niceness of the trainer process; above 0 it yields CPU time to a server on the same
     machine."""
+    memory_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the GPU's memory for the hidden rows of all traces that are held, which are uploaded
+    once. If they do not fit, fewer traces are held."""
+    memory_bytes: int = Field(1 << 30, ge=1 << 16)
+    """The same bound in bytes where the trainer runs on a CPU."""
     lr: float = Field(3.0e-4, gt=0)
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
@@ -194,6 +206,10 @@ class TrainerSettings(Section):
     """Maximum gradient norm."""
     warmup_steps: int = Field(10, ge=0)
     """Steps over which the learning rate rises linearly to ``lr``."""
+    average_decay: float = Field(0.96, ge=0, lt=1)
+    """Candidates are a running average of the weights that keeps this share of itself at each
+    update; 0.96 averages over about the last 25. It keeps less at first: (1 + n) / (10 + n) after n
+    updates. 0: no averaging."""
     batch_tokens: int = Field(2048, ge=16)
     """Tokens per update."""
     max_sequence: int = Field(512, ge=16)
@@ -202,6 +218,10 @@ class TrainerSettings(Section):
     """Passes of training-time test (TTT) per update."""
     loss: Literal["lk", "forward_kl"] = "lk"
     """``lk``: LK hybrid with D-PACE weights; ``forward_kl``: KL(target || drafter)."""
+    rejected_weight: float = Field(1.0, ge=1)
+    """Weight of the loss at positions where a token of the drafter in training was rejected; it is
+    1 elsewhere. From the third rejected draft in a row on, the excess is doubled. 1: all positions
+    weigh the same."""
     min_traces: int = Field(16, ge=1)
     """Traces to collect before the first update."""
     recent_traces: int = Field(256, ge=1)
@@ -215,10 +235,17 @@ class TrainerSettings(Section):
     held_out_traces: int = Field(32, ge=1)
     """Number of newest held-out traces on which a candidate is evaluated."""
     publish_every_steps: int = Field(20, ge=1)
-    """Updates between two candidate versions."""
+    """Updates after which a candidate is judged at the latest; twice and then four times as many
+    after candidates that failed."""
+    gate_share: float = Field(0.15, ge=0, lt=1)
+    """Largest share of the time spent on judging candidates earlier: as soon as the figures of the
+    updates have risen by what the last candidate lacked. 0: by the number of updates alone."""
     gate_margin: float = Field(1.005, gt=0)
     """Ratio of simulated tokens_per_step, candidate to last published version, required to
     publish."""
+    gate_confidence: float = Field(0.9, ge=0.5, lt=1)
+    """Probability with which a candidate must be no worse than the last published version, judged
+    by how much the gain differs between held-out traces. 0.5: only the estimate counts."""
     checkpoint_every_s: float = Field(30.0, gt=0)
     """Seconds between two checkpoints of the trainer."""
     keep_versions: int = Field(8, ge=2)

@@ -8,12 +8,14 @@ Shapes: V vocabulary, H hidden.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -21,7 +23,10 @@ from buffer.bundles import Bundle, read_bundle
 from buffer.interface import WeightsStore
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
+from configs.schema import Settings
 from drafters.trainable import trainable
+from targets.last_layer import load_last_layer
+from targets.load import target_folder
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +41,31 @@ class TargetFacts:
     """[V, H], any dtype and device."""
     fingerprint: str
     """64 hex digits that tie bundles to the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewDrafter:
+    """How weights are made where none are given."""
+
+    layer_ids: tuple[int, ...] | None = None
+    """Layers to tap; ``None``: the kind's default."""
+    seed: int = 0
+    """Of random weights."""
+    imitated: Path | None = None
+    """Folder of the target whose last layer the drafter's begins as; ``None``: random weights."""
+    vocab: Path | None = None
+    """JSON file with the token ids that the drafter may propose; ``None``: all."""
+
+
+def new_drafter(settings: Settings) -> NewDrafter:
+    """How the settings of a run say that weights are made.
+
+    Raises:
+        ValueError: the target's folder is needed and not found.
+    """
+    d = settings.drafter
+    imitated = target_folder(settings.target) if d.init == "target" else None
+    return NewDrafter(d.layer_ids, settings.seed, imitated, d.draft_vocab)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +85,24 @@ def first_drafter(
     target: TargetFacts,
     *,
     path: Path | None,
-    layer_ids: tuple[int, ...] | None,
-    seed: int,
+    new: NewDrafter,
 ) -> StoredDrafter:
     """Newest version in the store that is sound and was not rolled back.
 
-    An empty store first gets version 0: a copy of the bundle at ``path``, or random weights.
+    An empty store first gets version 0: a copy of the bundle at ``path``, or new weights.
 
     Args:
         store: the run's versions.
         kind: kind of drafter the run uses.
-        path: bundle folder; ``None``: random weights.
-        layer_ids: layers that random weights tap; ``None``: the kind's default.
-        seed: seed for random weights.
+        path: bundle folder; ``None``: new weights.
+        new: how they are made.
 
     Raises:
         ValueError: no version can be used, or it is of another kind, or made for another target,
             or drafters of this kind do not learn.
     """
     if not store.versions():
-        _publish_version_0(store, kind, target, path, layer_ids, seed)
+        _publish_version_0(store, kind, target, path, new)
     bundle, passed_over = store.newest_sound()
     version = bundle.manifest.version
     for problem in passed_over:
@@ -93,18 +121,43 @@ def stored_drafter(path: Path, target: TargetFacts) -> StoredDrafter:
     return _checked(read_bundle(path), str(path), target)
 
 
-def random_drafter(
-    kind: str, target: TargetFacts, layer_ids: tuple[int, ...] | None, seed: int
-) -> tuple[Manifest, bytes]:
-    """Manifest and safetensors bytes of random weights, determined by the arguments alone.
+def made_drafter(kind: str, target: TargetFacts, new: NewDrafter) -> tuple[Manifest, bytes]:
+    """Manifest and safetensors bytes of new weights, a function of the arguments alone.
 
     Raises:
-        ValueError: the target does not have a layer of ``layer_ids``.
+        ValueError: a layer id or token id that the target does not have, or a target whose last
+            layer cannot be copied.
     """
-    learner = trainable(kind)
-    model = learner.new_model(target.config, target.lm_head_VH.float().cpu(), layer_ids, seed)
+    learner, head = trainable(kind), target.lm_head_VH.float().cpu()
+    last_layer = None if new.imitated is None else load_last_layer(new.imitated)
+    ids = None if new.vocab is None else torch.tensor(read_vocab(new.vocab, len(head)))
+    model = learner.new_model(target.config, head, new.layer_ids, new.seed, ids, last_layer)
     manifest = Manifest(0, None, kind, learner.config_to_json(model), target.fingerprint, {})
     return manifest, save(learner.bundle_tensors(model))
+
+
+def read_vocab(path: Path, vocab_size: int) -> list[int]:
+    """Token ids of a draft vocabulary, ascending.
+
+    Args:
+        path: JSON list of ids, in any order.
+        vocab_size: of the target.
+
+    Raises:
+        ValueError: the file does not hold such a list, or an id is not the target's.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"drafter.draft_vocab {path} cannot be read: {error}") from error
+    if not isinstance(found, list) or not all(type(x) is int for x in found):
+        raise ValueError(f"drafter.draft_vocab {path} is not a JSON list of token ids")
+    ids = sorted(set(found))
+    if not ids or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise ValueError(
+            f"drafter.draft_vocab {path} must list token ids from 0 to {vocab_size - 1}"
+        )
+    return ids
 
 
 def publish_initial(store: WeightsStore, manifest: Manifest, content: bytes) -> None:
@@ -134,11 +187,10 @@ def _publish_version_0(
     kind: str,
     target: TargetFacts,
     path: Path | None,
-    layer_ids: tuple[int, ...] | None,
-    seed: int,
+    new: NewDrafter,
 ) -> None:
     if path is None:
-        publish_initial(store, *random_drafter(kind, target, layer_ids, seed))
+        publish_initial(store, *made_drafter(kind, target, new))
         return
     if not path.is_dir():
         raise ValueError(f"drafter.path {path} is not a folder")

@@ -42,9 +42,28 @@ class Sample:
     temperature: float
     version: int | None
     """Newest drafter version that proposed in it; ``None`` without rounds."""
+    weight_T: Tensor | None = None
+    """float32 weight of the loss of the row at each position; ``None``: all 1."""
 
 
 def widen(rows: Tensor, scale: Tensor | None) -> Tensor:
     """Packed rows [..., m + 1, H] as float32."""
     wide = rows.float()
     return wide if scale is None else wide * scale[..., None]
+
+
+def rows_with_loss(known: Tensor, piece: Piece) -> Tensor:
+    """Rows of a piece that have a loss: captured like the row before, and with a next token.
+
+    Args:
+        known: [stop - start] bool, positions of the piece whose rows were captured.
+
+    Returns:
+        [R] int64 ascending, counted from ``piece.start``.
+    """
+    has = known.clone()
+    has[1:] &= known[:-1]
+    has[0] = False
+    has[: max(piece.loss_from - piece.start, 0)] = False
+    has[-1] = False
+    return has.nonzero()[:, 0]

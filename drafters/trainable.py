@@ -2,13 +2,13 @@
 
 This module imports no torch at run time: a command that only asks which kinds learn starts fast.
 
-Shapes: B sequences, N chains, K draft positions, V vocabulary, H hidden.
+Shapes: R rows with a loss, N chains, K draft positions, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from drafters.catalog import CATALOG
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from configs.schema import TrainerSettings
-    from drafters.samples import Piece, Sample
+    from drafters.batch import TrainingBatch
     from targets.head import TargetHead
+    from targets.last_layer import LastLayer
 
 
 class TargetShape(NamedTuple):
@@ -40,23 +41,12 @@ class BatchLoss(NamedTuple):
     """Mean overlap with the target at each draft position; 0 where no chain has the position."""
     agree_K: Tensor
     """Share of chains whose most likely draft token is the committed token."""
-    num_rows: int
-    """Rows with a loss."""
-
-
-class Batch(Protocol):
-    """Padded tensors built from pieces of samples; only the drafter that built them reads them."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """Move to ``device``; hidden rows are cast to ``dtype``."""
-        ...
 
 
 ModelT = TypeVar("ModelT", bound="nn.Module")
-BatchT = TypeVar("BatchT", bound=Batch)
 
 
-class Trainable(Protocol[ModelT, BatchT]):
+class Trainable(Protocol[ModelT]):
     """Learning side of one kind of drafter. Stateless: the trainer owns the model.
 
     ``config`` is the drafter's config as JSON, as stored in a bundle's manifest.
@@ -73,13 +63,17 @@ class Trainable(Protocol[ModelT, BatchT]):
         lm_head_VH: Tensor,
         layer_ids: tuple[int, ...] | None,
         seed: int,
+        draft_ids: Tensor | None = None,
+        last_layer: LastLayer | None = None,
     ) -> ModelT:
-        """Model with random weights on the CPU, determined by the arguments alone.
+        """New model on the CPU, a function of its arguments alone.
 
         Args:
             target_config: Hugging Face config of the target.
             lm_head_VH: [V, H] float32 on the CPU, the target's.
             layer_ids: layers to tap; ``None``: the kind's default.
+            draft_ids: [D] int64 ascending, the only tokens it can propose; ``None``: all.
+            last_layer: the target's, to start from instead of random weights.
 
         Raises:
             ValueError: the target has no such layer.
@@ -118,19 +112,18 @@ class Trainable(Protocol[ModelT, BatchT]):
         """Name -> tensor of everything that a bundle holds."""
         ...
 
-    def collate(self, parts: Sequence[tuple[Sample, Piece]]) -> BatchT:
-        """Pad pieces to the longest, in float32 on the CPU."""
-        ...
-
     def loss(
         self,
         model: ModelT,
         head: TargetHead,
-        batch: BatchT,
+        batch: TrainingBatch,
         settings: TrainerSettings,
         generator: torch.Generator | None,
     ) -> BatchLoss:
         """Training loss of a batch on the model's device.
+
+        On a GPU nothing may wait for the device, and launches may depend on the shapes of the batch
+        only: the trainer captures its updates in CUDA graphs.
 
         Args:
             head: embedding table and lm_head of the target, in the dtype of the batch.
@@ -143,18 +136,17 @@ class Trainable(Protocol[ModelT, BatchT]):
         self,
         model: ModelT,
         head: TargetHead,
-        batch: BatchT,
-        temperature_B: Tensor,
+        batch: TrainingBatch,
         num_draft: int,
     ) -> tuple[Tensor, Tensor]:
-        """Acceptance of each position of every complete chain of ``num_draft`` tokens.
+        """Acceptance of each position of the chain of ``num_draft`` tokens that begins at each row.
 
-        Args:
-            temperature_B: [B]; 0 is greedy.
+        Like ``loss`` it never waits for a GPU.
 
         Returns:
-            alphas_NK: [N, num_draft] float32, acceptance given that all earlier tokens were kept.
-            owner_N: [N] int64, the sequence of each chain.
+            alphas_RK: [R, num_draft] float32, acceptance given that all earlier tokens were kept,
+                at the temperature of the row.
+            is_full_R: bool, the chain has all ``num_draft`` rows; the others do not count.
         """
         ...
 
@@ -168,7 +160,7 @@ def learning_kinds() -> tuple[str, ...]:
     return tuple(kind for kind, entry in CATALOG.items() if entry.trainable is not None)
 
 
-def trainable(kind: str) -> Trainable[Any, Any]:
+def trainable(kind: str) -> Trainable[Any]:
     """The learning side of a kind of drafter.
 
     Raises:
@@ -180,5 +172,5 @@ def trainable(kind: str) -> Trainable[Any, Any]:
             f"a drafter of kind {kind!r} cannot be trained; kinds that learn: "
             f"{', '.join(learning_kinds())}"
         )
-    found: Trainable[Any, Any] = pkgutil.resolve_name(entry.trainable)()
+    found: Trainable[Any] = pkgutil.resolve_name(entry.trainable)()
     return found

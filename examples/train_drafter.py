@@ -29,7 +29,7 @@ from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from drafters.acceptance import conditional_acceptance, simulated_tokens_per_step
-from drafters.eagle3.batch import TTTBatch
+from drafters.batch import TrainingBatch, from_sequences
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
 from examples.corpus import Domain, read, sources
@@ -89,14 +89,17 @@ def continued(model: Any, ids: Tensor, sample: bool) -> Tensor:
 
 
 @torch.no_grad()
-def batch_of(model: Any, ids_BS: Tensor, layer_ids: tuple[int, ...], prompt: int) -> TTTBatch:
+def batch_of(
+    model: Any, ids_BS: Tensor, layer_ids: tuple[int, ...], prompt: int, temperature: float = 1.0
+) -> TrainingBatch:
     """Batch of ids [B, S] with the target's rows; the loss starts at the last prompt row."""
     out = model.model(input_ids=ids_BS, output_hidden_states=True, use_cache=False)
     features = torch.cat([out.hidden_states[k] for k in layer_ids], dim=-1)
     places = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
     known = torch.ones_like(ids_BS, dtype=torch.bool)
     loss = (places >= prompt - 1) & (places < ids_BS.shape[1] - 1)
-    return TTTBatch(ids_BS, places, features, out.last_hidden_state, known, loss)
+    heat = torch.full((len(ids_BS),), temperature)
+    return from_sequences(ids_BS, places, features, out.last_hidden_state, known, loss, heat)
 
 
 def train(
@@ -137,15 +140,10 @@ def held_out_figures(model: Any, tokenizer: Any, drafter: Eagle3) -> dict[str, A
         prompts = [p for p in pieces(tokenizer, domain, "heldout", 4096, 1) if len(p) == 64]
         ids = torch.tensor(prompts[:EVAL_SEQUENCES], device=model.device)
         ids = continued(model, ids, sample=False)
-        rows = batch_of(model, ids, drafter.config.layer_ids, 64)
-        alphas, _ = chain_acceptance(
-            drafter,
-            embed,
-            FrozenHead(model.get_output_embeddings().weight.detach()),
-            rows,
-            torch.zeros(len(ids), device=ids.device),
-            num_steps=8,
-        )
+        rows = batch_of(model, ids, drafter.config.layer_ids, 64, temperature=0.0)
+        head = FrozenHead(model.get_output_embeddings().weight.detach())
+        found, is_full = chain_acceptance(drafter, embed, head, rows, num_steps=8)
+        alphas = found[is_full]
         figures[domain] = {
             "tokens_per_step_k4": simulated_tokens_per_step(alphas, 4),
             "acceptance": [a for a in conditional_acceptance(alphas) if a is not None],

@@ -1,9 +1,15 @@
-"""The gate before publication: a candidate must beat the incumbent and forget nothing."""
+"""The gate before publication: a candidate must beat the incumbent and forget nothing.
+
+What is compared is an estimate from few traces, whose chains resemble each other. How far the gain
+may be off is told by how it differs from trace to trace, both drafters measured on the same ones.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +18,54 @@ class GateVerdict:
 
     passed: bool
     reason: str
+    lacks: float | None = None
+    """By how much of itself the candidate's figure would have had to be higher to pass, all else
+    equal; ``None`` if it passed or nothing can be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTrace:
+    """Both drafters on one trace."""
+
+    num_chains: int
+    candidate: float
+    """Sum over its chains of the tokens that a step yields."""
+    incumbent: float
+
+
+def gain_error(traces: Sequence[PairedTrace]) -> float | None:
+    """Standard error of ``candidate - incumbent`` in tokens_per_step, each chain weighing the same.
+
+    Chains of one trace count as one observation: that of a ratio of sums over traces, by its
+    residuals.
+
+    Returns:
+        ``None`` for fewer than two traces with chains.
+    """
+    traces = [trace for trace in traces if trace.num_chains]
+    count, total = len(traces), sum(trace.num_chains for trace in traces)
+    if count < 2:
+        return None
+    gain = sum(trace.candidate - trace.incumbent for trace in traces) / total
+    residuals = (t.candidate - t.incumbent - gain * t.num_chains for t in traces)
+    return math.sqrt(sum(r * r for r in residuals) * count / (count - 1)) / total
+
+
+def errors_allowed(confidence: float, num_traces: int) -> float:
+    """Standard errors between an estimate and its one-sided lower bound: Student's quantile.
+
+    Args:
+        confidence: 0.5 <= confidence < 1; 0.5 is the estimate itself.
+        num_traces: >= 2.
+
+    Source:
+        First two terms of Fisher's expansion, Abramowitz and Stegun 26.7.5; within 3 % from 5
+        traces on at 0.9.
+    """
+    z, degrees = NormalDist().inv_cdf(confidence), num_traces - 1
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / degrees + second / degrees**2
 
 
 def gate(
@@ -21,6 +75,8 @@ def gate(
     num_rows: int,
     older: tuple[float, float] | None = None,
     keep: float = 0.94,
+    traces: Sequence[PairedTrace] | None = None,
+    confidence: float = 0.5,
 ) -> GateVerdict:
     """Compare simulated tokens_per_step on held-out traces.
 
@@ -33,6 +89,9 @@ def gate(
         keep: required ratio of the older figures, so that earlier traffic is not forgotten. Nor may
             the loss there exceed the gain on the newest traces: the product of both ratios never
             falls, and small losses cannot add up.
+        traces: the same figures trace by trace; ``None``: only the estimates count.
+        confidence: with which the candidate must not be worse than the incumbent (or than
+            ``margin`` of it, if that is below 1), judged by how the gain differs between traces.
     """
     if num_rows < 1:
         return GateVerdict(False, "no held-out rows to judge on")
@@ -40,8 +99,17 @@ def gate(
         return GateVerdict(False, f"not finite: candidate {candidate}, incumbent {incumbent}")
     figures = f"candidate {candidate:.4f}, incumbent {incumbent:.4f}, {num_rows} rows"
     wanted = margin * incumbent
+    if traces is not None and confidence > 0.5:
+        error = gain_error(traces)
+        if error is None:
+            return GateVerdict(False, f"too few held-out traces for an interval: {figures}")
+        unsure = errors_allowed(confidence, sum(t.num_chains > 0 for t in traces)) * error
+        figures += f", gain uncertain by {unsure:.4f}"
+        wanted = max(wanted, min(margin, 1.0) * incumbent + unsure)
     if candidate < wanted:
-        return GateVerdict(False, f"below {wanted:.4f} = {margin:g} x incumbent: {figures}")
+        return GateVerdict(
+            False, f"below {wanted:.4f}, margin {margin:g}: {figures}", wanted / candidate - 1
+        )
     if older is not None:
         least = max(keep, min(1.0, incumbent / candidate))
         if not older[0] >= least * older[1]:
@@ -50,4 +118,4 @@ def gate(
                 f"forgets earlier traffic: candidate {older[0]:.4f} there, below {least:.4g} x "
                 f"incumbent {older[1]:.4f}",
             )
-    return GateVerdict(True, f"at least {wanted:.4f} = {margin:g} x incumbent: {figures}")
+    return GateVerdict(True, f"at least {wanted:.4f}, margin {margin:g}: {figures}")

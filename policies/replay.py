@@ -33,13 +33,24 @@ def add(
     reservoir_traces: int,
     seed: int,
 ) -> Replay[T]:
-    """Add new traces, oldest first; those pushed out of ``recent`` may enter the reservoir."""
+    """Add new traces, oldest first; those pushed out of ``recent`` may enter the reservoir.
+
+    Either part may have shrunk since the last call: what no longer fits leaves.
+    """
     recent = (*replay.recent, *traces)
     num_out = max(0, len(recent) - recent_traces)
-    reservoir = list(replay.reservoir)
+    reservoir = _thinned(replay.reservoir, reservoir_traces, f"{seed}/{replay.num_left}")
     for index, trace in enumerate(recent[:num_out], replay.num_left):
         _sample_into(reservoir, trace, index, reservoir_traces, seed)
     return Replay(recent[num_out:], tuple(reservoir), replay.num_left + num_out)
+
+
+def _thinned(items: Sequence[T], size: int, seed: str) -> list[T]:
+    """At most ``size`` of the items, each as likely as the others: a uniform sample stays one."""
+    if len(items) <= size:
+        return list(items)
+    order = sorted(range(len(items)), key=lambda place: _hash(f"{seed}/{place}"))
+    return [items[place] for place in sorted(order[:size])]
 
 
 def _sample_into(reservoir: list[T], trace: T, index: int, size: int, seed: int) -> None:

@@ -19,7 +19,7 @@ from buffer.interface import Backend, WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
 from drafters.catalog import chosen, kind_of, on_request
-from drafters.initial import TargetFacts, first_drafter
+from drafters.initial import TargetFacts, first_drafter, new_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
 from policies.arms import ArmPolicies
 from policies.catalog import build_policy
@@ -314,8 +314,7 @@ def _first_version(
         learning[0],
         TargetFacts(loaded.model.config, lm_head, loaded.fingerprint),
         path=settings.drafter.path,
-        layer_ids=settings.drafter.layer_ids,
-        seed=settings.seed,
+        new=new_drafter(settings),
     )
     manifest = stored.manifest
     return _Learning(manifest, Weights(manifest.version, manifest.drafter_config, stored.tensors))

@@ -38,7 +38,7 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         ValueError: there are no safetensors files, the tensors are not in them, or the lm_head has
             a bias.
     """
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -49,8 +49,8 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     if getattr(out, "bias", None) is not None:
         raise ValueError(f"{folder}: an lm_head with a bias is not supported")
     tied = out.weight is inside.weight or model.config.get_text_config().tie_word_embeddings
-    embed = _read(files, names[id(inside.weight)], folder).to(device, dtype)
-    lm_head = embed if tied else _read(files, names[id(out.weight)], folder).to(device, dtype)
+    embed = read_tensor(files, names[id(inside.weight)], folder).to(device, dtype)
+    lm_head = embed if tied else read_tensor(files, names[id(out.weight)], folder).to(device, dtype)
     scale = getattr(inside, "scalar_embed_scale", None)
     text = config.get_text_config()
     return TargetHead(
@@ -60,7 +60,7 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """File of each tensor, by name."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -75,7 +75,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read(files: dict[str, Path], name: str, folder: Path) -> Tensor:
+def read_tensor(files: dict[str, Path], name: str, folder: Path) -> Tensor:
     """Tensor ``name``, or the only one with the same last two parts (wrapped checkpoints)."""
     ending = ".".join(name.split(".")[-2:])
     names = [name] if name in files else [n for n in files if n.endswith(ending)]

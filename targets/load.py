@@ -64,7 +64,7 @@ def target_folder(target: str, cache: Path | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(target, allow_patterns=patterns))
@@ -86,7 +86,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     Shows a progress bar on a terminal only: in a log file it would be control characters.
     """
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,14 +20,18 @@ from drafters.trainable import trainable
 from targets.head import TargetHead, load_target_head
 from targets.load import pick_device, target_folder
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from trainer.dataset import Expected
+from trainer.dataset import Emphasis, Expected
 from trainer.gate import Judge
 from trainer.intake import Intake
 from trainer.journal import Journal
-from trainer.learner import Learner, batch_dtype
+from trainer.learner import Learner
 from trainer.loop import Trainer
-from trainer.replay import keys_in, new_memory, restore
+from trainer.pace import Pace
+from trainer.replay import Memory, keys_in
+from trainer.rows import RowStore, memory_bytes
+from trainer.saver import Saver
 from trainer.start import newest_drafter
+from trainer.update import batch_dtype
 
 
 def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
@@ -47,27 +52,38 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
     journal = Journal(settings.run_dir / "trainer")
+    rows = RowStore(device, memory_bytes(settings.trainer, device))
     trainer = Trainer(
         settings=settings,
         intake=Intake(
             TraceReader(backend),
-            expected_of(manifest, head),
+            replace(expected_of(manifest, head), emphasis=emphasis_of(settings)),
             settings.trainer.max_sequence,
             journal,
         ),
         store=store,
-        memory=new_memory(settings.trainer, settings.seed),
-        learner=Learner(learns, model, head, settings.trainer, device),
-        judge=Judge(learns, head, device, incumbent, settings.trainer.gate_margin),
+        memory=Memory(settings.trainer, settings.seed, rows),
+        learner=Learner(learns, model, head, settings.trainer, rows),
+        judge=Judge(
+            learns,
+            head,
+            rows,
+            incumbent,
+            settings.trainer.gate_margin,
+            settings.trainer.gate_confidence,
+        ),
         published=manifest,
         random=np.random.default_rng(settings.seed),
         journal=journal,
         stop=stop,
+        pace=Pace(settings.trainer),
+        saver=Saver(settings.run_dir / "trainer" / "checkpoints"),
     )
-    saved = read_checkpoint(trainer.checkpoints)
+    saved = read_checkpoint(trainer.saver.root)
     if saved is None:
         trainer.journal.event("started", version=manifest.version)
         trainer.checkpoint()  # so that broken weights can always be restored
+        trainer.report_checkpoint(wait=True)
     else:
         resume(trainer, saved, backend)
     return trainer
@@ -82,7 +98,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
     Raises:
         CheckpointError: it was made for another target or drafter, or is incomplete.
     """
-    state, settings = saved.state, trainer.settings
+    state = saved.state
     intake = trainer.intake
     try:
         for name, ours in trainer.identity().items():
@@ -92,15 +108,15 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.learner.step = state["step"]
         trainer.learner.num_skipped = state["num_skipped"]
         trainer.learner.lr_scale = state["lr_scale"]
-        trainer.steps_since_judged = state["steps_since_judged"]
-        trainer.refused_in_row = state["refused_in_row"]
+        trainer.pace.steps_since_judged = state["steps_since_judged"]
+        trainer.pace.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
         intake.continue_with(TraceReader(backend, state["offsets"]))
         wanted = keys_in(state["memory"])
         found = intake.find(wanted, TraceReader(backend))
-        trainer.memory = restore(settings.trainer, settings.seed, state["memory"], found)
+        trainer.memory.restore(state["memory"], found)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(trainer.checkpoints, f"{type(error).__name__}: {error}") from error
+        raise CheckpointError(trainer.saver.root, f"{type(error).__name__}: {error}") from error
     trainer.journal.event(
         "resumed",
         step=trainer.learner.step,
@@ -115,6 +131,12 @@ def expected_of(manifest: Manifest, head: TargetHead) -> Expected:
     shape = trainable(manifest.kind).target_shape(manifest.drafter_config)
     vocab_size, hidden_size = head.lm_head.weight_VH.shape
     return Expected(manifest.target_fingerprint, shape.layer_ids, hidden_size, vocab_size)
+
+
+def emphasis_of(settings: Settings) -> Emphasis | None:
+    """Rows that weigh more than others; ``None``: all the same."""
+    weight = settings.trainer.rejected_weight
+    return None if weight == 1 else Emphasis(settings.drafter.kind, weight)
 
 
 def _set_up_process(settings: Settings) -> None:

@@ -7,10 +7,13 @@ usage or settings, or nothing to train.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import threading
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -35,7 +38,7 @@ app = typer.Typer(
 
 @app.callback()
 def main(version: VersionOption = False) -> None:
-    """Keeps ``launch`` a subcommand while it is the only one."""
+    """What is common to all commands."""
 
 
 @app.command()
@@ -76,6 +79,36 @@ def _stop_on_signal() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
     return stop
+
+
+@app.command()
+def vocabulary(
+    size: Annotated[int, typer.Option(help="number of tokens")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Write the tokens that the traces of ``run_dir`` use most, for ``drafter.draft_vocab``."""
+    settings = settings_from_cli(config, set_, False)
+    from transformers import AutoConfig
+
+    from buffer.backends import open_backend
+    from buffer.fingerprint import target_fingerprint
+    from buffer.traces import TraceReader
+    from targets.load import target_folder
+    from trainer.vocabulary import count_generated, coverage, most_used, traces_in
+
+    try:
+        folder = target_folder(settings.target)
+        num_tokens = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+        reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
+        counts = count_generated(traces_in(reader), num_tokens, target_fingerprint(folder))
+        ids = most_used(counts, size)
+        out.write_text(json.dumps(ids))
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=exit_code(error)) from error
+    typer.echo(f"{out}: {size} of {num_tokens} tokens, {coverage(counts, ids):.2%} of the traffic")
 
 
 def _train(settings: Settings, stop: threading.Event) -> None:

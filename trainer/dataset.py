@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from buffer.records import Count, FeatureRows, Trace
 from drafters.samples import Piece, Sample
+from policies.preference import row_weights
 
 RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "short"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
@@ -29,6 +30,16 @@ _TORCH_TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Emphasis:
+    """Weight of the rows at which drafts were rejected."""
+
+    kind: str
+    """Kind of the drafter in training; drafts of others do not count."""
+    rejected_weight: float
+    """See ``policies.preference``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Expected:
     """Target and tapped layers that a trace must come from."""
 
@@ -36,6 +47,8 @@ class Expected:
     layer_ids: tuple[int, ...]
     hidden_size: int
     vocab_size: int
+    emphasis: Emphasis | None = None
+    """Rows that weigh more than others; ``None``: all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +103,17 @@ def sample_of(
         trained.size,
         trace.sampling.temperature,
         int(versions.max()) if versions.size else None,
+        _weights(trace, expected.emphasis),
     )
+
+
+def _weights(trace: Trace, emphasis: Emphasis | None) -> torch.Tensor | None:
+    """``Sample.weight_T``."""
+    if emphasis is None:
+        return None
+    own = (one for one in trace.rounds if one.drafter == emphasis.kind)
+    rounds = [(one.anchor, len(one.draft_ids), one.num_accepted) for one in own]
+    return torch.from_numpy(row_weights(trace.token_ids.size, rounds, emphasis.rejected_weight))
 
 
 def _misfit(trace: Trace, features: FeatureRows, expected: Expected) -> Refusal | None:

@@ -1,28 +1,31 @@
 """Compare a candidate with the published version on held-out traces.
 
-Acceptance is simulated from the hidden rows of the traces; neither a server nor the target runs.
+Acceptance is simulated from the hidden rows of the traces, which the store holds already; neither a
+server nor the target runs, and only the result is read from the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from drafters.acceptance import conditional_acceptance
-from drafters.samples import Sample
 from drafters.trainable import Trainable
-from policies.gate import GateVerdict, gate
+from policies.gate import GateVerdict, PairedTrace, gain_error, gate
 from targets.head import TargetHead
-from trainer.learner import batch_dtype
+from trainer.packing import HeldPiece, Packed, pack
+from trainer.rows import HeldSample, RowStore
+from trainer.update import batch_dtype
 
 GATE_DRAFT_K = 4
 """K at which drafters are compared."""
 _TOKENS_AT_ONCE = 8192
-"""Tokens in one batch of held-out samples."""
+"""Positions of one batch of held-out samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Judgement:
     incumbent: float | None
     acceptance: list[float]
     """The candidate's conditional acceptance at each position, up to the last one measured."""
+    gain_error: float | None
+    """Standard error of ``candidate - incumbent``."""
     num_chains: int
     num_traces: int
 
@@ -46,6 +51,7 @@ class Judgement:
             "reason": self.verdict.reason,
             "candidate": self.candidate,
             "incumbent": self.incumbent,
+            "gain_error": self.gain_error,
             "num_chains": self.num_chains,
             "num_traces": self.num_traces,
         }
@@ -55,18 +61,23 @@ class Judgement:
 class Judge:
     """Compares candidates with the incumbent, whose acceptance on each trace it caches."""
 
-    trainable: Trainable[Any, Any]
+    trainable: Trainable[Any]
     head: TargetHead
-    device: torch.device
+    store: RowStore
     incumbent: nn.Module
     """Model of the published version."""
     margin: float
-    """Minimum ratio of candidate to incumbent."""
+    """Least ratio of candidate to incumbent."""
+    confidence: float
+    """With which the candidate must not be worse; 0.5: only the estimates count."""
     _known: dict[str, Tensor] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
 
     def judge(
-        self, candidate: nn.Module, held_out: Sequence[Sample], older: Sequence[Sample] = ()
+        self,
+        candidate: nn.Module,
+        held_out: Sequence[HeldSample],
+        older: Sequence[HeldSample] = (),
     ) -> Judgement:
         """Compare on the newest held-out traces; ``older`` ones guard against forgetting."""
         everything = [*held_out, *older]
@@ -79,14 +90,30 @@ class Judge:
         figures = (mine, best) if mine is not None and best is not None else (0.0, 0.0)
         kept = [self._tokens_per_step(_join(found, older)) for found in (measured, self._known)]
         before = (kept[0], kept[1]) if kept[0] is not None and kept[1] is not None else None
+        traces = [self._paired(measured[x.key], self._known[x.key]) for x in held_out]
+        verdict = gate(
+            *figures,
+            margin=self.margin,
+            num_rows=len(ours),
+            older=before,
+            traces=traces,
+            confidence=self.confidence,
+        )
         return Judgement(
-            gate(*figures, margin=self.margin, num_rows=len(ours), older=before),
+            verdict,
             mine,
             best,
             [a for a in conditional_acceptance(ours) if a is not None],
+            gain_error(traces),
             len(ours),
             len(held_out),
         )
+
+    def _paired(self, ours_NK: Tensor, theirs_NK: Tensor) -> PairedTrace:
+        """Both drafters on one trace."""
+        count = len(ours_NK)
+        mine, best = (self._tokens_per_step(x) or 0.0 for x in (ours_NK, theirs_NK))
+        return PairedTrace(count, count * mine, count * best)
 
     def _tokens_per_step(self, alphas_NK: Tensor) -> float | None:
         return self.trainable.tokens_per_step(alphas_NK, GATE_DRAFT_K)
@@ -96,38 +123,43 @@ class Judge:
         self.incumbent.load_state_dict(candidate.state_dict())
         self._known = {}
 
-    def _measure(self, model: nn.Module, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Acceptance [N, K] of the chains of each sample, by its key."""
-        found = {x.key: torch.zeros(0, GATE_DRAFT_K) for x in samples}
+    def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Tensor]:
+        """Acceptance [N, K] of the complete chains of each sample, by its key."""
+        owners, found = [], []
         for group in _groups(samples):
-            parts = [(x, piece) for x in group for piece in x.pieces]
-            batch = self.trainable.collate(parts)
-            alphas, owner = self.trainable.acceptance(
-                model,
-                self.head,
-                batch.to(self.device, batch_dtype(self.device)),
-                torch.tensor([x.temperature for x, _ in parts]),
-                GATE_DRAFT_K,
-            )
-            alphas, owner = alphas.cpu(), owner.cpu()
-            for b, (x, _) in enumerate(parts):
-                found[x.key] = torch.cat((found[x.key], alphas[owner == b]))
-        return found
+            packed = pack([piece for _, piece in group], None)
+            batch = self.store.batch(packed, batch_dtype(self.store.device))
+            alphas_RK, is_full_R = self.trainable.acceptance(model, self.head, batch, GATE_DRAFT_K)
+            found.append(torch.cat((alphas_RK, is_full_R[:, None].float()), dim=1))
+            owners.append(_owners(packed, [place for place, _ in group]))
+        if not found:
+            return {}
+        rows = torch.cat(found).cpu()  # waits for the device, once
+        is_full = rows[:, -1] > 0
+        owner = torch.from_numpy(np.concatenate(owners))[is_full]
+        alphas = rows[is_full, :-1]
+        return {x.key: alphas[owner == place] for place, x in enumerate(samples)}
 
 
-def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Group samples of similar length, about ``_TOKENS_AT_ONCE`` tokens each."""
-    groups: list[list[Sample]] = []
-    room = 0
-    for sample in sorted(samples, key=lambda x: len(x.token_ids_T)):
-        length = sum(p.stop - p.start for p in sample.pieces)
-        if not groups or length > room:
-            groups.append([])
-            room = _TOKENS_AT_ONCE
-        groups[-1].append(sample)
-        room -= length
-    return groups
+def _groups(samples: Sequence[HeldSample]) -> Iterator[list[tuple[int, HeldPiece]]]:
+    """Pieces of the samples and the samples' places, about ``_TOKENS_AT_ONCE`` positions each."""
+    group: list[tuple[int, HeldPiece]] = []
+    num = 0
+    for place, sample in enumerate(samples):
+        for piece in sample.pieces:
+            if group and num + len(piece.slots) > _TOKENS_AT_ONCE:
+                yield group
+                group, num = [], 0
+            group.append((place, piece))
+            num += len(piece.slots)
+    if group:
+        yield group
 
 
-def _join(found: dict[str, Tensor], samples: Sequence[Sample]) -> Tensor:
+def _owners(packed: Packed, places: Sequence[int]) -> Any:
+    """The sample's place for each row with a loss."""
+    return np.asarray(places, dtype=np.int64)[packed.segment_T[packed.row_R]]
+
+
+def _join(found: dict[str, Tensor], samples: Sequence[HeldSample]) -> Tensor:
     return torch.cat((torch.zeros(0, GATE_DRAFT_K), *(found[x.key] for x in samples)))

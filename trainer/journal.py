@@ -14,6 +14,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+STATUS_EVERY_S = 0.5
+"""Seconds between two writes of a status whose state is the same."""
 LINE_EVERY_S = 10.0
 """Seconds between two log lines while the trainer learns, or keeps waiting for the same thing."""
 
@@ -29,6 +31,8 @@ class Journal:
         self._last_status: dict[str, Any] = {}
         self._problem: str | None = None
         """Why the last write failed; a problem that lasts is logged once."""
+        self._status_s = -math.inf
+        """Monotonic time of the last status."""
 
     def event(self, name: str, /, **values: Any) -> None:
         """Append ``{"event": name, "unix_ms": now, ...}``; NaN and infinities become null."""
@@ -37,8 +41,14 @@ class Journal:
         self._write(lambda: self._append(text))
         self._lines.event(name, values)
 
+    def status_is_due(self, state: str) -> bool:
+        """The state is another than in ``status.json``, or that is ``STATUS_EVERY_S`` old."""
+        age_s = time.monotonic() - self._status_s
+        return age_s >= STATUS_EVERY_S or state != self._last_status.get("state")
+
     def status(self, values: dict[str, Any]) -> None:
         """Replace ``status.json``. A power cut may bring back an older one."""
+        self._status_s = time.monotonic()
         body = {"unix_ms": int(time.time() * 1000), "pid": os.getpid(), **values}
         text = json.dumps(_plain(body), allow_nan=False, indent=1)
         self._write(lambda: self._replace_status(text))
@@ -91,7 +101,7 @@ class _Lines:
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Log an event; updates are only counted."""
         if name == "update":
-            self._num_updates += 1
+            self._num_updates += values["updates"]
             self._num_rows += values["rows"]
         elif name == "refused":
             self._refused(values)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,18 @@ import numpy as np
 from buffer.interface import WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
-from drafters.samples import Sample
-from trainer.checkpoint import read_checkpoint, write_checkpoint
+from trainer.checkpoint import read_checkpoint
+from trainer.figures import UpdateReport
 from trainer.gate import Judge, Judgement
 from trainer.intake import Intake
 from trainer.journal import Journal
-from trainer.learner import MAX_SKIPS, Learner, UpdateReport
+from trainer.learner import MAX_SKIPS, Learner
+from trainer.pace import Pace
 from trainer.publish import publish_version
 from trainer.replay import Memory
+from trainer.saver import Saver
 from trainer.start import newest_drafter
+from trainer.update_log import UpdateLog
 
 POLL_S = 0.1
 QUIET_S = 15.0
@@ -67,20 +70,15 @@ class Trainer:
     random: np.random.Generator
     journal: Journal
     stop: threading.Event
-    steps_since_judged: int = 0
-    refused_in_row: int = 0
-    """Candidates refused since the last published version."""
+    pace: Pace
+    """When the next candidate is due."""
+    saver: Saver
     restored: bool = False
     """Weights were restored from a checkpoint, and no update was finite since."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Latest loss, alpha and gate figures, for the status."""
-    saved_s: float = field(default_factory=time.monotonic)
-    """Monotonic time of the last checkpoint."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the trainer's checkpoints."""
-        return self.settings.run_dir / "trainer" / "checkpoints"
+    updates: UpdateLog = field(default_factory=UpdateLog)
+    """Updates that are not in the journal yet."""
 
     def is_done(self) -> bool:
         """Told to stop, or all steps are done."""
@@ -96,37 +94,41 @@ class Trainer:
             self.memory.take_in(samples)
 
     def update(self) -> None:
-        """Train on one batch from memory."""
-        started = time.monotonic()
+        """Train on one batch from memory. On a GPU its figures arrive some updates later."""
         parts = self.memory.draw(self.random)
-        report = self.learner.update(self.learner.trainable.collate(parts))
-        self.memory.trained_rows += report.num_rows
-        self.steps_since_judged += 1
-        self._record(report, [sample for sample, _ in parts], time.monotonic() - started)
-        if not report.skipped:
-            self.restored = False
-        elif self.learner.skips_in_row >= MAX_SKIPS:
-            self._restore_weights()
+        pieces = [piece for _, piece in parts]
+        reports = self.learner.update(pieces)
+        self.memory.trained_rows += sum(len(piece.rows) for piece in pieces)
+        self.pace.steps_since_judged += 1
+        self.updates.drew([sample for sample, _ in parts])
+        self._follow(reports)
+        self._write_status("training")
+
+    def settle(self) -> None:
+        """Wait for the updates that were launched, and write what is known of them."""
+        self._follow(self.learner.settle())
+        self._write_updates()
 
     def wait(self) -> None:
         """Report what is missing, and wait ``POLL_S`` for traces."""
+        self.settle()
         self._write_status(f"waiting for {self.waits_for()}")
         self.stop.wait(POLL_S)
 
     def candidate_is_due(self) -> bool:
         """There were enough updates, or any at all if traffic paused or all steps are done."""
-        if self.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
+        if self.pace.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
             return False
         quiet_s = time.monotonic() - self.intake.last_trace_s
         is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
-        enough = self.steps_since_judged >= self.settings.trainer.publish_every_steps
-        return enough or is_quiet or self._has_all_steps()
+        return self.pace.is_due() or is_quiet or self._has_all_steps()
 
     def judge_candidate(self) -> None:
         """Judge the averaged weights, and publish them if they pass the gate."""
-        self.steps_since_judged = 0
+        self.settle()
         if self.published.version in self.store.read_denied():
             self._follow_roll_back()
+            self.pace.judged(None, None, 0.0)
             return
         started = time.monotonic()
         judgement = self.judge.judge(
@@ -144,7 +146,11 @@ class Trainer:
         if judgement.verdict.passed:
             self._publish(judgement)
         else:
-            self.refused_in_row += 1
+            self.pace.refused_in_row += 1
+        error = judgement.gain_error
+        relative = error / judgement.candidate if error and judgement.candidate else None
+        lacks = judgement.verdict.lacks
+        self.pace.judged(relative, lacks, time.monotonic() - started)
 
     def _publish(self, judgement: Judgement) -> None:
         """Publish the averaged weights; if the disk is full, training continues without."""
@@ -161,7 +167,7 @@ class Trainer:
         except OSError as error:
             self.journal.event("publish_failed", text=f"{error}; training continues")
             return
-        self.refused_in_row = 0
+        self.pace.refused_in_row = 0
         self.judge.promote(self.learner.average)
         self.journal.event(
             "published",
@@ -171,32 +177,38 @@ class Trainer:
         )
 
     def checkpoint_is_due(self) -> bool:
-        """The last checkpoint is old enough, and the weights are sound."""
-        age_s = time.monotonic() - self.saved_s
-        return age_s >= self.settings.trainer.checkpoint_every_s and not self.learner.skips_in_row
+        """The last checkpoint is old enough and written, and the weights are sound."""
+        self.report_checkpoint(wait=False)
+        is_old = self.saver.age_s >= self.settings.trainer.checkpoint_every_s
+        return is_old and not self.saver.is_busy and not self.learner.skips_in_row
 
     def checkpoint(self) -> None:
-        """Save everything needed to resume; if the disk is full, the previous checkpoint stays."""
-        self.saved_s = time.monotonic()
-        try:
-            path = write_checkpoint(
-                self.checkpoints, self.state_to_json(), self.learner.state_tensors()
-            )
-        except OSError as error:
-            self.journal.event("checkpoint_failed", text=f"{error}; the previous one stays")
+        """Begin to save everything needed to resume; it is written beside the next updates.
+
+        If the disk is full, the previous checkpoint stays.
+        """
+        self.settle()
+        self.report_checkpoint(wait=True)
+        self.saver.start(self.state_to_json(), self.learner.state_tensors())
+
+    def report_checkpoint(self, wait: bool) -> None:
+        """Record the outcome of the checkpoint on its way, if there is one and it is known."""
+        saved = self.saver.outcome(wait)
+        if saved is None:
             return
-        self.journal.event(
-            "checkpoint",
-            step=self.learner.step,
-            name=path.name,
-            seconds=time.monotonic() - self.saved_s,
-        )
+        if saved.error is not None:
+            text = f"{saved.error}; the previous one stays"
+            self.journal.event("checkpoint_failed", text=text)
+            return
+        self.journal.event("checkpoint", step=saved.step, name=saved.name, seconds=saved.seconds)
 
     def finish(self) -> None:
         """Save a checkpoint if the weights are sound, and report the end."""
         self.intake.stop()
+        self.settle()
         if not self.learner.skips_in_row:
             self.checkpoint()
+        self.report_checkpoint(wait=True)
         self.journal.event("stopped", step=self.learner.step)
         self._write_status("stopped")
 
@@ -214,8 +226,8 @@ class Trainer:
             "step": self.learner.step,
             "num_skipped": self.learner.num_skipped,
             "lr_scale": self.learner.lr_scale,
-            "steps_since_judged": self.steps_since_judged,
-            "refused_in_row": self.refused_in_row,
+            "steps_since_judged": self.pace.steps_since_judged,
+            "refused_in_row": self.pace.refused_in_row,
             "random": self.random.bit_generator.state,
             "memory": self.memory.to_json(),
             "offsets": self.intake.offsets(),
@@ -227,13 +239,13 @@ class Trainer:
 
     def _restore_weights(self) -> None:
         """Restore the last checkpoint or, if that did not help, the last published version."""
-        saved = None if self.restored else read_checkpoint(self.checkpoints)
+        self.report_checkpoint(wait=True)
+        saved = None if self.restored else read_checkpoint(self.saver.root)
         if saved is None:
             self.learner.load_weights(self.judge.incumbent.state_dict())
         else:
             self.learner.load_state_tensors(saved.tensors)
         self.learner.lr_scale /= 2
-        self.learner.skips_in_row = 0
         self.restored = True
         self.journal.event(
             "restored",
@@ -251,7 +263,10 @@ class Trainer:
         """
         rejected = self.published.version
         manifest, model = newest_drafter(
-            self.settings, self.store, self.learner.head, self.intake.expected.target_fingerprint
+            self.settings,
+            self.store,
+            self.learner.head,
+            self.intake.expected.target_fingerprint,
         )
         self.published = manifest
         self.learner.load_weights(model.state_dict())
@@ -260,27 +275,27 @@ class Trainer:
             "rolled_back", step=self.learner.step, version=manifest.version, rejected=rejected
         )
 
-    def _record(self, report: UpdateReport, samples: list[Sample], seconds: float) -> None:
-        made = [x.version for x in samples if x.version is not None]
-        self.figures |= {"loss": report.loss, "alpha": report.alpha, "agree": report.agree}
-        self.journal.event(
-            "update",
-            step=self.learner.step,
-            loss=report.loss,
-            alpha=report.alpha,
-            agree=report.agree,
-            rows=report.num_rows,
-            traces=len(samples),
-            grad_norm=report.grad_norm,
-            lr=report.lr,
-            skipped=report.skipped,
-            seconds=seconds,
-            version=self.published.version,
-            staleness=self.published.version - sum(made) / len(made) if made else None,
-        )
-        self._write_status("training")
+    def _follow(self, reports: Sequence[UpdateReport]) -> None:
+        """Act on figures that arrived."""
+        for report in reports:
+            self.updates.add(report)
+            self.pace.saw(report)
+            if not report.skipped:
+                self.restored = False
+        if reports and self.learner.skips_in_row >= MAX_SKIPS:
+            self._restore_weights()
+        if self.updates.is_due():
+            self._write_updates()
+
+    def _write_updates(self) -> None:
+        """One event for the updates since the last one."""
+        if values := self.updates.taken(self.published.version):
+            self.figures |= {name: values[name] for name in ("loss", "alpha", "agree")}
+            self.journal.event("update", version=self.published.version, **values)
 
     def _write_status(self, state: str) -> None:
+        if not self.journal.status_is_due(state):
+            return
         memory, counts = self.memory, self.intake.counts
         self.journal.status(
             {
@@ -288,7 +303,7 @@ class Trainer:
                 "step": self.learner.step,
                 "skipped": self.learner.num_skipped,
                 "version": self.published.version,
-                "refused_in_row": self.refused_in_row,
+                "refused_in_row": self.pace.refused_in_row,
                 "traces": {
                     "read": counts.read,
                     "duplicate": counts.duplicate,

@@ -21,7 +21,7 @@ which costs little and suits every dtype, since the server casts on load."""
 
 def publish_version(
     store: WeightsStore,
-    trainable: Trainable[Any, Any],
+    trainable: Trainable[Any],
     model: nn.Module,
     parent: Manifest,
     judgement: Judgement,

@@ -1,20 +1,54 @@
 """Samples that the trainer holds, and the choice of the next batch.
 
-``policies.replay`` decides which traces are kept; this module holds their samples and counts how
-often each was trained on.
+``policies.replay`` decides which traces are kept; this module keeps their rows in the store and
+counts how often each was trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from configs.schema import TrainerSettings
-from drafters.samples import Piece, Sample
+from drafters.samples import Sample
 from policies.replay import Replay, add, is_held_out
+from trainer.packing import HeldPiece
+from trainer.rows import HeldSample, RowStore, pages_of
+
+_SHRINK = 0.9
+"""Factor of the numbers of traces held while their rows do not fit into the store."""
+_ROOMY = 0.3
+"""Free share of the store from which on more traces are held again."""
+
+Drawn = list[tuple[HeldSample, HeldPiece]]
+
+
+@dataclass(slots=True)
+class Turns:
+    """Training samples held, and how many batches each was in."""
+
+    samples: tuple[HeldSample, ...] = ()
+    visits: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    num_pieces: npt.NDArray[np.int64] = field(default_factory=lambda: np.ones(0, dtype=np.int64))
+
+    @classmethod
+    def of(cls, samples: Iterable[HeldSample], visits: dict[str, int]) -> Turns:
+        """Turns of these samples, whose visits so far are known by key."""
+        held = tuple(samples)
+        return cls(
+            held,
+            np.array([visits.get(x.key, 0) for x in held], dtype=np.int64),
+            np.array([len(x.pieces) for x in held], dtype=np.int64),
+        )
+
+    def by_key(self) -> dict[str, int]:
+        """Visits of the samples that had any."""
+        pairs = zip(self.samples, self.visits.tolist(), strict=True)
+        return {sample.key: n for sample, n in pairs if n}
 
 
 @dataclass(slots=True)
@@ -23,11 +57,13 @@ class Memory:
 
     settings: TrainerSettings
     seed: int
-    replay: Replay[Sample]
-    judges: Replay[Sample]
+    store: RowStore
+    replay: Replay[HeldSample] = field(default_factory=Replay)
+    judges: Replay[HeldSample] = field(default_factory=Replay)
     """Never trained on: the newest show what was learnt, the sample of older ones what was kept."""
-    visits: dict[str, int]
-    """Sample key -> number of batches it was in."""
+    turns: Turns = field(default_factory=Turns)
+    room: float = 1.0
+    """Share of the settings' numbers of traces that fit into the store, as far as is known."""
     num_samples: int = 0
     """Training samples ever taken in."""
     fresh_rows: int = 0
@@ -36,40 +72,93 @@ class Memory:
     """Rows with a loss that updates were trained on, counted each time."""
 
     def take_in(self, samples: Sequence[Sample]) -> None:
-        """Split new samples into held-out and training samples."""
-        s = self.settings
-        judges = [x for x in samples if is_held_out(x.key, s.held_out_every)]
-        training = [x for x in samples if not is_held_out(x.key, s.held_out_every)]
-        self.judges = add(
-            self.judges,
-            judges,
-            recent_traces=s.held_out_traces,
-            reservoir_traces=s.held_out_traces,
-            seed=self.seed,
-        )
-        self.replay = add(
-            self.replay,
-            training,
-            recent_traces=s.recent_traces,
-            reservoir_traces=s.reservoir_traces,
-            seed=self.seed,
-        )
+        """Split new samples into held-out and training samples, and upload those that are kept.
+
+        Raises:
+            ValueError: a single sample does not fit into the store.
+        """
+        if not samples:
+            return
+        self.store.prepare(samples[0])
+        every = self.settings.held_out_every
+        judges = [x for x in samples if is_held_out(x.key, every)]
+        training = [x for x in samples if not is_held_out(x.key, every)]
+        self._keep(training, judges)
         self.num_samples += len(training)
         self.fresh_rows += sum(x.num_loss_rows for x in training)
-        held = {x.key for x in self.samples()}
-        self.visits = {key: n for key, n in self.visits.items() if key in held}
+
+    def _keep(self, training: Sequence[Sample], judges: Sequence[Sample]) -> None:
+        """Take in what the replay mix keeps."""
+        if self.store.num_free > _ROOMY * self.store.num_pages:
+            self.room = min(1.0, self.room / _SHRINK)
+        self._hold(*self._mixed(self.replay, training, self.judges, judges))
+        self.turns = Turns.of(self.samples(), self.turns.by_key())
+
+    def _hold(self, replay: Replay[Any], held_out: Replay[Any]) -> None:
+        """Hold these mixes instead of the present ones; fewer traces of them if not all fit."""
+        before = [*_all(self.replay), *_all(self.judges)]
+        while not self._fits([*_all(replay), *_all(held_out)]):
+            self.room *= _SHRINK
+            replay, held_out = self._mixed(replay, (), held_out, ())
+        kept = [*_all(replay), *_all(held_out)]
+        keys = {x.key for x in kept}
+        self.store.drop(x for x in before if x.key not in keys)
+        held = {x.key: x for x in kept if isinstance(x, HeldSample)}
+        held |= {x.key: x for x in self.store.put([x for x in kept if isinstance(x, Sample)])}
+        self.replay, self.judges = _in_store(replay, held), _in_store(held_out, held)
+
+    def _mixed(
+        self,
+        replay: Replay[Any],
+        training: Sequence[Sample],
+        held_out: Replay[Any],
+        judges: Sequence[Sample],
+    ) -> tuple[Replay[Any], Replay[Any]]:
+        """Both mixes with new samples, within the numbers of traces that fit."""
+        s = self.settings
+        recent, reservoir = (int(n * self.room) for n in (s.recent_traces, s.reservoir_traces))
+        judging = max(1, int(s.held_out_traces * self.room))
+        return (
+            add(
+                replay,
+                training,
+                recent_traces=max(1, recent),
+                reservoir_traces=reservoir,
+                seed=self.seed,
+            ),
+            add(
+                held_out,
+                judges,
+                recent_traces=judging,
+                reservoir_traces=judging,
+                seed=self.seed,
+            ),
+        )
+
+    def _fits(self, wanted: Sequence[HeldSample | Sample]) -> bool:
+        """Raises ValueError if fewer traces would not help."""
+        pages = sum(len(x.pages) if isinstance(x, HeldSample) else pages_of(x) for x in wanted)
+        if not wanted or pages < self.store.num_pages:  # page 0 holds nothing
+            return True
+        if len(wanted) <= 3:
+            raise ValueError(
+                f"{len(wanted)} traces take {pages} pages of hidden rows and the store has "
+                f"{self.store.num_pages}; raise trainer.memory_fraction, or trainer.memory_bytes "
+                f"on a CPU"
+            )
+        return False
 
     @property
-    def held_out(self) -> tuple[Sample, ...]:
+    def held_out(self) -> tuple[HeldSample, ...]:
         """Newest held-out samples, oldest first."""
         return self.judges.recent
 
     @property
-    def held_out_older(self) -> tuple[Sample, ...]:
+    def held_out_older(self) -> tuple[HeldSample, ...]:
         """Uniform sample of the held-out samples before ``held_out``."""
         return self.judges.reservoir
 
-    def samples(self) -> tuple[Sample, ...]:
+    def samples(self) -> tuple[HeldSample, ...]:
         """All training samples held."""
         return (*self.replay.recent, *self.replay.reservoir)
 
@@ -86,29 +175,29 @@ class Memory:
             )
         return None
 
-    def draw(self, random: np.random.Generator) -> list[tuple[Sample, Piece]]:
-        """Draw the pieces of the next batch, up to ``batch_tokens`` tokens, and count the visits.
+    def draw(self, random: np.random.Generator) -> Drawn:
+        """Draw the pieces of the next batch, up to ``batch_tokens`` positions, and count the
+        visits.
 
         Most come from the samples trained on least often, so that new traffic is learnt first and
         every sample gets its turn. A share of ``reservoir_share`` is drawn uniformly from all
         samples held, reservoir included, so that old traffic is not forgotten.
         """
-        everything = self.samples()
-        luck = random.random(len(everything))
-        passes = [self.visits.get(x.key, 0) / len(x.pieces) for x in everything]
-        by_need = np.lexsort((luck, np.asarray(passes)))
-        by_luck = random.permutation(len(everything))
-        take_any = random.random(2 * len(everything)) < self.settings.reservoir_share
-        order = _interleave(by_need.tolist(), by_luck.tolist(), take_any.tolist())
-        parts: list[tuple[Sample, Piece]] = []
+        turns = self.turns
+        count = len(turns.samples)
+        by_need = np.lexsort((random.random(count), turns.visits / turns.num_pieces))
+        by_luck = random.permutation(count)
+        take_any = random.random(2 * count) < self.settings.reservoir_share
+        parts: Drawn = []
         num_tokens = 0
-        for sample in (everything[i] for i in order):
+        for place in _interleaved(by_need, by_luck, take_any):
+            sample = turns.samples[place]
             piece = sample.pieces[int(random.integers(len(sample.pieces)))]
-            num_tokens += piece.stop - piece.start
+            num_tokens += len(piece.slots)
             if parts and num_tokens > self.settings.batch_tokens:
                 break
             parts.append((sample, piece))
-            self.visits[sample.key] = self.visits.get(sample.key, 0) + 1
+            turns.visits[place] += 1
         return parts
 
     def to_json(self) -> dict[str, Any]:
@@ -120,50 +209,78 @@ class Memory:
             "held_out": [x.key for x in self.judges.recent],
             "held_out_older": [x.key for x in self.judges.reservoir],
             "held_out_left": self.judges.num_left,
-            "visits": self.visits,
+            "visits": self.turns.by_key(),
+            "room": self.room,
             "num_samples": self.num_samples,
             "fresh_rows": self.fresh_rows,
             "trained_rows": self.trained_rows,
         }
 
+    def restore(self, stored: dict[str, Any], found: dict[str, Sample]) -> None:
+        """Become what ``to_json`` described, without the samples that are no longer in the log.
 
-def new_memory(settings: TrainerSettings, seed: int) -> Memory:
-    """Empty memory."""
-    return Memory(settings, seed, Replay(), Replay(), {})
+        Args:
+            stored: from ``to_json``.
+            found: samples by key.
+
+        Raises:
+            KeyError: ``stored`` is incomplete.
+            ValueError: not a single sample fits into the store.
+        """
+
+        def present(keys: Iterable[str]) -> tuple[Sample, ...]:
+            return tuple(found[key] for key in keys if key in found)
+
+        self.store.drop([*_all(self.replay), *_all(self.judges)])
+        self.room = stored["room"]
+        replay: Replay[Any] = Replay(
+            present(stored["recent"]), present(stored["reservoir"]), stored["num_left"]
+        )
+        judges: Replay[Any] = Replay(
+            present(stored["held_out"]),
+            present(stored["held_out_older"]),
+            stored["held_out_left"],
+        )
+        self.replay, self.judges = Replay(), Replay()
+        if found:
+            self.store.prepare(next(iter(found.values())))
+        self._hold(replay, judges)
+        self.turns = Turns.of(self.samples(), stored["visits"])
+        self.num_samples = stored["num_samples"]
+        self.fresh_rows = stored["fresh_rows"]
+        self.trained_rows = stored["trained_rows"]
 
 
 def keys_in(stored: dict[str, Any]) -> set[str]:
-    """Keys of all samples that ``restore`` needs."""
+    """Keys of all samples that ``Memory.restore`` needs."""
     names = ("recent", "reservoir", "held_out", "held_out_older")
     return {key for name in names for key in stored[name]}
 
 
-def restore(
-    settings: TrainerSettings, seed: int, stored: dict[str, Any], found: dict[str, Sample]
-) -> Memory:
-    """Memory from ``Memory.to_json``, without the samples that are no longer in the log."""
+def _all(replay: Replay[Any]) -> tuple[Any, ...]:
+    return (*replay.recent, *replay.reservoir)
 
-    def present(keys: Iterable[str]) -> tuple[Sample, ...]:
-        return tuple(found[key] for key in keys if key in found)
 
-    return Memory(
-        settings,
-        seed,
-        Replay(present(stored["recent"]), present(stored["reservoir"]), stored["num_left"]),
-        Replay(
-            present(stored["held_out"]),
-            present(stored["held_out_older"]),
-            stored["held_out_left"],
-        ),
-        dict(stored["visits"]),
-        stored["num_samples"],
-        stored["fresh_rows"],
-        stored["trained_rows"],
+def _in_store(replay: Replay[Any], held: dict[str, HeldSample]) -> Replay[HeldSample]:
+    """The same mix of the samples as they are held."""
+    recent, reservoir = (
+        tuple(held[x.key] for x in part) for part in (replay.recent, replay.reservoir)
     )
+    return Replay(recent, reservoir, replay.num_left)
 
 
-def _interleave(needed: list[int], lucky: list[int], take_lucky: list[bool]) -> list[int]:
+def _interleaved(
+    needed: npt.NDArray[Any], lucky: npt.NDArray[Any], take_lucky: npt.NDArray[Any]
+) -> Iterator[int]:
     """Each index once, taken from the front of the list that ``take_lucky`` selects."""
     queues = {False: iter(needed), True: iter(lucky)}
-    drawn = [next(queues[choice], None) for choice in take_lucky]
-    return list(dict.fromkeys(index for index in (*drawn, *needed) if index is not None))
+    seen = set[int]()
+    for choice in take_lucky:
+        place = next(queues[bool(choice)], None)
+        if place is not None and int(place) not in seen:
+            seen.add(int(place))
+            yield int(place)
+    for place in queues[False]:
+        if int(place) not in seen:
+            seen.add(int(place))
+            yield int(place)

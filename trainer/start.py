@@ -9,7 +9,13 @@ from torch import nn
 from buffer.interface import WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
-from drafters.initial import StoredDrafter, TargetFacts, first_drafter, stored_drafter
+from drafters.initial import (
+    StoredDrafter,
+    TargetFacts,
+    first_drafter,
+    new_drafter,
+    stored_drafter,
+)
 from drafters.trainable import trainable
 from targets.head import TargetHead
 
@@ -26,10 +32,9 @@ def newest_drafter(
     stored = first_drafter(
         store,
         drafter.kind,
-        _facts(head, fingerprint),
+        TargetFacts(head.config, head.lm_head.weight_VH, fingerprint),
         path=drafter.path,
-        layer_ids=drafter.layer_ids,
-        seed=settings.seed,
+        new=new_drafter(settings),
     )
     return _as_model(stored)
 
@@ -40,11 +45,9 @@ def read_drafter(path: Path, head: TargetHead, fingerprint: str) -> tuple[Manife
     Raises:
         ValueError: see ``drafters.initial.stored_drafter``.
     """
-    return _as_model(stored_drafter(path, _facts(head, fingerprint)))
-
-
-def _facts(head: TargetHead, fingerprint: str) -> TargetFacts:
-    return TargetFacts(head.config, head.lm_head.weight_VH, fingerprint)
+    return _as_model(
+        stored_drafter(path, TargetFacts(head.config, head.lm_head.weight_VH, fingerprint))
+    )
 
 
 def _as_model(stored: StoredDrafter) -> tuple[Manifest, nn.Module]:

@@ -1,14 +1,12 @@
 """An EAGLE-3 drafter for a real target, trained on the target's own traces.
 
-Does what a server and its trainer do: decodes training prompts, captures every row, reads the
-traces back from the log, and uses the trainer's own learner, gate and publishing code. Unlike them,
-it runs sequentially on one GPU and keeps all traces in GPU memory, so that updates never wait.
+Does what a server and its trainer do: decodes held-in prompts, captures every row, reads the traces
+back from the log, and uses the trainer's own store, learner, gate and publication. Unlike them it
+works step by step on one GPU and keeps all traces in GPU memory, so that updates never wait.
 
     python -m benchmarks.real.train_drafter --target runs/real/target --run-dir runs/real/run
 
-Publishes version 1 in ``RUN_DIR/weights`` and writes ``RUN_DIR/drafter.json``.
-
-Shapes: B sequences, S positions (padded).
+Publishes version 1 of ``RUN_DIR/weights`` and writes ``RUN_DIR/drafter.json``.
 """
 
 from __future__ import annotations
@@ -18,15 +16,14 @@ import multiprocessing
 import random
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
-from torch import Tensor
-from torch.nn import functional
 
 from benchmarks.harness.engines import ONE_GPU, build, release
 from benchmarks.harness.loops import Feed
@@ -37,7 +34,6 @@ from buffer.records import Trace
 from buffer.traces import TraceReader
 from configs.load import load_settings
 from configs.schema import Settings
-from drafters.eagle3.batch import TTTBatch, collate
 from drafters.samples import Sample
 from drafters.trainable import trainable
 from examples.corpus import Domain
@@ -49,10 +45,14 @@ from targets.head import TargetHead, load_target_head
 from targets.load import load_tokenizer
 from trainer.build import expected_of
 from trainer.dataset import Expected, Refusal, sample_of
+from trainer.figures import UpdateReport
 from trainer.gate import Judge
-from trainer.learner import Learner, UpdateReport, batch_dtype
+from trainer.learner import Learner
+from trainer.packing import HeldPiece
 from trainer.publish import publish_version
+from trainer.rows import HeldSample, RowStore, memory_bytes
 from trainer.start import newest_drafter
+from trainer.update import batch_dtype
 
 FIGURES = "drafter.json"
 HELD_OUT_EVERY = 24
@@ -68,7 +68,7 @@ LAST_RATE = 0.02
 
 
 def settings_for(
-    target: Path, run_dir: Path, device: str, batch: int, steps: int, lr: float
+    target: Path, run_dir: Path, device: str, batch: int, steps: int, lr: float, tokens: int
 ) -> Settings:
     """Settings for plain decoding with everything captured, and for a trainer of the same run."""
     chosen = [
@@ -95,6 +95,8 @@ def settings_for(
         f"trainer.lr={lr}",
         "trainer.warmup_steps=50",
         "trainer.max_sequence=512",
+        "trainer.memory_fraction=0.6",
+        f"trainer.batch_tokens={tokens}",
     ]
     return load_settings([ONE_GPU], chosen, {})
 
@@ -164,38 +166,30 @@ def collect(
 class TrainingData:
     """All traces of a run, in device memory."""
 
-    sequences: TTTBatch
-    """Padded to one length."""
-    held_out: list[Sample]
+    store: RowStore
+    pieces: list[HeldPiece]
+    held_out: list[HeldSample]
     num_refused: int
 
-    def draw(self, count: int, generator: torch.Generator) -> TTTBatch:
-        """Random sequences."""
-        total = len(self.sequences.token_ids_BS)
-        index = torch.randperm(total, generator=generator)[:count]
-        index = index.to(self.sequences.token_ids_BS.device)
-        return _each(lambda *parts: parts[0].index_select(0, index), self.sequences)
+    @property
+    def num_rows(self) -> int:
+        """Rows to train on."""
+        return sum(len(piece.rows) for piece in self.pieces)
 
-
-def _each(do: Any, *batches: TTTBatch) -> TTTBatch:
-    """Apply ``do`` to each field of the batches."""
-    names = [f.name for f in fields(TTTBatch)]
-    return TTTBatch(*(do(*(getattr(b, name) for b in batches)) for name in names))
-
-
-def padded(batch: TTTBatch, length: int) -> TTTBatch:
-    """Pad the batch to S = ``length``; added positions are unknown and have no loss."""
-
-    def pad(tensor: Tensor) -> Tensor:
-        return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, length - tensor.shape[1]))
-
-    found = _each(pad, batch)
-    positions = torch.arange(length, device=found.positions_BS.device)
-    return replace(found, positions_BS=positions.expand_as(found.positions_BS).clone())
+    def draw(self, num_tokens: int, random: np.random.Generator) -> list[HeldPiece]:
+        """Random pieces, each at most once, of at most ``num_tokens`` positions."""
+        drawn: list[HeldPiece] = []
+        total = 0
+        for place in random.permutation(len(self.pieces)).tolist():
+            total += len(self.pieces[place].slots)
+            if drawn and total > num_tokens:
+                break
+            drawn.append(self.pieces[place])
+        return drawn
 
 
 def read_data(
-    settings: Settings, expected: Expected, device: torch.device, length: int, seconds: float
+    settings: Settings, expected: Expected, store: RowStore, seconds: float
 ) -> TrainingData:
     """Read the log to its end, or for at most ``seconds``."""
     reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
@@ -205,41 +199,39 @@ def read_data(
         while time.monotonic() < until and (traces := reader.read(READ_AT_ONCE)):
             yield traces
 
-    def parts_of(traces: list[Trace]) -> tuple[TTTBatch | None, list[Sample], int]:
-        samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in traces]
-        sound = [s for s in samples if not isinstance(s, Refusal)]
-        held_out = [s for s in sound if is_held_out(s.key, HELD_OUT_EVERY)]
-        trained = [s for s in sound if not is_held_out(s.key, HELD_OUT_EVERY)]
-        parts = [(s, piece) for s in trained for piece in s.pieces]
-        if not parts:
-            return None, held_out, len(samples) - len(sound)
-        batch = collate(parts).to(device, batch_dtype(device))
-        return padded(batch, length), held_out, len(samples) - len(sound)
+    def samples_of(traces: list[Trace]) -> list[Sample | Refusal]:
+        return [sample_of(t, expected, settings.trainer.max_sequence) for t in traces]
 
+    data = TrainingData(store, [], [], 0)
     with ThreadPoolExecutor(8) as pool:
-        jobs: list[Future[Any]] = [pool.submit(parts_of, traces) for traces in batches()]
-        found = [job.result() for job in jobs]
-    groups = [batch for batch, _, _ in found if batch is not None]
-    sequences = _each(lambda *parts: torch.cat(parts), *groups)
-    held_out = [s for _, samples, _ in found for s in samples]
-    return TrainingData(sequences, held_out, sum(refused for _, _, refused in found))
+        jobs = [pool.submit(samples_of, traces) for traces in batches()]
+        for job in jobs:
+            found = job.result()
+            sound = [s for s in found if not isinstance(s, Refusal)]
+            for held in store.put(sound):
+                if is_held_out(held.key, HELD_OUT_EVERY):
+                    data.held_out.append(held)
+                else:
+                    data.pieces.extend(held.pieces)
+            data = replace(data, num_refused=data.num_refused + len(found) - len(sound))
+    return data
 
 
-def learn(
-    learner: Learner, data: TrainingData, seconds: float, sequences: int
-) -> tuple[UpdateReport, float]:
-    """Run updates for ``seconds`` with a linearly decaying learning rate; returns the last report
-    and the time spent."""
-    generator = torch.Generator().manual_seed(0)
-    started, printed, report = time.monotonic(), 0.0, None
-    while (elapsed := time.monotonic() - started) < seconds or report is None:
+def learn(learner: Learner, data: TrainingData, seconds: float) -> tuple[UpdateReport, float]:
+    """Update for some seconds while the learning rate falls linearly; returns the last report and
+    the time spent."""
+    numbers = np.random.default_rng(0)
+    reports: list[UpdateReport] = []
+    started, printed = time.monotonic(), 0.0
+    while (elapsed := time.monotonic() - started) < seconds or not learner.step:
         learner.lr_scale = max(LAST_RATE, 1 - elapsed / seconds)
-        report = learner.update(data.draw(sequences, generator))
-        if elapsed - printed > 10:
+        reports += learner.update(data.draw(learner.settings.batch_tokens, numbers))
+        if reports and elapsed - printed > 10:
             printed = elapsed
-            alphas = [round(a, 3) for a in report.alpha]
-            say(f"update {learner.step}  loss {report.loss:.4f}  alpha {alphas}")
-    return report, time.monotonic() - started
+            alphas = [round(a, 3) for a in reports[-1].alpha]
+            say(f"update {reports[-1].step}  loss {reports[-1].loss:.4f}  alpha {alphas}")
+    reports += learner.settle()
+    return reports[-1], time.monotonic() - started
 
 
 def train(
@@ -247,8 +239,6 @@ def train(
     target: Path,
     seconds: float,
     read_s: float,
-    sequences: int,
-    length: int,
     until_s: float,
 ) -> dict[str, Any]:
     """Read, train, evaluate, publish. Training ends by ``until_s`` on the monotonic clock."""
@@ -262,16 +252,15 @@ def train(
     learns, expected = trainable(manifest.kind), expected_of(manifest, head)
 
     started = time.monotonic()
-    data = read_data(settings, expected, device, length, read_s)
+    store_rows = RowStore(device, memory_bytes(settings.trainer, device))
+    data = read_data(settings, expected, store_rows, read_s)
     read_s = time.monotonic() - started
-    num_sequences = len(data.sequences.token_ids_BS)
-    num_rows = int(data.sequences.loss_BS.sum())
-    say(f"read {num_sequences} traces, {num_rows:,} training rows, in {read_s:.1f} s")
+    say(f"read {len(data.pieces)} pieces, {data.num_rows:,} training rows, in {read_s:.1f} s")
 
-    learner = Learner(learns, model, head, settings.trainer, device)
+    learner = Learner(learns, model, head, settings.trainer, store_rows)
     seconds = min(seconds, until_s - time.monotonic())
-    report, train_s = learn(learner, data, seconds, sequences)
-    judge = Judge(learns, head, device, incumbent, settings.trainer.gate_margin)
+    report, train_s = learn(learner, data, seconds)
+    judge = Judge(learns, head, store_rows, incumbent, settings.trainer.gate_margin, 0.5)
     judged = judge.judge(learner.average, data.held_out[:JUDGED])
     say(f"held-out traces: {judged.to_json()}, acceptance {judged.acceptance}")
     published = publish_version(
@@ -286,15 +275,14 @@ def train(
     return {
         "version": published.version,
         "parameters": sum(p.numel() for p in learner.model.parameters()),
-        "traces": num_sequences,
+        "pieces": len(data.pieces),
         "traces_refused": data.num_refused,
-        "rows": num_rows,
+        "rows": data.num_rows,
         "read_s": read_s,
         "train_s": train_s,
         "updates": learner.step,
         "updates_skipped": learner.num_skipped,
-        "sequences_per_update": sequences,
-        "epochs": learner.step * sequences / num_sequences,
+        "tokens_per_update": settings.trainer.batch_tokens,
         "ttt_steps": settings.trainer.ttt_steps,
         "peak_lr": settings.trainer.lr,
         "last_loss": report.loss,
@@ -313,8 +301,8 @@ def main(
     max_tokens: int = 160,
     batch: Annotated[int, typer.Option(help="requests decoded at a time")] = 128,
     greedy_share: float = 0.6,
-    temperature: Annotated[float, typer.Option(help="temperature of sampled requests")] = 0.8,
-    sequences: Annotated[int, typer.Option(help="sequences per update")] = 64,
+    temperature: Annotated[float, typer.Option(help="of the requests that are sampled")] = 0.8,
+    batch_tokens: Annotated[int, typer.Option(help="positions of one update")] = 16_384,
     ttt_steps: int = 5,
     lr: float = 6e-4,
     budget_s: Annotated[float, typer.Option(help="total seconds; training gets what is left")] = (
@@ -325,7 +313,7 @@ def main(
     """Collect traces, train on them, publish."""
     began = time.monotonic()
     target, run_dir = target.resolve(), run_dir.resolve()
-    settings = settings_for(target, run_dir, device, batch, ttt_steps, lr)
+    settings = settings_for(target, run_dir, device, batch, ttt_steps, lr, batch_tokens)
     shares: dict[Domain, float] = {"python": 0.6, "c": 0.4}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(shares), mp_context=context) as pool:
@@ -343,9 +331,8 @@ def main(
     say(f"collected: {figures}")
     del service
     release(torch.device(device))
-    length = max(map(len, prompts)) + max_tokens
     until_s = began + budget_s - CLOSING_S
-    trained = train(settings, target, seconds, read_s, sequences, length, until_s)
+    trained = train(settings, target, seconds, read_s, until_s)
     about = {
         "collected": figures,
         "greedy_share": greedy_share,

@@ -1,10 +1,13 @@
 """Draft chains of a training batch: which are run, how far, and how much each position weighs.
 
-A chain is one draft that a server could have made: it begins at an anchor row and has one row in
-each step of training-time test. See ``drafters.eagle3.training``.
+A chain is one draft that a server could have made: it begins at a row with a loss and has one row
+in each step of training-time test. See ``drafters.eagle3.training``. Rows with a loss that follow
+each other in a text follow each other in R, so chain r predicts for row r + k in step k.
 
-Shapes: B sequences, S positions (padded), A anchors of a sequence, K steps, R rows that have a
-loss (each is the first row of a chain), N outputs of one step that have a loss.
+All shapes depend on those of the batch alone: what does not exist has weight 0.
+
+Shapes: T positions, R rows that have a loss (each is the first row of a chain), A chains carried
+beyond the first step, K steps.
 """
 
 from __future__ import annotations
@@ -14,85 +17,65 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drafters.eagle3.batch import TTTBatch, delayed
+from drafters.batch import TrainingBatch
 from drafters.eagle3.losses import dpace_weights
-
-
-class Step(NamedTuple):
-    """Indices of the N outputs of one step that have a loss; int64 each."""
-
-    output_N: Tensor
-    """Index into the step's outputs, flattened."""
-    row_N: Tensor
-    """Row of R that the output predicts for."""
-    chain_N: Tensor
-    """Row of R at which its chain began."""
 
 
 class Chains(NamedTuple):
     """Chains of a batch and their steps."""
 
-    flat_R: Tensor
-    """Index into B * S of every row that begins a chain."""
-    anchor_BA: Tensor
-    """int64 index along S of the anchors carried beyond step 0, padded with arbitrary indices."""
+    carried_A: Tensor | None
+    """int64 index into R, ascending: chains carried beyond step 0; ``None``: all of them."""
+    alive_KR: Tensor
+    """bool: the chain has the step."""
     carried_R: Tensor
     """bool: the chain is carried beyond step 0."""
-    steps: tuple[Step, ...]
-    """[K]"""
 
 
 def lay_out(
-    batch: TTTBatch, num_steps: int, share: float, generator: torch.Generator | None
+    batch: TrainingBatch, num_steps: int, share: float, generator: torch.Generator | None
 ) -> Chains:
-    """Choose the chains of a batch and follow each until its first row without a loss."""
-    S = batch.loss_BS.shape[1]
-    begins_BS = batch.loss_BS & delayed(batch.known_BS)
-    flat_R = begins_BS.flatten().nonzero()[:, 0]
-    row_of = torch.zeros_like(begins_BS, dtype=torch.int64).flatten()
-    row_of[flat_R] = torch.arange(flat_R.numel(), device=flat_R.device)
-    anchor_BA, alive_BA = _draw(begins_BS, share, generator)
-    start_BA = torch.arange(begins_BS.shape[0], device=flat_R.device)[:, None] * S
-    chain_BA = row_of[start_BA + anchor_BA]
-    carried_R = torch.zeros_like(flat_R, dtype=torch.bool)
-    carried_R[chain_BA[alive_BA]] = True
-    steps = [Step(flat_R, row_of[flat_R], row_of[flat_R])]
-    for step in range(1, num_steps):
-        within_BA = (anchor_BA + step).clamp_max(S - 1)  # the last row never has a loss
-        alive_BA = alive_BA & begins_BS.gather(1, within_BA)
-        output_N = alive_BA.flatten().nonzero()[:, 0]
-        row_N, chain_N = row_of[(start_BA + within_BA)[alive_BA]], chain_BA[alive_BA]
-        steps.append(Step(output_N, row_N, chain_N))
-    return Chains(flat_R, anchor_BA, carried_R, tuple(steps))
+    """Choose the chains of a batch and follow each until its first row without a loss.
 
-
-def _draw(
-    begins_BS: Tensor, share: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Draw each beginning with probability ``share``.
-
-    Returns:
-        [B, A] int64 index along S, and [B, A] bool, False where it is padding.
+    Args:
+        share: of the chains is carried beyond the first step, drawn anew for each batch.
     """
-    if share < 1:
-        luck_BS = torch.rand(begins_BS.shape, generator=generator).to(begins_BS.device)
-        begins_BS = begins_BS & (luck_BS < share)
-    num_anchors = int(begins_BS.sum(dim=1).max()) if begins_BS.numel() else 0
-    anchor_BA = (~begins_BS).byte().argsort(dim=1, stable=True)[:, :num_anchors]
-    return anchor_BA, begins_BS.gather(1, anchor_BA)
+    num_rows = batch.row_R.numel()
+    carried_A, carried_R = _carried(batch, share, generator)
+    own_R = torch.arange(num_rows, device=batch.row_R.device)
+    alive = [batch.is_row_R]
+    for step in range(1, num_steps):
+        next_R = (own_R + step).clamp_max(num_rows - 1)
+        follows_R = (batch.row_R[next_R] == batch.row_R + step) & batch.is_row_R[next_R]
+        alive.append(alive[-1] & follows_R & carried_R)
+    return Chains(carried_A, torch.stack(alive), carried_R)
+
+
+def _carried(
+    batch: TrainingBatch, share: float, generator: torch.Generator | None
+) -> tuple[Tensor | None, Tensor]:
+    """``Chains.carried_A`` and ``Chains.carried_R``."""
+    if share >= 1:
+        return None, batch.is_row_R
+    num_rows, device = batch.row_R.numel(), batch.row_R.device
+    drawn = torch.randperm(num_rows, generator=generator)[: round(share * num_rows)]
+    carried_A = drawn.sort().values.to(device)
+    chosen = torch.zeros_like(batch.is_row_R).index_fill(0, carried_A, True)
+    return carried_A, chosen & batch.is_row_R
 
 
 def by_chain(chains: Chains, values: list[Tensor]) -> Tensor:
-    """Arrange the [N] values of every step by chain, [K, R]; 0 where a chain lacks the step."""
-    zeros = values[0].new_zeros(chains.flat_R.numel())
-    rows = zip(chains.steps, values, strict=True)
-    return torch.stack([zeros.index_copy(0, step.chain_N, figures) for step, figures in rows])
+    """Arrange the values of every step by chain, [K, R]; 0 where a chain lacks the step.
 
-
-def has_step(chains: Chains) -> Tensor:
-    """[K, R] bool: the chain has the step."""
-    every = [torch.ones_like(step.chain_N, dtype=torch.bool) for step in chains.steps]
-    return by_chain(chains, every)
+    Args:
+        values: [R] of step 0, then [A] of each later step.
+    """
+    rows = values
+    if chains.carried_A is not None:
+        zeros = values[0].new_zeros(values[0].shape)
+        rows = [values[0], *(zeros.index_copy(0, chains.carried_A, v) for v in values[1:])]
+    arranged = torch.stack(rows)
+    return torch.where(chains.alive_KR, arranged, torch.zeros_like(arranged))
 
 
 def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Tensor:
@@ -103,15 +86,16 @@ def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Te
     chains.
 
     Args:
-        label_probs: [N] for each step, the drafter's probability of the committed token.
+        label_probs: the drafter's probability of the committed token, as ``by_chain`` takes it.
     """
     prob_KR = by_chain(chains, label_probs)
-    valid_KR = has_step(chains)
-    carried_R = chains.carried_R
+    carried_R, is_row_R = chains.carried_R, chains.alive_KR[0]
     num_carried = carried_R.sum().clamp_min(1)
     mean_K1 = (prob_KR * carried_R).sum(dim=1, keepdim=True) / num_carried
-    known_KR = carried_R | (torch.arange(len(label_probs), device=carried_R.device) == 0)[:, None]
+    is_first_K1 = (torch.arange(len(label_probs), device=carried_R.device) == 0)[:, None]
+    known_KR = carried_R | is_first_K1
     survival_KR = torch.where(known_KR, prob_KR, mean_K1)
-    weights_KR = dpace_weights(survival_KR, valid_KR | ~known_KR, floor) * valid_KR
-    weights_KR[1:] *= carried_R.numel() / num_carried
-    return weights_KR
+    valid_KR = chains.alive_KR | ~known_KR
+    weights_KR = dpace_weights(survival_KR, valid_KR, floor) * chains.alive_KR
+    scale = is_row_R.sum() / num_carried
+    return torch.where(is_first_K1, weights_KR, weights_KR * scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from configs.schema import TrainerSettings
 from drafters.acceptance import simulated_tokens_per_step
-from drafters.eagle3.batch import TTTBatch, collate
+from drafters.batch import TrainingBatch
+from drafters.eagle3.from_target import imitate
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
-from drafters.samples import Piece, Sample
 from drafters.trainable import BatchLoss, TargetShape
 from targets.head import TargetHead
+from targets.last_layer import LastLayer
 
 CPU_CHAIN_SHARE = 0.5
 """Share of the chains carried beyond the first draft token on a CPU, where training takes its time
@@ -35,10 +36,18 @@ class Eagle3Trainable:
         lm_head_VH: Tensor,
         layer_ids: tuple[int, ...] | None,
         seed: int,
+        draft_ids: Tensor | None = None,
+        last_layer: LastLayer | None = None,
     ) -> Eagle3:
-        """The target's layer shape, its whole vocabulary and its lm_head."""
-        model = Eagle3(config_for_target(target_config, layer_ids))
-        model.initialise(seed, lm_head_VH)
+        """The target's layer shape and its lm_head, as far as the draft vocabulary reaches."""
+        size = None if draft_ids is None else draft_ids.numel()
+        model = Eagle3(config_for_target(target_config, layer_ids, size))
+        head = lm_head_VH if draft_ids is None else lm_head_VH[draft_ids]
+        model.initialise(seed, head)
+        if model.d2t is not None and draft_ids is not None:
+            model.d2t.copy_(draft_ids - torch.arange(draft_ids.numel()))
+        if last_layer is not None:
+            imitate(model, last_layer)
         return model
 
     def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Eagle3:
@@ -70,32 +79,27 @@ class Eagle3Trainable:
         """Parameters, and ``d2t`` of a reduced vocabulary."""
         return model.bundle_tensors()
 
-    def collate(self, parts: Sequence[tuple[Sample, Piece]]) -> TTTBatch:
-        """One sequence for each piece."""
-        return collate(parts)
-
     def loss(
         self,
         model: Eagle3,
         head: TargetHead,
-        batch: TTTBatch,
+        batch: TrainingBatch,
         settings: TrainerSettings,
         generator: torch.Generator | None,
     ) -> BatchLoss:
-        """Loss of training-time test, with the objective of ``objective_for``."""
-        objective = objective_for(settings, batch.token_ids_BS.device)
+        """Loss of training-time test, as ``objective_for`` says."""
+        objective = objective_for(settings, batch.token_ids_T.device)
         return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
 
     def acceptance(
         self,
         model: Eagle3,
         head: TargetHead,
-        batch: TTTBatch,
-        temperature_B: Tensor,
+        batch: TrainingBatch,
         num_draft: int,
     ) -> tuple[Tensor, Tensor]:
         """See ``chain_acceptance``."""
-        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, temperature_B, num_draft)
+        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, num_draft)
 
     def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
         """See ``simulated_tokens_per_step``."""

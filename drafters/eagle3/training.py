@@ -1,4 +1,4 @@
-"""Training-time test for EAGLE-3: the chains a server could have drafted, in one padded pass.
+"""Training-time test for EAGLE-3: the chains a server could have drafted, in one pass.
 
 Step 0 computes every row with h from the target's features. A chain begins at an anchor a; its row
 at step i is a + i, with the committed token x_{a+i} and its own output of step i - 1 as h. It
@@ -11,10 +11,15 @@ computes when it drafts from that anchor and the earlier draft tokens were kept.
 Chains share only step 0, so any subset of anchors may be carried beyond it: the first draft token
 is trained at every row, later ones, which weigh less, on a share of the chains.
 
-Shapes: B sequences, S positions (padded), A anchors of a sequence, K steps, R rows that have a
-loss (each is the first row of a chain), H hidden, m tapped layers, F = m * H, Vd draft vocabulary.
+Nothing here reads a value of a tensor on the host, and shapes depend on those of the batch alone,
+so that an update can be captured in a CUDA graph.
 
-Rows are indexed as in ``drafters.eagle3.model``, chains are laid out in ``drafters.eagle3.chains``.
+Shapes: T positions of the batch, R rows that have a loss (each is the first row of a chain), A
+chains carried beyond step 0, K steps, N rows of all steps, H hidden, m tapped layers, F = m * H, Vd
+draft vocabulary.
+
+Rows are indexed as in ``drafters.eagle3.model``, chains are laid out in ``drafters.eagle3.chains``,
+attention is in ``drafters.eagle3.chain_attention``.
 
 Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.2.
 """
@@ -23,18 +28,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from drafters.eagle3.batch import TTTBatch, delayed
-from drafters.eagle3.chains import Chains, Step, by_chain, chain_weights, has_step, lay_out
+from drafters.batch import TrainingBatch, follows_T
+from drafters.eagle3.chain_attention import ChainAttention
+from drafters.eagle3.chains import Chains, by_chain, chain_weights, lay_out
 from drafters.eagle3.losses import FLOOR, head_losses
 from drafters.eagle3.model import Eagle3
 from drafters.trainable import BatchLoss
 from specops.device import distill, label_figures
-from specops.distill import FrozenHead, LossKind, RowFigures, Rows, Target, Teacher, target_of
+from specops.distill import (
+    FrozenHead,
+    LossKind,
+    RowFigures,
+    Rows,
+    Target,
+    Teacher,
+    TeacherOrder,
+    target_of,
+    teacher_order,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +84,7 @@ def ttt_loss(
     model: Eagle3,
     embed: Tensor,
     head: FrozenHead,
-    batch: TTTBatch,
+    batch: TrainingBatch,
     objective: Objective,
     generator: torch.Generator | None = None,
 ) -> BatchLoss:
@@ -81,41 +97,47 @@ def ttt_loss(
     """
     chains = lay_out(batch, objective.num_steps, objective.chain_share, generator)
     inputs = list(_head_inputs(model, embed, batch, chains))
-    teacher = Teacher(batch.last_hidden_BSH.flatten(0, 1)[chains.flat_R], head, _target_ids(model))
-    labels = _labels(model, batch, chains.flat_R)
+    teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model))
+    labels = _labels(model, batch)
+    compared = [_compared(labels, chains, step) for step in range(len(inputs))]
     if not objective.keep_logits:
-        return _distilled(model, chains, inputs, teacher, labels, objective)
-    weight = model.lm_head.weight.to(batch.features_BSF.dtype)
+        return _distilled(model, batch, chains, inputs, teacher, compared, objective)
+    weight = model.lm_head.weight.to(batch.features_TF.dtype)
     chunk_rows = objective.chunk_rows or _CACHED_ROWS
     target = _target_rows(teacher, chunk_rows)
     figures = [
-        head_losses(hidden, weight, target, _compared(labels, step), objective.loss, chunk_rows)
-        for hidden, step in zip(inputs, chains.steps, strict=True)
+        head_losses(hidden, weight, target, rows, objective.loss, chunk_rows)
+        for hidden, rows in zip(inputs, compared, strict=True)
     ]
-    return weigh(chains, figures, objective.floor)
+    return weigh(chains, figures, objective.floor, batch.weight_R)
 
 
 def _distilled(
     model: Eagle3,
+    batch: TrainingBatch,
     chains: Chains,
     inputs: list[Tensor],
     teacher: Teacher,
-    labels: Rows,
+    compared: list[Rows],
     objective: Objective,
 ) -> BatchLoss:
     """``weigh`` for all steps at once, with the weights computed first."""
     hidden = torch.cat(inputs)
-    rows = _concatenated([_compared(labels, step) for step in chains.steps])
+    rows = _concatenated(compared)
     lengths = [len(x) for x in inputs]
     weight = model.lm_head.weight
     probs = label_figures(hidden, weight, rows, objective.chunk_rows).label_prob_N
     weights_KR = chain_weights(chains, list(torch.split(probs, lengths)), objective.floor)
+    weights_KR = _scaled(weights_KR, chains, batch.weight_R)
     weights_KR = weights_KR / weights_KR.sum().clamp_min(1e-9)
-    weights = torch.cat([w[step.chain_N] for w, step in zip(weights_KR, chains.steps, strict=True)])
-    found = distill(hidden, weight, teacher, rows, weights, objective.loss, objective.chunk_rows)
+    weights = torch.cat(_by_step(chains, weights_KR))
+    order = _order(chains, lengths)
+    found = distill(
+        hidden, weight, teacher, rows, weights, objective.loss, objective.chunk_rows, order
+    )
     columns = zip(*(torch.split(column, lengths) for column in found.figures), strict=True)
     alpha_K, agree_K = _means(chains, [RowFigures(*step) for step in columns])
-    return BatchLoss(found.loss, alpha_K, agree_K, chains.flat_R.numel())
+    return BatchLoss(found.loss, alpha_K, agree_K)
 
 
 @torch.no_grad()
@@ -123,41 +145,40 @@ def chain_acceptance(
     model: Eagle3,
     embed: Tensor,
     head: FrozenHead,
-    batch: TTTBatch,
-    temperature_B: Tensor,
+    batch: TrainingBatch,
     num_steps: int,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Acceptance of each position of every chain that has ``num_steps`` rows with a loss.
+    """Acceptance of each position of every chain, at its request's temperature.
+
+    Above 0, acceptance is ``sum_x min(p, q)`` at this temperature. At 0 it is 1 where the drafter's
+    argmax is the committed token, else 0. The committed token is the argmax that the server took,
+    so rounding of the captured rows has no influence.
 
     Args:
-        temperature_B: above 0: acceptance is ``sum_x min(p, q)`` at this temperature. 0 is greedy:
-            1 where the drafter's argmax is the committed token, else 0. The committed token is the
-            argmax that the server took, so rounding of the captured rows has no influence.
         chunk_rows: see ``Objective``.
 
     Returns:
-        alphas_NK: [N, K] float32.
-        sequence_N: [N] int64, the sequence of each chain.
+        alphas_RK: [R, K] float32.
+        is_full_R: bool, the chain has all ``num_steps`` rows.
     """
     chains = lay_out(batch, num_steps, 1.0, None)
-    sequence_R = chains.flat_R // batch.loss_BS.shape[1]
-    temperature_R = temperature_B.to(sequence_R.device)[sequence_R]
-    greedy_R = temperature_R == 0
-    scale_R = torch.where(greedy_R, 1.0, temperature_R)
+    greedy_R = batch.temperature_R == 0
+    heat_R = torch.where(greedy_R, 1.0, batch.temperature_R)
     inputs = list(_head_inputs(model, embed, batch, chains))
-    rows = _concatenated([_compared(_labels(model, batch, chains.flat_R), s) for s in chains.steps])
-    at_N = torch.cat([step.row_N for step in chains.steps])
+    labels = _labels(model, batch)
+    rows = _concatenated([_compared(labels, chains, step) for step in range(num_steps)])
     hidden = torch.cat(inputs)
-    cooled = (hidden / scale_R[at_N, None]).to(hidden.dtype)
-    seen = batch.last_hidden_BSH.flatten(0, 1)[chains.flat_R]
-    teacher = Teacher(seen, head, _target_ids(model), scale_R)
-    weights = torch.zeros_like(at_N, dtype=torch.float32)
-    found = distill(cooled, model.lm_head.weight, teacher, rows, weights, "lk", chunk_rows).figures
-    accepted = torch.where(greedy_R[at_N], found.agrees_N.float(), found.alpha_N.float())
-    alphas = list(torch.split(accepted, [len(x) for x in inputs]))
-    full_R = by_chain(chains, [torch.ones_like(a, dtype=torch.bool) for a in alphas]).all(dim=0)
-    return by_chain(chains, alphas)[:, full_R].T, sequence_R[full_R]
+    cooled = (hidden / heat_R.repeat(num_steps)[:, None]).to(hidden.dtype)
+    teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model), heat_R)
+    weights = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+    order = _order(chains, [len(x) for x in inputs])
+    weight = model.lm_head.weight
+    found = distill(cooled, weight, teacher, rows, weights, "lk", chunk_rows, order).figures
+    greedy_N = greedy_R.repeat(num_steps)
+    accepted = torch.where(greedy_N, found.agrees_N.float(), found.alpha_N.float())
+    alphas_KR = accepted.view(num_steps, -1)
+    return alphas_KR.T, chains.alive_KR.all(dim=0)
 
 
 def _target_ids(model: Eagle3) -> Tensor | None:
@@ -167,21 +188,53 @@ def _target_ids(model: Eagle3) -> Tensor | None:
     return model.to_target_ids(torch.arange(model.config.draft_vocab_size, device=model.d2t.device))
 
 
-def _labels(model: Eagle3, batch: TTTBatch, flat_R: Tensor) -> Rows:
-    """Committed token after each row ``flat_R`` (index into B * S), as a draft id."""
-    label_R = batch.token_ids_BS.flatten()[flat_R + 1]
+def _labels(model: Eagle3, batch: TrainingBatch) -> Rows:
+    """Committed token after each row, as a draft id."""
+    last = batch.token_ids_T.numel() - 1  # where only padding is
+    label_R = batch.token_ids_T[(batch.row_R + 1).clamp_max(last)]
     ids = _target_ids(model)
     if ids is not None:
-        draft_id_V = torch.full((model.config.target_vocab_size,), -1, device=flat_R.device)
-        draft_id_V[ids] = torch.arange(len(ids), device=flat_R.device)
+        draft_id_V = torch.full((model.config.target_vocab_size,), -1, device=label_R.device)
+        draft_id_V[ids] = torch.arange(len(ids), device=label_R.device)
         label_R = draft_id_V[label_R]
-    return Rows(label_R.clamp_min(0), label_R >= 0)
+    return Rows(label_R.clamp_min(0), (label_R >= 0) & batch.is_row_R)
 
 
-def _compared(labels: Rows, step: Step) -> Rows:
+def _teacher_rows(chains: Chains, step: int) -> Tensor:
+    """Row of R that each output of a step predicts for; any row where the chain has ended."""
+    num_rows, device = chains.alive_KR.shape[1], chains.alive_KR.device
+    begins = chains.carried_A
+    if begins is None or step == 0:
+        begins = torch.arange(num_rows, device=device)
+    return (begins + step).clamp_max(num_rows - 1)
+
+
+def _compared(labels: Rows, chains: Chains, step: int) -> Rows:
     """Labels of one step, and the row of R that each output is compared with."""
-    at = step.row_N
+    at = _teacher_rows(chains, step)
     return Rows(labels.label_ids_N[at], labels.label_known_N[at], at)
+
+
+def _order(chains: Chains, lengths: list[int]) -> TeacherOrder | None:
+    """What ``distill`` must know on the host, where that depends on shapes alone."""
+    if chains.carried_A is not None:
+        return None
+    return _full_order(lengths[0], len(lengths), chains.alive_KR.device)
+
+
+@lru_cache(maxsize=64)
+def _full_order(num_rows: int, num_steps: int, device: torch.device) -> TeacherOrder:
+    """The order of all chains: output r of step k is compared with row r + k."""
+    ahead = torch.arange(num_steps)[:, None] + torch.arange(num_rows)
+    return teacher_order(ahead.clamp_max(num_rows - 1).flatten(), device)
+
+
+def _by_step(chains: Chains, values_KR: Tensor) -> list[Tensor]:
+    """Inverse of ``by_chain``."""
+    steps = list(values_KR.unbind())
+    if chains.carried_A is None:
+        return steps
+    return [steps[0], *(step[chains.carried_A] for step in steps[1:])]
 
 
 def _concatenated(parts: list[Rows]) -> Rows:
@@ -204,115 +257,81 @@ def _target_rows(teacher: Teacher, chunk_rows: int) -> Target:
 
 
 def ttt_outputs(
-    model: Eagle3, embed: Tensor, batch: TTTBatch, anchor_BA: Tensor, num_steps: int
+    model: Eagle3, embed: Tensor, batch: TrainingBatch, anchor_A: Tensor, num_steps: int
 ) -> Iterator[Tensor]:
-    """Yield outputs g of step 0 at every row [B, S, H], then of steps 1, 2, ... [B, A, H].
+    """Yield outputs g of step 0 at every position [T, H], then of steps 1, 2, ... [A, H].
 
-    Rows without features, and chains past the end of their sequence, hold arbitrary finite values.
+    Rows without features, and chains past the end of their piece, hold arbitrary finite values.
+
+    Args:
+        anchor_A: int64 index into T, no two of them equal.
     """
     mixed = partial(
         torch.autocast,
-        batch.features_BSF.device.type,
+        batch.features_TF.device.type,
         dtype=torch.bfloat16,
-        enabled=batch.features_BSF.dtype == torch.bfloat16,
+        enabled=batch.features_TF.dtype == torch.bfloat16,
     )
-    last = batch.token_ids_BS.shape[1] - 1
-    attend = _ChainAttention(delayed(batch.known_BS), anchor_BA)
+    last = batch.token_ids_T.numel() - 1
+    attend = ChainAttention(batch.segment_T, follows_T(batch), anchor_A, batch.longest)
     with mixed():
-        hidden = delayed(model.fuse(batch.features_BSF))
-        embeds = embed[batch.token_ids_BS].to(hidden.dtype)
-        hidden = model(embeds, hidden, *model.rope(batch.positions_BS), attend)
+        hidden = model.fuse(batch.features_TF)
+        hidden = torch.cat((torch.zeros_like(hidden[:1]), hidden[:-1]))
+        embeds = embed[batch.token_ids_T].to(hidden.dtype)
+        hidden = model(embeds, hidden, *model.rope(batch.positions_T), attend)
     yield hidden
-    hidden = _pick(hidden, anchor_BA)
+    hidden = hidden[anchor_A]
     for step in range(1, num_steps):
-        at = (anchor_BA + step).clamp_max(last)
+        at = (anchor_A + step).clamp_max(last)
         with mixed():
-            embeds = embed[batch.token_ids_BS.gather(1, at)].to(hidden.dtype)
-            positions = batch.positions_BS.gather(1, anchor_BA) + step
+            embeds = embed[batch.token_ids_T[at]].to(hidden.dtype)
+            positions = batch.positions_T[anchor_A] + step
             hidden = model(embeds, hidden, *model.rope(positions), attend)
         yield hidden
 
 
-class _ChainAttention:
-    """Attention of one pass: call it for step 0, then for each later step in order."""
+def weigh(
+    chains: Chains, figures: list[RowFigures], floor: float, weight_R: Tensor | None = None
+) -> BatchLoss:
+    """Mean loss over all steps and chains, weighted by ``chain_weights``.
 
-    def __init__(self, has_row_BS: Tensor, anchor_BA: Tensor) -> None:
-        self.has_row_BS = has_row_BS
-        self.anchor_BA = anchor_BA
-        self.trunk: tuple[Tensor, Tensor] | None = None
-        """Keys and values of step 0, [B, Hkv, S, D]."""
-        self.own: list[tuple[Tensor, Tensor]] = []
-        """Keys and values of each later step, [B, Hkv, 1, A, D]."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S or A, Hq, D], k and v [B, S or A, Hkv, D] -> shape of q."""
-        if self.trunk is None:
-            self.trunk = (k.transpose(1, 2), v.transpose(1, 2))
-            anchor = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])
-        else:
-            self.own.append((k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]))
-            anchor = self.anchor_BA
-        return self._attend(q, *self.trunk, anchor)
-
-    def _attend(self, q: Tensor, trunk_k: Tensor, trunk_v: Tensor, anchor: Tensor) -> Tensor:
-        B, A, Hq, D = q.shape
-        Hkv, S = trunk_k.shape[1:3]
-        G = Hq // Hkv
-        grouped = (q * D**-0.5).view(B, A, Hkv, G, D).permute(0, 2, 3, 1, 4)  # B Hkv G A D
-        scores = (grouped.flatten(2, 3) @ trunk_k.transpose(-1, -2)).view(B, Hkv, G, A, S)
-        scores = scores + self._causal_bias(anchor, scores.dtype)
-        own = [(grouped * k).sum(-1, keepdim=True) for k, _ in self.own]
-        weights = torch.cat((scores, *own), dim=-1).softmax(dim=-1).to(trunk_v.dtype)
-        mixed = (weights[..., :S].flatten(2, 3) @ trunk_v).view(B, Hkv, G, A, D)
-        for j, (_, v) in enumerate(self.own):
-            mixed = mixed + weights[..., S + j, None] * v
-        merged: Tensor = mixed.permute(0, 3, 1, 2, 4).reshape(B, A, Hq, D)
-        return merged
-
-    def _causal_bias(self, anchor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, 1, A, S]: 0 where anchor sees a step-0 key.
-
-        An anchor sees the existing rows up to itself, and always itself, so that no softmax is
-        empty.
-        """
-        key = torch.arange(self.has_row_BS.shape[1], device=anchor.device)
-        behind = (key <= anchor[..., None]) & self.has_row_BS[:, None]
-        seen = behind | (key == anchor[..., None])
-        bias = torch.zeros(seen.shape, dtype=dtype, device=anchor.device)
-        return bias.masked_fill(~seen, torch.finfo(dtype).min / 2)[:, None, None]
-
-
-def weigh(chains: Chains, figures: list[RowFigures], floor: float) -> BatchLoss:
-    """Mean loss over all steps and chains, weighted by ``chain_weights``."""
+    Args:
+        weight_R: further weight of each row that is predicted for; ``None``: 1.
+    """
     weights_KR = chain_weights(chains, [r.label_prob_N for r in figures], floor)
+    weights_KR = weights_KR if weight_R is None else _scaled(weights_KR, chains, weight_R)
     loss_KR = by_chain(chains, [r.loss_N for r in figures])
     alpha_K, agree_K = _means(chains, figures)
     return BatchLoss(
-        (weights_KR * loss_KR).sum() / weights_KR.sum().clamp_min(1e-9),
-        alpha_K,
-        agree_K,
-        chains.flat_R.numel(),
+        (weights_KR * loss_KR).sum() / weights_KR.sum().clamp_min(1e-9), alpha_K, agree_K
     )
+
+
+def _scaled(weights_KR: Tensor, chains: Chains, weight_R: Tensor) -> Tensor:
+    """Weights times those of the rows that are predicted for."""
+    num_steps, num_rows = weights_KR.shape
+    own_R = torch.arange(num_rows, device=weights_KR.device)
+    rows = [(own_R + step).clamp_max(num_rows - 1) for step in range(num_steps)]
+    return weights_KR * torch.stack([weight_R[at] for at in rows])
 
 
 def _means(chains: Chains, figures: list[RowFigures]) -> tuple[Tensor, Tensor]:
     """Mean overlap [K] and mean agreement [K] of each position."""
-    num_K = has_step(chains).sum(dim=1).clamp_min(1)
+    num_K = (chains.alive_KR & chains.carried_R).sum(dim=1).clamp_min(1)
+    num_K[:1] = chains.alive_KR[0].sum().clamp_min(1)
     alpha_K = by_chain(chains, [r.alpha_N.detach() for r in figures]).sum(dim=1) / num_K
     return alpha_K, by_chain(chains, [r.agrees_N for r in figures]).sum(dim=1) / num_K
 
 
-def _head_inputs(model: Eagle3, embed: Tensor, batch: TTTBatch, chains: Chains) -> Iterator[Tensor]:
-    """Yield the lm_head's inputs [N, H] of each step."""
-    outputs = ttt_outputs(model, embed, batch, chains.anchor_BA, len(chains.steps))
-    for step, output in zip(chains.steps, outputs, strict=True):
-        normed: Tensor = model.norm(output.flatten(0, 1)[step.output_N])
-        yield normed.to(batch.features_BSF.dtype)
-
-
-def _pick(x: Tensor, anchor_BA: Tensor) -> Tensor:
-    """Rows of x [B, S, H] at the anchors, [B, A, H]."""
-    return x.gather(1, anchor_BA[..., None].expand(-1, -1, x.shape[2]))
+def _head_inputs(
+    model: Eagle3, embed: Tensor, batch: TrainingBatch, chains: Chains
+) -> Iterator[Tensor]:
+    """Yield the lm_head's inputs [R, H] of step 0, then [A, H] of each later step."""
+    anchor_A = batch.row_R if chains.carried_A is None else batch.row_R[chains.carried_A]
+    outputs = ttt_outputs(model, embed, batch, anchor_A, len(chains.alive_KR))
+    for step, output in enumerate(outputs):
+        normed: Tensor = model.norm(output[batch.row_R] if step == 0 else output)
+        yield normed.to(batch.features_TF.dtype)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from specops import distill as distill_definition
 from specops import verify_logits as logits_definition
 from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
-from specops.distill import Distilled, LabelFigures, LossKind, Rows, Teacher
+from specops.distill import Distilled, LabelFigures, LossKind, Rows, Teacher, TeacherOrder
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
 from specops.lanes import ClosedRound, LaneState, OpenedRound
@@ -228,11 +228,12 @@ def distill(
     weights_N: Tensor,
     kind: LossKind,
     chunk_rows: int | None = None,
+    order: TeacherOrder | None = None,
 ) -> Distilled:
     """See ``specops.distill.distill``."""
     blocks = _distill_blocks(hidden_NH)
     return distill_definition.distill(
-        hidden_NH, weight_DH, teacher, rows, weights_N, kind, chunk_rows, blocks
+        hidden_NH, weight_DH, teacher, rows, weights_N, kind, chunk_rows, blocks, order
     )
 
 

@@ -135,6 +135,26 @@ class Rows:
         return Rows(self.label_ids_N[index], self.label_known_N[index], at)
 
 
+class TeacherOrder(NamedTuple):
+    """Student rows in the order of their teacher rows, known to the host."""
+
+    order_N: Tensor
+    """int64 index into N, on the device of the rows."""
+    row_N: Tensor
+    """int64 ascending on the CPU, ``teacher_row_N[order_N]``."""
+
+
+def teacher_order(teacher_row_N: Tensor, device: torch.device) -> TeacherOrder:
+    """The order of student rows whose teacher rows are known before any of them is computed.
+
+    Args:
+        teacher_row_N: on any device; reading it waits for that device.
+        device: of the rows.
+    """
+    row_N, order_N = teacher_row_N.sort(stable=True)
+    return TeacherOrder(order_N.to(device), row_N.cpu())
+
+
 class RowFigures(NamedTuple):
     """Results of each row; float32, or float64 if the logits are."""
 
@@ -265,6 +285,7 @@ def distill(
     kind: LossKind,
     chunk_rows: int | None = None,
     blocks: Blocks = BLOCKS,
+    order: TeacherOrder | None = None,
 ) -> Distilled:
     """Weighted loss of N student rows against their teacher rows, with its gradients.
 
@@ -290,6 +311,8 @@ def distill(
         chunk_rows: maximum rows of logits at once, student's or teacher's; ``None``: what fits a
             CPU's cache, or 1.1 GB on a GPU.
         blocks: implementation; ``specops.device.distill`` picks it by device.
+        order: of ``rows.teacher_row_N``. With it nothing waits for the device, and the call can be
+            captured in a CUDA graph. ``None``: the host sorts and reads them.
 
     Raises:
         ValueError: shapes do not match.
@@ -298,7 +321,9 @@ def distill(
     _check(hidden_NH, weight_DH, teacher, rows, weights_N)
     with_grad = torch.is_grad_enabled()
     wants = (with_grad and hidden_NH.requires_grad, with_grad and weight_DH.requires_grad)
-    job = _Job(teacher, rows, weights_N.detach(), kind, chunk_rows, blocks, wants)
+    if order is None and rows.teacher_row_N is not None:
+        order = teacher_order(rows.teacher_row_N, hidden_NH.device)
+    job = _Job(teacher, rows, weights_N.detach(), kind, chunk_rows, blocks, order, wants)
     loss, *columns = _Distill.apply(hidden_NH, weight_DH, job)  # type: ignore[no-untyped-call]
     return Distilled(loss, RowFigures(*columns))
 
@@ -338,6 +363,8 @@ class _Job:
     kind: LossKind
     chunk_rows: int | None
     blocks: Blocks
+    order: TeacherOrder | None
+    """``None``: student row n imitates teacher row n."""
     wants: tuple[bool, bool]
     """Whether the hidden rows and the weight need a gradient."""
 
@@ -373,7 +400,7 @@ def _walk(
     room = hidden.new_empty((min(most_own, len(hidden)), width))
     seen_room = teacher.hidden_RH.new_empty((min(most_seen, len(teacher.hidden_RH)), head_width))
     figures = _no_figures(hidden)
-    for member, parts in _layout(rows.teacher_row_N, len(hidden), most_own, most_seen):
+    for member, parts in _layout(job.order, len(hidden), most_own, most_seen):
         own = hidden[member]
         scores = torch.mm(own, low.T, out=room[: own.shape[0]])
         compared = rows.part(member)
@@ -402,7 +429,7 @@ def _target_block(teacher: Teacher, seen: slice, room: Tensor, blocks: Blocks) -
 
 
 def _layout(
-    teacher_row_N: Tensor | None, num_rows: int, most_own: int, most_seen: int
+    order: TeacherOrder | None, num_rows: int, most_own: int, most_seen: int
 ) -> Iterator[tuple[Any, list[tuple[slice, slice]]]]:
     """Split the student rows into blocks of at most ``most_own``, in the order of their teacher
     rows.
@@ -411,11 +438,7 @@ def _layout(
         A block's rows, as slice or index, and pairs of slices: at most ``most_seen`` teacher rows,
         and the part of the block that imitates them.
     """
-    order = teacher_row_N
-    row_N = torch.arange(num_rows)
-    if teacher_row_N is not None:
-        ordered, order = teacher_row_N.sort(stable=True)
-        row_N = ordered.cpu()
+    row_N = torch.arange(num_rows) if order is None else order.row_N
     for start in range(0, num_rows, most_own):
         block = slice(start, min(start + most_own, num_rows))
         own = row_N[block]
@@ -425,7 +448,7 @@ def _layout(
         seen = (slice(a, b) for a, b in itertools.pairwise(edges))
         places = (slice(a, b) for a, b in itertools.pairwise(cuts))
         parts = [(s, p) for s, p in zip(seen, places, strict=True) if p.start < p.stop]
-        yield (block if order is None else order[block]), parts
+        yield (block if order is None else order.order_N[block]), parts
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

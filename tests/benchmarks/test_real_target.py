@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,13 +18,14 @@ from benchmarks.real.speculation import (
     measure,
     rows_of,
 )
-from benchmarks.real.train_drafter import Ask, TrainingData, asks_of, padded
+from benchmarks.real.train_drafter import Ask, TrainingData, asks_of
 from buffer.records import Acceptance
-from drafters.eagle3.training import TTTBatch
 from oracles.engines import RandomPolicy
 from policies.fixed import FixedPolicy
 from policies.interface import Decision, StepObs
 from tests.benchmarks.built import built_over
+from trainer.packing import HeldPiece
+from trainer.rows import RowStore
 
 
 def test_outputs_part_at_their_first_unlike_token():
@@ -73,35 +75,21 @@ def test_a_share_of_the_requests_is_greedy():
     assert asks[0] == Ask(asks[0].prompt_ids, asks[0].temperature)
 
 
-def small_batch() -> TTTBatch:
-    return TTTBatch(
-        token_ids_BS=torch.tensor([[1, 2, 3], [4, 5, 6]]),
-        positions_BS=torch.arange(3).repeat(2, 1),
-        features_BSF=torch.ones(2, 3, 4),
-        last_hidden_BSH=torch.ones(2, 3, 2),
-        known_BS=torch.ones(2, 3, dtype=torch.bool),
-        loss_BS=torch.tensor([[True, True, False], [False, True, False]]),
-    )
+def test_a_draw_takes_whole_pieces_each_once():
+    lengths = (5, 7, 3, 6)
+    starts = (0, 5, 12, 15)
+    pieces = [
+        HeldPiece(np.arange(start, start + num, dtype=np.int32), np.arange(num, dtype=np.int32))
+        for start, num in zip(starts, lengths, strict=True)
+    ]
+    data = TrainingData(RowStore(torch.device("cpu"), 1 << 20), pieces, [], 0)
 
+    drawn = data.draw(16, np.random.default_rng(0))
 
-def test_padding_adds_rows_that_are_not_known_and_have_no_loss():
-    wide = padded(small_batch(), 5)
-
-    assert wide.token_ids_BS.tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]]
-    assert wide.positions_BS.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert wide.features_BSF.shape == (2, 5, 4)
-    assert not wide.known_BS[:, 3:].any()
-    assert wide.loss_BS.sum() == 3
-
-
-def test_a_draw_takes_whole_sequences_each_once():
-    data = TrainingData(padded(small_batch(), 4), [], 0)
-
-    drawn = data.draw(2, torch.Generator().manual_seed(0))
-
-    assert sorted(drawn.token_ids_BS[:, 0].tolist()) == [1, 4]
-    row = drawn.token_ids_BS[:, 0].tolist().index(4)
-    assert drawn.loss_BS[row].tolist() == [False, True, False, False]
+    assert data.num_rows == 21
+    assert 2 <= len(drawn) == len({int(piece.slots[0]) for piece in drawn})
+    assert sum(len(piece.slots) for piece in drawn) <= 16
+    assert len(data.draw(100, np.random.default_rng(0))) == 4
 
 
 PROMPTS = {"python": [(5, 6, 7), (8, 9), (3,)], "c": [(11, 12), (13,), (14, 15, 16)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,17 @@ from buffer.bundles import read_bundle
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from drafters.initial import (
+    NewDrafter,
     TargetFacts,
     first_drafter,
+    made_drafter,
     publish_initial,
-    random_drafter,
     stored_drafter,
 )
+from drafters.trainable import trainable
 from oracles.engines import random_model
+from targets.last_layer import load_last_layer
+from tests.trainer.traffic import save_target
 
 FINGERPRINT = "f" * 64
 
@@ -31,22 +36,22 @@ def target():
 
 def first(root, target, kind="eagle3", path=None, seed=1, layer_ids=None):
     store = FolderWeights(root)
-    return first_drafter(store, kind, target, path=path, layer_ids=layer_ids, seed=seed)
+    return first_drafter(store, kind, target, path=path, new=NewDrafter(layer_ids, seed))
 
 
 def test_equal_settings_make_equal_bytes_and_seeds_differ(target):
-    one = random_drafter("eagle3", target, None, 1)
+    one = made_drafter("eagle3", target, NewDrafter(seed=1))
     torch.manual_seed(99)  # the global generator has no influence
 
-    assert random_drafter("eagle3", target, None, 1) == one
-    assert random_drafter("eagle3", target, None, 2)[1] != one[1]
+    assert made_drafter("eagle3", target, NewDrafter(seed=1)) == one
+    assert made_drafter("eagle3", target, NewDrafter(seed=2))[1] != one[1]
 
 
 def test_the_second_to_publish_leaves_the_first_one_in_place(tmp_path, target):
-    manifest, content = random_drafter("eagle3", target, None, 1)
+    manifest, content = made_drafter("eagle3", target, NewDrafter(seed=1))
     publish_initial(FolderWeights(tmp_path), manifest, content)
 
-    publish_initial(FolderWeights(tmp_path), *random_drafter("eagle3", target, None, 2))
+    publish_initial(FolderWeights(tmp_path), *made_drafter("eagle3", target, NewDrafter(seed=2)))
 
     assert FolderWeights(tmp_path).versions() == [0]
     assert read_bundle(tmp_path / "0").files[TENSORS] == content
@@ -147,3 +152,106 @@ def test_a_kind_that_does_not_learn_has_no_version_0(tmp_path, target):
         first(tmp_path, target, kind="suffix")
 
     assert list(tmp_path.iterdir()) == []
+
+
+# --- from the target, and with fewer tokens ---------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["qwen3", "llama"])
+def saved(request, tmp_path_factory):
+    """A target on disk: Qwen3 has norms of the heads, Llama has none."""
+    folder = tmp_path_factory.mktemp("target")
+    return folder, save_target(folder, tie=request.param)
+
+
+def facts_of(model):
+    return TargetFacts(model.config, model.get_output_embeddings().weight, FINGERPRINT)
+
+
+def model_of(saved, **new):
+    manifest, content = made_drafter("eagle3", facts_of(saved[1]), NewDrafter(**new))
+    return trainable("eagle3").load_model(manifest.drafter_config, load(content))
+
+
+def test_a_layer_that_begins_as_the_targets_last_one_computes_what_that_computes(saved):
+    """Fed with the stream before the last layer, it has that layer's output at every position."""
+    folder, target = saved
+    num_layers = target.config.num_hidden_layers
+    drafter = model_of(saved, imitated=folder, layer_ids=(1, num_layers - 1))
+    last = target.model.layers[-1]
+    ids = torch.randint(
+        0, target.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0)
+    )
+    streams = []
+    with last.register_forward_hook(lambda _m, given, out: streams.append((given[0], out))):
+        seen = target(ids, output_hidden_states=True).hidden_states
+    before, after = streams[0][0], streams[0][1]
+    features = torch.cat((seen[1], before), dim=-1)[0]
+    embeds = torch.randn(9, target.config.hidden_size)  # must not matter
+
+    def attend(q, k, v):
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k, v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(0, 1), k, v, is_causal=True
+        )
+        return mixed.transpose(0, 1)
+
+    fused = drafter.fuse(features)
+    torch.testing.assert_close(fused, before[0])
+    found = drafter(embeds, fused, *drafter.rope(torch.arange(9)), attend)
+    if not hasattr(last.self_attn, "q_norm"):
+        torch.testing.assert_close(found, after[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            drafter.logits(found), target(ids).logits[0], rtol=1e-4, atol=1e-4
+        )
+    else:  # the first position attends to itself alone, whatever its queries and keys are
+        torch.testing.assert_close(found[0], after[0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_from_the_target_are_a_function_of_target_and_seed(saved):
+    folder, target = saved
+    one = made_drafter("eagle3", facts_of(target), NewDrafter(seed=1, imitated=folder))
+
+    assert made_drafter("eagle3", facts_of(target), NewDrafter(seed=1, imitated=folder)) == one
+    assert made_drafter("eagle3", facts_of(target), NewDrafter(seed=1))[1] != one[1]
+
+
+def test_a_drafter_of_few_tokens_proposes_these(saved, tmp_path):
+    ids = [3, 7, 8, 40, 95]
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps([95, 3, 8, 7, 40, 3]))
+
+    drafter = model_of(saved, imitated=saved[0], vocab=path)
+
+    head = saved[1].get_output_embeddings().weight
+    assert drafter.to_target_ids(torch.arange(5)).tolist() == ids
+    assert drafter.lm_head.weight.equal(head[ids])
+    assert drafter.config.draft_vocab_size == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2", "cannot be read"),
+        ('{"a": 1}', "not a JSON list"),
+        ("[1, true]", "not a JSON list"),
+        ("[]", "must list token ids from 0 to 95"),
+        ("[5, 96]", "must list token ids from 0 to 95"),
+        ("[-1]", "must list token ids from 0 to 95"),
+    ],
+)
+def test_a_vocabulary_that_is_none_is_an_error(saved, tmp_path, text, message):
+    path = tmp_path / "ids.json"
+    path.write_text(text)
+
+    with pytest.raises(ValueError, match=message):
+        model_of(saved, vocab=path)
+
+
+def test_a_target_without_llamas_layers_cannot_be_imitated(saved, tmp_path):
+    config = json.loads((saved[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
+
+    with pytest.raises(ValueError, match=r"is a gemma: only layers like Llama's can be copied"):
+        load_last_layer(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from buffer.records import Trace
+from drafters.batch import collate
 from drafters.samples import Sample
 from drafters.trainable import learning_kinds, trainable
 from oracles.support import REPOSITORY
@@ -65,16 +66,15 @@ def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
     learns, (folder, model, target_head) = trainable(kind), head
     drafter = new_model(learns, target_head)
     parts = [(sample, piece) for sample in samples(model, folder) for piece in sample.pieces]
-    batch = learns.collate(parts).to(CPU, torch.float32)
+    batch = collate(parts)
     settings = settings_for(folder, folder).trainer
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
 
     def tokens_per_step():
-        temperatures = torch.zeros(len(parts))
-        alphas, owner = learns.acceptance(drafter, target_head, batch, temperatures, 3)
-        assert set(owner.tolist()) == set(range(len(parts)))
-        return learns.tokens_per_step(alphas, 3)
+        alphas, is_full = learns.acceptance(drafter, target_head, batch, 3)
+        assert set(batch.segment_T[batch.row_R[is_full]].tolist()) == set(range(len(parts)))
+        return learns.tokens_per_step(alphas[is_full], 3)
 
     before = tokens_per_step()
     losses = []
@@ -87,7 +87,7 @@ def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
 
     assert losses[-1] < 0.6 * losses[0]
     assert tokens_per_step() > before + 0.5
-    assert computed.num_rows == sum(sample.num_loss_rows for sample, _ in parts)
+    assert len(batch.row_R) == sum(sample.num_loss_rows for sample, _ in parts)
     assert computed.alpha_K.shape == computed.agree_K.shape == (settings.ttt_steps,)
 
 

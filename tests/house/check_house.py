@@ -67,7 +67,7 @@ EXCEPTIONS: dict[str, str] = {
         "measures the kernels of one drafter"
     ),
     "benchmarks/real/train_drafter.py: spells the drafter kind 'eagle3'": (
-        "keeps this drafter's training batches on the device"
+        "trains one, and says so"
     ),
     "examples/train_drafter.py: spells the drafter kind 'eagle3'": (
         "made the drafter that the repository bundles"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections import Counter
 
 import pytest
 
-from policies.gate import gate
+from policies.gate import PairedTrace, errors_allowed, gain_error, gate
 from policies.replay import Replay, add, is_held_out
 
 
@@ -83,3 +85,88 @@ def test_a_candidate_may_not_forget_earlier_traffic():
     small = gate(candidate=3.06, incumbent=3.0, margin=1.0, num_rows=10, older=(3.9, 4.0))
     assert not small.passed, "a small gain does not pay for a larger loss"
     assert not gate(**better, older=(float("nan"), 4.0)).passed
+
+
+def pairs(num, gain, spread, seed=0, chains=60):
+    """Traces on which a candidate gains on average, by more on some than on others."""
+    luck = random.Random(seed)
+    traces = []
+    for _ in range(num):
+        count = luck.randint(chains // 2, 3 * chains // 2)
+        level, own = luck.gauss(2.0, 0.5), luck.gauss(gain, spread)
+        traces.append(PairedTrace(count, count * (level + own), count * level))
+    return traces
+
+
+def judged(traces, confidence=0.9, margin=1.0):
+    total = sum(t.num_chains for t in traces)
+    candidate, incumbent = (
+        sum(getattr(t, name) for t in traces) / total for name in ("candidate", "incumbent")
+    )
+    return gate(candidate, incumbent, margin, total, traces=traces, confidence=confidence)
+
+
+def test_a_gain_within_its_uncertainty_does_not_pass():
+    assert judged(pairs(32, gain=0.06, spread=0.05)).passed
+    unsure = judged(pairs(32, gain=0.06, spread=0.6, seed=3))
+    assert not unsure.passed
+    assert "gain uncertain by 0.1" in unsure.reason
+
+
+def test_equal_drafters_pass_as_rarely_as_confidence_says():
+    passed = [judged(pairs(12, 0.0, 0.3, seed)).passed for seed in range(2000)]
+
+    assert 0.07 < sum(passed) / len(passed) < 0.13
+
+
+def test_the_error_is_the_spread_of_the_gain_over_many_draws():
+    gains, errors = [], []
+    for seed in range(1500):
+        traces = pairs(24, 0.1, 0.3, seed)
+        total = sum(t.num_chains for t in traces)
+        gains.append(sum(t.candidate - t.incumbent for t in traces) / total)
+        errors.append(gain_error(traces))
+
+    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(gains), rel=0.06)
+
+
+def test_how_hard_the_traces_are_adds_no_uncertainty():
+    """Both drafters are measured on the same ones."""
+    assert gain_error(pairs(16, 0.1, 0.0)) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "num", "table"),
+    [(0.9, 6, 1.476), (0.9, 13, 1.356), (0.95, 33, 1.694), (0.5, 9, 0.0), (0.9, 10**6, 1.2816)],
+)
+def test_quantiles_are_those_of_the_table(confidence, num, table):
+    assert errors_allowed(confidence, num) == pytest.approx(table, rel=0.01)
+
+
+def test_one_trace_is_no_evidence():
+    verdict = judged(pairs(1, gain=1.0, spread=0.0))
+
+    assert not verdict.passed
+    assert "too few held-out traces" in verdict.reason
+    assert gain_error(pairs(1, 1.0, 0.0)) is None
+
+
+def test_a_verdict_says_what_the_candidate_lacks():
+    verdict = gate(1.98, 2.0, 1.005, 100)
+
+    assert verdict.lacks == pytest.approx(2.01 / 1.98 - 1)
+    assert gate(1.98 * (1 + verdict.lacks) + 1e-9, 2.0, 1.005, 100).passed
+    assert gate(2.5, 2.0, 1.005, 100).lacks is None
+
+
+def test_a_margin_below_one_lets_worse_candidates_pass_however_unsure():
+    assert judged(pairs(8, -0.2, 0.3), margin=0.1).passed
+
+
+def test_a_reservoir_that_must_shrink_stays_uniform():
+    seen = Counter()
+    for seed in range(400):
+        smaller = add(kept(200, seed=seed), (), recent_traces=5, reservoir_traces=10, seed=seed)
+        assert len(smaller.reservoir) == 10 and smaller.recent == tuple(range(195, 200))
+        seen.update(trace // 39 for trace in smaller.reservoir)
+    assert all(abs(count - 800) < 120 for count in list(seen.values())[:5])

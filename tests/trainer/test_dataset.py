@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from buffer.records import FeatureRows, Rounds, Trace
-from drafters.eagle3.batch import collate
+from drafters.batch import collate
 from drafters.samples import Sample
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, LENGTH, PROMPT, VOCAB, with_rows
-from trainer.dataset import Expected, Refusal, cut, sample_of
+from trainer.dataset import Emphasis, Expected, Refusal, cut, sample_of
 
 
 def expected(world: World) -> Expected:
@@ -89,12 +89,12 @@ def test_a_batch_holds_the_rows_of_the_trace_at_their_places(world: World) -> No
 
     batch = collate([(sample, piece) for piece in sample.pieces])
 
-    assert batch.token_ids_BS[0].equal(torch.from_numpy(trace.token_ids).long())
-    assert batch.positions_BS[0].equal(torch.arange(LENGTH))
-    assert batch.features_BSF[0, :-1].equal(rows[:, :-1].flatten(1))
-    assert batch.last_hidden_BSH[0, :-1].equal(rows[:, -1])
-    assert batch.known_BS[0].tolist() == [True] * (LENGTH - 1) + [False]
-    taught = batch.loss_BS[0].nonzero()[:, 0].tolist()
+    assert batch.token_ids_T.equal(torch.from_numpy(trace.token_ids).long())
+    assert batch.positions_T.equal(torch.arange(LENGTH))
+    assert batch.features_TF[:-1].equal(rows[:, :-1].flatten(1))
+    assert batch.last_hidden_RH.equal(rows[batch.row_R, -1])
+    assert batch.known_T.tolist() == [True] * (LENGTH - 1) + [False]
+    taught = batch.row_R.tolist()
     assert taught == list(range(PROMPT - 1, LENGTH - 1))
     assert sample.num_loss_rows == len(taught)
 
@@ -104,7 +104,7 @@ def test_prompts_are_learnt_from_when_asked(world: World) -> None:
 
     batch = collate([(sample, piece) for piece in sample.pieces])
 
-    assert batch.loss_BS[0, 1:-1].all()
+    assert batch.row_R.tolist() == list(range(1, LENGTH - 1))
 
 
 def test_pieces_of_one_trace_hold_together_what_the_whole_holds(world: World) -> None:
@@ -114,13 +114,15 @@ def test_pieces_of_one_trace_hold_together_what_the_whole_holds(world: World) ->
 
     batch = collate([(parts, piece) for piece in parts.pieces] + [(whole, whole.pieces[0])])
 
-    taught = batch.positions_BS[:-1][batch.loss_BS[:-1]]
-    assert taught.tolist() == batch.positions_BS[-1][batch.loss_BS[-1]].tolist()
-    for b, piece in enumerate(parts.pieces):
-        inside = slice(0, piece.stop - piece.start)
-        there = slice(piece.start, piece.stop)
-        assert batch.features_BSF[b, inside].equal(batch.features_BSF[-1, there])
-        assert batch.token_ids_BS[b, inside].equal(batch.token_ids_BS[-1, there])
+    last = len(parts.pieces)
+    is_whole = batch.segment_T[batch.row_R] == last
+    taught = batch.positions_T[batch.row_R]
+    assert taught[~is_whole].tolist() == taught[is_whole].tolist()
+    there = batch.segment_T == last
+    for number, piece in enumerate(parts.pieces):
+        here, same = batch.segment_T == number, slice(piece.start, piece.stop)
+        assert batch.features_TF[here].equal(batch.features_TF[there][same])
+        assert batch.token_ids_T[here].equal(batch.token_ids_T[there][same])
 
 
 def test_rows_that_a_prefix_cache_left_out_are_neither_known_nor_taught(world: World) -> None:
@@ -134,8 +136,8 @@ def test_rows_that_a_prefix_cache_left_out_are_neither_known_nor_taught(world: W
 
     batch = collate([(sample, piece) for piece in sample.pieces])
 
-    assert (~batch.known_BS[0]).nonzero()[:, 0].tolist() == [0, 1, 2, 20, LENGTH - 1]
-    assert not batch.loss_BS[0, 20]
+    assert (~batch.known_T).nonzero()[:, 0].tolist() == [0, 1, 2, 20, LENGTH - 1]
+    assert not {20, 21} & set(batch.row_R.tolist())
     assert sample.num_loss_rows == LENGTH - PROMPT - 2  # neither row 20 nor 21, which needs it
 
 
@@ -150,5 +152,22 @@ def test_fp8_rows_are_restored_by_their_scale(world: World) -> None:
 
     batch = collate([(sample, piece) for piece in sample.pieces])
 
-    restored = batch.last_hidden_BSH[0, :-1]
-    torch.testing.assert_close(restored, wide[:, -1], rtol=2**-4, atol=float(scale.max()) * 2**-9)
+    restored, wanted = batch.last_hidden_RH, wide[batch.row_R, -1]
+    torch.testing.assert_close(restored, wanted, rtol=2**-4, atol=float(scale.max()) * 2**-9)
+
+
+def test_a_rejected_draft_of_the_drafter_in_training_makes_its_row_weigh_more(world: World) -> None:
+    trace = world.traces[0]  # one token drafted at the end of the prompt, and rejected
+    ours, other = (
+        replace(expected(world), emphasis=Emphasis(kind, 4.0)) for kind in ("eagle3", "suffix")
+    )
+
+    weighted, plain = (sample_of(trace, one, 64) for one in (ours, other))
+
+    assert isinstance(weighted, Sample) and isinstance(plain, Sample)
+    assert weighted.weight_T is not None and plain.weight_T is not None
+    assert weighted.weight_T.nonzero().numel() == LENGTH
+    assert (weighted.weight_T > 1).nonzero()[:, 0].tolist() == [PROMPT]
+    assert float(weighted.weight_T[PROMPT]) == 4
+    assert (plain.weight_T == 1).all()
+    assert sample_from(world, trace).weight_T is None

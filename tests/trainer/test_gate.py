@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import nn
 
-from drafters.eagle3.batch import collate
+from drafters.samples import Sample
 from tests.trainer.conftest import World
 from tests.trainer.test_learner import new_learner
 from tests.trainer.test_replay import samples_of
-from trainer.gate import GATE_DRAFT_K, Judge
+from trainer.gate import GATE_DRAFT_K, Judge, Judgement
 from trainer.learner import Learner
-
-CPU = torch.device("cpu")
+from trainer.rows import RowStore
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +26,33 @@ def better(world: World) -> Learner:
 
 def trained(world: World, updates: int) -> Learner:
     learner = new_learner(world)
-    parts = [(x, piece) for x in samples_of(world)[12:48] for piece in x.pieces]
+    held = learner.store.put(samples_of(world)[12:48])
     for _ in range(updates):
-        learner.update(collate(parts))
+        learner.update([piece for sample in held for piece in sample.pieces])
     return learner
 
 
-def judge_with(learner: Learner, margin: float = 1.005) -> Judge:
-    return Judge(learner.trainable, learner.head, CPU, copy.deepcopy(learner.model), margin)
+def judge_with(learner: Learner, margin: float = 1.005, confidence: float = 0.9) -> Judge:
+    store, incumbent = RowStore(learner.store.device, 1 << 22), copy.deepcopy(learner.model)
+    return Judge(learner.trainable, learner.head, store, incumbent, margin, confidence)
+
+
+def judged(
+    judge: Judge, candidate: nn.Module, samples: Sequence[Sample], older: Sequence[Sample] = ()
+) -> Judgement:
+    """Judge on samples that are uploaded for it."""
+    held = judge.store.put([*samples, *older])
+    found = judge.judge(candidate, held[: len(samples)], held[len(samples) :])
+    judge.store.drop(held)
+    return found
 
 
 def test_a_better_candidate_passes_and_a_worse_one_does_not(world: World, better: Learner) -> None:
     fresh = new_learner(world)
     held_out = samples_of(world)[:12]
 
-    up = judge_with(fresh).judge(better.model, held_out)
-    down = judge_with(better).judge(fresh.model, held_out)
+    up = judged(judge_with(fresh), better.model, held_out)
+    down = judged(judge_with(better), fresh.model, held_out)
 
     assert up.candidate is not None and up.incumbent is not None
     assert up.verdict.passed and up.candidate > 1.005 * up.incumbent
@@ -52,11 +64,11 @@ def test_a_better_candidate_passes_and_a_worse_one_does_not(world: World, better
 def test_an_equal_candidate_does_not_pass_a_margin(world: World) -> None:
     learner = new_learner(world)
 
-    assert not judge_with(learner).judge(learner.model, samples_of(world)[:6]).verdict.passed
+    assert not judged(judge_with(learner), learner.model, samples_of(world)[:6]).verdict.passed
 
 
 def test_nothing_passes_without_held_out_traces(world: World) -> None:
-    judgement = judge_with(new_learner(world)).judge(trained(world, 1).model, [])
+    judgement = judged(judge_with(new_learner(world)), trained(world, 1).model, [])
 
     assert not judgement.verdict.passed
     assert judgement.candidate is None
@@ -69,13 +81,13 @@ def test_weights_that_are_not_finite_do_not_pass(world: World) -> None:
     with torch.no_grad():
         broken.fc.weight[0, 0] = float("nan")
 
-    assert not judge_with(learner).judge(broken, samples_of(world)[:6]).verdict.passed
+    assert not judged(judge_with(learner), broken, samples_of(world)[:6]).verdict.passed
 
 
 def test_calibration_is_the_survival_that_the_figure_is_made_of(
     world: World, better: Learner
 ) -> None:
-    judgement = judge_with(new_learner(world)).judge(better.model, samples_of(world)[:12])
+    judgement = judged(judge_with(new_learner(world)), better.model, samples_of(world)[:12])
 
     survival, total = 1.0, 1.0
     for conditional in judgement.acceptance:
@@ -87,10 +99,10 @@ def test_calibration_is_the_survival_that_the_figure_is_made_of(
 
 def test_a_promoted_candidate_is_the_one_to_beat(world: World, better: Learner) -> None:
     judge, held_out = judge_with(new_learner(world)), samples_of(world)[:12]
-    first = judge.judge(better.model, held_out)
+    first = judged(judge, better.model, held_out)
 
     judge.promote(better.model)
-    again = judge.judge(better.model, held_out)
+    again = judged(judge, better.model, held_out)
 
     assert again.incumbent == first.candidate
     assert not again.verdict.passed
@@ -99,9 +111,22 @@ def test_a_promoted_candidate_is_the_one_to_beat(world: World, better: Learner) 
 def test_the_incumbents_figure_follows_the_held_out_traces(world: World) -> None:
     judge, candidate = judge_with(new_learner(world)), trained(world, 5)
     samples = samples_of(world)
-    judge.judge(candidate.model, samples[:6])
+    judged(judge, candidate.model, samples[:6])
 
-    moved = judge.judge(candidate.model, samples[3:9])
-    afresh = judge_with(new_learner(world)).judge(candidate.model, samples[3:9])
+    moved = judged(judge, candidate.model, samples[3:9])
+    afresh = judged(judge_with(new_learner(world)), candidate.model, samples[3:9])
 
     assert moved == afresh
+
+
+def test_a_gain_on_one_trace_alone_is_no_evidence(world: World, better: Learner) -> None:
+    """A version that passes by its estimate does not if the gain may be luck."""
+    fresh, one = new_learner(world), samples_of(world)[:1]
+
+    by_estimate = judged(judge_with(fresh, confidence=0.5), better.model, one)
+    by_interval = judged(judge_with(fresh), better.model, one)
+
+    assert by_estimate.verdict.passed and by_estimate.gain_error is None
+    assert not by_interval.verdict.passed
+    many = judged(judge_with(fresh), better.model, samples_of(world)[:12])
+    assert many.gain_error is not None and many.gain_error > 0

@@ -63,7 +63,7 @@ def test_learning_is_one_line_a_window_and_not_one_an_update(
     for step in (1, 2, 3):
         if step == 3:
             monkeypatch.setattr(journals, "LINE_EVERY_S", 0.0)
-        journal.event("update", step=step, rows=100, loss=0.5)
+        journal.event("update", step=step, updates=1, rows=100, loss=0.5)
         journal.status(training(step))
 
     [line] = messages(caplog)
@@ -151,3 +151,17 @@ def test_a_full_disk_costs_the_report_and_not_the_trainer(
 
     assert len(messages(caplog, logging.ERROR)) == 1
     assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 2
+
+
+def test_a_status_is_due_when_it_is_old_or_says_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+    assert journal.status_is_due("training")
+
+    journal.status(training(1))
+
+    assert not journal.status_is_due("training")
+    assert journal.status_is_due("stopped")
+    monkeypatch.setattr(journals, "STATUS_EVERY_S", 0.0)
+    assert journal.status_is_due("training")

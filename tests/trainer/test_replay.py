@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 
 from drafters.samples import Sample
 from policies.replay import is_held_out
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, settings_for
 from trainer.dataset import Expected, sample_of
-from trainer.replay import Memory, keys_in, new_memory, restore
+from trainer.replay import Memory, Turns, keys_in
+from trainer.rows import PAGE, RowStore
 
 
 def samples_of(world: World) -> list[Sample]:
@@ -18,9 +21,9 @@ def samples_of(world: World) -> list[Sample]:
     return [sample for sample in samples if isinstance(sample, Sample)]
 
 
-def memory_of(world: World, **trainer: object) -> Memory:
+def memory_of(world: World, num_bytes: int = 1 << 22, **trainer: object) -> Memory:
     settings = settings_for(world.target, world.target, **trainer)
-    return new_memory(settings.trainer, seed=0)
+    return Memory(settings.trainer, 0, RowStore(torch.device("cpu"), num_bytes))
 
 
 def test_traces_that_judge_never_teach(world: World) -> None:
@@ -44,7 +47,7 @@ def test_new_traces_are_learnt_before_known_ones(world: World) -> None:
         memory.draw(random)
 
     memory.take_in(new)
-    wanted = {x.key for x in memory.samples()} - set(memory.visits)
+    wanted = {x.key for x in memory.samples()} - set(memory.turns.by_key())
     drawn = [x.key for x, _ in memory.draw(random)]
 
     assert set(drawn) <= wanted
@@ -58,7 +61,7 @@ def test_turns_are_even(world: World) -> None:
     for _ in range(50):
         memory.draw(random)
 
-    visits = [memory.visits[x.key] for x in memory.samples()]
+    visits = memory.turns.visits.tolist()
     assert max(visits) - min(visits) <= 1
 
 
@@ -66,7 +69,7 @@ def test_a_share_of_each_batch_comes_from_everything_held(world: World) -> None:
     memory = memory_of(world, reservoir_share=0.5, recent_traces=10)
     memory.take_in(samples_of(world))
     reservoir = {x.key for x in memory.replay.reservoir}
-    memory.visits = dict.fromkeys(reservoir, 1000)  # nobody needs them
+    memory.turns = Turns.of(memory.samples(), dict.fromkeys(reservoir, 1000))  # nobody needs them
 
     random = np.random.default_rng(0)
     drawn = [x.key for _ in range(40) for x, _ in memory.draw(random)]
@@ -96,7 +99,7 @@ def test_a_batch_keeps_to_its_tokens(world: World) -> None:
 
     parts = memory.draw(np.random.default_rng(0))
 
-    assert sum(piece.stop - piece.start for _, piece in parts) <= 256
+    assert sum(len(piece.slots) for _, piece in parts) <= 256
     assert len({sample.key for sample, _ in parts}) == len(parts) == 256 // 36
 
 
@@ -108,8 +111,54 @@ def test_memory_survives_as_json_but_for_traces_that_left_the_log(world: World) 
     found = {x.key: x for x in samples_of(world)}
     gone = memory.replay.recent[0].key
 
-    again = restore(memory.settings, 0, stored, found)
-    without = restore(memory.settings, 0, stored, {k: x for k, x in found.items() if k != gone})
+    again = memory_of(world, recent_traces=20, reservoir_traces=10)
+    again.restore(stored, found)
+    without = memory_of(world, recent_traces=20, reservoir_traces=10)
+    without.restore(stored, {k: x for k, x in found.items() if k != gone})
 
     assert again.to_json() == stored
     assert keys_in(without.to_json()) == keys_in(stored) - {gone}
+
+
+def pages_held(memory: Memory) -> int:
+    return sum(len(x.pages) for x in (*memory.samples(), *memory.held_out, *memory.held_out_older))
+
+
+def test_rows_that_nobody_holds_give_back_their_memory(world: World) -> None:
+    memory = memory_of(world, recent_traces=10, reservoir_traces=4, held_out_traces=2)
+    samples = samples_of(world)
+
+    for start in range(0, len(samples), 7):
+        memory.take_in(samples[start : start + 7])
+
+        assert memory.store.num_free == memory.store.num_pages - 1 - pages_held(memory)
+    assert len(memory.samples()) == 14
+    assert len({page for x in memory.samples() for page in x.pages}) == 14 * -(-36 // PAGE)
+
+
+def test_fewer_traces_are_held_where_memory_is_short(world: World) -> None:
+    samples = samples_of(world)
+    slot_bytes = (len(LAYER_IDS) + 1) * HIDDEN * 2 + 20
+    trace_bytes = -(-36 // PAGE) * PAGE * slot_bytes
+    memory = memory_of(world, 20 * trace_bytes, recent_traces=30, reservoir_traces=30)
+
+    memory.take_in(samples[:50])
+    memory.take_in(samples[50:])
+
+    arrived = [x.key for x in samples if not is_held_out(x.key, 6)]
+    recent = [x.key for x in memory.replay.recent]
+    held = [x.key for x in memory.samples()]
+    assert 12 <= pages_held(memory) // 3 <= 20
+    assert recent == arrived[-len(recent) :] and len(recent) >= 3
+    assert memory.replay.reservoir and memory.held_out
+    assert len(held) == len(set(held))
+    assert memory.fresh_rows == sum(
+        x.num_loss_rows for x in samples if not is_held_out(x.key, 6)
+    )  # what was not kept counts as seen by the log
+
+
+def test_a_trace_that_can_never_fit_is_an_error(world: World) -> None:
+    memory = memory_of(world, 20_000)
+
+    with pytest.raises(ValueError, match=r"raise trainer\.memory_fraction"):
+        memory.take_in(samples_of(world)[:4])

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from drafters.eagle3.batch import TTTBatch
+from drafters.batch import TrainingBatch, from_sequences, joined
+from drafters.eagle3 import chain_attention
 from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.training import (
@@ -47,88 +49,175 @@ def make_model(draft_vocab: int = VOCAB, dtype: torch.dtype = torch.float64) -> 
     return model.to(dtype)
 
 
-def make_batch(sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> TTTBatch:
+def make_batch(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    unknown: tuple[int, ...] = (),
+    shift: int = 0,
+    temperatures: tuple[float, ...] = (),
+) -> TrainingBatch:
+    """Pieces of these lengths behind each other. Positions ``unknown`` of each have no features."""
     generator = torch.Generator().manual_seed(11)
-    B, S = len(sizes), max(sizes)
-    inside = torch.arange(S)[None] < torch.tensor(sizes)[:, None]
-    has_label = torch.arange(S)[None] + 1 < torch.tensor(sizes)[:, None]
-    return TTTBatch(
-        token_ids_BS=torch.randint(0, VOCAB, (B, S), generator=generator),
-        positions_BS=torch.arange(S).expand(B, S),
-        features_BSF=torch.randn(B, S, 3 * HIDDEN, generator=generator).to(dtype),
-        last_hidden_BSH=torch.randn(B, S, HIDDEN, generator=generator).to(dtype),
-        known_BS=inside & has_label,
-        loss_BS=inside & has_label,
-    )
+    parts: list[TrainingBatch] = []
+    start = 0
+    for number, size in enumerate(sizes):
+        known = torch.arange(size)[None] + 1 < size
+        known[:, [p for p in unknown if p < size]] = False
+        features = torch.randn(1, size, 3 * HIDDEN, generator=generator).to(dtype)
+        features[:, [p for p in unknown if p < size]] = 1e3  # must not matter
+        one = from_sequences(
+            torch.randint(0, VOCAB, (1, size), generator=generator),
+            torch.arange(size)[None] + shift,
+            features,
+            torch.randn(1, size, HIDDEN, generator=generator).to(dtype),
+            known,
+            known,
+            torch.tensor(temperatures[number : number + 1] or (1.0,)),
+        )
+        parts.append(replace(one, segment_T=one.segment_T + number, row_R=one.row_R + start))
+        start += size
+    return joined(parts)
 
 
 EMBED = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(5)).double()
 HEAD = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(6)).double()
 
 
-def head(batch: TTTBatch) -> FrozenHead:
-    return FrozenHead(HEAD.to(batch.features_BSF.dtype))
+def head(batch: TrainingBatch) -> FrozenHead:
+    return FrozenHead(HEAD.to(batch.features_TF.dtype))
 
 
-def with_gaps(batch: TTTBatch, unknown: list[int]) -> TTTBatch:
-    known = batch.known_BS.clone()
-    known[:, unknown] = False
-    features = batch.features_BSF.clone()
-    features[:, unknown] = 1e3  # must not matter
-    return replace(batch, features_BSF=features, known_BS=known, loss_BS=batch.loss_BS & known)
-
-
-def every_place(batch: TTTBatch) -> Tensor:
+def every_place(batch: TrainingBatch) -> Tensor:
     """Each position an anchor."""
-    return torch.arange(batch.loss_BS.shape[1]).expand(batch.loss_BS.shape)
+    return torch.arange(batch.token_ids_T.numel())
+
+
+def piece_of(batch: TrainingBatch, number: int) -> slice:
+    """Where a piece is."""
+    inside = (batch.segment_T == number).nonzero()[:, 0]
+    return slice(int(inside[0]), int(inside[-1]) + 1)
+
+
+def chain_of(
+    model: Eagle3, embed: Tensor, batch: TrainingBatch, number: int, anchor: int
+) -> Tensor:
+    """What a server would draft after ``anchor`` in a piece."""
+    own = piece_of(batch, number)
+    return reference_chain_logits(
+        model,
+        embed,
+        batch.token_ids_T[own],
+        batch.features_TF[own],
+        batch.known_T[own],
+        anchor,
+        STEPS,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [3, 8, 32], ids=["blocks of 3", "of 8", "of 32"])
 @pytest.mark.parametrize(
-    "unknown", [[], [0, 1, 2, 3], [5, 6]], ids=["all known", "cached prefix", "gap"]
+    "unknown", [(), (0, 1, 2, 3), (5, 6)], ids=["all known", "cached prefix", "gap"]
 )
-def test_every_step_has_the_logits_of_the_serving_chain(dtype, unknown):  # type: ignore[no-untyped-def]
-    model, batch = make_model(dtype=dtype), with_gaps(make_batch((12, 9), dtype), unknown)
+def test_every_step_has_the_logits_of_the_serving_chain(dtype, unknown, block, monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setitem(chain_attention._BLOCK, "cpu", block)
+    model, batch = make_model(dtype=dtype), make_batch((12, 9, 12), dtype, unknown)
     embed = EMBED.to(dtype)
 
     steps = [model.logits(g) for g in ttt_outputs(model, embed, batch, every_place(batch), STEPS)]
 
     compared = 0
-    for b in range(2):
-        for anchor in range(1, 12):
-            length = int(batch.known_BS[b].nonzero().max()) + 2
-            if not batch.known_BS[b, anchor - 1] or anchor + STEPS > length:
+    for number in range(3):
+        own = piece_of(batch, number)
+        for anchor in range(1, own.stop - own.start):
+            known = batch.known_T[own]
+            if not known[anchor - 1] or anchor + STEPS > len(known):
                 continue
-            chain = reference_chain_logits(
-                model,
-                embed,
-                batch.token_ids_BS[b],
-                batch.features_BSF[b],
-                batch.known_BS[b],
-                anchor,
-                STEPS,
-            )
-            trained = torch.stack([steps[i][b, anchor] for i in range(STEPS)])
+            chain = chain_of(model, embed, batch, number, anchor)
+            trained = torch.stack([steps[i][own.start + anchor] for i in range(STEPS)])
             torch.testing.assert_close(trained, chain, rtol=1e-5, atol=1e-5)
             compared += 1
-    assert compared >= 5
+    assert compared >= 8
 
 
-def test_padding_changes_nothing() -> None:
+def test_pieces_do_not_see_each_other() -> None:
     model, both = make_model(), make_batch((12, 9))
-    alone = TTTBatch(*(getattr(both, name)[1:, :9] for name in TTTBatch.__slots__))
+    own = piece_of(both, 1)
+    alone = replace(
+        both,
+        token_ids_T=both.token_ids_T[own],
+        positions_T=both.positions_T[own],
+        segment_T=both.segment_T[own],
+        features_TF=both.features_TF[own],
+        known_T=both.known_T[own],
+    )
 
-    padded = [g[1, :9] for g in ttt_outputs(model, EMBED, both, every_place(both), STEPS)]
-    unpadded = [g[0] for g in ttt_outputs(model, EMBED, alone, every_place(alone), STEPS)]
+    packed = [g[own] for g in ttt_outputs(model, EMBED, both, every_place(both), STEPS)]
+    single = list(ttt_outputs(model, EMBED, alone, every_place(alone), STEPS))
 
-    for step, (left, right) in enumerate(zip(padded, unpadded, strict=True)):
-        inside = slice(1, 9 - step)  # chains that end within the sequence
+    for step, (left, right) in enumerate(zip(packed, single, strict=True)):
+        inside = slice(1, 9 - step)  # chains that end within the piece
         torch.testing.assert_close(left[inside], right[inside])
 
 
+def test_padding_changes_nothing() -> None:
+    """A batch of fixed shape: positions behind the pieces, and rows behind those with a loss."""
+    model, batch = make_model(), make_batch((12, 9))
+    pad = 11
+    longer = replace(
+        batch,
+        token_ids_T=functional.pad(batch.token_ids_T, (0, pad)),
+        positions_T=functional.pad(batch.positions_T, (0, pad)),
+        segment_T=functional.pad(batch.segment_T, (0, pad), value=-1),
+        features_TF=functional.pad(batch.features_TF, (0, 0, 0, pad)),
+        known_T=functional.pad(batch.known_T, (0, pad)),
+        row_R=torch.cat((batch.row_R, torch.tensor([31, 30, 29, 0]))),
+        is_row_R=functional.pad(batch.is_row_R, (0, 4)),
+        last_hidden_RH=functional.pad(batch.last_hidden_RH, (0, 0, 0, 4)),
+        temperature_R=functional.pad(batch.temperature_R, (0, 4)),
+        weight_R=functional.pad(batch.weight_R, (0, 4)),
+        longest=20,
+    )
+    found = []
+    for given in (batch, longer):
+        for keep in (True, False):
+            model.zero_grad()
+            objective = Objective(num_steps=3, keep_logits=keep)
+            result = ttt_loss(model, EMBED, head(given), given, objective)
+            result.loss.backward()
+            slopes = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append([result.loss.detach(), result.alpha_K, result.agree_K, *slopes])
+
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    alphas, is_full = chain_acceptance(model, EMBED, head(batch), batch, STEPS)
+    again, is_full_too = chain_acceptance(model, EMBED, head(longer), longer, STEPS)
+    torch.testing.assert_close(again[is_full_too], alphas[is_full])
+
+
+def test_a_row_weighs_as_much_as_it_is_said_to() -> None:
+    model, batch = make_model(), make_batch((12, 9))
+    objective = Objective(num_steps=1, floor=1.0, keep_logits=True)
+    plain = ttt_loss(model, EMBED, head(batch), batch, objective).loss
+    single = []
+    for row in range(len(batch.row_R)):
+        weight = torch.zeros(len(batch.row_R))
+        weight[row] = 1
+        given = replace(batch, weight_R=weight)
+        single.append(ttt_loss(model, EMBED, head(batch), given, objective).loss)
+
+    heavy = replace(batch, weight_R=torch.ones(len(batch.row_R)).index_fill(0, torch.tensor(3), 5))
+    found = ttt_loss(model, EMBED, head(batch), heavy, objective).loss
+    again = ttt_loss(model, EMBED, head(batch), heavy, replace(objective, keep_logits=False)).loss
+
+    want = (sum(single) + 4 * single[3]) / (len(single) + 4)
+    torch.testing.assert_close(plain, sum(single) / len(single))
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(again, want)
+
+
 def test_absolute_position_of_a_piece_does_not_matter() -> None:
-    model, batch = make_model(), make_batch((12,))
-    moved = replace(batch, positions_BS=batch.positions_BS + 100)
+    model, batch, moved = make_model(), make_batch((12,)), make_batch((12,), shift=100)
 
     here = list(ttt_outputs(model, EMBED, batch, every_place(batch), STEPS))[-1]
     there = list(ttt_outputs(model, EMBED, moved, every_place(batch), STEPS))[-1]
@@ -138,12 +227,12 @@ def test_absolute_position_of_a_piece_does_not_matter() -> None:
 
 def test_a_chain_never_sees_features_at_or_after_its_anchor() -> None:
     model, batch = make_model(), make_batch((12,))
-    features = batch.features_BSF.clone().requires_grad_()
-    seen = replace(batch, features_BSF=features)
+    features = batch.features_TF.clone().requires_grad_()
+    seen = replace(batch, features_TF=features)
 
     for output in ttt_outputs(model, EMBED, seen, every_place(seen), STEPS):
-        (slope,) = torch.autograd.grad(output[0, 6].sum(), features, retain_graph=True)
-        reached = slope[0].abs().sum(-1).nonzero()[:, 0].tolist()
+        (slope,) = torch.autograd.grad(output[6].sum(), features, retain_graph=True)
+        reached = slope.abs().sum(-1).nonzero()[:, 0].tolist()
         assert reached == list(range(6))  # h of the anchor is at position 5
 
 
@@ -166,7 +255,7 @@ def test_training_on_one_batch_raises_acceptance(kind, draft_vocab):  # type: ig
 
 
 def test_gradient_of_the_whole_loss_matches_finite_differences() -> None:
-    model, batch = make_model(), with_gaps(make_batch((9, 7)), [2])
+    model, batch = make_model(), make_batch((9, 7), unknown=(2,))
     objective = Objective(num_steps=3, loss="forward_kl", floor=1.0, chunk_rows=4)
     fixed = torch.randn_like(model.fc.weight)
     fixed /= fixed.norm()
@@ -192,7 +281,7 @@ def test_gradient_of_the_whole_loss_matches_finite_differences() -> None:
 @pytest.mark.parametrize("kind", ["lk", "forward_kl"])
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 11], ids=["whole vocabulary", "reduced"])
 def test_logits_that_are_not_kept_change_nothing(kind, draft_vocab):  # type: ignore[no-untyped-def]
-    model, batch = make_model(draft_vocab), with_gaps(make_batch((12, 9)), [5])
+    model, batch = make_model(draft_vocab), make_batch((12, 9), unknown=(5,))
     found = []
 
     for keep, chunk in ((True, 4), (False, 4), (False, None)):
@@ -228,11 +317,12 @@ def test_carried_chains_count_for_those_that_were_not() -> None:
 
     def share_of_deep_steps(share: float) -> float:
         chains = lay_out(batch, STEPS, share, generator)
+        carried = chains.carried_A
+        num_later = len(batch.row_R) if carried is None else len(carried)
         judged = []
-        for step in chains.steps:
-            ones = torch.ones(step.row_N.shape, dtype=torch.float64)
-            loss = ones * float(step is not chains.steps[0])
-            judged.append(RowFigures(loss, ones, ones, ones.bool()))
+        for step in range(STEPS):
+            ones = torch.ones(num_later if step else len(batch.row_R), dtype=torch.float64)
+            judged.append(RowFigures(ones * float(step > 0), ones, ones, ones.bool()))
         return float(weigh(chains, judged, 1.0).loss)
 
     everyone = share_of_deep_steps(1.0)
@@ -242,38 +332,44 @@ def test_carried_chains_count_for_those_that_were_not() -> None:
     assert sum(some) / 50 == pytest.approx(everyone, abs=0.01)
 
 
-def test_rows_without_loss_get_none() -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_batch_without_rows_has_no_loss(share: float, keep: bool) -> None:
     model, batch = make_model(), make_batch((12, 9))
-    quiet = replace(batch, loss_BS=torch.zeros_like(batch.loss_BS))
+    none = slice(0, 0)
+    quiet = replace(
+        batch,
+        row_R=batch.row_R[none],
+        is_row_R=batch.is_row_R[none],
+        last_hidden_RH=batch.last_hidden_RH[none],
+        temperature_R=batch.temperature_R[none],
+        weight_R=batch.weight_R[none],
+    )
 
-    result = ttt_loss(model, EMBED, head(quiet), quiet, Objective())
+    result = ttt_loss(
+        model, EMBED, head(quiet), quiet, Objective(chain_share=share, keep_logits=keep)
+    )
 
     assert float(result.loss.detach()) == 0
-    assert result.num_rows == 0
 
 
-def brute_alphas(model: Eagle3, batch: TTTBatch, temperature: float) -> Tensor:
-    """Acceptance of every full chain of sequence 0, anchor by anchor."""
+def brute_alphas(model: Eagle3, batch: TrainingBatch, temperature: float) -> Tensor:
+    """Acceptance of every full chain of piece 0, anchor by anchor."""
     rows = []
-    for anchor in range(1, 12 - STEPS):
-        logits = reference_chain_logits(
-            model,
-            EMBED,
-            batch.token_ids_BS[0],
-            batch.features_BSF[0],
-            batch.known_BS[0],
-            anchor,
-            STEPS,
-        )
+    own = piece_of(batch, 0)
+    ids, size = batch.token_ids_T[own], own.stop
+    for anchor in range(1, size - STEPS):
+        logits = chain_of(model, EMBED, batch, 0, anchor)
         places = torch.arange(anchor, anchor + STEPS)
         if temperature == 0:
             drafted = model.to_target_ids(logits.argmax(-1))
-            rows.append((drafted == batch.token_ids_BS[0, places + 1]).float())
+            rows.append((drafted == ids[places + 1]).float())
             continue
-        p = (head(batch).logits(batch.last_hidden_BSH[0, places]) / temperature).softmax(-1)
+        seen = batch.last_hidden_RH[places - 1]  # row 1 is the first with a loss
+        p = (head(batch).logits(seen) / temperature).softmax(-1)
         q = torch.zeros_like(p)
-        ids = model.to_target_ids(torch.arange(logits.shape[-1]))
-        q[:, ids] = (logits / temperature).softmax(-1)
+        vocabulary = model.to_target_ids(torch.arange(logits.shape[-1]))
+        q[:, vocabulary] = (logits / temperature).softmax(-1)
         rows.append(torch.minimum(p, q).sum(-1).float())
     return torch.stack(rows)
 
@@ -281,14 +377,16 @@ def brute_alphas(model: Eagle3, batch: TTTBatch, temperature: float) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 11], ids=["whole vocabulary", "reduced"])
 def test_chain_acceptance_is_that_of_drafting_one_by_one(temperature, draft_vocab):  # type: ignore[no-untyped-def]
-    model, batch = make_model(draft_vocab), make_batch((12, 9))
-    temperatures = torch.tensor([temperature, 1.0], dtype=torch.float64)
+    model = make_model(draft_vocab)
+    batch = make_batch((12, 9), temperatures=(temperature, 1.0))
 
-    alphas, sequence = chain_acceptance(model, EMBED, head(batch), batch, temperatures, STEPS)
+    alphas, is_full = chain_acceptance(model, EMBED, head(batch), batch, STEPS)
 
+    number_R = batch.segment_T[batch.row_R]
     expected = brute_alphas(model, batch, temperature)
-    torch.testing.assert_close(alphas[sequence == 0], expected)
-    assert int((sequence == 1).sum()) == 8 - STEPS  # anchors 1.. with 4 rows before the last token
+    torch.testing.assert_close(alphas[is_full & (number_R == 0)], expected)
+    # anchors 1.. with 4 rows before the last token
+    assert int((is_full & (number_R == 1)).sum()) == 8 - STEPS
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

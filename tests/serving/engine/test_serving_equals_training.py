@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafters.eagle3.batch import TTTBatch
+from drafters.batch import from_sequences
 from drafters.eagle3.training import ttt_outputs
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
@@ -48,7 +48,7 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architectur
     known = torch.zeros_like(ids, dtype=torch.bool)
     known[0, trace.features.positions] = True
     padded = torch.cat((rows, rows[:, -1:]), dim=1)
-    batch = TTTBatch(
+    batch = from_sequences(
         ids,
         torch.arange(ids.shape[1])[None],
         padded[:, :, :-1].flatten(2),
@@ -56,16 +56,16 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architectur
         known,
         known,
     )
-    anchors = torch.arange(1, ids.shape[1])[None]
+    anchors = torch.arange(1, ids.shape[1])
     with torch.no_grad():
         outputs = list(ttt_outputs(module, engine.programs.target.embed.weight, batch, anchors, K))
-    outputs[0] = outputs[0][:, 1:]
+    outputs[0] = outputs[0][1:]
 
     compared = passes = 0
     for one in trace.rounds:
         for step in range(len(one.draft_ids)):
             if step <= one.num_accepted:  # its context is what was committed
-                want = module.logits(outputs[step][0, one.anchor - 1])
+                want = module.logits(outputs[step][one.anchor - 1])
                 torch.testing.assert_close(seen[passes + step], want, atol=2e-4, rtol=1e-4)
                 compared += 1
         passes += one.draft_k if one.draft_ids else 0

@@ -1,0 +1,70 @@
+"""The target's last decoder layer, read from its files: what a drafter's own layer may start from.
+
+Shapes: H hidden, Hq/Hkv query/key heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from targets.head import read_tensor, tensor_files
+
+_LIKE_LLAMA = ("llama", "qwen3", "qwen2", "mistral")
+"""Model types whose layers have Llama's products and norms."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastLayer:
+    """Weights of the last decoder layer and the norm behind it, on the CPU in the files' dtype."""
+
+    attention_norm_H: Tensor
+    qk: tuple[Tensor, Tensor] | None
+    """[Hq * D, H] and [Hkv * D, H]; ``None`` if queries and keys are normalised per head, which a
+    layer without such norms cannot imitate."""
+    v: Tensor
+    """[Hkv * D, H]"""
+    o: Tensor
+    """[H, Hq * D]"""
+    mlp_norm_H: Tensor
+    gate_up: Tensor
+    """[2 * intermediate size, H]: rows of the gate, then of ``up``."""
+    down: Tensor
+    final_norm_H: Tensor
+
+
+def load_last_layer(folder: Path) -> LastLayer:
+    """Read the last decoder layer of the target in ``folder``.
+
+    Raises:
+        ValueError: its layers are not Llama's, or a tensor is not in its safetensors files.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    if config.model_type not in _LIKE_LLAMA:
+        raise ValueError(
+            f"drafter.init is 'target', but {folder} is a {config.model_type}: only layers like "
+            f"Llama's can be copied ({', '.join(_LIKE_LLAMA)}). Set drafter.init to 'random'"
+        )
+    files = tensor_files(folder)
+    prefix = f"model.layers.{config.num_hidden_layers - 1}."
+
+    def read(name: str, before: str = prefix) -> Tensor:
+        wanted = f"{before}{name}.weight"
+        found = [full for full in files if full.endswith(wanted)]
+        return read_tensor(files, found[0] if found else wanted, folder)
+
+    has_head_norms = f"{prefix}self_attn.q_norm.weight" in files
+    return LastLayer(
+        attention_norm_H=read("input_layernorm"),
+        qk=None if has_head_norms else (read("self_attn.q_proj"), read("self_attn.k_proj")),
+        v=read("self_attn.v_proj"),
+        o=read("self_attn.o_proj"),
+        mlp_norm_H=read("post_attention_layernorm"),
+        gate_up=torch.cat((read("mlp.gate_proj"), read("mlp.up_proj"))),
+        down=read("mlp.down_proj"),
+        final_norm_H=read("norm", before="model."),
+    )

@@ -1,0 +1,86 @@
+"""When the next candidate is judged: as soon as it might pass.
+
+Judging costs time that updates could use, so it needs a sign that a candidate became better. The
+updates give one for nothing: their overlap with the target, measured on each batch before the
+update. Once it has risen by what the last candidate lacked, the next one is judged, if the share of
+time for judging allows. At the latest, one is judged after ``trainer.publish_every_steps`` updates,
+because the overlap also falls and rises with the traffic.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from configs.schema import TrainerSettings
+from trainer.figures import UpdateReport
+
+_SMOOTHING = 0.3
+"""Weight of the newest update in the running estimate."""
+_LEAST_GAIN = 0.01
+"""Rise that is waited for at least: a version costs a swap."""
+_LONGEST_WAIT = 4
+"""Times ``publish_every_steps`` that are waited for after candidates that failed."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """What happened since the last candidate was judged."""
+
+    settings: TrainerSettings
+    steps_since_judged: int = 0
+    """Updates since the last candidate."""
+    refused_in_row: int = 0
+    """Candidates refused since the last published version."""
+    estimate: float | None = None
+    """Running mean of the tokens_per_step that the updates' overlaps amount to."""
+    judged_estimate: float | None = None
+    """The estimate when the last candidate was judged; at first that of the initial weights."""
+    lacks: float = _LEAST_GAIN
+    """Relative rise of the estimate that is waited for."""
+    judging_s: float = 0.0
+    """Seconds that the last candidate took."""
+    judged_s: float = field(default_factory=time.monotonic)
+    """Monotonic time at which that was over."""
+
+    def saw(self, report: UpdateReport) -> None:
+        """Take an update's figures into the estimate."""
+        if report.skipped:
+            return
+        tokens, kept = 1.0, 1.0
+        for alpha in report.alpha:
+            kept *= alpha
+            tokens += kept
+        before = tokens if self.estimate is None else self.estimate
+        self.estimate = before + _SMOOTHING * (tokens - before)
+        if self.judged_estimate is None:
+            self.judged_estimate = tokens
+
+    def is_due(self) -> bool:
+        """Enough updates were made, or the candidate might pass already."""
+        waits = min(2**self.refused_in_row, _LONGEST_WAIT)
+        if self.steps_since_judged >= self.settings.publish_every_steps * waits:
+            return True
+        return self._has_risen() and self._can_afford()
+
+    def judged(self, gain_error: float | None, lacks: float | None, seconds: float) -> None:
+        """A candidate was judged.
+
+        Args:
+            gain_error: standard error of its gain, relative to its figure.
+            lacks: see ``GateVerdict``.
+            seconds: that judging and publishing it took.
+        """
+        self.steps_since_judged = 0
+        self.judged_estimate = self.estimate
+        self.lacks = max(_LEAST_GAIN, gain_error or 0.0, lacks or 0.0)
+        self.judging_s, self.judged_s = seconds, time.monotonic()
+
+    def _has_risen(self) -> bool:
+        if self.estimate is None or self.judged_estimate is None:
+            return False
+        return self.estimate >= self.judged_estimate * (1 + self.lacks)
+
+    def _can_afford(self) -> bool:
+        since_s = time.monotonic() - self.judged_s
+        return self.judging_s < self.settings.gate_share * since_s

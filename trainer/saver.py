@@ -1,0 +1,72 @@
+"""Writes checkpoints in a thread, so that updates do not wait for hashing and for the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint import write_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Outcome of a checkpoint."""
+
+    step: int
+    name: str
+    """Of its folder; empty if it could not be written."""
+    seconds: float
+    error: OSError | None
+
+
+class Saver:
+    """At most one checkpoint is on its way."""
+
+    def __init__(self, root: Path) -> None:
+        """
+        Args:
+            root: folder of the trainer's checkpoints.
+        """
+        self.root = root
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job: Future[Saved] | None = None
+        self._started_s = time.monotonic()
+        """Monotonic time at which the last checkpoint was begun."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last checkpoint was begun."""
+        return time.monotonic() - self._started_s
+
+    @property
+    def is_busy(self) -> bool:
+        """A checkpoint is being written, or its outcome was not asked for yet."""
+        return self._job is not None
+
+    def start(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Begin to write a checkpoint of this state, which nobody changes any more."""
+        assert self._job is None, "the last checkpoint was not asked for yet"
+        self._started_s = time.monotonic()
+        self._job = self._pool.submit(_save, self.root, state, tensors)
+
+    def outcome(self, wait: bool) -> Saved | None:
+        """Outcome of the checkpoint on its way, once; ``None`` while there is none."""
+        if self._job is None or not (wait or self._job.done()):
+            return None
+        saved, self._job = self._job.result(), None
+        return saved
+
+
+def _save(root: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
+    started = time.monotonic()
+    try:
+        name, error = write_checkpoint(root, state, tensors).name, None
+    except OSError as problem:
+        name, error = "", problem
+    return Saved(state["step"], name, time.monotonic() - started, error)

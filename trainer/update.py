@@ -1,0 +1,204 @@
+"""One update as a program of the device: gather, loss, backward, clip, AdamW and averaging.
+
+Nothing in it waits for the device or depends on a value of a tensor, so on a GPU it is captured in
+a CUDA graph, one for each number of rows with a loss. On a CPU the same functions run at once.
+
+An update whose loss or gradient is not finite changes neither the weights nor their moments nor
+their average; the device decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import TrainerSettings
+from drafters.trainable import Trainable
+from targets.head import TargetHead
+from trainer.figures import Figures
+from trainer.packing import Packed
+from trainer.rows import RowStore, index_of
+
+BETAS = (0.9, 0.95)
+_IN_FLIGHT = 4
+"""Updates that the host may be ahead of the device: each has a staging buffer of its own."""
+
+
+def batch_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, where the drafter computes under autocast; its weights stay float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What updates change in place, at addresses that never move."""
+
+    model: nn.Module
+    average: nn.Module
+    """Running average of the model's weights: the next candidate."""
+    num_averaged: Tensor
+    """float32 scalar: updates in the average."""
+    optimizer: torch.optim.AdamW
+    lr: Tensor
+    """float32 scalar that the optimizer reads."""
+
+
+def new_weights(model: nn.Module, average: nn.Module, settings: TrainerSettings) -> Weights:
+    """Weights with an optimizer whose moments are zero."""
+    device = next(model.parameters()).device
+    lr = torch.zeros((), device=device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=lr,
+        betas=BETAS,
+        weight_decay=settings.weight_decay,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return Weights(model, average, torch.zeros((), device=device), optimizer, lr)
+
+
+class UpdateProgram:
+    """Launches updates."""
+
+    def __init__(
+        self,
+        trainable: Trainable[Any],
+        head: TargetHead,
+        settings: TrainerSettings,
+        weights: Weights,
+        store: RowStore,
+        figures: Figures,
+        generator: torch.Generator,
+        use_graphs: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            use_graphs: ``None``: on a GPU.
+        """
+        device = store.device
+        self.trainable, self.head, self.settings = trainable, head, settings
+        self.weights, self.store, self.figures = weights, store, figures
+        self.generator = generator
+        self._use_graphs = device.type == "cuda" if use_graphs is None else use_graphs
+        self._inbox: dict[int, Tensor] = {}
+        """Number of columns -> the device memory that a graph reads them from."""
+        self._staging = _Staging(device)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        """(columns, positions) -> graph."""
+        self._pool: Any = None
+
+    def launch(self, packed: Packed, lr: float) -> None:
+        """Launch an update; on a GPU it has not happened yet when this returns."""
+        columns = self._upload(packed, lr)
+        key = (len(columns), len(packed.slots_T))
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return
+        if not self._use_graphs:
+            self._update(columns, packed)
+            return
+        # The first update of its shape warms up what a capture must not: libraries and kernels.
+        side = torch.cuda.Stream(self.store.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._update(columns, packed)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graphs[key] = self._capture(columns, packed)
+
+    def _capture(self, columns: Tensor, packed: Packed) -> torch.cuda.CUDAGraph:
+        """Record the update of one shape. A captured call changes nothing until it is replayed."""
+        torch.cuda.synchronize(self.store.device)
+        self.weights.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread: the reader's may allocate pinned memory meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._update(columns, packed)
+        self._pool = graph.pool()
+        return graph
+
+    def _upload(self, packed: Packed, lr: float) -> Tensor:
+        """The index columns behind the bits of the learning rate, in the memory of their shape."""
+        rate = torch.tensor([lr], dtype=torch.float32).view(torch.int32)
+        values = torch.cat((rate, torch.from_numpy(packed.columns())))
+        if not self._use_graphs:
+            return self._staging.moved(values)
+        inbox = self._inbox.get(len(values))
+        if inbox is None:
+            inbox = torch.empty(len(values), dtype=torch.int32, device=self.store.device)
+            self._inbox[len(values)] = inbox
+        inbox.copy_(self._staging.moved(values))
+        return inbox
+
+    def _update(self, columns: Tensor, packed: Packed) -> None:
+        """The update itself. Of ``packed`` only the shapes count."""
+        weights = self.weights
+        weights.lr.copy_(columns[:1].view(torch.float32)[0])
+        index = index_of(columns[1:], len(packed.slots_T))
+        batch = self.store.gather(index, packed.longest, batch_dtype(self.store.device))
+        weights.optimizer.zero_grad(set_to_none=True)
+        computed = self.trainable.loss(
+            weights.model, self.head, batch, self.settings, self.generator
+        )
+        loss = computed.loss.detach()
+        computed.loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(weights.model.parameters(), self.settings.grad_clip)
+        skipped = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        weights.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        weights.optimizer.step()
+        update_average(weights, skipped, self.settings.average_decay)
+        self.figures.write(loss, norm, skipped, computed.alpha_K, computed.agree_K)
+
+
+@torch.no_grad()
+def update_average(weights: Weights, skipped: Tensor, decay: float) -> None:
+    """Take the present weights into their average, unless the update was skipped.
+
+    The first updates count more: after n of them the average keeps ``min(decay, (1 + n) / (10 +
+    n))`` of itself. A constant decay would keep random initial weights in it for a long time.
+    """
+    n = weights.num_averaged
+    share = 1 - torch.clamp_max((1 + n) / (10 + n), decay)
+    pairs = zip(weights.average.parameters(), weights.model.parameters(), strict=True)
+    for mean, now in pairs:
+        mean.copy_(torch.where(skipped, mean, mean.lerp(now, share)))
+    n.add_(1 - skipped.float())
+
+
+class _Staging:
+    """Pinned buffers, taken in turn, so that a copy to a GPU neither waits nor is overwritten."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._next = 0
+
+    def moved(self, values: Tensor) -> Tensor:
+        """``values`` on the device. Waits while the host is too far ahead."""
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        if len(self._buffers) < _IN_FLIGHT:
+            pinned = torch.empty(0, dtype=values.dtype, pin_memory=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._buffers.append((pinned, event))
+        place = self._next % _IN_FLIGHT  # the newest one while their number grows
+        self._next += 1
+        pinned, event = self._buffers[place]
+        event.synchronize()
+        if len(pinned) < len(values):
+            pinned = torch.empty(len(values), dtype=values.dtype, pin_memory=True)
+            self._buffers[place] = (pinned, event)
+        pinned[: len(values)].copy_(values)
+        moved = pinned[: len(values)].to(self.device, non_blocking=True)
+        event.record()
+        return moved
