@@ -1,9 +1,9 @@
 """Write the target of a GGUF file as a folder: configuration, safetensors, tokenizer, template.
 
-``transformers`` gives the configuration, and the package ``gguf`` unpacks the weights. They are put
-into the model here: ``transformers`` (5.17) is slower, because it makes the table of names anew for
-every module, and it passes over tensors without a place, weights of another shape and scaled rotary
-positions in silence. All of these are errors here.
+The package ``gguf`` reads the file and unpacks the weights. They are put into the model here:
+``transformers`` (5.17) needs several times as long, because it parses the file three times and
+makes the table of names anew for every module, and it passes over unknown metadata, tensors without
+a place, weights of another shape and scaled rotary positions in silence. All of these are errors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,23 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 DTYPE = torch.bfloat16
 """dtype of the converted weights: what a GPU computes in, so that the target is the same on every
 device. It moves a weight of 4 bits by 0.03 of the distance between two of them at most."""
+_SHAPE = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+}
+"""Metadata of an architecture -> field of its configuration."""
+_FOLLOWS = frozenset({"vocab_size", "attention.value_length", "rope.dimension_count"})
+"""Metadata that say again what the tensors' shapes say."""
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
+"""Architectures that ``transformers`` calls otherwise."""
 _END_TOKENS = ("eos", "eot", "eom")
 """Ends of a text, of a turn and of a message, as GGUF calls them."""
 _FREQUENCIES = "rope_freqs.weight"
@@ -72,7 +89,7 @@ def convert(file: Path, folder: Path) -> None:
     reader = _opened(file)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     try:
-        tokenizer, model = _converted(file, reader, metadata)
+        tokenizer, model = _converted(reader, metadata)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"cannot convert {file}: {error}") from error
     tokenizer.save_pretrained(folder)
@@ -96,14 +113,13 @@ def _opened(file: Path) -> Any:
         ) from error
 
 
-def _converted(file: Path, reader: Any, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
+def _converted(reader: Any, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
     """Tokenizer and model of an opened file."""
     from targets.gguf_tokenizer import tokenizer_of
 
     _refuse(metadata)
     tokenizer = tokenizer_of(metadata)
-    config = AutoConfig.from_pretrained(file.absolute().parent, gguf_file=file.name)
-    config = _with_frequencies(config, reader)
+    config = _with_frequencies(_config(reader, metadata), reader)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPE)  # type: ignore[no-untyped-call]
     weights = _weights(reader, model, metadata["general.architecture"])
@@ -130,6 +146,36 @@ def _refuse(metadata: Mapping[str, Any]) -> None:
             f"it scales rotary positions by the rule {scaling!r}, which is not converted; name a "
             f"folder with its safetensors"
         )
+    for name, value in metadata.items():
+        of, _, field = name.partition(".")
+        if of != architecture or field.startswith("rope.scaling."):
+            continue
+        if field not in _SHAPE and field not in _FOLLOWS:
+            raise ValueError(
+                f"it says {name} = {value!r}, which is not converted; name a folder with its "
+                f"safetensors"
+            )
+
+
+def _config(reader: Any, metadata: Mapping[str, Any]) -> Any:
+    """Configuration of the model, as ``transformers`` has it."""
+    architecture = metadata["general.architecture"]
+    said: dict[str, Any] = {
+        field: metadata.get(f"{architecture}.{name}") for name, field in _SHAPE.items()
+    }
+    if said["head_dim"] is None:
+        said["head_dim"] = said["hidden_size"] // said["num_attention_heads"]
+    special = ("bos", "eos", "padding")
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in special}
+    return AutoConfig.for_model(
+        _MODEL_TYPES.get(architecture, architecture),
+        **{field: value for field, value in said.items() if value is not None},
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
+        bos_token_id=ids["bos"],
+        eos_token_id=ids["eos"],
+        pad_token_id=ids["padding"],
+    )
 
 
 def _with_frequencies(config: Any, reader: Any) -> Any:
@@ -224,6 +270,8 @@ def _generation(metadata: Mapping[str, Any]) -> Any:
 def _save(model: Any, folder: Path) -> None:
     """Write configuration and weights; they are the same whatever version converted them."""
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors lets the owner alone read it
     path = folder / "config.json"
     fields = json.loads(path.read_text())
     del fields["transformers_version"]

@@ -339,6 +339,7 @@ def test_of_two_processes_at_once_one_converts(file, tmp_path):
         ),
         ({"split.count": 3}, "is one of 3 parts; join them with"),
         ({"llama.rope.scaling.type": "yarn"}, "scales rotary positions by the rule 'yarn'"),
+        ({"llama.logit_scale": 2.0}, r"says llama\.logit_scale = 2\.0, which is not converted"),
         ({"tokenizer.ggml.pre": "tekken"}, "splits text by the rule 'tekken'; known are gpt-2"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer is of kind 't5'; known are"),
         (

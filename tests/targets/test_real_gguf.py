@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from examples.real_target import FILE, FOLDER, NotFetched, fetch
 from oracles.support import REPOSITORY
-from targets.gguf_convert import DTYPE
+from targets.fused import supports
 from targets.load import load_model, load_tokenizer, target_folder
-from targets.target import Target
 from tests.serving.http.live import MODEL, LiveServer, running_server
 
 CPU = torch.device("cpu")
@@ -46,6 +45,11 @@ def folder(smollm2: Path, cache: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load_model(folder, torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
 def server(
     smollm2: Path, cache: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
@@ -54,13 +58,11 @@ def server(
         yield server
 
 
-def test_it_is_a_llama_that_our_decoder_computes(folder: Path):
-    model = load_model(folder, torch.float32, CPU)
-
+def test_it_is_a_llama_that_our_decoder_computes(model: Any):
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
     assert model.config.rope_parameters["rope_theta"] == 100_000
     assert model.generation_config.eos_token_id == [2]
-    assert Target(model, ()).fuse(num_positions=64) is None
+    assert supports(model) is None
 
 
 def test_its_tokens_are_those_it_was_trained_on(folder: Path):
@@ -75,18 +77,11 @@ def test_its_tokens_are_those_it_was_trained_on(folder: Path):
     assert chat.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_greedy_chat_is_that_of_transformers_on_the_file(
-    smollm2: Path, folder: Path, server: LiveServer
-):
+def test_greedy_chat_is_that_of_transformers(folder: Path, model: Any, server: LiveServer):
     tokenizer = load_tokenizer(folder)
-    own = AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
-    )
-    for parameter in own.parameters():
-        parameter.data = parameter.data.to(DTYPE).float()
     chat = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(chat, return_tensors="pt")["input_ids"]
-    wanted = own.generate(prompt, max_new_tokens=48, do_sample=False)[0, prompt.shape[1] :]
+    wanted = model.generate(prompt, max_new_tokens=48, do_sample=False)[0, prompt.shape[1] :]
 
     with server.openai() as client:
         answer = client.chat.completions.create(
