@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -140,8 +142,8 @@ class TeacherOrder(NamedTuple):
 
     order_N: Tensor
     """int64 index into N, on the device of the rows."""
-    row_N: Tensor
-    """int64 ascending on the CPU, ``teacher_row_N[order_N]``."""
+    row_N: npt.NDArray[np.int64]
+    """``teacher_row_N[order_N]``, ascending."""
 
 
 def teacher_order(teacher_row_N: Tensor, device: torch.device) -> TeacherOrder:
@@ -152,7 +154,7 @@ def teacher_order(teacher_row_N: Tensor, device: torch.device) -> TeacherOrder:
         device: of the rows.
     """
     row_N, order_N = teacher_row_N.sort(stable=True)
-    return TeacherOrder(order_N.to(device), row_N.cpu())
+    return TeacherOrder(order_N.to(device), row_N.cpu().numpy())
 
 
 class RowFigures(NamedTuple):
@@ -438,13 +440,13 @@ def _layout(
         A block's rows, as slice or index, and pairs of slices: at most ``most_seen`` teacher rows,
         and the part of the block that imitates them.
     """
-    row_N = torch.arange(num_rows) if order is None else order.row_N
+    row_N = np.arange(num_rows) if order is None else order.row_N
     for start in range(0, num_rows, most_own):
         block = slice(start, min(start + most_own, num_rows))
         own = row_N[block]
         begin, end = int(own[0]), int(own[-1]) + 1
         edges = [*range(begin, end, most_seen), end]
-        cuts = torch.searchsorted(own, torch.tensor(edges)).tolist()
+        cuts = np.searchsorted(own, edges).tolist()
         seen = (slice(a, b) for a, b in itertools.pairwise(edges))
         places = (slice(a, b) for a, b in itertools.pairwise(cuts))
         parts = [(s, p) for s, p in zip(seen, places, strict=True) if p.start < p.stop]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafters.eagle3.trainable import Eagle3Trainable
 from drafters.eagle3.training import Objective, ttt_loss
@@ -179,3 +180,38 @@ class Whole(Eagle3Trainable):
     def loss(self, model, head, batch, settings, generator):  # type: ignore[no-untyped-def]
         objective = Objective(settings.ttt_steps, keep_logits=False)
         return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
+
+
+class HostReads(TorchDispatchMode):
+    """Collects operations that read a value of a tensor on the host, or whose shape depends on it:
+    on a GPU each of them waits, and none can be captured in a graph."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        self.count += 1
+        if name in self.WAITS:
+            self.found.append(name)
+        if name in ("index", "index_put", "index_put_"):
+            indices = [x for x in args[1] if x is not None]
+            self.found += [f"{name} by mask" for x in indices if x.dtype == torch.bool]
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_reads_nothing_on_the_host(world: World) -> None:
+    learner = new_learner(world)
+    learner.program.trainable = Whole()
+    packed = pack(some_batch(world, learner), (512, 64))
+    learner.program.launch(packed, 1e-3)  # what depends on shapes alone is computed once
+
+    with HostReads() as seen:
+        learner.program.launch(packed, 1e-3)
+
+    assert seen.count > 500
+    assert seen.found == []
