@@ -24,6 +24,7 @@ from buffer.manifest import TENSORS
 from configs.schema import DrafterSettings, Settings
 from tests.trainer.conftest import World
 from tests.trainer.traffic import (
+    PROMPT,
     fingerprint_of,
     save_target,
     settings_for,
@@ -34,6 +35,7 @@ from tests.trainer.traffic import (
 from trainer.build import build_trainer
 from trainer.checkpoint import CheckpointError, read_checkpoint
 from trainer.loop import QUIET_S, Trainer
+from trainer.packing import pack
 
 
 def build(settings: Settings) -> Trainer:
@@ -318,6 +320,40 @@ def test_what_was_learnt_is_judged_when_traffic_pauses(world: World, tmp_path: P
     assert trainer.candidate_is_due()
     trainer.judge_candidate()
     assert not trainer.candidate_is_due()
+
+
+@pytest.mark.parametrize("init", ["random", "target"])
+def test_a_drafter_of_few_tokens_learns_and_publishes_these(
+    world: World, tmp_path: Path, init: str
+) -> None:
+    write_traces(tmp_path, world.traces)
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(list(range(0, 96, 2))))
+    settings = settings_for(tmp_path, world.target, max_steps=25)
+    drafter = DrafterSettings.model_validate(
+        {"kind": "eagle3", "init": init, "draft_vocab": str(ids)}
+    )
+
+    train(settings.model_copy(update={"drafter": drafter}))
+
+    newest = max(FolderWeights(tmp_path / "weights").versions())
+    assert newest >= 1
+    assert weights(tmp_path, newest)["lm_head.weight"].shape[0] == 48
+    assert weights(tmp_path, newest)["d2t"].equal(torch.arange(48))
+    assert weights(tmp_path, newest)["fc.weight"].equal(weights(tmp_path, 0)["fc.weight"]) is False
+
+
+def test_an_emphasis_on_rejected_drafts_reaches_the_batch(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, rejected_weight=3.0))
+    trainer.take_in_traces()
+
+    pieces = [piece for _, piece in trainer.memory.draw(trainer.random)]
+    batch = trainer.memory.store.batch(pack(pieces, None), torch.float32)
+
+    heavy = batch.positions_T[batch.row_R[batch.weight_R == 3.0]]
+    assert heavy.tolist() == [PROMPT] * len(pieces)
+    assert (batch.weight_R == 1.0).sum() == len(batch.row_R) - len(pieces)
 
 
 # --- real processes ---------------------------------------------------------------------------
