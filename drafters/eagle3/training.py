@@ -30,7 +30,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from drafters.batch import TrainingBatch, follows_T
@@ -49,7 +51,6 @@ from specops.distill import (
     Teacher,
     TeacherOrder,
     target_of,
-    teacher_order,
 )
 
 
@@ -222,11 +223,22 @@ def _order(chains: Chains, lengths: list[int]) -> TeacherOrder | None:
     return _full_order(lengths[0], len(lengths), chains.alive_KR.device)
 
 
-@lru_cache(maxsize=64)
 def _full_order(num_rows: int, num_steps: int, device: torch.device) -> TeacherOrder:
-    """The order of all chains: output r of step k is compared with row r + k."""
-    ahead = torch.arange(num_steps)[:, None] + torch.arange(num_rows)
-    return teacher_order(ahead.clamp_max(num_rows - 1).flatten(), device)
+    """The order of all chains: output r of step k is compared with row r + k.
+
+    The device's part is computed anew each time: a captured update reads it at every replay, so it
+    must live in the graph's own memory. Kept in a cache, it would be freed under a graph.
+    """
+    ahead = torch.arange(num_steps, device=device)[:, None] + torch.arange(num_rows, device=device)
+    order_N = ahead.clamp_max(num_rows - 1).flatten().argsort(stable=True)
+    return TeacherOrder(order_N, _sorted_rows(num_rows, num_steps))
+
+
+@lru_cache(maxsize=64)
+def _sorted_rows(num_rows: int, num_steps: int) -> NDArray[np.int64]:
+    """``TeacherOrder.row_N`` of all chains."""
+    ahead = np.arange(num_steps)[:, None] + np.arange(num_rows)
+    return np.sort(np.minimum(ahead, num_rows - 1), axis=None)
 
 
 def _by_step(chains: Chains, values_KR: Tensor) -> list[Tensor]:
