@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +22,7 @@ from drafters.trainable import trainable
 from targets.head import TargetHead, load_target_head
 from targets.load import pick_device, target_folder
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from trainer.dataset import Emphasis, Expected
+from trainer.dataset import ROW_TYPES, Emphasis, Expected
 from trainer.gate import Judge
 from trainer.intake import Intake
 from trainer.journal import Journal
@@ -32,6 +34,8 @@ from trainer.rows import RowStore, memory_bytes
 from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.update import batch_dtype
+
+log = logging.getLogger(__name__)
 
 
 def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
@@ -86,7 +90,20 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         trainer.report_checkpoint(wait=True)
     else:
         resume(trainer, saved, backend)
+    _capture_updates(trainer)
     return trainer
+
+
+def _capture_updates(trainer: Trainer) -> None:
+    """Capture all updates in CUDA graphs before traces come. Does nothing on a CPU."""
+    learner, expected = trainer.learner, trainer.intake.expected
+    if learner.fixed_shape is None:
+        return
+    started_s = time.monotonic()
+    dtype = ROW_TYPES[trainer.settings.capture.dtype]
+    learner.store.allocate(len(expected.layer_ids) + 1, expected.hidden_size, dtype)
+    learner.capture_all()
+    log.info("captured all updates in %.1f s", time.monotonic() - started_s)
 
 
 def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:

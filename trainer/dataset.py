@@ -22,7 +22,7 @@ from policies.preference import row_weights
 RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "short"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
-_TORCH_TYPES = {
+ROW_TYPES = {
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float32": torch.float32,
@@ -90,7 +90,7 @@ def sample_of(
     )
     if not pieces:
         return Refusal("short", "no two captured rows in a row are followed by a generated token")
-    rows = torch.from_numpy(features.rows).view(_TORCH_TYPES[features.dtype])
+    rows = torch.from_numpy(features.rows).view(ROW_TYPES[features.dtype])
     scale = None if features.scale is None else torch.from_numpy(features.scale)
     versions = trace.rounds.counts[Count.VERSION]
     return Sample(

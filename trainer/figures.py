@@ -71,6 +71,10 @@ class Figures:
         self._ring.index_copy_(0, self._place, row[None])
         self._place.add_(1).remainder_(self.lag)
 
+    def rewind(self) -> None:
+        """Forget what ``write`` wrote without an update that counts."""
+        self._place.zero_()
+
     def launched(self, update: Launched) -> list[UpdateReport]:
         """Count an update whose ``write`` was launched; returns the reports that are ready."""
         self._launched.append((self._num_written % self.lag, update))

@@ -20,7 +20,7 @@ from configs.schema import TrainerSettings
 from drafters.trainable import Trainable
 from targets.head import TargetHead
 from trainer.figures import Figures, Launched, UpdateReport
-from trainer.packing import HeldPiece, pack
+from trainer.packing import HeldPiece, every_shape, pack
 from trainer.rows import RowStore
 from trainer.update import UpdateProgram, new_weights
 
@@ -98,6 +98,11 @@ class Learner:
             return None
         longest = self.settings.max_sequence
         return max(self.settings.batch_tokens, longest), longest
+
+    def capture_all(self) -> None:
+        """See ``UpdateProgram.capture_all``. The store must be allocated."""
+        if self.fixed_shape is not None:
+            self.program.capture_all(every_shape(self.fixed_shape))
 
     def update(self, pieces: Sequence[HeldPiece]) -> list[UpdateReport]:
         """Train on one batch; skipped if its loss or gradient is not finite.

@@ -81,6 +81,19 @@ def pack(pieces: Sequence[HeldPiece], fixed: tuple[int, int] | None) -> Packed:
     return Packed(slots, segment, padded, len(rows), longest)
 
 
+def every_shape(fixed: tuple[int, int]) -> list[Packed]:
+    """An empty batch of each shape that ``pack`` can give with these bounds."""
+    total, longest = fixed
+    step = -(-total // ROW_STEPS)
+    nothing, padding = (
+        np.full(total, EMPTY_SLOT, dtype=np.int32),
+        np.full(total, -1, dtype=np.int32),
+    )
+    places = np.arange(total, dtype=np.int32)[::-1]
+    counts = dict.fromkeys(min(n * step, total) for n in range(1, ROW_STEPS + 1))
+    return [Packed(nothing, padding, places[:count].copy(), 0, longest) for count in counts]
+
+
 def _with_padding(rows: Ints, total: int) -> Ints:
     """Rows behind which other positions fill up to one of the numbers that have a graph."""
     step = -(-total // ROW_STEPS)

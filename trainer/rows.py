@@ -97,11 +97,22 @@ class RowStore:
         Raises:
             ValueError: not even two pages fit into ``num_bytes``.
         """
+        self.allocate(*sample.rows.shape[1:], sample.rows.dtype)
+
+    def allocate(self, width: int, hidden: int, dtype: torch.dtype) -> None:
+        """Allocate memory for rows of this form, unless that was done. Rows of another dtype are
+        converted when they come.
+
+        Args:
+            width: m + 1, tapped layers and the lm_head's input.
+
+        Raises:
+            ValueError: not even two pages fit into ``num_bytes``.
+        """
         if self._columns is not None:
             return
-        width, hidden = sample.rows.shape[1:]
-        is_fp8 = sample.scale is not None
-        slot_bytes = width * hidden * sample.rows.element_size() + 4 * _NUM_FACTS
+        is_fp8 = dtype == torch.float8_e4m3fn
+        slot_bytes = width * hidden * dtype.itemsize + 4 * _NUM_FACTS
         slot_bytes += 4 * width if is_fp8 else 0
         self.num_pages = self.num_bytes // (slot_bytes * PAGE)
         if self.num_pages < 2:
@@ -110,12 +121,12 @@ class RowStore:
                 f"trainer.memory_fraction, or trainer.memory_bytes on a CPU"
             )
         slots, where = self.num_pages * PAGE, self.device
-        stored = torch.uint8 if is_fp8 else sample.rows.dtype
+        stored = torch.uint8 if is_fp8 else dtype
         self._columns = Columns(
             torch.empty((slots, width, hidden), dtype=stored, device=where),
             torch.empty((slots, width), device=where) if is_fp8 else None,
             torch.empty((slots, _NUM_FACTS), dtype=torch.int32, device=where),
-            sample.rows.dtype,
+            dtype,
         )
         for column in self._columns[:3]:
             if isinstance(column, Tensor):

@@ -9,6 +9,7 @@ their average; the device decides.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,19 @@ class UpdateProgram:
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         """(columns, positions) -> graph."""
         self._pool: Any = None
+        self._is_trial = torch.zeros((), dtype=torch.bool, device=device)
+        """On the device: an update changes nothing but its figures."""
+
+    def capture_all(self, shapes: Iterable[Packed]) -> None:
+        """Capture the updates of these shapes before the first batch, so that none is captured
+        while a server shares the card: that would take seconds for each. Does nothing on a CPU."""
+        if not self._use_graphs:
+            return
+        self._is_trial.fill_(True)
+        for packed in shapes:
+            self._first(self._upload(packed, 0.0), packed)
+        self._is_trial.fill_(False)
+        self.figures.rewind()
 
     def launch(self, packed: Packed, lr: float) -> None:
         """Launch an update; on a GPU it has not happened yet when this returns."""
@@ -108,13 +122,17 @@ class UpdateProgram:
         if not self._use_graphs:
             self._update(columns, packed)
             return
-        # The first update of its shape warms up what a capture must not: libraries and kernels.
+        self._first(columns, packed)
+
+    def _first(self, columns: Tensor, packed: Packed) -> None:
+        """Run the first update of its shape, which warms up what a capture must not: libraries and
+        kernels. Then capture it."""
         side = torch.cuda.Stream(self.store.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._update(columns, packed)
         torch.cuda.current_stream().wait_stream(side)
-        self._graphs[key] = self._capture(columns, packed)
+        self._graphs[len(columns), len(packed.slots_T)] = self._capture(columns, packed)
 
     def _capture(self, columns: Tensor, packed: Packed) -> torch.cuda.CUDAGraph:
         """Record the update of one shape. A captured call changes nothing until it is replayed."""
@@ -153,7 +171,7 @@ class UpdateProgram:
         loss = computed.loss.detach()
         computed.loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(weights.model.parameters(), self.settings.grad_clip)
-        skipped = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        skipped = ~(torch.isfinite(loss) & torch.isfinite(norm)) | self._is_trial
         weights.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         weights.optimizer.step()
         update_average(weights, skipped, self.settings.average_decay)
