@@ -199,16 +199,25 @@ class RowStore:
             for sample, own, keep, start in zip(samples, slots, captured, first, strict=True)
         ]
         where = self._to_device(torch.from_numpy(np.concatenate(at)).long())
-        kept = [rows[keep] for (rows, _), keep in zip(stored, captured, strict=True)]
-        bits = torch.cat([rows.view(columns.rows_CmH.dtype) for rows in kept])
-        columns.rows_CmH.index_copy_(0, where, self._to_device(bits))
+        kept = [_only(rows, keep) for (rows, _), keep in zip(stored, captured, strict=True)]
+        bits = [rows.view(columns.rows_CmH.dtype) for rows in kept]
+        columns.rows_CmH.index_copy_(0, where, self._joined(bits))
         if columns.scale_Cm is not None:
-            scales = [s[keep] for (_, s), keep in zip(stored, captured, strict=True)]
-            columns.scale_Cm.index_copy_(0, where, self._to_device(torch.cat(scales)))
-        facts = torch.cat([_facts_of(sample) for sample in samples])
+            scales = [_only(s, keep) for (_, s), keep in zip(stored, captured, strict=True)]
+            columns.scale_Cm.index_copy_(0, where, self._joined(scales))
+        facts = self._joined([_facts_of(sample) for sample in samples])
         places = [own[: _num_positions(sample)] for sample, own in zip(samples, slots, strict=True)]
         everywhere = self._to_device(torch.from_numpy(np.concatenate(places)).long())
-        columns.facts_C.index_copy_(0, everywhere, self._to_device(facts))
+        columns.facts_C.index_copy_(0, everywhere, facts)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Parts behind each other on the device, by way of one copy in pinned memory."""
+        if self.device.type != "cuda":
+            return torch.cat(list(parts)).to(self.device)
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        pinned = torch.empty(shape, dtype=parts[0].dtype, pin_memory=True)
+        torch.cat(list(parts), out=pinned)
+        return pinned.to(self.device, non_blocking=True)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
@@ -256,6 +265,11 @@ def _captured(sample: Sample) -> Tensor:
     first = first_position(sample)
     stop = first + _num_positions(sample)
     return (sample.positions_N >= first) & (sample.positions_N < stop)
+
+
+def _only(rows: Tensor, keep: Tensor) -> Tensor:
+    """Rows that are kept; no copy if all are."""
+    return rows if bool(keep.all()) else rows[keep]
 
 
 def _as_stored(sample: Sample, columns: Columns) -> tuple[Tensor, Tensor]:
