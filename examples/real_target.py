@@ -29,8 +29,8 @@ HOW_TO_SERVE = """\
     .venv/bin/serving launch --config real
     .venv/bin/trainer launch --config real
 
-On a GPU add --config one_gpu before --config real. It is converted at the first start, once, in
-some seconds. Ask it something:
+On a GPU add --config one_gpu to both. The first start converts the file, once, in some seconds. Ask
+it something:
 
     curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d \\
       '{{"model": "{model}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'

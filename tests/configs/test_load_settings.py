@@ -164,7 +164,7 @@ def test_a_bare_name_is_a_shipped_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_settings([Path("demo")], [], {}) == load_settings([DEMO], [], {})
     assert problem(files=[Path("dmeo")]) == (
-        "dmeo: no such file; shipped settings: compare, demo, one_gpu"
+        "dmeo: no such file; shipped settings: compare, demo, one_gpu, real"
     )
 
 
@@ -244,7 +244,7 @@ def test_every_shipped_file_loads_and_changes_the_defaults(path):
 
 
 def test_the_demo_file_is_shipped():
-    assert {path.name for path in SHIPPED} >= {"demo.yaml", "one_gpu.yaml"}
+    assert {path.name for path in SHIPPED} >= {"demo.yaml", "one_gpu.yaml", "real.yaml"}
 
 
 def test_a_bundled_path_is_found_from_any_directory(tmp_path, monkeypatch):
