@@ -6,8 +6,8 @@
 Three parts, each for hidden rows of 4 x 576 in bfloat16 and in fp8, prompts of 64 and answers of
 128 tokens:
 
-- **capture**: an engine's host thread, simulated: 128 requests at a time that finish 20,000 tokens a
-  second. It notes rounds and rows as the engine does and holds the interpreter for a given share of
+- **capture**: the host thread of an engine, simulated: 128 requests at a time, 20,000 tokens a
+  second. It notes rounds and rows as the engine does, and holds the interpreter for a share of
   each step; a GPU would fill the ring, so here nobody does. Everything from there on is real:
   ``TraceMaker``, ``Recorder`` and the segment log.
 - **encode**: traces a second that one core encodes.

@@ -304,22 +304,28 @@ def _first_version(
 def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
-    e = settings.engine
+    num_layers, hidden_size = len(target.layer_ids), target.config.hidden_size
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rows = ring_rows(settings, (num_layers + 1) * hidden_size, memory_bytes)
+    return CaptureRing(rows, num_layers, hidden_size, target.device, settings.capture.dtype)
+
+
+def ring_rows(settings: Settings, row_values: int, memory_bytes: int) -> int:
+    """Rows of the capture ring: at least what two steps may append.
+
+    Args:
+        row_values: hidden values of one row, (m + 1) * H.
+        memory_bytes: memory of this host.
+    """
+    e, capture = settings.engine, settings.capture
+    rows = capture.ring_rows
+    if rows is None:
+        row_bytes = row_values * (1 if capture.dtype == "float8_e4m3fn" else 2)
+        affordable = int(_RING_SHARE * memory_bytes) // row_bytes
+        rows = min(e.max_batch * min(e.max_model_len, _RING_TOKENS), affordable)
     chunks = e.prefill_chunk + BLOCK * e.max_batch
     rounds = ROUNDS_ON_THE_WAY * e.max_batch * (settings.drafter.max_draft + 1)
-    rows = settings.capture.ring_rows
-    if rows is None:
-        row_bytes = (len(target.layer_ids) + 1) * target.config.hidden_size * 2
-        affordable = int(_RING_SHARE * _host_memory_bytes()) // row_bytes
-        rows = min(e.max_batch * min(e.max_model_len, _RING_TOKENS), affordable)
-    rows = max(rows, 2 * (chunks + rounds))
-    shape = rows, len(target.layer_ids), target.config.hidden_size
-    return CaptureRing(*shape, target.device, settings.capture.dtype)
-
-
-def _host_memory_bytes() -> int:
-    """Memory of this host."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(rows, 2 * (chunks + rounds))
 
 
 def _num_pages(settings: Settings, target: Target) -> int:
