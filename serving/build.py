@@ -50,6 +50,9 @@ _RING_TOKENS = 2048
 """Tokens of a long request: the ring holds so many rows for each that decodes. Typical ones are a
 tenth as long, and the rest of the ring is how far the recorder may fall behind."""
 _RING_SHARE = 1 / 16  # of the host's memory, at most
+_WAITING_SHARE = 1 / 16
+"""Of the host's memory, at most, for traces that wait for the disk. A disk that is a tenth too slow
+for the traffic takes minutes to fill it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +249,8 @@ def _service(
     if programs.ring is not None:
         b = settings.buffer
         writer = backend.open_trace_writer(limits_of(b))
-        recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s)
+        waiting = int(_WAITING_SHARE * _memory_bytes())
+        recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
         maker = TraceMaker(
             Producer(producer, int(time.time() * 1000), fingerprint),
             programs.ring,
@@ -305,9 +309,13 @@ def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
     num_layers, hidden_size = len(target.layer_ids), target.config.hidden_size
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    rows = ring_rows(settings, (num_layers + 1) * hidden_size, memory_bytes)
+    rows = ring_rows(settings, (num_layers + 1) * hidden_size, _memory_bytes())
     return CaptureRing(rows, num_layers, hidden_size, target.device, settings.capture.dtype)
+
+
+def _memory_bytes() -> int:
+    """Memory of this host."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def ring_rows(settings: Settings, row_values: int, memory_bytes: int) -> int:

@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 EncodeTrace = Callable[[], Payload | None]
 """Encodes a finished trace, on the recorder's thread; ``None`` if it is too late for that."""
 
-MAX_WAITING_BYTES = 256 << 20
-"""Encoded traces that may wait for the disk: two seconds of 20,000 tokens/s of a small target."""
 _AT_ONCE = 16  # traces encoded before they are handed on: fewer turns of the interpreter's lock
 _LEAST_WAIT_S = 0.01  # with buffer.sync_interval_s at 0, every write is synced at once
 
@@ -36,8 +34,15 @@ class Recorder:
         writer: TraceWriter,
         max_queue: int,
         sync_interval_s: float,
-        max_waiting_bytes: int = MAX_WAITING_BYTES,
+        max_waiting_bytes: int,
     ) -> None:
+        """
+        Args:
+            writer: used by nobody else from now on.
+            max_queue: finished traces that may wait to be encoded.
+            sync_interval_s: seconds between two group commits.
+            max_waiting_bytes: encoded traces that may wait for the disk.
+        """
         self._writer = writer
         self._max_queue = max_queue
         self._tend_every_s = max(sync_interval_s, _LEAST_WAIT_S)

@@ -145,7 +145,7 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
     run(engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(8)])
     backend = open_backend("memory:late", tmp_path)
     limits = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0)
-    recorder = Recorder(backend.open_trace_writer(limits), 100, 0.01)
+    recorder = Recorder(backend.open_trace_writer(limits), 100, 0.01, 1 << 24)
     for make in made:
         recorder.put(make)
     recorder.start()
@@ -286,7 +286,7 @@ def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
     def senseless():
         raise ValueError("tenant must be a short text")
 
-    recorder = Recorder(MemoryWriter(_Held(), LIMITS), 100, 0.01)
+    recorder = Recorder(MemoryWriter(_Held(), LIMITS), 100, 0.01, 1 << 24)
     for encode in (lambda: b"one", senseless, lambda: None, lambda: bytes(1 << 23 | 1)):
         recorder.put(encode)
     recorder.start()
