@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from buffer.blocks import Blocks
+
 HEAD = struct.Struct("<16sHHI")
 ENTRY = struct.Struct("<16s8sQ")
 MAX_COLUMNS = 256
@@ -60,7 +62,11 @@ class Blank:
 
 
 def new_record(
-    schema: bytes, version: int, text: bytes, columns: Mapping[str, tuple[str, int]]
+    schema: bytes,
+    version: int,
+    text: bytes,
+    columns: Mapping[str, tuple[str, int]],
+    blocks: Blocks | None = None,
 ) -> Blank:
     """Allocate a record and write everything but its columns' values.
 
@@ -69,6 +75,7 @@ def new_record(
         version: of the schema.
         text: what is not a column.
         columns: name of at most 16 ASCII characters -> (dtype tag, number of values).
+        blocks: where memory comes from.
     """
     at = HEAD.size + len(columns) * ENTRY.size
     starts = [_aligned(at + len(text))]
@@ -78,7 +85,8 @@ def new_record(
         entries.append(ENTRY.pack(name.encode(), tag.encode(), num_bytes))
         starts.append(_aligned(starts[-1] + num_bytes))
     head = HEAD.pack(schema, version, len(columns), len(text)) + b"".join(entries) + text
-    record = np.empty(starts[-1], np.uint8)
+    num_bytes = starts[-1]
+    record = np.empty(num_bytes, np.uint8) if blocks is None else blocks.take(num_bytes)
     record[: starts[0]] = np.frombuffer(head.ljust(starts[0], b"\0"), np.uint8)
     places = {}
     for (name, (tag, count)), start, stop in zip(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer.blocks import Blocks
 from buffer.frames import claimed_end, next_frame
 from buffer.interface import MAX_READ_BYTES, ReaderCounts, Record, RecordReader
 from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
@@ -43,6 +44,7 @@ class SegmentReader(RecordReader):
         }
         self._finished: set[str] = set()
         self._listed: dict[str, list[int]] = {}
+        self._blocks = Blocks()
         self._turn = 0
         self._read = self._damaged = self._torn = self._evicted_unread = 0
 
@@ -85,7 +87,10 @@ class SegmentReader(RecordReader):
             return
         try:
             size = os.fstat(descriptor).st_size
-            while not batch.is_full and (frame := next_frame(descriptor, position.offset, size)):
+            while not batch.is_full:
+                frame = next_frame(descriptor, position.offset, size, self._blocks.take)
+                if frame is None:
+                    break
                 batch.add(Record(frame.payload, name, f"{position.segment:06d}-{frame.start}"))
                 self._damaged += max(0, frame.number - position.number)
                 position = _Position(position.segment, frame.end, frame.number + 1)

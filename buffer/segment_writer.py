@@ -78,7 +78,7 @@ class SegmentWriter(TraceWriter):
         """Write one record without waiting for the disk; whatever a failing disk wrote of it is cut
         off again."""
         self._check(payload)
-        if self._leaves_segment(HEAD.size + len(payload)):
+        if self._descriptor is not None and not self._fits(HEAD.size + len(payload)):
             self._close_segment()
         self._append_group([payload])
         return self._appended - 1
@@ -90,7 +90,7 @@ class SegmentWriter(TraceWriter):
         num_bytes = 0
         for payload in payloads:
             size = HEAD.size + len(payload)
-            if group and (len(group) == _MAX_GROUP or self._leaves_segment(num_bytes + size)):
+            if group and (len(group) == _MAX_GROUP or not self._fits(num_bytes + size)):
                 errors += self._try_group(group)
                 group, num_bytes = [], 0
             group.append(payload)
@@ -103,8 +103,6 @@ class SegmentWriter(TraceWriter):
             if len(group) > 1:
                 for payload in group:
                     self._check(payload)
-                if self._leaves_segment(sum(HEAD.size + len(payload) for payload in group)):
-                    self._close_segment()
                 self._append_group(group)
                 return []
         except OSError:
@@ -116,10 +114,10 @@ class SegmentWriter(TraceWriter):
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise OSError(errno.EFBIG, f"a record holds at most {MAX_PAYLOAD_BYTES} bytes")
 
-    def _leaves_segment(self, num_bytes: int) -> bool:
-        """Whether so many more bytes belong in the next segment."""
-        is_open = self._descriptor is not None
-        return is_open and self._size + num_bytes > self._limits.segment_bytes
+    def _fits(self, num_bytes: int) -> bool:
+        """Whether so many more bytes belong in the open segment or, if none is, in the next."""
+        open_bytes = 0 if self._descriptor is None else self._size
+        return open_bytes + num_bytes <= self._limits.segment_bytes
 
     def _append_group(self, payloads: Sequence[Payload]) -> None:
         num_bytes = sum(HEAD.size + len(payload) for payload in payloads)

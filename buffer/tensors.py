@@ -37,6 +37,7 @@ _NON_FINITE_MASK: dict[str, np.unsignedinteger[Any]] = {
     "F32": np.uint32(0x7F80_0000),
     "F64": np.uint64(0x7FF0_0000_0000_0000),
 }
+_SIGNED = {size: np.dtype(f"i{size}") for size in (1, 2, 4, 8)}
 _CHUNK_BYTES = 256 << 10  # looked at twice, so it should stay in the cache
 
 
@@ -177,11 +178,11 @@ def _largest_bits(bits: NDArray[Any], dtype: str) -> int:
     """
     unsigned = _NON_FINITE_MASK[dtype].dtype
     flat = bits.reshape(-1).view(unsigned)
-    sign = 1 << (8 * unsigned.itemsize - 1)
+    signed, sign = _SIGNED[unsigned.itemsize], 1 << (8 * unsigned.itemsize - 1)
     largest = 0
     for start in range(0, flat.size, _CHUNK_BYTES // unsigned.itemsize):
         chunk = flat[start : start + _CHUNK_BYTES // unsigned.itemsize]
-        positive = int(chunk.view(f"i{unsigned.itemsize}").max())
+        positive = int(chunk.view(signed).max())
         negative = int(chunk.max())
         largest = max(largest, positive, negative - sign)
     return largest

@@ -7,14 +7,18 @@ a trainer.
 from __future__ import annotations
 
 import bisect
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from buffer.codec import UnreadableRecordError, decode_trace
-from buffer.interface import Backend, Offsets, Record
+from buffer.codec import UnreadableRecordError, decode_traces
+from buffer.interface import MAX_READ_BYTES, Backend, Offsets, Record
 from buffer.records import Trace
 
+log = logging.getLogger(__name__)
+
+_RECORDS_AT_ONCE = 8
 _MAX_GAPS = 1024  # per producer epoch; beyond it the oldest gap counts as seen
 _MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one seen first is forgotten
 
@@ -80,16 +84,24 @@ class TraceReader:
         """Up to ``max_traces`` new traces; never blocks.
 
         Records set aside count towards ``max_traces``, so fewer traces, even none, may be returned
-        while more are waiting.
+        while more are waiting. Stops early once ``MAX_READ_BYTES`` are reached.
         """
-        traces = [self._decode(record) for record in self._records.read(max_traces)]
-        return [trace for trace in traces if trace is not None]
+        traces: list[Trace] = []
+        num_records = num_bytes = 0
+        while num_records < max_traces and num_bytes < MAX_READ_BYTES:
+            # A few at a time: they are checked while the processor's cache still holds them.
+            records = self._records.read(min(_RECORDS_AT_ONCE, max_traces - num_records))
+            if not records:
+                break
+            num_records += len(records)
+            num_bytes += sum(len(record.payload) for record in records)
+            decoded = decode_traces(record.payload for record in records)
+            traces += filter(None, map(self._taken, records, decoded))
+        return traces
 
-    def _decode(self, record: Record) -> Trace | None:
-        try:
-            trace = decode_trace(record.payload)
-        except UnreadableRecordError as error:
-            self._put_aside(record, error)
+    def _taken(self, record: Record, trace: Trace | UnreadableRecordError) -> Trace | None:
+        if isinstance(trace, UnreadableRecordError):
+            self._put_aside(record, trace)
             return None
         if not self._seen.add(trace.producer, trace.epoch, trace.seq):
             self._duplicate += 1
@@ -98,6 +110,8 @@ class TraceReader:
         return trace
 
     def _put_aside(self, record: Record, error: UnreadableRecordError) -> None:
+        if not self._reasons[error.reason]:
+            log.warning("a record is put aside, as others like it will be: %s", error)
         self._reasons[error.reason] += 1
         name = f"{error.reason}-{record.writer}-{record.location}"
         self._backend.keep_unreadable(name, record.payload)

@@ -146,7 +146,7 @@ class CaptureSettings(Section):
     """Hidden rows held in memory until their request finishes and is recorded. When full, the
     oldest are dropped and counted. ``None``: as many as ``engine.max_batch`` requests of
     ``engine.max_model_len``, up to 2048, tokens have; at most a sixteenth of the host's memory."""
-    queue_traces: int = Field(256, ge=1)
+    queue_traces: int = Field(1024, ge=1)
     """Maximum number of finished traces waiting for the recorder. When full, the oldest is dropped
     and counted."""
 

@@ -58,6 +58,9 @@ _RING_TOKENS = 2048
 """Tokens of a long request: the ring holds so many rows for each that decodes. Typical ones are a
 tenth as long, and the rest of the ring is how far the recorder may fall behind."""
 _RING_SHARE = 1 / 16  # of the host's memory, at most
+_WAITING_SHARE = 1 / 16
+"""Of the host's memory, at most, for traces that wait for the disk. A disk that is a tenth too slow
+for the traffic takes minutes to fill it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +268,8 @@ def _service(
     if programs.ring is not None:
         b = settings.buffer
         writer = backend.open_trace_writer(limits_of(b))
-        recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s)
+        waiting = int(_WAITING_SHARE * _memory_bytes())
+        recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
         maker = TraceMaker(
             Producer(producer, int(time.time() * 1000), fingerprint),
             programs.ring,
@@ -323,22 +327,32 @@ def _first_version(
 def _ring(settings: Settings, target: Target) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
-    e = settings.engine
-    chunks = e.prefill_chunk + BLOCK * e.max_batch
-    rounds = ROUNDS_ON_THE_WAY * e.max_batch * (settings.drafter.max_draft + 1)
-    rows = settings.capture.ring_rows
-    if rows is None:
-        row_bytes = (len(target.layer_ids) + 1) * target.config.hidden_size * 2
-        affordable = int(_RING_SHARE * _host_memory_bytes()) // row_bytes
-        rows = min(e.max_batch * min(e.max_model_len, _RING_TOKENS), affordable)
-    rows = max(rows, 2 * (chunks + rounds))
-    shape = rows, len(target.layer_ids), target.config.hidden_size
-    return CaptureRing(*shape, target.device, settings.capture.dtype)
+    num_layers, hidden_size = len(target.layer_ids), target.config.hidden_size
+    rows = ring_rows(settings, (num_layers + 1) * hidden_size, _memory_bytes())
+    return CaptureRing(rows, num_layers, hidden_size, target.device, settings.capture.dtype)
 
 
-def _host_memory_bytes() -> int:
+def _memory_bytes() -> int:
     """Memory of this host."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def ring_rows(settings: Settings, row_values: int, memory_bytes: int) -> int:
+    """Rows of the capture ring: at least what two steps may append.
+
+    Args:
+        row_values: hidden values of one row, (m + 1) * H.
+        memory_bytes: memory of this host.
+    """
+    e, capture = settings.engine, settings.capture
+    rows = capture.ring_rows
+    if rows is None:
+        row_bytes = row_values * (1 if capture.dtype == "float8_e4m3fn" else 2)
+        affordable = int(_RING_SHARE * memory_bytes) // row_bytes
+        rows = min(e.max_batch * min(e.max_model_len, _RING_TOKENS), affordable)
+    chunks = e.prefill_chunk + BLOCK * e.max_batch
+    rounds = ROUNDS_ON_THE_WAY * e.max_batch * (settings.drafter.max_draft + 1)
+    return max(rows, 2 * (chunks + rounds))
 
 
 def _num_pages(settings: Settings, target: Target) -> int:

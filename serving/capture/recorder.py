@@ -22,10 +22,8 @@ log = logging.getLogger(__name__)
 EncodeTrace = Callable[[], Payload | None]
 """Encodes a finished trace, on the recorder's thread; ``None`` if it is too late for that."""
 
-MAX_WAITING_BYTES = 256 << 20
-"""Encoded traces that may wait for the disk: two seconds of 20,000 tokens/s of a small target."""
 _AT_ONCE = 16  # traces encoded before they are handed on: fewer turns of the interpreter's lock
-_LEAST_WAIT_S = 0.01
+_LEAST_WAIT_S = 0.01  # with buffer.sync_interval_s at 0, every write is synced at once
 
 
 class Recorder:
@@ -36,8 +34,15 @@ class Recorder:
         writer: TraceWriter,
         max_queue: int,
         sync_interval_s: float,
-        max_waiting_bytes: int = MAX_WAITING_BYTES,
+        max_waiting_bytes: int,
     ) -> None:
+        """
+        Args:
+            writer: used by nobody else from now on.
+            max_queue: finished traces that may wait to be encoded.
+            sync_interval_s: seconds between two group commits.
+            max_waiting_bytes: encoded traces that may wait for the disk.
+        """
         self._writer = writer
         self._max_queue = max_queue
         self._tend_every_s = max(sync_interval_s, _LEAST_WAIT_S)
@@ -45,8 +50,12 @@ class Recorder:
         self._finished: deque[EncodeTrace] = deque()
         self._records: list[Payload] = []
         self._waiting_bytes = 0
-        self._changed = threading.Condition()
-        """Guards all of the above and the counts; notified whenever a queue changes."""
+        self._lock = threading.Lock()
+        """Guards all of the above and the counts."""
+        self._may_encode = threading.Condition(self._lock)
+        """There are finished traces, or there is room for encoded ones."""
+        self._may_write = threading.Condition(self._lock)
+        """There are encoded traces, or all were encoded."""
         self._closing = False
         self._all_encoded = False
         self._counts: Counter[str] = Counter()
@@ -62,13 +71,13 @@ class Recorder:
     def put(self, encode_trace: EncodeTrace) -> None:
         """Queue one finished trace, in O(1). A trace that ``encode_trace`` comes too late for
         counts as dropped."""
-        with self._changed:
+        with self._lock:
             self._counts["queued"] += 1
             self._finished.append(encode_trace)
             if len(self._finished) > self._max_queue:
                 self._finished.popleft()
                 self._counts["dropped"] += 1
-            self._changed.notify_all()
+            self._may_encode.notify()
 
     def counts(self) -> dict[str, int]:
         """Traces by outcome: ``queued`` = ``written`` + ``dropped`` + ``failed`` + in progress.
@@ -77,7 +86,7 @@ class Recorder:
         never acknowledged.
         """
         kept = self._writer.counts
-        with self._changed:
+        with self._lock:
             return {
                 "queued": self._counts["queued"],
                 "written": kept.durable,
@@ -87,9 +96,9 @@ class Recorder:
 
     def close(self, timeout_s: float) -> None:
         """Write what is queued, sync and stop, within ``timeout_s`` seconds."""
-        with self._changed:
+        with self._lock:
             self._closing = True
-            self._changed.notify_all()
+            self._may_encode.notify()
         deadline_s = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive():
@@ -100,13 +109,13 @@ class Recorder:
     def _encode_all(self) -> None:
         while batch := self._take_finished():
             records = [record for record in map(self._encode, batch) if record is not None]
-            with self._changed:
+            with self._lock:
                 self._records += records
                 self._waiting_bytes += sum(map(len, records))
-                self._changed.notify_all()
-        with self._changed:
+                self._may_write.notify()
+        with self._lock:
             self._all_encoded = True
-            self._changed.notify_all()
+            self._may_write.notify()
 
     def _take_finished(self) -> list[EncodeTrace]:
         """The next traces, once there is room for them; none once all are encoded."""
@@ -115,8 +124,8 @@ class Recorder:
             has_room = self._waiting_bytes < self._max_waiting_bytes
             return has_room if self._finished else self._closing
 
-        with self._changed:
-            self._changed.wait_for(can_go_on)
+        with self._lock:
+            self._may_encode.wait_for(can_go_on)
             return [self._finished.popleft() for _ in range(min(_AT_ONCE, len(self._finished)))]
 
     def _encode(self, encode_trace: EncodeTrace) -> Payload | None:
@@ -126,7 +135,7 @@ class Recorder:
             self._has_failed([error])
             return None
         if record is None:
-            with self._changed:
+            with self._lock:
                 self._counts["dropped"] += 1
         return record
 
@@ -135,16 +144,16 @@ class Recorder:
     def _write_all(self) -> None:
         is_last = False
         while not is_last:
-            with self._changed:
-                self._changed.wait_for(
+            with self._lock:
+                self._may_write.wait_for(
                     lambda: self._records or self._all_encoded, self._tend_every_s
                 )
                 records, self._records = self._records, []
                 is_last = self._all_encoded and not records
             self._has_failed(self._writer.append_all(records))
-            with self._changed:
+            with self._lock:
                 self._waiting_bytes -= sum(map(len, records))
-                self._changed.notify_all()
+                self._may_encode.notify()
             self._tend(is_last)
 
     def _tend(self, is_last: bool) -> None:
@@ -159,5 +168,5 @@ class Recorder:
     def _has_failed(self, errors: Iterable[Exception]) -> None:
         for error in errors:
             log.warning("a trace is lost: it cannot be written (%s); serving continues", error)
-            with self._changed:
+            with self._lock:
                 self._counts["failed"] += 1

@@ -37,8 +37,8 @@ def round_columns(noted: Sequence[NotedRound]) -> Rounds:
     }
     p_seen = [logps[:num] for logps, num in zip(p_logps, num_p, strict=True)]
     return Rounds(
-        np.array([counts[row] for row in Count], np.int32),
-        np.array([propensities, step_s], np.float64),
+        _table([counts[row] for row in Count], np.int32),
+        _table([propensities, step_s], np.float64),
         _joined(drafts, np.int32),
         _joined(q_logps, np.float32),
         _joined(p_seen, np.float32),
@@ -46,5 +46,11 @@ def round_columns(noted: Sequence[NotedRound]) -> Rounds:
     )
 
 
+def _table(rows: Sequence[Sequence[Any]], dtype: Any) -> NDArray[Any]:
+    """As ``np.array(rows, dtype)``, in half the time."""
+    shape = len(rows), len(rows[0])
+    return np.fromiter(chain.from_iterable(rows), dtype, shape[0] * shape[1]).reshape(shape)
+
+
 def _joined(lists: Sequence[Sequence[Any]], dtype: Any) -> NDArray[Any]:
-    return np.array(list(chain.from_iterable(lists)), dtype)
+    return np.fromiter(chain.from_iterable(lists), dtype)

@@ -9,6 +9,7 @@ from itertools import count
 
 import numpy as np
 
+from buffer.blocks import Blocks
 from buffer.codec import encode_trace, encode_without_rows
 from buffer.records import FeatureRows, Sampling, Trace
 from serving.capture.rounds import round_columns
@@ -45,6 +46,7 @@ class TraceMaker:
         self.num_lost_rows = 0
         """Captured rows that the ring overwrote before they were read."""
         self._numbers = count()
+        self._blocks = Blocks()
         self._is_behind = False
 
     def finished(self, sequence: Sequence) -> Callable[[], memoryview | None]:
@@ -84,7 +86,8 @@ class TraceMaker:
         places = ring.places(sequence.capture_rows)
         held = Held(places.positions, ring.blank_rows(places), ring.scales(places))
         features = ring.features(held, self._layer_ids)
-        record, rows = encode_without_rows(self._trace(sequence, seq, finished_ms, features))
+        trace = self._trace(sequence, seq, finished_ms, features)
+        record, rows = encode_without_rows(trace, self._blocks)
         ring.copy_rows(places, rows)
         return None if ring.num_lost(places) else record
 

@@ -12,7 +12,7 @@ Shapes: N rows, m tapped layers, H hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 import numpy as np
@@ -147,7 +147,8 @@ class CaptureRing:
         """Positions and running numbers of the rows of a request."""
         if not pieces:
             return Places(np.zeros(0, np.int32), np.zeros(0, np.int64))
-        first_P, number_P, count_P = np.array(pieces, dtype=np.int64).T
+        flat = np.fromiter(chain.from_iterable(pieces), np.int64, 3 * len(pieces))
+        first_P, number_P, count_P = flat.reshape(-1, 3).T
         # Within a piece, positions and numbers grow together.
         numbers = np.arange(count_P.sum()) + np.repeat(
             number_P - np.cumsum(count_P) + count_P, count_P

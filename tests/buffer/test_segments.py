@@ -300,3 +300,48 @@ def test_records_that_the_disk_failed_to_sync_are_never_acknowledged(tmp_path, m
         counts = writer.counts
         assert (counts.appended, counts.durable, counts.doubtful) == (3, 2, 1)
         assert [report.segment for report in check_segments(tmp_path)] == [0, 1]
+
+
+def test_records_written_together_are_those_written_one_by_one(tmp_path):
+    payloads = [payload(i, 8 + i * 37 % 900) for i in range(200)]
+    contents = []
+    for name, together in (("one", False), ("group", True)):
+        with SegmentWriter(tmp_path / name, LIMITS, clock=Clock()) as writer:
+            if together:
+                for start in range(0, 200, 30):
+                    assert writer.append_all(payloads[start : start + 30]) == []
+            else:
+                for one in payloads:
+                    writer.append(one)
+            assert writer.counts.appended == 200
+            assert all(report.num_bytes <= 4096 for report in check_segments(tmp_path / name))
+        records = SegmentReader(tmp_path / name).read(1000)
+        contents.append([(record.payload, record.location) for record in records])
+    assert contents[0] == contents[1]
+    assert [one for one, _ in contents[0]] == payloads
+
+
+def test_of_records_written_together_only_those_that_fail_are_missing(tmp_path, start_python):
+    """The same limit on the file's size as above stands in for a full disk."""
+    process = start_python(
+        "import sys; from pathlib import Path; from buffer.interface import TraceLimits\n"
+        "from buffer.segment_writer import SegmentWriter\n"
+        "w = SegmentWriter(Path(sys.argv[1]), TraceLimits(1 << 20, 1 << 22, 1e9, 0))\n"
+        "group = [i.to_bytes(8, 'little') * (100 if i % 4 == 3 else 1) for i in range(12)]\n"
+        "errors = w.append_all(group)\n"
+        "w.sync(); print([e.errno for e in errors], w.counts.durable)",
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)),
+    )
+    output, _ = process.communicate(timeout=30)
+    assert output == f"{[errno.EFBIG] * 3} 9\n"
+    reader = SegmentReader(tmp_path)
+    assert numbers(reader.read(100)) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert reader.counts.damaged == reader.counts.torn == 0
+
+
+def test_a_record_too_large_for_the_log_costs_no_other_of_its_group(tmp_path):
+    with SegmentWriter(tmp_path, LIMITS) as writer:
+        [error] = writer.append_all([payload(0), bytes(1 << 20), payload(2)])
+        assert error.errno == errno.EFBIG
+        assert numbers(SegmentReader(tmp_path).read(10)) == [0, 2]

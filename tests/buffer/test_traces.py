@@ -1,7 +1,10 @@
 """The log's URL, its quarantine, and what a reader remembers."""
 
 import json
+import time
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +13,9 @@ from hypothesis import strategies as st
 from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.embedded_log import EmbeddedLog, log_root
+from buffer.frames import HEAD, MAGIC
 from buffer.interface import TraceLimits
+from buffer.segment_report import check_segments
 from buffer.segment_writer import SegmentWriter
 from buffer.traces import SeenTraces, TraceReader
 
@@ -61,6 +66,39 @@ def test_records_that_are_no_traces_are_put_aside_with_their_reason(
         path.name.split("-")[0]: path.read_bytes() for path in (tmp_path / "quarantine").iterdir()
     }
     assert kept == {"header": b"rubbish!", "version": newer, "content": poison}
+
+
+OLD = Path(__file__).parent / "golden" / "trace-v1.safetensors"
+
+
+def frame_of_version_1(payload, number):
+    """As an older server wrote it, with a CRC-32."""
+    rest = 1, 0, len(payload), number, int(time.time() * 1000)
+    crc = zlib.crc32(payload, zlib.crc32(HEAD.pack(MAGIC, 0, *rest)[8:]))
+    return HEAD.pack(MAGIC, crc, *rest) + payload
+
+
+def test_the_log_of_an_older_server_is_put_aside_and_counted_and_the_rest_is_read(
+    tmp_path, log, make_trace, caplog
+):
+    folder = tmp_path / "w1-1"
+    folder.mkdir()
+    (folder / "LOCK").touch()
+    frames = [frame_of_version_1(OLD.read_bytes(), number) for number in range(3)]
+    flipped = bytearray(frames[1])
+    flipped[100] ^= 1
+    (folder / "000000.seg").write_bytes(frames[0] + flipped + frames[2])
+    with SegmentWriter(tmp_path, LIMITS) as writer:
+        writer.append(encode_trace(make_trace(seq=5)))
+    reader = TraceReader(log)
+
+    assert [trace.seq for trace in reader.read(100)] == [5]
+    assert reader.counts.quarantined_by_reason == {"version": 2}
+    assert reader.counts.damaged == 1
+    assert len(list((tmp_path / "quarantine").iterdir())) == 2
+    [told] = [record.getMessage() for record in caplog.records]
+    assert "of version 1, written by an older server" in told
+    assert [report.records for report in check_segments(tmp_path)] == [2, 1]
 
 
 def test_the_quarantine_is_bounded_in_bytes_and_the_count_goes_on(tmp_path, writer):

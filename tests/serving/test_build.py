@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from configs.schema import Settings
 from oracles.engines import request_of, run
-from serving.build import build_service, load_target
+from serving.build import build_service, load_target, ring_rows
+from serving.engine.drafter_rows import BLOCK
 
 
 def settings_for(target, run_dir):
@@ -37,3 +40,31 @@ def test_a_target_in_memory_serves_as_the_one_of_the_folder(tiny_target_dir, tmp
     assert services[0].model.model_name == tiny_target_dir.name
     assert services[1].model.model_name == "in-memory"
     assert services[1].model.vocab_size == loaded.model.config.vocab_size
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory_bytes", "rows"),
+    [
+        # a long answer for each request that decodes
+        ({"engine": {"max_batch": 128, "max_model_len": 4096}}, 128 * GIB, 128 * 2048),
+        ({"engine": {"max_batch": 64, "max_model_len": 1024}}, 128 * GIB, 64 * 1024),
+        # a sixteenth of 16 GiB, rows of 2,304 values in two bytes or one
+        ({"engine": {"max_batch": 512, "max_model_len": 4096}}, 16 * GIB, GIB // 4608),
+        (
+            {
+                "engine": {"max_batch": 512, "max_model_len": 4096},
+                "capture": {"dtype": "float8_e4m3fn"},
+            },
+            16 * GIB,
+            GIB // 2304,
+        ),
+        # what the settings say, and never less than two steps may append
+        ({"capture": {"ring_rows": 50_000}}, GIB, 50_000),
+        ({"capture": {"ring_rows": 1}}, GIB, 2 * (256 + BLOCK * 16 + 2 * 16 * 9)),
+    ],
+)
+def test_the_capture_ring_follows_batch_and_memory(settings, memory_bytes, rows):
+    assert ring_rows(Settings.model_validate(settings), 2304, memory_bytes) == rows

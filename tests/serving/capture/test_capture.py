@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
+import threading
+import time
 
 import pytest
 import torch
@@ -10,12 +13,17 @@ import torch
 from buffer.backends import open_backend
 from buffer.codec import decode_trace
 from buffer.interface import TraceLimits
+from buffer.memory import MemoryWriter, _Held
+from buffer.records import Round
 from buffer.traces import TraceReader
 from oracles.engines import make_engine, random_model, request_of, run
 from serving.capture.recorder import Recorder
+from serving.capture.rounds import round_columns
 from serving.capture.traces import Producer, TraceMaker
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.loop import Engine, Listeners
+from serving.engine.sequence import NotedStep, Sequence
+from serving.requests import Request, SamplingParams
 
 PROMPT = list(range(30))
 
@@ -137,7 +145,7 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
     run(engine, [request_of(str(i), [*PROMPT, i], 20) for i in range(8)])
     backend = open_backend("memory:late", tmp_path)
     limits = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0)
-    recorder = Recorder(backend.open_trace_writer(limits), 100, 0.01)
+    recorder = Recorder(backend.open_trace_writer(limits), 100, 0.01, 1 << 24)
     for make in made:
         recorder.put(make)
     recorder.start()
@@ -204,3 +212,115 @@ def test_fp8_rows_keep_small_and_large_values():
     held, _ = ring.read([(0, 0, 1)])
 
     assert restored(ring.features(held, (1,)))[0, 0, 2] == -448.0
+
+
+def test_columns_of_rounds_are_what_the_rounds_were():
+    """With and without drafts, with fewer draft tokens than K, drawn or not."""
+    luck = random.Random(0)
+    steps = [
+        NotedStep(kind, version, k, 0.5, 3, 0.25)
+        for version, (kind, k) in enumerate([("none", 0), ("eagle3", 4), ("suffix", 8)])
+    ]
+    noted, rounds = [], []
+    for anchor in range(0, 60, 3):
+        step = luck.choice(steps)
+        drafted = [luck.randrange(99) for _ in range(luck.randrange(step.draft_k + 1))]
+        step = step if drafted else steps[0]
+        kept = luck.randint(0, len(drafted))
+        p = [-luck.randrange(64) / 4 for _ in range(8)]
+        q = [-1.5] * len(drafted) if step.drafter == "eagle3" else ()
+        noted.append((step, anchor, drafted, q, p, kept, 7))
+        seen = min(kept + 1, len(drafted))
+        rounds.append(
+            Round(
+                anchor, step.drafter, step.version, tuple(drafted), tuple(q) or None,
+                tuple(p[:seen]), kept, 7, step.draft_k, 0.5, 3, 0.25,
+            )
+        )  # fmt: skip
+
+    assert tuple(round_columns(noted)) == tuple(rounds)
+    assert tuple(round_columns([])) == ()
+
+
+class SlowDisk(MemoryWriter):
+    """A disk that is stuck until told otherwise."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.works = threading.Event()
+
+    def append_all(self, payloads):
+        self.works.wait(20)
+        return super().append_all(payloads)
+
+
+LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_interval_s=0.0)
+
+
+def test_a_disk_that_is_stuck_delays_no_copy_until_memory_is_full():
+    """Ten traces find room, the rest wait in the queue, whose oldest are dropped."""
+    disk = SlowDisk(_Held(), LIMITS)
+    recorder = Recorder(disk, 5, 0.01, max_waiting_bytes=10_000)
+    encoded = threading.Semaphore(0)
+
+    def encode():
+        encoded.release()
+        return bytes(1000)
+
+    recorder.start()
+    for _ in range(10):
+        recorder.put(encode)
+        assert encoded.acquire(timeout=10), "a trace was not encoded beside the stuck disk"
+    deadline = time.monotonic() + 10
+    while recorder._waiting_bytes < 10_000 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for _ in range(8):
+        recorder.put(encode)
+    assert recorder.counts() == {"queued": 18, "written": 0, "dropped": 3, "failed": 0}
+    disk.works.set()
+    recorder.close(20)
+    assert recorder.counts() == {"queued": 18, "written": 15, "dropped": 3, "failed": 0}
+
+
+def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
+    def senseless():
+        raise ValueError("tenant must be a short text")
+
+    recorder = Recorder(MemoryWriter(_Held(), LIMITS), 100, 0.01, 1 << 24)
+    for encode in (lambda: b"one", senseless, lambda: None, lambda: bytes(1 << 23 | 1)):
+        recorder.put(encode)
+    recorder.start()
+    recorder.close(20)
+
+    assert recorder.counts() == {"queued": 4, "written": 1, "dropped": 1, "failed": 2}
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "tenant must be a short text" in told
+    assert "over half of max_bytes" in told
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_record_holds_what_reading_the_ring_gives(dtype):
+    """Rows go from the ring straight to their place in the record; over the ring's end too."""
+    ring = CaptureRing(50, 2, 8, dtype=dtype)
+    luck = torch.Generator().manual_seed(0)
+    pieces, position = [], 0
+    for count in (30, 9, 4, 1, 5):
+        rows = torch.randn((count, 8), generator=luck)
+        twice = torch.stack([rows, rows * 2], dim=1)
+        one, none = torch.tensor([count]), torch.zeros(1)
+        ring.append(twice, rows, one, none, none)
+        pieces.append((position, ring.number([count])[0], count))
+        position += count
+    held, lost = ring.read(pieces[1:])
+    sequence = Sequence(
+        Request("one", (5,) * 40, SamplingParams()), print, 1, None, frozenset(), [5] * 60
+    )
+    sequence.capture_rows = pieces[1:]
+
+    maker = TraceMaker(Producer("test", 1, "f" * 64), ring, (1, 2))
+    features = decode_trace(maker.finished(sequence)()).features
+
+    assert lost == 0
+    assert features.positions.tolist() == list(range(30, 49))
+    assert features.rows.tobytes() == held.rows.tobytes()
+    assert dtype == "bfloat16" or features.scale.tobytes() == held.scales.tobytes()

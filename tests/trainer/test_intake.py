@@ -1,0 +1,143 @@
+"""Reading runs ahead of the trainer, and a checkpoint never skips what was not handed over."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffer.backends import open_backend
+from buffer.traces import TraceReader
+from drafters.samples import Sample
+from tests.trainer.conftest import World
+from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, write_traces
+from trainer.dataset import Expected
+from trainer.intake import BATCHES_AHEAD, TRACES_AT_ONCE, Intake
+from trainer.journal import Journal
+
+
+def intake_of(world: World, run_dir: Path, offsets: dict[str, Any] | None = None) -> Intake:
+    reader = TraceReader(open_backend("log:", run_dir), offsets)
+    expected = Expected(world.fingerprint, LAYER_IDS, HIDDEN, VOCAB)
+    return Intake(reader, expected, 64, Journal(run_dir / "trainer"))
+
+
+def many(world: World, count: int, first: int = 0) -> list[Any]:
+    return [
+        replace(world.traces[i % len(world.traces)], seq=first + i, epoch=5) for i in range(count)
+    ]
+
+
+def keys(samples: list[Sample]) -> list[str]:
+    return [sample.key for sample in samples]
+
+
+def wait_until(holds: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_reading_ahead_gives_what_reading_gives_in_the_same_pieces(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, many(world, 300))
+    plain, ahead = intake_of(world, tmp_path), intake_of(world, tmp_path)
+    ahead.start()
+
+    for _ in range(7):
+        assert keys(plain.read()) == keys(ahead.read())
+        assert plain.offsets() == ahead.offsets()
+        assert plain.counts == ahead.counts
+    assert plain.counts.read == 300
+    ahead.stop()
+
+
+def test_a_checkpoint_has_the_offsets_of_what_was_handed_over(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, many(world, 400))
+    first = intake_of(world, tmp_path)
+    first.start()
+    got = keys(first.read())
+    wait_until(lambda: first._ahead is not None and len(first._ahead._ready) == BATCHES_AHEAD)
+    assert first.counts.read == len(got) == TRACES_AT_ONCE
+    offsets = first.offsets()
+    first.stop()
+
+    again = intake_of(world, tmp_path, offsets)
+    while samples := again.read():
+        got += keys(samples)
+    assert got == [f"server/5/{seq}" for seq in range(400)]
+
+
+def test_what_is_written_later_arrives_and_an_idle_log_is_never_waited_for(
+    world: World, tmp_path: Path
+) -> None:
+    intake = intake_of(world, tmp_path)
+    intake.start()
+    begun = time.monotonic()
+    assert [intake.read() for _ in range(50)] == [[]] * 50
+    assert time.monotonic() - begun < 5
+
+    write_traces(tmp_path, many(world, 3))
+    got: list[str] = []
+    wait_until(lambda: got.extend(keys(intake.read())) or len(got) == 3)
+    intake.stop()
+
+
+def test_new_traces_are_read_while_the_trainer_is_busy(world: World, tmp_path: Path) -> None:
+    """It finds them at its next look, and not what was true when it last looked."""
+    intake = intake_of(world, tmp_path)
+    intake.start()
+    assert intake.read() == []
+    write_traces(tmp_path, many(world, 3))
+    ahead = intake._ahead
+    assert ahead is not None
+    wait_until(lambda: any(batch.samples for batch in ahead._ready))
+
+    assert len(intake.read()) == 3
+    intake.stop()
+
+
+def test_refused_traces_are_counted_and_told_when_they_are_handed_over(
+    world: World, tmp_path: Path
+) -> None:
+    foreign = [replace(t, target_fingerprint="f" * 64) for t in many(world, 5, first=1000)]
+    write_traces(tmp_path, [*foreign, *many(world, 5)])
+    intake = intake_of(world, tmp_path)
+    intake.start()
+
+    assert len(intake.read()) == 5
+    assert intake.num_refused == {"target": 5}
+    assert (tmp_path / "trainer" / "log.jsonl").read_text().count('"refused"') == 5
+    intake.stop()
+
+
+def test_what_ends_the_thread_ends_the_trainer(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, many(world, 3))
+    intake = intake_of(world, tmp_path)
+
+    class Failing(TraceReader):
+        def read(self, max_traces: int) -> Any:
+            raise OSError(errno.EIO, "Input/output error")
+
+    intake.continue_with(Failing(open_backend("log:", tmp_path)))
+    intake.start()
+    with pytest.raises(OSError, match="Input/output error"):
+        intake.read()
+    intake.stop()
+
+
+def test_stopping_ends_the_thread_at_any_time(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, many(world, 400))
+    for delay_s in (0.0, 0.01, 0.1):
+        intake = intake_of(world, tmp_path)
+        intake.start()
+        time.sleep(delay_s)
+        intake.stop()
+        assert not [t for t in threading.enumerate() if t.name == "intake"]
