@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import signal
 import time
@@ -300,7 +301,7 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     Raises:
         ArmsError, DemoError, ChildDiedError: the demo could not be carried out.
     """
-    began_s, began_unix_s = time.monotonic(), time.time()
+    began_s, began_unix_s, load_before = time.monotonic(), time.time(), os.getloadavg()[0]
     view.say("Starting the server, and reading prompts from this Python installation ...")
     children.append(begin_server(settings))
     texts = gather_texts(settings)
@@ -347,6 +348,7 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         num_clients=settings.num_clients,
         replay_clients=settings.replay_clients,
         goals=settings.goals,
+        load_before=load_before,
         machine=machine(),
     )
 

@@ -20,6 +20,7 @@ from examples.report import (
     PHASE_COLUMNS,
     Mood,
     build_report,
+    busy_line,
     checks,
     headline,
     learning_line,
@@ -321,7 +322,7 @@ def _lead(report: dict[str, Any]) -> str:
         f"{report['live_requests']} live requests in {len(report['phases'])} phases ({names}); "
         f"drafter versions swapped in: {report['swaps']}, rolled back: {report['rollbacks']}; "
         f"{report['seconds']:.0f} s in all. Target {report['target']}, temperature "
-        f"{report['temperature']:g}. {learning_line(report)}"
+        f"{report['temperature']:g}. {learning_line(report)} {busy_line(report)}"
     )
 
 
