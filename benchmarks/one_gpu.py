@@ -33,8 +33,6 @@ from configs.load import load_settings
 from configs.schema import Settings
 from drafters.trainable import trainable
 from examples import demo
-from examples.arms import setups
-from examples.clients import Replayer
 from examples.live import View
 from examples.plan import DemoSettings
 from examples.processes import Child, start, stop
@@ -246,15 +244,8 @@ def carry_out(
     stop([children.pop()])
     time.sleep(1.0)
     server.swap(None)
-    status = server.drafter()
-    arms = setups(status["drafters"], first_version, status["version"])
-    replayer = Replayer(
-        server,
-        arms,
-        settings.sampling,
-        num_clients=settings.replay_clients,
-        num_warmup=settings.kept.warmup,
-    )
+    newest_version = server.drafter()["version"]
+    replayer = demo.replayer_for(scene, first_version, newest_version)
     replays = demo.run_replay(scene, replayer)
     scene.failures += replayer.failures
     policy = server.policy()
@@ -269,7 +260,7 @@ def carry_out(
         "swaps": swaps["swapped"],
         "rollbacks": swaps["rolled_back"],
         "static_version": first_version,
-        "newest_version": status["version"],
+        "newest_version": newest_version,
         "num_clients": settings.num_clients,
         "max_tokens": settings.sampling.max_tokens,
         "temperature": settings.sampling.temperature,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import signal
 import time
@@ -206,6 +207,18 @@ def is_enough(phase: Phase, elapsed_s: float, num_answers: int, has_caught_up: b
 # Replay
 
 
+def replayer_for(scene: Scene, static_version: int, newest_version: int) -> Replayer:
+    """A replayer of all arms with these weights."""
+    settings = scene.settings
+    return Replayer(
+        scene.server,
+        setups(scene.status["drafters"], static_version, newest_version),
+        settings.sampling,
+        num_clients=settings.replay_clients,
+        num_warmup=settings.kept.warmup,
+    )
+
+
 def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
     """Replay every phase, each for at most ``replay_s``."""
     settings = scene.settings
@@ -286,9 +299,9 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         children: filled with the started processes, for the caller to stop.
 
     Raises:
-        DemoError, ChildDiedError: the demo could not be carried out.
+        ArmsError, DemoError, ChildDiedError: the demo could not be carried out.
     """
-    began_s, began_unix_s = time.monotonic(), time.time()
+    began_s, began_unix_s, load_before = time.monotonic(), time.time(), os.getloadavg()[0]
     view.say("Starting the server, and reading prompts from this Python installation ...")
     children.append(begin_server(settings))
     texts = gather_texts(settings)
@@ -297,6 +310,7 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     children.append(start("trainer", command_of(settings, "trainer"), log_of(settings, "trainer")))
     scene = Scene(settings, view, texts, began_s, server, children)
     scene.look()
+    setups(scene.status["drafters"], 0, 0)  # a missing drafter is an error before the traffic
 
     run_phase(scene, settings.phases[0])
     static_version = scene.status["version"]
@@ -308,15 +322,8 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
     view.say("Stopping the trainer; replaying held-out prompts by all arms ...")
     stop([children.pop()])
     server.swap(None)
-    status = server.drafter()
-    arms = setups(status["drafters"], static_version, status["version"])
-    replayer = Replayer(
-        server,
-        arms,
-        settings.sampling,
-        num_clients=settings.replay_clients,
-        num_warmup=settings.kept.warmup,
-    )
+    newest_version = server.drafter()["version"]
+    replayer = replayer_for(scene, static_version, newest_version)
     replays = run_replay(scene, replayer)
     scene.failures += replayer.failures
     for failure in scene.failures[:3]:
@@ -329,7 +336,7 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         changes=tuple(changes),
         replays=tuple(replays),
         static_version=static_version,
-        newest_version=status["version"],
+        newest_version=newest_version,
         swaps=scene.swaps["swapped"],
         rollbacks=scene.swaps["rolled_back"],
         failed_requests=len(scene.failures),
@@ -341,6 +348,7 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         num_clients=settings.num_clients,
         replay_clients=settings.replay_clients,
         goals=settings.goals,
+        load_before=load_before,
         machine=machine(),
     )
 

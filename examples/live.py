@@ -17,6 +17,7 @@ from rich.text import Text
 
 from examples.recording import Answer
 from examples.report import (
+    busy_line,
     checks,
     headline,
     learning_line,
@@ -207,5 +208,5 @@ def summary(report: dict[str, Any]) -> list[RenderableType]:
         colour = "green" if check.passed else "red"
         goal = f"{check.kind} {check.limit:g}"
         verdicts.add_row(check.name, shown(check.value), goal, f"[{colour}]{verdict(check)}[/]")
-    learning = Text(learning_line(report))
+    learning = Text(f"{learning_line(report)} {busy_line(report)}".rstrip())
     return [Text(text, f"bold {COLOURS[mood]}"), learning, phases, verdicts]

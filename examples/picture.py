@@ -20,6 +20,7 @@ from examples.report import (
     PHASE_COLUMNS,
     Mood,
     build_report,
+    busy_line,
     checks,
     headline,
     learning_line,
@@ -130,11 +131,11 @@ def draw(recording: Recording, report: dict[str, Any]) -> str:
         # One request at a time is another load than the traffic's: no level to compare with.
         if recording.replay_clients == recording.num_clients:
             _draw_levels(speed, recording, report, "static_tokens_per_s")
-        _draw_legend(steps, any(change.rolled_back for change in recording.changes))
+        _draw_legend(speed, any(change.rolled_back for change in recording.changes))
         _draw_phases(steps, speed, recording)
         _draw_swaps(steps, speed, recording)
         steps.tick_params(labelbottom=False)
-        speed.set_xlabel("requests answered")
+        speed.set_xlabel("requests answered", loc="left")
         _draw_bars(bars, report)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata=_NO_METADATA)
@@ -184,7 +185,7 @@ def _draw_legend(axes: Any, has_rollbacks: bool) -> None:
     axes.plot([], [], color=SWAP_COLOUR, marker="v", linestyle="", label="new version swapped in")
     if has_rollbacks:
         axes.plot([], [], color=ROLLBACK_COLOUR, marker="^", linestyle="", label="rolled back")
-    axes.legend(loc="lower right", framealpha=0.9, edgecolor="none", ncols=4, fontsize=9)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, -0.1), frameon=False, ncols=4, fontsize=9)
 
 
 def _draw_phases(steps: Any, speed: Any, recording: Recording) -> None:
@@ -321,7 +322,7 @@ def _lead(report: dict[str, Any]) -> str:
         f"{report['live_requests']} live requests in {len(report['phases'])} phases ({names}); "
         f"drafter versions swapped in: {report['swaps']}, rolled back: {report['rollbacks']}; "
         f"{report['seconds']:.0f} s in all. Target {report['target']}, temperature "
-        f"{report['temperature']:g}. {learning_line(report)}"
+        f"{report['temperature']:g}. {learning_line(report)} {busy_line(report)}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from examples.arms import ALONE, ARMS
-from examples.report import headline, learning_line, shown
+from examples.report import busy_line, headline, learning_line, shown
 
 BEGIN = "<!-- written by `python -m benchmarks.demo --publish`, from its figures -->"
 END = "<!-- end of the figures -->"
@@ -23,7 +23,7 @@ def block(report: dict[str, Any]) -> str:
     lines = [
         BEGIN,
         "",
-        f"**{text}.** {_what(report)} {learning_line(report)}",
+        f"**{text}.** {_what(report)} {learning_line(report)} {busy_line(report)}".rstrip(),
         "",
         _row(_COLUMNS),
         _row(["---"] * len(_COLUMNS)),
@@ -52,9 +52,11 @@ def _what(report: dict[str, Any]) -> str:
     hardware = report["hardware"]
     gpus = hardware.get("gpu") or []
     machine = gpus[0] if gpus else f"{hardware['cores']} CPU cores"
+    clients = report["replay_clients"]
+    load = "one request" if clients == 1 else f"{clients} requests"
     return (
-        f"Target {report['target']}, {machine}, temperature {report['temperature']:g}, tokens/s "
-        f"at {report['replay_clients']} concurrent request(s), {report['swaps']} swaps, "
+        f"Target `{report['target']}`, {machine}, temperature {report['temperature']:g}, tokens/s "
+        f"with {load} at a time, {report['swaps']} swaps, "
         f"{report['failed_requests']} failed requests, {report['mismatched_outputs']} changed "
         f"outputs, {report['seconds']:.0f} s."
     )

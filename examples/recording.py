@@ -123,6 +123,8 @@ class Recording:
     replay_clients: int
     """Concurrent requests of the replay."""
     goals: Goals
+    load_before: float
+    """Load average of the last minute when the demo began: work of others."""
     machine: dict[str, Any]
     """Keys hardware, versions, commit."""
 

@@ -221,6 +221,7 @@ def build_report(recording: Recording) -> dict[str, Any]:
         "num_clients": recording.num_clients,
         "replay_clients": recording.replay_clients,
         "goals": asdict(recording.goals),
+        "load_before": recording.load_before,
         "phases": [phase_report(recording, span) for span in recording.phases],
         **recording.machine,
         "definitions": DEFINITIONS,
@@ -350,6 +351,17 @@ def phase_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for phase in report["phases"]
     ]
+
+
+def busy_line(report: dict[str, Any]) -> str:
+    """A warning if other work was under way when the demo began, else nothing."""
+    cores, load = report["hardware"]["cores"], report["load_before"]
+    if load < 0.5 * cores:
+        return ""
+    return (
+        f"Other work kept the machine busy (load {load:.1f} on {cores} cores before the start): "
+        f"these speeds mean little."
+    )
 
 
 def learning_line(report: dict[str, Any]) -> str:

@@ -115,5 +115,6 @@ def sample_recording(per_phase: int = 60, prompts: int = 4) -> Recording:
         num_clients=4,
         replay_clients=1,
         goals=Goals(),
+        load_before=0.1,
         machine={"hardware": {"cpu": "a CPU", "cores": 2}, "versions": {}, "commit": None},
     )

@@ -90,6 +90,14 @@ def test_learning_is_earned_back_by_what_the_weights_save(recording: Recording):
     assert "no number of requests" in reporting.learning_line(build_report(slower))
 
 
+def test_a_busy_machine_is_named_beside_the_figures(recording: Recording):
+    busy = replace(recording, load_before=3.0)
+
+    assert reporting.busy_line(build_report(recording)) == ""
+    assert "load 3.0 on 2 cores" in reporting.busy_line(build_report(busy))
+    assert "these speeds mean little" in page_of(busy)
+
+
 def test_learning_is_read_from_the_trainers_journal(tmp_path: Path):
     events = [
         {"event": "started", "version": 0},
@@ -298,7 +306,7 @@ def test_files_are_written_and_can_be_made_again_from_the_recording(
 
 
 def test_machine_texts_are_escaped(recording: Recording):
-    spoiled = replace(recording, machine={"hardware": {"cpu": "<script>"}})
+    spoiled = replace(recording, machine={"hardware": {"cpu": "<script>", "cores": 2}})
 
     assert "<script>" not in picture.render_html(spoiled, build_report(spoiled))
 
