@@ -16,7 +16,6 @@ match, 2.7 after a match of 6 to 8; benchmarks/by_match.py).
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.cusum import Cusum
 from policies.interface import DrafterTraits
 
 MAX_DRAFT = 16
@@ -34,27 +34,21 @@ _BUCKET_OF = (0, 1, 1, 2, 3, 3, 4, 4, 4)
 _PRIOR_WEIGHT, _DEEP_WEIGHT = 4.0, 12.0
 """Rounds that the prior of the first position counts for, and those of deeper ones: they are seldom
 reached, and much like the one before them."""
-_FLOOR_WEIGHT = 4.0
-"""Rounds that decay leaves of old observations: an idle drafter is remembered, but weakly."""
-_POOL_WEIGHT, _POOL_FLOOR = 2.0, 8.0
-"""Rounds that a drafter's pool of all buckets counts for as the prior of each bucket, and rounds
-that decay leaves of the pool itself."""
+_FLOOR_WEIGHT, _POOLED_FLOOR = 4.0, 1.0
+"""Rounds that decay leaves of old observations, without a pool and of one and with one: an idle
+drafter is remembered, but weakly."""
+_POOL_WEIGHT = 2.0
+"""Rounds that a drafter's pool of all buckets counts for as the prior of each bucket."""
 _DEPTH_FACTOR = 0.97
 """Prior of c_{j + 1} relative to c_j."""
 _IDLE_RATE = 0.25
 """Decay of a drafter's evidence in a round without it, relative to a round with it."""
-_SHIFT_DRIFT, _SHIFT_LIMIT = 0.5, 10.0
-"""Drift and limit of the CUSUM, in standard deviations: a shift by one is found after 20 steps;
-false alarms are rare and cost only some precision."""
 _SHIFT_WEIGHT = 12.0
 """Rounds that the evidence from before a detected shift counts for."""
-_SURPRISE_GAIN = 0.02
-"""Gain of the moving variance of surprises."""
 _MIN_STEPS = 8
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
 _POOL = NUM_BUCKETS
 """Row of a drafter's pool."""
-_FLOORS = np.array([_FLOOR_WEIGHT] * NUM_BUCKETS + [_POOL_FLOOR])[:, None]
 
 Floats = NDArray[np.float64]
 Outcomes = Mapping[tuple[int, int], int]
@@ -64,29 +58,6 @@ Outcomes = Mapping[tuple[int, int], int]
 def match_bucket(match: int) -> int:
     """Bucket of a match by its length in tokens: 0, 1-2, 3, 4-5, 6-8, 9 or more."""
     return _BUCKET_OF[match] if match < len(_BUCKET_OF) else NUM_BUCKETS - 1
-
-
-@dataclass(slots=True)
-class _Cusum:
-    """Page's change detector for one bucket's surprises: tokens accepted minus tokens expected."""
-
-    variance: float = 1.0
-    """Variance of one round's surprise."""
-    above: float = 0.0
-    below: float = 0.0
-    num_shifts: int = 0
-
-    def notices_shift(self, surprise: float, rounds: int) -> bool:
-        """Take in one step's summed surprise; an alarm resets the detector."""
-        z = surprise / math.sqrt(max(self.variance, 0.01) * rounds)
-        self.variance += _SURPRISE_GAIN * (surprise**2 / rounds - self.variance)
-        self.above = max(0.0, self.above + z - _SHIFT_DRIFT)
-        self.below = max(0.0, self.below - z - _SHIFT_DRIFT)
-        if max(self.above, self.below) < _SHIFT_LIMIT:
-            return False
-        self.above = self.below = 0.0
-        self.num_shifts += 1
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +110,11 @@ class DrafterAcceptance:
         self._has_pool = len(self._priors) == 1
         self._is_silent = traits.needs_match
         self._half_life_rounds = half_life_rounds
-        self._cusums = [_Cusum() for _ in range(NUM_BUCKETS + 1)]
+        floors = np.full(NUM_BUCKETS + 1, _FLOOR_WEIGHT)
+        if self._has_pool:
+            floors[:_POOL] = _POOLED_FLOOR
+        self._floors = floors[:, None]
+        self._cusums = [Cusum() for _ in range(NUM_BUCKETS + 1)]
         self._seen_at = [0.0] * (NUM_BUCKETS + 1)
         """Rounds that the engine had done at the last update of each row."""
         self.evidence = Evidence.none(max_draft)
@@ -159,32 +134,38 @@ class DrafterAcceptance:
         expected = self._all_expected().tolist()
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
         factors = [1.0] * (NUM_BUCKETS + 1)
-        new = np.zeros((2, *self.evidence.reached.shape))
-        for row, outcomes in self._rows(step):
-            rounds = sum(outcomes.values())
+        evidence = self.evidence
+        new: list[list[list[int]]] = []
+        rows = self._rows(step)
+        for row, outcomes in rows:
+            rounds, surprise = 0, 0.0
+            for (num_verified, num_accepted), count in outcomes.items():
+                rounds += count
+                surprise += (num_accepted + 1 - expected[row][num_verified]) * count
+            new.append(_counts(outcomes, evidence.reached.shape[1]))
             idle = max(0.0, clock - self._seen_at[row] - rounds)
             factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
-            surprise = sum((kept + 1 - expected[row][k]) * n for (k, kept), n in outcomes.items())
             if self._cusums[row].notices_shift(surprise, rounds):
                 factors[row] = min(factors[row], self._to_shift_weight(row))
-            for (num_verified, num_accepted), count in outcomes.items():
-                new[0, row, : min(num_accepted + 1, num_verified)] += count
-                new[1, row, :num_accepted] += count
             self._seen_at[row] = clock
             self._stale.add(row)
-        reached = self.evidence.reached
-        scaled = np.array(factors)[:, None] * reached
-        kept = self.evidence.scaled(np.maximum(scaled, np.minimum(reached, _FLOORS)))
-        self.evidence = Evidence(kept.reached + new[0], kept.accepted + new[1])
+        scaled = np.array(factors)[:, None] * evidence.reached
+        kept = evidence.scaled(np.maximum(scaled, np.minimum(evidence.reached, self._floors)))
+        at = [row for row, _ in rows]
+        counts = np.array(new, dtype=np.float64)
+        kept.reached[at] += counts[:, 0]
+        kept.accepted[at] += counts[:, 1]
+        self.evidence = kept
         self._expected = None
 
     def _rows(self, step: Mapping[int, Outcomes]) -> list[tuple[int, Outcomes]]:
         """The step's rounds by row of evidence: every bucket's, and all together for the pool."""
         rows = list(step.items())
         if self._has_pool:
-            everything: Counter[tuple[int, int]] = Counter()
+            everything: dict[tuple[int, int], int] = {}
             for outcomes in step.values():
-                everything.update(outcomes)
+                for key, count in outcomes.items():
+                    everything[key] = everything.get(key, 0) + count
             rows.append((_POOL, everything))
         return rows
 
@@ -229,12 +210,24 @@ class DrafterAcceptance:
             self._expected[:, 1:] += survival.cumsum(axis=1)
         return self._expected
 
+    def doubt(self, k: int) -> float:
+        """Standard deviation of what position k adds to a draft, as a share of its tokens."""
+        if not self._has_pool or k > self.evidence.reached.shape[1]:
+            return 0.0
+        hazards = self.hazards()[_POOL, :k].tolist()
+        survival, tokens = 1.0, 1.0
+        for hazard in hazards[:-1]:
+            survival *= hazard
+            tokens += survival
+        weight = float(self.evidence.reached[_POOL, k - 1]) + 1
+        return survival / tokens * math.sqrt(hazards[-1] * (1 - hazards[-1]) / weight)
+
     def replace(self, evidence: Evidence, clock: float) -> None:
         """Go on from other evidence, as other weights draft now."""
         self.evidence = evidence
         self._seen_at = [clock] * (NUM_BUCKETS + 1)
         for cusum in self._cusums:
-            cusum.above = cusum.below = 0.0
+            cusum.reset()
         self._stale.update(range(NUM_BUCKETS + 1))
         self._expected = None
 
@@ -301,6 +294,11 @@ class AcceptanceModel:
         """
         return self._drafters[drafter].expected_tokens()
 
+    def doubt(self, drafter: str, k: int) -> float:
+        """Standard deviation of what position k adds to a drafter's rounds, as a share of the
+        tokens of k - 1; 0 for drafters whose buckets are independent."""
+        return self._drafters[drafter].doubt(k)
+
     def evidence(self, drafter: str) -> tuple[Evidence, Floats]:
         """A drafter's counts, and a copy of its hazards, [7, K]."""
         own = self._drafters[drafter]
@@ -317,3 +315,15 @@ class AcceptanceModel:
             for kind, own in sorted(self._drafters.items())
             for row, figures in own.figures().items()
         }
+
+
+def _counts(outcomes: Outcomes, max_draft: int) -> list[list[int]]:
+    """Rounds that reached each position, and those that accepted it."""
+    reached, accepted = [0] * max_draft, [0] * max_draft
+    for (num_verified, num_accepted), count in outcomes.items():
+        for j in range(num_accepted):
+            reached[j] += count
+            accepted[j] += count
+        if num_accepted < num_verified:
+            reached[num_accepted] += count
+    return [reached, accepted]

@@ -7,7 +7,7 @@ to the base will cost. Comparing arms step by step instead loses the catch-ups: 
 little better at every other step makes the whole slower than the drafter alone.
 
 Arms of one step are compared by tokens minus seconds times the speed reached so far, so that the
-quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of the steps' quotients.
+quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of quotients of steps.
 """
 
 from __future__ import annotations
@@ -70,11 +70,9 @@ class Chooser:
         least = speed if self.base != "none" else speed * self._margin
         values = {PLAIN_ARM: seen.batch - (seen.plain_s + charges["none"]) * speed}
         for drafter, seconds in seen.seconds.items():
-            charge, k = charges[drafter], 0
-            for tokens, step_s in zip(seen.tokens[drafter], seconds, strict=True):
-                if k:
-                    values[drafter, k] = tokens - (step_s + charge) * least
-                k += 1
+            charge, tokens = charges[drafter], seen.tokens[drafter]
+            for k in range(1, seen.max_k + 1):
+                values[drafter, k] = tokens[k] - (seconds[k] + charge) * least
         arm = max(values, key=values.__getitem__)
         self._note(seen, arm, fresh, alone)
         return Choice(arm, self.base, speed, values, charges)

@@ -18,7 +18,8 @@ from policies.interface import CostSample, DrafterTraits
 DEFAULT_STEP_S = 0.01
 """A plain step before anything is measured."""
 _VERIFY_PER_TOKEN = 0.03
-"""Time to verify one more draft token before anything is measured, as a share of a plain step."""
+"""Time to verify one more draft token of one request before anything is measured, as a share of a
+plain step; of more requests, as if four were verified at once."""
 _HOST_SHARE = 0.02
 """Time that any draft takes beside its tokens, as a share of a plain step: positive, so that a
 factor on an increment can express every increment."""
@@ -59,8 +60,10 @@ class Profile:
         return _at_batch(self._verify[0], batch) if self.is_measured else DEFAULT_STEP_S
 
     def increments(self, drafter: str, batch: int) -> Floats:
-        """[max_draft + 1] seconds beyond a plain step at K = 0, 1, ..., as shares of it: 0 at K = 0,
-        positive and not decreasing after it."""
+        """[max_draft + 1] seconds beyond a plain step at K = 0, 1, ..., as shares of it.
+
+        0 at K = 0, positive and not decreasing after it.
+        """
         found = self._known.get((drafter, batch))
         if found is None:
             found = self._known[drafter, batch] = self._increments(drafter, batch)
@@ -69,7 +72,9 @@ class Profile:
     def _increments(self, drafter: str, batch: int) -> Floats:
         plain_s = self.plain_s(batch)
         ks = np.arange(self._max_draft + 1)
-        verify = _curve(self._verify, ks, batch, plain_s, _VERIFY_PER_TOKEN * plain_s)
+        verify = _curve(
+            self._verify, ks, batch, plain_s, _VERIFY_PER_TOKEN * (batch + 3) / 4 * plain_s
+        )
         slope = self._drafters[drafter].prior_draft_cost * plain_s
         draft = _curve(self._draft[drafter], ks, batch, 0.0, slope)
         shares = np.maximum.accumulate(verify - plain_s + draft) / plain_s
@@ -91,11 +96,12 @@ def _curve(
     ``slope_s`` for each token where none was measured."""
     known = {k: _at_batch(at, batch) for k, at in cells.items() if k > 0}
     if not known:
-        return zero_s + slope_s * ks
+        return zero_s + slope_s * ks.astype(np.float64)
     at = np.array([0, *sorted(known)])
     values = np.array([zero_s, *(known[k] for k in sorted(known))])
     last = (values[-1] - values[-2]) / (at[-1] - at[-2])
-    return np.interp(ks, at, values) + max(last, 0.0) * np.maximum(ks - at[-1], 0)
+    curve: Floats = np.interp(ks, at, values) + max(last, 0.0) * np.maximum(ks - at[-1], 0)
+    return curve
 
 
 def _at_batch(cells: _AtBatch, batch: int) -> float:

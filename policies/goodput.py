@@ -212,6 +212,7 @@ class GoodputPolicy:
     def _next_stretch(self, seen: Forecast, choice: Choice) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
         left, self._stretch = self._stretch, None
+        left = self._explorer.check_plain(choice, self._times.num_changes) or left
         if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
             return left, 1.0
         stretch, nothing = self._explorer.draw(
@@ -220,12 +221,16 @@ class GoodputPolicy:
         return (stretch, stretch.propensity) if stretch else (None, nothing)
 
     def _doubt(self, seen: Forecast, choice: Choice) -> float:
-        """Uncertainty of the best drafting arm's time relative to a plain step."""
-        drafting = (arm for arm in choice.values if arm[1])
+        """How uncertain the best drafting arm is: its time relative to a plain step, or what one
+        more position would add."""
         drafter, k = choice.arm
         if not k:
+            drafting = (arm for arm in choice.values if arm[1])
             drafter, k = max(drafting, key=choice.values.__getitem__, default=PLAIN_ARM)
-        return self._times.doubt(drafter, k, seen.batch) if k else 0.0
+        if not k:
+            return 0.0
+        of_tokens = self._acceptance.doubt(drafter, min(k + 1, seen.max_k))
+        return max(of_tokens, self._times.doubt(drafter, k, seen.batch))
 
     def _take_awaited(self, decision: Decision) -> _Planned | None:
         """What was predicted for a step, if it was planned; older ones were never observed."""
@@ -236,14 +241,14 @@ class GoodputPolicy:
         return None
 
     def _observe_rows(self, outcome: Outcome) -> None:
-        drafter = outcome.decision.drafter
-        seen: dict[int, Counter[tuple[int, int]]] = {}
-        for row in outcome.rows:
-            if row.num_verified:
-                counts = seen.setdefault(match_bucket(row.match), Counter())
-                counts[row.num_verified, row.num_accepted] += 1
+        seen: dict[int, dict[tuple[int, int], int]] = {}
+        rows = Counter((r.match, r.num_verified, r.num_accepted) for r in outcome.rows)
+        for (match, num_verified, num_accepted), count in rows.items():
+            if num_verified:
+                counts, key = seen.setdefault(match_bucket(match), {}), (num_verified, num_accepted)
+                counts[key] = counts.get(key, 0) + count
         if seen:
-            self._acceptance.observe(drafter, seen, outcome.batch)
+            self._acceptance.observe(outcome.decision.drafter, seen, outcome.batch)
 
     def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
         (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch

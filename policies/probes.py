@@ -5,10 +5,10 @@ of another drafter between steps of the best arm, on the same traffic. A neural 
 after others is a catch-up, so single steps of it would never tell what it costs to draft.
 
 A stretch is charged its predicted loss against the best arm when it begins, and afterwards whatever
-its catch-up took beyond or below the prediction. It is paid from an account that grows by 0.8 % of the time spent:
-exploration costs less than 1 % however bad a drafter is, and an expensive stretch is postponed,
-never dropped. So whatever is believed of an idle drafter, evidence keeps coming at a rate that only
-its cost bounds, and no belief can lock.
+its catch-up took beyond or below the prediction. It is paid from an account that grows by 0.8 % of
+the time spent: exploration costs less than 1 % however bad a drafter is, and an expensive stretch
+is postponed, never dropped. So whatever is believed of an idle drafter, evidence keeps coming at a
+rate that only its cost bounds, and no belief can lock.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Explorer:
         self.account_s: float | None = None
         self._wanted_s = 0.0
         """Loss of the most expensive stretch that was an option of late."""
+        self._num_changes = -1
 
     def earn(self, step_s: float, plain_s: float) -> None:
         """Add a step's share to the account."""
@@ -64,6 +65,17 @@ class Explorer:
             self.account_s = _START_STEPS * plain_s
         most_s = max(_MOST_STEPS * plain_s, self._wanted_s)
         self.account_s = min(self.account_s + _BUDGET * step_s, most_s)
+
+    def check_plain(self, choice: Choice, num_changes: int) -> Stretch | None:
+        """A stretch of plain steps, whatever it costs, if something has changed beside drafts.
+
+        Args:
+            num_changes: changes of step times so far; the start is one more.
+        """
+        has_changed, self._num_changes = num_changes != self._num_changes, num_changes
+        if not has_changed or choice.base == "none":
+            return None
+        return Stretch(PLAIN_ARM, _STRETCH, 1.0)
 
     def settle(self, step_s: float, predicted_s: float) -> None:
         """Charge what a catch-up took beyond its prediction, or return what it did not take."""
@@ -76,18 +88,19 @@ class Explorer:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:
-            doubt: standard deviation of the logarithm of the best arms' ratio.
+            doubt: standard deviation of the logarithm of the best drafting arm's speed relative to
+                its neighbours'.
             num_steps: steps since this was asked last.
         """
         if not self._explore or self.account_s is None:
             return None, 1.0
-        options = self._affordable(seen, choice)
+        haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
+        options = self._affordable(seen, choice, haste)
         if not options:
             return None, 1.0
-        haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE) * num_steps
         total = sum(options.values())
         mean_steps = sum(w * self._length(arm, choice) for arm, w in options.items()) / total
-        chance = min(self._explore * haste / mean_steps, 0.5)
+        chance = min(self._explore * haste * num_steps / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
         arm = self._rng.choices(list(options), weights=list(options.values()))[0]
@@ -95,11 +108,11 @@ class Explorer:
         share = options[arm] / total
         return Stretch(arm, self._length(arm, choice), chance * share), 1 - chance
 
-    def _affordable(self, seen: Forecast, choice: Choice) -> dict[Arm, float]:
+    def _affordable(self, seen: Forecast, choice: Choice, haste: float) -> dict[Arm, float]:
         """Weights of the stretches that the account can pay for now."""
         (drafter, k), options = choice.arm, {}
         if choice.base != "none":
-            options[PLAIN_ARM] = 1.0
+            options[PLAIN_ARM] = haste
         if k:
             options[drafter, seen.max_k] = 1.0
             options[drafter, min(k + 2, seen.max_k)] = 1.0

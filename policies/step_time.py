@@ -2,14 +2,14 @@
 
 The typical time of a step is a product of unknown factors on the start-up profile:
 
-    plain(batch) * speed * shape[batch] * (1 + increment(drafter, K, batch) * cost[drafter, K, batch])
+    plain(batch) * speed * shape[batch] * (1 + increment(arm, batch) * cost[arm, batch])
 
-with a common ``speed`` of the machine, which may drift fast, a factor of plain steps by size of the
-batch, and a factor on a drafter's increment made of one for the drafter, one for each K and one for
-each size of batch. The logarithms of all of them form the state of an extended Kalman filter, so
-each step updates what it says something about, by as much as it does: a plain step between drafting
-ones tells the speed of the machine and, with it, what the drafter costs. Factors are uncertain
-again after a while.
+where an arm is a drafter and K. ``speed`` is that of the machine and may drift fast, ``shape`` is a
+factor of plain steps by size of the batch, and ``cost`` is a factor of the drafter times one of its own for
+each K and one for each size of batch. The logarithms of all of them form the state of an extended
+Kalman filter, so each step updates what it says something about, by as much as it does: a plain step
+between drafting ones tells the speed of the machine and, with it, what the drafter costs. Without
+new evidence, factors become uncertain again.
 
 A surprise counts up to 2.5 standard deviations, as measured of late. The part of a late step beyond
 is not discarded: it is averaged apart, over all steps, and added to every arm's time, because a
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from policies.curves import Floats, Profile
 from policies.interface import CostSample, DrafterTraits
@@ -53,7 +54,12 @@ _NOISE_GAIN = 0.03
 _CLIP = 2.5
 """Standard deviations up to which a surprise counts."""
 _MANY_OUTLIERS = 4
-"""Surprises beyond in a row that are a change of the machine's speed instead."""
+"""Surprises beyond in a row that are a change instead,"""
+_CHANGE_SD = 1.0
+"""of this standard deviation."""
+_LEAST_SHARE = 0.15
+"""Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
+would take a factor of ten hundreds of steps to be found."""
 _EXCESS_GAIN, _OWN_EXCESS_GAIN = 0.003, 0.001
 """Gains of the averages of late time, over all steps and over those of one drafter."""
 _EXCESS_SD = 0.03
@@ -114,6 +120,8 @@ class StepTimes:
         self._excess = _Average(_EXCESS_GAIN)
         self._own_excess = {k: _Average(_OWN_EXCESS_GAIN) for k in ("none", *self._drafters)}
         self._num_observed = self._outliers = 0
+        self.num_changes = 0
+        """Changes of the machine or of an arm's cost, noticed by many outliers in a row."""
         self._plain: dict[int, float] = {}
         """Typical seconds of a plain step by batch, of the state as it is."""
 
@@ -142,16 +150,19 @@ class StepTimes:
         self._cov -= moves[:, None] * (moves / variance)
         self._num_observed += 1
         self._plain.clear()
-        self._notice_change(abs(surprise) > limit)
+        self._notice_change(abs(surprise) > limit, at)
         if doubt < self._noise**2:
             self._follow_noise(drafter if draft_k else "none", step_s, typical_s, surprise)
 
-    def _notice_change(self, is_outlier: bool) -> None:
-        """Take many outliers in a row for another speed of the machine."""
+    def _notice_change(self, is_outlier: bool, at: NDArray[np.int64]) -> None:
+        """Take many outliers in a row for a change of the machine, or of what the arm costs."""
         self._outliers = self._outliers + 1 if is_outlier else 0
         if self._outliers == _MANY_OUTLIERS:
             self._outliers = 0
-            self._cov[0, 0] += 1.0
+            self.num_changes += 1
+            self._cov[0, 0] += _CHANGE_SD**2
+            for drafter in at[2:3]:
+                self._cov[drafter, drafter] += _CHANGE_SD**2
 
     def _drift(self) -> None:
         """Make all factors a little less certain."""
@@ -225,7 +236,9 @@ class StepTimes:
         costs: Floats = self._state[first + 1 : first + 1 + self._max_draft] + common
         return costs
 
-    def _linearised(self, drafter: str, k: int, batch: int) -> tuple[Any, float, float]:
+    def _linearised(
+        self, drafter: str, k: int, batch: int
+    ) -> tuple[NDArray[np.int64], float, float]:
         """Indices of an arm's factors, the share of its time that the increment has, and its
         typical seconds."""
         size = _size(batch)
@@ -236,7 +249,8 @@ class StepTimes:
         at = np.array([0, 1 + size, first, first + k, first + 1 + self._max_draft + size])
         cost = math.exp(float(self._state[at[2:]].sum()))
         increment = float(self._profile.increments(drafter, batch)[k]) * cost
-        return at, increment / (1 + increment), plain_s * (1 + increment)
+        share = max(increment / (1 + increment), _LEAST_SHARE)
+        return at, share, plain_s * (1 + increment)
 
     def _excess_s(self, kind: str, batch: int) -> float:
         own, common = self._own_excess[kind], self._excess

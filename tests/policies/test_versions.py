@@ -1,4 +1,4 @@
-"""A version that comes starts from what is known of it: by itself, by its parent, by its figures."""
+"""A version starts from what is known of it: by itself, by its parent, by its figures."""
 
 from __future__ import annotations
 
