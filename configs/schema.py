@@ -125,7 +125,7 @@ class PolicySettings(Section):
     """Draft length K of the fixed policy."""
     drafter: str = "eagle3"
     """Drafter of the fixed policy, a name in the catalog of drafters."""
-    explore: float = Field(0.02, ge=0, le=0.5)
+    explore: float = Field(0.05, ge=0, le=0.5)
     """Largest fraction of steps that explore, which keeps the estimates for deep positions and idle
     drafters current."""
     half_life_rounds: float = Field(200.0, gt=0)

@@ -9,315 +9,321 @@ Old evidence loses weight in two ways: by a half-life in rounds, and at once whe
 
 Evidence is kept by length of the text match, for neural drafters too: text that has occurred before
 is easy for them as well. Judged by its average, a neural drafter looks best exactly where no match
-exists, and there it is worst (documentation, K = 4, bundled target: 1.8 tokens per step without a
+exists, and there it is worst (documentation, K = 4, bundled target: 1.8 tokens a step without a
 match, 2.7 after a match of 6 to 8; benchmarks/by_match.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.cusum import Cusum
 from policies.interface import DrafterTraits
 
 MAX_DRAFT = 16
 """Largest K that settings allow."""
 NUM_BUCKETS = 6
 """Buckets of ``match_bucket``."""
-_PRIOR_WEIGHT = 4.0
-"""Rounds that the prior of a position counts for."""
-_FLOOR_WEIGHT = 4.0
-"""Rounds that decay leaves of old observations: an idle drafter is remembered, but weakly."""
-_POOL_WEIGHT, _POOL_FLOOR = 2.0, 8.0
-"""Rounds that a drafter's pool of all buckets counts for as the prior of each bucket, and rounds
-that decay leaves of the pool itself."""
-_SWAP_WEIGHT = 2.0
-"""Rounds that the evidence of the former weights counts for after a swap without calibration."""
-_CALIBRATION_WEIGHT = 16.0
-"""Rounds that a published calibration counts for: a dozen live rounds outvote it."""
+_BUCKET_OF = (0, 1, 1, 2, 3, 3, 4, 4, 4)
+_PRIOR_WEIGHT, _DEEP_WEIGHT = 4.0, 12.0
+"""Rounds that the prior of the first position counts for, and those of deeper ones: they are seldom
+reached, and much like the one before them."""
+_FLOOR_WEIGHT, _POOLED_FLOOR = 4.0, 1.0
+"""Rounds that decay leaves of old observations, without a pool and of one and with one: an idle
+drafter is remembered, but weakly."""
+_POOL_WEIGHT = 2.0
+"""Rounds that a drafter's pool of all buckets counts for as the prior of each bucket."""
 _DEPTH_FACTOR = 0.97
 """Prior of c_{j + 1} relative to c_j."""
 _IDLE_RATE = 0.25
 """Decay of a drafter's evidence in a round without it, relative to a round with it."""
-_SHIFT_DRIFT, _SHIFT_LIMIT = 0.5, 10.0
-"""Drift and limit of the CUSUM, in standard deviations: a shift by one is found after 20 steps;
-false alarms are rare and cost only some precision."""
 _SHIFT_WEIGHT = 12.0
 """Rounds that the evidence from before a detected shift counts for."""
-_SURPRISE_GAIN = 0.02
-"""Gain of the moving variance of surprises."""
 _MIN_STEPS = 8
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
-_POOL = -1
-"""Bucket number of a drafter's pool."""
+_POOL = NUM_BUCKETS
+"""Row of a drafter's pool."""
+
+Floats = NDArray[np.float64]
+Outcomes = Mapping[tuple[int, int], int]
+"""Number of rounds by (num_verified, num_accepted), num_verified >= 1."""
 
 
 def match_bucket(match: int) -> int:
     """Bucket of a match by its length in tokens: 0, 1-2, 3, 4-5, 6-8, 9 or more."""
-    if match <= 3:
-        return max(match - 1, 1) if match else 0
-    return 3 if match <= 5 else 4 if match <= 8 else 5
+    return _BUCKET_OF[match] if match < len(_BUCKET_OF) else NUM_BUCKETS - 1
 
 
-@dataclass(slots=True)
-class _Evidence:
-    """Decayed counts of one (drafter, bucket)."""
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Decayed counts of one drafter's rounds, by bucket and position; the last row is the pool."""
 
-    first: float
-    """Prior of c_1."""
-    seen_at: float = 0.0
-    """Rounds that the engine had done at the last update."""
-    reached: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFT)
-    accepted: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFT)
-    expected: list[float] | None = None
-    """Cache of ``expected_tokens`` for k = 0, 1, ..."""
-    variance: float = 1.0
-    """Variance of one round's surprise: tokens accepted minus tokens expected."""
-    above: float = 0.0
-    """Upward CUSUM of surprises."""
-    below: float = 0.0
-    """Downward CUSUM of surprises."""
-    num_shifts: int = 0
-    pool: _Evidence | None = None
-    """Source of every position's prior, if the drafter's buckets share one."""
+    reached: Floats
+    """[7, K] rounds in which the position was verified and all before it were accepted."""
+    accepted: Floats
+    """[7, K] those in which it was accepted too."""
 
-    def rescale(self, factor: float, floor: float) -> None:
-        """Multiply all weights, keeping ratios; no weight is brought below ``floor``."""
-        for j, reached in enumerate(self.reached):
-            if reached > floor:
-                kept = max(reached * factor, floor)
-                self.accepted[j] *= kept / reached
-                self.reached[j] = kept
-        self.expected = None
+    @classmethod
+    def none(cls, max_draft: int) -> Evidence:
+        shape = (NUM_BUCKETS + 1, max_draft)
+        return cls(np.zeros(shape), np.zeros(shape))
 
-    def limit(self, weight: float) -> None:
-        """Cap the weight of every position, in rounds."""
-        self.rescale(0.0, weight)
+    def limited(self, weight: float) -> Evidence:
+        """The same ratios, with the weight of every position capped."""
+        return self.scaled(np.minimum(self.reached, weight))
 
-    def notices_shift(self, surprise: float, rounds: int) -> bool:
-        """Update Page's CUSUM with one step's summed surprise; an alarm resets it."""
-        z = surprise / math.sqrt(max(self.variance, 0.01) * rounds)
-        self.variance += _SURPRISE_GAIN * (surprise**2 / rounds - self.variance)
-        self.above = max(0.0, self.above + z - _SHIFT_DRIFT)
-        self.below = max(0.0, self.below - z - _SHIFT_DRIFT)
-        if max(self.above, self.below) < _SHIFT_LIMIT:
-            return False
-        self.above = self.below = 0.0
-        self.num_shifts += 1
-        return True
-
-    def add(self, num_verified: int, num_accepted: int, count: int) -> None:
-        """Count ``count`` equal rounds."""
-        for j in range(min(num_accepted + 1, num_verified)):
-            self.reached[j] += count
-        for j in range(num_accepted):
-            self.accepted[j] += count
-        self.expected = None
-
-    def hazards(self) -> list[float]:
-        """Posterior means of c_1, c_2, ... c_16."""
-        if self.pool is not None:
-            return [
-                (accepted + _POOL_WEIGHT * prior) / (reached + _POOL_WEIGHT)
-                for accepted, reached, prior in zip(
-                    self.accepted, self.reached, self.pool.hazards(), strict=True
-                )
-            ]
-        prior, hazards = self.first, []
-        for accepted, reached in zip(self.accepted, self.reached, strict=True):
-            hazard = (accepted + _PRIOR_WEIGHT * prior) / (reached + _PRIOR_WEIGHT)
-            hazards.append(hazard)
-            prior = _DEPTH_FACTOR * hazard
-        return hazards
-
-    def become(self, hazards: Sequence[float], weights: Sequence[float]) -> None:
-        """Replace all evidence by ``weights[j]`` rounds at ``hazards[j]``."""
-        for j, (hazard, weight) in enumerate(zip(hazards, weights, strict=True)):
-            self.reached[j], self.accepted[j] = weight, weight * hazard
-        self.above = self.below = 0.0
-        self.expected = None
+    def scaled(self, reached: Floats) -> Evidence:
+        """The same ratios with other weights; none where there were none."""
+        ratios = self.accepted / np.maximum(self.reached, _NOTHING)
+        return Evidence(reached, reached * ratios)
 
 
-class AcceptanceModel:
-    """Conditional acceptance by (drafter, bucket, position), decayed by rounds.
+_NOTHING = 1e-9
+
+
+class DrafterAcceptance:
+    """Conditional acceptance of one drafter by (bucket, position), decayed by rounds.
 
     The buckets of a drafter with a single prior share a pool of its rounds, from which each bucket
     takes its prior; the buckets of a drafter with a prior for each are independent.
     """
 
-    def __init__(self, half_life_rounds: float, drafters: Mapping[str, DrafterTraits]) -> None:
+    def __init__(
+        self, kind: str, traits: DrafterTraits, half_life_rounds: float, max_draft: int
+    ) -> None:
+        """
+        Raises:
+            ValueError: the drafter has neither one prior nor one for each bucket.
+        """
+        self._priors = traits.prior_acceptance
+        if len(self._priors) not in (1, NUM_BUCKETS):
+            raise ValueError(
+                f"prior_acceptance of drafter {kind!r} must hold 1 or {NUM_BUCKETS} values, "
+                f"got {len(self._priors)}"
+            )
+        self._has_pool = len(self._priors) == 1
+        self._is_silent = traits.needs_match
+        self._half_life_rounds = half_life_rounds
+        floors = np.full(NUM_BUCKETS + 1, _FLOOR_WEIGHT)
+        if self._has_pool:
+            floors[:_POOL] = _POOLED_FLOOR
+        self._floors = floors[:, None]
+        self._cusums = [Cusum() for _ in range(NUM_BUCKETS + 1)]
+        self._seen_at = [0.0] * (NUM_BUCKETS + 1)
+        """Rounds that the engine had done at the last update of each row."""
+        self.evidence = Evidence.none(max_draft)
+        self._hazards = np.zeros((NUM_BUCKETS + 1, max_draft))
+        self._expected: Floats | None = None
+        """[7, K + 1] cache of ``_all_expected``; ``None`` if evidence has come since."""
+        self._stale = set(range(NUM_BUCKETS + 1))
+        """Rows whose chained hazards are to be computed again."""
+
+    def observe(self, step: Mapping[int, Outcomes], batch: int, clock: float) -> None:
+        """Take in the rounds of one step, by bucket.
+
+        Args:
+            batch: requests of the step; sets the least half-life.
+            clock: rounds that the engine has done, these included.
+        """
+        expected = self._all_expected().tolist()
+        half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
+        factors = [1.0] * (NUM_BUCKETS + 1)
+        evidence = self.evidence
+        new: list[list[list[int]]] = []
+        rows = self._rows(step)
+        for row, outcomes in rows:
+            rounds, surprise = 0, 0.0
+            for (num_verified, num_accepted), count in outcomes.items():
+                rounds += count
+                surprise += (num_accepted + 1 - expected[row][num_verified]) * count
+            new.append(_counts(outcomes, evidence.reached.shape[1]))
+            idle = max(0.0, clock - self._seen_at[row] - rounds)
+            factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
+            if self._cusums[row].notices_shift(surprise, rounds):
+                factors[row] = min(factors[row], self._to_shift_weight(row))
+            self._seen_at[row] = clock
+            self._stale.add(row)
+        scaled = np.array(factors)[:, None] * evidence.reached
+        kept = evidence.scaled(np.maximum(scaled, np.minimum(evidence.reached, self._floors)))
+        at = [row for row, _ in rows]
+        counts = np.array(new, dtype=np.float64)
+        kept.reached[at] += counts[:, 0]
+        kept.accepted[at] += counts[:, 1]
+        self.evidence = kept
+        self._expected = None
+
+    def _rows(self, step: Mapping[int, Outcomes]) -> list[tuple[int, Outcomes]]:
+        """The step's rounds by row of evidence: every bucket's, and all together for the pool."""
+        rows = list(step.items())
+        if self._has_pool:
+            everything: dict[tuple[int, int], int] = {}
+            for outcomes in step.values():
+                for key, count in outcomes.items():
+                    everything[key] = everything.get(key, 0) + count
+            rows.append((_POOL, everything))
+        return rows
+
+    def _to_shift_weight(self, row: int) -> float:
+        return _SHIFT_WEIGHT / max(float(self.evidence.reached[row].max()), _SHIFT_WEIGHT)
+
+    def hazards(self) -> Floats:
+        """[7, K] posterior means of c_1, c_2, ... by bucket; the last row is the pool's."""
+        if not self._stale:
+            return self._hazards
+        reached, accepted = self.evidence.reached, self.evidence.accepted
+        for row in self._stale & {_POOL} if self._has_pool else self._stale - {_POOL}:
+            self._hazards[row] = self._chained(row)
+        if self._has_pool:
+            self._hazards[:_POOL] = (accepted[:_POOL] + _POOL_WEIGHT * self._hazards[_POOL]) / (
+                reached[:_POOL] + _POOL_WEIGHT
+            )
+        self._stale.clear()
+        return self._hazards
+
+    def _chained(self, row: int) -> list[float]:
+        """Hazards of a row in which each position's prior comes from the one before it."""
+        prior, weight = self._priors[0 if self._has_pool else row], _PRIOR_WEIGHT
+        hazards: list[float] = []
+        for accepted, reached in zip(
+            self.evidence.accepted[row].tolist(), self.evidence.reached[row].tolist(), strict=True
+        ):
+            hazards.append((accepted + weight * prior) / (reached + weight))
+            prior, weight = _DEPTH_FACTOR * hazards[-1], _DEEP_WEIGHT
+        return hazards
+
+    def expected_tokens(self) -> Floats:
+        """[6, K + 1]; see ``AcceptanceModel``."""
+        return self._all_expected()[:_POOL]
+
+    def _all_expected(self) -> Floats:
+        if self._expected is None:
+            survival = self.hazards().cumprod(axis=1)
+            if self._is_silent:
+                survival[0] = 0.0
+            self._expected = np.ones((survival.shape[0], survival.shape[1] + 1))
+            self._expected[:, 1:] += survival.cumsum(axis=1)
+        return self._expected
+
+    def doubt(self, k: int) -> float:
+        """Standard deviation of what position k adds to a draft, as a share of its tokens."""
+        if not self._has_pool or k > self.evidence.reached.shape[1]:
+            return 0.0
+        hazards = self.hazards()[_POOL, :k].tolist()
+        survival, tokens = 1.0, 1.0
+        for hazard in hazards[:-1]:
+            survival *= hazard
+            tokens += survival
+        weight = float(self.evidence.reached[_POOL, k - 1]) + 1
+        return survival / tokens * math.sqrt(hazards[-1] * (1 - hazards[-1]) / weight)
+
+    def replace(self, evidence: Evidence, clock: float) -> None:
+        """Go on from other evidence, as other weights draft now."""
+        self.evidence = evidence
+        self._seen_at = [clock] * (NUM_BUCKETS + 1)
+        for cusum in self._cusums:
+            cusum.reset()
+        self._stale.update(range(NUM_BUCKETS + 1))
+        self._expected = None
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-ready: hazards and weights of every row with evidence."""
+        hazards = self.hazards()
+        return {
+            "all" if row == _POOL else str(row): {
+                "hazards": hazards[row].round(4).tolist(),
+                "rounds": self.evidence.reached[row].round(1).tolist(),
+                "shifts": self._cusums[row].num_shifts,
+            }
+            for row in range(NUM_BUCKETS + 1)
+            if self.evidence.reached[row, 0] > 0
+        }
+
+
+class AcceptanceModel:
+    """Conditional acceptance of every drafter, and the clock of decay."""
+
+    def __init__(
+        self,
+        half_life_rounds: float,
+        drafters: Mapping[str, DrafterTraits],
+        max_draft: int = MAX_DRAFT,
+    ) -> None:
         """
         Args:
             half_life_rounds: rounds after which an old observation counts half.
             drafters: traits by kind; no other kind may be observed or asked for.
+            max_draft: largest K ever observed or asked for.
 
         Raises:
             ValueError: a drafter has neither one prior nor one for each bucket.
         """
-        for kind, traits in drafters.items():
-            if len(traits.prior_acceptance) not in (1, NUM_BUCKETS):
-                raise ValueError(
-                    f"prior_acceptance of drafter {kind!r} must hold 1 or {NUM_BUCKETS} values, "
-                    f"got {len(traits.prior_acceptance)}"
-                )
-        self._half_life_rounds = half_life_rounds
-        self._drafters = drafters
-        self._evidence: dict[tuple[str, int], _Evidence] = {}
+        self._drafters = {
+            kind: DrafterAcceptance(kind, traits, half_life_rounds, max_draft)
+            for kind, traits in drafters.items()
+        }
         self._clock = 0.0
-        self._published: dict[str, list[float]] = {}
-        """Calibration of the weights in force, by drafter."""
 
     def tick(self, num_rounds: int) -> None:
         """Advance the clock by rounds that the engine did, with any drafter or none."""
         self._clock += num_rounds
 
-    def observe(
-        self,
-        drafter: str,
-        bucket: int,
-        outcomes: Sequence[tuple[int, int, int]],
-        batch: int,
-    ) -> None:
-        """Learn from rounds of one step.
+    def observe(self, drafter: str, step: Mapping[int, Outcomes], batch: int) -> None:
+        """Take in the rounds of one step, by bucket.
 
         Args:
-            outcomes: (num_verified, num_accepted, number of such rounds), num_verified >= 1.
             batch: requests of the step; sets the least half-life.
         """
-        evidence = self._of(drafter, bucket)
-        for part, floor in ((evidence.pool, _POOL_FLOOR), (evidence, _FLOOR_WEIGHT)):
-            if part is not None:
-                self._take_in(part, self._expected(drafter, bucket, part), outcomes, batch, floor)
-        if evidence.pool is not None:
-            self._forget_expected(drafter)
-
-    def _take_in(
-        self,
-        evidence: _Evidence,
-        expected: list[float],
-        outcomes: Sequence[tuple[int, int, int]],
-        batch: int,
-        floor: float,
-    ) -> None:
-        rounds = sum(count for _, _, count in outcomes)
-        idle = max(0.0, self._clock - evidence.seen_at - rounds)
-        half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
-        factor = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
-        surprise = sum((kept + 1 - expected[k]) * count for k, kept, count in outcomes)
-        evidence.rescale(factor, floor)
-        if evidence.notices_shift(surprise, rounds):
-            evidence.limit(_SHIFT_WEIGHT)
-        for num_verified, num_accepted, count in outcomes:
-            evidence.add(num_verified, num_accepted, count)
-        evidence.seen_at = self._clock
+        self._drafters[drafter].observe(step, batch, self._clock)
 
     def hazards(self, drafter: str, bucket: int) -> list[float]:
-        """c_1, c_2, ... c_16, each in [0, 1]."""
-        return self._of(drafter, bucket).hazards()
+        """c_1, c_2, ... c_K, each in [0, 1]."""
+        hazards: list[float] = self._drafters[drafter].hazards()[bucket].tolist()
+        return hazards
 
-    def expected_tokens(self, drafter: str, bucket: int) -> list[float]:
-        """Expected tokens of a round, the target's own included, at k = 0, 1, ... 16.
+    def expected_tokens(self, drafter: str) -> Floats:
+        """[6, K + 1] expected tokens of a round, the target's own included, by bucket at k = 0, 1,
+        ... K.
 
         All 1 in bucket 0 of a drafter that needs a match: it proposes nothing there.
         """
-        return self._expected(drafter, bucket, self._of(drafter, bucket))
+        return self._drafters[drafter].expected_tokens()
 
-    def _expected(self, drafter: str, bucket: int, evidence: _Evidence) -> list[float]:
-        if evidence.expected is None:
-            survival, total, expected = 1.0, 1.0, [1.0]
-            is_silent = bucket == 0 and self._drafters[drafter].needs_match
-            for hazard in evidence.hazards():
-                survival *= 0.0 if is_silent else hazard
-                total += survival
-                expected.append(total)
-            evidence.expected = expected
-        return evidence.expected
+    def doubt(self, drafter: str, k: int) -> float:
+        """Standard deviation of what position k adds to a drafter's rounds, as a share of the
+        tokens of k - 1; 0 for drafters whose buckets are independent."""
+        return self._drafters[drafter].doubt(k)
 
-    def on_swap(self, drafter: str, calibration: dict[str, Any]) -> None:
-        """Adapt a drafter's evidence to new weights.
+    def evidence(self, drafter: str) -> tuple[Evidence, Floats]:
+        """A drafter's counts, and a copy of its hazards, [7, K]."""
+        own = self._drafters[drafter]
+        return own.evidence, own.hazards().copy()
 
-        With the calibration of both the former and the new weights, live evidence moves by their
-        difference in log-odds, so that hard text stays hard. With the new one only, the calibration
-        replaces the evidence of a drafter with a pool. Otherwise the evidence becomes a weak
-        memory; the same holds without a pool, since a calibration does not tell buckets apart.
-        """
-        pool = self._of(drafter, _POOL) if self._has_pool(drafter) else None
-        old, new = self._published.pop(drafter, []), _valid_hazards(calibration.get("acceptance"))
-        own = [e for (name, _), e in self._evidence.items() if name == drafter]
-        if new:
-            self._published[drafter] = new
-        if new and old:
-            shifts = _shifts(old, new)
-            moved = [list(map(_moved, e.hazards(), shifts)) for e in own]  # before the pool moves
-            for evidence, hazards in zip(own, moved, strict=True):
-                weights = [min(reached, _CALIBRATION_WEIGHT) for reached in evidence.reached]
-                evidence.become(hazards, weights)
-        elif new and pool is not None:
-            for evidence in own:
-                evidence.become([0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT)
-            known = new[:MAX_DRAFT]
-            unknown = [0.0] * (MAX_DRAFT - len(known))
-            pool.become(known + unknown, [_CALIBRATION_WEIGHT] * len(known) + unknown)
-        else:
-            for evidence in own:
-                evidence.limit(_SWAP_WEIGHT)
-                evidence.above = evidence.below = 0.0
-        for evidence in own:
-            evidence.seen_at = self._clock
-        self._forget_expected(drafter)
-
-    def _forget_expected(self, drafter: str) -> None:
-        """Clear the caches of all buckets of a drafter whose pool changed."""
-        for (name, _), evidence in self._evidence.items():
-            if name == drafter:
-                evidence.expected = None
+    def replace(self, drafter: str, evidence: Evidence) -> None:
+        """Go on from other evidence, as other weights draft now."""
+        self._drafters[drafter].replace(evidence, self._clock)
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready: hazards and weights by ``drafter/bucket``."""
         return {
-            f"{drafter}/{'all' if bucket == _POOL else bucket}": {
-                "hazards": [round(value, 4) for value in evidence.hazards()],
-                "rounds": [round(value, 1) for value in evidence.reached],
-                "shifts": evidence.num_shifts,
-            }
-            for (drafter, bucket), evidence in sorted(self._evidence.items())
+            f"{kind}/{row}": figures
+            for kind, own in sorted(self._drafters.items())
+            for row, figures in own.figures().items()
         }
 
-    def _of(self, drafter: str, bucket: int) -> _Evidence:
-        evidence = self._evidence.get((drafter, bucket))
-        if evidence is None:
-            priors, pool = self._drafters[drafter].prior_acceptance, None
-            if self._has_pool(drafter) and bucket != _POOL:
-                pool = self._of(drafter, _POOL)
-            first = priors[0] if self._has_pool(drafter) else priors[bucket]
-            evidence = _Evidence(first, seen_at=self._clock, pool=pool)
-            self._evidence[drafter, bucket] = evidence
-        return evidence
 
-    def _has_pool(self, drafter: str) -> bool:
-        return len(self._drafters[drafter].prior_acceptance) == 1
-
-
-def _shifts(old: Sequence[float], new: Sequence[float]) -> list[float]:
-    """Difference in log-odds at every position; the last known one also holds for all beyond."""
-    known = [_log_odds(b) - _log_odds(a) for a, b in zip(old, new, strict=False)][:MAX_DRAFT]
-    return known + known[-1:] * (MAX_DRAFT - len(known))
-
-
-def _moved(hazard: float, shift: float) -> float:
-    return 1 / (1 + math.exp(-_log_odds(hazard) - shift))
-
-
-def _log_odds(hazard: float) -> float:
-    inside = min(max(hazard, 1e-3), 1 - 1e-3)
-    return math.log(inside / (1 - inside))
-
-
-def _valid_hazards(value: Any) -> list[float]:
-    """The published figures, or nothing if they are not a list of probabilities."""
-    if not isinstance(value, list | tuple):
-        return []
-    is_valid = all(isinstance(c, int | float) and 0 <= c <= 1 for c in value)
-    return [float(c) for c in value] if is_valid else []
+def _counts(outcomes: Outcomes, max_draft: int) -> list[list[int]]:
+    """Rounds that reached each position, and those that accepted it."""
+    reached, accepted = [0] * max_draft, [0] * max_draft
+    for (num_verified, num_accepted), count in outcomes.items():
+        for j in range(num_accepted):
+            reached[j] += count
+            accepted[j] += count
+        if num_accepted < num_verified:
+            reached[num_accepted] += count
+    return [reached, accepted]

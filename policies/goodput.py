@@ -1,105 +1,73 @@
 """The default policy: the arm with the most expected tokens per second, plain decoding included.
 
-Arms are plain decoding and every (drafter, K). Acceptance, which does not depend on hardware, and
-step time, which does not depend on weights, are learned separately and combined when a step is
-planned.
+Arms are plain decoding and every (drafter, K). What a step brings and what it takes are learned
+apart and combined when it is planned: acceptance does not depend on the machine (``acceptance``,
+``versions``), step time does not depend on weights (``step_time``, ``switching``). ``choice``
+compares the arms and prices changes between them, ``probes`` pays for exploring.
 
-Inspecting the batch takes time that plain decoding does not need, so it is charged to the arms that
-draft. While plain decoding is the best arm and inspection is expensive, the policy rests.
-
-Exploration keeps the estimates of idle arms current. A probe is charged its predicted loss against
-the best arm, and afterwards whatever it took beyond the prediction, catching up included. Probes
-are paid from an account that grows by 0.8 % of the time spent: exploration costs less than 1 %
-however bad a drafter is, and an expensive probe is postponed, never dropped.
-
-``plan`` takes 90 to 110 us at batch 1 to 4 and 190 us at batch 64 (medians of thread time, CPython
-3.11, one of two cores under a load of 5; two drafters, K up to 8).
+Inspecting the batch takes time that plain decoding does not need. Where plain decoding is the base
+and inspection finds less than it costs, the policy rests between inspections.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel, match_bucket
-from policies.cost import CostModel
+from policies.choice import Choice, Chooser
 from policies.fixed import PLAIN
+from policies.forecast import PLAIN_ARM, Forecast, Forecaster
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
+from policies.probes import Explorer, Stretch
+from policies.step_time import StepTimes
+from policies.switching import SwitchCosts
+from policies.versions import VersionMemory
 
-_HYSTERESIS = 1.01
-"""Ratio of predicted speeds that another arm must exceed to replace the last one."""
-_EXPLORE_BUDGET = 0.008
-"""Share of the time that probes may lose."""
-_ACCOUNT_STEPS = 8.0
-"""Largest balance of the account, in steps of the best arm."""
-_MOST_EXCESS = 25.0
-"""Largest charge of a probe beyond its prediction, relative to it; more is a hiccup."""
-_PROBE_WEIGHTS = {"deeper": 2.0, "deepest": 1.0, "idle": 2.0, "plain": 0.5}
-"""Weights with which one of the affordable probes is drawn."""
-_FLOOR_WINDOW = 32
-"""Drafting steps over which measured speed is compared with plain decoding."""
-_FIRST_PAUSE, _LAST_PAUSE = 64, 4096
-"""Steps of plain decoding after a window below the floor, doubled for each further one in a row."""
-_EXPENSIVE = 0.2
-"""Share of a plain step above which inspecting the batch is expensive. Below it, missing a chance
-to draft costs more."""
-_INSPECTION_BUDGET = 0.03
-"""Share of the time that expensive inspections may take while plain decoding is the best arm."""
-_PLAN_GAIN = 0.05
-"""Gain of the moving average of that share."""
-
-_Arm = tuple[str, int]
+_REST_SHARE = 0.01
+"""Share of the time that inspections may take while they find less than they cost."""
+_REST_GAIN = 0.05
+"""Gain of the moving averages of what inspecting costs and finds."""
+_MOST_REST = 64
 
 
-class _Forecast(NamedTuple):
-    """The prediction for one arm of one step.
+class _Planned(NamedTuple):
+    """A step until it is observed."""
 
-    A named tuple, because a plan makes 17 of them and a dataclass takes three times as long.
-    """
-
-    tokens: float
-    """Expected tokens over the batch."""
+    decision: Decision
     seconds: float
-    speed: float
-    """Tokens per second."""
+    """Predicted, catching up included."""
+    catches_up: bool
+    pending_rows: Mapping[str, int]
 
 
-class _Floor:
-    """Pauses drafting when it is measured to be slower than plain decoding is predicted to be."""
+class _Rest:
+    """Leaves out inspections that do not pay."""
 
     def __init__(self) -> None:
-        self._window: deque[tuple[int, float, float]] = deque()
-        self._pause = _FIRST_PAUSE
-        self.pause_left = 0
-        self.num_falls = 0
+        self._cost = 0.0
+        """Mean time of an inspection, as a share of a plain step."""
+        self._find = 1.0
+        """Mean time that an inspection saves beyond what the base takes, likewise."""
+        self.left = 0
+        self.num_since = 1
+        """Steps since the last inspection."""
 
-    def observe(self, tokens: int, step_s: float, plain_s: float) -> None:
-        """Take in a drafting step.
+    def note_cost(self, share: float) -> None:
+        self._cost += _REST_GAIN * (share - self._cost)
 
-        Args:
-            tokens: tokens committed over the batch.
-            step_s: measured seconds of the step.
-            plain_s: predicted seconds of plain decoding for the same tokens.
-        """
-        self._window.append((tokens, step_s, plain_s))
-        if len(self._window) < _FLOOR_WINDOW:
-            return
-        is_slower = sum(s for _, s, _ in self._window) > sum(s for _, _, s in self._window)
-        self._window.clear()
-        if is_slower:
-            self.pause_left, self._pause = self._pause, min(2 * self._pause, _LAST_PAUSE)
-            self.num_falls += 1
-        else:
-            self._pause = _FIRST_PAUSE
+    def note_find(self, share: float, is_plain_base: bool) -> None:
+        """Take in one inspection; without the base of plain decoding there is no rest."""
+        self._find += _REST_GAIN * (share - self._find)
+        self.num_since = 1
+        if is_plain_base and self._find < self._cost:
+            self.left = min(math.ceil(self._cost / _REST_SHARE), _MOST_REST)
 
     def reset(self) -> None:
-        """Start over after a swap: what was slow may be fast with other weights."""
-        self._window.clear()
-        self._pause, self.pause_left = _FIRST_PAUSE, 0
+        self._find, self.left = 1.0, 0
 
 
 class GoodputPolicy:
@@ -117,28 +85,30 @@ class GoodputPolicy:
     ) -> None:
         """
         Args:
-            explore: share of steps that try another arm, as far as the account allows.
+            explore: share of steps that try another arm once figures are known, as far as the
+                account allows.
             half_life_rounds: rounds after which an old observation counts half.
-            margin: predicted speed relative to plain decoding that an arm must reach.
+            margin: predicted speed relative to plain decoding that drafting needs.
 
         Raises:
             ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
         """
-        self._explore = explore
-        self._margin = margin
-        self._drafters = context.drafters
-        self._acceptance = AcceptanceModel(half_life_rounds, context.drafters)
-        self._cost = CostModel(context.max_draft, context.drafters)
-        self._rng = random.Random(context.seed)
-        self._floor = _Floor()
+        drafters = context.drafters
+        self._neural = {kind for kind, traits in drafters.items() if traits.is_neural}
         self._max_draft = context.max_draft
-        self._arm: _Arm = ("none", 0)
-        self._last_drafter = "none"
-        self._account_s = 0.0
-        self._probes_s: deque[float] = deque()
-        """Predicted seconds of the probes whose steps are yet to be observed."""
-        self._plan_share = 0.0
-        self._rest_left = 0
+        self._acceptance = AcceptanceModel(half_life_rounds, drafters, context.max_draft)
+        self._versions = VersionMemory(self._acceptance, drafters)
+        self._times = StepTimes(context.max_draft, drafters)
+        self._switches = SwitchCosts(self._neural)
+        self._forecaster = Forecaster(self._acceptance, self._times, drafters)
+        self._chooser = Chooser(margin)
+        self._explorer = Explorer(explore, context.seed, self._neural)
+        self._rest = _Rest()
+        self._stretch: Stretch | None = None
+        self._planned = self._observed = "none"
+        """Drafters of the last step planned and of the last one observed."""
+        self._awaited: deque[_Planned] = deque(maxlen=8)
+        """Steps planned and not observed yet."""
         self._decisions: Counter[str] = Counter()
 
     @classmethod
@@ -152,179 +122,144 @@ class GoodputPolicy:
         )
 
     def calibrate(self, samples: Sequence[CostSample]) -> None:
-        """Start the cost model from step times measured at start-up."""
-        self._cost.calibrate(samples)
+        """Start the step times from those measured at start-up."""
+        self._times.calibrate(samples)
 
     def rest(self) -> Decision | None:
-        """Plain decoding during a pause, and for some steps after an expensive inspection that
-        found nothing better."""
-        reason = "floor" if self._floor.pause_left else "rest"
-        if self._floor.pause_left:
-            self._floor.pause_left -= 1
-        elif self._rest_left:
-            self._rest_left -= 1
-        else:
+        """Plain decoding for some steps after inspections that found less than they cost."""
+        if not self._rest.left:
             return None
-        self._decisions[reason] += 1
-        return Decision("none", 0, 1.0, explore=False, reason=reason)
+        self._rest.left -= 1
+        self._rest.num_since += 1
+        self._planned = "none"
+        self._decisions["rest"] += 1
+        return Decision("none", 0, 1.0, explore=False, reason="rest")
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
         decision = self._decide(obs)
-        if decision.reason == "plain" and self._plan_share > _EXPENSIVE:
-            self._rest_left = math.ceil(self._plan_share / _INSPECTION_BUDGET)
+        self._planned = decision.drafter
         self._decisions[decision.reason] += 1
         return decision
 
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill."""
-        decision, batch = outcome.decision, outcome.batch
-        self._acceptance.tick(batch)
-        if decision.reason == "probe" and self._probes_s:
-            predicted_s = self._probes_s.popleft()
-            if not outcome.has_prefill:
-                excess_s = min(outcome.step_s - predicted_s, _MOST_EXCESS * predicted_s)
-                self._account_s -= max(0.0, excess_s)
-        if decision.draft_k:
+        self._acceptance.tick(outcome.batch)
+        planned = self._take_awaited(outcome.decision)
+        if outcome.decision.draft_k:
             self._observe_rows(outcome)
-        if not outcome.has_prefill and outcome.step_s > 0:
-            self._observe_time(outcome)
-        self._last_drafter = decision.drafter
+        if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
+            self._observe_time(outcome, planned.pending_rows if planned else {})
+            self._explorer.earn(outcome.step_s, self._times.plain_s(outcome.batch))
+            if planned and planned.catches_up and planned.decision.explore:
+                self._explorer.settle(outcome.step_s, planned.seconds)
+        self._observed = outcome.decision.drafter
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
-        """Forget or re-seed this drafter's acceptance; that of the others is untouched."""
-        self._acceptance.on_swap(drafter, calibration)
-        self._rest_left = 0
-        self._probes_s.clear()  # a step that a swap overtakes is never observed
-        self._floor.reset()
+        """Start from what is known of this drafter's version; that of others is untouched."""
+        self._versions.on_swap(drafter, version, calibration)
+        self._rest.reset()
+        self._stretch = None
+        self._awaited.clear()  # a step that a swap overtakes is never observed
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""
         return {
             "kind": "goodput",
-            "arm": {"drafter": self._arm[0], "draft_k": self._arm[1]},
+            "base": self._chooser.base,
             "decisions": dict(self._decisions),
-            "floor": {"falls": self._floor.num_falls, "pause_left": self._floor.pause_left},
             "acceptance": self._acceptance.figures(),
-            "cost": self._cost.figures(),
+            "versions": self._versions.figures(),
+            "step_time": self._times.figures(),
+            "catch_up": self._switches.figures(),
         }
 
     def _decide(self, obs: StepObs) -> Decision:
         max_k = min(obs.max_draft, self._max_draft, max(obs.caps))
-        if max_k == 0 or not obs.drafters:
+        if max_k == 0 or not obs.drafters or not self._times.is_known:
             return PLAIN
-        if not self._cost.knows_plain(obs.batch):
-            return PLAIN
-        if self._cost.plain_is_stale:
-            return Decision("none", 0, 1.0, explore=True, reason="refresh")
-        arms = self._forecast(obs, max_k)
-        self._arm = best = self._best(arms)
-        probes = self._affordable(best, arms, max_k) if self._explore else {}
-        if not probes:
-            return _decision(best, 1.0)
-        if self._rng.random() >= self._explore:
-            return _decision(best, 1 - self._explore)
-        probe = self._rng.choices(list(probes), weights=list(probes.values()))[0]
-        self._account_s -= _loss_s(arms[probe], arms[best])
-        self._probes_s.append(arms[probe].seconds)
-        share = probes[probe] / sum(probes.values())
-        return Decision(*probe, self._explore * share, explore=True, reason="probe")
-
-    def _forecast(self, obs: StepObs, max_k: int) -> dict[_Arm, _Forecast]:
-        """Predictions for every arm of this step."""
-        batch = obs.batch
-        plain_s = self._cost.step_s("none", 0, batch)
-        arms: dict[_Arm, _Forecast] = {("none", 0): _Forecast(batch, plain_s, batch / plain_s)}
-        for drafter in obs.drafters:
-            if self._drafters[drafter].needs_match and not any(obs.matches or ()):
-                continue
-            times = self._cost.arm_times(drafter, batch)
-            late_s = self._cost.catch_up_s(drafter, obs.pending_rows.get(drafter, 0), batch)
-            tokens = self._expected_tokens(drafter, obs, max_k)
-            for k in range(1, max_k + 1):
-                seconds = times[k] + late_s
-                arms[drafter, k] = _Forecast(tokens[k], seconds, tokens[k] / seconds)
-        return arms
-
-    def _expected_tokens(self, drafter: str, obs: StepObs, max_k: int) -> list[float]:
-        """Expected tokens over the batch at k = 0, 1, ... max_k, each row limited to its cap."""
-        matches = obs.matches if obs.matches is not None else (0,) * len(obs.caps)
-        rows = Counter(zip(map(match_bucket, matches), obs.caps, strict=True))
-        totals = [0.0] * (max_k + 1)
-        for (bucket, cap), count in rows.items():
-            expected = self._acceptance.expected_tokens(drafter, bucket)
-            for k in range(min(cap, max_k) + 1):
-                totals[k] += count * expected[k]
-            for k in range(cap + 1, max_k + 1):
-                totals[k] += count * expected[cap]
-        return totals
-
-    def _best(self, arms: dict[_Arm, _Forecast]) -> _Arm:
-        plain: _Arm = ("none", 0)
-        wanted = self._margin * arms[plain].speed
-        eligible = {arm: f.speed for arm, f in arms.items() if arm != plain and f.speed >= wanted}
-        if not eligible:
-            return plain
-        best = max(eligible, key=eligible.__getitem__)
-        last = eligible.get(self._arm)
-        return self._arm if last is not None and last * _HYSTERESIS >= eligible[best] else best
-
-    def _affordable(self, best: _Arm, arms: dict[_Arm, _Forecast], max_k: int) -> dict[_Arm, float]:
-        """Weights of the probes that the account can pay for now."""
-        best_s = arms[best].seconds
-        limit_s = _ACCOUNT_STEPS * best_s
-        self._account_s = min(self._account_s + _EXPLORE_BUDGET * best_s, limit_s)
-        probes: dict[_Arm, float] = {}
-        drafter, k = best
-        if drafter != "none":
-            probes["none", 0] = _PROBE_WEIGHTS["plain"]
-            probes[drafter, max_k] = _PROBE_WEIGHTS["deepest"]
-            probes[drafter, min(k + 2, max_k)] = _PROBE_WEIGHTS["deeper"] / 2
-            probes[drafter, min(k + 1, max_k)] = _PROBE_WEIGHTS["deeper"]
-        for idle in {arm[0] for arm in arms} - {"none", drafter}:
-            _, fastest = max((arms[idle, k].speed, k) for k in range(1, max_k + 1))
-            probes[idle, fastest] = _PROBE_WEIGHTS["idle"]
-        probes.pop(best, None)
-        return {
-            arm: weight
-            for arm, weight in sorted(probes.items())
-            if _loss_s(arms[arm], arms[best]) <= self._account_s
+        seen = self._forecaster.forecast(obs, max_k)
+        catch_up_s = {
+            kind: self._switches.seconds(
+                kind, obs.pending_rows.get(kind, 0), obs.batch, seen.plain_s
+            )
+            for kind in seen.seconds
+            if kind in self._neural
         }
+        choice = self._chooser.choose(seen, self._planned, catch_up_s)
+        if choice.arm[0] in self._neural or choice.arm == PLAIN_ARM:
+            self._forecaster.note_mix(seen)
+        decision = self._decision(seen, choice)
+        seconds = seen.arm((decision.drafter, decision.draft_k))[1]
+        catches_up = decision.drafter in self._neural and decision.drafter != self._planned
+        if catches_up:
+            seconds += catch_up_s[decision.drafter]
+        self._awaited.append(_Planned(decision, seconds, catches_up, obs.pending_rows))
+        return decision
+
+    def _decision(self, seen: Forecast, choice: Choice) -> Decision:
+        """The best arm, or a step of a stretch."""
+        stretch, propensity = self._next_stretch(seen, choice)
+        if stretch is not None:
+            if stretch.num_steps > 1:
+                self._stretch = stretch._replace(num_steps=stretch.num_steps - 1)
+            return Decision(*stretch.arm, propensity, explore=True, reason="probe")
+        found_s = choice.loss_s(PLAIN_ARM)
+        self._rest.note_find(found_s / seen.plain_s, choice.base == "none")
+        reason = "goodput" if choice.arm[1] else "plain"
+        return Decision(*choice.arm, propensity, explore=False, reason=reason)
+
+    def _next_stretch(self, seen: Forecast, choice: Choice) -> tuple[Stretch | None, float]:
+        """The stretch under way or one that begins now, and the probability of what is returned."""
+        left, self._stretch = self._stretch, None
+        left = self._explorer.check_plain(choice, self._times.num_changes) or left
+        if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
+            return left, 1.0
+        stretch, nothing = self._explorer.draw(
+            seen, choice, self._doubt(seen, choice), self._rest.num_since
+        )
+        return (stretch, stretch.propensity) if stretch else (None, nothing)
+
+    def _doubt(self, seen: Forecast, choice: Choice) -> float:
+        """How uncertain the best drafting arm is: its time relative to a plain step, or what one
+        more position would add."""
+        drafter, k = choice.arm
+        if not k:
+            drafting = (arm for arm in choice.values if arm[1])
+            drafter, k = max(drafting, key=choice.values.__getitem__, default=PLAIN_ARM)
+        if not k:
+            return 0.0
+        of_tokens = self._acceptance.doubt(drafter, min(k + 1, seen.max_k))
+        return max(of_tokens, self._times.doubt(drafter, k, seen.batch))
+
+    def _take_awaited(self, decision: Decision) -> _Planned | None:
+        """What was predicted for a step, if it was planned; older ones were never observed."""
+        while self._awaited:
+            planned = self._awaited.popleft()
+            if planned.decision is decision:
+                return planned
+        return None
 
     def _observe_rows(self, outcome: Outcome) -> None:
-        drafter = outcome.decision.drafter
-        seen: dict[int, Counter[tuple[int, int]]] = {}
-        for row in outcome.rows:
-            if row.num_verified:
-                counts = seen.setdefault(match_bucket(row.match), Counter())
-                counts[row.num_verified, row.num_accepted] += 1
-        for bucket, counts in seen.items():
-            outcomes = [(verified, kept, count) for (verified, kept), count in counts.items()]
-            self._acceptance.observe(drafter, bucket, outcomes, outcome.batch)
+        seen: dict[int, dict[tuple[int, int], int]] = {}
+        rows = Counter((r.match, r.num_verified, r.num_accepted) for r in outcome.rows)
+        for (match, num_verified, num_accepted), count in rows.items():
+            if num_verified:
+                counts, key = seen.setdefault(match_bucket(match), {}), (num_verified, num_accepted)
+                counts[key] = counts.get(key, 0) + count
+        if seen:
+            self._acceptance.observe(outcome.decision.drafter, seen, outcome.batch)
 
-    def _observe_time(self, outcome: Outcome) -> None:
-        decision, batch = outcome.decision, outcome.batch
-        k = min(decision.draft_k, self._max_draft)
+    def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
+        (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
+        plain_s = self._times.plain_s(batch)
         if outcome.plan_s:
-            share = outcome.plan_s / self._cost.step_s("none", 0, batch)
-            self._plan_share += _PLAN_GAIN * (share - self._plan_share)
-        traits = self._drafters.get(decision.drafter)
-        may_catch_up = traits is not None and traits.is_neural
-        caught_up = not may_catch_up or decision.drafter == self._last_drafter
-        predicted_s = self._cost.step_s(decision.drafter, k, batch)
-        self._cost.observe(
-            decision.drafter, k, batch, outcome.step_s, outcome.draft_s if caught_up else None
-        )
-        if k and not decision.explore and outcome.step_s < 5 * predicted_s:
-            tokens = batch + sum(row.num_accepted for row in outcome.rows)
-            plain_s = self._cost.least_plain_s(batch) * tokens / batch
-            self._floor.observe(tokens, outcome.step_s, plain_s)
-
-
-def _decision(arm: _Arm, propensity: float) -> Decision:
-    return Decision(*arm, propensity, explore=False, reason="goodput" if arm[1] else "plain")
-
-
-def _loss_s(arm: _Forecast, best: _Forecast) -> float:
-    """Seconds that an arm is predicted to lose against the best one for the same tokens."""
-    return max(0.0, arm.seconds - arm.tokens / best.speed)
+            self._rest.note_cost(outcome.plan_s / plain_s)
+        if drafter in self._neural and drafter != self._observed:
+            usual_s = self._times.arm_times(drafter, batch)[k - 1]
+            pending = pending_rows.get(drafter, 0)
+            self._switches.observe(drafter, outcome.step_s - usual_s, pending, batch, plain_s)
+            return
+        if k and drafter not in self._neural:
+            k = max((row.num_verified for row in outcome.rows), default=k)
+        self._times.observe(drafter, k, batch, outcome.step_s - (0.0 if k else outcome.plan_s))

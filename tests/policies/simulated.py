@@ -1,12 +1,31 @@
-"""A simulated engine with known acceptance and step times, so that the best arm is known too."""
+"""A simulated engine with known acceptance and step times, so that the best arm is known too.
+
+Step times scatter and have tails, start-up profiles may be wrong, requests may be of unequal
+difficulty, a neural drafter must catch up after steps without it, and rounds beside prompts are not
+timed. The policy sees drawn tokens and such times; speeds are made of expected tokens and expected
+seconds of the arms that it chose, so that short runs compare closely.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from math import exp, log
+from operator import mul
+from typing import Any
 
-from policies.interface import CostSample, Decision, Outcome, PolicyContext, RowOutcome, StepObs
+from policies.interface import (
+    CostSample,
+    Decision,
+    DraftPolicy,
+    Outcome,
+    PolicyContext,
+    RowOutcome,
+    StepObs,
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +43,42 @@ INDEX = Traits(False, True, (0.0, 0.35, 0.45, 0.55, 0.7, 0.8), 0.005)
 DRAFTERS = {"eagle3": NEURAL, "suffix": INDEX}
 
 
-def context(drafters=DRAFTERS, max_draft=8, seed=0):
+def context(
+    drafters: Mapping[str, Traits] = DRAFTERS, max_draft: int = 8, seed: int = 0
+) -> PolicyContext:
     return PolicyContext(drafters=drafters, max_draft=max_draft, seed=seed)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows whose longest match has one length."""
+
+    share: float
+    """Share of rows in a step."""
+    suffix: float
+    """Acceptance of the index at every position."""
+    shift: float = 0.0
+    """Added to the log-odds of a neural drafter's acceptance."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How step times vary."""
+
+    scatter: float = 0.03
+    """Standard deviation of the logarithm; the mean is kept."""
+    late_share: float = 0.002
+    late_s: float = 0.02
+    """Steps that are late by up to this many seconds, evenly spread."""
+
+    @property
+    def mean_late_s(self) -> float:
+        return self.late_share * self.late_s / 2
+
+    def draw(self, seconds: float, rng: random.Random) -> float:
+        factor = rng.lognormvariate(-(self.scatter**2) / 2, self.scatter)
+        late = rng.random() * self.late_s if rng.random() < self.late_share else 0.0
+        return seconds * factor + late
 
 
 @dataclass(frozen=True)
@@ -37,10 +90,15 @@ class World:
     """Conditional acceptance of the neural drafter at position 1, 2, ..."""
     suffix: float = 0.8
     """Acceptance of the index at every position of a row with a match."""
-    others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Conditional acceptance of further neural drafters, by kind."""
     match_share: float = 0.0
     """Share of rows that have a match (of 6 tokens) in a step."""
+    rows: Mapping[int, Rows] = field(default_factory=dict)
+    """Rows by match length, in place of ``suffix`` and ``match_share``; the rest has no match."""
+    others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Conditional acceptance of further neural drafters, by kind."""
+    difficulties: tuple[float, ...] = (0.0,)
+    """Added to the log-odds of acceptance, one drawn for each request."""
+    request_tokens: int = 100
     plain_s: float = 0.010
     verify_per_token_s: float = 0.0003
     """Seconds for each draft token and row."""
@@ -51,30 +109,81 @@ class World:
     cold_s: float = 0.0
     """Seconds a neural drafter needs to catch up after a step without it; not in the profile."""
     slowdown: float = 1.0
-    noise: float = 0.03
+    noise: Noise = Noise()
+    untimed_share: float = 0.0
+    """Share of steps beside prompts, whose times mean nothing."""
     max_draft: int = 8
+    has_index: bool = True
 
     @property
-    def drafters(self):
-        return ("eagle3", "suffix", *self.others)
+    def drafters(self) -> tuple[str, ...]:
+        return ("eagle3", *(("suffix",) if self.has_index else ()), *self.others)
 
-    def hazard(self, drafter, position):
-        """Acceptance of a draft token whose predecessors were accepted; positions count from 0."""
-        if drafter == "suffix":
-            return self.suffix
-        return {"eagle3": self.eagle, **self.others}[drafter][position]
+    @property
+    def neural(self) -> Mapping[str, tuple[float, ...]]:
+        return {"eagle3": self.eagle, **self.others}
 
-    def seconds(self, drafter, k):
-        """(step, draft) without noise."""
-        draft = {"suffix": 0.00002 * k, "none": 0.0}.get(drafter, self.draft_s * k)
+    @cached_property
+    def kinds_of_rows(self) -> Mapping[int, Rows]:
+        """All rows by match length, those without a match included."""
+        known = dict(self.rows) or {6: Rows(self.match_share, self.suffix)}
+        return {0: Rows(1 - sum(rows.share for rows in known.values()), 0.0), **known}
+
+    def matches(self, rng: random.Random) -> tuple[int, ...]:
+        lengths = list(self.kinds_of_rows)
+        if len(lengths) == 1 or not self.has_index:
+            return (0,) * self.batch
+        shares = [rows.share for rows in self.kinds_of_rows.values()]
+        return tuple(rng.choices(lengths, shares, k=self.batch))
+
+    def hazards(self, drafter: str, match: int, difficulty: float) -> tuple[float, ...]:
+        """Acceptance of each draft token whose predecessors were accepted."""
+        key = (drafter, match, difficulty)
+        found = self._hazards.get(key)
+        if found is None:
+            rows = self.kinds_of_rows[match]
+            if drafter == "suffix":
+                found = (_moved(rows.suffix, difficulty),) * self.max_draft if match else ()
+            else:
+                found = tuple(_moved(c, difficulty + rows.shift) for c in self.neural[drafter])
+            self._hazards[key] = found
+        return found
+
+    @cached_property
+    def _hazards(self) -> dict[tuple[str, int, float], tuple[float, ...]]:
+        return {}
+
+    def expected(self, drafter: str, match: int, difficulty: float, k: int) -> float:
+        """Expected tokens of one row."""
+        key = (drafter, match, difficulty)
+        found = self._expected.get(key)
+        if found is None:
+            survivals = accumulate(self.hazards(*key), mul)
+            found = self._expected[key] = list(accumulate(survivals, initial=1.0))
+        return found[min(k, len(found) - 1)]
+
+    @cached_property
+    def _expected(self) -> dict[tuple[str, int, float], list[float]]:
+        return {}
+
+    def seconds(self, drafter: str, k: int) -> tuple[float, float]:
+        """(step, draft), late steps aside."""
+        draft = self.draft_s * k if drafter in self.neural else 0.00002 * k * (drafter != "none")
         step = self.plain_s + self.verify_per_token_s * k * self.batch + draft
         return self.slowdown * step, self.slowdown * draft
 
-    def profile(self):
-        """The samples that a server takes at start-up."""
-        arms = [("none", 0)] + [(d, k) for d in self.drafters for k in (1, 2, 4, 8)]
+    def profile(self, scale: float = 1.0, draft: float = 1.0, slope: float = 1.0):
+        """The samples that a server takes at start-up, wrong by these factors: on all times, on
+        drafting, and on verification of each token."""
+        arms = [("none", 0)] + [(d, k) for d in self.neural for k in (1, 2, 4, 8)]
+        wrong = replace(
+            self,
+            slowdown=scale,
+            draft_s=self.draft_s * draft,
+            verify_per_token_s=self.verify_per_token_s * slope,
+        )
         return [
-            CostSample(d, k, batch, *replace(self, batch=batch, slowdown=1.0).seconds(d, k))
+            CostSample(d, k, batch, *replace(wrong, batch=batch).seconds(d, k))
             for d, k in arms
             for batch in (1, 4, 16, 64)
         ]
@@ -86,87 +195,180 @@ class Totals:
     seconds: float = 0.0
 
     @property
-    def speed(self):
+    def speed(self) -> float:
         return self.tokens / self.seconds
 
 
-def run(policy, world, *, steps, seed, start=0, on_step=None):
-    """Decode ``steps`` steps; returns expected tokens and noiseless seconds of the chosen arms, so
-    that runs compare closely. The policy itself sees drawn tokens and noisy times."""
-    rng = random.Random(seed)
-    totals = Totals()
-    last_drafter = "none"
-    for step in range(start, start + steps):
-        matches = tuple(6 * (rng.random() < world.match_share) for _ in range(world.batch))
-        decision, plan_s = policy.rest(), 0.0
+class Simulation:
+    """One server: a policy, and requests that outlast changes of the world."""
+
+    def __init__(self, policy: DraftPolicy, seed: int) -> None:
+        self.policy = policy
+        self.version = 0
+        self._rng = random.Random(seed)
+        self._step = 0
+        self._last_drafter = "none"
+        self._missing: list[int] = []
+        """Rows of each request that the neural drafters lack."""
+        self._left: list[int] = []
+        self._difficulty: list[float] = []
+
+    def swap(self, version: int, calibration: dict[str, Any]) -> None:
+        """Other weights; the world's acceptance must be changed to match."""
+        self.version = version
+        self.policy.on_swap("eagle3", version, calibration)
+
+    def run(
+        self,
+        world: World,
+        steps: int,
+        on_step: Callable[[Decision, Sequence[RowOutcome]], object] | None = None,
+    ) -> Totals:
+        """Decode; returns expected tokens and seconds of the chosen arms."""
+        totals = Totals()
+        for _ in range(steps):
+            decision, rows, tokens, seconds = self._decode(world)
+            totals.tokens += tokens
+            totals.seconds += seconds
+            if on_step:
+                on_step(decision, rows)
+        return totals
+
+    def _decode(self, world: World) -> tuple[Decision, tuple[RowOutcome, ...], float, float]:
+        rng = self._rng
+        self._admit(world)
+        matches = world.matches(rng)
+        decision, plan_s = self.policy.rest(), 0.0
         if decision is None:
             plan_s = world.plan_s
-            decision = policy.plan(
-                StepObs(
-                    step=step,
-                    batch=world.batch,
-                    caps=(world.max_draft,) * world.batch,
-                    matches=matches,
-                    drafters=world.drafters,
-                    max_draft=world.max_draft,
-                    version=0,
-                )
+            decision = self.policy.plan(self._seen(world, matches))
+        drafter, k = decision.drafter, decision.draft_k
+        rows = tuple(
+            draw(world.hazards(drafter, match, hard)[:k] if k else (), match, rng)
+            for match, hard in zip(matches, self._difficulty, strict=True)
+        )
+        tokens = float(world.batch)
+        if k:
+            tokens = sum(
+                world.expected(drafter, match, hard, k)
+                for match, hard in zip(matches, self._difficulty, strict=True)
             )
-        rows = tuple(draw(decision, match, world, rng) for match in matches)
-        step_s, draft_s = world.seconds(decision.drafter, decision.draft_k)
+        step_s, draft_s = world.seconds(drafter, k)
         step_s += plan_s
-        if decision.drafter not in ("none", "suffix", last_drafter):
+        if drafter in world.neural and drafter != self._last_drafter:
             step_s += world.cold_s
-        last_drafter = decision.drafter
-        noise = rng.lognormvariate(0, world.noise) * (20 if rng.random() < 0.002 else 1)
-        policy.observe(
+        measured_s = world.noise.draw(step_s, rng)
+        untimed = rng.random() < world.untimed_share
+        self.policy.observe(
             Outcome(
                 decision,
                 world.batch,
                 rows,
-                step_s * noise,
-                (draft_s + plan_s) * noise,
-                False,
-                0,
-                plan_s=plan_s * noise,
+                measured_s * (3 if untimed else 1),
+                (draft_s + plan_s) * measured_s / step_s,
+                untimed,
+                self.version,
+                plan_s=plan_s * measured_s / step_s,
             )
         )
-        totals.tokens += sum(expected_tokens(decision, match, world) for match in matches)
-        totals.seconds += step_s
-        if on_step:
-            on_step(decision, rows)
-    return totals
+        self._left = [
+            left - 1 - row.num_accepted for left, row in zip(self._left, rows, strict=True)
+        ]
+        self._missing = [
+            0 if drafter in world.neural else missing + 1 + row.num_accepted
+            for missing, row in zip(self._missing, rows, strict=True)
+        ]
+        self._last_drafter = drafter
+        self._step += 1
+        return decision, rows, tokens, step_s + world.noise.mean_late_s
+
+    def _admit(self, world: World) -> None:
+        """Replace requests that have ended, so that the batch is full."""
+        del self._left[world.batch :], self._difficulty[world.batch :]
+        del self._missing[world.batch :]
+        for r in range(world.batch):
+            if r == len(self._left):
+                self._left.append(0)
+                self._difficulty.append(0.0)
+                self._missing.append(0)
+            if self._left[r] <= 0:
+                self._left[r] = self._rng.randint(1, 2 * world.request_tokens)
+                self._difficulty[r] = self._rng.choice(world.difficulties)
+                self._missing[r] = 0
+
+    def _seen(self, world: World, matches: tuple[int, ...]) -> StepObs:
+        return StepObs(
+            step=self._step,
+            batch=world.batch,
+            caps=(world.max_draft,) * world.batch,
+            matches=matches if world.has_index else None,
+            drafters=world.drafters,
+            max_draft=world.max_draft,
+            version=self.version,
+            pending_rows=dict.fromkeys(world.neural, sum(self._missing)),
+        )
 
 
-def draw(decision: Decision, match: int, world: World, rng: random.Random) -> RowOutcome:
-    k = decision.draft_k if decision.drafter != "suffix" or match else 0
+def run(policy, world, *, steps, seed, on_step=None):
+    """Decode ``steps`` steps with a policy that may have decoded before."""
+    return Simulation(policy, seed).run(world, steps, on_step)
+
+
+def draw(hazards: Sequence[float], match: int, rng: random.Random) -> RowOutcome:
     accepted = 0
-    while accepted < k:
-        if rng.random() >= world.hazard(decision.drafter, accepted):
+    for hazard in hazards:
+        if rng.random() >= hazard:
             break
         accepted += 1
-    return RowOutcome(k, accepted, match)
+    return RowOutcome(len(hazards), accepted, match)
 
 
-def expected_tokens(decision: Decision, match: int, world: World) -> float:
-    k = decision.draft_k if decision.drafter != "suffix" or match else 0
-    expected = survival = 1.0
-    for j in range(k):
-        survival *= world.hazard(decision.drafter, j)
-        expected += survival
-    return expected
+def fixed_speed(world: World, drafter: str, k: int) -> float:
+    """Expected tokens per second of a fixed arm over requests of equal length."""
+    usual = [
+        sum(
+            rows.share * (world.expected(drafter, match, hard, k) if k else 1.0)
+            for match, rows in world.kinds_of_rows.items()
+        )
+        for hard in world.difficulties
+    ]
+    tokens = len(usual) / sum(1 / each for each in usual)
+    return world.batch * tokens / (world.seconds(drafter, k)[0] + world.noise.mean_late_s)
 
 
-def fixed_speed(world, drafter, k):
-    """Exact tokens per second of a fixed arm."""
-    expected, survival = 1.0, 1.0
-    for j in range(k):
-        survival *= world.hazard(drafter, j)
-        expected += survival * (world.match_share if drafter == "suffix" else 1.0)
-    return world.batch * expected / world.seconds(drafter, k)[0]
+def arms(world: World) -> Iterator[tuple[str, int]]:
+    """Every fixed arm, plain decoding included."""
+    yield "none", 0
+    for drafter in world.drafters:
+        for k in range(1, world.max_draft + 1):
+            yield drafter, k
 
 
-def best_fixed_speed(world):
-    """Exact tokens per second of the best fixed arm, plain decoding included."""
-    arms = [("none", 0)] + [(d, k) for d in world.drafters for k in range(1, world.max_draft + 1)]
-    return max(fixed_speed(world, drafter, k) for drafter, k in arms)
+def best_fixed_speed(*worlds: World) -> float:
+    """Tokens per second of the best fixed arm, over worlds with equally many tokens each."""
+    return max(
+        len(worlds) / sum(1 / fixed_speed(world, *arm) for world in worlds)
+        for arm in arms(worlds[0])
+    )
+
+
+def calibration(world: World, positions: int = 4) -> dict[str, Any]:
+    """What a trainer publishes with the weights of a world."""
+    reached, published = 1.0, []
+    survivals = [
+        list(accumulate(world.hazards("eagle3", match, hard), mul))
+        for match, rows in world.kinds_of_rows.items()
+        for hard in world.difficulties
+        if rows.share > 0
+    ]
+    for j in range(positions):
+        kept = sum(s[j] for s in survivals) / len(survivals)
+        published.append(kept / reached)
+        reached = kept
+    return {"acceptance": published}
+
+
+def _moved(hazard: float, shift: float) -> float:
+    if not shift or not 0 < hazard < 1:
+        return hazard
+    return 1 / (1 + exp(-log(hazard / (1 - hazard)) - shift))

@@ -1,0 +1,124 @@
+"""The arm to play, with the price of changing arms.
+
+A neural drafter is fast as long as it drafts in every step; coming back to it costs a catch-up. So
+one way to decode is the *base*, plain decoding or a neural drafter, chosen by its speed over the
+usual mix of matches, and other arms interrupt it where they gain more in this step than returning
+to the base will cost. Comparing arms step by step instead loses the catch-ups: an index that is a
+little better at every other step makes the whole slower than the drafter alone.
+
+Arms of one step are compared by tokens minus seconds times the speed reached so far, so that the
+quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of quotients of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from policies.forecast import PLAIN_ARM, Arm, Forecast
+
+_HYSTERESIS = 1.01
+"""Predicted speed relative to the base that another neural drafter needs to replace it."""
+_STAY_STEPS = 64.0
+"""Steps that a base is assumed to stay: it must earn its catch-up back in these."""
+_RATE_GAIN = 0.02
+"""Gain of moving averages over steps."""
+
+
+class Choice(NamedTuple):
+    """The best arm of a step, and what others would lose against it."""
+
+    arm: Arm
+    base: str
+    speed: float
+    """Tokens per second reached with the base and its interruptions."""
+    values: dict[Arm, float]
+    """Tokens of each arm, less what this speed makes in its seconds, switching included."""
+    charges_s: dict[str, float]
+    """Seconds of switching in these, by drafter."""
+
+    def loss_s(self, arm: Arm) -> float:
+        """Seconds that an arm loses against the best for the same tokens."""
+        return (self.values[self.arm] - self.values[arm]) / self.speed
+
+
+class Chooser:
+    """Keeps the base between steps."""
+
+    def __init__(self, margin: float) -> None:
+        """
+        Args:
+            margin: predicted speed relative to plain decoding that drafting needs.
+        """
+        self._margin = margin
+        self.base = "none"
+        self._lead = 1.0
+        """Speed of the base with its interruptions, relative to the base alone."""
+        self._broken = 0.0
+        """Share of the base's steps that come right after an interruption."""
+
+    def choose(self, seen: Forecast, fresh: str, catch_up_s: Mapping[str, float]) -> Choice:
+        """Choose the arm of a step.
+
+        Args:
+            fresh: the drafter of the last step.
+            catch_up_s: seconds to come back to each neural drafter that can propose now.
+        """
+        alone = self._choose_base(seen, catch_up_s)
+        speed = alone * self._lead
+        charges = self._charges(seen, fresh, catch_up_s)
+        least = speed if self.base != "none" else speed * self._margin
+        values = {PLAIN_ARM: seen.batch - (seen.plain_s + charges["none"]) * speed}
+        for drafter, seconds in seen.seconds.items():
+            charge, tokens = charges[drafter], seen.tokens[drafter]
+            for k in range(1, seen.max_k + 1):
+                values[drafter, k] = tokens[k] - (seconds[k] + charge) * least
+        arm = max(values, key=values.__getitem__)
+        self._note(seen, arm, fresh, alone)
+        return Choice(arm, self.base, speed, values, charges)
+
+    def _choose_base(self, seen: Forecast, catch_up_s: Mapping[str, float]) -> float:
+        """Choose the base and return its speed alone, tokens per second."""
+        plain = seen.batch / seen.plain_s
+        speeds = {"none": plain}
+        for drafter, catch_s in catch_up_s.items():
+            usual, seconds = seen.usual_tokens[drafter], seen.seconds[drafter]
+            late_s = catch_s * self._broken
+            speeds[drafter] = max(
+                usual[k] / (seconds[k] + late_s) for k in range(1, seen.max_k + 1)
+            )
+        best = max(speeds, key=speeds.__getitem__)
+        own = speeds.get(self.base)
+        if own is None:
+            self.base, own = "none", plain
+        if self.base == "none":
+            entry = 1 + catch_up_s.get(best, 0.0) / seen.plain_s / _STAY_STEPS
+            if best != "none" and speeds[best] > plain * self._margin * entry:
+                self.base = best
+        elif own < plain * (1 + (self._margin - 1) / 2):
+            self.base = "none"
+        elif speeds[best] > own * _HYSTERESIS:
+            self.base = best
+        return speeds[self.base]
+
+    def _charges(
+        self, seen: Forecast, fresh: str, catch_up_s: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Seconds of switching that each drafter's arm causes: a neural drafter that is not the
+        base must catch up now, and leaving the base means to catch up later. Returning to the base
+        is free: it was charged to the interruption."""
+        leaving_s = catch_up_s[self.base] if self.base == fresh and self.base != "none" else 0.0
+        charges = {"none": leaving_s}
+        for drafter in seen.seconds:
+            if drafter == self.base:
+                charges[drafter] = 0.0
+                continue
+            entering_s = catch_up_s.get(drafter, 0.0) if drafter != fresh else 0.0
+            charges[drafter] = leaving_s + entering_s
+        return charges
+
+    def _note(self, seen: Forecast, arm: Arm, fresh: str, alone: float) -> None:
+        tokens, seconds = seen.arm(arm)
+        self._lead += _RATE_GAIN * (max(1.0, tokens / seconds / alone) - self._lead)
+        if arm[0] == self.base:
+            self._broken += _RATE_GAIN * ((fresh != self.base) - self._broken)

@@ -1,0 +1,286 @@
+"""Mean step time by (drafter, K, batch), followed in traffic whose steps scatter and come late.
+
+The typical time of a step is a product of unknown factors on the start-up profile:
+
+    plain(batch) * speed * shape[batch] * (1 + increment(arm, batch) * cost[arm, batch])
+
+where an arm is a drafter and K. ``speed`` is that of the machine and may drift fast, ``shape`` is a
+factor of plain steps by size of the batch, and ``cost`` is a factor of the drafter times one of its own for
+each K and one for each size of batch. The logarithms of all of them form the state of an extended
+Kalman filter, so each step updates what it says something about, by as much as it does: a plain step
+between drafting ones tells the speed of the machine and, with it, what the drafter costs. Without
+new evidence, factors become uncertain again.
+
+A surprise counts up to 2.5 standard deviations, as measured of late. The part of a late step beyond
+is not discarded: it is averaged apart, over all steps, and added to every arm's time, because a
+host is late as often beside a draft as without one. A drafter's own excess replaces the common one
+as far as its steps prove that it differs. Typical time plus excess is the mean time, heavy tails
+included, without the variance of a mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.curves import Floats, Profile
+from policies.interface import CostSample, DrafterTraits
+
+_SIZES = 8
+"""Sizes of batch told apart: 1, 2-3, 4-7, ... 128 and more."""
+_SPEED_SD, _SPEED_SD_UNMEASURED = 1.0, 3.0
+"""Prior standard deviations, in logarithms, with and without a profile: of the machine's speed,"""
+_SHAPE_SD, _SHAPE_SD_UNMEASURED = 0.15, 0.6
+"""of a batch size's factor,"""
+_DRAFTER_SD, _DRAFTER_SD_UNMEASURED = 0.5, 0.8
+"""of a drafter's factor,"""
+_OWN_SD = 0.2
+"""and of its factors at one K and at one size of batch."""
+_NEIGHBOURS = 4.0
+"""Distance in K, or in doublings of the batch, over which the correlation of these falls to 1/e."""
+_SPEED_DRIFT = 0.012
+"""Standard deviations by which the speed drifts in a step,"""
+_FORGET, _FORGET_STEPS = 2e-4, 16
+"""Share by which everything else becomes as uncertain as at first, every so many steps."""
+_NOISE_START = 0.1
+"""Standard deviation of the logarithm of a step's time before anything is measured."""
+_NOISE_LEAST = 0.01
+_NOISE_GAIN = 0.03
+_CLIP = 2.5
+"""Standard deviations up to which a surprise counts."""
+_MANY_OUTLIERS = 4
+"""Surprises beyond in a row that are a change instead,"""
+_CHANGE_SD = 1.0
+"""of this standard deviation."""
+_LEAST_SHARE = 0.15
+"""Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
+would take a factor of ten hundreds of steps to be found."""
+_EXCESS_GAIN, _OWN_EXCESS_GAIN = 0.003, 0.001
+"""Gains of the averages of late time, over all steps and over those of one drafter."""
+_EXCESS_SD = 0.03
+"""Prior standard deviation of a drafter's own excess from the common one, as a share of a step."""
+
+
+@dataclass(slots=True)
+class _Average:
+    """A mean and a variance that start exact and then move by a least gain."""
+
+    gain: float
+    num: int = 0
+    mean: float = 0.0
+    square: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.num += 1
+        gain = max(self.gain, 1 / self.num)
+        self.mean += gain * (value - self.mean)
+        self.square += gain * (value * value - self.square)
+
+    @property
+    def variance(self) -> float:
+        return max(self.square - self.mean**2, 0.0)
+
+    @property
+    def weight(self) -> float:
+        """Number of values that the mean is worth."""
+        return min(float(self.num), 2 / self.gain)
+
+
+class StepTimes:
+    """Predicted mean seconds of a step for every drafter, K and batch, measured or not."""
+
+    def __init__(self, max_draft: int, drafters: Mapping[str, DrafterTraits]) -> None:
+        """
+        Args:
+            max_draft: largest K ever asked for.
+            drafters: traits by kind; no other kind may be observed or asked for.
+        """
+        self._max_draft = max_draft
+        self._drafters = drafters
+        block = 1 + max_draft + _SIZES
+        self._first = {kind: 1 + _SIZES + i * block for i, kind in enumerate(drafters)}
+        """Index of a drafter's factor; those of K = 1, 2, ... and of the sizes follow."""
+        self.calibrate([])
+
+    def calibrate(self, samples: Sequence[CostSample]) -> None:
+        """Start over from a profile."""
+        self._profile = Profile(samples, self._max_draft, self._drafters)
+        is_known = self._profile.is_measured
+        self._prior = _prior(self._max_draft, len(self._drafters), is_known)
+        self._state = np.zeros(len(self._prior))
+        self._cov = self._prior.copy()
+        self._noise = _NOISE_START
+        self._ratio = 1.0
+        """Mean of a step's time, as far as it counts, relative to the typical one."""
+        self._excess = _Average(_EXCESS_GAIN)
+        self._own_excess = {k: _Average(_OWN_EXCESS_GAIN) for k in ("none", *self._drafters)}
+        self._num_observed = self._outliers = 0
+        self.num_changes = 0
+        """Changes of the machine or of an arm's cost, noticed by many outliers in a row."""
+        self._plain: dict[int, float] = {}
+        """Typical seconds of a plain step by batch, of the state as it is."""
+
+    @property
+    def is_known(self) -> bool:
+        """A plain step's time is more than a guess."""
+        return self._num_observed > 0 or self._profile.is_measured
+
+    def observe(self, drafter: str, draft_k: int, batch: int, step_s: float) -> None:
+        """Take in a live step without prefill.
+
+        Args:
+            drafter: of no meaning if ``draft_k`` is 0.
+            step_s: above 0.
+        """
+        at, share, typical_s = self._linearised(drafter, draft_k, batch)
+        self._drift()
+        slopes = np.array([1.0, 1.0, *[share] * (len(at) - 2)])
+        moves = self._cov[:, at] @ slopes
+        doubt = float(moves[at] @ slopes)
+        variance = doubt + self._noise**2
+        surprise = math.log(step_s / typical_s)
+        limit = _CLIP * math.sqrt(variance)
+        counted = min(max(surprise, -limit), limit)
+        self._state += moves * (counted / variance)
+        self._cov -= moves[:, None] * (moves / variance)
+        self._num_observed += 1
+        self._plain.clear()
+        self._notice_change(abs(surprise) > limit, at)
+        if doubt < self._noise**2:
+            self._follow_noise(drafter if draft_k else "none", step_s, typical_s, surprise)
+
+    def _notice_change(self, is_outlier: bool, at: NDArray[np.int64]) -> None:
+        """Take many outliers in a row for a change of the machine, or of what the arm costs."""
+        self._outliers = self._outliers + 1 if is_outlier else 0
+        if self._outliers == _MANY_OUTLIERS:
+            self._outliers = 0
+            self.num_changes += 1
+            self._cov[0, 0] += _CHANGE_SD**2
+            for drafter in at[2:3]:
+                self._cov[drafter, drafter] += _CHANGE_SD**2
+
+    def _drift(self) -> None:
+        """Make all factors a little less certain."""
+        if self._num_observed % _FORGET_STEPS == 0:
+            speed = self._cov[0, 0]
+            self._cov += _FORGET * (self._prior - self._cov)
+            self._cov[0, 0] = speed
+        self._cov[0, 0] += _SPEED_DRIFT**2
+
+    def _follow_noise(self, kind: str, step_s: float, typical_s: float, surprise: float) -> None:
+        """Update how much steps scatter, and by how much late ones are late."""
+        most = math.exp(_CLIP * self._noise)
+        gain = max(_NOISE_GAIN, 1 / self._num_observed)
+        size = (
+            min(abs(surprise), 3 * self._noise) * 1.2533
+        )  # a normal deviate's mean size to its sd
+        self._noise = max(_NOISE_LEAST, self._noise + _NOISE_GAIN * (size - self._noise))
+        counted = min(step_s / typical_s, most)
+        self._ratio += gain * (counted - self._ratio)
+        late_s = step_s - counted * typical_s
+        self._excess.add(late_s)
+        self._own_excess[kind].add(late_s)
+
+    def plain_s(self, batch: int) -> float:
+        """Predicted seconds of a plain step."""
+        return self._typical_plain_s(batch) * self._ratio + self._excess_s("none", batch)
+
+    def arm_times(self, drafter: str, batch: int) -> list[float]:
+        """Predicted seconds at K = 1, 2, ... max_draft, not decreasing."""
+        times = self._profile.increments(drafter, batch)[1:] * np.exp(self._costs(drafter, batch))
+        times = np.maximum.accumulate(times + 1) * (self._typical_plain_s(batch) * self._ratio)
+        seconds: list[float] = (times + self._excess_s(drafter, batch)).tolist()
+        return seconds
+
+    def doubt(self, drafter: str, draft_k: int, batch: int) -> float:
+        """Standard deviation of the logarithm of an arm's time relative to a plain step's."""
+        at, share, _ = self._linearised(drafter, draft_k, batch)
+        own = at[2:]
+        return share * math.sqrt(max(float(self._cov[own[:, None], own].sum()), 0.0))
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-ready: factors on the start-up profile, scatter, and late time in milliseconds."""
+        factors = np.exp(self._state).round(3).tolist()
+        return {
+            "speed": factors[0],
+            "shapes": factors[1 : 1 + _SIZES],
+            "costs": {
+                kind: {
+                    "drafter": factors[i],
+                    "by_k": factors[i + 1 : i + 1 + self._max_draft],
+                    "by_size": factors[i + 1 + self._max_draft : i + 1 + self._max_draft + _SIZES],
+                }
+                for kind, i in self._first.items()
+            },
+            "scatter": round(self._noise, 4),
+            "late_ms": round(1000 * self._excess.mean, 4),
+            "own_late_ms": {k: round(1000 * a.mean, 4) for k, a in self._own_excess.items()},
+        }
+
+    def _typical_plain_s(self, batch: int) -> float:
+        found = self._plain.get(batch)
+        if found is None:
+            log = float(self._state[0] + self._state[1 + _size(batch)])
+            found = self._plain[batch] = self._profile.plain_s(batch) * math.exp(log)
+        return found
+
+    def _costs(self, drafter: str, batch: int) -> Floats:
+        """Logarithms of the factors on a drafter's increments at K = 1, 2, ..."""
+        first = self._first[drafter]
+        common = self._state[first] + self._state[first + 1 + self._max_draft + _size(batch)]
+        costs: Floats = self._state[first + 1 : first + 1 + self._max_draft] + common
+        return costs
+
+    def _linearised(
+        self, drafter: str, k: int, batch: int
+    ) -> tuple[NDArray[np.int64], float, float]:
+        """Indices of an arm's factors, the share of its time that the increment has, and its
+        typical seconds."""
+        size = _size(batch)
+        plain_s = self._typical_plain_s(batch)
+        if k == 0:
+            return np.array([0, 1 + size]), 0.0, plain_s
+        first = self._first[drafter]
+        at = np.array([0, 1 + size, first, first + k, first + 1 + self._max_draft + size])
+        cost = math.exp(float(self._state[at[2:]].sum()))
+        increment = float(self._profile.increments(drafter, batch)[k]) * cost
+        share = max(increment / (1 + increment), _LEAST_SHARE)
+        return at, share, plain_s * (1 + increment)
+
+    def _excess_s(self, kind: str, batch: int) -> float:
+        own, common = self._own_excess[kind], self._excess
+        prior = (_EXCESS_SD * self._typical_plain_s(batch)) ** 2
+        # The common variance: a drafter's own is 0 until one of its steps is late.
+        proof = prior * own.weight
+        share = proof / (proof + common.variance) if proof else 0.0
+        return common.mean + share * (own.mean - common.mean)
+
+
+def _prior(max_draft: int, num_drafters: int, is_measured: bool) -> Floats:
+    """Covariance of all factors' logarithms; those of neighbouring K and sizes are alike."""
+    by_k, by_size = (_OWN_SD**2 * _correlation(n) for n in (max_draft, _SIZES))
+    drafter = np.array([[(_DRAFTER_SD if is_measured else _DRAFTER_SD_UNMEASURED) ** 2]])
+    shape = (_SHAPE_SD if is_measured else _SHAPE_SD_UNMEASURED) ** 2 * _correlation(_SIZES)
+    speed = np.array([[(_SPEED_SD if is_measured else _SPEED_SD_UNMEASURED) ** 2]])
+    blocks = [speed, shape, *[drafter, by_k, by_size] * num_drafters]
+    prior = np.zeros((sum(map(len, blocks)),) * 2)
+    at = 0
+    for block in blocks:
+        prior[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
+    return prior
+
+
+def _correlation(size: int) -> Floats:
+    at = np.arange(size)
+    found: Floats = np.exp(-np.abs(at[:, None] - at) / _NEIGHBOURS)
+    return found
+
+
+def _size(batch: int) -> int:
+    return min(batch.bit_length() - 1, _SIZES - 1)

@@ -1,0 +1,135 @@
+"""What is known of a drafter's acceptance the moment its weights change.
+
+In order of preference: what the same version has shown live before; what its parent has shown live,
+moved by the difference between both on the same held-out traces; the same from the versions' own
+published figures; those figures alone; a weak memory of the former weights.
+
+Live and published figures are never compared directly. Live rounds begin where the round before
+ended, held-out chains at every token, and traffic moves on; a difference in log-odds between two
+versions measured alike carries over, and hard text stays hard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Evidence, Floats
+from policies.interface import DrafterTraits
+
+_KEPT_VERSIONS = 32
+"""Versions remembered for each drafter."""
+_KNOWN_WEIGHT = 64.0
+"""Rounds that live evidence of the same version, or moved evidence of another, counts for."""
+_PUBLISHED_WEIGHT = 16.0
+"""Rounds that a published calibration alone counts for: a dozen live rounds outvote it."""
+_FORMER_WEIGHT = 2.0
+"""Rounds that the evidence of the former weights counts for after a swap without calibration."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """One version's live evidence when it last left, and what was published with it."""
+
+    evidence: Evidence
+    hazards: Floats
+    published: list[float]
+
+
+class VersionMemory:
+    """Re-seeds an ``AcceptanceModel`` at every swap."""
+
+    def __init__(self, model: AcceptanceModel, drafters: Mapping[str, DrafterTraits]) -> None:
+        self._model = model
+        self._drafters = drafters
+        self._known: dict[str, dict[int, _Known]] = {kind: {} for kind in drafters}
+        self._current: dict[str, tuple[int, list[float]]] = {}
+        """Version in force and what was published with it, by drafter."""
+
+    def on_swap(self, drafter: str, version: int, calibration: Mapping[str, Any]) -> None:
+        """Remember the version that leaves, and start the one that comes from what is known of it.
+
+        Args:
+            calibration: see ``DraftPolicy.on_swap``; figures that are no probabilities are ignored.
+        """
+        leaving = self._leaves(drafter)
+        published = _probabilities(calibration.get("acceptance"))
+        self._current[drafter] = (version, published)
+        own = self._known[drafter].get(version)
+        if own is not None:
+            evidence = own.evidence.limited(_KNOWN_WEIGHT)
+        else:
+            evidence = self._first_evidence(drafter, leaving, published, calibration)
+        self._model.replace(drafter, evidence)
+
+    def _leaves(self, drafter: str) -> _Known:
+        """Keep what the version in force has shown."""
+        version, published = self._current.get(drafter, (None, []))
+        evidence, hazards = self._model.evidence(drafter)
+        leaving = _Known(evidence, hazards, published)
+        known = self._known[drafter]
+        if version is not None:
+            known.pop(version, None)
+            known[version] = leaving
+            while len(known) > _KEPT_VERSIONS:
+                del known[next(iter(known))]
+        return leaving
+
+    def _first_evidence(
+        self,
+        drafter: str,
+        leaving: _Known,
+        published: list[float],
+        calibration: Mapping[str, Any],
+    ) -> Evidence:
+        parent = self._known[drafter].get(calibration.get("parent", -1))
+        of_parent = _probabilities(calibration.get("parent_acceptance"))
+        if published and parent is not None and of_parent:
+            return _moved(parent, of_parent, published)
+        if published and leaving.published:
+            return _moved(leaving, leaving.published, published)
+        if published and len(self._drafters[drafter].prior_acceptance) == 1:
+            return _from_published(published, leaving.hazards.shape[1])
+        return leaving.evidence.limited(_FORMER_WEIGHT)
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-ready: versions whose live evidence is kept, by drafter."""
+        return {kind: sorted(known) for kind, known in self._known.items() if known}
+
+
+def _moved(known: _Known, old: Sequence[float], new: Sequence[float]) -> Evidence:
+    """A version's evidence, moved by the difference in log-odds between two published figures; the
+    last known difference also holds for all positions beyond."""
+    max_draft = known.hazards.shape[1]
+    num = min(len(old), len(new), max_draft)
+    differences = _log_odds(np.array(new[:num])) - _log_odds(np.array(old[:num]))
+    shifts = np.concatenate((differences, np.full(max_draft - num, differences[-1])))
+    hazards = 1 / (1 + np.exp(-_log_odds(known.hazards) - shifts))
+    reached = np.minimum(known.evidence.reached, _KNOWN_WEIGHT)
+    return Evidence(reached, reached * hazards)
+
+
+def _from_published(published: Sequence[float], max_draft: int) -> Evidence:
+    """The published figures as the pool of all buckets."""
+    evidence = Evidence.none(max_draft)
+    num = min(len(published), max_draft)
+    evidence.reached[NUM_BUCKETS, :num] = _PUBLISHED_WEIGHT
+    evidence.accepted[NUM_BUCKETS, :num] = _PUBLISHED_WEIGHT * np.array(published[:num])
+    return evidence
+
+
+def _log_odds(hazards: Floats) -> Floats:
+    inside = np.clip(hazards, 1e-3, 1 - 1e-3)
+    odds: Floats = np.log(inside / (1 - inside))
+    return odds
+
+
+def _probabilities(value: Any) -> list[float]:
+    """Published figures, or nothing if they are not a list of probabilities."""
+    if not isinstance(value, list | tuple):
+        return []
+    is_valid = all(isinstance(c, int | float) and 0 <= c <= 1 for c in value)
+    return [float(c) for c in value] if is_valid else []
