@@ -97,7 +97,8 @@ class RowStore:
         Raises:
             ValueError: not even two pages fit into ``num_bytes``.
         """
-        self.allocate(*sample.rows.shape[1:], sample.rows.dtype)
+        width, hidden = sample.rows.shape[1:]
+        self.allocate(width, hidden, sample.rows.dtype)
 
     def allocate(self, width: int, hidden: int, dtype: torch.dtype) -> None:
         """Allocate memory for rows of this form, unless that was done. Rows of another dtype are
