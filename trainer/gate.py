@@ -37,6 +37,8 @@ class Judgement:
     """The candidate's conditional acceptance at each position, up to the last one measured."""
     num_chains: int
     num_traces: int
+    incumbent_acceptance: list[float]
+    """The incumbent's on the same chains."""
 
     def to_json(self) -> dict[str, Any]:
         """Figures for the manifest and the log."""
@@ -83,9 +85,10 @@ class Judge:
             gate(*figures, margin=self.margin, num_rows=len(ours), older=before),
             mine,
             best,
-            [a for a in conditional_acceptance(ours) if a is not None],
+            _by_position(ours),
             len(ours),
             len(held_out),
+            _by_position(theirs),
         )
 
     def _tokens_per_step(self, alphas_NK: Tensor) -> float | None:
@@ -127,6 +130,10 @@ def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
         groups[-1].append(sample)
         room -= length
     return groups
+
+
+def _by_position(alphas_NK: Tensor) -> list[float]:
+    return [a for a in conditional_acceptance(alphas_NK) if a is not None]
 
 
 def _join(found: dict[str, Tensor], samples: Sequence[Sample]) -> Tensor:
