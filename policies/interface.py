@@ -181,8 +181,10 @@ class DraftPolicy(Protocol):
         Args:
             drafter: its kind.
             version: the version now in force.
-            calibration: ``Manifest.policy`` of that version, e.g. ``{"acceptance": [0.8, 0.7]}``:
-                conditional acceptance of draft positions 1, 2, ... on held-out traces.
+            calibration: ``Manifest.policy`` of that version, e.g. ``{"acceptance": [0.8, 0.7],
+                "parent": 3, "parent_acceptance": [0.75, 0.6]}``: conditional acceptance of draft
+                positions 1, 2, ... on held-out traces, by the version and by its parent. Every key
+                may be missing.
         """
         ...
 

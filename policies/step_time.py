@@ -5,11 +5,11 @@ The typical time of a step is a product of unknown factors on the start-up profi
     plain(batch) * speed * shape[batch] * (1 + increment(arm, batch) * cost[arm, batch])
 
 where an arm is a drafter and K. ``speed`` is that of the machine and may drift fast, ``shape`` is a
-factor of plain steps by size of the batch, and ``cost`` is a factor of the drafter times one of its own for
-each K and one for each size of batch. The logarithms of all of them form the state of an extended
-Kalman filter, so each step updates what it says something about, by as much as it does: a plain step
-between drafting ones tells the speed of the machine and, with it, what the drafter costs. Without
-new evidence, factors become uncertain again.
+factor of plain steps by size of the batch, and ``cost`` is a factor of the drafter times one of its
+own for each K and one for each size of batch. The logarithms of all of them form the state of an
+extended Kalman filter, so each step updates what it says something about, by as much as it does: a
+plain step between drafting ones tells the speed of the machine and so what the drafter costs.
+Without new evidence, factors become uncertain again.
 
 A surprise counts up to 2.5 standard deviations, as measured of late. The part of a late step beyond
 is not discarded: it is averaged apart, over all steps, and added to every arm's time, because a

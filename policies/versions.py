@@ -23,9 +23,10 @@ from policies.interface import DrafterTraits
 _KEPT_VERSIONS = 32
 """Versions remembered for each drafter."""
 _KNOWN_WEIGHT = 64.0
-"""Rounds that live evidence of the same version, or moved evidence of another, counts for."""
+"""Rounds that live evidence of the same version counts for; moved by a difference in log-odds, it
+counts the less the larger that is."""
 _PUBLISHED_WEIGHT = 16.0
-"""Rounds that a published calibration alone counts for: a dozen live rounds outvote it."""
+"""Rounds that a published calibration counts for without any: a dozen live rounds outvote it."""
 _FORMER_WEIGHT = 2.0
 """Rounds that the evidence of the former weights counts for after a swap without calibration."""
 
@@ -88,12 +89,17 @@ class VersionMemory:
         parent = self._known[drafter].get(calibration.get("parent", -1))
         of_parent = _probabilities(calibration.get("parent_acceptance"))
         if published and parent is not None and of_parent:
-            return _moved(parent, of_parent, published)
-        if published and leaving.published:
-            return _moved(leaving, leaving.published, published)
-        if published and len(self._drafters[drafter].prior_acceptance) == 1:
-            return _from_published(published, leaving.hazards.shape[1])
-        return leaving.evidence.limited(_FORMER_WEIGHT)
+            evidence = _moved(parent, of_parent, published)
+        elif published and leaving.published:
+            evidence = _moved(leaving, leaving.published, published)
+        elif published and self._has_pool(drafter):
+            evidence = Evidence.none(leaving.hazards.shape[1])
+        else:
+            return leaving.evidence.limited(_FORMER_WEIGHT)
+        return _filled_up(evidence, published) if self._has_pool(drafter) else evidence
+
+    def _has_pool(self, drafter: str) -> bool:
+        return len(self._drafters[drafter].prior_acceptance) == 1
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready: versions whose live evidence is kept, by drafter."""
@@ -108,17 +114,19 @@ def _moved(known: _Known, old: Sequence[float], new: Sequence[float]) -> Evidenc
     differences = _log_odds(np.array(new[:num])) - _log_odds(np.array(old[:num]))
     shifts = np.concatenate((differences, np.full(max_draft - num, differences[-1])))
     hazards = 1 / (1 + np.exp(-_log_odds(known.hazards) - shifts))
-    reached = np.minimum(known.evidence.reached, _KNOWN_WEIGHT)
+    reached = np.minimum(known.evidence.reached, _KNOWN_WEIGHT / (1 + shifts**2))
     return Evidence(reached, reached * hazards)
 
 
-def _from_published(published: Sequence[float], max_draft: int) -> Evidence:
-    """The published figures as the pool of all buckets."""
-    evidence = Evidence.none(max_draft)
-    num = min(len(published), max_draft)
-    evidence.reached[NUM_BUCKETS, :num] = _PUBLISHED_WEIGHT
-    evidence.accepted[NUM_BUCKETS, :num] = _PUBLISHED_WEIGHT * np.array(published[:num])
-    return evidence
+def _filled_up(evidence: Evidence, published: Sequence[float]) -> Evidence:
+    """Evidence with the published figures where the pool of all buckets has little."""
+    reached, accepted = evidence.reached.copy(), evidence.accepted.copy()
+    num = min(len(published), reached.shape[1])
+    pool = reached[NUM_BUCKETS, :num]
+    weights = _PUBLISHED_WEIGHT * (1 - pool / _KNOWN_WEIGHT)
+    accepted[NUM_BUCKETS, :num] += weights * published[:num]
+    pool += weights
+    return Evidence(reached, accepted)
 
 
 def _log_odds(hazards: Floats) -> Floats:

@@ -42,6 +42,8 @@ class Judgement:
     """Standard error of ``candidate - incumbent``."""
     num_chains: int
     num_traces: int
+    incumbent_acceptance: list[float]
+    """The incumbent's on the same chains."""
 
     def to_json(self) -> dict[str, Any]:
         """Figures for the manifest and the log."""
@@ -103,10 +105,11 @@ class Judge:
             verdict,
             mine,
             best,
-            [a for a in conditional_acceptance(ours) if a is not None],
+            _by_position(ours),
             gain_error(traces),
             len(ours),
             len(held_out),
+            _by_position(theirs),
         )
 
     def _paired(self, ours_NK: Tensor, theirs_NK: Tensor) -> PairedTrace:
@@ -159,6 +162,10 @@ def _groups(samples: Sequence[HeldSample]) -> Iterator[list[tuple[int, HeldPiece
 def _owners(packed: Packed, places: Sequence[int]) -> Any:
     """The sample's place for each row with a loss."""
     return np.asarray(places, dtype=np.int64)[packed.segment_T[packed.row_R]]
+
+
+def _by_position(alphas_NK: Tensor) -> list[float]:
+    return [a for a in conditional_acceptance(alphas_NK) if a is not None]
 
 
 def _join(found: dict[str, Tensor], samples: Sequence[HeldSample]) -> Tensor:

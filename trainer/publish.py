@@ -47,7 +47,11 @@ def publish_version(
         target_fingerprint=parent.target_fingerprint,
         files={},
         gate={**judgement.to_json(), "step": step},
-        policy={"acceptance": judgement.acceptance},
+        policy={
+            "acceptance": judgement.acceptance,
+            "parent": parent.version,
+            "parent_acceptance": judgement.incumbent_acceptance,
+        },
         created_unix_ms=int(time.time() * 1000),
     )
     tensors = _to_store(trainable.bundle_tensors(model))

@@ -74,6 +74,8 @@ def test_learning_raises_tokens_per_step_version_by_version(world: World, tmp_pa
         assert manifest.parent == before
         assert manifest.gate["candidate"] >= 1.005 * manifest.gate["incumbent"]
         assert len(manifest.policy["acceptance"]) == 4
+        assert manifest.policy["parent"] == before
+        assert len(manifest.policy["parent_acceptance"]) == 4
     assert published[-1]["version"] >= 2
     assert status(tmp_path)["state"] == "stopped"
     assert updates[-1]["staleness"] == updates[-1]["version"]  # all rows are of version 0

@@ -10,6 +10,7 @@ import pytest
 from drafters.suffix.index import REQUEST_TRAITS, SuffixIndex
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
 from policies.interface import Decision
+from serving.capture.rounds import round_columns
 from serving.engine.loop import Engine, Listeners
 
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5, 6][: 3 + i % 6] for i in range(6)]
@@ -60,7 +61,7 @@ def arm_engine(model, *, overlaps=False):
     engine = Engine(
         engine.parts,
         policies[None],
-        Listeners(on_finished=lambda s: drafted.append((s.request, s.rounds))),
+        Listeners(on_finished=lambda s: drafted.append((s.request, round_columns(s.rounds)))),
         lambda choice: policies.setdefault(choice, Noting()),
     )
     return engine, policies, drafted

@@ -11,6 +11,7 @@ import torch
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import make_engine, random_model, request_of, run
 from policies.fixed import FixedPolicy
+from serving.capture.rounds import round_columns
 from serving.engine.loop import Listeners
 
 
@@ -28,7 +29,7 @@ def decoded(fuse_drafter, num_draft, draft_vocab, swap=lambda _engine, _step: No
     drafts = {}
 
     def keep(sequence):
-        rounds = [(r.anchor, r.draft_ids, r.num_accepted) for r in sequence.rounds]
+        rounds = [(r.anchor, r.draft_ids, r.num_accepted) for r in round_columns(sequence.rounds)]
         drafts[sequence.request.id] = rounds
 
     engine = make_engine(

@@ -11,6 +11,7 @@ import torch
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
 from policies.interface import Decision
+from serving.capture.rounds import round_columns
 from serving.engine.loop import Engine, Listeners
 
 PROMPTS = [list(range(3 * i, 40)) for i in range(4)]
@@ -44,7 +45,7 @@ def drafts_by(kind, model, policy, **drafters):
     drafts = {}
 
     def keep(sequence):
-        for one in sequence.rounds:
+        for one in round_columns(sequence.rounds):
             if one.drafter == kind:
                 drafts[sequence.request.id, one.anchor] = one.draft_ids
 

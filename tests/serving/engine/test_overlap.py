@@ -10,6 +10,7 @@ import torch
 
 from oracles.engines import Collected, RandomPolicy, make_engine, random_model, request_of, run
 from policies.interface import Decision
+from serving.capture.rounds import round_columns
 from serving.engine.cuda_graphs import Landing
 from serving.engine.loop import Listeners
 
@@ -154,7 +155,7 @@ def test_a_round_counts_for_the_version_that_drafted_it(model):
     policy = Steady("eagle3", 2)
     rounds, versions = [], []
     listeners = Listeners(
-        on_finished=lambda sequence: rounds.extend(sequence.rounds),
+        on_finished=lambda sequence: rounds.extend(round_columns(sequence.rounds)),
         on_rounds=lambda _drafter, _rounds: versions.append(engine.drafting.version),
     )
     engine = make_engine(model, policy=policy, listeners=listeners)
