@@ -41,6 +41,7 @@ from examples.processes import Child, start, stop
 from examples.report import ARMS, Arm
 from examples.traffic import Reply, Server
 from targets.head import load_target_head
+from targets.load import target_folder
 from trainer.gate import Judge
 from trainer.learner import batch_dtype
 from trainer.start import read_drafter
@@ -166,7 +167,9 @@ def learning_curve(
         spans: (phase, unix second at which it ended), in order.
     """
     traces = all_traces(settings)
-    head = load_target_head(Path(settings.target), DEVICE, batch_dtype(DEVICE))
+    head = load_target_head(
+        target_folder(settings.target, settings.target_cache), DEVICE, batch_dtype(DEVICE)
+    )
     store = open_backend(settings.buffer.url, settings.run_dir).open_weights()
     initial = store.read_manifest(0)
     fingerprint = initial.target_fingerprint
