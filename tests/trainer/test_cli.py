@@ -150,4 +150,4 @@ def test_a_target_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["launch", "--set", "trainer.nice=0", *wanted])
 
     assert result.exit_code == 1
-    assert f"target '{tmp_path / 'none'}' is not a folder" in result.stderr
+    assert f"target '{tmp_path / 'none'}' is neither a folder nor a GGUF file" in result.stderr
