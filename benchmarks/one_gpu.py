@@ -40,6 +40,7 @@ from examples.recording import Replay
 from examples.report import mismatched_outputs, speeds, tokens_per_step
 from examples.texts import Kept, Phase
 from targets.head import load_target_head
+from targets.load import target_folder
 from trainer.gate import Judge
 from trainer.rows import RowStore
 from trainer.start import read_drafter
@@ -91,7 +92,9 @@ def learning_curve(
         spans: (phase, unix second at which it ended), in order.
     """
     traces = all_traces(settings)
-    head = load_target_head(Path(settings.target), DEVICE, batch_dtype(DEVICE))
+    head = load_target_head(
+        target_folder(settings.target, settings.target_cache), DEVICE, batch_dtype(DEVICE)
+    )
     store = open_backend(settings.buffer.url, settings.run_dir).open_weights()
     initial = store.read_manifest(0)
     fingerprint = initial.target_fingerprint

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.real_target import FILE, FOLDER
 from oracles.support import REPOSITORY
 
 SOURCES = ("serving", "trainer", "buffer", "drafters", "policies", "targets", "configs", "kernels")
@@ -63,7 +64,7 @@ def test_the_version_is_that_of_the_wheel(run, site_packages):
 def test_shipped_settings_are_found_by_name(run):
     done = run("serving", "launch", "--config", "demo", "--print-config")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("target: examples/target\ndevice: cpu\n")
+    assert done.stdout.startswith("target: examples/target\ntarget_cache: null\ndevice: cpu\n")
 
 
 @pytest.mark.parametrize("room", ["serving", "trainer"])
@@ -81,6 +82,15 @@ def test_the_missing_bundled_files_are_reported_before_anything_loads(run, room)
         "repository and not with an installed package; start from random weights with "
         "--set drafter.path=null, name another with --set drafter.path=FOLDER, or run in the "
         "repository"
+    )
+
+
+def test_the_real_target_is_fetched_by_make(run):
+    done = run("serving", "launch", "--config", "real")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"target {str(FOLDER / FILE)!r} has not been fetched; run `make real` in the repository, "
+        "or name another target with --set target=FILE.gguf\n"
     )
 
 
