@@ -42,6 +42,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.lossless --device cpu
+	$(BIN)/python -m benchmarks.data_path
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --against $(AGAINST))
 ifneq ($(HAS_GPU),)
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --gpu --against $(AGAINST))
