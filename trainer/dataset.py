@@ -95,8 +95,8 @@ def sample_of(
     versions = trace.rounds.counts[Count.VERSION]
     return Sample(
         key_of(trace),
-        torch.from_numpy(trace.token_ids).long(),
-        torch.from_numpy(features.positions).long(),
+        torch.from_numpy(trace.token_ids.astype(np.int64)),
+        torch.from_numpy(features.positions.astype(np.int64)),
         rows,
         scale,
         pieces,
