@@ -146,3 +146,41 @@ def test_a_target_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
     assert result.exit_code == 1
     assert f"target '{tmp_path / 'none'}' is neither a folder nor a GGUF file" in result.stderr
+
+
+def test_a_vocabulary_is_what_the_traces_use_and_makes_a_smaller_drafter(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces[:8])
+    out = tmp_path / "ids.json"
+    sets = [
+        text for one in (f"target={world.target}", f"run_dir={tmp_path}") for text in ("--set", one)
+    ]
+
+    result = CliRunner().invoke(app, ["vocabulary", "--size", "40", "--out", str(out), *sets])
+
+    assert result.exit_code == 0, result.output
+    ids = json.loads(out.read_text())
+    generated = [t for x in world.traces[:8] for t in x.token_ids[x.prompt_length :].tolist()]
+    used = Counter(generated)
+    assert len(ids) == 40 and ids == sorted(ids)
+    assert min(used[x] for x in ids) >= max((n for x, n in used.items() if x not in ids), default=0)
+    share = sum(used[x] for x in ids) / len(generated)
+    assert f"40 of 96 tokens, {share:.2%} of the traffic" in result.output
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [("97", "size must be in 1..96"), ("40", "no generated")]
+)
+def test_a_vocabulary_that_cannot_be_made_is_an_error(
+    world: World, tmp_path: Path, size: str, message: str
+) -> None:
+    sets = [
+        text for one in (f"target={world.target}", f"run_dir={tmp_path}") for text in ("--set", one)
+    ]
+    out = str(tmp_path / "ids.json")
+
+    result = CliRunner().invoke(app, ["vocabulary", "--size", size, "--out", out, *sets])
+
+    assert result.exit_code != 0
+    assert message in result.output
