@@ -170,6 +170,6 @@ def learning_of(journal: Path, device: str) -> Learning:
     return Learning(
         device=device,
         seconds=sum(event["seconds"] for event in events if event["event"] in ("update", "gate")),
-        updates=len(updates),
+        updates=sum(event["updates"] for event in updates),
         rows=sum(event["rows"] for event in updates),
     )

@@ -1,0 +1,122 @@
+"""What learning brought in a finished demo of a real target on one GPU.
+
+    python -m benchmarks.demo --target real --run-dir runs/bench_real    # on the GPU; six minutes
+    python -m benchmarks.real.learning runs/bench_real/0
+
+Reads the run's report, the trainer's journal and status, and the server's log. Rows trained per
+second are those of the live loop, server and trainer sharing the card. The way of a version is
+measured from the start of its gate, which follows its last update at once, to the server's log line
+of the swap; both processes run on one machine and share its clock.
+
+Writes ``benchmarks/results/learning.json`` and ``benchmarks/results/rows/learning.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.harness.results import RESULTS, Row, write_result, write_rows
+
+SWAPPED = re.compile(r"^(\S+ \S+) INFO serving\.swap\.in_force: swapped to version (\d+)$", re.M)
+
+
+def loop_figures(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Updates, gates and versions of the live loop."""
+    updates = [e for e in events if e["event"] == "update"]
+    gates = [e for e in events if e["event"] == "gate"]
+    seconds = (updates[-1]["unix_ms"] - updates[0]["unix_ms"]) / 1000
+    return {
+        "updates": sum(e["updates"] for e in updates),
+        "rows_per_s": sum(e["rows"] for e in updates[1:]) / seconds,
+        "gate_s": statistics.median(e["seconds"] for e in gates),
+        "gates": len(gates),
+        "gates_passed": sum(e["passed"] for e in gates),
+        "first_version_s": (_first(events, "published") - _first(events, "started")) / 1000,
+        "overlap_by_position": updates[-1]["alpha"],
+    }
+
+
+def _first(events: list[dict[str, Any]], name: str) -> int:
+    return next(int(e["unix_ms"]) for e in events if e["event"] == name)
+
+
+def seconds_to_swap(events: list[dict[str, Any]], server_log: str) -> list[float]:
+    """From the start of a version's gate to its swap, for each version whose swap the log shows."""
+    swapped = {
+        int(version): datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp()
+        for at, version in SWAPPED.findall(server_log)
+    }
+    found, began_s = [], 0.0
+    for event in events:
+        if event["event"] == "gate":
+            began_s = event["unix_ms"] / 1000 - event["seconds"]
+        elif event["event"] == "published" and event["version"] in swapped:
+            found.append(swapped[event["version"]] - began_s)
+    return found
+
+
+def rows_of(figures: dict[str, Any]) -> list[Row]:
+    """The claims, with their goals."""
+    report, loop, traces = figures["report"], figures["loop"], figures["traces"]
+    clients = f"{report['num_clients']} clients, temperature {report['temperature']:g}"
+    first, last = report["phases"][0], report["phases"][-1]
+    kept = last["live_tokens_per_step_last_quarter"] / first["live_tokens_per_step_last_quarter"]
+    lost = traces["evicted_unread"] + traces["damaged"] + traces["quarantined"]
+    return [
+        _least(f"shared card, {clients}", "rows trained per second, live", loop["rows_per_s"], 4e4),
+        Row(f"shared card, {clients}", "traces lost before they were read", lost, "none", not lost),
+        _least(clients, "tuned over static, tokens/s, shifted", report["speedup_vs_static"], 1.15),
+        _least(clients, "tuned over plain, tokens/s, shifted", report["speedup_vs_plain"], 1.35),
+        Row(
+            clients,
+            "drafter alone, newest over frozen weights, tokens/s, shifted",
+            report["drafter_alone_speedup_vs_static"],
+            None,
+            None,
+        ),
+        _least(
+            clients, "tokens per step back on the first domain, over the first time", kept, 0.97
+        ),
+        _most(clients, "seconds from gate to swap, median", figures["seconds_to_swap"], 1.5),
+    ]
+
+
+def _least(row: str, measure: str, value: float | None, goal: float) -> Row:
+    return Row(row, measure, value, f"at least {goal:g}", None if value is None else value >= goal)
+
+
+def _most(row: str, measure: str, value: float | None, goal: float) -> Row:
+    return Row(row, measure, value, f"at most {goal:g}", None if value is None else value <= goal)
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="folder of a finished demo")],
+    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "learning.json",
+) -> None:
+    """Read a run and write what it shows."""
+    lines = (run / "trainer" / "log.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    report = json.loads((run / "report.json").read_text())
+    lags = seconds_to_swap(events, (run / "logs" / "server.log").read_text())
+    figures = {
+        "report": report,
+        "loop": loop_figures(events),
+        "traces": json.loads((run / "trainer" / "status.json").read_text())["traces"],
+        "seconds_to_swap": statistics.median(lags) if lags else None,
+        "swaps_timed": len(lags),
+    }
+    write_result(out, figures)
+    write_rows("learning", rows_of(figures), "python -m benchmarks.real.learning")
+    for row in rows_of(figures):
+        typer.echo(f"{row.measure}: {row.value} (goal: {row.goal}, holds: {row.holds})")
+
+
+if __name__ == "__main__":
+    typer.run(main)
