@@ -101,15 +101,15 @@ def test_a_busy_machine_is_named_beside_the_figures(recording: Recording):
 def test_learning_is_read_from_the_trainers_journal(tmp_path: Path):
     events = [
         {"event": "started", "version": 0},
-        {"event": "update", "seconds": 0.5, "rows": 100},
-        {"event": "update", "seconds": 0.25, "rows": 50},
+        {"event": "update", "seconds": 0.5, "rows": 100, "updates": 3},
+        {"event": "update", "seconds": 0.25, "rows": 50, "updates": 1},
         {"event": "gate", "seconds": 1.0},
         {"event": "checkpoint", "seconds": 9.0},
     ]
     journal = tmp_path / "log.jsonl"
     journal.write_text("".join(json.dumps(event) + "\n" for event in events))
 
-    assert learning_of(journal, "GPU") == Learning("GPU", 1.75, 2, 150)
+    assert learning_of(journal, "GPU") == Learning("GPU", 1.75, 4, 150)
     assert learning_of(tmp_path / "none", "CPU") == Learning("CPU", 0, 0, 0)
 
 
