@@ -20,7 +20,7 @@ from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel, match_bucket
 from policies.choice import Choice, Chooser
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Forecast, Forecaster
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.probes import Explorer, Stretch
 from policies.step_time import StepTimes
@@ -53,17 +53,25 @@ class _Rest:
         self._find = 1.0
         """Mean time that an inspection saves beyond what the base takes, likewise."""
         self.left = 0
+        self.arm: Arm = PLAIN_ARM
+        """What is done meanwhile."""
         self.num_since = 1
         """Steps since the last inspection."""
 
     def note_cost(self, share: float) -> None:
         self._cost += _REST_GAIN * (share - self._cost)
 
-    def note_find(self, share: float, is_plain_base: bool) -> None:
-        """Take in one inspection; without the base of plain decoding there is no rest."""
+    def note_find(self, share: float, arm: Arm | None) -> None:
+        """Take in one inspection.
+
+        Args:
+            share: what it found beyond the best arm that needs none, relative to a plain step.
+            arm: that arm, if it can go on without a switch; ``None``: there is no rest.
+        """
         self._find += _REST_GAIN * (share - self._find)
         self.num_since = 1
-        if is_plain_base and self._find < self._cost:
+        if arm is not None and self._find < self._cost:
+            self.arm = arm
             self.left = min(math.ceil(self._cost / _REST_SHARE), _MOST_REST)
 
     def reset(self) -> None:
@@ -126,14 +134,15 @@ class GoodputPolicy:
         self._times.calibrate(samples)
 
     def rest(self) -> Decision | None:
-        """Plain decoding for some steps after inspections that found less than they cost."""
+        """Plain decoding, or drafts of the neural drafter in use, for some steps after inspections
+        that found less than they cost."""
         if not self._rest.left:
             return None
         self._rest.left -= 1
         self._rest.num_since += 1
-        self._planned = "none"
+        self._planned = self._rest.arm[0]
         self._decisions["rest"] += 1
-        return Decision("none", 0, 1.0, explore=False, reason="rest")
+        return Decision(*self._rest.arm, 1.0, explore=False, reason="rest")
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
@@ -146,7 +155,7 @@ class GoodputPolicy:
         """Learn acceptance from every step, and times from steps without prefill."""
         self._acceptance.tick(outcome.batch)
         planned = self._take_awaited(outcome.decision)
-        if outcome.decision.draft_k:
+        if outcome.decision.draft_k and outcome.decision.reason != "rest":  # else no match is known
             self._observe_rows(outcome)
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome, planned.pending_rows if planned else {})
@@ -204,10 +213,14 @@ class GoodputPolicy:
             if stretch.num_steps > 1:
                 self._stretch = stretch._replace(num_steps=stretch.num_steps - 1)
             return Decision(*stretch.arm, propensity, explore=True, reason="probe")
-        found_s = choice.loss_s(PLAIN_ARM)
-        self._rest.note_find(found_s / seen.plain_s, choice.base == "none")
+        blind = max(filter(self._needs_no_look, choice.values), key=choice.values.__getitem__)
+        found = choice.loss_s(blind) / seen.plain_s
+        self._rest.note_find(found, blind if blind[0] == choice.base else None)
         reason = "goodput" if choice.arm[1] else "plain"
         return Decision(*choice.arm, propensity, explore=False, reason=reason)
+
+    def _needs_no_look(self, arm: Arm) -> bool:
+        return arm == PLAIN_ARM or arm[0] in self._neural
 
     def _next_stretch(self, seen: Forecast, choice: Choice) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
@@ -234,6 +247,8 @@ class GoodputPolicy:
 
     def _take_awaited(self, decision: Decision) -> _Planned | None:
         """What was predicted for a step, if it was planned; older ones were never observed."""
+        if decision.reason == "rest":  # and the step planned behind it is observed later
+            return None
         while self._awaited:
             planned = self._awaited.popleft()
             if planned.decision is decision:

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from policies.interface import Decision
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.drafting import Drafting
 from serving.engine.scheduler import Chunk
 from serving.engine.sequence import NotedStep, Sequence
-from serving.requests import TokenLogprob
+from serving.requests import EngineFigures, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,26 @@ class Counters:
     """[max_draft]."""
     steps_by_arm: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Steps of each (drafter, draft_k)."""
+
+    def figures(self, **gauges: Any) -> EngineFigures:
+        """With gauges of now; the service adds the figures of swaps and traces."""
+        return EngineFigures(
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            cached_prompt_tokens=self.cached_prompt_tokens,
+            num_rounds=self.num_rounds,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            num_accepted_per_pos=tuple(self.accepted_per_pos),
+            num_steps=self.num_steps,
+            steps_by_arm=dict(self.steps_by_arm),
+            swaps={},
+            swap_seconds=0.0,
+            traces={},
+            capture_rows_dropped=0,
+            num_request_steps=self.num_request_steps,
+            **gauges,
+        )
 
 
 Scored = Callable[[int, list[int], int], list[TokenLogprob]]

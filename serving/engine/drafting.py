@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from drafters.protocol import Drafter, HostDrafter
-from policies.interface import StepObs
+from policies.interface import Decision, StepObs
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.sequence import Sequence
 
@@ -179,6 +179,19 @@ class Drafting:
             version=self.version,
             pending_rows=pending,
         )
+
+    def held(self, decision: Decision, batch: list[Sequence], most: int) -> Decision:
+        """A decision that was made without a look at the batch, held to what its requests allow.
+
+        Args:
+            most: largest K of this step.
+        """
+        if not decision.draft_k:
+            return decision
+        allowed = min(decision.draft_k, most, max(map(self.cap, batch)))
+        if allowed == decision.draft_k:
+            return decision
+        return replace(decision, draft_k=allowed, drafter=decision.drafter if allowed else "none")
 
     def from_host(self, kind: str, batch: list[Sequence], num_draft: int) -> list[list[int]]:
         """Up to ``num_draft`` tokens that a host drafter proposes for each request."""

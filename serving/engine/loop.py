@@ -117,27 +117,12 @@ class Engine:
 
     def figures(self) -> EngineFigures:
         """Counters and gauges of now; the service adds those of swaps and traces."""
-        c = self._commits.counters
         pages = self.scheduler.pool
-        return EngineFigures(
+        return self._commits.counters.figures(
             num_running=len(self.scheduler.running),
             num_waiting=self.inbox.num_waiting(),
             kv_usage=1 - pages.num_available / pages.num_usable,
-            prompt_tokens=c.prompt_tokens,
-            generation_tokens=c.generation_tokens,
-            cached_prompt_tokens=c.cached_prompt_tokens,
-            num_rounds=c.num_rounds,
-            num_draft_tokens=c.num_draft_tokens,
-            num_accepted_tokens=c.num_accepted_tokens,
-            num_accepted_per_pos=tuple(c.accepted_per_pos),
-            num_steps=c.num_steps,
-            steps_by_arm=dict(c.steps_by_arm),
             drafter_version=self.drafting.version,
-            swaps={},
-            swap_seconds=0.0,
-            traces={},
-            capture_rows_dropped=0,
-            num_request_steps=c.num_request_steps,
         )
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -244,9 +229,9 @@ class Engine:
         choice = self.drafting.choice(batch)
         if choice is not None and self._policy_of is not None:
             policy = self._policy_of(choice)
-        if (resting := policy.rest()) is not None:
-            return policy, resting, nothing
         most = self.programs.rounds.most_draft(batch)
+        if (resting := policy.rest()) is not None:
+            return policy, self.drafting.held(resting, batch, most), nothing
         obs = self.drafting.observe(batch, self._commits.counters.num_steps, most, choice)
         if obs is None:
             return policy, PLAIN, nothing

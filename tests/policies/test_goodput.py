@@ -138,6 +138,19 @@ def test_expensive_inspection_leaves_plain_decoding_its_speed(plan_s):
     assert run(made, hopeless, steps=3000, seed=1).speed >= 0.96 * fixed_speed(hopeless, "none", 0)
 
 
+@pytest.mark.parametrize("batch", [1, 32])
+def test_expensive_inspection_is_left_out_where_the_neural_drafter_does_without(batch):
+    """With many clients, looking for matches takes the host as long as a step takes the GPU."""
+    world = World(
+        batch=batch, eagle=(0.7,) * 8, suffix=0.3, match_share=0.3, plan_s=0.004,
+        verify_per_token_s=0.0003 / batch,
+    )  # fmt: skip
+    made = policy(world=world)
+    run(made, world, steps=400, seed=0)
+    assert run(made, world, steps=2000, seed=1).speed >= 0.96 * best_fixed_speed(world)
+    assert made.figures()["decisions"]["rest"] > 1500
+
+
 def test_inspection_that_pays_happens_at_every_step():
     world = World(eagle=HOSTILE, suffix=0.9, match_share=0.2, plan_s=0.0004)
     made = policy(world=world)
