@@ -132,7 +132,9 @@ def changing() -> Iterator[Scenario]:
             tuple(Phase(replace(world, eagle=(c,) * 8), steps=1000) for c in drift),
         )
         yield Scenario(f"{about}, prompts", (Phase(replace(world, untimed_share=0.7)),))
-        yield Scenario(f"{about}, unequal", (Phase(replace(world, difficulties=UNEQUAL)),))
+        yield Scenario(
+            f"{about}, unequal", (Phase(replace(world, difficulties=UNEQUAL, request_tokens=25)),)
+        )
         slow = replace(world, slowdown=2.5)
         yield Scenario(f"{about}, machine slows", (Phase(world), Phase(slow), Phase(world)))
         for kind in ("random", "very good"):
