@@ -11,24 +11,21 @@ extended Kalman filter, so each step updates what it says something about, by as
 plain step between drafting ones tells the speed of the machine and so what the drafter costs.
 Without new evidence, factors become uncertain again.
 
-A surprise counts up to 2.5 standard deviations, as measured of late. The part of a late step beyond
-is not discarded: it is averaged apart, over all steps, and added to every arm's time, because a
-host is late as often beside a draft as without one. A drafter's own excess replaces the common one
-as far as its steps prove that it differs. Typical time plus excess is the mean time, heavy tails
-included, without the variance of a mean.
+A surprise counts up to 2.5 standard deviations; ``scatter`` keeps the rest, so that means are right
+where steps come late.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from policies.curves import Floats, Profile
 from policies.interface import CostSample, DrafterTraits
+from policies.scatter import CLIP, Scatter
 
 _SIZES = 8
 """Sizes of batch told apart: 1, 2-3, 4-7, ... 128 and more."""
@@ -46,48 +43,13 @@ _SPEED_DRIFT = 0.012
 """Standard deviations by which the speed drifts in a step,"""
 _FORGET, _FORGET_STEPS = 2e-4, 16
 """Share by which everything else becomes as uncertain as at first, every so many steps."""
-_NOISE_START = 0.1
-"""Standard deviation of the logarithm of a step's time before anything is measured."""
-_NOISE_LEAST = 0.01
-_NOISE_GAIN = 0.03
-_CLIP = 2.5
-"""Standard deviations up to which a surprise counts."""
 _MANY_OUTLIERS = 4
-"""Surprises beyond in a row that are a change instead,"""
+"""Surprises beyond what counts, in a row, that are a change instead,"""
 _CHANGE_SD = 1.0
 """of this standard deviation."""
 _LEAST_SHARE = 0.15
 """Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
 would take a factor of ten hundreds of steps to be found."""
-_EXCESS_GAIN, _OWN_EXCESS_GAIN = 0.003, 0.001
-"""Gains of the averages of late time, over all steps and over those of one drafter."""
-_EXCESS_SD = 0.03
-"""Prior standard deviation of a drafter's own excess from the common one, as a share of a step."""
-
-
-@dataclass(slots=True)
-class _Average:
-    """A mean and a variance that start exact and then move by a least gain."""
-
-    gain: float
-    num: int = 0
-    mean: float = 0.0
-    square: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.num += 1
-        gain = max(self.gain, 1 / self.num)
-        self.mean += gain * (value - self.mean)
-        self.square += gain * (value * value - self.square)
-
-    @property
-    def variance(self) -> float:
-        return max(self.square - self.mean**2, 0.0)
-
-    @property
-    def weight(self) -> float:
-        """Number of values that the mean is worth."""
-        return min(float(self.num), 2 / self.gain)
 
 
 class StepTimes:
@@ -115,11 +77,7 @@ class StepTimes:
         self._values: list[float] = self._state.tolist()
         """The state again: reading numbers of a list is faster."""
         self._cov = self._prior.copy()
-        self._noise = _NOISE_START
-        self._ratio = 1.0
-        """Mean of a step's time, as far as it counts, relative to the typical one."""
-        self._excess = _Average(_EXCESS_GAIN)
-        self._own_excess = {k: _Average(_OWN_EXCESS_GAIN) for k in ("none", *self._drafters)}
+        self._scatter = Scatter(self._drafters)
         self._num_observed = self._outliers = 0
         self.num_changes = 0
         """Changes of the machine or of an arm's cost, noticed by many outliers in a row."""
@@ -143,9 +101,10 @@ class StepTimes:
         slopes = np.array([1.0, 1.0, *[share] * (len(at) - 2)])
         moves = self._cov[:, at] @ slopes
         doubt = float(moves[at] @ slopes)
-        variance = doubt + self._noise**2
+        noise = self._scatter.noise
+        variance = doubt + noise**2
         surprise = math.log(step_s / typical_s)
-        limit = _CLIP * math.sqrt(variance)
+        limit = CLIP * math.sqrt(variance)
         counted = min(max(surprise, -limit), limit)
         self._state += moves * (counted / variance)
         self._cov -= moves[:, None] * (moves / variance)
@@ -153,8 +112,8 @@ class StepTimes:
         self._values = self._state.tolist()
         self._plain.clear()
         self._notice_change(abs(surprise) > limit, at)
-        if doubt < self._noise**2:
-            self._follow_noise(drafter if draft_k else "none", step_s, typical_s, surprise)
+        if doubt < noise**2:
+            self._scatter.observe(drafter if draft_k else "none", step_s, typical_s)
 
     def _notice_change(self, is_outlier: bool, at: list[int]) -> None:
         """Take many outliers in a row for a change of the machine, or of what the arm costs."""
@@ -174,36 +133,24 @@ class StepTimes:
             self._cov[0, 0] = speed
         self._cov[0, 0] += _SPEED_DRIFT**2
 
-    def _follow_noise(self, kind: str, step_s: float, typical_s: float, surprise: float) -> None:
-        """Update how much steps scatter, and by how much late ones are late."""
-        most = math.exp(_CLIP * self._noise)
-        gain = max(_NOISE_GAIN, 1 / self._num_observed)
-        # The mean size of a normal deviate is 0.8 standard deviations.
-        size = min(abs(surprise), 3 * self._noise) / 0.8
-        self._noise = max(_NOISE_LEAST, self._noise + _NOISE_GAIN * (size - self._noise))
-        counted = min(step_s / typical_s, most)
-        self._ratio += gain * (counted - self._ratio)
-        late_s = step_s - counted * typical_s
-        self._excess.add(late_s)
-        self._own_excess[kind].add(late_s)
-
     def plain_s(self, batch: int) -> float:
         """Predicted seconds of a plain step."""
-        return self._typical_plain_s(batch) * self._ratio + self._excess_s("none", batch)
+        typical_s = self._typical_plain_s(batch)
+        return self._scatter.ratio * typical_s + self._scatter.late_s("none", typical_s)
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
         """Predicted seconds at K = 1, 2, ... max_draft, not decreasing."""
         first, values = self._first[drafter], self._values
         common = math.exp(values[first] + values[first + 1 + self._max_draft + _size(batch)])
-        mean_s = self._typical_plain_s(batch) * self._ratio
-        excess_s = self._excess_s(drafter, batch)
+        typical_s = self._typical_plain_s(batch)
+        mean_s, late_s = self._scatter.ratio * typical_s, self._scatter.late_s(drafter, typical_s)
         times, longest = [], 0.0
         # In plain Python: for so few numbers it takes a third of the time of numpy.
         for increment, cost in zip(
             self._profile.increments(drafter, batch)[1:], values[first + 1 :], strict=False
         ):
             longest = max(longest, increment * common * math.exp(cost))
-            times.append(mean_s * (1 + longest) + excess_s)
+            times.append(mean_s * (1 + longest) + late_s)
         return times
 
     def doubt(self, drafter: str, draft_k: int, batch: int) -> float:
@@ -226,9 +173,7 @@ class StepTimes:
                 }
                 for kind, i in self._first.items()
             },
-            "scatter": round(self._noise, 4),
-            "late_ms": round(1000 * self._excess.mean, 4),
-            "own_late_ms": {k: round(1000 * a.mean, 4) for k, a in self._own_excess.items()},
+            **self._scatter.figures(),
         }
 
     def _typical_plain_s(self, batch: int) -> float:
@@ -251,14 +196,6 @@ class StepTimes:
         increment = self._profile.increments(drafter, batch)[k] * cost
         share = max(increment / (1 + increment), _LEAST_SHARE)
         return at, share, plain_s * (1 + increment)
-
-    def _excess_s(self, kind: str, batch: int) -> float:
-        own, common = self._own_excess[kind], self._excess
-        prior = (_EXCESS_SD * self._typical_plain_s(batch)) ** 2
-        # The common variance: a drafter's own is 0 until one of its steps is late.
-        proof = prior * own.weight
-        share = proof / (proof + common.variance) if proof else 0.0
-        return common.mean + share * (own.mean - common.mean)
 
 
 def _prior(max_draft: int, num_drafters: int, is_measured: bool) -> Floats:
