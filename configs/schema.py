@@ -130,7 +130,7 @@ class PolicySettings(Section):
     drafters current."""
     half_life_rounds: float = Field(200.0, gt=0)
     """Rounds after which the weight of an observation halves."""
-    margin: float = Field(1.02, ge=1)
+    margin: float = Field(1.01, ge=1)
     """Predicted speedup over plain decoding that drafting must reach to be chosen."""
 
 

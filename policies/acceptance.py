@@ -203,11 +203,12 @@ class DrafterAcceptance:
 
     def _all_expected(self) -> Floats:
         if self._expected is None:
-            survival = self.hazards().cumprod(axis=1)
+            hazards = self.hazards()
+            terms = np.ones((hazards.shape[0], hazards.shape[1] + 1))
+            np.cumprod(hazards, axis=1, out=terms[:, 1:])
             if self._is_silent:
-                survival[0] = 0.0
-            self._expected = np.ones((survival.shape[0], survival.shape[1] + 1))
-            self._expected[:, 1:] += survival.cumsum(axis=1)
+                terms[0, 1:] = 0.0
+            self._expected = terms.cumsum(axis=1)
         return self._expected
 
     def doubt(self, k: int) -> float:

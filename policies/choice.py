@@ -36,6 +36,8 @@ class Choice(NamedTuple):
     """Tokens of each arm, less what this speed makes in its seconds, switching included."""
     charges_s: dict[str, float]
     """Seconds of switching in these, by drafter."""
+    plain_s: float
+    """Seconds of a plain step."""
 
     def loss_s(self, arm: Arm) -> float:
         """Seconds that an arm loses against the best for the same tokens."""
@@ -75,7 +77,7 @@ class Chooser:
                 values[drafter, k] = tokens[k] - (seconds[k] + charge) * least
         arm = max(values, key=values.__getitem__)
         self._note(seen, arm, fresh, alone)
-        return Choice(arm, self.base, speed, values, charges)
+        return Choice(arm, self.base, speed, values, charges, seen.plain_s)
 
     def _choose_base(self, seen: Forecast, catch_up_s: Mapping[str, float]) -> float:
         """Choose the base and return its speed alone, tokens per second."""

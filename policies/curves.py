@@ -48,7 +48,7 @@ class Profile:
             kind: _medians((s.draft_k, s.batch, s.draft_s) for s in samples if s.drafter == kind)
             for kind in drafters
         }
-        self._known: dict[tuple[str, int], Floats] = {}
+        self._known: dict[tuple[str, int], list[float]] = {}
 
     @property
     def is_measured(self) -> bool:
@@ -59,14 +59,14 @@ class Profile:
         """Seconds of a plain step."""
         return _at_batch(self._verify[0], batch) if self.is_measured else DEFAULT_STEP_S
 
-    def increments(self, drafter: str, batch: int) -> Floats:
+    def increments(self, drafter: str, batch: int) -> list[float]:
         """[max_draft + 1] seconds beyond a plain step at K = 0, 1, ..., as shares of it.
 
         0 at K = 0, positive and not decreasing after it.
         """
         found = self._known.get((drafter, batch))
         if found is None:
-            found = self._known[drafter, batch] = self._increments(drafter, batch)
+            found = self._known[drafter, batch] = self._increments(drafter, batch).tolist()
         return found
 
     def _increments(self, drafter: str, batch: int) -> Floats:

@@ -15,6 +15,8 @@ from policies.step_time import StepTimes
 _MIX_GAIN = 0.02
 """Gain of the moving average of how rows spread over match buckets."""
 
+_NONE_CAPPED: Counter[tuple[int, int]] = Counter()
+
 Arm = tuple[str, int]
 """A drafter and K; plain decoding is ``PLAIN_ARM``."""
 PLAIN_ARM: Arm = ("none", 0)
@@ -61,7 +63,7 @@ class Forecaster:
     def forecast(self, obs: StepObs, max_k: int) -> Forecast:
         """Predict every arm of a step."""
         rows = _by_bucket(obs)
-        full, capped = rows, Counter[tuple[int, int]]()
+        full, capped = rows, _NONE_CAPPED
         if min(obs.caps) < max_k:
             full, capped = _by_cap(obs, max_k)
         has_match = obs.matches is not None and any(obs.matches)

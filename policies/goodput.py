@@ -159,9 +159,12 @@ class GoodputPolicy:
             self._observe_rows(outcome)
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome, planned.pending_rows if planned else {})
-            self._explorer.earn(outcome.step_s, self._times.plain_s(outcome.batch))
-            if planned and planned.catches_up and planned.decision.explore:
-                self._explorer.settle(outcome.step_s, planned.seconds)
+            plain_s, is_drafted = self._times.plain_s(outcome.batch), outcome.decision.draft_k > 0
+            self._explorer.earn(outcome.step_s, plain_s, is_drafted=is_drafted)
+            if planned and planned.decision.explore:
+                self._explorer.settle(
+                    outcome.step_s, planned.seconds, catches_up=planned.catches_up
+                )
         self._observed = outcome.decision.drafter
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
@@ -225,7 +228,7 @@ class GoodputPolicy:
     def _next_stretch(self, seen: Forecast, choice: Choice) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
         left, self._stretch = self._stretch, None
-        left = self._explorer.check_plain(choice, self._times.num_changes) or left
+        left = self._explorer.goes_on(left, choice, self._times.num_changes)
         if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
             return left, 1.0
         stretch, nothing = self._explorer.draw(

@@ -5,10 +5,11 @@ of another drafter between steps of the best arm, on the same traffic. A neural 
 after others is a catch-up, so single steps of it would never tell what it costs to draft.
 
 A stretch is charged its predicted loss against the best arm when it begins, and afterwards whatever
-its catch-up took beyond or below the prediction. It is paid from an account that grows by 0.8 % of
-the time spent: exploration costs less than 1 % however bad a drafter is, and an expensive stretch
-is postponed, never dropped. So whatever is believed of an idle drafter, evidence keeps coming at a
-rate that only its cost bounds, and no belief can lock.
+it took beyond or below the prediction. It is paid from accounts that grow by 1 % of the
+time spent: exploration costs about 1 % at most, however bad a drafter is, and an expensive stretch
+is postponed, never dropped. Another K of the drafter in use is cheap and wanted often, and would
+leave nothing to compare drafting with plain decoding, so it has an account of its own. Whatever is
+believed of an idle drafter, evidence keeps coming at a rate that only its cost bounds.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from typing import NamedTuple
 from policies.choice import Choice
 from policies.forecast import PLAIN_ARM, Arm, Forecast
 
-_BUDGET = 0.008
+_BUDGET = 0.01
 """Share of the time that stretches may lose."""
-_START_STEPS, _MOST_STEPS = 6.0, 12.0
-"""Balance of the account at first and at most, in plain steps."""
-_STRETCH = 4
-"""Steps of a stretch of plain decoding or of an idle neural drafter; for others one is enough."""
+_START_STEPS, _MOST_STEPS = 3.0, 12.0
+"""Balance of each account at first and at most, in plain steps."""
+_LEAST_STRETCH, _USUAL_STRETCH, _MOST_STRETCH = 2, 6, 32
+"""Steps of a stretch of plain decoding or of an idle neural drafter; for others one is enough. It
+is longer where the arm loses less than the switch costs: arms that are nearly as good as the best
+are the hardest to tell from it, and cost the least. It is shorter where a step loses much."""
+_MUCH_STEPS = 3.0
+"""Plain steps that a stretch may lose before it is shortened, or ended if it was not foreseen."""
 _DOUBT = 0.02
 """Standard deviation of the predicted ratio of arms from which on they are compared more often."""
 _MOST_HASTE = 8.0
@@ -54,33 +59,46 @@ class Explorer:
         self._explore = explore
         self._neural = neural
         self._rng = random.Random(seed)
-        self.account_s: float | None = None
+        self.accounts_s: dict[bool, float] = {}
+        """Balances: of stretches of the drafter in use (True) and of others (False)."""
         self._wanted_s = 0.0
         """Loss of the most expensive stretch that was an option of late."""
         self._num_changes = -1
 
-    def earn(self, step_s: float, plain_s: float) -> None:
-        """Add a step's share to the account."""
-        if self.account_s is None:
-            self.account_s = _START_STEPS * plain_s
+    def earn(self, step_s: float, plain_s: float, *, is_drafted: bool) -> None:
+        """Add a step's share to the accounts; one in which nothing was drafted is for others."""
+        if not self.accounts_s:
+            self.accounts_s = dict.fromkeys((True, False), _START_STEPS * plain_s)
         most_s = max(_MOST_STEPS * plain_s, self._wanted_s)
-        self.account_s = min(self.account_s + _BUDGET * step_s, most_s)
+        for is_own, share in ((True, 0.5), (False, 0.5)) if is_drafted else ((False, 1.0),):
+            grown_s = self.accounts_s[is_own] + share * _BUDGET * step_s
+            self.accounts_s[is_own] = min(grown_s, most_s)
 
-    def check_plain(self, choice: Choice, num_changes: int) -> Stretch | None:
-        """A stretch of plain steps, whatever it costs, if something has changed beside drafts.
+    def goes_on(self, left: Stretch | None, choice: Choice, num_changes: int) -> Stretch | None:
+        """The stretch under way, unless it has cost much more than predicted, or step times have
+        changed: then it ends, and beside drafts a stretch of plain steps begins, whatever it costs.
 
         Args:
             num_changes: changes of step times so far; the start is one more.
         """
         has_changed, self._num_changes = num_changes != self._num_changes, num_changes
-        if not has_changed or choice.base == "none":
-            return None
-        return Stretch(PLAIN_ARM, _STRETCH, 1.0)
+        if not has_changed:
+            is_dear = bool(self.accounts_s) and (
+                self.accounts_s[False] < -_MUCH_STEPS * choice.plain_s
+            )
+            return None if is_dear else left
+        return None if choice.base == "none" else Stretch(PLAIN_ARM, _USUAL_STRETCH, 1.0)
 
-    def settle(self, step_s: float, predicted_s: float) -> None:
-        """Charge what a catch-up took beyond its prediction, or return what it did not take."""
+    def settle(self, step_s: float, predicted_s: float, *, catches_up: bool) -> None:
+        """Charge what an explored step took beyond its prediction, or return what it did not take.
+
+        Ordinary steps only count if they took twice as long: the others are learned from, and their
+        scatter would move the account more than their losses.
+        """
+        if not catches_up and step_s < 2 * predicted_s:
+            return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
-        self.account_s = (self.account_s or 0.0) - excess_s
+        self.accounts_s[False] -= excess_s
 
     def draw(
         self, seen: Forecast, choice: Choice, doubt: float, num_steps: int
@@ -92,7 +110,7 @@ class Explorer:
                 its neighbours'.
             num_steps: steps since this was asked last.
         """
-        if not self._explore or self.account_s is None:
+        if not self._explore or not self.accounts_s:
             return None, 1.0
         haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
         options = self._affordable(seen, choice, haste)
@@ -104,12 +122,12 @@ class Explorer:
         if self._rng.random() >= chance:
             return None, 1 - chance
         arm = self._rng.choices(list(options), weights=list(options.values()))[0]
-        self.account_s -= self._loss_s(arm, choice)
+        self.accounts_s[_is_own(arm, choice)] -= self._loss_s(arm, choice)
         share = options[arm] / total
         return Stretch(arm, self._length(arm, choice), chance * share), 1 - chance
 
     def _affordable(self, seen: Forecast, choice: Choice, haste: float) -> dict[Arm, float]:
-        """Weights of the stretches that the account can pay for now."""
+        """Weights of the stretches that can be paid for now."""
         (drafter, k), options = choice.arm, {}
         if choice.base != "none":
             options[PLAIN_ARM] = haste
@@ -122,16 +140,28 @@ class Explorer:
             arms = [(idle, k) for k in range(1, seen.max_k + 1)]
             options[max(arms, key=choice.values.__getitem__)] = 2.0
         options.pop(choice.arm, None)
-        assert self.account_s is not None
         losses_s = {arm: self._loss_s(arm, choice) for arm in sorted(options)}
         self._wanted_s = max(losses_s.values(), default=0.0)
-        return {a: options[a] for a, loss_s in losses_s.items() if loss_s <= self.account_s}
+        return {
+            arm: options[arm]
+            for arm, loss_s in losses_s.items()
+            if loss_s <= self.accounts_s[_is_own(arm, choice)]
+        }
 
     def _length(self, arm: Arm, choice: Choice) -> int:
         is_idle = arm[0] in self._neural and arm[0] != choice.base
-        return _STRETCH if is_idle or arm == PLAIN_ARM else 1
+        if not is_idle and arm != PLAIN_ARM:
+            return 1
+        switch_s = choice.charges_s[arm[0]]
+        step_s = max(choice.loss_s(arm) - switch_s, switch_s / _MOST_STRETCH, 1e-9)
+        longest = max(_LEAST_STRETCH, round(_MUCH_STEPS * choice.plain_s / step_s))
+        return min(max(_USUAL_STRETCH, round(switch_s / step_s)), longest, _MOST_STRETCH)
 
     def _loss_s(self, arm: Arm, choice: Choice) -> float:
         """Seconds that a stretch is predicted to lose; it switches once."""
         num_steps = self._length(arm, choice)
         return choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
+
+
+def _is_own(arm: Arm, choice: Choice) -> bool:
+    return arm[1] > 0 and arm[0] == choice.arm[0]

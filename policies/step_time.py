@@ -11,25 +11,21 @@ extended Kalman filter, so each step updates what it says something about, by as
 plain step between drafting ones tells the speed of the machine and so what the drafter costs.
 Without new evidence, factors become uncertain again.
 
-A surprise counts up to 2.5 standard deviations, as measured of late. The part of a late step beyond
-is not discarded: it is averaged apart, over all steps, and added to every arm's time, because a
-host is late as often beside a draft as without one. A drafter's own excess replaces the common one
-as far as its steps prove that it differs. Typical time plus excess is the mean time, heavy tails
-included, without the variance of a mean.
+A surprise counts up to 2.5 standard deviations; ``scatter`` keeps the rest, so that means are right
+where steps come late.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from policies.curves import Floats, Profile
 from policies.interface import CostSample, DrafterTraits
+from policies.scatter import CLIP, Scatter
 
 _SIZES = 8
 """Sizes of batch told apart: 1, 2-3, 4-7, ... 128 and more."""
@@ -47,48 +43,13 @@ _SPEED_DRIFT = 0.012
 """Standard deviations by which the speed drifts in a step,"""
 _FORGET, _FORGET_STEPS = 2e-4, 16
 """Share by which everything else becomes as uncertain as at first, every so many steps."""
-_NOISE_START = 0.1
-"""Standard deviation of the logarithm of a step's time before anything is measured."""
-_NOISE_LEAST = 0.01
-_NOISE_GAIN = 0.03
-_CLIP = 2.5
-"""Standard deviations up to which a surprise counts."""
 _MANY_OUTLIERS = 4
-"""Surprises beyond in a row that are a change instead,"""
+"""Surprises beyond what counts, in a row, that are a change instead,"""
 _CHANGE_SD = 1.0
 """of this standard deviation."""
 _LEAST_SHARE = 0.15
 """Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
 would take a factor of ten hundreds of steps to be found."""
-_EXCESS_GAIN, _OWN_EXCESS_GAIN = 0.003, 0.001
-"""Gains of the averages of late time, over all steps and over those of one drafter."""
-_EXCESS_SD = 0.03
-"""Prior standard deviation of a drafter's own excess from the common one, as a share of a step."""
-
-
-@dataclass(slots=True)
-class _Average:
-    """A mean and a variance that start exact and then move by a least gain."""
-
-    gain: float
-    num: int = 0
-    mean: float = 0.0
-    square: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.num += 1
-        gain = max(self.gain, 1 / self.num)
-        self.mean += gain * (value - self.mean)
-        self.square += gain * (value * value - self.square)
-
-    @property
-    def variance(self) -> float:
-        return max(self.square - self.mean**2, 0.0)
-
-    @property
-    def weight(self) -> float:
-        """Number of values that the mean is worth."""
-        return min(float(self.num), 2 / self.gain)
 
 
 class StepTimes:
@@ -113,12 +74,10 @@ class StepTimes:
         is_known = self._profile.is_measured
         self._prior = _prior(self._max_draft, len(self._drafters), is_known)
         self._state = np.zeros(len(self._prior))
+        self._values: list[float] = self._state.tolist()
+        """The state again: reading numbers of a list is faster."""
         self._cov = self._prior.copy()
-        self._noise = _NOISE_START
-        self._ratio = 1.0
-        """Mean of a step's time, as far as it counts, relative to the typical one."""
-        self._excess = _Average(_EXCESS_GAIN)
-        self._own_excess = {k: _Average(_OWN_EXCESS_GAIN) for k in ("none", *self._drafters)}
+        self._scatter = Scatter(self._drafters)
         self._num_observed = self._outliers = 0
         self.num_changes = 0
         """Changes of the machine or of an arm's cost, noticed by many outliers in a row."""
@@ -142,19 +101,21 @@ class StepTimes:
         slopes = np.array([1.0, 1.0, *[share] * (len(at) - 2)])
         moves = self._cov[:, at] @ slopes
         doubt = float(moves[at] @ slopes)
-        variance = doubt + self._noise**2
+        noise = self._scatter.noise
+        variance = doubt + noise**2
         surprise = math.log(step_s / typical_s)
-        limit = _CLIP * math.sqrt(variance)
+        limit = CLIP * math.sqrt(variance)
         counted = min(max(surprise, -limit), limit)
         self._state += moves * (counted / variance)
         self._cov -= moves[:, None] * (moves / variance)
         self._num_observed += 1
+        self._values = self._state.tolist()
         self._plain.clear()
         self._notice_change(abs(surprise) > limit, at)
-        if doubt < self._noise**2:
-            self._follow_noise(drafter if draft_k else "none", step_s, typical_s, surprise)
+        if doubt < noise**2:
+            self._scatter.observe(drafter if draft_k else "none", step_s, typical_s)
 
-    def _notice_change(self, is_outlier: bool, at: NDArray[np.int64]) -> None:
+    def _notice_change(self, is_outlier: bool, at: list[int]) -> None:
         """Take many outliers in a row for a change of the machine, or of what the arm costs."""
         self._outliers = self._outliers + 1 if is_outlier else 0
         if self._outliers == _MANY_OUTLIERS:
@@ -172,36 +133,31 @@ class StepTimes:
             self._cov[0, 0] = speed
         self._cov[0, 0] += _SPEED_DRIFT**2
 
-    def _follow_noise(self, kind: str, step_s: float, typical_s: float, surprise: float) -> None:
-        """Update how much steps scatter, and by how much late ones are late."""
-        most = math.exp(_CLIP * self._noise)
-        gain = max(_NOISE_GAIN, 1 / self._num_observed)
-        size = (
-            min(abs(surprise), 3 * self._noise) * 1.2533
-        )  # a normal deviate's mean size to its sd
-        self._noise = max(_NOISE_LEAST, self._noise + _NOISE_GAIN * (size - self._noise))
-        counted = min(step_s / typical_s, most)
-        self._ratio += gain * (counted - self._ratio)
-        late_s = step_s - counted * typical_s
-        self._excess.add(late_s)
-        self._own_excess[kind].add(late_s)
-
     def plain_s(self, batch: int) -> float:
         """Predicted seconds of a plain step."""
-        return self._typical_plain_s(batch) * self._ratio + self._excess_s("none", batch)
+        typical_s = self._typical_plain_s(batch)
+        return self._scatter.ratio * typical_s + self._scatter.late_s("none", typical_s)
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
         """Predicted seconds at K = 1, 2, ... max_draft, not decreasing."""
-        times = self._profile.increments(drafter, batch)[1:] * np.exp(self._costs(drafter, batch))
-        times = np.maximum.accumulate(times + 1) * (self._typical_plain_s(batch) * self._ratio)
-        seconds: list[float] = (times + self._excess_s(drafter, batch)).tolist()
-        return seconds
+        first, values = self._first[drafter], self._values
+        common = math.exp(values[first] + values[first + 1 + self._max_draft + _size(batch)])
+        typical_s = self._typical_plain_s(batch)
+        mean_s, late_s = self._scatter.ratio * typical_s, self._scatter.late_s(drafter, typical_s)
+        times, longest = [], 0.0
+        # In plain Python: for so few numbers it takes a third of the time of numpy.
+        for increment, cost in zip(
+            self._profile.increments(drafter, batch)[1:], values[first + 1 :], strict=False
+        ):
+            longest = max(longest, increment * common * math.exp(cost))
+            times.append(mean_s * (1 + longest) + late_s)
+        return times
 
     def doubt(self, drafter: str, draft_k: int, batch: int) -> float:
         """Standard deviation of the logarithm of an arm's time relative to a plain step's."""
         at, share, _ = self._linearised(drafter, draft_k, batch)
-        own = at[2:]
-        return share * math.sqrt(max(float(self._cov[own[:, None], own].sum()), 0.0))
+        variance = sum(self._cov.item(i, j) for i in at[2:] for j in at[2:])
+        return share * math.sqrt(max(variance, 0.0))
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready: factors on the start-up profile, scatter, and late time in milliseconds."""
@@ -217,48 +173,29 @@ class StepTimes:
                 }
                 for kind, i in self._first.items()
             },
-            "scatter": round(self._noise, 4),
-            "late_ms": round(1000 * self._excess.mean, 4),
-            "own_late_ms": {k: round(1000 * a.mean, 4) for k, a in self._own_excess.items()},
+            **self._scatter.figures(),
         }
 
     def _typical_plain_s(self, batch: int) -> float:
         found = self._plain.get(batch)
         if found is None:
-            log = float(self._state[0] + self._state[1 + _size(batch)])
+            log = self._values[0] + self._values[1 + _size(batch)]
             found = self._plain[batch] = self._profile.plain_s(batch) * math.exp(log)
         return found
 
-    def _costs(self, drafter: str, batch: int) -> Floats:
-        """Logarithms of the factors on a drafter's increments at K = 1, 2, ..."""
-        first = self._first[drafter]
-        common = self._state[first] + self._state[first + 1 + self._max_draft + _size(batch)]
-        costs: Floats = self._state[first + 1 : first + 1 + self._max_draft] + common
-        return costs
-
-    def _linearised(
-        self, drafter: str, k: int, batch: int
-    ) -> tuple[NDArray[np.int64], float, float]:
+    def _linearised(self, drafter: str, k: int, batch: int) -> tuple[list[int], float, float]:
         """Indices of an arm's factors, the share of its time that the increment has, and its
         typical seconds."""
         size = _size(batch)
         plain_s = self._typical_plain_s(batch)
         if k == 0:
-            return np.array([0, 1 + size]), 0.0, plain_s
+            return [0, 1 + size], 0.0, plain_s
         first = self._first[drafter]
-        at = np.array([0, 1 + size, first, first + k, first + 1 + self._max_draft + size])
-        cost = math.exp(float(self._state[at[2:]].sum()))
-        increment = float(self._profile.increments(drafter, batch)[k]) * cost
+        at = [0, 1 + size, first, first + k, first + 1 + self._max_draft + size]
+        cost = math.exp(sum(self._values[i] for i in at[2:]))
+        increment = self._profile.increments(drafter, batch)[k] * cost
         share = max(increment / (1 + increment), _LEAST_SHARE)
         return at, share, plain_s * (1 + increment)
-
-    def _excess_s(self, kind: str, batch: int) -> float:
-        own, common = self._own_excess[kind], self._excess
-        prior = (_EXCESS_SD * self._typical_plain_s(batch)) ** 2
-        # The common variance: a drafter's own is 0 until one of its steps is late.
-        proof = prior * own.weight
-        share = proof / (proof + common.variance) if proof else 0.0
-        return common.mean + share * (own.mean - common.mean)
 
 
 def _prior(max_draft: int, num_drafters: int, is_measured: bool) -> Floats:

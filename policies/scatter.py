@@ -1,0 +1,101 @@
+"""How step times vary around what is typical, and what late steps add to their mean.
+
+A step's time counts up to 2.5 standard deviations above the typical one, as measured of late. What
+a late step takes beyond is not discarded: it is averaged apart, over all steps, and added to the
+time of every arm, because a host is late as often beside a draft as without one. A drafter's own
+average replaces the common one as far as its steps prove that it differs. Typical time plus late
+time is the mean time, heavy tails included, without the variance of a mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+CLIP = 2.5
+"""Standard deviations up to which a surprise counts."""
+_NOISE_START = 0.1
+"""Standard deviation of the logarithm of a step's time before anything is measured."""
+_NOISE_LEAST = 0.01
+_NOISE_GAIN = 0.03
+_LATE_GAIN, _OWN_LATE_GAIN = 0.003, 0.001
+"""Gains of the averages of late time, over all steps and over those of one drafter."""
+_LATE_SD = 0.03
+"""Prior standard deviation of a drafter's own excess from the common one, as a share of a step."""
+
+
+@dataclass(slots=True)
+class _Average:
+    """A mean and a variance that start exact and then move by a least gain."""
+
+    gain: float
+    num: int = 0
+    mean: float = 0.0
+    square: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.num += 1
+        gain = max(self.gain, 1 / self.num)
+        self.mean += gain * (value - self.mean)
+        self.square += gain * (value * value - self.square)
+
+    @property
+    def variance(self) -> float:
+        return max(self.square - self.mean**2, 0.0)
+
+    @property
+    def weight(self) -> float:
+        """Number of values that the mean is worth."""
+        return min(float(self.num), 2 / self.gain)
+
+
+class Scatter:
+    """Follows the times of steps, given the typical ones."""
+
+    def __init__(self, drafters: Iterable[str]) -> None:
+        self.noise = _NOISE_START
+        """Standard deviation of the logarithm of a step's time."""
+        self.ratio = 1.0
+        """Mean of a step's time, as far as it counts, relative to the typical one."""
+        self._num_observed = 0
+        self._late = _Average(_LATE_GAIN)
+        self._own_late = {kind: _Average(_OWN_LATE_GAIN) for kind in ("none", *drafters)}
+
+    def observe(self, kind: str, step_s: float, typical_s: float) -> None:
+        """Take in a step.
+
+        Args:
+            kind: its drafter, or ``none``.
+        """
+        self._num_observed += 1
+        gain = max(_NOISE_GAIN, 1 / self._num_observed)
+        counted = min(step_s / typical_s, math.exp(CLIP * self.noise))
+        self.ratio += gain * (counted - self.ratio)
+        # The mean size of a normal deviate is 0.8 standard deviations.
+        size = min(abs(math.log(step_s / typical_s)), 3 * self.noise) / 0.8
+        self.noise = max(_NOISE_LEAST, self.noise + _NOISE_GAIN * (size - self.noise))
+        late_s = step_s - counted * typical_s
+        self._late.add(late_s)
+        self._own_late[kind].add(late_s)
+
+    def late_s(self, kind: str, plain_s: float) -> float:
+        """Mean seconds that a drafter's steps are late.
+
+        Args:
+            plain_s: typical seconds of a plain step.
+        """
+        own, common = self._own_late[kind], self._late
+        # The common variance: a drafter's own is 0 until one of its steps is late.
+        proof = (_LATE_SD * plain_s) ** 2 * own.weight
+        share = proof / (proof + common.variance) if proof else 0.0
+        return common.mean + share * (own.mean - common.mean)
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-ready, milliseconds."""
+        return {
+            "scatter": round(self.noise, 4),
+            "late_ms": round(1000 * self._late.mean, 4),
+            "own_late_ms": {k: round(1000 * a.mean, 4) for k, a in self._own_late.items()},
+        }
