@@ -89,6 +89,6 @@ def test_programs_say_why_a_drafter_is_not_fused(caplog):
     engine = make_engine(model, drafter=drafter, fused=True)
 
     assert not engine.drafting.neural["eagle3"].drafter.is_fused
-    assert "the drafter's own code computes its layer, which is slower: the weights are" in (
+    assert "the drafter's own code computes its layer, which is slower: the weights have" in (
         caplog.text
     )
