@@ -50,9 +50,14 @@ def writer_names(root: Path) -> list[str]:
 
 
 def segment_numbers(folder: Path) -> list[int]:
-    """Numbers of the existing segments, ascending; empty if the folder is gone."""
+    """Numbers of the existing segments, ascending; empty if the folder is gone.
+
+    Only regular files are segments: a folder, a pipe or a link with such a name would stop every
+    reader, and no writer makes one.
+    """
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
     except FileNotFoundError:
         return []
     return sorted(int(match[1]) for match in map(_SEGMENT.fullmatch, names) if match)

@@ -175,3 +175,17 @@ def test_a_damaged_tombstone_stops_neither_readers_nor_writers(tmp_path, content
     with SegmentWriter(tmp_path, limits, clock=lambda: 9e9) as writer:  # all else has expired
         writer.append(b"three")
         assert writer.counts.evicted_records == 2
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_regular_file_stops_neither_readers_nor_writers(tmp_path):
+    path = write_segment(tmp_path, [b"sound"])
+    path.with_name("000001.seg").mkdir()
+    os.mkfifo(path.with_name("000002.seg"))
+    path.with_name("000003.seg").symlink_to(tmp_path / "nowhere")
+    path.with_name("000004.seg").symlink_to(path)
+
+    assert [bytes(payload) for payload in read_all(tmp_path)[0]] == [b"sound"]
+    assert [report.records for report in check_segments(tmp_path)] == [1]
+    write_segment(tmp_path, [b"another"])
+    assert sorted(bytes(payload) for payload in read_all(tmp_path)[0]) == [b"another", b"sound"]
