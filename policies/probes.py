@@ -64,6 +64,7 @@ class Explorer:
         self._wanted_s = 0.0
         """Loss of the most expensive stretch that was an option of late."""
         self._num_changes = -1
+        self._was_slow = False
 
     def earn(self, step_s: float, plain_s: float, *, is_drafted: bool) -> None:
         """Add a step's share to the accounts; one in which nothing was drafted is for others."""
@@ -92,10 +93,11 @@ class Explorer:
     def settle(self, step_s: float, predicted_s: float, *, catches_up: bool) -> None:
         """Charge what an explored step took beyond its prediction, or return what it did not take.
 
-        Ordinary steps only count if they took twice as long: the others are learned from, and their
-        scatter would move the account more than their losses.
+        Ordinary steps only count if two in a row took twice as long: one may be late, and the
+        scatter of the others would move the account more than their losses.
         """
-        if not catches_up and step_s < 2 * predicted_s:
+        was_slow, self._was_slow = self._was_slow, step_s > 2 * predicted_s
+        if not catches_up and not (was_slow and self._was_slow):
             return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
         self.accounts_s[False] -= excess_s
