@@ -5,7 +5,7 @@ of another drafter between steps of the best arm, on the same traffic. A neural 
 after others is a catch-up, so single steps of it would never tell what it costs to draft.
 
 A stretch is charged its predicted loss against the best arm when it begins, and afterwards whatever
-it took beyond or below the prediction. It is paid from accounts that grow by 1 % of the
+it took beyond or below the prediction. It is paid from accounts that grow by 0.8 % of the
 time spent: exploration costs about 1 % at most, however bad a drafter is, and an expensive stretch
 is postponed, never dropped. Another K of the drafter in use is cheap and wanted often, and would
 leave nothing to compare drafting with plain decoding, so it has an account of its own. Whatever is
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from policies.choice import Choice
 from policies.forecast import PLAIN_ARM, Arm, Forecast
 
-_BUDGET = 0.01
+_BUDGET = 0.008
 """Share of the time that stretches may lose."""
 _START_STEPS, _MOST_STEPS = 3.0, 12.0
 """Balance of each account at first and at most, in plain steps."""
