@@ -1,6 +1,6 @@
 """The default policy against the best fixed (drafter, K), on a simulated engine.
 
-    python -m benchmarks.policy_simulation                  # all scenarios, 10 minutes
+    python -m benchmarks.policy_simulation                  # all scenarios, 5 minutes
     python -m benchmarks.policy_simulation --only swap      # scenarios whose name contains a word
 
 Scenarios vary the drafter's acceptance, the batch, scatter and tails of step times, errors of the

@@ -45,7 +45,7 @@ _IDLE_RATE = 0.25
 """Decay of a drafter's evidence in a round without it, relative to a round with it."""
 _SHIFT_WEIGHT = 12.0
 """Rounds that the evidence from before a detected shift counts for."""
-_MIN_STEPS = 8
+_MIN_STEPS = 24
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
 _POOL = NUM_BUCKETS
 """Row of a drafter's pool."""

@@ -106,17 +106,22 @@ class Chooser:
     def _charges(
         self, seen: Forecast, fresh: str, catch_up_s: Mapping[str, float]
     ) -> dict[str, float]:
-        """Seconds of switching that each drafter's arm causes: a neural drafter that is not the
-        base must catch up now, and leaving the base means to catch up later. Returning to the base
-        is free: it was charged to the interruption."""
-        leaving_s = catch_up_s[self.base] if self.base == fresh and self.base != "none" else 0.0
-        charges = {"none": leaving_s}
-        for drafter in seen.seconds:
+        """Seconds of switching that each drafter's arm causes.
+
+        A neural drafter that is not the base must catch up now. The base's own catch-up is charged
+        once for each interruption: to leaving the base where it mostly goes on, because coming back
+        is then certain, and to coming back where it seldom does.
+        """
+        charges = dict.fromkeys(("none", *seen.seconds), 0.0)
+        own_s = catch_up_s.get(self.base, 0.0)
+        for drafter in charges:
             if drafter == self.base:
-                charges[drafter] = 0.0
+                charges[drafter] = self._broken * own_s if drafter != fresh else 0.0
                 continue
-            entering_s = catch_up_s.get(drafter, 0.0) if drafter != fresh else 0.0
-            charges[drafter] = leaving_s + entering_s
+            if fresh == self.base:
+                charges[drafter] += (1 - self._broken) * own_s
+            if drafter != fresh:
+                charges[drafter] += catch_up_s.get(drafter, 0.0)
         return charges
 
     def _note(self, seen: Forecast, arm: Arm, fresh: str, alone: float) -> None:

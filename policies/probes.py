@@ -5,7 +5,7 @@ of another drafter between steps of the best arm, on the same traffic. A neural 
 after others is a catch-up, so single steps of it would never tell what it costs to draft.
 
 A stretch is charged its predicted loss against the best arm when it begins, and afterwards whatever
-it took beyond or below the prediction. It is paid from accounts that grow by 1 % of the
+it took beyond or below the prediction. It is paid from accounts that grow by 0.8 % of the
 time spent: exploration costs about 1 % at most, however bad a drafter is, and an expensive stretch
 is postponed, never dropped. Another K of the drafter in use is cheap and wanted often, and would
 leave nothing to compare drafting with plain decoding, so it has an account of its own. Whatever is
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from policies.choice import Choice
 from policies.forecast import PLAIN_ARM, Arm, Forecast
 
-_BUDGET = 0.01
+_BUDGET = 0.008
 """Share of the time that stretches may lose."""
 _START_STEPS, _MOST_STEPS = 3.0, 12.0
 """Balance of each account at first and at most, in plain steps."""
@@ -64,6 +64,7 @@ class Explorer:
         self._wanted_s = 0.0
         """Loss of the most expensive stretch that was an option of late."""
         self._num_changes = -1
+        self._was_slow = False
 
     def earn(self, step_s: float, plain_s: float, *, is_drafted: bool) -> None:
         """Add a step's share to the accounts; one in which nothing was drafted is for others."""
@@ -92,10 +93,11 @@ class Explorer:
     def settle(self, step_s: float, predicted_s: float, *, catches_up: bool) -> None:
         """Charge what an explored step took beyond its prediction, or return what it did not take.
 
-        Ordinary steps only count if they took twice as long: the others are learned from, and their
-        scatter would move the account more than their losses.
+        Ordinary steps only count if two in a row took twice as long: one may be late, and the
+        scatter of the others would move the account more than their losses.
         """
-        if not catches_up and step_s < 2 * predicted_s:
+        was_slow, self._was_slow = self._was_slow, step_s > 2 * predicted_s
+        if not catches_up and not (was_slow and self._was_slow):
             return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
         self.accounts_s[False] -= excess_s

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 _START = 0.2
 """Cost before anything is measured, as a share of a plain step."""
 _GAIN = 0.1
-_MOST_SURPRISE = 2.0
-"""Largest step of the average, in plain steps or relative to it: a first step may be late too."""
+_MOST_SURPRISE = 1.0
+"""Largest surprise that counts, in plain steps or relative to the average: a first step may be late
+for any other reason, and few are seen."""
 _MANY_ROWS = 64.0
 """Missing rows of a request that double the cost of catching up."""
 
@@ -38,7 +39,7 @@ class SwitchCosts:
         share = self._shares[drafter]
         self._num[drafter] += 1
         gain = max(_GAIN, 1 / (self._num[drafter] + 1))
-        most = max(_MOST_SURPRISE, _MOST_SURPRISE * share) / gain
+        most = _MOST_SURPRISE * max(1.0, share)
         surprise = excess_s / (plain_s * _load(pending_rows, batch)) - share
         self._shares[drafter] = max(0.0, share + gain * min(surprise, most))
 
