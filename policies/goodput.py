@@ -232,7 +232,7 @@ class GoodputPolicy:
         if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
             return left, 1.0
         stretch, nothing = self._explorer.draw(
-            seen, choice, self._doubt(seen, choice), self._rest.num_since
+            seen, choice, lambda: self._doubt(seen, choice), self._rest.num_since
         )
         return (stretch, stretch.propensity) if stretch else (None, nothing)
 

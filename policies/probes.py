@@ -15,7 +15,7 @@ believed of an idle drafter, evidence keeps coming at a rate that only its cost 
 from __future__ import annotations
 
 import random
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from policies.choice import Choice
@@ -33,6 +33,7 @@ _MUCH_STEPS = 3.0
 """Plain steps that a stretch may lose before it is shortened, or ended if it was not foreseen."""
 _DOUBT = 0.02
 """Standard deviation of the predicted ratio of arms from which on they are compared more often."""
+_DOUBT_STEPS = 8
 _MOST_HASTE = 8.0
 _MOST_EXCESS = 25.0
 """Largest charge of a step beyond its prediction, relative to it; more is a machine's hiccup."""
@@ -65,6 +66,7 @@ class Explorer:
         """Loss of the most expensive stretch that was an option of late."""
         self._num_changes = -1
         self._was_slow = False
+        self._haste, self._num_draws = 1.0, 0
 
     def earn(self, step_s: float, plain_s: float, *, is_drafted: bool) -> None:
         """Add a step's share to the accounts; one in which nothing was drafted is for others."""
@@ -103,24 +105,26 @@ class Explorer:
         self.accounts_s[False] -= excess_s
 
     def draw(
-        self, seen: Forecast, choice: Choice, doubt: float, num_steps: int
+        self, seen: Forecast, choice: Choice, doubt: Callable[[], float], num_steps: int
     ) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:
-            doubt: standard deviation of the logarithm of the best drafting arm's speed relative to
-                its neighbours'.
+            doubt: returns the standard deviation of the logarithm of the best drafting arm's speed
+                relative to its neighbours'; asked at every eighth call, because it takes time.
             num_steps: steps since this was asked last.
         """
         if not self._explore or not self.accounts_s:
             return None, 1.0
-        haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
-        options = self._affordable(seen, choice, haste)
+        if self._num_draws % _DOUBT_STEPS == 0:
+            self._haste = min(max(1.0, doubt() / _DOUBT), _MOST_HASTE)
+        self._num_draws += 1
+        options = self._affordable(seen, choice)
         if not options:
             return None, 1.0
         total = sum(options.values())
         mean_steps = sum(w * self._length(arm, choice) for arm, w in options.items()) / total
-        chance = min(self._explore * haste * num_steps / mean_steps, 0.5)
+        chance = min(self._explore * self._haste * num_steps / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
         arm = self._rng.choices(list(options), weights=list(options.values()))[0]
@@ -128,11 +132,11 @@ class Explorer:
         share = options[arm] / total
         return Stretch(arm, self._length(arm, choice), chance * share), 1 - chance
 
-    def _affordable(self, seen: Forecast, choice: Choice, haste: float) -> dict[Arm, float]:
+    def _affordable(self, seen: Forecast, choice: Choice) -> dict[Arm, float]:
         """Weights of the stretches that can be paid for now."""
         (drafter, k), options = choice.arm, {}
         if choice.base != "none":
-            options[PLAIN_ARM] = haste
+            options[PLAIN_ARM] = self._haste
         if k:
             options[drafter, seen.max_k] = 1.0
             options[drafter, min(k + 2, seen.max_k)] = 1.0

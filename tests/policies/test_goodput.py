@@ -215,19 +215,15 @@ def test_catching_up_is_charged_to_the_drafter_that_must():
     assert made.plan(replace(see, pending_rows={"eagle3": 80_000})).drafter != "eagle3"
 
 
-def test_one_step_of_an_index_must_gain_more_than_coming_back_costs():
-    """An index that gains less than the catch-up after it is left alone, and used without one."""
-    world = World(match_share=0.3, suffix=0.85, noise=Noise(0.03, 0.0, 0.0))
-    shares = {}
-    for cold_s in (0.0, 0.012):
-        used = Counter()
-        cold = replace(world, cold_s=cold_s)
-        made = policy(world=cold)
-        run(made, cold, steps=300, seed=0)
-        run(made, cold, steps=700, seed=1, on_step=lambda d, rows, u=used: u.update([d.drafter]))
-        shares[cold_s] = used["suffix"] / 700
-    assert shares[0.0] > 0.2
-    assert shares[0.012] < 0.05
+@pytest.mark.parametrize(
+    ("cold_s", "least"), [(0.0, 1.15), (0.004, 1.08), (0.012, 0.96), (0.03, 0.96)]
+)
+def test_interrupting_a_drafter_pays_for_coming_back(cold_s, least):
+    """Speed relative to the drafter alone, with an index that is better in three of ten steps."""
+    world = World(match_share=0.3, suffix=0.85, noise=Noise(0.03, 0.0, 0.0), cold_s=cold_s)
+    made = policy(world=world)
+    run(made, world, steps=300, seed=0)
+    assert run(made, world, steps=700, seed=1).speed >= least * best_fixed_speed(world)
 
 
 def test_propensities_equal_the_frequencies_of_draws():
@@ -240,9 +236,11 @@ def test_propensities_equal_the_frequencies_of_draws():
         decision = made.plan(obs())
         arm = (decision.drafter, decision.draft_k)
         counts[arm] += 1
-        assert said.setdefault(arm, decision.propensity) == pytest.approx(decision.propensity)
+        assert said.setdefault(arm, decision.propensity) == pytest.approx(
+            decision.propensity, rel=0.05
+        )
         assert decision.explore == (decision.reason == "probe")
-    assert sum(said.values()) == pytest.approx(1)
+    assert sum(said.values()) == pytest.approx(1, rel=0.01)
     for arm, propensity in said.items():
         assert counts[arm] / 3000 == pytest.approx(propensity, abs=0.03)
     assert said["none", 0] > 0
