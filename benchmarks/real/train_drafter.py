@@ -129,16 +129,26 @@ def asks_of(
 
 
 def collect(
-    service: Service, asks: Sequence[Ask], max_tokens: int, seconds: float, batch: int
+    service: Service,
+    asks: Sequence[Ask],
+    max_tokens: int,
+    seconds: float,
+    batch: int,
+    *,
+    ends_early: bool = False,
 ) -> dict[str, Any]:
-    """Answer requests for ``seconds``, and write the trace of each."""
+    """Answer requests for ``seconds``, and write the trace of each.
+
+    Args:
+        ends_early: answers end where the target ends them, not only after ``max_tokens``.
+    """
     recorder = service.recorder
     assert recorder is not None, "capture must be enabled"
 
     def requests() -> Iterator[Request]:
         for number, ask in enumerate(asks):
             sampling = SamplingParams(
-                temperature=ask.temperature, max_tokens=max_tokens, ignore_eos=True
+                temperature=ask.temperature, max_tokens=max_tokens, ignore_eos=not ends_early
             )
             yield Request(f"trace-{number}", ask.prompt_ids, sampling)
 

@@ -1,0 +1,345 @@
+"""The policy against the best fixed K, on a real target with real traffic.
+
+    python -m benchmarks.real.choosing --run-dir runs/real/choosing
+
+First decodes chat requests of four domains and trains a drafter from random weights on their
+traces. Then answers other requests of these domains in the engine's own loop, without HTTP, with a
+batch that stays full: by plain decoding, by the drafter alone at every fixed K and with the policy,
+and by the policy with the index beside the drafter. Every arm has a policy of its own, which goes
+on from turn to turn. Arms take turns in rotating order; a figure is the median over the turns of an
+arm's tokens per second relative to plain decoding of the same turn.
+
+Requests are seeded, so that all arms answer alike, and end where the target ends them.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import pstats
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.harness.arms import LEARNED, LOOKUP
+from benchmarks.harness.engines import build, release
+from benchmarks.harness.loops import Feed, clear
+from benchmarks.harness.policy import PolicySwitch
+from benchmarks.harness.results import RESULTS, Out, say, write_result
+from benchmarks.real.train_drafter import Ask, collect, train
+from configs.load import load_settings
+from configs.schema import Settings
+from drafters.catalog import kind_of
+from examples.plan import REAL_CONFIGS
+from examples.traffic.chat import DOMAINS, Domain, chat_prompts
+from examples.traffic.prompts import Prompt
+from policies.catalog import build_policy
+from policies.fixed import FixedPolicy
+from policies.interface import CostSample, DraftPolicy, Outcome
+from serving.engine.loop import Engine
+from serving.profile import profile_steps
+from serving.requests import Request, SamplingParams
+from serving.service import Service
+from targets.load import load_tokenizer, target_folder
+
+ARM_DOMAINS: tuple[Domain, ...] = DOMAINS[:4]
+MAX_DRAFT = 6
+PLAIN, ALONE, TUNED = "plain", "drafter alone", "tuned"
+
+
+def settings_for(run_dir: Path, device: str, *chosen: str) -> Settings:
+    """Settings of the server that the demo starts on a GPU."""
+    common = [
+        f"run_dir={run_dir}",
+        f"device={device}",
+        f"trainer.device={device}",
+        "engine.max_queue=1000000",
+        "engine.prefix_cache=false",
+        "swap.enabled=false",
+    ]
+    return load_settings(REAL_CONFIGS, [*common, *chosen], {})
+
+
+# Requests
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """A chat as the server's HTTP room reads it."""
+    turns = [turn.model_dump() for turn in prompt.messages or ()]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Prompts of each domain, as token ids with the seed of their answer."""
+
+    prompts: dict[Domain, list[tuple[tuple[int, ...], int]]]
+    temperature: float
+    max_tokens: int
+
+    def requests(
+        self, domain: Domain, start: int, drafters: frozenset[str], name: str
+    ) -> Iterator[Request]:
+        """Requests from prompt ``start`` on, for ever."""
+        prompts = self.prompts[domain]
+        number = start
+        while True:
+            ids, seed = prompts[number % len(prompts)]
+            sampling = SamplingParams(
+                temperature=self.temperature, max_tokens=self.max_tokens, seed=seed
+            )
+            yield Request(
+                f"{name}-{number}", ids, sampling, capture=False, drafters=drafters
+            )
+            number += 1
+
+
+# Arms
+
+
+@dataclass(slots=True)
+class Count:
+    """Steps of one (drafter, K) and reason."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    plan_s: float = 0.0
+    draft_s: float = 0.0
+    untimed: int = 0
+
+
+class Watched(PolicySwitch):
+    """Counts the steps of a policy by what it decided."""
+
+    def __init__(self, own: DraftPolicy) -> None:
+        super().__init__(own)
+        self.counts: dict[tuple[str, str, int], Count] = {}
+
+    def observe(self, outcome: Outcome) -> None:
+        decision = outcome.decision
+        key = decision.reason, decision.drafter, decision.draft_k
+        count = self.counts.setdefault(key, Count())
+        count.tokens += sum(row.num_accepted + 1 for row in outcome.rows)
+        count.steps += 1
+        count.untimed += outcome.has_prefill
+        if not outcome.has_prefill:
+            count.seconds += outcome.step_s
+            count.plan_s += outcome.plan_s
+            count.draft_s += outcome.draft_s
+        self.playing.observe(outcome)
+
+
+@dataclass(slots=True)
+class Arm:
+    """One way to decode, with its own policy."""
+
+    name: str
+    drafters: frozenset[str]
+    policy: Watched
+    engine: Engine
+    turns: list[dict[str, float]] = field(default_factory=list)
+    """Tokens per second of each turn by domain."""
+
+
+def arms_of(service: Service, settings: Settings, samples: Sequence[CostSample]) -> list[Arm]:
+    """All arms, over the parts of one engine."""
+
+    def goodput(*kinds: str) -> DraftPolicy:
+        traits = {kind: kind_of(kind).traits for kind in kinds}
+        policy = build_policy(settings.policy, traits, settings.seed, MAX_DRAFT)
+        policy.calibrate(samples)
+        return policy
+
+    def arm(name: str, policy: DraftPolicy, *kinds: str) -> Arm:
+        watched = Watched(policy)
+        engine = Engine(service.engine.parts, watched, None, lambda _kinds: watched)
+        return Arm(name, frozenset(kinds), watched, engine)
+
+    fixed = [
+        arm(f"K = {k}", FixedPolicy(LEARNED, k), LEARNED) for k in range(1, MAX_DRAFT + 1)
+    ]
+    followed = arm("K = 3, index unused", FixedPolicy(LEARNED, 3), LEARNED, LOOKUP)
+    return [
+        arm(PLAIN, FixedPolicy("none", 0)),
+        *fixed,
+        followed,
+        arm(ALONE, goodput(LEARNED), LEARNED),
+        arm(TUNED, goodput(LEARNED, LOOKUP), LEARNED, LOOKUP),
+    ]
+
+
+def take_turn(
+    arm: Arm, traffic: Traffic, domain: Domain, start: int, clients: int, seconds: float
+) -> float:
+    """Tokens per second of one arm with a batch that stays full, after a tenth of the time."""
+    clear(arm.engine)
+    feed = Feed(arm.engine, traffic.requests(domain, start, arm.drafters, arm.name), clients)
+    feed.run(seconds / 10)
+    window = feed.run(seconds)
+    feed.stop()
+    return window.num_tokens / window.seconds
+
+
+def profiled(
+    arm: Arm, traffic: Traffic, domain: Domain, clients: int, seconds: float
+) -> str:
+    """Where the host's time goes, by function."""
+    profile = cProfile.Profile()
+    profile.enable()
+    take_turn(arm, traffic, domain, 0, clients, seconds)
+    profile.disable()
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(45)
+    return text.getvalue()
+
+
+# Training
+
+
+def train_first(settings: Settings, asks: Sequence[Ask], seconds: dict[str, float]) -> Any:
+    """Collect traces by plain decoding, and train a drafter on them."""
+    service, _ = build(settings)
+    say(f"engine for traces ready; {len(asks)} prompts")
+    collected = collect(
+        service, asks, 512, seconds["collect"], settings.engine.max_batch, ends_early=True
+    )
+    say(f"collected {collected}")
+    del service
+    release(torch.device(settings.device))
+    target = target_folder(settings.target, settings.target_cache)
+    until_s = time.monotonic() + seconds["train"] + seconds["read"] + 30
+    trained = train(settings, target, seconds["train"], seconds["read"], until_s)
+    release(torch.device(settings.device))
+    return {"collected": collected, "trained": trained}
+
+
+def main(
+    run_dir: Annotated[Path, typer.Option(help="folder of the run: traces and weights")],
+    out: Out = RESULTS / "choosing.json",
+    clients: str = "32,8,1",
+    temperature: float = 0.7,
+    collect_batch: Annotated[int, typer.Option(help="requests decoded at a time for traces")] = 128,
+    collect_s: float = 25.0,
+    train_s: float = 50.0,
+    seconds: Annotated[float, typer.Option(help="of an arm's turn on one domain")] = 1.5,
+    turns: int = 3,
+    budget_s: Annotated[float, typer.Option(help="no new turn starts after this")] = 500.0,
+    profile: Annotated[bool, typer.Option(help="also profile the host's time")] = False,
+    device: str = "cuda",
+) -> None:
+    """Train a drafter, then compare all arms."""
+    began = time.monotonic()
+    collecting = settings_for(
+        run_dir, device, f"engine.max_batch={collect_batch}", "drafter.max_draft=1",
+        "drafter.suffix.enabled=false", "drafter.on_request=null", "policy.kind=fixed",
+        "policy.draft_k=0", "trainer.memory_fraction=0.5", f"capture.ring_rows={collect_batch * 3000}",
+        "capture.queue_traces=1000000", f"buffer.max_bytes={collect_batch * 300 << 20}",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(target_folder(collecting.target, collecting.target_cache))
+    found = chat_prompts(dict.fromkeys(ARM_DOMAINS, 3000), seed=7, may_lack=True)
+    ids = {
+        domain: [(prompt_ids(tokenizer, p), p.seed(0)) for p in prompts]
+        for domain, prompts in found.items()
+    }
+    say(f"prompts after {time.monotonic() - began:.1f} s: { {d: len(p) for d, p in ids.items()} }")
+    held_out = {domain: prompts[:400] for domain, prompts in ids.items()}
+    mixed = [p for group in zip(*(p[400:] for p in ids.values()), strict=False) for p in group]
+    asks = [Ask(prompt, temperature or 0.7) for prompt, _ in mixed]
+    figures: dict[str, Any] = {"temperature": temperature}
+    figures |= train_first(
+        collecting, asks, {"collect": collect_s, "train": train_s, "read": 40.0}
+    )
+
+    sizes = [int(c) for c in clients.split(",")]
+    settings = settings_for(
+        run_dir, device, f"engine.max_batch={max(sizes)}", f"drafter.max_draft={MAX_DRAFT}"
+    )
+    service, _ = build(settings)
+    samples = profile_steps(service.engine.parts, 5, 128)
+    say(f"engine ready after {time.monotonic() - began:.1f} s")
+    traffic = Traffic(held_out, temperature, 512)
+    rows: list[Any] = []
+    figures["rows"] = rows
+    share_s = (budget_s - (time.monotonic() - began)) / len(sizes)
+    for number, size in enumerate(sizes):
+        arms = arms_of(service, settings, samples)
+        until = began + budget_s - share_s * (len(sizes) - 1 - number)
+        for turn in range(turns):
+            if turn and time.monotonic() > until:
+                break
+            for offset in range(len(arms)):
+                arm = arms[(turn + offset) % len(arms)]
+                start = 100 * turn
+                arm.turns.append(
+                    {
+                        domain: take_turn(arm, traffic, domain, start, size, seconds)
+                        for domain in ARM_DOMAINS
+                    }
+                )
+            say(f"{size} clients, turn {turn}: " + told(arms, turn))
+        rows += rows_of(size, arms)
+        for arm in arms:
+            if arm.name in (PLAIN, "K = 3", "K = 3, index unused", ALONE, TUNED):
+                say(f"{size} clients, {arm.name}")
+                for key, c in sorted(arm.policy.counts.items(), key=lambda i: -i[1].steps)[:14]:
+                    timed = max(1, c.steps - c.untimed)
+                    say(
+                        f"  {key}: {c.steps} steps ({c.untimed} untimed), "
+                        f"{c.tokens / c.steps / size:.2f} tokens/row, {c.seconds / timed * 1e3:.2f} ms"
+                        f", plan {c.plan_s / timed * 1e6:.0f} us, draft {c.draft_s / timed * 1e6:.0f}"
+                    )
+        write_result(out, figures)
+        if profile and size == sizes[0]:
+            for arm in arms:
+                if arm.name in (PLAIN, TUNED):
+                    say(profiled(arm, traffic, "extract", size, 2.0))
+    say(f"done after {time.monotonic() - began:.1f} s")
+
+
+def told(arms: Sequence[Arm], turn: int) -> str:
+    """Speeds of one turn relative to plain decoding."""
+    plain = next(arm for arm in arms if arm.name == PLAIN).turns[turn]
+    parts = [
+        f"{arm.name}: " + " ".join(f"{arm.turns[turn][d] / plain[d]:.2f}" for d in plain)
+        for arm in arms
+    ]
+    return f"plain {[round(v) for v in plain.values()]} | " + " | ".join(parts)
+
+
+def rows_of(clients: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Rows of one number of clients."""
+    plain = next(arm for arm in arms if arm.name == PLAIN)
+    rows = []
+    for arm in arms:
+        ratios = {
+            domain: statistics.median(
+                turn[domain] / base[domain] for turn, base in zip(arm.turns, plain.turns, strict=True)
+            )
+            for domain in ARM_DOMAINS
+        }
+        speeds = {
+            domain: statistics.median(turn[domain] for turn in arm.turns) for domain in ARM_DOMAINS
+        }
+        rows.append(
+            {
+                "clients": clients,
+                "arm": arm.name,
+                "turns": len(arm.turns),
+                "tokens_per_s": speeds,
+                "vs_plain": ratios,
+                "decisions": arm.policy.figures().get("decisions"),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)
