@@ -83,6 +83,9 @@ class RandomPolicy:
     def rest(self) -> Decision | None:
         return None
 
+    def wants_matches(self) -> bool:
+        return True
+
     def plan(self, obs: StepObs) -> Decision:
         k = min(self.numbers.randint(0, 8), obs.max_draft)
         drafter = self.numbers.choice(obs.drafters) if k else "none"

@@ -7,6 +7,11 @@ therefore give the expected tokens of *every* k, whichever was tried.
 Old evidence loses weight in two ways: by a half-life in rounds, and at once when a change detector
 (Page 1954, CUSUM) finds that traffic has changed.
 
+What is recent and what is usual are kept apart, because requests differ: a drafter that fails on
+one request does well on the next, but once it is idle nothing new is learned of it. So evidence
+that lasts ten times as long is the prior of the recent one, and while a drafter is idle its recent
+evidence fades: what is expected of it returns to what is usual.
+
 Evidence is kept by length of the text match, for neural drafters too: text that has occurred before
 is easy for them as well. Judged by its average, a neural drafter looks best exactly where no match
 exists, and there it is worst (documentation, K = 4, bundled target: 1.8 tokens a step without a
@@ -43,6 +48,14 @@ _DEPTH_FACTOR = 0.97
 """Prior of c_{j + 1} relative to c_j."""
 _IDLE_RATE = 0.25
 """Decay of a drafter's evidence in a round without it, relative to a round with it."""
+_LASTING = 10.0
+"""Half-life of lasting evidence, in those of recent evidence."""
+_LASTING_WEIGHT = 30.0
+"""Rounds that lasting evidence counts for as the prior of recent evidence."""
+_FADE = 0.5
+"""Half-life of an idle drafter's recent evidence, in those of a busy one's."""
+_FADE_ROUNDS = 8
+"""Rounds, for each request of the batch, after which fading is worth computing again."""
 _SHIFT_WEIGHT = 12.0
 """Rounds that the evidence from before a detected shift counts for."""
 _MIN_STEPS = 24
@@ -53,6 +66,8 @@ _POOL = NUM_BUCKETS
 Floats = NDArray[np.float64]
 Outcomes = Mapping[tuple[int, int], int]
 """Number of rounds by (num_verified, num_accepted), num_verified >= 1."""
+ByBucket = Mapping[int | None, Outcomes]
+"""Rounds by match bucket; under ``None`` those whose match nobody looked up."""
 
 
 def match_bucket(match: int) -> int:
@@ -117,14 +132,18 @@ class DrafterAcceptance:
         self._cusums = [Cusum() for _ in range(NUM_BUCKETS + 1)]
         self._seen_at = [0.0] * (NUM_BUCKETS + 1)
         """Rounds that the engine had done at the last update of each row."""
-        self.evidence = Evidence.none(max_draft)
+        self._recent = self._lasting = Evidence.none(max_draft)
+        self._faded_at = 0.0
+        """Rounds that the engine had done when recent evidence was last brought up to date."""
         self._hazards = np.zeros((NUM_BUCKETS + 1, max_draft))
+        self._usual = np.zeros((NUM_BUCKETS + 1, max_draft))
+        """The same by lasting evidence alone."""
         self._expected: Floats | None = None
         """[7, K + 1] cache of ``_all_expected``; ``None`` if evidence has come since."""
         self._stale = set(range(NUM_BUCKETS + 1))
         """Rows whose chained hazards are to be computed again."""
 
-    def observe(self, step: Mapping[int, Outcomes], batch: int, clock: float) -> None:
+    def observe(self, step: ByBucket, batch: int, clock: float) -> None:
         """Take in the rounds of one step, by bucket.
 
         Args:
@@ -133,8 +152,8 @@ class DrafterAcceptance:
         """
         expected = self._all_expected().tolist()
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
-        factors = [1.0] * (NUM_BUCKETS + 1)
-        evidence = self.evidence
+        factors, lasting_factors = [1.0] * (NUM_BUCKETS + 1), [1.0] * (NUM_BUCKETS + 1)
+        recent, lasting = self._recent, self._lasting
         new: list[list[list[int]]] = []
         rows = self._rows(step)
         for row, outcomes in rows:
@@ -142,25 +161,48 @@ class DrafterAcceptance:
             for (num_verified, num_accepted), count in outcomes.items():
                 rounds += count
                 surprise += (num_accepted + 1 - expected[row][num_verified]) * count
-            new.append(_counts(outcomes, evidence.reached.shape[1]))
+            new.append(_counts(outcomes, recent.reached.shape[1]))
             idle = max(0.0, clock - self._seen_at[row] - rounds)
             factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
+            lasting_factors[row] = math.exp2(-rounds / (_LASTING * half_life))
             if self._cusums[row].notices_shift(surprise, rounds):
                 factors[row] = min(factors[row], self._to_shift_weight(row))
             self._seen_at[row] = clock
             self._stale.add(row)
-        scaled = np.array(factors)[:, None] * evidence.reached
-        kept = evidence.scaled(np.maximum(scaled, np.minimum(evidence.reached, self._floors)))
+        self._faded_at = clock
+        scaled = np.array(factors)[:, None] * recent.reached
+        kept = recent.scaled(np.maximum(scaled, np.minimum(recent.reached, self._floors)))
+        weights = np.array(lasting_factors)[:, None]
+        lasting = Evidence(weights * lasting.reached, weights * lasting.accepted)
         at = [row for row, _ in rows]
         counts = np.array(new, dtype=np.float64)
-        kept.reached[at] += counts[:, 0]
-        kept.accepted[at] += counts[:, 1]
-        self.evidence = kept
+        for evidence in (kept, lasting):
+            evidence.reached[at] += counts[:, 0]
+            evidence.accepted[at] += counts[:, 1]
+        self._recent, self._lasting = kept, lasting
         self._expected = None
 
-    def _rows(self, step: Mapping[int, Outcomes]) -> list[tuple[int, Outcomes]]:
+    def fade(self, clock: float, batch: int) -> None:
+        """Let recent evidence fade if the drafter has been idle.
+
+        Args:
+            batch: requests of the step; sets the least half-life.
+            clock: rounds that the engine has done.
+        """
+        idle = clock - self._faded_at
+        if idle < _FADE_ROUNDS * batch:
+            return
+        self._faded_at = clock
+        self._seen_at = [at + idle for at in self._seen_at]
+        half_life = _FADE * max(self._half_life_rounds, _MIN_STEPS * batch)
+        factor = math.exp2(-idle / half_life)
+        self._recent = Evidence(factor * self._recent.reached, factor * self._recent.accepted)
+        self._stale.update(range(NUM_BUCKETS + 1))
+        self._expected = None
+
+    def _rows(self, step: ByBucket) -> list[tuple[int, Outcomes]]:
         """The step's rounds by row of evidence: every bucket's, and all together for the pool."""
-        rows = list(step.items())
+        rows = [(bucket, outcomes) for bucket, outcomes in step.items() if bucket is not None]
         if self._has_pool:
             everything: dict[tuple[int, int], int] = {}
             for outcomes in step.values():
@@ -170,32 +212,45 @@ class DrafterAcceptance:
         return rows
 
     def _to_shift_weight(self, row: int) -> float:
-        return _SHIFT_WEIGHT / max(float(self.evidence.reached[row].max()), _SHIFT_WEIGHT)
+        return _SHIFT_WEIGHT / max(float(self._recent.reached[row].max()), _SHIFT_WEIGHT)
 
     def hazards(self) -> Floats:
         """[7, K] posterior means of c_1, c_2, ... by bucket; the last row is the pool's."""
         if not self._stale:
             return self._hazards
-        reached, accepted = self.evidence.reached, self.evidence.accepted
         for row in self._stale & {_POOL} if self._has_pool else self._stale - {_POOL}:
-            self._hazards[row] = self._chained(row)
+            self._hazards[row], self._usual[row] = self._chained(row)
         if self._has_pool:
-            self._hazards[:_POOL] = (accepted[:_POOL] + _POOL_WEIGHT * self._hazards[_POOL]) / (
-                reached[:_POOL] + _POOL_WEIGHT
-            )
+            for hazards, evidence in ((self._hazards, self._recent), (self._usual, self._lasting)):
+                hazards[:_POOL] = (evidence.accepted[:_POOL] + _POOL_WEIGHT * hazards[_POOL]) / (
+                    evidence.reached[:_POOL] + _POOL_WEIGHT
+                )
         self._stale.clear()
         return self._hazards
 
-    def _chained(self, row: int) -> list[float]:
-        """Hazards of a row in which each position's prior comes from the one before it."""
+    def _chained(self, row: int) -> tuple[list[float], list[float]]:
+        """Recent and usual hazards of a row. The prior of a position's usual one comes from the
+        position before it. The usual one is the prior of the recent one, moved in log-odds as the
+        position before it was: text that is hard now is so at every depth."""
         prior, weight = self._priors[0 if self._has_pool else row], _PRIOR_WEIGHT
+        recent, lasting = self._recent, self._lasting
         hazards: list[float] = []
-        for accepted, reached in zip(
-            self.evidence.accepted[row].tolist(), self.evidence.reached[row].tolist(), strict=True
+        usual: list[float] = []
+        move = 0.0
+        for accepted, reached, all_accepted, all_reached in zip(
+            recent.accepted[row].tolist(),
+            recent.reached[row].tolist(),
+            lasting.accepted[row].tolist(),
+            lasting.reached[row].tolist(),
+            strict=True,
         ):
-            hazards.append((accepted + weight * prior) / (reached + weight))
-            prior, weight = _DEPTH_FACTOR * hazards[-1], _DEEP_WEIGHT
-        return hazards
+            usual.append((all_accepted + weight * prior) / (all_reached + weight))
+            odds = _log_odds(usual[-1])
+            expected = 1 / (1 + math.exp(-odds - move))
+            hazards.append((accepted + _LASTING_WEIGHT * expected) / (reached + _LASTING_WEIGHT))
+            move = _log_odds(hazards[-1]) - odds
+            prior, weight = _DEPTH_FACTOR * usual[-1], _DEEP_WEIGHT
+        return hazards, usual
 
     def expected_tokens(self) -> Floats:
         """[6, K + 1]; see ``AcceptanceModel``."""
@@ -213,19 +268,25 @@ class DrafterAcceptance:
 
     def doubt(self, k: int) -> float:
         """Standard deviation of what position k adds to a draft, as a share of its tokens."""
-        if not self._has_pool or k > self.evidence.reached.shape[1]:
+        if not self._has_pool or k > self._recent.reached.shape[1]:
             return 0.0
         hazards = self.hazards()[_POOL, :k].tolist()
         survival, tokens = 1.0, 1.0
         for hazard in hazards[:-1]:
             survival *= hazard
             tokens += survival
-        weight = float(self.evidence.reached[_POOL, k - 1]) + 1
+        weight = float(self._recent.reached[_POOL, k - 1]) + 1
         return survival / tokens * math.sqrt(hazards[-1] * (1 - hazards[-1]) / weight)
+
+    def usual(self) -> tuple[Evidence, Floats]:
+        """Lasting counts, and a copy of their hazards, [7, K]."""
+        self.hazards()
+        return self._lasting, self._usual.copy()
 
     def replace(self, evidence: Evidence, clock: float) -> None:
         """Go on from other evidence, as other weights draft now."""
-        self.evidence = evidence
+        self._recent = self._lasting = evidence
+        self._faded_at = clock
         self._seen_at = [clock] * (NUM_BUCKETS + 1)
         for cusum in self._cusums:
             cusum.reset()
@@ -233,16 +294,18 @@ class DrafterAcceptance:
         self._expected = None
 
     def figures(self) -> dict[str, Any]:
-        """JSON-ready: hazards and weights of every row with evidence."""
+        """JSON-ready: hazards of recent and of lasting evidence, and rounds of the recent one, of
+        every row with evidence."""
         hazards = self.hazards()
         return {
             "all" if row == _POOL else str(row): {
                 "hazards": hazards[row].round(4).tolist(),
-                "rounds": self.evidence.reached[row].round(1).tolist(),
+                "usual": self._usual[row].round(4).tolist(),
+                "rounds": self._recent.reached[row].round(1).tolist(),
                 "shifts": self._cusums[row].num_shifts,
             }
             for row in range(NUM_BUCKETS + 1)
-            if self.evidence.reached[row, 0] > 0
+            if self._lasting.reached[row, 0] > 0
         }
 
 
@@ -269,12 +332,15 @@ class AcceptanceModel:
             for kind, traits in drafters.items()
         }
         self._clock = 0.0
+        self.batch = 1
+        """Requests of the last step."""
 
     def tick(self, num_rounds: int) -> None:
-        """Advance the clock by rounds that the engine did, with any drafter or none."""
+        """Advance the clock by rounds that the engine did in one step, with any drafter or none."""
         self._clock += num_rounds
+        self.batch = num_rounds
 
-    def observe(self, drafter: str, step: Mapping[int, Outcomes], batch: int) -> None:
+    def observe(self, drafter: str, step: ByBucket, batch: int) -> None:
         """Take in the rounds of one step, by bucket.
 
         Args:
@@ -284,6 +350,7 @@ class AcceptanceModel:
 
     def hazards(self, drafter: str, bucket: int) -> list[float]:
         """c_1, c_2, ... c_K, each in [0, 1]."""
+        self._drafters[drafter].fade(self._clock, self.batch)
         hazards: list[float] = self._drafters[drafter].hazards()[bucket].tolist()
         return hazards
 
@@ -293,17 +360,18 @@ class AcceptanceModel:
 
         All 1 in bucket 0 of a drafter that needs a match: it proposes nothing there.
         """
-        return self._drafters[drafter].expected_tokens()
+        own = self._drafters[drafter]
+        own.fade(self._clock, self.batch)
+        return own.expected_tokens()
 
     def doubt(self, drafter: str, k: int) -> float:
         """Standard deviation of what position k adds to a drafter's rounds, as a share of the
         tokens of k - 1; 0 for drafters whose buckets are independent."""
         return self._drafters[drafter].doubt(k)
 
-    def evidence(self, drafter: str) -> tuple[Evidence, Floats]:
-        """A drafter's counts, and a copy of its hazards, [7, K]."""
-        own = self._drafters[drafter]
-        return own.evidence, own.hazards().copy()
+    def usual(self, drafter: str) -> tuple[Evidence, Floats]:
+        """A drafter's lasting counts, and a copy of their hazards, [7, K]."""
+        return self._drafters[drafter].usual()
 
     def replace(self, drafter: str, evidence: Evidence) -> None:
         """Go on from other evidence, as other weights draft now."""
@@ -316,6 +384,11 @@ class AcceptanceModel:
             for kind, own in sorted(self._drafters.items())
             for row, figures in own.figures().items()
         }
+
+
+def _log_odds(hazard: float) -> float:
+    inside = min(max(hazard, 1e-3), 1 - 1e-3)
+    return math.log(inside / (1 - inside))
 
 
 def _counts(outcomes: Outcomes, max_draft: int) -> list[list[int]]:

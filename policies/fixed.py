@@ -16,14 +16,21 @@ class FixedPolicy:
 
     wants_profile = False
 
-    def __init__(self, drafter: str, draft_k: int) -> None:
+    def __init__(self, drafter: str, draft_k: int, *, needs_match: bool = True) -> None:
+        """
+        Args:
+            needs_match: the drafter proposes only where a match was found.
+        """
         self._drafter = drafter
         self._draft_k = draft_k
+        self._needs_match = needs_match
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
         """Draft with ``policy.drafter`` and K = ``policy.draft_k``."""
-        return cls(settings.drafter, settings.draft_k)
+        traits = context.drafters.get(settings.drafter)
+        needs_match = traits is not None and traits.needs_match
+        return cls(settings.drafter, settings.draft_k, needs_match=needs_match)
 
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Do nothing: times do not change the decision."""
@@ -31,6 +38,10 @@ class FixedPolicy:
     def rest(self) -> Decision | None:
         """``None``: caps and ready drafters are checked at every step."""
         return None
+
+    def wants_matches(self) -> bool:
+        """Only for a drafter that needs them."""
+        return self._needs_match and self._draft_k > 0
 
     def plan(self, obs: StepObs) -> Decision:
         """The configured K, capped by engine and requests; plain if the drafter is not ready."""

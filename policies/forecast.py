@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ class Forecast(NamedTuple):
     """Predictions for one step. Lists are over K = 0, 1, ... max_k."""
 
     batch: int
+    caps: tuple[int, ...]
+    """[batch] largest K of each request."""
     max_k: int
     plain_s: float
     seconds: dict[str, list[float]]
@@ -34,8 +36,8 @@ class Forecast(NamedTuple):
     """Over this batch, each row held to its cap."""
     usual_tokens: dict[str, list[float]]
     """Over a batch of this size with the matches that rows usually have."""
-    rows: list[int]
-    """Rows by match bucket."""
+    rows: list[float]
+    """[6] rows by match bucket; where nobody looked, as they usually are."""
 
     def arm(self, arm: Arm) -> tuple[float, float]:
         """(tokens, seconds) of an arm."""
@@ -62,10 +64,10 @@ class Forecaster:
 
     def forecast(self, obs: StepObs, max_k: int) -> Forecast:
         """Predict every arm of a step."""
-        rows = _by_bucket(obs)
+        rows = self._usual_rows(obs.batch) if obs.matches is None else by_bucket(obs.matches)
         full, capped = rows, _NONE_CAPPED
         if min(obs.caps) < max_k:
-            full, capped = _by_cap(obs, max_k)
+            full, capped = self._by_cap(obs, max_k)
         has_match = obs.matches is not None and any(obs.matches)
         weights = np.array((full, obs.batch * self._mix))
         seconds, tokens, usual = {}, {}, {}
@@ -78,34 +80,39 @@ class Forecaster:
             if capped:
                 _add_capped(tokens[drafter], capped, expected)
         return Forecast(
-            obs.batch, max_k, self._times.plain_s(obs.batch), seconds, tokens, usual, rows
+            obs.batch, obs.caps, max_k, self._times.plain_s(obs.batch), seconds, tokens, usual, rows
         )
+
+    def _usual_rows(self, batch: int) -> list[float]:
+        rows: list[float] = (batch * self._mix).tolist()
+        return rows
+
+    def _by_cap(
+        self, obs: StepObs, max_k: int
+    ) -> tuple[list[float], Counter[tuple[int, int]]]:
+        """Rows by bucket that may have ``max_k`` tokens, and the others by (bucket, cap)."""
+        if obs.matches is None:
+            short = [cap for cap in obs.caps if cap < max_k]
+            return self._usual_rows(obs.batch - len(short)), Counter((0, cap) for cap in short)
+        full, capped = [0.0] * NUM_BUCKETS, Counter[tuple[int, int]]()
+        for match, cap in zip(obs.matches, obs.caps, strict=True):
+            if cap >= max_k:
+                full[match_bucket(match)] += 1
+            else:
+                capped[match_bucket(match), cap] += 1
+        return full, capped
 
     def note_mix(self, seen: Forecast) -> None:
         """Count the rows of a step that a drafter that needs a match leaves to others."""
         self._mix += _MIX_GAIN * (np.array(seen.rows) / seen.batch - self._mix)
 
 
-def _by_bucket(obs: StepObs) -> list[int]:
-    rows = [0] * NUM_BUCKETS
-    if obs.matches is None:
-        rows[0] = obs.batch
-        return rows
-    for match, count in Counter(obs.matches).items():
+def by_bucket(matches: Iterable[int]) -> list[float]:
+    """[6] rows by match bucket."""
+    rows = [0.0] * NUM_BUCKETS
+    for match, count in Counter(matches).items():
         rows[match_bucket(match)] += count
     return rows
-
-
-def _by_cap(obs: StepObs, max_k: int) -> tuple[list[int], Counter[tuple[int, int]]]:
-    """Rows by bucket that may have ``max_k`` tokens, and the others by (bucket, cap)."""
-    full, capped = [0] * NUM_BUCKETS, Counter[tuple[int, int]]()
-    matches = obs.matches if obs.matches is not None else (0,) * obs.batch
-    for match, cap in zip(matches, obs.caps, strict=True):
-        if cap >= max_k:
-            full[match_bucket(match)] += 1
-        else:
-            capped[match_bucket(match), cap] += 1
-    return full, capped
 
 
 def _add_capped(totals: list[float], capped: Counter[tuple[int, int]], expected: Floats) -> None:

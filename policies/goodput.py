@@ -5,23 +5,33 @@ apart and combined when it is planned: acceptance does not depend on the machine
 ``versions``), step time does not depend on weights (``step_time``, ``switching``). ``choice``
 compares the arms and prices changes between them, ``probes`` pays for exploring.
 
-Inspecting the batch takes time that plain decoding does not need. Where plain decoding is the base
-and inspection finds less than it costs, the policy rests between inspections.
+Planning takes time, and looking up the matches of a batch takes more. So the policy plans once for
+several steps and goes on with the base between them, and looks at matches only where that finds
+more than it costs. Where it does, a glance at them tells most steps that need no plan.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from configs.schema import PolicySettings
-from policies.acceptance import AcceptanceModel, match_bucket
+from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Floats, match_bucket
 from policies.choice import Choice, Chooser
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
-from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_bucket
+from policies.interface import (
+    CostSample,
+    Decision,
+    Outcome,
+    PolicyContext,
+    RowOutcome,
+    StepObs,
+)
 from policies.probes import Explorer, Stretch
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
@@ -31,7 +41,10 @@ _REST_SHARE = 0.01
 """Share of the time that inspections may take while they find less than they cost."""
 _REST_GAIN = 0.05
 """Gain of the moving averages of what inspecting costs and finds."""
-_MOST_REST = 64
+_MOST_REST, _MOST_UNLOOKED = 64, 1024
+"""Most steps without a plan, and without a look at matches."""
+_TIMED_STEPS = 8
+"""One in so many steps of a rest updates the step times: that takes longer than deciding."""
 
 
 class _Planned(NamedTuple):
@@ -45,37 +58,103 @@ class _Planned(NamedTuple):
 
 
 class _Rest:
-    """Leaves out inspections that do not pay."""
+    """Leaves out plans, and looks at matches, where they do not pay."""
 
     def __init__(self) -> None:
-        self._cost = 0.0
-        """Mean time of an inspection, as a share of a plain step."""
+        self._plan_share = self._look_share = 0.0
+        """Mean time of a plan without and with a look, as shares of a plain step."""
         self._find = 1.0
-        """Mean time that an inspection saves beyond what the base takes, likewise."""
+        """Mean time that a look saves beyond what the best arm without one takes, likewise."""
+        self._num_unlooked = 0
+        """Steps since the last look."""
         self.left = 0
         self.arm: Arm = PLAIN_ARM
         """What is done meanwhile."""
         self.num_since = 1
-        """Steps since the last inspection."""
+        """Steps since the last plan."""
 
-    def note_cost(self, share: float) -> None:
-        self._cost += _REST_GAIN * (share - self._cost)
+    @property
+    def pays(self) -> bool:
+        """Looking at every step finds more than it costs."""
+        return self._find >= self._look_share
 
-    def note_find(self, share: float, arm: Arm | None) -> None:
-        """Take in one inspection.
+    def wants_look(self) -> bool:
+        least = min(math.ceil(self._look_share / _REST_SHARE), _MOST_UNLOOKED)
+        return self.pays or self._num_unlooked >= least
+
+    def note_cost(self, share: float, *, looked: bool) -> None:
+        if looked:
+            self._look_share += _REST_GAIN * (share - self._look_share)
+        else:
+            self._plan_share += _REST_GAIN * (share - self._plan_share)
+
+    def note_find(self, share: float) -> None:
+        """Take in one look.
 
         Args:
-            share: what it found beyond the best arm that needs none, relative to a plain step.
-            arm: that arm, if it can go on without a switch; ``None``: there is no rest.
+            share: time that it saved beyond the best arm that needs none, relative to a plain step.
         """
         self._find += _REST_GAIN * (share - self._find)
+        self._num_unlooked = 0
+
+    def begin(self, arm: Arm) -> None:
+        """Go on with an arm until the next plan is due."""
         self.num_since = 1
-        if arm is not None and self._find < self._cost:
-            self.arm = arm
-            self.left = min(math.ceil(self._cost / _REST_SHARE), _MOST_REST)
+        self.arm = arm
+        self.left = min(math.ceil(self._plan_share / _REST_SHARE), _MOST_REST)
+
+    def take(self) -> Arm:
+        """The arm of a step without a plan."""
+        self.left -= 1
+        self.num_since += 1
+        self._num_unlooked += 1
+        return self.arm
 
     def reset(self) -> None:
         self._find, self.left = 1.0, 0
+
+
+class _Glance(NamedTuple):
+    """Decides from a look alone, between plans, whether a drafter that needs matches may gain."""
+
+    gains: Floats
+    """[arms, 6] tokens that a row of each bucket gains over the arm in use."""
+    losses: Floats
+    """[arms] tokens' worth of time that the step takes longer."""
+
+    def finds_nothing(self, matches: tuple[int, ...]) -> bool:
+        """No arm gains with these matches."""
+        return not (self.gains @ np.array(by_bucket(matches)) > self.losses).any()
+
+
+class _Gathered:
+    """Outcomes of a rest, learned at the next plan."""
+
+    def __init__(self) -> None:
+        self.drafter = "none"
+        self.rounds: dict[int | None, Counter[tuple[int, int]]] = {}
+        self.num_steps = 0
+        self.seconds = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        self.num_steps += 1
+        if not outcome.has_prefill:
+            self.seconds += outcome.step_s
+        self.drafter = outcome.decision.drafter
+        if outcome.decision.draft_k:
+            count_rows(outcome.rows, self.rounds)
+
+
+def count_rows(
+    rows: Iterable[RowOutcome], into: dict[int | None, Counter[tuple[int, int]]]
+) -> None:
+    """Count rounds in which something was verified by (num_verified, num_accepted), by bucket."""
+    for (match, *outcome), count in Counter(
+        (row.match, row.num_verified, row.num_accepted) for row in rows
+    ).items():
+        if outcome[0]:
+            bucket = None if match is None else match_bucket(match)
+            into.setdefault(bucket, Counter())[outcome[0], outcome[1]] += count
 
 
 class GoodputPolicy:
@@ -103,6 +182,7 @@ class GoodputPolicy:
         """
         drafters = context.drafters
         self._neural = {kind for kind, traits in drafters.items() if traits.is_neural}
+        self._matching = [kind for kind, traits in drafters.items() if traits.needs_match]
         self._max_draft = context.max_draft
         self._acceptance = AcceptanceModel(half_life_rounds, drafters, context.max_draft)
         self._versions = VersionMemory(self._acceptance, drafters)
@@ -112,6 +192,8 @@ class GoodputPolicy:
         self._chooser = Chooser(margin)
         self._explorer = Explorer(explore, context.seed, self._neural)
         self._rest = _Rest()
+        self._glance: _Glance | None = None
+        self._gathered = _Gathered()
         self._stretch: Stretch | None = None
         self._planned = self._observed = "none"
         """Drafters of the last step planned and of the last one observed."""
@@ -134,43 +216,97 @@ class GoodputPolicy:
         self._times.calibrate(samples)
 
     def rest(self) -> Decision | None:
-        """Plain decoding, or drafts of the neural drafter in use, for some steps after inspections
-        that found less than they cost."""
-        if not self._rest.left:
+        """The base, for some steps after a plan, unless looks at matches pay."""
+        if not self._rest.left or (self._matching and self._rest.wants_look()):
             return None
-        self._rest.left -= 1
-        self._rest.num_since += 1
-        self._planned = self._rest.arm[0]
+        return self._resting()
+
+    def _resting(self) -> Decision:
+        arm = self._rest.take()
+        self._planned = arm[0]
         self._decisions["rest"] += 1
-        return Decision(*self._rest.arm, 1.0, explore=False, reason="rest")
+        return Decision(*arm, 1.0, explore=False, reason="rest")
+
+    def wants_matches(self) -> bool:
+        """Where looking pays, and now and then to know whether it would."""
+        return bool(self._matching) and (not self._neural or self._rest.wants_look())
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
+        if self._rest.left and obs.matches is not None and self._may_go_on(obs, obs.matches):
+            self._rest.note_find(0.0)
+            return self._resting()
+        self._learn_gathered()
         decision = self._decide(obs)
         self._planned = decision.drafter
         self._decisions[decision.reason] += 1
         return decision
 
+    def _may_go_on(self, obs: StepObs, matches: tuple[int, ...]) -> bool:
+        """A glance at matches finds nothing to plan for."""
+        k = self._rest.arm[1]
+        return (
+            self._glance is not None
+            and k <= min(obs.max_draft, max(obs.caps))
+            and self._glance.finds_nothing(matches)
+        )
+
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill."""
         self._acceptance.tick(outcome.batch)
+        if outcome.decision.reason == "rest" and outcome.decision.drafter == self._observed:
+            self._gather(outcome)
+            return
+        self._learn_gathered()
         planned = self._take_awaited(outcome.decision)
-        if outcome.decision.draft_k and outcome.decision.reason != "rest":  # else no match is known
+        if outcome.decision.draft_k:
             self._observe_rows(outcome)
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome, planned.pending_rows if planned else {})
-            plain_s, is_drafted = self._times.plain_s(outcome.batch), outcome.decision.draft_k > 0
-            self._explorer.earn(outcome.step_s, plain_s, is_drafted=is_drafted)
+            self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
             if planned and planned.decision.explore:
                 self._explorer.settle(
                     outcome.step_s, planned.seconds, catches_up=planned.catches_up
                 )
         self._observed = outcome.decision.drafter
 
+    def _gather(self, outcome: Outcome) -> None:
+        """Learn from a step of a rest: its time now and then, the rest at the next plan."""
+        gathered = self._gathered
+        if gathered.num_steps and gathered.drafter != outcome.decision.drafter:
+            self._learn_gathered()
+            gathered = self._gathered
+        gathered.add(outcome)
+        if outcome.has_prefill or outcome.step_s <= outcome.plan_s:
+            return
+        if gathered.num_steps % _TIMED_STEPS == 0:
+            self._observe_time(outcome, {})
+        elif outcome.plan_s:
+            self._note_cost(outcome)
+
+    def _learn_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, _Gathered()
+        if gathered.rounds:
+            self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
+        if gathered.seconds:
+            is_drafted = gathered.drafter != "none"
+            self._earn(gathered.seconds, self._acceptance.batch, is_drafted=is_drafted)
+
+    def _earn(self, seconds: float, batch: int, *, is_drafted: bool) -> None:
+        self._explorer.earn(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
+
+    def _note_cost(self, outcome: Outcome) -> None:
+        """What planning took; a host that had time for it is noted as nothing."""
+        looked = any(row.match is not None for row in outcome.rows)
+        share = outcome.plan_s / self._times.plain_s(outcome.batch)
+        self._rest.note_cost(share, looked=looked)
+
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
+        self._learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
         self._rest.reset()
+        self._glance = None
         self._stretch = None
         self._awaited.clear()  # a step that a swap overtakes is never observed
 
@@ -199,9 +335,11 @@ class GoodputPolicy:
             if kind in self._neural
         }
         choice = self._chooser.choose(seen, self._planned, catch_up_s)
-        if choice.arm[0] in self._neural or choice.arm == PLAIN_ARM:
+        if obs.matches is not None and (
+            choice.arm[0] in self._neural or choice.arm == PLAIN_ARM
+        ):
             self._forecaster.note_mix(seen)
-        decision = self._decision(seen, choice)
+        decision = self._decision(seen, choice, looked=obs.matches is not None)
         seconds = seen.arm((decision.drafter, decision.draft_k))[1]
         catches_up = decision.drafter in self._neural and decision.drafter != self._planned
         if catches_up:
@@ -209,7 +347,7 @@ class GoodputPolicy:
         self._awaited.append(_Planned(decision, seconds, catches_up, obs.pending_rows))
         return decision
 
-    def _decision(self, seen: Forecast, choice: Choice) -> Decision:
+    def _decision(self, seen: Forecast, choice: Choice, *, looked: bool) -> Decision:
         """The best arm, or a step of a stretch."""
         stretch, propensity = self._next_stretch(seen, choice)
         if stretch is not None:
@@ -217,10 +355,33 @@ class GoodputPolicy:
                 self._stretch = stretch._replace(num_steps=stretch.num_steps - 1)
             return Decision(*stretch.arm, propensity, explore=True, reason="probe")
         blind = max(filter(self._needs_no_look, choice.values), key=choice.values.__getitem__)
-        found = choice.loss_s(blind) / seen.plain_s
-        self._rest.note_find(found, blind if blind[0] == choice.base else None)
+        if looked:
+            self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
+        self._rest.left = 0
+        if blind[0] == choice.base and choice.base in ("none", choice.arm[0], self._planned):
+            self._rest.begin(blind)
+            self._glance = self._glance_over(seen, choice, blind) if looked else None
         reason = "goodput" if choice.arm[1] else "plain"
         return Decision(*choice.arm, propensity, explore=False, reason=reason)
+
+    def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> _Glance | None:
+        """What drafters that need matches gain over an arm without, by bucket."""
+        if not self._matching or min(seen.caps) < seen.max_k:
+            return None
+        expected = {
+            kind: self._acceptance.expected_tokens(kind)
+            for kind in {*self._matching, *({blind[0]} & self._neural)}
+        }
+        used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(NUM_BUCKETS)
+        blind_s = seen.arm(blind)[1]
+        gains, losses = [], []
+        for kind in self._matching:
+            times = self._times.arm_times(kind, seen.batch)
+            charge_s = choice.charges_s.get(kind, 0.0) - choice.charges_s[blind[0]]
+            for k in range(1, seen.max_k + 1):
+                gains.append(expected[kind][:, k] - used)
+                losses.append((times[k - 1] - blind_s + charge_s) * choice.speed)
+        return _Glance(np.array(gains), np.array(losses))
 
     def _needs_no_look(self, arm: Arm) -> bool:
         return arm == PLAIN_ARM or arm[0] in self._neural
@@ -259,25 +420,24 @@ class GoodputPolicy:
         return None
 
     def _observe_rows(self, outcome: Outcome) -> None:
-        seen: dict[int, dict[tuple[int, int], int]] = {}
-        rows = Counter((r.match, r.num_verified, r.num_accepted) for r in outcome.rows)
-        for (match, num_verified, num_accepted), count in rows.items():
-            if num_verified:
-                counts, key = seen.setdefault(match_bucket(match), {}), (num_verified, num_accepted)
-                counts[key] = counts.get(key, 0) + count
+        seen: dict[int | None, Counter[tuple[int, int]]] = {}
+        count_rows(outcome.rows, seen)
         if seen:
             self._acceptance.observe(outcome.decision.drafter, seen, outcome.batch)
 
     def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
         (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
+        # Most steps are not planned. What planning takes must not look like the time of an arm that
+        # is only tried in steps that are.
+        step_s = outcome.step_s - outcome.plan_s
         plain_s = self._times.plain_s(batch)
         if outcome.plan_s:
-            self._rest.note_cost(outcome.plan_s / plain_s)
+            self._note_cost(outcome)
         if drafter in self._neural and drafter != self._observed:
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             pending = pending_rows.get(drafter, 0)
-            self._switches.observe(drafter, outcome.step_s - usual_s, pending, batch, plain_s)
+            self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)
             return
         if k and drafter not in self._neural:
             k = max((row.num_verified for row in outcome.rows), default=k)
-        self._times.observe(drafter, k, batch, outcome.step_s - (0.0 if k else outcome.plan_s))
+        self._times.observe(drafter, k, batch, step_s)

@@ -6,7 +6,8 @@ The life of a decision:
    the server's drafters. ``calibrate`` gives it step times measured before any request is served,
    and ``on_swap`` the calibration of each learning drafter's initial weights.
 2. **Rest or plan.** Before every step the engine calls ``rest``. If it returns a decision, that is
-   used; ``None`` makes the engine inspect the batch and call ``plan`` with a ``StepObs``.
+   used; ``None`` makes the engine inspect the batch and call ``plan`` with a ``StepObs``. It looks
+   up matches only if ``wants_matches`` says so, because that takes most of the time.
 3. **Draft and verify.** The engine runs the decision: the drafter proposes up to ``draft_k`` tokens
    per request, fewer where ``caps`` say so, none where a drafter with ``needs_match`` has no match.
    Every round of the trace carries the decision's ``propensity``, for off-policy estimates.
@@ -92,9 +93,9 @@ class StepObs:
     """[batch] largest K of each request now, by its own limit and the tokens it has left."""
     matches: tuple[int, ...] | None
     """[batch] tokens of the longest match that a drafter with ``needs_match`` has found for each
-    request, 0 for none; ``None`` without such a drafter."""
+    request, 0 for none; ``None`` without such a drafter, and where nobody looked."""
     drafters: tuple[str, ...]
-    """Kinds of the drafters that can propose now."""
+    """Kinds of the drafters that can propose now; none with ``needs_match`` where nobody looked."""
     max_draft: int
     """Largest K the engine can run."""
     version: int
@@ -125,8 +126,8 @@ class RowOutcome:
     num_verified: int
     """Draft tokens verified, 0..K."""
     num_accepted: int
-    match: int
-    """Its entry of ``StepObs.matches``; 0 where that is ``None``."""
+    match: int | None
+    """Its entry of ``StepObs.matches``; ``None`` where that is ``None`` or the policy rested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,10 @@ class DraftPolicy(Protocol):
 
     def rest(self) -> Decision | None:
         """A decision for the next step that needs no inspection of the batch, or ``None``."""
+        ...
+
+    def wants_matches(self) -> bool:
+        """Whether matches are to be looked up before the next ``plan``; asked after ``rest``."""
         ...
 
     def plan(self, obs: StepObs) -> Decision:

@@ -69,7 +69,7 @@ class VersionMemory:
     def _leaves(self, drafter: str) -> _Known:
         """Keep what the version in force has shown."""
         version, published = self._current.get(drafter, (None, []))
-        evidence, hazards = self._model.evidence(drafter)
+        evidence, hazards = self._model.usual(drafter)
         leaving = _Known(evidence, hazards, published)
         known = self._known[drafter]
         if version is not None:

@@ -36,6 +36,9 @@ class Script:
     def rest(self) -> Decision:
         return self.decision
 
+    def wants_matches(self) -> bool:
+        return False
+
     def plan(self, obs: StepObs) -> Decision:
         return self.decision
 

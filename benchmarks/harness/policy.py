@@ -55,6 +55,9 @@ class PolicySwitch:
     def rest(self) -> Decision | None:
         return self.playing.rest()
 
+    def wants_matches(self) -> bool:
+        return self.playing.wants_matches()
+
     def plan(self, obs: StepObs) -> Decision:
         self.planned_s.append(time.perf_counter())
         return self.playing.plan(obs)

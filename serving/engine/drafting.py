@@ -21,6 +21,8 @@ class _Offer:
     hosts: tuple[HostDrafter, ...]
     with_match: tuple[HostDrafter, ...]
     """Those of ``hosts`` that need a match."""
+    without_match: tuple[str, ...]
+    """Kinds that need none."""
     neural: dict[str, DrafterRows]
 
 
@@ -98,7 +100,8 @@ class Drafting:
         hosts = tuple(d for d in self.hosts.values() if d.kind in kinds)
         neural = {kind: rows for kind, rows in self.neural.items() if kind in kinds}
         with_match = tuple(d for d in hosts if d.traits.needs_match)
-        return _Offer((*neural, *(d.kind for d in hosts)), hosts, with_match, neural)
+        free = (*neural, *(d.kind for d in hosts if not d.traits.needs_match))
+        return _Offer((*neural, *(d.kind for d in hosts)), hosts, with_match, free, neural)
 
     def _following(self, sequence: Sequence) -> tuple[HostDrafter, ...]:
         """Host drafters that follow the text of a request."""
@@ -150,20 +153,28 @@ class Drafting:
         return max(0, min(limit, sequence.num_left - sequence.num_foreseen - 1))
 
     def observe(
-        self, batch: list[Sequence], step: int, most: int, choice: frozenset[str] | None = None
+        self,
+        batch: list[Sequence],
+        step: int,
+        most: int,
+        choice: frozenset[str] | None = None,
+        *,
+        look: bool = True,
     ) -> StepObs | None:
         """What the policy sees of a batch; ``None`` when nothing can be drafted.
 
         Args:
             most: largest K of this step.
             choice: see the method of that name.
+            look: look up matches; otherwise drafters that need one are left out.
         """
         caps = tuple(min(self.cap(s), most) for s in batch)
         offer = self._offer(choice)
-        if not offer.kinds or not any(caps):
+        kinds = offer.kinds if look else offer.without_match
+        if not kinds or not any(caps):
             return None
         matches = None
-        if offer.with_match:
+        if look and offer.with_match:
             matches = tuple(
                 max(d.observe(s.request.id) for d in offer.with_match) if cap else 0
                 for s, cap in zip(batch, caps, strict=True)
@@ -174,7 +185,7 @@ class Drafting:
             batch=len(batch),
             caps=caps,
             matches=matches,
-            drafters=offer.kinds,
+            drafters=kinds,
             max_draft=max(caps),
             version=self.version,
             pending_rows=pending,

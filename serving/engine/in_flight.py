@@ -15,13 +15,17 @@ _MOST_UNTIMED = 8
 more to do for them than for others. If there are no others, their times have to do."""
 
 
+Matches = tuple[int | None, ...]
+"""Length of the match that was observed for each request when a round was planned; ``None`` where
+nobody looked."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedRound:
     """A round that was launched, and what planning it has cost."""
 
     launched: Launched
-    matches: tuple[int, ...]
-    """Length of the match that was observed for each request when the round was planned."""
+    matches: Matches
     policy: DraftPolicy
     """Made the decision, and learns the outcome."""
     decision: Decision

@@ -17,7 +17,7 @@ import torch
 
 from policies.interface import Decision, DraftPolicy
 from serving.engine.commit import Commits, emitted_by
-from serving.engine.in_flight import Arrival, PlannedRound, RoundClock
+from serving.engine.in_flight import Arrival, Matches, PlannedRound, RoundClock
 from serving.engine.inbox import Inbox
 from serving.engine.outputs import Outputs
 from serving.engine.prefill import Prefilled
@@ -222,17 +222,18 @@ class Engine:
             launched, matches, policy, decision, version, started_s, plan_s, before_s
         )
 
-    def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, tuple[int, ...]]:
+    def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
         """The policy in charge, its decision, and the length of the match observed for each
         request."""
-        policy, nothing = self.policy, (0,) * len(batch)
+        policy, nothing = self.policy, (None,) * len(batch)
         choice = self.drafting.choice(batch)
         if choice is not None and self._policy_of is not None:
             policy = self._policy_of(choice)
         most = self.programs.rounds.most_draft(batch)
         if (resting := policy.rest()) is not None:
             return policy, self.drafting.held(resting, batch, most), nothing
-        obs = self.drafting.observe(batch, self._commits.counters.num_steps, most, choice)
+        step, look = self._commits.counters.num_steps, policy.wants_matches()
+        obs = self.drafting.observe(batch, step, most, choice, look=look)
         if obs is None:
             return policy, PLAIN, nothing
         decision = policy.plan(obs)

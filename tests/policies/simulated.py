@@ -105,7 +105,9 @@ class World:
     draft_s: float = 0.001
     """Seconds of a neural drafter for each draft token, at any batch."""
     plan_s: float = 0.0
-    """Seconds to inspect the batch; the fixed arms of comparisons do without."""
+    """Seconds to plan; the fixed arms of comparisons do without."""
+    look_s: float = 0.0
+    """Seconds to look up matches before planning."""
     cold_s: float = 0.0
     """Seconds a neural drafter needs to catch up after a step without it; not in the profile."""
     slowdown: float = 1.0
@@ -238,13 +240,16 @@ class Simulation:
         rng = self._rng
         self._admit(world)
         matches = world.matches(rng)
-        decision, plan_s = self.policy.rest(), 0.0
+        decision, plan_s, seen = self.policy.rest(), 0.0, False
         if decision is None:
-            plan_s = world.plan_s
-            decision = self.policy.plan(self._seen(world, matches))
+            seen = world.has_index and self.policy.wants_matches()
+            plan_s = world.plan_s + seen * world.look_s
+            decision = self.policy.plan(self._seen(world, matches if seen else None))
+            if decision.reason == "rest":  # a glance was enough
+                plan_s = world.look_s
         drafter, k = decision.drafter, decision.draft_k
         rows = tuple(
-            draw(world.hazards(drafter, match, hard)[:k] if k else (), match, rng)
+            draw(world.hazards(drafter, match, hard)[:k] if k else (), match if seen else None, rng)
             for match, hard in zip(matches, self._difficulty, strict=True)
         )
         tokens = float(world.batch)
@@ -296,13 +301,13 @@ class Simulation:
                 self._difficulty[r] = self._rng.choice(world.difficulties)
                 self._missing[r] = 0
 
-    def _seen(self, world: World, matches: tuple[int, ...]) -> StepObs:
+    def _seen(self, world: World, matches: tuple[int, ...] | None) -> StepObs:
         return StepObs(
             step=self._step,
             batch=world.batch,
             caps=(world.max_draft,) * world.batch,
-            matches=matches if world.has_index else None,
-            drafters=world.drafters,
+            matches=matches,
+            drafters=tuple(d for d in world.drafters if d != "suffix" or matches is not None),
             max_draft=world.max_draft,
             version=self.version,
             pending_rows=dict.fromkeys(world.neural, sum(self._missing)),
@@ -314,7 +319,7 @@ def run(policy, world, *, steps, seed, on_step=None):
     return Simulation(policy, seed).run(world, steps, on_step)
 
 
-def draw(hazards: Sequence[float], match: int, rng: random.Random) -> RowOutcome:
+def draw(hazards: Sequence[float], match: int | None, rng: random.Random) -> RowOutcome:
     accepted = 0
     for hazard in hazards:
         if rng.random() >= hazard:

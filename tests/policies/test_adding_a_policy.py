@@ -32,6 +32,9 @@ class AlternatingPolicy:
     def rest(self):
         return None
 
+    def wants_matches(self):
+        return False
+
     def plan(self, obs):
         ready = [kind for kind in self._turns if kind in obs.drafters]
         k = min(self._draft_k, max(obs.caps))

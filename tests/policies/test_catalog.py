@@ -58,7 +58,7 @@ def test_every_kind_implements_the_whole_protocol(kind):
     assert isinstance(policy, pkgutil.resolve_name(CATALOG[kind]))
     members = {name for name in vars(DraftPolicy) if not name.startswith("_")}
     verbs = members - {"wants_profile"}
-    assert {"calibrate", "rest", "plan", "observe", "on_swap", "figures"} == verbs
+    assert {"calibrate", "rest", "wants_matches", "plan", "observe", "on_swap", "figures"} == verbs
     assert isinstance(policy.wants_profile, bool)
     assert [verb for verb in verbs if not callable(getattr(policy, verb, None))] == []
     assert policy.figures()["kind"] == kind

@@ -64,7 +64,7 @@ def test_a_version_that_returns_continues_where_it_left():
     model.feed((0.95,) * 4, rounds=100)
     model.swap(0, acceptance=[0.5] * 4)
     assert [model.acceptance.hazards("eagle3", bucket) for bucket in range(6)] == [
-        pytest.approx(hazards, abs=0.02) for hazards in before
+        pytest.approx(hazards, abs=0.03) for hazards in before
     ]
 
 

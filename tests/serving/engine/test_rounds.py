@@ -28,6 +28,9 @@ class Alternating:
     def rest(self) -> Decision | None:
         return None
 
+    def wants_matches(self) -> bool:
+        return True
+
     def plan(self, obs: StepObs) -> Decision:
         drafter, k = self.arms[obs.step % len(self.arms)]
         return Decision(drafter, min(k, obs.max_draft), 1.0, False, "test")
