@@ -4,7 +4,8 @@
     python -m benchmarks.policy_simulation --only swap      # scenarios whose name contains a word
 
 Scenarios vary the drafter's acceptance, the batch, scatter and tails of step times, errors of the
-start-up profile, prompts that leave steps untimed, swaps, and an index beside the drafter. Figures
+start-up profile, prompts that leave steps untimed, swaps, an index beside the drafter, and what
+planning itself takes. Figures
 are speeds relative to the best fixed arm of the scenario, K = 0 to 8, in hindsight: ``settled``
 after the first 500 steps (20 after a swap to a version that comes with its figures), ``whole`` from
 the first step. ``vs_plain`` is relative to plain decoding, from the first step.
@@ -181,11 +182,37 @@ def indexed() -> Iterator[Scenario]:
         for batch in (1, 8):
             for kind, eagle in DRAFTS.items():
                 plain_s = base.plain_s
-                world = replace(base, batch=batch, eagle=eagle, noise=noise, plan_s=0.02 * plain_s)
+                world = replace(
+                    base, batch=batch, eagle=eagle, noise=noise,
+                    plan_s=0.01 * plain_s, look_s=0.01 * plain_s,
+                )  # fmt: skip
                 about = f"{machine}, batch {batch}, index and {kind}"
                 yield Scenario(f"{about}, sampled text", (Phase(replace(world, rows=SAMPLED)),))
                 repeating = replace(world, rows={6: Rows(0.6, 0.85)})
                 yield Scenario(f"{about}, repeating text", (Phase(repeating),))
+
+
+def planned() -> Iterator[Scenario]:
+    """Requests of unequal difficulty, and planning and looking that take as long, relative to a
+    step, as was measured for a target of 135M parameters on an H200."""
+    noise = Noise(0.15, 0.02, 0.002)
+    for batch, plain_s, plan_s, look_s in (
+        (1, 0.00064, 0.00015, 0.00002),
+        (8, 0.0009, 0.0002, 0.0001),
+        (32, 0.0012, 0.00028, 0.0004),
+    ):
+        for kind in ("random", "poor", "good"):
+            for has_index in (False, True):
+                world = replace(
+                    SMALL, batch=batch, eagle=DRAFTS[kind], noise=noise, difficulties=UNEQUAL,
+                    plain_s=plain_s, plan_s=plan_s, look_s=look_s, has_index=has_index,
+                    rows=SAMPLED if has_index else {},
+                )  # fmt: skip
+                index = ", index" if has_index else ""
+                yield Scenario(
+                    f"gpu, batch {batch}, {kind}{index}, planning takes time",
+                    (Phase(world, steps=4 * STEPS),),
+                )
 
 
 def scenarios() -> Iterator[Scenario]:
@@ -194,12 +221,14 @@ def scenarios() -> Iterator[Scenario]:
     yield from changing()
     yield from swapping()
     yield from indexed()
+    yield from planned()
 
 
 def measure(scenario: Scenario, seed: int) -> dict[str, Any]:
     """Run the default policy through one scenario."""
-    policy = build_policy(PolicySettings(), DRAFTERS, seed, max_draft=8)
     first = scenario.phases[0].world
+    drafters = {kind: traits for kind, traits in DRAFTERS.items() if kind in first.drafters}
+    policy = build_policy(PolicySettings(), drafters, seed, max_draft=8)
     policy.calibrate(first.profile(**scenario.errors))
     server = Simulation(policy, seed)
     whole, settled = [], []

@@ -15,6 +15,7 @@ Requests are seeded, so that all arms answer alike, and end where the target end
 from __future__ import annotations
 
 import cProfile
+import gc
 import io
 import pstats
 import statistics
@@ -49,7 +50,11 @@ from serving.service import Service
 from targets.load import load_tokenizer, target_folder
 
 ARM_DOMAINS: tuple[Domain, ...] = DOMAINS[:4]
-MAX_DRAFT = 6
+MAX_DRAFT = 8
+FIXED = (1, 2, 3, 4, 6, 8)
+TRAINED_AT = 0.7
+SHORTEST_S = 0.6
+"""Of a turn that is measured."""
 PLAIN, ALONE, TUNED = "plain", "drafter alone", "tuned"
 
 
@@ -87,7 +92,8 @@ class Traffic:
     def requests(
         self, domain: Domain, start: int, drafters: frozenset[str], name: str
     ) -> Iterator[Request]:
-        """Requests from prompt ``start`` on, for ever."""
+        """Requests from prompt ``start`` on, for ever. Each arm is a tenant, so that its index does
+        not know the answers of another arm."""
         prompts = self.prompts[domain]
         number = start
         while True:
@@ -96,7 +102,12 @@ class Traffic:
                 temperature=self.temperature, max_tokens=self.max_tokens, seed=seed
             )
             yield Request(
-                f"{name}-{number}", ids, sampling, capture=False, drafters=drafters
+                f"{name}-{number}",
+                ids,
+                sampling,
+                f"{name} {self.temperature}",
+                capture=False,
+                drafters=drafters,
             )
             number += 1
 
@@ -163,10 +174,10 @@ def arms_of(service: Service, settings: Settings, samples: Sequence[CostSample])
         engine = Engine(service.engine.parts, watched, None, lambda _kinds: watched)
         return Arm(name, frozenset(kinds), watched, engine)
 
-    fixed = [
-        arm(f"K = {k}", FixedPolicy(LEARNED, k), LEARNED) for k in range(1, MAX_DRAFT + 1)
-    ]
-    followed = arm("K = 3, index unused", FixedPolicy(LEARNED, 3), LEARNED, LOOKUP)
+    fixed = [arm(f"K = {k}", FixedPolicy(LEARNED, k, needs_match=False), LEARNED) for k in FIXED]
+    followed = arm(
+        "K = 3, index unused", FixedPolicy(LEARNED, 3, needs_match=False), LEARNED, LOOKUP
+    )
     return [
         arm(PLAIN, FixedPolicy("none", 0)),
         *fixed,
@@ -188,9 +199,7 @@ def take_turn(
     return window.num_tokens / window.seconds
 
 
-def profiled(
-    arm: Arm, traffic: Traffic, domain: Domain, clients: int, seconds: float
-) -> str:
+def profiled(arm: Arm, traffic: Traffic, domain: Domain, clients: int, seconds: float) -> str:
     """Where the host's time goes, by function."""
     profile = cProfile.Profile()
     profile.enable()
@@ -225,13 +234,13 @@ def main(
     run_dir: Annotated[Path, typer.Option(help="folder of the run: traces and weights")],
     out: Out = RESULTS / "choosing.json",
     clients: str = "32,8,1",
-    temperature: float = 0.7,
+    temperatures: str = "0.7,0",
     collect_batch: Annotated[int, typer.Option(help="requests decoded at a time for traces")] = 128,
     collect_s: float = 25.0,
     train_s: float = 50.0,
-    seconds: Annotated[float, typer.Option(help="of an arm's turn on one domain")] = 1.5,
+    longest_s: Annotated[float, typer.Option(help="of an arm's turn on one domain")] = 2.0,
     turns: int = 3,
-    budget_s: Annotated[float, typer.Option(help="no new turn starts after this")] = 500.0,
+    budget_s: Annotated[float, typer.Option(help="seconds in all")] = 500.0,
     profile: Annotated[bool, typer.Option(help="also profile the host's time")] = False,
     device: str = "cuda",
 ) -> None:
@@ -240,8 +249,9 @@ def main(
     collecting = settings_for(
         run_dir, device, f"engine.max_batch={collect_batch}", "drafter.max_draft=1",
         "drafter.suffix.enabled=false", "drafter.on_request=null", "policy.kind=fixed",
-        "policy.draft_k=0", "trainer.memory_fraction=0.5", f"capture.ring_rows={collect_batch * 3000}",
-        "capture.queue_traces=1000000", f"buffer.max_bytes={collect_batch * 300 << 20}",
+        "policy.draft_k=0", "trainer.memory_fraction=0.5", "capture.queue_traces=1000000",
+        f"capture.ring_rows={collect_batch * 3000}",
+        f"buffer.max_bytes={collect_batch * 300 << 20}",
     )  # fmt: skip
     tokenizer = load_tokenizer(target_folder(collecting.target, collecting.target_cache))
     found = chat_prompts(dict.fromkeys(ARM_DOMAINS, 3000), seed=7, may_lack=True)
@@ -252,56 +262,71 @@ def main(
     say(f"prompts after {time.monotonic() - began:.1f} s: { {d: len(p) for d, p in ids.items()} }")
     held_out = {domain: prompts[:400] for domain, prompts in ids.items()}
     mixed = [p for group in zip(*(p[400:] for p in ids.values()), strict=False) for p in group]
-    asks = [Ask(prompt, temperature or 0.7) for prompt, _ in mixed]
-    figures: dict[str, Any] = {"temperature": temperature}
-    figures |= train_first(
-        collecting, asks, {"collect": collect_s, "train": train_s, "read": 40.0}
-    )
+    asks = [Ask(prompt, TRAINED_AT) for prompt, _ in mixed]
+    figures: dict[str, Any] = {"trained_at_temperature": TRAINED_AT}
+    figures |= train_first(collecting, asks, {"collect": collect_s, "train": train_s, "read": 40.0})
 
-    sizes = [int(c) for c in clients.split(",")]
+    most = max(int(c) for c in clients.split(","))
     settings = settings_for(
-        run_dir, device, f"engine.max_batch={max(sizes)}", f"drafter.max_draft={MAX_DRAFT}"
+        run_dir, device, f"engine.max_batch={most}", f"drafter.max_draft={MAX_DRAFT}"
     )
     service, _ = build(settings)
     samples = profile_steps(service.engine.parts, 5, 128)
+    gc.collect()
+    gc.freeze()  # as the service does when it starts
     say(f"engine ready after {time.monotonic() - began:.1f} s")
-    traffic = Traffic(held_out, temperature, 512)
     rows: list[Any] = []
     figures["rows"] = rows
-    share_s = (budget_s - (time.monotonic() - began)) / len(sizes)
-    for number, size in enumerate(sizes):
+    cells = [(float(t), int(c)) for t in temperatures.split(",") for c in clients.split(",")]
+    for number, (temperature, size) in enumerate(cells):
+        left_s = budget_s - (time.monotonic() - began)
+        until = time.monotonic() + left_s / (len(cells) - number)
+        traffic = Traffic(held_out, temperature, 512)
         arms = arms_of(service, settings, samples)
-        until = began + budget_s - share_s * (len(sizes) - 1 - number)
         for turn in range(turns):
-            if turn and time.monotonic() > until:
+            turn_s = (until - time.monotonic()) / (turns - turn)
+            seconds = min(longest_s, turn_s / len(arms) / len(ARM_DOMAINS) / 1.15)
+            if seconds < SHORTEST_S and turn:
                 break
-            for offset in range(len(arms)):
-                arm = arms[(turn + offset) % len(arms)]
-                start = 100 * turn
-                arm.turns.append(
-                    {
-                        domain: take_turn(arm, traffic, domain, start, size, seconds)
-                        for domain in ARM_DOMAINS
-                    }
-                )
-            say(f"{size} clients, turn {turn}: " + told(arms, turn))
-        rows += rows_of(size, arms)
+            take_turns(arms, traffic, turn, size, max(seconds, SHORTEST_S))
+            say(f"T {temperature}, {size} clients, turn {turn}: " + told(arms, turn))
+        rows += rows_of(temperature, size, arms)
         for arm in arms:
-            if arm.name in (PLAIN, "K = 3", "K = 3, index unused", ALONE, TUNED):
-                say(f"{size} clients, {arm.name}")
-                for key, c in sorted(arm.policy.counts.items(), key=lambda i: -i[1].steps)[:14]:
-                    timed = max(1, c.steps - c.untimed)
-                    say(
-                        f"  {key}: {c.steps} steps ({c.untimed} untimed), "
-                        f"{c.tokens / c.steps / size:.2f} tokens/row, {c.seconds / timed * 1e3:.2f} ms"
-                        f", plan {c.plan_s / timed * 1e6:.0f} us, draft {c.draft_s / timed * 1e6:.0f}"
-                    )
+            say_steps(arm, size)
         write_result(out, figures)
-        if profile and size == sizes[0]:
-            for arm in arms:
-                if arm.name in (PLAIN, TUNED):
-                    say(profiled(arm, traffic, "extract", size, 2.0))
+    if profile:
+        for arm in arms:
+            if arm.name in (PLAIN, TUNED):
+                say(profiled(arm, traffic, "extract", size, 2.0))
     say(f"done after {time.monotonic() - began:.1f} s")
+
+
+def take_turns(
+    arms: Sequence[Arm], traffic: Traffic, turn: int, clients: int, seconds: float
+) -> None:
+    """One turn of every arm on every domain, arms in rotating order on the same prompts."""
+    done: list[dict[str, float]] = [{} for _ in arms]
+    for place, domain in enumerate(ARM_DOMAINS):
+        for offset in range(len(arms)):
+            at = (turn + place + offset) % len(arms)
+            start = 100 * turn
+            done[at][domain] = take_turn(arms[at], traffic, domain, start, clients, seconds)
+    for arm, speeds in zip(arms, done, strict=True):
+        arm.turns.append(speeds)
+
+
+def say_steps(arm: Arm, clients: int) -> None:
+    """What an arm did: steps, tokens and times by decision."""
+    say(f"{clients} clients, {arm.name}")
+    for key, c in sorted(arm.policy.counts.items(), key=lambda item: -item[1].steps)[:10]:
+        timed = max(1, c.steps - c.untimed)
+        say(
+            f"  {key}: {c.steps} steps ({c.untimed} untimed), {c.tokens / c.steps / clients:.2f} "
+            f"tokens/row, {c.seconds / timed * 1e3:.2f} ms, plan {c.plan_s / timed * 1e6:.0f} us, "
+            f"draft {c.draft_s / timed * 1e6:.0f} us"
+        )
+    if arm.policy.playing.wants_profile:
+        say(f"  {arm.policy.figures()}")
 
 
 def told(arms: Sequence[Arm], turn: int) -> str:
@@ -314,14 +339,15 @@ def told(arms: Sequence[Arm], turn: int) -> str:
     return f"plain {[round(v) for v in plain.values()]} | " + " | ".join(parts)
 
 
-def rows_of(clients: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Rows of one number of clients."""
+def rows_of(temperature: float, clients: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Rows of one temperature and number of clients."""
     plain = next(arm for arm in arms if arm.name == PLAIN)
     rows = []
     for arm in arms:
         ratios = {
             domain: statistics.median(
-                turn[domain] / base[domain] for turn, base in zip(arm.turns, plain.turns, strict=True)
+                turn[domain] / base[domain]
+                for turn, base in zip(arm.turns, plain.turns, strict=True)
             )
             for domain in ARM_DOMAINS
         }
@@ -330,6 +356,7 @@ def rows_of(clients: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
         }
         rows.append(
             {
+                "temperature": temperature,
                 "clients": clients,
                 "arm": arm.name,
                 "turns": len(arm.turns),
