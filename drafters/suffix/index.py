@@ -35,9 +35,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from drafters.protocol import DrafterContext, DrafterKind, Traits
 from drafters.suffix.recent import END, MASK, RecentText
 from drafters.suffix.running import RunningText
@@ -61,16 +58,12 @@ class _Own:
     def __init__(self, tokens: Sequence[int], namespace: str, min_match: int, max_match: int):
         self.namespace = namespace
         self.seed = zlib.crc32(namespace.encode()) & MASK
-        self.text = RunningText(min_match, max_match)
-        self.text.append(tokens)
+        self.text = RunningText(tokens, min_match, max_match)
         self.match = _Match(0, is_own=True, slots=())
         self.num_matched = 0
         """Number of tokens when ``match`` was found."""
         self.generation: int | None = None
         """Generation of the finished traffic at that time."""
-
-    def all_tokens(self) -> NDArray[np.int32]:
-        return np.array(self.text.tokens, dtype=np.int32)
 
 
 TRAITS = Traits(
@@ -120,16 +113,32 @@ class SuffixIndex:
 
     @property
     def num_recent_tokens(self) -> int:
-        """Tokens of finished sequences now searchable."""
+        """Tokens of finished sequences that are indexed."""
         return self._recent.num_tokens
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of finished sequences that the next lookup, or ``catch_up``, will index."""
+        return self._recent.num_waiting_tokens
+
+    @property
+    def num_skipped_sequences(self) -> int:
+        """Finished sequences that were never indexed, because newer ones took their place before
+        anybody asked, since the start."""
+        return self._recent.num_skipped_sequences
+
+    @property
+    def num_skipped_tokens(self) -> int:
+        return self._recent.num_skipped_tokens
+
+    @property
     def num_recent_sequences(self) -> int:
+        """Finished sequences that are indexed."""
         return self._recent.num_sequences
 
     @property
     def num_evicted_sequences(self) -> int:
-        """Finished sequences evicted to make room for newer ones, since the start."""
+        """Indexed sequences evicted to make room for newer ones, since the start."""
         return self._recent.num_evicted_sequences
 
     @property
@@ -141,7 +150,7 @@ class SuffixIndex:
         return len(self._running)
 
     def begin(self, key: str, tokens: Sequence[int], namespace: str = "") -> None:
-        """Start following a request.
+        """Start following a request. Its prompt is stored, and indexed when it is looked up.
 
         Args:
             key: id of the request among the running ones.
@@ -153,20 +162,24 @@ class SuffixIndex:
         self._running[key] = _Own(tokens, namespace, self._min_match, self._max_match)
 
     def extend(self, key: str, tokens: Sequence[int]) -> None:
-        """Append committed tokens."""
-        self._own(key).text.append(tokens)
+        """Append committed tokens. They are stored, and indexed when the request is looked up."""
+        self._own(key).text.tokens += tokens
 
     def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
         """Stop following a request.
 
         Args:
-            keep: move its tokens to the recent traffic; otherwise they are dropped.
+            keep: its tokens wait to be indexed with the recent traffic; otherwise they are dropped.
             num_tokens: its length, if it ended before the last tokens that were appended.
         """
         own = self._own(key)
         del self._running[key]
         if keep:
-            self._recent.add(own.all_tokens()[:num_tokens], own.namespace, own.seed)
+            self._recent.add(own.text.tokens[:num_tokens], own.namespace, own.seed)
+
+    def catch_up(self) -> None:
+        """Index the finished sequences that wait. Every lookup does that first."""
+        self._recent.catch_up()
 
     def observe(self, key: str) -> int:
         """Tokens of the longest suffix that occurred before, 0 if shorter than min_match."""
@@ -192,6 +205,7 @@ class SuffixIndex:
 
     def _current_match(self, own: _Own) -> _Match:
         """The longest match, cached so that ``observe`` and ``propose`` of a step search once."""
+        self._recent.catch_up()
         tokens, generation = own.text.tokens, self._recent.generation
         longest = self._max_match
         if own.generation == generation:

@@ -15,10 +15,13 @@ class RunningText:
     Its longest n-gram is as long as ``_lengths`` says; its shortest is one token longer than the
     longest of its parent, and that one token leads from the parent to it. The last token of the
     text is stored but not yet linked: it has no continuation.
+
+    The tree lags behind the text until ``find`` asks for it: storing a token costs next to nothing.
     """
 
-    def __init__(self, min_match: int, max_match: int) -> None:
-        self.tokens: list[int] = []
+    def __init__(self, tokens: Sequence[int], min_match: int, max_match: int) -> None:
+        self.tokens = list(tokens)
+        self._num_linked = 0
         self._min_match = min_match
         self._max_match = max_match
         # Nodes are numbers, not objects, so that garbage collection has nothing to visit.
@@ -26,56 +29,70 @@ class RunningText:
         self._lengths: list[int] = []
         self._ends: list[tuple[int, ...]] = []
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Store tokens, and link those that now have a continuation."""
-        for token in tokens:
-            self._link(len(self.tokens) - 1)
-            self.tokens.append(token)
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the tree: at most two for every linked token."""
+        return len(self._ends)
 
     def find(self, tail: list[int]) -> tuple[int, tuple[int, ...]]:
-        """Length of the longest linked suffix of ``tail``, and where it ends, latest first.
+        """Length of the longest suffix of ``tail`` that has occurred, and where it ends, latest
+        first. Links the tokens stored since the last call.
 
         Args:
             tail: the last ``max_match`` tokens (or all) of the text, or of the text and a draft.
         """
+        self._catch_up()
         found: tuple[int, tuple[int, ...]] = (0, ())
         key: tuple[int, ...] | int = tuple(tail[-self._min_match :])
+        known = self._min_match
         while (node := self._nodes.get(key)) is not None:
             length, ends = self._lengths[node], self._ends[node]
-            shared = self._num_shared(tail, ends[0], length)
+            shared = self._num_shared(tail, len(tail), ends[0] + 1, known, length)
             found = shared, ends
             if shared < length or shared == len(tail):
                 break
-            key = _key_below(node, tail[-shared - 1])
+            key, known = _key_below(node, tail[-shared - 1]), shared + 1
         return found
+
+    def _catch_up(self) -> None:
+        """Link all tokens that have a continuation."""
+        linked = max(len(self.tokens) - 1, 0)
+        for end in range(max(self._num_linked, self._min_match - 1), linked):
+            self._link(end)
+        self._num_linked = linked
 
     def _link(self, end: int) -> None:
         """Enter the n-grams that end at ``end``: follow those that occurred before, and add a node
         where they stop."""
-        tail = self.tokens[max(0, end + 1 - self._max_match) : end + 1]
-        if len(tail) < self._min_match:
-            return
-        key: tuple[int, ...] | int = tuple(tail[-self._min_match :])
-        while (node := self._nodes.get(key)) is not None:
+        tokens, nodes = self.tokens, self._nodes
+        stop, known = end + 1, self._min_match
+        deepest = min(self._max_match, stop)
+        key: tuple[int, ...] | int = tuple(tokens[stop - known : stop])
+        while (node := nodes.get(key)) is not None:
             length, ends = self._lengths[node], self._ends[node]
-            shared = self._num_shared(tail, ends[0], length)
-            if shared < length:
-                node = self._nodes[key] = self._put_above(node, shared)
-            self._ends[node] = (end, *ends[: MAX_VOTES - 1])
-            if shared == len(tail):
+            if known < length:  # seldom: most nodes add to their parent the one token of the key
+                shared = self._num_shared(tokens, stop, ends[0] + 1, known, length)
+                if shared < length:
+                    node = nodes[key] = self._put_above(node, shared)
+                known = shared
+            self._ends[node] = (end, *ends) if len(ends) < MAX_VOTES else (end, *ends[:-1])
+            if known == deepest:
                 return
-            key = _key_below(node, tail[-shared - 1])
-        self._nodes[key] = self._new_node(len(tail), (end,))
+            key = _key_below(node, tokens[end - known])
+            known += 1
+        nodes[key] = self._new_node(deepest, (end,))
 
-    def _num_shared(self, tail: list[int], end: int, most: int) -> int:
-        """Number of tokens up to ``end`` that equal the last ones of ``tail``; 0..most."""
-        gram = self.tokens[end + 1 - most : end + 1]
-        if gram == tail[-most:]:
-            return most
-        num = 0
-        while gram[-num - 1] == tail[-num - 1]:
-            num += 1
-        return num
+    def _num_shared(self, tail: list[int], size: int, stop: int, known: int, most: int) -> int:
+        """Number of tokens before ``stop`` that equal the last ones of ``tail[:size]``.
+
+        Args:
+            known: number known to be equal.
+            most: number to compare at most.
+        """
+        tokens = self.tokens
+        while known < most and tokens[stop - known - 1] == tail[size - known - 1]:
+            known += 1
+        return known
 
     def _put_above(self, node: int, length: int) -> int:
         """New parent of ``node`` that takes its n-grams up to ``length``."""

@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 
+from drafters.suffix import recent
 from drafters.suffix.index import SuffixIndex
 from drafters.suffix.recent import RecentText
 
@@ -86,6 +87,7 @@ def test_an_opted_out_request_leaves_no_trace():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "secret", [1, 2, 3, 4], keep=False)
     index.begin("b", [1, 2])
+    assert index.num_waiting_tokens == 0
     assert (index.observe("b"), index.propose("b", 4)) == (0, [])
     assert (index.num_recent_tokens, index.num_recent_sequences) == (0, 0)
     assert index.num_running == 1
@@ -145,6 +147,7 @@ def test_the_oldest_traffic_leaves_and_is_counted():
     index = SuffixIndex(2, 12, 20)
     for key in range(10):
         finished(index, str(key), [key, 100, 50 + key, 200])
+        index.catch_up()
         assert index.num_recent_tokens + index.num_recent_sequences <= 20
     assert index.num_recent_sequences == 4
     assert (index.num_evicted_sequences, index.num_evicted_tokens) == (6, 24)
@@ -163,11 +166,90 @@ def test_of_a_sequence_beyond_the_bound_the_end_is_kept():
     assert index.num_recent_tokens == 4
 
 
+def test_a_request_that_nobody_looks_up_is_not_indexed():
+    index = SuffixIndex(2, 12, 1000)
+    for key in ("asked", "unasked"):
+        index.begin(key, [1, 2, 3, 1, 2])
+        index.extend(key, [3, 1, 2])
+    assert index.observe("asked") == 5
+    nodes = {key: index._own(key).text.num_nodes for key in ("asked", "unasked")}
+    assert nodes["asked"] > nodes["unasked"] == 0
+    index.finish("unasked", keep=True)
+    assert (index.num_waiting_tokens, index.num_recent_tokens) == (8, 0)
+    index.observe("asked")
+    assert (index.num_waiting_tokens, index.num_recent_tokens) == (0, 8)
+
+
+def test_a_lookup_that_changes_nothing_searches_nothing():
+    index = SuffixIndex(2, 12, 1000)
+    index.begin("a", [1, 2, 3, 1, 2])
+    index.observe("a")
+    match = index._own("a").match
+    index.propose("a", 1)
+    index.observe("a")
+    assert index._own("a").match is match
+
+
+def test_where_nobody_looks_only_the_newest_finished_traffic_waits(monkeypatch):
+    monkeypatch.setattr(recent, "_MOST_WAITING", 12)
+    index = SuffixIndex(2, 12, 1000)
+    for key in range(10):
+        finished(index, str(key), [key, 100, 50 + key, 200], namespace="xy"[key % 2])
+        assert index.num_waiting_tokens == min(4 * (key + 1), 12)
+    assert (index.num_skipped_sequences, index.num_skipped_tokens) == (7, 28)
+    for key, namespace, draft in [
+        (6, "x", []),
+        (7, "y", [57, 200]),
+        (8, "x", [58, 200]),
+        (9, "y", [59, 200]),
+        (9, "x", []),
+    ]:
+        index.begin("probe", [key, 100], namespace)
+        assert index.propose("probe", 2) == draft
+        index.finish("probe", keep=False)
+    assert (index.num_recent_sequences, index.num_evicted_sequences) == (3, 0)
+
+
+def test_one_sequence_may_wait_however_long_it_is(monkeypatch):
+    monkeypatch.setattr(recent, "_MOST_WAITING", 12)
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [1, 2, 3])
+    finished(index, "b", list(range(100, 200)))
+    assert (index.num_waiting_tokens, index.num_skipped_tokens) == (100, 3)
+
+
+def test_no_more_waits_than_may_be_kept():
+    index = SuffixIndex(2, 12, 20)
+    for key in range(10):
+        finished(index, str(key), [key, 100, 50 + key, 200])
+    assert (index.num_waiting_tokens, index.num_skipped_sequences) == (16, 6)
+
+
+def test_the_queue_forgets_what_lies_behind_the_end():
+    index = SuffixIndex(2, 12, 1000)
+    index.begin("a", [1, 2, 3, 4])
+    index.finish("a", keep=True, num_tokens=3)
+    assert index.num_waiting_tokens == 3
+
+
+def test_a_sequence_may_be_evicted_by_one_that_is_indexed_with_it():
+    index = SuffixIndex(2, 12, 20)
+    finished(index, "a", [7, 7, 7, 7])
+    index.catch_up()
+    finished(index, "b", [1, 2, 3, 4, 5, 6, 1, 2, 3, 4])  # slots 5..15
+    finished(index, "c", [1, 2, 8, 9, 1, 2, 8])  # 0..7, for 16..19 are too few
+    index.begin("d", [1, 2])
+    index.begin("e", [2, 3])
+    assert (index.propose("d", 2), index.propose("e", 2)) == ([8, 9], [])
+    assert (index.num_recent_sequences, index.num_evicted_sequences) == (1, 2)
+
+
 def test_memory_does_not_grow_with_traffic():
     index = SuffixIndex(2, 4, 500)
     chains = index._recent._chains
     for key in range(200):
         finished(index, "a", [(key * 31 + i * i) % 50 for i in range(100)])
+        index.catch_up()
     assert index._recent._chains is chains
     assert len(index._recent._live) <= 5
     assert index.num_running == 0
@@ -183,7 +265,8 @@ def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
     index = SuffixIndex(2, 12, 0)
     for period in (1, 2, 7, 60, 1000):
         index.begin("a", [i * i % period for i in range(1000)])
-        assert len(index._own("a").text._ends) <= 2 * 1000
+        index.observe("a")
+        assert 0 < index._own("a").text.num_nodes <= 2 * 1000
         index.finish("a", keep=False)
 
 

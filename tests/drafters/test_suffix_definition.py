@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,6 +113,7 @@ def test_only_the_newest_traffic_is_searched_within_the_bound(sequences, recent_
     for sequence in sequences:
         index.begin("other", sequence)
         index.finish("other", keep=True)
+        index.catch_up()
         assert index.num_recent_tokens + index.num_recent_sequences <= recent_tokens
     live = sequences[len(sequences) - index.num_recent_sequences :]
     if live:
@@ -123,3 +126,40 @@ def test_only_the_newest_traffic_is_searched_within_the_bound(sequences, recent_
         assert index.observe("probe") == longest(list(probe), list(probe), live)[0]
         assert index.propose("probe", 6) == propose(list(probe), live, 6)
         index.finish("probe", keep=False)
+
+
+def traffic(rng, num_turns):
+    """Calls of an index that follows four requests at a time; some turns look a request up."""
+    lengths = {}
+    for turn in range(num_turns):
+        if len(lengths) < 4:
+            prompt = rng.choices(range(3), k=rng.randrange(40))
+            lengths[str(turn)] = len(prompt)
+            yield "begin", str(turn), prompt, rng.choice("xy")
+        key = rng.choice(list(lengths))
+        tokens = rng.choices(range(3), k=rng.randrange(1, 4))
+        lengths[key] += len(tokens)
+        yield "extend", key, tokens
+        if turn % 500 > 480:
+            yield "observe", key
+            yield "propose", key, rng.randrange(9)
+        if not rng.randrange(25):
+            ended = lengths.pop(key) - rng.randrange(2)
+            yield "finish", key, rng.random() < 0.8, ended
+
+
+@pytest.mark.parametrize("bounds", [(2, 12), (1, 4), (3, 3)])
+def test_a_seldom_asked_index_answers_as_one_that_is_asked_after_every_token(bounds):
+    seldom, always = (SuffixIndex(*bounds, 3000) for _ in range(2))
+    num_answers = 0
+    for call, key, *arguments in traffic(random.Random(0), 6000):
+        answer = getattr(seldom, call)(key, *arguments)
+        assert getattr(always, call)(key, *arguments) == answer
+        num_answers += bool(answer)
+        if call == "finish":
+            always.catch_up()
+        else:
+            always.observe(key)
+    assert num_answers > 300
+    assert always.num_evicted_sequences > 50
+    assert seldom.num_skipped_sequences == always.num_skipped_sequences == 0

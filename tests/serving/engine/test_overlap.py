@@ -207,7 +207,8 @@ def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model
         return right(*arguments)
 
     def from_host(kind, batch, num_draft):
-        texts.extend(engine.drafting.hosts["suffix"]._own(s.request.id).all_tokens() for s in batch)
+        index = engine.drafting.hosts["suffix"]
+        texts.extend(list(index._own(s.request.id).text.tokens) for s in batch)
         return look_up(kind, batch, num_draft)
 
     right = rounds.launch
@@ -222,7 +223,7 @@ def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model
     assert len(texts) > 3
     known = [len(text) - len(PROMPT * 4) for text in texts]
     assert all(many > few for many, few in zip(known[1:], committed[1:], strict=False))
-    assert all(text.tolist()[: len(whole)] == whole[: len(text)] for text in texts)
+    assert all(text[: len(whole)] == whole[: len(text)] for text in texts)
     assert engine.figures().num_accepted_tokens > 0
 
 
@@ -232,12 +233,15 @@ def test_the_index_keeps_nothing_that_was_decided_behind_the_end_of_a_text(model
     end = plain[9]
     engine = make_engine(model, policy=Steady("suffix", 4), eos_ids=frozenset({end}))
     run(engine, [request_of("a", PROMPT, 40, ignore_eos=True)])
-    before = engine.drafting.hosts["suffix"].num_recent_tokens
+    index = engine.drafting.hosts["suffix"]
+    index.catch_up()
+    before = index.num_recent_tokens
     got = run(engine, [request_of("b", PROMPT, 40)])["b"]
 
     assert got.token_ids == plain[: plain.index(end) + 1]
     assert before == len(PROMPT) + 40
-    added = engine.drafting.hosts["suffix"].num_recent_tokens - before
+    index.catch_up()
+    added = index.num_recent_tokens - before
     assert added == len(PROMPT) + len(got.token_ids)
 
 
