@@ -59,8 +59,11 @@ class Drafter(Protocol):
 
 
 class HostDrafter(Drafter, Protocol):
-    """A drafter that follows the text of running requests. All calls come from the engine's thread
-    and return in microseconds."""
+    """A drafter that follows the text of running requests. All calls come from the engine's thread.
+
+    Most steps of a server may use another drafter or none: ``begin``, ``extend`` and ``finish``
+    should only store text, and leave work to ``observe`` and ``propose``.
+    """
 
     def begin(self, key: str, tokens: Sequence[int], namespace: str = "") -> None:
         """Start following a request.

@@ -232,15 +232,16 @@ def test_the_queue_forgets_what_lies_behind_the_end():
     assert index.num_waiting_tokens == 3
 
 
-def test_a_sequence_may_be_evicted_by_one_that_is_indexed_with_it():
+@pytest.mark.parametrize("first", range(20, 60, 10))
+def test_a_sequence_may_be_evicted_by_one_that_is_indexed_with_it(first):
     index = SuffixIndex(2, 12, 20)
     finished(index, "a", [7, 7, 7, 7])
     index.catch_up()
-    finished(index, "b", [1, 2, 3, 4, 5, 6, 1, 2, 3, 4])  # slots 5..15
-    finished(index, "c", [1, 2, 8, 9, 1, 2, 8])  # 0..7, for 16..19 are too few
+    finished(index, "b", [*range(first, first + 9), 3])  # slots 5..15
+    finished(index, "c", [1, 2, 1, 2, 1, 1, 2, 9])  # 0..8, for 16..19 are too few
     index.begin("d", [1, 2])
-    index.begin("e", [2, 3])
-    assert (index.propose("d", 2), index.propose("e", 2)) == ([8, 9], [])
+    index.begin("e", [first, first + 1])
+    assert (index.propose("d", 1), index.propose("e", 1)) == ([1], [])
     assert (index.num_recent_sequences, index.num_evicted_sequences) == (1, 2)
 
 
