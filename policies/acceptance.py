@@ -50,14 +50,14 @@ _IDLE_RATE = 0.25
 """Decay of a drafter's evidence in a round without it, relative to a round with it."""
 _LASTING = 10.0
 """Half-life of lasting evidence, in those of recent evidence."""
-_LASTING_WEIGHT = 30.0
+_LASTING_WEIGHT = 80.0
 """Rounds that lasting evidence counts for as the prior of recent evidence."""
 _FADE = 0.5
 """Half-life of an idle drafter's recent evidence, in those of a busy one's."""
 _FADE_ROUNDS = 8
 """Rounds, for each request of the batch, after which fading is worth computing again."""
-_SHIFT_WEIGHT = 12.0
-"""Rounds that the evidence from before a detected shift counts for."""
+_SHIFT_WEIGHT, _LASTING_SHIFT_WEIGHT = 12.0, 200.0
+"""Rounds that recent and lasting evidence from before a detected shift count for."""
 _MIN_STEPS = 24
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
 _POOL = NUM_BUCKETS
@@ -166,7 +166,9 @@ class DrafterAcceptance:
             factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
             lasting_factors[row] = math.exp2(-rounds / (_LASTING * half_life))
             if self._cusums[row].notices_shift(surprise, rounds):
-                factors[row] = min(factors[row], self._to_shift_weight(row))
+                factors[row] = min(factors[row], _limit(recent, row, _SHIFT_WEIGHT))
+                limit = _limit(lasting, row, _LASTING_SHIFT_WEIGHT)
+                lasting_factors[row] = min(lasting_factors[row], limit)
             self._seen_at[row] = clock
             self._stale.add(row)
         self._faded_at = clock
@@ -210,9 +212,6 @@ class DrafterAcceptance:
                     everything[key] = everything.get(key, 0) + count
             rows.append((_POOL, everything))
         return rows
-
-    def _to_shift_weight(self, row: int) -> float:
-        return _SHIFT_WEIGHT / max(float(self._recent.reached[row].max()), _SHIFT_WEIGHT)
 
     def hazards(self) -> Floats:
         """[7, K] posterior means of c_1, c_2, ... by bucket; the last row is the pool's."""
@@ -384,6 +383,11 @@ class AcceptanceModel:
             for kind, own in sorted(self._drafters.items())
             for row, figures in own.figures().items()
         }
+
+
+def _limit(evidence: Evidence, row: int, weight: float) -> float:
+    """Factor that leaves a row at most so many rounds."""
+    return weight / max(float(evidence.reached[row].max()), weight)
 
 
 def _log_odds(hazard: float) -> float:

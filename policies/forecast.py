@@ -87,9 +87,7 @@ class Forecaster:
         rows: list[float] = (batch * self._mix).tolist()
         return rows
 
-    def _by_cap(
-        self, obs: StepObs, max_k: int
-    ) -> tuple[list[float], Counter[tuple[int, int]]]:
+    def _by_cap(self, obs: StepObs, max_k: int) -> tuple[list[float], Counter[tuple[int, int]]]:
         """Rows by bucket that may have ``max_k`` tokens, and the others by (bucket, cap)."""
         if obs.matches is None:
             short = [cap for cap in obs.caps if cap < max_k]

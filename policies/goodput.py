@@ -37,8 +37,9 @@ from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
 from policies.versions import VersionMemory
 
-_REST_SHARE = 0.01
-"""Share of the time that inspections may take while they find less than they cost."""
+_REST_SHARE = 0.006
+"""Share of the time that plans may take, and that looks may take while they find less than they
+cost."""
 _REST_GAIN = 0.05
 """Gain of the moving averages of what inspecting costs and finds."""
 _MOST_REST, _MOST_UNLOOKED = 64, 1024
@@ -61,6 +62,8 @@ class _Rest:
     """Leaves out plans, and looks at matches, where they do not pay."""
 
     def __init__(self) -> None:
+        self._num_costs = {False: 0, True: 0}
+        self._num_finds = 0
         self._plan_share = self._look_share = 0.0
         """Mean time of a plan without and with a look, as shares of a plain step."""
         self._find = 1.0
@@ -83,10 +86,12 @@ class _Rest:
         return self.pays or self._num_unlooked >= least
 
     def note_cost(self, share: float, *, looked: bool) -> None:
+        self._num_costs[looked] += 1
+        gain = max(_REST_GAIN, 1 / self._num_costs[looked])
         if looked:
-            self._look_share += _REST_GAIN * (share - self._look_share)
+            self._look_share += gain * (share - self._look_share)
         else:
-            self._plan_share += _REST_GAIN * (share - self._plan_share)
+            self._plan_share += gain * (share - self._plan_share)
 
     def note_find(self, share: float) -> None:
         """Take in one look.
@@ -94,7 +99,8 @@ class _Rest:
         Args:
             share: time that it saved beyond the best arm that needs none, relative to a plain step.
         """
-        self._find += _REST_GAIN * (share - self._find)
+        self._num_finds += 1
+        self._find += max(_REST_GAIN, 1 / self._num_finds) * (share - self._find)
         self._num_unlooked = 0
 
     def begin(self, arm: Arm) -> None:
@@ -111,7 +117,7 @@ class _Rest:
         return self.arm
 
     def reset(self) -> None:
-        self._find, self.left = 1.0, 0
+        self._num_finds, self._find, self.left = 0, 1.0, 0
 
 
 class _Glance(NamedTuple):
@@ -197,6 +203,8 @@ class GoodputPolicy:
         self._stretch: Stretch | None = None
         self._planned = self._observed = "none"
         """Drafters of the last step planned and of the last one observed."""
+        self._looked: bool | None = None
+        """Whether the last plan looked at matches; ``None`` once its time is known."""
         self._awaited: deque[_Planned] = deque(maxlen=8)
         """Steps planned and not observed yet."""
         self._decisions: Counter[str] = Counter()
@@ -233,6 +241,7 @@ class GoodputPolicy:
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
+        self._looked = obs.matches is not None
         if self._rest.left and obs.matches is not None and self._may_go_on(obs, obs.matches):
             self._rest.note_find(0.0)
             return self._resting()
@@ -254,6 +263,8 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill."""
         self._acceptance.tick(outcome.batch)
+        if not outcome.has_prefill:
+            self._note_cost(outcome)
         if outcome.decision.reason == "rest" and outcome.decision.drafter == self._observed:
             self._gather(outcome)
             return
@@ -281,8 +292,6 @@ class GoodputPolicy:
             return
         if gathered.num_steps % _TIMED_STEPS == 0:
             self._observe_time(outcome, {})
-        elif outcome.plan_s:
-            self._note_cost(outcome)
 
     def _learn_gathered(self) -> None:
         gathered, self._gathered = self._gathered, _Gathered()
@@ -296,10 +305,11 @@ class GoodputPolicy:
         self._explorer.earn(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
 
     def _note_cost(self, outcome: Outcome) -> None:
-        """What planning took; a host that had time for it is noted as nothing."""
-        looked = any(row.match is not None for row in outcome.rows)
-        share = outcome.plan_s / self._times.plain_s(outcome.batch)
-        self._rest.note_cost(share, looked=looked)
+        """What the last plan took; a host that had time for it is noted as nothing."""
+        if self._looked is not None:
+            share = outcome.plan_s / self._times.plain_s(outcome.batch)
+            self._rest.note_cost(share, looked=self._looked)
+            self._looked = None
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
@@ -335,9 +345,7 @@ class GoodputPolicy:
             if kind in self._neural
         }
         choice = self._chooser.choose(seen, self._planned, catch_up_s)
-        if obs.matches is not None and (
-            choice.arm[0] in self._neural or choice.arm == PLAIN_ARM
-        ):
+        if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
         decision = self._decision(seen, choice, looked=obs.matches is not None)
         seconds = seen.arm((decision.drafter, decision.draft_k))[1]
@@ -431,8 +439,6 @@ class GoodputPolicy:
         # is only tried in steps that are.
         step_s = outcome.step_s - outcome.plan_s
         plain_s = self._times.plain_s(batch)
-        if outcome.plan_s:
-            self._note_cost(outcome)
         if drafter in self._neural and drafter != self._observed:
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             pending = pending_rows.get(drafter, 0)

@@ -78,7 +78,7 @@ class CostSample:
     step_s: float
     """Wall time of the step, drafting included."""
     draft_s: float
-    """Part of ``step_s`` spent drafting."""
+    """Part of ``step_s`` spent drafting, and planning where no round ran meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +141,15 @@ class Outcome:
     step_s: float
     """Wall time of the whole step, seconds."""
     draft_s: float
-    """Part of ``step_s`` spent drafting, inspecting the batch and planning; plain decoding needs
-    none of these."""
+    """Part of ``step_s`` spent drafting, and planning where no round ran meanwhile."""
     has_prefill: bool
     """The step also computed prompt chunks, or log probabilities that a request asked for, so its
     time says nothing about the arms."""
     version: int
     """Version of the drafter that drafted."""
     plan_s: float = 0.0
-    """Part of ``draft_s`` spent inspecting the batch and planning."""
+    """Part of ``step_s`` spent inspecting the batch and planning: this step, or the next one while
+    this one ran. It belongs to the last ``rest`` or ``plan`` that was called."""
 
 
 class DraftPolicy(Protocol):

@@ -33,8 +33,6 @@ class PlannedRound:
     """The drafter's when the round was launched."""
     started_s: float
     """``time.perf_counter()`` when the engine began to plan."""
-    plan_s: float
-    """Seconds of observing and planning that the device waited for."""
     before_s: float
     """Seconds before the device began. With a host drafter these are all seconds since the last
     outcome, because it proposes nothing without that, so they are a cost of drafting."""
@@ -48,6 +46,9 @@ class Arrival:
     step_s: float
     host_waited: bool
     """The host had nothing left to do while the round ran."""
+    plan_s: float
+    """Part of ``step_s`` in which the host planned and the device had nothing to do: this round, or
+    the next one while this one ran."""
 
     def step(self, planned: PlannedRound) -> Step:
         """What the requests of the round drafted and kept."""
@@ -76,7 +77,7 @@ class Arrival:
             # The time of a round that computes log probabilities says nothing about other rounds.
             has_prefill=not is_timed or planned.launched.scores is not None,
             version=step.version,
-            plan_s=planned.plan_s,
+            plan_s=self.plan_s,
         )
 
 
@@ -87,6 +88,8 @@ class RoundClock:
         self.last_outcome_s = 0.0
         self.is_timed = True
         """The time of the round under way says something about rounds alone."""
+        self.plan_s = 0.0
+        """Seconds of planning since the last outcome."""
         self._num_untimed = 0
 
     def read(self, rounds: Rounds, planned: PlannedRound) -> Arrival:
@@ -95,7 +98,9 @@ class RoundClock:
         now_s = time.perf_counter()
         step_s = now_s - max(planned.started_s, self.last_outcome_s)
         self.last_outcome_s = now_s
-        return Arrival(rounds.read(planned.launched), step_s, host_waited)
+        # A host that still had to wait has planned while the device was busy anyway.
+        plan_s, self.plan_s = 0.0 if host_waited else min(self.plan_s, step_s), 0.0
+        return Arrival(rounds.read(planned.launched), step_s, host_waited, plan_s)
 
     def round_was_committed(self) -> None:
         self._num_untimed = 0 if self.is_timed else self._num_untimed + 1

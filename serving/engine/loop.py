@@ -194,19 +194,18 @@ class Engine:
         """Plan and launch a round, and commit the one before it."""
         started_s = time.perf_counter()
         policy, decision, matches = self._plan(batch)
-        plan_s = time.perf_counter() - started_s
+        self._clock.plan_s += time.perf_counter() - started_s
         drafter, num_draft, given = decision.drafter, decision.draft_k, None
         on_host = num_draft > 0 and drafter in self.drafting.hosts
         if not self._may_overtake(batch, decision):
-            if self._commit_round():  # the device was still busy: the host's work cost nothing
-                plan_s = 0.0
+            self._commit_round()
             lives = [s.finish_reason is None for s in batch]
             batch, matches = list(compress(batch, lives)), tuple(compress(matches, lives))
             if not batch:
                 return
-        elif on_host and self._foresee():
-            plan_s = 0.0
-        before_s = plan_s
+        elif on_host:
+            self._foresee()
+        before_s = 0.0
         if on_host:
             given = self.drafting.from_host(drafter, batch, num_draft)
             num_draft = max(map(len, given))
@@ -214,12 +213,14 @@ class Engine:
         if on_host and self._prompts is None:
             before_s = time.perf_counter() - max(started_s, self._clock.last_outcome_s)
         if self._commit_round():
-            plan_s = before_s = 0.0
+            before_s = 0.0
+        elif not on_host:
+            before_s = self._clock.plan_s  # 0 if a round ran meanwhile
         for sequence in batch:
             sequence.is_flying = True
         version = self.drafting.version_of(drafter)
         self._round = PlannedRound(
-            launched, matches, policy, decision, version, started_s, plan_s, before_s
+            launched, matches, policy, decision, version, started_s, before_s
         )
 
     def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
@@ -254,17 +255,16 @@ class Engine:
         has_rows = self.programs.rounds.leaves_rows(launched, decision.drafter)
         return has_rows or not any(s.is_flying for s in batch)
 
-    def _foresee(self) -> bool:
+    def _foresee(self) -> None:
         """Tell host drafters what the round under way decided, so that they can draft for the next
-        one before its other consequences are worked out. Returns whether the host had to wait."""
+        one before its other consequences are worked out."""
         if self._round is None:
-            return False
+            return
         arrival = self._read(self._round)
         proposed, verified = arrival.decoded.proposed, arrival.decoded.verified
         for r, sequence in enumerate(self._round.launched.batch):
             if sequence.finish_reason is None:
                 self.drafting.foresee(sequence, emitted_by(proposed, verified, r))
-        return arrival.host_waited
 
     def _read(self, planned: PlannedRound) -> Arrival:
         """Wait for the round under way, the first time it is asked for."""

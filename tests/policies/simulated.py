@@ -107,7 +107,7 @@ class World:
     plan_s: float = 0.0
     """Seconds to plan; the fixed arms of comparisons do without."""
     look_s: float = 0.0
-    """Seconds to look up matches before planning."""
+    """Seconds to look up matches; fixed arms of the index take them too."""
     cold_s: float = 0.0
     """Seconds a neural drafter needs to catch up after a step without it; not in the profile."""
     slowdown: float = 1.0
@@ -338,7 +338,8 @@ def fixed_speed(world: World, drafter: str, k: int) -> float:
         for hard in world.difficulties
     ]
     tokens = len(usual) / sum(1 / each for each in usual)
-    return world.batch * tokens / (world.seconds(drafter, k)[0] + world.noise.mean_late_s)
+    look_s = world.look_s if drafter == "suffix" else 0.0
+    return world.batch * tokens / (world.seconds(drafter, k)[0] + world.noise.mean_late_s + look_s)
 
 
 def arms(world: World) -> Iterator[tuple[str, int]]:

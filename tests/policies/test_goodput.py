@@ -136,7 +136,7 @@ def test_a_wrong_profile_is_corrected():
 @pytest.mark.parametrize("plan_s", [0.003, 0.012])
 def test_expensive_inspection_leaves_plain_decoding_its_speed(plan_s):
     """On a fast GPU, finding out what could be drafted takes longer than decoding a token."""
-    hopeless = World(eagle=HOSTILE, suffix=0.1, plan_s=plan_s)
+    hopeless = World(eagle=HOSTILE, suffix=0.1, look_s=plan_s)
     made = policy(world=hopeless)
     run(made, hopeless, steps=400, seed=0)
     assert run(made, hopeless, steps=1500, seed=1).speed >= 0.96 * fixed_speed(hopeless, "none", 0)
@@ -146,7 +146,7 @@ def test_expensive_inspection_leaves_plain_decoding_its_speed(plan_s):
 def test_expensive_inspection_is_left_out_where_the_neural_drafter_does_without(batch):
     """With many clients, looking for matches takes the host as long as a step takes the GPU."""
     world = World(
-        batch=batch, eagle=(0.7,) * 8, suffix=0.3, match_share=0.3, plan_s=0.004,
+        batch=batch, eagle=(0.7,) * 8, suffix=0.3, match_share=0.3, look_s=0.004,
         verify_per_token_s=0.0003 / batch,
     )  # fmt: skip
     made = policy(world=world)
@@ -155,11 +155,13 @@ def test_expensive_inspection_is_left_out_where_the_neural_drafter_does_without(
     assert made.figures()["decisions"]["rest"] > 1500
 
 
-def test_inspection_that_pays_happens_at_every_step():
-    world = World(eagle=HOSTILE, suffix=0.9, match_share=0.2, plan_s=0.0004)
-    made = policy(world=world)
+def test_a_look_that_pays_happens_at_every_step(monkeypatch):
+    world = World(eagle=HOSTILE, suffix=0.9, match_share=0.2, look_s=0.0004)
+    made, looks = policy(world=world), []
+    plan = made.plan
+    monkeypatch.setattr(made, "plan", lambda obs: looks.append(obs.matches) or plan(obs))
     run(made, world, steps=400, seed=0)
-    assert made.figures()["decisions"].get("rest", 0) < 20
+    assert sum(matches is not None for matches in looks) > 380
 
 
 def test_expensive_inspection_is_charged_to_drafting():
