@@ -68,7 +68,7 @@ class _Rest:
         """Mean time of a plan without and with a look, as shares of a plain step."""
         self._find = 1.0
         """Mean time that a look saves beyond what the best arm without one takes, likewise."""
-        self._num_unlooked = 0
+        self.num_unlooked = 0
         """Steps since the last look."""
         self.left = 0
         self.arm: Arm = PLAIN_ARM
@@ -83,7 +83,7 @@ class _Rest:
 
     def wants_look(self) -> bool:
         least = min(math.ceil(self._look_share / _REST_SHARE), _MOST_UNLOOKED)
-        return self.pays or self._num_unlooked >= least
+        return self.pays or self.num_unlooked >= least
 
     def note_cost(self, share: float, *, looked: bool) -> None:
         self._num_costs[looked] += 1
@@ -101,7 +101,7 @@ class _Rest:
         """
         self._num_finds += 1
         self._find += max(_REST_GAIN, 1 / self._num_finds) * (share - self._find)
-        self._num_unlooked = 0
+        self.num_unlooked = 0
 
     def begin(self, arm: Arm) -> None:
         """Go on with an arm until the next plan is due."""
@@ -113,7 +113,7 @@ class _Rest:
         """The arm of a step without a plan."""
         self.left -= 1
         self.num_since += 1
-        self._num_unlooked += 1
+        self.num_unlooked += 1
         return self.arm
 
     def reset(self) -> None:
@@ -242,6 +242,7 @@ class GoodputPolicy:
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
         self._looked = obs.matches is not None
+        self._rest.num_unlooked += not self._looked
         if self._rest.left and obs.matches is not None and self._may_go_on(obs, obs.matches):
             self._rest.note_find(0.0)
             return self._resting()
