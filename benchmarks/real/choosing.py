@@ -51,7 +51,6 @@ from targets.load import load_tokenizer, target_folder
 
 ARM_DOMAINS: tuple[Domain, ...] = DOMAINS[:4]
 MAX_DRAFT = 8
-FIXED = (1, 2, 3, 4, 6, 8)
 TRAINED_AT = 0.7
 SHORTEST_S = 0.6
 """Of a turn that is measured."""
@@ -160,7 +159,9 @@ class Arm:
     """Tokens per second of each turn by domain."""
 
 
-def arms_of(service: Service, settings: Settings, samples: Sequence[CostSample]) -> list[Arm]:
+def arms_of(
+    service: Service, settings: Settings, samples: Sequence[CostSample], fixed_ks: Sequence[int]
+) -> list[Arm]:
     """All arms, over the parts of one engine."""
 
     def goodput(*kinds: str) -> DraftPolicy:
@@ -174,14 +175,10 @@ def arms_of(service: Service, settings: Settings, samples: Sequence[CostSample])
         engine = Engine(service.engine.parts, watched, None, lambda _kinds: watched)
         return Arm(name, frozenset(kinds), watched, engine)
 
-    fixed = [arm(f"K = {k}", FixedPolicy(LEARNED, k, needs_match=False), LEARNED) for k in FIXED]
-    followed = arm(
-        "K = 3, index unused", FixedPolicy(LEARNED, 3, needs_match=False), LEARNED, LOOKUP
-    )
+    fixed = [arm(f"K = {k}", FixedPolicy(LEARNED, k, needs_match=False), LEARNED) for k in fixed_ks]
     return [
         arm(PLAIN, FixedPolicy("none", 0)),
         *fixed,
-        followed,
         arm(ALONE, goodput(LEARNED), LEARNED),
         arm(TUNED, goodput(LEARNED, LOOKUP), LEARNED, LOOKUP),
     ]
@@ -235,6 +232,8 @@ def main(
     out: Out = RESULTS / "choosing.json",
     clients: str = "32,8,1",
     temperatures: str = "0.7,0",
+    fixed: Annotated[str, typer.Option(help="values of K beside plain decoding")] = "1,2,3,4,6,8",
+    prompts: Annotated[int, typer.Option(help="of each domain, to train on and to answer")] = 3000,
     collect_batch: Annotated[int, typer.Option(help="requests decoded at a time for traces")] = 128,
     collect_s: float = 25.0,
     train_s: float = 50.0,
@@ -254,13 +253,13 @@ def main(
         f"buffer.max_bytes={collect_batch * 300 << 20}",
     )  # fmt: skip
     tokenizer = load_tokenizer(target_folder(collecting.target, collecting.target_cache))
-    found = chat_prompts(dict.fromkeys(ARM_DOMAINS, 3000), seed=7, may_lack=True)
+    found = chat_prompts(dict.fromkeys(ARM_DOMAINS, prompts), seed=7, may_lack=True)
     ids = {
-        domain: [(prompt_ids(tokenizer, p), p.seed(0)) for p in prompts]
-        for domain, prompts in found.items()
+        domain: [(prompt_ids(tokenizer, p), p.seed(0)) for p in asked]
+        for domain, asked in found.items()
     }
     say(f"prompts after {time.monotonic() - began:.1f} s: { {d: len(p) for d, p in ids.items()} }")
-    held_out = {domain: prompts[:400] for domain, prompts in ids.items()}
+    held_out = {domain: chats[:400] for domain, chats in ids.items()}
     mixed = [p for group in zip(*(p[400:] for p in ids.values()), strict=False) for p in group]
     asks = [Ask(prompt, TRAINED_AT) for prompt, _ in mixed]
     figures: dict[str, Any] = {"trained_at_temperature": TRAINED_AT}
@@ -282,7 +281,7 @@ def main(
         left_s = budget_s - (time.monotonic() - began)
         until = time.monotonic() + left_s / (len(cells) - number)
         traffic = Traffic(held_out, temperature, 512)
-        arms = arms_of(service, settings, samples)
+        arms = arms_of(service, settings, samples, [int(k) for k in fixed.split(",")])
         for turn in range(turns):
             turn_s = (until - time.monotonic()) / (turns - turn)
             seconds = min(longest_s, turn_s / len(arms) / len(ARM_DOMAINS) / 1.15)
