@@ -198,12 +198,14 @@ def run(
     requests: list[Request],
     between: Callable[[Engine, int], None] = lambda _engine, _step: None,
     most: Callable[[int], int | None] = lambda _step: None,
+    until: Callable[[dict[str, Collected]], bool] = lambda _collected: False,
 ) -> dict[str, Collected]:
     """Decode all requests.
 
     Args:
         between: called before every step with the engine and the step number.
         most: step number -> maximum number of in-flight requests; ``None``: no limit.
+        until: told the outputs after every step; ``True`` ends the run early.
     """
     collected = {r.id: Collected() for r in requests}
     waiting = deque(requests)
@@ -217,6 +219,8 @@ def run(
             between(engine, step)
             assert engine.step(), "requests in flight, but nothing to do"
             step += 1
+            if until(collected):
+                break
     return collected
 
 

@@ -163,11 +163,10 @@ RIGHT = Parts()
 def expected_law(setting: Setting, tables: Tables) -> Tensor:
     """[V, V, V] float64: joint distribution of the first three tokens under the target alone."""
     law = distribution(tables.target.double()[:, None], setting.rows(torch.float64))[:, 0]
-    out = torch.zeros(V, V, V, dtype=torch.float64)
-    for a, b, c in itertools.product(range(V), repeat=3):
-        first, second = law[context_of(NONE, NONE)][a], law[context_of(NONE, a)][b]
-        out[a, b, c] = first * second * law[context_of(a, b)][c]
-    return out
+    token = torch.arange(V)
+    first, second = law[context_of(NONE, NONE)], law[context_of(NONE, token)]
+    third = law[context_of(token[:, None], token)]
+    return first[:, None, None] * second[:, :, None] * third
 
 
 def context_of(before: Any, last: Any) -> Any:

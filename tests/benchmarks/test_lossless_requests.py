@@ -69,12 +69,16 @@ def repeat_until_penalized(monkeypatch):
     monkeypatch.setattr(requests, "longer", longer)
 
 
+def test_where_no_bug_of_penalties_is_planted_none_is_seen(monkeypatch):
+    repeat_until_penalized(monkeypatch)
+
+    assert requests.row_of(TINY, CPU, 20)["mismatches"] == 0
+
+
 @pytest.mark.parametrize("plant", [blind_penalties, late_counts])
 def test_a_bug_of_penalties_is_seen(monkeypatch, plant):
     """Plain decoding has it too, and does not show it."""
     repeat_until_penalized(monkeypatch)
-    row = requests.row_of(TINY, CPU, 20)
-    assert row["mismatches"] == 0
     plant(monkeypatch)
 
     row = requests.row_of(TINY, CPU, 20)
@@ -134,7 +138,7 @@ def test_usage_that_counts_drafts_is_seen(monkeypatch):
         return usage.model_copy(update={"completion_tokens": counted})
 
     monkeypatch.setattr(serving.http.generation.Generation, "usage", wrong)
-    row = http.row_of(BUNDLED, CPU, bodies(6))
+    row = http.row_of(BUNDLED, CPU, bodies(2))
 
     assert row["mismatches"] > 0
     assert not http.is_sound([row])

@@ -30,28 +30,36 @@ from examples.texts import Kept, Phase
 # A shell starts background processes with SIGINT ignored; a terminal does not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 target, run_dir, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+num_requests = int(sys.argv[4])
 names = {"python": "python", "c": "c", "python-again": "python"}
 sys.exit(carry_out(DemoSettings(
     run_dir=run_dir,
     overrides=(
         f"target={target}", "drafter.path=null", "trainer.min_traces=4", "trainer.warmup_steps=0",
         "trainer.publish_every_steps=1", "trainer.gate_margin=0.5", "trainer.batch_tokens=256",
-        "trainer.held_out_every=2", "trainer.replay_ratio=50", *sys.argv[4:],
+        "trainer.held_out_every=2", "trainer.replay_ratio=50", *sys.argv[5:],
     ),
     phases=tuple(
         Phase(name, domain, name == "c", seconds * (20 if name == "c" else 1), enough_requests=4)
         for name, domain in names.items()
     ),
     settle_s=1.0,
-    num_clients=2, sampling=Sampling(0.7, max_tokens=16), max_requests=3000,
+    num_clients=2, sampling=Sampling(0.7, max_tokens=16), max_requests=num_requests,
     kept=Kept(2, 1), replay_block=1, replay_s=1.0,
 ), Console(width=140)))
 """
 
 
-def begin_demo(target: Path, run_dir: Path, seconds: float, *sets: str) -> subprocess.Popen[str]:
+FEW = 300
+"""Requests of a demo that never comes to its end; gathering thousands takes seconds."""
+
+
+def begin_demo(
+    target: Path, run_dir: Path, seconds: float, num_requests: int, *sets: str
+) -> subprocess.Popen[str]:
+    numbers = str(seconds), str(num_requests)
     return subprocess.Popen(
-        [sys.executable, "-c", SHORT, str(target), str(run_dir), str(seconds), *sets],
+        [sys.executable, "-c", SHORT, str(target), str(run_dir), *numbers, *sets],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -76,7 +84,7 @@ def processes_of(run_dir: Path) -> list[str]:
 def test_a_short_demo_runs_to_its_report_and_leaves_nothing_running(
     tiny_target_dir: Path, tmp_path: Path
 ):
-    demo = begin_demo(tiny_target_dir, tmp_path / "demo", seconds=5)
+    demo = begin_demo(tiny_target_dir, tmp_path / "demo", seconds=5, num_requests=1000)
     output, _ = demo.communicate(timeout=280)
 
     assert demo.returncode == 0, output
@@ -99,7 +107,7 @@ def test_a_short_demo_runs_to_its_report_and_leaves_nothing_running(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_interrupt_ends_both_children_and_says_so(tiny_target_dir: Path, tmp_path: Path):
     run_dir = tmp_path / "demo"
-    demo = begin_demo(tiny_target_dir, run_dir, seconds=60)
+    demo = begin_demo(tiny_target_dir, run_dir, 60, FEW, "engine.max_batch=2")
     deadline_s = time.monotonic() + 200
     while not any("trainer launch" in command for command in processes_of(run_dir)):
         assert time.monotonic() < deadline_s and demo.poll() is None, "no trainer came"
@@ -118,7 +126,7 @@ def test_interrupt_ends_both_children_and_says_so(tiny_target_dir: Path, tmp_pat
 
 @pytest.mark.timeout(300)
 def test_dead_child_ends_the_demo_with_its_reason(tiny_target_dir: Path, tmp_path: Path):
-    demo = begin_demo(tiny_target_dir, tmp_path / "demo", 60, "drafter.path=/nowhere")
+    demo = begin_demo(tiny_target_dir, tmp_path / "demo", 60, FEW, "drafter.path=/nowhere")
     output, _ = demo.communicate(timeout=280)
 
     assert demo.returncode == 1

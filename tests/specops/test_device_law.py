@@ -55,13 +55,15 @@ def test_the_cells_may_lie_far_apart():
     assert excess(truncated, "close", Rule.BLOCK, 10_000, layout=apart) < 1
 
 
-def seen(rule, num_samples, **options):
-    return max(excess(BUGGY, r, rule, num_samples, **options) for r in ("close", "opposed"))
+def is_seen(rule, num_samples, **options):
+    """With one drafter or the other."""
+    regimes = ("close", "opposed")
+    return any(excess(BUGGY, r, rule, num_samples, **options) > 1 for r in regimes)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_seen(name):
-    assert seen(Rule.BLOCK, 40_000, parts=BUGS[name]) > 1
+    assert is_seen(Rule.BLOCK, 40_000, parts=BUGS[name])
 
 
 @pytest.mark.parametrize("former", [Stream.ACCEPT, Stream.DRAFT])
@@ -74,11 +76,11 @@ def test_a_number_used_twice_is_seen(former, monkeypatch):
 
     monkeypatch.setattr(verify_logits, "device_uniforms", wrong)
 
-    assert seen(Rule.BLOCK, 40_000) > 1
+    assert is_seen(Rule.BLOCK, 40_000)
 
 
 def test_where_nothing_is_planted_nothing_is_seen():
-    assert seen(Rule.BLOCK, 40_000, parts=Faces()) < 1
+    assert not is_seen(Rule.BLOCK, 40_000, parts=Faces())
 
 
 @pytest.mark.gpu
@@ -95,7 +97,7 @@ def test_the_joint_law_of_the_kernels_is_the_targets(rule, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_around_the_kernels_is_seen(name):
-    assert seen(Rule.BLOCK, 1_000_000, parts=BUGS[name], device="cuda") > 1
+    assert is_seen(Rule.BLOCK, 1_000_000, parts=BUGS[name], device="cuda")
 
 
 @pytest.mark.gpu

@@ -65,15 +65,16 @@ def emitted(p, q, delta: bool, length_after) -> torch.Tensor:
     ``length_after(prefix)``: draft length as a function of the tokens drafted before.
     """
     out = torch.zeros([V] * (K + 1), dtype=torch.float64)
+    futures = decoded_plainly(p)
     for draft, weight, num_draft in drafts(q, length_after):
         keep = acceptance(*rows(p, q, draft, delta), torch.tensor([draft]))[0][0]
         survived = weight
         for i in range(num_draft + 1):
             if i == num_draft:
-                spread(out, draft[:i], p[draft[:i]], survived, p)
+                spread(out, draft[:i], p[draft[:i]], survived, futures)
                 break
             rest = residual(p[draft[:i]], drafted_law(q, draft, i, delta))
-            spread(out, draft[:i], rest, survived * (1 - keep[i]), p)
+            spread(out, draft[:i], rest, survived * (1 - keep[i]), futures)
             survived = survived * keep[i]
     return out
 
@@ -81,6 +82,7 @@ def emitted(p, q, delta: bool, length_after) -> torch.Tensor:
 def emitted_by_block(p, q, delta: bool, length_after) -> torch.Tensor:
     """The same under block verification, where the last accepted position counts."""
     out = torch.zeros([V] * (K + 1), dtype=torch.float64)
+    futures = decoded_plainly(p)
     for draft, weight, num_draft in drafts(q, length_after):
         p_rows, q_rows = rows(p, q, draft, delta)
         lens = torch.tensor([num_draft])
@@ -91,7 +93,7 @@ def emitted_by_block(p, q, delta: bool, length_after) -> torch.Tensor:
             law = p[draft[:i]]
             if i < num_draft:
                 law = residual(law, drafted_law(q, draft, i, delta), pi[0, i])
-            spread(out, draft[:i], law, not_later * taken, p)
+            spread(out, draft[:i], law, not_later * taken, futures)
             not_later = not_later * (1 - taken)
     return out
 
@@ -112,14 +114,27 @@ def mean_kept(p, q, delta: bool) -> tuple[float, float]:
     return standard, block
 
 
-def spread(out, prefix, law, weight, p) -> None:
+def decoded_plainly(p) -> dict[tuple[int, ...], torch.Tensor]:
+    """Context -> probability of all that follows it up to K + 1 tokens, given the next token;
+    [V] * (K + 1 - length of the context)."""
+    futures: dict[tuple[int, ...], torch.Tensor] = {}
+    for context in sorted(p, key=len, reverse=True):
+        after = [(*context, token) for token in range(V)]
+        one = torch.ones((), dtype=torch.float64)
+        futures[context] = torch.stack(
+            [weighted(p[c], futures[c]) if c in futures else one for c in after]
+        )
+    return futures
+
+
+def weighted(law, futures) -> torch.Tensor:
+    """Probability of a token by ``law`` and of what follows it."""
+    return law.view(V, *[1] * (futures.dim() - 1)) * futures
+
+
+def spread(out, prefix, law, weight, futures) -> None:
     """Add ``weight`` to the outcomes: the next token follows ``law``, then plain decoding."""
-    for tail in itertools.product(range(V), repeat=K + 1 - len(prefix)):
-        tokens = prefix + tail
-        chance = weight * law[tail[0]]
-        for i in range(len(prefix) + 1, K + 1):
-            chance = chance * p[tokens[:i]][tokens[i]]
-        out[tokens] += chance
+    out[prefix] += weight * weighted(law, futures[prefix])
 
 
 def always_all(prefix):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from buffer.fingerprint import target_fingerprint
 from configs.schema import Settings
 from oracles.engines import request_of, run
+from oracles.forked import Forked
 from oracles.gguf_files import MODELS, random_source, write_gguf
 from oracles.support import REPOSITORY, tiny_tokenizer
 from serving.build import build_service, load_target
@@ -310,21 +309,15 @@ print("folder", target_folder(sys.argv[1], Path(sys.argv[2])))
 """
 
 
-@pytest.mark.timeout(300)  # two starts of torch and transformers on a busy machine
 def test_of_two_processes_at_once_one_converts(file, tmp_path):
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", CONVERT, str(file), str(tmp_path / "new" / "cache")],
-            env={**os.environ, "PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=280)[0] for process in both]
+    env = {**os.environ, "PYTHONPATH": paths}
+    command = ["-c", CONVERT, str(file), str(tmp_path / "new" / "cache")]
+    logs = [tmp_path / f"{name}.log" for name in ("one", "other")]
+    both = [Forked(command, env, tmp_path, log) for log in logs]
 
-    assert [process.returncode for process in both] == [0, 0]
+    assert [process.wait(timeout=100) for process in both] == [0, 0]
+    outputs = [log.read_text() for log in logs]
     folders = {line for text in outputs for line in text.splitlines() if line.startswith("folder")}
     assert len(folders) == 1
     assert sum(text.count("converting ") - text.count("is converting") for text in outputs) == 1

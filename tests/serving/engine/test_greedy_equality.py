@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -36,32 +37,42 @@ def scramble(engine, step):
         engine.drafting.neural["eagle3"].drafter.version += 1
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("overlaps", [False, True], ids=["waits", "overlaps"])
-def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, overlaps):
+def case(architecture, seed):
+    """Requests, what ``generate`` answers them, and sizes of an engine."""
     numbers = random.Random(seed)
     model = random_model(architecture, seed=seed)
-    plain = copy.deepcopy(model)
     prompts = random_prompts(numbers, 24, 96)
     lengths = [numbers.randint(1, 40) for _ in prompts]
     requests = [
         request_of(str(i), p, n, max_draft=numbers.choice((None, None, 0, 1, 3)))
         for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
     ]
-    engine = make_engine(
-        model,
-        max_batch=numbers.choice((1, 4, 9)),
-        prefill_chunk=numbers.choice((3, 16, 64)),
-        page_size=numbers.choice((1, 4, 16)),
-        overlaps=overlaps,
-    )
+    sizes = {
+        "max_batch": numbers.choice((1, 4, 9)),
+        "prefill_chunk": numbers.choice((3, 16, 64)),
+        "page_size": numbers.choice((1, 4, 16)),
+    }
+    expected = [reference(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    return requests, expected, sizes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "seed", "overlaps"),
+    # Every two values meet; `test_rounds.py` compares rounds that overlap with others.
+    [
+        (architecture, seed, (place + seed) % 2 == 1)
+        for (place, architecture), seed in itertools.product(enumerate(ARCHITECTURES), range(2))
+    ],
+)
+def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, overlaps):
+    requests, expected, sizes = case(architecture, seed)
+    engine = make_engine(random_model(architecture, seed=seed), overlaps=overlaps, **sizes)
 
     got = run(engine, requests, scramble)
 
-    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        assert got[str(index)].token_ids == reference(plain, prompt, length), f"request {index}"
-        assert got[str(index)].last.finish_reason == "length"
+    for request, answer in zip(requests, expected, strict=True):
+        assert got[request.id].token_ids == answer, f"request {request.id}"
+        assert got[request.id].last.finish_reason == "length"
     pages = engine.scheduler.pool
     assert pages.num_available == pages.num_usable, "a finished request kept pages"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -70,24 +71,29 @@ def rounds_of(
     return kept
 
 
+MIXED = [("none", 0), ("none", 0), ("suffix", 5), ("eagle3", 1), ("eagle3", 6)]
+ARMS = [
+    [("eagle3", 4)],
+    [("eagle3", 8)],
+    [("none", 0), ("eagle3", 3)],
+    MIXED,
+    [("none", 0)] * 20 + [("eagle3", 4)] * 3,  # more to catch up on than one block holds
+]
+SAMPLINGS = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8},
+    "seeded": {"temperature": 1.0, "seed": 3},
+    "truncated": {"temperature": 1.2, "top_p": 0.9, "top_k": 40},
+}
+
+
 @pytest.mark.parametrize(
-    "arms",
-    [
-        [("eagle3", 4)],
-        [("eagle3", 8)],
-        [("none", 0), ("eagle3", 3)],
-        [("none", 0), ("none", 0), ("suffix", 5), ("eagle3", 1), ("eagle3", 6)],
-        [("none", 0)] * 20 + [("eagle3", 4)] * 3,  # more to catch up on than one block holds
-    ],
+    ("sampling", "arms"),
+    # A truncation changes laws, not the order of anything: once is enough.
+    [*itertools.product(("greedy", "sampled", "seeded"), ARMS), ("truncated", MIXED)],
 )
-@pytest.mark.parametrize(
-    "sampling",
-    [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9, "top_k": 40}, {"seed": 3}],
-    ids=["greedy", "sampled", "truncated", "seeded"],
-)
-def test_rounds_that_overlap_draft_what_others_draft(arms, sampling):
-    if "seed" in sampling:
-        sampling = {"temperature": 1.0, **sampling}
+def test_rounds_that_overlap_draft_what_others_draft(sampling, arms):
+    sampling = SAMPLINGS[sampling]
     ahead, waiting = rounds_of(arms, True, **sampling), rounds_of(arms, False, **sampling)
 
     assert any(draft for one, _ in waiting.values() for _, _, draft, _, _ in one)

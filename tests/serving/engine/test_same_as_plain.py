@@ -85,7 +85,7 @@ def by_definition(model):
     return {r.id: tuple(decode(model, r)) for r in every_shape()}
 
 
-@pytest.mark.parametrize("max_batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_batch", [2, 8])  # 1 and 3, and longer answers: `test_adjusting.py`
 def test_every_way_of_shaping_follows_its_definition_in_every_batch(
     model, by_definition, max_batch
 ):

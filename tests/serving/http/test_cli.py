@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from oracles.forked import run_forked
 from tests.serving.http.live import environment, launch_command
 
 
 def run(*settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        launch_command(*settings), env=environment(), capture_output=True, text=True, timeout=60
-    )
+    return run_forked(launch_command(*settings)[1:], environment(), Path.cwd(), timeout=60)
 
 
 def test_the_command_line_imports_no_torch():
