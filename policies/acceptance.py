@@ -50,13 +50,14 @@ _IDLE_RATE = 0.25
 """Decay of a drafter's evidence in a round without it, relative to a round with it."""
 _LASTING = 10.0
 """Half-life of lasting evidence, in those of recent evidence."""
-_LASTING_WEIGHT = 80.0
-"""Rounds that lasting evidence counts for as the prior of recent evidence."""
+_LASTING_WEIGHT, _BUCKET_LASTING_WEIGHT = 200.0, 30.0
+"""Rounds that lasting evidence counts for as the prior of recent evidence: in a pool, which varies
+with the requests of the hour, and in a bucket without one, whose text is alike."""
 _FADE = 0.5
 """Half-life of an idle drafter's recent evidence, in those of a busy one's."""
 _FADE_ROUNDS = 8
 """Rounds, for each request of the batch, after which fading is worth computing again."""
-_SHIFT_WEIGHT, _LASTING_SHIFT_WEIGHT = 12.0, 200.0
+_SHIFT_WEIGHT, _LASTING_SHIFT_WEIGHT = 12.0, 400.0
 """Rounds that recent and lasting evidence from before a detected shift count for."""
 _MIN_STEPS = 24
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
@@ -235,6 +236,7 @@ class DrafterAcceptance:
         recent, lasting = self._recent, self._lasting
         hazards: list[float] = []
         usual: list[float] = []
+        lasting_weight = _LASTING_WEIGHT if self._has_pool else _BUCKET_LASTING_WEIGHT
         move = 0.0
         for accepted, reached, all_accepted, all_reached in zip(
             recent.accepted[row].tolist(),
@@ -246,7 +248,7 @@ class DrafterAcceptance:
             usual.append((all_accepted + weight * prior) / (all_reached + weight))
             odds = _log_odds(usual[-1])
             expected = 1 / (1 + math.exp(-odds - move))
-            hazards.append((accepted + _LASTING_WEIGHT * expected) / (reached + _LASTING_WEIGHT))
+            hazards.append((accepted + lasting_weight * expected) / (reached + lasting_weight))
             move = _log_odds(hazards[-1]) - odds
             prior, weight = _DEPTH_FACTOR * usual[-1], _DEEP_WEIGHT
         return hazards, usual

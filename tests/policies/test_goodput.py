@@ -110,7 +110,7 @@ def test_a_better_drafter_is_used_soon_after_its_swap(calibration, rounds):
     bad, good = World(eagle=HOSTILE), World()
     made = policy(world=bad)
     run(made, bad, steps=1500, seed=0)
-    assert made.plan(obs()).drafter == "none"
+    assert made.figures()["base"] == "none"
     made.on_swap("eagle3", 1, calibration)
     run(made, good, steps=rounds, seed=1)
     assert run(made, good, steps=300, seed=2).speed >= 0.95 * best_fixed_speed(good)
