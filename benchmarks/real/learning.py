@@ -3,10 +3,10 @@
     python -m benchmarks.demo --target real --run-dir runs/bench_real    # on the GPU; six minutes
     python -m benchmarks.real.learning runs/bench_real/0
 
-Reads the run's report, the trainer's journal and status, and the server's log. Rows trained per
-second are those of the live loop, server and trainer sharing the card. The way of a version is
-measured from the start of its gate, which follows its last update at once, to the server's log line
-of the swap; both processes run on one machine and share its clock.
+Reads the run's report and recording, the trainer's journal and status, and the server's log. Rows
+trained per second are those of the live loop, server and trainer sharing the card. The way of a
+version is measured from the start of its gate, which follows its last update at once, to the
+server's log line of the swap; both processes run on one machine and share its clock.
 
 Writes ``benchmarks/results/learning.json`` and ``benchmarks/results/rows/learning.json``.
 """
@@ -24,6 +24,9 @@ import typer
 
 from benchmarks.harness.results import RESULTS, Row, write_result, write_rows
 
+GOOD_TOKENS = 1.8
+WINDOW = 128
+"""Requests over which live tokens a step are averaged."""
 SWAPPED = re.compile(r"^(\S+ \S+) INFO serving\.swap\.in_force: swapped to version (\d+)$", re.M)
 
 
@@ -62,12 +65,46 @@ def seconds_to_swap(events: list[dict[str, Any]], server_log: str) -> list[float
     return found
 
 
+def live_figures(recording: dict[str, Any]) -> dict[str, Any]:
+    """What live requests saw, with the K that the policy chose: from when on they got
+    ``GOOD_TOKENS`` tokens a step, and after how many requests of a phase a version came."""
+    answers, phases = recording["answers"], recording["phases"]
+    good = next(
+        (
+            n
+            for n in range(WINDOW, len(answers))
+            if _tokens_per_step(answers[n - WINDOW : n]) >= GOOD_TOKENS
+        ),
+        None,
+    )
+    first_swap: dict[str, int] = {}
+    for phase in phases:
+        swaps = [c["at_s"] for c in recording["changes"] if c["at_s"] >= phase["started_s"]]
+        until_s = min(swaps, default=phase["ended_s"])
+        first_swap[phase["name"]] = sum(
+            a["phase"] == phase["name"] and a["finished_s"] < until_s for a in answers
+        )
+    return {
+        "requests_to_good": good,
+        "seconds_to_good": good and answers[good]["finished_s"] - phases[0]["started_s"],
+        "requests_to_first_swap": first_swap,
+    }
+
+
+def _tokens_per_step(answers: list[dict[str, Any]]) -> float:
+    spent = [answer["acceptance"] for answer in answers]
+    return 1 + sum(s["num_accepted"] for s in spent) / sum(s["num_steps"] for s in spent)
+
+
 def rows_of(figures: dict[str, Any]) -> list[Row]:
     """The claims, with their goals."""
     report, loop, traces = figures["report"], figures["loop"], figures["traces"]
     clients = f"{report['num_clients']} clients, temperature {report['temperature']:g}"
     first, last = report["phases"][0], report["phases"][-1]
     kept = last["live_tokens_per_step_last_quarter"] / first["live_tokens_per_step_last_quarter"]
+    live = figures["live"]
+    later = [phase["name"] for phase in report["phases"][1:]]
+    to_swap = statistics.median(live["requests_to_first_swap"][name] for name in later)
     lost = traces["evicted_unread"] + traces["damaged"] + traces["quarantined"]
     return [
         _least(f"shared card, {clients}", "rows trained per second, live", loop["rows_per_s"], 4e4),
@@ -81,6 +118,19 @@ def rows_of(figures: dict[str, Any]) -> list[Row]:
             None,
             None,
         ),
+        _most(
+            clients,
+            f"requests from random weights to {GOOD_TOKENS} live tokens a step",
+            live["requests_to_good"],
+            2000,
+        ),
+        _most(
+            clients,
+            f"seconds from random weights to {GOOD_TOKENS} live tokens a step",
+            live["seconds_to_good"],
+            60,
+        ),
+        _most(clients, "requests from a shift to the next version, median", to_swap, 200),
         _least(
             clients, "tokens per step back on the first domain, over the first time", kept, 0.97
         ),
@@ -108,6 +158,7 @@ def main(
     figures = {
         "report": report,
         "loop": loop_figures(events),
+        "live": live_figures(json.loads((run / "recording.json").read_text())),
         "traces": json.loads((run / "trainer" / "status.json").read_text())["traces"],
         "seconds_to_swap": statistics.median(lags) if lags else None,
         "swaps_timed": len(lags),
