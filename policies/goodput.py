@@ -12,38 +12,30 @@ more than it costs. Where it does, a glance at them tells most steps that need n
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from configs.schema import PolicySettings
-from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Floats, match_bucket
+from policies.acceptance import NUM_BUCKETS, AcceptanceModel
 from policies.choice import Choice, Chooser
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_bucket
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
 from policies.interface import (
     CostSample,
     Decision,
     Outcome,
     PolicyContext,
-    RowOutcome,
     StepObs,
 )
 from policies.probes import Explorer, Stretch
+from policies.rest import Gathered, Glance, Rest, count_rows
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
 from policies.versions import VersionMemory
 
-_REST_SHARE = 0.006
-"""Share of the time that plans may take, and that looks may take while they find less than they
-cost."""
-_REST_GAIN = 0.05
-"""Gain of the moving averages of what inspecting costs and finds."""
-_MOST_REST, _MOST_UNLOOKED = 64, 1024
-"""Most steps without a plan, and without a look at matches."""
 _TIMED_STEPS = 8
 """One in so many steps of a rest updates the step times: that takes longer than deciding."""
 
@@ -58,109 +50,37 @@ class _Planned(NamedTuple):
     pending_rows: Mapping[str, int]
 
 
-class _Rest:
-    """Leaves out plans, and looks at matches, where they do not pay."""
+class _Steps:
+    """Decisions until their outcomes are known."""
 
     def __init__(self) -> None:
-        self._num_costs = {False: 0, True: 0}
-        self._num_finds = 0
-        self._plan_share = self._look_share = 0.0
-        """Mean time of a plan without and with a look, as shares of a plain step."""
-        self._find = 1.0
-        """Mean time that a look saves beyond what the best arm without one takes, likewise."""
-        self.num_unlooked = 0
-        """Steps since the last look."""
-        self.left = 0
-        self.arm: Arm = PLAIN_ARM
-        """What is done meanwhile."""
-        self.num_since = 1
-        """Steps since the last plan."""
-
-    @property
-    def pays(self) -> bool:
-        """Looking at every step finds more than it costs."""
-        return self._find >= self._look_share
-
-    def wants_look(self) -> bool:
-        least = min(math.ceil(self._look_share / _REST_SHARE), _MOST_UNLOOKED)
-        return self.pays or self.num_unlooked >= least
-
-    def note_cost(self, share: float, *, looked: bool) -> None:
-        self._num_costs[looked] += 1
-        gain = max(_REST_GAIN, 1 / self._num_costs[looked])
-        if looked:
-            self._look_share += gain * (share - self._look_share)
-        else:
-            self._plan_share += gain * (share - self._plan_share)
-
-    def note_find(self, share: float) -> None:
-        """Take in one look.
-
-        Args:
-            share: time that it saved beyond the best arm that needs none, relative to a plain step.
-        """
-        self._num_finds += 1
-        self._find += max(_REST_GAIN, 1 / self._num_finds) * (share - self._find)
-        self.num_unlooked = 0
-
-    def begin(self, arm: Arm) -> None:
-        """Go on with an arm until the next plan is due."""
-        self.num_since = 1
-        self.arm = arm
-        self.left = min(math.ceil(self._plan_share / _REST_SHARE), _MOST_REST)
-
-    def take(self) -> Arm:
-        """The arm of a step without a plan."""
-        self.left -= 1
-        self.num_since += 1
-        self.num_unlooked += 1
-        return self.arm
-
-    def reset(self) -> None:
-        self._num_finds, self._find, self.left = 0, 1.0, 0
-
-
-class _Glance(NamedTuple):
-    """Decides from a look alone, between plans, whether a drafter that needs matches may gain."""
-
-    gains: Floats
-    """[arms, 6] tokens that a row of each bucket gains over the arm in use."""
-    losses: Floats
-    """[arms] tokens' worth of time that the step takes longer."""
-
-    def finds_nothing(self, matches: tuple[int, ...]) -> bool:
-        """No arm gains with these matches."""
-        return not (self.gains @ np.array(by_bucket(matches)) > self.losses).any()
-
-
-class _Gathered:
-    """Outcomes of a rest, learned at the next plan."""
-
-    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        """Decisions by reason."""
         self.drafter = "none"
-        self.rounds: dict[int | None, Counter[tuple[int, int]]] = {}
-        self.num_steps = 0
-        self.seconds = 0.0
+        """That of the last decision."""
+        self._awaited: deque[_Planned] = deque(maxlen=8)
 
-    def add(self, outcome: Outcome) -> None:
-        self.num_steps += 1
-        if not outcome.has_prefill:
-            self.seconds += outcome.step_s
-        self.drafter = outcome.decision.drafter
-        if outcome.decision.draft_k:
-            count_rows(outcome.rows, self.rounds)
+    def note(self, decision: Decision) -> Decision:
+        self.drafter = decision.drafter
+        self.counts[decision.reason] += 1
+        return decision
 
+    def await_outcome(self, planned: _Planned) -> None:
+        self._awaited.append(planned)
 
-def count_rows(
-    rows: Iterable[RowOutcome], into: dict[int | None, Counter[tuple[int, int]]]
-) -> None:
-    """Count rounds in which something was verified by (num_verified, num_accepted), by bucket."""
-    for (match, *outcome), count in Counter(
-        (row.match, row.num_verified, row.num_accepted) for row in rows
-    ).items():
-        if outcome[0]:
-            bucket = None if match is None else match_bucket(match)
-            into.setdefault(bucket, Counter())[outcome[0], outcome[1]] += count
+    def take(self, decision: Decision) -> _Planned | None:
+        """What was predicted for a step, if it was planned; older ones were never observed."""
+        if decision.reason == "rest":  # and the step planned behind it is observed later
+            return None
+        while self._awaited:
+            planned = self._awaited.popleft()
+            if planned.decision is decision:
+                return planned
+        return None
+
+    def forget(self) -> None:
+        """A swap came: a step that it overtakes is never observed."""
+        self._awaited.clear()
 
 
 class GoodputPolicy:
@@ -197,17 +117,12 @@ class GoodputPolicy:
         self._forecaster = Forecaster(self._acceptance, self._times, drafters)
         self._chooser = Chooser(margin)
         self._explorer = Explorer(explore, context.seed, self._neural)
-        self._rest = _Rest()
-        self._glance: _Glance | None = None
-        self._gathered = _Gathered()
+        self._rest = Rest()
+        self._gathered = Gathered()
         self._stretch: Stretch | None = None
-        self._planned = self._observed = "none"
-        """Drafters of the last step planned and of the last one observed."""
-        self._looked: bool | None = None
-        """Whether the last plan looked at matches; ``None`` once its time is known."""
-        self._awaited: deque[_Planned] = deque(maxlen=8)
-        """Steps planned and not observed yet."""
-        self._decisions: Counter[str] = Counter()
+        self._observed = "none"
+        """Drafter of the last step observed."""
+        self._steps = _Steps()
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -231,9 +146,7 @@ class GoodputPolicy:
 
     def _resting(self) -> Decision:
         arm = self._rest.take()
-        self._planned = arm[0]
-        self._decisions["rest"] += 1
-        return Decision(*arm, 1.0, explore=False, reason="rest")
+        return self._steps.note(Decision(*arm, 1.0, explore=False, reason="rest"))
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
@@ -241,36 +154,23 @@ class GoodputPolicy:
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
-        self._looked = obs.matches is not None
-        self._rest.num_unlooked += not self._looked
-        if self._rest.left and obs.matches is not None and self._may_go_on(obs, obs.matches):
+        self._rest.plan_begins(looked=obs.matches is not None)
+        if self._rest.may_go_on(obs):
             self._rest.note_find(0.0)
             return self._resting()
         self._learn_gathered()
-        decision = self._decide(obs)
-        self._planned = decision.drafter
-        self._decisions[decision.reason] += 1
-        return decision
-
-    def _may_go_on(self, obs: StepObs, matches: tuple[int, ...]) -> bool:
-        """A glance at matches finds nothing to plan for."""
-        k = self._rest.arm[1]
-        return (
-            self._glance is not None
-            and k <= min(obs.max_draft, max(obs.caps))
-            and self._glance.finds_nothing(matches)
-        )
+        return self._steps.note(self._decide(obs))
 
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill."""
         self._acceptance.tick(outcome.batch)
         if not outcome.has_prefill:
-            self._note_cost(outcome)
+            self._rest.note_cost(outcome.plan_s / self._times.plain_s(outcome.batch))
         if outcome.decision.reason == "rest" and outcome.decision.drafter == self._observed:
             self._gather(outcome)
             return
         self._learn_gathered()
-        planned = self._take_awaited(outcome.decision)
+        planned = self._steps.take(outcome.decision)
         if outcome.decision.draft_k:
             self._observe_rows(outcome)
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
@@ -295,7 +195,7 @@ class GoodputPolicy:
             self._observe_time(outcome, {})
 
     def _learn_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, _Gathered()
+        gathered, self._gathered = self._gathered, Gathered()
         if gathered.rounds:
             self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
         if gathered.seconds:
@@ -305,28 +205,20 @@ class GoodputPolicy:
     def _earn(self, seconds: float, batch: int, *, is_drafted: bool) -> None:
         self._explorer.earn(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
 
-    def _note_cost(self, outcome: Outcome) -> None:
-        """What the last plan took; a host that had time for it is noted as nothing."""
-        if self._looked is not None:
-            share = outcome.plan_s / self._times.plain_s(outcome.batch)
-            self._rest.note_cost(share, looked=self._looked)
-            self._looked = None
-
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
         self._learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
         self._rest.reset()
-        self._glance = None
         self._stretch = None
-        self._awaited.clear()  # a step that a swap overtakes is never observed
+        self._steps.forget()
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""
         return {
             "kind": "goodput",
             "base": self._chooser.base,
-            "decisions": dict(self._decisions),
+            "decisions": dict(self._steps.counts),
             "acceptance": self._acceptance.figures(),
             "versions": self._versions.figures(),
             "step_time": self._times.figures(),
@@ -345,15 +237,15 @@ class GoodputPolicy:
             for kind in seen.seconds
             if kind in self._neural
         }
-        choice = self._chooser.choose(seen, self._planned, catch_up_s)
+        choice = self._chooser.choose(seen, self._steps.drafter, catch_up_s)
         if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
         decision = self._decision(seen, choice, looked=obs.matches is not None)
         seconds = seen.arm((decision.drafter, decision.draft_k))[1]
-        catches_up = decision.drafter in self._neural and decision.drafter != self._planned
+        catches_up = decision.drafter in self._neural and decision.drafter != self._steps.drafter
         if catches_up:
             seconds += catch_up_s[decision.drafter]
-        self._awaited.append(_Planned(decision, seconds, catches_up, obs.pending_rows))
+        self._steps.await_outcome(_Planned(decision, seconds, catches_up, obs.pending_rows))
         return decision
 
     def _decision(self, seen: Forecast, choice: Choice, *, looked: bool) -> Decision:
@@ -367,13 +259,12 @@ class GoodputPolicy:
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         self._rest.left = 0
-        if blind[0] == choice.base and choice.base in ("none", choice.arm[0], self._planned):
-            self._rest.begin(blind)
-            self._glance = self._glance_over(seen, choice, blind) if looked else None
+        if blind[0] == choice.base and choice.base in ("none", choice.arm[0], self._steps.drafter):
+            self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
         reason = "goodput" if choice.arm[1] else "plain"
         return Decision(*choice.arm, propensity, explore=False, reason=reason)
 
-    def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> _Glance | None:
+    def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
         """What drafters that need matches gain over an arm without, by bucket."""
         if not self._matching or min(seen.caps) < seen.max_k:
             return None
@@ -390,7 +281,7 @@ class GoodputPolicy:
             for k in range(1, seen.max_k + 1):
                 gains.append(expected[kind][:, k] - used)
                 losses.append((times[k - 1] - blind_s + charge_s) * choice.speed)
-        return _Glance(np.array(gains), np.array(losses))
+        return Glance(np.array(gains), np.array(losses))
 
     def _needs_no_look(self, arm: Arm) -> bool:
         return arm == PLAIN_ARM or arm[0] in self._neural
@@ -417,16 +308,6 @@ class GoodputPolicy:
             return 0.0
         of_tokens = self._acceptance.doubt(drafter, min(k + 1, seen.max_k))
         return max(of_tokens, self._times.doubt(drafter, k, seen.batch))
-
-    def _take_awaited(self, decision: Decision) -> _Planned | None:
-        """What was predicted for a step, if it was planned; older ones were never observed."""
-        if decision.reason == "rest":  # and the step planned behind it is observed later
-            return None
-        while self._awaited:
-            planned = self._awaited.popleft()
-            if planned.decision is decision:
-                return planned
-        return None
 
     def _observe_rows(self, outcome: Outcome) -> None:
         seen: dict[int | None, Counter[tuple[int, int]]] = {}
