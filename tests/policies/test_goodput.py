@@ -227,9 +227,9 @@ def test_catching_up_is_charged_to_the_drafter_that_must():
     run(made, world, steps=800, seed=0)
     made._explorer.accounts_s = {True: -1.0, False: -1.0}  # no stretches
     see = obs(drafters=("eagle3", "second"), matches=None)
-    made._planned = "none"
+    made._steps.drafter = "none"
     assert made.plan(see).drafter == "eagle3"
-    made._planned, made._chooser.base = "none", "none"
+    made._steps.drafter, made._chooser.base = "none", "none"
     assert made.plan(replace(see, pending_rows={"eagle3": 80_000})).drafter != "eagle3"
 
 
@@ -250,7 +250,7 @@ def test_propensities_equal_the_frequencies_of_draws():
     counts, said = Counter(), {}
     for _ in range(3000):
         affordable(made)
-        made._chooser.base, made._planned, made._stretch = "eagle3", "eagle3", None
+        made._chooser.base, made._steps.drafter, made._stretch = "eagle3", "eagle3", None
         decision = made.plan(obs())
         arm = (decision.drafter, decision.draft_k)
         counts[arm] += 1
@@ -284,7 +284,7 @@ def test_a_drafter_that_needs_a_match_is_not_even_explored_without_one(matches):
     for _ in range(300):
         affordable(made)
         made._rest.left = 0
-        made._planned = "none"
+        made._steps.drafter = "none"
         drafters.add(made.plan(obs(2, drafters=("suffix",), matches=(0, 1))).drafter)
     assert "suffix" in drafters
 
@@ -320,7 +320,7 @@ def test_a_step_that_was_never_observed_does_not_confuse_the_account():
     decisions = [made.plan(obs()) for _ in range(3)]
     last = decisions[-1]
     made.observe(Outcome(last, 1, (RowOutcome(last.draft_k, 0, 0),), 0.015, 0.001, False, 0))
-    assert not made._awaited
+    assert not made._steps._awaited
 
 
 def test_figures_are_json():
