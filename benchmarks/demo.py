@@ -43,9 +43,11 @@ def median_run(reports: list[dict[str, Any]]) -> int:
 
 
 def result_of(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median run's report, and what all runs came to."""
+    """The median run's report, and what all runs came to. The load is that before the first run:
+    the others begin when the one before them has just ended."""
     runs = [{key: report[key] for key in KEPT_OF_RUNS} for report in reports]
-    return {**reports[median_run(reports)], "runs": runs}
+    load_before = reports[0]["load_before"]
+    return {**reports[median_run(reports)], "load_before": load_before, "runs": runs}
 
 
 def publish(result: dict[str, Any], picture: Path) -> None:
