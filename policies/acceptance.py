@@ -21,6 +21,7 @@ match, 2.7 after a match of 6 to 8; benchmarks/by_match.py).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,10 @@ class Evidence:
         ratios = self.accepted / np.maximum(self.reached, _NOTHING)
         return Evidence(reached, reached * ratios)
 
+    def times(self, factors: Floats | float) -> Evidence:
+        """Copies in which every count is multiplied."""
+        return Evidence(factors * self.reached, factors * self.accepted)
+
 
 _NOTHING = 1e-9
 
@@ -175,8 +180,7 @@ class DrafterAcceptance:
         self._faded_at = clock
         scaled = np.array(factors)[:, None] * recent.reached
         kept = recent.scaled(np.maximum(scaled, np.minimum(recent.reached, self._floors)))
-        weights = np.array(lasting_factors)[:, None]
-        lasting = Evidence(weights * lasting.reached, weights * lasting.accepted)
+        lasting = lasting.times(np.array(lasting_factors)[:, None])
         at = [row for row, _ in rows]
         counts = np.array(new, dtype=np.float64)
         for evidence in (kept, lasting):
@@ -198,8 +202,7 @@ class DrafterAcceptance:
         self._faded_at = clock
         self._seen_at = [at + idle for at in self._seen_at]
         half_life = _FADE * max(self._half_life_rounds, _MIN_STEPS * batch)
-        factor = math.exp2(-idle / half_life)
-        self._recent = Evidence(factor * self._recent.reached, factor * self._recent.accepted)
+        self._recent = self._recent.times(math.exp2(-idle / half_life))
         self._stale.update(range(NUM_BUCKETS + 1))
         self._expected = None
 
@@ -207,10 +210,9 @@ class DrafterAcceptance:
         """The step's rounds by row of evidence: every bucket's, and all together for the pool."""
         rows = [(bucket, outcomes) for bucket, outcomes in step.items() if bucket is not None]
         if self._has_pool:
-            everything: dict[tuple[int, int], int] = {}
+            everything = Counter[tuple[int, int]]()
             for outcomes in step.values():
-                for key, count in outcomes.items():
-                    everything[key] = everything.get(key, 0) + count
+                everything.update(outcomes)
             rows.append((_POOL, everything))
         return rows
 
@@ -246,10 +248,10 @@ class DrafterAcceptance:
             strict=True,
         ):
             usual.append((all_accepted + weight * prior) / (all_reached + weight))
-            odds = _log_odds(usual[-1])
+            odds = log_odds(usual[-1])
             expected = 1 / (1 + math.exp(-odds - move))
             hazards.append((accepted + lasting_weight * expected) / (reached + lasting_weight))
-            move = _log_odds(hazards[-1]) - odds
+            move = log_odds(hazards[-1]) - odds
             prior, weight = _DEPTH_FACTOR * usual[-1], _DEEP_WEIGHT
         return hazards, usual
 
@@ -392,7 +394,8 @@ def _limit(evidence: Evidence, row: int, weight: float) -> float:
     return weight / max(float(evidence.reached[row].max()), weight)
 
 
-def _log_odds(hazard: float) -> float:
+def log_odds(hazard: float) -> float:
+    """Log-odds of a probability, kept away from certainty."""
     inside = min(max(hazard, 1e-3), 1 - 1e-3)
     return math.log(inside / (1 - inside))
 

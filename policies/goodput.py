@@ -184,14 +184,9 @@ class GoodputPolicy:
 
     def _gather(self, outcome: Outcome) -> None:
         """Learn from a step of a rest: its time now and then, the rest at the next plan."""
-        gathered = self._gathered
-        if gathered.num_steps and gathered.drafter != outcome.decision.drafter:
-            self._learn_gathered()
-            gathered = self._gathered
-        gathered.add(outcome)
-        if outcome.has_prefill or outcome.step_s <= outcome.plan_s:
-            return
-        if gathered.num_steps % _TIMED_STEPS == 0:
+        self._gathered.add(outcome)
+        is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
+        if is_timed and self._gathered.num_steps % _TIMED_STEPS == 0:
             self._observe_time(outcome, {})
 
     def _learn_gathered(self) -> None:

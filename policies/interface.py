@@ -116,7 +116,7 @@ class Decision:
     """Probability with which the policy chose exactly this (drafter, draft_k), in (0, 1]."""
     explore: bool
     reason: str
-    """A few words for logs: ``goodput``, ``probe``, ``fixed``, ``plain``."""
+    """A few words for logs: ``goodput``, ``probe``, ``rest``, ``fixed``, ``plain``."""
 
 
 @dataclass(frozen=True, slots=True)

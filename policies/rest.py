@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.acceptance import Floats, match_bucket
+from policies.average import Average
 from policies.forecast import PLAIN_ARM, Arm, by_bucket
 from policies.interface import Outcome, RowOutcome, StepObs
 
@@ -31,12 +32,10 @@ class Rest:
     """Leaves out plans, and looks at matches, where they do not pay."""
 
     def __init__(self) -> None:
-        self._num_costs = {False: 0, True: 0}
-        self._num_finds = 0
-        self._plan_share = self._look_share = 0.0
-        """Mean time of a plan without and with a look, as shares of a plain step."""
-        self._find = 1.0
-        """Mean time that a look saves beyond what the best arm without one takes, likewise."""
+        self._costs = {looked: Average(_REST_GAIN) for looked in (False, True)}
+        """Time of a plan without and with a look, as shares of a plain step."""
+        self._find = Average(_REST_GAIN, mean=1.0)
+        """Time that a look saves beyond what the best arm without one takes, likewise."""
         self.num_unlooked = 0
         """Steps since the last look."""
         self.left = 0
@@ -52,10 +51,10 @@ class Rest:
     @property
     def pays(self) -> bool:
         """Looking at every step finds more than it costs."""
-        return self._find >= self._look_share
+        return self._find.mean >= self._costs[True].mean
 
     def wants_look(self) -> bool:
-        least = min(math.ceil(self._look_share / _REST_SHARE), _MOST_UNLOOKED)
+        least = min(math.ceil(self._costs[True].mean / _REST_SHARE), _MOST_UNLOOKED)
         return self.pays or self.num_unlooked >= least
 
     def plan_begins(self, *, looked: bool) -> None:
@@ -69,15 +68,9 @@ class Rest:
         Args:
             share: its time relative to a plain step; 0 where the host had time for it.
         """
-        if (looked := self._looked) is None:
-            return
-        self._looked = None
-        self._num_costs[looked] += 1
-        gain = max(_REST_GAIN, 1 / self._num_costs[looked])
-        if looked:
-            self._look_share += gain * (share - self._look_share)
-        else:
-            self._plan_share += gain * (share - self._plan_share)
+        if self._looked is not None:
+            self._costs[self._looked].add(share)
+            self._looked = None
 
     def note_find(self, share: float) -> None:
         """Take in one look.
@@ -85,8 +78,7 @@ class Rest:
         Args:
             share: time that it saved beyond the best arm that needs none, relative to a plain step.
         """
-        self._num_finds += 1
-        self._find += max(_REST_GAIN, 1 / self._num_finds) * (share - self._find)
+        self._find.add(share)
         self.num_unlooked = 0
 
     def begin(self, arm: Arm, glance: Glance | None) -> None:
@@ -94,7 +86,7 @@ class Rest:
         self.glance = glance
         self.num_since = 1
         self.arm = arm
-        self.left = min(math.ceil(self._plan_share / _REST_SHARE), _MOST_REST)
+        self.left = min(math.ceil(self._costs[False].mean / _REST_SHARE), _MOST_REST)
 
     def take(self) -> Arm:
         """The arm of a step without a plan."""
@@ -116,7 +108,7 @@ class Rest:
     def reset(self) -> None:
         """Forget what looks found: other weights draft now."""
         self.glance = None
-        self._num_finds, self._find, self.left = 0, 1.0, 0
+        self._find, self.left = Average(_REST_GAIN, mean=1.0), 0
 
 
 class Glance(NamedTuple):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
+
+from policies.average import Average
 
 CLIP = 2.5
 """Standard deviations up to which a surprise counts."""
@@ -26,31 +27,6 @@ _LATE_SD = 0.03
 """Prior standard deviation of a drafter's own excess from the common one, as a share of a step."""
 
 
-@dataclass(slots=True)
-class _Average:
-    """A mean and a variance that start exact and then move by a least gain."""
-
-    gain: float
-    num: int = 0
-    mean: float = 0.0
-    square: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.num += 1
-        gain = max(self.gain, 1 / self.num)
-        self.mean += gain * (value - self.mean)
-        self.square += gain * (value * value - self.square)
-
-    @property
-    def variance(self) -> float:
-        return max(self.square - self.mean**2, 0.0)
-
-    @property
-    def weight(self) -> float:
-        """Number of values that the mean is worth."""
-        return min(float(self.num), 2 / self.gain)
-
-
 class Scatter:
     """Follows the times of steps, given the typical ones."""
 
@@ -60,8 +36,8 @@ class Scatter:
         self.ratio = 1.0
         """Mean of a step's time, as far as it counts, relative to the typical one."""
         self._num_observed = 0
-        self._late = _Average(_LATE_GAIN)
-        self._own_late = {kind: _Average(_OWN_LATE_GAIN) for kind in ("none", *drafters)}
+        self._late = Average(_LATE_GAIN)
+        self._own_late = {kind: Average(_OWN_LATE_GAIN) for kind in ("none", *drafters)}
 
     def observe(self, kind: str, step_s: float, typical_s: float) -> None:
         """Take in a step.

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Evidence, Floats
+from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Evidence, Floats, log_odds
 from policies.interface import DrafterTraits
 
+_log_odds = np.vectorize(log_odds, otypes=[np.float64])  # for a swap, not for a step
 _KEPT_VERSIONS = 32
 """Versions remembered for each drafter."""
 _KNOWN_WEIGHT = 64.0
@@ -127,12 +128,6 @@ def _filled_up(evidence: Evidence, published: Sequence[float]) -> Evidence:
     accepted[NUM_BUCKETS, :num] += weights * published[:num]
     pool += weights
     return Evidence(reached, accepted)
-
-
-def _log_odds(hazards: Floats) -> Floats:
-    inside = np.clip(hazards, 1e-3, 1 - 1e-3)
-    odds: Floats = np.log(inside / (1 - inside))
-    return odds
 
 
 def _probabilities(value: Any) -> list[float]:

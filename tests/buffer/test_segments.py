@@ -173,22 +173,38 @@ def test_what_dead_writers_left_behind_is_swept_once_it_is_old(tmp_path):
     assert writer.name not in reader.offsets()
 
 
-def test_a_full_disk_costs_the_records_that_do_not_fit_and_nothing_else(tmp_path, start_python):
+ONE_BY_ONE = """
+failed = []
+for i, record in enumerate(records):
+    try: w.append(record)
+    except OSError as error: failed.append((i, error.errno))
+"""
+TOGETHER = "failed = [error.errno for error in w.append_all(records)]"
+
+
+@pytest.mark.parametrize(
+    ("write", "failed"),
+    [
+        pytest.param(ONE_BY_ONE, [(i, errno.EFBIG) for i in (3, 7, 11)], id="one by one"),
+        pytest.param(TOGETHER, [errno.EFBIG] * 3, id="together"),
+    ],
+)
+def test_a_full_disk_costs_the_records_that_do_not_fit_and_nothing_else(
+    tmp_path, start_python, write, failed
+):
     """A file size limit stands in for a full disk: the write stops in the middle of the record."""
     process = start_python(
         "import sys; from pathlib import Path; from buffer.interface import TraceLimits\n"
         "from buffer.segment_writer import SegmentWriter\n"
         "w = SegmentWriter(Path(sys.argv[1]), TraceLimits(1 << 20, 1 << 22, 1e9, 0))\n"
-        "failed = []\n"
-        "for i in range(12):\n"
-        "    try: w.append(i.to_bytes(8, 'little') * (100 if i % 4 == 3 else 1))\n"
-        "    except OSError as error: failed.append((i, error.errno))\n"
+        "records = [i.to_bytes(8, 'little') * (100 if i % 4 == 3 else 1) for i in range(12)]\n"
+        f"{write}\n"
         "w.sync(); print(failed, w.counts.durable)",
         tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)),
     )
     output, _ = process.communicate(timeout=30)
-    assert output == f"{[(i, errno.EFBIG) for i in (3, 7, 11)]} 9\n"
+    assert output == f"{failed} 9\n"
     reader = SegmentReader(tmp_path)
     assert numbers(reader.read(100)) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     assert reader.counts.damaged == reader.counts.torn == 0
@@ -319,25 +335,6 @@ def test_records_written_together_are_those_written_one_by_one(tmp_path):
         contents.append([(record.payload, record.location) for record in records])
     assert contents[0] == contents[1]
     assert [one for one, _ in contents[0]] == payloads
-
-
-def test_of_records_written_together_only_those_that_fail_are_missing(tmp_path, start_python):
-    """The same limit on the file's size as above stands in for a full disk."""
-    process = start_python(
-        "import sys; from pathlib import Path; from buffer.interface import TraceLimits\n"
-        "from buffer.segment_writer import SegmentWriter\n"
-        "w = SegmentWriter(Path(sys.argv[1]), TraceLimits(1 << 20, 1 << 22, 1e9, 0))\n"
-        "group = [i.to_bytes(8, 'little') * (100 if i % 4 == 3 else 1) for i in range(12)]\n"
-        "errors = w.append_all(group)\n"
-        "w.sync(); print([e.errno for e in errors], w.counts.durable)",
-        tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)),
-    )
-    output, _ = process.communicate(timeout=30)
-    assert output == f"{[errno.EFBIG] * 3} 9\n"
-    reader = SegmentReader(tmp_path)
-    assert numbers(reader.read(100)) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
-    assert reader.counts.damaged == reader.counts.torn == 0
 
 
 def test_a_record_too_large_for_the_log_costs_no_other_of_its_group(tmp_path):
