@@ -35,7 +35,7 @@ from drafters.trainable import trainable
 from examples import demo
 from examples.live import View
 from examples.plan import DemoSettings
-from examples.processes import Child, start, stop
+from examples.processes import Child, stop
 from examples.recording import Replay
 from examples.report import mismatched_outputs, speeds, tokens_per_step
 from examples.texts import Kept, Phase
@@ -230,10 +230,9 @@ def carry_out(
     began_s = time.monotonic()
     children.append(demo.begin_server(settings))
     texts = demo.gather_texts(settings)
-    server = demo.wait_for_server(settings, children[0])
+    server = demo.wait_for_server(settings, children)
     ready_s = time.monotonic() - began_s
-    command = demo.command_of(settings, "trainer")
-    children.append(start("trainer", command, demo.log_of(settings, "trainer")))
+    children.append(demo.begin_trainer(settings))
     scene = demo.Scene(settings, view, texts, began_s, server, children)
     scene.look()
     spans, first_version = [], 0

@@ -193,6 +193,10 @@ class TrainerSettings(Section):
     nice: int = Field(5, ge=0, le=19)
     """Niceness of the trainer process; above 0 it yields CPU time to a server on the same
     machine."""
+    duty: float = Field(1.0, gt=0, le=1)
+    """Largest share of time in which the trainer works on updates and candidates. On a GPU that it
+    shares with a server, less of it slows the server less. 1: it never rests while it has traces to
+    train on."""
     memory_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the GPU's memory for the hidden rows of all traces that are held, which are uploaded
     once. If they do not fit, fewer traces are held."""

@@ -260,15 +260,20 @@ def begin_server(settings: DemoSettings) -> Child:
     return start("server", command_of(settings, "serving"), log_of(settings, "server"))
 
 
-def wait_for_server(settings: DemoSettings, child: Child) -> Server:
+def begin_trainer(settings: DemoSettings) -> Child:
+    """Start the trainer; it takes about as long."""
+    return start("trainer", command_of(settings, "trainer"), log_of(settings, "trainer"))
+
+
+def wait_for_server(settings: DemoSettings, children: list[Child]) -> Server:
     """
     Raises:
-        ChildDiedError: the server ended.
+        ChildDiedError: the server or the trainer ended.
         DemoError: the server was not ready in time.
     """
     deadline_s = time.monotonic() + settings.start_s
     while time.monotonic() < deadline_s:
-        check_alive([child])
+        check_alive(children)
         with contextlib.suppress(FileNotFoundError):
             server = Server(settings.run_dir / "server.json")
             if server.is_ready():
@@ -302,12 +307,13 @@ def run(settings: DemoSettings, view: View, children: list[Child]) -> Recording:
         ArmsError, DemoError, ChildDiedError: the demo could not be carried out.
     """
     began_s, began_unix_s, load_before = time.monotonic(), time.time(), os.getloadavg()[0]
-    view.say("Starting the server, and reading prompts from this Python installation ...")
-    children.append(begin_server(settings))
+    view.say("Starting server and trainer, and reading prompts from this Python installation ...")
+    # Both at once: a trainer takes as long to start as a server, and traffic that comes meanwhile
+    # would teach nothing. Version 0 is published by whichever needs it first.
+    children += [begin_server(settings), begin_trainer(settings)]
     texts = gather_texts(settings)
-    server = wait_for_server(settings, children[0])
-    view.say(f"Serving on {server.url}; starting the trainer ...")
-    children.append(start("trainer", command_of(settings, "trainer"), log_of(settings, "trainer")))
+    server = wait_for_server(settings, children)
+    view.say(f"Serving on {server.url}.")
     scene = Scene(settings, view, texts, began_s, server, children)
     scene.look()
     setups(scene.status["drafters"], 0, 0)  # a missing drafter is an error before the traffic

@@ -116,6 +116,11 @@ class Learner:
         self.step += 1
         return self._counted(self.figures.launched(Launched(self.step, packed.num_rows, lr)))
 
+    def wait(self) -> None:
+        """Wait until the device has made all updates that were launched."""
+        if self.store.device.type == "cuda":
+            torch.cuda.current_stream(self.store.device).synchronize()
+
     def settle(self) -> list[UpdateReport]:
         """Wait for all updates that were launched; returns the figures that were still missing."""
         return self._counted(self.figures.settle())

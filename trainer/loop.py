@@ -95,18 +95,31 @@ class Trainer:
 
     def update(self) -> None:
         """Train on one batch from memory. On a GPU its figures arrive some updates later."""
+        started = time.monotonic()
         parts = self.memory.draw(self.random)
         pieces = [piece for _, piece in parts]
         reports = self.learner.update(pieces)
+        if self.settings.trainer.duty < 1:
+            self.learner.wait()  # else the rest would only be that of the launch
+        seconds = time.monotonic() - started
+        self.updates.worked(seconds)
         self.memory.trained_rows += sum(len(piece.rows) for piece in pieces)
         self.pace.steps_since_judged += 1
         self.updates.drew([sample for sample, _ in parts])
         self._follow(reports)
         self._write_status("training")
+        self._rest(seconds)
+
+    def _rest(self, busy_s: float) -> None:
+        """After this time of work, leave the device to others as long as ``trainer.duty`` says."""
+        self.stop.wait(busy_s * (1 / self.settings.trainer.duty - 1))
 
     def settle(self) -> None:
         """Wait for the updates that were launched, and write what is known of them."""
-        self._follow(self.learner.settle())
+        started = time.monotonic()
+        reports = self.learner.settle()
+        self.updates.worked(time.monotonic() - started)
+        self._follow(reports)
         self._write_updates()
 
     def wait(self) -> None:
@@ -150,7 +163,9 @@ class Trainer:
         error = judgement.gain_error
         relative = error / judgement.candidate if error and judgement.candidate else None
         lacks = judgement.verdict.lacks
-        self.pace.judged(relative, lacks, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self.pace.judged(relative, lacks, seconds)
+        self._rest(seconds)
 
     def _publish(self, judgement: Judgement) -> None:
         """Publish the averaged weights; if the disk is full, training continues without."""

@@ -21,6 +21,8 @@ class UpdateLog:
     num_traces: int = 0
     versions: list[int] = field(default_factory=list)
     """Of the drafters that proposed in the drawn samples."""
+    busy_s: float = 0.0
+    """Time that the updates took, without waiting for traces."""
     began_s: float = field(default_factory=time.monotonic)
 
     def drew(self, samples: Sequence[HeldSample]) -> None:
@@ -32,6 +34,10 @@ class UpdateLog:
         """Count an update whose figures have arrived."""
         self.reports.append(report)
 
+    def worked(self, seconds: float) -> None:
+        """Count time that went into updates."""
+        self.busy_s += seconds
+
     def is_due(self) -> bool:
         """There are updates to tell of, and the last event is long enough ago."""
         return bool(self.reports) and time.monotonic() - self.began_s >= EVENT_EVERY_S
@@ -40,7 +46,8 @@ class UpdateLog:
         """Values of an ``update`` event, empty without updates; begins anew.
 
         ``rows``, ``traces`` and ``skipped`` are sums over ``updates`` updates, ``loss``, ``alpha``
-        and ``agree`` means over those that were not skipped, the others the newest.
+        and ``agree`` means over those that were not skipped, the others the newest. ``seconds`` is
+        the time that the updates took.
 
         Args:
             version: the newest published one, for ``staleness``.
@@ -49,7 +56,7 @@ class UpdateLog:
         if not reports:
             return {}
         sound = [r for r in reports if not r.skipped] or reports
-        made, now = self.versions, time.monotonic()
+        made = self.versions
         values = {
             "step": reports[-1].step,
             "updates": len(reports),
@@ -61,10 +68,11 @@ class UpdateLog:
             "grad_norm": reports[-1].grad_norm,
             "lr": reports[-1].lr,
             "skipped": sum(r.skipped for r in reports),
-            "seconds": now - self.began_s,
+            "seconds": self.busy_s,
             "staleness": version - sum(made) / len(made) if made else None,
         }
-        self.reports, self.num_traces, self.versions, self.began_s = [], 0, [], now
+        self.reports, self.num_traces, self.versions = [], 0, []
+        self.busy_s, self.began_s = 0.0, time.monotonic()
         return values
 
 

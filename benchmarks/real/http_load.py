@@ -231,7 +231,7 @@ def carry_out(
         children.append(begin_server(settings))
         texts = [corpus.prompts(domain, 96, seed=23) for domain in DOMAINS]
         prompts = [text for pair in zip(*texts, strict=True) for text in pair]
-        server = wait_for_server(settings, children[0])
+        server = wait_for_server(settings, children)
         figures["server_start_s"] = time.monotonic() - began
         say(f"server ready after {figures['server_start_s']:.1f} s")
         with ProcessPoolExecutor(plan.clients, mp_context=context) as pool:

@@ -37,7 +37,7 @@ def server(tiny_target_dir: Path, run_dir: Path) -> Iterator[Server]:
     children: list[Child] = []
     try:
         children.append(begin_server(settings))
-        yield wait_for_server(settings, children[0])
+        yield wait_for_server(settings, children)
     finally:
         stop(children)
 

@@ -304,6 +304,41 @@ def test_a_trainer_says_what_it_waits_for_and_takes_in_what_comes_later(
     assert trainer.waits_for() is None
 
 
+def test_with_a_duty_of_a_quarter_the_trainer_rests_three_quarters_of_the_time(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, duty=0.25, publish_every_steps=500))
+    while not trainer.memory.num_samples:
+        trainer.take_in_traces()
+    trainer.update()  # what the first one warms up is not measured
+    trainer.settle()
+
+    started = time.monotonic()
+    for _ in range(8):
+        trainer.update()
+    elapsed_s = time.monotonic() - started
+    trainer.settle()
+
+    updates = events(tmp_path, "update")
+    busy_s = sum(u["seconds"] for u in updates if u["step"] > 1)
+    assert updates[-1]["step"] == 9
+    assert 0.05 * elapsed_s < busy_s < 0.25 * elapsed_s
+
+
+def test_a_rest_ends_at_once_when_the_trainer_is_told_to_stop(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, duty=0.0001, publish_every_steps=500))
+    while not trainer.memory.num_samples:
+        trainer.take_in_traces()
+    threading.Timer(1.0, trainer.stop.set).start()
+
+    started = time.monotonic()
+    trainer.update()
+
+    assert time.monotonic() - started < 20.0
+
+
 def test_what_was_learnt_is_judged_when_traffic_pauses(world: World, tmp_path: Path) -> None:
     write_traces(tmp_path, world.traces)
     settings = settings_for(
