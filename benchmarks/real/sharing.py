@@ -1,0 +1,210 @@
+"""What a trainer on the same GPU costs the server, by its duty.
+
+    python -m benchmarks.real.sharing --run-dir runs/real/sharing
+
+Starts the demo's server and, for one ``trainer.duty`` after another, a trainer on the same card.
+Clients send chat requests without pause, which are decoded without drafts, so that what is learned
+changes no speed. The trainer is suspended and resumed in turn (SIGSTOP, SIGCONT); tokens are those
+of the server's own counter. A figure is the median, over pairs of adjacent windows, of the tokens
+per second with the trainer relative to those without.
+
+Writes ``sharing.json`` and rows of ``rows/learning.json`` in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
+from configs.load import load_settings
+from examples.clients import Server, Traffic
+from examples.demo import (
+    begin_server,
+    begin_trainer,
+    gather_texts,
+    own_folder,
+    wait_for_server,
+)
+from examples.plan import DemoSettings, real_settings
+from examples.processes import Child, check_alive, stop
+from examples.traffic.prompts import Prompt
+
+SOURCE = "python -m benchmarks.real.sharing"
+GOAL = 0.95
+SETTLE_S = 0.4
+"""After a signal: updates that were launched before it end."""
+TOKENS = "generation_tokens_total"
+
+
+def num_tokens(server: Server) -> float:
+    """Completion tokens that the server has made so far."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10.0) as response:
+        lines = response.read().decode().splitlines()
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if not line.startswith("#") and line.split("{")[0].split(" ")[0].endswith(TOKENS)
+    )
+
+
+def trained(run_dir: Path) -> tuple[int, int]:
+    """Updates and rows that the trainer has made, by its status."""
+    try:
+        status = json.loads((run_dir / "trainer" / "status.json").read_text())
+    except FileNotFoundError:
+        return 0, 0
+    return int(status["step"]), int(status["trained_rows"])
+
+
+def window(server: Server, seconds: float) -> float:
+    """Tokens per second for some seconds."""
+    before, began = num_tokens(server), time.perf_counter()
+    time.sleep(seconds)
+    return (num_tokens(server) - before) / (time.perf_counter() - began)
+
+
+def compare(
+    server: Server, run_dir: Path, trainer: Child, pairs: int, seconds: float
+) -> dict[str, Any]:
+    """Windows with and without the trainer, in turn."""
+    with_trainer: list[float] = []
+    without: list[float] = []
+    rows_per_s: list[float] = []
+    try:
+        for number in range(pairs):
+            # The first of a pair is the other one each time, so that drift affects both alike.
+            for runs in (True, False) if number % 2 else (False, True):
+                trainer.process.send_signal(signal.SIGCONT if runs else signal.SIGSTOP)
+                time.sleep(SETTLE_S)
+                _, rows = trained(run_dir)
+                speed = window(server, seconds)
+                (with_trainer if runs else without).append(speed)
+                if runs:
+                    rows_per_s.append((trained(run_dir)[1] - rows) / seconds)
+    finally:
+        trainer.process.send_signal(signal.SIGCONT)
+    ratios = [a / b for a, b in zip(with_trainer, without, strict=True)]
+    return {
+        "with_trainer_tokens_per_s": with_trainer,
+        "without_tokens_per_s": without,
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "rows_per_s": statistics.median(rows_per_s),
+    }
+
+
+def wait_until_learning(
+    run_dir: Path, children: list[Child], since: int, num_updates: int, patience_s: float
+) -> None:
+    """Wait until the trainer has made so many updates more than ``since``.
+
+    Raises:
+        TimeoutError: it did not in time.
+    """
+    deadline = time.monotonic() + patience_s
+    while trained(run_dir)[0] < since + num_updates:
+        check_alive(children)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"the trainer made {trained(run_dir)[0] - since} updates in {patience_s:g} s"
+            )
+        time.sleep(0.2)
+
+
+def rows_of(found: Sequence[dict[str, Any]], clients: int) -> list[Row]:
+    """The claims, with the goal for the default duty."""
+    default = load_settings([], [], {}).trainer.duty
+    return [
+        Row(
+            f"shared card, {clients} clients, duty {one['duty']:g}",
+            "serving with a trainer over serving without, tokens/s",
+            one["ratio"],
+            f"at least {GOAL}" if one["duty"] == default else None,
+            one["ratio"] >= GOAL if one["duty"] == default else None,
+        )
+        for one in found
+    ]
+
+
+def carry_out(
+    settings: DemoSettings,
+    children: list[Child],
+    duties: Sequence[float],
+    pairs: int,
+    seconds: float,
+    out: Path,
+) -> None:
+    """Start the server, keep it busy, and measure each duty; writes what is known after each."""
+    children.append(begin_server(settings))
+    texts = gather_texts(settings)
+    server = wait_for_server(settings, children)
+    prompts: list[Prompt] = [p for live in texts.live.values() for p in live]
+    traffic = Traffic(
+        server, prompts * 20, settings.num_clients, settings.sampling, lambda reply: None
+    )
+    traffic.start()
+    found: list[dict[str, Any]] = []
+    try:
+        for duty in duties:
+            since, _ = trained(settings.run_dir)
+            own = (*settings.overrides, f"trainer.duty={duty}")
+            children.append(begin_trainer(replace(settings, overrides=own)))
+            wait_until_learning(settings.run_dir, children, since, 20, patience_s=150.0)
+            figures = compare(server, settings.run_dir, children[-1], pairs, seconds)
+            stop([children.pop()])
+            found.append({"duty": duty, "clients": settings.num_clients, **figures})
+            say(f"duty {duty:g}: {figures['ratio']:.3f}, {figures['rows_per_s']:,.0f} rows/s")
+            write_result(out, {"rows": found, "failures": traffic.failures[:3]})
+            write_rows("learning", rows_of(found, settings.num_clients), SOURCE)
+    finally:
+        traffic.stop()
+
+
+def main(
+    run_dir: Annotated[Path, typer.Option(help="folder of the run, the benchmark's own")],
+    out: Out = RESULTS / "sharing.json",
+    target: Literal["bundled", "real"] = "real",
+    duties: str = "1,0.5,0.25",
+    pairs: int = 7,
+    window_s: Annotated[float, typer.Option(help="seconds of a window")] = 2.5,
+) -> None:
+    """Compare serving with and without a trainer, at each duty."""
+    settings = real_settings() if target == "real" else DemoSettings()
+    settings = replace(
+        settings,
+        run_dir=run_dir,
+        overrides=(
+            *settings.overrides,
+            "policy.kind=fixed",
+            "policy.draft_k=0",
+            "swap.enabled=false",
+            "trainer.replay_ratio=1000000",
+        ),
+    )
+    children: list[Child] = []
+    with own_folder(run_dir):
+        try:
+            carry_out(
+                settings,
+                children,
+                [float(duty) for duty in duties.split(",")],
+                pairs,
+                window_s,
+                out,
+            )
+        finally:
+            stop(children)
+
+
+if __name__ == "__main__":
+    typer.run(main)
