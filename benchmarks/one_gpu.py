@@ -69,7 +69,7 @@ def phases(num_requests: int, seconds: float) -> tuple[Phase, ...]:
 
 def phase_figures(phase: Phase, replays: Sequence[Replay]) -> dict[str, Any]:
     """Speeds of all arms in a phase, and whether all gave the same tokens."""
-    own = [replay for replay in replays if replay.phase == phase.name]
+    own = [replay for replay in replays if replay.domain == phase.domain]
     return {
         "name": phase.name,
         "shifted": phase.shifted,
@@ -251,7 +251,7 @@ def carry_out(
     replays = demo.run_replay(scene, replayer)
     scene.failures += replayer.failures
     policy = server.policy()
-    shifted = [phase.name for phase in settings.phases if phase.shifted]
+    shifted = {phase.domain for phase in settings.phases if phase.shifted}
     stop([children.pop()])
     answers = scene.answers
     figures = {
@@ -271,7 +271,7 @@ def carry_out(
         "traffic_s": traffic_s,
         "traffic_tokens_per_s": sum(a.num_tokens for a in answers) / traffic_s,
         "seconds": time.monotonic() - began_s,
-        **speeds([replay for replay in replays if replay.phase in shifted]),
+        **speeds([replay for replay in replays if replay.domain in shifted]),
         "phases": [phase_figures(phase, replays) for phase in settings.phases],
         "policy": policy,
     }

@@ -240,7 +240,7 @@ class Replayer:
         """
         Args:
             num_clients: concurrent requests.
-            num_warmup: unmeasured prompts of an arm's first turn in a phase, from which its policy
+            num_warmup: unmeasured prompts of an arm's first turn in a domain, from which its policy
                 estimates how well the drafters do on this text.
         """
         self._server = server
@@ -249,18 +249,19 @@ class Replayer:
         self._num_warmup = num_warmup
         self._pool = ThreadPoolExecutor(num_clients, thread_name_prefix="replay")
         self._warm: set[tuple[str, Arm]] = set()
+        """Domains and arms."""
         self.num_warmed = 0
         self.failures: list[str] = []
 
     def take(
-        self, phase: str, turn: Turn, prompts: Sequence[Prompt], warmup: Sequence[Prompt]
+        self, domain: str, turn: Turn, prompts: Sequence[Prompt], warmup: Sequence[Prompt]
     ) -> list[Replay]:
         """Carry out one turn."""
         setup = self._setups[turn.arm]
         if setup.version is not None:
             self._server.swap(setup.version)
-        if setup.drafters and (phase, turn.arm) not in self._warm:
-            self._warm.add((phase, turn.arm))
+        if setup.drafters and (domain, turn.arm) not in self._warm:
+            self._warm.add((domain, turn.arm))
             replies = self._ask_all(warmup[: self._num_warmup], setup)
             self.num_warmed += sum(reply is not None for reply in replies)
         started_s = time.perf_counter()
@@ -268,7 +269,7 @@ class Replayer:
         share_s = (time.perf_counter() - started_s) / len(turn.prompts)
         return [
             Replay(
-                phase, turn.arm, index, r.request_s, share_s, r.token_ids, r.acceptance, r.version
+                domain, turn.arm, index, r.request_s, share_s, r.token_ids, r.acceptance, r.version
             )
             for index, r in zip(turn.prompts, replies, strict=True)
             if r is not None

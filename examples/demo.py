@@ -195,7 +195,7 @@ def run_phase(scene: Scene, phase: Phase) -> None:
     finally:
         traffic.stop()
     scene.failures += traffic.failures
-    scene.spans.append(PhaseSpan(phase.name, started_s, scene.now_s()))
+    scene.spans.append(PhaseSpan(phase.name, phase.domain, started_s, scene.now_s()))
     scene.look()
 
 
@@ -220,18 +220,19 @@ def replayer_for(scene: Scene, static_version: int, newest_version: int) -> Repl
 
 
 def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
-    """Replay every phase, each for at most ``replay_s``."""
+    """Replay the held-out prompts of every domain, each for at most ``replay_s``."""
     settings = scene.settings
     replays: list[Replay] = []
     rounds = replay_rounds(settings.kept.replayed, settings.replay_block)
-    for place, phase in enumerate(settings.phases):
-        held_out, warmup = scene.texts.held_out[phase.domain], scene.texts.warmup[phase.domain]
+    domains = list(dict.fromkeys(phase.domain for phase in settings.phases))
+    for place, domain in enumerate(domains):
+        held_out, warmup = scene.texts.held_out[domain], scene.texts.warmup[domain]
         started_s = scene.now_s()
         for done, turns in enumerate(rounds):
             for turn in turns:
-                replays += replayer.take(phase.name, turn, held_out, warmup)
+                replays += replayer.take(domain, turn, held_out, warmup)
                 scene.look()
-                part = (place + (done + 1) / len(rounds)) / len(settings.phases)
+                part = (place + (done + 1) / len(rounds)) / len(domains)
                 scene.show("replay", started_s, part, len(replayer.failures))
             if scene.now_s() - started_s >= settings.replay_s:
                 break

@@ -51,8 +51,8 @@ class DemoSettings:
     """Concurrent requests of the replay."""
     replay_block: int = 2
     """Prompts that an arm answers before the next arm's turn."""
-    replay_s: float = 62.0
-    """Longest replay of a phase; the first round is always finished."""
+    replay_s: float = 82.0
+    """Longest replay of a domain; the first round is always finished."""
     seed: int = 0
     start_s: float = 120.0
     """Longest wait for the server to get ready."""

@@ -31,10 +31,11 @@ class Answer:
 class Replay:
     """One held-out prompt, answered by one arm."""
 
-    phase: str
+    domain: str
+    """Phases of one domain share its replay."""
     arm: Arm
     prompt: int
-    """Index among the held-out prompts of its domain."""
+    """Index among the held-out prompts of the domain."""
     request_s: float
     """Seconds the client waited."""
     share_s: float
@@ -50,6 +51,7 @@ class PhaseSpan:
     """When a phase of traffic ran."""
 
     name: str
+    domain: str
     started_s: float
     ended_s: float
 

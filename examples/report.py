@@ -51,11 +51,11 @@ def ratio(value: float | None, base: float | None) -> float | None:
 def median_speedup(replays: Sequence[Replay], arm: Arm, base: Arm) -> float | None:
     """Median over prompts of how much faster ``arm`` answered than ``base``."""
     speeds: dict[tuple[Arm, str, int], float | None] = {
-        (replay.arm, replay.phase, replay.prompt): tokens_per_s([replay]) for replay in replays
+        (replay.arm, replay.domain, replay.prompt): tokens_per_s([replay]) for replay in replays
     }
     pairs = (
-        ratio(speed, speeds.get((base, phase, prompt)))
-        for (which, phase, prompt), speed in speeds.items()
+        ratio(speed, speeds.get((base, domain, prompt)))
+        for (which, domain, prompt), speed in speeds.items()
         if which == arm
     )
     known = [pair for pair in pairs if pair is not None]
@@ -63,10 +63,10 @@ def median_speedup(replays: Sequence[Replay], arm: Arm, base: Arm) -> float | No
 
 
 def mismatched_outputs(replays: Iterable[Replay]) -> int:
-    """Number of prompts, over all phases, to which the arms gave different tokens."""
+    """Number of prompts, over all domains, to which the arms gave different tokens."""
     answers: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     for replay in replays:
-        answers.setdefault((replay.phase, replay.prompt), set()).add(replay.token_ids)
+        answers.setdefault((replay.domain, replay.prompt), set()).add(replay.token_ids)
     return sum(len(different) > 1 for different in answers.values())
 
 
@@ -116,7 +116,7 @@ def learning_report(recording: Recording, shifted: Sequence[Replay]) -> dict[str
 
 def phase_report(recording: Recording, span: PhaseSpan) -> dict[str, Any]:
     """Figures of one phase: replayed ones, and ``live_`` ones of its traffic."""
-    replays = [replay for replay in recording.replays if replay.phase == span.name]
+    replays = [replay for replay in recording.replays if replay.domain == span.domain]
     answers = [answer for answer in recording.answers if answer.phase == span.name]
     quarter = max(1, len(answers) // 4)
     is_first = span == recording.phases[0]
@@ -147,9 +147,9 @@ def phase_report(recording: Recording, span: PhaseSpan) -> dict[str, Any]:
 def ratio_to_first(recording: Recording) -> float | None:
     """tokens_per_step of the newest weights over that of the weights at the end of the first phase,
     both without an index and on the held-out prompts that the first and the last phase share."""
-    names = (recording.phases[0].name, recording.phases[-1].name)
+    domain = recording.phases[0].domain
     newest, former = (
-        tokens_per_step(r for r in recording.replays if r.arm == arm and r.phase in names)
+        tokens_per_step(r for r in recording.replays if r.arm == arm and r.domain == domain)
         for arm in ("drafter_alone_tuned", "drafter_alone_static")
     )
     return ratio(newest, former)
@@ -163,8 +163,8 @@ def live_tokens_per_s(answers: Sequence[Answer], span: PhaseSpan) -> float | Non
 DEFINITIONS = {
     "speeds": (
         "Completion tokens over the seconds that they took, on held-out prompts, the arms in turn "
-        "on one server, trainer stopped, replay_clients requests at a time. The top-level speeds "
-        "are over the phases in shifted_phases together."
+        "on one server, trainer stopped, replay_clients requests at a time. Phases of one domain "
+        "share its replay. The top-level speeds are over the phases in shifted_phases together."
     ),
     "plain": "Requests with max_draft 0: the target alone.",
     "static": (
@@ -197,9 +197,15 @@ DEFINITIONS = {
 }
 
 
+def shifted_replays(recording: Recording) -> list[Replay]:
+    """Replays of the domains that the first drafter was not trained on."""
+    domains = {span.domain for span in recording.phases if span.name in recording.shifted}
+    return [replay for replay in recording.replays if replay.domain in domains]
+
+
 def build_report(recording: Recording) -> dict[str, Any]:
     """``report.json``."""
-    shifted = [replay for replay in recording.replays if replay.phase in recording.shifted]
+    shifted = shifted_replays(recording)
     return {
         "target": recording.target,
         "temperature": recording.temperature,

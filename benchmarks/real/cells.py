@@ -146,7 +146,7 @@ def figures_of(passes: Sequence[Sequence[Replay]], stage: Stage) -> dict[str, di
     groups: dict[str, tuple[str, ...]] = {domain: (domain,) for domain in stage.domains}
     groups |= {"shifted": stage.shifted, "all": tuple(stage.domains)}
     return {
-        name: group_figures([[r for r in p if r.phase in members] for p in passes])
+        name: group_figures([[r for r in p if r.domain in members] for p in passes])
         for name, members in groups.items()
     }
 

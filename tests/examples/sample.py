@@ -17,9 +17,10 @@ from examples.recording import (
 )
 
 NAMES = ("python", "c", "docs", "python-again")
+DOMAINS = ("python", "c", "docs")
 STATIC = {"python": 3.4, "c": 2.1, "docs": 2.2, "python-again": 3.4}
 INDEX = {"python": 3.4, "c": 2.5, "docs": 2.4, "python-again": 3.4}
-TUNED = {"python": 3.4, "c": 3.3, "docs": 2.9, "python-again": 3.35}
+TUNED = {"python": 3.35, "c": 3.3, "docs": 2.9, "python-again": 3.35}
 PLAIN_TOKENS_PER_S = 150.0
 TOKENS = 96
 
@@ -52,16 +53,16 @@ def changes_of(answers: tuple[Answer, ...]) -> tuple[VersionChange, ...]:
 def sample_replays(prompts: int) -> tuple[Replay, ...]:
     return tuple(
         Replay(
-            name,
+            domain,
             arm,
             prompt,
-            request_s(name, arm),
-            request_s(name, arm),
-            tokens_of(name, prompt),
-            spent(name, arm),
+            request_s(domain, arm),
+            request_s(domain, arm),
+            tokens_of(domain, prompt),
+            spent(domain, arm),
             7,
         )
-        for name in NAMES
+        for domain in DOMAINS
         for arm in ALL_ARMS
         for prompt in range(prompts)
     )
@@ -97,7 +98,10 @@ def sample_recording(per_phase: int = 60, prompts: int = 4) -> Recording:
     answers = sample_answers(per_phase)
     ends = [10.0, *(answers[(i + 1) * per_phase - 1].finished_s for i in range(len(NAMES)))]
     return Recording(
-        phases=tuple(PhaseSpan(name, ends[i], ends[i + 1]) for i, name in enumerate(NAMES)),
+        phases=tuple(
+            PhaseSpan(name, name.removesuffix("-again"), ends[i], ends[i + 1])
+            for i, name in enumerate(NAMES)
+        ),
         shifted=("c", "docs"),
         answers=answers,
         changes=changes_of(answers),

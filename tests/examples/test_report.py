@@ -42,7 +42,7 @@ def test_every_demanded_key_is_there(recording: Recording):
 def test_top_level_speeds_are_over_the_shifted_phases_together(recording: Recording):
     report = build_report(recording)
 
-    shifted = [r for r in recording.replays if r.phase in ("c", "docs") and r.arm == "tuned"]
+    shifted = [r for r in recording.replays if r.domain in ("c", "docs") and r.arm == "tuned"]
     expected = len(shifted) * TOKENS / sum(replay.share_s for replay in shifted)
     assert report["tuned_tokens_per_s"] == pytest.approx(expected)
     assert report["speedup_vs_plain"] == pytest.approx(expected / 150)
@@ -59,7 +59,7 @@ def test_first_phase_reports_the_drafter_of_its_own_end(recording: Recording):
 def test_ratio_to_first_compares_weights_on_the_same_prompts(recording: Recording):
     last = build_report(recording)["phases"][-1]
 
-    python = [r for r in recording.replays if r.phase.startswith("python")]
+    python = [r for r in recording.replays if r.domain == "python"]
     newest, former = (
         reporting.tokens_per_step(r for r in python if r.arm == f"drafter_alone_{which}")
         for which in ("tuned", "static")
@@ -79,7 +79,7 @@ def test_speed_is_of_the_servers_time_and_not_of_each_clients(recording: Recordi
 
 def test_learning_is_earned_back_by_what_the_weights_save(recording: Recording):
     report = build_report(recording)
-    shifted = [r for r in recording.replays if r.phase in recording.shifted]
+    shifted = [r for r in recording.replays if r.domain in recording.shifted]
     index, tuned = ([r.share_s for r in shifted if r.arm == arm] for arm in ("index", "tuned"))
     saved_s = sum(index) / len(index) - sum(tuned) / len(tuned)
 
@@ -139,7 +139,7 @@ def test_good_recording_passes_and_each_fault_fails_by_name(recording: Recording
 
 def test_slow_drafter_fails_on_its_phase_and_on_the_whole(recording: Recording):
     slow = tuple(
-        replace(r, share_s=2 * r.share_s) if (r.phase, r.arm) == ("c", "tuned") else r
+        replace(r, share_s=2 * r.share_s) if (r.domain, r.arm) == ("c", "tuned") else r
         for r in recording.replays
     )
 
@@ -162,7 +162,7 @@ def test_a_figure_that_was_not_measured_fails():
 
 
 def test_median_speedup_pairs_prompts_with_themselves(recording: Recording):
-    replays = [r for r in recording.replays if r.phase == "c"]
+    replays = [r for r in recording.replays if r.domain == "c"]
 
     assert reporting.median_speedup(replays, "plain", "plain") == 1.0
     assert reporting.median_speedup(replays, "tuned", "plain") == pytest.approx(1.98)
