@@ -48,8 +48,9 @@ class EngineSettings(Section):
     """Maximum number of requests decoded in one step."""
     max_queue: int = Field(256, ge=1)
     """Maximum number of requests waiting for admission; further ones are answered with 429."""
-    max_model_len: int = Field(2048, ge=16)
-    """Maximum number of tokens of a request, prompt and completion together."""
+    max_model_len: int | None = Field(None, ge=16)
+    """Maximum number of tokens of a request, prompt and completion together; at most the positions
+    that the target was made for. ``None``: 2048, or what target and ``num_pages`` allow."""
     page_size: int = Field(16, ge=1)
     """Tokens per KV page."""
     num_pages: int | None = Field(None, ge=2)
