@@ -57,6 +57,7 @@ async def _end(server: asyncio.Server) -> None:
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
+    await asyncio.sleep(0)  # the connections are closed by the loop's next turn
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -76,8 +77,9 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 def _response(head: bytes) -> bytes:
     """The whole answer to a request with these headers."""
-    path = head.partition(b"\r\n")[0].split(b" ")[1:2]
-    is_health = path == [b"/health"]
+    words = head.partition(b"\r\n")[0].split(b" ")
+    path = words[1].partition(b"?")[0] if len(words) > 1 else b""
+    is_health = path in (b"/health", b"/health/")
     answer = json_answer(Health(status="alive")) if is_health else _not_yet()
     reason = b"200 OK" if is_health else b"503 Service Unavailable"
     lines = [b"HTTP/1.1 " + reason, *(b": ".join(header) for header in answer.raw_headers)]
