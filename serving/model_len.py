@@ -36,6 +36,6 @@ def with_model_len(settings: Settings, config: Any) -> Settings:
         )
     if wanted is None:
         room = None if engine.num_pages is None else engine.num_pages * engine.page_size
-        wanted = min(USUAL_TOKENS, *(most for most in (positions, room) if most is not None))
+        wanted = min(most for most in (USUAL_TOKENS, positions, room) if most is not None)
     engine = engine.model_copy(update={"max_model_len": wanted})
     return settings.model_copy(update={"engine": engine})
