@@ -57,7 +57,8 @@ class Recorder:
         """There are finished traces, or there is room for encoded ones."""
         self._may_write = threading.Condition(self._lock)
         """There are encoded traces, or all were encoded."""
-        self._say_s = 0.0
+        self._said_s: dict[tuple[type, int | None], float] = {}
+        """Kind of an error -> monotonic time at which one was logged last."""
         self._closing = False
         self._all_encoded = False
         self._counts: Counter[str] = Counter()
@@ -174,10 +175,11 @@ class Recorder:
                 self._counts["failed"] += 1
 
     def _say(self, what: str, error: Exception) -> None:
-        """Warn, at most once in ``_SAY_EVERY_S``: a disk that stays full refuses every trace."""
-        now_s = time.monotonic()
-        if now_s >= self._say_s:
-            self._say_s = now_s + _SAY_EVERY_S
+        """Warn of each kind of error, at most once in ``_SAY_EVERY_S``: a disk that stays full
+        refuses every trace."""
+        now_s, kind = time.monotonic(), (type(error), getattr(error, "errno", None))
+        if now_s - self._said_s.get(kind, -_SAY_EVERY_S) >= _SAY_EVERY_S:
+            self._said_s[kind] = now_s
             log.warning(
                 "%s (%s); serving continues, and all are counted (traces_total)", what, error
             )
