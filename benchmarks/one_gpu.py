@@ -39,8 +39,8 @@ from examples.processes import Child, stop
 from examples.recording import Replay
 from examples.report import mismatched_outputs, speeds, tokens_per_step
 from examples.texts import Kept, Phase
+from targets.find import target_folder
 from targets.head import load_target_head
-from targets.load import target_folder
 from trainer.gate import Judge
 from trainer.rows import RowStore
 from trainer.start import read_drafter

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from buffer.files import write_atomically
+from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
 from buffer.folder_weights import FolderWeights
 from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Payload, Report, TraceLimits
 from buffer.layout import QUARANTINE
@@ -35,10 +35,10 @@ class EmbeddedLog(Backend):
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         folder = self._root / QUARANTINE
         with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=OWNER_FOLDER, exist_ok=True)
             used = sum(path.stat().st_size for path in folder.glob("*.bin"))
             if used + len(payload) <= self._max_unreadable_bytes:
-                write_atomically(folder / f"{name}.bin", payload)
+                write_atomically(folder / f"{name}.bin", payload, OWNER_FILE)
 
     def open_weights(self) -> FolderWeights:
         return FolderWeights(self._weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from buffer.files import OWNER_FILE
 from buffer.frames import scan
-from buffer.hour_of_traffic import Traffic, allowed_bytes, measure
+from buffer.hour_of_traffic import LEAST_BYTES, Traffic, allowed_bytes, measure
 from buffer.interface import TraceLimits
 from buffer.layout import (
     QUARANTINE,
@@ -58,10 +60,17 @@ class Evictor:
         self._root, self._limits, self._own = root, limits, own
         self._segments = SegmentList(root)
         self._contents: dict[int, Contents] = {}
-        self.max_bytes = allowed_bytes(limits, measure(self._segments.refresh(own)), root)
+        self.max_bytes = limits.max_bytes or LEAST_BYTES
         """What the log may hold at present."""
+        with contextlib.suppress(OSError):  # measured again before the first segment
+            self.max_bytes = allowed_bytes(limits, measure(self._segments.refresh(own)), root)
         self.evicted = Evicted()
         """All that was evicted on behalf of this writer."""
+
+    def move_to(self, own: Path) -> None:
+        """The writer has made a new folder."""
+        self._own = own
+        self._contents.clear()
 
     def note_closed(self, segment: int, contents: Contents) -> None:
         """Remember what the writer's own segment holds."""
@@ -81,8 +90,9 @@ class Evictor:
         Raises:
             OSError: the disk failed; what was deleted until then is counted in the tombstones.
         """
+        path = self._root / "EVICT.lock"
         try:
-            with FileLock(self._root / "EVICT.lock", timeout=0, fallback_to_soft=False):
+            with FileLock(path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False):
                 self._evict(now_s, own_open, need_bytes)
         except Timeout:
             return

@@ -22,17 +22,27 @@ def target_fingerprint(folder: Path) -> str:
     Raises:
         ValueError: no config.json, no safetensors, or weights in pickle files only.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a model folder")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(_no_weights(folder))
+    weights = weight_files(folder)
     sampled = sum(path.stat().st_size for path in weights) > FULL_BYTES
     digest = hashlib.sha256(b"sampled" if sampled else b"full")
     _add_file(digest, folder / "config.json", sampled=False)
     for path in weights:
         _add_file(digest, path, sampled=sampled)
     return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a target, sorted by name; at least one.
+
+    Raises:
+        ValueError: no config.json, no safetensors, or weights in pickle files only.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a model folder")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(_no_weights(folder))
+    return weights
 
 
 def file_fingerprint(path: Path) -> str:

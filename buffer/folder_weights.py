@@ -62,7 +62,7 @@ class FolderWeights(WeightsStore):
     def versions(self) -> list[int]:
         try:
             entries = list(os.scandir(self.root))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(int(e.name) for e in entries if VERSION_NAME.fullmatch(e.name) and e.is_dir())
 
@@ -75,7 +75,6 @@ class FolderWeights(WeightsStore):
         self.root.mkdir(parents=True, exist_ok=True)
         with self._locked():
             check_unused(manifest.version, self.next_version())
-            write_atomically(self.root / HIGHEST, f"{manifest.version}\n".encode())
             self._write(manifest.version, content)
         return manifest
 
@@ -100,7 +99,7 @@ class FolderWeights(WeightsStore):
         path = self.root / DENIED
         try:
             return {int(version) for version in json.loads(path.read_bytes())}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return set()
         except (ValueError, TypeError):
             raise ValueError(
@@ -164,12 +163,15 @@ class FolderWeights(WeightsStore):
             yield
 
     def _write(self, version: int, files: Mapping[str, bytes]) -> None:
+        """Write a version aside, take its number, and make it visible. A full disk is met before
+        the number is taken."""
         aside = self.root / f".tmp-{version}"
         try:
             aside.mkdir()
             for name, content in files.items():
                 write_durably(aside / name, content)
             sync_folder(aside)
+            write_atomically(self.root / HIGHEST, f"{version}\n".encode())
             aside.rename(self.path(version))
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)

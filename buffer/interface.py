@@ -337,7 +337,7 @@ class WeightsStore(Protocol):
         """Remove old versions, and return them.
 
         The newest ``keep`` stay, and so do versions ``in_use`` or marked by servers, with their
-        parents.
+        parents, and version 0.
 
         Raises:
             ValueError: ``keep`` is below 1.

@@ -6,7 +6,8 @@
     <root>/EVICT.lock                     held while a process evicts
     <root>/quarantine/                    records that could not be decoded
 
-Each writer appends to a folder of its own, so writers never wait for each other.
+Each writer appends to a folder of its own, so writers never wait for each other. Folders and files
+are their owner's alone to read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from buffer.files import write_atomically
+from buffer.files import OWNER_FILE, write_atomically
 
 LOCK = "LOCK"
 TOMBSTONE = "EVICTED.json"
@@ -44,7 +45,7 @@ def writer_names(root: Path) -> list[str]:
     """Folder names of all writers, sorted; empty if the log does not exist yet."""
     try:
         entries = list(os.scandir(root))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(e.name for e in entries if _WRITER.fullmatch(e.name) and e.is_dir())
 
@@ -77,7 +78,7 @@ def hold_lock(folder: Path) -> int:
     Returns:
         A descriptor; closing it releases the lock.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, OWNER_FILE)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
@@ -109,4 +110,5 @@ def read_tombstone(folder: Path) -> Tombstone | None:
 
 
 def write_tombstone(folder: Path, tombstone: Tombstone) -> None:
-    write_atomically(folder / TOMBSTONE, json.dumps(asdict(tombstone)).encode())
+    content = json.dumps(asdict(tombstone)).encode()
+    write_atomically(folder / TOMBSTONE, content, OWNER_FILE)

@@ -7,6 +7,7 @@ loses it. See ``layout.py`` for the folders, ``frames.py`` for the format of a r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -17,7 +18,7 @@ from buffer.eviction import Contents, Evictor
 from buffer.files import sync_folder
 from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
 from buffer.interface import Payload, TraceLimits, TraceWriter, WriterCounts, check_record
-from buffer.layout import hold_lock, segment_path
+from buffer.writer_folder import OpenSegment, WriterFolder
 
 _ROLLS_PER_TTL = 8  # a segment is closed after TTL / 8, so records leave only a little early
 _MAX_EVICT_INTERVAL_S = 10.0
@@ -30,34 +31,32 @@ class SegmentWriter(TraceWriter):
     def __init__(
         self, root: Path, limits: TraceLimits, *, clock: Callable[[], float] = time.time
     ) -> None:
-        """Create this writer's folder under ``root``.
+        """Create this writer's folder under ``root``. If the disk refuses, each ``append`` tries
+        again.
 
         Args:
             root: folder of the log, created if missing.
             limits: what the log may hold.
             clock: unix time, seconds.
-
-        Raises:
-            OSError: the disk failed.
         """
         self._limits = limits
         self._clock = clock
-        self._folder = _make_folder(root, clock)
-        self._lock = hold_lock(self._folder)
-        self._descriptor: int | None = None
-        self._segment = -1
-        self._size = 0
-        self._first = 0
-        self._begun_s = 0.0
+        self._folder = WriterFolder(root, clock)
+        self._open: OpenSegment | None = None
+        self._next_segment = 0
+        self._first_here = 0
+        """Number of the first record in this folder among all that were appended."""
         self._appended = self._durable = self._doubtful = 0
         self._pending_since = 0.0
-        self._evictor = Evictor(root, limits, self._folder)
+        self._evictor = Evictor(root, limits, self._folder.path)
         self._next_evict = 0.0
+        with contextlib.suppress(OSError):
+            self._make_folder()
 
     @property
     def name(self) -> str:
         """Name of this writer's folder."""
-        return self._folder.name
+        return self._folder.path.name
 
     @property
     def counts(self) -> WriterCounts:
@@ -78,7 +77,8 @@ class SegmentWriter(TraceWriter):
         """Write one record without waiting for the disk; whatever a failing disk wrote of it is cut
         off again."""
         self._check(payload)
-        if self._descriptor is not None and not self._fits(HEAD.size + len(payload)):
+        self._leave_deleted_segment()
+        if self._open is not None and not self._fits(HEAD.size + len(payload)):
             self._close_segment()
         self._append_group([payload])
         return self._appended - 1
@@ -116,19 +116,19 @@ class SegmentWriter(TraceWriter):
 
     def _fits(self, num_bytes: int) -> bool:
         """Whether so many more bytes belong in the open segment or, if none is, in the next."""
-        open_bytes = 0 if self._descriptor is None else self._size
+        open_bytes = 0 if self._open is None else self._open.size
         return open_bytes + num_bytes <= self._limits.segment_bytes
 
     def _append_group(self, payloads: Sequence[Payload]) -> None:
         num_bytes = sum(HEAD.size + len(payload) for payload in payloads)
-        if self._descriptor is None:
-            self._begin_segment(num_bytes)
+        self._leave_deleted_segment()
+        segment = self._open or self._begin_segment(num_bytes)
         now_ms = int(self._clock() * 1000)
         pieces: list[Payload] = []
-        for number, payload in enumerate(payloads, start=self._appended):
+        for number, payload in enumerate(payloads, start=self._appended - self._first_here):
             pieces += [pack_head(payload, number, now_ms), payload]
-        self._write(pieces)
-        self._size += num_bytes
+        self._write(segment, pieces)
+        segment.size += num_bytes
         if not self._pending:
             self._pending_since = time.monotonic()
         self._appended += len(payloads)
@@ -136,12 +136,17 @@ class SegmentWriter(TraceWriter):
     def sync(self) -> range:
         """Flush everything appended to the disk.
 
-        When the disk fails, the kernel may have dropped the data: the pending records are counted
-        ``doubtful`` for good, and later ones go to a new segment.
+        When the disk fails, the kernel may have dropped the data, and when somebody has deleted the
+        segment, nobody will read it: the pending records are counted ``doubtful`` for good, and
+        later ones go to a new segment.
         """
-        if self._descriptor is not None and self._pending:
+        if self._open is not None and self._pending:
             try:
-                os.fdatasync(self._descriptor)
+                os.fdatasync(self._open.descriptor)
+                if not self._open.is_there:
+                    raise FileNotFoundError(
+                        errno.ENOENT, "somebody deleted the segment", str(self._open.path)
+                    )
             except OSError:
                 self._abandon_segment()
                 raise
@@ -154,7 +159,7 @@ class SegmentWriter(TraceWriter):
         newly = range(self._appended, self._appended)
         if self._pending and time.monotonic() - self._pending_since >= self._limits.sync_interval_s:
             newly = self.sync()
-        if time.monotonic() >= self._next_evict:
+        if time.monotonic() >= self._next_evict and self._folder.is_there:
             self._close_if_old()
             self._evict(need_bytes=0)
         return newly
@@ -164,77 +169,74 @@ class SegmentWriter(TraceWriter):
         try:
             self._close_segment()
         finally:
-            os.close(self._lock)
+            self._folder.release()
 
-    def _begin_segment(self, num_bytes: int) -> None:
+    def _make_folder(self) -> None:
+        """Make a folder, in which records are numbered from 0."""
+        self._folder.make()
+        self._next_segment, self._first_here = 0, self._appended
+        self._evictor.move_to(self._folder.path)
+
+    def _begin_segment(self, num_bytes: int) -> OpenSegment:
+        if not self._folder.is_there:
+            self._make_folder()
         self._evict(need_bytes=max(num_bytes, self._limits.segment_bytes))
-        self._segment += 1
-        path = segment_path(self._folder, self._segment)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o644)
-        self._size, self._first = 0, self._appended
-        self._begun_s = self._clock()
+        segment = self._open = OpenSegment.begin(
+            self._folder.path, self._next_segment, self._appended, self._clock()
+        )
+        self._next_segment += 1
         try:
-            sync_folder(self._folder)
+            sync_folder(self._folder.path)
         except OSError:
             self._abandon_segment()
             raise
+        return segment
 
-    def _write(self, pieces: Sequence[Payload]) -> None:
-        assert self._descriptor is not None
+    def _write(self, segment: OpenSegment, pieces: Sequence[Payload]) -> None:
         try:
-            written = os.writev(self._descriptor, pieces)
+            written = os.writev(segment.descriptor, pieces)
             if written < sum(map(len, pieces)):
                 rest = memoryview(b"".join(pieces))[written:]
                 while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
+                    rest = rest[os.write(segment.descriptor, rest) :]
         except OSError:
-            self._cut_off_partial_record()
+            self._cut_off_partial_record(segment)
             raise
 
-    def _cut_off_partial_record(self) -> None:
-        assert self._descriptor is not None
+    def _cut_off_partial_record(self, segment: OpenSegment) -> None:
         try:
-            os.ftruncate(self._descriptor, self._size)
+            os.ftruncate(segment.descriptor, segment.size)
         except OSError:
             self._abandon_segment()
 
     def _close_segment(self) -> None:
         self.sync()
-        if self._descriptor is not None:
-            contents = Contents(self._appended - self._first, self._appended)
-            self._evictor.note_closed(self._segment, contents)
-            os.close(self._descriptor)
-            self._descriptor = None
+        if (segment := self._open) is not None:
+            contents = Contents(self._appended - segment.first, self._appended - self._first_here)
+            self._evictor.note_closed(segment.number, contents)
+            os.close(segment.descriptor)
+            self._open = None
+
+    def _leave_deleted_segment(self) -> None:
+        """What is pending in a segment that somebody has deleted is lost; more must not follow."""
+        if self._open is not None and not self._open.is_there:
+            self._abandon_segment()
 
     def _abandon_segment(self) -> None:
         """Leave a segment of which nobody knows what it holds."""
-        assert self._descriptor is not None
-        os.close(self._descriptor)
-        self._descriptor = None
+        assert self._open is not None
+        os.close(self._open.descriptor)
+        self._open = None
         self._doubtful += self._pending
 
     def _close_if_old(self) -> None:
-        age_s = self._clock() - self._begun_s
-        if self._descriptor is not None and age_s >= self._limits.ttl_s / _ROLLS_PER_TTL:
+        if self._open is None:
+            return
+        if self._clock() - self._open.begun_s >= self._limits.ttl_s / _ROLLS_PER_TTL:
             self._close_segment()
 
     def _evict(self, need_bytes: int) -> None:
         interval_s = min(_MAX_EVICT_INTERVAL_S, self._limits.ttl_s / _ROLLS_PER_TTL)
         self._next_evict = time.monotonic() + interval_s
-        own_open = None if self._descriptor is None else self._segment
+        own_open = None if self._open is None else self._open.number
         self._evictor.evict(self._clock(), own_open, need_bytes)
-
-
-def _make_folder(root: Path, clock: Callable[[], float]) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    boot_ms = int(clock() * 1000)
-    while True:  # a second writer of this process within a millisecond takes the next name
-        folder = root / f"w{os.getpid()}-{boot_ms}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            boot_ms += 1
-            continue
-        sync_folder(root)
-        return folder

@@ -48,7 +48,8 @@ def check_keep(keep: int) -> None:
 def versions_to_prune(
     present: list[int], keep: int, used: Collection[int], parent_of: Callable[[int], int | None]
 ) -> list[int]:
-    """Versions to remove: all but the newest ``keep``, those in use, and the parents of the latter.
+    """Versions to remove: all but the newest ``keep``, those in use, the parents of the latter, and
+    version 0, the drafter that was shipped.
 
     Args:
         present: stored versions, ascending.
@@ -57,5 +58,5 @@ def versions_to_prune(
         parent_of: parent of a present version, ``None`` if it has none or is damaged.
     """
     parents = {parent_of(version) for version in used if version in present}
-    kept = {*present[-keep:], *used, *parents}
+    kept = {0, *present[-keep:], *used, *parents}
     return [version for version in present if version not in kept]

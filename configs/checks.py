@@ -64,11 +64,11 @@ def _fixed_drafter(settings: Settings) -> Iterator[str]:
 
 def _sizes(settings: Settings) -> Iterator[str]:
     engine, buffer = settings.engine, settings.buffer
-    pages = engine.num_pages
-    if pages is not None and pages * engine.page_size < engine.max_model_len:
+    pages, longest = engine.num_pages, engine.max_model_len
+    if pages is not None and longest is not None and pages * engine.page_size < longest:
         yield (
             f"engine.num_pages {pages} of engine.page_size {engine.page_size} tokens "
-            f"cannot hold one request of engine.max_model_len {engine.max_model_len}"
+            f"cannot hold one request of engine.max_model_len {longest}"
         )
     if buffer.max_bytes is not None and buffer.max_bytes < 2 * buffer.segment_bytes:
         yield (

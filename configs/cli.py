@@ -12,6 +12,7 @@ import typer
 from configs.bundled import missing_bundled
 from configs.choices import SettingsError
 from configs.load import load_settings, to_yaml
+from configs.options import unknown_words
 from configs.schema import Settings
 from configs.version import package_version
 
@@ -54,16 +55,21 @@ def settings_from_cli(
     print_config: bool,
     *,
     loads_target: bool = True,
+    unknown: Sequence[str] = (),
 ) -> Settings:
     """Load the settings of a command, with the environment of the process.
 
     Args:
         loads_target: the command loads the target, so a bundled one must be there.
+        unknown: words of the command line that are no option of the command.
 
     Raises:
         typer.Exit: with code 2 after printing to stderr what is wrong, or with code 0 after
             ``--print-config``.
     """
+    if unknown:
+        typer.echo(unknown_words(unknown), err=True)
+        raise typer.Exit(code=2)
     try:
         settings = load_settings(files or (), overrides or (), os.environ)
     except SettingsError as error:

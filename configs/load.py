@@ -30,7 +30,8 @@ from configs.checks import ENV_PREFIX, MASK, check_settings
 from configs.choices import SettingsError
 from configs.schema import Settings
 
-_SECRETS = frozenset({"server.api_key"})
+SECRETS = frozenset({"server.api_key"})
+"""Settings that are never printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,15 @@ def to_yaml(settings: Settings) -> str:
         tree["server"]["api_key"] = MASK
     text: str = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
     return text
+
+
+def keys_named(name: str) -> list[str]:
+    """Dotted keys of the settings called ``name``, with or without their section."""
+    return [
+        key
+        for key, annotation in _KEYS.items()
+        if (key == name or key.rpartition(".")[2] == name) and not _is_section(annotation)
+    ]
 
 
 # --- layers ----------------------------------------------------------------------------------
@@ -221,7 +231,7 @@ def _lines(source: str, problem: Any, tree: dict[str, Any]) -> Iterator[str]:
 def _value_text(key: str, value: Any) -> str:
     """Type and value, cut at 60 characters; a secret's type alone."""
     kind, shown = type(value).__name__, repr(value)
-    if key in _SECRETS:
+    if key in SECRETS:
         return kind
     return f"{kind} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
 
@@ -251,8 +261,12 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
         yield key, info.annotation
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _fields(info.annotation, f"{key}.")
+        if _is_section(info.annotation):
+            yield from _fields(info.annotation, f"{key}.")  # type: ignore[arg-type]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

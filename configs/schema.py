@@ -48,8 +48,9 @@ class EngineSettings(Section):
     """Maximum number of requests decoded in one step."""
     max_queue: int = Field(256, ge=1)
     """Maximum number of requests waiting for admission; further ones are answered with 429."""
-    max_model_len: int = Field(2048, ge=16)
-    """Maximum number of tokens of a request, prompt and completion together."""
+    max_model_len: int | None = Field(None, ge=16)
+    """Maximum number of tokens of a request, prompt and completion together; at most the positions
+    that the target was made for. ``None``: 2048, or what target and ``num_pages`` allow."""
     page_size: int = Field(16, ge=1)
     """Tokens per KV page."""
     num_pages: int | None = Field(None, ge=2)
@@ -246,7 +247,7 @@ class TrainerSettings(Section):
     updates have risen by what the last candidate lacked. 0: by the number of updates alone."""
     gate_margin: float = Field(1.005, gt=0)
     """Ratio of simulated tokens_per_step, candidate to last published version, required to
-    publish."""
+    publish. At 1, being equal is not enough."""
     gate_confidence: float = Field(0.9, ge=0.5, lt=1)
     """Probability with which a candidate must be no worse than the last published version, judged
     by how much the gain differs between held-out traces. 0.5: only the estimate counts."""

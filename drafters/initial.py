@@ -25,8 +25,8 @@ from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from configs.schema import Settings
 from drafters.trainable import trainable
+from targets.find import target_folder
 from targets.last_layer import load_last_layer
-from targets.load import target_folder
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def first_drafter(
             or drafters of this kind do not learn.
     """
     if not store.versions():
-        _publish_version_0(store, kind, target, path, new)
+        publish_initial(store, *_version_0(kind, target, path, new))
     bundle, passed_over = store.newest_sound()
     version = bundle.manifest.version
     for problem in passed_over:
@@ -110,6 +110,20 @@ def first_drafter(
     name = f"version {version} in {store.location}"
     _check_kind(bundle.manifest, kind, name)
     return _checked(bundle, name, target)
+
+
+def unpublished_drafter(
+    kind: str, target: TargetFacts, *, path: Path | None, new: NewDrafter
+) -> StoredDrafter:
+    """What ``first_drafter`` would publish as version 0, for a server whose store cannot be
+    written. Whoever publishes it later makes the same.
+
+    Raises:
+        ValueError: as for ``first_drafter``.
+    """
+    manifest, content = _version_0(kind, target, path, new)
+    bundle = Bundle(_as_version_0(manifest), {TENSORS: content})
+    return _checked(bundle, "version 0", target)
 
 
 def stored_drafter(path: Path, target: TargetFacts) -> StoredDrafter:
@@ -170,10 +184,7 @@ def publish_initial(store: WeightsStore, manifest: Manifest, content: bytes) -> 
     Raises:
         ValueError: the bundle is not sound, and the store has no version yet.
     """
-    now_ms = int(time.time() * 1000)
-    initial = replace(
-        manifest, version=0, parent=None, files={}, created_unix_ms=now_ms, signature=None
-    )
+    initial = _as_version_0(manifest)
     try:
         store.publish(initial, {TENSORS: content})
     except ValueError:
@@ -182,22 +193,25 @@ def publish_initial(store: WeightsStore, manifest: Manifest, content: bytes) -> 
         # The run's server or trainer published version 0 first, from the same settings.
 
 
-def _publish_version_0(
-    store: WeightsStore,
-    kind: str,
-    target: TargetFacts,
-    path: Path | None,
-    new: NewDrafter,
-) -> None:
+def _as_version_0(manifest: Manifest) -> Manifest:
+    now_ms = int(time.time() * 1000)
+    return replace(
+        manifest, version=0, parent=None, files={}, created_unix_ms=now_ms, signature=None
+    )
+
+
+def _version_0(
+    kind: str, target: TargetFacts, path: Path | None, new: NewDrafter
+) -> tuple[Manifest, bytes]:
+    """Manifest and safetensors bytes of what a run begins with."""
     if path is None:
-        publish_initial(store, *made_drafter(kind, target, new))
-        return
+        return made_drafter(kind, target, new)
     if not path.is_dir():
         raise ValueError(f"drafter.path {path} is not a folder")
     bundle = read_bundle(path)
     _check_kind(bundle.manifest, kind, str(path))
     _checked(bundle, str(path), target)
-    publish_initial(store, bundle.manifest, bundle.files[TENSORS])
+    return bundle.manifest, bundle.files[TENSORS]
 
 
 def _check_kind(manifest: Manifest, kind: str, name: str) -> None:

@@ -83,7 +83,8 @@ def gate(
     Args:
         candidate: tokens_per_step of the new weights.
         incumbent: tokens_per_step of the last published version on the same rows.
-        margin: required ratio candidate / incumbent, e.g. 1.005.
+        margin: required ratio candidate / incumbent, e.g. 1.005. From 1 on, a candidate that is
+            merely as good does not pass: it would cost a swap and gain nothing.
         num_rows: held-out rows behind both figures; with none, nothing passes.
         older: both figures on held-out traces of earlier traffic, if there are any.
         keep: required ratio of the older figures, so that earlier traffic is not forgotten. Nor may
@@ -106,6 +107,8 @@ def gate(
         unsure = errors_allowed(confidence, sum(t.num_chains > 0 for t in traces)) * error
         figures += f", gain uncertain by {unsure:.4f}"
         wanted = max(wanted, min(margin, 1.0) * incumbent + unsure)
+    if margin >= 1 and candidate == incumbent:
+        return GateVerdict(False, f"no better than the incumbent: {figures}", 0.0)
     if candidate < wanted:
         return GateVerdict(
             False, f"below {wanted:.4f}, margin {margin:g}: {figures}", wanted / candidate - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from buffer.interface import Backend, WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
 from drafters.catalog import chosen, kind_of, on_request
-from drafters.initial import TargetFacts, first_drafter, new_drafter
+from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublished_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
 from policies.arms import ArmPolicies
 from policies.catalog import build_policy
@@ -34,20 +35,16 @@ from serving.engine.inbox import Sequences
 from serving.engine.lanes import table_bytes_of
 from serving.engine.loop import Engine, EngineParts, Listeners
 from serving.engine.programs import Sizes, fuse
+from serving.model_len import model_len, with_model_len
 from serving.profile import profile_steps
 from serving.service import ServedModel, Service
 from serving.swap.flat_weights import Expected, FlatWeights
 from serving.swap.in_force import WeightsInForce
 from serving.swap.swapper import Shelf, Swapper
 from specops.verify_logits import Rule
-from targets.load import (
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    target_folder,
-    target_name,
-)
+from targets.find import checked_folder, target_name
+from targets.fits import check_tokenizer
+from targets.load import load_config, load_model, load_tokenizer, pick_device, pick_dtype
 from targets.target import Target
 
 log = logging.getLogger(__name__)
@@ -91,10 +88,13 @@ def load_target(settings: Settings) -> LoadedTarget:
         ValueError: it cannot be used; the message says why.
     """
     device = pick_device(settings.device)
-    folder = target_folder(settings.target, settings.target_cache)
+    folder = checked_folder(settings.target, settings.target_cache)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    with_model_len(settings, config)  # refused before the weights are read
+    check_tokenizer(tokenizer, config)
     fingerprint = target_fingerprint(folder)
     model = load_model(folder, pick_dtype(settings.dtype, device), device)
-    return LoadedTarget(model, load_tokenizer(folder), fingerprint, target_name(settings.target))
+    return LoadedTarget(model, tokenizer, fingerprint, target_name(settings.target))
 
 
 def build_service(
@@ -118,6 +118,7 @@ def build_service(
     if loaded is None:
         with _timed("loaded the target", "loading the target"):
             loaded = load_target(settings)
+    settings = with_model_len(settings, loaded.model.config)
     backend = open_backend(settings.buffer.url, settings.run_dir)
     with _timed("read and checked the drafter"):
         learning = _first_version(settings, kinds, loaded, backend.open_weights())
@@ -153,7 +154,7 @@ def _policies(
     policies = ArmPolicies(ordinary if wrap is None else wrap(ordinary), new)
     if policies.wants_profile:
         with _timed("profiled step times", "profiling step times"):
-            context = min(_PROFILE_CONTEXT, settings.engine.max_model_len // 2)
+            context = min(_PROFILE_CONTEXT, model_len(settings) // 2)
             policies.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
     return policies
 
@@ -176,7 +177,7 @@ def _make_parts(
     with _timed("made the capture ring"):
         ring = _ring(settings, target) if kinds else None
     sizes = Sizes(
-        e.max_batch, e.max_model_len, e.prefill_chunk, e.page_size, num_pages,
+        e.max_batch, model_len(settings), e.prefill_chunk, e.page_size, num_pages,
         settings.drafter.max_draft,
     )  # fmt: skip
     on_gpu, pinned = target.device.type == "cuda", e.numerics == "pinned"
@@ -262,7 +263,8 @@ def _service(
     flat: FlatWeights | None,
     fingerprint: str,
 ) -> Service:
-    producer = f"{socket.gethostname()}-{os.getpid()}"
+    # Containers that share a folder may share names and process ids, too.
+    producer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     programs = parts.programs
     recorder = swapper = maker = None
     if programs.ring is not None:
@@ -281,7 +283,7 @@ def _service(
         neural = programs.drafting.neural[manifest.kind].drafter
         expected = Expected(manifest.kind, manifest.drafter_config, fingerprint)
         swapper = Swapper(
-            force=WeightsInForce(neural, flat, manifest, policies, set(store.read_denied())),
+            force=WeightsInForce(neural, flat, manifest, policies, _denied(store)),
             shelf=Shelf(store, producer, expected),
             poll_s=settings.swap.poll_s,
             watch=SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
@@ -291,6 +293,15 @@ def _service(
     listeners = _listeners(recorder, maker, swapper)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
     return Service(model, engine, recorder, maker, swapper, policies)
+
+
+def _denied(store: WeightsStore) -> set[int]:
+    """Versions that were rolled back before; none if the disk does not say."""
+    try:
+        return set(store.read_denied())
+    except OSError as error:
+        log.warning("cannot read which versions were rolled back (%s); serving continues", error)
+        return set()
 
 
 def _listeners(
@@ -313,13 +324,18 @@ def _first_version(
     if not learning:
         return None
     lm_head = loaded.model.get_output_embeddings().weight
-    stored = first_drafter(
-        store,
-        learning[0],
-        TargetFacts(loaded.model.config, lm_head, loaded.fingerprint),
-        path=settings.drafter.path,
-        new=new_drafter(settings),
-    )
+    facts = TargetFacts(loaded.model.config, lm_head, loaded.fingerprint)
+    path, new = settings.drafter.path, new_drafter(settings)
+    try:
+        stored = first_drafter(store, learning[0], facts, path=path, new=new)
+    except OSError as error:
+        log.warning(
+            "version 0 of the drafter cannot be stored in %s (%s); serving starts with it in "
+            "memory alone",
+            store.location,
+            error.strerror,
+        )
+        stored = unpublished_drafter(learning[0], facts, path=path, new=new)
     manifest = stored.manifest
     return _Learning(manifest, Weights(manifest.version, manifest.drafter_config, stored.tensors))
 
@@ -349,7 +365,7 @@ def ring_rows(settings: Settings, row_values: int, memory_bytes: int) -> int:
     if rows is None:
         row_bytes = row_values * (1 if capture.dtype == "float8_e4m3fn" else 2)
         affordable = int(_RING_SHARE * memory_bytes) // row_bytes
-        rows = min(e.max_batch * min(e.max_model_len, _RING_TOKENS), affordable)
+        rows = min(e.max_batch * min(model_len(settings), _RING_TOKENS), affordable)
     chunks = e.prefill_chunk + BLOCK * e.max_batch
     rounds = ROUNDS_ON_THE_WAY * e.max_batch * (settings.drafter.max_draft + 1)
     return max(rows, 2 * (chunks + rounds))
@@ -357,7 +373,7 @@ def ring_rows(settings: Settings, row_values: int, memory_bytes: int) -> int:
 
 def _num_pages(settings: Settings, target: Target) -> int:
     e = settings.engine
-    longest = e.max_model_len + settings.drafter.max_draft + 1
+    longest = model_len(settings) + settings.drafter.max_draft + 1
     wanted = e.max_batch * -(-longest // e.page_size) + 1
     if e.num_pages is not None:
         return e.num_pages

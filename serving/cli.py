@@ -7,7 +7,9 @@ usage or settings.
 from __future__ import annotations
 
 import logging
+import socket
 import time
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -21,9 +23,14 @@ from configs.cli import (
     settings_from_cli,
 )
 from configs.logs import set_up_logging
+from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.catalog import chosen
 from policies.catalog import policy_class
+from serving.disk import warn_without_disk
+
+if TYPE_CHECKING:
+    from serving.service import Service
 
 log = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -34,31 +41,52 @@ def main(version: VersionOption = False) -> None:
     """Keeps ``launch`` a subcommand while it is the only one."""
 
 
-@app.command()
+@app.command(context_settings=ANYTHING)
 def launch(
+    context: typer.Context,
     config: ConfigOption = None,
     set_: SetOption = None,
     print_config: PrintConfigOption = False,
 ) -> None:
     """Load the target and its drafter, and answer requests until told to stop."""
-    settings = settings_from_cli(config, set_, print_config)
+    settings = settings_from_cli(config, set_, print_config, unknown=context.args)
     _check_kinds(settings)
     set_up_logging(settings.log_level)
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
-    # --help and --print-config skip these imports: torch and transformers take seconds.
-    started_s = time.perf_counter()
-    from serving.http import bind, create_app, serve
-    from serving.periodic import periodic_stats
-
     try:
-        bound = bind(settings)  # report a taken port now, not after minutes of loading
-        from serving.build import build_service
-
-        log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
-        service = build_service(settings)
+        bound, service = _load(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
+    raise typer.Exit(_serve(settings, bound, service))
+
+
+def _load(settings: Settings) -> tuple[socket.socket, Service]:
+    """Take the port, then load everything. What can be refused at once is refused before that.
+
+    Raises:
+        ValueError, OSError: the server cannot start; the message says why.
+    """
+    # --help and --print-config skip these imports: FastAPI, torch and transformers take seconds.
+    started_s = time.perf_counter()
+    from serving.http import answering_503, bind
+    from targets.find import checked_folder
+
+    bound = bind(settings)
+    checked_folder(settings.target, settings.target_cache)
+    warn_without_disk(settings)
+    with answering_503(bound):
+        from serving.build import build_service
+
+        log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
+        return bound, build_service(settings)
+
+
+def _serve(settings: Settings, bound: socket.socket, service: Service) -> int:
+    """Answer requests until told to stop; returns the exit code."""
+    from serving.http import create_app, serve
+    from serving.periodic import periodic_stats
+
     service.start()
     try:
         with periodic_stats(service.figures, settings.server.log_stats_s):
@@ -66,7 +94,7 @@ def launch(
     finally:
         service.stop()
     log.info("stopped")
-    raise typer.Exit(code)
+    return code
 
 
 def _check_kinds(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Load a target: device, dtype, folder, model and tokenizer from their settings."""
+"""Load a target: device, dtype, model and tokenizer from their settings and its folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
-
-from targets.gguf_cache import converted_folder
-
-GGUF = ".gguf"
-"""Ending of the name of a GGUF file."""
 
 
 def pick_device(name: str, setting: str = "device") -> torch.device:
@@ -44,53 +39,44 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def target_folder(target: str, cache: Path | None = None) -> Path:
-    """Folder of a target: the path itself, what a GGUF file was converted into, or the snapshot of
-    a Hugging Face id, downloaded if new.
-
-    Args:
-        cache: folder of converted GGUF files; ``None``: ``targets.gguf_cache.default_cache()``.
-
-    Raises:
-        ValueError: ``target`` is neither a folder, nor a GGUF file or an id that can be loaded.
-    """
-    path = Path(target)
-    if path.is_dir():
-        return path
-    if path.is_file() or target.endswith(GGUF):
-        return converted_folder(path, cache)
-    if path.is_absolute() or target.startswith("."):
-        raise ValueError(f"target {target!r} is neither a folder nor a GGUF file")
-    from huggingface_hub import snapshot_download
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(target, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"target {target!r} is neither a folder, a GGUF file nor a Hugging Face id that can be "
-            f"loaded ({type(error).__name__}: {error})"
-        ) from error
-
-
-def target_name(target: str) -> str:
-    """Name of a target in the API: the last part of its path or id, without ``.gguf``."""
-    return Path(target).absolute().name.removesuffix(GGUF)
-
-
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Causal LM in ``folder``; loads safetensors only and runs no code from the folder.
 
     Shows a progress bar on a terminal only: in a log file it would be control characters.
+
+    Raises:
+        ValueError: a weight of the model is missing, or has another shape than its config says.
     """
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # an error with all of them follows
+        output_loading_info=True,
     )
+    model: nn.Module
+    model, found = loaded
+    if found["mismatched_keys"]:
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        raise ValueError(
+            f"{folder}: {name} has the shape {tuple(stored)}, but by config.json the model needs "
+            f"{tuple(wanted)}; weights and config must belong together"
+        )
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(
+            f"{folder} lacks {len(missing)} weights of the model: {', '.join(missing[:3])}; "
+            f"weights and config.json must belong together"
+        )
     return model.to(device)
+
+
+def load_config(folder: Path) -> Any:
+    """Hugging Face config in ``folder``; runs no code from the folder."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_tokenizer(folder: Path) -> Any:

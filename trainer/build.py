@@ -19,8 +19,9 @@ from buffer.records import Manifest
 from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.trainable import trainable
+from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
-from targets.load import pick_device, target_folder
+from targets.load import pick_device
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import ROW_TYPES, Emphasis, Expected
 from trainer.gate import Judge
@@ -48,7 +49,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     _set_up_process(settings)
     learns = trainable(settings.drafter.kind)
     device = pick_device(settings.trainer.device, setting="trainer.device")
-    folder = target_folder(settings.target, settings.target_cache)
+    folder = checked_folder(settings.target, settings.target_cache)
     fingerprint = target_fingerprint(folder)
     head = load_target_head(folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)

@@ -3,13 +3,15 @@
 ``<root>/<number>/`` holds ``state.safetensors`` (weights, moments, generator) and ``state.json``
 (everything else, and the digest of the tensors). A folder is written under a temporary name,
 flushed and renamed, so kill -9 leaves the previous checkpoint intact. Numbers only grow; the newest
-two checkpoints are kept.
+two checkpoints are kept. Where the newest is damaged, the older one is used, and the damaged one is
+set aside as ``<number>.damaged``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from buffer.files import sync_folder, write_durably
 
+log = logging.getLogger(__name__)
+
 SCHEMA = "slipstream.checkpoint"
 SCHEMA_VERSION = 1
 KEEP = 2
@@ -29,13 +33,17 @@ _NUMBER = re.compile(r"[0-9]{8}")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used. The trainer stops: a fresh start would hide the loss."""
+    """No checkpoint can be used. The trainer stops: a fresh start would hide the loss."""
 
-    def __init__(self, path: Path, problem: str) -> None:
+    def __init__(self, root: Path, problem: str) -> None:
         super().__init__(
-            f"checkpoint {path} cannot be used: {problem}; not training. Restore it, or remove "
-            f"{path.parent} to start again from the newest published version"
+            f"the checkpoints in {root} cannot be used: {problem}; not training. Restore them, or "
+            f"remove {root} to start again from the newest published version"
         )
+
+
+class _Damaged(Exception):
+    """One checkpoint cannot be read; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +89,57 @@ def write_checkpoint(root: Path, state: Mapping[str, Any], tensors: Mapping[str,
 
 
 def read_checkpoint(root: Path) -> Checkpoint | None:
-    """Newest checkpoint; ``None`` if there is none.
+    """Newest sound checkpoint; ``None`` if there is none at all. Newer ones, which are damaged, are
+    set aside and named in the log.
 
     Raises:
-        CheckpointError: it is damaged, or has another schema.
+        CheckpointError: all are damaged, or of another schema; they stay where they are.
     """
-    numbers = _numbers(root)
-    if not numbers:
-        return None
-    path = root / f"{max(numbers):08d}"
+    damaged: dict[Path, str] = {}
+    for number in sorted(_numbers(root), reverse=True):
+        path = root / f"{number:08d}"
+        try:
+            found = _read(path)
+        except _Damaged as problem:
+            damaged[path] = str(problem)
+            continue
+        for other, text in damaged.items():
+            _set_aside(other, text, path)
+        return found
+    if damaged:
+        raise CheckpointError(root, "; ".join(f"{p.name} ({text})" for p, text in damaged.items()))
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
     try:
         body = json.loads((path / "state.json").read_bytes())
         content = (path / "state.safetensors").read_bytes()
         if (body["schema"], body["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
-            raise CheckpointError(path, f"it is {body['schema']} {body['schema_version']}")
+            raise _Damaged(f"it is {body['schema']} {body['schema_version']}")
         if hashlib.sha256(content).hexdigest() != body["sha256"]:
-            raise CheckpointError(path, "state.safetensors has a different sha256 than was written")
+            raise _Damaged("state.safetensors has a different sha256 than was written")
         return Checkpoint(body["state"], load(content))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(path, f"{type(error).__name__}: {error}") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _Damaged(f"{type(error).__name__}: {error}") from error
+
+
+def _set_aside(path: Path, problem: str, used: Path) -> None:
+    """Keep a damaged checkpoint out of the way of the next ones."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        where = f"it is now {aside.name}"
+    except OSError as error:
+        where = f"it could not be set aside ({error.strerror})"
+    log.warning(
+        "checkpoint %s is damaged: %s; %s. Continuing from the older checkpoint %s",
+        path,
+        problem,
+        where,
+        used.name,
+    )
 
 
 def _numbers(root: Path) -> list[int]:

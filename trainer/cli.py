@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from buffer.files import why_unwritable
 from configs.cli import (
     ConfigOption,
     PrintConfigOption,
@@ -26,8 +27,10 @@ from configs.cli import (
     settings_from_cli,
 )
 from configs.logs import set_up_logging
+from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.trainable import learning_kinds
+from targets.find import checked_folder
 from trainer.lock import only_trainer
 
 log = logging.getLogger(__name__)
@@ -41,14 +44,15 @@ def main(version: VersionOption = False) -> None:
     """What is common to all commands."""
 
 
-@app.command()
+@app.command(context_settings=ANYTHING)
 def launch(
+    context: typer.Context,
     config: ConfigOption = None,
     set_: SetOption = None,
     print_config: PrintConfigOption = False,
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
-    settings = settings_from_cli(config, set_, print_config)
+    settings = settings_from_cli(config, set_, print_config, unknown=context.args)
     if settings.drafter.kind not in learning_kinds():
         typer.echo(
             f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to one "
@@ -59,11 +63,25 @@ def launch(
     set_up_logging(settings.log_level)
     stop = _stop_on_signal()
     try:
+        _check_disk(settings.run_dir)
         with only_trainer(settings.run_dir / "trainer"):
             _train(settings, stop)
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
+
+
+def _check_disk(run_dir: Path) -> None:
+    """
+    Raises:
+        OSError: nothing can be written to ``run_dir``; says so in words.
+    """
+    problem = why_unwritable(run_dir)
+    if problem is not None:
+        raise OSError(
+            f"run_dir {run_dir} cannot be written ({problem}): a trainer keeps its checkpoints and "
+            f"versions there; not starting. Make room there, or choose another run_dir"
+        )
 
 
 def _stop_on_signal() -> threading.Event:
@@ -95,11 +113,10 @@ def vocabulary(
     from buffer.backends import open_backend
     from buffer.fingerprint import target_fingerprint
     from buffer.traces import TraceReader
-    from targets.load import target_folder
     from trainer.vocabulary import count_generated, coverage, most_used, traces_in
 
     try:
-        folder = target_folder(settings.target)
+        folder = checked_folder(settings.target, settings.target_cache)
         num_tokens = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
         reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
         counts = count_generated(traces_in(reader), num_tokens, target_fingerprint(folder))
@@ -118,7 +135,8 @@ def _train(settings: Settings, stop: threading.Event) -> None:
         typer.Exit: 1 after logging why it cannot continue.
     """
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
-    # --help and a refused second trainer skip these imports: torch and transformers take seconds.
+    checked_folder(settings.target, settings.target_cache)
+    # --help and whoever was refused skip these imports: torch and transformers take seconds.
     from trainer.build import build_trainer
     from trainer.loop import run
 

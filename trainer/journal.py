@@ -167,6 +167,10 @@ _TEXTS = {
     "restored": (logging.WARNING, "weights restored from %(source)s: %(text)s"),
     "checkpoint": (logging.DEBUG, "checkpoint %(name)s written in %(seconds).1f s"),
     "checkpoint_failed": (logging.ERROR, "the checkpoint could not be written: %(text)s"),
+    "checkpoint_unreadable": (
+        logging.ERROR,
+        "weights are restored from the published version instead of a checkpoint: %(text)s",
+    ),
     "stopped": (logging.INFO, "stopped at step %(step)d"),
 }
 """Event -> level and text of its log line, filled in with the event's values."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,15 @@ import numpy as np
 from buffer.interface import WeightsStore
 from buffer.records import Manifest
 from configs.schema import Settings
-from trainer.checkpoint import read_checkpoint
+from policies.gate import GateVerdict
+from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.figures import UpdateReport
 from trainer.gate import Judge, Judgement
 from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
-from trainer.publish import publish_version
+from trainer.publish import is_same, publish_version
 from trainer.replay import Memory
 from trainer.saver import Saver
 from trainer.start import newest_drafter
@@ -36,11 +37,7 @@ QUIET_S = 15.0
 
 
 def run(trainer: Trainer) -> None:
-    """Train until told to stop, then save a checkpoint.
-
-    Raises:
-        ValueError: the weights are broken and the checkpoint to restore them from is damaged.
-    """
+    """Train until told to stop, then save a checkpoint."""
     trainer.intake.start()
     while not trainer.is_done():
         trainer.take_in_traces()
@@ -144,9 +141,7 @@ class Trainer:
             self.pace.judged(None, None, 0.0)
             return
         started = time.monotonic()
-        judgement = self.judge.judge(
-            self.learner.average, self.memory.held_out, self.memory.held_out_older
-        )
+        judgement = self._judgement()
         self.figures["gate"] = judgement.to_json()
         self.journal.event(
             "gate",
@@ -166,6 +161,18 @@ class Trainer:
         seconds = time.monotonic() - started
         self.pace.judged(relative, lacks, seconds)
         self._rest(seconds)
+
+    def _judgement(self) -> Judgement:
+        """Compare the averaged weights with the published version. After weights were restored they
+        may be the very same, which no margin makes a new version."""
+        learner, judge = self.learner, self.judge
+        judgement = judge.judge(learner.average, self.memory.held_out, self.memory.held_out_older)
+        if judgement.verdict.passed and is_same(
+            learner.trainable, learner.average, judge.incumbent
+        ):
+            reason = f"these are the weights of version {self.published.version} itself"
+            return replace(judgement, verdict=GateVerdict(False, reason))
+        return judgement
 
     def _publish(self, judgement: Judgement) -> None:
         """Publish the averaged weights; if the disk is full, training continues without."""
@@ -255,7 +262,7 @@ class Trainer:
     def _restore_weights(self) -> None:
         """Restore the last checkpoint or, if that did not help, the last published version."""
         self.report_checkpoint(wait=True)
-        saved = None if self.restored else read_checkpoint(self.saver.root)
+        saved = None if self.restored else self._last_checkpoint()
         if saved is None:
             self.learner.load_weights(self.judge.incumbent.state_dict())
         else:
@@ -269,6 +276,13 @@ class Trainer:
             text=f"{MAX_SKIPS} updates in a row were not finite; learning rate halved",
             lr_scale=self.learner.lr_scale,
         )
+
+    def _last_checkpoint(self) -> Checkpoint | None:
+        try:
+            return read_checkpoint(self.saver.root)
+        except CheckpointError as error:
+            self.journal.event("checkpoint_unreadable", text=str(error))
+            return None
 
     def _follow_roll_back(self) -> None:
         """Continue from the newest version that no server rolled back.

@@ -40,7 +40,8 @@ def publish_version(
         OSError: the disk is full or failed; nothing is published.
     """
     manifest = Manifest(
-        version=store.next_version(),
+        # Above its parent even where somebody deleted the store, and its record of numbers with it.
+        version=max(store.next_version(), parent.version + 1),
         parent=parent.version,
         kind=parent.kind,
         drafter_config=parent.drafter_config,
@@ -58,6 +59,12 @@ def publish_version(
     published = store.publish(manifest, {TENSORS: save(tensors)})
     store.prune(keep)
     return published
+
+
+def is_same(trainable: Trainable[Any], model: nn.Module, other: nn.Module) -> bool:
+    """Whether two drafters would be published with the same bytes."""
+    ours, theirs = (_to_store(trainable.bundle_tensors(m)) for m in (model, other))
+    return all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 
 
 def _to_store(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

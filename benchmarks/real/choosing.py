@@ -49,7 +49,8 @@ from serving.engine.loop import Engine
 from serving.profile import profile_steps
 from serving.requests import Request, SamplingParams
 from serving.service import Service
-from targets.load import load_tokenizer, target_folder
+from targets.find import target_folder
+from targets.load import load_tokenizer
 
 ARM_DOMAINS: tuple[Domain, ...] = DOMAINS[:4]
 MAX_DRAFT = 8

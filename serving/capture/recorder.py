@@ -24,6 +24,7 @@ EncodeTrace = Callable[[], Payload | None]
 
 _AT_ONCE = 16  # traces encoded before they are handed on: fewer turns of the interpreter's lock
 _LEAST_WAIT_S = 0.01  # with buffer.sync_interval_s at 0, every write is synced at once
+_SAY_EVERY_S = 10.0
 
 
 class Recorder:
@@ -56,6 +57,8 @@ class Recorder:
         """There are finished traces, or there is room for encoded ones."""
         self._may_write = threading.Condition(self._lock)
         """There are encoded traces, or all were encoded."""
+        self._said_s: dict[tuple[type, int | None], float] = {}
+        """Kind of an error -> monotonic time at which one was logged last."""
         self._closing = False
         self._all_encoded = False
         self._counts: Counter[str] = Counter()
@@ -163,10 +166,20 @@ class Recorder:
             else:
                 self._writer.tend()
         except OSError as error:
-            log.warning("the disk did not acknowledge traces (%s); serving continues", error)
+            self._say("the disk did not acknowledge traces", error)
 
     def _has_failed(self, errors: Iterable[Exception]) -> None:
         for error in errors:
-            log.warning("a trace is lost: it cannot be written (%s); serving continues", error)
+            self._say("a trace is lost: it cannot be written", error)
             with self._lock:
                 self._counts["failed"] += 1
+
+    def _say(self, what: str, error: Exception) -> None:
+        """Warn of each kind of error, at most once in ``_SAY_EVERY_S``: a disk that stays full
+        refuses every trace."""
+        now_s, kind = time.monotonic(), (type(error), getattr(error, "errno", None))
+        if now_s - self._said_s.get(kind, -_SAY_EVERY_S) >= _SAY_EVERY_S:
+            self._said_s[kind] = now_s
+            log.warning(
+                "%s (%s); serving continues, and all are counted (traces_total)", what, error
+            )

@@ -6,5 +6,6 @@ Start at ``app.create_app`` (the routes) and ``drain.serve`` (the process from s
 from serving.http.app import create_app
 from serving.http.drain import bind, serve
 from serving.http.face import RunningServer
+from serving.http.loading import answering_503
 
-__all__ = ["RunningServer", "bind", "create_app", "serve"]
+__all__ = ["RunningServer", "answering_503", "bind", "create_app", "serve"]

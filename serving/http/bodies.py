@@ -36,7 +36,8 @@ def json_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
     """
 
     async def read(request: Request) -> Model:
-        _check_content_type(request)
+        if _has_body(request):
+            _check_content_type(request)
         body = await read_body(request, context_of(request).settings.server.max_body_bytes)
         if len(body) <= INLINE_BYTES:
             return parse_body(body, model)
@@ -138,6 +139,12 @@ def _number(text: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise invalid(f"the body holds {name}, which is not JSON", code="invalid_json")
+
+
+def _has_body(request: Request) -> bool:
+    """Whether a body is announced; without one, its type does not matter."""
+    headers = request.headers
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _check_content_type(request: Request) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.http.errors import ApiError, internal, log_failure
+from serving.http.errors import ApiError, internal, log_failure, unavailable
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_HEAD_BYTES = 16 << 10
@@ -38,13 +39,23 @@ class Boundary:
 
         try:
             _check_head(scope)
-            await self._app(scope, receive, send_with_id)
+            await self._app(_without_slash(scope), receive, send_with_id)
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the process ends, and did not wait for this request
+            if not is_started:
+                gone = unavailable("The server is shutting down and had to end this request.")
+                await gone.response()(scope, receive, send_with_id)
         except Exception as error:  # the outermost handler that knows the request id
             log_failure(request_id, error)
             if not is_started:  # else the server drops the connection: the answer is incomplete
                 await internal(request_id).response()(scope, receive, send_with_id)
+
+
+def _without_slash(scope: Scope) -> Scope:
+    """The scope with a path that does not end in a slash: ``/v1/models/`` is ``/v1/models``."""
+    path = scope["path"]
+    return {**scope, "path": path[:-1]} if len(path) > 1 and path.endswith("/") else scope
 
 
 def _check_head(scope: Scope) -> None:

@@ -1,21 +1,18 @@
-"""The server process from binding its socket to its exit.
+"""The server process from its first request to its exit.
 
 On SIGTERM or SIGINT, /ready turns 503 and no new requests are admitted, while the listener stays
 open so that load balancers can see it. Requests in flight get at most ``server.drain_s`` to finish;
-then the process exits with 0. A second signal stops it immediately, with 1.
+then the process exits with 0. A second signal ends them at once: each is told so, and the process
+exits with 1. A third one waits for no client.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import h11
@@ -28,6 +25,7 @@ from serving.http.boundary import MAX_HEAD_BYTES
 from serving.http.context import Context, of_app
 from serving.http.errors import ApiError, invalid, logger
 from serving.http.face import ServedModel
+from serving.http.server_file import SERVER_FILE, ServerFile, remove_stale
 
 HEADER_S = 10.0
 """Time from the first byte of a request to the end of its headers."""
@@ -37,7 +35,8 @@ common load balancers 60 s). The client must close first: a request sent while t
 lost."""
 LAST_WORDS_S = 2.0
 """Time to answer clients whose requests were cancelled at the end of the drain."""
-SERVER_FILE = "server.json"
+BACKLOG = 2048
+"""Connections that may wait to be accepted, as in uvicorn."""
 
 
 def serve(
@@ -56,10 +55,10 @@ def serve(
     """
     listener = bind(settings) if bound is None else bound
     host, port = listener.getsockname()[:2]
-    file = settings.run_dir / SERVER_FILE
+    file = ServerFile(settings.run_dir, host, port, model.model_name)
 
     def announce() -> None:
-        write_server_file(file, host, port, model.model_name)
+        file.start()
         shown = f"[{host}]" if ":" in host else host
         logger.info("ready: serving %s at http://%s:%d", model.model_name, shown, port)
 
@@ -82,12 +81,12 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
-        remove_server_file(file)
-    return 1 if server.force_exit else 0
+        file.stop()
+    return 1 if server.is_cut_short else 0
 
 
 def bind(settings: Settings) -> socket.socket:
-    """A socket on the configured address. No client can connect before ``serve`` listens.
+    """A listening socket on the configured address, so that no other process can take it.
 
     Removes a ``server.json`` that a killed server left behind.
 
@@ -101,6 +100,7 @@ def bind(settings: Settings) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen(BACKLOG)  # two sockets may be bound to one port until one of them listens
     except OSError as error:
         bound.close()
         raise OSError(
@@ -108,35 +108,8 @@ def bind(settings: Settings) -> socket.socket:
             f"stop the process that listens there, or choose another port (0 for a free one)"
         ) from error
     # A killed server could not remove it, and this one is not reachable under that address.
-    _remove_stale(settings.run_dir / SERVER_FILE)
+    remove_stale(settings.run_dir / SERVER_FILE)
     return bound
-
-
-def _remove_stale(file: Path) -> None:
-    """Remove a ``server.json`` whose server is dead; that of a live one stays until this server
-    replaces it."""
-    try:
-        os.kill(json.loads(file.read_text())["pid"], 0)
-    except (FileNotFoundError, PermissionError):
-        return
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
-        file.unlink(missing_ok=True)
-
-
-def write_server_file(file: Path, host: str, port: int, model: str) -> None:
-    """Publish the server's address for other programs, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    record = {"pid": os.getpid(), "host": host, "port": port, "model": model}
-    draft.write_text(json.dumps(record) + "\n")
-    os.replace(draft, file)
-
-
-def remove_server_file(file: Path) -> None:
-    """Undo ``write_server_file``, unless another server of this run has overwritten the file."""
-    with contextlib.suppress(FileNotFoundError):
-        if json.loads(file.read_text())["pid"] == os.getpid():
-            file.unlink()
 
 
 class DrainingServer(uvicorn.Server):
@@ -149,6 +122,8 @@ class DrainingServer(uvicorn.Server):
         self._context = context
         self._announce = announce
         self._num_signals = 0
+        self._is_closing = False
+        """Nothing is in flight any more but responses that clients are reading."""
         self._deadline_s: float | None = None
         """End of the drain on the monotonic clock; ``None`` before it begins."""
 
@@ -160,8 +135,13 @@ class DrainingServer(uvicorn.Server):
         """Only sets flags: it interrupts the main thread anywhere, and the interrupted code may
         hold the locks that a longer call needs."""
         self._num_signals += 1
-        if self._num_signals > 1:
+        if self._num_signals > (1 if self._is_closing else 2):
             self.should_exit = self.force_exit = True
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Told to end before all requests had."""
+        return self._num_signals > 1
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second. Returns True to end the main loop."""
@@ -186,13 +166,15 @@ class DrainingServer(uvicorn.Server):
     def _is_drained(self) -> bool:
         """True if nothing is in flight, or if the time is up."""
         assert self._deadline_s is not None
-        left_s = self._deadline_s - time.monotonic()
+        left_s = 0.0 if self.is_cut_short else self._deadline_s - time.monotonic()
         num_left = self._context.server.inbox.num_inflight()
         if num_left and left_s > 0:
             return False
         if num_left:
-            logger.warning("drain time is up: cancelling %d requests", num_left)
+            why = "a second signal came" if self.is_cut_short else "drain time is up"
+            logger.warning("%s: cancelling %d requests", why, num_left)
             self._context.cancel_inflight()
+        self._is_closing = True
         # For responses still being written: a slow reader gets the rest of the drain.
         self.config.timeout_graceful_shutdown = math.ceil(max(left_s, LAST_WORDS_S))
         return True

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _RENEW_S = 600.0
 """Interval at which the in-use mark is renewed; a mark is valid for a day."""
+_RETRY_S = 5.0
+"""The same after a failure."""
 
 
 @dataclass(slots=True)
@@ -42,31 +44,57 @@ class Shelf:
         self.store = store
         self._producer = producer
         self._expected = expected
-        self._denied_written = set(store.read_denied())
+        self._denied_written: set[int] | None = None
+        with contextlib.suppress(OSError):
+            self._denied_written = set(store.read_denied())
         self._failed: dict[int, Hashable] = {}
-        self._marked_s = 0.0
+        self._mark_due_s = 0.0
+        self._problem: str | None = None
+        """Why the last note could not be stored; a problem that lasts is logged once."""
 
     def mark(self, versions: set[int]) -> None:
-        """Keep versions from being pruned."""
-        self.store.mark_in_use(self._producer, versions)
-        self._marked_s = time.monotonic()
+        """Keep versions from being pruned. If the disk refuses, they are served nevertheless: they
+        are in memory."""
+        with self._noting():
+            self._mark_due_s = time.monotonic() + _RETRY_S
+            self.store.mark_in_use(self._producer, versions)
+            self._mark_due_s = time.monotonic() + _RENEW_S
 
     def renew(self, versions: set[int]) -> None:
-        """``mark`` again, if the last mark is old."""
-        if time.monotonic() - self._marked_s > _RENEW_S:
+        """``mark`` again, if the last mark is old or failed."""
+        if time.monotonic() >= self._mark_due_s:
             self.mark(versions)
 
     def unmark(self) -> None:
-        self.store.unmark_in_use(self._producer)
+        with self._noting():
+            self.store.unmark_in_use(self._producer)
 
     def remember_denied(self, denied: set[int]) -> None:
         """Store rolled-back versions, so that a restart does not begin with one of them."""
-        if denied != self._denied_written:
+        if denied == self._denied_written:
+            return
+        with self._noting():
             wanted, others = set(denied), set[int]()  # others: by further servers of the run
             with contextlib.suppress(ValueError):  # the list is unreadable: ours replaces it
                 others = self.store.read_denied()
             self.store.write_denied(wanted | others)
             self._denied_written = wanted  # only now: a full disk must not make us forget them
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Storing what this server does with versions; that it fails is logged, once."""
+        try:
+            yield
+        except OSError as error:
+            if str(error) != self._problem:
+                log.warning(
+                    "cannot record which versions are in use or rolled back (%s); serving "
+                    "continues, and this is tried again",
+                    error,
+                )
+            self._problem = str(error)
+        else:
+            self._problem = None
 
     def load(self, version: int, force: WeightsInForce) -> Staged:
         """Read, check and stage a version.
@@ -136,11 +164,8 @@ class Swapper:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(5.0)
-        try:
-            self._shelf.remember_denied(self._force.denied)
-            self._shelf.unmark()
-        except OSError as error:  # the rest of the server has to stop too
-            log.warning("cannot record which versions were rolled back or in use (%s)", error)
+        self._shelf.remember_denied(self._force.denied)
+        self._shelf.unmark()
 
     def status(self) -> dict[str, Any]:
         """What ``GET /admin/drafter`` shows."""
@@ -213,11 +238,7 @@ class Swapper:
         self._wake_engine()
         if not order.done.wait(timeout_s):
             raise ValueError("the engine did not take the order in time; it will when it wakes up")
-        try:
-            self._shelf.mark(self._force.versions())
-        except OSError as error:  # the order is carried out, and the former mark still stands
-            self._last_error = str(error)
-            log.warning("cannot mark the versions in use (%s); serving continues", error)
+        self._shelf.mark(self._force.versions())
 
     def _load(self, version: int) -> Staged:
         try:
@@ -240,9 +261,10 @@ class Swapper:
                     self._shelf.renew(self._force.versions())
                     if self._automatic and self._pinned is None and not self._on_trial:
                         self._look()
-            except OSError as error:  # a full disk must not stop the watcher
+            except OSError as error:  # a disk that fails must not stop the watcher
+                if str(error) != self._last_error:
+                    log.warning("cannot look for new versions (%s); serving continues", error)
                 self._last_error = str(error)
-                log.warning("cannot look for new versions (%s); serving continues", error)
 
     @property
     def _on_trial(self) -> bool:

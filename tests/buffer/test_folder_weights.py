@@ -79,7 +79,7 @@ def test_a_damaged_list_of_rolled_back_versions_is_named(store, tmp_path):
 def test_a_version_is_never_used_twice_even_if_its_bundle_is_gone(store, tmp_path):
     for version in range(4):
         publish_version(store, version)
-    assert store.prune(keep=1) == [0, 1, 2]
+    assert store.prune(keep=1) == [1, 2]
     for path in (tmp_path / "3").iterdir():
         path.unlink()
     (tmp_path / "3").rmdir()
@@ -408,4 +408,4 @@ def test_a_damaged_bundle_in_use_stays_and_stops_nothing(store, tmp_path):
     for version in range(4):
         publish_version(store, version, parent=version - 1 if version else None)
     (tmp_path / "1" / "manifest.json").write_text("{")
-    assert store.prune(keep=1, in_use=[1, 99]) == [0, 2]
+    assert store.prune(keep=1, in_use=[1, 99]) == [2]

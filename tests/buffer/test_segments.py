@@ -75,6 +75,7 @@ def test_a_reader_of_a_log_that_does_not_exist_yet_finds_it_later(tmp_path):
 def test_a_reader_that_looks_before_a_writer_has_its_lock_still_finds_its_records(tmp_path):
     with SegmentWriter(tmp_path / "elsewhere", LIMITS) as writer:
         writer.append(payload(0))
+        writer.sync()
         (tmp_path / "log" / "w1-1").mkdir(parents=True)
         reader = SegmentReader(tmp_path / "log")
         assert reader.read(10) == []

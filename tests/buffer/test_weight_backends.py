@@ -94,7 +94,7 @@ def test_a_version_is_never_used_twice(store):
 def test_a_version_is_never_used_twice_even_after_it_was_pruned(store, open_buffer):
     for version in range(4):
         publish(store, version)
-    assert store.prune(keep=1) == [0, 1, 2]
+    assert store.prune(keep=1) == [1, 2]
 
     again = open_buffer().open_weights()
     assert again.next_version() == 4
@@ -213,19 +213,19 @@ def test_pruning_keeps_the_newest_those_in_use_and_their_parents(store, open_buf
     server.mark_in_use("server-1", [3])
     server.mark_in_use("server-1", [4])  # replaces the first
 
-    assert store.prune(keep=2, in_use={7}) == [0, 1, 3, 6]
-    assert store.versions() == [2, 4, 5, 7, 8, 9]
+    assert store.prune(keep=2, in_use={7}) == [1, 3, 6]
+    assert store.versions() == [0, 2, 4, 5, 7, 8, 9]
     server.unmark_in_use("server-1")
     server.unmark_in_use("server-1")
     assert store.prune(keep=2) == [2, 4, 5, 7]
-    assert [store.read(version).manifest.version for version in store.versions()] == [8, 9]
+    assert [store.read(version).manifest.version for version in store.versions()] == [0, 8, 9]
     assert store.prune(keep=2) == []
 
 
 def test_a_version_in_use_that_is_gone_stops_no_pruning(store):
     for version in range(3):
         publish(store, version)
-    assert store.prune(keep=1, in_use=[99]) == [0, 1]
+    assert store.prune(keep=1, in_use=[99]) == [1]
 
 
 def test_pruning_everything_is_refused(store):

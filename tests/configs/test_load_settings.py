@@ -217,7 +217,10 @@ def test_an_open_address_needs_a_key():
         ),
         (("drafter.kind=suffix", "drafter.suffix.enabled=false"), "drafter.kind 'suffix' needs"),
         (("drafter.suffix.min_match=13",), "drafter.suffix.min_match 13 is above"),
-        (("engine.num_pages=100",), "engine.num_pages 100 of engine.page_size 16"),
+        (
+            ("engine.num_pages=100", "engine.max_model_len=2048"),
+            "engine.num_pages 100 of engine.page_size 16",
+        ),
         (("buffer.max_bytes=8192",), "buffer.max_bytes 8192 holds less than two segments"),
         ((f"server.api_key={MASK}",), "server.api_key is the mask"),
     ],

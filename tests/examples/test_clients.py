@@ -31,9 +31,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tiny_target_dir: Path, run_dir: Path) -> Iterator[Server]:
-    settings = DemoSettings(
-        run_dir=run_dir, overrides=(f"target={tiny_target_dir}", "drafter.path=null")
-    )
+    own = (f"target={tiny_target_dir}", "drafter.path=null", "engine.max_model_len=512")
+    settings = DemoSettings(run_dir=run_dir, overrides=own)
     children: list[Child] = []
     try:
         children.append(begin_server(settings))

@@ -37,7 +37,8 @@ sys.exit(carry_out(DemoSettings(
     overrides=(
         f"target={target}", "drafter.path=null", "trainer.min_traces=4", "trainer.warmup_steps=0",
         "trainer.publish_every_steps=1", "trainer.gate_margin=0.5", "trainer.batch_tokens=256",
-        "trainer.held_out_every=2", "trainer.replay_ratio=50", *sys.argv[5:],
+        "trainer.held_out_every=2", "trainer.replay_ratio=50", "engine.max_model_len=512",
+        *sys.argv[5:],
     ),
     phases=tuple(
         Phase(name, domain, name == "c", seconds * (20 if name == "c" else 1), enough_requests=4)

@@ -21,10 +21,11 @@ from oracles.forked import Forked
 from oracles.gguf_files import MODELS, random_source, write_gguf
 from oracles.support import REPOSITORY, tiny_tokenizer
 from serving.build import build_service, load_target
+from targets.find import target_folder, target_name
 from targets.gguf_cache import RECORD, default_cache
 from targets.gguf_tokenizer import tokenizer_of
 from targets.head import load_target_head
-from targets.load import load_model, load_tokenizer, target_folder, target_name
+from targets.load import load_model, load_tokenizer
 from targets.target import Target
 
 CPU = torch.device("cpu")
@@ -303,7 +304,7 @@ def test_what_a_killed_conversion_left_behind_is_removed(file, folder, tmp_path)
 CONVERT = """
 import logging, sys
 from pathlib import Path
-from targets.load import target_folder
+from targets.find import target_folder
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
 print("folder", target_folder(sys.argv[1], Path(sys.argv[2])))
 """

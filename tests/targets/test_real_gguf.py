@@ -14,8 +14,9 @@ import torch
 
 from examples.real_target import FILE, FOLDER, NotFetched, fetch
 from oracles.support import REPOSITORY
+from targets.find import target_folder
 from targets.fused import supports
-from targets.load import load_model, load_tokenizer, target_folder
+from targets.load import load_model, load_tokenizer
 from tests.serving.http.live import MODEL, LiveServer, running_server
 
 CPU = torch.device("cpu")

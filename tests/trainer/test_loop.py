@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from tests.trainer.traffic import (
     with_rows,
     write_traces,
 )
+from trainer import publish
 from trainer.build import build_trainer
 from trainer.checkpoint import CheckpointError, read_checkpoint
 from trainer.loop import QUIET_S, Trainer
@@ -234,6 +236,117 @@ def test_an_absurd_learning_rate_publishes_nothing(world: World, tmp_path: Path)
     assert FolderWeights(tmp_path / "weights").versions() == [0]
     assert status(tmp_path)["skipped"] >= 3
     assert events(tmp_path, "restored")
+
+
+@pytest.mark.parametrize("margin", [0.5, 1.0, 1.005])
+def test_weights_that_are_published_already_are_no_new_version(
+    world: World, tmp_path: Path, margin: float
+) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, gate_margin=margin, gate_confidence=0.5))
+    trainer.take_in_traces()
+    trainer.learner.load_weights(trainer.judge.incumbent.state_dict())
+
+    trainer.judge_candidate()
+
+    assert FolderWeights(tmp_path / "weights").versions() == [0]
+    [gate] = events(tmp_path, "gate")
+    assert not gate["passed"]
+    wanted = "the weights of version 0 itself" if margin < 1 else "no better than the incumbent"
+    assert wanted in gate["reason"]
+
+
+@pytest.mark.parametrize("margin", [0.01, 1.0])
+def test_a_learning_rate_that_blows_up_never_publishes_a_version_again(
+    world: World, tmp_path: Path, margin: float
+) -> None:
+    write_traces(tmp_path, world.traces)
+    loose = {"gate_margin": margin, "gate_confidence": 0.5, "publish_every_steps": 1}
+
+    train(settings_for(tmp_path, world.target, lr=1e9, max_steps=12, keep_versions=99, **loose))
+
+    store = FolderWeights(tmp_path / "weights")
+    digests = [store.read_manifest(v).files[TENSORS] for v in store.versions()]
+    assert all(before != after for before, after in itertools.pairwise(digests))
+    assert events(tmp_path, "restored")
+
+
+def test_drafters_are_compared_in_the_dtype_in_which_they_are_published(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(settings_for(tmp_path, world.target))
+    model, trainable = trainer.learner.average, trainer.learner.trainable
+    with torch.no_grad():
+        model.fc.weight.mul_(1 + 1e-6)
+    assert not publish.is_same(trainable, model, trainer.judge.incumbent)
+    monkeypatch.setattr(publish, "LARGEST_FLOAT32_BYTES", 0)
+    assert publish.is_same(trainable, model, trainer.judge.incumbent)
+    with torch.no_grad():
+        model.fc.weight.mul_(1.1)
+    assert not publish.is_same(trainable, model, trainer.judge.incumbent)
+
+
+def test_a_store_that_was_deleted_does_not_begin_again_at_0(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, gate_margin=0.01))
+    trainer.take_in_traces()
+    for version in (1, 2):
+        trainer.update()
+        trainer.judge_candidate()
+        assert trainer.published.version == version
+    shutil.rmtree(tmp_path / "weights")
+
+    trainer.update()
+    trainer.judge_candidate()
+
+    assert FolderWeights(tmp_path / "weights").versions() == [3]
+
+
+def test_version_0_stays_whatever_is_published_after_it(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target, gate_margin=0.01, keep_versions=2))
+    trainer.take_in_traces()
+    for _ in range(4):
+        trainer.update()
+        trainer.judge_candidate()
+    assert FolderWeights(tmp_path / "weights").versions() == [0, 3, 4]
+
+
+def test_without_a_sound_checkpoint_broken_weights_are_those_of_the_version_again(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces)
+    trainer = build(settings_for(tmp_path, world.target))
+    trainer.take_in_traces()
+    for file in (tmp_path / "trainer" / "checkpoints").glob("*/state.safetensors"):
+        file.write_bytes(b"")
+    with torch.no_grad():
+        trainer.learner.model.norm.weight.fill_(float("nan"))
+    for _ in range(3):
+        trainer.update()
+
+    assert trainer.learner.model.fc.weight.equal(weights(tmp_path, 0)["fc.weight"])
+    assert "cannot be used" in events(tmp_path, "checkpoint_unreadable")[0]["text"]
+
+
+def test_a_trainer_goes_on_from_the_older_checkpoint_if_the_newest_is_damaged(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces)
+    settings = settings_for(tmp_path, world.target)
+    trainer = build(settings)
+    trainer.take_in_traces()
+    for _ in range(2):
+        trainer.update()
+        trainer.checkpoint()
+    trainer.report_checkpoint(wait=True)
+    newest = tmp_path / "trainer" / "checkpoints" / "00000003" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-5])
+
+    again = build(settings)
+
+    assert again.learner.step == 1
+    assert events(tmp_path, "resumed")[-1]["step"] == 1
 
 
 def test_a_resumed_trainer_is_the_one_that_was_never_stopped(world: World, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from buffer.codec import decode_trace
 from buffer.interface import TraceLimits
 from buffer.memory import MemoryWriter, _Held
 from buffer.records import Round
+from buffer.segment_writer import SegmentWriter
 from buffer.traces import TraceReader
 from oracles.engines import make_engine, random_model, request_of, run
 from serving.capture.recorder import Recorder
@@ -296,6 +297,18 @@ def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
     told = " ".join(record.getMessage() for record in caplog.records)
     assert "tenant must be a short text" in told
     assert "over half of max_bytes" in told
+
+
+def test_a_disk_that_refuses_every_trace_is_not_named_for_each(caplog, tmp_path):
+    (tmp_path / "file").write_text("")
+    recorder = Recorder(SegmentWriter(tmp_path / "file" / "x", LIMITS), 100, 0.01, 1 << 24)
+    for _ in range(50):
+        recorder.put(lambda: b"one")
+    recorder.start()
+    recorder.close(20)
+
+    assert recorder.counts() == {"queued": 50, "written": 0, "dropped": 0, "failed": 50}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import httpx
+import pytest
 
 from buffer.folder_weights import FolderWeights
 from tests.serving.http.live import LiveServer, wait_for
@@ -76,7 +77,53 @@ def test_orders_take_exactly_their_fields(server: LiveServer):
             ("rollback", {"version": 1}),
         ]:
             assert order(client, what, body).status_code == 400
-        assert client.post("/admin/drafter/rollback").status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ({}, None, 409),
+        ({}, b"", 409),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, b"", 409),  # curl -d ''
+        ({"Content-Type": "text/plain", "Content-Encoding": "gzip"}, b"", 409),
+        ({"Content-Type": "application/json"}, b"", 409),
+        ({}, b"{}", 415),
+        ({"Content-Type": "text/plain"}, b"{}", 415),
+        ({"Transfer-Encoding": "chunked"}, b"", 415),
+    ],
+)
+def test_an_order_without_a_body_needs_no_content_type(
+    locked_server: LiveServer, headers, content, status
+):
+    """409: this server's drafter does not learn, so there is nothing to roll back."""
+    with locked_server.client() as client:
+        answer = client.post("/admin/drafter/rollback", headers=headers, content=content)
+        assert answer.status_code == status, answer.text
+        refused = client.post("/v1/completions", headers=headers, content=content)
+        assert refused.status_code == (415 if status == 415 else 400)
+
+
+def test_a_web_page_still_cannot_order_anything(server: LiveServer):
+    """A browser sends a POST without a body to any address unasked, but says where it is from."""
+    for what in ("drafter/rollback", "drafter/swap", "drain"):
+        answer = httpx.post(f"{server.url}/admin/{what}", headers={"Origin": "https://a.example"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "web_page")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/tiny", "/health", "/ready", "/version", "/admin/drafter"]
+)
+def test_a_slash_at_the_end_of_a_path_changes_nothing(server: LiveServer, path: str):
+    with server.client() as client:
+        with_slash, without = client.get(path + "/"), client.get(path)
+        assert with_slash.status_code == without.status_code == 200
+        assert with_slash.json().keys() == without.json().keys()
+        assert client.get("//").status_code == 404
+
+
+def test_a_slash_at_the_end_opens_no_door(locked_server: LiveServer):
+    for path in ("/v1/models/", "/v1/models/org/tiny/", "/admin/drafter/", "/metrics/"):
+        assert httpx.get(f"{locked_server.url}{path}").status_code == 401
 
 
 def test_a_request_may_keep_out_of_the_traces(server: LiveServer):

@@ -51,6 +51,7 @@ def test_a_target_that_is_not_there_is_one_line(tmp_path: Path):
     assert answer.returncode == 1
     assert "Traceback" not in answer.stderr
     assert "nothing" in answer.stderr
+    assert "imported torch" not in answer.stderr
 
 
 def test_a_port_in_use_fails_before_the_model_is_loaded(tmp_path: Path):

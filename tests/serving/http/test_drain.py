@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
-import os
 import signal
 import socket
-import subprocess
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -19,9 +16,7 @@ import openai
 import pytest
 import uvicorn
 
-from configs.schema import ServerSettings, Settings
 from serving.http import drain
-from serving.http.drain import write_server_file
 from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
 
 LONG = {
@@ -38,6 +33,7 @@ def quick_server(target: Path, folder: Path, *more: str) -> AbstractContextManag
     return running_server(target, folder, "drafter.kind=suffix", *more)
 
 
+WHOLE = {"prompt": "a", "max_tokens": 480, "ignore_eos": True, "n": 8}
 NAMED = {**LONG, "model": "org/tiny"}
 
 
@@ -109,9 +105,19 @@ def test_requests_that_outlast_the_drain_are_told(tiny_target_dir: Path, tmp_pat
 
 
 def test_after_an_admin_drain_two_signals_stop_at_once(tiny_target_dir: Path, tmp_path: Path):
+    """Whoever waits for an answer is told why there is none."""
+    statuses: list[int] = []
+
+    def ask_whole(server: LiveServer) -> None:
+        with server.client() as own:
+            statuses.append(own.post("/v1/completions", json=WHOLE).status_code)
+
     with quick_server(tiny_target_dir, tmp_path) as server, server.openai() as client:
         stream = iter(client.completions.create(**LONG, n=8, stream=True))
         next(stream)
+        asking = threading.Thread(target=ask_whole, args=(server,))
+        asking.start()
+        wait_for(lambda: server.metric("num_requests_waiting") > 0, 5)
         with server.client() as admin:
             answer = admin.post("/admin/drain", json={})
             assert (answer.status_code, answer.json()["draining"]) == (200, True)
@@ -122,7 +128,12 @@ def test_after_an_admin_drain_two_signals_stop_at_once(tiny_target_dir: Path, tm
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: "a second signal" in server.log, 5)
         server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            text_of(stream)
         assert server.process.wait(timeout=15) == 1
+        asking.join(5)
+        assert statuses == [503]
+        assert "Traceback" not in server.log
 
 
 def test_a_full_queue_is_answered_429_at_once(locked_server: LiveServer):
@@ -159,36 +170,6 @@ def test_the_server_listens_on_loopback_only(server: LiveServer):
         pytest.skip("this machine has no other address")
     with pytest.raises(OSError):
         socket.create_connection((own, server.port), timeout=2)
-
-
-def test_the_server_file_is_whole_or_absent(tmp_path: Path):
-    file = tmp_path / "run" / "server.json"
-    write_server_file(file, "127.0.0.1", 1234, "tiny")
-    write_server_file(file, "127.0.0.1", 4321, "tiny")
-    assert json.loads(file.read_text())["port"] == 4321
-    assert [p.name for p in file.parent.iterdir()] == ["server.json"]
-
-    drain.remove_server_file(file)
-    assert not file.exists()
-    file.write_text('{"pid": 1}')  # another server's
-    drain.remove_server_file(file)
-    assert file.exists()
-
-
-def test_a_start_removes_the_server_file_of_a_dead_server_only(tmp_path: Path):
-    settings = Settings(run_dir=tmp_path, server=ServerSettings(port=0))
-    file = tmp_path / drain.SERVER_FILE
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    for text, is_kept in (
-        (json.dumps({"pid": os.getppid()}), True),
-        (json.dumps({"pid": dead.pid}), False),
-        ("[]", False),
-        ("{", False),
-    ):
-        file.write_text(text)
-        drain.bind(settings).close()
-        assert file.exists() == is_kept, text
 
 
 def test_headers_that_never_end_are_cut_off(monkeypatch: pytest.MonkeyPatch):

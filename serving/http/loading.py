@@ -1,0 +1,95 @@
+"""What clients are told while the model loads: the port is held, but nothing is served yet.
+
+The listener is open from the start, so that no other process can take the port during minutes of
+loading. Without an answer, clients and health checks would hang that long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+from starlette.responses import Response
+
+from serving.http.boundary import MAX_HEAD_BYTES
+from serving.http.errors import ApiError
+from serving.http.response_bodies import Health
+from serving.http.responses import json_answer
+
+_HEAD_S = 10.0
+"""Time to send a request's headers."""
+_REST_S = 1.0
+"""Time to send the rest of a request, which is discarded: closing before it came could cost the
+client the answer."""
+
+
+@contextlib.contextmanager
+def answering_503(listener: socket.socket) -> Iterator[None]:
+    """Answer every request with 503, and ``/health`` with 200, until the block ends.
+
+    Connections that nobody has accepted by then stay in the listener's queue.
+
+    Args:
+        listener: a listening socket; it stays open.
+    """
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(
+        asyncio.start_server(_answer, sock=listener.dup(), limit=MAX_HEAD_BYTES)
+    )
+    thread = threading.Thread(target=loop.run_forever, name="loading", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(_end(server))
+        loop.close()
+
+
+async def _end(server: asyncio.Server) -> None:
+    """Close the server's own descriptor, and leave the clients that are being answered."""
+    server.close()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await asyncio.sleep(0)  # the connections are closed by the loop's next turn
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        async with asyncio.timeout(_HEAD_S):
+            head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(_response(head))
+        writer.write_eof()
+        async with asyncio.timeout(_REST_S):
+            while await reader.read(1 << 16):
+                pass
+    except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
+        pass
+    finally:
+        writer.close()
+
+
+def _response(head: bytes) -> bytes:
+    """The whole answer to a request with these headers."""
+    words = head.partition(b"\r\n")[0].split(b" ")
+    path = words[1].partition(b"?")[0] if len(words) > 1 else b""
+    is_health = path in (b"/health", b"/health/")
+    answer = json_answer(Health(status="alive")) if is_health else _not_yet()
+    reason = b"200 OK" if is_health else b"503 Service Unavailable"
+    lines = [b"HTTP/1.1 " + reason, *(b": ".join(header) for header in answer.raw_headers)]
+    return b"\r\n".join([*lines, b"connection: close", b"", bytes(answer.body)])
+
+
+def _not_yet() -> Response:
+    return ApiError(
+        503,
+        "The server is loading its model; retry shortly.",
+        code="loading",
+        headers={"Retry-After": "1"},
+    ).response()

@@ -1,0 +1,127 @@
+"""Find a target and refuse one that cannot work, without torch.
+
+A mistake is told at once, not after the seconds of importing torch and the minutes of loading.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from buffer.fingerprint import weight_files
+from targets.gguf_cache import converted_folder
+
+GGUF = ".gguf"
+"""Ending of the name of a GGUF file."""
+_MAX_HEADER_BYTES = 100 << 20  # what the safetensors library accepts
+_INDEX = "model.safetensors.index.json"
+
+
+def target_folder(target: str, cache: Path | None = None) -> Path:
+    """Folder of a target: the path itself, what a GGUF file was converted into, or the snapshot of
+    a Hugging Face id, downloaded if new.
+
+    Args:
+        cache: folder of converted GGUF files; ``None``: ``targets.gguf_cache.default_cache()``.
+
+    Raises:
+        ValueError: ``target`` is neither a folder, nor a GGUF file or an id that can be loaded.
+    """
+    path = Path(target)
+    if path.is_dir():
+        return path
+    if path.is_file() or target.endswith(GGUF):
+        return converted_folder(path, cache)
+    if path.is_absolute() or target.startswith("."):
+        raise ValueError(f"target {target!r} is neither a folder nor a GGUF file")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():  # in a log file they would be control characters
+        disable_progress_bars()
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(target, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"target {target!r} is neither a folder, a GGUF file nor a Hugging Face id that can be "
+            f"loaded ({type(error).__name__}: {error})"
+        ) from error
+
+
+def checked_folder(target: str, cache: Path | None = None) -> Path:
+    """``target_folder``, with all its weights there and whole.
+
+    Raises:
+        ValueError: as ``target_folder`` does, or a file is missing, cut off or no safetensors file.
+    """
+    folder = target_folder(target, cache)
+    files = weight_files(folder)
+    _read_json(folder / "config.json")
+    if (folder / _INDEX).is_file():
+        _check_index(folder, {path.name for path in files})
+    for path in files:
+        _check_whole(path)
+    return folder
+
+
+def target_name(target: str) -> str:
+    """Name of a target in the API: the last part of its path or id, without ``.gguf``."""
+    return Path(target).absolute().name.removesuffix(GGUF)
+
+
+def _check_index(folder: Path, present: set[str]) -> None:
+    index = _read_json(folder / _INDEX)
+    named = index.get("weight_map")
+    if not isinstance(named, dict):
+        raise ValueError(f"{folder / _INDEX} has no weight_map; download the target again")
+    missing = sorted({str(name) for name in named.values()} - present)
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the files that {_INDEX} names: "
+            f"{', '.join(missing[:3])}; download the target again"
+        )
+
+
+def _check_whole(path: Path) -> None:
+    """Compare the size of a safetensors file with what its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{path} is not a safetensors file ({size} bytes); download the target again"
+            )
+        header = file.read(length)
+    if len(header) < length:
+        raise _cut_off(path, 8 + length, size)
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for n, entry in entries.items() if n != "__metadata__"]
+        last = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise ValueError(
+            f"{path} is damaged: its header cannot be read; download the target again"
+        ) from None
+    if size != last:
+        raise _cut_off(path, last, size)
+
+
+def _cut_off(path: Path, wanted: int, size: int) -> ValueError:
+    what = "cut off" if size < wanted else "damaged"
+    return ValueError(
+        f"{path} is {what}: by its header it holds {wanted} bytes or more, but it has {size}; "
+        f"download the target again"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,74 @@
+"""Whether settings, tokenizer and weights of a target fit each other."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_STRETCHED = ("linear", "dynamic")
+"""Rules of scaled rotary positions that multiply ``max_position_embeddings``."""
+
+
+def num_positions(config: Any) -> int | None:
+    """Positions that a target was made for, with its scaled rotary positions; ``None``: it does not
+    say.
+
+    Args:
+        config: Hugging Face config of the target.
+    """
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if most is None:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rule, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if factor is None:
+        return int(most)
+    if rule == "yarn":  # its config may hold the positions before or after scaling
+        before = rope.get("original_max_position_embeddings") or most
+        return max(int(most), int(before * factor))
+    return int(most * factor) if rule in _STRETCHED else int(most)
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Refuse a tokenizer with tokens that the target lacks.
+
+    Special tokens that only a prompt for another kind of input holds, such as Gemma's for images,
+    are passed over with a warning: a request that uses one is refused.
+
+    Raises:
+        ValueError: ordinary text or the chat template could yield a token without an embedding.
+    """
+    size: int = config.get_text_config().vocab_size
+    beyond = {name: i for name, i in tokenizer.get_vocab().items() if i >= size}
+    if not beyond:
+        return
+    unused = {name for name, i in beyond.items() if _is_unused(tokenizer, name, i)}
+    names = ", ".join(f"{name!r} ({i})" for name, i in sorted(beyond.items(), key=_by_id)[:3])
+    if unused == beyond.keys():
+        log.warning(
+            "the tokenizer has %d special tokens that the target has not: %s; requests that hold "
+            "one are refused",
+            len(beyond),
+            names,
+        )
+        return
+    raise ValueError(
+        f"the tokenizer has {len(beyond)} tokens that the target has not, whose vocabulary is "
+        f"{size}: {names}; use the tokenizer that belongs to the target, or resize its embeddings"
+    )
+
+
+def _by_id(item: tuple[str, int]) -> int:
+    return item[1]
+
+
+def _is_unused(tokenizer: Any, name: str, token_id: int) -> bool:
+    """Whether a token is a special one that neither the chat template nor the tokenizer adds."""
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    if added is None or not added.special:
+        return False
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token)
+    return name not in named and name not in str(tokenizer.chat_template or "")

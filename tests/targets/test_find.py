@@ -1,0 +1,204 @@
+"""A target that cannot work is refused by name, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BloomConfig, GPT2Config
+
+from buffer.fingerprint import target_fingerprint
+from oracles.support import EOS, tiny_qwen3_config, tiny_tokenizer
+from targets.find import checked_folder
+from targets.fits import check_tokenizer, num_positions
+from targets.load import load_model
+from tests.serving.http.live import environment
+
+
+@pytest.fixture
+def target(tiny_target_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_target_dir, tmp_path / "target"))
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def split(target: Path) -> None:
+    """Make two files of the weights, with their index."""
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, part in files.items():
+        save_file({n: tensors[n] for n in part}, target / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {n: f for f, part in files.items() for n in part}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_finding_imports_no_torch():
+    code = (
+        "import sys; from targets.find import checked_folder; checked_folder(sys.argv[1]); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    command = [sys.executable, "-c", code, "examples/target"]
+    assert subprocess.run(command, env=environment()).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [
+        (-1, "is cut off: by its header it holds"),
+        (-100_000, "is cut off: by its header it holds"),
+        (400, "is cut off: by its header it holds"),
+        (8, "is cut off: by its header it holds"),
+        (7, "is not a safetensors file (7 bytes)"),
+        (0, "is not a safetensors file (0 bytes)"),
+    ],
+)
+def test_weights_that_are_cut_off_are_refused(target: Path, num_bytes: int, said: str):
+    file = target / "model.safetensors"
+    cut(file, num_bytes)
+    with pytest.raises(ValueError, match="download the target again") as refused:
+        checked_folder(str(target))
+    assert str(refused.value).startswith(f"{file} {said}")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html>404 not found</html>" * 9, "is not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not a safetensors file"),
+        ((2).to_bytes(8, "little") + b"[]", "its header cannot be read"),
+        ((2).to_bytes(8, "little") + b"{]", "its header cannot be read"),
+        ((9).to_bytes(8, "little") + b'{"a": {}}', "its header cannot be read"),
+        ((2).to_bytes(8, "little") + b"{}more", "is damaged: by its header it holds 10 bytes"),
+    ],
+)
+def test_files_that_are_no_weights_are_refused(target: Path, content: bytes, said: str):
+    (target / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        checked_folder(str(target))
+
+
+def test_a_split_target_needs_all_its_files_whole(target: Path):
+    split(target)
+    assert checked_folder(str(target)) == target
+    cut(target / "b.safetensors", -1)
+    with pytest.raises(ValueError, match=r"b\.safetensors is cut off"):
+        checked_folder(str(target))
+    (target / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of the files .*: b\.safetensors"):
+        checked_folder(str(target))
+    (target / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json cannot be read"):
+        checked_folder(str(target))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_config_that_is_no_config_is_refused(target: Path, content: str):
+    (target / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read|must hold)"):
+        checked_folder(str(target))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_without_config_or_weights_is_no_target(target: Path, missing: str):
+    (target / missing).unlink()
+    with pytest.raises(ValueError, match=r"has no (config\.json|\*\.safetensors)") as early:
+        checked_folder(str(target))
+    with pytest.raises(ValueError) as late:
+        target_fingerprint(target)
+    assert str(early.value) == str(late.value)
+
+
+def test_weights_that_are_missing_or_misshapen_are_no_random_ones(target: Path):
+    file, name = target / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    save_file({n: t for n, t in tensors.items() if n != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights of the model: {name}"):
+        load_model(target, torch.float32, torch.device("cpu"))
+    save_file({**tensors, name: tensors[name][:-1].clone()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} has the shape \(63, 32\).*needs \(64, 32\)"):
+        load_model(target, torch.float32, torch.device("cpu"))
+
+
+# ---- tokenizer and positions ---------------------------------------------------------------------
+
+
+def config(vocab_size: int, **more: object):
+    made = tiny_qwen3_config(vocab_size, 0)
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_a_tokenizer_as_large_as_the_target_or_smaller_fits(caplog):
+    tokenizer = tiny_tokenizer()
+    for vocab_size in (len(tokenizer), len(tokenizer) + 40):
+        check_tokenizer(tokenizer, config(vocab_size))
+    assert not caplog.records
+
+
+def test_a_tokenizer_that_is_larger_is_refused_with_both_sizes():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match=r"8 tokens that the target has not.* is 280: '.*' \(280"):
+        check_tokenizer(tokenizer, config(280))
+
+
+def test_an_added_token_that_text_or_the_template_can_yield_is_refused():
+    for special in (False, True):
+        tokenizer = tiny_tokenizer()
+        size = len(tokenizer)
+        tokenizer.add_tokens(["<|user|>"], special_tokens=special)
+        if special:
+            tokenizer.chat_template = "<|user|>" + tokenizer.chat_template
+        with pytest.raises(ValueError, match=rf"1 tokens.*'<\|user\|>' \({size}\)"):
+            check_tokenizer(tokenizer, config(size))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|stop|>"})
+    with pytest.raises(ValueError, match=r"<\|stop\|>"):
+        check_tokenizer(tokenizer, config(size))
+
+
+def test_a_special_token_for_images_is_passed_over_with_a_warning(caplog):
+    """As in the text-only models of Gemma 3."""
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    check_tokenizer(tokenizer, config(size))
+    [said] = [record.getMessage() for record in caplog.records]
+    assert f"'<image_soft_token>' ({size})" in said
+    assert EOS not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({}, 512),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 512),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 2048),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 1024),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 512),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 2048),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0,
+                                 "original_max_position_embeddings": 128}},
+            512,
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, 512),
+    ],
+)  # fmt: skip
+def test_positions_are_those_of_the_config_after_scaling(more: dict, wanted: int | None):
+    assert num_positions(config(288, **more)) == wanted
+
+
+def test_a_target_may_name_its_positions_otherwise_or_have_no_end():
+    assert num_positions(GPT2Config(n_positions=300)) == 300
+    assert num_positions(BloomConfig()) is None
