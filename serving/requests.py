@@ -41,12 +41,19 @@ class Request:
     """At least one token."""
     sampling: SamplingParams
     tenant: str = "default"
+    """Whose request it is; see ``namespace``."""
     max_draft: int | None = None
     """Cap on K for this request; 0 is plain decoding, ``None`` the server's own limit."""
     capture: bool = True
     """False keeps the request out of traces."""
     drafters: frozenset[str] | None = None
     """Kinds that may draft for it; ``None``: all but those that draft on request only."""
+
+    @property
+    def namespace(self) -> str:
+        """Its tenant and ``cache_salt``. Only requests of one namespace share cached pages, and
+        drafts from the text of others: both show in an answer's timing and counts."""
+        return f"{len(self.tenant)}:{self.tenant}{self.sampling.cache_salt or ''}"
 
 
 @dataclass(frozen=True, slots=True)
