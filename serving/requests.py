@@ -102,6 +102,8 @@ class Output:
     """Prompt tokens whose KV came from the prefix cache."""
     error: str | None = None
     """Error message, with finish_reason ``error``."""
+    error_code: str | None = None
+    """What went wrong in one word, if the client is to know; then ``error`` is for the client."""
 
 
 OnOutput = Callable[[Output], None]
@@ -137,6 +139,8 @@ class EngineFigures:
     """``queued``, ``written``, ``dropped``, ``failed`` -> count."""
     capture_rows_dropped: int
     preemptions: int = 0
+    num_corrupted: int = 0
+    """Requests whose target computed NaN or infinity."""
     num_request_steps: int = 0
     """Target passes that emitted tokens, counted once for each request in them."""
     extra: dict[str, float] = field(default_factory=dict)

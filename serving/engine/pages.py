@@ -96,6 +96,13 @@ class PagePool:
             self._name_of[page] = name
             self._page_of[name] = page
 
+    def forget(self, pages: Sequence[int]) -> None:
+        """Take away the names of pages that somebody holds."""
+        for page in pages:
+            name = self._name_of.pop(page, None)
+            if name is not None:
+                del self._page_of[name]
+
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference to each; named pages stay cached, the last ones are evicted first."""
         for page in reversed(pages):

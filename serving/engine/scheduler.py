@@ -159,6 +159,11 @@ class Scheduler:
             sequence.num_named += 1
         return fresh
 
+    def forget_pages(self, sequence: Sequence) -> None:
+        """Take a request's pages out of the prefix cache: they may hold NaN, also those that it
+        found there."""
+        self.pool.forget(sequence.pages)
+
     def remove(self, sequence: Sequence) -> None:
         """Take a finished or cancelled request out and give its pages back."""
         if sequence in self.running:
