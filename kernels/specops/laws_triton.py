@@ -87,7 +87,7 @@ def _mix(x):
 
 
 @triton.jit
-def _word(key, nonce, position, STREAM: tl.constexpr):
+def word_of(key, nonce, position, STREAM: tl.constexpr):
     """64 bits for a purpose and a position, from which its numbers are mixed."""
     gamma = tl.full((), _GAMMA, tl.uint64)
     state = _mix(key.to(tl.uint64) + gamma * tl.full((), STREAM, tl.uint64))
@@ -109,7 +109,7 @@ def exponential(word, ids):
 @triton.jit
 def uniform(key, nonce, position, STREAM: tl.constexpr):
     """``rng.uniforms`` for int64 scalars or tensors, float64."""
-    word = _word(key, nonce, position, STREAM)
+    word = word_of(key, nonce, position, STREAM)
     return (_mix(word) >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2**-53
 
 
@@ -234,7 +234,7 @@ def _split_rows(
         if TRUNCATES:
             is_raced = is_raced & (not _is_cut(top_k_ptr, top_p_ptr, min_p_ptr, request, vocab))
         if is_raced:
-            word = _word(
+            word = word_of(
                 tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
                 tl.load(positions_ptr + request) + place, STREAM,
             )  # fmt: skip
@@ -597,7 +597,7 @@ def _join_rows(
         if RACES:
             if tl.load(rules_ptr + request) == 0:
                 if is_cut:
-                    word = _word(
+                    word = word_of(
                         tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
                         tl.load(positions_ptr + request) + place, STREAM,
                     )  # fmt: skip

@@ -12,7 +12,6 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.requests import FinishReason, Output
 
-
 NOT_FINITE = "not_finite"
 """Error code of a request whose target computed NaN or infinity."""
 _NOT_FINITE_TEXT = (

@@ -1,5 +1,5 @@
-"""A target that computes NaN or infinity for one request ends that one with an error; a drafter that
-does so only drafts badly."""
+"""A target that computes NaN or infinity for one request ends that one with an error; a drafter
+that does so only drafts badly."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_poisoned_prompt_ends_in_an_error_and_leaves_its_neighbours_alone(
 @pytest.mark.parametrize("shape", ["greedy", "seeded"])
 @pytest.mark.parametrize("at", [0, 1, 7])
 def test_what_was_decided_before_the_poison_is_still_delivered(alone, shape, at, overlaps):
-    """Whatever is drafted: also the poisoned token itself, by a drafter that has seen the answer."""
+    """Whatever is drafted."""
     answer = alone[shape]["2"]
     assert answer[at] not in answer[:at] and answer[at] not in prompts()["2"]
     finished = []
@@ -201,7 +201,9 @@ def test_the_server_complains_after_three_in_a_row_until_one_answer_is_sound(ove
 @pytest.mark.parametrize(
     "plant",
     [
-        pytest.param(lambda m: m.lm_head.weight[3, 5].fill_(float("nan")), id="one NaN in the head"),
+        pytest.param(
+            lambda m: m.lm_head.weight[3, 5].fill_(float("nan")), id="one NaN in the head"
+        ),
         pytest.param(lambda m: m.model.norm.weight[0].fill_(float("nan")), id="the last norm"),
         pytest.param(
             lambda m: m.model.layers[2].mlp.down_proj.weight[0, 0].fill_(float("inf")), id="a layer"
