@@ -138,7 +138,6 @@ class EngineFigures:
     traces: dict[str, int]
     """``queued``, ``written``, ``dropped``, ``failed`` -> count."""
     capture_rows_dropped: int
-    preemptions: int = 0
     num_corrupted: int = 0
     """Requests whose target computed NaN or infinity."""
     num_request_steps: int = 0

@@ -116,7 +116,8 @@ def device_exponentials(
     words = _mix_int64(state[:, None] + gamma * (positions_RK + 1))
     ids = torch.arange(1, vocab_size + 1, device=keys_R.device)
     bits = _shifted(_mix_int64(words[..., None] + gamma * ids), 12)
-    return -torch.log1p(-(bits.double() + 0.5) * 2.0**-52)
+    numbers = bits.double().add_(0.5).mul_(-(2.0**-52))
+    return numbers.log1p_().neg_()
 
 
 def _as_int64(word: int) -> int:

@@ -142,13 +142,16 @@ def _own_tokens(
     winner of a race of the position's numbers, else the most probable one."""
     own = p_RK1V.argmax(dim=-1)
     drawn = ((rules_R == Rule.MATCH) & (sampling.temperature_R != 0)).nonzero()[:, 0]
-    if len(drawn):
-        positions = _positions(numbering, own.shape[1])[drawn]
-        exponentials = device_exponentials(
-            numbering.keys_R[drawn], positions, numbering.nonces_R[drawn], Stream.TARGET,
-            p_RK1V.shape[-1],
-        )  # fmt: skip
-        own[drawn] = race(p_RK1V[drawn], exponentials)
+    positions = _positions(numbering, own.shape[1])
+    for r in drawn.tolist():
+        for place in range(own.shape[1]):  # one row at a time: its numbers stay in the CPU's cache
+            own[r, place] = race(
+                p_RK1V[r, place],
+                device_exponentials(
+                    numbering.keys_R[r : r + 1], positions[r : r + 1, place : place + 1],
+                    numbering.nonces_R[r : r + 1], Stream.TARGET, p_RK1V.shape[-1],
+                )[0, 0],
+            )  # fmt: skip
     return own
 
 
