@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from serving.requests import Request
-from specops.rng import Stream, uniforms
-from specops.sampling import distribution, draw, sampling_rows
+from specops.rng import Stream, device_exponentials
+from specops.sampling import distribution, race, sampling_rows
 
 
 def adjusted(
@@ -62,7 +61,6 @@ def _choose(logits_V: torch.Tensor, request: Request, position: int) -> int:
         [shape.temperature], [shape.top_k], [shape.top_p], [shape.min_p], len(logits_V)
     )
     assert shape.seed is not None, "a reference answer needs a seed"
-    key = np.array([shape.seed], dtype=np.uint64)
-    number = uniforms(key, np.array([[position]]), np.zeros(1, dtype=np.int64), Stream.TARGET)
-    law = distribution(logits_V[None, None], rows)[0, 0]
-    return int(draw(law, torch.tensor(number[0, 0], dtype=torch.float64)))
+    key, place, nonce = torch.tensor([shape.seed]), torch.tensor([[position]]), torch.tensor([0])
+    numbers = device_exponentials(key, place, nonce, Stream.TARGET, len(logits_V))
+    return int(race(distribution(logits_V[None, None], rows)[0, 0], numbers[0, 0]))

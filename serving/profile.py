@@ -21,6 +21,8 @@ from serving.requests import Request, SamplingParams
 
 _DEPTHS = (1, 2, 4, 6, 8, 12)
 """Values of K to measure, in addition to the largest one."""
+_TRIES = 8
+"""Further prompts for a target that computes NaN or infinity for the first ones."""
 
 
 @dataclass(slots=True)
@@ -77,14 +79,40 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
 def measure(
     parts: EngineParts, drafter: str, k: int, batch: int, repeats: int, context: int
 ) -> CostSample:
-    """Median times of steps that decode ``batch`` requests with one drafter and K."""
-    script = Script(Decision(drafter, k, 1.0, False, "profile"))
-    engine = Engine(parts, script)
+    """Median times of steps that decode ``batch`` requests with one drafter and K.
+
+    Raises:
+        ValueError: the target computes NaN or infinity for every prompt that was tried.
+    """
     numbers = random.Random(batch * 100 + k)
+    vocab = range(parts.inbox.limits.vocab_size)
+    script = Script(Decision(drafter, k, 1.0, False, "profile"))
+    decode(parts, script, [tuple(numbers.choices(vocab, k=context)) for _ in range(batch)], repeats)
+    for _ in range(_TRIES):
+        if len(script.times) > 2:
+            break
+        # A single damaged embedding is in most long prompts, and in few that repeat one token.
+        script.times.clear()
+        decode(parts, script, [(numbers.choice(vocab),) * context for _ in range(batch)], repeats)
+    times = script.times[2:]
+    if not times:
+        raise ValueError(
+            "the target computes NaN or infinity for every prompt that was tried, so it cannot "
+            "answer anything: its weights are damaged; get them again, or name another target"
+        )
+    step_s = statistics.median(t for t, _ in times)
+    draft_s = statistics.median(d for _, d in times)
+    return CostSample(drafter, k, batch, step_s, draft_s)
+
+
+def decode(
+    parts: EngineParts, script: Script, prompts: list[tuple[int, ...]], repeats: int
+) -> None:
+    """Run two warm-up steps and ``repeats`` others over one request for each prompt."""
+    engine = Engine(parts, script)
     limits = parts.inbox.limits
-    for index in range(batch):
-        prompt = tuple(numbers.randrange(limits.vocab_size) for _ in range(context))
-        room = limits.max_model_len - context
+    for index, prompt in enumerate(prompts):
+        room = limits.max_model_len - len(prompt)
         sampling = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
         request = Request(f"profile-{index}", prompt, sampling, capture=True)
         parts.inbox.submit(request, lambda _output: None)
@@ -95,7 +123,3 @@ def measure(
         parts.inbox.cancel_all()
         while parts.inbox.num_inflight():
             engine.step()
-    times = script.times[2:]
-    step_s = statistics.median(t for t, _ in times)
-    draft_s = statistics.median(d for _, d in times)
-    return CostSample(drafter, k, batch, step_s, draft_s)

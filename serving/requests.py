@@ -41,12 +41,19 @@ class Request:
     """At least one token."""
     sampling: SamplingParams
     tenant: str = "default"
+    """Whose request it is; see ``namespace``."""
     max_draft: int | None = None
     """Cap on K for this request; 0 is plain decoding, ``None`` the server's own limit."""
     capture: bool = True
     """False keeps the request out of traces."""
     drafters: frozenset[str] | None = None
     """Kinds that may draft for it; ``None``: all but those that draft on request only."""
+
+    @property
+    def namespace(self) -> str:
+        """Its tenant and ``cache_salt``. Only requests of one namespace share cached pages, and
+        drafts from the text of others: both show in an answer's timing and counts."""
+        return f"{len(self.tenant)}:{self.tenant}{self.sampling.cache_salt or ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,8 @@ class Output:
     """Prompt tokens whose KV came from the prefix cache."""
     error: str | None = None
     """Error message, with finish_reason ``error``."""
+    error_code: str | None = None
+    """What went wrong in one word, if the client is to know; then ``error`` is for the client."""
 
 
 OnOutput = Callable[[Output], None]
@@ -129,7 +138,8 @@ class EngineFigures:
     traces: dict[str, int]
     """``queued``, ``written``, ``dropped``, ``failed`` -> count."""
     capture_rows_dropped: int
-    preemptions: int = 0
+    num_corrupted: int = 0
+    """Requests whose target computed NaN or infinity."""
     num_request_steps: int = 0
     """Target passes that emitted tokens, counted once for each request in them."""
     extra: dict[str, float] = field(default_factory=dict)

@@ -129,6 +129,7 @@ class SamplingParams:
         locations=_REPETITION,
     )
     logit_bias: tuple[tuple[int, float], ...] = defined_in("serving.fields.logit_bias")
+    cache_salt: str | None = defined_in("serving.fields.cache_salt")
 
     @property
     def penalizes(self) -> bool:

@@ -71,9 +71,9 @@ class Service:
         """The engine's policy, with those of arms if it has any."""
         return self.engine.policy if self._policies is None else self._policies
 
-    def is_ready(self) -> bool:
-        """Decoding, and not draining."""
-        return self.engine.is_ready()
+    def complaint(self) -> str | None:
+        """Why this server should get no requests; ``None`` if it is ready."""
+        return self.engine.complaint()
 
     def start(self) -> None:
         """Begin decoding, recording and watching for new versions.

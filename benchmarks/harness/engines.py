@@ -26,7 +26,8 @@ from configs.schema import Settings
 from policies.interface import DraftPolicy
 from serving.build import LoadedTarget, build_service
 from serving.engine.loop import Engine
-from serving.engine.pages import page_names
+from serving.engine.pages import page_names, page_root
+from serving.requests import Request, SamplingParams
 from serving.service import Service
 
 NO_DRAFTER = ("drafter.kind=none", "drafter.max_draft=0")
@@ -168,7 +169,8 @@ def declare_computed(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> None
     """
     scheduler = engine.scheduler
     for prompt in prompts:
-        names = page_names(prompt[:-1], scheduler.page_size)
+        root = page_root(Request("", prompt, SamplingParams()).namespace)
+        names = page_names(prompt[:-1], scheduler.page_size, root)
         pages = scheduler.pool.take(len(names))
         for page, name in zip(pages, names, strict=True):
             scheduler.pool.name(page, name)

@@ -11,6 +11,7 @@ pages, Hq/Hkv heads, G = Hq / Hkv, D head dimension. A slot is page * page_size 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -82,18 +83,31 @@ def group_attention(
     k = _gather(keys, flat).view(num_requests, num_keys, *keys.shape[1:]).transpose(1, 2)
     v = _gather(values, flat).view(num_requests, num_keys, *values.shape[1:]).transpose(1, 2)
     q = q_RQHD.transpose(1, 2)
+    out = _masked_attention(q, k, v, mask, scale, softcap)
+    if not math.isfinite(float(out.sum())):  # a masked key weighs 0, and 0 times NaN is NaN
+        is_bad_RS = ~(k.isfinite() & v.isfinite()).all(dim=-1).all(dim=1)
+        k, v = (t.masked_fill(is_bad_RS[:, None, :, None], 0) for t in (k, v))
+        out = _masked_attention(q, k, v, mask, scale, softcap)
+        sees_bad = (mask & is_bad_RS[:, None, None]).any(dim=-1, keepdim=True)
+        out = out.masked_fill(sees_bad, float("nan"))
+    return out.transpose(1, 2)
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """[R, Hq, Q, D]; what the mask hides must be finite."""
     gqa = q.shape[1] != k.shape[1]
     if softcap is None:
-        out: Tensor = torch.nn.functional.scaled_dot_product_attention(
+        return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa
         )
-        return out.transpose(1, 2)
     if gqa:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
-    mixed: Tensor = (weights.to(v.dtype) @ v).transpose(1, 2)
+    mixed: Tensor = weights.to(v.dtype) @ v
     return mixed
 
 

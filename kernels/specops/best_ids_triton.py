@@ -15,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from specops.overlap_triton import let_next_start, wait_for_previous
+from specops.verify_logits import UNSOUND
 
 _SPAN = 2048  # logits that a program reads at once
 _MOST_PARTS = 128
 _PROGRAMS = 1056  # 8 on each of an H200's 132 multiprocessors
 _NONE = tl.constexpr(2**31 - 1)
+_UNSOUND = tl.constexpr(UNSOUND)
 
 
 @triton.jit
@@ -64,7 +66,8 @@ def _best_of_part(
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _join_best(
     tops_ptr, part_ids_ptr, d2t_ptr, ids_ptr, num_rows, num_parts,
-    ROWS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_MAP: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_MAP: tl.constexpr, IS_TARGET: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Combine the parts of ROWS rows and map the best id to the target's vocabulary."""
     if OVERLAP:
@@ -76,8 +79,10 @@ def _join_best(
     slot = row[:, None] * num_parts + part[None, :]
     tops = tl.load(tops_ptr + slot, mask=is_part, other=float("-inf"))
     part_ids = tl.load(part_ids_ptr + slot, mask=is_part, other=_NONE)
-    _, best_id = _best(tops, part_ids, 1)
+    top, best_id = _best(tops, part_ids, 1)
     ids = best_id.to(tl.int64)
+    if IS_TARGET:
+        ids = tl.where(tl.abs(top) < float("inf"), ids, _UNSOUND)
     if HAS_MAP:
         ids += tl.load(d2t_ptr + ids, mask=row < num_rows, other=0)
     tl.store(ids_ptr + row, ids, mask=row < num_rows)
@@ -87,6 +92,7 @@ def best_ids(
     logits: Tensor,
     d2t_D: Tensor | None = None,
     *,
+    is_target: bool = False,
     span: int = _SPAN,
     num_programs: int = _PROGRAMS,
     overlap: bool = False,
@@ -126,7 +132,8 @@ def best_ids(
     )  # fmt: skip
     _join_best[(triton.cdiv(num_rows, 4),)](
         tops, part_ids, d2t_D, ids, num_rows, parts,
-        ROWS=4, PARTS_UP=_MOST_PARTS, HAS_MAP=d2t_D is not None, OVERLAP=overlap,
+        ROWS=4, PARTS_UP=_MOST_PARTS, HAS_MAP=d2t_D is not None, IS_TARGET=is_target,
+        OVERLAP=overlap,
         num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return ids

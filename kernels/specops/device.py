@@ -157,14 +157,14 @@ def count_tokens(
     count(emitted_RQ, count_R, requests, tables)
 
 
-def best_ids(logits: Tensor, d2t_D: Tensor | None = None) -> Tensor:
+def best_ids(logits: Tensor, d2t_D: Tensor | None = None, *, is_target: bool = False) -> Tensor:
     """See ``specops.best_ids.best_ids``."""
     if logits.is_cuda:
         from specops import best_ids_triton, overlap_triton
 
         overlap = overlap_triton.can_overlap(logits.device)
-        return best_ids_triton.best_ids(logits, d2t_D, overlap=overlap)
-    return best_definition.best_ids(logits, d2t_D)
+        return best_ids_triton.best_ids(logits, d2t_D, is_target=is_target, overlap=overlap)
+    return best_definition.best_ids(logits, d2t_D, is_target=is_target)
 
 
 def open_round(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specops.rng import Numbering, Stream, device_uniforms
-from specops.sampling import SamplingRows, distribution, draw
+from specops.sampling import SamplingRows, are_sound, distribution, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,9 @@ def sample_draft(
     greedy_R: Tensor | None = None,
     vocab: VocabMap | None = None,
 ) -> Drafted:
-    """Sample a draft token for each request, or take the argmax (the lowest id wins ties).
+    """Sample a draft token for each request, or take the argmax (the lowest id wins ties). A row
+    whose largest logit is NaN or infinite drafts its first token, and verification ends the draft
+    before it.
 
     Args:
         logits_RD: [R, D] float, the drafter's.
@@ -125,10 +127,13 @@ def sample_draft(
         greedy_R: [R] bool, rows that draft their argmax regardless of temperature.
         vocab: map of a reduced draft vocabulary; ``None``: the target's vocabulary.
     """
-    q_RD = draft_distribution(logits_RD[:, None], sampling, greedy_R)[:, 0]
+    is_sound_R = are_sound(logits_RD)
+    finite_RD = logits_RD.where(is_sound_R[:, None], 0.0)
+    q_RD = draft_distribution(finite_RD[:, None], sampling, greedy_R)[:, 0]
     numbers = device_uniforms(
         numbering.keys_R, numbering.positions_R[:, None], numbering.nonces_R, Stream.DRAFT
     )
-    ids_R = draw(q_RD, numbers[:, 0])
+    ids_R = torch.where(is_sound_R, draw(q_RD, numbers[:, 0]), 0)
     logq_R = q_RD.gather(-1, ids_R[:, None])[:, 0].log().float()
+    logq_R = torch.where(is_sound_R, logq_R, 0.0)
     return Drafted(ids_R if vocab is None else vocab.to_target(ids_R), logq_R)

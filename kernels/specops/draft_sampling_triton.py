@@ -28,18 +28,20 @@ def _finish(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
     own = tl.load(own_ptr + row, mask=is_row, other=0).to(tl.int64)
+    has_law = own >= 0
+    own = tl.maximum(own, 0)
     temperature = tl.load(temperature_ptr + row, mask=is_row, other=1).to(tl.float32)
     is_greedy = temperature == 0
     if HAS_GREEDY:
         is_greedy = is_greedy | (tl.load(greedy_ptr + row, mask=is_row, other=0) != 0)
     x = tl.load(logits_ptr + row * row_stride + own, mask=is_row, other=0).to(tl.float32)
-    top = tl.load(law_ptr + row * 3, mask=is_row, other=0.0)
+    top = tl.load(law_ptr + row * 3, mask=is_row & has_law, other=0.0)
     mass = tl.load(law_ptr + row * 3 + 2, mask=is_row, other=1.0)
     logq = (x - top) / tl.where(is_greedy, 1.0, temperature) - tl.log(mass)
     if HAS_MAP:
         own += tl.load(d2t_ptr + own, mask=is_row, other=0)
     tl.store(token_ptr + row, own, mask=is_row)
-    tl.store(logq_ptr + row, logq, mask=is_row)
+    tl.store(logq_ptr + row, tl.where(has_law, logq, 0.0), mask=is_row)
 
 
 def sample_draft(

@@ -55,6 +55,7 @@ class Column(IntEnum):
 
     ACCEPTED = 0
     NEXT = 1
+    """The target's own token, or ``UNSOUND``."""
     DRAFTED = 2
     CAPTURED = 3
     """Number of rows for the capture ring."""
@@ -141,9 +142,10 @@ class ClosedRound:
     """What a round decided."""
 
     emitted_RQ: Tensor
-    """[R, Q] int64: kept draft tokens, then the target's own token, repeated."""
+    """[R, Q] int64: kept draft tokens, then the target's own token, repeated; 0 in place of
+    ``UNSOUND``, because the lane goes on until the host knows."""
     next_R: Tensor
-    """[R] int64, the target's own token after the kept ones."""
+    """[R] int64, the target's own token after the kept ones; 0 in place of ``UNSOUND``."""
     count_R: Tensor
     """[R] int64 number of emitted tokens committed; fewer if the request has ended."""
     captured_R: Tensor
@@ -226,11 +228,12 @@ def close_round(
     """
     num_draft = draft_RK.shape[1]
     if isinstance(verdict, Tensor):
-        accepted_R, next_R = verify_match(verdict, draft_RK, opened.lens_R)
+        accepted_R, found_R = verify_match(verdict, draft_RK, opened.lens_R)
         logp_RK = None
     else:
-        accepted_R, next_R = verdict.num_accepted_R, verdict.next_R
+        accepted_R, found_R = verdict.num_accepted_R, verdict.next_R
         logp_RK = verdict.draft_logp_RK
+    next_R = found_R.clamp(min=0)
     length_R = opened.ints_FR[Field.LENGTH]
     count_R = torch.minimum(accepted_R + 1, opened.ints_FR[Field.LIMIT] - length_R)
     place = torch.arange(num_draft + 1, device=draft_RK.device)
@@ -241,7 +244,7 @@ def close_round(
     changed = torch.stack((length_R + count_R, opened.ints_FR[Field.NONCE] + 1, anchor_R))
     state.ints_FL[: Field.LIMIT].index_copy_(1, opened.lanes_R.long(), changed)
     captured_R = count_R * opened.ints_FR[Field.CAPTURES]
-    decided = torch.stack((accepted_R, next_R, opened.lens_R, captured_R), dim=1)
+    decided = torch.stack((accepted_R, found_R, opened.lens_R, captured_R), dim=1)
     outputs_RC[:, : Column.TOKENS + num_draft] = torch.cat((decided, draft_RK), dim=1)
     for block, reals in enumerate((logp_RK, logq_RK), start=1):
         if reals is not None and num_draft:

@@ -211,6 +211,8 @@ def _close_round(
     else:
         accepted = tl.load(accepted_ptr + request)
         following = tl.load(following_ptr + request)
+    found = following
+    following = tl.maximum(found, 0)
     emitted = tl.where(place < accepted, token, following)
     length = tl.load(fields_ptr + _LENGTH * num_requests + request)
     nonce = tl.load(fields_ptr + _NONCE * num_requests + request)
@@ -231,7 +233,7 @@ def _close_round(
     tl.store(anchor_row_ptr + request, request * (num_draft + 1) + accepted)
     output = outputs_ptr + request * outputs_stride
     tl.store(output + _ACCEPTED, accepted)
-    tl.store(output + _NEXT, following)
+    tl.store(output + _NEXT, found)
     tl.store(output + _DRAFTED, num_drafted)
     tl.store(output + _CAPTURED, captured)
     tl.store(output + _TOKENS + place, token, mask=is_draft)

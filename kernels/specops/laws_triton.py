@@ -2,11 +2,19 @@
 
 The vocabulary is split into parts. One program per part computes its largest logit and its sum of
 weights. A second kernel combines the parts of a row, finds the cut of a truncated row, and samples
-a token if one is needed: first the part, then the token within it.
+a token if one is needed.
 
-Sampling inverts the cumulative sum at one 53-bit number, as ``sampling.draw`` does. Sums over parts
-and within the chosen part are float64, so the tail is sampled at its true rate; a part's own sum is
-float32, which scales all of its tokens alike.
+The target's own tokens of seeded requests win a race (``sampling.race``): each part finds its
+winner, and the second kernel the row's, whose parts it races itself if the row is truncated. The
+maximum is the same in any order, so the winner depends on the row and its numbers alone.
+
+A draft token is sampled by inverting the cumulative sum at one 53-bit number, as ``sampling.draw``
+does: first the part, then the token within it. Sums over parts and within the chosen part are
+float64, so the tail is sampled at its true rate; a part's own sum is float32, which scales all of
+its tokens alike.
+
+A row whose largest logit is NaN or infinite has no law: ``top`` is then infinite, and its token is
+``UNSOUND``.
 
 The cut: the tokens that survive min-p and top-k, and then those that survive top-p, are a prefix of
 the order (logit descending, id ascending). The last surviving logit is found by bisection between
@@ -29,6 +37,7 @@ from torch import Tensor
 from specops.draft_sampling import RowLaws
 from specops.rng import Numbering, Stream
 from specops.sampling import SamplingRows
+from specops.verify_logits import UNSOUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,7 @@ PER_REQUEST = (
 """One number per request, read individually. They are fields of one matrix, so their alignment
 depends on the batch size: specialised on it, a kernel would be compiled three times."""
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
+_UNSOUND = tl.constexpr(UNSOUND)
 _LOWEST = tl.constexpr(-3.0e38)  # below every finite logit that a model computes
 
 
@@ -77,13 +87,42 @@ def _mix(x):
 
 
 @triton.jit
-def uniform(key, nonce, position, STREAM: tl.constexpr):
-    """``rng.uniforms`` for int64 scalars or tensors, float64."""
+def word_of(key, nonce, position, STREAM: tl.constexpr):
+    """64 bits for a purpose and a position, from which its numbers are mixed."""
     gamma = tl.full((), _GAMMA, tl.uint64)
     state = _mix(key.to(tl.uint64) + gamma * tl.full((), STREAM, tl.uint64))
     state = _mix(state + gamma * (nonce + 1).to(tl.uint64))
-    word = _mix(state + gamma * (position + 1).to(tl.uint64))
+    return _mix(state + gamma * (position + 1).to(tl.uint64))
+
+
+@triton.jit
+def exponential(word, ids):
+    """``rng.device_exponentials`` in float32, accurate to 1e-6 of each number: what is near 0
+    decides the race, so it is computed as a series there."""
+    bits = _mix(word + tl.full((), _GAMMA, tl.uint64) * (ids + 1).to(tl.uint64)) >> 12
+    v = (bits.to(tl.int64).to(tl.float32) + 0.5) * 2.220446049250313e-16  # 2**-52
+    rest = (0xFFFFFFFFFFFFF - bits.to(tl.int64)).to(tl.float32) + 0.5
+    series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v / 6)))))
+    return tl.where(v < 0.0625, series, -tl.log(rest * 2.220446049250313e-16))
+
+
+@triton.jit
+def uniform(key, nonce, position, STREAM: tl.constexpr):
+    """``rng.uniforms`` for int64 scalars or tensors, float64."""
+    word = word_of(key, nonce, position, STREAM)
     return (_mix(word) >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2**-53
+
+
+@triton.jit
+def is_sound(top):
+    """Whether a row with this largest logit has a law."""
+    return tl.abs(top) < float("inf")
+
+
+@triton.jit
+def _above_nan(x):
+    """Infinity in place of NaN, which a maximum would skip."""
+    return tl.where(x != x, float("inf"), x)
 
 
 @triton.jit
@@ -133,15 +172,32 @@ def choose_part(shares, number, SIZE: tl.constexpr):
     return part, (threshold - before) / own
 
 
+@triton.jit
+def _is_cut(top_k_ptr, top_p_ptr, min_p_ptr, request, vocab):
+    """Whether a request's rows are truncated."""
+    top_k, top_p = tl.load(top_k_ptr + request), tl.load(top_p_ptr + request)
+    return (top_k < vocab) | (top_p < 1) | (tl.load(min_p_ptr + request) > 0)
+
+
+@triton.jit
+def _winner(ratio, ids, vocab):
+    """The largest ratio of a race, and the lowest id that has it."""
+    best = tl.max(ratio, axis=0)
+    return best, tl.min(tl.where(ratio == best, ids, vocab), axis=0)
+
+
 @triton.jit(do_not_specialize=["per"], do_not_specialize_on_alignment=PER_REQUEST)
 def _split_rows(
     logits_ptr, request_stride, row_stride, temperature_ptr, greedy_ptr, lens_ptr,
-    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, vocab, num_parts, per,
-    EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
+    top_k_ptr, top_p_ptr, min_p_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr,
+    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, ratio_ptr, winner_ptr,
+    vocab, num_parts, per,
+    EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr, STREAM: tl.constexpr,
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, PLAIN: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    TRUNCATES: tl.constexpr, RACES: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row: its largest logit, that logit's lowest id, and the sum of weights."""
+    """One part of one row: its largest logit, that logit's lowest id, the sum of weights, and the
+    winner of its race if the row is raced and not truncated."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
@@ -150,11 +206,11 @@ def _split_rows(
     stretch = tl.arange(0, PART // STRETCH)
     ids = part * PART + stretch[:, None] * STRETCH + tl.arange(0, STRETCH)[None, :]
     at = logits_ptr + request * request_stride + place * row_stride + ids
-    x = tl.load(at, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    x = _above_nan(tl.load(at, mask=ids < vocab, other=float("-inf")).to(tl.float32))
     stretch_top = tl.max(x, axis=1)
     top = tl.max(stretch_top, axis=0)
     best = tl.min(tl.min(tl.where(x == top, ids, vocab), axis=1), axis=0)
-    z = _difference(x, tl.where(top == float("-inf"), 0.0, top))
+    z = _difference(x, tl.where(is_sound(top), top, 0.0))
     rate, is_greedy = rate_of(temperature_ptr, greedy_ptr, request, HAS_GREEDY)
     slot = row * num_parts + part
     total = 1.0
@@ -173,6 +229,20 @@ def _split_rows(
     tl.store(part_top_ptr + slot, top)
     tl.store(best_ptr + slot, best)
     tl.store(sum_ptr + slot, total)
+    if RACES:
+        is_raced = (not is_greedy) & (tl.load(rules_ptr + request) == 0)
+        if TRUNCATES:
+            is_raced = is_raced & (not _is_cut(top_k_ptr, top_p_ptr, min_p_ptr, request, vocab))
+        if is_raced:
+            word = word_of(
+                tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
+                tl.load(positions_ptr + request) + place, STREAM,
+            )  # fmt: skip
+            flat = tl.reshape(ids, [PART])
+            weights = tl.reshape(tl.exp(z * rate), [PART])
+            ratio, winner = _winner(weights / exponential(word, flat), flat, vocab)
+            tl.store(ratio_ptr + slot, ratio)
+            tl.store(winner_ptr + slot, winner)
     if TRUNCATES:
         tl.store(stretch_top_ptr + slot * (PART // STRETCH) + stretch, stretch_top)
 
@@ -434,6 +504,22 @@ def _mass_by_part(
 
 
 @triton.jit
+def _race_kept(
+    row_ptr, vocab, num_parts, top, cut, last, rate, word, part_top_ptr, PART: tl.constexpr
+):
+    """The winner of a truncated row's race, part after part."""
+    leading, leader = -1.0, vocab
+    for part in range(0, num_parts):
+        if tl.load(part_top_ptr + part) >= cut:
+            ids, x = _load(row_ptr, part * PART, vocab, PART)
+            weights = weight(x, ids, top, cut, last, rate)
+            ratio, winner = _winner(weights / exponential(word, ids), ids, vocab)
+            leader = tl.where(ratio > leading, winner, leader)
+            leading = tl.maximum(ratio, leading)
+    return leader
+
+
+@triton.jit
 def draw_within(x, ids, top, cut, last, rate, portion, PART: tl.constexpr):
     """The id at ``portion`` of the cumulative weight of one part of a row."""
     weights = weight(x, ids, top, cut, last, rate).to(tl.float64)
@@ -445,12 +531,12 @@ def draw_within(x, ids, top, cut, last, rate, portion, PART: tl.constexpr):
 def _join_rows(
     logits_ptr, request_stride, row_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     greedy_ptr, lens_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr,
-    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, held_ptr, held_ids_ptr,
-    law_ptr, last_ptr, own_ptr, stats_ptr, vocab, num_parts, per,
+    part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, ratio_ptr, winner_ptr,
+    held_ptr, held_ids_ptr, law_ptr, last_ptr, own_ptr, stats_ptr, vocab, num_parts, per,
     EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
     PARTS_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr, STREAM: tl.constexpr,
-    HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, HAS_RULES: tl.constexpr,
-    PLAIN: tl.constexpr, TRUNCATES: tl.constexpr, DRAWS: tl.constexpr,
+    HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr,
+    PLAIN: tl.constexpr, TRUNCATES: tl.constexpr, RACES: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """One row: its law, and a token sampled from it if one is needed."""
     row = tl.program_id(0).to(tl.int64)
@@ -469,8 +555,10 @@ def _join_rows(
     top = tl.max(tops, axis=0)
     bests = tl.load(best_ptr + slot, mask=is_part, other=vocab)
     best = tl.min(tl.where(tops == top, bests, vocab), axis=0)
+    has_law = is_sound(top)
+    best = tl.where(has_law, best, _UNSOUND)
     if PLAIN:
-        gap = _difference(tops, top)
+        gap = _difference(tops, tl.where(has_law, top, 0.0))
         shrink = tl.exp(gap)
         totals = tl.load(plain_ptr + slot * 2, mask=is_part, other=0.0)
         slopes = tl.load(plain_ptr + slot * 2 + 1, mask=is_part, other=0.0)
@@ -485,7 +573,7 @@ def _join_rows(
     cut = top
     last = best
     mass = 1.0
-    if not is_greedy:
+    if has_law & (not is_greedy):
         sums = tl.load(sum_ptr + slot, mask=is_part, other=0.0)
         shares = sums * tl.exp((tops - top) * rate)
         cut = float("-inf")
@@ -505,26 +593,37 @@ def _join_rows(
                     num_parts * (PART // STRETCH), held_ptr + row * HELD,
                     held_ids_ptr + row * HELD, PARTS_UP * (PART // STRETCH), SWEEP, HELD,
                 )  # fmt: skip
-        if DRAWS:
-            is_drawing = True
-            if HAS_RULES:
-                is_drawing = tl.load(rules_ptr + request) == 0
-            if is_drawing:
-                if TRUNCATES:  # noqa: SIM102
-                    if is_cut:
-                        first_slot = row * num_parts
-                        _mass_by_part(
-                            row_ptr, vocab, num_parts, top, cut, last, rate, sum_ptr + first_slot,
-                            part_top_ptr + first_slot, PART,
-                        )  # fmt: skip
-                        shares = tl.load(sum_ptr + slot, mask=is_part, other=0.0)
-                number = uniform(
-                    tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
-                    tl.load(positions_ptr + request) + place, STREAM,
-                )  # fmt: skip
-                chosen, portion = choose_part(shares, number, PARTS_UP)
-                ids, x = _load(row_ptr, chosen * PART, vocab, PART)
-                best = draw_within(x, ids, top, cut, last, rate, portion, PART)
+        first_slot = row * num_parts
+        if RACES:
+            if tl.load(rules_ptr + request) == 0:
+                if is_cut:
+                    word = word_of(
+                        tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
+                        tl.load(positions_ptr + request) + place, STREAM,
+                    )  # fmt: skip
+                    best = _race_kept(
+                        row_ptr, vocab, num_parts, top, cut, last, rate, word,
+                        part_top_ptr + first_slot, PART,
+                    )  # fmt: skip
+                else:
+                    ratios = tl.load(ratio_ptr + slot, mask=is_part, other=0.0)
+                    winners = tl.load(winner_ptr + slot, mask=is_part, other=vocab)
+                    _, best = _winner(ratios * tl.exp((tops - top) * rate), winners, vocab)
+        elif DRAWS:
+            if TRUNCATES:  # noqa: SIM102
+                if is_cut:
+                    _mass_by_part(
+                        row_ptr, vocab, num_parts, top, cut, last, rate, sum_ptr + first_slot,
+                        part_top_ptr + first_slot, PART,
+                    )  # fmt: skip
+                    shares = tl.load(sum_ptr + slot, mask=is_part, other=0.0)
+            number = uniform(
+                tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
+                tl.load(positions_ptr + request) + place, STREAM,
+            )  # fmt: skip
+            chosen, portion = choose_part(shares, number, PARTS_UP)
+            ids, x = _load(row_ptr, chosen * PART, vocab, PART)
+            best = draw_within(x, ids, top, cut, last, rate, portion, PART)
     tl.store(law_ptr + row * 3, top)
     tl.store(law_ptr + row * 3 + 1, cut)
     tl.store(law_ptr + row * 3 + 2, mass)
@@ -539,7 +638,7 @@ class JoinedRows:
     laws: RowLaws
     """Laws of the N rows; rows beyond ``lens`` are not written."""
     own_N: Tensor
-    """[N] int32: the argmax of greedy rows, the sampled token of others."""
+    """[N] int32: the argmax of greedy rows, the sampled token of others, or ``UNSOUND``."""
     stats_N2: Tensor | None
     """[N, 2] float32: logsumexp, and the entropy in nats at temperature 1 without truncation; 0
     beyond ``lens``."""
@@ -589,7 +688,7 @@ def join_rows(
         logits_RPV: [R, PER, V] float; the last dimension is contiguous.
         greedy_R: [R] bool, rows that take their argmax regardless of temperature.
         lens_R: only the first ``lens + extra`` rows of a request are read.
-        rules_R: only requests with rule 0 sample; ``None``: all of them.
+        rules_R: requests with rule 0 sample, by a race; ``None``: all of them, by inversion.
         numbering: random numbers of the samples; ``None``: no sampling.
         extra: see ``lens_R``.
         with_stats: compute ``stats_N2``.
@@ -614,6 +713,9 @@ def join_rows(
 
     tops, sums, bests = scratch(parts), scratch(parts), scratch(parts, dtype=torch.int32)
     plain = scratch(parts, 2) if with_stats else None
+    races = rules_R is not None
+    ratios = scratch(parts) if races else None
+    winners = scratch(parts, dtype=torch.int32) if races else None
     stretch_tops = scratch(parts, stretches) if truncates else None
     held = scratch(tiles.held) if truncates else None
     held_ids = scratch(tiles.held, dtype=torch.int32) if truncates else None
@@ -631,18 +733,23 @@ def join_rows(
         "HAS_LENS": lens_R is not None,
         "PLAIN": with_stats,
         "TRUNCATES": truncates,
+        "RACES": races,
+        "STREAM": int(stream),
     }
+    cuts = (sampling.top_k_R, sampling.top_p_R, sampling.min_p_R)
+    numbers: tuple[Tensor | None, ...] = (None,) * 3
+    if numbering is not None:
+        numbers = (numbering.keys_R, numbering.nonces_R, numbering.positions_R)
     _split_rows[(num_rows, parts)](
-        *rows, greedy_R, lens_R, tops, stretch_tops, bests, sums, plain, vocab_size, parts, per,
-        **kinds, num_warps=tiles.part_warps,
+        *rows, greedy_R, lens_R, *cuts, rules_R, *numbers, tops, stretch_tops, bests, sums, plain,
+        ratios, winners, vocab_size, parts, per, **kinds, num_warps=tiles.part_warps,
     )  # fmt: skip
-    numbers = (numbering.keys_R, numbering.nonces_R, numbering.positions_R) if numbering else ()
     _join_rows[(num_rows,)](
-        *rows, sampling.top_k_R, sampling.top_p_R, sampling.min_p_R, greedy_R, lens_R, rules_R,
-        *(numbers or (None,) * 3), tops, stretch_tops, bests, sums, plain, held, held_ids,
+        *rows, *cuts, greedy_R, lens_R, rules_R, *numbers,
+        tops, stretch_tops, bests, sums, plain, ratios, winners, held, held_ids,
         laws.tops_cuts_masses, laws.lasts, own, stats, vocab_size, parts, per,
         **kinds, PARTS_UP=triton.next_power_of_2(parts), SWEEP=tiles.sweep, HELD=tiles.held,
-        STREAM=int(stream), HAS_RULES=rules_R is not None, DRAWS=numbering is not None,
+        DRAWS=numbering is not None,
         num_warps=tiles.sweep_warps if truncates else tiles.part_warps,
     )  # fmt: skip
     return JoinedRows(laws, own, stats)

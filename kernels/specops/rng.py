@@ -2,7 +2,8 @@
 
 A number is a pure function of (key, position, nonce, stream): batch order, padding and rows without
 a draft cannot change it. ``nonce`` is the request's round number, so a position drafted again after
-a rejection gets new numbers; requests with a seed keep it at 0 and use one number per position.
+a rejection gets new numbers; requests with a seed keep it at 0, so a position has its numbers once
+and for all: one for each token of the vocabulary, which takes part in a race (``sampling.race``).
 
 Source of the mixer: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"
 (SplitMix64), Section 5.
@@ -90,6 +91,33 @@ def device_uniforms(
     state = _mix_int64(state + gamma * (nonces_R + 1))
     words = _mix_int64(state[:, None] + gamma * (positions_RK + 1))
     return _shifted(_mix_int64(words), 11).double() * 2.0**-53
+
+
+def device_exponentials(
+    keys_R: Tensor, positions_RK: Tensor, nonces_R: Tensor, stream: Stream, vocab_size: int
+) -> Tensor:
+    """Exponential numbers of rate 1, one for each token of each position.
+
+    Each has 52 random bits. The smallest are precise, so that improbable tokens win at their rate.
+
+    Args:
+        keys_R: [R] int64, the bits of the uint64 keys.
+        positions_RK: [R, K] int64.
+        nonces_R: [R] int64.
+        stream: what the numbers are used for.
+        vocab_size: V.
+
+    Returns:
+        [R, K, V] float64, above 0 and below 37.
+    """
+    gamma = _as_int64(0x9E3779B97F4A7C15)
+    state = _mix_int64(keys_R + _as_int64(0x9E3779B97F4A7C15 * int(stream)))
+    state = _mix_int64(state + gamma * (nonces_R + 1))
+    words = _mix_int64(state[:, None] + gamma * (positions_RK + 1))
+    ids = torch.arange(1, vocab_size + 1, device=keys_R.device)
+    bits = _shifted(_mix_int64(words[..., None] + gamma * ids), 12)
+    numbers = bits.double().add_(0.5).mul_(-(2.0**-52))
+    return numbers.log1p_().neg_()
 
 
 def _as_int64(word: int) -> int:

@@ -53,6 +53,12 @@ def sampling_rows(
     )
 
 
+def are_sound(logits: Tensor) -> Tensor:
+    """[...] bool: the largest of a row's logits [..., V] is finite, so the row has a distribution.
+    A single -inf only masks its token; a NaN counts as the largest."""
+    return logits.amax(dim=-1).isfinite()
+
+
 def distribution(logits_RKV: Tensor, rows: SamplingRows) -> Tensor:
     """Probabilities after temperature, then min-p, top-k and top-p, renormalised.
 
@@ -113,3 +119,24 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
         uniforms * sums[..., -1], torch.nextafter(sums[..., -1], uniforms * 0)
     )
     return torch.searchsorted(sums, threshold[..., None], right=True)[..., 0]
+
+
+def race(probs: Tensor, exponentials: Tensor) -> Tensor:
+    """Sample one id from each distribution: that of the largest probability / exponential number.
+
+    The same law as ``draw``, but no sum over the vocabulary decides. Where ``draw`` compares a
+    number with a cumulative sum, whose last bits depend on how a batch was computed, every token
+    before the drawn one adds to the error; here only the two leaders of the race can change places.
+
+    Args:
+        probs: [..., V] float, need not be normalised; each row has positive mass.
+        exponentials: [..., V] float64, from ``rng.device_exponentials``.
+
+    Returns:
+        [...] int64. The lowest id wins ties.
+
+    Source:
+        The Gumbel-max trick, in its exponential form: Maddison et al. 2014, "A* sampling",
+        arXiv:1411.0030, Section 2.
+    """
+    return (probs / exponentials).argmax(dim=-1)

@@ -8,10 +8,10 @@ Three rules, all exact:
 * ``standard`` (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318): keep
   x with probability min(1, p(x) / q(x)), else draw from norm(max(p - q, 0)). A delta draft has
   q = 1 at its token: keep with p(x), else draw from p without x.
-* ``match``: draw the target's own token y from p at every position, with a number keyed by
-  (seed, position), and keep drafts while they equal y. The output is y whatever was drafted; greedy
-  decoding is a special case. Used for greedy and seeded requests, whose answers must not depend on
-  the drafter.
+* ``match``: draw the target's own token y from p at every position, with numbers keyed by
+  (seed, position, token), and keep drafts while they equal y. The output is y whatever was drafted;
+  greedy decoding is a special case. Used for greedy and seeded requests, whose answers must not
+  depend on the drafter.
 
 Shapes: R requests, K draft tokens, V vocabulary. ``lens_R`` lets rows draft fewer than K.
 """

@@ -4,21 +4,29 @@ as in ``specops.verify``.
 This is the definition, in float64. ``verify_logits_triton`` does the same without writing a
 vocabulary-sized tensor and without synchronising with the host.
 
+A row whose largest logit is NaN or infinite has no distribution. If it is the target's, its token
+is ``UNSOUND``; if it is the drafter's, the draft ends before it. Either way a chain is judged as if
+it had ended before the first such row: its length may depend on the tokens drafted before that, so
+the rules stay exact. Rows after the last token that is kept are never looked at.
+
 Shapes: R requests, K draft tokens, V target vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from specops.draft_sampling import DraftLaw, draft_distribution, target_distribution
-from specops.rng import Numbering, Stream, device_uniforms
-from specops.sampling import SamplingRows, distribution, draw
-from specops.verify import verify_block, verify_match, verify_standard
+from specops.rng import Numbering, Stream, device_exponentials, device_uniforms
+from specops.sampling import SamplingRows, are_sound, distribution, race
+from specops.verify import Verdict, count_leading, verify_block, verify_match, verify_standard
+
+UNSOUND = -1
+"""In place of a token: the target's row that decides it has no finite largest logit."""
 
 
 class Rule(IntEnum):
@@ -37,9 +45,10 @@ class LogitVerdict:
     num_accepted_R: Tensor
     """[R] int64 in 0..lens."""
     next_R: Tensor
-    """[R] int64, the target's own token after the kept draft tokens."""
+    """[R] int64, the target's own token after the kept draft tokens, or ``UNSOUND``."""
     draft_logp_RK: Tensor
-    """[R, K] float32, log probability of each draft token, after temperature and truncation."""
+    """[R, K] float32, log probability of each draft token, after temperature and truncation;
+    -inf where the target's row is unsound."""
     overlap_RK: Tensor
     """[R, K] float32, sum over v of min(p, q): probability that the position is accepted."""
     logprob_RK1: Tensor | None
@@ -77,31 +86,36 @@ def verify_logits(
     """
     num_draft = draft_RK.shape[1]
     check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
-    p = distribution(logits_RK1V.double(), sampling)
-    q = None
-    if drafted is not None:
-        own_q = draft_distribution(drafted.logits_RKD, drafted.sampling, drafted.greedy_R)
-        q = target_distribution(own_q, drafted.vocab, logits_RK1V.shape[-1])
-    own = draw(p, _numbers(numbering, num_draft + 1, Stream.TARGET))
-    accept_u = _numbers(numbering, num_draft, Stream.ACCEPT)
-    next_u = _numbers(numbering, 1, Stream.RESIDUAL)[:, 0]
-    block = verify_block(p, q, draft_RK, lens_R, accept_u, next_u)
-    standard = verify_standard(p, q, draft_RK, lens_R, accept_u, next_u)
-    by_match = (rules_R == Rule.MATCH) | (sampling.temperature_R == 0)
-    match_accepted, match_next = verify_match(own, draft_RK, lens_R)
-    by_block = rules_R == Rule.BLOCK
-    accepted = torch.where(by_block, block.num_accepted_R, standard.num_accepted_R)
-    accepted = torch.where(by_match, match_accepted, accepted)
-    following = torch.where(by_block, block.next_R, standard.next_R)
-    following = torch.where(by_match, match_next, following)
+    is_sound_RK1 = are_sound(logits_RK1V)
     place = torch.arange(num_draft + 1, device=draft_RK.device)
     is_drafted = place[:num_draft] < lens_R[:, None]
-    assert block.overlap_RK is not None
+    judged_RK = is_sound_RK1[:, :num_draft]
+    if drafted is not None:
+        judged_RK = judged_RK & are_sound(drafted.logits_RKD)
+    judged_R = count_leading(judged_RK, lens_R)
+    p = distribution(_finite(logits_RK1V, is_sound_RK1).double(), sampling)
+    q = None
+    if drafted is not None:
+        q_logits = _finite(drafted.logits_RKD, judged_RK).double()
+        own_q = draft_distribution(q_logits, drafted.sampling, drafted.greedy_R)
+        q = target_distribution(own_q, drafted.vocab, logits_RK1V.shape[-1])
+    by_match = (rules_R == Rule.MATCH) | (sampling.temperature_R == 0)
+    own = torch.where(is_sound_RK1, _own_tokens(p, sampling, rules_R, numbering), UNSOUND)
+    accepted, following = verify_match(own, draft_RK, judged_R)
+    if not bool(by_match.all()):
+        judged = _judge(p, q, draft_RK, judged_R, rules_R, numbering)
+        accepted = torch.where(by_match, accepted, judged.num_accepted_R)
+        is_sound_R = is_sound_RK1.gather(1, accepted[:, None])[:, 0]
+        chosen = torch.where(is_sound_R, judged.next_R, UNSOUND)
+        following = torch.where(by_match, following, chosen)
+    draft_p = p[:, :num_draft].gather(-1, draft_RK[..., None])[..., 0]
+    overlap = draft_p if q is None else torch.minimum(p[:, :num_draft], q).sum(-1)
+    draft_logp = torch.where(is_sound_RK1[:, :num_draft], draft_p.log(), float("-inf"))
     logprob = entropy = None
     if with_logprobs:
         plain = logits_RK1V.double().log_softmax(dim=-1)
         emitted = torch.nn.functional.pad(draft_RK, (0, 1))
-        emitted = torch.where(place == accepted[:, None], following[:, None], emitted)
+        emitted = torch.where(place == accepted[:, None], following[:, None].clamp(min=0), emitted)
         logprob = plain.gather(-1, emitted[..., None])[..., 0]
         logprob = torch.where(place <= accepted[:, None], logprob, 0.0).float()
         entropy = torch.special.entr(plain.exp()).sum(dim=-1)
@@ -109,10 +123,56 @@ def verify_logits(
     return LogitVerdict(
         accepted,
         following,
-        torch.where(is_drafted, block.draft_p_RK.log(), 0.0).float(),
-        torch.where(is_drafted, block.overlap_RK, 0.0).float(),
+        torch.where(is_drafted, draft_logp, 0.0).float(),
+        torch.where(place[:num_draft] < judged_R[:, None], overlap, 0.0).float(),
         logprob,
         entropy,
+    )
+
+
+def _finite(logits: Tensor, is_sound: Tensor) -> Tensor:
+    """The logits, with zeros in unsound rows."""
+    return logits if bool(is_sound.all()) else logits.where(is_sound[..., None], 0.0)
+
+
+def _own_tokens(
+    p_RK1V: Tensor, sampling: SamplingRows, rules_R: Tensor, numbering: Numbering
+) -> Tensor:
+    """[R, K + 1] the target's own token after each prefix of the draft: for a seeded request the
+    winner of a race of the position's numbers, else the most probable one."""
+    own = p_RK1V.argmax(dim=-1)
+    drawn = ((rules_R == Rule.MATCH) & (sampling.temperature_R != 0)).nonzero()[:, 0]
+    positions = _positions(numbering, own.shape[1])
+    for r in drawn.tolist():
+        for place in range(own.shape[1]):  # one row at a time: its numbers stay in the CPU's cache
+            own[r, place] = race(
+                p_RK1V[r, place],
+                device_exponentials(
+                    numbering.keys_R[r : r + 1], positions[r : r + 1, place : place + 1],
+                    numbering.nonces_R[r : r + 1], Stream.TARGET, p_RK1V.shape[-1],
+                )[0, 0],
+            )  # fmt: skip
+    return own
+
+
+def _judge(
+    p: Tensor,
+    q: Tensor | None,
+    draft_RK: Tensor,
+    lens_R: Tensor,
+    rules_R: Tensor,
+    numbering: Numbering,
+) -> Verdict:
+    """Verdicts by BLOCK, or by STANDARD for the other requests."""
+    accept_u = _numbers(numbering, draft_RK.shape[1], Stream.ACCEPT)
+    next_u = _numbers(numbering, 1, Stream.RESIDUAL)[:, 0]
+    block = verify_block(p, q, draft_RK, lens_R, accept_u, next_u)
+    standard = verify_standard(p, q, draft_RK, lens_R, accept_u, next_u)
+    by_block = rules_R == Rule.BLOCK
+    return replace(
+        block,
+        num_accepted_R=torch.where(by_block, block.num_accepted_R, standard.num_accepted_R),
+        next_R=torch.where(by_block, block.next_R, standard.next_R),
     )
 
 
@@ -147,6 +207,11 @@ def check_shapes(
 
 def _numbers(numbering: Numbering, count: int, stream: Stream) -> Tensor:
     """[R, count] float64 random numbers of the tokens from ``positions_R`` on."""
-    ahead = torch.arange(count, device=numbering.positions_R.device)
-    positions_RK = numbering.positions_R[:, None] + ahead
+    positions_RK = _positions(numbering, count)
     return device_uniforms(numbering.keys_R, positions_RK, numbering.nonces_R, stream)
+
+
+def _positions(numbering: Numbering, count: int) -> Tensor:
+    """[R, count] positions of the tokens from ``positions_R`` on."""
+    ahead = torch.arange(count, device=numbering.positions_R.device)
+    return numbering.positions_R[:, None] + ahead

@@ -2,7 +2,8 @@
 
 The rows' laws are computed first (``laws_triton``), then
 
-* ``_judge``: p and q of each draft token, and pi of block verification;
+* ``_judge``: p and q of each draft token, the draft tokens before the first unsound row, to which
+  the chain is shortened, and pi of block verification;
 * ``_overlap``, for dense drafts only: sums over v of min(p, q) and of min(pi p, q), part by part.
   It reads only the drafter's tokens, so a small draft vocabulary costs little;
 * ``_stop``: where the chain stops, and the sums of the residual there, part by part;
@@ -31,6 +32,7 @@ from specops.laws_triton import (
     check_packed,
     choose_part,
     first_beyond,
+    is_sound,
     join_rows,
     rate_of,
     uniform,
@@ -61,10 +63,11 @@ def _log_weight(x, ids, top, cut, mass, last, rate):
 def _judge(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
-    t2d_ptr, logp_ptr, keep_ptr, pi_ptr, K,
+    t2d_ptr, logp_ptr, keep_ptr, pi_ptr, judged_ptr, K,
     K_UP: tl.constexpr, DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
 ):  # fmt: skip
-    """One request: log p of each draft token, its acceptance by the standard rule, and pi."""
+    """One request: log p of each draft token, how many of them are judged, the acceptance of each
+    by the standard rule, and pi."""
     request = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, K_UP)
     num_drafted = tl.load(lens_ptr + request)
@@ -78,7 +81,10 @@ def _judge(
     cut = tl.load(law_ptr + row * 3 + 1, mask=is_drafted, other=0.0)
     mass = tl.load(law_ptr + row * 3 + 2, mask=is_drafted, other=1.0)
     last = tl.load(last_ptr + row, mask=is_drafted, other=0)
-    logp = _log_weight(x, token, top, cut, mass, last, rate)
+    has_law = is_sound(top)
+    top = tl.where(has_law, top, 0.0)
+    logp = _log_weight(tl.where(has_law, x, 0.0), token, top, cut, mass, last, rate)
+    logp = tl.where(has_law, logp, float("-inf"))
     ratio = logp
     if DENSE:
         own = token
@@ -90,18 +96,22 @@ def _judge(
         is_known = is_drafted & (own >= 0)
         x = tl.load(at, mask=is_known, other=0.0).to(tl.float32)
         top = tl.load(q_law_ptr + row * 3, mask=is_drafted, other=0.0)
+        has_law = has_law & is_sound(top)
+        top, x = tl.where(is_sound(top), top, 0.0), tl.where(is_sound(top), x, 0.0)
         mass = tl.load(q_law_ptr + row * 3 + 2, mask=is_drafted, other=1.0)
         # The token was sampled, so it survived truncation.
         logq = (x.to(tl.float64) - top.to(tl.float64)) * q_rate.to(tl.float64)
         ratio = logp - logq + tl.log(mass.to(tl.float64))
+    tl.store(logp_ptr + request * K + place, tl.where(is_drafted, logp, 0.0), mask=place < K)
+    num_judged = tl.min(tl.where(is_drafted & (has_law == 0), place, num_drafted), axis=0)
+    tl.store(judged_ptr + request, num_judged.to(tl.int64))
+    is_drafted = place < num_judged
     # pi_i = product of the ratios since it was last capped at 1.
     before = (place[None, :] <= place[:, None]) & is_drafted[None, :]
     steps = tl.sum(tl.where(before, ratio[None, :], 0.0), axis=1)
     on_row = tl.sum(tl.where(place[:, None] == place[None, :], steps[:, None], 0.0), axis=0)
     highest = tl.max(tl.where(before, on_row[None, :], 0.0), axis=1)
     pi = tl.exp(steps - tl.maximum(highest, 0.0))
-    is_place = place < K
-    tl.store(logp_ptr + request * K + place, tl.where(is_drafted, logp, 0.0), mask=is_place)
     tl.store(keep_ptr + request * K + place, tl.exp(tl.minimum(ratio, 0.0)), mask=is_drafted)
     tl.store(pi_ptr + request * (K + 1) + 1 + place, pi, mask=is_drafted)
     tl.store(pi_ptr + request * (K + 1), tl.full((), 1.0, tl.float64))
@@ -248,7 +258,8 @@ def _stop(
         tl.store(accepted_ptr + request, stop)
         tl.store(stop_pi_ptr + request, pi)
         tl.store(overlap_ptr + index, tl.where(is_drafted, overlap, 0.0), mask=place < K)
-    if is_match:
+    has_law = is_sound(tl.load(law_ptr + (request * (K + 1) + stop) * 3))
+    if is_match | (has_law == 0):
         return
     ids = part * PART + tl.arange(0, PART)
     at = logits_ptr + request * request_stride + stop * row_stride + ids
@@ -280,8 +291,9 @@ def _emit(
     stop = tl.load(accepted_ptr + request)
     rule = tl.load(rules_ptr + request)
     is_match = (rule == 0) | (tl.load(temperature_ptr + request) == 0)
-    following = tl.load(own_ptr + request * (K + 1) + stop)
-    if not is_match:
+    # Of a row without a law: UNSOUND.
+    following = tl.load(own_ptr + request * (K + 1) + stop).to(tl.int64)
+    if (not is_match) & (following >= 0):
         piece = tl.arange(0, PARTS_UP)
         is_part = piece < num_parts
         slot = request * num_parts + piece
@@ -307,7 +319,7 @@ def _emit(
         )  # fmt: skip
         weights = tl.where(is_left, rest, p).to(tl.float64)
         inside = first_beyond(weights, portion * tl.sum(weights, axis=0), PART)
-        following = part * PART + inside
+        following = (part * PART + inside).to(tl.int64)
     tl.store(next_ptr + request, following)
     if PLAIN:
         place = tl.arange(0, K_UP)
@@ -315,7 +327,7 @@ def _emit(
         is_row = place <= K
         is_emitted = place <= stop
         token = tl.load(draft_ptr + request * K + place, mask=place < stop, other=0)
-        token = tl.where(place == stop, following, token)
+        token = tl.where(place == stop, tl.maximum(following, 0), token)
         at = logits_ptr + request * request_stride + place * row_stride + token
         x = tl.load(at, mask=is_emitted, other=0.0).to(tl.float32)
         log_sum = tl.load(stats_ptr + row * 2, mask=is_emitted, other=0.0)
@@ -417,14 +429,16 @@ def _launch(
     steps = _Steps(keep, pi, overlap_parts, rest)
     if not num_requests:
         return verdict, steps
-    drafts = (draft_RK, lens_R)
+    judged = scratch(dtype=torch.int64)
     _judge[(num_requests,)](
-        *target, *drafts, *q, t2d, logp, keep, pi, num_draft, **kinds, K_UP=k_up, num_warps=1
-    )
+        *target, draft_RK, lens_R, *q, t2d, logp, keep, pi, judged, num_draft, **kinds, K_UP=k_up,
+        num_warps=1,
+    )  # fmt: skip
+    drafts = (draft_RK, judged)
     if is_dense:
         of_rows = {name: kinds[name] for name in ("HAS_MAP", "Q_GREEDY")}
         _overlap[(num_requests * num_draft, draft_parts)](
-            *target, lens_R, *q, d2t, pi, overlap_parts, draft_size, num_draft, draft_parts,
+            *target, judged, *q, d2t, pi, overlap_parts, draft_size, num_draft, draft_parts,
             **of_rows, PART=tiles.part, num_warps=2 * tiles.part_warps,
         )  # fmt: skip
     numbers = (numbering.keys_R, numbering.nonces_R, numbering.positions_R)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -37,16 +37,18 @@ class Verified:
 
     num_accepted: list[int]
     """[R]."""
-    next_ids: list[int]
-    """[R] the target's own token after the accepted ones."""
+    next_ids: list[int | None]
+    """[R] the target's own token after the accepted ones; ``None``: its row of logits is NaN or
+    infinite, so nothing can follow."""
     p_logp: list[list[float]]
     """[R][K] the target's log probability of each draft token, after temperature and truncation."""
 
 
 def emitted_by(draft: Proposed | None, verified: Verified, r: int) -> list[int]:
     """Tokens that a round decided for request r: the accepted draft tokens and the target's own."""
-    drafted = draft.tokens[r] if draft else []
-    return [*drafted[: verified.num_accepted[r]], verified.next_ids[r]]
+    kept = draft.tokens[r][: verified.num_accepted[r]] if draft else []
+    following = verified.next_ids[r]
+    return kept if following is None else [*kept, following]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class Counters:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_steps: int = 0
+    num_unsound: int = 0
+    """Requests whose target computed NaN or infinity."""
     accepted_per_pos: list[int] = field(default_factory=list)
     """[max_draft]."""
     steps_by_arm: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -108,6 +112,7 @@ class Counters:
             traces={},
             capture_rows_dropped=0,
             num_request_steps=self.num_request_steps,
+            num_corrupted=self.num_unsound,
             **gauges,
         )
 
@@ -150,22 +155,26 @@ class Commits:
             drafted = draft.tokens[r] if draft else ()
             num_drafted, kept = len(drafted), verified.num_accepted[r]
             drawn = draft.q_logp[r] if draft and draft.q_logp else ()
-            sequence.rounds.append(
-                (
-                    drafting if num_drafted else idle,
-                    len(sequence.tokens) - 1,
-                    drafted,
-                    drawn,
-                    verified.p_logp[r],
-                    kept,
-                    verified.next_ids[r],
+            following = verified.next_ids[r]
+            if following is not None:
+                sequence.rounds.append(
+                    (
+                        drafting if num_drafted else idle,
+                        len(sequence.tokens) - 1,
+                        drafted,
+                        drawn,
+                        verified.p_logp[r],
+                        kept,
+                        following,
+                    )
                 )
-            )
             self._count_round(num_drafted, kept)
             emitted = emitted_by(draft, verified, r)
             anchor = len(sequence.tokens) - 1
             sequence.version = step.version
             count = self._append(sequence, emitted, partial(scored, r))
+            if following is None:
+                self._break_off(sequence)
             sequence.num_proposed += num_drafted
             sequence.num_accepted += min(kept, count)
             sequence.num_computed = anchor + count
@@ -176,14 +185,14 @@ class Commits:
         self,
         chunks: tuple[Chunk, ...],
         firsts: list[int] | None,
-        first_ids: list[int],
+        first_ids: list[int | None],
         scored: Scored | None,
     ) -> list[Committed]:
         """Commit prompt rows as they are; chunks that reach the anchor yield a token.
 
         Args:
             firsts: number of the first captured row of each chunk; ``None`` without capture.
-            first_ids: tokens of the N chunks that reach their anchor.
+            first_ids: tokens of the N chunks that reach their anchor; ``None``: see ``Verified``.
             scored: finds log probabilities; ``None`` if no request asked for them.
         """
         committed = []
@@ -194,8 +203,19 @@ class Commits:
         done = [chunk.sequence for chunk in chunks if chunk.is_last]
         for index, (sequence, token) in enumerate(zip(done, first_ids, strict=True)):
             sequence.version = self._drafting.version
-            self._append(sequence, [token], partial(scored, index) if scored else None)
+            emitted = [] if token is None else [token]
+            self._append(sequence, emitted, partial(scored, index) if scored else None)
+            if token is None:
+                self._break_off(sequence)
         return committed
+
+    def _break_off(self, sequence: Sequence) -> None:
+        """The target has no next token for a request: end it, unless the tokens before did. Its
+        rows are not to be learned from in either case."""
+        self.counters.num_unsound += 1
+        sequence.request = replace(sequence.request, capture=False)
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "error"
 
     def _append(
         self,

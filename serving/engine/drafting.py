@@ -117,7 +117,7 @@ class Drafting:
         for rows in self.neural.values():
             rows.begin(sequence)
         for drafter in self._following(sequence):
-            drafter.begin(request.id, sequence.tokens, namespace=request.tenant)
+            drafter.begin(request.id, sequence.tokens, namespace=request.namespace)
 
     def foresee(self, sequence: Sequence, tokens: list[int]) -> None:
         """Tell the host drafters of tokens that will be committed unless the request ends first."""

@@ -111,9 +111,13 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def is_ready(self) -> bool:
-        """Decoding, and not draining."""
-        return self._thread.is_alive() and not self.inbox.is_draining
+    def complaint(self) -> str | None:
+        """Why this engine should get no requests; ``None`` if it is ready."""
+        if not self._thread.is_alive():
+            return "the engine does not run"
+        if self.inbox.is_draining:
+            return "draining"
+        return self._outputs.soundness.complaint
 
     def figures(self) -> EngineFigures:
         """Counters and gauges of now; the service adds those of swaps and traces."""

@@ -12,6 +12,39 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.requests import FinishReason, Output
 
+NOT_FINITE = "not_finite"
+"""Error code of a request whose target computed NaN or infinity."""
+_NOT_FINITE_TEXT = (
+    "The target computed NaN or infinity for this request, so it has no next token. The same "
+    "request will most likely fail again."
+)
+_MOST_UNSOUND = 3
+"""Requests in a row that may end in NaN or infinity before the server is not ready."""
+
+
+class Soundness:
+    """Whether the target still computes numbers: told by how requests end."""
+
+    def __init__(self) -> None:
+        self._num_unsound = 0
+
+    def note(self, reason: FinishReason) -> None:
+        """A request has ended: by its own, or for lack of a finite logit."""
+        if reason in ("stop", "length"):
+            self._num_unsound = 0
+        elif reason == "error":
+            self._num_unsound += 1
+
+    @property
+    def complaint(self) -> str | None:
+        """Why the server should get no requests; ``None`` if it is sound. One answer suffices."""
+        if self._num_unsound < _MOST_UNSOUND:
+            return None
+        return (
+            f"the target computed NaN or infinity in the last {self._num_unsound} requests that "
+            f"ended; its weights may be damaged"
+        )
+
 
 class Outputs:
     """Delivers outputs and ends requests, each of them once."""
@@ -29,22 +62,36 @@ class Outputs:
         self._drafting = drafting
         self._lanes = lanes
         self._on_finished = on_finished
+        self.soundness = Soundness()
 
     def after_commit(self, committed: Iterable[Committed]) -> None:
         """Deliver the new tokens of the requests of a step, and end those that are done."""
         for c in committed:
+            reason = c.sequence.finish_reason
+            if reason == "error":  # set by ``Commits`` only where a row is not finite
+                self._scheduler.forget_pages(c.sequence)
+                self.soundness.note(reason)
+                self.finish(c.sequence, reason, _NOT_FINITE_TEXT, NOT_FINITE)
+                continue
             self._scheduler.name_full_pages(c.sequence)
-            if c.sequence.finish_reason:
-                self.finish(c.sequence, c.sequence.finish_reason)
+            if reason:
+                self.soundness.note(reason)
+                self.finish(c.sequence, reason)
             elif c.sequence.num_completion > c.sequence.num_emitted:
                 self._emit(c.sequence, None)
 
-    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        error_code: str | None = None,
+    ) -> None:
         """Free the pages and the lane of a request, deliver the rest of its text, and hand it to
         ``on_finished`` if it was captured.
 
         Args:
-            error: message for the client, with the reason ``error``.
+            error, error_code: see ``Output``, with the reason ``error``.
         """
         request = sequence.request
         captured = request.capture and reason in ("stop", "length")
@@ -57,10 +104,14 @@ class Outputs:
         sequence.finish_reason = reason
         if captured:
             self._on_finished(sequence)
-        self._emit(sequence, reason, error)
+        self._emit(sequence, reason, error, error_code)
 
     def _emit(
-        self, sequence: Sequence, reason: FinishReason | None, error: str | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason | None,
+        error: str | None = None,
+        error_code: str | None = None,
     ) -> None:
         start = sequence.num_prompt + sequence.num_emitted
         tokens = tuple(sequence.tokens[start:])
@@ -79,5 +130,6 @@ class Outputs:
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 error=error,
+                error_code=error_code,
             )
         )

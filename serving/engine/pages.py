@@ -1,9 +1,9 @@
 """Ownership of KV pages, and which pages can be reused for an equal prefix.
 
 Pure bookkeeping: no tensors. Page 0 is never handed out; padding rows write there. A full page of
-committed tokens is named by a digest of all tokens up to its end, so equal names mean equal
-prefixes. Pages that no request holds keep their name and content until they are needed (oldest
-first).
+committed tokens is named by a digest of its request's namespace and of all tokens up to its end, so
+equal names mean equal prefixes of one namespace. Pages that no request holds keep their name and
+content until they are needed (oldest first).
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def page_names(tokens: Sequence[int], page_size: int, parent: bytes = b"") -> list[bytes]:
-    """Digest of every full page of ``tokens``, each chained to the one before."""
+def page_root(namespace: str) -> bytes:
+    """The name before a first page: requests of different namespaces share no page."""
+    return hashlib.blake2b(namespace.encode(), digest_size=16, person=b"namespace").digest()
+
+
+def page_names(tokens: Sequence[int], page_size: int, parent: bytes) -> list[bytes]:
+    """Digest of every full page of ``tokens``, each chained to the one before.
+
+    Args:
+        parent: name of the page before the first one, or ``page_root``.
+    """
     names = []
     for start in range(0, len(tokens) - page_size + 1, page_size):
         page = np.asarray(tokens[start : start + page_size], dtype=np.int64).tobytes()
@@ -86,6 +95,13 @@ class PagePool:
         if self.prefix_cache and name not in self._page_of and page not in self._name_of:
             self._name_of[page] = name
             self._page_of[name] = page
+
+    def forget(self, pages: Sequence[int]) -> None:
+        """Take away the names of pages that somebody holds."""
+        for page in pages:
+            name = self._name_of.pop(page, None)
+            if name is not None:
+                del self._page_of[name]
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference to each; named pages stay cached, the last ones are evicted first."""

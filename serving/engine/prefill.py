@@ -30,7 +30,7 @@ from specops.device import (
     verify_logits,
 )
 from specops.lanes import Column, Input
-from specops.verify_logits import Rule
+from specops.verify_logits import UNSOUND, Rule
 from targets.target import KvPool, Target
 
 _LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
@@ -134,8 +134,9 @@ class Prefill:
             outputs, landed = self._graphs.to_host(self._outputs[: len(ends)])
         return Prefilled(chunks, self._logits[: len(ends)], outputs, landed)
 
-    def read(self, prefilled: Prefilled) -> list[int]:
-        """Wait for a program and read the first tokens of prompts that ended."""
+    def read(self, prefilled: Prefilled) -> list[int | None]:
+        """Wait for a program and read the first tokens of prompts that ended; ``None`` where the
+        target's row has no distribution."""
         prefilled.landed.wait()
         for chunk in prefilled.chunks:
             if chunk.is_last:
@@ -143,8 +144,8 @@ class Prefill:
                 sequence.lane_length = length
                 for rows in self._drafting.neural.values():
                     rows.note_chunk(sequence, length - 1, length)
-        first_ids: list[int] = prefilled.outputs[:, Column.NEXT].tolist()
-        return first_ids
+        first_ids = prefilled.outputs[:, Column.NEXT].tolist()
+        return [None if token == UNSOUND else token for token in first_ids]
 
     def numbers(self, chunks: tuple[Chunk, ...]) -> list[int] | None:
         """Number of the first captured row of each chunk; ``None`` without a ring. All earlier

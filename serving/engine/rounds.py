@@ -43,7 +43,7 @@ from specops.device import (
 )
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
 from specops.lanes import Column, Input, OpenedRound
-from specops.verify_logits import LogitVerdict, Rule
+from specops.verify_logits import UNSOUND, LogitVerdict, Rule
 from targets.target import KvPool, Target
 
 MOST_LOGPROBS = 20
@@ -227,6 +227,7 @@ class Rounds:
             [row[i] for row in rows]
             for i in (Column.ACCEPTED, Column.NEXT, Column.DRAFTED, Column.CAPTURED)
         )
+        next_ids = [None if token == UNSOUND else token for token in following]
         tokens = [row[Column.TOKENS :][:n] for row, n in zip(rows, lens, strict=True)]
         if key.is_greedy:  # an accepted token is certain, the first rejected one impossible
             p_logp = [[0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted]
@@ -242,7 +243,7 @@ class Rounds:
         scores = []
         if launched.scores is not None:
             scores = launched.scores.view(launched.key.size, num_draft + 1, -1).tolist()
-        return Decoded(proposed, Verified(accepted, following, p_logp), numbers, scores)
+        return Decoded(proposed, Verified(accepted, next_ids, p_logp), numbers, scores)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
         """Note the new lengths of the lanes and of the rows of the round's drafter."""
@@ -377,7 +378,7 @@ class Rounds:
     ) -> LogitVerdict | Tensor:
         """The verdict on the drafts; for greedy requests the target's best ids, [R, Q]."""
         if key.is_greedy:
-            return best_ids(logits)
+            return best_ids(logits, is_target=True)
         return verify_logits(
             logits, opened.sampling(), drafts.tokens_RK, opened.lens_R, opened.rules_R,
             opened.numbering(), drafts.law,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from serving.engine.pages import PagePool, page_names
+from serving.engine.pages import PagePool, page_names, page_root
 from serving.engine.sequence import Sequence
 
 _GROUP = 8
@@ -95,7 +95,8 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence) -> bool:
         # The anchor must be computed in any case, so its page is never taken from the cache.
-        names = page_names(sequence.tokens[:-1], self.page_size)
+        root = page_root(sequence.request.namespace)
+        names = page_names(sequence.tokens[:-1], self.page_size, root)
         cached = self.pool.lookup(names)
         max_tokens = sequence.request.sampling.max_tokens
         fresh = self.num_pages_for(sequence.num_prompt, max_tokens) - len(cached)
@@ -145,17 +146,23 @@ class Scheduler:
     def name_full_pages(self, sequence: Sequence) -> list[int]:
         """Declare newly completed pages to the prefix cache; returns those pages."""
         full = sequence.num_computed // self.page_size
+        root = page_root(sequence.request.namespace)
         fresh = []
         while sequence.num_named < full:
             index = sequence.num_named
             start = index * self.page_size
-            parent = sequence.names[-1] if sequence.names else b""
+            parent = sequence.names[-1] if sequence.names else root
             tokens = sequence.tokens[start : start + self.page_size]
             sequence.names += page_names(tokens, self.page_size, parent)
             self.pool.name(sequence.pages[index], sequence.names[-1])
             fresh.append(sequence.pages[index])
             sequence.num_named += 1
         return fresh
+
+    def forget_pages(self, sequence: Sequence) -> None:
+        """Take a request's pages out of the prefix cache: they may hold NaN, also those that it
+        found there."""
+        self.pool.forget(sequence.pages)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a finished or cancelled request out and give its pages back."""

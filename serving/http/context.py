@@ -38,8 +38,9 @@ class Context:
             self.server.inbox.cancel(request_id)
 
     @property
-    def is_ready(self) -> bool:
-        return not self.is_draining and self.server.is_ready()
+    def complaint(self) -> str | None:
+        """Why /ready answers 503; ``None`` if it does not."""
+        return "draining" if self.is_draining else self.server.complaint()
 
 
 def attach(app: FastAPI, context: Context) -> None:

@@ -91,6 +91,12 @@ def internal(request_id: str) -> ApiError:
     return ApiError(500, f"{INTERNAL_MESSAGE} Request id: {request_id}", code="internal_error")
 
 
+def failed(message: str, code: str) -> ApiError:
+    """500 that says what failed. OpenAI's clients repeat a request after other 500s; this one would
+    most likely fail again."""
+    return ApiError(500, message, code=code, headers={"x-should-retry": "false"})
+
+
 def log_failure(request_id: str, error: BaseException) -> None:
     """Log the traceback without the exception's text, which may quote a prompt."""
     frames = "".join(traceback.format_tb(error.__traceback__))

@@ -98,8 +98,9 @@ class RunningServer(Protocol):
     def swapper(self) -> Swapper | None:
         """``None`` if the server has no drafter that learns."""
 
-    def is_ready(self) -> bool:
-        """Decoding, and not draining."""
+    def complaint(self) -> str | None:
+        """Why the server should get no requests, in words for its operator; ``None`` if it
+        decodes and does not drain."""
 
     def figures(self) -> EngineFigures:
         """Counters and gauges of engine, swaps and traces. Returns at once."""

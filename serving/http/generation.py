@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from serving.http.context import Context
-from serving.http.errors import ApiError, internal, invalid, logger, overloaded, unavailable
+from serving.http.errors import ApiError, failed, internal, invalid, logger, overloaded, unavailable
 from serving.http.jobs import Job
 from serving.http.metrics import ChoiceClock
 from serving.http.response_bodies import PromptTokensDetails, Speculation, Usage
@@ -138,7 +138,9 @@ class Generation:
         if output.finish_reason == "cancelled":
             return unavailable("The server is shutting down and had to end this request.")
         logger.error("request %s failed in the engine: %s", self._request_id, output.error)
-        return internal(self._request_id)
+        if output.error is None or output.error_code is None:
+            return internal(self._request_id)
+        return failed(f"{output.error} Request id: {self._request_id}", output.error_code)
 
     def _forget(self, request_id: str) -> None:
         self._context.inflight_ids.discard(request_id)

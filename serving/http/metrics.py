@@ -135,7 +135,10 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
     yield gauge("num_requests_running", "Requests in the batch.", figures.num_running)
     yield gauge("num_requests_waiting", "Requests not yet admitted.", figures.num_waiting)
     yield gauge("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", figures.kv_usage)
-    yield counter("num_preemptions", "Requests put back to waiting.", figures.preemptions)
+    yield counter("num_preemptions", "Requests put back to waiting.", 0)
+    yield counter(
+        "corrupted_requests", "Requests that ended in NaN or infinity.", figures.num_corrupted
+    )
     yield counter("prompt_tokens", "Prompt tokens.", figures.prompt_tokens)
     yield counter("generation_tokens", "Completion tokens.", figures.generation_tokens)
     yield counter("prefix_cache_queries", "Prompt tokens looked up.", figures.prompt_tokens)

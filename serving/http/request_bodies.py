@@ -149,8 +149,8 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     """Only with ``stream``."""
     user: str | None = Field(None, min_length=1, max_length=256, pattern=VISIBLE)
-    """Tenant: recorded in traces, and text of one tenant never drafts for another; null is
-    ``default``."""
+    """Tenant: recorded in traces. Tenants share neither cached prompts nor text to draft from; null
+    is ``default``."""
     return_token_ids: bool | None = None
     """Add ``token_ids`` and ``prompt_token_ids``, as vLLM does."""
     speculation: SpeculationOptions | None = None

@@ -165,6 +165,8 @@ class Version(Answer):
 
 class Health(Answer):
     status: Literal["alive", "ready", "not ready"]
+    reason: str | None = None
+    """Why it is not ready."""
 
 
 class Drain(Answer):

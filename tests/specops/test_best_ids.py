@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specops import best_ids, best_ids_triton
+from specops.verify_logits import UNSOUND
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -95,3 +96,23 @@ def test_rows_that_are_not_adjacent_are_refused():
     with pytest.raises(ValueError, match="contiguous rows of at least one"):
         best_ids_triton.best_ids(torch.zeros(4, 0))
     assert best_ids_triton.best_ids(torch.zeros(0, 6)).shape == (0,)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_target_without_a_finite_best_logit_has_no_choice(dtype, device):
+    """One masked token is none the worse."""
+    logits = few_values((6, 300), dtype, device)
+    logits[0] = -torch.inf
+    logits[1, 299] = torch.nan
+    logits[2, 0] = torch.inf
+    logits[3, [5, 6]] = torch.tensor([torch.inf, torch.nan], dtype=dtype, device=device)
+    logits[4, :299] = -torch.inf
+
+    got = best_ids_triton.best_ids(logits, span=16, is_target=True)
+
+    assert torch.equal(got, best_ids.best_ids(logits, is_target=True))
+    assert got[:4].tolist() == [UNSOUND] * 4
+    assert got[4] == 299
+    assert got[5] == logits[5].argmax()

@@ -9,7 +9,7 @@ import torch
 
 from specops import best_ids, device, lanes, lanes_triton
 from specops.lanes import Column, Field, Input, LaneState
-from specops.verify_logits import LogitVerdict, Rule
+from specops.verify_logits import UNSOUND, LogitVerdict, Rule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NUM_LANES, NUM_PAGES, PAGE, MOST = 9, 1030, 4, 16
@@ -216,3 +216,24 @@ def test_states_of_another_layout_are_refused():
         lanes_triton.close_round(
             state, opened, opened.given_RK, opened.block_RQ.int(), None, outputs
         )
+
+
+@pytest.mark.parametrize("close", [lanes.close_round, lanes_triton.close_round])
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_a_token_that_does_not_exist_is_told_but_not_committed(close, is_greedy):
+    """The lane goes on with token 0 until the host has ended the request."""
+    chosen, state = [0, 2], state_of("cpu")
+    opened = lanes.open_round(state, inputs_of(chosen, "cpu"), 3, PAGE, Rule.BLOCK, is_given=False)
+    draft = torch.tensor([[11, 12, 13], [21, 22, 23]])
+    verdict = torch.tensor([[11, UNSOUND, 99, 98], [UNSOUND, 97, 96, 95]])
+    if not is_greedy:
+        accepted, reals = torch.tensor([1, 0]), torch.zeros(2, 3)
+        verdict = LogitVerdict(accepted, torch.tensor([UNSOUND] * 2), reals, reals, None, None)
+    outputs = torch.zeros((2, Column.TOKENS + 9), dtype=torch.int64)
+
+    closed = close(state, opened, draft, verdict, None, outputs)
+
+    assert outputs[:, : Column.NEXT + 1].tolist() == [[1, UNSOUND], [0, UNSOUND]]
+    assert closed.emitted_RQ.tolist() == [[11, 0, 0, 0], [0] * 4]
+    assert closed.next_R.tolist() == [0, 0]
+    assert state.ints_FL[Field.ANCHOR, chosen].tolist() == [0, 0]

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from specops.laws_triton import uniform
-from specops.rng import Stream, device_uniforms, uniforms
+from specops.laws_triton import exponential, uniform, word_of
+from specops.rng import Stream, device_exponentials, device_uniforms, uniforms
 
 EXTREMES = [0, 1, -1, 2**31, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63), 0x1E3779B97F4A7C15]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -61,3 +61,42 @@ def test_numbers_made_in_a_kernel_have_the_same_bits():
     _numbers[positions.shape](*tensors, got, positions.shape[1], STREAM=int(Stream.TARGET))
 
     assert np.array_equal(got.cpu().numpy(), want)
+
+
+@triton.jit
+def _race_numbers(keys_ptr, positions_ptr, nonces_ptr, out_ptr, V: tl.constexpr, S: tl.constexpr):
+    row, ids = tl.program_id(0), tl.arange(0, V)
+    nonce, position = tl.load(nonces_ptr + row), tl.load(positions_ptr + row)
+    word = word_of(tl.load(keys_ptr + row), nonce, position, S)
+    tl.store(out_ptr + row * V + ids, exponential(word, ids))
+
+
+def test_a_kernel_races_with_the_same_numbers():
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    keys, positions, nonces = (torch.from_numpy(array[-200:]).to(device) for array in inputs())
+    want = device_exponentials(keys, positions[:, :1], nonces, Stream.TARGET, 1024)[:, 0]
+    got = torch.empty(want.shape, dtype=torch.float32, device=device)
+
+    _race_numbers[(len(keys),)](
+        keys, positions[:, 0].contiguous(), nonces, got, V=1024, S=int(Stream.TARGET)
+    )
+
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    assert want.min() < 1e-5 and want.max() > 11
+
+
+def test_race_numbers_are_exponential_and_independent_of_each_other():
+    """Kolmogorov-Smirnov at p = 1e-9, within a position and from position to position."""
+    keys = torch.arange(40) * 1_000_003
+    positions = torch.arange(8).expand(40, 8).contiguous()
+    numbers = device_exponentials(keys, positions, torch.zeros(40).long(), Stream.TARGET, 512)
+
+    for values in (numbers.flatten(), numbers.diff(dim=1).abs().flatten()):
+        ordered = values.sort().values
+        law = 1 - torch.exp(-ordered)  # |E - E'| is exponential, too
+        count = len(ordered)
+        steps = torch.arange(count) / count
+        assert (law - steps).abs().max() < 3.3 / count**0.5
+    within = (numbers[..., 1:] < numbers[..., :-1]).double().mean()
+    assert abs(within - 0.5) < 6 * 0.5 / numbers.numel() ** 0.5
+    assert numbers.unique().numel() == numbers.numel()

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specops.rng import Stream, uniforms
-from specops.sampling import distribution, draw, sampling_rows
+from oracles.joint_law import chi_squared_excess
+from specops.rng import Stream, device_exponentials, uniforms
+from specops.sampling import distribution, draw, race, sampling_rows
 
 
 def rows(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, vocab=8, dtype=torch.float64):
@@ -111,3 +112,51 @@ def test_streams_are_uniform_and_uncorrelated():
     for i, one in enumerate(streams):
         for other in streams[i + 1 :]:
             assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 5 * error
+
+
+def raced(law, num_keys):
+    """How often each id wins the race of a position, over keys that follow each other."""
+    keys = torch.arange(num_keys) - num_keys // 2
+    places, nonces = torch.full((num_keys, 1), 17), torch.zeros(num_keys, dtype=torch.int64)
+    numbers = device_exponentials(keys, places, nonces, Stream.TARGET, len(law))[:, 0]
+    return torch.bincount(race(law.expand(num_keys, -1), numbers), minlength=len(law))
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        pytest.param([0.5, 0.0, 0.3, 0.2], id="a masked token"),
+        pytest.param([0.999, 0.0005, 0.0004, 0.0001], id="nearly certain"),
+        pytest.param([1.0] * 100, id="even, not normalised"),
+        pytest.param([0.9**i for i in range(60)], id="a long tail"),
+    ],
+)
+def test_races_follow_the_law(law):
+    weights = torch.tensor(law, dtype=torch.float64)
+
+    counts = raced(weights, 100_000)
+
+    assert chi_squared_excess(counts.double(), weights / weights.sum()) < 1
+    wrong = weights.clone()
+    wrong[1] += 0.02 * weights.sum()
+    assert chi_squared_excess(counts.double(), wrong / wrong.sum()) > 1
+
+
+def test_a_certain_token_wins_every_race():
+    assert raced(torch.tensor([0.0, 1.0, 0.0]), 10_000).tolist() == [0, 10_000, 0]
+
+
+def test_the_last_bits_of_a_law_hardly_ever_change_the_winner():
+    """Relative errors of 1e-6, as of another batch shape: the inverted sum flips at every token
+    whose border moved past the number, the race only where two leaders are this close."""
+    generator = torch.Generator().manual_seed(0)
+    law = torch.rand(2000, 3000, generator=generator, dtype=torch.float64).softmax(-1)
+    noise = 1 + 1e-6 * torch.randn(law.shape, generator=generator, dtype=torch.float64)
+    keys, nonces = torch.arange(2000), torch.zeros(2000, dtype=torch.int64)
+    numbers = device_exponentials(keys, keys[:, None], nonces, Stream.TARGET, 3000)[:, 0]
+    number = torch.rand(2000, generator=generator, dtype=torch.float64)
+
+    assert torch.equal(race(law, numbers), race(law * noise, numbers))
+    shifted = law * (1 + 1e-6 * torch.linspace(-1, 1, 3000))
+    assert torch.equal(race(law, numbers), race(shifted, numbers))
+    assert (draw(law, number) != draw(shifted, number)).any()

@@ -384,3 +384,99 @@ def test_a_field_that_is_not_contiguous_over_the_requests_is_refused():
     arguments[1] = dataclasses.replace(arguments[1], top_p_R=spread)
     with pytest.raises(ValueError, match="top_p must be contiguous"):
         kernels.verify_logits(*arguments)
+
+
+def poisoned(arguments, seed):
+    """The same arguments with some rows of target and drafter unsound."""
+    logits, rows, draft, lens, rules, numbers, law = arguments
+    generator = torch.Generator().manual_seed(seed)
+    bad = (float("nan"), float("inf"), float("-inf"))
+    num_requests, num_rows, vocab = logits.shape
+    for request in range(num_requests):
+        for place in range(num_rows):
+            what, ids = bad[(request + place) % 3], torch.randperm(vocab, generator=generator)[:3]
+            if torch.rand((), generator=generator) < 0.3:
+                logits[request, place, ids if what != float("-inf") else slice(None)] = what
+            is_chosen = torch.rand((), generator=generator) < 0.3
+            if law is not None and place < num_rows - 1 and is_chosen:
+                at = ids[0] % law.logits_RKD.shape[-1] if what != float("-inf") else slice(None)
+                law.logits_RKD[request, place, at] = what
+    return logits, rows, draft, lens, rules, numbers, law
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("vocab", "drafter", "truncates", "dtype"),
+    [
+        pytest.param(16, "delta", True, torch.float32, id="delta"),
+        pytest.param(140, "dense", False, torch.float32, id="dense"),
+        pytest.param(140, "dense", True, torch.bfloat16, id="dense, truncated"),
+        pytest.param(200, "reduced", True, torch.float32, id="reduced"),
+    ],
+)
+def test_rows_that_are_not_finite_are_found_by_definition_and_kernel_alike(
+    vocab, drafter, truncates, dtype, seed
+):
+    arguments = case(9, 3, vocab, seed, drafter == "reduced", drafter != "delta", truncates, dtype)
+    clean = verify_logits.verify_logits(*moved(arguments, "cpu"), with_logprobs=False)
+    arguments = poisoned(arguments, seed)
+
+    want = verify_logits.verify_logits(*arguments, with_logprobs=False)
+    got = by_kernel(kernels.verify_logits, *arguments, with_logprobs=False, tiles=SMALL)
+
+    assert_alike(got, want)
+    at = torch.arange(9)
+    top = arguments[0].amax(-1)[at, want.num_accepted_R]
+    assert torch.equal(want.next_R == verify_logits.UNSOUND, ~top.isfinite())
+    assert (want.num_accepted_R <= arguments[3]).all()
+    assert (want.next_R == verify_logits.UNSOUND).any() and (want.next_R >= 0).any()
+    assert (clean.next_R >= 0).all()
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), float("-inf")])
+def test_an_unsound_row_of_a_drafter_drafts_its_first_token(what):
+    logits = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    logits[3, 150 if what != float("-inf") else slice(None)] = what
+    d2t = torch.arange(200) + 5
+    mapped = vocab_map(d2t, 600)
+    greedy = torch.tensor([False, True, False, False, False])
+    arguments = (logits, sampling(5, 200, True, all_sampled=True), numbering(5, 1), greedy, mapped)
+
+    want = draft_sampling.sample_draft(*arguments)
+    got = by_kernel(draft_sampling_triton.sample_draft, *arguments, tiles=SMALL)
+
+    assert got.tokens_R.tolist() == want.tokens_R.tolist()
+    assert (want.tokens_R[3], want.logq_R[3], got.logq_R[3]) == (5, 0, 0)
+    assert got.logq_R.isfinite().all()
+
+
+def of_requests(value, chosen):
+    """The rows of some requests, of tensors and of records of them."""
+    if isinstance(value, torch.Tensor):
+        return value[chosen].contiguous()
+    if not dataclasses.is_dataclass(value):
+        return value
+    names = [field.name for field in dataclasses.fields(value)]
+    return type(value)(*(of_requests(getattr(value, name), chosen) for name in names))
+
+
+@pytest.mark.parametrize("by", ["definition", "kernel"])
+def test_a_seeded_token_depends_on_its_row_and_numbers_alone(by):
+    """Not on the draft, its length, or the other requests; untruncated rows and truncated ones."""
+    logits, rows, _, _, _, numbers, _ = case(9, 4, 150, 2, False, False, True, torch.float32)
+    judge = verify_logits.verify_logits if by == "definition" else kernels.verify_logits
+
+    def first_tokens(chosen, num_draft):
+        some = of_requests(logits[:, : num_draft + 1], chosen)
+        draft = torch.full((len(chosen), num_draft), 149)
+        lens, rules = torch.full((len(chosen),), num_draft), torch.zeros_like(chosen)
+        law = of_requests(rows, chosen), draft, lens, rules, of_requests(numbers, chosen)
+        verdict = by_kernel(judge, some, *law, with_logprobs=False)
+        kept = verdict.num_accepted_R == 0
+        return torch.where(kept, verdict.next_R, 149).tolist()
+
+    alone = [first_tokens(torch.tensor([r]), 0)[0] for r in range(9)]
+    assert len(set(alone)) > 4
+    for num_draft in range(5):
+        assert first_tokens(torch.arange(9), num_draft) == alone
+        assert first_tokens(torch.tensor([8, 2, 5]), num_draft) == [alone[r] for r in (8, 2, 5)]

@@ -70,7 +70,7 @@ async def dashboard_data(
             package_version=package_version(),
             unix_s=time.time(),
             started_unix_s=model.created_unix_s,
-            is_ready=context.is_ready,
+            is_ready=context.complaint is None,
             figures=_plain(figures),
             arms=[
                 ArmSteps(drafter=drafter, draft_k=draft_k, steps=steps)

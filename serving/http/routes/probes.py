@@ -28,8 +28,9 @@ async def health() -> Health:
     responses={503: {"model": Health}, **documented()},
 )
 async def ready(request: Request) -> Response:
-    """200 when a model is loaded and the server is not draining. A swap does not change it."""
-    is_ready = context_of(request).is_ready
-    answer = json_answer(Health(status="ready" if is_ready else "not ready"))
-    answer.status_code = 200 if is_ready else 503
+    """200 when a model is loaded, the server is not draining, and the last requests did not all end
+    in NaN or infinity; else 503 with the reason. A swap does not change it."""
+    reason = context_of(request).complaint
+    answer = json_answer(Health(status="ready" if reason is None else "not ready", reason=reason))
+    answer.status_code = 200 if reason is None else 503
     return answer

@@ -28,7 +28,7 @@ FIGURES = EngineFigures(
     swap_seconds=0.5,
     traces={"queued": 9, "written": 8, "dropped": 1, "rejected": 0},
     capture_rows_dropped=11,
-    preemptions=1,
+    num_corrupted=1,
     extra={"suffix_tokens": 12.0},
 )
 
@@ -59,7 +59,8 @@ COMMON = ("model_name", "engine")
         ("num_requests_running", {}, 2),
         ("num_requests_waiting", {}, 3),
         ("kv_cache_usage_perc", {}, 0.25),
-        ("num_preemptions_total", {}, 1),
+        ("num_preemptions_total", {}, 0),
+        ("corrupted_requests_total", {}, 1),
         ("prompt_tokens_total", {}, 100),
         ("generation_tokens_total", {}, 200),
         ("prefix_cache_queries_total", {}, 100),

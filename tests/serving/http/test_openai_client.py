@@ -208,6 +208,25 @@ def test_a_prompt_seen_before_is_cached(client):
     assert again.usage.prompt_tokens_details.cached_tokens > 0
 
 
+def test_a_prompt_is_cached_for_its_own_tenant_and_salt_only(client):
+    prompt = "Who asked this before shall not be told to others.\n" * 8
+    seen = []
+    for _ in range(2):
+        for user, salt in (("one", None), ("two", None), ("one", "a"), ("one", "b"), ("two", "a")):
+            extra = {} if salt is None else {"cache_salt": salt}
+            request = {**GREEDY, "prompt": prompt, "max_tokens": 1, "user": user}
+            usage = client.completions.create(**request, extra_body=extra).usage
+            seen.append(usage.prompt_tokens_details.cached_tokens)
+    assert seen[:5] == [0] * 5
+    assert min(seen[5:]) > 0
+
+
+@pytest.mark.parametrize("salt", ["", "s" * 1025, 7, ["a"]])
+def test_a_salt_is_a_text_of_1_to_1024_characters(client, salt):
+    with pytest.raises(openai.BadRequestError, match="cache_salt: "):
+        client.completions.create(**GREEDY, extra_body={"cache_salt": salt})
+
+
 def test_chat_uses_the_targets_template(client):
     answer = client.chat.completions.create(**CHAT, extra_body={"return_token_ids": True})
     text = "system: You add.\nuser: left\nassistant: "
