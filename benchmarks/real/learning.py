@@ -27,6 +27,8 @@ from benchmarks.harness.results import RESULTS, Row, write_result, write_rows
 GOOD_TOKENS = 1.8
 WINDOW = 128
 """Requests over which live tokens a step are averaged."""
+LIVE_WINDOW = 500
+"""Requests over which live speed is held against the other arms."""
 SWAPPED = re.compile(r"^(\S+ \S+) INFO serving\.swap\.in_force: swapped to version (\d+)$", re.M)
 
 
@@ -91,6 +93,28 @@ def live_figures(recording: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def window_figures(recording: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Live tokens per second of every ``LIVE_WINDOW`` requests of a phase, relative to the best
+    replayed arm among plain, static and index. The trainer shares the card in the traffic and not
+    in the replay, whose turns also end with fewer clients than they began with."""
+    found: dict[str, list[float]] = {}
+    for phase in report["phases"]:
+        own = [a for a in recording["answers"] if a["phase"] == phase["name"]]
+        best = max(phase[f"{arm}_tokens_per_s"] or 0.0 for arm in ("plain", "static", "index"))
+        starts = range(0, len(own) - LIVE_WINDOW + 1, LIVE_WINDOW)
+        windows = [own[start : start + LIVE_WINDOW] for start in starts]
+        found[phase["name"]] = [_tokens_per_s(window) / best for window in windows if best]
+    every = [ratio for ratios in found.values() for ratio in ratios]
+    return {"by_phase": found, "worst": min(every, default=None)}
+
+
+def _tokens_per_s(answers: list[dict[str, Any]]) -> float:
+    """Of answers in the order in which they finished, the first one's end being the start."""
+    seconds = answers[-1]["finished_s"] - answers[0]["finished_s"]
+    tokens = sum(int(a["num_tokens"]) for a in answers[1:])
+    return tokens / float(seconds)
+
+
 def _tokens_per_step(answers: list[dict[str, Any]]) -> float:
     spent = [answer["acceptance"] for answer in answers]
     return 1 + sum(s["num_accepted"] for s in spent) / sum(s["num_steps"] for s in spent)
@@ -135,6 +159,12 @@ def rows_of(figures: dict[str, Any]) -> list[Row]:
             clients, "tokens per step back on the first domain, over the first time", kept, 0.97
         ),
         _most(clients, "seconds from gate to swap, median", figures["seconds_to_swap"], 1.5),
+        _least(
+            f"shared card, {clients}",
+            f"worst window of {LIVE_WINDOW} live requests over the best of plain, static and index",
+            figures["windows"]["worst"],
+            0.98,
+        ),
     ]
 
 
@@ -155,10 +185,12 @@ def main(
     events = [json.loads(line) for line in lines]
     report = json.loads((run / "report.json").read_text())
     lags = seconds_to_swap(events, (run / "logs" / "server.log").read_text())
+    recording = json.loads((run / "recording.json").read_text())
     figures = {
         "report": report,
         "loop": loop_figures(events),
-        "live": live_figures(json.loads((run / "recording.json").read_text())),
+        "live": live_figures(recording),
+        "windows": window_figures(recording, report),
         "traces": json.loads((run / "trainer" / "status.json").read_text())["traces"],
         "seconds_to_swap": statistics.median(lags) if lags else None,
         "swaps_timed": len(lags),
