@@ -86,6 +86,7 @@ def test_every_field_reaches_the_parameters():
         "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125, "seed": 7, "stop": "x",
         "stop_token_ids": [1, 2], "ignore_eos": True, "presence_penalty": 1,
         "frequency_penalty": -1, "repetition_penalty": 2, "logit_bias": {"5": 1},
+        "include_stop_str_in_output": True, "skip_special_tokens": False,
     }  # fmt: skip
     body = CompletionRequest(prompt="hi", **asked)
     params = sampling_params(body, 2, max_tokens=4, logprobs=1)
@@ -93,6 +94,7 @@ def test_every_field_reaches_the_parameters():
         temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=9, stop=("x",),
         stop_token_ids=(1, 2), ignore_eos=True, presence_penalty=1, frequency_penalty=-1,
         repetition_penalty=2, logit_bias=((5, 1.0),), max_tokens=4, logprobs=1,
+        include_stop_str_in_output=True, skip_special_tokens=False,
     )  # fmt: skip
     assert {*asked, "max_tokens", "logprobs"} == set(TABLE)
 
