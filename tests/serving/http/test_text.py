@@ -201,8 +201,3 @@ def test_a_completion_without_max_tokens_takes_what_fits(client):
     assert caught.value.param == "prompt"
     with pytest.raises(openai.BadRequestError, match="max_tokens 4, together at most"):
         client.completions.create(**free, max_tokens=4)
-
-
-def test_too_many_choices_of_a_chat_are_its_ns_fault(text_server: LiveServer):
-    error = chat(text_server, 1, n=17, max_tokens=1).json()["error"]
-    assert error["param"] == "n"
