@@ -95,6 +95,9 @@ def test_a_stop_string_may_begin_with_the_space_after_the_prompt():
         pytest.param(
             ["ca", MARKED, "bd"], ["abd", ASSISTANT + "x"], "c", 5, id="nor in its middle"
         ),
+        pytest.param(
+            ["ca", *[MARKED] * 20, "bd"], ["abd", ASSISTANT + "x"], "c", 24, id="nor do many"
+        ),
         pytest.param(["a", MARKED, "b"], [ASSISTANT + "x"], "ab", 3, id="another text after it"),
         pytest.param([MARKED], [ASSISTANT], "", 1, id="at once"),
         pytest.param(["a", 0, "b"], [ASSISTANT], "ab", 3, id="another special token"),
