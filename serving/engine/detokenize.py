@@ -50,7 +50,9 @@ class StopStrings:
 
     def find(self, text: str) -> tuple[int, str] | None:
         """Where the first stop string of the text begins, not counting marks, and which it is."""
-        clean = self.clean(text)
+        clean = self.clean(text) if self.marks else text
+        if clean is text and not any(map(text.__contains__, self.searched)):
+            return None  # nearly every token
         found = _occurrences(self.searched, clean)
         if clean != text:
             among_marks = _occurrences(self.searched, text)
@@ -63,7 +65,7 @@ class StopStrings:
     def overlap(self, text: str) -> int:
         """Length of the longest tail of the text that begins some stop string, with or without its
         marks."""
-        num_marks = len(text) - len(self.clean(text))
+        num_marks = len(text) - len(self.clean(text)) if self.marks else 0
         for at in range(max(0, len(text) - self._longest - num_marks + 1), len(text)):
             if self._begins_with(text[at:]) or (
                 num_marks and self._begins_with(self.clean(text[at:]))
