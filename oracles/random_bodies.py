@@ -39,6 +39,8 @@ def _sampling(numbers: random.Random, vocab_size: int) -> Body:
         **sometimes(logit_bias={str(numbers.randrange(vocab_size)): numbers.randint(-100, 10)}),
         **sometimes(stop=[numbers.choice("abcdef"), "\x00"]),
         **sometimes(ignore_eos=True),
+        **sometimes(skip_special_tokens=False),
+        **sometimes(include_stop_str_in_output=True),
     }
 
 

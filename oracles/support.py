@@ -60,14 +60,18 @@ def tiny_qwen3_config(vocab_size: int, eos_token_id: int) -> Qwen3Config:
     )
 
 
-def save_tiny_target(folder: Path, seed: int = 0) -> Path:
+def save_tiny_target(
+    folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
     """Write a random Qwen3 (hidden 32, 4 layers) and its tokenizer to ``folder``, as float32.
+
+    The tokenizer is ``tiny_tokenizer`` unless one is given.
 
     The weights are larger than at initialisation, so that the top tokens are far apart and differ
     from context to context; near ties would make greedy comparisons depend on rounding.
     """
-    tokenizer = tiny_tokenizer()
-    eos_id = tokenizer.convert_tokens_to_ids(EOS)
+    tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
+    eos_id = tokenizer.eos_token_id
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(tiny_qwen3_config(len(tokenizer), eos_id)).float().eval()
     with torch.no_grad():

@@ -96,7 +96,17 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = defined_in("serving.fields.stop")
     stop_token_ids: tuple[int, ...] = defined_in("serving.fields.stop_token_ids")
+    include_stop_str_in_output: bool = declare(
+        False,
+        "Keep the text of the stop string or stop token that ended the completion, as in vLLM. A "
+        "special token has text only if `skip_special_tokens` is false or a stop string spells it.",
+    )
     ignore_eos: bool = declare(False, "Continue after the target's own end-of-text token.")
+    skip_special_tokens: bool = declare(
+        True,
+        "Leave special tokens out of the text. A stop string that contains the text of one still "
+        "matches it.",
+    )
     logprobs: int | None = declare(
         None,
         "Most probable alternatives to report for each token, by the target's own distribution: "

@@ -232,8 +232,11 @@ class Commits:
         for token in emitted:
             sequence.tokens.append(token)
             count += 1
-            is_end = token in sequence.eos_ids or token in sampling.stop_token_ids
-            if is_end or sequence.detokenizer.add(token):
+            if token in sequence.eos_ids or token in sampling.stop_token_ids:
+                if sampling.include_stop_str_in_output:
+                    sequence.detokenizer.add(token)
+                sequence.finish_reason = "stop"
+            elif sequence.detokenizer.add(token):
                 sequence.finish_reason = "stop"
             elif sequence.num_left <= 0:
                 sequence.finish_reason = "length"

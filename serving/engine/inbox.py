@@ -18,6 +18,7 @@ from serving.engine.lanes import MOST_BIASES
 from serving.engine.rounds import MOST_LOGPROBS
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
+from serving.engine.vocabulary import Vocabulary
 from serving.requests import DrainingError, OnOutput, QueueFullError, Request
 
 
@@ -39,20 +40,27 @@ class Sequences:
         Args:
             seed: determines the random numbers of requests without a seed; 0 draws one.
         """
-        self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._eos_ids = eos_ids
         self._keys = np.random.default_rng(seed if seed else secrets.randbits(64))
 
     def new(self, request: Request, on_output: OnOutput) -> Sequence:
         """State of a request that has just arrived."""
-        seed = request.sampling.seed
+        sampling = request.sampling
+        seed = sampling.seed
         key = int(self._keys.integers(1 << 63)) if seed is None else seed & ((1 << 64) - 1)
         return Sequence(
             request=request,
             on_output=on_output,
             key=key,
-            detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
-            eos_ids=frozenset() if request.sampling.ignore_eos else self._eos_ids,
+            detokenizer=Detokenizer(
+                self._vocabulary,
+                request.prompt_ids,
+                stop=sampling.stop,
+                skip_special=sampling.skip_special_tokens,
+                keeps_stop=sampling.include_stop_str_in_output,
+            ),
+            eos_ids=frozenset() if sampling.ignore_eos else self._eos_ids,
             tokens=list(request.prompt_ids),
         )
 

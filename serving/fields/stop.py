@@ -33,7 +33,7 @@ _Schema = _Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)] | None
 
 FIELD: tuple[str, ...] = declare(
     (),
-    "Texts that end the completion; they are not part of it.",
+    "Texts that end the completion; they are not part of it. A text may contain special tokens.",
     accepted=f"a text or up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters",
     body=Annotated[tuple[str, ...], PlainValidator(_check, json_schema_input_type=_Schema)],
 )

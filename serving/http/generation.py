@@ -12,7 +12,7 @@ from starlette.types import Receive
 
 from serving.http.context import Context
 from serving.http.errors import ApiError, failed, internal, invalid, logger, overloaded, unavailable
-from serving.http.jobs import Job
+from serving.http.jobs import Job, PromptField
 from serving.http.metrics import ChoiceClock
 from serving.http.response_bodies import PromptTokensDetails, Speculation, Usage
 from serving.http.streaming import Arrival, Mailbox, join_outputs, until_disconnect
@@ -48,7 +48,7 @@ class Generation:
                 self._submit_one(request)
         except BaseException as error:
             self.close()
-            raise _refusal(error) from None
+            raise _refusal(error, self.job.prompt_field) from None
 
     def _submit_one(self, request: Request) -> None:
         self._context.inflight_ids.add(request.id)
@@ -180,12 +180,12 @@ def sum_stats(stats: Iterable[SpeculationStats]) -> SpeculationStats:
     )
 
 
-def _refusal(error: BaseException) -> BaseException:
+def _refusal(error: BaseException, prompt_field: PromptField) -> BaseException:
     """The error for a request that the engine did not accept."""
     if isinstance(error, QueueFullError):
         return overloaded("The waiting queue is full (engine.max_queue); retry shortly.")
     if isinstance(error, DrainingError):
         return unavailable("The server is shutting down and accepts no new requests.")
     if isinstance(error, ValueError):
-        return invalid(str(error), param="prompt", code="invalid_prompt")
+        return invalid(str(error), param=prompt_field, code="invalid_prompt")
     return error

@@ -26,6 +26,10 @@ NoCaptureHeader = Annotated[
 ]
 
 
+PromptField = Literal["prompt", "messages"]
+"""Where a body has its prompt."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """The engine requests of one HTTP request."""
@@ -37,6 +41,7 @@ class Job:
     """Choices of each prompt."""
     requests: tuple[Request, ...]
     """Choice i of prompt p at p * num_choices + i, which is also its index in the answer."""
+    prompt_field: PromptField
 
     def is_first_choice(self, index: int) -> bool:
         return index % self.num_choices == 0
@@ -49,7 +54,9 @@ def plan_job(
     prompts: Sequence[tuple[int, ...]],
     *,
     id_prefix: str,
+    prompt_field: PromptField,
     max_tokens: int | None,
+    default_max_tokens: int | None = None,
     logprobs: int | None,
 ) -> Job:
     """Check the limits that depend on this server and build the requests.
@@ -57,7 +64,8 @@ def plan_job(
     Args:
         no_capture: value of ``NoCaptureHeader``.
         prompts: token ids of each prompt.
-        max_tokens: ``None`` for as many as fit.
+        max_tokens: ``None`` for ``default_max_tokens``, or fewer if that many do not fit.
+        default_max_tokens: ``None`` for as many as fit.
         logprobs: alternatives for each token, or ``None``.
 
     Raises:
@@ -69,16 +77,15 @@ def plan_job(
     job_id = f"{id_prefix}-{uuid.uuid4().hex}"
     capture = body.capture is not False and no_capture != "1"
     drafters = _drafters(context, body)
+    limits = [
+        _max_tokens(context, prompt_field, len(prompt_ids), max_tokens, default_max_tokens)
+        for prompt_ids in prompts
+    ]
     requests = tuple(
         Request(
             id=f"{job_id}-{place * num_choices + choice}",
             prompt_ids=prompt_ids,
-            sampling=sampling_params(
-                body,
-                choice,
-                max_tokens=_max_tokens(context, prompt_ids, max_tokens),
-                logprobs=logprobs,
-            ),
+            sampling=sampling_params(body, choice, max_tokens=limits[place], logprobs=logprobs),
             tenant="default" if body.user is None else body.user,
             max_draft=None if body.speculation is None else body.speculation.max_draft,
             capture=capture,
@@ -87,7 +94,14 @@ def plan_job(
         for place, prompt_ids in enumerate(prompts)
         for choice in range(num_choices)
     )
-    return Job(job_id, int(time.time()), context.server.model.model_name, num_choices, requests)
+    return Job(
+        job_id,
+        int(time.time()),
+        context.server.model.model_name,
+        num_choices,
+        requests,
+        prompt_field,
+    )
 
 
 def check_model(context: Context, body: GenerationBody) -> None:
@@ -111,10 +125,11 @@ def check_limits(
     if num_choices > server.max_choices:
         raise invalid(f"n: at most server.max_choices ({server.max_choices})", param="n")
     if num_choices * num_prompts > max_queue:
+        param = "n" if num_prompts == 1 else "prompt"
         raise invalid(
-            f"prompt: {num_choices * num_prompts} choices in one request, at most "
+            f"{param}: {num_choices * num_prompts} choices in one request, at most "
             f"engine.max_queue ({max_queue})",
-            param="prompt",
+            param=param,
         )
     if draft > model.max_draft:
         raise invalid(
@@ -151,19 +166,30 @@ def wants_usage(body: GenerationBody) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def _max_tokens(context: Context, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
-    """The limit of one request; ``None`` means as many as fit.
+def _max_tokens(
+    context: Context,
+    prompt_field: PromptField,
+    num_prompt: int,
+    wanted: int | None,
+    default: int | None,
+) -> int:
+    """The limit of one request: ``wanted``, or else ``default`` or as many as fit, at least one.
 
     Raises:
         ApiError: 400, prompt and completion exceed the target's length.
     """
-    room = context.server.model.max_model_len - len(prompt_ids)
-    if room < (0 if wanted is None else wanted):
-        completion = "" if wanted is None else f" and max_tokens {wanted}"
+    most = context.server.model.max_model_len
+    room = most - num_prompt
+    if room < (1 if wanted is None else wanted):
+        completion = (
+            " and at least one of a completion" if wanted is None else f" and max_tokens {wanted}"
+        )
         raise invalid(
-            f"prompt: {len(prompt_ids)} tokens{completion}, together at most "
-            f"engine.max_model_len ({context.server.model.max_model_len})",
-            param="prompt",
+            f"{prompt_field}: {num_prompt} tokens{completion}, together at most "
+            f"engine.max_model_len ({most})",
+            param=prompt_field,
             code="context_length_exceeded",
         )
-    return room if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    return room if default is None else min(room, default)

@@ -2,69 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
-from serving.http.prompts import token_label
+from serving.engine.text import text_reader
+from serving.engine.vocabulary import Vocabulary
 from serving.http.response_bodies import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
-from serving.requests import TokenLogprob
+from serving.requests import Request, TokenLogprob
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON lacks; the same value as in vLLM."""
 
-TokenText = Callable[[int], str | None]
-"""Text of one token; ``None`` if it is not a whole character."""
+
+class TextOffsets:
+    """Where the text of each token of one completion begins, in characters.
+
+    All tokens of a character have the offset at which it begins. A special token that is left out
+    of the text has the offset at which it would be. The tokens of a stop string have the offsets
+    that they would have if the text went on.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, request: Request) -> None:
+        skip_special = request.sampling.skip_special_tokens
+        self._reader = text_reader(vocabulary, request.prompt_ids, skip_special)
+        self._num_chars = 0
+
+    def of(self, token_ids: Iterable[int]) -> list[int]:
+        """Offsets of the next tokens."""
+        offsets = []
+        for token in token_ids:
+            offsets.append(self._num_chars + self._reader.num_broken(token))
+            self._num_chars += len(self._reader.read((token,)))
+        return offsets
 
 
 def completion_logprobs(
-    entries: Sequence[TokenLogprob], text_of: TokenText, offset: int
+    entries: Sequence[TokenLogprob], vocabulary: Vocabulary, offsets: TextOffsets
 ) -> CompletionLogprobs:
     """Format of /v1/completions.
 
     Args:
-        offset: characters of the choice before these tokens.
+        offsets: those of the choice; it has read the tokens before ``entries``.
     """
-    labels = [token_label(text_of, entry.token_id) for entry in entries]
     return CompletionLogprobs(
-        tokens=labels,
+        tokens=[vocabulary.name(entry.token_id) for entry in entries],
         token_logprobs=[_finite(entry.logprob) for entry in entries],
-        top_logprobs=[
-            {token_label(text_of, token): _finite(logprob) for token, logprob in entry.top}
-            for entry in entries
-        ],
-        text_offset=_offsets([text_of(entry.token_id) or "" for entry in entries], offset),
+        top_logprobs=[_by_name(entry.top, vocabulary) for entry in entries],
+        text_offset=offsets.of(entry.token_id for entry in entries),
     )
 
 
-def chat_logprobs(entries: Sequence[TokenLogprob], text_of: TokenText) -> ChatLogprobs:
-    """Format of /v1/chat/completions."""
-    return ChatLogprobs(content=[_chat_entry(entry, text_of) for entry in entries])
+def chat_logprobs(
+    entries: Sequence[TokenLogprob], vocabulary: Vocabulary, skip_special: bool
+) -> ChatLogprobs:
+    """Format of /v1/chat/completions.
+
+    Args:
+        skip_special: special tokens are not part of the text, so they have no bytes.
+    """
+    return ChatLogprobs(content=[_chat_entry(entry, vocabulary, skip_special) for entry in entries])
 
 
-def _chat_entry(entry: TokenLogprob, text_of: TokenText) -> ChatLogprob:
-    own = _top(entry.token_id, entry.logprob, text_of)
+def _by_name(top: Iterable[tuple[int, float]], vocabulary: Vocabulary) -> dict[str, float]:
+    """Log probabilities by the names of their tokens, highest first, none of them lost."""
+    named: dict[str, float] = {}
+    for token, logprob in top:
+        name = vocabulary.name(token)
+        named[f"token_id:{token}" if name in named else name] = _finite(logprob)
+    return named
+
+
+def _chat_entry(entry: TokenLogprob, vocabulary: Vocabulary, skip_special: bool) -> ChatLogprob:
+    own = _top(entry.token_id, entry.logprob, vocabulary, skip_special)
     return ChatLogprob(
         token=own.token,
         logprob=own.logprob,
         bytes=own.bytes,
-        top_logprobs=[_top(token, logprob, text_of) for token, logprob in entry.top],
+        top_logprobs=[
+            _top(token, logprob, vocabulary, skip_special) for token, logprob in entry.top
+        ],
     )
 
 
-def _top(token_id: int, logprob: float, text_of: TokenText) -> TopLogprob:
-    text = text_of(token_id)
+def _top(token_id: int, logprob: float, vocabulary: Vocabulary, skip_special: bool) -> TopLogprob:
+    data = vocabulary.bytes_of(token_id, skip_special)
     return TopLogprob(
-        token=token_label(text_of, token_id),
+        token=vocabulary.name(token_id),
         logprob=_finite(logprob),
-        bytes=None if text is None else list(text.encode()),
+        bytes=None if data is None else list(data),
     )
-
-
-def _offsets(texts: Sequence[str], start: int) -> list[int]:
-    offsets = []
-    for text in texts:
-        offsets.append(start)
-        start += len(text)
-    return offsets
 
 
 def _finite(logprob: float) -> float:

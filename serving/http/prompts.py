@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import jinja2
 
+from serving.engine.vocabulary import Vocabulary
 from serving.http.errors import invalid
 
-REPLACEMENT = "\ufffd"
 T = TypeVar("T")
 
 
@@ -28,7 +28,7 @@ class PromptEncoder:
             self._backend.no_truncation()
             self._backend.no_padding()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
-        self._token_texts: dict[int, str | None] = {}
+        self.vocabulary = Vocabulary(tokenizer)
 
     async def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of each text, including the special tokens that the tokenizer adds."""
@@ -55,13 +55,6 @@ class PromptEncoder:
                 code="chat_template",
             ) from None
 
-    def token_text(self, token_id: int) -> str | None:
-        """Text of a single token; ``None`` if it is not a whole character."""
-        if token_id not in self._token_texts:
-            text: str = self._tokenizer.decode([token_id])
-            self._token_texts[token_id] = None if REPLACEMENT in text else text
-        return self._token_texts[token_id]
-
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -82,9 +75,3 @@ class PromptEncoder:
             list(messages), add_generation_prompt=True, tokenize=False
         )
         return self._ids(text, add_special_tokens=False)
-
-
-def token_label(text_of: Callable[[int], str | None], token_id: int) -> str:
-    """Label of a token in log probabilities: its text, or ``token_id:N``."""
-    text = text_of(token_id)
-    return f"token_id:{token_id}" if text is None else text

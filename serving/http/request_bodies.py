@@ -159,6 +159,9 @@ class GenerationBody(Body):
     same."""
 
     min_tokens: Annotated[Any, Neutral(0)] = None
+    spaces_between_special_tokens: Annotated[Any, Neutral(True, False)] = None
+    """No effect: no spaces are put between special tokens that the target's tokenizer does not
+    put there."""
 
 
 @takes_sampling("completions")
@@ -168,7 +171,7 @@ class CompletionRequest(GenerationBody):
     prompt: PromptField
     """Text or token ids, one prompt or several."""
     max_tokens: int | None = bounded("max_tokens")
-    """null is 16."""
+    """null is 16, or fewer if only these fit."""
     logprobs: int | None = bounded("logprobs")
     """Alternatives to report for each token; null reports none."""
 

@@ -45,10 +45,13 @@ FinishReasonName = Literal["stop", "length"]
 
 class CompletionLogprobs(Answer):
     tokens: list[str]
-    """Text of each token; ``token_id:N`` for a token that is not a whole character."""
+    """Text of each token; ``token_id:N`` for a token that is not a whole character, or that reads
+    the same as another one."""
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
+    """Character of ``text`` at which each token begins, from the start of the choice; all tokens of
+    one character begin where it does."""
 
 
 class CompletionChoice(Answer):
@@ -74,9 +77,11 @@ class CompletionResponse(Answer):
 
 class TopLogprob(Answer):
     token: str
-    """``token_id:N`` if the token is not a whole character."""
+    """``token_id:N`` if the token is not a whole character or reads the same as another one."""
     logprob: float
     bytes: list[int] | None
+    """The token's own bytes, which may be a part of a character; null for a special token that is
+    not part of the text."""
 
 
 class ChatLogprob(TopLogprob):

@@ -36,6 +36,7 @@ from serving.build import build_service
 from serving.engine.detokenize import Detokenizer
 from serving.engine.lanes import Lanes
 from serving.engine.sequence import Sequence
+from serving.engine.vocabulary import Vocabulary
 from serving.http import create_app
 from serving.requests import Request
 from serving.sampling import LANE_REALS, SamplingParams, documentation
@@ -74,7 +75,8 @@ def lane_of(sampling):
     lanes = Lanes(2, 4, 4, engine.programs.target)
     sequence = Sequence(
         request=Request("one", (5,), sampling), on_output=print, key=1,
-        detokenizer=Detokenizer(service.model.tokenizer, ()), eos_ids=frozenset(), tokens=[5],
+        detokenizer=Detokenizer(Vocabulary(service.model.tokenizer)), eos_ids=frozenset(),
+        tokens=[5],
     )
     sequence.lane = lanes.take()
     lanes.write([sequence])

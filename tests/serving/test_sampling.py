@@ -87,6 +87,7 @@ def test_every_field_reaches_the_parameters():
         "stop_token_ids": [1, 2], "ignore_eos": True, "presence_penalty": 1,
         "frequency_penalty": -1, "repetition_penalty": 2, "logit_bias": {"5": 1},
         "cache_salt": "s",
+        "include_stop_str_in_output": True, "skip_special_tokens": False,
     }  # fmt: skip
     body = CompletionRequest(prompt="hi", **asked)
     params = sampling_params(body, 2, max_tokens=4, logprobs=1)
@@ -95,6 +96,7 @@ def test_every_field_reaches_the_parameters():
         stop_token_ids=(1, 2), ignore_eos=True, presence_penalty=1, frequency_penalty=-1,
         repetition_penalty=2, logit_bias=((5, 1.0),), max_tokens=4, logprobs=1,
         cache_salt="s",
+        include_stop_str_in_output=True, skip_special_tokens=False,
     )  # fmt: skip
     assert {*asked, "max_tokens", "logprobs"} == set(TABLE)
 

@@ -56,6 +56,7 @@ async def create_chat_completion(
         no_capture,
         [await context.prompts.encode_chat(messages)],
         id_prefix="chatcmpl",
+        prompt_field="messages",
         max_tokens=max_tokens(body),
         logprobs=num_logprobs(body),
     )
@@ -91,7 +92,7 @@ class ChatWriter:
     """Outputs in the shape of /v1/chat/completions."""
 
     def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
-        self._prompts = context.prompts
+        self._vocabulary = context.prompts.vocabulary
         self._job = job
         self._with_ids = with_ids
         self._begun: set[int] = set()
@@ -159,7 +160,8 @@ class ChatWriter:
     def _logprobs(self, output: Output) -> ChatLogprobs | None:
         if output.logprobs is None:
             return None
-        return chat_logprobs(output.logprobs, self._prompts.token_text)
+        skip_special = self._job.requests[0].sampling.skip_special_tokens
+        return chat_logprobs(output.logprobs, self._vocabulary, skip_special)
 
     def _prompt_token_ids(self) -> list[int] | None:
         return list(self._job.requests[0].prompt_ids) if self._with_ids else None

@@ -16,7 +16,7 @@ from serving.http.context import Context, context_of
 from serving.http.errors import documented
 from serving.http.generation import Generation
 from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
-from serving.http.logprobs import completion_logprobs
+from serving.http.logprobs import TextOffsets, completion_logprobs
 from serving.http.request_bodies import CompletionRequest, Prompt
 from serving.http.response_bodies import CompletionChoice, CompletionResponse
 from serving.http.responses import REFUSALS, event_stream, json_answer, reason_name
@@ -50,7 +50,9 @@ async def create_completion(
         no_capture,
         await prompt_ids(context, body.prompt),
         id_prefix="cmpl",
-        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        prompt_field="prompt",
+        max_tokens=body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs,
     )
     generation = Generation(context, job, request.state.request_id)
@@ -79,11 +81,11 @@ class CompletionWriter:
     """Outputs in the format of /v1/completions."""
 
     def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
-        self._prompts = context.prompts
+        self._vocabulary = context.prompts.vocabulary
         self._job = job
         self._with_ids = with_ids
-        self._num_chars = [0] * len(job.requests)
-        """Characters of each choice's tokens so far, for ``text_offset``."""
+        self._offsets: dict[int, TextOffsets] = {}
+        """Of each choice with log probabilities."""
         self._begun: set[int] = set()
 
     def response(self, generation: Generation, outputs: Sequence[Output]) -> CompletionResponse:
@@ -112,12 +114,9 @@ class CompletionWriter:
     def _choice(self, index: int, output: Output) -> CompletionChoice:
         logprobs = None
         if output.logprobs is not None:
-            logprobs = completion_logprobs(
-                output.logprobs, self._prompts.token_text, self._num_chars[index]
-            )
-            self._num_chars[index] += sum(
-                len(self._prompts.token_text(token) or "") for token in output.token_ids
-            )
+            if index not in self._offsets:
+                self._offsets[index] = TextOffsets(self._vocabulary, self._job.requests[index])
+            logprobs = completion_logprobs(output.logprobs, self._vocabulary, self._offsets[index])
         is_first = index not in self._begun
         self._begun.add(index)
         prompt = self._job.requests[index].prompt_ids

@@ -1,111 +1,150 @@
-"""The text of tokens that come one by one or many at once is the tokenizer's text of them all."""
+"""Text is given out in whole characters, up to a stop string, which may contain special tokens."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordPiece
-from transformers import PreTrainedTokenizerFast
 
-from oracles.support import REPOSITORY, tiny_tokenizer
-from serving.engine.detokenize import Detokenizer, decoder_of
-from targets.load import load_tokenizer
+from oracles import tokenizer_kinds as kinds
+from serving.engine.detokenize import Detokenizer
+from serving.engine.vocabulary import Vocabulary
 
-BUNDLED = load_tokenizer(REPOSITORY / "examples" / "target")
-TINY = tiny_tokenizer()
-TEXTS = st.text(st.sampled_from("aé ß€漢🙂\n,.' "), max_size=8)
+TOKENIZER = kinds.byte_level()
+VOCABULARY = Vocabulary(TOKENIZER)
+ASSISTANT = kinds.ASSISTANT
+(MARKED,) = TOKENIZER.encode(ASSISTANT)
 
 
-@st.composite
-def ids_of(draw, tokenizer):
-    """Whole characters, halves of some, special tokens and anything else, in any order."""
-    special = st.sampled_from(tokenizer.all_special_ids).map(lambda token: [token])
-    any_token = st.integers(0, len(tokenizer) - 1).map(lambda token: [token])
-    text = TEXTS.map(lambda text: tokenizer.encode(text, add_special_tokens=False))
-    half = st.tuples(text, st.integers(0, 6)).map(lambda pair: pair[0][pair[1] :])
-    pieces = draw(st.lists(st.one_of(special, any_token, text, half), max_size=8))
-    return [token for piece in pieces for token in piece]
+def encoded(*parts: str | int) -> list[int]:
+    """Tokens of texts, in which nothing is taken for a special token, and single tokens."""
+    ids: list[int] = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            ids += TOKENIZER.encode(part, split_special_tokens=True)
+    return ids
 
 
-@pytest.mark.parametrize("tokenizer", [BUNDLED, TINY], ids=["bundled", "tiny"])
-@settings(max_examples=400, deadline=None)
-@given(data=st.data())
-def test_the_short_way_reads_as_the_wrapper_does(tokenizer, data):
-    ids = data.draw(ids_of(tokenizer))
-    decode = decoder_of(tokenizer)
-    assert decode.func.__self__ is tokenizer.backend_tokenizer
-    assert decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+def streamed(tokens, *stop, vocabulary=VOCABULARY, step=1, **options) -> tuple[list[str], int]:
+    """Text of each step and of the end, and how many tokens were read."""
+    detokenizer = Detokenizer(vocabulary, stop=stop, **options)
+    texts, count = [], 0
+    for token in tokens:
+        count += 1
+        if detokenizer.add(token):
+            break
+        if count % step == 0:
+            texts.append(detokenizer.take(final=False))
+    return [*texts, detokenizer.take(final=True)], count
 
 
-@pytest.mark.parametrize("tokenizer", [BUNDLED, TINY], ids=["bundled", "tiny"])
-@settings(max_examples=400, deadline=None)
-@given(data=st.data())
-def test_the_pieces_make_the_text_of_all_tokens(tokenizer, data):
-    ids = data.draw(ids_of(tokenizer))
-    size = data.draw(st.integers(1, 5))
-    stop = data.draw(st.sampled_from([[], ["never there"]]))
-    detokenizer, text = Detokenizer(tokenizer, stop), ""
-    for start in range(0, len(ids), size):
-        for token in ids[start : start + size]:
-            assert not detokenizer.add(token)
-        text += detokenizer.take(final=False)
-    text += detokenizer.take(final=True)
-    assert text == tokenizer.decode(ids, skip_special_tokens=True)
-
-
-class Louder(PreTrainedTokenizerFast):
-    def _decode(self, *args, **kwargs):
-        return super()._decode(*args, **kwargs).upper()
-
-
-def word_pieces(kind=PreTrainedTokenizerFast, **options):
-    backend = Tokenizer(WordPiece({"[UNK]": 0, "hi": 1, ".": 2}, unk_token="[UNK]"))
-    backend.decoder = decoders.WordPiece(cleanup=False)
-    return kind(tokenizer_object=backend, unk_token="[UNK]", **options)
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "text"),
-    [
-        pytest.param(word_pieces(), "hi .", id="nothing is added"),
-        pytest.param(word_pieces(clean_up_tokenization_spaces=True), "hi.", id="spaces tidied"),
-        pytest.param(word_pieces(Louder), "HI .", id="a decoder of its own"),
-    ],
-)
-def test_what_a_wrapper_adds_is_kept(tokenizer, text):
-    assert decoder_of(tokenizer)([0, 1, 2]) == text == tokenizer.decode([1, 2])
-
-
-def test_what_a_token_reads_as_may_depend_on_the_one_before():
-    detokenizer, texts = Detokenizer(word_pieces(), []), []
-    for token in [1, 1, 2]:
-        detokenizer.add(token)
-        texts.append(detokenizer.take(final=False))
-    assert texts == ["hi", " hi", " ."]
+def read(tokens, *stop, **options) -> tuple[str, int]:
+    texts, count = streamed(tokens, *stop, **options)
+    for step in (2, 3, 100):
+        again, same = streamed(tokens, *stop, step=step, **options)
+        assert ("".join(again), same) == ("".join(texts), count)
+    return "".join(texts), count
 
 
 def test_half_a_character_waits_for_its_other_half():
-    ids = TINY.encode("a€b")
-    assert len(ids) == 5
-    detokenizer, texts = Detokenizer(TINY, []), []
-    for token in ids:
-        detokenizer.add(token)
-        texts.append(detokenizer.take(final=False))
-    assert texts == ["a", "", "", "€", "b"]
+    assert streamed(encoded("a€b")) == (["a", "", "", "€", "b", ""], 5)
+    assert streamed(encoded("a€b"), "zz") == (["a", "", "", "€", "b", ""], 5)
+
+
+def test_an_answer_may_end_within_a_character():
+    assert read(encoded("a€")[:-1]) == ("a\ufffd", 3)
+    assert read(encoded("a€")[:-1], "zz") == ("a\ufffd", 3)
 
 
 def test_a_stop_string_ends_the_text_before_it():
-    detokenizer = Detokenizer(TINY, ["b c", "zz"])
-    found = [detokenizer.add(token) for token in TINY.encode("a b c")]
-    assert found == [False] * 4 + [True]
-    assert detokenizer.take(final=True) == "a "
+    assert streamed(encoded("a b c"), "b c", "zz") == (["a", " ", "", "", ""], 5)
 
 
 def test_what_may_begin_a_stop_string_stays_back():
-    detokenizer = Detokenizer(TINY, ["xyz"])
-    for token in TINY.encode("wxy"):
-        detokenizer.add(token)
-    assert detokenizer.take(final=False) == "w"
-    assert detokenizer.take(final=True) == "xy"
+    assert streamed(encoded("wxy"), "xyz") == (["w", "", "", "xy"], 3)
+    assert streamed(encoded("xxyz"), "xyz") == (["", "x", "", ""], 4)
+
+
+def test_the_first_stop_string_of_the_text_counts():
+    assert read(encoded("a b c"), "c", "b") == ("a ", 3)
+
+
+def test_a_stop_string_may_begin_with_the_space_after_the_prompt():
+    tokenizer = kinds.sentencepiece()
+    the, tree = tokenizer.convert_tokens_to_ids(["▁the", "▁tree"])
+    options = {"vocabulary": Vocabulary(tokenizer), "prompt_ids": [the]}
+    assert read([the, tree], " tree", **options) == (" the", 2)
+    assert read([tree], " tree", **options) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text", "count"),
+    [
+        pytest.param(["a", MARKED, "b"], [ASSISTANT], "a", 2, id="the token alone"),
+        pytest.param(["a", MARKED, "bc"], [ASSISTANT + "b"], "a", 3, id="text after it"),
+        pytest.param(["ab", MARKED], ["b" + ASSISTANT], "a", 3, id="text before it"),
+        pytest.param(["a", MARKED, MARKED], [ASSISTANT * 2], "a", 3, id="two in a row"),
+        pytest.param(["a", MARKED, 0], [ASSISTANT + "<|end|>"], "a", 3, id="two kinds"),
+        pytest.param(["a", MARKED, "b"], ["b", ASSISTANT], "a", 2, id="one of several"),
+        pytest.param(["a", ASSISTANT], [ASSISTANT], "a", 13, id="spelled out"),
+        pytest.param(["a", MARKED, "b"], ["<|assist"], "ab", 3, id="a part of it is never text"),
+        pytest.param(["a", MARKED, "b"], ["ab"], "", 3, id="it does not split a stop string"),
+        pytest.param(
+            ["a", MARKED, "b"], ["ab", ASSISTANT + "x"], "", 3, id="nor does one of another"
+        ),
+        pytest.param(
+            ["ca", MARKED, "bd"], ["abd", ASSISTANT + "x"], "c", 5, id="nor in its middle"
+        ),
+        pytest.param(
+            ["ca", *[MARKED] * 20, "bd"], ["abd", ASSISTANT + "x"], "c", 24, id="nor do many"
+        ),
+        pytest.param(["a", MARKED, "b"], [ASSISTANT + "x"], "ab", 3, id="another text after it"),
+        pytest.param([MARKED], [ASSISTANT], "", 1, id="at once"),
+        pytest.param(["a", 0, "b"], [ASSISTANT], "ab", 3, id="another special token"),
+    ],
+)
+def test_a_stop_string_may_contain_special_tokens(tokens, stop, text, count):
+    assert read(encoded(*tokens), *stop) == (text, count)
+
+
+def test_a_special_token_between_the_halves_of_a_character_does_not_break_it():
+    first, second = encoded("é")
+    assert read([first, MARKED, second], ASSISTANT + "x") == ("é", 3)
+    assert read([first, second, MARKED], ASSISTANT) == ("é", 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text"),
+    [
+        (["a", MARKED, "b"], ["x"], "a<|assistant|>b"),
+        (["a", MARKED, "b"], [], "a<|assistant|>b"),
+        (["a", MARKED, "b"], [ASSISTANT], "a"),
+        (["a", MARKED, "b"], ["<|assist"], "a"),
+        (["a", MARKED, "b"], ["ab"], "a<|assistant|>b"),
+    ],
+)
+def test_special_tokens_may_be_shown(tokens, stop, text):
+    assert read(encoded(*tokens), *stop, skip_special=False)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text"),
+    [
+        pytest.param(["a b c d"], ["b c"], "a b c", id="a text"),
+        pytest.param(["a", MARKED, "b"], [ASSISTANT], "a<|assistant|>", id="a special token"),
+        pytest.param(["a", 0, "b"], ["b"], "ab", id="the others stay out"),
+        pytest.param(["abc"], ["bcd"], "abc", id="none is complete"),
+    ],
+)
+def test_the_stop_string_may_be_kept(tokens, stop, text):
+    assert read(encoded(*tokens), *stop, keeps_stop=True)[0] == text
+
+
+def test_a_stop_string_that_ends_within_a_token_is_kept_up_to_its_end():
+    token = TOKENIZER.convert_tokens_to_ids("Ġright")
+    if token is None or token == TOKENIZER.unk_token_id:
+        token = max(range(len(TOKENIZER)), key=lambda i: len(TOKENIZER.decode([i], True)))
+    text = TOKENIZER.decode([token])
+    assert len(text) > 2
+    assert read([token], text[1], keeps_stop=True) == (text[:2], 1)
+    assert read([token], text[1]) == (text[:1], 1)

@@ -10,6 +10,7 @@ from serving.engine.detokenize import Detokenizer
 from serving.engine.pages import PagePool
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
+from serving.engine.vocabulary import Vocabulary
 
 HOLD_S = 1.0
 
@@ -29,7 +30,7 @@ def admit(scheduler: Scheduler, count: int, num_prompt: int = 6, is_prefilled: b
                 request=request,
                 on_output=lambda _output: None,
                 key=0,
-                detokenizer=Detokenizer(tiny_tokenizer(), ()),
+                detokenizer=Detokenizer(Vocabulary(tiny_tokenizer())),
                 eos_ids=frozenset(),
                 tokens=list(request.prompt_ids),
             )

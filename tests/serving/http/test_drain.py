@@ -158,8 +158,11 @@ def test_a_full_queue_is_answered_429_at_once(locked_server: LiveServer):
 
 
 def test_more_choices_than_the_queue_holds_can_never_run(locked_server: LiveServer):
-    with locked_server.openai() as client, pytest.raises(openai.BadRequestError, match="max_queue"):
-        client.completions.create(**NAMED, n=2)
+    with locked_server.openai() as client:
+        for fields, param in (({"n": 2}, "n"), ({"prompt": ["a", "b"]}, "prompt")):
+            with pytest.raises(openai.BadRequestError, match="max_queue") as caught:
+                client.completions.create(**NAMED | fields)
+            assert caught.value.param == param
 
 
 def test_the_server_listens_on_loopback_only(server: LiveServer):
