@@ -34,7 +34,7 @@ from examples.clients import Replayer, Reply, Server, Traffic, replay_rounds
 from examples.live import Now, View, summary
 from examples.machine import machine
 from examples.picture import write
-from examples.plan import DemoSettings, default_settings, with_prompts
+from examples.plan import DemoSettings, default_settings, with_prompts, with_seed
 from examples.processes import Child, ChildDiedError, check_alive, start, stop
 from examples.recording import (
     Answer,
@@ -417,6 +417,7 @@ def main(
     temperature: Annotated[
         float | None, typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the demo's own")
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of prompts, answers and weights")] = 0,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),
@@ -424,7 +425,7 @@ def main(
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""
     signal.signal(signal.SIGTERM, interrupt)
-    settings = default_settings()
+    settings = with_seed(default_settings(), seed)
     overrides = (*settings.overrides, *(set_ or ()))
     settings = replace(settings, run_dir=run_dir, overrides=overrides)
     if config:

@@ -115,6 +115,16 @@ def real_settings() -> DemoSettings:
     )
 
 
+def with_seed(settings: DemoSettings, seed: int) -> DemoSettings:
+    """The same demo with other prompts, other draws of answers, and other random weights."""
+    return replace(
+        settings,
+        seed=seed,
+        sampling=replace(settings.sampling, seed=seed),
+        overrides=(*settings.overrides, f"seed={seed}"),
+    )
+
+
 def with_prompts(settings: DemoSettings, path: Path) -> DemoSettings:
     """The same demo with the prompts of a file: its domains in the order in which they come, and
     the first one again.

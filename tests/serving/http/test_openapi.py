@@ -39,7 +39,7 @@ def test_every_answer_is_what_the_schema_says(server: LiveServer, tmp_path: Path
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
             *(*options, "--generation-deterministic", "--no-color"),
         ],
-        env=environment(SCHEMATHESIS_HOOKS="tests.serving.http.openapi_hooks"),
+        env=environment(SCHEMATHESIS_HOOKS="oracles.openapi_hooks"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
