@@ -29,7 +29,7 @@ from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, wri
 from examples.arms import ALL_ARMS, Arm, setups
 from examples.clients import Replayer, Server, Traffic, Turn
 from examples.demo import begin_server, gather_texts, wait_for_server
-from examples.plan import DemoSettings, real_settings
+from examples.plan import DemoSettings, real_settings, with_seed
 from examples.processes import Child, stop
 from examples.recording import Replay
 from examples.report import mismatched_outputs, tokens_per_s, tokens_per_step
@@ -256,6 +256,7 @@ def main(
     run_dir: Annotated[Path, typer.Option(help="folder of a finished demo")],
     out: Out = RESULTS / "cells.json",
     target: Literal["bundled", "real"] = "real",
+    seed: Annotated[int, typer.Option(help="of the finished demo")] = 0,
     clients: str = "1,8,32",
     temperatures: str = "0.7,0",
     passes: int = 5,
@@ -266,7 +267,7 @@ def main(
 ) -> None:
     """Compare all arms, at each number of clients and temperature."""
     until = time.monotonic() + budget_s
-    settings = real_settings() if target == "real" else DemoSettings()
+    settings = with_seed(real_settings() if target == "real" else DemoSettings(), seed)
     overrides = (*settings.overrides, "trainer.keep_versions=1000", *(chosen or []))
     cells = [Cell(float(t), int(c)) for t in temperatures.split(",") for c in clients.split(",")]
     children: list[Child] = []
