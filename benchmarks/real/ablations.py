@@ -8,7 +8,7 @@ domain, from version 0 on, then ``--shifted-updates`` on ``--shifted-requests`` 
 second one. The learner, the update and the measure of acceptance are the trainer's own; a figure is
 tokens per step at K = 4, simulated on held-out requests, with the weights that the trainer would
 publish. Variants change one setting at a time and see as many positions, so one with smaller
-batches gets more updates.
+batches gets more updates; those with more passes see the same traces more often.
 
 The weight of rejected positions is not among them: it needs drafts of a live server.
 
@@ -73,6 +73,8 @@ class Variant:
     rows: Rows = "bfloat16"
     vocab: int | None = None
     """Size of the draft vocabulary, the most frequent tokens of the traffic; ``None``: all."""
+    passes: float = 1.0
+    """Updates on the same traces, relative to the others'."""
     old_share: float = 0.25
     """Part of a batch that is drawn from the first domain after the shift."""
 
@@ -92,6 +94,8 @@ VARIANTS = (
     Variant("batches of 2,048 tokens", ("trainer.batch_tokens=2048",)),
     Variant("batches of 4,096 tokens", ("trainer.batch_tokens=4096",)),
     Variant("batches of 16,384 tokens", ("trainer.batch_tokens=16384",)),
+    Variant("twice as many passes", passes=2.0),
+    Variant("four times as many passes", passes=4.0),
     Variant("fp8 rows", rows="float8_e4m3fn"),
     Variant("loss: forward KL", ("trainer.loss=forward_kl",)),
     Variant("two passes of training-time test", ("trainer.ttt_steps=2",)),
@@ -233,7 +237,7 @@ def run_one(bench: Bench, variant: Variant, seed: int, plan: dict[str, int]) -> 
     first, second = ARM_DOMAINS[:2]
     random = np.random.default_rng(seed)
     tokens = settings.trainer.batch_tokens
-    scale = BASE_TOKENS / tokens
+    scale = variant.passes * BASE_TOKENS / tokens
     figures: dict[str, Any] = {"variant": variant.name, "seed": seed}
 
     def measured(domain: Domain) -> float | None:
