@@ -169,7 +169,11 @@ class Version(Answer):
 
 
 class Health(Answer):
-    status: Literal["alive", "ready", "not ready"]
+    status: Literal["alive"]
+
+
+class Readiness(Answer):
+    status: Literal["ready", "not ready"]
     reason: str | None = None
     """Why it is not ready."""
 

@@ -131,7 +131,7 @@ def test_dead_child_ends_the_demo_with_its_reason(tiny_target_dir: Path, tmp_pat
     output, _ = demo.communicate(timeout=280)
 
     assert demo.returncode == 1
-    assert re.search(r"the server \(process \d+\) ended with exit code 1", output)
+    assert re.search(r"the (server|trainer) \(process \d+\) ended with exit code 1", output)
     assert "/nowhere is not a folder" in output.replace("\n", "")
     assert processes_of(tmp_path / "demo") == []
 
