@@ -393,7 +393,7 @@ def main(
                     memory.append(server.resident_mib())
                 say(f"{stage}: {dict(findings.statuses)}")
         schema = run_schema(
-            server, Path(name), max(10, (requests - num_mutated - num_cut_off) // 25)
+            server, Path(name), max(10, (requests - num_mutated - num_cut_off) // 38)
         )
         say(f"schema: {schema['requests']} requests, exit code {schema['exit_code']}")
         memory.append(server.resident_mib())
