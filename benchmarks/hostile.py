@@ -25,7 +25,6 @@ import json
 import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +41,18 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
+from benchmarks.harness.results import (
+    RESULTS,
+    Out,
+    Row,
+    at_most,
+    say,
+    write_result,
+    write_rows,
+)
+from examples.demo import begin_server, wait_for_server
+from examples.plan import DemoSettings
+from examples.processes import Child, stop
 from oracles.random_bodies import TEXTS, question
 from oracles.support import REPOSITORY, save_tiny_target
 
@@ -89,13 +99,12 @@ class Findings:
 class Server:
     """A server process."""
 
-    process: subprocess.Popen[bytes]
+    child: Child
     port: int
-    log: Path
 
     def resident_mib(self) -> float:
         """Memory of the process that is in RAM."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.child.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
@@ -104,41 +113,28 @@ def running_server(folder: Path) -> Iterator[Server]:
     """A server with a tiny target, ready.
 
     Raises:
-        RuntimeError: it ended while starting; the text quotes its log.
+        ChildDiedError: it ended while starting; the text quotes its log.
     """
     save_tiny_target(folder / "target")
-    settings = (
-        f"target={folder / 'target'}", f"run_dir={folder / 'run'}", "device=cpu", "server.port=0",
-        "engine.cpu_threads=1", "engine.max_model_len=256", "engine.max_batch=8",
-        "engine.max_queue=64", "server.model_name=tiny",
-    )  # fmt: skip
-    chosen = [part for setting in settings for part in ("--set", setting)]
-    log = folder / "server.log"
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serving", "launch", *chosen],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
+    settings = DemoSettings(
+        configs=(),
+        run_dir=folder / "run",
+        overrides=(
+            f"target={folder / 'target'}",
+            "device=cpu",
+            "engine.cpu_threads=1",
+            "engine.max_model_len=256",
+            "engine.max_batch=8",
+            "engine.max_queue=64",
+            "server.model_name=tiny",
+        ),
+    )
+    child = begin_server(settings)
     try:
-        place = folder / "run" / "server.json"
-        while not (place.exists() and is_ready(json.loads(place.read_text())["port"])):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended while starting:\n{log.read_text()}")
-            time.sleep(0.1)
-        yield Server(process, json.loads(place.read_text())["port"], log)
+        url = wait_for_server(settings, [child]).url
+        yield Server(child, int(url.rpartition(":")[2]))
     finally:
-        process.kill()
-        process.wait()
-
-
-def is_ready(port: int) -> bool:
-    try:
-        return get(port, "/ready", timeout_s=5.0) == 200
-    except OSError:
-        return False
+        stop([child])
 
 
 def get(port: int, path: str, timeout_s: float) -> int:
@@ -351,19 +347,12 @@ def rows_of(figures: dict[str, Any]) -> list[Row]:
     ]
     return [
         *(Row(about, measure, value, "none", value == 0) for measure, value in faults),
-        Row(
-            about,
-            "longest wait for /health, seconds",
-            longest,
-            f"at most {LONGEST_WAIT_S:g}",
-            longest <= LONGEST_WAIT_S,
-        ),
-        Row(
+        at_most(about, "longest wait for /health, seconds", longest, LONGEST_WAIT_S),
+        at_most(
             about,
             "growth of memory from the first quarter to the end, MiB",
             growth,
-            f"at most {MOST_GROWTH_MIB:g}",
-            growth <= MOST_GROWTH_MIB,
+            MOST_GROWTH_MIB,
         ),
     ]
 
@@ -397,11 +386,10 @@ def main(
         )
         say(f"schema: {schema['requests']} requests, exit code {schema['exit_code']}")
         memory.append(server.resident_mib())
-        crashed = server.process.poll() is not None
+        crashed = server.child.process.poll() is not None
         probe.stop()
-        server.process.send_signal(signal.SIGTERM)
-        exit_code = server.process.wait(timeout=60)
-        log = server.log.read_text(errors="replace")
+        stop([server.child])
+        log = server.child.log.read_text(errors="replace")
     figures: dict[str, Any] = {
         "requests": sum(findings.statuses.values()) + schema["requests"],
         "statuses": dict(sorted(findings.statuses.items())),
@@ -415,7 +403,7 @@ def main(
         "probe_failures": probe.failures[:20],
         "tracebacks": log.count("Traceback (most recent call last)"),
         "crashed": crashed,
-        "exit_code_after_sigterm": exit_code,
+        "exit_code_after_sigterm": server.child.process.returncode,
         "memory_mib": memory,
         "memory_growth_mib": memory[-1] - memory[len(memory) // 4],
     }

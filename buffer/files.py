@@ -27,6 +27,14 @@ def why_unwritable(folder: Path) -> str | None:
     return None
 
 
+def leads_to(path: Path, descriptor: int) -> bool:
+    """Whether a path is that of an open file: nobody has deleted or replaced it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def write_atomically(
     path: Path, content: bytes | bytearray | memoryview, mode: int = _ANYONE
 ) -> None:

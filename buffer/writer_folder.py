@@ -7,14 +7,13 @@ lead to.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from buffer.files import OWNER_FILE, OWNER_FOLDER, sync_folder
+from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, sync_folder
 from buffer.layout import LOCK, hold_lock, segment_path
 
 
@@ -35,7 +34,7 @@ class WriterFolder:
     @property
     def is_there(self) -> bool:
         """It was made, and nobody has deleted or replaced it since."""
-        return self._lock is not None and _leads_to(self.path / LOCK, self._lock)
+        return self._lock is not None and leads_to(self.path / LOCK, self._lock)
 
     def make(self) -> None:
         """Make it, under a name that no other writer has had.
@@ -98,11 +97,4 @@ class OpenSegment:
     @property
     def is_there(self) -> bool:
         """Nobody has deleted or replaced the file."""
-        return _leads_to(self.path, self.descriptor)
-
-
-def _leads_to(path: Path, descriptor: int) -> bool:
-    """Whether a path is that of an open file."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    return False
+        return leads_to(self.path, self.descriptor)

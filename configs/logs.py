@@ -20,3 +20,15 @@ def set_up_logging(level: str) -> None:
     logging.basicConfig(stream=sys.stderr, level=max(chosen, logging.WARNING), format=FORMAT)
     for name in OURS:
         logging.getLogger(name).setLevel(chosen)
+
+
+class Lasting:
+    """A problem that is logged once as long as it lasts."""
+
+    def __init__(self) -> None:
+        self._problem: str | None = None
+
+    def is_new(self, problem: str | None) -> bool:
+        """Whether there is a problem now that was not the last one; ``None``: there is none."""
+        before, self._problem = self._problem, problem
+        return problem is not None and problem != before

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs.logs import Lasting
+
 log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 0.5
@@ -29,7 +31,7 @@ class Journal:
         self._log_path = folder / "log.jsonl"
         self._lines = _Lines()
         self._last_status: dict[str, Any] = {}
-        self._problem: str | None = None
+        self._problem = Lasting()
         """Why the last write failed; a problem that lasts is logged once."""
         self._status_s = -math.inf
         """Monotonic time of the last status."""
@@ -66,11 +68,10 @@ class Journal:
         try:
             write()
         except OSError as error:
-            if str(error) != self._problem:
+            if self._problem.is_new(str(error)):
                 log.error("events and status are not written (%s); training continues", error)
-            self._problem = str(error)
         else:
-            self._problem = None
+            self._problem.is_new(None)
 
     def _append(self, text: bytes) -> None:
         if self._log_path.exists() and not _ends_a_line(self._log_path):

@@ -63,13 +63,17 @@ def publish_version(
 
 def is_same(trainable: Trainable[Any], model: nn.Module, other: nn.Module) -> bool:
     """Whether two drafters would be published with the same bytes."""
-    ours, theirs = (_to_store(trainable.bundle_tensors(m)) for m in (model, other))
+    ours, theirs = (_in_bundle_dtype(trainable.bundle_tensors(m)) for m in (model, other))
     return all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 
 
 def _to_store(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, in the dtype of a bundle."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST_FLOAT32_BYTES:
-        tensors = {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in _in_bundle_dtype(on_cpu).items()}
+
+
+def _in_bundle_dtype(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_FLOAT32_BYTES:
+        return tensors
+    return {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}

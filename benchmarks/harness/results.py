@@ -38,6 +38,18 @@ class Row:
     """Whether the goal is met; ``None`` without a goal or a value."""
 
 
+def at_least(row: str, measure: str, value: float | None, goal: float | None) -> Row:
+    """A claim that holds from ``goal`` on; ``None``: it has no goal."""
+    if goal is None:
+        return Row(row, measure, value, None, None)
+    return Row(row, measure, value, f"at least {goal:g}", None if value is None else value >= goal)
+
+
+def at_most(row: str, measure: str, value: float | None, goal: float) -> Row:
+    """A claim that holds up to ``goal``."""
+    return Row(row, measure, value, f"at most {goal:g}", None if value is None else value <= goal)
+
+
 def write_result(out: Path, figures: Mapping[str, Any]) -> None:
     """Write figures with the hardware, versions and commit they were measured on."""
     out.parent.mkdir(parents=True, exist_ok=True)

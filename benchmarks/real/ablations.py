@@ -20,8 +20,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,21 +32,25 @@ from safetensors.torch import load
 
 from benchmarks.harness.engines import build, release
 from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
-from benchmarks.real.choosing import ARM_DOMAINS, TRAINED_AT, prompt_ids, settings_for
-from benchmarks.real.train_drafter import READ_AT_ONCE, Ask, collect
-from buffer.backends import open_backend
+from benchmarks.real.choosing import (
+    ARM_DOMAINS,
+    TRAINED_AT,
+    collecting_settings,
+    prompt_ids,
+    settings_for,
+)
+from benchmarks.real.train_drafter import Ask, collect, read_samples
 from buffer.fingerprint import target_fingerprint
-from buffer.records import Trace
-from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.initial import TargetFacts, made_drafter, new_drafter
 from drafters.samples import Sample
 from drafters.trainable import trainable
 from examples.traffic.chat import Domain, chat_prompts
+from targets.find import target_folder
 from targets.head import TargetHead, load_target_head
-from targets.load import load_tokenizer, target_folder
+from targets.load import load_tokenizer
 from trainer.build import expected_of
-from trainer.dataset import Expected, sample_of
+from trainer.dataset import Expected
 from trainer.gate import Judge
 from trainer.learner import Learner
 from trainer.packing import HeldPiece
@@ -119,27 +122,13 @@ class Held:
         return [piece for sample in self.training[:most] for piece in sample.pieces]
 
 
-def read_samples(settings: Settings, expected: Expected) -> dict[int, Sample]:
+def read_all(settings: Settings, expected: Expected) -> dict[int, Sample]:
     """All traces of the run as samples, by the number of their request."""
-    reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
-
-    def batches() -> Iterator[list[Trace]]:
-        while traces := reader.read(READ_AT_ONCE):
-            yield traces
-
-    def samples_of(traces: list[Trace]) -> list[tuple[int, Any]]:
-        return [
-            (
-                int(trace.request_id.removeprefix("trace-")),
-                sample_of(trace, expected, settings.trainer.max_sequence),
-            )
-            for trace in traces
-        ]
-
-    with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(samples_of, traces) for traces in batches()]
-        found = [pair for job in jobs for pair in job.result()]
-    return {number: sample for number, sample in found if isinstance(sample, Sample)}
+    return {
+        int(trace.request_id.removeprefix("trace-")): sample
+        for trace, sample in read_samples(settings, expected)
+        if isinstance(sample, Sample)
+    }
 
 
 def stored(
@@ -317,13 +306,7 @@ def main(
 ) -> None:
     """Collect traces, then train every variant with every seed."""
     began, where = time.monotonic(), torch.device(device)
-    settings = settings_for(
-        run_dir, device, f"engine.max_batch={collect_batch}", "drafter.max_draft=1",
-        "drafter.suffix.enabled=false", "drafter.on_request=null", "policy.kind=fixed",
-        "policy.draft_k=0", "capture.queue_traces=1000000",
-        f"capture.ring_rows={collect_batch * 3000}",
-        f"buffer.max_bytes={collect_batch * 300 << 20}",
-    )  # fmt: skip
+    settings = collecting_settings(run_dir, device, collect_batch)
     if not (run_dir / "traces").exists():
         say(f"collected {collected(settings, prompts, collect_s, where)}")
     folder = target_folder(settings.target, settings.target_cache)
@@ -334,7 +317,7 @@ def main(
         TargetFacts(head.config, head.lm_head.weight_VH, fingerprint),
         new_drafter(settings),
     )
-    samples = read_samples(settings, expected_of(manifest, head))
+    samples = read_all(settings, expected_of(manifest, head))
     stores = {name: stored(samples, held_out, dtype, where) for name, dtype in STORES.items()}
     _, held = stores["bfloat16"]
     if lacking := [domain for domain in ARM_DOMAINS[:2] if not held[domain].training]:

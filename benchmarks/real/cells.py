@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
+from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
 from examples.arms import ALL_ARMS, Arm, setups
 from examples.clients import Replayer, Server, Traffic, Turn
 from examples.demo import begin_server, gather_texts, wait_for_server
@@ -196,9 +196,9 @@ def rows_of(cells: Sequence[dict[str, Any]], domains: Sequence[str]) -> list[Row
         over_static = groups["shifted"]["tuned_over_static"]
         over_plain = groups["all"]["vs_plain"]["tuned"]
         rows += [
-            _least(about, "tuned over static, tokens/s, shifted domains", over_static, static),
-            _least(about, "tuned over plain, tokens/s, all domains", over_plain, plain),
-            _least(
+            at_least(about, "tuned over static, tokens/s, shifted domains", over_static, static),
+            at_least(about, "tuned over plain, tokens/s, all domains", over_plain, plain),
+            at_least(
                 about,
                 "tuned over plain, tokens/s, worst domain",
                 worst,
@@ -206,12 +206,6 @@ def rows_of(cells: Sequence[dict[str, Any]], domains: Sequence[str]) -> list[Row
             ),
         ]
     return rows
-
-
-def _least(row: str, measure: str, value: float | None, goal: float | None) -> Row:
-    if goal is None:
-        return Row(row, measure, value, None, None)
-    return Row(row, measure, value, f"at least {goal:g}", None if value is None else value >= goal)
 
 
 def carry_out(

@@ -34,7 +34,7 @@ from benchmarks.harness.arms import LEARNED, LOOKUP
 from benchmarks.harness.engines import build, release
 from benchmarks.harness.loops import Feed, clear
 from benchmarks.harness.policy import PolicySwitch
-from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
+from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
 from benchmarks.real.train_drafter import Ask, collect, train
 from configs.load import load_settings
 from configs.schema import Settings
@@ -72,6 +72,16 @@ def settings_for(run_dir: Path, device: str, *chosen: str) -> Settings:
         "swap.enabled=false",
     ]
     return load_settings(REAL_CONFIGS, [*common, *chosen], {})
+
+
+def collecting_settings(run_dir: Path, device: str, batch: int) -> Settings:
+    """Settings for plain decoding of ``batch`` requests at a time that captures every row."""
+    return settings_for(
+        run_dir, device, f"engine.max_batch={batch}", "drafter.max_draft=1",
+        "drafter.suffix.enabled=false", "drafter.on_request=null", "policy.kind=fixed",
+        "policy.draft_k=0", "trainer.memory_fraction=0.5", "capture.queue_traces=1000000",
+        f"capture.ring_rows={batch * 3000}", f"buffer.max_bytes={batch * 300 << 20}",
+    )  # fmt: skip
 
 
 # Requests
@@ -249,13 +259,7 @@ def main(
 ) -> None:
     """Train a drafter, then compare all arms."""
     began = time.monotonic()
-    collecting = settings_for(
-        run_dir, device, f"engine.max_batch={collect_batch}", "drafter.max_draft=1",
-        "drafter.suffix.enabled=false", "drafter.on_request=null", "policy.kind=fixed",
-        "policy.draft_k=0", "trainer.memory_fraction=0.5", "capture.queue_traces=1000000",
-        f"capture.ring_rows={collect_batch * 3000}",
-        f"buffer.max_bytes={collect_batch * 300 << 20}",
-    )  # fmt: skip
+    collecting = collecting_settings(run_dir, device, collect_batch)
     tokenizer = load_tokenizer(target_folder(collecting.target, collecting.target_cache))
     found = chat_prompts(dict.fromkeys(ARM_DOMAINS, prompts), seed=7, may_lack=True)
     ids = {
@@ -349,7 +353,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[Row]:
                 value = arms[arm][domain] / best
                 about = f"{clients} clients, temperature {temperature:g}, {domain}, without HTTP"
                 measure = f"{arm}, policy over the best fixed K, tokens/s"
-                found.append(Row(about, measure, value, f"at least {GOAL}", value >= GOAL))
+                found.append(at_least(about, measure, value, GOAL))
     return found
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness.results import RESULTS, Row, write_result, write_rows
+from benchmarks.harness.results import RESULTS, Row, at_least, at_most, write_result, write_rows
 
 GOOD_TOKENS = 1.8
 WINDOW = 128
@@ -112,7 +112,7 @@ def _tokens_per_s(answers: list[dict[str, Any]]) -> float:
     """Of answers in the order in which they finished, the first one's end being the start."""
     seconds = answers[-1]["finished_s"] - answers[0]["finished_s"]
     tokens = sum(int(a["num_tokens"]) for a in answers[1:])
-    return tokens / float(seconds)
+    return float(tokens / seconds)
 
 
 def _tokens_per_step(answers: list[dict[str, Any]]) -> float:
@@ -129,12 +129,15 @@ def rows_of(figures: dict[str, Any]) -> list[Row]:
     live = figures["live"]
     later = [phase["name"] for phase in report["phases"][1:]]
     to_swap = statistics.median(live["requests_to_first_swap"][name] for name in later)
+    shared = f"shared card, {clients}"
     lost = traces["evicted_unread"] + traces["damaged"] + traces["quarantined"]
     return [
-        _least(f"shared card, {clients}", "rows trained per second, live", loop["rows_per_s"], 4e4),
-        Row(f"shared card, {clients}", "traces lost before they were read", lost, "none", not lost),
-        _least(clients, "tuned over static, tokens/s, shifted", report["speedup_vs_static"], 1.15),
-        _least(clients, "tuned over plain, tokens/s, shifted", report["speedup_vs_plain"], 1.35),
+        at_least(shared, "rows trained per second, live", loop["rows_per_s"], 4e4),
+        Row(shared, "traces lost before they were read", lost, "none", not lost),
+        at_least(
+            clients, "tuned over static, tokens/s, shifted", report["speedup_vs_static"], 1.15
+        ),
+        at_least(clients, "tuned over plain, tokens/s, shifted", report["speedup_vs_plain"], 1.35),
         Row(
             clients,
             "drafter alone, newest over frozen weights, tokens/s, shifted",
@@ -142,38 +145,30 @@ def rows_of(figures: dict[str, Any]) -> list[Row]:
             None,
             None,
         ),
-        _most(
+        at_most(
             clients,
             f"requests from random weights to {GOOD_TOKENS} live tokens a step",
             live["requests_to_good"],
             2000,
         ),
-        _most(
+        at_most(
             clients,
             f"seconds from random weights to {GOOD_TOKENS} live tokens a step",
             live["seconds_to_good"],
             60,
         ),
-        _most(clients, "requests from a shift to the next version, median", to_swap, 200),
-        _least(
+        at_most(clients, "requests from a shift to the next version, median", to_swap, 200),
+        at_least(
             clients, "tokens per step back on the first domain, over the first time", kept, 0.97
         ),
-        _most(clients, "seconds from gate to swap, median", figures["seconds_to_swap"], 1.5),
-        _least(
-            f"shared card, {clients}",
+        at_most(clients, "seconds from gate to swap, median", figures["seconds_to_swap"], 1.5),
+        at_least(
+            shared,
             f"worst window of {LIVE_WINDOW} live requests over the best of plain, static and index",
             figures["windows"]["worst"],
             0.98,
         ),
     ]
-
-
-def _least(row: str, measure: str, value: float | None, goal: float) -> Row:
-    return Row(row, measure, value, f"at least {goal:g}", None if value is None else value >= goal)
-
-
-def _most(row: str, measure: str, value: float | None, goal: float) -> Row:
-    return Row(row, measure, value, f"at most {goal:g}", None if value is None else value <= goal)
 
 
 def main(

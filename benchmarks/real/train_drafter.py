@@ -12,12 +12,14 @@ Publishes version 1 of ``RUN_DIR/weights`` and writes ``RUN_DIR/drafter.json``.
 from __future__ import annotations
 
 import copy
+import math
 import multiprocessing
 import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,10 +200,11 @@ class TrainingData:
         return drawn
 
 
-def read_data(
-    settings: Settings, expected: Expected, store: RowStore, seconds: float
-) -> TrainingData:
-    """Read the log to its end, or for at most ``seconds``."""
+def read_samples(
+    settings: Settings, expected: Expected, seconds: float = math.inf
+) -> Iterator[tuple[Trace, Sample | Refusal]]:
+    """The traces of the log as samples, checked by several threads; to its end, or for at most
+    ``seconds``."""
     reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
     until = time.monotonic() + seconds
 
@@ -209,22 +212,34 @@ def read_data(
         while time.monotonic() < until and (traces := reader.read(READ_AT_ONCE)):
             yield traces
 
-    def samples_of(traces: list[Trace]) -> list[Sample | Refusal]:
-        return [sample_of(t, expected, settings.trainer.max_sequence) for t in traces]
+    def pairs_of(traces: list[Trace]) -> list[tuple[Trace, Sample | Refusal]]:
+        return [(t, sample_of(t, expected, settings.trainer.max_sequence)) for t in traces]
 
-    data = TrainingData(store, [], [], 0)
     with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(samples_of, traces) for traces in batches()]
-        for job in jobs:
-            found = job.result()
-            sound = [s for s in found if not isinstance(s, Refusal)]
-            for held in store.put(sound):
-                if is_held_out(held.key, HELD_OUT_EVERY):
-                    data.held_out.append(held)
-                else:
-                    data.pieces.extend(held.pieces)
-            data = replace(data, num_refused=data.num_refused + len(found) - len(sound))
+        for job in [pool.submit(pairs_of, traces) for traces in batches()]:
+            yield from job.result()
+
+
+def read_data(
+    settings: Settings, expected: Expected, store: RowStore, seconds: float
+) -> TrainingData:
+    """Read the log to its end, or for at most ``seconds``."""
+    data = TrainingData(store, [], [], 0)
+    for group in _grouped(read_samples(settings, expected, seconds), READ_AT_ONCE):
+        sound = [sample for _, sample in group if not isinstance(sample, Refusal)]
+        for held in store.put(sound):
+            if is_held_out(held.key, HELD_OUT_EVERY):
+                data.held_out.append(held)
+            else:
+                data.pieces.extend(held.pieces)
+        data = replace(data, num_refused=data.num_refused + len(group) - len(sound))
     return data
+
+
+def _grouped(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
+    """Lists of ``count`` items, the last one shorter."""
+    while group := list(islice(items, count)):
+        yield group
 
 
 def learn(learner: Learner, data: TrainingData, seconds: float) -> tuple[UpdateReport, float]:

@@ -19,6 +19,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from buffer.files import leads_to
+from configs.logs import Lasting
+
 log = logging.getLogger(__name__)
 
 SERVER_FILE = "server.json"
@@ -40,8 +43,8 @@ class ServerFile:
         }
         self._held: int | None = None
         """The file that was written, locked; ``None``: there is none."""
-        self._problem: str | None = None
-        """Why there is none; a problem that lasts is logged once."""
+        self._problem = Lasting()
+        """Why there is none."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="server-file", daemon=True)
 
@@ -75,9 +78,8 @@ class ServerFile:
                 f"{self.path} cannot be written ({error.strerror}): programs that look for the "
                 f"server there do not find it; serving continues"
             )
-        if problem is not None and problem != self._problem:
+        if self._problem.is_new(problem):
             log.warning("%s", problem)
-        self._problem = problem
 
     def _renew(self) -> None:
         while not self._stopping.wait(RENEW_S):
@@ -85,12 +87,7 @@ class ServerFile:
 
     def _is_there(self) -> bool:
         """Nobody has deleted or replaced the file that this server wrote."""
-        if self._held is None:
-            return False
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._held))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        return self._held is not None and leads_to(self.path, self._held)
 
     def _write(self) -> None:
         """Write the file aside, lock it and rename it, so that it is never seen in part."""

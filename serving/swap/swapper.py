@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from buffer.interface import WeightsStore
+from configs.logs import Lasting
 from policies.rollback import Action, SwapWatch
 from serving.swap.flat_weights import Expected, Staged, load_bundle
 from serving.swap.in_force import WeightsInForce
@@ -49,8 +50,8 @@ class Shelf:
             self._denied_written = set(store.read_denied())
         self._failed: dict[int, Hashable] = {}
         self._mark_due_s = 0.0
-        self._problem: str | None = None
-        """Why the last note could not be stored; a problem that lasts is logged once."""
+        self._problem = Lasting()
+        """Why the last note could not be stored."""
 
     def mark(self, versions: set[int]) -> None:
         """Keep versions from being pruned. If the disk refuses, they are served nevertheless: they
@@ -86,15 +87,14 @@ class Shelf:
         try:
             yield
         except OSError as error:
-            if str(error) != self._problem:
+            if self._problem.is_new(str(error)):
                 log.warning(
                     "cannot record which versions are in use or rolled back (%s); serving "
                     "continues, and this is tried again",
                     error,
                 )
-            self._problem = str(error)
         else:
-            self._problem = None
+            self._problem.is_new(None)
 
     def load(self, version: int, force: WeightsInForce) -> Staged:
         """Read, check and stage a version.

@@ -14,6 +14,7 @@ from buffer.layout import read_tombstone
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments
 from buffer.segment_writer import SegmentWriter
+from oracles.small_disk import small_file_system
 
 LIMITS = TraceLimits(segment_bytes=4096, max_bytes=1 << 20, ttl_s=3600.0, sync_interval_s=0.0)
 HEAD_BYTES = 32
@@ -214,15 +215,8 @@ def test_a_full_disk_costs_the_records_that_do_not_fit_and_nothing_else(
 @pytest.fixture
 def tiny_disk(tmp_path):
     """A file system of 256 KiB, where this user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def test_a_full_disk_keeps_all_that_was_acknowledged_and_is_used_again_when_it_has_room(tiny_disk):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from buffer.segment_report import check_segments
 from oracles.forked import Forked, run_forked
+from oracles.small_disk import small_file_system
 from tests.serving.http.live import SETTINGS, environment, launch_command, wait_for
 
 ASK = {"prompt": "for item in", "max_tokens": 4, "temperature": 0}
@@ -50,15 +50,8 @@ class Server:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB, where this user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", "2m") as folder:
+        yield folder
 
 
 def fill(disk: Path) -> Path:
