@@ -16,6 +16,7 @@ import pytest
 from examples.arms import ALL_ARMS
 from examples.demo import MARKER
 from examples.processes import ChildDiedError, check_alive, start, stop, tail
+from examples.report import checks, verdict
 from oracles.support import REPOSITORY
 
 SHORT = """
@@ -99,7 +100,12 @@ def test_a_short_demo_runs_to_its_report_and_leaves_nothing_running(
     speeds = {f"{arm}_tokens_per_s" for arm in ALL_ARMS}
     assert all(phase[speed] > 0 for phase in report["phases"] for speed in speeds)
     assert report["learning_seconds"] > 0 and report["learning_updates"] > 0
-    assert "FAIL" in output  # nothing can be learned from a random target, and the demo says so
+    # Which of them hold is a matter of speed; that each is told as it is, is not.
+    for check in checks(report):
+        told = [
+            line.split()[-1] for line in output.splitlines() if line.strip().startswith(check.name)
+        ]
+        assert told == [verdict(check)], check
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
     assert processes_of(tmp_path / "demo") == []
 
