@@ -49,7 +49,9 @@ from examples.traffic.prompts import PromptError
 
 MARKER = ".slipstream-demo"
 OWN = ("traces", "weights", "trainer", "logs")
-OWN_FILES = ("server.json", "recording.json", "report.json", "report.html", "report.svg")
+OWN_FILES = (
+    "server.json", "step_times.json", "recording.json", "report.json", "report.html", "report.svg",
+)  # fmt: skip
 
 
 class DemoError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -24,7 +25,7 @@ from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublishe
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
 from policies.arms import ArmPolicies
 from policies.catalog import build_policy
-from policies.interface import DraftPolicy
+from policies.interface import CostSample, DraftPolicy
 from policies.rollback import SwapWatch
 from serving.capture.recorder import Recorder
 from serving.capture.traces import Producer, TraceMaker
@@ -35,6 +36,7 @@ from serving.engine.inbox import Sequences
 from serving.engine.lanes import table_bytes_of
 from serving.engine.loop import Engine, EngineParts, Listeners
 from serving.engine.programs import Sizes, fuse
+from serving.kept_profile import facts_of, kept_or_measured
 from serving.model_len import model_len, with_model_len
 from serving.profile import profile_steps
 from serving.service import ServedModel, Service
@@ -133,7 +135,16 @@ def build_service(
         drafters=None if settings.drafter.on_request is None else kinds,
         created_unix_s=int(time.time()),
     )
-    policies = _policies(settings, kinds, parts, wrap)
+    policies = _policies(settings, kinds, wrap)
+    if policies.wants_profile:
+        shapes = "" if learning is None else json.dumps(learning.manifest.drafter_config)
+        facts = facts_of(
+            settings, loaded.fingerprint, parts.programs.target.device, f"{kinds} {shapes}"
+        )
+        with _timed("had step times", "finding step times"):
+            policies.calibrate(
+                kept_or_measured(settings.run_dir, facts, lambda: _profile(settings, parts))
+            )
     if learning is not None:
         manifest = learning.manifest
         policies.on_swap(manifest.kind, manifest.version, manifest.policy)
@@ -143,7 +154,6 @@ def build_service(
 def _policies(
     settings: Settings,
     kinds: tuple[str, ...],
-    parts: EngineParts,
     wrap: Callable[[DraftPolicy], DraftPolicy] | None,
 ) -> ArmPolicies:
     def new(drafters: frozenset[str]) -> DraftPolicy:
@@ -151,12 +161,12 @@ def _policies(
         return build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
 
     ordinary = new(frozenset(kinds) - set(on_request(settings.drafter)))
-    policies = ArmPolicies(ordinary if wrap is None else wrap(ordinary), new)
-    if policies.wants_profile:
-        with _timed("profiled step times", "profiling step times"):
-            context = min(_PROFILE_CONTEXT, model_len(settings) // 2)
-            policies.calibrate(profile_steps(parts, _PROFILE_REPEATS, context))
-    return policies
+    return ArmPolicies(ordinary if wrap is None else wrap(ordinary), new)
+
+
+def _profile(settings: Settings, parts: EngineParts) -> list[CostSample]:
+    context = min(_PROFILE_CONTEXT, model_len(settings) // 2)
+    return profile_steps(parts, _PROFILE_REPEATS, context)
 
 
 def _make_parts(

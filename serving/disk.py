@@ -26,7 +26,7 @@ def warn_without_disk(settings: Settings) -> None:
 
 
 def _missing(settings: Settings) -> Iterator[str]:
-    yield "there is no server.json"
+    yield "there is no server.json, and the next start measures step times again"
     if settings.drafter.kind == "none":
         return
     if settings.capture.enabled:

@@ -1,11 +1,13 @@
 """Step times of an engine on this machine, measured once at start-up for the policy.
 
 The real loop is timed on real requests of random tokens, so the figures include everything that a
-step costs: drafting, the target's pass, verification and commit.
+step costs: drafting, the target's pass, verification and commit. The requests of one batch size
+decode with one arm after another, because prompts take most of the time on a CPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Sequence
@@ -21,8 +23,12 @@ from serving.requests import Request, SamplingParams
 
 _DEPTHS = (1, 2, 4, 6, 8, 12)
 """Values of K to measure, in addition to the largest one."""
+_WARM_UP = 2
+"""Steps of an arm that are not timed: the first one computes the rows that its drafter lacks."""
 _TRIES = 8
 """Further prompts for a target that computes NaN or infinity for the first ones."""
+_REQUEST = itertools.count()
+"""Numbers of the requests."""
 
 
 @dataclass(slots=True)
@@ -35,6 +41,11 @@ class Script:
 
     wants_profile = False
 
+    def switch(self, drafter: str, draft_k: int) -> None:
+        """Choose another arm from now on, and record its times only."""
+        self.decision = Decision(drafter, draft_k, 1.0, False, "profile")
+        self.times = []
+
     def rest(self) -> Decision:
         return self.decision
 
@@ -45,7 +56,8 @@ class Script:
         return self.decision
 
     def observe(self, outcome: Outcome) -> None:
-        if not outcome.has_prefill:
+        # Where rounds overlap, the first outcomes after a switch are those of the former arm.
+        if not outcome.has_prefill and outcome.decision is self.decision:
             self.times.append((outcome.step_s, outcome.draft_s))
 
     def calibrate(self, samples: Sequence[CostSample]) -> None: ...
@@ -64,62 +76,88 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
 
     Args:
         context: prompt tokens of each request.
+
+    Raises:
+        ValueError: the target computes NaN or infinity for every prompt that was tried.
     """
     max_draft = parts.programs.drafting.max_draft
     depths = sorted({k for k in (*_DEPTHS, max_draft) if 0 < k <= max_draft})
     arms = [("none", 0)]
     arms += [(kind, k) for kind in parts.programs.drafting.neural for k in depths]
-    return [
-        measure(parts, drafter, k, batch, repeats, context)
-        for batch in buckets(parts.scheduler.max_batch)
-        for drafter, k in arms
-    ]
+    samples = []
+    for batch in buckets(parts.scheduler.max_batch):
+        bench = _Bench(parts, batch, context)
+        samples += [bench.measure(drafter, k, repeats) for drafter, k in arms]
+        bench.close()
+    return samples
 
 
-def measure(
-    parts: EngineParts, drafter: str, k: int, batch: int, repeats: int, context: int
-) -> CostSample:
-    """Median times of steps that decode ``batch`` requests with one drafter and K.
+class _Bench:
+    """Requests of one batch size, which decode for as long as anybody measures."""
 
-    Raises:
-        ValueError: the target computes NaN or infinity for every prompt that was tried.
-    """
-    numbers = random.Random(batch * 100 + k)
-    vocab = range(parts.inbox.limits.vocab_size)
-    script = Script(Decision(drafter, k, 1.0, False, "profile"))
-    decode(parts, script, [tuple(numbers.choices(vocab, k=context)) for _ in range(batch)], repeats)
-    for _ in range(_TRIES):
-        if len(script.times) > 2:
-            break
-        # A single damaged embedding is in most long prompts, and in few that repeat one token.
-        script.times.clear()
-        decode(parts, script, [(numbers.choice(vocab),) * context for _ in range(batch)], repeats)
-    times = script.times[2:]
-    if not times:
-        raise ValueError(
-            "the target computes NaN or infinity for every prompt that was tried, so it cannot "
-            "answer anything: its weights are damaged; get them again, or name another target"
-        )
-    step_s = statistics.median(t for t, _ in times)
-    draft_s = statistics.median(d for _, d in times)
-    return CostSample(drafter, k, batch, step_s, draft_s)
+    def __init__(self, parts: EngineParts, batch: int, context: int) -> None:
+        self._inbox, self._batch, self._context = parts.inbox, batch, context
+        self._numbers = random.Random(batch)
+        self._script = Script(Decision("none", 0, 1.0, False, "profile"))
+        self._engine = Engine(parts, self._script)
 
+    def measure(self, drafter: str, k: int, repeats: int) -> CostSample:
+        """Median times of steps with one drafter and K, as they are at this batch size.
 
-def decode(
-    parts: EngineParts, script: Script, prompts: list[tuple[int, ...]], repeats: int
-) -> None:
-    """Run two warm-up steps and ``repeats`` others over one request for each prompt."""
-    engine = Engine(parts, script)
-    limits = parts.inbox.limits
-    for index, prompt in enumerate(prompts):
-        room = limits.max_model_len - len(prompt)
-        sampling = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
-        request = Request(f"profile-{index}", prompt, sampling, capture=True)
-        parts.inbox.submit(request, lambda _output: None)
-    with torch.inference_mode():
-        while len(script.times) < repeats + 2:
-            if not engine.step():
+        Raises:
+            ValueError: the target computes NaN or infinity for every prompt that was tried.
+        """
+        self._script.switch(drafter, k)
+        most_tokens = (repeats + _WARM_UP + 2) * (k + 1)
+        for attempt in range(1 + _TRIES):
+            if not self._have_room(most_tokens):
+                self._renew(repeats_token=attempt > 0)
+            self._decode(repeats + _WARM_UP)
+            if len(self._script.times) > _WARM_UP:
                 break
-        parts.inbox.cancel_all()
-        while parts.inbox.num_inflight():
-            engine.step()
+        times = self._script.times[_WARM_UP:]
+        if not times:
+            raise ValueError(
+                "the target computes NaN or infinity for every prompt that was tried, so it cannot "
+                "answer anything: its weights are damaged; get them again, or name another target"
+            )
+        step_s = statistics.median(t for t, _ in times)
+        draft_s = statistics.median(d for _, d in times)
+        return CostSample(drafter, k, self._batch, step_s, draft_s)
+
+    def close(self) -> None:
+        """End the requests."""
+        self._inbox.cancel_all()
+        with torch.inference_mode():
+            while self._inbox.num_inflight():
+                self._engine.step()
+
+    def _decode(self, num_steps: int) -> None:
+        """Run until so many steps of the arm are timed, or the requests end."""
+        with torch.inference_mode():
+            while len(self._script.times) < num_steps:
+                if not self._engine.step():
+                    break
+
+    def _have_room(self, num_tokens: int) -> bool:
+        """All requests run, and each may commit so many tokens more."""
+        running = self._inbox.inflight()
+        return len(running) == self._batch and all(s.num_left >= num_tokens for s in running)
+
+    def _renew(self, *, repeats_token: bool) -> None:
+        """Begin with other prompts.
+
+        Args:
+            repeats_token: a prompt is one token, many times: a single damaged embedding is in most
+                long prompts, and in few of these.
+        """
+        self.close()
+        self._script.times = []
+        limits, numbers = self._inbox.limits, self._numbers
+        room = limits.max_model_len - self._context
+        for _ in range(self._batch):
+            first, *others = numbers.choices(range(limits.vocab_size), k=self._context)
+            prompt = (first,) * self._context if repeats_token else (first, *others)
+            sampling = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
+            request = Request(f"profile-{next(_REQUEST)}", prompt, sampling, capture=True)
+            self._inbox.submit(request, lambda _output: None)
