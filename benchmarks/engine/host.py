@@ -71,8 +71,8 @@ PARTS = {
     "foresee": ("_foresee",),
     "launch": ("programs.rounds.launch",),
     "decode": ("programs.rounds.read",),
+    "note": ("_commits._note",),
     "commit": ("_commits.rounds",),
-    "note rows": ("_commits.note_rows",),
     "emit": ("_outputs.after_commit",),
     "report": ("_report",),
     "learn": ("policy.observe",),
@@ -344,7 +344,7 @@ def _fill_index(engine: Engine) -> None:
         index.begin(key, numbers.integers(_NUM_WORDS, size=_RECENT_LENGTH).tolist(), namespace)
         index.finish(key, keep=True)
         index.begin("asks", [0], namespace)
-        index.observe("asks")  # indexes what has finished
+        index.observe(["asks"])  # indexes what has finished
         index.finish("asks", keep=False)
 
 

@@ -156,6 +156,8 @@ class Inbox:
 
     def take(self) -> tuple[list[Sequence], list[Sequence]]:
         """Requests that arrived and requests to cancel, since the last call."""
+        if not (self._arrived or self._cancels):  # nearly every step: the lock is for the others
+            return [], []
         with self._wake:
             arrived, cancels = list(self._arrived), self._cancels
             self._arrived.clear()

@@ -33,11 +33,11 @@ class ConstantGuesser:
         if tokens:
             self._last[key] = tokens[-1]
 
-    def observe(self, key):
-        return 0
+    def observe(self, keys):
+        return [0] * len(keys)
 
-    def propose(self, key, k):
-        return [self._last[key]] * k
+    def propose(self, keys, most):
+        return [[self._last[key]] * k for key, k in zip(keys, most)]
 
     def finish(self, key, keep, num_tokens=None):
         del self._last[key]
