@@ -15,7 +15,7 @@ import numpy as np
 
 from serving.engine.detokenize import Detokenizer
 from serving.engine.lanes import MOST_BIASES
-from serving.engine.rounds import MOST_LOGPROBS
+from serving.engine.round_buffers import MOST_LOGPROBS
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.vocabulary import Vocabulary
