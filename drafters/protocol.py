@@ -75,8 +75,8 @@ class HostDrafter(Drafter, Protocol):
             namespace: text of requests in other namespaces must not influence its drafts.
         """
 
-    def extend(self, key: str, tokens: Sequence[int]) -> None:
-        """Append committed tokens."""
+    def extend(self, keys: Sequence[str], news: Sequence[Sequence[int]]) -> None:
+        """Append committed tokens to some requests."""
 
     def observe(self, keys: Sequence[str]) -> Sequence[int]:
         """Length of the match that a proposal would continue for each request, 0 without one. The

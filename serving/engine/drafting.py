@@ -127,21 +127,26 @@ class Drafting:
         Args:
             news: [R] the tokens of each request.
         """
-        for sequence, tokens in zip(batch, news, strict=True):
-            self._tell(sequence)
-            assert sequence.num_told == len(sequence.tokens), "one round is foreseen at a time"
-            for drafter in self._following(sequence):
-                drafter.extend(sequence.request.id, tokens)
-            sequence.num_told += len(tokens)
+        self._catch_up(batch)
+        self._tell(batch, news)
 
-    def _tell(self, sequence: Sequence) -> None:
+    def _catch_up(self, batch: list[Sequence]) -> None:
         """Tell the host drafters of committed tokens that they do not know: only when they are
         asked, so a request that nobody drafts for costs nothing."""
-        if sequence.num_told < len(sequence.tokens):
-            news = sequence.tokens[sequence.num_told :]
-            for drafter in self._following(sequence):
-                drafter.extend(sequence.request.id, news)
-            sequence.num_told = len(sequence.tokens)
+        behind = [s for s in batch if s.num_told < len(s.tokens)]
+        self._tell(behind, [s.tokens[s.num_told :] for s in behind])
+
+    def _tell(self, batch: list[Sequence], news: list[list[int]]) -> None:
+        """Tell the host drafters of each request of its next tokens."""
+        keys = [s.request.id for s in batch]
+        for drafter in self.hosts.values():
+            if self._num_choosing:
+                follow = [drafter in self._following(sequence) for sequence in batch]
+                drafter.extend(list(compress(keys, follow)), list(compress(news, follow)))
+            elif drafter in self._ordinary.hosts:
+                drafter.extend(keys, news)
+        for sequence, tokens in zip(batch, news, strict=True):
+            sequence.num_told += len(tokens)
 
     def finish(self, sequence: Sequence, keep: bool) -> None:
         """Tell the host drafters that a request ended.
@@ -150,8 +155,8 @@ class Drafting:
             keep: drafts for later requests may be taken from its text.
         """
         if sequence.pages:
+            self._catch_up([sequence])
             self._num_choosing -= sequence.request.drafters is not None
-            self._tell(sequence)
             for drafter in self._following(sequence):
                 drafter.finish(sequence.request.id, keep=keep, num_tokens=len(sequence.tokens))
 
@@ -219,8 +224,7 @@ class Drafting:
     def _asking(self, batch: list[Sequence], caps: tuple[int, ...]) -> list[str]:
         """Keys of the requests that may draft now, after the host drafters were told of them."""
         asking = list(compress(batch, caps))
-        for sequence in asking:
-            self._tell(sequence)
+        self._catch_up(asking)
         return [s.request.id for s in asking]
 
     def held(self, decision: Decision, batch: list[Sequence], most: int) -> Decision:

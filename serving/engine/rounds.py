@@ -67,7 +67,8 @@ class _Key(NamedTuple):
     is_greedy: bool
     """All requests are greedy and use the logits as they are, so no distribution is computed."""
     is_scored: bool = False
-    """A request asks for log probabilities; K is at most ``RoundBuffers.most_scored``. Never greedy."""
+    """A request asks for log probabilities, so K is at most ``RoundBuffers.most_scored``. Never
+    greedy."""
 
 
 @dataclass(frozen=True, slots=True)

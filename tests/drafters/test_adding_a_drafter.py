@@ -29,9 +29,10 @@ class ConstantGuesser:
     def begin(self, key, tokens, namespace=""):
         self._last[key] = tokens[-1]
 
-    def extend(self, key, tokens):
-        if tokens:
-            self._last[key] = tokens[-1]
+    def extend(self, keys, news):
+        for key, tokens in zip(keys, news):
+            if tokens:
+                self._last[key] = tokens[-1]
 
     def observe(self, keys):
         return [0] * len(keys)

@@ -41,7 +41,7 @@ def test_a_short_match_is_no_match():
     index = SuffixIndex(3, 12, 0)
     index.begin("a", [1, 2, 5, 1, 2])
     assert (observe(index, "a"), propose(index, "a", 4)) == (0, [])
-    index.extend("a", [5, 1, 2, 5])
+    index.extend(["a"], [[5, 1, 2, 5]])
     assert observe(index, "a") == 6
 
 
@@ -85,8 +85,8 @@ def test_the_index_follows_committed_tokens_one_by_one_or_many_at_once():
     one.begin("a", tokens[:3])
     many.begin("a", tokens[:3])
     for token in tokens[3:]:
-        one.extend("a", [token])
-    many.extend("a", tokens[3:])
+        one.extend(["a"], [[token]])
+    many.extend(["a"], [tokens[3:]])
     assert observe(one, "a") == observe(many, "a") == 6
     assert propose(one, "a", 16) == propose(many, "a", 16)
 
@@ -178,10 +178,10 @@ def test_a_request_that_nobody_looks_up_is_not_indexed():
     index = SuffixIndex(2, 12, 1000)
     for key in ("asked", "unasked"):
         index.begin(key, [1, 2, 3, 1, 2])
-        index.extend(key, [3, 1, 2])
+        index.extend([key], [[3, 1, 2]])
     assert observe(index, "asked") == 5
-    nodes = {key: index._own(key).text.num_nodes for key in ("asked", "unasked")}
-    assert nodes["asked"] > nodes["unasked"] == 0
+    linked = {key: index._texts.texts.linked_S[index._running[key][0]] for key in index._running}
+    assert linked == {"asked": 7, "unasked": 0}
     index.finish("unasked", keep=True)
     assert (index.num_waiting_tokens, index.num_recent_tokens) == (8, 0)
     observe(index, "asked")
@@ -191,11 +191,10 @@ def test_a_request_that_nobody_looks_up_is_not_indexed():
 def test_a_lookup_that_changes_nothing_searches_nothing():
     index = SuffixIndex(2, 12, 1000)
     index.begin("a", [1, 2, 3, 1, 2])
-    observe(index, "a")
-    match = index._own("a").match
-    propose(index, "a", 1)
-    observe(index, "a")
-    assert index._own("a").match is match
+    for _ in range(2):
+        observe(index, "a")
+        propose(index, "a", 1)
+    assert index.num_searched == 1
 
 
 def test_where_nobody_looks_only_the_newest_finished_traffic_waits(monkeypatch):
@@ -270,13 +269,24 @@ def test_the_longest_match_is_found_however_often_its_end_occurs():
     assert (observe(index, "a"), propose(index, "a", 1)) == (3, [7])
 
 
-def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
+def test_requests_that_have_ended_leave_their_rows_to_others():
     index = SuffixIndex(2, 12, 0)
-    for period in (1, 2, 7, 60, 1000):
-        index.begin("a", [i * i % period for i in range(1000)])
-        observe(index, "a")
-        assert 0 < index._own("a").text.num_nodes <= 2 * 1000
-        index.finish("a", keep=False)
+    for number in range(100):
+        index.begin(str(number), [1, 2, 3, 1, 2])
+        assert observe(index, str(number)) == 2
+        if number >= 5:
+            index.finish(str(number - 5), keep=False)
+    assert len(index._texts.texts.lengths_S) == 8
+
+
+def test_more_and_longer_texts_than_the_table_began_with():
+    index = SuffixIndex(2, 12, 0)
+    for number in range(20):
+        index.begin(str(number), [number, 100, 50 + number, number, 100])
+    index.extend([str(number) for number in range(20)], [[200 + n] * 2000 for n in range(20)])
+    index.extend(["7", "3"], [[7, 100], [3, 100]])
+    assert index.observe(["3", "4", "7"]) == [2, 12, 2]
+    assert index.propose(["7", "3"], [1, 2]) == [[207], [203, 203]]
 
 
 def test_positions_start_again_before_they_overflow(monkeypatch):

@@ -80,7 +80,7 @@ def test_match_and_proposal_are_those_of_the_definition(bounds, others, prompt, 
         index.finish("other", keep, num_tokens)
     seen = [s[:num] for s, keep, namespace, num in others if keep and namespace == "x"]
     for step in [[], *steps]:
-        index.extend("own", step)
+        index.extend(["own"], [step])
         own += step
         assert index.observe(["own"])[0] == longest(own, own, seen, bounds)[0]
         assert index.propose(["own"], [k])[0] == propose(own, seen, k, bounds)
@@ -98,7 +98,7 @@ def test_a_text_that_grows_token_by_token_is_searched_as_one_that_was_there(othe
     index.finish("other", keep=True)
     index.begin("grows", [])
     for num, token in enumerate(text, 1):
-        index.extend("grows", [token])
+        index.extend(["grows"], [[token]])
         assert index.observe(["grows"])[0] == longest(text[:num], text[:num], [other])[0]
         assert index.propose(["grows"], [k])[0] == propose(text[:num], [other], k)
 
@@ -139,7 +139,7 @@ def traffic(rng, num_turns):
         key = rng.choice(list(lengths))
         tokens = rng.choices(range(3), k=rng.randrange(1, 4))
         lengths[key] += len(tokens)
-        yield "extend", key, tokens
+        yield "extend", [key], [tokens]
         if turn % 500 > 480:
             yield "observe", [key]
             yield "propose", [key], [rng.randrange(9)]
@@ -158,8 +158,8 @@ def test_a_seldom_asked_index_answers_as_one_that_is_asked_after_every_token(bou
         num_answers += bool(answer and answer[0])
         if call == "finish":
             always.catch_up()
-        elif call in ("begin", "extend"):
-            always.observe([key])
+        elif call == "extend":
+            always.observe(key)
     assert num_answers > 300
     assert always.num_evicted_sequences > 50
     assert seldom.num_skipped_sequences == always.num_skipped_sequences == 0

@@ -75,7 +75,7 @@ CORE = declared(PROJECT["dependencies"])
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
     found = imported(*PRODUCT_ROOMS)
-    wanted = CORE | extra("gpu") | extra("gguf")
+    wanted = CORE | extra("gpu") | extra("gguf") | extra("lookup")
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert wanted - found.keys() == set()
 
@@ -95,7 +95,7 @@ def test_the_dev_extra_is_what_tests_benchmarks_and_commands_need():
 
 
 def test_every_extra_is_known_here():
-    assert PROJECT["optional-dependencies"].keys() == {"gpu", "demo", "gguf", "dev"}
+    assert PROJECT["optional-dependencies"].keys() == {"gpu", "demo", "gguf", "dev", "lookup"}
 
 
 PINS = dict(
