@@ -35,6 +35,11 @@ NOT_IMPORTED = {
     "types-pyyaml": "types for mypy",
 }
 """Packages of the dev extra that no file imports, and what they are for."""
+NOT_SET_UP = {
+    "numba": "the extra lookup; every test that copies the rooms would compile anew",
+    "llvmlite": "compiles for numba",
+}
+"""Pinned packages that ``make setup`` does not install, and why."""
 
 
 def normal(name: str) -> str:
@@ -126,4 +131,5 @@ def test_every_declared_package_is_pinned_to_a_version_that_it_allows():
 @pytest.mark.skipif(sys.platform != "linux", reason="the pins are those of Linux")
 def test_every_pinned_package_is_one_that_make_setup_installs():
     installed = {normal(one.name) for one in metadata.distributions()}
-    assert [name for name in PINS if normal(name) not in installed] == []
+    missing = {name for name in map(normal, PINS) if name not in installed}
+    assert missing - NOT_SET_UP.keys() == set()
