@@ -1,9 +1,9 @@
 """Leaving out plans, and looks at matches, where they do not pay.
 
 Planning and learning from a step take the host 0.15 to 0.3 ms, and looking up the matches of many
-requests as long again (benchmarks/engine/host.py), while a step of a small target takes a GPU 0.6
-to 1.2 ms. So a plan holds for some steps, and looks are made at every step only where they find
-more than they cost.
+requests up to several times that (benchmarks/engine/host.py), while a step of a small target takes
+a GPU 0.6 to 1.2 ms. So a plan holds for some steps, and looks are made at every step only where
+they find more than they cost.
 """
 
 from __future__ import annotations

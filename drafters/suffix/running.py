@@ -1,114 +1,116 @@
-"""Texts of the running requests: rows of one table, which grows with them."""
+"""Text of a running request: a suffix tree that grows with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from drafters.suffix.lookups import MAX_VOTES, Counts, Matches, Texts
-
-_ROWS, _LENGTH = 8, 1024
-"""Rows and tokens of a row that the table begins with; both double when they do not suffice."""
+from drafters.suffix.recent import MAX_VOTES
 
 
-class RunningTexts:
-    """A row for each request that is followed."""
+class RunningText:
+    """A running request's tokens, and where its n-grams have occurred: the suffix tree of the text
+    read backwards, ``max_match`` tokens deep.
 
-    def __init__(self) -> None:
-        self.texts = _new_texts(_ROWS, _LENGTH)
-        self.matches = _new_matches(_ROWS)
-        self._free = list(range(_ROWS - 1, -1, -1))
+    A node stands for n-grams that end at the same positions, and keeps the latest of those.
+    Its longest n-gram is as long as ``_lengths`` says; its shortest is one token longer than the
+    longest of its parent, and that one token leads from the parent to it. The last token of the
+    text is stored but not yet linked: it has no continuation.
 
-    def take(self, tokens: Sequence[int], seed: int, namespace: int) -> int:
-        """Store the text of a new request; returns its row."""
-        if not self._free:
-            self._add_rows()
-        row = self._free.pop()
-        texts = self.texts
-        texts.lengths_S[row] = texts.linked_S[row] = 0
-        texts.heads_SH[row] = -1
-        texts.seeds_S[row], texts.namespaces_S[row] = seed, namespace
-        self.matches.at_S[row] = -1
-        self.extend([row], [tokens])
-        return row
+    The tree lags behind the text until ``find`` asks for it: storing a token costs next to nothing.
+    """
 
-    def give_back(self, row: int) -> None:
-        """Forget a text."""
-        self._free.append(row)
+    def __init__(self, tokens: Sequence[int], min_match: int, max_match: int) -> None:
+        self.tokens = list(tokens)
+        self._num_linked = 0
+        self._min_match = min_match
+        self._max_match = max_match
+        # Nodes are numbers, not objects, so that garbage collection has nothing to visit.
+        self._nodes: dict[tuple[int, ...] | int, int] = {}
+        self._lengths: list[int] = []
+        self._ends: list[tuple[int, ...]] = []
 
-    def extend(self, rows: Sequence[int], news: Sequence[Sequence[int]]) -> None:
-        """Append tokens to some texts, each of them named once."""
-        rows_R = np.array(rows, np.int64)
-        counts_R = np.fromiter(map(len, news), np.int64, len(news))
-        starts_R = self.texts.lengths_S[rows_R]
-        ends_R = starts_R + counts_R
-        if not counts_R.any():
-            return
-        if ends_R.max() > self.texts.tokens_SL.shape[1]:
-            self._lengthen(int(ends_R.max()))
-        flat = np.fromiter(chain.from_iterable(news), np.int32)
-        before_R = np.cumsum(counts_R) - counts_R
-        at = np.arange(len(flat)) + np.repeat(starts_R - before_R, counts_R)
-        self.texts.tokens_SL[np.repeat(rows_R, counts_R), at] = flat
-        self.texts.lengths_S[rows_R] = ends_R
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the tree: at most two for every linked token."""
+        return len(self._ends)
 
-    def tokens(self, row: int) -> list[int]:
-        """A whole text."""
-        tokens: list[int] = self.texts.tokens_SL[row, : self.texts.lengths_S[row]].tolist()
-        return tokens
+    def find(self, tail: list[int]) -> tuple[int, tuple[int, ...]]:
+        """Length of the longest suffix of ``tail`` that has occurred, and where it ends, latest
+        first. Links the tokens stored since the last call.
 
-    def _add_rows(self) -> None:
-        num_rows, length = self.texts.tokens_SL.shape
-        texts, matches = _new_texts(2 * num_rows, length), _new_matches(2 * num_rows)
-        _copy([*self.texts, *self.matches], [*texts, *matches])
-        self.texts, self.matches = texts, matches
-        self._free = list(range(2 * num_rows - 1, num_rows - 1, -1))
+        Args:
+            tail: the last ``max_match`` tokens (or all) of the text, or of the text and a draft.
+        """
+        self._catch_up()
+        found: tuple[int, tuple[int, ...]] = (0, ())
+        key: tuple[int, ...] | int = tuple(tail[-self._min_match :])
+        known = self._min_match
+        while (node := self._nodes.get(key)) is not None:
+            length, ends = self._lengths[node], self._ends[node]
+            shared = self._num_shared(tail, len(tail), ends[0] + 1, known, length)
+            found = shared, ends
+            if shared < length or shared == len(tail):
+                break
+            key, known = _key_below(node, tail[-shared - 1]), shared + 1
+        return found
 
-    def _lengthen(self, least: int) -> None:
-        """Make room for longer texts. The chains are too few now, so the next lookup links anew."""
-        num_rows, length = self.texts.tokens_SL.shape
-        while length < least:
-            length *= 2
-        former, self.texts = self.texts, _new_texts(num_rows, length)
-        for name in ("tokens_SL", "lengths_S", "seeds_S", "namespaces_S"):
-            old = getattr(former, name)
-            getattr(self.texts, name)[tuple(map(slice, old.shape))] = old
+    def _catch_up(self) -> None:
+        """Link all tokens that have a continuation."""
+        linked = max(len(self.tokens) - 1, 0)
+        for end in range(max(self._num_linked, self._min_match - 1), linked):
+            self._link(end)
+        self._num_linked = linked
+
+    def _link(self, end: int) -> None:
+        """Enter the n-grams that end at ``end``: follow those that occurred before, and add a node
+        where they stop."""
+        tokens, nodes = self.tokens, self._nodes
+        stop, known = end + 1, self._min_match
+        deepest = min(self._max_match, stop)
+        key: tuple[int, ...] | int = tuple(tokens[stop - known : stop])
+        while (node := nodes.get(key)) is not None:
+            length, ends = self._lengths[node], self._ends[node]
+            if known < length:  # else the token of the key is all that the node adds
+                shared = self._num_shared(tokens, stop, ends[0] + 1, known, length)
+                if shared < length:
+                    node = nodes[key] = self._put_above(node, shared)
+                known = shared
+            if len(ends) < MAX_VOTES:
+                self._ends[node] = (end, *ends)
+            else:  # spelled out, because slicing takes 180 ns more
+                latest, second, third, _ = ends
+                self._ends[node] = (end, latest, second, third)
+            if known == deepest:
+                return
+            key = _key_below(node, tokens[end - known])
+            known += 1
+        nodes[key] = self._new_node(deepest, (end,))
+
+    def _num_shared(self, tail: list[int], size: int, stop: int, known: int, most: int) -> int:
+        """Number of tokens before ``stop`` that equal the last ones of ``tail[:size]``.
+
+        Args:
+            known: number known to be equal.
+            most: number to compare at most.
+        """
+        tokens = self.tokens
+        while known < most and tokens[stop - known - 1] == tail[size - known - 1]:
+            known += 1
+        return known
+
+    def _put_above(self, node: int, length: int) -> int:
+        """New parent of ``node`` that takes its n-grams up to ``length``."""
+        ends = self._ends[node]
+        above = self._new_node(length, ends)
+        self._nodes[_key_below(above, self.tokens[ends[0] - length])] = node
+        return above
+
+    def _new_node(self, length: int, ends: tuple[int, ...]) -> int:
+        self._lengths.append(length)
+        self._ends.append(ends)
+        return len(self._ends) - 1
 
 
-def _new_texts(num_rows: int, length: int) -> Texts:
-    def zeros() -> Counts:
-        return np.zeros(num_rows, np.int64)
-
-    return Texts(
-        tokens_SL=np.zeros((num_rows, length), np.int32),
-        lengths_S=zeros(),
-        linked_S=zeros(),
-        heads_SH=np.full((num_rows, length // 2), -1, np.int32),
-        before_SL=np.zeros((num_rows, length), np.int32),
-        seeds_S=zeros(),
-        namespaces_S=zeros(),
-    )
-
-
-def _new_matches(num_rows: int) -> Matches:
-    def zeros() -> Counts:
-        return np.zeros(num_rows, np.int64)
-
-    return Matches(
-        lengths_S=zeros(),
-        are_own_S=np.zeros(num_rows, np.bool_),
-        counts_S=zeros(),
-        slots_SV=np.zeros((num_rows, MAX_VOTES), np.int64),
-        at_S=np.full(num_rows, -1, np.int64),
-        generations_S=zeros(),
-    )
-
-
-def _copy(old: Iterable[NDArray[Any]], new: Iterable[NDArray[Any]]) -> None:
-    """Copy rows to tables with more of them."""
-    for source, table in zip(old, new, strict=True):
-        table[: len(source)] = source
+def _key_below(node: int, token: int) -> int:
+    """Key of the node that ``token`` leads to from ``node``."""
+    return node << 32 | token

@@ -180,8 +180,8 @@ def test_a_request_that_nobody_looks_up_is_not_indexed():
         index.begin(key, [1, 2, 3, 1, 2])
         index.extend([key], [[3, 1, 2]])
     assert observe(index, "asked") == 5
-    linked = {key: index._texts.texts.linked_S[index._running[key][0]] for key in index._running}
-    assert linked == {"asked": 7, "unasked": 0}
+    nodes = {key: index._own(key).text.num_nodes for key in ("asked", "unasked")}
+    assert nodes["asked"] > nodes["unasked"] == 0
     index.finish("unasked", keep=True)
     assert (index.num_waiting_tokens, index.num_recent_tokens) == (8, 0)
     observe(index, "asked")
@@ -191,10 +191,11 @@ def test_a_request_that_nobody_looks_up_is_not_indexed():
 def test_a_lookup_that_changes_nothing_searches_nothing():
     index = SuffixIndex(2, 12, 1000)
     index.begin("a", [1, 2, 3, 1, 2])
-    for _ in range(2):
-        observe(index, "a")
-        propose(index, "a", 1)
-    assert index.num_searched == 1
+    observe(index, "a")
+    match = index._own("a").match
+    propose(index, "a", 1)
+    observe(index, "a")
+    assert index._own("a").match is match
 
 
 def test_where_nobody_looks_only_the_newest_finished_traffic_waits(monkeypatch):
@@ -269,24 +270,13 @@ def test_the_longest_match_is_found_however_often_its_end_occurs():
     assert (observe(index, "a"), propose(index, "a", 1)) == (3, [7])
 
 
-def test_requests_that_have_ended_leave_their_rows_to_others():
+def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
     index = SuffixIndex(2, 12, 0)
-    for number in range(100):
-        index.begin(str(number), [1, 2, 3, 1, 2])
-        assert observe(index, str(number)) == 2
-        if number >= 5:
-            index.finish(str(number - 5), keep=False)
-    assert len(index._texts.texts.lengths_S) == 8
-
-
-def test_more_and_longer_texts_than_the_table_began_with():
-    index = SuffixIndex(2, 12, 0)
-    for number in range(20):
-        index.begin(str(number), [number, 100, 50 + number, number, 100])
-    index.extend([str(number) for number in range(20)], [[200 + n] * 2000 for n in range(20)])
-    index.extend(["7", "3"], [[7, 100], [3, 100]])
-    assert index.observe(["3", "4", "7"]) == [2, 12, 2]
-    assert index.propose(["7", "3"], [1, 2]) == [[207], [203, 203]]
+    for period in (1, 2, 7, 60, 1000):
+        index.begin("a", [i * i % period for i in range(1000)])
+        observe(index, "a")
+        assert 0 < index._own("a").text.num_nodes <= 2 * 1000
+        index.finish("a", keep=False)
 
 
 def test_positions_start_again_before_they_overflow(monkeypatch):

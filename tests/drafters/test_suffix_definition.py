@@ -158,6 +158,8 @@ def test_a_seldom_asked_index_answers_as_one_that_is_asked_after_every_token(bou
         num_answers += bool(answer and answer[0])
         if call == "finish":
             always.catch_up()
+        elif call == "begin":
+            always.observe([key])
         elif call == "extend":
             always.observe(key)
     assert num_answers > 300

@@ -35,11 +35,6 @@ NOT_IMPORTED = {
     "types-pyyaml": "types for mypy",
 }
 """Packages of the dev extra that no file imports, and what they are for."""
-NOT_SET_UP = {
-    "numba": "the extra lookup; every test that copies the rooms would compile anew",
-    "llvmlite": "compiles for numba",
-}
-"""Pinned packages that ``make setup`` does not install, and why."""
 
 
 def normal(name: str) -> str:
@@ -80,7 +75,7 @@ CORE = declared(PROJECT["dependencies"])
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
     found = imported(*PRODUCT_ROOMS)
-    wanted = CORE | extra("gpu") | extra("gguf") | extra("lookup")
+    wanted = CORE | extra("gpu") | extra("gguf")
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert wanted - found.keys() == set()
 
@@ -100,7 +95,7 @@ def test_the_dev_extra_is_what_tests_benchmarks_and_commands_need():
 
 
 def test_every_extra_is_known_here():
-    assert PROJECT["optional-dependencies"].keys() == {"gpu", "demo", "gguf", "dev", "lookup"}
+    assert PROJECT["optional-dependencies"].keys() == {"gpu", "demo", "gguf", "dev"}
 
 
 PINS = dict(
@@ -131,5 +126,4 @@ def test_every_declared_package_is_pinned_to_a_version_that_it_allows():
 @pytest.mark.skipif(sys.platform != "linux", reason="the pins are those of Linux")
 def test_every_pinned_package_is_one_that_make_setup_installs():
     installed = {normal(one.name) for one in metadata.distributions()}
-    missing = {name for name in map(normal, PINS) if name not in installed}
-    assert missing - NOT_SET_UP.keys() == set()
+    assert [name for name in PINS if normal(name) not in installed] == []
