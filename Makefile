@@ -47,6 +47,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.lossless --device cpu
 	$(BIN)/python -m benchmarks.data_path
+	$(BIN)/python -m benchmarks.engine.host
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --against $(AGAINST))
 ifneq ($(HAS_GPU),)
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.house --gpu --against $(AGAINST))

@@ -74,7 +74,7 @@ def new_sequence(number: int, first_row: int) -> Sequence:
     prompt = tuple(range(NUM_PROMPT))
     request = Request(f"cmpl-{number:032x}", prompt, SamplingParams(temperature=0.7))
     sequence = Sequence(request, print, number, nothing, frozenset(), [*prompt, 1])
-    sequence.capture_rows.append((0, first_row, NUM_PROMPT))
+    sequence.capture_rows += (0, first_row, NUM_PROMPT)
     return sequence
 
 
@@ -101,9 +101,9 @@ class SimulatedEngine:
         step = NotedStep("none", 0, 0, 1.0, len(batch), 0.0064)
         for first, sequence in zip(firsts, batch, strict=True):
             anchor = len(sequence.tokens) - 1
-            sequence.rounds.append((step, anchor, (), (), [], 0, 7))
+            sequence.rounds.add_plain(step, anchor, 7)
             sequence.tokens.append(7)
-            sequence.capture_rows.append((anchor, first, 1))
+            sequence.capture_rows += (anchor, first, 1)
 
     def run(self, seconds: float, busy_share: float) -> None:
         """Decode for ``seconds``, holding the interpreter for ``busy_share`` of each step."""

@@ -61,8 +61,9 @@ class Drafter(Protocol):
 class HostDrafter(Drafter, Protocol):
     """A drafter that follows the text of running requests. All calls come from the engine's thread.
 
-    Most steps of a server may use another drafter or none: ``begin``, ``extend`` and ``finish``
-    should only store text, and leave work to ``observe`` and ``propose``.
+    It is asked for a whole batch at a time. Most steps of a server may use another drafter or none:
+    then it is not even told of the tokens that they commit, before somebody asks. ``begin``,
+    ``extend`` and ``finish`` should only store text, and leave work to ``observe`` and ``propose``.
     """
 
     def begin(self, key: str, tokens: Sequence[int], namespace: str = "") -> None:
@@ -74,15 +75,19 @@ class HostDrafter(Drafter, Protocol):
             namespace: text of requests in other namespaces must not influence its drafts.
         """
 
-    def extend(self, key: str, tokens: Sequence[int]) -> None:
-        """Append committed tokens."""
+    def extend(self, keys: Sequence[str], news: Sequence[Sequence[int]]) -> None:
+        """Append committed tokens to some requests."""
 
-    def observe(self, key: str) -> int:
-        """Length of the match that a proposal would continue, 0 without one. The policy sees it, so
-        it depends on committed tokens only."""
+    def observe(self, keys: Sequence[str]) -> Sequence[int]:
+        """Length of the match that a proposal would continue for each request, 0 without one. The
+        policy sees it, so it depends on committed tokens only."""
 
-    def propose(self, key: str, k: int) -> list[int]:
-        """Up to ``k`` token ids that may follow the committed tokens."""
+    def propose(self, keys: Sequence[str], most: Sequence[int]) -> list[list[int]]:
+        """Token ids that may follow the committed tokens of each request.
+
+        Args:
+            most: largest number of tokens for each request, 0 or more.
+        """
 
     def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
         """Stop following a request.

@@ -322,5 +322,5 @@ class GoodputPolicy:
             self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)
             return
         if k and drafter not in self._neural:
-            k = max((row.num_verified for row in outcome.rows), default=k)
+            k = max(outcome.rows.num_verified, default=k)
         self._times.observe(drafter, k, batch, step_s)

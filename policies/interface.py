@@ -120,14 +120,18 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class RowOutcome:
-    """The result of one request's round."""
+class RowOutcomes:
+    """The results of the rounds of a step: columns over its requests, which must not be changed.
+    Requests that ended before the step was read are left out."""
 
-    num_verified: int
+    num_verified: Sequence[int]
     """Draft tokens verified, 0..K."""
-    num_accepted: int
-    match: int | None
-    """Its entry of ``StepObs.matches``; ``None`` where that is ``None`` or the policy rested."""
+    num_accepted: Sequence[int]
+    matches: Sequence[int] | None = None
+    """The entries of ``StepObs.matches``; ``None`` where that is ``None`` or the policy rested."""
+
+    def __len__(self) -> int:
+        return len(self.num_accepted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +140,7 @@ class Outcome:
 
     decision: Decision
     batch: int
-    rows: tuple[RowOutcome, ...]
-    """At most one for each request: those that ended before the step was read are left out."""
+    rows: RowOutcomes
     step_s: float
     """Wall time of the whole step, seconds."""
     draft_s: float

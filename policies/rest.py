@@ -1,15 +1,16 @@
 """Leaving out plans, and looks at matches, where they do not pay.
 
-Planning takes the host 0.15 to 0.3 ms, and looking up the matches of many requests up to several
-times that, while a step of a small target takes a GPU 0.6 to 1.2 ms. So a plan holds for some
-steps, and looks are made at every step only where they find more than they cost.
+Planning and learning from a step take the host 0.15 to 0.3 ms, and looking up the matches of many
+requests up to several times that (benchmarks/engine/host.py), while a step of a small target takes
+a GPU 0.6 to 1.2 ms. So a plan holds for some steps, and looks are made at every step only where
+they find more than they cost.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from policies.acceptance import Floats, match_bucket
 from policies.average import Average
 from policies.forecast import PLAIN_ARM, Arm, by_bucket
-from policies.interface import Outcome, RowOutcome, StepObs
+from policies.interface import Outcome, RowOutcomes, StepObs
 
 _REST_SHARE = 0.006
 """Share of the time that plans may take, and that looks may take while they find less than they
@@ -142,13 +143,11 @@ class Gathered:
             count_rows(outcome.rows, self.rounds)
 
 
-def count_rows(
-    rows: Iterable[RowOutcome], into: dict[int | None, Counter[tuple[int, int]]]
-) -> None:
+def count_rows(rows: RowOutcomes, into: dict[int | None, Counter[tuple[int, int]]]) -> None:
     """Count rounds in which something was verified by (num_verified, num_accepted), by bucket."""
-    for (match, *outcome), count in Counter(
-        (row.match, row.num_verified, row.num_accepted) for row in rows
-    ).items():
-        if outcome[0]:
+    matches = repeat(None) if rows.matches is None else rows.matches
+    rounds = zip(matches, rows.num_verified, rows.num_accepted, strict=False)
+    for (match, num_verified, num_accepted), count in Counter(rounds).items():
+        if num_verified:
             bucket = None if match is None else match_bucket(match)
-            into.setdefault(bucket, Counter())[outcome[0], outcome[1]] += count
+            into.setdefault(bucket, Counter())[num_verified, num_accepted] += count

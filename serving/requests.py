@@ -67,7 +67,7 @@ class TokenLogprob:
     """(token id, log probability) of the most probable alternatives, highest first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request and step, in a third of the time
 class SpeculationStats:
     """The ``speculation`` object of a response."""
 
@@ -84,7 +84,7 @@ class SpeculationStats:
         return 1 + self.accepted / self.steps if self.steps else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as above
 class Output:
     """What one request committed since its last output. The final one has a finish_reason."""
 

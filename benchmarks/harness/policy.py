@@ -64,7 +64,7 @@ class PolicySwitch:
 
     def observe(self, outcome: Outcome) -> None:
         if not outcome.has_prefill:
-            accepted = sum(row.num_accepted for row in outcome.rows)
+            accepted = sum(outcome.rows.num_accepted)
             self.steps.append(StepTime(outcome.step_s, outcome.batch, accepted))
         self.playing.observe(outcome)
 

@@ -68,9 +68,9 @@ def by_index(index: HostDrafter, trace: Trace, draft_k: int) -> dict[int, tuple[
     ids, found = trace.token_ids.tolist(), {}
     index.begin("judged", ids[: trace.prompt_length])
     for p in range(trace.prompt_length, len(ids) - draft_k):
-        index.extend("judged", [ids[p]])
-        match = index.observe("judged")
-        drafted = index.propose("judged", draft_k) if match else []
+        index.extend(["judged"], [[ids[p]]])
+        [match] = index.observe(["judged"])
+        [drafted] = index.propose(["judged"], [draft_k if match else 0])
         found[p] = (match, num_kept(drafted, ids, p + 1))
     index.finish("judged", keep=False)
     return found

@@ -151,7 +151,7 @@ class Watched(PolicySwitch):
         decision = outcome.decision
         key = decision.reason, decision.drafter, decision.draft_k
         count = self.counts.setdefault(key, Count())
-        count.tokens += sum(row.num_accepted + 1 for row in outcome.rows)
+        count.tokens += sum(outcome.rows.num_accepted) + len(outcome.rows)
         count.steps += 1
         count.untimed += outcome.has_prefill
         if not outcome.has_prefill:

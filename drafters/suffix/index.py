@@ -168,9 +168,11 @@ class SuffixIndex:
             raise ValueError(f"sequence {key!r} has begun already")
         self._running[key] = _Own(tokens, namespace, self._min_match, self._max_match)
 
-    def extend(self, key: str, tokens: Sequence[int]) -> None:
-        """Append committed tokens. They are stored, and indexed when the request is looked up."""
-        self._own(key).text.tokens += tokens
+    def extend(self, keys: Sequence[str], news: Sequence[Sequence[int]]) -> None:
+        """Append committed tokens to some requests. They are stored, and indexed when the request
+        is looked up."""
+        for key, tokens in zip(keys, news, strict=True):
+            self._own(key).text.tokens += tokens
 
     def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
         """Stop following a request.
@@ -188,14 +190,23 @@ class SuffixIndex:
         """Index the finished sequences that wait. Every lookup does that first."""
         self._recent.catch_up()
 
-    def observe(self, key: str) -> int:
-        """Tokens of the longest suffix that occurred before, 0 if shorter than min_match."""
-        return self._current_match(self._own(key)).length
+    def observe(self, keys: Sequence[str]) -> list[int]:
+        """Tokens of the longest suffix of each request that occurred before, 0 if shorter than
+        min_match."""
+        return [self._current_match(self._own(key)).length for key in keys]
 
-    def propose(self, key: str, k: int) -> list[int]:
-        """Up to ``k`` token ids that followed the longest match; empty without a match."""
-        own = self._own(key)
+    def propose(self, keys: Sequence[str], most: Sequence[int]) -> list[list[int]]:
+        """Token ids that followed the longest match of each request; empty without a match.
+
+        Args:
+            most: largest number of tokens for each request.
+        """
+        return [self._propose(self._own(key), k) for key, k in zip(keys, most, strict=True)]
+
+    def _propose(self, own: _Own, k: int) -> list[int]:
         draft: list[int] = []
+        if k == 0:
+            return draft
         match = self._current_match(own)
         while len(draft) < k and match.length:
             self._continue(own, match, draft, k)

@@ -74,7 +74,7 @@ class TraceMaker:
                     self._is_behind = False
                     return record
             self._is_behind = True
-            self.num_lost_rows += sum(count for _, _, count in pieces)
+            self.num_lost_rows += sum(pieces[2::3])
             return None
 
         return encode

@@ -12,7 +12,7 @@ Shapes: N rows, m tapped layers, H hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +26,9 @@ from specops.device import pack_kept_rows
 
 StoredDtype = Literal["bfloat16", "float8_e4m3fn"]
 
-Piece = tuple[int, int, int]
-"""First position, running number of the first row, and number of consecutive rows."""
+Pieces = list[int]
+"""First position, running number of the first row, and number of consecutive rows, of each piece in
+turn."""
 
 ROUNDS_ON_THE_WAY = 2
 """Rounds that may have appended rows before the host has numbered any of them: a round is launched
@@ -129,7 +130,7 @@ class CaptureRing:
         """Adopt the device's row count after a step that failed halfway."""
         self._next = int(self._ring.next_1)
 
-    def has_all(self, pieces: list[Piece], ahead: float = 0.0) -> bool:
+    def has_all(self, pieces: Pieces, ahead: float = 0.0) -> bool:
         """Whether all of a request's rows are held, and will be once a share ``ahead`` of the ring
         is overwritten.
 
@@ -137,18 +138,17 @@ class CaptureRing:
             pieces: ascending, as the engine noted them.
         """
         oldest = self._oldest() + int(ahead * self._capacity)
-        return not pieces or pieces[0][1] >= oldest
+        return not pieces or pieces[1] >= oldest
 
     def _oldest(self) -> int:
         """Running number of the oldest row that no launched program can overwrite."""
         return self._next + self._most_on_the_way - self._capacity
 
-    def places(self, pieces: list[Piece]) -> Places:
+    def places(self, pieces: Pieces) -> Places:
         """Positions and running numbers of the rows of a request."""
         if not pieces:
             return Places(np.zeros(0, np.int32), np.zeros(0, np.int64))
-        flat = np.fromiter(chain.from_iterable(pieces), np.int64, 3 * len(pieces))
-        first_P, number_P, count_P = flat.reshape(-1, 3).T
+        first_P, number_P, count_P = np.array(pieces, np.int64).reshape(-1, 3).T
         # Within a piece, positions and numbers grow together.
         numbers = np.arange(count_P.sum()) + np.repeat(
             number_P - np.cumsum(count_P) + count_P, count_P
@@ -184,7 +184,7 @@ class CaptureRing:
         """
         return int(np.searchsorted(places.numbers, self._oldest()))
 
-    def read(self, pieces: list[Piece]) -> tuple[Held, int]:
+    def read(self, pieces: Pieces) -> tuple[Held, int]:
         """Copy the rows that are still held.
 
         Returns:

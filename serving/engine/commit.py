@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import compress
 from typing import Any
 
 from policies.interface import Decision
-from serving.engine.capture_ring import CaptureRing
 from serving.engine.drafting import Drafting
 from serving.engine.scheduler import Chunk
 from serving.engine.sequence import NotedStep, Sequence
@@ -29,6 +28,17 @@ class Proposed:
     """[R][its number of draft tokens]."""
     q_logp: list[list[float]] | None
     """Log q of each of them; ``None`` if tokens are not sampled."""
+    p_logp: list[list[float]]
+    """[R][K] the target's log probability of each draft token, after temperature and truncation."""
+
+    def of(self, lives: list[bool]) -> Proposed:
+        """Those of some requests."""
+        return Proposed(
+            self.drafter,
+            list(compress(self.tokens, lives)),
+            None if self.q_logp is None else list(compress(self.q_logp, lives)),
+            list(compress(self.p_logp, lives)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +50,21 @@ class Verified:
     next_ids: list[int | None]
     """[R] the target's own token after the accepted ones; ``None``: its row of logits is NaN or
     infinite, so nothing can follow."""
-    p_logp: list[list[float]]
-    """[R][K] the target's log probability of each draft token, after temperature and truncation."""
+
+    def of(self, lives: list[bool]) -> Verified:
+        """Those of some requests."""
+        return Verified(
+            list(compress(self.num_accepted, lives)), list(compress(self.next_ids, lives))
+        )
 
 
-def emitted_by(draft: Proposed | None, verified: Verified, r: int) -> list[int]:
-    """Tokens that a round decided for request r: the accepted draft tokens and the target's own."""
-    kept = draft.tokens[r][: verified.num_accepted[r]] if draft else []
-    following = verified.next_ids[r]
-    return kept if following is None else [*kept, following]
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """Rows of one step that a request keeps."""
-
-    sequence: Sequence
-    row: int
-    """Running number of the first captured row; 0 if none is captured."""
-    position: int
-    """Position of that row."""
-    count: int
+def emitted_by(draft: Proposed | None, verified: Verified) -> list[list[int]]:
+    """[R] tokens that a round decided: the accepted draft tokens and the target's own."""
+    own = [[] if token is None else [token] for token in verified.next_ids]
+    if draft is None:
+        return own
+    columns = zip(draft.tokens, verified.num_accepted, own, strict=True)
+    return [tokens[:kept] + following for tokens, kept, following in columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class Step:
     """Seconds spent on observing the batch, planning and drafting."""
     version: int
     """Version of the drafter; see ``Drafting.version_of``."""
+    step_s: float
+    """Seconds of the whole step."""
 
 
 @dataclass(slots=True)
@@ -116,6 +122,16 @@ class Counters:
             **gauges,
         )
 
+    def count_drafts(self, draft: Proposed, num_accepted: list[int]) -> None:
+        """Count what was proposed and accepted in a round."""
+        lens = list(map(len, draft.tokens))
+        self.num_rounds += len(lens) - lens.count(0)
+        self.num_draft_tokens += sum(lens)
+        self.num_accepted_tokens += sum(num_accepted)
+        for kept, count in Counter(num_accepted).items():
+            for position in range(kept):
+                self.accepted_per_pos[position] += count
+
 
 Scored = Callable[[int, list[int], int], list[TokenLogprob]]
 """(request r of a step, its emitted tokens, number of alternatives) -> their log probabilities."""
@@ -124,9 +140,8 @@ Scored = Callable[[int, list[int], int], list[TokenLogprob]]
 class Commits:
     """Appends committed tokens to the requests; nothing else does."""
 
-    def __init__(self, drafting: Drafting, ring: CaptureRing | None) -> None:
+    def __init__(self, drafting: Drafting) -> None:
         self._drafting = drafting
-        self._ring = ring
         self.counters = Counters(accepted_per_pos=[0] * drafting.max_draft)
 
     def rounds(
@@ -136,50 +151,50 @@ class Commits:
         decision: Decision,
         scored: Scored,
         firsts: list[int] | None,
-        step_s: float,
-    ) -> list[Committed]:
-        """Append what a round verified; requests that have ended in the meantime keep nothing.
+    ) -> None:
+        """Append what a round verified.
 
         Args:
+            batch: none of them has ended.
             scored: finds log probabilities for requests that asked for them.
             firsts: number of the first captured row of each request; ``None`` without capture.
         """
         draft, verified = step.proposed, step.verified
-        rest = step.version, decision.draft_k, decision.propensity, len(batch), step_s
-        idle = NotedStep("none", *rest)
-        drafting = NotedStep(draft.drafter, *rest) if draft else idle
-        committed = []
-        for r, sequence in enumerate(batch):
-            if sequence.finish_reason is not None:
-                continue
-            drafted = draft.tokens[r] if draft else ()
-            num_drafted, kept = len(drafted), verified.num_accepted[r]
-            drawn = draft.q_logp[r] if draft and draft.q_logp else ()
-            following = verified.next_ids[r]
-            if following is not None:
-                sequence.rounds.append(
-                    (
-                        drafting if num_drafted else idle,
-                        len(sequence.tokens) - 1,
-                        drafted,
-                        drawn,
-                        verified.p_logp[r],
-                        kept,
-                        following,
-                    )
-                )
-            self._count_round(num_drafted, kept)
-            emitted = emitted_by(draft, verified, r)
+        self._note(batch, step, decision)
+        if draft is not None:
+            self.counters.count_drafts(draft, verified.num_accepted)
+        emitted = emitted_by(draft, verified)
+        for r, (sequence, tokens) in enumerate(zip(batch, emitted, strict=True)):
             anchor = len(sequence.tokens) - 1
             sequence.version = step.version
-            count = self._append(sequence, emitted, partial(scored, r))
-            if following is None:
-                self._break_off(sequence)
-            sequence.num_proposed += num_drafted
-            sequence.num_accepted += min(kept, count)
+            count = self._append(sequence, tokens, r, scored)
             sequence.num_computed = anchor + count
-            committed.append(Committed(sequence, firsts[r] if firsts else 0, anchor, count))
-        return committed
+            if draft is not None:
+                sequence.num_proposed += len(draft.tokens[r])
+                sequence.num_accepted += min(verified.num_accepted[r], count)
+            if verified.next_ids[r] is None:
+                self._break_off(sequence)
+            if firsts is not None and sequence.request.capture:
+                sequence.capture_rows += (anchor, firsts[r], count)
+
+    def _note(self, batch: list[Sequence], step: Step, decision: Decision) -> None:
+        """Note a round for the traces of captured requests, before its tokens are appended."""
+        draft, verified = step.proposed, step.verified
+        rest = step.version, decision.draft_k, decision.propensity, len(batch), step.step_s
+        idle = NotedStep("none", *rest)
+        drafting = NotedStep(draft.drafter, *rest) if draft else idle
+        for r, (sequence, following) in enumerate(zip(batch, verified.next_ids, strict=True)):
+            if following is None or not sequence.request.capture:
+                continue
+            anchor = len(sequence.tokens) - 1
+            if draft is None or not draft.tokens[r]:
+                sequence.rounds.add_plain(idle, anchor, following)
+                continue
+            drawn = draft.q_logp[r] if draft.q_logp else ()
+            sequence.rounds.add(
+                drafting, anchor, draft.tokens[r], drawn, draft.p_logp[r],
+                verified.num_accepted[r], following,
+            )  # fmt: skip
 
     def chunks(
         self,
@@ -187,27 +202,29 @@ class Commits:
         firsts: list[int] | None,
         first_ids: list[int | None],
         scored: Scored | None,
-    ) -> list[Committed]:
+    ) -> list[Sequence]:
         """Commit prompt rows as they are; chunks that reach the anchor yield a token.
 
         Args:
             firsts: number of the first captured row of each chunk; ``None`` without capture.
             first_ids: tokens of the N chunks that reach their anchor; ``None``: see ``Verified``.
             scored: finds log probabilities; ``None`` if no request asked for them.
+
+        Returns:
+            The requests of the chunks.
         """
-        committed = []
         for index, chunk in enumerate(chunks):
-            chunk.sequence.num_computed = chunk.end
-            first = firsts[index] if firsts else 0
-            committed.append(Committed(chunk.sequence, first, chunk.start, chunk.num_rows))
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
+            if firsts is not None and sequence.request.capture:
+                sequence.capture_rows += (chunk.start, firsts[index], chunk.num_rows)
         done = [chunk.sequence for chunk in chunks if chunk.is_last]
         for index, (sequence, token) in enumerate(zip(done, first_ids, strict=True)):
             sequence.version = self._drafting.version
-            emitted = [] if token is None else [token]
-            self._append(sequence, emitted, partial(scored, index) if scored else None)
+            self._append(sequence, [] if token is None else [token], index, scored)
             if token is None:
                 self._break_off(sequence)
-        return committed
+        return [chunk.sequence for chunk in chunks]
 
     def _break_off(self, sequence: Sequence) -> None:
         """The target has no next token for a request: end it, unless the tokens before did. Its
@@ -218,50 +235,34 @@ class Commits:
             sequence.finish_reason = "error"
 
     def _append(
-        self,
-        sequence: Sequence,
-        emitted: list[int],
-        scored: Callable[[list[int], int], list[TokenLogprob]] | None,
+        self, sequence: Sequence, emitted: list[int], index: int, scored: Scored | None
     ) -> int:
-        """Append tokens until one ends the request; returns how many were appended."""
-        sampling = sequence.request.sampling
-        sequence.num_steps += 1
-        self.counters.num_request_steps += 1
+        """Append tokens until one ends the request; returns how many were appended.
+
+        Args:
+            index: that of the request in ``scored``.
+        """
         sequence.num_rounds += 1
-        count = 0
+        tokens, detokenizer, count = sequence.tokens, sequence.detokenizer, 0
         for token in emitted:
-            sequence.tokens.append(token)
+            tokens.append(token)
             count += 1
-            if token in sequence.eos_ids or token in sampling.stop_token_ids:
-                if sampling.include_stop_str_in_output:
-                    sequence.detokenizer.add(token)
+            if token in sequence.end_ids:
+                if sequence.request.sampling.include_stop_str_in_output:
+                    detokenizer.add(token)
                 sequence.finish_reason = "stop"
-            elif sequence.detokenizer.add(token):
+            elif detokenizer.add(token):
                 sequence.finish_reason = "stop"
-            elif sequence.num_left <= 0:
+            elif len(tokens) >= sequence.limit:
                 sequence.finish_reason = "length"
-            if sequence.finish_reason:
-                break
-        if sampling.logprobs is not None:
+            else:
+                continue
+            break
+        if sequence.is_scored:
             assert scored is not None, "log probabilities were asked for"
-            sequence.logprobs += scored(emitted[:count], sampling.logprobs)
-        self._drafting.extend(sequence, emitted[:count])
+            num_top = sequence.request.sampling.logprobs
+            assert num_top is not None
+            sequence.logprobs += scored(index, emitted[:count], num_top)
+        self.counters.num_request_steps += 1
         self.counters.generation_tokens += count
         return count
-
-    def note_rows(self, committed: list[Committed]) -> None:
-        """Note which rows of the ring belong to captured requests."""
-        if self._ring is None:
-            return
-        for c in committed:
-            if c.sequence.request.capture:
-                c.sequence.capture_rows.append((c.position, c.row, c.count))
-
-    def _count_round(self, num_drafted: int, kept: int) -> None:
-        c = self.counters
-        if num_drafted:
-            c.num_rounds += 1
-            c.num_draft_tokens += num_drafted
-            c.num_accepted_tokens += kept
-            for position in range(kept):
-                c.accepted_per_pos[position] += 1

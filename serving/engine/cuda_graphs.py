@@ -125,15 +125,23 @@ class Graphs:
             self._told_s = now
             log.info("still making programs: %s", self.spent)
 
+    def on_host(self, shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Zeros on the host, from and to which the device copies without waiting."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=self.are_real)
+
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Landing]:
         """Start a copy to the host. It arrives after all work that was launched before it."""
-        if not self.are_real:
-            return tensor.clone(), Landing(None)
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy = self.on_host(tuple(tensor.shape), tensor.dtype)
+        return copy, self.copy_to(copy, tensor)
+
+    def copy_to(self, copy: Tensor, tensor: Tensor) -> Landing:
+        """Start a copy to a tensor that ``on_host`` has made."""
         copy.copy_(tensor, non_blocking=True)
+        if not self.are_real:
+            return Landing(None)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return copy, Landing(event)
+        return Landing(event)
 
     def seconds(self, program: Program, repeats: int = 5) -> float:
         """Median time of a program in seconds, including its launch."""

@@ -136,7 +136,7 @@ class Detokenizer:
         """Text since the last call. Unless ``final``, it ends before a possible stop string."""
         if self._ids:
             self._pending = self._reader.read(self._ids)
-            self._ids = []
+            self._ids.clear()
         if final and not self.stopped:
             self._pending += self._reader.end()
         if self._stop is None or self.stopped:

@@ -118,17 +118,20 @@ class DrafterRows:
 
     def has_rows_to(self, sequence: Sequence, length: int) -> None:
         """Note that the rows of the first ``length`` tokens are computed."""
+        first, end = sequence.next_row[self.kind] // self._page_size, length // self._page_size
         sequence.next_row[self.kind] = length
-        self._has_page[sequence.pages[: length // self._page_size]] = True
+        for page in sequence.pages[first:end]:
+            self._has_page[page] = True
 
     def note_chunk(self, sequence: Sequence, start: int, end: int) -> None:
         """Note that a prefill program computed rows start..end-1, if these continue the rows."""
         if max(start, 1) >= sequence.next_row[self.kind] >= start:
             self.has_rows_to(sequence, end)
 
-    def num_missing(self, sequence: Sequence) -> int:
-        """Number of committed rows before the anchor's that it must compute before it drafts."""
-        return max(0, len(sequence.tokens) - sequence.next_row[self.kind] - 1)
+    def num_missing(self, batch: list[Sequence]) -> int:
+        """Number of committed rows before the anchors' that it must compute before it drafts."""
+        kind = self.kind
+        return sum([max(0, len(s.tokens) - s.next_row[kind] - 1) for s in batch])
 
     # ---- within programs -----------------------------------------------------------------------
 

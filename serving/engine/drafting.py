@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
+from itertools import compress
 
 from drafters.protocol import Drafter, HostDrafter
 from policies.interface import Decision, StepObs
@@ -118,20 +119,34 @@ class Drafting:
             rows.begin(sequence)
         for drafter in self._following(sequence):
             drafter.begin(request.id, sequence.tokens, namespace=request.namespace)
+        sequence.num_told = len(sequence.tokens)
 
-    def foresee(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Tell the host drafters of tokens that will be committed unless the request ends first."""
-        assert not sequence.num_foreseen, "one round is foreseen at a time"
-        for drafter in self._following(sequence):
-            drafter.extend(sequence.request.id, tokens)
-        sequence.num_foreseen = len(tokens)
+    def foresee(self, batch: list[Sequence], news: list[list[int]]) -> None:
+        """Tell the host drafters of tokens that will be committed unless the request ends first.
 
-    def extend(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Tell the host drafters of committed tokens, unless ``foresee`` has."""
-        if not sequence.num_foreseen:
-            for drafter in self._following(sequence):
-                drafter.extend(sequence.request.id, tokens)
-        sequence.num_foreseen = 0
+        Args:
+            news: [R] the tokens of each request.
+        """
+        self._catch_up(batch)
+        self._tell(batch, news)
+
+    def _catch_up(self, batch: list[Sequence]) -> None:
+        """Tell the host drafters of committed tokens that they do not know: only when they are
+        asked, so a request that nobody drafts for costs nothing."""
+        behind = [s for s in batch if s.num_told < len(s.tokens)]
+        self._tell(behind, [s.tokens[s.num_told :] for s in behind])
+
+    def _tell(self, batch: list[Sequence], news: list[list[int]]) -> None:
+        """Tell the host drafters of each request of its next tokens."""
+        keys = [s.request.id for s in batch]
+        for drafter in self.hosts.values():
+            if self._num_choosing:
+                follow = [drafter in self._following(sequence) for sequence in batch]
+                drafter.extend(list(compress(keys, follow)), list(compress(news, follow)))
+            elif drafter in self._ordinary.hosts:
+                drafter.extend(keys, news)
+        for sequence, tokens in zip(batch, news, strict=True):
+            sequence.num_told += len(tokens)
 
     def finish(self, sequence: Sequence, keep: bool) -> None:
         """Tell the host drafters that a request ended.
@@ -140,17 +155,26 @@ class Drafting:
             keep: drafts for later requests may be taken from its text.
         """
         if sequence.pages:
+            self._catch_up([sequence])
             self._num_choosing -= sequence.request.drafters is not None
             for drafter in self._following(sequence):
                 drafter.finish(sequence.request.id, keep=keep, num_tokens=len(sequence.tokens))
 
     # ---- a step --------------------------------------------------------------------------------
 
-    def cap(self, sequence: Sequence) -> int:
-        """Largest K this request may have now: the last token is always the target's own."""
-        asked = sequence.request.max_draft
-        limit = self.max_draft if asked is None else min(asked, self.max_draft)
-        return max(0, min(limit, sequence.num_left - sequence.num_foreseen - 1))
+    def caps(self, batch: list[Sequence], most: int) -> tuple[int, ...]:
+        """Largest K of each request now: the last token is always the target's own.
+
+        Args:
+            most: largest K of this step.
+        """
+        # Tokens that the host drafters know may be committed already.
+        lefts = [s.limit - max(len(s.tokens), s.num_told) - 1 for s in batch]
+        asked = [s.request.max_draft for s in batch]
+        if min(lefts) >= most and asked.count(None) == len(batch):  # nearly always
+            return (most,) * len(batch)
+        limits = [most if cap is None else min(most, cap) for cap in asked]
+        return tuple(max(0, min(both)) for both in zip(limits, lefts, strict=True))
 
     def observe(
         self,
@@ -168,18 +192,15 @@ class Drafting:
             choice: see the method of that name.
             look: look up matches; otherwise drafters that need one are left out.
         """
-        caps = tuple(min(self.cap(s), most) for s in batch)
+        caps = self.caps(batch, most)
         offer = self._offer(choice)
         kinds = offer.kinds if look else offer.without_match
         if not kinds or not any(caps):
             return None
         matches = None
         if look and offer.with_match:
-            matches = tuple(
-                max(d.observe(s.request.id) for d in offer.with_match) if cap else 0
-                for s, cap in zip(batch, caps, strict=True)
-            )
-        pending = {kind: sum(map(r.num_missing, batch)) for kind, r in offer.neural.items()}
+            matches = self._matches(batch, caps, offer.with_match)
+        pending = {kind: rows.num_missing(batch) for kind, rows in offer.neural.items()}
         return StepObs(
             step=step,
             batch=len(batch),
@@ -191,6 +212,21 @@ class Drafting:
             pending_rows=pending,
         )
 
+    def _matches(
+        self, batch: list[Sequence], caps: tuple[int, ...], drafters: tuple[HostDrafter, ...]
+    ) -> tuple[int, ...]:
+        """[R] length of the longest match of any of some drafters; 0 where nothing may be
+        drafted."""
+        keys = self._asking(batch, caps)
+        best = map(max, zip(*(drafter.observe(keys) for drafter in drafters), strict=True))
+        return tuple(next(best) if cap else 0 for cap in caps)
+
+    def _asking(self, batch: list[Sequence], caps: tuple[int, ...]) -> list[str]:
+        """Keys of the requests that may draft now, after the host drafters were told of them."""
+        asking = list(compress(batch, caps))
+        self._catch_up(asking)
+        return [s.request.id for s in asking]
+
     def held(self, decision: Decision, batch: list[Sequence], most: int) -> Decision:
         """A decision that was made without a look at the batch, held to what its requests allow.
 
@@ -199,15 +235,13 @@ class Drafting:
         """
         if not decision.draft_k:
             return decision
-        allowed = min(decision.draft_k, most, max(map(self.cap, batch)))
+        allowed = min(decision.draft_k, max(self.caps(batch, most)))
         if allowed == decision.draft_k:
             return decision
         return replace(decision, draft_k=allowed, drafter=decision.drafter if allowed else "none")
 
     def from_host(self, kind: str, batch: list[Sequence], num_draft: int) -> list[list[int]]:
         """Up to ``num_draft`` tokens that a host drafter proposes for each request."""
-        drafter = self.hosts[kind]
-        return [
-            drafter.propose(s.request.id, min(num_draft, cap)) if (cap := self.cap(s)) else []
-            for s in batch
-        ]
+        caps = self.caps(batch, num_draft)
+        drafts = iter(self.hosts[kind].propose(self._asking(batch, caps), list(filter(None, caps))))
+        return [next(drafts) if cap else [] for cap in caps]

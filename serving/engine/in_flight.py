@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from itertools import compress
 
-from policies.interface import Decision, DraftPolicy, Outcome, RowOutcome
+from policies.interface import Decision, DraftPolicy, Outcome, RowOutcomes
 from serving.engine.commit import Step
 from serving.engine.rounds import Decoded, Launched, Rounds
 
@@ -15,9 +15,9 @@ _MOST_UNTIMED = 8
 more to do for them than for others. If there are no others, their times have to do."""
 
 
-Matches = tuple[int | None, ...]
-"""Length of the match that was observed for each request when a round was planned; ``None`` where
-nobody looked."""
+Matches = tuple[int, ...] | None
+"""Length of the match that was observed for each request when a round was planned; ``None``: nobody
+looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +50,34 @@ class Arrival:
     """Part of ``step_s`` in which the host planned and the device had nothing to do: this round, or
     the next one while this one ran."""
 
-    def step(self, planned: PlannedRound) -> Step:
-        """What the requests of the round drafted and kept."""
+    def step(self, planned: PlannedRound, decoded: Decoded) -> Step:
+        """What the requests of the round drafted and kept.
+
+        Args:
+            decoded: the outcome for those that had not ended when the round was read; what others
+                drafted means nothing.
+        """
         beside_s = max(0.0, self.step_s - planned.before_s)
         draft_s = planned.before_s + planned.launched.draft_share * beside_s
-        return Step(self.decoded.proposed, self.decoded.verified, draft_s, planned.version)
+        return Step(decoded.proposed, decoded.verified, draft_s, planned.version, self.step_s)
 
-    def outcome(self, planned: PlannedRound, lives: list[bool], is_timed: bool) -> Outcome:
+    def outcome(
+        self, planned: PlannedRound, step: Step, lives: list[bool], is_timed: bool
+    ) -> Outcome:
         """What the policy learns from the round.
 
         Args:
-            lives: [R] requests that had not ended when the round was read; what others drafted
-                means nothing.
+            lives: [R] requests that had not ended when the round was read.
             is_timed: see ``RoundClock``.
         """
-        step = self.step(planned)
-        accepted, draft = step.verified.num_accepted, step.proposed
-        lens = tuple(map(len, draft.tokens)) if draft else (0,) * len(accepted)
-        rows = compress(zip(lens, accepted, planned.matches, strict=True), lives)
+        accepted, draft, matches = step.verified.num_accepted, step.proposed, planned.matches
+        lens = list(map(len, draft.tokens)) if draft else [0] * len(accepted)
+        if matches is not None and len(matches) > len(accepted):
+            matches = tuple(compress(matches, lives))
         return Outcome(
             decision=planned.decision,
-            batch=len(accepted),
-            rows=tuple(RowOutcome(*row) for row in rows),
+            batch=len(planned.launched.batch),
+            rows=RowOutcomes(lens, accepted, matches),
             step_s=self.step_s,
             draft_s=step.draft_s,
             # The time of a round that computes log probabilities says nothing about other rounds.

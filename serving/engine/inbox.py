@@ -15,7 +15,7 @@ import numpy as np
 
 from serving.engine.detokenize import Detokenizer
 from serving.engine.lanes import MOST_BIASES
-from serving.engine.rounds import MOST_LOGPROBS
+from serving.engine.round_buffers import MOST_LOGPROBS
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.vocabulary import Vocabulary
@@ -156,6 +156,8 @@ class Inbox:
 
     def take(self) -> tuple[list[Sequence], list[Sequence]]:
         """Requests that arrived and requests to cancel, since the last call."""
+        if not (self._arrived or self._cancels):  # nearly every step: the lock is for the others
+            return [], []
         with self._wake:
             arrived, cancels = list(self._arrived), self._cancels
             self._arrived.clear()

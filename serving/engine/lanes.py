@@ -125,7 +125,7 @@ class Lanes:
             state.index_copy_(dim, index, fresh)
         self._write_tables([s for s in sequences if s.request.sampling.adjusts_logits])
         for sequence in sequences:
-            sequence.lane_length = len(sequence.tokens)
+            sequence.is_in_lane = True
 
     def _write_tables(self, sequences: list[Sequence]) -> None:
         """Write these requests' biases and penalties, and count the tokens they hold."""

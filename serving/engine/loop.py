@@ -15,7 +15,7 @@ from itertools import compress
 
 import torch
 
-from policies.interface import Decision, DraftPolicy
+from policies.interface import Decision, DraftPolicy, Outcome
 from serving.engine.commit import Commits, emitted_by
 from serving.engine.in_flight import Arrival, Matches, PlannedRound, RoundClock
 from serving.engine.inbox import Inbox
@@ -85,7 +85,7 @@ class Engine:
         self.programs = parts.programs
         self.drafting = parts.programs.drafting
         self._listeners = listeners or Listeners()
-        self._commits = Commits(self.drafting, parts.programs.ring)
+        self._commits = Commits(self.drafting)
         self._outputs = Outputs(
             parts.inbox,
             parts.scheduler,
@@ -123,7 +123,7 @@ class Engine:
         """Counters and gauges of now; the service adds those of swaps and traces."""
         pages = self.scheduler.pool
         return self._commits.counters.figures(
-            num_running=len(self.scheduler.running),
+            num_running=self.scheduler.num_running,
             num_waiting=self.inbox.num_waiting(),
             kv_usage=1 - pages.num_available / pages.num_usable,
             drafter_version=self.drafting.version,
@@ -155,7 +155,7 @@ class Engine:
         self._take_orders()
         self._admit()
         plan = self.scheduler.plan(time.perf_counter())
-        batch = list(plan.decode)
+        batch = plan.decode
         if not batch and not plan.chunks and self._round is None:
             return had_prompts
         if plan.chunks:
@@ -191,8 +191,11 @@ class Engine:
     def _undecided(self, batch: list[Sequence]) -> list[Sequence]:
         """Requests that go on as far as is known: a round under way commits at least one token of
         each of its requests."""
-        running = (s for s in batch if s.finish_reason is None)
-        return [s for s in running if not (s.is_flying and s.num_left == 1)]
+        return [
+            s
+            for s in batch
+            if s.finish_reason is None and not (s.is_flying and len(s.tokens) + 1 == s.limit)
+        ]
 
     def _decode(self, batch: list[Sequence]) -> None:
         """Plan and launch a round, and commit the one before it."""
@@ -204,7 +207,8 @@ class Engine:
         if not self._may_overtake(batch, decision):
             self._commit_round()
             lives = [s.finish_reason is None for s in batch]
-            batch, matches = list(compress(batch, lives)), tuple(compress(matches, lives))
+            batch = list(compress(batch, lives))
+            matches = None if matches is None else tuple(compress(matches, lives))
             if not batch:
                 return
         elif on_host:
@@ -230,20 +234,20 @@ class Engine:
     def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
         """The policy in charge, its decision, and the length of the match observed for each
         request."""
-        policy, nothing = self.policy, (None,) * len(batch)
+        policy = self.policy
         choice = self.drafting.choice(batch)
         if choice is not None and self._policy_of is not None:
             policy = self._policy_of(choice)
         most = self.programs.rounds.most_draft(batch)
         if (resting := policy.rest()) is not None:
-            return policy, self.drafting.held(resting, batch, most), nothing
+            return policy, self.drafting.held(resting, batch, most), None
         step, look = self._commits.counters.num_steps, policy.wants_matches()
         obs = self.drafting.observe(batch, step, most, choice, look=look)
         if obs is None:
-            return policy, PLAIN, nothing
+            return policy, PLAIN, None
         decision = policy.plan(obs)
         assert 0 <= decision.draft_k <= most, f"policy planned K={decision.draft_k}"
-        return policy, decision, obs.matches or nothing
+        return policy, decision, obs.matches
 
     def _may_overtake(self, batch: list[Sequence], decision: Decision) -> bool:
         """Whether a round can be launched before the one under way is committed: a neural drafter
@@ -264,11 +268,10 @@ class Engine:
         one before its other consequences are worked out."""
         if self._round is None:
             return
-        arrival = self._read(self._round)
-        proposed, verified = arrival.decoded.proposed, arrival.decoded.verified
-        for r, sequence in enumerate(self._round.launched.batch):
-            if sequence.finish_reason is None:
-                self.drafting.foresee(sequence, emitted_by(proposed, verified, r))
+        batch, decoded = self._round.launched.batch, self._read(self._round).decoded
+        lives = [s.finish_reason is None for s in batch]
+        news = emitted_by(decoded.proposed, decoded.verified)
+        self.drafting.foresee(list(compress(batch, lives)), list(compress(news, lives)))
 
     def _read(self, planned: PlannedRound) -> Arrival:
         """Wait for the round under way, the first time it is asked for."""
@@ -284,31 +287,29 @@ class Engine:
         was_read = self._arrival is not None
         arrival = self._read(planned)
         self._round = self._arrival = None
-        launched, decision, decoded = planned.launched, planned.decision, arrival.decoded
-        for sequence in launched.batch:
+        decision, batch = planned.decision, planned.launched.batch
+        for sequence in batch:
             sequence.is_flying = False
-        step = arrival.step(planned)
         self._commits.counters.steps_by_arm[(decision.drafter, decision.draft_k)] += 1
-        lives = [s.finish_reason is None for s in launched.batch]
-        committed = self._commits.rounds(
-            launched.batch, step, decision, decoded.scored, decoded.numbers, arrival.step_s
-        )
-        self._commits.note_rows(committed)
-        self._outputs.after_commit(committed)
+        lives = [s.finish_reason is None for s in batch]
+        decoded = arrival.decoded.of(lives)
+        step = arrival.step(planned, decoded)
+        living = list(compress(batch, lives))
+        self._commits.rounds(living, step, decision, decoded.scored, decoded.numbers)
+        self._outputs.after_commit(living)
         # Otherwise a swap came between, and the round says nothing about the new weights.
         if planned.version == self.drafting.version_of(decision.drafter):
-            self._report(planned, arrival, lives)
+            self._report(planned, arrival.outcome(planned, step, lives, self._clock.is_timed))
         self._clock.round_was_committed()
         return arrival.host_waited and not was_read
 
-    def _report(self, planned: PlannedRound, arrival: Arrival, lives: list[bool]) -> None:
+    def _report(self, planned: PlannedRound, outcome: Outcome) -> None:
         """Report a round to its policy and, if its drafter learns, to ``on_rounds``."""
-        outcome = arrival.outcome(planned, lives, self._clock.is_timed)
         planned.policy.observe(outcome)
-        draft = arrival.decoded.proposed
-        if draft and self.drafting.learns(draft.drafter):
-            counts = [(row.num_verified, row.num_accepted) for row in outcome.rows]
-            self._listeners.on_rounds(draft.drafter, counts)
+        launched, rows = planned.launched, outcome.rows
+        if launched.key.num_draft and self.drafting.learns(launched.drafter):
+            counts = list(zip(rows.num_verified, rows.num_accepted, strict=True))
+            self._listeners.on_rounds(launched.drafter, counts)
 
     # ---- prompts -------------------------------------------------------------------------------
 
@@ -334,7 +335,6 @@ class Engine:
         scored = launched.scored() if launched.is_scored else None
         first_ids, numbers = prefill.read(launched), prefill.numbers(launched.chunks)
         committed = self._commits.chunks(launched.chunks, numbers, first_ids, scored)
-        self._commits.note_rows(committed)
         self._outputs.after_commit(committed)
         return True
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from serving.engine.commit import Committed
 from serving.engine.drafting import Drafting
 from serving.engine.inbox import Inbox
 from serving.engine.lanes import Lanes
@@ -64,21 +63,23 @@ class Outputs:
         self._on_finished = on_finished
         self.soundness = Soundness()
 
-    def after_commit(self, committed: Iterable[Committed]) -> None:
+    def after_commit(self, committed: Iterable[Sequence]) -> None:
         """Deliver the new tokens of the requests of a step, and end those that are done."""
-        for c in committed:
-            reason = c.sequence.finish_reason
+        page_size = self._scheduler.page_size
+        for sequence in committed:
+            reason = sequence.finish_reason
             if reason == "error":  # set by ``Commits`` only where a row is not finite
-                self._scheduler.forget_pages(c.sequence)
+                self._scheduler.forget_pages(sequence)
                 self.soundness.note(reason)
-                self.finish(c.sequence, reason, _NOT_FINITE_TEXT, NOT_FINITE)
+                self.finish(sequence, reason, _NOT_FINITE_TEXT, NOT_FINITE)
                 continue
-            self._scheduler.name_full_pages(c.sequence)
+            if sequence.num_computed >= (sequence.num_named + 1) * page_size:
+                self._scheduler.name_full_pages(sequence)
             if reason:
                 self.soundness.note(reason)
-                self.finish(c.sequence, reason)
-            elif c.sequence.num_completion > c.sequence.num_emitted:
-                self._emit(c.sequence, None)
+                self.finish(sequence, reason)
+            elif len(sequence.tokens) > sequence.num_prompt + sequence.num_emitted:
+                self._emit(sequence, None)
 
     def finish(
         self,
@@ -113,23 +114,24 @@ class Outputs:
         error: str | None = None,
         error_code: str | None = None,
     ) -> None:
-        start = sequence.num_prompt + sequence.num_emitted
+        request, start = sequence.request, sequence.num_prompt + sequence.num_emitted
         tokens = tuple(sequence.tokens[start:])
         logprobs = None
-        if sequence.request.sampling.logprobs is not None:
+        if sequence.is_scored:
             logprobs = tuple(sequence.logprobs[sequence.num_emitted :])
         sequence.num_emitted += len(tokens)
+        # By position: with names, making one takes twice as long.
         sequence.on_output(
             Output(
-                request_id=sequence.request.id,
-                text=sequence.detokenizer.take(final=reason is not None),
-                token_ids=tokens,
-                logprobs=logprobs,
-                finish_reason=reason,
-                stats=sequence.stats(),
-                num_prompt_tokens=sequence.num_prompt,
-                num_cached_tokens=sequence.num_cached,
-                error=error,
-                error_code=error_code,
+                request.id,
+                sequence.detokenizer.take(final=reason is not None),
+                tokens,
+                logprobs,
+                reason,
+                sequence.stats(),
+                sequence.num_prompt,
+                sequence.num_cached,
+                error,
+                error_code,
             )
         )

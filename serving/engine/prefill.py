@@ -122,7 +122,7 @@ class Prefill:
         no_end = [self._lanes.padding, 0, 0]
         padded = ends + [no_end] * (min(size, len(self._ends)) - len(ends))
         upload(torch.tensor(padded), self._ends[: len(padded)])
-        fresh = [c.sequence for c in chunks if c.sequence.lane_length is None]
+        fresh = [c.sequence for c in chunks if not c.sequence.is_in_lane]
         self._lanes.write(fresh)
         self._program(size)()
         for rows in self._drafting.neural.values():
@@ -140,10 +140,9 @@ class Prefill:
         prefilled.landed.wait()
         for chunk in prefilled.chunks:
             if chunk.is_last:
-                sequence, length = chunk.sequence, len(chunk.sequence.tokens) + 1
-                sequence.lane_length = length
+                end = len(chunk.sequence.tokens)
                 for rows in self._drafting.neural.values():
-                    rows.note_chunk(sequence, length - 1, length)
+                    rows.note_chunk(chunk.sequence, end, end + 1)
         first_ids = prefilled.outputs[:, Column.NEXT].tolist()
         return [None if token == UNSOUND else token for token in first_ids]
 

@@ -20,8 +20,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
@@ -29,7 +34,8 @@ from serving.engine.commit import Proposed, Verified
 from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
 from serving.engine.drafter_rows import DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
-from serving.engine.lanes import LaneRows, Lanes, requests_of, upload
+from serving.engine.lanes import LaneRows, Lanes, requests_of
+from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.requests import TokenLogprob
 from specops.device import (
@@ -46,15 +52,11 @@ from specops.lanes import Column, Input, OpenedRound
 from specops.verify_logits import UNSOUND, LogitVerdict, Rule
 from targets.target import KvPool, Target
 
-MOST_LOGPROBS = 20
-"""Maximum number of alternatives per token."""
-_MOST_SCORED = 4
-"""Largest K of a round that finds log probabilities: each further K is one more program for every
-size and drafter, and most servers never run it."""
+_LANE_OF, _IS_SCORED, _TAKES_BEST = map(attrgetter, ("lane", "is_scored", "takes_best"))
+"""Of a request; without a Python frame for each of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
+class _Key(NamedTuple):
     """Properties of a round that determine its program."""
 
     size: int
@@ -65,7 +67,8 @@ class _Key:
     is_greedy: bool
     """All requests are greedy and use the logits as they are, so no distribution is computed."""
     is_scored: bool = False
-    """A request asks for log probabilities; K is at most ``_MOST_SCORED``. Never greedy."""
+    """A request asks for log probabilities, so K is at most ``RoundBuffers.most_scored``. Never
+    greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +96,9 @@ class Launched:
     key: _Key
     drafter: str
     """Kind of the drafter; meaningless if K is 0."""
-    outputs: Tensor
-    """[size, columns] on the host, valid once ``landed``."""
+    outputs: Integers
+    """[size, columns] on the host, valid once ``landed`` and until the round after the next one is
+    launched."""
     scores: Tensor | None
     """[size * Q, 1 + 2 n] float64, valid once ``landed``: log p of each emitted token and of the n
     best ones, and the ids of the latter; ``None`` if no request asked."""
@@ -119,15 +123,21 @@ class Decoded:
     scores: list[list[list[float]]]
     """[R][Q], see ``Launched``; empty if no request asked."""
 
+    def of(self, lives: list[bool]) -> Decoded:
+        """The outcome for some requests."""
+        if all(lives):
+            return self
+        return Decoded(
+            self.proposed and self.proposed.of(lives),
+            self.verified.of(lives),
+            self.numbers and list(compress(self.numbers, lives)),
+            list(compress(self.scores, lives)),
+        )
+
     def scored(self, r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
         """Log probabilities of the tokens that request r emitted, with the best alternatives."""
         rows = self.scores[r][: len(tokens)]
         return [_scored(token, row, num_top) for token, row in zip(tokens, rows, strict=True)]
-
-
-def _are_scored(batch: list[Sequence]) -> bool:
-    """Whether a request asks for log probabilities."""
-    return any(s.request.sampling.logprobs is not None for s in batch)
 
 
 def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
@@ -164,7 +174,7 @@ class Rounds:
         self._max_draft = max_draft = drafting.max_draft
         max_batch = lanes.padding
         self._sizes = graphs.sizes(max_batch)
-        self._io = _Buffers(max_batch, max_draft, target)
+        self._io = RoundBuffers(max_batch, max_draft, target, graphs)
         if ring is not None:
             ring.reserve(ROUNDS_ON_THE_WAY * max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
@@ -174,7 +184,7 @@ class Rounds:
 
     def most_draft(self, batch: list[Sequence]) -> int:
         """Largest K of a round of these requests."""
-        return self._io.most_scored if _are_scored(batch) else self._max_draft
+        return self._io.most_scored if any(map(_IS_SCORED, batch)) else self._max_draft
 
     def launch(
         self,
@@ -193,24 +203,22 @@ class Rounds:
             num_draft: at most ``most_draft``.
             given: what a host drafter proposes for each request; ``None`` for a neural drafter.
         """
-        known = [s for s in batch if not s.is_flying]
-        self._lanes.write([s for s in known if s.lane_length is None])
+        self._lanes.write([s for s in batch if not s.is_in_lane])
         neural = self._drafting.neural.get(drafter) if num_draft else None
         if neural is not None:
-            neural.catch_up(known)
-        size = self._upload(batch, given)
-        is_scored = _are_scored(batch)
+            neural.catch_up([s for s in batch if not s.is_flying])
+        size = fitting(self._sizes, len(batch))
+        self._io.upload(size, list(map(_LANE_OF, batch)), given)
+        is_scored = any(map(_IS_SCORED, batch))
         assert not is_scored or num_draft <= self._io.most_scored
-        is_greedy = not is_scored and all(
-            s.is_greedy and not s.request.sampling.adjusts_logits for s in batch
-        )
+        is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
         key = _Key(size, num_draft, neural.kind if neural else None, is_greedy, is_scored)
         self._program(key)()
         scores = None
         if is_scored:
             scores, _ = self._graphs.to_host(self._io.scores[: size * (num_draft + 1)])
-        outputs, landed = self._graphs.to_host(self._io.outputs[:size])
-        share = self._draft_shares.get(_timed_as(key), 0.0)
+        outputs, landed = self._io.download(size)
+        share = self._draft_shares.get(_timed_as(key), 0.0) if neural else 0.0
         return Launched(batch, key, drafter, outputs, scores, landed, share)
 
     def leaves_rows(self, launched: Launched, drafter: str) -> bool:
@@ -220,62 +228,54 @@ class Rounds:
     def read(self, launched: Launched) -> Decoded:
         """Wait for a round and read its outcome; rounds are read in order."""
         launched.landed.wait()
-        key, num_draft = launched.key, launched.key.num_draft
         outputs = launched.outputs[: len(launched.batch)]
-        rows = outputs[:, : Column.TOKENS + num_draft].tolist()
-        accepted, following, lens, captured = (
-            [row[i] for row in rows]
-            for i in (Column.ACCEPTED, Column.NEXT, Column.DRAFTED, Column.CAPTURED)
-        )
-        next_ids = [None if token == UNSOUND else token for token in following]
-        tokens = [row[Column.TOKENS :][:n] for row, n in zip(rows, lens, strict=True)]
-        if key.is_greedy:  # an accepted token is certain, the first rejected one impossible
-            p_logp = [[0.0] * kept + [float("-inf")] * (num_draft - kept) for kept in accepted]
-        else:
-            p_logp = self._reals(outputs, 1)[:, :num_draft].tolist()
-        q_logp = None
-        if self._draws(key):
-            logq = self._reals(outputs, 2).tolist()
-            q_logp = [row[:n] for row, n in zip(logq, lens, strict=True)]
+        accepted, next_ids, lens, captured = outputs[:, : Column.TOKENS].T.tolist()
+        if UNSOUND in next_ids:
+            next_ids = [None if token == UNSOUND else token for token in next_ids]
         self._note_lengths(launched, accepted)
-        proposed = Proposed(launched.drafter, tokens, q_logp) if num_draft else None
+        proposed = self._proposed(launched, outputs, accepted, lens)
         numbers = None if self._ring is None else self._ring.number(captured)
         scores = []
         if launched.scores is not None:
-            scores = launched.scores.view(launched.key.size, num_draft + 1, -1).tolist()
-        return Decoded(proposed, Verified(accepted, next_ids, p_logp), numbers, scores)
+            num_rows = launched.key.num_draft + 1
+            scores = launched.scores.view(launched.key.size, num_rows, -1).tolist()
+        return Decoded(proposed, Verified(accepted, next_ids), numbers, scores)
+
+    def _proposed(
+        self, launched: Launched, outputs: Integers, accepted: list[int], lens: list[int]
+    ) -> Proposed | None:
+        key, num_draft = launched.key, launched.key.num_draft
+        if not num_draft:
+            return None
+        rows = outputs[:, Column.TOKENS : Column.TOKENS + num_draft].tolist()
+        tokens = rows if min(lens) == num_draft else _cut(rows, lens)
+        if key.is_greedy:  # an accepted token is certain, the first rejected one impossible
+            certain = [[0.0] * kept + [float("-inf")] for kept in range(num_draft + 1)]
+            p_logp = [certain[kept] for kept in accepted]
+        else:
+            p_logp = self._reals(outputs, 1).tolist()
+        q_logp = _cut(self._reals(outputs, 2).tolist(), lens) if self._draws(key) else None
+        return Proposed(launched.drafter, tokens, q_logp, p_logp)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
-        """Note the new lengths of the lanes and of the rows of the round's drafter."""
+        """Note which rows the round's drafter has."""
         neural = self._drafting.neural.get(launched.key.neural or "")
+        if neural is None:
+            return
         for sequence, kept in zip(launched.batch, accepted, strict=True):
             if sequence.finish_reason is None:
-                sequence.lane_length = len(sequence.tokens) + kept + 1
-                if neural is not None:
-                    neural.has_rows_to(sequence, sequence.lane_length)
+                neural.has_rows_to(sequence, len(sequence.tokens) + kept + 1)
 
-    def _reals(self, outputs: Tensor, block: int) -> Tensor:
-        """[R, max_draft] float64 after the tokens: log p (block 1) or log q (block 2)."""
+    def _reals(self, outputs: Integers, block: int) -> NDArray[np.float64]:
+        """[R, max_draft] after the tokens: log p (block 1) or log q (block 2)."""
         start = Column.TOKENS + block * self._max_draft
-        return outputs[:, start : start + self._max_draft].contiguous().view(torch.float64)
+        return outputs[:, start : start + self._max_draft].view(np.float64)
 
     def _draws(self, key: _Key) -> bool:
         """Whether a round's draft tokens are drawn from a distribution."""
         if key.neural is None or key.is_greedy:
             return False
         return self._drafting.neural[key.neural].drafter.traits.draws
-
-    def _upload(self, batch: list[Sequence], given: list[list[int]] | None) -> int:
-        """Upload the lanes and proposals of a batch; returns the size of its program."""
-        size = fitting(self._sizes, len(batch))
-        inputs = torch.zeros((size, self._io.inputs.shape[1]), dtype=torch.int64)
-        inputs[:, Input.LANE] = self._lanes.padding
-        inputs[: len(batch), Input.LANE] = torch.tensor([s.lane for s in batch])
-        if given:
-            padded = [[len(p), *p, *[0] * (self._max_draft - len(p))] for p in given]
-            inputs[: len(batch), Input.DRAFTED :] = torch.tensor(padded)
-        upload(inputs, self._io.inputs[:size])
-        return size
 
     # ---- programs ------------------------------------------------------------------------------
 
@@ -420,19 +420,9 @@ class Rounds:
         return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
 
 
-class _Buffers:
-    """Inputs and outputs of the programs, at fixed addresses."""
-
-    def __init__(self, max_batch: int, max_draft: int, target: Target) -> None:
-        device = target.device
-        shape = (max_batch, Input.TOKENS + max_draft)
-        self.inputs = torch.zeros(shape, dtype=torch.int64, device=device)
-        columns = Column.TOKENS + 3 * max_draft
-        self.outputs = torch.zeros((max_batch, columns), dtype=torch.int64, device=device)
-        self.num_top = min(MOST_LOGPROBS, target.vocab_size)
-        self.most_scored = min(_MOST_SCORED, max_draft)
-        shape = (max_batch * (self.most_scored + 1), 1 + 2 * self.num_top)
-        self.scores = torch.zeros(shape, dtype=torch.float64, device=device)
+def _cut(rows: list[list[Any]], lens: list[int]) -> list[list[Any]]:
+    """The first entries of each row."""
+    return [row[:num] for row, num in zip(rows, lens, strict=True)]
 
 
 class _Stopwatch:

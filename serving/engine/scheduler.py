@@ -46,7 +46,7 @@ class Chunk:
 class StepPlan:
     """The work of one step."""
 
-    decode: tuple[Sequence, ...]
+    decode: list[Sequence]
     chunks: tuple[Chunk, ...]
 
 
@@ -74,7 +74,18 @@ class Scheduler:
         self.prefill_hold_s = prefill_hold_s
         self._held_from_s: float | None = None
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self._fresh: list[Sequence] = []
+        """Admitted, the prompt not known to be computed."""
+        self._decoding: list[Sequence] = []
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Requests that were admitted and have not ended."""
+        return self._decoding + self._fresh
+
+    @property
+    def num_running(self) -> int:
+        return len(self._decoding) + len(self._fresh)
 
     def num_pages_for(self, num_prompt: int, max_tokens: int) -> int:
         """Pages for every position a request can ever write, drafted ones included."""
@@ -84,12 +95,12 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Move waiting requests into the batch while slots and pages last; returns the new ones."""
         admitted = []
-        while self.waiting and len(self.running) < self.max_batch:
+        while self.waiting and self.num_running < self.max_batch:
             sequence = self.waiting[0]
             if not self._reserve(sequence):
                 break
             self.waiting.popleft()
-            self.running.append(sequence)
+            self._fresh.append(sequence)
             admitted.append(sequence)
         return admitted
 
@@ -116,9 +127,11 @@ class Scheduler:
         Args:
             now_s: current time, on any clock.
         """
-        decode = tuple(s for s in self.running if s.is_prefilled)
-        fresh = [s for s in self.running if not s.is_prefilled]
-        if self._holds(len(decode), fresh, now_s):
+        if self._fresh:
+            self._decoding += [s for s in self._fresh if s.is_prefilled]
+            self._fresh = [s for s in self._fresh if not s.is_prefilled]
+        decode, fresh = self._decoding.copy(), self._fresh
+        if self._holds(len(decode), fresh, now_s) or not fresh:
             return StepPlan(decode, ())
         chunks = []
         budget = self.prefill_chunk
@@ -146,12 +159,11 @@ class Scheduler:
     def name_full_pages(self, sequence: Sequence) -> list[int]:
         """Declare newly completed pages to the prefix cache; returns those pages."""
         full = sequence.num_computed // self.page_size
-        root = page_root(sequence.request.namespace)
         fresh = []
         while sequence.num_named < full:
             index = sequence.num_named
             start = index * self.page_size
-            parent = sequence.names[-1] if sequence.names else root
+            parent = sequence.names[-1] if index else page_root(sequence.request.namespace)
             tokens = sequence.tokens[start : start + self.page_size]
             sequence.names += page_names(tokens, self.page_size, parent)
             self.pool.name(sequence.pages[index], sequence.names[-1])
@@ -166,9 +178,10 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a finished or cancelled request out and give its pages back."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self.pool.release(sequence.pages)
-            sequence.pages = []
-        elif sequence in self.waiting:
+        for running in (self._decoding, self._fresh):
+            if sequence in running:
+                running.remove(sequence)
+                self.pool.release(sequence.pages)
+                sequence.pages = []
+        if sequence in self.waiting:
             self.waiting.remove(sequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serving.engine.detokenize import Detokenizer
 from serving.requests import FinishReason, OnOutput, Request, SpeculationStats, TokenLogprob
@@ -21,10 +21,53 @@ class NotedStep(NamedTuple):
     step_s: float
 
 
-NotedRound = tuple[NotedStep, int, Several[int], Several[float], Several[float], int, int]
-"""Step, anchor, draft tokens, q_logp (empty: nothing was drawn), p_logp of at least the tokens that
-count, num_accepted and next_id of one round. A plain tuple: the engine notes 20,000 a second, and
-the recorder makes columns of them."""
+class NotedRounds:
+    """The rounds of one request, noted as they are committed.
+
+    Flat lists, of which the recorder makes columns. There is no object for a round: the engine
+    notes 40,000 a second, and the garbage collector would visit each of them again and again.
+    """
+
+    __slots__ = ("draft_ids", "p_logp", "q_logp", "rounds")
+
+    WIDTH = 6
+    """Entries of a round in ``rounds``."""
+
+    def __init__(self) -> None:
+        self.rounds: list[Any] = []
+        """Of each round its step, anchor, number of draft tokens and of values of q, number of
+        accepted tokens, and next token."""
+        self.draft_ids: list[int] = []
+        self.q_logp: list[float] = []
+        """One for each draft token that was drawn from a distribution."""
+        self.p_logp: list[float] = []
+        """One for each accepted token and the first rejected one: nothing behind it counts."""
+
+    def add(
+        self,
+        step: NotedStep,
+        anchor: int,
+        draft_ids: Several[int],
+        q_logp: Several[float],
+        p_logp: Several[float],
+        num_accepted: int,
+        next_id: int,
+    ) -> None:
+        """Note a round with draft tokens.
+
+        Args:
+            q_logp: empty if the tokens were not drawn.
+            p_logp: of at least the tokens that count.
+        """
+        num = len(draft_ids)
+        self.rounds += (step, anchor, num, len(q_logp), num_accepted, next_id)
+        self.draft_ids += draft_ids
+        self.q_logp += q_logp
+        self.p_logp += p_logp[: min(num_accepted + 1, num)]
+
+    def add_plain(self, step: NotedStep, anchor: int, next_id: int) -> None:
+        """Note a round without draft tokens."""
+        self.rounds += (step, anchor, 0, 0, 0, next_id)
 
 
 @dataclass(slots=True, eq=False)
@@ -49,42 +92,52 @@ class Sequence:
     names: list[bytes] = field(default_factory=list)
     """Digests of its full pages, as far as known."""
     num_rounds: int = 0
-    """Rounds so far; the nonce of its random numbers."""
+    """Rounds so far, the end of its prompt included; the nonce of its random numbers."""
     next_row: dict[str, int] = field(default_factory=dict)
     """Next position whose row each neural drafter must compute; row 0 does not exist."""
     lane: int | None = None
     """Its row of the state on the device, while it runs."""
-    lane_length: int | None = None
-    """Number of tokens that the lane covers; ``None`` before it is written."""
+    is_in_lane: bool = False
+    """The lane holds its state."""
     is_flying: bool = False
     """In a round whose outcome is not committed yet: its lane is ahead of ``tokens``."""
-    num_foreseen: int = 0
-    """Number of tokens that a round has decided and the host drafters know, but that are not in
-    ``tokens`` yet."""
+    num_told: int = 0
+    """Number of its tokens that the host drafters know. Those beyond ``tokens`` are decided, but
+    not committed yet."""
     num_emitted: int = 0
     """Completion tokens already sent out."""
     finish_reason: FinishReason | None = None
-    num_steps: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
     version: int = 0
-    rounds: list[NotedRound] = field(default_factory=list)
+    rounds: NotedRounds = field(default_factory=NotedRounds)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    capture_rows: list[tuple[int, int, int]] = field(default_factory=list)
-    """(first position, ring sequence number, count) of captured rows."""
+    capture_rows: list[int] = field(default_factory=list)
+    """First position, running number in the ring, and count of captured rows, of each piece in
+    turn."""
+    # What each step asks about a request, worked out once.
+    num_prompt: int = field(init=False)
+    limit: int = field(init=False)
+    """Number of tokens, prompt included, at which it ends."""
+    end_ids: frozenset[int] = field(init=False)
+    """Tokens that end it."""
+    takes_best: bool = field(init=False)
+    """Greedy, and from the logits as they are."""
+    is_scored: bool = field(init=False)
+    """Asks for log probabilities."""
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def num_completion(self) -> int:
-        return len(self.tokens) - self.num_prompt
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self.num_prompt = len(self.request.prompt_ids)
+        self.limit = self.num_prompt + sampling.max_tokens
+        self.end_ids = self.eos_ids.union(sampling.stop_token_ids)
+        self.takes_best = self.is_greedy and not sampling.adjusts_logits
+        self.is_scored = sampling.logprobs is not None
 
     @property
     def num_left(self) -> int:
         """Completion tokens that may still be committed."""
-        return self.request.sampling.max_tokens - self.num_completion
+        return self.limit - len(self.tokens)
 
     @property
     def is_prefilled(self) -> bool:
@@ -101,4 +154,4 @@ class Sequence:
         return self.is_greedy or self.request.sampling.seed is not None
 
     def stats(self) -> SpeculationStats:
-        return SpeculationStats(self.version, self.num_steps, self.num_proposed, self.num_accepted)
+        return SpeculationStats(self.version, self.num_rounds, self.num_proposed, self.num_accepted)

@@ -51,7 +51,9 @@ class ByteReader:
     character, the completion may complete it, and otherwise has no part in it.
     """
 
-    __slots__ = ("_errors", "_has_begun", "_is_prompts", "_left", "_piece", "_skip", "_vocabulary")
+    __slots__ = (
+        "_errors", "_has_begun", "_is_prompts", "_left", "_piece", "_skip", "_vocabulary", "_whole",
+    )  # fmt: skip
 
     def __init__(
         self, vocabulary: Vocabulary, prompt_ids: Sequence[int], skip_special: bool
@@ -59,6 +61,7 @@ class ByteReader:
         self._vocabulary = vocabulary
         self._skip = skip_special
         self._piece = vocabulary.pieces(skip_special).__getitem__
+        self._whole = vocabulary.whole_pieces(skip_special)
         self._errors = vocabulary.errors
         self._has_begun = not vocabulary.first_differs or any(
             vocabulary.first_piece(token, skip_special) is not None for token in prompt_ids
@@ -67,6 +70,10 @@ class ByteReader:
         self._is_prompts = bool(self._left)
 
     def read(self, token_ids: Sequence[int]) -> str:
+        if self._has_begun and not self._left:
+            text = self._read_whole(token_ids)
+            if text is not None:
+                return text
         if self._has_begun:
             data = b"".join(map(self._piece, token_ids))
         else:
@@ -76,6 +83,13 @@ class ByteReader:
         text, num_read = codecs.utf_8_decode(data, self._errors, False)
         self._left = data[num_read:] if num_read < len(data) else b""
         return text
+
+    def _read_whole(self, token_ids: Sequence[int]) -> str | None:
+        """Text of tokens that hold whole characters, as nearly all do; ``None`` for others."""
+        if len(token_ids) == 1:
+            return self._whole[token_ids[0]]
+        texts = [self._whole[token] for token in token_ids]
+        return None if None in texts else "".join(filter(None, texts))
 
     def end(self) -> str:
         left, self._left = self._left, b""

@@ -44,6 +44,22 @@ class Pieces(dict[int, bytes]):
         return piece
 
 
+class WholePieces(dict[int, str | None]):
+    """Token id -> the text that it adds if it begins and ends with whole characters."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        super().__init__()
+        self._pieces = pieces
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._pieces[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
+
+
 class Vocabulary:
     """The tokens of one tokenizer. Safe to read from several threads.
 
@@ -76,6 +92,8 @@ class Vocabulary:
                 lengths.append(len(text))
         self._pieces = Pieces(self._piece)
         self._visible_pieces = Pieces(self._visible_piece)
+        self._whole = WholePieces(self._pieces)
+        self._visible_whole = WholePieces(self._visible_pieces)
 
     def pieces(self, skip_special: bool) -> Pieces:
         """Bytes that a token adds to a text that has begun; none for an unknown token.
@@ -84,6 +102,10 @@ class Vocabulary:
             skip_special: special tokens add none.
         """
         return self._visible_pieces if skip_special else self._pieces
+
+    def whole_pieces(self, skip_special: bool) -> WholePieces:
+        """The same as text; ``None`` for a token that holds a part of a character."""
+        return self._visible_whole if skip_special else self._whole
 
     def first_piece(self, token_id: int, skip_special: bool) -> bytes | None:
         """Bytes that a token adds at the start of a text; ``None`` if the text starts after it."""

@@ -29,15 +29,16 @@ class ConstantGuesser:
     def begin(self, key, tokens, namespace=""):
         self._last[key] = tokens[-1]
 
-    def extend(self, key, tokens):
-        if tokens:
-            self._last[key] = tokens[-1]
+    def extend(self, keys, news):
+        for key, tokens in zip(keys, news):
+            if tokens:
+                self._last[key] = tokens[-1]
 
-    def observe(self, key):
-        return 0
+    def observe(self, keys):
+        return [0] * len(keys)
 
-    def propose(self, key, k):
-        return [self._last[key]] * k
+    def propose(self, keys, most):
+        return [[self._last[key]] * k for key, k in zip(keys, most)]
 
     def finish(self, key, keep, num_tokens=None):
         del self._last[key]

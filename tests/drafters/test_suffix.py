@@ -16,41 +16,49 @@ def finished(index, key, tokens, *, keep=True, namespace=""):
     index.finish(key, keep)
 
 
+def observe(index, key):
+    return index.observe([key])[0]
+
+
+def propose(index, key, k):
+    return index.propose([key], [k])[0]
+
+
 def test_a_request_that_repeats_itself_is_continued():
     index = SuffixIndex(2, 12, 0)
     index.begin("a", [1, 2, 3, 4, 5, 9, 1, 2, 3])
-    assert index.observe("a") == 3
-    assert index.propose("a", 3) == [4, 5, 9]
+    assert observe(index, "a") == 3
+    assert propose(index, "a", 3) == [4, 5, 9]
 
 
 def test_a_repetition_runs_on_into_its_own_draft():
     index = SuffixIndex(2, 12, 0)
     index.begin("a", [7, 8, 7, 8, 7, 8])
-    assert index.propose("a", 7) == [7, 8, 7, 8, 7, 8, 7]
+    assert propose(index, "a", 7) == [7, 8, 7, 8, 7, 8, 7]
 
 
 def test_a_short_match_is_no_match():
     index = SuffixIndex(3, 12, 0)
     index.begin("a", [1, 2, 5, 1, 2])
-    assert (index.observe("a"), index.propose("a", 4)) == (0, [])
-    index.extend("a", [5, 1, 2, 5])
-    assert index.observe("a") == 6
+    assert (observe(index, "a"), propose(index, "a", 4)) == (0, [])
+    index.extend(["a"], [[5, 1, 2, 5]])
+    assert observe(index, "a") == 6
 
 
 def test_finished_traffic_helps_the_next_request():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "a", [1, 2, 3, 4, 5])
     index.begin("b", [9, 2, 3])
-    assert (index.observe("b"), index.propose("b", 8)) == (2, [4, 5])
+    assert (observe(index, "b"), propose(index, "b", 8)) == (2, [4, 5])
 
 
 def test_the_longest_match_wins_and_the_request_itself_on_ties():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "a", [1, 2, 3, 40])
     index.begin("b", [1, 2, 3, 50, 0, 1, 2, 3])
-    assert (index.observe("b"), index.propose("b", 1)) == (3, [50])
+    assert (observe(index, "b"), propose(index, "b", 1)) == (3, [50])
     index.begin("c", [2, 3, 50, 0, 1, 2, 3])
-    assert (index.observe("c"), index.propose("c", 1)) == (3, [40])
+    assert (observe(index, "c"), propose(index, "c", 1)) == (3, [40])
 
 
 def test_the_most_frequent_continuation_wins_and_the_latest_on_ties():
@@ -58,9 +66,9 @@ def test_the_most_frequent_continuation_wins_and_the_latest_on_ties():
     for key, follower in enumerate([4, 4, 5]):
         finished(index, str(key), [1, 2, follower, 7])
     index.begin("b", [1, 2])
-    assert index.propose("b", 2) == [4, 7]
+    assert propose(index, "b", 2) == [4, 7]
     finished(index, "3", [1, 2, 5, 8])
-    assert index.propose("b", 2) == [5, 8]
+    assert propose(index, "b", 2) == [5, 8]
 
 
 def test_a_draft_goes_on_from_another_sequence_where_one_ends():
@@ -68,7 +76,7 @@ def test_a_draft_goes_on_from_another_sequence_where_one_ends():
     finished(index, "a", [3, 4, 5, 6])
     finished(index, "b", [1, 2, 3, 4])
     index.begin("c", [1, 2])
-    assert index.propose("c", 4) == [3, 4, 5, 6]
+    assert propose(index, "c", 4) == [3, 4, 5, 6]
 
 
 def test_the_index_follows_committed_tokens_one_by_one_or_many_at_once():
@@ -77,10 +85,10 @@ def test_the_index_follows_committed_tokens_one_by_one_or_many_at_once():
     one.begin("a", tokens[:3])
     many.begin("a", tokens[:3])
     for token in tokens[3:]:
-        one.extend("a", [token])
-    many.extend("a", tokens[3:])
-    assert one.observe("a") == many.observe("a") == 6
-    assert one.propose("a", 16) == many.propose("a", 16)
+        one.extend(["a"], [[token]])
+    many.extend(["a"], [tokens[3:]])
+    assert observe(one, "a") == observe(many, "a") == 6
+    assert propose(one, "a", 16) == propose(many, "a", 16)
 
 
 def test_an_opted_out_request_leaves_no_trace():
@@ -88,7 +96,7 @@ def test_an_opted_out_request_leaves_no_trace():
     finished(index, "secret", [1, 2, 3, 4], keep=False)
     index.begin("b", [1, 2])
     assert index.num_waiting_tokens == 0
-    assert (index.observe("b"), index.propose("b", 4)) == (0, [])
+    assert (observe(index, "b"), propose(index, "b", 4)) == (0, [])
     assert (index.num_recent_tokens, index.num_recent_sequences) == (0, 0)
     assert index.num_running == 1
 
@@ -97,7 +105,7 @@ def test_a_running_request_is_seen_by_no_other():
     index = SuffixIndex(2, 12, 1000)
     index.begin("a", [1, 2, 3, 4])
     index.begin("b", [1, 2])
-    assert index.observe("b") == 0
+    assert observe(index, "b") == 0
 
 
 def test_namespaces_never_meet():
@@ -105,8 +113,8 @@ def test_namespaces_never_meet():
     finished(index, "a", [1, 2, 3, 4], namespace="tenant-a")
     index.begin("b", [1, 2], namespace="tenant-b")
     index.begin("c", [1, 2], namespace="tenant-a")
-    assert index.propose("b", 4) == []
-    assert index.propose("c", 4) == [3, 4]
+    assert propose(index, "b", 4) == []
+    assert propose(index, "c", 4) == [3, 4]
 
 
 def test_namespaces_with_one_hash_never_meet():
@@ -116,7 +124,7 @@ def test_namespaces_with_one_hash_never_meet():
     finished(index, "a", [1, 2, 3, 4], namespace="plumless")
     finished(index, "b", [8, 9, 7], namespace="buckeroo")
     index.begin("b", [1, 2], namespace="buckeroo")
-    assert index.propose("b", 4) == []
+    assert propose(index, "b", 4) == []
 
 
 def test_one_hash_is_not_one_match():
@@ -124,7 +132,7 @@ def test_one_hash_is_not_one_match():
     finished(index, "a", [token for other in range(4000) for token in (100 + other, 1)])
     for other in range(5000, 6000):  # hundreds of these pairs have the hash of one above
         index.begin("b", [other, 1])
-        assert index.observe("b") == 0
+        assert observe(index, "b") == 0
         index.finish("b", keep=False)
 
 
@@ -133,14 +141,14 @@ def test_tokens_after_the_end_are_not_shared():
     index.begin("a", [1, 2, 3, 4])
     index.finish("a", keep=True, num_tokens=3)
     index.begin("b", [1, 2])
-    assert index.propose("b", 4) == [3]
+    assert propose(index, "b", 4) == [3]
 
 
 def test_without_recent_tokens_nothing_is_shared():
     index = SuffixIndex(2, 12, 0)
     finished(index, "a", [1, 2, 3, 4])
     index.begin("b", [1, 2])
-    assert (index.observe("b"), index.num_recent_tokens) == (0, 0)
+    assert (observe(index, "b"), index.num_recent_tokens) == (0, 0)
 
 
 def test_the_oldest_traffic_leaves_and_is_counted():
@@ -153,8 +161,8 @@ def test_the_oldest_traffic_leaves_and_is_counted():
     assert (index.num_evicted_sequences, index.num_evicted_tokens) == (6, 24)
     index.begin("old", [5, 100])
     index.begin("new", [6, 100])
-    assert index.propose("old", 1) == []
-    assert index.propose("new", 1) == [56]
+    assert propose(index, "old", 1) == []
+    assert propose(index, "new", 1) == [56]
 
 
 def test_of_a_sequence_beyond_the_bound_the_end_is_kept():
@@ -162,7 +170,7 @@ def test_of_a_sequence_beyond_the_bound_the_end_is_kept():
     finished(index, "a", [1, 2, 3, 4, 5, 6])
     index.begin("b", [1, 2])
     index.begin("c", [3, 4])
-    assert (index.observe("b"), index.propose("c", 3)) == (0, [5, 6])
+    assert (observe(index, "b"), propose(index, "c", 3)) == (0, [5, 6])
     assert index.num_recent_tokens == 4
 
 
@@ -170,23 +178,23 @@ def test_a_request_that_nobody_looks_up_is_not_indexed():
     index = SuffixIndex(2, 12, 1000)
     for key in ("asked", "unasked"):
         index.begin(key, [1, 2, 3, 1, 2])
-        index.extend(key, [3, 1, 2])
-    assert index.observe("asked") == 5
+        index.extend([key], [[3, 1, 2]])
+    assert observe(index, "asked") == 5
     nodes = {key: index._own(key).text.num_nodes for key in ("asked", "unasked")}
     assert nodes["asked"] > nodes["unasked"] == 0
     index.finish("unasked", keep=True)
     assert (index.num_waiting_tokens, index.num_recent_tokens) == (8, 0)
-    index.observe("asked")
+    observe(index, "asked")
     assert (index.num_waiting_tokens, index.num_recent_tokens) == (0, 8)
 
 
 def test_a_lookup_that_changes_nothing_searches_nothing():
     index = SuffixIndex(2, 12, 1000)
     index.begin("a", [1, 2, 3, 1, 2])
-    index.observe("a")
+    observe(index, "a")
     match = index._own("a").match
-    index.propose("a", 1)
-    index.observe("a")
+    propose(index, "a", 1)
+    observe(index, "a")
     assert index._own("a").match is match
 
 
@@ -205,7 +213,7 @@ def test_where_nobody_looks_only_the_newest_finished_traffic_waits(monkeypatch):
         (9, "x", []),
     ]:
         index.begin("probe", [key, 100], namespace)
-        assert index.propose("probe", 2) == draft
+        assert propose(index, "probe", 2) == draft
         index.finish("probe", keep=False)
     assert (index.num_recent_sequences, index.num_evicted_sequences) == (3, 0)
 
@@ -241,7 +249,7 @@ def test_a_sequence_may_be_evicted_by_one_that_is_indexed_with_it(first):
     finished(index, "c", [1, 2, 1, 2, 1, 1, 2, 9])  # 0..8, for 16..19 are too few
     index.begin("d", [1, 2])
     index.begin("e", [first, first + 1])
-    assert (index.propose("d", 1), index.propose("e", 1)) == ([1], [])
+    assert (propose(index, "d", 1), propose(index, "e", 1)) == ([1], [])
     assert (index.num_recent_sequences, index.num_evicted_sequences) == (1, 2)
 
 
@@ -259,14 +267,14 @@ def test_memory_does_not_grow_with_traffic():
 def test_the_longest_match_is_found_however_often_its_end_occurs():
     index = SuffixIndex(2, 12, 0)
     index.begin("a", [5, 1, 2, 7, *[6, 1, 2, 8] * 500, 5, 1, 2])
-    assert (index.observe("a"), index.propose("a", 1)) == (3, [7])
+    assert (observe(index, "a"), propose(index, "a", 1)) == (3, [7])
 
 
 def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
     index = SuffixIndex(2, 12, 0)
     for period in (1, 2, 7, 60, 1000):
         index.begin("a", [i * i % period for i in range(1000)])
-        index.observe("a")
+        observe(index, "a")
         assert 0 < index._own("a").text.num_nodes <= 2 * 1000
         index.finish("a", keep=False)
 
@@ -277,7 +285,7 @@ def test_positions_start_again_before_they_overflow(monkeypatch):
     for key in range(12):
         finished(index, "a", [key, 100, 50 + key, 200])
         index.begin("b", [key, 100])
-        assert index.propose("b", 2) == [50 + key, 200]
+        assert propose(index, "b", 2) == [50 + key, 200]
         index.finish("b", keep=False)
     assert index.num_evicted_sequences + index.num_recent_sequences == 12
 
@@ -285,11 +293,11 @@ def test_positions_start_again_before_they_overflow(monkeypatch):
 def test_misuse_is_told():
     index = SuffixIndex(2, 12, 20)
     index.begin("a", [])
-    assert (index.observe("a"), index.propose("a", 4), index.propose("a", 0)) == (0, [], [])
+    assert (observe(index, "a"), propose(index, "a", 4), propose(index, "a", 0)) == (0, [], [])
     with pytest.raises(ValueError, match="'a' has begun already"):
         index.begin("a", [1])
     with pytest.raises(ValueError, match="no sequence 'b' is running"):
-        index.observe("b")
+        observe(index, "b")
     with pytest.raises(ValueError, match="1 <= min_match <= max_match"):
         SuffixIndex(3, 2, 0)
     with pytest.raises(ValueError, match="recent_tokens must be >= 0"):

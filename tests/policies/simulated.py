@@ -23,7 +23,7 @@ from policies.interface import (
     DraftPolicy,
     Outcome,
     PolicyContext,
-    RowOutcome,
+    RowOutcomes,
     StepObs,
 )
 
@@ -224,7 +224,7 @@ class Simulation:
         self,
         world: World,
         steps: int,
-        on_step: Callable[[Decision, Sequence[RowOutcome]], object] | None = None,
+        on_step: Callable[[Decision, RowOutcomes], object] | None = None,
     ) -> Totals:
         """Decode; returns expected tokens and seconds of the chosen arms."""
         totals = Totals()
@@ -236,7 +236,7 @@ class Simulation:
                 on_step(decision, rows)
         return totals
 
-    def _decode(self, world: World) -> tuple[Decision, tuple[RowOutcome, ...], float, float]:
+    def _decode(self, world: World) -> tuple[Decision, RowOutcomes, float, float]:
         rng = self._rng
         self._admit(world)
         matches = world.matches(rng)
@@ -248,10 +248,12 @@ class Simulation:
             if decision.reason == "rest":  # a glance was enough
                 plan_s = world.look_s
         drafter, k = decision.drafter, decision.draft_k
-        rows = tuple(
-            draw(world.hazards(drafter, match, hard)[:k] if k else (), match if seen else None, rng)
+        drafts = [
+            world.hazards(drafter, match, hard)[:k] if k else ()
             for match, hard in zip(matches, self._difficulty, strict=True)
-        )
+        ]
+        accepted = [draw(hazards, rng) for hazards in drafts]
+        rows = RowOutcomes(list(map(len, drafts)), accepted, matches if seen else None)
         tokens = float(world.batch)
         if k:
             tokens = sum(
@@ -276,12 +278,10 @@ class Simulation:
                 plan_s=plan_s * measured_s / step_s,
             )
         )
-        self._left = [
-            left - 1 - row.num_accepted for left, row in zip(self._left, rows, strict=True)
-        ]
+        self._left = [left - 1 - kept for left, kept in zip(self._left, accepted, strict=True)]
         self._missing = [
-            0 if drafter in world.neural else missing + 1 + row.num_accepted
-            for missing, row in zip(self._missing, rows, strict=True)
+            0 if drafter in world.neural else missing + 1 + kept
+            for missing, kept in zip(self._missing, accepted, strict=True)
         ]
         self._last_drafter = drafter
         self._step += 1
@@ -319,13 +319,14 @@ def run(policy, world, *, steps, seed, on_step=None):
     return Simulation(policy, seed).run(world, steps, on_step)
 
 
-def draw(hazards: Sequence[float], match: int | None, rng: random.Random) -> RowOutcome:
+def draw(hazards: Sequence[float], rng: random.Random) -> int:
+    """Number of draft tokens that are accepted."""
     accepted = 0
     for hazard in hazards:
         if rng.random() >= hazard:
             break
         accepted += 1
-    return RowOutcome(len(hazards), accepted, match)
+    return accepted
 
 
 def fixed_speed(world: World, drafter: str, k: int) -> float:

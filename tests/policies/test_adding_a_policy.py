@@ -43,7 +43,7 @@ class AlternatingPolicy:
         return Decision(ready[obs.step % len(ready)], k, 1.0, explore=False, reason="turn")
 
     def observe(self, outcome):
-        self._accepted += sum(row.num_accepted for row in outcome.rows)
+        self._accepted += sum(outcome.rows.num_accepted)
 
     def on_swap(self, drafter, version, calibration):
         self._turns.sort(key=lambda kind: kind == drafter)
@@ -61,7 +61,7 @@ from pathlib import Path
 import policies
 from configs.load import load_settings
 from policies.catalog import build_policy
-from policies.interface import CostSample, Outcome, RowOutcome, StepObs
+from policies.interface import CostSample, Outcome, RowOutcomes, StepObs
 
 assert Path(policies.__file__).is_relative_to(Path.cwd()), policies.__file__
 
@@ -80,7 +80,7 @@ arms = []
 for step in range(6):
     decision = policy.rest() or policy.plan(StepObs(step, 1, (8,), None, kinds, 8, 0))
     arms.append([decision.drafter, decision.draft_k])
-    policy.observe(Outcome(decision, 1, (RowOutcome(3, 2, 0),), 0.01, 0.001, False, 0))
+    policy.observe(Outcome(decision, 1, RowOutcomes((3,), (2,), (0,)), 0.01, 0.001, False, 0))
     if step == 3:
         policy.on_swap("fast", 1, {})
 print(json.dumps({"arms": arms, "figures": policy.figures()}))

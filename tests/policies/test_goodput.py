@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from policies.goodput import GoodputPolicy
-from policies.interface import Decision, Outcome, RowOutcome, StepObs
+from policies.interface import Decision, Outcome, RowOutcomes, StepObs
 from tests.policies.simulated import (
     DRAFTERS,
     NEURAL,
@@ -296,7 +296,7 @@ def test_the_first_time_after_other_arms_is_a_catch_up_for_neural_drafters(draft
     def factor():
         return made.figures()["step_time"]["costs"][drafter]["drafter"]
 
-    rows, before = (RowOutcome(4, 4, 6),), factor()
+    rows, before = RowOutcomes((4,), (4,), (6,)), factor()
     decision = Decision(drafter, 4, 1.0, explore=False, reason="goodput")
     made.observe(Outcome(decision, 1, rows, 0.030, 0.015, False, 0))
     assert (factor() != before) == is_counted
@@ -309,7 +309,7 @@ def test_steps_with_prefill_teach_acceptance_but_no_times():
     made = policy(world=World())
     times = made.figures()["step_time"]
     decision = Decision("eagle3", 4, 1.0, explore=False, reason="goodput")
-    made.observe(Outcome(decision, 1, (RowOutcome(4, 4, 0),), 0.015, 0.001, True, 0))
+    made.observe(Outcome(decision, 1, RowOutcomes((4,), (4,), (0,)), 0.015, 0.001, True, 0))
     assert made.figures()["step_time"] == times
     assert made.figures()["acceptance"]["eagle3/0"]["rounds"][0] == 1
 
@@ -319,7 +319,7 @@ def test_a_step_that_was_never_observed_does_not_confuse_the_account():
     made = policy(world=World())
     decisions = [made.plan(obs()) for _ in range(3)]
     last = decisions[-1]
-    made.observe(Outcome(last, 1, (RowOutcome(last.draft_k, 0, 0),), 0.015, 0.001, False, 0))
+    made.observe(Outcome(last, 1, RowOutcomes((last.draft_k,), (0,), (0,)), 0.015, 0.001, False, 0))
     assert not made._steps._awaited
 
 

@@ -23,7 +23,7 @@ from serving.capture.rounds import round_columns
 from serving.capture.traces import Producer, TraceMaker
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.loop import Engine, Listeners
-from serving.engine.sequence import NotedStep, Sequence
+from serving.engine.sequence import NotedRounds, NotedStep, Sequence
 from serving.requests import Request, SamplingParams
 
 PROMPT = list(range(30))
@@ -180,7 +180,7 @@ def test_the_ring_wraps_without_mixing_rows():
     pieces = []
     for start in range(0, 21, 3):
         rows = torch.arange(start, start + 3).float()[:, None].expand(3, 4)
-        pieces.append((start, written(ring, rows), 3))
+        pieces += (start, written(ring, rows), 3)
 
     held, lost = ring.read(pieces)
 
@@ -194,7 +194,7 @@ def test_rows_that_may_be_overwritten_while_they_are_copied_are_lost():
     """Rounds on their way append rows that the host has not heard of."""
     ring = CaptureRing(10, 1, 4)
     rows = torch.arange(8).float()[:, None].expand(8, 4)
-    pieces = [(0, written(ring, rows), 8)]
+    pieces = [0, written(ring, rows), 8]
     ring.reserve(3)
 
     held, lost = ring.read(pieces)
@@ -210,7 +210,7 @@ def test_fp8_rows_keep_small_and_large_values():
     values = torch.tensor([[1e-3, 5.0, -448.0, 0.0]])
 
     written(ring, values)
-    held, _ = ring.read([(0, 0, 1)])
+    held, _ = ring.read([0, 0, 1])
 
     assert restored(ring.features(held, (1,)))[0, 0, 2] == -448.0
 
@@ -222,7 +222,7 @@ def test_columns_of_rounds_are_what_the_rounds_were():
         NotedStep(kind, version, k, 0.5, 3, 0.25)
         for version, (kind, k) in enumerate([("none", 0), ("eagle3", 4), ("suffix", 8)])
     ]
-    noted, rounds = [], []
+    noted, rounds = NotedRounds(), []
     for anchor in range(0, 60, 3):
         step = luck.choice(steps)
         drafted = [luck.randrange(99) for _ in range(luck.randrange(step.draft_k + 1))]
@@ -230,7 +230,10 @@ def test_columns_of_rounds_are_what_the_rounds_were():
         kept = luck.randint(0, len(drafted))
         p = [-luck.randrange(64) / 4 for _ in range(8)]
         q = [-1.5] * len(drafted) if step.drafter == "eagle3" else ()
-        noted.append((step, anchor, drafted, q, p, kept, 7))
+        if drafted:
+            noted.add(step, anchor, drafted, q, p, kept, 7)
+        else:
+            noted.add_plain(step, anchor, 7)
         seen = min(kept + 1, len(drafted))
         rounds.append(
             Round(
@@ -240,7 +243,7 @@ def test_columns_of_rounds_are_what_the_rounds_were():
         )  # fmt: skip
 
     assert tuple(round_columns(noted)) == tuple(rounds)
-    assert tuple(round_columns([])) == ()
+    assert tuple(round_columns(NotedRounds())) == ()
 
 
 class SlowDisk(MemoryWriter):
@@ -322,13 +325,13 @@ def test_a_record_holds_what_reading_the_ring_gives(dtype):
         twice = torch.stack([rows, rows * 2], dim=1)
         one, none = torch.tensor([count]), torch.zeros(1)
         ring.append(twice, rows, one, none, none)
-        pieces.append((position, ring.number([count])[0], count))
+        pieces += (position, ring.number([count])[0], count)
         position += count
-    held, lost = ring.read(pieces[1:])
+    held, lost = ring.read(pieces[3:])
     sequence = Sequence(
         Request("one", (5,) * 40, SamplingParams()), print, 1, None, frozenset(), [5] * 60
     )
-    sequence.capture_rows = pieces[1:]
+    sequence.capture_rows = pieces[3:]
 
     maker = TraceMaker(Producer("test", 1, "f" * 64), ring, (1, 2))
     features = decode_trace(maker.finished(sequence)()).features

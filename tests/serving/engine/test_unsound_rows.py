@@ -130,14 +130,14 @@ class Proposes:
     traits = REQUEST_TRAITS
 
     def begin(self, key, tokens, namespace=""): ...
-    def extend(self, key, tokens): ...
+    def extend(self, keys, news): ...
     def finish(self, key, keep, num_tokens=None): ...
 
-    def observe(self, key):
-        return 4
+    def observe(self, keys):
+        return [4] * len(keys)
 
-    def propose(self, key, k):
-        return [3, BAD, 4, BAD][:k]
+    def propose(self, keys, most):
+        return [[3, BAD, 4, BAD][:k] for k in most]
 
 
 @pytest.mark.parametrize("shape", ["greedy", "seeded"])
