@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -54,15 +55,18 @@ def launch(
     set_up_logging(settings.log_level)
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
     try:
-        bound, service = _load(settings)
+        bound, service, folder = _load(settings)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
-    raise typer.Exit(_serve(settings, bound, service))
+    raise typer.Exit(_serve(settings, bound, service, folder))
 
 
-def _load(settings: Settings) -> tuple[socket.socket, Service]:
+def _load(settings: Settings) -> tuple[socket.socket, Service, Path]:
     """Take the port, then load everything. What can be refused at once is refused before that.
+
+    Returns:
+        The listening socket, the service, and the folder of the target.
 
     Raises:
         ValueError, OSError: the server cannot start; the message says why.
@@ -73,24 +77,24 @@ def _load(settings: Settings) -> tuple[socket.socket, Service]:
     from targets.find import checked_folder
 
     bound = bind(settings)
-    checked_folder(settings.target, settings.target_cache)
+    folder = checked_folder(settings.target, settings.target_cache)
     warn_without_disk(settings)
     with answering_503(bound):
         from serving.build import build_service
 
         log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
-        return bound, build_service(settings)
+        return bound, build_service(settings), folder
 
 
-def _serve(settings: Settings, bound: socket.socket, service: Service) -> int:
+def _serve(settings: Settings, bound: socket.socket, service: Service, folder: Path) -> int:
     """Answer requests until told to stop; returns the exit code."""
-    from serving.http import create_app, serve
+    from serving.border.server import serve_http
     from serving.periodic import periodic_stats
 
     service.start()
     try:
         with periodic_stats(service.figures, settings.server.log_stats_s):
-            code = serve(create_app(service, settings), service.model, settings, bound)
+            code = serve_http(service, settings, bound, folder)
     finally:
         service.stop()
     log.info("stopped")

@@ -126,9 +126,10 @@ def _answers(
 async def _ask(service: Service, asked: list[Asked]) -> list[Body]:
     import httpx  # only this part needs it
 
+    from serving.border.in_process import InProcess
     from serving.http.app import create_app
 
-    app = create_app(service, Settings(target="examples/target"))
+    app = create_app(InProcess(service), Settings(target="examples/target"))
     gate = asyncio.Semaphore(_AT_ONCE)
     transport = httpx.ASGITransport(app=app)
     client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None)
