@@ -8,8 +8,11 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from configs.schema import Settings
 from serving.border.in_process import Desk
 from serving.border.messages import (
     MOST_BYTES,
@@ -38,6 +41,21 @@ log = logging.getLogger(__name__)
 _READ_BYTES = 1 << 18
 _SLOW = frozenset({"status", "swap", "rollback"})
 """Questions that read the disk or wait for the engine."""
+
+
+def welcome_for(desk: Desk, settings: Settings, tokenizer: Path) -> Welcome:
+    """What every HTTP process is told first.
+
+    Args:
+        tokenizer: folder with the target's tokenizer.
+    """
+    return Welcome(
+        version=VERSION,
+        settings=settings.model_dump_json(),
+        model=replace(desk.model, tokenizer=None),
+        tokenizer=str(tokenizer),
+        can_swap=desk.can_swap,
+    )
 
 
 class Line:

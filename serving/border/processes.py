@@ -31,8 +31,8 @@ _LIVED_S = 1.0
 """A process that has accepted connections for so long did not die at once."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
-MOST_DEATHS = 8
-"""Processes that may die at once in a row: with the pauses between them, a quarter of a minute."""
+MOST_DEATHS = 6
+"""Processes that may die at once in a row. Starting them takes some ten seconds."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """They concern the server as a whole."""
 

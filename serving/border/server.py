@@ -9,12 +9,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from configs.schema import Settings
+from serving.border.engine_side import welcome_for
 from serving.border.in_process import Desk, InProcess
-from serving.border.messages import VERSION, Welcome
 from serving.border.processes import STOP_SIGNALS, HttpProcesses
 from serving.history import History, recorded
 from serving.http import answering_503, create_app, serve
@@ -68,14 +67,7 @@ def _serve_beside(
 ) -> int:
     drain = Drain(service.inbox, settings.server.drain_s, lambda: service.engine.has_failed)
     desk = Desk(service, history)
-    welcome = Welcome(
-        version=VERSION,
-        settings=settings.model_dump_json(),
-        model=replace(service.model, tokenizer=None),
-        tokenizer=str(tokenizer),
-        can_swap=desk.can_swap,
-    )
-    processes = HttpProcesses(count, listener, desk, welcome)
+    processes = HttpProcesses(count, listener, desk, welcome_for(desk, settings, tokenizer))
     with _signals_to(drain), announced(listener, settings, service.model.model_name) as announce:
         with answering_503(listener):
             left_s = _until(drain, processes, lambda: processes.is_ready)
