@@ -69,14 +69,16 @@ def _serve_beside(
     desk = Desk(service, history)
     processes = HttpProcesses(count, listener, desk, welcome_for(desk, settings, tokenizer))
     with _signals_to(drain), announced(listener, settings, service.model.model_name) as announce:
-        with answering_503(listener):
-            left_s = _until(drain, processes, lambda: processes.is_ready)
-        if left_s is None:
-            announce()
-            left_s = _until(drain, processes, lambda: False)
-        assert left_s is not None
-        listener.close()  # theirs are closed once they are told so
-        processes.close(left_s, lambda: drain.is_forced)
+        left_s: float | None = None
+        try:
+            with answering_503(listener):
+                left_s = _until(drain, processes, lambda: processes.is_ready)
+            if left_s is None:
+                announce()
+                left_s = _until(drain, processes, lambda: False)
+        finally:
+            listener.close()  # theirs are closed once they are told so
+            processes.close(left_s or 0.0, lambda: drain.is_forced)
     return drain.exit_code
 
 

@@ -10,6 +10,7 @@ import pytest
 from configs.schema import Settings
 from serving.build import build_service
 from serving.service import Service
+from tests.serving.http.live import MODEL
 
 
 def settings_of(target: Path, run_dir: Path) -> Settings:
@@ -21,7 +22,7 @@ def settings_of(target: Path, run_dir: Path) -> Settings:
             "engine": {"max_batch": 4, "max_queue": 8, "max_model_len": 256},
             "drafter": {"kind": "suffix"},
             "policy": {"kind": "fixed", "drafter": "suffix", "draft_k": 3},
-            "server": {"port": 0, "processes": 1},
+            "server": {"port": 0, "processes": 1, "model_name": MODEL},
         }
     )
 
