@@ -73,7 +73,7 @@ class Line:
         self._welcome = welcome
         self._slowly = slowly
         self._inflight: set[str] = set()
-        """Requests that this process submitted and that have not finished."""
+        """Requests that this process submitted, did not cancel, and that have not finished."""
         self._outbox = Outbox(sock, self._break)
         self._thread = threading.Thread(target=self._read, name="line", daemon=True)
         self._has_greeted = False
@@ -81,6 +81,8 @@ class Line:
         """The process accepts connections."""
         self.is_over = False
         """Nothing can be sent or received any more, and all its requests are cancelled."""
+        self.num_cancelled = 0
+        """How many requests that was."""
         self.problem: str | None = None
         """Why it is over, if the process did not just end."""
 
@@ -121,7 +123,9 @@ class Line:
             self._break(str(error))
         finally:
             self._outbox.close()
-            self._desk.cancel(self._inflight.copy())
+            left = self._inflight.copy()
+            self._desk.cancel(left)
+            self.num_cancelled = len(left)
             self.is_over = True
 
     def _break(self, why: str) -> None:
@@ -138,7 +142,7 @@ class Line:
         elif isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Cancel):
-            self._desk.cancel(self._inflight.intersection(message.request_ids))
+            self._cancel(message)
         elif isinstance(message, Ask):
             self._ask(message)
         elif isinstance(message, Ready):
@@ -165,6 +169,11 @@ class Line:
             self._outbox.say(refused(message.number, error))
         else:
             self._outbox.say(Accepted(message.number))
+
+    def _cancel(self, message: Cancel) -> None:
+        own = self._inflight.intersection(message.request_ids)
+        self._inflight -= own
+        self._desk.cancel(own)
 
     def _ask(self, message: Ask) -> None:
         if message.what in _SLOW:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from serving.border.engine_side import Line
 from serving.border.in_process import Desk
 from serving.border.messages import Welcome
-from serving.http.metrics import NUM_TALLIES
-from serving.http.tallies import shared_memory
+from serving.http.metrics import NUM_TALLIES, Metrics
+from serving.http.tallies import Tallies, shared_memory
 
 log = logging.getLogger(__name__)
 
@@ -47,22 +47,69 @@ class _Running:
     """When it was seen to be ready; monotonic clock."""
 
 
-class HttpProcesses:
-    """The HTTP processes of one server. All methods are for one thread."""
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A process that imports what it needs and waits to be greeted."""
 
-    def __init__(self, count: int, listener: socket.socket, desk: Desk, welcome: Welcome) -> None:
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+    """This side of the connection to it."""
+
+
+class Spawner:
+    """Makes the HTTP processes of a server. The first ones are made at once, so that they import
+    while the model loads."""
+
+    def __init__(self, count: int, listener: socket.socket) -> None:
         """
         Args:
-            count: how many, at least one.
+            count: how many HTTP processes the server has.
             listener: they accept connections from it; it stays open.
         """
+        self.count = count
         self._listener = listener
+        self._num_rows = count + 1
+        self._tallies = shared_memory(self._num_rows, NUM_TALLIES)
+        """Its last row is that of this process."""
+        self._early = {row: self._new(row) for row in range(count)}
+
+    def spawn(self, row: int) -> Spawned:
+        """A process for this row of the tallies, which no other one may have any more."""
+        return self._early.pop(row, None) or self._new(row)
+
+    def tallies(self) -> Tallies:
+        """Numbers of this process beside those of the others."""
+        return Tallies.mapped(self._tallies, self._num_rows, self.count)
+
+    def close(self) -> None:
+        """End the processes that nobody took."""
+        for spawned in self._early.values():
+            spawned.process.kill()
+            spawned.process.wait()
+            spawned.sock.close()
+        self._early.clear()
+        os.close(self._tallies)
+
+    def _new(self, row: int) -> Spawned:
+        own, other = socket.socketpair()
+        with other:
+            descriptors = self._listener.fileno(), other.fileno(), self._tallies
+            process = _python(descriptors, self._num_rows, row)
+        log.debug("HTTP process %d started", process.pid)
+        return Spawned(process, own)
+
+
+class HttpProcesses:
+    """The HTTP processes of a server that is ready. All methods are for one thread."""
+
+    def __init__(self, spawner: Spawner, desk: Desk, welcome: Welcome) -> None:
+        self._spawner = spawner
         self._desk = desk
         self._welcome = welcome
-        self._tallies = shared_memory(count, NUM_TALLIES)
+        self._metrics = Metrics(desk.model.model_name, spawner.tallies())
         self._slowly = ThreadPoolExecutor(max_workers=2, thread_name_prefix="orders")
-        self._running: list[_Running | None] = [None] * count
-        self._start_s = [0.0] * count
+        self._running: list[_Running | None] = [None] * spawner.count
+        self._start_s = [0.0] * spawner.count
         """Not to be started before; monotonic clock."""
         self._num_deaths = 0
         """Deaths at once since the last process that was of use."""
@@ -113,7 +160,6 @@ class HttpProcesses:
             if running is not None:
                 self._end(row, running)
         self._slowly.shutdown(wait=False, cancel_futures=True)
-        os.close(self._tallies)
 
     def _living(self) -> list[_Running]:
         return [one for one in self._running if one is not None]
@@ -126,17 +172,10 @@ class HttpProcesses:
             self._num_deaths = 0
 
     def _start(self, row: int) -> _Running:
-        own, other = socket.socketpair()
-        line = Line(own, self._desk, self._welcome, self._slowly)
-        with other:
-            process = _python(
-                [self._listener.fileno(), other.fileno(), self._tallies],
-                len(self._running),
-                row,
-            )
+        spawned = self._spawner.spawn(row)
+        line = Line(spawned.sock, self._desk, self._welcome, self._slowly)
         line.start()
-        log.debug("HTTP process %d started", process.pid)
-        return _Running(process, line)
+        return _Running(spawned.process, line)
 
     def _bury(self, row: int, running: _Running) -> None:
         """Clear up after a process that died or does not answer, and plan for the next one."""
@@ -163,6 +202,8 @@ class HttpProcesses:
         running.process.kill()
         running.process.wait()
         running.line.end()
+        for _ in range(running.line.num_cancelled):  # the process itself cannot count them any more
+            self._metrics.count_finished("cancelled")
         self._running[row] = None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from configs.schema import Settings
 from serving.border.engine_side import welcome_for
 from serving.border.in_process import Desk, InProcess
-from serving.border.processes import STOP_SIGNALS, HttpProcesses
+from serving.border.processes import STOP_SIGNALS, HttpProcesses, Spawner
 from serving.history import History, recorded
 from serving.http import answering_503, create_app, serve
 from serving.http.drain import Drain, announced
@@ -37,24 +37,27 @@ def num_processes(settings: Settings, on_gpu: bool) -> int:
 
 
 def serve_http(
-    service: Service, settings: Settings, listener: socket.socket, tokenizer: Path
+    service: Service,
+    settings: Settings,
+    listener: socket.socket,
+    tokenizer: Path,
+    spawner: Spawner,
 ) -> int:
     """Answer requests until told to stop.
 
     Args:
         service: started.
         tokenizer: folder with the target's tokenizer.
+        spawner: of the HTTP processes, if any; with a count of 0 HTTP is in this process.
 
     Returns:
         Exit code, see ``Drain.exit_code``; 1 also if HTTP processes die at once, again and again.
     """
-    on_gpu = service.engine.programs.target.device.type == "cuda"
-    count = num_processes(settings, on_gpu)
     with recorded(service.figures) as history:
-        if count == 0:
+        if spawner.count == 0:
             app = create_app(InProcess(service, history), settings)
             return serve(app, service.inbox, settings, listener, lambda: service.engine.has_failed)
-        return _serve_beside(service, settings, listener, tokenizer, count, history)
+        return _serve_beside(service, settings, listener, tokenizer, spawner, history)
 
 
 def _serve_beside(
@@ -62,12 +65,12 @@ def _serve_beside(
     settings: Settings,
     listener: socket.socket,
     tokenizer: Path,
-    count: int,
+    spawner: Spawner,
     history: History,
 ) -> int:
     drain = Drain(service.inbox, settings.server.drain_s, lambda: service.engine.has_failed)
     desk = Desk(service, history)
-    processes = HttpProcesses(count, listener, desk, welcome_for(desk, settings, tokenizer))
+    processes = HttpProcesses(spawner, desk, welcome_for(desk, settings, tokenizer))
     with _signals_to(drain), announced(listener, settings, service.model.model_name) as announce:
         left_s: float | None = None
         try:

@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from serving.border import server as border_server
-from serving.border.processes import MOST_DEATHS
+from serving.border.processes import MOST_DEATHS, Spawner
 from serving.border.server import serve_http
 from serving.http import bind
 from tests.serving.border.conftest import settings_of
@@ -134,6 +134,7 @@ def test_an_http_process_that_is_killed_costs_its_own_clients_only(pair: LiveSer
     with pair.openai() as client:
         for _ in range(8):
             assert client.completions.create(model=MODEL, prompt="a", max_tokens=1).choices
+    assert pair.metric("request_success_total", finished_reason="cancelled") == owners.count(victim)
     pids = children(pair)
     num_ended = owners.count(victim)
     num_counted = finished + 8 + len(streams) - num_ended
@@ -190,7 +191,9 @@ def test_a_server_whose_http_processes_cannot_start_gives_up(
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     settings = settings_of(tiny_target_dir, tmp_path)
     service = new_service()
-    assert serve_http(service, settings, listener, tiny_target_dir) == 1
+    spawner = Spawner(1, listener)
+    assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 1
+    spawner.close()
     assert f"{MOST_DEATHS} HTTP processes in a row died" in caplog.text
 
 
@@ -220,7 +223,9 @@ def test_an_engine_that_cannot_go_on_ends_the_server_with_an_exit_code(
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert serve_http(service, settings, listener, tiny_target_dir) == 1
+    spawner = Spawner(1, listener)
+    assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 1
+    spawner.close()
     asking.join(60)
     assert endings[-1] == "engine_gone"
     assert "the engine cannot go on: the server ends" in caplog.text
