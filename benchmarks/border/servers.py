@@ -34,11 +34,12 @@ class BenchServer:
 
     @property
     def http_pids(self) -> list[int]:
-        """Its HTTP processes, also those that are starting."""
+        """Its HTTP processes that accept connections."""
+        ready = {int(pid) for pid in re.findall(r"HTTP process (\d+) accepts", self.log)}
         found: list[int] = []
         for task in Path(f"/proc/{self.child.process.pid}/task").iterdir():
             found += [int(pid) for pid in (task / "children").read_text().split()]
-        return sorted(pid for pid in found if b"serving.border" in _command(pid))
+        return sorted(pid for pid in found if pid in ready)
 
     def metrics(self) -> dict[str, float]:
         """Sums of all samples of each name, without the prefix."""
@@ -81,10 +82,3 @@ def kill(pid: int) -> None:
     """SIGKILL, if it lives."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""

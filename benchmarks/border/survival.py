@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +114,14 @@ def _kill_now_and_then(
     stopping: threading.Event,
     killed: list[int],
 ) -> None:
-    """Kill an HTTP process, any of those that run."""
+    """Kill any HTTP process, once all of them accept connections."""
     numbers = random.Random(seed)
     while not stopping.wait(every_s):
-        pids = [pid for pid in server.http_pids if pid not in killed]
-        if len(pids) == processes and _answers(server):
-            killed.append(numbers.choice(pids))
-            kill(killed[-1])
-
-
-def _answers(server: BenchServer) -> bool:
-    try:
-        return httpx.get(f"{server.url}/ready", timeout=10).status_code == 200
-    except httpx.HTTPError:
-        return False
+        while len(pids := [pid for pid in server.http_pids if pid not in killed]) < processes:
+            if stopping.wait(0.1):
+                return
+        killed.append(numbers.choice(pids))
+        kill(killed[-1])
 
 
 def _ask(server: BenchServer, findings: Findings, number: int) -> None:
@@ -159,19 +154,26 @@ def _ending(server: BenchServer, kind: str, numbers: random.Random) -> str:
     body |= more
     if kind == "invalid":
         body["max_tokens"] = 10_000
+    if body["stream"]:
+        leaves_after = numbers.randint(0, 8) if kind == "leaves" else None
+        return _streamed(server.url + path, body, num_tokens, leaves_after)
     timeout = httpx.Timeout(ANSWER_S)
     if kind == "gives up":
         timeout = httpx.Timeout(ANSWER_S, read=numbers.uniform(0.001, 0.1))
-    with httpx.Client(base_url=server.url, timeout=timeout) as client:
-        if body["stream"]:
-            leaves_after = numbers.randint(0, 8) if kind == "leaves" else None
-            return _streamed(client, path, body, num_tokens, leaves_after)
-        try:
-            return _whole(client.post(path, json=body), kind, num_tokens)
-        except httpx.ReadTimeout:
-            if kind == "gives up":
-                return "left"
-            raise
+    try:
+        answer = _client().post(server.url + path, json=body, timeout=timeout)
+    except httpx.ReadTimeout:
+        if kind == "gives up":
+            return "left"
+        raise
+    return _whole(answer, kind, num_tokens)
+
+
+@cache
+def _client() -> httpx.Client:
+    """For all requests; each has a connection of its own, so that they spread over processes."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.Client(timeout=ANSWER_S, limits=limits)
 
 
 def _whole(answer: httpx.Response, kind: str, num_tokens: int) -> str:
@@ -196,8 +198,7 @@ def _refusal(status: int, text: str, kind: str) -> str:
 
 
 def _streamed(
-    client: httpx.Client,
-    path: str,
+    url: str,
     body: dict[str, Any],
     num_tokens: int,
     leaves_after: int | None,
@@ -208,7 +209,7 @@ def _streamed(
         leaves_after: leave after so many events; ``None``: stay.
     """
     tokens, events, last = 0, 0, ""
-    with client.stream("POST", path, json=body) as answer:
+    with _client().stream("POST", url, json=body) as answer:
         if answer.status_code != 200:
             return _refusal(answer.status_code, answer.read().decode(), "stream")
         for line in answer.iter_lines():
@@ -243,15 +244,15 @@ def _full_batch(server: BenchServer) -> int:
     body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
     with ThreadPoolExecutor(MAX_BATCH) as pool:
         url = f"{server.url}/v1/completions"
-        answers = pool.map(lambda _: httpx.post(url, json=body, timeout=ANSWER_S), range(MAX_BATCH))
+        answers = pool.map(lambda _: _client().post(url, json=body), range(MAX_BATCH))
         return sum(answer.status_code == 200 for answer in answers)
 
 
 def rows_of(figures: dict[str, Any]) -> list[Row]:
     """The claims of a run."""
     about = (
-        f"{figures['requests']:,} requests of mixed kinds, {figures['killed']} of "
-        f"{figures['http_processes']} HTTP processes killed in turn"
+        f"{figures['requests']:,} requests of mixed kinds, {figures['http_processes']} HTTP "
+        f"processes, {figures['killed']} times one killed"
     )
     none = [
         ("requests left in the engine", figures["left_num_requests_running"]),

@@ -168,6 +168,7 @@ class HttpProcesses:
         now_s = time.monotonic()
         if running.ready_s is None:
             running.ready_s = now_s
+            log.info("HTTP process %d accepts connections", running.process.pid)
         elif now_s - running.ready_s > _LIVED_S:
             self._num_deaths = 0
 
