@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from benchmarks.border.servers import BenchServer, bench_server
 from benchmarks.harness.results import Row, at_least, at_most, say
 
 WARM_S = 2.0
-"""Streams run for so long before anything is counted."""
+"""All streams are open for so long before anything is counted."""
 PROMPT_TOKENS = 32
 STREAM_TOKENS = 192
 """Tokens of each request; the next one follows at once."""
@@ -139,47 +139,63 @@ def _http(load: Load, clients: Sequence[int], processes: int) -> list[Measured]:
 def _streams(load: Load, server: BenchServer, num: int) -> Measured:
     parts = [min(CLIENTS_EACH, num - start) for start in range(0, num, CLIENTS_EACH)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(parts), context) as pool:
-        begin_s = time.time() + 2.0 + WARM_S
+    with ProcessPoolExecutor(len(parts), context) as pool, tempfile.TemporaryDirectory() as name:
+        stop = Path(name) / "stop"
         jobs = [
-            pool.submit(run_clients, server.port, load, part, seed, begin_s)
+            pool.submit(run_clients, server.port, load, part, seed, stop)
             for seed, part in enumerate(parts)
         ]
-        time.sleep(max(0.0, begin_s - time.time()))
-        before, from_s = server.metrics(), time.perf_counter()
-        time.sleep(load.seconds)
-        after, to_s = server.metrics(), time.perf_counter()
-        gaps = tuple(gap for job in jobs for gap in job.result())
+        try:
+            _wait_for_all(server, num, jobs)
+            time.sleep(WARM_S)
+            begin_s, before, from_s = time.time(), server.metrics(), time.perf_counter()
+            time.sleep(load.seconds)
+            after, to_s, end_s = server.metrics(), time.perf_counter(), time.time()
+        finally:
+            stop.touch()
+        timed = [one for job in jobs for one in job.result()]
     tokens = after["generation_tokens_total"] - before["generation_tokens_total"]
+    gaps = tuple(gap for at_s, gap in timed if begin_s <= at_s < end_s)
     return Measured(tokens / (to_s - from_s), gaps)
 
 
-def run_clients(port: int, load: Load, num: int, seed: int, begin_s: float) -> list[float]:
-    """Keep so many streams open. Returns the gaps between events, in seconds.
+def _wait_for_all(server: BenchServer, num: int, jobs: Sequence[Future[Any]]) -> None:
+    """Wait until all streams are open.
 
-    Args:
-        begin_s: Unix time from which gaps count; all ends ``load.seconds`` later.
+    Raises:
+        Exception: that of a client that failed.
+    """
+    while True:
+        found = server.metrics()
+        if found["num_requests_running"] + found["num_requests_waiting"] >= num:
+            return
+        for job in jobs:
+            if job.done():
+                job.result()
+        time.sleep(0.05)
+
+
+def run_clients(
+    port: int, load: Load, num: int, seed: int, stop: Path
+) -> list[tuple[float, float]]:
+    """Keep so many streams open until the file ``stop`` is there.
+
+    Returns:
+        (Unix time, gap) in seconds, for every event of a stream but its first.
     """
     numbers = np.random.default_rng(seed)
-    prompts = numbers.integers(0, load.vocab_size, (64, PROMPT_TOKENS)).tolist()
-    gaps: list[float] = []
+    prompts = numbers.integers(0, load.vocab_size, (num, PROMPT_TOKENS)).tolist()
+    gaps: list[tuple[float, float]] = []
 
     async def run() -> None:
-        ends_s = begin_s + load.seconds
-        streams = [
-            asyncio.create_task(
-                _stream(port, load, prompts[i % len(prompts)], begin_s, ends_s, gaps)
-            )
-            for i in range(num)
-        ]
-        await asyncio.gather(*streams)
+        await asyncio.gather(*(_stream(port, load, prompt, stop, gaps) for prompt in prompts))
 
     asyncio.run(run())
     return gaps
 
 
 async def _stream(
-    port: int, load: Load, prompt: list[int], begin_s: float, ends_s: float, gaps: list[float]
+    port: int, load: Load, prompt: list[int], stop: Path, gaps: list[tuple[float, float]]
 ) -> None:
     """One request after the other, on one connection. Reads lines only: a client that parsed JSON
     would be the limit."""
@@ -199,7 +215,7 @@ async def _stream(
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    while time.time() < ends_s:
+    while not stop.exists():
         writer.write(head + body)
         last_s: float | None = None
         while True:
@@ -209,8 +225,8 @@ async def _stream(
             if not line.startswith(b"data: "):
                 continue
             now_s = time.perf_counter()
-            if last_s is not None and begin_s <= time.time() < ends_s:
-                gaps.append(now_s - last_s)
+            if last_s is not None:
+                gaps.append((time.time(), now_s - last_s))
             last_s = now_s
         if not line:
             raise ConnectionError("the server closed the connection")
