@@ -160,6 +160,9 @@ class Drain:
         """Nothing is in flight any more but responses that clients are reading."""
         self._deadline_s: float | None = None
         """End of the drain on the monotonic clock; ``None`` before it begins."""
+        self.is_forced = False
+        """Told to end without waiting for any client: by a signal that came when it was closing
+        already, or by a third one."""
         self.has_failed = False
         """The engine could not go on, or ``fail`` was called."""
 
@@ -167,11 +170,8 @@ class Drain:
         """Only sets flags: it interrupts the main thread anywhere, and the interrupted code may
         hold the locks that a longer call needs."""
         self._num_signals += 1
-
-    @property
-    def is_forced(self) -> bool:
-        """Told to end without waiting for any client."""
-        return self._num_signals > (1 if self._is_closing else 2)
+        if self._num_signals > (1 if self._is_closing else 2):
+            self.is_forced = True
 
     @property
     def is_cut_short(self) -> bool:
