@@ -162,7 +162,7 @@ class Process:
 def bundled_prompts(num_tokens: int, count: int = 64) -> list[list[int]]:
     """Beginnings of Python files, tokenized by the bundled tokenizer and cut to one length."""
     from examples import corpus
-    from targets.load import load_tokenizer
+    from targets.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(THIS / "examples" / "target")
     texts = corpus.prompts("python", 2 * count, 11, 6 * num_tokens, 6 * num_tokens + 400)

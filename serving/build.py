@@ -39,15 +39,17 @@ from serving.engine.programs import Sizes, fuse
 from serving.kept_profile import facts_of, kept_or_measured
 from serving.model_len import model_len, with_model_len
 from serving.profile import profile_steps
-from serving.service import ServedModel, Service
+from serving.served_model import ServedModel
+from serving.service import Service
 from serving.swap.flat_weights import Expected, FlatWeights
 from serving.swap.in_force import WeightsInForce
 from serving.swap.swapper import Shelf, Swapper
 from specops.verify_logits import Rule
 from targets.find import checked_folder, target_name
 from targets.fits import check_tokenizer
-from targets.load import load_config, load_model, load_tokenizer, pick_device, pick_dtype
+from targets.load import load_config, load_model, pick_device, pick_dtype
 from targets.target import Target
+from targets.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -30,6 +33,7 @@ from policies.catalog import policy_class
 from serving.disk import warn_without_disk
 
 if TYPE_CHECKING:
+    from serving.border.processes import Spawner
     from serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -53,16 +57,34 @@ def launch(
     _check_kinds(settings)
     set_up_logging(settings.log_level)
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
-    try:
-        bound, service = _load(settings)
-    except (OSError, ValueError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(code=exit_code(error)) from error
-    raise typer.Exit(_serve(settings, bound, service))
+    with ExitStack() as stack:
+        try:
+            loaded = _load(settings, stack)
+        except (OSError, ValueError) as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(code=exit_code(error)) from error
+        code = _serve(settings, loaded)
+    raise typer.Exit(code)
 
 
-def _load(settings: Settings) -> tuple[socket.socket, Service]:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """All that a server consists of."""
+
+    bound: socket.socket
+    """The listening socket."""
+    service: Service
+    folder: Path
+    """Of the target."""
+    spawner: Spawner
+    """Of its HTTP processes, which import while the model loads."""
+
+
+def _load(settings: Settings, stack: ExitStack) -> _Loaded:
     """Take the port, then load everything. What can be refused at once is refused before that.
+
+    Args:
+        stack: gets what is to be closed in the end.
 
     Raises:
         ValueError, OSError: the server cannot start; the message says why.
@@ -73,24 +95,31 @@ def _load(settings: Settings) -> tuple[socket.socket, Service]:
     from targets.find import checked_folder
 
     bound = bind(settings)
-    checked_folder(settings.target, settings.target_cache)
+    folder = checked_folder(settings.target, settings.target_cache)
     warn_without_disk(settings)
     with answering_503(bound):
+        from serving.border.processes import Spawner
+        from serving.border.server import num_processes
         from serving.build import build_service
+        from targets.load import pick_device
 
         log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
-        return bound, build_service(settings)
+        on_gpu = pick_device(settings.device).type == "cuda"
+        spawner = Spawner(num_processes(settings, on_gpu), bound)
+        stack.callback(spawner.close)
+        return _Loaded(bound, build_service(settings), folder, spawner)
 
 
-def _serve(settings: Settings, bound: socket.socket, service: Service) -> int:
+def _serve(settings: Settings, loaded: _Loaded) -> int:
     """Answer requests until told to stop; returns the exit code."""
-    from serving.http import create_app, serve
+    from serving.border.server import serve_http
     from serving.periodic import periodic_stats
 
+    service = loaded.service
     service.start()
     try:
         with periodic_stats(service.figures, settings.server.log_stats_s):
-            code = serve(create_app(service, settings), service.model, settings, bound)
+            code = serve_http(service, settings, loaded.bound, loaded.folder, loaded.spawner)
     finally:
         service.stop()
     log.info("stopped")

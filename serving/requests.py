@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from serving.sampling import SamplingParams
 
 __all__ = [
+    "ENGINE_GONE",
     "DrainingError",
     "EngineFigures",
+    "EngineGoneError",
     "FinishReason",
     "OnOutput",
     "Output",
@@ -19,6 +21,7 @@ __all__ = [
     "SamplingParams",
     "SpeculationStats",
     "TokenLogprob",
+    "join_outputs",
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -30,6 +33,14 @@ class QueueFullError(Exception):
 
 class DrainingError(Exception):
     """The server is shutting down and admits nothing new; the caller answers 503."""
+
+
+class EngineGoneError(Exception):
+    """The engine does not run any more; the caller answers 503."""
+
+
+ENGINE_GONE = "engine_gone"
+"""Error code of an output that ends a request because its engine does not run any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,36 @@ class Output:
     """Error message, with finish_reason ``error``."""
     error_code: str | None = None
     """What went wrong in one word, if the client is to know; then ``error`` is for the client."""
+
+    @classmethod
+    def engine_gone(cls, request_id: str) -> Output:
+        """The last output of a request whose engine does not run any more."""
+        return cls(
+            request_id=request_id,
+            text="",
+            token_ids=(),
+            logprobs=None,
+            finish_reason="error",
+            stats=SpeculationStats(0, 0, 0, 0),
+            num_prompt_tokens=0,
+            num_cached_tokens=0,
+            error="The engine has stopped, so this request has no further answer; retry it.",
+            error_code=ENGINE_GONE,
+        )
+
+
+def join_outputs(outputs: Sequence[Output]) -> Output:
+    """Several consecutive outputs of one request joined into one."""
+    last = outputs[-1]
+    if len(outputs) == 1:
+        return last
+    logprobs = [entry for output in outputs for entry in output.logprobs or ()]
+    return replace(
+        last,
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        logprobs=tuple(logprobs) if outputs[0].logprobs is not None else None,
+    )
 
 
 OnOutput = Callable[[Output], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from policies.arms import ArmPolicies
@@ -13,6 +13,7 @@ from serving.capture.traces import TraceMaker
 from serving.engine.inbox import Inbox
 from serving.engine.loop import Engine
 from serving.requests import EngineFigures
+from serving.served_model import ServedModel
 from serving.swap.swapper import Swapper
 
 _FULL_COLLECTION = 1000
@@ -20,25 +21,8 @@ _FULL_COLLECTION = 1000
 load, where Python's default of 10 makes it 8 seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The target and its limits; constant while the server runs."""
-
-    model_name: str
-    tokenizer: Any
-    """The target's ``transformers`` tokenizer."""
-    vocab_size: int
-    max_model_len: int
-    """Maximum number of tokens of a request, prompt and completion together."""
-    max_draft: int
-    """Largest K that may be chosen."""
-    created_unix_s: int
-    drafters: tuple[str, ...] | None = None
-    """Kinds that a request may name; ``None``: requests may not choose."""
-
-
 class Service:
-    """A ``serving.http.face.RunningServer``: it starts and stops its parts together."""
+    """It starts and stops its parts together. ``serving.border`` shows it to HTTP."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Load a target: device, dtype, model and tokenizer from their settings and its folder."""
+"""Load a target: device, dtype and model from their settings and its folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -77,8 +77,3 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
 def load_config(folder: Path) -> Any:
     """Hugging Face config in ``folder``; runs no code from the folder."""
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Tokenizer in ``folder``; runs no code from the folder."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,8 +1,9 @@
 """Random request bodies get the same answer from a server with drafts as from one without.
 
-Two applications (``serving.http``) in this process, each with its own engine. Whole answers are
-compared, including multiple choices per prompt and ``usage``, except for ids, times and fields that
-say how the answer was computed (``oracles/random_bodies.py``). Many requests are in flight at once.
+Two applications (``serving.http``) in this process, each with its own engine behind the messages
+that HTTP processes exchange with it. Whole answers are compared, including multiple choices per
+prompt and ``usage``, except for ids, times and fields that say how the answer was computed
+(``oracles/random_bodies.py``). Many requests are in flight at once.
 
 Needs httpx, which a server does not.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi import FastAPI
 
 from benchmarks.harness.engines import release
 from benchmarks.lossless.engines import MAX_BATCH, PLAIN_BATCH, Run, engine_of, texts
@@ -124,11 +126,16 @@ def _answers(
 
 
 async def _ask(service: Service, asked: list[Asked]) -> list[Body]:
-    import httpx  # only this part needs it
-
+    from oracles.border import across_the_border
     from serving.http.app import create_app
 
-    app = create_app(service, Settings(target="examples/target"))
+    async with across_the_border(service) as server:
+        return await _ask_all(create_app(server, Settings(target="examples/target")), asked)
+
+
+async def _ask_all(app: FastAPI, asked: list[Asked]) -> list[Body]:
+    import httpx  # only this part needs it
+
     gate = asyncio.Semaphore(_AT_ONCE)
     transport = httpx.ASGITransport(app=app)
     client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None)

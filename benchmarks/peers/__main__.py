@@ -55,7 +55,8 @@ from benchmarks.peers.decoders import (
 from benchmarks.peers.steps import compare_steps
 from examples import corpus
 from policies.fixed import FixedPolicy
-from targets.load import load_tokenizer, pick_device, pick_dtype
+from targets.load import pick_device, pick_dtype
+from targets.tokenizer import load_tokenizer
 
 OURS = "ours, off"
 ASSISTANT_LAYERS = 4

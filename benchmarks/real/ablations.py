@@ -48,7 +48,7 @@ from drafters.trainable import trainable
 from examples.traffic.chat import Domain, chat_prompts
 from targets.find import target_folder
 from targets.head import TargetHead, load_target_head
-from targets.load import load_tokenizer
+from targets.tokenizer import load_tokenizer
 from trainer.build import expected_of
 from trainer.dataset import Expected
 from trainer.gate import Judge

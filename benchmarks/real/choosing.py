@@ -50,7 +50,7 @@ from serving.profile import profile_steps
 from serving.requests import Request, SamplingParams
 from serving.service import Service
 from targets.find import target_folder
-from targets.load import load_tokenizer
+from targets.tokenizer import load_tokenizer
 
 ARM_DOMAINS: tuple[Domain, ...] = DOMAINS[:4]
 MAX_DRAFT = 8

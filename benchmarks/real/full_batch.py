@@ -34,7 +34,7 @@ from benchmarks.real.speculation import FIXED, OFF, POLICY, engine_for, made_by,
 from buffer.folder_weights import FolderWeights
 from policies.fixed import FixedPolicy
 from policies.interface import DraftPolicy
-from targets.load import load_tokenizer
+from targets.tokenizer import load_tokenizer
 
 UNHELD = ", unheld"
 ARMS = (

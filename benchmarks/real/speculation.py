@@ -47,7 +47,8 @@ from buffer.records import Acceptance
 from examples import corpus
 from policies.fixed import FixedPolicy
 from policies.interface import DraftPolicy
-from targets.load import load_model, load_tokenizer
+from targets.load import load_model
+from targets.tokenizer import load_tokenizer
 
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "c")
 OFF, POLICY = "off", "policy"

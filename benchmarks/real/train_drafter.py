@@ -44,7 +44,7 @@ from policies.replay import is_held_out
 from serving.requests import Request, SamplingParams
 from serving.service import Service
 from targets.head import TargetHead, load_target_head
-from targets.load import load_tokenizer
+from targets.tokenizer import load_tokenizer
 from trainer.build import expected_of
 from trainer.dataset import Expected, Refusal, sample_of
 from trainer.figures import UpdateReport

@@ -24,7 +24,7 @@ from serving.engine.prefill import Prefilled
 from serving.engine.programs import Programs
 from serving.engine.scheduler import Chunk, Scheduler
 from serving.engine.sequence import Sequence
-from serving.requests import EngineFigures
+from serving.requests import EngineFigures, Output
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,12 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    @property
+    def has_failed(self) -> bool:
+        """The thread has ended by itself, because it could not go on."""
+        has_run = self._thread.ident is not None
+        return has_run and not self._thread.is_alive() and not self.inbox.is_closed
+
     def complaint(self) -> str | None:
         """Why this engine should get no requests; ``None`` if it is ready."""
         if not self._thread.is_alive():
@@ -132,6 +138,15 @@ class Engine:
     # ---- the loop ------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._steps()
+        except BaseException:  # the end of the thread
+            log.critical("the engine cannot go on", exc_info=True)
+            self.inbox.drain()
+            for sequence in self.inbox.inflight():
+                sequence.on_output(Output.engine_gone(sequence.request.id))
+
+    def _steps(self) -> None:
         with torch.inference_mode():
             while not self.inbox.is_closed:
                 try:
@@ -346,3 +361,5 @@ class Engine:
             )
         if self.programs.ring is not None:
             self.programs.ring.synchronise()
+        if self.programs.target.device.type == "cuda":
+            torch.cuda.synchronize()  # raises if the device is lost: then the engine ends

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,18 +19,25 @@ from serving.http.errors import (
     ApiError,
     on_api_error,
     on_client_gone,
+    on_engine_gone,
     on_http_exception,
     on_query_error,
 )
 from serving.http.face import RunningServer
-from serving.http.history import PERIOD_S, History
 from serving.http.metrics import Metrics
 from serving.http.prompts import PromptEncoder
 from serving.http.routes import ALL
+from serving.http.tallies import Tallies
+from serving.requests import EngineGoneError
 
 
-def create_app(server: RunningServer, settings: Settings) -> FastAPI:
+def create_app(
+    server: RunningServer, settings: Settings, tallies: Tallies | None = None
+) -> FastAPI:
     """The HTTP application of one running server.
+
+    Args:
+        tallies: counted together with other processes, see ``Metrics``; ``None``: alone.
 
     Raises:
         ValueError: the settings contradict each other, e.g. an address that is not loopback
@@ -53,6 +58,7 @@ def create_app(server: RunningServer, settings: Settings) -> FastAPI:
         redirect_slashes=False,  # a redirect would repeat the client's Host header
         exception_handlers={
             ApiError: on_api_error,
+            EngineGoneError: on_engine_gone,
             HTTPException: on_http_exception,
             RequestValidationError: on_query_error,
             ClientDisconnect: on_client_gone,
@@ -64,9 +70,8 @@ def create_app(server: RunningServer, settings: Settings) -> FastAPI:
         Context(
             server=server,
             settings=settings,
-            metrics=Metrics(server),
+            metrics=Metrics(server.model.model_name, tallies),
             prompts=PromptEncoder(server.model.tokenizer),
-            history=History(),
         ),
     )
     return app
@@ -74,15 +79,5 @@ def create_app(server: RunningServer, settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    context = of_app(app)
-    sampling = asyncio.create_task(_sample(context))
     yield
-    sampling.cancel()
-    context.prompts.close()
-
-
-async def _sample(context: Context) -> None:
-    """Record the dashboard's history."""
-    while True:
-        context.history.add(time.time(), context.server.figures())
-        await asyncio.sleep(PERIOD_S)
+    of_app(app).prompts.close()

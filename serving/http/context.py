@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 from fastapi import FastAPI
@@ -10,12 +10,11 @@ from starlette.requests import HTTPConnection
 
 from configs.schema import Settings
 from serving.http.face import RunningServer
-from serving.http.history import History
 from serving.http.metrics import Metrics
 from serving.http.prompts import PromptEncoder
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Context:
     """One instance per app; two apps in a process share nothing."""
 
@@ -23,24 +22,6 @@ class Context:
     settings: Settings
     metrics: Metrics
     prompts: PromptEncoder
-    history: History
-    is_draining: bool = False
-    inflight_ids: set[str] = field(default_factory=set)
-    """Engine requests whose HTTP response is not finished."""
-
-    def begin_drain(self) -> None:
-        """Answer /ready with 503 and admit no requests; those in flight continue."""
-        self.is_draining = True
-        self.server.inbox.drain()
-
-    def cancel_inflight(self) -> None:
-        for request_id in list(self.inflight_ids):
-            self.server.inbox.cancel(request_id)
-
-    @property
-    def complaint(self) -> str | None:
-        """Why /ready answers 503; ``None`` if it does not."""
-        return "draining" if self.is_draining else self.server.complaint()
 
 
 def attach(app: FastAPI, context: Context) -> None:

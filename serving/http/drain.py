@@ -3,17 +3,19 @@
 On SIGTERM or SIGINT, /ready turns 503 and no new requests are admitted, while the listener stays
 open so that load balancers can see it. Requests in flight get at most ``server.drain_s`` to finish;
 then the process exits with 0. A second signal ends them at once: each is told so, and the process
-exits with 1. A third one waits for no client.
+exits with 1. A third one waits for no client. An engine that cannot go on ends the server with 1.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Protocol
 
 import h11
 import uvicorn
@@ -22,9 +24,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.schema import Settings
 from serving.http.boundary import MAX_HEAD_BYTES
-from serving.http.context import Context, of_app
+from serving.http.context import of_app
 from serving.http.errors import ApiError, invalid, logger
-from serving.http.face import ServedModel
 from serving.http.server_file import SERVER_FILE, ServerFile, remove_stale
 
 HEADER_S = 10.0
@@ -40,49 +41,65 @@ BACKLOG = 2048
 
 
 def serve(
-    app: FastAPI, model: ServedModel, settings: Settings, bound: socket.socket | None = None
+    app: FastAPI,
+    inbox: Inflight,
+    settings: Settings,
+    bound: socket.socket | None = None,
+    has_failed: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Answer requests until a signal arrives.
+    """Answer requests in this process until a signal arrives.
 
     Args:
         bound: socket from ``bind``, for a caller that wants to fail early if the port is taken.
+        has_failed: whether the engine cannot go on, which ends the server.
 
     Returns:
-        Exit code: 0 after a drain, 1 when a second signal cut it short.
+        Exit code: 0 after a drain, 1 when a second signal cut it short, or the engine failed.
 
     Raises:
         OSError: the address cannot be bound.
     """
     listener = bind(settings) if bound is None else bound
+    drain = Drain(inbox, settings.server.drain_s, has_failed)
+    with announced(listener, settings, of_app(app).server.model.model_name) as announce:
+        DrainingServer(http_config(app), drain, announce).run(sockets=[listener])
+    return drain.exit_code
+
+
+@contextlib.contextmanager
+def announced(
+    listener: socket.socket, settings: Settings, model_name: str
+) -> Iterator[Callable[[], None]]:
+    """What to call once the server answers: it writes ``server.json``, which is removed when the
+    block ends."""
     host, port = listener.getsockname()[:2]
-    file = ServerFile(settings.run_dir, host, port, model.model_name)
+    file = ServerFile(settings.run_dir, host, port, model_name)
 
     def announce() -> None:
         file.start()
         shown = f"[{host}]" if ":" in host else host
-        logger.info("ready: serving %s at http://%s:%d", model.model_name, shown, port)
+        logger.info("ready: serving %s at http://%s:%d", model_name, shown, port)
 
-    server = DrainingServer(
-        uvicorn.Config(
-            app,
-            http=GuardedProtocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        ),
-        of_app(app),
-        announce,
-    )
     try:
-        server.run(sockets=[listener])
+        yield announce
     finally:
         file.stop()
-    return 1 if server.is_cut_short else 0
+
+
+def http_config(app: FastAPI) -> uvicorn.Config:
+    """How every process speaks HTTP."""
+    return uvicorn.Config(
+        app,
+        http=GuardedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    )
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -112,71 +129,128 @@ def bind(settings: Settings) -> socket.socket:
     return bound
 
 
-class DrainingServer(uvicorn.Server):
-    """uvicorn's server, drained before its shutdown."""
+class Inflight(Protocol):
+    """The requests of the engine, as ``serving.engine.inbox.Inbox``."""
+
+    def drain(self) -> None:
+        """Admit no new requests; those in flight continue."""
+
+    def cancel_all(self) -> None:
+        """End those in flight."""
+
+    def num_inflight(self) -> int:
+        """Requests submitted and not finished."""
+
+
+class Drain:
+    """From the first signal to the moment when only responses are left."""
 
     def __init__(
-        self, config: uvicorn.Config, context: Context, announce: Callable[[], None]
+        self, inbox: Inflight, drain_s: float, has_failed: Callable[[], bool] = lambda: False
     ) -> None:
-        super().__init__(config)
-        self._context = context
-        self._announce = announce
+        """
+        Args:
+            has_failed: whether the engine cannot go on, which ends the server at once.
+        """
+        self._inbox = inbox
+        self._drain_s = drain_s
+        self._has_failed = has_failed
         self._num_signals = 0
         self._is_closing = False
         """Nothing is in flight any more but responses that clients are reading."""
         self._deadline_s: float | None = None
         """End of the drain on the monotonic clock; ``None`` before it begins."""
+        self.is_forced = False
+        """Told to end without waiting for any client: by a signal that came when it was closing
+        already, or by a third one."""
+        self.has_failed = False
+        """The engine could not go on, or ``fail`` was called."""
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._announce()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def on_signal(self, sig: int, frame: FrameType | None) -> None:
         """Only sets flags: it interrupts the main thread anywhere, and the interrupted code may
         hold the locks that a longer call needs."""
         self._num_signals += 1
         if self._num_signals > (1 if self._is_closing else 2):
-            self.should_exit = self.force_exit = True
+            self.is_forced = True
 
     @property
     def is_cut_short(self) -> bool:
         """Told to end before all requests had."""
         return self._num_signals > 1
 
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.is_cut_short or self.has_failed else 0
+
+    def fail(self) -> None:
+        """End the server: clients cannot be served any more."""
+        self.has_failed = True
+
+    def tick(self) -> float | None:
+        """To be called ten times a second. Returns ``None`` until the listener is to be closed,
+        then the seconds that responses may still take."""
+        if self._has_failed() and not self.has_failed:
+            logger.critical("the engine cannot go on: the server ends; its log above says why")
+            self.fail()
+        if self.has_failed:
+            self._inbox.drain()
+            self._is_closing = True
+            return LAST_WORDS_S
+        if self._num_signals == 0:
+            return None
+        if self._deadline_s is None:
+            self._deadline_s = self._begin()
+        return self._left(self._deadline_s)
+
+    def _begin(self) -> float:
+        self._inbox.drain()
+        logger.warning(
+            "draining: %d requests in flight get up to %.0f s; a second signal stops immediately",
+            self._inbox.num_inflight(),
+            self._drain_s,
+        )
+        return time.monotonic() + self._drain_s
+
+    def _left(self, deadline_s: float) -> float | None:
+        """As ``tick``: not ``None`` if nothing is in flight, or the time is up."""
+        left_s = 0.0 if self.is_cut_short else deadline_s - time.monotonic()
+        num_left = self._inbox.num_inflight()
+        if num_left and left_s > 0:
+            return None
+        if num_left:
+            why = "a second signal came" if self.is_cut_short else "drain time is up"
+            logger.warning("%s: cancelling %d requests", why, num_left)
+            self._inbox.cancel_all()
+        self._is_closing = True
+        # For responses still being written: a slow reader gets the rest of the drain.
+        return max(left_s, LAST_WORDS_S)
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, drained before its shutdown."""
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._drain.on_signal(sig, frame)
+        if self._drain.is_forced:
+            self.should_exit = self.force_exit = True
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second. Returns True to end the main loop."""
         if await super().on_tick(counter):
             return True
-        if self._num_signals == 0:
+        left_s = self._drain.tick()
+        if left_s is None:
             return False
-        if self._deadline_s is None:
-            self._begin_drain()
-        return self._is_drained()
-
-    def _begin_drain(self) -> None:
-        drain_s = self._context.settings.server.drain_s
-        self._deadline_s = time.monotonic() + drain_s
-        self._context.begin_drain()
-        logger.warning(
-            "draining: %d requests in flight get up to %.0f s; a second signal stops immediately",
-            self._context.server.inbox.num_inflight(),
-            drain_s,
-        )
-
-    def _is_drained(self) -> bool:
-        """True if nothing is in flight, or if the time is up."""
-        assert self._deadline_s is not None
-        left_s = 0.0 if self.is_cut_short else self._deadline_s - time.monotonic()
-        num_left = self._context.server.inbox.num_inflight()
-        if num_left and left_s > 0:
-            return False
-        if num_left:
-            why = "a second signal came" if self.is_cut_short else "drain time is up"
-            logger.warning("%s: cancelling %d requests", why, num_left)
-            self._context.cancel_inflight()
-        self._is_closing = True
-        # For responses still being written: a slow reader gets the rest of the drain.
-        self.config.timeout_graceful_shutdown = math.ceil(max(left_s, LAST_WORDS_S))
+        self.config.timeout_graceful_shutdown = math.ceil(left_s)
         return True
 
 

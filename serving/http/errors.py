@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from serving.requests import ENGINE_GONE
+
 logger = logging.getLogger("serving.http")
 
 INTERNAL_MESSAGE = "The server failed on this request; its log has the details."
@@ -84,6 +86,16 @@ def overloaded(message: str) -> ApiError:
 def unavailable(message: str) -> ApiError:
     """503: this server is shutting down; another may answer."""
     return ApiError(503, message, code="draining", headers={"Retry-After": "1"})
+
+
+def engine_gone() -> ApiError:
+    """503: the engine does not run any more; the server is about to end."""
+    return ApiError(
+        503,
+        "The engine has stopped; this server ends. Retry the request.",
+        code=ENGINE_GONE,
+        headers={"Retry-After": "1"},
+    )
 
 
 def internal(request_id: str) -> ApiError:
@@ -167,6 +179,10 @@ async def on_query_error(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     param = ".".join(printable(str(part)) for part in first["loc"][1:])
     return invalid(f"{param}: {first['msg']}", param=param).response()
+
+
+async def on_engine_gone(request: Request, error: Exception) -> Response:
+    return engine_gone().response()
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:

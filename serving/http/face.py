@@ -1,111 +1,76 @@
-"""What the HTTP layer needs from a running server: one small protocol for each need."""
+"""What HTTP needs from a running server, which may be another process.
+
+``serving.border`` has both: ``in_process.InProcess`` over a ``Service`` in this process, and
+``http_side.RemoteServer`` over one beside it. What needs the engine is awaited; everything raises
+``EngineGoneError`` once the engine's process is gone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from serving.requests import EngineFigures, OnOutput, Request
-
-
-class ServedModel(Protocol):
-    """The target and its limits; constant while the server runs."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The target's ``transformers`` tokenizer."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Maximum number of tokens of a request, prompt and completion together."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def max_draft(self) -> int:
-        """Largest K that may be chosen."""
-
-    @property
-    def drafters(self) -> tuple[str, ...] | None:
-        """Kinds that a request may name; ``None``: requests may not choose."""
-
-    @property
-    def model_name(self) -> str: ...
-
-    @property
-    def created_unix_s(self) -> int: ...
-
-
-class Inbox(Protocol):
-    """Requests on their way into the engine. Called from the event loop; returns at once."""
-
-    def submit(self, request: Request, on_output: OnOutput) -> None:
-        """Queue a request; ``on_output`` is called on the engine's thread until it finishes.
-
-        Raises:
-            QueueFullError: too many requests are waiting.
-            DrainingError: no new requests are admitted.
-            ValueError: the request can never be served; the message says why.
-        """
-
-    def cancel(self, request_id: str) -> None:
-        """End a request early and free its pages; unknown and finished ids are ignored."""
-
-    def drain(self) -> None:
-        """Admit no new requests; those in flight continue."""
-
-    def num_inflight(self) -> int:
-        """Requests submitted and not finished."""
-
-
-class Policy(Protocol):
-    """The policy's own view of itself, for the dashboard."""
-
-    def figures(self) -> dict[str, Any]: ...
-
-
-class Swapper(Protocol):
-    """Changes the drafter's version. Both wait for the engine: call them off the event loop."""
-
-    def swap(self, version: int | None) -> dict[str, Any]:
-        """Swap to a published version, ``None`` for the newest.
-
-        Raises:
-            ValueError: the version is refused; the message says why.
-        """
-
-    def rollback(self) -> dict[str, Any]:
-        """Return to the former version.
-
-        Raises:
-            ValueError: there is none.
-        """
+from serving.served_model import ServedModel
 
 
 class RunningServer(Protocol):
-    """The argument of ``create_app``: the parts above, and the state of all of them together."""
+    """The argument of ``create_app``. Called on the event loop."""
 
     @property
     def model(self) -> ServedModel: ...
 
     @property
-    def inbox(self) -> Inbox: ...
+    def can_swap(self) -> bool:
+        """Whether the server has a drafter that learns."""
 
-    @property
-    def policy(self) -> Policy: ...
+    async def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
+        """Queue all requests of a job, or none.
 
-    @property
-    def swapper(self) -> Swapper | None:
-        """``None`` if the server has no drafter that learns."""
+        Args:
+            on_output: called until each of them has finished, perhaps before this returns and on
+                another thread.
 
-    def complaint(self) -> str | None:
+        Raises:
+            QueueFullError: too many requests are waiting.
+            DrainingError: no new requests are admitted.
+            ValueError: a request can never be served; the message says why.
+        """
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """End requests early and free their pages; unknown and finished ids are ignored. Returns at
+        once."""
+
+    async def drain(self) -> int:
+        """Admit no new requests; those in flight continue. Returns how many those are."""
+
+    async def complaint(self) -> str | None:
         """Why the server should get no requests, in words for its operator; ``None`` if it
         decodes and does not drain."""
 
-    def figures(self) -> EngineFigures:
-        """Counters and gauges of engine, swaps and traces. Returns at once."""
+    async def figures(self) -> EngineFigures:
+        """Counters and gauges of engine, swaps and traces."""
 
-    def drafter_status(self) -> dict[str, Any]:
+    async def policy_figures(self) -> dict[str, Any]:
+        """The policy's own view of itself, for the dashboard."""
+
+    async def history(self, since_unix_s: float) -> list[list[float]]:
+        """Samples after a time, as ``serving.history.History.rows``."""
+
+    async def drafter_status(self) -> dict[str, Any]:
         """Keys ``kind``, ``version``, ``parent``, ``staleness``, ``state``, ``versions``,
-        ``former``, ``last_error``, ``drafters`` and more. Reads the run folder: call it off the
-        event loop."""
+        ``former``, ``last_error``, ``drafters`` and more."""
+
+    async def swap(self, version: int | None) -> dict[str, Any]:
+        """Swap to a published version of the drafter, ``None`` for the newest.
+
+        Raises:
+            ValueError: the version is refused, or cannot be read; the message says why.
+        """
+
+    async def rollback(self) -> dict[str, Any]:
+        """Return to the drafter's former version.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """

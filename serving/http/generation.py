@@ -11,12 +11,28 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from serving.http.context import Context
-from serving.http.errors import ApiError, failed, internal, invalid, logger, overloaded, unavailable
+from serving.http.errors import (
+    ApiError,
+    engine_gone,
+    failed,
+    internal,
+    invalid,
+    logger,
+    overloaded,
+    unavailable,
+)
 from serving.http.jobs import Job, PromptField
 from serving.http.metrics import ChoiceClock
 from serving.http.response_bodies import PromptTokensDetails, Speculation, Usage
-from serving.http.streaming import Arrival, Mailbox, join_outputs, until_disconnect
-from serving.requests import DrainingError, Output, QueueFullError, Request, SpeculationStats
+from serving.http.streaming import Arrival, Mailbox, until_disconnect
+from serving.requests import (
+    ENGINE_GONE,
+    DrainingError,
+    Output,
+    QueueFullError,
+    SpeculationStats,
+    join_outputs,
+)
 
 News = list[tuple[int, Output]]
 """(choice index, its new output), at most one entry for each choice."""
@@ -37,34 +53,27 @@ class Generation:
         """Latest output of each choice; its counters are totals."""
         self._num_tokens = 0
 
-    def submit(self) -> None:
+    async def submit(self) -> None:
         """Hand every choice to the engine, or none.
 
         Raises:
             ApiError: 429, 503 or 400.
         """
+        now_s = time.perf_counter()
         try:
-            for request in self.job.requests:
-                self._submit_one(request)
-        except BaseException as error:
-            self.close()
+            await self._context.server.submit(self.job.requests, self._mailbox.put)
+        except Exception as error:
             raise _refusal(error, self.job.prompt_field) from None
-
-    def _submit_one(self, request: Request) -> None:
-        self._context.inflight_ids.add(request.id)
-        self._open[request.id] = self._context.metrics.start_clock(time.perf_counter())
-        try:
-            self._context.server.inbox.submit(request, self._mailbox.put)
-        except BaseException:
-            self._forget(request.id)
-            raise
+        start_clock = self._context.metrics.start_clock
+        self._open = {request.id: start_clock(now_s) for request in self.job.requests}
 
     def close(self) -> None:
         """Cancel the requests that still run, if any."""
-        for request_id in list(self._open):
-            self._context.server.inbox.cancel(request_id)
+        if self._open:
+            self._context.server.cancel(list(self._open))
+        for _ in self._open:
             self._context.metrics.count_finished("cancelled")
-            self._forget(request_id)
+        self._open.clear()
 
     def __enter__(self) -> Generation:
         return self
@@ -130,21 +139,19 @@ class Generation:
         if output.finish_reason is None:
             return
         clock.finish(arrival.at_s, output.finish_reason)
-        self._forget(output.request_id)
+        del self._open[output.request_id]
         if output.finish_reason in ("error", "cancelled"):
             raise self._failure(output)
 
     def _failure(self, output: Output) -> ApiError:
         if output.finish_reason == "cancelled":
             return unavailable("The server is shutting down and had to end this request.")
+        if output.error_code == ENGINE_GONE:
+            return engine_gone()
         logger.error("request %s failed in the engine: %s", self._request_id, output.error)
         if output.error is None or output.error_code is None:
             return internal(self._request_id)
         return failed(f"{output.error} Request id: {self._request_id}", output.error_code)
-
-    def _forget(self, request_id: str) -> None:
-        self._context.inflight_ids.discard(request_id)
-        del self._open[request_id]
 
     def usage(self) -> Usage:
         """Token counts. A prompt counts once, regardless of its number of choices."""
@@ -180,7 +187,7 @@ def sum_stats(stats: Iterable[SpeculationStats]) -> SpeculationStats:
     )
 
 
-def _refusal(error: BaseException, prompt_field: PromptField) -> BaseException:
+def _refusal(error: Exception, prompt_field: PromptField) -> Exception:
     """The error for a request that the engine did not accept."""
     if isinstance(error, QueueFullError):
         return overloaded("The waiting queue is full (engine.max_queue); retry shortly.")

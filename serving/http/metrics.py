@@ -7,15 +7,23 @@ spec_decode_num_drafts_total. No label comes from a request.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serving.http.face import RunningServer
+from serving.http.tallies import Tallies
 from serving.requests import EngineFigures, FinishReason
 
 PREFIX = "slipstream:"
@@ -36,6 +44,51 @@ _E2E_S = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Histogram:
+    """A histogram in ``Tallies``: one number for each bucket and one beyond them, then the sum."""
+
+    name: str
+    text: str
+    bounds: tuple[float, ...]
+    """Upper bounds of the buckets, inclusive."""
+    first: int
+    """Its first number in the tallies."""
+
+    @property
+    def end(self) -> int:
+        """The first number behind it."""
+        return self.first + len(self.bounds) + 2
+
+    def observe(self, tallies: Tallies, value: float, count: int = 1) -> None:
+        tallies.add(self.first + bisect_left(self.bounds, value), count)
+        tallies.add(self.end - 1, value * count)
+
+    def family(self, totals: list[float], labels: list[str]) -> Metric:
+        family = HistogramMetricFamily(PREFIX + self.name, self.text, labels=_LABELS)
+        counts = accumulate(totals[self.first : self.end - 1])
+        names = [str(bound) for bound in self.bounds] + ["+Inf"]
+        family.add_metric(labels, list(zip(names, counts, strict=True)), totals[self.end - 1])
+        return family
+
+
+_TTFT = _Histogram(
+    "time_to_first_token_seconds", "From submission to the first token.", _TTFT_S, first=0
+)
+_ITL = _Histogram(
+    "inter_token_latency_seconds",
+    "Time of each further token; tokens committed together share it evenly.",
+    _ITL_S,
+    first=_TTFT.end,
+)
+_E2E = _Histogram(
+    "e2e_request_latency_seconds", "From submission to the last token.", _E2E_S, first=_ITL.end
+)
+_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+NUM_TALLIES = _E2E.end + len(_REASONS)
+"""Numbers that HTTP itself counts."""
+
+
 class ChoiceClock:
     """Latencies of one choice: first token, between tokens, end to end."""
 
@@ -45,71 +98,67 @@ class ChoiceClock:
         self._last_s: float | None = None
 
     def tick(self, at_s: float, num_tokens: int) -> None:
-        """Record tokens that were committed together. Each of m tokens counts 1/m of the time, so
-        that the histogram's sum is wall time and its count is tokens."""
+        """Record tokens that came together. Each of m tokens counts 1/m of the time, so that the
+        histogram's sum is wall time and its count is tokens."""
         if num_tokens == 0:
             return
+        tallies = self._metrics.tallies
         if self._last_s is None:
-            self._metrics.time_to_first_token.observe(at_s - self._submitted_s)
+            _TTFT.observe(tallies, at_s - self._submitted_s)
         else:
-            for _ in range(num_tokens):
-                self._metrics.inter_token_latency.observe((at_s - self._last_s) / num_tokens)
+            _ITL.observe(tallies, (at_s - self._last_s) / num_tokens, num_tokens)
         self._last_s = at_s
 
     def finish(self, at_s: float, reason: FinishReason) -> None:
-        self._metrics.e2e_request_latency.observe(at_s - self._submitted_s)
+        _E2E.observe(self._metrics.tallies, at_s - self._submitted_s)
         self._metrics.count_finished(reason)
 
 
 class Metrics:
-    """One registry per app: two apps in a process share no metrics."""
+    """What HTTP counts, in all its processes, beside the figures of the engine."""
 
-    def __init__(self, server: RunningServer) -> None:
-        self.registry = CollectorRegistry()
-        self._labels = {"model_name": server.model.model_name, "engine": "0"}
-        self.time_to_first_token = self._histogram(
-            "time_to_first_token_seconds", "From submission to the first token.", _TTFT_S
-        )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds",
-            "Time of each further token; tokens committed together share it evenly.",
-            _ITL_S,
-        )
-        self.e2e_request_latency = self._histogram(
-            "e2e_request_latency_seconds", "From submission to the last token.", _E2E_S
-        )
-        self._finished = Counter(
-            f"{PREFIX}request_success",
-            "Choices that ended, by reason.",
-            (*_LABELS, "finished_reason"),
-            registry=self.registry,
-        )
-        for reason in get_args(FinishReason):
-            self._finished.labels(**self._labels, finished_reason=reason)
-        self.registry.register(ServerCollector(server))
+    def __init__(self, model_name: str, tallies: Tallies | None = None) -> None:
+        """
+        Args:
+            tallies: of ``NUM_TALLIES`` numbers; ``None``: this app's own.
+        """
+        self._model_name = model_name
+        self.tallies = Tallies.private(NUM_TALLIES) if tallies is None else tallies
 
     def start_clock(self, submitted_s: float) -> ChoiceClock:
         return ChoiceClock(self, submitted_s)
 
     def count_finished(self, reason: FinishReason) -> None:
-        self._finished.labels(**self._labels, finished_reason=reason).inc()
+        self.tallies.add(_E2E.end + _REASONS.index(reason), 1)
 
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
+    def render(self, figures: EngineFigures) -> bytes:
+        """Everything in Prometheus' text format."""
+        registry = CollectorRegistry()
+        registry.register(_Once([*self._own(), *families(figures, self._model_name)]))
+        return generate_latest(registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        family = Histogram(PREFIX + name, text, _LABELS, buckets=buckets, registry=self.registry)
-        return family.labels(**self._labels)
+    def _own(self) -> Iterator[Metric]:
+        common, totals = [self._model_name, "0"], self.tallies.totals()
+        for histogram in (_TTFT, _ITL, _E2E):
+            yield histogram.family(totals, common)
+        finished = CounterMetricFamily(
+            f"{PREFIX}request_success",
+            "Choices that ended, by reason.",
+            labels=(*_LABELS, "finished_reason"),
+        )
+        for reason, count in zip(_REASONS, totals[_E2E.end :], strict=True):
+            finished.add_metric([*common, reason], count)
+        yield finished
 
 
-class ServerCollector(Collector):
-    """Reads the server's figures on every scrape."""
+class _Once(Collector):
+    """Families of one scrape."""
 
-    def __init__(self, server: RunningServer) -> None:
-        self._server = server
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
 
     def collect(self) -> Iterator[Metric]:
-        yield from families(self._server.figures(), self._server.model.model_name)
+        yield from self._families
 
 
 def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:

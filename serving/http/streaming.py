@@ -1,6 +1,6 @@
-"""Outputs from the engine's thread to a client's socket; neither waits for the other.
+"""Outputs on their way to a client's socket; who brings them never waits for the client.
 
-The engine puts outputs into a ``Mailbox`` and continues. The response takes all that have arrived:
+Outputs are put into a ``Mailbox`` on whatever thread they arrive. The response takes all that came:
 a client that reads slowly gets fewer and larger chunks. A mailbox holds at most one output for each
 token of its requests, so memory is bounded by ``max_tokens``.
 """
@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -28,7 +28,7 @@ STALL_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One output and when the engine produced it."""
+    """One output and when it came."""
 
     at_s: float
     """``time.perf_counter()``."""
@@ -39,17 +39,23 @@ class Mailbox:
     """Outputs for one response."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Made on the loop's own thread."""
         self._loop = loop
+        self._own_thread = threading.get_ident()
         self._lock = threading.Lock()
         self._arrivals: list[Arrival] = []
         self._news = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        """Called on the engine's thread. Wakes the loop only if the mailbox was empty."""
+        """Called on any thread. Wakes the loop only if the mailbox was empty."""
         with self._lock:
             was_empty = not self._arrivals
             self._arrivals.append(Arrival(time.perf_counter(), output))
-        if was_empty:
+        if not was_empty:
+            return
+        if threading.get_ident() == self._own_thread:
+            self._news.set()
+        else:
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader
                 self._loop.call_soon_threadsafe(self._news.set)
 
@@ -60,20 +66,6 @@ class Mailbox:
             taken, self._arrivals = self._arrivals, []
             self._news.clear()
         return taken
-
-
-def join_outputs(outputs: Sequence[Output]) -> Output:
-    """Several consecutive outputs of one request joined into one."""
-    last = outputs[-1]
-    if len(outputs) == 1:
-        return last
-    logprobs = [entry for output in outputs for entry in output.logprobs or ()]
-    return replace(
-        last,
-        text="".join(output.text for output in outputs),
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        logprobs=tuple(logprobs) if outputs[0].logprobs is not None else None,
-    )
 
 
 async def until_disconnect(receive: Receive) -> None:

@@ -9,7 +9,8 @@ import torch
 from benchmarks.harness.engines import Built
 from benchmarks.harness.policy import PolicySwitch
 from oracles.engines import make_engine, random_model
-from serving.service import ServedModel, Service
+from serving.served_model import ServedModel
+from serving.service import Service
 
 
 def built_over(policy: Any, **options: Any) -> Built:

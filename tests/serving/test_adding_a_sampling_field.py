@@ -32,6 +32,7 @@ import httpx
 from buffer.backends import open_backend
 from buffer.traces import TraceReader
 from configs.schema import Settings
+from serving.border.in_process import InProcess
 from serving.build import build_service
 from serving.engine.detokenize import Detokenizer
 from serving.engine.lanes import Lanes
@@ -51,7 +52,7 @@ service.start()
 
 
 async def ask():
-    app = create_app(service, settings)
+    app = create_app(InProcess(service), settings)
     transport = httpx.ASGITransport(app=app)
     client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
     asked = []

@@ -25,8 +25,9 @@ from targets.find import target_folder, target_name
 from targets.gguf_cache import RECORD, default_cache
 from targets.gguf_tokenizer import tokenizer_of
 from targets.head import load_target_head
-from targets.load import load_model, load_tokenizer
+from targets.load import load_model
 from targets.target import Target
+from targets.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 NOT_OF_THE_SHAPE = {

@@ -16,7 +16,8 @@ from examples.real_target import FILE, FOLDER, NotFetched, fetch
 from oracles.support import REPOSITORY
 from targets.find import target_folder
 from targets.fused import supports
-from targets.load import load_model, load_tokenizer
+from targets.load import load_model
+from targets.tokenizer import load_tokenizer
 from tests.serving.http.live import MODEL, LiveServer, running_server
 
 CPU = torch.device("cpu")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -14,7 +13,7 @@ from serving.http.auth import ADMIN
 from serving.http.bodies import body_schema, json_body
 from serving.http.context import context_of
 from serving.http.errors import ApiError, documented
-from serving.http.face import Swapper
+from serving.http.face import RunningServer
 from serving.http.request_bodies import NoFields, SwapRequest
 from serving.http.response_bodies import DrafterStatus, Drain, SwapResult
 from serving.http.responses import json_status
@@ -33,7 +32,7 @@ _NoFields = Annotated[NoFields, Depends(json_body(NoFields))]
 )
 async def drafter(request: Request) -> Response:
     """Version in use, available versions, and the result of the last swap."""
-    return json_status(await asyncio.to_thread(context_of(request).server.drafter_status))
+    return json_status(await context_of(request).server.drafter_status())
 
 
 @router.post(
@@ -47,8 +46,7 @@ async def swap(
     request: Request, body: Annotated[SwapRequest, Depends(json_body(SwapRequest))]
 ) -> Response:
     """Switch to another published version between two steps; requests continue."""
-    swapper = _swapper(request)
-    return await _ordered(lambda: swapper.swap(body.version))
+    return await _ordered(_learning(request).swap(body.version))
 
 
 @router.post(
@@ -60,7 +58,7 @@ async def swap(
 )
 async def rollback(request: Request, body: _NoFields) -> Response:
     """Return to the former version."""
-    return await _ordered(_swapper(request).rollback)
+    return await _ordered(_learning(request).rollback())
 
 
 @router.post(
@@ -71,25 +69,23 @@ async def rollback(request: Request, body: _NoFields) -> Response:
 )
 async def drain(request: Request, body: _NoFields) -> Drain:
     """Accept no new requests and answer /ready with 503. The process runs on until SIGTERM."""
-    context = context_of(request)
-    context.begin_drain()
-    return Drain(draining=True, inflight=context.server.inbox.num_inflight())
+    return Drain(draining=True, inflight=await context_of(request).server.drain())
 
 
-def _swapper(request: Request) -> Swapper:
-    swapper = context_of(request).server.swapper
-    if swapper is None:
+def _learning(request: Request) -> RunningServer:
+    server = context_of(request).server
+    if not server.can_swap:
         raise _refused("this server has no drafter that learns; there is nothing to swap")
-    return swapper
+    return server
 
 
 def _refused(message: str) -> ApiError:
     return ApiError(409, message, code="swap_refused")
 
 
-async def _ordered(order: Callable[[], dict[str, Any]]) -> Response:
-    """Run a swap or rollback, which reads weights from disk, off the event loop."""
+async def _ordered(order: Awaitable[dict[str, Any]]) -> Response:
+    """Wait for a swap or rollback."""
     try:
-        return json_status(await asyncio.to_thread(order))
-    except (ValueError, OSError) as error:
+        return json_status(await order)
+    except ValueError as error:
         raise _refused(str(error)) from None

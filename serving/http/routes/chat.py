@@ -61,7 +61,7 @@ async def create_chat_completion(
         logprobs=num_logprobs(body),
     )
     generation = Generation(context, job, request.state.request_id)
-    generation.submit()
+    await generation.submit()
     writer = ChatWriter(context, job, bool(body.return_token_ids))
     if body.stream:
         events = chunk_events(generation, writer, wants_usage(body))

@@ -56,7 +56,7 @@ async def create_completion(
         logprobs=body.logprobs,
     )
     generation = Generation(context, job, request.state.request_id)
-    generation.submit()
+    await generation.submit()
     writer = CompletionWriter(context, job, bool(body.return_token_ids))
     if body.stream:
         events = chunk_events(generation, writer, wants_usage(body))

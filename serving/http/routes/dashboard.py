@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from configs.version import package_version
+from serving.history import SAMPLE_FIELDS
 from serving.http.auth import PAGE
 from serving.http.context import context_of
 from serving.http.errors import documented
-from serving.http.history import SAMPLE_FIELDS
 from serving.http.response_bodies import ArmSteps, DashboardData
 from serving.http.responses import finite, json_answer
 from serving.http.routes.models import target_label
@@ -61,8 +61,13 @@ async def dashboard_data(
     """Current figures, and one sample per second of the last minutes."""
     context = context_of(request)
     server, model = context.server, context.server.model
-    figures = server.figures()
-    status = await asyncio.to_thread(server.drafter_status)  # it reads the run folder
+    figures, status, policy, samples, complaint = await asyncio.gather(
+        server.figures(),
+        server.drafter_status(),
+        server.policy_figures(),
+        server.history(since),
+        server.complaint(),
+    )
     return json_answer(
         DashboardData(
             model=model.model_name,
@@ -70,16 +75,16 @@ async def dashboard_data(
             package_version=package_version(),
             unix_s=time.time(),
             started_unix_s=model.created_unix_s,
-            is_ready=context.complaint is None,
+            is_ready=complaint is None,
             figures=_plain(figures),
             arms=[
                 ArmSteps(drafter=drafter, draft_k=draft_k, steps=steps)
                 for (drafter, draft_k), steps in sorted(figures.steps_by_arm.items())
             ],
             drafter=finite(status),
-            policy=finite(server.policy.figures()),
+            policy=finite(policy),
             sample_fields=list(SAMPLE_FIELDS),
-            samples=context.history.rows(since),
+            samples=samples,
         )
     )
 

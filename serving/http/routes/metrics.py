@@ -19,4 +19,6 @@ router = APIRouter()
 )
 async def metrics(request: Request) -> Response:
     """Counters and gauges in Prometheus' text format."""
-    return Response(context_of(request).metrics.render(), media_type=CONTENT_TYPE)
+    context = context_of(request)
+    figures = await context.server.figures()
+    return Response(context.metrics.render(figures), media_type=CONTENT_TYPE)

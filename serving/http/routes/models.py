@@ -19,13 +19,13 @@ router = APIRouter()
 @router.get("/v1/models", dependencies=USER, responses=documented(401))
 async def list_models(request: Request) -> ModelList:
     """The one model that is served."""
-    return ModelList(object="list", data=[_card(context_of(request))])
+    return ModelList(object="list", data=[await _card(context_of(request))])
 
 
 @router.get("/v1/models/{model:path}", dependencies=USER, responses=documented(401, 404))
 async def get_model(request: Request, model: str) -> ModelCard:
     """The model of that name, which may contain slashes."""
-    card = _card(context_of(request))
+    card = await _card(context_of(request))
     if model != card.id:
         raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")
     return card
@@ -42,8 +42,9 @@ def target_label(target: str) -> str:
     return Path(target).name if Path(target).exists() else target
 
 
-def _card(context: Context) -> ModelCard:
+async def _card(context: Context) -> ModelCard:
     model = context.server.model
+    figures = await context.server.figures()
     return ModelCard(
         id=model.model_name,
         object="model",
@@ -52,7 +53,7 @@ def _card(context: Context) -> ModelCard:
         max_model_len=model.max_model_len,
         metadata=ModelMetadata(
             target=target_label(context.settings.target),
-            drafter_version=context.server.figures().drafter_version,
+            drafter_version=figures.drafter_version,
             max_draft=model.max_draft,
         ),
     )

@@ -32,7 +32,7 @@ async def health() -> Health:
 async def ready(request: Request) -> Response:
     """200 when a model is loaded, the server is not draining, and the last requests did not all end
     in NaN or infinity; else 503 with the reason. A swap does not change it."""
-    reason = context_of(request).complaint
+    reason = await context_of(request).server.complaint()
     status: Literal["ready", "not ready"] = "ready" if reason is None else "not ready"
     answer = json_answer(Readiness(status=status, reason=reason))
     answer.status_code = 200 if reason is None else 503

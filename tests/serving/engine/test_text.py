@@ -11,7 +11,7 @@ from oracles import tokenizer_kinds as kinds
 from oracles.support import REPOSITORY
 from serving.engine.text import WindowReader, text_reader
 from serving.engine.vocabulary import Vocabulary
-from targets.load import load_tokenizer
+from targets.tokenizer import load_tokenizer
 
 TOKENIZERS = {
     "bundled": load_tokenizer(REPOSITORY / "examples" / "target"),

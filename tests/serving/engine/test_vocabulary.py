@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 from oracles import tokenizer_kinds as kinds
 from oracles.support import REPOSITORY
 from serving.engine.vocabulary import Vocabulary
-from targets.load import load_tokenizer
+from targets.tokenizer import load_tokenizer
 
 BUNDLED = load_tokenizer(REPOSITORY / "examples" / "target")
 SENTENCEPIECE = kinds.sentencepiece()

@@ -15,8 +15,9 @@ KEY = "sk-test-5b1f"
 
 @pytest.fixture(scope="session")
 def server(tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Open on loopback, as after a first start."""
-    with running_server(tiny_target_dir, tmp_path_factory.mktemp("server")) as server:
+    """Open on loopback, with HTTP in two processes beside the engine's."""
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(tiny_target_dir, folder, "server.processes=2") as server:
         yield server
 
 
@@ -24,7 +25,8 @@ def server(tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def locked_server(
     tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """With a key, a batch of one, a queue of one, and requests that may choose their drafters."""
+    """With a key, a batch of one, a queue of one, and requests that may choose their drafters. HTTP
+    is in the engine's process."""
     folder = tmp_path_factory.mktemp("locked")
     queue = (
         "engine.max_batch=1",
@@ -32,6 +34,7 @@ def locked_server(
         "drafter.kind=suffix",
         "drafter.on_request=[suffix_request]",
         "server.model_name=org/tiny",
+        "server.processes=0",
     )
     with running_server(tiny_target_dir, folder, *queue, SLIPSTREAM_SERVER__API_KEY=KEY) as server:
         yield server

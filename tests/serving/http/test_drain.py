@@ -41,8 +41,10 @@ def text_of(stream) -> str:
     return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
 
 
-def test_sigterm_lets_streams_finish(tiny_target_dir: Path, tmp_path: Path):
-    with quick_server(tiny_target_dir, tmp_path) as server, server.openai() as client:
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_sigterm_lets_streams_finish(tiny_target_dir: Path, tmp_path: Path, num_processes: int):
+    processes = f"server.processes={num_processes}"
+    with quick_server(tiny_target_dir, tmp_path, processes) as server, server.openai() as client:
         whole = client.completions.create(**LONG).choices[0].text
         stream = iter(client.completions.create(**LONG, stream=True))
         first = next(stream).choices[0].text
@@ -112,7 +114,8 @@ def test_after_an_admin_drain_two_signals_stop_at_once(tiny_target_dir: Path, tm
         with server.client() as own:
             statuses.append(own.post("/v1/completions", json=WHOLE).status_code)
 
-    with quick_server(tiny_target_dir, tmp_path) as server, server.openai() as client:
+    beside = "server.processes=1"
+    with quick_server(tiny_target_dir, tmp_path, beside) as server, server.openai() as client:
         stream = iter(client.completions.create(**LONG, n=8, stream=True))
         next(stream)
         asking = threading.Thread(target=ask_whole, args=(server,))

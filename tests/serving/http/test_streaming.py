@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from serving.http import streaming
-from serving.http.streaming import EventStream, Mailbox, join_outputs
-from serving.requests import Output, SpeculationStats, TokenLogprob
+from serving.http.streaming import EventStream, Mailbox
+from serving.requests import Output, SpeculationStats, TokenLogprob, join_outputs
 from tests.serving.http.live import LiveServer
 
 

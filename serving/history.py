@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 
 from serving.requests import EngineFigures
@@ -34,6 +38,7 @@ class History:
         self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
 
     def add(self, unix_s: float, figures: EngineFigures) -> None:
+        """Take in the figures of a moment."""
         self._samples.append(
             Sample(
                 unix_s=unix_s,
@@ -48,4 +53,29 @@ class History:
 
     def rows(self, since_unix_s: float) -> list[list[float]]:
         """Samples after the given time, oldest first, each in the order of ``SAMPLE_FIELDS``."""
-        return [list(astuple(s)) for s in self._samples if s.unix_s > since_unix_s]
+        samples = self._samples.copy()  # another thread may add one meanwhile
+        return [list(astuple(s)) for s in samples if s.unix_s > since_unix_s]
+
+
+@contextmanager
+def recorded(figures: Callable[[], EngineFigures]) -> Iterator[History]:
+    """A history that gets a sample every ``PERIOD_S`` until the block ends.
+
+    Args:
+        figures: called from another thread.
+    """
+    history, stopping = History(), threading.Event()
+
+    def run() -> None:
+        while True:
+            history.add(time.time(), figures())
+            if stopping.wait(PERIOD_S):
+                return
+
+    thread = threading.Thread(target=run, name="history", daemon=True)
+    thread.start()
+    try:
+        yield history
+    finally:
+        stopping.set()
+        thread.join()

@@ -1,0 +1,16 @@
+"""HTTP beside the engine: does it survive, and what does it cost?
+
+    python -m benchmarks.border survive       # 10,000 requests while HTTP processes are killed
+    python -m benchmarks.border speed         # through HTTP against the engine alone
+
+``survive`` sends requests of mixed kinds, some of which are cancelled or left in the middle, and
+kills an HTTP process every few seconds. Afterwards no page, lane or request may be missing, and
+every answer must have been complete or an honest error.
+
+``speed`` keeps N streams open, with HTTP in the engine's process and in one or more of its own.
+In turn with these, the engine alone decodes the same batch. It reports tokens/s, and the gaps
+between the events of a stream.
+
+Both need Linux, where processes are found in /proc, and httpx, which a server does not. With
+``--publish`` they write ``border_*.json`` and ``rows/border.json`` in ``benchmarks/results``.
+"""

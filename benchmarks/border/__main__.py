@@ -1,0 +1,87 @@
+"""The commands; see ``benchmarks.border``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import benchmarks.border
+from benchmarks.border import speed, survival
+from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
+
+app = typer.Typer(no_args_is_help=True, help=benchmarks.border.__doc__)
+Publish = Annotated[bool, typer.Option("--publish", help="write the figures into the results")]
+
+
+@app.command()
+def survive(
+    requests: int = 10_000,
+    seed: int = 0,
+    processes: Annotated[int, typer.Option(help="HTTP processes", min=1)] = 2,
+    kill_every_s: Annotated[float, typer.Option(help="seconds between two kills")] = 5.0,
+    publish: Publish = False,
+) -> None:
+    """Send requests of mixed kinds while HTTP processes are killed. Exit code 1: a claim fails."""
+    figures = survival.measure(requests, seed, processes, kill_every_s)
+    for ending, count in figures["endings"].items():
+        say(f"{count:6} {ending}")
+    rows = survival.rows_of(figures)
+    _finish("survive", figures, rows, publish)
+    if not all(row.holds for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command("speed")
+def measure_speed(
+    set_: Annotated[list[str] | None, typer.Option("--set", help="settings of the server")] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option(help="repeatable; default 8, 32, 128")
+    ] = None,
+    processes: Annotated[list[int] | None, typer.Option(help="repeatable; default 0, 1, 2")] = None,
+    seconds: Annotated[float, typer.Option(help="of each turn")] = 10.0,
+    turns: int = 5,
+    max_draft: Annotated[
+        int | None, typer.Option(help="0: plain decoding; the default lets the policy decide")
+    ] = None,
+    publish: Publish = False,
+) -> None:
+    """Compare arrangements of HTTP with the engine alone, in turn."""
+    from configs.load import load_settings
+    from targets.find import checked_folder
+
+    wanted = load_settings((), set_ or (), {})
+    numbers = clients or [8, 32, 128]
+    own = [f"engine.max_batch={max(numbers)}", f"engine.max_queue={4 * max(numbers)}"]
+    load = speed.Load(
+        settings=(*own, *(set_ or ())),
+        vocab_size=_vocab_size(checked_folder(wanted.target, wanted.target_cache)),
+        seconds=seconds,
+        max_draft=max_draft,
+    )
+    found = speed.measure(load, numbers, processes or [0, 1, 2], turns)
+    drafts = "the policy decides" if max_draft is None else f"at most {max_draft} draft tokens"
+    figures = {"settings": load.settings, "max_draft": max_draft, "turns": turns, "rows": found}
+    name = "speed" if max_draft is None else f"speed_k{max_draft}"
+    _finish(name, figures, speed.rows_of(found, f"{Path(wanted.target).name}, {drafts}"), publish)
+
+
+def _vocab_size(folder: Path) -> int:
+    """Tokens that prompts are made of: those of the tokenizer, without special ones at its end."""
+    from targets.tokenizer import load_tokenizer
+
+    return int(load_tokenizer(folder).vocab_size)
+
+
+def _finish(name: str, figures: dict[str, Any], rows: Iterable[Row], publish: bool) -> None:
+    for row in rows:
+        say(f"{row.row}: {row.measure}: {row.value} (goal: {row.goal}, holds: {row.holds})")
+    if publish:
+        write_result(RESULTS / f"border_{name}.json", figures)
+        write_rows("border", rows, f"python -m benchmarks.border {name}")
+
+
+if __name__ == "__main__":
+    app()

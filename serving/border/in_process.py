@@ -1,0 +1,142 @@
+"""The engine as HTTP sees it, in the engine's own process: no socket, no message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from serving.history import History
+from serving.requests import EngineFigures, OnOutput, Request
+from serving.served_model import ServedModel
+from serving.service import Service
+
+
+class Desk:
+    """Everything that HTTP may ask of a service, in one place for both kinds of border. Called from
+    any thread."""
+
+    def __init__(self, service: Service, history: History | None = None) -> None:
+        """
+        Args:
+            history: samples for the dashboard; ``None``: there are none.
+        """
+        self._service = service
+        self._history = History() if history is None else history
+
+    @property
+    def model(self) -> ServedModel:
+        return self._service.model
+
+    @property
+    def can_swap(self) -> bool:
+        return self._service.swapper is not None
+
+    def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
+        """Queue all requests, or none. Raises what ``Inbox.submit`` raises."""
+        inbox = self._service.inbox
+        for number, request in enumerate(requests):
+            try:
+                inbox.submit(request, on_output)
+            except BaseException:
+                for submitted in requests[:number]:
+                    inbox.cancel(submitted.id)
+                raise
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._service.inbox.cancel(request_id)
+
+    def drain(self) -> int:
+        self._service.inbox.drain()
+        return self._service.inbox.num_inflight()
+
+    def complaint(self) -> str | None:
+        return self._service.complaint()
+
+    def figures(self) -> EngineFigures:
+        return self._service.figures()
+
+    def policy_figures(self) -> dict[str, Any]:
+        return self._service.policy.figures()
+
+    def history(self, since_unix_s: float) -> list[list[float]]:
+        return self._history.rows(since_unix_s)
+
+    def drafter_status(self) -> dict[str, Any]:
+        """Reads the run folder: not for a thread that others wait for."""
+        return self._service.drafter_status()
+
+    def swap(self, version: int | None) -> dict[str, Any]:
+        """Waits for the engine, and reads weights from disk.
+
+        Raises:
+            ValueError, OSError: the version is refused, or cannot be read.
+        """
+        if self._service.swapper is None:
+            raise ValueError("this server has no drafter that learns")
+        return self._service.swapper.swap(version)
+
+    def rollback(self) -> dict[str, Any]:
+        """See ``swap``."""
+        if self._service.swapper is None:
+            raise ValueError("this server has no drafter that learns")
+        return self._service.swapper.rollback()
+
+
+class InProcess:
+    """A ``serving.http.face.RunningServer``: a service of this process."""
+
+    def __init__(self, service: Service, history: History | None = None) -> None:
+        """
+        Args:
+            history: samples for the dashboard; ``None``: there are none.
+        """
+        self._desk = Desk(service, history)
+
+    @property
+    def model(self) -> ServedModel:
+        return self._desk.model
+
+    @property
+    def can_swap(self) -> bool:
+        return self._desk.can_swap
+
+    async def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
+        self._desk.submit(requests, on_output)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        self._desk.cancel(request_ids)
+
+    async def drain(self) -> int:
+        return self._desk.drain()
+
+    async def complaint(self) -> str | None:
+        return self._desk.complaint()
+
+    async def figures(self) -> EngineFigures:
+        return self._desk.figures()
+
+    async def policy_figures(self) -> dict[str, Any]:
+        return self._desk.policy_figures()
+
+    async def history(self, since_unix_s: float) -> list[list[float]]:
+        return self._desk.history(since_unix_s)
+
+    async def drafter_status(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self._desk.drafter_status)
+
+    async def swap(self, version: int | None) -> dict[str, Any]:
+        return await _readable(self._desk.swap, version)
+
+    async def rollback(self) -> dict[str, Any]:
+        return await _readable(self._desk.rollback)
+
+
+async def _readable(order: Any, *arguments: Any) -> dict[str, Any]:
+    """Run an order off the event loop; a disk that fails is a refusal."""
+    try:
+        result: dict[str, Any] = await asyncio.to_thread(order, *arguments)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    return result

@@ -1,0 +1,240 @@
+"""Starts HTTP processes, and starts them again when they die.
+
+A process that dies, however it dies, ends its own clients' connections and nothing else: its
+``Line`` cancels its requests, the others go on, and connections that nobody has accepted wait in
+the listener's queue. The server gives up once processes die at once, again and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from serving.border.engine_side import Line
+from serving.border.in_process import Desk
+from serving.border.messages import Welcome
+from serving.http.metrics import NUM_TALLIES, Metrics
+from serving.http.tallies import Tallies, shared_memory
+
+log = logging.getLogger(__name__)
+
+_LIVED_S = 1.0
+"""A process that has accepted connections for so long did not die at once."""
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+MOST_DEATHS = 6
+"""Processes that may die at once in a row. Starting them takes some ten seconds."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""They concern the server as a whole."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """One process that lives, or whose end is not noticed yet."""
+
+    process: subprocess.Popen[bytes]
+    line: Line
+    ready_s: float | None = None
+    """When it was seen to be ready; monotonic clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A process that imports what it needs and waits to be greeted."""
+
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+    """This side of the connection to it."""
+
+
+class Spawner:
+    """Makes the HTTP processes of a server. The first ones are made at once, so that they import
+    while the model loads."""
+
+    def __init__(self, count: int, listener: socket.socket) -> None:
+        """
+        Args:
+            count: how many HTTP processes the server has.
+            listener: they accept connections from it; it stays open.
+        """
+        self.count = count
+        self._listener = listener
+        self._num_rows = count + 1
+        self._tallies = shared_memory(self._num_rows, NUM_TALLIES)
+        """Its last row is that of this process."""
+        self._early = {row: self._new(row) for row in range(count)}
+
+    def spawn(self, row: int) -> Spawned:
+        """A process for this row of the tallies, which no other one may have any more."""
+        return self._early.pop(row, None) or self._new(row)
+
+    def tallies(self) -> Tallies:
+        """Numbers of this process beside those of the others."""
+        return Tallies.mapped(self._tallies, self._num_rows, self.count)
+
+    def close(self) -> None:
+        """End the processes that nobody took."""
+        for spawned in self._early.values():
+            spawned.process.kill()
+            spawned.process.wait()
+            spawned.sock.close()
+        self._early.clear()
+        os.close(self._tallies)
+
+    def _new(self, row: int) -> Spawned:
+        own, other = socket.socketpair()
+        with other:
+            descriptors = self._listener.fileno(), other.fileno(), self._tallies
+            process = _python(descriptors, self._num_rows, row)
+        log.debug("HTTP process %d started", process.pid)
+        return Spawned(process, own)
+
+
+class HttpProcesses:
+    """The HTTP processes of a server that is ready. All methods are for one thread."""
+
+    def __init__(self, spawner: Spawner, desk: Desk, welcome: Welcome) -> None:
+        self._spawner = spawner
+        self._desk = desk
+        self._welcome = welcome
+        self._metrics = Metrics(desk.model.model_name, spawner.tallies())
+        self._slowly = ThreadPoolExecutor(max_workers=2, thread_name_prefix="orders")
+        self._running: list[_Running | None] = [None] * spawner.count
+        self._start_s = [0.0] * spawner.count
+        """Not to be started before; monotonic clock."""
+        self._num_deaths = 0
+        """Deaths at once since the last process that was of use."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that accept connections."""
+        return [one.process.pid for one in self._living() if one.line.is_ready]
+
+    @property
+    def is_ready(self) -> bool:
+        """At least one accepts connections."""
+        return bool(self.pids)
+
+    def tick(self) -> str | None:
+        """Start what is not running. Returns why there is no sense in going on, if so."""
+        for row, running in enumerate(self._running):
+            if running is None:
+                if time.monotonic() >= self._start_s[row]:
+                    self._running[row] = self._start(row)
+            elif running.process.poll() is not None or running.line.is_over:
+                self._bury(row, running)
+                if self._num_deaths >= MOST_DEATHS:
+                    return (
+                        f"{self._num_deaths} HTTP processes in a row died as soon as they were "
+                        f"started; what they wrote to this log says why"
+                    )
+            elif running.line.is_ready:
+                self._note_ready(running)
+        return None
+
+    def close(self, left_s: float, is_forced: Callable[[], bool]) -> None:
+        """Let all of them finish their responses and end.
+
+        Args:
+            left_s: time for that.
+            is_forced: becomes true if nobody is to be waited for any more.
+        """
+        for one in self._living():
+            one.line.close_http(left_s)
+        deadline_s = time.monotonic() + left_s + 1
+        while self._living() and time.monotonic() < deadline_s and not is_forced():
+            time.sleep(0.02)
+            for row, running in enumerate(self._running):
+                if running is not None and running.process.poll() is not None:
+                    self._end(row, running)
+        for row, running in enumerate(self._running):
+            if running is not None:
+                self._end(row, running)
+        self._slowly.shutdown(wait=False, cancel_futures=True)
+
+    def _living(self) -> list[_Running]:
+        return [one for one in self._running if one is not None]
+
+    def _note_ready(self, running: _Running) -> None:
+        now_s = time.monotonic()
+        if running.ready_s is None:
+            running.ready_s = now_s
+            log.info("HTTP process %d accepts connections", running.process.pid)
+        elif now_s - running.ready_s > _LIVED_S:
+            self._num_deaths = 0
+
+    def _start(self, row: int) -> _Running:
+        spawned = self._spawner.spawn(row)
+        line = Line(spawned.sock, self._desk, self._welcome, self._slowly)
+        line.start()
+        return _Running(spawned.process, line)
+
+    def _bury(self, row: int, running: _Running) -> None:
+        """Clear up after a process that died or does not answer, and plan for the next one."""
+        lived_s = 0.0 if running.ready_s is None else time.monotonic() - running.ready_s
+        self._num_deaths = 0 if lived_s > _LIVED_S else self._num_deaths + 1
+        self._end(row, running)
+        pause_s = 0.0
+        if self._num_deaths:
+            pause_s = min(_FIRST_PAUSE_S * 2 ** (self._num_deaths - 1), _LONGEST_PAUSE_S)
+        self._start_s[row] = time.monotonic() + pause_s
+        problem = running.line.problem
+        log.error(
+            "HTTP process %d %s%s; its requests are cancelled, and another one is started",
+            running.process.pid,
+            _ending(running.process.returncode),
+            f" ({problem})" if problem else "",
+        )
+
+    def _end(self, row: int, running: _Running) -> None:
+        """Make sure that a process has ended, and its requests."""
+        if running.line.is_over and running.line.problem is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.process.wait(1.0)  # for its own exit code
+        running.process.kill()
+        running.process.wait()
+        running.line.end()
+        for _ in range(running.line.num_cancelled):  # the process itself cannot count them any more
+            self._metrics.count_finished("cancelled")
+        self._running[row] = None
+
+
+def _python(descriptors: Iterable[int], num_rows: int, row: int) -> subprocess.Popen[bytes]:
+    """A process that inherits descriptors, with the signals that end a server blocked: a terminal
+    sends SIGINT, and a service manager SIGTERM, to all processes of a server."""
+    fds = tuple(descriptors)
+    numbers = [str(number) for number in (*fds, num_rows, row)]
+    paths = [path or os.getcwd() for path in sys.path]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "serving.border", *numbers],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=fds,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"

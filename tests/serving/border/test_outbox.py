@@ -1,0 +1,115 @@
+"""Outputs are sent in order and whole, and a process that does not read costs little memory."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+from serving.border.messages import Accepted, Frames, FromEngine, Outputs
+from serving.border.outbox import Outbox
+from serving.requests import Output, SpeculationStats, join_outputs
+
+NUM_REQUESTS = 3
+
+
+def output(request: int, number: int, is_last: bool = False) -> Output:
+    return Output(
+        request_id=f"r{request}",
+        text=f"{number},",
+        token_ids=(number,),
+        logprobs=None,
+        finish_reason="length" if is_last else None,
+        stats=SpeculationStats(0, number, 0, 0),
+        num_prompt_tokens=1,
+        num_cached_tokens=0,
+    )
+
+
+def read_to_the_end(sock: socket.socket) -> list[FromEngine]:
+    """All messages until every request has its last output."""
+    sock.settimeout(60)
+    frames: Frames[FromEngine] = Frames(FromEngine)
+    came: list[FromEngine] = []
+    num_open = NUM_REQUESTS
+    while num_open:
+        data = sock.recv(1 << 16)
+        assert data, "the socket was closed"
+        for message in frames.feed(data):
+            came.append(message)
+            if isinstance(message, Outputs):
+                num_open -= sum(o.finish_reason is not None for o in message.outputs)
+    return came
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_reader_that_rests_gets_everything_in_order_in_fewer_messages():
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    outbox = Outbox(ours, on_broken=lambda why: None)
+    outbox.start()
+    num_each = 20_000
+    for number in range(num_each):
+        for request in range(NUM_REQUESTS):
+            outbox.put(output(request, number, number == num_each - 1))
+    until(lambda: outbox._queue.empty())  # nobody has read a byte, and yet all was taken
+    waiting = [len(outputs) for outputs in outbox._outputs.values()]
+    assert sum(waiting) < num_each  # joined, but for what came last
+    outbox.say(Accepted(1))
+    came = read_to_the_end(theirs)
+    assert Accepted(1) in came
+    parts: dict[str, list[Output]] = {f"r{request}": [] for request in range(NUM_REQUESTS)}
+    for message in came:
+        if isinstance(message, Outputs):
+            for one in message.outputs:
+                parts[one.request_id].append(one)
+    for request in range(NUM_REQUESTS):
+        whole = join_outputs(parts[f"r{request}"])
+        assert whole.token_ids == tuple(range(num_each))
+        assert whole.text == "".join(f"{number}," for number in range(num_each))
+        assert whole.finish_reason == "length"
+        assert whole.stats.steps == num_each - 1
+    assert len(came) < num_each
+    outbox.close()
+    outbox.join(10)
+    ours.close()
+    theirs.close()
+
+
+def test_a_reader_that_takes_nothing_is_given_up():
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    broken = threading.Event()
+    reasons: list[str] = []
+
+    def on_broken(why: str) -> None:
+        reasons.append(why)
+        broken.set()
+
+    outbox = Outbox(ours, on_broken, stall_s=0.2)
+    outbox.start()
+    until(lambda: outbox.put(output(0, 1)) or broken.is_set())
+    assert "read nothing" in reasons[0]
+    outbox.put(output(0, 2))
+    outbox.join(10)
+    assert outbox._queue.empty() and not outbox._outputs
+    ours.close()
+    theirs.close()
+
+
+def test_a_reader_that_is_gone_is_noticed():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    broken = threading.Event()
+    outbox = Outbox(ours, on_broken=lambda why: broken.set())
+    outbox.start()
+    outbox.put(output(0, 1))
+    assert broken.wait(60)
+    outbox.join(10)
+    ours.close()

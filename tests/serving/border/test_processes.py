@@ -1,0 +1,246 @@
+"""What becomes of clients, pages and the port when a process of the server dies."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from serving.border import server as border_server
+from serving.border.processes import MOST_DEATHS, Spawner
+from serving.border.server import serve_http
+from serving.http import bind
+from tests.serving.border.conftest import settings_of
+from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
+
+QUICK = ("drafter.kind=suffix", "policy.kind=fixed", "policy.drafter=suffix")
+LONG = {
+    "model": MODEL,
+    "prompt": "a",
+    "temperature": 0,
+    "max_tokens": 480,
+    "stream": True,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+@pytest.fixture
+def pair(tiny_target_dir: Path, tmp_path: Path) -> Iterator[LiveServer]:
+    """A server with two HTTP processes."""
+    with running_server(tiny_target_dir, tmp_path, "server.processes=2", *QUICK) as server:
+        wait_for(lambda: len(children(server)) == 2, 60)
+        yield server
+
+
+def children(server: LiveServer) -> list[int]:
+    """HTTP processes of a server."""
+    pid = server.process.pid
+    path = Path(f"/proc/{pid}/task")
+    pids = [int(x) for task in path.iterdir() for x in (task / "children").read_text().split()]
+    return sorted(x for x in pids if b"serving.border" in Path(f"/proc/{x}/cmdline").read_bytes())
+
+
+def lives(pid: int) -> bool:
+    """It is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def files_of(pid: int) -> set[str]:
+    """What its descriptors stand for."""
+    found: set[str] = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.add(os.readlink(file))
+    return found
+
+
+def owner_of(connection: socket.socket, pids: list[int]) -> int:
+    """The process that has accepted a connection."""
+    (port,) = connection.getsockname()[1:2]
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    (inode,) = {x[9] for x in fields if int(x[2].rpartition(":")[2], 16) == port and x[9] != "0"}
+    for pid in pids:
+        if f"socket:[{inode}]" in files_of(pid):
+            return pid
+    raise AssertionError("nobody has accepted it")
+
+
+class Stream:
+    """A streamed completion over a connection of its own."""
+
+    def __init__(self, server: LiveServer) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = {**LONG, "ignore_eos": True}
+        del body["extra_body"]
+        headers = {"Content-Type": "application/json"}
+        self._connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        self.socket = self._connection.sock
+        self._response = self._connection.getresponse()
+        assert self._response.status == 200
+        self.first = self._event()
+
+    def rest(self) -> list[str]:
+        """This event and those that follow, until the stream ends in any way."""
+        events = [self.first]
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            while event := self._event():
+                events.append(event)
+        self._response.close()
+        self._connection.close()
+        return events
+
+    def _event(self) -> str:
+        line = self._response.readline()
+        self._response.readline()
+        return line.decode().strip()
+
+
+def test_an_http_process_that_is_killed_costs_its_own_clients_only(pair: LiveServer):
+    before = children(pair)
+    for pid in before:
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+        os.kill(pid, signal.SIGTERM)  # a service manager sends it to every process of a server
+        os.kill(pid, signal.SIGINT)  # and a terminal this one
+    streams = [Stream(pair) for _ in range(6)]
+    owners = [owner_of(stream.socket, before) for stream in streams]
+    victim = owners[0]
+    finished = pair.metric("e2e_request_latency_seconds_count")
+    os.kill(victim, signal.SIGKILL)
+    endings = [stream.rest()[-1] for stream in streams]
+
+    for owner, ending in zip(owners, endings, strict=True):
+        assert (ending == "data: [DONE]") == (owner != victim)
+    pair.wait_until_idle(60)
+    wait_for(lambda: pair.metric("kv_cache_usage_perc") == 0, 60)
+    wait_for(lambda: len(children(pair)) == 2 and victim not in children(pair), 60)
+    assert set(before) - {victim} < set(children(pair))
+    with pair.openai() as client:
+        for _ in range(8):
+            assert client.completions.create(model=MODEL, prompt="a", max_tokens=1).choices
+    assert pair.metric("request_success_total", finished_reason="cancelled") == owners.count(victim)
+    pids = children(pair)
+    num_ended = owners.count(victim)
+    num_counted = finished + 8 + len(streams) - num_ended
+    assert pair.metric("e2e_request_latency_seconds_count") == num_counted
+    assert re.search(f"HTTP process {victim} was ended by SIGKILL", pair.log)
+    assert pair.stop() == 0
+    assert not any(map(lives, pids))
+    assert "Traceback" not in pair.log
+
+
+def test_when_the_engines_process_is_killed_streams_are_told_and_the_port_is_free(
+    pair: LiveServer,
+):
+    pids = children(pair)
+    stream = Stream(pair)
+    pair.process.kill()
+    *_, last = stream.rest()
+
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_gone"
+    wait_for(lambda: not any(map(lives, pids)), 60)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{pair.url}/health")
+    again = socket.socket()
+    again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with again:
+        again.bind(("127.0.0.1", pair.port))
+        again.listen()
+
+
+def test_a_process_that_hangs_holds_up_no_other_and_leaves_nothing(pair: LiveServer):
+    """Stopped in the middle of its streams, it reads nothing more until it is killed."""
+    streams = [Stream(pair) for _ in range(4)]
+    pids = children(pair)
+    owner = owner_of(streams[0].socket, pids)
+    os.kill(owner, signal.SIGSTOP)
+    stopped = [stream for stream in streams if owner_of(stream.socket, pids) == owner]
+    others = [stream for stream in streams if stream not in stopped]
+    assert all(stream.rest()[-1] == "data: [DONE]" for stream in others)
+    os.kill(owner, signal.SIGKILL)
+    assert all(stream.rest()[-1] != "data: [DONE]" for stream in stopped)
+    wait_for(lambda: len(children(pair)) == 2 and owner not in children(pair), 60)
+    wait_for(lambda: pair.metric("kv_cache_usage_perc") == 0, 60)
+
+
+@pytest.fixture
+def listener(tiny_target_dir: Path, tmp_path: Path) -> Iterator[socket.socket]:
+    with bind(settings_of(tiny_target_dir, tmp_path)) as bound:
+        yield bound
+
+
+def test_a_server_whose_http_processes_cannot_start_gives_up(
+    new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch, caplog
+):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    settings = settings_of(tiny_target_dir, tmp_path)
+    service = new_service()
+    spawner = Spawner(1, listener)
+    assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 1
+    spawner.close()
+    assert f"{MOST_DEATHS} HTTP processes in a row died" in caplog.text
+
+
+def test_an_engine_that_cannot_go_on_ends_the_server_with_an_exit_code(
+    new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch, caplog
+):
+    settings = settings_of(tiny_target_dir, tmp_path)
+    service = new_service()
+    port = listener.getsockname()[1]
+    endings: list[object] = []
+
+    def lost() -> bool:
+        raise RuntimeError("device is lost")
+
+    def ask() -> None:
+        url = f"http://127.0.0.1:{port}/v1"
+        wait_for(lambda: httpx.get(url.replace("/v1", "/ready")).status_code == 200, 60)
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            stream = iter(client.completions.create(**LONG | {"max_tokens": 200}))
+            next(stream)
+            monkeypatch.setattr(service.engine, "_fail_all", lost)
+            monkeypatch.setattr(service.engine, "step", lost)
+            try:
+                endings.extend(stream)
+            except openai.APIError as error:
+                endings.append(error.code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    spawner = Spawner(1, listener)
+    assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 1
+    spawner.close()
+    asking.join(60)
+    assert endings[-1] == "engine_gone"
+    assert "the engine cannot go on: the server ends" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("processes", "on_gpu", "cores", "wanted"),
+    [(None, False, 64, 0), (None, True, 2, 1), (None, True, 8, 2), (None, True, 128, 4),
+     (0, True, 8, 0), (3, False, 2, 3)],
+)  # fmt: skip
+def test_the_number_of_processes_follows_the_setting_or_the_device(
+    tiny_target_dir, tmp_path, monkeypatch, processes, on_gpu, cores, wanted
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    settings = settings_of(tiny_target_dir, tmp_path)
+    server = settings.server.model_copy(update={"processes": processes})
+    settings = settings.model_copy(update={"server": server})
+    assert border_server.num_processes(settings, on_gpu) == wanted
