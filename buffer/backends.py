@@ -11,6 +11,7 @@ from configs.schema import BufferSettings
 # Named by module and class, so that a backend's client library is imported only when it is used.
 CATALOG: dict[str, str] = {
     "log": "buffer.embedded_log:EmbeddedLog",
+    "file": "buffer.embedded_log:EmbeddedLog",
     "memory": "buffer.memory:MemoryBackend",
 }
 
@@ -28,7 +29,9 @@ def open_backend(url: str, run_dir: Path) -> Backend:
     scheme, colon, _ = url.partition(":")
     if not colon or scheme not in CATALOG:
         known = ", ".join(f"'{name}:'" for name in CATALOG)
-        raise ValueError(f"buffer.url {url!r} has an unknown scheme; known are {known}")
+        found = f"scheme {scheme!r} is unknown" if colon else "it has no scheme"
+        # Never the URL itself: it may hold a password.
+        raise ValueError(f"buffer.url cannot be used: {found}; known are {known}")
     backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
     return backend
 

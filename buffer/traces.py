@@ -45,19 +45,22 @@ class TraceCounts:
 class TraceReader:
     """Returns every trace once, decoded and checked."""
 
-    def __init__(self, backend: Backend, offsets: Offsets | None = None) -> None:
+    def __init__(
+        self, backend: Backend, offsets: Offsets | None = None, group: str | None = None
+    ) -> None:
         """Continue from ``offsets``, or begin with the oldest record.
 
         Args:
             backend: where the records are.
             offsets: what an earlier reader's ``offsets()`` returned.
+            group: share the traces with the other readers of this group; ``None``: read all.
 
         Raises:
-            ValueError: ``offsets`` are not what ``offsets()`` returns.
+            ValueError: ``offsets`` are not what ``offsets()`` of such a reader returns.
         """
         offsets = offsets or {"places": {}, "seen": []}
         self._backend = backend
-        self._records = backend.open_record_reader(offsets["places"])
+        self._records = backend.open_record_reader(offsets["places"] or None, group)
         self._seen = SeenTraces.from_json(offsets["seen"])
         self._read = self._duplicate = 0
         self._reasons: Counter[str] = Counter()
@@ -79,6 +82,15 @@ class TraceReader:
     def offsets(self) -> dict[str, Any]:
         """Offsets in the backend and triples seen, for JSON. Store them with what was learnt."""
         return {"places": self._records.offsets(), "seen": self._seen.to_json()}
+
+    def commit(self, offsets: Offsets) -> None:
+        """The group is done with all that was read when ``offsets()`` returned this; see
+        ``RecordReader.commit``."""
+        self._records.commit(offsets["places"])
+
+    def close(self) -> None:
+        """Leave the group: other members get what was not committed."""
+        self._records.close()
 
     def read(self, max_traces: int) -> list[Trace]:
         """Up to ``max_traces`` new traces; never blocks.
