@@ -12,6 +12,8 @@ from configs.schema import BufferSettings
 CATALOG: dict[str, str] = {
     "log": "buffer.embedded_log:EmbeddedLog",
     "file": "buffer.embedded_log:EmbeddedLog",
+    "kafka": "buffer.kafka:KafkaBackend",
+    "kafkas": "buffer.kafka:KafkaBackend",
     "memory": "buffer.memory:MemoryBackend",
 }
 
