@@ -41,8 +41,8 @@ class Spool:
     @property
     def age_s(self) -> float:
         """Seconds since the oldest record was added; 0 if there is none."""
-        oldest = (self._batch or self._waiting or [None])[0]
-        return 0.0 if oldest is None else time.monotonic() - oldest[1]
+        waiting = self._batch or self._waiting
+        return time.monotonic() - waiting[0][1] if waiting else 0.0
 
     def is_full(self, more_bytes: int) -> bool:
         """Whether so many more bytes would drop something."""
