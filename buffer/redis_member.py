@@ -80,8 +80,13 @@ class RedisMember(RecordReader):
         records: list[Record] = []
         with self._lock:
             while len(records) < max_records and max_bytes > 0:
-                if not self._fetched and not records:
-                    self._fetch()
+                if not self._fetched:
+                    try:
+                        self._fetch()
+                    except ServiceAwayError:
+                        if records:
+                            break  # what has arrived is handed out; the next call meets the error
+                        raise
                 if not self._fetched:
                     break
                 key, number, record = self._fetched.popleft()
@@ -156,8 +161,11 @@ class RedisMember(RecordReader):
     def _take_new(self, ends: dict[str, int]) -> None:
         behind = [name for name, end in ends.items() if end > self._known.get(name, 0)]
         names = self._own.in_turn(sorted(behind))[:WRITERS_AT_ONCE]
-        if not names:
-            return
+        if names and self._take_from(names, ends):
+            self._take_from(names, ends)
+
+    def _take_from(self, names: list[str], ends: dict[str, int]) -> bool:
+        """Take new records of these writers; True if it made the group for one of them instead."""
         count = self._size.how_many(len(names))
         try:
             found = self._group.take_new(self._own.main, names, count)
@@ -174,6 +182,7 @@ class RedisMember(RecordReader):
                 self._evicted_unread += last + 1 - handed.before - len(handed.entries)
                 if len(handed.entries) == count:
                     self._known[writer] = last + 1
+        return None in found.values()
 
     def _queue(self, writer: str, consumer: str, entries: list[Entry]) -> int | None:
         """Records that arrived; returns the number of the last one."""

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from buffer.counts import ReaderCounts
-from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
 from buffer.redis_batches import (
     Batch,
     Entry,
@@ -88,11 +88,14 @@ class RedisReader(RecordReader):
         records: list[Record] = []
         while len(records) < max_records and max_bytes > 0:
             if not self._fetched:
-                if records:
-                    break
-                self._fetch()
-                if not self._fetched:
-                    break
+                try:
+                    self._fetch()
+                except ServiceAwayError:
+                    if records:
+                        break  # what has arrived is handed out; the next call meets the error
+                    raise
+            if not self._fetched:
+                break
             record = self._hand_out(self._fetched.popleft())
             records.append(record)
             max_bytes -= len(record.payload)

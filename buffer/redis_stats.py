@@ -40,9 +40,10 @@ def read_stats(client: RedisClient) -> BufferStats:
     found_ends, committed, *rest = client.together(commands)
     held = held_bytes = 0
     ends = {writer: int(found_ends.get(writer.encode(), 0)) for writer in writers}
-    totals: dict[str, list[int]] = {}
+    by_name = [_by_name(groups) for groups in rest[::3]]
+    totals: dict[str, list[int]] = {name: [0, 0, 0] for groups in by_name for name in groups}
     for writer, groups, oldest, newest in zip(
-        writers, rest[::3], rest[1::3], rest[2::3], strict=True
+        writers, by_name, rest[1::3], rest[2::3], strict=True
     ):
         end = first = ends[writer]
         if oldest and newest:
@@ -50,11 +51,10 @@ def read_stats(client: RedisClient) -> BufferStats:
             first = first_batch.first
             held_bytes += last_batch.bytes_before + last_batch.num_bytes - first_batch.bytes_before
         held += end - first
-        for group in [] if isinstance(groups, Exception) else groups:
-            name = group["name"].decode()
+        for name, total in totals.items():
             done = int(committed.get(committed_field(name, writer).encode(), 0))
-            total = totals.setdefault(name, [0, 0, 0])
-            for i, count in enumerate(_counts_of(group, done, first, end)):
+            counts = _counts_of(groups.get(name, _NOTHING_READ), done, first, end)
+            for i, count in enumerate(counts):
                 total[i] += count
     return BufferStats(
         num_writers=len(writers),
@@ -63,6 +63,17 @@ def read_stats(client: RedisClient) -> BufferStats:
         held_bytes=held_bytes,
         groups=tuple(GroupCounts(name, *total) for name, total in sorted(totals.items())),
     )
+
+
+_NOTHING_READ = {"last-delivered-id": b"0-0", "pending": 0}
+"""A group that has not met a writer yet."""
+
+
+def _by_name(groups: Any) -> dict[str, Mapping[str, Any]]:
+    """Groups of one stream; none if there is no stream."""
+    if isinstance(groups, Exception):
+        return {}
+    return {group["name"].decode(): group for group in groups}
 
 
 def _counts_of(
