@@ -12,6 +12,8 @@ from configs.schema import BufferSettings
 CATALOG: dict[str, str] = {
     "log": "buffer.embedded_log:EmbeddedLog",
     "file": "buffer.embedded_log:EmbeddedLog",
+    "redis": "buffer.redis_buffer:RedisBuffer",
+    "rediss": "buffer.redis_buffer:RedisBuffer",
     "kafka": "buffer.kafka:KafkaBackend",
     "kafkas": "buffer.kafka:KafkaBackend",
     "memory": "buffer.memory:MemoryBackend",
@@ -34,7 +36,13 @@ def open_backend(url: str, run_dir: Path) -> Backend:
         found = f"scheme {scheme!r} is unknown" if colon else "it has no scheme"
         # Never the URL itself: it may hold a password.
         raise ValueError(f"buffer.url cannot be used: {found}; known are {known}")
-    backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
+    try:
+        backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"buffer.url begins with '{scheme}:', which needs the package {error.name}; pip "
+            f"install {error.name}"
+        ) from None
     return backend
 
 

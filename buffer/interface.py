@@ -165,6 +165,10 @@ class Record:
     """Where it is stored; unique within the writer, fit for a file name; e.g. ``000042-1024``."""
 
 
+class ServiceAwayError(OSError):
+    """A backend's service cannot be used at present: it does not answer, or refuses. Try again."""
+
+
 class RecordReader(Protocol):
     """Follows all writers of a buffer; ``read`` never waits for records.
 
@@ -195,7 +199,8 @@ class RecordReader(Protocol):
         behind may come after later ones of the same writer.
 
         Raises:
-            OSError: storage failed; try again later.
+            ServiceAwayError: try again later.
+            OSError: storage failed.
         """
         ...
 

@@ -87,8 +87,8 @@ class _Share:
     """Evicted before they were handed out, or after a member had left them."""
     in_hand: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Number -> the member that has it, and how many records that member had got before."""
-    left: list[int] = field(default_factory=list)
-    """Numbers that members left, ascending."""
+    left: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """The same of records that members left, ascending: a checkpoint may still commit them."""
 
 
 @dataclass(slots=True)
@@ -296,7 +296,7 @@ class MemoryMember(RecordReader):
 
     def __init__(self, held: _Held, group: str, offsets: Offsets | None = None) -> None:
         match dict(offsets or {}):
-            case {}:
+            case nothing if not nothing:
                 self._predecessor = None
             case {"member": str(member), "handed": int(handed)}:
                 self._predecessor = member, handed
@@ -347,7 +347,8 @@ class MemoryMember(RecordReader):
     def _next_number(self, share: _Share, stream: _Stream) -> int | None:
         """Number of the next record to hand out; what was evicted before counts as lost."""
         while share.left:
-            number = share.left.pop(0)
+            number = next(iter(share.left))
+            del share.left[number]
             if number in stream.records:
                 return number
             self._has_lost(share, 1)
@@ -365,17 +366,18 @@ class MemoryMember(RecordReader):
 
     def _commit(self, member: str, handed: int) -> None:
         for share in self._held.groups.get(self._group, {}).values():
-            done = [n for n, (who, at) in share.in_hand.items() if who == member and at < handed]
-            for number in done:
-                del share.in_hand[number]
-            share.committed += len(done)
+            for records in (share.in_hand, share.left):
+                done = [n for n, (who, at) in records.items() if who == member and at < handed]
+                for number in done:
+                    del records[number]
+                share.committed += len(done)
 
     def _leave(self, member: str) -> None:
         for share in self._held.groups.get(self._group, {}).values():
-            left = [number for number, (who, _) in share.in_hand.items() if who == member]
+            left = {n: one for n, one in share.in_hand.items() if one[0] == member}
             for number in left:
                 del share.in_hand[number]
-            share.left = sorted([*share.left, *left])
+            share.left = dict(sorted((share.left | left).items()))
 
 
 def _counts_of(group: str, held: _Held) -> GroupCounts:

@@ -63,11 +63,14 @@ class Intake:
         self._max_sequence = max_sequence
         self._journal = journal
         self._ahead: _Ahead | None = None
+        self._reader = reader
         self.continue_with(reader)
 
     def continue_with(self, reader: TraceReader) -> None:
         """Read from this reader from now on; not once started."""
         assert self._ahead is None, "the intake has started"
+        if reader is not self._reader:
+            self._reader.close()
         self._reader = reader
         self._offsets, self._counts = reader.offsets(), reader.counts
 
@@ -80,6 +83,19 @@ class Intake:
         """Stop reading ahead. What was read and not handed over is read again after a restart."""
         if self._ahead is not None:
             self._ahead.stop()
+
+    def commit(self, offsets: dict[str, Any]) -> None:
+        """Nobody of the trainer's group gets the samples before these offsets again.
+
+        Raises:
+            OSError: the buffer failed; a later commit includes this one.
+        """
+        self._reader.commit(offsets)
+
+    def close(self) -> None:
+        """Stop reading, and leave what was not committed to the group's other trainers."""
+        self.stop()
+        self._reader.close()
 
     def read(self) -> list[Sample]:
         """Samples of the next traces, at most ``TRACES_AT_ONCE``.

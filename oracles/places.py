@@ -1,0 +1,122 @@
+"""Buffers of every kind for the tests that each backend must pass.
+
+To let a new backend pass them, add a function that makes a ``Place`` to ``PLACES``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from buffer.backends import open_backend
+from buffer.interface import Backend
+from buffer.redis_url import parse_redis_url
+from oracles.redis_servers import RedisServer, debian_binary, valkey_binary
+
+
+class Server(Protocol):
+    """A server that a test may kill and start again."""
+
+    def kill(self) -> None: ...
+
+    def start(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """One buffer of one backend, for one test."""
+
+    url: str
+    run_dir: Path
+    server: Server | None = None
+    """``None``: there is none, or it belongs to somebody else."""
+    for_processes: bool = True
+    """Other processes can open it, too."""
+    notifies: bool = False
+    """Its weights store tells when a version was published."""
+    damage: Callable[[int], None] | None = None
+    """Changes one byte of a version's ``drafter.safetensors``."""
+
+    def open(self) -> Backend:
+        """Open it, or open it again as a restart would."""
+        return open_backend(self.url, self.run_dir)
+
+
+def _log(tmp_path: Path) -> Place:
+    def damage(version: int) -> None:
+        path = tmp_path / "weights" / str(version) / "drafter.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    return Place("log:", tmp_path, damage=damage)
+
+
+def _memory(tmp_path: Path) -> Place:
+    return Place(f"memory:{tmp_path}", tmp_path, for_processes=False, notifies=True)
+
+
+def _valkey(tmp_path: Path) -> Place:
+    given = os.environ.get("REDIS_URL")
+    if given is not None:
+        return _redis(given, tmp_path, None)
+    server = _server(valkey_binary())
+    return _redis(server.url, tmp_path, server)
+
+
+def _debian_redis(tmp_path: Path) -> Place:
+    binary = debian_binary()
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    server = _server(binary)
+    return _redis(server.url, tmp_path, server)
+
+
+def _redis(url: str, tmp_path: Path, server: RedisServer | None) -> Place:
+    options = f"run=test-{secrets.token_hex(8)}&member_timeout_s=2&piece_bytes=1048576"
+    url = f"{url}{'&' if '?' in url else '?'}{options}"
+
+    def damage(version: int) -> None:
+        from buffer.redis_client import RedisClient
+
+        client = RedisClient(parse_redis_url(url, tmp_path))
+        pattern = client.options.key("content", "*", "drafter.safetensors", "0")
+        for key in client.redis.scan_iter(pattern):
+            content = bytearray(client.call("GET", key))
+            content[-1] ^= 1
+            client.call("SET", key, bytes(content))
+        client.close()
+
+    return Place(url, tmp_path, server, notifies=True, damage=damage)
+
+
+@cache
+def _server(binary: str) -> RedisServer:
+    """One server for all tests of this process; see ``close_servers``."""
+    server = RedisServer(binary)
+    _RUNNING.append(server)
+    return server
+
+
+_RUNNING: list[RedisServer] = []
+
+PLACES: dict[str, Callable[[Path], Place]] = {
+    "log": _log,
+    "memory": _memory,
+    "valkey": _valkey,
+    "redis": _debian_redis,
+}
+
+
+def close_servers() -> None:
+    """End all servers that were started."""
+    while _RUNNING:
+        _RUNNING.pop().close()
+    _server.cache_clear()
