@@ -20,8 +20,9 @@ from buffer.interface import (
     Report,
     TraceLimits,
 )
+from buffer.kafka_group import Place, places_of
 from buffer.kafka_link import MESSAGE_ROOM, KafkaLink, close_now, kafka_errors, parse_url
-from buffer.kafka_reader import KafkaReader, Place, places_of
+from buffer.kafka_reader import KafkaReader
 from buffer.kafka_weights import KafkaWeights
 from buffer.kafka_writer import KafkaWriter
 from buffer.version_rules import check_group

@@ -20,7 +20,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote
@@ -40,6 +40,8 @@ except ImportError as error:
         "'slipstream-serving[kafka]'"
     ) from error
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from buffer.interface import ServiceAwayError
 
 PASSWORD_VARIABLE = "KAFKA_PASSWORD"
 PARTS_HEADER = ("slipstream.parts", b"1")
@@ -196,7 +198,7 @@ class KafkaLink:
             allow_auto_create_topics=False,
             metrics_enabled=False,
         )
-        weakref.finalize(owner, close_now, client).atexit = False
+        weakref.finalize(owner, _close_aside, close_now, client).atexit = False
         return client
 
     def consumer(self, owner: object, **settings: Any) -> KafkaConsumer:
@@ -208,7 +210,7 @@ class KafkaLink:
             allow_auto_create_topics=False,
             metrics_enabled=False,
         )
-        weakref.finalize(owner, close_consumer, client).atexit = False
+        weakref.finalize(owner, _close_aside, close_consumer, client).atexit = False
         return client
 
     @contextlib.contextmanager
@@ -316,16 +318,16 @@ def _create(
 
 @contextlib.contextmanager
 def kafka_errors(what: str) -> Iterator[None]:
-    """Turn errors of the client into OSError: ``what`` and a short reason.
+    """Turn errors of the client into one: ``what`` and a short reason.
 
     Raises:
-        OSError: with errno ETIMEDOUT if it may work later, EIO otherwise.
+        ServiceAwayError: always for errors of the client.
     """
     try:
         yield
     except KafkaError as error:
         number = errno.ETIMEDOUT if isinstance(error, RetriableError) else errno.EIO
-        raise OSError(number, f"{what}: {reason_of(error)}") from None
+        raise ServiceAwayError(number, f"{what}: {reason_of(error)}") from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -337,6 +339,12 @@ def reason_of(error: BaseException) -> str:
     return f"{kind} {text[:_MAX_ERROR_LETTERS]}"
 
 
+def _close_aside(close: Callable[[Any], None], client: Any) -> None:
+    """Close a client whose owner is gone. The garbage collector may have noticed that on the
+    client's own thread, which cannot wait for its own end."""
+    threading.Thread(target=close, args=(client,), name="kafka-close", daemon=True).start()
+
+
 def close_consumer(consumer: KafkaConsumer) -> None:
     """Close a consumer, and leave its group."""
     with contextlib.suppress(KafkaError):
@@ -345,6 +353,9 @@ def close_consumer(consumer: KafkaConsumer) -> None:
 
 def close_now(producer: KafkaProducer) -> None:
     """Close a producer and discard what it has not sent."""
-    with contextlib.suppress(KafkaError):
+    try:
         producer.close(timeout=0)
-    producer._sender.force_close()  # ``close`` gives up before it gets there if records are left
+    except KafkaError:  # there are records left, and the client stops half-way
+        producer._closed = True
+    producer._sender.force_close()
+    producer._sender.join(1.0)

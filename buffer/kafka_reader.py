@@ -14,22 +14,22 @@ import logging
 import re
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
-from kafka.admin import MemberToRemove
+from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import (
     KafkaError,
     KafkaTimeoutError,
     OffsetOutOfRangeError,
 )
-from kafka.structs import MemberState
 
 from buffer.counts import ReaderCounts
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.kafka_group import Membership, Place, places_of
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
 
 log = logging.getLogger(__name__)
@@ -39,63 +39,8 @@ MAX_RECORD_BYTES = 1 << 30
 
 _AT_ONCE = 64  # messages of one poll
 _POLL_MS = 50
+_STAY_EVERY_S = 0.1
 _WRITER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """How far one partition was read."""
-
-    next: int = 0
-    """Offset of the next record."""
-    lost: int = 0
-    """Records before it that nobody can have read: evicted or damaged."""
-
-    def to_commit(self) -> OffsetAndMetadata:
-        """As Kafka stores it for a group."""
-        return OffsetAndMetadata(self.next, json.dumps({"lost": self.lost}), -1)
-
-    @classmethod
-    def from_commit(cls, committed: OffsetAndMetadata | None) -> Place:
-        """Inverse of ``to_commit``; a broker that drops metadata has forgotten what was lost."""
-        if committed is None:
-            return cls()
-        lost = 0
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            lost = max(0, int(json.loads(committed.metadata)["lost"]))
-        return cls(committed.offset, lost)
-
-    def to_json(self) -> list[int]:
-        return [self.next, self.lost]
-
-    @classmethod
-    def from_json(cls, partition: str, stored: Any) -> Place:
-        """Inverse of ``to_json``.
-
-        Raises:
-            ValueError: it is no such thing.
-        """
-        match stored:
-            case [int(next_), int(lost)] if partition.isdecimal() and min(next_, lost) >= 0:
-                return cls(next_, lost)
-        raise ValueError(
-            f"offsets of {partition!r} must be a partition's number, with the offset of the next "
-            f"record and how many were lost, got {stored!r}"
-        )
-
-
-def places_of(offsets: Offsets | None) -> dict[int, Place]:
-    """Places by partition.
-
-    Raises:
-        ValueError: ``offsets`` hold something else.
-    """
-    stored = {name: value for name, value in (offsets or {}).items() if name != "member"}
-    return {int(name): place for name, place in _checked(stored).items()}
-
-
-def _checked(stored: Mapping[str, Any]) -> dict[str, Place]:
-    return {name: Place.from_json(name, value) for name, value in stored.items()}
 
 
 class KafkaReader(RecordReader):
@@ -105,7 +50,7 @@ class KafkaReader(RecordReader):
         self._link = link
         self._topic = link.topic("traces")
         self._places = places_of(offsets)
-        self._share = None if group is None else _Share(link, group, dict(offsets or {}))
+        self._group = None if group is None else Membership(link, group, dict(offsets or {}))
         self._ready: dict[int, deque[Any]] = {}
         """Messages that were fetched and not returned, by partition."""
         self._turn = 0
@@ -115,16 +60,17 @@ class KafkaReader(RecordReader):
         self._pieces = _Pieces(link)
         self._counts = ReaderCounts()
         self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     @property
     def counts(self) -> ReaderCounts:
         return self._counts
 
     def offsets(self) -> dict[str, Any]:
-        if self._share is not None and self._share.predecessor:
-            return self._share.predecessor
+        if self._group is not None and self._group.predecessor:
+            return self._group.predecessor
         places = {str(partition): place.to_json() for partition, place in self._places.items()}
-        return places if self._share is None else {**places, "member": self._share.member}
+        return places if self._group is None else {**places, "member": self._group.member}
 
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
         records: list[Record] = []
@@ -141,19 +87,33 @@ class KafkaReader(RecordReader):
             except KafkaError:
                 if not records:
                     raise
+            self._take_note()
         self._counts = replace(self._counts, read=self._counts.read + len(records))
         return records
 
     def commit(self, offsets: Offsets) -> None:
-        if self._share is None:
+        if self._group is None:
             raise ValueError("a reader without a group has nothing to commit")
         places = places_of(offsets)
         with self._lock, kafka_errors(f"{self._link.address.location}: nothing was committed"):
             if places and self._has_partitions():
                 assert self._consumer is not None
-                self._share.commit(self._consumer, places)
+                self._group.commit(self._consumer, places)
+                self._take_note()
+
+    def stay(self) -> None:
+        """Remain a member, and take part when partitions are shared out, while nobody reads."""
+        with self._lock, contextlib.suppress(KafkaError):
+            consumer = self._consumer
+            if consumer is None or self._group is None or not consumer.subscription():
+                return
+            consumer.pause(*consumer.assignment())
+            self._poll(1)
+            consumer.resume(*consumer.assignment())
+            self._take_note()
 
     def close(self) -> None:
+        self._closed.set()
         with self._lock:
             consumer, self._consumer = self._consumer, None
             self._ready.clear()
@@ -171,19 +131,23 @@ class KafkaReader(RecordReader):
         """
         if self._consumer is None:
             self._consumer = self._new_consumer()
+            if self._group is not None:
+                threading.Thread(
+                    target=_stay, args=(weakref.ref(self), self._closed), name="kafka", daemon=True
+                ).start()
         found = self._consumer.partitions_for_topic(self._topic)
         if not found:
             return False
-        if self._share is None:
+        if self._group is None:
             self._assign(self._consumer, found)
-        elif self._share.join(self._consumer, self._topic):
+        elif self._group.join(self._consumer, self._topic):
             self._follow(self._consumer)
         return True
 
     def _new_consumer(self) -> KafkaConsumer:
         return self._link.consumer(
             self,
-            **({} if self._share is None else self._share.settings),
+            **({} if self._group is None else self._group.settings),
             auto_offset_reset="earliest",
             check_crcs=False,  # records have checksums of their own; a bad one stops no reader
             max_partition_fetch_bytes=4 << 20,
@@ -200,18 +164,18 @@ class KafkaReader(RecordReader):
 
     def _follow(self, consumer: KafkaConsumer) -> None:
         """Read the partitions that the group has given us, from where it is in each."""
+        assert self._group is not None
         assigned = {partition.partition for partition in consumer.assignment()}
-        for number in self._places.keys() - assigned:
-            del self._places[number]
-        for number in self._ready.keys() - assigned:
-            del self._ready[number]
-        for number in assigned:
-            partition = TopicPartition(self._topic, number)
-            committed = consumer.committed(
-                partition, metadata=True, timeout_ms=self._link.timeout_ms
-            )
-            place = max(Place.from_commit(committed), self._places.get(number, Place()))
-            self._begin(consumer, number, place)
+        for numbers in (self._places, self._ready):
+            for number in numbers.keys() - assigned:
+                del numbers[number]  # type: ignore[attr-defined]
+        for number, committed in self._group.committed(consumer, assigned).items():
+            self._begin(consumer, number, max(committed, self._places.get(number, Place())))
+
+    def _take_note(self) -> None:
+        """Let the group know what we hold."""
+        if self._group is not None and self._consumer is not None:
+            self._group.note(self._consumer, self._places)
 
     def _begin(self, consumer: KafkaConsumer, number: int, place: Place) -> None:
         self._places[number] = place
@@ -222,22 +186,27 @@ class KafkaReader(RecordReader):
 
     def _has_ready(self) -> bool:
         """Whether there is a message to return; fetches until there is one or all were read."""
-        if any(self._ready.values()) or self._poll(1):
+        if self._readable() or (self._poll(1) and self._readable()):
             return True
         deadline_s = time.monotonic() + self._link.options.timeout_s
         while not self._has_all():
-            if self._poll(_POLL_MS):
+            if self._poll(_POLL_MS) and self._readable():
                 return True
             if time.monotonic() > deadline_s:
                 raise KafkaTimeoutError("there are records, but none arrives")
         return False
+
+    def _readable(self) -> list[int]:
+        """Partitions with messages to return."""
+        released = () if self._group is None else self._group.released
+        return [n for n, messages in self._ready.items() if messages and n not in released]
 
     def _poll(self, wait_ms: int) -> bool:
         """Fetch some messages; True if there are any."""
         consumer = self._consumer
         assert consumer is not None
         found = consumer.poll(timeout_ms=wait_ms, max_records=_AT_ONCE)
-        if self._share is not None and self._share.join(consumer, self._topic):
+        if self._group is not None and self._group.join(consumer, self._topic):
             self._follow(consumer)  # and fetch again from there
             return False
         for partition, messages in found.items():
@@ -248,7 +217,10 @@ class KafkaReader(RecordReader):
         """Whether all records there are were returned. Counts what was evicted unread."""
         consumer = self._consumer
         assert consumer is not None
-        partitions = [TopicPartition(self._topic, number) for number in self._ready]
+        released = () if self._group is None else self._group.released
+        partitions = [
+            TopicPartition(self._topic, number) for number in self._ready if number not in released
+        ]
         if not partitions:
             return True
         begins = consumer.beginning_offsets(partitions)
@@ -279,7 +251,7 @@ class KafkaReader(RecordReader):
 
     def _next(self) -> Record | None:
         """The next message as a record; ``None`` if it cannot be read any more."""
-        numbers = [number for number, messages in self._ready.items() if messages]
+        numbers = self._readable()
         number = numbers[self._turn % len(numbers)]
         message = self._ready[number][0]
         payload = message.value
@@ -298,81 +270,11 @@ class KafkaReader(RecordReader):
         return Record(payload, writer.decode(), f"{number}-{message.offset}")
 
 
-class _Share:
-    """What a reader has to do with its group."""
-
-    def __init__(self, link: KafkaLink, group: str, predecessor: dict[str, Any]) -> None:
-        """
-        Args:
-            predecessor: offsets of a member that we succeed; empty if there is none.
-        """
-        self.predecessor = predecessor
-        """Until we have succeeded it."""
-        self.member: str | None = None
-        """Our name in the group, once we are a member."""
-        self._link = link
-        self._group = link.group(group)
-        self._settled: tuple[Any, ...] | None = None
-        """Generation and partitions that the reader knows of."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those of the consumer."""
-        session_ms = round(self._link.options.session_s * 1000)
-        return {
-            "group_id": self._group,
-            "session_timeout_ms": session_ms,
-            "heartbeat_interval_ms": max(200, session_ms // 5),
-            "max_poll_interval_ms": max(60_000, session_ms),
-        }
-
-    def join(self, consumer: KafkaConsumer, topic: str) -> bool:
-        """Be a member, and succeed the predecessor. True if the partitions may have changed.
-
-        Raises:
-            KafkaError: the group does not settle.
-        """
-        if not consumer.subscription():
-            self._remove_predecessor()
-            consumer.subscribe([topic])
-        options = self._link.options
-        deadline_s = time.monotonic() + options.timeout_s + options.session_s
-        while consumer.group_metadata().state != MemberState.STABLE:
-            if time.monotonic() > deadline_s:
-                raise KafkaTimeoutError(f"group {self._group} does not settle")
-            consumer.poll(timeout_ms=100, max_records=1)
-        about = consumer.group_metadata()
-        settled = (about.generation_id, about.member_id, frozenset(consumer.assignment()))
-        if settled == self._settled:
-            return False
-        if self.predecessor:
-            self.commit(consumer, places_of(self.predecessor))
-            self.predecessor = {}
-        self._settled, self.member = settled, about.member_id
-        return True
-
-    def commit(self, consumer: KafkaConsumer, places: dict[int, Place]) -> None:
-        """Commit places unless the group is further already, of other members' partitions too.
-
-        Raises:
-            KafkaError: it did not work.
-        """
-        timeout_ms = self._link.timeout_ms
-        wanted = {}
-        for number, place in places.items():
-            partition = TopicPartition(self._link.topic("traces"), number)
-            committed = consumer.committed(partition, timeout_ms=timeout_ms)
-            if committed is None or committed < place.next:
-                wanted[partition] = place.to_commit()
-        if wanted:
-            consumer.commit(wanted, timeout_ms=timeout_ms)
-
-    def _remove_predecessor(self) -> None:
-        """Tell the group that it is gone, so that nobody waits for its session to end."""
-        member = self.predecessor.get("member")
-        if isinstance(member, str):
-            with contextlib.suppress(KafkaError), self._link.admin() as admin:
-                admin.remove_group_members(self._group, [MemberToRemove(member_id=member)])
+def _stay(reader: weakref.ref[KafkaReader], closed: threading.Event) -> None:
+    """Keep a reader in its group until it is closed or gone."""
+    while not closed.wait(_STAY_EVERY_S) and (found := reader()) is not None:
+        found.stay()
+        del found
 
 
 class _Pieces:

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 IN_USE_STALE_MS = 24 * 3600 * 1000
 """Milliseconds after which a mark that was not renewed is assumed to be a dead server's."""
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = 256 << 10
 """Files are stored in pieces of this size, so that reading one takes little memory."""
 
 _SHORTEN_AT = 1000  # messages in the log at which pruning also shortens it
@@ -177,6 +177,11 @@ class VersionLog:
             self._state, self._next = state, end
         return self._state
 
+    @property
+    def end(self) -> int:
+        """Offset of the next message that ``follow`` has not seen."""
+        return self._next or 0
+
     def append(self, message: Mapping[str, Any]) -> State:
         """Append a message, and return the state that includes it.
 
@@ -284,7 +289,12 @@ class VersionFiles:
             OSError: a piece is gone.
         """
         if self._consumer is None:
-            self._consumer = self._link.consumer(self, auto_offset_reset="none")
+            self._consumer = self._link.consumer(
+                self,
+                auto_offset_reset="none",
+                max_partition_fetch_bytes=2 * PIECE_BYTES,
+                fetch_max_bytes=2 * PIECE_BYTES,
+            )
         if not self._consumer.partitions_for_topic(self._partition.topic):
             raise OSError(f"there is no topic {self._partition.topic}")
         num_read = 0
@@ -334,7 +344,8 @@ class _Sender:
             OSError: the topic cannot be created.
         """
         if self._producer is not None and self._last is not None and self._last.failed():
-            self._producer = close_now(self._producer)  # it sends nothing after a failure
+            close_now(self._producer)  # it sends nothing after a failure
+            self._producer = None
         if self._producer is None:
             self._link.ensure_topic(self._topic, 1, self._configs)
             self._producer = self._link.producer(

@@ -26,7 +26,7 @@ from kafka import KafkaProducer, TopicPartition
 from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from buffer.counts import WriterCounts
-from buffer.interface import Payload, TraceLimits, TraceWriter, check_record
+from buffer.interface import Payload, ServiceAwayError, TraceLimits, TraceWriter, check_record
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_now, kafka_errors, reason_of
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class KafkaWriter(TraceWriter):
         now_s = time.monotonic()
         if max(self._line.not_before_s, now_s) >= deadline_s:
             left = len(self._outbox.sent) + len(self._outbox.waiting)
-            raise OSError(
+            raise ServiceAwayError(
                 errno.ETIMEDOUT,
                 f"{left} records are not acknowledged; they are kept and sent again: {problem}",
             )
@@ -284,7 +284,7 @@ class KafkaWriter(TraceWriter):
         if is_too_large and self._line.send_less():
             return
         self._line.pause()
-        raise OSError(
+        raise ServiceAwayError(
             errno.EIO,
             f"{self._link.address.location} refused traces: {reason_of(error)}; they are kept and "
             f"sent again",

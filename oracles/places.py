@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,7 @@ import pytest
 from buffer.backends import open_backend
 from buffer.interface import Backend
 from buffer.redis_url import parse_redis_url
+from oracles.kafka_brokers import Broker, Kind
 from oracles.redis_servers import RedisServer, debian_binary, valkey_binary
 
 
@@ -97,6 +100,54 @@ def _redis(url: str, tmp_path: Path, server: RedisServer | None) -> Place:
     return Place(url, tmp_path, server, notifies=True, damage=damage)
 
 
+def _kafka(kind: Kind) -> Callable[[Path], Place]:
+    def make(tmp_path: Path) -> Place:
+        given = os.environ.get("KAFKA_BOOTSTRAP")
+        broker = None if given is not None else _broker(kind)
+        address = given if broker is None else broker.address
+        options = "partitions=2&session_s=6&timeout_s=10"
+        url = f"kafka://{address}/test-{secrets.token_hex(8)}?{options}"
+        is_tansu = broker is not None and kind == "tansu"  # it forgets all, and deletes no records
+        damage = None if is_tansu else partial(_damage_kafka, url)
+        server = None if is_tansu else broker
+        return Place(url, tmp_path, server, notifies=True, damage=damage)
+
+    return make
+
+
+def _damage_kafka(url: str, version: int) -> None:
+    """Kafka changes no message, so the log of publications is replaced by one that names a wrong
+    piece."""
+    from kafka import TopicPartition
+
+    from buffer.kafka_link import KafkaLink, parse_url
+    from buffer.kafka_versions import VersionFiles, VersionLog
+
+    link = KafkaLink(parse_url(url))
+    log, files = VersionLog(link), VersionFiles(link)
+    stored = log.follow().to_json()
+    for number, _, nonce, _, places, _ in stored["published"]:
+        if number == version:
+            name = "drafter.safetensors"
+            content = bytearray(b"".join(files.read(nonce, name, places[name])))
+            content[-1] ^= 1
+            places[name] = files.write(nonce, {name: bytes(content)})[name]
+    partition = TopicPartition(link.topic("weights"), 0)
+    end = log.end
+    log.append({"kind": "state", "up_to": end, "state": stored})
+    with link.admin() as admin:
+        admin.delete_records({partition: end})
+
+
+@cache
+def _broker(kind: Kind) -> Broker:
+    """One broker of a kind for all tests of this process; see ``close_servers``."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind}-"))
+    broker = Broker(kind, folder)
+    _BROKERS.append((broker, folder))
+    return broker
+
+
 @cache
 def _server(binary: str) -> RedisServer:
     """One server for all tests of this process; see ``close_servers``."""
@@ -106,12 +157,15 @@ def _server(binary: str) -> RedisServer:
 
 
 _RUNNING: list[RedisServer] = []
+_BROKERS: list[tuple[Broker, Path]] = []
 
 PLACES: dict[str, Callable[[Path], Place]] = {
     "log": _log,
     "memory": _memory,
     "valkey": _valkey,
     "redis": _debian_redis,
+    "tansu": _kafka("tansu"),
+    "noida": _kafka("noida"),
 }
 
 
@@ -119,4 +173,9 @@ def close_servers() -> None:
     """End all servers that were started."""
     while _RUNNING:
         _RUNNING.pop().close()
+    while _BROKERS:
+        broker, folder = _BROKERS.pop()
+        broker.kill()
+        shutil.rmtree(folder, ignore_errors=True)
     _server.cache_clear()
+    _broker.cache_clear()
