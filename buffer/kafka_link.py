@@ -240,6 +240,11 @@ class KafkaLink:
                 _create(admin, self.topic(name), num_partitions, self.options.replication, configs)
             self._known.add(name)
 
+    def forget_topics(self) -> None:
+        """Look again whether topics exist."""
+        with self._lock:
+            self._known.clear()
+
     def message_limit(self, name: str) -> int:
         """Largest value that a message of this topic may have, bytes."""
         from kafka.admin import ConfigResource
@@ -334,7 +339,7 @@ def reason_of(error: BaseException) -> str:
     """Kind and beginning of an error: the client appends whole requests to some."""
     kind = type(error).__name__
     if isinstance(error, KafkaTimeoutError):
-        return f"the brokers did not answer in time ({kind})"
+        return f"the brokers did not answer in time ({error})"
     text = str(error).partition(": Request ")[0]
     return f"{kind} {text[:_MAX_ERROR_LETTERS]}"
 

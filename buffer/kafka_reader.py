@@ -22,9 +22,13 @@ from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import (
+    CommitFailedError,
+    IllegalGenerationError,
     KafkaError,
     KafkaTimeoutError,
     OffsetOutOfRangeError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
 )
 
 from buffer.counts import ReaderCounts
@@ -40,6 +44,12 @@ MAX_RECORD_BYTES = 1 << 30
 _AT_ONCE = 64  # messages of one poll
 _POLL_MS = 50
 _STAY_EVERY_S = 0.1
+_REJOIN = (
+    CommitFailedError,
+    IllegalGenerationError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
 _WRITER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
@@ -96,10 +106,17 @@ class KafkaReader(RecordReader):
             raise ValueError("a reader without a group has nothing to commit")
         places = places_of(offsets)
         with self._lock, kafka_errors(f"{self._link.address.location}: nothing was committed"):
-            if places and self._has_partitions():
+            deadline_s = time.monotonic() + self._link.options.timeout_s
+            while places and self._has_partitions():
                 assert self._consumer is not None
-                self._group.commit(self._consumer, places)
-                self._take_note()
+                try:
+                    self._group.commit(self._consumer, places)
+                    break
+                except _REJOIN:  # what we hold stays ours: commit once we have joined again
+                    if time.monotonic() > deadline_s:
+                        raise
+                    self._poll(_POLL_MS)
+            self._take_note()
 
     def stay(self) -> None:
         """Remain a member, and take part when partitions are shared out, while nobody reads."""
@@ -166,9 +183,8 @@ class KafkaReader(RecordReader):
         """Read the partitions that the group has given us, from where it is in each."""
         assert self._group is not None
         assigned = {partition.partition for partition in consumer.assignment()}
-        for numbers in (self._places, self._ready):
-            for number in numbers.keys() - assigned:
-                del numbers[number]  # type: ignore[attr-defined]
+        self._places = {n: place for n, place in self._places.items() if n in assigned}
+        self._ready = {n: ready for n, ready in self._ready.items() if n in assigned}
         for number, committed in self._group.committed(consumer, assigned).items():
             self._begin(consumer, number, max(committed, self._places.get(number, Place())))
 

@@ -16,18 +16,22 @@ import os
 import random
 import time
 import uuid
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from kafka import KafkaProducer, TopicPartition
-from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from kafka.errors import (
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+)
 
 from buffer.counts import WriterCounts
 from buffer.interface import Payload, ServiceAwayError, TraceLimits, TraceWriter, check_record
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_now, kafka_errors, reason_of
+from buffer.kafka_outbox import Outbox, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -37,100 +41,8 @@ DEFAULT_BYTES = 1 << 30
 _LEAST_PIECE = 4096
 _TEND_WAIT_S = 0.2  # a broker that hangs holds a call of ``tend`` up for so long
 _LONGEST_PAUSE_S = 2.0  # between two attempts to connect
+_PATIENCE = 3  # times timeout_s without an acknowledgement
 _EVICT_AGAIN_S = 60.0  # after a broker refused
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """A record that is not acknowledged yet."""
-
-    number: int
-    payload: Payload
-    appended_s: float
-    """Monotonic time, seconds."""
-    pieces: list[Any] = field(default_factory=list)
-    """Futures of its pieces, once they are sent."""
-    future: Any = None
-    """Of its message, once that is sent."""
-
-
-class _Outbox:
-    """Records in order: those that the client has, then those that wait for it."""
-
-    def __init__(self, max_waiting_bytes: int) -> None:
-        self.sent: deque[_Waiting] = deque()
-        self.waiting: deque[_Waiting] = deque()
-        self.sent_bytes = 0
-        self.appended = self.durable = self.dropped = self.doubtful = 0
-        self._max_waiting_bytes = max_waiting_bytes
-        self._waiting_bytes = 0
-        self._acknowledged: deque[range] = deque()
-
-    def add(self, payload: Payload) -> int:
-        """Take a record; the oldest that wait are dropped if there is no room."""
-        number = self.appended
-        self.appended += 1
-        self.waiting.append(_Waiting(number, payload, time.monotonic()))
-        self._waiting_bytes += len(payload)
-        while self._waiting_bytes > self._max_waiting_bytes and len(self.waiting) > 1:
-            # One whose pieces are on their way is finished instead.
-            oldest = 1 if self.waiting[0].pieces and len(self.waiting) > 2 else 0
-            self._waiting_bytes -= len(self.waiting[oldest].payload)
-            del self.waiting[oldest]
-            self.dropped += 1
-        return number
-
-    def is_sent(self) -> None:
-        """The first that waited was handed to the client."""
-        record = self.waiting.popleft()
-        self._waiting_bytes -= len(record.payload)
-        self.sent_bytes += len(record.payload)
-        self.sent.append(record)
-
-    def is_acknowledged(self) -> _Waiting:
-        """The first that was sent is stored."""
-        record = self.sent.popleft()
-        self.sent_bytes -= len(record.payload)
-        self.durable += 1
-        if self._acknowledged and self._acknowledged[-1].stop == record.number:
-            self._acknowledged[-1] = range(self._acknowledged[-1].start, record.number + 1)
-        else:  # those between were dropped
-            self._acknowledged.append(range(record.number, record.number + 1))
-        return record
-
-    def send_again(self) -> None:
-        """All that was sent and not acknowledged waits once more."""
-        for record in self.waiting:
-            record.pieces = []
-        for record in reversed(self.sent):
-            record.future, record.pieces = None, []
-            self.waiting.appendleft(record)
-            self._waiting_bytes += len(record.payload)
-        self.sent.clear()
-        self.sent_bytes = 0
-
-    def give_up(self) -> None:
-        """Count what is left: sent is doubtful, the rest was never sent."""
-        self.doubtful += len(self.sent)
-        self.dropped += len(self.waiting)
-        self.sent.clear()
-        self.waiting.clear()
-        self.sent_bytes = self._waiting_bytes = 0
-
-    @property
-    def oldest_s(self) -> float | None:
-        """Monotonic time at which the oldest record was appended."""
-        first = self.sent or self.waiting
-        return first[0].appended_s if first else None
-
-    def take_acknowledged(self) -> range:
-        """Numbers acknowledged since the last call; where dropped ones lie between, the rest comes
-        with the next calls."""
-        return (
-            self._acknowledged.popleft()
-            if self._acknowledged
-            else range(self.appended, self.appended)
-        )
 
 
 class KafkaWriter(TraceWriter):
@@ -141,7 +53,7 @@ class KafkaWriter(TraceWriter):
         self._limits = limits
         self._max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
         self._name = f"w{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._outbox = _Outbox(link.options.spool_bytes)
+        self._outbox = Outbox(link.options.spool_bytes)
         self._line = _Line(link, self._name, limits, self._max_bytes)
         self._eviction = _Eviction(link, self._max_bytes, limits.ttl_s)
         self._is_closed = False
@@ -166,12 +78,15 @@ class KafkaWriter(TraceWriter):
 
     def append(self, payload: Payload) -> int:
         check_record(len(payload), self._max_bytes)
+        if self._outbox.is_full(len(payload)) and self._line.works_well():
+            with contextlib.suppress(OSError):  # ``tend`` says so
+                self._send_until(time.monotonic() + self._link.options.timeout_s)
         return self._outbox.add(payload)
 
     def sync(self) -> range:
         deadline_s = time.monotonic() + self._link.options.timeout_s
         while self._outbox.oldest_s is not None:
-            problem = "nobody has answered yet"
+            problem: str | None = "nobody has answered yet"
             try:
                 self._send_until(deadline_s)
             except OSError as error:
@@ -202,7 +117,7 @@ class KafkaWriter(TraceWriter):
             self._outbox.give_up()
             self._line.cut()
 
-    def _wait_for_line(self, deadline_s: float, problem: str) -> None:
+    def _wait_for_line(self, deadline_s: float, problem: str | None) -> None:
         """Wait until another attempt may be made.
 
         Raises:
@@ -251,7 +166,7 @@ class KafkaWriter(TraceWriter):
             record = out.waiting[0]
             try:
                 is_sent = self._line.send(record)
-            except KafkaError as error:
+            except (KafkaError, ValueError) as error:  # ValueError: its partition is gone
                 return self._start_again(error)
             if not is_sent:
                 return  # its pieces first: those behind must not overtake it
@@ -264,11 +179,14 @@ class KafkaWriter(TraceWriter):
         for future in first.pieces if first is not None else ():
             if future.is_done and future.failed():
                 return self._start_again(future.exception)
+        if self._ahead() is not None and self._line.is_stuck():
+            return self._start_again(KafkaTimeoutError("nothing was acknowledged for too long"))
         while out.sent and out.sent[0].future.is_done:
             future = out.sent[0].future
             if future.failed():
                 return self._start_again(future.exception)
             record = out.is_acknowledged()
+            self._line.works()
             where = future.value
             self._eviction.add(where.partition, where.offset, record)
 
@@ -304,6 +222,8 @@ class _Line:
         self._most: int | None = None
         """Largest value of a message, bytes; ``None`` until it is known."""
         self._failures = 0
+        self._worked_s = 0.0
+        """Monotonic time of the last acknowledgement, or of the start."""
         self.not_before_s = 0.0
         """Monotonic time of the next attempt to connect."""
 
@@ -321,10 +241,25 @@ class _Line:
             except OSError:
                 self.pause()
                 raise
-            self._failures = 0
+            self._worked_s = time.monotonic()
         return True
 
-    def send(self, record: _Waiting) -> bool:
+    def works(self) -> None:
+        """Something was acknowledged."""
+        self._failures, self._worked_s = 0, time.monotonic()
+
+    def works_well(self) -> bool:
+        """Whether waiting for room is worth it: it is open or new, and has answered lately."""
+        silent_s = time.monotonic() - self._worked_s
+        return self._worked_s == 0.0 or silent_s < self._link.options.timeout_s
+
+    def is_stuck(self) -> bool:
+        """Whether nothing has been acknowledged for so long that a new client may do better: the
+        client repeats requests for ever, even to a partition that no longer exists."""
+        silent_s = time.monotonic() - self._worked_s
+        return self._producer is not None and silent_s > _PATIENCE * self._link.options.timeout_s
+
+    def send(self, record: Waiting) -> bool:
         """Hand a record to the client. False if its pieces must arrive first.
 
         Raises:
@@ -354,6 +289,7 @@ class _Line:
     def pause(self) -> None:
         """Cut the line for a while, a longer one after each failure."""
         self.cut()
+        self._link.forget_topics()
         pause_s = min(_LONGEST_PAUSE_S, 0.1 * 2.0 ** min(self._failures, 10))
         self._failures += 1
         self.not_before_s = time.monotonic() + pause_s * random.uniform(0.5, 1.0)
@@ -397,9 +333,19 @@ class _Line:
             except KafkaError:
                 close_now(producer)
                 raise
-        partitions = sorted(both[0] & both[1])
-        self._partition = partitions[zlib.crc32(self._key) % len(partitions)]
+        self._partition = self._emptiest(sorted(both[0] & both[1]))
         return producer
+
+    def _emptiest(self, partitions: list[int]) -> int:
+        """The partition that has got the fewest messages so far, so that writers spread."""
+        topic = self._link.topic("traces")
+        with (
+            kafka_errors(f"{self._link.address.location} cannot be reached"),
+            self._link.admin() as admin,
+        ):
+            ends = ends_of(admin, [TopicPartition(topic, number) for number in partitions])
+        random.shuffle(partitions)
+        return min(partitions, key=lambda number: ends[TopicPartition(topic, number)])
 
     def _retention(self) -> dict[str, str]:
         return {
@@ -438,7 +384,7 @@ class _Eviction:
         self._not_before_s = 0.0
         self._has_failed = False
 
-    def add(self, partition: int, offset: int, record: _Waiting) -> None:
+    def add(self, partition: int, offset: int, record: Waiting) -> None:
         """One of our records was stored."""
         if partition != self._partition:  # after a failure, the topic may have other partitions
             self._partition, self._begin = partition, None
@@ -492,6 +438,14 @@ class _Eviction:
             return
         self.num_records += max(0, self._end - max(self._begin, self._deleted))
         self._deleted = self._end
+
+
+def ends_of(admin: Any, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+    """One past the newest record of each partition."""
+    from kafka.admin import OffsetSpec
+
+    found = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+    return {one: int(found[one].offset) for one in partitions}
 
 
 def begin_of(admin: Any, partition: TopicPartition) -> int:

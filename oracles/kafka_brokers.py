@@ -3,7 +3,8 @@
 Neither is Apache Kafka. ``tansu`` keeps everything in memory, forgets it when it ends, deletes no
 records, stores no metadata of commits, and reports the end of a batch as one past its first record;
 it does expel dead members of a group. ``noida`` is right where ``tansu`` is not, and keeps its data
-in a folder, but expels nobody. ``KAFKA_BOOTSTRAP=HOST:PORT`` makes tests use a real cluster instead.
+in a folder, all but the last second before a SIGKILL; it expels nobody. With
+``KAFKA_BOOTSTRAP=HOST:PORT``, tests use a real cluster instead.
 """
 
 from __future__ import annotations
