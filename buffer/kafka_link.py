@@ -18,6 +18,7 @@ import errno
 import logging
 import os
 import re
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -220,7 +221,9 @@ class KafkaLink:
         try:
             yield client
         finally:
+            sockets = _sockets(client._client)
             client.close()
+            _close_all(sockets)
 
     def ensure_topic(self, name: str, num_partitions: int, configs: dict[str, str]) -> None:
         """Create a topic unless it exists.
@@ -352,15 +355,30 @@ def _close_aside(close: Callable[[Any], None], client: Any) -> None:
 
 def close_consumer(consumer: KafkaConsumer) -> None:
     """Close a consumer, and leave its group."""
+    sockets = _sockets(consumer._client)
     with contextlib.suppress(KafkaError):
         consumer.close(autocommit=False, timeout_ms=1000)
+    _close_all(sockets)
 
 
 def close_now(producer: KafkaProducer) -> None:
     """Close a producer and discard what it has not sent."""
+    sockets = _sockets(producer._sender._client)
     try:
         producer.close(timeout=0)
     except KafkaError:  # there are records left, and the client stops half-way
         producer._closed = True
     producer._sender.force_close()
     producer._sender.join(1.0)
+    _close_all(sockets)
+
+
+def _sockets(client: Any) -> list[socket.socket]:
+    """Those of a client, which forgets them when it is closed while data is on its way."""
+    connections = list(client._manager._conns.values())
+    return [one.transport._sock for one in connections if one.transport is not None]
+
+
+def _close_all(sockets: list[socket.socket]) -> None:
+    for one in sockets:
+        one.close()

@@ -48,6 +48,7 @@ IN_USE_STALE_MS = 24 * 3600 * 1000
 PIECE_BYTES = 256 << 10
 """Files are stored in pieces of this size, so that reading one takes little memory."""
 
+_OWNERS = 64  # remembered, so that one who was taken over at once learns its own epoch
 _SHORTEN_AT = 1000  # messages in the log at which pruning also shortens it
 _AT_ONCE = 16  # pieces on their way
 _WATCH_MS = 500
@@ -73,8 +74,8 @@ class State:
 
     highest: int = -1
     epoch: int = 0
-    owner: str = ""
-    """Nonce of the ``take_over`` that made the epoch."""
+    owners: list[str] = field(default_factory=list)
+    """Nonces of the last valid ``take_over`` messages."""
     denied: set[int] = field(default_factory=set)
     marks: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     """Producer -> unix milliseconds and the versions that it uses."""
@@ -96,7 +97,7 @@ class State:
                     self.published[version] = one
             case {"kind": "take_over", "epoch": int(epoch), "nonce": str(nonce)}:
                 if epoch > self.epoch:
-                    self.epoch, self.owner = epoch, nonce
+                    self.epoch, self.owners = epoch, [*self.owners, nonce][-_OWNERS:]
             case {"kind": "denied", "versions": [*versions]}:
                 self.denied = set(versions)
             case {"kind": "use", "producer": str(producer), "versions": [*versions], "at": int(at)}:
@@ -117,7 +118,7 @@ class State:
         return {
             "highest": self.highest,
             "epoch": self.epoch,
-            "owner": self.owner,
+            "owners": self.owners,
             "denied": sorted(self.denied),
             "marks": {name: [at, versions] for name, (at, versions) in self.marks.items()},
             "published": [
@@ -132,7 +133,7 @@ class State:
         return cls(
             stored["highest"],
             stored["epoch"],
-            stored["owner"],
+            list(stored["owners"]),
             set(stored["denied"]),
             {name: (at, versions) for name, (at, versions) in stored["marks"].items()},
             {version: Publication(*rest) for version, *rest in stored["published"]},

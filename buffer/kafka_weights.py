@@ -56,7 +56,7 @@ class KafkaWeights(WeightsStore):
         while True:
             epoch, nonce = self._state().epoch + 1, secrets.token_hex(8)
             state = self._append({"kind": "take_over", "epoch": epoch, "nonce": nonce})
-            if state.owner == nonce or state.epoch > epoch:
+            if nonce in state.owners:  # else somebody was faster
                 return epoch
 
     def publish(
