@@ -44,7 +44,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from buffer.interface import ServiceAwayError
 
-PASSWORD_VARIABLE = "KAFKA_PASSWORD"
 PARTS_HEADER = ("slipstream.parts", b"1")
 """Marks a message that says where the pieces of its record are."""
 MESSAGE_ROOM = 512
@@ -75,7 +74,9 @@ class KafkaOptions(BaseModel):
     security: Literal["plaintext", "ssl"] = "plaintext"
     """``ssl``: TLS, which ``kafkas://`` implies."""
     mechanism: Literal["scram-sha-512", "scram-sha-256", "plain"] = "scram-sha-512"
-    """How the URL's user logs in; the password is in the environment variable KAFKA_PASSWORD."""
+    """How the URL's user logs in."""
+    password_env: str = "KAFKA_PASSWORD"
+    """Environment variable with the user's password, which belongs into no URL."""
     ca: str | None = None
     """File with the certificates to trust. ``None``: those of the system."""
     cert: str | None = None
@@ -129,7 +130,8 @@ def parse_url(url: str) -> KafkaAddress:
     if login is not None and ":" in login:
         raise ValueError(
             f"buffer.url {shown!r} holds a password, which ends in logs and listings of processes: "
-            f"leave the user in it, and put the password into {PASSWORD_VARIABLE}"
+            f"leave the user in it, and put the password into the environment variable "
+            f"KAFKA_PASSWORD, or into the one that the option password_env names"
         )
     for host in hosts.split(","):
         found = _HOST.fullmatch(host)
@@ -285,11 +287,11 @@ def _security(address: KafkaAddress) -> dict[str, Any]:
     options, settings = address.options, dict[str, Any]()
     is_tls = options.security == "ssl"
     if address.user is not None:
-        password = os.environ.get(PASSWORD_VARIABLE)
+        password = os.environ.get(options.password_env)
         if password is None:
             raise ValueError(
-                f"{address.location} has a user, but {PASSWORD_VARIABLE} is not set: put the "
-                f"password into that environment variable"
+                f"{address.location} has a user, but {options.password_env} is not set: put "
+                f"the password into that environment variable"
             )
         settings |= {
             "sasl_mechanism": options.mechanism.upper(),

@@ -58,8 +58,10 @@ def number_of(entry_id: bytes) -> int:
 
 def record_fields(payload: Payload, piece_bytes: int) -> list[Any]:
     """Fields and values of a record's entry: the record in pieces of at most ``piece_bytes``."""
+    if len(payload) <= piece_bytes:
+        return [0, payload if isinstance(payload, bytes) else memoryview(payload)]
     whole = memoryview(payload)
-    pieces = range(0, max(1, len(whole)), piece_bytes)
+    pieces = range(0, len(whole), piece_bytes)
     return [part for i, at in enumerate(pieces) for part in (i, whole[at : at + piece_bytes])]
 
 

@@ -63,7 +63,11 @@ class RedisClient:
         Raises:
             ServiceAwayError: there is no answer, or the server refused all of them.
         """
-        return self._pipeline(commands, transaction=True, raise_on_error=False)
+        all_commands = list(commands)
+        answers = self._pipeline(all_commands, transaction=True, raise_on_error=False)
+        if self.options.cluster:
+            return list(map(_parsed, all_commands, answers))
+        return answers
 
     def at_once(self, commands: Iterable[Command]) -> list[Any]:
         """Execute commands in one round trip.
@@ -101,6 +105,28 @@ class RedisClient:
         if self._redis is not None:
             with contextlib.suppress(redis.RedisError, OSError):
                 self._redis.close()
+
+
+def _parsed(command: Command, answer: Any) -> Any:
+    """What the library makes of an answer, but not in a transaction of a cluster."""
+    if isinstance(answer, Exception) or answer is None:
+        return answer
+    if command[0] in ("XRANGE", "XREVRANGE"):
+        return _entries(answer)
+    if command[0] == "XREADGROUP":
+        return [[key, _entries(entries)] for key, entries in answer]
+    if command[0] in ("XINFO GROUPS", "XINFO CONSUMERS"):
+        found = map(_pairs, answer)
+        return [{name.decode(): value for name, value in one.items()} for one in found]
+    return _pairs(answer) if command[0] == "HGETALL" else answer
+
+
+def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    return [(entry_id, _pairs(fields)) for entry_id, fields in answer]
+
+
+def _pairs(answer: Any) -> dict[bytes, Any]:
+    return dict(zip(answer[::2], answer[1::2], strict=True))
 
 
 def said_by_server(error: Exception) -> str:

@@ -81,7 +81,7 @@ class RedisGroup:
         return {writer: self._handed(writer, groups, found) for writer, groups, found in pairs}
 
     def _handed(self, writer: str, groups: Any, found: Any) -> Handed | None:
-        ours = [] if isinstance(groups, Exception) else [g for g in groups if self._is_ours(g)]
+        ours = [] if isinstance(groups, Exception) else [*filter(self._is_ours, groups)]
         if not ours or isinstance(found, Exception):
             self._create(writer)
             return None

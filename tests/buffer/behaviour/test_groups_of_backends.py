@@ -1,4 +1,4 @@
-"""Readers of a group share the records, nothing committed comes again, and the counts always add up."""
+"""Readers of a group share the records, nothing committed comes again, and all counts add up."""
 
 import json
 import random

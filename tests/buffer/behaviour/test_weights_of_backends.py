@@ -300,7 +300,7 @@ def test_a_damaged_version_is_refused_and_named_and_the_one_before_is_used(place
     store = place.open().open_weights()
     publish(store, 0)
     place.damage(0)
-    with pytest.raises(BundleError, match="snapshot 0 is damaged: .*drafter.safetensors"):
+    with pytest.raises(BundleError, match=r"snapshot 0 is damaged: .*drafter\.safetensors"):
         read(store, 0)
     publish(store, 1, parent=0)
     bundle, passed_over = store.newest_sound()
