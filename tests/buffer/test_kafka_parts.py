@@ -1,4 +1,4 @@
-"""What a Kafka buffer decides without a broker: its URL, how partitions are shared, and what a log of
+"""What a Kafka buffer decides without a broker: its URL, the shares of a group, what a log of
 publications means."""
 
 import itertools
