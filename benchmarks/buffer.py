@@ -1,12 +1,14 @@
 """The buffer against the raw device and the bare client, in one run and in turns.
 
     python -m benchmarks.buffer                  # two minutes on two cores
-    python -m benchmarks.buffer --parts redis    # of: log, redis, hand-over
+    python -m benchmarks.buffer --parts redis    # of: log, redis, kafka, hand-over
 
 - **log**: appends of 64 KiB and 1 MiB with a group commit for every 8 MiB, against plain writes and
   fdatasync of the same bytes; reads of single records at random places, checked, against pread.
 - **redis**: records of 64 KiB written and read by a group, against redis-py with pipelines of the
   same batches, on one Valkey server that appends to a file and syncs every second.
+- **kafka**: records of 64 KiB written and read without a group, against kafka-python with the same
+  settings and pipelines, on one Tansu in memory (``benchmarks/buffer_kafka.py``).
 - **hand-over**: what ``Recorder.put`` costs the token path, with the log, and with a Redis that
   accepts connections and never answers.
 
@@ -31,6 +33,7 @@ import numpy as np
 import redis
 import typer
 
+from benchmarks.buffer_kafka import measure_kafka
 from benchmarks.harness.results import (
     RESULTS,
     Row,
@@ -324,7 +327,7 @@ def rows_of(found: dict[str, Any]) -> Iterator[Row]:
             yield at_most(name, "p99 of Recorder.put, microseconds", figure["p99_us"], 50)
 
 
-PARTS = ("log", "redis", "hand-over")
+PARTS = ("log", "redis", "kafka", "hand-over")
 
 
 def main(
@@ -343,6 +346,7 @@ def main(
         measured: dict[str, Callable[[], Iterator[tuple[str, Any]]]] = {
             "log": lambda: measure_log(root, num_bytes, turns),
             "redis": lambda: measure_redis(num_bytes, turns),
+            "kafka": lambda: measure_kafka(root, LIMITS, num_bytes, turns, per_s, compare),
             "hand-over": lambda: measure_hand_over(root),
         }
         for part in known("part", parts.split(","), PARTS):
