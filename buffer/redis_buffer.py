@@ -68,7 +68,11 @@ class RedisBuffer(Backend):
         return RedisWeights(self._client())
 
     def stats(self) -> BufferStats:
-        return read_stats(self._client())
+        client = self._client()
+        try:
+            return read_stats(client)
+        finally:
+            client.close()
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         stats = self.stats()
