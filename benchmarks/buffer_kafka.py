@@ -1,4 +1,4 @@
-"""The Kafka part of ``benchmarks.buffer``: our writer and reader against kafka-python, with the same
+"""The Kafka part of ``benchmarks.buffer``: our writer and reader against kafka-python, with equal
 settings and pipelines of the same size, over Tansu."""
 
 from __future__ import annotations
