@@ -1,4 +1,5 @@
-# make demo         the whole loop on this machine: serve, learn, swap, report
+# make demo         the whole loop on this machine: serve, learn, swap, report; BUFFER=redis keeps
+#                   traces and weights in a Valkey server that it starts, BUFFER=kafka in Tansu
 # make test         all tests; ARGS=... is passed to pytest
 # make check        lint, format, types, import order, house rules
 # make real         fetches a real target, SmolLM2-135M-Instruct, and says how to serve it
@@ -28,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 
 demo: setup
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m examples.demo $(if $(BUFFER),--buffer $(BUFFER))
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -11,6 +11,11 @@ from configs.schema import BufferSettings
 # Named by module and class, so that a backend's client library is imported only when it is used.
 CATALOG: dict[str, str] = {
     "log": "buffer.embedded_log:EmbeddedLog",
+    "file": "buffer.embedded_log:EmbeddedLog",
+    "redis": "buffer.redis_buffer:RedisBuffer",
+    "rediss": "buffer.redis_buffer:RedisBuffer",
+    "kafka": "buffer.kafka:KafkaBackend",
+    "kafkas": "buffer.kafka:KafkaBackend",
     "memory": "buffer.memory:MemoryBackend",
 }
 
@@ -28,8 +33,16 @@ def open_backend(url: str, run_dir: Path) -> Backend:
     scheme, colon, _ = url.partition(":")
     if not colon or scheme not in CATALOG:
         known = ", ".join(f"'{name}:'" for name in CATALOG)
-        raise ValueError(f"buffer.url {url!r} has an unknown scheme; known are {known}")
-    backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
+        found = f"scheme {scheme!r} is unknown" if colon else "it has no scheme"
+        # Never the URL itself: it may hold a password.
+        raise ValueError(f"buffer.url cannot be used: {found}; known are {known}")
+    try:
+        backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"buffer.url begins with '{scheme}:', which needs the package {error.name}; pip "
+            f"install {error.name}"
+        ) from None
     return backend
 
 

@@ -1,13 +1,15 @@
 """Inspect the traces and versions of a run. Read-only.
 
-Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings.
+Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings, or the buffer cannot be
+reached.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +19,7 @@ import typer
 from buffer.backends import limits_of, open_backend
 from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
+from buffer.counts import BufferStats, GroupCounts
 from buffer.interface import Backend, Report, TraceLimits, WeightsStore
 from buffer.records import Acceptance, Count, Trace
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
@@ -78,42 +81,116 @@ class BundleLine(Report):
         return {"kind": "bundle", **asdict(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class StatsLine(Report):
+    """All records together."""
+
+    stats: BufferStats
+
+    @property
+    def is_damaged(self) -> bool:
+        return False
+
+    def to_line(self) -> str:
+        s = self.stats
+        return (
+            f"records: {s.appended} written by {s.num_writers} writers, {s.held} held, "
+            f"{s.held_bytes} bytes"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self.stats)
+        del values["groups"]
+        return {"kind": "records", **values}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLine(Report):
+    """What one group has done with them."""
+
+    counts: GroupCounts
+
+    @property
+    def is_damaged(self) -> bool:
+        return False
+
+    def to_line(self) -> str:
+        c = self.counts
+        return f"group {c.group}: {c.committed} committed, {c.pending} pending, {c.lost} lost"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "group", **asdict(self.counts)}
+
+
 @app.callback()
 def main(version: VersionOption = False) -> None:
     """Inspect the traces and versions of a run. Read-only."""  # keeps `inspect` a subcommand
 
 
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        exists=True,
+        file_okay=False,
+        help="run folder, e.g. runs/demo; by default run_dir of the settings",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object per line")]
+
+
 @app.command()
 def inspect(
-    run: Annotated[
-        Path | None,
-        typer.Argument(
-            exists=True,
-            file_okay=False,
-            help="run folder, e.g. runs/demo; by default run_dir of the settings",
-        ),
-    ] = None,
+    run: RunArgument = None,
     config: ConfigOption = None,
     set_: SetOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check all traces that ``buffer.url`` holds and every published bundle, one line for each
     segment and bundle.
 
-    Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings.
+    Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings, or the buffer
+    cannot be reached.
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    run_dir = settings.run_dir if run is None else run
-    try:
-        backend = open_backend(settings.buffer.url, run_dir)
+    with _refusing():
+        backend = open_backend(settings.buffer.url, settings.run_dir if run is None else run)
         reports = list(inspect_backend(backend, limits_of(settings.buffer)))
-    except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(code=2) from error
-    for report in reports:
-        typer.echo(json.dumps(report.to_json()) if as_json else report.to_line())
+    _print(reports, as_json)
     if any(report.is_damaged for report in reports):
         raise typer.Exit(code=1)
+
+
+@app.command()
+def stats(
+    run: RunArgument = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the records that ``buffer.url`` holds, and what each group of trainers has committed,
+    has still to do, and has lost.
+
+    Exit code 0: they were counted. 2: wrong usage or settings, or the buffer cannot be reached.
+    """
+    settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
+    with _refusing():
+        found = open_backend(settings.buffer.url, settings.run_dir if run is None else run).stats()
+    _print([StatsLine(found), *map(GroupLine, found.groups)], as_json)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Print why something cannot be done, and exit with code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
+
+
+def _print(reports: Iterable[Report], as_json: bool) -> None:
+    for report in reports:
+        typer.echo(json.dumps(report.to_json()) if as_json else report.to_line())
 
 
 def inspect_backend(backend: Backend, limits: TraceLimits) -> Iterator[Report]:

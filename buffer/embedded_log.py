@@ -6,18 +6,20 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from buffer.counts import BufferStats
 from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
 from buffer.folder_weights import FolderWeights
 from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Payload, Report, TraceLimits
 from buffer.layout import QUARANTINE
+from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
-from buffer.segment_report import check_segments, report_size
+from buffer.segment_report import check_segments, log_stats, report_size
 from buffer.segment_writer import SegmentWriter
 
 
 class EmbeddedLog(Backend):
     """Segment files in ``run_dir/traces`` (``log:``) or in another folder (``log:/some/folder``),
-    and weights in ``run_dir/weights``."""
+    and weights in ``run_dir/weights``. ``file:`` is the same under the name of what it is."""
 
     def __init__(
         self, url: str, run_dir: Path, *, max_unreadable_bytes: int = MAX_UNREADABLE_BYTES
@@ -29,8 +31,12 @@ class EmbeddedLog(Backend):
     def open_trace_writer(self, limits: TraceLimits) -> SegmentWriter:
         return SegmentWriter(self._root, limits)
 
-    def open_record_reader(self, offsets: Offsets | None = None) -> SegmentReader:
-        return SegmentReader(self._root, offsets)
+    def open_record_reader(
+        self, offsets: Offsets | None = None, group: str | None = None
+    ) -> SegmentReader | SegmentMember:
+        if group is None:
+            return SegmentReader(self._root, offsets)
+        return SegmentMember(self._root, group, offsets)
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         folder = self._root / QUARANTINE
@@ -43,20 +49,25 @@ class EmbeddedLog(Backend):
     def open_weights(self) -> FolderWeights:
         return FolderWeights(self._weights)
 
+    def stats(self) -> BufferStats:
+        return log_stats(self._root)
+
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         segments = check_segments(self._root)
         return [*segments, report_size(self._root, limits)] if segments else []
 
 
 def log_root(url: str, run_dir: Path) -> Path:
-    """Folder of the segment files that a ``log:`` URL names.
+    """Folder of the segment files that a ``log:`` or ``file:`` URL names.
 
     Raises:
         ValueError: the folder is not absolute.
     """
-    path = url.removeprefix("log:")
+    scheme, _, path = url.partition(":")
     if not path:
         return run_dir / "traces"
     if not path.startswith("/"):
-        raise ValueError(f"buffer.url {url!r} must name an absolute folder, as in 'log:/{path}'")
+        raise ValueError(
+            f"buffer.url {url!r} must name an absolute folder, as in '{scheme}:/{path}'"
+        )
     return Path(path)

@@ -15,6 +15,7 @@ from buffer.frames import scan
 from buffer.hour_of_traffic import LEAST_BYTES, Traffic, allowed_bytes, measure
 from buffer.interface import TraceLimits
 from buffer.layout import (
+    GROUPS,
     QUARANTINE,
     TOMBSTONE,
     Tombstone,
@@ -162,6 +163,8 @@ def _sweep(root: Path, expired_s: float) -> None:
             last_used = marker if marker.exists() else folder
             if last_used.stat().st_mtime <= expired_s:
                 shutil.rmtree(folder)
+                for left in (root / GROUPS).glob(f"*/{folder.name}.*"):
+                    left.unlink(missing_ok=True)
     for path in (root / QUARANTINE).glob("*.bin"):
         if path.stat().st_mtime <= expired_s:
             path.unlink()

@@ -2,6 +2,7 @@
 
     <root>/<version>/              a bundle, see ``bundles.py``
     <root>/HIGHEST                 highest version ever published; versions are never reused
+    <root>/EPOCH                   how often a trainer has taken over
     <root>/DENIED.json             versions that a server rolled back from
     <root>/IN_USE-<producer>.json  versions that a server uses or may roll back to
     <root>/.lock                   held while a process publishes or prunes
@@ -33,7 +34,7 @@ from buffer.bundles import (
     read_manifest,
 )
 from buffer.files import sync_folder, write_atomically, write_durably
-from buffer.interface import WeightsStore
+from buffer.interface import SupersededError, WeightsStore
 from buffer.manifest import VERSION_NAME
 from buffer.records import Manifest
 from buffer.tensors import parse_json
@@ -41,6 +42,11 @@ from buffer.version_rules import check_keep, check_producer, check_unused, versi
 
 DENIED = "DENIED.json"
 HIGHEST = "HIGHEST"
+EPOCH = "EPOCH"
+_NUMBERS = {
+    HIGHEST: "the highest version ever published",
+    EPOCH: "how often a trainer has taken over",
+}
 IN_USE_STALE_S = 24 * 3600.0
 """Seconds after which a mark that was not renewed is assumed to be a dead server's."""
 
@@ -67,13 +73,24 @@ class FolderWeights(WeightsStore):
         return sorted(int(e.name) for e in entries if VERSION_NAME.fullmatch(e.name) and e.is_dir())
 
     def next_version(self) -> int:
-        highest = self._read_highest()
-        return max([-1 if highest is None else highest, *self.versions()]) + 1
+        return max([self._read_number(HIGHEST, default=-1), *self.versions()]) + 1
 
-    def publish(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    def take_over(self) -> int:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            epoch = self._read_number(EPOCH, default=0) + 1
+            write_atomically(self.root / EPOCH, f"{epoch}\n".encode())
+        return epoch
+
+    def publish(
+        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+    ) -> Manifest:
         manifest, content = prepare_bundle(manifest, files)
         self.root.mkdir(parents=True, exist_ok=True)
         with self._locked():
+            newest = self._read_number(EPOCH, default=0)
+            if epoch is not None and newest > epoch:
+                raise SupersededError(self.location, epoch, newest)
             check_unused(manifest.version, self.next_version())
             self._write(manifest.version, content)
         return manifest
@@ -178,16 +195,16 @@ class FolderWeights(WeightsStore):
             raise
         sync_folder(self.root)
 
-    def _read_highest(self) -> int | None:
-        path = self.root / HIGHEST
+    def _read_number(self, name: str, default: int) -> int:
+        path = self.root / name
         try:
             text = path.read_text(errors="replace").strip()
         except FileNotFoundError:
-            return None
+            return default
         if not VERSION_NAME.fullmatch(text):
             raise ValueError(
-                f"{path} must hold the highest version ever published, got {text[:40]!r}; nothing "
-                f"is published. Write that number into it"
+                f"{path} must hold {_NUMBERS[name]}, got {text[:40]!r}; nothing is published. "
+                f"Write that number into it"
             )
         return int(text)
 

@@ -1,8 +1,10 @@
 """What every buffer backend offers: a trace writer, a record reader and a weights store.
 
 Traces are delivered at least once: a record that ``sync`` acknowledged reaches every reader unless
-it was evicted first, and every loss is counted. Readers keep their own offsets. Versions of the
-weights are published whole or not at all, and a version number is never reused.
+it was evicted first, and every loss is counted. A reader alone keeps its own offsets and leaves no
+mark in the buffer. Readers of a named group share the records, and the buffer remembers what they
+have committed; see ``RecordReader``. Versions of the weights are published whole or not at all, and
+a version number is never reused.
 
 To add a backend, subclass ``Backend``, ``TraceWriter``, ``RecordReader`` and ``WeightsStore`` in
 one file and name it in the catalog, ``backends.py``.
@@ -11,13 +13,14 @@ one file and name it in the catalog, ``backends.py``.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from buffer.bundles import Bundle, BundleError, BundleInBuffer, ExpectedTensors, HostBuffer
+from buffer.counts import BufferStats, ReaderCounts, WriterCounts
 from buffer.records import Manifest
 
 MAX_READ_BYTES = 64 << 20
@@ -71,24 +74,13 @@ def check_record(num_bytes: int, max_bytes: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class WriterCounts:
-    """Records of one writer by outcome: appended = durable + pending + doubtful."""
-
-    appended: int
-    durable: int
-    """Acknowledged: stored for good, until evicted."""
-    pending: int
-    """Written but not acknowledged yet."""
-    doubtful: int
-    """Never acknowledged because the disk failed to sync; they may be readable or lost."""
-    evicted_records: int
-    """Evicted by this writer to keep the limits, whoever wrote them."""
-    evicted_bytes: int
-
-
 class TraceWriter(Protocol):
-    """Appends records to the log. Used by one thread; never waits for a reader."""
+    """Appends records to the log. Used by one thread; never waits for a reader.
+
+    A backend with a service may keep appended records in bounded memory until ``sync`` or ``tend``
+    sends them, so readers are sure to find a record only once it is acknowledged. While the service
+    is away, calls fail or return within seconds, and records wait until it is back.
+    """
 
     @property
     def name(self) -> str:
@@ -99,7 +91,7 @@ class TraceWriter(Protocol):
     def counts(self) -> WriterCounts: ...
 
     def append(self, payload: Payload) -> int:
-        """Write one record; ``sync`` or ``tend`` acknowledges it later.
+        """Take one record; ``sync`` or ``tend`` acknowledges it later.
 
         Returns:
             The record's running number within this writer, from 0.
@@ -131,7 +123,8 @@ class TraceWriter(Protocol):
             Numbers of the records that this call acknowledged.
 
         Raises:
-            OSError: storage failed; the pending records are counted ``doubtful``.
+            OSError: storage failed. A disk's pending records are counted ``doubtful``; those of a
+                service stay ``pending``, and are sent again.
         """
         ...
 
@@ -147,7 +140,7 @@ class TraceWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Sync, then tell readers that this writer is done."""
+        """Sync, then tell readers that this writer is done. Nothing is pending afterwards."""
         ...
 
     def __enter__(self) -> Self:
@@ -172,21 +165,23 @@ class Record:
     """Where it is stored; unique within the writer, fit for a file name; e.g. ``000042-1024``."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderCounts:
-    """Records by outcome: written = read + damaged + evicted_unread + not read yet."""
-
-    read: int = 0
-    damaged: int = 0
-    """Records that were written whole but cannot be read any more."""
-    torn: int = 0
-    """Writers that died within their last record, which therefore was never acknowledged."""
-    evicted_unread: int = 0
-    """Records evicted before this reader reached them."""
+class ServiceAwayError(OSError):
+    """A backend's service cannot be used at present: it does not answer, or refuses. Try again."""
 
 
 class RecordReader(Protocol):
-    """Follows all writers of a buffer from its own offsets; never blocks, never writes."""
+    """Follows all writers of a buffer; ``read`` never waits for records.
+
+    Opened without a group, it reads everything from its own offsets and writes nothing.
+
+    Members of a group share the records: each is handed to one of them. It is that member's until
+    the member commits it, closes, or is taken for dead; in the last two cases another member
+    gets it. A record is therefore read again after a crash, but never after it was committed.
+    Commit only what is safe elsewhere: a trainer commits what its newest checkpoint has learnt.
+    Committed records stay readable for others until they are evicted.
+
+    ``commit`` and ``close`` may be called while another thread is in ``read``.
+    """
 
     @property
     def counts(self) -> ReaderCounts:
@@ -194,18 +189,48 @@ class RecordReader(Protocol):
         ...
 
     def offsets(self) -> dict[str, Any]:
-        """Offsets from which ``open_record_reader`` continues; JSON can hold them."""
+        """Offsets from which ``open_record_reader`` continues; JSON can hold them. Cheap."""
         ...
 
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
         """New records since the last call, in order within each writer; empty if there are none.
 
-        Stops early once ``max_bytes`` are reached.
+        Stops early once ``max_bytes`` are reached. In a group, records that another member left
+        behind may come after later ones of the same writer.
 
         Raises:
+            ServiceAwayError: try again later.
             OSError: storage failed.
         """
         ...
+
+    def commit(self, offsets: Offsets) -> None:
+        """The group is done with all that this reader had returned when ``offsets`` was taken.
+
+        May be repeated. Once it has returned, no member gets these records again.
+
+        Args:
+            offsets: what ``offsets()`` of this reader returned.
+
+        Raises:
+            OSError: storage failed; commit these offsets or later ones again.
+            ValueError: this reader belongs to no group.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the group: what was read and not committed goes to other members at once."""
+        return None
+
+
+class SupersededError(ValueError):
+    """Another trainer has taken over the weights store."""
+
+    def __init__(self, location: str, epoch: int, newest: int) -> None:
+        super().__init__(
+            f"another trainer took over {location} (epoch {newest}, ours is {epoch}): nothing is "
+            f"published. Let one trainer run, or give each a weights store of its own"
+        )
 
 
 class WeightsStore(Protocol):
@@ -228,20 +253,39 @@ class WeightsStore(Protocol):
         """
         ...
 
-    def publish(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    def take_over(self) -> int:
+        """Become the one that publishes, in place of any other trainer.
+
+        Returns:
+            The new epoch, higher than all before, for ``publish``.
+
+        Raises:
+            OSError: storage failed.
+        """
+        ...
+
+    def publish(
+        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+    ) -> Manifest:
         """Make a new version visible, whole or not at all.
+
+        Of several that publish the same version, or versions out of order, at once, one succeeds
+        and the others are refused.
 
         Args:
             manifest: everything but ``files``, which is filled in here.
             files: name -> content; ``drafter.safetensors`` must be among them.
+            epoch: what ``take_over`` returned; ``None``: publish whoever has taken over.
 
         Returns:
             The manifest as published.
 
         Raises:
+            SupersededError: somebody took over after ``epoch``; nothing was published.
             ValueError: this version or a higher one was published before, or the manifest or a file
                 would be refused on reading.
-            OSError: storage failed; nothing was published.
+            OSError: storage failed. Nothing was published, unless an answer was lost on the way:
+                ``next_version`` tells.
         """
         ...
 
@@ -285,6 +329,17 @@ class WeightsStore(Protocol):
             OSError: storage failed.
         """
         ...
+
+    def watch(self, notify: Callable[[], None]) -> Callable[[], None]:
+        """Call ``notify`` on a thread of the store soon after a version was published.
+
+        A hint that saves waiting for the next look, not a promise: look from time to time anyway.
+        Does nothing in a store that cannot tell.
+
+        Returns:
+            Ends it.
+        """
+        return lambda: None
 
     def newest_sound(self) -> tuple[Bundle, list[str]]:
         """The newest version that is undamaged and was not rolled back, and why newer ones were
@@ -379,11 +434,22 @@ class Backend(Protocol):
         """
         ...
 
-    def open_record_reader(self, offsets: Offsets | None = None) -> RecordReader:
-        """A reader that continues from ``offsets``, or begins with the oldest record.
+    def open_record_reader(
+        self, offsets: Offsets | None = None, group: str | None = None
+    ) -> RecordReader:
+        """A reader of its own, or a member of a group.
+
+        Nothing is stored before its first ``read``, so opening a reader makes no group.
+
+        Args:
+            offsets: continue from these; ``None``: from the oldest record. A member commits them
+                at its first ``read``, and then takes back what the reader that they came from had
+                read after them.
+            group: name of the group, letters, digits and ``._-``; ``None``: read everything.
 
         Raises:
-            ValueError: ``offsets`` are not those of a reader of this backend.
+            ValueError: ``offsets`` are not those of such a reader of this backend, or ``group`` is
+                no such name.
         """
         ...
 
@@ -393,6 +459,14 @@ class Backend(Protocol):
         ...
 
     def open_weights(self) -> WeightsStore: ...
+
+    def stats(self) -> BufferStats:
+        """Count what is stored, and what each group has done with it, without changing anything.
+
+        Raises:
+            OSError: storage failed.
+        """
+        ...
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         """State of the stored records for ``buffer inspect``, without changing anything.

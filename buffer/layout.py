@@ -5,6 +5,8 @@
     <root>/w<pid>-<boot ms>/EVICTED.json  counts of what was evicted from this folder
     <root>/EVICT.lock                     held while a process evicts
     <root>/quarantine/                    records that could not be decoded
+    <root>/groups/                        what groups of readers have committed, see
+                                          ``segment_member.py``
 
 Each writer appends to a folder of its own, so writers never wait for each other. Folders and files
 are their owner's alone to read.
@@ -24,6 +26,7 @@ from buffer.files import OWNER_FILE, write_atomically
 LOCK = "LOCK"
 TOMBSTONE = "EVICTED.json"
 QUARANTINE = "quarantine"
+GROUPS = "groups"
 _WRITER = re.compile(r"w[0-9A-Za-z_.-]+")
 _SEGMENT = re.compile(r"([0-9]{6,})\.seg")
 

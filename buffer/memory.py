@@ -6,13 +6,15 @@ see it, so a server and a trainer started by their commands need another backend
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,25 +28,31 @@ from buffer.bundles import (
     prepare_bundle,
     sound_tensors,
 )
+from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
 from buffer.interface import (
     MAX_READ_BYTES,
     MAX_UNREADABLE_BYTES,
     Backend,
     Offsets,
     Payload,
-    ReaderCounts,
     Record,
     RecordReader,
     Report,
+    SupersededError,
     TraceLimits,
     TraceWriter,
     WeightsStore,
-    WriterCounts,
     check_record,
 )
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.version_rules import check_keep, check_producer, check_unused, versions_to_prune
+from buffer.version_rules import (
+    check_group,
+    check_keep,
+    check_producer,
+    check_unused,
+    versions_to_prune,
+)
 
 DEFAULT_BYTES = 1 << 30
 """What a buffer holds where ``max_bytes`` leaves it open."""
@@ -69,6 +77,21 @@ class _Stream:
 
 
 @dataclass(slots=True)
+class _Share:
+    """What one group has done with the records of one writer."""
+
+    next: int = 0
+    """Number of the next record to be handed out."""
+    committed: int = 0
+    lost: int = 0
+    """Evicted before they were handed out, or after a member had left them."""
+    in_hand: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """Number -> the member that has it, and how many records that member had got before."""
+    left: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """The same of records that members left, ascending: a checkpoint may still commit them."""
+
+
+@dataclass(slots=True)
 class _Held:
     """Content of one named buffer. ``lock`` guards all of it."""
 
@@ -81,6 +104,10 @@ class _Held:
     highest: int = -1
     denied: set[int] = field(default_factory=set)
     marks: dict[str, set[int]] = field(default_factory=dict)
+    epoch: int = 0
+    watchers: list[Callable[[], None]] = field(default_factory=list)
+    groups: dict[str, dict[str, _Share]] = field(default_factory=dict)
+    """Group -> writer -> what it has done with its records."""
 
 
 _BUFFERS: defaultdict[str, _Held] = defaultdict(_Held)
@@ -100,8 +127,13 @@ class MemoryBackend(Backend):
     def open_trace_writer(self, limits: TraceLimits) -> MemoryWriter:
         return MemoryWriter(self._held, limits)
 
-    def open_record_reader(self, offsets: Offsets | None = None) -> MemoryReader:
-        return MemoryReader(self._held, offsets)
+    def open_record_reader(
+        self, offsets: Offsets | None = None, group: str | None = None
+    ) -> MemoryReader | MemoryMember:
+        if group is None:
+            return MemoryReader(self._held, offsets)
+        check_group(group)
+        return MemoryMember(self._held, group, offsets)
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         with self._held.lock:
@@ -111,6 +143,18 @@ class MemoryBackend(Backend):
 
     def open_weights(self) -> MemoryWeights:
         return MemoryWeights(self._held, self._url)
+
+    def stats(self) -> BufferStats:
+        held = self._held
+        with held.lock:
+            streams = held.streams.values()
+            return BufferStats(
+                num_writers=len(held.streams),
+                appended=sum(stream.end for stream in streams),
+                held=sum(len(stream.records) for stream in streams),
+                held_bytes=held.num_bytes,
+                groups=tuple(_counts_of(name, held) for name in sorted(held.groups)),
+            )
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         return ()
@@ -215,6 +259,9 @@ class MemoryReader(RecordReader):
     def offsets(self) -> dict[str, int]:
         return dict(self._next)
 
+    def commit(self, offsets: Offsets) -> None:
+        raise ValueError("a reader without a group has nothing to commit")
+
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
         records: list[Record] = []
         with self._held.lock:
@@ -243,6 +290,107 @@ class MemoryReader(RecordReader):
                 yield Record(stream.records[number].payload, name, str(number))
 
 
+class MemoryMember(RecordReader):
+    """A member of a group. Its offsets are its name and how many records it has got, so whoever
+    opens a member with them succeeds it."""
+
+    def __init__(self, held: _Held, group: str, offsets: Offsets | None = None) -> None:
+        match dict(offsets or {}):
+            case nothing if not nothing:
+                self._predecessor = None
+            case {"member": str(member), "handed": int(handed)}:
+                self._predecessor = member, handed
+            case _:
+                raise ValueError(f"offsets of a member must hold member and handed, got {offsets}")
+        self._held = held
+        self._group = group
+        self._name = secrets.token_hex(8)
+        self._handed = 0
+        self._read = self._evicted_unread = 0
+
+    @property
+    def counts(self) -> ReaderCounts:
+        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+
+    def offsets(self) -> dict[str, Any]:
+        return {"member": self._name, "handed": self._handed}
+
+    def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
+        records: list[Record] = []
+        with self._held.lock:
+            if self._predecessor is not None:
+                self._commit(*self._predecessor)
+                self._leave(self._predecessor[0])
+                self._predecessor = None
+            shares = self._held.groups.setdefault(self._group, {})
+            for writer, stream in self._held.streams.items():
+                share = shares.setdefault(writer, _Share())
+                while len(records) < max_records and max_bytes > 0:
+                    number = self._next_number(share, stream)
+                    if number is None:
+                        break
+                    share.in_hand[number] = self._name, self._handed
+                    self._handed += 1
+                    records.append(Record(stream.records[number].payload, writer, str(number)))
+                    max_bytes -= len(records[-1].payload)
+        self._read += len(records)
+        return records
+
+    def commit(self, offsets: Offsets) -> None:
+        with self._held.lock:
+            self._commit(offsets["member"], offsets["handed"])
+
+    def close(self) -> None:
+        with self._held.lock:
+            self._leave(self._name)
+
+    def _next_number(self, share: _Share, stream: _Stream) -> int | None:
+        """Number of the next record to hand out; what was evicted before counts as lost."""
+        while share.left:
+            number = next(iter(share.left))
+            del share.left[number]
+            if number in stream.records:
+                return number
+            self._has_lost(share, 1)
+        if share.next < stream.first:
+            self._has_lost(share, stream.first - share.next)
+            share.next = stream.first
+        if share.next == stream.end:
+            return None
+        share.next += 1
+        return share.next - 1
+
+    def _has_lost(self, share: _Share, num_records: int) -> None:
+        share.lost += num_records
+        self._evicted_unread += num_records
+
+    def _commit(self, member: str, handed: int) -> None:
+        for share in self._held.groups.get(self._group, {}).values():
+            for records in (share.in_hand, share.left):
+                done = [n for n, (who, at) in records.items() if who == member and at < handed]
+                for number in done:
+                    del records[number]
+                share.committed += len(done)
+
+    def _leave(self, member: str) -> None:
+        for share in self._held.groups.get(self._group, {}).values():
+            left = {n: one for n, one in share.in_hand.items() if one[0] == member}
+            for number in left:
+                del share.in_hand[number]
+            share.left = dict(sorted((share.left | left).items()))
+
+
+def _counts_of(group: str, held: _Held) -> GroupCounts:
+    committed = pending = lost = 0
+    for writer, stream in held.streams.items():
+        share = held.groups[group].get(writer, _Share())
+        gone = max(0, stream.first - share.next) + sum(n not in stream.records for n in share.left)
+        committed += share.committed
+        lost += share.lost + gone
+        pending += stream.end - share.committed - share.lost - gone
+    return GroupCounts(group, committed, pending, lost)
+
+
 class MemoryWeights(WeightsStore):
     """Versions of one buffer. Only ``unmark_in_use`` removes a server's mark: a server that dies
     without calling it takes the store with it."""
@@ -262,13 +410,29 @@ class MemoryWeights(WeightsStore):
     def next_version(self) -> int:
         return self._held.highest + 1
 
-    def publish(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    def take_over(self) -> int:
+        with self._held.lock:
+            self._held.epoch += 1
+            return self._held.epoch
+
+    def publish(
+        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+    ) -> Manifest:
         manifest, _ = prepare_bundle(manifest, files)
         with self._held.lock:
+            if epoch is not None and self._held.epoch > epoch:
+                raise SupersededError(self._location, epoch, self._held.epoch)
             check_unused(manifest.version, self.next_version())
             self._held.highest = manifest.version
             self._held.bundles[manifest.version] = Bundle(manifest, dict(files))
+            watchers = list(self._held.watchers)
+        for notify in watchers:
+            notify()
         return manifest
+
+    def watch(self, notify: Callable[[], None]) -> Callable[[], None]:
+        self._held.watchers.append(notify)
+        return lambda: self._held.watchers.remove(notify)
 
     def read_manifest(self, version: int) -> Manifest:
         return self._bundle(version).manifest

@@ -9,24 +9,27 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from buffer.blocks import Blocks
+from buffer.counts import ReaderCounts
 from buffer.frames import claimed_end, next_frame
-from buffer.interface import MAX_READ_BYTES, ReaderCounts, Record, RecordReader
+from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
 from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
 
 
 @dataclass(frozen=True, slots=True)
-class _Position:
+class Position:
     """How far a reader has come with one writer."""
 
     segment: int = 0
     offset: int = 0
     number: int = 0
     """Number of the next record."""
+    lost: int = 0
+    """Records before it that were damaged, or evicted before they were read."""
 
 
 class SegmentReader(RecordReader):
@@ -40,13 +43,16 @@ class SegmentReader(RecordReader):
         """
         self._root = root
         self._positions = {
-            name: _position_of(name, position) for name, position in (offsets or {}).items()
+            name: position_of(name, position) for name, position in (offsets or {}).items()
         }
         self._finished: set[str] = set()
         self._listed: dict[str, list[int]] = {}
         self._blocks = Blocks()
         self._turn = 0
         self._read = self._damaged = self._torn = self._evicted_unread = 0
+
+    def commit(self, offsets: Offsets) -> None:
+        raise ValueError("a reader without a group has nothing to commit")
 
     @property
     def counts(self) -> ReaderCounts:
@@ -58,8 +64,30 @@ class SegmentReader(RecordReader):
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
         names = writer_names(self._root)
         for name in self._positions.keys() - set(names):
-            del self._positions[name]
-            self._listed.pop(name, None)
+            self.forget(name)
+        return self.read_from(names, max_records, max_bytes)
+
+    def position(self, name: str) -> Position:
+        """How far it has come with one writer."""
+        return self._positions.get(name, Position())
+
+    def move_to(self, name: str, position: Position) -> None:
+        """Go on with this writer from there."""
+        self.forget(name)
+        self._positions[name] = position
+
+    def forget(self, name: str) -> None:
+        """Know nothing of this writer any more."""
+        self._positions.pop(name, None)
+        self._listed.pop(name, None)
+        self._finished.discard(name)
+
+    def has_finished(self, name: str) -> bool:
+        """All records were read, and there will be no more."""
+        return name in self._finished
+
+    def read_from(self, names: list[str], max_records: int, max_bytes: int) -> list[Record]:
+        """``read`` these writers alone."""
         batch = _Batch(max_records, max_bytes)
         self._turn += 1  # start with another writer each time, so that none is starved
         for index in range(len(names)):
@@ -71,7 +99,7 @@ class SegmentReader(RecordReader):
 
     def _read_writer(self, name: str, batch: _Batch) -> None:
         while not batch.is_full:
-            segment = self._positions.setdefault(name, _Position()).segment
+            segment = self._positions.setdefault(name, Position()).segment
             # Checked before the file is read: a segment that is closed by then no longer grows.
             is_closed = self._is_closed(name, segment)
             self._read_segment(name, batch, is_closed)
@@ -92,8 +120,11 @@ class SegmentReader(RecordReader):
                 if frame is None:
                     break
                 batch.add(Record(frame.payload, name, f"{position.segment:06d}-{frame.start}"))
-                self._damaged += max(0, frame.number - position.number)
-                position = _Position(position.segment, frame.end, frame.number + 1)
+                gap = max(0, frame.number - position.number)
+                self._damaged += gap
+                position = Position(
+                    position.segment, frame.end, frame.number + 1, position.lost + gap
+                )
                 self._positions[name] = position
             if is_closed and not batch.is_full:
                 self._pass_tail(name, descriptor, size)
@@ -114,7 +145,9 @@ class SegmentReader(RecordReader):
             num_damaged = int(end is not None and end <= size)
             self._torn += 1 - num_damaged
         self._damaged += num_damaged
-        self._positions[name] = _Position(position.segment, size, position.number + num_damaged)
+        self._positions[name] = Position(
+            position.segment, size, position.number + num_damaged, position.lost + num_damaged
+        )
 
     def _is_closed(self, name: str, segment: int) -> bool:
         return self._next_segment(name, segment) is not None or not is_live(self._root / name)
@@ -135,7 +168,7 @@ class SegmentReader(RecordReader):
         is_dead = not is_live(self._root / name)  # checked first: a dead writer begins no segment
         later = self._next_segment(name, position.segment)
         if later is not None:
-            self._positions[name] = _Position(later, 0, position.number)
+            self._positions[name] = replace(position, segment=later, offset=0)
         elif is_dead and position.number:  # with no record yet, it may be about to take its lock
             self._finished.add(name)
         return later is not None
@@ -144,9 +177,10 @@ class SegmentReader(RecordReader):
         position = self._positions[name]
         tombstone = read_tombstone(self._root / name)
         if tombstone is not None and tombstone.next_number > position.number:
-            self._evicted_unread += tombstone.next_number - position.number
-            self._positions[name] = _Position(
-                position.segment, position.offset, tombstone.next_number
+            evicted = tombstone.next_number - position.number
+            self._evicted_unread += evicted
+            self._positions[name] = replace(
+                position, number=tombstone.next_number, lost=position.lost + evicted
             )
 
 
@@ -167,8 +201,15 @@ class _Batch:
         return len(self.records) >= self._max_records or self._bytes_left <= 0
 
 
-def _position_of(name: str, position: Any) -> _Position:
+def position_of(name: str, position: Any) -> Position:
+    """What a reader's offsets say of one writer.
+
+    Raises:
+        ValueError: they are not such offsets.
+    """
     match position:
         case {"segment": int(segment), "offset": int(offset), "number": int(number)}:
-            return _Position(segment, offset, number)
+            lost = position.get("lost", 0)  # older checkpoints lack it
+            if type(lost) is int:
+                return Position(segment, offset, number, lost)
     raise ValueError(f"offsets of {name!r} must hold segment, offset and number, got {position!r}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer.counts import BufferStats
 from buffer.frames import claimed_end, scan
 from buffer.hour_of_traffic import allowed_bytes, measure
 from buffer.interface import Report, TraceLimits
 from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
 from buffer.segment_list import SegmentList
+from buffer.segment_member import group_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +91,38 @@ def check_segments(root: Path) -> list[SegmentReport]:
 
     Nothing has to be repaired before reading: readers step over damaged and torn records.
     """
+    return [report for name in writer_names(root) for report in _check_writer(root / name)[0]]
+
+
+def log_stats(root: Path) -> BufferStats:
+    """Count the records of a log by reading all of it, without changing anything."""
+    reports: list[SegmentReport] = []
+    ends: dict[str, int] = {}
+    for name in writer_names(root):
+        of_writer, ends[name] = _check_writer(root / name)
+        reports += of_writer
+    return BufferStats(
+        num_writers=len(ends),
+        appended=sum(ends.values()),
+        held=sum(report.records for report in reports),
+        held_bytes=sum(report.num_bytes for report in reports),
+        groups=group_counts(root, ends),
+    )
+
+
+def _check_writer(folder: Path) -> tuple[list[SegmentReport], int]:
+    """Reports on the segments of a writer, and the number of its next record."""
     reports = []
-    for folder in (root / name for name in writer_names(root)):
-        tombstone = read_tombstone(folder)
-        number = 0 if tombstone is None else tombstone.next_number
-        numbers = segment_numbers(folder)
-        live = is_live(folder)
-        for segment in numbers:
-            is_last = segment == numbers[-1]
+    tombstone = read_tombstone(folder)
+    number = 0 if tombstone is None else tombstone.next_number
+    numbers = segment_numbers(folder)
+    live = is_live(folder)
+    for segment in numbers:
+        is_last = segment == numbers[-1]
+        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
             report, number = _report(folder, segment, number, live=live, is_last=is_last)
             reports.append(report)
-    return reports
+    return reports, number
 
 
 def _report(

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from buffer.counts import WriterCounts
 from buffer.eviction import Contents, Evictor
 from buffer.files import sync_folder
 from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
-from buffer.interface import Payload, TraceLimits, TraceWriter, WriterCounts, check_record
+from buffer.interface import Payload, TraceLimits, TraceWriter, check_record
 from buffer.writer_folder import OpenSegment, WriterFolder
 
 _ROLLS_PER_TTL = 8  # a segment is closed after TTL / 8, so records leave only a little early

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from buffer.codec import UnreadableRecordError, decode_traces
-from buffer.interface import MAX_READ_BYTES, Backend, Offsets, Record
+from buffer.interface import MAX_READ_BYTES, Backend, Offsets, Record, ServiceAwayError
 from buffer.records import Trace
 
 log = logging.getLogger(__name__)
@@ -45,19 +45,22 @@ class TraceCounts:
 class TraceReader:
     """Returns every trace once, decoded and checked."""
 
-    def __init__(self, backend: Backend, offsets: Offsets | None = None) -> None:
+    def __init__(
+        self, backend: Backend, offsets: Offsets | None = None, group: str | None = None
+    ) -> None:
         """Continue from ``offsets``, or begin with the oldest record.
 
         Args:
             backend: where the records are.
             offsets: what an earlier reader's ``offsets()`` returned.
+            group: share the traces with the other readers of this group; ``None``: read all.
 
         Raises:
-            ValueError: ``offsets`` are not what ``offsets()`` returns.
+            ValueError: ``offsets`` are not what ``offsets()`` of such a reader returns.
         """
         offsets = offsets or {"places": {}, "seen": []}
         self._backend = backend
-        self._records = backend.open_record_reader(offsets["places"])
+        self._records = backend.open_record_reader(offsets["places"] or None, group)
         self._seen = SeenTraces.from_json(offsets["seen"])
         self._read = self._duplicate = 0
         self._reasons: Counter[str] = Counter()
@@ -80,17 +83,35 @@ class TraceReader:
         """Offsets in the backend and triples seen, for JSON. Store them with what was learnt."""
         return {"places": self._records.offsets(), "seen": self._seen.to_json()}
 
+    def commit(self, offsets: Offsets) -> None:
+        """The group is done with all that was read when ``offsets()`` returned this; see
+        ``RecordReader.commit``."""
+        self._records.commit(offsets["places"])
+
+    def close(self) -> None:
+        """Leave the group: other members get what was not committed."""
+        self._records.close()
+
     def read(self, max_traces: int) -> list[Trace]:
         """Up to ``max_traces`` new traces; never blocks.
 
         Records set aside count towards ``max_traces``, so fewer traces, even none, may be returned
         while more are waiting. Stops early once ``MAX_READ_BYTES`` are reached.
+
+        Raises:
+            ServiceAwayError: try again later.
+            OSError: storage failed.
         """
         traces: list[Trace] = []
         num_records = num_bytes = 0
         while num_records < max_traces and num_bytes < MAX_READ_BYTES:
             # A few at a time: they are checked while the processor's cache still holds them.
-            records = self._records.read(min(_RECORDS_AT_ONCE, max_traces - num_records))
+            try:
+                records = self._records.read(min(_RECORDS_AT_ONCE, max_traces - num_records))
+            except ServiceAwayError:
+                if num_records == 0:
+                    raise
+                break  # the next call meets the error
             if not records:
                 break
             num_records += len(records)

@@ -1,11 +1,11 @@
-"""Rules about version numbers that every weights store follows."""
+"""Rules about versions, and about names, that every backend follows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
 
-_PRODUCER = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 def check_unused(version: int, lowest: int) -> None:
@@ -31,8 +31,21 @@ def check_producer(producer: str) -> None:
     Raises:
         ValueError: says which names are allowed.
     """
-    if not _PRODUCER.fullmatch(producer):
-        raise ValueError(f"producer must match {_PRODUCER.pattern}, got {producer!r}")
+    _check_plain("producer", producer)
+
+
+def check_group(group: str) -> None:
+    """Refuse a name of a group of readers that is not a plain file name.
+
+    Raises:
+        ValueError: says which names are allowed.
+    """
+    _check_plain("group", group)
+
+
+def _check_plain(what: str, name: str) -> None:
+    if not _PLAIN_NAME.fullmatch(name) or name in (".", ".."):
+        raise ValueError(f"{what} must match {_PLAIN_NAME.pattern}, got {name!r}")
 
 
 def check_keep(keep: int) -> None:

@@ -26,6 +26,8 @@ def _server(settings: Settings) -> Iterator[str]:
         )
     if server.api_key == MASK:
         yield "server.api_key is the mask that --print-config prints; put the real key there"
+    if MASK in settings.buffer.url:
+        yield "buffer.url has the mask that --print-config prints; put the real password there"
 
 
 def _drafting(settings: Settings) -> Iterator[str]:

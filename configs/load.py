@@ -30,8 +30,10 @@ from configs.checks import ENV_PREFIX, MASK, check_settings
 from configs.choices import SettingsError
 from configs.schema import Settings
 
-SECRETS = frozenset({"server.api_key"})
-"""Settings that are never printed."""
+SECRETS = frozenset({"server.api_key", "buffer.url"})
+"""Settings that errors never quote."""
+_PASSWORD = re.compile(r"(?<=//)([^/?#@]*:)[^/?#]*(?=@)")
+"""User and password of a URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ def to_yaml(settings: Settings) -> str:
     tree = settings.model_dump(mode="json")
     if tree["server"]["api_key"] is not None:
         tree["server"]["api_key"] = MASK
+    tree["buffer"]["url"] = _PASSWORD.sub(rf"\1{MASK}", tree["buffer"]["url"])
     text: str = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
     return text
 

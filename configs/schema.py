@@ -161,7 +161,9 @@ class BufferSettings(Section):
 
     url: str = "log:"
     """``log:`` is the embedded segment log in ``run_dir/traces``; ``log:/some/folder`` is one in
-    another folder. ``memory:NAME`` lives in one process and is for tests."""
+    another folder, and ``file:`` another name for ``log:``. ``redis://host:port/db`` or
+    ``rediss://...`` (TLS) is a Redis or Valkey server, ``kafka://host:port/prefix`` or
+    ``kafkas://...`` (TLS) a Kafka cluster, for traces and weights; see docs/buffer.md. ``memory:NAME`` lives in one process and is for tests."""
     segment_bytes: int = Field(32 << 20, ge=4096)
     """Size at which a segment file is closed and the next one opened."""
     max_bytes: int | None = Field(None, ge=4096)
@@ -191,6 +193,10 @@ class SwapSettings(Section):
 class TrainerSettings(Section):
     """Asynchronous trainer."""
 
+    group: str = Field("trainer", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")
+    """Trainers of one group share the traces of the buffer, which remembers what they have learnt:
+    each trace goes to one of them, and a new trainer begins with those that none has learnt. Each
+    group gets all traces."""
     device: str = "auto"
     """Device of the trainer: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     cpu_threads: int | None = Field(None, ge=1)

@@ -2,6 +2,7 @@
 
     python -m examples.demo            # or: make demo
     python -m examples.demo --prompts mine.jsonl
+    python -m examples.demo --buffer redis         # or: make demo BUFFER=redis
 
 Starts a server and a trainer, sends traffic that shifts from domain to domain and back through the
 HTTP API, then replays held-out prompts of each phase by every arm (``examples/arms.py``). On a GPU,
@@ -44,11 +45,12 @@ from examples.recording import (
     VersionChange,
     learning_of,
 )
+from examples.services import BUFFER, SERVICES, buffer_url
 from examples.texts import Phase, Texts, gather
 from examples.traffic.prompts import PromptError
 
 MARKER = ".slipstream-demo"
-OWN = ("traces", "weights", "trainer", "logs")
+OWN = ("traces", "weights", "trainer", "logs", BUFFER)
 OWN_FILES = (
     "server.json", "step_times.json", "recording.json", "report.json", "report.html", "report.svg",
 )  # fmt: skip
@@ -380,11 +382,16 @@ def version_changes(history: list[dict[str, Any]], began_unix_s: float) -> list[
     ]
 
 
-def carry_out(settings: DemoSettings, console: Console) -> int:
-    """Run the demo, write its report and stop its processes; returns the exit code."""
+def carry_out(settings: DemoSettings, console: Console, buffer: str = "log") -> int:
+    """Run the demo, write its report and stop its processes; returns the exit code.
+
+    Args:
+        buffer: where traces and weights are: ``log`` or a service of ``examples.services``.
+    """
     children: list[Child] = []
     try:
-        with own_folder(settings.run_dir):
+        with own_folder(settings.run_dir), buffer_url(buffer, settings.run_dir) as url:
+            settings = replace(settings, overrides=(f"buffer.url={url}", *settings.overrides))
             try:
                 with View(console) as view:
                     recording = run(settings, view, children)
@@ -420,6 +427,9 @@ def main(
         float | None, typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the demo's own")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of prompts, answers and weights")] = 0,
+    buffer: Annotated[
+        str, typer.Option(help=f"where traces and weights are: {', '.join(('log', *SERVICES))}")
+    ] = "log",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),
@@ -439,7 +449,10 @@ def main(
         settings = settings if prompts is None else with_prompts(settings, prompts)
     except PromptError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from None
-    raise typer.Exit(carry_out(settings, Console()))
+    if buffer != "log" and buffer not in SERVICES:
+        known = ", ".join(("log", *SERVICES))
+        raise typer.BadParameter(f"{buffer!r} is none of {known}", param_hint="--buffer")
+    raise typer.Exit(carry_out(settings, Console(), buffer))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

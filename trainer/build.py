@@ -30,6 +30,7 @@ from trainer.journal import Journal
 from trainer.learner import Learner
 from trainer.loop import Trainer
 from trainer.pace import Pace
+from trainer.publish import Publisher
 from trainer.replay import Memory, keys_in
 from trainer.rows import RowStore, memory_bytes
 from trainer.saver import Saver
@@ -61,12 +62,12 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     trainer = Trainer(
         settings=settings,
         intake=Intake(
-            TraceReader(backend),
+            TraceReader(backend, group=settings.trainer.group),
             replace(expected_of(manifest, head), emphasis=emphasis_of(settings)),
             settings.trainer.max_sequence,
             journal,
         ),
-        store=store,
+        publisher=Publisher(store, store.take_over()),
         memory=Memory(settings.trainer, settings.seed, rows),
         learner=Learner(learns, model, head, settings.trainer, rows),
         judge=Judge(
@@ -117,7 +118,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         CheckpointError: it was made for another target or drafter, or is incomplete.
     """
     state = saved.state
-    intake = trainer.intake
+    intake, group = trainer.intake, trainer.settings.trainer.group
     try:
         for name, ours in trainer.identity().items():
             if state[name] != ours:
@@ -129,7 +130,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.pace.steps_since_judged = state["steps_since_judged"]
         trainer.pace.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
-        intake.continue_with(TraceReader(backend, state["offsets"]))
+        intake.continue_with(TraceReader(backend, state["offsets"], group))
         wanted = keys_in(state["memory"])
         found = intake.find(wanted, TraceReader(backend))
         trainer.memory.restore(state["memory"], found)

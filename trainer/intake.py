@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from buffer.interface import ServiceAwayError
 from buffer.records import Trace
 from buffer.traces import TraceCounts, TraceReader
 from drafters.samples import Sample
@@ -40,6 +41,8 @@ class _Batch:
     """Likewise."""
     is_empty: bool
     """All records had been read before."""
+    problem: str | None = None
+    """Why the buffer could not be read at present."""
 
 
 class Intake:
@@ -63,11 +66,16 @@ class Intake:
         self._max_sequence = max_sequence
         self._journal = journal
         self._ahead: _Ahead | None = None
+        self._away: str | None = None
+        """Why the buffer cannot be read at present."""
+        self._reader = reader
         self.continue_with(reader)
 
     def continue_with(self, reader: TraceReader) -> None:
         """Read from this reader from now on; not once started."""
         assert self._ahead is None, "the intake has started"
+        if reader is not self._reader:
+            self._reader.close()
         self._reader = reader
         self._offsets, self._counts = reader.offsets(), reader.counts
 
@@ -81,11 +89,24 @@ class Intake:
         if self._ahead is not None:
             self._ahead.stop()
 
+    def commit(self, offsets: dict[str, Any]) -> None:
+        """Nobody of the trainer's group gets the samples before these offsets again.
+
+        Raises:
+            OSError: the buffer failed; a later commit includes this one.
+        """
+        self._reader.commit(offsets)
+
+    def close(self) -> None:
+        """Stop reading, and leave what was not committed to the group's other trainers."""
+        self.stop()
+        self._reader.close()
+
     def read(self) -> list[Sample]:
         """Samples of the next traces, at most ``TRACES_AT_ONCE``.
 
         Never waits for traces to be written; while earlier ones are still being read, it waits for
-        the next of them.
+        the next of them. While a buffer's service is away there are none, and the journal says so.
 
         Raises:
             OSError: the log cannot be read.
@@ -94,6 +115,7 @@ class Intake:
         if batch is None:
             return []
         self._offsets, self._counts = batch.offsets, batch.counts
+        self._note(batch.problem)
         if batch.samples or batch.refused:
             self.last_trace_s = time.monotonic()
         for key, refusal in batch.refused:
@@ -124,10 +146,21 @@ class Intake:
                 break  # end of the log
         return found
 
+    def _note(self, problem: str | None) -> None:
+        if problem is not None and problem != self._away:
+            self._journal.event("buffer_away", text=f"{problem}; trying again")
+        elif problem is None and self._away is not None:
+            self._journal.event("buffer_back")
+        self._away = problem
+
     def _next_batch(self) -> _Batch:
         before = _num_seen(self._reader)
         samples, refused = list[Sample](), list[tuple[str, Refusal]]()
-        for trace in self._reader.read(TRACES_AT_ONCE):
+        try:
+            traces = self._reader.read(TRACES_AT_ONCE)
+        except ServiceAwayError as error:
+            return _Batch([], [], self._reader.offsets(), self._reader.counts, True, str(error))
+        for trace in traces:
             sample = self._sample_of(trace)
             if isinstance(sample, Sample):
                 samples.append(sample)

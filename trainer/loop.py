@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from buffer.interface import WeightsStore
+from buffer.interface import ServiceAwayError
 from buffer.records import Manifest
 from configs.schema import Settings
 from policies.gate import GateVerdict
@@ -25,7 +25,7 @@ from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
-from trainer.publish import is_same, publish_version
+from trainer.publish import Publisher, is_same, publish_version
 from trainer.replay import Memory
 from trainer.saver import Saver
 from trainer.start import newest_drafter
@@ -38,6 +38,13 @@ QUIET_S = 15.0
 
 def run(trainer: Trainer) -> None:
     """Train until told to stop, then save a checkpoint."""
+    try:
+        _train(trainer)
+    finally:
+        trainer.intake.close()
+
+
+def _train(trainer: Trainer) -> None:
     trainer.intake.start()
     while not trainer.is_done():
         trainer.take_in_traces()
@@ -58,7 +65,7 @@ class Trainer:
 
     settings: Settings
     intake: Intake
-    store: WeightsStore
+    publisher: Publisher
     memory: Memory
     learner: Learner
     judge: Judge
@@ -136,8 +143,14 @@ class Trainer:
     def judge_candidate(self) -> None:
         """Judge the averaged weights, and publish them if they pass the gate."""
         self.settle()
-        if self.published.version in self.store.read_denied():
-            self._follow_roll_back()
+        try:
+            if self.published.version in self.publisher.store.read_denied():
+                self._follow_roll_back()
+                self.pace.judged(None, None, 0.0)
+                return
+        except ServiceAwayError as away:
+            text = f"{away}; the candidate is judged later"
+            self.journal.event("buffer_away", text=text)
             self.pace.judged(None, None, 0.0)
             return
         started = time.monotonic()
@@ -178,13 +191,14 @@ class Trainer:
         """Publish the averaged weights; if the disk is full, training continues without."""
         try:
             self.published = publish_version(
-                self.store,
+                self.publisher.store,
                 self.learner.trainable,
                 self.learner.average,
                 self.published,
                 judgement,
                 step=self.learner.step,
                 keep=self.settings.trainer.keep_versions,
+                epoch=self.publisher.epoch,
             )
         except OSError as error:
             self.journal.event("publish_failed", text=f"{error}; training continues")
@@ -214,7 +228,8 @@ class Trainer:
         self.saver.start(self.state_to_json(), self.learner.state_tensors())
 
     def report_checkpoint(self, wait: bool) -> None:
-        """Record the outcome of the checkpoint on its way, if there is one and it is known."""
+        """Record the outcome of the checkpoint on its way, if there is one and it is known. Only
+        now that it is on the disk, the buffer is told that its traces are done with."""
         saved = self.saver.outcome(wait)
         if saved is None:
             return
@@ -223,6 +238,11 @@ class Trainer:
             self.journal.event("checkpoint_failed", text=text)
             return
         self.journal.event("checkpoint", step=saved.step, name=saved.name, seconds=saved.seconds)
+        try:
+            self.intake.commit(saved.offsets)
+        except OSError as error:
+            text = f"{error}; the next checkpoint commits these traces, too"
+            self.journal.event("commit_failed", text=text)
 
     def finish(self) -> None:
         """Save a checkpoint if the weights are sound, and report the end."""
@@ -293,7 +313,7 @@ class Trainer:
         rejected = self.published.version
         manifest, model = newest_drafter(
             self.settings,
-            self.store,
+            self.publisher.store,
             self.learner.head,
             self.intake.expected.target_fingerprint,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from safetensors.torch import save
@@ -19,6 +20,14 @@ LARGEST_FLOAT32_BYTES = 256 << 20
 which costs little and suits every dtype, since the server casts on load."""
 
 
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """The weights store, and the right to publish in it until another trainer takes over."""
+
+    store: WeightsStore
+    epoch: int
+
+
 def publish_version(
     store: WeightsStore,
     trainable: Trainable[Any],
@@ -28,15 +37,17 @@ def publish_version(
     *,
     step: int,
     keep: int,
+    epoch: int | None = None,
 ) -> Manifest:
     """Write the next version to the store, and remove old ones.
 
     Args:
         step: number of updates that produced the model.
         keep: number of newest versions that stay.
+        epoch: of the trainer that publishes; ``None``: publish whoever has taken over.
 
     Raises:
-        ValueError: a weight is not finite; nothing is published.
+        ValueError: a weight is not finite, or another trainer has taken over; nothing is published.
         OSError: the disk is full or failed; nothing is published.
     """
     manifest = Manifest(
@@ -56,7 +67,7 @@ def publish_version(
         created_unix_ms=int(time.time() * 1000),
     )
     tensors = _to_store(trainable.bundle_tensors(model))
-    published = store.publish(manifest, {TENSORS: save(tensors)})
+    published = store.publish(manifest, {TENSORS: save(tensors)}, epoch)
     store.prune(keep)
     return published
 

@@ -19,6 +19,8 @@ class Saved:
     """Outcome of a checkpoint."""
 
     step: int
+    offsets: dict[str, Any]
+    """Of the intake: what was read before them is in the checkpoint."""
     name: str
     """Of its folder; empty if it could not be written."""
     seconds: float
@@ -69,4 +71,4 @@ def _save(root: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         name, error = write_checkpoint(root, state, tensors).name, None
     except OSError as problem:
         name, error = "", problem
-    return Saved(state["step"], name, time.monotonic() - started, error)
+    return Saved(state["step"], state["offsets"], name, time.monotonic() - started, error)

@@ -85,8 +85,8 @@ class Recorder:
     def counts(self) -> dict[str, int]:
         """Traces by outcome: ``queued`` = ``written`` + ``dropped`` + ``failed`` + in progress.
 
-        ``written`` traces are acknowledged by the buffer; ``failed`` ones were refused by it or
-        never acknowledged.
+        ``written`` traces are acknowledged by the buffer; ``failed`` ones were refused by it, never
+        acknowledged, or given up while its service was away.
         """
         kept = self._writer.counts
         with self._lock:
@@ -94,7 +94,7 @@ class Recorder:
                 "queued": self._counts["queued"],
                 "written": kept.durable,
                 "dropped": self._counts["dropped"],
-                "failed": self._counts["failed"] + kept.doubtful,
+                "failed": self._counts["failed"] + kept.doubtful + kept.dropped,
             }
 
     def close(self, timeout_s: float) -> None:
@@ -166,7 +166,7 @@ class Recorder:
             else:
                 self._writer.tend()
         except OSError as error:
-            self._say("the disk did not acknowledge traces", error)
+            self._say("the buffer did not acknowledge traces", error)
 
     def _has_failed(self, errors: Iterable[Exception]) -> None:
         for error in errors:

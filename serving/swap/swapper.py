@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from buffer.interface import WeightsStore
+from buffer.interface import ServiceAwayError, WeightsStore
 from configs.logs import Lasting
 from policies.rollback import Action, SwapWatch
 from serving.swap.flat_weights import Expected, Staged, load_bundle
@@ -114,6 +114,13 @@ class Shelf:
             return None
         return newest
 
+    def known_versions(self) -> list[int]:
+        """Published versions; none while the store does not say."""
+        try:
+            return self.store.versions()
+        except ServiceAwayError:
+            return []
+
     def note_failure(self, version: int, mark: Hashable) -> None:
         """Do not try a version again until it changes."""
         self._failed[version] = mark
@@ -151,6 +158,8 @@ class Swapper:
         self._one_swap = threading.RLock()
         self._last_error: str | None = None
         self._stopping = threading.Event()
+        self._look_now = threading.Event()
+        """Something was published, or this swapper stops."""
         self._thread = threading.Thread(target=self._run, name="swapper", daemon=True)
 
     # ---- other threads -------------------------------------------------------------------------
@@ -162,6 +171,7 @@ class Swapper:
 
     def stop(self) -> None:
         self._stopping.set()
+        self._look_now.set()
         if self._thread.is_alive():
             self._thread.join(5.0)
         self._shelf.remember_denied(self._force.denied)
@@ -169,7 +179,7 @@ class Swapper:
 
     def status(self) -> dict[str, Any]:
         """What ``GET /admin/drafter`` shows."""
-        force, known = self._force, self._shelf.store.versions()
+        force, known = self._force, self._shelf.known_versions()
         newest = max(known, default=force.current.version)
         return {
             "kind": force.kind,
@@ -206,7 +216,10 @@ class Swapper:
             return self._swap(version, timeout_s)
 
     def _swap(self, version: int | None, timeout_s: float) -> dict[str, Any]:
-        published = self._shelf.store.versions()
+        try:
+            published = self._shelf.store.versions()
+        except ServiceAwayError as error:
+            raise ValueError(f"the published versions cannot be read at present: {error}") from None
         known = [v for v in published if v not in self._force.denied]
         if version is None and not known:
             raise ValueError("no version is published")
@@ -254,7 +267,18 @@ class Swapper:
     # ---- the watcher's thread ------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._poll_s):
+        end_watch = self._shelf.store.watch(self._look_now.set)
+        try:
+            self._run_until_stopped()
+        finally:
+            end_watch()
+
+    def _run_until_stopped(self) -> None:
+        while not self._stopping.is_set():
+            self._look_now.wait(self._poll_s)
+            self._look_now.clear()
+            if self._stopping.is_set():
+                return
             try:
                 with self._one_swap:
                     self._shelf.remember_denied(self._force.denied)

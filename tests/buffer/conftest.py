@@ -1,4 +1,4 @@
-"""Buffers of every backend, small sound traces, and processes to kill."""
+"""Small sound traces, and processes to kill."""
 
 import dataclasses
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffer.backends import open_backend
 from buffer.interface import TraceLimits
 from buffer.records import FeatureRows, Round, Rounds, Sampling, Trace
 
@@ -51,13 +50,6 @@ def make_trace():
         return dataclasses.replace(trace, **fields)
 
     return make
-
-
-@pytest.fixture(params=["log", "memory"])
-def open_buffer(request, tmp_path):
-    """Open this test's buffer; a second call opens the same one again, as a restart would."""
-    url = {"log": "log:", "memory": f"memory:{tmp_path}"}[request.param]
-    return lambda: open_backend(url, tmp_path)
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ import base64
 import json
 from pathlib import Path
 
+from buffer.counts import BufferStats, ReaderCounts, WriterCounts
 from buffer.folder_weights import FolderWeights
-from buffer.interface import (
-    MAX_READ_BYTES, Backend, ReaderCounts, Record, RecordReader, TraceWriter, WriterCounts,
-)
+from buffer.interface import MAX_READ_BYTES, Backend, Record, RecordReader, TraceWriter
 
 
 class JsonLines(Backend):
@@ -27,14 +26,18 @@ class JsonLines(Backend):
     def open_trace_writer(self, limits):
         return Writer(self.file)
 
-    def open_record_reader(self, offsets=None):
-        return Reader(self.file, (offsets or {}).get("byte", 0))
+    def open_record_reader(self, offsets=None, group=None):
+        return Reader(self.file, offsets, group)
 
     def keep_unreadable(self, name, payload):
         pass
 
     def open_weights(self):
         return FolderWeights(self.weights)
+
+    def stats(self):
+        num_lines = self.file.read_bytes().count(b"\\n")
+        return BufferStats(1, num_lines, num_lines, self.file.stat().st_size, ())
 
     def reports(self, limits):
         return ()
@@ -78,8 +81,11 @@ class Writer(TraceWriter):
 
 
 class Reader(RecordReader):
-    def __init__(self, path, byte):
-        self._path, self._byte, self._read = path, byte, 0
+    def __init__(self, path, offsets, group):
+        self._path, self._read = path, 0
+        self._mark = None if group is None else path.with_suffix("." + group)
+        committed = json.loads(self._mark.read_text()) if self._mark and self._mark.exists() else {}
+        self._byte = (offsets or committed).get("byte", 0)
 
     @property
     def counts(self):
@@ -98,6 +104,11 @@ class Reader(RecordReader):
                 self._byte = file.tell()
         self._read += len(records)
         return records
+
+    def commit(self, offsets):
+        if self._mark is None:
+            raise ValueError("a reader without a group has nothing to commit")
+        self._mark.write_text(json.dumps(offsets))
 '''
 
 LINE = '    "jsonl": "buffer.json_lines:JsonLines",'
@@ -130,9 +141,12 @@ with server.open_trace_writer(limits) as writer:
     print("durable", writer.counts.durable)
 
 trainer = open_backend("jsonl:traces.jsonl", run_dir)
-reader = TraceReader(trainer)
+reader = TraceReader(trainer, group="trainer")
 print("read", [one.seq for one in reader.read(2)])
-print("read", [one.seq for one in TraceReader(trainer, reader.offsets()).read(9)])
+print("again", [one.seq for one in TraceReader(trainer, group="trainer").read(2)])
+reader.commit(reader.offsets())
+print("read", [one.seq for one in TraceReader(trainer, group="trainer").read(9)])
+print("stored", trainer.stats().held)
 
 blob = join_tensors({"w": ("F32", np.ones(4, np.float32))}, {})
 manifest = Manifest(0, None, "eagle3", {}, "ab" * 32, {})
@@ -156,7 +170,9 @@ def test_a_backend_of_one_file_and_one_line_carries_traces_and_weights(root, tmp
     assert done.stdout.splitlines() == [
         "durable 3",
         "read [0, 1]",
+        "again [0, 1]",
         "read [2]",
+        "stored 3",
         "serving 0 []",
     ]
     assert len((tmp_path / "traces.jsonl").read_text().splitlines()) == 3
@@ -182,4 +198,4 @@ def test_without_the_line_the_scheme_is_unknown(tmp_path):
         tmp_path, "buffer/json_lines.py", JSON_LINES, "buffer/backends.py", "", after='"log": '
     )
     done = run_in(root, SERVER_AND_TRAINER, str(tmp_path))
-    assert "buffer.url 'jsonl:traces.jsonl' has an unknown scheme" in done.stderr
+    assert "buffer.url cannot be used: scheme 'jsonl' is unknown" in done.stderr

@@ -164,3 +164,28 @@ def test_python_m_buffer_is_the_same_command_and_needs_no_torch(run, start_pytho
     assert process.returncode == 0
     assert output.splitlines()[-1] == "False"
     assert output.startswith("segment w")
+
+
+def test_stats_count_records_and_what_each_group_has_done(run):
+    backend = open_backend("log:", run)
+    member = backend.open_record_reader(group="trainer")
+    assert len(member.read(2)) == 2
+    member.commit(member.offsets())
+    member.close()
+
+    result = CliRunner().invoke(app, ["stats", str(run)])
+    assert result.exit_code == 0, result.output
+    records, group = result.stdout.splitlines()
+    assert records.startswith("records: 3 written by 1 writers, 3 held, ")
+    assert group == "group trainer: 2 committed, 1 pending, 0 lost"
+    result = CliRunner().invoke(app, ["stats", str(run), "--json"])
+    assert [json.loads(line)["kind"] for line in result.stdout.splitlines()] == ["records", "group"]
+
+
+def test_a_buffer_that_cannot_be_reached_is_named_without_its_password(tmp_path):
+    url = "buffer.url=redis://me:s3cret@127.0.0.1:1/0"
+    for command in ("stats", "inspect"):
+        result = CliRunner().invoke(app, [command, str(tmp_path), "--set", url])
+        assert result.exit_code == 2
+        assert "redis://127.0.0.1:1/0" in result.output
+        assert "s3cret" not in result.output

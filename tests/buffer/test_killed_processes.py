@@ -6,7 +6,6 @@ import zlib
 
 import pytest
 
-from buffer.folder_weights import FolderWeights
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments
 
@@ -27,24 +26,6 @@ while True:
         writer.append(zlib.crc32(body).to_bytes(4, "little") + body)
     writer.sync()
     print(writer.counts.durable, flush=True)
-"""
-
-PUBLISH_FOREVER = """
-import sys
-from pathlib import Path
-from buffer.folder_weights import FolderWeights
-from buffer.records import Manifest
-from buffer.tensors import join_tensors
-import numpy as np
-
-store = FolderWeights(Path(sys.argv[1]))
-print("ready", flush=True)
-while True:
-    version = store.next_version()
-    tensors = {"w": ("F32", np.full(50_000, version, np.float32))}
-    manifest = Manifest(version, version - 1 if version else None, "eagle3", {}, "target", {})
-    store.publish(manifest, {"drafter.safetensors": join_tensors(tensors, {})})
-    print(version, flush=True)
 """
 
 
@@ -100,21 +81,3 @@ def test_the_next_life_of_a_server_writes_on_beside_a_torn_record(tmp_path, star
     assert sum(record.writer == second for record in read) >= int(counts[-1] if counts else 0)
     assert reader.counts.torn >= 1  # the second life may have been killed within a record too
     assert reader.counts.damaged == 0
-
-
-def test_a_killed_publisher_leaves_no_torn_bundle_and_no_version_is_used_twice(
-    tmp_path, start_python
-):
-    chance = random.Random(2)
-    store, published = FolderWeights(tmp_path), []
-    for _ in range(NUM_KILLS):
-        process = start_python(PUBLISH_FOREVER, tmp_path)
-        _, *lines = killed_output(process, chance.uniform(0, 0.15))
-        published += map(int, lines)
-        for version in store.versions():
-            assert store.read(version).manifest.version == version
-
-    assert published
-    assert len(published) == len(set(published))
-    assert set(published) <= set(store.versions())
-    assert store.next_version() > max(store.versions())

@@ -38,10 +38,11 @@ def test_the_url_of_the_log_says_where_it_is(tmp_path):
     assert str(log_root("log:/data/traces", tmp_path)) == "/data/traces"
 
 
-@pytest.mark.parametrize("url", ["kafka://host", "log", "", "LOG:"])
+@pytest.mark.parametrize("url", ["amqp://me:secret@host", "log", "", "LOG:"])
 def test_an_unknown_url_is_refused_and_the_known_ones_are_named(tmp_path, url):
-    with pytest.raises(ValueError, match=r"unknown scheme; known are 'log:', 'memory:'"):
+    with pytest.raises(ValueError, match=r"scheme.*; known are 'log:', .*'memory:'") as caught:
         open_backend(url, tmp_path)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_relative_folder_is_refused(tmp_path):

@@ -229,6 +229,15 @@ def test_contradictions_between_keys_are_reported(overrides, said):
     assert problem(overrides=overrides).startswith(said)
 
 
+@pytest.mark.parametrize("user", ["me", ""])
+def test_the_password_of_a_url_is_never_printed(user):
+    url = f"redis://{user}:hunter2@host:6379/0?run=x"
+    printed = to_yaml(load_settings([], [f"buffer.url={url}"], {}))
+    assert f"url: redis://{user}:********@host:6379/0?run=x" in printed
+    with pytest.raises(SettingsError, match=r"buffer\.url has the mask"):
+        load_settings([], [f"buffer.url=redis://{user}:********@host"], {})
+
+
 def test_a_secret_is_never_printed(mine):
     assert "hunter2" not in to_yaml(load_settings([], ["server.api_key=hunter2"], {}))
     assert "12345" not in problem(files=[mine("server: {api_key: 12345}\n")])

@@ -71,11 +71,13 @@ def _modules(tree: ast.Module) -> set[str]:
 
 
 CORE = declared(PROJECT["dependencies"])
+CLIENTS = extra("redis") | extra("kafka")
+"""Clients of the services that buffers may use."""
 
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
     found = imported(*PRODUCT_ROOMS)
-    wanted = CORE | extra("gpu") | extra("gguf")
+    wanted = CORE | extra("gpu") | extra("gguf") | CLIENTS
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert wanted - found.keys() == set()
 
@@ -89,13 +91,20 @@ def test_the_demo_extra_is_what_the_examples_need_beside_the_rooms():
 
 def test_the_dev_extra_is_what_tests_benchmarks_and_commands_need():
     found = imported("tests", "oracles", "benchmarks", "examples")
-    wanted = CORE | extra("demo") | extra("gguf") | extra("dev")
+    wanted = CORE | extra("demo") | extra("gguf") | extra("dev") | CLIENTS
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert extra("dev") - found.keys() == NOT_IMPORTED.keys()
 
 
 def test_every_extra_is_known_here():
-    assert PROJECT["optional-dependencies"].keys() == {"gpu", "demo", "gguf", "dev"}
+    assert PROJECT["optional-dependencies"].keys() == {
+        "gpu",
+        "demo",
+        "gguf",
+        "redis",
+        "kafka",
+        "dev",
+    }
 
 
 PINS = dict(

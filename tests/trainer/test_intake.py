@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from buffer.backends import open_backend
+from buffer.interface import ServiceAwayError
 from buffer.traces import TraceReader
 from drafters.samples import Sample
 from tests.trainer.conftest import World
@@ -141,3 +142,31 @@ def test_stopping_ends_the_thread_at_any_time(world: World, tmp_path: Path) -> N
         time.sleep(delay_s)
         intake.stop()
         assert not [t for t in threading.enumerate() if t.name == "intake"]
+
+
+def test_an_intake_waits_for_a_service_that_is_away_and_goes_on(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, many(world, 3))
+    intake = intake_of(world, tmp_path)
+    backend = open_backend("log:", tmp_path)
+
+    class Away(TraceReader):
+        is_away = True
+
+        def read(self, max_traces: int) -> Any:
+            if self.is_away:
+                raise ServiceAwayError(errno.EIO, "redis://there: no answer")
+            return super().read(max_traces)
+
+    reader = Away(backend)
+    intake.continue_with(reader)
+    intake.start()
+    for _ in range(3):
+        assert intake.read() == []
+    reader.is_away = False
+    samples: list[Sample] = []
+    wait_until(lambda: samples.extend(intake.read()) or len(samples) == 3)
+    intake.close()
+    told = (tmp_path / "trainer" / "log.jsonl").read_text()
+    assert told.count('"buffer_away"') == told.count('"buffer_back"') == 1

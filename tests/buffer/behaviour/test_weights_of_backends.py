@@ -2,20 +2,22 @@
 
 import dataclasses
 import threading
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from buffer.bundles import BundleError, HostBuffer
+from buffer.interface import ServiceAwayError, SupersededError
 from buffer.tensors import join_tensors
 from tests.buffer.sample_bundle import EXPECTED, MANIFEST, tensors
 
 
-def publish(store, version, parent=None, files=None):
+def publish(store, version, parent=None, files=None, epoch=None):
     manifest = dataclasses.replace(MANIFEST, version=version, parent=parent)
     content = {"drafter.safetensors": join_tensors(tensors(), {})} if files is None else files
-    return store.publish(manifest, content)
+    return store.publish(manifest, content, epoch)
 
 
 def read_in_place(store, version, expected=None):
@@ -236,3 +238,142 @@ def test_pruning_everything_is_refused(store):
 def test_a_producer_name_that_is_no_plain_name_is_refused(store):
     with pytest.raises(ValueError, match="producer must match"):
         store.mark_in_use("../x", [1])
+
+
+def test_of_two_trainers_the_one_that_took_over_last_publishes(store, open_buffer):
+    first = store.take_over()
+    publish(store, 0, epoch=first)
+    other = open_buffer().open_weights()
+    second = other.take_over()
+    assert second > first
+
+    with pytest.raises(SupersededError, match="another trainer took over"):
+        publish(store, 1, epoch=first)
+    assert other.versions() == [0]
+    publish(other, 1, epoch=second)
+    publish(store, 2)  # whoever has taken over: a server that publishes version 0
+    assert store.versions() == [0, 1, 2]
+
+
+def test_of_many_trainers_at_once_each_version_is_of_one_and_none_is_lost(open_buffer):
+    published = []
+
+    def train():
+        store = open_buffer().open_weights()
+        for _ in range(5):
+            version = store.next_version()
+            try:
+                publish(store, version)
+            except ValueError:
+                continue  # somebody else was faster
+            published.append(version)
+
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = open_buffer().open_weights()
+    assert sorted(published) == store.versions() == list(range(len(published)))
+    assert store.next_version() == len(published)
+    assert [store.read(version).manifest.version for version in published] == published
+
+
+def test_every_trainer_that_takes_over_gets_an_epoch_of_its_own(open_buffer):
+    epochs = []
+
+    def take_over():
+        epochs.append(open_buffer().open_weights().take_over())
+
+    threads = [threading.Thread(target=take_over) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(epochs) == list(range(1, 9))
+
+
+@each_reader
+def test_a_damaged_version_is_refused_and_named_and_the_one_before_is_used(place, read):
+    if place.damage is None:
+        pytest.skip("nobody can damage this store from outside")
+    store = place.open().open_weights()
+    publish(store, 0)
+    place.damage(0)
+    with pytest.raises(BundleError, match=r"snapshot 0 is damaged: .*drafter\.safetensors"):
+        read(store, 0)
+    publish(store, 1, parent=0)
+    bundle, passed_over = store.newest_sound()
+    assert (bundle.manifest.version, passed_over) == (1, [])
+
+
+def test_a_watcher_is_told_of_a_new_version(place):
+    heard = threading.Event()
+    end = place.open().open_weights().watch(heard.set)
+    try:
+        if not place.notifies:
+            publish(place.open().open_weights(), 0)
+            return
+        heard.wait(0.5)  # of its own beginning, perhaps
+        heard.clear()
+        publish(place.open().open_weights(), 0)
+        assert heard.wait(60)
+    finally:
+        end()
+
+
+PUBLISH_FOREVER = """
+import sys
+from pathlib import Path
+import numpy as np
+from buffer.backends import open_backend
+from buffer.records import Manifest
+from buffer.tensors import join_tensors
+
+store = open_backend(sys.argv[1], Path(sys.argv[2])).open_weights()
+while True:
+    version = store.next_version()
+    tensors = {"w": ("F32", np.full(700_000, version, np.float32))}
+    manifest = Manifest(version, version - 1 if version else None, "eagle3", {}, "target", {})
+    store.publish(manifest, {"drafter.safetensors": join_tensors(tensors, {})})
+    print(version, flush=True)
+"""
+
+
+def test_a_killed_publisher_leaves_whole_versions_only(other_process, fork_python):
+    published = []
+    for life in range(2):
+        process, output = fork_python(PUBLISH_FOREVER, other_process.url, other_process.run_dir)
+        deadline = time.monotonic() + 60
+        while output().count("\n") < 2 + life:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.wait(60)
+        published += map(int, output().split())
+        store = other_process.open().open_weights()
+        assert set(published) <= set(store.versions())
+        for version in store.versions():
+            assert store.read(version).manifest.version == version
+    assert len(published) == len(set(published))
+    assert store.next_version() > max(store.versions())
+
+
+def test_a_killed_server_loses_no_version(place):
+    if place.server is None:
+        pytest.skip("there is no server, or it is somebody else's")
+    store = place.open().open_weights()
+    store.take_over()
+    publish(store, 0)
+    store.write_denied({0})
+    place.server.kill()
+    with pytest.raises(ServiceAwayError):
+        publish(store, 1)
+    with pytest.raises(ServiceAwayError):
+        store.versions()
+    place.server.start()
+    assert store.versions() == [0]
+    assert store.read_denied() == {0}
+    assert store.take_over() == 2
+    publish(store, 1)
+    assert store.read(1).manifest.version == 1

@@ -1,0 +1,390 @@
+"""Trace readers on Kafka: one that reads everything from its own offsets, and members of groups.
+
+Offsets of records in a partition of ``PREFIX.traces`` have no gaps, because nothing is compacted
+and nobody writes transactions there: whatever is missing at the front was evicted, and is counted.
+Members are those of a consumer group; what they committed is in Kafka, with the number of records
+that the group has lost as its metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import (
+    CommitFailedError,
+    IllegalGenerationError,
+    KafkaError,
+    KafkaTimeoutError,
+    OffsetOutOfRangeError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
+
+from buffer.counts import ReaderCounts
+from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.kafka_group import Membership, Place, places_of
+from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
+
+log = logging.getLogger(__name__)
+
+MAX_RECORD_BYTES = 1 << 30
+"""Longer records in pieces are not believed."""
+
+_AT_ONCE = 64  # messages of one poll
+_POLL_MS = 50
+_STAY_EVERY_S = 0.1
+_REJOIN = (
+    CommitFailedError,
+    IllegalGenerationError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
+_WRITER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+class KafkaReader(RecordReader):
+    """Reads all partitions, or those that its group gives it."""
+
+    def __init__(self, link: KafkaLink, offsets: Offsets | None, group: str | None) -> None:
+        self._link = link
+        self._topic = link.topic("traces")
+        self._places = places_of(offsets)
+        self._group = None if group is None else Membership(link, group, dict(offsets or {}))
+        self._ready: dict[int, deque[Any]] = {}
+        """Messages that were fetched and not returned, by partition."""
+        self._turn = 0
+        self._ends: dict[int, int] = {}
+        """One past the newest record of each partition when it was looked at last."""
+        self._consumer: KafkaConsumer | None = None
+        self._pieces = _Pieces(link)
+        self._counts = ReaderCounts()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    @property
+    def counts(self) -> ReaderCounts:
+        return self._counts
+
+    def offsets(self) -> dict[str, Any]:
+        if self._group is not None and self._group.predecessor:
+            return self._group.predecessor
+        places = {str(partition): place.to_json() for partition, place in self._places.items()}
+        return places if self._group is None else {**places, "member": self._group.member}
+
+    def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
+        records: list[Record] = []
+        with self._lock, kafka_errors(f"{self._link.address.location} cannot be read"):
+            if not self._has_partitions():
+                return []
+            self._turn += 1
+            try:
+                while len(records) < max_records and max_bytes > 0 and self._has_ready():
+                    record = self._next()
+                    if record is not None:
+                        records.append(record)
+                        max_bytes -= len(record.payload)
+            except KafkaError:
+                if not records:
+                    raise
+            self._take_note()
+        self._counts = replace(self._counts, read=self._counts.read + len(records))
+        return records
+
+    def commit(self, offsets: Offsets) -> None:
+        if self._group is None:
+            raise ValueError("a reader without a group has nothing to commit")
+        places = places_of(offsets)
+        with self._lock, kafka_errors(f"{self._link.address.location}: nothing was committed"):
+            deadline_s = time.monotonic() + self._link.options.timeout_s
+            while places and self._has_partitions():
+                assert self._consumer is not None
+                try:
+                    self._group.commit(self._consumer, places)
+                    break
+                except _REJOIN:  # what we hold stays ours: commit once we have joined again
+                    if time.monotonic() > deadline_s:
+                        raise
+                    self._poll(_POLL_MS)
+            self._take_note()
+
+    def stay(self) -> None:
+        """Remain a member, and take part when partitions are shared out, while nobody reads."""
+        with self._lock, contextlib.suppress(KafkaError):
+            consumer = self._consumer
+            if consumer is None or self._group is None or not consumer.subscription():
+                return
+            consumer.pause(*consumer.assignment())
+            self._poll(1)
+            consumer.resume(*consumer.assignment())
+            self._take_note()
+
+    def close(self) -> None:
+        self._closed.set()
+        with self._lock:
+            consumer, self._consumer = self._consumer, None
+            self._ready.clear()
+            self._pieces.close()
+            if consumer is not None:
+                close_consumer(consumer)
+
+    # ---- which partitions ----------------------------------------------------------------------
+
+    def _has_partitions(self) -> bool:
+        """Connect and take partitions if need be. False while nobody has made the topic.
+
+        Raises:
+            KafkaError: the brokers do not answer, or the group does not settle.
+        """
+        if self._consumer is None:
+            self._consumer = self._new_consumer()
+            if self._group is not None:
+                threading.Thread(
+                    target=_stay, args=(weakref.ref(self), self._closed), name="kafka", daemon=True
+                ).start()
+        found = self._consumer.partitions_for_topic(self._topic)
+        if not found:
+            return False
+        if self._group is None:
+            self._assign(self._consumer, found)
+        elif self._group.join(self._consumer, self._topic):
+            self._follow(self._consumer)
+        return True
+
+    def _new_consumer(self) -> KafkaConsumer:
+        return self._link.consumer(
+            self,
+            **({} if self._group is None else self._group.settings),
+            auto_offset_reset="earliest",
+            check_crcs=False,  # records have checksums of their own; a bad one stops no reader
+            max_partition_fetch_bytes=4 << 20,
+            fetch_max_bytes=16 << 20,
+        )
+
+    def _assign(self, consumer: KafkaConsumer, found: set[int]) -> None:
+        """Read all partitions that there are."""
+        if found <= self._ready.keys():
+            return
+        consumer.assign([TopicPartition(self._topic, number) for number in sorted(found)])
+        for number in found:
+            self._begin(consumer, number, self._places.get(number, Place()))
+
+    def _follow(self, consumer: KafkaConsumer) -> None:
+        """Read the partitions that the group has given us, from where it is in each."""
+        assert self._group is not None
+        assigned = {partition.partition for partition in consumer.assignment()}
+        self._places = {n: place for n, place in self._places.items() if n in assigned}
+        self._ready = {n: ready for n, ready in self._ready.items() if n in assigned}
+        for number, committed in self._group.committed(consumer, assigned).items():
+            self._begin(consumer, number, max(committed, self._places.get(number, Place())))
+
+    def _take_note(self) -> None:
+        """Let the group know what we hold."""
+        if self._group is not None and self._consumer is not None:
+            self._group.note(self._consumer, self._places)
+
+    def _begin(self, consumer: KafkaConsumer, number: int, place: Place) -> None:
+        self._places[number] = place
+        self._ready[number] = deque()
+        consumer.seek(TopicPartition(self._topic, number), place.next)
+
+    # ---- records -------------------------------------------------------------------------------
+
+    def _has_ready(self) -> bool:
+        """Whether there is a message to return; fetches until there is one or all were read."""
+        if self._readable() or (self._poll(1) and self._readable()):
+            return True
+        deadline_s = time.monotonic() + self._link.options.timeout_s
+        while not self._has_all():
+            if self._poll(_POLL_MS) and self._readable():
+                return True
+            if time.monotonic() > deadline_s:
+                raise KafkaTimeoutError("there are records, but none arrives")
+        return False
+
+    def _readable(self) -> list[int]:
+        """Partitions with messages to return."""
+        released = () if self._group is None else self._group.released
+        return [n for n, messages in self._ready.items() if messages and n not in released]
+
+    def _poll(self, wait_ms: int) -> bool:
+        """Fetch some messages; True if there are any."""
+        consumer = self._consumer
+        assert consumer is not None
+        found = consumer.poll(timeout_ms=wait_ms, max_records=_AT_ONCE)
+        if self._group is not None and self._group.join(consumer, self._topic):
+            self._follow(consumer)  # and fetch again from there
+            return False
+        for partition, messages in found.items():
+            self._ready[partition.partition].extend(messages)
+        return bool(found)
+
+    def _has_all(self) -> bool:
+        """Whether all records there are were returned. Counts what was evicted unread."""
+        consumer = self._consumer
+        assert consumer is not None
+        released = () if self._group is None else self._group.released
+        partitions = [
+            TopicPartition(self._topic, number) for number in self._ready if number not in released
+        ]
+        if not partitions:
+            return True
+        begins = consumer.beginning_offsets(partitions)
+        ends = consumer.end_offsets(partitions)
+        for partition in partitions:
+            number, begin, end = partition.partition, begins[partition], ends[partition]
+            if end < self._ends.get(number, 0):
+                self._starts_over(consumer, number, begin)
+            self._ends[number] = end
+            if begin > self._places[number].next:
+                self._loses(number, begin - self._places[number].next)
+                consumer.seek(partition, begin)
+        return all(self._places[p.partition].next >= ends[p] for p in partitions)
+
+    def _starts_over(self, consumer: KafkaConsumer, number: int, begin: int) -> None:
+        log.warning(
+            "%s lost records of partition %d that it had acknowledged; reading it from the start",
+            self._link.address.location,
+            number,
+        )
+        self._begin(consumer, number, Place(begin, self._places[number].lost))
+
+    def _loses(self, number: int, num_records: int) -> None:
+        """So many records at our place were evicted before we read them."""
+        place, counts = self._places[number], self._counts
+        self._places[number] = Place(place.next + num_records, place.lost + num_records)
+        self._counts = replace(counts, evicted_unread=counts.evicted_unread + num_records)
+
+    def _next(self) -> Record | None:
+        """The next message as a record; ``None`` if it cannot be read any more."""
+        numbers = self._readable()
+        number = numbers[self._turn % len(numbers)]
+        message = self._ready[number][0]
+        payload = message.value
+        if PARTS_HEADER in message.headers:
+            payload = self._pieces.read(message)
+        self._ready[number].popleft()
+        if message.offset < self._places[number].next:  # Kafka has begun this partition anew
+            self._places[number] = replace(self._places[number], next=message.offset)
+        self._loses(number, message.offset - self._places[number].next)
+        place = self._places[number]
+        self._places[number] = Place(message.offset + 1, place.lost + (payload is None))
+        if payload is None:
+            self._counts = replace(self._counts, damaged=self._counts.damaged + 1)
+            return None
+        writer = message.key if _WRITER.fullmatch(message.key or b"") else b"unknown"
+        return Record(payload, writer.decode(), f"{number}-{message.offset}")
+
+
+def _stay(reader: weakref.ref[KafkaReader], closed: threading.Event) -> None:
+    """Keep a reader in its group until it is closed or gone."""
+    while not closed.wait(_STAY_EVERY_S) and (found := reader()) is not None:
+        found.stay()
+        del found
+
+
+class _Pieces:
+    """Joins the pieces of large records."""
+
+    def __init__(self, link: KafkaLink) -> None:
+        self._link = link
+        self._consumer: KafkaConsumer | None = None
+
+    def read(self, message: Any) -> bytes | None:
+        """The record that a message stands for; ``None`` if not all of it is there.
+
+        Raises:
+            KafkaError: the brokers do not answer.
+        """
+        where = _decode_reference(message.value)
+        if where is None:
+            return None
+        number, offsets, num_bytes = where
+        if self._consumer is None:
+            self._consumer = self._link.consumer(
+                self, auto_offset_reset="none", check_crcs=False, max_partition_fetch_bytes=4 << 20
+            )
+        partition = TopicPartition(self._link.topic("parts"), number)
+        if number not in (self._consumer.partitions_for_topic(partition.topic) or ()):
+            return None
+        found = [
+            one.value
+            for one in fetch_at(self._consumer, partition, offsets, self._link.options.timeout_s)
+            if one.key == message.key
+        ]
+        whole = b"".join(found)
+        return whole if len(found) == len(offsets) and len(whole) == num_bytes else None
+
+    def close(self) -> None:
+        if self._consumer is not None:
+            close_consumer(self._consumer)
+
+
+def fetch_at(
+    consumer: KafkaConsumer, partition: TopicPartition, offsets: Sequence[int], timeout_s: float
+) -> Iterator[Any]:
+    """Messages at these offsets; ends early where one is gone.
+
+    Args:
+        consumer: used by nobody else meanwhile.
+        partition: an existing one.
+        offsets: ascending.
+        timeout_s: longest time without an answer, seconds.
+
+    Raises:
+        KafkaError: the brokers do not answer.
+    """
+    consumer.assign([partition])
+    begin = consumer.beginning_offsets([partition])[partition]
+    end = consumer.end_offsets([partition])[partition]
+    at = -1
+    ready: deque[Any] = deque()
+    for offset in offsets:
+        if not begin <= offset < end:
+            return
+        while ready and ready[0].offset < offset:
+            ready.popleft()
+        if not ready:
+            if at != offset:
+                consumer.seek(partition, offset)
+            ready.extend(_poll_one(consumer, partition, timeout_s))
+            at = ready[-1].offset + 1 if ready else -1
+        if not ready or ready[0].offset != offset:
+            return
+        yield ready.popleft()
+
+
+def _poll_one(consumer: KafkaConsumer, partition: TopicPartition, timeout_s: float) -> list[Any]:
+    """Some messages; none if the place is out of range."""
+    try:
+        found = consumer.poll(timeout_ms=round(timeout_s * 1000), max_records=4)
+    except OffsetOutOfRangeError:
+        return []
+    if not found:
+        raise KafkaTimeoutError("there are records, but none arrives")
+    return list(found[partition])
+
+
+def _decode_reference(content: bytes | None) -> tuple[int, list[int], int] | None:
+    """Partition and offsets of the pieces, and bytes of the whole; ``None`` if it is no reference
+    that one of our writers would make."""
+    try:
+        stored = json.loads(content or b"")
+    except (ValueError, RecursionError):
+        return None
+    match stored:
+        case {"partition": int(number), "offsets": [*offsets], "num_bytes": int(num_bytes)}:
+            ascending = all(type(one) is int for one in offsets) and offsets == sorted(set(offsets))
+            if number >= 0 and ascending and 0 < num_bytes <= MAX_RECORD_BYTES:
+                return number, offsets, num_bytes
+    return None

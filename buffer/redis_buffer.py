@@ -1,0 +1,108 @@
+"""A buffer in Redis or Valkey, ``redis://host:port/db`` or ``rediss://...``.
+
+Traces are streams, one for each server; see ``redis_batches.py`` for the keys, and docs/buffer.md
+for what is guaranteed and what the server's configuration adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from buffer.counts import BufferStats
+from buffer.interface import (
+    MAX_UNREADABLE_BYTES,
+    Backend,
+    Offsets,
+    Payload,
+    Report,
+    ServiceAwayError,
+    TraceLimits,
+)
+from buffer.redis_client import RedisClient
+from buffer.redis_member import RedisMember
+from buffer.redis_reader import RedisReader
+from buffer.redis_stats import read_stats
+from buffer.redis_url import parse_redis_url
+from buffer.redis_weights import RedisWeights
+from buffer.redis_writer import DEFAULT_BYTES, RedisWriter
+
+_MAX_UNREADABLE = 1024  # records kept for inspection, whatever their size
+
+
+class RedisBuffer(Backend):
+    """Traces and weights of one run on one server or cluster."""
+
+    def __init__(self, url: str, run_dir: Path) -> None:
+        self._options = parse_redis_url(url, run_dir)
+
+    def open_trace_writer(self, limits: TraceLimits) -> RedisWriter:
+        return RedisWriter(self._client(), limits)
+
+    def open_record_reader(
+        self, offsets: Offsets | None = None, group: str | None = None
+    ) -> RedisReader | RedisMember:
+        if group is None:
+            return RedisReader(self._client(), offsets)
+        return RedisMember(self._client(), group, offsets)
+
+    def keep_unreadable(self, name: str, payload: Payload) -> None:
+        client = self._client()
+        key = self._options.key("unreadable")
+        with contextlib.suppress(ServiceAwayError):
+            kept = client.call("HGETALL", f"{key}:sizes")
+            used = sum(map(int, kept.values()))
+            if used + len(payload) <= MAX_UNREADABLE_BYTES and len(kept) < _MAX_UNREADABLE:
+                client.together(
+                    [
+                        ("HSET", key, name, memoryview(payload)),
+                        ("HSET", f"{key}:sizes", name, len(payload)),
+                    ]
+                )
+        client.close()
+
+    def open_weights(self) -> RedisWeights:
+        return RedisWeights(self._client())
+
+    def stats(self) -> BufferStats:
+        client = self._client()
+        try:
+            return read_stats(client)
+        finally:
+            client.close()
+
+    def reports(self, limits: TraceLimits) -> Iterable[Report]:
+        stats = self.stats()
+        max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
+        where = self._options.location
+        yield RedisReport(where, stats.num_writers, stats.held, stats.held_bytes, max_bytes)
+
+    def _client(self) -> RedisClient:
+        return RedisClient(self._options)
+
+
+@dataclass(frozen=True, slots=True)
+class RedisReport(Report):
+    """How much is stored."""
+
+    where: str
+    num_writers: int
+    records: int
+    num_bytes: int
+    max_bytes: int
+
+    @property
+    def is_damaged(self) -> bool:
+        return False
+
+    def to_line(self) -> str:
+        return (
+            f"{self.where}: {self.records} records, {self.num_bytes} bytes of "
+            f"{self.num_writers} writers; holds up to {self.max_bytes} bytes"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "redis", **asdict(self)}

@@ -1,0 +1,205 @@
+"""Members of a group share the embedded log: each writer's records go to one of them at a time.
+
+    <root>/groups/<group>/<writer>.json    how far the group has committed this writer's records
+    <root>/groups/<group>/<writer>.lock    held (flock) by the member that reads this writer
+    <root>/groups/<group>/<member>.member  held (flock) while that member lives
+
+Locks end with their process, so a killed member's writers are free at once, and whoever takes one
+continues from what was committed. A member that reads more than its share of the writers lets go of
+one when all it has read of it is committed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import math
+import os
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from buffer.counts import GroupCounts, ReaderCounts
+from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, write_atomically
+from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.layout import GROUPS, read_tombstone, writer_names
+from buffer.segment_reader import Position, SegmentReader, position_of
+from buffer.version_rules import check_group
+
+_LOOK_S = 0.1
+"""Seconds between two looks for writers and members."""
+_NUMBERS = itertools.count()
+
+
+class SegmentMember(RecordReader):
+    """One member of a group of readers of the embedded log."""
+
+    def __init__(self, root: Path, group: str, offsets: Offsets | None = None) -> None:
+        """
+        Raises:
+            ValueError: ``group`` is no plain name, or ``offsets`` are not what ``offsets()``
+                returns.
+        """
+        check_group(group)
+        self._root = root
+        self._folder = root / GROUPS / group
+        self._resumed = {name: position_of(name, at) for name, at in (offsets or {}).items()}
+        self._reader = SegmentReader(root)
+        self._owned: dict[str, int] = {}
+        """Writer -> descriptor of its lock."""
+        self._leaving: set[str] = set()
+        """Owned writers that are not read any more, until all that was read is committed."""
+        self._presence: int | None = None
+        self._looked_s = -math.inf
+        self._lock = threading.Lock()
+        """Guards all of the above."""
+
+    @property
+    def counts(self) -> ReaderCounts:
+        return self._reader.counts
+
+    def offsets(self) -> dict[str, Any]:
+        with self._lock:
+            return {name: asdict(self._reader.position(name)) for name in self._owned}
+
+    def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
+        with self._lock:
+            if time.monotonic() - self._looked_s >= _LOOK_S:
+                self._look()
+            names = sorted(self._owned.keys() - self._leaving)
+            records = self._reader.read_from(names, max_records, max_bytes)
+            if not records:
+                self._looked_s = -math.inf
+            return records
+
+    def commit(self, offsets: Offsets) -> None:
+        with self._lock:
+            for name in self._owned.keys() & offsets.keys():
+                self._commit(name, position_of(name, offsets[name]))
+            for name in list(self._leaving):
+                if self._reader.position(name) == _committed(self._folder, name):
+                    self._let_go(name)
+
+    def close(self) -> None:
+        with self._lock:
+            for name in list(self._owned):
+                self._let_go(name)
+            if self._presence is not None:
+                os.close(self._presence)
+                self._presence = None
+
+    def _look(self) -> None:
+        """Take free writers up to this member's share, and mark those beyond it to be left."""
+        if self._presence is None:
+            self._folder.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
+            name = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}.member"
+            self._presence = _locked(self._folder / name)
+        self._looked_s = time.monotonic()
+        names = writer_names(self._root)
+        for gone in self._owned.keys() - set(names):
+            self._let_go(gone)
+        open_names = [name for name in names if not self._is_done(name)]
+        share = math.ceil(len(open_names) / self._num_members())
+        for name in open_names:
+            if name not in self._owned and len(self._owned) < share:
+                self._take(name)
+        held = [name for name in open_names if name in self._owned]
+        self._leaving = set(held[share:])
+
+    def _is_done(self, name: str) -> bool:
+        """Nothing of this writer is left to read or to commit; it needs no member any more."""
+        if not self._reader.has_finished(name):
+            return False
+        if name in self._owned and self._reader.position(name) == _committed(self._folder, name):
+            self._let_go(name, forget=False)
+        return name not in self._owned
+
+    def _take(self, name: str) -> None:
+        lock = _locked(self._folder / f"{name}.lock")
+        if lock is None:
+            return
+        self._owned[name] = lock
+        position = _committed(self._folder, name)
+        self._reader.move_to(name, position)
+        resumed = self._resumed.pop(name, position)
+        if resumed.number > position.number:
+            self._reader.move_to(name, resumed)
+            self._commit(name, resumed)
+
+    def _commit(self, name: str, position: Position) -> None:
+        before = _committed(self._folder, name)
+        if (position.number, position.segment) > (before.number, before.segment) or (
+            position.segment == before.segment and position.offset > before.offset
+        ):
+            content = json.dumps(asdict(position)).encode()
+            write_atomically(self._folder / f"{name}.json", content, OWNER_FILE)
+
+    def _let_go(self, name: str, forget: bool = True) -> None:
+        if forget:
+            self._reader.forget(name)
+        self._leaving.discard(name)
+        os.close(self._owned.pop(name))
+
+    def _num_members(self) -> int:
+        """Living members; files of dead ones are removed."""
+        num_members = 1  # whatever happens to its file, this one lives
+        for path in self._folder.glob("*.member"):
+            descriptor = _locked(path, create=False)
+            if descriptor is None:
+                num_members += path.exists() and not leads_to(path, self._presence or -1)
+            else:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+        return num_members
+
+
+def group_counts(root: Path, ends: dict[str, int]) -> tuple[GroupCounts, ...]:
+    """What each group has done with the records of these writers.
+
+    Args:
+        ends: writer -> one past the number of its last record.
+    """
+    try:
+        folders = sorted(path for path in (root / GROUPS).iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return ()
+    return tuple(_counts_of(folder, root, ends) for folder in folders)
+
+
+def _counts_of(folder: Path, root: Path, ends: dict[str, int]) -> GroupCounts:
+    committed = pending = lost = 0
+    for name, end in ends.items():
+        position = _committed(folder, name)
+        tombstone = read_tombstone(root / name)
+        evicted = 0 if tombstone is None else max(0, tombstone.next_number - position.number)
+        committed += position.number - position.lost
+        lost += position.lost + evicted
+        pending += max(0, end - position.number - evicted)
+    return GroupCounts(folder.name, committed, pending, lost)
+
+
+def _committed(folder: Path, name: str) -> Position:
+    try:
+        return position_of(name, json.loads((folder / f"{name}.json").read_bytes()))
+    except (FileNotFoundError, ValueError):  # written atomically: only somebody else's hand damages
+        return Position()
+
+
+def _locked(path: Path, create: bool = True) -> int | None:
+    """A descriptor of a file that this process has locked; ``None`` if somebody else holds it."""
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    try:
+        descriptor = os.open(path, flags, OWNER_FILE)
+    except FileNotFoundError:
+        if create:
+            raise
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

