@@ -163,7 +163,8 @@ class BufferSettings(Section):
     """``log:`` is the embedded segment log in ``run_dir/traces``; ``log:/some/folder`` is one in
     another folder, and ``file:`` another name for ``log:``. ``redis://host:port/db`` or
     ``rediss://...`` (TLS) is a Redis or Valkey server, ``kafka://host:port/prefix`` or
-    ``kafkas://...`` (TLS) a Kafka cluster, for traces and weights; see docs/buffer.md. ``memory:NAME`` lives in one process and is for tests."""
+    ``kafkas://...`` (TLS) a Kafka cluster, for traces and weights; see docs/buffer.md.
+    ``memory:NAME`` lives in one process and is for tests."""
     segment_bytes: int = Field(32 << 20, ge=4096)
     """Size at which a segment file is closed and the next one opened."""
     max_bytes: int | None = Field(None, ge=4096)
