@@ -28,7 +28,9 @@ def tansu(run_dir: Path) -> Iterator[str]:
     everything in memory, so nothing is left once the demo has ended."""
     from oracles.kafka_brokers import running_broker
 
-    with running_broker("tansu", run_dir / BUFFER) as broker:
+    folder = run_dir / BUFFER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with running_broker("tansu", folder) as broker:
         # One record a batch, which Tansu counts best; and it ends no session early.
         yield f"kafka://{broker.address}/demo?partitions=1&batch_bytes=0"
 

@@ -143,7 +143,7 @@ def build_service(
         facts = facts_of(
             settings, loaded.fingerprint, parts.programs.target.device, f"{kinds} {shapes}"
         )
-        with _timed("had step times", "finding step times"):
+        with _timed("found step times", "finding step times"):
             policies.calibrate(
                 kept_or_measured(settings.run_dir, facts, lambda: _profile(settings, parts))
             )

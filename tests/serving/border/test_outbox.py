@@ -58,9 +58,8 @@ def test_a_reader_that_rests_gets_everything_in_order_in_fewer_messages():
     for number in range(num_each):
         for request in range(NUM_REQUESTS):
             outbox.put(output(request, number, number == num_each - 1))
-    until(lambda: outbox._queue.empty())  # nobody has read a byte, and yet all was taken
-    waiting = [len(outputs) for outputs in outbox._outputs.values()]
-    assert sum(waiting) < num_each  # joined, but for what came last
+    # Nobody has read a byte, and yet all is taken, and joined but for what came last.
+    until(lambda: outbox._queue.empty() and sum(map(len, [*outbox._outputs.values()])) < num_each)
     outbox.say(Accepted(1))
     came = read_to_the_end(theirs)
     assert Accepted(1) in came
