@@ -105,13 +105,26 @@ def read_manifest(path: Path) -> Manifest:
     if path.is_symlink() or not path.is_dir():
         raise BundleError(path.name, f"{path} is not a folder, or a link to one")
     text = _read_file(path, MANIFEST, MAX_MANIFEST_BYTES)
+    return checked_manifest(text, path.name, str(path / MANIFEST))
+
+
+def checked_manifest(text: bytes, version: str, what: str) -> Manifest:
+    """Decode ``manifest.json`` and check it.
+
+    Args:
+        version: the version that it must describe.
+        what: names the file in errors.
+
+    Raises:
+        BundleError: it is unreadable, of a newer schema, or inconsistent.
+    """
     try:
         manifest = decode_manifest(text)
-        problem = manifest_problem(manifest, path.name)
+        problem = manifest_problem(manifest, version)
     except (ManifestError, RecursionError) as error:
-        raise BundleError(path.name, f"{path / MANIFEST} is unreadable: {error}") from None
+        raise BundleError(version, f"{what} is unreadable: {error}") from None
     if problem is not None:
-        raise BundleError(path.name, f"{path / MANIFEST}: {problem}")
+        raise BundleError(version, f"{what}: {problem}")
     return manifest
 
 
@@ -261,8 +274,8 @@ def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
 
 def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:
     content = _read_file(path, name, digest.num_bytes)
-    _check_size(path, name, len(content), digest)
-    _check_sha256(path, name, _digest(content).sha256, digest)
+    check_size(path.name, str(path / name), len(content), digest)
+    check_sha256(path.name, str(path / name), _digest(content).sha256, digest)
     return content
 
 
@@ -272,30 +285,45 @@ def _read_checked_into(
     """Like ``_read_checked``, chunk by chunk into ``buffer``."""
     with _opened(path, name, digest.num_bytes) as (file, num_bytes):
         # Before memory is taken: a manifest may claim more than there is.
-        _check_size(path, name, num_bytes, digest)
+        check_size(path.name, str(path / name), num_bytes, digest)
         content = buffer.take(digest.num_bytes)
         num_bytes, sha256 = 0, hashlib.sha256()
         while num_read := file.readinto(content[num_bytes : num_bytes + _CHUNK_BYTES].data):
             sha256.update(content[num_bytes : num_bytes + num_read].data)
             num_bytes += num_read
         grown = len(file.read(1))
-    _check_size(path, name, num_bytes + grown, digest)
-    _check_sha256(path, name, sha256.hexdigest(), digest)
+    check_size(path.name, str(path / name), num_bytes + grown, digest)
+    check_sha256(path.name, str(path / name), sha256.hexdigest(), digest)
     return content
 
 
-def _check_size(path: Path, name: str, num_bytes: int, digest: FileDigest) -> None:
+def check_size(version: str, what: str, num_bytes: int, digest: FileDigest) -> None:
+    """Compare a file's size with what its manifest says.
+
+    Args:
+        what: names the file in the error.
+
+    Raises:
+        BundleError: they differ.
+    """
     if num_bytes != digest.num_bytes:
         raise BundleError(
-            path.name, f"{path / name} has {num_bytes} bytes, the trainer wrote {digest.num_bytes}"
+            version, f"{what} has {num_bytes} bytes, the trainer wrote {digest.num_bytes}"
         )
 
 
-def _check_sha256(path: Path, name: str, found: str, digest: FileDigest) -> None:
+def check_sha256(version: str, what: str, found: str, digest: FileDigest) -> None:
+    """Compare a file's digest with what its manifest says.
+
+    Args:
+        what: names the file in the error.
+
+    Raises:
+        BundleError: they differ.
+    """
     if found != digest.sha256:
         raise BundleError(
-            path.name,
-            f"{path / name} has sha256 {found[:12]}, the trainer wrote {digest.sha256[:12]}",
+            version, f"{what} has sha256 {found[:12]}, the trainer wrote {digest.sha256[:12]}"
         )
 
 

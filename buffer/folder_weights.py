@@ -34,11 +34,11 @@ from buffer.bundles import (
     read_manifest,
 )
 from buffer.files import sync_folder, write_atomically, write_durably
-from buffer.interface import SupersededError, WeightsStore
+from buffer.interface import WeightsStore
 from buffer.manifest import VERSION_NAME
 from buffer.records import Manifest
 from buffer.tensors import parse_json
-from buffer.version_rules import check_keep, check_producer, check_unused, versions_to_prune
+from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 
 DENIED = "DENIED.json"
 HIGHEST = "HIGHEST"
@@ -89,9 +89,7 @@ class FolderWeights(WeightsStore):
         self.root.mkdir(parents=True, exist_ok=True)
         with self._locked():
             newest = self._read_number(EPOCH, default=0)
-            if epoch is not None and newest > epoch:
-                raise SupersededError(self.location, epoch, newest)
-            check_unused(manifest.version, self.next_version())
+            check_may_publish(self.location, manifest.version, self.next_version(), epoch, newest)
             self._write(manifest.version, content)
         return manifest
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from kafka.errors import KafkaError
 
 from buffer.bundles import (
@@ -20,17 +19,15 @@ from buffer.bundles import (
     BundleInBuffer,
     ExpectedTensors,
     HostBuffer,
-    files_problem,
     prepare_bundle,
-    sound_tensors,
 )
-from buffer.interface import SupersededError, WeightsStore
+from buffer.interface import WeightsStore
 from buffer.kafka_link import KafkaLink, kafka_errors
 from buffer.kafka_versions import PIECE_BYTES, Publication, State, VersionFiles, VersionLog, watch
-from buffer.manifest import MANIFEST, TENSORS, ManifestError, decode_manifest, manifest_problem
-from buffer.records import FileDigest, Manifest
-from buffer.tensors import TensorFileError
-from buffer.version_rules import check_keep, check_producer, check_unused, versions_to_prune
+from buffer.manifest import MANIFEST
+from buffer.pieces import PiecedBundle
+from buffer.records import Manifest
+from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 
 
 class KafkaWeights(WeightsStore):
@@ -85,44 +82,15 @@ class KafkaWeights(WeightsStore):
         return manifest
 
     def read_manifest(self, version: int) -> Manifest:
-        return self._manifest(version, self._publication(version))
+        return self._bundle(version).manifest()
 
     def read(self, version: int, expected: ExpectedTensors | None = None) -> Bundle:
-        publication = self._publication(version)
-        manifest = self._manifest(version, publication)
-        files = {
-            name: self._content(version, publication, name, digest)
-            for name, digest in manifest.files.items()
-        }
-        problem = files_problem(files, expected)
-        if problem is not None:
-            raise self._damaged(version, problem)
-        return Bundle(manifest, files)
+        return self._bundle(version).read(expected)
 
     def read_into(
         self, host: HostBuffer, version: int, expected: ExpectedTensors | None = None
     ) -> BundleInBuffer:
-        publication = self._publication(version)
-        manifest = self._manifest(version, publication)
-        others = [name for name in manifest.files if name != TENSORS]
-        for name in (*others, TENSORS):  # all use the same memory; the tensors come last
-            digest = manifest.files[name]
-            if digest.num_bytes > len(publication.files.get(name, ())) * PIECE_BYTES:
-                raise self._damaged(version, f"{name} has less than {digest.num_bytes} bytes")
-            content = host.take(digest.num_bytes)
-            num_bytes, sha256 = 0, hashlib.sha256()
-            for piece in self._pieces(version, publication, name):
-                if num_bytes + len(piece) > digest.num_bytes:
-                    raise self._damaged(version, f"{name} is longer than {digest.num_bytes} bytes")
-                content[num_bytes : num_bytes + len(piece)] = np.frombuffer(piece, np.uint8)
-                sha256.update(piece)
-                num_bytes += len(piece)
-            self._check_digest(version, name, digest, num_bytes, sha256.hexdigest())
-            try:
-                tensors = sound_tensors(name, content.data, expected)
-            except TensorFileError as error:
-                raise self._damaged(version, str(error)) from None
-        return BundleInBuffer(manifest, content, tensors)
+        return self._bundle(version).read_into(host, expected)
 
     def change_mark(self, version: int) -> int | None:
         """Offset of the message that published it: a stored version never changes."""
@@ -193,40 +161,29 @@ class KafkaWeights(WeightsStore):
 
     def _check(self, state: State, version: int, epoch: int | None) -> None:
         """Refuse what the log would refuse."""
-        if epoch is not None and state.epoch > epoch:
-            raise SupersededError(self.location, epoch, state.epoch)
-        check_unused(version, state.highest + 1)
+        check_may_publish(self.location, version, state.highest + 1, epoch, state.epoch)
 
-    def _publication(self, version: int) -> Publication:
+    def _bundle(self, version: int) -> PiecedBundle:
         publication = self._state().published.get(version)
         if publication is None:
             raise BundleError(str(version), f"{self.location} has no version {version}")
-        return publication
-
-    def _manifest(self, version: int, publication: Publication) -> Manifest:
         text = bytearray()
         for piece in self._pieces(version, publication, MANIFEST):
             text += piece
             if len(text) > MAX_MANIFEST_BYTES:
-                raise self._damaged(version, f"{MANIFEST} is over {MAX_MANIFEST_BYTES} bytes")
-        if hashlib.sha256(text).hexdigest() != publication.sha256:
-            raise self._damaged(version, f"{MANIFEST} is not what the trainer wrote")
-        try:
-            manifest = decode_manifest(bytes(text))
-            problem = manifest_problem(manifest, str(version))
-        except (ManifestError, RecursionError) as error:
-            raise self._damaged(version, f"{MANIFEST} is unreadable: {error}") from None
-        if problem is not None:
-            raise self._damaged(version, f"{MANIFEST}: {problem}")
-        return manifest
-
-    def _content(
-        self, version: int, publication: Publication, name: str, digest: FileDigest
-    ) -> bytes:
-        content = b"".join(self._pieces(version, publication, name))
-        sha256 = hashlib.sha256(content).hexdigest()
-        self._check_digest(version, name, digest, len(content), sha256)
-        return content
+                break  # ``PiecedBundle.manifest`` says so
+        else:
+            if hashlib.sha256(text).hexdigest() != publication.sha256:
+                raise self._damaged(version, f"{MANIFEST} is not what the trainer wrote")
+        return PiecedBundle(
+            version,
+            self.location,
+            bytes(text),
+            lambda name, digest: (
+                digest.num_bytes <= len(publication.files.get(name, ())) * PIECE_BYTES
+            ),
+            lambda name, _digest: self._pieces(version, publication, name),
+        )
 
     def _pieces(self, version: int, publication: Publication, name: str) -> Iterator[bytes]:
         """Content of one file.
@@ -241,16 +198,6 @@ class KafkaWeights(WeightsStore):
                 yield from self._files.read(publication.nonce, name, publication.files[name])
         except (KafkaError, OSError) as error:
             raise self._damaged(version, f"{name} cannot be read: {error}") from None
-
-    def _check_digest(
-        self, version: int, name: str, digest: FileDigest, num_bytes: int, sha256: str
-    ) -> None:
-        if (num_bytes, sha256) != (digest.num_bytes, digest.sha256):
-            raise self._damaged(
-                version,
-                f"{name} has {num_bytes} bytes and sha256 {sha256[:12]}, the trainer wrote "
-                f"{digest.num_bytes} and {digest.sha256[:12]}",
-            )
 
     def _damaged(self, version: int, problem: str) -> BundleError:
         return BundleError(str(version), f"{self.location}: {problem}")

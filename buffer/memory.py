@@ -38,7 +38,6 @@ from buffer.interface import (
     Record,
     RecordReader,
     Report,
-    SupersededError,
     TraceLimits,
     TraceWriter,
     WeightsStore,
@@ -49,8 +48,8 @@ from buffer.records import Manifest
 from buffer.version_rules import (
     check_group,
     check_keep,
+    check_may_publish,
     check_producer,
-    check_unused,
     versions_to_prune,
 )
 
@@ -420,9 +419,9 @@ class MemoryWeights(WeightsStore):
     ) -> Manifest:
         manifest, _ = prepare_bundle(manifest, files)
         with self._held.lock:
-            if epoch is not None and self._held.epoch > epoch:
-                raise SupersededError(self._location, epoch, self._held.epoch)
-            check_unused(manifest.version, self.next_version())
+            check_may_publish(
+                self._location, manifest.version, self.next_version(), epoch, self._held.epoch
+            )
             self._held.highest = manifest.version
             self._held.bundles[manifest.version] = Bundle(manifest, dict(files))
             watchers = list(self._held.watchers)

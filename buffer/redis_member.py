@@ -26,7 +26,7 @@ from buffer.redis_batches import Entry, number_of, payload_of
 from buffer.redis_client import RedisClient
 from buffer.redis_group import Consumer, Pending, RedisGroup
 from buffer.redis_presence import Presence, alive_members, end_presence
-from buffer.redis_reader import WRITERS_AT_ONCE, Ends, SizeEstimate, first_held
+from buffer.redis_reader import WRITERS_AT_ONCE, Ends, SizeEstimate, first_held, hand_out
 from buffer.version_rules import check_group
 
 _LOOK_S = 1.0
@@ -78,24 +78,15 @@ class RedisMember(RecordReader):
             return found
 
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
-        records: list[Record] = []
         with self._lock:
-            while len(records) < max_records and max_bytes > 0:
-                if not self._fetched:
-                    try:
-                        self._fetch()
-                    except ServiceAwayError:
-                        if records:
-                            break  # what has arrived is handed out; the next call meets the error
-                        raise
-                if not self._fetched:
-                    break
-                key, number, record = self._fetched.popleft()
-                self._handed.setdefault(key, deque()).append(number)
-                records.append(record)
-                max_bytes -= len(record.payload)
+            records = hand_out(self._fetched, self._fetch, self._hand_out, max_records, max_bytes)
             self._read += len(records)
         return records
+
+    def _hand_out(self, fetched: tuple[_Key, int, Record]) -> Record:
+        key, number, record = fetched
+        self._handed.setdefault(key, deque()).append(number)
+        return record
 
     def commit(self, offsets: Offsets) -> None:
         with self._lock:

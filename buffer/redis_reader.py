@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from buffer.counts import ReaderCounts
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
@@ -21,6 +22,8 @@ from buffer.redis_batches import (
     records_key,
 )
 from buffer.redis_client import RedisClient
+
+T = TypeVar("T")
 
 FETCH_BYTES = 1 << 20
 """What one round trip aims to bring; records differ, so it may be more. At 4 MiB the memory of the
@@ -78,6 +81,39 @@ class SizeEstimate:
             self._mean_bytes = sum(len(record.payload) for record in records) // len(records)
 
 
+def hand_out(
+    fetched: deque[T],
+    fetch: Callable[[], None],
+    take: Callable[[T], Record],
+    max_records: int,
+    max_bytes: int,
+) -> list[Record]:
+    """The next records, fetched as they are needed.
+
+    Args:
+        fetched: what has arrived.
+        fetch: appends to it, if there is anything new.
+        take: the record of what is handed out.
+
+    Raises:
+        ServiceAwayError: nothing had arrived, and nothing can be fetched.
+    """
+    records: list[Record] = []
+    while len(records) < max_records and max_bytes > 0:
+        if not fetched:
+            try:
+                fetch()
+            except ServiceAwayError:
+                if records:
+                    break  # what has arrived is handed out; the next call meets the error
+                raise
+        if not fetched:
+            break
+        records.append(take(fetched.popleft()))
+        max_bytes -= len(records[-1].payload)
+    return records
+
+
 class RedisReader(RecordReader):
     """Follows the streams of all writers. An offset is the number of the next record."""
 
@@ -110,21 +146,7 @@ class RedisReader(RecordReader):
         self._client.close()
 
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
-        records: list[Record] = []
-        while len(records) < max_records and max_bytes > 0:
-            if not self._fetched:
-                try:
-                    self._fetch()
-                except ServiceAwayError:
-                    if records:
-                        break  # what has arrived is handed out; the next call meets the error
-                    raise
-            if not self._fetched:
-                break
-            record = self._hand_out(self._fetched.popleft())
-            records.append(record)
-            max_bytes -= len(record.payload)
-        return records
+        return hand_out(self._fetched, self._fetch, self._hand_out, max_records, max_bytes)
 
     def _hand_out(self, fetched: Fetched) -> Record:
         self._next[fetched.record.writer] = fetched.number + 1

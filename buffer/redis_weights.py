@@ -15,40 +15,34 @@ provided that nobody has published or taken over meanwhile.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import redis
 
 from buffer.bundles import (
-    MAX_MANIFEST_BYTES,
     Bundle,
     BundleError,
     BundleInBuffer,
     ExpectedTensors,
     HostBuffer,
-    files_problem,
     prepare_bundle,
-    sound_tensors,
 )
-from buffer.interface import SupersededError, WeightsStore
+from buffer.interface import WeightsStore
 from buffer.manifest import (
     MANIFEST,
-    TENSORS,
-    ManifestError,
-    decode_manifest,
-    manifest_problem,
 )
+from buffer.pieces import PiecedBundle
 from buffer.records import FileDigest, Manifest
 from buffer.redis_client import Command, RedisClient
 from buffer.redis_watch import watch_channel
-from buffer.tensors import TensorFileError, parse_json
-from buffer.version_rules import check_keep, check_producer, check_unused, versions_to_prune
+from buffer.tensors import parse_json
+from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 
 CHUNK_BYTES = 1 << 20
 IN_USE_STALE_S = 24 * 3600.0
@@ -95,14 +89,14 @@ class RedisWeights(WeightsStore):
         self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
     ) -> Manifest:
         manifest, content = prepare_bundle(manifest, files)
-        self._check(manifest.version, epoch, *self._read_state())
+        self._check(manifest.version, epoch)
         token = secrets.token_hex(8)
         text = content.pop(MANIFEST)
         keys = list(self._upload(token, content))
         stored = json.dumps({"token": token, "manifest": text.decode()})
 
         def commands() -> list[Command]:
-            self._check(manifest.version, epoch, *self._read_state())
+            self._check(manifest.version, epoch)
             return [
                 ("HSET", self._state, "highest", manifest.version),
                 ("HSET", self._manifests, manifest.version, stored),
@@ -118,45 +112,15 @@ class RedisWeights(WeightsStore):
         return manifest
 
     def read_manifest(self, version: int) -> Manifest:
-        return self._checked_manifest(version, self._stored(version))
+        return self._bundle(version).manifest()
 
     def read(self, version: int, expected: ExpectedTensors | None = None) -> Bundle:
-        stored = self._stored(version)
-        manifest = self._checked_manifest(version, stored)
-        files = {}
-        for name, digest in manifest.files.items():
-            content = bytearray()
-            for chunk in self._chunks(stored.token, name, digest):
-                content += chunk
-            self._check_digest(version, name, content, digest)
-            files[name] = bytes(content)
-        problem = files_problem(files, expected)
-        if problem is not None:
-            raise BundleError(str(version), f"{self.location}: {problem}")
-        return Bundle(manifest, files)
+        return self._bundle(version).read(expected)
 
     def read_into(
         self, host: HostBuffer, version: int, expected: ExpectedTensors | None = None
     ) -> BundleInBuffer:
-        stored = self._stored(version)
-        manifest = self._checked_manifest(version, stored)
-        others = [name for name in manifest.files if name != TENSORS]
-        for name in (*others, TENSORS):  # all use the same memory; the tensors come last
-            digest = manifest.files[name]
-            self._check_length(version, name, stored.token, digest)
-            content = host.take(digest.num_bytes)
-            at, sha256 = 0, hashlib.sha256()
-            for chunk in self._chunks(stored.token, name, digest):
-                sha256.update(chunk)
-                part = content[at : at + len(chunk)]
-                part.data[:] = chunk[: len(part)]
-                at += len(chunk)
-            self._check_found(version, name, at, sha256.hexdigest(), digest)
-            try:
-                tensors = sound_tensors(name, content.data, expected)
-            except TensorFileError as error:
-                raise BundleError(str(version), f"{self.location}: {error}") from None
-        return BundleInBuffer(manifest, content, tensors)
+        return self._bundle(version).read_into(host, expected)
 
     def change_mark(self, version: int) -> str:
         """The token under which the version was uploaded, or why there is none."""
@@ -212,15 +176,12 @@ class RedisWeights(WeightsStore):
 
     # ---- publishing ----------------------------------------------------------------------------
 
-    def _read_state(self) -> tuple[int, int]:
-        """Lowest version that may be published, and newest epoch."""
-        highest, epoch = self._client.call("HMGET", self._state, "highest", "epoch")
-        return 0 if highest is None else int(highest) + 1, 0 if epoch is None else int(epoch)
-
-    def _check(self, version: int, epoch: int | None, lowest: int, newest: int) -> None:
-        if epoch is not None and newest > epoch:
-            raise SupersededError(self.location, epoch, newest)
-        check_unused(version, lowest)
+    def _check(self, version: int, epoch: int | None) -> None:
+        highest, newest = self._client.call("HMGET", self._state, "highest", "epoch")
+        lowest = 0 if highest is None else int(highest) + 1
+        check_may_publish(
+            self.location, version, lowest, epoch, 0 if newest is None else int(newest)
+        )
 
     def _upload(self, token: str, files: Mapping[str, bytes]) -> Iterator[str]:
         """Store content that expires unless it is kept; yields its keys."""
@@ -274,18 +235,17 @@ class RedisWeights(WeightsStore):
                 str(version), f"{self.location}: entry unreadable: {problem}"
             ) from None
 
-    def _checked_manifest(self, version: int, stored: _Stored) -> Manifest:
-        what = f"{self.location}: {MANIFEST} of version {version}"
-        if len(stored.manifest) > MAX_MANIFEST_BYTES:
-            raise BundleError(str(version), f"{what} has {len(stored.manifest)} bytes")
-        try:
-            manifest = decode_manifest(stored.manifest)
-            problem = manifest_problem(manifest, str(version))
-        except (ManifestError, RecursionError) as error:
-            raise BundleError(str(version), f"{what} is unreadable: {error}") from None
-        if problem is not None:
-            raise BundleError(str(version), f"{what}: {problem}")
-        return manifest
+    def _bundle(self, version: int) -> PiecedBundle:
+        return self._bundle_of(version, self._stored(version))
+
+    def _bundle_of(self, version: int, stored: _Stored) -> PiecedBundle:
+        return PiecedBundle(
+            version,
+            self.location,
+            stored.manifest,
+            partial(self._has_end, stored.token),
+            partial(self._chunks, stored.token),
+        )
 
     def _chunks(self, token: str, name: str, digest: FileDigest) -> Iterator[bytes]:
         """Content of a file as far as it is there, and no more than the manifest claims."""
@@ -295,35 +255,10 @@ class RedisWeights(WeightsStore):
                 return
             yield chunk
 
-    def _check_length(self, version: int, name: str, token: str, digest: FileDigest) -> None:
-        """Before memory is taken: a manifest may claim more than there is."""
+    def _has_end(self, token: str, name: str, digest: FileDigest) -> bool:
+        """The chunk that a file ends in is there."""
         last = -(-digest.num_bytes // CHUNK_BYTES) - 1
-        if last >= 0 and not self._client.call("EXISTS", self._content(token, name, last)):
-            what = f"{name} of version {version}"
-            raise BundleError(
-                str(version),
-                f"{self.location}: {what} lacks its end of {digest.num_bytes} bytes",
-            )
-
-    def _check_digest(
-        self, version: int, name: str, content: bytearray, digest: FileDigest
-    ) -> None:
-        sha256 = hashlib.sha256(content).hexdigest()
-        self._check_found(version, name, len(content), sha256, digest)
-
-    def _check_found(
-        self, version: int, name: str, num_bytes: int, sha256: str, digest: FileDigest
-    ) -> None:
-        what = f"{self.location}: {name} of version {version} has"
-        if num_bytes != digest.num_bytes:
-            raise BundleError(
-                str(version), f"{what} {num_bytes} bytes, the trainer wrote {digest.num_bytes}"
-            )
-        if sha256 != digest.sha256:
-            raise BundleError(
-                str(version),
-                f"{what} sha256 {sha256[:12]}, the trainer wrote {digest.sha256[:12]}",
-            )
+        return last < 0 or bool(self._client.call("EXISTS", self._content(token, name, last)))
 
     # ---- pruning -------------------------------------------------------------------------------
 
@@ -347,7 +282,7 @@ class RedisWeights(WeightsStore):
 
     def _delete_content(self, version: str, stored: _Stored) -> None:
         try:
-            manifest = self._checked_manifest(int(version), stored)
+            manifest = self._bundle_of(int(version), stored).manifest()
         except BundleError:
             return
         for name, digest in manifest.files.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
+from buffer.interface import SupersededError
+
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -23,6 +25,25 @@ def check_unused(version: int, lowest: int) -> None:
             f"version {version} cannot be published: {lowest - 1} was published before, and "
             f"versions are never reused. Publish as version {lowest} or higher"
         )
+
+
+def check_may_publish(
+    location: str, version: int, lowest: int, epoch: int | None, newest: int
+) -> None:
+    """Refuse a publisher that was superseded, and a version that may have been used before.
+
+    Args:
+        location: of the store, for messages.
+        lowest: lowest version that may still be published.
+        epoch: of the publisher; ``None``: it has none, and is not refused.
+        newest: newest epoch of the store.
+
+    Raises:
+        SupersededError, ValueError: it may not publish.
+    """
+    if epoch is not None and newest > epoch:
+        raise SupersededError(location, epoch, newest)
+    check_unused(version, lowest)
 
 
 def check_producer(producer: str) -> None:
