@@ -214,10 +214,12 @@ class TrainerSettings(Section):
     once. If they do not fit, fewer traces are held."""
     memory_bytes: int = Field(1 << 30, ge=1 << 16)
     """The same bound in bytes where the trainer runs on a CPU."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: Muon for the drafter's matrices and AdamW for the rest of it."""
     lr: float = Field(3.0e-4, gt=0)
-    """Learning rate of AdamW."""
+    """Learning rate, of the same scale for both optimizers."""
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of AdamW."""
+    """Weight decay of the optimizer."""
     grad_clip: float = Field(1.0, gt=0)
     """Maximum gradient norm."""
     warmup_steps: int = Field(10, ge=0)

@@ -112,6 +112,11 @@ class Trainable(Protocol[ModelT]):
         """Name -> tensor of everything that a bundle holds."""
         ...
 
+    def matrices(self, model: ModelT) -> list[Tensor]:
+        """Weights, [out, in], of products from hidden vectors to hidden vectors: what Muon may
+        change. Tables of tokens are none."""
+        ...
+
     def loss(
         self,
         model: ModelT,

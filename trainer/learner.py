@@ -26,7 +26,8 @@ from trainer.update import UpdateProgram, new_weights
 
 MAX_SKIPS = 3
 """Consecutive skipped updates after which the weights are restored."""
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_PREFIX = "adam."
+"""Of all that an optimizer remembers, in a checkpoint."""
 
 
 class Learner:
@@ -62,7 +63,7 @@ class Learner:
         """Halved whenever the weights are restored."""
         model = model.float().to(device)
         average = copy.deepcopy(model).requires_grad_(False)
-        self.weights = new_weights(model, average, settings)
+        self.weights = new_weights(trainable, model, average, settings)
         self.figures = Figures(device, settings.ttt_steps)
         self.program = UpdateProgram(
             trainable,
@@ -137,7 +138,7 @@ class Learner:
         tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.weights.optimizer.state[parameter]
-            tensors |= {f"adam.{kind}.{name}": state[kind] for kind in _MOMENTS}
+            tensors |= {f"{_PREFIX}{kind}.{name}": moment for kind, moment in state.items()}
         tensors["num_averaged"] = self.weights.num_averaged
         tensors["generator"] = self.generator.get_state()
         return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -152,9 +153,8 @@ class Learner:
         self.load_weights(_named(tensors, "model."))
         self.average.load_state_dict(_named(tensors, "average."))
         for name, parameter in self.model.named_parameters():
-            state = self.weights.optimizer.state[parameter]
-            for kind in _MOMENTS:
-                state[kind].copy_(tensors[f"adam.{kind}.{name}"])
+            for kind, moment in self.weights.optimizer.state[parameter].items():
+                moment.copy_(tensors[f"{_PREFIX}{kind}.{name}"])
         self.weights.num_averaged.copy_(tensors["num_averaged"])
         self.generator.set_state(tensors["generator"])
 
@@ -170,8 +170,8 @@ class Learner:
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit the drafter: {error}") from error
         for state in self.weights.optimizer.state.values():
-            for kind in _MOMENTS:
-                state[kind].zero_()
+            for moment in state.values():
+                moment.zero_()
         self.weights.num_averaged.zero_()
         self.skips_in_row = 0
         self.figures.forget()

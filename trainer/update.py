@@ -1,4 +1,4 @@
-"""One update as a program of the device: gather, loss, backward, clip, AdamW and averaging.
+"""One update as a program of the device: gather, loss, backward, clip, optimizer and averaging.
 
 Nothing in it waits for the device or depends on a value of a tensor, so on a GPU it is captured in
 a CUDA graph, one for each number of rows with a loss. On a CPU the same functions run at once.
@@ -20,10 +20,10 @@ from configs.schema import TrainerSettings
 from drafters.trainable import Trainable
 from targets.head import TargetHead
 from trainer.figures import Figures
+from trainer.optimizers import Optimizer, new_optimizer
 from trainer.packing import Packed
 from trainer.rows import RowStore, index_of
 
-BETAS = (0.9, 0.95)
 _IN_FLIGHT = 4
 """Updates that the host may be ahead of the device: each has a staging buffer of its own."""
 
@@ -42,29 +42,18 @@ class Weights:
     """Running average of the model's weights: the next candidate."""
     num_averaged: Tensor
     """float32 scalar: updates in the average."""
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     lr: Tensor
     """float32 scalar that the optimizer reads."""
 
 
-def new_weights(model: nn.Module, average: nn.Module, settings: TrainerSettings) -> Weights:
+def new_weights(
+    trainable: Trainable[Any], model: nn.Module, average: nn.Module, settings: TrainerSettings
+) -> Weights:
     """Weights with an optimizer whose moments are zero."""
     device = next(model.parameters()).device
     lr = torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=lr,
-        betas=BETAS,
-        weight_decay=settings.weight_decay,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    optimizer = new_optimizer(model, trainable.matrices(model), settings, lr)
     return Weights(model, average, torch.zeros((), device=device), optimizer, lr)
 
 
@@ -137,7 +126,7 @@ class UpdateProgram:
     def _capture(self, columns: Tensor, packed: Packed) -> torch.cuda.CUDAGraph:
         """Record the update of one shape. A captured call changes nothing until it is replayed."""
         torch.cuda.synchronize(self.store.device)
-        self.weights.optimizer.zero_grad(set_to_none=True)
+        self.weights.model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         # Only this thread: the reader's may allocate pinned memory meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -164,7 +153,7 @@ class UpdateProgram:
         weights.lr.copy_(columns[:1].view(torch.float32)[0])
         index = index_of(columns[1:], len(packed.slots_T))
         batch = self.store.gather(index, packed.longest, batch_dtype(self.store.device))
-        weights.optimizer.zero_grad(set_to_none=True)
+        weights.model.zero_grad(set_to_none=True)
         computed = self.trainable.loss(
             weights.model, self.head, batch, self.settings, self.generator
         )
@@ -172,8 +161,7 @@ class UpdateProgram:
         computed.loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(weights.model.parameters(), self.settings.grad_clip)
         skipped = ~(torch.isfinite(loss) & torch.isfinite(norm)) | self._is_trial
-        weights.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        weights.optimizer.step()
+        weights.optimizer.step(skipped)
         update_average(weights, skipped, self.settings.average_decay)
         self.figures.write(loss, norm, skipped, computed.alpha_K, computed.agree_K)
 

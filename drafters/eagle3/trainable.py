@@ -79,6 +79,11 @@ class Eagle3Trainable:
         """Parameters, and ``d2t`` of a reduced vocabulary."""
         return model.bundle_tensors()
 
+    def matrices(self, model: Eagle3) -> list[Tensor]:
+        """All but the lm_head."""
+        layers = (model.fc, model.qkv_proj, model.o_proj, model.gate_up_proj, model.down_proj)
+        return [layer.weight for layer in layers]
+
     def loss(
         self,
         model: Eagle3,

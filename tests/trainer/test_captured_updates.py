@@ -30,21 +30,24 @@ def test_every_shape_that_a_batch_can_have_is_known_before(world: World) -> None
             assert len(set(packed.row_R.tolist())) == len(packed.row_R)
 
 
-def learner_on(world: World, use_graphs: bool) -> tuple[Learner, list[HeldPiece]]:
+def learner_on(world: World, use_graphs: bool, optimizer: str) -> tuple[Learner, list[HeldPiece]]:
     head = load_target_head(world.target, CUDA, torch.bfloat16)
     learns = trainable("eagle3")
     model = learns.new_model(head.config, head.lm_head.weight_VH, None, seed=0)
-    settings = settings_for(world.target, world.target, warmup_steps=0)
+    settings = settings_for(world.target, world.target, warmup_steps=0, optimizer=optimizer)
     learner = Learner(learns, model, head, settings.trainer, RowStore(CUDA, 1 << 24), use_graphs)
     held = learner.store.put(samples_of(world))
     return learner, [piece for sample in held for piece in sample.pieces]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own: float32 norms of bfloat16 rows
-def test_captured_updates_stay_right_between_gates_of_many_shapes(world: World) -> None:
-    captured, pieces = learner_on(world, True)
-    eager, same = learner_on(world, False)
+def test_captured_updates_stay_right_between_gates_of_many_shapes(
+    world: World, optimizer: str
+) -> None:
+    captured, pieces = learner_on(world, True, optimizer)
+    eager, same = learner_on(world, False, optimizer)
     before = {name: tensor.clone() for name, tensor in captured.model.state_dict().items()}
     captured.capture_all()
     for name, tensor in captured.model.state_dict().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,8 +45,9 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
 
 
-def test_updates_lower_the_loss_and_raise_the_overlap(world: World) -> None:
-    learner = new_learner(world)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_updates_lower_the_loss_and_raise_the_overlap(world: World, optimizer: str) -> None:
+    learner = new_learner(world, optimizer=optimizer)
     batch = some_batch(world, learner)
 
     reports = [updated(learner, batch) for _ in range(30)]
@@ -103,8 +105,9 @@ def test_learning_rate_warms_up(world: World) -> None:
     assert rates == [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3]
 
 
-def test_a_restored_learner_goes_on_as_if_it_had_not_stopped(world: World) -> None:
-    one, other = new_learner(world), new_learner(world)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_restored_learner_goes_on_as_if_it_had_not_stopped(world: World, optimizer: str) -> None:
+    one, other = (new_learner(world, optimizer=optimizer) for _ in range(2))
     batch = some_batch(world, one)
     for _ in range(3):
         one.update(batch)
@@ -146,8 +149,9 @@ def test_the_first_candidates_are_not_the_initial_weights(world: World) -> None:
     assert float(learner.average.fc.weight.abs().max()) < 1.0
 
 
-def test_a_skipped_update_leaves_the_average_and_the_moments(world: World) -> None:
-    learner = new_learner(world)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_update_leaves_the_average_and_the_moments(world: World, optimizer: str) -> None:
+    learner = new_learner(world, optimizer=optimizer)
     batch = some_batch(world, learner)
     learner.update(batch)
     before = learner.state_tensors()

@@ -1,0 +1,158 @@
+"""Optimizers whose step is part of a captured update.
+
+They read the learning rate from a tensor on the device, and a step that the device says to skip
+changes neither weights nor moments. Nothing in them waits for the device.
+
+A state is a dictionary of tensors for each parameter, at addresses that never move: what a
+checkpoint holds of an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import TrainerSettings
+
+BETAS = (0.9, 0.95)
+_MOMENTUM = 0.95
+_POLYNOMIAL = (3.4445, -4.7750, 2.0315)
+"""Coefficients of a quintic whose slope at 0 is as large as possible while its fifth iterate keeps
+(0, 1] within about 0.7 to 1.2."""
+_ITERATIONS = 5
+_RMS = 0.2
+"""Root mean square of an AdamW step over its learning rate, in practice."""
+
+
+class Optimizer(Protocol):
+    """Changes parameters in place."""
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """What it remembers of each parameter; zeros at first."""
+        ...
+
+    def step(self, skipped: Tensor) -> None:
+        """One step along the gradients; every parameter has one.
+
+        Args:
+            skipped: bool scalar on the device: change nothing.
+        """
+        ...
+
+
+class AdamW:
+    """torch's fused AdamW."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: Tensor, weight_decay: float) -> None:
+        """
+        Args:
+            lr: float32 scalar on the device, read at each step.
+        """
+        owned = list(parameters)
+        self._optimizer = torch.optim.AdamW(
+            owned,
+            lr=lr,
+            betas=BETAS,
+            weight_decay=weight_decay,
+            fused=True,
+            capturable=lr.device.type == "cuda",
+        )
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        for parameter in owned:
+            self.state[parameter] = self._optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def step(self, skipped: Tensor) -> None:
+        """See ``Optimizer.step``."""
+        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self._optimizer.step()
+
+
+class Muon:
+    """Steps along the orthogonal factor of the momentum of a matrix, so that all its directions
+    move alike; AdamW for all other parameters.
+
+    A step has the root mean square that AdamW's has at the same learning rate, so one learning rate
+    serves both.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale of a step: Liu et al.
+    2025, arXiv:2502.16982, Section 2.2.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        others: Iterable[Tensor],
+        lr: Tensor,
+        weight_decay: float,
+    ) -> None:
+        """
+        Args:
+            matrices: [rows, columns] each.
+            others: parameters of AdamW.
+            lr: float32 scalar on the device, read at each step.
+        """
+        self._matrices, self._lr, self._weight_decay = list(matrices), lr, weight_decay
+        self._others = AdamW(others, lr, weight_decay)
+        momenta = {matrix: {"momentum": torch.zeros_like(matrix)} for matrix in self._matrices}
+        self.state = {**momenta, **self._others.state}
+
+    @torch.no_grad()
+    def step(self, skipped: Tensor) -> None:
+        """See ``Optimizer.step``."""
+        self._others.step(skipped)
+        for matrix in self._matrices:
+            gradient, momentum = matrix.grad, self.state[matrix]["momentum"]
+            assert gradient is not None, "every parameter has a gradient"
+            new = torch.lerp(momentum, gradient, 1 - _MOMENTUM)
+            ahead = torch.lerp(gradient, new, _MOMENTUM)
+            scale = _RMS * max(matrix.shape) ** 0.5
+            moved = matrix * (1 - self._lr * self._weight_decay)
+            moved -= self._lr * scale * orthogonal(ahead)
+            # A gradient that is not finite must not reach the weights, not even times zero.
+            momentum.copy_(torch.where(skipped, momentum, new))
+            matrix.copy_(torch.where(skipped, matrix, moved))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About the nearest matrix with orthonormal rows (or columns, if it has more rows): singular
+    values become 0.7 to 1.2, but for those that are far smaller than the largest.
+
+    Args:
+        matrix: [rows, columns] float32.
+
+    Returns:
+        float32 of the same shape, computed in bfloat16 on a GPU.
+    """
+    a, b, c = _POLYNOMIAL
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / (x.norm() + 1e-7)
+    x = x.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if is_tall else x).float()
+
+
+def new_optimizer(
+    model: nn.Module, matrices: Sequence[Tensor], settings: TrainerSettings, lr: Tensor
+) -> Optimizer:
+    """The optimizer that ``trainer.optimizer`` names.
+
+    Args:
+        matrices: parameters of ``model`` that Muon may change.
+        lr: float32 scalar on the device, read at each step.
+    """
+    if settings.optimizer == "adamw":
+        return AdamW(model.parameters(), lr, settings.weight_decay)
+    names = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in names]
+    return Muon(matrices, others, lr, settings.weight_decay)
