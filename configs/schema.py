@@ -100,9 +100,10 @@ class DrafterSettings(Section):
     beside it if that is enabled; ``suffix``: the index alone; ``none``: plain decoding."""
     path: Path | None = None
     """Bundle folder with the initial weights (version 0). ``None``: new weights."""
-    init: Literal["random", "target"] = "random"
+    init: Literal["auto", "random", "target"] = "auto"
     """What new weights are: ``random``, or the ``target``'s last decoder layer for the drafter's
-    own, with the last tapped layer passed through (targets with Llama's layers)."""
+    own, with the last tapped layer passed through (targets with Llama's layers). ``auto``: the
+    target's where it can be copied, as such a drafter learns faster."""
     draft_vocab: Path | None = None
     """JSON list of the token ids that new weights can propose, as ``trainer vocabulary`` writes it
     from traces. Fewer of them make drafting and training faster; a token outside is never
@@ -229,7 +230,8 @@ class TrainerSettings(Section):
     update; 0.96 averages over about the last 25. It keeps less at first: (1 + n) / (10 + n) after n
     updates. 0: no averaging."""
     batch_tokens: int = Field(2048, ge=16)
-    """Tokens per update."""
+    """Tokens per update. More of them use a GPU better, but a drafter learns faster from the same
+    traces by smaller updates."""
     max_sequence: int = Field(512, ge=16)
     """Maximum tokens of one training sequence, a piece of a trace."""
     ttt_steps: int = Field(4, ge=1, le=8)

@@ -26,7 +26,7 @@ from buffer.records import Manifest
 from configs.schema import Settings
 from drafters.trainable import trainable
 from targets.find import target_folder
-from targets.last_layer import load_last_layer
+from targets.last_layer import has_llama_layers, load_last_layer
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +61,14 @@ def new_drafter(settings: Settings) -> NewDrafter:
     """How the settings of a run say that weights are made.
 
     Raises:
-        ValueError: the target's folder is needed and not found.
+        ValueError: the target's folder is needed and not found, or holds no config.
     """
     d = settings.drafter
-    imitated = target_folder(settings.target) if d.init == "target" else None
+    imitated = None
+    if d.init != "random" and d.path is None:
+        folder = target_folder(settings.target, settings.target_cache)
+        if d.init == "target" or has_llama_layers(folder):
+            imitated = folder
     return NewDrafter(d.layer_ids, settings.seed, imitated, d.draft_vocab)
 
 

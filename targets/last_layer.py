@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,22 @@ class LastLayer:
     final_norm_H: Tensor
 
 
+def has_llama_layers(folder: Path) -> bool:
+    """``load_last_layer`` can read the target in ``folder``, by what its config says.
+
+    Raises:
+        ValueError: it has no readable config.
+    """
+    return _config(folder).model_type in _LIKE_LLAMA
+
+
 def load_last_layer(folder: Path) -> LastLayer:
     """Read the last decoder layer of the target in ``folder``.
 
     Raises:
         ValueError: its layers are not Llama's, or a tensor is not in its safetensors files.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    config = _config(folder)
     if config.model_type not in _LIKE_LLAMA:
         raise ValueError(
             f"drafter.init is 'target', but {folder} is a {config.model_type}: only layers like "
@@ -68,3 +78,11 @@ def load_last_layer(folder: Path) -> LastLayer:
         down=read("mlp.down_proj"),
         final_norm_H=read("norm", before="model."),
     )
+
+
+def _config(folder: Path) -> Any:
+    """Hugging Face config of the text model."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except OSError as error:
+        raise ValueError(f"no config of a target can be read in {folder}: {error}") from error

@@ -7,8 +7,8 @@ trains a new drafter for every variant and seed: ``--updates`` updates on reques
 domain, from version 0 on, then ``--shifted-updates`` on ``--shifted-requests`` requests of the
 second one. The learner, the update and the measure of acceptance are the trainer's own; a figure is
 tokens per step at K = 4, simulated on held-out requests, with the weights that the trainer would
-publish. Variants change one setting at a time and see as many positions, so one with smaller
-batches gets more updates; those with more passes see the same traces more often.
+publish. All variants see as many positions, so one with smaller batches gets more updates; those
+with more passes see the same traces more often.
 
 The weight of rejected positions is not among them: it needs drafts of a live server.
 
@@ -58,7 +58,7 @@ from trainer.rows import HeldSample, RowStore
 from trainer.update import batch_dtype
 
 BASE_TOKENS = 8192
-"""Positions of an update as shipped, in which the plan counts."""
+"""Positions of an update in which the plan counts."""
 MEASURES = ("half way", "first domain", "second domain", "first domain, after the shift")
 Rows = Literal["bfloat16", "float8_e4m3fn"]
 STORES: dict[Rows, torch.dtype] = {
@@ -82,30 +82,46 @@ class Variant:
     """Part of a batch that is drawn from the first domain after the shift."""
 
 
-BASE = Variant("as shipped")
+_LARGE = ("drafter.init=random", "trainer.batch_tokens=8192")
+"""What was shipped when the choices were first compared."""
+_MUON = ("trainer.optimizer=muon", "trainer.lr=3e-3")
+
+
+def _large(name: str, *chosen: str, **fields: Any) -> Variant:
+    """A variant of random weights and large updates."""
+    return Variant(f"random, 8,192 tokens: {name}", (*_LARGE, *chosen), **fields)
+
+
 VARIANTS = (
-    BASE,
-    Variant("Muon", ("trainer.optimizer=muon",)),
-    Variant("lr 2e-3", ("trainer.lr=2e-3",)),
-    Variant("version 0 from the target's last layer", ("drafter.init=target",)),
-    Variant("Muon, lr 3e-3", ("trainer.optimizer=muon", "trainer.lr=3e-3")),
-    Variant("four times as many passes", passes=4.0),
-    Variant("batches of 2,048 tokens", ("trainer.batch_tokens=2048",)),
-    Variant("draft vocabulary of 16,384", vocab=16384),
-    Variant("fp8 rows", rows="float8_e4m3fn"),
-    Variant("averaged over 10 updates", ("trainer.average_decay=0.9",)),
-    Variant("twice as many passes", passes=2.0),
-    Variant("lr 4e-3", ("trainer.lr=4e-3",)),
-    Variant("batches of 4,096 tokens", ("trainer.batch_tokens=4096",)),
-    Variant("loss: forward KL", ("trainer.loss=forward_kl",)),
-    Variant("no replay of the first domain", old_share=0.0),
-    Variant("half the batch from the first domain", old_share=0.5),
-    Variant("two passes of training-time test", ("trainer.ttt_steps=2",)),
-    Variant("no averaging", ("trainer.average_decay=0",)),
-    Variant("averaged over 100 updates", ("trainer.average_decay=0.99",)),
-    Variant("draft vocabulary of 8,192", vocab=8192),
-    Variant("lr 3e-4", ("trainer.lr=3e-4",)),
-    Variant("batches of 16,384 tokens", ("trainer.batch_tokens=16384",)),
+    Variant("as shipped: from the target, 2,048 tokens"),
+    _large("no other change"),
+    Variant("from the target, 8,192 tokens", ("trainer.batch_tokens=8192",)),
+    Variant("from the target, 1,024 tokens", ("trainer.batch_tokens=1024",)),
+    Variant("from the target, 2,048 tokens, Muon, lr 3e-3", _MUON),
+    Variant("random, 2,048 tokens", ("drafter.init=random",)),
+    Variant("random, 2,048 tokens, Muon, lr 3e-3", ("drafter.init=random", *_MUON)),
+    Variant("from the target, 4,096 tokens, Muon, lr 3e-3", (*_MUON, "trainer.batch_tokens=4096")),
+    Variant("from the target, 8,192 tokens, Muon, lr 3e-3", (*_MUON, "trainer.batch_tokens=8192")),
+    Variant("from the target, 2,048 tokens, Muon, lr 1e-2", (_MUON[0], "trainer.lr=1e-2")),
+    _large("Muon", _MUON[0]),
+    _large("lr 2e-3", "trainer.lr=2e-3"),
+    _large("Muon, lr 3e-3", *_MUON),
+    _large("four times as many passes", passes=4.0),
+    _large("draft vocabulary of 16,384", vocab=16384),
+    _large("fp8 rows", rows="float8_e4m3fn"),
+    _large("averaged over 10 updates", "trainer.average_decay=0.9"),
+    _large("twice as many passes", passes=2.0),
+    _large("lr 4e-3", "trainer.lr=4e-3"),
+    Variant("random, 4,096 tokens", ("drafter.init=random", "trainer.batch_tokens=4096")),
+    _large("loss: forward KL", "trainer.loss=forward_kl"),
+    _large("no replay of the first domain", old_share=0.0),
+    _large("half the batch from the first domain", old_share=0.5),
+    _large("two passes of training-time test", "trainer.ttt_steps=2"),
+    _large("no averaging", "trainer.average_decay=0"),
+    _large("averaged over 100 updates", "trainer.average_decay=0.99"),
+    _large("draft vocabulary of 8,192", vocab=8192),
+    _large("lr 3e-4", "trainer.lr=3e-4"),
+    Variant("random, 16,384 tokens", ("drafter.init=random", "trainer.batch_tokens=16384")),
 )
 """Those that promise most come first: a budget may end before the last."""
 

@@ -84,7 +84,9 @@ def group_attention(
     v = _gather(values, flat).view(num_requests, num_keys, *values.shape[1:]).transpose(1, 2)
     q = q_RQHD.transpose(1, 2)
     out = _masked_attention(q, k, v, mask, scale, softcap)
-    if not math.isfinite(float(out.sum())):  # a masked key weighs 0, and 0 times NaN is NaN
+    # A masked key weighs 0, and 0 times NaN is NaN. On a GPU the sum is not read: that would wait,
+    # and could not be captured.
+    if out.is_cuda or not math.isfinite(float(out.sum())):
         is_bad_RS = ~(k.isfinite() & v.isfinite()).all(dim=-1).all(dim=1)
         k, v = (t.masked_fill(is_bad_RS[:, None, :, None], 0) for t in (k, v))
         out = _masked_attention(q, k, v, mask, scale, softcap)

@@ -12,18 +12,20 @@ from safetensors.torch import load, save
 from buffer.bundles import read_bundle
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
+from configs.schema import DrafterSettings
 from drafters.initial import (
     NewDrafter,
     TargetFacts,
     first_drafter,
     made_drafter,
+    new_drafter,
     publish_initial,
     stored_drafter,
 )
 from drafters.trainable import trainable
 from oracles.engines import random_model
 from targets.last_layer import load_last_layer
-from tests.trainer.traffic import save_target
+from tests.trainer.traffic import save_target, settings_for
 
 FINGERPRINT = "f" * 64
 
@@ -215,6 +217,29 @@ def test_weights_from_the_target_are_a_function_of_target_and_seed(saved):
 
     assert made_drafter("eagle3", facts_of(target), NewDrafter(seed=1, imitated=folder)) == one
     assert made_drafter("eagle3", facts_of(target), NewDrafter(seed=1))[1] != one[1]
+
+
+def with_init(run_dir, target, init):
+    settings = settings_for(run_dir, target)
+    return settings.model_copy(update={"drafter": DrafterSettings(init=init)})
+
+
+@pytest.mark.parametrize(("init", "is_copied"), [("auto", True), ("random", False)])
+def test_new_weights_begin_as_the_targets_last_layer_where_it_can_be_copied(
+    saved, tmp_path, init, is_copied
+):
+    imitated = new_drafter(with_init(tmp_path, saved[0], init)).imitated
+
+    assert imitated == (saved[0] if is_copied else None)
+
+
+def test_a_target_with_other_layers_gets_random_weights_unless_its_own_are_demanded(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+
+    assert new_drafter(with_init(tmp_path, tmp_path, "auto")).imitated is None
+    assert new_drafter(with_init(tmp_path, tmp_path, "target")).imitated == tmp_path
+    with pytest.raises(ValueError, match="is a gpt2: only layers like Llama's can be copied"):
+        load_last_layer(tmp_path)
 
 
 def test_a_drafter_of_few_tokens_proposes_these(saved, tmp_path):
