@@ -19,6 +19,7 @@ from buffer.records import Manifest
 from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.trainable import trainable
+from policies.draws.catalog import entry
 from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
 from targets.load import pick_device
@@ -49,6 +50,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     """
     _set_up_process(settings)
     learns = trainable(settings.drafter.kind)
+    draws = entry(settings.trainer.draw)
     device = pick_device(settings.trainer.device, setting="trainer.device")
     folder = checked_folder(settings.target, settings.target_cache)
     fingerprint = target_fingerprint(folder)
@@ -63,7 +65,11 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         settings=settings,
         intake=Intake(
             TraceReader(backend, group=settings.trainer.group),
-            replace(expected_of(manifest, head), emphasis=emphasis_of(settings)),
+            replace(
+                expected_of(manifest, head),
+                emphasis=emphasis_of(settings),
+                surprised=settings.drafter.kind if draws.needs_surprise else None,
+            ),
             settings.trainer.max_sequence,
             journal,
         ),
