@@ -40,6 +40,7 @@ from buffer.interface import (
     Report,
     TraceLimits,
     TraceWriter,
+    Unreadable,
     WeightsStore,
     check_record,
 )
@@ -139,6 +140,10 @@ class MemoryBackend(Backend):
             kept = self._held.unreadable
             if sum(map(len, kept.values())) + len(payload) <= MAX_UNREADABLE_BYTES:
                 kept[name] = bytes(payload)
+
+    def unreadable(self) -> list[Unreadable]:
+        with self._held.lock:
+            return [Unreadable(name, len(kept)) for name, kept in self._held.unreadable.items()]
 
     def open_weights(self) -> MemoryWeights:
         return MemoryWeights(self._held, self._url)

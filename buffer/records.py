@@ -262,6 +262,17 @@ class Trace:
     features: FeatureRows | None
     finished_unix_ms: int
 
+    @property
+    def domain(self) -> str:
+        """Kind of text that the client named; empty if it named none."""
+        domain = self.sampling.values.get("domain")
+        return domain if isinstance(domain, str) else ""
+
+    @property
+    def versions(self) -> set[int]:
+        """Versions of the drafters of its rounds."""
+        return set(self.rounds.counts[Count.VERSION].tolist())
+
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:

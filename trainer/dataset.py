@@ -108,15 +108,9 @@ def sample_of(
         int(versions.max()) if versions.size else None,
         _weights(trace, expected.emphasis),
         trace.tenant,
-        domain_of(trace),
+        trace.domain,
         None if expected.surprised is None else surprise_of(trace.rounds, expected.surprised),
     )
-
-
-def domain_of(trace: Trace) -> str:
-    """Kind of text that the client named; empty if it named none."""
-    domain = trace.sampling.values.get("domain")
-    return domain if isinstance(domain, str) else ""
 
 
 def _weights(trace: Trace, emphasis: Emphasis | None) -> torch.Tensor | None:
