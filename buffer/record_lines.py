@@ -22,48 +22,50 @@ class RecordLine(Report):
     writer: str
     location: str
     num_bytes: int
-    producer: str
-    epoch: int
-    seq: int
-    tenant: str
-    domain: str
-    finished: str
-    """ISO 8601, UTC."""
-    target: str
-    """First digits of the target's fingerprint."""
-    prompt_tokens: int
-    completion_tokens: int
-    rounds: int
-    proposed: int
-    accepted: int
-    versions: tuple[int, ...]
-    """Of the drafters of its rounds."""
-    rows: str
-    """Number and dtype of its hidden rows."""
-    token_ids: tuple[int, ...] | None
-    """``None`` unless asked for: they are the prompt and the completion."""
+    trace: Trace
+    with_token_ids: bool
+    """Show them, which are the prompt and the completion."""
 
     @property
     def is_damaged(self) -> bool:
         return False
 
     def to_line(self) -> str:
-        versions = ",".join(map(str, self.versions)) or "none"
-        ids = "" if self.token_ids is None else f", token ids {list(self.token_ids)}"
+        v = self.to_json()
+        versions = ",".join(map(str, v["versions"])) or "none"
+        ids = f", token ids {v['token_ids']}" if self.with_token_ids else ""
         return (
             f"record {self.writer}/{self.location}: {self.num_bytes} bytes, "
-            f"{self.producer}/{self.epoch}/{self.seq}, tenant {self.tenant or '(none)'}, "
-            f"domain {self.domain or '(none)'}, finished {self.finished}, target {self.target}, "
-            f"tokens {self.prompt_tokens} prompt + {self.completion_tokens} completion, "
-            f"rounds {self.rounds}, proposed {self.proposed}, accepted {self.accepted}, "
-            f"versions {versions}, rows {self.rows}{ids}"
+            f"{v['producer']}/{v['epoch']}/{v['seq']}, tenant {v['tenant'] or '(none)'}, "
+            f"domain {v['domain'] or '(none)'}, finished {v['finished']}, target {v['target']}, "
+            f"tokens {v['prompt_tokens']} prompt + {v['completion_tokens']} completion, "
+            f"rounds {v['rounds']}, proposed {v['proposed']}, accepted {v['accepted']}, "
+            f"versions {versions}, rows {v['rows']}{ids}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        if self.token_ids is None:
-            del values["token_ids"]
-        return {"kind": "record", **values}
+        trace, rounds, features = self.trace, self.trace.rounds, self.trace.features
+        values = {
+            "kind": "record",
+            "writer": self.writer,
+            "location": self.location,
+            "bytes": self.num_bytes,
+            "producer": trace.producer,
+            "epoch": trace.epoch,
+            "seq": trace.seq,
+            "tenant": trace.tenant,
+            "domain": trace.domain,
+            "finished": _time(trace.finished_unix_ms),
+            "target": trace.target_fingerprint[:12],
+            "prompt_tokens": trace.prompt_length,
+            "completion_tokens": trace.token_ids.size - trace.prompt_length,
+            "rounds": len(rounds),
+            "proposed": rounds.draft_ids.size,
+            "accepted": int(rounds.counts[Count.NUM_ACCEPTED].sum()),
+            "versions": sorted(trace.versions),
+            "rows": "none" if features is None else f"{features.positions.size} {features.dtype}",
+        }
+        return {**values, "token_ids": trace.token_ids.tolist()} if self.with_token_ids else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +126,11 @@ def record_lines(backend: Backend, most: int | None, with_token_ids: bool) -> It
     """
     for record in islice(_records(backend), most):
         [trace] = decode_traces([record.payload])
+        where = record.writer, record.location, len(record.payload)
         if isinstance(trace, UnreadableRecordError):
-            num_bytes = len(record.payload)
-            yield UnreadableLine(record.writer, record.location, num_bytes, trace.reason)
+            yield UnreadableLine(*where, trace.reason)
         else:
-            yield _line_of(record, trace, with_token_ids)
+            yield RecordLine(*where, trace, with_token_ids)
 
 
 def _records(backend: Backend) -> Iterator[Record]:
@@ -138,30 +140,6 @@ def _records(backend: Backend) -> Iterator[Record]:
             yield from records
     finally:
         reader.close()
-
-
-def _line_of(record: Record, trace: Trace, with_token_ids: bool) -> RecordLine:
-    features, rounds = trace.features, trace.rounds
-    return RecordLine(
-        writer=record.writer,
-        location=record.location,
-        num_bytes=len(record.payload),
-        producer=trace.producer,
-        epoch=trace.epoch,
-        seq=trace.seq,
-        tenant=trace.tenant,
-        domain=trace.domain,
-        finished=_time(trace.finished_unix_ms),
-        target=trace.target_fingerprint[:12],
-        prompt_tokens=trace.prompt_length,
-        completion_tokens=trace.token_ids.size - trace.prompt_length,
-        rounds=len(rounds),
-        proposed=rounds.draft_ids.size,
-        accepted=int(rounds.counts[Count.NUM_ACCEPTED].sum()),
-        versions=tuple(sorted(trace.versions)),
-        rows="none" if features is None else f"{features.positions.size} {features.dtype}",
-        token_ids=tuple(trace.token_ids.tolist()) if with_token_ids else None,
-    )
 
 
 def _time(unix_ms: int) -> str:
