@@ -56,6 +56,8 @@ class BundleError(ValueError):
         )
         self.problem = problem
         """What is wrong, without the advice."""
+        self.reason = "damaged"
+        """Under which it is counted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,12 +17,14 @@ import typer
 from buffer.backends import limits_of
 from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
+from buffer.command_keys import keys
 from buffer.command_line import JsonOption, RunArgument, print_reports, refusing, run_backend
 from buffer.command_resend import copy, replay
 from buffer.counts import BufferStats, GroupCounts
 from buffer.interface import Backend, Report, TraceLimits, WeightsStore
 from buffer.record_lines import QuarantineLine, record_lines
 from buffer.records import Acceptance, Count, Trace
+from buffer.signed_weights import open_weights
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -129,6 +132,7 @@ def main(version: VersionOption = False) -> None:
 
 app.command()(copy)
 app.command()(replay)
+app.command()(keys)
 
 
 @app.command()
@@ -160,7 +164,8 @@ def inspect(
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     with refusing():
         backend = run_backend(run, settings)
-        reports = list(inspect_backend(backend, limits_of(settings.buffer)))
+        key = settings.swap.public_key
+        reports = list(inspect_backend(backend, limits_of(settings.buffer), key))
         if records:
             reports += record_lines(backend, limit, token_ids)
         if put_aside := tuple(backend.unreadable()):
@@ -188,11 +193,17 @@ def stats(
     print_reports([StatsLine(found), *map(GroupLine, found.groups)], as_json)
 
 
-def inspect_backend(backend: Backend, limits: TraceLimits) -> Iterator[Report]:
-    """Reports on the storage of the traces, on the traces themselves, and on every bundle."""
+def inspect_backend(
+    backend: Backend, limits: TraceLimits, public_key: Path | None = None
+) -> Iterator[Report]:
+    """Reports on the storage of the traces, on the traces themselves, and on every bundle.
+
+    Args:
+        public_key: a bundle without a signature of it is reported as damaged.
+    """
     yield from backend.reports(limits)
     yield summarise_traces(backend)
-    store = backend.open_weights()
+    store = open_weights(backend, public_key)
     for version in store.versions():
         yield summarise_bundle(store, version)
 

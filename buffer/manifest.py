@@ -20,6 +20,7 @@ TENSORS = "drafter.safetensors"
 
 VERSION_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.(safetensors|json)")
+_MAX_TEXT = 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -65,6 +66,9 @@ def manifest_problem(manifest: Manifest, folder: str) -> str | None:
     for name in ("kind", "target_fingerprint"):
         if not isinstance(getattr(manifest, name), str):
             return f"{name} must be a text, got {getattr(manifest, name)!r}"
+    signature = manifest.signature
+    if signature is not None and not (isinstance(signature, str) and len(signature) <= _MAX_TEXT):
+        return f"signature must be a text of at most {_MAX_TEXT} characters or null"
     if type(manifest.created_unix_ms) is not int:
         return f"created_unix_ms must be an integer, got {manifest.created_unix_ms!r}"
     for name in ("drafter_config", "gate", "policy"):

@@ -303,4 +303,4 @@ class Manifest:
     """Calibration of the policy for these weights, e.g. acceptance by position."""
     created_unix_ms: int = 0
     signature: str | None = None
-    """Reserved for signed bundles."""
+    """Of all the above, see ``buffer.signatures``; ``None``: not signed."""

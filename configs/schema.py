@@ -189,6 +189,9 @@ class SwapSettings(Section):
     """Rounds to observe before a new version is compared with its parent."""
     max_drop: float = Field(0.15, gt=0, lt=1)
     """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back."""
+    public_key: Path | None = None
+    """PEM file with one or more Ed25519 public keys, as ``buffer keys`` writes it: only versions
+    that one of them signed are taken. Needs the extra ``signatures``. ``None``: any sound one."""
 
 
 class TrainerSettings(Section):
@@ -280,6 +283,10 @@ class TrainerSettings(Section):
     """Seconds between two checkpoints of the trainer."""
     keep_versions: int = Field(8, ge=2)
     """Number of published versions kept on disk."""
+    signing_key: Path | None = None
+    """PEM file with the Ed25519 private key that signs every version, readable by its owner alone;
+    the trainer then continues only from versions that it signed. ``None``: versions are not signed.
+    """
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many updates. ``None``: run until stopped."""
     replay_ratio: float = Field(4.0, gt=0)

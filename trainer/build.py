@@ -14,8 +14,9 @@ import torch
 
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
-from buffer.interface import Backend
+from buffer.interface import Backend, WeightsStore
 from buffer.records import Manifest
+from buffer.signed_weights import open_weights
 from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.trainable import trainable
@@ -56,7 +57,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     fingerprint = target_fingerprint(folder)
     head = load_target_head(folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
-    store = backend.open_weights()
+    store = _weights(settings, backend)
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
     journal = Journal(settings.run_dir / "trainer")
@@ -100,6 +101,21 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         resume(trainer, saved, backend)
     _capture_updates(trainer)
     return trainer
+
+
+def _weights(settings: Settings, backend: Backend) -> WeightsStore:
+    """The versions of the run, signed if the settings say so.
+
+    Raises:
+        ValueError: a key cannot be used, or servers would refuse what this trainer publishes.
+    """
+    public, signing = settings.swap.public_key, settings.trainer.signing_key
+    if public is not None and signing is None:
+        raise ValueError(
+            "swap.public_key is set, so servers take signed versions alone, but "
+            "trainer.signing_key is not: nobody would take what this trainer publishes"
+        )
+    return open_weights(backend, public, signing)
 
 
 def _capture_updates(trainer: Trainer) -> None:

@@ -180,6 +180,16 @@ def _pieces(to: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield from _pieces(to_row, row)
 
 
+class RefusedError(ValueError):
+    """A version that is not loaded; the message says why, and that the old weights keep serving."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+        """Under which it is counted: ``damaged``, ``unsigned``, ``signature``, ``kind``,
+        ``target``, ``shape``, ``tensors`` or ``away``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Staged:
     """Verified weights, ready to be copied in."""
@@ -203,24 +213,27 @@ def load_bundle(
     """Read a version, check all of it, and stage it.
 
     Raises:
-        ValueError: it is damaged, made for another target, or of another kind or shape; the message
-            says which, and that the old weights keep serving.
+        RefusedError: it is damaged, not signed as the store demands, made for another target, or of
+            another kind or shape.
     """
     try:
         bundle = store.read_into(weights.host, version)
-    except (BundleError, OSError) as error:
-        raise ValueError(str(error)) from error
+    except BundleError as error:
+        raise RefusedError(error.reason, str(error)) from error
+    except OSError as error:
+        raise RefusedError("away", str(error)) from error
     manifest = bundle.manifest
     name = f"snapshot {manifest.version}"
     keep = "not swapping; the running version keeps serving"
     if manifest.kind != expected.kind:
-        raise ValueError(
-            f"{name} is a {manifest.kind} drafter, this one is {expected.kind}; {keep}"
+        raise RefusedError(
+            "kind", f"{name} is a {manifest.kind} drafter, this one is {expected.kind}; {keep}"
         )
     if manifest.target_fingerprint != expected.target_fingerprint:
-        raise ValueError(
+        raise RefusedError(
+            "target",
             f"{name} was made for target {manifest.target_fingerprint[:12]}, this server runs "
-            f"{expected.target_fingerprint[:12]}; {keep}. Point the trainer at the same target."
+            f"{expected.target_fingerprint[:12]}; {keep}. Point the trainer at the same target.",
         )
     if manifest.drafter_config != expected.drafter_config:
         keys = sorted(
@@ -228,11 +241,11 @@ def load_bundle(
             for k in set(manifest.drafter_config) | set(expected.drafter_config)
             if manifest.drafter_config.get(k) != expected.drafter_config.get(k)
         )
-        raise ValueError(f"{name} has another shape ({', '.join(keys)} differ); {keep}")
+        raise RefusedError("shape", f"{name} has another shape ({', '.join(keys)} differ); {keep}")
     try:
         staged = weights.stage(_tensors(bundle))
     except ValueError as error:
-        raise ValueError(f"{name} cannot be used: {error}; {keep}") from error
+        raise RefusedError("tensors", f"{name} cannot be used: {error}; {keep}") from error
     return Staged(manifest, staged)
 
 
