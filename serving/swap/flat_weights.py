@@ -26,6 +26,10 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32,
 }  # fmt: skip
+_LARGEST_ITEM_BYTES = 8
+"""A bundle may be stored as float64."""
+_OTHER_BYTES = 64 << 20
+"""Most bytes of a bundle's file besides weights: header, vocabulary."""
 _PIECE_BYTES = 8 << 20
 """Bytes copied at a time: 0.2 ms to a GPU. An upload of a round waits for two pieces at most."""
 
@@ -61,7 +65,7 @@ class FlatWeights:
             parameter.data = view
             self.spans[name] = (at, parameter.shape, parameter.stride())
             at += _extent(parameter)
-        self.host = HostBuffer()
+        self.host = HostBuffer(_LARGEST_ITEM_BYTES * total + _OTHER_BYTES)
         """Memory that bundles are read into."""
         self._buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
         self._spare: Tensor | None = None
@@ -105,6 +109,8 @@ class FlatWeights:
         for name, (_, shape, _) in self.spans.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(tensors[name].shape)}")
+            if not tensors[name].is_floating_point():  # a copy would convert it
+                raise ValueError(f"{name} must be of a floating type, got {tensors[name].dtype}")
         for name in set(tensors) & set(self._buffers):
             if not torch.equal(tensors[name], self._buffers[name]):
                 raise ValueError(f"{name} differs from the running drafter's; restart to change it")
