@@ -45,6 +45,8 @@ class Sent(Report):
     """Traces that were not asked for."""
     unreadable: int = 0
     """Records that are no trace; they are not sent."""
+    damaged: int = 0
+    """Records that the source held and cannot read any more, or evicted meanwhile."""
     too_large: int = 0
     """Records of over half of ``buffer.max_bytes``, which the destination refuses."""
     evicted: int = 0
@@ -52,12 +54,13 @@ class Sent(Report):
 
     @property
     def is_damaged(self) -> bool:
-        return bool(self.unreadable or self.too_large or self.evicted)
+        return bool(self.unreadable or self.damaged or self.too_large or self.evicted)
 
     def to_line(self) -> str:
         counts = {"already there": self.already_there, "not asked for": self.filtered}
         problems = {
             "unreadable": self.unreadable,
+            "damaged or evicted before they were read": self.damaged,
             "too large": self.too_large,
             "evicted there to keep buffer.max_bytes": self.evicted,
         }
@@ -192,18 +195,25 @@ class _Renamed:
         return replace(trace, producer=self.producer, epoch=self.epoch, seq=self.num - 1)
 
 
-def _records(backend: Backend) -> Iterator[Record]:
+def _records(backend: Backend, sent: Sent | None = None) -> Iterator[Record]:
     reader = backend.open_record_reader()
+    gone_before: int | None = None
     try:
         while records := reader.read(_RECORDS_AT_ONCE, _BYTES_AT_ONCE):
+            if gone_before is None:  # what was evicted before this began is nobody's problem
+                gone_before = reader.counts.evicted_unread
             yield from records
+        if sent is not None:
+            counts = reader.counts
+            gone = 0 if gone_before is None else counts.evicted_unread - gone_before
+            sent.damaged = counts.damaged + gone
     finally:
         reader.close()
 
 
 def _traces(backend: Backend, sent: Sent) -> Iterator[tuple[Trace, Payload]]:
     """The traces of a buffer, with their bytes."""
-    for record in _records(backend):
+    for record in _records(backend, sent):
         sent.read += 1
         [trace] = decode_traces([record.payload])
         if isinstance(trace, UnreadableRecordError):

@@ -74,6 +74,17 @@ def test_what_cannot_be_copied_is_an_exit_code_of_1_and_is_named(run, tmp_path, 
     assert len(traces_in(tmp_path / "there")) == 6
 
 
+def test_damaged_records_of_the_source_are_counted(run, tmp_path):
+    path = next(run.glob("traces/*/*.seg"))
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    code, output, _ = command("copy", run, tmp_path / "there")
+    assert code == 1
+    assert output.startswith("copy: 5 records read, 5 sent")
+    assert output.endswith("; PROBLEMS: 1 damaged or evicted before they were read\n")
+
+
 def test_a_record_that_the_destination_refuses_is_counted(run, tmp_path):
     one = len(encode_trace(traces_in(run)[0]))
     limits = dataclasses.replace(LIMITS, segment_bytes=4096, max_bytes=8192)
