@@ -56,6 +56,8 @@ class BundleError(ValueError):
         )
         self.problem = problem
         """What is wrong, without the advice."""
+        self.reason = "damaged"
+        """Under which it is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,12 @@ class HostBuffer:
     of 0.8 GB holds the interpreter lock while it is returned to the system.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """
+        Args:
+            max_bytes: longest file that will be read; ``None``: any.
+        """
+        self.max_bytes = max_bytes
         self._bytes: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
@@ -286,6 +293,7 @@ def _read_checked_into(
     with _opened(path, name, digest.num_bytes) as (file, num_bytes):
         # Before memory is taken: a manifest may claim more than there is.
         check_size(path.name, str(path / name), num_bytes, digest)
+        check_fits(path.name, str(path / name), digest, buffer)
         content = buffer.take(digest.num_bytes)
         num_bytes, sha256 = 0, hashlib.sha256()
         while num_read := file.readinto(content[num_bytes : num_bytes + _CHUNK_BYTES].data):
@@ -309,6 +317,24 @@ def check_size(version: str, what: str, num_bytes: int, digest: FileDigest) -> N
     if num_bytes != digest.num_bytes:
         raise BundleError(
             version, f"{what} has {num_bytes} bytes, the trainer wrote {digest.num_bytes}"
+        )
+
+
+def check_fits(version: str, what: str, digest: FileDigest, host: HostBuffer) -> None:
+    """Refuse a file that nothing needs so much memory for: a sparse file of a terabyte costs its
+    publisher nothing.
+
+    Args:
+        what: names the file in the error.
+
+    Raises:
+        BundleError: it is longer than ``host`` may become.
+    """
+    if host.max_bytes is not None and digest.num_bytes > host.max_bytes:
+        raise BundleError(
+            version,
+            f"{what} has {digest.num_bytes} bytes, at most {host.max_bytes} make sense for the "
+            f"weights in use",
         )
 
 

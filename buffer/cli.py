@@ -1,27 +1,30 @@
-"""Inspect the traces and versions of a run. Read-only.
+"""Inspect the traces and versions of a run, copy them to another buffer, or send them again.
 
-Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings, or the buffer cannot be
-reached.
+Exit code 0: all fine. 1: something is damaged or missing. 2: wrong usage or settings, or the buffer
+cannot be reached.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from buffer.backends import limits_of, open_backend
+from buffer.backends import limits_of
 from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
+from buffer.command_keys import keys
+from buffer.command_line import JsonOption, RunArgument, print_reports, refusing, run_backend
+from buffer.command_resend import copy, replay
 from buffer.counts import BufferStats, GroupCounts
 from buffer.interface import Backend, Report, TraceLimits, WeightsStore
+from buffer.record_lines import QuarantineLine, record_lines
 from buffer.records import Acceptance, Count, Trace
+from buffer.signed_weights import open_weights
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -124,38 +127,50 @@ class GroupLine(Report):
 
 @app.callback()
 def main(version: VersionOption = False) -> None:
-    """Inspect the traces and versions of a run. Read-only."""  # keeps `inspect` a subcommand
+    """Inspect, copy and send again what a buffer holds."""  # keeps `inspect` a subcommand
 
 
-RunArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        exists=True,
-        file_okay=False,
-        help="run folder, e.g. runs/demo; by default run_dir of the settings",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object per line")]
+app.command()(copy)
+app.command()(replay)
+app.command()(keys)
 
 
 @app.command()
 def inspect(
     run: RunArgument = None,
+    records: Annotated[
+        bool, typer.Option("--records", help="also a line for each trace and quarantined record")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="so many traces at most, oldest first")
+    ] = None,
+    token_ids: Annotated[
+        bool,
+        typer.Option(
+            "--token-ids", help="with --records: also prompts and completions, as token ids"
+        ),
+    ] = False,
     config: ConfigOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check all traces that ``buffer.url`` holds and every published bundle, one line for each
-    segment and bundle.
+    segment and bundle, and count the records that were put aside. No prompt, completion or hidden
+    row is shown unless asked for.
 
     Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings, or the buffer
     cannot be reached.
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    with _refusing():
-        backend = open_backend(settings.buffer.url, settings.run_dir if run is None else run)
-        reports = list(inspect_backend(backend, limits_of(settings.buffer)))
-    _print(reports, as_json)
+    with refusing():
+        backend = run_backend(run, settings)
+        key = settings.swap.public_key
+        reports = list(inspect_backend(backend, limits_of(settings.buffer), key))
+        if records:
+            reports += record_lines(backend, limit, token_ids)
+        if put_aside := tuple(backend.unreadable()):
+            reports.append(QuarantineLine(put_aside, records))
+    print_reports(reports, as_json)
     if any(report.is_damaged for report in reports):
         raise typer.Exit(code=1)
 
@@ -173,31 +188,22 @@ def stats(
     Exit code 0: they were counted. 2: wrong usage or settings, or the buffer cannot be reached.
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    with _refusing():
-        found = open_backend(settings.buffer.url, settings.run_dir if run is None else run).stats()
-    _print([StatsLine(found), *map(GroupLine, found.groups)], as_json)
+    with refusing():
+        found = run_backend(run, settings).stats()
+    print_reports([StatsLine(found), *map(GroupLine, found.groups)], as_json)
 
 
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Print why something cannot be done, and exit with code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(code=2) from error
+def inspect_backend(
+    backend: Backend, limits: TraceLimits, public_key: Path | None = None
+) -> Iterator[Report]:
+    """Reports on the storage of the traces, on the traces themselves, and on every bundle.
 
-
-def _print(reports: Iterable[Report], as_json: bool) -> None:
-    for report in reports:
-        typer.echo(json.dumps(report.to_json()) if as_json else report.to_line())
-
-
-def inspect_backend(backend: Backend, limits: TraceLimits) -> Iterator[Report]:
-    """Reports on the storage of the traces, on the traces themselves, and on every bundle."""
+    Args:
+        public_key: a bundle without a signature of it is reported as damaged.
+    """
     yield from backend.reports(limits)
     yield summarise_traces(backend)
-    store = backend.open_weights()
+    store = open_weights(backend, public_key)
     for version in store.versions():
         yield summarise_bundle(store, version)
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from buffer.counts import BufferStats
 from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
 from buffer.folder_weights import FolderWeights
-from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Payload, Report, TraceLimits
+from buffer.interface import (
+    MAX_UNREADABLE_BYTES,
+    Backend,
+    Offsets,
+    Payload,
+    Report,
+    TraceLimits,
+    Unreadable,
+)
 from buffer.layout import QUARANTINE
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
@@ -45,6 +53,10 @@ class EmbeddedLog(Backend):
             used = sum(path.stat().st_size for path in folder.glob("*.bin"))
             if used + len(payload) <= self._max_unreadable_bytes:
                 write_atomically(folder / f"{name}.bin", payload, OWNER_FILE)
+
+    def unreadable(self) -> list[Unreadable]:
+        found = sorted((self._root / QUARANTINE).glob("*.bin"))
+        return [Unreadable(path.stem, path.stat().st_size) for path in found]
 
     def open_weights(self) -> FolderWeights:
         return FolderWeights(self._weights)

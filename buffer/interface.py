@@ -400,6 +400,14 @@ class WeightsStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A record that ``Backend.keep_unreadable`` keeps."""
+
+    name: str
+    num_bytes: int
+
+
 class Report(Protocol):
     """One line of ``buffer inspect``."""
 
@@ -457,6 +465,14 @@ class Backend(Protocol):
         """Keep a record that could not be decoded, for inspection. Best effort: never raises, and
         drops it once ``MAX_UNREADABLE_BYTES`` are kept."""
         ...
+
+    def unreadable(self) -> Iterable[Unreadable]:
+        """The records that ``keep_unreadable`` keeps; none if the backend cannot list them.
+
+        Raises:
+            OSError: storage failed.
+        """
+        return ()
 
     def open_weights(self) -> WeightsStore: ...
 

@@ -19,10 +19,12 @@ from buffer.interface import (
     Payload,
     Report,
     TraceLimits,
+    Unreadable,
 )
 from buffer.kafka_group import Place, places_of
 from buffer.kafka_link import MESSAGE_ROOM, KafkaLink, close_now, kafka_errors, parse_url
 from buffer.kafka_reader import KafkaReader
+from buffer.kafka_unreadable import list_unreadable
 from buffer.kafka_weights import KafkaWeights
 from buffer.kafka_writer import KafkaWriter
 from buffer.version_rules import check_group
@@ -61,6 +63,11 @@ class KafkaBackend(Backend):
                 sent.get(link.options.timeout_s)
             finally:
                 close_now(producer)
+
+    def unreadable(self) -> list[Unreadable]:
+        where = f"{self._link.address.location}: what was put aside cannot be read"
+        with kafka_errors(where):
+            return list(list_unreadable(self._link))
 
     def open_weights(self) -> KafkaWeights:
         return KafkaWeights(self._link)

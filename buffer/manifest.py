@@ -18,8 +18,12 @@ MANIFEST = "manifest.json"
 TENSORS = "drafter.safetensors"
 """The file that every bundle has."""
 
+MAX_FILE_BYTES = 16 << 30
+"""The drafter of the largest target has a fifth of it."""
+
 VERSION_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.(safetensors|json)")
+_MAX_TEXT = 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -65,6 +69,9 @@ def manifest_problem(manifest: Manifest, folder: str) -> str | None:
     for name in ("kind", "target_fingerprint"):
         if not isinstance(getattr(manifest, name), str):
             return f"{name} must be a text, got {getattr(manifest, name)!r}"
+    signature = manifest.signature
+    if signature is not None and not (isinstance(signature, str) and len(signature) <= _MAX_TEXT):
+        return f"signature must be a text of at most {_MAX_TEXT} characters or null"
     if type(manifest.created_unix_ms) is not int:
         return f"created_unix_ms must be an integer, got {manifest.created_unix_ms!r}"
     for name in ("drafter_config", "gate", "policy"):
@@ -82,8 +89,11 @@ def _entry_problem(entry: tuple[str, FileDigest]) -> str | None:
         return f"file name {name!r} is not a plain name ending in .safetensors or .json"
     if not isinstance(digest.sha256, str) or not _SHA256.fullmatch(digest.sha256):
         return f"sha256 of {name} must be 64 hex digits, got {digest.sha256!r}"
-    if type(digest.num_bytes) is not int or digest.num_bytes < 0:
-        return f"num_bytes of {name} must be an integer >= 0, got {digest.num_bytes!r}"
+    if type(digest.num_bytes) is not int or not 0 <= digest.num_bytes <= MAX_FILE_BYTES:
+        return (
+            f"num_bytes of {name} must be an integer in 0..{MAX_FILE_BYTES}, "
+            f"got {digest.num_bytes!r}"
+        )
     return None
 
 

@@ -24,6 +24,7 @@ from buffer.bundles import (
     BundleInBuffer,
     ExpectedTensors,
     HostBuffer,
+    check_fits,
     files_problem,
     prepare_bundle,
     sound_tensors,
@@ -40,6 +41,7 @@ from buffer.interface import (
     Report,
     TraceLimits,
     TraceWriter,
+    Unreadable,
     WeightsStore,
     check_record,
 )
@@ -139,6 +141,10 @@ class MemoryBackend(Backend):
             kept = self._held.unreadable
             if sum(map(len, kept.values())) + len(payload) <= MAX_UNREADABLE_BYTES:
                 kept[name] = bytes(payload)
+
+    def unreadable(self) -> list[Unreadable]:
+        with self._held.lock:
+            return [Unreadable(name, len(kept)) for name, kept in self._held.unreadable.items()]
 
     def open_weights(self) -> MemoryWeights:
         return MemoryWeights(self._held, self._url)
@@ -448,6 +454,7 @@ class MemoryWeights(WeightsStore):
     ) -> BundleInBuffer:
         bundle = self.read(version, expected)
         source = np.frombuffer(bundle.files[TENSORS], np.uint8)
+        check_fits(str(version), self._location, bundle.manifest.files[TENSORS], host)
         content = host.take(source.size)
         content[:] = source
         return BundleInBuffer(

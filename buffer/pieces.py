@@ -15,6 +15,7 @@ from buffer.bundles import (
     BundleInBuffer,
     ExpectedTensors,
     HostBuffer,
+    check_fits,
     check_sha256,
     check_size,
     checked_manifest,
@@ -69,6 +70,7 @@ class PiecedBundle:
                 raise BundleError(
                     str(self.version), f"{what} has less than {digest.num_bytes} bytes"
                 )
+            check_fits(str(self.version), what, digest, host)
             content = host.take(digest.num_bytes)
             num_bytes, sha256 = 0, hashlib.sha256()
             for piece in self._bounded(name, digest):

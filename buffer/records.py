@@ -262,6 +262,17 @@ class Trace:
     features: FeatureRows | None
     finished_unix_ms: int
 
+    @property
+    def domain(self) -> str:
+        """Kind of text that the client named; empty if it named none."""
+        domain = self.sampling.values.get("domain")
+        return domain if isinstance(domain, str) else ""
+
+    @property
+    def versions(self) -> set[int]:
+        """Versions of the drafters of its rounds."""
+        return set(self.rounds.counts[Count.VERSION].tolist())
+
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
@@ -292,4 +303,4 @@ class Manifest:
     """Calibration of the policy for these weights, e.g. acceptance by position."""
     created_unix_ms: int = 0
     signature: str | None = None
-    """Reserved for signed bundles."""
+    """Of all the above, see ``buffer.signatures``; ``None``: not signed."""

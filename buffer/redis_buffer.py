@@ -21,6 +21,7 @@ from buffer.interface import (
     Report,
     ServiceAwayError,
     TraceLimits,
+    Unreadable,
 )
 from buffer.redis_client import RedisClient
 from buffer.redis_member import RedisMember
@@ -63,6 +64,14 @@ class RedisBuffer(Backend):
                     ]
                 )
         client.close()
+
+    def unreadable(self) -> list[Unreadable]:
+        client = self._client()
+        try:
+            kept = client.call("HGETALL", f"{self._options.key('unreadable')}:sizes")
+        finally:
+            client.close()
+        return [Unreadable(name.decode(), int(size)) for name, size in sorted(kept.items())]
 
     def open_weights(self) -> RedisWeights:
         return RedisWeights(self._client())

@@ -190,6 +190,9 @@ class SwapSettings(Section):
     """Rounds to observe before a new version is compared with its parent."""
     max_drop: float = Field(0.15, gt=0, lt=1)
     """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back."""
+    public_key: Path | None = None
+    """PEM file with one or more Ed25519 public keys, as ``buffer keys`` writes it: only versions
+    that one of them signed are taken. Needs the extra ``signatures``. ``None``: any sound one."""
 
 
 class TrainerSettings(Section):
@@ -248,8 +251,22 @@ class TrainerSettings(Section):
     """Number of newest traces kept for training."""
     reservoir_traces: int = Field(256, ge=0)
     """Number of older traces kept for training, a uniform sample of all of them."""
+    draw: str = "turns"
+    """Which of the traces held are in a batch, a name in the catalog of draws. ``turns``: those
+    trained on least often, and a share of all; ``uniform``: any of them; ``reservoir``: any that
+    ever arrived, as far as they are held; ``recency``: newer ones more often; ``tenants``,
+    ``domains``: each tenant or domain as often as the others; ``surprise``: those whose drafts were
+    rejected more often."""
     reservoir_share: float = Field(0.25, ge=0, lt=1)
-    """Fraction of a batch drawn from the reservoir."""
+    """Fraction of a batch that ``turns`` draws from all traces held, however often they were
+    trained on."""
+    draw_half_life_traces: float = Field(256.0, gt=0)
+    """With ``recency``, a trace is half as likely as one after which so many fewer arrived."""
+    max_tenant_share: float | None = Field(None, gt=0, le=1)
+    """Largest share that one tenant may have of the rows of a batch, whatever ``draw`` says.
+    Batches get smaller, and with fewer tenants than 1 / share the trainer waits. ``None``: any."""
+    max_domain_share: float | None = Field(None, gt=0, le=1)
+    """The same for one ``domain``, which requests may name; those that name none are one domain."""
     held_out_every: int = Field(8, ge=2)
     """One in this many traces is held out from training, to evaluate candidates."""
     held_out_traces: int = Field(32, ge=1)
@@ -270,6 +287,10 @@ class TrainerSettings(Section):
     """Seconds between two checkpoints of the trainer."""
     keep_versions: int = Field(8, ge=2)
     """Number of published versions kept on disk."""
+    signing_key: Path | None = None
+    """PEM file with the Ed25519 private key that signs every version, readable by its owner alone;
+    the trainer then continues only from versions that it signed. ``None``: versions are not signed.
+    """
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many updates. ``None``: run until stopped."""
     replay_ratio: float = Field(4.0, gt=0)

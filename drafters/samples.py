@@ -44,6 +44,11 @@ class Sample:
     """Newest drafter version that proposed in it; ``None`` without rounds."""
     weight_T: Tensor | None = None
     """float32 weight of the loss of the row at each position; ``None``: all 1."""
+    tenant: str = ""
+    domain: str = ""
+    """Kind of text that the client named; empty if it named none."""
+    surprise: float | None = None
+    """Share of the draft tokens that the target rejected, see ``policies.draws.surprise``."""
 
 
 def widen(rows: Tensor, scale: Tensor | None) -> Tensor:

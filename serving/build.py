@@ -19,6 +19,7 @@ from buffer.backends import limits_of, open_backend
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend, WeightsStore
 from buffer.records import Manifest
+from buffer.signed_weights import open_weights
 from configs.schema import Settings
 from drafters.catalog import chosen, kind_of, on_request
 from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublished_drafter
@@ -125,7 +126,8 @@ def build_service(
     settings = with_model_len(settings, loaded.model.config)
     backend = open_backend(settings.buffer.url, settings.run_dir)
     with _timed("read and checked the drafter"):
-        learning = _first_version(settings, kinds, loaded, backend.open_weights())
+        store = open_weights(backend, settings.swap.public_key)
+        learning = _first_version(settings, kinds, loaded, store)
     parts, flat = _make_parts(settings, loaded, kinds, learning)
     limits = parts.inbox.limits
     model = ServedModel(
@@ -291,7 +293,7 @@ def _service(
         )
     if learning is not None and flat is not None:
         manifest = learning.manifest
-        store = backend.open_weights()
+        store = open_weights(backend, settings.swap.public_key)
         neural = programs.drafting.neural[manifest.kind].drafter
         expected = Expected(manifest.kind, manifest.drafter_config, fingerprint)
         swapper = Swapper(

@@ -183,4 +183,6 @@ class EngineFigures:
     """Requests whose target computed NaN or infinity."""
     num_request_steps: int = 0
     """Target passes that emitted tokens, counted once for each request in them."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """``rejected`` versions by reason, see ``serving.swap.flat_weights.RefusedError``."""
     extra: dict[str, float] = field(default_factory=dict)

@@ -140,6 +140,7 @@ class SamplingParams:
     )
     logit_bias: tuple[tuple[int, float], ...] = defined_in("serving.fields.logit_bias")
     cache_salt: str | None = defined_in("serving.fields.cache_salt")
+    domain: str | None = defined_in("serving.fields.domain")
 
     @property
     def penalizes(self) -> bool:

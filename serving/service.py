@@ -93,6 +93,7 @@ class Service:
         return replace(
             self.engine.figures(),
             swaps=self.swapper.counts() if self.swapper else {},
+            refusals=self.swapper.refusals() if self.swapper else {},
             swap_seconds=self.swapper.swap_seconds if self.swapper else 0.0,
             traces=self.recorder.counts() if self.recorder else {},
             capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,

@@ -14,11 +14,13 @@ import torch
 
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
-from buffer.interface import Backend
+from buffer.interface import Backend, WeightsStore
 from buffer.records import Manifest
+from buffer.signed_weights import open_weights
 from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.trainable import trainable
+from policies.draws.catalog import entry
 from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
 from targets.load import pick_device
@@ -49,12 +51,13 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     """
     _set_up_process(settings)
     learns = trainable(settings.drafter.kind)
+    draws = entry(settings.trainer.draw)
     device = pick_device(settings.trainer.device, setting="trainer.device")
     folder = checked_folder(settings.target, settings.target_cache)
     fingerprint = target_fingerprint(folder)
     head = load_target_head(folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
-    store = backend.open_weights()
+    store = _weights(settings, backend)
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
     journal = Journal(settings.run_dir / "trainer")
@@ -63,7 +66,11 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         settings=settings,
         intake=Intake(
             TraceReader(backend, group=settings.trainer.group),
-            replace(expected_of(manifest, head), emphasis=emphasis_of(settings)),
+            replace(
+                expected_of(manifest, head),
+                emphasis=emphasis_of(settings),
+                surprised=settings.drafter.kind if draws.needs_surprise else None,
+            ),
             settings.trainer.max_sequence,
             journal,
         ),
@@ -94,6 +101,21 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         resume(trainer, saved, backend)
     _capture_updates(trainer)
     return trainer
+
+
+def _weights(settings: Settings, backend: Backend) -> WeightsStore:
+    """The versions of the run, signed if the settings say so.
+
+    Raises:
+        ValueError: a key cannot be used, or servers would refuse what this trainer publishes.
+    """
+    public, signing = settings.swap.public_key, settings.trainer.signing_key
+    if public is not None and signing is None:
+        raise ValueError(
+            "swap.public_key is set, so servers take signed versions alone, but "
+            "trainer.signing_key is not: nobody would take what this trainer publishes"
+        )
+    return open_weights(backend, public, signing)
 
 
 def _capture_updates(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from buffer.records import Count, FeatureRows, Trace
 from drafters.samples import Piece, Sample
+from policies.draws.surprise import surprise_of
 from policies.preference import row_weights
 
 RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "short"]
@@ -49,6 +50,8 @@ class Expected:
     vocab_size: int
     emphasis: Emphasis | None = None
     """Rows that weigh more than others; ``None``: all the same."""
+    surprised: str | None = None
+    """Kind of the drafter whose rejected drafts make a trace surprising; ``None``: nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,9 @@ def sample_of(
         trace.sampling.temperature,
         int(versions.max()) if versions.size else None,
         _weights(trace, expected.emphasis),
+        trace.tenant,
+        trace.domain,
+        None if expected.surprised is None else surprise_of(trace.rounds, expected.surprised),
     )
 
 

@@ -101,6 +101,8 @@ class Trainer:
         """Train on one batch from memory. On a GPU its figures arrive some updates later."""
         started = time.monotonic()
         parts = self.memory.draw(self.random)
+        if not parts:
+            return  # ``waits_for`` says why
         pieces = [piece for _, piece in parts]
         reports = self.learner.update(pieces)
         if self.settings.trainer.duty < 1:

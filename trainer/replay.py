@@ -6,8 +6,9 @@ counts how often each was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import numpy.typing as npt
 
 from configs.schema import TrainerSettings
 from drafters.samples import Sample
+from policies.draws.caps import Cap, rows_within, strata_needed
+from policies.draws.catalog import draw_rule
+from policies.draws.interface import Places, Pool
 from policies.replay import Replay, add, is_held_out
 from trainer.packing import HeldPiece
 from trainer.rows import HeldSample, RowStore, pages_of
@@ -24,31 +28,74 @@ _SHRINK = 0.9
 _ROOMY = 0.3
 """Free share of the store from which on more traces are held again."""
 
+_TRIES = 4
+"""Draws that may fail in a row because the pieces that were drawn fit no batch within the caps."""
+
 Drawn = list[tuple[HeldSample, HeldPiece]]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, eq=False)
 class Turns:
-    """Training samples held, and how many batches each was in."""
+    """Training samples held, and how many batches each was in; for N samples with P pieces."""
 
     samples: tuple[HeldSample, ...] = ()
+    """Recent ones first."""
     visits: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    num_pieces: npt.NDArray[np.int64] = field(default_factory=lambda: np.ones(0, dtype=np.int64))
+    """[N]; ``Memory.draw`` counts in it."""
+    arrived: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[N] how many training samples had arrived before each."""
 
     @classmethod
-    def of(cls, samples: Iterable[HeldSample], visits: dict[str, int]) -> Turns:
-        """Turns of these samples, whose visits so far are known by key."""
+    def of(
+        cls, samples: Iterable[HeldSample], visits: dict[str, int], arrived: dict[str, int]
+    ) -> Turns:
+        """Turns of these samples, whose visits and arrivals are known by key."""
         held = tuple(samples)
         return cls(
             held,
             np.array([visits.get(x.key, 0) for x in held], dtype=np.int64),
-            np.array([len(x.pieces) for x in held], dtype=np.int64),
+            np.array([arrived.get(x.key, 0) for x in held], dtype=np.int64),
         )
+
+    def arrivals(self) -> dict[str, int]:
+        """``arrived`` by key."""
+        return dict(zip((x.key for x in self.samples), self.arrived.tolist(), strict=True))
 
     def by_key(self) -> dict[str, int]:
         """Visits of the samples that had any."""
         pairs = zip(self.samples, self.visits.tolist(), strict=True)
         return {sample.key: n for sample, n in pairs if n}
+
+    @cached_property
+    def num_pieces(self) -> npt.NDArray[np.int64]:
+        """[N]."""
+        return np.array([len(x.pieces) for x in self.samples], dtype=np.int64)
+
+    @cached_property
+    def tenants(self) -> npt.NDArray[np.int64]:
+        """[N] number of each sample's tenant."""
+        return _numbered([x.tenant for x in self.samples])
+
+    @cached_property
+    def domains(self) -> npt.NDArray[np.int64]:
+        """[N] number of each sample's domain."""
+        return _numbered([x.domain for x in self.samples])
+
+    @cached_property
+    def surprise(self) -> npt.NDArray[np.float64]:
+        """[N]; NaN if unknown."""
+        return np.array([x.surprise for x in self.samples], dtype=np.float64)
+
+    @cached_property
+    def pieces(self) -> tuple[HeldPiece, ...]:
+        """[P] pieces of one sample after another."""
+        return tuple(piece for sample in self.samples for piece in sample.pieces)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """[2, P] rows with a loss, and positions, of ``pieces``."""
+        sizes = [(len(piece.rows), len(piece.slots)) for piece in self.pieces]
+        return np.array(sizes, dtype=np.int64).reshape(-1, 2).T
 
 
 @dataclass(slots=True)
@@ -70,6 +117,8 @@ class Memory:
     """Their rows with a loss."""
     trained_rows: int = 0
     """Rows with a loss that updates were trained on, counted each time."""
+    held_back: str | None = None
+    """Why the samples held make no batch."""
 
     def take_in(self, samples: Sequence[Sample]) -> None:
         """Split new samples into held-out and training samples, and upload those that are kept.
@@ -92,7 +141,9 @@ class Memory:
         if self.store.num_free > _ROOMY * self.store.num_pages:
             self.room = min(1.0, self.room / _SHRINK)
         self._hold(*self._mixed(self.replay, training, self.judges, judges))
-        self.turns = Turns.of(self.samples(), self.turns.by_key())
+        new = {x.key: self.num_samples + at for at, x in enumerate(training)}
+        self.turns = Turns.of(self.samples(), self.turns.by_key(), self.turns.arrivals() | new)
+        self.held_back = None
 
     def _hold(self, replay: Replay[Any], held_out: Replay[Any]) -> None:
         """Hold these mixes instead of the present ones; fewer traces of them if not all fit."""
@@ -173,32 +224,80 @@ class Memory:
                 f"fresh traces: {self.fresh_rows} rows were seen {seen:.2f} times, "
                 f"trainer.replay_ratio={s.replay_ratio:g}"
             )
-        return None
+        return self.held_back
 
     def draw(self, random: np.random.Generator) -> Drawn:
         """Draw the pieces of the next batch, up to ``batch_tokens`` positions, and count the
         visits.
 
-        Most come from the samples trained on least often, so that new traffic is learnt first and
-        every sample gets its turn. A share of ``reservoir_share`` is drawn uniformly from all
-        samples held, reservoir included, so that old traffic is not forgotten.
+        ``trainer.draw`` names the rule that decides which samples are taken; one piece of each, any
+        of them. Empty if the caps on tenants and domains leave no batch; ``waits_for`` then says
+        so until more samples arrive.
         """
+        s = self.settings
+        rule = draw_rule(s.draw)
+        if s.max_tenant_share is None and s.max_domain_share is None:
+            return self._until_full(rule(self._pool(), s, random), random)
+        for _ in range(_TRIES):
+            parts = self._within_caps(rule(self._pool(), s, random), random)
+            if parts:
+                return parts
+        self.held_back = self._why_no_batch()
+        return []
+
+    def _pool(self) -> Pool:
         turns = self.turns
-        count = len(turns.samples)
-        by_need = np.lexsort((random.random(count), turns.visits / turns.num_pieces))
-        by_luck = random.permutation(count)
-        take_any = random.random(2 * count) < self.settings.reservoir_share
+        return Pool(
+            age_N=self.num_samples - 1 - turns.arrived,
+            visits_N=turns.visits,
+            num_pieces_N=turns.num_pieces,
+            is_recent_N=np.arange(len(turns.samples)) < len(self.replay.recent),
+            num_older=self.replay.num_left,
+            tenant_N=turns.tenants,
+            domain_N=turns.domains,
+            surprise_N=turns.surprise,
+        )
+
+    def _until_full(self, places: Places, random: np.random.Generator) -> Drawn:
         parts: Drawn = []
         num_tokens = 0
-        for place in _interleaved(by_need, by_luck, take_any):
-            sample = turns.samples[place]
+        for place in places:
+            sample = self.turns.samples[place]
             piece = sample.pieces[int(random.integers(len(sample.pieces)))]
             num_tokens += len(piece.slots)
             if parts and num_tokens > self.settings.batch_tokens:
                 break
             parts.append((sample, piece))
-            turns.visits[place] += 1
+            self.turns.visits[place] += 1
         return parts
+
+    def _within_caps(self, places: Places, random: np.random.Generator) -> Drawn:
+        """As ``_until_full``, but no tenant or domain gets more than its share of the rows."""
+        turns, s = self.turns, self.settings
+        first = (turns.num_pieces.cumsum() - turns.num_pieces)[places]
+        chosen = first + random.integers(turns.num_pieces[places])
+        num_rows, num_tokens = turns.sizes[:, chosen]
+        bounds = (turns.tenants, s.max_tenant_share), (turns.domains, s.max_domain_share)
+        caps = [Cap(strata[places], share) for strata, share in bounds if share is not None]
+        rows = rows_within(num_rows, num_tokens, s.batch_tokens, caps)
+        taken = np.flatnonzero(rows)
+        turns.visits[places[taken]] += 1
+        return [
+            (turns.samples[places[at]], _shortened(turns.pieces[chosen[at]], int(rows[at]), random))
+            for at in taken.tolist()
+        ]
+
+    def _why_no_batch(self) -> str:
+        turns, s = self.turns, self.settings
+        shares = {"tenant": s.max_tenant_share, "domain": s.max_domain_share}
+        strata = {"tenant": turns.tenants, "domain": turns.domains}
+        found = "; ".join(
+            f"{len(np.unique(strata[name]))} {name}s of the {strata_needed(share)} or more that "
+            f"trainer.max_{name}_share={share:g} needs"
+            for name, share in shares.items()
+            if share is not None
+        )
+        return f"traces of more tenants or domains: {found}"
 
     def to_json(self) -> dict[str, Any]:
         """State for a checkpoint. Samples are saved by key; the trace log still holds them."""
@@ -210,6 +309,8 @@ class Memory:
             "held_out_older": [x.key for x in self.judges.reservoir],
             "held_out_left": self.judges.num_left,
             "visits": self.turns.by_key(),
+            "arrivals": self.turns.arrivals(),
+            "held_back": self.held_back,
             "room": self.room,
             "num_samples": self.num_samples,
             "fresh_rows": self.fresh_rows,
@@ -245,7 +346,10 @@ class Memory:
         if found:
             self.store.prepare(next(iter(found.values())))
         self._hold(replay, judges)
-        self.turns = Turns.of(self.samples(), stored["visits"])
+        # Earlier checkpoints lack the next two; samples of unknown arrival count as the oldest.
+        arrived = stored.get("arrivals", {})
+        self.held_back = stored.get("held_back")
+        self.turns = Turns.of(self.samples(), stored["visits"], arrived)
         self.num_samples = stored["num_samples"]
         self.fresh_rows = stored["fresh_rows"]
         self.trained_rows = stored["trained_rows"]
@@ -269,18 +373,18 @@ def _in_store(replay: Replay[Any], held: dict[str, HeldSample]) -> Replay[HeldSa
     return Replay(recent, reservoir, replay.num_left)
 
 
-def _interleaved(
-    needed: npt.NDArray[Any], lucky: npt.NDArray[Any], take_lucky: npt.NDArray[Any]
-) -> Iterator[int]:
-    """Each index once, taken from the front of the list that ``take_lucky`` selects."""
-    queues = {False: iter(needed), True: iter(lucky)}
-    seen = set[int]()
-    for choice in take_lucky:
-        place = next(queues[bool(choice)], None)
-        if place is not None and int(place) not in seen:
-            seen.add(int(place))
-            yield int(place)
-    for place in queues[False]:
-        if int(place) not in seen:
-            seen.add(int(place))
-            yield int(place)
+def _numbered(names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Numbers from 0 instead of names."""
+    numbers = {name: at for at, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], dtype=np.int64)
+
+
+def _shortened(piece: HeldPiece, num_rows: int, random: np.random.Generator) -> HeldPiece:
+    """A part of the piece with so many consecutive rows, behind as much context."""
+    left_out = len(piece.rows) - num_rows
+    if not left_out:
+        return piece
+    start = int(random.integers(left_out + 1))
+    rows = piece.rows[start : start + num_rows]
+    first = rows[0] - piece.rows[0]
+    return HeldPiece(piece.slots[first : rows[-1] + 2], rows - first)

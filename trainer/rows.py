@@ -38,6 +38,9 @@ class HeldSample:
     num_loss_rows: int
     version: int | None
     """See ``Sample``."""
+    tenant: str
+    domain: str
+    surprise: float | None
 
 
 class Columns(NamedTuple):
@@ -310,7 +313,16 @@ def _held(sample: Sample, slots: Ints, pages: tuple[int, ...]) -> HeldSample:
         )
         for piece in sample.pieces
     )
-    return HeldSample(sample.key, pieces, pages, sample.num_loss_rows, sample.version)
+    return HeldSample(
+        sample.key,
+        pieces,
+        pages,
+        sample.num_loss_rows,
+        sample.version,
+        sample.tenant,
+        sample.domain,
+        sample.surprise,
+    )
 
 
 def _loss_rows(known: Tensor, piece: Piece) -> Ints:

@@ -215,6 +215,12 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
         ("result",),
         {(result,): n for result, n in figures.swaps.items()},
     )
+    yield counters(
+        "weight_refusals",
+        "Versions that were not taken, by reason.",
+        ("reason",),
+        {(reason,): n for reason, n in figures.refusals.items()},
+    )
     copies = SummaryMetricFamily(
         f"{PREFIX}weight_swap_seconds", "Time of the copies into the drafter.", labels=_LABELS
     )

@@ -26,6 +26,10 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32,
 }  # fmt: skip
+_LARGEST_ITEM_BYTES = 8
+"""A bundle may be stored as float64."""
+_OTHER_BYTES = 64 << 20
+"""Most bytes of a bundle's file besides weights: header, vocabulary."""
 _PIECE_BYTES = 8 << 20
 """Bytes copied at a time: 0.2 ms to a GPU. An upload of a round waits for two pieces at most."""
 
@@ -61,7 +65,7 @@ class FlatWeights:
             parameter.data = view
             self.spans[name] = (at, parameter.shape, parameter.stride())
             at += _extent(parameter)
-        self.host = HostBuffer()
+        self.host = HostBuffer(_LARGEST_ITEM_BYTES * total + _OTHER_BYTES)
         """Memory that bundles are read into."""
         self._buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
         self._spare: Tensor | None = None
@@ -105,6 +109,8 @@ class FlatWeights:
         for name, (_, shape, _) in self.spans.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(tensors[name].shape)}")
+            if not tensors[name].is_floating_point():  # a copy would convert it
+                raise ValueError(f"{name} must be of a floating type, got {tensors[name].dtype}")
         for name in set(tensors) & set(self._buffers):
             if not torch.equal(tensors[name], self._buffers[name]):
                 raise ValueError(f"{name} differs from the running drafter's; restart to change it")
@@ -180,6 +186,16 @@ def _pieces(to: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield from _pieces(to_row, row)
 
 
+class RefusedError(ValueError):
+    """A version that is not loaded; the message says why, and that the old weights keep serving."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+        """Under which it is counted: ``damaged``, ``unsigned``, ``signature``, ``kind``,
+        ``target``, ``shape``, ``tensors`` or ``away``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Staged:
     """Verified weights, ready to be copied in."""
@@ -203,24 +219,27 @@ def load_bundle(
     """Read a version, check all of it, and stage it.
 
     Raises:
-        ValueError: it is damaged, made for another target, or of another kind or shape; the message
-            says which, and that the old weights keep serving.
+        RefusedError: it is damaged, not signed as the store demands, made for another target, or of
+            another kind or shape.
     """
     try:
         bundle = store.read_into(weights.host, version)
-    except (BundleError, OSError) as error:
-        raise ValueError(str(error)) from error
+    except BundleError as error:
+        raise RefusedError(error.reason, str(error)) from error
+    except OSError as error:
+        raise RefusedError("away", str(error)) from error
     manifest = bundle.manifest
     name = f"snapshot {manifest.version}"
     keep = "not swapping; the running version keeps serving"
     if manifest.kind != expected.kind:
-        raise ValueError(
-            f"{name} is a {manifest.kind} drafter, this one is {expected.kind}; {keep}"
+        raise RefusedError(
+            "kind", f"{name} is a {manifest.kind} drafter, this one is {expected.kind}; {keep}"
         )
     if manifest.target_fingerprint != expected.target_fingerprint:
-        raise ValueError(
+        raise RefusedError(
+            "target",
             f"{name} was made for target {manifest.target_fingerprint[:12]}, this server runs "
-            f"{expected.target_fingerprint[:12]}; {keep}. Point the trainer at the same target."
+            f"{expected.target_fingerprint[:12]}; {keep}. Point the trainer at the same target.",
         )
     if manifest.drafter_config != expected.drafter_config:
         keys = sorted(
@@ -228,11 +247,11 @@ def load_bundle(
             for k in set(manifest.drafter_config) | set(expected.drafter_config)
             if manifest.drafter_config.get(k) != expected.drafter_config.get(k)
         )
-        raise ValueError(f"{name} has another shape ({', '.join(keys)} differ); {keep}")
+        raise RefusedError("shape", f"{name} has another shape ({', '.join(keys)} differ); {keep}")
     try:
         staged = weights.stage(_tensors(bundle))
     except ValueError as error:
-        raise ValueError(f"{name} cannot be used: {error}; {keep}") from error
+        raise RefusedError("tensors", f"{name} cannot be used: {error}; {keep}") from error
     return Staged(manifest, staged)
 
 

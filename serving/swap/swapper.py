@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from buffer.interface import ServiceAwayError, WeightsStore
 from configs.logs import Lasting
 from policies.rollback import Action, SwapWatch
-from serving.swap.flat_weights import Expected, Staged, load_bundle
+from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
 from serving.swap.in_force import WeightsInForce
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Shelf:
         """Read, check and stage a version.
 
         Raises:
-            ValueError: it is refused; the message says why.
+            RefusedError: the message says why.
         """
         self.mark(force.versions() | {version})
         staged = load_bundle(self.store, version, force.weights, self._expected)
@@ -157,6 +157,7 @@ class Swapper:
         # Held while loading and handing over; never taken by the engine's thread.
         self._one_swap = threading.RLock()
         self._last_error: str | None = None
+        self._refusals: Counter[str] = Counter()
         self._stopping = threading.Event()
         self._look_now = threading.Event()
         """Something was published, or this swapper stops."""
@@ -193,6 +194,7 @@ class Swapper:
             "denied": sorted(force.denied),
             "gate": force.current.gate,
             "swaps": self.counts(),
+            "refusals": self.refusals(),
             "swap_seconds": force.swap_seconds,
             "history": list(force.history[-200:]),
             "last_error": self._last_error,
@@ -201,6 +203,10 @@ class Swapper:
     def counts(self) -> dict[str, int]:
         """``swapped``, ``rejected``, ``rolled_back``."""
         return {k: self._force.counts[k] for k in ("swapped", "rejected", "rolled_back")}
+
+    def refusals(self) -> dict[str, int]:
+        """``rejected`` by reason, see ``RefusedError``."""
+        return dict(self._refusals)
 
     @property
     def swap_seconds(self) -> float:
@@ -256,8 +262,9 @@ class Swapper:
     def _load(self, version: int) -> Staged:
         try:
             staged = self._shelf.load(version, self._force)
-        except ValueError as error:
+        except RefusedError as error:
             self._force.counts["rejected"] += 1
+            self._refusals[error.reason] += 1
             self._last_error = str(error)
             log.warning("%s", error)
             raise

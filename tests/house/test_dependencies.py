@@ -71,8 +71,8 @@ def _modules(tree: ast.Module) -> set[str]:
 
 
 CORE = declared(PROJECT["dependencies"])
-CLIENTS = extra("redis") | extra("kafka")
-"""Clients of the services that buffers may use."""
+CLIENTS = extra("redis") | extra("kafka") | extra("signatures")
+"""What buffers use if the settings say so: clients of services, and signatures."""
 
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
@@ -103,6 +103,7 @@ def test_every_extra_is_known_here():
         "gguf",
         "redis",
         "kafka",
+        "signatures",
         "dev",
     }
 

@@ -71,7 +71,7 @@ def test_biases_are_counted():
 def test_a_trace_keeps_the_shape_of_the_distribution_without_biases_and_penalties():
     params = SamplingParams(temperature=0.5, seed=3, presence_penalty=1.0, stop=("x",))
     assert trace_values(params) == {
-        "temperature": 0.5, "top_p": 1.0, "top_k": None, "min_p": 0.0, "seed": 3,
+        "temperature": 0.5, "top_p": 1.0, "top_k": None, "min_p": 0.0, "seed": 3, "domain": None,
     }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_every_field_reaches_the_parameters():
         "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125, "seed": 7, "stop": "x",
         "stop_token_ids": [1, 2], "ignore_eos": True, "presence_penalty": 1,
         "frequency_penalty": -1, "repetition_penalty": 2, "logit_bias": {"5": 1},
-        "cache_salt": "s",
+        "cache_salt": "s", "domain": "code",
         "include_stop_str_in_output": True, "skip_special_tokens": False,
     }  # fmt: skip
     body = CompletionRequest(prompt="hi", **asked)
@@ -95,7 +95,7 @@ def test_every_field_reaches_the_parameters():
         temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=9, stop=("x",),
         stop_token_ids=(1, 2), ignore_eos=True, presence_penalty=1, frequency_penalty=-1,
         repetition_penalty=2, logit_bias=((5, 1.0),), max_tokens=4, logprobs=1,
-        cache_salt="s",
+        cache_salt="s", domain="code",
         include_stop_str_in_output=True, skip_special_tokens=False,
     )  # fmt: skip
     assert {*asked, "max_tokens", "logprobs"} == set(TABLE)

@@ -350,14 +350,20 @@ def test_a_trainer_goes_on_from_the_older_checkpoint_if_the_newest_is_damaged(
     assert events(tmp_path, "resumed")[-1]["step"] == 1
 
 
-def test_a_resumed_trainer_is_the_one_that_was_never_stopped(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "draws", [{}, {"draw": "surprise", "max_tenant_share": 0.4}], ids=["default", "chosen"]
+)
+def test_a_resumed_trainer_is_the_one_that_was_never_stopped(
+    world: World, tmp_path: Path, draws: dict[str, Any]
+) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for run_dir in (whole, halves):
-        write_traces(run_dir, world.traces)
-    train(settings_for(whole, world.target, max_steps=14, publish_every_steps=100))
+        write_traces(run_dir, [replace(x, tenant=f"tenant-{x.seq % 4}") for x in world.traces])
+    values = {"publish_every_steps": 100, **draws}
+    train(settings_for(whole, world.target, max_steps=14, **values))
 
-    train(settings_for(halves, world.target, max_steps=7, publish_every_steps=100))
-    train(settings_for(halves, world.target, max_steps=14, publish_every_steps=100))
+    train(settings_for(halves, world.target, max_steps=7, **values))
+    train(settings_for(halves, world.target, max_steps=14, **values))
 
     ends = [read_checkpoint(run_dir / "trainer" / "checkpoints") for run_dir in (whole, halves)]
     assert ends[0] is not None and ends[1] is not None

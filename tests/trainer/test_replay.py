@@ -69,7 +69,8 @@ def test_a_share_of_each_batch_comes_from_everything_held(world: World) -> None:
     memory = memory_of(world, reservoir_share=0.5, recent_traces=10)
     memory.take_in(samples_of(world))
     reservoir = {x.key for x in memory.replay.reservoir}
-    memory.turns = Turns.of(memory.samples(), dict.fromkeys(reservoir, 1000))  # nobody needs them
+    seen = dict.fromkeys(reservoir, 1000)  # nobody needs them
+    memory.turns = Turns.of(memory.samples(), seen, {})
 
     random = np.random.default_rng(0)
     drawn = [x.key for _ in range(40) for x, _ in memory.draw(random)]

@@ -60,6 +60,19 @@ def test_an_empty_store_has_no_versions_and_begins_with_0(store):
         store.newest_sound()
 
 
+def test_a_file_that_the_weights_in_use_cannot_need_is_refused_before_memory_is_taken(store):
+    publish(store, 0)
+    size = len(store.read(0).files["drafter.safetensors"])
+    assert store.read_into(HostBuffer(size), 0).content.nbytes == size
+
+    class NoMemory(HostBuffer):
+        def take(self, num_bytes):
+            raise AssertionError("memory was taken")
+
+    with pytest.raises(BundleError, match=f"has {size} bytes, at most {size - 1} make sense"):
+        store.read_into(NoMemory(size - 1), 0)
+
+
 @each_reader
 def test_a_version_that_does_not_exist_is_refused(store, read):
     publish(store, 0)

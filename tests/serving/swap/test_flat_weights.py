@@ -168,6 +168,10 @@ def test_a_number_too_large_for_the_served_dtype_is_refused(tmp_path, device):
         ({"more": torch.zeros(1)}, r"missing \[\], unexpected \['more'\]"),
         ({"norm": torch.zeros(12)}, r"norm must be \[13\], got \[12\]"),
         ({"norm": torch.zeros(13, dtype=torch.uint8)}, "norm is U8, none of"),
+        (
+            {"norm": torch.zeros(13, dtype=torch.int32)},
+            "norm must be of a floating type, got torch.int32",
+        ),
         ({"table": torch.zeros(4, dtype=torch.int64)}, "table differs from the running drafter's"),
     ],
 )

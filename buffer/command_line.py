@@ -1,0 +1,109 @@
+"""What the commands of ``buffer`` share: how a place is named, what is printed, how errors end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buffer.backends import CATALOG, open_backend
+from buffer.interface import Backend, Report
+from configs.schema import Settings
+
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="run folder, e.g. runs/demo, or a URL as in buffer.url; by default those of the "
+        "settings",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object per line")]
+TenantOption = Annotated[
+    list[str] | None, typer.Option("--tenant", help="only traces of this tenant; repeatable")
+]
+DomainOption = Annotated[
+    list[str] | None, typer.Option("--domain", help="only traces of this domain; repeatable")
+]
+VersionsOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--drafter-version", min=0, help="only traces that this version drafted for; repeatable"
+    ),
+]
+SinceOption = Annotated[
+    str | None, typer.Option("--since", help="only traces that finished then or later, ISO 8601")
+]
+UntilOption = Annotated[
+    str | None, typer.Option("--until", help="only traces that finished before, ISO 8601")
+]
+
+
+def run_backend(run: str | None, settings: Settings) -> Backend:
+    """The buffer that the settings name, in another run folder or at another URL if one is given.
+
+    Raises:
+        ValueError: there is no such folder, or the URL cannot be used.
+    """
+    if run is not None and is_url(run):
+        return open_backend(run, settings.run_dir)
+    folder = settings.run_dir if run is None else Path(run)
+    if run is not None and not folder.is_dir():
+        raise ValueError(f"{run} is neither a run folder nor a URL")
+    return open_backend(settings.buffer.url, folder)
+
+
+def place(text: str, settings: Settings, must_exist: bool) -> Backend:
+    """The buffer at a URL, or the embedded log of a run folder.
+
+    Raises:
+        ValueError: there is no such folder, or the URL cannot be used.
+    """
+    if is_url(text):
+        return open_backend(text, settings.run_dir)
+    if must_exist and not Path(text).is_dir():
+        raise ValueError(f"{text} is neither a run folder nor a URL")
+    return open_backend("log:", Path(text))
+
+
+def is_url(text: str) -> bool:
+    """Whether a place is named by a URL. Never part of a message: it may hold a password."""
+    return "://" in text or (text.partition(":")[0] in CATALOG and ":" in text)
+
+
+def unix_ms(text: str | None, option: str) -> int | None:
+    """A time of the command line; without a zone it is UTC.
+
+    Raises:
+        ValueError: it is no time.
+    """
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(
+            f"{option} must be a time such as 2026-11-28T09:30, got {text!r}"
+        ) from None
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Print why something cannot be done, and exit with code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
+
+
+def print_reports(reports: Iterable[Report], as_json: bool) -> None:
+    """One line for each."""
+    for report in reports:
+        typer.echo(json.dumps(report.to_json()) if as_json else report.to_line())

@@ -1,0 +1,109 @@
+"""``buffer copy`` and ``buffer replay``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from buffer.backends import limits_of
+from buffer.command_line import (
+    DomainOption,
+    JsonOption,
+    SinceOption,
+    TenantOption,
+    UntilOption,
+    VersionsOption,
+    place,
+    print_reports,
+    refusing,
+    unix_ms,
+)
+from buffer.resend import Sent, StoppedError, Wanted, copy_traces, replay_traces
+from configs.cli import ConfigOption, SetOption, settings_from_cli
+
+SourceArgument = Annotated[
+    str, typer.Argument(help="run folder, or URL as in buffer.url, whose traces are read")
+]
+DestinationArgument = Annotated[
+    str, typer.Argument(help="run folder, or URL as in buffer.url, that gets them")
+]
+
+
+def copy(
+    source: SourceArgument,
+    destination: DestinationArgument,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy the traces of one buffer to another, each exactly once.
+
+    Traces that the destination holds are passed over, by producer, epoch and number. A copy that
+    was interrupted continues when it is started again, and a second one adds nothing.
+
+    Exit code 0: the destination holds all traces. 1: some are missing, and the output says why; or
+    the destination failed on the way. 2: wrong usage or settings, or a buffer cannot be reached.
+    """
+    settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
+    with refusing():
+        limits = limits_of(settings.buffer)
+        places = place(source, settings, True), place(destination, settings, False)
+        _finish(lambda: copy_traces(*places, limits), as_json)
+
+
+def replay(
+    source: SourceArgument,
+    destination: DestinationArgument,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-3, help="traces per second; as fast as it goes without")
+    ] = None,
+    as_new: Annotated[
+        bool,
+        typer.Option(
+            "--as-new",
+            help="give the traces a new identity, so that a trainer that knows them learns them "
+            "again; which of them it holds out changes, too",
+        ),
+    ] = False,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    tenant: TenantOption = None,
+    domain: DomainOption = None,
+    drafter_version: VersionsOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send the traces of one buffer, or some of them, to another, whether or not it had them: for
+    example to the one that a trainer reads.
+
+    Exit code 0: all that were asked for were sent. 1: some were not, and the output says why; or
+    the destination failed on the way. 2: wrong usage or settings, or a buffer cannot be reached.
+    """
+    settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
+    with refusing():
+        limits = limits_of(settings.buffer)
+        places = place(source, settings, True), place(destination, settings, False)
+        wanted = Wanted(
+            unix_ms(since, "--since"),
+            unix_ms(until, "--until"),
+            frozenset(tenant or ()),
+            frozenset(domain or ()),
+            frozenset(drafter_version or ()),
+        )
+        _finish(lambda: replay_traces(*places, limits, wanted, rate=rate, as_new=as_new), as_json)
+
+
+def _finish(send: Callable[[], Sent], as_json: bool) -> None:
+    """Send, say what became of it, and exit accordingly."""
+    try:
+        sent = send()
+    except StoppedError as stopped:
+        print_reports([stopped.sent], as_json)
+        typer.echo(f"stopped: {stopped}; start it again to continue", err=True)
+        raise typer.Exit(code=1) from stopped
+    print_reports([sent], as_json)
+    if sent.is_damaged:
+        raise typer.Exit(code=1)
