@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from buffer.counts import BufferStats
+from buffer.deletions import Deleted, Deletions
 from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
 from buffer.folder_weights import FolderWeights
 from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Payload, Report, TraceLimits
 from buffer.layout import QUARANTINE
+from buffer.log_deletion import delete_from_log, read_deletions
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments, log_stats, report_size
@@ -48,6 +50,12 @@ class EmbeddedLog(Backend):
 
     def open_weights(self) -> FolderWeights:
         return FolderWeights(self._weights)
+
+    def delete(self, tenant: str) -> Deleted:
+        return delete_from_log(self._root, tenant)
+
+    def deletions(self) -> Deletions:
+        return read_deletions(self._root)
 
     def stats(self) -> BufferStats:
         return log_stats(self._root)

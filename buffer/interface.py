@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 from buffer.bundles import Bundle, BundleError, BundleInBuffer, ExpectedTensors, HostBuffer
 from buffer.counts import BufferStats, ReaderCounts, WriterCounts
+from buffer.deletions import Deleted, Deletions
 from buffer.records import Manifest
 
 MAX_READ_BYTES = 64 << 20
@@ -138,6 +139,14 @@ class TraceWriter(Protocol):
             OSError: as ``sync``.
         """
         ...
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        """Remove records that wait in memory and were not sent yet, and count them ``deleted``.
+
+        Returns:
+            How many they were; always 0 where none waits.
+        """
+        return 0
 
     def close(self) -> None:
         """Sync, then tell readers that this writer is done. Nothing is pending afterwards."""
@@ -459,6 +468,27 @@ class Backend(Protocol):
         ...
 
     def open_weights(self) -> WeightsStore: ...
+
+    def delete(self, tenant: str) -> Deleted:
+        """Delete all records of a tenant, put-aside ones among them, and list the tenant, so that
+        records of its earlier requests that arrive later are dropped.
+
+        Readers pass over what was deleted, and count it; so do groups that had not got it. May be
+        repeated, and must be after an error. What the tenant sends from now on is kept.
+
+        Raises:
+            OSError: storage failed, or cannot delete.
+        """
+        raise OSError(errno.ENOTSUP, f"{type(self).__name__} cannot delete records of a tenant")
+
+    def deletions(self) -> Deletions:
+        """The tenants that were deleted, each until when.
+
+        Raises:
+            OSError: storage failed.
+            ValueError: the list is damaged.
+        """
+        return Deletions()
 
     def stats(self) -> BufferStats:
         """Count what is stored, and what each group has done with it, without changing anything.

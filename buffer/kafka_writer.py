@@ -17,7 +17,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kafka import KafkaProducer, TopicPartition
@@ -65,7 +65,7 @@ class KafkaWriter(TraceWriter):
     @property
     def counts(self) -> WriterCounts:
         out = self._outbox
-        pending = out.appended - out.durable - out.doubtful - out.dropped
+        pending = out.appended - out.durable - out.doubtful - out.dropped - out.removed
         return WriterCounts(
             out.appended,
             out.durable,
@@ -74,6 +74,7 @@ class KafkaWriter(TraceWriter):
             self._eviction.num_records,
             self._eviction.num_bytes,
             out.dropped,
+            out.removed,
         )
 
     def append(self, payload: Payload) -> int:
@@ -105,6 +106,9 @@ class KafkaWriter(TraceWriter):
                 return range(0)
         self._eviction.evict()
         return self._outbox.take_acknowledged()
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        return self._outbox.remove(is_unwanted)
 
     def close(self) -> None:
         if self._is_closed:

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from buffer.bundles import (
     sound_tensors,
 )
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
+from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
 from buffer.interface import (
     MAX_READ_BYTES,
     MAX_UNREADABLE_BYTES,
@@ -59,7 +60,8 @@ DEFAULT_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class _Appended:
-    payload: bytes
+    payload: bytes | None
+    """``None``: it was deleted."""
     appended_s: float
     """Unix time, seconds."""
 
@@ -84,6 +86,8 @@ class _Share:
     committed: int = 0
     lost: int = 0
     """Evicted before they were handed out, or after a member had left them."""
+    deleted: int = 0
+    """Deleted likewise."""
     in_hand: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Number -> the member that has it, and how many records that member had got before."""
     left: dict[int, tuple[str, int]] = field(default_factory=dict)
@@ -105,6 +109,7 @@ class _Held:
     marks: dict[str, set[int]] = field(default_factory=dict)
     epoch: int = 0
     watchers: list[Callable[[], None]] = field(default_factory=list)
+    deletions: Deletions = field(default_factory=Deletions)
     groups: dict[str, dict[str, _Share]] = field(default_factory=dict)
     """Group -> writer -> what it has done with its records."""
 
@@ -143,16 +148,37 @@ class MemoryBackend(Backend):
     def open_weights(self) -> MemoryWeights:
         return MemoryWeights(self._held, self._url)
 
+    def delete(self, tenant: str) -> Deleted:
+        held, records, num_bytes = self._held, 0, 0
+        with held.lock:
+            held.deletions = held.deletions.with_tenant(digest_of(tenant), now_ms())
+            for stream in held.streams.values():
+                for number, record in stream.records.items():
+                    owner = None if record.payload is None else owner_of(record.payload)
+                    if record.payload is not None and owner is not None and owner.tenant == tenant:
+                        stream.records[number] = replace(record, payload=None)
+                        records, num_bytes = records + 1, num_bytes + len(record.payload)
+            held.num_bytes -= num_bytes
+            theirs = [name for name, one in held.unreadable.items() if may_be_of(tenant, one)]
+            for name in theirs:
+                del held.unreadable[name]
+        return Deleted(records, num_bytes, len(theirs))
+
+    def deletions(self) -> Deletions:
+        return self._held.deletions
+
     def stats(self) -> BufferStats:
         held = self._held
         with held.lock:
             streams = held.streams.values()
+            deleted = sum(map(_num_deleted, streams))
             return BufferStats(
                 num_writers=len(held.streams),
                 appended=sum(stream.end for stream in streams),
-                held=sum(len(stream.records) for stream in streams),
+                held=sum(len(stream.records) for stream in streams) - deleted,
                 held_bytes=held.num_bytes,
                 groups=tuple(_counts_of(name, held) for name in sorted(held.groups)),
+                deleted=deleted,
             )
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
@@ -224,7 +250,7 @@ class MemoryWriter(TraceWriter):
         ):
             if _oldest_s(oldest) > expired_s and held.num_bytes <= self._max_bytes:
                 return
-            num_bytes = len(oldest.records.pop(oldest.first).payload)
+            num_bytes = len(oldest.records.pop(oldest.first).payload or b"")
             oldest.first += 1
             held.num_bytes -= num_bytes
             self._evicted_records += 1
@@ -233,6 +259,10 @@ class MemoryWriter(TraceWriter):
 
 def _has_records(stream: _Stream) -> bool:
     return stream.first < stream.end
+
+
+def _num_deleted(stream: _Stream) -> int:
+    return sum(record.payload is None for record in stream.records.values())
 
 
 def _oldest_s(stream: _Stream) -> float:
@@ -249,11 +279,13 @@ class MemoryReader(RecordReader):
         self._held = held
         self._next: dict[str, int] = dict(offsets or {})
         self._turn = 0
-        self._read = self._evicted_unread = 0
+        self._read = self._evicted_unread = self._deleted = 0
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+        return ReaderCounts(
+            read=self._read, evicted_unread=self._evicted_unread, deleted=self._deleted
+        )
 
     def offsets(self) -> dict[str, int]:
         return dict(self._next)
@@ -286,7 +318,11 @@ class MemoryReader(RecordReader):
             while self._next[name] < stream.end:
                 number = self._next[name]
                 self._next[name] = number + 1
-                yield Record(stream.records[number].payload, name, str(number))
+                payload = stream.records[number].payload
+                if payload is None:
+                    self._deleted += 1
+                else:
+                    yield Record(payload, name, str(number))
 
 
 class MemoryMember(RecordReader):
@@ -305,11 +341,13 @@ class MemoryMember(RecordReader):
         self._group = group
         self._name = secrets.token_hex(8)
         self._handed = 0
-        self._read = self._evicted_unread = 0
+        self._read = self._evicted_unread = self._deleted = 0
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+        return ReaderCounts(
+            read=self._read, evicted_unread=self._evicted_unread, deleted=self._deleted
+        )
 
     def offsets(self) -> dict[str, Any]:
         return {"member": self._name, "handed": self._handed}
@@ -328,10 +366,15 @@ class MemoryMember(RecordReader):
                     number = self._next_number(share, stream)
                     if number is None:
                         break
+                    payload = stream.records[number].payload
+                    if payload is None:
+                        share.deleted += 1
+                        self._deleted += 1
+                        continue
                     share.in_hand[number] = self._name, self._handed
                     self._handed += 1
-                    records.append(Record(stream.records[number].payload, writer, str(number)))
-                    max_bytes -= len(records[-1].payload)
+                    records.append(Record(payload, writer, str(number)))
+                    max_bytes -= len(payload)
         self._read += len(records)
         return records
 
@@ -380,14 +423,17 @@ class MemoryMember(RecordReader):
 
 
 def _counts_of(group: str, held: _Held) -> GroupCounts:
-    committed = pending = lost = 0
+    committed = pending = lost = deleted = 0
     for writer, stream in held.streams.items():
         share = held.groups[group].get(writer, _Share())
         gone = max(0, stream.first - share.next) + sum(n not in stream.records for n in share.left)
+        ahead = (*share.left, *range(max(share.next, stream.first), stream.end))
+        blank = sum(n in stream.records and stream.records[n].payload is None for n in ahead)
         committed += share.committed
         lost += share.lost + gone
-        pending += stream.end - share.committed - share.lost - gone
-    return GroupCounts(group, committed, pending, lost)
+        deleted += share.deleted + blank
+        pending += stream.end - share.committed - share.lost - gone - share.deleted - blank
+    return GroupCounts(group, committed, pending, lost, deleted)
 
 
 class MemoryWeights(WeightsStore):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.counts import BufferStats
+from buffer.deletions import Deleted, Deletions
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -23,6 +24,7 @@ from buffer.interface import (
     TraceLimits,
 )
 from buffer.redis_client import RedisClient
+from buffer.redis_deletion import delete_from_redis, read_deletions
 from buffer.redis_member import RedisMember
 from buffer.redis_reader import RedisReader
 from buffer.redis_stats import read_stats
@@ -38,6 +40,8 @@ class RedisBuffer(Backend):
 
     def __init__(self, url: str, run_dir: Path) -> None:
         self._options = parse_redis_url(url, run_dir)
+        self._kept = RedisClient(self._options)
+        """For what is asked again and again."""
 
     def open_trace_writer(self, limits: TraceLimits) -> RedisWriter:
         return RedisWriter(self._client(), limits)
@@ -66,6 +70,16 @@ class RedisBuffer(Backend):
 
     def open_weights(self) -> RedisWeights:
         return RedisWeights(self._client())
+
+    def delete(self, tenant: str) -> Deleted:
+        client = self._client()
+        try:
+            return delete_from_redis(client, tenant)
+        finally:
+            client.close()
+
+    def deletions(self) -> Deletions:
+        return read_deletions(self._kept)
 
     def stats(self) -> BufferStats:
         client = self._client()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from buffer.interface import TraceLimits
-from buffer.redis_batches import Batch, batches_key, ends_key, id_of, records_key
+from buffer.redis_batches import Batch, batches_key, ends_key, id_of, records_key, removed_key
 from buffer.redis_client import RedisClient
 
 _LOOK_S = 1.0
@@ -84,10 +84,11 @@ class RedisEvictor:
     def _delete(self, writer: str, batch: Batch) -> None:
         options = self._client.options
         from_here = ("MINID", "=", id_of(batch.end))
-        deleted, _ = self._client.at_once(
+        deleted, *_ = self._client.at_once(
             [
                 ("XTRIM", records_key(options, writer), *from_here),
                 ("XTRIM", batches_key(options, writer), *from_here),
+                ("ZREMRANGEBYSCORE", removed_key(options, writer), "-inf", batch.end - 1),
             ]
         )
         if deleted:

@@ -26,7 +26,14 @@ from buffer.redis_batches import Entry, number_of, payload_of
 from buffer.redis_client import RedisClient
 from buffer.redis_group import Consumer, Pending, RedisGroup
 from buffer.redis_presence import Presence, alive_members, end_presence
-from buffer.redis_reader import WRITERS_AT_ONCE, Ends, SizeEstimate, first_held, hand_out
+from buffer.redis_reader import (
+    WRITERS_AT_ONCE,
+    Ends,
+    SizeEstimate,
+    first_held,
+    hand_out,
+    num_deleted,
+)
 from buffer.version_rules import check_group
 
 _LOOK_S = 1.0
@@ -61,13 +68,15 @@ class RedisMember(RecordReader):
         self._size = SizeEstimate()
         self._next_look_s = 0.0
         self._presence: Presence | None = None
-        self._read = self._evicted_unread = 0
+        self._read = self._evicted_unread = self._deleted = 0
         self._lock = threading.Lock()
         """Guards all of the above."""
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+        return ReaderCounts(
+            read=self._read, evicted_unread=self._evicted_unread, deleted=self._deleted
+        )
 
     def offsets(self) -> dict[str, dict[str, int]]:
         with self._lock:
@@ -171,7 +180,10 @@ class RedisMember(RecordReader):
             last = self._queue(writer, self._own.main, handed.entries)
             self._known[writer] = ends[writer]
             if last is not None:
-                self._evicted_unread += last + 1 - handed.before - len(handed.entries)
+                gone = last + 1 - handed.before - len(handed.entries)
+                deleted = gone and num_deleted(self._client, writer, handed.before, last + 1)
+                self._deleted += min(gone, deleted)
+                self._evicted_unread += gone - min(gone, deleted)
                 if len(handed.entries) == count:
                     self._known[writer] = last + 1
         return None in found.values()

@@ -29,6 +29,7 @@ class Spool:
         """Payload bytes of all of them, the batch included."""
         self.added = 0
         self.dropped = 0
+        self.removed = 0
 
     def __len__(self) -> int:
         return len(self._batch) + len(self._waiting)
@@ -89,6 +90,15 @@ class Spool:
         self.num_bytes -= sum(len(payload) for _, _, payload in self._batch)
         num_records, self._batch = len(self._batch), []
         return num_records
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        """Remove some of those that are not on their way; returns how many."""
+        kept = deque(one for one in self._waiting if not is_unwanted(one[2]))
+        num_removed = len(self._waiting) - len(kept)
+        self.num_bytes -= sum(len(one[2]) for one in self._waiting) - sum(len(k[2]) for k in kept)
+        self.removed += num_removed
+        self._waiting = kept
+        return num_removed
 
     def drop_all(self) -> None:
         """Drop everything that is not on its way."""

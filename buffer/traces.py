@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from buffer.codec import UnreadableRecordError, decode_traces
+from buffer.deletions import Deletions, DeletionWatch
 from buffer.interface import MAX_READ_BYTES, Backend, Offsets, Record, ServiceAwayError
 from buffer.records import Trace
 
@@ -27,7 +28,7 @@ _MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one seen first is
 class TraceCounts:
     """Records by outcome.
 
-    Written = read + duplicate + quarantined + damaged + evicted_unread + not read yet.
+    Written = read + duplicate + quarantined + damaged + evicted_unread + deleted + not read yet.
     """
 
     read: int
@@ -40,6 +41,8 @@ class TraceCounts:
     evicted_unread: int
     quarantined_by_reason: dict[str, int]
     """See ``codec.Reason``."""
+    deleted: int = 0
+    """Deleted with their tenant."""
 
 
 class TraceReader:
@@ -62,7 +65,8 @@ class TraceReader:
         self._backend = backend
         self._records = backend.open_record_reader(offsets["places"] or None, group)
         self._seen = SeenTraces.from_json(offsets["seen"])
-        self._read = self._duplicate = 0
+        self._read = self._duplicate = self._deleted = 0
+        self._deletions = DeletionWatch(backend.deletions)
         self._reasons: Counter[str] = Counter()
 
     @property
@@ -77,6 +81,7 @@ class TraceReader:
             torn=below.torn,
             evicted_unread=below.evicted_unread,
             quarantined_by_reason=dict(self._reasons),
+            deleted=below.deleted + self._deleted,
         )
 
     def offsets(self) -> dict[str, Any]:
@@ -87,6 +92,11 @@ class TraceReader:
         """The group is done with all that was read when ``offsets()`` returned this; see
         ``RecordReader.commit``."""
         self._records.commit(offsets["places"])
+
+    @property
+    def deletions(self) -> Deletions:
+        """Tenants that were deleted, as far as ``read`` knows."""
+        return self._deletions.latest
 
     def close(self) -> None:
         """Leave the group: other members get what was not committed."""
@@ -104,6 +114,7 @@ class TraceReader:
         """
         traces: list[Trace] = []
         num_records = num_bytes = 0
+        self._deletions.look()
         while num_records < max_traces and num_bytes < MAX_READ_BYTES:
             # A few at a time: they are checked while the processor's cache still holds them.
             try:
@@ -126,6 +137,9 @@ class TraceReader:
             return None
         if not self._seen.add(trace.producer, trace.epoch, trace.seq):
             self._duplicate += 1
+            return None
+        if self._deletions.latest.covers(trace.tenant, trace.finished_unix_ms):
+            self._deleted += 1
             return None
         self._read += 1
         return trace

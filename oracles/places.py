@@ -128,6 +128,8 @@ _LACKS: dict[Kind, dict[str, str]] = {
         "test_what_is_evicted_before_it_was_committed_is_lost_and_counted": _NO_DELETION,
         "test_a_reader_that_is_opened_with_offsets_commits_them": _NO_COMMIT,
         "test_each_group_gets_everything_and_a_reader_without_one_leaves_no_mark": _NO_COMMIT,
+        "test_every_record_is_committed_pending_lost_or_deleted": "Tansu drops what commits say",
+        "test_a_deletion_takes_what_was_put_aside_along": _NO_DELETION,
         "test_appended_is_committed_plus_pending_plus_lost_at_any_time": (
             "Tansu takes three seconds for each change of a group"
         ),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from buffer.deletions import Owner
 from buffer.records import Count, FeatureRows, Trace
 from drafters.samples import Piece, Sample
 from policies.preference import row_weights
@@ -104,6 +105,7 @@ def sample_of(
         trace.sampling.temperature,
         int(versions.max()) if versions.size else None,
         _weights(trace, expected.emphasis),
+        Owner(trace.tenant, trace.finished_unix_ms),
     )
 
 

@@ -6,13 +6,14 @@ counts how often each was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from buffer.deletions import Owner
 from configs.schema import TrainerSettings
 from drafters.samples import Sample
 from policies.replay import Replay, add, is_held_out
@@ -86,6 +87,22 @@ class Memory:
         self._keep(training, judges)
         self.num_samples += len(training)
         self.fresh_rows += sum(x.num_loss_rows for x in training)
+
+    def forget(self, is_deleted: Callable[[Owner], bool]) -> int:
+        """Drop the samples of deleted tenants, and overwrite their rows.
+
+        Returns:
+            How many they were.
+        """
+        held = (*_all(self.replay), *_all(self.judges))
+        gone = [x for x in held if x.owner is not None and is_deleted(x.owner)]
+        if gone:
+            self.store.wipe(gone)
+            self.store.drop(gone)
+            keys = {x.key for x in gone}
+            self.replay, self.judges = _without(self.replay, keys), _without(self.judges, keys)
+            self.turns = Turns.of(self.samples(), self.turns.by_key())
+        return len(gone)
 
     def _keep(self, training: Sequence[Sample], judges: Sequence[Sample]) -> None:
         """Take in what the replay mix keeps."""
@@ -259,6 +276,13 @@ def keys_in(stored: dict[str, Any]) -> set[str]:
 
 def _all(replay: Replay[Any]) -> tuple[Any, ...]:
     return (*replay.recent, *replay.reservoir)
+
+
+def _without(replay: Replay[HeldSample], keys: set[str]) -> Replay[HeldSample]:
+    recent, reservoir = (
+        tuple(x for x in part if x.key not in keys) for part in (replay.recent, replay.reservoir)
+    )
+    return Replay(recent, reservoir, replay.num_left)
 
 
 def _in_store(replay: Replay[Any], held: dict[str, HeldSample]) -> Replay[HeldSample]:
