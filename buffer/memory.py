@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -128,6 +128,17 @@ class MemoryBackend(Backend):
         self._url = url
         self._held = _BUFFERS[name]
 
+    @classmethod
+    def private(cls) -> Self:
+        """A buffer that no name leads to."""
+        made = cls.__new__(cls)
+        made._url, made._held = "memory:", _Held()
+        return made
+
+    def open_named_writer(self, name: str, limits: TraceLimits) -> MemoryWriter:
+        """A writer whose stream has this name."""
+        return MemoryWriter(self._held, limits, name)
+
     def open_trace_writer(self, limits: TraceLimits) -> MemoryWriter:
         return MemoryWriter(self._held, limits)
 
@@ -188,12 +199,12 @@ class MemoryBackend(Backend):
 class MemoryWriter(TraceWriter):
     """Appends to a stream of its own; records are stored at once and acknowledged by ``sync``."""
 
-    def __init__(self, held: _Held, limits: TraceLimits) -> None:
+    def __init__(self, held: _Held, limits: TraceLimits, name: str | None = None) -> None:
         self._held = held
         self._limits = limits
         self._max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
         with held.lock:
-            self._name = f"w{len(held.streams)}"
+            self._name = f"w{len(held.streams)}" if name is None else name
             self._stream = held.streams.setdefault(self._name, _Stream())
         self._durable = self._evicted_records = self._evicted_bytes = 0
         self._pending_since = 0.0

@@ -20,6 +20,7 @@ import pytest
 from buffer.backends import open_backend
 from buffer.interface import Backend
 from buffer.redis_url import parse_redis_url
+from buffer.socket_buffer import SocketBackend
 from oracles.kafka_brokers import Broker, Kind
 from oracles.redis_servers import RedisServer, debian_binary, valkey_binary
 
@@ -66,6 +67,14 @@ def _log(tmp_path: Path) -> Place:
 
 def _memory(tmp_path: Path) -> Place:
     return Place(f"memory:{tmp_path}", tmp_path, for_processes=False, notifies=True)
+
+
+def _socket(tmp_path: Path) -> Place:
+    place = Place("socket:", tmp_path)
+    holder = place.open()
+    assert isinstance(holder, SocketBackend) and holder.host()
+    _HOLDERS.append(holder)
+    return place
 
 
 def _valkey(tmp_path: Path) -> Place:
@@ -193,11 +202,14 @@ def _server(binary: str) -> RedisServer:
 
 
 _RUNNING: list[RedisServer] = []
+_HOLDERS: list[SocketBackend] = []
+"""Each holds its buffer in this process as long as it is here."""
 _BROKERS: list[tuple[Broker, Path]] = []
 
 PLACES: dict[str, Callable[[Path], Place]] = {
     "log": _log,
     "memory": _memory,
+    "socket": _socket,
     "valkey": _valkey,
     "redis": _debian_redis,
     "tansu": _kafka("tansu"),
@@ -207,6 +219,7 @@ PLACES: dict[str, Callable[[Path], Place]] = {
 
 def close_servers() -> None:
     """End all servers that were started."""
+    _HOLDERS.clear()
     while _RUNNING:
         _RUNNING.pop().close()
     while _BROKERS:
