@@ -1,4 +1,4 @@
-"""Inspect the traces and versions of a run. Read-only.
+"""Inspect the traces and versions of a run, and delete what a tenant left.
 
 Exit code 0: all fine. 1: something is damaged. 2: wrong usage or settings, or the buffer cannot be
 reached.
@@ -16,8 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
+from buffer.audit import audit
 from buffer.backends import limits_of, open_backend
 from buffer.bundles import BundleError
+from buffer.cli_delete import delete
 from buffer.codec import UnreadableRecordError, decode_trace
 from buffer.counts import BufferStats, GroupCounts
 from buffer.interface import Backend, Report, TraceLimits, WeightsStore
@@ -25,6 +27,7 @@ from buffer.records import Acceptance, Count, Trace
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
+app.command()(delete)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,10 @@ class StatsLine(Report):
 
     def to_line(self) -> str:
         s = self.stats
+        deleted = f", {s.deleted} deleted" if s.deleted else ""
         return (
             f"records: {s.appended} written by {s.num_writers} writers, {s.held} held, "
-            f"{s.held_bytes} bytes"
+            f"{s.held_bytes} bytes{deleted}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +120,10 @@ class GroupLine(Report):
 
     def to_line(self) -> str:
         c = self.counts
-        return f"group {c.group}: {c.committed} committed, {c.pending} pending, {c.lost} lost"
+        deleted = f", {c.deleted} deleted" if c.deleted else ""
+        return (
+            f"group {c.group}: {c.committed} committed, {c.pending} pending, {c.lost} lost{deleted}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "group", **asdict(self.counts)}
@@ -124,7 +131,7 @@ class GroupLine(Report):
 
 @app.callback()
 def main(version: VersionOption = False) -> None:
-    """Inspect the traces and versions of a run. Read-only."""  # keeps `inspect` a subcommand
+    """Inspect the traces and versions of a run."""  # keeps `inspect` a subcommand
 
 
 RunArgument = Annotated[
@@ -154,6 +161,7 @@ def inspect(
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     with _refusing():
         backend = open_backend(settings.buffer.url, settings.run_dir if run is None else run)
+        audit(run or settings.run_dir, "inspect", settings.buffer.url)
         reports = list(inspect_backend(backend, limits_of(settings.buffer)))
     _print(reports, as_json)
     if any(report.is_damaged for report in reports):
@@ -175,6 +183,7 @@ def stats(
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     with _refusing():
         found = open_backend(settings.buffer.url, settings.run_dir if run is None else run).stats()
+        audit(run or settings.run_dir, "stats", settings.buffer.url)
     _print([StatsLine(found), *map(GroupLine, found.groups)], as_json)
 
 

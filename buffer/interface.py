@@ -141,11 +141,7 @@ class TraceWriter(Protocol):
         ...
 
     def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
-        """Remove records that wait in memory and were not sent yet, and count them ``deleted``.
-
-        Returns:
-            How many they were; always 0 where none waits.
-        """
+        """Remove, count as ``deleted`` and return the number of records that were not sent yet."""
         return 0
 
     def close(self) -> None:
@@ -471,10 +467,9 @@ class Backend(Protocol):
 
     def delete(self, tenant: str) -> Deleted:
         """Delete all records of a tenant, put-aside ones among them, and list the tenant, so that
-        records of its earlier requests that arrive later are dropped.
-
-        Readers pass over what was deleted, and count it; so do groups that had not got it. May be
-        repeated, and must be after an error. What the tenant sends from now on is kept.
+        those of its earlier requests that arrive later are dropped. Repeat it after an error.
+        Readers, and groups that had not got a record, count it. What the tenant sends from now on
+        is kept.
 
         Raises:
             OSError: storage failed, or cannot delete.
@@ -482,12 +477,8 @@ class Backend(Protocol):
         raise OSError(errno.ENOTSUP, f"{type(self).__name__} cannot delete records of a tenant")
 
     def deletions(self) -> Deletions:
-        """The tenants that were deleted, each until when.
-
-        Raises:
-            OSError: storage failed.
-            ValueError: the list is damaged.
-        """
+        """The tenants that were deleted, each until when. Raises OSError, or ValueError if the list
+        is damaged."""
         return Deletions()
 
     def stats(self) -> BufferStats:

@@ -7,27 +7,13 @@ see it, so a server and a trainer started by their commands need another backend
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
-from buffer.bundles import (
-    Bundle,
-    BundleError,
-    BundleInBuffer,
-    ExpectedTensors,
-    HostBuffer,
-    files_problem,
-    prepare_bundle,
-    sound_tensors,
-)
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
 from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
 from buffer.interface import (
@@ -41,80 +27,17 @@ from buffer.interface import (
     Report,
     TraceLimits,
     TraceWriter,
-    WeightsStore,
     check_record,
 )
-from buffer.manifest import TENSORS
-from buffer.records import Manifest
-from buffer.version_rules import (
-    check_group,
-    check_keep,
-    check_may_publish,
-    check_producer,
-    versions_to_prune,
-)
+from buffer.memory_held import Appended, Held, Share, Stream
+from buffer.memory_weights import MemoryWeights
+from buffer.version_rules import check_group
 
 DEFAULT_BYTES = 1 << 30
 """What a buffer holds where ``max_bytes`` leaves it open."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Appended:
-    payload: bytes | None
-    """``None``: it was deleted."""
-    appended_s: float
-    """Unix time, seconds."""
-
-
-@dataclass(slots=True)
-class _Stream:
-    """Records of one writer by number; evicted ones are removed from the front."""
-
-    records: dict[int, _Appended] = field(default_factory=dict)
-    first: int = 0
-    """Number of the oldest record kept."""
-    end: int = 0
-    """One past the number of the newest."""
-
-
-@dataclass(slots=True)
-class _Share:
-    """What one group has done with the records of one writer."""
-
-    next: int = 0
-    """Number of the next record to be handed out."""
-    committed: int = 0
-    lost: int = 0
-    """Evicted before they were handed out, or after a member had left them."""
-    deleted: int = 0
-    """Deleted likewise."""
-    in_hand: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """Number -> the member that has it, and how many records that member had got before."""
-    left: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """The same of records that members left, ascending: a checkpoint may still commit them."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """Content of one named buffer. ``lock`` guards all of it."""
-
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    streams: dict[str, _Stream] = field(default_factory=dict)
-    unreadable: dict[str, bytes] = field(default_factory=dict)
-    num_bytes: int = 0
-    """Payload bytes of all records kept."""
-    bundles: dict[int, Bundle] = field(default_factory=dict)
-    highest: int = -1
-    denied: set[int] = field(default_factory=set)
-    marks: dict[str, set[int]] = field(default_factory=dict)
-    epoch: int = 0
-    watchers: list[Callable[[], None]] = field(default_factory=list)
-    deletions: Deletions = field(default_factory=Deletions)
-    groups: dict[str, dict[str, _Share]] = field(default_factory=dict)
-    """Group -> writer -> what it has done with its records."""
-
-
-_BUFFERS: defaultdict[str, _Held] = defaultdict(_Held)
+_BUFFERS: defaultdict[str, Held] = defaultdict(Held)
 """Buffers of this process by name."""
 
 
@@ -132,7 +55,7 @@ class MemoryBackend(Backend):
     def private(cls) -> Self:
         """A buffer that no name leads to."""
         made = cls.__new__(cls)
-        made._url, made._held = "memory:", _Held()
+        made._url, made._held = "memory:", Held()
         return made
 
     def open_named_writer(self, name: str, limits: TraceLimits) -> MemoryWriter:
@@ -199,13 +122,13 @@ class MemoryBackend(Backend):
 class MemoryWriter(TraceWriter):
     """Appends to a stream of its own; records are stored at once and acknowledged by ``sync``."""
 
-    def __init__(self, held: _Held, limits: TraceLimits, name: str | None = None) -> None:
+    def __init__(self, held: Held, limits: TraceLimits, name: str | None = None) -> None:
         self._held = held
         self._limits = limits
         self._max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
         with held.lock:
             self._name = f"w{len(held.streams)}" if name is None else name
-            self._stream = held.streams.setdefault(self._name, _Stream())
+            self._stream = held.streams.setdefault(self._name, Stream())
         self._durable = self._evicted_records = self._evicted_bytes = 0
         self._pending_since = 0.0
 
@@ -231,7 +154,7 @@ class MemoryWriter(TraceWriter):
             number = self._stream.end
             if number == self._durable:
                 self._pending_since = time.monotonic()
-            self._stream.records[number] = _Appended(bytes(payload), time.time())
+            self._stream.records[number] = Appended(bytes(payload), time.time())
             self._stream.end = number + 1
             self._held.num_bytes += len(payload)
             self._evict()
@@ -268,22 +191,22 @@ class MemoryWriter(TraceWriter):
             self._evicted_bytes += num_bytes
 
 
-def _has_records(stream: _Stream) -> bool:
+def _has_records(stream: Stream) -> bool:
     return stream.first < stream.end
 
 
-def _num_deleted(stream: _Stream) -> int:
+def _num_deleted(stream: Stream) -> int:
     return sum(record.payload is None for record in stream.records.values())
 
 
-def _oldest_s(stream: _Stream) -> float:
+def _oldest_s(stream: Stream) -> float:
     return stream.records[stream.first].appended_s
 
 
 class MemoryReader(RecordReader):
     """Follows all streams of a buffer. An offset is the number of the next record."""
 
-    def __init__(self, held: _Held, offsets: Offsets | None = None) -> None:
+    def __init__(self, held: Held, offsets: Offsets | None = None) -> None:
         for name, number in (offsets or {}).items():
             if type(number) is not int:
                 raise ValueError(f"offsets of {name!r} must be a record number, got {number!r}")
@@ -340,7 +263,7 @@ class MemoryMember(RecordReader):
     """A member of a group. Its offsets are its name and how many records it has got, so whoever
     opens a member with them succeeds it."""
 
-    def __init__(self, held: _Held, group: str, offsets: Offsets | None = None) -> None:
+    def __init__(self, held: Held, group: str, offsets: Offsets | None = None) -> None:
         match dict(offsets or {}):
             case nothing if not nothing:
                 self._predecessor = None
@@ -372,7 +295,7 @@ class MemoryMember(RecordReader):
                 self._predecessor = None
             shares = self._held.groups.setdefault(self._group, {})
             for writer, stream in self._held.streams.items():
-                share = shares.setdefault(writer, _Share())
+                share = shares.setdefault(writer, Share())
                 while len(records) < max_records and max_bytes > 0:
                     number = self._next_number(share, stream)
                     if number is None:
@@ -397,7 +320,7 @@ class MemoryMember(RecordReader):
         with self._held.lock:
             self._leave(self._name)
 
-    def _next_number(self, share: _Share, stream: _Stream) -> int | None:
+    def _next_number(self, share: Share, stream: Stream) -> int | None:
         """Number of the next record to hand out; what was evicted before counts as lost."""
         while share.left:
             number = next(iter(share.left))
@@ -413,7 +336,7 @@ class MemoryMember(RecordReader):
         share.next += 1
         return share.next - 1
 
-    def _has_lost(self, share: _Share, num_records: int) -> None:
+    def _has_lost(self, share: Share, num_records: int) -> None:
         share.lost += num_records
         self._evicted_unread += num_records
 
@@ -433,10 +356,10 @@ class MemoryMember(RecordReader):
             share.left = dict(sorted((share.left | left).items()))
 
 
-def _counts_of(group: str, held: _Held) -> GroupCounts:
+def _counts_of(group: str, held: Held) -> GroupCounts:
     committed = pending = lost = deleted = 0
     for writer, stream in held.streams.items():
-        share = held.groups[group].get(writer, _Share())
+        share = held.groups[group].get(writer, Share())
         gone = max(0, stream.first - share.next) + sum(n not in stream.records for n in share.left)
         ahead = (*share.left, *range(max(share.next, stream.first), stream.end))
         blank = sum(n in stream.records and stream.records[n].payload is None for n in ahead)
@@ -445,106 +368,3 @@ def _counts_of(group: str, held: _Held) -> GroupCounts:
         deleted += share.deleted + blank
         pending += stream.end - share.committed - share.lost - gone - share.deleted - blank
     return GroupCounts(group, committed, pending, lost, deleted)
-
-
-class MemoryWeights(WeightsStore):
-    """Versions of one buffer. Only ``unmark_in_use`` removes a server's mark: a server that dies
-    without calling it takes the store with it."""
-
-    def __init__(self, held: _Held, location: str) -> None:
-        self._held = held
-        self._location = location
-
-    @property
-    def location(self) -> str:
-        return self._location
-
-    def versions(self) -> list[int]:
-        with self._held.lock:
-            return sorted(self._held.bundles)
-
-    def next_version(self) -> int:
-        return self._held.highest + 1
-
-    def take_over(self) -> int:
-        with self._held.lock:
-            self._held.epoch += 1
-            return self._held.epoch
-
-    def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
-    ) -> Manifest:
-        manifest, _ = prepare_bundle(manifest, files)
-        with self._held.lock:
-            check_may_publish(
-                self._location, manifest.version, self.next_version(), epoch, self._held.epoch
-            )
-            self._held.highest = manifest.version
-            self._held.bundles[manifest.version] = Bundle(manifest, dict(files))
-            watchers = list(self._held.watchers)
-        for notify in watchers:
-            notify()
-        return manifest
-
-    def watch(self, notify: Callable[[], None]) -> Callable[[], None]:
-        self._held.watchers.append(notify)
-        return lambda: self._held.watchers.remove(notify)
-
-    def read_manifest(self, version: int) -> Manifest:
-        return self._bundle(version).manifest
-
-    def read(self, version: int, expected: ExpectedTensors | None = None) -> Bundle:
-        bundle = self._bundle(version)
-        problem = files_problem(bundle.files, expected)
-        if problem is not None:
-            raise BundleError(str(version), f"{self._location}: {problem}")
-        return Bundle(bundle.manifest, dict(bundle.files))
-
-    def read_into(
-        self, host: HostBuffer, version: int, expected: ExpectedTensors | None = None
-    ) -> BundleInBuffer:
-        bundle = self.read(version, expected)
-        source = np.frombuffer(bundle.files[TENSORS], np.uint8)
-        content = host.take(source.size)
-        content[:] = source
-        return BundleInBuffer(
-            bundle.manifest, content, sound_tensors(TENSORS, content.data, expected)
-        )
-
-    def change_mark(self, version: int) -> int:
-        """0: a stored version never changes."""
-        return 0
-
-    def read_denied(self) -> set[int]:
-        return set(self._held.denied)
-
-    def write_denied(self, denied: Collection[int]) -> None:
-        self._held.denied = set(denied)
-
-    def mark_in_use(self, producer: str, in_use: Collection[int]) -> None:
-        check_producer(producer)
-        with self._held.lock:
-            self._held.marks[producer] = set(in_use)
-
-    def unmark_in_use(self, producer: str) -> None:
-        with self._held.lock, suppress(KeyError):
-            del self._held.marks[producer]
-
-    def prune(self, keep: int, in_use: Collection[int] = ()) -> list[int]:
-        check_keep(keep)
-        with self._held.lock:
-            used = set(in_use).union(*self._held.marks.values())
-            removed = versions_to_prune(self.versions(), keep, used, self._parent_of)
-            for version in removed:
-                del self._held.bundles[version]
-        return removed
-
-    def _parent_of(self, version: int) -> int | None:
-        return self._bundle(version).manifest.parent
-
-    def _bundle(self, version: int) -> Bundle:
-        with self._held.lock:
-            bundle = self._held.bundles.get(version)
-        if bundle is None:
-            raise BundleError(str(version), f"{self._location} has no version {version}")
-        return bundle

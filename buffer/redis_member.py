@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -68,15 +69,13 @@ class RedisMember(RecordReader):
         self._size = SizeEstimate()
         self._next_look_s = 0.0
         self._presence: Presence | None = None
-        self._read = self._evicted_unread = self._deleted = 0
+        self._counts = ReaderCounts()
         self._lock = threading.Lock()
         """Guards all of the above."""
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(
-            read=self._read, evicted_unread=self._evicted_unread, deleted=self._deleted
-        )
+        return self._counts
 
     def offsets(self) -> dict[str, dict[str, int]]:
         with self._lock:
@@ -89,7 +88,7 @@ class RedisMember(RecordReader):
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
         with self._lock:
             records = hand_out(self._fetched, self._fetch, self._hand_out, max_records, max_bytes)
-            self._read += len(records)
+            self._counts = replace(self._counts, read=self._counts.read + len(records))
         return records
 
     def _hand_out(self, fetched: tuple[_Key, int, Record]) -> Record:
@@ -182,11 +181,19 @@ class RedisMember(RecordReader):
             if last is not None:
                 gone = last + 1 - handed.before - len(handed.entries)
                 deleted = gone and num_deleted(self._client, writer, handed.before, last + 1)
-                self._deleted += min(gone, deleted)
-                self._evicted_unread += gone - min(gone, deleted)
+                self._missed(gone - min(gone, deleted), min(gone, deleted))
                 if len(handed.entries) == count:
                     self._known[writer] = last + 1
         return None in found.values()
+
+    def _missed(self, num_evicted: int, num_deleted: int) -> None:
+        """So many records are gone before they were handed out."""
+        counts = self._counts
+        self._counts = replace(
+            counts,
+            evicted_unread=counts.evicted_unread + num_evicted,
+            deleted=counts.deleted + num_deleted,
+        )
 
     def _queue(self, writer: str, consumer: str, entries: list[Entry]) -> int | None:
         """Records that arrived; returns the number of the last one."""
@@ -234,7 +241,7 @@ class RedisMember(RecordReader):
         if len(entries) < len(numbers):
             held = first_held(self._client, dead.writer)
             gone = [number for number in numbers if held is None or number < held]
-            self._evicted_unread += len(gone)
+            self._missed(len(gone), 0)
 
 
 class _OwnNames:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from buffer.audit import audit
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend
@@ -54,6 +55,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     fingerprint = target_fingerprint(folder)
     head = load_target_head(folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
+    audit(settings.run_dir, "read", settings.buffer.url, group=settings.trainer.group)
     store = backend.open_weights()
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)

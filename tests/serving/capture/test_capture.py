@@ -13,7 +13,8 @@ import torch
 from buffer.backends import open_backend
 from buffer.codec import decode_trace
 from buffer.interface import TraceLimits
-from buffer.memory import MemoryWriter, _Held
+from buffer.memory import MemoryWriter
+from buffer.memory_held import Held
 from buffer.records import Round
 from buffer.segment_writer import SegmentWriter
 from buffer.traces import TraceReader
@@ -263,7 +264,7 @@ LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_i
 
 def test_a_disk_that_is_stuck_delays_no_copy_until_memory_is_full():
     """Ten traces find room, the rest wait in the queue, whose oldest are dropped."""
-    disk = SlowDisk(_Held(), LIMITS)
+    disk = SlowDisk(Held(), LIMITS)
     recorder = Recorder(disk, 5, 0.01, max_waiting_bytes=10_000)
     encoded = threading.Semaphore(0)
 
@@ -290,7 +291,7 @@ def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
     def senseless():
         raise ValueError("tenant must be a short text")
 
-    recorder = Recorder(MemoryWriter(_Held(), LIMITS), 100, 0.01, 1 << 24)
+    recorder = Recorder(MemoryWriter(Held(), LIMITS), 100, 0.01, 1 << 24)
     for encode in (lambda: b"one", senseless, lambda: None, lambda: bytes(1 << 23 | 1)):
         recorder.put(encode)
     recorder.start()
