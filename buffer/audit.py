@@ -21,6 +21,8 @@ from buffer.files import OWNER_FILE
 log = logging.getLogger(__name__)
 
 FILE = "audit.jsonl"
+_OF_A_RUN = ("write", "read")
+"""What servers and trainers do, whose run folder is made if it is missing."""
 Action = Literal["write", "read", "inspect", "stats", "delete", "replay", "copy", "vocabulary"]
 
 
@@ -47,12 +49,15 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
     log.info("audit: %s", text)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if action in _OF_A_RUN:
+            run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / FILE, flags, OWNER_FILE)
         try:
             os.write(descriptor, text.encode() + b"\n")
         finally:
             os.close(descriptor)
+    except FileNotFoundError:  # whoever looks at a buffer may have no run folder here
+        return
     except OSError as error:
         log.warning("%s cannot be written (%s): an access is noted in this log only", FILE, error)
 

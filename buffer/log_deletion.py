@@ -39,10 +39,16 @@ def read_deletions(root: Path) -> Deletions:
         OSError: the disk failed.
         ValueError: the list is damaged.
     """
+    path = root / DELETIONS
     try:
-        return Deletions.from_json(json.loads((root / DELETIONS).read_bytes()))
+        return Deletions.from_json(json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return Deletions()
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): nobody knows who was deleted. Remove it, and delete the "
+            f"tenants again"
+        ) from None
 
 
 def delete_from_log(root: Path, tenant: str) -> Deleted:
