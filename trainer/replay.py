@@ -184,6 +184,8 @@ class Memory:
         s = self.settings
         if self.num_samples < s.min_traces:
             return f"traces: {self.num_samples} of trainer.min_traces={s.min_traces}"
+        if not self.turns.samples:  # all were deleted, or none was found again after a restart
+            return "traces: none is held any more"
         if self.trained_rows + s.batch_tokens > s.replay_ratio * self.fresh_rows:
             seen = self.trained_rows / self.fresh_rows
             return (
