@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from buffer.counts import BufferStats
 from buffer.deletions import Deleted, Deletions
+from buffer.eviction import Evictor
 from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
 from buffer.folder_weights import FolderWeights
 from buffer.interface import MAX_UNREADABLE_BYTES, Backend, Offsets, Payload, Report, TraceLimits
@@ -29,6 +31,7 @@ class EmbeddedLog(Backend):
         self._root = log_root(url, run_dir)
         self._weights = run_dir / "weights"
         self._max_unreadable_bytes = max_unreadable_bytes
+        self._evictor: Evictor | None = None
 
     def open_trace_writer(self, limits: TraceLimits) -> SegmentWriter:
         return SegmentWriter(self._root, limits)
@@ -56,6 +59,12 @@ class EmbeddedLog(Backend):
 
     def deletions(self) -> Deletions:
         return read_deletions(self._root)
+
+    def expire(self, limits: TraceLimits) -> None:
+        if self._root.is_dir():
+            if self._evictor is None:
+                self._evictor = Evictor(self._root, limits, own=self._root)
+            self._evictor.evict(time.time(), own_open=None)
 
     def stats(self) -> BufferStats:
         return log_stats(self._root)

@@ -469,17 +469,16 @@ class Backend(Protocol):
         """Delete all records of a tenant, put-aside ones among them, and list the tenant, so that
         those of its earlier requests that arrive later are dropped. Repeat it after an error.
         Readers, and groups that had not got a record, count it. What the tenant sends from now on
-        is kept.
-
-        Raises:
-            OSError: storage failed, or cannot delete.
+        is kept. Raises OSError.
         """
         raise OSError(errno.ENOTSUP, f"{type(self).__name__} cannot delete records of a tenant")
 
     def deletions(self) -> Deletions:
-        """The tenants that were deleted, each until when. Raises OSError, or ValueError if the list
-        is damaged."""
+        """The tenants that were deleted. Raises OSError, or ValueError if the list is damaged."""
         return Deletions()
+
+    def expire(self, limits: TraceLimits) -> None:
+        """Remove what is too old, put-aside records too, as writers do. Raises OSError."""
 
     def stats(self) -> BufferStats:
         """Count what is stored, and what each group has done with it, without changing anything.

@@ -15,7 +15,7 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from buffer.counts import BufferStats, GroupCounts
-from buffer.deletions import Deleted, Deletions, owner_of
+from buffer.deletions import Deleted, Deletions, now_ms, owner_of
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -104,6 +104,12 @@ class KafkaBackend(Backend):
     def deletions(self) -> Deletions:
         with kafka_errors(f"{self._link.address.location}: deletions cannot be read"):
             return self._deletion_log.follow()
+
+    def expire(self, limits: TraceLimits) -> None:
+        """Of put-aside records; writers and the topic's retention see to the others."""
+        expired_ms = now_ms() - round(limits.ttl_s * 1000)
+        with kafka_errors(f"{self._link.address.location}: old records are not removed"):
+            clear_quarantine(self._link, expired_ms)
 
     def stats(self) -> BufferStats:
         """Reads all records, because Kafka keeps no count of their bytes."""

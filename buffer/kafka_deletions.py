@@ -91,8 +91,11 @@ class DeletionLog:
                 self._deletions = self._deletions.with_tenant(digest, until_ms)
 
 
-def clear_quarantine(link: KafkaLink) -> int:
-    """Delete all records that were put aside: nobody can tell whose they are.
+def clear_quarantine(link: KafkaLink, before_ms: int | None = None) -> int:
+    """Delete records that were put aside: nobody can tell whose they are.
+
+    Args:
+        before_ms: unix ms; only those put aside before. ``None``: all.
 
     Returns:
         How many they were.
@@ -107,6 +110,9 @@ def clear_quarantine(link: KafkaLink) -> int:
             return 0
         begin: int = consumer.beginning_offsets([partition])[partition]
         end: int = consumer.end_offsets([partition])[partition]
+        if before_ms is not None and end > begin:
+            found = consumer.offsets_for_times({partition: before_ms})[partition]
+            end = end if found is None else found.offset
     finally:
         close_consumer(consumer)
     if end > begin:

@@ -93,6 +93,13 @@ class Outbox:
         self.waiting = kept
         return num_removed
 
+    def drop_older(self, age_s: float) -> None:
+        """Drop those of which nothing was sent and that wait for longer than this."""
+        oldest_s = time.monotonic() - age_s
+        while self.waiting and not self.waiting[0].pieces and self.waiting[0].appended_s < oldest_s:
+            self._waiting_bytes -= len(self.waiting.popleft().payload)
+            self.dropped += 1
+
     def give_up(self) -> None:
         """Count what is left: sent is doubtful, the rest was never sent."""
         self.doubtful += len(self.sent)

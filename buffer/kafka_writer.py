@@ -98,6 +98,7 @@ class KafkaWriter(TraceWriter):
         return self._outbox.take_acknowledged()
 
     def tend(self) -> range:
+        self._outbox.drop_older(self._limits.ttl_s)
         oldest_s, now_s = self._outbox.oldest_s, time.monotonic()
         if oldest_s is not None:
             is_due = now_s - oldest_s >= self._limits.sync_interval_s

@@ -76,8 +76,9 @@ class MemoryBackend(Backend):
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         with self._held.lock:
             kept = self._held.unreadable
-            if sum(map(len, kept.values())) + len(payload) <= MAX_UNREADABLE_BYTES:
-                kept[name] = bytes(payload)
+            used = sum(len(one.payload or b"") for one in kept.values())
+            if used + len(payload) <= MAX_UNREADABLE_BYTES:
+                kept[name] = Appended(bytes(payload), time.time())
 
     def open_weights(self) -> MemoryWeights:
         return MemoryWeights(self._held, self._url)
@@ -93,13 +94,19 @@ class MemoryBackend(Backend):
                         stream.records[number] = replace(record, payload=None)
                         records, num_bytes = records + 1, num_bytes + len(record.payload)
             held.num_bytes -= num_bytes
-            theirs = [name for name, one in held.unreadable.items() if may_be_of(tenant, one)]
+            aside = held.unreadable.items()
+            theirs = [name for name, one in aside if may_be_of(tenant, one.payload or b"")]
             for name in theirs:
                 del held.unreadable[name]
         return Deleted(records, num_bytes, len(theirs))
 
     def deletions(self) -> Deletions:
         return self._held.deletions
+
+    def expire(self, limits: TraceLimits) -> None:
+        max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
+        with self._held.lock:
+            evict(self._held, limits.ttl_s, max_bytes)
 
     def stats(self) -> BufferStats:
         held = self._held
@@ -177,18 +184,29 @@ class MemoryWriter(TraceWriter):
         self.sync()
 
     def _evict(self) -> None:
-        """Delete the oldest records until the rest fit and none is older than the TTL."""
-        held, expired_s = self._held, time.time() - self._limits.ttl_s
-        while oldest := min(
-            filter(_has_records, held.streams.values()), key=_oldest_s, default=None
-        ):
-            if _oldest_s(oldest) > expired_s and held.num_bytes <= self._max_bytes:
-                return
-            num_bytes = len(oldest.records.pop(oldest.first).payload or b"")
-            oldest.first += 1
-            held.num_bytes -= num_bytes
-            self._evicted_records += 1
-            self._evicted_bytes += num_bytes
+        records, num_bytes = evict(self._held, self._limits.ttl_s, self._max_bytes)
+        self._evicted_records += records
+        self._evicted_bytes += num_bytes
+
+
+def evict(held: Held, ttl_s: float, max_bytes: int) -> tuple[int, int]:
+    """Delete the oldest records until the rest fit and none is older than the TTL, and what was
+    put aside before that.
+
+    Returns:
+        How many records they were, and their bytes.
+    """
+    expired_s, records, evicted_bytes = time.time() - ttl_s, 0, 0
+    for name in [name for name, one in held.unreadable.items() if one.appended_s <= expired_s]:
+        del held.unreadable[name]
+    while oldest := min(filter(_has_records, held.streams.values()), key=_oldest_s, default=None):
+        if _oldest_s(oldest) > expired_s and held.num_bytes <= max_bytes:
+            break
+        num_bytes = len(oldest.records.pop(oldest.first).payload or b"")
+        oldest.first += 1
+        held.num_bytes -= num_bytes
+        records, evicted_bytes = records + 1, evicted_bytes + num_bytes
+    return records, evicted_bytes
 
 
 def _has_records(stream: Stream) -> bool:

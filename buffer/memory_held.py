@@ -52,7 +52,7 @@ class Held:
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     streams: dict[str, Stream] = field(default_factory=dict)
-    unreadable: dict[str, bytes] = field(default_factory=dict)
+    unreadable: dict[str, Appended] = field(default_factory=dict)
     num_bytes: int = 0
     """Payload bytes of all records kept."""
     bundles: dict[int, Bundle] = field(default_factory=dict)

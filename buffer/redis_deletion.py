@@ -21,6 +21,7 @@ from buffer.redis_batches import (
     removed_key,
 )
 from buffer.redis_client import RedisClient
+from buffer.redis_eviction import forget_unreadable
 
 _DELETE = """
 local groups, names = redis.pcall('XINFO', 'GROUPS', KEYS[1]), {}
@@ -100,5 +101,5 @@ def _delete_from_quarantine(client: RedisClient, tenant: str) -> int:
     names = client.call("HKEYS", f"{key}:sizes")
     theirs = [name for name in names if may_be_of(tenant, client.call("HGET", key, name) or b"")]
     if theirs:
-        client.together([("HDEL", key, *theirs), ("HDEL", f"{key}:sizes", *theirs)])
+        forget_unreadable(client, theirs)
     return len(theirs)

@@ -66,6 +66,10 @@ class RedisEvictor:
                 break
             self._delete(writer, batch)
             self._held_bytes -= batch.num_bytes
+        times = self._client.options.key("unreadable", "times")
+        aside = self._client.call("ZRANGEBYSCORE", times, "-inf", int(expired_ms))
+        if aside:
+            forget_unreadable(self._client, aside)
 
     def _oldest_first(self, writers: list[str]) -> Iterator[tuple[str, Batch]]:
         """All batches, by age; those of a writer in order, whatever its clock did."""
@@ -94,6 +98,22 @@ class RedisEvictor:
         if deleted:
             self.num_records += deleted
             self.num_bytes += batch.num_bytes
+
+
+def forget_unreadable(client: RedisClient, names: list[bytes]) -> None:
+    """Remove records that were put aside.
+
+    Raises:
+        ServiceAwayError: the server does not answer.
+    """
+    key = client.options.key("unreadable")
+    client.together(
+        [
+            ("HDEL", key, *names),
+            ("HDEL", f"{key}:sizes", *names),
+            ("ZREM", f"{key}:times", *names),
+        ]
+    )
 
 
 def held_by_writer(client: RedisClient) -> dict[str, tuple[Batch, Batch]]:

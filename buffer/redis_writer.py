@@ -84,6 +84,7 @@ class RedisWriter(TraceWriter):
         """Send what waits if it is due, and evict. While the server is away, it is tried from time
         to time."""
         newly = range(self._spool.added, self._spool.added)
+        self._spool.drop_older(self._limits.ttl_s)
         if not self._breaker.is_closed:
             return newly
         is_due = self._spool.age_s >= self._limits.sync_interval_s

@@ -12,6 +12,7 @@ import errno
 import threading
 import weakref
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ class SocketBackend(Backend):
         if self._host is not None:
             return self._host.backend.deletions()
         return Deletions.from_json(self._ask({"op": "deletions"})["deletions"])
+
+    def expire(self, limits: TraceLimits) -> None:
+        if self._host is not None:
+            self._host.backend.expire(limits)
+        else:
+            self._ask({"op": "expire", "limits": asdict(limits)})
 
     def stats(self) -> BufferStats:
         if self._host is not None:

@@ -155,6 +155,9 @@ class _Session:
                 return {"stats": asdict(backend.stats())}, ()
             case {"op": "delete", "tenant": str(tenant)}:
                 return {"deleted": asdict(backend.delete(tenant))}, ()
+            case {"op": "expire", "limits": dict(limits)}:
+                backend.expire(TraceLimits(**limits))
+                return {}, ()
             case {"op": "deletions"}:
                 return {"deletions": dict(backend.deletions().until_ms)}, ()
             case {"op": "keep", "name": str(name)}:

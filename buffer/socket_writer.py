@@ -70,6 +70,7 @@ class SocketWriter(TraceWriter):
 
     def tend(self) -> range:
         newly = range(self._spool.added, self._spool.added)
+        self._spool.drop_older(self._limits.ttl_s)
         if not self._breaker.is_closed:
             return newly
         if len(self._spool) and self._spool.age_s >= self._limits.sync_interval_s:

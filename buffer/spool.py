@@ -100,6 +100,13 @@ class Spool:
         self._waiting = kept
         return num_removed
 
+    def drop_older(self, age_s: float) -> None:
+        """Drop those that wait for longer than this, but not what is on its way."""
+        oldest_s = time.monotonic() - age_s
+        while self._waiting and self._waiting[0][1] < oldest_s:
+            self.num_bytes -= len(self._waiting.popleft()[2])
+            self.dropped += 1
+
     def drop_all(self) -> None:
         """Drop everything that is not on its way."""
         self.dropped += len(self._waiting)

@@ -128,6 +128,7 @@ def _kafka(kind: Kind) -> Callable[[Path], Place]:
     return make
 
 
+_NO_RETENTION = "without a server, Kafka's own retention removes records, in its own time"
 _NO_DELETION = "Tansu deletes no records"
 _NO_COMMIT = "Tansu lists no group that has not committed"
 _LACKS: dict[Kind, dict[str, str]] = {
@@ -139,11 +140,14 @@ _LACKS: dict[Kind, dict[str, str]] = {
         "test_each_group_gets_everything_and_a_reader_without_one_leaves_no_mark": _NO_COMMIT,
         "test_every_record_is_committed_pending_lost_or_deleted": "Tansu drops what commits say",
         "test_a_deletion_takes_what_was_put_aside_along": _NO_DELETION,
+        "test_old_records_vanish_though_no_server_runs": _NO_RETENTION,
+        "test_put_aside_records_vanish_when_they_are_old": _NO_DELETION,
         "test_appended_is_committed_plus_pending_plus_lost_at_any_time": (
             "Tansu takes three seconds for each change of a group"
         ),
     },
     "noida": {
+        "test_old_records_vanish_though_no_server_runs": _NO_RETENTION,
         "test_two_members_share_the_records_of_two_writers": (
             "a group of several members does not always settle in noida"
         ),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from buffer.audit import audit
-from buffer.backends import open_backend
+from buffer.backends import limits_of, open_backend
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend
 from buffer.records import Manifest
@@ -64,7 +64,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     trainer = Trainer(
         settings=settings,
         intake=Intake(
-            TraceReader(backend, group=settings.trainer.group),
+            TraceReader(backend, group=settings.trainer.group, limits=limits_of(settings.buffer)),
             replace(expected_of(manifest, head), emphasis=emphasis_of(settings)),
             settings.trainer.max_sequence,
             journal,
@@ -132,7 +132,8 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.pace.steps_since_judged = state["steps_since_judged"]
         trainer.pace.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
-        intake.continue_with(TraceReader(backend, state["offsets"], group))
+        limits = limits_of(trainer.settings.buffer)
+        intake.continue_with(TraceReader(backend, state["offsets"], group, limits))
         wanted = keys_in(state["memory"])
         found = intake.find(wanted, TraceReader(backend))
         trainer.memory.restore(state["memory"], found)

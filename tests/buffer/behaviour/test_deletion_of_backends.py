@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 from buffer.codec import decode_trace, encode_trace
 from buffer.deletions import now_ms
@@ -147,3 +148,28 @@ def test_a_writer_removes_what_waits_and_counts_it(place, limits, make_trace):
     writer.close()
     counts = writer.counts
     assert counts.appended == 6 == counts.durable + counts.deleted
+
+
+def test_old_records_vanish_though_no_server_runs(place, limits, make_trace):
+    short = replace(limits, ttl_s=0.4)
+    with place.open().open_trace_writer(short) as writer:
+        for payload in mixed(make_trace, 6):
+            writer.append(payload)
+    buffer, deadline = place.open(), time.monotonic() + 60
+    while buffer.stats().held:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        buffer.expire(short)
+    assert place.open().stats().appended == 6
+
+
+def test_put_aside_records_vanish_when_they_are_old(place, limits, make_trace):
+    write(place, limits, mixed(make_trace, 1))
+    buffer = place.open()
+    buffer.keep_unreadable("header-w1-2", b"whose is this?")
+    buffer.expire(limits)
+    short = replace(limits, ttl_s=0.2)
+    time.sleep(0.3)
+    buffer = place.open()
+    buffer.expire(short)
+    assert buffer.delete("nobody").quarantined == 0  # which counts what it finds
