@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
 from buffer.files import OWNER_FILE, write_atomically
-from buffer.frames import HEAD, Frame, pack_deleted_head, scan
+from buffer.frames import HEAD, pack_deleted_head, scan
+from buffer.interface import Payload
 from buffer.layout import (
     DELETIONS,
     EVICT_LOCK,
@@ -30,6 +32,8 @@ from buffer.layout import (
 _WAIT_S = 60.0
 """Longest wait for another process that evicts or deletes, seconds."""
 _ZEROS = bytes(1 << 20)
+
+Opened = Callable[[Payload], Payload]
 
 
 def read_deletions(root: Path) -> Deletions:
@@ -51,8 +55,11 @@ def read_deletions(root: Path) -> Deletions:
         ) from None
 
 
-def delete_from_log(root: Path, tenant: str) -> Deleted:
+def delete_from_log(root: Path, tenant: str, opened: Opened) -> Deleted:
     """Delete all records of a tenant from a log, quarantine included.
+
+    Args:
+        opened: what a stored payload says, where payloads are encrypted.
 
     Raises:
         OSError: the disk failed, or others kept the log locked for a minute; try again.
@@ -69,12 +76,12 @@ def delete_from_log(root: Path, tenant: str) -> Deleted:
         records = num_bytes = 0
         for folder in (root / name for name in writer_names(root)):
             for number in segment_numbers(folder):
-                found, size = _delete_from_segment(folder, number, tenant)
+                found, size = _delete_from_segment(folder, number, tenant, opened)
                 records, num_bytes = records + found, num_bytes + size
-        return Deleted(records, num_bytes, _delete_from_quarantine(root, tenant))
+        return Deleted(records, num_bytes, _delete_from_quarantine(root, tenant, opened))
 
 
-def _delete_from_segment(folder: Path, number: int, tenant: str) -> tuple[int, int]:
+def _delete_from_segment(folder: Path, number: int, tenant: str, opened: Opened) -> tuple[int, int]:
     """Records deleted from one segment, and the bytes of their payload."""
     # A writer appends to its last segment as long as it lives: what follows the last sound record
     # there may be on its way. Looked at before the file is.
@@ -85,10 +92,11 @@ def _delete_from_segment(folder: Path, number: int, tenant: str) -> tuple[int, i
         records = num_bytes = end = 0
         for frame in scan(descriptor, size):
             _blank(descriptor, end + HEAD.size, frame.start)  # empty unless something is damaged
-            if _is_of(tenant, frame):
+            is_theirs = not frame.is_deleted and _is_of(tenant, opened(frame.payload))
+            if is_theirs:
                 os.pwrite(descriptor, pack_deleted_head(frame), frame.start)
                 records, num_bytes = records + 1, num_bytes + len(frame.payload)
-            if frame.is_deleted or _is_of(tenant, frame):
+            if frame.is_deleted or is_theirs:
                 _blank(descriptor, frame.start + HEAD.size, frame.end)
             end = frame.end
         if not is_written:
@@ -99,8 +107,8 @@ def _delete_from_segment(folder: Path, number: int, tenant: str) -> tuple[int, i
         os.close(descriptor)
 
 
-def _is_of(tenant: str, frame: Frame) -> bool:
-    owner = None if frame.is_deleted else owner_of(frame.payload)
+def _is_of(tenant: str, payload: Payload) -> bool:
+    owner = owner_of(payload)
     return owner is not None and owner.tenant == tenant
 
 
@@ -112,9 +120,9 @@ def _blank(descriptor: int, start: int, stop: int) -> None:
             os.pwrite(descriptor, zeros, at)
 
 
-def _delete_from_quarantine(root: Path, tenant: str) -> int:
+def _delete_from_quarantine(root: Path, tenant: str, opened: Opened) -> int:
     paths = list((root / QUARANTINE).glob("*.bin"))
-    theirs = [path for path in paths if may_be_of(tenant, path.read_bytes())]
+    theirs = [path for path in paths if may_be_of(tenant, opened(path.read_bytes()))]
     for path in theirs:
         path.unlink()
     return len(theirs)

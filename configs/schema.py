@@ -175,7 +175,8 @@ class BufferSettings(Section):
 
     url: str = "log:"
     """``log:`` is the embedded segment log in ``run_dir/traces``; ``log:/some/folder`` is one in
-    another folder, and ``file:`` another name for ``log:``. ``redis://host:port/db`` or
+    another folder, and ``file:`` another name for ``log:``. ``log:?key_file=PATH`` or
+    ``?key_env=NAME`` encrypts it. ``redis://host:port/db`` or
     ``rediss://...`` (TLS) is a Redis or Valkey server, ``kafka://host:port/prefix`` or
     ``kafkas://...`` (TLS) a Kafka cluster, for traces and weights; see docs/buffer.md.
     ``socket:`` or ``socket:/some/path`` is the memory of the trainer, which servers on the same
