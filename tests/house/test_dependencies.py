@@ -71,8 +71,8 @@ def _modules(tree: ast.Module) -> set[str]:
 
 
 CORE = declared(PROJECT["dependencies"])
-CLIENTS = extra("redis") | extra("kafka")
-"""Clients of the services that buffers may use."""
+CLIENTS = extra("redis") | extra("kafka") | extra("encryption")
+"""What buffers may use: clients of services, and a library of ciphers."""
 
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
@@ -102,6 +102,7 @@ def test_every_extra_is_known_here():
         "demo",
         "gguf",
         "redis",
+        "encryption",
         "kafka",
         "dev",
     }
