@@ -76,6 +76,10 @@ class Deletions:
         owner = owner_of(payload)
         return owner is not None and self.covers_owner(owner)
 
+    def since(self, unix_ms: int) -> Deletions:
+        """Those that hold until later than this."""
+        return Deletions({digest: ms for digest, ms in self.until_ms.items() if ms > unix_ms})
+
     def with_tenant(self, digest: str, until_ms: int) -> Deletions:
         """The list with one more deletion; an earlier one of the same tenant is prolonged."""
         until_ms = max(until_ms, self.until_ms.get(digest, until_ms))

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from buffer.counts import WriterCounts
-from buffer.deletions import Deletions, DeletionWatch
+from buffer.deletions import Deletions, DeletionWatch, now_ms
 from buffer.interface import Payload, TraceWriter
 
+_LATE_MS = 3_600_000
+"""Longest that a record is on its way to the writer: to look whose it is takes 0.1 ms, which is
+spared once all deletions are older. Readers go by the whole list."""
 LOOK_S = 2.0
 """Seconds between two looks for deletions."""
 
@@ -32,6 +35,8 @@ class ForgettingWriter(TraceWriter):
         self._watch = DeletionWatch(read, every_s=0.0)
         self._applied = Deletions()
         """Those that what waits below was held against."""
+        self._recent = Deletions()
+        """Those that may cover a record that comes now."""
         self._num_dropped = 0
         self._stopping = threading.Event()
         threading.Thread(target=self._look, args=(every_s,), name="deletions", daemon=True).start()
@@ -49,7 +54,7 @@ class ForgettingWriter(TraceWriter):
         return self._below.append(payload)
 
     def append_all(self, payloads: Sequence[Payload]) -> list[OSError]:
-        deletions = self._watch.latest
+        deletions = self._recent
         kept = [one for one in payloads if not deletions.covers_record(one)]
         self._num_dropped += len(payloads) - len(kept)
         return self._below.append_all(kept)
@@ -78,4 +83,4 @@ class ForgettingWriter(TraceWriter):
 
     def _look(self, every_s: float) -> None:
         while not self._stopping.wait(every_s):
-            self._watch.look()
+            self._recent = self._watch.look().since(now_ms() - _LATE_MS)

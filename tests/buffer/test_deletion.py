@@ -175,6 +175,7 @@ def test_whose_a_record_is_is_read_off_its_header(make_trace):
     listed = Deletions().with_tenant(digest_of("acme"), 10).with_tenant(digest_of("acme"), 5)
     assert listed.covers("acme", 10) and not listed.covers("acme", 11)
     assert not listed.covers("umbrella", 1)
+    assert listed.since(9).covers("acme", 10) and not listed.since(10)
 
 
 def test_the_command_deletes_and_leaves_a_line_that_names_nobody(tmp_path, make_trace, theirs):
