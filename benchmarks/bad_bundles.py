@@ -42,12 +42,12 @@ from benchmarks.bundles.kinds import (
 )
 from benchmarks.bundles.stores import InFolder, InKafka, InRedis, Target
 from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
-from buffer.interface import WeightsStore
 from buffer.manifest import TENSORS, decode_manifest, encode_manifest
 from buffer.records import Manifest
 from buffer.signatures import PublicKeys, SigningKey, read_signing_key, write_key_pair
 from buffer.signed_weights import SignedWeights
 from buffer.tensors import join_tensors
+from buffer.weights_store import WeightsStore
 from serving.swap.flat_weights import Expected, FlatWeights, RefusedError, load_bundle
 
 SOURCE = "python -m benchmarks.bad_bundles"

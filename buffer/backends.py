@@ -16,6 +16,7 @@ CATALOG: dict[str, str] = {
     "rediss": "buffer.redis_buffer:RedisBuffer",
     "kafka": "buffer.kafka:KafkaBackend",
     "kafkas": "buffer.kafka:KafkaBackend",
+    "socket": "buffer.socket_buffer:SocketBackend",
     "memory": "buffer.memory:MemoryBackend",
 }
 

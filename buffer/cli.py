@@ -1,4 +1,5 @@
-"""Inspect the traces and versions of a run, copy them to another buffer, or send them again.
+"""Inspect the traces and versions of a run, copy them to another buffer, send them again, and
+delete what a tenant left.
 
 Exit code 0: all fine. 1: something is damaged or missing. 2: wrong usage or settings, or the buffer
 cannot be reached.
@@ -17,14 +18,16 @@ import typer
 from buffer.backends import limits_of
 from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
+from buffer.command_delete import delete
 from buffer.command_keys import keys
 from buffer.command_line import JsonOption, RunArgument, print_reports, refusing, run_backend
 from buffer.command_resend import copy, replay
 from buffer.counts import BufferStats, GroupCounts
-from buffer.interface import Backend, Report, TraceLimits, WeightsStore
+from buffer.interface import Backend, Report, TraceLimits
 from buffer.record_lines import QuarantineLine, record_lines
 from buffer.records import Acceptance, Count, Trace
 from buffer.signed_weights import open_weights
+from buffer.weights_store import WeightsStore
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -96,9 +99,10 @@ class StatsLine(Report):
 
     def to_line(self) -> str:
         s = self.stats
+        deleted = f", {s.deleted} deleted" if s.deleted else ""
         return (
             f"records: {s.appended} written by {s.num_writers} writers, {s.held} held, "
-            f"{s.held_bytes} bytes"
+            f"{s.held_bytes} bytes{deleted}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -119,7 +123,10 @@ class GroupLine(Report):
 
     def to_line(self) -> str:
         c = self.counts
-        return f"group {c.group}: {c.committed} committed, {c.pending} pending, {c.lost} lost"
+        deleted = f", {c.deleted} deleted" if c.deleted else ""
+        return (
+            f"group {c.group}: {c.committed} committed, {c.pending} pending, {c.lost} lost{deleted}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "group", **asdict(self.counts)}
@@ -127,11 +134,12 @@ class GroupLine(Report):
 
 @app.callback()
 def main(version: VersionOption = False) -> None:
-    """Inspect, copy and send again what a buffer holds."""  # keeps `inspect` a subcommand
+    """Inspect, copy, send again and delete what a buffer holds."""  # keeps `inspect` a subcommand
 
 
 app.command()(copy)
 app.command()(replay)
+app.command()(delete)
 app.command()(keys)
 
 
@@ -163,7 +171,7 @@ def inspect(
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     with refusing():
-        backend = run_backend(run, settings)
+        backend = run_backend(run, settings, "inspect")
         key = settings.swap.public_key
         reports = list(inspect_backend(backend, limits_of(settings.buffer), key))
         if records:
@@ -189,7 +197,7 @@ def stats(
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     with refusing():
-        found = run_backend(run, settings).stats()
+        found = run_backend(run, settings, "stats").stats()
     print_reports([StatsLine(found), *map(GroupLine, found.groups)], as_json)
 
 

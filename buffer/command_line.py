@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from buffer.audit import Action, audit
 from buffer.backends import CATALOG, open_backend
 from buffer.interface import Backend, Report
 from configs.schema import Settings
@@ -44,31 +45,38 @@ UntilOption = Annotated[
 ]
 
 
-def run_backend(run: str | None, settings: Settings) -> Backend:
-    """The buffer that the settings name, in another run folder or at another URL if one is given.
+def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
+    """The buffer that the settings name, in another run folder or at another URL if one is given;
+    the access is noted.
 
     Raises:
         ValueError: there is no such folder, or the URL cannot be used.
     """
     if run is not None and is_url(run):
-        return open_backend(run, settings.run_dir)
+        return _opened(run, settings.run_dir, action)
     folder = settings.run_dir if run is None else Path(run)
     if run is not None and not folder.is_dir():
         raise ValueError(f"{run} is neither a run folder nor a URL")
-    return open_backend(settings.buffer.url, folder)
+    return _opened(settings.buffer.url, folder, action)
 
 
-def place(text: str, settings: Settings, must_exist: bool) -> Backend:
-    """The buffer at a URL, or the embedded log of a run folder.
+def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Backend:
+    """The buffer at a URL, or the embedded log of a run folder; the access is noted.
 
     Raises:
         ValueError: there is no such folder, or the URL cannot be used.
     """
     if is_url(text):
-        return open_backend(text, settings.run_dir)
+        return _opened(text, settings.run_dir, action)
     if must_exist and not Path(text).is_dir():
         raise ValueError(f"{text} is neither a run folder nor a URL")
-    return open_backend("log:", Path(text))
+    return _opened("log:", Path(text), action)
+
+
+def _opened(url: str, run_dir: Path, action: Action) -> Backend:
+    backend = open_backend(url, run_dir)
+    audit(run_dir, action, url)
+    return backend
 
 
 def is_url(text: str) -> bool:

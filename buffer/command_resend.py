@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from buffer.audit import Action
 from buffer.backends import limits_of
 from buffer.command_line import (
     DomainOption,
@@ -20,8 +21,10 @@ from buffer.command_line import (
     refusing,
     unix_ms,
 )
+from buffer.interface import Backend
 from buffer.resend import Sent, StoppedError, Wanted, copy_traces, replay_traces
 from configs.cli import ConfigOption, SetOption, settings_from_cli
+from configs.schema import Settings
 
 SourceArgument = Annotated[
     str, typer.Argument(help="run folder, or URL as in buffer.url, whose traces are read")
@@ -49,7 +52,7 @@ def copy(
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     with refusing():
         limits = limits_of(settings.buffer)
-        places = place(source, settings, True), place(destination, settings, False)
+        places = _places(source, destination, settings, "copy")
         _finish(lambda: copy_traces(*places, limits), as_json)
 
 
@@ -85,7 +88,7 @@ def replay(
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
     with refusing():
         limits = limits_of(settings.buffer)
-        places = place(source, settings, True), place(destination, settings, False)
+        places = _places(source, destination, settings, "replay")
         wanted = Wanted(
             unix_ms(since, "--since"),
             unix_ms(until, "--until"),
@@ -94,6 +97,16 @@ def replay(
             frozenset(drafter_version or ()),
         )
         _finish(lambda: replay_traces(*places, limits, wanted, rate=rate, as_new=as_new), as_json)
+
+
+def _places(
+    source: str, destination: str, settings: Settings, action: Action
+) -> tuple[Backend, Backend]:
+    """Where traces come from and go to."""
+    return (
+        place(source, settings, must_exist=True, action=action),
+        place(destination, settings, must_exist=False, action=action),
+    )
 
 
 def _finish(send: Callable[[], Sent], as_json: bool) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class WriterCounts:
-    """Records of one writer by outcome: appended = durable + pending + doubtful + dropped."""
+    """Records of one writer by outcome: appended = durable + pending + doubtful + dropped +
+    deleted."""
 
     appended: int
     durable: int
@@ -23,11 +24,13 @@ class WriterCounts:
     dropped: int = 0
     """Never sent: a service was away or slow until there was no more room for waiting records, of
     which the oldest are dropped first, or until the writer was closed."""
+    deleted: int = 0
+    """Removed with their tenant before they were sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderCounts:
-    """Records by outcome: written = read + damaged + evicted_unread + not read yet.
+    """Records by outcome: written = read + damaged + evicted_unread + deleted + not read yet.
 
     Where readers of a group share the records, this holds for all members together, and a record
     that is handed out again counts again.
@@ -40,13 +43,15 @@ class ReaderCounts:
     """Writers that died within their last record, which therefore was never acknowledged."""
     evicted_unread: int = 0
     """Records evicted before this reader reached them."""
+    deleted: int = 0
+    """Records deleted with their tenant before this reader reached them."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupCounts:
     """Records of the buffer as one group has dealt with them.
 
-    appended = committed + pending + lost, exactly, whenever they are counted.
+    appended = committed + pending + lost + deleted, exactly, whenever they are counted.
     """
 
     group: str
@@ -55,6 +60,9 @@ class GroupCounts:
     """Not read by any member yet, or read and not committed yet."""
     lost: int
     """Evicted or damaged before the group had committed them."""
+    deleted: int = 0
+    """Deleted with their tenant before the group had got them. One that is evicted before the group
+    passes it may count as lost instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,5 +76,8 @@ class BufferStats:
     held: int
     """Records that can still be read."""
     held_bytes: int
-    """Bytes that they take, as the backend counts them towards ``max_bytes``."""
+    """Bytes that they take, as the backend counts them towards ``max_bytes``; deleted records count
+    until the backend reuses their room."""
     groups: tuple[GroupCounts, ...]
+    deleted: int = 0
+    """Records deleted with their tenant whose place is still known; they are not held."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from buffer.counts import BufferStats
+from buffer.deletions import Deleted, Deletions
+from buffer.eviction import Evictor
 from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
 from buffer.folder_weights import FolderWeights
 from buffer.interface import (
@@ -14,11 +17,14 @@ from buffer.interface import (
     Backend,
     Offsets,
     Payload,
+    RecordReader,
     Report,
     TraceLimits,
     Unreadable,
 )
 from buffer.layout import QUARANTINE
+from buffer.log_deletion import delete_from_log, read_deletions
+from buffer.sealing import OpeningReader, Sealer, SealingWriter, check_key, note_key, read_key
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments, log_stats, report_size
@@ -27,27 +33,41 @@ from buffer.segment_writer import SegmentWriter
 
 class EmbeddedLog(Backend):
     """Segment files in ``run_dir/traces`` (``log:``) or in another folder (``log:/some/folder``),
-    and weights in ``run_dir/weights``. ``file:`` is the same under the name of what it is."""
+    and weights in ``run_dir/weights``. ``file:`` is the same under the name of what it is.
+
+    ``log:?key_file=PATH`` or ``log:?key_env=NAME`` encrypts records, see ``sealing.py``."""
 
     def __init__(
         self, url: str, run_dir: Path, *, max_unreadable_bytes: int = MAX_UNREADABLE_BYTES
     ) -> None:
-        self._root = log_root(url, run_dir)
+        self._root, key = log_root(url, run_dir)
+        self._sealer = None if key is None else Sealer(read_key(*key))
         self._weights = run_dir / "weights"
         self._max_unreadable_bytes = max_unreadable_bytes
+        self._evictor: Evictor | None = None
 
-    def open_trace_writer(self, limits: TraceLimits) -> SegmentWriter:
-        return SegmentWriter(self._root, limits)
+    def open_trace_writer(self, limits: TraceLimits) -> SegmentWriter | SealingWriter:
+        check_key(self._root, self._sealer)
+        if self._sealer is None:
+            return SegmentWriter(self._root, limits)
+        note_key(self._root, self._sealer)
+        return SealingWriter(SegmentWriter(self._root, limits), self._sealer)
 
     def open_record_reader(
         self, offsets: Offsets | None = None, group: str | None = None
-    ) -> SegmentReader | SegmentMember:
+    ) -> RecordReader:
+        check_key(self._root, self._sealer)
+        found: RecordReader
         if group is None:
-            return SegmentReader(self._root, offsets)
-        return SegmentMember(self._root, group, offsets)
+            found = SegmentReader(self._root, offsets)
+        else:
+            found = SegmentMember(self._root, group, offsets)
+        return found if self._sealer is None else OpeningReader(found, self._sealer)
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         folder = self._root / QUARANTINE
+        if self._sealer is not None:
+            payload = self._sealer.seal(payload)
         with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
             folder.mkdir(mode=OWNER_FOLDER, exist_ok=True)
             used = sum(path.stat().st_size for path in folder.glob("*.bin"))
@@ -61,6 +81,19 @@ class EmbeddedLog(Backend):
     def open_weights(self) -> FolderWeights:
         return FolderWeights(self._weights)
 
+    def delete(self, tenant: str) -> Deleted:
+        check_key(self._root, self._sealer)
+        return delete_from_log(self._root, tenant, bytes_of(self._sealer))
+
+    def deletions(self) -> Deletions:
+        return read_deletions(self._root)
+
+    def expire(self, limits: TraceLimits) -> None:
+        if self._root.is_dir():
+            if self._evictor is None:
+                self._evictor = Evictor(self._root, limits, own=self._root)
+            self._evictor.evict(time.time(), own_open=None)
+
     def stats(self) -> BufferStats:
         return log_stats(self._root)
 
@@ -69,17 +102,29 @@ class EmbeddedLog(Backend):
         return [*segments, report_size(self._root, limits)] if segments else []
 
 
-def log_root(url: str, run_dir: Path) -> Path:
-    """Folder of the segment files that a ``log:`` or ``file:`` URL names.
+def bytes_of(sealer: Sealer | None) -> Callable[[Payload], Payload]:
+    """What a stored payload says."""
+    return (lambda payload: payload) if sealer is None else sealer.open
+
+
+def log_root(url: str, run_dir: Path) -> tuple[Path, tuple[str, str] | None]:
+    """Folder of the segment files that a ``log:`` or ``file:`` URL names, and where its key is.
 
     Raises:
-        ValueError: the folder is not absolute.
+        ValueError: the folder is not absolute, or an option is unknown.
     """
-    scheme, _, path = url.partition(":")
+    place, mark, query = url.partition("?")
+    scheme, _, path = place.partition(":")
+    option, equals, value = query.partition("=")
+    if mark and (option not in ("key_file", "key_env") or not equals or not value):
+        raise ValueError(
+            f"buffer.url {url!r}: behind the '?' there may be key_file=PATH or key_env=NAME"
+        )
+    key = (option, value) if mark else None
     if not path:
-        return run_dir / "traces"
+        return run_dir / "traces", key
     if not path.startswith("/"):
         raise ValueError(
             f"buffer.url {url!r} must name an absolute folder, as in '{scheme}:/{path}'"
         )
-    return Path(path)
+    return Path(path), key

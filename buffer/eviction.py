@@ -15,6 +15,7 @@ from buffer.frames import scan
 from buffer.hour_of_traffic import LEAST_BYTES, Traffic, allowed_bytes, measure
 from buffer.interface import TraceLimits
 from buffer.layout import (
+    EVICT_LOCK,
     GROUPS,
     QUARANTINE,
     TOMBSTONE,
@@ -91,7 +92,7 @@ class Evictor:
         Raises:
             OSError: the disk failed; what was deleted until then is counted in the tombstones.
         """
-        path = self._root / "EVICT.lock"
+        path = self._root / EVICT_LOCK
         try:
             with FileLock(path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False):
                 self._evict(now_s, own_open, need_bytes)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 OWNER_FOLDER, OWNER_FILE = 0o700, 0o600
 """Permissions of what holds prompts and completions: its owner alone may read it."""
 _ANYONE = 0o666  # less the process's umask
+
+
+def forbid_core_dumps() -> None:
+    """From now on a crash of this process leaves no image of its memory on a disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def why_unwritable(folder: Path) -> str | None:

@@ -34,11 +34,11 @@ from buffer.bundles import (
     read_manifest,
 )
 from buffer.files import sync_folder, write_atomically, write_durably
-from buffer.interface import WeightsStore
 from buffer.manifest import VERSION_NAME
 from buffer.records import Manifest
 from buffer.tensors import parse_json
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
+from buffer.weights_store import WeightsStore
 
 DENIED = "DENIED.json"
 HIGHEST = "HIGHEST"

@@ -3,8 +3,11 @@ and docs/buffer.md for what it guarantees."""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from buffer.counts import BufferStats, GroupCounts
+from buffer.deletions import Deleted, Deletions, now_ms, owner_of
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -21,8 +25,16 @@ from buffer.interface import (
     TraceLimits,
     Unreadable,
 )
+from buffer.kafka_deletions import DeletionLog, clear_quarantine
 from buffer.kafka_group import Place, places_of
-from buffer.kafka_link import MESSAGE_ROOM, KafkaLink, close_now, kafka_errors, parse_url
+from buffer.kafka_link import (
+    MESSAGE_ROOM,
+    KafkaLink,
+    close_now,
+    kafka_errors,
+    parse_url,
+    reason_of,
+)
 from buffer.kafka_reader import KafkaReader
 from buffer.kafka_unreadable import list_unreadable
 from buffer.kafka_weights import KafkaWeights
@@ -30,6 +42,10 @@ from buffer.kafka_writer import KafkaWriter
 from buffer.version_rules import check_group
 
 _RECORDS_AT_ONCE = 64
+_REMAINS = (
+    "Kafka removes no single record: the brokers hold them until the retention of the topic, "
+    "buffer.ttl_s, ends; readers pass over them"
+)
 
 
 class KafkaBackend(Backend):
@@ -37,6 +53,7 @@ class KafkaBackend(Backend):
 
     def __init__(self, url: str, run_dir: Path) -> None:
         self._link = KafkaLink(parse_url(url))
+        self._deletion_log = DeletionLog(self._link)
 
     def open_trace_writer(self, limits: TraceLimits) -> KafkaWriter:
         """A writer that connects when it first sends: a cluster that is away delays no start."""
@@ -72,27 +89,62 @@ class KafkaBackend(Backend):
     def open_weights(self) -> KafkaWeights:
         return KafkaWeights(self._link)
 
+    def delete(self, tenant: str) -> Deleted:
+        """Lists the tenant: readers pass over its records, which the brokers hold until retention
+        removes them."""
+        link, remains, quarantined = self._link, _REMAINS, 0
+        with kafka_errors(f"{link.address.location}: a deletion may not be listed"):
+            self._deletion_log.append(tenant)
+        reader, records, num_bytes = KafkaReader(link, None, None, shows_deleted=True), 0, 0
+        try:
+            while found := reader.read(_RECORDS_AT_ONCE):
+                theirs = [len(r.payload) for r in found if _is_of(tenant, r.payload)]
+                records, num_bytes = records + len(theirs), num_bytes + sum(theirs)
+        finally:
+            reader.close()
+        try:
+            quarantined = clear_quarantine(link)
+        except KafkaError as error:
+            remains += f"; what was put aside stays, too ({reason_of(error)})"
+        return Deleted(records, num_bytes, quarantined, remains)
+
+    def deletions(self) -> Deletions:
+        with kafka_errors(f"{self._link.address.location}: deletions cannot be read"):
+            return self._deletion_log.follow()
+
+    def expire(self, limits: TraceLimits) -> None:
+        """Of put-aside records; writers and the topic's retention see to the others."""
+        expired_ms = now_ms() - round(limits.ttl_s * 1000)
+        with kafka_errors(f"{self._link.address.location}: old records are not removed"):
+            clear_quarantine(self._link, expired_ms)
+
     def stats(self) -> BufferStats:
         """Reads all records, because Kafka keeps no count of their bytes."""
         reader = KafkaReader(self._link, None, None)
+        deleted: defaultdict[int, list[int]] = defaultdict(list)
+        reader.on_deleted = lambda partition, offset: deleted[partition].append(offset)
         try:
             writers, held, held_bytes = set[str](), 0, 0
             while records := reader.read(_RECORDS_AT_ONCE):
                 writers |= {record.writer for record in records}
                 held += len(records)
                 held_bytes += sum(len(record.payload) for record in records)
-            ends = {number: place.next for number, place in places_of(reader.offsets()).items()}
-            begins = {number: place.lost for number, place in places_of(reader.offsets()).items()}
+            partitions = {
+                number: _Partition(place.lost, place.next, deleted[number])
+                for number, place in places_of(reader.offsets()).items()
+            }
         finally:
             reader.close()
         with kafka_errors(f"{self._link.address.location}: groups cannot be read"):
-            groups = self._groups(begins, ends)
-        return BufferStats(len(writers), sum(ends.values()), held, held_bytes, groups)
+            groups = self._groups(partitions)
+        appended = sum(one.end for one in partitions.values())
+        num_deleted = sum(map(len, deleted.values()))
+        return BufferStats(len(writers), appended, held, held_bytes, groups, num_deleted)
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         return ()
 
-    def _groups(self, begins: dict[int, int], ends: dict[int, int]) -> tuple[GroupCounts, ...]:
+    def _groups(self, partitions: dict[int, _Partition]) -> tuple[GroupCounts, ...]:
         prefix = self._link.group("")
         with self._link.admin() as admin:
             names = sorted(
@@ -100,7 +152,7 @@ class KafkaBackend(Backend):
             )
             stored = admin.list_group_offsets(names) if names else {}
         return tuple(
-            _counts_of(name.removeprefix(prefix), self._places(stored[name]), begins, ends)
+            _counts_of(name.removeprefix(prefix), self._places(stored[name]), partitions)
             for name in names
         )
 
@@ -113,22 +165,41 @@ class KafkaBackend(Backend):
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Partition:
+    """Offsets of the records of one partition."""
+
+    begin: int
+    """Of the oldest that was not evicted."""
+    end: int
+    """One past the newest."""
+    deleted: list[int]
+    """Of those that were deleted, ascending."""
+
+
+def _is_of(tenant: str, payload: Payload) -> bool:
+    owner = owner_of(payload)
+    return owner is not None and owner.tenant == tenant
+
+
 def _counts_of(
-    group: str, places: dict[int, Place], begins: dict[int, int], ends: dict[int, int]
+    group: str, places: dict[int, Place], partitions: dict[int, _Partition]
 ) -> GroupCounts:
-    """What a group has committed, has before it and has lost.
+    """What a group has committed, has before it, has lost and must pass over.
 
     Args:
         group: its name.
         places: what it has committed, by partition.
-        begins: offset of the oldest record of each partition.
-        ends: one past that of the newest.
+        partitions: what there is.
     """
-    committed = pending = lost = 0
-    for number, end in ends.items():
+    committed = pending = lost = deleted = 0
+    for number, one in partitions.items():
         place = places.get(number, Place())
-        gone = max(0, begins[number] - place.next)
-        committed += place.next - place.lost
+        gone = max(0, one.begin - place.next)
+        reached = place.next + gone
+        ahead = len(one.deleted) - bisect.bisect_left(one.deleted, reached)
+        committed += place.next - place.lost - place.deleted
         lost += place.lost + gone
-        pending += end - place.next - gone
-    return GroupCounts(group, committed, pending, lost)
+        deleted += place.deleted + ahead
+        pending += one.end - reached - ahead
+    return GroupCounts(group, committed, pending, lost, deleted)

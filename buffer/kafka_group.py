@@ -40,23 +40,28 @@ class Place:
     """Offset of the next record."""
     lost: int = 0
     """Records before it that nobody can have read: evicted or damaged."""
+    deleted: int = 0
+    """Records before it that were passed over, because they were deleted with their tenant."""
 
     def to_commit(self) -> OffsetAndMetadata:
         """As Kafka stores it for a group."""
-        return OffsetAndMetadata(self.next, json.dumps({"lost": self.lost}), -1)
+        metadata = json.dumps({"lost": self.lost, "deleted": self.deleted})
+        return OffsetAndMetadata(self.next, metadata, -1)
 
     @classmethod
     def from_commit(cls, committed: OffsetAndMetadata | None) -> Place:
         """Inverse of ``to_commit``; a broker that drops metadata has forgotten what was lost."""
         if committed is None:
             return cls()
-        lost = 0
+        lost = deleted = 0
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            lost = max(0, int(json.loads(committed.metadata)["lost"]))
-        return cls(committed.offset, lost)
+            stored = json.loads(committed.metadata)
+            lost = max(0, int(stored["lost"]))
+            deleted = max(0, int(stored.get("deleted", 0)))  # older readers did not store it
+        return cls(committed.offset, lost, deleted)
 
     def to_json(self) -> list[int]:
-        return [self.next, self.lost]
+        return [self.next, self.lost, self.deleted]
 
     @classmethod
     def from_json(cls, partition: str, stored: Any) -> Place:
@@ -66,8 +71,10 @@ class Place:
             ValueError: it is no such thing.
         """
         match stored:
-            case [int(next_), int(lost)] if partition.isdecimal() and min(next_, lost) >= 0:
-                return cls(next_, lost)
+            case [int(next_), int(lost), *rest] if partition.isdecimal() and len(rest) < 2:
+                deleted = rest[0] if rest else 0  # older checkpoints lack it
+                if type(deleted) is int and min(next_, lost, deleted) >= 0:
+                    return cls(next_, lost, deleted)
         raise ValueError(
             f"offsets of {partition!r} must be a partition's number, with the offset of the next "
             f"record and how many were lost, got {stored!r}"

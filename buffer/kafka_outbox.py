@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ class Outbox:
         self.sent: deque[Waiting] = deque()
         self.waiting: deque[Waiting] = deque()
         self.sent_bytes = 0
-        self.appended = self.durable = self.dropped = self.doubtful = 0
+        self.appended = self.durable = self.dropped = self.doubtful = self.removed = 0
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
         self._acknowledged: deque[range] = deque()
@@ -82,6 +83,22 @@ class Outbox:
             self._waiting_bytes += len(record.payload)
         self.sent.clear()
         self.sent_bytes = 0
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        """Remove some of those of which nothing was sent yet; returns how many."""
+        kept = deque(one for one in self.waiting if one.pieces or not is_unwanted(one.payload))
+        num_removed = len(self.waiting) - len(kept)
+        self._waiting_bytes = sum(len(one.payload) for one in kept)
+        self.removed += num_removed
+        self.waiting = kept
+        return num_removed
+
+    def drop_older(self, age_s: float) -> None:
+        """Drop those of which nothing was sent and that wait for longer than this."""
+        oldest_s = time.monotonic() - age_s
+        while self.waiting and not self.waiting[0].pieces and self.waiting[0].appended_s < oldest_s:
+            self._waiting_bytes -= len(self.waiting.popleft().payload)
+            self.dropped += 1
 
     def give_up(self) -> None:
         """Count what is left: sent is doubtful, the rest was never sent."""

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,9 @@ from kafka.errors import (
 )
 
 from buffer.counts import ReaderCounts
+from buffer.deletions import Deletions, DeletionWatch
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.kafka_deletions import DeletionLog
 from buffer.kafka_group import Membership, Place, places_of
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
 
@@ -56,7 +58,18 @@ _WRITER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 class KafkaReader(RecordReader):
     """Reads all partitions, or those that its group gives it."""
 
-    def __init__(self, link: KafkaLink, offsets: Offsets | None, group: str | None) -> None:
+    def __init__(
+        self,
+        link: KafkaLink,
+        offsets: Offsets | None,
+        group: str | None,
+        *,
+        shows_deleted: bool = False,
+    ) -> None:
+        """
+        Args:
+            shows_deleted: return deleted records like any others.
+        """
         self._link = link
         self._topic = link.topic("traces")
         self._places = places_of(offsets)
@@ -68,6 +81,9 @@ class KafkaReader(RecordReader):
         """One past the newest record of each partition when it was looked at last."""
         self._consumer: KafkaConsumer | None = None
         self._pieces = _Pieces(link)
+        self._deletions = DeletionWatch(Deletions if shows_deleted else DeletionLog(link).follow)
+        self.on_deleted: Callable[[int, int], None] | None = None
+        """Told partition and offset of each record that is passed over because it was deleted."""
         self._counts = ReaderCounts()
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -88,6 +104,7 @@ class KafkaReader(RecordReader):
             if not self._has_partitions():
                 return []
             self._turn += 1
+            self._deletions.look()
             try:
                 while len(records) < max_records and max_bytes > 0 and self._has_ready():
                     record = self._next()
@@ -257,12 +274,14 @@ class KafkaReader(RecordReader):
             self._link.address.location,
             number,
         )
-        self._begin(consumer, number, Place(begin, self._places[number].lost))
+        self._begin(consumer, number, replace(self._places[number], next=begin))
 
     def _loses(self, number: int, num_records: int) -> None:
         """So many records at our place were evicted before we read them."""
         place, counts = self._places[number], self._counts
-        self._places[number] = Place(place.next + num_records, place.lost + num_records)
+        self._places[number] = replace(
+            place, next=place.next + num_records, lost=place.lost + num_records
+        )
         self._counts = replace(counts, evicted_unread=counts.evicted_unread + num_records)
 
     def _next(self) -> Record | None:
@@ -278,9 +297,17 @@ class KafkaReader(RecordReader):
             self._places[number] = replace(self._places[number], next=message.offset)
         self._loses(number, message.offset - self._places[number].next)
         place = self._places[number]
-        self._places[number] = Place(message.offset + 1, place.lost + (payload is None))
+        is_deleted = payload is not None and self._deletions.latest.covers_record(payload)
+        self._places[number] = Place(
+            message.offset + 1, place.lost + (payload is None), place.deleted + is_deleted
+        )
         if payload is None:
             self._counts = replace(self._counts, damaged=self._counts.damaged + 1)
+            return None
+        if is_deleted:
+            self._counts = replace(self._counts, deleted=self._counts.deleted + 1)
+            if self.on_deleted is not None:
+                self.on_deleted(number, message.offset)
             return None
         writer = message.key if _WRITER.fullmatch(message.key or b"") else b"unknown"
         return Record(payload, writer.decode(), f"{number}-{message.offset}")

@@ -35,11 +35,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, KafkaTimeoutError
 
-from buffer.kafka_link import KafkaLink, close_consumer, close_now
+from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_reader import fetch_at
+from buffer.kafka_sender import Sender
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class VersionLog:
         self._next: int | None = None
         """Offset of the next message to follow; ``None`` before the first."""
         self._consumer: KafkaConsumer | None = None
-        self._sender = _Sender(link, "weights", {"cleanup.policy": "delete"})
+        self._sender = Sender(link, "weights", {"cleanup.policy": "delete"})
         self._cannot_shorten = False
 
     def follow(self) -> State:
@@ -259,7 +260,7 @@ class VersionFiles:
         self._link = link
         self._partition = TopicPartition(link.topic("files"), 0)
         self._consumer: KafkaConsumer | None = None
-        self._sender = _Sender(link, "files", {"cleanup.policy": "compact"})
+        self._sender = Sender(link, "files", {"cleanup.policy": "compact"})
 
     def write(self, nonce: str, files: Mapping[str, bytes]) -> dict[str, list[int]]:
         """Store files, and return the offsets of their pieces.
@@ -325,35 +326,6 @@ class VersionFiles:
     def _take(self, sent: deque[tuple[list[int], Any]]) -> None:
         offsets, future = sent.popleft()
         offsets.append(future.get(self._link.options.timeout_s).offset)
-
-
-class _Sender:
-    """A producer for one topic of one partition that is kept forever, one message a batch."""
-
-    def __init__(self, link: KafkaLink, topic: str, configs: Mapping[str, str]) -> None:
-        self._link = link
-        self._topic = topic
-        self._configs = {"retention.ms": "-1", "retention.bytes": "-1", **configs}
-        self._producer: KafkaProducer | None = None
-        self._last: Any = None
-
-    def send(self, key: bytes | None, value: bytes | memoryview | None) -> Any:
-        """A future of the stored message.
-
-        Raises:
-            KafkaError: the brokers do not answer.
-            OSError: the topic cannot be created.
-        """
-        if self._producer is not None and self._last is not None and self._last.failed():
-            close_now(self._producer)  # it sends nothing after a failure
-            self._producer = None
-        if self._producer is None:
-            self._link.ensure_topic(self._topic, 1, self._configs)
-            self._producer = self._link.producer(
-                self, batch_size=1, delivery_timeout_ms=self._link.timeout_ms
-            )
-        self._last = self._producer.send(self._link.topic(self._topic), value, key, partition=0)
-        return self._last
 
 
 def watch(link: KafkaLink, notify: Callable[[], None], stopping: threading.Event) -> None:

@@ -21,13 +21,13 @@ from buffer.bundles import (
     HostBuffer,
     prepare_bundle,
 )
-from buffer.interface import WeightsStore
 from buffer.kafka_link import KafkaLink, kafka_errors
 from buffer.kafka_versions import PIECE_BYTES, Publication, State, VersionFiles, VersionLog, watch
 from buffer.manifest import MANIFEST
 from buffer.pieces import PiecedBundle
 from buffer.records import Manifest
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
+from buffer.weights_store import WeightsStore
 
 
 class KafkaWeights(WeightsStore):

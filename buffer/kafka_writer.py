@@ -17,7 +17,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kafka import KafkaProducer, TopicPartition
@@ -65,7 +65,7 @@ class KafkaWriter(TraceWriter):
     @property
     def counts(self) -> WriterCounts:
         out = self._outbox
-        pending = out.appended - out.durable - out.doubtful - out.dropped
+        pending = out.appended - out.durable - out.doubtful - out.dropped - out.removed
         return WriterCounts(
             out.appended,
             out.durable,
@@ -74,6 +74,7 @@ class KafkaWriter(TraceWriter):
             self._eviction.num_records,
             self._eviction.num_bytes,
             out.dropped,
+            out.removed,
         )
 
     def append(self, payload: Payload) -> int:
@@ -97,6 +98,7 @@ class KafkaWriter(TraceWriter):
         return self._outbox.take_acknowledged()
 
     def tend(self) -> range:
+        self._outbox.drop_older(self._limits.ttl_s)
         oldest_s, now_s = self._outbox.oldest_s, time.monotonic()
         if oldest_s is not None:
             is_due = now_s - oldest_s >= self._limits.sync_interval_s
@@ -105,6 +107,9 @@ class KafkaWriter(TraceWriter):
                 return range(0)
         self._eviction.evict()
         return self._outbox.take_acknowledged()
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        return self._outbox.remove(is_unwanted)
 
     def close(self) -> None:
         if self._is_closed:

@@ -5,6 +5,7 @@
     <root>/w<pid>-<boot ms>/EVICTED.json  counts of what was evicted from this folder
     <root>/EVICT.lock                     held while a process evicts
     <root>/quarantine/                    records that could not be decoded
+    <root>/DELETED.json                   tenants that were deleted, see ``deletions.py``
     <root>/groups/                        what groups of readers have committed, see
                                           ``segment_member.py``
 
@@ -25,6 +26,8 @@ from buffer.files import OWNER_FILE, write_atomically
 
 LOCK = "LOCK"
 TOMBSTONE = "EVICTED.json"
+DELETIONS = "DELETED.json"
+EVICT_LOCK = "EVICT.lock"
 QUARANTINE = "quarantine"
 GROUPS = "groups"
 _WRITER = re.compile(r"w[0-9A-Za-z_.-]+")

@@ -7,29 +7,15 @@ see it, so a server and a trainer started by their commands need another backend
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-
-from buffer.bundles import (
-    Bundle,
-    BundleError,
-    BundleInBuffer,
-    ExpectedTensors,
-    HostBuffer,
-    check_fits,
-    files_problem,
-    prepare_bundle,
-    sound_tensors,
-)
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
+from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
 from buffer.interface import (
     MAX_READ_BYTES,
     MAX_UNREADABLE_BYTES,
@@ -42,76 +28,17 @@ from buffer.interface import (
     TraceLimits,
     TraceWriter,
     Unreadable,
-    WeightsStore,
     check_record,
 )
-from buffer.manifest import TENSORS
-from buffer.records import Manifest
-from buffer.version_rules import (
-    check_group,
-    check_keep,
-    check_may_publish,
-    check_producer,
-    versions_to_prune,
-)
+from buffer.memory_held import Appended, Held, Share, Stream
+from buffer.memory_weights import MemoryWeights
+from buffer.version_rules import check_group
 
 DEFAULT_BYTES = 1 << 30
 """What a buffer holds where ``max_bytes`` leaves it open."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Appended:
-    payload: bytes
-    appended_s: float
-    """Unix time, seconds."""
-
-
-@dataclass(slots=True)
-class _Stream:
-    """Records of one writer by number; evicted ones are removed from the front."""
-
-    records: dict[int, _Appended] = field(default_factory=dict)
-    first: int = 0
-    """Number of the oldest record kept."""
-    end: int = 0
-    """One past the number of the newest."""
-
-
-@dataclass(slots=True)
-class _Share:
-    """What one group has done with the records of one writer."""
-
-    next: int = 0
-    """Number of the next record to be handed out."""
-    committed: int = 0
-    lost: int = 0
-    """Evicted before they were handed out, or after a member had left them."""
-    in_hand: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """Number -> the member that has it, and how many records that member had got before."""
-    left: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """The same of records that members left, ascending: a checkpoint may still commit them."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """Content of one named buffer. ``lock`` guards all of it."""
-
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    streams: dict[str, _Stream] = field(default_factory=dict)
-    unreadable: dict[str, bytes] = field(default_factory=dict)
-    num_bytes: int = 0
-    """Payload bytes of all records kept."""
-    bundles: dict[int, Bundle] = field(default_factory=dict)
-    highest: int = -1
-    denied: set[int] = field(default_factory=set)
-    marks: dict[str, set[int]] = field(default_factory=dict)
-    epoch: int = 0
-    watchers: list[Callable[[], None]] = field(default_factory=list)
-    groups: dict[str, dict[str, _Share]] = field(default_factory=dict)
-    """Group -> writer -> what it has done with its records."""
-
-
-_BUFFERS: defaultdict[str, _Held] = defaultdict(_Held)
+_BUFFERS: defaultdict[str, Held] = defaultdict(Held)
 """Buffers of this process by name."""
 
 
@@ -124,6 +51,17 @@ class MemoryBackend(Backend):
             raise ValueError(f"buffer.url {url!r} must name the buffer, as in 'memory:test'")
         self._url = url
         self._held = _BUFFERS[name]
+
+    @classmethod
+    def private(cls) -> Self:
+        """A buffer that no name leads to."""
+        made = cls.__new__(cls)
+        made._url, made._held = "memory:", Held()
+        return made
+
+    def open_named_writer(self, name: str, limits: TraceLimits) -> MemoryWriter:
+        """A writer whose stream has this name."""
+        return MemoryWriter(self._held, limits, name)
 
     def open_trace_writer(self, limits: TraceLimits) -> MemoryWriter:
         return MemoryWriter(self._held, limits)
@@ -139,26 +77,57 @@ class MemoryBackend(Backend):
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         with self._held.lock:
             kept = self._held.unreadable
-            if sum(map(len, kept.values())) + len(payload) <= MAX_UNREADABLE_BYTES:
-                kept[name] = bytes(payload)
+            used = sum(len(one.payload or b"") for one in kept.values())
+            if used + len(payload) <= MAX_UNREADABLE_BYTES:
+                kept[name] = Appended(bytes(payload), time.time())
 
     def unreadable(self) -> list[Unreadable]:
         with self._held.lock:
-            return [Unreadable(name, len(kept)) for name, kept in self._held.unreadable.items()]
+            return [
+                Unreadable(name, len(kept.payload or b""))
+                for name, kept in self._held.unreadable.items()
+            ]
 
     def open_weights(self) -> MemoryWeights:
         return MemoryWeights(self._held, self._url)
+
+    def delete(self, tenant: str) -> Deleted:
+        held, records, num_bytes = self._held, 0, 0
+        with held.lock:
+            held.deletions = held.deletions.with_tenant(digest_of(tenant), now_ms())
+            for stream in held.streams.values():
+                for number, record in stream.records.items():
+                    owner = None if record.payload is None else owner_of(record.payload)
+                    if record.payload is not None and owner is not None and owner.tenant == tenant:
+                        stream.records[number] = replace(record, payload=None)
+                        records, num_bytes = records + 1, num_bytes + len(record.payload)
+            held.num_bytes -= num_bytes
+            aside = held.unreadable.items()
+            theirs = [name for name, one in aside if may_be_of(tenant, one.payload or b"")]
+            for name in theirs:
+                del held.unreadable[name]
+        return Deleted(records, num_bytes, len(theirs))
+
+    def deletions(self) -> Deletions:
+        return self._held.deletions
+
+    def expire(self, limits: TraceLimits) -> None:
+        max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
+        with self._held.lock:
+            evict(self._held, limits.ttl_s, max_bytes)
 
     def stats(self) -> BufferStats:
         held = self._held
         with held.lock:
             streams = held.streams.values()
+            deleted = sum(map(_num_deleted, streams))
             return BufferStats(
                 num_writers=len(held.streams),
                 appended=sum(stream.end for stream in streams),
-                held=sum(len(stream.records) for stream in streams),
+                held=sum(len(stream.records) for stream in streams) - deleted,
                 held_bytes=held.num_bytes,
                 groups=tuple(_counts_of(name, held) for name in sorted(held.groups)),
+                deleted=deleted,
             )
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
@@ -168,13 +137,13 @@ class MemoryBackend(Backend):
 class MemoryWriter(TraceWriter):
     """Appends to a stream of its own; records are stored at once and acknowledged by ``sync``."""
 
-    def __init__(self, held: _Held, limits: TraceLimits) -> None:
+    def __init__(self, held: Held, limits: TraceLimits, name: str | None = None) -> None:
         self._held = held
         self._limits = limits
         self._max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
         with held.lock:
-            self._name = f"w{len(held.streams)}"
-            self._stream = held.streams.setdefault(self._name, _Stream())
+            self._name = f"w{len(held.streams)}" if name is None else name
+            self._stream = held.streams.setdefault(self._name, Stream())
         self._durable = self._evicted_records = self._evicted_bytes = 0
         self._pending_since = 0.0
 
@@ -200,7 +169,7 @@ class MemoryWriter(TraceWriter):
             number = self._stream.end
             if number == self._durable:
                 self._pending_since = time.monotonic()
-            self._stream.records[number] = _Appended(bytes(payload), time.time())
+            self._stream.records[number] = Appended(bytes(payload), time.time())
             self._stream.end = number + 1
             self._held.num_bytes += len(payload)
             self._evict()
@@ -223,43 +192,60 @@ class MemoryWriter(TraceWriter):
         self.sync()
 
     def _evict(self) -> None:
-        """Delete the oldest records until the rest fit and none is older than the TTL."""
-        held, expired_s = self._held, time.time() - self._limits.ttl_s
-        while oldest := min(
-            filter(_has_records, held.streams.values()), key=_oldest_s, default=None
-        ):
-            if _oldest_s(oldest) > expired_s and held.num_bytes <= self._max_bytes:
-                return
-            num_bytes = len(oldest.records.pop(oldest.first).payload)
-            oldest.first += 1
-            held.num_bytes -= num_bytes
-            self._evicted_records += 1
-            self._evicted_bytes += num_bytes
+        records, num_bytes = evict(self._held, self._limits.ttl_s, self._max_bytes)
+        self._evicted_records += records
+        self._evicted_bytes += num_bytes
 
 
-def _has_records(stream: _Stream) -> bool:
+def evict(held: Held, ttl_s: float, max_bytes: int) -> tuple[int, int]:
+    """Delete the oldest records until the rest fit and none is older than the TTL, and what was
+    put aside before that.
+
+    Returns:
+        How many records they were, and their bytes.
+    """
+    expired_s, records, evicted_bytes = time.time() - ttl_s, 0, 0
+    for name in [name for name, one in held.unreadable.items() if one.appended_s <= expired_s]:
+        del held.unreadable[name]
+    while oldest := min(filter(_has_records, held.streams.values()), key=_oldest_s, default=None):
+        if _oldest_s(oldest) > expired_s and held.num_bytes <= max_bytes:
+            break
+        num_bytes = len(oldest.records.pop(oldest.first).payload or b"")
+        oldest.first += 1
+        held.num_bytes -= num_bytes
+        records, evicted_bytes = records + 1, evicted_bytes + num_bytes
+    return records, evicted_bytes
+
+
+def _has_records(stream: Stream) -> bool:
     return stream.first < stream.end
 
 
-def _oldest_s(stream: _Stream) -> float:
+def _num_deleted(stream: Stream) -> int:
+    return sum(record.payload is None for record in stream.records.values())
+
+
+def _oldest_s(stream: Stream) -> float:
     return stream.records[stream.first].appended_s
 
 
 class MemoryReader(RecordReader):
     """Follows all streams of a buffer. An offset is the number of the next record."""
 
-    def __init__(self, held: _Held, offsets: Offsets | None = None) -> None:
+    def __init__(self, held: Held, offsets: Offsets | None = None) -> None:
         for name, number in (offsets or {}).items():
             if type(number) is not int:
                 raise ValueError(f"offsets of {name!r} must be a record number, got {number!r}")
         self._held = held
         self._next: dict[str, int] = dict(offsets or {})
         self._turn = 0
-        self._read = self._evicted_unread = 0
+        self._read = self._evicted_unread = self._deleted = 0
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+        return ReaderCounts(
+            read=self._read, evicted_unread=self._evicted_unread, deleted=self._deleted
+        )
 
     def offsets(self) -> dict[str, int]:
         return dict(self._next)
@@ -292,14 +278,18 @@ class MemoryReader(RecordReader):
             while self._next[name] < stream.end:
                 number = self._next[name]
                 self._next[name] = number + 1
-                yield Record(stream.records[number].payload, name, str(number))
+                payload = stream.records[number].payload
+                if payload is None:
+                    self._deleted += 1
+                else:
+                    yield Record(payload, name, str(number))
 
 
 class MemoryMember(RecordReader):
     """A member of a group. Its offsets are its name and how many records it has got, so whoever
     opens a member with them succeeds it."""
 
-    def __init__(self, held: _Held, group: str, offsets: Offsets | None = None) -> None:
+    def __init__(self, held: Held, group: str, offsets: Offsets | None = None) -> None:
         match dict(offsets or {}):
             case nothing if not nothing:
                 self._predecessor = None
@@ -311,11 +301,13 @@ class MemoryMember(RecordReader):
         self._group = group
         self._name = secrets.token_hex(8)
         self._handed = 0
-        self._read = self._evicted_unread = 0
+        self._read = self._evicted_unread = self._deleted = 0
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+        return ReaderCounts(
+            read=self._read, evicted_unread=self._evicted_unread, deleted=self._deleted
+        )
 
     def offsets(self) -> dict[str, Any]:
         return {"member": self._name, "handed": self._handed}
@@ -329,15 +321,20 @@ class MemoryMember(RecordReader):
                 self._predecessor = None
             shares = self._held.groups.setdefault(self._group, {})
             for writer, stream in self._held.streams.items():
-                share = shares.setdefault(writer, _Share())
+                share = shares.setdefault(writer, Share())
                 while len(records) < max_records and max_bytes > 0:
                     number = self._next_number(share, stream)
                     if number is None:
                         break
+                    payload = stream.records[number].payload
+                    if payload is None:
+                        share.deleted += 1
+                        self._deleted += 1
+                        continue
                     share.in_hand[number] = self._name, self._handed
                     self._handed += 1
-                    records.append(Record(stream.records[number].payload, writer, str(number)))
-                    max_bytes -= len(records[-1].payload)
+                    records.append(Record(payload, writer, str(number)))
+                    max_bytes -= len(payload)
         self._read += len(records)
         return records
 
@@ -349,7 +346,7 @@ class MemoryMember(RecordReader):
         with self._held.lock:
             self._leave(self._name)
 
-    def _next_number(self, share: _Share, stream: _Stream) -> int | None:
+    def _next_number(self, share: Share, stream: Stream) -> int | None:
         """Number of the next record to hand out; what was evicted before counts as lost."""
         while share.left:
             number = next(iter(share.left))
@@ -365,7 +362,7 @@ class MemoryMember(RecordReader):
         share.next += 1
         return share.next - 1
 
-    def _has_lost(self, share: _Share, num_records: int) -> None:
+    def _has_lost(self, share: Share, num_records: int) -> None:
         share.lost += num_records
         self._evicted_unread += num_records
 
@@ -385,116 +382,15 @@ class MemoryMember(RecordReader):
             share.left = dict(sorted((share.left | left).items()))
 
 
-def _counts_of(group: str, held: _Held) -> GroupCounts:
-    committed = pending = lost = 0
+def _counts_of(group: str, held: Held) -> GroupCounts:
+    committed = pending = lost = deleted = 0
     for writer, stream in held.streams.items():
-        share = held.groups[group].get(writer, _Share())
+        share = held.groups[group].get(writer, Share())
         gone = max(0, stream.first - share.next) + sum(n not in stream.records for n in share.left)
+        ahead = (*share.left, *range(max(share.next, stream.first), stream.end))
+        blank = sum(n in stream.records and stream.records[n].payload is None for n in ahead)
         committed += share.committed
         lost += share.lost + gone
-        pending += stream.end - share.committed - share.lost - gone
-    return GroupCounts(group, committed, pending, lost)
-
-
-class MemoryWeights(WeightsStore):
-    """Versions of one buffer. Only ``unmark_in_use`` removes a server's mark: a server that dies
-    without calling it takes the store with it."""
-
-    def __init__(self, held: _Held, location: str) -> None:
-        self._held = held
-        self._location = location
-
-    @property
-    def location(self) -> str:
-        return self._location
-
-    def versions(self) -> list[int]:
-        with self._held.lock:
-            return sorted(self._held.bundles)
-
-    def next_version(self) -> int:
-        return self._held.highest + 1
-
-    def take_over(self) -> int:
-        with self._held.lock:
-            self._held.epoch += 1
-            return self._held.epoch
-
-    def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
-    ) -> Manifest:
-        manifest, _ = prepare_bundle(manifest, files)
-        with self._held.lock:
-            check_may_publish(
-                self._location, manifest.version, self.next_version(), epoch, self._held.epoch
-            )
-            self._held.highest = manifest.version
-            self._held.bundles[manifest.version] = Bundle(manifest, dict(files))
-            watchers = list(self._held.watchers)
-        for notify in watchers:
-            notify()
-        return manifest
-
-    def watch(self, notify: Callable[[], None]) -> Callable[[], None]:
-        self._held.watchers.append(notify)
-        return lambda: self._held.watchers.remove(notify)
-
-    def read_manifest(self, version: int) -> Manifest:
-        return self._bundle(version).manifest
-
-    def read(self, version: int, expected: ExpectedTensors | None = None) -> Bundle:
-        bundle = self._bundle(version)
-        problem = files_problem(bundle.files, expected)
-        if problem is not None:
-            raise BundleError(str(version), f"{self._location}: {problem}")
-        return Bundle(bundle.manifest, dict(bundle.files))
-
-    def read_into(
-        self, host: HostBuffer, version: int, expected: ExpectedTensors | None = None
-    ) -> BundleInBuffer:
-        bundle = self.read(version, expected)
-        source = np.frombuffer(bundle.files[TENSORS], np.uint8)
-        check_fits(str(version), self._location, bundle.manifest.files[TENSORS], host)
-        content = host.take(source.size)
-        content[:] = source
-        return BundleInBuffer(
-            bundle.manifest, content, sound_tensors(TENSORS, content.data, expected)
-        )
-
-    def change_mark(self, version: int) -> int:
-        """0: a stored version never changes."""
-        return 0
-
-    def read_denied(self) -> set[int]:
-        return set(self._held.denied)
-
-    def write_denied(self, denied: Collection[int]) -> None:
-        self._held.denied = set(denied)
-
-    def mark_in_use(self, producer: str, in_use: Collection[int]) -> None:
-        check_producer(producer)
-        with self._held.lock:
-            self._held.marks[producer] = set(in_use)
-
-    def unmark_in_use(self, producer: str) -> None:
-        with self._held.lock, suppress(KeyError):
-            del self._held.marks[producer]
-
-    def prune(self, keep: int, in_use: Collection[int] = ()) -> list[int]:
-        check_keep(keep)
-        with self._held.lock:
-            used = set(in_use).union(*self._held.marks.values())
-            removed = versions_to_prune(self.versions(), keep, used, self._parent_of)
-            for version in removed:
-                del self._held.bundles[version]
-        return removed
-
-    def _parent_of(self, version: int) -> int | None:
-        return self._bundle(version).manifest.parent
-
-    def _bundle(self, version: int) -> Bundle:
-        with self._held.lock:
-            bundle = self._held.bundles.get(version)
-        if bundle is None:
-            raise BundleError(str(version), f"{self._location} has no version {version}")
-        return bundle
+        deleted += share.deleted + blank
+        pending += stream.end - share.committed - share.lost - gone - share.deleted - blank
+    return GroupCounts(group, committed, pending, lost, deleted)

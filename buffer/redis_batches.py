@@ -6,6 +6,10 @@
                               last one. Nobody needs to read records to know how old and large they
                               are.
     <run>:committed           hash: <group>/<writer> -> number of records committed
+    <run>:d:<writer>          sorted set: numbers of the records that were deleted with their tenant
+    <run>:deleted             hash: <group>/<writer> -> number of records deleted before the
+                              group had committed them
+    <run>:deletions           hash: digest of a tenant -> unix ms until which it was deleted
     <run>:alive:<member>      exists while a member of a group lives
     <run>:unreadable          stream: records that could not be decoded
 
@@ -40,6 +44,18 @@ def batches_key(options: RedisOptions, writer: str) -> str:
 
 def committed_key(options: RedisOptions) -> str:
     return options.key("committed")
+
+
+def removed_key(options: RedisOptions, writer: str) -> str:
+    return options.key("d", writer)
+
+
+def deleted_key(options: RedisOptions) -> str:
+    return options.key("deleted")
+
+
+def deletions_key(options: RedisOptions) -> str:
+    return options.key("deletions")
 
 
 def committed_field(group: str, writer: str) -> str:

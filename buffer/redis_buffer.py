@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.counts import BufferStats
+from buffer.deletions import Deleted, Deletions, now_ms
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -24,6 +25,8 @@ from buffer.interface import (
     Unreadable,
 )
 from buffer.redis_client import RedisClient
+from buffer.redis_deletion import delete_from_redis, read_deletions
+from buffer.redis_eviction import RedisEvictor
 from buffer.redis_member import RedisMember
 from buffer.redis_reader import RedisReader
 from buffer.redis_stats import read_stats
@@ -39,6 +42,9 @@ class RedisBuffer(Backend):
 
     def __init__(self, url: str, run_dir: Path) -> None:
         self._options = parse_redis_url(url, run_dir)
+        self._kept = RedisClient(self._options)
+        """For what is asked again and again."""
+        self._evictor: RedisEvictor | None = None
 
     def open_trace_writer(self, limits: TraceLimits) -> RedisWriter:
         return RedisWriter(self._client(), limits)
@@ -61,6 +67,7 @@ class RedisBuffer(Backend):
                     [
                         ("HSET", key, name, memoryview(payload)),
                         ("HSET", f"{key}:sizes", name, len(payload)),
+                        ("ZADD", f"{key}:times", now_ms(), name),
                     ]
                 )
         client.close()
@@ -75,6 +82,22 @@ class RedisBuffer(Backend):
 
     def open_weights(self) -> RedisWeights:
         return RedisWeights(self._client())
+
+    def delete(self, tenant: str) -> Deleted:
+        client = self._client()
+        try:
+            return delete_from_redis(client, tenant)
+        finally:
+            client.close()
+
+    def deletions(self) -> Deletions:
+        return read_deletions(self._kept)
+
+    def expire(self, limits: TraceLimits) -> None:
+        if self._evictor is None:
+            most = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
+            self._evictor = RedisEvictor(self._kept, limits, most)
+        self._evictor.evict_if_due()
 
     def stats(self) -> BufferStats:
         client = self._client()

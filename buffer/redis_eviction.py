@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from buffer.interface import TraceLimits
-from buffer.redis_batches import Batch, batches_key, ends_key, id_of, records_key
+from buffer.redis_batches import Batch, batches_key, ends_key, id_of, records_key, removed_key
 from buffer.redis_client import RedisClient
 
 _LOOK_S = 1.0
@@ -66,6 +66,10 @@ class RedisEvictor:
                 break
             self._delete(writer, batch)
             self._held_bytes -= batch.num_bytes
+        times = self._client.options.key("unreadable", "times")
+        aside = self._client.call("ZRANGEBYSCORE", times, "-inf", int(expired_ms))
+        if aside:
+            forget_unreadable(self._client, aside)
 
     def _oldest_first(self, writers: list[str]) -> Iterator[tuple[str, Batch]]:
         """All batches, by age; those of a writer in order, whatever its clock did."""
@@ -84,15 +88,32 @@ class RedisEvictor:
     def _delete(self, writer: str, batch: Batch) -> None:
         options = self._client.options
         from_here = ("MINID", "=", id_of(batch.end))
-        deleted, _ = self._client.at_once(
+        deleted, *_ = self._client.at_once(
             [
                 ("XTRIM", records_key(options, writer), *from_here),
                 ("XTRIM", batches_key(options, writer), *from_here),
+                ("ZREMRANGEBYSCORE", removed_key(options, writer), "-inf", batch.end - 1),
             ]
         )
         if deleted:
             self.num_records += deleted
             self.num_bytes += batch.num_bytes
+
+
+def forget_unreadable(client: RedisClient, names: list[bytes]) -> None:
+    """Remove records that were put aside.
+
+    Raises:
+        ServiceAwayError: the server does not answer.
+    """
+    key = client.options.key("unreadable")
+    client.together(
+        [
+            ("HDEL", key, *names),
+            ("HDEL", f"{key}:sizes", *names),
+            ("ZREM", f"{key}:times", *names),
+        ]
+    )
 
 
 def held_by_writer(client: RedisClient) -> dict[str, tuple[Batch, Batch]]:

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from buffer.interface import ServiceAwayError
 from buffer.redis_batches import (
     Entry,
     committed_field,
     committed_key,
+    deleted_key,
     id_of,
     number_of,
     records_key,
+    removed_key,
 )
 from buffer.redis_client import RedisClient
 
@@ -23,6 +26,14 @@ return done
 """
 """Acknowledges records and counts them, both or neither; a record counts once, however often it is
 committed. KEYS: stream, hash of counts. ARGV: group, field of the hash, ids."""
+CREATE = """
+local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+if made.err then return made end
+redis.call('HSET', KEYS[3], ARGV[2], redis.call('ZCARD', KEYS[2]))
+return made
+"""
+"""Makes a group. What was deleted before counts as deleted for it, too. KEYS: stream, set of
+deleted numbers, hash of counts. ARGV: group, field of the hash."""
 _IDS_AT_ONCE = 1000
 
 
@@ -92,10 +103,13 @@ class RedisGroup:
 
     def _create(self, writer: str) -> None:
         """Make the group on a writer's stream, before its first record."""
-        create = ("XGROUP", "CREATE", self._key(writer), self.name, "0", "MKSTREAM")
-        (answer,) = self._client.together([create])
-        if isinstance(answer, Exception) and "BUSYGROUP" not in str(answer):
-            raise self._client.away(str(answer))
+        options, field = self._options, committed_field(self.name, writer)
+        keys = self._key(writer), removed_key(options, writer), deleted_key(options)
+        try:
+            self._client.call("EVAL", CREATE, len(keys), *keys, self.name, field)
+        except ServiceAwayError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
 
     def consumers(self, writers: Sequence[str]) -> list[Consumer]:
         """Consumers of these writers' streams, where the group exists."""

@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -26,7 +27,14 @@ from buffer.redis_batches import Entry, number_of, payload_of
 from buffer.redis_client import RedisClient
 from buffer.redis_group import Consumer, Pending, RedisGroup
 from buffer.redis_presence import Presence, alive_members, end_presence
-from buffer.redis_reader import WRITERS_AT_ONCE, Ends, SizeEstimate, first_held, hand_out
+from buffer.redis_reader import (
+    WRITERS_AT_ONCE,
+    Ends,
+    SizeEstimate,
+    first_held,
+    hand_out,
+    num_deleted,
+)
 from buffer.version_rules import check_group
 
 _LOOK_S = 1.0
@@ -61,13 +69,13 @@ class RedisMember(RecordReader):
         self._size = SizeEstimate()
         self._next_look_s = 0.0
         self._presence: Presence | None = None
-        self._read = self._evicted_unread = 0
+        self._counts = ReaderCounts()
         self._lock = threading.Lock()
         """Guards all of the above."""
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(read=self._read, evicted_unread=self._evicted_unread)
+        return self._counts
 
     def offsets(self) -> dict[str, dict[str, int]]:
         with self._lock:
@@ -80,7 +88,7 @@ class RedisMember(RecordReader):
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
         with self._lock:
             records = hand_out(self._fetched, self._fetch, self._hand_out, max_records, max_bytes)
-            self._read += len(records)
+            self._counts = replace(self._counts, read=self._counts.read + len(records))
         return records
 
     def _hand_out(self, fetched: tuple[_Key, int, Record]) -> Record:
@@ -171,10 +179,21 @@ class RedisMember(RecordReader):
             last = self._queue(writer, self._own.main, handed.entries)
             self._known[writer] = ends[writer]
             if last is not None:
-                self._evicted_unread += last + 1 - handed.before - len(handed.entries)
+                gone = last + 1 - handed.before - len(handed.entries)
+                deleted = gone and num_deleted(self._client, writer, handed.before, last + 1)
+                self._missed(gone - min(gone, deleted), min(gone, deleted))
                 if len(handed.entries) == count:
                     self._known[writer] = last + 1
         return None in found.values()
+
+    def _missed(self, num_evicted: int, num_deleted: int) -> None:
+        """So many records are gone before they were handed out."""
+        counts = self._counts
+        self._counts = replace(
+            counts,
+            evicted_unread=counts.evicted_unread + num_evicted,
+            deleted=counts.deleted + num_deleted,
+        )
 
     def _queue(self, writer: str, consumer: str, entries: list[Entry]) -> int | None:
         """Records that arrived; returns the number of the last one."""
@@ -222,7 +241,7 @@ class RedisMember(RecordReader):
         if len(entries) < len(numbers):
             held = first_held(self._client, dead.writer)
             gone = [number for number in numbers if held is None or number < held]
-            self._evicted_unread += len(gone)
+            self._missed(len(gone), 0)
 
 
 class _OwnNames:

@@ -20,6 +20,7 @@ from buffer.redis_batches import (
     number_of,
     payload_of,
     records_key,
+    removed_key,
 )
 from buffer.redis_client import RedisClient
 
@@ -43,6 +44,8 @@ class Fetched:
     number: int
     num_evicted: int
     """Records right before it that were evicted."""
+    num_deleted: int
+    """Records right before it that were deleted."""
     num_damaged: int
     """Records right before it that the server has lost otherwise."""
 
@@ -128,12 +131,15 @@ class RedisReader(RecordReader):
         self._ends = Ends(client)
         self._size = SizeEstimate()
         self._turn = 0
-        self._read = self._damaged = self._evicted_unread = 0
+        self._read = self._damaged = self._evicted_unread = self._deleted = 0
 
     @property
     def counts(self) -> ReaderCounts:
         return ReaderCounts(
-            read=self._read, damaged=self._damaged, evicted_unread=self._evicted_unread
+            read=self._read,
+            damaged=self._damaged,
+            evicted_unread=self._evicted_unread,
+            deleted=self._deleted,
         )
 
     def offsets(self) -> dict[str, int]:
@@ -151,6 +157,7 @@ class RedisReader(RecordReader):
     def _hand_out(self, fetched: Fetched) -> Record:
         self._next[fetched.record.writer] = fetched.number + 1
         self._evicted_unread += fetched.num_evicted
+        self._deleted += fetched.num_deleted
         self._damaged += fetched.num_damaged
         self._read += 1
         return fetched.record
@@ -187,30 +194,38 @@ class RedisReader(RecordReader):
         number = self._next.get(name, 0)
         for entry_id, fields in entries:
             found = number_of(entry_id)
-            evicted, damaged = self._missing(name, number, found)
+            missing = self._missing(name, number, found)
             record = Record(payload_of(fields), name, str(found))
-            self._fetched.append(Fetched(record, found, evicted, damaged))
+            self._fetched.append(Fetched(record, found, *missing))
             number = found + 1
         if end is not None and end > number and not entries:
-            evicted, damaged = self._missing(name, number, end)
+            evicted, deleted, damaged = self._missing(name, number, end)
             self._evicted_unread += evicted
+            self._deleted += deleted
             self._damaged += damaged
             self._next[name] = end
 
-    def _missing(self, name: str, number: int, found: int) -> tuple[int, int]:
-        """How many of the records from ``number`` to ``found`` were evicted, and how many are gone
-        for another reason."""
+    def _missing(self, name: str, number: int, found: int) -> tuple[int, int, int]:
+        """How many of the records from ``number`` to ``found`` were evicted, how many deleted, and
+        how many are gone for another reason."""
         if found == number:
-            return 0, 0
+            return 0, 0, 0
         first = first_held(self._client, name)
         evicted = found - number if first is None else max(0, min(found, first) - number)
-        return evicted, found - number - evicted
+        deleted = num_deleted(self._client, name, number + evicted, found)
+        return evicted, deleted, found - number - evicted - deleted
 
 
 def ends_of(client: RedisClient) -> dict[str, int]:
     """Number of records that each writer has ever stored."""
     found = client.call("HGETALL", ends_key(client.options))
     return {name.decode(): int(end) for name, end in found.items()}
+
+
+def num_deleted(client: RedisClient, writer: str, first: int, end: int) -> int:
+    """How many of the records from ``first`` to ``end`` were deleted with their tenant."""
+    found: int = client.call("ZCOUNT", removed_key(client.options, writer), first, end - 1)
+    return min(found, end - first)
 
 
 def first_held(client: RedisClient, writer: str) -> int | None:

@@ -33,7 +33,6 @@ from buffer.bundles import (
     HostBuffer,
     prepare_bundle,
 )
-from buffer.interface import WeightsStore
 from buffer.manifest import (
     MANIFEST,
 )
@@ -43,6 +42,7 @@ from buffer.redis_client import Command, RedisClient
 from buffer.redis_watch import watch_channel
 from buffer.tensors import parse_json
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
+from buffer.weights_store import WeightsStore
 
 CHUNK_BYTES = 1 << 20
 IN_USE_STALE_S = 24 * 3600.0

@@ -11,7 +11,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from buffer.counts import WriterCounts
 from buffer.interface import Payload, ServiceAwayError, TraceLimits, TraceWriter, check_record
@@ -64,6 +64,7 @@ class RedisWriter(TraceWriter):
             evicted_records=self._evictor.num_records,
             evicted_bytes=self._evictor.num_bytes,
             dropped=self._spool.dropped,
+            deleted=self._spool.removed,
         )
 
     def append(self, payload: Payload) -> int:
@@ -83,6 +84,7 @@ class RedisWriter(TraceWriter):
         """Send what waits if it is due, and evict. While the server is away, it is tried from time
         to time."""
         newly = range(self._spool.added, self._spool.added)
+        self._spool.drop_older(self._limits.ttl_s)
         if not self._breaker.is_closed:
             return newly
         is_due = self._spool.age_s >= self._limits.sync_interval_s
@@ -91,6 +93,9 @@ class RedisWriter(TraceWriter):
         with self._trying():
             self._evictor.evict_if_due()
         return newly
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        return self._spool.remove(is_unwanted)
 
     def close(self) -> None:
         try:

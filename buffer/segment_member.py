@@ -11,6 +11,7 @@ one when all it has read of it is committed.
 
 from __future__ import annotations
 
+import bisect
 import fcntl
 import itertools
 import json
@@ -18,7 +19,7 @@ import math
 import os
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,29 +157,38 @@ class SegmentMember(RecordReader):
         return num_members
 
 
-def group_counts(root: Path, ends: dict[str, int]) -> tuple[GroupCounts, ...]:
-    """What each group has done with the records of these writers.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Records of one writer, as its segments show them."""
 
-    Args:
-        ends: writer -> one past the number of its last record.
-    """
+    end: int
+    """One past the number of its last record."""
+    deleted: tuple[int, ...] = ()
+    """Numbers of those that were deleted, ascending."""
+
+
+def group_counts(root: Path, written: dict[str, Written]) -> tuple[GroupCounts, ...]:
+    """What each group has done with the records of these writers."""
     try:
         folders = sorted(path for path in (root / GROUPS).iterdir() if path.is_dir())
     except FileNotFoundError:
         return ()
-    return tuple(_counts_of(folder, root, ends) for folder in folders)
+    return tuple(_counts_of(folder, root, written) for folder in folders)
 
 
-def _counts_of(folder: Path, root: Path, ends: dict[str, int]) -> GroupCounts:
-    committed = pending = lost = 0
-    for name, end in ends.items():
+def _counts_of(folder: Path, root: Path, written: dict[str, Written]) -> GroupCounts:
+    committed = pending = lost = deleted = 0
+    for name, found in written.items():
         position = _committed(folder, name)
         tombstone = read_tombstone(root / name)
         evicted = 0 if tombstone is None else max(0, tombstone.next_number - position.number)
-        committed += position.number - position.lost
+        reached = position.number + evicted
+        ahead = len(found.deleted) - bisect.bisect_left(found.deleted, reached)
+        committed += position.number - position.lost - position.deleted
         lost += position.lost + evicted
-        pending += max(0, end - position.number - evicted)
-    return GroupCounts(folder.name, committed, pending, lost)
+        deleted += position.deleted + ahead
+        pending += max(0, found.end - reached - ahead)
+    return GroupCounts(folder.name, committed, pending, lost, deleted)
 
 
 def _committed(folder: Path, name: str) -> Position:

@@ -15,7 +15,7 @@ from typing import Any
 
 from buffer.blocks import Blocks
 from buffer.counts import ReaderCounts
-from buffer.frames import claimed_end, next_frame
+from buffer.frames import Frame, claimed_end, next_frame
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
 from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
 
@@ -30,6 +30,8 @@ class Position:
     """Number of the next record."""
     lost: int = 0
     """Records before it that were damaged, or evicted before they were read."""
+    deleted: int = 0
+    """Records before it that were deleted before they were read."""
 
 
 class SegmentReader(RecordReader):
@@ -49,14 +51,16 @@ class SegmentReader(RecordReader):
         self._listed: dict[str, list[int]] = {}
         self._blocks = Blocks()
         self._turn = 0
-        self._read = self._damaged = self._torn = self._evicted_unread = 0
+        self._read = self._damaged = self._torn = self._evicted_unread = self._deleted = 0
 
     def commit(self, offsets: Offsets) -> None:
         raise ValueError("a reader without a group has nothing to commit")
 
     @property
     def counts(self) -> ReaderCounts:
-        return ReaderCounts(self._read, self._damaged, self._torn, self._evicted_unread)
+        return ReaderCounts(
+            self._read, self._damaged, self._torn, self._evicted_unread, self._deleted
+        )
 
     def offsets(self) -> dict[str, dict[str, int]]:
         return {name: asdict(position) for name, position in self._positions.items()}
@@ -119,17 +123,27 @@ class SegmentReader(RecordReader):
                 frame = next_frame(descriptor, position.offset, size, self._blocks.take)
                 if frame is None:
                     break
-                batch.add(Record(frame.payload, name, f"{position.segment:06d}-{frame.start}"))
-                gap = max(0, frame.number - position.number)
-                self._damaged += gap
-                position = Position(
-                    position.segment, frame.end, frame.number + 1, position.lost + gap
-                )
+                if not frame.is_deleted:
+                    batch.add(Record(frame.payload, name, f"{position.segment:06d}-{frame.start}"))
+                position = self._passed(position, frame)
                 self._positions[name] = position
             if is_closed and not batch.is_full:
                 self._pass_tail(name, descriptor, size)
         finally:
             os.close(descriptor)
+
+    def _passed(self, position: Position, frame: Frame) -> Position:
+        """The position behind a frame. Counts what is missing before it, and whether it is."""
+        gap = max(0, frame.number - position.number)
+        self._damaged += gap
+        self._deleted += frame.is_deleted
+        return Position(
+            position.segment,
+            frame.end,
+            frame.number + 1,
+            position.lost + gap,
+            position.deleted + frame.is_deleted,
+        )
 
     def _pass_tail(self, name: str, descriptor: int, size: int) -> None:
         """Step over whatever follows the last sound record of a closed segment.
@@ -145,8 +159,11 @@ class SegmentReader(RecordReader):
             num_damaged = int(end is not None and end <= size)
             self._torn += 1 - num_damaged
         self._damaged += num_damaged
-        self._positions[name] = Position(
-            position.segment, size, position.number + num_damaged, position.lost + num_damaged
+        self._positions[name] = replace(
+            position,
+            offset=size,
+            number=position.number + num_damaged,
+            lost=position.lost + num_damaged,
         )
 
     def _is_closed(self, name: str, segment: int) -> bool:
@@ -209,7 +226,7 @@ def position_of(name: str, position: Any) -> Position:
     """
     match position:
         case {"segment": int(segment), "offset": int(offset), "number": int(number)}:
-            lost = position.get("lost", 0)  # older checkpoints lack it
-            if type(lost) is int:
-                return Position(segment, offset, number, lost)
+            lost, deleted = (position.get(name, 0) for name in ("lost", "deleted"))
+            if type(lost) is int and type(deleted) is int:  # older checkpoints lack them
+                return Position(segment, offset, number, lost, deleted)
     raise ValueError(f"offsets of {name!r} must hold segment, offset and number, got {position!r}")

@@ -14,7 +14,7 @@ from buffer.hour_of_traffic import allowed_bytes, measure
 from buffer.interface import Report, TraceLimits
 from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
 from buffer.segment_list import SegmentList
-from buffer.segment_member import group_counts
+from buffer.segment_member import Written, group_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class SegmentReport(Report):
     writer: str
     segment: int
     records: int
-    """Sound records."""
+    """Sound records that were not deleted."""
     num_bytes: int
     """Size of the file."""
     torn_bytes: int
@@ -33,6 +33,8 @@ class SegmentReport(Report):
     """Records that were written whole but cannot be read any more."""
     live: bool
     """Its writer is still running."""
+    deleted: tuple[int, ...] = ()
+    """Numbers of the records that were deleted with their tenant."""
 
     @property
     def is_damaged(self) -> bool:
@@ -40,13 +42,15 @@ class SegmentReport(Report):
 
     def to_line(self) -> str:
         live = ", being written" if self.live else ""
+        deleted = f", deleted {len(self.deleted)}" if self.deleted else ""
         return (
             f"segment {self.writer}/{self.segment:06d}: {self.records} records, "
-            f"{self.num_bytes} bytes, torn {self.torn_bytes} bytes, damaged {self.damaged}{live}"
+            f"{self.num_bytes} bytes, torn {self.torn_bytes} bytes, damaged {self.damaged}"
+            f"{deleted}{live}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "segment", **asdict(self)}
+        return {"kind": "segment", **asdict(self), "deleted": len(self.deleted)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +101,18 @@ def check_segments(root: Path) -> list[SegmentReport]:
 def log_stats(root: Path) -> BufferStats:
     """Count the records of a log by reading all of it, without changing anything."""
     reports: list[SegmentReport] = []
-    ends: dict[str, int] = {}
+    written: dict[str, Written] = {}
     for name in writer_names(root):
-        of_writer, ends[name] = _check_writer(root / name)
+        of_writer, end = _check_writer(root / name)
+        written[name] = Written(end, tuple(n for report in of_writer for n in report.deleted))
         reports += of_writer
     return BufferStats(
-        num_writers=len(ends),
-        appended=sum(ends.values()),
+        num_writers=len(written),
+        appended=sum(one.end for one in written.values()),
         held=sum(report.records for report in reports),
         held_bytes=sum(report.num_bytes for report in reports),
-        groups=group_counts(root, ends),
+        groups=group_counts(root, written),
+        deleted=sum(len(one.deleted) for one in written.values()),
     )
 
 
@@ -130,18 +136,23 @@ def _report(
 ) -> tuple[SegmentReport, int]:
     """Report on one segment, and the number of the record that follows it."""
     records = damaged = end = 0
+    deleted: list[int] = []
     descriptor = os.open(segment_path(folder, segment), os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
         for frame in scan(descriptor, size):
             damaged += max(0, frame.number - number)
-            records, end, number = records + 1, frame.end, frame.number + 1
+            if frame.is_deleted:
+                deleted.append(frame.number)
+            else:
+                records += 1
+            end, number = frame.end, frame.number + 1
         claimed = claimed_end(descriptor, end) if is_last else None
     finally:
         os.close(descriptor)
     if claimed is not None and claimed <= size:
         damaged, number = damaged + 1, number + 1
     report = SegmentReport(
-        folder.name, segment, records, size, size - end, damaged, live and is_last
+        folder.name, segment, records, size, size - end, damaged, live and is_last, tuple(deleted)
     )
     return report, number

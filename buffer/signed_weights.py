@@ -15,9 +15,10 @@ from buffer.bundles import (
     ExpectedTensors,
     HostBuffer,
 )
-from buffer.interface import Backend, WeightsStore
+from buffer.interface import Backend
 from buffer.records import FileDigest, Manifest
 from buffer.signatures import PublicKeys, SigningKey, read_public_keys, read_signing_key
+from buffer.weights_store import WeightsStore
 
 
 class SignatureError(BundleError):

@@ -29,6 +29,7 @@ class Spool:
         """Payload bytes of all of them, the batch included."""
         self.added = 0
         self.dropped = 0
+        self.removed = 0
 
     def __len__(self) -> int:
         return len(self._batch) + len(self._waiting)
@@ -89,6 +90,22 @@ class Spool:
         self.num_bytes -= sum(len(payload) for _, _, payload in self._batch)
         num_records, self._batch = len(self._batch), []
         return num_records
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        """Remove some of those that are not on their way; returns how many."""
+        kept = deque(one for one in self._waiting if not is_unwanted(one[2]))
+        num_removed = len(self._waiting) - len(kept)
+        self.num_bytes -= sum(len(one[2]) for one in self._waiting) - sum(len(k[2]) for k in kept)
+        self.removed += num_removed
+        self._waiting = kept
+        return num_removed
+
+    def drop_older(self, age_s: float) -> None:
+        """Drop those that wait for longer than this, but not what is on its way."""
+        oldest_s = time.monotonic() - age_s
+        while self._waiting and self._waiting[0][1] < oldest_s:
+            self.num_bytes -= len(self._waiting.popleft()[2])
+            self.dropped += 1
 
     def drop_all(self) -> None:
         """Drop everything that is not on its way."""

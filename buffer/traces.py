@@ -7,18 +7,29 @@ a trainer.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from buffer.codec import UnreadableRecordError, decode_traces
-from buffer.interface import MAX_READ_BYTES, Backend, Offsets, Record, ServiceAwayError
+from buffer.deletions import Deletions, DeletionWatch
+from buffer.interface import (
+    MAX_READ_BYTES,
+    Backend,
+    Offsets,
+    Record,
+    ServiceAwayError,
+    TraceLimits,
+)
 from buffer.records import Trace
 
 log = logging.getLogger(__name__)
 
 _RECORDS_AT_ONCE = 8
+_EXPIRE_EVERY_S = 60.0
 _MAX_GAPS = 1024  # per producer epoch; beyond it the oldest gap counts as seen
 _MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one seen first is forgotten
 
@@ -27,7 +38,7 @@ _MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one seen first is
 class TraceCounts:
     """Records by outcome.
 
-    Written = read + duplicate + quarantined + damaged + evicted_unread + not read yet.
+    Written = read + duplicate + quarantined + damaged + evicted_unread + deleted + not read yet.
     """
 
     read: int
@@ -40,13 +51,19 @@ class TraceCounts:
     evicted_unread: int
     quarantined_by_reason: dict[str, int]
     """See ``codec.Reason``."""
+    deleted: int = 0
+    """Deleted with their tenant."""
 
 
 class TraceReader:
     """Returns every trace once, decoded and checked."""
 
     def __init__(
-        self, backend: Backend, offsets: Offsets | None = None, group: str | None = None
+        self,
+        backend: Backend,
+        offsets: Offsets | None = None,
+        group: str | None = None,
+        limits: TraceLimits | None = None,
     ) -> None:
         """Continue from ``offsets``, or begin with the oldest record.
 
@@ -54,6 +71,8 @@ class TraceReader:
             backend: where the records are.
             offsets: what an earlier reader's ``offsets()`` returned.
             group: share the traces with the other readers of this group; ``None``: read all.
+            limits: remove what is older than they allow from time to time, for no server may be
+                there to do it; ``None``: do not.
 
         Raises:
             ValueError: ``offsets`` are not what ``offsets()`` of such a reader returns.
@@ -62,7 +81,10 @@ class TraceReader:
         self._backend = backend
         self._records = backend.open_record_reader(offsets["places"] or None, group)
         self._seen = SeenTraces.from_json(offsets["seen"])
-        self._read = self._duplicate = 0
+        self._read = self._duplicate = self._deleted = 0
+        self._deletions = DeletionWatch(backend.deletions)
+        self._limits = limits
+        self._next_expire_s = 0.0
         self._reasons: Counter[str] = Counter()
 
     @property
@@ -77,6 +99,7 @@ class TraceReader:
             torn=below.torn,
             evicted_unread=below.evicted_unread,
             quarantined_by_reason=dict(self._reasons),
+            deleted=below.deleted + self._deleted,
         )
 
     def offsets(self) -> dict[str, Any]:
@@ -87,6 +110,11 @@ class TraceReader:
         """The group is done with all that was read when ``offsets()`` returned this; see
         ``RecordReader.commit``."""
         self._records.commit(offsets["places"])
+
+    @property
+    def deletions(self) -> Deletions:
+        """Tenants that were deleted, as far as ``read`` knows."""
+        return self._deletions.latest
 
     def close(self) -> None:
         """Leave the group: other members get what was not committed."""
@@ -104,6 +132,8 @@ class TraceReader:
         """
         traces: list[Trace] = []
         num_records = num_bytes = 0
+        self._deletions.look()
+        self._expire()
         while num_records < max_traces and num_bytes < MAX_READ_BYTES:
             # A few at a time: they are checked while the processor's cache still holds them.
             try:
@@ -120,12 +150,22 @@ class TraceReader:
             traces += filter(None, map(self._taken, records, decoded))
         return traces
 
+    def _expire(self) -> None:
+        if self._limits is None or time.monotonic() < self._next_expire_s:
+            return
+        self._next_expire_s = time.monotonic() + min(_EXPIRE_EVERY_S, self._limits.ttl_s / 8)
+        with contextlib.suppress(OSError):  # tried again; whatever reads says so
+            self._backend.expire(self._limits)
+
     def _taken(self, record: Record, trace: Trace | UnreadableRecordError) -> Trace | None:
         if isinstance(trace, UnreadableRecordError):
             self._put_aside(record, trace)
             return None
         if not self._seen.add(trace.producer, trace.epoch, trace.seq):
             self._duplicate += 1
+            return None
+        if self._deletions.latest.covers(trace.tenant, trace.finished_unix_ms):
+            self._deleted += 1
             return None
         self._read += 1
         return trace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
-from buffer.interface import SupersededError
+from buffer.weights_store import SupersededError
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterator
 
 from configs.schema import Settings
 
 ENV_PREFIX = "SLIPSTREAM_"
+IN_MEMORY = ("socket", "memory")
+"""Schemes of ``buffer.url`` whose backends put no trace on a disk."""
 MASK = "********"
 """Printed in place of a secret."""
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def check_settings(settings: Settings) -> list[str]:
     """Contradictions between settings, one message each; empty if there are none."""
-    return [*_server(settings), *_drafting(settings), *_sizes(settings)]
+    return [*_server(settings), *_drafting(settings), *_sizes(settings), *_capture(settings)]
 
 
 def _server(settings: Settings) -> Iterator[str]:
@@ -77,6 +81,20 @@ def _sizes(settings: Settings) -> Iterator[str]:
             f"buffer.max_bytes {buffer.max_bytes} holds less than two segments of "
             f"buffer.segment_bytes {buffer.segment_bytes}; raise the first or lower the second"
         )
+
+
+def _capture(settings: Settings) -> Iterator[str]:
+    capture, scheme = settings.capture, settings.buffer.url.partition(":")[0]
+    if capture.memory_only and scheme not in IN_MEMORY:
+        yield (
+            f"capture.memory_only is true, but buffer.url begins with '{scheme}:', which keeps "
+            f"traces on a disk or in a service that may; set buffer.url to 'socket:'"
+        )
+    if capture.redact is not None and not _FUNCTION.fullmatch(capture.redact):
+        yield f"capture.redact {capture.redact!r} must look like 'module:function'"
+    both = sorted(set(capture.tenants or ()) & set(capture.excluded_tenants))
+    if both:
+        yield f"capture.tenants and capture.excluded_tenants both name {both[0]!r}; take one out"
 
 
 def _is_loopback(host: str) -> bool:

@@ -144,7 +144,21 @@ class CaptureSettings(Section):
     """Capture of traces for the trainer."""
 
     enabled: bool = True
-    """Capture traces. A single request may opt out."""
+    """Capture traces. A single request opts out with ``"capture": false``."""
+    tenants: tuple[str, ...] | None = None
+    """Tenants (the ``user`` of a request; ``default`` without one) whose traffic is captured.
+    ``None``: everybody's."""
+    excluded_tenants: tuple[str, ...] = ()
+    """Tenants whose traffic is never captured, whatever ``capture.tenants`` says. It enters neither
+    traces nor the shared suffix index."""
+    redact: str | None = None
+    """A Python function as ``module:function`` that sees each trace before it leaves the server:
+    it gets a ``buffer.records.Trace`` and returns one, changed or not, or ``None`` to keep it back.
+    Traces for which it raises are dropped; both are counted. It runs beside the engine, on a thread
+    of its own. ``None``: traces are written as they are."""
+    memory_only: bool = False
+    """Refuse every setting with which prompts, token ids or hidden rows could reach a disk:
+    ``buffer.url`` must be ``socket:``. Turns core dumps off."""
     dtype: Literal["bfloat16", "float8_e4m3fn"] = "bfloat16"
     """Type of the captured hidden rows. fp8 halves memory, log and reading, and adds one float32
     scale per vector."""
@@ -162,10 +176,13 @@ class BufferSettings(Section):
 
     url: str = "log:"
     """``log:`` is the embedded segment log in ``run_dir/traces``; ``log:/some/folder`` is one in
-    another folder, and ``file:`` another name for ``log:``. ``redis://host:port/db`` or
+    another folder, and ``file:`` another name for ``log:``. ``log:?key_file=PATH`` or
+    ``?key_env=NAME`` encrypts it. ``redis://host:port/db`` or
     ``rediss://...`` (TLS) is a Redis or Valkey server, ``kafka://host:port/prefix`` or
     ``kafkas://...`` (TLS) a Kafka cluster, for traces and weights; see docs/buffer.md.
-    ``memory:NAME`` lives in one process and is for tests."""
+    ``socket:`` or ``socket:/some/path`` is the memory of the trainer, which servers on the same
+    machine reach over a Unix socket: no trace is on a disk. ``memory:NAME`` lives in one process
+    and is for tests."""
     segment_bytes: int = Field(32 << 20, ge=4096)
     """Size at which a segment file is closed and the next one opened."""
     max_bytes: int | None = Field(None, ge=4096)

@@ -20,9 +20,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from buffer.bundles import Bundle, read_bundle
-from buffer.interface import WeightsStore
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
+from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.trainable import trainable
 from targets.find import target_folder

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from buffer.deletions import Owner
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,11 +46,12 @@ class Sample:
     """Newest drafter version that proposed in it; ``None`` without rounds."""
     weight_T: Tensor | None = None
     """float32 weight of the loss of the row at each position; ``None``: all 1."""
-    tenant: str = ""
     domain: str = ""
     """Kind of text that the client named; empty if it named none."""
     surprise: float | None = None
     """Share of the draft tokens that the target rejected, see ``policies.draws.surprise``."""
+    owner: Owner | None = None
+    """Whose trace it is; it goes when that tenant is deleted. ``None``: nobody's."""
 
 
 def widen(rows: Tensor, scale: Tensor | None) -> Tensor:

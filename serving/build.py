@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 
+from buffer.audit import audit
 from buffer.backends import limits_of, open_backend
 from buffer.fingerprint import target_fingerprint
-from buffer.interface import Backend, WeightsStore
+from buffer.forgetting_writer import ForgettingWriter
+from buffer.interface import Backend
 from buffer.records import Manifest
 from buffer.signed_weights import open_weights
-from configs.schema import Settings
+from buffer.weights_store import WeightsStore
+from configs.schema import CaptureSettings, Settings
 from drafters.catalog import chosen, kind_of, on_request
 from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublished_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
@@ -29,6 +32,7 @@ from policies.catalog import build_policy
 from policies.interface import CostSample, DraftPolicy
 from policies.rollback import SwapWatch
 from serving.capture.recorder import Recorder
+from serving.capture.redaction import Redaction, load_redact
 from serving.capture.traces import Producer, TraceMaker
 from serving.engine.assembly import Choices, assemble
 from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
@@ -119,6 +123,8 @@ def build_service(
     if settings.engine.cpu_threads is not None:
         torch.set_num_threads(settings.engine.cpu_threads)
     torch.set_flush_denormal(True)
+    redact = settings.capture.redact
+    redaction = None if redact is None else Redaction(load_redact(redact))
     kinds = chosen(settings.drafter)
     if loaded is None:
         with _timed("loaded the target", "loading the target"):
@@ -152,7 +158,9 @@ def build_service(
     if learning is not None:
         manifest = learning.manifest
         policies.on_swap(manifest.kind, manifest.version, manifest.policy)
-    return _service(settings, backend, model, parts, policies, learning, flat, loaded.fingerprint)
+    return _service(
+        settings, backend, model, parts, policies, learning, flat, loaded.fingerprint, redaction
+    )
 
 
 def _policies(
@@ -208,7 +216,8 @@ def _make_parts(
         overlaps=on_gpu,
         on_request=on_request(settings.drafter),
     )
-    sequences = Sequences(loaded.tokenizer, _eos_ids(loaded.model), settings.seed)
+    eos_ids = _eos_ids(loaded.model)
+    sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))
     with _timed("fused weights and made pages and lanes"):
         fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
         parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
@@ -276,6 +285,7 @@ def _service(
     learning: _Learning | None,
     flat: FlatWeights | None,
     fingerprint: str,
+    redaction: Redaction | None,
 ) -> Service:
     # Containers that share a folder may share names and process ids, too.
     producer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -283,7 +293,8 @@ def _service(
     recorder = swapper = maker = None
     if programs.ring is not None:
         b = settings.buffer
-        writer = backend.open_trace_writer(limits_of(b))
+        audit(settings.run_dir, "write", b.url)
+        writer = ForgettingWriter(backend.open_trace_writer(limits_of(b)), backend.deletions)
         waiting = int(_WAITING_SHARE * _memory_bytes())
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
         maker = TraceMaker(
@@ -304,9 +315,16 @@ def _service(
             automatic=settings.swap.enabled,
             wake_engine=parts.inbox.wake,
         )
-    listeners = _listeners(recorder, maker, swapper)
+    listeners = _listeners(recorder, maker, swapper, redaction)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
     return Service(model, engine, recorder, maker, swapper, policies)
+
+
+def _captures(settings: CaptureSettings) -> Callable[[str], bool]:
+    """Whether the traffic of a tenant may be captured."""
+    allowed = None if settings.tenants is None else frozenset(settings.tenants)
+    excluded = frozenset(settings.excluded_tenants)
+    return lambda tenant: tenant not in excluded and (allowed is None or tenant in allowed)
 
 
 def _denied(store: WeightsStore) -> set[int]:
@@ -319,12 +337,18 @@ def _denied(store: WeightsStore) -> set[int]:
 
 
 def _listeners(
-    recorder: Recorder | None, maker: TraceMaker | None, swapper: Swapper | None
+    recorder: Recorder | None,
+    maker: TraceMaker | None,
+    swapper: Swapper | None,
+    redaction: Redaction | None,
 ) -> Listeners:
     heard: dict[str, Any] = {}
     if recorder is not None and maker is not None:
         put, finished = recorder.put, maker.finished
-        heard["on_finished"] = lambda sequence: put(finished(sequence))
+        if redaction is None:
+            heard["on_finished"] = lambda sequence: put(finished(sequence))
+        else:
+            heard["on_finished"] = lambda sequence: put(redaction.of(finished(sequence)))
     if swapper is not None:
         heard |= {"before_step": swapper.between_steps, "on_rounds": swapper.on_rounds}
     return Listeners(**heard)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from buffer.backends import open_backend
+from buffer.files import forbid_core_dumps
 from configs.cli import (
     ConfigOption,
     PrintConfigOption,
@@ -30,6 +31,7 @@ from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.catalog import chosen
 from policies.catalog import policy_class
+from serving.capture.redaction import load_redact
 from serving.disk import warn_without_disk
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ def launch(
     """Load the target and its drafter, and answer requests until told to stop."""
     settings = settings_from_cli(config, set_, print_config, unknown=context.args)
     _check_kinds(settings)
+    if settings.capture.memory_only:
+        forbid_core_dumps()
     set_up_logging(settings.log_level)
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
     with ExitStack() as stack:
@@ -136,6 +140,8 @@ def _check_kinds(settings: Settings) -> None:
         chosen(settings.drafter)
         policy_class(settings.policy)
         open_backend(settings.buffer.url, settings.run_dir)
+        if settings.capture.redact is not None:
+            load_redact(settings.capture.redact)
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=2) from error

@@ -12,12 +12,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from buffer.backends import open_backend
+from buffer.audit import audit
+from buffer.backends import limits_of, open_backend
 from buffer.fingerprint import target_fingerprint
-from buffer.interface import Backend, WeightsStore
+from buffer.interface import Backend
 from buffer.records import Manifest
 from buffer.signed_weights import open_weights
 from buffer.traces import TraceReader
+from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.trainable import trainable
 from policies.draws.catalog import entry
@@ -57,6 +59,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     fingerprint = target_fingerprint(folder)
     head = load_target_head(folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
+    audit(settings.run_dir, "read", settings.buffer.url, group=settings.trainer.group)
     store = _weights(settings, backend)
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
@@ -65,7 +68,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     trainer = Trainer(
         settings=settings,
         intake=Intake(
-            TraceReader(backend, group=settings.trainer.group),
+            TraceReader(backend, group=settings.trainer.group, limits=limits_of(settings.buffer)),
             replace(
                 expected_of(manifest, head),
                 emphasis=emphasis_of(settings),
@@ -152,7 +155,8 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.pace.steps_since_judged = state["steps_since_judged"]
         trainer.pace.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
-        intake.continue_with(TraceReader(backend, state["offsets"], group))
+        limits = limits_of(trainer.settings.buffer)
+        intake.continue_with(TraceReader(backend, state["offsets"], group, limits))
         wanted = keys_in(state["memory"])
         found = intake.find(wanted, TraceReader(backend))
         trainer.memory.restore(state["memory"], found)

@@ -17,7 +17,8 @@ from typing import Annotated
 
 import typer
 
-from buffer.files import why_unwritable
+from buffer.audit import audit
+from buffer.files import forbid_core_dumps, why_unwritable
 from configs.cli import (
     ConfigOption,
     PrintConfigOption,
@@ -61,6 +62,8 @@ def launch(
         )
         raise typer.Exit(code=2)
     set_up_logging(settings.log_level)
+    if settings.capture.memory_only:
+        forbid_core_dumps()
     stop = _stop_on_signal()
     try:
         _check_disk(settings.run_dir)
@@ -108,6 +111,14 @@ def vocabulary(
 ) -> None:
     """Write the tokens that the traces of ``run_dir`` use most, for ``drafter.draft_vocab``."""
     settings = settings_from_cli(config, set_, False)
+    if settings.capture.memory_only:
+        typer.echo(
+            "capture.memory_only is true, and a vocabulary says which tokens the traffic used: not "
+            "writing it",
+            err=True,
+        )
+        raise typer.Exit(code=2)
+    audit(settings.run_dir, "vocabulary", settings.buffer.url)
     from transformers import AutoConfig
 
     from buffer.backends import open_backend

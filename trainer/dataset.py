@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from buffer.deletions import Owner
 from buffer.records import Count, FeatureRows, Trace
 from drafters.samples import Piece, Sample
 from policies.draws.surprise import surprise_of
@@ -107,9 +108,9 @@ def sample_of(
         trace.sampling.temperature,
         int(versions.max()) if versions.size else None,
         _weights(trace, expected.emphasis),
-        trace.tenant,
         trace.domain,
         None if expected.surprised is None else surprise_of(trace.rounds, expected.surprised),
+        Owner(trace.tenant, trace.finished_unix_ms),
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from buffer.deletions import Deletions
 from buffer.interface import ServiceAwayError
 from buffer.records import Trace
 from buffer.traces import TraceCounts, TraceReader
@@ -63,6 +64,10 @@ class Intake:
         """Refused traces by reason, since this process started."""
         self.last_trace_s = time.monotonic()
         """Monotonic time at which the last trace arrived."""
+        self.num_deleted = 0
+        """Samples that waited for the trainer when their tenant was deleted."""
+        self._deletions = Deletions()
+        """Those that ``new_deletions`` has returned."""
         self._max_sequence = max_sequence
         self._journal = journal
         self._ahead: _Ahead | None = None
@@ -121,7 +126,17 @@ class Intake:
         for key, refusal in batch.refused:
             self.num_refused[refusal.reason] += 1
             self._journal.event("refused", trace=key, reason=refusal.reason, text=refusal.text)
-        return batch.samples
+        kept = [one for one in batch.samples if not _is_covered(one, self._reader.deletions)]
+        self.num_deleted += len(batch.samples) - len(kept)
+        return kept
+
+    def new_deletions(self) -> Deletions | None:
+        """Tenants that were deleted, if any was since the last call."""
+        found = self._reader.deletions
+        if found == self._deletions:
+            return None
+        self._deletions = found
+        return found
 
     def offsets(self) -> dict[str, Any]:
         """Offsets behind the samples that ``read`` has returned, for a checkpoint."""
@@ -241,5 +256,10 @@ class _Ahead:
         return sum(not batch.is_empty for batch in self._ready) < BATCHES_AHEAD
 
 
+def _is_covered(sample: Sample, deletions: Deletions) -> bool:
+    return sample.owner is not None and deletions.covers_owner(sample.owner)
+
+
 def _num_seen(reader: TraceReader) -> int:
-    return reader.counts.read + reader.counts.duplicate + reader.counts.quarantined
+    counts = reader.counts
+    return counts.read + counts.duplicate + counts.quarantined + counts.deleted

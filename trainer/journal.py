@@ -161,6 +161,10 @@ _TEXTS = {
     "gate": (logging.INFO, "gate at step %(step)d: %(reason)s; parent version %(parent)d"),
     "published": (logging.INFO, "published version %(version)d, trained from %(parent)d"),
     "publish_failed": (logging.ERROR, "the new version could not be published: %(text)s"),
+    "deleted": (
+        logging.INFO,
+        "a tenant was deleted: %(traces)d traces are dropped from memory",
+    ),
     "rolled_back": (
         logging.WARNING,
         "the server rolled back version %(rejected)d; training goes on from version %(version)d",

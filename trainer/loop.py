@@ -93,9 +93,13 @@ class Trainer:
         return "the end" if self._has_all_steps() else self.memory.waits_for()
 
     def take_in_traces(self) -> None:
-        """Move the traces that arrived into memory."""
+        """Move the traces that arrived into memory, and drop what was deleted."""
         if samples := self.intake.read():
             self.memory.take_in(samples)
+        deletions = self.intake.new_deletions()
+        if deletions is not None:
+            num_traces = self.memory.forget(deletions.covers_owner)
+            self.journal.event("deleted", traces=num_traces)
 
     def update(self) -> None:
         """Train on one batch from memory. On a GPU its figures arrive some updates later."""
@@ -361,6 +365,7 @@ class Trainer:
                     "quarantined": counts.quarantined,
                     "damaged": counts.damaged,
                     "evicted_unread": counts.evicted_unread,
+                    "deleted": counts.deleted + self.intake.num_deleted,
                     "refused": dict(self.intake.num_refused),
                     "taken_in": memory.num_samples,
                     "held": len(memory.samples()),

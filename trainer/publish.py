@@ -9,9 +9,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from buffer.interface import WeightsStore
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
+from buffer.weights_store import WeightsStore
 from drafters.trainable import Trainable
 from trainer.gate import Judgement
 

@@ -6,7 +6,7 @@ counts how often each was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from buffer.deletions import Owner
 from configs.schema import TrainerSettings
 from drafters.samples import Sample
 from policies.draws.caps import Cap, rows_within, strata_needed
@@ -74,7 +75,7 @@ class Turns:
     @cached_property
     def tenants(self) -> npt.NDArray[np.int64]:
         """[N] number of each sample's tenant."""
-        return _numbered([x.tenant for x in self.samples])
+        return _numbered(["" if x.owner is None else x.owner.tenant for x in self.samples])
 
     @cached_property
     def domains(self) -> npt.NDArray[np.int64]:
@@ -135,6 +136,22 @@ class Memory:
         self._keep(training, judges)
         self.num_samples += len(training)
         self.fresh_rows += sum(x.num_loss_rows for x in training)
+
+    def forget(self, is_deleted: Callable[[Owner], bool]) -> int:
+        """Drop the samples of deleted tenants, and overwrite their rows.
+
+        Returns:
+            How many they were.
+        """
+        held = (*_all(self.replay), *_all(self.judges))
+        gone = [x for x in held if x.owner is not None and is_deleted(x.owner)]
+        if gone:
+            self.store.wipe(gone)
+            self.store.drop(gone)
+            keys = {x.key for x in gone}
+            self.replay, self.judges = _without(self.replay, keys), _without(self.judges, keys)
+            self.turns = Turns.of(self.samples(), self.turns.by_key(), self.turns.arrivals())
+        return len(gone)
 
     def _keep(self, training: Sequence[Sample], judges: Sequence[Sample]) -> None:
         """Take in what the replay mix keeps."""
@@ -218,6 +235,8 @@ class Memory:
         s = self.settings
         if self.num_samples < s.min_traces:
             return f"traces: {self.num_samples} of trainer.min_traces={s.min_traces}"
+        if not self.turns.samples:  # all were deleted, or none was found again after a restart
+            return "traces: none is held any more"
         if self.trained_rows + s.batch_tokens > s.replay_ratio * self.fresh_rows:
             seen = self.trained_rows / self.fresh_rows
             return (
@@ -363,6 +382,13 @@ def keys_in(stored: dict[str, Any]) -> set[str]:
 
 def _all(replay: Replay[Any]) -> tuple[Any, ...]:
     return (*replay.recent, *replay.reservoir)
+
+
+def _without(replay: Replay[HeldSample], keys: set[str]) -> Replay[HeldSample]:
+    recent, reservoir = (
+        tuple(x for x in part if x.key not in keys) for part in (replay.recent, replay.reservoir)
+    )
+    return Replay(recent, reservoir, replay.num_left)
 
 
 def _in_store(replay: Replay[Any], held: dict[str, HeldSample]) -> Replay[HeldSample]:

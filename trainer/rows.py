@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from buffer.deletions import Owner
 from configs.schema import TrainerSettings
 from drafters.batch import TrainingBatch
 from drafters.samples import Piece, Sample, rows_with_loss, widen
@@ -38,9 +39,10 @@ class HeldSample:
     num_loss_rows: int
     version: int | None
     """See ``Sample``."""
-    tenant: str
     domain: str
     surprise: float | None
+    owner: Owner | None = None
+    """Likewise."""
 
 
 class Columns(NamedTuple):
@@ -159,6 +161,16 @@ class RowStore:
     def drop(self, samples: Iterable[HeldSample]) -> None:
         """Give back the pages of samples."""
         self._free.extend(page for sample in samples for page in sample.pages)
+
+    def wipe(self, samples: Sequence[HeldSample]) -> None:
+        """Overwrite the rows and token ids of samples with zeros. Their pages stay theirs."""
+        pages = [page for sample in samples for page in sample.pages]
+        if self._columns is None or not pages:
+            return
+        slots = self._to_device(torch.from_numpy(_slots_of(pages)).long())
+        for column in self._columns[:3]:
+            if isinstance(column, Tensor):
+                column.index_fill_(0, slots, 0)
 
     def gather(self, index: BatchIndex, longest: int, dtype: torch.dtype) -> TrainingBatch:
         """The batch at some slots, its rows in ``dtype``. Nothing waits for the device."""
@@ -319,9 +331,9 @@ def _held(sample: Sample, slots: Ints, pages: tuple[int, ...]) -> HeldSample:
         pages,
         sample.num_loss_rows,
         sample.version,
-        sample.tenant,
         sample.domain,
         sample.surprise,
+        sample.owner,
     )
 
 

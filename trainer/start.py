@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from buffer.interface import WeightsStore
 from buffer.records import Manifest
+from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.initial import (
     StoredDrafter,

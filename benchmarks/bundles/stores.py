@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from benchmarks.bundles.kinds import Given
 from buffer.backends import open_backend
-from buffer.interface import WeightsStore
+from buffer.weights_store import WeightsStore
 
 
 class Target(Protocol):

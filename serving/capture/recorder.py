@@ -27,6 +27,10 @@ _LEAST_WAIT_S = 0.01  # with buffer.sync_interval_s at 0, every write is synced 
 _SAY_EVERY_S = 10.0
 
 
+class WithheldError(ValueError):
+    """A trace must not leave the server."""
+
+
 class Recorder:
     """Background writer of traces."""
 
@@ -83,10 +87,12 @@ class Recorder:
             self._may_encode.notify()
 
     def counts(self) -> dict[str, int]:
-        """Traces by outcome: ``queued`` = ``written`` + ``dropped`` + ``failed`` + in progress.
+        """Traces by outcome: ``queued`` = ``written`` + ``dropped`` + ``failed`` + ``withheld`` +
+        ``deleted`` + in progress.
 
         ``written`` traces are acknowledged by the buffer; ``failed`` ones were refused by it, never
-        acknowledged, or given up while its service was away.
+        acknowledged, or given up while its service was away. ``withheld`` ones were kept back by
+        ``capture.redact``, or it failed; ``deleted`` ones had not left when their tenant was.
         """
         kept = self._writer.counts
         with self._lock:
@@ -95,6 +101,8 @@ class Recorder:
                 "written": kept.durable,
                 "dropped": self._counts["dropped"],
                 "failed": self._counts["failed"] + kept.doubtful + kept.dropped,
+                "withheld": self._counts["withheld"],
+                "deleted": kept.deleted,
             }
 
     def close(self, timeout_s: float) -> None:
@@ -134,6 +142,10 @@ class Recorder:
     def _encode(self, encode_trace: EncodeTrace) -> Payload | None:
         try:
             record = encode_trace()
+        except WithheldError:
+            with self._lock:
+                self._counts["withheld"] += 1
+            return None
         except ValueError as error:
             self._has_failed([error])
             return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,17 +36,27 @@ class Limits:
 class Sequences:
     """Makes the running state of requests."""
 
-    def __init__(self, tokenizer: Any, eos_ids: frozenset[int], seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        eos_ids: frozenset[int],
+        seed: int,
+        captures: Callable[[str], bool] = lambda tenant: True,
+    ) -> None:
         """
         Args:
+            captures: whether the traffic of a tenant may be captured.
             seed: determines the random numbers of requests without a seed; 0 draws one.
         """
         self._vocabulary = Vocabulary(tokenizer)
         self._eos_ids = eos_ids
+        self._captures = captures
         self._keys = np.random.default_rng(seed if seed else secrets.randbits(64))
 
     def new(self, request: Request, on_output: OnOutput) -> Sequence:
         """State of a request that has just arrived."""
+        if request.capture and not self._captures(request.tenant):
+            request = replace(request, capture=False)
         sampling = request.sampling
         seed = sampling.seed
         key = int(self._keys.integers(1 << 63)) if seed is None else seed & ((1 << 64) - 1)

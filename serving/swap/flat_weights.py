@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from buffer.bundles import BundleError, BundleInBuffer, HostBuffer
-from buffer.interface import WeightsStore
 from buffer.records import Manifest
+from buffer.weights_store import WeightsStore
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

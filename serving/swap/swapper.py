@@ -15,7 +15,8 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from buffer.interface import ServiceAwayError, WeightsStore
+from buffer.interface import ServiceAwayError
+from buffer.weights_store import WeightsStore
 from configs.logs import Lasting
 from policies.rollback import Action, SwapWatch
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle

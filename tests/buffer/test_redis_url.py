@@ -109,7 +109,17 @@ def limited_server():
 
 # The line of docs/buffer.md.
 ALLOWED = [
-    *("+@stream", "+@hash", "+@transaction", "+get", "+set", "+del", "+unlink", "+exists"),
+    *(
+        "+@stream",
+        "+@hash",
+        "+@sortedset",
+        "+@transaction",
+        "+get",
+        "+set",
+        "+del",
+        "+unlink",
+        "+exists",
+    ),
     *("+persist", "+eval", "+publish", "+subscribe", "+unsubscribe", "+ping", "+client|setinfo"),
 ]
 

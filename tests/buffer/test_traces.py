@@ -34,8 +34,9 @@ def writer(tmp_path):
 
 
 def test_the_url_of_the_log_says_where_it_is(tmp_path):
-    assert log_root("log:", tmp_path) == tmp_path / "traces"
-    assert str(log_root("log:/data/traces", tmp_path)) == "/data/traces"
+    assert log_root("log:", tmp_path) == (tmp_path / "traces", None)
+    assert str(log_root("log:/data/traces", tmp_path)[0]) == "/data/traces"
+    assert log_root("log:?key_env=KEY", tmp_path)[1] == ("key_env", "KEY")
 
 
 @pytest.mark.parametrize("url", ["amqp://me:secret@host", "log", "", "LOG:"])

@@ -71,8 +71,8 @@ def _modules(tree: ast.Module) -> set[str]:
 
 
 CORE = declared(PROJECT["dependencies"])
-CLIENTS = extra("redis") | extra("kafka") | extra("signatures")
-"""What buffers use if the settings say so: clients of services, and signatures."""
+CLIENTS = extra("redis") | extra("kafka") | extra("signatures") | extra("encryption")
+"""What buffers use if the settings say so: clients of services, signatures and ciphers."""
 
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
@@ -102,6 +102,7 @@ def test_every_extra_is_known_here():
         "demo",
         "gguf",
         "redis",
+        "encryption",
         "kafka",
         "signatures",
         "dev",

@@ -15,8 +15,9 @@ import pytest
 from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.counts import GroupCounts
-from buffer.interface import SupersededError, TraceLimits
+from buffer.interface import TraceLimits
 from buffer.records import Trace
+from buffer.weights_store import SupersededError
 from configs.schema import BufferSettings, Settings
 from oracles.redis_servers import RedisServer, valkey_binary
 from tests.trainer.conftest import World

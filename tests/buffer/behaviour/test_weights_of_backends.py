@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from buffer.bundles import BundleError, HostBuffer
-from buffer.interface import ServiceAwayError, SupersededError
+from buffer.interface import ServiceAwayError
 from buffer.tensors import join_tensors
+from buffer.weights_store import SupersededError
 from tests.buffer.sample_bundle import EXPECTED, MANIFEST, tensors
 
 

@@ -13,7 +13,8 @@ import torch
 from buffer.backends import open_backend
 from buffer.codec import decode_trace
 from buffer.interface import TraceLimits
-from buffer.memory import MemoryWriter, _Held
+from buffer.memory import MemoryWriter
+from buffer.memory_held import Held
 from buffer.records import Round
 from buffer.segment_writer import SegmentWriter
 from buffer.traces import TraceReader
@@ -27,6 +28,7 @@ from serving.engine.sequence import NotedRounds, NotedStep, Sequence
 from serving.requests import Request, SamplingParams
 
 PROMPT = list(range(30))
+NEITHER = {"withheld": 0, "deleted": 0}
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "overlaps"])
@@ -159,7 +161,7 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
     assert 3 <= dropped <= 5
     assert maker.num_lost_rows == dropped * 50
     assert recorder.counts() == {
-        "queued": 8, "written": len(traces), "dropped": dropped, "failed": 0
+        "queued": 8, "written": len(traces), "dropped": dropped, "failed": 0, **NEITHER
     }  # fmt: skip
 
 
@@ -263,7 +265,7 @@ LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 24, ttl_s=1e6, sync_i
 
 def test_a_disk_that_is_stuck_delays_no_copy_until_memory_is_full():
     """Ten traces find room, the rest wait in the queue, whose oldest are dropped."""
-    disk = SlowDisk(_Held(), LIMITS)
+    disk = SlowDisk(Held(), LIMITS)
     recorder = Recorder(disk, 5, 0.01, max_waiting_bytes=10_000)
     encoded = threading.Semaphore(0)
 
@@ -280,23 +282,23 @@ def test_a_disk_that_is_stuck_delays_no_copy_until_memory_is_full():
         time.sleep(0.001)
     for _ in range(8):
         recorder.put(encode)
-    assert recorder.counts() == {"queued": 18, "written": 0, "dropped": 3, "failed": 0}
+    assert recorder.counts() == {"queued": 18, "written": 0, "dropped": 3, "failed": 0, **NEITHER}
     disk.works.set()
     recorder.close(20)
-    assert recorder.counts() == {"queued": 18, "written": 15, "dropped": 3, "failed": 0}
+    assert recorder.counts() == {"queued": 18, "written": 15, "dropped": 3, "failed": 0, **NEITHER}
 
 
 def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
     def senseless():
         raise ValueError("tenant must be a short text")
 
-    recorder = Recorder(MemoryWriter(_Held(), LIMITS), 100, 0.01, 1 << 24)
+    recorder = Recorder(MemoryWriter(Held(), LIMITS), 100, 0.01, 1 << 24)
     for encode in (lambda: b"one", senseless, lambda: None, lambda: bytes(1 << 23 | 1)):
         recorder.put(encode)
     recorder.start()
     recorder.close(20)
 
-    assert recorder.counts() == {"queued": 4, "written": 1, "dropped": 1, "failed": 2}
+    assert recorder.counts() == {"queued": 4, "written": 1, "dropped": 1, "failed": 2, **NEITHER}
     told = " ".join(record.getMessage() for record in caplog.records)
     assert "tenant must be a short text" in told
     assert "over half of max_bytes" in told
@@ -310,7 +312,7 @@ def test_a_disk_that_refuses_every_trace_is_not_named_for_each(caplog, tmp_path)
     recorder.start()
     recorder.close(20)
 
-    assert recorder.counts() == {"queued": 50, "written": 0, "dropped": 0, "failed": 50}
+    assert recorder.counts() == {"queued": 50, "written": 0, "dropped": 0, "failed": 50, **NEITHER}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 

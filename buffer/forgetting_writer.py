@@ -1,0 +1,86 @@
+"""A trace writer that drops what was deleted while it was on its way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from buffer.counts import WriterCounts
+from buffer.deletions import Deletions, DeletionWatch, now_ms
+from buffer.interface import Payload, TraceWriter
+
+_LATE_MS = 3_600_000
+"""Longest that a record is on its way to the writer: to look whose it is takes 0.1 ms, which is
+spared once all deletions are older. Readers go by the whole list."""
+LOOK_S = 2.0
+"""Seconds between two looks for deletions."""
+
+
+class ForgettingWriter(TraceWriter):
+    """Looks for deletions on a thread of its own: a service that hangs delays no record.
+
+    Its numbers of records are those of the writer below.
+    """
+
+    def __init__(
+        self, below: TraceWriter, read: Callable[[], Deletions], every_s: float = LOOK_S
+    ) -> None:
+        """
+        Args:
+            below: used by nobody else from now on.
+            read: reads the buffer's list of deletions.
+        """
+        self._below = below
+        self._watch = DeletionWatch(read, every_s=0.0)
+        self._applied = Deletions()
+        """Those that what waits below was held against."""
+        self._recent = Deletions()
+        """Those that may cover a record that comes now."""
+        self._num_dropped = 0
+        self._stopping = threading.Event()
+        threading.Thread(target=self._look, args=(every_s,), name="deletions", daemon=True).start()
+
+    @property
+    def name(self) -> str:
+        return self._below.name
+
+    @property
+    def counts(self) -> WriterCounts:
+        counts, dropped = self._below.counts, self._num_dropped
+        return replace(counts, appended=counts.appended + dropped, deleted=counts.deleted + dropped)
+
+    def append(self, payload: Payload) -> int:
+        return self._below.append(payload)
+
+    def append_all(self, payloads: Sequence[Payload]) -> list[OSError]:
+        deletions = self._recent
+        kept = [one for one in payloads if not deletions.covers_record(one)]
+        self._num_dropped += len(payloads) - len(kept)
+        return self._below.append_all(kept)
+
+    def sync(self) -> range:
+        return self._below.sync()
+
+    def tend(self) -> range:
+        self._forget()
+        return self._below.tend()
+
+    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
+        return self._below.remove(is_unwanted)
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._forget()
+        self._below.close()
+
+    def _forget(self) -> None:
+        """Remove what waits below and was deleted since the last time."""
+        deletions = self._watch.latest
+        if deletions != self._applied:
+            self._below.remove(deletions.covers_record)
+            self._applied = deletions
+
+    def _look(self, every_s: float) -> None:
+        while not self._stopping.wait(every_s):
+            self._recent = self._watch.look().since(now_ms() - _LATE_MS)

@@ -1,0 +1,121 @@
+"""Deletion of a tenant's records on Kafka, which removes no single record.
+
+``PREFIX.deleted`` has one partition and is kept for ever: each message names the digest of a tenant
+and until when it was deleted. Readers follow it and pass over what it covers; the brokers hold that
+until the retention of ``PREFIX.traces`` ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaTimeoutError
+
+from buffer.deletions import Deletions, digest_of, now_ms
+from buffer.kafka_link import KafkaLink, close_consumer
+from buffer.kafka_sender import Sender
+
+_COMPACTED = {"cleanup.policy": "compact"}
+"""The newest message of a tenant stays."""
+
+
+class DeletionLog:
+    """Follows the list of deletions, and appends to it. May be used by several threads."""
+
+    def __init__(self, link: KafkaLink) -> None:
+        self._link = link
+        self._partition = TopicPartition(link.topic("deleted"), 0)
+        self._consumer: KafkaConsumer | None = None
+        self._sender: Sender | None = None
+        self._deletions = Deletions()
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def follow(self) -> Deletions:
+        """The list of now.
+
+        Raises:
+            KafkaError: the brokers do not answer.
+        """
+        with self._lock:
+            return self._follow()
+
+    def append(self, tenant: str) -> Deletions:
+        """List a tenant; returns the list that includes it.
+
+        Raises:
+            KafkaError: it may or may not be listed.
+            OSError: the topic cannot be created.
+        """
+        with self._lock:
+            if self._sender is None:
+                self._sender = Sender(self._link, "deleted", _COMPACTED)
+            digest = digest_of(tenant)
+            message = json.dumps({"tenant": digest, "until_ms": now_ms()}).encode()
+            sent = self._sender.send(digest.encode(), message)
+            offset = sent.get(self._link.options.timeout_s).offset
+            listed = self._follow()
+            if self._next <= offset:
+                raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
+            return listed
+
+    def _follow(self) -> Deletions:
+        if self._consumer is None:
+            self._consumer = self._link.consumer(self, auto_offset_reset="earliest")
+        consumer, partition = self._consumer, self._partition
+        if not consumer.partitions_for_topic(partition.topic):
+            return self._deletions
+        if not consumer.assignment():
+            consumer.assign([partition])
+            consumer.seek(partition, self._next)
+        end = consumer.end_offsets([partition])[partition]
+        while self._next < end:
+            found = consumer.poll(timeout_ms=self._link.timeout_ms)
+            if not found:
+                raise KafkaTimeoutError("there are deletions, but none arrives")
+            for message in found[partition]:
+                self._next = message.offset + 1
+                self._take(message.value)
+        return self._deletions
+
+    def _take(self, value: Any) -> None:
+        """One message; what makes no sense changes nothing."""
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            stored = json.loads(value)
+            digest, until_ms = stored["tenant"], stored["until_ms"]
+            if isinstance(digest, str) and type(until_ms) is int:
+                self._deletions = self._deletions.with_tenant(digest, until_ms)
+
+
+def clear_quarantine(link: KafkaLink, before_ms: int | None = None) -> int:
+    """Delete records that were put aside: nobody can tell whose they are.
+
+    Args:
+        before_ms: unix ms; only those put aside before. ``None``: all.
+
+    Returns:
+        How many they were.
+
+    Raises:
+        KafkaError: the brokers do not delete, or do not answer.
+    """
+    partition = TopicPartition(link.topic("unreadable"), 0)
+    consumer = link.consumer(link, auto_offset_reset="earliest")
+    try:
+        if not consumer.partitions_for_topic(partition.topic):
+            return 0
+        begin: int = consumer.beginning_offsets([partition])[partition]
+        end: int = consumer.end_offsets([partition])[partition]
+        if before_ms is not None and end > begin:
+            found = consumer.offsets_for_times({partition: before_ms})[partition]
+            end = end if found is None else found.offset
+    finally:
+        close_consumer(consumer)
+    if end > begin:
+        with link.admin() as admin:
+            admin.delete_records({partition: end})
+    return end - begin

@@ -1,0 +1,128 @@
+"""Deletion of a tenant's records from the embedded log, in place.
+
+Each record's head gets a flag and its payload is overwritten with zeros (see ``frames.py``); bytes
+that belong to no sound record are overwritten, too, because nobody can tell whose they were. Sizes,
+positions and numbers stay, so readers and the writer of the segment go on undisturbed. What a crash
+interrupts, the next deletion finishes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
+from buffer.files import OWNER_FILE, write_atomically
+from buffer.frames import HEAD, pack_deleted_head, scan
+from buffer.interface import Payload
+from buffer.layout import (
+    DELETIONS,
+    EVICT_LOCK,
+    QUARANTINE,
+    is_live,
+    segment_numbers,
+    segment_path,
+    writer_names,
+)
+
+_WAIT_S = 60.0
+"""Longest wait for another process that evicts or deletes, seconds."""
+_ZEROS = bytes(1 << 20)
+
+Opened = Callable[[Payload], Payload]
+
+
+def read_deletions(root: Path) -> Deletions:
+    """The list of a log; empty if there is none.
+
+    Raises:
+        OSError: the disk failed.
+        ValueError: the list is damaged.
+    """
+    path = root / DELETIONS
+    try:
+        return Deletions.from_json(json.loads(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        return Deletions()
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): nobody knows who was deleted. Remove it, and delete the "
+            f"tenants again"
+        ) from None
+
+
+def delete_from_log(root: Path, tenant: str, opened: Opened) -> Deleted:
+    """Delete all records of a tenant from a log, quarantine included.
+
+    Args:
+        opened: what a stored payload says, where payloads are encrypted.
+
+    Raises:
+        OSError: the disk failed, or others kept the log locked for a minute; try again.
+        ValueError: the list of deletions is damaged.
+    """
+    if not root.is_dir():
+        return Deleted()
+    # Evictors do not wait for the lock, so a writer never does.
+    lock = FileLock(root / EVICT_LOCK, timeout=_WAIT_S, mode=OWNER_FILE, fallback_to_soft=False)
+    with lock:
+        listed = read_deletions(root).with_tenant(digest_of(tenant), now_ms())
+        content = json.dumps(dict(listed.until_ms)).encode()
+        write_atomically(root / DELETIONS, content, OWNER_FILE)
+        records = num_bytes = 0
+        for folder in (root / name for name in writer_names(root)):
+            for number in segment_numbers(folder):
+                found, size = _delete_from_segment(folder, number, tenant, opened)
+                records, num_bytes = records + found, num_bytes + size
+        return Deleted(records, num_bytes, _delete_from_quarantine(root, tenant, opened))
+
+
+def _delete_from_segment(folder: Path, number: int, tenant: str, opened: Opened) -> tuple[int, int]:
+    """Records deleted from one segment, and the bytes of their payload."""
+    # A writer appends to its last segment as long as it lives: what follows the last sound record
+    # there may be on its way. Looked at before the file is.
+    is_written = is_live(folder) and number == segment_numbers(folder)[-1]
+    descriptor = os.open(segment_path(folder, number), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        records = num_bytes = end = 0
+        for frame in scan(descriptor, size):
+            _blank(descriptor, end + HEAD.size, frame.start)  # empty unless something is damaged
+            is_theirs = not frame.is_deleted and _is_of(tenant, opened(frame.payload))
+            if is_theirs:
+                os.pwrite(descriptor, pack_deleted_head(frame), frame.start)
+                records, num_bytes = records + 1, num_bytes + len(frame.payload)
+            if frame.is_deleted or is_theirs:
+                _blank(descriptor, frame.start + HEAD.size, frame.end)
+            end = frame.end
+        if not is_written:
+            _blank(descriptor, end + HEAD.size, size)
+        os.fdatasync(descriptor)
+        return records, num_bytes
+    finally:
+        os.close(descriptor)
+
+
+def _is_of(tenant: str, payload: Payload) -> bool:
+    owner = owner_of(payload)
+    return owner is not None and owner.tenant == tenant
+
+
+def _blank(descriptor: int, start: int, stop: int) -> None:
+    """Overwrite some bytes with zeros, unless they are."""
+    for at in range(start, stop, len(_ZEROS)):
+        zeros = _ZEROS[: min(len(_ZEROS), stop - at)]
+        if os.pread(descriptor, len(zeros), at) != zeros:
+            os.pwrite(descriptor, zeros, at)
+
+
+def _delete_from_quarantine(root: Path, tenant: str, opened: Opened) -> int:
+    paths = list((root / QUARANTINE).glob("*.bin"))
+    theirs = [path for path in paths if may_be_of(tenant, opened(path.read_bytes()))]
+    for path in theirs:
+        path.unlink()
+    return len(theirs)

@@ -1,0 +1,214 @@
+"""Holds a buffer in the memory of one process, and lets others reach it over a Unix socket.
+
+Consumes: connections, a thread for each.
+Waits for: whoever is connected. What it holds ends with the process; nothing is on a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from buffer.files import OWNER_FILE, OWNER_FOLDER
+from buffer.interface import RecordReader, TraceLimits
+from buffer.memory import MemoryBackend, MemoryWriter
+from buffer.socket_wire import Line, is_own, listen, split
+
+_TEND_S = 1.0
+"""Seconds between two looks for records that have grown too old."""
+
+_Answer = tuple[dict[str, Any], Sequence[memoryview | bytes | bytearray]]
+
+
+class SocketHost:
+    """The process that holds the buffer at one path."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        """
+        Args:
+            path: of the socket.
+            lock: descriptor of its lock, see ``try_lock``.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
+        self.backend = MemoryBackend.private()
+        self._path = path
+        self._lock = lock
+        self._writers: dict[str, MemoryWriter] = {}
+        self._lines: set[Line] = set()
+        self._guard = threading.Lock()
+        """Guards the two above."""
+        self._stopping = threading.Event()
+        self._listening = listen(path)
+        for target, name in ((self._accept, "buffer-host"), (self._tend, "buffer-tend")):
+            threading.Thread(target=target, name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """Forget everything, and let another process take over."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        with self._guard:
+            for line in self._lines:
+                line.close()
+        self._path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def writer(self, name: str, limits: TraceLimits) -> MemoryWriter:
+        """The writer of this name; a new one if it was not here before."""
+        with self._guard:
+            if name not in self._writers:
+                self._writers[name] = self.backend.open_named_writer(name, limits)
+            return self._writers[name]
+
+    def _accept(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                connected, _ = self._listening.accept()
+            except OSError:
+                return
+            if not is_own(connected):
+                connected.close()
+                continue
+            line = Line(connected)
+            with self._guard:
+                self._lines.add(line)
+            threading.Thread(
+                target=self._serve, args=(line,), name="buffer-line", daemon=True
+            ).start()
+
+    def _serve(self, line: Line) -> None:
+        session = _Session(self)
+        try:
+            while True:
+                header, body = line.receive()
+                try:
+                    answer = session.answer(header, body)
+                except (ValueError, OSError) as error:
+                    number = getattr(error, "errno", None)
+                    answer = {"error": str(error), "errno": number}, ()
+                line.send(*answer)
+        except OSError:  # the other process has ended, or the host is closing
+            pass
+        finally:
+            session.close()
+            line.close()
+            with self._guard:
+                self._lines.discard(line)
+
+    def _tend(self) -> None:
+        while not self._stopping.wait(_TEND_S):
+            with self._guard:
+                writers = list(self._writers.values())
+            for writer in writers:
+                writer.tend()
+
+
+class _Session:
+    """What one connection has opened. A reader that leaves lets others have what it held."""
+
+    def __init__(self, host: SocketHost) -> None:
+        self._host = host
+        self._writer: MemoryWriter | None = None
+        self._reader: RecordReader | None = None
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+
+    def answer(self, header: dict[str, Any], body: memoryview) -> _Answer:
+        """
+        Raises:
+            ValueError, OSError: the request is refused; the message goes back.
+        """
+        backend = self._host.backend
+        match header:
+            case {"op": "write", "name": str(name), "limits": dict(limits)}:
+                self._writer = self._host.writer(name, TraceLimits(**limits))
+                return self._written(), ()
+            case {"op": "append", "first": int(first), "sizes": list(sizes)}:
+                return self._append(first, split(body, sizes)), ()
+            case {"op": "tend"} if self._writer is not None:
+                self._writer.tend()
+                return self._written(), ()
+            case {"op": "open", "group": str() | None as group, "offsets": offsets}:
+                self._reader = backend.open_record_reader(offsets, group)
+                return self._read_so_far(), ()
+            case {"op": "read", "max_records": int(records), "max_bytes": int(num_bytes)}:
+                return self._read(records, num_bytes)
+            case {"op": "commit", "offsets": dict(offsets)} if self._reader is not None:
+                self._reader.commit(offsets)
+                return {}, ()
+            case {"op": "stats"}:
+                return {"stats": asdict(backend.stats())}, ()
+            case {"op": "delete", "tenant": str(tenant)}:
+                return {"deleted": asdict(backend.delete(tenant))}, ()
+            case {"op": "expire", "limits": dict(limits)}:
+                backend.expire(TraceLimits(**limits))
+                return {}, ()
+            case {"op": "deletions"}:
+                return {"deletions": dict(backend.deletions().until_ms)}, ()
+            case {"op": "keep", "name": str(name)}:
+                backend.keep_unreadable(name, body)
+                return {}, ()
+        raise OSError(errno.EBADMSG, "the holder of the buffer does not know this request")
+
+    def _append(self, first: int, records: Sequence[memoryview]) -> dict[str, Any]:
+        """Store records that are not here yet: the answer to an earlier attempt may be lost."""
+        writer = self._writer
+        if writer is None:
+            raise OSError(errno.EBADMSG, "records came before the name of their writer")
+        have = writer.counts.appended
+        for record in records[max(0, have - first) :]:
+            writer.append(record)
+        writer.sync()
+        return self._written()
+
+    def _written(self) -> dict[str, Any]:
+        assert self._writer is not None
+        counts = self._writer.counts
+        return {
+            "have": counts.appended,
+            "evicted": [counts.evicted_records, counts.evicted_bytes],
+        }
+
+    def _read(self, max_records: int, max_bytes: int) -> _Answer:
+        if self._reader is None:
+            raise OSError(errno.EBADMSG, "a reader must be opened first")
+        records = self._reader.read(max_records, max_bytes)
+        found = [[one.writer, one.location, len(one.payload)] for one in records]
+        return {"records": found, **self._read_so_far()}, [one.payload for one in records]
+
+    def _read_so_far(self) -> dict[str, Any]:
+        assert self._reader is not None
+        return {"offsets": self._reader.offsets(), "counts": asdict(self._reader.counts)}
+
+
+def try_lock(path: Path) -> int | None:
+    """The lock that says who holds the buffer at ``path``, as a descriptor that ends it when it is
+    closed; ``None`` while another process has it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
+    name = path.with_name(f"{path.name}.lock")
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, OWNER_FILE)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,164 @@
+"""Messages between the process that holds a buffer in memory and the others: over a Unix socket.
+
+    header length 4 | body length 8 | header, a JSON object | body, records behind each other
+
+Nothing in a message is executed, and both ends belong to one user: whoever connects must have the
+same user id, and the socket is its owner's alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from buffer.interface import Payload, ServiceAwayError
+
+TIMEOUT_S = 5.0
+"""Longest wait for an answer, seconds."""
+MAX_HEADER_BYTES = 16 << 20
+MAX_BODY_BYTES = 4 << 30
+
+_HEAD = struct.Struct("<IQ")
+
+
+class Line:
+    """One end of a connection. Used by one thread at a time."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+
+    def send(self, header: dict[str, Any], records: Sequence[Payload] = ()) -> None:
+        """
+        Raises:
+            OSError: the other end is gone, or takes nothing for ``TIMEOUT_S``.
+        """
+        text = json.dumps(header).encode()
+        sizes = [len(record) for record in records]
+        self._socket.sendall(_HEAD.pack(len(text), sum(sizes)) + text)
+        for record in records:
+            self._socket.sendall(record)
+
+    def receive(self) -> tuple[dict[str, Any], memoryview]:
+        """The next header and its body, which is writable.
+
+        Raises:
+            OSError: the other end is gone, or sends what is no message.
+        """
+        num_header, num_body = _HEAD.unpack(self._exactly(_HEAD.size))
+        if num_header > MAX_HEADER_BYTES or num_body > MAX_BODY_BYTES:
+            raise ConnectionAbortedError(errno.EBADMSG, "a message is too long")
+        header = self._exactly(num_header)
+        body = self._exactly(num_body)
+        try:
+            content = json.loads(bytes(header))
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise ConnectionAbortedError(errno.EBADMSG, "a message has no JSON object")
+        return content, body
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _exactly(self, num_bytes: int) -> memoryview:
+        content = memoryview(bytearray(num_bytes))
+        at = 0
+        while at < num_bytes:
+            got = self._socket.recv_into(content[at:])
+            if got == 0:
+                raise ConnectionResetError(errno.ECONNRESET, "the other end is gone")
+            at += got
+        return content
+
+
+def split(body: memoryview, sizes: Sequence[int]) -> list[memoryview]:
+    """Records of a body.
+
+    Raises:
+        ConnectionAbortedError: the sizes are not those of the body.
+    """
+    if any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) != len(body):
+        raise ConnectionAbortedError(errno.EBADMSG, "a body has other records than announced")
+    records, at = [], 0
+    for size in sizes:
+        records.append(body[at : at + size])
+        at += size
+    return records
+
+
+def connect(path: Path) -> Line:
+    """Connect to the process that holds the buffer.
+
+    Raises:
+        ServiceAwayError: there is none.
+    """
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    found.settimeout(TIMEOUT_S)
+    try:
+        with _short(path) as name:
+            found.connect(name)
+    except OSError as error:
+        found.close()
+        raise away(path, error.strerror or str(error)) from None
+    return Line(found)
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket that only its owner may connect to; whatever lay there is replaced.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.unlink(missing_ok=True)
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _short(path) as name:
+            before = os.umask(0o177)
+            try:
+                found.bind(name)
+            finally:
+                os.umask(before)
+        found.listen(64)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def is_own(connected: socket.socket) -> bool:
+    """Whether the process at the other end belongs to the same user."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True  # the permissions of the socket have decided
+    size = struct.calcsize("3i")
+    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    _, uid, _ = struct.unpack("3i", found)
+    return bool(uid == os.geteuid())
+
+
+def away(path: Path, problem: str) -> ServiceAwayError:
+    """The error that says that nobody holds the buffer."""
+    return ServiceAwayError(
+        errno.ENOTCONN, f"no trainer holds the buffer at {path} in memory: {problem}"
+    )
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name of the path that fits an address, which has 107 bytes at most."""
+    if len(os.fsencode(path)) < 100 or not os.path.isdir("/proc/self/fd"):
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)

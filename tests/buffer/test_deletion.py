@@ -1,0 +1,205 @@
+"""What a deletion leaves in files: nothing of the tenant, and everything else as it was."""
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from buffer.backends import open_backend
+from buffer.cli import app
+from buffer.codec import encode_trace
+from buffer.deletions import Deletions, digest_of, owner_of
+from buffer.forgetting_writer import ForgettingWriter
+from buffer.frames import pack_deleted_head, read_frame, scan
+from buffer.interface import TraceLimits
+from buffer.layout import segment_path
+from buffer.memory import MemoryBackend
+from buffer.traces import TraceReader
+
+CANARY = np.array([1_234_567_891, 1_987_654_321, 1_111_222_333], np.int32)
+LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 24, ttl_s=3600.0, sync_interval_s=0.0)
+
+
+@pytest.fixture
+def theirs(make_trace):
+    """Make a trace of ``umbrella``, whose token ids are found nowhere else."""
+
+    def make(seq):
+        return encode_trace(
+            make_trace(
+                seq=seq,
+                tenant="umbrella",
+                token_ids=np.concatenate([CANARY, CANARY]),
+                prompt_length=3,
+            )
+        )
+
+    return make
+
+
+def files_with(folder, needle):
+    return [path for path in folder.rglob("*") if path.is_file() and needle in path.read_bytes()]
+
+
+def write_mixed(writer, make_trace, theirs, first, count):
+    for seq in range(first, first + count):
+        writer.append(theirs(seq) if seq % 2 else encode_trace(make_trace(seq=seq)))
+    writer.sync()
+
+
+def test_no_file_holds_anything_of_the_tenant_and_the_writer_goes_on(tmp_path, make_trace, theirs):
+    log = open_backend("log:", tmp_path)
+    with log.open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 20)
+        log.keep_unreadable("content-w-1", theirs(1)[:-1])
+        assert files_with(tmp_path, CANARY.tobytes())
+        assert log.delete("umbrella").records == 10
+        assert files_with(tmp_path, CANARY.tobytes()) == []
+        assert files_with(tmp_path, b"umbrella") == []
+        write_mixed(writer, make_trace, theirs, 20, 4)
+    reader = TraceReader(log)
+    assert [trace.seq for trace in reader.read(100)] == [*range(0, 24, 2)]
+    assert (reader.counts.damaged, reader.counts.deleted) == (0, 12)
+
+
+def test_bytes_of_damaged_and_torn_records_go_too(tmp_path, make_trace, theirs):
+    log = open_backend("log:", tmp_path)
+    with log.open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 6)
+        name = writer.name
+    path = segment_path(tmp_path / "traces" / name, 0)
+    content = bytearray(path.read_bytes())
+    at = content.find(CANARY.tobytes())
+    content[at - 1] ^= 0xFF  # of record 1
+    path.write_bytes(content[:-5])  # and record 5 is torn
+    log.delete("umbrella")
+    assert files_with(tmp_path, CANARY.tobytes()[:8]) == []
+    reader = TraceReader(log)
+    assert [trace.seq for trace in reader.read(100)] == [0, 2, 4]
+    counts = reader.counts
+    assert (counts.damaged, counts.torn, counts.deleted) == (1, 1, 1)
+
+
+def test_a_deletion_that_was_killed_half_way_is_finished_by_the_next(tmp_path, make_trace, theirs):
+    log = open_backend("log:", tmp_path)
+    with log.open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 4)
+        path = segment_path(tmp_path / "traces" / writer.name, 0)
+    with path.open("r+b") as file:
+        frames = list(scan(file.fileno(), path.stat().st_size))
+        file.seek(frames[1].start)
+        file.write(pack_deleted_head(frames[1]))  # killed before its payload was overwritten
+    assert files_with(tmp_path, CANARY.tobytes())
+    assert log.delete("umbrella").records == 1
+    assert files_with(tmp_path, CANARY.tobytes()) == []
+    assert log.stats().deleted == 2
+
+
+def test_a_reader_in_the_middle_of_it_finds_no_damage(tmp_path, make_trace, monkeypatch):
+    """It has read the old head, and the payload is being overwritten."""
+    log = open_backend("log:", tmp_path)
+    with log.open_trace_writer(LIMITS) as writer:
+        writer.append(encode_trace(make_trace()))
+        path = segment_path(tmp_path / "traces" / writer.name, 0)
+    descriptor = os.open(path, os.O_RDWR)
+    size = path.stat().st_size
+    (frame,) = scan(descriptor, size)
+    head = pack_deleted_head(frame)
+    os.pwrite(descriptor, bytes(8), frame.end - 8)
+    assert read_frame(descriptor, 0, size) is None  # damage, as long as the head is the old one
+
+    preadv = os.preadv
+
+    def then_the_head_is_written(fd, buffers, offset):
+        num_bytes = preadv(fd, buffers, offset)
+        os.pwrite(descriptor, head, frame.start)
+        return num_bytes
+
+    monkeypatch.setattr(os, "preadv", then_the_head_is_written)
+    found = read_frame(descriptor, 0, size)
+    os.close(descriptor)
+    assert found is not None and found.is_deleted
+    assert (found.number, len(found.payload), found.end) == (0, 0, size)
+
+
+def test_a_flipped_bit_makes_no_deleted_record(tmp_path, make_trace):
+    log = open_backend("log:", tmp_path)
+    with log.open_trace_writer(LIMITS) as writer:
+        writer.append(encode_trace(make_trace()))
+        path = segment_path(tmp_path / "traces" / writer.name, 0)
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1  # the flag
+    path.write_bytes(content)
+    reader = TraceReader(log)
+    assert reader.read(10) == []
+    assert (reader.counts.damaged, reader.counts.deleted) == (1, 0)
+
+
+def test_a_damaged_list_of_deletions_stops_no_reader(tmp_path, make_trace):
+    log = open_backend("log:", tmp_path)
+    with log.open_trace_writer(LIMITS) as writer:
+        writer.append(encode_trace(make_trace()))
+    (tmp_path / "traces" / "DELETED.json").write_text("{]")
+    assert len(TraceReader(log).read(10)) == 1
+    with pytest.raises(ValueError, match=r"DELETED\.json is damaged"):
+        log.delete("acme")
+
+
+def test_a_writer_drops_what_was_deleted_on_its_way(make_trace):
+    buffer = MemoryBackend.private()
+    writer = ForgettingWriter(buffer.open_trace_writer(LIMITS), buffer.deletions, every_s=0.01)
+    buffer.delete("umbrella")
+    deadline = time.monotonic() + 60
+    while writer.counts.deleted == 0:
+        assert time.monotonic() < deadline
+        assert writer.append_all([encode_trace(make_trace(tenant="umbrella"))]) == []
+        time.sleep(0.01)
+    writer.append_all([encode_trace(make_trace())])
+    writer.close()
+    counts = writer.counts
+    assert counts.appended == counts.durable + counts.deleted
+    assert counts.deleted == 1
+
+
+def test_whose_a_record_is_is_read_off_its_header(make_trace):
+    record = bytes(encode_trace(make_trace(tenant="acme", finished_unix_ms=7)))
+    owner = owner_of(record)
+    assert (owner.tenant, owner.finished_unix_ms) == ("acme", 7)
+    for end in range(len(record) // 2):
+        found = owner_of(record[:end])
+        assert found is None or found == owner
+    assert owner_of(b"") is owner_of(b"x" * 1000) is None
+    listed = Deletions().with_tenant(digest_of("acme"), 10).with_tenant(digest_of("acme"), 5)
+    assert listed.covers("acme", 10) and not listed.covers("acme", 11)
+    assert not listed.covers("umbrella", 1)
+    assert listed.since(9).covers("acme", 10) and not listed.since(10)
+
+
+def test_the_command_deletes_and_leaves_a_line_that_names_nobody(tmp_path, make_trace, theirs):
+    log = open_backend("log:", tmp_path)
+    with log.open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 6)
+    call = ["delete", "--tenant", "umbrella", "log:", "--run", str(tmp_path), "--json"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["records"] == 3
+    CliRunner().invoke(app, ["stats", str(tmp_path)])
+    text = (tmp_path / "audit.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["action"] for line in lines] == ["delete", "stats"]
+    assert lines[0]["tenant"] == digest_of("umbrella") and lines[0]["records"] == 3
+    assert all({"unix_ms", "user", "host", "pid", "buffer"} <= line.keys() for line in lines)
+    assert "umbrella" not in text
+    assert (tmp_path / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_audit_line_holds_no_password(tmp_path):
+    call = ["delete", "--tenant", "x", "redis://me:hunter2@127.0.0.1:1/0?timeout_s=0.2"]
+    result = CliRunner().invoke(app, [*call, "--run", str(tmp_path)])
+    assert result.exit_code == 2
+    text = (tmp_path / "audit.jsonl").read_text()
+    assert json.loads(text)["failed"] == "ServiceAwayError"
+    assert "hunter2" not in text + result.output and "127.0.0.1:1/0" in text
