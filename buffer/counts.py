@@ -23,6 +23,9 @@ class WriterCounts:
     dropped: int = 0
     """Never sent: a service was away or slow until there was no more room for waiting records, of
     which the oldest are dropped first, or until the writer was closed."""
+    deleted: int = 0
+    """Of the durable ones: somebody deleted or moved their file before they were evicted, as by
+    ``rm -rf`` of the run's folder. Whether they had been read is unknown here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,10 +67,17 @@ class Evictor:
             self.max_bytes = allowed_bytes(limits, measure(self._segments.refresh(own)), root)
         self.evicted = Evicted()
         """All that was evicted on behalf of this writer."""
+        self.deleted = 0
+        """Records of the writer's own closed segments that somebody deleted, not an eviction."""
 
     def move_to(self, own: Path) -> None:
         """The writer has made a new folder."""
+        self.lose_folder()
         self._own = own
+
+    def lose_folder(self) -> None:
+        """Somebody has deleted the writer's folder."""
+        self.deleted += sum(contents.records for contents in self._contents.values())
         self._contents.clear()
 
     def note_closed(self, segment: int, contents: Contents) -> None:
@@ -100,6 +107,7 @@ class Evictor:
 
     def _evict(self, now_s: float, own_open: int | None, need_bytes: int) -> None:
         segments = self._segments.refresh(self._own, own_open)
+        self._drop_missing({one.number for one in segments if one.folder == self._own})
         traffic: Traffic = measure(segments)
         self.max_bytes = allowed_bytes(self._limits, traffic, self._root)
         total = need_bytes + sum(map(self._planned_bytes, segments))
@@ -112,6 +120,16 @@ class Evictor:
                 self.evicted += self._delete(segment)
                 total -= segment.num_bytes
         _sweep(self._root, expired_ms / 1000)
+
+    def _drop_missing(self, present: set[int]) -> None:
+        """Forget own segments that are gone: other processes evict, too, and people delete."""
+        missing = self._contents.keys() - present
+        if missing:
+            tombstone = read_tombstone(self._own)
+            evicted = -1 if tombstone is None else tombstone.segment
+            for number in missing:
+                records = self._contents.pop(number).records
+                self.deleted += records if number > evicted else 0
 
     def _planned_bytes(self, segment: Segment) -> int:
         full = self._limits.segment_bytes if segment.is_written else 0

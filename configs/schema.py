@@ -264,6 +264,9 @@ class TrainerSettings(Section):
     by how much the gain differs between held-out traces. 0.5: only the estimate counts."""
     checkpoint_every_s: float = Field(30.0, gt=0)
     """Seconds between two checkpoints of the trainer."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept on disk, each of 16 bytes for a parameter of the drafter; one more while the
+    next is being written. With 1, a damaged one cannot be replaced by an older one."""
     keep_versions: int = Field(8, ge=2)
     """Number of published versions kept on disk."""
     max_steps: int | None = Field(None, ge=1)

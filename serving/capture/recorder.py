@@ -86,7 +86,8 @@ class Recorder:
         """Traces by outcome: ``queued`` = ``written`` + ``dropped`` + ``failed`` + in progress.
 
         ``written`` traces are acknowledged by the buffer; ``failed`` ones were refused by it, never
-        acknowledged, or given up while its service was away.
+        acknowledged, or given up while its service was away. Of those written, ``deleted`` ones
+        are gone because somebody deleted their files, not because they were evicted.
         """
         kept = self._writer.counts
         with self._lock:
@@ -95,6 +96,7 @@ class Recorder:
                 "written": kept.durable,
                 "dropped": self._counts["dropped"],
                 "failed": self._counts["failed"] + kept.doubtful + kept.dropped,
+                "deleted": kept.deleted,
             }
 
     def close(self, timeout_s: float) -> None:

@@ -159,7 +159,7 @@ def test_a_recorder_that_is_late_skips_traces_instead_of_writing_all_with_holes(
     assert 3 <= dropped <= 5
     assert maker.num_lost_rows == dropped * 50
     assert recorder.counts() == {
-        "queued": 8, "written": len(traces), "dropped": dropped, "failed": 0
+        "queued": 8, "written": len(traces), "dropped": dropped, "failed": 0, "deleted": 0
     }  # fmt: skip
 
 
@@ -280,10 +280,12 @@ def test_a_disk_that_is_stuck_delays_no_copy_until_memory_is_full():
         time.sleep(0.001)
     for _ in range(8):
         recorder.put(encode)
-    assert recorder.counts() == {"queued": 18, "written": 0, "dropped": 3, "failed": 0}
+    counts = recorder.counts()
+    assert counts == {"queued": 18, "written": 0, "dropped": 3, "failed": 0, "deleted": 0}
     disk.works.set()
     recorder.close(20)
-    assert recorder.counts() == {"queued": 18, "written": 15, "dropped": 3, "failed": 0}
+    counts = recorder.counts()
+    assert counts == {"queued": 18, "written": 15, "dropped": 3, "failed": 0, "deleted": 0}
 
 
 def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
@@ -296,7 +298,7 @@ def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
     recorder.start()
     recorder.close(20)
 
-    assert recorder.counts() == {"queued": 4, "written": 1, "dropped": 1, "failed": 2}
+    assert recorder.counts() == {"queued": 4, "written": 1, "dropped": 1, "failed": 2, "deleted": 0}
     told = " ".join(record.getMessage() for record in caplog.records)
     assert "tenant must be a short text" in told
     assert "over half of max_bytes" in told
@@ -310,7 +312,8 @@ def test_a_disk_that_refuses_every_trace_is_not_named_for_each(caplog, tmp_path)
     recorder.start()
     recorder.close(20)
 
-    assert recorder.counts() == {"queued": 50, "written": 0, "dropped": 0, "failed": 50}
+    counts = recorder.counts()
+    assert counts == {"queued": 50, "written": 0, "dropped": 0, "failed": 50, "deleted": 0}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
