@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from buffer.layout import (
     is_live,
     read_tombstone,
     segment_numbers,
+    segment_path,
     write_tombstone,
     writer_names,
 )
@@ -84,6 +86,17 @@ class Evictor:
         """Remember what the writer's own segment holds."""
         self._contents[segment] = contents
 
+    def release(self, segments: Sequence[int]) -> None:
+        """Delete closed segments of the writer that nobody needs any more, which is no eviction.
+        Does nothing while another process evicts."""
+        if not segments:
+            return
+        lock = FileLock(self._lock_path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False)
+        with contextlib.suppress(Timeout), lock:
+            for number in segments:
+                segment_path(self._own, number).unlink(missing_ok=True)
+                self._contents.pop(number, None)
+
     def evict(self, now_s: float, own_open: int | None, need_bytes: int = 0) -> None:
         """Delete the oldest segments until ``need_bytes`` more fit and none is older than the TTL.
 
@@ -98,12 +111,16 @@ class Evictor:
         Raises:
             OSError: the disk failed; what was deleted until then is counted in the tombstones.
         """
-        path = self._root / "EVICT.lock"
+        path = self._lock_path
         try:
             with FileLock(path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False):
                 self._evict(now_s, own_open, need_bytes)
         except Timeout:
             return
+
+    @property
+    def _lock_path(self) -> Path:
+        return self._root / "EVICT.lock"
 
     def _evict(self, now_s: float, own_open: int | None, need_bytes: int) -> None:
         segments = self._segments.refresh(self._own, own_open)

@@ -36,6 +36,10 @@ class KafkaBackend(Backend):
     def __init__(self, url: str, run_dir: Path) -> None:
         self._link = KafkaLink(parse_url(url))
 
+    @property
+    def spool_bytes(self) -> int:
+        return self._link.options.spool_bytes
+
     def open_trace_writer(self, limits: TraceLimits) -> KafkaWriter:
         """A writer that connects when it first sends: a cluster that is away delays no start."""
         return KafkaWriter(self._link, limits)

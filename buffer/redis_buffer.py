@@ -39,6 +39,10 @@ class RedisBuffer(Backend):
     def __init__(self, url: str, run_dir: Path) -> None:
         self._options = parse_redis_url(url, run_dir)
 
+    @property
+    def spool_bytes(self) -> int:
+        return self._options.spool_bytes
+
     def open_trace_writer(self, limits: TraceLimits) -> RedisWriter:
         return RedisWriter(self._client(), limits)
 

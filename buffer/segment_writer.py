@@ -20,6 +20,7 @@ from buffer.eviction import Contents, Evictor
 from buffer.files import sync_folder
 from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
 from buffer.interface import Payload, TraceLimits, TraceWriter, check_record
+from buffer.segment_reader import Position
 from buffer.writer_folder import OpenSegment, WriterFolder
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,23 @@ class SegmentWriter(TraceWriter):
     @property
     def _pending(self) -> int:
         return self._appended - self._durable - self._doubtful
+
+    @property
+    def was_deleted(self) -> bool:
+        """Somebody has deleted the folder, and nothing was appended since."""
+        return self._folder.was_deleted
+
+    @property
+    def position(self) -> Position:
+        """Behind the last record, as a reader of this folder alone counts it."""
+        number = self._appended - self._first_here
+        if self._open is None:
+            return Position(self._next_segment, 0, number)
+        return Position(self._open.number, self._open.size, number)
+
+    def release(self, segments: Sequence[int]) -> None:
+        """Delete closed segments of this writer that nobody needs any more."""
+        self._evictor.release(segments)
 
     def append(self, payload: Payload) -> int:
         """Write one record without waiting for the disk; whatever a failing disk wrote of it is cut

@@ -175,6 +175,10 @@ class BufferSettings(Section):
     """Age in seconds at which a segment is deleted."""
     sync_interval_s: float = Field(0.2, ge=0)
     """Maximum seconds between two group commits (fdatasync)."""
+    disk_spool_bytes: int | None = Field(None, ge=1 << 16)
+    """With a service (Redis, Kafka): traces are written to ``run_dir/spool`` as well until the
+    service has them, at most so many bytes, so that they outlive the server; the oldest are dropped
+    and counted. ``None``: they wait in memory alone, see ``spool_bytes`` in docs/buffer.md."""
 
 
 class SwapSettings(Section):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from buffer.backends import limits_of, open_backend
+from buffer.backends import open_backend, open_trace_writer
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend, WeightsStore
 from buffer.records import Manifest
@@ -281,7 +281,7 @@ def _service(
     recorder = swapper = maker = None
     if programs.ring is not None:
         b = settings.buffer
-        writer = backend.open_trace_writer(limits_of(b))
+        writer = open_trace_writer(backend, b, settings.run_dir)
         waiting = int(_WAITING_SHARE * _memory_bytes())
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
         maker = TraceMaker(
