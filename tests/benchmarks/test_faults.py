@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import damage, fuzz, kills
+from benchmarks.faults import damage, fuzz, kills, network
 from buffer.records import Trace
 from oracles.forked import run_forked
 from oracles.plain_trace import problems_of
@@ -70,6 +72,23 @@ def test_killed_processes_lose_nothing_and_teach_nothing_twice(tmp_path, buffer)
     assert sum(found["kills"].values()) == 10
     assert 0 < found["acknowledged"] <= found["learnt"]
     assert (found["lost"], found["learnt_twice"]) == (0, 0)
+
+
+@pytest.mark.timeout(300)
+def test_a_failing_network_miscounts_nothing_and_ends(tmp_path):
+    quick = ["--seconds", "1", "--fault-s", "0.5", "--buffers", "redis"]
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}
+    out = tmp_path / "out.json"
+    # A process of its own: it forks before it imports torch, which a forked one has.
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.faults.network", "--out", str(out), *quick],
+        env=env, cwd=REPOSITORY, timeout=280, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["redis"]
+    assert found["miscounted"] == 0
+    assert found["counts"]["written"] == found["learnt"] > 0
+    assert set(found["recoveries_s"]) == set(network.FAULTS)
 
 
 def test_what_is_missing_or_learnt_twice_is_counted():
