@@ -347,16 +347,18 @@ def main(
     rows_dir: Annotated[Path, typer.Option(help="folder of rows/faults.json")] = RESULTS,
 ) -> None:
     """Kill processes of each buffer."""
-    former = json.loads(out.read_text()) if out.exists() else {}
-    found: dict[str, Any] = {name: former[name] for name in BUFFERS if name in former}
+    found: dict[str, Any] = {}
     for name in known("buffer", buffers.split(","), BUFFERS):
         folder = Path(tempfile.mkdtemp(prefix=f"kills-{name}-"))
         try:
             with running(name, folder, moto) as place:
-                found[name] = soak(place, kills, seed)
+                figure = soak(place, kills, seed)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        say(f"{name}: {found[name]}")
+        say(f"{name}: {figure}")
+        # Read now: the buffers may be tried one by one, even at the same time.
+        former = json.loads(out.read_text()) if out.exists() else {}
+        found = {one: former[one] for one in BUFFERS if one in former} | {name: figure}
         write_result(out, found)
     if publish:
         write_rows("faults", rows_of(found), "python -m benchmarks.faults.kills", rows_dir)

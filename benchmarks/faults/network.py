@@ -213,7 +213,7 @@ def for_seconds(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= end_s
 
 
-def measure(place: Place, service: Any, seconds: float, fault_s: float) -> Measured:
+def measure(place: Place, service: Any, seconds: float, fault_s: float, after_s: float) -> Measured:
     """Traffic with faults and without, in turn."""
     found = Measured()
     traffic = Traffic(service)
@@ -236,11 +236,11 @@ def measure(place: Place, service: Any, seconds: float, fault_s: float) -> Measu
         ) -> bool:
             if not recovered_s and _num_done(service.figures().traces) >= waiting:
                 recovered_s.append(time.monotonic() - ended_s)
-            return time.monotonic() - ended_s > RECOVERY_S
+            return time.monotonic() - ended_s > after_s
 
         found.with_fault += traffic.run(look)
         found.recoveries.setdefault(fault, []).append(recovered_s[0] if recovered_s else None)
-        found.without += traffic.run(for_seconds(fault_s + RECOVERY_S))
+        found.without += traffic.run(for_seconds(fault_s + after_s))
     traffic.end()
     return found
 
@@ -249,7 +249,9 @@ def percentile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * q))]
 
 
-def serve(place: Place, folder: Path, seconds: float, fault_s: float) -> dict[str, Any]:
+def serve(
+    place: Place, folder: Path, seconds: float, fault_s: float, after_s: float
+) -> dict[str, Any]:
     """All figures of one buffer."""
     state = folder / "learnt.json"
     reader = os.fork()
@@ -266,7 +268,7 @@ def serve(place: Place, folder: Path, seconds: float, fault_s: float) -> dict[st
     service, _ = build(load_settings([], chosen, {}))
     service.start()
     try:
-        found = measure(place, service, seconds, fault_s)
+        found = measure(place, service, seconds, fault_s, after_s)
         deadline_s = time.monotonic() + _DRAIN_S
         while _unsettled(service, state) and time.monotonic() < deadline_s:
             time.sleep(0.2)
@@ -331,6 +333,7 @@ def main(
     buffers: Annotated[str, typer.Option(help="of: log, redis, kafka")] = ",".join(BUFFERS),
     seconds: Annotated[float, typer.Option(min=1, help="of traffic for each buffer")] = 600.0,
     fault_s: Annotated[float, typer.Option(min=0.5, help="length of a fault")] = _FAULT_S,
+    after_s: Annotated[float, typer.Option(min=0.1, help="counted as recovery")] = RECOVERY_S,
     publish: Annotated[bool, typer.Option(help="write rows/faults.json, too")] = False,
     out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "network.json",
     rows_dir: Annotated[Path, typer.Option(help="folder of rows/faults.json")] = RESULTS,
@@ -338,14 +341,14 @@ def main(
     """Serve over a failing network, each buffer in a process of its own."""
     found: dict[str, Any] = {}
     for name in known("buffer", buffers.split(","), BUFFERS):
-        found[name] = _in_process(name, seconds, fault_s)
+        found[name] = _in_process(name, seconds, fault_s, after_s)
         say(f"{name}: {found[name]}")
         write_result(out, found)
     if publish:
         write_rows("faults", rows_of(found), "python -m benchmarks.faults.network", rows_dir)
 
 
-def _in_process(name: str, seconds: float, fault_s: float) -> dict[str, Any]:
+def _in_process(name: str, seconds: float, fault_s: float, after_s: float) -> dict[str, Any]:
     """Forked before torch is imported, so that it can fork in turn."""
     assert "torch" not in sys.modules, "torch has started threads, and processes must be forked"
     folder = Path(tempfile.mkdtemp(prefix=f"network-{name}-"))
@@ -355,7 +358,7 @@ def _in_process(name: str, seconds: float, fault_s: float) -> dict[str, Any]:
         status = 1
         try:
             with running(name, folder) as place:
-                result.write_text(json.dumps(serve(place, folder, seconds, fault_s)))
+                result.write_text(json.dumps(serve(place, folder, seconds, fault_s, after_s)))
             status = 0
         except BaseException:  # the process's outermost loop
             import traceback

@@ -76,7 +76,7 @@ def test_killed_processes_lose_nothing_and_teach_nothing_twice(tmp_path, buffer)
 
 @pytest.mark.timeout(300)
 def test_a_failing_network_miscounts_nothing_and_ends(tmp_path):
-    quick = ["--seconds", "1", "--fault-s", "0.5", "--buffers", "redis"]
+    quick = ["--seconds", "1", "--fault-s", "0.5", "--after-s", "0.5", "--buffers", "redis"]
     env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}
     out = tmp_path / "out.json"
     # A process of its own: it forks before it imports torch, which a forked one has.
