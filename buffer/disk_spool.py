@@ -146,6 +146,7 @@ class DiskSpool(TraceWriter):
         while self._handed:
             self._inner.sync()
             self._note_stored()
+            self._note_given_up()
             if time.monotonic() < until_s:
                 self._feed()
 
@@ -164,6 +165,7 @@ class DiskSpool(TraceWriter):
             self._inner.tend()
         finally:
             self._note_stored()
+            self._note_given_up()
             self._feed()
             self._save_if_due()
         if problem is not None:
@@ -271,14 +273,26 @@ class DiskSpool(TraceWriter):
         """Follow the service's writer, which stores records in order."""
         stored = self._inner.counts.durable
         for _ in range(stored - self._noted):
-            one = self._handed.popleft()
-            self._handed_bytes -= one.num_bytes
-            is_own = one.folder is None or one.folder.is_own
+            is_own = self._take_back()
             self._tally.durable += is_own
             self._tally.recovered += not is_own
-            if one.folder is not None and one.position is not None:
-                one.folder.sent(one.position)
         self._noted = stored
+
+    def _note_given_up(self) -> None:
+        """Count what the service's writer, which has nothing left to do, has not stored."""
+        while self._handed and not self._inner.counts.pending:
+            is_own = self._take_back()
+            self._tally.dropped += is_own
+            self._tally.unrecovered += not is_own
+
+    def _take_back(self) -> bool:
+        """The oldest record that was handed over is done with; whether it is our own."""
+        one = self._handed.popleft()
+        self._handed_bytes -= one.num_bytes
+        if one.folder is None or one.position is None:
+            return True
+        one.folder.sent(one.position)
+        return one.folder.is_own
 
     # ---- housekeeping --------------------------------------------------------------------------
 

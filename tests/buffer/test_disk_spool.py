@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -306,6 +307,17 @@ def tended_whatever(writer):
     with contextlib.suppress(OSError):
         writer.tend()
     return writer.counts.pending == 0
+
+
+def test_what_the_service_can_never_hold_is_counted_and_stops_nothing(place, root, limits):
+    small = replace(limits, max_bytes=16384)  # a record may take half of it
+    with DiskSpool(place.open().open_trace_writer(small), root, limits, 1 << 20) as writer:
+        for i, num_bytes in enumerate((100, 9000, 100)):
+            writer.append(payload(i, num_bytes))
+        writer.sync()
+        assert (writer.counts.durable, writer.counts.dropped) == (2, 1)
+        assert adds_up(writer.counts)
+    assert numbers_in(place) == [0, 2]
 
 
 def test_servers_that_share_a_spool_send_their_own(place, proxy, root, open_spool):
