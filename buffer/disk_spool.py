@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from buffer.counts import WriterCounts
-from buffer.interface import Payload, TraceLimits, TraceWriter
+from buffer.interface import Payload, TraceLimits, TraceWriter, check_record
 from buffer.segment_reader import Position
 from buffer.segment_writer import SegmentWriter
 from buffer.spool_folder import SpoolFolder, left_behind
@@ -69,6 +69,8 @@ class DiskSpool(TraceWriter):
             window_bytes: what ``inner`` may hold, less than it drops anything at.
             clock: unix time, seconds.
         """
+        self._most_held = limits.max_bytes
+        """What the service holds at most; ``None``: its writer alone knows."""
         segment_bytes = max(_LEAST_SEGMENT, min(limits.segment_bytes, max_bytes // _SEGMENTS))
         limits = replace(limits, segment_bytes=segment_bytes, max_bytes=max_bytes)
         self._inner = inner
@@ -110,6 +112,8 @@ class DiskSpool(TraceWriter):
 
     def append(self, payload: Payload) -> int:
         """Take one record; it is on the disk, or in memory where the disk refuses it."""
+        if self._most_held is not None:
+            check_record(len(payload), self._most_held)
         is_level = self._own.position.number == self._disk.position.number
         try:
             self._disk.append(payload)

@@ -227,6 +227,8 @@ def soak(place: Place, num_kills: int, seed: int) -> dict[str, Any]:
             one.kill()
         acknowledged = {f"server-{i}": _acknowledged(trail) for i, trail in enumerate(trails)}
         learnt = _drained(state, acknowledged)
+        missing = _missing(learnt, acknowledged)
+        held = _held(place.open(), set(missing)) if missing else set[str]()
     finally:
         reader.kill()
     return {
@@ -234,8 +236,9 @@ def soak(place: Place, num_kills: int, seed: int) -> dict[str, Any]:
         "acknowledged": sum(sum(lives.values()) for lives in acknowledged.values()),
         "lives": sum(map(len, acknowledged.values())),
         "learnt": sum(bits.bit_count() for bits in learnt.seen.values()),
-        "lost": len(_missing(learnt, acknowledged)),
-        "lost_examples": _missing(learnt, acknowledged)[:10],
+        "lost": len(missing),
+        "lost_examples": missing[:10],
+        "lost_and_still_held": len(held),
         "learnt_twice": learnt.twice,
         "seconds": time.monotonic() - begun,
     }
@@ -260,6 +263,17 @@ def _missing(learnt: Learnt, acknowledged: Acknowledged) -> list[str]:
         for epoch, end in lives.items()
         for seq in _zeros(learnt.seen.get(f"{name}/{epoch}", 0), end)
     ]
+
+
+def _held(backend: Backend, wanted: set[str]) -> set[str]:
+    """Which of these the buffer still holds: then the reader missed them, not the server."""
+    reader = TraceReader(backend)
+    found = set[str]()
+    until_s = time.monotonic() + 20
+    while time.monotonic() < until_s:
+        with contextlib.suppress(OSError):
+            found |= {f"{one.producer}/{one.epoch}/{one.seq}" for one in reader.read(256)}
+    return found & wanted
 
 
 def _zeros(bits: int, end: int) -> Iterator[int]:
