@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from pkgutil import resolve_name
 
-from buffer.interface import Backend, TraceLimits
+from buffer.disk_spool import WINDOW_BYTES, DiskSpool
+from buffer.interface import Backend, TraceLimits, TraceWriter
 from configs.schema import BufferSettings
 
 # Named by module and class, so that a backend's client library is imported only when it is used.
@@ -55,4 +56,30 @@ def limits_of(settings: BufferSettings) -> TraceLimits:
     """
     return TraceLimits(
         settings.segment_bytes, settings.max_bytes, settings.ttl_s, settings.sync_interval_s
+    )
+
+
+def open_trace_writer(backend: Backend, settings: BufferSettings, run_dir: Path) -> TraceWriter:
+    """A writer for this process, with a spool on the disk if the settings ask for one.
+
+    Raises:
+        ValueError: the log would hold less than two segments, or ``buffer.disk_spool_bytes`` is set
+            for a backend that has no service to wait for.
+        OSError: storage failed.
+    """
+    limits = limits_of(settings)
+    if settings.disk_spool_bytes is None:
+        return backend.open_trace_writer(limits)
+    if backend.spool_bytes is None:
+        scheme = settings.url.partition(":")[0]
+        raise ValueError(
+            f"buffer.disk_spool_bytes is for records that wait for a service, and '{scheme}:' has "
+            f"none: it writes to the disk itself. Remove the setting"
+        )
+    return DiskSpool(
+        backend.open_trace_writer(limits),
+        run_dir / "spool",
+        limits,
+        settings.disk_spool_bytes,
+        window_bytes=min(WINDOW_BYTES, backend.spool_bytes // 2),
     )

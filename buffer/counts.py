@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class WriterCounts:
     """Records of one writer by outcome: appended = durable + pending + doubtful + dropped +
-    deleted."""
+    deleted + left."""
 
     appended: int
     durable: int
@@ -26,6 +26,15 @@ class WriterCounts:
     which the oldest are dropped first, or until the writer was closed."""
     deleted: int = 0
     """Removed with their tenant before they were sent."""
+    missing: int = 0
+    """Of the durable ones: somebody deleted or moved their file before they were evicted, as by
+    ``rm -rf`` of the run's folder. Whether they had been read is unknown here."""
+    left: int = 0
+    """On the disk's spool when the writer was closed: the next process sends them."""
+    recovered: int = 0
+    """Records that ended processes had left in the spool, stored since; not among the others."""
+    unrecovered: int = 0
+    """Likewise, but damaged, torn, deleted or dropped before they could be sent."""
 
 
 @dataclass(frozen=True, slots=True)

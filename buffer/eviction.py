@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from buffer.layout import (
     is_live,
     read_tombstone,
     segment_numbers,
+    segment_path,
     write_tombstone,
     writer_names,
 )
@@ -68,15 +70,33 @@ class Evictor:
             self.max_bytes = allowed_bytes(limits, measure(self._segments.refresh(own)), root)
         self.evicted = Evicted()
         """All that was evicted on behalf of this writer."""
+        self.missing = 0
+        """Records of the writer's own closed segments that somebody deleted, not an eviction."""
 
     def move_to(self, own: Path) -> None:
         """The writer has made a new folder."""
+        self.lose_folder()
         self._own = own
+
+    def lose_folder(self) -> None:
+        """Somebody has deleted the writer's folder."""
+        self.missing += sum(contents.records for contents in self._contents.values())
         self._contents.clear()
 
     def note_closed(self, segment: int, contents: Contents) -> None:
         """Remember what the writer's own segment holds."""
         self._contents[segment] = contents
+
+    def release(self, segments: Sequence[int]) -> None:
+        """Delete closed segments of the writer that nobody needs any more, which is no eviction.
+        Does nothing while another process evicts."""
+        if not segments:
+            return
+        lock = FileLock(self._lock_path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False)
+        with contextlib.suppress(Timeout), lock:
+            for number in segments:
+                segment_path(self._own, number).unlink(missing_ok=True)
+                self._contents.pop(number, None)
 
     def evict(self, now_s: float, own_open: int | None, need_bytes: int = 0) -> None:
         """Delete the oldest segments until ``need_bytes`` more fit and none is older than the TTL.
@@ -92,15 +112,20 @@ class Evictor:
         Raises:
             OSError: the disk failed; what was deleted until then is counted in the tombstones.
         """
-        path = self._root / EVICT_LOCK
+        path = self._lock_path
         try:
             with FileLock(path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False):
                 self._evict(now_s, own_open, need_bytes)
         except Timeout:
             return
 
+    @property
+    def _lock_path(self) -> Path:
+        return self._root / EVICT_LOCK
+
     def _evict(self, now_s: float, own_open: int | None, need_bytes: int) -> None:
         segments = self._segments.refresh(self._own, own_open)
+        self._drop_missing({one.number for one in segments if one.folder == self._own})
         traffic: Traffic = measure(segments)
         self.max_bytes = allowed_bytes(self._limits, traffic, self._root)
         total = need_bytes + sum(map(self._planned_bytes, segments))
@@ -113,6 +138,16 @@ class Evictor:
                 self.evicted += self._delete(segment)
                 total -= segment.num_bytes
         _sweep(self._root, expired_ms / 1000)
+
+    def _drop_missing(self, present: set[int]) -> None:
+        """Forget own segments that are gone: other processes evict, too, and people delete."""
+        missing = self._contents.keys() - present
+        if missing:
+            tombstone = read_tombstone(self._own)
+            evicted = -1 if tombstone is None else tombstone.segment
+            for number in missing:
+                records = self._contents.pop(number).records
+                self.missing += records if number > evicted else 0
 
     def _planned_bytes(self, segment: Segment) -> int:
         full = self._limits.segment_bytes if segment.is_written else 0

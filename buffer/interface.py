@@ -261,6 +261,12 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def spool_bytes(self) -> int | None:
+        """What a writer keeps in memory until its service has it, before it drops the oldest;
+        ``None``: there is no service, and records are stored at once."""
+        return None
+
     def open_trace_writer(self, limits: TraceLimits) -> TraceWriter:
         """A new writer for this process.
 

@@ -55,6 +55,10 @@ class KafkaBackend(Backend):
         self._link = KafkaLink(parse_url(url))
         self._deletion_log = DeletionLog(self._link)
 
+    @property
+    def spool_bytes(self) -> int:
+        return self._link.options.spool_bytes
+
     def open_trace_writer(self, limits: TraceLimits) -> KafkaWriter:
         """A writer that connects when it first sends: a cluster that is away delays no start."""
         return KafkaWriter(self._link, limits)

@@ -65,7 +65,7 @@ def segment_numbers(folder: Path) -> list[int]:
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(match[1]) for match in map(_SEGMENT.fullmatch, names) if match)
 

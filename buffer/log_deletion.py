@@ -74,15 +74,33 @@ def delete_from_log(root: Path, tenant: str, opened: Opened) -> Deleted:
         content = json.dumps(dict(listed.until_ms)).encode()
         write_atomically(root / DELETIONS, content, OWNER_FILE)
         records = num_bytes = 0
+
+        def is_theirs(payload: Payload) -> bool:
+            owner = owner_of(opened(payload))
+            return owner is not None and owner.tenant == tenant
+
         for folder in (root / name for name in writer_names(root)):
             for number in segment_numbers(folder):
-                found, size = _delete_from_segment(folder, number, tenant, opened)
+                found, size = blank_records(folder, number, is_theirs)
                 records, num_bytes = records + found, num_bytes + size
         return Deleted(records, num_bytes, _delete_from_quarantine(root, tenant, opened))
 
 
-def _delete_from_segment(folder: Path, number: int, tenant: str, opened: Opened) -> tuple[int, int]:
-    """Records deleted from one segment, and the bytes of their payload."""
+def blank_records(
+    folder: Path, number: int, is_unwanted: Callable[[Payload], bool]
+) -> tuple[int, int]:
+    """Overwrite records of one segment with zeros. Nobody may evict meanwhile.
+
+    Args:
+        folder: of a writer.
+        number: of the segment.
+
+    Returns:
+        Records deleted, and the bytes of their payload.
+
+    Raises:
+        OSError: the disk failed.
+    """
     # A writer appends to its last segment as long as it lives: what follows the last sound record
     # there may be on its way. Looked at before the file is.
     is_written = is_live(folder) and number == segment_numbers(folder)[-1]
@@ -92,7 +110,7 @@ def _delete_from_segment(folder: Path, number: int, tenant: str, opened: Opened)
         records = num_bytes = end = 0
         for frame in scan(descriptor, size):
             _blank(descriptor, end + HEAD.size, frame.start)  # empty unless something is damaged
-            is_theirs = not frame.is_deleted and _is_of(tenant, opened(frame.payload))
+            is_theirs = not frame.is_deleted and is_unwanted(frame.payload)
             if is_theirs:
                 os.pwrite(descriptor, pack_deleted_head(frame), frame.start)
                 records, num_bytes = records + 1, num_bytes + len(frame.payload)
@@ -105,11 +123,6 @@ def _delete_from_segment(folder: Path, number: int, tenant: str, opened: Opened)
         return records, num_bytes
     finally:
         os.close(descriptor)
-
-
-def _is_of(tenant: str, payload: Payload) -> bool:
-    owner = owner_of(payload)
-    return owner is not None and owner.tenant == tenant
 
 
 def _blank(descriptor: int, start: int, stop: int) -> None:

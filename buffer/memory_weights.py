@@ -13,6 +13,7 @@ from buffer.bundles import (
     BundleInBuffer,
     ExpectedTensors,
     HostBuffer,
+    check_fits,
     files_problem,
     prepare_bundle,
     sound_tensors,
@@ -82,6 +83,7 @@ class MemoryWeights(WeightsStore):
     ) -> BundleInBuffer:
         bundle = self.read(version, expected)
         source = np.frombuffer(bundle.files[TENSORS], np.uint8)
+        check_fits(str(version), self._location, bundle.manifest.files[TENSORS], host)
         content = host.take(source.size)
         content[:] = source
         return BundleInBuffer(

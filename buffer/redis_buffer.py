@@ -46,6 +46,10 @@ class RedisBuffer(Backend):
         """For what is asked again and again."""
         self._evictor: RedisEvictor | None = None
 
+    @property
+    def spool_bytes(self) -> int:
+        return self._options.spool_bytes
+
     def open_trace_writer(self, limits: TraceLimits) -> RedisWriter:
         return RedisWriter(self._client(), limits)
 

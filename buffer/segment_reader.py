@@ -80,6 +80,11 @@ class SegmentReader(RecordReader):
         self.forget(name)
         self._positions[name] = position
 
+    def notice_evicted(self, name: str) -> None:
+        """Count what was evicted of this writer before it was read; ``read`` does so, too."""
+        self._positions.setdefault(name, Position())
+        self._count_evicted(name)
+
     def forget(self, name: str) -> None:
         """Know nothing of this writer any more."""
         self._positions.pop(name, None)

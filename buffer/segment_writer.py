@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,10 @@ from buffer.eviction import Contents, Evictor
 from buffer.files import sync_folder
 from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
 from buffer.interface import Payload, TraceLimits, TraceWriter, check_record
+from buffer.segment_reader import Position
 from buffer.writer_folder import OpenSegment, WriterFolder
+
+log = logging.getLogger(__name__)
 
 _ROLLS_PER_TTL = 8  # a segment is closed after TTL / 8, so records leave only a little early
 _MAX_EVICT_INTERVAL_S = 10.0
@@ -48,6 +52,9 @@ class SegmentWriter(TraceWriter):
         self._first_here = 0
         """Number of the first record in this folder among all that were appended."""
         self._appended = self._durable = self._doubtful = 0
+        self._missing = 0
+        """Durable records of segments that somebody deleted while they were open."""
+        self._said_missing = 0
         self._pending_since = 0.0
         self._evictor = Evictor(root, limits, self._folder.path)
         self._next_evict = 0.0
@@ -68,17 +75,35 @@ class SegmentWriter(TraceWriter):
             self._doubtful,
             self._evictor.evicted.records,
             self._evictor.evicted.num_bytes,
+            missing=self._missing + self._evictor.missing,
         )
 
     @property
     def _pending(self) -> int:
         return self._appended - self._durable - self._doubtful
 
+    @property
+    def was_deleted(self) -> bool:
+        """Somebody has deleted the folder, and nothing was appended since."""
+        return self._folder.was_deleted
+
+    @property
+    def position(self) -> Position:
+        """Behind the last record, as a reader of this folder alone counts it."""
+        number = self._appended - self._first_here
+        if self._open is None:
+            return Position(self._next_segment, 0, number)
+        return Position(self._open.number, self._open.size, number)
+
+    def release(self, segments: Sequence[int]) -> None:
+        """Delete closed segments of this writer that nobody needs any more."""
+        self._evictor.release(segments)
+
     def append(self, payload: Payload) -> int:
         """Write one record without waiting for the disk; whatever a failing disk wrote of it is cut
         off again."""
         self._check(payload)
-        self._leave_deleted_segment()
+        self._notice_deletion()
         if self._open is not None and not self._fits(HEAD.size + len(payload)):
             self._close_segment()
         self._append_group([payload])
@@ -122,7 +147,7 @@ class SegmentWriter(TraceWriter):
 
     def _append_group(self, payloads: Sequence[Payload]) -> None:
         num_bytes = sum(HEAD.size + len(payload) for payload in payloads)
-        self._leave_deleted_segment()
+        self._notice_deletion()
         segment = self._open or self._begin_segment(num_bytes)
         now_ms = int(self._clock() * 1000)
         pieces: list[Payload] = []
@@ -142,15 +167,16 @@ class SegmentWriter(TraceWriter):
         later ones go to a new segment.
         """
         if self._open is not None and self._pending:
+            segment = self._open
             try:
-                os.fdatasync(self._open.descriptor)
-                if not self._open.is_there:
-                    raise FileNotFoundError(
-                        errno.ENOENT, "somebody deleted the segment", str(self._open.path)
-                    )
+                os.fdatasync(segment.descriptor)
             except OSError:
                 self._abandon_segment()
                 raise
+            self._notice_deletion()
+            if self._open is None:
+                text = "somebody deleted the segment"
+                raise FileNotFoundError(errno.ENOENT, text, str(segment.path))
         newly = range(self._appended - self._pending, self._appended)
         self._durable += self._pending
         return newly
@@ -160,9 +186,11 @@ class SegmentWriter(TraceWriter):
         newly = range(self._appended, self._appended)
         if self._pending and time.monotonic() - self._pending_since >= self._limits.sync_interval_s:
             newly = self.sync()
-        if time.monotonic() >= self._next_evict and self._folder.is_there:
-            self._close_if_old()
-            self._evict(need_bytes=0)
+        if time.monotonic() >= self._next_evict:
+            self._notice_deletion()
+            if self._folder.is_there:
+                self._close_if_old()
+                self._evict(need_bytes=0)
         return newly
 
     def close(self) -> None:
@@ -170,6 +198,7 @@ class SegmentWriter(TraceWriter):
         try:
             self._close_segment()
         finally:
+            self._notice_deletion()
             self._folder.release()
 
     def _make_folder(self) -> None:
@@ -218,10 +247,22 @@ class SegmentWriter(TraceWriter):
             os.close(segment.descriptor)
             self._open = None
 
-    def _leave_deleted_segment(self) -> None:
-        """What is pending in a segment that somebody has deleted is lost; more must not follow."""
+    def _notice_deletion(self) -> None:
+        """Count what somebody has deleted. What is pending in a deleted segment is lost; more must
+        not follow."""
         if self._open is not None and not self._open.is_there:
+            self._missing += self._appended - self._pending - self._open.first
             self._abandon_segment()
+        if self._folder.was_deleted:
+            self._evictor.lose_folder()
+        if (missing := self.counts.missing) > self._said_missing:
+            log.warning(
+                "somebody deleted %d acknowledged records from %s; what follows goes to a new %s",
+                missing - self._said_missing,
+                self._folder.path,
+                "folder" if self._folder.was_deleted else "segment",
+            )
+            self._said_missing = missing
 
     def _abandon_segment(self) -> None:
         """Leave a segment of which nobody knows what it holds."""

@@ -29,6 +29,7 @@ from buffer.interface import (
     Report,
     ServiceAwayError,
     TraceLimits,
+    Unreadable,
 )
 from buffer.socket_host import SocketHost, try_lock
 from buffer.socket_wire import Line, away, connect, split
@@ -81,6 +82,11 @@ class SocketBackend(Backend):
             return
         with contextlib.suppress(OSError):
             self._ask({"op": "keep", "name": name}, payload)
+
+    def unreadable(self) -> list[Unreadable]:
+        if self._host is not None:
+            return self._host.backend.unreadable()
+        return [Unreadable(*one) for one in self._ask({"op": "kept"})["kept"]]
 
     def open_weights(self) -> FolderWeights:
         return FolderWeights(self._weights)

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,8 @@ class _Session:
                 return {}, ()
             case {"op": "deletions"}:
                 return {"deletions": dict(backend.deletions().until_ms)}, ()
+            case {"op": "kept"}:
+                return {"kept": [astuple(one) for one in backend.unreadable()]}, ()
             case {"op": "keep", "name": str(name)}:
                 backend.keep_unreadable(name, body)
                 return {}, ()

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,14 +191,23 @@ class SeenTraces:
         ranges = self._ranges.setdefault((producer, epoch), [])
         if len(self._ranges) > _MAX_EPOCHS:
             del self._ranges[next(iter(self._ranges))]
-        index = bisect.bisect_right(ranges, seq, key=lambda one: one[0])
-        if index and seq < ranges[index - 1][1]:
+        if _holds(ranges, seq):
             return False
+        index = bisect.bisect_right(ranges, seq, key=lambda one: one[0])
         ranges.insert(index, [seq, seq + 1])
         _join_neighbours(ranges, index)
         if len(ranges) > _MAX_GAPS:
             ranges[:2] = [[ranges[0][0], ranges[1][1]]]
         return True
+
+    def beyond(self, older: SeenTraces) -> Iterator[tuple[str, int, int]]:
+        """Triples that ``older`` has not seen."""
+        for (producer, epoch), ranges in self._ranges.items():
+            before = older._ranges.get((producer, epoch), [])
+            for first, end in ranges:
+                for seq in range(first, end):
+                    if not _holds(before, seq):
+                        yield producer, epoch, seq
 
     def to_json(self) -> list[list[Any]]:
         return [
@@ -211,6 +221,11 @@ class SeenTraces:
         return cls(
             {(producer, epoch): [list(one) for one in ranges] for producer, epoch, ranges in stored}
         )
+
+
+def _holds(ranges: list[list[int]], seq: int) -> bool:
+    index = bisect.bisect_right(ranges, seq, key=lambda one: one[0])
+    return index > 0 and seq < ranges[index - 1][1]
 
 
 def _join_neighbours(ranges: list[list[int]], index: int) -> None:

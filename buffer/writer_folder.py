@@ -36,6 +36,11 @@ class WriterFolder:
         """It was made, and nobody has deleted or replaced it since."""
         return self._lock is not None and leads_to(self.path / LOCK, self._lock)
 
+    @property
+    def was_deleted(self) -> bool:
+        """It was made and is not there any more."""
+        return self._lock is not None and not self.is_there
+
     def make(self) -> None:
         """Make it, under a name that no other writer has had.
 

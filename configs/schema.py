@@ -193,6 +193,10 @@ class BufferSettings(Section):
     """Age in seconds at which a segment is deleted."""
     sync_interval_s: float = Field(0.2, ge=0)
     """Maximum seconds between two group commits (fdatasync)."""
+    disk_spool_bytes: int | None = Field(None, ge=1 << 16)
+    """With a service (Redis, Kafka): traces are written to ``run_dir/spool`` as well until the
+    service has them, at most so many bytes, so that they outlive the server; the oldest are dropped
+    and counted. ``None``: they wait in memory alone, see ``spool_bytes`` in docs/buffer.md."""
 
 
 class SwapSettings(Section):
@@ -302,6 +306,9 @@ class TrainerSettings(Section):
     by how much the gain differs between held-out traces. 0.5: only the estimate counts."""
     checkpoint_every_s: float = Field(30.0, gt=0)
     """Seconds between two checkpoints of the trainer."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept on disk, each of 16 bytes for a parameter of the drafter; one more while the
+    next is being written. With 1, a damaged one cannot be replaced by an older one."""
     keep_versions: int = Field(8, ge=2)
     """Number of published versions kept on disk."""
     signing_key: Path | None = None

@@ -1,24 +1,28 @@
 """Brokers that speak Kafka's protocol and install from packages, for tests and the demo.
 
-Neither is Apache Kafka. ``tansu`` keeps everything in memory, forgets it when it ends, deletes no
-records, stores no metadata of commits, and reports the end of a batch as one past its first record;
-it does expel dead members of a group. ``noida`` is right where ``tansu`` is not, and keeps its data
-in a folder, all but the last second before a SIGKILL; it expels nobody. With
-``KAFKA_BOOTSTRAP=HOST:PORT``, tests use a real cluster instead.
+Neither is Apache Kafka. ``tansu`` keeps everything in memory and forgets it when it ends, unless it
+is given an S3 store (``s3_store``). It deletes no records, stores no metadata of commits, and
+reports the end of a batch as one past its first record; it does expel dead members of a group.
+``noida`` is right where ``tansu`` is not, and keeps its data in a folder, all but the last second
+before a SIGKILL; it expels nobody. With ``KAFKA_BOOTSTRAP=HOST:PORT``, tests use a real cluster
+instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 Kind = Literal["tansu", "noida"]
 
+S3_BUCKET = "tansu"
 _START_S = 60.0
 
 
@@ -26,7 +30,12 @@ class Broker:
     """A running broker on a port of its own; it can be killed and started again there."""
 
     def __init__(
-        self, kind: Kind, folder: Path, port: int | None = None, advertised: int | None = None
+        self,
+        kind: Kind,
+        folder: Path,
+        port: int | None = None,
+        advertised: int | None = None,
+        s3_port: int | None = None,
     ) -> None:
         """
         Args:
@@ -34,9 +43,20 @@ class Broker:
             folder: where ``noida`` keeps its data, and both their log.
             port: on the loopback interface; ``None``: a free one.
             advertised: port that ``tansu`` tells its clients, as of a proxy; ``None``: its own.
+            s3_port: of the store in which ``tansu`` keeps its records; ``None``: in memory.
         """
         self.port = free_port() if port is None else port
         self._arguments = _arguments(kind, self.port, folder, advertised or self.port)
+        self._env = dict(os.environ)
+        if s3_port is not None:
+            self._arguments[-1] = f"s3://{S3_BUCKET}/"
+            self._env |= {
+                "AWS_ENDPOINT": f"http://127.0.0.1:{s3_port}",
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ACCESS_KEY_ID": "tests",
+                "AWS_SECRET_ACCESS_KEY": "tests",
+            }
         self._log = folder / f"{kind}.log"
         folder.mkdir(parents=True, exist_ok=True)
         self.start()
@@ -58,7 +78,11 @@ class Broker:
         """
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                self._arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
             )
         deadline_s = time.monotonic() + _START_S
         while time.monotonic() < deadline_s and self._process.poll() is None:
@@ -82,6 +106,37 @@ def running_broker(kind: Kind, folder: Path) -> Iterator[Broker]:
         yield broker
     finally:
         broker.kill()
+
+
+@contextlib.contextmanager
+def s3_store(moto_server: str, folder: Path) -> Iterator[int]:
+    """An S3 store in the memory of a process, with the bucket ``S3_BUCKET``; yields its port.
+
+    Args:
+        moto_server: the command of that name, of the package ``moto[server]``.
+        folder: for its log.
+    """
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "s3.log").open("ab") as log:
+        process = subprocess.Popen(
+            [moto_server, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
+        )
+    try:
+        bucket = f"http://127.0.0.1:{port}/{S3_BUCKET}"
+        deadline_s = time.monotonic() + _START_S
+        while True:
+            try:
+                urllib.request.urlopen(urllib.request.Request(bucket, method="PUT")).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline_s or process.poll() is not None:
+                    raise RuntimeError(f"{moto_server} does not start") from None
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:

@@ -37,6 +37,9 @@ class Proxy:
         """Carry commands to the server, and nothing back."""
         self.refuses = False
         """End new connections at once."""
+        self.bytes_per_s: float | None = None
+        """Read no faster than this from clients; ``None``: as fast as they send."""
+        self._abandoned: set[tuple[socket.socket, socket.socket]] = set()
         self._thread = threading.Thread(target=self._accept, name="proxy", daemon=True)
         self._thread.start()
 
@@ -47,11 +50,19 @@ class Proxy:
     def flow(self) -> None:
         """Carry again, and accept connections."""
         self.delay_s, self.swallow_answers, self.refuses = 0.0, False, False
+        self.bytes_per_s = None
         self._flows.set()
 
     def cut(self) -> None:
         """End all connections with FIN."""
         self._end_all(reset=False)
+
+    def abandon(self) -> None:
+        """Carry nothing over the present connections any more, and never tell either end; new ones
+        work."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+            self._abandoned |= set(pairs)
 
     def reset(self) -> None:
         """End all connections with RST."""
@@ -100,18 +111,22 @@ class Proxy:
             _end(client, reset=False)
             return
         with self._lock:
-            self._pairs.append((client, server))
-        for source, sink, is_answer in ((client, server, False), (server, client, True)):
-            threading.Thread(
-                target=self._carry, args=(source, sink, is_answer), daemon=True
-            ).start()
+            pair = client, server
+            self._pairs.append(pair)
+        for is_answer in (False, True):
+            threading.Thread(target=self._carry, args=(pair, is_answer), daemon=True).start()
 
-    def _carry(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
+    def _carry(self, pair: tuple[socket.socket, socket.socket], is_answer: bool) -> None:
+        source, sink = reversed(pair) if is_answer else pair
         try:
             for piece in _pieces(source):
                 self._flows.wait()
                 if self.delay_s:
                     time.sleep(self.delay_s)
+                if self.bytes_per_s is not None and not is_answer:
+                    time.sleep(len(piece) / self.bytes_per_s)
+                if pair in self._abandoned:
+                    continue
                 if not (is_answer and self.swallow_answers):
                     sink.sendall(piece)
         except (OSError, ValueError):

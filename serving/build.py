@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from buffer.audit import audit
-from buffer.backends import limits_of, open_backend
+from buffer.backends import open_backend, open_trace_writer
 from buffer.fingerprint import target_fingerprint
 from buffer.forgetting_writer import ForgettingWriter
 from buffer.interface import Backend
@@ -294,7 +294,9 @@ def _service(
     if programs.ring is not None:
         b = settings.buffer
         audit(settings.run_dir, "write", b.url)
-        writer = ForgettingWriter(backend.open_trace_writer(limits_of(b)), backend.deletions)
+        writer = ForgettingWriter(
+            open_trace_writer(backend, b, settings.run_dir), backend.deletions
+        )
         waiting = int(_WAITING_SHARE * _memory_bytes())
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
         maker = TraceMaker(

@@ -7,7 +7,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend
 from buffer.records import Manifest
 from buffer.signed_weights import open_weights
-from buffer.traces import TraceReader
+from buffer.traces import SeenTraces, TraceReader
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.trainable import trainable
@@ -27,7 +29,7 @@ from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
 from targets.load import pick_device
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from trainer.dataset import ROW_TYPES, Emphasis, Expected
+from trainer.dataset import ROW_TYPES, Emphasis, Expected, name_of, triple_of
 from trainer.gate import Judge
 from trainer.intake import Intake
 from trainer.journal import Journal
@@ -93,7 +95,9 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         journal=journal,
         stop=stop,
         pace=Pace(settings.trainer),
-        saver=Saver(settings.run_dir / "trainer" / "checkpoints"),
+        saver=Saver(
+            settings.run_dir / "trainer" / "checkpoints", settings.trainer.keep_checkpoints
+        ),
     )
     saved = read_checkpoint(trainer.saver.root)
     if saved is None:
@@ -137,7 +141,8 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
     """Restore the state of a checkpoint.
 
     Traces read after the checkpoint are read again. Samples it held are read from the log by their
-    keys; those no longer in the log are left out.
+    keys; those no longer in the log are left out. So are those that only newer checkpoints, which
+    are damaged, had learnt from: their group has committed them and gives them to nobody any more.
 
     Raises:
         CheckpointError: it was made for another target or drafter, or is incomplete.
@@ -155,20 +160,40 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.pace.steps_since_judged = state["steps_since_judged"]
         trainer.pace.refused_in_row = state["refused_in_row"]
         trainer.random.bit_generator.state = state["random"]
-        limits = limits_of(trainer.settings.buffer)
-        intake.continue_with(TraceReader(backend, state["offsets"], group, limits))
+        seen = SeenTraces.from_json(state["offsets"]["seen"])
+        again = _seen_by(saved.damaged, seen)
         wanted = keys_in(state["memory"])
-        found = intake.find(wanted, TraceReader(backend))
+        found = intake.find(wanted | again, TraceReader(backend))
         trainer.memory.restore(state["memory"], found)
+        for key in again & found.keys():
+            seen.add(*triple_of(key))
+        offsets = {**state["offsets"], "seen": seen.to_json()}
+        limits = limits_of(trainer.settings.buffer)
+        intake.continue_with(TraceReader(backend, offsets, group, limits))
+        trainer.memory.take_in([sample for key, sample in found.items() if key in again])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(trainer.saver.root, f"{type(error).__name__}: {error}") from error
     trainer.journal.event(
         "resumed",
         step=trainer.learner.step,
         version=trainer.published.version,
-        traces=len(found),
+        traces=len(wanted & found.keys()),
         traces_gone=len(wanted - found.keys()),
+        traces_again=len(again & found.keys()),
+        traces_again_gone=len(again - found.keys()),
     )
+    if None in saved.damaged:
+        trainer.journal.event(
+            "not_trained_again",
+            text="the state of a damaged checkpoint is damaged, too: which traces its trainer had "
+            "committed is unknown, and they are not trained on again",
+        )
+
+
+def _seen_by(damaged: Iterable[dict[str, Any] | None], seen: SeenTraces) -> set[str]:
+    """Keys of the traces that checkpoints had seen beyond those in ``seen``."""
+    newer = [SeenTraces.from_json(state["offsets"]["seen"]) for state in damaged if state]
+    return {name_of(*triple) for one in newer for triple in one.beyond(seen)}
 
 
 def expected_of(manifest: Manifest, head: TargetHead) -> Expected:

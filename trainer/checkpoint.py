@@ -1,10 +1,13 @@
 """The trainer's own resumable state: written and read whole or not at all.
 
 ``<root>/<number>/`` holds ``state.safetensors`` (weights, moments, generator) and ``state.json``
-(everything else, and the digest of the tensors). A folder is written under a temporary name,
-flushed and renamed, so kill -9 leaves the previous checkpoint intact. Numbers only grow; the newest
-two checkpoints are kept. Where the newest is damaged, the older one is used, and the damaged one is
-set aside as ``<number>.damaged``.
+(everything else, and the digests of both). A folder is written under a temporary name, flushed and
+renamed, so kill -9 leaves the previous checkpoint intact. Numbers only grow; the newest few are
+kept. Where the newest is damaged, the older one is used, and the damaged one is set aside as
+``<number>.damaged``, in place of any that was set aside before.
+
+No rows and no token ids are in it, only the names of traces, which are read from the log again. A
+float32 parameter takes 16 bytes: itself, its average and two moments.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 
-from buffer.files import sync_folder, write_durably
+from buffer.files import OWNER_FILE, OWNER_FOLDER, sync_folder, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,11 @@ class CheckpointError(ValueError):
 class _Damaged(Exception):
     """One checkpoint cannot be read; says why."""
 
+    def __init__(self, problem: str, state: dict[str, Any] | None = None) -> None:
+        super().__init__(problem)
+        self.state = state
+        """Its state, if that is sound."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -53,10 +61,18 @@ class Checkpoint:
     state: dict[str, Any]
     """Content of ``state.json``."""
     tensors: dict[str, Tensor]
+    damaged: tuple[dict[str, Any] | None, ...] = ()
+    """States of newer checkpoints, oldest first, whose tensors are damaged; ``None``: of one whose
+    state is damaged, too."""
 
 
-def write_checkpoint(root: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Save a checkpoint, then remove all but the newest two.
+def write_checkpoint(
+    root: Path,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    keep: int = KEEP,
+) -> Path:
+    """Save a checkpoint, then remove all but the newest ``keep``. Only its owner may read it.
 
     Returns:
         Its folder.
@@ -64,7 +80,7 @@ def write_checkpoint(root: Path, state: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         OSError: the disk is full or failed; earlier checkpoints stay.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):  # left by a killed trainer: only one runs at a time
         shutil.rmtree(leftover)
     numbers = _numbers(root)
@@ -74,16 +90,17 @@ def write_checkpoint(root: Path, state: Mapping[str, Any], tensors: Mapping[str,
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "sha256": hashlib.sha256(content).hexdigest(),
+        "state_sha256": _digest_of(dict(state)),
         "state": dict(state),
     }
     aside = root / f".tmp-{path.name}"
-    aside.mkdir()
-    write_durably(aside / "state.safetensors", content)
-    write_durably(aside / "state.json", json.dumps(body, allow_nan=False).encode())
+    aside.mkdir(mode=OWNER_FOLDER)
+    write_durably(aside / "state.safetensors", content, OWNER_FILE)
+    write_durably(aside / "state.json", json.dumps(body, allow_nan=False).encode(), OWNER_FILE)
     sync_folder(aside)
     aside.rename(path)
     sync_folder(root)
-    for number in sorted(numbers)[: 1 - KEEP]:
+    for number in sorted(numbers)[: max(0, len(numbers) + 1 - keep)]:
         shutil.rmtree(root / f"{number:08d}")
     return path
 
@@ -95,51 +112,67 @@ def read_checkpoint(root: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: all are damaged, or of another schema; they stay where they are.
     """
-    damaged: dict[Path, str] = {}
+    damaged: dict[Path, _Damaged] = {}
     for number in sorted(_numbers(root), reverse=True):
         path = root / f"{number:08d}"
         try:
             found = _read(path)
         except _Damaged as problem:
-            damaged[path] = str(problem)
+            damaged[path] = problem
             continue
-        for other, text in damaged.items():
-            _set_aside(other, text, path)
-        return found
+        if damaged:
+            _set_aside(damaged, path)
+        return replace(found, damaged=tuple(one.state for one in reversed(damaged.values())))
     if damaged:
-        raise CheckpointError(root, "; ".join(f"{p.name} ({text})" for p, text in damaged.items()))
+        raise CheckpointError(root, "; ".join(f"{p.name} ({one})" for p, one in damaged.items()))
     return None
 
 
 def _read(path: Path) -> Checkpoint:
+    state: dict[str, Any] | None = None
     try:
         body = json.loads((path / "state.json").read_bytes())
-        content = (path / "state.safetensors").read_bytes()
         if (body["schema"], body["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
             raise _Damaged(f"it is {body['schema']} {body['schema_version']}")
+        # Before 2026-12 the state had no digest.
+        if body.get("state_sha256", digest := _digest_of(body["state"])) != digest:
+            raise _Damaged("state.json has a different state than was written")
+        state = dict(body["state"])
+        content = (path / "state.safetensors").read_bytes()
         if hashlib.sha256(content).hexdigest() != body["sha256"]:
-            raise _Damaged("state.safetensors has a different sha256 than was written")
-        return Checkpoint(body["state"], load(content))
+            raise _Damaged("state.safetensors has a different sha256 than was written", state)
+        return Checkpoint(state, load(content))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise _Damaged(f"{type(error).__name__}: {error}") from error
+        raise _Damaged(f"{type(error).__name__}: {error}", state) from error
 
 
-def _set_aside(path: Path, problem: str, used: Path) -> None:
-    """Keep a damaged checkpoint out of the way of the next ones."""
-    aside = path.with_name(f"{path.name}.damaged")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        where = f"it is now {aside.name}"
-    except OSError as error:
-        where = f"it could not be set aside ({error.strerror})"
-    log.warning(
-        "checkpoint %s is damaged: %s; %s. Continuing from the older checkpoint %s",
-        path,
-        problem,
-        where,
-        used.name,
-    )
+def _digest_of(state: Any) -> str:
+    """Of the state as it is in JSON: reading and writing that changes nothing."""
+    return hashlib.sha256(json.dumps(state, allow_nan=False).encode()).hexdigest()
+
+
+def _set_aside(damaged: Mapping[Path, _Damaged], used: Path) -> None:
+    """Keep damaged checkpoints out of the way of the next ones; only the newest stays, since each
+    may be as large as a sound one."""
+    former = [path for path in used.parent.glob("*.damaged") if path.is_dir()]
+    for path, problem in damaged.items():
+        aside = path.with_name(f"{path.name}.damaged")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            where = f"it is now {aside.name}"
+            former.append(aside)
+        except OSError as error:
+            where = f"it could not be set aside ({error.strerror})"
+        log.warning(
+            "checkpoint %s is damaged: %s; %s. Continuing from the older checkpoint %s",
+            path,
+            problem,
+            where,
+            used.name,
+        )
+    for path in sorted(former)[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _numbers(root: Path) -> list[int]:

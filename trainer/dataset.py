@@ -65,7 +65,18 @@ class Refusal:
 
 def key_of(trace: Trace) -> str:
     """Unique name of a trace."""
-    return f"{trace.producer}/{trace.epoch}/{trace.seq}"
+    return name_of(trace.producer, trace.epoch, trace.seq)
+
+
+def name_of(producer: str, epoch: int, seq: int) -> str:
+    """See ``key_of``."""
+    return f"{producer}/{epoch}/{seq}"
+
+
+def triple_of(key: str) -> tuple[str, int, int]:
+    """Producer, epoch and sequence number of a trace's name."""
+    producer, epoch, seq = key.rsplit("/", 2)
+    return producer, int(epoch), int(seq)
 
 
 def sample_of(

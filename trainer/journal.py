@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from buffer.files import OWNER_FOLDER
 from configs.logs import Lasting
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class Journal:
     """Appends events, replaces the status, and logs both. Readers never see half a status."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        # No text is in these files, but names of traces are: they are their owner's alone.
+        folder.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
         self._status_path = folder / "status.json"
         self._log_path = folder / "log.jsonl"
         self._lines = _Lines()
@@ -156,8 +158,10 @@ _TEXTS = {
     "resumed": (
         logging.INFO,
         "resumed at step %(step)d: version %(version)d, %(traces)d traces read back, "
-        "%(traces_gone)d no longer in the buffer",
+        "%(traces_gone)d no longer in the buffer; %(traces_again)d that a damaged checkpoint had "
+        "learnt are trained on again, %(traces_again_gone)d of its are gone",
     ),
+    "not_trained_again": (logging.WARNING, "%(text)s"),
     "gate": (logging.INFO, "gate at step %(step)d: %(reason)s; parent version %(parent)d"),
     "published": (logging.INFO, "published version %(version)d, trained from %(parent)d"),
     "publish_failed": (logging.ERROR, "the new version could not be published: %(text)s"),
@@ -170,7 +174,7 @@ _TEXTS = {
         "the server rolled back version %(rejected)d; training goes on from version %(version)d",
     ),
     "restored": (logging.WARNING, "weights restored from %(source)s: %(text)s"),
-    "checkpoint": (logging.DEBUG, "checkpoint %(name)s written in %(seconds).1f s"),
+    "checkpoint": (logging.DEBUG, "checkpoint %(name)s: %(bytes)d bytes in %(seconds).1f s"),
     "checkpoint_failed": (logging.ERROR, "the checkpoint could not be written: %(text)s"),
     "checkpoint_unreadable": (
         logging.ERROR,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from buffer.files import OWNER_FOLDER
+
 
 @contextlib.contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
@@ -17,7 +19,7 @@ def only_trainer(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
     path = folder / "lock"
     # No fallback to a lock that is a mere file: a killed trainer would leave it behind.
     try:

@@ -243,7 +243,13 @@ class Trainer:
             text = f"{saved.error}; the previous one stays"
             self.journal.event("checkpoint_failed", text=text)
             return
-        self.journal.event("checkpoint", step=saved.step, name=saved.name, seconds=saved.seconds)
+        self.journal.event(
+            "checkpoint",
+            step=saved.step,
+            name=saved.name,
+            bytes=saved.num_bytes,
+            seconds=saved.seconds,
+        )
         try:
             self.intake.commit(saved.offsets)
         except OSError as error:

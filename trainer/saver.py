@@ -23,6 +23,8 @@ class Saved:
     """Of the intake: what was read before them is in the checkpoint."""
     name: str
     """Of its folder; empty if it could not be written."""
+    num_bytes: int
+    """What it takes on the disk; 0 if it could not be written."""
     seconds: float
     error: OSError | None
 
@@ -30,12 +32,14 @@ class Saved:
 class Saver:
     """At most one checkpoint is on its way."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, keep: int) -> None:
         """
         Args:
             root: folder of the trainer's checkpoints.
+            keep: how many stay.
         """
         self.root = root
+        self._keep = keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[Saved] | None = None
         self._started_s = time.monotonic()
@@ -55,7 +59,7 @@ class Saver:
         """Begin to write a checkpoint of this state, which nobody changes any more."""
         assert self._job is None, "the last checkpoint was not asked for yet"
         self._started_s = time.monotonic()
-        self._job = self._pool.submit(_save, self.root, state, tensors)
+        self._job = self._pool.submit(_save, self.root, state, tensors, self._keep)
 
     def outcome(self, wait: bool) -> Saved | None:
         """Outcome of the checkpoint on its way, once; ``None`` while there is none."""
@@ -65,10 +69,12 @@ class Saver:
         return saved
 
 
-def _save(root: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
+def _save(root: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int) -> Saved:
     started = time.monotonic()
+    step, offsets = state["step"], state["offsets"]
     try:
-        name, error = write_checkpoint(root, state, tensors).name, None
+        path = write_checkpoint(root, state, tensors, keep)
+        num_bytes = sum(file.stat().st_size for file in path.iterdir())
     except OSError as problem:
-        name, error = "", problem
-    return Saved(state["step"], state["offsets"], name, time.monotonic() - started, error)
+        return Saved(step, offsets, "", 0, time.monotonic() - started, problem)
+    return Saved(step, offsets, path.name, num_bytes, time.monotonic() - started, None)

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
+from buffer.counts import WriterCounts
 from buffer.interface import Payload, TraceWriter
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ class Recorder:
 
         ``written`` traces are acknowledged by the buffer; ``failed`` ones were refused by it, never
         acknowledged, or given up while its service was away. ``withheld`` ones were kept back by
-        ``capture.redact``, or it failed; ``deleted`` ones had not left when their tenant was.
+        ``capture.redact``, or it failed; ``deleted`` ones had not left when their tenant was. Of
+        those written, ``missing`` ones are gone because somebody deleted their files, not because
+        they were evicted. ``recovered`` and ``unrecovered`` ones, where there are any, are beside
+        all of these: ended processes had left them in the disk's spool.
         """
         kept = self._writer.counts
         with self._lock:
@@ -103,7 +107,14 @@ class Recorder:
                 "failed": self._counts["failed"] + kept.doubtful + kept.dropped,
                 "withheld": self._counts["withheld"],
                 "deleted": kept.deleted,
+                "missing": kept.missing,
+                **self._of_former_processes(kept),
             }
+
+    @staticmethod
+    def _of_former_processes(kept: WriterCounts) -> dict[str, int]:
+        found = {"recovered": kept.recovered, "unrecovered": kept.unrecovered}
+        return found if any(found.values()) else {}
 
     def close(self, timeout_s: float) -> None:
         """Write what is queued, sync and stop, within ``timeout_s`` seconds."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from buffer.embedded_log import EmbeddedLog
+from buffer.frames import scan
 from buffer.interface import TraceLimits
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments
@@ -27,6 +28,14 @@ def on_disk(root) -> list[int]:
     found = sorted(int.from_bytes(r.payload[:8], "little") for r in reader.read(1000))
     assert (reader.counts.damaged, reader.counts.torn, reader.counts.evicted_unread) == (0, 0, 0)
     return found
+
+
+def frame_count(path) -> list[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return [1 for _ in scan(descriptor, path.stat().st_size)]
+    finally:
+        os.close(descriptor)
 
 
 def delete_run(root, writer):
@@ -65,7 +74,8 @@ def test_what_is_written_after_a_deletion_is_on_disk(tmp_path, delete):
             writer.append(payload(number))
             writer.sync()
         assert on_disk(root) == list(range(58, 116))
-        assert (writer.counts.durable, writer.counts.doubtful) == (116, 0)
+        counts = writer.counts
+        assert (counts.durable, counts.missing, counts.doubtful) == (116, 58, 0)
     assert [report.damaged for report in check_segments(root)] == [0, 0]
 
 
@@ -92,9 +102,38 @@ def test_a_segment_alone_that_is_deleted_is_followed_by_another(tmp_path):
         (tmp_path / writer.name / "000000.seg").unlink()
         writer.append(payload(1))
         writer.sync()
-        assert (writer.counts.durable, writer.counts.doubtful) == (2, 0)
+        counts = writer.counts
+        assert (counts.durable, counts.missing, counts.doubtful) == (2, 1, 0)
         [segment] = (tmp_path / writer.name).glob("*.seg")
         assert segment.name == "000001.seg"
+
+
+def test_what_was_deleted_is_told_from_what_was_evicted_by_whomever(tmp_path):
+    limits = replace(LIMITS, max_bytes=16384)
+    with SegmentWriter(tmp_path, limits) as writer, SegmentWriter(tmp_path, limits) as other:
+        for number in range(110):
+            writer.append(payload(number))
+        for number in range(40):  # evicts what the first one wrote
+            other.append(payload(number))
+        assert other.counts.evicted_records > 0
+        assert writer.counts.missing == 0
+        oldest, *_ = sorted((tmp_path / writer.name).glob("*.seg"))
+        num_deleted = sum(frame_count(oldest))
+        oldest.unlink()
+        for number in range(30):  # begins a segment, and so looks at what is there
+            writer.append(payload(number))
+        assert writer.counts.missing == num_deleted > 0
+
+
+def test_what_was_deleted_from_an_idle_writer_is_counted_when_it_closes(tmp_path, caplog):
+    writer = SegmentWriter(tmp_path / "traces", LIMITS)
+    for number in range(58):
+        writer.append(payload(number))
+    writer.sync()
+    shutil.rmtree(tmp_path / "traces")
+    writer.close()
+    assert (writer.counts.durable, writer.counts.missing) == (58, 58)
+    assert "deleted 58 acknowledged records" in caplog.text
 
 
 def test_a_folder_that_somebody_put_in_its_place_is_not_written_to(tmp_path):

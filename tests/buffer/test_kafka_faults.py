@@ -9,6 +9,7 @@ import pytest
 import trustme
 
 from buffer.backends import open_backend
+from buffer.disk_spool import DiskSpool
 from buffer.interface import ServiceAwayError
 from oracles.kafka_brokers import Broker, free_port
 from oracles.proxies import Proxy
@@ -138,6 +139,33 @@ def test_without_a_broker_the_oldest_are_dropped_and_all_are_counted(open_buffer
     writer.close()
     counts = writer.counts
     assert (counts.durable, counts.dropped, counts.pending, counts.doubtful) == (6, 94, 0, 0)
+
+
+def test_with_a_spool_on_the_disk_what_waits_outlives_the_server(
+    open_buffer, proxy, limits, tmp_path
+):
+    root = tmp_path / "spool"
+    wide = replace(limits, max_bytes=1 << 24)
+
+    def open_spool():
+        inner = open_buffer("&spool_bytes=65536").open_trace_writer(wide)
+        return DiskSpool(inner, root, wide, 1 << 20, window_bytes=20_000)
+
+    writer = open_spool()
+    writer.append(payload(0))
+    writer.sync()
+    cut(proxy)
+    for i in range(1, 60):
+        writer.append(payload(i))
+    with pytest.raises(ServiceAwayError):
+        writer.close()
+    assert (writer.counts.durable, writer.counts.left, writer.counts.dropped) == (1, 59, 0)
+    proxy.flow()
+    second = open_spool()
+    wait_until(lambda: tend(second) and second.counts.recovered == 59)
+    second.close()
+    assert sorted(read_until(open_buffer().open_record_reader(), 60)) == list(range(60))
+    assert not list(root.glob("w*"))
 
 
 def test_a_writer_that_is_closed_during_a_fault_counts_what_it_gives_up(open_buffer, proxy, limits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,52 @@ def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path: Path) -> Non
 
     assert saved is not None and saved.state == {"step": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "00000002"]
+
+
+def test_only_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
+    for step in range(4):
+        write_checkpoint(tmp_path, {"step": step}, TENSORS, keep=3)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"0000000{n}" for n in (2, 3, 4)]
+
+    write_checkpoint(tmp_path, {"step": 4}, TENSORS, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000005"]
+
+
+def test_checkpoints_are_their_owners_alone_to_read(tmp_path: Path) -> None:
+    before = os.umask(0)  # the most careless one
+    try:
+        write_checkpoint(tmp_path / "checkpoints", {"step": 1}, TENSORS)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "checkpoints", *(tmp_path / "checkpoints").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_of_damaged_checkpoints_one_stays(tmp_path: Path) -> None:
+    for step in range(1, 4):
+        write_checkpoint(tmp_path, {"step": step}, TENSORS)
+        (write_checkpoint(tmp_path, {"step": -step}, TENSORS) / "state.json").unlink()
+        assert read_checkpoint(tmp_path) is not None
+    assert len(list(tmp_path.glob("*.damaged"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "state"), [("state.safetensors", {"step": 2}), ("state.json", None)]
+)
+def test_the_state_of_a_damaged_checkpoint_is_given_if_it_is_sound(
+    tmp_path: Path, file: str, state: dict[str, int] | None
+) -> None:
+    write_checkpoint(tmp_path, {"step": 1}, TENSORS)
+    damage(write_checkpoint(tmp_path, {"step": 2}, TENSORS) / file, b"{}")
+    found = read_checkpoint(tmp_path)
+    assert found is not None and found.damaged == (state,)
+
+
+def test_a_flipped_digit_of_the_state_is_damage(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, {"step": 1}, TENSORS) / "state.json"
+    path.write_text(path.read_text().replace('"step": 1', '"step": 3'))
+    with pytest.raises(CheckpointError, match="a different state than was written"):
+        read_checkpoint(tmp_path)
 
 
 DAMAGE = [

@@ -350,6 +350,40 @@ def test_a_trainer_goes_on_from_the_older_checkpoint_if_the_newest_is_damaged(
     assert events(tmp_path, "resumed")[-1]["step"] == 1
 
 
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_what_a_damaged_checkpoint_alone_had_learnt_is_trained_on_again(
+    world: World, tmp_path: Path, is_committed: bool
+) -> None:
+    first, later = world.traces[:12], world.traces[12:]
+    settings = settings_for(tmp_path, world.target)
+    trainer = build(settings)
+    write_traces(tmp_path, first)
+    trainer.take_in_traces()
+    trainer.update()
+    trainer.checkpoint()
+    trainer.report_checkpoint(wait=True)
+    write_traces(tmp_path, later)
+    trainer.take_in_traces()
+    trainer.update()
+    trainer.checkpoint()
+    if is_committed:
+        trainer.report_checkpoint(wait=True)
+    else:
+        trainer.saver.outcome(wait=True)  # killed between checkpoint and commit
+    held = {sample.key for sample in trainer.memory.samples()}
+    trainer.intake.close()
+    newest = tmp_path / "trainer" / "checkpoints" / "00000003" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-5])
+
+    again = build(settings)
+    [resumed] = events(tmp_path, "resumed")
+    assert (resumed["step"], resumed["traces_again"]) == (1, len(later))
+    assert {sample.key for sample in again.memory.samples()} == held
+    assert again.memory.num_samples == trainer.memory.num_samples
+    again.take_in_traces()  # nothing twice, committed or not
+    assert again.memory.num_samples == trainer.memory.num_samples
+
+
 @pytest.mark.parametrize(
     "draws", [{}, {"draw": "surprise", "max_tenant_share": 0.4}], ids=["default", "chosen"]
 )

@@ -28,7 +28,7 @@ from serving.engine.sequence import NotedRounds, NotedStep, Sequence
 from serving.requests import Request, SamplingParams
 
 PROMPT = list(range(30))
-NEITHER = {"withheld": 0, "deleted": 0}
+NEITHER = {"withheld": 0, "deleted": 0, "missing": 0}
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "overlaps"])

@@ -1,0 +1,1 @@
+"""Faults of the buffer by the thousand: damage, hostile records, kills, bad networks."""
