@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from buffer.records import Acceptance
 from examples.arms import ALL_ARMS, Arm, Setup
+from examples.connections import Connections, RequestError
 from examples.recording import Replay
 from examples.traffic.prompts import Prompt
 
@@ -55,10 +54,7 @@ class Server:
         record = json.loads(file.read_text(encoding="utf-8"))
         self.url = f"http://{record['host']}:{record['port']}"
         self.model: str = record["model"]
-        # A retry would hide a failed request.
-        self._openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=TIMEOUT_S
-        )
+        self._connections = Connections(record["host"], record["port"], TIMEOUT_S)
 
     def is_ready(self) -> bool:
         try:
@@ -81,26 +77,27 @@ class Server:
             capture: if False, the answer is neither trained on nor looked up for later requests.
 
         Raises:
-            openai.OpenAIError: the request failed.
+            RequestError: it failed.
         """
-        extra = {"return_token_ids": True, "capture": capture, "speculation": _speculation(setup)}
         given = prompt.temperature
-        drawn: dict[str, Any] = {
+        body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens,
             "temperature": sampling.temperature if given is None else given,
             "seed": prompt.seed(sampling.seed),
-            "extra_body": extra,
+            "return_token_ids": True,
+            "capture": capture,
+            "speculation": _speculation(setup),
         }
-        started_s = time.perf_counter()
-        answer: Any
+        path = "/v1/completions"
         if prompt.messages is None:
-            answer = self._openai.completions.create(prompt=prompt.prompt, **drawn)
+            body["prompt"] = prompt.prompt
         else:
-            messages: Any = [message.model_dump() for message in prompt.messages]
-            answer = self._openai.chat.completions.create(messages=messages, **drawn)
+            path = "/v1/chat/completions"
+            body["messages"] = [message.model_dump() for message in prompt.messages]
+        started_s = time.perf_counter()
+        fields = self._connections.post(path, body)
         request_s = time.perf_counter() - started_s
-        fields: dict[str, Any] = answer.model_dump()
         spent = fields["speculation"]
         return Reply(
             token_ids=tuple(fields["choices"][0]["token_ids"]),
@@ -193,9 +190,9 @@ class Traffic:
                 return
             try:
                 reply = self._server.ask(prompt, self._sampling)
-            except openai.OpenAIError as error:
+            except RequestError as error:
                 with self._lock:
-                    self.failures.append(f"{type(error).__name__}: {error}")
+                    self.failures.append(str(error))
                 self._stopping.wait(0.5)  # do not flood a server that is down
                 continue
             with self._lock:
@@ -281,6 +278,6 @@ class Replayer:
     def _try(self, prompt: Prompt, setup: Setup) -> Reply | None:
         try:
             return self._server.ask(prompt, self._sampling, setup, capture=False)
-        except openai.OpenAIError as error:
-            self.failures.append(f"{type(error).__name__}: {error}")
+        except RequestError as error:
+            self.failures.append(str(error))
             return None

@@ -108,7 +108,7 @@ def real_settings() -> DemoSettings:
         max_requests=3000,
         kept=Kept(replayed=256, warmup=64),
         replay_clients=32,
-        replay_block=64,
+        replay_block=128,  # so that most of a turn has 32 requests at a time
         replay_s=15.0,
         on_gpu=True,
         goals=Goals(over_plain=1.3, over_static=1.15, seconds=360.0),
