@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 FILE = "audit.jsonl"
 _OF_A_RUN = ("write", "read")
 """What servers and trainers do, whose run folder is made if it is missing."""
+_CHANGES = ("delete", "copy", "replay")
 Action = Literal["write", "read", "inspect", "stats", "delete", "replay", "copy", "vocabulary"]
 
 
@@ -57,7 +58,12 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
         finally:
             os.close(descriptor)
     except FileNotFoundError:  # whoever looks at a buffer may have no run folder here
-        return
+        if action in _CHANGES:
+            log.warning(
+                "%s does not exist, so %s notes nothing: the access is noted in this log only",
+                run_dir,
+                FILE,
+            )
     except OSError as error:
         log.warning("%s cannot be written (%s): an access is noted in this log only", FILE, error)
 

@@ -11,6 +11,7 @@ import typer
 
 from buffer.audit import audit
 from buffer.backends import open_backend
+from buffer.command_line import RunArgument, located, refusing
 from buffer.deletions import digest_of
 from configs.cli import ConfigOption, SetOption, settings_from_cli
 
@@ -20,11 +21,9 @@ def delete(
         str,
         typer.Option(help="whose traces: the ``user`` of requests; ``default`` for those without"),
     ],
-    url: Annotated[
-        str | None, typer.Argument(help="by default buffer.url of the settings", metavar="URL")
-    ] = None,
+    place: RunArgument = None,
     run: Annotated[
-        Path | None, typer.Option(help="run folder; by default run_dir of the settings")
+        Path | None, typer.Option(help="run folder of a URL; by default run_dir of the settings")
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -39,15 +38,18 @@ def delete(
     repeat it then.
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    run_dir, place = run or settings.run_dir, url or settings.buffer.url
-    try:
-        found = open_backend(place, run_dir).delete(tenant)
-    except (ValueError, OSError) as error:
-        audit(run_dir, "delete", place, tenant=digest_of(tenant), failed=type(error).__name__)
-        typer.echo(str(error), err=True)
-        raise typer.Exit(code=2) from error
+    if run is not None:
+        settings = settings.model_copy(update={"run_dir": run})
+    with refusing():
+        url, run_dir = located(place, settings)
+        try:
+            backend = open_backend(url, run_dir)
+            found = backend.delete(tenant)
+        except (ValueError, OSError) as error:
+            audit(run_dir, "delete", url, tenant=digest_of(tenant), failed=type(error).__name__)
+            raise
     audit(
-        run_dir, "delete", place, tenant=digest_of(tenant), records=found.records,
+        run_dir, "delete", url, tenant=digest_of(tenant), records=found.records,
         quarantined=found.quarantined,
     )  # fmt: skip
     if as_json:
@@ -55,7 +57,12 @@ def delete(
         return
     typer.echo(
         f"deleted {found.records} records of {found.num_bytes} bytes, and {found.quarantined} that "
-        f"were put aside"
+        f"were put aside; buffer of {backend.open_weights().location}"
     )
+    if not found.records and not found.quarantined:
+        typer.echo(
+            "nothing of this tenant was there: is it the right run? It is named by a run folder, "
+            "by --run, or by ?run=NAME in the URL of a service"
+        )
     if found.remains is not None:
         typer.echo(found.remains)

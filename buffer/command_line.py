@@ -13,6 +13,7 @@ import typer
 
 from buffer.audit import Action, audit
 from buffer.backends import CATALOG, open_backend
+from buffer.embedded_log import log_root
 from buffer.interface import Backend, Report
 from configs.schema import Settings
 
@@ -45,19 +46,28 @@ UntilOption = Annotated[
 ]
 
 
-def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
-    """The buffer that the settings name, in another run folder or at another URL if one is given;
-    the access is noted.
+def located(run: str | None, settings: Settings) -> tuple[str, Path]:
+    """URL and run folder of the buffer that the settings name, in another run folder or at another
+    URL if one is given.
 
     Raises:
-        ValueError: there is no such folder, or the URL cannot be used.
+        ValueError: there is no such folder.
     """
     if run is not None and is_url(run):
-        return _opened(run, settings.run_dir, action)
-    folder = settings.run_dir if run is None else Path(run)
-    if run is not None and not folder.is_dir():
+        _check_folder(run, settings.run_dir)
+        return run, settings.run_dir
+    if run is not None and not Path(run).is_dir():
         raise ValueError(f"{run} is neither a run folder nor a URL")
-    return _opened(settings.buffer.url, folder, action)
+    return settings.buffer.url, settings.run_dir if run is None else Path(run)
+
+
+def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
+    """The buffer that ``located`` finds, opened; the access is noted.
+
+    Raises:
+        ValueError: there is none, or its URL cannot be used.
+    """
+    return _opened(*located(run, settings), action)
 
 
 def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Backend:
@@ -67,10 +77,20 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
         ValueError: there is no such folder, or the URL cannot be used.
     """
     if is_url(text):
+        if must_exist:
+            _check_folder(text, settings.run_dir)
         return _opened(text, settings.run_dir, action)
     if must_exist and not Path(text).is_dir():
         raise ValueError(f"{text} is neither a run folder nor a URL")
     return _opened("log:", Path(text), action)
+
+
+def _check_folder(url: str, run_dir: Path) -> None:
+    """Refuse the URL of a log whose folder does not exist: it is mistyped, not empty."""
+    if url.partition(":")[0] in ("log", "file"):
+        folder, _ = log_root(url, run_dir)
+        if not folder.is_dir():
+            raise ValueError(f"there is no log in {folder}: the folder does not exist")
 
 
 def _opened(url: str, run_dir: Path, action: Action) -> Backend:

@@ -95,6 +95,7 @@ class EmbeddedLog(Backend):
             self._evictor.evict(time.time(), own_open=None)
 
     def stats(self) -> BufferStats:
+        check_key(self._root, self._sealer)
         return log_stats(self._root)
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:

@@ -58,6 +58,13 @@ class TraceLimits:
             )
 
 
+class RecordTooLargeError(OSError):
+    """A record is larger than the buffer takes, now or ever. Its errno is EFBIG."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(errno.EFBIG, text)
+
+
 def check_record(num_bytes: int, max_bytes: int) -> None:
     """Refuse a record that would take over half of the log.
 
@@ -66,11 +73,11 @@ def check_record(num_bytes: int, max_bytes: int) -> None:
         max_bytes: what the log may hold at present.
 
     Raises:
-        OSError: with errno EFBIG.
+        RecordTooLargeError: it would.
     """
     if num_bytes > max_bytes // 2:
-        raise OSError(
-            errno.EFBIG, f"a record of {num_bytes} bytes is over half of max_bytes={max_bytes}"
+        raise RecordTooLargeError(
+            f"a record of {num_bytes} bytes is over half of max_bytes={max_bytes}"
         )
 
 
@@ -97,8 +104,8 @@ class TraceWriter(Protocol):
             The record's running number within this writer, from 0.
 
         Raises:
-            OSError: the record is too large (EFBIG) or storage is full or failing. The record was
-                not written, and the writer remains usable.
+            RecordTooLargeError: the record was not written, and the writer remains usable.
+            OSError: storage is full or failing; likewise.
         """
         ...
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from buffer.codec import UnreadableRecordError, decode_traces, encode_trace, identity_of
-from buffer.interface import Backend, Payload, Record, Report, TraceLimits, TraceWriter
+from buffer.interface import (
+    Backend,
+    Payload,
+    Record,
+    RecordTooLargeError,
+    Report,
+    TraceLimits,
+    TraceWriter,
+)
 from buffer.records import Trace
 
 _RECORDS_AT_ONCE = 64
@@ -256,10 +263,10 @@ class _Sender:
         self._pace()
         try:
             self.writer.append(payload)
+        except RecordTooLargeError:
+            self.sent.too_large += 1
+            return
         except OSError as error:
-            if error.errno == errno.EFBIG:
-                self.sent.too_large += 1
-                return
             raise StoppedError(self.sent, error) from error
         self.num += 1
         self.waiting.append(len(payload))

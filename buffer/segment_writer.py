@@ -19,7 +19,7 @@ from buffer.counts import WriterCounts
 from buffer.eviction import Contents, Evictor
 from buffer.files import sync_folder
 from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
-from buffer.interface import Payload, TraceLimits, TraceWriter, check_record
+from buffer.interface import Payload, RecordTooLargeError, TraceLimits, TraceWriter, check_record
 from buffer.segment_reader import Position
 from buffer.writer_folder import OpenSegment, WriterFolder
 
@@ -138,7 +138,7 @@ class SegmentWriter(TraceWriter):
     def _check(self, payload: Payload) -> None:
         check_record(HEAD.size + len(payload), self._evictor.max_bytes)
         if len(payload) > MAX_PAYLOAD_BYTES:
-            raise OSError(errno.EFBIG, f"a record holds at most {MAX_PAYLOAD_BYTES} bytes")
+            raise RecordTooLargeError(f"a record holds at most {MAX_PAYLOAD_BYTES} bytes")
 
     def _fits(self, num_bytes: int) -> bool:
         """Whether so many more bytes belong in the open segment or, if none is, in the next."""

@@ -53,6 +53,11 @@ class Sample:
     owner: Owner | None = None
     """Whose trace it is; it goes when that tenant is deleted. ``None``: nobody's."""
 
+    @property
+    def tenant(self) -> str:
+        """Whose trace it is; empty if nobody's."""
+        return "" if self.owner is None else self.owner.tenant
+
 
 def widen(rows: Tensor, scale: Tensor | None) -> Tensor:
     """Packed rows [..., m + 1, H] as float32."""

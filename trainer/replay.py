@@ -75,7 +75,7 @@ class Turns:
     @cached_property
     def tenants(self) -> npt.NDArray[np.int64]:
         """[N] number of each sample's tenant."""
-        return _numbered(["" if x.owner is None else x.owner.tenant for x in self.samples])
+        return _numbered([x.tenant for x in self.samples])
 
     @cached_property
     def domains(self) -> npt.NDArray[np.int64]:
@@ -114,8 +114,10 @@ class Memory:
     """Share of the settings' numbers of traces that fit into the store, as far as is known."""
     num_samples: int = 0
     """Training samples ever taken in."""
+    num_held_out: int = 0
+    """Held-out samples ever taken in."""
     fresh_rows: int = 0
-    """Their rows with a loss."""
+    """Rows with a loss of all training samples."""
     trained_rows: int = 0
     """Rows with a loss that updates were trained on, counted each time."""
     held_back: str | None = None
@@ -135,6 +137,7 @@ class Memory:
         training = [x for x in samples if not is_held_out(x.key, every)]
         self._keep(training, judges)
         self.num_samples += len(training)
+        self.num_held_out += len(judges)
         self.fresh_rows += sum(x.num_loss_rows for x in training)
 
     def forget(self, is_deleted: Callable[[Owner], bool]) -> int:
@@ -332,6 +335,7 @@ class Memory:
             "held_back": self.held_back,
             "room": self.room,
             "num_samples": self.num_samples,
+            "num_held_out": self.num_held_out,
             "fresh_rows": self.fresh_rows,
             "trained_rows": self.trained_rows,
         }
@@ -370,6 +374,7 @@ class Memory:
         self.held_back = stored.get("held_back")
         self.turns = Turns.of(self.samples(), stored["visits"], arrived)
         self.num_samples = stored["num_samples"]
+        self.num_held_out = stored.get("num_held_out", 0)  # checkpoints from before lack it
         self.fresh_rows = stored["fresh_rows"]
         self.trained_rows = stored["trained_rows"]
 

@@ -44,6 +44,11 @@ class HeldSample:
     owner: Owner | None = None
     """Likewise."""
 
+    @property
+    def tenant(self) -> str:
+        """Whose trace it is; empty if nobody's."""
+        return "" if self.owner is None else self.owner.tenant
+
 
 class Columns(NamedTuple):
     """The store's tensors."""

@@ -95,7 +95,11 @@ class Wire(asyncio.Protocol):
     async def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
         """See ``RunningServer``."""
         number, answer = self._expect()
-        data = frame(Submit(number, list(requests)))
+        try:
+            data = frame(Submit(number, list(requests)))
+        except OverflowError:
+            self._waiting.pop(number, None)
+            raise ValueError("prompt holds a token id of more than 64 bits") from None
         if len(data) > MOST_BYTES:
             raise ValueError(f"the request takes {len(data)} bytes, at most {MOST_BYTES} do")
         ids = [request.id for request in requests]

@@ -117,7 +117,8 @@ class Recorder:
         return found if any(found.values()) else {}
 
     def close(self, timeout_s: float) -> None:
-        """Write what is queued, sync and stop, within ``timeout_s`` seconds."""
+        """Write what is queued, sync and stop, within ``timeout_s`` seconds. What is not written by
+        then counts as dropped."""
         with self._lock:
             self._closing = True
             self._may_encode.notify()
@@ -125,6 +126,18 @@ class Recorder:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(max(0.0, deadline_s - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            counts = self.counts()
+            done = ("written", "dropped", "failed", "withheld", "deleted")
+            left = counts["queued"] - sum(counts[name] for name in done)
+            with self._lock:
+                self._counts["dropped"] += left
+            log.warning(
+                "%d traces were not written within %g s of the end: they are lost, and counted as "
+                "dropped",
+                left,
+                timeout_s,
+            )
 
     # ---- from the ring to memory ---------------------------------------------------------------
 
@@ -157,7 +170,7 @@ class Recorder:
             with self._lock:
                 self._counts["withheld"] += 1
             return None
-        except ValueError as error:
+        except Exception as error:  # a fault of ours must not end the thread unseen
             self._has_failed([error])
             return None
         if record is None:

@@ -88,7 +88,7 @@ class Redaction:
             )
         except WithheldError:
             raise
-        except Exception as error:  # the operator's code: whatever it raises drops the trace
+        except BaseException as error:  # the operator's code: whatever it raises drops the trace
             self._say(type(error).__name__)
             raise WithheldError from None
 

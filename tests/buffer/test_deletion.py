@@ -196,6 +196,30 @@ def test_the_command_deletes_and_leaves_a_line_that_names_nobody(tmp_path, make_
     assert (tmp_path / "audit.jsonl").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_run_folder_names_a_buffer_and_a_folder_that_is_not_there_is_refused(
+    tmp_path, make_trace, theirs
+):
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 6)
+    call = ["delete", "--tenant", "umbrella"]
+    result = CliRunner().invoke(app, [*call, str(tmp_path), "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["records"]) == (0, 3)
+    for command in (call, ["stats"], ["inspect"]):
+        for place in (str(tmp_path / "mistyped"), f"log:{tmp_path}/mistyped"):
+            result = CliRunner().invoke(app, [*command, place])
+            assert result.exit_code == 2
+            assert "mistyped" in result.output
+
+
+def test_a_deletion_that_no_audit_file_notes_says_so(tmp_path, make_trace, theirs, caplog):
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 6)
+    call = ["delete", "--tenant", "umbrella", f"log:{tmp_path}/traces"]
+    result = CliRunner().invoke(app, [*call, "--run", str(tmp_path / "nowhere")])
+    assert result.exit_code == 0
+    assert f"{tmp_path}/nowhere does not exist, so audit.jsonl notes nothing" in caplog.text
+
+
 def test_the_audit_line_holds_no_password(tmp_path):
     call = ["delete", "--tenant", "x", "redis://me:hunter2@127.0.0.1:1/0?timeout_s=0.2"]
     result = CliRunner().invoke(app, [*call, "--run", str(tmp_path)])

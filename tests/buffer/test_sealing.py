@@ -51,6 +51,7 @@ def test_a_wrong_key_or_none_is_refused_and_nothing_is_lost(tmp_path, make_trace
             lambda backend=backend: backend.open_record_reader(group="trainer"),
             lambda backend=backend: backend.open_trace_writer(LIMITS),
             lambda backend=backend: backend.delete("umbrella"),
+            lambda backend=backend: backend.stats(),
         ):
             with pytest.raises(ValueError, match=problem):
                 attempt()

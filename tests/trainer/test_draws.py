@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from buffer.deletions import Owner
 from configs.schema import TrainerSettings
 from drafters.samples import Sample
 from policies.draws.catalog import CATALOG
@@ -37,7 +38,7 @@ def sample(number: int) -> Sample:
         length - 6,
         0.0,
         number // 10,
-        tenant=TENANTS[number % 8],
+        owner=Owner(TENANTS[number % 8], number),
         domain="code" if number % 3 else "",
         surprise=None if number % 5 == 0 else (number % 7) / 7,
     )

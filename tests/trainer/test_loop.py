@@ -121,6 +121,7 @@ def test_traces_with_nan_or_of_another_target_teach_nothing(world: World, tmp_pa
     assert seen["quarantined"] == 5
     assert seen["refused"] == {"target": 7}
     assert seen["taken_in"] + seen["held_out"] == len(world.traces)
+    assert seen["read"] == 7 + len(world.traces)
     refusals = events(tmp_path, "refused")
     assert [r["trace"] for r in refusals] == [f"server/1/{t.seq}" for t in foreign]
     assert status(tmp_path)["skipped"] == 0

@@ -288,17 +288,40 @@ def test_a_disk_that_is_stuck_delays_no_copy_until_memory_is_full():
     assert recorder.counts() == {"queued": 18, "written": 15, "dropped": 3, "failed": 0, **NEITHER}
 
 
+def test_what_a_recorder_that_hangs_has_not_written_in_time_is_counted(caplog):
+    recorder = Recorder(MemoryWriter(Held(), LIMITS), 100, 0.01, 1 << 24)
+    hangs = threading.Event()
+
+    def hang():
+        hangs.wait(60)
+        return b"late"
+
+    for encode in (lambda: b"one", hang, lambda: b"two"):
+        recorder.put(encode)
+    recorder.start()
+    recorder.close(0.2)
+
+    assert recorder.counts() == {"queued": 3, "written": 0, "dropped": 3, "failed": 0, **NEITHER}
+    assert "3 traces were not written within 0.2 s of the end" in caplog.text
+    hangs.set()
+
+
 def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):
     def senseless():
         raise ValueError("tenant must be a short text")
 
     recorder = Recorder(MemoryWriter(Held(), LIMITS), 100, 0.01, 1 << 24)
-    for encode in (lambda: b"one", senseless, lambda: None, lambda: bytes(1 << 23 | 1)):
+
+    def broken():
+        raise KeyError("a fault of the encoder")
+
+    lost = (senseless, broken, lambda: None, lambda: bytes(1 << 23 | 1))
+    for encode in (lambda: b"one", *lost):
         recorder.put(encode)
     recorder.start()
     recorder.close(20)
 
-    assert recorder.counts() == {"queued": 4, "written": 1, "dropped": 1, "failed": 2, **NEITHER}
+    assert recorder.counts() == {"queued": 5, "written": 1, "dropped": 1, "failed": 3, **NEITHER}
     told = " ".join(record.getMessage() for record in caplog.records)
     assert "tenant must be a short text" in told
     assert "over half of max_bytes" in told

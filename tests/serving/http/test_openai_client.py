@@ -295,6 +295,7 @@ def test_models_are_listed(client):
         ({"max_tokens": 511}, openai.BadRequestError, "prompt"),
         ({"prompt": [1, 10**6]}, openai.BadRequestError, "prompt"),
         ({"prompt": [-1]}, openai.BadRequestError, "prompt"),
+        ({"prompt": [1, 1 << 70]}, openai.BadRequestError, "prompt"),
         ({"prompt": ""}, openai.BadRequestError, "prompt"),
         ({"prompt": "word " * 2000}, openai.BadRequestError, "prompt"),
         ({"n": 9}, openai.BadRequestError, "n"),
