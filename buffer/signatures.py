@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buffer.files import OWNER_FILE
+from buffer.files import OWNER_FILE, open_regular
 from buffer.manifest import encode_manifest
 from buffer.records import Manifest
 
@@ -166,7 +166,7 @@ def _message(manifest: Manifest) -> bytes:
 
 def _read(path: Path, is_private: bool) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open(open_regular(path, follow=True), "rb") as file:
             status = os.fstat(file.fileno())
             if is_private and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 raise KeyFileError(
