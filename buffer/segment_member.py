@@ -102,7 +102,9 @@ class SegmentMember(RecordReader):
     def _look(self) -> None:
         """Take free writers up to this member's share, and mark those beyond it to be left."""
         if self._presence is None:
-            self._folder.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
+            # One by one: ``parents`` would let everybody look into those in between.
+            for folder in (self._root, self._root / GROUPS, self._folder):
+                folder.mkdir(mode=OWNER_FOLDER, parents=folder == self._root, exist_ok=True)
             name = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}.member"
             self._presence = _locked(self._folder / name)
         self._looked_s = time.monotonic()
