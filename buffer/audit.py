@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from buffer.files import OWNER_FILE
+from buffer.files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
     }
     text = json.dumps(line)
     log.info("audit: %s", text)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     try:
         if action in _OF_A_RUN:
             run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / FILE, flags, OWNER_FILE)
+        descriptor = open_regular(run_dir / FILE, flags)
         try:
             os.write(descriptor, text.encode() + b"\n")
         finally:

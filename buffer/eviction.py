@@ -22,6 +22,7 @@ from buffer.layout import (
     TOMBSTONE,
     Tombstone,
     is_live,
+    open_segment,
     read_tombstone,
     segment_numbers,
     segment_path,
@@ -173,7 +174,7 @@ class Evictor:
 
 def _read_contents(segment: Segment) -> Contents:
     records = next_number = 0
-    descriptor = os.open(segment.path, os.O_RDONLY)
+    descriptor = open_segment(segment.folder, segment.number)
     try:
         for frame in scan(descriptor, segment.num_bytes):
             records, next_number = records + 1, max(next_number, frame.number + 1)

@@ -1,9 +1,11 @@
-"""Small-file writes that survive a crash: the whole file is there, or none of it."""
+"""Small files: writes that survive a crash, and opening nothing that would stop the process."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import stat
 from pathlib import Path
 
 OWNER_FOLDER, OWNER_FILE = 0o700, 0o600
@@ -14,6 +16,70 @@ _ANYONE = 0o666  # less the process's umask
 def forbid_core_dumps() -> None:
     """From now on a crash of this process leaves no image of its memory on a disk."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+class NotRegularError(OSError):
+    """Something else than a regular file lies where one belongs."""
+
+
+_KINDS = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISCHR, "a device"),
+)
+
+
+def kind_of(mode: int) -> str | None:
+    """What lies at a path, by its ``st_mode``: "a named pipe"; ``None`` for a regular file."""
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), None)
+
+
+def open_regular(
+    path: Path, flags: int = os.O_RDONLY, mode: int = OWNER_FILE, *, follow: bool = False
+) -> int:
+    """Open a regular file, and nothing else: a named pipe would wait for its other end, and a
+    device may have no end.
+
+    Args:
+        flags: of ``os.open``.
+        mode: permissions of the file if it is new.
+        follow: whether a link may lead to the file.
+
+    Returns:
+        A descriptor.
+
+    Raises:
+        NotRegularError: it is something else, which the message names with the path.
+        OSError: it cannot be opened.
+    """
+    flags |= os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        # A link; or a pipe that nobody reads, or a socket; or a folder that is to be written.
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            found = kind_of(os.stat(path, follow_symlinks=follow).st_mode)
+            if found is not None:
+                raise _not_regular(path, found) from None
+        raise
+    found = kind_of(os.fstat(descriptor).st_mode)
+    if found is not None:
+        os.close(descriptor)
+        raise _not_regular(path, found)
+    return descriptor
+
+
+def read_regular(path: Path, max_bytes: int = -1, *, follow: bool = False) -> bytes:
+    """The first bytes of a regular file, all of them by default; see ``open_regular``."""
+    with open(open_regular(path, follow=follow), "rb") as file:
+        return file.read(max_bytes)
+
+
+def _not_regular(path: Path, found: str) -> NotRegularError:
+    return NotRegularError(errno.EINVAL, f"it is {found}, not a regular file", str(path))
 
 
 def why_unwritable(folder: Path) -> str | None:
@@ -67,8 +133,12 @@ def write_durably(path: Path, content: bytes | bytearray | memoryview, mode: int
 
     Args:
         mode: permissions of the file if it is new.
+
+    Raises:
+        NotRegularError: a link, a pipe or another thing lies there.
+        OSError: the disk failed.
     """
-    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+    with open(path, "wb", opener=lambda _, flags: open_regular(path, flags, mode)) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

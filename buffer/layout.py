@@ -15,6 +15,7 @@ are their owner's alone to read.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,13 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from buffer.files import OWNER_FILE, write_atomically
+from buffer.files import (
+    OWNER_FILE,
+    NotRegularError,
+    open_regular,
+    read_regular,
+    write_atomically,
+)
 
 LOCK = "LOCK"
 TOMBSTONE = "EVICTED.json"
@@ -74,6 +81,20 @@ def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.seg"
 
 
+def open_segment(folder: Path, number: int, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a segment.
+
+    Raises:
+        FileNotFoundError: there is none; what is no regular file is no segment.
+        OSError: the disk failed.
+    """
+    path = segment_path(folder, number)
+    try:
+        return open_regular(path, flags)
+    except NotRegularError as error:
+        raise FileNotFoundError(errno.ENOENT, error.strerror, str(path)) from None
+
+
 # With flock, not with the filelock library that the other locks use: readers ask whether a lock is
 # held, for which they take a shared lock on a file opened read-only. An exclusive lock would make
 # two readers that ask at once look like a writer, and would create the file in a folder that is
@@ -84,7 +105,7 @@ def hold_lock(folder: Path) -> int:
     Returns:
         A descriptor; closing it releases the lock.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, OWNER_FILE)
+    descriptor = open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
@@ -92,8 +113,8 @@ def hold_lock(folder: Path) -> int:
 def is_live(folder: Path) -> bool:
     """True while the process that writes to ``folder`` is running."""
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
+        descriptor = open_regular(folder / LOCK)
+    except (FileNotFoundError, NotRegularError):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -108,8 +129,8 @@ def read_tombstone(folder: Path) -> Tombstone | None:
     """What was evicted from a writer's folder; ``None`` if nothing was, or if the file is damaged:
     then the gap in the record numbers counts as damage."""
     try:
-        tombstone = Tombstone(**json.loads((folder / TOMBSTONE).read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
+        tombstone = Tombstone(**json.loads(read_regular(folder / TOMBSTONE)))
+    except (FileNotFoundError, NotRegularError, ValueError, TypeError):
         return None
     is_sound = all(type(value) is int for value in asdict(tombstone).values())
     return tombstone if is_sound else None

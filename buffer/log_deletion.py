@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
-from buffer.files import OWNER_FILE, write_atomically
+from buffer.files import OWNER_FILE, read_regular, write_atomically
 from buffer.frames import HEAD, pack_deleted_head, scan
 from buffer.interface import Payload
 from buffer.layout import (
@@ -24,8 +24,8 @@ from buffer.layout import (
     EVICT_LOCK,
     QUARANTINE,
     is_live,
+    open_segment,
     segment_numbers,
-    segment_path,
     writer_names,
 )
 
@@ -45,7 +45,7 @@ def read_deletions(root: Path) -> Deletions:
     """
     path = root / DELETIONS
     try:
-        return Deletions.from_json(json.loads(path.read_bytes()))
+        return Deletions.from_json(json.loads(read_regular(path)))
     except (FileNotFoundError, NotADirectoryError):
         return Deletions()
     except ValueError as error:
@@ -104,7 +104,7 @@ def blank_records(
     # A writer appends to its last segment as long as it lives: what follows the last sound record
     # there may be on its way. Looked at before the file is.
     is_written = is_live(folder) and number == segment_numbers(folder)[-1]
-    descriptor = os.open(segment_path(folder, number), os.O_RDWR | os.O_CLOEXEC)
+    descriptor = open_segment(folder, number, os.O_RDWR)
     try:
         size = os.fstat(descriptor).st_size
         records = num_bytes = end = 0
@@ -134,7 +134,7 @@ def _blank(descriptor: int, start: int, stop: int) -> None:
 
 
 def _delete_from_quarantine(root: Path, tenant: str, opened: Opened) -> int:
-    paths = list((root / QUARANTINE).glob("*.bin"))
+    paths = [path for path in (root / QUARANTINE).glob("*.bin") if path.is_file()]
     theirs = [path for path in paths if may_be_of(tenant, opened(path.read_bytes()))]
     for path in theirs:
         path.unlink()

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from buffer.counts import ReaderCounts, WriterCounts
-from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
+from buffer.files import OWNER_FILE, OWNER_FOLDER, read_regular, write_atomically
 from buffer.interface import MAX_READ_BYTES, Offsets, Payload, Record, RecordReader, TraceWriter
 
 MARK = b"SLPSEAL1"
 _NONCE_BYTES = 12
 _CHECK = "KEYCHECK"
 _KNOWN = b"slipstream"
+_MAX_KEY_BYTES = 4096
 _KEY = re.compile(rb"[0-9a-fA-F]{64}")
 
 
@@ -85,7 +86,7 @@ def read_key(option: str, value: str) -> bytes:
         text = os.environb[value.encode()]
     else:
         try:
-            text = Path(value).read_bytes()
+            text = read_regular(Path(value), _MAX_KEY_BYTES, follow=True)
         except OSError as error:
             raise ValueError(
                 f"buffer.url: key_file {value} cannot be read: {error.strerror}"
@@ -104,7 +105,7 @@ def check_key(root: Path, sealer: Sealer | None) -> None:
         ValueError: it does not.
     """
     try:
-        known = (root / _CHECK).read_bytes()
+        known = read_regular(root / _CHECK)
     except (FileNotFoundError, NotADirectoryError):
         return
     if sealer is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.frames import read_frame
-from buffer.layout import is_live, segment_numbers, segment_path, writer_names
+from buffer.layout import is_live, open_segment, segment_numbers, segment_path, writer_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class SegmentList:
 
 
 def _describe(folder: Path, number: int, is_written: bool) -> Segment:
-    descriptor = os.open(segment_path(folder, number), os.O_RDONLY)
+    descriptor = open_segment(folder, number)
     try:
         status = os.fstat(descriptor)
         first = read_frame(descriptor, 0, status.st_size)

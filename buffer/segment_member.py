@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from buffer.counts import GroupCounts, ReaderCounts
-from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, write_atomically
+from buffer.files import (
+    OWNER_FILE,
+    OWNER_FOLDER,
+    NotRegularError,
+    leads_to,
+    read_regular,
+    write_atomically,
+)
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
 from buffer.layout import GROUPS, read_tombstone, writer_names
 from buffer.segment_reader import Position, SegmentReader, position_of
@@ -95,7 +102,9 @@ class SegmentMember(RecordReader):
     def _look(self) -> None:
         """Take free writers up to this member's share, and mark those beyond it to be left."""
         if self._presence is None:
-            self._folder.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
+            # One by one: ``parents`` would let everybody look into those in between.
+            for folder in (self._root, self._root / GROUPS, self._folder):
+                folder.mkdir(mode=OWNER_FOLDER, parents=folder == self._root, exist_ok=True)
             name = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}.member"
             self._presence = _locked(self._folder / name)
         self._looked_s = time.monotonic()
@@ -193,8 +202,9 @@ def _counts_of(folder: Path, root: Path, written: dict[str, Written]) -> GroupCo
 
 def _committed(folder: Path, name: str) -> Position:
     try:
-        return position_of(name, json.loads((folder / f"{name}.json").read_bytes()))
-    except (FileNotFoundError, ValueError):  # written atomically: only somebody else's hand damages
+        return position_of(name, json.loads(read_regular(folder / f"{name}.json")))
+    # It is written atomically: only somebody else's hand damages it.
+    except (FileNotFoundError, NotRegularError, ValueError):
         return Position()
 
 

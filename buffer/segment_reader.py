@@ -17,7 +17,7 @@ from buffer.blocks import Blocks
 from buffer.counts import ReaderCounts
 from buffer.frames import Frame, claimed_end, next_frame
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
-from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
+from buffer.layout import is_live, open_segment, read_tombstone, segment_numbers, writer_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class SegmentReader(RecordReader):
     def _read_segment(self, name: str, batch: _Batch, is_closed: bool) -> None:
         position = self._positions[name]
         try:
-            descriptor = os.open(segment_path(self._root / name, position.segment), os.O_RDONLY)
+            descriptor = open_segment(self._root / name, position.segment)
         except FileNotFoundError:  # evicted, or not begun yet
             self._count_evicted(name)
             return

@@ -12,7 +12,7 @@ from buffer.counts import BufferStats
 from buffer.frames import claimed_end, scan
 from buffer.hour_of_traffic import allowed_bytes, measure
 from buffer.interface import Report, TraceLimits
-from buffer.layout import is_live, read_tombstone, segment_numbers, segment_path, writer_names
+from buffer.layout import is_live, open_segment, read_tombstone, segment_numbers, writer_names
 from buffer.segment_list import SegmentList
 from buffer.segment_member import Written, group_counts
 
@@ -137,7 +137,7 @@ def _report(
     """Report on one segment, and the number of the record that follows it."""
     records = damaged = end = 0
     deleted: list[int] = []
-    descriptor = os.open(segment_path(folder, segment), os.O_RDONLY)
+    descriptor = open_segment(folder, segment)
     try:
         size = os.fstat(descriptor).st_size
         for frame in scan(descriptor, size):

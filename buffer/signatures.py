@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buffer.files import OWNER_FILE
+from buffer.files import OWNER_FILE, open_regular
 from buffer.manifest import encode_manifest
 from buffer.records import Manifest
 
@@ -138,8 +138,11 @@ def write_key_pair(private: Path, public: Path) -> None:
         public: new file.
 
     Raises:
-        KeyFileError: a file exists already or cannot be written.
+        KeyFileError: a file exists already or cannot be written, or both are one; nothing is left
+            behind.
     """
+    if private.resolve() == public.resolve():
+        raise KeyFileError(f"the private and the public key need a file each, got {private} twice")
     serialization, ed25519 = _library()
     key = ed25519.Ed25519PrivateKey.generate()
     own = key.private_bytes(
@@ -153,7 +156,11 @@ def write_key_pair(private: Path, public: Path) -> None:
     if public.exists():
         raise KeyFileError(f"{public} exists already")
     _write_new(private, own, OWNER_FILE)
-    _write_new(public, shown, 0o644)
+    try:
+        _write_new(public, shown, 0o644)
+    except KeyFileError:
+        private.unlink(missing_ok=True)
+        raise
 
 
 def _message(manifest: Manifest) -> bytes:
@@ -166,7 +173,7 @@ def _message(manifest: Manifest) -> bytes:
 
 def _read(path: Path, is_private: bool) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open(open_regular(path, follow=True), "rb") as file:
             status = os.fstat(file.fileno())
             if is_private and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 raise KeyFileError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import threading
 import weakref
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ from buffer.interface import (
     Unreadable,
 )
 from buffer.socket_host import SocketHost, try_lock
-from buffer.socket_wire import Line, away, connect, split
+from buffer.socket_wire import Line, away, connect, split, why_not_a_socket
 from buffer.socket_writer import SocketWriter
 from buffer.version_rules import check_group
 
@@ -47,6 +48,11 @@ class SocketBackend(Backend):
                 f"buffer.url {url!r} must name an absolute path, as in '{scheme}:/{name}'"
             )
         self._path = Path(name) if name else run_dir.absolute() / "traces.sock"
+        problem = why_not_a_socket(self._path)
+        if problem is not None:
+            raise ValueError(
+                f"buffer.url {url!r}: {problem}. Name another path, or remove what is there"
+            )
         self._weights = run_dir / "weights"
         self._host: SocketHost | None = None
 
@@ -63,7 +69,11 @@ class SocketBackend(Backend):
             lock = try_lock(self._path)
             if lock is None:
                 return False
-            self._host = SocketHost(self._path, lock)
+            try:
+                self._host = SocketHost(self._path, lock)
+            except OSError:
+                os.close(lock)
+                raise
             weakref.finalize(self, self._host.close)
         return True
 

@@ -17,10 +17,10 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from buffer.files import OWNER_FILE, OWNER_FOLDER
+from buffer.files import OWNER_FOLDER, open_regular
 from buffer.interface import RecordReader, TraceLimits
 from buffer.memory import MemoryBackend, MemoryWriter
-from buffer.socket_wire import Line, is_own, listen, split
+from buffer.socket_wire import Line, is_own, listen, split, why_not_a_socket
 
 _TEND_S = 1.0
 """Seconds between two looks for records that have grown too old."""
@@ -63,7 +63,8 @@ class SocketHost:
         with self._guard:
             for line in self._lines:
                 line.close()
-        self._path.unlink(missing_ok=True)
+        if why_not_a_socket(self._path) is None:
+            self._path.unlink(missing_ok=True)
         os.close(self._lock)
 
     def writer(self, name: str, limits: TraceLimits) -> MemoryWriter:
@@ -207,7 +208,7 @@ def try_lock(path: Path) -> int | None:
     """
     path.parent.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
     name = path.with_name(f"{path.name}.lock")
-    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, OWNER_FILE)
+    descriptor = open_regular(name, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

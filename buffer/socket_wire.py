@@ -13,11 +13,13 @@ import errno
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from buffer.files import kind_of
 from buffer.interface import Payload, ServiceAwayError
 
 TIMEOUT_S = 5.0
@@ -112,12 +114,27 @@ def connect(path: Path) -> Line:
     return Line(found)
 
 
+def why_not_a_socket(path: Path) -> str | None:
+    """What lies at a path that is to be a socket's, in words; ``None``: a socket, or nothing."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing, or what whoever makes the socket will be told
+        return None
+    if stat.S_ISSOCK(mode):
+        return None
+    return f"{path} is {kind_of(mode) or 'a file'}, not a socket: it is left as it is"
+
+
 def listen(path: Path) -> socket.socket:
-    """A listening socket that only its owner may connect to; whatever lay there is replaced.
+    """A listening socket that only its owner may connect to; one that lay there is replaced.
 
     Raises:
+        FileExistsError: something else than a socket lies there.
         OSError: the folder cannot be written.
     """
+    problem = why_not_a_socket(path)
+    if problem is not None:
+        raise FileExistsError(errno.EEXIST, problem)
     path.unlink(missing_ok=True)
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from buffer.files import OWNER_FILE, write_atomically
+from buffer.files import OWNER_FILE, read_regular, write_atomically
 from buffer.interface import Payload
 from buffer.layout import EVICT_LOCK, is_live, segment_numbers, segment_path, writer_names
 from buffer.log_deletion import blank_records
@@ -194,7 +194,7 @@ def _locked(folder: Path) -> int | None:
 
 def _sent_position(folder: Path) -> Position:
     try:
-        return position_of(folder.name, json.loads((folder / SENT).read_bytes()))
+        return position_of(folder.name, json.loads(read_regular(folder / SENT)))
     except (OSError, ValueError):  # damaged or unreadable: all is sent again, and recognised
         return Position()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveFloat, ValidationError
 
-from buffer.files import write_atomically
+from buffer.files import read_regular, write_atomically
 from configs.schema import Settings
 from configs.version import package_version
 from policies.interface import CostSample
@@ -98,8 +98,7 @@ def kept_or_measured(
 def _read(path: Path, facts: Facts) -> list[CostSample] | None:
     """The samples of a file that was written for these facts; ``None`` if there are none."""
     try:
-        with path.open("rb") as file:
-            stored = _Stored.model_validate_json(file.read(_MOST_BYTES))
+        stored = _Stored.model_validate_json(read_regular(path, _MOST_BYTES, follow=True))
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:

@@ -25,7 +25,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from buffer.files import OWNER_FILE, OWNER_FOLDER, sync_folder, write_durably
+from buffer.files import OWNER_FILE, OWNER_FOLDER, read_regular, sync_folder, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +131,14 @@ def read_checkpoint(root: Path) -> Checkpoint | None:
 def _read(path: Path) -> Checkpoint:
     state: dict[str, Any] | None = None
     try:
-        body = json.loads((path / "state.json").read_bytes())
+        body = json.loads(read_regular(path / "state.json", follow=True))
         if (body["schema"], body["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
             raise _Damaged(f"it is {body['schema']} {body['schema_version']}")
         # Before 2026-12 the state had no digest.
         if body.get("state_sha256", digest := _digest_of(body["state"])) != digest:
             raise _Damaged("state.json has a different state than was written")
         state = dict(body["state"])
-        content = (path / "state.safetensors").read_bytes()
+        content = read_regular(path / "state.safetensors", follow=True)
         if hashlib.sha256(content).hexdigest() != body["sha256"]:
             raise _Damaged("state.safetensors has a different sha256 than was written", state)
         return Checkpoint(state, load(content))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from buffer.files import OWNER_FOLDER
+from buffer.files import OWNER_FOLDER, open_regular
 from configs.logs import Lasting
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ class Journal:
     def _append(self, text: bytes) -> None:
         if self._log_path.exists() and not _ends_a_line(self._log_path):
             text = b"\n" + text  # ends the half line that a killed trainer or a full disk left
-        with self._log_path.open("ab") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with open(open_regular(self._log_path, flags, 0o666, follow=True), "ab") as file:
             file.write(text)
 
     def _replace_status(self, text: str) -> None:
@@ -187,7 +188,7 @@ _TEXTS = {
 
 def _ends_a_line(path: Path) -> bool:
     content_end = path.stat().st_size
-    with path.open("rb") as file:
+    with open(open_regular(path, follow=True), "rb") as file:
         file.seek(max(content_end - 1, 0))
         return file.read(1) in (b"\n", b"")
 

@@ -15,6 +15,8 @@ Endpoint = Literal["completions", "chat"]
 ENDPOINTS: tuple[Endpoint, ...] = ("completions", "chat")
 METADATA_KEY = "definition"
 """Metadata key under which a dataclass field keeps its ``Definition``."""
+VISIBLE = r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+$"
+"""Excludes invisible and control characters: an operator's terminal may show the text."""
 T = TypeVar("T")
 
 

@@ -19,13 +19,12 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from serving.fields.definition import VISIBLE
 from serving.http.sampling_body import bounded, takes_sampling
 from serving.sampling import MAX_INT64
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
-VISIBLE = r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+$"
-"""Excludes invisible and control characters: an operator's terminal may show the text."""
 
 
 class Neutral:

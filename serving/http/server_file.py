@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from buffer.files import leads_to
+from buffer.files import leads_to, open_regular
 from configs.logs import Lasting
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def living_owner(path: Path) -> dict[str, Any] | None:
         OSError: the file cannot be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(path, follow=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:

@@ -8,7 +8,7 @@ import pytest
 from buffer.frames import HEAD, scan
 from buffer.interface import TraceLimits
 from buffer.segment_reader import SegmentReader
-from buffer.segment_report import check_segments
+from buffer.segment_report import check_segments, log_stats
 from buffer.segment_writer import SegmentWriter
 
 LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=4 << 20, ttl_s=3600.0, sync_interval_s=0.0)
@@ -175,6 +175,24 @@ def test_a_damaged_tombstone_stops_neither_readers_nor_writers(tmp_path, content
     with SegmentWriter(tmp_path, limits, clock=lambda: 9e9) as writer:  # all else has expired
         writer.append(b"three")
         assert writer.counts.evicted_records == 2
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["000000.seg", "LOCK", "EVICTED.json"])
+def test_a_pipe_in_place_of_a_writers_file_stops_nobody(tmp_path, name):
+    payloads = [bytes([number]) * 3000 for number in range(2)]  # a segment for each
+    folder = write_segment(tmp_path, payloads, segment_bytes=4096).parent
+    assert (folder / "000001.seg").is_file()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+
+    num_lost = int(name == "000000.seg")
+    found, counts = read_all(tmp_path)
+    assert ([bytes(one) for one in found], counts.damaged) == (payloads[num_lost:], num_lost)
+    reports = check_segments(tmp_path)
+    assert [report.records for report in reports] == [1] * (2 - num_lost)
+    assert sum(report.damaged for report in reports) == num_lost
+    assert log_stats(tmp_path).held == 2 - num_lost
 
 
 @pytest.mark.timeout(30)

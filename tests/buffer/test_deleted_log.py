@@ -192,3 +192,16 @@ def test_traces_are_their_owners_alone_to_read(tmp_path):
     assert root.stat().st_mode & 0o777 == 0o700
     for path, mode in modes.items():
         assert mode & 0o777 == (0o700 if (root / path).is_dir() else 0o600), path
+
+
+def test_folders_that_a_reader_makes_are_their_owners_alone_too(tmp_path):
+    root = tmp_path / "run" / "traces"
+    before = os.umask(0o022)
+    try:
+        reader = EmbeddedLog("log:", tmp_path / "run").open_record_reader(group="trainer")
+        assert reader.read(1) == []
+        reader.close()
+    finally:
+        os.umask(before)
+    for folder in (root, root / "groups", root / "groups" / "trainer"):
+        assert folder.stat().st_mode & 0o777 == 0o700, folder

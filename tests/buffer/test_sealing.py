@@ -1,5 +1,6 @@
 """An encrypted log holds nothing readable, and a wrong key is told before anything happens."""
 
+import os
 import secrets
 
 import pytest
@@ -97,3 +98,15 @@ def test_a_key_that_cannot_be_used_is_refused_and_not_shown(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=problem) as error:
         open_backend(url, tmp_path)
     assert "5ec4e7" not in str(error.value)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_or_a_device_is_no_key_but_a_link_to_one_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a named pipe"), ("/dev/zero", "a device")):
+        problem = f"key_file {path} cannot be read: it is {kind}, not a regular file"
+        with pytest.raises(ValueError, match=problem):
+            open_backend(f"log:?key_file={path}", tmp_path)
+    (tmp_path / "key").write_text("5e" * 32)
+    (tmp_path / "link").symlink_to(tmp_path / "key")
+    open_backend(f"log:?key_file={tmp_path / 'link'}", tmp_path)

@@ -54,6 +54,19 @@ def test_no_key_is_overwritten(tmp_path, pair):
     assert not (tmp_path / "new.key").exists() and not (tmp_path / "new.pub").exists()
 
 
+def test_a_pair_that_cannot_be_written_leaves_no_private_key(tmp_path):
+    private = tmp_path / "k1"
+    for public, problem in (
+        (private, "need a file each"),
+        (tmp_path / "." / "x" / ".." / "k1", "need a file each"),
+        (tmp_path / "missing" / "k1.pub", "cannot be written: No such file"),
+    ):
+        result = keys(private, public)
+        assert result.exit_code == 2
+        assert problem in " ".join(result.stderr.split())
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620])
 def test_a_private_key_that_others_may_use_is_refused(pair, mode):
     private, _ = pair

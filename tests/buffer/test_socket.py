@@ -1,6 +1,7 @@
 """A buffer in the memory of a trainer: who holds it, what happens when that process ends, and that
 nothing of it is on a disk."""
 
+import gc
 import os
 import time
 from contextlib import suppress
@@ -153,3 +154,42 @@ def test_nothing_is_on_the_disk_and_only_the_owner_may_connect(tmp_path, make_tr
 def test_a_path_that_is_not_absolute_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must name an absolute path, as in 'socket:/x'"):
         open_backend("socket:x", tmp_path)
+
+
+def make_file(path):
+    path.write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(make_file, "a file"), (os.mkdir, "a folder"), (os.mkfifo, "a named pipe")]
+)
+def test_what_is_no_socket_is_refused_and_left_as_it_is(tmp_path, make, kind):
+    path = tmp_path / "place"
+    early = open_backend(f"socket:{path}", tmp_path / "run")
+    make(path)
+    before = path.lstat()
+    with pytest.raises(ValueError, match=f"{path} is {kind}, not a socket") as error:
+        open_backend(f"socket:{path}", tmp_path / "run")
+    assert f"buffer.url 'socket:{path}'" in str(error.value)
+    for _ in range(2):  # the first leaves no lock behind
+        with pytest.raises(FileExistsError, match=f"{path} is {kind}, not a socket"):
+            early.host()
+    after = path.lstat()
+    assert (after.st_ino, after.st_mode, after.st_size) == (
+        before.st_ino,
+        before.st_mode,
+        before.st_size,
+    )
+
+
+def test_a_file_that_has_replaced_the_socket_outlives_its_holder(tmp_path):
+    path = tmp_path / "run" / "traces.sock"
+    backend = open_backend("socket:", tmp_path / "run")
+    assert backend.host()
+    path.unlink()
+    make_file(path)
+    del backend
+    gc.collect()
+    assert path.read_text() == "mine"
+    path.unlink()
+    assert open_backend("socket:", tmp_path / "run").host()  # the former holder has let go

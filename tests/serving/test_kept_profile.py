@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_damaged_file_is_measured_anew_with_a_warning(
     assert kept_or_measured(tmp_path, FACTS, measure) == SAMPLES
     assert measure.num_calls == 1
     assert str(path) in caplog.text
+    assert kept_or_measured(tmp_path, FACTS, Counted([])) == SAMPLES  # it was replaced
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_place_of_the_file_is_measured_anew_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / PROFILE_FILE
+    os.mkfifo(path)
+    measure = Counted()
+    assert kept_or_measured(tmp_path, FACTS, measure) == SAMPLES
+    assert measure.num_calls == 1
+    assert f"step times in {path} cannot be read" in caplog.text
+    assert "it is a named pipe, not a regular file" in caplog.text
     assert kept_or_measured(tmp_path, FACTS, Counted([])) == SAMPLES  # it was replaced
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+from pydantic import ValidationError
+
 from oracles.support import REPOSITORY
 from serving.http.request_bodies import ChatRequest, CompletionRequest
 from serving.http.sampling_body import sampling_params
@@ -110,3 +113,18 @@ def test_temperatures_that_would_overflow_are_greedy():
     for temperature, want in ((9e-6, 0.0), (1e-5, 1e-5)):
         body = CompletionRequest(prompt="hi", temperature=temperature)
         assert sampling_params(body, 0, max_tokens=1, logprobs=None).temperature == want
+
+
+@pytest.mark.parametrize(
+    "domain", ["code\n", "a\nb", "\x1b[31mred", "a\x00", "\u202ecode", "", "x" * 65]
+)
+def test_a_domain_that_could_deceive_a_terminal_is_refused(domain):
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest(prompt="hi", domain=domain)
+    assert [one["loc"] for one in error.value.errors()] == [("domain",)]
+
+
+@pytest.mark.parametrize("domain", ["code", "two words", "Prüfung", "x" * 64])
+def test_a_visible_domain_is_kept(domain):
+    body = CompletionRequest(prompt="hi", domain=domain)
+    assert sampling_params(body, 0, max_tokens=1, logprobs=None).domain == domain

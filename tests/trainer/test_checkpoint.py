@@ -87,6 +87,22 @@ def test_the_state_of_a_damaged_checkpoint_is_given_if_it_is_sound(
     assert found is not None and found.damaged == (state,)
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("file", "state"), [("state.safetensors", {"step": 2}), ("state.json", None)]
+)
+def test_a_pipe_in_a_checkpoint_is_damage_and_the_older_one_is_used(
+    tmp_path: Path, file: str, state: dict[str, int] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, {"step": 1}, TENSORS)
+    path = write_checkpoint(tmp_path, {"step": 2}, TENSORS) / file
+    path.unlink()
+    os.mkfifo(path)
+    found = read_checkpoint(tmp_path)
+    assert found is not None and (found.state, found.damaged) == ({"step": 1}, (state,))
+    assert f"it is a named pipe, not a regular file: '{path}'" in caplog.text
+
+
 def test_a_flipped_digit_of_the_state_is_damage(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, {"step": 1}, TENSORS) / "state.json"
     path.write_text(path.read_text().replace('"step": 1', '"step": 3'))

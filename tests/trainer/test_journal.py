@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,7 @@ def test_a_full_disk_costs_the_report_and_not_the_trainer(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
+        patch.setattr(journals, "open_regular", full)
         for _ in range(3):
             journal.event("stopped", step=1)
             journal.status({"state": "training"})
@@ -165,3 +167,15 @@ def test_a_status_is_due_when_it_is_old_or_says_something_else(
     assert journal.status_is_due("stopped")
     monkeypatch.setattr(journals, "STATUS_EVERY_S", 0.0)
     assert journal.status_is_due("training")
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_place_of_the_log_costs_the_events_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "log.jsonl")
+    journal = Journal(tmp_path)
+    journal.event("stopped", step=1)
+    assert "it is a named pipe, not a regular file" in caplog.text
+    journal.status({"state": "stopped"})
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"
