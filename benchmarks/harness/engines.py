@@ -128,6 +128,7 @@ def settings_for(
         f"device={device}",
         "engine.max_queue=4096",
         "engine.prefill_chunk=4096",
+        "drafter.init=random",  # the target is in memory alone
         "drafter.suffix.enabled=false",
         "policy.kind=fixed",
         "policy.draft_k=0",
