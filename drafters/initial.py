@@ -26,7 +26,7 @@ from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.trainable import trainable
 from targets.find import target_folder
-from targets.last_layer import has_llama_layers, load_last_layer
+from targets.last_layer import LastLayer, load_last_layer
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +55,25 @@ class NewDrafter:
     """Folder of the target whose last layer the drafter's begins as; ``None``: random weights."""
     vocab: Path | None = None
     """JSON file with the token ids that the drafter may propose; ``None``: all."""
+    must_imitate: bool = True
+    """A layer that cannot be copied is an error; otherwise weights are random then."""
 
 
 def new_drafter(settings: Settings) -> NewDrafter:
     """How the settings of a run say that weights are made.
 
     Raises:
-        ValueError: the target's folder is needed and not found, or holds no config.
+        ValueError: ``drafter.init`` is ``target`` and the target's folder is not found.
     """
     d = settings.drafter
     imitated = None
     if d.init != "random" and d.path is None:
-        folder = target_folder(settings.target, settings.target_cache)
-        if d.init == "target" or has_llama_layers(folder):
-            imitated = folder
-    return NewDrafter(d.layer_ids, settings.seed, imitated, d.draft_vocab)
+        try:
+            imitated = target_folder(settings.target, settings.target_cache)
+        except ValueError:  # a target may be in memory alone
+            if d.init == "target":
+                raise
+    return NewDrafter(d.layer_ids, settings.seed, imitated, d.draft_vocab, d.init == "target")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +151,24 @@ def made_drafter(kind: str, target: TargetFacts, new: NewDrafter) -> tuple[Manif
             layer cannot be copied.
     """
     learner, head = trainable(kind), target.lm_head_VH.float().cpu()
-    last_layer = None if new.imitated is None else load_last_layer(new.imitated)
+    last_layer = _imitated_layer(new)
     ids = None if new.vocab is None else torch.tensor(read_vocab(new.vocab, len(head)))
     model = learner.new_model(target.config, head, new.layer_ids, new.seed, ids, last_layer)
     manifest = Manifest(0, None, kind, learner.config_to_json(model), target.fingerprint, {})
     return manifest, save(learner.bundle_tensors(model))
+
+
+def _imitated_layer(new: NewDrafter) -> LastLayer | None:
+    """What new weights begin as; ``None``: random weights."""
+    if new.imitated is None:
+        return None
+    try:
+        return load_last_layer(new.imitated)
+    except ValueError as error:
+        if new.must_imitate:
+            raise ValueError(f"{error}. Set drafter.init to 'random'") from error
+        log.info("the drafter begins with random weights: %s", error)
+        return None
 
 
 def read_vocab(path: Path, vocab_size: int) -> list[int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,26 +37,18 @@ class LastLayer:
     final_norm_H: Tensor
 
 
-def has_llama_layers(folder: Path) -> bool:
-    """``load_last_layer`` can read the target in ``folder``, by what its config says.
-
-    Raises:
-        ValueError: it has no readable config.
-    """
-    return _config(folder).model_type in _LIKE_LLAMA
-
-
 def load_last_layer(folder: Path) -> LastLayer:
     """Read the last decoder layer of the target in ``folder``.
 
     Raises:
-        ValueError: its layers are not Llama's, or a tensor is not in its safetensors files.
+        ValueError: its layers are not Llama's, or a tensor is not in its safetensors files or holds
+            NaN or infinity.
     """
-    config = _config(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     if config.model_type not in _LIKE_LLAMA:
         raise ValueError(
-            f"drafter.init is 'target', but {folder} is a {config.model_type}: only layers like "
-            f"Llama's can be copied ({', '.join(_LIKE_LLAMA)}). Set drafter.init to 'random'"
+            f"the target in {folder} is a {config.model_type}: only layers like Llama's can be "
+            f"copied ({', '.join(_LIKE_LLAMA)})"
         )
     files = tensor_files(folder)
     prefix = f"model.layers.{config.num_hidden_layers - 1}."
@@ -65,7 +56,10 @@ def load_last_layer(folder: Path) -> LastLayer:
     def read(name: str, before: str = prefix) -> Tensor:
         wanted = f"{before}{name}.weight"
         found = [full for full in files if full.endswith(wanted)]
-        return read_tensor(files, found[0] if found else wanted, folder)
+        tensor = read_tensor(files, found[0] if found else wanted, folder)
+        if not tensor.isfinite().all():
+            raise ValueError(f"{wanted} of the target in {folder} holds NaN or infinity")
+        return tensor
 
     has_head_norms = f"{prefix}self_attn.q_norm.weight" in files
     return LastLayer(
@@ -78,11 +72,3 @@ def load_last_layer(folder: Path) -> LastLayer:
         down=read("mlp.down_proj"),
         final_norm_H=read("norm", before="model."),
     )
-
-
-def _config(folder: Path) -> Any:
-    """Hugging Face config of the text model."""
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except OSError as error:
-        raise ValueError(f"no config of a target can be read in {folder}: {error}") from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 
 from buffer.bundles import read_bundle
 from buffer.folder_weights import FolderWeights
@@ -233,13 +234,40 @@ def test_new_weights_begin_as_the_targets_last_layer_where_it_can_be_copied(
     assert imitated == (saved[0] if is_copied else None)
 
 
-def test_a_target_with_other_layers_gets_random_weights_unless_its_own_are_demanded(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+def test_a_target_that_is_no_folder_is_refused_only_where_its_layer_is_demanded(tmp_path):
+    nowhere = tmp_path / "nowhere"
 
-    assert new_drafter(with_init(tmp_path, tmp_path, "auto")).imitated is None
-    assert new_drafter(with_init(tmp_path, tmp_path, "target")).imitated == tmp_path
-    with pytest.raises(ValueError, match="is a gpt2: only layers like Llama's can be copied"):
-        load_last_layer(tmp_path)
+    assert new_drafter(with_init(tmp_path, nowhere, "auto")).imitated is None
+    with pytest.raises(ValueError, match="is neither a folder nor a GGUF file"):
+        new_drafter(with_init(tmp_path, nowhere, "target"))
+
+
+def other_layers(folder, _saved):
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return "is a gpt2: only layers like Llama's can be copied"
+
+
+def damaged(folder, saved):
+    shutil.copytree(saved[0], folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    return r"model\.norm\.weight of the target in .* holds NaN or infinity"
+
+
+@pytest.mark.parametrize("spoil", [other_layers, damaged])
+def test_a_layer_that_cannot_be_copied_leaves_random_weights_unless_it_is_demanded(
+    saved, tmp_path, spoil
+):
+    problem, facts = spoil(tmp_path, saved), facts_of(saved[1])
+    chosen = new_drafter(with_init(tmp_path, tmp_path, "auto"))
+
+    made = made_drafter("eagle3", facts, chosen)
+
+    assert made == made_drafter("eagle3", facts, NewDrafter(seed=chosen.seed))
+    demanded = new_drafter(with_init(tmp_path, tmp_path, "target"))
+    with pytest.raises(ValueError, match=rf"{problem}.*Set drafter\.init to 'random'"):
+        made_drafter("eagle3", facts, demanded)
 
 
 def test_a_drafter_of_few_tokens_proposes_these(saved, tmp_path):
