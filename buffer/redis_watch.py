@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ import redis
 
 from buffer.redis_client import RedisClient
 from buffer.spool import Breaker
+
+log = logging.getLogger(__name__)
 
 _LISTEN_S = 0.5
 """Longest time to wait for a message before looking whether it is over."""
@@ -52,3 +55,10 @@ def _listen(
                         breaker.worked()
         except (redis.RedisError, OSError):
             breaker.failed()
+        except Exception as error:  # a fault of the client must not end the thread: versions come
+            breaker.failed()
+            log.warning(
+                "listening for new versions failed (%s: %s); tried again",
+                type(error).__name__,
+                error,
+            )

@@ -86,7 +86,7 @@ def test_a_killed_server_comes_back_on_a_full_disk(
         ballast.unlink()
         first.ask()
         wait_for(lambda: first.traces("written") == 1, 5)
-        wait_for(lambda: (run_dir / "server.json").exists(), 10)
+        wait_for(lambda: (run_dir / "server.json").exists(), 30)
         assert sum(report.records for report in check_segments(run_dir / "traces")) == 1
     finally:
         stop(first)
@@ -114,8 +114,9 @@ def test_a_folder_that_cannot_be_made_stops_no_server(tiny_target_dir: Path, tmp
         assert f"run_dir {run_dir} cannot be written (Not a directory)" in server.log
         assert "are lost and counted" in server.log
         server.ask()
+        wait_for(lambda: server.traces("failed") == 1, 30)
         blocked.unlink()
-        wait_for(lambda: (run_dir / "server.json").exists(), 10)
+        wait_for(lambda: (run_dir / "server.json").exists(), 30)
         assert json.loads((run_dir / "server.json").read_text())["pid"] == server.process.pid
         _check_deleted_run(server, run_dir)
         server.process.send_signal(15)
@@ -129,11 +130,11 @@ def test_a_folder_that_cannot_be_made_stops_no_server(tiny_target_dir: Path, tmp
 def _check_deleted_run(server: Server, run_dir: Path) -> None:
     for _ in range(3):
         server.ask()
-    wait_for(lambda: server.traces("written") == 3, 5)
+    wait_for(lambda: server.traces("written") == 3, 30)
     shutil.rmtree(run_dir)
     for _ in range(4):
         server.ask()
-    wait_for(lambda: server.traces("written") == 7, 5)
+    wait_for(lambda: server.traces("written") == 7, 30)
     assert server.traces("failed") == 1  # the one before the folder could be made
     assert sum(report.records for report in check_segments(run_dir / "traces")) == 4
 
