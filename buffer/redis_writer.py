@@ -7,14 +7,10 @@ docs/buffer.md.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from buffer.counts import WriterCounts
-from buffer.interface import Payload, ServiceAwayError, TraceLimits, TraceWriter, check_record
+from buffer.interface import Payload, TraceLimits
 from buffer.redis_batches import (
     Batch,
     batches_key,
@@ -25,60 +21,34 @@ from buffer.redis_batches import (
 )
 from buffer.redis_client import Command, RedisClient, said_by_server
 from buffer.redis_eviction import RedisEvictor
-from buffer.spool import Breaker, Spool
+from buffer.spool import Breaker
+from buffer.spooled_writer import SpooledWriter
 
 DEFAULT_BYTES = 1 << 30
 """What the buffer holds where ``buffer.max_bytes`` leaves it open."""
 _BATCH_BYTES = 1 << 20
-_BATCH_RECORDS = 256
 _BATCHES_PER_LOG = 16  # a batch is at most this part of the log: eviction takes whole batches
 _ALREADY_STORED = "equal or smaller"
 
 
-class RedisWriter(TraceWriter):
+class RedisWriter(SpooledWriter):
     """Appends to a stream of its own."""
 
     def __init__(self, client: RedisClient, limits: TraceLimits) -> None:
-        self._client = client
-        self._limits = limits
-        self._max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
-        now_ms = int(time.time() * 1000)
-        self._name = f"w{os.getpid()}-{now_ms}-{secrets.token_hex(4)}"
-        self._batch_bytes = min(_BATCH_BYTES, max(1, self._max_bytes // _BATCHES_PER_LOG))
-        self._spool = Spool(client.options.spool_bytes)
-        self._breaker = Breaker()
-        self._evictor = RedisEvictor(client, limits, self._max_bytes)
-        self._stored = self._stored_bytes = self._doubtful = 0
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def counts(self) -> WriterCounts:
-        return WriterCounts(
-            appended=self._spool.added,
-            durable=self._stored,
-            pending=len(self._spool),
-            doubtful=self._doubtful,
-            evicted_records=self._evictor.num_records,
-            evicted_bytes=self._evictor.num_bytes,
-            dropped=self._spool.dropped,
-            deleted=self._spool.removed,
+        max_bytes = DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes
+        super().__init__(
+            limits,
+            max_bytes=max_bytes,
+            spool_bytes=client.options.spool_bytes,
+            batch_bytes=min(_BATCH_BYTES, max(1, max_bytes // _BATCHES_PER_LOG)),
         )
+        self._client = client
+        self._evictor = RedisEvictor(client, limits, max_bytes)
+        self._stored_bytes = 0
 
-    def append(self, payload: Payload) -> int:
-        """Take one record. If there is no room for it, send what waits or, while the server is
-        away, drop the oldest."""
-        check_record(len(payload), self._max_bytes)
-        if self._spool.is_full(len(payload)) and self._breaker.is_closed:
-            with contextlib.suppress(ServiceAwayError):  # ``tend`` says so
-                self._send_all()
-        return self._spool.add(payload)
-
-    def sync(self) -> range:
-        """Send everything that waits, even if the server failed a moment ago."""
-        return self._send_all()
+    @property
+    def _evicted(self) -> tuple[int, int]:
+        return self._evictor.num_records, self._evictor.num_bytes
 
     def tend(self) -> range:
         """Send what waits if it is due, and evict. While the server is away, it is tried from time
@@ -94,28 +64,14 @@ class RedisWriter(TraceWriter):
             self._evictor.evict_if_due()
         return newly
 
-    def remove(self, is_unwanted: Callable[[Payload], bool]) -> int:
-        return self._spool.remove(is_unwanted)
-
-    def close(self) -> None:
-        try:
-            self._send_all()
-        finally:
-            self._doubtful += self._spool.forget()
-            self._spool.drop_all()
-            self._client.close()
-
-    def _send_all(self) -> range:
-        first, end = None, self._spool.added
-        while self._spool.begin(_BATCH_RECORDS, self._batch_bytes):
-            with self._trying():
-                self._send_batch()
-            numbers = self._spool.done()
-            first, end = numbers.start if first is None else first, numbers.stop
-        return range(end if first is None else first, end)
+    def _hang_up(self) -> None:
+        self._client.close()
 
     def _send_batch(self) -> None:
-        payloads = self._spool.batch
+        with self._trying():
+            self._store(self._spool.batch)
+
+    def _store(self, payloads: Sequence[Payload]) -> None:
         num_bytes = sum(map(len, payloads))
         self._evictor.make_room(num_bytes)
         batch = Batch(

@@ -141,8 +141,9 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
     """Restore the state of a checkpoint.
 
     Traces read after the checkpoint are read again. Samples it held are read from the log by their
-    keys; those no longer in the log are left out. So are those that only newer checkpoints, which
-    are damaged, had learnt from: their group has committed them and gives them to nobody any more.
+    keys, and so are those that only newer checkpoints, which are damaged, had learnt from: their
+    group has committed them and gives them to nobody any more. What is no longer in the log is left
+    out.
 
     Raises:
         CheckpointError: it was made for another target or drafter, or is incomplete.
