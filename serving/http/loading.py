@@ -11,6 +11,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from starlette.responses import Response
 
@@ -24,6 +25,8 @@ _HEAD_S = 10.0
 _REST_S = 1.0
 """Time to send the rest of a request, which is discarded: closing before it came could cost the
 client the answer."""
+_LAST_S = 0.5
+"""Time that clients which are connected when the model is loaded have to send their requests."""
 
 
 @contextlib.contextmanager
@@ -51,13 +54,24 @@ def answering_503(listener: socket.socket) -> Iterator[None]:
 
 
 async def _end(server: asyncio.Server) -> None:
-    """Close the server's own descriptor, and leave the clients that are being answered."""
+    """Close the server's own descriptor, and finish the answers to connections it has accepted.
+
+    A client that was accepted and not answered would see its connection reset.
+    """
     server.close()
-    left = asyncio.all_tasks() - {asyncio.current_task()}
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _LAST_S
+    # An accepted connection becomes a task that starts another, the answer.
+    while (left := _others()) and loop.time() < end:
+        await asyncio.wait(left, timeout=end - loop.time())
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     await asyncio.sleep(0)  # the connections are closed by the loop's next turn
+
+
+def _others() -> set[asyncio.Task[Any]]:
+    return asyncio.all_tasks() - {asyncio.current_task()}
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -71,6 +85,8 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
                 pass
     except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
         pass
+    except asyncio.CancelledError:
+        pass  # the stream's own callback logs a cancelled task as an error
     finally:
         writer.close()
 

@@ -154,3 +154,38 @@ def test_who_connects_when_loading_ends_is_answered_by_the_server(tmp_path: Path
     thread.join()
     asking.close()
     held.close()
+
+
+def test_who_was_accepted_when_loading_ends_is_answered_all_the_same(tmp_path: Path, caplog):
+    held = bind(settings(tmp_path, 0))
+    held.setblocking(False)
+    clients = []
+    for _ in range(20):
+        with answering_503(held):
+            clients += [socket.create_connection(held.getsockname()) for _ in range(5)]
+            for client in clients[-5:]:
+                client.sendall(b"GET /ready HTTP/1.1\r\n\r\n")
+                client.shutdown(socket.SHUT_WR)
+    accepted = []
+    with pytest.raises(BlockingIOError):
+        while True:
+            accepted.append(held.accept()[0])
+    for left in accepted:
+        left.sendall(b"HTTP/1.1 503 ")  # nobody had taken it
+        left.close()
+    for client in clients:
+        with client:
+            assert client.recv(4096).startswith(b"HTTP/1.1 503 ")
+    assert not caplog.records
+    held.close()
+
+
+def test_a_client_that_sends_nothing_does_not_delay_the_end_of_loading(tmp_path: Path):
+    held = bind(settings(tmp_path, 0))
+    with answering_503(held):
+        silent = socket.create_connection(held.getsockname())
+        time.sleep(0.1)  # time to be accepted
+    silent.settimeout(5)
+    assert silent.recv(1) == b""
+    silent.close()
+    held.close()
