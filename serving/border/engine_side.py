@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -85,11 +86,17 @@ class Line:
         """How many requests that was."""
         self.problem: str | None = None
         """Why it is over, if the process did not just end."""
+        self.heard_s = time.monotonic()
+        """When the process was last heard of."""
 
     def start(self) -> None:
         """Begin to read and to send."""
         self._outbox.start()
         self._thread.start()
+
+    def give_up(self, why: str) -> None:
+        """End the connection because of a fault of the process."""
+        self._break(why)
 
     def close_http(self, left_s: float) -> None:
         """Let the process accept nothing more and end; see ``messages.Close``."""
@@ -117,6 +124,7 @@ class Line:
         frames: Frames[FromHttp] = Frames(FromHttp, MOST_BYTES)
         try:
             while data := self._sock.recv(_READ_BYTES):
+                self.heard_s = time.monotonic()
                 for message in frames.feed(data):
                     self._take(message)
         except (OSError, ProtocolError) as error:

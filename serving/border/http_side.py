@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from serving.border.messages import (
+    BEAT_S,
     MOST_BYTES,
     VERSION,
     Accepted,
+    Alive,
     Answer,
     Ask,
     Cancel,
@@ -75,6 +77,7 @@ class Wire(asyncio.Protocol):
         _, wire = await asyncio.get_running_loop().create_connection(cls, sock=sock)
         wire.send(Hello(VERSION))
         welcome = await wire._welcome
+        wire._beat()
         if welcome.version != VERSION:
             raise ProtocolError(
                 f"the engine's process speaks version {welcome.version} of the messages, this one "
@@ -146,6 +149,12 @@ class Wire(asyncio.Protocol):
             return msgspec.msgpack.decode(await answer, type=kind)
         finally:
             self._waiting.pop(number, None)
+
+    def _beat(self) -> None:
+        """Tell the engine's process again and again that this one's event loop turns."""
+        if not self.is_gone:
+            self.send(Alive())
+            asyncio.get_running_loop().call_later(BEAT_S, self._beat)
 
     def _expect(self) -> tuple[int, asyncio.Future[Any]]:
         self._num_asked += 1

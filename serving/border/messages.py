@@ -16,10 +16,12 @@ import msgspec
 from serving.requests import DrainingError, Output, QueueFullError, Request
 from serving.served_model import ServedModel
 
-VERSION = 1
+VERSION = 2
 MOST_BYTES = 64 << 20
 """Longest message that the engine's process accepts. A job of 8 choices with prompts of a million
 tokens takes 40 MB."""
+BEAT_S = 1.0
+"""Time between two ``Alive`` of an HTTP process."""
 _HEADER = 4
 
 
@@ -42,6 +44,10 @@ class Hello(_Message, frozen=True):
 
 class Ready(_Message, frozen=True):
     """It accepts connections."""
+
+
+class Alive(_Message, frozen=True):
+    """Its event loop turns."""
 
 
 class Submit(_Message, frozen=True):
@@ -74,7 +80,7 @@ class Ask(_Message, frozen=True):
     """Of the history."""
 
 
-FromHttp = Hello | Ready | Submit | Cancel | Ask
+FromHttp = Hello | Ready | Alive | Submit | Cancel | Ask
 
 
 # ---- from the engine to HTTP --------------------------------------------------------------------

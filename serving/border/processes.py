@@ -31,6 +31,10 @@ _LIVED_S = 1.0
 """A process that has accepted connections for so long did not die at once."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+SILENT_S = 20.0
+"""A process that is not heard of for so long is stopped, or its event loop is stuck."""
+_OWN_STALL_S = 1.0
+"""After a pause of this process for so long, the others may have been heard of without notice."""
 MOST_DEATHS = 6
 """Processes that may die at once in a row. Starting them takes some ten seconds."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -113,6 +117,7 @@ class HttpProcesses:
         """Not to be started before; monotonic clock."""
         self._num_deaths = 0
         """Deaths at once since the last process that was of use."""
+        self._silence = _Silence(SILENT_S)
 
     @property
     def pids(self) -> list[int]:
@@ -126,11 +131,12 @@ class HttpProcesses:
 
     def tick(self) -> str | None:
         """Start what is not running. Returns why there is no sense in going on, if so."""
+        self._silence.end(self._living())
         for row, running in enumerate(self._running):
             if running is None:
                 if time.monotonic() >= self._start_s[row]:
                     self._running[row] = self._start(row)
-            elif running.process.poll() is not None or running.line.is_over:
+            elif _is_over(running):
                 self._bury(row, running)
                 if self._num_deaths >= MOST_DEATHS:
                     return (
@@ -153,8 +159,9 @@ class HttpProcesses:
         deadline_s = time.monotonic() + left_s + 1
         while self._living() and time.monotonic() < deadline_s and not is_forced():
             time.sleep(0.02)
+            self._silence.end(self._living())
             for row, running in enumerate(self._running):
-                if running is not None and running.process.poll() is not None:
+                if running is not None and _is_over(running):
                     self._end(row, running)
         for row, running in enumerate(self._running):
             if running is not None:
@@ -206,6 +213,31 @@ class HttpProcesses:
         for _ in range(running.line.num_cancelled):  # the process itself cannot count them any more
             self._metrics.count_finished("cancelled")
         self._running[row] = None
+
+
+class _Silence:
+    """Ends the connections of processes that are not heard of any more."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._looked_s = time.monotonic()
+        self._since_s = self._looked_s
+        """What happened before does not count."""
+
+    def end(self, living: Iterable[_Running]) -> None:
+        """Look for silent processes. To be called several times a second."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > _OWN_STALL_S:
+            self._since_s = now_s
+        self._looked_s = now_s
+        for one in living:
+            silent_s = now_s - max(one.line.heard_s, self._since_s)
+            if one.line.is_ready and silent_s > self._longest_s and not one.line.is_over:
+                one.line.give_up(f"it was not heard of for {silent_s:.0f} s")
+
+
+def _is_over(running: _Running) -> bool:
+    return running.process.poll() is not None or running.line.is_over
 
 
 def _python(descriptors: Iterable[int], num_rows: int, row: int) -> subprocess.Popen[bytes]:

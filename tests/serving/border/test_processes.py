@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 
+from serving.border import processes as border_processes
 from serving.border import server as border_server
 from serving.border.processes import MOST_DEATHS, Spawner
 from serving.border.server import serve_http
@@ -47,7 +48,11 @@ def pair(tiny_target_dir: Path, tmp_path: Path) -> Iterator[LiveServer]:
 
 def children(server: LiveServer) -> list[int]:
     """HTTP processes of a server."""
-    pid = server.process.pid
+    return children_of(server.process.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    """HTTP processes that a process has started."""
     path = Path(f"/proc/{pid}/task")
     pids = [int(x) for task in path.iterdir() for x in (task / "children").read_text().split()]
     return sorted(x for x in pids if b"serving.border" in Path(f"/proc/{x}/cmdline").read_bytes())
@@ -58,6 +63,14 @@ def lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers with 200."""
+    try:
+        return httpx.get(url, timeout=1.0).status_code == 200
+    except httpx.HTTPError:
         return False
 
 
@@ -229,6 +242,35 @@ def test_an_engine_that_cannot_go_on_ends_the_server_with_an_exit_code(
     asking.join(60)
     assert endings[-1] == "engine_gone"
     assert "the engine cannot go on: the server ends" in caplog.text
+
+
+def test_a_stopped_process_is_replaced_and_does_not_hold_up_the_end(
+    new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch, caplog
+):
+    monkeypatch.setattr(border_processes, "SILENT_S", 3.0)
+    settings = settings_of(tiny_target_dir, tmp_path)
+    service = new_service()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    own, stopped = os.getpid(), list[int]()
+
+    def stop_both() -> None:
+        try:
+            for _ in range(2):
+                wait_for(lambda: set(children_of(own)) - set(stopped), 60)
+                wait_for(lambda: answers(f"{url}/ready"), 60)
+                stopped.extend(set(children_of(own)) - set(stopped))
+                os.kill(stopped[-1], signal.SIGSTOP)
+        finally:
+            os.kill(own, signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop_both)
+    stopping.start()
+    spawner = Spawner(1, listener)
+    assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 0
+    spawner.close()
+    stopping.join(60)
+    assert len(stopped) == 2 and not any(map(lives, stopped))
+    assert f"HTTP process {stopped[0]} was ended by SIGKILL (it was not heard of" in caplog.text
 
 
 @pytest.mark.parametrize(
