@@ -39,7 +39,7 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
     line = {
         "unix_ms": int(time.time() * 1000),
         "action": action,
-        "buffer": _without_login(url),
+        "buffer": without_login(url),
         "user": _user(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -68,7 +68,7 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
         log.warning("%s cannot be written (%s): an access is noted in this log only", FILE, error)
 
 
-def _without_login(url: str) -> str:
+def without_login(url: str) -> str:
     """The URL without user, password and options."""
     scheme, _, rest = url.partition(":")
     return f"{scheme}:{rest.partition('?')[0].rpartition('@')[2]}"

@@ -88,6 +88,23 @@ class BundleLine(Report):
 
 
 @dataclass(frozen=True, slots=True)
+class ProblemLine(Report):
+    """Something beside traces and bundles that cannot be read."""
+
+    text: str
+
+    @property
+    def is_damaged(self) -> bool:
+        return True
+
+    def to_line(self) -> str:
+        return f"DAMAGED: {self.text}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "problem", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
 class StatsLine(Report):
     """All records together."""
 
@@ -204,7 +221,8 @@ def stats(
 def inspect_backend(
     backend: Backend, limits: TraceLimits, public_key: Path | None = None
 ) -> Iterator[Report]:
-    """Reports on the storage of the traces, on the traces themselves, and on every bundle.
+    """Reports on the storage of the traces, on the traces themselves, on every bundle, and on
+    damaged lists of deletions and versions.
 
     Args:
         public_key: a bundle without a signature of it is reported as damaged.
@@ -214,6 +232,11 @@ def inspect_backend(
     store = open_weights(backend, public_key)
     for version in store.versions():
         yield summarise_bundle(store, version)
+    for read in (backend.deletions, store.next_version):
+        try:
+            read()
+        except ValueError as error:
+            yield ProblemLine(str(error))
 
 
 def summarise_traces(backend: Backend) -> TracesLine:

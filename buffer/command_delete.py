@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from buffer.audit import audit
+from buffer.audit import audit, without_login
 from buffer.backends import open_backend
 from buffer.command_line import RunArgument, located, refusing
 from buffer.deletions import digest_of
@@ -57,7 +57,7 @@ def delete(
         return
     typer.echo(
         f"deleted {found.records} records of {found.num_bytes} bytes, and {found.quarantined} that "
-        f"were put aside; buffer of {backend.open_weights().location}"
+        f"were put aside; {without_login(url)} of {run_dir}"
     )
     if not found.records and not found.quarantined:
         typer.echo(

@@ -128,6 +128,19 @@ class SignedWeights(WeightsStore):
             )
 
 
+def check_keys(public_key: Path | None, signing_key: Path | None = None) -> None:
+    """Refuse key files that ``open_weights`` would refuse.
+
+    Raises:
+        KeyFileError: as there.
+    """
+    public = None if public_key is None else read_public_keys(public_key)
+    if signing_key is not None:
+        signing = read_signing_key(signing_key)
+        if public is not None and public_key is not None:
+            signing.check_accepted_by(public, signing_key, public_key)
+
+
 def open_weights(
     backend: Backend, public_key: Path | None, signing_key: Path | None = None
 ) -> WeightsStore:
@@ -141,11 +154,10 @@ def open_weights(
     Raises:
         KeyFileError: a key file cannot be used, or what the private key signs would be refused.
     """
+    check_keys(public_key, signing_key)
     store = backend.open_weights()
     signing = None if signing_key is None else read_signing_key(signing_key)
     public = None if public_key is None else read_public_keys(public_key)
-    if signing is not None and signing_key is not None and public is not None and public_key:
-        signing.check_accepted_by(public, signing_key, public_key)
     if public is None and signing is not None:
         public = signing.public
     return store if public is None else SignedWeights(store, public, signing)

@@ -18,6 +18,7 @@ import typer
 
 from buffer.backends import open_backend
 from buffer.files import forbid_core_dumps
+from buffer.signed_weights import check_keys
 from configs.cli import (
     ConfigOption,
     PrintConfigOption,
@@ -131,15 +132,16 @@ def _serve(settings: Settings, loaded: _Loaded) -> int:
 
 
 def _check_kinds(settings: Settings) -> None:
-    """Refuse names that are in no catalog, before torch is imported.
+    """Refuse names that are in no catalog, and files that cannot be used, before torch is imported.
 
     Raises:
-        typer.Exit: with code 2 after printing the unknown name and the known ones.
+        typer.Exit: with code 2 after printing what is wrong.
     """
     try:
         chosen(settings.drafter)
         policy_class(settings.policy)
         open_backend(settings.buffer.url, settings.run_dir)
+        check_keys(settings.swap.public_key)
         if settings.capture.redact is not None:
             load_redact(settings.capture.redact)
     except ValueError as error:

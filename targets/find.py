@@ -45,9 +45,11 @@ def target_folder(target: str, cache: Path | None = None) -> Path:
     try:
         return Path(snapshot_download(target, allow_patterns=patterns))
     except (OSError, ValueError) as error:
+        # The hub's messages are paragraphs with advice; what happened stands on the first line.
+        what = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"target {target!r} is neither a folder, a GGUF file nor a Hugging Face id that can be "
-            f"loaded ({type(error).__name__}: {error})"
+            f"loaded ({type(error).__name__}: {what})"
         ) from error
 
 

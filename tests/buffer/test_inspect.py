@@ -189,3 +189,15 @@ def test_a_buffer_that_cannot_be_reached_is_named_without_its_password(tmp_path)
         assert result.exit_code == 2
         assert "redis://127.0.0.1:1/0" in result.output
         assert "s3cret" not in result.output
+
+
+def test_damaged_lists_of_versions_and_deletions_are_told(run):
+    (run / "weights" / "HIGHEST").write_text("soon\n")
+    (run / "traces" / "DELETED.json").write_text("[")
+    code, output = inspect(run)
+    deletions, versions = output.splitlines()[-2:]
+
+    assert code == 1
+    assert deletions.startswith("DAMAGED: ") and "DELETED.json" in deletions
+    assert versions.startswith("DAMAGED: ") and "HIGHEST" in versions
+    assert inspect(run, "--json")[1].count('"kind": "problem"') == 2

@@ -61,3 +61,11 @@ def test_a_port_in_use_fails_before_the_model_is_loaded(tmp_path: Path):
     assert answer.returncode == 1
     assert f"server.port {port}" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_a_key_that_is_none_fails_before_anything_is_loaded(tmp_path: Path):
+    key = tmp_path / "own.pub"
+    key.write_text("hello\n")
+    answer = run(f"swap.public_key={key}", f"target={tmp_path / 'nothing'}")
+    assert answer.returncode == 2
+    assert answer.stderr == f"{key} must hold one or more Ed25519 public keys in PEM\n"
