@@ -8,10 +8,10 @@ Python, neither to read them nor to check them:
     positions I32 [N] | scale F32 [N, m + 1], for fp8 rows alone
     rows [N, m + 1, H], in the dtype and with the bytes that were captured
 
-The rest is a JSON object: identity, sampling, names of drafters, number of rounds, tapped layers
-and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that it does not
-know, and rows of ``counts`` that an older writer did not have are 0; a change that an old reader could misread gets a new version. Version 1, a safetensors blob,
-is not read any more.
+The rest is a JSON object: identity, sampling, names of drafters and policies, number of rounds,
+tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that it
+does not know, and rows of ``counts`` that an older writer did not have are 0; a change that an old
+reader could misread gets a new version. Version 1, a safetensors blob, is not read any more.
 """
 
 from __future__ import annotations
@@ -275,9 +275,7 @@ def _trace_of(text: Any, columns: _Columns) -> Trace:
         **{name: text[name] for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
         sampling=Sampling(text["sampling"]),
         token_ids=_column(columns, "token_ids", "I32"),
-        rounds=_rounds_of(
-            text["num_rounds"], text["drafters"], text.get("policies", []), columns
-        ),
+        rounds=_rounds_of(text["num_rounds"], text["drafters"], text.get("policies", []), columns),
         features=None if text["rows"] is None else _features_of(text["rows"], columns),
     )
 

@@ -17,6 +17,8 @@ class FixedPolicy:
     """Implements ``DraftPolicy``. Learns nothing."""
 
     wants_profile = False
+    wants_guard = False
+    """A baseline must not be changed."""
 
     def __init__(self, drafter: str, draft_k: int, *, needs_match: bool = True) -> None:
         """

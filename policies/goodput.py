@@ -93,6 +93,8 @@ class GoodputPolicy:
     """Implements ``DraftPolicy``. Deterministic for one seed and one sequence of calls."""
 
     wants_profile = True
+    wants_guard = False
+    """Plain decoding is one of its arms."""
 
     def __init__(
         self,
