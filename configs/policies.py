@@ -68,7 +68,7 @@ class Exp3sSettings(Section):
     """Share of steps with any K, all as likely. 1: always, for logs to judge policies on."""
     rate: float = Field(0.1, gt=0)
     """Learning rate of the weights' logarithms."""
-    share: float = Field(1e-3, ge=0, lt=1)
+    share: float = Field(1e-4, ge=0, lt=1)
     """Share of all weights that each K gets at every step, so that none is ever lost."""
 
 

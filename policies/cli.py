@@ -7,32 +7,22 @@ be reached.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from buffer.backends import open_backend
 from buffer.command_line import RunArgument, located
-from buffer.records import Trace
-from buffer.traces import TraceReader
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
-from configs.schema import Settings
-from policies.costs import profile_of, times_of
 from policies.evaluation import Evaluation, Judged, evaluate
-from policies.interface import CostSample
-from policies.logged import LoggedStep, drafters_of, steps_of
 from policies.picture import picture
-from policies.replayed_log import ReplayedLog
+from policies.run_log import Times, log_of_run, read_steps
 
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
 )
-Times = Literal["auto", "profile", "traces"]
-_READ = 256
-"""Traces read at a time."""
 
 
 @app.callback()
@@ -69,11 +59,11 @@ def evaluate_run(
     settings = settings_from_cli(config, set_, False)
     try:
         url, run_dir = located(run, settings)
-        steps = steps_of(_traces(url, run_dir))[-most_steps:]
+        steps = read_steps(url, run_dir, most_steps)
     except (ValueError, OSError) as error:
         _refuse(str(error), 2)
     try:
-        log = _log(steps, drafter, run_dir, times, settings)
+        log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
         found = evaluate(log, settings.policy, seeds=range(seeds))
     except ValueError as error:
         _refuse(str(error), 1)
@@ -89,45 +79,6 @@ def evaluate_run(
 def _refuse(message: str, code: int) -> NoReturn:
     typer.echo(message, err=True)
     raise typer.Exit(code=code)
-
-
-def _traces(url: str, run_dir: Path) -> Iterator[Trace]:
-    reader = TraceReader(open_backend(url, run_dir))
-    while batch := reader.read(_READ):
-        yield from batch
-
-
-def _log(
-    steps: Sequence[LoggedStep],
-    drafter: str | None,
-    run_dir: Path,
-    times: Times,
-    settings: Settings,
-) -> ReplayedLog:
-    """
-    Raises:
-        ValueError: the traces, or the times, do not say enough.
-    """
-    known = drafters_of(steps)
-    if not known:
-        raise ValueError(
-            f"{len(steps)} steps were read and none drafted anything; let the run serve some "
-            f"requests with a policy that drafts"
-        )
-    if drafter is not None and drafter not in known:
-        raise ValueError(f"no step was drafted by {drafter!r}; the run has {', '.join(known)}")
-    chosen = known[0] if drafter is None else drafter
-    return ReplayedLog.of(steps, chosen, _times(steps, run_dir, times), settings.drafter.max_draft)
-
-
-def _times(steps: Sequence[LoggedStep], run_dir: Path, times: Times) -> list[CostSample]:
-    profile = [] if times == "traces" else profile_of(run_dir)
-    if times == "profile" and not profile:
-        raise ValueError(
-            f"{run_dir} holds no profile of step times: a server writes one when its policy wants "
-            f"times, which `fixed` does not; use --times traces"
-        )
-    return profile or times_of(steps)
 
 
 def table(found: Evaluation) -> Iterator[str]:

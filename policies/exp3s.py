@@ -24,6 +24,8 @@ from policies.interface import Outcome, PolicyContext
 from policies.lengths import LengthPolicy, tokens_by_k
 from policies.live_costs import size_of
 
+_IMPLICIT = 0.005
+"""Added to probabilities by which losses are divided. More of it flatters what is seldom tried."""
 _FIRST_MOST = 2.0
 """Reward, in tokens per time of a plain step, that has no loss before a larger one is seen."""
 
@@ -68,7 +70,7 @@ class Exp3sPolicy(LengthPolicy):
         size = size_of(outcome.batch)
         most = self._most[size] = max(self._most.get(size, _FIRST_MOST), *rewards)
         for j, reward in enumerate(rewards):
-            logs[j] -= rate * (1 - reward / most) / (at_least[j] + rate / 2)
+            logs[j] -= rate * (1 - reward / most) / (at_least[j] + _IMPLICIT)
         highest = max(logs)
         shared = self._settings.share * sum(math.exp(one - highest) for one in logs) / len(logs)
         logs[:] = [math.log(math.exp(one - highest) + shared) for one in logs]

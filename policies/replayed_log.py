@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -91,13 +92,20 @@ class ReplayedLog:
             table.of_steps(own), table,
         )  # fmt: skip
 
-    def part(self, start: int, end: int) -> ReplayedLog:
-        """Some consecutive steps, with the hazards and times of the whole."""
-        return ReplayedLog(
-            self.drafter, self.max_draft, self.steps[start:end], self.hazards, self.reached,
-            self.tokens[start:end], self.extrapolated[start:end], self.seconds[start:end],
-            self.table,
-        )  # fmt: skip
+    def rows(self, kept: NDArray[np.bool_]) -> ReplayedLog:
+        """Some of the steps, with the hazards and times of the whole.
+
+        Args:
+            kept: [S].
+        """
+        steps = tuple(compress(self.steps, kept.tolist()))
+        return replace(
+            self,
+            steps=steps,
+            tokens=self.tokens[kept],
+            extrapolated=self.extrapolated[kept],
+            seconds=self.seconds[kept],
+        )
 
     @property
     def sizes(self) -> NDArray[np.int64]:

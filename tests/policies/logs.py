@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
+
+from buffer.backends import open_backend
+from buffer.codec import encode_trace
+from buffer.interface import TraceLimits
+from buffer.records import Round, Rounds, Sampling, Trace
 from policies.interface import CostSample
 from policies.logged import LoggedRow, LoggedStep
 
@@ -83,3 +92,46 @@ def any_k(rng: random.Random, batch: int) -> tuple[int, float]:
 
 def always(k: int) -> Callable[[random.Random, int], tuple[int, float]]:
     return lambda rng, batch: (k, 1.0)
+
+
+def traces_of(steps: Sequence[LoggedStep], num_steps_each: int = 50) -> list[Trace]:
+    """Traces as a server's recorder would have written them: request r is row r of so many steps,
+    all of one batch."""
+    traces = []
+    for start in range(0, len(steps), num_steps_each):
+        stretch = steps[start : start + num_steps_each]
+        for r in range(max(len(step.rows) for step in stretch)):
+            rounds, anchor = [], 1
+            for at, step in enumerate(stretch, start):
+                if r >= len(step.rows):
+                    continue
+                row = step.rows[r]
+                ids = (3,) * row.num_verified
+                rounds.append(
+                    Round(
+                        anchor, step.drafter if ids else "none", step.version, ids, None,
+                        (-0.5,) * min(row.num_accepted + 1, len(ids)), row.num_accepted, 5,
+                        step.draft_k, step.propensity, step.batch, step.step_s, step.policy, at,
+                    )
+                )  # fmt: skip
+                anchor += 1 + row.num_accepted
+            traces.append(
+                Trace(
+                    producer="server", epoch=1, seq=len(traces), request_id=f"r{len(traces)}",
+                    tenant="default", target_fingerprint="ab" * 32,
+                    sampling=Sampling({"temperature": 0.7}), prompt_length=2,
+                    token_ids=np.full(anchor + 1, 5, np.int32), rounds=Rounds.of(rounds),
+                    features=None, finished_unix_ms=start,
+                )
+            )  # fmt: skip
+    return traces
+
+
+def write_run(run_dir: Path, steps: Sequence[LoggedStep]) -> None:
+    """A run folder with these steps, and a profile of step times."""
+    limits = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 26, ttl_s=1e6, sync_interval_s=0.0)
+    with open_backend("log:", run_dir).open_trace_writer(limits) as writer:
+        for trace in traces_of(steps):
+            writer.append(encode_trace(trace))
+    samples = [asdict(sample) for sample in profile()]
+    (run_dir / "step_times.json").write_text(json.dumps({"facts": {}, "samples": samples}))
