@@ -283,9 +283,8 @@ def _trace_of(text: Any, columns: _Columns) -> Trace:
 def _rounds_of(num_rounds: Any, drafters: Any, policies: Any, columns: _Columns) -> Rounds:
     if not _is_count(num_rounds):
         raise ValueError("num_rounds must be an integer >= 0")
-    for name, kinds in (("drafters", drafters), ("policies", policies)):
-        if not isinstance(kinds, list):
-            raise ValueError(f"{name} must be a list of names")
+    if not isinstance(drafters, list) or not isinstance(policies, list):
+        raise ValueError("drafters and policies must be lists of names")
     return Rounds(
         _table(columns, "counts", "I32", len(Count), num_rounds, least=FIRST_COUNTS),
         _table(columns, "reals", "F64", len(Real), num_rounds),

@@ -152,8 +152,8 @@ def fit_ppo(log: ReplayedLog, rows: Rows, how: Ppo) -> Network:
         observation = tried.next_observation
         for _ in range(how.epochs):
             order = torch.randperm(how.rollout, generator=numbers)
-            for rows in torch.split(order, how.minibatch):
-                loss = _ppo_loss(actor, critic, tried, rows, how)
+            for drawn in torch.split(order, how.minibatch):
+                loss = _ppo_loss(actor, critic, tried, drawn, how)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(parameters, how.grad_norm)
