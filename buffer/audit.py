@@ -24,7 +24,9 @@ FILE = "audit.jsonl"
 _OF_A_RUN = ("write", "read")
 """What servers and trainers do, whose run folder is made if it is missing."""
 _CHANGES = ("delete", "copy", "replay")
-Action = Literal["write", "read", "inspect", "stats", "delete", "replay", "copy", "vocabulary"]
+Action = Literal[
+    "write", "read", "inspect", "stats", "delete", "replay", "copy", "vocabulary", "policies"
+]
 
 
 def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:

@@ -3,15 +3,15 @@
 The numbers of a trace are columns (see ``columns.py``), so that nothing is done for each round in
 Python, neither to read them nor to check them:
 
-    token_ids I32 [T] | counts I32 [10, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
+    token_ids I32 [T] | counts I32 [12, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
     draft_ids I32 | q_logp F32 | p_logp F32                        of one round after another
     positions I32 [N] | scale F32 [N, m + 1], for fp8 rows alone
     rows [N, m + 1, H], in the dtype and with the bytes that were captured
 
-The rest is a JSON object: identity, sampling, names of drafters, number of rounds, tapped layers
-and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that it does not
-know; a change that an old reader could misread gets a new version. Version 1, a safetensors blob,
-is not read any more.
+The rest is a JSON object: identity, sampling, names of drafters and policies, number of rounds,
+tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that it
+does not know, and rows of ``counts`` that an older writer did not have are 0; a change that an old
+reader could misread gets a new version. Version 1, a safetensors blob, is not read any more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from buffer.blocks import Blocks
 from buffer.columns import ColumnsError, new_record, parse_columns, parse_head
 from buffer.interface import Payload
-from buffer.records import Count, FeatureRows, Real, Rounds, Sampling, Trace
+from buffer.records import FIRST_COUNTS, Count, FeatureRows, Real, Rounds, Sampling, Trace
 from buffer.tensors import largest_magnitude, parse_json
 
 SCHEMA = b"slipstream.trace"
@@ -231,6 +231,7 @@ def _text_of(trace: Trace) -> dict[str, Any]:
         **{name: getattr(trace, name) for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
         "sampling": dict(trace.sampling.values),
         "drafters": list(trace.rounds.drafters),
+        "policies": list(trace.rounds.policies),
         "num_rounds": len(trace.rounds),
         "rows": shape,
     }
@@ -274,23 +275,24 @@ def _trace_of(text: Any, columns: _Columns) -> Trace:
         **{name: text[name] for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
         sampling=Sampling(text["sampling"]),
         token_ids=_column(columns, "token_ids", "I32"),
-        rounds=_rounds_of(text["num_rounds"], text["drafters"], columns),
+        rounds=_rounds_of(text["num_rounds"], text["drafters"], text.get("policies", []), columns),
         features=None if text["rows"] is None else _features_of(text["rows"], columns),
     )
 
 
-def _rounds_of(num_rounds: Any, drafters: Any, columns: _Columns) -> Rounds:
+def _rounds_of(num_rounds: Any, drafters: Any, policies: Any, columns: _Columns) -> Rounds:
     if not _is_count(num_rounds):
         raise ValueError("num_rounds must be an integer >= 0")
-    if not isinstance(drafters, list):
-        raise ValueError("drafters must be a list of names")
+    if not isinstance(drafters, list) or not isinstance(policies, list):
+        raise ValueError("drafters and policies must be lists of names")
     return Rounds(
-        _table(columns, "counts", "I32", len(Count), num_rounds),
+        _table(columns, "counts", "I32", len(Count), num_rounds, least=FIRST_COUNTS),
         _table(columns, "reals", "F64", len(Real), num_rounds),
         _column(columns, "draft_ids", "I32"),
         _column(columns, "q_logp", "F32"),
         _column(columns, "p_logp", "F32"),
         tuple(drafters),
+        tuple(policies),
     )
 
 
@@ -300,14 +302,20 @@ def _table(
     tag: str,
     num_rows: int,
     num_rounds: int,
+    least: int | None = None,
 ) -> NDArray[Any]:
-    """The first ``num_rows`` rows of a column that has ``num_rounds`` values in each."""
+    """The first ``num_rows`` rows of a column that has ``num_rounds`` values in each; from
+    ``least`` on, missing ones are 0."""
+    least = num_rows if least is None else least
     values = _column(columns, name, tag)
     found_rows, rest = divmod(values.size, num_rounds) if num_rounds else (num_rows, values.size)
-    if found_rows < num_rows or rest:
+    if found_rows < least or rest:
         raise ValueError(
-            f"{name} must hold {num_rows} or more rows of {num_rounds} values, got {values.size}"
+            f"{name} must hold {least} or more rows of {num_rounds} values, got {values.size}"
         )
+    if found_rows < num_rows:
+        missing = np.zeros((num_rows - found_rows) * num_rounds, values.dtype)
+        values = np.concatenate((values, missing))
     return values[: num_rows * num_rounds].reshape(num_rows, num_rounds)
 
 
@@ -372,6 +380,8 @@ def _check_rounds(rounds: Rounds, num_tokens: int) -> None:
     _check_column("p_logp", rounds.p_logp, np.float32, (rounds.p_logp.size,))
     if not all(map(_is_short_text, rounds.drafters)):
         raise ValueError("drafter must be a short text")
+    if not all(map(_is_short_text, rounds.policies)):
+        raise ValueError("policy must be a short text")
     _check_lengths(rounds)
     if num_rounds:
         _check_counts(rounds, num_tokens)
@@ -405,6 +415,8 @@ def _check_counts(rounds: Rounds, num_tokens: int) -> None:
         raise ValueError(f"anchor must grow from round to round, within 0..{num_tokens - 1}")
     if counts[Count.DRAFTER].max() >= len(rounds.drafters):
         raise ValueError(f"drafter must be one of {len(rounds.drafters)} names")
+    if counts[Count.POLICY].max() > len(rounds.policies):
+        raise ValueError(f"policy must be one of {len(rounds.policies)} names")
     if not counts[Count.BATCH].all():
         raise ValueError("batch must be >= 1")
     # NUM_ACCEPTED, NUM_P and NUM_DRAFTED are neighbours.

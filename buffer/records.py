@@ -86,6 +86,11 @@ class Round:
     """Requests in the step."""
     step_s: float
     """Wall time of the step, seconds."""
+    policy: str = ""
+    """Kind of the policy that took it; empty in a record of a server that did not note it."""
+    step: int | None = None
+    """Running number of the step in its server, modulo 2**30; ``None`` likewise. Rounds of one step
+    share one decision."""
 
 
 class Count(IntEnum):
@@ -105,6 +110,14 @@ class Count(IntEnum):
     """Values of ``p_logp``."""
     NUM_DRAFTED = 9
     """Draft tokens, K."""
+    POLICY = 10
+    """1 + index into ``Rounds.policies``; 0: not noted."""
+    STEP = 11
+    """1 + number of the step; 0: not noted."""
+
+
+FIRST_COUNTS = 10
+"""Rows of ``Rounds.counts`` in the oldest records of this version; the others are 0 there."""
 
 
 class Real(IntEnum):
@@ -119,7 +132,7 @@ class Rounds(Sequence[Round]):
     """The R rounds of one request by column; a ``Round`` is made when somebody asks for it."""
 
     counts: NDArray[np.int32]
-    """[10, R]: one row for each ``Count``; all >= 0."""
+    """[12, R]: one row for each ``Count``; all >= 0."""
     reals: NDArray[np.float64]
     """[2, R]: one row for each ``Real``."""
     draft_ids: NDArray[np.int32]
@@ -130,6 +143,8 @@ class Rounds(Sequence[Round]):
     """[sum of NUM_P] likewise."""
     drafters: tuple[str, ...]
     """Kinds of the drafters that occur."""
+    policies: tuple[str, ...] = ()
+    """Kinds of the policies that occur."""
 
     @classmethod
     def of(cls, rounds: Iterable[Round] = ()) -> Self:
@@ -140,6 +155,7 @@ class Rounds(Sequence[Round]):
         """
         rounds = tuple(rounds)
         drafters = tuple(dict.fromkeys(one.drafter for one in rounds))
+        policies = tuple(dict.fromkeys(one.policy for one in rounds if one.policy))
         q_logp = [one.q_logp or () for one in rounds]
         counts = {
             Count.ANCHOR: [one.anchor for one in rounds],
@@ -152,6 +168,8 @@ class Rounds(Sequence[Round]):
             Count.NUM_ACCEPTED: [one.num_accepted for one in rounds],
             Count.NUM_P: [len(one.p_logp) for one in rounds],
             Count.NUM_DRAFTED: [len(one.draft_ids) for one in rounds],
+            Count.POLICY: [policies.index(one.policy) + 1 if one.policy else 0 for one in rounds],
+            Count.STEP: [0 if one.step is None else one.step + 1 for one in rounds],
         }
         reals = [one.propensity for one in rounds], [one.step_s for one in rounds]
         return cls(
@@ -161,6 +179,7 @@ class Rounds(Sequence[Round]):
             np.array([*chain.from_iterable(q_logp)], np.float32),
             np.array([*chain.from_iterable(one.p_logp for one in rounds)], np.float32),
             drafters,
+            policies,
         )
 
     def __len__(self) -> int:
@@ -191,6 +210,8 @@ class Rounds(Sequence[Round]):
             reals[Real.PROPENSITY],
             counts[Count.BATCH],
             reals[Real.STEP_S],
+            map(("", *self.policies).__getitem__, counts[Count.POLICY]),
+            (number - 1 if number else None for number in counts[Count.STEP]),
         )
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no infinities or NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from configs.policies import (
+    EmaTiersSettings,
+    Exp3sSettings,
+    LtdSettings,
+    TableSettings,
+    ThompsonSettings,
+    UcbSettings,
+)
+from configs.section import Section
 
 
 class ServerSettings(Section):
@@ -126,11 +130,14 @@ class PolicySettings(Section):
 
     kind: str = "goodput"
     """A name in the catalog of policies. ``goodput``: the (drafter, K) with the most expected
-    tokens per second, K = 0 included; ``fixed``: always ``draft_k`` with ``drafter``."""
+    tokens per second, K = 0 included; ``fixed``: always ``draft_k`` with ``drafter``. With
+    ``drafter`` and a K that varies: ``table``: by batch; ``ema_tiers``: SGLang's adaptive steps;
+    ``ucb``, ``thompson``, ``exp3s``: bandits; ``ltd``: a network that was fitted to traces. See
+    docs/policies.md."""
     draft_k: int = Field(4, ge=0, le=16)
     """Draft length K of the fixed policy."""
     drafter: str = "eagle3"
-    """Drafter of the fixed policy, a name in the catalog of drafters."""
+    """Drafter of the policies that decide on K alone, a name in the catalog of drafters."""
     explore: float = Field(0.05, ge=0, le=0.5)
     """Largest fraction of steps that explore, which keeps the estimates for deep positions and idle
     drafters current."""
@@ -138,6 +145,18 @@ class PolicySettings(Section):
     """Rounds after which the weight of an observation halves."""
     margin: float = Field(1.01, ge=1)
     """Predicted speedup over plain decoding that drafting must reach to be chosen."""
+    guard: bool = True
+    """Hold policies without a floor of their own to plain decoding: they draft only while that is
+    measurably faster. ``goodput`` has its own; ``fixed`` is never held."""
+    random_share: float = Field(0.01, ge=0, le=0.5)
+    """Share of steps in which ``ucb``, ``thompson`` and ``ltd`` take any K at random, so that other
+    policies can be judged on their traces."""
+    table: TableSettings = TableSettings()
+    ema_tiers: EmaTiersSettings = EmaTiersSettings()
+    ucb: UcbSettings = UcbSettings()
+    thompson: ThompsonSettings = ThompsonSettings()
+    exp3s: Exp3sSettings = Exp3sSettings()
+    ltd: LtdSettings = LtdSettings()
 
 
 class CaptureSettings(Section):

@@ -3,7 +3,8 @@
 To add a kind, write one file with a class that implements ``policies.interface.DraftPolicy`` and
 has a classmethod ``from_settings(settings: PolicySettings, context: PolicyContext)``, and add its
 line to ``CATALOG``; ``policy.kind`` then selects it. The class reads its own keys of the settings'
-``policy`` section.
+``policy`` section. Unless it says ``wants_guard = False``, a ``policies.guard.Guard`` keeps it from
+drafting where plain decoding is faster.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from typing import Any
 from configs.choices import known
 from configs.schema import PolicySettings
 from policies.fixed import FixedPolicy
+from policies.guard import Guard
 from policies.interface import DrafterTraits, DraftPolicy, PolicyContext
 
 CATALOG = {
     "goodput": "policies.goodput:GoodputPolicy",
     "fixed": "policies.fixed:FixedPolicy",
+    "table": "policies.table:TablePolicy",
+    "ema_tiers": "policies.ema_tiers:EmaTiersPolicy",
+    "ucb": "policies.ucb:UcbPolicy",
+    "thompson": "policies.thompson:ThompsonPolicy",
+    "exp3s": "policies.exp3s:Exp3sPolicy",
+    "ltd": "policies.ltd:LtdPolicy",
 }
 """Values of ``policy.kind`` -> module and class. Text, so that a kind is one line without an import
 and only the module in use is loaded."""
@@ -38,7 +46,8 @@ def policy_class(settings: PolicySettings) -> Any:
 def build_policy(
     settings: PolicySettings, drafters: Mapping[str, DrafterTraits], seed: int, max_draft: int
 ) -> DraftPolicy:
-    """The configured policy, or plain decoding where nothing can be drafted.
+    """The configured policy, held to plain decoding's speed unless it has a floor of its own or the
+    settings say otherwise; or plain decoding where nothing can be drafted.
 
     Args:
         drafters: traits by kind of every drafter the server holds.
@@ -53,4 +62,6 @@ def build_policy(
         return FixedPolicy("none", 0)
     context = PolicyContext(drafters=drafters, max_draft=max_draft, seed=seed)
     policy: DraftPolicy = found.from_settings(settings, context)
+    if settings.guard and getattr(found, "wants_guard", True):
+        return Guard(policy, context, settings.drafter)
     return policy

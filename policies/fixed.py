@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from configs.schema import PolicySettings
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 
 PLAIN = Decision("none", 0, 1.0, explore=False, reason="plain")
+_PLAIN = replace(PLAIN, policy="fixed")
 
 
 class FixedPolicy:
     """Implements ``DraftPolicy``. Learns nothing."""
 
     wants_profile = False
+    wants_guard = False
+    """A baseline must not be changed."""
 
     def __init__(self, drafter: str, draft_k: int, *, needs_match: bool = True) -> None:
         """
@@ -47,8 +51,8 @@ class FixedPolicy:
         """The configured K, capped by engine and requests; plain if the drafter is not ready."""
         k = min(self._draft_k, obs.max_draft, max(obs.caps))
         if k == 0 or self._drafter not in obs.drafters:
-            return PLAIN
-        return Decision(self._drafter, k, 1.0, explore=False, reason="fixed")
+            return _PLAIN
+        return Decision(self._drafter, k, 1.0, explore=False, reason="fixed", policy="fixed")
 
     def observe(self, outcome: Outcome) -> None:
         """Do nothing."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -38,6 +39,11 @@ from policies.versions import VersionMemory
 
 _TIMED_STEPS = 8
 """One in so many steps of a rest updates the step times: that takes longer than deciding."""
+_PLAIN = replace(PLAIN, policy="goodput")
+
+
+def _decision(arm: Arm, propensity: float, reason: str, *, explore: bool = False) -> Decision:
+    return Decision(*arm, propensity, explore, reason, "goodput")
 
 
 class _Planned(NamedTuple):
@@ -87,6 +93,8 @@ class GoodputPolicy:
     """Implements ``DraftPolicy``. Deterministic for one seed and one sequence of calls."""
 
     wants_profile = True
+    wants_guard = False
+    """Plain decoding is one of its arms."""
 
     def __init__(
         self,
@@ -146,7 +154,7 @@ class GoodputPolicy:
 
     def _resting(self) -> Decision:
         arm = self._rest.take()
-        return self._steps.note(Decision(*arm, 1.0, explore=False, reason="rest"))
+        return self._steps.note(_decision(arm, 1.0, "rest"))
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
@@ -223,7 +231,7 @@ class GoodputPolicy:
     def _decide(self, obs: StepObs) -> Decision:
         max_k = min(obs.max_draft, self._max_draft, max(obs.caps))
         if max_k == 0 or not obs.drafters or not self._times.is_known:
-            return PLAIN
+            return _PLAIN
         seen = self._forecaster.forecast(obs, max_k)
         catch_up_s = {
             kind: self._switches.seconds(
@@ -249,7 +257,7 @@ class GoodputPolicy:
         if stretch is not None:
             if stretch.num_steps > 1:
                 self._stretch = stretch._replace(num_steps=stretch.num_steps - 1)
-            return Decision(*stretch.arm, propensity, explore=True, reason="probe")
+            return _decision(stretch.arm, propensity, "probe", explore=True)
         blind = max(filter(self._needs_no_look, choice.values), key=choice.values.__getitem__)
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
@@ -257,7 +265,7 @@ class GoodputPolicy:
         if blind[0] == choice.base and choice.base in ("none", choice.arm[0], self._steps.drafter):
             self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
         reason = "goodput" if choice.arm[1] else "plain"
-        return Decision(*choice.arm, propensity, explore=False, reason=reason)
+        return _decision(choice.arm, propensity, reason)
 
     def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
         """What drafters that need matches gain over an arm without, by bucket."""

@@ -10,7 +10,8 @@ The life of a decision:
    up matches only if ``wants_matches`` says so, because that takes most of the time.
 3. **Draft and verify.** The engine runs the decision: the drafter proposes up to ``draft_k`` tokens
    per request, fewer where ``caps`` say so, none where a drafter with ``needs_match`` has no match.
-   Every round of the trace carries the decision's ``propensity``, for off-policy estimates.
+   Every round of the trace carries the decision's ``policy`` and ``propensity``, for off-policy
+   estimates (``policies.off_policy``).
 4. **Observe.** ``observe`` receives the outcome once the host has read the step. Outcomes come in
    the order of the decisions, but the next step may be planned before this one is observed. A step
    launched before a swap and read after it is never observed.
@@ -117,6 +118,8 @@ class Decision:
     explore: bool
     reason: str
     """A few words for logs: ``goodput``, ``probe``, ``rest``, ``fixed``, ``plain``."""
+    policy: str = ""
+    """Kind of the policy that chose, for traces; empty where none was asked."""
 
 
 @dataclass(frozen=True, slots=True)

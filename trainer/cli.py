@@ -33,6 +33,7 @@ from configs.schema import Settings
 from drafters.trainable import learning_kinds
 from targets.find import checked_folder
 from trainer.lock import only_trainer
+from trainer.policy_command import fit_policy
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -100,6 +101,9 @@ def _stop_on_signal() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
     return stop
+
+
+app.command("policy")(fit_policy)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from configs.schema import Settings
 from policies.gate import GateVerdict
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.figures import UpdateReport
+from trainer.fitted_policy import fitted_policy
 from trainer.gate import Judge, Judgement
 from trainer.intake import Intake
 from trainer.journal import Journal
@@ -205,6 +206,7 @@ class Trainer:
                 step=self.learner.step,
                 keep=self.settings.trainer.keep_versions,
                 epoch=self.publisher.epoch,
+                policy=fitted_policy(self.settings.run_dir),
             )
         except OSError as error:
             self.journal.event("publish_failed", text=f"{error}; training continues")

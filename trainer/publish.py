@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ def publish_version(
     step: int,
     keep: int,
     epoch: int | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the next version to the store, and remove old ones.
 
@@ -45,6 +47,7 @@ def publish_version(
         step: number of updates that produced the model.
         keep: number of newest versions that stay.
         epoch: of the trainer that publishes; ``None``: publish whoever has taken over.
+        policy: further calibration of the draft policy for these weights.
 
     Raises:
         ValueError: a weight is not finite, or another trainer has taken over; nothing is published.
@@ -63,6 +66,7 @@ def publish_version(
             "acceptance": judgement.acceptance,
             "parent": parent.version,
             "parent_acceptance": judgement.incumbent_acceptance,
+            **(policy or {}),
         },
         created_unix_ms=int(time.time() * 1000),
     )

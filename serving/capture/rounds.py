@@ -21,9 +21,12 @@ def round_columns(noted: NotedRounds) -> Rounds:
     steps, anchors, num_drafted, num_q, accepted, next_ids = (
         noted.rounds[column::width] for column in range(width)
     )
-    kinds, versions, draft_ks, propensities, batches, step_s = zip(*steps, strict=True)
+    kinds, versions, draft_ks, propensities, batches, step_s, names, numbers = zip(
+        *steps, strict=True
+    )
     num_p = [min(kept + 1, num) for kept, num in zip(accepted, num_drafted, strict=True)]
     drafters = tuple(dict.fromkeys(kinds))
+    policies = tuple(dict.fromkeys(filter(None, names)))
     counts = {
         Count.ANCHOR: anchors,
         Count.DRAFTER: list(map({kind: i for i, kind in enumerate(drafters)}.get, kinds)),
@@ -35,6 +38,8 @@ def round_columns(noted: NotedRounds) -> Rounds:
         Count.NUM_ACCEPTED: accepted,
         Count.NUM_P: num_p,
         Count.NUM_DRAFTED: num_drafted,
+        Count.POLICY: list(map({"": 0, **{n: i for i, n in enumerate(policies, 1)}}.get, names)),
+        Count.STEP: [0 if number is None else number + 1 for number in numbers],
     }
     return Rounds(
         _table([counts[row] for row in Count], np.int32),
@@ -43,6 +48,7 @@ def round_columns(noted: NotedRounds) -> Rounds:
         np.array(noted.q_logp, np.float32),
         np.array(noted.p_logp, np.float32),
         drafters,
+        policies,
     )
 
 

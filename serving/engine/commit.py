@@ -17,6 +17,9 @@ from serving.engine.scheduler import Chunk
 from serving.engine.sequence import NotedStep, Sequence
 from serving.requests import EngineFigures, TokenLogprob
 
+_STEP_NUMBERS = 1 << 30
+"""Steps of 1 ms reach it in two weeks; traces count with 32 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proposed:
@@ -180,7 +183,10 @@ class Commits:
     def _note(self, batch: list[Sequence], step: Step, decision: Decision) -> None:
         """Note a round for the traces of captured requests, before its tokens are appended."""
         draft, verified = step.proposed, step.verified
-        rest = step.version, decision.draft_k, decision.propensity, len(batch), step.step_s
+        rest = (
+            step.version, decision.draft_k, decision.propensity, len(batch), step.step_s,
+            decision.policy, self.counters.num_steps % _STEP_NUMBERS,
+        )  # fmt: skip
         idle = NotedStep("none", *rest)
         drafting = NotedStep(draft.drafter, *rest) if draft else idle
         for r, (sequence, following) in enumerate(zip(batch, verified.next_ids, strict=True)):

@@ -19,6 +19,8 @@ class NotedStep(NamedTuple):
     propensity: float
     batch: int
     step_s: float
+    policy: str = ""
+    step: int | None = None
 
 
 class NotedRounds:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from buffer.codec import LARGEST_VALUE, UnreadableRecordError, decode_trace, encode_trace
 from buffer.columns import ENTRY, HEAD, new_record, parse_columns, parse_head
-from buffer.records import Count, FeatureRows, Real, Round, Rounds, Sampling, Trace
+from buffer.records import FIRST_COUNTS, Count, FeatureRows, Real, Round, Rounds, Sampling, Trace
 
 GOLDEN = Path(__file__).parent / "golden"
 BITS = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float32": np.float32}
@@ -61,6 +61,8 @@ def round_at(draw, anchor):
         propensity=draw(st.floats(0, 1)),
         batch=draw(st.integers(1, 1000)),
         step_s=draw(seconds),
+        policy=draw(texts),
+        step=draw(st.none() | st.integers(0, 2**30 - 1)),
     )
 
 
@@ -184,6 +186,19 @@ def test_unknown_keys_columns_and_rows_of_a_later_writer_are_passed_over(make_tr
     assert_same(decode_trace(record), trace)
 
 
+def test_rounds_of_an_older_writer_have_no_policy_and_no_step(make_trace):
+    noted = [dataclasses.replace(one, policy="goodput", step=7) for one in make_trace().rounds]
+    trace = make_trace(rounds=Rounds.of(noted))
+    older = trace.rounds.counts[:FIRST_COUNTS]
+
+    record = rewritten(trace, text={"policies": []}, columns={"counts": ("I32", older)})
+
+    assert [(one.policy, one.step) for one in decode_trace(encode_trace(trace)).rounds] == [
+        ("goodput", 7)
+    ] * 2
+    assert_same(decode_trace(record), make_trace())
+
+
 def test_a_column_of_an_unknown_dtype_is_passed_over(make_trace):
     record = rewritten(make_trace(), columns={"novelty": ("F32", np.ones(3))})
     at = bytes(record).index(ENTRY.pack(b"novelty", b"F32", 12))
@@ -301,6 +316,7 @@ def test_a_record_that_is_no_trace_is_refused_by_name(make_trace, changes, reaso
         (Count.NUM_DRAFTED, [3, -1], "num_drafted of a round"),
         (Count.NUM_DRAFTED, [3, 0], "must hold"),
         (Count.NUM_DRAFTED, [2**31 - 1] * 2, "must hold"),
+        (Count.POLICY, [0, 1], "policy must be one of 0 names"),
     ],
 )
 def test_rounds_with_senseless_counts_are_refused(make_trace, row, value, message):

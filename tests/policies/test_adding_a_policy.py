@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from oracles.one_line import run_in, with_addition
+from policies.catalog import CATALOG
 
 ALTERNATING = '''
 """Drafters take turns at K = policy.draft_k; one whose weights have changed comes last."""
@@ -97,7 +98,7 @@ def test_a_policy_is_one_file_and_one_catalog_line(tmp_path):
         after='    "fixed": ',
     )
 
-    done = run_in(root, PLAY, "policy.kind=alternating", "policy.draft_k=3")
+    done = run_in(root, PLAY, "policy.kind=alternating", "policy.draft_k=3", "policy.guard=false")
 
     assert done.returncode == 0, done.stderr
     played = json.loads(done.stdout)
@@ -105,6 +106,25 @@ def test_a_policy_is_one_file_and_one_catalog_line(tmp_path):
         [kind, 3] for kind in ("fast", "slow", "fast", "slow", "slow", "fast")
     ]
     assert played["figures"] == {"kind": "alternating", "accepted": 12}
+
+
+def test_a_new_policy_is_guarded_unless_settings_or_its_class_say_otherwise(tmp_path):
+    """Nothing has told what a plain step takes, so the first steps are plain."""
+    root = with_addition(
+        tmp_path,
+        "policies/alternating.py",
+        ALTERNATING,
+        "policies/catalog.py",
+        LINE,
+        after='    "fixed": ',
+    )
+
+    done = run_in(root, PLAY, "policy.kind=alternating", "policy.draft_k=3")
+
+    assert done.returncode == 0, done.stderr
+    played = json.loads(done.stdout)
+    assert played["arms"][:3] == [["none", 0]] * 3
+    assert played["figures"].keys() == {"kind", "accepted", "guard"}
 
 
 def test_without_its_line_the_policy_is_unknown(tmp_path):
@@ -120,4 +140,5 @@ def test_without_its_line_the_policy_is_unknown(tmp_path):
     done = run_in(root, PLAY, "policy.kind=alternating")
 
     assert done.returncode == 1
-    assert "policy.kind 'alternating' is unknown; known: fixed, goodput" in done.stderr
+    known = ", ".join(sorted(CATALOG))
+    assert f"policy.kind 'alternating' is unknown; known: {known}" in done.stderr

@@ -221,7 +221,7 @@ def test_columns_of_rounds_are_what_the_rounds_were():
     """With and without drafts, with fewer draft tokens than K, drawn or not."""
     luck = random.Random(0)
     steps = [
-        NotedStep(kind, version, k, 0.5, 3, 0.25)
+        NotedStep(kind, version, k, 0.5, 3, 0.25, ("", "ucb", "goodput")[version], version or None)
         for version, (kind, k) in enumerate([("none", 0), ("eagle3", 4), ("suffix", 8)])
     ]
     noted, rounds = NotedRounds(), []
@@ -240,7 +240,7 @@ def test_columns_of_rounds_are_what_the_rounds_were():
         rounds.append(
             Round(
                 anchor, step.drafter, step.version, tuple(drafted), tuple(q) or None,
-                tuple(p[:seen]), kept, 7, step.draft_k, 0.5, 3, 0.25,
+                tuple(p[:seen]), kept, 7, step.draft_k, 0.5, 3, 0.25, step.policy, step.step,
             )
         )  # fmt: skip
 

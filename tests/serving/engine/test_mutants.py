@@ -33,6 +33,7 @@ transformers, EAGLE and others.
 | M20 | kept if p > 0.3 | ``rule-m20`` here |
 | M21 | bonus from the drafter | ``rule-m21`` here |
 | M22 | drafts and grammars | does not apply: there are no grammars |
+| M23 | a policy drops a draft token because its own probability is low | ``rule-m23`` here |
 
 M3 to M6, M8, M9, M11, M15, M17 and M19 are planted around the kernels too
 (``oracles/device_bugs.py``).
@@ -145,8 +146,27 @@ def m21(seen, rule):
     return with_next(seen, rule, seen.q_after, everywhere=False)
 
 
+def ended_where(goes_on_RK, seen, rule):
+    """A policy ends drafts before the first token for which it does not go on."""
+    lens = torch.minimum(seen.lens, goes_on_RK.long().cumprod(dim=1).sum(dim=1))
+    return replace(seen, lens=lens).verdict(rule)
+
+
+def m23(seen, rule):
+    drawn = seen.q.gather(-1, seen.draft[..., None])[..., 0]
+    return ended_where(drawn > 0.2, seen, rule)
+
+
+def confident(seen, rule):
+    """What M23 should have looked at: the law before the token is drawn."""
+    return ended_where(seen.q.amax(-1) > 0.4, seen, rule)
+
+
 MUTANTS = {
-    **{f.__name__: Parts(verify=f) for f in (m1, m2, m3, m6, m7, m8, m9, m11, m15, m16, m20, m21)},
+    **{
+        f.__name__: Parts(verify=f)
+        for f in (m1, m2, m3, m6, m7, m8, m9, m11, m15, m16, m20, m21, m23)
+    },
     "m4": Parts(draw_draft=lambda q, u: q.argmax(-1)),
     "m5": Parts(hand_over=lambda drawn, raw: raw),
     "m19": Parts(hand_over=lambda drawn, raw: drawn.roll(1, dims=-1)),
@@ -157,6 +177,12 @@ def excess(parts, rule, regime):
     tables = tables_of(regime)
     counts, _ = sample(SETTING, tables, rule, NUM_SAMPLES, parts)
     return chi_squared_excess(counts, expected_law(SETTING, tables))
+
+
+@pytest.mark.parametrize("rule", ["block", "standard"])
+def test_a_policy_that_looks_at_the_law_instead_of_the_token_is_no_bug(rule):
+    for regime in ("close", "opposed"):
+        assert excess(Parts(verify=confident), rule, regime) < 1
 
 
 @pytest.mark.parametrize("rule", ["block", "standard"])

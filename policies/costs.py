@@ -1,0 +1,129 @@
+"""Seconds of a step by K and batch, as they were measured: the profile of a run, or its traces.
+
+Fixed tables for judging policies after the fact. A policy that serves follows times as they change
+(``policies.step_time``, ``policies.live_costs``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.files import read_regular
+from policies.interface import CostSample
+from policies.logged import LoggedStep
+
+PROFILE_FILE = "step_times.json"
+"""Where a server keeps its profile in the run folder."""
+_MOST_BYTES = 1 << 20
+_LEAST_STEPS = 5
+"""Steps of one K and batch from which on traces tell its time."""
+
+Floats = NDArray[np.float64]
+
+
+class CostTable:
+    """Seconds of a step with one drafter at every K and batch: measured, or interpolated between
+    its neighbours; beyond them, the last slope goes on. Never decreasing in K."""
+
+    def __init__(self, samples: Iterable[CostSample], drafter: str, max_draft: int) -> None:
+        """
+        Args:
+            samples: those of other drafters are passed over.
+
+        Raises:
+            ValueError: no plain step, or no step of the drafter was timed.
+        """
+        cells: dict[int, dict[int, list[float]]] = {}
+        for sample in samples:
+            if sample.draft_k == 0 or sample.drafter == drafter:
+                at = cells.setdefault(sample.batch, {}).setdefault(sample.draft_k, [])
+                at.append(sample.step_s)
+        known = {batch: {k: median(v) for k, v in by_k.items()} for batch, by_k in cells.items()}
+        whole = {batch: by_k for batch, by_k in known.items() if 0 in by_k and len(by_k) > 1}
+        if not whole:
+            raise ValueError(
+                f"no batch size has both a plain step and one drafted by {drafter!r} that was "
+                f"timed, so times of other K cannot be told"
+            )
+        self._batches = np.array(sorted(whole), np.float64)
+        self._curves = np.array([_curve(whole[b], max_draft) for b in sorted(whole)])
+        self._found: dict[int, Floats] = {}
+
+    def seconds(self, batch: int) -> Floats:
+        """[max_draft + 1] seconds at K = 0, 1, ..."""
+        found = self._found.get(batch)
+        if found is None:
+            found = self._found[batch] = self._at(batch)
+        return found
+
+    def of_steps(self, steps: Sequence[LoggedStep]) -> Floats:
+        """[S, max_draft + 1] seconds of every step at every K."""
+        return np.array([self.seconds(step.batch) for step in steps])
+
+    def samples(self, drafter: str) -> list[CostSample]:
+        """The table again, as a profile for a policy that is to be judged by it."""
+        return [
+            CostSample(drafter if k else "none", k, int(batch), float(seconds), 0.0)
+            for batch, curve in zip(self._batches, self._curves, strict=True)
+            for k, seconds in enumerate(curve)
+        ]
+
+    def _at(self, batch: int) -> Floats:
+        batches, curves = self._batches, self._curves
+        if batch > batches[-1] and len(batches) > 1:
+            slope = (curves[-1] - curves[-2]) / (batches[-1] - batches[-2])
+            found: Floats = curves[-1] + np.maximum(slope, 0.0) * (batch - batches[-1])
+            return found
+        return np.array([np.interp(batch, batches, curve) for curve in curves.T])
+
+
+def _curve(by_k: dict[int, float], max_draft: int) -> Floats:
+    at = np.array(sorted(by_k))
+    values = np.array([by_k[k] for k in sorted(by_k)])
+    ks = np.arange(max_draft + 1)
+    slope = max((values[-1] - values[-2]) / (at[-1] - at[-2]), 0.0)
+    curve: Floats = np.interp(ks, at, values) + slope * np.maximum(ks - at[-1], 0)
+    return np.maximum.accumulate(curve)
+
+
+def profile_of(run_dir: Path) -> list[CostSample]:
+    """The profile that a server left in a run folder; empty if it left none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run_dir / PROFILE_FILE
+    try:
+        stored: Any = json.loads(read_regular(path, _MOST_BYTES, follow=True))
+        samples = [CostSample(**sample) for sample in stored["samples"]]
+        if not all(sample.step_s > 0 for sample in samples):
+            raise ValueError("a step takes no time")
+    except FileNotFoundError:
+        return []
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no profile ({error}); delete it, and the next start of the server measures "
+            f"again, or use --times traces"
+        ) from None
+    return samples
+
+
+def times_of(steps: Iterable[LoggedStep]) -> list[CostSample]:
+    """Median times of the steps of a log, by drafter, K and batch. Steps that computed prompts as
+    well are among them; as long as they are the fewer, a median passes over them."""
+    times: dict[tuple[str, int, int], list[float]] = {}
+    for step in steps:
+        drafter = step.drafter if step.draft_k else "none"
+        times.setdefault((drafter, step.draft_k, step.batch), []).append(step.step_s)
+    return [
+        CostSample(drafter, k, batch, median(found), 0.0)
+        for (drafter, k, batch), found in sorted(times.items())
+        if len(found) >= _LEAST_STEPS
+    ]

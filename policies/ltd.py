@@ -1,0 +1,106 @@
+"""Learning to Draft: K by a small network that was fitted to traces.
+
+``trainer policy`` fits it on a replayed log (``policies.replay_environment``), by PPO as in the
+paper, or from what every K would have brought in every step. The network comes from
+``policy.ltd.weights``, or with the drafter's version: then both change in the same swap. It is read
+and checked as a whole before it replaces another one; one that is damaged, or fitted to other
+features, changes nothing.
+
+Source: Zhang et al. 2026, arXiv:2603.01639. The paper learns depth and size of a tree for one
+request from log probabilities of its tokens; here the draft is a chain, so there is one length, and
+it is decided before anything is drafted, from figures of earlier steps, for batches of any size.
+Step times are inputs instead of being learned by heart, so a policy fitted on one machine can move
+to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from buffer.files import read_regular
+from configs.choices import SettingsError
+from configs.schema import PolicySettings
+from policies.features import Features
+from policies.interface import Outcome, PolicyContext
+from policies.lengths import LengthPolicy, spread
+from policies.network import MAX_BYTES, Network
+
+CALIBRATION_KEY = "ltd"
+"""Of the network, in the calibration that comes with a version."""
+
+
+class LtdPolicy(LengthPolicy):
+    """Plays the K that the network scores highest."""
+
+    kind = "ltd"
+
+    def __init__(
+        self,
+        context: PolicyContext,
+        drafter: str,
+        network: Network | None,
+        random_share: float,
+        *,
+        takes_published: bool = True,
+    ) -> None:
+        """
+        Args:
+            network: ``None``: plain decoding until one is published with a version.
+            takes_published: replace it by those that come with versions.
+        """
+        super().__init__(context, drafter)
+        self._network = network
+        self._random_share = random_share
+        self._takes_published = takes_published
+        self._features = Features(max(context.max_draft, 1))
+        self._problem: str | None = None
+        """Why the network of the last version was refused."""
+
+    @classmethod
+    def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
+        """Read ``policy.drafter``, ``policy.random_share`` and ``policy.ltd``.
+
+        Raises:
+            SettingsError: ``policy.ltd.weights`` cannot be used.
+        """
+        path, network = settings.ltd.weights, None
+        if path is not None:
+            try:
+                network = Network.from_bytes(read_regular(path, MAX_BYTES + 1, follow=True))
+            except (OSError, ValueError) as error:
+                raise SettingsError(
+                    f"policy.ltd.weights: {path} cannot be used: {error}; `trainer policy` writes "
+                    f"such a file"
+                ) from error
+        return cls(
+            context, settings.drafter, network, settings.random_share, takes_published=path is None
+        )
+
+    def law(self, batch: int, max_k: int) -> Sequence[float]:
+        """The K with the highest score among those that can be used."""
+        if self._network is None:
+            return spread(0, max_k, 0.0)
+        scores = self._network.scores(self._features.vector(batch, self.costs.shares(batch)))
+        usable = range(min(max_k + 1, len(scores)))
+        return spread(max(usable, key=scores.__getitem__), max_k, self._random_share)
+
+    def learn(self, outcome: Outcome, law: Sequence[float]) -> None:
+        """Update the features; the network itself is fitted elsewhere."""
+        rows = outcome.rows
+        self._features.observe(outcome.decision.draft_k, rows.num_verified, rows.num_accepted)
+
+    def forget(self, calibration: dict[str, Any]) -> None:
+        """Start the features over, and take the network that comes with the version."""
+        self._features.forget()
+        if not self._takes_published or CALIBRATION_KEY not in calibration:
+            return
+        try:
+            self._network = Network.from_text(calibration[CALIBRATION_KEY])
+            self._problem = None
+        except ValueError as error:
+            self._problem = str(error)
+
+    def state(self) -> dict[str, Any]:
+        """Whether there is a network, and what was wrong with the last one."""
+        return {"has_weights": self._network is not None, "problem": self._problem}

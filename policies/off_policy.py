@@ -1,0 +1,157 @@
+"""What a policy would have brought, from decisions that another one made with known probability.
+
+Three estimates of a mean over steps (Dudik, Langford and Li 2011, arXiv:1103.4601). ``IPS`` weighs
+each step in which the log did what the policy would do by how unlikely that was. ``SNIPS`` divides
+by the sum of these weights instead of by the number of steps, which trades a small bias for much
+scatter. ``doubly robust`` starts from a model of every action and corrects it by weighted
+residuals: it is right if either the model or the probabilities are, and scatters less the better
+the model is.
+
+A throughput is a quotient of two means, tokens and seconds, both estimated on the same steps; then
+IPS and SNIPS agree. Intervals are percentiles of a bootstrap over blocks of neighbouring steps,
+because requests last for many steps and their rounds resemble each other.
+
+Shapes: S steps, B resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+MAX_WEIGHT = 50.0
+"""Larger weights are cut off: one step must not decide."""
+BLOCK_STEPS = 16
+RESAMPLES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+    """95 % of the resampled values are between both."""
+    effective_steps: float
+    """Steps that the weights are worth, (sum w)^2 / sum w^2; with less than some hundreds, believe
+    little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """What the steps of a log brought, of one sort."""
+
+    logged: Floats
+    """[S] as observed, by the actions that were taken."""
+    model_logged: Floats | None = None
+    """[S] what a model says of the actions that were taken."""
+    model_target: Floats | None = None
+    """[S] what it says of the actions that the policy would take. Both, or neither: with them the
+    estimate is doubly robust."""
+
+
+def importance_weights(is_same: NDArray[np.bool_], propensity: Floats) -> Floats:
+    """[S] weights of steps: 0 where the policy would have done something else.
+
+    Args:
+        is_same: [S] the policy would have taken the logged action. For one that draws its actions,
+            of the one that it drew: right on average.
+        propensity: [S] probability with which the log took it.
+
+    Raises:
+        ValueError: a step was taken with probability 0.
+    """
+    if (propensity <= 0).any():
+        raise ValueError("a logged action has probability 0, so it cannot be weighed")
+    return np.minimum(np.where(is_same, 1 / propensity, 0.0), MAX_WEIGHT)
+
+
+def ips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
+    """Inverse propensity scoring; ``None`` if no step counts."""
+    return _estimate(weights * reward.logged, np.ones_like(weights), weights, seed)
+
+
+def snips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
+    """The self-normalised estimate; ``None`` if no step counts."""
+    return _estimate(weights * reward.logged, weights, weights, seed)
+
+
+def doubly_robust(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
+    """The doubly robust estimate of a reward that has a model; ``None`` if no step counts."""
+    return _estimate(_corrected(reward, weights), np.ones_like(weights), weights, seed)
+
+
+def throughput(
+    tokens: Reward,
+    seconds: Reward,
+    weights: Floats,
+    strata: NDArray[np.int64] | None = None,
+    seed: int = 0,
+) -> Estimate | None:
+    """Tokens per second; doubly robust in those of the two that have a model.
+
+    Args:
+        strata: [S] load of each step. Every load has its own estimate, and the whole is that of the
+            logged tokens over the time that they would take, each load at its own speed. ``None``:
+            all steps are alike.
+
+    Returns:
+        ``None`` if some load has no step that counts.
+    """
+    above, below = _corrected(tokens, weights), _corrected(seconds, weights)
+    strata = np.zeros(len(weights), np.int64) if strata is None else strata
+    work, times, resampled = 0.0, 0.0, np.zeros(RESAMPLES)
+    for number, one in enumerate(np.unique(strata).tolist()):
+        rows = strata == one
+        found = _Sums.of(above[rows], below[rows], weights[rows], seed + number)
+        if found is None:
+            return None
+        logged = float(tokens.logged[rows].sum())
+        work += logged
+        times += logged / found.value
+        resampled += logged / found.resampled
+    return _joined(work / times, work / resampled, weights)
+
+
+def _corrected(reward: Reward, weights: Floats) -> Floats:
+    if reward.model_logged is None or reward.model_target is None:
+        return weights * reward.logged
+    return reward.model_target + weights * (reward.logged - reward.model_logged)
+
+
+def _estimate(above: Floats, below: Floats, weights: Floats, seed: int) -> Estimate | None:
+    """Quotient of two sums over steps."""
+    found = _Sums.of(above, below, weights, seed)
+    return None if found is None else _joined(found.value, found.resampled, weights)
+
+
+def _joined(value: float, resampled: Floats, weights: Floats) -> Estimate:
+    low, high = np.percentile(resampled, (2.5, 97.5)).tolist()
+    return Estimate(value, low, high, float(weights.sum() ** 2 / (weights**2).sum()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """A quotient of two sums over steps, and the same over resampled blocks of steps."""
+
+    value: float
+    resampled: Floats
+    """[B]; a resample that misses all steps that count takes the value itself."""
+
+    @classmethod
+    def of(cls, above: Floats, below: Floats, weights: Floats, seed: int) -> _Sums | None:
+        """``None`` if no step counts."""
+        if not weights.any() or below.sum() <= 0:
+            return None
+        value = float(above.sum() / below.sum())
+        starts = np.arange(0, len(above), BLOCK_STEPS)
+        blocks = np.add.reduceat(np.stack((above, below)), starts, axis=1)
+        drawn = np.random.default_rng(seed).integers(0, len(starts), (RESAMPLES, len(starts)))
+        sums = blocks[:, drawn].sum(axis=2)
+        counts = sums[1] > 0
+        return cls(value, np.where(counts, sums[0] / np.where(counts, sums[1], 1.0), value))

@@ -1,0 +1,209 @@
+"""A log on which any policy can be played: what every K brings and takes in each of its steps.
+
+Exact as far as ``policies.logged`` says. What stays out: which tokens come next does not depend on
+the K that is played, so a replayed step begins where the logged one began; and what it costs to
+come back to a drafter after plain steps is not charged, because a step table does not know it.
+
+Shapes: S steps, K the largest draft length.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.costs import CostTable
+from policies.interface import (
+    CostSample,
+    Decision,
+    DrafterTraits,
+    DraftPolicy,
+    Outcome,
+    PolicyContext,
+    RowOutcomes,
+    StepObs,
+)
+from policies.logged import Floats, LoggedStep, hazards_of, of_drafter, scores_of
+
+_LEAST_HASTE, _MOST_HASTE = 0.25, 4.0
+"""Bounds on the time of a logged step relative to the table's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What a log knows of its drafter."""
+
+    is_neural: bool = True
+    needs_match: bool = False
+    prior_acceptance: tuple[float, ...] = (0.6,)
+    prior_draft_cost: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayedLog:
+    """Steps of one drafter, and all that is known of every K in them."""
+
+    drafter: str
+    max_draft: int
+    steps: tuple[LoggedStep, ...]
+    hazards: Floats
+    """[K] Kaplan-Meier, from all steps."""
+    reached: NDArray[np.int64]
+    """[K] rounds behind each hazard."""
+    tokens: Floats
+    """[S, K + 1] of the whole batch."""
+    extrapolated: Floats
+    """[S, K + 1] of these, by hazards."""
+    seconds: Floats
+    """[S, K + 1]."""
+    table: CostTable
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[LoggedStep],
+        drafter: str,
+        samples: Sequence[CostSample],
+        max_draft: int,
+        hazards: Floats | None = None,
+    ) -> ReplayedLog:
+        """
+        Args:
+            steps: those of other drafters are left out.
+            samples: step times.
+            hazards: of another part of the log; ``None``: of these steps.
+
+        Raises:
+            ValueError: nothing was drafted, or times are missing.
+        """
+        own = tuple(of_drafter(steps, drafter))
+        counted, reached = hazards_of(own, max_draft)
+        used = counted if hazards is None else hazards
+        table = CostTable(samples, drafter, max_draft)
+        scores = scores_of(own, used)
+        return cls(
+            drafter, max_draft, own, used, reached, scores.tokens, scores.extrapolated,
+            table.of_steps(own), table,
+        )  # fmt: skip
+
+    def rows(self, kept: NDArray[np.bool_]) -> ReplayedLog:
+        """Some of the steps, with the hazards and times of the whole.
+
+        Args:
+            kept: [S].
+        """
+        steps = tuple(compress(self.steps, kept.tolist()))
+        return replace(
+            self,
+            steps=steps,
+            tokens=self.tokens[kept],
+            extrapolated=self.extrapolated[kept],
+            seconds=self.seconds[kept],
+        )
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """[S] size of each step's batch, see ``live_costs.size_of``."""
+        return np.array([step.batch.bit_length() - 1 for step in self.steps], np.int64)
+
+    @property
+    def plain_rate(self) -> Floats:
+        """[S] tokens per second of plain decoding."""
+        rate: Floats = self.tokens[:, 0] / self.seconds[:, 0]
+        return rate
+
+    @property
+    def traits(self) -> dict[str, DrafterTraits]:
+        """Of the one drafter."""
+        return {self.drafter: _Traits()}
+
+    def context(self, seed: int = 0) -> PolicyContext:
+        """What a policy that is played on the log is built for."""
+        return PolicyContext(self.traits, self.max_draft, seed)
+
+    def outcome(self, at: int, k: int, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Verified and kept tokens of each logged request of a step, had K been ``k``. Where that
+        is unknown, further tokens are drawn by the hazards."""
+        step = self.steps[at]
+        verified, accepted = [], []
+        for row in step.rows:
+            is_capped = row.num_verified < step.draft_k
+            most = min(k, row.num_verified) if is_capped else k
+            kept = min(row.num_accepted, most)
+            if kept == row.num_verified and not is_capped:
+                while kept < most and rng.random() < self.hazards[kept]:
+                    kept += 1
+            verified.append(most)
+            accepted.append(kept)
+        return verified, accepted
+
+    def haste(self) -> Floats:
+        """[S] time of each logged step relative to the table's; the median is 1."""
+        taken = np.array([step.step_s for step in self.steps])
+        ks = np.minimum([step.draft_k for step in self.steps], self.max_draft)
+        ratio = taken / self.seconds[np.arange(len(ks)), ks]
+        ratio /= np.median(ratio) if len(ratio) else 1.0
+        return np.clip(ratio, _LEAST_HASTE, _MOST_HASTE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Played:
+    """What a policy did on a log."""
+
+    ks: NDArray[np.int64]
+    """[S] K of each step."""
+    figures: dict[str, Any]
+    """Of the policy, at the end."""
+
+
+def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
+    """Let a policy decide every step of a log, and learn what its own K would have brought. Times
+    scatter as those of the log did."""
+    rng = random.Random(seed)
+    policy.calibrate(log.table.samples(log.drafter))
+    haste = log.haste().tolist()
+    ks = np.zeros(len(log.steps), np.int64)
+    version = None
+    for at, step in enumerate(log.steps):
+        if version is not None and step.version != version:
+            policy.on_swap(log.drafter, step.version, {})
+        version = step.version
+        decision = _decided(policy, at, step, log)
+        k = ks[at] = decision.draft_k
+        verified, accepted = log.outcome(at, int(k), rng)
+        step_s = float(log.seconds[at, k]) * haste[at]
+        policy.observe(
+            Outcome(
+                decision=decision,
+                batch=step.batch,
+                rows=RowOutcomes(verified, accepted),
+                step_s=step_s,
+                draft_s=0.0,
+                has_prefill=False,
+                version=step.version,
+            )
+        )
+    return Played(ks, policy.figures())
+
+
+def _decided(policy: DraftPolicy, at: int, step: LoggedStep, log: ReplayedLog) -> Decision:
+    resting = policy.rest()
+    if resting is not None:
+        return resting
+    return policy.plan(
+        StepObs(
+            step=at,
+            batch=step.batch,
+            caps=(log.max_draft,) * step.batch,
+            matches=None,
+            drafters=(log.drafter,),
+            max_draft=log.max_draft,
+            version=step.version,
+        )
+    )

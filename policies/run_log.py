@@ -1,0 +1,71 @@
+"""The log of a run, read from its buffer and its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from buffer.audit import audit
+from buffer.backends import open_backend
+from buffer.records import Trace
+from buffer.traces import TraceReader
+from policies.costs import profile_of, times_of
+from policies.interface import CostSample
+from policies.logged import LoggedStep, drafters_of, steps_of
+from policies.replayed_log import ReplayedLog
+
+Times = Literal["auto", "profile", "traces"]
+"""Step times: of the profile in the run folder, or medians of the traces; ``auto``: the profile if
+there is one."""
+_READ = 256
+"""Traces read at a time."""
+
+
+def read_steps(url: str, run_dir: Path, most_steps: int) -> list[LoggedStep]:
+    """The newest steps of a run; the access is noted.
+
+    Raises:
+        ValueError, OSError: the buffer cannot be read.
+    """
+    audit(run_dir, "policies", url)
+    return steps_of(_traces(url, run_dir))[-most_steps:]
+
+
+def _traces(url: str, run_dir: Path) -> Iterator[Trace]:
+    reader = TraceReader(open_backend(url, run_dir))
+    while batch := reader.read(_READ):
+        yield from batch
+
+
+def log_of_run(
+    steps: Sequence[LoggedStep], drafter: str | None, run_dir: Path, times: Times, max_draft: int
+) -> ReplayedLog:
+    """All that the steps of a run say about one drafter.
+
+    Args:
+        drafter: ``None``: the one with the most steps.
+
+    Raises:
+        ValueError: the traces, or the times, do not say enough.
+    """
+    known = drafters_of(steps)
+    if not known:
+        raise ValueError(
+            f"{len(steps)} steps were read and none drafted anything; let the run serve some "
+            f"requests with a policy that drafts"
+        )
+    if drafter is not None and drafter not in known:
+        raise ValueError(f"no step was drafted by {drafter!r}; the run has {', '.join(known)}")
+    chosen = known[0] if drafter is None else drafter
+    return ReplayedLog.of(steps, chosen, _times(steps, run_dir, times), max_draft)
+
+
+def _times(steps: Sequence[LoggedStep], run_dir: Path, times: Times) -> list[CostSample]:
+    profile = [] if times == "traces" else profile_of(run_dir)
+    if times == "profile" and not profile:
+        raise ValueError(
+            f"{run_dir} holds no profile of step times: a server writes one when its policy wants "
+            f"times, which `fixed` does not; use --times traces"
+        )
+    return profile or times_of(steps)

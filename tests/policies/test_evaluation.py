@@ -1,0 +1,151 @@
+"""``policies evaluate`` finds the best fixed K, the oracle and known speeds on synthetic logs."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from configs.schema import PolicySettings
+from policies.cli import app
+from policies.evaluation import best_ks, evaluate, rate_of
+from policies.replayed_log import ReplayedLog
+from tests.policies.logs import (
+    DRAFTER,
+    MAX_DRAFT,
+    always,
+    any_k,
+    expected_tokens,
+    log,
+    profile,
+    step_s,
+    write_run,
+)
+
+
+def replayed(steps):
+    return ReplayedLog.of(steps, DRAFTER, profile(), MAX_DRAFT)
+
+
+def known_best(batch):
+    return max(range(MAX_DRAFT + 1), key=lambda k: expected_tokens(k) / step_s(k, batch))
+
+
+def test_the_best_fixed_k_of_each_load_is_found_and_nothing_beats_the_oracle():
+    found = evaluate(replayed(log(1500, any_k, (1, 16, 64))), PolicySettings(), (), (0,))
+
+    assert [load.best_k for load in found.loads] == [known_best(b) for b in (1, 16, 64)]
+    names = [one.name for one in found.policies]
+    assert names[0] == "oracle of each round"
+    assert {f"fixed, K = {k}" for k in range(MAX_DRAFT + 1)} <= set(names)
+    assert all(one.regret_oracle >= 0 for one in found.policies)
+    assert all(one.regret_fixed >= 0 for one in found.policies[1:])
+    assert found.policies[0].headroom == pytest.approx(1)
+    assert found.policies[0].off_policy is None
+
+
+def test_a_log_of_the_longest_k_extrapolates_nothing():
+    found = evaluate(replayed(log(400, always(MAX_DRAFT))), PolicySettings(), (), (0,))
+    assert {one.extrapolated for one in found.policies} == {0}
+
+    short = evaluate(replayed(log(400, always(2))), PolicySettings(), (), (0,))
+    by_name = {one.name: one.extrapolated for one in short.policies}
+    assert by_name["fixed, K = 2"] == 0 < by_name["fixed, K = 3"] < by_name["fixed, K = 8"]
+
+
+def test_speeds_of_fixed_k_are_those_that_they_have():
+    found = evaluate(replayed(log(3000, any_k, (4,))), PolicySettings(), (), (0,))
+    for one in found.policies:
+        if one.name.startswith("fixed"):
+            k = int(one.name[-1])
+            assert one.rate == pytest.approx(4 * expected_tokens(k) / step_s(k, 4), rel=0.03)
+
+
+def test_off_policy_estimates_agree_with_the_known_speeds():
+    """Of tokens and times as they were measured: no table is involved but as a model."""
+    found = evaluate(replayed(log(6000, any_k, (4,))), PolicySettings(), (), (0,))
+    for one in found.policies:
+        if one.name.startswith("fixed"):
+            k = int(one.name[-1])
+            truth = 4 * expected_tokens(k) / step_s(k, 4)
+            assert one.off_policy.value == pytest.approx(truth, rel=0.05)
+            assert one.off_policy.low * 0.99 < truth < one.off_policy.high * 1.01
+            assert one.off_policy.effective_steps > 400
+
+
+def test_without_random_decisions_only_the_policy_of_the_log_can_be_estimated():
+    found = evaluate(replayed(log(300, always(3))), PolicySettings(), (), (0,))
+    known = [one.name for one in found.policies if one.off_policy is not None]
+    assert known == ["fixed, K = 3"]
+
+
+def test_the_best_k_of_one_log_can_be_judged_on_another():
+    first, second = replayed(log(900, any_k)), replayed(log(900, any_k, seed=1))
+    assert rate_of(second, best_ks(second, first)) <= rate_of(second, best_ks(second))
+    unknown_load = replayed(log(300, any_k, (64,)))
+    ks = best_ks(unknown_load, first)
+    assert len(set(ks.tolist())) == 1
+
+
+def test_joined_speeds_weigh_loads_by_their_tokens():
+    steps = replayed(log(200, any_k, (1, 32)))
+    work = np.array([step.tokens for step in steps.steps])
+    times = [work[steps.sizes == size].sum() * step_s(0, b) / b for size, b in ((0, 1), (5, 32))]
+    assert rate_of(steps, np.zeros(200, np.int64)) == pytest.approx(work.sum() / sum(times))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder, log(240, any_k, (1, 2)))
+    return folder
+
+
+def test_the_command_prints_a_table_and_writes_json_and_a_picture(run_dir):
+    result = CliRunner().invoke(app, ["evaluate", str(run_dir), "--seeds", "1"])
+
+    assert result.exit_code == 0, result.output
+    assert "240 steps, 360 rounds of eagle3" in result.output
+    for kind in ("goodput", "table", "ema_tiers", "ucb", "thompson", "exp3s", "ltd", "oracle"):
+        assert kind in result.output
+    written = json.loads((run_dir / "policies" / "evaluation.json").read_text())
+    assert {one["name"] for one in written["policies"]} >= {"goodput", "fixed, K = 0"}
+    assert [load["smallest_batch"] for load in written["loads"]] == [1, 2]
+    picture = ElementTree.fromstring((run_dir / "policies" / "evaluation.svg").read_text())
+    texts = [one.text for one in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert "goodput" in texts and "K = 8" in texts
+
+
+def test_the_command_can_take_times_from_the_traces(tmp_path):
+    write_run(tmp_path, log(400, any_k, (1,)))
+    (tmp_path / "step_times.json").unlink()
+
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--seeds", "1"])
+    refused = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--times", "profile"])
+
+    assert result.exit_code == 0, result.output
+    assert refused.exit_code == 1 and "holds no profile of step times" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 2, "neither a run folder nor a URL"),
+        (["RUN", "--drafter", "index"], 1, "no step was drafted by 'index'; the run has eagle3"),
+        (["RUN", "--set", "policy.knd=ucb"], 2, "did you mean 'policy.kind'"),
+    ],
+)
+def test_wrong_usage_says_what_is_wrong(run_dir, arguments, code, message):
+    words = [str(run_dir) if word == "RUN" else word for word in arguments]
+    result = CliRunner().invoke(app, ["evaluate", *words])
+    assert (result.exit_code, message in result.output) == (code, True), result.output
+
+
+def test_a_run_without_drafts_is_refused(tmp_path):
+    write_run(tmp_path, log(20, always(0)))
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "20 steps were read and none drafted anything" in result.output

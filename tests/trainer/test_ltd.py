@@ -1,0 +1,126 @@
+"""Fitting the policy ``ltd`` finds what a fixed K cannot, and says so where there is nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from configs.schema import PolicySettings
+from policies.catalog import build_policy
+from policies.ltd import CALIBRATION_KEY
+from policies.network import Network
+from policies.replayed_log import ReplayedLog, play
+from tests.policies.logs import DRAFTER, MAX_DRAFT, any_k, log, profile, write_run
+from trainer.cli import app
+from trainer.fitted_policy import fitted_policy, policy_path
+from trainer.ltd import (
+    FullInformation,
+    Ppo,
+    fit_full_information,
+    fit_ppo,
+    judge_network,
+    split,
+)
+
+EASY, HARD = (0.92,) * MAX_DRAFT, (0.25,) * MAX_DRAFT
+
+
+def moods(at):
+    """Text that is easy for 100 steps and hard for the next 100."""
+    return EASY if (at // 100) % 2 else HARD
+
+
+def parts(num_steps=3200, hazards=moods, batches=(1,)):
+    steps = log(num_steps, any_k, batches, hazards)
+    whole = ReplayedLog.of(steps, DRAFTER, profile(), MAX_DRAFT)
+    return whole, split(whole, 0.25)
+
+
+def test_full_information_follows_moods_that_a_fixed_k_cannot():
+    whole, rows = parts(4800)
+    network = fit_full_information(whole, rows, FullInformation(epochs=120, rounds=2))
+
+    gate = judge_network(network, whole, rows)
+
+    assert gate.passed and gate.gain > 0.02, gate.to_line()
+    assert gate.distinct_ks >= 2
+
+
+def test_where_all_text_is_alike_nothing_passes_the_gate():
+    whole, rows = parts(1600, lambda _: (0.6,) * MAX_DRAFT)
+    network = fit_full_information(whole, rows, FullInformation(epochs=60, rounds=1))
+
+    gate = judge_network(network, whole, rows)
+
+    assert not gate.passed, gate.to_line()
+    assert gate.gain > -0.05, "it is no worse than the best fixed K either"
+
+
+def test_ppo_learns_from_what_it_tries():
+    whole, rows = parts(1600)
+    untrained, trained = (
+        judge_network(fit_ppo(whole, rows, how), whole, rows)
+        for how in (Ppo(total_steps=2048, epochs=0), Ppo(total_steps=10_240))
+    )
+    assert trained.gain > untrained.gain + 0.05
+    assert trained.gain > -0.1, trained.to_line()
+
+
+def test_the_server_plays_what_was_fitted():
+    """The same features, the same network: on the host the policy decides as the trainer judged."""
+    whole, rows = parts(1600)
+    network = fit_full_information(whole, rows, FullInformation(epochs=60, rounds=1))
+    policy = build_policy(
+        PolicySettings(kind="ltd", guard=False, random_share=0.0), whole.traits, 0, MAX_DRAFT
+    )
+    policy.on_swap(DRAFTER, 0, {CALIBRATION_KEY: network.to_text()})
+
+    ks = play(policy, whole).ks
+
+    easy = np.array([np.mean([r.num_accepted for r in s.rows]) for s in whole.steps])
+    assert ks[easy >= 4].mean() > ks[easy == 0].mean() + 0.5
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder, log(2560, any_k, (1,), moods))
+    return folder
+
+
+def test_the_command_writes_a_policy_that_passes_and_a_version_carries_it(run_dir):
+    assert fitted_policy(run_dir) == {}
+
+    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={run_dir}"])
+
+    assert result.exit_code == 0, result.output
+    assert "gate passed" in result.output
+    network = Network.from_bytes(policy_path(run_dir).read_bytes())
+    carried = Network.from_text(fitted_policy(run_dir)[CALIBRATION_KEY])
+    features = [0.5] * 14
+    assert carried.scores(features) == network.scores(features)
+
+
+def test_a_policy_that_gains_nothing_is_not_written(tmp_path):
+    write_run(tmp_path, log(640, any_k, (1,)))
+    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path}"])
+
+    assert result.exit_code == 1, result.output
+    assert "not written" in result.output
+    assert not policy_path(tmp_path).exists()
+
+
+def test_a_damaged_file_is_not_published(tmp_path, caplog):
+    policy_path(tmp_path).parent.mkdir()
+    policy_path(tmp_path).write_bytes(b"damaged, surely")
+
+    assert fitted_policy(tmp_path) == {}
+    assert "is not published" in caplog.text
+
+
+def test_a_log_that_is_too_short_is_refused(tmp_path):
+    write_run(tmp_path, log(100, any_k, (1,)))
+    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path}"])
+    assert result.exit_code == 1
+    assert "100 steps are too few" in result.output

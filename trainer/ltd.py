@@ -1,0 +1,370 @@
+"""Fits the network of the policy ``ltd`` on a replayed log.
+
+Two ways. **PPO** in the replay environment, as the paper does it: an actor and a critic, rewards of
+the actions that were tried. **Full information**: a log says what *every* K would have brought in
+every step, so the gradient of the expected gain, sum over K of probability times advantage, is
+exact, and nothing needs to be tried. The features depend on which K ran before, so after a first
+fit on the logged ones it is repeated on those that the fitted policy sees.
+
+Shapes: S steps, F features, A actions (K = 0 to A - 1), H hidden units.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from policies.evaluation import best_ks, rate_of
+from policies.features import NUM_FEATURES, Features
+from policies.network import Network
+from policies.off_policy import BLOCK_STEPS
+from policies.replay_environment import ReplayEnvironment
+from policies.replayed_log import ReplayedLog
+
+Ks = NDArray[np.int64]
+Rows = NDArray[np.bool_]
+
+_RESAMPLES = 1000
+_LEAST_DEVIATION = 1e-3
+"""Of a feature; one that never varied is not blown up."""
+
+
+@dataclass(frozen=True, slots=True)
+class FullInformation:
+    """How to fit from what every K would have brought."""
+
+    hidden: int = 32
+    epochs: int = 300
+    rounds: int = 2
+    """Fits; the features of the second and later ones are those of the policy before."""
+    lr: float = 3e-3
+    entropy: float = 0.003
+    """Weight of the law's entropy at first; it falls to 0."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ppo:
+    """How to fit by proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    hidden: int = 32
+    total_steps: int = 40_000
+    rollout: int = 2048
+    minibatch: int = 256
+    epochs: int = 10
+    lr: float = 1e-3
+    """Falls to 0."""
+    gamma: float = 0.9
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy: float = 0.01
+    value: float = 0.5
+    grad_norm: float = 0.5
+    seed: int = 0
+
+
+def fit_full_information(log: ReplayedLog, rows: Rows, how: FullInformation) -> Network:
+    """Maximise the gain of some steps over the speed of their load, which rises as the policy does.
+
+    At a given speed the gain of a step is tokens less seconds times speed; the policy that
+    maximises it with its own speed has the largest quotient of tokens and seconds (Dinkelbach
+    1967).
+
+    Args:
+        rows: [S] steps to fit on; the others only lead to the features of these.
+    """
+    torch.manual_seed(how.seed)
+    ks = np.minimum([step.draft_k for step in log.steps], log.max_draft)
+    features = features_of(log, lambda at, _: int(ks[at]), how.seed)
+    actor = _actor(how.hidden, log.max_draft + 1)
+    network = _fitted(actor, features, log, rows, how)
+    for number in range(1, how.rounds):
+        features = features_of(log, partial(_best, network), how.seed + number)
+        network = _fitted(actor, features, log, rows, how)
+    return network
+
+
+def _fitted(
+    actor: nn.Sequential, features: Tensor, log: ReplayedLog, rows: Rows, how: FullInformation
+) -> Network:
+    own = features[torch.from_numpy(rows)]
+    shift, scale = _standard(own)
+    _ascend(actor, (own - shift) * scale, log.rows(rows), how)
+    return _network(actor, shift, scale)
+
+
+def _ascend(actor: nn.Sequential, x: Tensor, log: ReplayedLog, how: FullInformation) -> None:
+    sizes = torch.from_numpy(log.sizes)
+    batches = torch.tensor([float(step.batch) for step in log.steps])[:, None]
+    tokens = torch.from_numpy(log.tokens).float() / batches
+    seconds = torch.from_numpy(log.seconds).float() / batches
+    optimizer = torch.optim.Adam(actor.parameters(), how.lr)
+    num_sizes = int(sizes.max()) + 1
+    for epoch in range(how.epochs):
+        law = torch.softmax(actor(x), dim=1)
+        with torch.no_grad():
+            speeds = _speeds((law * tokens).sum(1), (law * seconds).sum(1), sizes, num_sizes)
+        gain = tokens - speeds[sizes][:, None] * seconds
+        left = 1 - epoch / how.epochs
+        entropy = -(law * law.clamp_min(1e-9).log()).sum(1).mean()
+        loss = -((law * gain).sum(1).mean() + how.entropy * left * entropy)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in optimizer.param_groups:
+            group["lr"] = how.lr * left
+        optimizer.step()
+
+
+def _speeds(tokens: Tensor, seconds: Tensor, sizes: Tensor, num_sizes: int) -> Tensor:
+    """[num_sizes] tokens over seconds by size of batch; 0 where there is none."""
+    sums = torch.zeros(2, num_sizes).index_add(1, sizes, torch.stack((tokens, seconds)))
+    return sums[0] / sums[1].clamp_min(1e-12)
+
+
+def fit_ppo(log: ReplayedLog, rows: Rows, how: Ppo) -> Network:
+    """Learn by trying, in one environment.
+
+    Args:
+        rows: [S] steps to try on; a stretch of them follows the one before as if they were one log.
+    """
+    log = log.rows(rows)
+    torch.manual_seed(how.seed)
+    numbers = torch.Generator().manual_seed(how.seed)
+    environment = ReplayEnvironment(log, seed=how.seed)
+    ks = np.minimum([step.draft_k for step in log.steps], log.max_draft)
+    shift, scale = _standard(features_of(log, lambda at, _: int(ks[at]), how.seed))
+    actor, critic = _actor(how.hidden, log.max_draft + 1), _actor(how.hidden, 1)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, how.lr)
+    num_updates = max(how.total_steps // how.rollout, 1)
+    observation = torch.from_numpy(environment.reset(seed=how.seed)[0])
+    for update in range(num_updates):
+        for group in optimizer.param_groups:
+            group["lr"] = how.lr * (1 - update / num_updates)
+        tried = _Tried.by(actor, critic, environment, observation, (shift, scale), how, numbers)
+        observation = tried.next_observation
+        for _ in range(how.epochs):
+            order = torch.randperm(how.rollout, generator=numbers)
+            for drawn in torch.split(order, how.minibatch):
+                loss = _ppo_loss(actor, critic, tried, drawn, how)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(parameters, how.grad_norm)
+                optimizer.step()
+    return _network(actor, shift, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """One rollout of N steps."""
+
+    x: Tensor
+    """[N, F] standardised features."""
+    actions: Tensor
+    log_probs: Tensor
+    """[N] of the actions, when they were taken."""
+    advantages: Tensor
+    """[N] standardised."""
+    returns: Tensor
+    next_observation: Tensor
+
+    @classmethod
+    def by(
+        cls,
+        actor: nn.Sequential,
+        critic: nn.Sequential,
+        environment: ReplayEnvironment,
+        observation: Tensor,
+        standard: tuple[Tensor, Tensor],
+        how: Ppo,
+        numbers: torch.Generator,
+    ) -> _Tried:
+        shift, scale = standard
+        xs, actions, rewards, ends = [], [], [], []
+        with torch.no_grad():
+            for _ in range(how.rollout):
+                x = (observation - shift) * scale
+                law = torch.softmax(actor(x), dim=0)
+                action = int(torch.multinomial(law, 1, generator=numbers))
+                following, reward, _, is_over, _ = environment.step(action)
+                xs.append(x)
+                actions.append(action)
+                rewards.append(reward)
+                ends.append(is_over)
+                observation = torch.from_numpy(environment.reset()[0] if is_over else following)
+            stacked = torch.stack(xs)
+            values = critic(torch.cat((stacked, ((observation - shift) * scale)[None])))[:, 0]
+            chosen = torch.tensor(actions)
+            log_probs = torch.log_softmax(actor(stacked), dim=1).gather(1, chosen[:, None])[:, 0]
+        advantages = _advantages(torch.tensor(rewards), torch.tensor(ends), values, how)
+        standardised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        returns = advantages + values[:-1]
+        return cls(stacked, chosen, log_probs, standardised, returns, observation)
+
+
+def _advantages(rewards: Tensor, ends: Tensor, values: Tensor, how: Ppo) -> Tensor:
+    """[N] generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438). An episode is
+    cut, not over: what comes after it is estimated by the value of the step itself."""
+    found, following = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        next_value = values[t] if ends[t] else values[t + 1]
+        delta = float(rewards[t] + how.gamma * next_value - values[t])
+        following = delta + how.gamma * how.gae_lambda * (0.0 if ends[t] else following)
+        found[t] = following
+    return found
+
+
+def _ppo_loss(
+    actor: nn.Sequential, critic: nn.Sequential, tried: _Tried, rows: Tensor, how: Ppo
+) -> Tensor:
+    logs = torch.log_softmax(actor(tried.x[rows]), dim=1)
+    chosen = logs.gather(1, tried.actions[rows][:, None])[:, 0]
+    ratio = (chosen - tried.log_probs[rows]).exp()
+    advantages = tried.advantages[rows]
+    clipped = ratio.clamp(1 - how.clip, 1 + how.clip)
+    policy = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    value = (critic(tried.x[rows])[:, 0] - tried.returns[rows]).square().mean()
+    entropy = -(logs.exp() * logs).sum(1).mean()
+    loss: Tensor = policy + how.value * value - how.entropy * entropy
+    return loss
+
+
+# ---- networks and features -----------------------------------------------------------------------
+
+
+def features_of(
+    log: ReplayedLog, choose: Callable[[int, list[float]], int], seed: int = 0
+) -> Tensor:
+    """[S, F] features before every step.
+
+    Args:
+        choose: (number of the step, its features) -> K.
+    """
+    rng, features = random.Random(seed), Features(max(log.max_draft, 1))
+    shares = log.seconds / log.seconds[:, :1]
+    rows = []
+    for at, step in enumerate(log.steps):
+        row = features.vector(step.batch, shares[at].tolist())
+        rows.append(row)
+        k = choose(at, row)
+        features.observe(k, *log.outcome(at, k, rng))
+    return torch.tensor(rows)
+
+
+def _actor(hidden: int, num_outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(NUM_FEATURES, hidden), nn.Tanh(), nn.Linear(hidden, num_outputs))
+
+
+def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
+    return features.mean(0), 1 / features.std(0).clamp_min(_LEAST_DEVIATION)
+
+
+def _network(actor: nn.Sequential, shift: Tensor, scale: Tensor) -> Network:
+    first, second = actor[0], actor[2]
+    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    tensors = (shift, scale, first.weight, first.bias, second.weight, second.bias)
+    return Network(*(tensor.detach().float().numpy().copy() for tensor in tensors))
+
+
+def _best(network: Network, _at: int, features: list[float]) -> int:
+    scores = network.scores(features)
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+# ---- the gate ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGate:
+    """A fitted policy against the best fixed K of each load, on steps that neither has seen."""
+
+    rate: float
+    """Tokens per second of the policy,"""
+    fixed_rate: float
+    """and of the K that were best on the steps that it was fitted on."""
+    low: float
+    """Lower bound of rate / fixed_rate at 95 %, by resampling blocks of steps."""
+    distinct_ks: int
+    """Number of K that it plays in at least one step in a hundred: 1 is a constant."""
+
+    @property
+    def gain(self) -> float:
+        return self.rate / self.fixed_rate - 1
+
+    @property
+    def passed(self) -> bool:
+        return self.low > 1
+
+    def to_line(self) -> str:
+        verdict = "passed" if self.passed else "failed"
+        return (
+            f"gate {verdict}: {100 * self.gain:+.2f} % over the best fixed K of each load on held-"
+            f"out steps, at least {100 * (self.low - 1):+.2f} % (95 %); plays {self.distinct_ks} K"
+        )
+
+
+def judge_network(network: Network, log: ReplayedLog, rows: Rows) -> PolicyGate:
+    """Compare on the steps that were held out; the network plays all of them, so that its features
+    are those of a server that never stopped.
+
+    Args:
+        rows: [S] steps on which the network was fitted, and on which the best fixed K is chosen.
+    """
+    chosen: list[int] = []
+
+    def choose(at: int, features: list[float]) -> int:
+        chosen.append(_best(network, at, features))
+        return chosen[-1]
+
+    features_of(log, choose)
+    held_out = log.rows(~rows)
+    ks, fixed = np.array(chosen)[~rows], best_ks(held_out, log.rows(rows))
+    counts = np.bincount(ks)
+    return PolicyGate(
+        rate=rate_of(held_out, ks),
+        fixed_rate=rate_of(held_out, fixed),
+        low=_lower_bound(held_out, ks, fixed),
+        distinct_ks=int((counts >= 0.01 * len(ks)).sum()),
+    )
+
+
+def _lower_bound(log: ReplayedLog, ks: Ks, fixed: Ks) -> float:
+    """2.5th percentile of the quotient of both speeds over resampled blocks of steps, each load at
+    its share of the tokens."""
+    at, rng = np.arange(len(ks)), np.random.default_rng(0)
+    work = np.array([step.tokens for step in log.steps])
+    times = np.zeros((2, _RESAMPLES))
+    for size in np.unique(log.sizes):
+        rows = log.sizes == size
+        starts = np.arange(0, int(rows.sum()), BLOCK_STEPS)
+        drawn = rng.integers(0, len(starts), (_RESAMPLES, len(starts)))
+        for which, chosen in enumerate((ks, fixed)):
+            pair = np.stack((log.tokens[at, chosen][rows], log.seconds[at, chosen][rows]))
+            sums = np.add.reduceat(pair, starts, axis=1)[:, drawn].sum(axis=2)
+            times[which] += work[rows].sum() * sums[1] / sums[0]
+    return float(np.percentile(times[1] / times[0], 2.5))
+
+
+def split(log: ReplayedLog, held_out: float, stretch: int = 64) -> Rows:
+    """[S] which steps are fitted on: stretches of consecutive ones; others, spread over the log,
+    are held out.
+
+    Raises:
+        ValueError: the log is too short for both.
+    """
+    every = max(round(1 / held_out), 2)
+    numbers = np.arange(len(log.steps)) // stretch
+    rows: Rows = numbers % every != every - 1
+    if rows.all():
+        raise ValueError(
+            f"{len(log.steps)} steps are too few to fit on some and judge on others; at least "
+            f"{every * stretch} are needed"
+        )
+    return rows

@@ -1,0 +1,86 @@
+"""``trainer policy``: fits the draft policy ``ltd`` on the traces of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from buffer.files import write_atomically
+from configs.cli import ConfigOption, SetOption, exit_code, settings_from_cli
+from policies.run_log import Times, log_of_run, read_steps
+from trainer.fitted_policy import policy_path
+
+Method = Literal["full", "ppo"]
+
+
+def fit_policy(
+    method: Annotated[
+        Method,
+        typer.Option(help="full: from what every K would have brought; ppo: by trying, in replay"),
+    ] = "full",
+    drafter: Annotated[
+        str | None, typer.Option(help="fit K of this drafter; the one with most steps by default")
+    ] = None,
+    times: Annotated[
+        Times, typer.Option(help="step times: of the run's profile, or of its traces")
+    ] = "auto",
+    most_steps: Annotated[int, typer.Option(min=1, help="newest steps that are used")] = 100_000,
+    held_out: Annotated[
+        float, typer.Option(min=0.05, max=0.5, help="share of steps that judge the policy")
+    ] = 0.25,
+    ungated: Annotated[
+        bool, typer.Option("--ungated", help="write it even if it is not better than a fixed K")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; run_dir/policy/ltd.safetensors")
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Fit ``policy.kind: ltd`` on the traces of ``run_dir``, and write it if it passes its gate.
+
+    A trainer publishes what is in ``run_dir/policy`` with the next version of the drafter, and
+    both are swapped at once. ``policy.ltd.weights`` loads a file without a trainer.
+    """
+    settings = settings_from_cli(config, set_, False)
+    run_dir = settings.run_dir
+    try:
+        steps = read_steps(settings.buffer.url, run_dir, most_steps)
+    except (ValueError, OSError) as error:
+        _refuse(str(error), exit_code(error))
+    # --help and whoever was refused skip this import of torch.
+    from trainer.ltd import (
+        FullInformation,
+        Ppo,
+        fit_full_information,
+        fit_ppo,
+        judge_network,
+        split,
+    )
+
+    try:
+        log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
+        rows = split(log, held_out)
+    except ValueError as error:
+        _refuse(str(error), 1)
+    if method == "full":
+        network = fit_full_information(log, rows, FullInformation(seed=settings.seed))
+    else:
+        network = fit_ppo(log, rows, Ppo(seed=settings.seed))
+    gate = judge_network(network, log, rows)
+    typer.echo(f"{rows.sum()} steps to fit on, {(~rows).sum()} held out; {method}")
+    typer.echo(gate.to_line())
+    if not gate.passed and not ungated:
+        _refuse("not written: a fixed K for each load is as good; --ungated writes it anyway", 1)
+    path = policy_path(run_dir) if out is None else out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"method": method, "gain": f"{gate.gain:.4f}", "at_least": f"{gate.low - 1:.4f}"}
+    write_atomically(path, network.to_bytes(about))
+    typer.echo(f"written: {path}")
+
+
+def _refuse(message: str, code: int) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(code=code)
