@@ -28,6 +28,8 @@ class Entry:
     """Its ``DrafterKind``."""
     trainable: str | None = None
     """Its ``Trainable``; ``None`` if it does not learn."""
+    is_model: bool = False
+    """It is a causal LM of its own: new weights are those of a model that settings name."""
 
 
 CATALOG = {

@@ -83,19 +83,19 @@ def group_attention(
     k = _gather(keys, flat).view(num_requests, num_keys, *keys.shape[1:]).transpose(1, 2)
     v = _gather(values, flat).view(num_requests, num_keys, *values.shape[1:]).transpose(1, 2)
     q = q_RQHD.transpose(1, 2)
-    out = _masked_attention(q, k, v, mask, scale, softcap)
+    out = masked_attention(q, k, v, mask, scale, softcap)
     # A masked key weighs 0, and 0 times NaN is NaN. On a GPU the sum is not read: that would wait,
     # and could not be captured.
     if out.is_cuda or not math.isfinite(float(out.sum())):
         is_bad_RS = ~(k.isfinite() & v.isfinite()).all(dim=-1).all(dim=1)
         k, v = (t.masked_fill(is_bad_RS[:, None, :, None], 0) for t in (k, v))
-        out = _masked_attention(q, k, v, mask, scale, softcap)
+        out = masked_attention(q, k, v, mask, scale, softcap)
         sees_bad = (mask & is_bad_RS[:, None, None]).any(dim=-1, keepdim=True)
         out = out.masked_fill(sees_bad, float("nan"))
     return out.transpose(1, 2)
 
 
-def _masked_attention(
+def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """[R, Hq, Q, D]; what the mask hides must be finite."""
