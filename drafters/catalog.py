@@ -34,6 +34,11 @@ class Entry:
 
 CATALOG = {
     "eagle3": Entry("drafters.eagle3.paged:KIND", "drafters.eagle3.trainable:Eagle3Trainable"),
+    "draft_model": Entry(
+        "drafters.draft_model.paged:KIND",
+        "drafters.draft_model.trainable:DraftModelTrainable",
+        is_model=True,
+    ),
     "suffix": Entry("drafters.suffix.index:KIND"),
     "suffix_request": Entry("drafters.suffix.index:REQUEST_KIND"),
 }
