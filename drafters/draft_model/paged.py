@@ -4,8 +4,8 @@ Row p comes from token p alone, so rows begin at position 0 and no layer of the 
 output is the input of the lm_head, which predicts token p + 1. The model's layers are computed by
 the families of ``targets``, or by Hugging Face's code where no family covers them.
 
-Its vocabulary may be larger or smaller than the target's, as padding often differs; tokens that
-only one of them has are never proposed.
+Its vocabulary may be larger or smaller than the target's, as padding often differs: a token that
+only one of them has is never proposed, and one that only the target has is read as token 0.
 
 Shapes: T rows, R requests, H hidden size of the drafter, V vocabulary of the target, Vd of both.
 """
@@ -46,6 +46,12 @@ class DraftModelConfig:
     def draft_vocab_size(self) -> int:
         """Tokens it can propose: those that both vocabularies have, Vd."""
         return min(self.target_vocab_size, int(self.causal["vocab_size"]))
+
+    def own_ids(self, ids: Tensor) -> Tensor:
+        """Token ids of the target (any shape, int64) as the drafter reads them."""
+        if self.draft_vocab_size == self.target_vocab_size:
+            return ids
+        return torch.where(ids < self.draft_vocab_size, ids, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Config as JSON: a dictionary with lists for tuples."""
@@ -122,8 +128,9 @@ class PagedDraftModel:
         """See ``NeuralDrafter.observe``; the target's hidden states are not read."""
         num_query = at.num_query(len(ids_T))
         rows, paged = places_of(at, num_query), prepare_pass(at, num_query)
+        ids_T = self.module.config.own_ids(ids_T).contiguous()
         return self.model.decode(
-            ids_T.contiguous(), rows.positions.flatten(), rows.slots.flatten(), paged, self.pool
+            ids_T, rows.positions.flatten(), rows.slots.flatten(), paged, self.pool
         ).hidden_TH
 
     def propose(

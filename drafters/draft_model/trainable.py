@@ -168,7 +168,8 @@ def row_hidden(model: DraftModel, batch: TrainingBatch) -> Tensor:
         batch.token_ids_T.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16
     ):
         mask = packed_mask(batch.segment_T)
-        hidden = packed_hidden(model.lm, batch.token_ids_T, batch.positions_T, mask)
+        ids_T = model.config.own_ids(batch.token_ids_T)
+        hidden = packed_hidden(model.lm, ids_T, batch.positions_T, mask)
     return hidden[batch.row_R].to(dtype)
 
 
