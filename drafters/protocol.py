@@ -177,6 +177,8 @@ class DrafterContext:
     """V of the target."""
     num_slots: int
     """Slots of the target's KV pool; a neural drafter's pool uses the same numbers."""
+    lm_head: Callable[[Tensor], Tensor]
+    """The target's: its input [..., H] -> logits [..., V], capped if the target caps them."""
     device: torch.device
     dtype: torch.dtype
     weights: Weights | None

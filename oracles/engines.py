@@ -9,6 +9,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,6 +194,7 @@ def make_engine(
             hidden_size=target.config.hidden_size,
             vocab_size=target.vocab_size,
             num_slots=num_pages * page_size,
+            lm_head=partial(target.logits, widen=False),
             device=target.device,
             dtype=target.dtype,
             weights=weights,
