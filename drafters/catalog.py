@@ -34,6 +34,7 @@ class Entry:
 
 CATALOG = {
     "eagle3": Entry("drafters.eagle3.paged:KIND", "drafters.eagle3.trainable:Eagle3Trainable"),
+    "dflash": Entry("drafters.dflash.paged:KIND", "drafters.dflash.trainable:DFlashTrainable"),
     "draft_model": Entry(
         "drafters.draft_model.paged:KIND",
         "drafters.draft_model.trainable:DraftModelTrainable",

@@ -183,7 +183,7 @@ def test_a_decoder_that_would_copy_weights_leaves_them_where_they_are():
     assert not target.is_fused and flat.flat.data_ptr() == before[0]
 
 
-def run_settings(target, run_dir, **drafter):
+def run_settings(target, run_dir, kind="draft_model", **drafter):
     return Settings.model_validate(
         {
             "target": str(target),
@@ -191,8 +191,8 @@ def run_settings(target, run_dir, **drafter):
             "target_cache": run_dir / "cache",
             "device": "cpu",
             "engine": {"max_batch": 2, "max_model_len": 200, "page_size": 4},
-            "drafter": {"kind": "draft_model", "max_draft": 4, **drafter},
-            "policy": {"kind": "fixed", "drafter": "draft_model", "draft_k": 3},
+            "drafter": {"kind": kind, "max_draft": 4, **drafter},
+            "policy": {"kind": "fixed", "drafter": kind, "draft_k": 3},
             "swap": {"poll_s": 0.02},
         }
     )

@@ -78,7 +78,7 @@ def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
 
     before = tokens_per_step()
     losses = []
-    for _ in range(40):
+    for _ in range(70):
         optimizer.zero_grad()
         computed = learns.loss(drafter, target_head, batch, settings, generator)
         computed.loss.backward()
