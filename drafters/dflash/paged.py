@@ -39,6 +39,12 @@ TRAITS = Traits(
     is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.05
 )  # fmt: skip
 _ROPES = (None, "default")
+_COMPUTED: dict[str, Any] = {
+    "attention_sink_bias": False, "projector_type": None, "input_embedding_scale": 1.0,
+    "output_multiplier": 1.0, "final_logit_softcapping": None, "attention_bias": False,
+    "hidden_act": "silu",
+}  # fmt: skip
+"""Keys of published configs -> the only value that is computed here."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [..., Hq, D], k and v [..., Hkv, D] of the block) -> [..., Hq, D]."""
@@ -363,22 +369,26 @@ def _from_published(found: Mapping[str, Any], target: Any) -> DFlashConfig:
     """
     if found.get("architectures") != ["DFlashDraftModel"]:
         raise ValueError(f"has architectures {found.get('architectures')}, not DFlashDraftModel")
-    own = found["dflash_config"]
-    for name, value in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size),
-                        ("num_target_layers", target.num_hidden_layers)):  # fmt: skip
+    own = {**found, **found.get("dflash_config", {})}
+    for name, value in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
         if found[name] != value:
             raise ValueError(f"has {name} {found[name]}, but the target has {value}")
-    for name, computed in (("attention_sink_bias", False), ("projector_type", None)):
-        if own.get(name, computed) not in (computed, None):
-            raise ValueError(f"has dflash_config.{name} {own[name]}, which is not computed here")
-    if found.get("attention_bias") or found.get("hidden_act", "silu") != "silu":
-        raise ValueError("has attention_bias or another hidden_act than silu")
+    if found.get("num_target_layers", target.num_hidden_layers) != target.num_hidden_layers:
+        raise ValueError(
+            f"has num_target_layers {found['num_target_layers']}, but the target has "
+            f"{target.num_hidden_layers}"
+        )
+    for name, computed in _COMPUTED.items():
+        if own.get(name) not in (computed, None):
+            raise ValueError(f"has {name} {own[name]}, which is not computed here")
+    if target.model_type.startswith("gemma"):
+        raise ValueError("is for a target whose embedding is scaled, which is not computed here")
     rope = found.get("rope_parameters") or {}
     scaling = found.get("rope_scaling") or rope
     if scaling.get("rope_type", scaling.get("type")) not in _ROPES:
         raise ValueError(f"has rope_scaling {scaling}, which is not computed here")
-    num_layers = found["num_hidden_layers"]
-    windows, causal = _published_masks(found, own, num_layers)
+    block_size = own.get("block_size", 16)
+    windows, causal = _published_masks(found, own, found["num_hidden_layers"], block_size)
     return DFlashConfig(
         hidden_size=found["hidden_size"],
         target_vocab_size=found["vocab_size"],
@@ -387,7 +397,7 @@ def _from_published(found: Mapping[str, Any], target: Any) -> DFlashConfig:
         num_kv_heads=found["num_key_value_heads"],
         head_dim=found["head_dim"],
         layer_ids=tuple(k + 1 for k in own["target_layer_ids"]),
-        block_size=found["block_size"] if "block_size" in found else own["block_size"],
+        block_size=block_size,
         mask_token_id=own["mask_token_id"],
         windows=windows,
         causal=causal,
@@ -397,24 +407,26 @@ def _from_published(found: Mapping[str, Any], target: Any) -> DFlashConfig:
 
 
 def _published_masks(
-    found: Mapping[str, Any], own: Mapping[str, Any], num_layers: int
+    found: Mapping[str, Any], own: Mapping[str, Any], num_layers: int, block_size: int
 ) -> tuple[tuple[int | None, ...], tuple[bool, ...]]:
     """Window and causality of each layer.
 
-    Causality is ``is_causal``, else ``dflash_config.causal``, else False: layers with a window are
-    causal in one older checkpoint (Gemma 4 31B), which does not say so and is not told apart.
+    Causality is ``is_causal``, else ``dflash_config.causal``; where neither is said, sliding layers
+    are causal, unless ``use_swa`` makes them so.
     """
     kinds = found.get("layer_types") or ["full_attention"] * num_layers
     if len(kinds) != num_layers:
         raise ValueError(f"has {len(kinds)} layer_types for {num_layers} layers")
     width = own.get("swa_window_size") or found.get("sliding_window")
+    is_causal = found.get("is_causal", own.get("causal"))
+    causal = [kind == "sliding_attention" if is_causal is None else is_causal for kind in kinds]
     if own.get("use_swa"):
         kinds = ["sliding_attention"] * num_layers
+        causal = [bool(is_causal)] * num_layers
     sees = {"full_attention": None, "sliding_attention": width}
     unknown = [kind for kind in kinds if kind not in sees]
     if unknown:
         raise ValueError(f"has the layer type {unknown[0]}")
-    if "sliding_attention" in kinds and width is None:
-        raise ValueError("has sliding layers without a sliding_window")
-    is_causal = bool(found.get("is_causal", own.get("causal", False)))
-    return tuple(sees[kind] for kind in kinds), (is_causal,) * num_layers
+    if "sliding_attention" in kinds and (width is None or width < block_size):
+        raise ValueError(f"has a sliding_window of {width} for blocks of {block_size}")
+    return tuple(sees[kind] for kind in kinds), tuple(causal)

@@ -36,6 +36,7 @@ MASKS = {
     "a window": ((6, None), (False, False)),
     "causal": ((None, 9), (True, True)),
     "mixed": ((7, None), (True, False)),
+    "published": ((20, None), (True, False)),
 }
 
 
@@ -161,7 +162,7 @@ def test_tapped_layers_are_those_of_published_drafters(num_layers, published):
 
 def published_folder(folder, model, change=lambda config, tensors: None):
     """A random checkpoint in the published layout."""
-    module = module_for(model, "a window", block_size=16)
+    module = module_for(model, "published", block_size=16)
     text = model.config
     config = {
         "architectures": ["DFlashDraftModel"],
@@ -180,7 +181,7 @@ def published_folder(folder, model, change=lambda config, tensors: None):
         "rope_scaling": None,
         "block_size": 16,
         "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 6,
+        "sliding_window": 20,
         "dflash_config": {
             "mask_token_id": 95,
             "target_layer_ids": [k - 1 for k in module.config.layer_ids],
@@ -192,6 +193,17 @@ def published_folder(folder, model, change=lambda config, tensors: None):
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return module
+
+
+@pytest.mark.parametrize(
+    ("flags", "causal"),
+    [({}, (True, False)), ({"is_causal": False}, (False, False)), ({"causal": True}, (True, True))],
+)
+def test_flags_of_causality_are_read_and_sliding_layers_are_causal_without(tmp_path, flags, causal):
+    model = random_model("qwen3")
+    published_folder(tmp_path / "published", model, lambda c, t: c.update(flags))
+
+    assert read_published(tmp_path / "published", model.config)[0].causal == causal
 
 
 def test_a_published_checkpoint_is_read(tmp_path):
@@ -225,6 +237,8 @@ def test_a_published_checkpoint_is_read(tmp_path):
             lambda c, t: c["dflash_config"].update(attention_sink_bias=True),
             "attention_sink_bias True, which is not computed",
         ),
+        (lambda c, t: c.update(sliding_window=8), "has a sliding_window of 8 for blocks of 16"),
+        (lambda c, t: c.update(num_target_layers=5), "num_target_layers 5, but the target has 4"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_the_first_thing(tmp_path, change, message):
