@@ -105,8 +105,9 @@ class DrafterSettings(Section):
 
     kind: str = "eagle3"
     """A name in the catalog of drafters. ``eagle3``: a trained drafter, with the suffix index
-    beside it if that is enabled; ``draft_model``: a smaller causal LM, likewise; ``suffix``: the
-    index alone; ``none``: plain decoding. See docs/drafters.md."""
+    beside it if that is enabled; ``draft_model``: a smaller causal LM, likewise; ``dflash``: a
+    block of tokens in one pass, likewise; ``suffix``: the index alone; ``none``: plain decoding.
+    See docs/drafters.md."""
     path: Path | None = None
     """Bundle folder with the initial weights (version 0). ``None``: new weights."""
     model: str | None = None

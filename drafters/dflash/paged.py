@@ -165,7 +165,8 @@ class DFlash(nn.Module):
             cos, sin: see ``rope``, at these positions.
         """
         hidden = self.hidden_norm(self.fc(features))
-        return [self._keys_and_values(layer.self_attn, hidden, cos, sin) for layer in self.layers]
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        return [self._keys_and_values(attention, hidden, cos, sin) for attention in attentions]
 
     def forward(self, embeds: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """The lm_head's input at the rows of blocks.
@@ -176,7 +177,8 @@ class DFlash(nn.Module):
             attend: attention to the context and to the rows of the same block.
         """
         stream = embeds
-        for index, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for index, layer in enumerate(layers):
             attention, mlp = layer.self_attn, layer.mlp
             normed = layer.input_layernorm(stream)
             k, v = self._keys_and_values(attention, normed, cos, sin)
@@ -197,7 +199,7 @@ class DFlash(nn.Module):
         return k, self._heads(attention.v_proj(hidden))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim))
+        return x.view(*x.shape[:-1], -1, self.config.head_dim)
 
 
 class PagedDFlash:

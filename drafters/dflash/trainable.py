@@ -275,7 +275,7 @@ class _Blocks:
         sees_ABS = self._sees_context(index, place_A, seen)
         sees_ABC = self._sees_block(index, length_A, place_A)
         num_kv = k.shape[2]
-        q = q.unflatten(2, (num_kv, -1)) * self._config.head_dim**-0.5  # A B Hkv G D
+        q = q.view(*q.shape[:2], num_kv, -1, q.shape[-1]) * q.shape[-1] ** -0.5  # A B Hkv G D
         before = torch.einsum("abhgd,shd->ahgbs", q, keys[seen].to(q.dtype))
         within = torch.einsum("abhgd,achd->ahgbc", q, k)
         scores = torch.cat(
@@ -286,7 +286,7 @@ class _Blocks:
             dim=-1,
         )
         weights = scores.softmax(dim=-1)
-        on_context, on_block = weights.split((before.shape[-1], within.shape[-1]), dim=-1)
+        on_context, on_block = weights.tensor_split([before.shape[-1]], dim=-1)
         mixed = torch.einsum("ahgbs,shd->abhgd", on_context, values[seen].to(q.dtype))
         mixed = mixed + torch.einsum("ahgbc,achd->abhgd", on_block, v)
         return mixed.flatten(2, 3)
@@ -351,7 +351,7 @@ def _uniform(count: int, device: torch.device, generator: torch.Generator | None
 
 def _gamma(block_size: int) -> float:
     """Decay of the weights: 7, 5 and 4 for blocks of 16, 10 and 8 rows."""
-    return (block_size - 2) / 2 if block_size < 10 else 5 + (block_size - 10) / 3
+    return block_size / 2 if block_size < 10 else 5 + (block_size - 10) / 3
 
 
 def _compared(
