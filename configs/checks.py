@@ -48,6 +48,11 @@ def _drafting(settings: Settings) -> Iterator[str]:
             "drafter.kind 'suffix' needs drafter.suffix.enabled; use drafter.kind 'none' to decode "
             "without a drafter"
         )
+    if drafter.model is not None and drafter.kind != "draft_model":
+        yield (
+            f"drafter.model is set, but a drafter of kind {drafter.kind!r} is no language model; "
+            f"set drafter.kind to 'draft_model' or take drafter.model out"
+        )
     if suffix.min_match > suffix.max_match:
         yield (
             f"drafter.suffix.min_match {suffix.min_match} is above drafter.suffix.max_match "

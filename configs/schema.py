@@ -96,14 +96,28 @@ class SuffixSettings(Section):
     """Tokens of finished requests kept in the shared index. 0: index each request alone."""
 
 
+class DraftModelSettings(Section):
+    """Draft model: a causal LM of its own."""
+
+    target_layers: int | None = Field(None, ge=1)
+    """Without ``drafter.model``, new weights are so many of the target's first layers, with its
+    final norm and lm_head. ``None``: a quarter of them."""
+
+
 class DrafterSettings(Section):
     """Drafters."""
 
     kind: str = "eagle3"
     """A name in the catalog of drafters. ``eagle3``: a trained drafter, with the suffix index
-    beside it if that is enabled; ``suffix``: the index alone; ``none``: plain decoding."""
+    beside it if that is enabled; ``draft_model``: a smaller causal LM, likewise; ``dflash``: a
+    block of tokens in one pass, likewise; ``suffix``: the index alone; ``none``: plain decoding.
+    See docs/drafters.md."""
     path: Path | None = None
     """Bundle folder with the initial weights (version 0). ``None``: new weights."""
+    model: str | None = None
+    """Hugging Face id, folder or GGUF file of a causal LM with the target's tokenizer: what the new
+    weights of ``draft_model`` are. ``None``: the target's first layers."""
+    draft_model: DraftModelSettings = DraftModelSettings()
     init: Literal["auto", "random", "target"] = "auto"
     """What new weights are: ``random``, or the ``target``'s last decoder layer for the drafter's
     own, with the last tapped layer passed through (targets with Llama's layers). ``auto``: the

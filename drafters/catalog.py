@@ -28,10 +28,18 @@ class Entry:
     """Its ``DrafterKind``."""
     trainable: str | None = None
     """Its ``Trainable``; ``None`` if it does not learn."""
+    is_model: bool = False
+    """It is a causal LM of its own: new weights are those of a model that settings name."""
 
 
 CATALOG = {
     "eagle3": Entry("drafters.eagle3.paged:KIND", "drafters.eagle3.trainable:Eagle3Trainable"),
+    "dflash": Entry("drafters.dflash.paged:KIND", "drafters.dflash.trainable:DFlashTrainable"),
+    "draft_model": Entry(
+        "drafters.draft_model.paged:KIND",
+        "drafters.draft_model.trainable:DraftModelTrainable",
+        is_model=True,
+    ),
     "suffix": Entry("drafters.suffix.index:KIND"),
     "suffix_request": Entry("drafters.suffix.index:REQUEST_KIND"),
 }

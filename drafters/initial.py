@@ -24,9 +24,14 @@ from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
+from drafters.catalog import CATALOG
 from drafters.trainable import trainable
+from targets.causal import CausalWeights, read_causal
 from targets.find import target_folder
+from targets.fits import check_same_tokenizer
 from targets.last_layer import LastLayer, load_last_layer
+from targets.load import load_config
+from targets.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,15 @@ class TargetFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class CausalSource:
+    """The causal LM that new weights are."""
+
+    folder: Path
+    num_layers: int | None = None
+    """Its first layers alone; ``None``: all."""
+
+
+@dataclass(frozen=True, slots=True)
 class NewDrafter:
     """How weights are made where none are given."""
 
@@ -57,15 +71,20 @@ class NewDrafter:
     """JSON file with the token ids that the drafter may propose; ``None``: all."""
     must_imitate: bool = True
     """A layer that cannot be copied is an error; otherwise weights are random then."""
+    causal: CausalSource | None = None
+    """For kinds that are a causal LM: which one; ``None``: random weights."""
 
 
 def new_drafter(settings: Settings) -> NewDrafter:
     """How the settings of a run say that weights are made.
 
     Raises:
-        ValueError: ``drafter.init`` is ``target`` and the target's folder is not found.
+        ValueError: ``drafter.init`` is ``target`` and the target's folder is not found; or
+            ``drafter.model`` is not found or has another tokenizer.
     """
     d = settings.drafter
+    if d.kind in CATALOG and CATALOG[d.kind].is_model:
+        return NewDrafter(d.layer_ids, settings.seed, vocab=d.draft_vocab, causal=_source(settings))
     imitated = None
     if d.init != "random" and d.path is None:
         try:
@@ -74,6 +93,25 @@ def new_drafter(settings: Settings) -> NewDrafter:
             if d.init == "target":
                 raise
     return NewDrafter(d.layer_ids, settings.seed, imitated, d.draft_vocab, d.init == "target")
+
+
+def _source(settings: Settings) -> CausalSource | None:
+    """What ``drafter.model``, ``drafter.draft_model`` and ``drafter.init`` say."""
+    d = settings.drafter
+    if d.path is not None or (d.model is None and d.init == "random"):
+        return None
+    own = target_folder(settings.target, settings.target_cache)
+    if d.model is not None:
+        try:
+            folder = target_folder(d.model, settings.target_cache)
+        except ValueError as error:
+            raise ValueError(f"drafter.model cannot be used: {error}") from error
+        check_same_tokenizer(load_tokenizer(own), load_tokenizer(folder), d.model)
+        return CausalSource(folder)
+    layers = d.draft_model.target_layers
+    if layers is None:
+        layers = max(1, load_config(own).get_text_config().num_hidden_layers // 4)
+    return CausalSource(own, layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +191,10 @@ def made_drafter(kind: str, target: TargetFacts, new: NewDrafter) -> tuple[Manif
     learner, head = trainable(kind), target.lm_head_VH.float().cpu()
     last_layer = _imitated_layer(new)
     ids = None if new.vocab is None else torch.tensor(read_vocab(new.vocab, len(head)))
-    model = learner.new_model(target.config, head, new.layer_ids, new.seed, ids, last_layer)
+    more: dict[str, CausalWeights] = {}
+    if new.causal is not None:
+        more = {"causal": read_causal(new.causal.folder, new.causal.num_layers)}
+    model = learner.new_model(target.config, head, new.layer_ids, new.seed, ids, last_layer, **more)
     manifest = Manifest(0, None, kind, learner.config_to_json(model), target.fingerprint, {})
     return manifest, save(learner.bundle_tensors(model))
 

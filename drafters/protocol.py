@@ -116,6 +116,11 @@ class NeuralDrafter(Drafter, Protocol):
         """Width of the output kept for each request, from which its next draft starts."""
 
     @property
+    def first_row(self) -> int:
+        """Position of a request's first row: 1 if rows need hidden states of the position before
+        them, 0 if they come from tokens alone."""
+
+    @property
     def vocab(self) -> VocabMap | None:
         """A reduced draft vocabulary; ``None`` if it proposes from the target's."""
 
@@ -172,6 +177,8 @@ class DrafterContext:
     """V of the target."""
     num_slots: int
     """Slots of the target's KV pool; a neural drafter's pool uses the same numbers."""
+    lm_head: Callable[[Tensor], Tensor]
+    """The target's: its input [..., H] -> logits [..., V], capped if the target caps them."""
     device: torch.device
     dtype: torch.dtype
     weights: Weights | None

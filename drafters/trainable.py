@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from configs.schema import TrainerSettings
     from drafters.batch import TrainingBatch
+    from targets.causal import CausalWeights
     from targets.head import TargetHead
     from targets.last_layer import LastLayer
 
@@ -65,6 +66,7 @@ class Trainable(Protocol[ModelT]):
         seed: int,
         draft_ids: Tensor | None = None,
         last_layer: LastLayer | None = None,
+        causal: CausalWeights | None = None,
     ) -> ModelT:
         """New model on the CPU, a function of its arguments alone.
 
@@ -74,9 +76,10 @@ class Trainable(Protocol[ModelT]):
             layer_ids: layers to tap; ``None``: the kind's default.
             draft_ids: [D] int64 ascending, the only tokens it can propose; ``None``: all.
             last_layer: the target's, to start from instead of random weights.
+            causal: the causal LM to start from; given to kinds that are one (``Entry.is_model``).
 
         Raises:
-            ValueError: the target has no such layer.
+            ValueError: the target has no such layer, or the kind does not take an argument.
         """
         ...
 

@@ -9,6 +9,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from configs.schema import DrafterSettings
+from drafters.catalog import kind_of
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
-from drafters.protocol import HostDrafter
+from drafters.protocol import DrafterContext, HostDrafter, Weights
 from drafters.suffix.index import SuffixIndex
+from drafters.trainable import trainable
 from oracles.support import tiny_tokenizer
 from policies.interface import Decision, Outcome, StepObs
 from serving.engine.assembly import Choices, assemble
@@ -121,9 +125,19 @@ class SecondEagle3(PagedEagle3):
     kind = "second"
 
 
+def new_weights(kind: str, model: Any, seed: int = 1) -> Weights:
+    """Random weights of any kind of drafter that learns, for ``model`` as target."""
+    learns = trainable(kind)
+    head = model.get_output_embeddings().weight.detach()
+    made = learns.new_model(model.config, head, None, seed)
+    return Weights(0, learns.config_to_json(made), learns.bundle_tensors(made))
+
+
 def make_engine(
     model: Any,
     *,
+    kind: str | None = None,
+    weights: Weights | None = None,
     policy: Any = None,
     max_batch: int = 5,
     page_size: int = 4,
@@ -149,6 +163,7 @@ def make_engine(
     """An engine over ``model`` with a random EAGLE-3 drafter unless one is given.
 
     Args:
+        kind: take a drafter of this kind of the catalog instead, with ``weights`` or random ones.
         overlaps: launch each round before the last one is read, as a server on a GPU does.
         fused: compute target and drafter with our fused operations.
         on_request: further host drafters, which draft only for requests that name them.
@@ -159,15 +174,32 @@ def make_engine(
         drafter = Eagle3(config_for_target(model.config))
         drafter.initialise(seed, model.get_output_embeddings().weight)
     drafter.eval().requires_grad_(False)
+    if kind is not None and weights is None:
+        weights = new_weights(kind, model, seed)
     modules = [drafter] if second is None else [drafter, second.eval().requires_grad_(False)]
     taps = dict.fromkeys(layer for module in modules for layer in module.config.layer_ids)
+    if kind is not None:
+        taps = dict.fromkeys(kind_of(kind).layer_ids(weights))
     target = Target(model, tuple(taps))
     sizes = Sizes(max_batch, 256, prefill_chunk, page_size, num_pages, max_draft)
     kinds = (PagedEagle3, SecondEagle3)
-    neural = [
-        kind(module, target.embed, num_pages * page_size)
-        for kind, module in zip(kinds, modules, strict=False)
+    neural: list[Any] = [
+        paged(module, target.embed, num_pages * page_size)
+        for paged, module in zip(kinds, modules, strict=False)
     ]
+    if kind is not None:
+        context = DrafterContext(
+            settings=DrafterSettings(kind=kind, max_draft=max_draft),
+            embed=target.embed,
+            hidden_size=target.config.hidden_size,
+            vocab_size=target.vocab_size,
+            num_slots=num_pages * page_size,
+            lm_head=partial(target.logits, widen=False),
+            device=target.device,
+            dtype=target.dtype,
+            weights=weights,
+        )
+        neural = [kind_of(kind).build(context)]
     if fused:
         fuse(target, neural, sizes.pages_each * page_size, pinned=False)
     elif fused_drafter:

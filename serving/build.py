@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -242,6 +243,7 @@ def _make_drafters(
             hidden_size=target.config.hidden_size,
             vocab_size=target.vocab_size,
             num_slots=num_pages * settings.engine.page_size,
+            lm_head=partial(target.logits, widen=False),
             device=target.device,
             dtype=target.dtype,
             weights=_weights_of(kind, learning),

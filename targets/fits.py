@@ -61,6 +61,35 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
     )
 
 
+def check_same_tokenizer(tokenizer: Any, other: Any, name: str) -> None:
+    """Refuse a model whose token ids mean other text than the target's.
+
+    Tokens added behind the ordinary ones may be missing in one of them.
+
+    Args:
+        tokenizer: the target's.
+        other: that of the model ``name``.
+
+    Raises:
+        ValueError: an id stands for another token, or only one has an ordinary token; names the
+            first.
+    """
+    ours, theirs = ({i: t for t, i in one.get_vocab().items()} for one in (tokenizer, other))
+    for i in sorted(ours.keys() | theirs.keys()):
+        mine, its = ours.get(i), theirs.get(i)
+        is_added = i in tokenizer.added_tokens_decoder or i in other.added_tokens_decoder
+        if mine == its or (is_added and (mine is None or its is None)):
+            continue
+        raise ValueError(
+            f"the tokenizer of {name} is not the target's: id {i} is {_named(its)} there and "
+            f"{_named(mine)} in the target; choose a model with the target's tokenizer"
+        )
+
+
+def _named(token: str | None) -> str:
+    return "no token" if token is None else repr(token)
+
+
 def _by_id(item: tuple[str, int]) -> int:
     return item[1]
 

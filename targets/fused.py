@@ -17,7 +17,8 @@ D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -74,6 +75,33 @@ def _numbers(model: Any) -> str | None:
     return None
 
 
+def _check_in_place(before: list[tuple[nn.Parameter, Tensor]], layers: list[Any]) -> None:
+    """Refuse layers whose weights are not the parameters themselves, which are put back.
+
+    Args:
+        before: every parameter and where its values were.
+    """
+    moved = [p for p, data in before if p.data_ptr() != data.data_ptr()]
+    held = {data.untyped_storage().data_ptr() for _, data in before}
+    copies = [t for layer in layers for t in _tensors_of(layer)
+              if t.untyped_storage().data_ptr() not in held]  # fmt: skip
+    if moved or copies:
+        for parameter, data in before:
+            parameter.data = data
+        raise ValueError(
+            f"{max(len(moved), len(copies))} weights would be copied, which swaps do not reach"
+        )
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    """Tensors in a layer's fields, those of its norms and heads included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors_of(getattr(value, field.name))
+
+
 class FusedDecoder:
     """A Hugging Face model of a known family, run by our operations on the model's own weights.
 
@@ -92,6 +120,7 @@ class FusedDecoder:
         overlap: bool | None = None,
         ahead_bytes: int = 0,
         pinned: bool = False,
+        in_place: bool = False,
     ) -> None:
         """Fuse the weights of ``model`` in place; its own forward still works.
 
@@ -105,9 +134,12 @@ class FusedDecoder:
             ahead_bytes: bytes of each layer's o weight to fetch into the L2 cache during attention.
             pinned: a row's result is bitwise independent of the other rows, provided that
                 attention's is.
+            in_place: no weight moves and none is copied, so that what overwrites a parameter where
+                it lies changes the next pass.
 
         Raises:
-            ValueError: the model cannot be fused, or ``pinned`` without kernels.
+            ValueError: the model cannot be fused, ``pinned`` without kernels, or a weight would
+                move or be copied.
         """
         reason, family = supports(model), family_of(model)
         if reason is not None or family is None:
@@ -115,8 +147,11 @@ class FusedDecoder:
         decoder, config = model.model, model.config
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         self.head: Tensor = model.lm_head.weight.detach()
-        on_cpu = self.head.device.type == "cpu" and not use_kernels
-        self.layers = [family.layer(layer, on_cpu) for layer in decoder.layers]
+        by_columns = self.head.device.type == "cpu" and not use_kernels and not in_place
+        before = [(p, p.data) for p in model.parameters()] if in_place else []
+        self.layers = [family.layer(layer, by_columns) for layer in decoder.layers]
+        if in_place:
+            _check_in_place(before, self.layers)
         self.final_norm = norm_of(decoder.norm)
         self.scale: float = decoder.layers[0].self_attn.scaling
         """Factor of the attention scores."""

@@ -129,9 +129,24 @@ def columns_of(weight_NK: Tensor) -> Tensor:
     return columns[:, :num_rows].t()
 
 
+def _are_adjacent(weights: list[Tensor]) -> bool:
+    """Whether weights laid out by rows follow each other in one memory."""
+    if len({w.untyped_storage().data_ptr() for w in weights}) > 1:
+        return False
+    ends = [w.storage_offset() + w.numel() for w in weights]
+    starts = [w.storage_offset() for w in weights[1:]]
+    return all(w.is_contiguous() for w in weights) and starts == ends[:-1]
+
+
 def _joined(by_columns: bool, *linears: Any) -> Tensor:
-    """One weight with the rows of all modules, whose weights become views of it to save memory."""
-    joined = torch.cat([module.weight.detach() for module in linears])
+    """One weight with the rows of all modules, whose weights become views of it to save memory.
+
+    Weights that lie behind each other already, as those that swaps overwrite do, stay where they
+    are."""
+    own: list[Tensor] = [module.weight.detach() for module in linears]
+    if not by_columns and _are_adjacent(own):
+        return own[0].as_strided((sum(map(len, own)), own[0].shape[1]), own[0].stride())
+    joined = torch.cat(own)
     if by_columns:
         joined = columns_of(joined)
     start = 0

@@ -160,20 +160,29 @@ class Target:
         else:
             self.decoder.layers[layer_id - 1].register_forward_hook(keep)
 
-    def fuse(self, num_positions: int, pinned: bool = False) -> str | None:
+    def fuse(
+        self, num_positions: int, pinned: bool = False, *, in_place: bool = False
+    ) -> str | None:
         """Run passes with ``FusedDecoder`` from now on, if it supports this model.
 
         Args:
             num_positions: exclusive upper bound on the rows' positions.
             pinned: a row's hidden state and logits do not depend on the other rows; on a GPU only.
+            in_place: swaps overwrite the weights where they lie, see ``FusedDecoder``.
 
         Returns:
             Why the model is not supported; ``None`` if it is.
         """
         reason = supports(self.model)
-        if reason is None:
-            self._fused = FusedDecoder(self.model, num_positions, pinned=pinned)
-        return reason
+        if reason is not None:
+            return reason
+        try:
+            self._fused = FusedDecoder(self.model, num_positions, pinned=pinned, in_place=in_place)
+        except ValueError as error:
+            if not in_place:
+                raise
+            return str(error)
+        return None
 
     @property
     def is_fused(self) -> bool:
@@ -204,7 +213,12 @@ class Target:
         )
 
     def decode(
-        self, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, at: DecodePass, pool: KvPool
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        at: DecodePass | PagedPass,
+        pool: KvPool,
     ) -> TargetRows:
         """One pass over T packed rows, the same number for each request.
 
@@ -213,9 +227,9 @@ class Target:
         Args:
             ids_T, positions_T: [T] int64.
             slots_T: [T] int64, where each row's key and value go.
-            at: page tables and positions of the rows' requests.
+            at: page tables and positions of the rows' requests, or what was prepared of them.
         """
-        paged = prepare_pass(at, at.num_query(len(ids_T)))
+        paged = prepare_pass(at, at.num_query(len(ids_T))) if isinstance(at, DecodePass) else at
         if self._fused is None:
             return self._by_own_code(ids_T, positions_T, paged, pool)
         fused = self._fused

@@ -27,6 +27,7 @@ class PagedEagle3:
 
     kind = "eagle3"
     traits = TRAITS
+    first_row = 1
 
     def __init__(self, module: Eagle3, embed: torch.nn.Module, num_slots: int) -> None:
         """

@@ -16,6 +16,7 @@ from drafters.eagle3.from_target import imitate
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
 from drafters.trainable import BatchLoss, TargetShape
+from targets.causal import CausalWeights
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
 
@@ -38,8 +39,10 @@ class Eagle3Trainable:
         seed: int,
         draft_ids: Tensor | None = None,
         last_layer: LastLayer | None = None,
+        causal: CausalWeights | None = None,
     ) -> Eagle3:
         """The target's layer shape and its lm_head, as far as the draft vocabulary reaches."""
+        assert causal is None, "only kinds that are a causal LM are given one"
         size = None if draft_ids is None else draft_ids.numel()
         model = Eagle3(config_for_target(target_config, layer_ids, size))
         head = lm_head_VH if draft_ids is None else lm_head_VH[draft_ids]

@@ -45,10 +45,24 @@ class PagedPass:
     """Cover all T rows, in order."""
 
 
-def make_group(start: int, slots_RS: Tensor, positions_RQ: Tensor, first_key: int = 0) -> Group:
-    """A group with its causal mask. Positions before ``first_key`` are invisible."""
+def make_group(
+    start: int,
+    slots_RS: Tensor,
+    positions_RQ: Tensor,
+    first_key: int = 0,
+    *,
+    is_block: bool = False,
+) -> Group:
+    """A group with its causal mask. Positions before ``first_key`` are invisible.
+
+    Args:
+        is_block: a row sees the later rows of its request, too.
+    """
     keys = torch.arange(slots_RS.shape[1], device=slots_RS.device)
-    mask = keys <= positions_RQ[..., None]
+    last_RQ = positions_RQ
+    if is_block:
+        last_RQ = positions_RQ.amax(dim=1, keepdim=True).expand_as(positions_RQ)
+    mask = keys <= last_RQ[..., None]
     if first_key:
         mask &= keys >= first_key
     return Group(start, positions_RQ.shape[1], slots_RS, positions_RQ, mask[:, None])
@@ -83,19 +97,19 @@ def group_attention(
     k = _gather(keys, flat).view(num_requests, num_keys, *keys.shape[1:]).transpose(1, 2)
     v = _gather(values, flat).view(num_requests, num_keys, *values.shape[1:]).transpose(1, 2)
     q = q_RQHD.transpose(1, 2)
-    out = _masked_attention(q, k, v, mask, scale, softcap)
+    out = masked_attention(q, k, v, mask, scale, softcap)
     # A masked key weighs 0, and 0 times NaN is NaN. On a GPU the sum is not read: that would wait,
     # and could not be captured.
     if out.is_cuda or not math.isfinite(float(out.sum())):
         is_bad_RS = ~(k.isfinite() & v.isfinite()).all(dim=-1).all(dim=1)
         k, v = (t.masked_fill(is_bad_RS[:, None, :, None], 0) for t in (k, v))
-        out = _masked_attention(q, k, v, mask, scale, softcap)
+        out = masked_attention(q, k, v, mask, scale, softcap)
         sees_bad = (mask & is_bad_RS[:, None, None]).any(dim=-1, keepdim=True)
         out = out.masked_fill(sees_bad, float("nan"))
     return out.transpose(1, 2)
 
 
-def _masked_attention(
+def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """[R, Hq, Q, D]; what the mask hides must be finite."""
@@ -191,8 +205,13 @@ class DecodePass:
     them."""
     first_key: int = 0
     """First valid key."""
+    is_block: bool = False
+    """Rows of a request see each other whatever their order, for drafts made all at once. A window
+    still ends at each row's own position. Not with counts or ancestors."""
 
     def __post_init__(self) -> None:
+        if self.is_block and (self.counts_R is not None or self.ancestors_RQ is not None):
+            raise ValueError("rows of a block have neither counts nor ancestors")
         num_requests = self.pages_RP.shape[0]
         for name, tensor, dtype, dims in (
             ("pages", self.pages_RP, torch.int32, 2),
@@ -305,7 +324,7 @@ def listed_steps(decode: DecodePass, num_steps: int) -> list[PagedPass]:
 
 def _starts_of_runs(decode: DecodePass, num_query: int) -> list[int]:
     """Indices of requests that do not continue the pages and positions of the request before."""
-    if num_query == 1 or len(decode.first_R) == 1:
+    if num_query == 1 or len(decode.first_R) == 1 or decode.is_block:
         return list(range(len(decode.first_R)))
     has_same_pages = (decode.pages_RP[1:] == decode.pages_RP[:-1]).all(dim=1)
     is_next = decode.first_R[1:] == decode.first_R[:-1] + num_query
@@ -317,7 +336,7 @@ def _listed_group(decode: DecodePass, positions_RQ: Tensor, start: int) -> Group
     offset = torch.arange(decode.page_size, device=decode.first_R.device)
     pages_RP = decode.pages_RP[:, :num_pages].long()
     slots_RS = (pages_RP[..., None] * decode.page_size + offset).flatten(1)
-    return make_group(start, slots_RS, positions_RQ, decode.first_key)
+    return make_group(start, slots_RS, positions_RQ, decode.first_key, is_block=decode.is_block)
 
 
 def write_rows(
@@ -364,7 +383,11 @@ def visible_keys(decode: DecodePass, num_query: int, window: int | None) -> Tens
     num_keys = decode.pages_RP.shape[1] * decode.page_size
     key_S = torch.arange(num_keys, device=decode.first_R.device)
     positions_RQ = decode.positions(num_query)
-    seen = key_S <= positions_RQ[..., None]
+    last_RQ = positions_RQ
+    if decode.is_block:
+        ends_R1 = positions_RQ.amax(dim=1, keepdim=True)
+        last_RQ = torch.where(positions_RQ >= 0, ends_R1, -1)
+    seen = key_S <= last_RQ[..., None]
     reach_RQ = positions_RQ
     if decode.ancestors_RQ is not None:
         first_R1 = decode.first_R[:, None].long()

@@ -106,7 +106,7 @@ def _attend_pages(
     GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, PART_KEYS: tl.constexpr, PAGE: tl.constexpr,
     HAS_COUNTS: tl.constexpr, HAS_ANCESTORS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, JOINED: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, IS_BLOCK: tl.constexpr, JOINED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile of rows to one part of the keys of one request and key head.
 
@@ -137,6 +137,8 @@ def _attend_pages(
     is_real = is_row & (query < count) & (first + query >= 0)
     last = tl.where(is_real, first + query, -1)
     reach = last
+    if IS_BLOCK:
+        last = tl.where(is_real, first + count - 1, -1)
     if HAS_ANCESTORS:
         ancestors = tl.load(ancestors_ptr + request * num_query + query, mask=is_real, other=0)
         last = tl.where(is_real, first - 1, -1)  # the last key visible to all rows
@@ -440,6 +442,7 @@ def attend_pages(
         window or 0, num_query, num_pages, decode.first_key, q.stride(0),
         **span, ROWS=chosen.rows, PAGE=decode.page_size,
         HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
+        IS_BLOCK=decode.is_block,
         JOINED=parts == 1, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     if parts > 1:

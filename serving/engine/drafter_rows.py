@@ -1,6 +1,7 @@
 """The rows of one neural drafter: which are already computed, and programs for the others.
 
-Row p of a request is computed from its token p and the target's hidden states at p - 1. A round
+Row p of a request is computed from its token p and the target's hidden states at p - 1; for a
+drafter that reads none, rows begin at position 0. A round
 computes the rows of the drafter that drafted it; those of the other neural drafters are missing
 until they are about to draft, and are then computed by catch-up programs.
 
@@ -23,6 +24,7 @@ from drafters.protocol import NeuralDrafter
 from serving.engine.cuda_graphs import Graphs, Program, fitting
 from serving.engine.lanes import LaneRows, Lanes, upload
 from serving.engine.sequence import Sequence
+from specops.attention import DecodePass
 from specops.device import places_of
 from specops.lanes import ClosedRound, OpenedRound
 from targets.target import Target
@@ -92,6 +94,7 @@ class DrafterRows:
         columns = [features.layer_ids.index(layer) for layer in drafter.layer_ids]
         reads_all = columns == list(range(len(features.layer_ids)))
         self._columns = None if reads_all else torch.tensor(columns, device=target.device)
+        self._first_row = drafter.first_row
         self._has_page = np.zeros(num_pages, dtype=bool)
         shape = (lanes.padding + 1, drafter.output_size)
         self._outputs_LH = torch.zeros(shape, dtype=target.dtype, device=target.device)
@@ -114,7 +117,7 @@ class DrafterRows:
         self._has_page[sequence.pages[cached:]] = False
         gaps = np.flatnonzero(~self._has_page[sequence.pages[:cached]])
         num_pages = int(gaps[0]) if len(gaps) else cached
-        sequence.next_row[self.kind] = max(num_pages * self._page_size, 1)
+        sequence.next_row[self.kind] = max(num_pages * self._page_size, self._first_row)
 
     def has_rows_to(self, sequence: Sequence, length: int) -> None:
         """Note that the rows of the first ``length`` tokens are computed."""
@@ -125,7 +128,7 @@ class DrafterRows:
 
     def note_chunk(self, sequence: Sequence, start: int, end: int) -> None:
         """Note that a prefill program computed rows start..end-1, if these continue the rows."""
-        if max(start, 1) >= sequence.next_row[self.kind] >= start:
+        if max(start, self._first_row) >= sequence.next_row[self.kind] >= start:
             self.has_rows_to(sequence, end)
 
     def num_missing(self, batch: list[Sequence]) -> int:
@@ -134,6 +137,10 @@ class DrafterRows:
         return sum([max(0, len(s.tokens) - s.next_row[kind] - 1) for s in batch])
 
     # ---- within programs -----------------------------------------------------------------------
+
+    def pass_at(self, rows: LaneRows, first_R: Tensor) -> DecodePass:
+        """A pass over the drafter's own rows, from position ``first`` on."""
+        return rows.decode_pass(first_R, self._page_size, first_key=self._first_row)
 
     def outputs_of(self, lanes_R: Tensor) -> Tensor:
         """[R, H] outputs at the anchors, where the next draft starts."""
@@ -150,7 +157,7 @@ class DrafterRows:
             lanes_R: [R] int64, the lanes of ``opened`` as an index.
             features_TmH: the target's tapped rows of the old anchors and the drafts.
         """
-        at = LaneRows(opened.pages_RP).decode_pass(opened.draft_at_R, self._page_size, first_key=1)
+        at = self.pass_at(LaneRows(opened.pages_RP), opened.draft_at_R)
         outputs = self.drafter.observe(closed.emitted_RQ.view(-1), self._own(features_TmH), at)
         fresh = outputs.index_select(0, closed.anchor_row_R)
         self._outputs_LH.index_copy_(0, lanes_R, fresh)
@@ -158,7 +165,7 @@ class DrafterRows:
     def observe_blocks(self, rows: LaneRows, first_B: Tensor, ids_T: Tensor) -> Tensor:
         """Compute B blocks from the target's stored rows; returns their outputs, [T, H]."""
         before = places_of(rows.decode_pass(first_B - 1, self._page_size), BLOCK).slots.flatten()
-        at = rows.decode_pass(first_B, self._page_size, first_key=1)
+        at = self.pass_at(rows, first_B)
         return self.drafter.observe(ids_T, self._own(self._features.at(before)), at)
 
     def _own(self, features_TmH: Tensor) -> Tensor:

@@ -395,7 +395,7 @@ class Rounds:
         self, neural: DrafterRows, opened: OpenedRound, rows: LaneRows, key: _Key
     ) -> _Drafts:
         drafter = neural.drafter
-        ahead = rows.decode_pass(opened.draft_at_R, self._page_size, first_key=1)
+        ahead = neural.pass_at(rows, opened.draft_at_R)
         outputs = neural.outputs_of(opened.lanes_R)
         if not self._draws(key):
             d2t = None if drafter.vocab is None else drafter.vocab.d2t_D

@@ -78,7 +78,7 @@ def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
 
     before = tokens_per_step()
     losses = []
-    for _ in range(40):
+    for _ in range(70):
         optimizer.zero_grad()
         computed = learns.loss(drafter, target_head, batch, settings, generator)
         computed.loss.backward()
@@ -105,7 +105,7 @@ def test_missing_tensors_are_refused(head, kind):
 
 @pytest.mark.parametrize("kind", ["suffix", "none"])
 def test_a_kind_that_does_not_learn_is_an_error_that_names_those_that_do(kind):
-    with pytest.raises(ValueError, match=f"kind '{kind}' cannot be trained; .*: eagle3"):
+    with pytest.raises(ValueError, match=f"kind '{kind}' cannot be trained; .*eagle3"):
         trainable(kind)
 
 

@@ -66,6 +66,12 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/ops/drafter.py: spells the drafter kind 'eagle3'": (
         "measures the kernels of one drafter"
     ),
+    "benchmarks/peers/__main__.py: spells the drafter kind 'dflash'": (
+        "transformers' own, which is measured as a peer"
+    ),
+    "benchmarks/peers/decoders.py: spells the drafter kind 'dflash'": (
+        "transformers' own, which is measured as a peer"
+    ),
     "benchmarks/real/train_drafter.py: spells the drafter kind 'eagle3'": (
         "trains one, and says so"
     ),

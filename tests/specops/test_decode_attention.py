@@ -50,12 +50,15 @@ class Case:
     softcap: float | None = None
     first_key: int = 0
     head_dim: int = 16
+    is_block: bool = False
 
     def row(self, request: int, j: int) -> tuple[int, int] | None:
         """A row's position and the bits of its path; ``None`` for padding."""
         count = self.num_query if self.counts is None else self.counts[request]
         if j >= count or self.firsts[request] + j < 0:
             return None
+        if self.is_block:
+            return self.firsts[request] + j, (1 << self.num_query) - 1
         bits = (2 << j) - 1 if self.trees is None else self.trees[request][j]
         return self.firsts[request] + j, bits
 
@@ -70,6 +73,8 @@ CASES = {
     "padding requests": Case(firsts=(-4, 200, -1000, -2)),
     "short window, softcap": Case(window=3, softcap=2.0),
     "window over blocks": Case(window=150, firsts=(290, 400, 149, 10)),
+    "blocks": Case(num_query=6, firsts=(9, 290, 0, -2), is_block=True, first_key=1),
+    "blocks in a window": Case(num_query=9, firsts=(3, 140), is_block=True, window=12),
     "trees": Case(trees=(TREE, CHAIN, TREE, TREE)),
     "trees in a window": Case(
         trees=(TREE, CHAIN, TREE, TREE), window=5, counts=(4, 4, 3, 0), first_key=1
@@ -83,7 +88,9 @@ def want_row(case, q, k, v, position, bits, first):
     keys = [*range(max(first, 0)), *path]
     # The row itself is the last one on its own path.
     keys = [key for at, key in enumerate(keys) if key >= case.first_key]
-    if case.window is not None:
+    if case.is_block and case.window is not None:
+        keys = [key for key in keys if key > position - case.window]
+    elif case.window is not None:
         keys = keys[-min(case.window, len(keys)) :]
     if not keys:
         return torch.zeros_like(q)
@@ -141,6 +148,7 @@ def scene(case: Case, seed: int = 0) -> Scene:
         None if case.counts is None else torch.tensor(case.counts, device=DEVICE).int(),
         None if case.trees is None else torch.tensor(case.trees, device=DEVICE),
         case.first_key,
+        case.is_block,
     )
     packed = (t.flatten(0, 1).to(DEVICE) for t in (q, *new))
     return Scene(*packed, keys.to(DEVICE), values.to(DEVICE), decode, want.flatten(0, 1), new_slots)

@@ -1,0 +1,143 @@
+"""What holds for one drafter that learns holds for every one of the catalog: outputs are the
+target's whatever it drafts, weights change in the middle, and what training simulates is served."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from drafters.batch import from_sequences
+from drafters.trainable import learning_kinds, trainable
+from oracles.engines import make_engine, new_weights, random_model, request_of, run
+from oracles.joint_law import chi_squared_excess
+from policies.fixed import FixedPolicy
+from specops.distill import FrozenHead
+from specops.verify_logits import Rule
+from targets.head import TargetHead
+from tests.serving.capture.test_capture import PROMPT, restored, traces_of
+from tests.serving.engine.test_greedy_equality import random_prompts, reference
+from tests.serving.engine.test_sampled_law import LENGTH, SHAPES, V, expected_law, soft_target
+from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
+
+KINDS = learning_kinds()
+OTHERS = KINDS[1:]
+"""The first has these suites to itself: ``test_greedy_equality``, ``test_sampled_law``."""
+K = 4
+
+
+def scrambled(kind):
+    """Overwrites the drafter's weights every third step."""
+
+    def between(engine, step):
+        if step % 3 == 0:
+            torch.manual_seed(step)
+            drafter = engine.drafting.neural[kind].drafter
+            with torch.no_grad():
+                for parameter in drafter.module.parameters():
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)
+            drafter.version += 1
+
+    return between
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "overlaps"),
+    [(kind, *rest) for kind in OTHERS for rest in (("qwen3", True), ("gemma3", False))],
+)
+def test_greedy_output_is_the_targets_with_swaps_in_the_middle(kind, architecture, overlaps):
+    numbers = random.Random(2)
+    model = random_model(architecture)
+    prompts = random_prompts(numbers, 8, 96)
+    expected = [reference(model, prompt, 20) for prompt in prompts]
+    engine = make_engine(
+        model, kind=kind, overlaps=overlaps, max_batch=3, prefill_chunk=16, page_size=4
+    )
+
+    got = run(engine, [request_of(str(i), p, 20) for i, p in enumerate(prompts)], scrambled(kind))
+
+    assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
+    assert {drafter for drafter, _ in engine.figures().steps_by_arm} > {kind, "suffix"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "rule"),
+    [
+        (kind, *rest)
+        for kind in OTHERS
+        for rest in (("whole", Rule.BLOCK), ("truncated", Rule.STANDARD))
+    ],
+)
+def test_the_joint_law_is_the_targets(kind, shape, rule):
+    law = expected_law(soft_target("opposed"), SHAPES[shape])
+    engine = make_engine(
+        soft_target("opposed"), kind=kind, policy=FixedPolicy(kind, 3), suffix=False, rule=rule,
+        max_batch=256, num_pages=1200, prefill_chunk=1024, ring_rows=8192, max_draft=3,
+    )  # fmt: skip
+    requests = [
+        request_of(str(i), LAW_PROMPT, LENGTH + 1, capture=False, **SHAPES[shape])
+        for i in range(1_500)
+    ]
+
+    got = run(engine, requests)
+
+    counts = torch.zeros(V, V, V, dtype=torch.float64)
+    for collected in got.values():
+        counts[tuple(collected.token_ids[:LENGTH])] += 1
+    assert engine.figures().num_draft_tokens > 1_000
+    assert chi_squared_excess(counts, law) < 1
+
+
+def trained_on(trace):
+    """The batch of a whole trace, every row with a loss."""
+    rows = restored(trace.features)[None]
+    ids = torch.from_numpy(trace.token_ids).long()[None]
+    known = torch.zeros_like(ids, dtype=torch.bool)
+    known[0, trace.features.positions] = True
+    padded = torch.cat((rows, rows[:, -1:]), dim=1)
+    loss = known.clone()
+    loss[:, -1] = False  # nothing follows it
+    return from_sequences(
+        ids,
+        torch.arange(ids.shape[1])[None],
+        padded[:, :, :-1].flatten(2),
+        padded[:, :, -1],
+        known,
+        loss,
+        torch.zeros(1),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_training_simulates_is_what_was_accepted(monkeypatch, kind):
+    """For greedy requests the simulated acceptance of a chain is 0 or 1, and exactly as served."""
+    model = random_model("llama")
+    weights = new_weights(kind, model)
+    engine = make_engine(
+        model, kind=kind, weights=weights, policy=FixedPolicy(kind, K), suffix=False,
+        prefill_chunk=7,
+    )  # fmt: skip
+    drafter = engine.drafting.neural[kind].drafter
+    observe = drafter.observe  # the log holds bfloat16: serving shall read the same numbers
+    monkeypatch.setattr(
+        drafter, "observe", lambda ids, rows, at: observe(ids, rows.bfloat16().float(), at)
+    )
+    traces = traces_of(engine, [request_of(str(i), PROMPT[i:], 40) for i in range(3)])[0]
+    head = TargetHead(
+        model.config, model.get_input_embeddings().weight, FrozenHead(model.lm_head.weight)
+    )
+    learns = trainable(kind)
+    compared = 0
+    for trace in traces.values():
+        batch = trained_on(trace)
+        module = learns.load_model(weights.config, weights.tensors)
+        alphas, is_full = learns.acceptance(module, head, batch, K)
+        row_of = {int(p): r for r, p in enumerate(batch.row_R)}
+        for one in trace.rounds:
+            row = row_of.get(one.anchor)
+            if row is None or not is_full[row] or len(one.draft_ids) < K:
+                continue
+            assert int(alphas[row].cumprod(0).sum()) == one.num_accepted, one.anchor
+            compared += 1
+    assert compared >= 15
