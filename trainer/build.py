@@ -30,6 +30,7 @@ from drafters.trainable import Trainable, trainable
 from policies.draws.catalog import entry
 from policies.payback import Payback
 from reporting.catalog import asked_for
+from reporting.reports import Reports
 from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
 from targets.load import pick_device
@@ -43,6 +44,7 @@ from trainer.loop import Trainer
 from trainer.pace import Pace
 from trainer.publish import Publisher
 from trainer.replay import Memory, keys_in
+from trainer.reporting import Reporter
 from trainer.rows import RowStore, memory_bytes
 from trainer.saver import Saver
 from trainer.start import newest_drafter
@@ -52,8 +54,13 @@ from trainer.worth import Worth
 log = logging.getLogger(__name__)
 
 
-def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
+def build_trainer(
+    settings: Settings, stop: threading.Event, reports: Reports | None = None
+) -> Trainer:
     """A trainer that is ready to run, resumed from the last checkpoint if there is one.
+
+    Args:
+        reports: where it reports; ``None``: nowhere.
 
     Raises:
         ValueError: the target, a bundle or a checkpoint cannot be used, or the drafter does not
@@ -71,7 +78,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     store = _weights(settings, backend)
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
-    journal = Journal(settings.run_dir / "trainer")
+    journal = _journal(settings, reports or Reports())
     rows = RowStore(device, memory_bytes(settings.trainer, device))
     trainer = Trainer(
         settings=settings,
@@ -118,6 +125,13 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         resume(trainer, saved, backend)
     _capture_updates(trainer)
     return trainer
+
+
+def _journal(settings: Settings, reports: Reports) -> Journal:
+    if not reports.is_on:
+        return Journal(settings.run_dir / "trainer")
+    reporter = Reporter(reports, settings.run_dir / "weights", settings.reports.every_s)
+    return Journal(settings.run_dir / "trainer", reporter.hear)
 
 
 def _static(
