@@ -12,7 +12,7 @@ from typing import Any
 
 from policies.cusum import LIMIT, Cusum
 
-_REFERENCE_ROUNDS = 400
+_REFERENCE_ROUNDS = 1000
 """Rounds of a domain from which its usual acceptance is taken."""
 _MOST_DOMAINS = 32
 """Domains watched one by one; clients name them, so further ones are watched together."""
