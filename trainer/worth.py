@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from buffer.records import Manifest
@@ -114,11 +115,12 @@ class Worth:
     def _account(self, steps: Steps) -> None:
         """A round's share of its step's time, and of what a plain step would have taken."""
         decode_s = plain_s = own_s = 0.0
+        step_s = cache(self.costs.step_s)  # a trace has many rounds and few kinds of them
         columns = (steps.batch_R, steps.draft_k_R, steps.is_own_R, steps.num_accepted_R)
         for batch, k, is_own, accepted in zip(*(c.tolist() for c in columns), strict=True):
-            each_s = self.costs.step_s(batch, k) if is_own or k == 0 else None
-            plain_each_s = self.costs.step_s(batch, 0)
-            if each_s is None or plain_each_s is None:
+            each_s = step_s(batch, k) if is_own or k == 0 else None
+            plain_each_s = step_s(batch, 0)
+            if each_s is None or plain_each_s is None or batch < 1:
                 continue
             decode_s += each_s / batch
             plain_s += plain_each_s / batch * (1 + accepted)
