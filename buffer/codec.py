@@ -9,9 +9,9 @@ Python, neither to read them nor to check them:
     rows [N, m + 1, H], in the dtype and with the bytes that were captured
 
 The rest is a JSON object: identity, sampling, names of drafters and policies, number of rounds,
-tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that it
-does not know, and rows of ``counts`` that an older writer did not have are 0; a change that an old
-reader could misread gets a new version. Version 1, a safetensors blob, is not read any more.
+tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that
+it does not know, and rows of ``counts`` that an older writer did not have are 0; a change that an
+old reader could misread gets a new version. Version 1, a safetensors blob, is not read any more.
 """
 
 from __future__ import annotations

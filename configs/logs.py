@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-OURS = ("serving", "trainer", "drafters", "policies", "targets", "buffer", "configs")
+OURS = ("serving", "trainer", "drafters", "policies", "targets", "buffer", "reporting", "configs")
 """Packages that log at ``log_level``. Libraries log warnings and errors only."""
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -337,6 +337,15 @@ class TrainerSettings(Section):
     gate_confidence: float = Field(0.9, ge=0.5, lt=1)
     """Probability with which a candidate must be no worse than the last published version, judged
     by how much the gain differs between held-out traces. 0.5: only the estimate counts."""
+    cool_down_s: float = Field(30.0, ge=0)
+    """Seconds after a roll-back in which no candidate is judged; learning goes on."""
+    learn: Literal["always", "on_drift"] = "always"
+    """``on_drift``: learn until three candidates in a row are no better, then only once acceptance
+    has fallen on live traffic. A trainer that starts from a version which has learnt measures that
+    first."""
+    payback_s: float | None = Field(None, gt=0)
+    """Pause when learning has saved less of serving's time within so many seconds than it took, and
+    go on once acceptance has fallen. ``None``: learn whether it pays or not."""
     checkpoint_every_s: float = Field(30.0, gt=0)
     """Seconds between two checkpoints of the trainer."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -353,6 +362,44 @@ class TrainerSettings(Section):
     replay_ratio: float = Field(4.0, gt=0)
     """Maximum average number of times a token is trained on; beyond it the trainer waits for new
     traces."""
+
+
+class WandbSettings(Section):
+    """Weights & Biases; needs the extra ``wandb``."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """``online``: server and trainer log to Weights & Biases, with the key in WANDB_API_KEY or from
+    ``wandb login``; ``offline``: to files in ``run_dir/wandb`` that ``wandb sync`` sends later."""
+    project: str = Field("slipstream", pattern=r"^[A-Za-z0-9._-]{1,128}$")
+    """Project of the runs."""
+    entity: str | None = None
+    """User or team that owns the project. ``None``: that of the key."""
+    artifacts: bool = False
+    """Also keep every published version as an artifact. Weights learnt from traffic leave this
+    machine with it."""
+
+
+class TensorboardSettings(Section):
+    """TensorBoard; needs the extra ``tensorboard``."""
+
+    enabled: bool = False
+    """Write event files to ``run_dir/tensorboard``."""
+
+
+class ReportsSettings(Section):
+    """What Weights & Biases and TensorBoard are told."""
+
+    every_s: float = Field(5.0, ge=0.05)
+    """Seconds between two reports of a server."""
+    group: str | None = Field(None, pattern=r"^[^\x00-\x1f]{1,64}$")
+    """Name that the server and the trainer of a run share. ``None``: the name of ``run_dir``."""
+    domains: tuple[str, ...] = ()
+    """Domains that are reported under their names, which clients choose; all others together are
+    ``other``."""
+    queue: int = Field(1000, ge=1)
+    """Records that may wait for each writer. When full, the oldest is dropped and counted."""
+    close_s: float = Field(10.0, ge=0)
+    """Longest time that an ending server or trainer waits for each writer."""
 
 
 class Settings(Section):
@@ -383,3 +430,6 @@ class Settings(Section):
     buffer: BufferSettings = BufferSettings()
     swap: SwapSettings = SwapSettings()
     trainer: TrainerSettings = TrainerSettings()
+    wandb: WandbSettings = WandbSettings()
+    tensorboard: TensorboardSettings = TensorboardSettings()
+    reports: ReportsSettings = ReportsSettings()

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from buffer.deletions import Owner
 
 if TYPE_CHECKING:
@@ -22,6 +25,22 @@ class Piece:
     stop: int
     loss_from: int
     """First row with a loss; earlier rows are context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The R rounds of a trace, as far as they tell what drafting brings."""
+
+    batch_R: NDArray[np.int32]
+    draft_k_R: NDArray[np.int32]
+    """K of the step, which the policy chose."""
+    num_drafted_R: NDArray[np.int32]
+    """Draft tokens of this request."""
+    num_accepted_R: NDArray[np.int32]
+    version_R: NDArray[np.int32]
+    is_own_R: NDArray[np.bool_]
+    """The drafter that learns drafted."""
+    step_s_R: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +71,8 @@ class Sample:
     """Share of the draft tokens that the target rejected, see ``policies.draws.surprise``."""
     owner: Owner | None = None
     """Whose trace it is; it goes when that tenant is deleted. ``None``: nobody's."""
+    steps: Steps | None = None
+    """``None`` unless somebody asks, see ``trainer.dataset.Expected.counted``."""
 
     @property
     def tenant(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import urllib.request
@@ -89,6 +90,8 @@ class Server:
             "capture": capture,
             "speculation": _speculation(setup),
         }
+        if re.fullmatch(r"[!-~]{1,64}", prompt.domain):  # else the server would refuse it
+            body["domain"] = prompt.domain
         path = "/v1/completions"
         if prompt.messages is None:
             body["prompt"] = prompt.prompt

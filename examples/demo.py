@@ -3,6 +3,7 @@
     python -m examples.demo            # or: make demo
     python -m examples.demo --prompts mine.jsonl
     python -m examples.demo --buffer redis         # or: make demo BUFFER=redis
+    python -m examples.demo --set wandb.mode=offline
 
 Starts a server and a trainer, sends traffic that shifts from domain to domain and back through the
 HTTP API, then replays held-out prompts of each phase by every arm (``examples/arms.py``). On a GPU,
@@ -30,6 +31,9 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
+from configs.choices import SettingsError
+from configs.load import load_settings
+from configs.schema import Settings
 from examples.arms import ArmsError, setups
 from examples.clients import Replayer, Reply, Server, Traffic, replay_rounds
 from examples.live import Now, View, summary
@@ -48,9 +52,10 @@ from examples.recording import (
 from examples.services import BUFFER, SERVICES, buffer_url
 from examples.texts import Phase, Texts, gather
 from examples.traffic.prompts import PromptError
+from reporting.catalog import asked_for, check_writers, writer_kind
 
 MARKER = ".slipstream-demo"
-OWN = ("traces", "weights", "trainer", "logs", BUFFER)
+OWN = ("traces", "weights", "trainer", "logs", "wandb", "tensorboard", BUFFER)
 OWN_FILES = (
     "server.json", "step_times.json", "recording.json", "report.json", "report.html", "report.svg",
 )  # fmt: skip
@@ -406,7 +411,27 @@ def carry_out(settings: DemoSettings, console: Console, buffer: str = "log") -> 
         return 1
     console.print(*summary(report), sep="\n\n")
     console.print(f"\n{settings.run_dir / 'report.json'}\n{settings.run_dir / 'report.html'}")
+    for line in how_to_look(settings):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 1 if report["failed_requests"] or report["mismatched_outputs"] else 0
+
+
+def settings_of(settings: DemoSettings) -> Settings:
+    """Settings of the demo's trainer.
+
+    Raises:
+        SettingsError: they are no settings, or ask for a writer that is not installed.
+    """
+    found = load_settings(settings.configs, list(settings.shared_overrides), {})
+    check_writers(found)
+    return found
+
+
+def how_to_look(settings: DemoSettings) -> list[str]:
+    """What shows the reports that the settings asked for, for each writer."""
+    found = settings_of(settings)
+    wheres = (writer_kind(name).where(found) for name in asked_for(found))
+    return [f"\n{where}" for where in wheres if where is not None]
 
 
 # Command
@@ -452,6 +477,11 @@ def main(
     if buffer != "log" and buffer not in SERVICES:
         known = ", ".join(("log", *SERVICES))
         raise typer.BadParameter(f"{buffer!r} is none of {known}", param_hint="--buffer")
+    try:
+        settings_of(settings)
+    except SettingsError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from None
     raise typer.Exit(carry_out(settings, Console(), buffer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,7 +73,13 @@ class DemoSettings:
     @property
     def shared_overrides(self) -> tuple[str, ...]:
         """Overrides of both processes. The static version is replayed at the end: keep it."""
-        return (f"run_dir={self.run_dir}", "trainer.keep_versions=1000", *self.overrides)
+        domains = json.dumps(list(dict.fromkeys(phase.domain for phase in self.phases)))
+        return (
+            f"run_dir={self.run_dir}",
+            "trainer.keep_versions=1000",
+            f"reports.domains={domains}",
+            *self.overrides,
+        )
 
 
 REAL_CONFIGS = tuple(Path("configs", f"{name}.yaml") for name in ("real", "one_gpu", "compare"))

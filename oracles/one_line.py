@@ -15,8 +15,8 @@ from oracles.forked import run_forked
 from oracles.support import REPOSITORY
 
 FOLDERS = (
-    "serving", "trainer", "drafters", "policies", "targets", "buffer", "configs", "kernels",
-    "oracles",
+    "serving", "trainer", "drafters", "policies", "targets", "buffer", "reporting", "configs",
+    "kernels", "oracles",
 )  # fmt: skip
 
 

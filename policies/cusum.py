@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_SHIFT_DRIFT, _SHIFT_LIMIT = 0.5, 10.0
+_SHIFT_DRIFT, LIMIT = 0.5, 10.0
 """Drift and limit of the CUSUM, in standard deviations: a shift by one is found after 20 steps;
 false alarms are rare and cost only some precision."""
 _SURPRISE_GAIN = 0.02
@@ -28,7 +28,7 @@ class Cusum:
         self.variance += _SURPRISE_GAIN * (surprise**2 / rounds - self.variance)
         self.above = max(0.0, self.above + z - _SHIFT_DRIFT)
         self.below = max(0.0, self.below - z - _SHIFT_DRIFT)
-        if max(self.above, self.below) < _SHIFT_LIMIT:
+        if max(self.above, self.below) < LIMIT:
             return False
         self.reset()
         self.num_shifts += 1

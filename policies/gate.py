@@ -7,9 +7,18 @@ may be off is told by how it differs from trace to trace, both drafters measured
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
+
+KEEP = 0.97
+"""Ratio that must be kept of the figure on earlier traffic, and on each domain."""
+
+Reason = Literal[
+    "passed", "no_traces", "not_finite", "too_few", "equal", "worse", "forgets", "domain", "denied"
+]
+"""The verdict in a word. ``denied``: a server rolled back these very weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +27,7 @@ class GateVerdict:
 
     passed: bool
     reason: str
+    kind: Reason
     lacks: float | None = None
     """By how much of itself the candidate's figure would have had to be higher to pass, all else
     equal; ``None`` if it passed or nothing can be said."""
@@ -74,15 +84,16 @@ def gate(
     margin: float,
     num_rows: int,
     older: tuple[float, float] | None = None,
-    keep: float = 0.94,
+    keep: float = KEEP,
     traces: Sequence[PairedTrace] | None = None,
     confidence: float = 0.5,
+    domains: Mapping[str, Sequence[PairedTrace]] | None = None,
 ) -> GateVerdict:
-    """Compare simulated tokens_per_step on held-out traces.
+    """Compare two drafters on held-out traces, in tokens_per_step or in speed.
 
     Args:
-        candidate: tokens_per_step of the new weights.
-        incumbent: tokens_per_step of the last published version on the same rows.
+        candidate: figure of the new weights.
+        incumbent: that of the last published version on the same rows.
         margin: required ratio candidate / incumbent, e.g. 1.005. From 1 on, a candidate that is
             merely as good does not pass: it would cost a swap and gain nothing.
         num_rows: held-out rows behind both figures; with none, nothing passes.
@@ -93,25 +104,35 @@ def gate(
         traces: the same figures trace by trace; ``None``: only the estimates count.
         confidence: with which the candidate must not be worse than the incumbent (or than
             ``margin`` of it, if that is below 1), judged by how the gain differs between traces.
+        domains: both drafters on newest and earlier traces, by domain. On none of them may the
+            candidate be below ``keep`` of the incumbent (or ``margin``, if that is less) by more
+            than the traces' own scatter.
     """
     if num_rows < 1:
-        return GateVerdict(False, "no held-out rows to judge on")
+        return GateVerdict(False, "no held-out rows to judge on", "no_traces")
     if not math.isfinite(candidate) or not math.isfinite(incumbent):
-        return GateVerdict(False, f"not finite: candidate {candidate}, incumbent {incumbent}")
+        return GateVerdict(
+            False, f"not finite: candidate {candidate}, incumbent {incumbent}", "not_finite"
+        )
     figures = f"candidate {candidate:.4f}, incumbent {incumbent:.4f}, {num_rows} rows"
     wanted = margin * incumbent
     if traces is not None and confidence > 0.5:
         error = gain_error(traces)
         if error is None:
-            return GateVerdict(False, f"too few held-out traces for an interval: {figures}")
+            return GateVerdict(
+                False, f"too few held-out traces for an interval: {figures}", "too_few"
+            )
         unsure = errors_allowed(confidence, sum(t.num_chains > 0 for t in traces)) * error
         figures += f", gain uncertain by {unsure:.4f}"
         wanted = max(wanted, min(margin, 1.0) * incumbent + unsure)
     if margin >= 1 and candidate == incumbent:
-        return GateVerdict(False, f"no better than the incumbent: {figures}", 0.0)
+        return GateVerdict(False, f"no better than the incumbent: {figures}", "equal", 0.0)
     if candidate < wanted:
         return GateVerdict(
-            False, f"below {wanted:.4f}, margin {margin:g}: {figures}", wanted / candidate - 1
+            False,
+            f"below {wanted:.4f}, margin {margin:g}: {figures}",
+            "worse",
+            wanted / candidate - 1 if candidate > 0 else None,
         )
     if older is not None:
         least = max(keep, min(1.0, incumbent / candidate))
@@ -120,5 +141,24 @@ def gate(
                 False,
                 f"forgets earlier traffic: candidate {older[0]:.4f} there, below {least:.4g} x "
                 f"incumbent {older[1]:.4f}",
+                "forgets",
             )
-    return GateVerdict(True, f"at least {wanted:.4f}, margin {margin:g}: {figures}")
+    kept = min(keep, margin)
+    falls = [name for name, own in (domains or {}).items() if _falls(own, kept, confidence)]
+    if falls:
+        return GateVerdict(
+            False, f"falls below {kept:g} x incumbent on {', '.join(map(repr, falls))}", "domain"
+        )
+    return GateVerdict(True, f"at least {wanted:.4f}, margin {margin:g}: {figures}", "passed")
+
+
+def _falls(traces: Sequence[PairedTrace], keep: float, confidence: float) -> bool:
+    """The candidate is below ``keep`` of the incumbent, even with what the traces leave open added
+    to it. False for fewer than two traces, which leave everything open."""
+    kept = [PairedTrace(t.num_chains, t.candidate, keep * t.incumbent) for t in traces]
+    error = gain_error(kept)
+    if error is None:
+        return False
+    total = sum(t.num_chains for t in kept)
+    loss = sum(t.incumbent - t.candidate for t in kept) / total
+    return loss > errors_allowed(confidence, sum(t.num_chains > 0 for t in kept)) * error

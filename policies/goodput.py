@@ -146,6 +146,10 @@ class GoodputPolicy:
         """Start the step times from those measured at start-up."""
         self._times.calibrate(samples)
 
+    def plain_s(self, batch: int) -> float | None:
+        """Predicted seconds of a plain step; ``None`` while it is only a guess."""
+        return self._times.plain_s(batch) if self._times.is_known else None
+
     def rest(self) -> Decision | None:
         """The base, for some steps after a plan, unless looks at matches pay."""
         if not self._rest.left or (self._matching and self._rest.wants_look()):

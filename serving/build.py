@@ -32,6 +32,7 @@ from policies.arms import ArmPolicies
 from policies.catalog import build_policy
 from policies.interface import CostSample, DraftPolicy
 from policies.rollback import SwapWatch
+from policies.savings import Savings, TimesPlainSteps
 from serving.capture.recorder import Recorder
 from serving.capture.redaction import Redaction, load_redact
 from serving.capture.traces import Producer, TraceMaker
@@ -319,9 +320,12 @@ def _service(
             automatic=settings.swap.enabled,
             wake_engine=parts.inbox.wake,
         )
-    listeners = _listeners(recorder, maker, swapper, redaction)
+    savings = None
+    if isinstance(policies.ordinary, TimesPlainSteps):
+        savings = Savings(policies.ordinary.plain_s)
+    listeners = _listeners(recorder, maker, swapper, redaction, savings)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
-    return Service(model, engine, recorder, maker, swapper, policies)
+    return Service(model, engine, recorder, maker, swapper, policies, savings)
 
 
 def _captures(settings: CaptureSettings) -> Callable[[str], bool]:
@@ -345,6 +349,7 @@ def _listeners(
     maker: TraceMaker | None,
     swapper: Swapper | None,
     redaction: Redaction | None,
+    savings: Savings | None,
 ) -> Listeners:
     heard: dict[str, Any] = {}
     if recorder is not None and maker is not None:
@@ -355,6 +360,8 @@ def _listeners(
             heard["on_finished"] = lambda sequence: put(redaction.of(finished(sequence)))
     if swapper is not None:
         heard |= {"before_step": swapper.between_steps, "on_rounds": swapper.on_rounds}
+    if savings is not None:
+        heard["on_outcome"] = savings.observe
     return Listeners(**heard)
 
 

@@ -32,6 +32,7 @@ from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.catalog import chosen
 from policies.catalog import policy_class
+from reporting.catalog import check_writers
 from serving.capture.redaction import load_redact
 from serving.disk import warn_without_disk
 
@@ -119,11 +120,15 @@ def _serve(settings: Settings, loaded: _Loaded) -> int:
     """Answer requests until told to stop; returns the exit code."""
     from serving.border.server import serve_http
     from serving.periodic import periodic_stats
+    from serving.reporting import reported
 
     service = loaded.service
     service.start()
     try:
-        with periodic_stats(service.figures, settings.server.log_stats_s):
+        with (
+            periodic_stats(service.figures, settings.server.log_stats_s),
+            reported(service, settings),
+        ):
             code = serve_http(service, settings, loaded.bound, loaded.folder, loaded.spawner)
     finally:
         service.stop()
@@ -144,6 +149,7 @@ def _check_kinds(settings: Settings) -> None:
         check_keys(settings.swap.public_key)
         if settings.capture.redact is not None:
             load_redact(settings.capture.redact)
+        check_writers(settings)
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=2) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from policies.arms import ArmPolicies
 from policies.interface import DraftPolicy
+from policies.savings import Savings
 from serving.capture.recorder import Recorder
 from serving.capture.traces import TraceMaker
 from serving.engine.inbox import Inbox
@@ -32,10 +33,12 @@ class Service:
         maker: TraceMaker | None,
         swapper: Swapper | None,
         policies: ArmPolicies | None = None,
+        savings: Savings | None = None,
     ) -> None:
         """
         Args:
             policies: the engine's policy among those of arms; ``None``: it has no others.
+            savings: counts what drafting saves; ``None``: nobody knows what plain steps take.
         """
         self.model = model
         self.engine = engine
@@ -43,6 +46,7 @@ class Service:
         self.maker = maker
         self.swapper = swapper
         self._policies = policies
+        self._savings = savings
         self._thresholds = gc.get_threshold()
 
     @property
@@ -97,12 +101,30 @@ class Service:
             swap_seconds=self.swapper.swap_seconds if self.swapper else 0.0,
             traces=self.recorder.counts() if self.recorder else {},
             capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,
+            extra={name: value for name, value in self._payback().items() if value is not None},
         )
+
+    def _payback(self) -> dict[str, float | None]:
+        """Time of decoding, what it would have taken without drafts, and what learning took."""
+        savings = self._savings
+        learning_s = self.swapper.learning_s if self.swapper else None
+        if savings is None:
+            return {"learning_seconds": learning_s}
+        return {
+            "decode_seconds": savings.decode_s,
+            "plain_seconds": savings.plain_s,
+            "saved_seconds": savings.saved_s,
+            "learning_seconds": learning_s,
+            "payback_ratio": savings.saved_s / learning_s if learning_s else None,
+        }
 
     def drafter_status(self) -> dict[str, Any]:
         """Kind, version, parent, staleness, state and history of the neural drafter, and what is
-        known of every drafter."""
-        return self._learning_status() | {"drafters": self._drafters()}
+        known of every drafter; what drafting has saved and learning has taken."""
+        return self._learning_status() | {
+            "drafters": self._drafters(),
+            "payback": self._payback(),
+        }
 
     def _drafters(self) -> list[dict[str, Any]]:
         """Kind and traits of every drafter, and whether it drafts on request only."""

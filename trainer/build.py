@@ -13,24 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 
 from buffer.audit import audit
 from buffer.backends import limits_of, open_backend
+from buffer.bundles import BundleError
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.signed_weights import open_weights
 from buffer.traces import SeenTraces, TraceReader
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
-from drafters.trainable import trainable
+from drafters.trainable import Trainable, trainable
 from policies.draws.catalog import entry
+from policies.payback import Payback
+from reporting.catalog import asked_for
+from reporting.reports import Reports
 from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
 from targets.load import pick_device
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import ROW_TYPES, Emphasis, Expected, name_of, triple_of
-from trainer.gate import Judge
+from trainer.gate import Judge, Static
 from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import Learner
@@ -38,16 +44,23 @@ from trainer.loop import Trainer
 from trainer.pace import Pace
 from trainer.publish import Publisher
 from trainer.replay import Memory, keys_in
+from trainer.reporting import Reporter
 from trainer.rows import RowStore, memory_bytes
 from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.update import batch_dtype
+from trainer.worth import Worth
 
 log = logging.getLogger(__name__)
 
 
-def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
+def build_trainer(
+    settings: Settings, stop: threading.Event, reports: Reports | None = None
+) -> Trainer:
     """A trainer that is ready to run, resumed from the last checkpoint if there is one.
+
+    Args:
+        reports: where it reports; ``None``: nowhere.
 
     Raises:
         ValueError: the target, a bundle or a checkpoint cannot be used, or the drafter does not
@@ -65,7 +78,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
     store = _weights(settings, backend)
     manifest, model = newest_drafter(settings, store, head, fingerprint)
     incumbent = copy.deepcopy(model).to(device)
-    journal = Journal(settings.run_dir / "trainer")
+    journal = _journal(settings, reports or Reports())
     rows = RowStore(device, memory_bytes(settings.trainer, device))
     trainer = Trainer(
         settings=settings,
@@ -75,6 +88,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
                 expected_of(manifest, head),
                 emphasis=emphasis_of(settings),
                 surprised=settings.drafter.kind if draws.needs_surprise else None,
+                counted=settings.drafter.kind,
             ),
             settings.trainer.max_sequence,
             journal,
@@ -89,6 +103,7 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
             incumbent,
             settings.trainer.gate_margin,
             settings.trainer.gate_confidence,
+            _static(settings, learns, store, device),
         ),
         published=manifest,
         random=np.random.default_rng(settings.seed),
@@ -98,7 +113,9 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         saver=Saver(
             settings.run_dir / "trainer" / "checkpoints", settings.trainer.keep_checkpoints
         ),
+        worth=Worth(settings.trainer, journal.event, Payback(settings.trainer.payback_s)),
     )
+    trainer.worth.begin(manifest)
     saved = read_checkpoint(trainer.saver.root)
     if saved is None:
         trainer.journal.event("started", version=manifest.version)
@@ -108,6 +125,29 @@ def build_trainer(settings: Settings, stop: threading.Event) -> Trainer:
         resume(trainer, saved, backend)
     _capture_updates(trainer)
     return trainer
+
+
+def _journal(settings: Settings, reports: Reports) -> Journal:
+    if not reports.is_on:
+        return Journal(settings.run_dir / "trainer")
+    reporter = Reporter(reports, settings.run_dir / "weights", settings.reports.every_s)
+    return Journal(settings.run_dir / "trainer", reporter.hear)
+
+
+def _static(
+    settings: Settings, learns: Trainable[Any], store: WeightsStore, device: torch.device
+) -> Static | None:
+    """Version 0, which never changes, if what learning has gained over it is asked for: that takes
+    the memory of one more drafter."""
+    if settings.trainer.payback_s is None and not any(asked_for(settings)):
+        return None
+    try:
+        bundle = store.read(0)
+    except BundleError as error:
+        log.warning("version 0 cannot be read (%s): the gain of learning is unknown", error)
+        return None
+    model = learns.load_model(bundle.manifest.drafter_config, load(bundle.files[TENSORS]))
+    return Static(model.to(device))
 
 
 def _weights(settings: Settings, backend: Backend) -> WeightsStore:
@@ -160,6 +200,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.learner.lr_scale = state["lr_scale"]
         trainer.pace.steps_since_judged = state["steps_since_judged"]
         trainer.pace.refused_in_row = state["refused_in_row"]
+        trainer.worth.restore(state.get("worth", {}))  # checkpoints from before lack it
         trainer.random.bit_generator.state = state["random"]
         seen = SeenTraces.from_json(state["offsets"]["seen"])
         again = _seen_by(saved.damaged, seen)

@@ -19,6 +19,7 @@ import typer
 
 from buffer.audit import audit
 from buffer.files import forbid_core_dumps, why_unwritable
+from configs.choices import SettingsError
 from configs.cli import (
     ConfigOption,
     PrintConfigOption,
@@ -31,6 +32,8 @@ from configs.logs import set_up_logging
 from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.trainable import learning_kinds
+from reporting.catalog import check_writers
+from reporting.reports import Reports, reports_of
 from targets.find import checked_folder
 from trainer.lock import only_trainer
 from trainer.policy_command import fit_policy
@@ -62,14 +65,22 @@ def launch(
             err=True,
         )
         raise typer.Exit(code=2)
+    try:
+        check_writers(settings)
+    except SettingsError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
     set_up_logging(settings.log_level)
     if settings.capture.memory_only:
         forbid_core_dumps()
     stop = _stop_on_signal()
     try:
         _check_disk(settings.run_dir)
-        with only_trainer(settings.run_dir / "trainer"):
-            _train(settings, stop)
+        with (
+            only_trainer(settings.run_dir / "trainer"),
+            reports_of(settings, "trainer") as reports,
+        ):
+            _train(settings, stop, reports)
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
@@ -143,7 +154,7 @@ def vocabulary(
     typer.echo(f"{out}: {size} of {num_tokens} tokens, {coverage(counts, ids):.2%} of the traffic")
 
 
-def _train(settings: Settings, stop: threading.Event) -> None:
+def _train(settings: Settings, stop: threading.Event, reports: Reports) -> None:
     """
     Raises:
         ValueError, OSError: it cannot start.
@@ -155,7 +166,7 @@ def _train(settings: Settings, stop: threading.Event) -> None:
     from trainer.build import build_trainer
     from trainer.loop import run
 
-    trainer = build_trainer(settings, stop)
+    trainer = build_trainer(settings, stop, reports)
     if stop.is_set():
         log.info("stopped before training began")
         return

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from buffer.deletions import Owner
-from buffer.records import Count, FeatureRows, Trace
-from drafters.samples import Piece, Sample
+from buffer.records import Count, FeatureRows, Real, Rounds, Trace
+from drafters.samples import Piece, Sample, Steps
 from policies.draws.surprise import surprise_of
 from policies.preference import row_weights
 
@@ -53,6 +53,8 @@ class Expected:
     """Rows that weigh more than others; ``None``: all the same."""
     surprised: str | None = None
     """Kind of the drafter whose rejected drafts make a trace surprising; ``None``: nobody asks."""
+    counted: str | None = None
+    """Kind of the drafter whose steps are counted, see ``Sample.steps``; ``None``: nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,21 @@ def sample_of(
         trace.domain,
         None if expected.surprised is None else surprise_of(trace.rounds, expected.surprised),
         Owner(trace.tenant, trace.finished_unix_ms),
+        None if expected.counted is None else _steps(trace.rounds, expected.counted),
+    )
+
+
+def _steps(rounds: Rounds, kind: str) -> Steps:
+    counts, drafters = rounds.counts, rounds.drafters
+    index = drafters.index(kind) if kind in drafters else -1
+    return Steps(
+        batch_R=counts[Count.BATCH],
+        draft_k_R=counts[Count.DRAFT_K],
+        num_drafted_R=counts[Count.NUM_DRAFTED],
+        num_accepted_R=counts[Count.NUM_ACCEPTED],
+        version_R=counts[Count.VERSION],
+        is_own_R=(counts[Count.DRAFTER] == index) & (counts[Count.DRAFT_K] > 0),
+        step_s_R=rounds.reals[Real.STEP_S],
     )
 
 

@@ -6,8 +6,8 @@ server nor the target runs, and only the result is read from the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from drafters.acceptance import conditional_acceptance
 from drafters.trainable import Trainable
+from policies.cost_table import SpeedTable, by_tokens
 from policies.gate import GateVerdict, PairedTrace, gain_error, gate
 from targets.head import TargetHead
 from trainer.packing import HeldPiece, Packed, pack
@@ -23,9 +24,32 @@ from trainer.rows import HeldSample, RowStore
 from trainer.update import batch_dtype
 
 GATE_DRAFT_K = 4
-"""K at which drafters are compared."""
+"""K up to which drafters are compared in speed, and K at which they are in tokens_per_step."""
 _TOKENS_AT_ONCE = 8192
 """Positions of one batch of held-out samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Simulated speeds relative to plain decoding, each drafter at the K that is best for it."""
+
+    candidate: float
+    incumbent: float
+
+
+@dataclass(frozen=True, slots=True)
+class DomainSpeeds:
+    """The same on one domain; tokens_per_step where step times are unknown."""
+
+    candidate: float
+    incumbent: float
+    static: float | None
+    """Of the version that the trainer began from, if it is measured."""
+    num_traces: int
+
+    def of(self, candidate: bool) -> float:
+        """The candidate's, or the incumbent's."""
+        return self.candidate if candidate else self.incumbent
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +63,30 @@ class Judgement:
     acceptance: list[float]
     """The candidate's conditional acceptance at each position, up to the last one measured."""
     gain_error: float | None
-    """Standard error of ``candidate - incumbent``."""
+    """Standard error of the difference that decides: of the speeds, if there are any."""
     num_chains: int
     num_traces: int
     incumbent_acceptance: list[float]
     """The incumbent's on the same chains."""
+    speeds: Speeds | None = None
+    """``None`` where step times are unknown; then tokens_per_step decides."""
+    domains: Mapping[str, DomainSpeeds] = field(default_factory=dict)
+    """Of the newest and earlier held-out traces."""
+
+    @property
+    def relative_error(self) -> float | None:
+        """``gain_error`` relative to the candidate's figure."""
+        figure = self.candidate if self.speeds is None else self.speeds.candidate
+        return self.gain_error / figure if self.gain_error and figure else None
+
+    @property
+    def gain_over_static(self) -> float | None:
+        """Speed of the version in force after this, the candidate if it passed, relative to the
+        static one, over all domains by their traces; ``None`` if nothing is known of it."""
+        found = [(d.num_traces, d.of(self.verdict.passed) / d.static) for d in self.domains.values()
+                 if d.static]  # fmt: skip
+        total = sum(weight for weight, _ in found)
+        return sum(weight * gain for weight, gain in found) / total if total else None
 
     def to_json(self) -> dict[str, Any]:
         """Figures for the manifest and the log."""
@@ -56,7 +99,52 @@ class Judgement:
             "gain_error": self.gain_error,
             "num_chains": self.num_chains,
             "num_traces": self.num_traces,
+            "kind": self.verdict.kind,
+            "speeds": None if self.speeds is None else asdict(self.speeds),
         }
+
+
+@dataclass(slots=True)
+class Static:
+    """A version that never changes, whose acceptance on each trace is cached."""
+
+    model: nn.Module
+    _known: dict[str, Tensor] = field(default_factory=dict)
+
+    def acceptance_on(
+        self, samples: Sequence[HeldSample], measure: Callable[..., dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Acceptance on each sample, by its key."""
+        new = measure(self.model, [x for x in samples if x.key not in self._known])
+        known = self._known | new
+        self._known = {x.key: known[x.key] for x in samples}
+        return self._known
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """What acceptance is worth to the two drafters that are compared, 0 the candidate."""
+
+    speed: SpeedTable
+    ks: tuple[tuple[int, ...], tuple[int, ...]]
+    """K of each, by size of batch."""
+    tokens_by_k: Callable[[Tensor], list[float] | None]
+
+    def of(self, who: int, alphas_NK: Tensor) -> float | None:
+        """Mean over the chains; ``None`` without any."""
+        tokens = self.tokens_by_k(alphas_NK)
+        return None if tokens is None else self.speed.speedup(tokens, self.ks[who])
+
+    def at_best(self, alphas_NK: Tensor) -> float | None:
+        """The same at the K that is best for these chains."""
+        tokens = self.tokens_by_k(alphas_NK)
+        return None if tokens is None else self.speed.speedup(tokens, self.speed.best(tokens))
+
+    def paired(self, ours_NK: Tensor, theirs_NK: Tensor) -> PairedTrace:
+        """Both drafters on one trace."""
+        count = len(ours_NK)
+        mine, best = self.of(0, ours_NK) or 0.0, self.of(1, theirs_NK) or 0.0
+        return PairedTrace(count, count * mine, count * best)
 
 
 @dataclass(slots=True)
@@ -72,6 +160,8 @@ class Judge:
     """Least ratio of candidate to incumbent."""
     confidence: float
     """With which the candidate must not be worse; 0.5: only the estimates count."""
+    static: Static | None = None
+    """The version that the trainer began from, for comparison; ``None``: it is not measured."""
     _known: dict[str, Tensor] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
 
@@ -80,27 +170,36 @@ class Judge:
         candidate: nn.Module,
         held_out: Sequence[HeldSample],
         older: Sequence[HeldSample] = (),
+        speed: SpeedTable | None = None,
     ) -> Judgement:
-        """Compare on the newest held-out traces; ``older`` ones guard against forgetting."""
+        """Compare on the newest held-out traces; ``older`` ones guard against forgetting.
+
+        Args:
+            speed: what tokens at each K up to ``GATE_DRAFT_K`` are worth; ``None``: unknown.
+        """
         everything = [*held_out, *older]
-        unknown = [x for x in everything if x.key not in self._known]
-        known = self._known | self._measure(self.incumbent, unknown)
-        self._known = {x.key: known[x.key] for x in everything}
+        known = self._of_incumbent(everything)
         measured = self._measure(candidate, everything)
-        ours, theirs = _join(measured, held_out), _join(self._known, held_out)
+        ours, theirs = _join(measured, held_out), _join(known, held_out)
         mine, best = (self._tokens_per_step(x) for x in (ours, theirs))
-        figures = (mine, best) if mine is not None and best is not None else (0.0, 0.0)
-        kept = [self._tokens_per_step(_join(found, older)) for found in (measured, self._known)]
-        before = (kept[0], kept[1]) if kept[0] is not None and kept[1] is not None else None
-        traces = [self._paired(measured[x.key], self._known[x.key]) for x in held_out]
+        values = self._values(speed or by_tokens(GATE_DRAFT_K), ours, theirs)
+        before = [values.of(who, _join(x, older)) for who, x in ((0, measured), (1, known))]
+        traces = [values.paired(measured[x.key], known[x.key]) for x in held_out]
+        domains = _by_domain(everything)
         verdict = gate(
-            *figures,
+            values.of(0, ours) or 0.0,
+            values.of(1, theirs) or 0.0,
             margin=self.margin,
             num_rows=len(ours),
-            older=before,
+            older=None if before[0] is None or before[1] is None else (before[0], before[1]),
             traces=traces,
             confidence=self.confidence,
+            domains={
+                name: [values.paired(measured[x.key], known[x.key]) for x in samples]
+                for name, samples in domains.items()
+            },
         )
+        figures = (values.of(0, ours), values.of(1, theirs))
         return Judgement(
             verdict,
             mine,
@@ -110,13 +209,46 @@ class Judge:
             len(ours),
             len(held_out),
             _by_position(theirs),
+            Speeds(*figures) if speed and None not in figures else None,  # type: ignore[arg-type]
+            self._domain_speeds(values, domains, measured, known),
         )
 
-    def _paired(self, ours_NK: Tensor, theirs_NK: Tensor) -> PairedTrace:
-        """Both drafters on one trace."""
-        count = len(ours_NK)
-        mine, best = (self._tokens_per_step(x) or 0.0 for x in (ours_NK, theirs_NK))
-        return PairedTrace(count, count * mine, count * best)
+    def _of_incumbent(self, samples: Sequence[HeldSample]) -> dict[str, Tensor]:
+        """The incumbent's acceptance on each sample."""
+        known = self._known
+        known |= self._measure(self.incumbent, [x for x in samples if x.key not in known])
+        self._known = {x.key: known[x.key] for x in samples}
+        return self._known
+
+    def _domain_speeds(
+        self,
+        values: _Values,
+        domains: Mapping[str, Sequence[HeldSample]],
+        measured: dict[str, Tensor],
+        known: dict[str, Tensor],
+    ) -> dict[str, DomainSpeeds]:
+        if self.static is None:
+            static: dict[str, Tensor] = {}
+        else:
+            every = [x for samples in domains.values() for x in samples]
+            static = self.static.acceptance_on(every, self._measure)
+        found = {}
+        for name, samples in domains.items():
+            ours, theirs = (values.of(w, _join(x, samples)) for w, x in ((0, measured), (1, known)))
+            theirs_static = values.at_best(_join(static, samples)) if static else None
+            if ours is not None and theirs is not None:
+                found[name] = DomainSpeeds(ours, theirs, theirs_static, len(samples))
+        return found
+
+    def _values(self, speed: SpeedTable, ours_NK: Tensor, theirs_NK: Tensor) -> _Values:
+        tokens = [self._tokens_by_k(x) for x in (ours_NK, theirs_NK)]
+        ks = tuple(speed.best(t) if t else (1,) * len(speed.weights) for t in tokens)
+        return _Values(speed, (ks[0], ks[1]), self._tokens_by_k)
+
+    def _tokens_by_k(self, alphas_NK: Tensor) -> list[float] | None:
+        """tokens_per_step at K = 1, 2, ... ``GATE_DRAFT_K``; ``None`` without chains."""
+        tokens = [self.trainable.tokens_per_step(alphas_NK, k) for k in range(1, GATE_DRAFT_K + 1)]
+        return [t for t in tokens if t is not None] or None
 
     def _tokens_per_step(self, alphas_NK: Tensor) -> float | None:
         return self.trainable.tokens_per_step(alphas_NK, GATE_DRAFT_K)
@@ -162,6 +294,13 @@ def _groups(samples: Sequence[HeldSample]) -> Iterator[list[tuple[int, HeldPiece
 def _owners(packed: Packed, places: Sequence[int]) -> Any:
     """The sample's place for each row with a loss."""
     return np.asarray(places, dtype=np.int64)[packed.segment_T[packed.row_R]]
+
+
+def _by_domain(samples: Sequence[HeldSample]) -> dict[str, list[HeldSample]]:
+    found: dict[str, list[HeldSample]] = {}
+    for one in samples:
+        found.setdefault(one.domain, []).append(one)
+    return found
 
 
 def _by_position(alphas_NK: Tensor) -> list[float]:

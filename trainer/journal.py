@@ -26,12 +26,17 @@ LINE_EVERY_S = 10.0
 class Journal:
     """Appends events, replaces the status, and logs both. Readers never see half a status."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hears: Callable[[str, dict[str, Any]], None] | None = None):
+        """
+        Args:
+            hears: told of every event and status; must not wait.
+        """
         # No text is in these files, but names of traces are: they are their owner's alone.
         folder.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
         self._status_path = folder / "status.json"
         self._log_path = folder / "log.jsonl"
         self._lines = _Lines()
+        self._hears = hears or (lambda name, values: None)
         self._last_status: dict[str, Any] = {}
         self._problem = Lasting()
         """Why the last write failed; a problem that lasts is logged once."""
@@ -44,6 +49,7 @@ class Journal:
         text = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
         self._write(lambda: self._append(text))
         self._lines.event(name, values)
+        self._hears(name, values)
 
     def status_is_due(self, state: str) -> bool:
         """The state is another than in ``status.json``, or that is ``STATUS_EVERY_S`` old."""
@@ -58,6 +64,7 @@ class Journal:
         self._write(lambda: self._replace_status(text))
         self._last_status = values
         self._lines.status(values)
+        self._hears("status", values)
 
     def failed(self, error: Exception) -> None:
         """Record that the trainer ends because of ``error``. The caller logs it."""
@@ -173,6 +180,12 @@ _TEXTS = {
     "rolled_back": (
         logging.WARNING,
         "the server rolled back version %(rejected)d; training goes on from version %(version)d",
+    ),
+    "paused": (logging.INFO, "learning pauses until acceptance falls: %(text)s"),
+    "drift": (
+        logging.WARNING,
+        "acceptance of version %(version)d has fallen on live traffic (learning was paused: "
+        "%(woke)s)",
     ),
     "restored": (logging.WARNING, "weights restored from %(source)s: %(text)s"),
     "checkpoint": (logging.DEBUG, "checkpoint %(name)s: %(bytes)d bytes in %(seconds).1f s"),

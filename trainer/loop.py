@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,17 @@ from policies.gate import GateVerdict
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.figures import UpdateReport
 from trainer.fitted_policy import fitted_policy
-from trainer.gate import Judge, Judgement
+from trainer.gate import GATE_DRAFT_K, Judge, Judgement
 from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
-from trainer.publish import Publisher, is_same, publish_version
+from trainer.publish import Publisher, bundle_content, is_same, publish_version
 from trainer.replay import Memory
 from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.update_log import UpdateLog
+from trainer.worth import Worth
 
 POLL_S = 0.1
 QUIET_S = 15.0
@@ -78,10 +79,10 @@ class Trainer:
     pace: Pace
     """When the next candidate is due."""
     saver: Saver
+    worth: Worth
+    """What learning costs and brings, and whether to go on."""
     restored: bool = False
     """Weights were restored from a checkpoint, and no update was finite since."""
-    figures: dict[str, Any] = field(default_factory=dict)
-    """Latest loss, alpha and gate figures, for the status."""
     updates: UpdateLog = field(default_factory=UpdateLog)
     """Updates that are not in the journal yet."""
 
@@ -91,12 +92,18 @@ class Trainer:
 
     def waits_for(self) -> str | None:
         """What the next update waits for; ``None`` if it can start."""
-        return "the end" if self._has_all_steps() else self.memory.waits_for()
+        if self._has_all_steps():
+            return "the end"
+        if self.worth.rests is not None:
+            return f"acceptance to fall: {self.worth.rests}"
+        return self.memory.waits_for()
 
     def take_in_traces(self) -> None:
         """Move the traces that arrived into memory, and drop what was deleted."""
         if samples := self.intake.read():
             self.memory.take_in(samples)
+            self.worth.take_in(samples)
+        self.worth.look()
         deletions = self.intake.new_deletions()
         if deletions is not None:
             num_traces = self.memory.forget(deletions.covers_owner)
@@ -113,7 +120,7 @@ class Trainer:
         if self.settings.trainer.duty < 1:
             self.learner.wait()  # else the rest would only be that of the launch
         seconds = time.monotonic() - started
-        self.updates.worked(seconds)
+        self._worked(seconds)
         self.memory.trained_rows += sum(len(piece.rows) for piece in pieces)
         self.pace.steps_since_judged += 1
         self.updates.drew([sample for sample, _ in parts])
@@ -129,9 +136,13 @@ class Trainer:
         """Wait for the updates that were launched, and write what is known of them."""
         started = time.monotonic()
         reports = self.learner.settle()
-        self.updates.worked(time.monotonic() - started)
+        self._worked(time.monotonic() - started)
         self._follow(reports)
         self._write_updates()
+
+    def _worked(self, seconds: float) -> None:
+        self.updates.worked(seconds)
+        self.worth.spend(seconds)
 
     def wait(self) -> None:
         """Report what is missing, and wait ``POLL_S`` for traces."""
@@ -142,6 +153,8 @@ class Trainer:
     def candidate_is_due(self) -> bool:
         """There were enough updates, or any at all if traffic paused or all steps are done."""
         if self.pace.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
+            return False
+        if self.pace.is_cooling:
             return False
         quiet_s = time.monotonic() - self.intake.last_trace_s
         is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
@@ -161,49 +174,64 @@ class Trainer:
             self.pace.judged(None, None, 0.0)
             return
         started = time.monotonic()
-        judgement = self._judgement()
-        self.figures["gate"] = judgement.to_json()
+        judgement, content = self._judgement()
+        self.updates.latest["gate"] = judgement.to_json()
         self.journal.event(
             "gate",
             step=self.learner.step,
             seconds=time.monotonic() - started,
             parent=self.published.version,
             acceptance=judgement.acceptance,
+            domains={name: asdict(one) for name, one in judgement.domains.items()},
             **judgement.to_json(),
         )
         if judgement.verdict.passed:
-            self._publish(judgement)
+            self._publish(judgement, content)
         else:
             self.pace.refused_in_row += 1
-        error = judgement.gain_error
-        relative = error / judgement.candidate if error and judgement.candidate else None
-        lacks = judgement.verdict.lacks
         seconds = time.monotonic() - started
-        self.pace.judged(relative, lacks, seconds)
+        self.pace.judged(judgement.relative_error, judgement.verdict.lacks, seconds)
+        self.worth.spend(seconds)
+        self.worth.judged(judgement, self.pace.refused_in_row)
         self._rest(seconds)
 
-    def _judgement(self) -> Judgement:
-        """Compare the averaged weights with the published version. After weights were restored they
-        may be the very same, which no margin makes a new version."""
-        learner, judge = self.learner, self.judge
-        judgement = judge.judge(learner.average, self.memory.held_out, self.memory.held_out_older)
-        if judgement.verdict.passed and is_same(
-            learner.trainable, learner.average, judge.incumbent
-        ):
-            reason = f"these are the weights of version {self.published.version} itself"
-            return replace(judgement, verdict=GateVerdict(False, reason))
-        return judgement
+    def _judgement(self) -> tuple[Judgement, bytes]:
+        """Compare the averaged weights with the published version; also the bytes to publish, if
+        they pass. After weights were restored they may be those of a version, which no margin makes
+        a new one."""
+        learner, judge, memory = self.learner, self.judge, self.memory
+        speed = self.worth.costs.speed_table(GATE_DRAFT_K)
+        judgement = judge.judge(learner.average, memory.held_out, memory.held_out_older, speed)
+        if not judgement.verdict.passed:
+            return judgement, b""
+        content = bundle_content(learner.trainable, learner.average)
+        try:
+            found = self.publisher.version_with(content)
+        except ServiceAwayError:
+            found = None  # then it cannot be published either, and that is told
+        if is_same(learner.trainable, learner.average, judge.incumbent):
+            found = self.published.version, False
+        if found is None:
+            return judgement, content
+        version, is_denied = found
+        reason = f"these are the weights of version {version} itself"
+        verdict = (
+            GateVerdict(False, f"{reason}, which was rolled back", "denied")
+            if is_denied
+            else GateVerdict(False, reason, "equal")
+        )
+        return replace(judgement, verdict=verdict), b""
 
-    def _publish(self, judgement: Judgement) -> None:
+    def _publish(self, judgement: Judgement, content: bytes) -> None:
         """Publish the averaged weights; if the disk is full, training continues without."""
         try:
             self.published = publish_version(
                 self.publisher.store,
-                self.learner.trainable,
-                self.learner.average,
+                content,
                 self.published,
                 judgement,
                 step=self.learner.step,
+                learning_s=self.worth.payback.spent_s,
                 keep=self.settings.trainer.keep_versions,
                 epoch=self.publisher.epoch,
                 policy=fitted_policy(self.settings.run_dir),
@@ -284,6 +312,7 @@ class Trainer:
             "lr_scale": self.learner.lr_scale,
             "steps_since_judged": self.pace.steps_since_judged,
             "refused_in_row": self.pace.refused_in_row,
+            "worth": self.worth.to_json(),
             "random": self.random.bit_generator.state,
             "memory": self.memory.to_json(),
             "offsets": self.intake.offsets(),
@@ -334,6 +363,7 @@ class Trainer:
         self.published = manifest
         self.learner.load_weights(model.state_dict())
         self.judge.promote(self.learner.model)
+        self.pace.cool(self.settings.trainer.cool_down_s)
         self.journal.event(
             "rolled_back", step=self.learner.step, version=manifest.version, rejected=rejected
         )
@@ -353,7 +383,7 @@ class Trainer:
     def _write_updates(self) -> None:
         """One event for the updates since the last one."""
         if values := self.updates.taken(self.published.version):
-            self.figures |= {name: values[name] for name in ("loss", "alpha", "agree")}
+            self.updates.latest |= {name: values[name] for name in ("loss", "alpha", "agree")}
             self.journal.event("update", version=self.published.version, **values)
 
     def _write_status(self, state: str) -> None:
@@ -383,6 +413,7 @@ class Trainer:
                 "fresh_rows": memory.fresh_rows,
                 "trained_rows": memory.trained_rows,
                 "lr": self.learner.lr,
-                **self.figures,
+                **self.updates.latest,
+                **self.worth.figures(),
             }
         )

@@ -9,6 +9,7 @@ because the overlap also falls and rises with the traffic.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -42,6 +43,8 @@ class Pace:
     """Seconds that the last candidate took."""
     judged_s: float = field(default_factory=time.monotonic)
     """Monotonic time at which that was over."""
+    cool_until_s: float = -math.inf
+    """Monotonic time before which no candidate is judged."""
 
     def saw(self, report: UpdateReport) -> None:
         """Take an update's figures into the estimate."""
@@ -55,6 +58,15 @@ class Pace:
         self.estimate = before + _SMOOTHING * (tokens - before)
         if self.judged_estimate is None:
             self.judged_estimate = tokens
+
+    def cool(self, seconds: float) -> None:
+        """A version was rolled back: judge no candidate for so long."""
+        self.cool_until_s = time.monotonic() + seconds
+
+    @property
+    def is_cooling(self) -> bool:
+        """The last roll-back is too recent."""
+        return time.monotonic() < self.cool_until_s
 
     def is_due(self) -> bool:
         """Enough updates were made, or the candidate might pass already."""

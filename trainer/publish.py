@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from buffer.bundles import BundleError
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
@@ -27,24 +30,54 @@ class Publisher:
 
     store: WeightsStore
     epoch: int
+    denied: dict[int, str] = field(default_factory=dict)
+    """Digests of versions that were rolled back, so that they are known when those are pruned."""
+
+    def version_with(self, content: bytes) -> tuple[int, bool] | None:
+        """The version that holds these tensors, and whether it was rolled back; ``None``: none
+        does.
+
+        Raises:
+            ServiceAwayError: the store cannot be read at present.
+        """
+        denied = self.store.read_denied()
+        digests = dict[int, str]()
+        for version in {*self.store.versions(), *denied}:
+            if version in self.denied:
+                digests[version] = self.denied[version]
+            else:
+                with contextlib.suppress(BundleError):  # damaged, or pruned
+                    digests[version] = self.store.read_manifest(version).files[TENSORS].sha256
+        self.denied.update({v: d for v, d in digests.items() if v in denied})
+        own = hashlib.sha256(content).hexdigest()
+        same = [version for version, digest in digests.items() if digest == own]
+        return (max(same), any(v in denied for v in same)) if same else None
+
+
+def bundle_content(trainable: Trainable[Any], model: nn.Module) -> bytes:
+    """A drafter's tensors as they are published."""
+    return save(_to_store(trainable.bundle_tensors(model)))
 
 
 def publish_version(
     store: WeightsStore,
-    trainable: Trainable[Any],
-    model: nn.Module,
+    content: bytes,
     parent: Manifest,
     judgement: Judgement,
     *,
     step: int,
     keep: int,
+    learning_s: float | None = None,
     epoch: int | None = None,
     policy: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the next version to the store, and remove old ones.
 
     Args:
+        content: its tensors, of ``bundle_content``.
         step: number of updates that produced the model.
+        learning_s: seconds that they took, with judging; the server shows it beside what drafting
+            saves.
         keep: number of newest versions that stay.
         epoch: of the trainer that publishes; ``None``: publish whoever has taken over.
         policy: further calibration of the draft policy for these weights.
@@ -61,7 +94,7 @@ def publish_version(
         drafter_config=parent.drafter_config,
         target_fingerprint=parent.target_fingerprint,
         files={},
-        gate={**judgement.to_json(), "step": step},
+        gate={**judgement.to_json(), "step": step, "learning_s": learning_s},
         policy={
             "acceptance": judgement.acceptance,
             "parent": parent.version,
@@ -70,8 +103,7 @@ def publish_version(
         },
         created_unix_ms=int(time.time() * 1000),
     )
-    tensors = _to_store(trainable.bundle_tensors(model))
-    published = store.publish(manifest, {TENSORS: save(tensors)}, epoch)
+    published = store.publish(manifest, {TENSORS: content}, epoch)
     store.prune(keep)
     return published
 

@@ -24,6 +24,8 @@ class UpdateLog:
     busy_s: float = 0.0
     """Time that the updates took, without waiting for traces."""
     began_s: float = field(default_factory=time.monotonic)
+    latest: dict[str, Any] = field(default_factory=dict)
+    """Latest loss, alpha and gate figures, for the status."""
 
     def drew(self, samples: Sequence[HeldSample]) -> None:
         """Count the samples of a batch."""

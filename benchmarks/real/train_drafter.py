@@ -51,7 +51,7 @@ from trainer.figures import UpdateReport
 from trainer.gate import Judge
 from trainer.learner import Learner
 from trainer.packing import HeldPiece
-from trainer.publish import publish_version
+from trainer.publish import bundle_content, publish_version
 from trainer.rows import HeldSample, RowStore, memory_bytes
 from trainer.start import newest_drafter
 from trainer.update import batch_dtype
@@ -290,8 +290,7 @@ def train(
     say(f"held-out traces: {judged.to_json()}, acceptance {judged.acceptance}")
     published = publish_version(
         store,
-        learns,
-        learner.average,
+        bundle_content(learns, learner.average),
         manifest,
         judged,
         step=learner.step,

@@ -46,6 +46,8 @@ class Listeners:
     on_rounds: Callable[[str, list[tuple[int, int]]], None] = _ignore
     """Receives (proposed, accepted) of each round of a step, with the kind of the drafter, if that
     drafter learns."""
+    on_outcome: Callable[[Outcome], None] = _ignore
+    """Receives the outcome of each step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +323,7 @@ class Engine:
     def _report(self, planned: PlannedRound, outcome: Outcome) -> None:
         """Report a round to its policy and, if its drafter learns, to ``on_rounds``."""
         planned.policy.observe(outcome)
+        self._listeners.on_outcome(outcome)
         launched, rows = planned.launched, outcome.rows
         if launched.key.num_draft and self.drafting.learns(launched.drafter):
             counts = list(zip(rows.num_verified, rows.num_accepted, strict=True))

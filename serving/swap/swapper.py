@@ -213,6 +213,13 @@ class Swapper:
     def swap_seconds(self) -> float:
         return self._force.swap_seconds
 
+    @property
+    def learning_s(self) -> float | None:
+        """Seconds that learning took up to the newest version that was taken, as far as its
+        trainer says."""
+        found = self._force.current.gate.get("learning_s")
+        return float(found) if isinstance(found, int | float) else None
+
     def swap(self, version: int | None, timeout_s: float = 30.0) -> dict[str, Any]:
         """Swap on request: a number pins that version, ``None`` unpins and takes the newest.
 

@@ -10,7 +10,16 @@ from rich.console import Console
 
 from examples.arms import ALL_ARMS
 from examples.clients import replay_rounds
-from examples.demo import MARKER, DemoError, gather_texts, is_enough, own_folder, version_changes
+from examples.demo import (
+    MARKER,
+    DemoError,
+    gather_texts,
+    how_to_look,
+    is_enough,
+    own_folder,
+    settings_of,
+    version_changes,
+)
 from examples.live import Now, line, sparkline, summary
 from examples.plan import DemoSettings, real_settings, with_prompts
 from examples.recording import VersionChange
@@ -226,3 +235,15 @@ def test_sparkline_goes_from_plain_to_its_maximum():
     assert len(text) == 20
     assert text[0] in "▇█" and text[5] < text[9]
     assert sparkline(()) == ""
+
+
+def test_the_demo_says_how_to_look_at_what_it_reports(tmp_path: Path):
+    silent = DemoSettings(run_dir=tmp_path)
+    asked = ("wandb.mode=offline", "tensorboard.enabled=true")
+
+    assert how_to_look(silent) == []
+    wandb, tensorboard = how_to_look(DemoSettings(run_dir=tmp_path, overrides=asked))
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in wandb
+    assert "python -m reporting.dashboard" in wandb
+    assert tensorboard.strip() == f"tensorboard --logdir {tmp_path}/tensorboard"
+    assert settings_of(silent).reports.domains == ("python", "c", "docs")

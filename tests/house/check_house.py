@@ -33,6 +33,7 @@ PRODUCT_ROOMS = (
     "serving",
     "trainer",
     "buffer",
+    "reporting",
     "drafters",
     "policies",
     "targets",

@@ -73,11 +73,13 @@ def _modules(tree: ast.Module) -> set[str]:
 CORE = declared(PROJECT["dependencies"])
 CLIENTS = extra("redis") | extra("kafka") | extra("signatures") | extra("encryption")
 """What buffers use if the settings say so: clients of services, signatures and ciphers."""
+WRITERS = extra("wandb") | extra("tensorboard")
+"""What writers of reports use if the settings say so."""
 
 
 def test_the_rooms_import_what_they_declare_and_declare_what_they_import():
     found = imported(*PRODUCT_ROOMS)
-    wanted = CORE | extra("gpu") | extra("gguf") | extra("rl") | CLIENTS
+    wanted = CORE | extra("gpu") | extra("gguf") | extra("rl") | CLIENTS | WRITERS
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert wanted - found.keys() == set()
 
@@ -91,7 +93,7 @@ def test_the_demo_extra_is_what_the_examples_need_beside_the_rooms():
 
 def test_the_dev_extra_is_what_tests_benchmarks_and_commands_need():
     found = imported("tests", "oracles", "benchmarks", "examples")
-    wanted = CORE | extra("demo") | extra("gguf") | extra("rl") | extra("dev") | CLIENTS
+    wanted = CORE | extra("demo") | extra("gguf") | extra("rl") | extra("dev") | CLIENTS | WRITERS
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert extra("dev") - found.keys() == NOT_IMPORTED.keys()
 
@@ -106,6 +108,8 @@ def test_every_extra_is_known_here():
         "kafka",
         "signatures",
         "rl",
+        "wandb",
+        "tensorboard",
         "dev",
     }
 

@@ -42,7 +42,7 @@ def modules_of(room: str) -> list[str]:
     return [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
 
 
-@pytest.mark.parametrize("room", ["buffer", "policies", "configs"])
+@pytest.mark.parametrize("room", ["buffer", "policies", "reporting", "configs"])
 def test_room_works_without_torch(room: str):
     code = (
         "import importlib, sys\n"

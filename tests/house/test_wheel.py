@@ -15,7 +15,10 @@ import pytest
 from examples.real_target import FILE, FOLDER
 from oracles.support import REPOSITORY
 
-SOURCES = ("serving", "trainer", "buffer", "drafters", "policies", "targets", "configs", "kernels")
+SOURCES = (
+    "serving", "trainer", "buffer", "reporting", "drafters", "policies", "targets", "configs",
+    "kernels",
+)  # fmt: skip
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 

@@ -134,6 +134,7 @@ def settings_for(run_dir: Path, target: Path, **trainer: Any) -> Settings:
         "warmup_steps": 2,
         "held_out_every": 6,
         "checkpoint_every_s": 1000.0,
+        "cool_down_s": 0.0,
         **trainer,
     }
     return Settings(

@@ -1,0 +1,1 @@
+"""What server and trainer show of themselves elsewhere: Weights & Biases, TensorBoard."""

@@ -1,0 +1,75 @@
+"""All figures and tables that server and trainer report, each with what it says.
+
+The dashboard (``reporting.dashboard``) is made of this list. Figures of a draft position or of a
+domain have a name with a pattern in it: ``{position}`` counts from 1, ``{domain}`` is one that
+``reports.domains`` lists, or ``other``.
+"""
+
+from __future__ import annotations
+
+import re
+
+TIME = "unix_s"
+"""The time axis that all figures of all runs share: seconds since 1970, when they were taken."""
+
+SERVER = {
+    "server/speedup_over_plain": "Time that plain decoding would have taken for the same tokens, "
+    "by the measured step times, over the time of the steps; 1 is no gain.",
+    "server/generation_tokens_per_s": "Tokens generated per second.",
+    "server/tokens_per_step": "Tokens per target pass of a request, 1 to K + 1.",
+    "server/acceptance_rate": "Share of the proposed tokens that were accepted.",
+    "server/draft_k": "Mean K over the steps, 0 for plain ones.",
+    "server/version": "Version of the drafter in use.",
+    "server/staleness": "Published versions that are newer than the one in use.",
+    "server/requests_running": "Requests in the batch.",
+    "server/requests_waiting": "Requests not yet admitted.",
+    "server/kv_usage": "Share of the KV pages in use.",
+    "server/traces_lost": "Traces dropped or failed, since the start.",
+    "server/reports_lost": "Records that no writer has written, since the start.",
+}
+"""Figures of a server, over the time since the last ones."""
+TRAINER = {
+    "trainer/step": "Updates so far.",
+    "trainer/loss": "Mean loss of the updates.",
+    "trainer/alpha_{position}": "Overlap with the target at each draft position.",
+    "trainer/rows_per_s": "Rows trained on per second of work.",
+    "trainer/grad_norm": "Gradient norm before clipping.",
+    "trainer/lr": "Learning rate.",
+    "trainer/skipped": "Updates that were not finite, since the start.",
+    "trainer/staleness": "Versions by which the drafts in the batches are behind.",
+    "trainer/version": "Newest published version.",
+    "trainer/drift": "Largest evidence over the domains that acceptance has fallen, as a share of "
+    "what starts an alarm.",
+}
+GATE = {
+    "gate/candidate": "The candidate's figure on held-out traces: tokens_per_step, or speedup over "
+    "plain where step times are known.",
+    "gate/incumbent": "The same of the last published version.",
+    "gate/gain_error": "Standard error of their difference.",
+    "gate/passed": "1 if the candidate was published.",
+    "domain/{domain}/speedup_over_plain": "Of the published version on held-out traces.",
+    "domain/{domain}/speedup_over_static": "The same, relative to the version that the trainer "
+    "began from.",
+}
+PAYBACK = {
+    "payback/spent_s": "Seconds that learning has taken.",
+    "payback/saved_s": "Seconds that drafting has saved in serving, against plain decoding.",
+    "payback/saved_by_learning_s": "Those of them that the version learning began from would not "
+    "have saved.",
+    "payback/ratio": "Saved by learning over spent.",
+}
+TABLES = {
+    "events/swaps": "Versions taken and rolled back, as the server saw them.",
+    "events/gate": "Candidates judged, and why each was published or not.",
+}
+FIGURES = SERVER | TRAINER | GATE | PAYBACK
+
+
+def pattern_of(name: str) -> str:
+    """A regular expression for the figures of this name."""
+    return re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name))
+
+
+def is_known(name: str) -> bool:
+    """Whether the list has this figure."""
+    return any(re.fullmatch(pattern_of(known), name) for known in FIGURES)

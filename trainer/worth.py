@@ -1,0 +1,139 @@
+"""What learning costs and brings, and whether the trainer learns at all.
+
+A trainer that learns on and on uses a device for nothing once its drafter fits the traffic. With
+``trainer.payback_s`` it pauses when learning has not earned what it took, and with ``trainer.learn:
+on_drift`` when candidates are no better any more. Acceptance that falls on live traffic wakes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from buffer.records import Manifest
+from configs.schema import TrainerSettings
+from drafters.samples import Sample, Steps
+from policies.cost_table import CostTable
+from policies.drift import DriftWatch
+from policies.payback import Payback
+from trainer.gate import Judgement
+
+ENOUGH_REFUSED = 3
+"""Candidates refused in a row from which on ``on_drift`` has nothing more to learn."""
+
+Tell = Callable[..., None]
+"""``Journal.event``."""
+
+
+@dataclass(slots=True)
+class Worth:
+    """The account of learning, the drift of the traffic, and what follows from both."""
+
+    settings: TrainerSettings
+    tell: Tell
+    payback: Payback
+    costs: CostTable = field(default_factory=CostTable)
+    drift: DriftWatch = field(default_factory=DriftWatch)
+    rests: str | None = None
+    """Why the trainer does not learn now; ``None``: it does."""
+    looked_s: float = field(default_factory=time.monotonic)
+    """Monotonic time up to which the window of the payback has been told."""
+
+    def begin(self, published: Manifest) -> None:
+        """The trainer starts from this version. One that a trainer has judged before fits some
+        traffic: with ``on_drift``, whether it fits this one is measured first."""
+        self.looked_s = time.monotonic()
+        if self.settings.learn == "on_drift" and published.policy.get("acceptance"):
+            self._rest(f"version {published.version} has learnt, and drift is measured first")
+
+    def take_in(self, samples: Sequence[Sample]) -> None:
+        """Learn from traces what steps take, what they saved, and whether acceptance has fallen."""
+        for sample in samples:
+            if sample.steps is not None and len(sample.steps.batch_R):
+                self._take_in(sample.domain, sample.steps)
+
+    def spend(self, seconds: float) -> None:
+        """Learning took so long."""
+        self.payback.spend(seconds)
+
+    def look(self) -> None:
+        """Pause if a window is over that has not paid. Call it often."""
+        now_s = time.monotonic()
+        passed_s, self.looked_s = now_s - self.looked_s, now_s
+        if self.rests is not None:
+            return
+        account = self.payback
+        spent_s, earned_s = account.window_spent_s, account.window_earned_s
+        if account.passed(passed_s):
+            self._rest(
+                f"learning took {spent_s:.1f} s and has saved {earned_s:.1f} s of serving within "
+                f"trainer.payback_s = {account.within_s:g} s"
+            )
+
+    def judged(self, judgement: Judgement, refused_in_row: int) -> None:
+        """A candidate was judged, and published if it passed."""
+        gain = judgement.gain_over_static
+        if gain is not None:
+            self.payback.gain = gain
+        if self.settings.learn == "on_drift" and refused_in_row >= ENOUGH_REFUSED:
+            self._rest(f"{refused_in_row} candidates in a row were no better")
+
+    def figures(self) -> dict[str, Any]:
+        """For the status."""
+        return {
+            "payback": self.payback.figures(),
+            "drift": self.drift.figures(),
+            "paused": self.rests,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """What a restart must remember."""
+        return {"payback": self.payback.to_json(), "rests": self.rests}
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Become what ``to_json`` described."""
+        self.payback.restore(stored.get("payback", {}))
+        can_rest = self.settings.learn == "on_drift" or self.settings.payback_s is not None
+        self.rests = stored.get("rests") if can_rest else None
+
+    def _take_in(self, domain: str, steps: Steps) -> None:
+        counts = (steps.draft_k_R == 0) | steps.is_own_R
+        self.costs.observe(steps.batch_R[counts], steps.draft_k_R[counts], steps.step_s_R[counts])
+        self._account(steps)
+        drafted = steps.is_own_R & (steps.num_drafted_R > 0)
+        kept = int((steps.num_accepted_R[drafted] > 0).sum())
+        version = int(steps.version_R[drafted].max()) if drafted.any() else 0
+        same = drafted & (steps.version_R == version)
+        if same.sum() == drafted.sum() and self.drift.observe(
+            domain, version, int(drafted.sum()), kept
+        ):
+            self._wake(version)
+
+    def _account(self, steps: Steps) -> None:
+        """A round's share of its step's time, and of what a plain step would have taken."""
+        decode_s = plain_s = own_s = 0.0
+        step_s = cache(self.costs.step_s)  # a trace has many rounds and few kinds of them
+        columns = (steps.batch_R, steps.draft_k_R, steps.is_own_R, steps.num_accepted_R)
+        for batch, k, is_own, accepted in zip(*(c.tolist() for c in columns), strict=True):
+            each_s = step_s(batch, k) if is_own or k == 0 else None
+            plain_each_s = step_s(batch, 0)
+            if each_s is None or plain_each_s is None or batch < 1:
+                continue
+            decode_s += each_s / batch
+            plain_s += plain_each_s / batch * (1 + accepted)
+            own_s += each_s / batch if is_own else 0.0
+        self.payback.serve(decode_s, plain_s, own_s)
+
+    def _rest(self, reason: str) -> None:
+        if self.rests is None:
+            self.rests = reason
+            self.tell("paused", text=reason)
+
+    def _wake(self, version: int) -> None:
+        self.tell("drift", version=version, woke=self.rests is not None)
+        self.rests = None
+        self.payback.begin()
+        self.looked_s = time.monotonic()
