@@ -1,4 +1,4 @@
-"""Small real engines for tests: random targets of three architectures, real drafters, no threads.
+"""Small real engines for tests: random targets of five architectures, real drafters, no threads.
 
 ``step`` is called by the test, so every run is deterministic.
 """
@@ -17,6 +17,10 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -52,6 +56,11 @@ GEMMA = {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full
 ARCHITECTURES = {
     "qwen3": (Qwen3ForCausalLM, lambda v: Qwen3Config(vocab_size=v, **SHAPE)),
     "llama": (LlamaForCausalLM, lambda v: LlamaConfig(vocab_size=v, **SHAPE)),
+    "qwen2": (Qwen2ForCausalLM, lambda v: Qwen2Config(vocab_size=v, **SHAPE)),
+    "mistral": (
+        MistralForCausalLM,
+        lambda v: MistralConfig(vocab_size=v, sliding_window=16, **SHAPE),
+    ),
     "gemma3": (
         Gemma3ForCausalLM,
         lambda v: Gemma3TextConfig(vocab_size=v, query_pre_attn_scalar=12, **GEMMA, **SHAPE),
