@@ -15,9 +15,9 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM
 
 from specops.linear import Norm
-from targets.layers import Family, Layer, Rope, heads_of, joined, unknown_module
+from targets.layers import Activation, Family, Layer, Rope, heads_of, joined, unknown_module
 
-_ACTIVATION = "gelu_pytorch_tanh"
+_ACTIVATION: Activation = "gelu_pytorch_tanh"
 _PARTS = ("ForCausalLM", "TextModel", "DecoderLayer", "Attention", "MLP", "RMSNorm")
 _CLASSES = {getattr(modeling_gemma3, "Gemma3" + part) for part in _PARTS} | {
     modeling_gemma3.Gemma3RotaryEmbedding,

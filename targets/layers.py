@@ -194,6 +194,7 @@ def _joined_bias(*linears: Any) -> Tensor | None:
     if all(module.bias is None for module in linears):
         return None
     bias = torch.cat([module.bias.detach() for module in linears])
-    for module, part in zip(linears, bias.split([len(m.bias) for m in linears]), strict=True):
+    parts = torch.split(bias, [len(module.bias) for module in linears])
+    for module, part in zip(linears, parts, strict=True):
         module.bias.data = part
     return bias

@@ -342,7 +342,7 @@ def _head_inputs(
     anchor_A = batch.row_R if chains.carried_A is None else batch.row_R[chains.carried_A]
     outputs = ttt_outputs(model, embed, batch, anchor_A, len(chains.alive_KR))
     for step, output in enumerate(outputs):
-        normed: Tensor = model.norm(output[batch.row_R] if step == 0 else output)
+        normed = model.head_input(output[batch.row_R] if step == 0 else output)
         yield normed.to(batch.features_TF.dtype)
 
 

@@ -19,8 +19,8 @@ class Norm:
     """An RMSNorm (Zhang & Sennrich 2019) without a bias, as in Llama and Qwen3, or in Gemma."""
 
     weight_K: Tensor
-    """In the dtype of the rows: they are rounded before they are multiplied (Llama). In float32: only
-    after (Gemma)."""
+    """In the dtype of the rows: they are rounded before they are multiplied (Llama). In float32:
+    only after (Gemma)."""
     eps: float
 
 

@@ -24,8 +24,8 @@ def _rope_and_write(
     qkv_ptr, bias_ptr, query_norm_ptr, key_norm_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr,
     q_ptr, keys_ptr, values_ptr, ahead_ptr, qkv_stride, eps,
     NUM_QUERY: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-    BLOCKS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
-    AHEAD_BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, AHEAD_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Process some heads of one row. The first AHEAD programs prefetch a weight instead."""
     if OVERLAP:
@@ -154,8 +154,8 @@ def rope_and_write(
         qkv_TC if ahead is None else ahead.view(-1).view(torch.uint8),
         qkv_TC.stride(0), 0.0 if query_norm is None else query_norm.eps,
         NUM_QUERY=heads.num_query, NUM_KV=heads.num_kv, D=head_dim, HEADS=_HEADS_AT_ONCE,
-        BLOCKS=blocks, BIAS=bias is not None, NORM=query_norm is not None, OVERLAP=overlap, AHEAD=chunks,
-        AHEAD_BYTES=_AHEAD_BYTES,
+        BLOCKS=blocks, BIAS=bias is not None, NORM=query_norm is not None, OVERLAP=overlap,
+        AHEAD=chunks, AHEAD_BYTES=_AHEAD_BYTES,
         # A fused multiply-add (fma.rn.bf16) would skip the rounding of the product.
         enable_fp_fusion=False, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
