@@ -32,6 +32,7 @@ class Entry:
 
 CATALOG = {
     "eagle3": Entry("drafters.eagle3.paged:KIND", "drafters.eagle3.trainable:Eagle3Trainable"),
+    "mtp": Entry("drafters.mtp:KIND", "drafters.mtp_learning:MtpTrainable"),
     "suffix": Entry("drafters.suffix.index:KIND"),
     "suffix_request": Entry("drafters.suffix.index:REQUEST_KIND"),
 }

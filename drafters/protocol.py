@@ -166,6 +166,8 @@ class DrafterContext:
     """``configs.schema.DrafterSettings``: its own section and shared keys."""
     embed: torch.nn.Module
     """The target's token embedding, with its own scaling if it has one."""
+    lm_head: torch.nn.Module
+    """The target's lm_head; its weight is [V, H]."""
     hidden_size: int
     """H of the target."""
     vocab_size: int

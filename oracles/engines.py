@@ -27,6 +27,7 @@ from transformers import (
 
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
+from drafters.mtp import Mtp, PagedMtp
 from drafters.protocol import HostDrafter
 from drafters.suffix.index import SuffixIndex
 from oracles.support import tiny_tokenizer
@@ -142,7 +143,7 @@ def make_engine(
     max_draft: int = 8,
     suffix: bool = True,
     on_request: tuple[HostDrafter, ...] = (),
-    drafter: Eagle3 | None = None,
+    drafter: Eagle3 | Mtp | None = None,
     second: Eagle3 | None = None,
     ring_rows: int = 4096,
     ring_dtype: StoredDtype = "bfloat16",
@@ -174,7 +175,9 @@ def make_engine(
     sizes = Sizes(max_batch, 256, prefill_chunk, page_size, num_pages, max_draft)
     kinds = (PagedEagle3, SecondEagle3)
     neural = [
-        kind(module, target.embed, num_pages * page_size)
+        PagedMtp(module, target.embed, num_pages * page_size, target.lm_head.weight)
+        if isinstance(module, Mtp)
+        else kind(module, target.embed, num_pages * page_size)
         for kind, module in zip(kinds, modules, strict=False)
     ]
     if fused:

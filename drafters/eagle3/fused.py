@@ -36,7 +36,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 16_384
 
 
-def supports(module: Eagle3, embed: nn.Module) -> str | None:
+def supports(module: nn.Module, embed: nn.Module) -> str | None:
     """``None`` if ``FusedEagle3`` computes what this drafter does, else why not.
 
     Args:

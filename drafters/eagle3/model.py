@@ -218,7 +218,7 @@ class Eagle3(nn.Module):
         normed: Tensor = outputs if self.config.norm_output else self.norm(outputs)
         return normed
 
-    def head_weight(self, _target_VH: Tensor) -> Tensor:
+    def head_weight(self, target_VH: Tensor) -> Tensor:
         """[Vd, H] weight of the drafter's own lm_head."""
         return self.lm_head.weight
 

@@ -128,10 +128,11 @@ class Reader:
     """(checkpoint, target) -> ``Imported``."""
 
 
-_EAGLE3 = "drafters.formats.eagle3:"
+_EAGLE3, _MTP = "drafters.formats.eagle3:", "drafters.mtp_learning:"
 READERS = (
     Reader("LlamaForCausalLMEagle3", _EAGLE3 + "is_published", _EAGLE3 + "from_published"),
     Reader("speculators, eagle3", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
+    Reader("a target with MTP heads", _MTP + "is_carrier", _MTP + "from_carrier"),
 )
 WRITERS = {
     ("eagle3", "hf"): _EAGLE3 + "to_published",
