@@ -105,6 +105,7 @@ def _gate(
     inner = wide
     if GELU:  # 0.5 (1 + tanh(u)) is the sigmoid of 2 u
         inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
+        inner = tl.maximum(inner, -80.0)  # whose exponential is still finite
     value = (wide / (1.0 + tl.exp(-inner))).to(gate.dtype).to(tl.float32)
     tl.store(out_ptr + row * width + column, (value * up.to(tl.float32)).to(gate.dtype), is_column)
 
