@@ -235,7 +235,7 @@ def _final_norm(checkpoint: Checkpoint) -> Tensor:
 def _config(checkpoint: Checkpoint, name: str, order: Order) -> MtpConfig:
     text = replace(checkpoint, config=_text(checkpoint))
     heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
-    head_dim = text.config.get("head_dim") or hidden // heads
+    head_dim = text.size("head_dim", hidden // heads)
     rope = text.config.get("rope_parameters") or {}
     share = text.config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     attention = f"{order.layer}self_attn."

@@ -65,12 +65,13 @@ class Checkpoint:
         return tensor
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A value of ``config.json``.
+        """A value of ``config.json``, where null is no value.
 
         Raises:
             FormatError: it is missing and there is no default.
         """
-        value = self.config.get(name, default)
+        found = self.config.get(name)
+        value = default if found is None else found
         if value is None:
             raise self.error(f"{CONFIG} has no {name}")
         return value

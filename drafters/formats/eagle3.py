@@ -119,11 +119,11 @@ def _config(checkpoint: Checkpoint, target: TargetTable) -> Eagle3Config:
     return Eagle3Config(
         hidden_size=hidden,
         target_vocab_size=vocab,
-        draft_vocab_size=given.get("draft_vocab_size") or vocab,
+        draft_vocab_size=checkpoint.size("draft_vocab_size", vocab),
         intermediate_size=checkpoint.size("intermediate_size"),
         num_heads=heads,
         num_kv_heads=checkpoint.size("num_key_value_heads", heads),
-        head_dim=given.get("head_dim") or hidden // heads,
+        head_dim=checkpoint.size("head_dim", hidden // heads),
         layer_ids=_layer_ids(checkpoint, target),
         rms_norm_eps=float(given.get("rms_norm_eps") or 1e-6),
         rope_theta=rope_theta_of(checkpoint, given),

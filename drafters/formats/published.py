@@ -160,7 +160,10 @@ def imported(source: Path, target: TargetTable) -> tuple[Manifest, dict[str, byt
             f"{source} is in none of the layouts that are read ({known}): its architectures are "
             f"{given}"
         )
-    found: Imported = pkgutil.resolve_name(reader.read)(checkpoint, target)
+    try:
+        found: Imported = pkgutil.resolve_name(reader.read)(checkpoint, target)
+    except (AttributeError, KeyError, TypeError) as error:  # JSON may hold anything anywhere
+        raise FormatError(f"{source}: config.json holds a value of a wrong type: {error}") from None
     trainable(found.kind).check(found.config, found.tensors)
     fingerprint = target_fingerprint(target.folder)
     manifest = Manifest(0, None, found.kind, found.config, fingerprint, {})
