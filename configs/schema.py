@@ -108,20 +108,22 @@ class DrafterSettings(Section):
     """Drafters."""
 
     kind: str = "eagle3"
-    """A name in the catalog of drafters. ``eagle3``: a trained drafter, with the suffix index
-    beside it if that is enabled; ``draft_model``: a smaller causal LM, likewise; ``dflash``: a
-    block of tokens in one pass, likewise; ``suffix``: the index alone; ``none``: plain decoding.
+    """A name in the catalog of drafters. ``eagle3``, ``mtp``: a trained drafter, with the suffix
+    index beside it if that is enabled; ``draft_model``: a smaller causal LM, likewise; ``dflash``:
+    a block of tokens in one pass, likewise; ``suffix``: the index alone; ``none``: plain decoding.
     See docs/drafters.md."""
     path: Path | None = None
-    """Bundle folder with the initial weights (version 0). ``None``: new weights."""
+    """Bundle folder with the initial weights (version 0), such as ``drafters import`` writes.
+    ``None``: new weights."""
     model: str | None = None
     """Hugging Face id, folder or GGUF file of a causal LM with the target's tokenizer: what the new
     weights of ``draft_model`` are. ``None``: the target's first layers."""
     draft_model: DraftModelSettings = DraftModelSettings()
     init: Literal["auto", "random", "target"] = "auto"
     """What new weights are: ``random``, or the ``target``'s last decoder layer for the drafter's
-    own, with the last tapped layer passed through (targets with Llama's layers). ``auto``: the
-    target's where it can be copied, as such a drafter learns faster."""
+    own, with the last tapped layer passed through (targets with Llama's layers), or for ``mtp`` the
+    head in the target's checkpoint if there is one. ``auto``: the target's where it can be copied,
+    as such a drafter learns faster."""
     draft_vocab: Path | None = None
     """JSON list of the token ids that new weights can propose, as ``trainer vocabulary`` writes it
     from traces. Fewer of them make drafting and training faster; a token outside is never
@@ -130,7 +132,8 @@ class DrafterSettings(Section):
     """Largest draft length K."""
     layer_ids: tuple[int, ...] | None = None
     """Layer ids tapped by new weights; id k is the residual stream
-    after k decoder layers. ``None``: (2, N // 2, N - 3) for a target of N layers."""
+    after k decoder layers. ``None``: for a target of N layers (2, N // 2, N - 3), or N for
+    ``mtp``."""
     suffix: SuffixSettings = SuffixSettings()
     on_request: tuple[str, ...] | None = None
     """Names in the catalog of drafters that draft only for requests that name them in

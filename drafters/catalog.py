@@ -40,6 +40,7 @@ CATALOG = {
         "drafters.draft_model.trainable:DraftModelTrainable",
         is_model=True,
     ),
+    "mtp": Entry("drafters.mtp:KIND", "drafters.mtp_learning:MtpTrainable"),
     "suffix": Entry("drafters.suffix.index:KIND"),
     "suffix_request": Entry("drafters.suffix.index:REQUEST_KIND"),
 }

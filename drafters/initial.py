@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from buffer.bundles import Bundle, read_bundle
 from buffer.manifest import TENSORS
@@ -25,7 +25,7 @@ from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.catalog import CATALOG
-from drafters.trainable import trainable
+from drafters.trainable import CarriedByTarget, Trainable, trainable
 from targets.causal import CausalWeights, read_causal
 from targets.find import target_folder
 from targets.fits import check_same_tokenizer
@@ -189,14 +189,37 @@ def made_drafter(kind: str, target: TargetFacts, new: NewDrafter) -> tuple[Manif
             layer cannot be copied.
     """
     learner, head = trainable(kind), target.lm_head_VH.float().cpu()
-    last_layer = _imitated_layer(new)
     ids = None if new.vocab is None else torch.tensor(read_vocab(new.vocab, len(head)))
-    more: dict[str, CausalWeights] = {}
-    if new.causal is not None:
-        more = {"causal": read_causal(new.causal.folder, new.causal.num_layers)}
-    model = learner.new_model(target.config, head, new.layer_ids, new.seed, ids, last_layer, **more)
+    model = _carried_model(learner, new, ids)
+    if model is None:
+        last_layer = _imitated_layer(new)
+        more: dict[str, CausalWeights] = {}
+        if new.causal is not None:
+            more = {"causal": read_causal(new.causal.folder, new.causal.num_layers)}
+        model = learner.new_model(
+            target.config, head, new.layer_ids, new.seed, ids, last_layer, **more
+        )
     manifest = Manifest(0, None, kind, learner.config_to_json(model), target.fingerprint, {})
     return manifest, save(learner.bundle_tensors(model))
+
+
+def _carried_model(
+    learner: Trainable[Any], new: NewDrafter, draft_ids: Tensor | None
+) -> nn.Module | None:
+    """The drafter within the target's own checkpoint; ``None``: there is none, or random weights
+    are wanted."""
+    if new.imitated is None or not isinstance(learner, CarriedByTarget):
+        return None
+    try:
+        model = learner.carried_model(new.imitated, draft_ids)
+    except ValueError as error:
+        if new.must_imitate:
+            raise ValueError(f"{error}. Set drafter.init to 'random'") from error
+        log.info("the drafter in the checkpoint of the target cannot be used: %s", error)
+        return None
+    if model is not None:
+        log.info("the drafter begins as the one in the checkpoint of the target")
+    return model
 
 
 def _imitated_layer(new: NewDrafter) -> LastLayer | None:

@@ -171,14 +171,16 @@ class DrafterContext:
     """``configs.schema.DrafterSettings``: its own section and shared keys."""
     embed: torch.nn.Module
     """The target's token embedding, with its own scaling if it has one."""
+    lm_head: torch.nn.Module
+    """The target's lm_head; its weight is [V, H]."""
     hidden_size: int
     """H of the target."""
     vocab_size: int
     """V of the target."""
     num_slots: int
     """Slots of the target's KV pool; a neural drafter's pool uses the same numbers."""
-    lm_head: Callable[[Tensor], Tensor]
-    """The target's: its input [..., H] -> logits [..., V], capped if the target caps them."""
+    logits: Callable[[Tensor], Tensor]
+    """The target's: input of the lm_head [..., H] -> logits [..., V], capped if it caps them."""
     device: torch.device
     dtype: torch.dtype
     weights: Weights | None

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from drafters.catalog import CATALOG
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -160,6 +162,22 @@ class Trainable(Protocol[ModelT]):
 
     def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
         """Simulated tokens_per_step of chains of ``num_draft`` tokens; ``None`` without chains."""
+        ...
+
+
+@runtime_checkable
+class CarriedByTarget(Protocol):
+    """A ``Trainable`` of drafters that a target's own checkpoint may hold."""
+
+    def carried_model(self, folder: Path, draft_ids: Tensor | None) -> nn.Module | None:
+        """The model that the target in ``folder`` carries, on the CPU in float32; ``None``: none.
+
+        Args:
+            draft_ids: see ``Trainable.new_model``.
+
+        Raises:
+            ValueError: it carries one that cannot run here.
+        """
         ...
 
 

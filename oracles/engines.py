@@ -1,4 +1,4 @@
-"""Small real engines for tests: random targets of three architectures, real drafters, no threads.
+"""Small real engines for tests: random targets of five architectures, real drafters, no threads.
 
 ``step`` is called by the test, so every run is deterministic.
 """
@@ -18,6 +18,10 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -26,6 +30,7 @@ from configs.schema import DrafterSettings
 from drafters.catalog import kind_of
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
+from drafters.mtp import Mtp, PagedMtp
 from drafters.protocol import DrafterContext, HostDrafter, Weights
 from drafters.suffix.index import SuffixIndex
 from drafters.trainable import trainable
@@ -56,6 +61,11 @@ GEMMA = {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full
 ARCHITECTURES = {
     "qwen3": (Qwen3ForCausalLM, lambda v: Qwen3Config(vocab_size=v, **SHAPE)),
     "llama": (LlamaForCausalLM, lambda v: LlamaConfig(vocab_size=v, **SHAPE)),
+    "qwen2": (Qwen2ForCausalLM, lambda v: Qwen2Config(vocab_size=v, **SHAPE)),
+    "mistral": (
+        MistralForCausalLM,
+        lambda v: MistralConfig(vocab_size=v, sliding_window=16, **SHAPE),
+    ),
     "gemma3": (
         Gemma3ForCausalLM,
         lambda v: Gemma3TextConfig(vocab_size=v, query_pre_attn_scalar=12, **GEMMA, **SHAPE),
@@ -147,7 +157,7 @@ def make_engine(
     max_draft: int = 8,
     suffix: bool = True,
     on_request: tuple[HostDrafter, ...] = (),
-    drafter: Eagle3 | None = None,
+    drafter: Eagle3 | Mtp | None = None,
     second: Eagle3 | None = None,
     ring_rows: int = 4096,
     ring_dtype: StoredDtype = "bfloat16",
@@ -184,7 +194,9 @@ def make_engine(
     sizes = Sizes(max_batch, 256, prefill_chunk, page_size, num_pages, max_draft)
     kinds = (PagedEagle3, SecondEagle3)
     neural: list[Any] = [
-        paged(module, target.embed, num_pages * page_size)
+        PagedMtp(module, target.embed, num_pages * page_size, target.lm_head.weight)
+        if isinstance(module, Mtp)
+        else paged(module, target.embed, num_pages * page_size)
         for paged, module in zip(kinds, modules, strict=False)
     ]
     if kind is not None:
@@ -194,7 +206,8 @@ def make_engine(
             hidden_size=target.config.hidden_size,
             vocab_size=target.vocab_size,
             num_slots=num_pages * page_size,
-            lm_head=partial(target.logits, widen=False),
+            lm_head=target.lm_head,
+            logits=partial(target.logits, widen=False),
             device=target.device,
             dtype=target.dtype,
             weights=weights,

@@ -241,10 +241,11 @@ def _make_drafters(
         context = DrafterContext(
             settings=settings.drafter,
             embed=target.embed,
+            lm_head=target.lm_head,
             hidden_size=target.config.hidden_size,
             vocab_size=target.vocab_size,
             num_slots=num_pages * settings.engine.page_size,
-            lm_head=partial(target.logits, widen=False),
+            logits=partial(target.logits, widen=False),
             device=target.device,
             dtype=target.dtype,
             weights=_weights_of(kind, learning),

@@ -12,7 +12,10 @@ from typing import Any
 from targets.layers import Family
 
 FAMILIES = {
+    "Gemma3ForCausalLM": "targets.gemma3:FAMILY",
     "LlamaForCausalLM": "targets.llama:FAMILY",
+    "MistralForCausalLM": "targets.mistral:FAMILY",
+    "Qwen2ForCausalLM": "targets.qwen2:FAMILY",
     "Qwen3ForCausalLM": "targets.qwen3:FAMILY",
 }
 """Name of a Hugging Face model class -> its ``Family``, imported when a model needs it."""

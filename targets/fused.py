@@ -6,6 +6,9 @@ step more than reading the weights does. Here a layer takes six launches and att
     norm + q, k, v | head norms, RoPE, write to the pages | attention | o + residual
     norm + gate, up, silu | down + residual
 
+Layers with a norm behind attention and MLP (Gemma 3) take eleven, because these norms stand between
+a product and its residual.
+
 Above ``few_rows`` rows, the library computes the products and only the operations between them are
 fused. With pinned numerics, our kernels compute the products for any number of rows, and the order
 of operations depends on the weights' shapes alone; in the library it depends on the number of rows.
@@ -25,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from specops.decoder_operations import DEFINITIONS, few_rows_of, pick_operations
+from specops.linear import Norm
 from specops.rope import rope_table
 from targets.families import FAMILIES, family_of
-from targets.layers import norm_of
+from targets.layers import Family, Layer
 
 Attend = Callable[[int, Tensor], Tensor]
 """Attention of one layer: (layer number, queries [T, Hq, D]) -> [T, Hq, D]. The rows' keys and
@@ -50,19 +54,21 @@ def supports(model: Any) -> str | None:
     family = family_of(model)
     if family is None:
         return f"{type(model).__name__} is not among {', '.join(FAMILIES)}"
-    return family.why_not(model) or _numbers(model)
+    return family.why_not(model) or _numbers(model, family)
 
 
-def _numbers(model: Any) -> str | None:
+def _numbers(model: Any, family: Family) -> str | None:
     """Why the shape, dtype or device prevents fusing; ``None`` if nothing does."""
     config, decoder = model.config, model.model
     attention = decoder.layers[0].self_attn
-    if config.hidden_act != "silu":
-        return f"the activation is {config.hidden_act}, not silu"
-    if decoder.rotary_emb.rope_type not in _ROPES:
-        return f"RoPE of type {decoder.rotary_emb.rope_type} depends on the sequence length"
-    if 2 * decoder.rotary_emb.inv_freq.numel() != attention.head_dim:
-        return "RoPE rotates only part of each head"
+    name = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
+    if (activation := getattr(config, name)) != family.activation:
+        return f"the activation is {activation}, not {family.activation}"
+    for rope in family.ropes(decoder.rotary_emb).values():
+        if rope.kind not in _ROPES:
+            return f"RoPE of type {rope.kind} depends on the sequence length"
+        if 2 * rope.inv_freq.numel() != attention.head_dim:
+            return "RoPE rotates only part of each head"
     if attention.head_dim < 4 or attention.head_dim & (attention.head_dim - 1):
         return f"the head dimension {attention.head_dim} is below 4 or not a power of two"
     if config.hidden_size > _WIDEST:
@@ -152,22 +158,26 @@ class FusedDecoder:
         self.layers = [family.layer(layer, by_columns) for layer in decoder.layers]
         if in_place:
             _check_in_place(before, self.layers)
-        self.final_norm = norm_of(decoder.norm)
+        self.final_norm = family.norm(decoder.norm)
+        self._embed_scale = family.embed_scale(decoder.embed_tokens)
         self.scale: float = decoder.layers[0].self_attn.scaling
         """Factor of the attention scores."""
-        rotary = decoder.rotary_emb
-        self.table = rope_table(
-            rotary.inv_freq.to(self.head.device),
-            rotary.attention_scaling,
-            config.max_position_embeddings if num_positions is None else num_positions,
-            self.head.dtype,
-        )
+        length = config.max_position_embeddings if num_positions is None else num_positions
+        self._tables = {
+            name: rope_table(
+                rope.inv_freq.to(self.head.device), rope.scaling, length, self.head.dtype
+            )
+            for name, rope in family.ropes(decoder.rotary_emb).items()
+        }
         self.few_rows = few_rows_of(self.head.dtype) if few_rows is None else few_rows
         self.is_pinned = pinned
         layer = self.layers[0]
         bare = (layer.qkv, layer.o, layer.down, self.head)
-        products = [(layer.gate_up, True), *((weight, False) for weight in bare)]
+        gates_alone = family.activation == "silu" and layer.after_mlp is None
+        products = [(layer.gate_up, gates_alone), *((weight, False) for weight in bare)]
         self._operations = pick_operations(products, use_kernels, overlap, pinned)
+        do = self._operations
+        self._gate = do.silu_gate if family.activation == "silu" else do.gelu_gate
         self._ahead_bytes = 0 if self._operations is DEFINITIONS else ahead_bytes
 
     def forward(
@@ -213,12 +223,18 @@ class FusedDecoder:
             if self._ahead_bytes:
                 more = {"ahead": layer.o, "ahead_bytes": self._ahead_bytes}
             q = self._operations.rope_and_write(
-                qkv, layer.heads, self.table, positions_T, slots_T,
+                qkv, layer.heads, self._tables[layer.rope], positions_T, slots_T,
                 pool.keys[index], pool.values[index], **more,
             )  # fmt: skip
             return attend(index, q).flatten(1)
 
         squares = self._operations.embed(ids_T, self.embedding, outs[0])
+        if self._embed_scale is not None:
+            # The factor is rounded first, as Hugging Face does.
+            outs[0].mul_(outs[0].new_full((), self._embed_scale))
+        if self.layers[0].after_mlp is not None:
+            return features, self._between_norms(outs, stream, heads_of)
+        assert self._embed_scale is None, "the squares are of unscaled rows"
         run = self._few_rows if self._are_few(num_rows) else self._many_rows
         return features, run(outs, stream, squares, heads_of)
 
@@ -254,8 +270,29 @@ class FusedDecoder:
         for index, layer in enumerate(self.layers):
             mixed = heads_of(index, product(normed, layer.qkv))
             normed = do.add_norm(outs[index], product(mixed, layer.o), layer.mlp_norm, stream)
-            gated = do.silu_gate(product(normed, layer.gate_up))
+            gated = self._gate(product(normed, layer.gate_up))
             update = product(gated, layer.down)
+            normed = do.add_norm(stream, update, norms[index + 1], outs[index + 1])
+        return normed
+
+    def _between_norms(
+        self,
+        outs: list[Tensor],
+        stream: Tensor,
+        heads_of: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """Layers whose halves have a norm before and behind them."""
+        do = self._operations
+        product = do.few_row_linear if self._are_few(len(stream)) else nn.functional.linear
+        norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
+        normed = do.add_norm(outs[0], None, norms[0], None)
+        for index, layer in enumerate(self.layers):
+            behind_attention, behind_mlp = _outer_norms(layer)
+            update = product(heads_of(index, product(normed, layer.qkv)), layer.o)
+            update = do.add_norm(update, None, behind_attention, None)
+            normed = do.add_norm(outs[index], update, layer.mlp_norm, stream)
+            update = product(self._gate(product(normed, layer.gate_up)), layer.down)
+            update = do.add_norm(update, None, behind_mlp, None)
             normed = do.add_norm(stream, update, norms[index + 1], outs[index + 1])
         return normed
 
@@ -274,3 +311,8 @@ class FusedDecoder:
             out = torch.empty(len(flat), len(self.head), dtype=wide, device=hidden.device)
             scores = self._operations.few_row_linear(flat, self.head, out=out)
         return scores.view(*hidden.shape[:-1], len(self.head))
+
+
+def _outer_norms(layer: Layer) -> tuple[Norm, Norm]:
+    assert layer.after_attention is not None and layer.after_mlp is not None
+    return layer.after_attention, layer.after_mlp

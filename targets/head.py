@@ -29,6 +29,8 @@ class TargetHead:
     embed_VH: Tensor
     """Embedding table, scaled as the target scales it."""
     lm_head: FrozenHead
+    embed_scale: float | None = None
+    """Factor that ``embed_VH`` includes; ``None``: 1."""
 
 
 def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TargetHead:
@@ -57,6 +59,7 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         text,
         embed if scale is None else embed * torch.tensor(scale, dtype=dtype, device=device),
         FrozenHead(lm_head, getattr(text, "final_logit_softcapping", None)),
+        scale,
     )
 
 

@@ -1,8 +1,7 @@
 """A target family: how the layers of some Hugging Face models map to ours.
 
 A family is one file and one line in ``targets.families``. ``llama_like`` makes one from the
-modelling module of any architecture whose layers are Llama's, with or without norms of the query
-and key heads.
+modelling module of any architecture whose layers are Llama's.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,9 @@ from transformers.activations import ACT2FN
 
 from specops.linear import Norm
 from specops.rope import Heads
+
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+"""Names as in Hugging Face's configs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,34 @@ class Layer:
     gate_up: Tensor
     """[2 * intermediate size, H]: rows of the gate, then of ``up``."""
     down: Tensor
+    window: int | None = None
+    """Attention sees the keys of so many last positions only; ``None``: all."""
+    rope: str = ""
+    """Which of the family's rotary embeddings turns its heads."""
+    after_attention: Norm | None = None
+    """Applied to the output of attention before it is added to the residual stream (Gemma)."""
+    after_mlp: Norm | None = None
+    """The same after the MLP; given if and only if ``after_attention`` is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Frequencies of a rotary embedding, as ``specops.rope.rope_table`` takes them."""
+
+    kind: str
+    """Hugging Face's ``rope_type``."""
+    inv_freq: Tensor
+    scaling: float
+
+
+def one_rope(rotary: Any) -> dict[str, Rope]:
+    """The rotary embedding of models that use one for all layers."""
+    return {"": Rope(rotary.rope_type, rotary.inv_freq, rotary.attention_scaling)}
+
+
+def norm_of(module: Any) -> Norm:
+    """The weight and epsilon of a Hugging Face RMSNorm; the weight is read in place."""
+    return Norm(module.weight.detach(), module.variance_epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +79,19 @@ class Family:
     layer: Callable[[Any, bool], Layer]
     """The weights of one of its decoder layers, laid out by columns or by rows. The module's own
     weights become views of them."""
+    activation: Activation = "silu"
+    """Of the MLP's gate."""
+    norm: Callable[[Any], Norm] = norm_of
+    """Weight and epsilon of its final norm."""
+    ropes: Callable[[Any], dict[str, Rope]] = one_rope
+    """Its rotary embeddings, by the name in ``Layer.rope``."""
+    embed_scale: Callable[[Any], float | None] = lambda _embedding: None
+    """Factor of the rows of its embedding; ``None``: 1."""
 
 
 def llama_like(modelling: ModuleType, name: str) -> Family:
-    """The family of a modelling module with Llama's layers.
+    """The family of a modelling module with Llama's layers, with or without biases of queries, keys
+    and values, norms of heads, and windows of attention.
 
     Args:
         modelling: e.g. ``transformers.models.llama.modeling_llama``.
@@ -63,54 +102,62 @@ def llama_like(modelling: ModuleType, name: str) -> Family:
     classes |= {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"])}
 
     def why_not(model: Any) -> str | None:
-        return _unknown_module(model, classes)
+        return unknown_module(model, classes)
 
     model, norm = (getattr(modelling, name + kind) for kind in ("ForCausalLM", "RMSNorm"))
     return Family(model, (norm,), why_not, llama_layer)
 
 
-def _unknown_module(model: Any, classes: set[type[nn.Module]]) -> str | None:
+def unknown_module(model: Any, classes: set[type[nn.Module]]) -> str | None:
     """Describe the first module that Llama's layers do not have; ``None`` if there is none."""
     for path, module in model.named_modules():
         if type(module) not in classes:
             return f"{path} is a {type(module).__name__}"
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None and not _is_qkv(path):
             return f"{path} has a bias"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return f"{path} has a max_norm"
-        if getattr(module, "sliding_window", None) is not None:
-            return f"{path} sees a window of {module.sliding_window} keys"
     return None
 
 
+def _is_qkv(path: str) -> bool:
+    return path.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "v_proj")
+
+
 def llama_layer(module: Any, by_columns: bool) -> Layer:
-    """The weights of a decoder layer of Llama or Qwen3, which also has norms of the heads.
+    """The weights of a decoder layer of Llama, of Qwen2, which has biases, or of Qwen3, which has
+    norms of the heads.
 
     Args:
         by_columns: lay out joined weights as ``targets.target.by_columns`` does, for a CPU.
     """
     attention, mlp = module.self_attn, module.mlp
-    has_norms = hasattr(attention, "q_norm")
-    heads = Heads(
-        attention.q_proj.out_features // attention.head_dim,
-        attention.k_proj.out_features // attention.head_dim,
-        norm_of(attention.q_norm) if has_norms else None,
-        norm_of(attention.k_norm) if has_norms else None,
-    )
     return Layer(
         norm_of(module.input_layernorm),
-        _joined(by_columns, attention.q_proj, attention.k_proj, attention.v_proj),
-        heads,
+        joined(by_columns, attention.q_proj, attention.k_proj, attention.v_proj),
+        heads_of(attention, norm_of),
         attention.o_proj.weight.detach(),
         norm_of(module.post_attention_layernorm),
-        _joined(by_columns, mlp.gate_proj, mlp.up_proj),
+        joined(by_columns, mlp.gate_proj, mlp.up_proj),
         mlp.down_proj.weight.detach(),
+        window=getattr(attention, "sliding_window", None),
     )
 
 
-def norm_of(module: Any) -> Norm:
-    """The weight and epsilon of a Hugging Face RMSNorm; the weight is read in place."""
-    return Norm(module.weight.detach(), module.variance_epsilon)
+def heads_of(attention: Any, norm: Callable[[Any], Norm]) -> Heads:
+    """Numbers, norms and biases of the heads of an attention module.
+
+    Args:
+        norm: weight and epsilon of a head's norm module.
+    """
+    has_norms = hasattr(attention, "q_norm")
+    return Heads(
+        attention.q_proj.out_features // attention.head_dim,
+        attention.k_proj.out_features // attention.head_dim,
+        norm(attention.q_norm) if has_norms else None,
+        norm(attention.k_norm) if has_norms else None,
+        _joined_bias(attention.q_proj, attention.k_proj, attention.v_proj),
+    )
 
 
 _PADDING = 16
@@ -138,7 +185,7 @@ def _are_adjacent(weights: list[Tensor]) -> bool:
     return all(w.is_contiguous() for w in weights) and starts == ends[:-1]
 
 
-def _joined(by_columns: bool, *linears: Any) -> Tensor:
+def joined(by_columns: bool, *linears: Any) -> Tensor:
     """One weight with the rows of all modules, whose weights become views of it to save memory.
 
     Weights that lie behind each other already, as those that swaps overwrite do, stay where they
@@ -146,12 +193,23 @@ def _joined(by_columns: bool, *linears: Any) -> Tensor:
     own: list[Tensor] = [module.weight.detach() for module in linears]
     if not by_columns and _are_adjacent(own):
         return own[0].as_strided((sum(map(len, own)), own[0].shape[1]), own[0].stride())
-    joined = torch.cat(own)
+    whole = torch.cat(own)
     if by_columns:
-        joined = columns_of(joined)
+        whole = columns_of(whole)
     start = 0
     for module in linears:
         end = start + module.weight.shape[0]
-        module.weight.data = joined[start:end]
+        module.weight.data = whole[start:end]
         start = end
-    return joined
+    return whole
+
+
+def _joined_bias(*linears: Any) -> Tensor | None:
+    """One vector of the biases of all modules, which become views of it; ``None`` without."""
+    if all(module.bias is None for module in linears):
+        return None
+    bias = torch.cat([module.bias.detach() for module in linears])
+    parts = torch.split(bias, [len(module.bias) for module in linears])
+    for module, part in zip(linears, parts, strict=True):
+        module.bias.data = part
+    return bias

@@ -236,8 +236,10 @@ class Target:
 
         def attend(layer: int, q_THD: Tensor) -> Tensor:
             kept = pool.keys[layer], pool.values[layer]
-            pinned = fused.is_pinned
-            return decode_attention(q_THD, None, None, *kept, paged, fused.scale, pinned=pinned)
+            pinned, window = fused.is_pinned, fused.layers[layer].window
+            return decode_attention(
+                q_THD, None, None, *kept, paged, fused.scale, window, pinned=pinned
+            )
 
         features, hidden = fused.forward(ids_T, positions_T, slots_T, attend, pool, self.layer_ids)
         shape = (len(ids_T), len(self.layer_ids), hidden.shape[1])

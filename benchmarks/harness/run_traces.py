@@ -55,7 +55,7 @@ def num_kept(drafted: Sequence[int], ids: Sequence[int], at: int) -> int:
 def new_index(settings: Settings) -> HostDrafter:
     """An empty match-lookup drafter, configured by these settings."""
     nothing: Any = None  # it computes nothing on a device and has no weights
-    context = DrafterContext(settings.drafter, nothing, 0, 0, 0, nothing, nothing, nothing, nothing)
+    context = DrafterContext(settings.drafter, *[nothing] * 2, 0, 0, 0, *[nothing] * 4)
     return cast(HostDrafter, kind_of(LOOKUP).build(context))
 
 

@@ -312,7 +312,7 @@ def build(context: DrafterContext) -> PagedDFlash:
     module.load_state_dict(weights.tensors, assign=True)
     module.to(device=context.device, dtype=context.dtype)
     by_columns(module)
-    drafter = PagedDFlash(module, context.embed, context.lm_head, context.num_slots)
+    drafter = PagedDFlash(module, context.embed, context.logits, context.num_slots)
     drafter.version = weights.version
     return drafter
 

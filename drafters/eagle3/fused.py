@@ -36,15 +36,18 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 16_384
 
 
-def supports(module: Eagle3, embed: nn.Module) -> str | None:
+def supports(module: nn.Module, embed: nn.Module) -> str | None:
     """``None`` if ``FusedEagle3`` computes what this drafter does, else why not.
 
     Args:
         embed: the target's token embedding; must be a plain ``nn.Embedding``.
     """
-    c, weight = module.config, module.lm_head.weight
     if type(module) is not Eagle3:
         return f"the drafter is a {type(module).__name__}"
+    c, weight = module.config, module.lm_head.weight
+    for variant in ("norm_before_residual", "fc_norm", "norm_output"):
+        if getattr(c, variant):
+            return f"the drafter has {variant}"
     if type(embed) is not nn.Embedding:
         return f"the target's embedding is a {type(embed).__name__}, not a plain Embedding"
     if embed.max_norm is not None:

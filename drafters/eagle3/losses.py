@@ -96,4 +96,6 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, slopes = ctx.saved_tensors
         scale = grads[0][:, None].to(slopes.dtype)
-        return (slopes @ weight) * scale, slopes.T @ (hidden * scale), None, None, None, None
+        # A frozen lm_head, as the target's, needs none.
+        grad_weight = slopes.T @ (hidden * scale) if ctx.needs_input_grad[1] else None
+        return (slopes @ weight) * scale, grad_weight, None, None, None, None

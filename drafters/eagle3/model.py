@@ -40,10 +40,17 @@ class Eagle3Config:
     """Tapped layers: residual stream after k decoder layers of the target."""
     rms_norm_eps: float
     rope_theta: float
+    norm_before_residual: bool = False
+    """The residual stream begins with the normed hidden state."""
+    fc_norm: bool = False
+    """Each tapped layer is normed before ``fc`` (EAGLE-3.1)."""
+    norm_output: bool = False
+    """The next row reads the output behind the final norm (EAGLE-3.1)."""
 
     def to_json(self) -> dict[str, Any]:
-        """Config as JSON: a dictionary with lists for tuples."""
-        return {**asdict(self), "layer_ids": list(self.layer_ids)}
+        """Config as JSON: a dictionary with lists for tuples, without the variants not used."""
+        used = {name: value for name, value in asdict(self).items() if value is not False}
+        return {**used, "layer_ids": list(self.layer_ids)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Eagle3Config:
@@ -134,6 +141,8 @@ class Eagle3(nn.Module):
         self.lm_head = nn.Linear(hidden, c.draft_vocab_size, bias=False)
         # Not a buffer, because moving the module to bfloat16 would round the angles.
         self._inverse: dict[torch.device, Tensor] = {}
+        norms = [nn.RMSNorm(hidden, eps) for _ in c.layer_ids] if c.fc_norm else []
+        self.fc_norm = nn.ModuleList(norms)
         reduced = c.draft_vocab_size != c.target_vocab_size
         self.register_buffer(
             "d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64) if reduced else None
@@ -147,8 +156,8 @@ class Eagle3(nn.Module):
             target_lm_head: [V, H]; becomes ``lm_head`` if the vocabularies are equal.
         """
         generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 values = torch.randn(parameter.shape, generator=generator) * 0.02
@@ -172,13 +181,17 @@ class Eagle3(nn.Module):
 
     def fuse(self, features: Tensor) -> Tensor:
         """Project tapped rows [..., m * H], in ``layer_ids`` order, to h [..., H]."""
+        if self.config.fc_norm:
+            layers = features.chunk(len(self.fc_norm), dim=-1)
+            normed = [norm(rows) for norm, rows in zip(self.fc_norm, layers, strict=True)]
+            features = torch.cat(normed, dim=-1)
         fused: Tensor = self.fc(features)
         return fused
 
     def forward(
         self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
     ) -> Tensor:
-        """Run the layer: output g of rows, before the final norm.
+        """Run the layer: output g of rows, before the final norm, or behind it if ``norm_output``.
 
         Args:
             embeds: [..., H], the target's embedding of each row's token.
@@ -189,19 +202,29 @@ class Eagle3(nn.Module):
             [..., H]; input of ``logits``, and ``hidden`` of the next row.
         """
         c = self.config
-        pair = torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
+        normed = self.hidden_norm(hidden)
+        pair = torch.cat((self.input_layernorm(embeds), normed), dim=-1)
         heads = self.qkv_proj(pair).unflatten(-1, (c.num_heads + 2 * c.num_kv_heads, c.head_dim))
         q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=-2)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        stream = hidden + self.o_proj(mixed.flatten(-2))
+        stream = (normed if c.norm_before_residual else hidden) + self.o_proj(mixed.flatten(-2))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(stream)).chunk(2, dim=-1)
         out: Tensor = stream + self.down_proj(nn.functional.silu(gate) * up)
-        return out
+        return self.norm(out) if c.norm_output else out
+
+    def head_input(self, outputs: Tensor) -> Tensor:
+        """The lm_head's input [..., H] for outputs [..., H]."""
+        normed: Tensor = outputs if self.config.norm_output else self.norm(outputs)
+        return normed
+
+    def head_weight(self, target_VH: Tensor) -> Tensor:
+        """[Vd, H] weight of the drafter's own lm_head."""
+        return self.lm_head.weight
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Logits [..., Vd] over the draft vocabulary for outputs [..., H]."""
-        scores: Tensor = self.lm_head(self.norm(outputs))
+        scores: Tensor = self.lm_head(self.head_input(outputs))
         return scores
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:

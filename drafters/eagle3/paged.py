@@ -29,15 +29,16 @@ class PagedEagle3:
     traits = TRAITS
     first_row = 1
 
-    def __init__(self, module: Eagle3, embed: torch.nn.Module, num_slots: int) -> None:
+    def __init__(self, module: Any, embed: torch.nn.Module, num_slots: int) -> None:
         """
         Args:
-            module: weights in serving dtype and device; edited in place by swaps.
+            module: an ``Eagle3``, or another module of its shape; weights in serving dtype and
+                device; edited in place by swaps.
             embed: the target's token embedding module (with its own scaling, if it has one).
             num_slots: slots of the target's KV pool; the drafter's pool uses the same numbers.
         """
         c = module.config
-        weight = module.lm_head.weight
+        weight = module.norm.weight
         self.module = module
         self.embed = embed
         self.version = 0
@@ -127,7 +128,8 @@ class PagedEagle3:
 
     def _logits(self, outputs: Tensor, squares: Tensor | None) -> Tensor:
         if self._fused is None:
-            return self.module.logits(outputs)
+            scores: Tensor = self.module.logits(outputs)
+            return scores
         return self._fused.logits(outputs, squares)
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from drafters.batch import TrainingBatch, follows_T
 from drafters.eagle3.chain_attention import ChainAttention
 from drafters.eagle3.chains import Chains, by_chain, chain_weights, lay_out
 from drafters.eagle3.losses import FLOOR, head_losses
-from drafters.eagle3.model import Eagle3
+from drafters.eagle3.model import Attend, Eagle3
 from drafters.trainable import BatchLoss
 from specops.device import distill, label_figures
 from specops.distill import (
@@ -77,12 +78,41 @@ class Objective:
     into a CPU's cache or 1 GiB of GPU memory."""
 
 
+class ChainModel(Protocol):
+    """A module of one layer that drafts token by token, as ``drafters.eagle3.model.Eagle3``, which
+    describes its methods."""
+
+    @property
+    def config(self) -> ChainShape: ...
+    @property
+    def d2t(self) -> Tensor | None: ...
+    def fuse(self, features: Tensor) -> Tensor: ...
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor: ...
+    def head_input(self, outputs: Tensor) -> Tensor: ...
+    def head_weight(self, target_VH: Tensor) -> Tensor:
+        """[Vd, H] weight of the lm_head that it drafts with: its own, or the target's."""
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor: ...
+
+
+class ChainShape(Protocol):
+    """What the loss asks of its config."""
+
+    @property
+    def target_vocab_size(self) -> int: ...
+    @property
+    def draft_vocab_size(self) -> int: ...
+
+
 _CACHED_ROWS = 128
 """128 rows of 4,096 float32 logits stay in a CPU's cache."""
 
 
 def ttt_loss(
-    model: Eagle3,
+    model: ChainModel,
     embed: Tensor,
     head: FrozenHead,
     batch: TrainingBatch,
@@ -103,7 +133,7 @@ def ttt_loss(
     compared = [_compared(labels, chains, step) for step in range(len(inputs))]
     if not objective.keep_logits:
         return _distilled(model, batch, chains, inputs, teacher, compared, objective)
-    weight = model.lm_head.weight.to(batch.features_TF.dtype)
+    weight = model.head_weight(head.weight_VH).to(batch.features_TF.dtype)
     chunk_rows = objective.chunk_rows or _CACHED_ROWS
     target = _target_rows(teacher, chunk_rows)
     figures = [
@@ -114,7 +144,7 @@ def ttt_loss(
 
 
 def _distilled(
-    model: Eagle3,
+    model: ChainModel,
     batch: TrainingBatch,
     chains: Chains,
     inputs: list[Tensor],
@@ -126,7 +156,7 @@ def _distilled(
     hidden = torch.cat(inputs)
     rows = _concatenated(compared)
     lengths = [len(x) for x in inputs]
-    weight = model.lm_head.weight
+    weight = model.head_weight(teacher.head.weight_VH)
     probs = label_figures(hidden, weight, rows, objective.chunk_rows).label_prob_N
     weights_KR = chain_weights(chains, list(torch.split(probs, lengths)), objective.floor)
     weights_KR = _scaled(weights_KR, chains, batch.weight_R)
@@ -143,7 +173,7 @@ def _distilled(
 
 @torch.no_grad()
 def chain_acceptance(
-    model: Eagle3,
+    model: ChainModel,
     embed: Tensor,
     head: FrozenHead,
     batch: TrainingBatch,
@@ -174,7 +204,7 @@ def chain_acceptance(
     teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model), heat_R)
     weights = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
     order = _order(chains, [len(x) for x in inputs])
-    weight = model.lm_head.weight
+    weight = model.head_weight(head.weight_VH)
     found = distill(cooled, weight, teacher, rows, weights, "lk", chunk_rows, order).figures
     greedy_N = greedy_R.repeat(num_steps)
     accepted = torch.where(greedy_N, found.agrees_N.float(), found.alpha_N.float())
@@ -182,14 +212,14 @@ def chain_acceptance(
     return alphas_KR.T, chains.alive_KR.all(dim=0)
 
 
-def _target_ids(model: Eagle3) -> Tensor | None:
+def _target_ids(model: ChainModel) -> Tensor | None:
     """Target id of each draft id; ``None`` if both vocabularies are the same."""
     if model.d2t is None:
         return None
     return model.to_target_ids(torch.arange(model.config.draft_vocab_size, device=model.d2t.device))
 
 
-def _labels(model: Eagle3, batch: TrainingBatch) -> Rows:
+def _labels(model: ChainModel, batch: TrainingBatch) -> Rows:
     """Committed token after each row, as a draft id."""
     last = batch.token_ids_T.numel() - 1  # where only padding is
     label_R = batch.token_ids_T[(batch.row_R + 1).clamp_max(last)]
@@ -269,7 +299,7 @@ def _target_rows(teacher: Teacher, chunk_rows: int) -> Target:
 
 
 def ttt_outputs(
-    model: Eagle3, embed: Tensor, batch: TrainingBatch, anchor_A: Tensor, num_steps: int
+    model: ChainModel, embed: Tensor, batch: TrainingBatch, anchor_A: Tensor, num_steps: int
 ) -> Iterator[Tensor]:
     """Yield outputs g of step 0 at every position [T, H], then of steps 1, 2, ... [A, H].
 
@@ -336,13 +366,13 @@ def _means(chains: Chains, figures: list[RowFigures]) -> tuple[Tensor, Tensor]:
 
 
 def _head_inputs(
-    model: Eagle3, embed: Tensor, batch: TrainingBatch, chains: Chains
+    model: ChainModel, embed: Tensor, batch: TrainingBatch, chains: Chains
 ) -> Iterator[Tensor]:
     """Yield the lm_head's inputs [R, H] of step 0, then [A, H] of each later step."""
     anchor_A = batch.row_R if chains.carried_A is None else batch.row_R[chains.carried_A]
     outputs = ttt_outputs(model, embed, batch, anchor_A, len(chains.alive_KR))
     for step, output in enumerate(outputs):
-        normed: Tensor = model.norm(output[batch.row_R] if step == 0 else output)
+        normed = model.head_input(output[batch.row_R] if step == 0 else output)
         yield normed.to(batch.features_TF.dtype)
 
 

@@ -25,6 +25,7 @@ class Operations:
     rope_and_write: Callable[..., Tensor]
     add_norm: Callable[..., Tensor]
     silu_gate: Callable[..., Tensor]
+    gelu_gate: Callable[..., Tensor]
 
 
 DEFINITIONS = Operations(
@@ -35,6 +36,7 @@ DEFINITIONS = Operations(
     rope.rope_and_write,
     rows.add_norm,
     linear.silu_gate,
+    linear.gelu_gate,
 )
 
 
@@ -85,4 +87,5 @@ def pick_operations(
         partial(rope_triton.rope_and_write, overlap=overlap),
         partial(rows_triton.add_norm, overlap=overlap),
         partial(rows_triton.silu_gate, overlap=overlap),
+        partial(rows_triton.gelu_gate, overlap=overlap),
     )

@@ -16,15 +16,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """An RMSNorm (Zhang & Sennrich 2019) as in Llama and Qwen3, without a bias."""
+    """An RMSNorm (Zhang & Sennrich 2019) without a bias, as in Llama and Qwen3, or in Gemma."""
 
     weight_K: Tensor
+    """In the dtype of the rows: they are rounded before they are multiplied (Llama). In float32:
+    only after (Gemma)."""
     eps: float
 
 
 def rms_norm(x_MK: Tensor, norm: Norm, squares_MP: Tensor | None = None) -> Tensor:
     """``weight * x / rms(x)``, rounded as in Hugging Face: computed in float32, rounded to the
-    dtype of x, then multiplied by the weight.
+    dtype of x, then multiplied by the weight; with a float32 weight, rounded at the end alone.
 
     Args:
         x_MK: [..., K] floating.
@@ -36,7 +38,16 @@ def rms_norm(x_MK: Tensor, norm: Norm, squares_MP: Tensor | None = None) -> Tens
     if squares_MP is None:
         squares_MP = wide.pow(2)
     mean = squares_MP.sum(dim=-1, keepdim=True) / x_MK.shape[-1]
-    return norm.weight_K * (wide * torch.rsqrt(mean + norm.eps)).to(x_MK.dtype)
+    scaled = wide * torch.rsqrt(mean + norm.eps)
+    if norm.weight_K.dtype == torch.float32:
+        return (norm.weight_K * scaled).to(x_MK.dtype)
+    return norm.weight_K * scaled.to(x_MK.dtype)
+
+
+def gelu_gate(gate_up_M2N: Tensor) -> Tensor:
+    """``gelu(gate) * up`` with the approximation by tanh (Gemma); otherwise as ``silu_gate``."""
+    gate, up = gate_up_M2N.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
 def silu_gate(gate_up_M2N: Tensor) -> Tensor:

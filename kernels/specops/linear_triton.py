@@ -159,8 +159,10 @@ def _rows_of_x(
     )
     if NORM:
         weight = tl.load(norm_ptr + k, mask=is_k, other=0.0)
-        normed = (x.to(tl.float32) * scale[:, None]).to(x.dtype)
-        x = (weight.to(tl.float32)[None, :] * normed.to(tl.float32)).to(x.dtype)
+        normed = x.to(tl.float32) * scale[:, None]
+        if weight.dtype != tl.float32:
+            normed = normed.to(x.dtype).to(tl.float32)
+        x = (weight.to(tl.float32)[None, :] * normed).to(x.dtype)
     return x
 
 
@@ -170,8 +172,10 @@ def _row_of_x(x_ptr, norm_ptr, k, is_k, scale, NORM: tl.constexpr):
     x = tl.load(x_ptr + k, mask=is_k, other=0.0)
     if NORM:
         weight = tl.load(norm_ptr + k, mask=is_k, other=0.0)
-        normed = (x.to(tl.float32) * scale).to(x.dtype)
-        x = (weight.to(tl.float32) * normed.to(tl.float32)).to(x.dtype)
+        normed = x.to(tl.float32) * scale
+        if weight.dtype != tl.float32:
+            normed = normed.to(x.dtype).to(tl.float32)
+        x = (weight.to(tl.float32) * normed).to(x.dtype)
     return x.to(tl.float32)
 
 

@@ -24,6 +24,8 @@ class Heads:
     query_norm: Norm | None = None
     """RMSNorm over D of each query head (Qwen3); ``key_norm`` must have the same eps."""
     key_norm: Norm | None = None
+    bias_C: Tensor | None = None
+    """[(Hq + 2 Hkv) * D], added to a row first (Qwen2), in the row's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ def rope_and_write(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """Normalise and rotate queries and keys, and write keys and values to their slots.
+    """Add the bias, normalise and rotate queries and keys, and write keys and values to their
+    slots.
 
     Args:
         qkv_TC: [T, (Hq + 2 Hkv) * D]; rows need not be adjacent.
@@ -80,6 +83,8 @@ def rope_and_write(
         Queries, [T, Hq, D].
     """
     head_dim = keys.shape[2]
+    if heads.bias_C is not None:
+        qkv_TC = qkv_TC + heads.bias_C
     sizes = [heads.num_query, heads.num_kv, heads.num_kv]
     heads_TND = qkv_TC.view(len(qkv_TC), sum(sizes), head_dim)
     q, k, v = torch.split(heads_TND, sizes, dim=1)

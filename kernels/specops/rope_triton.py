@@ -1,4 +1,4 @@
-"""Head norms, rotary embedding and the write to the pages in one kernel; the definition is
+"""Bias, head norms, rotary embedding and the write to the pages in one kernel; the definition is
 ``specops.rope.rope_and_write``.
 
 Shapes: T rows, Hq/Hkv heads, D head dimension (a power of two, at least 4).
@@ -21,11 +21,11 @@ _AHEAD_BYTES = 64 << 10
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rope_and_write(
-    qkv_ptr, query_norm_ptr, key_norm_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr,
+    qkv_ptr, bias_ptr, query_norm_ptr, key_norm_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr,
     q_ptr, keys_ptr, values_ptr, ahead_ptr, qkv_stride, eps,
     NUM_QUERY: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-    BLOCKS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
-    AHEAD_BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, AHEAD_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Process some heads of one row. The first AHEAD programs prefetch a weight instead."""
     if OVERLAP:
@@ -50,6 +50,12 @@ def _rope_and_write(
         first = tl.load(place, mask=is_head[:, None], other=0.0)
         second = tl.load(place + D // 2, mask=is_head[:, None], other=0.0)
         dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+        if BIAS:
+            place = bias_ptr + head[:, None] * D + half[None, :]
+            bias_1 = tl.load(place, mask=is_head[:, None], other=0.0)
+            bias_2 = tl.load(place + D // 2, mask=is_head[:, None], other=0.0)
+            first = (first.to(tl.float32) + bias_1.to(tl.float32)).to(dtype)
+            second = (second.to(tl.float32) + bias_2.to(tl.float32)).to(dtype)
 
         x_1, x_2 = first.to(tl.float32), second.to(tl.float32)
         if NORM:
@@ -61,8 +67,11 @@ def _rope_and_write(
             key_2 = tl.load(key_norm_ptr + D // 2 + half)[None, :]
             weight_1 = tl.where(is_query[:, None], query_1, key_1).to(tl.float32)
             weight_2 = tl.where(is_query[:, None], query_2, key_2).to(tl.float32)
-            x_1 = (weight_1 * (x_1 * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-            x_2 = (weight_2 * (x_2 * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+            x_1, x_2 = x_1 * scale, x_2 * scale
+            if query_norm_ptr.dtype.element_ty != tl.float32:
+                x_1, x_2 = x_1.to(dtype).to(tl.float32), x_2.to(dtype).to(tl.float32)
+            x_1 = (weight_1 * x_1).to(dtype).to(tl.float32)
+            x_2 = (weight_2 * x_2).to(dtype).to(tl.float32)
 
         position = tl.load(positions_ptr + row)
         cos = tl.load(cos_ptr + position * (D // 2) + half)[None, :].to(tl.float32)
@@ -126,7 +135,9 @@ def rope_and_write(
                          ("slots", slots_T), ("cos", table.cos), ("sin", table.sin)):  # fmt: skip
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    query_norm, key_norm = heads.query_norm, heads.key_norm
+    query_norm, key_norm, bias = heads.query_norm, heads.key_norm, heads.bias_C
+    if bias is not None and (bias.shape != qkv_TC.shape[1:] or not bias.is_contiguous()):
+        raise ValueError(f"the bias must be contiguous [{qkv_TC.shape[1]}], got {list(bias.shape)}")
     if query_norm is not None and key_norm is not None and query_norm.eps != key_norm.eps:
         raise ValueError(f"both norms must have one eps, got {query_norm.eps} and {key_norm.eps}")
     chunks = 0
@@ -136,14 +147,15 @@ def rope_and_write(
     blocks = triton.cdiv(num_heads, _HEADS_AT_ONCE)
     _rope_and_write[(chunks + num_rows * blocks,)](
         qkv_TC,
+        qkv_TC if bias is None else bias,
         qkv_TC if query_norm is None else query_norm.weight_K,
         qkv_TC if key_norm is None else key_norm.weight_K,
         table.cos, table.sin, positions_T, slots_T, q, keys, values,
         qkv_TC if ahead is None else ahead.view(-1).view(torch.uint8),
         qkv_TC.stride(0), 0.0 if query_norm is None else query_norm.eps,
         NUM_QUERY=heads.num_query, NUM_KV=heads.num_kv, D=head_dim, HEADS=_HEADS_AT_ONCE,
-        BLOCKS=blocks, NORM=query_norm is not None, OVERLAP=overlap, AHEAD=chunks,
-        AHEAD_BYTES=_AHEAD_BYTES,
+        BLOCKS=blocks, BIAS=bias is not None, NORM=query_norm is not None, OVERLAP=overlap,
+        AHEAD=chunks, AHEAD_BYTES=_AHEAD_BYTES,
         # A fused multiply-add (fma.rn.bf16) would skip the rounding of the product.
         enable_fp_fusion=False, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip

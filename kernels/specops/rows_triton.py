@@ -33,8 +33,10 @@ def _normed(x, weight, width, eps):
     """``rms_norm`` of one row, in the dtype of x; columns past the end of the row hold 0."""
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
-    rounded = (wide * scale).to(x.dtype).to(tl.float32)
-    return (weight.to(tl.float32) * rounded).to(x.dtype)
+    scaled = wide * scale
+    if weight.dtype != tl.float32:
+        scaled = scaled.to(x.dtype).to(tl.float32)
+    return (weight.to(tl.float32) * scaled).to(x.dtype)
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
@@ -86,7 +88,10 @@ def _add_norm(
 
 
 @triton.jit
-def _silu_gate(gate_up_ptr, out_ptr, width, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
+def _gate(
+    gate_up_ptr, out_ptr, width,
+    COLUMNS: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     if OVERLAP:
         let_next_start()
         wait_for_previous()
@@ -97,7 +102,11 @@ def _silu_gate(gate_up_ptr, out_ptr, width, COLUMNS: tl.constexpr, OVERLAP: tl.c
     gate = tl.load(place, mask=is_column, other=0.0)
     up = tl.load(place + width, mask=is_column, other=0.0)
     wide = gate.to(tl.float32)
-    value = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    inner = wide
+    if GELU:  # 0.5 (1 + tanh(u)) is the sigmoid of 2 u
+        inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
+        inner = tl.maximum(inner, -80.0)  # whose exponential is still finite
+    value = (wide / (1.0 + tl.exp(-inner))).to(gate.dtype).to(tl.float32)
     tl.store(out_ptr + row * width + column, (value * up.to(tl.float32)).to(gate.dtype), is_column)
 
 
@@ -196,11 +205,21 @@ def add_norm(
 
 def silu_gate(gate_up_M2N: Tensor, *, overlap: bool = False) -> Tensor:
     """See ``specops.linear.silu_gate``. Raises ValueError unless contiguous."""
+    return _gated(gate_up_M2N, False, overlap)
+
+
+def gelu_gate(gate_up_M2N: Tensor, *, overlap: bool = False) -> Tensor:
+    """See ``specops.linear.gelu_gate``. Raises ValueError unless contiguous."""
+    return _gated(gate_up_M2N, True, overlap)
+
+
+def _gated(gate_up_M2N: Tensor, is_gelu: bool, overlap: bool) -> Tensor:
     num_rows, width = gate_up_M2N.shape[0], gate_up_M2N.shape[1] // 2
     if not gate_up_M2N.is_contiguous():
         raise ValueError("gate and up must be contiguous")
     out = gate_up_M2N.new_empty(num_rows, width)
-    _silu_gate[(num_rows, triton.cdiv(width, _COLUMNS))](
-        gate_up_M2N, out, width, COLUMNS=_COLUMNS, OVERLAP=overlap, num_warps=4, launch_pdl=overlap
-    )
+    _gate[(num_rows, triton.cdiv(width, _COLUMNS))](
+        gate_up_M2N, out, width,
+        COLUMNS=_COLUMNS, GELU=is_gelu, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
     return out

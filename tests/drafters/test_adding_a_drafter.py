@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+from drafters.catalog import CATALOG, NONE
 from oracles.one_line import run_in, with_addition
 
 CONSTANT = '''
@@ -130,4 +131,5 @@ def test_without_its_line_the_drafter_is_unknown(tmp_path):
     done = run_in(house_with("# no line", tmp_path), SERVE, *SETTINGS)
 
     assert done.returncode == 1
-    assert "drafter.kind 'constant' is unknown; known: " in done.stderr
+    known = ", ".join(sorted((*CATALOG, NONE)))
+    assert f"drafter.kind 'constant' is unknown; known: {known}" in done.stderr

@@ -17,6 +17,7 @@ from targets.head import load_target_head
 from tests.trainer.traffic import (
     HIDDEN,
     LAYER_IDS,
+    LAYERS,
     VOCAB,
     fingerprint_of,
     make_traces,
@@ -34,16 +35,21 @@ def head(tmp_path_factory):
     return folder, save_target(folder), load_target_head(folder, CPU, torch.float32)
 
 
-def samples(model, folder) -> list[Sample]:
+def taps_of(kind) -> tuple[int, ...]:
+    """Layers that a new drafter of the kind is made to read."""
+    return {"mtp": (LAYERS,)}.get(kind, LAYER_IDS)
+
+
+def samples(model, folder, layer_ids) -> list[Sample]:
     fingerprint = fingerprint_of(folder)
-    traces: list[Trace] = make_traces(model, fingerprint, 4)
-    expected = Expected(fingerprint, LAYER_IDS, HIDDEN, VOCAB)
+    traces: list[Trace] = make_traces(model, fingerprint, 4, layer_ids=layer_ids)
+    expected = Expected(fingerprint, layer_ids, HIDDEN, VOCAB)
     found = [sample_of(trace, expected, 64) for trace in traces]
     return [sample for sample in found if isinstance(sample, Sample)]
 
 
 def new_model(learns, head, seed=0):
-    return learns.new_model(head.config, head.lm_head.weight_VH, LAYER_IDS, seed)
+    return learns.new_model(head.config, head.lm_head.weight_VH, taps_of(learns.kind), seed)
 
 
 @pytest.mark.parametrize("kind", learning_kinds())
@@ -55,7 +61,7 @@ def test_what_a_bundle_holds_makes_the_same_model(head, kind):
     loaded = learns.load_model(config, {name: t.bfloat16() for name, t in tensors.items()})
 
     assert learns.kind == kind
-    assert learns.target_shape(config) == (VOCAB, HIDDEN, LAYER_IDS)
+    assert learns.target_shape(config) == (VOCAB, HIDDEN, taps_of(kind))
     for name, tensor in learns.bundle_tensors(loaded).items():
         assert tensor.dtype == torch.float32
         assert tensor.equal(tensors[name].bfloat16().float()), name
@@ -65,7 +71,11 @@ def test_what_a_bundle_holds_makes_the_same_model(head, kind):
 def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
     learns, (folder, model, target_head) = trainable(kind), head
     drafter = new_model(learns, target_head)
-    parts = [(sample, piece) for sample in samples(model, folder) for piece in sample.pieces]
+    parts = [
+        (sample, piece)
+        for sample in samples(model, folder, taps_of(kind))
+        for piece in sample.pieces
+    ]
     batch = collate(parts)
     settings = settings_for(folder, folder).trainer
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)

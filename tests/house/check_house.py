@@ -52,6 +52,9 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/by_match.py: spells the drafter kind 'eagle3'": (
         "judges chains of that drafter's training at every position of a trace"
     ),
+    "benchmarks/peers/__main__.py: spells the drafter kind 'mtp'": (
+        "the option of transformers that such heads are generated with there"
+    ),
     "benchmarks/harness/predictable.py: spells the drafter kind 'eagle3'": (
         "writes weights into tensors that only this kind has"
     ),

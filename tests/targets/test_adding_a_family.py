@@ -6,22 +6,22 @@ import json
 
 from oracles.one_line import run_in, with_addition
 
-MISTRAL = '''
-"""The Mistral family: Llama's layers, unless attention slides over a window."""
+SMOLLM3 = '''
+"""The SmolLM3 family: Llama's layers, unless some of them do not rotate queries and keys."""
 
 from dataclasses import replace
 
-from transformers.models.mistral import modeling_mistral
+from transformers.models.smollm3 import modeling_smollm3
 
 from targets.layers import llama_like
 
-LIKE_LLAMA = llama_like(modeling_mistral, "Mistral")
+LIKE_LLAMA = llama_like(modeling_smollm3, "SmolLM3")
 
 
 def why_not(model):
-    window = model.config.sliding_window
-    reason = f"attention sees a window of {window} keys"
-    return LIKE_LLAMA.why_not(model) if window is None else reason
+    unrotated = model.config.no_rope_layers.count(0)
+    reason = f"{unrotated} layers do not rotate queries and keys"
+    return reason if unrotated else LIKE_LLAMA.why_not(model)
 
 
 FAMILY = replace(LIKE_LLAMA, why_not=why_not)
@@ -30,19 +30,19 @@ FAMILY = replace(LIKE_LLAMA, why_not=why_not)
 USE_IT = """
 import json
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from targets.fused import supports
 from targets.target import Target
 from specops.attention import DecodePass, decode_slots
 
 SHAPE = dict(
     vocab_size=90, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
-    bos_token_id=None, eos_token_id=None,
+    num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=64,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )
 torch.manual_seed(0)
-model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)).requires_grad_(False)
-sliding = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8))
+model = SmolLM3ForCausalLM(SmolLM3Config(**SHAPE, no_rope_layers=[1, 1])).requires_grad_(False)
+unrotated = SmolLM3ForCausalLM(SmolLM3Config(**SHAPE, no_rope_layers=[1, 0]))
 ids = torch.tensor([[3, 1, 4, 1, 5]])
 want = model(input_ids=ids, use_cache=False).logits[0]
 
@@ -58,20 +58,20 @@ print(json.dumps({
     "is_fused": target.is_fused,
     "error": ((target.logits(rows.hidden_TH) - want).norm() / want.norm()).item(),
     "norms_are_fused": "forward" in vars(norm),
-    "sliding": supports(sliding),
+    "unrotated": supports(unrotated),
 }))
 """
 
 
 def test_a_family_is_one_file_and_one_line(tmp_path):
-    """A Mistral model runs our decoder, which computes what Hugging Face does, and its norms are
-    one operation each; a Mistral model that the family's check refuses does not."""
+    """A SmolLM3 model runs our decoder, which computes what Hugging Face does, and its norms are
+    one operation each; a SmolLM3 model that the family's check refuses does not."""
     root = with_addition(
         tmp_path,
-        "targets/mistral.py",
-        MISTRAL,
+        "targets/smollm3.py",
+        SMOLLM3,
         "targets/families.py",
-        '    "MistralForCausalLM": "targets.mistral:FAMILY",',
+        '    "SmolLM3ForCausalLM": "targets.smollm3:FAMILY",',
         after='"LlamaForCausalLM":',
     )
 
@@ -84,5 +84,5 @@ def test_a_family_is_one_file_and_one_line(tmp_path):
         "refused": None,
         "is_fused": True,
         "norms_are_fused": True,
-        "sliding": "attention sees a window of 8 keys",
+        "unrotated": "1 layers do not rotate queries and keys",
     }

@@ -62,7 +62,13 @@ def save_target(folder: Path, seed: int = 0, tie: bool = True) -> Any:
 
 @torch.no_grad()
 def make_traces(
-    model: Any, fingerprint: str, count: int, *, first_seq: int = 0, temperature: float = 0.0
+    model: Any,
+    fingerprint: str,
+    count: int,
+    *,
+    first_seq: int = 0,
+    temperature: float = 0.0,
+    layer_ids: tuple[int, ...] = LAYER_IDS,
 ) -> list[Trace]:
     """``count`` requests of 6 prompt tokens and 30 generated ones; prompts from a small set."""
     generator = torch.Generator().manual_seed(first_seq)
@@ -77,15 +83,25 @@ def make_traces(
             probs = (scores / temperature).softmax(-1)
             picked = torch.multinomial(probs, 1, generator=generator)
         ids = torch.cat((ids, picked), dim=1)
+    unnormed = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _m, args: unnormed.append(args[0]))
     states = model(ids, output_hidden_states=True).hidden_states
-    rows = torch.stack([*(states[k] for k in LAYER_IDS), states[-1]], dim=2)[:, :-1]
+    hook.remove()
+    streams = [*states[:-1], *unnormed]  # Hugging Face's last state is behind the final norm
+    rows = torch.stack([*(streams[k] for k in layer_ids), states[-1]], dim=2)[:, :-1]
     return [
-        trace_of(ids[i], rows[i], fingerprint, first_seq + i, temperature) for i in range(count)
+        trace_of(ids[i], rows[i], fingerprint, first_seq + i, temperature, layer_ids)
+        for i in range(count)
     ]
 
 
 def trace_of(
-    ids: torch.Tensor, rows: torch.Tensor, fingerprint: str, seq: int, temperature: float = 0.0
+    ids: torch.Tensor,
+    rows: torch.Tensor,
+    fingerprint: str,
+    seq: int,
+    temperature: float = 0.0,
+    layer_ids: tuple[int, ...] = LAYER_IDS,
 ) -> Trace:
     """A trace with rows [T - 1, m + 1, H] at all positions but the last, as bfloat16."""
     bits = rows.bfloat16().contiguous().view(torch.uint16).numpy()
@@ -101,7 +117,7 @@ def trace_of(
         prompt_length=PROMPT,
         token_ids=ids.numpy().astype(np.int32),
         rounds=Rounds.of([Round(PROMPT, "eagle3", 0, (1,), None, (-0.5,), 0, 2, 1, 1.0, 1, 0.01)]),
-        features=FeatureRows(positions, LAYER_IDS, "bfloat16", bits, None),
+        features=FeatureRows(positions, layer_ids, "bfloat16", bits, None),
         finished_unix_ms=1,
     )
 

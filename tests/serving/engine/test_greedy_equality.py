@@ -77,7 +77,7 @@ def test_output_equals_generate_with_swaps_in_the_middle(architecture, seed, ove
     assert pages.num_available == pages.num_usable, "a finished request kept pages"
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen2", "mistral", "gemma3"])
 def test_the_fused_decoder_answers_as_generate_does(architecture):
     numbers = random.Random(5)
     model = random_model(architecture, head_dim=16)
@@ -88,7 +88,8 @@ def test_the_fused_decoder_answers_as_generate_does(architecture):
     got = run(engine, [request_of(str(i), p, 20) for i, p in enumerate(prompts)], scramble)
 
     assert engine.programs.target.is_fused
-    assert engine.drafting.neural["eagle3"].drafter.is_fused
+    # A drafter with a scaled embedding runs its own code.
+    assert engine.drafting.neural["eagle3"].drafter.is_fused == (architecture != "gemma3")
     for index, prompt in enumerate(prompts):
         assert got[str(index)].token_ids == reference(plain, prompt, 20), f"request {index}"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drafters.batch import from_sequences
+from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.training import ttt_outputs
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
@@ -33,10 +34,24 @@ def served_logits(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["waits", "overlaps"])
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, architecture, overlaps):
+@pytest.mark.parametrize(
+    ("architecture", "variants"),
+    [
+        ("qwen3", ()),
+        ("llama", ()),
+        ("qwen3", ("norm_before_residual",)),
+        ("llama", ("fc_norm", "norm_output")),
+    ],
+)
+def test_draft_logits_of_serving_and_training_are_equal(
+    monkeypatch, architecture, variants, overlaps
+):
+    model = random_model(architecture)
+    config = config_for_target(model.config).to_json() | dict.fromkeys(variants, True)
+    drafter = Eagle3(Eagle3Config.from_json(config))
+    drafter.initialise(1, model.get_output_embeddings().weight)
     engine = make_engine(
-        random_model(architecture), policy=FixedPolicy("eagle3", K), suffix=False,
+        model, drafter=drafter, policy=FixedPolicy("eagle3", K), suffix=False,
         prefill_chunk=7, overlaps=overlaps,
     )  # fmt: skip
     seen = served_logits(engine, monkeypatch)

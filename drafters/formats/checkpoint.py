@@ -1,0 +1,172 @@
+"""A folder with ``config.json`` and safetensors files, as Hugging Face's libraries write it.
+
+Nothing in it is trusted: names, shapes and dtypes are compared with what is expected before a
+tensor is read, and pickle files are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+CONFIG, TENSORS = "config.json", "model.safetensors"
+FLOATING = {"F64", "F32", "F16", "BF16"}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class FormatError(ValueError):
+    """A checkpoint that cannot become a drafter; the message names what does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder whose tensors have not been read yet."""
+
+    folder: Path
+    config: dict[str, Any]
+    files: dict[str, Path]
+    """File of each tensor, by name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header.
+
+        Raises:
+            FormatError: there is no such tensor.
+        """
+        return self._described(name)[0]
+
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: set[str] = FLOATING) -> None:
+        """Check name, shape and dtype of a tensor.
+
+        Args:
+            dtypes: tags of safetensors.
+
+        Raises:
+            FormatError: names the tensor and what was found.
+        """
+        found, dtype = self._described(name)
+        if found != shape:
+            raise self.error(f"{name} has the shape {list(found)}, expected {list(shape)}")
+        if dtype not in dtypes:
+            raise self.error(f"{name} is {dtype}, expected {' or '.join(sorted(dtypes))}")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU in the dtype of its file."""
+        with safe_open(self.files[name], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A value of ``config.json``, where null is no value.
+
+        Raises:
+            FormatError: it is missing and there is no default.
+        """
+        found = self.config.get(name)
+        value = default if found is None else found
+        if value is None:
+            raise self.error(f"{CONFIG} has no {name}")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer of ``config.json``.
+
+        Raises:
+            FormatError: it is missing, or not that.
+        """
+        value = self.setting(name, default)
+        if type(value) is not int or value < 1:
+            raise self.error(f"{name} of {CONFIG} must be a positive integer, got {value!r}")
+        return value
+
+    def error(self, problem: str) -> FormatError:
+        """``problem``, with the folder it is in."""
+        return FormatError(f"{self.folder}: {problem}")
+
+    def _described(self, name: str) -> tuple[tuple[int, ...], str]:
+        if name not in self.files:
+            raise self.error(f"{name} is missing")
+        with safe_open(self.files[name], framework="pt") as opened:
+            part = opened.get_slice(name)
+            return tuple(part.get_shape()), str(part.get_dtype())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder; only the headers of its tensors are read.
+
+    Raises:
+        FormatError: no config, no safetensors files, or a damaged one.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder / CONFIG} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder / CONFIG} must hold a JSON object")
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        found = f", only {pickles[0]}, which may hold code and is not loaded" if pickles else ""
+        raise FormatError(f"{folder} has no *.safetensors file{found}; convert it to safetensors")
+    files: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                files.update(dict.fromkeys(opened.keys(), path))
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} is no sound safetensors file: {error}") from None
+    return Checkpoint(folder, config, files)
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a folder that ``read_checkpoint`` reads.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    (folder / TENSORS).write_bytes(save(plain, metadata={"format": "pt"}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    """``float32`` and the like: the dtype of the floating tensors."""
+    first = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    return str(first).removeprefix("torch.")
+
+
+def rope_theta_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> float:
+    """Base of the rotary embedding that a config describes.
+
+    Raises:
+        FormatError: its positions are scaled.
+    """
+    described = [config.get("rope_scaling"), config.get("rope_parameters")]
+    for rope in filter(None, described):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise checkpoint.error(f"rotary positions are scaled by the rule {kind!r}")
+    nested = (config.get("rope_parameters") or {}).get("rope_theta")
+    return float(config.get("rope_theta") or nested or 10000.0)
+
+
+def joined_rows(checkpoint: Checkpoint, names: list[str]) -> Tensor:
+    """Tensors below each other.
+
+    Raises:
+        FormatError: they have several dtypes.
+    """
+    parts = [checkpoint.read(name) for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if part.dtype != parts[0].dtype:
+            raise checkpoint.error(f"{name} is {part.dtype}, {names[0]} is {parts[0].dtype}")
+    return torch.cat(parts)

@@ -1,0 +1,362 @@
+"""Multi-token prediction: one decoder layer that reads the target's last hidden state, and shares
+its embedding and its lm_head.
+
+    x = proj([norm(embedding), norm(hidden)])  ->  decoder layer  ->  norm  ->  the target's lm_head
+
+Rows and their indices are those of ``drafters.eagle3.model``: row p is (x_p, h_{p-1}) and predicts
+x_{p+1}. h is the lm_head's input of the target at committed positions, and the row's own output,
+behind its norm, at drafted ones: K tokens are drafted by running the one layer K times. The halves
+of ``proj``'s input come in the order of the family that a head was published with (``ORDERS``).
+
+Shapes: T rows (any leading dimensions work), H hidden, V target vocabulary, Vd draft vocabulary,
+Hq/Hkv query/key heads, D head dimension.
+
+Source: DeepSeek-AI 2024, arXiv:2412.19437, Section 2.2; FastMTP, arXiv:2509.18362, for several
+tokens from one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drafters.eagle3.model import Attend, rope_theta, rotate
+from drafters.eagle3.paged import PagedEagle3
+from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from targets.layers import columns_of
+from targets.target import by_columns
+
+TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a family lays out its heads in a checkpoint of the target."""
+
+    hidden_first: bool
+    """``proj`` reads [hidden, embedding]; otherwise [embedding, hidden]."""
+    proj: str
+    embed_norm: str
+    hidden_norm: str
+    final_norm: str
+    layer: str
+    """Prefix of the decoder layer's tensors."""
+    owned: str
+    """Prefix of all its tensors. In these names ``{n}`` is the target's number of layers, which is
+    the number of the first head."""
+    norm_offset: float = 0.0
+    """Added to the weights of norms when they are read (Qwen3.5's are centred at 0)."""
+
+
+ORDERS = {
+    "deepseek_v3": Order(
+        False,
+        proj="model.layers.{n}.eh_proj",
+        embed_norm="model.layers.{n}.enorm",
+        hidden_norm="model.layers.{n}.hnorm",
+        final_norm="model.layers.{n}.shared_head.norm",
+        layer="model.layers.{n}.",
+        owned="model.layers.{n}.",
+    ),
+    "qwen3_5": Order(
+        False,
+        proj="mtp.fc",
+        embed_norm="mtp.pre_fc_norm_embedding",
+        hidden_norm="mtp.pre_fc_norm_hidden",
+        final_norm="mtp.norm",
+        layer="mtp.layers.0.",
+        owned="mtp.",
+        norm_offset=1.0,
+    ),
+    "mimo": Order(
+        True,
+        proj="model.mtp_layers.0.input_proj",
+        embed_norm="model.mtp_layers.0.token_layernorm",
+        hidden_norm="model.mtp_layers.0.hidden_layernorm",
+        final_norm="model.mtp_layers.0.final_layernorm",
+        layer="model.mtp_layers.0.",
+        owned="model.mtp_layers.0.",
+    ),
+}
+"""Families of heads. That of new heads is ``NEW_ORDER``."""
+NEW_ORDER = "deepseek_v3"
+
+
+@dataclass(frozen=True, slots=True)
+class MtpConfig:
+    """Shapes and meaning of a head's tensors."""
+
+    hidden_size: int
+    target_vocab_size: int
+    draft_vocab_size: int
+    """Smaller than ``target_vocab_size`` if the vocabulary is reduced, else equal."""
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_ids: tuple[int, ...]
+    """The target's last layer: the residual stream before its final norm."""
+    rms_norm_eps: float
+    rope_theta: float
+    rotary_dim: int
+    """Leading elements of each head that are rotated; even."""
+    order: str = NEW_ORDER
+    """A name in ``ORDERS``."""
+    has_bias: bool = False
+    """Queries, keys and values have a bias."""
+    has_head_norms: bool = False
+    """Query and key heads are normed."""
+    has_output_gate: bool = False
+    """Attention's output is multiplied by a sigmoid of the row (Qwen3.5)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Config as JSON: a dictionary with lists for tuples."""
+        return {**asdict(self), "layer_ids": list(self.layer_ids)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> MtpConfig:
+        """Inverse of ``to_json``. Raises ValueError if a key is missing, unknown or impossible."""
+        try:
+            config = cls(**{**value, "layer_ids": tuple(value["layer_ids"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a config of MTP heads: {error}") from error
+        if config.order not in ORDERS:
+            raise ValueError(f"order is {config.order!r}, known are {', '.join(ORDERS)}")
+        if len(config.layer_ids) != 1:
+            raise ValueError(f"MTP heads read one layer, got {list(config.layer_ids)}")
+        return config
+
+
+def config_for_target(
+    target_config: Any,
+    layer_ids: tuple[int, ...] | None = None,
+    draft_vocab_size: int | None = None,
+) -> MtpConfig:
+    """Config of a new head whose layer has the shape of the target's layers.
+
+    Raises:
+        ValueError: ``layer_ids`` is not the target's last layer.
+    """
+    config = target_config.get_text_config()
+    last = (config.num_hidden_layers,)
+    if layer_ids is not None and tuple(layer_ids) != last:
+        raise ValueError(
+            f"MTP heads read the target's last layer, so drafter.layer_ids must be {list(last)} or "
+            f"null, got {list(layer_ids)}"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return MtpConfig(
+        hidden_size=config.hidden_size,
+        target_vocab_size=config.vocab_size,
+        draft_vocab_size=draft_vocab_size or config.vocab_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        layer_ids=last,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=rope_theta(config),
+        rotary_dim=head_dim,
+    )
+
+
+class MtpAttention(nn.Module):
+    """Attention of the layer, with the parts that some families have."""
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        hidden, eps, inner = c.hidden_size, c.rms_norm_eps, c.num_heads * c.head_dim
+        rows = inner + 2 * c.num_kv_heads * c.head_dim
+        self.qkv_proj = nn.Linear(hidden, rows, bias=c.has_bias)
+        self.q_norm = nn.RMSNorm(c.head_dim, eps) if c.has_head_norms else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, eps) if c.has_head_norms else nn.Identity()
+        self.output_gate = nn.Linear(hidden, inner, bias=False) if c.has_output_gate else None
+        self.o_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Rows [..., H] -> [..., H]; for the other arguments see ``Mtp.forward``."""
+        c = self.config
+        heads = self.qkv_proj(normed).unflatten(-1, (c.num_heads + 2 * c.num_kv_heads, c.head_dim))
+        q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=-2)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        mixed = attend(self._turned(q, cos, sin), self._turned(k, cos, sin), v).flatten(-2)
+        if self.output_gate is not None:
+            mixed = mixed * torch.sigmoid(self.output_gate(normed))
+        out: Tensor = self.o_proj(mixed)
+        return out
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        dim = self.config.rotary_dim
+        if dim == x.shape[-1]:
+            return rotate(x, cos, sin)
+        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
+
+
+class Mtp(nn.Module):
+    """The tensors of an MTP head and its one layer.
+
+    Embedding and lm_head are the target's: shared, frozen and not part of a bundle. ``target_norm``
+    is the target's final norm, because layers are tapped before it; it learns like the others.
+    ``d2t`` is as in ``drafters.eagle3.model.Eagle3``.
+    """
+
+    d2t: Tensor | None
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, hidden, eps = config, config.hidden_size, config.rms_norm_eps
+        self.target_norm = nn.RMSNorm(hidden, eps)
+        self.embed_norm = nn.RMSNorm(hidden, eps)
+        self.hidden_norm = nn.RMSNorm(hidden, eps)
+        self.proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.input_layernorm = nn.RMSNorm(hidden, eps)
+        self.attention = MtpAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.gate_up_proj = nn.Linear(hidden, 2 * c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
+        self.norm = nn.RMSNorm(hidden, eps)
+        # Not a buffer, because moving the module to bfloat16 would round the angles.
+        self._inverse: dict[torch.device, Tensor] = {}
+        reduced = c.draft_vocab_size != c.target_vocab_size
+        self.register_buffer(
+            "d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64) if reduced else None
+        )
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw random weights (normal, std 0.02; norms 1), and pass the hidden state through
+        ``proj``."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        hidden = self.config.hidden_size
+        first = 0 if ORDERS[self.config.order].hidden_first else hidden
+        self.proj.weight[:, first : first + hidden] += torch.eye(hidden)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [..., 1, rotary_dim] float32, for ``positions`` [...] int64."""
+        angles = positions[..., None].float() * self._inverse_frequency(positions.device)
+        angles = torch.cat((angles, angles), dim=-1)[..., None, :]
+        return angles.cos(), angles.sin()
+
+    def _inverse_frequency(self, device: torch.device) -> Tensor:
+        """[rotary_dim / 2] float32, radians per position."""
+        if device not in self._inverse:
+            dim = self.config.rotary_dim
+            powers = -torch.arange(0, dim, 2, dtype=torch.float64) / dim
+            self._inverse[device] = (self.config.rope_theta**powers).float().to(device)
+        return self._inverse[device]
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's last layer [..., H] -> its lm_head's input, h [..., H]."""
+        normed: Tensor = self.target_norm(features)
+        return normed
+
+    def forward(
+        self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor:
+        """Run the layer: outputs of rows, behind the final norm.
+
+        Args:
+            embeds: [..., H], the target's embedding of each row's token.
+            hidden: [..., H], see ``fuse``, or the output of the preceding row.
+            cos, sin: see ``rope``, at the rows' positions.
+
+        Returns:
+            [..., H]; input of the lm_head, and ``hidden`` of the next row.
+        """
+        stream = self.proj(self._pair(embeds, hidden))
+        stream = stream + self.attention(self.input_layernorm(stream), cos, sin, attend)
+        gate, up = self.gate_up_proj(self.post_attention_layernorm(stream)).chunk(2, dim=-1)
+        out: Tensor = self.norm(stream + self.down_proj(nn.functional.silu(gate) * up))
+        return out
+
+    def _pair(self, embeds: Tensor, hidden: Tensor) -> Tensor:
+        halves = self.embed_norm(embeds), self.hidden_norm(hidden)
+        return torch.cat(halves[::-1] if ORDERS[self.config.order].hidden_first else halves, dim=-1)
+
+    def head_input(self, outputs: Tensor) -> Tensor:
+        """The lm_head's input [..., H] for outputs [..., H]: they are behind the norm already."""
+        return outputs
+
+    def head_weight(self, target_VH: Tensor) -> Tensor:
+        """[Vd, H], the rows of the target's lm_head that can be proposed."""
+        if self.d2t is None:
+            return target_VH
+        return target_VH[self.to_target_ids(torch.arange(len(self.d2t), device=self.d2t.device))]
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Map draft ids (any shape, int64) to target ids."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    def bundle_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything that a bundle holds: parameters and ``d2t``."""
+        return dict(self.state_dict())
+
+
+class PagedMtp(PagedEagle3):
+    """An MTP head in a running engine. A ``NeuralDrafter``, with EAGLE-3's rows and passes."""
+
+    kind = "mtp"
+    traits = TRAITS
+
+    def __init__(
+        self, module: Mtp, embed: nn.Module, num_slots: int, target_head_VH: Tensor
+    ) -> None:
+        """
+        Args:
+            module, embed, num_slots: see ``PagedEagle3``.
+            target_head_VH: weight of the target's lm_head.
+        """
+        super().__init__(module, embed, num_slots)
+        head = module.head_weight(target_head_VH.detach())
+        on_cpu = head.device.type == "cpu" and module.d2t is not None
+        self._head_weight = columns_of(head) if on_cpu else head
+
+    def _logits(self, outputs: Tensor, squares: Tensor | None) -> Tensor:
+        return nn.functional.linear(outputs, self._head_weight)
+
+
+def layer_ids(weights: Weights | None) -> tuple[int, ...]:
+    """The layer of the target that a head with these weights reads."""
+    return () if weights is None else MtpConfig.from_json(weights.config).layer_ids
+
+
+def build(context: DrafterContext) -> PagedMtp:
+    """The drafter that the engine begins with.
+
+    Raises:
+        ValueError: its weights are shaped for another target.
+    """
+    weights = context.weights
+    assert weights is not None, "MTP heads learn, so they begin with published weights"
+    config = MtpConfig.from_json(weights.config)
+    shape = (config.hidden_size, config.target_vocab_size)
+    if shape != (context.hidden_size, context.vocab_size):
+        raise ValueError(
+            f"the head is shaped for hidden size {config.hidden_size} and vocabulary "
+            f"{config.target_vocab_size}, the target has {context.hidden_size} and "
+            f"{context.vocab_size}"
+        )
+    with torch.device("meta"):  # drawing weights that are then replaced would take seconds
+        module = Mtp(config).requires_grad_(False).eval()
+    module.load_state_dict(weights.tensors, assign=True)
+    module.to(device=context.device, dtype=context.dtype)
+    by_columns(module)
+    lm_head: Any = context.lm_head
+    drafter = PagedMtp(module, context.embed, context.num_slots, lm_head.weight)
+    drafter.version = weights.version
+    return drafter
+
+
+KIND = DrafterKind(TRAITS, build, layer_ids)

@@ -1,0 +1,336 @@
+"""Learning side of MTP heads, and how they are read from the target's own checkpoint.
+
+They learn by the training-time test of EAGLE-3: row p of step i is what serving computes when it
+drafts token i + 1 after the anchor p - i.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import TrainerSettings
+from drafters.acceptance import simulated_tokens_per_step
+from drafters.batch import TrainingBatch
+from drafters.eagle3.trainable import objective_for
+from drafters.eagle3.training import chain_acceptance, ttt_loss
+from drafters.formats.checkpoint import (
+    Checkpoint,
+    joined_rows,
+    read_checkpoint,
+    rope_theta_of,
+)
+from drafters.formats.published import Imported, TargetTable
+from drafters.mtp import ORDERS, Mtp, MtpConfig, Order, config_for_target
+from drafters.trainable import BatchLoss, TargetShape
+from targets.head import TargetHead, read_tensor
+from targets.last_layer import LastLayer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MtpTrainable:
+    """MTP's ``drafters.trainable.Trainable``, which describes every method, and a
+    ``CarriedByTarget``."""
+
+    kind: str = "mtp"
+
+    def new_model(
+        self,
+        target_config: Any,
+        lm_head_VH: Tensor,
+        layer_ids: tuple[int, ...] | None,
+        seed: int,
+        draft_ids: Tensor | None = None,
+        last_layer: LastLayer | None = None,
+    ) -> Mtp:
+        """The target's layer shape, in the order of new heads."""
+        size = None if draft_ids is None else draft_ids.numel()
+        model = Mtp(config_for_target(target_config, layer_ids, size))
+        model.initialise(seed)
+        _set_vocabulary(model, draft_ids)
+        if last_layer is not None:
+            imitate(model, last_layer)
+        return model
+
+    def carried_model(self, folder: Path, draft_ids: Tensor | None) -> Mtp | None:
+        """The head that the target's own checkpoint holds."""
+        checkpoint = read_checkpoint(folder)
+        if order_of(checkpoint) is None:
+            return None
+        found = _read(checkpoint)
+        model = self.load_model(found.config, found.tensors)
+        if draft_ids is None:
+            return model
+        config = replace(model.config, draft_vocab_size=draft_ids.numel())
+        reduced = Mtp(config)
+        reduced.load_state_dict({**model.state_dict(), "d2t": torch.zeros_like(draft_ids)})
+        _set_vocabulary(reduced, draft_ids)
+        return reduced
+
+    def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mtp:
+        """Reads bundles of any floating dtype."""
+        self.check(config, tensors)
+        model = Mtp(MtpConfig.from_json(config))
+        model.load_state_dict(dict(tensors))
+        return model
+
+    def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Compares on the meta device, so no weights are drawn or copied."""
+        with torch.device("meta"):
+            model = Mtp(MtpConfig.from_json(config))
+        try:
+            model.load_state_dict({name: tensor.to("meta") for name, tensor in tensors.items()})
+        except RuntimeError as error:
+            raise ValueError(f"the tensors do not fit their config: {error}") from error
+
+    def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
+        """Vocabulary, hidden size and last layer of the target."""
+        found = MtpConfig.from_json(config)
+        return TargetShape(found.target_vocab_size, found.hidden_size, found.layer_ids)
+
+    def config_to_json(self, model: Mtp) -> dict[str, Any]:
+        """All fields of ``MtpConfig``."""
+        return model.config.to_json()
+
+    def bundle_tensors(self, model: Mtp) -> dict[str, Tensor]:
+        """Parameters, and ``d2t`` of a reduced vocabulary."""
+        return model.bundle_tensors()
+
+    def matrices(self, model: Mtp) -> list[Tensor]:
+        """All products."""
+        return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+
+    def loss(
+        self,
+        model: Mtp,
+        head: TargetHead,
+        batch: TrainingBatch,
+        settings: TrainerSettings,
+        generator: torch.Generator | None,
+    ) -> BatchLoss:
+        """Loss of training-time test, as ``objective_for`` says."""
+        objective = objective_for(settings, batch.token_ids_T.device)
+        return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
+
+    def acceptance(
+        self,
+        model: Mtp,
+        head: TargetHead,
+        batch: TrainingBatch,
+        num_draft: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``chain_acceptance``."""
+        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, num_draft)
+
+    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
+        """See ``simulated_tokens_per_step``."""
+        return simulated_tokens_per_step(alphas_NK, num_draft)
+
+
+def _set_vocabulary(model: Mtp, draft_ids: Tensor | None) -> None:
+    if model.d2t is not None and draft_ids is not None:
+        model.d2t.copy_(draft_ids - torch.arange(draft_ids.numel()))
+
+
+@torch.no_grad()
+def imitate(model: Mtp, last: LastLayer) -> None:
+    """Overwrite a new head's layer with the target's last one, and its norms with the final one.
+
+    Queries and keys stay random if the target normalises them per head.
+    """
+    c = model.config
+    sizes = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    q, k, v = torch.split(model.attention.qkv_proj.weight, sizes)
+    if last.qk is not None:
+        q.copy_(last.qk[0])
+        k.copy_(last.qk[1])
+    v.copy_(last.v)
+    model.attention.o_proj.weight.copy_(last.o)
+    model.gate_up_proj.weight.copy_(last.gate_up)
+    model.down_proj.weight.copy_(last.down)
+    model.input_layernorm.weight.copy_(last.attention_norm_H)
+    model.post_attention_layernorm.weight.copy_(last.mlp_norm_H)
+    model.norm.weight.copy_(last.final_norm_H)
+    model.target_norm.weight.copy_(last.final_norm_H)
+
+
+# ---- heads within a checkpoint of the target ---------------------------------------------------
+
+
+def order_of(checkpoint: Checkpoint) -> str | None:
+    """The family whose head a checkpoint holds; ``None`` if there is none."""
+    num_layers = _text(checkpoint).get("num_hidden_layers")
+    for name, order in ORDERS.items():
+        if f"{order.proj.format(n=num_layers)}.weight" in checkpoint.files:
+            return name
+    return None
+
+
+def is_carrier(checkpoint: Checkpoint) -> bool:
+    """Whether a folder holds an MTP head."""
+    return order_of(checkpoint) is not None
+
+
+def from_carrier(checkpoint: Checkpoint, target: TargetTable) -> Imported:
+    """Read the head in a checkpoint of the target.
+
+    Raises:
+        FormatError: names the first key or shape that does not fit.
+    """
+    found = _read(checkpoint)
+    for name, theirs, wanted in (
+        ("hidden size", found.config["hidden_size"], target.hidden_size),
+        ("vocabulary", found.config["target_vocab_size"], target.vocab_size),
+        ("number of layers", found.config["layer_ids"][0], target.num_layers),
+    ):
+        if theirs != wanted:
+            raise checkpoint.error(f"its {name} is {theirs}, the target's {wanted}")
+    return found
+
+
+def _text(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The part of ``config.json`` that describes the language model."""
+    text: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
+    return text
+
+
+def _read(checkpoint: Checkpoint) -> Imported:
+    name = order_of(checkpoint)
+    assert name is not None
+    order = _numbered(ORDERS[name], _text(checkpoint)["num_hidden_layers"])
+    config = _config(checkpoint, name, order)
+    wanted = _wanted(config, order)
+    for tensor, shape in wanted.items():
+        checkpoint.expect(tensor, shape)
+    _check_rest(checkpoint, order, wanted)
+    tensors = _tensors(checkpoint, config, order)
+    tensors["target_norm.weight"] = _final_norm(checkpoint) + order.norm_offset
+    return Imported("mtp", config.to_json(), tensors)
+
+
+def _numbered(order: Order, num_layers: int) -> Order:
+    names = ("proj", "embed_norm", "hidden_norm", "final_norm", "layer", "owned")
+    return replace(order, **{name: getattr(order, name).format(n=num_layers) for name in names})
+
+
+def _final_norm(checkpoint: Checkpoint) -> Tensor:
+    """Weight of the target's norm before its lm_head."""
+    ending = "norm.weight"
+    own = [
+        n
+        for n in ("model.norm.weight", "model.language_model.norm.weight")
+        if n in checkpoint.files
+    ]
+    return read_tensor(checkpoint.files, own[0] if own else ending, checkpoint.folder)
+
+
+def _config(checkpoint: Checkpoint, name: str, order: Order) -> MtpConfig:
+    text = replace(checkpoint, config=_text(checkpoint))
+    heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
+    head_dim = text.size("head_dim", hidden // heads)
+    rope = text.config.get("rope_parameters") or {}
+    share = text.config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    attention = f"{order.layer}self_attn."
+    q_rows = checkpoint.shape(f"{attention}q_proj.weight")[0]
+    return MtpConfig(
+        hidden_size=hidden,
+        target_vocab_size=text.size("vocab_size"),
+        draft_vocab_size=text.size("vocab_size"),
+        intermediate_size=text.size("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=text.size("num_key_value_heads", heads),
+        head_dim=head_dim,
+        layer_ids=(text.size("num_hidden_layers"),),
+        rms_norm_eps=float(text.config.get("rms_norm_eps") or 1e-6),
+        rope_theta=rope_theta_of(checkpoint, text.config),
+        rotary_dim=int(head_dim * share),
+        order=name,
+        has_bias=f"{attention}q_proj.bias" in checkpoint.files,
+        has_head_norms=f"{attention}q_norm.weight" in checkpoint.files,
+        has_output_gate=q_rows == 2 * heads * head_dim,
+    )
+
+
+def _wanted(config: MtpConfig, order: Order) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a head."""
+    c, hidden, layer = config, config.hidden_size, order.layer
+    inner, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{order.proj}.weight": (hidden, 2 * hidden),
+        f"{order.embed_norm}.weight": (hidden,),
+        f"{order.hidden_norm}.weight": (hidden,),
+        f"{order.final_norm}.weight": (hidden,),
+        f"{layer}input_layernorm.weight": (hidden,),
+        f"{layer}self_attn.q_proj.weight": (inner * (1 + c.has_output_gate), hidden),
+        f"{layer}self_attn.k_proj.weight": (kv, hidden),
+        f"{layer}self_attn.v_proj.weight": (kv, hidden),
+        f"{layer}self_attn.o_proj.weight": (hidden, inner),
+        f"{layer}post_attention_layernorm.weight": (hidden,),
+        f"{layer}mlp.gate_proj.weight": (c.intermediate_size, hidden),
+        f"{layer}mlp.up_proj.weight": (c.intermediate_size, hidden),
+        f"{layer}mlp.down_proj.weight": (hidden, c.intermediate_size),
+    }
+    if c.has_bias:
+        sizes = {"q": inner, "k": kv, "v": kv}
+        shapes |= {f"{layer}self_attn.{x}_proj.bias": (rows,) for x, rows in sizes.items()}
+    if c.has_head_norms:
+        shapes |= {f"{layer}self_attn.{x}_norm.weight": (c.head_dim,) for x in "qk"}
+    return shapes
+
+
+_SHARED = ("shared_head.head.weight", "embed_tokens.weight")
+"""Copies of the target's tables, which heads share here."""
+
+
+def _check_rest(
+    checkpoint: Checkpoint, order: Order, wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a head with parts that ours has not."""
+    rest = [name for name in sorted(checkpoint.files) if name.startswith(order.owned)]
+    for name in rest:
+        if name not in wanted and not name.endswith(_SHARED):
+            raise checkpoint.error(f"{name} is not a tensor of an MTP head that can run here")
+
+
+def _tensors(checkpoint: Checkpoint, config: MtpConfig, order: Order) -> dict[str, Tensor]:
+    """The tensors of a bundle, without ``target_norm``."""
+    layer, attention = order.layer, f"{order.layer}self_attn."
+    norms = {
+        "embed_norm": order.embed_norm,
+        "hidden_norm": order.hidden_norm,
+        "norm": order.final_norm,
+        "input_layernorm": f"{layer}input_layernorm",
+        "post_attention_layernorm": f"{layer}post_attention_layernorm",
+    }
+    if config.has_head_norms:
+        norms |= {f"attention.{x}_norm": f"{attention}{x}_norm" for x in "qk"}
+    products = {
+        "proj": order.proj,
+        "attention.o_proj": f"{attention}o_proj",
+        "down_proj": f"{layer}mlp.down_proj",
+    }
+    read = checkpoint.read
+    tensors = {f"{k}.weight": read(f"{v}.weight") + order.norm_offset for k, v in norms.items()}
+    tensors |= {f"{ours}.weight": read(f"{theirs}.weight") for ours, theirs in products.items()}
+    names = [f"{layer}mlp.{x}_proj.weight" for x in ("gate", "up")]
+    tensors["gate_up_proj.weight"] = joined_rows(checkpoint, names)
+    qkv = joined_rows(checkpoint, [f"{attention}{x}_proj.weight" for x in "qkv"])
+    if config.has_output_gate:
+        inner = config.num_heads * config.head_dim
+        # Each head's queries are followed by its gate.
+        pairs = qkv[: 2 * inner].view(config.num_heads, 2, config.head_dim, -1)
+        tensors["attention.output_gate.weight"] = pairs[:, 1].flatten(0, 1).contiguous()
+        qkv = torch.cat((pairs[:, 0].flatten(0, 1), qkv[2 * inner :]))
+    tensors["attention.qkv_proj.weight"] = qkv
+    if config.has_bias:
+        biases = [f"{attention}{x}_proj.bias" for x in "qkv"]
+        tensors["attention.qkv_proj.bias"] = joined_rows(checkpoint, biases)
+    return tensors

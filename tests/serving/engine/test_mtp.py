@@ -1,0 +1,157 @@
+"""MTP heads in the engine: the target's greedy text and its law, and the drafts of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drafters.batch import from_sequences
+from drafters.eagle3.training import ttt_outputs
+from drafters.mtp import Mtp, MtpConfig, config_for_target
+from oracles.engines import make_engine, random_model, request_of, run
+from oracles.joint_law import chi_squared_excess
+from policies.fixed import FixedPolicy
+from specops.verify_logits import Rule
+from tests.serving.capture.test_capture import PROMPT, restored, traces_of
+from tests.serving.engine.test_greedy_equality import case
+from tests.serving.engine.test_sampled_law import LENGTH, SHAPES, V, expected_law, soft_target
+from tests.serving.engine.test_sampled_law import PROMPT as SHORT
+
+K = 4
+VARIANTS = {"order": "mimo", "has_bias": True, "has_head_norms": True, "has_output_gate": True,
+            "rotary_dim": 4}  # fmt: skip
+
+
+def head_for(model, draft_vocab=None, **variants):
+    config = config_for_target(model.config, draft_vocab_size=draft_vocab)
+    head = Mtp(MtpConfig.from_json(config.to_json() | variants))
+    head.initialise(1)
+    head.target_norm.weight.data.copy_(model.model.norm.weight)
+    if draft_vocab:
+        head.d2t += torch.arange(draft_vocab)  # draft id i is target id 2 i
+    return head.requires_grad_(False)
+
+
+def scramble(engine, step):
+    """New random weights, in place, every third step, as a swap does."""
+    if step % 3 == 0:
+        drafter = engine.drafting.neural["mtp"].drafter
+        generator = torch.Generator().manual_seed(step)
+        for parameter in drafter.module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        drafter.version += 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "seed", "overlaps", "draft_vocab", "variants"),
+    [
+        ("qwen3", 0, False, None, {}),
+        ("llama", 1, True, 40, {}),
+        ("gemma3", 2, True, None, VARIANTS),
+    ],
+)
+def test_output_equals_generate_with_swaps_in_the_middle(
+    architecture, seed, overlaps, draft_vocab, variants
+):
+    requests, expected, sizes = case(architecture, seed)
+    model = random_model(architecture, seed=seed)
+    head = head_for(model, draft_vocab, **variants)
+    engine = make_engine(model, drafter=head, overlaps=overlaps, **sizes)
+
+    got = run(engine, requests, scramble)
+
+    for request, answer in zip(requests, expected, strict=True):
+        assert got[request.id].token_ids == answer, f"request {request.id}"
+    assert any(arm[0] == "mtp" for arm in engine.figures().steps_by_arm)
+
+
+@torch.no_grad()
+def training_logits(module, target, trace, layer_norm_input):
+    """[K, T, Vd] logits of the chains that begin at every position, as training computes them."""
+    ids = torch.from_numpy(trace.token_ids).long()[None]
+    rows = torch.cat((layer_norm_input, layer_norm_input[:, -1:]), dim=1)
+    known = torch.zeros_like(ids, dtype=torch.bool)
+    known[0, trace.features.positions] = True
+    batch = from_sequences(
+        ids, torch.arange(ids.shape[1])[None], rows[:, :, :-1].flatten(2), rows[:, :, -1],
+        known, known,
+    )  # fmt: skip
+    anchors = torch.arange(1, ids.shape[1])
+    outputs = list(ttt_outputs(module, target.embed.weight, batch, anchors, K))
+    outputs[0] = outputs[0][1:]
+    weight = module.head_weight(target.lm_head.weight)
+    return torch.stack([module.head_input(rows) @ weight.T for rows in outputs])
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "draft_vocab", "variants"),
+    [(False, None, {}), (True, 40, {}), (True, None, VARIANTS)],
+)
+def test_draft_logits_of_serving_and_training_are_equal(
+    monkeypatch, overlaps, draft_vocab, variants
+):
+    model = random_model("qwen3")
+    engine = make_engine(
+        model, policy=FixedPolicy("mtp", K), suffix=False, prefill_chunk=7, overlaps=overlaps,
+        drafter=head_for(model, draft_vocab, **variants),
+    )  # fmt: skip
+    drafter, seen = engine.drafting.neural["mtp"].drafter, []
+    logits, observe = drafter._logits, drafter.observe
+    monkeypatch.setattr(
+        drafter, "_logits", lambda *a: (seen.append(logits(*a)[0].clone()), logits(*a))[1]
+    )
+    # The log holds bfloat16: let serving read the very numbers that training will.
+    monkeypatch.setattr(
+        drafter, "observe", lambda ids, rows, at: observe(ids, rows.bfloat16().float(), at)
+    )
+    trace = traces_of(engine, [request_of("a", PROMPT, 40)])[0]["a"]
+    target = engine.programs.target
+
+    want = training_logits(drafter.module, target, trace, restored(trace.features)[None])
+
+    compared = passes = 0
+    for one in trace.rounds:
+        for step in range(len(one.draft_ids)):
+            if step <= one.num_accepted:  # its context is what was committed
+                got = seen[passes + step]
+                torch.testing.assert_close(got, want[step, one.anchor - 1], atol=1e-4, rtol=1e-4)
+                compared += 1
+        passes += one.draft_k if one.draft_ids else 0
+    assert compared >= 15
+
+
+@torch.no_grad()
+def close_head(model):
+    """Predicts what the target predicted one token earlier."""
+    head = head_for(model)
+    head.proj.weight.zero_()
+    head.proj.weight[:, head.config.hidden_size :] = torch.eye(head.config.hidden_size)
+    head.attention.o_proj.weight.zero_()
+    head.down_proj.weight.zero_()
+    head.norm.weight.copy_(model.model.norm.weight)
+    return head
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "overlaps"),
+    [("whole", Rule.BLOCK, True), ("truncated", Rule.STANDARD, False)],
+)
+def test_the_joint_law_is_the_targets(shape, rule, overlaps):
+    model = soft_target("close")
+    law = expected_law(soft_target("close"), SHAPES[shape])
+    engine = make_engine(
+        model, policy=FixedPolicy("mtp", 3), drafter=close_head(model), suffix=False,
+        max_batch=64, page_size=4, num_pages=600, prefill_chunk=1024, ring_rows=8192, max_draft=3,
+        rule=rule, overlaps=overlaps,
+    )  # fmt: skip
+    requests = [
+        request_of(str(i), SHORT, LENGTH + 1, capture=False, **SHAPES[shape]) for i in range(3_000)
+    ]
+
+    got = run(engine, requests)
+
+    counts = torch.zeros(V, V, V, dtype=torch.float64)
+    for collected in got.values():
+        counts[tuple(collected.token_ids[:LENGTH])] += 1
+    assert engine.figures().num_accepted_tokens > 1_000
+    assert chi_squared_excess(counts, law) < 1
