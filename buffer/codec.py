@@ -10,8 +10,8 @@ Python, neither to read them nor to check them:
 
 The rest is a JSON object: identity, sampling, names of drafters and policies, number of rounds,
 tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that
-it does not know, and rows of ``counts`` that an older writer did not have are 0; a change that an
-old reader could misread gets a new version. Version 1, a safetensors blob, is not read any more.
+it does not know; rows of ``counts`` that an older writer did not have are 0. A change that an old
+reader could misread gets a new version. Version 1, a safetensors blob, is not read any more.
 """
 
 from __future__ import annotations
@@ -275,19 +275,22 @@ def _trace_of(text: Any, columns: _Columns) -> Trace:
         **{name: text[name] for name in (*_TEXT_FIELDS, *_COUNT_FIELDS)},
         sampling=Sampling(text["sampling"]),
         token_ids=_column(columns, "token_ids", "I32"),
-        rounds=_rounds_of(text["num_rounds"], text["drafters"], text.get("policies", []), columns),
+        rounds=_rounds_of(text, columns),
         features=None if text["rows"] is None else _features_of(text["rows"], columns),
     )
 
 
-def _rounds_of(num_rounds: Any, drafters: Any, policies: Any, columns: _Columns) -> Rounds:
+def _rounds_of(text: Any, columns: _Columns) -> Rounds:
+    num_rounds, drafters = text["num_rounds"], text["drafters"]
+    policies = text.get("policies", [])
     if not _is_count(num_rounds):
         raise ValueError("num_rounds must be an integer >= 0")
-    if not isinstance(drafters, list) or not isinstance(policies, list):
-        raise ValueError("drafters and policies must be lists of names")
+    for name, kinds in (("drafters", drafters), ("policies", policies)):
+        if not isinstance(kinds, list):
+            raise ValueError(f"{name} must be a list of names")
     return Rounds(
-        _table(columns, "counts", "I32", len(Count), num_rounds, least=FIRST_COUNTS),
-        _table(columns, "reals", "F64", len(Real), num_rounds),
+        _table(columns, "counts", "I32", len(Count), num_rounds, FIRST_COUNTS),
+        _table(columns, "reals", "F64", len(Real), num_rounds, len(Real)),
         _column(columns, "draft_ids", "I32"),
         _column(columns, "q_logp", "F32"),
         _column(columns, "p_logp", "F32"),
@@ -297,16 +300,10 @@ def _rounds_of(num_rounds: Any, drafters: Any, policies: Any, columns: _Columns)
 
 
 def _table(
-    columns: _Columns,
-    name: str,
-    tag: str,
-    num_rows: int,
-    num_rounds: int,
-    least: int | None = None,
+    columns: _Columns, name: str, tag: str, num_rows: int, num_rounds: int, least: int
 ) -> NDArray[Any]:
     """The first ``num_rows`` rows of a column that has ``num_rounds`` values in each; from
     ``least`` on, missing ones are 0."""
-    least = num_rows if least is None else least
     values = _column(columns, name, tag)
     found_rows, rest = divmod(values.size, num_rounds) if num_rounds else (num_rows, values.size)
     if found_rows < least or rest:
