@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import signal
-import threading
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from buffer.audit import audit
-from buffer.files import forbid_core_dumps, why_unwritable
+from buffer.files import forbid_core_dumps
 from configs.cli import (
     ConfigOption,
     PrintConfigOption,
@@ -32,9 +31,9 @@ from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.trainable import learning_kinds
 from targets.find import checked_folder
-from trainer.lock import only_trainer
+from trainer.process import TrainerDiedError, run_alone, run_among
+from trainer.processes import supervise
 
-log = logging.getLogger(__name__)
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
 )
@@ -45,15 +44,54 @@ def main(version: VersionOption = False) -> None:
     """What is common to all commands."""
 
 
+LifelineOption = Annotated[
+    int | None, typer.Option("--lifeline", help="File descriptor that ends with the parent.")
+]
+
+
 @app.command(context_settings=ANYTHING)
 def launch(
     context: typer.Context,
     config: ConfigOption = None,
     set_: SetOption = None,
     print_config: PrintConfigOption = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this host that share each update.")
+    ] = 1,
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
-    settings = settings_from_cli(config, set_, print_config, unknown=context.args)
+    settings = _settings(config, set_, print_config, context.args)
+    if processes > 1:
+        options = [*_options("--config", config), *_options("--set", set_)]
+        command = [sys.executable, "-m", "trainer", "rank", *options]
+        raise typer.Exit(code=supervise(command, processes, os.environ))
+    with _exit_codes():
+        run_alone(settings)
+
+
+@app.command(hidden=True)
+def rank(
+    config: ConfigOption = None, set_: SetOption = None, lifeline: LifelineOption = None
+) -> None:
+    """Be one process of a trainer: what the other ways to launch start."""
+    settings = _settings(config, set_, False, ())
+    with _exit_codes():
+        run_among(settings, lifeline)
+
+
+def _options(name: str, values: Sequence[object] | None) -> list[str]:
+    return [text for value in values or () for text in (name, str(value))]
+
+
+def _settings(
+    config: list[Path] | None, set_: list[str] | None, print_config: bool, unknown: Sequence[str]
+) -> Settings:
+    """Settings with which there is something to train; logging follows them.
+
+    Raises:
+        typer.Exit: see ``settings_from_cli``; or with code 2 if there is nothing to train.
+    """
+    settings = settings_from_cli(config, set_, print_config, unknown=unknown)
     if settings.drafter.kind not in learning_kinds():
         typer.echo(
             f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to one "
@@ -64,42 +102,22 @@ def launch(
     set_up_logging(settings.log_level)
     if settings.capture.memory_only:
         forbid_core_dumps()
-    stop = _stop_on_signal()
+    return settings
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """
+    Raises:
+        typer.Exit: in place of what a trainer ends with.
+    """
     try:
-        _check_disk(settings.run_dir)
-        with only_trainer(settings.run_dir / "trainer"):
-            _train(settings, stop)
+        yield
+    except TrainerDiedError as error:
+        raise typer.Exit(code=1) from error
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
-
-
-def _check_disk(run_dir: Path) -> None:
-    """
-    Raises:
-        OSError: nothing can be written to ``run_dir``; says so in words.
-    """
-    problem = why_unwritable(run_dir)
-    if problem is not None:
-        raise OSError(
-            f"run_dir {run_dir} cannot be written ({problem}): a trainer keeps its checkpoints and "
-            f"versions there; not starting. Make room there, or choose another run_dir"
-        )
-
-
-def _stop_on_signal() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-        # Not by logging: the interrupted code may hold its locks.
-        os.write(2, b"stopping after this update; a second signal stops at once\n")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return stop
 
 
 @app.command()
@@ -137,28 +155,3 @@ def vocabulary(
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
     typer.echo(f"{out}: {size} of {num_tokens} tokens, {coverage(counts, ids):.2%} of the traffic")
-
-
-def _train(settings: Settings, stop: threading.Event) -> None:
-    """
-    Raises:
-        ValueError, OSError: it cannot start.
-        typer.Exit: 1 after logging why it cannot continue.
-    """
-    log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
-    checked_folder(settings.target, settings.target_cache)
-    # --help and whoever was refused skip these imports: torch and transformers take seconds.
-    from trainer.build import build_trainer
-    from trainer.loop import run
-
-    trainer = build_trainer(settings, stop)
-    if stop.is_set():
-        log.info("stopped before training began")
-        return
-    try:
-        run(trainer)
-    except Exception as error:
-        log.critical("the trainer died: %s: %s", type(error).__name__, error, exc_info=True)
-        with contextlib.suppress(OSError):  # a full disk may be what it died of
-            trainer.journal.failed(error)
-        raise typer.Exit(code=1) from error
