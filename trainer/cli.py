@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +34,10 @@ from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.trainable import learning_kinds
 from targets.find import checked_folder
+from trainer.places import Job, local_command, plan_for, shown_locally
 from trainer.process import TrainerDiedError, run_alone, run_among
 from trainer.processes import supervise
+from trainer.watch import NoSuchRunError, log_lines, status_of, stop
 
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
@@ -49,24 +54,149 @@ LifelineOption = Annotated[
 ]
 
 
+class Place(StrEnum):
+    """Where a trainer runs."""
+
+    LOCAL = "local"
+    TORCHRUN = "torchrun"
+    DEEPSPEED = "deepspeed"
+    SLURM = "slurm"
+    KUBERNETES = "kubernetes"
+
+
 @app.command(context_settings=ANYTHING)
 def launch(
     context: typer.Context,
     config: ConfigOption = None,
     set_: SetOption = None,
     print_config: PrintConfigOption = False,
+    on: Annotated[
+        Place,
+        typer.Option(help="In this process, or as the settings of the section launch say."),
+    ] = Place.LOCAL,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes on this host that share each update.")
+        int,
+        typer.Option(min=1, help="With --on local: processes that share each update."),
     ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be started, and start nothing.")
+    ] = False,
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
     settings = _settings(config, set_, print_config, context.args)
-    if processes > 1:
-        options = [*_options("--config", config), *_options("--set", set_)]
-        command = [sys.executable, "-m", "trainer", "rank", *options]
+    job = Job(settings, tuple(map(str, config or ())), tuple(set_ or ()))
+    if on is not Place.LOCAL:
+        if processes > 1:
+            typer.echo("--processes is for --on local; set launch.processes_per_node", err=True)
+            raise typer.Exit(code=2)
+        _start(on, job, dry_run)
+    elif dry_run:
+        typer.echo(shown_locally(job, processes, Path.cwd()), nl=False)
+    elif processes > 1:
+        command = local_command(job, Path.cwd())
         raise typer.Exit(code=supervise(command, processes, os.environ))
-    with _exit_codes():
-        run_alone(settings)
+    else:
+        with _exit_codes():
+            run_alone(settings)
+
+
+def _start(place: Place, job: Job, dry_run: bool) -> None:
+    """
+    Raises:
+        typer.Exit: with the code of what was started; 2 if a setting is missing.
+    """
+    try:
+        plan = plan_for(place.value, job, Path.cwd())
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
+    if dry_run:
+        typer.echo(plan.shown(), nl=False)
+        return
+    if shutil.which(plan.command[0]) is None:
+        typer.echo(f"{plan.command[0]} is not installed on this host", err=True)
+        raise typer.Exit(code=1)
+    if plan.text is None:
+        os.execvp(plan.command[0], plan.command)  # it gets the signals
+    raise typer.Exit(code=subprocess.run(plan.command, input=plan.text.encode()).returncode)
+
+
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as in run_dir.")]
+
+
+@app.command()
+def status(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second.")] = False,
+) -> None:
+    """Show what a run's trainer does, or why it does not run.
+
+    Exit code 0: it runs. 1: it does not. 2: there is no such run.
+    """
+    with _words():
+        found = status_of(run)
+        if watch:
+            _show_live(run)
+        elif as_json:
+            typer.echo(json.dumps(found.to_json()))
+        else:
+            typer.echo("\n".join(found.to_lines()))
+    raise typer.Exit(code=0 if found.owner is not None else 1)
+
+
+def _show_live(run: Path) -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    with contextlib.suppress(KeyboardInterrupt), Live(refresh_per_second=4) as live:
+        while True:
+            found = status_of(run)
+            live.update(Text("\n".join(found.to_lines())), refresh=True)
+            if found.owner is None:
+                return
+            time.sleep(1)
+
+
+@app.command()
+def logs(
+    run: RunArgument,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Wait for more while a trainer runs.")
+    ] = False,
+) -> None:
+    """Print a run's events: candidates, versions, checkpoints, and a line for every ten seconds of
+    learning."""
+    with _words(), contextlib.suppress(KeyboardInterrupt):
+        for line in log_lines(run, follow):
+            typer.echo(line)
+
+
+@app.command("stop")
+def stop_command(
+    run: RunArgument,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for its end.")] = 120.0,
+) -> None:
+    """Stop a run's trainer after its update, with a checkpoint, and wait for that.
+
+    Exit code 0: it stopped. 1: none runs on this host, or it did not stop in time. 2: there is no
+    such run.
+    """
+    with _words():
+        typer.echo(stop(run, timeout))
+
+
+@contextlib.contextmanager
+def _words() -> Iterator[None]:
+    """
+    Raises:
+        typer.Exit: 2 for a run that is not there, 1 for all else that went wrong.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2 if isinstance(error, NoSuchRunError) else 1) from error
 
 
 @app.command(hidden=True)
@@ -77,10 +207,6 @@ def rank(
     settings = _settings(config, set_, False, ())
     with _exit_codes():
         run_among(settings, lifeline)
-
-
-def _options(name: str, values: Sequence[object] | None) -> list[str]:
-    return [text for value in values or () for text in (name, str(value))]
 
 
 def _settings(
