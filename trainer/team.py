@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -117,7 +118,7 @@ def work(group: Group, settings: TrainerSettings, head: TargetHead, device: torc
     model = model.float().to(device)
     weights = new_weights(learns, model, model, settings, group)
     replica = replica_for(settings, group)(learns, head, settings, weights, group)
-    log.info("worker %d of %d is ready", group.rank, group.size)
+    log.info("worker %d of %d is ready: process %d", group.rank, group.size, os.getpid())
     while (message := group.receive()).do != "end":
         if message.do == "update":
             parts = from_tensors(message.tensors, message.values["parts"], device)

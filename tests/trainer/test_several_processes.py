@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +27,11 @@ from oracles.support import REPOSITORY
 from targets.head import load_target_head
 from tests.trainer.conftest import World
 from tests.trainer.test_replay import samples_of
-from tests.trainer.traffic import settings_for
+from tests.trainer.traffic import settings_for, train, write_traces
+from trainer.checkpoint import read_checkpoint
 from trainer.group import Group, GroupError, joined
 from trainer.learner import Learner
+from trainer.lock import owner_of
 from trainer.packing import HeldPiece
 from trainer.processes import environment_of
 from trainer.rows import RowStore
@@ -120,11 +125,16 @@ SETTINGS = {"lr": 3e-3, "ttt_steps": 4, "parts": 2}
 def in_two(
     world: World, log: Path, batches: int, state: Mapping[str, Tensor] | None = None, **more: object
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of two processes, and the state that they end with."""
+    """Losses of two processes, and the state that they end with.
+
+    Args:
+        state: of step 5, to begin with.
+    """
     with with_worker(world, log, **SETTINGS, **more) as (group, worker):
         first = learner_of(world, group, **SETTINGS, **more)
         if state is not None:
             first.load_state_tensors(state)
+            first.step = 5
         losses = losses_of(first, batches_of(world, first, batches))
         after = first.state_tensors()
         first.end()
@@ -165,9 +175,75 @@ torch.save(found, {str(tmp_path / "found")!r})
 """
     given = World(world.target, None, world.fingerprint, world.traces)
     torch.save((given, before), tmp_path / "given")
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=REPOSITORY, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, cwd=REPOSITORY, check=True, timeout=500
+    )
     losses, state = torch.load(tmp_path / "found", weights_only=False)
 
     assert losses == pytest.approx(expected, abs=1e-4)
     for name, tensor in alone.state_tensors().items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=2e-3, msg=name)
+
+
+def test_a_dead_process_ends_the_other_in_words(world: World, tmp_path: Path) -> None:
+    with with_worker(world, tmp_path / "worker", **SETTINGS) as (group, worker):
+        first = learner_of(world, group, **SETTINGS)
+        batch, *rest = batches_of(world, first, 40)
+        first.update(batch)
+        os.kill(worker, signal.SIGKILL)
+        assert exit_code_of(worker) == -signal.SIGKILL
+
+        with pytest.raises(GroupError, match="another process of this trainer is gone"):
+            losses_of(first, rest)
+
+
+def test_a_killed_process_ends_the_trainer_and_nothing_is_lost(
+    world: World, tmp_path: Path
+) -> None:
+    """The command itself: two processes, then kill -9 of the second, then one process that goes
+    on."""
+    write_traces(tmp_path, world.traces)
+    values = {"lr": 3e-3, "batch_tokens": 256, "max_sequence": 64, "min_traces": 8, "nice": 0}
+    values |= {"checkpoint_every_s": 0.1, "publish_every_steps": 4, "replay_ratio": 1000}
+    options = options_of(world, tmp_path, **values)
+    log = tmp_path / "log.txt"
+    command = [sys.executable, "-m", "trainer", "launch", "--processes", "2", *options]
+    with log.open("wb") as out:
+        both = subprocess.Popen(command, env=ENVIRONMENT, cwd=REPOSITORY, stderr=out)
+    try:
+        wait_until(lambda: list((tmp_path / "weights").glob("1")), log)
+        wait_until(lambda: checkpoint_step(tmp_path) > 0, log)
+        found = re.search(r"worker 1 of 2 is ready: process (\d+)", log.read_text())
+        assert found is not None
+        os.kill(int(found[1]), signal.SIGKILL)
+        assert both.wait(timeout=90) == 1
+    finally:
+        both.kill()
+        both.wait()
+    said = log.read_text()
+    assert f"process 1 of 2 of the trainer (pid {found[1]}) was killed by signal 9" in said
+    assert "Nothing acknowledged is lost" in said
+    assert owner_of(tmp_path / "trainer") is None
+
+    step = checkpoint_step(tmp_path)
+    train(settings_for(tmp_path, world.target, **values | {"max_steps": step + 3}))
+
+    events = [json.loads(x) for x in (tmp_path / "trainer" / "log.jsonl").read_text().splitlines()]
+    (resumed,) = (one for one in events if one["event"] == "resumed")
+    assert (resumed["step"], resumed["traces_gone"]) == (step, 0)
+    status = json.loads((tmp_path / "trainer" / "status.json").read_text())
+    assert status["step"] == step + 3
+    traces = status["traces"]
+    assert traces["taken_in"] + traces["held_out"] == len(world.traces)
+
+
+def wait_until(is_true: Callable[[], object], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not is_true():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def checkpoint_step(run: Path) -> int:
+    saved = read_checkpoint(run / "trainer" / "checkpoints")
+    return 0 if saved is None else int(saved.state["step"])
