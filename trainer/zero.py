@@ -139,7 +139,6 @@ class _Loss(nn.Module):
 def _engine(loss: _Loss, settings: TrainerSettings) -> Any:
     import deepspeed
 
-    # DeepSpeed makes a first step without gradients, which must not decay the weights.
     optimizer = torch.optim.AdamW(
         loss.parameters(), lr=0.0, betas=BETAS, weight_decay=settings.weight_decay
     )
@@ -159,14 +158,27 @@ def _engine(loss: _Loss, settings: TrainerSettings) -> Any:
     )
     # Steps with a gradient that is not finite are left out in float32, too.
     engine.optimizer.check_grad_overflow = True
-    for state in engine.optimizer.optimizer.state.values():
-        if "step" in state:
-            state["step"].zero_()
+    _begin(engine.optimizer, settings.deepspeed.stage)
     return engine
+
+
+def _begin(optimizer: Any, stage: int) -> None:
+    """Make the moments, which AdamW otherwise makes at its first step: a checkpoint may come before
+    it."""
+    shares = (
+        optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else optimizer.single_partition_of_fp32_groups
+    )
+    for share in shares:
+        state = {kind: torch.zeros_like(share) for kind in _MOMENTS}
+        optimizer.optimizer.state[share] = {"step": torch.zeros(()), **state}
+    if stage < 3:
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _whole(model: nn.Module, changed: bool = False) -> Any:
     """Context in which the first process may read the weights whole, or change them."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(list(model.parameters()), modifier_rank=0 if changed else None)
