@@ -72,6 +72,7 @@ def _modules(tree: ast.Module) -> set[str]:
 
 CORE = declared(PROJECT["dependencies"])
 CLIENTS = extra("redis") | extra("kafka") | extra("signatures") | extra("encryption")
+CLIENTS |= extra("deepspeed")
 """What buffers use if the settings say so: clients of services, signatures and ciphers."""
 
 
@@ -105,6 +106,7 @@ def test_every_extra_is_known_here():
         "encryption",
         "kafka",
         "signatures",
+        "deepspeed",
         "dev",
     }
 
