@@ -120,7 +120,9 @@ PINS = dict(
 
 def test_every_declared_package_is_pinned_to_a_version_that_it_allows():
     pins = {normal(name): version for name, version in PINS.items()}
-    extras = PROJECT["optional-dependencies"].values()
+    # make setup does not install DeepSpeed: it compiles at its first start.
+    named = PROJECT["optional-dependencies"].items()
+    extras = [packages for name, packages in named if name != "deepspeed"]
     lists = [PROJECT["dependencies"], *extras]
     wanted = [Requirement(text) for texts in lists for text in texts]
     refused = [
