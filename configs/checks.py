@@ -18,7 +18,13 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 def check_settings(settings: Settings) -> list[str]:
     """Contradictions between settings, one message each; empty if there are none."""
-    return [*_server(settings), *_drafting(settings), *_sizes(settings), *_capture(settings)]
+    return [
+        *_server(settings),
+        *_drafting(settings),
+        *_sizes(settings),
+        *_capture(settings),
+        *_training(settings),
+    ]
 
 
 def _server(settings: Settings) -> Iterator[str]:
@@ -100,6 +106,15 @@ def _capture(settings: Settings) -> Iterator[str]:
     both = sorted(set(capture.tenants or ()) & set(capture.excluded_tenants))
     if both:
         yield f"capture.tenants and capture.excluded_tenants both name {both[0]!r}; take one out"
+
+
+def _training(settings: Settings) -> Iterator[str]:
+    trainer = settings.trainer
+    if trainer.deepspeed.stage > 0 and trainer.optimizer != "adamw":
+        yield (
+            f"trainer.deepspeed.stage {trainer.deepspeed.stage} divides AdamW alone, and "
+            f"trainer.optimizer is {trainer.optimizer!r}; set it to 'adamw', or the stage to 0"
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -81,6 +81,13 @@ def to_yaml(settings: Settings) -> str:
     return text
 
 
+def has_password(override: str) -> bool:
+    """Whether a ``key=value`` text of a secret setting holds a secret: a URL only does if there is
+    a password in it."""
+    key, _, value = override.partition("=")
+    return value not in ("", "null") and (key != "buffer.url" or bool(_PASSWORD.search(value)))
+
+
 def keys_named(name: str) -> list[str]:
     """Dotted keys of the settings called ``name``, with or without their section."""
     return [

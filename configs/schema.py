@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from configs.launch import LaunchSettings
 from configs.policies import (
     EmaTiersSettings,
     Exp3sSettings,
@@ -252,6 +253,15 @@ class SwapSettings(Section):
     that one of them signed are taken. Needs the extra ``signatures``. ``None``: any sound one."""
 
 
+class DeepSpeedSettings(Section):
+    """How DeepSpeed divides a drafter over the processes of a trainer."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage. 0: every process holds everything, and DeepSpeed is not needed. 1: the moments of
+    the optimizer are divided; 2: the gradients, too; 3: the weights, too. With one process it has
+    no effect. 1 to 3 need ``pip install 'slipstream-serving[deepspeed]'`` and a C++ compiler."""
+
+
 class TrainerSettings(Section):
     """Asynchronous trainer."""
 
@@ -292,6 +302,12 @@ class TrainerSettings(Section):
     batch_tokens: int = Field(2048, ge=16)
     """Tokens per update. More of them use a GPU better, but a drafter learns faster from the same
     traces by smaller updates."""
+    parts: int = Field(1, ge=1)
+    """Parts into which each batch is divided; a process computes its share of them one after
+    another, and their gradients are added up. More of them need less memory. Rounded up to a
+    multiple of the number of processes; with the same number of parts, losses do not depend on the
+    number of processes."""
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     max_sequence: int = Field(512, ge=16)
     """Maximum tokens of one training sequence, a piece of a trace."""
     ttt_steps: int = Field(4, ge=1, le=8)
@@ -436,3 +452,4 @@ class Settings(Section):
     wandb: WandbSettings = WandbSettings()
     tensorboard: TensorboardSettings = TensorboardSettings()
     reports: ReportsSettings = ReportsSettings()
+    launch: LaunchSettings = LaunchSettings()

@@ -33,10 +33,10 @@ from reporting.catalog import asked_for
 from reporting.reports import Reports
 from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
-from targets.load import pick_device
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import ROW_TYPES, Emphasis, Expected, name_of, triple_of
 from trainer.gate import Judge, Static
+from trainer.group import Group, device_of, single
 from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import Learner
@@ -55,21 +55,27 @@ log = logging.getLogger(__name__)
 
 
 def build_trainer(
-    settings: Settings, stop: threading.Event, reports: Reports | None = None
+    settings: Settings,
+    stop: threading.Event,
+    reports: Reports | None = None,
+    group: Group | None = None,
 ) -> Trainer:
     """A trainer that is ready to run, resumed from the last checkpoint if there is one.
 
     Args:
         reports: where it reports; ``None``: nowhere.
+        group: its processes, if there are several; this is the first of them.
 
     Raises:
         ValueError: the target, a bundle or a checkpoint cannot be used, or the drafter does not
             learn.
+        GroupError: another process is gone.
     """
-    _set_up_process(settings)
+    group = group or single()
+    set_up_process(settings)
     learns = trainable(settings.drafter.kind)
     draws = entry(settings.trainer.draw)
-    device = pick_device(settings.trainer.device, setting="trainer.device")
+    device = device_of(settings.trainer.device, group)
     folder = checked_folder(settings.target, settings.target_cache)
     fingerprint = target_fingerprint(folder)
     head = load_target_head(folder, device, batch_dtype(device))
@@ -95,7 +101,7 @@ def build_trainer(
         ),
         publisher=Publisher(store, store.take_over()),
         memory=Memory(settings.trainer, settings.seed, rows),
-        learner=Learner(learns, model, head, settings.trainer, rows),
+        learner=Learner(learns, model, head, settings.trainer, rows, group=group),
         judge=Judge(
             learns,
             head,
@@ -251,7 +257,7 @@ def emphasis_of(settings: Settings) -> Emphasis | None:
     return None if weight == 1 else Emphasis(settings.drafter.kind, weight)
 
 
-def _set_up_process(settings: Settings) -> None:
+def set_up_process(settings: Settings) -> None:
     """Yield the cores to a server on this machine. Flush denormals, which slow products down."""
     os.nice(settings.trainer.nice)
     if settings.trainer.cpu_threads is not None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import signal
-import threading
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from buffer.audit import audit
-from buffer.files import forbid_core_dumps, why_unwritable
+from buffer.files import forbid_core_dumps
 from configs.choices import SettingsError
 from configs.cli import (
     ConfigOption,
@@ -33,12 +35,13 @@ from configs.options import ANYTHING
 from configs.schema import Settings
 from drafters.trainable import learning_kinds
 from reporting.catalog import check_writers
-from reporting.reports import Reports, reports_of
 from targets.find import checked_folder
-from trainer.lock import only_trainer
+from trainer.places import Job, local_command, plan_for, shown_locally
 from trainer.policy_command import fit_policy
+from trainer.process import TrainerDiedError, run_alone, run_among
+from trainer.processes import supervise
+from trainer.watch import NoSuchRunError, log_lines, status_of, stop
 
-log = logging.getLogger(__name__)
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
 )
@@ -49,15 +52,175 @@ def main(version: VersionOption = False) -> None:
     """What is common to all commands."""
 
 
+LifelineOption = Annotated[
+    int | None, typer.Option("--lifeline", help="File descriptor that ends with the parent.")
+]
+
+
+class Place(StrEnum):
+    """Where a trainer runs."""
+
+    LOCAL = "local"
+    TORCHRUN = "torchrun"
+    DEEPSPEED = "deepspeed"
+    SLURM = "slurm"
+    KUBERNETES = "kubernetes"
+
+
 @app.command(context_settings=ANYTHING)
 def launch(
     context: typer.Context,
     config: ConfigOption = None,
     set_: SetOption = None,
     print_config: PrintConfigOption = False,
+    on: Annotated[
+        Place,
+        typer.Option(help="In this process, or as the settings of the section launch say."),
+    ] = Place.LOCAL,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="With --on local: processes that share each update."),
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be started, and start nothing.")
+    ] = False,
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
-    settings = settings_from_cli(config, set_, print_config, unknown=context.args)
+    settings = _settings(config, set_, print_config, context.args)
+    job = Job(settings, tuple(map(str, config or ())), tuple(set_ or ()))
+    if on is not Place.LOCAL:
+        if processes > 1:
+            typer.echo("--processes is for --on local; set launch.processes_per_node", err=True)
+            raise typer.Exit(code=2)
+        _start(on, job, dry_run)
+    elif dry_run:
+        typer.echo(shown_locally(job, processes, Path.cwd()), nl=False)
+    elif processes > 1:
+        command = local_command(job, Path.cwd())
+        raise typer.Exit(code=supervise(command, processes, os.environ))
+    else:
+        with _exit_codes():
+            run_alone(settings)
+
+
+def _start(place: Place, job: Job, dry_run: bool) -> None:
+    """
+    Raises:
+        typer.Exit: with the code of what was started; 2 if a setting is missing.
+    """
+    try:
+        plan = plan_for(place.value, job, Path.cwd())
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
+    if dry_run:
+        typer.echo(plan.shown(), nl=False)
+        return
+    if shutil.which(plan.command[0]) is None:
+        typer.echo(f"{plan.command[0]} is not installed on this host", err=True)
+        raise typer.Exit(code=1)
+    if plan.text is None:
+        os.execvp(plan.command[0], plan.command)  # it gets the signals
+    raise typer.Exit(code=subprocess.run(plan.command, input=plan.text.encode()).returncode)
+
+
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as in run_dir.")]
+
+
+@app.command()
+def status(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second.")] = False,
+) -> None:
+    """Show what a run's trainer does, or why it does not run.
+
+    Exit code 0: it runs. 1: it does not. 2: there is no such run.
+    """
+    with _words():
+        found = status_of(run)
+        if watch:
+            _show_live(run)
+        elif as_json:
+            typer.echo(json.dumps(found.to_json()))
+        else:
+            typer.echo("\n".join(found.to_lines()))
+    raise typer.Exit(code=0 if found.owner is not None else 1)
+
+
+def _show_live(run: Path) -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    with contextlib.suppress(KeyboardInterrupt), Live(refresh_per_second=4) as live:
+        while True:
+            found = status_of(run)
+            live.update(Text("\n".join(found.to_lines())), refresh=True)
+            if found.owner is None:
+                return
+            time.sleep(1)
+
+
+@app.command()
+def logs(
+    run: RunArgument,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Wait for more while a trainer runs.")
+    ] = False,
+) -> None:
+    """Print a run's events: candidates, versions, checkpoints, and a line for every ten seconds of
+    learning."""
+    with _words(), contextlib.suppress(KeyboardInterrupt):
+        for line in log_lines(run, follow):
+            typer.echo(line)
+
+
+@app.command("stop")
+def stop_command(
+    run: RunArgument,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for its end.")] = 120.0,
+) -> None:
+    """Stop a run's trainer after its update, with a checkpoint, and wait for that.
+
+    Exit code 0: it stopped. 1: none runs on this host, or it did not stop in time. 2: there is no
+    such run.
+    """
+    with _words():
+        typer.echo(stop(run, timeout))
+
+
+@contextlib.contextmanager
+def _words() -> Iterator[None]:
+    """
+    Raises:
+        typer.Exit: 2 for a run that is not there, 1 for all else that went wrong.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2 if isinstance(error, NoSuchRunError) else 1) from error
+
+
+@app.command(hidden=True)
+def rank(
+    config: ConfigOption = None, set_: SetOption = None, lifeline: LifelineOption = None
+) -> None:
+    """Be one process of a trainer: what the other ways to launch start."""
+    settings = _settings(config, set_, False, ())
+    with _exit_codes():
+        run_among(settings, lifeline)
+
+
+def _settings(
+    config: list[Path] | None, set_: list[str] | None, print_config: bool, unknown: Sequence[str]
+) -> Settings:
+    """Settings with which there is something to train; logging follows them.
+
+    Raises:
+        typer.Exit: see ``settings_from_cli``; or with code 2 if there is nothing to train.
+    """
+    settings = settings_from_cli(config, set_, print_config, unknown=unknown)
     if settings.drafter.kind not in learning_kinds():
         typer.echo(
             f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to one "
@@ -73,45 +236,22 @@ def launch(
     set_up_logging(settings.log_level)
     if settings.capture.memory_only:
         forbid_core_dumps()
-    stop = _stop_on_signal()
+    return settings
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """
+    Raises:
+        typer.Exit: in place of what a trainer ends with.
+    """
     try:
-        _check_disk(settings.run_dir)
-        with (
-            only_trainer(settings.run_dir / "trainer"),
-            reports_of(settings, "trainer") as reports,
-        ):
-            _train(settings, stop, reports)
+        yield
+    except TrainerDiedError as error:
+        raise typer.Exit(code=1) from error
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
-
-
-def _check_disk(run_dir: Path) -> None:
-    """
-    Raises:
-        OSError: nothing can be written to ``run_dir``; says so in words.
-    """
-    problem = why_unwritable(run_dir)
-    if problem is not None:
-        raise OSError(
-            f"run_dir {run_dir} cannot be written ({problem}): a trainer keeps its checkpoints and "
-            f"versions there; not starting. Make room there, or choose another run_dir"
-        )
-
-
-def _stop_on_signal() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-        # Not by logging: the interrupted code may hold its locks.
-        os.write(2, b"stopping after this update; a second signal stops at once\n")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return stop
 
 
 app.command("policy")(fit_policy)
@@ -152,28 +292,3 @@ def vocabulary(
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
     typer.echo(f"{out}: {size} of {num_tokens} tokens, {coverage(counts, ids):.2%} of the traffic")
-
-
-def _train(settings: Settings, stop: threading.Event, reports: Reports) -> None:
-    """
-    Raises:
-        ValueError, OSError: it cannot start.
-        typer.Exit: 1 after logging why it cannot continue.
-    """
-    log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
-    checked_folder(settings.target, settings.target_cache)
-    # --help and whoever was refused skip these imports: torch and transformers take seconds.
-    from trainer.build import build_trainer
-    from trainer.loop import run
-
-    trainer = build_trainer(settings, stop, reports)
-    if stop.is_set():
-        log.info("stopped before training began")
-        return
-    try:
-        run(trainer)
-    except Exception as error:
-        log.critical("the trainer died: %s: %s", type(error).__name__, error, exc_info=True)
-        with contextlib.suppress(OSError):  # a full disk may be what it died of
-            trainer.journal.failed(error)
-        raise typer.Exit(code=1) from error

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,17 @@ _TEXTS = {
     "stopped": (logging.INFO, "stopped at step %(step)d"),
 }
 """Event -> level and text of its log line, filled in with the event's values."""
+
+
+def text_of(event: Mapping[str, Any]) -> str | None:
+    """The log line of an event in ``log.jsonl``; ``None`` if it has none."""
+    known = _TEXTS.get(str(event.get("event")))
+    if known is None:
+        return None
+    try:
+        return known[1] % event
+    except (KeyError, TypeError, ValueError):  # written by another version of this program
+        return json.dumps(dict(event))
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -20,8 +20,11 @@ from configs.schema import TrainerSettings
 from drafters.trainable import Trainable
 from targets.head import TargetHead
 from trainer.figures import Figures, Launched, UpdateReport
+from trainer.group import Group, single
 from trainer.packing import HeldPiece, every_shape, pack
+from trainer.replica import Moments, load_into, load_model, moments_of
 from trainer.rows import RowStore
+from trainer.team import Team
 from trainer.update import UpdateProgram, new_weights
 
 MAX_SKIPS = 3
@@ -41,12 +44,16 @@ class Learner:
         settings: TrainerSettings,
         store: RowStore,
         use_graphs: bool | None = None,
+        group: Group | None = None,
     ) -> None:
         """
         Args:
             store: holds the rows of all batches, on the device to train on.
             use_graphs: capture updates in CUDA graphs; ``None``: on a GPU.
+            group: the trainer's processes, of which this is the first; ``None``: it is the only
+                one. The others are in ``team.work``.
         """
+        group = group or single()
         device = store.device
         self.trainable = trainable
         self.head = head
@@ -63,7 +70,7 @@ class Learner:
         """Halved whenever the weights are restored."""
         model = model.float().to(device)
         average = copy.deepcopy(model).requires_grad_(False)
-        self.weights = new_weights(trainable, model, average, settings)
+        self.weights = new_weights(trainable, model, average, settings, group)
         self.figures = Figures(device, settings.ttt_steps)
         self.program = UpdateProgram(
             trainable,
@@ -75,6 +82,10 @@ class Learner:
             self.generator,
             use_graphs,
         )
+        self.team: Team | None = None
+        """Computes updates in parts; ``None``: they are computed whole, by ``program``."""
+        if group.size > 1 or settings.parts > 1:
+            self.team = Team(trainable, head, settings, self.weights, store, group)
 
     @property
     def model(self) -> nn.Module:
@@ -95,7 +106,7 @@ class Learner:
     @property
     def fixed_shape(self) -> tuple[int, int] | None:
         """Positions of a batch and of a piece at most, if all batches have the same."""
-        if self.store.device.type != "cuda":
+        if self.store.device.type != "cuda" or self.team is not None:
             return None
         longest = self.settings.max_sequence
         return max(self.settings.batch_tokens, longest), longest
@@ -112,10 +123,21 @@ class Learner:
             Figures of this and earlier updates, as far as they have arrived: on a CPU those of this
             one.
         """
-        packed, lr = pack(pieces, self.fixed_shape), self.lr
-        self.program.launch(packed, lr)
+        lr = self.lr
+        num_rows = self._launch(pieces, lr)
         self.step += 1
-        return self._counted(self.figures.launched(Launched(self.step, packed.num_rows, lr)))
+        return self._counted(self.figures.launched(Launched(self.step, num_rows, lr)))
+
+    def _launch(self, pieces: Sequence[HeldPiece], lr: float) -> int:
+        """Launch an update; returns its rows with a loss."""
+        if self.team is None:
+            packed = pack(pieces, self.fixed_shape)
+            self.program.launch(packed, lr)
+            return packed.num_rows
+        seed = int(torch.randint(1 << 62, (1,), generator=self.generator))
+        row, steps = self.team.update(pieces, lr, seed), self.settings.ttt_steps
+        self.figures.write(row[0], row[1], row[2], row[3 : 3 + steps], row[3 + steps :])
+        return sum(len(piece.rows) for piece in pieces)
 
     def wait(self) -> None:
         """Wait until the device has made all updates that were launched."""
@@ -125,6 +147,16 @@ class Learner:
     def settle(self) -> list[UpdateReport]:
         """Wait for all updates that were launched; returns the figures that were still missing."""
         return self._counted(self.figures.settle())
+
+    def rest(self) -> None:
+        """Nothing to train on at present: tell the other processes, if there are any."""
+        if self.team is not None:
+            self.team.rest()
+
+    def end(self) -> None:
+        """Let the other processes go, if there are any."""
+        if self.team is not None:
+            self.team.end()
 
     def _counted(self, reports: list[UpdateReport]) -> list[UpdateReport]:
         for report in reports:
@@ -136,8 +168,8 @@ class Learner:
         """Copies of weights, their average, moments and generator, on the CPU."""
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            state = self.weights.optimizer.state[parameter]
+        moments = moments_of(self.weights) if self.team is None else self.team.moments()
+        for name, state in moments.items():
             tensors |= {f"{_PREFIX}{kind}.{name}": moment for kind, moment in state.items()}
         tensors["num_averaged"] = self.weights.num_averaged
         tensors["generator"] = self.generator.get_state()
@@ -150,11 +182,8 @@ class Learner:
             KeyError: a tensor is missing.
             ValueError: a weight is missing, unknown or misshapen.
         """
-        self.load_weights(_named(tensors, "model."))
+        self._load(_named(tensors, "model."), _moments(tensors))
         self.average.load_state_dict(_named(tensors, "average."))
-        for name, parameter in self.model.named_parameters():
-            for kind, moment in self.weights.optimizer.state[parameter].items():
-                moment.copy_(tensors[f"{_PREFIX}{kind}.{name}"])
         self.weights.num_averaged.copy_(tensors["num_averaged"])
         self.generator.set_state(tensors["generator"])
 
@@ -164,17 +193,25 @@ class Learner:
         Raises:
             ValueError: a weight is missing, unknown or misshapen.
         """
-        try:
-            self.model.load_state_dict(dict(weights))
-            self.average.load_state_dict(dict(weights))
-        except RuntimeError as error:
-            raise ValueError(f"the weights do not fit the drafter: {error}") from error
-        for state in self.weights.optimizer.state.values():
-            for moment in state.values():
-                moment.zero_()
+        self._load(weights, None)
+        load_model(self.average, weights)
         self.weights.num_averaged.zero_()
+
+    def _load(self, weights: Mapping[str, Tensor], moments: Moments | None) -> None:
+        if self.team is None:
+            load_into(self.weights, weights, moments)
+        else:
+            self.team.load(weights, moments)
         self.skips_in_row = 0
         self.figures.forget()
+
+
+def _moments(tensors: Mapping[str, Tensor]) -> Moments:
+    found: Moments = {}
+    for key, tensor in _named(tensors, _PREFIX).items():
+        kind, _, name = key.partition(".")
+        found.setdefault(name, {})[kind] = tensor
+    return found
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def run(trainer: Trainer) -> None:
     """Train until told to stop, then save a checkpoint."""
     try:
         _train(trainer)
+        trainer.learner.end()
     finally:
         trainer.intake.close()
 
@@ -148,6 +149,7 @@ class Trainer:
         """Report what is missing, and wait ``POLL_S`` for traces."""
         self.settle()
         self._write_status(f"waiting for {self.waits_for()}")
+        self.learner.rest()
         self.stop.wait(POLL_S)
 
     def candidate_is_due(self) -> bool:

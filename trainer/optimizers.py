@@ -121,6 +121,17 @@ class Muon:
             matrix.copy_(torch.where(skipped, matrix, moved))
 
 
+class Elsewhere:
+    """In place of an optimizer that the processes of a trainer divide among themselves."""
+
+    def __init__(self) -> None:
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    def step(self, skipped: Tensor) -> None:
+        """Nobody calls it."""
+        raise AssertionError("the processes step together")
+
+
 def orthogonal(matrix: Tensor) -> Tensor:
     """About the nearest matrix with orthonormal rows (or columns, if it has more rows): singular
     values become 0.7 to 1.2, but for those that are far smaller than the largest.

@@ -20,7 +20,8 @@ from configs.schema import TrainerSettings
 from drafters.trainable import Trainable
 from targets.head import TargetHead
 from trainer.figures import Figures
-from trainer.optimizers import Optimizer, new_optimizer
+from trainer.group import Group
+from trainer.optimizers import Elsewhere, Optimizer, new_optimizer
 from trainer.packing import Packed
 from trainer.rows import RowStore, index_of
 
@@ -48,13 +49,25 @@ class Weights:
 
 
 def new_weights(
-    trainable: Trainable[Any], model: nn.Module, average: nn.Module, settings: TrainerSettings
+    trainable: Trainable[Any],
+    model: nn.Module,
+    average: nn.Module,
+    settings: TrainerSettings,
+    group: Group,
 ) -> Weights:
-    """Weights with an optimizer whose moments are zero."""
+    """Weights with an optimizer whose moments are zero; if the processes of the group divide it,
+    they make it themselves."""
     device = next(model.parameters()).device
     lr = torch.zeros((), device=device)
+    if is_divided(settings, group):
+        return Weights(model, average, torch.zeros((), device=device), Elsewhere(), lr)
     optimizer = new_optimizer(model, trainable.matrices(model), settings, lr)
     return Weights(model, average, torch.zeros((), device=device), optimizer, lr)
+
+
+def is_divided(settings: TrainerSettings, group: Group) -> bool:
+    """The processes divide the optimizer, and what else the stage of ZeRO says."""
+    return group.size > 1 and settings.deepspeed.stage > 0
 
 
 class UpdateProgram:

@@ -113,7 +113,7 @@ def test_a_trainer_that_dies_says_why_and_exits_with_1(
 
     assert trainer.wait(timeout=90) == 1
     text = log.read_text()
-    assert "CRITICAL trainer.cli: the trainer died: " in text
+    assert "CRITICAL trainer.process: the trainer died: " in text
     assert str(denied) in text
     last_line = (tmp_path / "trainer" / "log.jsonl").read_text().splitlines()[-1]
     assert json.loads(last_line)["event"] == "failed"

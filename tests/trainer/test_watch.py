@@ -1,0 +1,164 @@
+"""``trainer status``, ``logs`` and ``stop`` say what is, also of a trainer that is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from trainer.cli import app
+from trainer.journal import Journal
+from trainer.lock import only_trainer
+
+STATUS = {
+    "state": "training",
+    "step": 40,
+    "skipped": 1,
+    "version": 3,
+    "traces": {"read": 90, "held": 70, "held_out": 12},
+    "gate": {"passed": False, "reason": "no gain"},
+}
+UPDATE = {"step": 40, "updates": 4, "rows": 900, "loss": 0.5}
+
+
+def ask(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def journal_of(run: Path, state: str = "training") -> None:
+    """What a trainer in this process would have written."""
+    journal = Journal(run / "trainer")
+    journal.event("started", version=2)
+    for at in range(3):
+        _append(run, {"event": "update", "unix_ms": 1_000_000 + 5000 * at, **UPDATE})
+    _append(run, {"event": "gate", "unix_ms": 1_010_001, "step": 40, "reason": "no", "parent": 3})
+    journal.status({**STATUS, "state": state})
+
+
+def _append(run: Path, event: dict[str, object]) -> None:
+    with (run / "trainer" / "log.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_a_run_that_is_not_there_is_said_so(command: str, tmp_path: Path) -> None:
+    missing = ask(command, tmp_path / "none")
+    (tmp_path / "traces").mkdir()
+    without = ask(command, tmp_path)
+
+    assert (missing.exit_code, without.exit_code) == (2, 2)
+    assert f"{tmp_path / 'none'}: no such run" in missing.stderr
+    assert f"{tmp_path} has no trainer's folder" in without.stderr
+
+
+def test_a_living_trainer_is_shown_with_what_it_does(tmp_path: Path) -> None:
+    with only_trainer(tmp_path / "trainer"):
+        starting = ask("status", tmp_path)
+        journal_of(tmp_path)
+        shown, values = ask("status", tmp_path), ask("status", tmp_path, "--json")
+
+    assert "state      starts: it loads, or resumes (process " in starting.stdout
+    assert shown.exit_code == starting.exit_code == 0
+    lines = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
+    assert lines["state"].startswith(f"training (process {os.getpid()} on ")
+    assert lines["version"] == "3"
+    assert lines["step"] == "40, 1 updates skipped"
+    assert lines["rows/s"] == "180"  # the rows after the first event, over ten seconds
+    assert lines["gate"] == "refused: no gain"
+    assert json.loads(values.stdout)["owner"]["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("training", "ended without a word, killed or out of memory, while training; start it"),
+        ("stopped", "not running: stopped"),
+        ("failed: OSError: full", "not running: failed: OSError: full"),
+    ],
+)
+def test_a_trainer_that_does_not_run_is_told_from_one_that_does(
+    tmp_path: Path, state: str, says: str
+) -> None:
+    with only_trainer(tmp_path / "trainer"):
+        journal_of(tmp_path, state)
+    # The process number in the files is that of this process, which lives: only the lock counts.
+
+    shown, stopped = ask("status", tmp_path), ask("stop", tmp_path)
+
+    assert shown.exit_code == 1
+    assert says in shown.stdout
+    assert stopped.exit_code == 1
+    assert f"no trainer runs in {tmp_path}: there is nothing to stop" in stopped.stderr
+
+
+def test_a_second_trainer_is_refused_and_asking_refuses_none(tmp_path: Path) -> None:
+    with only_trainer(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        ExitStack().enter_context(only_trainer(tmp_path))
+
+
+def test_logs_tell_events_and_ten_seconds_of_learning_in_a_line(tmp_path: Path) -> None:
+    journal_of(tmp_path)
+    _append(tmp_path, {"event": "update", "unix_ms": 1_020_000, **UPDATE, "loss": None})
+    with (tmp_path / "trainer" / "log.jsonl").open("a") as file:
+        file.write('{"event": "gate", "unix')  # killed while it wrote
+
+    shown = ask("logs", tmp_path, "-f")  # nobody writes any more, so it ends
+
+    said = [line[20:] for line in shown.stdout.splitlines()]
+    assert said[:4] == [
+        "training begins from version 2",
+        "step 40: 12 updates of 2700 rows in all, loss 0.5000",
+        "gate at step 40: no; parent version 3",
+        "step 40: 4 updates of 900 rows in all, loss not finite",
+    ]
+    assert "no trainer runs in this folder (any more)" in shown.stdout
+
+
+def _hold(run: Path, ends: bool) -> int:
+    """A child that holds the lock, and ends on SIGTERM or not."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if ends else signal.SIG_IGN)
+        with only_trainer(run / "trainer"):
+            journal_of(run, "stopped")
+            (run / "ready").touch()
+            time.sleep(120)
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not (run / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return pid
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("ends", [True, False])
+def test_stop_waits_for_the_end_and_says_when_there_is_none(tmp_path: Path, ends: bool) -> None:
+    pid = _hold(tmp_path, ends)
+    try:
+        result = ask("stop", tmp_path, "--timeout", 60 if ends else 0.5)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    assert result.exit_code == (0 if ends else 1)
+    if ends:
+        assert result.stdout == f"process {pid} stopped at step 40, version 3\n"
+    else:
+        assert f"process {pid} was told to stop and still runs after 0.5 s" in result.stderr
+
+
+def test_a_trainer_on_another_host_is_not_signalled(tmp_path: Path) -> None:
+    with only_trainer(tmp_path / "trainer"):
+        (tmp_path / "trainer" / "lock").write_text(f"{os.getpid()}\nelsewhere\n")
+
+        result = ask("stop", tmp_path)
+
+    assert result.exit_code == 1
+    assert f"is process {os.getpid()} on elsewhere, and this is" in result.stderr

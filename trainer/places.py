@@ -1,0 +1,288 @@
+"""Where a trainer runs: on this host, on several through torchrun or DeepSpeed's launcher, as a
+Slurm job, as a Kubernetes Job. Each is a plan: a command line, and the text that it reads.
+
+All of them start ``trainer rank`` in every process. Slurm's script is the only shell text; what
+comes from settings is quoted in it, and what a ``#SBATCH`` line holds is limited to harmless
+characters by the settings' schema.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.load import SECRETS, has_password
+from configs.launch import LaunchSettings
+from configs.schema import Settings
+
+SETTINGS_FILE = "settings.yaml"
+SETTINGS_FOLDER = "/etc/slipstream"
+"""Of the settings in a pod."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be started."""
+
+    settings: Settings
+    configs: tuple[str, ...]
+    """Values of ``--config``."""
+    overrides: tuple[str, ...]
+    """Values of ``--set``."""
+
+    def options(self, cwd: Path) -> list[str]:
+        """Options of ``trainer rank``; files that exist by their absolute path."""
+        files = [
+            str((cwd / one).resolve()) if (cwd / one).is_file() else one for one in self.configs
+        ]
+        pairs = [*(("--config", one) for one in files), *(("--set", one) for one in self.overrides)]
+        return [word for pair in pairs for word in pair]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How it is started."""
+
+    command: tuple[str, ...]
+    text: str | None = None
+    """Standard input of the command: a script or a manifest."""
+
+    def shown(self) -> str:
+        """What ``--dry-run`` prints: the text, or else the command line."""
+        return self.text if self.text is not None else f"{shlex.join(self.command)}\n"
+
+
+def local_command(job: Job, cwd: Path) -> list[str]:
+    """One of several processes on this host."""
+    return [sys.executable, "-m", "trainer", "rank", *job.options(cwd)]
+
+
+def shown_locally(job: Job, size: int, cwd: Path) -> str:
+    """What ``--on local`` starts: this process itself, or ``size`` others."""
+    if size == 1:
+        return f"{shlex.join([sys.executable, '-m', 'trainer', 'launch', *job.options(cwd)])}\n"
+    line = shlex.join(local_command(job, cwd))
+    return "".join(f"RANK={rank} WORLD_SIZE={size} {line}\n" for rank in range(size))
+
+
+def plan_for(place: str, job: Job, cwd: Path) -> Plan:
+    """How to start a job somewhere else than in this process.
+
+    Args:
+        place: a key of ``PLACES``.
+
+    Raises:
+        ValueError: a setting that this place needs is missing.
+    """
+    return PLACES[place](job, cwd)
+
+
+def num_processes(launch: LaunchSettings) -> int:
+    """Processes on each host."""
+    return launch.processes_per_node or max(launch.gpus_per_node, 1)
+
+
+def _torchrun(job: Job, cwd: Path) -> Plan:
+    launch = job.settings.launch
+    if launch.nodes > 1 and launch.endpoint is None:
+        raise ValueError(
+            f"launch.nodes is {launch.nodes}: set launch.endpoint to HOST:PORT of the first host, "
+            f"and give the same command on each of them"
+        )
+    meeting = ["--standalone"] if launch.nodes == 1 else _meeting(str(launch.endpoint), launch.name)
+    return Plan((sys.executable, *_run(launch, meeting), *job.options(cwd)))
+
+
+def _meeting(endpoint: str, name: str) -> list[str]:
+    return ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", name]
+
+
+def _run(launch: LaunchSettings, meeting: Sequence[str]) -> list[str]:
+    """Arguments of Python that start the processes of one host."""
+    sizes = ["--nnodes", str(launch.nodes), "--nproc-per-node", str(num_processes(launch))]
+    rank = ["--max-restarts", "0", "-m", "trainer", "rank"]
+    return ["-m", "torch.distributed.run", *sizes, *meeting, *rank]
+
+
+def _deepspeed(job: Job, cwd: Path) -> Plan:
+    launch = job.settings.launch
+    launcher = shutil.which("deepspeed") or shutil.which(
+        "deepspeed", path=str(Path(sys.executable).parent)
+    )
+    if launcher is None:
+        raise ValueError(
+            "DeepSpeed's launcher is not installed: pip install 'slipstream-serving[deepspeed]', "
+            "or use --on torchrun, which needs no DeepSpeed"
+        )
+    if launch.nodes > 1 and launch.hostfile is None:
+        raise ValueError(
+            f"launch.nodes is {launch.nodes}: set launch.hostfile to the list of hosts"
+        )
+    hosts = [] if launch.hostfile is None else ["--hostfile", str(launch.hostfile)]
+    sizes = ["--num_nodes", str(launch.nodes), "--num_gpus", str(num_processes(launch))]
+    rank = ["--master_port", str(launch.port), "--no_local_rank", "--module", "trainer", "rank"]
+    return Plan((launcher, *hosts, *sizes, *rank, *job.options(cwd)))
+
+
+def _slurm(job: Job, cwd: Path) -> Plan:
+    launch, slurm = job.settings.launch, job.settings.launch.slurm
+    for one in job.overrides:
+        if one.partition("=")[0] in SECRETS and has_password(one):
+            raise ValueError(
+                f"{one.partition('=')[0]} holds a secret, which a job's script must not: set it in "
+                f"the environment, which sbatch passes on"
+            )
+    wanted: dict[str, object | None] = {
+        "job-name": launch.name,
+        "nodes": launch.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": launch.cpus_per_process * num_processes(launch),
+        "gpus-per-node": launch.gpus_per_node or None,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "time": slurm.time_limit,
+        "mem": slurm.memory,
+        "signal": "TERM@60",
+        "output": f"{launch.name}-%j.log",
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in wanted.items() if value is not None]
+    endpoint, number = '"$first:' + f'{launch.port}"', '"$SLURM_JOB_ID"'
+    before = shlex.join([sys.executable, *_run(launch, ["MEETING"]), *job.options(cwd)])
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {number}"
+    script = [
+        "#!/bin/bash",
+        *lines,
+        "set -euo pipefail",
+        'first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        f"exec srun --kill-on-bad-exit=1 {before.replace(' MEETING ', f' {meeting} ', 1)}",
+    ]
+    return Plan(("sbatch",), "\n".join(script) + "\n")
+
+
+def _kubernetes(job: Job, cwd: Path) -> Plan:
+    settings = job.settings
+    launch, kubernetes = settings.launch, settings.launch.kubernetes
+    if kubernetes.image is None:
+        raise ValueError("launch.kubernetes.image must name a container image with this package")
+    run_dir = settings.run_dir
+    if not any(run_dir.is_relative_to(path) for path in kubernetes.claims):
+        raise ValueError(
+            f"run_dir {run_dir} is on none of launch.kubernetes.claims: checkpoints would end with "
+            f"their pod. Set, for example, launch.kubernetes.claims={{/runs: CLAIM}} and "
+            f"run_dir=/runs/NAME"
+        )
+    documents = [_config_map(settings), _job(settings)]
+    if launch.nodes > 1:
+        documents.insert(0, _service(launch))
+    text = yaml.safe_dump_all(documents, sort_keys=False, default_flow_style=False)
+    return Plan(("kubectl", "apply", "-f", "-"), text)
+
+
+def _named(kind: str, version: str, launch: LaunchSettings) -> dict[str, Any]:
+    metadata = {
+        "name": launch.name,
+        "namespace": launch.kubernetes.namespace,
+        "labels": {"app.kubernetes.io/name": launch.name},
+    }
+    return {"apiVersion": version, "kind": kind, "metadata": metadata}
+
+
+def _config_map(settings: Settings) -> dict[str, Any]:
+    """The settings that are not defaults, without secrets."""
+    tree = settings.model_dump(mode="json", exclude_defaults=True)
+    for key in SECRETS:
+        section, _, name = key.rpartition(".")
+        own: dict[str, Any] = tree.get(section, {})
+        if name in own and has_password(f"{key}={own[name]}"):
+            del own[name]
+    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
+    return {**_named("ConfigMap", "v1", settings.launch), "data": {SETTINGS_FILE: text}}
+
+
+def _service(launch: LaunchSettings) -> dict[str, Any]:
+    """Gives the first pod a name that the others find before it is ready."""
+    spec = {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": {"job-name": launch.name},
+        "ports": [{"name": "meeting", "port": launch.port}],
+    }
+    return {**_named("Service", "v1", launch), "spec": spec}
+
+
+def _job(settings: Settings) -> dict[str, Any]:
+    launch, kubernetes = settings.launch, settings.launch.kubernetes
+    claims = {f"claim-{n}": item for n, item in enumerate(sorted(kubernetes.claims.items()))}
+    mounts = [{"name": name, "mountPath": path} for name, (path, _) in claims.items()]
+    volumes: list[dict[str, Any]] = [
+        {"name": name, "persistentVolumeClaim": {"claimName": claim}}
+        for name, (_, claim) in claims.items()
+    ]
+    mounts += [
+        {"name": "settings", "mountPath": SETTINGS_FOLDER},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+    ]
+    volumes += [
+        {"name": "settings", "configMap": {"name": launch.name}},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+    ]
+    container: dict[str, Any] = {
+        "name": "trainer",
+        "image": kubernetes.image,
+        "command": ["python", *_run(launch, _pods_meet(launch))],
+        "args": ["--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}"],
+        "resources": _resources(launch),
+        "volumeMounts": mounts,
+    }
+    if kubernetes.env_secret is not None:
+        container["envFrom"] = [{"secretRef": {"name": kubernetes.env_secret}}]
+    pod = {
+        "restartPolicy": "Never",
+        "subdomain": launch.name,
+        # They would be variables that begin with SLIPSTREAM_, which settings do, and be refused.
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": 120,
+        "containers": [container],
+        "volumes": volumes,
+    }
+    spec = {
+        "completions": launch.nodes,
+        "parallelism": launch.nodes,
+        "completionMode": "Indexed",
+        "backoffLimit": 6 * launch.nodes,
+        "template": {
+            "metadata": {"labels": {"app.kubernetes.io/name": launch.name}},
+            "spec": pod,
+        },
+    }
+    return {**_named("Job", "batch/v1", launch), "spec": spec}
+
+
+def _pods_meet(launch: LaunchSettings) -> list[str]:
+    if launch.nodes == 1:
+        return ["--standalone"]
+    return _meeting(f"{launch.name}-0.{launch.name}:{launch.port}", launch.name)
+
+
+def _resources(launch: LaunchSettings) -> dict[str, Any]:
+    asked: dict[str, Any] = {"cpu": str(launch.cpus_per_process * num_processes(launch))}
+    if launch.kubernetes.memory is not None:
+        asked["memory"] = launch.kubernetes.memory
+    gpus = {"nvidia.com/gpu": str(launch.gpus_per_node)} if launch.gpus_per_node else {}
+    return {"requests": asked | gpus, "limits": gpus} if gpus else {"requests": asked}
+
+
+PLACES: Mapping[str, Callable[[Job, Path], Plan]] = {
+    "torchrun": _torchrun,
+    "deepspeed": _deepspeed,
+    "slurm": _slurm,
+    "kubernetes": _kubernetes,
+}
+"""Name of ``--on`` -> its plan."""

@@ -1,0 +1,157 @@
+"""One process of a trainer, from start to end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from buffer.files import why_unwritable
+from configs.schema import Settings
+from reporting.reports import Reports, reports_of
+from targets.find import checked_folder
+from trainer.lock import only_trainer
+
+log = logging.getLogger(__name__)
+
+
+class TrainerDiedError(Exception):
+    """Training cannot continue; the log says why."""
+
+
+def run_alone(settings: Settings) -> None:
+    """Train in this process until told to stop.
+
+    Raises:
+        ValueError, OSError: it cannot start.
+        TrainerDiedError: it could not continue.
+    """
+    stop = stop_on_signal()
+    with _owned(settings), reports_of(settings, "trainer") as reports:
+        _train(settings, stop, reports)
+
+
+def run_among(settings: Settings, lifeline: int | None) -> None:
+    """Be one process of a trainer: the first is the trainer itself, the others compute for it. The
+    environment says which of them; see ``trainer.group.joined``.
+
+    Args:
+        lifeline: file descriptor that ends when whoever started this process does; it then stops
+            as if told to. ``None``: nobody is watched.
+
+    Raises:
+        ValueError, OSError: it cannot start.
+        TrainerDiedError: it could not continue.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        stop = stop_on_signal()
+        if lifeline is not None:
+            _watch(lifeline, stop.set)
+        with _owned(settings), reports_of(settings, "trainer") as reports:
+            _train(settings, stop, reports, is_alone=False)
+        return
+    if lifeline is not None:
+        # The first process stops and lets this one go; should it not, this one has no use.
+        _watch(lifeline, threading.Timer(60, os._exit, (1,)).start)
+    _work(settings)
+
+
+@contextlib.contextmanager
+def _owned(settings: Settings) -> Iterator[None]:
+    """The run folder, for this trainer alone.
+
+    Raises:
+        OSError: nothing can be written to it; says so in words.
+        ValueError: another trainer works there.
+    """
+    problem = why_unwritable(settings.run_dir)
+    if problem is not None:
+        raise OSError(
+            f"run_dir {settings.run_dir} cannot be written ({problem}): a trainer keeps its "
+            f"checkpoints and versions there; not starting. Make room there, or choose another "
+            f"run_dir"
+        )
+    with only_trainer(settings.run_dir / "trainer"):
+        yield
+
+
+def stop_on_signal() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+        # Not by logging: the interrupted code may hold its locks.
+        os.write(2, b"stopping after this update; a second signal stops at once\n")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return stop
+
+
+def _watch(lifeline: int, at_end: Callable[[], None]) -> None:
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            os.read(lifeline, 1)  # nothing is ever written to it
+        at_end()
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def _train(
+    settings: Settings, stop: threading.Event, reports: Reports, is_alone: bool = True
+) -> None:
+    log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
+    checked_folder(settings.target, settings.target_cache)
+    # --help and whoever was refused skip these imports: torch and transformers take seconds.
+    from trainer.build import build_trainer
+    from trainer.group import joined, single
+    from trainer.loop import run
+
+    among = contextlib.nullcontext(single()) if is_alone else joined(settings.trainer.device)
+    with _told("the trainer"), among as group:
+        trainer = build_trainer(settings, stop, reports, group)
+        if stop.is_set():
+            log.info("stopped before training began")
+            trainer.learner.end()
+            return
+        try:
+            run(trainer)
+        except Exception as error:
+            log.critical("the trainer died: %s: %s", type(error).__name__, error, exc_info=True)
+            with contextlib.suppress(OSError):  # a full disk may be what it died of
+                trainer.journal.failed(error)
+            raise TrainerDiedError from error
+
+
+def _work(settings: Settings) -> None:
+    folder = checked_folder(settings.target, settings.target_cache)
+    from targets.head import load_target_head
+    from trainer.build import set_up_process
+    from trainer.group import device_of, joined
+    from trainer.team import work
+    from trainer.update import batch_dtype
+
+    set_up_process(settings)
+    with _told("a worker"), joined(settings.trainer.device) as group:
+        # The first process stops when told to, and says when this one has nothing left to do.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        device = device_of(settings.trainer.device, group)
+        work(group, settings.trainer, load_target_head(folder, device, batch_dtype(device)), device)
+
+
+@contextlib.contextmanager
+def _told(who: str) -> Iterator[None]:
+    """Another process that is gone ends this one, in words."""
+    from trainer.group import GroupError
+
+    try:
+        yield
+    except GroupError as error:
+        log.critical("%s ends: %s", who, error)
+        raise TrainerDiedError from error

@@ -1,0 +1,166 @@
+"""Process 0 of a trainer and its workers: what it tells them, and what they do.
+
+Process 0 alone reads traces, keeps the memory, judges, publishes and saves. For each update it
+sends every worker the rows of its parts, so a trace is delivered once whatever the number of
+processes, and a worker that dies takes nothing with it that is not in the buffer or in the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import TrainerSettings
+from drafters.trainable import Trainable, trainable
+from targets.head import TargetHead
+from trainer.group import Group, Message
+from trainer.packing import HeldPiece
+from trainer.parts import facts, from_tensors, num_parts, parts_of, to_tensors
+from trainer.replica import Moments, Replica, WholeReplica
+from trainer.rows import RowStore
+from trainer.update import Weights, batch_dtype, is_divided, new_weights
+
+log = logging.getLogger(__name__)
+
+REST_EVERY_S = 60.0
+"""Seconds after which an idle trainer tells its workers that it is there."""
+
+NewReplica = Callable[[Trainable[Any], TargetHead, TrainerSettings, Weights, Group], Replica]
+
+
+class Team:
+    """The updates of process 0, alone or with workers."""
+
+    def __init__(
+        self,
+        learns: Trainable[Any],
+        head: TargetHead,
+        settings: TrainerSettings,
+        weights: Weights,
+        store: RowStore,
+        group: Group,
+    ) -> None:
+        self._store, self._group = store, group
+        self._num_parts = num_parts(settings.parts, group.size)
+        config = learns.config_to_json(weights.model)
+        tensors = learns.bundle_tensors(weights.model)
+        group.tell_all(Message("begin", {"kind": learns.kind, "config": config}, tensors))
+        self._replica = replica_for(settings, group)(learns, head, settings, weights, group)
+        self._spoke_s = time.monotonic()
+
+    def update(self, pieces: Sequence[HeldPiece], lr: float, seed: int) -> Tensor:
+        """See ``Replica.update``.
+
+        Args:
+            seed: of what is drawn at random.
+        """
+        dtype = batch_dtype(self._store.device)
+        parts = parts_of(pieces, self._num_parts, self._store, dtype, seed)
+        each = self._num_parts // self._group.size
+        for rank in range(1, self._group.size):
+            own = parts[rank * each : (rank + 1) * each]
+            values = {"lr": lr, "parts": facts(own)}
+            self._group.send(rank, Message("update", values, to_tensors(own)))
+        self._spoke_s = time.monotonic()
+        return self._replica.update(parts[:each], lr)
+
+    def moments(self) -> Moments:
+        """See ``Replica.moments``."""
+        if self._replica.is_divided:
+            self._tell("moments")
+        return self._replica.moments()
+
+    def load(self, weights: Mapping[str, Tensor], moments: Moments | None) -> None:
+        """See ``Replica.load``."""
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+        for name, kind, moment in _each(moments or {}):
+            tensors[f"moment.{kind}.{name}"] = moment
+        self._tell("load", {"moments": moments is not None}, tensors)
+        self._replica.load(weights, moments)
+
+    def rest(self) -> None:
+        """Nothing to do at present."""
+        if time.monotonic() - self._spoke_s >= REST_EVERY_S:
+            self._tell("rest")
+
+    def end(self) -> None:
+        """Let the workers go."""
+        self._tell("end")
+
+    def _tell(
+        self,
+        do: str,
+        values: dict[str, Any] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._group.tell_all(Message(do, values or {}, tensors or {}))
+        self._spoke_s = time.monotonic()
+
+
+def work(group: Group, settings: TrainerSettings, head: TargetHead, device: torch.device) -> None:
+    """Compute for process 0 until it says that this is the end.
+
+    Raises:
+        GroupError: another process is gone.
+    """
+    begin = group.receive()
+    assert begin.do == "begin", begin.do
+    learns = trainable(begin.values["kind"])
+    model: nn.Module = learns.load_model(begin.values["config"], begin.tensors)
+    model = model.float().to(device)
+    weights = new_weights(learns, model, model, settings, group)
+    replica = replica_for(settings, group)(learns, head, settings, weights, group)
+    log.info("worker %d of %d is ready: process %d", group.rank, group.size, os.getpid())
+    while (message := group.receive()).do != "end":
+        if message.do == "update":
+            parts = from_tensors(message.tensors, message.values["parts"], device)
+            replica.update(parts, message.values["lr"])
+        elif message.do == "moments":
+            replica.moments()
+        elif message.do == "load":
+            known = _moments(message.tensors) if message.values["moments"] else None
+            replica.load(_named(message.tensors, "model."), known)
+
+
+def replica_for(settings: TrainerSettings, group: Group) -> NewReplica:
+    """How the processes share the drafter.
+
+    Raises:
+        ValueError: DeepSpeed is wanted and not installed.
+    """
+    if not is_divided(settings, group):
+        return WholeReplica
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            f"trainer.deepspeed.stage is {settings.deepspeed.stage}, and DeepSpeed is not "
+            f"installed: pip install 'slipstream-serving[deepspeed]', or set it to 0"
+        )
+    from trainer.zero import ZeroReplica
+
+    return ZeroReplica
+
+
+def _each(moments: Moments) -> Iterator[tuple[str, str, Tensor]]:
+    for name, own in moments.items():
+        for kind, moment in own.items():
+            yield name, kind, moment
+
+
+def _moments(tensors: Mapping[str, Tensor]) -> Moments:
+    found: Moments = {}
+    for key, tensor in _named(tensors, "moment.").items():
+        kind, _, name = key.partition(".")
+        found.setdefault(name, {})[kind] = tensor
+    return found
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,268 @@
+"""What a run folder says of its trainer: ``trainer status``, ``logs`` and ``stop``.
+
+Reads files alone; the trainer is neither asked nor slowed. Whether it lives, its lock says, not its
+process number, which the system gives to others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from buffer.files import read_regular
+from trainer.journal import LINE_EVERY_S, text_of
+from trainer.lock import Owner, owner_of
+
+POLL_S = 0.25
+_TAIL_BYTES = 1 << 18
+"""Of ``log.jsonl``, read for a rate; more than ten seconds of events."""
+
+Life = Literal["runs", "starts", "stopped", "failed", "gone", "none"]
+
+
+class NoSuchRunError(ValueError):
+    """The folder is not that of a run with a trainer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """A trainer, as its folder shows it."""
+
+    life: Life
+    """``gone``: its process ended without a word, as after kill -9. ``none``: it never started."""
+    owner: Owner | None
+    """Who runs or starts."""
+    last: Mapping[str, Any]
+    """Content of ``status.json``; empty if there is none."""
+    rows_per_s: float | None
+    """Rows trained in the last ten seconds before ``status.json`` was written."""
+
+    def to_lines(self) -> list[str]:
+        """For people."""
+        last = self.last
+        lines = [f"state      {self._state()}"]
+        if last:
+            lines += [
+                f"version    {last.get('version')}",
+                f"step       {last.get('step')}, {last.get('skipped')} updates skipped",
+                f"traces     {_traces(last.get('traces'))}",
+                f"gate       {_gate(last.get('gate'))}",
+            ]
+        if self.rows_per_s is not None:
+            lines.insert(3, f"rows/s     {self.rows_per_s:.0f}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        owner = None if self.owner is None else {"pid": self.owner.pid, "host": self.owner.host}
+        return {
+            "life": self.life,
+            "owner": owner,
+            "rows_per_s": self.rows_per_s,
+            "status": dict(self.last),
+        }
+
+    def _state(self) -> str:
+        last, owner = self.last, self.owner
+        if owner is not None:
+            who = f"process {owner.pid} on {owner.host}"
+            state = last.get("state") if self.life == "runs" else "starts: it loads, or resumes"
+            return f"{state} ({who})"
+        if self.life == "gone":
+            return (
+                f"not running: process {last.get('pid')} ended without a word, killed or out of "
+                f"memory, while {last.get('state')}; start it again, and it resumes"
+            )
+        if self.life == "none":
+            return "not running: no trainer has got as far as training in this run"
+        return f"not running: {last.get('state')}"
+
+
+def status_of(run: Path) -> RunStatus:
+    """
+    Raises:
+        NoSuchRunError: there is no such run, or it never had a trainer.
+        OSError: its files cannot be read.
+    """
+    folder = _folder_of(run)
+    owner = owner_of(folder)
+    last = _read_status(folder / "status.json")
+    rate = _rows_per_s(folder / "log.jsonl")
+    if owner is not None:
+        return RunStatus("runs" if last.get("pid") == owner.pid else "starts", owner, last, rate)
+    state = str(last.get("state", ""))
+    life: Life = "gone"
+    if not last:
+        life = "none"
+    elif state == "stopped":
+        life = "stopped"
+    elif state.startswith("failed"):
+        life = "failed"
+    return RunStatus(life, None, last, None)
+
+
+def stop(run: Path, timeout_s: float) -> str:
+    """Tell the trainer of a run to stop, and wait until it has.
+
+    Returns:
+        What happened, in words.
+
+    Raises:
+        NoSuchRunError: see ``status_of``.
+        ValueError: no trainer runs, or it runs on another host.
+        TimeoutError: it still runs.
+    """
+    folder = _folder_of(run)
+    owner = owner_of(folder)
+    if owner is None or owner.pid is None:
+        raise ValueError(f"no trainer runs in {run}: there is nothing to stop")
+    if owner.host != socket.gethostname():
+        raise ValueError(
+            f"the trainer of {run} is process {owner.pid} on {owner.host}, and this is "
+            f"{socket.gethostname()}: stop it there, or cancel its job"
+        )
+    os.kill(owner.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    while owner_of(folder) == owner:
+        if time.monotonic() >= deadline:
+            raise TimeoutError(
+                f"process {owner.pid} was told to stop and still runs after {timeout_s:g} s; it "
+                f"ends after its update and a checkpoint. trainer status shows it; kill -9 loses "
+                f"what was learnt since the last checkpoint"
+            )
+        time.sleep(POLL_S)
+    last = _read_status(folder / "status.json")
+    if last.get("state") != "stopped":
+        return f"process {owner.pid} ended: {last.get('state', 'before it trained')}"
+    return f"process {owner.pid} stopped at step {last.get('step')}, version {last.get('version')}"
+
+
+def log_lines(run: Path, follow: bool) -> Iterator[str]:
+    """Lines of a run's log for people: every event, and one line for ten seconds of learning.
+
+    Args:
+        follow: wait for more while a trainer runs.
+
+    Raises:
+        NoSuchRunError: see ``status_of``.
+        OSError: the log cannot be read.
+    """
+    folder = _folder_of(run)
+    path = folder / "log.jsonl"
+    learning = _Learning()
+    done, rest = 0, b""
+    while True:
+        lives = owner_of(folder) is not None  # before reading: what it wrote last is read, too
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(done)
+                new = file.read()
+            done += len(new)
+            *whole, rest = (rest + new).split(b"\n")
+            yield from (line for text in whole for line in learning.lines(_event(text)))
+        if not (follow and lives):
+            break
+        time.sleep(POLL_S)
+    yield from learning.ended()
+    if follow:
+        yield "no trainer runs in this folder (any more)"
+
+
+class _Learning:
+    """Joins updates to one line for ten seconds."""
+
+    def __init__(self) -> None:
+        self._updates: list[Mapping[str, Any]] = []
+
+    def lines(self, event: Mapping[str, Any]) -> Iterator[str]:
+        if event.get("event") == "update":
+            self._updates.append(event)
+            if _seconds(self._updates) >= LINE_EVERY_S:
+                yield from self.ended()
+            return
+        text = text_of(event)
+        if text is not None:
+            yield from self.ended()
+            yield f"{_clock(event)} {text}"
+
+    def ended(self) -> Iterator[str]:
+        updates, self._updates = self._updates, []
+        if not updates:
+            return
+        last = updates[-1]
+        rows, count = (sum(int(one.get(key, 0)) for one in updates) for key in ("rows", "updates"))
+        loss = last.get("loss")
+        yield (
+            f"{_clock(last)} step {last.get('step')}: {count} updates of {rows} rows in all, "
+            f"loss {'not finite' if loss is None else format(loss, '.4f')}"
+        )
+
+
+def _folder_of(run: Path) -> Path:
+    if not run.is_dir():
+        raise NoSuchRunError(f"{run}: no such run; name the folder, as in run_dir")
+    folder = run / "trainer"
+    if not folder.is_dir():
+        raise NoSuchRunError(f"{run} has no trainer's folder: no trainer was started in this run")
+    return folder
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_regular(path))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _rows_per_s(path: Path) -> float | None:
+    """Rows of the last ten seconds of updates, by the clock; ``None`` without updates."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        events = [_event(line) for line in file.read().split(b"\n")[1:]]
+    updates = [one for one in events if one.get("event") == "update"]
+    recent = [one for one in updates if _seconds([one, updates[-1]]) <= LINE_EVERY_S]
+    seconds = _seconds(recent)
+    return sum(int(one["rows"]) for one in recent[1:]) / seconds if seconds else None
+
+
+def _seconds(events: Sequence[Mapping[str, Any]]) -> float:
+    if not events:
+        return 0.0
+    return (int(events[-1]["unix_ms"]) - int(events[0]["unix_ms"])) / 1000
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """An event; empty for a line that is none, which a killed trainer may leave."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and "unix_ms" in found else {}
+
+
+def _clock(event: Mapping[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(event["unix_ms"]) / 1000))
+
+
+def _traces(found: Any) -> str:
+    if not isinstance(found, dict):
+        return "unknown"
+    return f"{found.get('read')} read, {found.get('held')} held, {found.get('held_out')} held out"
+
+
+def _gate(found: Any) -> str:
+    if not isinstance(found, dict):
+        return "no candidate was judged yet"
+    return f"{'passed' if found.get('passed') else 'refused'}: {found.get('reason')}"
