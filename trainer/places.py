@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from configs.load import SECRETS, has_password
 from configs.launch import LaunchSettings
+from configs.load import SECRETS, has_password
 from configs.schema import Settings
 
 SETTINGS_FILE = "settings.yaml"

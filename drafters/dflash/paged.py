@@ -19,10 +19,8 @@ Source: DFlash, arXiv:2602.06036, Section 4.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,19 +30,11 @@ from drafters.eagle3.model import rotate
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass
-from targets.head import read_tensor, tensor_files
 from targets.target import KvPool, by_columns
 
 TRAITS = Traits(
     is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.05
 )  # fmt: skip
-_ROPES = (None, "default")
-_COMPUTED: dict[str, Any] = {
-    "attention_sink_bias": False, "projector_type": None, "input_embedding_scale": 1.0,
-    "output_multiplier": 1.0, "final_logit_softcapping": None, "attention_bias": False,
-    "hidden_act": "silu",
-}  # fmt: skip
-"""Keys of published configs -> the only value that is computed here."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [..., Hq, D], k and v [..., Hkv, D] of the block) -> [..., Hq, D]."""
@@ -318,117 +308,3 @@ def build(context: DrafterContext) -> PagedDFlash:
 
 
 KIND = DrafterKind(TRAITS, build, layer_ids)
-
-
-# ---- published checkpoints ---------------------------------------------------------------------
-
-
-def read_published(folder: Path, target_config: Any) -> tuple[DFlashConfig, dict[str, Tensor]]:
-    """A published checkpoint (``DFlashDraftModel``) as config and tensors of a bundle.
-
-    Args:
-        folder: with ``config.json`` and safetensors files.
-        target_config: Hugging Face config of the target that it shall draft for.
-
-    Raises:
-        ValueError: a key of the config or a tensor is missing, unknown or misshapen, or the
-            checkpoint was made for another target or needs what this drafter does not compute; the
-            message names the first that does not fit.
-    """
-    try:
-        published = json.loads((folder / "config.json").read_text())
-        config = _from_published(published, target_config.get_text_config())
-    except OSError as error:
-        raise ValueError(f"{folder}: config.json cannot be read: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        missing = f"has no key {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{folder}: config.json {missing}") from error
-    files = tensor_files(folder)
-    with torch.device("meta"):
-        wanted = dict(DFlash(config).named_parameters())
-    unknown = sorted(files.keys() - wanted.keys())
-    if unknown:
-        raise ValueError(f"{folder}: unknown tensor {unknown[0]}")
-    tensors = {}
-    for name, like in wanted.items():
-        if name not in files:
-            raise ValueError(f"{folder}: missing tensor {name}")
-        tensors[name] = read_tensor(files, name, folder)
-        if tensors[name].shape != like.shape:
-            raise ValueError(
-                f"{folder}: {name} has the shape {list(tensors[name].shape)}, but by config.json "
-                f"it must be {list(like.shape)}"
-            )
-    return config, tensors
-
-
-def _from_published(found: Mapping[str, Any], target: Any) -> DFlashConfig:
-    """The config of a published checkpoint, checked against its target.
-
-    Raises:
-        KeyError: a key is missing.
-        ValueError: a value does not fit; the message begins as a predicate of the config.
-    """
-    if found.get("architectures") != ["DFlashDraftModel"]:
-        raise ValueError(f"has architectures {found.get('architectures')}, not DFlashDraftModel")
-    own = {**found, **found.get("dflash_config", {})}
-    for name, value in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
-        if found[name] != value:
-            raise ValueError(f"has {name} {found[name]}, but the target has {value}")
-    if found.get("num_target_layers", target.num_hidden_layers) != target.num_hidden_layers:
-        raise ValueError(
-            f"has num_target_layers {found['num_target_layers']}, but the target has "
-            f"{target.num_hidden_layers}"
-        )
-    for name, computed in _COMPUTED.items():
-        if own.get(name) not in (computed, None):
-            raise ValueError(f"has {name} {own[name]}, which is not computed here")
-    if target.model_type.startswith("gemma"):
-        raise ValueError("is for a target whose embedding is scaled, which is not computed here")
-    rope = found.get("rope_parameters") or {}
-    scaling = found.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type")) not in _ROPES:
-        raise ValueError(f"has rope_scaling {scaling}, which is not computed here")
-    block_size = own.get("block_size", 16)
-    windows, causal = _published_masks(found, own, found["num_hidden_layers"], block_size)
-    return DFlashConfig(
-        hidden_size=found["hidden_size"],
-        target_vocab_size=found["vocab_size"],
-        intermediate_size=found["intermediate_size"],
-        num_heads=found["num_attention_heads"],
-        num_kv_heads=found["num_key_value_heads"],
-        head_dim=found["head_dim"],
-        layer_ids=tuple(k + 1 for k in own["target_layer_ids"]),
-        block_size=block_size,
-        mask_token_id=own["mask_token_id"],
-        windows=windows,
-        causal=causal,
-        rms_norm_eps=found["rms_norm_eps"],
-        rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else found["rope_theta"]),
-    )
-
-
-def _published_masks(
-    found: Mapping[str, Any], own: Mapping[str, Any], num_layers: int, block_size: int
-) -> tuple[tuple[int | None, ...], tuple[bool, ...]]:
-    """Window and causality of each layer.
-
-    Causality is ``is_causal``, else ``dflash_config.causal``; where neither is said, sliding layers
-    are causal, unless ``use_swa`` makes them so.
-    """
-    kinds = found.get("layer_types") or ["full_attention"] * num_layers
-    if len(kinds) != num_layers:
-        raise ValueError(f"has {len(kinds)} layer_types for {num_layers} layers")
-    width = own.get("swa_window_size") or found.get("sliding_window")
-    is_causal = found.get("is_causal", own.get("causal"))
-    causal = [kind == "sliding_attention" if is_causal is None else is_causal for kind in kinds]
-    if own.get("use_swa"):
-        kinds = ["sliding_attention"] * num_layers
-        causal = [bool(is_causal)] * num_layers
-    sees = {"full_attention": None, "sliding_attention": width}
-    unknown = [kind for kind in kinds if kind not in sees]
-    if unknown:
-        raise ValueError(f"has the layer type {unknown[0]}")
-    if "sliding_attention" in kinds and (width is None or width < block_size):
-        raise ValueError(f"has a sliding_window of {width} for blocks of {block_size}")
-    return tuple(sees[kind] for kind in kinds), tuple(causal)

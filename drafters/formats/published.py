@@ -129,9 +129,11 @@ class Reader:
 
 
 _EAGLE3, _MTP = "drafters.formats.eagle3:", "drafters.mtp_learning:"
+_DFLASH = "drafters.formats.dflash:"
 READERS = (
     Reader("LlamaForCausalLMEagle3", _EAGLE3 + "is_published", _EAGLE3 + "from_published"),
     Reader("speculators, eagle3", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
+    Reader("DFlashDraftModel", _DFLASH + "is_published", _DFLASH + "from_published"),
     Reader("a target with MTP heads", _MTP + "is_carrier", _MTP + "from_carrier"),
 )
 WRITERS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from drafters.dflash.paged import DFlash, read_published
+from drafters.dflash.paged import DFlash
 from drafters.dflash.trainable import (
     DFlashTrainable,
     _anchors,
@@ -19,6 +19,9 @@ from drafters.dflash.trainable import (
     config_for_target,
     default_layer_ids,
 )
+from drafters.formats.checkpoint import FormatError, read_checkpoint
+from drafters.formats.dflash import from_published
+from drafters.formats.published import TargetTable
 from drafters.protocol import Weights
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
@@ -195,6 +198,13 @@ def published_folder(folder, model, change=lambda config, tensors: None):
     return module
 
 
+def published(tmp_path, model):
+    """The checkpoint that ``published_folder`` wrote, and its target."""
+    embed_VH = model.get_input_embeddings().weight.detach()
+    target = TargetTable("target", tmp_path, model.config, (), embed_VH)
+    return read_checkpoint(tmp_path / "published"), target
+
+
 @pytest.mark.parametrize(
     ("flags", "causal"),
     [({}, (True, False)), ({"is_causal": False}, (False, False)), ({"causal": True}, (True, True))],
@@ -203,50 +213,58 @@ def test_flags_of_causality_are_read_and_sliding_layers_are_causal_without(tmp_p
     model = random_model("qwen3")
     published_folder(tmp_path / "published", model, lambda c, t: c.update(flags))
 
-    assert read_published(tmp_path / "published", model.config)[0].causal == causal
+    assert from_published(*published(tmp_path, model)).config["causal"] == list(causal)
 
 
 def test_a_published_checkpoint_is_read(tmp_path):
     model = random_model("qwen3")
     module = published_folder(tmp_path / "published", model)
 
-    config, tensors = read_published(tmp_path / "published", model.config)
+    found = from_published(*published(tmp_path, model))
 
-    assert config == module.config
-    LEARNS.check(config.to_json(), tensors)
-    assert all(torch.equal(tensors[n], t) for n, t in module.state_dict().items())
+    assert found.config == module.config.to_json()
+    LEARNS.check(found.config, found.tensors)
+    assert all(torch.equal(found.tensors[n], t) for n, t in module.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c, t: t.pop("fc.weight"), "missing tensor fc.weight"),
-        (lambda c, t: t.update(extra=torch.zeros(1)), "unknown tensor extra"),
+        (lambda c, t: t.pop("fc.weight"), "fc.weight is missing"),
+        (lambda c, t: t.update(extra=torch.zeros(1)), "extra is not a tensor of DFlash"),
         (
             lambda c, t: t.update({"norm.weight": torch.zeros(7)}),
-            r"norm\.weight has the shape \[7\], but by config\.json it must be \[48\]",
+            r"norm\.weight has the shape \[7\], expected \[48\]",
         ),
-        (lambda c, t: c.pop("rms_norm_eps"), "has no key 'rms_norm_eps'"),
-        (lambda c, t: c["dflash_config"].pop("mask_token_id"), "has no key 'mask_token_id'"),
-        (lambda c, t: c.update(hidden_size=64), "has hidden_size 64, but the target has 48"),
-        (lambda c, t: c.update(architectures=["LlamaForCausalLMEagle3"]), "not DFlashDraftModel"),
-        (lambda c, t: c.update(rope_scaling={"type": "yarn"}), "has rope_scaling"),
-        (lambda c, t: c.update(layer_types=["full_attention"]), "has 1 layer_types for 2 layers"),
-        (lambda c, t: c.update(layer_types=["chunked"] * 2), "has the layer type chunked"),
+        (lambda c, t: c.pop("rms_norm_eps"), "has no rms_norm_eps"),
+        (lambda c, t: c["dflash_config"].pop("mask_token_id"), "has no mask_token_id"),
+        (
+            lambda c, t: c.update(hidden_size=64),
+            "hidden_size is 64 and vocab_size 96, but the target has 48 and 96",
+        ),
+        (lambda c, t: c.update(rope_scaling={"type": "yarn"}), "rope_scaling is"),
+        (
+            lambda c, t: c.update(layer_types=["full_attention"]),
+            "layer_types has 1 entries for 2 layers",
+        ),
+        (lambda c, t: c.update(layer_types=["chunked"] * 2), "layer_types holds 'chunked'"),
         (
             lambda c, t: c["dflash_config"].update(attention_sink_bias=True),
-            "attention_sink_bias True, which is not computed",
+            "attention_sink_bias is True, which is not computed",
         ),
-        (lambda c, t: c.update(sliding_window=8), "has a sliding_window of 8 for blocks of 16"),
-        (lambda c, t: c.update(num_target_layers=5), "num_target_layers 5, but the target has 4"),
+        (lambda c, t: c.update(sliding_window=8), "sliding_window is 8 for blocks of 16"),
+        (
+            lambda c, t: c.update(num_target_layers=5),
+            "num_target_layers is 5, but the target has 4",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_the_first_thing(tmp_path, change, message):
     model = random_model("qwen3")
     published_folder(tmp_path / "published", model, change)
 
-    with pytest.raises(ValueError, match=message):
-        read_published(tmp_path / "published", model.config)
+    with pytest.raises(FormatError, match=message):
+        from_published(*published(tmp_path, model))
 
 
 def test_new_versions_are_swapped(tiny_target_dir, tmp_path):
