@@ -20,6 +20,7 @@ _NAMES = {
     "alias": "server.model_name",
     "m": "target",
     "p": "server.port",
+    "port": "server.port",  # and not launch.port
     "c": "engine.max_model_len",
     "ctx_size": "engine.max_model_len",
     "context_length": "engine.max_model_len",

@@ -64,6 +64,10 @@ def _rounds(trace: Trace) -> Iterator[str]:
     if not all(0 <= drafter < len(trace.rounds.drafters) for drafter in drafters):
         yield "a drafter without a name"
         return
+    policies = trace.rounds.counts[Count.POLICY].tolist()
+    if not all(0 <= policy <= len(trace.rounds.policies) for policy in policies):
+        yield "a policy without a name"
+        return
     for one in trace.rounds:
         k = len(one.draft_ids)
         if not last_anchor < one.anchor < len(trace.token_ids):
@@ -81,6 +85,8 @@ def _rounds(trace: Trace) -> Iterator[str]:
             yield "batch, propensity or step_s"
         if not (isinstance(one.drafter, str) and len(one.drafter) <= _LONGEST_TEXT):
             yield "drafter"
+        if not (isinstance(one.policy, str) and len(one.policy) <= _LONGEST_TEXT):
+            yield "policy"
         drafted, kept_p = drafted + k, kept_p + len(one.p_logp)
         kept_q += len(one.q_logp or ())
     sizes = trace.rounds.draft_ids.size, trace.rounds.q_logp.size, trace.rounds.p_logp.size

@@ -57,15 +57,11 @@ def test_a_mailbox_gives_everything_once_and_in_order():
 def test_putting_never_waits_for_a_reader():
     async def scenario():
         mailbox = Mailbox(asyncio.get_running_loop())
-        started = time.perf_counter()
-        for token in range(10_000):  # nobody takes
+        for token in range(10_000):  # nobody could take: this is the loop's own thread
             mailbox.put(output("x", token))
-        put_s = time.perf_counter() - started
-        return put_s, await mailbox.take()
+        return await mailbox.take()
 
-    put_s, taken = asyncio.run(scenario())
-    assert len(taken) == 10_000
-    assert put_s < 1
+    assert len(asyncio.run(scenario())) == 10_000
 
 
 def test_a_mailbox_outlives_its_loop():
