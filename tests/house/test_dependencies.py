@@ -35,6 +35,8 @@ NOT_IMPORTED = {
     "types-pyyaml": "types for mypy",
 }
 """Packages of the dev extra that no file imports, and what they are for."""
+APART = {"speculators"}
+"""What a comparison imports in an environment of its own, because it brings much along."""
 
 
 def normal(name: str) -> str:
@@ -94,7 +96,8 @@ def test_the_demo_extra_is_what_the_examples_need_beside_the_rooms():
 
 def test_the_dev_extra_is_what_tests_benchmarks_and_commands_need():
     found = imported("tests", "oracles", "benchmarks", "examples")
-    wanted = CORE | extra("demo") | extra("gguf") | extra("rl") | extra("dev") | CLIENTS | WRITERS
+    extras = extra("demo") | extra("gguf") | extra("rl") | extra("dev")
+    wanted = CORE | extras | CLIENTS | WRITERS | APART
     assert {name: path for name, path in found.items() if name not in wanted} == {}
     assert extra("dev") - found.keys() == NOT_IMPORTED.keys()
 
