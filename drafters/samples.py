@@ -5,7 +5,8 @@ Shapes: T tokens of a trace, N captured rows, m tapped layers, H hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +42,12 @@ class Steps:
     is_own_R: NDArray[np.bool_]
     """The drafter that learns drafted."""
     step_s_R: NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Steps]) -> Steps:
+        """The rounds of several traces, in order; at least one."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,20 +83,27 @@ class CostTable:
         batch_R: NDArray[np.int32],
         draft_k_R: NDArray[np.int32],
         step_s_R: NDArray[np.float64],
+        num_traces: int = 1,
     ) -> None:
-        """Take in the rounds of one trace: plain ones and those of one drafter."""
-        self.num_traces += 1
-        if self.num_traces < _SORTED_TRACES or self.num_traces % _SORTED_TRACES == 0:
+        """Take in rounds of traces: plain ones and those of one drafter.
+
+        Args:
+            batch_R, draft_k_R, step_s_R: of each round.
+            num_traces: how many traces they are of.
+        """
+        before, self.num_traces = self.num_traces, self.num_traces + num_traces
+        if before < _SORTED_TRACES or before // _SORTED_TRACES < self.num_traces // _SORTED_TRACES:
             self._known.clear()
         for size in self.weights:
-            self.weights[size] *= _AGEING  # type: ignore[assignment]
-        for batch, k, step_s in zip(
-            batch_R.tolist(), draft_k_R.tolist(), step_s_R.tolist(), strict=True
-        ):
-            size = max(batch, 1).bit_length() - 1
-            self.weights[size] += 1
-            if step_s > 0:
-                self.times.setdefault((size, k), deque(maxlen=_KEPT)).append(step_s)
+            self.weights[size] *= _AGEING**num_traces  # type: ignore[assignment]
+        size_R = np.frexp(np.maximum(batch_R, 1))[1] - 1
+        for size, number in zip(*np.unique(size_R, return_counts=True), strict=True):
+            self.weights[int(size)] += int(number)
+        is_timed_R = step_s_R > 0
+        for size, k in unique_pairs(size_R[is_timed_R], draft_k_R[is_timed_R]):
+            these_R = is_timed_R & (size_R == size) & (draft_k_R == k)
+            kept = self.times.setdefault((size, k), deque(maxlen=_KEPT))
+            kept.extend(step_s_R[these_R][-_KEPT:].tolist())
 
     def step_s(self, batch: int, draft_k: int) -> float | None:
         """Seconds of a step; ``None`` if it was never seen often enough, nor enough others to draw
@@ -124,6 +132,12 @@ class CostTable:
                 if its == size and len(times) >= _LEAST
             }
         return self._known[size]
+
+
+def unique_pairs(first_R: NDArray[Any], second_R: NDArray[Any]) -> list[tuple[int, int]]:
+    """The different pairs of values at the same place, both below 2**31 and not negative."""
+    pairs = np.unique(first_R.astype(np.int64) << 32 | second_R.astype(np.int64))
+    return [(int(pair) >> 32, int(pair) & 0xFFFFFFFF) for pair in pairs]
 
 
 def _on_line(medians: dict[int, float], draft_k: int) -> float | None:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from buffer.records import Manifest
 from configs.schema import TrainerSettings
 from drafters.samples import Sample, Steps
-from policies.cost_table import CostTable
+from policies.cost_table import CostTable, unique_pairs
 from policies.drift import DriftWatch
 from policies.payback import Payback
 from trainer.gate import Judgement
@@ -51,9 +50,17 @@ class Worth:
 
     def take_in(self, samples: Sequence[Sample]) -> None:
         """Learn from traces what steps take, what they saved, and whether acceptance has fallen."""
-        for sample in samples:
-            if sample.steps is not None and len(sample.steps.batch_R):
-                self._take_in(sample.domain, sample.steps)
+        found = [(x.domain, x.steps) for x in samples if x.steps and len(x.steps.batch_R)]
+        if not found:
+            return
+        joined = Steps.joined([steps for _, steps in found])
+        counts = (joined.draft_k_R == 0) | joined.is_own_R
+        self.costs.observe(
+            joined.batch_R[counts], joined.draft_k_R[counts], joined.step_s_R[counts], len(found)
+        )
+        self._account(joined)
+        for domain, steps in found:
+            self._watch(domain, steps)
 
     def spend(self, seconds: float) -> None:
         """Learning took so long."""
@@ -99,10 +106,8 @@ class Worth:
         can_rest = self.settings.learn == "on_drift" or self.settings.payback_s is not None
         self.rests = stored.get("rests") if can_rest else None
 
-    def _take_in(self, domain: str, steps: Steps) -> None:
-        counts = (steps.draft_k_R == 0) | steps.is_own_R
-        self.costs.observe(steps.batch_R[counts], steps.draft_k_R[counts], steps.step_s_R[counts])
-        self._account(steps)
+    def _watch(self, domain: str, steps: Steps) -> None:
+        """Whether acceptance has fallen in one trace."""
         drafted = steps.is_own_R & (steps.num_drafted_R > 0)
         kept = int((steps.num_accepted_R[drafted] > 0).sum())
         version = int(steps.version_R[drafted].max()) if drafted.any() else 0
@@ -115,16 +120,16 @@ class Worth:
     def _account(self, steps: Steps) -> None:
         """A round's share of its step's time, and of what a plain step would have taken."""
         decode_s = plain_s = own_s = 0.0
-        step_s = cache(self.costs.step_s)  # a trace has many rounds and few kinds of them
-        columns = (steps.batch_R, steps.draft_k_R, steps.is_own_R, steps.num_accepted_R)
-        for batch, k, is_own, accepted in zip(*(c.tolist() for c in columns), strict=True):
-            each_s = step_s(batch, k) if is_own or k == 0 else None
-            plain_each_s = step_s(batch, 0)
-            if each_s is None or plain_each_s is None or batch < 1:
+        counts_R = (steps.is_own_R | (steps.draft_k_R == 0)) & (steps.batch_R > 0)
+        for batch, k in unique_pairs(steps.batch_R[counts_R], steps.draft_k_R[counts_R]):
+            each_s, plain_each_s = self.costs.step_s(batch, k), self.costs.step_s(batch, 0)
+            if each_s is None or plain_each_s is None:
                 continue
-            decode_s += each_s / batch
-            plain_s += plain_each_s / batch * (1 + accepted)
-            own_s += each_s / batch if is_own else 0.0
+            these_R = counts_R & (steps.batch_R == batch) & (steps.draft_k_R == k)
+            num_tokens = int((1 + steps.num_accepted_R[these_R]).sum())
+            decode_s += each_s / batch * int(these_R.sum())
+            plain_s += plain_each_s / batch * num_tokens
+            own_s += each_s / batch * int((these_R & steps.is_own_R).sum())
         self.payback.serve(decode_s, plain_s, own_s)
 
     def _rest(self, reason: str) -> None:
