@@ -48,7 +48,7 @@ class Forked:
         files = str(stdout), str(stderr or stdout)
         for file in files:
             Path(file).touch()
-        self._process = _context().Process(
+        self._process = context().Process(
             target=_become, args=(self.args, dict(env), str(cwd), *files), daemon=False
         )
         self._process.start()
@@ -107,10 +107,11 @@ def run_forked(
 
 
 @cache
-def _context() -> ForkServerContext:
-    """The process that forks. It lives as long as this one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oracles.preloaded"])
+def context() -> ForkServerContext:
+    """The process that forks, for a test that starts functions by itself. A test process has one,
+    so nobody else may start it with other imports. It lives as long as this one."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["oracles.preloaded"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     try:
@@ -120,7 +121,7 @@ def _context() -> ForkServerContext:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-    return context
+    return found
 
 
 def _become(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from buffer.bundles import check_bundle, read_bundle, read_manifest
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from configs.schema import DrafterSettings, Settings
+from oracles.forked import context
 from tests.trainer.conftest import World
 from tests.trainer.traffic import (
     PROMPT,
@@ -552,11 +551,9 @@ def test_an_emphasis_on_rejected_drafts_reaches_the_batch(world: World, tmp_path
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Any]:
-    """Children that have torch and the trainer imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainer.traffic"])
-    yield context
+def processes() -> Any:
+    """Children that have torch imported already."""
+    return context()
 
 
 def test_kill_9_at_any_time_loses_nothing(world: World, tmp_path: Path, processes: Any) -> None:
