@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from drafters.eagle3.model import Attend, rope_theta, rotate
 from drafters.eagle3.paged import PagedEagle3
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.stored_module import check_shape, first_weights, for_serving
 from targets.layers import columns_of
-from targets.target import by_columns
 
 TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
 
@@ -338,21 +338,10 @@ def build(context: DrafterContext) -> PagedMtp:
     Raises:
         ValueError: its weights are shaped for another target.
     """
-    weights = context.weights
-    assert weights is not None, "MTP heads learn, so they begin with published weights"
+    weights = first_weights(context)
     config = MtpConfig.from_json(weights.config)
-    shape = (config.hidden_size, config.target_vocab_size)
-    if shape != (context.hidden_size, context.vocab_size):
-        raise ValueError(
-            f"the head is shaped for hidden size {config.hidden_size} and vocabulary "
-            f"{config.target_vocab_size}, the target has {context.hidden_size} and "
-            f"{context.vocab_size}"
-        )
-    with torch.device("meta"):  # drawing weights that are then replaced would take seconds
-        module = Mtp(config).requires_grad_(False).eval()
-    module.load_state_dict(weights.tensors, assign=True)
-    module.to(device=context.device, dtype=context.dtype)
-    by_columns(module)
+    check_shape(context, config.hidden_size, config.target_vocab_size)
+    module = for_serving(lambda: Mtp(config), context)
     lm_head: Any = context.lm_head
     drafter = PagedMtp(module, context.embed, context.num_slots, lm_head.weight)
     drafter.version = weights.version

@@ -28,6 +28,7 @@ from drafters.formats.checkpoint import (
 )
 from drafters.formats.published import Imported, TargetTable
 from drafters.mtp import ORDERS, Mtp, MtpConfig, Order, config_for_target
+from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from targets.head import TargetHead, read_tensor
 from targets.last_layer import LastLayer
@@ -83,13 +84,9 @@ class MtpTrainable:
         return model
 
     def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Compares on the meta device, so no weights are drawn or copied."""
-        with torch.device("meta"):
-            model = Mtp(MtpConfig.from_json(config))
-        try:
-            model.load_state_dict({name: tensor.to("meta") for name, tensor in tensors.items()})
-        except RuntimeError as error:
-            raise ValueError(f"the tensors do not fit their config: {error}") from error
+        """See ``check_tensors``."""
+        found = MtpConfig.from_json(config)
+        check_tensors(lambda: Mtp(found), tensors)
 
     def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
         """Vocabulary, hidden size and last layer of the target."""

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from drafters.eagle3.model import rotate
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass
-from targets.target import KvPool, by_columns
+from targets.target import KvPool
 
 TRAITS = Traits(
     is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.05
@@ -288,20 +289,10 @@ def build(context: DrafterContext) -> PagedDFlash:
     Raises:
         ValueError: its weights are shaped for another target.
     """
-    weights = context.weights
-    assert weights is not None, "DFlash learns, so it begins with published weights"
+    weights = first_weights(context)
     config = DFlashConfig.from_json(weights.config)
-    shape = (config.hidden_size, config.target_vocab_size)
-    if shape != (context.hidden_size, context.vocab_size):
-        raise ValueError(
-            f"the drafter is shaped for hidden size {shape[0]} and vocabulary {shape[1]}, the "
-            f"target has {context.hidden_size} and {context.vocab_size}"
-        )
-    with torch.device("meta"):  # drawing weights that are then replaced would take seconds
-        module = DFlash(config).requires_grad_(False).eval()
-    module.load_state_dict(weights.tensors, assign=True)
-    module.to(device=context.device, dtype=context.dtype)
-    by_columns(module)
+    check_shape(context, config.hidden_size, config.target_vocab_size)
+    module = for_serving(lambda: DFlash(config), context)
     drafter = PagedDFlash(module, context.embed, context.logits, context.num_slots)
     drafter.version = weights.version
     return drafter

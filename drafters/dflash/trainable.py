@@ -27,6 +27,7 @@ from drafters.batch import TrainingBatch
 from drafters.dflash.paged import DFlash, DFlashConfig
 from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import rope_theta
+from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from specops.device import distill
 from specops.distill import Distilled, Rows, Teacher
@@ -78,13 +79,9 @@ class DFlashTrainable:
         return model
 
     def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Compares on the meta device, so no weights are drawn or copied."""
-        with torch.device("meta"):
-            model = DFlash(DFlashConfig.from_json(config))
-        try:
-            model.load_state_dict({name: tensor.to("meta") for name, tensor in tensors.items()})
-        except RuntimeError as error:
-            raise ValueError(f"the tensors do not fit their config: {error}") from error
+        """See ``check_tensors``."""
+        found = DFlashConfig.from_json(config)
+        check_tensors(lambda: DFlash(found), tensors)
 
     def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
         """Vocabulary, hidden size and tapped layers of the target."""

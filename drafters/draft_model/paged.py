@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.stored_module import check_shape, first_weights
 from specops.attention import DecodePass
 from specops.device import places_of, prepare_pass, prepare_steps
 from specops.draft_sampling import vocab_map
@@ -169,15 +170,9 @@ def build(context: DrafterContext) -> PagedDraftModel:
     Raises:
         ValueError: it was made for a target of another shape.
     """
-    weights = context.weights
-    assert weights is not None, "a draft model learns, so it begins with published weights"
+    weights = first_weights(context)
     config = DraftModelConfig.from_json(weights.config)
-    shape = (config.target_hidden_size, config.target_vocab_size)
-    if shape != (context.hidden_size, context.vocab_size):
-        raise ValueError(
-            f"the draft model was made for a target of hidden size {shape[0]} and vocabulary "
-            f"{shape[1]}, this one has {context.hidden_size} and {context.vocab_size}"
-        )
+    check_shape(context, config.target_hidden_size, config.target_vocab_size)
     module = make_module(config, weights.tensors, context.dtype, context.device)
     drafter = PagedDraftModel(module, context.num_slots)
     drafter.version = weights.version

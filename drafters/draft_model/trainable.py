@@ -23,6 +23,7 @@ from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import TrainingBatch
 from drafters.draft_model.paged import DraftModel, DraftModelConfig, make_module
 from drafters.eagle3.chains import Chains, chain_weights, lay_out
+from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from specops.device import distill, label_figures
 from specops.distill import RowFigures, Rows, Teacher
@@ -80,13 +81,9 @@ class DraftModelTrainable:
         return _for_training(DraftModelConfig.from_json(config), tensors)
 
     def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Compares on the meta device, so no weights are drawn or copied."""
+        """See ``check_tensors``."""
         found = DraftModelConfig.from_json(config)
-        model = DraftModel(found, empty_causal(found.causal))
-        try:
-            model.load_state_dict({name: tensor.to("meta") for name, tensor in tensors.items()})
-        except RuntimeError as error:
-            raise ValueError(f"the tensors do not fit their config: {error}") from error
+        check_tensors(lambda: DraftModel(found, empty_causal(found.causal)), tensors)
 
     def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
         """Vocabulary and hidden size of the target, and the layers that traces keep."""

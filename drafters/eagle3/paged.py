@@ -14,10 +14,10 @@ from torch import Tensor
 from drafters.eagle3.fused import FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass, prepare_steps
 from specops.draft_sampling import vocab_map
-from targets.target import by_columns
 
 TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
 
@@ -144,21 +144,10 @@ def build(context: DrafterContext) -> PagedEagle3:
     Raises:
         ValueError: its weights are shaped for another target.
     """
-    weights = context.weights
-    assert weights is not None, "EAGLE-3 learns, so it begins with published weights"
+    weights = first_weights(context)
     config = Eagle3Config.from_json(weights.config)
-    shape = (config.hidden_size, config.target_vocab_size)
-    if shape != (context.hidden_size, context.vocab_size):
-        raise ValueError(
-            f"the drafter is shaped for hidden size {config.hidden_size} and vocabulary "
-            f"{config.target_vocab_size}, the target has {context.hidden_size} and "
-            f"{context.vocab_size}"
-        )
-    with torch.device("meta"):  # drawing weights that are then replaced would take seconds
-        module = Eagle3(config).requires_grad_(False).eval()
-    module.load_state_dict(weights.tensors, assign=True)
-    module.to(device=context.device, dtype=context.dtype)
-    by_columns(module)
+    check_shape(context, config.hidden_size, config.target_vocab_size)
+    module = for_serving(lambda: Eagle3(config), context)
     drafter = PagedEagle3(module, context.embed, context.num_slots)
     drafter.version = weights.version
     return drafter

@@ -15,6 +15,7 @@ from drafters.batch import TrainingBatch
 from drafters.eagle3.from_target import imitate
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
+from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from targets.causal import CausalWeights
 from targets.head import TargetHead
@@ -61,13 +62,9 @@ class Eagle3Trainable:
         return model
 
     def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Compares on the meta device, so no weights are drawn or copied."""
-        with torch.device("meta"):
-            model = Eagle3(Eagle3Config.from_json(config))
-        try:
-            model.load_state_dict({name: tensor.to("meta") for name, tensor in tensors.items()})
-        except RuntimeError as error:
-            raise ValueError(f"the tensors do not fit their config: {error}") from error
+        """See ``check_tensors``."""
+        found = Eagle3Config.from_json(config)
+        check_tensors(lambda: Eagle3(found), tensors)
 
     def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
         """Vocabulary, hidden size and tapped layers of the target."""
