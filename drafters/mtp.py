@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from drafters.eagle3.model import Attend, rope_theta, rotate
 from drafters.eagle3.paged import PagedEagle3
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.rotary import RotaryAngles
 from drafters.stored_module import check_shape, first_weights, for_serving
 from targets.layers import columns_of
 
@@ -222,8 +223,7 @@ class Mtp(nn.Module):
         self.gate_up_proj = nn.Linear(hidden, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden, eps)
-        # Not a buffer, because moving the module to bfloat16 would round the angles.
-        self._inverse: dict[torch.device, Tensor] = {}
+        self._angles = RotaryAngles(c.rotary_dim, c.rope_theta)
         reduced = c.draft_vocab_size != c.target_vocab_size
         self.register_buffer(
             "d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64) if reduced else None
@@ -244,18 +244,8 @@ class Mtp(nn.Module):
         self.proj.weight[:, first : first + hidden] += torch.eye(hidden)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [..., 1, rotary_dim] float32, for ``positions`` [...] int64."""
-        angles = positions[..., None].float() * self._inverse_frequency(positions.device)
-        angles = torch.cat((angles, angles), dim=-1)[..., None, :]
-        return angles.cos(), angles.sin()
-
-    def _inverse_frequency(self, device: torch.device) -> Tensor:
-        """[rotary_dim / 2] float32, radians per position."""
-        if device not in self._inverse:
-            dim = self.config.rotary_dim
-            powers = -torch.arange(0, dim, 2, dtype=torch.float64) / dim
-            self._inverse[device] = (self.config.rope_theta**powers).float().to(device)
-        return self._inverse[device]
+        """See ``RotaryAngles.at``; the first ``rotary_dim`` elements of a head are rotated."""
+        return self._angles.at(positions)
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's last layer [..., H] -> its lm_head's input, h [..., H]."""

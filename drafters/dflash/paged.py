@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from drafters.eagle3.model import rotate
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.rotary import RotaryAngles
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass
@@ -123,8 +124,7 @@ class DFlash(nn.Module):
         self.hidden_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.layers = nn.ModuleList(_Layer(c) for _ in c.windows)
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        # Not a buffer, because moving the module to bfloat16 would round the angles.
-        self._inverse: dict[torch.device, Tensor] = {}
+        self._angles = RotaryAngles(c.head_dim, c.rope_theta)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -138,15 +138,8 @@ class DFlash(nn.Module):
                 parameter.copy_(values * parameter.shape[1] ** -0.5)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [..., 1, D] float32, for ``positions`` [...] int64."""
-        if positions.device not in self._inverse:
-            dim = self.config.head_dim
-            powers = -torch.arange(0, dim, 2, dtype=torch.float64) / dim
-            inverse = (self.config.rope_theta**powers).float()
-            self._inverse[positions.device] = inverse.to(positions.device)
-        angles = positions[..., None].float() * self._inverse[positions.device]
-        angles = torch.cat((angles, angles), dim=-1)[..., None, :]
-        return angles.cos(), angles.sin()
+        """See ``RotaryAngles.at``."""
+        return self._angles.at(positions)
 
     def context(self, features: Tensor, cos: Tensor, sin: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [..., Hkv, D] that every layer keeps of some positions.

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafters.rotary import RotaryAngles
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [..., Hq, D], k and v [..., Hkv, D], after RoPE -> [..., Hq, D]; scaled by 1 / sqrt(D)."""
 
@@ -139,8 +141,7 @@ class Eagle3(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, c.draft_vocab_size, bias=False)
-        # Not a buffer, because moving the module to bfloat16 would round the angles.
-        self._inverse: dict[torch.device, Tensor] = {}
+        self._angles = RotaryAngles(c.head_dim, c.rope_theta)
         norms = [nn.RMSNorm(hidden, eps) for _ in c.layer_ids] if c.fc_norm else []
         self.fc_norm = nn.ModuleList(norms)
         reduced = c.draft_vocab_size != c.target_vocab_size
@@ -166,18 +167,12 @@ class Eagle3(nn.Module):
             self.lm_head.weight.copy_(target_lm_head)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [..., 1, D] float32, for ``positions`` [...] int64."""
-        angles = positions[..., None].float() * self.inverse_frequency(positions.device)
-        angles = torch.cat((angles, angles), dim=-1)[..., None, :]
-        return angles.cos(), angles.sin()
+        """See ``RotaryAngles.at``."""
+        return self._angles.at(positions)
 
     def inverse_frequency(self, device: torch.device) -> Tensor:
         """[D / 2] float32, radians per position."""
-        if device not in self._inverse:
-            dim = self.config.head_dim
-            powers = -torch.arange(0, dim, 2, dtype=torch.float64) / dim
-            self._inverse[device] = (self.config.rope_theta**powers).float().to(device)
-        return self._inverse[device]
+        return self._angles.inverse_frequency(device)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Project tapped rows [..., m * H], in ``layer_ids`` order, to h [..., H]."""
