@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from buffer.records import Trace
+from configs.schema import DrafterSettings
 from drafters.batch import collate
+from drafters.catalog import kind_of
+from drafters.protocol import DrafterContext, Weights
 from drafters.samples import Sample
 from drafters.trainable import learning_kinds, trainable
 from oracles.support import REPOSITORY
 from targets.head import load_target_head
+from targets.target import Target
 from tests.trainer.traffic import (
     HIDDEN,
     LAYER_IDS,
@@ -111,6 +116,30 @@ def test_missing_tensors_are_refused(head, kind):
 
     with pytest.raises(ValueError, match=f"(?s)do not fit their config.*{missing}"):
         learns.check(learns.config_to_json(model), tensors)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 2 * HIDDEN}, {"vocab_size": VOCAB + 1}])
+@pytest.mark.parametrize("kind", learning_kinds())
+def test_weights_for_a_target_of_another_shape_do_not_serve(head, kind, change):
+    learns, (_, model, target_head) = trainable(kind), head
+    drafter = new_model(learns, target_head)
+    target = Target(model, ())
+    context = DrafterContext(
+        settings=DrafterSettings(kind=kind),
+        embed=target.embed,
+        lm_head=target.lm_head,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        num_slots=32,
+        logits=target.logits,
+        device=CPU,
+        dtype=torch.float32,
+        weights=Weights(3, learns.config_to_json(drafter), learns.bundle_tensors(drafter)),
+    )
+    assert kind_of(kind).build(context).version == 3
+
+    with pytest.raises(ValueError, match=str(next(iter(change.values())))):
+        kind_of(kind).build(replace(context, **change))
 
 
 @pytest.mark.parametrize("kind", ["suffix", "none"])
