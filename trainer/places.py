@@ -160,7 +160,9 @@ def _slurm(job: Job, cwd: Path) -> Plan:
         "#!/bin/bash",
         *lines,
         "set -euo pipefail",
-        'first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        # Not `scontrol | head`: head leaves first, and scontrol's SIGPIPE would end the job.
+        'hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"',
+        "first=\"${hosts%%$'\\n'*}\"",
         f"exec srun --kill-on-bad-exit=1 {before.replace(' MEETING ', f' {meeting} ', 1)}",
     ]
     return Plan(("sbatch",), "\n".join(script) + "\n")
