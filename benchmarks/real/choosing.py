@@ -74,13 +74,13 @@ def settings_for(run_dir: Path, device: str, *chosen: str) -> Settings:
     return load_settings(REAL_CONFIGS, [*common, *chosen], {})
 
 
-def collecting_settings(run_dir: Path, device: str, batch: int) -> Settings:
+def collecting_settings(run_dir: Path, device: str, batch: int, *chosen: str) -> Settings:
     """Settings for plain decoding of ``batch`` requests at a time that captures every row."""
     return settings_for(
         run_dir, device, f"engine.max_batch={batch}", "drafter.max_draft=1",
         "drafter.suffix.enabled=false", "drafter.on_request=null", "policy.kind=fixed",
         "policy.draft_k=0", "trainer.memory_fraction=0.5", "capture.queue_traces=1000000",
-        f"capture.ring_rows={batch * 3000}", f"buffer.max_bytes={batch * 300 << 20}",
+        f"capture.ring_rows={batch * 3000}", f"buffer.max_bytes={batch * 300 << 20}", *chosen,
     )  # fmt: skip
 
 
