@@ -146,7 +146,7 @@ class SharedFolder:
             return lambda: None
         ended = threading.Event()
         thread = threading.Thread(
-            target=_listen, args=(path, notify, ended), name="versions", daemon=True
+            target=self._listen, args=(path, notify, ended), name="versions", daemon=True
         )
         thread.start()
 
@@ -155,6 +155,26 @@ class SharedFolder:
             thread.join(2 * _LISTEN_MS / 1000)
 
         return end
+
+    def _listen(self, path: Path, notify: Callable[[], None], ended: threading.Event) -> None:
+        """Call ``notify`` whenever something in the folder got a new name. A method, so that the
+        folder is held as long as somebody listens."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        heard = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
+        if heard < 0:
+            return
+        try:
+            if libc.inotify_add_watch(heard, os.fsencode(path), _IN_MOVED_TO) < 0:
+                return
+            notify()  # for what came before
+            waiting = select.poll()
+            waiting.register(heard, select.POLLIN)
+            while not ended.is_set():
+                if waiting.poll(_LISTEN_MS):
+                    os.read(heard, 1 << 16)
+                    notify()
+        finally:
+            os.close(heard)
 
     def _name(self) -> str | None:
         try:
@@ -294,23 +314,3 @@ def _read(path: Path) -> bytes:
 def _write(path: Path, content: bytes) -> None:
     with open(path, "wb", opener=lambda _, flags: open_regular(path, flags, OWNER_FILE)) as file:
         file.write(content)
-
-
-def _listen(path: Path, notify: Callable[[], None], ended: threading.Event) -> None:
-    """Call ``notify`` whenever something in the folder got a new name."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    heard = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
-    if heard < 0:
-        return
-    try:
-        if libc.inotify_add_watch(heard, os.fsencode(path), _IN_MOVED_TO) < 0:
-            return
-        notify()  # for what came before
-        waiting = select.poll()
-        waiting.register(heard, select.POLLIN)
-        while not ended.is_set():
-            if waiting.poll(_LISTEN_MS):
-                os.read(heard, 1 << 16)
-                notify()
-    finally:
-        os.close(heard)

@@ -8,7 +8,6 @@ from the disk. Only the newest version is in memory, see ``shared_folder.py``.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -81,15 +80,11 @@ class SharedWeights(FolderWeights):
         return self._from_either(version, lambda path: read_bundle_into(host, path, expected))
 
     def change_mark(self, version: int) -> tuple[int, int]:
-        """As ``FolderWeights.change_mark``, over the files in memory and on the disk."""
-        newest, num_bytes = super().change_mark(version)
-        folder = self._shared.folder(version)
-        if folder is not None:
-            with contextlib.suppress(FileNotFoundError):
-                stats = [file.stat() for file in folder.iterdir()]
-                newest = max([newest, *(s.st_mtime_ns for s in stats)])
-                num_bytes += sum(s.st_size for s in stats)
-        return newest, num_bytes
+        """As ``FolderWeights.change_mark``; from memory only until the disk has the version."""
+        on_disk, folder = super().change_mark(version), self._shared.folder(version)
+        if on_disk != (0, 0) or folder is None:
+            return on_disk
+        return folder.stat().st_mtime_ns, 0
 
     def watch(self, notify: Callable[[], None]) -> Callable[[], None]:
         return self._shared.watch(notify)
