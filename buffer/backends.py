@@ -19,6 +19,9 @@ CATALOG: dict[str, str] = {
     "kafkas": "buffer.kafka:KafkaBackend",
     "socket": "buffer.socket_buffer:SocketBackend",
     "memory": "buffer.memory:MemoryBackend",
+    "shm": "buffer.shared_memory:SharedMemory",
+    "s3": "buffer.object_store:ObjectStore",
+    "fsspec": "buffer.object_store:ObjectStore",
 }
 
 

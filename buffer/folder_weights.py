@@ -186,7 +186,8 @@ class FolderWeights(WeightsStore):
             for name, content in files.items():
                 write_durably(aside / name, content)
             sync_folder(aside)
-            write_atomically(self.root / HIGHEST, f"{version}\n".encode())
+            highest = max(version, self._read_number(HIGHEST, default=-1))
+            write_atomically(self.root / HIGHEST, f"{highest}\n".encode())
             aside.rename(self.path(version))
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)

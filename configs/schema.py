@@ -218,8 +218,10 @@ class BufferSettings(Section):
     ``rediss://...`` (TLS) is a Redis or Valkey server, ``kafka://host:port/prefix`` or
     ``kafkas://...`` (TLS) a Kafka cluster, for traces and weights; see docs/buffer.md.
     ``socket:`` or ``socket:/some/path`` is the memory of the trainer, which servers on the same
-    machine reach over a Unix socket: no trace is on a disk. ``memory:NAME`` lives in one process
-    and is for tests."""
+    machine reach over a Unix socket: no trace is on a disk. ``shm:`` also passes versions on in the
+    memory of one host, ``s3://bucket/prefix`` and ``fsspec:URL`` keep them in an object store;
+    traces are then in the log, or in the buffer of ``?traces=URL`` behind it. ``memory:NAME`` lives
+    in one process and is for tests."""
     segment_bytes: int = Field(32 << 20, ge=4096)
     """Size at which a segment file is closed and the next one opened."""
     max_bytes: int | None = Field(None, ge=4096)

@@ -221,6 +221,56 @@ PLACES: dict[str, Callable[[Path], Place]] = {
 }
 
 
+def _shared_memory(tmp_path: Path) -> Place:
+    root = tmp_path / "weights"
+
+    def damage(version: int) -> None:
+        in_memory = Path("/dev/shm") / f"slipstream-{(root / 'SHM_NAME').read_text()}"
+        for folder in (root, in_memory):  # memory is given back when nobody uses it
+            if (folder / str(version)).is_dir():
+                _flip(folder / str(version) / "drafter.safetensors")
+
+    return Place("shm:", tmp_path, notifies=True, damage=damage)
+
+
+def _objects_in_folder(tmp_path: Path) -> Place:
+    def damage(version: int) -> None:
+        [path] = (tmp_path / "objects" / "content").glob("*/drafter.safetensors")
+        _flip(path)
+
+    return Place(f"fsspec:file://{tmp_path}/objects", tmp_path, damage=damage)
+
+
+def _objects_in_memory(tmp_path: Path) -> Place:
+    url = f"fsspec:memory://{secrets.token_hex(8)}"
+    lacks = {
+        "test_a_second_version_is_read_into_the_memory_of_the_first": (
+            "fsspec's file in memory copies itself when it is first read"
+        )
+    }
+    return Place(url, tmp_path, for_processes=False, lacks=lacks)
+
+
+def _s3(tmp_path: Path) -> Place:
+    return Place(f"{os.environ['S3_URL']}/{secrets.token_hex(8)}", tmp_path)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+STORES: dict[str, Callable[[Path], Place]] = {
+    "shared memory": _shared_memory,
+    "objects in a folder": _objects_in_folder,
+    "objects in memory": _objects_in_memory,
+    **({"s3": _s3} if "S3_URL" in os.environ else {}),
+}
+"""Stores of versions whose traces are in a buffer of ``PLACES``; only tests of versions are for
+them. ``S3_URL`` is such as ``s3://bucket/tests``, with credentials as s3fs takes them."""
+
+
 def close_servers() -> None:
     """End all servers that were started."""
     _HOLDERS.clear()

@@ -74,7 +74,7 @@ def _modules(tree: ast.Module) -> set[str]:
 
 CORE = declared(PROJECT["dependencies"])
 CLIENTS = extra("redis") | extra("kafka") | extra("signatures") | extra("encryption")
-CLIENTS |= extra("deepspeed")
+CLIENTS |= extra("deepspeed") | extra("object-store")
 """What buffers use if the settings say so: clients of services, signatures and ciphers."""
 WRITERS = extra("wandb") | extra("tensorboard")
 """What writers of reports use if the settings say so."""
@@ -110,6 +110,8 @@ def test_every_extra_is_known_here():
         "redis",
         "encryption",
         "kafka",
+        "object-store",
+        "s3",
         "signatures",
         "rl",
         "wandb",
@@ -128,9 +130,10 @@ PINS = dict(
 
 def test_every_declared_package_is_pinned_to_a_version_that_it_allows():
     pins = {normal(name): version for name, version in PINS.items()}
-    # make setup does not install DeepSpeed: it compiles at its first start.
+    # make setup does not install DeepSpeed, which compiles at its first start, nor s3fs, which
+    # fsspec imports by its name and for which no service is here.
     named = PROJECT["optional-dependencies"].items()
-    extras = [packages for name, packages in named if name != "deepspeed"]
+    extras = [packages for name, packages in named if name not in ("deepspeed", "s3")]
     lists = [PROJECT["dependencies"], *extras]
     wanted = [Requirement(text) for texts in lists for text in texts]
     refused = [

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from oracles.forked import Forked
-from oracles.places import PLACES, close_servers
+from oracles.places import PLACES, STORES, close_servers
 from oracles.support import REPOSITORY
 
 
@@ -16,10 +16,18 @@ def servers():
     close_servers()
 
 
-@pytest.fixture(params=list(PLACES))
+def pytest_generate_tests(metafunc):
+    """Stores of versions alone are for the tests of versions."""
+    if "place" in metafunc.fixturenames:
+        is_of_versions = "weights" in metafunc.module.__name__
+        names = [*PLACES, *(STORES if is_of_versions else ())]
+        metafunc.parametrize("place", names, indirect=True)
+
+
+@pytest.fixture
 def place(request, tmp_path, servers):
     """This test's own buffer."""
-    made = PLACES[request.param](tmp_path)
+    made = (PLACES | STORES)[request.param](tmp_path)
     if (lack := made.lacks.get(request.node.originalname)) is not None:
         pytest.skip(lack)
     return made
