@@ -226,7 +226,7 @@ def _make_parts(
         fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
         parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
     with torch.inference_mode(), _timed("made all programs", "making all programs"):
-        parts.programs.capture_all()
+        parts.programs.capture_all(e.draft_at_start)
     return parts, flat
 
 
