@@ -80,6 +80,10 @@ class EngineSettings(Section):
     numerics: Literal["fast", "pinned"] = "fast"
     """``pinned``: the target's output for a token is bitwise independent of the batch and of
     drafts, so that neither decides a tie. Slower; for Llama and Qwen3 on a GPU only."""
+    draft_at_start: int | None = Field(None, ge=0)
+    """Largest K whose programs a GPU makes before the server is ready, so that it starts faster.
+    Those of larger K are made while it is idle, or one at a time between steps, in a twentieth of
+    the time; until then drafts are no longer. ``None``: all are made before."""
     cpu_threads: int | None = Field(None, ge=1)
     """torch threads in the server process. ``None``: torch's default."""
 
@@ -163,6 +167,10 @@ class PolicySettings(Section):
     """Rounds after which the weight of an observation halves."""
     margin: float = Field(1.01, ge=1)
     """Predicted speedup over plain decoding that drafting must reach to be chosen."""
+    probe_share: float = Field(0.005, gt=0, le=0.1)
+    """Share of the time that ``goodput``, and the guard of other policies, may take to find out
+    whether drafting pays while plain decoding is faster: drafts on trial, plans and lookups of
+    matches, with their time on the host. What was taken is earned back before more is taken."""
     guard: bool = True
     """Hold policies without a floor of their own to plain decoding: they draft only while that is
     measurably faster. ``goodput`` has its own; ``fixed`` is never held."""
@@ -431,8 +439,8 @@ class Settings(Section):
     is in the repository only: with an installed wheel, name one."""
     target_cache: Path | None = None
     """Folder for targets converted from GGUF files, of server and trainer alike; each file is
-    converted once. ``None``: ``slipstream/targets`` in the user's cache folder (XDG_CACHE_HOME,
-    else ``~/.cache``)."""
+    converted once. Servers also keep tokenizers there that ``transformers`` has made. ``None``:
+    ``slipstream/targets`` in the user's cache folder (XDG_CACHE_HOME, else ``~/.cache``)."""
     device: str = "auto"
     """Device of the server: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

@@ -13,7 +13,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load, save
@@ -26,12 +26,14 @@ from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.catalog import CATALOG
 from drafters.trainable import CarriedByTarget, Trainable, trainable
-from targets.causal import CausalWeights, read_causal
+from targets.config import load_config
 from targets.find import target_folder
 from targets.fits import check_same_tokenizer
 from targets.last_layer import LastLayer, load_last_layer
-from targets.load import load_config
 from targets.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from targets.causal import CausalWeights
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +197,8 @@ def made_drafter(kind: str, target: TargetFacts, new: NewDrafter) -> tuple[Manif
         last_layer = _imitated_layer(new)
         more: dict[str, CausalWeights] = {}
         if new.causal is not None:
+            from targets.causal import read_causal  # transformers takes seconds
+
             more = {"causal": read_causal(new.causal.folder, new.causal.num_layers)}
         model = learner.new_model(
             target.config, head, new.layer_ids, new.seed, ids, last_layer, **more

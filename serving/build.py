@@ -52,11 +52,12 @@ from serving.swap.flat_weights import Expected, FlatWeights
 from serving.swap.in_force import WeightsInForce
 from serving.swap.swapper import Shelf, Swapper
 from specops.verify_logits import Rule
+from targets.config import load_config
 from targets.find import checked_folder, target_name
 from targets.fits import check_tokenizer
-from targets.load import load_config, load_model, pick_device, pick_dtype
+from targets.load import load_served_model, pick_device, pick_dtype
 from targets.target import Target
-from targets.tokenizer import load_tokenizer
+from targets.tokenizer import served_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class LoadedTarget:
     """A target in memory, on the device that decodes."""
 
     model: Any
-    """A Hugging Face causal LM in its serving dtype; the engine takes it over."""
+    """A causal LM in its serving dtype, of Hugging Face or an ``OwnCausalLM``; the engine takes it
+    over."""
     tokenizer: Any
     fingerprint: str
     """64 hex digits that tie drafters and traces to it."""
@@ -100,11 +102,11 @@ def load_target(settings: Settings) -> LoadedTarget:
     """
     device = pick_device(settings.device)
     folder = checked_folder(settings.target, settings.target_cache)
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    config, tokenizer = load_config(folder), served_tokenizer(folder, settings.target_cache)
     with_model_len(settings, config)  # refused before the weights are read
     check_tokenizer(tokenizer, config)
     fingerprint = target_fingerprint(folder)
-    model = load_model(folder, pick_dtype(settings.dtype, device), device)
+    model = load_served_model(folder, config, pick_dtype(settings.dtype, device), device)
     return LoadedTarget(model, tokenizer, fingerprint, target_name(settings.target))
 
 
@@ -224,7 +226,7 @@ def _make_parts(
         fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
         parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
     with torch.inference_mode(), _timed("made all programs", "making all programs"):
-        parts.programs.capture_all()
+        parts.programs.capture_all(e.draft_at_start)
     return parts, flat
 
 

@@ -71,6 +71,7 @@ def facts_of(settings: Settings, fingerprint: str, device: torch.device, drafter
         "numerics": engine.numerics,
         "verification": engine.verification,
         "capture": str(settings.capture.enabled),
+        "draft_at_start": str(engine.draft_at_start),
     }
 
 

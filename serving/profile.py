@@ -23,6 +23,9 @@ from serving.requests import Request, SamplingParams
 
 _DEPTHS = (1, 2, 4, 6, 8, 12)
 """Values of K to measure, in addition to the largest one."""
+_CPU_DEPTHS = (1, 4)
+"""The same on a CPU, where all of them would take a third of a start. Times between are
+interpolated, and the policy follows them while serving."""
 _WARM_UP = 2
 """Steps of an arm that are not timed: the first one computes the rows that its drafter lacks."""
 _TRIES = 8
@@ -72,7 +75,8 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
     """Median step times of (drafter, K, batch), for plain decoding and all neural drafters.
 
     Call it before another engine over these parts starts. Each sample decodes ``batch`` greedy
-    requests for ``repeats`` steps after two warm-up steps.
+    requests for ``repeats`` steps after two warm-up steps. On a CPU, the batches are one request
+    and as many as fit.
 
     Args:
         context: prompt tokens of each request.
@@ -80,12 +84,14 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
     Raises:
         ValueError: the target computes NaN or infinity for every prompt that was tried.
     """
-    max_draft = parts.programs.drafting.max_draft
-    depths = sorted({k for k in (*_DEPTHS, max_draft) if 0 < k <= max_draft})
+    max_draft = parts.programs.rounds.made_draft  # longer drafts are extrapolated
+    on_gpu, most = parts.programs.graphs.are_real, parts.scheduler.max_batch
+    some = _DEPTHS if on_gpu else _CPU_DEPTHS
+    depths = sorted({k for k in (*some, max_draft) if 0 < k <= max_draft})
     arms = [("none", 0)]
     arms += [(kind, k) for kind in parts.programs.drafting.neural for k in depths]
     samples = []
-    for batch in buckets(parts.scheduler.max_batch):
+    for batch in buckets(most) if on_gpu else sorted({1, most}):
         bench = _Bench(parts, batch, context)
         samples += [bench.measure(drafter, k, repeats) for drafter, k in arms]
         bench.close()

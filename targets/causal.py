@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from specops.attention import masked_attention
 from targets.head import read_tensor, tensor_files
+from targets.own_config import OwnConfig
 
 PACKED = "slipstream_packed"
 """Hugging Face's name of the attention that ``packed_hidden`` runs."""
@@ -50,6 +51,8 @@ def config_json(config: Any, num_layers: int | None = None) -> dict[str, Any]:
         ValueError: the model has fewer layers.
     """
     text = config.get_text_config()
+    if isinstance(text, OwnConfig):
+        text = _as_config(vars(text))
     found = {k: v for k, v in text.to_dict().items() if k not in _OF_A_FILE}
     has = text.num_hidden_layers
     count = has if num_layers is None else num_layers

@@ -15,10 +15,12 @@ FAMILIES = {
     "Gemma3ForCausalLM": "targets.gemma3:FAMILY",
     "LlamaForCausalLM": "targets.llama:FAMILY",
     "MistralForCausalLM": "targets.mistral:FAMILY",
+    "OwnCausalLM": "targets.own_model:FAMILY",
     "Qwen2ForCausalLM": "targets.qwen2:FAMILY",
     "Qwen3ForCausalLM": "targets.qwen3:FAMILY",
 }
-"""Name of a Hugging Face model class -> its ``Family``, imported when a model needs it."""
+"""Name of a model class -> its ``Family``, imported when a model needs it: those of Hugging Face,
+and our own modules, which stand for Llama, Qwen2 and Qwen3."""
 
 
 def family_of(model: Any) -> Family | None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from specops.distill import FrozenHead
 
@@ -40,6 +39,8 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         ValueError: there are no safetensors files, the tensors are not in them, or the lm_head has
             a bias.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     files = tensor_files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):

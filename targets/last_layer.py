@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
+from targets.config import load_config
 from targets.head import read_tensor, tensor_files
 
 _LIKE_LLAMA = ("llama", "qwen3", "qwen2", "mistral")
@@ -44,7 +44,7 @@ def load_last_layer(folder: Path) -> LastLayer:
         ValueError: its layers are not Llama's, or a tensor is not in its safetensors files or holds
             NaN or infinity.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    config = load_config(folder).get_text_config()
     if config.model_type not in _LIKE_LLAMA:
         raise ValueError(
             f"the target in {folder} is a {config.model_type}: only layers like Llama's can be "

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from specops.linear import Norm
 from specops.rope import Heads
@@ -97,6 +96,8 @@ def llama_like(modelling: ModuleType, name: str) -> Family:
         modelling: e.g. ``transformers.models.llama.modeling_llama``.
         name: what the module's classes begin with, e.g. "Llama".
     """
+    from transformers.activations import ACT2FN
+
     kinds = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")
     classes = {getattr(modelling, name + kind) for kind in (*kinds, "RotaryEmbedding")}
     classes |= {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"])}

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+
+from targets.fused import supports
+from targets.own_config import OwnConfig
+from targets.own_model import load_own_model
 
 
 def pick_device(name: str, setting: str = "device") -> torch.device:
@@ -47,6 +49,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     Raises:
         ValueError: a weight of the model is missing, or has another shape than its config says.
     """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -74,6 +79,20 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     return model.to(device)
 
 
-def load_config(folder: Path) -> Any:
-    """Hugging Face config in ``folder``; runs no code from the folder."""
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+def load_served_model(
+    folder: Path, config: Any, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The causal LM in ``folder`` for a server: our own modules where our decoder computes it and
+    its files are as expected, otherwise that of ``load_model``.
+
+    Args:
+        config: from ``load_config`` of the same folder.
+
+    Raises:
+        ValueError: see ``load_model``.
+    """
+    if isinstance(config, OwnConfig):
+        own = load_own_model(folder, config, dtype, device)
+        if own is not None and supports(own) is None:
+            return own
+    return load_model(folder, dtype, device)

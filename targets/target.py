@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, prepare_pass
 from targets.families import family_of
 from targets.fused import FusedDecoder, supports
 from targets.layers import columns_of
+from targets.own_model import OwnCausalLM
 
 ATTENTION_NAME = "slipstream_paged"
 
@@ -79,7 +79,14 @@ def _attention_forward(
     return out[None], None
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+def _attend_by_pages(model: Any) -> None:
+    """Let a model of ``transformers`` run our attention. Our own modules run no other."""
+    if isinstance(model, OwnCausalLM):
+        return
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+    model.set_attn_implementation(ATTENTION_NAME)
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -126,7 +133,7 @@ class Target:
 
     def __init__(self, model: Any, layer_ids: tuple[int, ...]) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.model.set_attn_implementation(ATTENTION_NAME)
+        _attend_by_pages(self.model)
         fuse_norms(self.model)
         by_columns(self.model)
         self.config: Any = self.model.config.get_text_config()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,11 @@ from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from specops.device import distill
 from specops.distill import Distilled, Rows, Teacher
-from targets.causal import CausalWeights
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
+
+if TYPE_CHECKING:
+    from targets.causal import CausalWeights
 
 BLOCK_SIZE = 16
 """Of new drafters."""

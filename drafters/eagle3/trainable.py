@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
 from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
-from targets.causal import CausalWeights
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
+
+if TYPE_CHECKING:
+    from targets.causal import CausalWeights
 
 CPU_CHAIN_SHARE = 0.5
 """Share of the chains carried beyond the first draft token on a CPU, where training takes its time

@@ -27,7 +27,7 @@ from serving.http import create_app
 from serving.http.drain import LAST_WORDS_S, http_config
 from serving.http.tallies import Tallies
 from serving.requests import EngineGoneError
-from targets.tokenizer import load_tokenizer
+from targets.tokenizer import served_tokenizer
 
 log = logging.getLogger("serving.border")
 
@@ -90,7 +90,7 @@ async def _serve(listener: SharedListener, border: int, tallies: Tallies) -> int
     wire, welcome = await Wire.over(socket.socket(fileno=border))
     settings = Settings.model_validate_json(welcome.settings)
     set_up_logging(settings.log_level)
-    server = await asyncio.to_thread(_server, wire, welcome)
+    server = await asyncio.to_thread(_server, wire, welcome, settings.target_cache)
     config = http_config(create_app(server, settings, tallies))
     # Connections that each turn of the loop takes: a process that takes all that wait, as asyncio
     # does by default, leaves none to the others.
@@ -99,6 +99,6 @@ async def _serve(listener: SharedListener, border: int, tallies: Tallies) -> int
     return 1 if wire.is_gone else 0
 
 
-def _server(wire: Wire, welcome: Welcome) -> RemoteServer:
-    tokenizer = load_tokenizer(Path(welcome.tokenizer))
+def _server(wire: Wire, welcome: Welcome, cache: Path | None) -> RemoteServer:
+    tokenizer = served_tokenizer(Path(welcome.tokenizer), cache)
     return RemoteServer(wire, replace(welcome.model, tokenizer=tokenizer), welcome.can_swap)

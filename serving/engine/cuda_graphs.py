@@ -67,6 +67,8 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.are_real = device.type == "cuda"
+        self.is_serving = False
+        """Other threads use the device while programs are captured."""
         self.spent = Spent()
         self._told_s = time.perf_counter()
         if self.are_real:
@@ -97,7 +99,9 @@ class Graphs:
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._side):
-            graph.capture_begin(pool=self._memory)
+            # What other threads ask of the device meanwhile is no part of the capture.
+            mode = "thread_local" if self.is_serving else "global"
+            graph.capture_begin(pool=self._memory, capture_error_mode=mode)
             try:
                 work()
             finally:

@@ -152,7 +152,7 @@ class Engine:
         with torch.inference_mode():
             while not self.inbox.is_closed:
                 try:
-                    if not self.step():
+                    if not self.step() and not self.programs.making.make():
                         self.inbox.wait()
                 except Exception:  # the process's outermost loop: fail requests, keep serving
                     log.exception("engine step failed; the requests in flight are ended")
@@ -167,14 +167,18 @@ class Engine:
         host's work runs beside it. Prompt chunks are read before the round that was launched behind
         them.
         """
-        had_prompts = self._commit_prompts()
+        had_work = self._commit_prompts()
+        if self.programs.making.is_due:
+            had_work = had_work or self._round is not None
+            self._commit_round()
+            self.programs.making.make()
         self._listeners.before_step()
         self._take_orders()
         self._admit()
         plan = self.scheduler.plan(time.perf_counter())
         batch = plan.decode
         if not batch and not plan.chunks and self._round is None:
-            return had_prompts
+            return had_work
         if plan.chunks:
             self._launch_prompts(plan.chunks)
         batch = self._undecided(batch)

@@ -18,6 +18,7 @@ from serving.engine.cuda_graphs import Graphs
 from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
 from serving.engine.lanes import Lanes
+from serving.engine.making import Making
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
 from specops.verify_logits import Rule
@@ -56,24 +57,33 @@ class Programs:
     rounds: Rounds
     prefill: Prefill
     ring: CaptureRing | None
+    making: Making
+    """Makes the programs that ``capture_all`` leaves for later."""
 
-    def capture_all(self) -> None:
-        """Make every program now instead of at its first use, and time them. Does nothing on a CPU,
-        which has no graphs."""
+    def capture_all(self, most_draft: int | None = None) -> None:
+        """Make programs now instead of at their first use, and time them. Does nothing on a CPU,
+        which has no graphs.
+
+        Args:
+            most_draft: largest K of the rounds that are made now. Drafts are no longer until
+                ``making`` has made the others. ``None``: all are made now.
+        """
         if not self.graphs.are_real:
             return
         started = time.perf_counter()
         self.prefill.capture_all()
         for rows in self.drafting.neural.values():
             rows.capture_all()
-        self.rounds.capture_all()
+        self.rounds.capture_all(most_draft)
+        if self.rounds.num_left:
+            self.making.begin()
         self.graphs.trim()
         spent = self.graphs.spent
         log.info(
             "made %d programs in %.1f s: %.1f s in first runs, including compilation, %.1f s "
-            "capturing, %.1f s timing them",
+            "capturing, %.1f s timing them; %d are left for later",
             spent.num_programs, time.perf_counter() - started,
-            spent.first_runs_s, spent.capture_s, spent.timing_s,
+            spent.first_runs_s, spent.capture_s, spent.timing_s, self.rounds.num_left,
         )  # fmt: skip
 
 
@@ -117,7 +127,8 @@ def make_programs(
         target, pool, drafting, features, lanes, graphs,
         prefill_chunk=sizes.prefill_chunk, page_size=sizes.page_size, rule=rule, ring=ring,
     )  # fmt: skip
-    return Programs(target, pool, graphs, lanes, drafting, rounds, prefill, ring)
+    making = Making(rounds.make_next)
+    return Programs(target, pool, graphs, lanes, drafting, rounds, prefill, ring, making)
 
 
 def fuse(

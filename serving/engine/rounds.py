@@ -18,7 +18,6 @@ Shapes: R requests (the last ones may be padding), K draft tokens, Q = K + 1.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter
@@ -35,8 +34,10 @@ from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
 from serving.engine.drafter_rows import DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
 from serving.engine.lanes import LaneRows, Lanes, requests_of
+from serving.engine.later import Later
 from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
+from serving.engine.stopwatch import Stopwatch
 from serving.requests import TokenLogprob
 from specops.device import (
     adjust_rows,
@@ -179,12 +180,16 @@ class Rounds:
             ring.reserve(ROUNDS_ON_THE_WAY * max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
         self._draft_shares: dict[_Key, float] = {}
+        self._later: Later[_Key] = Later(self._sizes, max_draft)
 
     # ---- running -------------------------------------------------------------------------------
 
     def most_draft(self, batch: list[Sequence]) -> int:
         """Largest K of a round of these requests."""
-        return self._io.most_scored if any(map(_IS_SCORED, batch)) else self._max_draft
+        most = self._io.most_scored if any(map(_IS_SCORED, batch)) else self._max_draft
+        if self._later.num_left:
+            most = min(most, self._later.made_draft(fitting(self._sizes, len(batch))))
+        return most
 
     def launch(
         self,
@@ -279,20 +284,64 @@ class Rounds:
 
     # ---- programs ------------------------------------------------------------------------------
 
-    def capture_all(self) -> None:
-        """Make every program, the largest first so that the others fit in its memory, and time
-        drafting."""
-        self._io.inputs.zero_()
-        self._io.inputs[:, Input.LANE] = self._lanes.padding
+    def capture_all(self, most_draft: int | None = None) -> None:
+        """Make programs, the largest first so that the others fit in its memory, and time drafting.
+
+        Args:
+            most_draft: largest K of those that are made now; the others are left for ``make_next``.
+                ``None``: all are made.
+        """
+        self._leave_out_requests()
+        first = self._max_draft if most_draft is None else min(most_draft, self._max_draft)
         for size in reversed(self._sizes):
-            for num_draft in range(self._max_draft, -1, -1):
-                for neural in self._sources(num_draft):
-                    for is_greedy in (True, False):
-                        self._program(_Key(size, num_draft, neural, is_greedy))
-                    if num_draft <= self._io.most_scored:
-                        self._program(_Key(size, num_draft, neural, False, is_scored=True))
+            for num_draft in range(first, -1, -1):
+                for key in self._keys(size, num_draft):
+                    self._program(key)
                 if num_draft:
                     self._time_drafting(size, num_draft)
+        self.leave_for_later(first)
+
+    def leave_for_later(self, most_draft: int) -> None:
+        """Draft at most so many tokens until ``make_next`` has made the programs of larger K."""
+        self._later.leave(most_draft, self._keys)
+
+    @property
+    def num_left(self) -> int:
+        """Programs left for ``make_next``."""
+        return self._later.num_left
+
+    @property
+    def made_draft(self) -> int:
+        """Largest K whose programs are made for every size."""
+        return min(map(self._later.made_draft, self._sizes))
+
+    def make_next(self) -> bool:
+        """Make one of the programs that were left, with nothing in flight. Returns False if there
+        was none."""
+        key = self._later.next
+        if key is None:
+            return False
+        self._graphs.is_serving = True
+        self._leave_out_requests()
+        self._program(key)
+        if self._later.is_last and self._graphs.are_real:
+            self._time_drafting(key.size, key.num_draft)
+        self._later.was_made()
+        return True
+
+    def _leave_out_requests(self) -> None:
+        """Let what runs now compute rows of no request."""
+        self._io.inputs.zero_()
+        self._io.inputs[:, Input.LANE] = self._lanes.padding
+
+    def _keys(self, size: int, num_draft: int) -> list[_Key]:
+        """The programs of one size and K."""
+        keys = []
+        for neural in self._sources(num_draft):
+            keys += [_Key(size, num_draft, neural, is_greedy) for is_greedy in (True, False)]
+            if num_draft <= self._io.most_scored:
+                keys.append(_Key(size, num_draft, neural, False, is_scored=True))
+        return keys
 
     def _sources(self, num_draft: int) -> list[str | None]:
         """Neural drafters, and ``None`` where tokens are uploaded or K is 0."""
@@ -327,7 +376,7 @@ class Rounds:
     def _round(self, key: _Key) -> None:
         size, num_draft = key.size, key.num_draft
         neural = self._drafting.neural[key.neural] if key.neural else None
-        watch = _Stopwatch() if neural is not None and not self._graphs.are_real else None
+        watch = Stopwatch() if neural is not None and not self._graphs.are_real else None
         inputs = self._io.inputs[:size]
         opened = open_round(
             self._lanes.state, inputs, num_draft, self._page_size, self._rule,
@@ -423,30 +472,6 @@ class Rounds:
 def _cut(rows: list[list[Any]], lens: list[int]) -> list[list[Any]]:
     """The first entries of each row."""
     return [row[:num] for row, num in zip(rows, lens, strict=True)]
-
-
-class _Stopwatch:
-    """Splits the time of a round that runs synchronously, on a CPU."""
-
-    def __init__(self) -> None:
-        self._last_s = time.perf_counter()
-        self._draft_s = self._rest_s = 0.0
-
-    def count_drafting(self) -> None:
-        """The time since the last count was spent on drafting."""
-        self._draft_s += self._lap()
-
-    def count_rest(self) -> None:
-        """The time since the last count was spent on verification."""
-        self._rest_s += self._lap()
-
-    def draft_share(self) -> float:
-        return self._draft_s / (self._draft_s + self._rest_s)
-
-    def _lap(self) -> float:
-        now_s = time.perf_counter()
-        lap_s, self._last_s = now_s - self._last_s, now_s
-        return lap_s
 
 
 def _timed_as(key: _Key) -> _Key:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from targets.tokenizer import decodes_plainly
 
 REPLACEMENT = "\ufffd"
 EACH_BYTE = "serving.engine.each_byte"
@@ -203,29 +203,13 @@ class Vocabulary:
 def _decoder_steps(tokenizer: Any) -> list[dict[str, Any]] | None:
     """Configuration of the Rust decoders, one after another; ``None`` if Python code changes what
     they decode. A tokenizer without decoder has no steps: its tokens are joined by spaces."""
-    if not _is_plain(tokenizer):
+    if not decodes_plainly(tokenizer):
         return None
     decoder = tokenizer.backend_tokenizer.decoder
     if decoder is None:
         return []
     state = json.loads(decoder.__getstate__())
     return state["decoders"] if state["type"] == "Sequence" else [state]
-
-
-def _is_plain(tokenizer: Any) -> bool:
-    """True if ``decode`` is the Rust tokenizer's. ``transformers`` ignores
-    ``clean_up_tokenization_spaces`` for BPE, where it would corrupt the text."""
-    kind = type(tokenizer)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return False
-    if (
-        kind.decode is not PreTrainedTokenizerFast.decode
-        or kind._decode is not PreTrainedTokenizerFast._decode
-    ):
-        return False
-    is_bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
-    forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
-    return not tokenizer.clean_up_tokenization_spaces or (is_bpe and not forced)
 
 
 def _are_local(steps: list[dict[str, Any]]) -> bool:

@@ -1,0 +1,147 @@
+"""Seconds from starting a server to /ready, for a first and a second start, with processor time.
+
+python -m benchmarks.start                                   # the bundled target on this CPU
+python -m benchmarks.start --config one_gpu --set target=FOLDER --out FILE
+
+The first start of a trial finds an empty run folder and empty caches of tokenizers and compiled
+kernels, the second one what the first has left. Python's compiled modules are there for both, as
+after any start of this installation. Processor time (user and system, of the server and of what it
+started) says what a start costs also where the machine is busy with other work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_PHASE = re.compile(r"(?P<what>[a-z][^:]*?) in (?P<seconds>[0-9.]+) s$")
+_POLL_S = 0.02
+_GIVE_UP_S = 600.0
+
+
+def main(
+    config: Annotated[list[str] | None, typer.Option(help="settings files or names")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="first and second starts")] = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+) -> None:
+    """Print one line of JSON for each start, and a summary."""
+    starts = []
+    for trial in range(trials):
+        with tempfile.TemporaryDirectory() as folder:
+            for which in ("first", "second"):
+                found = {"start": which, "trial": trial} | one_start(
+                    Path(folder), config or ["demo"], set_ or []
+                )
+                starts.append(found)
+                print(json.dumps(found), flush=True)
+    summary = {
+        which: {
+            name: statistics.median(s[name] for s in starts if s["start"] == which)
+            for name in ("ready_s", "processor_s")
+        }
+        for which in ("first", "second")
+    }
+    print(json.dumps(summary), flush=True)
+    if out is not None:
+        cores = os.cpu_count()
+        out.write_text(json.dumps({"cores": cores, "median": summary, "starts": starts}, indent=1))
+
+
+def one_start(home: Path, configs: list[str], chosen: list[str]) -> dict[str, Any]:
+    """Start a server, wait until it is ready, and stop it.
+
+    Args:
+        home: folder for the run and the caches.
+        configs: settings files or names, in order.
+        chosen: single settings, as ``a.b=c``.
+
+    Raises:
+        RuntimeError: it ended before it was ready, or is not ready after ten minutes.
+    """
+    port = _free_port()
+    settings = [*chosen, f"run_dir={home / 'run'}", f"server.port={port}"]
+    command = [sys.executable, "-m", "serving", "launch"]
+    command += [part for config in configs for part in ("--config", config)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    env = os.environ | {
+        "TRITON_CACHE_DIR": str(home / "kernels"),
+        "SLIPSTREAM_TARGET_CACHE": str(home / "targets"),
+    }
+    log = home / "log.txt"
+    with log.open("wb") as opened:
+        started_s = time.perf_counter()
+        server = subprocess.Popen(command, stdout=opened, stderr=opened, env=env)
+        try:
+            ready_s = _until_ready(server, port, started_s, log)
+            processor_s = _processor_s(server.pid)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+    return {
+        "ready_s": round(ready_s, 2),
+        "processor_s": None if processor_s is None else round(processor_s, 2),
+        "phases_s": _phases(log.read_text()),
+    }
+
+
+def _until_ready(server: subprocess.Popen[bytes], port: int, started_s: float, log: Path) -> float:
+    while True:
+        passed_s = time.perf_counter() - started_s
+        if server.poll() is not None or passed_s > _GIVE_UP_S:
+            raise RuntimeError(f"no server after {passed_s:.0f} s:\n{log.read_text()[-2000:]}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return time.perf_counter() - started_s
+        except (urllib.error.URLError, OSError):
+            time.sleep(_POLL_S)
+
+
+def _processor_s(pid: int) -> float | None:
+    """User and system seconds of a process and of all that it has started so far; ``None`` where
+    the system does not tell."""
+    try:
+        pids = {pid, *map(int, _children(pid))}
+        fields = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in pids]
+    except OSError:
+        return None
+    ticks = sum(int(number) for found in fields for number in found[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _children(pid: int) -> list[str]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for task in tasks for child in task.read_text().split()]
+
+
+def _phases(text: str) -> dict[str, float]:
+    """Seconds of each part of start-up, as the server's log says."""
+    found = {}
+    for line in text.splitlines():
+        if matched := _PHASE.search(line):
+            found[matched["what"].rpartition("  ")[2].strip()] = float(matched["seconds"])
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    typer.run(main)

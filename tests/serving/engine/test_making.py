@@ -1,0 +1,126 @@
+"""Programs that are left for later are made one at a time, and drafts are shorter until then."""
+
+from __future__ import annotations
+
+import pytest
+
+from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
+from policies.interface import Decision
+from serving.engine.later import Later
+from serving.engine.making import Making
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def making_of(durations):
+    """Programs that take so long to make, and the clock that says so."""
+    clock, left = Clock(), list(durations)
+
+    def make_next():
+        if left:
+            clock.now_s += left.pop(0)
+            return True
+        return False
+
+    return Making(make_next, clock), clock, left
+
+
+def test_beside_requests_making_takes_a_twentieth_of_the_time():
+    making, clock, left = making_of([0.1, 0.2, 0.1])
+    making.begin()
+    assert making.is_due and making.make()
+
+    assert not making.is_due
+    clock.now_s += 1.9
+    assert not making.is_due
+    clock.now_s += 0.2
+    assert making.is_due and making.make()
+    clock.now_s += 3.9
+    assert not making.is_due and left == [0.1]
+
+
+def test_an_idle_server_makes_all_and_then_rests():
+    making, _, left = making_of([0.1] * 3)
+    assert not making.make() and not making.is_due, "nothing was left"
+    making.begin()
+
+    assert [making.make() for _ in range(5)] == [True, True, True, False, False]
+    assert not left and not making.is_due
+
+
+def test_a_device_that_cannot_make_more_goes_on_with_what_there_is(caplog):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    making = Making(fails)
+    making.begin()
+
+    assert making.make()
+    assert not making.make() and not making.is_due
+    assert "cannot be made" in caplog.text
+
+
+def test_a_k_is_used_once_all_its_programs_are_made():
+    later = Later([1, 2], 3)
+    later.leave(1, lambda size, k: [(size, k, "greedy"), (size, k, "sampled")])
+    assert later.num_left == 8 and later.made_draft(1) == later.made_draft(2) == 1
+
+    order = []
+    while later.next is not None:
+        order.append((later.next, later.made_draft(1), later.made_draft(2)))
+        later.was_made()
+
+    assert order[0] == ((1, 2, "greedy"), 1, 1)
+    assert order[1] == ((1, 2, "sampled"), 1, 1)
+    assert order[2] == ((2, 2, "greedy"), 2, 1)
+    assert order[4] == ((1, 3, "greedy"), 2, 2)
+    assert all(small >= large for _, small, large in order), "a batch may shrink"
+    assert later.made_draft(1) == later.made_draft(2) == 3
+
+
+class Eager(RandomPolicy):
+    """Drafts as much as it may, and notes how much that was."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = []
+
+    def plan(self, obs):
+        self.most.append(obs.max_draft)
+        return Decision("suffix", obs.max_draft, 1.0, False, "eager")
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_requests_decode_alike_while_programs_are_made(overlaps):
+    """Drafts grow while the requests run, and the tokens stay the same."""
+    requests = [request_of(str(i), [5, 6, 7, 5, 6, 7, 5, 6 + i], 40) for i in range(2)]
+    wanted = run(make_engine(random_model("qwen3"), max_batch=2, overlaps=overlaps), requests)
+
+    policy = Eager()
+    engine = make_engine(random_model("qwen3"), policy=policy, max_batch=2, overlaps=overlaps)
+    programs = engine.programs
+    programs.rounds.leave_for_later(0)
+    num_left = programs.rounds.num_left
+    programs.making._clock = lambda: 0.0  # making takes no time, so one is due at every step
+    programs.making.begin()
+    found = run(engine, requests)
+
+    assert programs.rounds.num_left < num_left
+    assert policy.most[0] == 1 and max(policy.most) >= 2
+    for key, collected in wanted.items():
+        assert found[key].token_ids == collected.token_ids
+
+
+def test_a_request_with_log_probabilities_takes_no_longer_drafts_than_are_made():
+    engine = make_engine(random_model("qwen3"), policy=Eager())
+    rounds = engine.programs.rounds
+    rounds.leave_for_later(2)
+
+    run(engine, [request_of("a", [5, 6, 7, 5, 6, 7], 20, logprobs=2)])
+
+    assert max(engine.policy.most) == 2
