@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drafters.eagle3.model import Attend, rope_theta, rotate
+from drafters.eagle3.model import Attend, rope_theta
 from drafters.eagle3.paged import PagedEagle3
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
-from drafters.rotary import RotaryAngles
+from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
 from targets.layers import columns_of
 

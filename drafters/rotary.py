@@ -1,9 +1,16 @@
-"""Angles of rotary embeddings, for the drafters' own modules."""
+"""Rotary embeddings, for the drafters' own modules."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout. x [..., heads, D]; cos, sin [..., 1, D]."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + swapped * sin
 
 
 class RotaryAngles:

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drafters.eagle3.model import rotate
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
-from drafters.rotary import RotaryAngles
+from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass

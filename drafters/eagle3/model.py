@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drafters.rotary import RotaryAngles
+from drafters.rotary import RotaryAngles, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [..., Hq, D], k and v [..., Hkv, D], after RoPE -> [..., Hq, D]; scaled by 1 / sqrt(D)."""
@@ -105,13 +105,6 @@ def rope_theta(config: Any) -> float:
     if "rope_theta" not in parameters:
         parameters = parameters["full_attention"]
     return float(parameters["rope_theta"])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split layout. x [..., heads, D]; cos, sin [..., 1, D]."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + swapped * sin
 
 
 class Eagle3(nn.Module):
