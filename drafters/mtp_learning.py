@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.schema import TrainerSettings
-from drafters.acceptance import simulated_tokens_per_step
-from drafters.batch import TrainingBatch
-from drafters.eagle3.trainable import objective_for
-from drafters.eagle3.training import chain_acceptance, ttt_loss
+from drafters.eagle3.trainable import LearnsByChains
 from drafters.formats.checkpoint import (
     Checkpoint,
     joined_rows,
@@ -29,15 +25,15 @@ from drafters.formats.checkpoint import (
 from drafters.formats.published import Imported, TargetTable
 from drafters.mtp import ORDERS, Mtp, MtpConfig, Order, config_for_target
 from drafters.stored_module import check_tensors
-from drafters.trainable import BatchLoss, TargetShape
-from targets.head import TargetHead, read_tensor
+from drafters.trainable import TargetShape
+from targets.head import read_tensor
 from targets.last_layer import LastLayer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class MtpTrainable:
+class MtpTrainable(LearnsByChains):
     """MTP's ``drafters.trainable.Trainable``, which describes every method, and a
     ``CarriedByTarget``."""
 
@@ -104,32 +100,6 @@ class MtpTrainable:
     def matrices(self, model: Mtp) -> list[Tensor]:
         """All products."""
         return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-
-    def loss(
-        self,
-        model: Mtp,
-        head: TargetHead,
-        batch: TrainingBatch,
-        settings: TrainerSettings,
-        generator: torch.Generator | None,
-    ) -> BatchLoss:
-        """Loss of training-time test, as ``objective_for`` says."""
-        objective = objective_for(settings, batch.token_ids_T.device)
-        return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
-
-    def acceptance(
-        self,
-        model: Mtp,
-        head: TargetHead,
-        batch: TrainingBatch,
-        num_draft: int,
-    ) -> tuple[Tensor, Tensor]:
-        """See ``chain_acceptance``."""
-        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, num_draft)
-
-    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
-        """See ``simulated_tokens_per_step``."""
-        return simulated_tokens_per_step(alphas_NK, num_draft)
 
 
 def _set_vocabulary(model: Mtp, draft_ids: Tensor | None) -> None:
