@@ -139,6 +139,7 @@ READERS = (
 WRITERS = {
     ("eagle3", "hf"): _EAGLE3 + "to_published",
     ("eagle3", "speculators"): _EAGLE3 + "to_speculators",
+    ("mtp", "hf"): _MTP + "to_carrier",
 }
 """(Kind, layout) -> (config, tensors, target) -> ``config.json`` and tensors."""
 LAYOUTS = ("hf", "speculators")
