@@ -111,7 +111,8 @@ class DrafterSettings(Section):
     kind: str = "eagle3"
     """A name in the catalog of drafters. ``eagle3``, ``mtp``: a trained drafter, with the suffix
     index beside it if that is enabled; ``draft_model``: a smaller causal LM, likewise; ``dflash``:
-    a block of tokens in one pass, likewise; ``suffix``: the index alone; ``none``: plain decoding.
+    a block of tokens in one pass, likewise; ``p_eagle``: EAGLE-3 with all its tokens in one pass,
+    likewise; ``suffix``: the index alone; ``none``: plain decoding.
     See docs/drafters.md."""
     path: Path | None = None
     """Bundle folder with the initial weights (version 0), such as ``drafters import`` writes.
