@@ -115,7 +115,8 @@ class DrafterSettings(Section):
     kind: str = "eagle3"
     """A name in the catalog of drafters. ``eagle3``, ``mtp``: a trained drafter, with the suffix
     index beside it if that is enabled; ``draft_model``: a smaller causal LM, likewise; ``dflash``:
-    a block of tokens in one pass, likewise; ``suffix``: the index alone; ``none``: plain decoding.
+    a block of tokens in one pass, likewise; ``p_eagle``: EAGLE-3 with all its tokens in one pass,
+    likewise; ``suffix``: the index alone; ``none``: plain decoding.
     See docs/drafters.md."""
     path: Path | None = None
     """Bundle folder with the initial weights (version 0), such as ``drafters import`` writes.
@@ -322,12 +323,18 @@ class TrainerSettings(Section):
     """Maximum tokens of one training sequence, a piece of a trace."""
     ttt_steps: int = Field(4, ge=1, le=8)
     """Passes of training-time test (TTT) per update."""
-    loss: Literal["lk", "forward_kl"] = "lk"
-    """``lk``: LK hybrid with D-PACE weights; ``forward_kl``: KL(target || drafter)."""
+    loss: str = "lk"
+    """What the drafter minimises, a name in the catalog of objectives. ``lk``: LK hybrid;
+    ``forward_kl``: KL(target || drafter); ``reverse_kl``: KL(drafter || target);
+    ``total_variation``: 1 minus the acceptance. A draft's positions are weighted as its authors
+    do (D-PACE, but for ``dflash``); ``lk_dpace``: by D-PACE; ``lk_equal``, ``forward_kl_equal``:
+    all the same. ``lk_rejected_reverse_kl``, ``forward_kl_rejected_reverse_kl``: also reverse KL
+    where drafts were rejected. See docs/drafters.md."""
     rejected_weight: float = Field(1.0, ge=1)
     """Weight of the loss at positions where a token of the drafter in training was rejected; it is
-    1 elsewhere. From the third rejected draft in a row on, the excess is doubled. 1: all positions
-    weigh the same."""
+    1 elsewhere. From the third rejected draft in a row on, the excess is doubled. With
+    ``*_rejected_reverse_kl`` the excess is the weight of reverse KL instead. 1: all positions weigh
+    the same."""
     min_traces: int = Field(16, ge=1)
     """Traces to collect before the first update."""
     recent_traces: int = Field(256, ge=1)

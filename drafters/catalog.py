@@ -40,6 +40,7 @@ CATALOG = {
         "drafters.draft_model.trainable:DraftModelTrainable",
         is_model=True,
     ),
+    "p_eagle": Entry("drafters.p_eagle:KIND", "drafters.p_eagle_learning:PEagleTrainable"),
     "mtp": Entry("drafters.mtp:KIND", "drafters.mtp_learning:MtpTrainable"),
     "suffix": Entry("drafters.suffix.index:KIND"),
     "suffix_request": Entry("drafters.suffix.index:REQUEST_KIND"),

@@ -46,6 +46,8 @@ class Order:
     final_norm: str
     layer: str
     """Prefix of the decoder layer's tensors."""
+    count: str
+    """Key of the target's config that says how many heads there are."""
     owned: str
     """Prefix of all its tensors. In these names ``{n}`` is the target's number of layers, which is
     the number of the first head."""
@@ -61,6 +63,7 @@ ORDERS = {
         hidden_norm="model.layers.{n}.hnorm",
         final_norm="model.layers.{n}.shared_head.norm",
         layer="model.layers.{n}.",
+        count="num_nextn_predict_layers",
         owned="model.layers.{n}.",
     ),
     "qwen3_5": Order(
@@ -70,6 +73,7 @@ ORDERS = {
         hidden_norm="mtp.pre_fc_norm_hidden",
         final_norm="mtp.norm",
         layer="mtp.layers.0.",
+        count="mtp_num_hidden_layers",
         owned="mtp.",
         norm_offset=1.0,
     ),
@@ -80,6 +84,7 @@ ORDERS = {
         hidden_norm="model.mtp_layers.0.hidden_layernorm",
         final_norm="model.mtp_layers.0.final_layernorm",
         layer="model.mtp_layers.0.",
+        count="num_nextn_predict_layers",
         owned="model.mtp_layers.0.",
     ),
 }

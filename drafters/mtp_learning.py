@@ -1,4 +1,5 @@
-"""Learning side of MTP heads, and how they are read from the target's own checkpoint.
+"""Learning side of MTP heads, and how they are read from and written as parts of a checkpoint of
+the target.
 
 They learn by the training-time test of EAGLE-3: row p of step i is what serving computes when it
 drafts token i + 1 after the anchor p - i.
@@ -15,11 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.schema import TrainerSettings
-from drafters.acceptance import simulated_tokens_per_step
-from drafters.batch import TrainingBatch
-from drafters.eagle3.trainable import objective_for
-from drafters.eagle3.training import chain_acceptance, ttt_loss
+from drafters.eagle3.trainable import LearnsByChains
 from drafters.formats.checkpoint import (
     Checkpoint,
     joined_rows,
@@ -29,15 +26,15 @@ from drafters.formats.checkpoint import (
 from drafters.formats.published import Imported, TargetTable
 from drafters.mtp import ORDERS, Mtp, MtpConfig, Order, config_for_target
 from drafters.stored_module import check_tensors
-from drafters.trainable import BatchLoss, TargetShape
-from targets.head import TargetHead, read_tensor
+from drafters.trainable import TargetShape
+from targets.head import read_tensor
 from targets.last_layer import LastLayer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class MtpTrainable:
+class MtpTrainable(LearnsByChains):
     """MTP's ``drafters.trainable.Trainable``, which describes every method, and a
     ``CarriedByTarget``."""
 
@@ -105,32 +102,6 @@ class MtpTrainable:
         """All products."""
         return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
 
-    def loss(
-        self,
-        model: Mtp,
-        head: TargetHead,
-        batch: TrainingBatch,
-        settings: TrainerSettings,
-        generator: torch.Generator | None,
-    ) -> BatchLoss:
-        """Loss of training-time test, as ``objective_for`` says."""
-        objective = objective_for(settings, batch.token_ids_T.device)
-        return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
-
-    def acceptance(
-        self,
-        model: Mtp,
-        head: TargetHead,
-        batch: TrainingBatch,
-        num_draft: int,
-    ) -> tuple[Tensor, Tensor]:
-        """See ``chain_acceptance``."""
-        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, num_draft)
-
-    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
-        """See ``simulated_tokens_per_step``."""
-        return simulated_tokens_per_step(alphas_NK, num_draft)
-
 
 def _set_vocabulary(model: Mtp, draft_ids: Tensor | None) -> None:
     if model.d2t is not None and draft_ids is not None:
@@ -160,6 +131,10 @@ def imitate(model: Mtp, last: LastLayer) -> None:
 
 
 # ---- heads within a checkpoint of the target ---------------------------------------------------
+
+TARGET_NORM = "slipstream.target_norm.weight"
+"""Where an exported head keeps its own copy of the target's final norm, which it has learnt; the
+families' keys have no place for it."""
 
 
 def order_of(checkpoint: Checkpoint) -> str | None:
@@ -209,7 +184,11 @@ def _read(checkpoint: Checkpoint) -> Imported:
         checkpoint.expect(tensor, shape)
     _check_rest(checkpoint, order, wanted)
     tensors = _tensors(checkpoint, config, order)
-    tensors["target_norm.weight"] = _final_norm(checkpoint) + order.norm_offset
+    if TARGET_NORM in checkpoint.files:
+        checkpoint.expect(TARGET_NORM, (config.hidden_size,))
+        tensors["target_norm.weight"] = checkpoint.read(TARGET_NORM)
+    else:
+        tensors["target_norm.weight"] = _final_norm(checkpoint) + order.norm_offset
     return Imported("mtp", config.to_json(), tensors)
 
 
@@ -299,23 +278,10 @@ def _check_rest(
 
 def _tensors(checkpoint: Checkpoint, config: MtpConfig, order: Order) -> dict[str, Tensor]:
     """The tensors of a bundle, without ``target_norm``."""
-    layer, attention = order.layer, f"{order.layer}self_attn."
-    norms = {
-        "embed_norm": order.embed_norm,
-        "hidden_norm": order.hidden_norm,
-        "norm": order.final_norm,
-        "input_layernorm": f"{layer}input_layernorm",
-        "post_attention_layernorm": f"{layer}post_attention_layernorm",
-    }
-    if config.has_head_norms:
-        norms |= {f"attention.{x}_norm": f"{attention}{x}_norm" for x in "qk"}
-    products = {
-        "proj": order.proj,
-        "attention.o_proj": f"{attention}o_proj",
-        "down_proj": f"{layer}mlp.down_proj",
-    }
-    read = checkpoint.read
+    layer, attention, read = order.layer, f"{order.layer}self_attn.", checkpoint.read
+    norms = _norm_names(config, order)
     tensors = {f"{k}.weight": read(f"{v}.weight") + order.norm_offset for k, v in norms.items()}
+    products = _product_names(order)
     tensors |= {f"{ours}.weight": read(f"{theirs}.weight") for ours, theirs in products.items()}
     names = [f"{layer}mlp.{x}_proj.weight" for x in ("gate", "up")]
     tensors["gate_up_proj.weight"] = joined_rows(checkpoint, names)
@@ -331,3 +297,72 @@ def _tensors(checkpoint: Checkpoint, config: MtpConfig, order: Order) -> dict[st
         biases = [f"{attention}{x}_proj.bias" for x in "qkv"]
         tensors["attention.qkv_proj.bias"] = joined_rows(checkpoint, biases)
     return tensors
+
+
+def _norm_names(config: MtpConfig, order: Order) -> dict[str, str]:
+    """Our name -> the family's, of norms."""
+    layer = order.layer
+    names = {
+        "embed_norm": order.embed_norm,
+        "hidden_norm": order.hidden_norm,
+        "norm": order.final_norm,
+        "input_layernorm": f"{layer}input_layernorm",
+        "post_attention_layernorm": f"{layer}post_attention_layernorm",
+    }
+    if config.has_head_norms:
+        names |= {f"attention.{x}_norm": f"{layer}self_attn.{x}_norm" for x in "qk"}
+    return names
+
+
+def _product_names(order: Order) -> dict[str, str]:
+    """Our name -> the family's, of the products that are the same in both."""
+    return {
+        "proj": order.proj,
+        "attention.o_proj": f"{order.layer}self_attn.o_proj",
+        "down_proj": f"{order.layer}mlp.down_proj",
+    }
+
+
+def to_carrier(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: TargetTable
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The target's ``config.json`` with the head counted, and the head's tensors under the keys of
+    its family, with ``TARGET_NORM``.
+
+    A reduced vocabulary is left out: it is no part of a head in these layouts.
+    """
+    c = MtpConfig.from_json(config)
+    order = _numbered(ORDERS[c.order], target.num_layers)
+    out = {
+        f"{theirs}.weight": tensors[f"{ours}.weight"] - order.norm_offset
+        for ours, theirs in _norm_names(c, order).items()
+    }
+    products = _product_names(order)
+    out |= {f"{theirs}.weight": tensors[f"{ours}.weight"] for ours, theirs in products.items()}
+    gate_up = tensors["gate_up_proj.weight"].chunk(2)
+    names = [f"{order.layer}mlp.{x}_proj.weight" for x in ("gate", "up")]
+    out |= dict(zip(names, gate_up, strict=True))
+    out |= _attention_parts(c, tensors, f"{order.layer}self_attn.")
+    out[TARGET_NORM] = tensors["target_norm.weight"]
+    given = read_checkpoint(target.folder).config
+    text = given.get("text_config") or given
+    text[order.count] = 1
+    return given, out
+
+
+def _attention_parts(
+    config: MtpConfig, tensors: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """Queries, with the gate of each head behind them if there is one, keys and values."""
+    c = config
+    sizes = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    q, k, v = torch.split(tensors["attention.qkv_proj.weight"], sizes)
+    if c.has_output_gate:
+        gate = tensors["attention.output_gate.weight"]
+        pair = [rows.view(c.num_heads, c.head_dim, -1) for rows in (q, gate)]
+        q = torch.stack(pair, dim=1).flatten(0, 2)
+    parts = {f"{prefix}{x}_proj.weight": rows for x, rows in zip("qkv", (q, k, v), strict=True)}
+    if c.has_bias:
+        biases = torch.split(tensors["attention.qkv_proj.bias"], sizes)
+        parts |= {f"{prefix}{x}_proj.bias": rows for x, rows in zip("qkv", biases, strict=True)}
+    return parts

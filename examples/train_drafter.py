@@ -31,7 +31,7 @@ from buffer.records import Manifest
 from drafters.acceptance import conditional_acceptance, simulated_tokens_per_step
 from drafters.batch import TrainingBatch, from_sequences
 from drafters.eagle3.model import Eagle3, config_for_target
-from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
+from drafters.eagle3.training import ChainPlan, chain_acceptance, ttt_loss
 from examples.corpus import Domain, read, sources
 from specops.distill import FrozenHead
 
@@ -109,7 +109,7 @@ def train(
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
     embed = model.get_input_embeddings().weight.detach()
     head = FrozenHead(model.get_output_embeddings().weight.detach())
-    objective = Objective(num_steps=5, chunk_rows=8192)
+    plan = ChainPlan(num_steps=5, chunk_rows=8192)
     numbers = random.Random(0)
     started, step, printed = time.monotonic(), 0, 0.0
     while (elapsed := time.monotonic() - started) < seconds:
@@ -119,7 +119,7 @@ def train(
         ids, prompt = numbers.choice(data)
         index = torch.randint(len(ids), (min(batch, len(ids)),), device=ids.device)
         rows = batch_of(model, ids[index], drafter.config.layer_ids, prompt)
-        judged = ttt_loss(drafter, embed, head, rows, objective)
+        judged = ttt_loss(drafter, embed, head, rows, plan)
         judged.loss.backward()
         torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
         optimizer.step()

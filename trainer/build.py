@@ -26,6 +26,7 @@ from buffer.signed_weights import open_weights
 from buffer.traces import SeenTraces, TraceReader
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
+from drafters.objectives import objective_of
 from drafters.trainable import Trainable, trainable
 from policies.draws.catalog import entry
 from policies.payback import Payback
@@ -75,6 +76,7 @@ def build_trainer(
     set_up_process(settings)
     learns = trainable(settings.drafter.kind)
     draws = entry(settings.trainer.draw)
+    objective_of(settings.trainer)  # an unknown name must not wait for the first update
     device = device_of(settings.trainer.device, group)
     folder = checked_folder(settings.target, settings.target_cache)
     fingerprint = target_fingerprint(folder)

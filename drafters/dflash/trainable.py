@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +27,18 @@ from drafters.batch import TrainingBatch
 from drafters.dflash.paged import DFlash, DFlashConfig
 from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import rope_theta
+from drafters.objectives import (
+    Objective,
+    RowShares,
+    dpace_weights,
+    objective_loss,
+    objective_of,
+    shares,
+)
 from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
-from specops.device import distill
-from specops.distill import Distilled, Rows, Teacher
+from specops.device import distill, label_figures
+from specops.distill import Rows, Teacher
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
 
@@ -120,10 +128,11 @@ class DFlashTrainable:
         alive_AK = lay_out(batch, num_draft, 1.0, None).alive_KR.T[anchor_A]
         alive_AK = alive_AK & (step_K < length_A[:, None] - 1)
         row_AK = (anchor_A[:, None] + step_K).clamp_max(len(batch.row_R) - 1)
-        weight_AK = torch.exp(-step_K / _gamma(model.config.block_size)) * alive_AK
-        weight_AK = weight_AK * batch.weight_R[row_AK]
-        weight_AK = weight_AK / weight_AK.sum().clamp_min(1e-9)
-        figures = _compared(head, batch, hidden, row_AK.flatten(), weight_AK.flatten(), settings)
+        objective, given = objective_of(settings), _given(head, batch, hidden, row_AK.flatten())
+        place_AK = _place_weights(objective, given, alive_AK, model.config.block_size)
+        weights = shares(objective, place_AK, batch.weight_R[row_AK])
+        flat = RowShares(*(None if w is None else w.flatten() for w in weights))
+        figures = objective_loss(objective, *given, flat)
         shape = alive_AK.shape
         alpha_K = _mean(figures.figures.alpha_N.detach().view(shape), alive_AK, settings.ttt_steps)
         agree_K = _mean(figures.figures.agrees_N.view(shape), alive_AK, settings.ttt_steps)
@@ -149,7 +158,8 @@ class DFlashTrainable:
         heat_R = torch.where(greedy_R, 1.0, batch.temperature_R)
         hidden = block_hidden(model, head, batch, own_R, num_draft, None)
         cooled = (hidden / heat_R.repeat_interleave(num_draft)[:, None]).to(hidden.dtype)
-        found = _compared(head, batch, cooled, row_RK.flatten(), None, None, heat_R).figures
+        given = _given(head, batch, cooled, row_RK.flatten(), heat_R)
+        found = distill(*given, torch.zeros(len(cooled), device=device), "lk").figures
         greedy_N = greedy_R.repeat_interleave(num_draft)
         accepted = torch.where(greedy_N, found.agrees_N.float(), found.alpha_N.float())
         alphas_RK = torch.where(alive_RK, accepted.view(num_rows, num_draft), 0.0)
@@ -353,28 +363,42 @@ def _gamma(block_size: int) -> float:
     return block_size / 2 if block_size < 10 else 5 + (block_size - 10) / 3
 
 
-def _compared(
+def _place_weights(
+    objective: Objective, given: _Given, alive_AK: Tensor, block_size: int
+) -> Tensor:
+    """[A, K] weight of each position of each block, 0 where the block lacks it."""
+    if objective.positions == "own":
+        step_K = torch.arange(alive_AK.shape[1], device=alive_AK.device)
+        return torch.exp(-step_K / _gamma(block_size)) * alive_AK
+    if objective.positions == "equal":
+        return alive_AK.float()
+    probs_N = label_figures(given.hidden_NH, given.weight_VH, given.rows).label_prob_N
+    return dpace_weights(probs_N.view(alive_AK.shape).T, alive_AK.T).T
+
+
+class _Given(NamedTuple):
+    """What a loss of rows is computed from."""
+
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    teacher: Teacher
+    rows: Rows
+
+
+def _given(
     head: TargetHead,
     batch: TrainingBatch,
     hidden: Tensor,
     row_N: Tensor,
-    weights_N: Tensor | None,
-    settings: TrainerSettings | None,
     heat_R: Tensor | None = None,
-) -> Distilled:
-    """``distill`` of rows against the target's at ``row_N`` of R."""
+) -> _Given:
+    """Rows, and the target's at ``row_N`` of R that they are compared with."""
     last = batch.token_ids_T.numel() - 1  # where only padding is
     labels = batch.token_ids_T[(batch.row_R[row_N] + 1).clamp_max(last)]
     heat_N = None if heat_R is None else heat_R[row_N]
     teacher = Teacher(batch.last_hidden_RH[row_N], head.lm_head, None, heat_N)
-    return distill(
-        hidden,
-        head.lm_head.weight_VH.to(hidden.dtype),
-        teacher,
-        Rows(labels, batch.is_row_R[row_N]),
-        torch.zeros(len(hidden), device=hidden.device) if weights_N is None else weights_N,
-        "lk" if settings is None else settings.loss,
-    )
+    weight = head.lm_head.weight_VH.to(hidden.dtype)
+    return _Given(hidden, weight, teacher, Rows(labels, batch.is_row_R[row_N]))
 
 
 def _mean(values_AK: Tensor, alive_AK: Tensor, num_steps: int) -> Tensor:

@@ -23,6 +23,7 @@ from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import TrainingBatch
 from drafters.draft_model.paged import DraftModel, DraftModelConfig, make_module
 from drafters.eagle3.chains import Chains, chain_weights, lay_out
+from drafters.objectives import FLOOR, Positions, objective_loss, objective_of, shares
 from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from specops.device import distill, label_figures
@@ -38,8 +39,6 @@ from targets.causal import (
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
 
-_FLOOR = 0.5
-"""D-PACE's a, as for EAGLE-3."""
 _CPU = torch.device("cpu")
 
 
@@ -118,9 +117,10 @@ class DraftModelTrainable:
         hidden, rows = row_hidden(model, batch), _labels(model, batch)
         weight, teacher = _head_weight(model), _teacher(model, head, batch)
         probs_R = label_figures(hidden, weight, rows).label_prob_N
-        weights_R = _row_weights(chains, probs_R) * batch.weight_R
-        weights_R = weights_R / weights_R.sum().clamp_min(1e-9)
-        found = distill(hidden, weight, teacher, rows, weights_R, settings.loss)
+        objective = objective_of(settings)
+        places_R = _row_weights(chains, probs_R, objective.positions)
+        weights = shares(objective, places_R, batch.weight_R)
+        found = objective_loss(objective, hidden, weight, teacher, rows, weights)
         return BatchLoss(found.loss, *_means(chains, found.figures))
 
     @torch.no_grad()
@@ -228,10 +228,10 @@ def _ahead(values_R: Tensor, num_steps: int) -> Tensor:
     return torch.stack([values_R[(own_R + k).clamp_max(len(values_R) - 1)] for k in steps])
 
 
-def _row_weights(chains: Chains, probs_R: Tensor) -> Tensor:
-    """[R] D-PACE weight of each row, summed over the chains that contain it."""
+def _row_weights(chains: Chains, probs_R: Tensor, positions: Positions) -> Tensor:
+    """[R] weight of each row, D-PACE's or equal ones, summed over the chains that contain it."""
     num_steps, num_rows = chains.alive_KR.shape
-    weights_KR = chain_weights(chains, list(_ahead(probs_R, num_steps)), _FLOOR)
+    weights_KR = chain_weights(chains, list(_ahead(probs_R, num_steps)), FLOOR, positions)
     total_R = torch.zeros_like(weights_KR[0])
     own_R = torch.arange(num_rows, device=total_R.device)
     for step, weights_R in enumerate(weights_KR):  # 0 where a chain lacks the step

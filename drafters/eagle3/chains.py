@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from drafters.batch import TrainingBatch
-from drafters.eagle3.losses import dpace_weights
+from drafters.objectives import Positions, position_weights
 
 
 class Chains(NamedTuple):
@@ -78,8 +78,10 @@ def by_chain(chains: Chains, values: list[Tensor]) -> Tensor:
     return torch.where(chains.alive_KR, arranged, torch.zeros_like(arranged))
 
 
-def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Tensor:
-    """D-PACE weight [K, R] of every position of every chain; 0 where a chain lacks the step.
+def chain_weights(
+    chains: Chains, label_probs: list[Tensor], floor: float, positions: Positions = "own"
+) -> Tensor:
+    """Weight [K, R] of every position of every chain; 0 where a chain lacks the step.
 
     A chain that stops at step 0 is assumed to survive later steps as the carried chains do on
     average. Carried chains are weighted up to compensate, so the expected loss is that of all
@@ -87,6 +89,7 @@ def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Te
 
     Args:
         label_probs: the drafter's probability of the committed token, as ``by_chain`` takes it.
+        floor, positions: see ``position_weights``.
     """
     prob_KR = by_chain(chains, label_probs)
     carried_R, is_row_R = chains.carried_R, chains.alive_KR[0]
@@ -96,6 +99,6 @@ def chain_weights(chains: Chains, label_probs: list[Tensor], floor: float) -> Te
     known_KR = carried_R | is_first_K1
     survival_KR = torch.where(known_KR, prob_KR, mean_K1)
     valid_KR = chains.alive_KR | ~known_KR
-    weights_KR = dpace_weights(survival_KR, valid_KR, floor) * chains.alive_KR
+    weights_KR = position_weights(positions, survival_KR, valid_KR, floor) * chains.alive_KR
     scale = is_row_R.sum() / num_carried
     return torch.where(is_first_K1, weights_KR, weights_KR * scale)

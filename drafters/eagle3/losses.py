@@ -1,10 +1,10 @@
-"""Loss of each draft position, and its weight.
+"""Losses of rows whose logits are kept.
 
-Shapes: R rows, H hidden, V vocabulary of the drafter, K draft positions, N chains or rows.
+Shapes: R rows, H hidden, V vocabulary of the drafter, N rows.
 
-The losses themselves are in ``specops.distill``. For small vocabularies, ``head_losses`` computes
-the values and gradients of ``row_loss`` through the lm_head in blocks that stay in cache, and keeps
-the gradient of every logit until the weights of the rows are known.
+For small vocabularies, ``head_losses`` computes the values and gradients of
+``specops.distill.row_loss`` through the lm_head in blocks that stay in cache, and keeps the
+gradient of every logit until the weights of the rows are known.
 """
 
 from __future__ import annotations
@@ -15,31 +15,6 @@ import torch
 from torch import Tensor
 
 from specops.distill import LossKind, RowFigures, Rows, Target, judge_
-
-FLOOR = 0.5
-"""Lower bound of the survival that D-PACE assumes at a position."""
-
-
-def dpace_weights(label_probs_KN: Tensor, valid_KN: Tensor, floor: float = FLOOR) -> Tensor:
-    """Weight of each position of a chain: the gain in tokens_per_step from improving it.
-
-    ``s_k = (1 - a) exp(-CE_k) + a``, ``w_k = sum_{j >= k} prod_{i <= j} s_i``. A chain ends at its
-    first invalid position, whose weight and all later ones are 0.
-
-    Args:
-        label_probs_KN: [K, N] ``exp(-CE_k)``, the drafter's probability of the committed token.
-        valid_KN: [K, N] bool, positions that have a loss.
-        floor: a in the formula.
-
-    Returns:
-        [K, N], detached.
-
-    Source:
-        D-PACE, as implemented in speculators and SpecForge (a = 0.5).
-    """
-    survival_KN = ((1 - floor) * label_probs_KN.detach() + floor) * valid_KN
-    reached_KN = survival_KN.cumprod(dim=0)
-    return reached_KN.flip(0).cumsum(dim=0).flip(0)
 
 
 def head_losses(

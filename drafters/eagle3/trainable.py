@@ -14,7 +14,15 @@ from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import TrainingBatch
 from drafters.eagle3.from_target import imitate
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
-from drafters.eagle3.training import Objective, chain_acceptance, ttt_loss
+from drafters.eagle3.training import (
+    ChainModel,
+    ChainPlan,
+    Outputs,
+    chain_acceptance,
+    ttt_loss,
+    ttt_outputs,
+)
+from drafters.objectives import objective_of
 from drafters.stored_module import check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from targets.head import TargetHead
@@ -28,8 +36,48 @@ CPU_CHAIN_SHARE = 0.5
 from serving."""
 
 
+class LearnsByChains:
+    """The part of a ``drafters.trainable.Trainable`` that is the same for all drafters whose chains
+    are those of ``drafters.eagle3.training``."""
+
+    __slots__ = ()
+
+    @property
+    def outputs(self) -> Outputs:
+        """How its rows are computed."""
+        return ttt_outputs
+
+    def loss(
+        self,
+        model: ChainModel,
+        head: TargetHead,
+        batch: TrainingBatch,
+        settings: TrainerSettings,
+        generator: torch.Generator | None,
+    ) -> BatchLoss:
+        """See ``ttt_loss``, as ``plan_for`` says."""
+        plan = plan_for(settings, batch.token_ids_T.device)
+        given = model, head.embed_VH, head.lm_head, batch, plan, generator
+        return ttt_loss(*given, outputs=self.outputs)
+
+    def acceptance(
+        self,
+        model: ChainModel,
+        head: TargetHead,
+        batch: TrainingBatch,
+        num_draft: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``chain_acceptance``."""
+        given = model, head.embed_VH, head.lm_head, batch, num_draft
+        return chain_acceptance(*given, outputs=self.outputs)
+
+    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
+        """See ``simulated_tokens_per_step``."""
+        return simulated_tokens_per_step(alphas_NK, num_draft)
+
+
 @dataclass(frozen=True, slots=True)
-class Eagle3Trainable:
+class Eagle3Trainable(LearnsByChains):
     """EAGLE-3's ``drafters.trainable.Trainable``, which describes every method."""
 
     kind: str = "eagle3"
@@ -86,40 +134,14 @@ class Eagle3Trainable:
         layers = (model.fc, model.qkv_proj, model.o_proj, model.gate_up_proj, model.down_proj)
         return [layer.weight for layer in layers]
 
-    def loss(
-        self,
-        model: Eagle3,
-        head: TargetHead,
-        batch: TrainingBatch,
-        settings: TrainerSettings,
-        generator: torch.Generator | None,
-    ) -> BatchLoss:
-        """Loss of training-time test, as ``objective_for`` says."""
-        objective = objective_for(settings, batch.token_ids_T.device)
-        return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
 
-    def acceptance(
-        self,
-        model: Eagle3,
-        head: TargetHead,
-        batch: TrainingBatch,
-        num_draft: int,
-    ) -> tuple[Tensor, Tensor]:
-        """See ``chain_acceptance``."""
-        return chain_acceptance(model, head.embed_VH, head.lm_head, batch, num_draft)
-
-    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
-        """See ``simulated_tokens_per_step``."""
-        return simulated_tokens_per_step(alphas_NK, num_draft)
-
-
-def objective_for(settings: TrainerSettings, device: torch.device) -> Objective:
+def plan_for(settings: TrainerSettings, device: torch.device) -> ChainPlan:
     """On a GPU, carry every chain to its end and keep no logits; on a CPU, carry half of the
-    chains and keep the logits. See ``Objective`` for the costs."""
+    chains and keep the logits. See ``ChainPlan`` for the costs."""
     on_gpu = device.type == "cuda"
-    return Objective(
+    return ChainPlan(
         num_steps=settings.ttt_steps,
-        loss=settings.loss,
+        objective=objective_of(settings),
         chain_share=1.0 if on_gpu else CPU_CHAIN_SHARE,
         keep_logits=not on_gpu,
     )

@@ -26,10 +26,10 @@ Source: Li et al. 2025, EAGLE-3, arXiv:2503.01840, Section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,8 +39,17 @@ from torch import Tensor
 from drafters.batch import TrainingBatch, follows_T
 from drafters.eagle3.chain_attention import ChainAttention
 from drafters.eagle3.chains import Chains, by_chain, chain_weights, lay_out
-from drafters.eagle3.losses import FLOOR, head_losses
+from drafters.eagle3.losses import head_losses
 from drafters.eagle3.model import Attend, Eagle3
+from drafters.objectives import (
+    FLOOR,
+    LK,
+    Objective,
+    Positions,
+    RowShares,
+    objective_loss,
+    shares,
+)
 from drafters.trainable import BatchLoss
 from specops.device import distill, label_figures
 from specops.distill import (
@@ -56,13 +65,13 @@ from specops.distill import (
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class ChainPlan:
     """Loss to minimise, and how its computation is split into blocks."""
 
     num_steps: int = 4
     """K, passes of training-time test."""
-    loss: LossKind = "lk"
-    """``lk``: LK hybrid; ``forward_kl``: KL(target || drafter). Both are weighted by D-PACE."""
+    objective: Objective = LK
+    """Loss of the rows, and weights of the positions."""
     chain_share: float = 1.0
     """Share of the chains, redrawn for every batch, that is carried beyond the first draft token.
     0.5 takes 60 % of the time of 1."""
@@ -107,8 +116,44 @@ class ChainShape(Protocol):
     def draft_vocab_size(self) -> int: ...
 
 
+Outputs = Callable[[Any, Tensor, TrainingBatch, Tensor, int], Iterator[Tensor]]
+"""How a kind computes its rows: see ``ttt_outputs``."""
 _CACHED_ROWS = 128
 """128 rows of 4,096 float32 logits stay in a CPU's cache."""
+
+
+def ttt_outputs(
+    model: ChainModel, embed: Tensor, batch: TrainingBatch, anchor_A: Tensor, num_steps: int
+) -> Iterator[Tensor]:
+    """Yield outputs g of step 0 at every position [T, H], then of steps 1, 2, ... [A, H].
+
+    Rows without features, and chains past the end of their piece, hold arbitrary finite values.
+
+    Args:
+        anchor_A: int64 index into T, no two of them equal.
+    """
+    mixed = partial(
+        torch.autocast,
+        batch.features_TF.device.type,
+        dtype=torch.bfloat16,
+        enabled=batch.features_TF.dtype == torch.bfloat16,
+    )
+    last = batch.token_ids_T.numel() - 1
+    attend = ChainAttention(batch.segment_T, follows_T(batch), anchor_A, batch.longest)
+    with mixed():
+        hidden = model.fuse(batch.features_TF)
+        hidden = torch.cat((torch.zeros_like(hidden[:1]), hidden[:-1]))
+        embeds = embed[batch.token_ids_T].to(hidden.dtype)
+        hidden = model(embeds, hidden, *model.rope(batch.positions_T), attend)
+    yield hidden
+    hidden = hidden[anchor_A]
+    for step in range(1, num_steps):
+        at = (anchor_A + step).clamp_max(last)
+        with mixed():
+            embeds = embed[batch.token_ids_T[at]].to(hidden.dtype)
+            positions = batch.positions_T[anchor_A] + step
+            hidden = model(embeds, hidden, *model.rope(positions), attend)
+        yield hidden
 
 
 def ttt_loss(
@@ -116,8 +161,9 @@ def ttt_loss(
     embed: Tensor,
     head: FrozenHead,
     batch: TrainingBatch,
-    objective: Objective,
+    plan: ChainPlan,
     generator: torch.Generator | None = None,
+    outputs: Outputs = ttt_outputs,
 ) -> BatchLoss:
     """Training loss of a batch.
 
@@ -126,21 +172,26 @@ def ttt_loss(
         head: the target's lm_head.
         generator: draws the chains if ``chain_share`` is below 1.
     """
-    chains = lay_out(batch, objective.num_steps, objective.chain_share, generator)
-    inputs = list(_head_inputs(model, embed, batch, chains))
+    chains = lay_out(batch, plan.num_steps, plan.chain_share, generator)
+    inputs = list(_head_inputs(model, embed, batch, chains, outputs))
     teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model))
     labels = _labels(model, batch)
     compared = [_compared(labels, chains, step) for step in range(len(inputs))]
-    if not objective.keep_logits:
-        return _distilled(model, batch, chains, inputs, teacher, compared, objective)
+    if not plan.keep_logits:
+        return _distilled(model, batch, chains, inputs, teacher, compared, plan)
     weight = model.head_weight(head.weight_VH).to(batch.features_TF.dtype)
-    chunk_rows = objective.chunk_rows or _CACHED_ROWS
+    chunk_rows = plan.chunk_rows or _CACHED_ROWS
     target = _target_rows(teacher, chunk_rows)
-    figures = [
-        head_losses(hidden, weight, target, rows, objective.loss, chunk_rows)
-        for hidden, rows in zip(inputs, compared, strict=True)
-    ]
-    return weigh(chains, figures, objective.floor, batch.weight_R)
+
+    def judged(kind: LossKind) -> list[RowFigures]:
+        return [
+            head_losses(hidden, weight, target, rows, kind, chunk_rows)
+            for hidden, rows in zip(inputs, compared, strict=True)
+        ]
+
+    objective, figures = plan.objective, judged(plan.objective.loss)
+    more = None if objective.rejected is None else judged(objective.rejected)
+    return weigh(chains, figures, plan.floor, batch.weight_R, objective.positions, more)
 
 
 def _distilled(
@@ -150,21 +201,21 @@ def _distilled(
     inputs: list[Tensor],
     teacher: Teacher,
     compared: list[Rows],
-    objective: Objective,
+    plan: ChainPlan,
 ) -> BatchLoss:
     """``weigh`` for all steps at once, with the weights computed first."""
     hidden = torch.cat(inputs)
     rows = _concatenated(compared)
     lengths = [len(x) for x in inputs]
     weight = model.head_weight(teacher.head.weight_VH)
-    probs = label_figures(hidden, weight, rows, objective.chunk_rows).label_prob_N
-    weights_KR = chain_weights(chains, list(torch.split(probs, lengths)), objective.floor)
-    weights_KR = _scaled(weights_KR, chains, batch.weight_R)
-    weights_KR = weights_KR / weights_KR.sum().clamp_min(1e-9)
-    weights = torch.cat(_by_step(chains, weights_KR))
+    probs = label_figures(hidden, weight, rows, plan.chunk_rows).label_prob_N
+    objective, by_step = plan.objective, list(torch.split(probs, lengths))
+    places_KR = chain_weights(chains, by_step, plan.floor, objective.positions)
+    weights_KR = shares(objective, places_KR, _ahead(chains, batch.weight_R))
+    weights = RowShares(*(None if w is None else _flat(chains, w) for w in weights_KR))
     order = _order(chains, lengths)
-    found = distill(
-        hidden, weight, teacher, rows, weights, objective.loss, objective.chunk_rows, order
+    found = objective_loss(
+        objective, hidden, weight, teacher, rows, weights, plan.chunk_rows, order
     )
     columns = zip(*(torch.split(column, lengths) for column in found.figures), strict=True)
     alpha_K, agree_K = _means(chains, [RowFigures(*step) for step in columns])
@@ -179,6 +230,7 @@ def chain_acceptance(
     batch: TrainingBatch,
     num_steps: int,
     chunk_rows: int | None = None,
+    outputs: Outputs = ttt_outputs,
 ) -> tuple[Tensor, Tensor]:
     """Acceptance of each position of every chain, at its request's temperature.
 
@@ -187,7 +239,7 @@ def chain_acceptance(
     so rounding of the captured rows has no influence.
 
     Args:
-        chunk_rows: see ``Objective``.
+        chunk_rows: see ``ChainPlan``.
 
     Returns:
         alphas_RK: [R, K] float32.
@@ -196,7 +248,7 @@ def chain_acceptance(
     chains = lay_out(batch, num_steps, 1.0, None)
     greedy_R = batch.temperature_R == 0
     heat_R = torch.where(greedy_R, 1.0, batch.temperature_R)
-    inputs = list(_head_inputs(model, embed, batch, chains))
+    inputs = list(_head_inputs(model, embed, batch, chains, outputs))
     labels = _labels(model, batch)
     rows = _concatenated([_compared(labels, chains, step) for step in range(num_steps)])
     hidden = torch.cat(inputs)
@@ -271,6 +323,11 @@ def _sorted_rows(num_rows: int, num_steps: int) -> NDArray[np.int64]:
     return np.sort(np.minimum(ahead, num_rows - 1), axis=None)
 
 
+def _flat(chains: Chains, values_KR: Tensor) -> Tensor:
+    """The values of all steps behind each other."""
+    return torch.cat(_by_step(chains, values_KR))
+
+
 def _by_step(chains: Chains, values_KR: Tensor) -> list[Tensor]:
     """Inverse of ``by_chain``."""
     steps = list(values_KR.unbind())
@@ -298,63 +355,40 @@ def _target_rows(teacher: Teacher, chunk_rows: int) -> Target:
     return Target(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def ttt_outputs(
-    model: ChainModel, embed: Tensor, batch: TrainingBatch, anchor_A: Tensor, num_steps: int
-) -> Iterator[Tensor]:
-    """Yield outputs g of step 0 at every position [T, H], then of steps 1, 2, ... [A, H].
-
-    Rows without features, and chains past the end of their piece, hold arbitrary finite values.
-
-    Args:
-        anchor_A: int64 index into T, no two of them equal.
-    """
-    mixed = partial(
-        torch.autocast,
-        batch.features_TF.device.type,
-        dtype=torch.bfloat16,
-        enabled=batch.features_TF.dtype == torch.bfloat16,
-    )
-    last = batch.token_ids_T.numel() - 1
-    attend = ChainAttention(batch.segment_T, follows_T(batch), anchor_A, batch.longest)
-    with mixed():
-        hidden = model.fuse(batch.features_TF)
-        hidden = torch.cat((torch.zeros_like(hidden[:1]), hidden[:-1]))
-        embeds = embed[batch.token_ids_T].to(hidden.dtype)
-        hidden = model(embeds, hidden, *model.rope(batch.positions_T), attend)
-    yield hidden
-    hidden = hidden[anchor_A]
-    for step in range(1, num_steps):
-        at = (anchor_A + step).clamp_max(last)
-        with mixed():
-            embeds = embed[batch.token_ids_T[at]].to(hidden.dtype)
-            positions = batch.positions_T[anchor_A] + step
-            hidden = model(embeds, hidden, *model.rope(positions), attend)
-        yield hidden
-
-
 def weigh(
-    chains: Chains, figures: list[RowFigures], floor: float, weight_R: Tensor | None = None
+    chains: Chains,
+    figures: list[RowFigures],
+    floor: float,
+    weight_R: Tensor | None = None,
+    positions: Positions = "own",
+    rejected: list[RowFigures] | None = None,
 ) -> BatchLoss:
     """Mean loss over all steps and chains, weighted by ``chain_weights``.
 
     Args:
         weight_R: further weight of each row that is predicted for; ``None``: 1.
+        rejected: the loss that an objective adds at rejected rows. Then what their weight exceeds
+            1 by is the weight of this loss.
     """
-    weights_KR = chain_weights(chains, [r.label_prob_N for r in figures], floor)
-    weights_KR = weights_KR if weight_R is None else _scaled(weights_KR, chains, weight_R)
+    weights_KR = chain_weights(chains, [r.label_prob_N for r in figures], floor, positions)
     loss_KR = by_chain(chains, [r.loss_N for r in figures])
     alpha_K, agree_K = _means(chains, figures)
-    return BatchLoss(
-        (weights_KR * loss_KR).sum() / weights_KR.sum().clamp_min(1e-9), alpha_K, agree_K
-    )
+    if rejected is None:
+        weights_KR = weights_KR if weight_R is None else weights_KR * _ahead(chains, weight_R)
+        total = (weights_KR * loss_KR).sum()
+    else:
+        assert weight_R is not None, "rows have weights where rejected ones have a loss"
+        more_KR = by_chain(chains, [r.loss_N for r in rejected])
+        total = (weights_KR * (loss_KR + (_ahead(chains, weight_R) - 1) * more_KR)).sum()
+    return BatchLoss(total / weights_KR.sum().clamp_min(1e-9), alpha_K, agree_K)
 
 
-def _scaled(weights_KR: Tensor, chains: Chains, weight_R: Tensor) -> Tensor:
-    """Weights times those of the rows that are predicted for."""
-    num_steps, num_rows = weights_KR.shape
-    own_R = torch.arange(num_rows, device=weights_KR.device)
+def _ahead(chains: Chains, weight_R: Tensor) -> Tensor:
+    """[K, R] weight of the row that each position of each chain predicts for."""
+    num_steps, num_rows = chains.alive_KR.shape
+    own_R = torch.arange(num_rows, device=weight_R.device)
     rows = [(own_R + step).clamp_max(num_rows - 1) for step in range(num_steps)]
-    return weights_KR * torch.stack([weight_R[at] for at in rows])
+    return torch.stack([weight_R[at] for at in rows])
 
 
 def _means(chains: Chains, figures: list[RowFigures]) -> tuple[Tensor, Tensor]:
@@ -366,11 +400,11 @@ def _means(chains: Chains, figures: list[RowFigures]) -> tuple[Tensor, Tensor]:
 
 
 def _head_inputs(
-    model: ChainModel, embed: Tensor, batch: TrainingBatch, chains: Chains
+    model: ChainModel, embed: Tensor, batch: TrainingBatch, chains: Chains, compute: Outputs
 ) -> Iterator[Tensor]:
     """Yield the lm_head's inputs [R, H] of step 0, then [A, H] of each later step."""
     anchor_A = batch.row_R if chains.carried_A is None else batch.row_R[chains.carried_A]
-    outputs = ttt_outputs(model, embed, batch, anchor_A, len(chains.alive_KR))
+    outputs = compute(model, embed, batch, anchor_A, len(chains.alive_KR))
     for step, output in enumerate(outputs):
         normed = model.head_input(output[batch.row_R] if step == 0 else output)
         yield normed.to(batch.features_TF.dtype)

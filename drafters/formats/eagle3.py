@@ -54,7 +54,7 @@ def from_published(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     Raises:
         FormatError: names the first key or shape that does not fit.
     """
-    return _imported(checkpoint, target, checkpoint, "midlayer.")
+    return from_layer(checkpoint, target, checkpoint, "midlayer.")
 
 
 def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
@@ -70,15 +70,20 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
         # speculators takes False then, vLLM True
         raise checkpoint.error("config.json has no norm_before_residual")
     inner = replace(checkpoint, config={**layer, **checkpoint.config})
-    return _imported(checkpoint, target, inner, "layers.0.")
+    return from_layer(checkpoint, target, inner, "layers.0.")
 
 
-def _imported(
+def from_layer(
     checkpoint: Checkpoint, target: TargetTable, inner: Checkpoint, prefix: str
 ) -> Imported:
-    """
+    """Read a checkpoint of one layer.
+
     Args:
         inner: the checkpoint with the keys of its layer's config at the top.
+        prefix: of the names of the layer's tensors.
+
+    Raises:
+        FormatError: names the first key or shape that does not fit.
     """
     config = _config(inner, target)
     kept, ignored = _tensors_wanted(config, prefix)

@@ -73,13 +73,18 @@ class TargetTable:
         """Decoder layers."""
         return int(self.config.num_hidden_layers)
 
-    def check_embedding(self, checkpoint: Checkpoint) -> None:
+    def check_embedding(self, checkpoint: Checkpoint, but: int | None = None) -> None:
         """Refuse an embedding table of its own: drafters here read the target's.
+
+        Args:
+            but: a row that may differ.
 
         Raises:
             FormatError: ``embed_tokens.weight`` is not the target's table.
         """
         theirs = checkpoint.read("embed_tokens.weight").float()
+        if but is not None:
+            theirs = theirs.index_copy(0, torch.tensor([but]), self.embed_VH[but : but + 1])
         if (theirs - self.embed_VH).norm() > _TOLERANCE * self.embed_VH.norm():
             raise checkpoint.error(
                 "embed_tokens.weight is not the target's table: a drafter with an embedding of its "
@@ -129,8 +134,9 @@ class Reader:
 
 
 _EAGLE3, _MTP = "drafters.formats.eagle3:", "drafters.mtp_learning:"
-_DFLASH = "drafters.formats.dflash:"
+_DFLASH, _P_EAGLE = "drafters.formats.dflash:", "drafters.formats.p_eagle:"
 READERS = (
+    Reader("P-EAGLE", _P_EAGLE + "is_published", _P_EAGLE + "from_published"),
     Reader("LlamaForCausalLMEagle3", _EAGLE3 + "is_published", _EAGLE3 + "from_published"),
     Reader("speculators, eagle3", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
     Reader("DFlashDraftModel", _DFLASH + "is_published", _DFLASH + "from_published"),
@@ -139,6 +145,9 @@ READERS = (
 WRITERS = {
     ("eagle3", "hf"): _EAGLE3 + "to_published",
     ("eagle3", "speculators"): _EAGLE3 + "to_speculators",
+    ("p_eagle", "hf"): _P_EAGLE + "to_published",
+    ("p_eagle", "speculators"): _P_EAGLE + "to_speculators",
+    ("mtp", "hf"): _MTP + "to_carrier",
 }
 """(Kind, layout) -> (config, tensors, target) -> ``config.json`` and tensors."""
 LAYOUTS = ("hf", "speculators")

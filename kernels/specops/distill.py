@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LossKind = Literal["lk", "forward_kl", "total_variation"]
+LossKind = Literal["lk", "forward_kl", "total_variation", "reverse_kl"]
 
 ETA = 3.0
 """How fast LK moves from KL to TV as acceptance grows."""
 MIN_MASS = 1e-6
 """Lower bound of the teacher's mass within the student's vocabulary, a divisor."""
+MIN_PROB = 1e-30
+"""Lower bound of the teacher's probabilities whose logarithm reverse KL takes; a normal float32, so
+that flushing denormals does not make it 0."""
 _BLOCK_BYTES = 1_100_000_000
 """Bytes of a block of logits, student's and teacher's together, on a GPU."""
 _STUDENT_TILE = 1024
@@ -55,6 +58,26 @@ def forward_kl(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
     renormalised = target_probs / target_probs.sum(dim=-1, keepdim=True)
     log_ratio = renormalised.clamp_min(1e-38).log() - draft_logits.log_softmax(dim=-1)
     return (renormalised * log_ratio).sum(dim=-1)
+
+
+def reverse_kl(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
+    """KL(drafter || target) in nats: ``sum_x q(x) (log q(x) - log p'(x))``.
+
+    It is large where the drafter proposes what the target does not take. p' is p renormalised over
+    the drafter's vocabulary; probabilities below ``MIN_PROB`` count as that. Gradient in the
+    logits: ``q (log q - log p' - KL)``.
+
+    Args:
+        target_probs: [..., D], no gradient.
+        draft_logits: [..., D].
+
+    Returns:
+        [...], >= 0 up to what ``MIN_PROB`` adds to the probabilities.
+    """
+    mass = target_probs.sum(dim=-1, keepdim=True)
+    log_target = target_probs.clamp_min(MIN_PROB).log() - mass.log()
+    log_draft = draft_logits.log_softmax(dim=-1)
+    return (log_draft.exp() * (log_draft - log_target)).sum(dim=-1)
 
 
 def overlap(target_probs: Tensor, draft_logits: Tensor) -> Tensor:
@@ -89,7 +112,12 @@ def lk_hybrid(target_probs: Tensor, draft_logits: Tensor, eta: float = ETA) -> T
 
 def row_loss(kind: LossKind, target_probs: Tensor, draft_logits: Tensor) -> Tensor:
     """The loss called ``kind``, one value per row."""
-    losses = {"lk": lk_hybrid, "forward_kl": forward_kl, "total_variation": total_variation}
+    losses = {
+        "lk": lk_hybrid,
+        "forward_kl": forward_kl,
+        "total_variation": total_variation,
+        "reverse_kl": reverse_kl,
+    }
     return losses[kind](target_probs, draft_logits)
 
 
@@ -209,8 +237,8 @@ def judge_(
 
         w (q (lambda + (1 - lambda) (E_q[m] - m)) - lambda p'),   m = 1 where q < p
 
-    with lambda = 1 for KL, 0 for TV. Few passes over [N, D]: on a CPU they take as long as the
-    matrix products.
+    with lambda = 1 for KL, 0 for TV; that of reverse KL is in ``reverse_kl``. Few passes over
+    [N, D]: on a CPU they take as long as the matrix products.
 
     Args:
         weights_N: in the dtype of the results; ``None``: no gradient, ``scores_ND`` is unchanged.
@@ -224,6 +252,12 @@ def judge_(
     label_prob = probs.gather(1, label)[:, 0] * rows.label_known_N
     agrees = (scores.gather(1, label)[:, 0] >= top) & rows.label_known_N
     alpha = torch.minimum(target.probs_RD, probs).sum(dim=-1)
+    if kind == "reverse_kl":
+        ratio = scores - log_norm[:, None] - _log_probs(target)
+        reverse = (probs * ratio).sum(dim=-1)
+        if weights_N is not None:
+            scores_ND.copy_(probs.mul_(ratio.sub_(reverse[:, None])).mul_(weights_N[:, None]))
+        return RowFigures(reverse, alpha, label_prob, agrees)
     cross = log_norm - (target.probs_RD * scores).sum(dim=-1) / target.mass_R
     kl = target.negative_entropy_R + cross
     share = _share_of_kl(kind, alpha)
@@ -487,6 +521,11 @@ def _no_figures(hidden: Tensor) -> RowFigures:
 
 def _rows_of(target: Target, row_N: Tensor) -> Target:
     return Target(*(column[row_N] for column in target))
+
+
+def _log_probs(target: Target) -> Tensor:
+    """``log p'`` as ``reverse_kl`` has it."""
+    return target.probs_RD.clamp_min(MIN_PROB).log_().sub_(target.mass_R.log()[:, None])
 
 
 def _share_of_kl(kind: LossKind, alpha: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Shapes as in ``specops.distill``.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.distill import ETA, MIN_MASS, Blocks, LabelFigures, LossKind, RowFigures, Rows
+from specops.distill import (
+    ETA,
+    MIN_MASS,
+    MIN_PROB,
+    Blocks,
+    LabelFigures,
+    LossKind,
+    RowFigures,
+    Rows,
+)
 
 _BLOCK = 2048
 _NUM_WARPS = 8  # 8 logits per thread fit 64 registers, so four rows per multiprocessor
 _LOWEST = tl.constexpr(-1.0e38)
-_KINDS: dict[LossKind, int] = {"forward_kl": 0, "total_variation": 1, "lk": 2}
+_KINDS: dict[LossKind, int] = {"forward_kl": 0, "total_variation": 1, "lk": 2, "reverse_kl": 3}
+_LOG_MIN_PROB = tl.constexpr(math.log(MIN_PROB))
 
 
 @triton.jit
@@ -133,6 +144,8 @@ def _judge(
     crosses = tl.zeros([BLOCK], tl.float32)
     overlaps = tl.zeros([BLOCK], tl.float32)
     belows = tl.zeros([BLOCK], tl.float32)
+    if KIND == 3:
+        reverses = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_cols, BLOCK):
         s, q, t, p = _both(
             own_ptr, seen_ptr, ids_ptr, start, num_cols, own_norm, seen_norm, softcap, temperature,
@@ -142,6 +155,8 @@ def _judge(
         crosses += tl.where(p > 0, p * (t - s), 0.0)
         overlaps += tl.minimum(p, q)
         belows += tl.where(q < p, q, 0.0)
+        if KIND == 3:
+            reverses += q * (s - tl.maximum(t, seen_norm + _LOG_MIN_PROB))
     mass = tl.maximum(tl.sum(masses, axis=0), min_mass)
     alpha = tl.sum(overlaps, axis=0)
     below = tl.sum(belows, axis=0)
@@ -153,18 +168,28 @@ def _judge(
     if KIND == 2:
         share = tl.exp(-eta * alpha)
     rest = 1.0 - share
-    tl.store(loss_ptr + row, share * kl + rest * (1.0 - alpha))
+    if KIND == 3:
+        # sum q (log q - log p') with log q = s - own_norm; q sums to 1
+        shift = seen_norm + tl.log(mass) - own_norm
+        reverse = tl.sum(reverses, axis=0) + shift
+        tl.store(loss_ptr + row, reverse)
+    else:
+        tl.store(loss_ptr + row, share * kl + rest * (1.0 - alpha))
     tl.store(alpha_ptr + row, alpha)
 
     if SLOPES:
         weight = tl.load(weight_ptr + row)
         pull = share + rest * below
         for start in range(0, num_cols, BLOCK):
-            _s, q, _t, p = _both(
+            s, q, t, p = _both(
                 own_ptr, seen_ptr, ids_ptr, start, num_cols, own_norm, seen_norm, softcap,
                 temperature, HAS_IDS, HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK,
             )  # fmt: skip
-            slope = weight * (q * (pull - tl.where(q < p, rest, 0.0)) - (share / mass) * p)
+            if KIND == 3:
+                ratio = s - tl.maximum(t, seen_norm + _LOG_MIN_PROB) + shift
+                slope = weight * q * (ratio - reverse)
+            else:
+                slope = weight * (q * (pull - tl.where(q < p, rest, 0.0)) - (share / mass) * p)
             col = start + tl.arange(0, BLOCK)
             tl.store(own_ptr + col, slope.to(own_ptr.dtype.element_ty), mask=col < num_cols)
 

@@ -84,11 +84,11 @@ def test_an_unknown_environment_variable_is_named():
 def test_several_problems_are_several_lines(mine):
     text = problem(
         files=[mine("engine: {max_batch: x}\n")],
-        overrides=["trainer.loss=best"],
+        overrides=["trainer.optimizer=best"],
         env={"SLIPSTREAM_SEED": "1.5"},
     )
     assert sorted(text.splitlines()) == [
-        "--set: 'trainer.loss' must be one of 'lk', 'forward_kl', got str ('best')",
+        "--set: 'trainer.optimizer' must be one of 'adamw', 'muon', got str ('best')",
         "SLIPSTREAM_SEED: 'seed' must be int, got float (1.5)",
         "mine.yaml: 'engine.max_batch' must be int, got str ('x')",
     ]

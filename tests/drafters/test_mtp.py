@@ -6,17 +6,21 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import DynamicCache, Qwen2Config, Qwen3_5TextConfig
 from transformers.modeling_layers import MtpLayer
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3_5 import modeling_qwen3_5
+from typer.testing import CliRunner
 
-from drafters.formats.checkpoint import read_checkpoint
-from drafters.formats.published import imported, load_target_table
+from buffer.bundles import read_bundle
+from drafters.cli import app
+from drafters.formats.checkpoint import read_checkpoint, write_checkpoint
+from drafters.formats.published import TargetTable, imported, load_target_table
 from drafters.initial import NewDrafter, TargetFacts, made_drafter
 from drafters.mtp import ORDERS, Mtp, MtpConfig
-from drafters.mtp_learning import MtpTrainable, from_carrier
+from drafters.mtp_learning import MtpTrainable, from_carrier, to_carrier
+from oracles.bundle_folders import write_bundle
 from targets.last_layer import load_last_layer
 from tests.trainer.traffic import HIDDEN, LAYERS, SHAPE, VOCAB, fingerprint_of, save_target
 
@@ -294,3 +298,60 @@ def test_heads_read_the_last_layer_alone(carrying_target, layer_ids):
 
     with pytest.raises(ValueError, match=rf"must be \[{LAYERS}\] or null, got"):
         MtpTrainable().new_model(model.config, model.lm_head.weight, layer_ids, 0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_exported_head_is_read_back_with_equal_logits(tmp_path, order):
+    """Also one that has learnt, its copy of the target's final norm included."""
+    layer, _ = carrier(tmp_path, order)
+    model = MtpTrainable().carried_model(tmp_path, None)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 16)
+    config, tensors = model.config.to_json(), model.bundle_tensors()
+    target = TargetTable("t", tmp_path, layer.config, (), torch.zeros(VOCAB, HIDDEN))
+
+    write_checkpoint(tmp_path / "out", *to_carrier(config, tensors, target))
+    found = from_carrier(read_checkpoint(tmp_path / "out"), target)
+
+    names = set(read_checkpoint(tmp_path).files) - {"model.norm.weight"}
+    assert set(load_file(tmp_path / "out/model.safetensors")) == {
+        *names,
+        "slipstream.target_norm.weight",
+    }
+    assert found.config == config
+    back = MtpTrainable().load_model(found.config, found.tensors)
+    embeds = torch.randn(LENGTH + 3, HIDDEN, generator=generator)
+    stream = torch.randn(LENGTH, HIDDEN, generator=generator)
+    head = torch.randn(VOCAB, HIDDEN, generator=generator)
+    with torch.no_grad():
+        ours, theirs = (by_ours(m, embeds, m.fuse(stream), 3) @ head.T for m in (model, back))
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_the_command_exports_a_head_that_it_imports_again(carrying_target, tmp_path):
+    folder, model = carrying_target
+    manifest, content = made_drafter("mtp", facts_of(folder, model), NewDrafter())
+    learns = MtpTrainable()
+    made_model = learns.load_model(manifest.drafter_config, load(content))
+    write_bundle(
+        tmp_path / "3", "mtp", manifest.drafter_config, fingerprint_of(folder),
+        made_model.bundle_tensors(),
+    )  # fmt: skip
+    settings = ["--set", f"target={folder}"]
+
+    words = ["export", str(tmp_path / "3"), "--to", str(tmp_path / "out"), "--format", "hf"]
+    written = CliRunner().invoke(app, [*words, *settings])
+    back = CliRunner().invoke(
+        app, ["import", str(tmp_path / "out"), "--to", str(tmp_path / "back"), *settings]
+    )
+
+    assert written.exit_code == 0, written.output
+    assert back.exit_code == 0, back.output
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    assert f"model.layers.{LAYERS}.eh_proj.weight" in read_checkpoint(tmp_path / "out").files
+    bundle = read_bundle(tmp_path / "back/0")
+    assert bundle.manifest.drafter_config == manifest.drafter_config
+    assert bundle.files["drafter.safetensors"] == content

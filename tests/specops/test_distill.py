@@ -23,7 +23,7 @@ from specops.distill import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDE = torch.float64
-KINDS = ["lk", "forward_kl", "total_variation"]
+KINDS = ["lk", "forward_kl", "total_variation", "reverse_kl"]
 IMPLEMENTATIONS = [
     pytest.param(BLOCKS, WIDE, id="definition"),
     pytest.param(distill_triton.BLOCKS, torch.float32, id="kernel"),

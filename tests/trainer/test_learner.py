@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafters.eagle3.trainable import Eagle3Trainable
-from drafters.eagle3.training import Objective, ttt_loss
+from drafters.eagle3.training import ChainPlan, ttt_loss
 from drafters.trainable import trainable
 from targets.head import load_target_head
 from tests.trainer.conftest import World
@@ -182,8 +182,8 @@ class Whole(Eagle3Trainable):
     """Carries all chains, as on a GPU, so that no draw depends on the padding."""
 
     def loss(self, model, head, batch, settings, generator):  # type: ignore[no-untyped-def]
-        objective = Objective(settings.ttt_steps, keep_logits=False)
-        return ttt_loss(model, head.embed_VH, head.lm_head, batch, objective, generator)
+        plan = ChainPlan(settings.ttt_steps, keep_logits=False)
+        return ttt_loss(model, head.embed_VH, head.lm_head, batch, plan, generator)
 
 
 class HostReads(TorchDispatchMode):

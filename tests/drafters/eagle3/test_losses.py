@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from drafters.eagle3.losses import dpace_weights, head_losses
+from drafters.eagle3.losses import head_losses
+from drafters.objectives import dpace_weights
 from specops.distill import (
     ETA,
     Rows,
@@ -14,6 +17,8 @@ from specops.distill import (
     forward_kl,
     lk_hybrid,
     overlap,
+    reverse_kl,
+    row_loss,
     total_variation,
 )
 
@@ -37,7 +42,7 @@ def all_known(labels: Tensor, row: Tensor) -> Rows:
     return Rows(labels, torch.ones_like(labels, dtype=torch.bool), row)
 
 
-@pytest.mark.parametrize("loss", [forward_kl, total_variation])
+@pytest.mark.parametrize("loss", [forward_kl, total_variation, reverse_kl])
 def test_gradients_match_finite_differences(loss):  # type: ignore[no-untyped-def]
     probs, logits = random_rows(seed=0)
 
@@ -50,6 +55,31 @@ def test_gradient_of_forward_kl_is_q_minus_p() -> None:
     (slope,) = torch.autograd.grad(forward_kl(probs, logits).sum(), logits)
 
     torch.testing.assert_close(slope, logits.detach().softmax(-1) - probs)
+
+
+def test_reverse_kl_and_its_gradient_are_those_of_the_formula() -> None:
+    probs, logits = random_rows(seed=11)
+    q = logits.detach().softmax(-1)
+
+    loss = reverse_kl(probs, logits)
+    (slope,) = torch.autograd.grad(loss.sum(), logits)
+
+    for row, (p_row, q_row) in enumerate(zip(probs.tolist(), q.tolist(), strict=True)):
+        want = sum(b * math.log(b / a) for a, b in zip(p_row, q_row, strict=True))
+        assert float(loss[row].detach()) == pytest.approx(want)
+    ratio = (q / probs).log()
+    torch.testing.assert_close(slope, q * (ratio - (q * ratio).sum(-1, keepdim=True)))
+
+
+def test_reverse_kl_is_finite_where_the_target_has_no_probability() -> None:
+    probs = torch.tensor([[1.0, 0.0]])
+    logits = torch.tensor([[0.0, 0.0]]).requires_grad_()
+
+    loss = reverse_kl(probs, logits)
+    loss.sum().backward()
+
+    assert float(loss.detach()) == pytest.approx(0.5 * 69.078 - 0.693, abs=1e-2)
+    assert logits.grad is not None and float(logits.grad[0, 1]) > 10  # mass leaves that token
 
 
 def test_gradient_of_total_variation_is_the_published_one() -> None:
@@ -65,7 +95,7 @@ def test_gradient_of_total_variation_is_the_published_one() -> None:
 def test_equal_distributions_lose_nothing() -> None:
     probs, _ = random_rows(seed=3)
 
-    for loss in (forward_kl, total_variation, lk_hybrid):
+    for loss in (forward_kl, total_variation, lk_hybrid, reverse_kl):
         torch.testing.assert_close(loss(probs, probs.log()), torch.zeros(5, dtype=torch.float64))
 
 
@@ -115,7 +145,7 @@ def test_truncated_vocabulary_is_not_renormalised_by_tv_but_by_kl() -> None:
     assert float(forward_kl(reachable, logits)) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("kind", ["lk", "forward_kl"])
+@pytest.mark.parametrize("kind", ["lk", "forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("vocab", [7, 4], ids=["whole vocabulary", "truncated vocabulary"])
 def test_head_losses_equal_their_definition(kind, vocab):  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(7)
@@ -124,7 +154,7 @@ def test_head_losses_equal_their_definition(kind, vocab):  # type: ignore[no-unt
     weight = torch.randn(vocab, 3, generator=generator, dtype=torch.float64).requires_grad_()
     row_weights = torch.rand(5, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3, 0])
-    plain = {"lk": lk_hybrid, "forward_kl": forward_kl}[kind](probs, hidden @ weight.T)
+    plain = row_loss(kind, probs, hidden @ weight.T)
 
     compared = all_known(labels, torch.arange(5))
 

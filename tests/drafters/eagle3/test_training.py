@@ -14,13 +14,14 @@ from drafters.eagle3 import chain_attention
 from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.training import (
-    Objective,
+    ChainPlan,
     chain_acceptance,
     reference_chain_logits,
     ttt_loss,
     ttt_outputs,
     weigh,
 )
+from drafters.objectives import Objective
 from specops.distill import FrozenHead, RowFigures
 
 HIDDEN, VOCAB, STEPS = 16, 23, 4
@@ -182,8 +183,8 @@ def test_padding_changes_nothing() -> None:
     for given in (batch, longer):
         for keep in (True, False):
             model.zero_grad()
-            objective = Objective(num_steps=3, keep_logits=keep)
-            result = ttt_loss(model, EMBED, head(given), given, objective)
+            plan = ChainPlan(num_steps=3, keep_logits=keep)
+            result = ttt_loss(model, EMBED, head(given), given, plan)
             result.loss.backward()
             slopes = [p.grad for p in model.parameters() if p.grad is not None]
             found.append([result.loss.detach(), result.alpha_K, result.agree_K, *slopes])
@@ -197,18 +198,18 @@ def test_padding_changes_nothing() -> None:
 
 def test_a_row_weighs_as_much_as_it_is_said_to() -> None:
     model, batch = make_model(), make_batch((12, 9))
-    objective = Objective(num_steps=1, floor=1.0, keep_logits=True)
-    plain = ttt_loss(model, EMBED, head(batch), batch, objective).loss
+    plan = ChainPlan(num_steps=1, floor=1.0, keep_logits=True)
+    plain = ttt_loss(model, EMBED, head(batch), batch, plan).loss
     single = []
     for row in range(len(batch.row_R)):
         weight = torch.zeros(len(batch.row_R))
         weight[row] = 1
         given = replace(batch, weight_R=weight)
-        single.append(ttt_loss(model, EMBED, head(batch), given, objective).loss)
+        single.append(ttt_loss(model, EMBED, head(batch), given, plan).loss)
 
     heavy = replace(batch, weight_R=torch.ones(len(batch.row_R)).index_fill(0, torch.tensor(3), 5))
-    found = ttt_loss(model, EMBED, head(batch), heavy, objective).loss
-    again = ttt_loss(model, EMBED, head(batch), heavy, replace(objective, keep_logits=False)).loss
+    found = ttt_loss(model, EMBED, head(batch), heavy, plan).loss
+    again = ttt_loss(model, EMBED, head(batch), heavy, replace(plan, keep_logits=False)).loss
 
     want = (sum(single) + 4 * single[3]) / (len(single) + 4)
     torch.testing.assert_close(plain, sum(single) / len(single))
@@ -240,23 +241,23 @@ def test_a_chain_never_sees_features_at_or_after_its_anchor() -> None:
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 11], ids=["whole vocabulary", "reduced"])
 def test_training_on_one_batch_raises_acceptance(kind, draft_vocab):  # type: ignore[no-untyped-def]
     model, batch = make_model(draft_vocab, torch.float32), make_batch((12, 9), torch.float32)
-    embed, objective = EMBED.float(), Objective(num_steps=3, loss=kind)
+    embed, plan = EMBED.float(), ChainPlan(num_steps=3, objective=Objective(kind))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    first = ttt_loss(model, embed, head(batch), batch, objective)
+    first = ttt_loss(model, embed, head(batch), batch, plan)
 
     for _ in range(60):
         optimizer.zero_grad()
-        ttt_loss(model, embed, head(batch), batch, objective).loss.backward()
+        ttt_loss(model, embed, head(batch), batch, plan).loss.backward()
         optimizer.step()
 
-    last = ttt_loss(model, embed, head(batch), batch, objective)
+    last = ttt_loss(model, embed, head(batch), batch, plan)
     assert last.loss < 0.5 * first.loss
     assert (last.alpha_K > first.alpha_K).all()
 
 
 def test_gradient_of_the_whole_loss_matches_finite_differences() -> None:
     model, batch = make_model(), make_batch((9, 7), unknown=(2,))
-    objective = Objective(num_steps=3, loss="forward_kl", floor=1.0, chunk_rows=4)
+    plan = ChainPlan(3, Objective("forward_kl"), floor=1.0, chunk_rows=4)
     fixed = torch.randn_like(model.fc.weight)
     fixed /= fixed.norm()
 
@@ -264,12 +265,12 @@ def test_gradient_of_the_whole_loss_matches_finite_differences() -> None:
         with torch.no_grad():
             model.fc.weight.add_(fixed, alpha=shift)
         try:
-            return ttt_loss(model, EMBED, head(batch), batch, objective).loss
+            return ttt_loss(model, EMBED, head(batch), batch, plan).loss
         finally:
             with torch.no_grad():
                 model.fc.weight.sub_(fixed, alpha=shift)
 
-    loss = ttt_loss(model, EMBED, head(batch), batch, objective).loss
+    loss = ttt_loss(model, EMBED, head(batch), batch, plan).loss
     loss.backward()
     assert model.fc.weight.grad is not None
     slope = (model.fc.weight.grad * fixed).sum()
@@ -286,9 +287,9 @@ def test_logits_that_are_not_kept_change_nothing(kind, draft_vocab):  # type: ig
 
     for keep, chunk in ((True, 4), (False, 4), (False, None)):
         model.zero_grad()
-        objective = Objective(3, kind, chain_share=0.7, keep_logits=keep, chunk_rows=chunk)
+        plan = ChainPlan(3, Objective(kind), chain_share=0.7, keep_logits=keep, chunk_rows=chunk)
         draw = torch.Generator().manual_seed(3)
-        result = ttt_loss(model, EMBED, head(batch), batch, objective, draw)
+        result = ttt_loss(model, EMBED, head(batch), batch, plan, draw)
         result.loss.backward()
         slopes = [p.grad for p in model.parameters() if p.grad is not None]
         found.append([result.loss.detach(), result.alpha_K, result.agree_K, *slopes])
@@ -299,11 +300,11 @@ def test_logits_that_are_not_kept_change_nothing(kind, draft_vocab):  # type: ig
 
 def test_a_share_of_the_chains_has_the_loss_of_all_on_average() -> None:
     model, batch = make_model(), make_batch((40, 33))
-    full = ttt_loss(model, EMBED, head(batch), batch, Objective(floor=1.0))
+    full = ttt_loss(model, EMBED, head(batch), batch, ChainPlan(floor=1.0))
     generator = torch.Generator().manual_seed(1)
-    objective = Objective(chain_share=0.5, floor=1.0)
+    plan = ChainPlan(chain_share=0.5, floor=1.0)
 
-    draws = [ttt_loss(model, EMBED, head(batch), batch, objective, generator) for _ in range(50)]
+    draws = [ttt_loss(model, EMBED, head(batch), batch, plan, generator) for _ in range(50)]
 
     mean = torch.stack([draw.loss.detach() for draw in draws]).mean()
     torch.testing.assert_close(mean, full.loss.detach(), rtol=0.01, atol=0.0)
@@ -347,7 +348,7 @@ def test_a_batch_without_rows_has_no_loss(share: float, keep: bool) -> None:
     )
 
     result = ttt_loss(
-        model, EMBED, head(quiet), quiet, Objective(chain_share=share, keep_logits=keep)
+        model, EMBED, head(quiet), quiet, ChainPlan(chain_share=share, keep_logits=keep)
     )
 
     assert float(result.loss.detach()) == 0
@@ -394,10 +395,10 @@ def test_a_bfloat16_batch_trains_float32_weights() -> None:
     """What a GPU runs, on a CPU: the layer under autocast, master weights untouched."""
     model, batch = make_model(dtype=torch.float32), make_batch((12, 9), torch.float32)
     low = batch.to(torch.device("cpu"), torch.bfloat16)
-    embed, objective = EMBED.bfloat16(), Objective(num_steps=3)
+    embed, plan = EMBED.bfloat16(), ChainPlan(num_steps=3)
 
-    wide = ttt_loss(model, EMBED.float(), head(batch), batch, objective)
-    narrow = ttt_loss(model, embed, head(low), low, objective)
+    wide = ttt_loss(model, EMBED.float(), head(batch), batch, plan)
+    narrow = ttt_loss(model, embed, head(low), low, plan)
     narrow.loss.backward()
 
     torch.testing.assert_close(narrow.loss, wide.loss, rtol=0.05, atol=0.0)
