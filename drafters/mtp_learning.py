@@ -42,6 +42,8 @@ class MtpTrainable:
     ``CarriedByTarget``."""
 
     kind: str = "mtp"
+    takes_reward: bool = True
+    """See ``Eagle3Trainable``."""
 
     def new_model(
         self,

@@ -31,6 +31,8 @@ class Eagle3Trainable:
     """EAGLE-3's ``drafters.trainable.Trainable``, which describes every method."""
 
     kind: str = "eagle3"
+    takes_reward: bool = True
+    """Its loss has the term of ``trainer.reward_weight``."""
 
     def new_model(
         self,
@@ -118,6 +120,7 @@ def objective_for(settings: TrainerSettings, device: torch.device) -> Objective:
     return Objective(
         num_steps=settings.ttt_steps,
         loss=settings.loss,
+        reward_weight=settings.reward_weight,
         chain_share=1.0 if on_gpu else CPU_CHAIN_SHARE,
         keep_logits=not on_gpu,
     )

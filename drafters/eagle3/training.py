@@ -41,6 +41,7 @@ from drafters.eagle3.chain_attention import ChainAttention
 from drafters.eagle3.chains import Chains, by_chain, chain_weights, lay_out
 from drafters.eagle3.losses import FLOOR, head_losses
 from drafters.eagle3.model import Attend, Eagle3
+from drafters.eagle3.reward import reward_loss, verified
 from drafters.trainable import BatchLoss
 from specops.device import distill, label_figures
 from specops.distill import (
@@ -73,6 +74,8 @@ class Objective:
     Nothing is computed twice, but a row takes 4 bytes per token of the drafter's vocabulary, and
     the same again (half in bfloat16) in every step. ``False`` needs about 1 GiB for any vocabulary,
     and one more product with the lm_head to find the D-PACE weights first."""
+    reward_weight: float = 0.0
+    """Weight of the policy-gradient term, see ``drafters.eagle3.reward``; 0: there is none."""
     chunk_rows: int | None = None
     """Rows of logits computed at once. ``None``: 128 with ``keep_logits``; without, as many as fit
     into a CPU's cache or 1 GiB of GPU memory."""
@@ -131,8 +134,14 @@ def ttt_loss(
     teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model))
     labels = _labels(model, batch)
     compared = [_compared(labels, chains, step) for step in range(len(inputs))]
+    reward = None
+    if objective.reward_weight:
+        found = verified(batch, chains, labels, _rejected(model, batch))
+        reward = reward_loss(inputs, model.head_weight(head.weight_VH), batch, found)
+        reward = reward * objective.reward_weight
     if not objective.keep_logits:
-        return _distilled(model, batch, chains, inputs, teacher, compared, objective)
+        distilled = _distilled(model, batch, chains, inputs, teacher, compared, objective)
+        return _with_reward(distilled, reward)
     weight = model.head_weight(head.weight_VH).to(batch.features_TF.dtype)
     chunk_rows = objective.chunk_rows or _CACHED_ROWS
     target = _target_rows(teacher, chunk_rows)
@@ -140,7 +149,11 @@ def ttt_loss(
         head_losses(hidden, weight, target, rows, objective.loss, chunk_rows)
         for hidden, rows in zip(inputs, compared, strict=True)
     ]
-    return weigh(chains, figures, objective.floor, batch.weight_R)
+    return _with_reward(weigh(chains, figures, objective.floor, batch.weight_R), reward)
+
+
+def _with_reward(computed: BatchLoss, reward: Tensor | None) -> BatchLoss:
+    return computed if reward is None else computed._replace(loss=computed.loss + reward)
 
 
 def _distilled(
@@ -222,13 +235,22 @@ def _target_ids(model: ChainModel) -> Tensor | None:
 def _labels(model: ChainModel, batch: TrainingBatch) -> Rows:
     """Committed token after each row, as a draft id."""
     last = batch.token_ids_T.numel() - 1  # where only padding is
-    label_R = batch.token_ids_T[(batch.row_R + 1).clamp_max(last)]
+    return _as_draft_ids(model, batch, batch.token_ids_T[(batch.row_R + 1).clamp_max(last)])
+
+
+def _rejected(model: ChainModel, batch: TrainingBatch) -> Rows:
+    """Token that was rejected behind each row, as a draft id."""
+    assert batch.outcome_R3 is not None
+    return _as_draft_ids(model, batch, batch.outcome_R3[:, 1].long().clamp_min(0))
+
+
+def _as_draft_ids(model: ChainModel, batch: TrainingBatch, token_R: Tensor) -> Rows:
     ids = _target_ids(model)
     if ids is not None:
-        draft_id_V = torch.full((model.config.target_vocab_size,), -1, device=label_R.device)
-        draft_id_V[ids] = torch.arange(len(ids), device=label_R.device)
-        label_R = draft_id_V[label_R]
-    return Rows(label_R.clamp_min(0), (label_R >= 0) & batch.is_row_R)
+        draft_id_V = torch.full((model.config.target_vocab_size,), -1, device=token_R.device)
+        draft_id_V[ids] = torch.arange(len(ids), device=token_R.device)
+        token_R = draft_id_V[token_R]
+    return Rows(token_R.clamp_min(0), (token_R >= 0) & batch.is_row_R)
 
 
 def _teacher_rows(chains: Chains, step: int) -> Tensor:
