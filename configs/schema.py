@@ -335,6 +335,13 @@ class TrainerSettings(Section):
     1 elsewhere. From the third rejected draft in a row on, the excess is doubled. With
     ``*_rejected_reverse_kl`` the excess is the weight of reverse KL instead. 1: all positions weigh
     the same."""
+    reward_weight: float = Field(0.0, ge=0)
+    """Weight of a policy-gradient term in the loss: draft tokens that the target kept are rewarded,
+    and the first one that it rejected in a round counts against the drafter. For kinds trained by
+    training-time test (``eagle3``, ``mtp``). 0: there is no such term."""
+    max_staleness: int | None = Field(None, ge=0)
+    """Traces whose newest draft is of a version more than so many versions behind the newest
+    published one are not trained on, and counted. ``None``: all are."""
     min_traces: int = Field(16, ge=1)
     """Traces to collect before the first update."""
     recent_traces: int = Field(256, ge=1)

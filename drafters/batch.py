@@ -46,6 +46,9 @@ class TrainingBatch:
     """float32 weight of the loss at this row, 1 unless some matter more than others."""
     longest: int
     """No piece has more positions than this."""
+    outcome_R3: Tensor | None = None
+    """int32 [R, 3]: depth, rejected token and bits of log q of ``policies.outcomes.Outcomes`` at
+    these rows; ``None``: nobody asks."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TrainingBatch:
         """Move to ``device``; features and last hidden are cast to ``dtype``."""
@@ -83,7 +86,7 @@ def joined(batches: Sequence[TrainingBatch]) -> TrainingBatch:
     columns: dict[str, Any] = {
         field.name: torch.cat([getattr(batch, field.name) for batch in batches])
         for field in fields(TrainingBatch)
-        if field.name != "longest"
+        if isinstance(getattr(batches[0], field.name), Tensor)
     }
     return TrainingBatch(**columns, longest=max(batch.longest for batch in batches))
 
@@ -112,6 +115,7 @@ def _part(number: int, sample: Sample, piece: Piece) -> TrainingBatch:
         temperature_R=torch.full((len(row_R),), sample.temperature),
         weight_R=torch.ones(len(row_R)) if weights is None else weights[row_R + piece.start],
         longest=length,
+        outcome_R3=None if sample.outcome_T3 is None else sample.outcome_T3[row_R + piece.start],
     )
 
 

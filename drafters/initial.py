@@ -48,6 +48,8 @@ class TargetFacts:
     """[V, H], any dtype and device."""
     fingerprint: str
     """64 hex digits that tie bundles to the target."""
+    former: tuple[str, ...] = ()
+    """Those of weights that this target had before: drafters made for them go on with these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +315,9 @@ def _check_kind(manifest: Manifest, kind: str, name: str) -> None:
 
 def _checked(bundle: Bundle, name: str, target: TargetFacts) -> StoredDrafter:
     manifest = bundle.manifest
+    if manifest.target_fingerprint in target.former:
+        log.info("%s was made for former weights of the target; it goes on with these", name)
+        manifest = replace(manifest, target_fingerprint=target.fingerprint)
     if manifest.target_fingerprint != target.fingerprint:
         raise ValueError(
             f"{name} was made for target {manifest.target_fingerprint[:12]}, but the target in "

@@ -314,9 +314,16 @@ class PagedMtp(PagedEagle3):
             target_head_VH: weight of the target's lm_head.
         """
         super().__init__(module, embed, num_slots)
-        head = module.head_weight(target_head_VH.detach())
+        self._target_head_VH = target_head_VH.detach()
+        head = module.head_weight(self._target_head_VH)
         on_cpu = head.device.type == "cpu" and module.d2t is not None
         self._head_weight = columns_of(head) if on_cpu else head
+
+    def follow_target(self) -> None:
+        """See ``drafters.protocol.FollowsTarget``: the rows of the lm_head that it drafts with are
+        copied if its vocabulary is reduced."""
+        if self.module.d2t is not None:
+            self._head_weight.copy_(self.module.head_weight(self._target_head_VH))
 
     def _logits(self, outputs: Tensor, squares: Tensor | None) -> Tensor:
         return nn.functional.linear(outputs, self._head_weight)

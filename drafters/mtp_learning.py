@@ -39,6 +39,8 @@ class MtpTrainable(LearnsByChains):
     ``CarriedByTarget``."""
 
     kind: str = "mtp"
+    takes_reward: bool = True
+    """See ``Eagle3Trainable``."""
 
     def new_model(
         self,

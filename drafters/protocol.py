@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -161,6 +161,15 @@ class NeuralDrafter(Drafter, Protocol):
             at: one row for each request, at the position after its anchor.
             choose: (logits [R, Vd], number of the drafted token) -> target ids [R].
         """
+
+
+@runtime_checkable
+class FollowsTarget(Protocol):
+    """A neural drafter with copies of the target's weights, besides tensors that it shares."""
+
+    def follow_target(self) -> None:
+        """The target's weights were overwritten where they lie: make the copies again, in place.
+        Called between two steps, on the engine's thread."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ class Sample:
     """Whose trace it is; it goes when that tenant is deleted. ``None``: nobody's."""
     steps: Steps | None = None
     """``None`` unless somebody asks, see ``trainer.dataset.Expected.counted``."""
+    outcome_T3: Tensor | None = None
+    """int32 [T, 3], see ``TrainingBatch.outcome_R3``; ``None`` likewise."""
 
     @property
     def tenant(self) -> str:

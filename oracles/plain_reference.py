@@ -49,11 +49,12 @@ def decode(model: Any, request: Request) -> list[int]:
             shape.repetition_penalty,
             dict(shape.logit_bias),
         )
-        tokens.append(_choose(torch.tensor(wanted, dtype=torch.float64), request, len(tokens)))
+        tokens.append(chosen(torch.tensor(wanted, dtype=torch.float64), request, len(tokens)))
     return tokens[len(request.prompt_ids) :]
 
 
-def _choose(logits_V: torch.Tensor, request: Request, position: int) -> int:
+def chosen(logits_V: torch.Tensor, request: Request, position: int) -> int:
+    """The token that a greedy or seeded request takes at a position."""
     shape = request.sampling
     if shape.temperature == 0:
         return int(logits_V.argmax())

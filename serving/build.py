@@ -22,6 +22,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.forgetting_writer import ForgettingWriter
 from buffer.interface import Backend
 from buffer.records import Manifest
+from buffer.run_target import former_of
 from buffer.signed_weights import open_weights
 from buffer.weights_store import WeightsStore
 from configs.schema import CaptureSettings, Settings
@@ -51,6 +52,7 @@ from serving.service import Service
 from serving.swap.flat_weights import Expected, FlatWeights
 from serving.swap.in_force import WeightsInForce
 from serving.swap.swapper import Shelf, Swapper
+from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
 from targets.find import checked_folder, target_name
@@ -58,6 +60,7 @@ from targets.fits import check_tokenizer
 from targets.load import load_served_model, pick_device, pick_dtype
 from targets.target import Target
 from targets.tokenizer import served_tokenizer
+from targets.update import TargetWeights
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +87,8 @@ class LoadedTarget:
     """64 hex digits that tie drafters and traces to it."""
     name: str
     """Its name in the API unless ``server.model_name`` says otherwise."""
+    folder: str | None = None
+    """Where it was read from; ``None``: it was made in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,8 @@ def load_target(settings: Settings) -> LoadedTarget:
     check_tokenizer(tokenizer, config)
     fingerprint = target_fingerprint(folder)
     model = load_served_model(folder, config, pick_dtype(settings.dtype, device), device)
-    return LoadedTarget(model, tokenizer, fingerprint, target_name(settings.target))
+    name = target_name(settings.target)
+    return LoadedTarget(model, tokenizer, fingerprint, name, str(folder.absolute()))
 
 
 def build_service(
@@ -162,9 +168,7 @@ def build_service(
     if learning is not None:
         manifest = learning.manifest
         policies.on_swap(manifest.kind, manifest.version, manifest.policy)
-    return _service(
-        settings, backend, model, parts, policies, learning, flat, loaded.fingerprint, redaction
-    )
+    return _service(settings, backend, model, parts, policies, learning, flat, loaded, redaction)
 
 
 def _policies(
@@ -290,7 +294,7 @@ def _service(
     policies: ArmPolicies,
     learning: _Learning | None,
     flat: FlatWeights | None,
-    fingerprint: str,
+    loaded: LoadedTarget,
     redaction: Redaction | None,
 ) -> Service:
     # Containers that share a folder may share names and process ids, too.
@@ -306,7 +310,7 @@ def _service(
         waiting = int(_WAITING_SHARE * _memory_bytes())
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
         maker = TraceMaker(
-            Producer(producer, int(time.time() * 1000), fingerprint),
+            Producer(producer, int(time.time() * 1000), loaded.fingerprint),
             programs.ring,
             programs.target.layer_ids,
         )
@@ -314,7 +318,7 @@ def _service(
         manifest = learning.manifest
         store = open_weights(backend, settings.swap.public_key)
         neural = programs.drafting.neural[manifest.kind].drafter
-        expected = Expected(manifest.kind, manifest.drafter_config, fingerprint)
+        expected = Expected(manifest.kind, manifest.drafter_config, loaded.fingerprint)
         swapper = Swapper(
             force=WeightsInForce(neural, flat, manifest, policies, _denied(store)),
             shelf=Shelf(store, producer, expected),
@@ -326,9 +330,27 @@ def _service(
     savings = None
     if isinstance(policies.ordinary, TimesPlainSteps):
         savings = Savings(policies.ordinary.plain_s)
-    listeners = _listeners(recorder, maker, swapper, redaction, savings)
+    target = TargetUpdates(
+        weights=TargetWeights(programs.target),
+        in_force=InForce(0, loaded.fingerprint, loaded.folder),
+        run_dir=settings.run_dir,
+        tell=_target_changed(maker, swapper),
+        wake_engine=parts.inbox.wake,
+    )
+    listeners = _listeners(recorder, maker, swapper, redaction, savings, target)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
-    return Service(model, engine, recorder, maker, swapper, policies, savings)
+    return Service(model, engine, recorder, maker, swapper, policies, savings, target)
+
+
+def _target_changed(maker: TraceMaker | None, swapper: Swapper | None) -> Callable[[str], None]:
+    """Whom a new fingerprint of the target concerns."""
+    concerned = [one.target_changed for one in (maker, swapper) if one is not None]
+
+    def tell(fingerprint: str) -> None:
+        for target_changed in concerned:
+            target_changed(fingerprint)
+
+    return tell
 
 
 def _captures(settings: CaptureSettings) -> Callable[[str], bool]:
@@ -353,8 +375,9 @@ def _listeners(
     swapper: Swapper | None,
     redaction: Redaction | None,
     savings: Savings | None,
+    target: TargetUpdates,
 ) -> Listeners:
-    heard: dict[str, Any] = {}
+    heard: dict[str, Any] = {"change_target": target.between_steps}
     if recorder is not None and maker is not None:
         put, finished = recorder.put, maker.finished
         if redaction is None:
@@ -376,7 +399,8 @@ def _first_version(
     if not learning:
         return None
     lm_head = loaded.model.get_output_embeddings().weight
-    facts = TargetFacts(loaded.model.config, lm_head, loaded.fingerprint)
+    former = former_of(settings.run_dir, loaded.fingerprint)
+    facts = TargetFacts(loaded.model.config, lm_head, loaded.fingerprint, former)
     path, new = settings.drafter.path, new_drafter(settings)
     try:
         stored = first_drafter(store, learning[0], facts, path=path, new=new)

@@ -88,6 +88,10 @@ class SpeculationStats:
     """Target passes that emitted tokens, including prefill."""
     proposed: int
     accepted: int
+    target_version: int = 0
+    """How often the target's weights had been replaced when the newest token was computed."""
+    target_switches: tuple[int, ...] = ()
+    """Number of completion tokens at each replacement that fell into the answer."""
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -185,4 +189,12 @@ class EngineFigures:
     """Target passes that emitted tokens, counted once for each request in them."""
     refusals: dict[str, int] = field(default_factory=dict)
     """``rejected`` versions by reason, see ``serving.swap.flat_weights.RefusedError``."""
+    target_version: int = 0
+    """How often the target's weights were replaced."""
+    target_updates: dict[str, int] = field(default_factory=dict)
+    """Orders to replace them: ``updated``, ``unchanged``, ``refused`` -> count."""
+    target_update_seconds: float = 0.0
+    """Total time for which steps waited for that."""
+    target_untraced: int = 0
+    """Requests that left no trace because the weights changed during their answer."""
     extra: dict[str, float] = field(default_factory=dict)

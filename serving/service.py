@@ -16,6 +16,7 @@ from serving.engine.loop import Engine
 from serving.requests import EngineFigures
 from serving.served_model import ServedModel
 from serving.swap.swapper import Swapper
+from serving.swap.target_update import TargetUpdates
 
 _FULL_COLLECTION = 1000
 """Collections of the middle generation between two full collections: a quarter of an hour at full
@@ -34,17 +35,20 @@ class Service:
         swapper: Swapper | None,
         policies: ArmPolicies | None = None,
         savings: Savings | None = None,
+        target: TargetUpdates | None = None,
     ) -> None:
         """
         Args:
             policies: the engine's policy among those of arms; ``None``: it has no others.
             savings: counts what drafting saves; ``None``: nobody knows what plain steps take.
+            target: replaces the target's weights; ``None``: they stay as they are.
         """
         self.model = model
         self.engine = engine
         self.recorder = recorder
         self.maker = maker
         self.swapper = swapper
+        self.target = target
         self._policies = policies
         self._savings = savings
         self._thresholds = gc.get_threshold()
@@ -76,6 +80,8 @@ class Service:
         gc.freeze()
         youngest, middle, _ = self._thresholds
         gc.set_threshold(youngest, middle, _FULL_COLLECTION)
+        if self.target:
+            self.target.announce()
         if self.recorder:
             self.recorder.start()
         self.engine.start()
@@ -101,6 +107,10 @@ class Service:
             swap_seconds=self.swapper.swap_seconds if self.swapper else 0.0,
             traces=self.recorder.counts() if self.recorder else {},
             capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,
+            target_version=self.target.version if self.target else 0,
+            target_updates=self.target.counts() if self.target else {},
+            target_update_seconds=self.target.seconds if self.target else 0.0,
+            target_untraced=self.target.num_untraced if self.target else 0,
             extra={name: value for name, value in self._payback().items() if value is not None},
         )
 

@@ -99,6 +99,24 @@ def _check_in_place(before: list[tuple[nn.Parameter, Tensor]], layers: list[Any]
         )
 
 
+def _copies_of(
+    family: Family, decoder: Any, layers: list[Layer], final_norm: Norm
+) -> list[tuple[Tensor, Callable[[], Tensor]]]:
+    """Weights that are copies of a parameter, each with a function that makes it again."""
+    pairs = [
+        pair
+        for module, layer in zip(decoder.layers, layers, strict=True)
+        for pair in family.copies(module, layer)
+    ]
+    if final_norm.weight_K.data_ptr() != decoder.norm.weight.data_ptr():
+        pairs.append((final_norm, decoder.norm))
+
+    def made_again(module: Any) -> Callable[[], Tensor]:
+        return lambda: family.norm(module).weight_K
+
+    return [(norm.weight_K, made_again(module)) for norm, module in pairs]
+
+
 def _tensors_of(value: Any) -> Iterator[Tensor]:
     """Tensors in a layer's fields, those of its norms and heads included."""
     if isinstance(value, Tensor):
@@ -159,6 +177,7 @@ class FusedDecoder:
         if in_place:
             _check_in_place(before, self.layers)
         self.final_norm = family.norm(decoder.norm)
+        self._copies = _copies_of(family, decoder, self.layers, self.final_norm)
         self._embed_scale = family.embed_scale(decoder.embed_tokens)
         self.scale: float = decoder.layers[0].self_attn.scaling
         """Factor of the attention scores."""
@@ -179,6 +198,20 @@ class FusedDecoder:
         do = self._operations
         self._gate = do.silu_gate if family.activation == "silu" else do.gelu_gate
         self._ahead_bytes = 0 if self._operations is DEFINITIONS else ahead_bytes
+
+    def num_unreached(self, model: Any) -> int:
+        """Weights of the layers that ``follow`` would leave as they are, because they are copies
+        that the family does not list."""
+        reached = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        reached |= {copy.untyped_storage().data_ptr() for copy, _ in self._copies}
+        tensors = (t for layer in self.layers for t in _tensors_of(layer))
+        return sum(t.untyped_storage().data_ptr() not in reached for t in tensors)
+
+    def follow(self) -> None:
+        """The model's parameters were overwritten where they lie: make again, in place, what was
+        copied from them."""
+        for copy, again in self._copies:
+            copy.copy_(again())
 
     def forward(
         self,

@@ -61,6 +61,20 @@ def layer(module: Any, by_columns: bool) -> Layer:
     )
 
 
+def copies(module: Any, layer: Layer) -> list[tuple[Norm, Any]]:
+    """All norms of a decoder layer, see ``norm_of``."""
+    attention = module.self_attn
+    made = (
+        (layer.attention_norm, module.input_layernorm),
+        (layer.after_attention, module.post_attention_layernorm),
+        (layer.mlp_norm, module.pre_feedforward_layernorm),
+        (layer.after_mlp, module.post_feedforward_layernorm),
+        (layer.heads.query_norm, attention.q_norm),
+        (layer.heads.key_norm, attention.k_norm),
+    )
+    return [(norm, made_from) for norm, made_from in made if norm is not None]
+
+
 def ropes(rotary: Any) -> dict[str, Rope]:
     """The rotary embeddings of layers with a window and of those without."""
     return {
@@ -88,4 +102,5 @@ FAMILY = Family(
     norm=norm_of,
     ropes=ropes,
     embed_scale=embed_scale,
+    copies=copies,
 )

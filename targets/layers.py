@@ -86,6 +86,9 @@ class Family:
     """Its rotary embeddings, by the name in ``Layer.rope``."""
     embed_scale: Callable[[Any], float | None] = lambda _embedding: None
     """Factor of the rows of its embedding; ``None``: 1."""
+    copies: Callable[[Any, Layer], list[tuple[Norm, Any]]] = lambda _module, _layer: []
+    """Norms of one of its layers whose weights are copies, each with the module that ``norm`` made
+    it from: they are made again when the module's weights are overwritten."""
 
 
 def llama_like(modelling: ModuleType, name: str) -> Family:

@@ -191,6 +191,17 @@ class Target:
             return str(error)
         return None
 
+    def why_not_overwritten(self) -> str | None:
+        """Why new values of the parameters would not be all that the next pass computes with;
+        ``None``: they would."""
+        unreached = 0 if self._fused is None else self._fused.num_unreached(self.model)
+        return f"its layers hold {unreached} copies of weights" if unreached else None
+
+    def follow(self) -> None:
+        """The parameters were overwritten where they lie: passes compute with them from now on."""
+        if self._fused is not None:
+            self._fused.follow()
+
     @property
     def is_fused(self) -> bool:
         """Passes of fixed shape run our decoder, not the target's own code."""

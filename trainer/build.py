@@ -18,10 +18,10 @@ from safetensors.torch import load
 from buffer.audit import audit
 from buffer.backends import limits_of, open_backend
 from buffer.bundles import BundleError
-from buffer.fingerprint import target_fingerprint
 from buffer.interface import Backend
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
+from buffer.run_target import former_of
 from buffer.signed_weights import open_weights
 from buffer.traces import SeenTraces, TraceReader
 from buffer.weights_store import WeightsStore
@@ -32,7 +32,6 @@ from policies.draws.catalog import entry
 from policies.payback import Payback
 from reporting.catalog import asked_for
 from reporting.reports import Reports
-from targets.find import checked_folder
 from targets.head import TargetHead, load_target_head
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import ROW_TYPES, Emphasis, Expected, name_of, triple_of
@@ -49,6 +48,7 @@ from trainer.reporting import Reporter
 from trainer.rows import RowStore, memory_bytes
 from trainer.saver import Saver
 from trainer.start import newest_drafter
+from trainer.target import TargetWatch, target_of_run
 from trainer.update import batch_dtype
 from trainer.worth import Worth
 
@@ -77,17 +77,17 @@ def build_trainer(
     learns = trainable(settings.drafter.kind)
     draws = entry(settings.trainer.draw)
     objective_of(settings.trainer)  # an unknown name must not wait for the first update
+    rewards = _rewards(settings, learns)
     device = device_of(settings.trainer.device, group)
-    folder = checked_folder(settings.target, settings.target_cache)
-    fingerprint = target_fingerprint(folder)
-    head = load_target_head(folder, device, batch_dtype(device))
+    place = target_of_run(settings)
+    head = load_target_head(place.folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
     audit(settings.run_dir, "read", settings.buffer.url, group=settings.trainer.group)
     store = _weights(settings, backend)
-    manifest, model = newest_drafter(settings, store, head, fingerprint)
+    manifest, model = newest_drafter(settings, store, head, place.fingerprint)
     incumbent = copy.deepcopy(model).to(device)
     journal = _journal(settings, reports or Reports())
-    rows = RowStore(device, memory_bytes(settings.trainer, device))
+    rows = RowStore(device, memory_bytes(settings.trainer, device), has_outcomes=rewards)
     trainer = Trainer(
         settings=settings,
         intake=Intake(
@@ -97,9 +97,11 @@ def build_trainer(
                 emphasis=emphasis_of(settings),
                 surprised=settings.drafter.kind if draws.needs_surprise else None,
                 counted=settings.drafter.kind,
+                rewarded=settings.drafter.kind if rewards else None,
             ),
             settings.trainer.max_sequence,
             journal,
+            TargetWatch(settings.run_dir),
         ),
         publisher=Publisher(store, store.take_over()),
         memory=Memory(settings.trainer, settings.seed, rows),
@@ -133,6 +135,21 @@ def build_trainer(
         resume(trainer, saved, backend)
     _capture_updates(trainer)
     return trainer
+
+
+def _rewards(settings: Settings, learns: Trainable[Any]) -> bool:
+    """Whether draft tokens are rewarded.
+
+    Raises:
+        ValueError: they are to be, but this kind of drafter does not learn from that.
+    """
+    is_asked = settings.trainer.reward_weight > 0
+    if is_asked and not getattr(learns, "takes_reward", False):
+        raise ValueError(
+            f"trainer.reward_weight is {settings.trainer.reward_weight:g}, but the loss of "
+            f"{learns.kind} has no such term; set it to 0"
+        )
+    return is_asked
 
 
 def _journal(settings: Settings, reports: Reports) -> Journal:
@@ -191,16 +208,18 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
     Traces read after the checkpoint are read again. Samples it held are read from the log by their
     keys, and so are those that only newer checkpoints, which are damaged, had learnt from: their
     group has committed them and gives them to nobody any more. What is no longer in the log is left
-    out.
+    out. After a checkpoint that was made for former weights of the target, nothing is held.
 
     Raises:
         CheckpointError: it was made for another target or drafter, or is incomplete.
     """
     state = saved.state
     intake, group = trainer.intake, trainer.settings.trainer.group
+    former = former_of(trainer.settings.run_dir, intake.expected.target_fingerprint)
     try:
+        is_former = state["target_fingerprint"] in former
         for name, ours in trainer.identity().items():
-            if state[name] != ours:
+            if state[name] != ours and not (is_former and name == "target_fingerprint"):
                 raise ValueError(f"its {name} is {state[name]}, this run has {ours}")
         trainer.learner.load_state_tensors(saved.tensors)
         trainer.learner.step = state["step"]
@@ -214,7 +233,8 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         again = _seen_by(saved.damaged, seen)
         wanted = keys_in(state["memory"])
         found = intake.find(wanted | again, TraceReader(backend))
-        trainer.memory.restore(state["memory"], found)
+        if not is_former:
+            trainer.memory.restore(state["memory"], found)
         for key in again & found.keys():
             seen.add(*triple_of(key))
         offsets = {**state["offsets"], "seen": seen.to_json()}

@@ -19,6 +19,7 @@ from buffer.deletions import Owner
 from buffer.records import Count, FeatureRows, Real, Rounds, Trace
 from drafters.samples import Piece, Sample, Steps
 from policies.draws.surprise import surprise_of
+from policies.outcomes import Drafted, outcomes_of
 from policies.preference import row_weights
 
 RefusalReason = Literal["no_features", "target", "layers", "shape", "vocabulary", "short"]
@@ -55,6 +56,9 @@ class Expected:
     """Kind of the drafter whose rejected drafts make a trace surprising; ``None``: nobody asks."""
     counted: str | None = None
     """Kind of the drafter whose steps are counted, see ``Sample.steps``; ``None``: nobody asks."""
+    rewarded: str | None = None
+    """Kind of the drafter whose draft tokens are rewarded, see ``Sample.outcome_T3``; ``None``:
+    nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,17 @@ def sample_of(
         None if expected.surprised is None else surprise_of(trace.rounds, expected.surprised),
         Owner(trace.tenant, trace.finished_unix_ms),
         None if expected.counted is None else _steps(trace.rounds, expected.counted),
+        None if expected.rewarded is None else _outcomes(trace, expected.rewarded),
     )
+
+
+def _outcomes(trace: Trace, kind: str) -> torch.Tensor:
+    """``Sample.outcome_T3``."""
+    own = (one for one in trace.rounds if one.drafter == kind)
+    drafted = (Drafted(x.anchor, x.draft_ids, x.num_accepted, x.q_logp) for x in own)
+    found = outcomes_of(trace.token_ids.size, drafted)
+    columns = found.depth_T, found.rejected_T, found.q_logp_T.view(np.int32)
+    return torch.from_numpy(np.stack(columns, axis=1))
 
 
 def _steps(rounds: Rounds, kind: str) -> Steps:

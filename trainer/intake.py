@@ -11,16 +11,17 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from buffer.deletions import Deletions
 from buffer.interface import ServiceAwayError
-from buffer.records import Trace
+from buffer.run_target import RunTarget
 from buffer.traces import TraceCounts, TraceReader
 from drafters.samples import Sample
 from trainer.dataset import Expected, Refusal, key_of, sample_of
 from trainer.journal import Journal
+from trainer.target import TargetWatch
 
 TRACES_AT_ONCE = 64
 BATCHES_AHEAD = 2
@@ -44,13 +45,20 @@ class _Batch:
     """All records had been read before."""
     problem: str | None = None
     """Why the buffer could not be read at present."""
+    target: str = ""
+    """Fingerprint of the target that its samples are of."""
 
 
 class Intake:
     """The trainer's end of the trace log."""
 
     def __init__(
-        self, reader: TraceReader, expected: Expected, max_sequence: int, journal: Journal
+        self,
+        reader: TraceReader,
+        expected: Expected,
+        max_sequence: int,
+        journal: Journal,
+        watch: TargetWatch,
     ) -> None:
         """
         Args:
@@ -58,8 +66,10 @@ class Intake:
             expected: what traces must fit.
             max_sequence: most positions of a piece.
             journal: told of refused traces.
+            watch: knows which weights the run's target has.
         """
         self.expected = expected
+        self.watch = watch
         self.num_refused: Counter[str] = Counter()
         """Refused traces by reason, since this process started."""
         self.last_trace_s = time.monotonic()
@@ -121,6 +131,8 @@ class Intake:
             return []
         self._offsets, self._counts = batch.offsets, batch.counts
         self._note(batch.problem)
+        if batch.samples and batch.target != self.expected.target_fingerprint:
+            batch = _of_former(batch)
         if batch.samples or batch.refused:
             self.last_trace_s = time.monotonic()
         for key, refusal in batch.refused:
@@ -129,6 +141,18 @@ class Intake:
         kept = [one for one in batch.samples if not _is_covered(one, self._reader.deletions)]
         self.num_deleted += len(batch.samples) - len(kept)
         return kept
+
+    def moved_target(self) -> RunTarget | None:
+        """The target of the run, if its weights are no longer those that samples are of.
+
+        Until ``follow`` or ``TargetWatch.give_up`` no more traces are read: those of the new
+        weights would be refused."""
+        return self.watch.moved(self.expected.target_fingerprint)
+
+    def follow(self, fingerprint: str) -> None:
+        """Refuse traces of the former weights of the target from now on, also those that were read
+        ahead."""
+        self.expected = replace(self.expected, target_fingerprint=fingerprint)
 
     def new_deletions(self) -> Deletions | None:
         """Tenants that were deleted, if any was since the last call."""
@@ -154,7 +178,7 @@ class Intake:
             num_seen = _num_seen(reader)
             for trace in reader.read(TRACES_AT_ONCE):
                 if key_of(trace) in wanted:
-                    sample = self._sample_of(trace)
+                    sample = sample_of(trace, self.expected, self._max_sequence)
                     if isinstance(sample, Sample):
                         found[sample.key] = sample
             if _num_seen(reader) == num_seen:
@@ -169,23 +193,24 @@ class Intake:
         self._away = problem
 
     def _next_batch(self) -> _Batch:
-        before = _num_seen(self._reader)
+        before, expected = _num_seen(self._reader), self.expected
         samples, refused = list[Sample](), list[tuple[str, Refusal]]()
+        if self.watch.moved(expected.target_fingerprint) is not None:
+            return _Batch([], [], self._reader.offsets(), self._reader.counts, True)
         try:
             traces = self._reader.read(TRACES_AT_ONCE)
         except ServiceAwayError as error:
             return _Batch([], [], self._reader.offsets(), self._reader.counts, True, str(error))
         for trace in traces:
-            sample = self._sample_of(trace)
+            sample = sample_of(trace, expected, self._max_sequence)
             if isinstance(sample, Sample):
                 samples.append(sample)
             else:
                 refused.append((key_of(trace), sample))
         is_empty = _num_seen(self._reader) == before
-        return _Batch(samples, refused, self._reader.offsets(), self._reader.counts, is_empty)
-
-    def _sample_of(self, trace: Trace) -> Sample | Refusal:
-        return sample_of(trace, self.expected, self._max_sequence)
+        offsets, counts = self._reader.offsets(), self._reader.counts
+        target = expected.target_fingerprint
+        return _Batch(samples, refused, offsets, counts, is_empty, target=target)
 
 
 class _Ahead:
@@ -254,6 +279,13 @@ class _Ahead:
 
     def _has_room(self) -> bool:
         return sum(not batch.is_empty for batch in self._ready) < BATCHES_AHEAD
+
+
+def _of_former(batch: _Batch) -> _Batch:
+    """The batch with all its samples refused: the target's weights were replaced meanwhile."""
+    why = Refusal("target", "it is of weights that the target had when it was read ahead")
+    refused = [*batch.refused, *((one.key, why) for one in batch.samples)]
+    return replace(batch, samples=[], refused=refused)
 
 
 def _is_covered(sample: Sample, deletions: Deletions) -> bool:

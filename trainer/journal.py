@@ -181,6 +181,16 @@ _TEXTS = {
         logging.WARNING,
         "the server rolled back version %(rejected)d; training goes on from version %(version)d",
     ),
+    "target_changed": (
+        logging.WARNING,
+        "the target's weights were replaced by those in %(folder)s: %(traces)d traces of the "
+        "former ones are dropped, and learning goes on from version %(version)d",
+    ),
+    "target_not_followed": (
+        logging.ERROR,
+        "the target's weights were replaced by those in %(folder)s, which cannot be followed: "
+        "%(text)s",
+    ),
     "paused": (logging.INFO, "learning pauses until acceptance falls: %(text)s"),
     "drift": (
         logging.WARNING,

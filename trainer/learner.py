@@ -82,6 +82,7 @@ class Learner:
             self.generator,
             use_graphs,
         )
+        self.num_processes = group.size
         self.team: Team | None = None
         """Computes updates in parts; ``None``: they are computed whole, by ``program``."""
         if group.size > 1 or settings.parts > 1:

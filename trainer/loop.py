@@ -30,6 +30,7 @@ from trainer.publish import Publisher, bundle_content, is_same, publish_version
 from trainer.replay import Memory
 from trainer.saver import Saver
 from trainer.start import newest_drafter
+from trainer.target import follow
 from trainer.update_log import UpdateLog
 from trainer.worth import Worth
 
@@ -100,15 +101,28 @@ class Trainer:
         return self.memory.waits_for()
 
     def take_in_traces(self) -> None:
-        """Move the traces that arrived into memory, and drop what was deleted."""
+        """Move the traces that arrived into memory, and drop what was deleted. If the target has
+        other weights by now, learn for these."""
+        if (moved := self.intake.moved_target()) is not None:
+            follow(self, moved)
         if samples := self.intake.read():
             self.memory.take_in(samples)
             self.worth.take_in(samples)
+        self._drop_stale()
         self.worth.look()
         deletions = self.intake.new_deletions()
         if deletions is not None:
             num_traces = self.memory.forget(deletions.covers_owner)
             self.journal.event("deleted", traces=num_traces)
+
+    def _drop_stale(self) -> None:
+        """Hold ``trainer.max_staleness``."""
+        most = self.settings.trainer.max_staleness
+        if most is None:
+            return
+        oldest = self.published.version - most
+        if num_traces := self.memory.drop_older(oldest):
+            self.journal.event("stale", traces=num_traces, oldest_version=oldest)
 
     def update(self) -> None:
         """Train on one batch from memory. On a GPU its figures arrive some updates later."""
@@ -385,7 +399,8 @@ class Trainer:
     def _write_updates(self) -> None:
         """One event for the updates since the last one."""
         if values := self.updates.taken(self.published.version):
-            self.updates.latest |= {name: values[name] for name in ("loss", "alpha", "agree")}
+            shown = ("loss", "alpha", "agree", "staleness", "staleness_max")
+            self.updates.latest |= {name: values[name] for name in shown}
             self.journal.event("update", version=self.published.version, **values)
 
     def _write_status(self, state: str) -> None:
@@ -409,6 +424,7 @@ class Trainer:
                     "refused": dict(self.intake.num_refused),
                     "taken_in": memory.num_samples,
                     "held": len(memory.samples()),
+                    "stale": memory.num_stale,
                     "held_out": memory.num_held_out,
                     "judging": len(memory.held_out) + len(memory.held_out_older),
                 },

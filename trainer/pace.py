@@ -46,6 +46,12 @@ class Pace:
     cool_until_s: float = -math.inf
     """Monotonic time before which no candidate is judged."""
 
+    def begin(self) -> None:
+        """What was measured before says nothing about what comes."""
+        self.steps_since_judged = self.refused_in_row = 0
+        self.estimate = self.judged_estimate = None
+        self.lacks = _LEAST_GAIN
+
     def saw(self, report: UpdateReport) -> None:
         """Take an update's figures into the estimate."""
         if report.skipped:

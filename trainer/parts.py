@@ -76,7 +76,7 @@ def to_tensors(parts: Sequence[Part]) -> dict[str, Tensor]:
         f"{number}.{field.name}": getattr(part.batch, field.name)
         for number, part in enumerate(parts)
         for field in fields(TrainingBatch)
-        if field.name != "longest"
+        if isinstance(getattr(part.batch, field.name), Tensor)
     }
 
 

@@ -129,10 +129,11 @@ def _train(
 
 
 def _work(settings: Settings) -> None:
-    folder = checked_folder(settings.target, settings.target_cache)
+    checked_folder(settings.target, settings.target_cache)
     from targets.head import load_target_head
     from trainer.build import set_up_process
     from trainer.group import device_of, joined
+    from trainer.target import target_of_run
     from trainer.team import work
     from trainer.update import batch_dtype
 
@@ -142,7 +143,8 @@ def _work(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         device = device_of(settings.trainer.device, group)
-        work(group, settings.trainer, load_target_head(folder, device, batch_dtype(device)), device)
+        head = load_target_head(target_of_run(settings).folder, device, batch_dtype(device))
+        work(group, settings.trainer, head, device)
 
 
 @contextlib.contextmanager

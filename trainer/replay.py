@@ -122,6 +122,8 @@ class Memory:
     """Rows with a loss that updates were trained on, counted each time."""
     held_back: str | None = None
     """Why the samples held make no batch."""
+    num_stale: int = 0
+    """Training samples dropped because their drafts were of too old a version."""
 
     def take_in(self, samples: Sequence[Sample]) -> None:
         """Split new samples into held-out and training samples, and upload those that are kept.
@@ -155,6 +157,29 @@ class Memory:
             self.replay, self.judges = _without(self.replay, keys), _without(self.judges, keys)
             self.turns = Turns.of(self.samples(), self.turns.by_key(), self.turns.arrivals())
         return len(gone)
+
+    def drop_older(self, version: int) -> int:
+        """Drop the training samples whose newest draft is of an older version. Rows that no update
+        has seen count no longer as fresh. Returns how many samples they were."""
+        visits = self.turns.by_key()
+        gone = [x for x in self.samples() if x.version is not None and x.version < version]
+        if gone:
+            self.store.drop(gone)
+            self.replay = _without(self.replay, {x.key for x in gone})
+            self.turns = Turns.of(self.samples(), visits, self.turns.arrivals())
+            self.fresh_rows -= sum(x.num_loss_rows for x in gone if x.key not in visits)
+            self.num_stale += len(gone)
+        return len(gone)
+
+    def clear(self) -> int:
+        """Drop all samples, whose rows are of no more use, and count from the beginning. Returns
+        how many they were."""
+        held = [*_all(self.replay), *_all(self.judges)]
+        self.store.drop(held)
+        self.replay, self.judges, self.turns = Replay(), Replay(), Turns()
+        self.num_samples = self.num_held_out = self.fresh_rows = self.trained_rows = 0
+        self.held_back = None
+        return len(held)
 
     def _keep(self, training: Sequence[Sample], judges: Sequence[Sample]) -> None:
         """Take in what the replay mix keeps."""

@@ -27,6 +27,8 @@ from trainer.packing import HeldPiece, Ints, Packed
 PAGE = 16
 _NUM_FACTS = 5
 """int32 columns of a slot: token id, position, known, and the bits of temperature and weight."""
+_NUM_OUTCOMES = 3
+"""Further columns, if they are asked for: see ``TrainingBatch.outcome_R3``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,13 @@ def memory_bytes(settings: TrainerSettings, device: torch.device) -> int:
 class RowStore:
     """Bounded store of samples. Its tensors are allocated for the first sample and never move."""
 
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
+    def __init__(self, device: torch.device, num_bytes: int, *, has_outcomes: bool = False) -> None:
         """
         Args:
             num_bytes: upper bound of all tensors together.
+            has_outcomes: keep what became of draft tokens.
         """
+        self._num_facts = _NUM_FACTS + _NUM_OUTCOMES * has_outcomes
         self.device = device
         self.num_bytes = num_bytes
         self.num_pages = 0
@@ -123,7 +127,7 @@ class RowStore:
         if self._columns is not None:
             return
         is_fp8 = dtype == torch.float8_e4m3fn
-        slot_bytes = width * hidden * dtype.itemsize + 4 * _NUM_FACTS
+        slot_bytes = width * hidden * dtype.itemsize + 4 * self._num_facts
         slot_bytes += 4 * width if is_fp8 else 0
         self.num_pages = self.num_bytes // (slot_bytes * PAGE)
         if self.num_pages < 2:
@@ -136,7 +140,7 @@ class RowStore:
         self._columns = Columns(
             torch.empty((slots, width, hidden), dtype=stored, device=where),
             torch.empty((slots, width), device=where) if is_fp8 else None,
-            torch.empty((slots, _NUM_FACTS), dtype=torch.int32, device=where),
+            torch.empty((slots, self._num_facts), dtype=torch.int32, device=where),
             dtype,
         )
         for column in self._columns[:3]:
@@ -202,6 +206,7 @@ class RowStore:
             temperature_R=at_row[:, 3].contiguous().view(torch.float32),
             weight_R=at_row[:, 4].contiguous().view(torch.float32),
             longest=longest,
+            outcome_R3=at_row[:, _NUM_FACTS:] if self._num_facts > _NUM_FACTS else None,
         )
 
     def batch(self, packed: Packed, dtype: torch.dtype) -> TrainingBatch:
@@ -226,7 +231,7 @@ class RowStore:
         if columns.scale_Cm is not None:
             scales = [_only(s, keep) for (_, s), keep in zip(stored, captured, strict=True)]
             columns.scale_Cm.index_copy_(0, where, self._joined(scales))
-        facts = self._joined([_facts_of(sample) for sample in samples])
+        facts = self._joined([_facts_of(sample, self._num_facts) for sample in samples])
         places = [own[: _num_positions(sample)] for sample, own in zip(samples, slots, strict=True)]
         everywhere = self._to_device(torch.from_numpy(np.concatenate(places)).long())
         columns.facts_C.index_copy_(0, everywhere, facts)
@@ -305,17 +310,20 @@ def _as_stored(sample: Sample, columns: Columns) -> tuple[Tensor, Tensor]:
     return wide.to(columns.dtype), no_scale
 
 
-def _facts_of(sample: Sample) -> Tensor:
-    """[T, 5] int32 of the positions that are stored."""
+def _facts_of(sample: Sample, num_facts: int) -> Tensor:
+    """[T, num_facts] int32 of the positions that are stored."""
     first, num = first_position(sample), _num_positions(sample)
     stop = first + num
-    facts = torch.zeros((num, _NUM_FACTS), dtype=torch.int32)
+    facts = torch.zeros((num, num_facts), dtype=torch.int32)
     facts[:, 0] = sample.token_ids_T[first:stop]
     facts[:, 1] = torch.arange(first, stop)
     facts[sample.positions_N[_captured(sample)] - first, 2] = 1
     facts[:, 3:].view(torch.float32)[:, 0] = sample.temperature
     weights = 1.0 if sample.weight_T is None else sample.weight_T[first:stop]
     facts[:, 3:].view(torch.float32)[:, 1] = weights
+    if num_facts > _NUM_FACTS:
+        assert sample.outcome_T3 is not None, "whoever keeps outcomes asks for them"
+        facts[:, _NUM_FACTS:] = sample.outcome_T3[first:stop]
     return facts
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from buffer.records import Manifest
+from buffer.run_target import former_of
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.initial import (
@@ -32,7 +33,12 @@ def newest_drafter(
     stored = first_drafter(
         store,
         drafter.kind,
-        TargetFacts(head.config, head.lm_head.weight_VH, fingerprint),
+        TargetFacts(
+            head.config,
+            head.lm_head.weight_VH,
+            fingerprint,
+            former_of(settings.run_dir, fingerprint),
+        ),
         path=drafter.path,
         new=new_drafter(settings),
     )

@@ -72,6 +72,7 @@ class UpdateLog:
             "skipped": sum(r.skipped for r in reports),
             "seconds": self.busy_s,
             "staleness": version - sum(made) / len(made) if made else None,
+            "staleness_max": version - min(made) if made else None,
         }
         self.reports, self.num_traces, self.versions = [], 0, []
         self.busy_s, self.began_s = 0.0, time.monotonic()

@@ -81,6 +81,8 @@ class Eagle3Trainable(LearnsByChains):
     """EAGLE-3's ``drafters.trainable.Trainable``, which describes every method."""
 
     kind: str = "eagle3"
+    takes_reward: bool = True
+    """Its loss has the term of ``trainer.reward_weight``."""
 
     def new_model(
         self,
@@ -142,6 +144,7 @@ def plan_for(settings: TrainerSettings, device: torch.device) -> ChainPlan:
     return ChainPlan(
         num_steps=settings.ttt_steps,
         objective=objective_of(settings),
+        reward_weight=settings.reward_weight,
         chain_share=1.0 if on_gpu else CPU_CHAIN_SHARE,
         keep_logits=not on_gpu,
     )

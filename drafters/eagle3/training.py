@@ -41,6 +41,7 @@ from drafters.eagle3.chain_attention import ChainAttention
 from drafters.eagle3.chains import Chains, by_chain, chain_weights, lay_out
 from drafters.eagle3.losses import head_losses
 from drafters.eagle3.model import Attend, Eagle3
+from drafters.eagle3.reward import reward_loss, verified
 from drafters.objectives import (
     FLOOR,
     LK,
@@ -82,6 +83,8 @@ class ChainPlan:
     Nothing is computed twice, but a row takes 4 bytes per token of the drafter's vocabulary, and
     the same again (half in bfloat16) in every step. ``False`` needs about 1 GiB for any vocabulary,
     and one more product with the lm_head to find the D-PACE weights first."""
+    reward_weight: float = 0.0
+    """Weight of the policy-gradient term, see ``drafters.eagle3.reward``; 0: there is none."""
     chunk_rows: int | None = None
     """Rows of logits computed at once. ``None``: 128 with ``keep_logits``; without, as many as fit
     into a CPU's cache or 1 GiB of GPU memory."""
@@ -177,8 +180,14 @@ def ttt_loss(
     teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model))
     labels = _labels(model, batch)
     compared = [_compared(labels, chains, step) for step in range(len(inputs))]
+    reward = None
+    if plan.reward_weight:
+        found = verified(batch, chains, labels, _rejected(model, batch))
+        reward = reward_loss(inputs, model.head_weight(head.weight_VH), batch, found)
+        reward = reward * plan.reward_weight
     if not plan.keep_logits:
-        return _distilled(model, batch, chains, inputs, teacher, compared, plan)
+        distilled = _distilled(model, batch, chains, inputs, teacher, compared, plan)
+        return _with_reward(distilled, reward)
     weight = model.head_weight(head.weight_VH).to(batch.features_TF.dtype)
     chunk_rows = plan.chunk_rows or _CACHED_ROWS
     target = _target_rows(teacher, chunk_rows)
@@ -191,7 +200,12 @@ def ttt_loss(
 
     objective, figures = plan.objective, judged(plan.objective.loss)
     more = None if objective.rejected is None else judged(objective.rejected)
-    return weigh(chains, figures, plan.floor, batch.weight_R, objective.positions, more)
+    weighed = weigh(chains, figures, plan.floor, batch.weight_R, objective.positions, more)
+    return _with_reward(weighed, reward)
+
+
+def _with_reward(computed: BatchLoss, reward: Tensor | None) -> BatchLoss:
+    return computed if reward is None else computed._replace(loss=computed.loss + reward)
 
 
 def _distilled(
@@ -274,13 +288,22 @@ def _target_ids(model: ChainModel) -> Tensor | None:
 def _labels(model: ChainModel, batch: TrainingBatch) -> Rows:
     """Committed token after each row, as a draft id."""
     last = batch.token_ids_T.numel() - 1  # where only padding is
-    label_R = batch.token_ids_T[(batch.row_R + 1).clamp_max(last)]
+    return _as_draft_ids(model, batch, batch.token_ids_T[(batch.row_R + 1).clamp_max(last)])
+
+
+def _rejected(model: ChainModel, batch: TrainingBatch) -> Rows:
+    """Token that was rejected behind each row, as a draft id."""
+    assert batch.outcome_R3 is not None
+    return _as_draft_ids(model, batch, batch.outcome_R3[:, 1].long().clamp_min(0))
+
+
+def _as_draft_ids(model: ChainModel, batch: TrainingBatch, token_R: Tensor) -> Rows:
     ids = _target_ids(model)
     if ids is not None:
-        draft_id_V = torch.full((model.config.target_vocab_size,), -1, device=label_R.device)
-        draft_id_V[ids] = torch.arange(len(ids), device=label_R.device)
-        label_R = draft_id_V[label_R]
-    return Rows(label_R.clamp_min(0), (label_R >= 0) & batch.is_row_R)
+        draft_id_V = torch.full((model.config.target_vocab_size,), -1, device=token_R.device)
+        draft_id_V[ids] = torch.arange(len(ids), device=token_R.device)
+        token_R = draft_id_V[token_R]
+    return Rows(token_R.clamp_min(0), (token_R >= 0) & batch.is_row_R)
 
 
 def _teacher_rows(chains: Chains, step: int) -> Tensor:

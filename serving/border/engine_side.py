@@ -40,7 +40,7 @@ from serving.requests import DrainingError, Output, QueueFullError
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 18
-_SLOW = frozenset({"status", "swap", "rollback"})
+_SLOW = frozenset({"status", "swap", "rollback", "update_target"})
 """Questions that read the disk or wait for the engine."""
 
 
@@ -209,5 +209,7 @@ class Line:
             "swap": lambda: desk.swap(message.version),
             "rollback": desk.rollback,
             "drain": desk.drain,
+            "target": desk.target_status,
+            "update_target": lambda: desk.update_target(message.path),
         }
         return answers[message.what]

@@ -135,6 +135,7 @@ class Wire(asyncio.Protocol):
         *,
         version: int | None = None,
         since_unix_s: float = 0.0,
+        path: str = "",
     ) -> T:
         """An answer of the engine's process.
 
@@ -145,7 +146,7 @@ class Wire(asyncio.Protocol):
         """
         number, answer = self._expect()
         try:
-            self.send(Ask(number, what, version, since_unix_s))
+            self.send(Ask(number, what, version, since_unix_s, path))
             return msgspec.msgpack.decode(await answer, type=kind)
         finally:
             self._waiting.pop(number, None)
@@ -268,3 +269,9 @@ class RemoteServer:
 
     async def rollback(self) -> dict[str, Any]:
         return await self._wire.ask("rollback", dict[str, Any])
+
+    async def target_status(self) -> dict[str, Any]:
+        return await self._wire.ask("target", dict[str, Any])
+
+    async def update_target(self, path: str) -> dict[str, Any]:
+        return await self._wire.ask("update_target", dict[str, Any], path=path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from serving.history import History
 from serving.requests import EngineFigures, OnOutput, Request
 from serving.served_model import ServedModel
 from serving.service import Service
+from serving.swap.target_update import TargetUpdates
 
 
 class Desk:
@@ -83,6 +85,22 @@ class Desk:
             raise ValueError("this server has no drafter that learns")
         return self._service.swapper.rollback()
 
+    def target_status(self) -> dict[str, Any]:
+        return self._target().status()
+
+    def update_target(self, path: str) -> dict[str, Any]:
+        """Reads weights from disk and waits for the engine.
+
+        Raises:
+            ValueError, OSError: they are refused, or cannot be read.
+        """
+        return self._target().update(Path(path))
+
+    def _target(self) -> TargetUpdates:
+        if self._service.target is None:
+            raise ValueError("this server keeps the weights that its target has")
+        return self._service.target
+
 
 class InProcess:
     """A ``serving.http.face.RunningServer``: a service of this process."""
@@ -131,6 +149,12 @@ class InProcess:
 
     async def rollback(self) -> dict[str, Any]:
         return await _readable(self._desk.rollback)
+
+    async def target_status(self) -> dict[str, Any]:
+        return self._desk.target_status()
+
+    async def update_target(self, path: str) -> dict[str, Any]:
+        return await _readable(self._desk.update_target, path)
 
 
 async def _readable(order: Any, *arguments: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -25,6 +25,16 @@ class Producer:
     name: str
     epoch: int
     target_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stamp:
+    """What tells one trace from the others."""
+
+    producer: Producer
+    """As it was when the request finished."""
+    seq: int
+    finished_unix_ms: int
 
 
 _SKIP = 0.125
@@ -49,6 +59,11 @@ class TraceMaker:
         self._blocks = Blocks()
         self._is_behind = False
 
+    def target_changed(self, fingerprint: str) -> None:
+        """Requests that finish from now on were answered by other weights of the target. Called on
+        the engine's thread, like ``finished``."""
+        self._producer = replace(self._producer, target_fingerprint=fingerprint)
+
     def finished(self, sequence: Sequence) -> Callable[[], memoryview | None]:
         """A function that encodes the trace, for the recorder's thread.
 
@@ -58,8 +73,7 @@ class TraceMaker:
         """
         pieces = sequence.capture_rows
         has_all = self._ring.has_all(pieces)
-        seq = next(self._numbers)
-        finished_ms = int(time.time() * 1000)
+        stamp = _Stamp(self._producer, next(self._numbers), int(time.time() * 1000))
 
         def encode() -> memoryview | None:
             if not has_all:
@@ -67,9 +81,9 @@ class TraceMaker:
                 self._is_behind = False
                 self.num_lost_rows += lost
                 features = self._ring.features(held, self._layer_ids)
-                return encode_trace(self._trace(sequence, seq, finished_ms, features))
+                return encode_trace(self._trace(sequence, stamp, features))
             if self._ring.has_all(pieces, _SKIP if self._is_behind else 0.0):
-                record = self._copied(sequence, seq, finished_ms)
+                record = self._copied(sequence, stamp)
                 if record is not None:
                     self._is_behind = False
                     return record
@@ -79,33 +93,31 @@ class TraceMaker:
 
         return encode
 
-    def _copied(self, sequence: Sequence, seq: int, finished_ms: int) -> memoryview | None:
+    def _copied(self, sequence: Sequence, stamp: _Stamp) -> memoryview | None:
         """The trace, its rows copied from the ring to their place in the record; ``None`` if any
         of them was overwritten meanwhile."""
         ring = self._ring
         places = ring.places(sequence.capture_rows)
         held = Held(places.positions, ring.blank_rows(places), ring.scales(places))
         features = ring.features(held, self._layer_ids)
-        trace = self._trace(sequence, seq, finished_ms, features)
+        trace = self._trace(sequence, stamp, features)
         record, rows = encode_without_rows(trace, self._blocks)
         ring.copy_rows(places, rows)
         return None if ring.num_lost(places) else record
 
-    def _trace(
-        self, sequence: Sequence, seq: int, finished_ms: int, features: FeatureRows
-    ) -> Trace:
-        request = sequence.request
+    def _trace(self, sequence: Sequence, stamp: _Stamp, features: FeatureRows) -> Trace:
+        request, producer = sequence.request, stamp.producer
         return Trace(
-            producer=self._producer.name,
-            epoch=self._producer.epoch,
-            seq=seq,
+            producer=producer.name,
+            epoch=producer.epoch,
+            seq=stamp.seq,
             request_id=request.id,
             tenant=request.tenant,
-            target_fingerprint=self._producer.target_fingerprint,
+            target_fingerprint=producer.target_fingerprint,
             sampling=Sampling(trace_values(request.sampling)),
             prompt_length=sequence.num_prompt,
             token_ids=np.asarray(sequence.tokens, dtype=np.int32),
             rounds=round_columns(sequence.rounds),
             features=features,
-            finished_unix_ms=finished_ms,
+            finished_unix_ms=stamp.finished_unix_ms,
         )

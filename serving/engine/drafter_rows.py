@@ -119,6 +119,11 @@ class DrafterRows:
         num_pages = int(gaps[0]) if len(gaps) else cached
         sequence.next_row[self.kind] = max(num_pages * self._page_size, self._first_row)
 
+    def begin_again(self, sequence: Sequence) -> None:
+        """Forget all rows of a running request: they came from other hidden states."""
+        self._has_page[sequence.pages] = False
+        sequence.next_row[self.kind] = self._first_row
+
     def has_rows_to(self, sequence: Sequence, length: int) -> None:
         """Note that the rows of the first ``length`` tokens are computed."""
         first, end = sequence.next_row[self.kind] // self._page_size, length // self._page_size

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from itertools import compress
 
-from drafters.protocol import Drafter, HostDrafter
+from drafters.protocol import Drafter, FollowsTarget, HostDrafter
 from policies.interface import Decision, StepObs
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.sequence import Sequence
@@ -120,6 +120,15 @@ class Drafting:
         for drafter in self._following(sequence):
             drafter.begin(request.id, sequence.tokens, namespace=request.namespace)
         sequence.num_told = len(sequence.tokens)
+
+    def target_changed(self, running: list[Sequence]) -> None:
+        """The target's weights were replaced, and with them what neural drafters have copied of
+        them; the rows of running requests are computed again. Host drafters follow text alone."""
+        for rows in self.neural.values():
+            if isinstance(rows.drafter, FollowsTarget):
+                rows.drafter.follow_target()
+            for sequence in running:
+                rows.begin_again(sequence)
 
     def foresee(self, batch: list[Sequence], news: list[list[int]]) -> None:
         """Tell the host drafters of tokens that will be committed unless the request ends first.

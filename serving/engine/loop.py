@@ -36,11 +36,26 @@ def _ignore(*_: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Restarted:
+    """Running requests whose text is computed again because the target's weights have changed."""
+
+    num_requests: int
+    num_untraced: int
+    """Those among them that would have left a trace and now leave none."""
+
+
+ChangeTarget = Callable[[Callable[[], None]], Restarted]
+"""Calls what overwrites the target's weights while nothing is under way."""
+
+
+@dataclass(frozen=True, slots=True)
 class Listeners:
     """Called on the engine's thread; none of them may block."""
 
     before_step: Callable[[], None] = _ignore
     """Swaps weights between two steps."""
+    change_target: Callable[[ChangeTarget], None] = _ignore
+    """Replaces the target's weights between two steps, if that was ordered."""
     on_finished: Callable[[Sequence], None] = _ignore
     """Receives each request that ended well and whose rows were captured."""
     on_rounds: Callable[[str, list[tuple[int, int]]], None] = _ignore
@@ -173,6 +188,7 @@ class Engine:
             self._commit_round()
             self.programs.making.make()
         self._listeners.before_step()
+        self._listeners.change_target(self._changed_target)
         self._take_orders()
         self._admit()
         plan = self.scheduler.plan(time.perf_counter())
@@ -190,6 +206,17 @@ class Engine:
             self._commit_round()
         self._commits.counters.num_steps += 1
         return True
+
+    def _changed_target(self, overwrite: Callable[[], None]) -> Restarted:
+        """Let the target's weights be overwritten. Running requests keep the tokens they have;
+        everything computed for them is computed again before their next token."""
+        self._commit_round()
+        overwrite()
+        running = self.scheduler.running
+        traced = [s.request.capture for s in running]
+        self.drafting.target_changed(self.scheduler.target_changed())
+        num_untraced = sum(traced) - sum(s.request.capture for s in running)
+        return Restarted(len(running), num_untraced)
 
     def _take_orders(self) -> None:
         arrived, cancelled = self.inbox.take()

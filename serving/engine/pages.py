@@ -103,6 +103,13 @@ class PagePool:
             if name is not None:
                 del self._page_of[name]
 
+    def forget_all(self) -> None:
+        """Take away every name: no page that is held or idle now is found by a prefix again."""
+        self._name_of.clear()
+        self._page_of.clear()
+        self._free.extend(self._idle)
+        self._idle.clear()
+
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference to each; named pages stay cached, the last ones are evicted first."""
         for page in reversed(pages):

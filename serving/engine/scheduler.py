@@ -72,6 +72,8 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.max_draft = max_draft
         self.prefill_hold_s = prefill_hold_s
+        self.target_version = 0
+        """How often the target's weights were replaced."""
         self._held_from_s: float | None = None
         self.waiting: deque[Sequence] = deque()
         self._fresh: list[Sequence] = []
@@ -100,6 +102,7 @@ class Scheduler:
             if not self._reserve(sequence):
                 break
             self.waiting.popleft()
+            sequence.target_version = self.target_version
             self._fresh.append(sequence)
             admitted.append(sequence)
         return admitted
@@ -170,6 +173,19 @@ class Scheduler:
             fresh.append(sequence.pages[index])
             sequence.num_named += 1
         return fresh
+
+    def target_changed(self) -> list[Sequence]:
+        """Nothing that was computed counts any more: forget all cached prefixes, and compute the
+        text of every running request from its beginning again. Returns these requests.
+
+        Requests that share pages all write the same rows into them, each before it reads them.
+        """
+        self.target_version += 1
+        self.pool.forget_all()
+        self._fresh, self._decoding = self.running, []
+        for sequence in self._fresh:
+            sequence.target_changed(self.target_version)
+        return self._fresh.copy()
 
     def forget_pages(self, sequence: Sequence) -> None:
         """Take a request's pages out of the prefix cache: they may hold NaN, also those that it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from serving.engine.detokenize import Detokenizer
@@ -114,6 +114,10 @@ class Sequence:
     version: int = 0
     rounds: NotedRounds = field(default_factory=NotedRounds)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    target_version: int = 0
+    """How often the target's weights had been replaced when its newest token was computed."""
+    target_switches: tuple[int, ...] = ()
+    """Number of its completion tokens at each replacement of the target's weights."""
     capture_rows: list[int] = field(default_factory=list)
     """First position, running number in the ring, and count of captured rows, of each piece in
     turn."""
@@ -155,5 +159,23 @@ class Sequence:
         """Verified by ``match``: its output does not depend on the drafter at all."""
         return self.is_greedy or self.request.sampling.seed is not None
 
+    def target_changed(self, version: int) -> None:
+        """The target's weights were replaced: no row that was computed counts any more.
+
+        A request that has completion tokens leaves no trace from now on, because a trace is of one
+        target. The others are captured from their beginning.
+        """
+        self.num_computed = self.num_named = 0
+        self.names = []
+        self.capture_rows = []
+        self.target_version = version
+        num_completed = len(self.tokens) - self.num_prompt
+        if num_completed:
+            self.target_switches += (num_completed,)
+            self.request = replace(self.request, capture=False)
+
     def stats(self) -> SpeculationStats:
-        return SpeculationStats(self.version, self.num_rounds, self.num_proposed, self.num_accepted)
+        return SpeculationStats(
+            self.version, self.num_rounds, self.num_proposed, self.num_accepted,
+            self.target_version, self.target_switches,
+        )  # fmt: skip

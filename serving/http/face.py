@@ -74,3 +74,13 @@ class RunningServer(Protocol):
         Raises:
             ValueError: there is none, or it cannot be read.
         """
+
+    async def target_status(self) -> dict[str, Any]:
+        """Keys ``version``, ``fingerprint``, ``folder``, ``updates``, ``last_error`` and more."""
+
+    async def update_target(self, path: str) -> dict[str, Any]:
+        """Replace the target's weights by those in a folder.
+
+        Raises:
+            ValueError: they are refused, or cannot be read; the former ones stay in force.
+        """

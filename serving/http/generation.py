@@ -173,17 +173,21 @@ class Generation:
             proposed=total.proposed,
             accepted=total.accepted,
             tokens_per_step=total.tokens_per_step,
+            target_version=total.target_version,
+            target_switches=list(total.target_switches),
         )
 
 
 def sum_stats(stats: Iterable[SpeculationStats]) -> SpeculationStats:
-    """Sums of the counts; the version is the newest one."""
+    """Sums of the counts; versions are the newest ones."""
     every = list(stats)
     return SpeculationStats(
         drafter_version=max(entry.drafter_version for entry in every),
         steps=sum(entry.steps for entry in every),
         proposed=sum(entry.proposed for entry in every),
         accepted=sum(entry.accepted for entry in every),
+        target_version=max(entry.target_version for entry in every),
+        target_switches=tuple(sorted(n for entry in every for n in entry.target_switches)),
     )
 
 

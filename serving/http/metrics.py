@@ -226,6 +226,23 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
     )
     copies.add_metric(common, _num_copies(figures.swaps), figures.swap_seconds)
     yield copies
+    yield gauge(
+        "target_version", "How often the target's weights were replaced.", figures.target_version
+    )
+    yield counters(
+        "target_updates",
+        "Orders to replace the target's weights, by outcome.",
+        ("result",),
+        {(result,): n for result, n in figures.target_updates.items()},
+    )
+    yield counter(
+        "target_update_seconds", "Time that steps waited for it.", figures.target_update_seconds
+    )
+    yield counter(
+        "target_untraced_requests",
+        "Requests without a trace because the target's weights changed during their answer.",
+        figures.target_untraced,
+    )
     yield counters(
         "traces",
         "Traces, by outcome.",

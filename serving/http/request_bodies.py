@@ -233,5 +233,12 @@ class SwapRequest(Body):
     """null is the newest published one."""
 
 
+class TargetUpdateRequest(Body):
+    """Body of POST /admin/target/update."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    """Folder on the server's machine with config.json and safetensors of the same model."""
+
+
 class NoFields(Body):
     """Body of a POST that takes no fields: {} or nothing."""

@@ -11,6 +11,10 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_empty(value: object) -> bool:
+    return value == []
+
+
 class Answer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -38,6 +42,11 @@ class Speculation(Answer):
     accepted: int
     tokens_per_step: float | None
     """Tokens committed per target pass; null before the first."""
+    target_version: int
+    """How often the target's weights had been replaced by the last step; 0: never."""
+    target_switches: list[int] = Field(default_factory=list, exclude_if=_is_empty)
+    """Number of completion tokens at each replacement during the answer, of all choices: those
+    before it follow the former weights, those behind it the new ones."""
 
 
 FinishReasonName = Literal["stop", "length"]
@@ -210,6 +219,37 @@ class SwapResult(BaseModel):
 
     version: int
     """Version now in use."""
+
+
+class TargetStatus(BaseModel):
+    """The target's weights; more keys may be present."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    version: int
+    """How often they were replaced since the server started."""
+    fingerprint: str
+    folder: str | None
+    """Where they were read from; null for a target that was handed over in memory."""
+    updates: dict[str, int]
+    """Orders so far: ``updated``, ``unchanged``, ``refused``."""
+    last_error: str | None
+    """Why the last order was refused; null if it was carried out."""
+
+
+class TargetUpdate(TargetStatus):
+    """Result of an update; more keys may be present."""
+
+    changed: bool
+    """false: these weights were in force already."""
+    load_seconds: float
+    """Time for reading and checking, beside serving."""
+    swap_seconds: float
+    """Time for which steps waited."""
+    restarted: int
+    """Requests in flight, which go on under the new weights."""
+    untraced: int
+    """Those among them that leave no trace because of that."""
 
 
 class ArmSteps(Answer):

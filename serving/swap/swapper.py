@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from buffer.interface import ServiceAwayError
@@ -53,6 +53,11 @@ class Shelf:
         self._mark_due_s = 0.0
         self._problem = Lasting()
         """Why the last note could not be stored."""
+
+    def target_changed(self, fingerprint: str) -> None:
+        """Take versions made for these weights of the target from now on, and no others."""
+        self._expected = replace(self._expected, target_fingerprint=fingerprint)
+        self._failed.clear()  # one made for them may have come before them
 
     def mark(self, versions: set[int]) -> None:
         """Keep versions from being pruned. If the disk refuses, they are served nevertheless: they
@@ -333,6 +338,11 @@ class Swapper:
         else:
             self._force.roll_back("by order")
         order.done.set()
+
+    def target_changed(self, fingerprint: str) -> None:
+        """The target's weights were replaced. The drafter in force goes on."""
+        self._shelf.target_changed(fingerprint)
+        self._force.note("the target's weights were replaced")
 
     def on_rounds(self, drafter: str, rounds: list[tuple[int, int]]) -> None:
         """Report (proposed, accepted) of each of a drafter's rounds in one step."""

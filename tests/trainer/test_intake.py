@@ -20,12 +20,13 @@ from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, write_traces
 from trainer.dataset import Expected
 from trainer.intake import BATCHES_AHEAD, TRACES_AT_ONCE, Intake
 from trainer.journal import Journal
+from trainer.target import TargetWatch
 
 
 def intake_of(world: World, run_dir: Path, offsets: dict[str, Any] | None = None) -> Intake:
     reader = TraceReader(open_backend("log:", run_dir), offsets)
     expected = Expected(world.fingerprint, LAYER_IDS, HIDDEN, VOCAB)
-    return Intake(reader, expected, 64, Journal(run_dir / "trainer"))
+    return Intake(reader, expected, 64, Journal(run_dir / "trainer"), TargetWatch(run_dir))
 
 
 def many(world: World, count: int, first: int = 0) -> list[Any]:

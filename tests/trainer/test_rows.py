@@ -144,3 +144,23 @@ def test_memory_that_was_never_written_is_not_read(world: World) -> None:
 
     assert torch.isfinite(batch.features_TF).all() and torch.isfinite(batch.last_hidden_RH).all()
     assert np.flatnonzero(~batch.known_T.numpy()).tolist() == [12, 13, 14, 15, 35]
+
+
+def test_what_became_of_drafts_is_gathered_with_the_rows_if_it_is_asked_for(world: World) -> None:
+    def judged(sample: Sample) -> Sample:
+        numbers = torch.arange(3 * len(sample.token_ids_T), dtype=torch.int32).view(-1, 3)
+        return in_pieces(replace(sample, outcome_T3=numbers))
+
+    samples = [judged(x) for x in samples_of(world)[:5]]
+    store = RowStore(CPU, 1 << 22, has_outcomes=True)
+    pieces = [piece for held in store.put(samples) for piece in held.pieces]
+
+    found = store.batch(pack(pieces, None), torch.float32)
+
+    parts = [(sample, piece) for sample in samples for piece in sample.pieces]
+    wanted = collate(parts).outcome_R3
+    assert wanted is not None and found.outcome_R3 is not None
+    assert found.outcome_R3.equal(wanted)
+    plain = RowStore(CPU, 1 << 22)
+    held = plain.put(samples)
+    assert plain.batch(pack(held[0].pieces, None), torch.float32).outcome_R3 is None

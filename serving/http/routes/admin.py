@@ -1,4 +1,4 @@
-"""Admin routes: inspect the drafter, change its version, drain the server."""
+"""Admin routes: inspect drafter and target, change their weights, drain the server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from serving.http.bodies import body_schema, json_body
 from serving.http.context import context_of
 from serving.http.errors import ApiError, documented
 from serving.http.face import RunningServer
-from serving.http.request_bodies import NoFields, SwapRequest
-from serving.http.response_bodies import DrafterStatus, Drain, SwapResult
+from serving.http.request_bodies import NoFields, SwapRequest, TargetUpdateRequest
+from serving.http.response_bodies import (
+    DrafterStatus,
+    Drain,
+    SwapResult,
+    TargetStatus,
+    TargetUpdate,
+)
 from serving.http.responses import json_status
 
 router = APIRouter()
@@ -61,6 +67,33 @@ async def rollback(request: Request, body: _NoFields) -> Response:
     return await _ordered(_learning(request).rollback())
 
 
+@router.get(
+    "/admin/target",
+    dependencies=ADMIN,
+    response_model=TargetStatus,
+    responses=documented(401, 403),
+)
+async def target(request: Request) -> Response:
+    """The weights in force, and the result of the last update."""
+    return json_status(await context_of(request).server.target_status())
+
+
+@router.post(
+    "/admin/target/update",
+    dependencies=ADMIN,
+    response_model=TargetUpdate,
+    responses={**_POST_REFUSALS, **documented(409)},
+    openapi_extra=body_schema(TargetUpdateRequest),
+)
+async def update_target(
+    request: Request, body: Annotated[TargetUpdateRequest, Depends(json_body(TargetUpdateRequest))]
+) -> Response:
+    """Replace the target's weights by others of the same shape between two steps; requests in
+    flight continue."""
+    order = context_of(request).server.update_target(body.path)
+    return await _ordered(order, "target_update_refused")
+
+
 @router.post(
     "/admin/drain",
     dependencies=ADMIN,
@@ -79,13 +112,17 @@ def _learning(request: Request) -> RunningServer:
     return server
 
 
-def _refused(message: str) -> ApiError:
-    return ApiError(409, message, code="swap_refused")
+def _refused(message: str, code: str = "swap_refused") -> ApiError:
+    return ApiError(409, message, code=code)
 
 
-async def _ordered(order: Awaitable[dict[str, Any]]) -> Response:
-    """Wait for a swap or rollback."""
+async def _ordered(order: Awaitable[dict[str, Any]], code: str = "swap_refused") -> Response:
+    """Wait for an order to change weights.
+
+    Args:
+        code: of its refusal.
+    """
     try:
         return json_status(await order)
     except ValueError as error:
-        raise _refused(str(error)) from None
+        raise _refused(str(error), code) from None

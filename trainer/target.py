@@ -1,0 +1,182 @@
+"""Follows the target of the run when its weights are replaced in a running server.
+
+The server writes which weights are in force into the run folder. A trainer that sees others there
+than it learns for drops what it holds, because rows and teacher are of the former weights, takes
+the new lm_head and embedding, and goes on with the drafter it has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from buffer.fingerprint import target_fingerprint
+from buffer.run_target import NAME, RunTarget, read_run_target
+from configs.schema import Settings
+from targets.find import checked_folder
+from targets.head import TargetHead, load_target_head
+from trainer.update import batch_dtype
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The target's weights that a trainer begins with."""
+
+    folder: Path
+    fingerprint: str
+
+
+def target_of_run(settings: Settings) -> Place:
+    """The target in the settings, or the weights that took its place in this run.
+
+    Raises:
+        ValueError: they cannot be used; the message says why.
+    """
+    folder = checked_folder(settings.target, settings.target_cache)
+    fingerprint = target_fingerprint(folder)
+    now = read_run_target(settings.run_dir)
+    if now is None or fingerprint not in now.former:
+        return Place(folder, fingerprint)
+    place = _place_of(now)
+    log.info("the target has the weights in %s now, no longer those in %s", place.folder, folder)
+    return place
+
+
+def _place_of(target: RunTarget) -> Place:
+    """
+    Raises:
+        ValueError: its folder is gone or holds other weights by now.
+    """
+    what = f"the weights that the run's target has now, in {target.folder or 'memory alone'},"
+    folder = Path(target.folder)
+    if not target.folder or not folder.is_dir():
+        raise ValueError(f"{what} are not to be found; start the server with weights that are")
+    checked_folder(target.folder)
+    found = target_fingerprint(folder)
+    if found != target.fingerprint:
+        raise ValueError(
+            f"{what} are {target.fingerprint[:12]}, but {found[:12]} is there by now; keep the "
+            f"folder as it was until the next update"
+        )
+    return Place(folder, found)
+
+
+class TargetWatch:
+    """Notices that the run's target has other weights than a trainer learns for.
+
+    Called from the trainer's thread and the one that reads traces.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / NAME
+        self._seen: tuple[Hashable, RunTarget | None] = (None, None)
+        """State of the file when it was last read, and what was in it."""
+        self._given_up: Hashable = None
+        """State of the file whose target cannot be followed."""
+
+    def moved(self, fingerprint: str) -> RunTarget | None:
+        """The run's target, if its weights are others than those with this fingerprint and followed
+        them; cheap as long as nothing changes."""
+        now = self._now()
+        if now is None or self._seen[0] == self._given_up or now.fingerprint == fingerprint:
+            return None
+        return now if fingerprint in now.former else None
+
+    def give_up(self) -> None:
+        """It cannot be followed: forget it until a server writes it again."""
+        self._given_up = self._seen[0]
+
+    def _now(self) -> RunTarget | None:
+        try:
+            state = self._path.stat()
+        except OSError:
+            return None
+        mark = state.st_mtime_ns, state.st_size, state.st_ino
+        seen_mark, seen = self._seen
+        if mark == seen_mark:
+            return seen
+        try:
+            found = read_run_target(self._path.parent)
+        except (OSError, ValueError) as error:
+            log.warning("%s; the trainer goes on with the weights it has", error)
+            found = None
+        self._seen = mark, found
+        return found
+
+
+def follow(trainer: Trainer, target: RunTarget) -> None:
+    """Learn for the weights that the target has now. If they cannot be read, the trainer goes on
+    with what it has, and the journal says that and why.
+
+    Raises:
+        ValueError: the trainer has several processes, of which the others would not follow.
+    """
+    learner, former = trainer.learner, trainer.intake.expected.target_fingerprint
+    if learner.num_processes > 1:
+        raise ValueError(
+            f"the target's weights were replaced by those in {target.folder}, and the "
+            f"{learner.num_processes} processes of this trainer do not follow while they run; "
+            f"start it again, it then learns for them"
+        )
+    try:
+        copy = _read_head(target, learner.head)
+    except (OSError, ValueError) as error:
+        trainer.intake.watch.give_up()
+        trainer.journal.event(
+            "target_not_followed",
+            fingerprint=target.fingerprint,
+            folder=target.folder,
+            text=f"{error}. Traces of these weights are refused and counted",
+        )
+        return
+    trainer.settle()  # updates under way still belong to the former weights
+    copy()
+    trainer.intake.follow(target.fingerprint)
+    num_traces = trainer.memory.clear()
+    trainer.published = replace(trainer.published, target_fingerprint=target.fingerprint)
+    trainer.pace.begin()
+    trainer.journal.event(
+        "target_changed",
+        step=learner.step,
+        version=trainer.published.version,
+        fingerprint=target.fingerprint,
+        former=former,
+        folder=target.folder,
+        traces=num_traces,
+    )
+
+
+def _read_head(target: RunTarget, head: TargetHead) -> Callable[[], None]:
+    """Read embedding and lm_head; returns what copies them over those of ``head``, in place:
+    captured updates read them there.
+
+    Raises:
+        ValueError, OSError: they cannot be read, or are of another shape.
+    """
+    ours = head.lm_head.weight_VH
+    found = load_target_head(_place_of(target).folder, ours.device, batch_dtype(ours.device))
+    pairs: list[tuple[Tensor, Tensor]] = [
+        (head.embed_VH, found.embed_VH), (ours, found.lm_head.weight_VH),
+    ]  # fmt: skip
+    for before, after in pairs:
+        if before.shape != after.shape:
+            raise ValueError(
+                f"embedding or lm_head in {target.folder} is {tuple(after.shape)}, the target's "
+                f"is {tuple(before.shape)}"
+            )
+
+    def copy() -> None:
+        for before, after in pairs:
+            before.copy_(after)
+
+    return copy
