@@ -50,7 +50,7 @@ class LoggedRow:
     considered: Consideration | None = None
     """The draft before the device cut it."""
     temperature: float = 1.0
-    """Of the request."""
+    """Of the request, where ``considered`` is noted."""
 
     def longest(self, draft_k: int) -> int | None:
         """The longest draft that the request could use; ``None``: as long as any.
@@ -102,7 +102,7 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
     ordered = sorted(traces, key=lambda trace: (trace.epoch, trace.producer))
     numbered: list[tuple[object, ...]] = []
     for trace in ordered:
-        temperature = float(trace.sampling.values.get("temperature", 1.0))
+        temperature = trace.sampling.temperature
         for one in trace.rounds:
             shared = one.step_s, one.batch, one.draft_k, one.version, one.propensity
             is_numbered = one.step is not None
@@ -129,7 +129,9 @@ def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
         version=one.version,
         step_s=one.step_s,
         rows=tuple(
-            LoggedRow(len(r.draft_ids), r.num_accepted, r.considered, temperature)
+            LoggedRow(len(r.draft_ids), r.num_accepted)
+            if r.considered is None
+            else LoggedRow(len(r.draft_ids), r.num_accepted, r.considered, temperature)
             for r, temperature in rounds
         ),
         may_cut=any(r.considered is not None and r.considered.may_cut for r, _ in rounds),

@@ -79,7 +79,10 @@ def samples_of(steps: Sequence[LoggedStep], drafter: str | None) -> HeadSamples:
         ValueError: the log has no figures, or too few.
     """
     chosen = drafter or next(iter(drafters_of(steps)), "none")
-    inputs, kept, places, stretches = [], [], [], []
+    inputs: list[Floats] = []
+    kept: list[bool] = []
+    places: list[int] = []
+    stretches: list[int] = []
     for at, step in enumerate(of_drafter(steps, chosen)):
         for row in step.rows:
             num = min(row.num_accepted + 1, row.num_verified)
@@ -172,7 +175,7 @@ def judge_head(head: Head, fitted_on: HeadSamples, held_out: HeadSamples) -> Hea
     kept = np.bincount(fitted_on.places, fitted_on.kept, minlength=most)
     by_place = (kept / np.maximum(counts, 1))[held_out.places]
     x = (held_out.inputs - head.mean) * head.scale
-    by_head = np.tanh(x @ head.w1.T + head.b1) @ head.w2 + head.b2
+    by_head: Floats = np.tanh(x @ head.w1.T + head.b1) @ head.w2 + head.b2
     rng = np.random.default_rng(0)
     names, of = np.unique(held_out.stretches, return_inverse=True)
     groups = [np.flatnonzero(of == g) for g in range(len(names))]

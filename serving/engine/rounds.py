@@ -276,7 +276,7 @@ class Rounds:
         else:
             p_logp = self._reals(outputs, 1).tolist()
         q_logp = _cut(self._reals(outputs, 2).tolist(), lens) if self._draws(key) else None
-        considered = launched.seen and launched.seen.read(len(accepted))
+        considered = None if launched.seen is None else launched.seen.read(len(accepted))
         return Proposed(launched.drafter, tokens, q_logp, p_logp, considered)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
