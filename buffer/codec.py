@@ -4,7 +4,7 @@ The numbers of a trace are columns (see ``columns.py``), so that nothing is done
 Python, neither to read them nor to check them:
 
     token_ids I32 [T] | counts I32 [12, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
-    draft_ids I32 | q_logp F32 | p_logp F32                        of one round after another
+    draft_ids I32 | q_logp F32 | p_logp F32 | those of ``considered``   of one round after another
     positions I32 [N] | scale F32 [N, m + 1], for fp8 rows alone
     rows [N, m + 1, H], in the dtype and with the bytes that were captured
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from buffer.blocks import Blocks
 from buffer.columns import ColumnsError, new_record, parse_columns, parse_head
+from buffer.considered import check_considered, considered_columns, considered_of
 from buffer.interface import Payload
 from buffer.records import FIRST_COUNTS, Count, FeatureRows, Real, Rounds, Sampling, Trace
 from buffer.tensors import largest_magnitude, parse_json
@@ -247,6 +248,7 @@ def _values_of(trace: Trace) -> _Columns:
         "draft_ids": ("I32", rounds.draft_ids),
         "q_logp": ("F32", rounds.q_logp),
         "p_logp": ("F32", rounds.p_logp),
+        **considered_columns(rounds),
     }
     if features is not None:
         values["positions"] = "I32", features.positions
@@ -281,8 +283,7 @@ def _trace_of(text: Any, columns: _Columns) -> Trace:
 
 
 def _rounds_of(text: Any, columns: _Columns) -> Rounds:
-    num_rounds, drafters = text["num_rounds"], text["drafters"]
-    policies = text.get("policies", [])
+    num_rounds, drafters, policies = text["num_rounds"], text["drafters"], text.get("policies", [])
     if not _is_count(num_rounds):
         raise ValueError("num_rounds must be an integer >= 0")
     for name, kinds in (("drafters", drafters), ("policies", policies)):
@@ -296,6 +297,7 @@ def _rounds_of(text: Any, columns: _Columns) -> Rounds:
         _column(columns, "p_logp", "F32"),
         tuple(drafters),
         tuple(policies),
+        *considered_of(columns, num_rounds),
     )
 
 
@@ -380,6 +382,7 @@ def _check_rounds(rounds: Rounds, num_tokens: int) -> None:
     if not all(map(_is_short_text, rounds.policies)):
         raise ValueError("policy must be a short text")
     _check_lengths(rounds)
+    check_considered(rounds)
     if num_rounds:
         _check_counts(rounds, num_tokens)
         _check_reals(rounds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -57,6 +57,28 @@ class Acceptance:
 
 
 @dataclass(frozen=True, slots=True)
+class Consideration:
+    """A draft before the device cut it, for a policy that decides on each request's length."""
+
+    may_cut: bool
+    """The step's allocation could shorten drafts; otherwise all that was drafted was verified, for
+    others to judge by."""
+    confidence: tuple[float, ...]
+    """Three figures of each position of the draft: probability of the likeliest token, entropy in
+    nats, and lead of the likeliest over the second, by the drafter at temperature 1 and before the
+    token was drawn. The draft that was verified has as many tokens, or fewer."""
+
+    @property
+    def length(self) -> int:
+        """Of the draft before the cut."""
+        return len(self.confidence) // FIGURES
+
+
+FIGURES = 3
+"""Figures of each position in ``Consideration.confidence``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """One draft and one verification of one request."""
 
@@ -91,6 +113,17 @@ class Round:
     step: int | None = None
     """Running number of the step in its server, modulo 2**30; ``None`` likewise. Rounds of one step
     share one decision."""
+    considered: Consideration | None = None
+    """``None`` where the device was not asked to cut drafts."""
+
+
+class Considering(IntEnum):
+    """Rows of ``Rounds.considered``."""
+
+    LENGTH = 0
+    """1 + length of the draft before the cut; 0: the device was not asked to cut."""
+    MAY_CUT = 1
+    """``Consideration.may_cut``, 0 or 1."""
 
 
 class Count(IntEnum):
@@ -145,6 +178,10 @@ class Rounds(Sequence[Round]):
     """Kinds of the drafters that occur."""
     policies: tuple[str, ...] = ()
     """Kinds of the policies that occur."""
+    considered: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    """[2, R], one row for each ``Considering``; no values where no draft could be cut."""
+    confidence: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    """[3 * sum of lengths before the cut], see ``Consideration``."""
 
     @classmethod
     def of(cls, rounds: Iterable[Round] = ()) -> Self:
@@ -180,6 +217,7 @@ class Rounds(Sequence[Round]):
             np.array([*chain.from_iterable(one.p_logp for one in rounds)], np.float32),
             drafters,
             policies,
+            *_considered(rounds),
         )
 
     def __len__(self) -> int:
@@ -212,7 +250,28 @@ class Rounds(Sequence[Round]):
             reals[Real.STEP_S],
             map(("", *self.policies).__getitem__, counts[Count.POLICY]),
             (number - 1 if number else None for number in counts[Count.STEP]),
+            self._considerations(),
         )
+
+    def _considerations(self) -> Iterator[Consideration | None]:
+        if not self.considered.size:
+            return repeat(None, len(self))
+        lengths, may_cut = self.considered.tolist()
+        figures = _in_pieces(self.confidence, [FIGURES * max(n - 1, 0) for n in lengths])
+        return (
+            Consideration(bool(cut), own) if length else None
+            for length, cut, own in zip(lengths, may_cut, figures, strict=True)
+        )
+
+
+def _considered(rounds: Sequence[Round]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    found = [one.considered for one in rounds]
+    if not any(found):
+        return np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
+    lengths = [0 if one is None else 1 + one.length for one in found]
+    may_cut = [int(one is not None and one.may_cut) for one in found]
+    figures = chain.from_iterable(one.confidence for one in found if one is not None)
+    return np.array([lengths, may_cut], np.int32), np.array([*figures], np.float32)
 
 
 def _in_pieces(values: NDArray[Any], lengths: list[int]) -> Iterator[tuple[Any, ...]]:

@@ -78,3 +78,58 @@ class LtdSettings(Section):
     weights: Path | None = None
     """safetensors file of a policy, as ``trainer policy`` writes it. ``None``: the one that comes
     with the drafter's version; until there is one, the server decodes plainly."""
+
+
+class CuttingSettings(Section):
+    """What the policies share whose drafts are cut on the device, request by request."""
+
+    packed: bool = True
+    """Verify packed rows, without those that were cut, so that cutting saves work of the target.
+    Off: verification computes all rows, and cutting saves nothing; for comparisons."""
+    headroom: float = Field(1.25, ge=1)
+    """Room for packed rows, relative to the mean length that cuts have left lately. Where cuts
+    leave more, the least confident positions of the batch go."""
+    slack: float = Field(0.25, ge=0)
+    """Draft tokens of room for each request in addition."""
+
+
+class ConfidenceSettings(Section):
+    """The policy ``confidence``."""
+
+    threshold: float = Field(0.4, gt=0, le=1)
+    """A draft ends before the first position whose likeliest token is less probable."""
+
+
+class AdaEdlSettings(Section):
+    """The policy ``adaedl``. Defaults are those of the paper."""
+
+    threshold: float = Field(0.4, gt=0, le=1)
+    """The first threshold on the bound; the paper does not give one."""
+    gamma: float = Field(0.2, gt=0)
+    """Factor on the entropy in the bound on acceptance."""
+    alpha: float = Field(0.9, gt=0, le=1)
+    """Share of accepted tokens that is aimed at."""
+    beta1: float = Field(0.5, ge=0, lt=1)
+    """Weight of the past in the average of that share."""
+    beta2: float = Field(0.9, ge=0, lt=1)
+    """Weight of the former threshold when it moves."""
+    epsilon: float = Field(0.01, gt=0)
+    """By how much it moves."""
+
+
+class SpecDecPpSettings(Section):
+    """The policy ``specdecpp`` (SpecDec++)."""
+
+    weights: Path | None = None
+    """safetensors file of a head, as ``trainer policy --method specdecpp`` writes it. ``None``: the
+    one that comes with the drafter's version; until there is one, the server decodes plainly."""
+    most_risk: float = Field(0.3, gt=0, lt=1)
+    """A draft ends before the predicted probability that a token of it is rejected gets larger."""
+
+
+class RaggedSettings(Section):
+    """The policy ``ragged``; its other settings are those of ``goodput``."""
+
+    extra: int = Field(2, ge=1, le=16)
+    """Tokens that are drafted for each request beyond K, of which as many are verified as K makes
+    for the batch."""

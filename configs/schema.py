@@ -12,9 +12,14 @@ from pydantic import Field
 
 from configs.launch import LaunchSettings
 from configs.policies import (
+    AdaEdlSettings,
+    ConfidenceSettings,
+    CuttingSettings,
     EmaTiersSettings,
     Exp3sSettings,
     LtdSettings,
+    RaggedSettings,
+    SpecDecPpSettings,
     TableSettings,
     ThompsonSettings,
     UcbSettings,
@@ -155,10 +160,11 @@ class PolicySettings(Section):
     """A name in the catalog of policies. ``goodput``: the (drafter, K) with the most expected
     tokens per second, K = 0 included; ``fixed``: always ``draft_k`` with ``drafter``. With
     ``drafter`` and a K that varies: ``table``: by batch; ``ema_tiers``: SGLang's adaptive steps;
-    ``ucb``, ``thompson``, ``exp3s``: bandits; ``ltd``: a network that was fitted to traces. See
-    docs/policies.md."""
+    ``ucb``, ``thompson``, ``exp3s``: bandits; ``ltd``: a network that was fitted to traces. With a
+    K whose drafts the device cuts request by request: ``confidence``, ``adaedl``, ``specdecpp``,
+    ``ragged``. See docs/policies.md."""
     draft_k: int = Field(4, ge=0, le=16)
-    """Draft length K of the fixed policy."""
+    """Draft length K of the fixed policy, and of those that cut it on the device."""
     drafter: str = "eagle3"
     """Drafter of the policies that decide on K alone, a name in the catalog of drafters."""
     explore: float = Field(0.05, ge=0, le=0.5)
@@ -176,14 +182,20 @@ class PolicySettings(Section):
     """Hold policies without a floor of their own to plain decoding: they draft only while that is
     measurably faster. ``goodput`` has its own; ``fixed`` is never held."""
     random_share: float = Field(0.01, ge=0, le=0.5)
-    """Share of steps in which ``ucb``, ``thompson`` and ``ltd`` take any K at random, so that other
-    policies can be judged on their traces."""
+    """Share of steps in which ``ucb``, ``thompson`` and ``ltd`` take any K at random, and
+    ``confidence``, ``adaedl`` and ``specdecpp`` cut nothing, so that other policies can be judged
+    on their traces."""
     table: TableSettings = TableSettings()
     ema_tiers: EmaTiersSettings = EmaTiersSettings()
     ucb: UcbSettings = UcbSettings()
     thompson: ThompsonSettings = ThompsonSettings()
     exp3s: Exp3sSettings = Exp3sSettings()
     ltd: LtdSettings = LtdSettings()
+    cutting: CuttingSettings = CuttingSettings()
+    confidence: ConfidenceSettings = ConfidenceSettings()
+    adaedl: AdaEdlSettings = AdaEdlSettings()
+    specdecpp: SpecDecPpSettings = SpecDecPpSettings()
+    ragged: RaggedSettings = RaggedSettings()
 
 
 class CaptureSettings(Section):

@@ -15,6 +15,7 @@ from typing import Any
 
 from configs.choices import known
 from configs.schema import PolicySettings
+from policies.allocation import Cut
 from policies.fixed import FixedPolicy
 from policies.guard import Guard
 from policies.interface import DrafterTraits, DraftPolicy, PolicyContext
@@ -28,6 +29,10 @@ CATALOG = {
     "thompson": "policies.thompson:ThompsonPolicy",
     "exp3s": "policies.exp3s:Exp3sPolicy",
     "ltd": "policies.ltd:LtdPolicy",
+    "confidence": "policies.confidence:ConfidencePolicy",
+    "adaedl": "policies.adaedl:AdaEdlPolicy",
+    "specdecpp": "policies.specdecpp:SpecDecPpPolicy",
+    "ragged": "policies.ragged:RaggedPolicy",
 }
 """Values of ``policy.kind`` -> module and class. Text, so that a kind is one line without an import
 and only the module in use is loaded."""
@@ -41,6 +46,16 @@ def policy_class(settings: PolicySettings) -> Any:
     """
     known("policy.kind", settings.kind, CATALOG)
     return pkgutil.resolve_name(CATALOG[settings.kind])
+
+
+def cuts_of(settings: PolicySettings) -> tuple[Cut, ...]:
+    """Ways in which the configured kind lets the device cut drafts, for which programs are made at
+    start-up: ``device_cuts`` of its class; none for most.
+
+    Raises:
+        SettingsError: ``policy.kind`` is not in the catalog.
+    """
+    return tuple(getattr(policy_class(settings), "device_cuts", ()))
 
 
 def build_policy(

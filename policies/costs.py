@@ -41,10 +41,12 @@ class CostTable:
             ValueError: no plain step, or no step of the drafter was timed.
         """
         cells: dict[int, dict[int, list[float]]] = {}
+        drafting: dict[int, dict[int, list[float]]] = {}
         for sample in samples:
             if sample.draft_k == 0 or sample.drafter == drafter:
-                at = cells.setdefault(sample.batch, {}).setdefault(sample.draft_k, [])
-                at.append(sample.step_s)
+                for found, value in ((cells, sample.step_s), (drafting, sample.draft_s)):
+                    at = found.setdefault(sample.batch, {}).setdefault(sample.draft_k, [])
+                    at.append(value)
         known = {batch: {k: median(v) for k, v in by_k.items()} for batch, by_k in cells.items()}
         whole = {batch: by_k for batch, by_k in known.items() if 0 in by_k and len(by_k) > 1}
         if not whole:
@@ -54,7 +56,31 @@ class CostTable:
             )
         self._batches = np.array(sorted(whole), np.float64)
         self._curves = np.array([_curve(whole[b], max_draft) for b in sorted(whole)])
+        shares = np.array(
+            [
+                _curve({k: median(v) for k, v in drafting[b].items()}, max_draft)
+                for b in sorted(whole)
+            ]
+        )
+        self._drafting = np.minimum(shares, self._curves)
         self._found: dict[int, Floats] = {}
+
+    def saved(self, batch: int, draft_k: int, verified_each: float) -> float:
+        """Seconds by which a step at this K is shorter if it verifies only some of the draft
+        tokens, in packed rows: as much as verification of a shorter K takes less. 0 if no sample
+        tells drafting and verification apart.
+
+        Args:
+            verified_each: mean for each request, at most ``draft_k``.
+        """
+        if not self._drafting.any():
+            return 0.0
+        rest = [
+            float(np.interp(batch, self._batches, column))
+            for column in (self._curves - self._drafting).T[: draft_k + 1]
+        ]
+        shorter = float(np.interp(verified_each, np.arange(draft_k + 1), rest))
+        return max(rest[draft_k] - shorter, 0.0)
 
     def seconds(self, batch: int) -> Floats:
         """[max_draft + 1] seconds at K = 0, 1, ..."""

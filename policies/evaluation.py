@@ -4,7 +4,8 @@ against an oracle that knows every round's outcome beforehand.
 Speeds compare the time for the same tokens. At each load (size of the batch) a way of decoding has
 a speed, tokens over seconds; over all loads it is the logged tokens over the time that they would
 have taken. The oracle is the best quotient of all tokens and all seconds (Dinkelbach 1967), not the
-mean of the best quotients, so nothing is above it.
+mean of the best quotients, so nothing that takes one K for a whole step is above it; a policy whose
+drafts the device cuts request by request may be.
 
 Shapes: S steps, K the largest draft length.
 """
@@ -20,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema import PolicySettings
-from policies.catalog import CATALOG, build_policy
+from policies.catalog import CATALOG, build_policy, cuts_of
 from policies.interface import Decision, DraftPolicy, StepObs
 from policies.logged import Floats
 from policies.off_policy import Estimate, Reward, importance_weights, throughput
-from policies.replayed_log import ReplayedLog, play
+from policies.replayed_log import Played, ReplayedLog, play
 
 Ks = NDArray[np.int64]
 
@@ -95,13 +96,16 @@ def evaluate(
     kinds: Iterable[str] = CATALOG,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Evaluation:
-    """Judge every fixed K, and every policy of the catalog with these settings."""
+    """Judge every fixed K, and every policy of the catalog with these settings. Policies that let
+    the device cut drafts are judged on logs that have figures of confidence alone."""
     bench = _Bench.of(log)
     judged = [bench.judge(f"fixed, K = {k}", [_always(log, k)], None) for k in _all_ks(log)]
     for kind in kinds:
         if kind == "fixed":
             continue
         own = settings.model_copy(update={"kind": kind, "drafter": log.drafter})
+        if cuts_of(own) and not any(step.has_figures for step in log.steps):
+            continue
 
         def build(seed: int, own: PolicySettings = own) -> DraftPolicy:
             return build_policy(own, log.traits, seed, log.max_draft)
@@ -132,10 +136,10 @@ def judge_policy(
     played, plans = [], []
     for seed in seeds:
         timed = _Timed(build(seed))
-        played.append(play(timed, bench.log, seed).ks)
+        played.append(play(timed, bench.log, seed))
         plans += timed.plans_s
     plan_us = 1e6 * float(np.percentile(plans, 99)) if plans else None
-    return bench.judge(name, played, plan_us)
+    return bench.judge(name, [one.ks for one in played], plan_us, played)
 
 
 def best_ks(log: ReplayedLog, by: ReplayedLog | None = None) -> Ks:
@@ -216,9 +220,11 @@ class _Bench:
 
     def rate(self, ks: Ks) -> float:
         """Tokens per second over all loads."""
-        log, at = self.log, np.arange(len(ks))
-        tokens, seconds = log.tokens[at, ks], log.seconds[at, ks]
-        rates = {}
+        at = np.arange(len(ks))
+        return self._rate(self.log.tokens[at, ks], self.log.seconds[at, ks])
+
+    def _rate(self, tokens: Floats, seconds: Floats) -> float:
+        log, rates = self.log, {}
         for load in self.loads:
             rows = log.sizes == load.smallest_batch.bit_length() - 1
             rates[load.smallest_batch] = float(tokens[rows].sum() / seconds[rows].sum())
@@ -236,18 +242,26 @@ class _Bench:
             work[2 ** (step.batch.bit_length() - 1)] += step.tokens
         return work
 
-    def judge(self, name: str, played: Sequence[Ks], plan_us: float | None) -> Judged:
+    def judge(
+        self,
+        name: str,
+        ks_of: Sequence[Ks],
+        plan_us: float | None,
+        played: Sequence[Played] = (),
+    ) -> Judged:
         """
         Args:
-            played: [S] K of each step, one for each seed.
+            ks_of: [S] K of each step, one for each seed.
+            played: what was done besides, if it was a policy that played.
         """
-        log, at = self.log, np.arange(len(self.log.steps))
-        rate = float(np.mean([self.rate(ks) for ks in played]))
+        runs = played or [Played(ks, {}) for ks in ks_of]
+        columns = [run.columns(self.log) for run in runs]
+        rate = float(np.mean([self._rate(tokens, seconds) for tokens, _, seconds in columns]))
         best = self._joined({load.smallest_batch: load.best_rate for load in self.loads})
         oracle = self._joined({load.smallest_batch: load.oracle_rate for load in self.loads})
         plain = self._joined({load.smallest_batch: load.plain_rate for load in self.loads})
         gap = oracle - best
-        ks = played[0]
+        ks, (tokens, extrapolated, _) = ks_of[0], columns[0]
         return Judged(
             name=name,
             rate=rate,
@@ -256,9 +270,10 @@ class _Bench:
             regret_oracle=1 - rate / oracle,
             headroom=(rate - best) / gap if gap > 1e-9 * best else None,
             mean_k=float(ks.mean()),
-            extrapolated=float(log.extrapolated[at, ks].sum() / log.tokens[at, ks].sum()),
+            extrapolated=float(extrapolated.sum() / tokens.sum()),
             plan_us=plan_us,
-            off_policy=off_policy_rate(log, ks),
+            # The log's decisions have no cuts to have in common with.
+            off_policy=None if runs[0].is_cut else off_policy_rate(self.log, ks),
         )
 
 
@@ -267,7 +282,8 @@ def off_policy_rate(log: ReplayedLog, ks: Ks) -> Estimate | None:
     steps in which the log took the same; the model is the replayed log without that step's outcome,
     so it knows loads and hazards alone. ``None`` if the log has no step in common with them."""
     taken = np.array([step.draft_k for step in log.steps])
-    inside = taken <= log.max_draft
+    # What a cut draft brought says nothing of its K.
+    inside = (taken <= log.max_draft) & ~np.array([step.may_cut for step in log.steps])
     taken = np.minimum(taken, log.max_draft)
     at = np.arange(len(ks))
     propensity = np.array([step.propensity for step in log.steps])

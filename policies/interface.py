@@ -11,14 +11,16 @@ The life of a decision:
 3. **Draft and verify.** The engine runs the decision: the drafter proposes up to ``draft_k`` tokens
    per request, fewer where ``caps`` say so, none where a drafter with ``needs_match`` has no match.
    Every round of the trace carries the decision's ``policy`` and ``propensity``, for off-policy
-   estimates (``policies.off_policy``).
+   estimates (``policies.off_policy``). With an ``allocation``, the device cuts each request's draft
+   to a length of its own before it is verified (``policies.allocation``).
 4. **Observe.** ``observe`` receives the outcome once the host has read the step. Outcomes come in
    the order of the decisions, but the next step may be planned before this one is observed. A step
    launched before a swap and read after it is never observed.
 5. **Swap.** ``on_swap`` is called between two steps when a drafter gets other weights.
 
 Lossless by construction: ``plan`` runs before the step's tokens are drawn, on figures of earlier
-steps and on prefix-only facts (how long a match is), never on a drawn draft token.
+steps and on prefix-only facts (how long a match is), never on a drawn draft token. What the device
+decides per request looks at the drafter's distributions alone (``specops.allocation``).
 
 The engine calls a policy from its own thread only, so a policy needs no locks.
 """
@@ -28,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from policies.allocation import Allocation
 
 
 class DrafterTraits(Protocol):
@@ -120,6 +124,9 @@ class Decision:
     """A few words for logs: ``goodput``, ``probe``, ``rest``, ``fixed``, ``plain``."""
     policy: str = ""
     """Kind of the policy that chose, for traces; empty where none was asked."""
+    allocation: Allocation | None = None
+    """How the device cuts each request's draft after a neural drafter has proposed it; ``None``:
+    not at all. Batches in which a request asks for log probabilities are not cut."""
 
 
 @dataclass(frozen=True, slots=True)

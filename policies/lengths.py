@@ -108,7 +108,13 @@ class LengthPolicy(ABC):
         drafter = self.drafter if k else "none"
         explore = law[k] < max(law)
         decision = Decision(drafter, k, law[k], explore, self.kind, self.kind)
+        if k:
+            decision = self.completed(decision, obs.batch)
         self._laws.append((decision, law))
+        return decision
+
+    def completed(self, decision: Decision, batch: int) -> Decision:
+        """A decision to draft, with what the policy decides besides K."""
         return decision
 
     def _drawn(self, law: Sequence[float]) -> int:
@@ -132,6 +138,8 @@ class LengthPolicy(ABC):
 
     def _observe_time(self, outcome: Outcome) -> None:
         k = max(outcome.rows.num_verified, default=0) if outcome.decision.draft_k else 0
+        if outcome.decision.allocation is not None:
+            k = outcome.decision.draft_k  # all of it was drafted, whatever was cut
         # A step whose drafter found nothing to propose is no plain step: it has looked.
         if bool(k) == bool(outcome.decision.draft_k):
             self.costs.observe(k, outcome.batch, outcome.step_s - outcome.plan_s)

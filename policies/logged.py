@@ -3,8 +3,12 @@
 A round that verified v tokens and kept A says exactly what any K up to v would have brought, and,
 where a token was rejected or the request could not use more, what any longer K would have, too.
 Only where all v tokens were kept and the step's K was v is a longer K unknown (right-censored): its
-expected tokens follow from the Kaplan-Meier hazards of all rounds of the log, and are counted as
-extrapolated.
+expected tokens follow from the Kaplan-Meier hazards of all rounds of the log, or from the figures
+of a draft that the device cut, and are counted as extrapolated.
+
+Rounds whose drafts the device could cut keep the figures by which that was decided. Steps that
+might cut are left out of the hazards as long as there are others, because a draft that was not cut
+is one that was likely to be kept.
 
 Exact for greedy requests and the standard rule of verification. With block verification, whether at
 least j tokens are kept has the same probability at every K >= j (Sun et al. 2024,
@@ -21,11 +25,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import Round, Trace
+from buffer.records import FIGURES, Consideration, Round, Trace
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
+_LEAST_WHOLE = 30
+"""Rounds of steps that could not cut from which on hazards are those of such steps alone."""
+_BINS = 12
+"""Of the top probability."""
+_PRIOR = 4.0
+"""Positions, kept as often as all are, that are added to each bin."""
+_LEAST_POSITIONS = 100
+"""With figures from which on they are looked at."""
 _DEPTH_FACTOR = 0.97
 """Hazard of a position that no round reached, relative to the one before it."""
 
@@ -36,6 +47,19 @@ class LoggedRow:
 
     num_verified: int
     num_accepted: int
+    considered: Consideration | None = None
+    """The draft before the device cut it."""
+    temperature: float = 1.0
+    """Of the request, where ``considered`` is noted."""
+
+    def longest(self, draft_k: int) -> int | None:
+        """The longest draft that the request could use; ``None``: as long as any.
+
+        Args:
+            draft_k: K of the step.
+        """
+        length = self.num_verified if self.considered is None else self.considered.length
+        return length if length < draft_k else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +77,13 @@ class LoggedStep:
     version: int
     step_s: float
     rows: tuple[LoggedRow, ...]
+    may_cut: bool = False
+    """The device could shorten drafts."""
+
+    @property
+    def has_figures(self) -> bool:
+        """The device could have cut these drafts, or did."""
+        return any(row.considered is not None for row in self.rows)
 
     @property
     def tokens(self) -> float:
@@ -67,10 +98,11 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
     Rounds of traces that do not number steps are put together by all that a step has in common, its
     time in nanoseconds included, and keep the order in which their requests ended.
     """
-    found: dict[tuple[object, ...], list[Round]] = {}
+    found: dict[tuple[object, ...], list[tuple[Round, float]]] = {}
     ordered = sorted(traces, key=lambda trace: (trace.epoch, trace.producer))
     numbered: list[tuple[object, ...]] = []
     for trace in ordered:
+        temperature = trace.sampling.temperature
         for one in trace.rounds:
             shared = one.step_s, one.batch, one.draft_k, one.version, one.propensity
             is_numbered = one.step is not None
@@ -79,15 +111,15 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
                 found[key] = []
                 if is_numbered:
                     numbered.append(key)
-            found[key].append(one)
+            found[key].append((one, temperature))
     numbers = {key: at for at, key in enumerate(sorted(numbered))}
     keys = sorted(found, key=lambda key: numbers.get(key, -1))
     return [_step_of(found[key]) for key in keys]
 
 
-def _step_of(rounds: Sequence[Round]) -> LoggedStep:
-    one = rounds[0]
-    drafters = [r.drafter for r in rounds if r.draft_ids]
+def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
+    one = rounds[0][0]
+    drafters = [r.drafter for r, _ in rounds if r.draft_ids or r.considered is not None]
     return LoggedStep(
         drafter=drafters[0] if drafters else "none",
         draft_k=one.draft_k,
@@ -96,7 +128,13 @@ def _step_of(rounds: Sequence[Round]) -> LoggedStep:
         policy=one.policy,
         version=one.version,
         step_s=one.step_s,
-        rows=tuple(LoggedRow(len(r.draft_ids), r.num_accepted) for r in rounds),
+        rows=tuple(
+            LoggedRow(len(r.draft_ids), r.num_accepted)
+            if r.considered is None
+            else LoggedRow(len(r.draft_ids), r.num_accepted, r.considered, temperature)
+            for r, temperature in rounds
+        ),
+        may_cut=any(r.considered is not None and r.considered.may_cut for r, _ in rounds),
     )
 
 
@@ -125,6 +163,10 @@ def hazards_of(steps: Iterable[LoggedStep], max_draft: int) -> tuple[Floats, NDA
         ValueError: no round drafted anything.
     """
     reached, kept = np.zeros(max_draft, np.int64), np.zeros(max_draft, np.int64)
+    steps = list(steps)
+    whole = [step for step in steps if not step.may_cut]
+    if sum(row.num_verified > 0 for step in whole for row in step.rows) >= _LEAST_WHOLE:
+        steps = whole
     for step in steps:
         for row in step.rows:
             num_kept = min(row.num_accepted, max_draft)
@@ -140,6 +182,61 @@ def hazards_of(steps: Iterable[LoggedStep], max_draft: int) -> tuple[Floats, NDA
 
 
 @dataclass(frozen=True, slots=True)
+class Continuations:
+    """Probabilities that positions which were not verified are kept if all before them are.
+
+    By the hazards of the log, if nothing is known of the draft. What lies beyond the point at which
+    the device cut a draft by its confidence is harder than the average; there a position is kept as
+    often as positions with a like probability of the likeliest token were. That can be counted in
+    cut drafts as well, because a cut looks at the figures and at nothing else.
+    """
+
+    hazards: Floats
+    """[K] of drafts without figures."""
+    edges: Floats
+    """[N - 1] bounds of the bins of the top probability; none without figures."""
+    rates: Floats
+    """[N] how often positions of each bin are kept."""
+
+    @classmethod
+    def of(cls, steps: Iterable[LoggedStep], hazards: Floats) -> Continuations:
+        """Count the positions of a log that have figures."""
+        tops: list[float] = []
+        kept: list[bool] = []
+        for step in steps:
+            for row in step.rows:
+                num = min(row.num_accepted + 1, row.num_verified)
+                if row.considered is not None and num:
+                    tops += row.considered.confidence[: FIGURES * num : FIGURES]
+                    kept += [j < row.num_accepted for j in range(num)]
+        if len(kept) < _LEAST_POSITIONS:
+            return cls(hazards, np.zeros(0), np.zeros(0))
+        edges = np.unique(np.quantile(tops, np.arange(1, _BINS) / _BINS))
+        bins = np.searchsorted(edges, tops)
+        counts = np.bincount(bins, minlength=len(edges) + 1)
+        sums = np.bincount(bins, np.array(kept, np.float64), minlength=len(edges) + 1)
+        return cls(hazards, edges, (sums + _PRIOR * np.mean(kept)) / (counts + _PRIOR))
+
+    def probabilities(self, row: LoggedRow) -> Floats:
+        """[K] of one draft."""
+        if row.considered is None or not len(self.rates):
+            return self.hazards
+        tops = row.considered.confidence[::FIGURES][: len(self.hazards)]
+        found = self.hazards.copy()
+        found[: len(tops)] = self.rates[np.searchsorted(self.edges, tops)]
+        return found
+
+    def of_row(self, row: LoggedRow) -> Floats:
+        """[K + 1] expected tokens of a draft of k tokens beyond those that were verified, had all
+        of these been kept; 0 up to there."""
+        size = len(self.hazards) + 1
+        verified = min(row.num_verified, size - 1)
+        found = np.zeros(size)
+        found[verified + 1 :] = np.cumprod(self.probabilities(row)[verified:]).cumsum()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """What every K would have brought in every step."""
 
@@ -149,35 +246,71 @@ class Scores:
     """[S, K + 1] of these, the ones that rest on hazards instead of on what was verified."""
 
 
-def scores_of(steps: Sequence[LoggedStep], hazards: Floats) -> Scores:
-    """Score every K from 0 to ``len(hazards)`` in every step."""
-    at, verified, accepted, capped = _columns(steps)
+def scores_of(
+    steps: Sequence[LoggedStep], hazards: Floats, beyond: Continuations | None = None
+) -> Scores:
+    """Score every K from 0 to ``len(hazards)`` in every step.
+
+    Args:
+        beyond: what would have been kept of positions that were not verified; ``None``: as the
+            hazards say, whatever is known of a draft.
+    """
+    at, verified, accepted, longest = _columns(steps, len(hazards))
     ks = np.arange(len(hazards) + 1)
     exact = 1 + np.minimum(accepted[:, None], np.minimum(verified[:, None], ks))
-    censored = (accepted == verified) & ~capped
-    beyond = np.where(censored[:, None] & (ks > verified[:, None]), _beyond(hazards)[verified], 0.0)
+    usable = np.minimum(ks, longest[:, None])
+    censored = (accepted == verified)[:, None] & (usable > verified[:, None])
+    unseen = np.where(censored, _by_hazards(hazards)[verified[:, None], usable], 0.0)
+    if beyond is not None:
+        rows = (row for step in steps for row in step.rows)
+        for r, row in enumerate(rows):
+            if row.considered is not None and censored[r].any():
+                unseen[r] = beyond.of_row(row)[usable[r]]
     tokens, extrapolated = np.zeros((2, len(steps), len(ks)))
-    np.add.at(tokens, at, exact + beyond)
-    np.add.at(extrapolated, at, beyond)
+    np.add.at(tokens, at, exact + unseen)
+    np.add.at(extrapolated, at, unseen)
     scale = np.array([step.batch / len(step.rows) for step in steps])[:, None]
     return Scores(tokens * scale, extrapolated * scale)
 
 
+def cut_score(
+    step: LoggedStep, lengths: Sequence[int], beyond: Continuations
+) -> tuple[float, float]:
+    """Tokens of the whole batch had the drafts of a step been cut to these lengths, and how many of
+    them rest on hazards.
+
+    Args:
+        lengths: [rows of the step] at most K and what the request could use.
+    """
+    tokens = extrapolated = 0.0
+    for row, length in zip(step.rows, lengths, strict=True):
+        tokens += 1 + min(row.num_accepted, row.num_verified, length)
+        if row.num_accepted == row.num_verified < length:
+            extrapolated += float(beyond.of_row(row)[length])
+    scale = step.batch / len(step.rows)
+    return scale * (tokens + extrapolated), scale * extrapolated
+
+
 def _columns(
-    steps: Sequence[LoggedStep],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Bools]:
-    """[R] each: the round's step, its verified and kept tokens, and whether it could not use as
-    many as the step's K."""
-    rows = [
-        (at, row.num_verified, row.num_accepted, row.num_verified < step.draft_k)
-        for at, step in enumerate(steps)
-        for row in step.rows
-    ]
+    steps: Sequence[LoggedStep], max_draft: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """[R] each: the round's step, its verified and kept tokens, and the longest draft that it could
+    use."""
+    rows = []
+    for at, step in enumerate(steps):
+        for row in step.rows:
+            longest = row.longest(step.draft_k)
+            rows.append(
+                (
+                    at, min(row.num_verified, max_draft), min(row.num_accepted, max_draft),
+                    max_draft if longest is None else min(longest, max_draft),
+                )
+            )  # fmt: skip
     table = np.array(rows, np.int64).reshape(-1, 4)
-    return table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(np.bool_)
+    return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
 
 
-def _beyond(hazards: Floats) -> Floats:
+def _by_hazards(hazards: Floats) -> Floats:
     """[K + 1, K + 1] expected tokens between position v and position k, where all v were kept."""
     size = len(hazards) + 1
     found = np.zeros((size, size))

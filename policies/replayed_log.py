@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.allocation import NUM_FIGURES
 from policies.costs import CostTable
 from policies.interface import (
     CostSample,
@@ -29,7 +30,15 @@ from policies.interface import (
     RowOutcomes,
     StepObs,
 )
-from policies.logged import Floats, LoggedStep, hazards_of, of_drafter, scores_of
+from policies.logged import (
+    Continuations,
+    Floats,
+    LoggedStep,
+    cut_score,
+    hazards_of,
+    of_drafter,
+    scores_of,
+)
 
 _LEAST_HASTE, _MOST_HASTE = 0.25, 4.0
 """Bounds on the time of a logged step relative to the table's."""
@@ -63,6 +72,8 @@ class ReplayedLog:
     seconds: Floats
     """[S, K + 1]."""
     table: CostTable
+    beyond: Continuations
+    """What would have been kept of positions that were not verified."""
 
     @classmethod
     def of(
@@ -86,10 +97,11 @@ class ReplayedLog:
         counted, reached = hazards_of(own, max_draft)
         used = counted if hazards is None else hazards
         table = CostTable(samples, drafter, max_draft)
-        scores = scores_of(own, used)
+        beyond = Continuations.of(own, used)
+        scores = scores_of(own, used, beyond)
         return cls(
             drafter, max_draft, own, used, reached, scores.tokens, scores.extrapolated,
-            table.of_steps(own), table,
+            table.of_steps(own), table, beyond,
         )  # fmt: skip
 
     def rows(self, kept: NDArray[np.bool_]) -> ReplayedLog:
@@ -133,15 +145,33 @@ class ReplayedLog:
         step = self.steps[at]
         verified, accepted = [], []
         for row in step.rows:
-            is_capped = row.num_verified < step.draft_k
-            most = min(k, row.num_verified) if is_capped else k
+            longest = row.longest(step.draft_k)
+            most = k if longest is None else min(k, longest)
             kept = min(row.num_accepted, most)
-            if kept == row.num_verified and not is_capped:
-                while kept < most and rng.random() < self.hazards[kept]:
+            if kept == row.num_verified < most:
+                chances = self.beyond.probabilities(row)
+                while kept < most and rng.random() < chances[kept]:
                     kept += 1
             verified.append(most)
             accepted.append(kept)
         return verified, accepted
+
+    def lengths(self, at: int, decision: Decision) -> list[int]:
+        """Lengths to which a decision cuts the drafts of a step's logged requests. Drafts without
+        figures, and positions beyond those that were drafted, are not there to be verified."""
+        step, allocation, k = self.steps[at], decision.allocation, decision.draft_k
+        assert allocation is not None
+        most = [min(k, k if (n := row.longest(step.draft_k)) is None else n) for row in step.rows]
+        known = [0 if row.considered is None else row.considered.length for row in step.rows]
+        figures = np.zeros((len(step.rows), k, NUM_FIGURES))
+        for r, row in enumerate(step.rows):
+            if row.considered is not None:
+                own = np.array(row.considered.confidence).reshape(-1, NUM_FIGURES)[:k]
+                figures[r, : len(own)] = own
+        offered = [min(pair) for pair in zip(most, known, strict=True)]
+        temperature = np.array([row.temperature for row in step.rows])
+        found: list[int] = allocation.lengths(figures, offered, temperature, step.batch).tolist()
+        return found
 
     def haste(self) -> Floats:
         """[S] time of each logged step relative to the table's; the median is 1."""
@@ -160,6 +190,22 @@ class Played:
     """[S] K of each step."""
     figures: dict[str, Any]
     """Of the policy, at the end."""
+    cuts: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    """Number of a step whose drafts were cut -> tokens of the whole batch, those of them that rest
+    on hazards, and seconds."""
+
+    @property
+    def is_cut(self) -> bool:
+        return bool(self.cuts)
+
+    def columns(self, log: ReplayedLog) -> tuple[Floats, Floats, Floats]:
+        """[S] tokens, extrapolated ones among them, and seconds of every step."""
+        at = np.arange(len(self.ks))
+        tokens, extrapolated = log.tokens[at, self.ks], log.extrapolated[at, self.ks]
+        seconds = log.seconds[at, self.ks]
+        for step, found in self.cuts.items():
+            tokens[step], extrapolated[step], seconds[step] = found
+        return tokens, extrapolated, seconds
 
 
 def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
@@ -170,6 +216,7 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
     haste = log.haste().tolist()
     ks = np.zeros(len(log.steps), np.int64)
     version = None
+    cuts: dict[int, tuple[float, float, float]] = {}
     for at, step in enumerate(log.steps):
         if version is not None and step.version != version:
             policy.on_swap(log.drafter, step.version, {})
@@ -177,7 +224,13 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
         decision = _decided(policy, at, step, log)
         k = ks[at] = decision.draft_k
         verified, accepted = log.outcome(at, int(k), rng)
-        step_s = float(log.seconds[at, k]) * haste[at]
+        seconds = float(log.seconds[at, k])
+        if decision.allocation is not None and decision.allocation.may_cut and step.has_figures:
+            verified = log.lengths(at, decision)
+            accepted = list(map(min, accepted, verified))
+            cuts[at] = found = _cut(log, at, decision, verified)
+            seconds = found[2]
+        step_s = seconds * haste[at]
         policy.observe(
             Outcome(
                 decision=decision,
@@ -189,7 +242,21 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
                 version=step.version,
             )
         )
-    return Played(ks, policy.figures())
+    return Played(ks, policy.figures(), cuts)
+
+
+def _cut(
+    log: ReplayedLog, at: int, decision: Decision, lengths: list[int]
+) -> tuple[float, float, float]:
+    """Tokens, extrapolated ones, and seconds of a step whose drafts are cut. Where rows are packed,
+    verification takes as long as that of the rows there is room for."""
+    step, k, allocation = log.steps[at], decision.draft_k, decision.allocation
+    assert allocation is not None
+    seconds = float(log.seconds[at, k])
+    if allocation.budget_each is not None:
+        each = allocation.budget(step.batch, k) / step.batch
+        seconds -= log.table.saved(step.batch, k, each)
+    return (*cut_score(step, lengths, log.beyond), seconds)
 
 
 def _decided(policy: DraftPolicy, at: int, step: LoggedStep, log: ReplayedLog) -> Decision:

@@ -30,7 +30,7 @@ from drafters.catalog import chosen, kind_of, on_request
 from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublished_drafter
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
 from policies.arms import ArmPolicies
-from policies.catalog import build_policy
+from policies.catalog import build_policy, cuts_of
 from policies.interface import CostSample, DraftPolicy
 from policies.rollback import SwapWatch
 from policies.savings import Savings, TimesPlainSteps
@@ -223,6 +223,7 @@ def _make_parts(
         max_queue=e.max_queue,
         overlaps=on_gpu,
         on_request=on_request(settings.drafter),
+        cuts=cuts_of(settings.policy),
     )
     eos_ids = _eos_ids(loaded.model)
     sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))

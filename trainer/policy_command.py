@@ -1,7 +1,8 @@
-"""``trainer policy``: fits the draft policy ``ltd`` on the traces of a run."""
+"""``trainer policy``: fits the draft policies ``ltd`` and ``specdecpp`` on the traces of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -9,16 +10,20 @@ import typer
 
 from buffer.files import write_atomically
 from configs.cli import ConfigOption, SetOption, exit_code, settings_from_cli
+from policies.logged import LoggedStep
 from policies.run_log import Times, log_of_run, read_steps
-from trainer.fitted_policy import policy_path
+from trainer.fitted_policy import head_path, policy_path
 
-Method = Literal["full", "ppo"]
+Method = Literal["full", "ppo", "specdecpp"]
 
 
 def fit_policy(
     method: Annotated[
         Method,
-        typer.Option(help="full: from what every K would have brought; ppo: by trying, in replay"),
+        typer.Option(
+            help="of ltd, full: from what every K would have brought; ppo: by trying, in replay; "
+            "specdecpp: the head of that policy"
+        ),
     ] = "full",
     drafter: Annotated[
         str | None, typer.Option(help="fit K of this drafter; the one with most steps by default")
@@ -31,18 +36,21 @@ def fit_policy(
         float, typer.Option(min=0.05, max=0.5, help="share of steps that judge the policy")
     ] = 0.25,
     ungated: Annotated[
-        bool, typer.Option("--ungated", help="write it even if it is not better than a fixed K")
+        bool, typer.Option("--ungated", help="write it even if its gate refuses it")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="file to write; run_dir/policy/ltd.safetensors")
+        Path | None, typer.Option(help="file to write; in run_dir/policy, named after the policy")
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Fit ``policy.kind: ltd`` on the traces of ``run_dir``, and write it if it passes its gate.
+    """Fit ``policy.kind: ltd``, or ``specdecpp``, on the traces of ``run_dir``, and write it if it
+    passes its gate.
 
     A trainer publishes what is in ``run_dir/policy`` with the next version of the drafter, and
-    both are swapped at once. ``policy.ltd.weights`` loads a file without a trainer.
+    both are swapped at once. ``policy.ltd.weights`` and ``policy.specdecpp.weights`` load a file
+    without a trainer. ``specdecpp`` needs traces of a policy that cuts drafts on the device, best
+    with a high ``policy.random_share``.
     """
     settings = settings_from_cli(config, set_, False)
     run_dir = settings.run_dir
@@ -50,6 +58,9 @@ def fit_policy(
         steps = read_steps(settings.buffer.url, run_dir, most_steps)
     except (ValueError, OSError) as error:
         _refuse(str(error), exit_code(error))
+    if method == "specdecpp":
+        _fit_head(steps, drafter, held_out, settings.seed, ungated, out or head_path(run_dir))
+        return
     # --help and whoever was refused skip this import of torch.
     from trainer.ltd import (
         FullInformation,
@@ -78,6 +89,33 @@ def fit_policy(
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"method": method, "gain": f"{gate.gain:.4f}", "at_least": f"{gate.low - 1:.4f}"}
     write_atomically(path, network.to_bytes(about))
+    typer.echo(f"written: {path}")
+
+
+def _fit_head(
+    steps: Sequence[LoggedStep],
+    drafter: str | None,
+    held_out: float,
+    seed: int,
+    ungated: bool,
+    path: Path,
+) -> None:
+    from trainer.confidence_head import HeadFit, fit_head, judge_head, samples_of, split_samples
+
+    try:
+        samples = samples_of(steps, drafter)
+        fitted_on, judged_by = split_samples(samples, held_out)
+    except ValueError as error:
+        _refuse(str(error), 1)
+    head = fit_head(fitted_on, HeadFit(seed=seed))
+    gate = judge_head(head, fitted_on, judged_by)
+    typer.echo(f"{len(fitted_on)} positions to fit on, {len(judged_by)} held out; specdecpp")
+    typer.echo(gate.to_line())
+    if not gate.passed and not ungated:
+        _refuse("not written: it does not tell more than a position; --ungated writes it anyway", 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"method": "specdecpp", "auc": f"{gate.auc:.4f}"}
+    write_atomically(path, head.to_bytes(about))
     typer.echo(f"written: {path}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import Count, Rounds
+from buffer.records import Considering, Count, Rounds
 from serving.engine.sequence import NotedRounds
 
 
@@ -49,7 +49,20 @@ def round_columns(noted: NotedRounds) -> Rounds:
         np.array(noted.p_logp, np.float32),
         drafters,
         policies,
+        _considered(noted, len(steps)),
+        np.array(noted.confidence, np.float32),
     )
+
+
+def _considered(noted: NotedRounds, num_rounds: int) -> NDArray[np.int32]:
+    """``Rounds.considered``: no values where no draft could be cut."""
+    if not noted.considered:
+        return np.zeros((0, 0), np.int32)
+    numbers, may_cut, lens = np.array(noted.considered, np.int32).reshape(-1, 3).T
+    found = np.zeros((len(Considering), num_rounds), np.int32)
+    found[Considering.LENGTH, numbers] = 1 + lens
+    found[Considering.MAY_CUT, numbers] = may_cut
+    return found
 
 
 def _table(rows: Sequence[Sequence[Any]], dtype: Any) -> NDArray[Any]:

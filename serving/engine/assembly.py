@@ -6,6 +6,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 from drafters.protocol import HostDrafter, NeuralDrafter
+from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.inbox import Inbox, Limits, Sequences
 from serving.engine.loop import EngineParts
@@ -31,6 +32,8 @@ class Choices:
     """See ``EngineParts``."""
     on_request: tuple[str, ...] = ()
     """Kinds of drafters that draft only for requests that name them."""
+    cuts: tuple[Cut, ...] = ()
+    """Ways to cut drafts on the device that the policy uses: programs are made for them."""
 
 
 def assemble(
@@ -54,7 +57,7 @@ def assemble(
     pool = target.make_pool(sizes.num_pages * sizes.page_size)
     programs = make_programs(
         target, pool, hosts, neural, sizes,
-        rule=choices.rule, ring=ring, on_request=choices.on_request,
+        rule=choices.rule, ring=ring, on_request=choices.on_request, cuts=choices.cuts,
     )  # fmt: skip
     scheduler = Scheduler(
         PagePool(sizes.num_pages, choices.prefix_cache),

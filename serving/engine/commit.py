@@ -12,6 +12,7 @@ from itertools import compress
 from typing import Any
 
 from policies.interface import Decision
+from serving.engine.allocating import Considered
 from serving.engine.drafting import Drafting
 from serving.engine.scheduler import Chunk
 from serving.engine.sequence import NotedStep, Sequence
@@ -33,6 +34,8 @@ class Proposed:
     """Log q of each of them; ``None`` if tokens are not sampled."""
     p_logp: list[list[float]]
     """[R][K] the target's log probability of each draft token, after temperature and truncation."""
+    considered: Considered | None = None
+    """The drafts before the device cut them to ``tokens``; ``None`` if they were not to be cut."""
 
     def of(self, lives: list[bool]) -> Proposed:
         """Those of some requests."""
@@ -41,6 +44,7 @@ class Proposed:
             list(compress(self.tokens, lives)),
             None if self.q_logp is None else list(compress(self.q_logp, lives)),
             list(compress(self.p_logp, lives)),
+            self.considered and self.considered.of(lives),
         )
 
 
@@ -193,8 +197,13 @@ class Commits:
             if following is None or not sequence.request.capture:
                 continue
             anchor = len(sequence.tokens) - 1
+            if draft is not None and draft.considered is not None:
+                considered = draft.considered
+                sequence.rounds.add_considered(considered.may_cut, considered.figures[r])
             if draft is None or not draft.tokens[r]:
-                sequence.rounds.add_plain(idle, anchor, following)
+                # What was drafted and cut to nothing is the drafter's all the same.
+                is_idle = draft is None or draft.considered is None
+                sequence.rounds.add_plain(idle if is_idle else drafting, anchor, following)
                 continue
             drawn = draft.q_logp[r] if draft.q_logp else ()
             sequence.rounds.add(

@@ -265,7 +265,9 @@ class Engine:
         if on_host:
             given = self.drafting.from_host(drafter, batch, num_draft)
             num_draft = max(map(len, given))
-        launched = self.programs.rounds.launch(batch, drafter, num_draft, given)
+        launched = self.programs.rounds.launch(
+            batch, drafter, num_draft, given, decision.allocation
+        )
         if on_host and self._prompts is None:
             before_s = time.perf_counter() - max(started_s, self._clock.last_outcome_s)
         if self._commit_round():

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 from drafters.protocol import HostDrafter, NeuralDrafter
+from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.cuda_graphs import Graphs
 from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
@@ -97,6 +98,7 @@ def make_programs(
     rule: Rule,
     ring: CaptureRing | None,
     on_request: Collection[str] = (),
+    cuts: tuple[Cut, ...] = (),
 ) -> Programs:
     """Programs for these drafters and sizes.
 
@@ -104,6 +106,7 @@ def make_programs(
         on_request: kinds that draft only for requests that name them.
         rule: verifies sampled requests without a seed.
         ring: receives the committed rows of captured requests.
+        cuts: ways to cut drafts on the device that the policy uses.
 
     Raises:
         ValueError: the ring cannot hold the rows of one step.
@@ -121,7 +124,7 @@ def make_programs(
     drafting = Drafting(hosts, rows, sizes.max_draft, on_request)
     rounds = Rounds(
         target, pool, drafting, features, lanes, graphs,
-        page_size=sizes.page_size, rule=rule, ring=ring,
+        page_size=sizes.page_size, rule=rule, ring=ring, cuts=cuts,
     )  # fmt: skip
     prefill = Prefill(
         target, pool, drafting, features, lanes, graphs,

@@ -28,6 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from policies.allocation import Allocation, Cut
+from serving.engine.allocating import Allocator, Cutting, PackedPass, Seen
 from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
 from serving.engine.commit import Proposed, Verified
 from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
@@ -39,6 +41,7 @@ from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.engine.stopwatch import Stopwatch
 from serving.requests import TokenLogprob
+from specops.allocation import confidence
 from specops.device import (
     adjust_rows,
     best_ids,
@@ -51,7 +54,7 @@ from specops.device import (
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
 from specops.lanes import Column, Input, OpenedRound
 from specops.verify_logits import UNSOUND, LogitVerdict, Rule
-from targets.target import KvPool, Target
+from targets.target import KvPool, Target, TargetRows
 
 _LANE_OF, _IS_SCORED, _TAKES_BEST = map(attrgetter, ("lane", "is_scored", "takes_best"))
 """Of a request; without a Python frame for each of a batch."""
@@ -70,6 +73,8 @@ class _Key(NamedTuple):
     is_scored: bool = False
     """A request asks for log probabilities, so K is at most ``RoundBuffers.most_scored``. Never
     greedy."""
+    cutting: Cutting | None = None
+    """How drafts are cut on the device; ``None``: not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,8 @@ class _Drafts:
     """``None`` where nothing was drawn."""
     law: DraftLaw | None
     """The distributions that tokens were drawn from; ``None`` where nothing was drawn."""
+    figures_RK3: Tensor | None = None
+    """Confidence in each position before its token was drawn, in rounds that are cut."""
 
 
 def _given(opened: OpenedRound) -> _Drafts:
@@ -106,6 +113,8 @@ class Launched:
     landed: Landing
     draft_share: float
     """Share of its time that is spent on drafting."""
+    seen: Seen | None = None
+    """What the cut was decided by; ``None`` if drafts were not cut."""
 
     @property
     def most_tokens(self) -> int:
@@ -163,11 +172,13 @@ class Rounds:
         page_size: int,
         rule: Rule,
         ring: CaptureRing | None,
+        cuts: tuple[Cut, ...] = (),
     ) -> None:
         """
         Args:
             rule: verifies sampled requests without a seed.
             ring: receives the committed rows of captured requests.
+            cuts: ways to cut drafts that programs are made for at start-up.
         """
         self._rule, self._ring, self._page_size = rule, ring, page_size
         self._target, self._pool, self._drafting = target, pool, drafting
@@ -180,6 +191,7 @@ class Rounds:
             ring.reserve(ROUNDS_ON_THE_WAY * max_batch * (max_draft + 1))
         self._programs: dict[_Key, Program] = {}
         self._draft_shares: dict[_Key, float] = {}
+        self._allocator = Allocator(max_batch, max_draft, target.device, graphs, cuts)
         self._later: Later[_Key] = Later(self._sizes, max_draft)
 
     # ---- running -------------------------------------------------------------------------------
@@ -197,6 +209,7 @@ class Rounds:
         drafter: str,
         num_draft: int,
         given: list[list[int]] | None,
+        allocation: Allocation | None = None,
     ) -> Launched:
         """Start a round that decodes every request of ``batch``.
 
@@ -207,6 +220,7 @@ class Rounds:
             drafter: kind of the drafter; meaningless if ``num_draft`` is 0.
             num_draft: at most ``most_draft``.
             given: what a host drafter proposes for each request; ``None`` for a neural drafter.
+            allocation: how a neural drafter's drafts are cut before they are verified.
         """
         self._lanes.write([s for s in batch if not s.is_in_lane])
         neural = self._drafting.neural.get(drafter) if num_draft else None
@@ -218,13 +232,20 @@ class Rounds:
         assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
         key = _Key(size, num_draft, neural.kind if neural else None, is_greedy, is_scored)
+        if allocation is None or neural is None or is_scored:
+            allocation = None
+        else:
+            cutting = self._allocator.cutting(allocation, size, len(batch), num_draft)
+            key = key._replace(cutting=cutting)
+            self._allocator.upload(allocation, len(batch), num_draft)
         self._program(key)()
+        seen = None if allocation is None else self._allocator.download(allocation, size)
         scores = None
         if is_scored:
             scores, _ = self._graphs.to_host(self._io.scores[: size * (num_draft + 1)])
         outputs, landed = self._io.download(size)
         share = self._draft_shares.get(_timed_as(key), 0.0) if neural else 0.0
-        return Launched(batch, key, drafter, outputs, scores, landed, share)
+        return Launched(batch, key, drafter, outputs, scores, landed, share, seen)
 
     def leaves_rows(self, launched: Launched, drafter: str) -> bool:
         """Whether a round computes this neural drafter's rows of all that it commits."""
@@ -260,7 +281,8 @@ class Rounds:
         else:
             p_logp = self._reals(outputs, 1).tolist()
         q_logp = _cut(self._reals(outputs, 2).tolist(), lens) if self._draws(key) else None
-        return Proposed(launched.drafter, tokens, q_logp, p_logp)
+        considered = None if launched.seen is None else launched.seen.read(len(accepted))
+        return Proposed(launched.drafter, tokens, q_logp, p_logp, considered)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
         """Note which rows the round's drafter has."""
@@ -338,7 +360,11 @@ class Rounds:
         """The programs of one size and K."""
         keys = []
         for neural in self._sources(num_draft):
-            keys += [_Key(size, num_draft, neural, is_greedy) for is_greedy in (True, False)]
+            for key in (_Key(size, num_draft, neural, greedy) for greedy in (True, False)):
+                keys.append(key)
+                if neural is not None:
+                    cuttings = self._allocator.cuttings(size, num_draft)
+                    keys += [key._replace(cutting=cutting) for cutting in cuttings]
             if num_draft <= self._io.most_scored:
                 keys.append(_Key(size, num_draft, neural, False, is_scored=True))
         return keys
@@ -386,16 +412,12 @@ class Rounds:
         drafts = _given(opened) if neural is None else self._draft(neural, opened, rows, key)
         if neural is not None:
             opened.block_RQ[:, 1:] = drafts.tokens_RK
+        if drafts.figures_RK3 is not None and key.cutting is not None:
+            opened = self._allocator.cut(opened, drafts.figures_RK3, key.cutting.cut)
         if watch:
             watch.count_drafting()
-        here = rows.decode_pass(opened.anchor_at_R, self._page_size)
-        computed = self._target.decode(
-            opened.block_RQ.flatten(), opened.positions_T, opened.slots_T, here, self._pool
-        )
+        computed, logits = self._compute(opened, rows, key)
         self._features.keep(opened.slots_T, computed.features_TmH)
-        hidden = computed.hidden_TH.view(size, num_draft + 1, -1)
-        # An argmax is the same in the dtype of the product, and copying all logits takes time.
-        logits = self._target.logits(hidden, widen=not key.is_greedy)
         scores = logits.log_softmax(dim=-1) if key.is_scored else None
         asks, tables = requests_of(inputs, opened), self._lanes.tables
         if not key.is_greedy:
@@ -422,6 +444,22 @@ class Rounds:
             watch.count_drafting()
             self._draft_shares[_timed_as(key)] = watch.draft_share()
 
+    def _compute(self, opened: OpenedRound, rows: LaneRows, key: _Key) -> tuple[TargetRows, Tensor]:
+        """The target's pass over anchors and drafts, and its logits, [R, Q, V]."""
+        # An argmax is the same in the dtype of the product, and copying all logits takes time.
+        widen, page_size = not key.is_greedy, self._page_size
+        capacity = None if key.cutting is None else key.cutting.capacity
+        if capacity is not None:
+            packed = PackedPass.run(self._target, self._pool, opened, capacity, page_size)
+            logits = self._target.logits(packed.computed.hidden_TH, widen=widen)
+            return packed.spread(), packed.spread_logits(logits)
+        here = rows.decode_pass(opened.anchor_at_R, page_size)
+        computed = self._target.decode(
+            opened.block_RQ.flatten(), opened.positions_T, opened.slots_T, here, self._pool
+        )
+        hidden = computed.hidden_TH.view(key.size, key.num_draft + 1, -1)
+        return computed, self._target.logits(hidden, widen=widen)
+
     def _verify(
         self, logits: Tensor, opened: OpenedRound, drafts: _Drafts, key: _Key
     ) -> LogitVerdict | Tensor:
@@ -446,13 +484,17 @@ class Rounds:
         drafter = neural.drafter
         ahead = neural.pass_at(rows, opened.draft_at_R)
         outputs = neural.outputs_of(opened.lanes_R)
+        figures: list[Tensor] = []
         if not self._draws(key):
             d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
 
             def best(logits: Tensor, _number: int) -> Tensor:
+                if key.cutting is not None:
+                    figures.append(confidence(logits))
                 return best_ids(logits, d2t)
 
-            return _Drafts(drafter.propose(outputs, ahead, key.num_draft, best), None, None)
+            tokens = drafter.propose(outputs, ahead, key.num_draft, best)
+            return _Drafts(tokens, None, None, torch.stack(figures, 1) if figures else None)
 
         sampling, by_match = opened.sampling(), opened.by_match_R
         drawn: list[Drafted] = []
@@ -461,12 +503,15 @@ class Rounds:
         def draw(logits: Tensor, number: int) -> Tensor:
             here = opened.numbering(number)
             kept.append(logits)
+            if key.cutting is not None:
+                figures.append(confidence(logits))
             drawn.append(sample_draft(logits, sampling, here, by_match, drafter.vocab))
             return drawn[-1].tokens_R
 
         tokens = drafter.propose(outputs, ahead, key.num_draft, draw)
         law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
-        return _Drafts(tokens, torch.stack([d.logq_R for d in drawn], 1), law)
+        logq_RK = torch.stack([d.logq_R for d in drawn], 1)
+        return _Drafts(tokens, logq_RK, law, torch.stack(figures, 1) if figures else None)
 
 
 def _cut(rows: list[list[Any]], lens: list[int]) -> list[list[Any]]:

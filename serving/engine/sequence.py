@@ -6,6 +6,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from buffer.records import FIGURES
 from serving.engine.detokenize import Detokenizer
 from serving.requests import FinishReason, OnOutput, Request, SpeculationStats, TokenLogprob
 
@@ -30,7 +31,7 @@ class NotedRounds:
     notes 40,000 a second, and the garbage collector would visit each of them again and again.
     """
 
-    __slots__ = ("draft_ids", "p_logp", "q_logp", "rounds")
+    __slots__ = ("confidence", "considered", "draft_ids", "p_logp", "q_logp", "rounds")
 
     WIDTH = 6
     """Entries of a round in ``rounds``."""
@@ -44,6 +45,11 @@ class NotedRounds:
         """One for each draft token that was drawn from a distribution."""
         self.p_logp: list[float] = []
         """One for each accepted token and the first rejected one: nothing behind it counts."""
+        self.considered: list[int] = []
+        """Of each round that the device could cut: its number among the rounds, 1 if its step's
+        allocation could shorten drafts, else 0, and the length of its draft before that."""
+        self.confidence: list[float] = []
+        """Three figures of each position of these drafts."""
 
     def add(
         self,
@@ -66,6 +72,12 @@ class NotedRounds:
         self.draft_ids += draft_ids
         self.q_logp += q_logp
         self.p_logp += p_logp[: min(num_accepted + 1, num)]
+
+    def add_considered(self, may_cut: bool, figures: Several[float]) -> None:
+        """Note what the cut of the round that is added next was decided by."""
+        number = len(self.rounds) // self.WIDTH
+        self.considered += (number, int(may_cut), len(figures) // FIGURES)
+        self.confidence += figures
 
     def add_plain(self, step: NotedStep, anchor: int, next_id: int) -> None:
         """Note a round without draft tokens."""
