@@ -14,6 +14,7 @@ Shapes: N rows or chains, K draft positions, H hidden, D vocabulary of the draft
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -82,6 +83,11 @@ class RowShares(NamedTuple):
     """Of the objective's loss."""
     rejected_N: Tensor | None = None
     """Of what it adds at rejected rows; ``None``: nothing."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> RowShares:
+        """Both, in another shape."""
+        more_N = self.rejected_N
+        return RowShares(change(self.loss_N), None if more_N is None else change(more_N))
 
 
 def shares(objective: Objective, place_N: Tensor, row_N: Tensor) -> RowShares:

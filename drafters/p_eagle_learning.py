@@ -134,8 +134,8 @@ def parallel_outputs(
     depths = (num_steps - 1, len(anchor_A))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        by_depth = zip(*(x.unflatten(0, depths).unbind() for x in (q, k, v)), strict=True)
-        return torch.cat([attends[layer](*rows) for rows in by_depth])
+        rows = (x.reshape(*depths, *x.shape[1:]).unbind() for x in (q, k, v))
+        return torch.cat([attends[layer](*each) for each in zip(*rows, strict=True)])
 
     ahead = torch.arange(1, num_steps, device=anchor_A.device)[:, None]
     positions = (batch.positions_T[anchor_A] + ahead).flatten()
@@ -143,4 +143,4 @@ def parallel_outputs(
         mask_embed, mask_hidden = (x.expand(len(positions), -1) for x in model.masked())
         rope = model.rope(positions)
         outputs = model.run(mask_embed.to(mask_hidden.dtype), mask_hidden, *rope, attend)
-    yield from outputs.unflatten(0, depths).unbind()
+    yield from outputs.view(*depths, outputs.shape[-1]).unbind()

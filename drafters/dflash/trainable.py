@@ -29,7 +29,6 @@ from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import rope_theta
 from drafters.objectives import (
     Objective,
-    RowShares,
     dpace_weights,
     objective_loss,
     objective_of,
@@ -131,8 +130,7 @@ class DFlashTrainable:
         objective, given = objective_of(settings), _given(head, batch, hidden, row_AK.flatten())
         place_AK = _place_weights(objective, given, alive_AK, model.config.block_size)
         weights = shares(objective, place_AK, batch.weight_R[row_AK])
-        flat = RowShares(*(None if w is None else w.flatten() for w in weights))
-        figures = objective_loss(objective, *given, flat)
+        figures = objective_loss(objective, *given, weights.each(torch.flatten))
         shape = alive_AK.shape
         alpha_K = _mean(figures.figures.alpha_N.detach().view(shape), alive_AK, settings.ttt_steps)
         agree_K = _mean(figures.figures.agrees_N.view(shape), alive_AK, settings.ttt_steps)

@@ -47,7 +47,6 @@ from drafters.objectives import (
     LK,
     Objective,
     Positions,
-    RowShares,
     objective_loss,
     shares,
 )
@@ -226,7 +225,7 @@ def _distilled(
     objective, by_step = plan.objective, list(torch.split(probs, lengths))
     places_KR = chain_weights(chains, by_step, plan.floor, objective.positions)
     weights_KR = shares(objective, places_KR, _ahead(chains, batch.weight_R))
-    weights = RowShares(*(None if w is None else _flat(chains, w) for w in weights_KR))
+    weights = weights_KR.each(lambda values_KR: torch.cat(_by_step(chains, values_KR)))
     order = _order(chains, lengths)
     found = objective_loss(
         objective, hidden, weight, teacher, rows, weights, plan.chunk_rows, order
@@ -344,11 +343,6 @@ def _sorted_rows(num_rows: int, num_steps: int) -> NDArray[np.int64]:
     """``TeacherOrder.row_N`` of all chains."""
     ahead = np.arange(num_steps)[:, None] + np.arange(num_rows)
     return np.sort(np.minimum(ahead, num_rows - 1), axis=None)
-
-
-def _flat(chains: Chains, values_KR: Tensor) -> Tensor:
-    """The values of all steps behind each other."""
-    return torch.cat(_by_step(chains, values_KR))
 
 
 def _by_step(chains: Chains, values_KR: Tensor) -> list[Tensor]:
