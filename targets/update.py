@@ -209,7 +209,7 @@ class TargetWeights:
             file.seek(place.info.start)
             at = 0
             while at < num_bytes:
-                count = file.readinto(memoryview(bits[at:]))
+                count = file.readinto(bits[at:].data)
                 if not count:
                     raise ValueError(f"{place.path} was cut off while it was read")
                 at += count

@@ -175,7 +175,8 @@ def judge_head(head: Head, fitted_on: HeadSamples, held_out: HeadSamples) -> Hea
     kept = np.bincount(fitted_on.places, fitted_on.kept, minlength=most)
     by_place = (kept / np.maximum(counts, 1))[held_out.places]
     x = (held_out.inputs - head.mean) * head.scale
-    by_head: Floats = np.tanh(x @ head.w1.T + head.b1) @ head.w2 + head.b2
+    hidden = np.tanh(x @ head.w1.T + head.b1)
+    by_head = np.asarray(hidden @ head.w2 + head.b2, np.float64)
     rng = np.random.default_rng(0)
     names, of = np.unique(held_out.stretches, return_inverse=True)
     groups = [np.flatnonzero(of == g) for g in range(len(names))]

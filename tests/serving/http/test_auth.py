@@ -22,6 +22,8 @@ SCOPES = {
     ("POST", "/admin/drafter/swap"): "admin",
     ("POST", "/admin/drafter/rollback"): "admin",
     ("POST", "/admin/drain"): "admin",
+    ("GET", "/admin/target"): "admin",
+    ("POST", "/admin/target/update"): "admin",
     ("POST", "/v1/completions"): "user",
     ("POST", "/v1/chat/completions"): "user",
     ("GET", "/v1/models"): "user",
