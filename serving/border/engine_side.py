@@ -206,8 +206,8 @@ class Line:
             "policy": desk.policy_figures,
             "history": lambda: desk.history(message.since_unix_s),
             "status": desk.drafter_status,
-            "swap": lambda: desk.swap(message.version),
-            "rollback": desk.rollback,
+            "swap": lambda: desk.swap(message.version, message.drafter),
+            "rollback": lambda: desk.rollback(message.drafter),
             "drain": desk.drain,
         }
         return answers[message.what]

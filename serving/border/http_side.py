@@ -263,8 +263,8 @@ class RemoteServer:
     async def drafter_status(self) -> dict[str, Any]:
         return await self._wire.ask("status", dict[str, Any])
 
-    async def swap(self, version: int | None) -> dict[str, Any]:
-        return await self._wire.ask("swap", dict[str, Any], version=version)
+    async def swap(self, version: int | None, drafter: str | None = None) -> dict[str, Any]:
+        return await self._wire.ask("swap", dict[str, Any], version=version, drafter=drafter)
 
-    async def rollback(self) -> dict[str, Any]:
-        return await self._wire.ask("rollback", dict[str, Any])
+    async def rollback(self, drafter: str | None = None) -> dict[str, Any]:
+        return await self._wire.ask("rollback", dict[str, Any], drafter=drafter)

@@ -16,7 +16,7 @@ import msgspec
 from serving.requests import DrainingError, Output, QueueFullError, Request
 from serving.served_model import ServedModel
 
-VERSION = 2
+VERSION = 3
 MOST_BYTES = 64 << 20
 """Longest message that the engine's process accepts. A job of 8 choices with prompts of a million
 tokens takes 40 MB."""
@@ -78,6 +78,8 @@ class Ask(_Message, frozen=True):
     """Of a swap."""
     since_unix_s: float = 0.0
     """Of the history."""
+    drafter: str | None = None
+    """Of a swap or rollback."""
 
 
 FromHttp = Hello | Ready | Alive | Submit | Cancel | Ask
