@@ -40,7 +40,7 @@ from serving.engine.lanes import table_bytes_of
 from serving.engine.loop import Engine, EngineParts, Listeners
 from serving.engine.programs import Sizes, fuse
 from serving.kept_profile import facts_of, kept_or_measured
-from serving.learning import Learning, first_versions, flat_weights, shapes_of, swappers
+from serving.learning import Learning, all_of, first_versions, flat_weights, shapes_of, swappers
 from serving.model_len import model_len, with_model_len
 from serving.profile import profile_steps
 from serving.served_model import ServedModel
@@ -329,10 +329,7 @@ def _listeners(
     if len(followers) == 1:
         heard |= {"before_step": followers[0].between_steps, "on_rounds": followers[0].on_rounds}
     elif followers:
-        heard |= {
-            "before_step": lambda: [one.between_steps() for one in followers],
-            "on_rounds": lambda kind, rounds: [one.on_rounds(kind, rounds) for one in followers],
-        }
+        heard |= all_of(followers)
     if savings is not None:
         heard["on_outcome"] = savings.observe
     return Listeners(**heard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from buffer.interface import Backend
@@ -107,6 +107,20 @@ def swappers(
             wake_engine=parts.inbox.wake,
         )
     return found
+
+
+def all_of(followers: list[Swapper]) -> dict[str, Callable[..., None]]:
+    """What the engine calls for several swappers, as ``Listeners`` names it."""
+
+    def between_steps() -> None:
+        for one in followers:
+            one.between_steps()
+
+    def on_rounds(drafter: str, rounds: list[tuple[int, int]]) -> None:
+        for one in followers:
+            one.on_rounds(drafter, rounds)
+
+    return {"before_step": between_steps, "on_rounds": on_rounds}
 
 
 def _denied(store: WeightsStore) -> set[int]:

@@ -135,6 +135,7 @@ class Wire(asyncio.Protocol):
         *,
         version: int | None = None,
         since_unix_s: float = 0.0,
+        drafter: str | None = None,
     ) -> T:
         """An answer of the engine's process.
 
@@ -145,7 +146,7 @@ class Wire(asyncio.Protocol):
         """
         number, answer = self._expect()
         try:
-            self.send(Ask(number, what, version, since_unix_s))
+            self.send(Ask(number, what, version, since_unix_s, drafter))
             return msgspec.msgpack.decode(await answer, type=kind)
         finally:
             self._waiting.pop(number, None)
