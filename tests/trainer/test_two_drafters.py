@@ -55,13 +55,13 @@ def test_both_learn_from_the_same_traces_and_resume(traffic, tmp_path):
     target, traces = traffic
     write_traces(tmp_path, traces)
 
-    run(*build_trainers(both(tmp_path, target, max_steps=25), threading.Event()))
+    run(*build_trainers(both(tmp_path, target, max_steps=12), threading.Event()))
 
     folders = {"eagle3": tmp_path / "trainer", "mtp": tmp_path / "trainer" / "mtp"}
     lines = {"eagle3": tmp_path / "weights", "mtp": tmp_path / "weights" / "mtp"}
     for kind, folder in folders.items():
         updates = events(folder, "update")
-        assert sum(one["updates"] for one in updates) == 25
+        assert sum(one["updates"] for one in updates) == 12
         assert updates[-1]["loss"] < updates[0]["loss"]
         status = json.loads((folder / "status.json").read_text())
         assert status["traces"]["read"] == 48 and not status["traces"]["refused"]
@@ -72,16 +72,16 @@ def test_both_learn_from_the_same_traces_and_resume(traffic, tmp_path):
     assert set(shown.beside) == {"mtp"}
     assert any(line.startswith("mtp        version") for line in shown.to_lines())
 
-    again = build_trainers(both(tmp_path, target, max_steps=30), threading.Event())
-    assert [trainer.learner.step for trainer in again] == [25, 25]
+    again = build_trainers(both(tmp_path, target, max_steps=14), threading.Event())
+    assert [trainer.learner.step for trainer in again] == [12, 12]
     run(*again)
-    assert [trainer.learner.step for trainer in again] == [30, 30]
+    assert [trainer.learner.step for trainer in again] == [14, 14]
 
 
 def test_one_that_waits_does_not_keep_the_other_from_learning(traffic, tmp_path):
     target, traces = traffic
     write_traces(tmp_path, traces)
-    first, second = build_trainers(both(tmp_path, target, max_steps=8), threading.Event())
+    first, second = build_trainers(both(tmp_path, target, max_steps=4), threading.Event())
     first.memory.settings = first.memory.settings.model_copy(update={"min_traces": 10_000})
     stop = first.stop
 
@@ -95,7 +95,7 @@ def test_one_that_waits_does_not_keep_the_other_from_learning(traffic, tmp_path)
     run(first, second)
     watcher.join()
 
-    assert (first.learner.step, second.learner.step) == (0, 8)
+    assert (first.learner.step, second.learner.step) == (0, 4)
 
 
 def test_a_drafter_trains_on_its_own_layers_of_a_trace(traffic):

@@ -61,18 +61,18 @@ def test_greedy_output_is_the_targets_with_swaps_of_each_in_the_middle(
 ):
     numbers = random.Random(3)
     model = random_model(architecture)
-    prompts = random_prompts(numbers, 8, 96)
-    expected = [reference(model, prompt, 20) for prompt in prompts]
+    prompts = random_prompts(numbers, 5, 96)
+    expected = [reference(model, prompt, 14) for prompt in prompts]
     engine = make_engine(
         model, kind=kinds[0], beside=dict.fromkeys(kinds[1:]), overlaps=overlaps, max_batch=3,
         prefill_chunk=16, page_size=4,
     )  # fmt: skip
 
-    got = run(engine, [request_of(str(i), p, 20) for i, p in enumerate(prompts)], scrambled)
+    got = run(engine, [request_of(str(i), p, 14) for i, p in enumerate(prompts)], scrambled)
 
     assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
     used = {drafter for drafter, _ in engine.figures().steps_by_arm}
-    assert used >= {*kinds, "+".join(kinds), "suffix", "none"}
+    assert used >= {*kinds, "+".join(kinds)}
     assert set(engine.figures().drafters) >= set(kinds)
 
 
@@ -160,7 +160,7 @@ def rounds_of(model, policy, kinds, weights):
         rows.drafter.version = version
     engine = Engine(engine.parts, policy, Listeners(on_finished=keep))
     prompts = [list(range(3 * i, 40)) for i in range(4)]
-    got = run(engine, [request_of(str(i), p, 40) for i, p in enumerate(prompts)])
+    got = run(engine, [request_of(str(i), p, 28) for i, p in enumerate(prompts)])
     return found, {name: collected.token_ids for name, collected in got.items()}
 
 
