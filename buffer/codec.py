@@ -3,15 +3,16 @@
 The numbers of a trace are columns (see ``columns.py``), so that nothing is done for each round in
 Python, neither to read them nor to check them:
 
-    token_ids I32 [T] | counts I32 [12, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
+    token_ids I32 [T] | counts I32 [13, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
     draft_ids I32 | q_logp F32 | p_logp F32 | those of ``considered``   of one round after another
     positions I32 [N] | scale F32 [N, m + 1], for fp8 rows alone
     rows [N, m + 1, H], in the dtype and with the bytes that were captured
 
-The rest is a JSON object: identity, sampling, names of drafters and policies, number of rounds,
-tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and keys that
-it does not know; rows of ``counts`` that an older writer did not have are 0. A change that an old
-reader could misread gets a new version. Version 1, a safetensors blob, is not read any more.
+The rest is a JSON object: identity, sampling, names of drafters, policies and reasons, number of
+rounds, tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and
+keys that it does not know; rows of ``counts`` that an older writer did not have are 0. A change
+that an old reader could misread gets a new version. Version 1, a safetensors blob, is not read any
+more.
 """
 
 from __future__ import annotations
@@ -233,6 +234,7 @@ def _text_of(trace: Trace) -> dict[str, Any]:
         "sampling": dict(trace.sampling.values),
         "drafters": list(trace.rounds.drafters),
         "policies": list(trace.rounds.policies),
+        "reasons": list(trace.rounds.reasons),
         "num_rounds": len(trace.rounds),
         "rows": shape,
     }
@@ -283,10 +285,11 @@ def _trace_of(text: Any, columns: _Columns) -> Trace:
 
 
 def _rounds_of(text: Any, columns: _Columns) -> Rounds:
-    num_rounds, drafters, policies = text["num_rounds"], text["drafters"], text.get("policies", [])
+    num_rounds, drafters = text["num_rounds"], text["drafters"]
+    policies, reasons = text.get("policies", []), text.get("reasons", [])
     if not _is_count(num_rounds):
         raise ValueError("num_rounds must be an integer >= 0")
-    for name, kinds in (("drafters", drafters), ("policies", policies)):
+    for name, kinds in (("drafters", drafters), ("policies", policies), ("reasons", reasons)):
         if not isinstance(kinds, list):
             raise ValueError(f"{name} must be a list of names")
     return Rounds(
@@ -297,6 +300,7 @@ def _rounds_of(text: Any, columns: _Columns) -> Rounds:
         _column(columns, "p_logp", "F32"),
         tuple(drafters),
         tuple(policies),
+        tuple(reasons),
         *considered_of(columns, num_rounds),
     )
 
@@ -377,10 +381,10 @@ def _check_rounds(rounds: Rounds, num_tokens: int) -> None:
     _check_column("draft_ids", rounds.draft_ids, np.int32, (rounds.draft_ids.size,))
     _check_column("q_logp", rounds.q_logp, np.float32, (rounds.q_logp.size,))
     _check_column("p_logp", rounds.p_logp, np.float32, (rounds.p_logp.size,))
-    if not all(map(_is_short_text, rounds.drafters)):
-        raise ValueError("drafter must be a short text")
-    if not all(map(_is_short_text, rounds.policies)):
-        raise ValueError("policy must be a short text")
+    names = {"drafter": rounds.drafters, "policy": rounds.policies, "reason": rounds.reasons}
+    for name, kinds in names.items():
+        if not all(map(_is_short_text, kinds)):
+            raise ValueError(f"{name} must be a short text")
     _check_lengths(rounds)
     check_considered(rounds)
     if num_rounds:
@@ -413,10 +417,10 @@ def _check_counts(rounds: Rounds, num_tokens: int) -> None:
     anchor = counts[Count.ANCHOR]
     if anchor[-1] >= num_tokens or not (anchor[1:] > anchor[:-1]).all():
         raise ValueError(f"anchor must grow from round to round, within 0..{num_tokens - 1}")
-    if counts[Count.DRAFTER].max() >= len(rounds.drafters):
-        raise ValueError(f"drafter must be one of {len(rounds.drafters)} names")
-    if counts[Count.POLICY].max() > len(rounds.policies):
-        raise ValueError(f"policy must be one of {len(rounds.policies)} names")
+    kinds = (Count.DRAFTER, rounds.drafters, 0), (Count.POLICY, rounds.policies, 1)
+    for row, names, first in (*kinds, (Count.REASON, rounds.reasons, 1)):
+        if counts[row].max() >= len(names) + first:
+            raise ValueError(f"{row.name.lower()} must be one of {len(names)} names")
     if not counts[Count.BATCH].all():
         raise ValueError("batch must be >= 1")
     # NUM_ACCEPTED, NUM_P and NUM_DRAFTED are neighbours.

@@ -78,8 +78,8 @@ class EmbeddedLog(Backend):
         found = sorted((self._root / QUARANTINE).glob("*.bin"))
         return [Unreadable(path.stem, path.stat().st_size) for path in found]
 
-    def open_weights(self) -> FolderWeights:
-        return FolderWeights(self._weights)
+    def open_weights(self, line: str = "") -> FolderWeights:
+        return FolderWeights(self._weights / line)
 
     def delete(self, tenant: str) -> Deleted:
         check_key(self._root, self._sealer)

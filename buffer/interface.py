@@ -314,7 +314,13 @@ class Backend(Protocol):
         """
         return ()
 
-    def open_weights(self) -> WeightsStore: ...
+    def open_weights(self, line: str = "") -> WeightsStore:
+        """The published versions of one drafter.
+
+        Args:
+            line: name of its version line, where a run has several drafters; empty for the first.
+        """
+        ...
 
     def delete(self, tenant: str) -> Deleted:
         """Delete all records of a tenant, put-aside ones among them, and list the tenant, so that

@@ -7,7 +7,7 @@ import bisect
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,11 @@ class KafkaBackend(Backend):
         with kafka_errors(where):
             return list(list_unreadable(self._link))
 
-    def open_weights(self) -> KafkaWeights:
-        return KafkaWeights(self._link)
+    def open_weights(self, line: str = "") -> KafkaWeights:
+        address = self._link.address
+        if not line:
+            return KafkaWeights(self._link)
+        return KafkaWeights(KafkaLink(replace(address, prefix=f"{address.prefix}.{line}")))
 
     def delete(self, tenant: str) -> Deleted:
         """Lists the tenant: readers pass over its records, which the brokers hold until retention

@@ -88,8 +88,11 @@ class MemoryBackend(Backend):
                 for name, kept in self._held.unreadable.items()
             ]
 
-    def open_weights(self) -> MemoryWeights:
-        return MemoryWeights(self._held, self._url)
+    def open_weights(self, line: str = "") -> MemoryWeights:
+        if not line:
+            return MemoryWeights(self._held, self._url)
+        with self._held.lock:
+            return MemoryWeights(self._held.lines.setdefault(line, Held()), f"{self._url} ({line})")
 
     def delete(self, tenant: str) -> Deleted:
         held, records, num_bytes = self._held, 0, 0

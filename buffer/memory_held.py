@@ -64,3 +64,5 @@ class Held:
     deletions: Deletions = field(default_factory=Deletions)
     groups: dict[str, dict[str, Share]] = field(default_factory=dict)
     """Group -> writer -> what it has done with its records."""
+    lines: dict[str, Held] = field(default_factory=dict)
+    """Versions of further drafters, by the name of their line; only these are held there."""

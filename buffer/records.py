@@ -113,6 +113,9 @@ class Round:
     step: int | None = None
     """Running number of the step in its server, modulo 2**30; ``None`` likewise. Rounds of one step
     share one decision."""
+    reason: str = ""
+    """Why this drafter and K, in a word: that of the step's decision, or where several drafters
+    drafted in the step that of the pick (``policies.interface``); empty likewise."""
     considered: Consideration | None = None
     """``None`` where the device was not asked to cut drafts."""
 
@@ -147,6 +150,8 @@ class Count(IntEnum):
     """1 + index into ``Rounds.policies``; 0: not noted."""
     STEP = 11
     """1 + number of the step; 0: not noted."""
+    REASON = 12
+    """1 + index into ``Rounds.reasons``; 0: not noted."""
 
 
 FIRST_COUNTS = 10
@@ -165,7 +170,7 @@ class Rounds(Sequence[Round]):
     """The R rounds of one request by column; a ``Round`` is made when somebody asks for it."""
 
     counts: NDArray[np.int32]
-    """[12, R]: one row for each ``Count``; all >= 0."""
+    """[13, R]: one row for each ``Count``; all >= 0."""
     reals: NDArray[np.float64]
     """[2, R]: one row for each ``Real``."""
     draft_ids: NDArray[np.int32]
@@ -178,6 +183,8 @@ class Rounds(Sequence[Round]):
     """Kinds of the drafters that occur."""
     policies: tuple[str, ...] = ()
     """Kinds of the policies that occur."""
+    reasons: tuple[str, ...] = ()
+    """Reasons of decisions that occur."""
     considered: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     """[2, R], one row for each ``Considering``; no values where no draft could be cut."""
     confidence: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -193,6 +200,7 @@ class Rounds(Sequence[Round]):
         rounds = tuple(rounds)
         drafters = tuple(dict.fromkeys(one.drafter for one in rounds))
         policies = tuple(dict.fromkeys(one.policy for one in rounds if one.policy))
+        reasons = tuple(dict.fromkeys(one.reason for one in rounds if one.reason))
         q_logp = [one.q_logp or () for one in rounds]
         counts = {
             Count.ANCHOR: [one.anchor for one in rounds],
@@ -207,6 +215,7 @@ class Rounds(Sequence[Round]):
             Count.NUM_DRAFTED: [len(one.draft_ids) for one in rounds],
             Count.POLICY: [policies.index(one.policy) + 1 if one.policy else 0 for one in rounds],
             Count.STEP: [0 if one.step is None else one.step + 1 for one in rounds],
+            Count.REASON: [reasons.index(one.reason) + 1 if one.reason else 0 for one in rounds],
         }
         reals = [one.propensity for one in rounds], [one.step_s for one in rounds]
         return cls(
@@ -217,6 +226,7 @@ class Rounds(Sequence[Round]):
             np.array([*chain.from_iterable(one.p_logp for one in rounds)], np.float32),
             drafters,
             policies,
+            reasons,
             *_considered(rounds),
         )
 
@@ -250,6 +260,7 @@ class Rounds(Sequence[Round]):
             reals[Real.STEP_S],
             map(("", *self.policies).__getitem__, counts[Count.POLICY]),
             (number - 1 if number else None for number in counts[Count.STEP]),
+            map(("", *self.reasons).__getitem__, counts[Count.REASON]),
             self._considerations(),
         )
 

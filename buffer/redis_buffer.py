@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ class RedisBuffer(Backend):
             client.close()
         return [Unreadable(name.decode(), int(size)) for name, size in sorted(kept.items())]
 
-    def open_weights(self) -> RedisWeights:
-        return RedisWeights(self._client())
+    def open_weights(self, line: str = "") -> RedisWeights:
+        run = f"{self._options.run}.{line}" if line else self._options.run
+        return RedisWeights(RedisClient(replace(self._options, run=run)))
 
     def delete(self, tenant: str) -> Deleted:
         client = self._client()

@@ -142,11 +142,12 @@ def check_keys(public_key: Path | None, signing_key: Path | None = None) -> None
 
 
 def open_weights(
-    backend: Backend, public_key: Path | None, signing_key: Path | None = None
+    backend: Backend, public_key: Path | None, signing_key: Path | None = None, line: str = ""
 ) -> WeightsStore:
     """The weights of a buffer; if there is a key, only versions that are signed.
 
     Args:
+        line: see ``Backend.open_weights``.
         public_key: PEM file, see ``swap.public_key``.
         signing_key: PEM file, see ``trainer.signing_key``; without ``public_key``, what it signs is
             what is taken.
@@ -155,7 +156,7 @@ def open_weights(
         KeyFileError: a key file cannot be used, or what the private key signs would be refused.
     """
     check_keys(public_key, signing_key)
-    store = backend.open_weights()
+    store = backend.open_weights(line)
     signing = None if signing_key is None else read_signing_key(signing_key)
     public = None if public_key is None else read_public_keys(public_key)
     if public is None and signing is not None:

@@ -98,8 +98,8 @@ class SocketBackend(Backend):
             return self._host.backend.unreadable()
         return [Unreadable(*one) for one in self._ask({"op": "kept"})["kept"]]
 
-    def open_weights(self) -> FolderWeights:
-        return FolderWeights(self._weights)
+    def open_weights(self, line: str = "") -> FolderWeights:
+        return FolderWeights(self._weights / line)
 
     def delete(self, tenant: str) -> Deleted:
         if self._host is not None:

@@ -31,9 +31,14 @@ def settings_file(name: Path) -> Path:
 
 def resolve_paths(settings: Settings) -> Settings:
     """Replace ``target`` and ``drafter.path`` by absolute paths if only the repository has them."""
-    path = settings.drafter.path
     drafter = settings.drafter.model_copy(
-        update={"path": None if path is None else Path(_resolved(str(path)))}
+        update={
+            "path": _resolved_path(settings.drafter.path),
+            "beside": tuple(
+                one.model_copy(update={"path": _resolved_path(one.path)})
+                for one in settings.drafter.beside
+            ),
+        }
     )
     return settings.model_copy(update={"target": _resolved(settings.target), "drafter": drafter})
 
@@ -58,6 +63,10 @@ def missing_bundled(settings: Settings) -> Iterator[str]:
             f"random weights with --set drafter.path=null, name another with "
             f"--set drafter.path=FOLDER, or run in the repository"
         )
+
+
+def _resolved_path(path: Path | None) -> Path | None:
+    return None if path is None else Path(_resolved(str(path)))
 
 
 def _resolved(path: str) -> str:

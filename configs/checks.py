@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
-from configs.schema import Settings
+from configs.schema import DrafterSettings, Settings
 
 ENV_PREFIX = "SLIPSTREAM_"
 IN_MEMORY = ("socket", "memory")
@@ -59,6 +59,7 @@ def _drafting(settings: Settings) -> Iterator[str]:
             f"drafter.model is set, but a drafter of kind {drafter.kind!r} is no language model; "
             f"set drafter.kind to 'draft_model' or take drafter.model out"
         )
+    yield from _beside(drafter)
     if suffix.min_match > suffix.max_match:
         yield (
             f"drafter.suffix.min_match {suffix.min_match} is above drafter.suffix.max_match "
@@ -66,13 +67,33 @@ def _drafting(settings: Settings) -> Iterator[str]:
         )
 
 
+def _beside(drafter: DrafterSettings) -> Iterator[str]:
+    """Further drafters: of a kind of their own each, and only beside a drafter."""
+    kinds = [one.kind for one in drafter.beside]
+    if kinds and drafter.kind in ("none", "suffix"):
+        yield (
+            f"drafter.beside names {kinds[0]!r}, but drafter.kind is {drafter.kind!r}; make "
+            f"{kinds[0]!r} drafter.kind itself"
+        )
+    for number, kind in enumerate(kinds):
+        if kind in (drafter.kind, *kinds[:number]):
+            yield f"drafter.beside names {kind!r}, which is a drafter of this server already"
+    for one in drafter.beside:
+        if one.model is not None and one.kind != "draft_model":
+            yield (
+                f"drafter.beside sets model for kind {one.kind!r}, which is no language model; "
+                f"take it out"
+            )
+
+
 def _fixed_drafter(settings: Settings) -> Iterator[str]:
-    """``policy.drafter`` must be loaded: ``drafter.kind``, or the suffix index beside it."""
+    """``policy.drafter`` must be loaded: ``drafter.kind``, one of ``drafter.beside``, or the suffix
+    index beside them."""
     wanted, drafter = settings.policy.drafter, settings.drafter
     if wanted == "suffix":
         if not drafter.suffix.enabled:
             yield "policy.drafter 'suffix' needs drafter.suffix.enabled"
-    elif wanted != drafter.kind:
+    elif wanted not in (drafter.kind, *(one.kind for one in drafter.beside)):
         yield (
             f"policy.drafter {wanted!r} is not loaded with drafter.kind {drafter.kind!r}; "
             f"set policy.drafter to {drafter.kind!r} or drafter.kind to {wanted!r}"

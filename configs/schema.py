@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from configs.drafters import BesideSettings
 from configs.launch import LaunchSettings
 from configs.policies import (
     AdaEdlSettings,
@@ -146,6 +147,12 @@ class DrafterSettings(Section):
     after k decoder layers. ``None``: for a target of N layers (2, N // 2, N - 3), or N for
     ``mtp``."""
     suffix: SuffixSettings = SuffixSettings()
+    beside: tuple[BesideSettings, ...] = ()
+    """Further neural drafters in the same server, e.g. ``[{kind: mtp}]``. Each has rows, versions
+    and figures of its own, and each that learns is trained. The policy chooses."""
+    mixed: bool = True
+    """With ``beside``: also draft for the requests of one step with different neural drafters,
+    where that is measurably faster. It doubles or triples the number of programs."""
     on_request: tuple[str, ...] | None = None
     """Names in the catalog of drafters that draft only for requests that name them in
     ``speculation.drafters``. With a list, even an empty one, requests may choose their drafters;

@@ -13,7 +13,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from configs.choices import known
+from configs.choices import SettingsError, known
 from configs.schema import DrafterSettings
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ _BESIDE = "suffix"
 """The kind that runs beside another one if ``drafter.suffix.enabled``."""
 
 
+JOINED = "+"
+"""Between the kinds of drafters that draft in one round, in the name of their mix."""
+
+
 def kind_of(name: str) -> DrafterKind:
     """The ``DrafterKind`` of a kind in the catalog."""
     kind: DrafterKind = pkgutil.resolve_name(CATALOG[name].kind)
@@ -60,12 +64,12 @@ def kind_of(name: str) -> DrafterKind:
 
 
 def chosen(settings: DrafterSettings) -> tuple[str, ...]:
-    """Kinds that a server with these settings runs, the main one first, those that draft on request
-    last.
+    """Kinds that a server with these settings runs: the main one first, then those beside it, and
+    those that draft on request last.
 
     Raises:
-        SettingsError: ``drafter.kind`` or ``drafter.on_request`` names a kind that is not in the
-            catalog.
+        SettingsError: ``drafter.kind``, ``drafter.beside`` or ``drafter.on_request`` names a kind
+            that is not in the catalog, or ``drafter.beside`` one that is not neural.
     """
     return (*_ordinary(settings), *on_request(settings))
 
@@ -87,5 +91,25 @@ def _ordinary(settings: DrafterSettings) -> tuple[str, ...]:
     known("drafter.kind", settings.kind, (*CATALOG, NONE))
     if settings.kind == NONE:
         return ()
+    neural = (settings.kind, *_beside(settings))
     has_beside = settings.suffix.enabled and settings.kind != _BESIDE
-    return (settings.kind, _BESIDE) if has_beside else (settings.kind,)
+    return (*neural, _BESIDE) if has_beside else neural
+
+
+def _beside(settings: DrafterSettings) -> tuple[str, ...]:
+    """Kinds of the neural drafters beside the main one."""
+    kinds = tuple(one.kind for one in settings.beside)
+    for kind in kinds:
+        known("drafter.beside", kind, CATALOG)
+        if not kind_of(kind).traits.is_neural:
+            raise SettingsError(
+                f"drafter.beside names {kind!r}, which is not neural; name it in "
+                f"drafter.on_request, or leave it out"
+            )
+    return kinds
+
+
+def mixes(settings: DrafterSettings) -> dict[str, tuple[str, ...]]:
+    """Name -> kinds of the neural drafters that may draft in one round, each for some requests."""
+    neural = (settings.kind, *_beside(settings))
+    return {JOINED.join(neural): neural} if settings.mixed and len(neural) > 1 else {}

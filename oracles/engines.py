@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from configs.schema import DrafterSettings
-from drafters.catalog import kind_of
+from drafters.catalog import JOINED, kind_of
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
 from drafters.mtp import Mtp, PagedMtp
@@ -35,7 +35,7 @@ from drafters.protocol import DrafterContext, HostDrafter, Weights
 from drafters.suffix.index import SuffixIndex
 from drafters.trainable import trainable
 from oracles.support import tiny_tokenizer
-from policies.interface import Decision, Outcome, StepObs
+from policies.interface import Decision, Outcome, Pick, StepObs
 from serving.engine.assembly import Choices, assemble
 from serving.engine.capture_ring import CaptureRing, StoredDtype
 from serving.engine.inbox import Sequences
@@ -103,7 +103,15 @@ class RandomPolicy:
     def plan(self, obs: StepObs) -> Decision:
         k = min(self.numbers.randint(0, 8), obs.max_draft)
         drafter = self.numbers.choice(obs.drafters) if k else "none"
-        return Decision(drafter, k, 1.0, False, "random")
+        return Decision(drafter, k, 1.0, False, "random", picks=self.picks(drafter, obs.batch))
+
+    def picks(self, drafter: str, batch: int) -> tuple[Pick, ...] | None:
+        """Any member of a mix for each request."""
+        members = drafter.split(JOINED)
+        if len(members) == 1:
+            return None
+        chance = 1 / len(members)
+        return tuple(Pick(self.numbers.choice(members), chance, "try") for _ in range(batch))
 
     def observe(self, outcome: Outcome) -> None: ...
     def calibrate(self, samples: Any) -> None: ...
@@ -148,6 +156,7 @@ def make_engine(
     *,
     kind: str | None = None,
     weights: Weights | None = None,
+    beside: Mapping[str, Weights | None] | None = None,
     policy: Any = None,
     max_batch: int = 5,
     page_size: int = 4,
@@ -174,6 +183,7 @@ def make_engine(
 
     Args:
         kind: take a drafter of this kind of the catalog instead, with ``weights`` or random ones.
+        beside: further neural drafters by kind, likewise; all may draft in one round.
         overlaps: launch each round before the last one is read, as a server on a GPU does.
         fused: compute target and drafter with our fused operations.
         on_request: further host drafters, which draft only for requests that name them.
@@ -184,24 +194,23 @@ def make_engine(
         drafter = Eagle3(config_for_target(model.config))
         drafter.initialise(seed, model.get_output_embeddings().weight)
     drafter.eval().requires_grad_(False)
-    if kind is not None and weights is None:
-        weights = new_weights(kind, model, seed)
+    kinds = {} if kind is None else {kind: weights, **(beside or {})}
+    made = {name: own or new_weights(name, model, seed) for name, own in kinds.items()}
     modules = [drafter] if second is None else [drafter, second.eval().requires_grad_(False)]
     taps = dict.fromkeys(layer for module in modules for layer in module.config.layer_ids)
-    if kind is not None:
-        taps = dict.fromkeys(kind_of(kind).layer_ids(weights))
+    if made:
+        taps = dict.fromkeys(x for name, own in made.items() for x in kind_of(name).layer_ids(own))
     target = Target(model, tuple(taps))
     sizes = Sizes(max_batch, 256, prefill_chunk, page_size, num_pages, max_draft)
-    kinds = (PagedEagle3, SecondEagle3)
     neural: list[Any] = [
         PagedMtp(module, target.embed, num_pages * page_size, target.lm_head.weight)
         if isinstance(module, Mtp)
         else paged(module, target.embed, num_pages * page_size)
-        for paged, module in zip(kinds, modules, strict=False)
+        for paged, module in zip((PagedEagle3, SecondEagle3), modules, strict=False)
     ]
-    if kind is not None:
+    for number, (name, own) in enumerate(made.items()):
         context = DrafterContext(
-            settings=DrafterSettings(kind=kind, max_draft=max_draft),
+            settings=DrafterSettings(kind=name, max_draft=max_draft),
             embed=target.embed,
             hidden_size=target.config.hidden_size,
             vocab_size=target.vocab_size,
@@ -210,9 +219,9 @@ def make_engine(
             logits=partial(target.logits, widen=False),
             device=target.device,
             dtype=target.dtype,
-            weights=weights,
+            weights=own,
         )
-        neural = [kind_of(kind).build(context)]
+        neural = [*(neural if number else ()), kind_of(name).build(context)]
     if fused:
         fuse(target, neural, sizes.pages_each * page_size, pinned=False)
     elif fused_drafter:
@@ -232,6 +241,7 @@ def make_engine(
             max_queue=max_queue,
             overlaps=overlaps,
             on_request=tuple(one.kind for one in on_request),
+            mixes={JOINED.join(made): tuple(made)} if len(made) > 1 else {},
         ),
         ring,
     )

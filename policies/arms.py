@@ -1,6 +1,6 @@
 """One policy for ordinary requests, and one for each arm of a comparison.
 
-An arm is a set of drafters together with the version of the one that learns. What is known of one
+An arm is a set of drafters together with the versions of those that learn. What is known of one
 arm misleads in another: acceptance is counted by the length of the match that the arm's own
 drafters found, a pause of one arm would silence the next one, and other weights accept otherwise.
 So every arm has a policy of its own, as if it had a server of its own. It is built when the arm is
@@ -32,9 +32,9 @@ class ArmPolicies:
         self.ordinary = ordinary
         self._make = make
         self._samples: Sequence[CostSample] = ()
-        self._in_force: tuple[str, int, dict[str, Any]] | None = None
-        """Kind, version and calibration of the weights in force."""
-        self._arms: dict[tuple[frozenset[str], int], DraftPolicy] = {}
+        self._in_force: dict[str, tuple[int, dict[str, Any]]] = {}
+        """Version and calibration of the weights in force, by kind."""
+        self._arms: dict[tuple[frozenset[str], tuple[int, ...]], DraftPolicy] = {}
         """The arm that was asked for last comes last."""
 
     @property
@@ -52,12 +52,12 @@ class ArmPolicies:
 
         Args: as ``DraftPolicy.on_swap`` has them.
         """
-        self._in_force = drafter, version, calibration
+        self._in_force[drafter] = version, calibration
         self.ordinary.on_swap(drafter, version, calibration)
 
     def of(self, drafters: frozenset[str]) -> DraftPolicy:
-        """The policy of the arm with these kinds of drafters and the version in force."""
-        key = drafters, self._in_force[1] if self._in_force else 0
+        """The policy of the arm with these kinds of drafters and the versions in force."""
+        key = drafters, tuple(version for version, _ in self._in_force.values()) or (0,)
         policy = self._arms.pop(key, None) or self._new(drafters)
         self._arms[key] = policy
         if len(self._arms) > MAX_ARMS:
@@ -67,14 +67,17 @@ class ArmPolicies:
     def figures(self) -> dict[str, Any]:
         """The ordinary policy's, and under ``arms`` those of every arm. Called by any thread."""
         arms = {
-            f"{'+'.join(sorted(kinds)) or 'none'} at version {version}": policy.figures()
-            for (kinds, version), policy in list(self._arms.items())
+            f"{'+'.join(sorted(kinds)) or 'none'} at version {'+'.join(map(str, versions))}": (
+                policy.figures()
+            )
+            for (kinds, versions), policy in list(self._arms.items())
         }
         return self.ordinary.figures() | ({"arms": arms} if arms else {})
 
     def _new(self, drafters: frozenset[str]) -> DraftPolicy:
         policy = self._make(drafters)
         policy.calibrate(self._samples)
-        if self._in_force is not None and self._in_force[0] in drafters:
-            policy.on_swap(*self._in_force)
+        for kind, (version, calibration) in self._in_force.items():
+            if kind in drafters:
+                policy.on_swap(kind, version, calibration)
         return policy

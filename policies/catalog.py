@@ -59,7 +59,11 @@ def cuts_of(settings: PolicySettings) -> tuple[Cut, ...]:
 
 
 def build_policy(
-    settings: PolicySettings, drafters: Mapping[str, DrafterTraits], seed: int, max_draft: int
+    settings: PolicySettings,
+    drafters: Mapping[str, DrafterTraits],
+    seed: int,
+    max_draft: int,
+    mixes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> DraftPolicy:
     """The configured policy, held to plain decoding's speed unless it has a floor of its own or the
     settings say otherwise; or plain decoding where nothing can be drafted.
@@ -68,6 +72,7 @@ def build_policy(
         drafters: traits by kind of every drafter the server holds.
         seed: seed of exploration.
         max_draft: largest K the engine runs, 0..16.
+        mixes: see ``PolicyContext``; ``None``: there are none.
 
     Raises:
         SettingsError: ``policy.kind`` is not in the catalog.
@@ -75,7 +80,7 @@ def build_policy(
     found = policy_class(settings)
     if not drafters or max_draft == 0:
         return FixedPolicy("none", 0)
-    context = PolicyContext(drafters=drafters, max_draft=max_draft, seed=seed)
+    context = PolicyContext(drafters, max_draft, seed, mixes or {})
     policy: DraftPolicy = found.from_settings(settings, context)
     if settings.guard and getattr(found, "wants_guard", True):
         return Guard(policy, context, settings.drafter)

@@ -31,6 +31,7 @@ from policies.interface import (
     PolicyContext,
     StepObs,
 )
+from policies.picks import Picker, with_mixes
 from policies.probes import Explorer, Stretch
 from policies.rest import Gathered, Glance, Rest, count_rows
 from policies.step_time import StepTimes
@@ -64,6 +65,8 @@ class _Steps:
         """Decisions by reason."""
         self.drafter = "none"
         """That of the last decision."""
+        self.observed = "none"
+        """That of the last step observed."""
         self._awaited: deque[_Planned] = deque(maxlen=8)
 
     def note(self, decision: Decision) -> Decision:
@@ -114,7 +117,7 @@ class GoodputPolicy:
         Raises:
             ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
         """
-        drafters = context.drafters
+        drafters = with_mixes(context.drafters, context.mixes)
         self._neural = {kind for kind, traits in drafters.items() if traits.is_neural}
         self._matching = [kind for kind, traits in drafters.items() if traits.needs_match]
         self._max_draft = context.max_draft
@@ -128,9 +131,8 @@ class GoodputPolicy:
         self._rest = Rest()
         self._gathered = Gathered()
         self._stretch: Stretch | None = None
-        self._observed = "none"
-        """Drafter of the last step observed."""
         self._steps = _Steps()
+        self._picker = Picker(context.mixes, self._acceptance, explore, context.seed)
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -178,7 +180,7 @@ class GoodputPolicy:
         self._acceptance.tick(outcome.batch)
         if not outcome.has_prefill:
             self._rest.note_cost(outcome.plan_s / self._times.plain_s(outcome.batch))
-        if outcome.decision.reason == "rest" and outcome.decision.drafter == self._observed:
+        if outcome.decision.reason == "rest" and outcome.decision.drafter == self._steps.observed:
             self._gather(outcome)
             return
         self._learn_gathered()
@@ -192,7 +194,7 @@ class GoodputPolicy:
                 self._explorer.settle(
                     outcome.step_s, planned.seconds, catches_up=planned.catches_up
                 )
-        self._observed = outcome.decision.drafter
+        self._steps.observed = outcome.decision.drafter
 
     def _gather(self, outcome: Outcome) -> None:
         """Learn from a step of a rest: its time now and then, the rest at the next plan."""
@@ -216,6 +218,9 @@ class GoodputPolicy:
         """Start from what is known of this drafter's version; that of others is untouched."""
         self._learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
+        for mix, members in self._picker.mixes.items():
+            if drafter in members:
+                self._versions.on_change(mix)
         self._rest.reset()
         self._stretch = None
         self._steps.forget()
@@ -230,6 +235,7 @@ class GoodputPolicy:
             "versions": self._versions.figures(),
             "step_time": self._times.figures(),
             "catch_up": self._switches.figures(),
+            "picks": self._picker.figures(),
         }
 
     def _decide(self, obs: StepObs) -> Decision:
@@ -248,6 +254,9 @@ class GoodputPolicy:
         if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
         decision = self._decision(seen, choice, looked=obs.matches is not None)
+        if decision.drafter in self._picker.mixes:
+            picks = self._picker.pick(obs, decision.drafter, decision.draft_k)
+            decision = replace(decision, picks=picks)
         seconds = seen.arm((decision.drafter, decision.draft_k))[1]
         catches_up = decision.drafter in self._neural and decision.drafter != self._steps.drafter
         if catches_up:
@@ -266,7 +275,9 @@ class GoodputPolicy:
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         self._rest.left = 0
-        if blind[0] == choice.base and choice.base in ("none", choice.arm[0], self._steps.drafter):
+        goes_on = choice.base in ("none", choice.arm[0], self._steps.drafter)
+        # A mix is planned for every step: which request it drafts for how may change at each.
+        if blind[0] == choice.base and goes_on and blind[0] not in self._picker.mixes:
             self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
         reason = "goodput" if choice.arm[1] else "plain"
         return _decision(choice.arm, propensity, reason)
@@ -328,7 +339,7 @@ class GoodputPolicy:
         # is only tried in steps that are.
         step_s = outcome.step_s - outcome.plan_s
         plain_s = self._times.plain_s(batch)
-        if drafter in self._neural and drafter != self._observed:
+        if drafter in self._neural and drafter != self._steps.observed:
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             pending = pending_rows.get(drafter, 0)
             self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)

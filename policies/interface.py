@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from policies.allocation import Allocation
 
@@ -70,6 +70,9 @@ class PolicyContext:
     """Largest K the engine runs, 0..16."""
     seed: int
     """Seed for a policy that makes random choices."""
+    mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name -> kinds of the neural drafters that can draft in one step, each for some of its
+    requests. A policy that decides so names the mix as the drafter, and who drafts for whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,26 @@ class CostSample:
     """Wall time of the step, drafting included."""
     draft_s: float
     """Part of ``step_s`` spent drafting, and planning where no round ran meanwhile."""
+
+
+class DraftRecord(NamedTuple):
+    """What one drafter has done for one request so far: sums over its rounds, the last one counting
+    1 and each before it a thirty-second less than the one after it."""
+
+    num_rounds: float
+    num_verified: float
+    """Draft tokens."""
+    num_accepted: float
+
+
+class Pick(NamedTuple):
+    """Who drafts for one request of a step that several drafters draft in."""
+
+    drafter: str
+    propensity: float
+    """Probability of this pick, given the step's decision, in (0, 1]."""
+    reason: str
+    """``best``: it is expected to keep the most; ``try``: to know what it would keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +131,9 @@ class StepObs:
     pending_rows: Mapping[str, int] = field(default_factory=dict)
     """Committed rows, over the batch, that each neural drafter must process before it can draft.
     A missing kind has none."""
+    records: tuple[Mapping[str, DraftRecord], ...] | None = None
+    """[batch] what neural drafters have done for each request, by kind; ``None`` unless several can
+    draft in one step. Outcomes of earlier rounds only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +141,20 @@ class Decision:
     """What to do in this step."""
 
     drafter: str
-    """Kind of the drafter; ``none`` iff draft_k is 0."""
+    """Kind of the drafter, or name of a mix; ``none`` iff draft_k is 0."""
     draft_k: int
     propensity: float
     """Probability with which the policy chose exactly this (drafter, draft_k), in (0, 1]."""
     explore: bool
     reason: str
-    """A few words for logs: ``goodput``, ``probe``, ``rest``, ``fixed``, ``plain``."""
+    """A word for logs and traces: ``goodput``, ``probe``, ``rest``, ``fixed``, ``plain``."""
     policy: str = ""
     """Kind of the policy that chose, for traces; empty where none was asked."""
     allocation: Allocation | None = None
     """How the device cuts each request's draft after a neural drafter has proposed it; ``None``:
     not at all. Batches in which a request asks for log probabilities are not cut."""
+    picks: tuple[Pick, ...] | None = None
+    """[batch] for a mix: who drafts for each request. ``None``: the first of the mix for all."""
 
 
 @dataclass(frozen=True, slots=True)

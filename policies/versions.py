@@ -31,6 +31,9 @@ _PUBLISHED_WEIGHT = 16.0
 _FORMER_WEIGHT = 2.0
 """Rounds that the evidence of the former weights counts for after a swap without calibration."""
 
+_MIX_WEIGHT = 16.0
+"""Rounds that the evidence of several drafters together counts for after one of them changed."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -66,6 +69,11 @@ class VersionMemory:
         else:
             evidence = self._first_evidence(drafter, leaving, published, calibration)
         self._model.replace(drafter, evidence)
+
+    def on_change(self, mix: str) -> None:
+        """Keep a weak memory of what a mix has shown: a member of it gets other weights."""
+        evidence, _ = self._model.usual(mix)
+        self._model.replace(mix, evidence.limited(_MIX_WEIGHT))
 
     def _leaves(self, drafter: str) -> _Known:
         """Keep what the version in force has shown."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -21,18 +20,15 @@ from buffer.backends import open_backend, open_trace_writer
 from buffer.fingerprint import target_fingerprint
 from buffer.forgetting_writer import ForgettingWriter
 from buffer.interface import Backend
-from buffer.records import Manifest
 from buffer.run_target import former_of
-from buffer.signed_weights import open_weights
-from buffer.weights_store import WeightsStore
 from configs.schema import CaptureSettings, Settings
-from drafters.catalog import chosen, kind_of, on_request
-from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublished_drafter
+from drafters.catalog import chosen, kind_of, mixes, on_request
+from drafters.initial import TargetFacts
 from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
+from drafters.several import settings_of
 from policies.arms import ArmPolicies
 from policies.catalog import build_policy, cuts_of
 from policies.interface import CostSample, DraftPolicy
-from policies.rollback import SwapWatch
 from policies.savings import Savings, TimesPlainSteps
 from serving.capture.recorder import Recorder
 from serving.capture.redaction import Redaction, load_redact
@@ -45,13 +41,13 @@ from serving.engine.lanes import table_bytes_of
 from serving.engine.loop import Engine, EngineParts, Listeners
 from serving.engine.programs import Sizes, fuse
 from serving.kept_profile import facts_of, kept_or_measured
+from serving.learning import Learning, all_of, first_versions, flat_weights, shapes_of, swappers
 from serving.model_len import model_len, with_model_len
 from serving.profile import profile_steps
 from serving.served_model import ServedModel
 from serving.service import Service
-from serving.swap.flat_weights import Expected, FlatWeights
-from serving.swap.in_force import WeightsInForce
-from serving.swap.swapper import Shelf, Swapper
+from serving.swap.flat_weights import FlatWeights
+from serving.swap.swapper import Swapper
 from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
@@ -89,14 +85,6 @@ class LoadedTarget:
     """Its name in the API unless ``server.model_name`` says otherwise."""
     folder: str | None = None
     """Where it was read from; ``None``: it was made in memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Learning:
-    """The initial version of the drafter that learns."""
-
-    manifest: Manifest
-    weights: Weights
 
 
 def load_target(settings: Settings) -> LoadedTarget:
@@ -142,8 +130,10 @@ def build_service(
     settings = with_model_len(settings, loaded.model.config)
     backend = open_backend(settings.buffer.url, settings.run_dir)
     with _timed("read and checked the drafter"):
-        store = open_weights(backend, settings.swap.public_key)
-        learning = _first_version(settings, kinds, loaded, store)
+        lm_head = loaded.model.get_output_embeddings().weight
+        former = former_of(settings.run_dir, loaded.fingerprint)
+        facts_of_target = TargetFacts(loaded.model.config, lm_head, loaded.fingerprint, former)
+        learning = first_versions(settings, facts_of_target, backend)
     parts, flat = _make_parts(settings, loaded, kinds, learning)
     limits = parts.inbox.limits
     model = ServedModel(
@@ -157,17 +147,14 @@ def build_service(
     )
     policies = _policies(settings, kinds, wrap)
     if policies.wants_profile:
-        shapes = "" if learning is None else json.dumps(learning.manifest.drafter_config)
-        facts = facts_of(
-            settings, loaded.fingerprint, parts.programs.target.device, f"{kinds} {shapes}"
-        )
+        drafting = f"{kinds} {shapes_of(learning)}{'; mixed' if mixes(settings.drafter) else ''}"
+        facts = facts_of(settings, loaded.fingerprint, parts.programs.target.device, drafting)
         with _timed("found step times", "finding step times"):
             policies.calibrate(
                 kept_or_measured(settings.run_dir, facts, lambda: _profile(settings, parts))
             )
-    if learning is not None:
-        manifest = learning.manifest
-        policies.on_swap(manifest.kind, manifest.version, manifest.policy)
+    for kind, one in learning.items():
+        policies.on_swap(kind, one.manifest.version, one.manifest.policy)
     return _service(settings, backend, model, parts, policies, learning, flat, loaded, redaction)
 
 
@@ -178,7 +165,14 @@ def _policies(
 ) -> ArmPolicies:
     def new(drafters: frozenset[str]) -> DraftPolicy:
         traits = {kind: kind_of(kind).traits for kind in kinds if kind in drafters}
-        return build_policy(settings.policy, traits, settings.seed, settings.drafter.max_draft)
+        several = {
+            name: members
+            for name, members in mixes(settings.drafter).items()
+            if drafters.issuperset(members)
+        }
+        return build_policy(
+            settings.policy, traits, settings.seed, settings.drafter.max_draft, several
+        )
 
     ordinary = new(frozenset(kinds) - set(on_request(settings.drafter)))
     return ArmPolicies(ordinary if wrap is None else wrap(ordinary), new)
@@ -193,8 +187,8 @@ def _make_parts(
     settings: Settings,
     loaded: LoadedTarget,
     kinds: tuple[str, ...],
-    learning: _Learning | None,
-) -> tuple[EngineParts, FlatWeights | None]:
+    learning: Learning,
+) -> tuple[EngineParts, dict[str, FlatWeights]]:
     e = settings.engine
     with _timed("laid out the target"):
         taps = [layer for k in kinds for layer in kind_of(k).layer_ids(_weights_of(k, learning))]
@@ -203,7 +197,7 @@ def _make_parts(
     with _timed("made the drafters"):
         hosts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
         # Before any capture: this moves the parameters, whose addresses stay fixed from then on.
-        flat = _flat_weights(neural)
+        flat = flat_weights(neural)
     with _timed("made the capture ring"):
         ring = _ring(settings, target) if kinds else None
     sizes = Sizes(
@@ -224,6 +218,7 @@ def _make_parts(
         overlaps=on_gpu,
         on_request=on_request(settings.drafter),
         cuts=cuts_of(settings.policy),
+        mixes=mixes(settings.drafter),
     )
     eos_ids = _eos_ids(loaded.model)
     sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))
@@ -240,13 +235,13 @@ def _make_drafters(
     target: Target,
     num_pages: int,
     kinds: tuple[str, ...],
-    learning: _Learning | None,
+    learning: Learning,
 ) -> tuple[list[HostDrafter], list[NeuralDrafter]]:
     hosts: list[HostDrafter] = []
     neural: list[NeuralDrafter] = []
     for kind in kinds:
         context = DrafterContext(
-            settings=settings.drafter,
+            settings=settings_of(settings, kind).drafter,
             embed=target.embed,
             lm_head=target.lm_head,
             hidden_size=target.config.hidden_size,
@@ -262,14 +257,8 @@ def _make_drafters(
     return hosts, neural
 
 
-def _weights_of(kind: str, learning: _Learning | None) -> Weights | None:
-    return learning.weights if learning and kind_of(kind).traits.learns else None
-
-
-def _flat_weights(neural: list[NeuralDrafter]) -> FlatWeights | None:
-    """The learning drafter's weights, as a buffer that swaps overwrite; ``None`` if none learns."""
-    learning = next((d for d in neural if d.traits.learns), None)
-    return FlatWeights(learning.module) if learning else None
+def _weights_of(kind: str, learning: Learning) -> Weights | None:
+    return learning[kind].weights if kind in learning else None
 
 
 @contextmanager
@@ -293,15 +282,15 @@ def _service(
     model: ServedModel,
     parts: EngineParts,
     policies: ArmPolicies,
-    learning: _Learning | None,
-    flat: FlatWeights | None,
+    learning: Learning,
+    flat: dict[str, FlatWeights],
     loaded: LoadedTarget,
     redaction: Redaction | None,
 ) -> Service:
     # Containers that share a folder may share names and process ids, too.
     producer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     programs = parts.programs
-    recorder = swapper = maker = None
+    recorder = maker = None
     if programs.ring is not None:
         b = settings.buffer
         audit(settings.run_dir, "write", b.url)
@@ -315,37 +304,26 @@ def _service(
             programs.ring,
             programs.target.layer_ids,
         )
-    if learning is not None and flat is not None:
-        manifest = learning.manifest
-        store = open_weights(backend, settings.swap.public_key)
-        neural = programs.drafting.neural[manifest.kind].drafter
-        expected = Expected(manifest.kind, manifest.drafter_config, loaded.fingerprint)
-        swapper = Swapper(
-            force=WeightsInForce(neural, flat, manifest, policies, _denied(store)),
-            shelf=Shelf(store, producer, expected),
-            poll_s=settings.swap.poll_s,
-            watch=SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
-            automatic=settings.swap.enabled,
-            wake_engine=parts.inbox.wake,
-        )
+    followers = swappers(settings, learning, flat, parts, policies, producer, loaded.fingerprint)
     savings = None
     if isinstance(policies.ordinary, TimesPlainSteps):
         savings = Savings(policies.ordinary.plain_s)
+    several = list(followers.values())
     target = TargetUpdates(
         weights=TargetWeights(programs.target),
         in_force=InForce(0, loaded.fingerprint, loaded.folder),
         run_dir=settings.run_dir,
-        tell=_target_changed(maker, swapper),
+        tell=_target_changed(maker, several),
         wake_engine=parts.inbox.wake,
     )
-    listeners = _listeners(recorder, maker, swapper, redaction, savings, target)
+    listeners = _listeners(recorder, maker, several, redaction, savings, target)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
-    return Service(model, engine, recorder, maker, swapper, policies, savings, target)
+    return Service(model, engine, recorder, maker, followers, policies, savings, target)
 
 
-def _target_changed(maker: TraceMaker | None, swapper: Swapper | None) -> Callable[[str], None]:
+def _target_changed(maker: TraceMaker | None, followers: list[Swapper]) -> Callable[[str], None]:
     """Whom a new fingerprint of the target concerns."""
-    concerned = [one.target_changed for one in (maker, swapper) if one is not None]
+    concerned = [one.target_changed for one in (maker, *followers) if one is not None]
 
     def tell(fingerprint: str) -> None:
         for target_changed in concerned:
@@ -361,19 +339,10 @@ def _captures(settings: CaptureSettings) -> Callable[[str], bool]:
     return lambda tenant: tenant not in excluded and (allowed is None or tenant in allowed)
 
 
-def _denied(store: WeightsStore) -> set[int]:
-    """Versions that were rolled back before; none if the disk does not say."""
-    try:
-        return set(store.read_denied())
-    except OSError as error:
-        log.warning("cannot read which versions were rolled back (%s); serving continues", error)
-        return set()
-
-
 def _listeners(
     recorder: Recorder | None,
     maker: TraceMaker | None,
-    swapper: Swapper | None,
+    followers: list[Swapper],
     redaction: Redaction | None,
     savings: Savings | None,
     target: TargetUpdates,
@@ -385,36 +354,13 @@ def _listeners(
             heard["on_finished"] = lambda sequence: put(finished(sequence))
         else:
             heard["on_finished"] = lambda sequence: put(redaction.of(finished(sequence)))
-    if swapper is not None:
-        heard |= {"before_step": swapper.between_steps, "on_rounds": swapper.on_rounds}
+    if len(followers) == 1:
+        heard |= {"before_step": followers[0].between_steps, "on_rounds": followers[0].on_rounds}
+    elif followers:
+        heard |= all_of(followers)
     if savings is not None:
         heard["on_outcome"] = savings.observe
     return Listeners(**heard)
-
-
-def _first_version(
-    settings: Settings, kinds: tuple[str, ...], loaded: LoadedTarget, store: WeightsStore
-) -> _Learning | None:
-    """The version that the learning drafter starts with; ``None`` if none learns."""
-    learning = [kind for kind in kinds if kind_of(kind).traits.learns]
-    if not learning:
-        return None
-    lm_head = loaded.model.get_output_embeddings().weight
-    former = former_of(settings.run_dir, loaded.fingerprint)
-    facts = TargetFacts(loaded.model.config, lm_head, loaded.fingerprint, former)
-    path, new = settings.drafter.path, new_drafter(settings)
-    try:
-        stored = first_drafter(store, learning[0], facts, path=path, new=new)
-    except OSError as error:
-        log.warning(
-            "version 0 of the drafter cannot be stored in %s (%s); serving starts with it in "
-            "memory alone",
-            store.location,
-            error.strerror,
-        )
-        stored = unpublished_drafter(learning[0], facts, path=path, new=new)
-    manifest = stored.manifest
-    return _Learning(manifest, Weights(manifest.version, manifest.drafter_config, stored.tensors))
 
 
 def _ring(settings: Settings, target: Target) -> CaptureRing | None:

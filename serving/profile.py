@@ -72,7 +72,8 @@ class Script:
 
 
 def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSample]:
-    """Median step times of (drafter, K, batch), for plain decoding and all neural drafters.
+    """Median step times of (drafter, K, batch), for plain decoding, all neural drafters
+    and their mixes.
 
     Call it before another engine over these parts starts. Each sample decodes ``batch`` greedy
     requests for ``repeats`` steps after two warm-up steps. On a CPU, the batches are one request
@@ -89,7 +90,7 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
     some = _DEPTHS if on_gpu else _CPU_DEPTHS
     depths = sorted({k for k in (*some, max_draft) if 0 < k <= max_draft})
     arms = [("none", 0)]
-    arms += [(kind, k) for kind in parts.programs.drafting.neural for k in depths]
+    arms += [(kind, k) for kind in parts.programs.drafting.on_device for k in depths]
     samples = []
     for batch in buckets(most) if on_gpu else sorted({1, most}):
         bench = _Bench(parts, batch, context)

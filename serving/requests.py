@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from serving.sampling import SamplingParams
 
 __all__ = [
     "ENGINE_GONE",
+    "DrafterCounts",
     "DrainingError",
     "EngineFigures",
     "EngineGoneError",
@@ -155,6 +156,16 @@ OnOutput = Callable[[Output], None]
 """Called on the engine's thread; must return at once and must not raise."""
 
 
+class DrafterCounts(NamedTuple):
+    """What one drafter did since the start."""
+
+    rounds: int
+    """Of single requests, in which it proposed."""
+    tokens: int
+    """Proposed."""
+    accepted: int
+
+
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
     """Counters since the start and current gauges, for /metrics and /dashboard."""
@@ -197,4 +208,8 @@ class EngineFigures:
     """Total time for which steps waited for that."""
     target_untraced: int = 0
     """Requests that left no trace because the weights changed during their answer."""
+    drafters: dict[str, DrafterCounts] = field(default_factory=dict)
+    """By kind; those that never proposed are missing."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Version in use of each drafter that learns, by kind."""
     extra: dict[str, float] = field(default_factory=dict)

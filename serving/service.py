@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -32,13 +33,14 @@ class Service:
         engine: Engine,
         recorder: Recorder | None,
         maker: TraceMaker | None,
-        swapper: Swapper | None,
+        swappers: Mapping[str, Swapper],
         policies: ArmPolicies | None = None,
         savings: Savings | None = None,
         target: TargetUpdates | None = None,
     ) -> None:
         """
         Args:
+            swappers: of each drafter that learns, by kind, the main drafter first.
             policies: the engine's policy among those of arms; ``None``: it has no others.
             savings: counts what drafting saves; ``None``: nobody knows what plain steps take.
             target: replaces the target's weights; ``None``: they stay as they are.
@@ -47,11 +49,30 @@ class Service:
         self.engine = engine
         self.recorder = recorder
         self.maker = maker
-        self.swapper = swapper
+        self.swappers = swappers
         self.target = target
         self._policies = policies
         self._savings = savings
         self._thresholds = gc.get_threshold()
+
+    @property
+    def swapper(self) -> Swapper | None:
+        """The main drafter's; ``None`` if none learns."""
+        return next(iter(self.swappers.values()), None)
+
+    def swapper_of(self, drafter: str | None) -> Swapper:
+        """The swapper of a drafter; ``None``: of the main one.
+
+        Raises:
+            ValueError: there is no such drafter that learns.
+        """
+        if not self.swappers:
+            raise ValueError("this server has no drafter that learns")
+        kind = next(iter(self.swappers)) if drafter is None else drafter
+        if kind not in self.swappers:
+            known = ", ".join(self.swappers)
+            raise ValueError(f"no drafter {kind!r} learns in this server; those that do: {known}")
+        return self.swappers[kind]
 
     @property
     def inbox(self) -> Inbox:
@@ -85,13 +106,13 @@ class Service:
         if self.recorder:
             self.recorder.start()
         self.engine.start()
-        if self.swapper:
-            self.swapper.start()
+        for swapper in self.swappers.values():
+            swapper.start()
 
     def stop(self) -> None:
         """Stop everything; queued traces are written first."""
-        if self.swapper:
-            self.swapper.stop()
+        for swapper in self.swappers.values():
+            swapper.stop()
         self.engine.stop()
         if self.recorder:
             self.recorder.close(timeout_s=10.0)
@@ -102,9 +123,9 @@ class Service:
         """The engine's figures with those of swaps and traces."""
         return replace(
             self.engine.figures(),
-            swaps=self.swapper.counts() if self.swapper else {},
-            refusals=self.swapper.refusals() if self.swapper else {},
-            swap_seconds=self.swapper.swap_seconds if self.swapper else 0.0,
+            swaps=_sums(one.counts() for one in self.swappers.values()),
+            refusals=_sums(one.refusals() for one in self.swappers.values()),
+            swap_seconds=sum((one.swap_seconds for one in self.swappers.values()), 0.0),
             traces=self.recorder.counts() if self.recorder else {},
             capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,
             target_version=self.target.version if self.target else 0,
@@ -117,7 +138,9 @@ class Service:
     def _payback(self) -> dict[str, float | None]:
         """Time of decoding, what it would have taken without drafts, and what learning took."""
         savings = self._savings
-        learning_s = self.swapper.learning_s if self.swapper else None
+        known = [one.learning_s for one in self.swappers.values()]
+        each_s = [seconds for seconds in known if seconds is not None]
+        learning_s = sum(each_s) if each_s else None
         if savings is None:
             return {"learning_seconds": learning_s}
         return {
@@ -129,9 +152,11 @@ class Service:
         }
 
     def drafter_status(self) -> dict[str, Any]:
-        """Kind, version, parent, staleness, state and history of the neural drafter, and what is
-        known of every drafter; what drafting has saved and learning has taken."""
+        """Kind, version, parent, staleness, state and history of the main drafter, the same of
+        those beside it, and what is known of every drafter; what drafting has saved and learning
+        has taken."""
         return self._learning_status() | {
+            "beside": [one.status() for one in list(self.swappers.values())[1:]],
             "drafters": self._drafters(),
             "payback": self._payback(),
         }
@@ -158,3 +183,12 @@ class Service:
             "former": None,
             "last_error": None,
         }
+
+
+def _sums(found: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counts by name over all drafters; names of every one, also where the count is 0."""
+    sums: dict[str, int] = {}
+    for counts in found:
+        for name, count in counts.items():
+            sums[name] = sums.get(name, 0) + count
+    return sums

@@ -8,7 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from buffer.traces import SeenTraces, TraceReader
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.objectives import objective_of
+from drafters.several import learning, line_of, settings_of
 from drafters.trainable import Trainable, trainable
 from policies.draws.catalog import entry
 from policies.payback import Payback
@@ -55,39 +57,96 @@ from trainer.worth import Worth
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What the trainers of a run share."""
+
+    stop: threading.Event
+    reports: Reports
+    group: Group
+    device: torch.device
+    head: TargetHead
+    fingerprint: str
+    backend: Backend
+    num_trainers: int
+
+
+def build_trainers(
+    settings: Settings,
+    stop: threading.Event,
+    reports: Reports | None = None,
+    group: Group | None = None,
+) -> list[Trainer]:
+    """A trainer for each drafter of the run that learns, the main one first, ready to run and
+    resumed from its last checkpoint if there is one.
+
+    Args:
+        reports: where the first one reports; ``None``: nowhere.
+        group: its processes, if there are several; this is the first of them.
+
+    Raises:
+        ValueError: the target, a bundle or a checkpoint cannot be used, or the drafter does not
+            learn; or several processes are to train several drafters.
+        GroupError: another process is gone.
+    """
+    group = group or single()
+    trainable(settings.drafter.kind)
+    kinds = learning(settings)
+    if len(kinds) > 1 and group.size > 1:
+        raise ValueError(
+            f"{group.size} processes cannot train several drafters ({', '.join(kinds)}); start one "
+            f"process, or leave drafter.beside out"
+        )
+    set_up_process(settings)
+    objective_of(settings.trainer)  # an unknown name must not wait for the first update
+    device = device_of(settings.trainer.device, group)
+    place = target_of_run(settings)
+    head = load_target_head(place.folder, device, batch_dtype(device))
+    backend = open_backend(settings.buffer.url, settings.run_dir)
+    shared = _Shared(
+        stop, reports or Reports(), group, device, head, place.fingerprint, backend, len(kinds)
+    )
+    return [_trainer(_of_line(settings, kind), line_of(settings, kind), shared) for kind in kinds]
+
+
 def build_trainer(
     settings: Settings,
     stop: threading.Event,
     reports: Reports | None = None,
     group: Group | None = None,
 ) -> Trainer:
-    """A trainer that is ready to run, resumed from the last checkpoint if there is one.
+    """The trainer of a run in which one drafter learns; see ``build_trainers``."""
+    (trainer,) = build_trainers(settings, stop, reports, group)
+    return trainer
 
-    Args:
-        reports: where it reports; ``None``: nowhere.
-        group: its processes, if there are several; this is the first of them.
 
-    Raises:
-        ValueError: the target, a bundle or a checkpoint cannot be used, or the drafter does not
-            learn.
-        GroupError: another process is gone.
+def _of_line(settings: Settings, kind: str) -> Settings:
+    """The settings of one drafter's trainer. It gets all traces, whatever those of others got."""
+    line, own = line_of(settings, kind), settings_of(settings, kind)
+    if not line:
+        return own
+    group = own.trainer.model_copy(update={"group": f"{own.trainer.group}-{line}"})
+    return own.model_copy(update={"trainer": group})
+
+
+def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
     """
-    group = group or single()
-    set_up_process(settings)
+    Args:
+        settings: of one drafter's trainer.
+        line: name of its version line and folder.
+    """
     learns = trainable(settings.drafter.kind)
     draws = entry(settings.trainer.draw)
-    objective_of(settings.trainer)  # an unknown name must not wait for the first update
     rewards = _rewards(settings, learns)
-    device = device_of(settings.trainer.device, group)
-    place = target_of_run(settings)
-    head = load_target_head(place.folder, device, batch_dtype(device))
-    backend = open_backend(settings.buffer.url, settings.run_dir)
+    device, head, backend = shared.device, shared.head, shared.backend
     audit(settings.run_dir, "read", settings.buffer.url, group=settings.trainer.group)
-    store = _weights(settings, backend)
-    manifest, model = newest_drafter(settings, store, head, place.fingerprint)
+    store = _weights(settings, backend, line)
+    manifest, model = newest_drafter(settings, store, head, shared.fingerprint)
     incumbent = copy.deepcopy(model).to(device)
-    journal = _journal(settings, reports or Reports())
-    rows = RowStore(device, memory_bytes(settings.trainer, device), has_outcomes=rewards)
+    root = settings.run_dir / "trainer" / line
+    journal = _journal(settings, root, line, shared)
+    share = memory_bytes(settings.trainer, device) // shared.num_trainers
+    rows = RowStore(device, share, has_outcomes=rewards)
     trainer = Trainer(
         settings=settings,
         intake=Intake(
@@ -98,6 +157,7 @@ def build_trainer(
                 surprised=settings.drafter.kind if draws.needs_surprise else None,
                 counted=settings.drafter.kind,
                 rewarded=settings.drafter.kind if rewards else None,
+                is_alone=shared.num_trainers == 1,
             ),
             settings.trainer.max_sequence,
             journal,
@@ -105,7 +165,7 @@ def build_trainer(
         ),
         publisher=Publisher(store, store.take_over()),
         memory=Memory(settings.trainer, settings.seed, rows),
-        learner=Learner(learns, model, head, settings.trainer, rows, group=group),
+        learner=Learner(learns, model, head, settings.trainer, rows, group=shared.group),
         judge=Judge(
             learns,
             head,
@@ -118,11 +178,9 @@ def build_trainer(
         published=manifest,
         random=np.random.default_rng(settings.seed),
         journal=journal,
-        stop=stop,
+        stop=shared.stop,
         pace=Pace(settings.trainer),
-        saver=Saver(
-            settings.run_dir / "trainer" / "checkpoints", settings.trainer.keep_checkpoints
-        ),
+        saver=Saver(root / "checkpoints", settings.trainer.keep_checkpoints),
         worth=Worth(settings.trainer, journal.event, Payback(settings.trainer.payback_s)),
     )
     trainer.worth.begin(manifest)
@@ -152,11 +210,12 @@ def _rewards(settings: Settings, learns: Trainable[Any]) -> bool:
     return is_asked
 
 
-def _journal(settings: Settings, reports: Reports) -> Journal:
-    if not reports.is_on:
-        return Journal(settings.run_dir / "trainer")
-    reporter = Reporter(reports, settings.run_dir / "weights", settings.reports.every_s)
-    return Journal(settings.run_dir / "trainer", reporter.hear)
+def _journal(settings: Settings, root: Path, line: str, shared: _Shared) -> Journal:
+    kind = settings.drafter.kind if shared.num_trainers > 1 else ""
+    if line or not shared.reports.is_on:  # reports have one trainer's figures
+        return Journal(root, drafter=kind)
+    reporter = Reporter(shared.reports, settings.run_dir / "weights", settings.reports.every_s)
+    return Journal(root, reporter.hear, kind)
 
 
 def _static(
@@ -175,8 +234,8 @@ def _static(
     return Static(model.to(device))
 
 
-def _weights(settings: Settings, backend: Backend) -> WeightsStore:
-    """The versions of the run, signed if the settings say so.
+def _weights(settings: Settings, backend: Backend, line: str) -> WeightsStore:
+    """The versions of a drafter, signed if the settings say so.
 
     Raises:
         ValueError: a key cannot be used, or servers would refuse what this trainer publishes.
@@ -187,7 +246,7 @@ def _weights(settings: Settings, backend: Backend) -> WeightsStore:
             "swap.public_key is set, so servers take signed versions alone, but "
             "trainer.signing_key is not: nobody would take what this trainer publishes"
         )
-    return open_weights(backend, public, signing)
+    return open_weights(backend, public, signing, line)
 
 
 def _capture_updates(trainer: Trainer) -> None:

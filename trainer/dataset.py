@@ -48,6 +48,7 @@ class Expected:
 
     target_fingerprint: str
     layer_ids: tuple[int, ...]
+    """Layers that the drafter reads. Traces may hold further ones, for other drafters."""
     hidden_size: int
     vocab_size: int
     emphasis: Emphasis | None = None
@@ -59,6 +60,8 @@ class Expected:
     rewarded: str | None = None
     """Kind of the drafter whose draft tokens are rewarded, see ``Sample.outcome_T3``; ``None``:
     nobody asks."""
+    is_alone: bool = True
+    """No other drafter of the run learns, so that versions are this one's whatever drafted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,10 @@ def sample_of(
         return Refusal("short", "no two captured rows in a row are followed by a generated token")
     rows = torch.from_numpy(features.rows).view(ROW_TYPES[features.dtype])
     scale = None if features.scale is None else torch.from_numpy(features.scale)
-    versions = trace.rounds.counts[Count.VERSION]
+    if features.layer_ids != expected.layer_ids:
+        own = [*map(features.layer_ids.index, expected.layer_ids), len(features.layer_ids)]
+        rows = rows[:, own]
+        scale = None if scale is None else scale[:, own]
     return Sample(
         key_of(trace),
         torch.from_numpy(trace.token_ids.astype(np.int64)),
@@ -123,7 +129,7 @@ def sample_of(
         pieces,
         trained.size,
         trace.sampling.temperature,
-        int(versions.max()) if versions.size else None,
+        _version(trace.rounds, expected),
         _weights(trace, expected.emphasis),
         trace.domain,
         None if expected.surprised is None else surprise_of(trace.rounds, expected.surprised),
@@ -140,6 +146,16 @@ def _outcomes(trace: Trace, kind: str) -> torch.Tensor:
     found = outcomes_of(trace.token_ids.size, drafted)
     columns = found.depth_T, found.rejected_T, found.q_logp_T.view(np.int32)
     return torch.from_numpy(np.stack(columns, axis=1))
+
+
+def _version(rounds: Rounds, expected: Expected) -> int | None:
+    """Newest version of the drafter in training that served the request; ``None`` if none did."""
+    versions_R = rounds.counts[Count.VERSION]
+    if not expected.is_alone:
+        kind, drafters = expected.counted, rounds.drafters
+        index = drafters.index(kind) if kind in drafters else -1
+        versions_R = versions_R[rounds.counts[Count.DRAFTER] == index]
+    return int(versions_R.max()) if versions_R.size else None
 
 
 def _steps(rounds: Rounds, kind: str) -> Steps:
@@ -169,7 +185,7 @@ def _misfit(trace: Trace, features: FeatureRows, expected: Expected) -> Refusal 
     if trace.target_fingerprint != expected.target_fingerprint:
         ours, theirs = expected.target_fingerprint[:12], trace.target_fingerprint[:12]
         return Refusal("target", f"rows of target {theirs}, this trainer learns for {ours}")
-    if features.layer_ids != expected.layer_ids:
+    if not set(expected.layer_ids) <= set(features.layer_ids):
         return Refusal(
             "layers", f"layers {features.layer_ids} tapped, expected {expected.layer_ids}"
         )

@@ -26,16 +26,22 @@ LINE_EVERY_S = 10.0
 class Journal:
     """Appends events, replaces the status, and logs both. Readers never see half a status."""
 
-    def __init__(self, folder: Path, hears: Callable[[str, dict[str, Any]], None] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        hears: Callable[[str, dict[str, Any]], None] | None = None,
+        drafter: str = "",
+    ):
         """
         Args:
             hears: told of every event and status; must not wait.
+            drafter: kind that log lines name; empty: none.
         """
         # No text is in these files, but names of traces are: they are their owner's alone.
         folder.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
         self._status_path = folder / "status.json"
         self._log_path = folder / "log.jsonl"
-        self._lines = _Lines()
+        self._lines = _Lines(f"{drafter}: " if drafter else "")
         self._hears = hears or (lambda name, values: None)
         self._last_status: dict[str, Any] = {}
         self._problem = Lasting()
@@ -98,7 +104,9 @@ class Journal:
 class _Lines:
     """Log lines for events, and a summary every ``LINE_EVERY_S`` in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        """Before each line."""
         self._window_s = time.monotonic()
         """Start of the current window, on the monotonic clock."""
         self._num_updates = 0
@@ -118,7 +126,7 @@ class _Lines:
             self._refused(values)
         elif name in _TEXTS:
             level, text = _TEXTS[name]
-            log.log(level, text, values)
+            log.log(level, self._prefix + text, values)
 
     def status(self, values: dict[str, Any]) -> None:
         """Log what the trainer waits for when that changes; else a line for each full window."""
@@ -127,13 +135,13 @@ class _Lines:
             return
         awaited = state.partition(":")[0] if state.startswith("waiting") else None
         if awaited is not None and awaited != self._awaited:
-            log.info(state)
+            log.info(self._prefix + state)
             self._awaited = awaited
         elif time.monotonic() - self._window_s >= LINE_EVERY_S:
             if self._num_updates:
-                log.info(self._learning(values))
+                log.info(self._prefix + self._learning(values))
             elif awaited is not None:
-                log.info(state)
+                log.info(self._prefix + state)
             self._begin_window()
 
     def _refused(self, values: dict[str, Any]) -> None:
@@ -142,8 +150,8 @@ class _Lines:
         self._reasons.add(values["reason"])
         log.log(
             level,
-            "trace %(trace)s is not used: %(text)s; status.json counts further traces refused for "
-            "the reason %(reason)r",
+            self._prefix + "trace %(trace)s is not used: %(text)s; status.json counts further "
+            "traces refused for the reason %(reason)r",
             values,
         )
 

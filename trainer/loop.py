@@ -39,28 +39,32 @@ QUIET_S = 15.0
 """After this time without a trace, a candidate is judged without waiting for more updates."""
 
 
-def run(trainer: Trainer) -> None:
-    """Train until told to stop, then save a checkpoint."""
+def run(*trainers: Trainer) -> None:
+    """Train until told to stop, then save a checkpoint. The trainers of several drafters make one
+    update each in turn; one that waits does not delay the others."""
     try:
-        _train(trainer)
-        trainer.learner.end()
+        _train(trainers)
+        for trainer in trainers:
+            trainer.learner.end()
     finally:
-        trainer.intake.close()
+        for trainer in trainers:
+            trainer.intake.close()
 
 
-def _train(trainer: Trainer) -> None:
-    trainer.intake.start()
-    while not trainer.is_done():
-        trainer.take_in_traces()
-        if trainer.waits_for() is None:
-            trainer.update()
-        else:
-            trainer.wait()
-        if trainer.candidate_is_due():
-            trainer.judge_candidate()
-        if trainer.checkpoint_is_due():
-            trainer.checkpoint()
-    trainer.finish()
+def _train(trainers: Sequence[Trainer]) -> None:
+    for trainer in trainers:
+        trainer.intake.start()
+    while active := [trainer for trainer in trainers if not trainer.is_done()]:
+        turns = [trainer.take_turn() for trainer in active]
+        if not any(turns):
+            active[0].stop.wait(POLL_S)
+        for trainer in active:
+            if trainer.candidate_is_due():
+                trainer.judge_candidate()
+            if trainer.checkpoint_is_due():
+                trainer.checkpoint()
+    for trainer in trainers:
+        trainer.finish()
 
 
 @dataclass(slots=True)
@@ -99,6 +103,16 @@ class Trainer:
         if self.worth.rests is not None:
             return f"acceptance to fall: {self.worth.rests}"
         return self.memory.waits_for()
+
+    def take_turn(self) -> bool:
+        """Take in traces and make an update, or report what that waits for. Returns whether there
+        was one."""
+        self.take_in_traces()
+        if self.waits_for() is not None:
+            self.wait()
+            return False
+        self.update()
+        return True
 
     def take_in_traces(self) -> None:
         """Move the traces that arrived into memory, and drop what was deleted. If the target has
@@ -160,11 +174,10 @@ class Trainer:
         self.worth.spend(seconds)
 
     def wait(self) -> None:
-        """Report what is missing, and wait ``POLL_S`` for traces."""
+        """Report what is missing."""
         self.settle()
         self._write_status(f"waiting for {self.waits_for()}")
         self.learner.rest()
-        self.stop.wait(POLL_S)
 
     def candidate_is_due(self) -> bool:
         """There were enough updates, or any at all if traffic paused or all steps are done."""

@@ -108,23 +108,25 @@ def _train(
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
     checked_folder(settings.target, settings.target_cache)
     # --help and whoever was refused skip these imports: torch and transformers take seconds.
-    from trainer.build import build_trainer
+    from trainer.build import build_trainers
     from trainer.group import joined, single
     from trainer.loop import run
 
     among = contextlib.nullcontext(single()) if is_alone else joined(settings.trainer.device)
     with _told("the trainer"), among as group:
-        trainer = build_trainer(settings, stop, reports, group)
+        trainers = build_trainers(settings, stop, reports, group)
         if stop.is_set():
             log.info("stopped before training began")
-            trainer.learner.end()
+            for trainer in trainers:
+                trainer.learner.end()
             return
         try:
-            run(trainer)
+            run(*trainers)
         except Exception as error:
             log.critical("the trainer died: %s: %s", type(error).__name__, error, exc_info=True)
-            with contextlib.suppress(OSError):  # a full disk may be what it died of
-                trainer.journal.failed(error)
+            for trainer in trainers:
+                with contextlib.suppress(OSError):  # a full disk may be what it died of
+                    trainer.journal.failed(error)
             raise TrainerDiedError from error
 
 

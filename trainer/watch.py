@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ class RunStatus:
     """Content of ``status.json``; empty if there is none."""
     rows_per_s: float | None
     """Rows trained in the last ten seconds before ``status.json`` was written."""
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The same of the trainers of drafters beside the main one, by kind."""
 
     def to_lines(self) -> list[str]:
         """For people."""
@@ -57,6 +59,10 @@ class RunStatus:
             ]
         if self.rows_per_s is not None:
             lines.insert(3, f"rows/s     {self.rows_per_s:.0f}")
+        lines += [
+            f"{kind:<10} version {one.get('version')}, step {one.get('step')}: {one.get('state')}"
+            for kind, one in self.beside.items()
+        ]
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -67,6 +73,7 @@ class RunStatus:
             "owner": owner,
             "rows_per_s": self.rows_per_s,
             "status": dict(self.last),
+            "beside": {kind: dict(one) for kind, one in self.beside.items()},
         }
 
     def _state(self) -> str:
@@ -95,17 +102,19 @@ def status_of(run: Path) -> RunStatus:
     owner = owner_of(folder)
     last = _read_status(folder / "status.json")
     rate = _rows_per_s(folder / "log.jsonl")
+    beside = {path.parent.name: _read_status(path) for path in sorted(folder.glob("*/status.json"))}
     if owner is not None:
-        return RunStatus("runs" if last.get("pid") == owner.pid else "starts", owner, last, rate)
+        life: Life = "runs" if last.get("pid") == owner.pid else "starts"
+        return RunStatus(life, owner, last, rate, beside)
     state = str(last.get("state", ""))
-    life: Life = "gone"
+    life = "gone"
     if not last:
         life = "none"
     elif state == "stopped":
         life = "stopped"
     elif state.startswith("failed"):
         life = "failed"
-    return RunStatus(life, None, last, None)
+    return RunStatus(life, None, last, None, beside)
 
 
 def stop(run: Path, timeout_s: float) -> str:

@@ -68,7 +68,8 @@ class Input(IntEnum):
 
     LANE = 0
     DRAFTED = 1
-    """Number of draft tokens that the host provides."""
+    """Number of draft tokens that the host provides; where it provides none, the number of the
+    drafter that drafts, if there are several."""
     TOKENS = 2
     """The first of these tokens."""
 

@@ -136,6 +136,7 @@ class Wire(asyncio.Protocol):
         version: int | None = None,
         since_unix_s: float = 0.0,
         path: str = "",
+        drafter: str | None = None,
     ) -> T:
         """An answer of the engine's process.
 
@@ -146,7 +147,7 @@ class Wire(asyncio.Protocol):
         """
         number, answer = self._expect()
         try:
-            self.send(Ask(number, what, version, since_unix_s, path))
+            self.send(Ask(number, what, version, since_unix_s, path, drafter))
             return msgspec.msgpack.decode(await answer, type=kind)
         finally:
             self._waiting.pop(number, None)
@@ -264,11 +265,11 @@ class RemoteServer:
     async def drafter_status(self) -> dict[str, Any]:
         return await self._wire.ask("status", dict[str, Any])
 
-    async def swap(self, version: int | None) -> dict[str, Any]:
-        return await self._wire.ask("swap", dict[str, Any], version=version)
+    async def swap(self, version: int | None, drafter: str | None = None) -> dict[str, Any]:
+        return await self._wire.ask("swap", dict[str, Any], version=version, drafter=drafter)
 
-    async def rollback(self) -> dict[str, Any]:
-        return await self._wire.ask("rollback", dict[str, Any])
+    async def rollback(self, drafter: str | None = None) -> dict[str, Any]:
+        return await self._wire.ask("rollback", dict[str, Any], drafter=drafter)
 
     async def target_status(self) -> dict[str, Any]:
         return await self._wire.ask("target", dict[str, Any])

@@ -32,7 +32,7 @@ class Desk:
 
     @property
     def can_swap(self) -> bool:
-        return self._service.swapper is not None
+        return bool(self._service.swappers)
 
     def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
         """Queue all requests, or none. Raises what ``Inbox.submit`` raises."""
@@ -69,21 +69,18 @@ class Desk:
         """Reads the run folder: not for a thread that others wait for."""
         return self._service.drafter_status()
 
-    def swap(self, version: int | None) -> dict[str, Any]:
+    def swap(self, version: int | None, drafter: str | None) -> dict[str, Any]:
         """Waits for the engine, and reads weights from disk.
 
         Raises:
-            ValueError, OSError: the version is refused, or cannot be read.
+            ValueError, OSError: the version is refused, or cannot be read; or there is no such
+                drafter.
         """
-        if self._service.swapper is None:
-            raise ValueError("this server has no drafter that learns")
-        return self._service.swapper.swap(version)
+        return self._service.swapper_of(drafter).swap(version)
 
-    def rollback(self) -> dict[str, Any]:
+    def rollback(self, drafter: str | None) -> dict[str, Any]:
         """See ``swap``."""
-        if self._service.swapper is None:
-            raise ValueError("this server has no drafter that learns")
-        return self._service.swapper.rollback()
+        return self._service.swapper_of(drafter).rollback()
 
     def target_status(self) -> dict[str, Any]:
         return self._target().status()
@@ -144,11 +141,11 @@ class InProcess:
     async def drafter_status(self) -> dict[str, Any]:
         return await asyncio.to_thread(self._desk.drafter_status)
 
-    async def swap(self, version: int | None) -> dict[str, Any]:
-        return await _readable(self._desk.swap, version)
+    async def swap(self, version: int | None, drafter: str | None = None) -> dict[str, Any]:
+        return await _readable(self._desk.swap, version, drafter)
 
-    async def rollback(self) -> dict[str, Any]:
-        return await _readable(self._desk.rollback)
+    async def rollback(self, drafter: str | None = None) -> dict[str, Any]:
+        return await _readable(self._desk.rollback, drafter)
 
     async def target_status(self) -> dict[str, Any]:
         return self._desk.target_status()

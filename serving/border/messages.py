@@ -81,6 +81,8 @@ class Ask(_Message, frozen=True):
     """Of the history."""
     path: str = ""
     """Of an update of the target."""
+    drafter: str | None = None
+    """Of a swap or rollback."""
 
 
 FromHttp = Hello | Ready | Alive | Submit | Cancel | Ask

@@ -21,12 +21,13 @@ def round_columns(noted: NotedRounds) -> Rounds:
     steps, anchors, num_drafted, num_q, accepted, next_ids = (
         noted.rounds[column::width] for column in range(width)
     )
-    kinds, versions, draft_ks, propensities, batches, step_s, names, numbers = zip(
+    kinds, versions, draft_ks, propensities, batches, step_s, names, numbers, whys = zip(
         *steps, strict=True
     )
     num_p = [min(kept + 1, num) for kept, num in zip(accepted, num_drafted, strict=True)]
     drafters = tuple(dict.fromkeys(kinds))
     policies = tuple(dict.fromkeys(filter(None, names)))
+    reasons = tuple(dict.fromkeys(filter(None, whys)))
     counts = {
         Count.ANCHOR: anchors,
         Count.DRAFTER: list(map({kind: i for i, kind in enumerate(drafters)}.get, kinds)),
@@ -40,6 +41,7 @@ def round_columns(noted: NotedRounds) -> Rounds:
         Count.NUM_DRAFTED: num_drafted,
         Count.POLICY: list(map({"": 0, **{n: i for i, n in enumerate(policies, 1)}}.get, names)),
         Count.STEP: [0 if number is None else number + 1 for number in numbers],
+        Count.REASON: list(map({"": 0, **{n: i for i, n in enumerate(reasons, 1)}}.get, whys)),
     }
     return Rounds(
         _table([counts[row] for row in Count], np.int32),
@@ -49,6 +51,7 @@ def round_columns(noted: NotedRounds) -> Rounds:
         np.array(noted.p_logp, np.float32),
         drafters,
         policies,
+        reasons,
         _considered(noted, len(steps)),
         np.array(noted.confidence, np.float32),
     )

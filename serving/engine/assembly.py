@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from drafters.protocol import HostDrafter, NeuralDrafter
 from policies.allocation import Cut
@@ -34,6 +35,8 @@ class Choices:
     """Kinds of drafters that draft only for requests that name them."""
     cuts: tuple[Cut, ...] = ()
     """Ways to cut drafts on the device that the policy uses: programs are made for them."""
+    mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name -> kinds of the neural drafters that may draft in one round."""
 
 
 def assemble(
@@ -52,12 +55,13 @@ def assemble(
         ring: receives the committed rows of captured requests.
 
     Raises:
-        ValueError: the ring cannot hold the rows of one step.
+        ValueError: the ring cannot hold the rows of one step, or drafters cannot be mixed.
     """
     pool = target.make_pool(sizes.num_pages * sizes.page_size)
     programs = make_programs(
         target, pool, hosts, neural, sizes,
-        rule=choices.rule, ring=ring, on_request=choices.on_request, cuts=choices.cuts,
+        rule=choices.rule, ring=ring, on_request=choices.on_request,
+        cuts=choices.cuts, mixes=choices.mixes,
     )  # fmt: skip
     scheduler = Scheduler(
         PagePool(sizes.num_pages, choices.prefix_cache),

@@ -6,63 +6,21 @@ Shapes: R requests of a step, N prompt chunks that end their prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from typing import Any
 
-from policies.interface import Decision
-from serving.engine.allocating import Considered
+from policies.interface import Decision, Pick
 from serving.engine.drafting import Drafting
+from serving.engine.proposed import Proposed, Verified
 from serving.engine.scheduler import Chunk
 from serving.engine.sequence import NotedStep, Sequence
-from serving.requests import EngineFigures, TokenLogprob
+from serving.requests import DrafterCounts, EngineFigures, TokenLogprob
 
 _STEP_NUMBERS = 1 << 30
 """Steps of 1 ms reach it in two weeks; traces count with 32 bits."""
 
-
-@dataclass(frozen=True, slots=True)
-class Proposed:
-    """The drafts of a round, on the host."""
-
-    drafter: str
-    """Kind of the drafter."""
-    tokens: list[list[int]]
-    """[R][its number of draft tokens]."""
-    q_logp: list[list[float]] | None
-    """Log q of each of them; ``None`` if tokens are not sampled."""
-    p_logp: list[list[float]]
-    """[R][K] the target's log probability of each draft token, after temperature and truncation."""
-    considered: Considered | None = None
-    """The drafts before the device cut them to ``tokens``; ``None`` if they were not to be cut."""
-
-    def of(self, lives: list[bool]) -> Proposed:
-        """Those of some requests."""
-        return Proposed(
-            self.drafter,
-            list(compress(self.tokens, lives)),
-            None if self.q_logp is None else list(compress(self.q_logp, lives)),
-            list(compress(self.p_logp, lives)),
-            self.considered and self.considered.of(lives),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """The verdicts of a round, on the host."""
-
-    num_accepted: list[int]
-    """[R]."""
-    next_ids: list[int | None]
-    """[R] the target's own token after the accepted ones; ``None``: its row of logits is NaN or
-    infinite, so nothing can follow."""
-
-    def of(self, lives: list[bool]) -> Verified:
-        """Those of some requests."""
-        return Verified(
-            list(compress(self.num_accepted, lives)), list(compress(self.next_ids, lives))
-        )
+_NO_COUNTS = DrafterCounts(0, 0, 0)
 
 
 def emitted_by(draft: Proposed | None, verified: Verified) -> list[list[int]]:
@@ -82,10 +40,16 @@ class Step:
     verified: Verified
     draft_s: float
     """Seconds spent on observing the batch, planning and drafting."""
-    version: int
-    """Version of the drafter; see ``Drafting.version_of``."""
+    versions: Mapping[str, int]
+    """See ``Drafting.versions_of``."""
     step_s: float
     """Seconds of the whole step."""
+
+    @property
+    def version(self) -> int:
+        """Of the drafter that the decision names; of a mix that of the first of the server."""
+        kind = "none" if self.proposed is None else self.proposed.drafter
+        return self.versions.get(kind, self.versions["none"])
 
 
 @dataclass(slots=True)
@@ -107,6 +71,8 @@ class Counters:
     """[max_draft]."""
     steps_by_arm: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Steps of each (drafter, draft_k)."""
+    drafters: dict[str, DrafterCounts] = field(default_factory=dict)
+    """By kind."""
 
     def figures(self, **gauges: Any) -> EngineFigures:
         """With gauges of now; the service adds the figures of swaps and traces."""
@@ -120,6 +86,7 @@ class Counters:
             num_accepted_per_pos=tuple(self.accepted_per_pos),
             num_steps=self.num_steps,
             steps_by_arm=dict(self.steps_by_arm),
+            drafters=dict(self.drafters),
             swaps={},
             swap_seconds=0.0,
             traces={},
@@ -132,12 +99,38 @@ class Counters:
     def count_drafts(self, draft: Proposed, num_accepted: list[int]) -> None:
         """Count what was proposed and accepted in a round."""
         lens = list(map(len, draft.tokens))
-        self.num_rounds += len(lens) - lens.count(0)
-        self.num_draft_tokens += sum(lens)
-        self.num_accepted_tokens += sum(num_accepted)
+        rounds, tokens, accepted = len(lens) - lens.count(0), sum(lens), sum(num_accepted)
+        self.num_rounds += rounds
+        self.num_draft_tokens += tokens
+        self.num_accepted_tokens += accepted
+        if draft.picks is None:
+            self._count_drafter(draft.drafter, rounds, tokens, accepted)
+        else:
+            for pick, num, kept in zip(draft.picks, lens, num_accepted, strict=True):
+                self._count_drafter(pick.drafter, int(num > 0), num, kept)
         for kept, count in Counter(num_accepted).items():
             for position in range(kept):
                 self.accepted_per_pos[position] += count
+
+    def _count_drafter(self, kind: str, rounds: int, tokens: int, accepted: int) -> None:
+        before = self.drafters.get(kind, _NO_COUNTS)
+        self.drafters[kind] = DrafterCounts(
+            before.rounds + rounds, before.tokens + tokens, before.accepted + accepted
+        )
+
+
+def _noted_picks(drafting: NotedStep, step: Step, draft: Proposed | None) -> dict[Pick, NotedStep]:
+    """The step as rounds of each pick note it; empty if no mix drafted."""
+    picks = () if draft is None or draft.picks is None else set(draft.picks)
+    return {
+        pick: drafting._replace(
+            drafter=pick.drafter,
+            version=step.versions[pick.drafter],
+            propensity=drafting.propensity * pick.propensity,
+            reason=pick.reason,
+        )
+        for pick in picks
+    }
 
 
 Scored = Callable[[int, list[int], int], list[TokenLogprob]]
@@ -170,10 +163,14 @@ class Commits:
         self._note(batch, step, decision)
         if draft is not None:
             self.counters.count_drafts(draft, verified.num_accepted)
+        picks = None if draft is None else draft.picks
         emitted = emitted_by(draft, verified)
         for r, (sequence, tokens) in enumerate(zip(batch, emitted, strict=True)):
             anchor = len(sequence.tokens) - 1
-            sequence.version = step.version
+            if picks is not None:
+                sequence.version = step.versions[picks[r].drafter]
+            elif draft is not None or self._drafting.has_one_line:
+                sequence.version = step.version
             count = self._append(sequence, tokens, r, scored)
             sequence.num_computed = anchor + count
             if draft is not None:
@@ -188,11 +185,12 @@ class Commits:
         """Note a round for the traces of captured requests, before its tokens are appended."""
         draft, verified = step.proposed, step.verified
         rest = (
-            step.version, decision.draft_k, decision.propensity, len(batch), step.step_s,
-            decision.policy, self.counters.num_steps % _STEP_NUMBERS,
+            decision.draft_k, decision.propensity, len(batch), step.step_s,
+            decision.policy, self.counters.num_steps % _STEP_NUMBERS, decision.reason,
         )  # fmt: skip
-        idle = NotedStep("none", *rest)
-        drafting = NotedStep(draft.drafter, *rest) if draft else idle
+        idle = NotedStep("none", step.versions["none"], *rest)
+        drafting = NotedStep(draft.drafter, step.version, *rest) if draft else idle
+        picked = _noted_picks(drafting, step, draft)
         for r, (sequence, following) in enumerate(zip(batch, verified.next_ids, strict=True)):
             if following is None or not sequence.request.capture:
                 continue
@@ -206,8 +204,9 @@ class Commits:
                 sequence.rounds.add_plain(idle if is_idle else drafting, anchor, following)
                 continue
             drawn = draft.q_logp[r] if draft.q_logp else ()
+            noted = picked[draft.picks[r]] if draft.picks else drafting
             sequence.rounds.add(
-                drafting, anchor, draft.tokens[r], drawn, draft.p_logp[r],
+                noted, anchor, draft.tokens[r], drawn, draft.p_logp[r],
                 verified.num_accepted[r], following,
             )  # fmt: skip
 

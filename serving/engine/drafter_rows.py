@@ -22,6 +22,7 @@ from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
 from serving.engine.cuda_graphs import Graphs, Program, fitting
+from serving.engine.drafts import Drafts, drafted
 from serving.engine.lanes import LaneRows, Lanes, upload
 from serving.engine.sequence import Sequence
 from specops.attention import DecodePass
@@ -93,7 +94,9 @@ class DrafterRows:
         self._page_size = page_size
         columns = [features.layer_ids.index(layer) for layer in drafter.layer_ids]
         reads_all = columns == list(range(len(features.layer_ids)))
-        self._columns = None if reads_all else torch.tensor(columns, device=target.device)
+        self._columns = (
+            None if reads_all else torch.tensor(columns, dtype=torch.int64, device=target.device)
+        )
         self._first_row = drafter.first_row
         self._has_page = np.zeros(num_pages, dtype=bool)
         shape = (lanes.padding + 1, drafter.output_size)
@@ -108,6 +111,16 @@ class DrafterRows:
     def kind(self) -> str:
         """The drafter's kind."""
         return self.drafter.kind
+
+    @property
+    def members(self) -> tuple[DrafterRows, ...]:
+        """Itself; of a mix, all that may draft."""
+        return (self,)
+
+    @property
+    def draws(self) -> bool:
+        """See ``Traits.draws``."""
+        return self.drafter.traits.draws
 
     # ---- which rows it has ---------------------------------------------------------------------
 
@@ -150,6 +163,26 @@ class DrafterRows:
     def outputs_of(self, lanes_R: Tensor) -> Tensor:
         """[R, H] outputs at the anchors, where the next draft starts."""
         return self._outputs_LH.index_select(0, lanes_R)
+
+    def draft(
+        self,
+        opened: OpenedRound,
+        rows: LaneRows,
+        inputs_RI: Tensor,
+        num_draft: int,
+        *,
+        draws: bool,
+        tells: bool = False,
+    ) -> Drafts:
+        """What the drafter proposes for the requests of a round.
+
+        Args:
+            inputs_RI: see ``Input``; a mix reads it.
+            draws, tells: see ``drafts.drafted``.
+        """
+        ahead = self.pass_at(rows, opened.draft_at_R)
+        outputs = self.outputs_of(opened.lanes_R)
+        return drafted(self.drafter, outputs, ahead, opened, num_draft, draws=draws, tells=tells)
 
     def observe_round(
         self, opened: OpenedRound, closed: ClosedRound, lanes_R: Tensor, features_TmH: Tensor

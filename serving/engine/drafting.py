@@ -8,9 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import compress
 
 from drafters.protocol import Drafter, FollowsTarget, HostDrafter
-from policies.interface import Decision, StepObs
+from policies.interface import Decision, DraftRecord, StepObs
 from serving.engine.drafter_rows import DrafterRows
+from serving.engine.mixed_rows import MixedRows
+from serving.engine.proposed import Proposed
 from serving.engine.sequence import Sequence
+
+_KEPT = 1 - 1 / 32
+"""See ``policies.interface.DraftRecord``."""
+_NO_RECORD = DraftRecord(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,9 @@ class _Offer:
     """Those of ``hosts`` that need a match."""
     without_match: tuple[str, ...]
     """Kinds that need none."""
-    neural: dict[str, DrafterRows]
+    neural: dict[str, DrafterRows | MixedRows]
+    """With the mixes of those that may draft."""
+    has_mixes: bool
 
 
 class Drafting:
@@ -40,13 +48,18 @@ class Drafting:
         neural: Several[DrafterRows],
         max_draft: int,
         on_request: Collection[str] = (),
+        mixes: Several[MixedRows] = (),
     ) -> None:
         """
         Args:
             on_request: kinds that draft only for requests that name them.
+            mixes: drafters of ``neural`` that may draft in one round.
         """
         self.hosts = {drafter.kind: drafter for drafter in hosts}
         self.neural = {rows.kind: rows for rows in neural}
+        self.mixes = {rows.kind: rows for rows in mixes}
+        self.on_device: dict[str, DrafterRows | MixedRows] = {**self.neural, **self.mixes}
+        """What may draft within a round's program."""
         self.max_draft = max_draft
         self.on_request = frozenset(on_request)
         self._ordinary = self._offer_of({*self.hosts, *self.neural} - self.on_request)
@@ -55,6 +68,8 @@ class Drafting:
         """Requests admitted and not finished that choose their drafters."""
         learning = (r.drafter for r in self.neural.values() if r.drafter.traits.learns)
         self._learning = next(learning, None)
+        self.has_one_line = next(learning, None) is None
+        """At most one drafter learns, so there is one version whoever drafts."""
 
     @property
     def drafters(self) -> dict[str, Drafter]:
@@ -63,13 +78,21 @@ class Drafting:
 
     @property
     def version(self) -> int:
-        """Version of the drafter that learns; 0 without one."""
+        """Version of the first drafter that learns; 0 without one."""
         return self._learning.version if self._learning else 0
 
-    def version_of(self, kind: str) -> int:
-        """Version recorded for a round by this drafter; plain rounds and those of host drafters
-        record the version of the drafter that learns."""
-        return self.neural[kind].drafter.version if kind in self.neural else self.version
+    def versions_of(self, kind: str) -> dict[str, int]:
+        """Versions recorded for a round by this drafter or mix: of each that may draft, by kind;
+        under ``none`` that of plain rounds and of host drafters, the first learning drafter's."""
+        found = self.on_device.get(kind)
+        drafting = {} if found is None else {m.kind: m.drafter.version for m in found.members}
+        return {"none": self.version, **drafting}
+
+    def versions(self) -> dict[str, int]:
+        """Version in use of each drafter that learns, by kind."""
+        return {
+            kind: rows.drafter.version for kind, rows in self.neural.items() if self.learns(kind)
+        }
 
     def learns(self, kind: str) -> bool:
         """Whether rounds by this drafter say something about published weights."""
@@ -99,10 +122,16 @@ class Drafting:
 
     def _offer_of(self, kinds: Collection[str]) -> _Offer:
         hosts = tuple(d for d in self.hosts.values() if d.kind in kinds)
-        neural = {kind: rows for kind, rows in self.neural.items() if kind in kinds}
+        neural = {
+            kind: rows
+            for kind, rows in self.on_device.items()
+            if all(member.kind in kinds for member in rows.members)
+        }
         with_match = tuple(d for d in hosts if d.traits.needs_match)
         free = (*neural, *(d.kind for d in hosts if not d.traits.needs_match))
-        return _Offer((*neural, *(d.kind for d in hosts)), hosts, with_match, free, neural)
+        has_mixes = not self.mixes.keys().isdisjoint(neural)
+        names = (*neural, *(d.kind for d in hosts))
+        return _Offer(names, hosts, with_match, free, neural, has_mixes)
 
     def _following(self, sequence: Sequence) -> tuple[HostDrafter, ...]:
         """Host drafters that follow the text of a request."""
@@ -219,7 +248,27 @@ class Drafting:
             max_draft=max(caps),
             version=self.version,
             pending_rows=pending,
+            records=tuple(s.records for s in batch) if offer.has_mixes else None,
         )
+
+    def note(self, batch: list[Sequence], draft: Proposed, num_accepted: list[int]) -> None:
+        """Note what was kept of a round's drafts, for the policy's next picks; nothing to do
+        without mixes.
+
+        Args:
+            batch: [R] requests that go on, or ended in this round.
+            num_accepted: [R].
+        """
+        if not self.mixes or draft.drafter not in self.on_device:
+            return
+        for sequence, kind, tokens, kept in zip(
+            batch, draft.kinds(), draft.tokens, num_accepted, strict=True
+        ):
+            if tokens:
+                rounds, verified, accepted = sequence.records.get(kind, _NO_RECORD)
+                sequence.records[kind] = DraftRecord(
+                    _KEPT * rounds + 1, _KEPT * verified + len(tokens), _KEPT * accepted + kept
+                )
 
     def _matches(
         self, batch: list[Sequence], caps: tuple[int, ...], drafters: tuple[HostDrafter, ...]

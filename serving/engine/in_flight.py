@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import compress
 
@@ -29,8 +30,8 @@ class PlannedRound:
     policy: DraftPolicy
     """Made the decision, and learns the outcome."""
     decision: Decision
-    version: int
-    """The drafter's when the round was launched."""
+    versions: Mapping[str, int]
+    """See ``Drafting.versions_of``, when the round was launched."""
     started_s: float
     """``time.perf_counter()`` when the engine began to plan."""
     before_s: float
@@ -59,7 +60,7 @@ class Arrival:
         """
         beside_s = max(0.0, self.step_s - planned.before_s)
         draft_s = planned.before_s + planned.launched.draft_share * beside_s
-        return Step(decoded.proposed, decoded.verified, draft_s, planned.version, self.step_s)
+        return Step(decoded.proposed, decoded.verified, draft_s, planned.versions, self.step_s)
 
     def outcome(
         self, planned: PlannedRound, step: Step, lives: list[bool], is_timed: bool

@@ -22,6 +22,7 @@ from serving.engine.inbox import Inbox
 from serving.engine.outputs import Outputs
 from serving.engine.prefill import Prefilled
 from serving.engine.programs import Programs
+from serving.engine.proposed import Proposed
 from serving.engine.scheduler import Chunk, Scheduler
 from serving.engine.sequence import Sequence
 from serving.requests import EngineFigures, Output
@@ -150,6 +151,7 @@ class Engine:
             num_waiting=self.inbox.num_waiting(),
             kv_usage=1 - pages.num_available / pages.num_usable,
             drafter_version=self.drafting.version,
+            versions=self.drafting.versions(),
         )
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -251,12 +253,14 @@ class Engine:
         policy, decision, matches = self._plan(batch)
         self._clock.plan_s += time.perf_counter() - started_s
         drafter, num_draft, given = decision.drafter, decision.draft_k, None
+        picks = decision.picks
         on_host = num_draft > 0 and drafter in self.drafting.hosts
         if not self._may_overtake(batch, decision):
             self._commit_round()
             lives = [s.finish_reason is None for s in batch]
             batch = list(compress(batch, lives))
             matches = None if matches is None else tuple(compress(matches, lives))
+            picks = None if picks is None else tuple(compress(picks, lives))
             if not batch:
                 return
         elif on_host:
@@ -266,7 +270,7 @@ class Engine:
             given = self.drafting.from_host(drafter, batch, num_draft)
             num_draft = max(map(len, given))
         launched = self.programs.rounds.launch(
-            batch, drafter, num_draft, given, decision.allocation
+            batch, drafter, num_draft, given, decision.allocation, picks
         )
         if on_host and self._prompts is None:
             before_s = time.perf_counter() - max(started_s, self._clock.last_outcome_s)
@@ -276,9 +280,9 @@ class Engine:
             before_s = self._clock.plan_s  # 0 if a round ran meanwhile
         for sequence in batch:
             sequence.is_flying = True
-        version = self.drafting.version_of(drafter)
+        versions = self.drafting.versions_of(drafter)
         self._round = PlannedRound(
-            launched, matches, policy, decision, version, started_s, before_s
+            launched, matches, policy, decision, versions, started_s, before_s
         )
 
     def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
@@ -308,7 +312,7 @@ class Engine:
         launched = self._round.launched
         if all(s.is_flying and s.num_left <= launched.most_tokens for s in batch):
             return False
-        if decision.draft_k == 0 or decision.drafter not in self.drafting.neural:
+        if decision.draft_k == 0 or decision.drafter not in self.drafting.on_device:
             return True
         has_rows = self.programs.rounds.leaves_rows(launched, decision.drafter)
         return has_rows or not any(s.is_flying for s in batch)
@@ -346,21 +350,32 @@ class Engine:
         step = arrival.step(planned, decoded)
         living = list(compress(batch, lives))
         self._commits.rounds(living, step, decision, decoded.scored, decoded.numbers)
+        if decoded.proposed is not None:
+            self.drafting.note(living, decoded.proposed, decoded.verified.num_accepted)
         self._outputs.after_commit(living)
         # Otherwise a swap came between, and the round says nothing about the new weights.
-        if planned.version == self.drafting.version_of(decision.drafter):
-            self._report(planned, arrival.outcome(planned, step, lives, self._clock.is_timed))
+        if planned.versions == self.drafting.versions_of(decision.drafter):
+            outcome = arrival.outcome(planned, step, lives, self._clock.is_timed)
+            self._report(planned, outcome, decoded.proposed)
         self._clock.round_was_committed()
         return arrival.host_waited and not was_read
 
-    def _report(self, planned: PlannedRound, outcome: Outcome) -> None:
-        """Report a round to its policy and, if its drafter learns, to ``on_rounds``."""
+    def _report(self, planned: PlannedRound, outcome: Outcome, proposed: Proposed | None) -> None:
+        """Report a round to its policy and, for each drafter that learns, to ``on_rounds``."""
         planned.policy.observe(outcome)
         self._listeners.on_outcome(outcome)
-        launched, rows = planned.launched, outcome.rows
-        if launched.key.num_draft and self.drafting.learns(launched.drafter):
-            counts = list(zip(rows.num_verified, rows.num_accepted, strict=True))
-            self._listeners.on_rounds(launched.drafter, counts)
+        if proposed is None:
+            return
+        counts = list(zip(outcome.rows.num_verified, outcome.rows.num_accepted, strict=True))
+        if proposed.picks is None:
+            kinds = {proposed.drafter: counts}
+        else:
+            kinds = {kind: [] for kind in proposed.kinds()}
+            for kind, count in zip(proposed.kinds(), counts, strict=True):
+                kinds[kind].append(count)
+        for kind, own in kinds.items():
+            if self.drafting.learns(kind):
+                self._listeners.on_rounds(kind, own)
 
     # ---- prompts -------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
 from serving.engine.lanes import Lanes
 from serving.engine.making import Making
+from serving.engine.mixed_rows import MixedRows
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
 from specops.verify_logits import Rule
@@ -99,17 +100,20 @@ def make_programs(
     ring: CaptureRing | None,
     on_request: Collection[str] = (),
     cuts: tuple[Cut, ...] = (),
+    mixes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Programs:
     """Programs for these drafters and sizes.
 
     Args:
         on_request: kinds that draft only for requests that name them.
+        mixes: name -> kinds of neural drafters that may draft in one round; ``None``: there are
+            none.
         rule: verifies sampled requests without a seed.
         ring: receives the committed rows of captured requests.
         cuts: ways to cut drafts on the device that the policy uses.
 
     Raises:
-        ValueError: the ring cannot hold the rows of one step.
+        ValueError: the ring cannot hold the rows of one step, or drafters cannot be mixed.
     """
     lanes = Lanes(sizes.max_batch, sizes.pages_each, sizes.max_draft, target)
     graphs = Graphs(target.device)
@@ -121,7 +125,12 @@ def make_programs(
         )
         for drafter in neural
     ]  # fmt: skip
-    drafting = Drafting(hosts, rows, sizes.max_draft, on_request)
+    by_kind = {one.kind: one for one in rows}
+    mixed = [
+        MixedRows(name, [by_kind[kind] for kind in kinds], target.vocab_size)
+        for name, kinds in (mixes or {}).items()
+    ]
+    drafting = Drafting(hosts, rows, sizes.max_draft, on_request, mixed)
     rounds = Rounds(
         target, pool, drafting, features, lanes, graphs,
         page_size=sizes.page_size, rule=rule, ring=ring, cuts=cuts,

@@ -43,11 +43,18 @@ class RoundBuffers:
         shape = (max_batch * (self.most_scored + 1), 1 + 2 * self.num_top)
         self.scores = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def upload(self, size: int, lanes: list[int], given: list[list[int]] | None) -> None:
+    def upload(
+        self,
+        size: int,
+        lanes: list[int],
+        given: list[list[int]] | None,
+        picked: list[int] | None = None,
+    ) -> None:
         """Upload which lanes take part, and what a host drafter proposes for them.
 
         Args:
             size: that of the program; the rows behind ``lanes`` are padding.
+            picked: number of the drafter of each, if a mix drafts; ``None``: the first.
         """
         self._now = next(self._copies)
         news = self._now.news[:size]
@@ -55,6 +62,8 @@ class RoundBuffers:
         news[: len(lanes), Input.LANE] = lanes
         if given is None:
             news[:, Input.DRAFTED] = 0
+            if picked is not None:
+                news[: len(lanes), Input.DRAFTED] = picked
         else:
             lens = list(map(len, given))
             most = max(lens)

@@ -29,33 +29,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policies.allocation import Allocation, Cut
+from policies.interface import Pick
 from serving.engine.allocating import Allocator, Cutting, PackedPass, Seen
 from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
-from serving.engine.commit import Proposed, Verified
 from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
 from serving.engine.drafter_rows import DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
+from serving.engine.drafts import Drafts, given
 from serving.engine.lanes import LaneRows, Lanes, requests_of
 from serving.engine.later import Later
+from serving.engine.mixed_rows import MixedRows
+from serving.engine.proposed import Proposed, Verified
 from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.engine.stopwatch import Stopwatch
 from serving.requests import TokenLogprob
-from specops.allocation import confidence
 from specops.device import (
     adjust_rows,
     best_ids,
     close_round,
     count_tokens,
     open_round,
-    sample_draft,
     verify_logits,
 )
-from specops.draft_sampling import Drafted, DraftLaw, join_laws
 from specops.lanes import Column, Input, OpenedRound
 from specops.verify_logits import UNSOUND, LogitVerdict, Rule
 from targets.target import KvPool, Target, TargetRows
 
+Picks = tuple[Pick, ...] | None
+"""Of a mix, who drafts for each request; ``None``: the first of it for all, or no mix drafts."""
 _LANE_OF, _IS_SCORED, _TAKES_BEST = map(attrgetter, ("lane", "is_scored", "takes_best"))
 """Of a request; without a Python frame for each of a batch."""
 
@@ -67,7 +69,7 @@ class _Key(NamedTuple):
     """Number of requests, including padding."""
     num_draft: int
     neural: str | None
-    """Kind of the neural drafter; ``None``: tokens are uploaded, or K is 0."""
+    """Kind of the neural drafter, or name of a mix; ``None``: tokens are uploaded, or K is 0."""
     is_greedy: bool
     """All requests are greedy and use the logits as they are, so no distribution is computed."""
     is_scored: bool = False
@@ -78,32 +80,15 @@ class _Key(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Drafts:
-    """The drafts of a round, on the device."""
-
-    tokens_RK: Tensor
-    logq_RK: Tensor | None
-    """``None`` where nothing was drawn."""
-    law: DraftLaw | None
-    """The distributions that tokens were drawn from; ``None`` where nothing was drawn."""
-    figures_RK3: Tensor | None = None
-    """Confidence in each position before its token was drawn, in rounds that are cut."""
-
-
-def _given(opened: OpenedRound) -> _Drafts:
-    """The uploaded draft tokens; none if K is 0."""
-    assert opened.given_RK is not None
-    return _Drafts(opened.given_RK, None, None)
-
-
-@dataclass(frozen=True, slots=True)
 class Launched:
     """A round that was launched but not yet read."""
 
     batch: list[Sequence]
     key: _Key
     drafter: str
-    """Kind of the drafter; meaningless if K is 0."""
+    """Kind of the drafter, or name of a mix; meaningless if K is 0."""
+    picks: Picks
+    """See ``Decision.picks``."""
     outputs: Integers
     """[size, columns] on the host, valid once ``landed`` and until the round after the next one is
     launched."""
@@ -210,6 +195,7 @@ class Rounds:
         num_draft: int,
         given: list[list[int]] | None,
         allocation: Allocation | None = None,
+        picks: Picks = None,
     ) -> Launched:
         """Start a round that decodes every request of ``batch``.
 
@@ -217,22 +203,30 @@ class Rounds:
         neural drafter drafts, it must have their rows.
 
         Args:
-            drafter: kind of the drafter; meaningless if ``num_draft`` is 0.
+            drafter: kind of the drafter, or name of a mix; meaningless if ``num_draft`` is 0.
             num_draft: at most ``most_draft``.
             given: what a host drafter proposes for each request; ``None`` for a neural drafter.
-            allocation: how a neural drafter's drafts are cut before they are verified.
+            allocation: how a neural drafter's drafts are cut before they are verified; those of a
+                mix never are.
+            picks: of a mix, who drafts for each request; ``None``: the first for all.
         """
         self._lanes.write([s for s in batch if not s.is_in_lane])
-        neural = self._drafting.neural.get(drafter) if num_draft else None
+        neural = self._drafting.on_device.get(drafter) if num_draft else None
+        numbers = None
+        if isinstance(neural, MixedRows):
+            picks = picks or (Pick(neural.members[0].kind, 1.0, "best"),) * len(batch)
+            numbers = [neural.number_of(pick.drafter) for pick in picks]
+        else:
+            picks = None
         if neural is not None:
             neural.catch_up([s for s in batch if not s.is_flying])
         size = fitting(self._sizes, len(batch))
-        self._io.upload(size, list(map(_LANE_OF, batch)), given)
+        self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
         is_scored = any(map(_IS_SCORED, batch))
         assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
         key = _Key(size, num_draft, neural.kind if neural else None, is_greedy, is_scored)
-        if allocation is None or neural is None or is_scored:
+        if allocation is None or not isinstance(neural, DrafterRows) or is_scored:
             allocation = None
         else:
             cutting = self._allocator.cutting(allocation, size, len(batch), num_draft)
@@ -245,11 +239,16 @@ class Rounds:
             scores, _ = self._graphs.to_host(self._io.scores[: size * (num_draft + 1)])
         outputs, landed = self._io.download(size)
         share = self._draft_shares.get(_timed_as(key), 0.0) if neural else 0.0
-        return Launched(batch, key, drafter, outputs, scores, landed, share, seen)
+        return Launched(batch, key, drafter, picks, outputs, scores, landed, share, seen)
 
     def leaves_rows(self, launched: Launched, drafter: str) -> bool:
-        """Whether a round computes this neural drafter's rows of all that it commits."""
-        return launched.key.neural == drafter
+        """Whether a round computes the rows of all that it commits that this neural drafter, or
+        all members of this mix, need."""
+        key = launched.key.neural
+        if key is None or key == drafter:
+            return key is not None
+        own, wanted = (self._drafting.on_device[kind].members for kind in (key, drafter))
+        return set(wanted) <= set(own)
 
     def read(self, launched: Launched) -> Decoded:
         """Wait for a round and read its outcome; rounds are read in order."""
@@ -282,11 +281,12 @@ class Rounds:
             p_logp = self._reals(outputs, 1).tolist()
         q_logp = _cut(self._reals(outputs, 2).tolist(), lens) if self._draws(key) else None
         considered = None if launched.seen is None else launched.seen.read(len(accepted))
-        return Proposed(launched.drafter, tokens, q_logp, p_logp, considered)
+        picks = None if launched.picks is None else list(launched.picks)
+        return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
         """Note which rows the round's drafter has."""
-        neural = self._drafting.neural.get(launched.key.neural or "")
+        neural = self._drafting.on_device.get(launched.key.neural or "")
         if neural is None:
             return
         for sequence, kept in zip(launched.batch, accepted, strict=True):
@@ -302,7 +302,7 @@ class Rounds:
         """Whether a round's draft tokens are drawn from a distribution."""
         if key.neural is None or key.is_greedy:
             return False
-        return self._drafting.neural[key.neural].drafter.traits.draws
+        return self._drafting.on_device[key.neural].draws
 
     # ---- programs ------------------------------------------------------------------------------
 
@@ -362,7 +362,7 @@ class Rounds:
         for neural in self._sources(num_draft):
             for key in (_Key(size, num_draft, neural, greedy) for greedy in (True, False)):
                 keys.append(key)
-                if neural is not None:
+                if neural in self._drafting.neural:
                     cuttings = self._allocator.cuttings(size, num_draft)
                     keys += [key._replace(cutting=cutting) for cutting in cuttings]
             if num_draft <= self._io.most_scored:
@@ -370,12 +370,12 @@ class Rounds:
         return keys
 
     def _sources(self, num_draft: int) -> list[str | None]:
-        """Neural drafters, and ``None`` where tokens are uploaded or K is 0."""
-        neural: list[str | None] = list(self._drafting.neural) if num_draft else []
+        """Neural drafters and mixes, and ``None`` where tokens are uploaded or K is 0."""
+        neural: list[str | None] = list(self._drafting.on_device) if num_draft else []
         return [*neural, None] if self._drafting.hosts or not num_draft else neural
 
     def _time_drafting(self, size: int, num_draft: int) -> None:
-        for kind in self._drafting.neural:
+        for kind in self._drafting.on_device:
             with_draft = self.device_seconds(size, num_draft, kind, repeats=3)
             without = self.device_seconds(size, num_draft, None, repeats=3)
             share = max(0.0, 1 - without / with_draft)
@@ -387,7 +387,8 @@ class Rounds:
         """Seconds that one greedy round takes, including its launch; nothing may be in flight.
 
         Args:
-            neural: kind of the drafter; ``None``: draft tokens are uploaded, or K is 0.
+            neural: kind of the drafter, or name of a mix; ``None``: draft tokens are uploaded, or
+                K is 0.
         """
         key = _Key(fitting(self._sizes, num_rows), num_draft, neural, is_greedy=True)
         return self._graphs.seconds(self._program(key), repeats)
@@ -401,7 +402,7 @@ class Rounds:
 
     def _round(self, key: _Key) -> None:
         size, num_draft = key.size, key.num_draft
-        neural = self._drafting.neural[key.neural] if key.neural else None
+        neural = self._drafting.on_device[key.neural] if key.neural else None
         watch = Stopwatch() if neural is not None and not self._graphs.are_real else None
         inputs = self._io.inputs[:size]
         opened = open_round(
@@ -409,8 +410,13 @@ class Rounds:
             is_given=neural is None,
         )  # fmt: skip
         rows = LaneRows(opened.pages_RP)
-        drafts = _given(opened) if neural is None else self._draft(neural, opened, rows, key)
-        if neural is not None:
+        if neural is None:
+            drafts = given(opened)
+        else:
+            drafts = neural.draft(
+                opened, rows, inputs, num_draft,
+                draws=self._draws(key), tells=key.cutting is not None,
+            )  # fmt: skip
             opened.block_RQ[:, 1:] = drafts.tokens_RK
         if drafts.figures_RK3 is not None and key.cutting is not None:
             opened = self._allocator.cut(opened, drafts.figures_RK3, key.cutting.cut)
@@ -461,7 +467,7 @@ class Rounds:
         return computed, self._target.logits(hidden, widen=widen)
 
     def _verify(
-        self, logits: Tensor, opened: OpenedRound, drafts: _Drafts, key: _Key
+        self, logits: Tensor, opened: OpenedRound, drafts: Drafts, key: _Key
     ) -> LogitVerdict | Tensor:
         """The verdict on the drafts; for greedy requests the target's best ids, [R, Q]."""
         if key.is_greedy:
@@ -477,41 +483,6 @@ class Rounds:
         own = scores_RQV.gather(2, emitted_RQ[:, :, None])
         found = torch.cat((own.double(), best.double(), ids.double()), dim=2).flatten(0, 1)
         self._io.scores[: len(found)] = found
-
-    def _draft(
-        self, neural: DrafterRows, opened: OpenedRound, rows: LaneRows, key: _Key
-    ) -> _Drafts:
-        drafter = neural.drafter
-        ahead = neural.pass_at(rows, opened.draft_at_R)
-        outputs = neural.outputs_of(opened.lanes_R)
-        figures: list[Tensor] = []
-        if not self._draws(key):
-            d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
-
-            def best(logits: Tensor, _number: int) -> Tensor:
-                if key.cutting is not None:
-                    figures.append(confidence(logits))
-                return best_ids(logits, d2t)
-
-            tokens = drafter.propose(outputs, ahead, key.num_draft, best)
-            return _Drafts(tokens, None, None, torch.stack(figures, 1) if figures else None)
-
-        sampling, by_match = opened.sampling(), opened.by_match_R
-        drawn: list[Drafted] = []
-        kept: list[Tensor] = []
-
-        def draw(logits: Tensor, number: int) -> Tensor:
-            here = opened.numbering(number)
-            kept.append(logits)
-            if key.cutting is not None:
-                figures.append(confidence(logits))
-            drawn.append(sample_draft(logits, sampling, here, by_match, drafter.vocab))
-            return drawn[-1].tokens_R
-
-        tokens = drafter.propose(outputs, ahead, key.num_draft, draw)
-        law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
-        logq_RK = torch.stack([d.logq_R for d in drawn], 1)
-        return _Drafts(tokens, logq_RK, law, torch.stack(figures, 1) if figures else None)
 
 
 def _cut(rows: list[list[Any]], lens: list[int]) -> list[list[Any]]:

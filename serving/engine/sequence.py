@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from buffer.records import FIGURES
+from policies.interface import DraftRecord
 from serving.engine.detokenize import Detokenizer
 from serving.requests import FinishReason, OnOutput, Request, SpeculationStats, TokenLogprob
 
@@ -22,6 +23,7 @@ class NotedStep(NamedTuple):
     step_s: float
     policy: str = ""
     step: int | None = None
+    reason: str = ""
 
 
 class NotedRounds:
@@ -109,6 +111,8 @@ class Sequence:
     """Rounds so far, the end of its prompt included; the nonce of its random numbers."""
     next_row: dict[str, int] = field(default_factory=dict)
     """Next position whose row each neural drafter must compute; row 0 does not exist."""
+    records: dict[str, DraftRecord] = field(default_factory=dict)
+    """What neural drafters have done for it, by kind; noted where a server has mixes."""
     lane: int | None = None
     """Its row of the state on the device, while it runs."""
     is_in_lane: bool = False

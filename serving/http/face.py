@@ -61,18 +61,25 @@ class RunningServer(Protocol):
         """Keys ``kind``, ``version``, ``parent``, ``staleness``, ``state``, ``versions``,
         ``former``, ``last_error``, ``drafters`` and more."""
 
-    async def swap(self, version: int | None) -> dict[str, Any]:
-        """Swap to a published version of the drafter, ``None`` for the newest.
+    async def swap(self, version: int | None, drafter: str | None = None) -> dict[str, Any]:
+        """Swap to a published version of a drafter, ``None`` for the newest.
+
+        Args:
+            drafter: its kind; ``None``: the main one.
 
         Raises:
-            ValueError: the version is refused, or cannot be read; the message says why.
+            ValueError: the version is refused, or cannot be read, or there is no such drafter; the
+                message says why.
         """
 
-    async def rollback(self) -> dict[str, Any]:
-        """Return to the drafter's former version.
+    async def rollback(self, drafter: str | None = None) -> dict[str, Any]:
+        """Return to a drafter's former version.
+
+        Args:
+            drafter: its kind; ``None``: the main one.
 
         Raises:
-            ValueError: there is none, or it cannot be read.
+            ValueError: there is none, or it cannot be read, or there is no such drafter.
         """
 
     async def target_status(self) -> dict[str, Any]:

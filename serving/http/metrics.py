@@ -166,8 +166,14 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
     common = [model_name, "0"]
 
     def gauge(name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=_LABELS)
-        family.add_metric(common, value)
+        return gauges(name, text, (), {(): value})
+
+    def gauges(
+        name: str, text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], float]
+    ) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=(*_LABELS, *labels))
+        for extra, value in values.items():
+            family.add_metric([*common, *extra], value)
         return family
 
     def counter(name: str, text: str, value: float) -> Metric:
@@ -208,7 +214,31 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
         ("drafter", "draft_k"),
         {(drafter, str(k)): n for (drafter, k), n in figures.steps_by_arm.items()},
     )
+    yield counters(
+        "drafter_rounds",
+        "Rounds of requests in which each drafter proposed.",
+        ("drafter",),
+        {(kind,): counts.rounds for kind, counts in figures.drafters.items()},
+    )
+    yield counters(
+        "drafter_draft_tokens",
+        "Proposed, by drafter.",
+        ("drafter",),
+        {(kind,): counts.tokens for kind, counts in figures.drafters.items()},
+    )
+    yield counters(
+        "drafter_accepted_tokens",
+        "Accepted, by drafter.",
+        ("drafter",),
+        {(kind,): counts.accepted for kind, counts in figures.drafters.items()},
+    )
     yield gauge("drafter_version", "Version in use.", figures.drafter_version)
+    yield gauges(
+        "drafter_versions",
+        "Version in use of each drafter that learns.",
+        ("drafter",),
+        {(kind,): version for kind, version in figures.versions.items()},
+    )
     yield counters(
         "weight_swaps",
         "Versions offered to the engine, by outcome.",

@@ -231,6 +231,15 @@ class SwapRequest(Body):
 
     version: int | None = Field(None, ge=0, le=MAX_INT64)
     """null is the newest published one."""
+    drafter: str | None = None
+    """Kind of the drafter; null is the server's main one."""
+
+
+class RollbackRequest(Body):
+    """Body of POST /admin/drafter/rollback."""
+
+    drafter: str | None = None
+    """Kind of the drafter; null is the server's main one."""
 
 
 class TargetUpdateRequest(Body):

@@ -208,6 +208,8 @@ class DrafterStatus(BaseModel):
     former: int | None
     """Version to which a rollback would return."""
     last_error: str | None
+    beside: list[dict[str, Any]] = Field(default_factory=list)
+    """The same of each further drafter that learns."""
     drafters: list[dict[str, Any]]
     """Every drafter: ``kind``, ``on_request``, and what it is like."""
 

@@ -19,4 +19,4 @@ def built_over(policy: Any, **options: Any) -> Built:
     engine = make_engine(random_model("qwen3"), policy=switch, prefix_cache=False, **options)
     limits = engine.inbox.limits
     model = ServedModel("tiny", None, limits.vocab_size, limits.max_model_len, 8, 0)
-    return Built(Service(model, engine, None, None, None), switch, torch.device("cpu"))
+    return Built(Service(model, engine, None, None, {}), switch, torch.device("cpu"))

@@ -32,7 +32,7 @@ class JsonLines(Backend):
     def keep_unreadable(self, name, payload):
         pass
 
-    def open_weights(self):
+    def open_weights(self, line=""):
         return FolderWeights(self.weights)
 
     def stats(self):

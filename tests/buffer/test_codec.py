@@ -63,6 +63,7 @@ def round_at(draw, anchor):
         step_s=draw(seconds),
         policy=draw(texts),
         step=draw(st.none() | st.integers(0, 2**30 - 1)),
+        reason=draw(texts),
     )
 
 
@@ -186,16 +187,19 @@ def test_unknown_keys_columns_and_rows_of_a_later_writer_are_passed_over(make_tr
     assert_same(decode_trace(record), trace)
 
 
-def test_rounds_of_an_older_writer_have_no_policy_and_no_step(make_trace):
-    noted = [dataclasses.replace(one, policy="goodput", step=7) for one in make_trace().rounds]
+def test_rounds_of_an_older_writer_have_no_policy_no_step_and_no_reason(make_trace):
+    noted = [
+        dataclasses.replace(one, policy="goodput", step=7, reason="probe")
+        for one in make_trace().rounds
+    ]
     trace = make_trace(rounds=Rounds.of(noted))
     older = trace.rounds.counts[:FIRST_COUNTS]
 
-    record = rewritten(trace, text={"policies": []}, columns={"counts": ("I32", older)})
+    text = {"policies": [], "reasons": []}
+    record = rewritten(trace, text=text, columns={"counts": ("I32", older)})
 
-    assert [(one.policy, one.step) for one in decode_trace(encode_trace(trace)).rounds] == [
-        ("goodput", 7)
-    ] * 2
+    decoded = decode_trace(encode_trace(trace)).rounds
+    assert [(one.policy, one.step, one.reason) for one in decoded] == [("goodput", 7, "probe")] * 2
     assert_same(decode_trace(record), make_trace())
 
 
@@ -317,6 +321,7 @@ def test_a_record_that_is_no_trace_is_refused_by_name(make_trace, changes, reaso
         (Count.NUM_DRAFTED, [3, 0], "must hold"),
         (Count.NUM_DRAFTED, [2**31 - 1] * 2, "must hold"),
         (Count.POLICY, [0, 1], "policy must be one of 0 names"),
+        (Count.REASON, [0, 1], "reason must be one of 0 names"),
     ],
 )
 def test_rounds_with_senseless_counts_are_refused(make_trace, row, value, message):

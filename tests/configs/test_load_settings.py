@@ -218,6 +218,19 @@ def test_an_open_address_needs_a_key():
         (("drafter.kind=suffix", "drafter.suffix.enabled=false"), "drafter.kind 'suffix' needs"),
         (("drafter.suffix.min_match=13",), "drafter.suffix.min_match 13 is above"),
         (
+            ("drafter.kind=none", "drafter.beside=[{kind: mtp}]"),
+            "drafter.beside names 'mtp', but drafter.kind is 'none'",
+        ),
+        (
+            ("drafter.beside=[{kind: mtp}, {kind: eagle3}]",),
+            "drafter.beside names 'eagle3', which is a drafter of this server already",
+        ),
+        (
+            ("drafter.beside=[{kind: mtp, model: x}]",),
+            "drafter.beside sets model for kind 'mtp'",
+        ),
+        (("drafter.beside=[{kind: mtp, kinds: x}]",), "--set: unknown key"),
+        (
             ("engine.num_pages=100", "engine.max_model_len=2048"),
             "engine.num_pages 100 of engine.page_size 16",
         ),
@@ -236,6 +249,11 @@ def test_the_password_of_a_url_is_never_printed(user):
     assert f"url: redis://{user}:********@host:6379/0?run=x" in printed
     with pytest.raises(SettingsError, match=r"buffer\.url has the mask"):
         load_settings([], [f"buffer.url=redis://{user}:********@host"], {})
+
+
+def test_a_policy_may_name_a_drafter_beside_the_main_one():
+    keys = ["policy.kind=fixed", "policy.drafter=mtp", "drafter.beside=[{kind: mtp}]"]
+    assert load_settings([], keys, {}).drafter.beside[0].kind == "mtp"
 
 
 def test_a_secret_is_never_printed(mine):

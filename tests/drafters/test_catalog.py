@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from configs.choices import SettingsError
-from configs.schema import DrafterSettings
-from drafters.catalog import chosen, on_request
+from configs.schema import DrafterSettings, Settings
+from drafters.catalog import chosen, mixes, on_request
+from drafters.several import learning, line_of, settings_of
 
 
 def settings_with(**values) -> DrafterSettings:
@@ -24,3 +25,44 @@ def test_kinds_on_request_come_last_and_once():
 def test_an_unknown_kind_on_request_names_the_setting():
     with pytest.raises(SettingsError, match=r"drafter\.on_request 'sufix'.*did you mean 'suffix'"):
         chosen(settings_with(on_request=("sufix",)))
+
+
+def test_drafters_beside_the_main_one_come_after_it_and_mix_with_it():
+    settings = settings_with(beside=[{"kind": "mtp"}, {"kind": "dflash"}])
+
+    assert chosen(settings) == ("eagle3", "mtp", "dflash", "suffix")
+    assert mixes(settings) == {"eagle3+mtp+dflash": ("eagle3", "mtp", "dflash")}
+    assert mixes(settings_with(beside=[{"kind": "mtp"}], mixed=False)) == {}
+    assert mixes(settings_with()) == {}
+
+
+def test_a_drafter_beside_must_be_neural_and_known():
+    with pytest.raises(SettingsError, match=r"drafter\.beside names 'suffix', which is not neural"):
+        chosen(settings_with(beside=[{"kind": "suffix"}]))
+    with pytest.raises(SettingsError, match=r"drafter\.beside 'mpt'.*did you mean 'mtp'"):
+        chosen(settings_with(beside=[{"kind": "mpt"}]))
+
+
+def test_each_drafter_has_settings_and_a_version_line_of_its_own():
+    own = {"kind": "mtp", "init": "random", "layer_ids": [4]}
+    settings = Settings(drafter=settings_with(path="first", max_draft=5, beside=[own]))
+
+    second = settings_of(settings, "mtp").drafter
+
+    assert learning(settings) == ("eagle3", "mtp")
+    assert [line_of(settings, kind) for kind in learning(settings)] == ["", "mtp"]
+    assert settings_of(settings, "eagle3") is settings
+    assert (second.kind, second.path, second.init, second.layer_ids) == (
+        "mtp",
+        None,
+        "random",
+        (4,),
+    )
+    assert (second.max_draft, second.beside) == (5, ())
+
+
+def test_a_drafter_that_learns_on_request_has_a_line_of_its_own_too():
+    settings = Settings(drafter=settings_with(path="first", on_request=("mtp",)))
+
+    assert line_of(settings, "mtp") == "mtp"
+    assert settings_of(settings, "mtp").drafter.path is None

@@ -21,6 +21,7 @@ from policies.interface import (
     CostSample,
     Decision,
     DraftPolicy,
+    DraftRecord,
     Outcome,
     PolicyContext,
     RowOutcomes,
@@ -44,9 +45,12 @@ DRAFTERS = {"eagle3": NEURAL, "suffix": INDEX}
 
 
 def context(
-    drafters: Mapping[str, Traits] = DRAFTERS, max_draft: int = 8, seed: int = 0
+    drafters: Mapping[str, Traits] = DRAFTERS,
+    max_draft: int = 8,
+    seed: int = 0,
+    mixes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> PolicyContext:
-    return PolicyContext(drafters=drafters, max_draft=max_draft, seed=seed)
+    return PolicyContext(drafters, max_draft, seed, mixes or {})
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class World:
     """Rows by match length, in place of ``suffix`` and ``match_share``; the rest has no match."""
     others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Conditional acceptance of further neural drafters, by kind."""
+    mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Neural drafters that may draft in one step, by name."""
+    are_opposed: bool = False
+    """What is hard for the first neural drafter is easy for the others."""
     difficulties: tuple[float, ...] = (0.0,)
     """Added to the log-odds of acceptance, one drawn for each request."""
     request_tokens: int = 100
@@ -119,7 +127,7 @@ class World:
 
     @property
     def drafters(self) -> tuple[str, ...]:
-        return ("eagle3", *(("suffix",) if self.has_index else ()), *self.others)
+        return ("eagle3", *(("suffix",) if self.has_index else ()), *self.others, *self.mixes)
 
     @property
     def neural(self) -> Mapping[str, tuple[float, ...]]:
@@ -147,7 +155,10 @@ class World:
             if drafter == "suffix":
                 found = (_moved(rows.suffix, difficulty),) * self.max_draft if match else ()
             else:
-                found = tuple(_moved(c, difficulty + rows.shift) for c in self.neural[drafter])
+                sign = -1 if self.are_opposed and drafter != "eagle3" else 1
+                found = tuple(
+                    _moved(c, sign * difficulty + rows.shift) for c in self.neural[drafter]
+                )
             self._hazards[key] = found
         return found
 
@@ -170,14 +181,15 @@ class World:
 
     def seconds(self, drafter: str, k: int) -> tuple[float, float]:
         """(step, draft), late steps aside."""
-        draft = self.draft_s * k if drafter in self.neural else 0.00002 * k * (drafter != "none")
+        num_neural = len(self.mixes.get(drafter, (drafter,) if drafter in self.neural else ()))
+        draft = self.draft_s * k * num_neural or 0.00002 * k * (drafter != "none")
         step = self.plain_s + self.verify_per_token_s * k * self.batch + draft
         return self.slowdown * step, self.slowdown * draft
 
     def profile(self, scale: float = 1.0, draft: float = 1.0, slope: float = 1.0):
         """The samples that a server takes at start-up, wrong by these factors: on all times, on
         drafting, and on verification of each token."""
-        arms = [("none", 0)] + [(d, k) for d in self.neural for k in (1, 2, 4, 8)]
+        arms = [("none", 0)] + [(d, k) for d in (*self.neural, *self.mixes) for k in (1, 2, 4, 8)]
         wrong = replace(
             self,
             slowdown=scale,
@@ -214,6 +226,7 @@ class Simulation:
         """Rows of each request that the neural drafters lack."""
         self._left: list[int] = []
         self._difficulty: list[float] = []
+        self._records: list[dict[str, DraftRecord]] = []
 
     def swap(self, version: int, calibration: dict[str, Any]) -> None:
         """Other weights; the world's acceptance must be changed to match."""
@@ -248,21 +261,23 @@ class Simulation:
             if decision.reason == "rest":  # a glance was enough
                 plan_s = world.look_s
         drafter, k = decision.drafter, decision.draft_k
+        who = [pick.drafter for pick in decision.picks or ()] or [drafter] * world.batch
         drafts = [
-            world.hazards(drafter, match, hard)[:k] if k else ()
-            for match, hard in zip(matches, self._difficulty, strict=True)
+            world.hazards(kind, match, hard)[:k] if k else ()
+            for kind, match, hard in zip(who, matches, self._difficulty, strict=True)
         ]
         accepted = [draw(hazards, rng) for hazards in drafts]
         rows = RowOutcomes(list(map(len, drafts)), accepted, matches if seen else None)
         tokens = float(world.batch)
         if k:
             tokens = sum(
-                world.expected(drafter, match, hard, k)
-                for match, hard in zip(matches, self._difficulty, strict=True)
+                world.expected(kind, match, hard, k)
+                for kind, match, hard in zip(who, matches, self._difficulty, strict=True)
             )
         step_s, draft_s = world.seconds(drafter, k)
         step_s += plan_s
-        if drafter in world.neural and drafter != self._last_drafter:
+        is_neural = drafter in world.neural or drafter in world.mixes
+        if is_neural and drafter != self._last_drafter:
             step_s += world.cold_s
         measured_s = world.noise.draw(step_s, rng)
         untimed = rng.random() < world.untimed_share
@@ -280,9 +295,16 @@ class Simulation:
         )
         self._left = [left - 1 - kept for left, kept in zip(self._left, accepted, strict=True)]
         self._missing = [
-            0 if drafter in world.neural else missing + 1 + kept
+            0 if is_neural else missing + 1 + kept
             for missing, kept in zip(self._missing, accepted, strict=True)
         ]
+        for record, kind, draft, kept in zip(self._records, who, drafts, accepted, strict=True):
+            if draft:
+                old = record.get(kind, DraftRecord(0.0, 0.0, 0.0))
+                news = (1, len(draft), kept)
+                record[kind] = DraftRecord(
+                    *(31 / 32 * a + b for a, b in zip(old, news, strict=True))
+                )
         self._last_drafter = drafter
         self._step += 1
         return decision, rows, tokens, step_s + world.noise.mean_late_s
@@ -290,16 +312,18 @@ class Simulation:
     def _admit(self, world: World) -> None:
         """Replace requests that have ended, so that the batch is full."""
         del self._left[world.batch :], self._difficulty[world.batch :]
-        del self._missing[world.batch :]
+        del self._missing[world.batch :], self._records[world.batch :]
         for r in range(world.batch):
             if r == len(self._left):
                 self._left.append(0)
                 self._difficulty.append(0.0)
                 self._missing.append(0)
+                self._records.append({})
             if self._left[r] <= 0:
                 self._left[r] = self._rng.randint(1, 2 * world.request_tokens)
                 self._difficulty[r] = self._rng.choice(world.difficulties)
                 self._missing[r] = 0
+                self._records[r] = {}
 
     def _seen(self, world: World, matches: tuple[int, ...] | None) -> StepObs:
         return StepObs(
@@ -310,7 +334,8 @@ class Simulation:
             drafters=tuple(d for d in world.drafters if d != "suffix" or matches is not None),
             max_draft=world.max_draft,
             version=self.version,
-            pending_rows=dict.fromkeys(world.neural, sum(self._missing)),
+            pending_rows=dict.fromkeys((*world.neural, *world.mixes), sum(self._missing)),
+            records=tuple(self._records) if world.mixes else None,
         )
 
 

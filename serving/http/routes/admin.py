@@ -14,7 +14,12 @@ from serving.http.bodies import body_schema, json_body
 from serving.http.context import context_of
 from serving.http.errors import ApiError, documented
 from serving.http.face import RunningServer
-from serving.http.request_bodies import NoFields, SwapRequest, TargetUpdateRequest
+from serving.http.request_bodies import (
+    NoFields,
+    RollbackRequest,
+    SwapRequest,
+    TargetUpdateRequest,
+)
 from serving.http.response_bodies import (
     DrafterStatus,
     Drain,
@@ -52,7 +57,7 @@ async def swap(
     request: Request, body: Annotated[SwapRequest, Depends(json_body(SwapRequest))]
 ) -> Response:
     """Switch to another published version between two steps; requests continue."""
-    return await _ordered(_learning(request).swap(body.version))
+    return await _ordered(_learning(request).swap(body.version, body.drafter))
 
 
 @router.post(
@@ -60,11 +65,13 @@ async def swap(
     dependencies=ADMIN,
     response_model=SwapResult,
     responses={**_POST_REFUSALS, **documented(409)},
-    openapi_extra=body_schema(NoFields, required=False),
+    openapi_extra=body_schema(RollbackRequest, required=False),
 )
-async def rollback(request: Request, body: _NoFields) -> Response:
+async def rollback(
+    request: Request, body: Annotated[RollbackRequest, Depends(json_body(RollbackRequest))]
+) -> Response:
     """Return to the former version."""
-    return await _ordered(_learning(request).rollback())
+    return await _ordered(_learning(request).rollback(body.drafter))
 
 
 @router.get(

@@ -391,3 +391,18 @@ def test_a_killed_server_loses_no_version(place):
     assert store.take_over() == 2
     publish(store, 1)
     assert store.read(1).manifest.version == 1
+
+
+def test_drafters_of_one_run_have_version_lines_of_their_own(store, open_buffer):
+    second = open_buffer().open_weights("second")
+    publish(store, 0)
+    publish(store, 1, parent=0)
+    publish(second, 0)
+    second.write_denied({0})
+
+    again = open_buffer().open_weights("second")
+    assert (store.versions(), again.versions()) == ([0, 1], [0])
+    assert (store.read_denied(), again.read_denied()) == (set(), {0})
+    assert (store.next_version(), again.next_version()) == (2, 1)
+    assert store.location != again.location
+    assert store.take_over() == again.take_over() == 1

@@ -1,0 +1,146 @@
+"""Who drafts for which request of a step that several neural drafters draft in.
+
+Such a *mix* is one more drafter to a policy that compares arms: what its steps keep and what they
+take is measured like any other's, so whether mixing pays is known and not assumed. This module
+decides within the mix. Each request gets the drafter that is expected to keep the most tokens of
+its next draft: what the drafter keeps of all requests, corrected by what it has kept of this one.
+All members compute their rows of every request, so a request changes drafters at any round without
+a catch-up, and a pick costs no time: only tokens.
+
+The correction needs rounds of the drafter that looks worse, too. They are paid from an account that
+grows by a hundredth of the tokens that are expected: however bad a drafter is, trying it costs no
+more than that, and what cannot be paid for now is tried later.
+
+Estimates rest on earlier rounds only, so a pick never depends on the tokens it is made for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from policies.acceptance import AcceptanceModel, match_bucket
+from policies.interface import DrafterTraits, DraftRecord, Pick, StepObs
+
+_BUDGET = 0.01
+"""Share of the tokens that trying may lose."""
+_START_TOKENS, _MOST_TOKENS = 2.0, 20.0
+"""Balance of the account at first and at most."""
+_PRIOR_ROUNDS = 4.0
+"""Rounds that what a drafter keeps of all requests counts for."""
+_FEW_ROUNDS, _EAGER = 2.0, 4.0
+"""A drafter with fewer rounds of a request is tried so many times as often."""
+_LEAST_KEPT = 0.01
+"""Tokens that a drafter is assumed to keep at least, so that a ratio exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixTraits:
+    """A mix, as policies see a drafter."""
+
+    prior_acceptance: tuple[float, ...]
+    prior_draft_cost: float
+    is_neural: bool = True
+    needs_match: bool = False
+
+
+def with_mixes(
+    drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
+) -> dict[str, DrafterTraits]:
+    """Traits by kind of all drafters and mixes. A mix takes the time of all its members, and keeps
+    as much as the best of them until it is measured."""
+    found = dict(drafters)
+    for name, members in mixes.items():
+        traits = [drafters[kind] for kind in members]
+        best = max(traits, key=lambda one: max(one.prior_acceptance))
+        found[name] = MixTraits(best.prior_acceptance, sum(one.prior_draft_cost for one in traits))
+    return found
+
+
+class Picker:
+    """Picks drafters for requests. Deterministic for one seed and one sequence of calls."""
+
+    def __init__(
+        self,
+        mixes: Mapping[str, tuple[str, ...]],
+        acceptance: AcceptanceModel,
+        explore: float,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            acceptance: knows each member.
+            explore: probability with which a request tries another drafter, as far as the account
+                allows.
+        """
+        self.mixes = mixes
+        self.account = _START_TOKENS
+        """Tokens that trying may still lose."""
+        self._acceptance = acceptance
+        self._explore = explore
+        self._rng = random.Random(seed)
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def pick(self, obs: StepObs, mix: str, k: int) -> tuple[Pick, ...]:
+        """Who drafts for each request of a step.
+
+        Args:
+            mix: the members are its drafters.
+            k: draft length of the step.
+        """
+        members = self.mixes[mix]
+        kept = {kind: (self._acceptance.expected_tokens(kind) - 1).tolist() for kind in members}
+        nothing: Mapping[str, DraftRecord] = {}
+        records = obs.records or (nothing,) * obs.batch
+        picks = []
+        for row, record in enumerate(records):
+            bucket = 0 if obs.matches is None else match_bucket(obs.matches[row])
+            values = {
+                kind: expected_kept(kept[kind][bucket], k, record.get(kind)) for kind in members
+            }
+            picks.append(self._pick(values, record))
+        self._counts.update((one.drafter, one.reason) for one in picks)
+        return tuple(picks)
+
+    def _pick(self, values: Mapping[str, float], record: Mapping[str, DraftRecord]) -> Pick:
+        best = max(values, key=values.__getitem__)
+        self.account = min(self.account + _BUDGET * (1 + values[best]), _MOST_TOKENS)
+        chances = {
+            kind: self._chance(record.get(kind)) / (len(values) - 1)
+            for kind, value in values.items()
+            if kind != best and values[best] - value <= self.account
+        }
+        luck = self._rng.random()
+        for kind, chance in chances.items():
+            if luck < chance:
+                self.account -= values[best] - values[kind]
+                return Pick(kind, chance, "try")
+            luck -= chance
+        return Pick(best, 1 - sum(chances.values()), "best")
+
+    def _chance(self, record: DraftRecord | None) -> float:
+        is_new = record is None or record.num_rounds < _FEW_ROUNDS
+        return min(self._explore * (_EAGER if is_new else 1.0), 0.5)
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {f"{kind}/{reason}": num for (kind, reason), num in sorted(self._counts.items())}
+
+
+def expected_kept(usual: Sequence[float], k: int, record: DraftRecord | None) -> float:
+    """Draft tokens of the next draft that a request is expected to keep.
+
+    Args:
+        usual: [K + 1] draft tokens that the drafter keeps of any request, by K.
+        record: of this request; ``None``: it has not drafted for it.
+    """
+    if record is None or record.num_rounds == 0:
+        return usual[k]
+    typical = max(usual[min(round(record.num_verified / record.num_rounds), len(usual) - 1)],
+                  _LEAST_KEPT)  # fmt: skip
+    prior = _PRIOR_ROUNDS * typical
+    factor = (prior + record.num_accepted) / (prior + record.num_rounds * typical)
+    return usual[k] * factor

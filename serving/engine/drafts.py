@@ -1,0 +1,85 @@
+"""Drafting within a round's program: what one neural drafter proposes for all of its requests.
+
+Shapes: R requests, K draft tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafters.protocol import NeuralDrafter
+from specops.allocation import confidence
+from specops.attention import DecodePass
+from specops.device import best_ids, sample_draft
+from specops.draft_sampling import Drafted, DraftLaw, join_laws
+from specops.lanes import OpenedRound
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """The drafts of a round, on the device."""
+
+    tokens_RK: Tensor
+    logq_RK: Tensor | None
+    """``None`` where nothing was drawn."""
+    law: DraftLaw | None
+    """The distributions that tokens were drawn from; ``None`` where nothing was drawn."""
+    figures_RK3: Tensor | None = None
+    """Confidence in each position before its token was drawn, in rounds that are cut."""
+
+
+def given(opened: OpenedRound) -> Drafts:
+    """The uploaded draft tokens; none if K is 0."""
+    assert opened.given_RK is not None
+    return Drafts(opened.given_RK, None, None)
+
+
+def drafted(
+    drafter: NeuralDrafter,
+    outputs_RH: Tensor,
+    ahead: DecodePass,
+    opened: OpenedRound,
+    num_draft: int,
+    *,
+    draws: bool,
+    tells: bool = False,
+) -> Drafts:
+    """What a neural drafter proposes.
+
+    Args:
+        outputs_RH: its outputs at the anchors.
+        ahead: a pass over its rows, from the first draft token on.
+        draws: draw tokens from distributions; otherwise each is the most likely one.
+        tells: also compute ``Drafts.figures_RK3``.
+    """
+    figures: list[Tensor] = []
+    if not draws:
+        d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
+
+        def best(logits: Tensor, _number: int) -> Tensor:
+            if tells:
+                figures.append(confidence(logits))
+            return best_ids(logits, d2t)
+
+        tokens = drafter.propose(outputs_RH, ahead, num_draft, best)
+        return Drafts(tokens, None, None, torch.stack(figures, 1) if figures else None)
+
+    sampling, by_match = opened.sampling(), opened.by_match_R
+    drawn: list[Drafted] = []
+    kept: list[Tensor] = []
+
+    def draw(logits: Tensor, number: int) -> Tensor:
+        here = opened.numbering(number)
+        kept.append(logits)
+        if tells:
+            figures.append(confidence(logits))
+        drawn.append(sample_draft(logits, sampling, here, by_match, drafter.vocab))
+        return drawn[-1].tokens_R
+
+    tokens = drafter.propose(outputs_RH, ahead, num_draft, draw)
+    law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
+    logq_RK = torch.stack([d.logq_R for d in drawn], 1)
+    return Drafts(tokens, logq_RK, law, torch.stack(figures, 1) if figures else None)

@@ -1,0 +1,64 @@
+"""What a round proposed and what was kept of it, on the host.
+
+Shapes: R requests, K draft tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import compress
+
+from policies.interface import Pick
+from serving.engine.allocating import Considered
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """The drafts of a round, on the host."""
+
+    drafter: str
+    """Kind of the drafter, or name of a mix."""
+    tokens: list[list[int]]
+    """[R][its number of draft tokens]."""
+    q_logp: list[list[float]] | None
+    """Log q of each of them; ``None`` if tokens are not sampled."""
+    p_logp: list[list[float]]
+    """[R][K] the target's log probability of each draft token, after temperature and truncation."""
+    picks: list[Pick] | None = None
+    """[R] who drafted for each request; ``None``: ``drafter`` for all."""
+    considered: Considered | None = None
+    """The drafts before the device cut them to ``tokens``; ``None`` if they were not to be cut."""
+
+    def of(self, lives: list[bool]) -> Proposed:
+        """Those of some requests."""
+        return Proposed(
+            self.drafter,
+            list(compress(self.tokens, lives)),
+            None if self.q_logp is None else list(compress(self.q_logp, lives)),
+            list(compress(self.p_logp, lives)),
+            None if self.picks is None else list(compress(self.picks, lives)),
+            self.considered and self.considered.of(lives),
+        )
+
+    def kinds(self) -> list[str]:
+        """[R] kind of the drafter of each request."""
+        if self.picks is None:
+            return [self.drafter] * len(self.tokens)
+        return [pick.drafter for pick in self.picks]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The verdicts of a round, on the host."""
+
+    num_accepted: list[int]
+    """[R]."""
+    next_ids: list[int | None]
+    """[R] the target's own token after the accepted ones; ``None``: its row of logits is NaN or
+    infinite, so nothing can follow."""
+
+    def of(self, lives: list[bool]) -> Verified:
+        """Those of some requests."""
+        return Verified(
+            list(compress(self.num_accepted, lives)), list(compress(self.next_ids, lives))
+        )
