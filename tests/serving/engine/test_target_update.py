@@ -66,7 +66,7 @@ def requests_of(numbers):
         request_of(
             str(number),
             stem[: numbers.choice((0, 20, 30))] + [numbers.randrange(V) for _ in range(3)],
-            numbers.randint(12, 30),
+            numbers.randint(8, 18),
             ignore_eos=True,
             **shape,
         )
@@ -89,7 +89,7 @@ def test_every_token_follows_the_weights_that_were_in_force(kind, architecture, 
     running = random_model(architecture, seed=0, head_dim=16)
     for seed, model in enumerate(models):
         model.save_pretrained(tmp_path / str(seed))
-    updates = Updates([9, 24], [tmp_path / "1", tmp_path / "0"])
+    updates = Updates([7, 16], [tmp_path / "1", tmp_path / "0"])
     listeners = Listeners(change_target=updates.change_target)
     drafter = {"drafter": head_for(running, 40)} if kind == "mtp" else {"kind": kind}
     engine = make_engine(

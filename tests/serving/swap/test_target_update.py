@@ -83,7 +83,7 @@ def test_requests_begun_after_an_update_are_answered_as_by_a_fresh_server(
 
 
 def test_an_answer_in_flight_goes_on_under_the_new_weights(service, tiny_target_dir, other):
-    request = request_of("long", PROMPT, 120, ignore_eos=True)
+    request = request_of("long", PROMPT, 70, ignore_eos=True)
     collected, has_begun, has_ended = Collected(), threading.Event(), threading.Event()
 
     def take(output):
