@@ -63,5 +63,5 @@ def build_policy(
     context = PolicyContext(drafters=drafters, max_draft=max_draft, seed=seed)
     policy: DraftPolicy = found.from_settings(settings, context)
     if settings.guard and getattr(found, "wants_guard", True):
-        return Guard(policy, context, settings.drafter)
+        return Guard(policy, context, settings.drafter, settings.probe_share)
     return policy
