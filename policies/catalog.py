@@ -83,5 +83,5 @@ def build_policy(
     context = PolicyContext(drafters, max_draft, seed, mixes or {})
     policy: DraftPolicy = found.from_settings(settings, context)
     if settings.guard and getattr(found, "wants_guard", True):
-        return Guard(policy, context, settings.drafter)
+        return Guard(policy, context, settings.drafter, settings.probe_share)
     return policy

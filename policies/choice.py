@@ -59,14 +59,21 @@ class Chooser:
         self._broken = 0.0
         """Share of the base's steps that come right after an interruption."""
 
-    def choose(self, seen: Forecast, fresh: str, catch_up_s: Mapping[str, float]) -> Choice:
+    def choose(
+        self,
+        seen: Forecast,
+        fresh: str,
+        catch_up_s: Mapping[str, float],
+        overhead_s: float = 0.0,
+    ) -> Choice:
         """Choose the arm of a step.
 
         Args:
             fresh: the drafter of the last step.
             catch_up_s: seconds to come back to each neural drafter that can propose now.
+            overhead_s: seconds of planning in each step of a base that drafts, and in no other.
         """
-        alone = self._choose_base(seen, catch_up_s)
+        alone = self._choose_base(seen, catch_up_s, overhead_s)
         speed = alone * self._lead
         charges = self._charges(seen, fresh, catch_up_s)
         least = speed if self.base != "none" else speed * self._margin
@@ -79,13 +86,15 @@ class Chooser:
         self._note(seen, arm, fresh, alone)
         return Choice(arm, self.base, speed, values, charges, seen.plain_s)
 
-    def _choose_base(self, seen: Forecast, catch_up_s: Mapping[str, float]) -> float:
+    def _choose_base(
+        self, seen: Forecast, catch_up_s: Mapping[str, float], overhead_s: float
+    ) -> float:
         """Choose the base and return its speed alone, tokens per second."""
         plain = seen.batch / seen.plain_s
         speeds = {"none": plain}
         for drafter, catch_s in catch_up_s.items():
             usual, seconds = seen.usual_tokens[drafter], seen.seconds[drafter]
-            late_s = catch_s * self._broken
+            late_s = catch_s * self._broken + overhead_s
             speeds[drafter] = max(
                 usual[k] / (seconds[k] + late_s) for k in range(1, seen.max_k + 1)
             )

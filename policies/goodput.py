@@ -38,6 +38,8 @@ from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
 from policies.versions import VersionMemory
 
+_MORE_STEPS = 6
+"""Steps by which a stretch of drafts that saves time is continued."""
 _TIMED_STEPS = 8
 """One in so many steps of a rest updates the step times: that takes longer than deciding."""
 _PLAIN = replace(PLAIN, policy="goodput")
@@ -106,6 +108,7 @@ class GoodputPolicy:
         explore: float,
         half_life_rounds: float,
         margin: float,
+        probe_share: float = 0.005,
     ) -> None:
         """
         Args:
@@ -113,6 +116,9 @@ class GoodputPolicy:
                 account allows.
             half_life_rounds: rounds after which an old observation counts half.
             margin: predicted speed relative to plain decoding that drafting needs.
+            probe_share: share of the time that finding out whether drafting pays may take while
+                plain decoding is faster: half of it for stretches of drafts, a quarter each for
+                plans without and with a look at matches.
 
         Raises:
             ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
@@ -127,8 +133,8 @@ class GoodputPolicy:
         self._switches = SwitchCosts(self._neural)
         self._forecaster = Forecaster(self._acceptance, self._times, drafters)
         self._chooser = Chooser(margin)
-        self._explorer = Explorer(explore, context.seed, self._neural)
-        self._rest = Rest()
+        self._explorer = Explorer(explore, context.seed, self._neural, probe_share / 2)
+        self._rest = Rest(probe_share / 4)
         self._gathered = Gathered()
         self._stretch: Stretch | None = None
         self._steps = _Steps()
@@ -136,12 +142,13 @@ class GoodputPolicy:
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
-        """Read ``policy.explore``, ``policy.half_life_rounds`` and ``policy.margin``."""
+        """Read ``policy.explore``, ``half_life_rounds``, ``margin`` and ``probe_share``."""
         return cls(
             context,
             explore=settings.explore,
             half_life_rounds=settings.half_life_rounds,
             margin=settings.margin,
+            probe_share=settings.probe_share,
         )
 
     def calibrate(self, samples: Sequence[CostSample]) -> None:
@@ -153,14 +160,42 @@ class GoodputPolicy:
         return self._times.plain_s(batch) if self._times.is_known else None
 
     def rest(self) -> Decision | None:
-        """The base, for some steps after a plan, unless looks at matches pay."""
-        if not self._rest.left or (self._matching and self._rest.wants_look()):
+        """The base, for some steps after a plan, unless looks at matches pay; plain decoding, until
+        the last plan is paid for."""
+        if self._stretch is not None and (decision := self._stretching()) is not None:
+            return decision
+        if self._matching and self._rest.wants_look():
             return None
-        return self._resting()
+        # Without a neural drafter, a plan without a look finds nothing.
+        may_plan = bool(self._neural) and self._rest.may_plan
+        if self._rest.left or (self._rest.is_resting and not may_plan):
+            return self._resting()
+        return None
 
     def _resting(self) -> Decision:
         arm = self._rest.take()
         return self._steps.note(_decision(arm, 1.0, "rest"))
+
+    def _stretching(self) -> Decision | None:
+        """The next step of a stretch of drafts while plain decoding is the base; ``None``: it must
+        be planned."""
+        stretch, plain_s = self._stretch, self._times.plain_s(self._acceptance.batch)
+        assert stretch is not None
+        (drafter, k), changes = stretch.arm, self._times.num_changes
+        if not self._rest.is_plain or not k or self._steps.drafter != drafter:
+            return None
+        if drafter in self._picker.mixes:  # who drafts for which request is planned
+            return None
+        if self._matching and self._rest.pays:
+            return None
+        if not self._explorer.goes_on_unplanned(plain_s, changes):
+            return None
+        left = stretch.num_steps - 1
+        self._stretch = stretch._replace(num_steps=left) if left else None
+        decision = _decision(stretch.arm, 1.0, "probe", explore=True)
+        seconds = self._times.arm_times(drafter, self._acceptance.batch)[k - 1]
+        self._steps.await_outcome(_Planned(decision, seconds, False, {}))
+        return self._steps.note(decision)
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
@@ -178,8 +213,13 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill."""
         self._acceptance.tick(outcome.batch)
+        plain_s = self._times.plain_s(outcome.batch)
         if not outcome.has_prefill:
-            self._rest.note_cost(outcome.plan_s / self._times.plain_s(outcome.batch))
+            self._rest.note_cost(outcome.plan_s / plain_s)
+        self._rest.passed(outcome.step_s / plain_s)
+        if outcome.decision.drafter in self._matching and not outcome.has_prefill:
+            tokens = 1 + sum(outcome.rows.num_accepted) / max(len(outcome.rows), 1)
+            self._rest.note_saved(tokens - (outcome.step_s - outcome.plan_s) / plain_s)
         if outcome.decision.reason == "rest" and outcome.decision.drafter == self._steps.observed:
             self._gather(outcome)
             return
@@ -190,6 +230,11 @@ class GoodputPolicy:
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome, planned.pending_rows if planned else {})
             self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
+            if outcome.decision.explore and outcome.decision.drafter in self._neural:
+                tokens = 1 + sum(outcome.rows.num_accepted) / max(len(outcome.rows), 1)
+                self._explorer.note_gain(
+                    outcome.decision.drafter, tokens - outcome.step_s / plain_s
+                )
             if planned and planned.decision.explore:
                 self._explorer.settle(
                     outcome.step_s, planned.seconds, catches_up=planned.catches_up
@@ -250,7 +295,8 @@ class GoodputPolicy:
             for kind in seen.seconds
             if kind in self._neural
         }
-        choice = self._chooser.choose(seen, self._steps.drafter, catch_up_s)
+        overhead_s = self._rest.overhead * seen.plain_s
+        choice = self._chooser.choose(seen, self._steps.drafter, catch_up_s, overhead_s)
         if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
         decision = self._decision(seen, choice, looked=obs.matches is not None)
@@ -266,18 +312,24 @@ class GoodputPolicy:
 
     def _decision(self, seen: Forecast, choice: Choice, *, looked: bool) -> Decision:
         """The best arm, or a step of a stretch."""
-        stretch, propensity = self._next_stretch(seen, choice)
+        self._rest.left, self._rest.is_resting = 0, False
+        self._rest.is_plain = choice.base == "none"
+        blind = max(filter(self._needs_no_look, choice.values), key=choice.values.__getitem__)
+        if looked:
+            self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
+        stretch, propensity = None, 1.0
+        # A look is expensive while plain decoding is the base: what it found is not left unused.
+        is_kept = self._rest.is_plain and self._explorer.more == PLAIN_ARM
+        if not (looked and is_kept and choice.arm[0] in self._matching):
+            stretch, propensity = self._next_stretch(seen, choice)
         if stretch is not None:
             if stretch.num_steps > 1:
                 self._stretch = stretch._replace(num_steps=stretch.num_steps - 1)
             return _decision(stretch.arm, propensity, "probe", explore=True)
-        blind = max(filter(self._needs_no_look, choice.values), key=choice.values.__getitem__)
-        if looked:
-            self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
-        self._rest.left = 0
         goes_on = choice.base in ("none", choice.arm[0], self._steps.drafter)
         # A mix is planned for every step: which request it drafts for how may change at each.
         if blind[0] == choice.base and goes_on and blind[0] not in self._picker.mixes:
+            self._rest.is_resting = True
             self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
         reason = "goodput" if choice.arm[1] else "plain"
         return _decision(choice.arm, propensity, reason)
@@ -313,7 +365,12 @@ class GoodputPolicy:
         stretch, nothing = self._explorer.draw(
             seen, choice, lambda: self._doubt(seen, choice), self._rest.num_since
         )
-        return (stretch, stretch.propensity) if stretch else (None, nothing)
+        if stretch is not None:
+            return stretch, stretch.propensity
+        more = self._explorer.more
+        if self._rest.is_plain and more[1] and more in choice.values:
+            return Stretch(more, _MORE_STEPS, nothing), nothing
+        return None, nothing
 
     def _doubt(self, seen: Forecast, choice: Choice) -> float:
         """How uncertain the best drafting arm is: its time relative to a plain step, or what one

@@ -10,7 +10,8 @@ above 0, so a policy that is wrong about times or acceptance costs what finding 
 - **Trial.** At the start, after a swap and after a change, a limited number of drafted steps. It
   ends as soon as the mean is clearly below 0, and with "off" unless the lower bound is above 0.
 - **Off.** Plain steps, left by further trials at random times, each failure doubling their mean
-  distance, up to a limit: the off state is never for good.
+  distance, up to a limit: the off state is never for good. The distance is at least so long that
+  what the last trial lost is a stated share of the time. Nobody looks at the batch meanwhile.
 
 All randomness is in the propensity of the decisions. A step that continues a trial or a stretch of
 plain steps was certain, and says so.
@@ -22,7 +23,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from policies.average import Average
@@ -49,17 +50,35 @@ _MOST_LOSS = -3.0
 """Least worth of a step that counts: more is a machine's hiccup."""
 
 
+@dataclass(slots=True)
+class _Trial:
+    """What is known of a trial beside its steps."""
+
+    lost: float = 0.0
+    """Plain steps' worth of time that it has lost so far."""
+    chance: float | None = None
+    """Probability with which ``rest`` has begun it in the step that is planned now."""
+
+
 class Guard:
     """Implements ``DraftPolicy`` around another one."""
 
     wants_profile = True
 
-    def __init__(self, inner: DraftPolicy, context: PolicyContext, drafter: str) -> None:
+    def __init__(
+        self,
+        inner: DraftPolicy,
+        context: PolicyContext,
+        drafter: str,
+        probe_share: float = 0.005,
+    ) -> None:
         """
         Args:
             drafter: kind of the drafter that ``inner`` uses, as far as one is known.
+            probe_share: share of the time that trials may lose while drafting is off.
         """
         self.inner = inner
+        self._probe_share = probe_share
         self._costs = LiveCosts(context.drafters, drafter_for(drafter, context), context.max_draft)
         self._rng = random.Random(context.seed + 1)
         self._awaited: deque[tuple[Decision, Decision]] = deque(maxlen=8)
@@ -68,6 +87,7 @@ class Guard:
         """The last step observed was drafted: the next one need not catch up."""
         self.num_shifts = self.num_trials = 0
         self._rest_steps = _FIRST_REST
+        self._trial = _Trial()
         self._begin()
 
     def _begin(self) -> None:
@@ -76,6 +96,7 @@ class Guard:
         self._cusum = Cusum()
         self.is_on = False
         self._trial_left = _TRIAL_STEPS
+        self._trial.lost = 0.0
         self._plain_left = 0 if self._costs.is_known else _PLAIN_STEPS
         self._rest_steps = _FIRST_REST
 
@@ -86,7 +107,16 @@ class Guard:
         self._plain_left = 0 if self._costs.is_known else _PLAIN_STEPS
 
     def rest(self) -> Decision | None:
-        """``None``: the guard is asked at every step."""
+        """Plain decoding where the policy may not draft; nobody needs to look at the batch then."""
+        if self._plain_left:
+            self._plain_left -= 1
+            return self._plain(1.0, "guard")
+        if self.is_on or self._trial_left:
+            return None
+        chance = 1 / self._rest_steps
+        if self._rng.random() >= chance:
+            return self._plain(1 - chance, "off")
+        self._trial_left, self._trial.lost, self._trial.chance = _TRIAL_STEPS, 0.0, chance
         return None
 
     def wants_matches(self) -> bool:
@@ -96,14 +126,10 @@ class Guard:
 
     def plan(self, obs: StepObs) -> Decision:
         """The policy's decision where it may draft, and plain decoding elsewhere."""
-        if self._plain_left:
-            self._plain_left -= 1
-            return self._plain(1.0, "guard")
-        if not self.is_on and not self._trial_left:
-            chance = 1 / self._rest_steps
-            if self._rng.random() >= chance:
-                return self._plain(1 - chance, "off")
-            self._trial_left = _TRIAL_STEPS
+        if self._trial.chance is None and (resting := self.rest()) is not None:
+            return resting
+        chance, self._trial.chance = self._trial.chance, None
+        if chance is not None:
             return self._ask(obs, chance)
         if self.is_on and self._rng.random() < _PLAIN_CHANCE:
             self._plain_left = _PLAIN_STEPS - 1
@@ -144,14 +170,16 @@ class Guard:
     def _weigh(self, outcome: Outcome) -> None:
         rows = outcome.rows.num_accepted
         tokens = 1 + sum(rows) / max(len(rows), 1)
-        seconds = (outcome.step_s - outcome.plan_s) / self._costs.plain_s(outcome.batch)
+        # With the time of planning, which plain decoding does without.
+        seconds = outcome.step_s / self._costs.plain_s(outcome.batch)
         worth = max(tokens - seconds, _MOST_LOSS)
+        self._trial.lost -= worth
         expected = self._worth.mean if self._worth.num >= _LEAST_STEPS else worth
         self._worth.add(worth)
         if self._cusum.notices_shift(worth - expected, 1):
             self.num_shifts += 1
             self._worth = Average(_GAIN)
-            self.is_on, self._trial_left = False, _TRIAL_STEPS
+            self.is_on, self._trial_left, self._trial.lost = False, _TRIAL_STEPS, 0.0
             self._rest_steps = _FIRST_REST
         elif self.is_on and self._bounds()[0] < 0:
             self.is_on = False
@@ -169,7 +197,8 @@ class Guard:
         self.is_on = low > 0
         self.num_trials += 1
         if not self.is_on:
-            self._rest_steps = min(2 * self._rest_steps, _LONGEST_REST)
+            earned_after = math.ceil(self._trial.lost / self._probe_share)
+            self._rest_steps = max(min(2 * self._rest_steps, _LONGEST_REST), earned_after)
             # A later trial judges by its own steps, in case things have changed meanwhile.
             self._worth = Average(_GAIN)
 

@@ -5,11 +5,12 @@ of another drafter between steps of the best arm, on the same traffic. A neural 
 after others is a catch-up, so single steps of it would never tell what it costs to draft.
 
 A stretch is charged its predicted loss against the best arm when it begins, and afterwards whatever
-it took beyond or below the prediction. It is paid from accounts that grow by 0.8 % of the
-time spent: exploration costs about 1 % at most, however bad a drafter is, and an expensive stretch
-is postponed, never dropped. Another K of the drafter in use is cheap and wanted often, and would
-leave nothing to compare drafting with plain decoding, so it has an account of its own. Whatever is
-believed of an idle drafter, evidence keeps coming at a rate that only its cost bounds.
+it took beyond or below the prediction. It is paid from accounts that grow by a share of the time
+spent, 0.8 % while drafting pays and otherwise what settings state: exploration costs no more,
+however bad a drafter is, and an expensive stretch is postponed, never dropped. Another K of the
+drafter in use is cheap and wanted often, and would leave nothing to compare drafting with plain
+decoding, so it has an account of its own. Whatever is believed of an idle drafter, evidence keeps
+coming at a rate that only its cost bounds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from policies.choice import Choice
 from policies.forecast import PLAIN_ARM, Arm, Forecast
 
 _BUDGET = 0.008
-"""Share of the time that stretches may lose."""
+"""Share of the time that stretches may lose while drafting pays."""
 _START_STEPS, _MOST_STEPS = 3.0, 12.0
 """Balance of each account at first and at most, in plain steps."""
 _LEAST_STRETCH, _USUAL_STRETCH, _MOST_STRETCH = 2, 6, 32
@@ -31,6 +32,10 @@ is longer where the arm loses less than the switch costs: arms that are nearly a
 are the hardest to tell from it, and cost the least. It is shorter where a step loses much."""
 _MUCH_STEPS = 3.0
 """Plain steps that a stretch may lose before it is shortened, or ended if it was not foreseen."""
+_MOST_LOST = 2.0
+"""Largest loss of a step that counts against its stretch, in plain steps."""
+_WORTH_MORE = 1.0
+"""Plain steps' worth of time that a stretch must have saved to be continued at no charge."""
 _DOUBT = 0.02
 """Standard deviation of the predicted ratio of arms from which on they are compared more often."""
 _DOUBT_STEPS = 8
@@ -51,13 +56,17 @@ class Stretch(NamedTuple):
 class Explorer:
     """Decides when to begin a stretch and of what."""
 
-    def __init__(self, explore: float, seed: int, neural: Set[str]) -> None:
+    def __init__(
+        self, explore: float, seed: int, neural: Set[str], plain_budget: float = _BUDGET
+    ) -> None:
         """
         Args:
             explore: share of steps that explore once figures are known.
             neural: kinds of the drafters that must catch up.
+            plain_budget: share of the time that stretches may lose while drafting does not pay.
         """
         self._explore = explore
+        self._plain_budget = plain_budget
         self._neural = neural
         self._rng = random.Random(seed)
         self.accounts_s: dict[bool, float] = {}
@@ -67,14 +76,19 @@ class Explorer:
         self._num_changes = -1
         self._was_slow = False
         self._haste, self._num_draws = 1.0, 0
+        self._gained = "none"
+        self._gain_steps = 0.0
+        """Plain steps' worth of time that the stretch under way, or the last one, has saved."""
 
     def earn(self, step_s: float, plain_s: float, *, is_drafted: bool) -> None:
         """Add a step's share to the accounts; one in which nothing was drafted is for others."""
         if not self.accounts_s:
             self.accounts_s = dict.fromkeys((True, False), _START_STEPS * plain_s)
         most_s = max(_MOST_STEPS * plain_s, self._wanted_s)
-        for is_own, share in ((True, 0.5), (False, 0.5)) if is_drafted else ((False, 1.0),):
-            grown_s = self.accounts_s[is_own] + share * _BUDGET * step_s
+        half = _BUDGET / 2
+        shares = {True: half, False: half} if is_drafted else {False: self._plain_budget}
+        for is_own, share in shares.items():
+            grown_s = self.accounts_s[is_own] + share * step_s
             self.accounts_s[is_own] = min(grown_s, most_s)
 
     def goes_on(self, left: Stretch | None, choice: Choice, num_changes: int) -> Stretch | None:
@@ -86,11 +100,29 @@ class Explorer:
         """
         has_changed, self._num_changes = num_changes != self._num_changes, num_changes
         if not has_changed:
-            is_dear = bool(self.accounts_s) and (
-                self.accounts_s[False] < -_MUCH_STEPS * choice.plain_s
-            )
-            return None if is_dear else left
+            return None if self._is_dear(choice.plain_s) else left
         return None if choice.base == "none" else Stretch(PLAIN_ARM, _USUAL_STRETCH, 1.0)
+
+    def note_gain(self, drafter: str, num_steps: float) -> None:
+        """A step of a stretch has saved so many plain steps' worth of time, or lost them."""
+        self._gain_steps += max(num_steps, -_MOST_LOST)
+        self._gained = drafter if self._gain_steps > _WORTH_MORE else "none"
+
+    @property
+    def more(self) -> Arm:
+        """The arm of which more may follow at no charge: the last stretch of its drafter has paid
+        for itself, whatever was predicted. Plain decoding if there is none.
+
+        Estimates that remember a long time without use would take many stretches to follow.
+        """
+        return PLAIN_ARM if self._gained == "none" else (self._gained, 1)
+
+    def goes_on_unplanned(self, plain_s: float, num_changes: int) -> bool:
+        """Whether a stretch may go on without a plan, which would cost as much as its steps."""
+        return num_changes == self._num_changes and not self._is_dear(plain_s)
+
+    def _is_dear(self, plain_s: float) -> bool:
+        return bool(self.accounts_s) and self.accounts_s[False] < -_MUCH_STEPS * plain_s
 
     def settle(self, step_s: float, predicted_s: float, *, catches_up: bool) -> None:
         """Charge what an explored step took beyond its prediction, or return what it did not take.
@@ -130,6 +162,7 @@ class Explorer:
         arm = self._rng.choices(list(options), weights=list(options.values()))[0]
         self.accounts_s[_is_own(arm, choice)] -= self._loss_s(arm, choice)
         share = options[arm] / total
+        self._gain_steps, self._gained = 0.0, "none"
         return Stretch(arm, self._length(arm, choice), chance * share), 1 - chance
 
     def _affordable(self, seen: Forecast, choice: Choice) -> dict[Arm, float]:

@@ -4,6 +4,10 @@ Planning and learning from a step take the host 0.15 to 0.3 ms, and looking up t
 requests up to several times that (benchmarks/engine/host.py), while a step of a small target takes
 a GPU 0.6 to 1.2 ms. So a plan holds for some steps, and looks are made at every step only where
 they find more than they cost.
+
+While plain decoding is the best there is, nothing pays for plans and looks. What they took is then
+*owed*: no other plan, and no other look, is made before the steps since have earned it, at a share
+of their time that settings state. That holds for whatever they take, expected or not.
 """
 
 from __future__ import annotations
@@ -20,19 +24,37 @@ from policies.average import Average
 from policies.forecast import PLAIN_ARM, Arm, by_bucket
 from policies.interface import Outcome, RowOutcomes, StepObs
 
-_REST_SHARE = 0.006
-"""Share of the time that plans may take, and that looks may take while they find less than they
-cost."""
+_REST_SHARE = 0.003
+"""While drafting pays: share of the time that plans may take, and that looks may take while they
+find less than they cost."""
 _REST_GAIN = 0.05
 """Gain of the moving averages of what inspecting costs and finds."""
 _MOST_REST, _MOST_UNLOOKED = 64, 1024
-"""Most steps without a plan, and without a look at matches."""
+"""While drafting pays: most steps without a plan, and without a look at matches."""
+_MOST_CREDIT = 8.0
+"""Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
+now and then, and learning that they pay on the average takes many looks."""
+_MOST_COST = 3.0
+"""Largest cost that is owed, relative to the average: more is a machine's hiccup."""
 
 
 class Rest:
     """Leaves out plans, and looks at matches, where they do not pay."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float) -> None:
+        """
+        Args:
+            share: of the time while plain decoding is the best, that plans without a look may take,
+                and that plans with a look may take besides.
+        """
+        self._share = share
+        self._owed = dict.fromkeys((False, True), 0.0)
+        """Plain steps' worth of time that plans without and with a look took and that is not earned
+        yet. What looks have found is credit for further ones, below 0."""
+        self.is_resting = False
+        """The last plan was for several steps."""
+        self.is_plain = True
+        """Plain decoding is the base."""
         self._costs = {looked: Average(_REST_GAIN) for looked in (False, True)}
         """Time of a plan without and with a look, as shares of a plain step."""
         self._find = Average(_REST_GAIN, mean=1.0)
@@ -54,9 +76,33 @@ class Rest:
         """Looking at every step finds more than it costs."""
         return self._find.mean >= self._costs[True].mean
 
+    @property
+    def overhead(self) -> float:
+        """Time that plans take in each step while drafting pays, as a share of a plain step."""
+        return self._costs[False].mean / self._num_steps(self._costs[False].mean)
+
+    @property
+    def may_plan(self) -> bool:
+        """Another plan is paid for."""
+        return not self.is_plain or self._owed[False] <= 0
+
     def wants_look(self) -> bool:
+        if self.pays:
+            return True
+        if self.is_plain:
+            return self._owed[True] <= 0
         least = min(math.ceil(self._costs[True].mean / _REST_SHARE), _MOST_UNLOOKED)
-        return self.pays or self.num_unlooked >= least
+        return self.num_unlooked >= least
+
+    def passed(self, num_steps: float) -> None:
+        """So many plain steps' worth of time went by."""
+        for looked, owed in self._owed.items():
+            if owed > 0:
+                self._owed[looked] = max(owed - self._share * num_steps, 0.0)
+
+    def _num_steps(self, cost: float) -> int:
+        """Steps that a plan holds for."""
+        return min(max(math.ceil(cost / _REST_SHARE), 1), _MOST_REST)
 
     def plan_begins(self, *, looked: bool) -> None:
         """A plan is asked for."""
@@ -71,7 +117,19 @@ class Rest:
         """
         if self._looked is not None:
             self._costs[self._looked].add(share)
+            if self.is_plain:
+                self._owed[self._looked] += min(share, _MOST_COST * self._costs[self._looked].mean)
             self._looked = None
+
+    def note_saved(self, share: float) -> None:
+        """Take in what a draft that needed a look has saved.
+
+        Args:
+            share: time of plain steps for the same tokens, less the time it took, relative to a
+                plain step; below 0 if it was slower.
+        """
+        if self.is_plain:
+            self._owed[True] = max(self._owed[True] - max(share, -1.0), -_MOST_CREDIT)
 
     def note_find(self, share: float) -> None:
         """Take in one look.
@@ -87,11 +145,11 @@ class Rest:
         self.glance = glance
         self.num_since = 1
         self.arm = arm
-        self.left = min(math.ceil(self._costs[False].mean / _REST_SHARE), _MOST_REST)
+        self.left = self._num_steps(self._costs[False].mean) if self._costs[False].mean else 0
 
     def take(self) -> Arm:
         """The arm of a step without a plan."""
-        self.left -= 1
+        self.left = max(self.left - 1, 0)
         self.num_since += 1
         self.num_unlooked += 1
         return self.arm
@@ -110,6 +168,7 @@ class Rest:
         """Forget what looks found: other weights draft now."""
         self.glance = None
         self._find, self.left = Average(_REST_GAIN, mean=1.0), 0
+        self._owed = dict.fromkeys(self._owed, 0.0)
 
 
 class Glance(NamedTuple):

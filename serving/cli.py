@@ -109,7 +109,7 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
         from serving.build import build_service
         from targets.load import pick_device
 
-        log.info("imported torch and transformers in %.1f s", time.perf_counter() - started_s)
+        log.info("imported torch in %.1f s", time.perf_counter() - started_s)
         on_gpu = pick_device(settings.device).type == "cuda"
         spawner = Spawner(num_processes(settings, on_gpu), bound)
         stack.callback(spawner.close)
