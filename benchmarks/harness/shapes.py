@@ -62,6 +62,14 @@ def _tiny() -> Qwen3Config:
     )  # fmt: skip
 
 
+def _wide() -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=32_000, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=4,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "Qwen3-0.6B": lambda: _qwen3(1024, 3072, 28, 16, True),
     "Qwen3-1.7B": lambda: _qwen3(2048, 6144, 28, 16, True),
@@ -69,8 +77,11 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "Llama-3.1-8B": _llama_8b,
     "SmolLM2-135M": _smollm2_135m,
     "tiny": _tiny,
+    "wide": _wide,
 }
-"""``tiny`` is for trying a benchmark on a CPU."""
+"""``tiny`` is for trying a benchmark on a CPU. ``wide`` has four layers of Qwen3-8B and a small
+vocabulary: its drafter takes 0.8 GB in bfloat16, as that of the 8B shape, and two cores decode it.
+"""
 LARGE = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B", "Llama-3.1-8B")
 """Shapes measured on a GPU."""
 

@@ -1,0 +1,1 @@
+"""Bad candidates against gate, load checks and live watch; good ones must not be refused."""
