@@ -29,6 +29,7 @@ from buffer.blocks import Blocks
 from buffer.columns import ColumnsError, new_record, parse_columns, parse_head
 from buffer.considered import check_considered, considered_columns, considered_of
 from buffer.interface import Payload
+from buffer.plain_values import is_count, is_sampling_value, is_short_text, is_temperature
 from buffer.records import FIRST_COUNTS, Count, FeatureRows, Real, Rounds, Sampling, Trace
 from buffer.tensors import largest_magnitude, parse_json
 
@@ -48,7 +49,6 @@ _DTYPE_OF_TAG = {tag: dtype for dtype, tag in _TAG_OF_DTYPE.items()}
 _BITS: dict[str, Any] = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float32": np.float32}
 _TEXT_FIELDS = ("producer", "request_id", "tenant", "target_fingerprint")
 _COUNT_FIELDS = ("epoch", "seq", "prompt_length", "finished_unix_ms")
-_MAX_TEXT = 4096
 _MAX_SAMPLING_FIELDS = 64
 _MAX_LOGP = 1e-3  # a log-softmax may round to slightly above 0
 
@@ -141,7 +141,7 @@ def identity_of(record: Payload) -> tuple[str, int, int]:
         if isinstance(error, UnreadableRecordError):
             raise
         raise UnreadableRecordError("content", f"trace lacks or misstates {error}") from None
-    if not (_is_short_text(producer) and _is_count(epoch) and _is_count(seq)):
+    if not (is_short_text(producer) and is_count(epoch) and is_count(seq)):
         raise UnreadableRecordError("content", "trace misstates producer, epoch or seq")
     return producer, epoch, seq
 
@@ -203,10 +203,10 @@ def check_trace(trace: Trace) -> None:
         ValueError: names the field and what was expected.
     """
     for name in _TEXT_FIELDS:
-        if not _is_short_text(getattr(trace, name)):
+        if not is_short_text(getattr(trace, name)):
             raise ValueError(f"{name} must be a short text")
     for name in _COUNT_FIELDS:
-        if not _is_count(getattr(trace, name)):
+        if not is_count(getattr(trace, name)):
             raise ValueError(f"{name} must be an integer >= 0")
     ids = trace.token_ids
     if ids.dtype != np.int32 or ids.ndim != 1:
@@ -287,7 +287,7 @@ def _trace_of(text: Any, columns: _Columns) -> Trace:
 def _rounds_of(text: Any, columns: _Columns) -> Rounds:
     num_rounds, drafters = text["num_rounds"], text["drafters"]
     policies, reasons = text.get("policies", []), text.get("reasons", [])
-    if not _is_count(num_rounds):
+    if not is_count(num_rounds):
         raise ValueError("num_rounds must be an integer >= 0")
     for name, kinds in (("drafters", drafters), ("policies", policies), ("reasons", reasons)):
         if not isinstance(kinds, list):
@@ -330,7 +330,7 @@ def _features_of(shape: Any, columns: _Columns) -> FeatureRows:
     layer_ids, hidden_size = tuple(shape["layer_ids"]), shape["hidden_size"]
     positions = _column(columns, "positions", "I32")
     leading = positions.size, len(layer_ids) + 1
-    if not _is_count(hidden_size) or math.prod(leading) * hidden_size != rows.size:
+    if not is_count(hidden_size) or math.prod(leading) * hidden_size != rows.size:
         raise ValueError(
             f"rows must be [{leading[0]}, {leading[1]}, {hidden_size}], got {rows.size} values"
         )
@@ -364,12 +364,12 @@ def _check_sampling(sampling: Sampling) -> None:
         raise ValueError("sampling must hold named values")
     if len(values) > _MAX_SAMPLING_FIELDS:
         raise ValueError("sampling holds too many values")
-    if not _is_temperature(values.get("temperature")):
+    if not is_temperature(values.get("temperature")):
         raise ValueError("temperature must be finite and >= 0")
     for name, value in values.items():
-        if not _is_short_text(name):
+        if not is_short_text(name):
             raise ValueError("sampling needs short names")
-        if not _is_sampling_value(value):
+        if not is_sampling_value(value):
             raise ValueError(f"{name} must be a number, text, bool or None")
 
 
@@ -383,7 +383,7 @@ def _check_rounds(rounds: Rounds, num_tokens: int) -> None:
     _check_column("p_logp", rounds.p_logp, np.float32, (rounds.p_logp.size,))
     names = {"drafter": rounds.drafters, "policy": rounds.policies, "reason": rounds.reasons}
     for name, kinds in names.items():
-        if not all(map(_is_short_text, kinds)):
+        if not all(map(is_short_text, kinds)):
             raise ValueError(f"{name} must be a short text")
     _check_lengths(rounds)
     check_considered(rounds)
@@ -456,7 +456,7 @@ def _check_features(features: FeatureRows, num_tokens: int) -> None:
         raise ValueError("positions must ascend")
     if positions.size and not 0 <= positions[0] <= positions[-1] < num_tokens:
         raise ValueError(f"positions must be in 0..{num_tokens - 1}")
-    if not all(map(_is_count, features.layer_ids)):
+    if not all(map(is_count, features.layer_ids)):
         raise ValueError("layer_ids must be integers >= 0")
     leading = (positions.size, len(features.layer_ids) + 1)
     if rows.ndim != 3 or rows.shape[:2] != leading or rows.dtype != _BITS[features.dtype]:
@@ -479,26 +479,3 @@ def _check_values(features: FeatureRows | None) -> None:
         largest *= largest_magnitude(features.scale, "F32")
     if not largest <= LARGEST_VALUE:
         raise ValueError(f"hidden rows reach {largest:g}, at most {LARGEST_VALUE:g} is sane")
-
-
-def _is_short_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT
-
-
-def _is_sampling_value(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, str):
-        return len(value) <= _MAX_TEXT
-    return value is None or isinstance(value, int)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def _is_temperature(value: Any) -> bool:
-    """An integer up to what a float holds exactly, or a float; finite and >= 0."""
-    if type(value) is int:
-        return 0 <= value < 1 << 53
-    return isinstance(value, float) and 0 <= value < math.inf

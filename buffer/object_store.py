@@ -61,10 +61,12 @@ class ObjectStore(WeightsApart):
                 f"buffer.url begins with '{scheme}:' and holds a password; give it to fsspec in "
                 f"the environment"
             )
+        self._url = place
         self._objects = Objects(place)
 
-    def open_weights(self) -> ObjectWeights:
-        return ObjectWeights(self._objects)
+    def open_weights(self, line: str = "") -> ObjectWeights:
+        objects = Objects(f"{self._url.rstrip('/')}/{line}") if line else self._objects
+        return ObjectWeights(objects)
 
 
 class ObjectWeights(WeightsStore):

@@ -78,8 +78,24 @@ FIGURES = 3
 """Figures of each position in ``Consideration.confidence``."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundNotes:
+    """What servers did not note of a round from the beginning, so that it may be missing."""
+
+    policy: str = ""
+    """Kind of the policy that took it; empty in a record of a server that did not note it."""
+    step: int | None = None
+    """Running number of the step in its server, modulo 2**30; ``None`` likewise. Rounds of one step
+    share one decision."""
+    reason: str = ""
+    """Why this drafter and K, in a word: that of the step's decision, or where several drafters
+    drafted in the step that of the pick (``policies.interface``); empty likewise."""
+    considered: Consideration | None = None
+    """``None`` where the device was not asked to cut drafts."""
+
+
 @dataclass(frozen=True, slots=True)
-class Round:
+class Round(RoundNotes):
     """One draft and one verification of one request."""
 
     anchor: int
@@ -108,16 +124,6 @@ class Round:
     """Requests in the step."""
     step_s: float
     """Wall time of the step, seconds."""
-    policy: str = ""
-    """Kind of the policy that took it; empty in a record of a server that did not note it."""
-    step: int | None = None
-    """Running number of the step in its server, modulo 2**30; ``None`` likewise. Rounds of one step
-    share one decision."""
-    reason: str = ""
-    """Why this drafter and K, in a word: that of the step's decision, or where several drafters
-    drafted in the step that of the pick (``policies.interface``); empty likewise."""
-    considered: Consideration | None = None
-    """``None`` where the device was not asked to cut drafts."""
 
 
 class Considering(IntEnum):
@@ -244,8 +250,7 @@ class Rounds(Sequence[Round]):
 
     def __iter__(self) -> Iterator[Round]:
         counts, reals = self.counts.tolist(), self.reals.tolist()
-        return map(
-            Round,
+        fields = zip(
             counts[Count.ANCHOR],
             map(self.drafters.__getitem__, counts[Count.DRAFTER]),
             counts[Count.VERSION],
@@ -258,10 +263,18 @@ class Rounds(Sequence[Round]):
             reals[Real.PROPENSITY],
             counts[Count.BATCH],
             reals[Real.STEP_S],
+            strict=True,
+        )
+        notes = zip(
             map(("", *self.policies).__getitem__, counts[Count.POLICY]),
             (number - 1 if number else None for number in counts[Count.STEP]),
             map(("", *self.reasons).__getitem__, counts[Count.REASON]),
             self._considerations(),
+            strict=True,
+        )
+        return (
+            Round(*own, policy=policy, step=step, reason=reason, considered=considered)
+            for own, (policy, step, reason, considered) in zip(fields, notes, strict=True)
         )
 
     def _considerations(self) -> Iterator[Consideration | None]:

@@ -47,8 +47,8 @@ class SharedMemory(WeightsApart):
                 f"'shm:' is enough"
             )
 
-    def open_weights(self) -> SharedWeights:
-        return SharedWeights(self._run_dir / "weights")
+    def open_weights(self, line: str = "") -> SharedWeights:
+        return SharedWeights(self._run_dir / "weights" / line)
 
 
 class SharedWeights(FolderWeights):

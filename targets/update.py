@@ -28,8 +28,8 @@ from buffer.files import open_regular
 from buffer.fingerprint import target_fingerprint, weight_files
 from buffer.tensors import TensorFileError, TensorInfo, bits_are_finite, check_safetensors
 from targets.causal import config_json
+from targets.config import load_config
 from targets.find import checked_folder
-from targets.load import load_config
 from targets.target import Target
 
 _DTYPES = {

@@ -11,8 +11,8 @@ stays full: by plain decoding, at every fixed K, and with the policy. Arms take 
 order on the same seeded prompts, whose answers end where the target ends them; speeds are medians
 over the turns of an arm's tokens per second relative to plain decoding of the same turn.
 
-``suffix``, which learns nothing, says what the others must pass: a drafter's day 0 ends when
-its simulated tokens per step at K = 4 are above the index's measured ones.
+The index, which learns nothing, says what the others must pass: a drafter's day 0 ends when its
+simulated tokens per step at K = 4 are above the index's measured ones.
 
 Writes ``drafters.json`` and ``rows/drafters.json`` in ``benchmarks/results``, and prints the table.
 """

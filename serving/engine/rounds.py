@@ -168,7 +168,7 @@ class Rounds:
         self._rule, self._ring, self._page_size = rule, ring, page_size
         self._target, self._pool, self._drafting = target, pool, drafting
         self._features, self._lanes, self._graphs = features, lanes, graphs
-        self._max_draft = max_draft = drafting.max_draft
+        max_draft = drafting.max_draft
         max_batch = lanes.padding
         self._sizes = graphs.sizes(max_batch)
         self._io = RoundBuffers(max_batch, max_draft, target, graphs)
@@ -183,7 +183,7 @@ class Rounds:
 
     def most_draft(self, batch: list[Sequence]) -> int:
         """Largest K of a round of these requests."""
-        most = self._io.most_scored if any(map(_IS_SCORED, batch)) else self._max_draft
+        most = self._io.most_scored if any(map(_IS_SCORED, batch)) else self._drafting.max_draft
         if self._later.num_left:
             most = min(most, self._later.made_draft(fitting(self._sizes, len(batch))))
         return most
@@ -295,8 +295,8 @@ class Rounds:
 
     def _reals(self, outputs: Integers, block: int) -> NDArray[np.float64]:
         """[R, max_draft] after the tokens: log p (block 1) or log q (block 2)."""
-        start = Column.TOKENS + block * self._max_draft
-        return outputs[:, start : start + self._max_draft].view(np.float64)
+        start = Column.TOKENS + block * self._drafting.max_draft
+        return outputs[:, start : start + self._drafting.max_draft].view(np.float64)
 
     def _draws(self, key: _Key) -> bool:
         """Whether a round's draft tokens are drawn from a distribution."""
@@ -314,7 +314,11 @@ class Rounds:
                 ``None``: all are made.
         """
         self._leave_out_requests()
-        first = self._max_draft if most_draft is None else min(most_draft, self._max_draft)
+        first = (
+            self._drafting.max_draft
+            if most_draft is None
+            else min(most_draft, self._drafting.max_draft)
+        )
         for size in reversed(self._sizes):
             for num_draft in range(first, -1, -1):
                 for key in self._keys(size, num_draft):
