@@ -27,7 +27,6 @@ from torch import Tensor
 from buffer.files import open_regular
 from buffer.fingerprint import target_fingerprint, weight_files
 from buffer.tensors import TensorFileError, TensorInfo, bits_are_finite, check_safetensors
-from targets.causal import config_json
 from targets.config import load_config
 from targets.find import checked_folder
 from targets.target import Target
@@ -155,6 +154,9 @@ class TargetWeights:
         Raises:
             ValueError: a key says that the model computes something else.
         """
+        # Loads transformers, which takes seconds and which a server may do without until then.
+        from targets.causal import config_json
+
         try:
             theirs = config_json(load_config(folder))
         except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:

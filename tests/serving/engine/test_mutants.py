@@ -46,6 +46,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import serving.engine.drafts
 import serving.engine.prefill
 import serving.engine.rounds
 from oracles.device_bugs import untempered
@@ -375,7 +376,7 @@ def drawn_and_verified(model, monkeypatch):
     """What each draft token of a round was drawn from and under, and the law that verification got
     of them, by round."""
     drawn, pairs = [], []
-    right_draw, right_rule = serving.engine.rounds.sample_draft, serving.engine.rounds.verify_logits
+    right_draw, right_rule = serving.engine.drafts.sample_draft, serving.engine.rounds.verify_logits
 
     def note_draw(logits, sampling, numbering, greedy, vocab):
         drawn.append((logits.clone(), sampling, greedy, vocab))
@@ -386,7 +387,7 @@ def drawn_and_verified(model, monkeypatch):
             pairs.append((drawn[-draft.shape[1] :], law))
         return right_rule(logits, sampling, draft, lens, rules, numbering, law)
 
-    monkeypatch.setattr(serving.engine.rounds, "sample_draft", note_draw)
+    monkeypatch.setattr(serving.engine.drafts, "sample_draft", note_draw)
     monkeypatch.setattr(serving.engine.rounds, "verify_logits", note_rule)
     engine = exact_engine(model, "echo", suffix=False)
     run(engine, [request_of(str(i), [i, 2], 20, temperature=0.7) for i in range(5)])
@@ -419,6 +420,6 @@ def of_another_shape(logits, sampling, *rest):
 
 @pytest.mark.parametrize("bug", [rounded, of_another_shape])
 def test_another_q_is_seen(model, monkeypatch, bug):
-    monkeypatch.setattr(serving.engine.rounds, "DraftLaw", bug)
+    monkeypatch.setattr(serving.engine.drafts, "DraftLaw", bug)
 
     assert not any(is_very_q(*pair) for pair in drawn_and_verified(model, monkeypatch))

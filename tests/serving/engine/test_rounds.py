@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import serving.engine.drafts
 import serving.engine.rounds
 from oracles.engines import make_engine, random_model, request_of, run
 from policies.interface import Decision, Outcome, StepObs
@@ -132,7 +133,7 @@ def test_the_kernels_sample_and_verify_in_rounds_as_their_definitions_do(monkeyp
         calls.append(arguments)
         return verify_logits_triton.verify_logits(*arguments, with_logprobs=False)
 
-    monkeypatch.setattr(serving.engine.rounds, "sample_draft", draft_sampling_triton.sample_draft)
+    monkeypatch.setattr(serving.engine.drafts, "sample_draft", draft_sampling_triton.sample_draft)
     monkeypatch.setattr(serving.engine.rounds, "verify_logits", verify)
     found = rounds_of(arms, True, 2, **sampling)
 
@@ -158,7 +159,8 @@ def test_the_kernels_open_and_close_rounds_as_their_definitions_do(monkeypatch, 
 
     monkeypatch.setattr(serving.engine.rounds, "open_round", counted(lanes_triton.open_round))
     monkeypatch.setattr(serving.engine.rounds, "close_round", counted(lanes_triton.close_round))
-    monkeypatch.setattr(serving.engine.rounds, "best_ids", counted(best_ids_triton.best_ids))
+    for module in (serving.engine.rounds, serving.engine.drafts):
+        monkeypatch.setattr(module, "best_ids", counted(best_ids_triton.best_ids))
     found = rounds_of(arms, True, 3, **sampling)
 
     assert calls["open_round"] == calls["close_round"] > 10
