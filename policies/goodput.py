@@ -117,8 +117,8 @@ class GoodputPolicy:
             half_life_rounds: rounds after which an old observation counts half.
             margin: predicted speed relative to plain decoding that drafting needs.
             probe_share: share of the time that finding out whether drafting pays may take while
-                plain decoding is faster: half of it for stretches of drafts, a quarter each for
-                plans without and with a look at matches.
+                plain decoding is faster: four fifths of it for stretches of drafts, a tenth each
+                for plans without and with a look at matches.
 
         Raises:
             ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
@@ -133,8 +133,8 @@ class GoodputPolicy:
         self._switches = SwitchCosts(self._neural)
         self._forecaster = Forecaster(self._acceptance, self._times, drafters)
         self._chooser = Chooser(margin)
-        self._explorer = Explorer(explore, context.seed, self._neural, probe_share / 2)
-        self._rest = Rest(probe_share / 4)
+        self._explorer = Explorer(explore, context.seed, self._neural, 0.8 * probe_share)
+        self._rest = Rest(0.1 * probe_share)
         self._gathered = Gathered()
         self._stretch: Stretch | None = None
         self._steps = _Steps()

@@ -98,7 +98,8 @@ def build_trainers(
             f"process, or leave drafter.beside out"
         )
     set_up_process(settings)
-    objective_of(settings.trainer)  # an unknown name must not wait for the first update
+    objective_of(settings.trainer)  # unknown names are refused before anything is loaded
+    entry(settings.trainer.draw)
     device = device_of(settings.trainer.device, group)
     place = target_of_run(settings)
     head = load_target_head(place.folder, device, batch_dtype(device))

@@ -111,8 +111,8 @@ def traces_of(steps: Sequence[LoggedStep], num_steps_each: int = 50) -> list[Tra
                     Round(
                         anchor, step.drafter if ids else "none", step.version, ids, None,
                         (-0.5,) * min(row.num_accepted + 1, len(ids)), row.num_accepted, 5,
-                        step.draft_k, step.propensity, step.batch, step.step_s, step.policy, at,
-                        row.considered,
+                        step.draft_k, step.propensity, step.batch, step.step_s,
+                        policy=step.policy, step=at, considered=row.considered,
                     )
                 )  # fmt: skip
                 anchor += 1 + row.num_accepted

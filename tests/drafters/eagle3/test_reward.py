@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drafters.batch import TrainingBatch
 from drafters.eagle3.reward import MOST_RATIO
-from drafters.eagle3.training import Objective, reference_chain_logits, ttt_loss
+from drafters.eagle3.training import ChainPlan, reference_chain_logits, ttt_loss
 from policies.outcomes import Drafted, outcomes_of
 from specops.distill import FrozenHead
 from tests.drafters.eagle3.test_training import HIDDEN, STEPS, VOCAB, make_batch, make_model
@@ -64,12 +64,10 @@ def by_the_book(model, embed, batch, rounds, heat: float) -> Tensor:  # type: ig
     return -sum(w * (kept - baseline) * logq for kept, logq, w in terms) / len(terms)  # type: ignore[return-value]
 
 
-def loss_of(model, batch, **objective) -> Tensor:  # type: ignore[no-untyped-def]
+def loss_of(model, batch, **plan) -> Tensor:  # type: ignore[no-untyped-def]
     embed, head = tables()
     generator = torch.Generator().manual_seed(5)
-    return ttt_loss(
-        model, embed, FrozenHead(head), batch, Objective(STEPS, **objective), generator
-    ).loss
+    return ttt_loss(model, embed, FrozenHead(head), batch, ChainPlan(STEPS, **plan), generator).loss
 
 
 def tables() -> tuple[Tensor, Tensor]:

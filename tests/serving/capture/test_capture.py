@@ -241,8 +241,8 @@ def test_columns_of_rounds_are_what_the_rounds_were():
         rounds.append(
             Round(
                 anchor, step.drafter, step.version, tuple(drafted), tuple(q) or None,
-                tuple(p[:seen]), kept, 7, step.draft_k, 0.5, 3, 0.25, step.policy, step.step,
-                step.reason,
+                tuple(p[:seen]), kept, 7, step.draft_k, 0.5, 3, 0.25,
+                policy=step.policy, step=step.step, reason=step.reason,
             )
         )  # fmt: skip
 

@@ -15,8 +15,8 @@ from oracles.joint_law import chi_squared_excess
 from policies.allocation import Allocation, Cut, Score
 from policies.interface import Decision, StepObs
 from serving.engine.allocating import Allocator
+from serving.engine.drafter_rows import DrafterRows
 from serving.engine.loop import Engine, Listeners
-from serving.engine.rounds import Rounds
 from specops.allocation import TOP
 from specops.verify_logits import Rule
 from tests.serving.capture.test_capture import hidden_rows, restored, traces_of
@@ -121,17 +121,17 @@ def test_sampled_text_follows_the_target_when_drafts_are_cut(allocation, rule, o
 
 
 def test_a_planted_policy_that_looks_at_the_drawn_token_fails(monkeypatch):
-    right = Rounds._draft
+    right = DrafterRows.draft
 
-    def cheating(self, neural, opened, rows, key):
-        drafts = right(self, neural, opened, rows, key)
+    def cheating(self, *arguments, **options):
+        drafts = right(self, *arguments, **options)
         if drafts.figures_RK3 is None or drafts.logq_RK is None:
             return drafts
         figures = drafts.figures_RK3.clone()
         figures[..., TOP] = drafts.logq_RK.exp()
         return replace(drafts, figures_RK3=figures)
 
-    monkeypatch.setattr(Rounds, "_draft", cheating)
+    monkeypatch.setattr(DrafterRows, "draft", cheating)
 
     counts, law, _ = sampled(Allocation(Cut("top", False), 0.2))
 

@@ -33,7 +33,8 @@ class Mixing(RandomPolicy):
 
     def plan(self, obs):
         k = min(self.k, obs.max_draft)
-        return Decision(self.mix, k, 0.5, False, "test", "mixing", self.picks(self.mix, obs.batch))
+        picks = self.picks(self.mix, obs.batch)
+        return Decision(self.mix, k, 0.5, False, "test", "mixing", picks=picks)
 
 
 def scrambled(engine, step):
