@@ -97,7 +97,7 @@ def _round(random: np.random.Generator, anchor: int) -> Round:
     ids = tuple(random.integers(0, 50_000, k).tolist())
     return Round(
         anchor, "neural" if k else "none", 3, ids, logps or None, logps, num_accepted, 9, k, 0.98,
-        4, 0.004, "goodput", anchor,
+        4, 0.004, policy="goodput", step=anchor,
     )  # fmt: skip
 
 
