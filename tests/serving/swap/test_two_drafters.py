@@ -114,7 +114,8 @@ def test_traces_of_both_hold_the_layers_of_both_and_who_drafted(tiny_target_dir,
             from policies.interface import Decision
 
             k = min(3, obs.max_draft)
-            return Decision(MIX, k, 1.0, False, "test", "goodput", self._picker.pick(obs, MIX, k))
+            picks = self._picker.pick(obs, MIX, k)
+            return Decision(MIX, k, 1.0, False, "test", "goodput", picks=picks)
 
         def rest(self):
             return None
