@@ -68,6 +68,10 @@ def _rounds(trace: Trace) -> Iterator[str]:
     if not all(0 <= policy <= len(trace.rounds.policies) for policy in policies):
         yield "a policy without a name"
         return
+    reasons = trace.rounds.counts[Count.REASON].tolist()
+    if not all(0 <= reason <= len(trace.rounds.reasons) for reason in reasons):
+        yield "a reason without a name"
+        return
     for one in trace.rounds:
         k = len(one.draft_ids)
         if not last_anchor < one.anchor < len(trace.token_ids):
@@ -87,6 +91,8 @@ def _rounds(trace: Trace) -> Iterator[str]:
             yield "drafter"
         if not (isinstance(one.policy, str) and len(one.policy) <= _LONGEST_TEXT):
             yield "policy"
+        if not (isinstance(one.reason, str) and len(one.reason) <= _LONGEST_TEXT):
+            yield "reason"
         drafted, kept_p = drafted + k, kept_p + len(one.p_logp)
         kept_q += len(one.q_logp or ())
     sizes = trace.rounds.draft_ids.size, trace.rounds.q_logp.size, trace.rounds.p_logp.size

@@ -35,15 +35,8 @@ class Desk:
         return bool(self._service.swappers)
 
     def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
-        """Queue all requests, or none. Raises what ``Inbox.submit`` raises."""
-        inbox = self._service.inbox
-        for number, request in enumerate(requests):
-            try:
-                inbox.submit(request, on_output)
-            except BaseException:
-                for submitted in requests[:number]:
-                    inbox.cancel(submitted.id)
-                raise
+        """Queue all requests, or none. Raises what ``Inbox.submit_all`` raises."""
+        self._service.inbox.submit_all(requests, on_output)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,26 +98,34 @@ class Inbox:
     # ---- called from other threads -------------------------------------------------------------
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
-        """Queue one request.
+        """``submit_all`` of one request."""
+        self.submit_all((request,), on_output)
+
+    def submit_all(self, requests: Several[Request], on_output: OnOutput) -> None:
+        """Queue all requests, or none: the engine sees none of them before all are accepted.
 
         Args:
-            on_output: called on the engine's thread until the request has finished.
+            on_output: called on the engine's thread until each request has finished.
 
         Raises:
-            ValueError: it can never be served; the message names the field.
-            QueueFullError, DrainingError: it cannot be served now.
+            ValueError: one can never be served; the message names the field.
+            QueueFullError, DrainingError: they cannot be served now.
         """
-        self._check(request)
-        sequence = self._sequences.new(request, on_output)
+        for request in requests:
+            self._check(request)
+        sequences = {one.id: self._sequences.new(one, on_output) for one in requests}
         with self._wake:
             if self._is_draining:
                 raise DrainingError("the server is draining")
-            if request.id in self._inflight:
-                raise ValueError(f"request id {request.id!r} is already in flight")
-            if self.num_waiting() >= self.limits.max_queue:
+            known = set[str]()
+            for request in requests:
+                if request.id in self._inflight or request.id in known:
+                    raise ValueError(f"request id {request.id!r} is already in flight")
+                known.add(request.id)
+            if self.num_waiting() + len(requests) > self.limits.max_queue:
                 raise QueueFullError(f"{self.limits.max_queue} requests are already waiting")
-            self._inflight[request.id] = sequence
-            self._arrived.append(sequence)
+            self._inflight |= sequences
+            self._arrived.extend(sequences.values())
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:

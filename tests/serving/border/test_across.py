@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -230,3 +231,21 @@ def test_when_the_engines_process_is_gone_nobody_waits_for_it(service):
         await until(lambda: is_idle(service))
 
     asyncio.run(scenario())
+
+
+def test_the_engine_sees_no_choice_before_all_are_accepted(service, monkeypatch):
+    """However long the check of the last one takes: the first must not begin meanwhile."""
+    inbox, came = service.inbox, []
+    right, seen = inbox._check, threading.Event()
+
+    def slow(request):
+        if request.id == "bad":
+            seen.wait(0.5)
+        right(request)
+
+    monkeypatch.setattr(inbox, "_check", slow)
+    good, bad = request_of("good", PROMPT, 2), request_of("bad", [10**6], 2)
+    with pytest.raises(ValueError, match="outside 0"):
+        Desk(service).submit([good, bad], lambda output: (came.append(output), seen.set()))
+    assert came == []
+    assert inbox.num_inflight() == 0
