@@ -11,18 +11,15 @@ Source: Huang et al. 2024, arXiv:2405.19715.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, join_tensors, parse_header
+from policies.weight_file import WeightFile, Weights, check_weights, text_of
 
 Floats = NDArray[np.float64]
-Weights = NDArray[np.float32]
 
 SCHEMA = "slipstream.policy.head"
 NAMES = ("log_top", "entropy", "margin", "place", "temperature")
@@ -30,6 +27,7 @@ NAMES = ("log_top", "entropy", "margin", "place", "temperature")
 HIDDEN = 16
 """Units of the hidden layer; fixed, because the device's programs hold it."""
 MAX_BYTES = 1 << 15
+_FILE = WeightFile("a head", SCHEMA, NAMES, MAX_BYTES)
 _LEAST_TOP = 1e-6
 
 
@@ -72,16 +70,11 @@ class Head:
         Args:
             about: further entries of its metadata.
         """
-        tensors = {
-            name: ("F32", np.ascontiguousarray(getattr(self, name), np.float32))
-            for name in self.__slots__
-        }
-        facts = {"schema": SCHEMA, "features": ",".join(NAMES)}
-        return join_tensors(tensors, {**(about or {}), **facts})
+        return _FILE.to_bytes(self, about)
 
     def to_text(self) -> str:
         """The same in base64, for the manifest of a bundle."""
-        return base64.b64encode(self.to_bytes()).decode()
+        return text_of(self.to_bytes())
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Self:
@@ -90,28 +83,9 @@ class Head:
         Raises:
             ValueError: says what is wrong.
         """
-        if len(blob) > MAX_BYTES:
-            raise ValueError(f"a head has at most {MAX_BYTES} bytes, got {len(blob)}")
-        header = parse_header(blob, len(blob), MAX_BUNDLE_HEADER_BYTES)
-        schema, features = (header.metadata.get(key) for key in ("schema", "features"))
-        if schema != SCHEMA:
-            raise ValueError(f"schema is {schema!r}, expected {SCHEMA!r}")
-        if features != ",".join(NAMES):
-            raise ValueError("it was fitted to other features than this server computes")
-        found: dict[str, Weights] = {}
-        for name, shape in _SHAPES.items():
-            info = header.tensors.get(name)
-            if info is None:
-                raise ValueError(f"it lacks {name}")
-            if info.dtype != "F32" or tuple(info.shape) != shape:
-                raise ValueError(
-                    f"{name} must be F32 {list(shape)}, got {info.dtype} {list(info.shape)}"
-                )
-            values = np.frombuffer(blob[info.start : info.end], np.float32).reshape(shape)
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name} is not finite")
-            found[name] = values.copy()
-        return cls(**found)
+        found = cls(**_FILE.read(blob, cls.__slots__))
+        check_weights(found, _SHAPES)
+        return found
 
     @classmethod
     def from_text(cls, text: Any) -> Self:
@@ -120,13 +94,7 @@ class Head:
         Raises:
             ValueError: says what is wrong.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"a head must be text, got {type(text).__name__}")
-        try:
-            blob = base64.b64decode(text, validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"a head must be base64: {error}") from None
-        return cls.from_bytes(blob)
+        return cls.from_bytes(_FILE.blob_of(text))
 
 
 _SHAPES: dict[str, tuple[int, ...]] = {

@@ -6,16 +6,14 @@ the names of its inputs, so that weights fitted to other features are refused.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, join_tensors, parse_header
 from policies.features import NAMES, NUM_FEATURES
+from policies.weight_file import WeightFile, check_weights, text_of
 
 Floats = NDArray[np.float32]
 
@@ -23,6 +21,7 @@ SCHEMA = "slipstream.policy.ltd"
 MAX_HIDDEN, MAX_ACTIONS = 256, 17
 MAX_BYTES = 1 << 17
 """Of a file: the largest network has 90 KB."""
+_FILE = WeightFile("a policy", SCHEMA, NAMES, MAX_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +57,11 @@ class Network:
         Args:
             about: further entries of its metadata.
         """
-        tensors = {
-            name: ("F32", np.ascontiguousarray(getattr(self, name), np.float32))
-            for name in self.__slots__
-        }
-        facts = {"schema": SCHEMA, "features": ",".join(NAMES)}
-        return join_tensors(tensors, {**(about or {}), **facts})
+        return _FILE.to_bytes(self, about)
 
     def to_text(self) -> str:
         """The same in base64, for the manifest of a bundle."""
-        return base64.b64encode(self.to_bytes()).decode()
+        return text_of(self.to_bytes())
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Self:
@@ -76,25 +70,7 @@ class Network:
         Raises:
             ValueError: says what is wrong.
         """
-        if len(blob) > MAX_BYTES:
-            raise ValueError(f"a policy has at most {MAX_BYTES} bytes, got {len(blob)}")
-        header = parse_header(blob, len(blob), MAX_BUNDLE_HEADER_BYTES)
-        schema, features = (header.metadata.get(key) for key in ("schema", "features"))
-        if schema != SCHEMA:
-            raise ValueError(f"schema is {schema!r}, expected {SCHEMA!r}")
-        if features != ",".join(NAMES):
-            raise ValueError("it was fitted to other features than this server computes")
-        missing = set(cls.__slots__) - header.tensors.keys()
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        found: dict[str, Floats] = {}
-        for name in cls.__slots__:
-            info = header.tensors[name]
-            if info.dtype != "F32":
-                raise ValueError(f"{name} must be F32, got {info.dtype}")
-            values = np.frombuffer(blob[info.start : info.end], np.float32)
-            found[name] = values.reshape(info.shape).copy()
-        return cls(**found)._checked()
+        return cls(**_FILE.read(blob, cls.__slots__))._checked()
 
     @classmethod
     def from_text(cls, text: Any) -> Self:
@@ -103,13 +79,7 @@ class Network:
         Raises:
             ValueError: says what is wrong.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"a policy must be text, got {type(text).__name__}")
-        try:
-            blob = base64.b64decode(text, validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"a policy must be base64: {error}") from None
-        return cls.from_bytes(blob)
+        return cls.from_bytes(_FILE.blob_of(text))
 
     def _checked(self) -> Self:
         hidden, actions = self.b1.size, self.b2.size
@@ -123,10 +93,5 @@ class Network:
             "w2": (actions, hidden),
             "b2": (actions,),
         }
-        for name, shape in wanted.items():
-            values = getattr(self, name)
-            if values.shape != shape:
-                raise ValueError(f"{name} must be {list(shape)}, got {list(values.shape)}")
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name} is not finite")
+        check_weights(self, wanted)
         return self

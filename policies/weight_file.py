@@ -1,0 +1,102 @@
+"""Small networks of policies as safetensors with the names of their inputs, read without trust.
+
+Weights that were fitted to other inputs are refused, and so is whatever is too large, damaged or of
+another kind. In the manifest of a bundle they stand in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, join_tensors, parse_header
+
+Weights = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One kind of such files."""
+
+    what: str
+    """Its name in messages, with an article."""
+    schema: str
+    inputs: tuple[str, ...]
+    """Names of the network's inputs."""
+    max_bytes: int
+
+    def to_bytes(self, weights: Any, about: Mapping[str, str] | None = None) -> bytes:
+        """A safetensors file.
+
+        Args:
+            weights: has one float array in each of its slots.
+            about: further entries of the file's metadata.
+        """
+        tensors = {
+            name: ("F32", np.ascontiguousarray(getattr(weights, name), np.float32))
+            for name in weights.__slots__
+        }
+        facts = {"schema": self.schema, "features": ",".join(self.inputs)}
+        return join_tensors(tensors, {**(about or {}), **facts})
+
+    def read(self, blob: bytes, names: tuple[str, ...]) -> dict[str, Weights]:
+        """The tensors with these names; their shapes are for the caller to check.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        if len(blob) > self.max_bytes:
+            raise ValueError(f"{self.what} has at most {self.max_bytes} bytes, got {len(blob)}")
+        header = parse_header(blob, len(blob), MAX_BUNDLE_HEADER_BYTES)
+        schema, features = (header.metadata.get(key) for key in ("schema", "features"))
+        if schema != self.schema:
+            raise ValueError(f"schema is {schema!r}, expected {self.schema!r}")
+        if features != ",".join(self.inputs):
+            raise ValueError("it was fitted to other features than this server computes")
+        if missing := set(names) - header.tensors.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        found: dict[str, Weights] = {}
+        for name in names:
+            info = header.tensors[name]
+            if info.dtype != "F32":
+                raise ValueError(f"{name} must be F32, got {info.dtype}")
+            values = np.frombuffer(blob[info.start : info.end], np.float32)
+            found[name] = values.reshape(info.shape).copy()
+        return found
+
+    def blob_of(self, text: Any) -> bytes:
+        """What ``text_of`` wrote as text.
+
+        Raises:
+            ValueError: it is no such text.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"{self.what} must be text, got {type(text).__name__}")
+        try:
+            return base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"{self.what} must be base64: {error}") from None
+
+
+def text_of(blob: bytes) -> str:
+    """A file in base64, for the manifest of a bundle."""
+    return base64.b64encode(blob).decode()
+
+
+def check_weights(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+        ValueError: an array has another shape, or holds NaN or infinity.
+    """
+    for name, shape in shapes.items():
+        values = getattr(weights, name)
+        if values.shape != shape:
+            raise ValueError(f"{name} must be F32 {list(shape)}, got {list(values.shape)}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} is not finite")
