@@ -117,8 +117,8 @@ class GoodputPolicy:
             half_life_rounds: rounds after which an old observation counts half.
             margin: predicted speed relative to plain decoding that drafting needs.
             probe_share: share of the time that finding out whether drafting pays may take while
-                plain decoding is faster: four fifths of it for stretches of drafts, a tenth each
-                for plans without and with a look at matches.
+                plain decoding is faster: seven tenths of it for stretches of drafts, a tenth for
+                plans without a look at matches, and two tenths for those with one.
 
         Raises:
             ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
@@ -133,10 +133,12 @@ class GoodputPolicy:
         self._switches = SwitchCosts(self._neural)
         self._forecaster = Forecaster(self._acceptance, self._times, drafters)
         self._chooser = Chooser(margin)
-        self._explorer = Explorer(explore, context.seed, self._neural, 0.8 * probe_share)
-        self._rest = Rest(0.1 * probe_share)
+        self._explorer = Explorer(explore, context.seed, self._neural, 0.7 * probe_share)
+        self._rest = Rest(0.1 * probe_share, 0.2 * probe_share)
         self._gathered = Gathered()
         self._stretch: Stretch | None = None
+        self._untried: set[str] = set()
+        """Neural drafters whose weights changed, and that have not drafted since."""
         self._steps = _Steps()
         self._picker = Picker(context.mixes, self._acceptance, explore, context.seed)
 
@@ -230,14 +232,22 @@ class GoodputPolicy:
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome, planned.pending_rows if planned else {})
             self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
-            if outcome.decision.explore and outcome.decision.drafter in self._neural:
+            is_neural = outcome.decision.drafter in self._neural
+            if outcome.decision.explore and is_neural:
                 tokens = 1 + sum(outcome.rows.num_accepted) / max(len(outcome.rows), 1)
                 self._explorer.note_gain(
-                    outcome.decision.drafter, tokens - outcome.step_s / plain_s
+                    outcome.decision.drafter,
+                    tokens - outcome.step_s / plain_s,
+                    plain_s,
+                    is_charged=self._rest.is_plain,
+                    catches_up=planned is not None and planned.catches_up,
                 )
-            if planned and planned.decision.explore:
+            if planned and planned.decision.explore and not (is_neural and self._rest.is_plain):
                 self._explorer.settle(
-                    outcome.step_s, planned.seconds, catches_up=planned.catches_up
+                    outcome.step_s,
+                    planned.seconds,
+                    catches_up=planned.catches_up,
+                    is_own=outcome.decision.drafter == self._chooser.base != "none",
                 )
         self._steps.observed = outcome.decision.drafter
 
@@ -268,6 +278,7 @@ class GoodputPolicy:
                 self._versions.on_change(mix)
         self._rest.reset()
         self._stretch = None
+        self._untried.update({drafter} & self._neural)
         self._steps.forget()
 
     def figures(self) -> dict[str, Any]:
@@ -319,8 +330,11 @@ class GoodputPolicy:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
         # A look is expensive while plain decoding is the base: what it found is not left unused.
-        is_kept = self._rest.is_plain and self._explorer.more == PLAIN_ARM
-        if not (looked and is_kept and choice.arm[0] in self._matching):
+        finds = looked and choice.arm[0] in self._matching
+        is_kept = finds and self._rest.is_plain and self._explorer.more == PLAIN_ARM
+        if not is_kept or self._rest.pays:
+            stretch = self._trial(seen, choice)
+        if stretch is None and not is_kept:
             stretch, propensity = self._next_stretch(seen, choice)
         if stretch is not None:
             if stretch.num_steps > 1:
@@ -355,6 +369,23 @@ class GoodputPolicy:
 
     def _needs_no_look(self, arm: Arm) -> bool:
         return arm == PLAIN_ARM or arm[0] in self._neural
+
+    def _trial(self, seen: Forecast, choice: Choice) -> Stretch | None:
+        """A few steps of a drafter whose weights have just changed, where it is not the base.
+
+        What is known of it was measured on other traffic, and the step times perhaps on a busier
+        machine. If either is wrong, only drafting can tell, and the explorer's draws may come no
+        sooner than the next swap.
+        """
+        for kind in sorted(self._untried & seen.seconds.keys()):
+            if choice.base == kind or choice.arm[0] == kind:
+                self._untried.discard(kind)
+                continue
+            arm = max(((kind, k) for k in range(1, seen.max_k + 1)), key=choice.values.__getitem__)
+            if (stretch := self._explorer.trial(arm, choice)) is not None:
+                self._untried.discard(kind)
+                return stretch
+        return None
 
     def _next_stretch(self, seen: Forecast, choice: Choice) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""

@@ -15,6 +15,7 @@ coming at a rate that only its cost bounds.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Set
 from typing import NamedTuple
@@ -30,8 +31,14 @@ _LEAST_STRETCH, _USUAL_STRETCH, _MOST_STRETCH = 2, 6, 32
 """Steps of a stretch of plain decoding or of an idle neural drafter; for others one is enough. It
 is longer where the arm loses less than the switch costs: arms that are nearly as good as the best
 are the hardest to tell from it, and cost the least. It is shorter where a step loses much."""
+_TRIAL_STEPS = 8
+"""Least steps of a neural drafter where plain decoding is the base: the first one says nothing of
+the others' time, and step times that are far off take four surprises in a row to be given up. A
+stretch that loses too much is ended."""
 _MUCH_STEPS = 3.0
 """Plain steps that a stretch may lose before it is shortened, or ended if it was not foreseen."""
+_OWED_STEPS = 4.0
+"""Steps of plain decoding, or of what its arm is believed to lose, that a stretch leaves owed."""
 _MOST_LOST = 2.0
 """Largest loss of a step that counts against its stretch, in plain steps."""
 _WORTH_MORE = 1.0
@@ -73,6 +80,9 @@ class Explorer:
         """Balances: of stretches of the drafter in use (True) and of others (False)."""
         self._wanted_s = 0.0
         """Loss of the most expensive stretch that was an option of late."""
+        self._most_owed_s = 0.0
+        """What a stretch may leave to be earned: beyond what is believed of its arm, its loss was a
+        passing disturbance, after which nothing is to be silent for long."""
         self._num_changes = -1
         self._was_slow = False
         self._haste, self._num_draws = 1.0, 0
@@ -103,10 +113,30 @@ class Explorer:
             return None if self._is_dear(choice.plain_s) else left
         return None if choice.base == "none" else Stretch(PLAIN_ARM, _USUAL_STRETCH, 1.0)
 
-    def note_gain(self, drafter: str, num_steps: float) -> None:
-        """A step of a stretch has saved so many plain steps' worth of time, or lost them."""
+    def note_gain(
+        self,
+        drafter: str,
+        num_steps: float,
+        plain_s: float,
+        *,
+        is_charged: bool,
+        catches_up: bool,
+    ) -> None:
+        """A step of a stretch has saved so many plain steps' worth of time, or lost them.
+
+        Args:
+            is_charged: the stretch was charged nothing when it began, because plain decoding is the
+                base; what its steps gain and lose is.
+        """
         self._gain_steps += max(num_steps, -_MOST_LOST)
         self._gained = drafter if self._gain_steps > _WORTH_MORE else "none"
+        if is_charged:
+            is_slow = num_steps < -_MOST_LOST
+            # One step may be late; a second one is what the arm costs, and so is catching up.
+            most = _MOST_EXCESS if catches_up or (is_slow and self._was_slow) else _MOST_LOST
+            self._was_slow = is_slow
+            left_s = self.accounts_s[False] + max(num_steps, -most) * plain_s
+            self.accounts_s[False] = max(left_s, -self._most_owed_s)
 
     @property
     def more(self) -> Arm:
@@ -124,8 +154,11 @@ class Explorer:
     def _is_dear(self, plain_s: float) -> bool:
         return bool(self.accounts_s) and self.accounts_s[False] < -_MUCH_STEPS * plain_s
 
-    def settle(self, step_s: float, predicted_s: float, *, catches_up: bool) -> None:
+    def settle(self, step_s: float, predicted_s: float, *, catches_up: bool, is_own: bool) -> None:
         """Charge what an explored step took beyond its prediction, or return what it did not take.
+
+        What another K of the drafter in use takes longer leaves little owed: mostly the machine is
+        slow, or the drafter itself.
 
         Ordinary steps only count if two in a row took twice as long: one may be late, and the
         scatter of the others would move the account more than their losses.
@@ -134,7 +167,9 @@ class Explorer:
         if not catches_up and not (was_slow and self._was_slow):
             return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
-        self.accounts_s[False] -= excess_s
+        account_s = self.accounts_s[False]
+        least_s = min(account_s, -predicted_s) if is_own else -math.inf
+        self.accounts_s[False] = max(account_s - excess_s, least_s)
 
     def draw(
         self, seen: Forecast, choice: Choice, doubt: Callable[[], float], num_steps: int
@@ -160,10 +195,24 @@ class Explorer:
         if self._rng.random() >= chance:
             return None, 1 - chance
         arm = self._rng.choices(list(options), weights=list(options.values()))[0]
-        self.accounts_s[_is_own(arm, choice)] -= self._loss_s(arm, choice)
         share = options[arm] / total
+        return self._begin(arm, choice, chance * share), 1 - chance
+
+    def trial(self, arm: Arm, choice: Choice) -> Stretch | None:
+        """A stretch of an arm whose weights have changed, begun without a draw; ``None``: nothing
+        is explored. What stretches of the former weights owe is forgotten."""
+        if not self._explore or not self.accounts_s:
+            return None
+        self.accounts_s[False] = max(self.accounts_s[False], 0.0)
+        return self._begin(arm, choice, 1.0)
+
+    def _begin(self, arm: Arm, choice: Choice, propensity: float) -> Stretch:
+        if self._is_charged_later(arm, choice):
+            self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(arm))
+        else:
+            self.accounts_s[_is_own(arm, choice)] -= self._feared_s(arm, choice)
         self._gain_steps, self._gained = 0.0, "none"
-        return Stretch(arm, self._length(arm, choice), chance * share), 1 - chance
+        return Stretch(arm, self._length(arm, choice), propensity)
 
     def _affordable(self, seen: Forecast, choice: Choice) -> dict[Arm, float]:
         """Weights of the stretches that can be paid for now."""
@@ -179,7 +228,7 @@ class Explorer:
             arms = [(idle, k) for k in range(1, seen.max_k + 1)]
             options[max(arms, key=choice.values.__getitem__)] = 2.0
         options.pop(choice.arm, None)
-        losses_s = {arm: self._loss_s(arm, choice) for arm in sorted(options)}
+        losses_s = {arm: self._feared_s(arm, choice) for arm in sorted(options)}
         self._wanted_s = max(losses_s.values(), default=0.0)
         return {
             arm: options[arm]
@@ -187,19 +236,29 @@ class Explorer:
             if loss_s <= self.accounts_s[_is_own(arm, choice)]
         }
 
+    def _is_charged_later(self, arm: Arm, choice: Choice) -> bool:
+        return choice.base == "none" and arm[0] in self._neural
+
     def _length(self, arm: Arm, choice: Choice) -> int:
         is_idle = arm[0] in self._neural and arm[0] != choice.base
         if not is_idle and arm != PLAIN_ARM:
             return 1
         switch_s = choice.charges_s[arm[0]]
         step_s = max(choice.loss_s(arm) - switch_s, switch_s / _MOST_STRETCH, 1e-9)
-        longest = max(_LEAST_STRETCH, round(_MUCH_STEPS * choice.plain_s / step_s))
-        return min(max(_USUAL_STRETCH, round(switch_s / step_s)), longest, _MOST_STRETCH)
+        least = _TRIAL_STEPS if self._is_charged_later(arm, choice) else _LEAST_STRETCH
+        longest = max(least, round(_MUCH_STEPS * choice.plain_s / step_s))
+        usual = max(_USUAL_STRETCH, least)
+        return min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
 
-    def _loss_s(self, arm: Arm, choice: Choice) -> float:
-        """Seconds that a stretch is predicted to lose; it switches once."""
+    def _feared_s(self, arm: Arm, choice: Choice) -> float:
+        """Seconds that a stretch is predicted to lose; it switches once.
+
+        Of what is charged by what it does lose, at most a plain step: a prediction that is far too
+        high would postpone for thousands of steps the only thing that can correct it.
+        """
         num_steps = self._length(arm, choice)
-        return choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
+        loss_s = choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
+        return min(loss_s, choice.plain_s) if self._is_charged_later(arm, choice) else loss_s
 
 
 def _is_own(arm: Arm, choice: Choice) -> bool:

@@ -41,13 +41,14 @@ _MOST_COST = 3.0
 class Rest:
     """Leaves out plans, and looks at matches, where they do not pay."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, plan_share: float, look_share: float) -> None:
         """
         Args:
-            share: of the time while plain decoding is the best, that plans without a look may take,
-                and that plans with a look may take besides.
+            plan_share: of the time while plain decoding is the best, that plans without a look may
+                take.
+            look_share: what plans with a look may take besides.
         """
-        self._share = share
+        self._shares = {False: plan_share, True: look_share}
         self._owed = dict.fromkeys((False, True), 0.0)
         """Plain steps' worth of time that plans without and with a look took and that is not earned
         yet. What looks have found is credit for further ones, below 0."""
@@ -98,7 +99,7 @@ class Rest:
         """So many plain steps' worth of time went by."""
         for looked, owed in self._owed.items():
             if owed > 0:
-                self._owed[looked] = max(owed - self._share * num_steps, 0.0)
+                self._owed[looked] = max(owed - self._shares[looked] * num_steps, 0.0)
 
     def _num_steps(self, cost: float) -> int:
         """Steps that a plan holds for."""
@@ -118,7 +119,13 @@ class Rest:
         if self._looked is not None:
             self._costs[self._looked].add(share)
             if self.is_plain:
-                self._owed[self._looked] += min(share, _MOST_COST * self._costs[self._looked].mean)
+                usual = self._costs[self._looked].mean
+                charge = min(share, _MOST_COST * usual)
+                # Looks are made at every step as long as they seem to pay. Of these, only the last
+                # is owed: all of them, after a swap, would forbid looks for ten thousand steps.
+                self._owed[self._looked] = min(
+                    self._owed[self._looked] + charge, max(charge, usual)
+                )
             self._looked = None
 
     def note_saved(self, share: float) -> None:

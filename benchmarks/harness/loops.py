@@ -5,6 +5,7 @@ The loop through HTTP is in ``http_loop.py``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -198,13 +199,22 @@ class Window:
 class Feed:
     """Keeps the engine's batch full: submits a request whenever one ends."""
 
-    def __init__(self, engine: Engine, requests: Iterable[Request], batch: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Iterable[Request],
+        batch: int,
+        *,
+        each: Callable[[Request, Output], None] | None = None,
+    ) -> None:
         """
         Args:
             requests: taken one by one; the batch drains when there are no more.
+            each: called with every output and its request.
         """
         self.num_tokens = self.num_finished = 0
         self._engine, self._requests = engine, iter(requests)
+        self._each = each
         self._num_missing = batch
         self._failed: str | None = None
         self._fill()
@@ -238,9 +248,11 @@ class Feed:
     def _fill(self) -> None:
         for request in itertools.islice(self._requests, self._num_missing):
             self._num_missing -= 1
-            self._engine.inbox.submit(request, self._take)
+            self._engine.inbox.submit(request, functools.partial(self._take, request))
 
-    def _take(self, output: Output) -> None:
+    def _take(self, request: Request, output: Output) -> None:
+        if self._each is not None:
+            self._each(request, output)
         self.num_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self._num_missing += 1

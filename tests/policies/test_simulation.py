@@ -174,3 +174,61 @@ def test_a_useful_version_after_a_useless_one_is_used_twenty_rounds_after_its_sw
     )
     soon, final = after_swaps(old, new, returns=False, batch=4)
     assert soon >= 0.95 * final
+
+
+SMALL_AT_32 = World(
+    batch=32,
+    eagle=(0.55, 0.5, 0.48, 0.46, 0.45, 0.45, 0.45, 0.45),
+    rows={1: Rows(0.12, 0.1), 3: Rows(0.04, 0.25, 0.3), 7: Rows(0.02, 0.5, 0.7)},
+    plain_s=0.00155,
+    draft_s=0.00016,
+    verify_per_token_s=2e-6,
+    plan_s=2e-4,
+    look_s=6e-4,
+    cold_s=8e-4,
+    noise=Noise(0.1, 0.02, 0.003),
+    untimed_share=0.1,
+)
+"""A small target behind HTTP, 32 clients: drafting gains 1.43, a look takes a third of a step."""
+
+
+def disturbed(seed):
+    """A server whose drafts took twenty times as long for a while, which nobody forgets at once."""
+    server = served(SMALL_AT_32, seed)
+    server.swap(2, calibration(SMALL_AT_32))
+    server.run(SMALL_AT_32, 2000)
+    server.run(replace(SMALL_AT_32, draft_s=20 * SMALL_AT_32.draft_s), 300)
+    return server
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_swap_brings_a_trial_whatever_is_believed_of_step_times(seed):
+    """It was silent for thousands of steps, swaps or not: 0.7 of the best arm."""
+    bad = replace(SMALL_AT_32, eagle=(0.02,) * 8)
+    server = disturbed(seed)
+    server.swap(1, calibration(bad))
+    server.run(bad, 300)
+    server.swap(2, calibration(SMALL_AT_32))
+    server.run(SMALL_AT_32, 600)
+    assert server.run(SMALL_AT_32, 600).speed >= 0.9 * best_fixed_speed(SMALL_AT_32)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_wrong_step_times_are_corrected_without_a_swap_too(seed):
+    server = disturbed(seed)
+    server.run(SMALL_AT_32, 3000)
+    assert server.run(SMALL_AT_32, 1000).speed >= 0.93 * best_fixed_speed(SMALL_AT_32)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_looks_that_found_nothing_after_a_swap_do_not_forbid_later_ones(seed):
+    """What the looks of the first steps took was owed for ten thousand others."""
+    useless = replace(SMALL_AT_32, eagle=(0.02,) * 8)
+    first = replace(useless, rows={})
+    then = replace(useless, rows={7: Rows(0.5, 0.7), 3: Rows(0.2, 0.4)})
+    server = served(then, seed)
+    server.swap(1, calibration(first))
+    server.run(first, 60)
+    server.run(then, 800)
+    # The best arm looks at every step, and so does this.
+    assert server.run(then, 800).speed >= 0.9 * best_fixed_speed(then)
