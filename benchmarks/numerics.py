@@ -127,7 +127,7 @@ def answer(
 
     def each(request: Request, output: Output) -> None:
         found.setdefault(request.id, []).extend(output.token_ids)
-        if output.finish_reason is not None:
+        if output.finish_reason in ("stop", "length"):  # others were cancelled at the end
             over.add(request.id)
 
     engine = side.service.engine
@@ -171,9 +171,7 @@ def count_flips(
     all_ways = list(ways(batch))
     share = MOST_TOKENS[numerics] // (len(all_ways) - 1)
     first = answer(sides[numerics], traffic, Way("plain", batch, 0), share, seconds / 6)
-    say(
-        f"{numerics}: {sum(map(len, first.values()))} tokens of {len(first)} answers to compare with"
-    )
+    say(f"{numerics}: {sum(map(len, first.values()))} tokens to compare with")
     rows = []
     for number, way in enumerate(all_ways):
         left = seconds - (time.monotonic() - began)
