@@ -41,6 +41,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.records import Trace
 from configs.load import load_settings
 from configs.schema import Settings
+from drafters.acceptance import Chains
 from drafters.batch import TrainingBatch, collate
 from drafters.samples import Sample
 from drafters.trainable import Trainable, trainable
@@ -217,11 +218,11 @@ def judge(bench: Bench, model: torch.nn.Module) -> dict[str, float | None]:
     """Simulated tokens_per_step on the held-out traces of each domain."""
     figures = {}
     for domain, judged in bench.judged.items():
-        alphas = []
+        texts = []
         for batch in judged:
             found, is_full = bench.learns.acceptance(model, bench.head, batch, K)
-            alphas.append(found[is_full].cpu())
-        figures[domain] = bench.learns.tokens_per_step(torch.cat(alphas), K)
+            texts.append(found[is_full].cpu())
+        figures[domain] = Chains.join(Chains.of_texts(texts), K).tokens_per_step()
     return figures
 
 

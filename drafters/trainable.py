@@ -160,10 +160,6 @@ class Trainable(Protocol[ModelT]):
         """
         ...
 
-    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
-        """Simulated tokens_per_step of chains of ``num_draft`` tokens; ``None`` without chains."""
-        ...
-
 
 @runtime_checkable
 class CarriedByTarget(Protocol):

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from drafters.acceptance import conditional_acceptance
+from drafters.acceptance import Chains
 from drafters.trainable import Trainable
 from policies.cost_table import SpeedTable, by_tokens
 from policies.gate import GateVerdict, PairedTrace, gain_error, gate
@@ -109,11 +109,11 @@ class Static:
     """A version that never changes, whose acceptance on each trace is cached."""
 
     model: nn.Module
-    _known: dict[str, Tensor] = field(default_factory=dict)
+    _known: dict[str, Chains] = field(default_factory=dict)
 
     def acceptance_on(
-        self, samples: Sequence[HeldSample], measure: Callable[..., dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+        self, samples: Sequence[HeldSample], measure: Callable[..., dict[str, Chains]]
+    ) -> dict[str, Chains]:
         """Acceptance on each sample, by its key."""
         new = measure(self.model, [x for x in samples if x.key not in self._known])
         known = self._known | new
@@ -128,22 +128,21 @@ class _Values:
     speed: SpeedTable
     ks: tuple[tuple[int, ...], tuple[int, ...]]
     """K of each, by size of batch."""
-    tokens_by_k: Callable[[Tensor], list[float] | None]
 
-    def of(self, who: int, alphas_NK: Tensor) -> float | None:
-        """Mean over the chains; ``None`` without any."""
-        tokens = self.tokens_by_k(alphas_NK)
+    def of(self, who: int, chains: Chains) -> float | None:
+        """Mean over the rounds; ``None`` without any."""
+        tokens = chains.tokens_by_k()
         return None if tokens is None else self.speed.speedup(tokens, self.ks[who])
 
-    def at_best(self, alphas_NK: Tensor) -> float | None:
+    def at_best(self, chains: Chains) -> float | None:
         """The same at the K that is best for these chains."""
-        tokens = self.tokens_by_k(alphas_NK)
+        tokens = chains.tokens_by_k()
         return None if tokens is None else self.speed.speedup(tokens, self.speed.best(tokens))
 
-    def paired(self, ours_NK: Tensor, theirs_NK: Tensor) -> PairedTrace:
+    def paired(self, ours: Chains, theirs: Chains) -> PairedTrace:
         """Both drafters on one trace."""
-        count = len(ours_NK)
-        mine, best = self.of(0, ours_NK) or 0.0, self.of(1, theirs_NK) or 0.0
+        count = len(ours)
+        mine, best = self.of(0, ours) or 0.0, self.of(1, theirs) or 0.0
         return PairedTrace(count, count * mine, count * best)
 
 
@@ -162,7 +161,7 @@ class Judge:
     """With which the candidate must not be worse; 0.5: only the estimates count."""
     static: Static | None = None
     """The version that the trainer began from, for comparison; ``None``: it is not measured."""
-    _known: dict[str, Tensor] = field(default_factory=dict)
+    _known: dict[str, Chains] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
 
     def judge(
@@ -181,8 +180,7 @@ class Judge:
         known = self._of_incumbent(everything)
         measured = self._measure(candidate, everything)
         ours, theirs = _join(measured, held_out), _join(known, held_out)
-        mine, best = (self._tokens_per_step(x) for x in (ours, theirs))
-        values = self._values(speed or by_tokens(GATE_DRAFT_K), ours, theirs)
+        values = _values(speed or by_tokens(GATE_DRAFT_K), ours, theirs)
         before = [values.of(who, _join(x, older)) for who, x in ((0, measured), (1, known))]
         traces = [values.paired(measured[x.key], known[x.key]) for x in held_out]
         domains = _by_domain(everything)
@@ -202,18 +200,18 @@ class Judge:
         figures = (values.of(0, ours), values.of(1, theirs))
         return Judgement(
             verdict,
-            mine,
-            best,
-            _by_position(ours),
+            ours.tokens_per_step(),
+            theirs.tokens_per_step(),
+            ours.acceptance(),
             gain_error(traces),
             len(ours),
             len(held_out),
-            _by_position(theirs),
+            theirs.acceptance(),
             Speeds(*figures) if speed and None not in figures else None,  # type: ignore[arg-type]
             self._domain_speeds(values, domains, measured, known),
         )
 
-    def _of_incumbent(self, samples: Sequence[HeldSample]) -> dict[str, Tensor]:
+    def _of_incumbent(self, samples: Sequence[HeldSample]) -> dict[str, Chains]:
         """The incumbent's acceptance on each sample."""
         known = self._known
         known |= self._measure(self.incumbent, [x for x in samples if x.key not in known])
@@ -224,11 +222,11 @@ class Judge:
         self,
         values: _Values,
         domains: Mapping[str, Sequence[HeldSample]],
-        measured: dict[str, Tensor],
-        known: dict[str, Tensor],
+        measured: dict[str, Chains],
+        known: dict[str, Chains],
     ) -> dict[str, DomainSpeeds]:
         if self.static is None:
-            static: dict[str, Tensor] = {}
+            static: dict[str, Chains] = {}
         else:
             every = [x for samples in domains.values() for x in samples]
             static = self.static.acceptance_on(every, self._measure)
@@ -240,26 +238,13 @@ class Judge:
                 found[name] = DomainSpeeds(ours, theirs, theirs_static, len(samples))
         return found
 
-    def _values(self, speed: SpeedTable, ours_NK: Tensor, theirs_NK: Tensor) -> _Values:
-        tokens = [self._tokens_by_k(x) for x in (ours_NK, theirs_NK)]
-        ks = tuple(speed.best(t) if t else (1,) * len(speed.weights) for t in tokens)
-        return _Values(speed, (ks[0], ks[1]), self._tokens_by_k)
-
-    def _tokens_by_k(self, alphas_NK: Tensor) -> list[float] | None:
-        """tokens_per_step at K = 1, 2, ... ``GATE_DRAFT_K``; ``None`` without chains."""
-        tokens = [self.trainable.tokens_per_step(alphas_NK, k) for k in range(1, GATE_DRAFT_K + 1)]
-        return [t for t in tokens if t is not None] or None
-
-    def _tokens_per_step(self, alphas_NK: Tensor) -> float | None:
-        return self.trainable.tokens_per_step(alphas_NK, GATE_DRAFT_K)
-
     def promote(self, candidate: nn.Module) -> None:
         """Make the candidate, which was published, the incumbent."""
         self.incumbent.load_state_dict(candidate.state_dict())
         self._known = {}
 
-    def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Tensor]:
-        """Acceptance [N, K] of the complete chains of each sample, by its key."""
+    def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Chains]:
+        """The complete chains of each sample, by its key."""
         owners, found = [], []
         for group in _groups(samples):
             packed = pack([piece for _, piece in group], None)
@@ -273,7 +258,14 @@ class Judge:
         is_full = rows[:, -1] > 0
         owner = torch.from_numpy(np.concatenate(owners))[is_full]
         alphas = rows[is_full, :-1]
-        return {x.key: alphas[owner == place] for place, x in enumerate(samples)}
+        chains = Chains.of_texts([alphas[owner == place] for place in range(len(samples))])
+        return {x.key: found for x, found in zip(samples, chains, strict=True)}
+
+
+def _values(speed: SpeedTable, ours: Chains, theirs: Chains) -> _Values:
+    tokens = [x.tokens_by_k() for x in (ours, theirs)]
+    ks = tuple(speed.best(t) if t else (1,) * len(speed.weights) for t in tokens)
+    return _Values(speed, (ks[0], ks[1]))
 
 
 def _groups(samples: Sequence[HeldSample]) -> Iterator[list[tuple[int, HeldPiece]]]:
@@ -303,9 +295,5 @@ def _by_domain(samples: Sequence[HeldSample]) -> dict[str, list[HeldSample]]:
     return found
 
 
-def _by_position(alphas_NK: Tensor) -> list[float]:
-    return [a for a in conditional_acceptance(alphas_NK) if a is not None]
-
-
-def _join(found: dict[str, Tensor], samples: Sequence[HeldSample]) -> Tensor:
-    return torch.cat((torch.zeros(0, GATE_DRAFT_K), *(found[x.key] for x in samples)))
+def _join(found: dict[str, Chains], samples: Sequence[HeldSample]) -> Chains:
+    return Chains.join([found[x.key] for x in samples], GATE_DRAFT_K)

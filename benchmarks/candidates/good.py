@@ -16,7 +16,6 @@ from torch import nn
 from benchmarks.candidates.world import CLIENTS, World
 from policies.gate import PairedTrace, gate
 from policies.rollback import Action, SwapWatch
-from trainer.gate import GATE_DRAFT_K
 from trainer.rows import HeldSample
 
 Rounds = Sequence[Sequence[tuple[int, int]]]
@@ -102,8 +101,7 @@ def gated(
     pairs = []
     for sample in samples:
         num = len(ours[sample.key])
-        mine, best = (judge.trainable.tokens_per_step(x[sample.key], GATE_DRAFT_K)
-                      for x in (ours, theirs))  # fmt: skip
+        mine, best = (x[sample.key].tokens_per_step() for x in (ours, theirs))
         if num and mine is not None and best is not None:
             pairs.append(PairedTrace(num, num * mine, num * best))
     chance, refused = random.Random(seed), Counter[str]()

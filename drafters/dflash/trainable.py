@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from configs.schema import TrainerSettings
-from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import TrainingBatch
 from drafters.dflash.paged import DFlash, DFlashConfig
 from drafters.eagle3.chains import lay_out
@@ -162,10 +161,6 @@ class DFlashTrainable:
         accepted = torch.where(greedy_N, found.agrees_N.float(), found.alpha_N.float())
         alphas_RK = torch.where(alive_RK, accepted.view(num_rows, num_draft), 0.0)
         return alphas_RK, alive_RK.all(dim=1)
-
-    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
-        """See ``simulated_tokens_per_step``."""
-        return simulated_tokens_per_step(alphas_NK, num_draft)
 
 
 def config_for_target(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import TrainerSettings
-from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import TrainingBatch
 from drafters.draft_model.paged import DraftModel, DraftModelConfig, make_module
 from drafters.eagle3.chains import Chains, chain_weights, lay_out
@@ -148,10 +147,6 @@ class DraftModelTrainable:
         accepted_R = torch.where(greedy_R, found.agrees_N.float(), found.alpha_N.float())
         alphas_KR = torch.where(chains.alive_KR, _ahead(accepted_R, num_draft), 0.0)
         return alphas_KR.T, chains.alive_KR.all(dim=0)
-
-    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
-        """See ``simulated_tokens_per_step``."""
-        return simulated_tokens_per_step(alphas_NK, num_draft)
 
 
 def row_hidden(model: DraftModel, batch: TrainingBatch) -> Tensor:

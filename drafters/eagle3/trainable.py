@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from configs.schema import TrainerSettings
-from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import TrainingBatch
 from drafters.eagle3.from_target import imitate
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
@@ -70,10 +69,6 @@ class LearnsByChains:
         """See ``chain_acceptance``."""
         given = model, head.embed_VH, head.lm_head, batch, num_draft
         return chain_acceptance(*given, outputs=self.outputs)
-
-    def tokens_per_step(self, alphas_NK: Tensor, num_draft: int) -> float | None:
-        """See ``simulated_tokens_per_step``."""
-        return simulated_tokens_per_step(alphas_NK, num_draft)
 
 
 @dataclass(frozen=True, slots=True)

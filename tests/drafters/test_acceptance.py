@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from drafters.acceptance import (
+    Chains,
     conditional_acceptance,
     expected_acceptance,
     simulated_tokens_per_step,
@@ -52,3 +53,58 @@ def test_conditional_acceptance_multiplies_to_survival() -> None:
     alphas = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
 
     assert conditional_acceptance(alphas) == [0.5, 0.5]
+
+
+def decoded(alphas: torch.Tensor, num_draft: int, generator: torch.Generator) -> tuple[int, int]:
+    """Tokens and rounds of one text decoded with these acceptances, by drawing each verdict."""
+    at = rounds = 0
+    while at < len(alphas):
+        kept = 0
+        while kept < num_draft and torch.rand((), generator=generator) < alphas[at, kept]:
+            kept += 1
+        at, rounds = at + kept + 1, rounds + 1
+    return at, rounds
+
+
+def uneven_text(generator: torch.Generator, num_draft: int = 4) -> torch.Tensor:
+    """Stretches that are easy and stretches that are hard to draft, as text has them."""
+    levels = torch.tensor([0.95, 0.15]).repeat(8).repeat_interleave(12)
+    noise = 0.05 * torch.rand(len(levels), num_draft, generator=generator)
+    return (levels[:, None] - 0.05 + noise).float()
+
+
+def test_chains_bring_the_tokens_per_step_that_decoding_does() -> None:
+    """The mean over all places is a quarter higher here: rounds skip the easy places."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [uneven_text(generator) for _ in range(20)]
+    chains = Chains.join(Chains.of_texts(texts), 4)
+    tokens_by_k = chains.tokens_by_k()
+    assert tokens_by_k is not None
+
+    for num_draft in (1, 4):
+        runs = [decoded(text, num_draft, generator) for text in texts for _ in range(4)]
+        lived = sum(tokens for tokens, _ in runs) / sum(rounds for _, rounds in runs)
+        assert tokens_by_k[num_draft - 1] == pytest.approx(lived, rel=0.02)
+    assert simulated_tokens_per_step(chains.alphas_NK, 4) > 1.2 * tokens_by_k[3]  # type: ignore[operator]
+
+
+def test_acceptance_of_chains_multiplies_to_their_tokens_per_step() -> None:
+    texts = [uneven_text(torch.Generator().manual_seed(1))]
+    (chains,) = Chains.of_texts(texts)
+    survival = torch.tensor(chains.acceptance()).cumprod(0)
+
+    assert 1 + float(survival.sum()) == pytest.approx(chains.tokens_per_step(), rel=1e-4)
+
+
+def test_chains_that_are_alike_weigh_alike() -> None:
+    (chains,) = Chains.of_texts([torch.full((40, 3), 0.5)])
+
+    assert chains.tokens_by_k() == pytest.approx([1.5, 1.75, 1.875])
+    assert chains.acceptance() == pytest.approx([0.5] * 3)
+
+
+def test_no_chains_are_no_figures() -> None:
+    assert Chains.of_texts([]) == []
+    assert Chains.none(4).tokens_by_k() is None
+    assert Chains.none(4).acceptance() == []
+    assert len(Chains.join(Chains.of_texts([torch.zeros(0, 4)]), 4)) == 0

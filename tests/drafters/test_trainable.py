@@ -11,6 +11,7 @@ import torch
 
 from buffer.records import Trace
 from configs.schema import DrafterSettings
+from drafters.acceptance import simulated_tokens_per_step
 from drafters.batch import collate
 from drafters.catalog import kind_of
 from drafters.protocol import DrafterContext, Weights
@@ -89,7 +90,7 @@ def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
     def tokens_per_step():
         alphas, is_full = learns.acceptance(drafter, target_head, batch, 3)
         assert set(batch.segment_T[batch.row_R[is_full]].tolist()) == set(range(len(parts)))
-        return learns.tokens_per_step(alphas[is_full], 3)
+        return simulated_tokens_per_step(alphas[is_full], 3)
 
     before = tokens_per_step()
     losses = []
