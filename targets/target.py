@@ -184,7 +184,9 @@ class Target:
         if reason is not None:
             return reason
         try:
-            self._fused = FusedDecoder(self.model, num_positions, pinned=pinned, in_place=in_place)
+            self._fused = FusedDecoder(
+                self.model, num_positions, pinned=pinned, in_place=in_place, packs=True
+            )
         except ValueError as error:
             if not in_place:
                 raise

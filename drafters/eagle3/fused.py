@@ -116,7 +116,7 @@ class FusedEagle3:
         self.table = rope_table(
             module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
         )
-        self.few_rows = few_rows_of(weight.dtype) if few_rows is None else few_rows
+        self.few_rows = few_rows_of(weight, use_kernels) if few_rows is None else few_rows
         linears = (module.fc, module.qkv_proj, module.o_proj, module.down_proj, module.lm_head)
         products = [(module.gate_up_proj.weight, True), *((m.weight, False) for m in linears)]
         self._operations = pick_operations(products, use_kernels, overlap)
@@ -150,7 +150,8 @@ class FusedEagle3:
         norms = _norm(m.input_layernorm), _norm(m.hidden_norm)
         pair = do.norm_pair(ids_T, self.embed.weight.detach(), hidden, *norms)
         qkv = self._product(pair, m.qkv_proj)
-        q = do.rope_and_write(qkv, self.heads, self.table, positions_T, slots_T, keys, values)
+        table = do.rope_rows(self.table, positions_T)
+        q = do.rope_and_write(qkv, self.heads, table, positions_T, slots_T, keys, values)
         run = self._few_rows if self._are_few(ids_T) else self._many_rows
         return run(attend(q).flatten(1), hidden)
 
@@ -166,9 +167,9 @@ class FusedEagle3:
         do, m = self._operations, self.module
         stream = torch.empty_like(hidden)
         norm = _norm(m.post_attention_layernorm)
-        normed = do.add_norm(hidden, m.o_proj(mixed), norm, stream)
+        normed = do.linear_add_norm(mixed, m.o_proj.weight.detach(), hidden, norm, stream)
         update: Tensor = m.down_proj(do.silu_gate(m.gate_up_proj(normed)))
-        return stream + update, None
+        return stream.add_(update), None
 
     def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype.

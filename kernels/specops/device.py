@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes
+from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes_host, listed
 from specops import best_ids as best_definition
 from specops import distill as distill_definition
 from specops import verify_logits as logits_definition
@@ -32,7 +32,7 @@ def prepare_pass(decode: DecodePass, num_query: int) -> DecodePass | PagedPass:
     """
     if decode.first_R.is_cuda:
         return decode
-    return attention.listed_pass(decode, num_query)
+    return listed.listed_pass(decode, num_query)
 
 
 def prepare_steps(
@@ -46,7 +46,7 @@ def prepare_steps(
     """
     if decode.first_R.is_cuda:
         return [replace(decode, first_R=first_R) for first_R in first_KR.unbind()]
-    return attention.listed_steps(decode, num_steps)
+    return listed.listed_steps(decode, num_steps)
 
 
 def decode_attention(
@@ -95,7 +95,7 @@ def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> P
         from specops import attention_triton
 
         return attention_triton.places_of(decode, num_query, by_step=by_step)
-    return attention.places_of(decode, num_query, by_step=by_step)
+    return listed.places_of(decode, num_query, by_step=by_step)
 
 
 def sample_draft(
@@ -177,7 +177,7 @@ def open_round(
     is_given: bool,
 ) -> OpenedRound:
     """See ``specops.lanes.open_round``."""
-    start = lanes.open_round
+    start = lanes_host.open_round
     if inputs_RI.is_cuda:
         from specops import lanes_triton
 
@@ -194,7 +194,7 @@ def close_round(
     outputs_RC: Tensor,
 ) -> ClosedRound:
     """See ``specops.lanes.close_round``."""
-    end: Callable[..., ClosedRound] = lanes.close_round
+    end: Callable[..., ClosedRound] = lanes_host.close_round
     if draft_RK.is_cuda:
         from specops import lanes_triton, overlap_triton
 
