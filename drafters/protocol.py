@@ -172,6 +172,15 @@ class FollowsTarget(Protocol):
         Called between two steps, on the engine's thread."""
 
 
+@runtime_checkable
+class FollowsWeights(Protocol):
+    """A neural drafter that may compute with copies of its own weights."""
+
+    def follow_weights(self) -> None:
+        """Its module's weights were overwritten where they lie: make the copies again. Called
+        between two steps, on the engine's thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterContext:
     """What a drafter is built from: its settings and facts about the engine."""

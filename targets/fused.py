@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from specops.cpu_operations import can_pack, packed
+from specops.cpu_operations import can_pack, joint_norms, packed
 from specops.decoder_operations import (
     IN_FLOAT32,
     PACKED,
@@ -47,7 +47,6 @@ values are already in the layer's pages."""
 _ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the sequence length."""
 _WIDEST = 16_384
-_MOST_PACKED_BYTES = 1 << 30
 
 
 class Pool(Protocol):
@@ -146,18 +145,15 @@ def _products_of(layer: Layer) -> dict[str, Tensor]:
     return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
 
 
-def _are_packed(many: _Many) -> bool:
-    """Whether it is worth their memory to multiply with packed copies."""
-    weights = [many.head, *(w for layer in many.layers for w in _products_of(layer).values())]
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-    return num_bytes <= _MOST_PACKED_BYTES and can_pack(many.head)
+def _weights_of(many: _Many) -> list[Tensor]:
+    return [many.head, *(w for layer in many.layers for w in _products_of(layer).values())]
 
 
 def _pack(many: _Many) -> _Many:
-    layers = [
-        replace(layer, **{name: packed(weight) for name, weight in _products_of(layer).items()})
-        for layer in many.layers
-    ]
+    layers = []
+    for layer in many.layers:
+        weights = {name: packed(weight) for name, weight in _products_of(layer).items()}
+        layers.append(replace(layer, heads=joint_norms(layer.heads), **weights))
     return _Many(layers, packed(many.head))
 
 
@@ -237,8 +233,15 @@ class FusedDecoder:
         self._gate = do.silu_gate if family.activation == "silu" else do.gelu_gate
         self._ahead_bytes = ahead_bytes if has_kernels(self._operations) else 0
         self._many = _Many(self.layers, self.head)
-        if packs and not in_place and self._operations is IN_FLOAT32 and _are_packed(self._many):
+        is_plain = self._operations is IN_FLOAT32 and not in_place
+        if packs and is_plain and can_pack(_weights_of(self._many)):
             self._operations, self._many = PACKED, _pack(self._many)
+
+    @property
+    def heads_per_key(self) -> int:
+        """Query heads of a key head."""
+        heads = self.layers[0].heads
+        return heads.num_query // heads.num_kv
 
     def num_unreached(self, model: Any) -> int:
         """Weights of the layers that ``follow`` would leave as they are, because they are copies
@@ -302,7 +305,7 @@ class FusedDecoder:
             if self._ahead_bytes:
                 more = {"ahead": layer.o, "ahead_bytes": self._ahead_bytes}
             q = do.rope_and_write(
-                qkv, layer.heads, tables[layer.rope], positions_T, slots_T,
+                qkv, self._many.layers[index].heads, tables[layer.rope], positions_T, slots_T,
                 pool.keys[index], pool.values[index], **more,
             )  # fmt: skip
             return attend(index, q).flatten(1)

@@ -249,10 +249,13 @@ class Target:
             slots_T: [T] int64, where each row's key and value go.
             at: page tables and positions of the rows' requests, or what was prepared of them.
         """
-        paged = prepare_pass(at, at.num_query(len(ids_T))) if isinstance(at, DecodePass) else at
-        if self._fused is None:
-            return self._by_own_code(ids_T, positions_T, paged, pool)
         fused = self._fused
+        paged = at
+        if isinstance(at, DecodePass):
+            heads_per_key = 0 if fused is None else fused.heads_per_key
+            paged = prepare_pass(at, at.num_query(len(ids_T)), heads_per_key)
+        if fused is None:
+            return self._by_own_code(ids_T, positions_T, paged, pool)
 
         def attend(layer: int, q_THD: Tensor) -> Tensor:
             kept = pool.keys[layer], pool.values[layer]

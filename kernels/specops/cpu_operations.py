@@ -13,12 +13,13 @@ Shapes: T rows, Hq/Hkv heads, C = (Hq + 2 Hkv) * D, D head dimension, M rows, K 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from specops.linear import Norm, rms_norm
+from specops.linear import Norm, rms_norm, root_mean_square
 from specops.rope import Heads, RopeTable
 
 
@@ -63,17 +64,28 @@ def rope_and_write(
 
 def _normed(qk_THD: Tensor, heads: Heads) -> Tensor:
     """Queries and keys behind the norms that they have."""
-    q_norm, k_norm, head_dim = heads.query_norm, heads.key_norm, qk_THD.shape[2]
+    q_norm, k_norm = heads.query_norm, heads.key_norm
     either = q_norm or k_norm
     if either is None:
         return qk_THD
-    normed = torch.nn.functional.rms_norm(qk_THD, (head_dim,), None, either.eps)
-    for norm, part in ((q_norm, slice(heads.num_query)), (k_norm, slice(heads.num_query, None))):
-        if norm is None:
-            normed[:, part] = qk_THD[:, part]
-        else:
-            normed[:, part].mul_(norm.weight_K)
-    return normed
+    if heads.norms_HD is not None:
+        return (qk_THD * heads.norms_HD).div_(root_mean_square(qk_THD, either.eps))
+    parts = qk_THD.split((heads.num_query, heads.num_kv), dim=1)
+    normed = (
+        x if norm is None else rms_norm(x, norm)
+        for x, norm in zip(parts, (q_norm, k_norm), strict=True)
+    )
+    return torch.cat(tuple(normed), dim=1)
+
+
+def joint_norms(heads: Heads) -> Heads:
+    """The same heads with copies of their norms' weights side by side, if they have both."""
+    if heads.query_norm is None or heads.key_norm is None:
+        return heads
+    weights = heads.query_norm.weight_K, heads.key_norm.weight_K
+    counts = heads.num_query, heads.num_kv
+    parts = [w.expand(count, -1) for w, count in zip(weights, counts, strict=True)]
+    return replace(heads, norms_HD=torch.cat(parts))
 
 
 def linear_add_norm(
@@ -88,15 +100,19 @@ def linear_add(x_MK: Tensor, weight_NK: Tensor, residual_MN: Tensor, out: Tensor
     return torch.addmm(residual_MN, x_MK, weight_NK.t(), out=out)
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether ``packed`` takes this weight on this machine."""
-    is_plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return is_plain and torch.backends.mkldnn.is_available() and hasattr(_ONEDNN, _LINEAR)
-
-
 _ONEDNN, _LINEAR = torch.ops.mkldnn, "_linear_pointwise"
 _ROWS_AT_BEST = 4
 """Rows for which weights are laid out. Of 1, 4 and 16, four are best from one row to 64."""
+_MOST_PACKED_BYTES = 1 << 30
+"""Of one model; packed weights are copies."""
+
+
+def can_pack(weights: Sequence[Tensor]) -> bool:
+    """Whether ``packed`` takes the weights of a model on this machine, and is worth the memory."""
+    is_plain = all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(_ONEDNN, _LINEAR)
+    return is_plain and has_onednn and num_bytes <= _MOST_PACKED_BYTES
 
 
 def packed(weight_NK: Tensor) -> Tensor:

@@ -23,30 +23,34 @@ from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
 
 
-def prepare_pass(decode: DecodePass, num_query: int) -> DecodePass | PagedPass:
+def prepare_pass(
+    decode: DecodePass, num_query: int, heads_per_key: int = 0
+) -> DecodePass | PagedPass:
     """The pass as every layer's ``decode_attention`` takes it: unchanged on a GPU; on a CPU, as
     slots and masks listed once, because finding them in each layer would take half of a step.
 
     Args:
         num_query: rows of each request.
+        heads_per_key: query heads of a key head in all layers; 0: not known.
     """
     if decode.first_R.is_cuda:
         return decode
-    return listed.listed_pass(decode, num_query)
+    return listed.listed_pass(decode, num_query, heads_per_key)
 
 
 def prepare_steps(
-    decode: DecodePass, first_KR: Tensor, num_steps: int
+    decode: DecodePass, first_KR: Tensor, num_steps: int, heads_per_key: int = 0
 ) -> Sequence[DecodePass | PagedPass]:
     """``prepare_pass`` of single rows at consecutive positions, one pass for each step.
 
     Args:
         first_KR: [K, R] int32 position of each request's row at each step.
         num_steps: K.
+        heads_per_key: see ``prepare_pass``.
     """
     if decode.first_R.is_cuda:
         return [replace(decode, first_R=first_R) for first_R in first_KR.unbind()]
-    return listed.listed_steps(decode, num_steps)
+    return listed.listed_steps(decode, num_steps, heads_per_key)
 
 
 def decode_attention(

@@ -27,11 +27,14 @@ def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> P
     return Places(*(contiguous(ints.T if by_step else ints) for ints in found))
 
 
-def listed_pass(decode: DecodePass, num_query: int) -> PagedPass:
+def listed_pass(decode: DecodePass, num_query: int, heads_per_key: int = 0) -> PagedPass:
     """The same pass as lists of slots and masks, no longer than its longest request.
 
     Values are read. Consecutive blocks of one request become one group, which gathers its keys
     once.
+
+    Args:
+        heads_per_key: query heads of a key head, for ``Group.bias``; 0: none is prepared.
 
     Raises:
         ValueError: the rows are a tree.
@@ -43,24 +46,24 @@ def listed_pass(decode: DecodePass, num_query: int) -> PagedPass:
     starts = _starts_of_runs(rows.pages_RP, decode.first_R.numpy(), num_query, decode.is_block)
     num_requests = len(rows.positions_RQ)
     if len(starts) == num_requests:
-        return PagedPass(slots_T, (_group(decode, rows.pages_RP, rows.positions_RQ, 0),))
+        whole = _group(decode, rows.pages_RP, rows.positions_RQ, 0, heads_per_key)
+        return PagedPass(slots_T, (whole,))
     groups = []
     for start, end in zip(starts, [*starts[1:], num_requests], strict=True):
         positions = rows.positions_RQ[start:end].reshape(1, -1)
-        groups.append(
-            _group(decode, rows.pages_RP[start : start + 1], positions, start * num_query)
-        )
+        pages, first = rows.pages_RP[start : start + 1], start * num_query
+        groups.append(_group(decode, pages, positions, first, heads_per_key))
     return PagedPass(slots_T, tuple(groups))
 
 
-def listed_steps(decode: DecodePass, num_steps: int) -> list[PagedPass]:
+def listed_steps(decode: DecodePass, num_steps: int, heads_per_key: int = 0) -> list[PagedPass]:
     """``listed_pass`` of single rows at consecutive positions, one pass for each step.
 
     Slots and masks of all steps are computed at once.
     """
     rows = HostRows.of(decode, num_steps)
     slots_KR = contiguous(rows.slots_RQ.T)
-    whole = _group(decode, rows.pages_RP, rows.positions_RQ, 0)
+    whole = _group(decode, rows.pages_RP, rows.positions_RQ, 0, heads_per_key)
     passes = []
     for step in range(num_steps):
         one = slice(step, step + 1)
@@ -69,6 +72,7 @@ def listed_steps(decode: DecodePass, num_steps: int) -> list[PagedPass]:
             num_query=1,
             positions_RQ=whole.positions_RQ[:, one],
             mask_RQS=whole.mask_RQS[:, :, one],
+            bias=_bias_of(whole.bias, step, heads_per_key),
         )
         passes.append(PagedPass(slots_KR[step], (group,)))
     return passes
@@ -130,7 +134,16 @@ def _starts_of_runs(
     return [0, *(np.flatnonzero(~(has_same_pages & is_next)) + 1).tolist()]
 
 
-def _group(decode: DecodePass, pages_RP: Ints, positions_RQ: Ints, start: int) -> Group:
+def _bias_of(bias: torch.Tensor | None, step: int, heads_per_key: int) -> torch.Tensor | None:
+    """The rows of one step."""
+    if bias is None:
+        return None
+    return bias[:, :, step * heads_per_key : (step + 1) * heads_per_key]
+
+
+def _group(
+    decode: DecodePass, pages_RP: Ints, positions_RQ: Ints, start: int, heads_per_key: int
+) -> Group:
     """A group with its mask; positions before ``decode.first_key`` are invisible."""
     num_pages = max(-(-(int(positions_RQ.max()) + 1) // decode.page_size), 1)
     offset = np.arange(decode.page_size)
@@ -143,6 +156,10 @@ def _group(decode: DecodePass, pages_RP: Ints, positions_RQ: Ints, start: int) -
     mask = keys <= last_RQ[..., None]
     if decode.first_key:
         mask &= keys >= decode.first_key
+    bias = None
+    if heads_per_key:
+        rows = np.where(mask, np.float32(0), np.float32("-inf"))
+        bias = contiguous(np.repeat(rows, heads_per_key, axis=1)[:, None])
     return Group(
         start,
         positions_RQ.shape[1],
@@ -150,4 +167,5 @@ def _group(decode: DecodePass, pages_RP: Ints, positions_RQ: Ints, start: int) -
         contiguous(positions_RQ),
         contiguous(mask[:, None]),
         contiguous(pages),
+        bias,
     )

@@ -95,7 +95,6 @@ def verify_logits(
     check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
     is_sound_RK1 = are_sound(logits_RK1V)
     place = torch.arange(num_draft + 1, device=draft_RK.device)
-    is_drafted = place[:num_draft] < lens_R[:, None]
     judged_RK = is_sound_RK1[:, :num_draft]
     if drafted is not None:
         judged_RK = judged_RK & are_sound(drafted.logits_RKD)
@@ -109,6 +108,9 @@ def verify_logits(
         own_q = draft_distribution(q_logits, drafted.sampling, drafted.greedy_R)
         q = target_distribution(own_q, drafted.vocab, logits_RK1V.shape[-1])
     own = torch.where(is_sound_RK1, _own_tokens(p, sampling, rules_R, numbering), UNSOUND)
+    if not num_draft and all_match and not with_logprobs:  # plain decoding: nothing to compare
+        none_R0 = own.new_zeros((len(own), 0), dtype=torch.float32)
+        return LogitVerdict(torch.zeros_like(lens_R), own[:, 0], none_R0, none_R0, None, None)
     accepted, following = verify_match(own, draft_RK, judged_R)
     if not all_match:
         judged = _judge(p, q, draft_RK, judged_R, rules_R, numbering)
@@ -131,6 +133,7 @@ def verify_logits(
         logprob = torch.where(place <= accepted[:, None], logprob, 0.0).float()
         entropy = torch.special.entr(plain.exp()).sum(dim=-1)
         entropy = torch.where(place <= lens_R[:, None], entropy, 0.0).float()
+    is_drafted = place[:num_draft] < lens_R[:, None]
     return LogitVerdict(
         accepted,
         following,

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from specops import cpu_operations, linear, rope, rows
-from specops.decoder_operations import DEFINITIONS, IN_FLOAT32, few_rows_of, pick_operations
+from specops.decoder_operations import (
+    DEFINITIONS,
+    IN_FLOAT32,
+    PACKED,
+    few_rows_of,
+    has_kernels,
+    pick_operations,
+)
 from specops.linear import Norm
 from specops.rope import Heads, rope_table
 
@@ -80,3 +87,51 @@ def test_a_cpu_leaves_products_to_the_library():
     assert pick_operations([(weight, False)], None, None) is IN_FLOAT32
     assert pick_operations([(half, False)], None, None) is DEFINITIONS
     assert few_rows_of(weight) == 0 and few_rows_of(weight, use_kernels=True) == 1
+    assert not any(map(has_kernels, (DEFINITIONS, IN_FLOAT32, PACKED)))
+
+
+def test_heads_with_both_norms_are_turned_alike_with_copies_of_their_weights():
+    heads = Heads(4, 2, norm_of(DIM, 1), norm_of(DIM, 2))
+    qkv, rows_at = normal(3, 8 * DIM), (torch.tensor([700, 0, 3]), torch.tensor([9, 3, 39]))
+
+    want = turned(cpu_operations.rope_and_write, qkv, heads, *rows_at)
+    got = turned(cpu_operations.rope_and_write, qkv, cpu_operations.joint_norms(heads), *rows_at)
+
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(256, 512), (624, 256), (100, 74)])
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others(num_inputs, num_outputs):
+    weight, x = normal(num_outputs, num_inputs), normal(20, 2, num_inputs, seed=1)[:, 1]
+    if not cpu_operations.can_pack([weight]):
+        pytest.skip("this build of torch has no oneDNN")
+    packed = cpu_operations.packed(weight)
+
+    whole = cpu_operations.packed_linear(x, packed)
+
+    torch.testing.assert_close(whole, x @ weight.T, atol=1e-4, rtol=1e-5)
+    for num_rows in (1, 2, 3, 5, 12):
+        assert torch.equal(cpu_operations.packed_linear(x[:num_rows], packed), whole[:num_rows])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_packed_product_is_added_and_normed(in_place):
+    x, weight, norm = normal(5, 96), normal(72, 96, seed=1), norm_of(72, 2)
+    if not cpu_operations.can_pack([weight]):
+        pytest.skip("this build of torch has no oneDNN")
+    streams = [normal(5, 2, 72, seed=3) for _ in range(2)]
+    outs = [stream[:, 1 if in_place else 0] for stream in streams]
+
+    want = rows.linear_add_norm(x, weight, streams[0][:, 1], norm, outs[0])
+    got = cpu_operations.packed_linear_add_norm(
+        x, cpu_operations.packed(weight), streams[1][:, 1], norm, outs[1]
+    )
+
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(streams[1], streams[0], atol=4e-5, rtol=2e-6)
+
+
+def test_only_weights_in_float32_that_fit_are_packed():
+    assert not cpu_operations.can_pack([normal(8, 8).bfloat16()])
+    assert not cpu_operations.can_pack([torch.empty(1 << 15, 1 << 14)])  # 2 GiB, never touched

@@ -39,26 +39,28 @@ def queries(num_rows):
     "fields", [{}, {"first_key": 1}, {"is_block": True}], ids=["chain", "first key", "block"]
 )
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_listed_pass_attends_as_its_definition(num_query, fields, window):
+@pytest.mark.parametrize("heads_per_key", [0, 2], ids=["by head", "together"])
+def test_a_listed_pass_attends_as_its_definition(num_query, fields, window, heads_per_key):
     decode = make_pass([9, 2, 21, 5], **fields)
     keys, values = pools(decode)
     q = queries(4 * num_query)
 
     want = attend_pages(q, keys, values, decode, 0.3, window)
-    listed = listed_pass(decode, num_query)
+    listed = listed_pass(decode, num_query, heads_per_key)
     got = attend_listed(q, keys, values, listed, 0.3, window)
 
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
     assert torch.equal(listed.slots_T, attention.decode_slots(decode, num_query))
 
 
-def test_blocks_that_follow_each_other_are_one_group():
+@pytest.mark.parametrize("heads_per_key", [0, 2])
+def test_blocks_that_follow_each_other_are_one_group(heads_per_key):
     decode = make_pass([4, 8, 12, 0])
     decode.pages_RP[1:3] = decode.pages_RP[0]
     keys, values = pools(decode)
     q = queries(16)
 
-    listed = listed_pass(decode, 4)
+    listed = listed_pass(decode, 4, heads_per_key)
 
     assert [(group.start, group.num_query) for group in listed.groups] == [(0, 12), (12, 4)]
     want = attend_pages(q, keys, values, decode, 0.3)
@@ -72,16 +74,33 @@ def test_rows_beyond_the_pages_are_written_to_slot_0():
     assert listed_pass(decode, 4).slots_T.view(2, 4)[0].tolist()[2:] == [0, 0]
 
 
-def test_steps_are_passes_of_single_rows():
+@pytest.mark.parametrize("heads_per_key", [0, 2])
+def test_steps_are_passes_of_single_rows(heads_per_key):
     decode = make_pass([9, 2, 21], first_key=1)
     keys, values = pools(decode)
-    for ahead, listed in enumerate(listed_steps(decode, 3)):
+    for ahead, listed in enumerate(listed_steps(decode, 3, heads_per_key)):
         here = replace(decode, first_R=decode.first_R + ahead)
         q = queries(3)
         want = attend_pages(q, keys, values, here, 0.3)
         got = attend_listed(q, keys, values, listed, 0.3)
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
         assert torch.equal(listed.slots_T, attention.decode_slots(here, 1))
+
+
+def test_what_a_row_does_not_see_may_be_nan_when_heads_are_taken_together():
+    """Slots of a request's last page that nobody has written, and a row whose own key is bad."""
+    decode = make_pass([5, 2])
+    keys, values = pools(decode)
+    slot = PAGE * int(decode.pages_RP[0, 1])
+    keys[slot + 2], values[slot + 3] = float("nan"), float("inf")  # positions 6 and 7
+    q = queries(4)
+
+    got = attend_listed(q[:2], keys, values, listed_pass(decode, 1, 2), 0.3)
+    bad = attend_listed(q, keys, values, listed_pass(decode, 2, 2), 0.3)
+
+    want = attend_pages(q[:2], keys, values, decode, 0.3)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+    assert bad[1].isnan().all() and bad[[0, 2, 3]].isfinite().all()
 
 
 def test_a_tree_cannot_be_listed():
