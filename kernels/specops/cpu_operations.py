@@ -70,7 +70,7 @@ def _normed(qk_THD: Tensor, heads: Heads) -> Tensor:
         return qk_THD
     if heads.norms_HD is not None:
         return (qk_THD * heads.norms_HD).div_(root_mean_square(qk_THD, either.eps))
-    parts = qk_THD.split((heads.num_query, heads.num_kv), dim=1)
+    parts = qk_THD[:, : heads.num_query], qk_THD[:, heads.num_query :]
     normed = (
         x if norm is None else rms_norm(x, norm)
         for x, norm in zip(parts, (q_norm, k_norm), strict=True)
@@ -111,8 +111,9 @@ def can_pack(weights: Sequence[Tensor]) -> bool:
     """Whether ``packed`` takes the weights of a model on this machine, and is worth the memory."""
     is_plain = all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-    has_onednn = torch.backends.mkldnn.is_available() and hasattr(_ONEDNN, _LINEAR)
-    return is_plain and has_onednn and num_bytes <= _MOST_PACKED_BYTES
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_product = has_onednn and hasattr(_ONEDNN, _LINEAR)
+    return is_plain and has_product and num_bytes <= _MOST_PACKED_BYTES
 
 
 def packed(weight_NK: Tensor) -> Tensor:
