@@ -181,6 +181,12 @@ class FollowsWeights(Protocol):
         between two steps, on the engine's thread."""
 
 
+def weights_were_overwritten(drafter: NeuralDrafter) -> None:
+    """Tell a drafter, if it has copies of its weights; else the next pass reads the new ones."""
+    if isinstance(drafter, FollowsWeights):
+        drafter.follow_weights()
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterContext:
     """What a drafter is built from: its settings and facts about the engine."""
