@@ -3,18 +3,21 @@
     python -m benchmarks.house --against ../before            # two CPU cores, about 15 minutes
     python -m benchmarks.house --against ../before --gpu      # one H100 or H200, 8 minutes at most
     python -m benchmarks.house                                # this checkout alone
+    python -m benchmarks.house --against ../before --shapes bundled --temperature 0.5 \\
+        --arms plain,lookup:4,learned:2,learned:4         # as the demo asks, 10 minutes
 
 Each checkout is measured by its own long-lived process (``harness/side.py``). Turns of the two
 alternate, so that both see the same machine conditions, and ratios compare adjacent turns.
 
 On two cores: tokens per second of the bundled target with its drafter, and of a 135M Llama shape,
-at batch 1 and 4 with K = 0 to 6. On a GPU: steps of the 8B and 0.6B shapes, plain and K = 4, at
-batch 1 and 32, and with a batch that is kept full. Targets of published shapes have random weights
-and forced acceptance (``harness/predictable.py``); each of their answers must follow the target's
-cycle, and answers of the bundled target must be equal on both sides.
+at batch 1 and 4 with K = 0 to 6, or other arms. At a temperature, every request has its seed. On a
+GPU: steps of the 8B and 0.6B shapes, plain and K = 4, at batch 1 and 32, and with a batch that is
+kept full. Targets of published shapes have random weights and forced acceptance
+(``harness/predictable.py``); each of their answers must follow the target's cycle, and answers of
+the bundled target must be equal on both sides.
 
-Writes ``benchmarks/results/house.json`` (``house_gpu.json``) after every case, and
-``benchmarks/results/rows/house.json``.
+Writes ``benchmarks/results/house.json`` (``house_gpu.json``; ``house_sampled.json`` at a
+temperature) after every case, and rows of the same name in ``benchmarks/results/rows``.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness.arms import LEARNED, OFF
+from benchmarks.harness.arms import LEARNED, LOOKUP, OFF
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 from benchmarks.harness.side import ANSWER
 
@@ -55,11 +58,14 @@ class Case:
     max_tokens: int
     full_s: float | None = None
     """Seconds to keep the batch full; ``None``: the batch is answered once per turn."""
+    temperature: float = 0.0
 
     def __str__(self) -> str:
         arm = f"K = {self.draft_k}" if self.draft_k else "plain"
         kept = ", kept full" if self.full_s else ""
-        return f"{self.shape}, batch {self.batch}{kept}, {arm}"
+        lookup = ", lookup" if self.drafter == LOOKUP else ""
+        heat = f", temperature {self.temperature:g}" if self.temperature else ""
+        return f"{self.shape}, batch {self.batch}{kept}{heat}{lookup}, {arm}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +83,44 @@ class Plan:
     """Largest relative loss of speed at which the goal is still met."""
 
 
-def cpu_plan(shapes: Sequence[str], turns: int) -> Plan:
-    """K = 0 to 6 at batch 1 and 4; answers of 96 tokens, or 48 for the larger target."""
+Arm = tuple[str, int]
+"""Kind of the drafter, and K."""
+CPU_ARMS: tuple[Arm, ...] = (OFF, *((LEARNED, k) for k in range(1, 7)))
+
+
+def arms_of(names: str) -> tuple[Arm, ...]:
+    """Arms as on the command line, e.g. "plain,lookup:4,learned:2".
+
+    Raises:
+        ValueError: an arm is none of these.
+    """
+    kinds = {"lookup": LOOKUP, "learned": LEARNED}
+    found = []
+    for name in names.split(","):
+        kind, _, k = name.partition(":")
+        if name == "plain":
+            found.append(OFF)
+        elif kind in kinds and k in tuple("123456"):
+            found.append((kinds[kind], int(k)))
+        else:
+            raise ValueError(
+                f"unknown arm {name!r}: it is plain, lookup:K or learned:K with K from 1 to 6"
+            )
+    return tuple(found)
+
+
+def cpu_plan(
+    shapes: Sequence[str], turns: int, arms: Sequence[Arm] = CPU_ARMS, temperature: float = 0.0
+) -> Plan:
+    """Arms at batch 1 and 4; answers of 96 tokens, or 48 for the larger target."""
     cases = tuple(
-        Case(shape, batch, LEARNED if k else "none", k, 64, 96 if shape != "SmolLM2-135M" else 48)
+        Case(
+            shape, batch, *arm, 64, 96 if shape != "SmolLM2-135M" else 48, temperature=temperature
+        )
         for shape in shapes
         for batch in (1, 4)
-        for k in range(7)
-    )
+        for arm in arms
+    )  # fmt: skip
     return Plan("cpu", cases, 4, 6, 512, turns, tolerance=0.03)
 
 
@@ -146,6 +182,7 @@ class Process:
         self.ask(
             "build", shape=shape, device=plan.device, max_batch=plan.max_batch,
             max_draft=plan.max_draft, max_model_len=plan.max_model_len, threads=threads,
+            lookup=LOOKUP if any(case.drafter == LOOKUP for case in plan.cases) else None,
         )  # fmt: skip
 
     def end(self) -> None:
@@ -204,7 +241,7 @@ def _prompts(case: Case, side: Process, number: int) -> list[list[int]]:
 def _turn(case: Case, side: Process, prompts: list[list[int]]) -> dict[str, Any]:
     asked: dict[str, Any] = {
         "drafter": case.drafter, "draft_k": case.draft_k, "prompts": prompts,
-        "max_tokens": case.max_tokens,
+        "max_tokens": case.max_tokens, "temperature": case.temperature,
     }  # fmt: skip
     if case.full_s is None:
         return side.do("turn", **asked)
@@ -278,6 +315,10 @@ def main(
     gpu: Annotated[bool, typer.Option("--gpu", help="measure on a GPU")] = False,
     against: Annotated[Path | None, typer.Option(help="another checkout")] = None,
     shapes: Annotated[str, typer.Option(help="comma-separated; default: by device")] = "",
+    arms: Annotated[
+        str, typer.Option(help="on a CPU; comma-separated: plain, lookup:K, learned:K")
+    ] = "",
+    temperature: Annotated[float, typer.Option(min=0, help="on a CPU")] = 0.0,
     turns: Annotated[int, typer.Option(help="pairs of turns per case")] = 5,
     threads: Annotated[int, typer.Option(help="torch threads per side, on a CPU")] = 1,
     budget_s: Annotated[
@@ -288,11 +329,18 @@ def main(
 ) -> None:
     """Measure this checkout, and optionally another one beside it."""
     names = shapes or ("Qwen3-8B,Qwen3-0.6B" if gpu else "bundled,SmolLM2-135M")
-    plan = (gpu_plan if gpu else cpu_plan)(names.split(","), turns)
-    out = out or RESULTS / ("house_gpu.json" if gpu else "house.json")
+    if gpu:
+        topic, plan = "house", gpu_plan(names.split(","), turns)
+    else:
+        topic = "house_sampled" if temperature else "house"
+        chosen = arms_of(arms) if arms else CPU_ARMS
+        plan = cpu_plan(names.split(","), turns, chosen, temperature)
+    out = out or RESULTS / ("house_gpu.json" if gpu else f"{topic}.json")
     budget_s = budget_s or (420.0 if gpu else 3600.0)
     started = time.monotonic()
     source = "python -m benchmarks.house" + (" --gpu" if gpu else "")
+    if temperature or arms:
+        source += f" --temperature {temperature:g}" + (f" --arms {arms}" if arms else "")
     found: list[dict[str, Any]] = []
     rows: list[Row] = []
     with ExitStack() as stack:
@@ -321,7 +369,7 @@ def main(
                 found.append(figure)
                 rows.append(row_of(case, figure, plan.tolerance))
                 write_result(out, {"rows": found, "is_complete": False})
-                write_rows("house", rows, source, rows_dir)
+                write_rows(topic, rows, source, rows_dir)
     is_complete = len(found) == len(plan.cases)
     spent_s = time.monotonic() - started
     write_result(out, {"rows": found, "is_complete": is_complete, "seconds": spent_s})

@@ -172,6 +172,21 @@ class FollowsTarget(Protocol):
         Called between two steps, on the engine's thread."""
 
 
+@runtime_checkable
+class FollowsWeights(Protocol):
+    """A neural drafter that may compute with copies of its own weights."""
+
+    def follow_weights(self) -> None:
+        """Its module's weights were overwritten where they lie: make the copies again. Called
+        between two steps, on the engine's thread."""
+
+
+def weights_were_overwritten(drafter: NeuralDrafter) -> None:
+    """Tell a drafter, if it has copies of its weights; else the next pass reads the new ones."""
+    if isinstance(drafter, FollowsWeights):
+        drafter.follow_weights()
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterContext:
     """What a drafter is built from: its settings and facts about the engine."""

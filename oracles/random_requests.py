@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from drafters.eagle3.model import Eagle3, config_for_target
+from drafters.protocol import weights_were_overwritten
 from oracles.engines import Collected, make_engine
 from serving.engine.loop import Engine
 from serving.requests import Request, SamplingParams, TokenLogprob
@@ -194,4 +195,5 @@ def scramble(engine: Engine, step: int) -> None:
         for parameter in neural.module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.copy_(0.1 * noise)
+        weights_were_overwritten(neural)
     neural.version += 1

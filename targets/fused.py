@@ -21,13 +21,20 @@ D head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from specops.decoder_operations import DEFINITIONS, few_rows_of, pick_operations
+from specops.cpu_operations import can_pack, joint_norms, packed
+from specops.decoder_operations import (
+    IN_FLOAT32,
+    PACKED,
+    few_rows_of,
+    has_kernels,
+    pick_operations,
+)
 from specops.linear import Norm
 from specops.rope import rope_table
 from targets.families import FAMILIES, family_of
@@ -126,6 +133,30 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
             yield from _tensors_of(getattr(value, field.name))
 
 
+@dataclass(frozen=True, slots=True)
+class _Many:
+    """Weights that many rows are multiplied with."""
+
+    layers: list[Layer]
+    head: Tensor
+
+
+def _products_of(layer: Layer) -> dict[str, Tensor]:
+    return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
+
+
+def _weights_of(many: _Many) -> list[Tensor]:
+    return [many.head, *(w for layer in many.layers for w in _products_of(layer).values())]
+
+
+def _pack(many: _Many) -> _Many:
+    layers = []
+    for layer in many.layers:
+        weights = {name: packed(weight) for name, weight in _products_of(layer).items()}
+        layers.append(replace(layer, heads=joint_norms(layer.heads), **weights))
+    return _Many(layers, packed(many.head))
+
+
 class FusedDecoder:
     """A Hugging Face model of a known family, run by our operations on the model's own weights.
 
@@ -145,6 +176,7 @@ class FusedDecoder:
         ahead_bytes: int = 0,
         pinned: bool = False,
         in_place: bool = False,
+        packs: bool = False,
     ) -> None:
         """Fuse the weights of ``model`` in place; its own forward still works.
 
@@ -160,6 +192,8 @@ class FusedDecoder:
                 attention's is.
             in_place: no weight moves and none is copied, so that what overwrites a parameter where
                 it lies changes the next pass.
+            packs: multiply with packed copies of the weights where that is faster: in float32 on a
+                CPU, if they take at most 1 GiB. ``follow`` makes them again.
 
         Raises:
             ValueError: the model cannot be fused, ``pinned`` without kernels, or a weight would
@@ -188,7 +222,7 @@ class FusedDecoder:
             )
             for name, rope in family.ropes(decoder.rotary_emb).items()
         }
-        self.few_rows = few_rows_of(self.head.dtype) if few_rows is None else few_rows
+        self.few_rows = few_rows_of(self.head, use_kernels) if few_rows is None else few_rows
         self.is_pinned = pinned
         layer = self.layers[0]
         bare = (layer.qkv, layer.o, layer.down, self.head)
@@ -197,7 +231,17 @@ class FusedDecoder:
         self._operations = pick_operations(products, use_kernels, overlap, pinned)
         do = self._operations
         self._gate = do.silu_gate if family.activation == "silu" else do.gelu_gate
-        self._ahead_bytes = 0 if self._operations is DEFINITIONS else ahead_bytes
+        self._ahead_bytes = ahead_bytes if has_kernels(self._operations) else 0
+        self._many = _Many(self.layers, self.head)
+        is_plain = self._operations is IN_FLOAT32 and not in_place
+        if packs and is_plain and can_pack(_weights_of(self._many)):
+            self._operations, self._many = PACKED, _pack(self._many)
+
+    @property
+    def heads_per_key(self) -> int:
+        """Query heads of a key head."""
+        heads = self.layers[0].heads
+        return heads.num_query // heads.num_kv
 
     def num_unreached(self, model: Any) -> int:
         """Weights of the layers that ``follow`` would leave as they are, because they are copies
@@ -212,6 +256,8 @@ class FusedDecoder:
         copied from them."""
         for copy, again in self._copies:
             copy.copy_(again())
+        if self._operations is PACKED:
+            self._many = _pack(_Many(self.layers, self.head))
 
     def forward(
         self,
@@ -250,18 +296,21 @@ class FusedDecoder:
         for place, layer in enumerate(taps):
             outs[layer] = features[:, place]
 
+        do = self._operations
+        tables = {name: do.rope_rows(table, positions_T) for name, table in self._tables.items()}
+
         def heads_of(index: int, qkv: Tensor) -> Tensor:
             layer = self.layers[index]
             more: dict[str, Any] = {}
             if self._ahead_bytes:
                 more = {"ahead": layer.o, "ahead_bytes": self._ahead_bytes}
-            q = self._operations.rope_and_write(
-                qkv, layer.heads, self._tables[layer.rope], positions_T, slots_T,
+            q = do.rope_and_write(
+                qkv, self._many.layers[index].heads, tables[layer.rope], positions_T, slots_T,
                 pool.keys[index], pool.values[index], **more,
             )  # fmt: skip
             return attend(index, q).flatten(1)
 
-        squares = self._operations.embed(ids_T, self.embedding, outs[0])
+        squares = do.embed(ids_T, self.embedding, outs[0])
         if self._embed_scale is not None:
             # The factor is rounded first, as Hugging Face does.
             outs[0].mul_(outs[0].new_full((), self._embed_scale))
@@ -297,15 +346,16 @@ class FusedDecoder:
         _squares: Tensor,
         heads_of: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
-        do, product = self._operations, nn.functional.linear
+        do, product = self._operations, self._operations.linear
         norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
         normed = do.add_norm(outs[0], None, norms[0], None)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._many.layers):
             mixed = heads_of(index, product(normed, layer.qkv))
-            normed = do.add_norm(outs[index], product(mixed, layer.o), layer.mlp_norm, stream)
+            normed = do.linear_add_norm(mixed, layer.o, outs[index], layer.mlp_norm, stream)
             gated = self._gate(product(normed, layer.gate_up))
-            update = product(gated, layer.down)
-            normed = do.add_norm(stream, update, norms[index + 1], outs[index + 1])
+            normed = do.linear_add_norm(
+                gated, layer.down, stream, norms[index + 1], outs[index + 1]
+            )
         return normed
 
     def _between_norms(
@@ -316,10 +366,12 @@ class FusedDecoder:
     ) -> Tensor:
         """Layers whose halves have a norm before and behind them."""
         do = self._operations
-        product = do.few_row_linear if self._are_few(len(stream)) else nn.functional.linear
+        product, layers = do.linear, self._many.layers
+        if self._are_few(len(stream)):
+            product, layers = do.few_row_linear, self.layers
         norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
         normed = do.add_norm(outs[0], None, norms[0], None)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(layers):
             behind_attention, behind_mlp = _outer_norms(layer)
             update = product(heads_of(index, product(normed, layer.qkv)), layer.o)
             update = do.add_norm(update, None, behind_attention, None)
@@ -338,7 +390,7 @@ class FusedDecoder:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         flat = hidden.reshape(-1, hidden.shape[-1])
         if not len(flat) or not self._are_few(len(flat)):
-            scores = nn.functional.linear(flat, self.head)
+            scores = self._operations.linear(flat, self._many.head)
             scores = scores.to(wide) if widen else scores
         else:
             out = torch.empty(len(flat), len(self.head), dtype=wide, device=hidden.device)

@@ -184,7 +184,9 @@ class Target:
         if reason is not None:
             return reason
         try:
-            self._fused = FusedDecoder(self.model, num_positions, pinned=pinned, in_place=in_place)
+            self._fused = FusedDecoder(
+                self.model, num_positions, pinned=pinned, in_place=in_place, packs=True
+            )
         except ValueError as error:
             if not in_place:
                 raise
@@ -247,10 +249,13 @@ class Target:
             slots_T: [T] int64, where each row's key and value go.
             at: page tables and positions of the rows' requests, or what was prepared of them.
         """
-        paged = prepare_pass(at, at.num_query(len(ids_T))) if isinstance(at, DecodePass) else at
-        if self._fused is None:
-            return self._by_own_code(ids_T, positions_T, paged, pool)
         fused = self._fused
+        paged = at
+        if isinstance(at, DecodePass):
+            heads_per_key = 0 if fused is None else fused.heads_per_key
+            paged = prepare_pass(at, at.num_query(len(ids_T)), heads_per_key)
+        if fused is None:
+            return self._by_own_code(ids_T, positions_T, paged, pool)
 
         def attend(layer: int, q_THD: Tensor) -> Tensor:
             kept = pool.keys[layer], pool.values[layer]

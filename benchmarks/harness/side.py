@@ -61,6 +61,7 @@ class Side:
         self._policy = PolicySwitch(self._fixed("none", 0))
         self._vocab_size = 0
         self._is_predictable = False
+        self._lookup: str | None = None
         self._num_asked = 0
 
     # ---- building ------------------------------------------------------------------------------
@@ -73,11 +74,13 @@ class Side:
         max_draft: int,
         max_model_len: int,
         threads: int | None,
+        lookup: str | None = None,
     ) -> dict[str, Any]:
         """Build and start an engine.
 
         Args:
             shape: ``bundled`` or a key of ``shapes.SHAPES``.
+            lookup: kind of a drafter that follows the requests' text, too.
         """
         self.close()
         started = time.perf_counter()
@@ -96,7 +99,11 @@ class Side:
             "run_dir": folder,
             "device": device,
             "engine": engine,
-            "drafter": {"kind": "eagle3", "max_draft": max_draft, "suffix": {"enabled": False}},
+            "drafter": {
+                "kind": "eagle3",
+                "max_draft": max_draft,
+                "suffix": {"enabled": lookup is not None},
+            },
             "policy": {"kind": "fixed", "draft_k": 0},
             "capture": {"enabled": not is_gpu},  # on a GPU it would write 0.5 GB a turn
             "swap": {"enabled": False},
@@ -109,7 +116,7 @@ class Side:
             loaded = random_target(shape, torch.device(device), is_predictable=True)
             publish_drafters(folder / "weights", loaded, is_predictable=True)
             self._vocab_size = loaded.model.config.vocab_size
-        self._is_predictable = shape != "bundled"
+        self._is_predictable, self._lookup = shape != "bundled", lookup
         settings = first("configs.schema:Settings").model_validate(chosen)
         self._service = self._built(settings, loaded)
         self._service.start()
@@ -136,10 +143,12 @@ class Side:
 
     # ---- measuring -----------------------------------------------------------------------------
 
-    def _request(self, ids: Sequence[int], max_tokens: int) -> Any:
+    def _request(
+        self, ids: Sequence[int], max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> Any:
         names = "serving.requests", "serving.types"
         sampling = first(*(f"{module}:SamplingParams" for module in names))(
-            temperature=0.0, max_tokens=max_tokens, ignore_eos=True
+            temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True
         )
         self._num_asked += 1
         make = first(*(f"{module}:Request" for module in names))
@@ -150,9 +159,14 @@ class Side:
         getattr(engine, "inbox", engine).submit(request, take)
 
     def turn(
-        self, drafter: str, draft_k: int, prompts: list[list[int]], max_tokens: int
+        self,
+        drafter: str,
+        draft_k: int,
+        prompts: list[list[int]],
+        max_tokens: int,
+        temperature: float = 0.0,
     ) -> dict[str, Any]:
-        """Answer all prompts as one batch.
+        """Answer all prompts as one batch, each with a seed that follows from the prompt.
 
         Returns:
             ``tokens_per_s`` from submission to the last token; CPU time of all threads per token,
@@ -172,7 +186,8 @@ class Side:
                 if output.finish_reason is not None:
                     left.release()
 
-            self._submit(self._request(ids, max_tokens), take)
+            seed = sum(ids) if temperature else None
+            self._submit(self._request(ids, max_tokens, temperature, seed), take)
 
         started, cpu_started = time.perf_counter(), time.process_time()
         for number, ids in enumerate(prompts):
@@ -193,7 +208,7 @@ class Side:
 
     def full(
         self, drafter: str, draft_k: int, prompts: list[list[int]], max_tokens: int, batch: int,
-        seconds: float,
+        seconds: float, temperature: float = 0.0,
     ) -> dict[str, Any]:  # fmt: skip
         """Keep ``batch`` requests in flight: whenever one ends, another starts.
 
@@ -219,7 +234,7 @@ class Side:
                     ask(number + batch)
 
             ids = prompts[number % len(prompts)]
-            self._submit(self._request(ids, length), take)
+            self._submit(self._request(ids, length, temperature), take)
 
         for number in range(batch):
             ask(number)
@@ -236,7 +251,9 @@ class Side:
         return found
 
     def _arm(self, drafter: str, draft_k: int) -> None:
-        self._policy.play(self._fixed(drafter, draft_k))
+        # Beside a drafter that looks up matches, the others must not pay for looking.
+        looks = {} if self._lookup is None else {"needs_match": drafter == self._lookup}
+        self._policy.play(self._fixed(drafter, draft_k, **looks))
 
     def _step_figures(self, batch: int) -> dict[str, Any]:
         steps = [step for step in list(self._policy.steps) if step.batch == batch]

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from drafters.eagle3.model import Eagle3
-from specops.decoder_operations import few_rows_of, pick_operations
+from specops.cpu_operations import can_pack, packed
+from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, pick_operations
 from specops.linear import Norm
 from specops.rope import Heads, rope_table
 
@@ -34,6 +35,7 @@ slots."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 16_384
+_PRODUCTS = ("fc", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
 
 def supports(module: nn.Module, embed: nn.Module) -> str | None:
@@ -94,6 +96,7 @@ class FusedEagle3:
         few_rows: int | None = None,
         use_kernels: bool | None = None,
         overlap: bool | None = None,
+        packs: bool = False,
     ) -> None:
         """
         Args:
@@ -102,6 +105,8 @@ class FusedEagle3:
             few_rows: up to this many rows, 1..64, products are fused with their neighbours;
                 ``None``: depends on the dtype.
             use_kernels, overlap: see ``pick_operations``.
+            packs: multiply with packed copies of the weights where that is faster, as
+                ``targets.fused.FusedDecoder``. New weights are in force after ``follow``.
 
         Raises:
             ValueError: the drafter cannot be fused.
@@ -116,14 +121,34 @@ class FusedEagle3:
         self.table = rope_table(
             module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
         )
-        self.few_rows = few_rows_of(weight.dtype) if few_rows is None else few_rows
+        self.few_rows = few_rows_of(weight, use_kernels) if few_rows is None else few_rows
         linears = (module.fc, module.qkv_proj, module.o_proj, module.down_proj, module.lm_head)
         products = [(module.gate_up_proj.weight, True), *((m.weight, False) for m in linears)]
         self._operations = pick_operations(products, use_kernels, overlap)
+        self._packed: dict[str, Tensor] | None = None
+        can = self._operations is IN_FLOAT32 and can_pack([w for w, _ in products])
+        if packs and can:
+            self._operations, self._packed = PACKED, self._pack()
+
+    def _pack(self) -> dict[str, Tensor]:
+        return {name: packed(self._weight(name)) for name in _PRODUCTS}
+
+    def follow(self) -> None:
+        """The module's weights were overwritten: make the packed copies again."""
+        if self._packed is not None:
+            self._packed = self._pack()
+
+    def _weight(self, name: str) -> Tensor:
+        weight: Tensor = getattr(self.module, name).weight
+        return weight.detach()
+
+    def _many(self, name: str) -> Tensor:
+        """The weight that many rows are multiplied with."""
+        return self._weight(name) if self._packed is None else self._packed[name]
 
     def fuse(self, features: Tensor) -> Tensor:
         """Tapped rows [T, m * H] (layer_ids order) -> h [T, H]."""
-        return self._product(features, self.module.fc)
+        return self._product(features, "fc")
 
     def forward(
         self,
@@ -149,8 +174,9 @@ class FusedEagle3:
         ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
         norms = _norm(m.input_layernorm), _norm(m.hidden_norm)
         pair = do.norm_pair(ids_T, self.embed.weight.detach(), hidden, *norms)
-        qkv = self._product(pair, m.qkv_proj)
-        q = do.rope_and_write(qkv, self.heads, self.table, positions_T, slots_T, keys, values)
+        qkv = self._product(pair, "qkv_proj")
+        table = do.rope_rows(self.table, positions_T)
+        q = do.rope_and_write(qkv, self.heads, table, positions_T, slots_T, keys, values)
         run = self._few_rows if self._are_few(ids_T) else self._many_rows
         return run(attend(q).flatten(1), hidden)
 
@@ -166,9 +192,9 @@ class FusedEagle3:
         do, m = self._operations, self.module
         stream = torch.empty_like(hidden)
         norm = _norm(m.post_attention_layernorm)
-        normed = do.add_norm(hidden, m.o_proj(mixed), norm, stream)
-        update: Tensor = m.down_proj(do.silu_gate(m.gate_up_proj(normed)))
-        return stream + update, None
+        normed = do.linear_add_norm(mixed, self._many("o_proj"), hidden, norm, stream)
+        gated = do.silu_gate(do.linear(normed, self._many("gate_up_proj")))
+        return stream.add_(do.linear(gated, self._many("down_proj"))), None
 
     def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype.
@@ -178,14 +204,14 @@ class FusedEagle3:
         """
         do, norm = self._operations, _norm(self.module.norm)
         if squares is None:
-            return self._product(do.add_norm(outputs, None, norm, None), self.module.lm_head)
-        return do.few_row_linear(outputs, self.module.lm_head.weight.detach(), norm, squares)
+            return self._product(do.add_norm(outputs, None, norm, None), "lm_head")
+        return do.few_row_linear(outputs, self._weight("lm_head"), norm, squares)
 
     def _are_few(self, rows: Tensor) -> bool:
         return 0 < len(rows) <= self.few_rows
 
-    def _product(self, rows: Tensor, linear: nn.Linear) -> Tensor:
+    def _product(self, rows: Tensor, name: str) -> Tensor:
         if self._are_few(rows):
-            return self._operations.few_row_linear(rows, linear.weight.detach())
-        product: Tensor = linear(rows)
+            return self._operations.few_row_linear(rows, self._weight(name))
+        product: Tensor = self._operations.linear(rows, self._many(name))
         return product

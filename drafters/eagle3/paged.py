@@ -48,6 +48,7 @@ class PagedEagle3:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.scale = c.head_dim**-0.5
+        self._heads_per_key = c.num_heads // c.num_kv_heads
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
         self._fused: FusedEagle3 | None = None
@@ -60,8 +61,14 @@ class PagedEagle3:
         """
         reason = supports(self.module, self.embed)
         if reason is None:
+            options = {"packs": True, **options}
             self._fused = FusedEagle3(self.module, self.embed, num_positions, **options)
         return reason
+
+    def follow_weights(self) -> None:
+        """See ``drafters.protocol.FollowsWeights``."""
+        if self._fused is not None:
+            self._fused.follow()
 
     @property
     def is_fused(self) -> bool:
@@ -80,7 +87,7 @@ class PagedEagle3:
         if num_draft == 1:
             return tokens[0][:, None]
         steps = places_of(at, num_draft - 1, by_step=True)
-        passes = prepare_steps(at, steps.first, num_draft - 1)
+        passes = prepare_steps(at, steps.first, num_draft - 1, self._heads_per_key)
         each = zip(steps.positions, steps.slots, passes, strict=True)
         for ahead, (positions_R, slots_R, here) in enumerate(each, start=1):
             outputs_RH, squares = self._pass(tokens[-1], outputs_RH, positions_R, slots_R, here)
@@ -92,7 +99,7 @@ class PagedEagle3:
         fuse = self.module.fuse if self._fused is None else self._fused.fuse
         hidden = fuse(features_TmH.flatten(1))
         num_query = at.num_query(len(ids_T))
-        rows, paged = places_of(at, num_query), prepare_pass(at, num_query)
+        rows, paged = places_of(at, num_query), prepare_pass(at, num_query, self._heads_per_key)
         return self._pass(ids_T, hidden, rows.positions.flatten(), rows.slots.flatten(), paged)[0]
 
     def _pass(

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes
+from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes_host, listed
 from specops import best_ids as best_definition
 from specops import distill as distill_definition
 from specops import verify_logits as logits_definition
@@ -23,30 +23,34 @@ from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
 
 
-def prepare_pass(decode: DecodePass, num_query: int) -> DecodePass | PagedPass:
+def prepare_pass(
+    decode: DecodePass, num_query: int, heads_per_key: int = 0
+) -> DecodePass | PagedPass:
     """The pass as every layer's ``decode_attention`` takes it: unchanged on a GPU; on a CPU, as
     slots and masks listed once, because finding them in each layer would take half of a step.
 
     Args:
         num_query: rows of each request.
+        heads_per_key: query heads of a key head in all layers; 0: not known.
     """
     if decode.first_R.is_cuda:
         return decode
-    return attention.listed_pass(decode, num_query)
+    return listed.listed_pass(decode, num_query, heads_per_key)
 
 
 def prepare_steps(
-    decode: DecodePass, first_KR: Tensor, num_steps: int
+    decode: DecodePass, first_KR: Tensor, num_steps: int, heads_per_key: int = 0
 ) -> Sequence[DecodePass | PagedPass]:
     """``prepare_pass`` of single rows at consecutive positions, one pass for each step.
 
     Args:
         first_KR: [K, R] int32 position of each request's row at each step.
         num_steps: K.
+        heads_per_key: see ``prepare_pass``.
     """
     if decode.first_R.is_cuda:
         return [replace(decode, first_R=first_R) for first_R in first_KR.unbind()]
-    return attention.listed_steps(decode, num_steps)
+    return listed.listed_steps(decode, num_steps, heads_per_key)
 
 
 def decode_attention(
@@ -95,7 +99,7 @@ def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> P
         from specops import attention_triton
 
         return attention_triton.places_of(decode, num_query, by_step=by_step)
-    return attention.places_of(decode, num_query, by_step=by_step)
+    return listed.places_of(decode, num_query, by_step=by_step)
 
 
 def sample_draft(
@@ -177,7 +181,7 @@ def open_round(
     is_given: bool,
 ) -> OpenedRound:
     """See ``specops.lanes.open_round``."""
-    start = lanes.open_round
+    start = lanes_host.open_round
     if inputs_RI.is_cuda:
         from specops import lanes_triton
 
@@ -194,7 +198,7 @@ def close_round(
     outputs_RC: Tensor,
 ) -> ClosedRound:
     """See ``specops.lanes.close_round``."""
-    end: Callable[..., ClosedRound] = lanes.close_round
+    end: Callable[..., ClosedRound] = lanes_host.close_round
     if draft_RK.is_cuda:
         from specops import lanes_triton, overlap_triton
 

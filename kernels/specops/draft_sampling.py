@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specops.rng import Numbering, Stream, device_uniforms
-from specops.sampling import SamplingRows, are_sound, distribution, draw
+from specops.sampling import SamplingRows, distribution, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,12 @@ class DraftLaw:
     """[R, K] laws left by ``sample_draft``, if kept; the definition does not use them."""
 
 
+def drafts_argmax(sampling: SamplingRows, greedy_R: Tensor | None) -> Tensor:
+    """[R] bool: the request drafts its argmax, so its q is one-hot."""
+    is_cold_R = sampling.temperature_R == 0
+    return is_cold_R if greedy_R is None else is_cold_R | greedy_R
+
+
 def draft_distribution(
     logits_RKD: Tensor, sampling: SamplingRows, greedy_R: Tensor | None
 ) -> Tensor:
@@ -127,13 +133,18 @@ def sample_draft(
         greedy_R: [R] bool, rows that draft their argmax regardless of temperature.
         vocab: map of a reduced draft vocabulary; ``None``: the target's vocabulary.
     """
-    is_sound_R = are_sound(logits_RD)
-    finite_RD = logits_RD.where(is_sound_R[:, None], 0.0)
-    q_RD = draft_distribution(finite_RD[:, None], sampling, greedy_R)[:, 0]
-    numbers = device_uniforms(
-        numbering.keys_R, numbering.positions_R[:, None], numbering.nonces_R, Stream.DRAFT
-    )
-    ids_R = torch.where(is_sound_R, draw(q_RD, numbers[:, 0]), 0)
-    logq_R = q_RD.gather(-1, ids_R[:, None])[:, 0].log().float()
-    logq_R = torch.where(is_sound_R, logq_R, 0.0)
+    top_R, ids_R = logits_RD.max(dim=-1)  # the lowest id of ties, as ``argmax``
+    is_sound_R = top_R.isfinite()
+    logq_R = logits_RD.new_zeros(len(logits_RD), dtype=torch.float32)
+    drawn = (~drafts_argmax(sampling, greedy_R) & is_sound_R).nonzero()[:, 0]
+    if len(drawn):  # q of the others is one-hot: no distribution is computed for them
+        q_AD = distribution(logits_RD[drawn, None].double(), sampling.of(drawn))[:, 0]
+        numbers_A1 = device_uniforms(
+            numbering.keys_R[drawn], numbering.positions_R[drawn, None], numbering.nonces_R[drawn],
+            Stream.DRAFT,
+        )  # fmt: skip
+        ids_A = draw(q_AD, numbers_A1[:, 0])
+        ids_R.index_copy_(0, drawn, ids_A)
+        logq_R.index_copy_(0, drawn, q_AD.gather(-1, ids_A[:, None])[:, 0].log().float())
+    ids_R = torch.where(is_sound_R, ids_R, 0)
     return Drafted(ids_R if vocab is None else vocab.to_target(ids_R), logq_R)

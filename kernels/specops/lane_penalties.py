@@ -110,6 +110,8 @@ def count_tokens(
         emitted_RQ: [R, Q] int64 in 0..V-1.
         count_R: [R] int64 in 0..Q.
     """
+    if not bool(requests.penalizes_R.any()):
+        return
     place = torch.arange(emitted_RQ.shape[1], device=emitted_RQ.device)
     is_counted = (place < count_R[:, None]) & (requests.penalizes_R != 0)[:, None]
     at = requests.lanes_R[:, None] * tables.counts_LV.shape[1] + emitted_RQ

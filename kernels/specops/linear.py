@@ -8,7 +8,9 @@ Shapes: M rows, K inputs, N outputs, P partial sums of a row's squares.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,8 +34,8 @@ def rms_norm(x_MK: Tensor, norm: Norm, squares_MP: Tensor | None = None) -> Tens
         x_MK: [..., K] floating.
         squares_MP: [..., P] float32 partial sums of each row's squares; ``None``: computed here.
     """
-    if x_MK.dtype == torch.float32 and not x_MK.is_cuda:  # nothing is rounded: one operation
-        return torch.nn.functional.rms_norm(x_MK, norm.weight_K.shape, norm.weight_K, norm.eps)
+    if x_MK.dtype == torch.float32 and not x_MK.is_cuda:  # nothing is rounded between operations
+        return (x_MK * norm.weight_K).div_(root_mean_square(x_MK, norm.eps))
     wide = x_MK.float()
     if squares_MP is None:
         squares_MP = wide.pow(2)
@@ -42,6 +44,19 @@ def rms_norm(x_MK: Tensor, norm: Norm, squares_MP: Tensor | None = None) -> Tens
     if norm.weight_K.dtype == torch.float32:
         return (norm.weight_K * scaled).to(x_MK.dtype)
     return norm.weight_K * scaled.to(x_MK.dtype)
+
+
+def root_mean_square(x_MK: Tensor, eps: float) -> Tensor:
+    """``sqrt(mean(x ** 2) + eps)``, [..., 1]. Three small operations on a CPU, where torch's own
+    RMSNorm is seven."""
+    norm = torch.linalg.vector_norm(x_MK, dim=-1, keepdim=True)
+    return torch.hypot(norm * x_MK.shape[-1] ** -0.5, _root(eps))
+
+
+@cache
+def _root(eps: float) -> Tensor:
+    with torch.inference_mode(False):  # it is used with gradients, too
+        return torch.tensor(math.sqrt(eps))
 
 
 def gelu_gate(gate_up_M2N: Tensor) -> Tensor:

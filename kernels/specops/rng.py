@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 import torch
@@ -65,11 +66,20 @@ def uniforms(
         stream: what the numbers are used for.
     """
     with np.errstate(over="ignore"):
-        state = _mix(keys_R + _GAMMA * np.uint64(int(stream)))
-        state = _mix(state + _GAMMA * (nonces_R.astype(np.uint64) + np.uint64(1)))
-        words = _mix(state[:, None] + _GAMMA * (positions_RK.astype(np.uint64) + np.uint64(1)))
-        bits = _mix(words) >> np.uint64(11)
+        bits = _mix(_host_words(keys_R, positions_RK, nonces_R, stream)) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
+
+
+def _host_words(
+    keys_R: NDArray[np.uint64],
+    positions_RK: NDArray[np.int64],
+    nonces_R: NDArray[np.int64],
+    stream: Stream,
+) -> NDArray[np.uint64]:
+    """[R, K], the state from which the numbers of a position are mixed."""
+    state = _mix(keys_R + _GAMMA * np.uint64(int(stream)))
+    state = _mix(state + _GAMMA * (nonces_R.astype(np.uint64) + np.uint64(1)))
+    return _mix(state[:, None] + _GAMMA * (positions_RK.astype(np.uint64) + np.uint64(1)))
 
 
 def device_uniforms(
@@ -86,11 +96,13 @@ def device_uniforms(
     Returns:
         [R, K] float64 in [0, 1).
     """
-    gamma = _as_int64(0x9E3779B97F4A7C15)
-    state = _mix_int64(keys_R + _as_int64(0x9E3779B97F4A7C15 * int(stream)))
-    state = _mix_int64(state + gamma * (nonces_R + 1))
-    words = _mix_int64(state[:, None] + gamma * (positions_RK + 1))
-    return _shifted(_mix_int64(words), 11).double() * 2.0**-53
+    if not keys_R.is_cuda:
+        numbers = uniforms(
+            keys_R.numpy().view(np.uint64), positions_RK.numpy(), nonces_R.numpy(), stream
+        )
+        return torch.from_numpy(numbers)
+    words_RK = _words(keys_R, positions_RK, nonces_R, stream)
+    return _shifted(_mix_int64(words_RK), 11).double() * 2.0**-53
 
 
 def device_exponentials(
@@ -110,14 +122,45 @@ def device_exponentials(
     Returns:
         [R, K, V] float64, above 0 and below 37.
     """
+    if keys_R.is_cuda:
+        words_RK = _words(keys_R, positions_RK, nonces_R, stream)
+        gamma = _as_int64(0x9E3779B97F4A7C15)
+        ids = torch.arange(1, vocab_size + 1, device=keys_R.device)
+        bits = _shifted(_mix_int64(words_RK[..., None] + gamma * ids), 12)
+    else:  # numpy has unsigned shifts and writes where it reads: a third of the time
+        keys, positions, nonces = keys_R.numpy(), positions_RK.numpy(), nonces_R.numpy()
+        with np.errstate(over="ignore"):
+            words = _host_words(keys.view(np.uint64), positions, nonces, stream)
+        mixed = _mix_in_place(words[..., None] + _steps(vocab_size))
+        bits = torch.from_numpy(mixed.view(np.int64))
+    numbers = bits.double().add_(0.5).mul_(-(2.0**-52))
+    return numbers.log1p_().neg_()
+
+
+def _words(keys_R: Tensor, positions_RK: Tensor, nonces_R: Tensor, stream: Stream) -> Tensor:
+    """[R, K] int64, the state from which the numbers of a position are mixed."""
     gamma = _as_int64(0x9E3779B97F4A7C15)
     state = _mix_int64(keys_R + _as_int64(0x9E3779B97F4A7C15 * int(stream)))
     state = _mix_int64(state + gamma * (nonces_R + 1))
-    words = _mix_int64(state[:, None] + gamma * (positions_RK + 1))
-    ids = torch.arange(1, vocab_size + 1, device=keys_R.device)
-    bits = _shifted(_mix_int64(words[..., None] + gamma * ids), 12)
-    numbers = bits.double().add_(0.5).mul_(-(2.0**-52))
-    return numbers.log1p_().neg_()
+    return _mix_int64(state[:, None] + gamma * (positions_RK + 1))
+
+
+@cache
+def _steps(vocab_size: int) -> NDArray[np.uint64]:
+    """[V] what the mixer's state grows by for each token."""
+    with np.errstate(over="ignore"):
+        return np.arange(1, vocab_size + 1, dtype=np.uint64) * _GAMMA
+
+
+def _mix_in_place(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The upper 52 bits of ``_mix``. Overwrites its argument."""
+    shifted = np.right_shift(x, np.uint64(30))
+    for factor, places in ((0xBF58476D1CE4E5B9, 27), (0x94D049BB133111EB, 31)):
+        np.bitwise_xor(x, shifted, out=x)
+        np.multiply(x, np.uint64(factor), out=x)
+        np.right_shift(x, np.uint64(places), out=shifted)
+    np.bitwise_xor(x, shifted, out=x)
+    return np.right_shift(x, np.uint64(12), out=x)
 
 
 def _as_int64(word: int) -> int:

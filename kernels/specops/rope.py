@@ -26,6 +26,9 @@ class Heads:
     key_norm: Norm | None = None
     bias_C: Tensor | None = None
     """[(Hq + 2 Hkv) * D], added to a row first (Qwen2), in the row's dtype."""
+    norms_HD: Tensor | None = None
+    """[Hq + Hkv, D] copies of the norms' weights for every head, where ``cpu_operations`` may use
+    copies."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,3 +59,18 @@ def add_norm(
         assert out is not None
         residual_MH = out.copy_(residual_MH + update_MH)
     return rms_norm(residual_MH, norm)
+
+
+def linear_add_norm(
+    x_MK: Tensor, weight_NK: Tensor, residual_MN: Tensor, norm: Norm, out: Tensor
+) -> Tensor:
+    """``norm(residual + x @ weight.T)``; writes the sum to ``out``.
+
+    Args:
+        residual_MN: [M, N]; rows need not be adjacent.
+        out: [M, N]; may be the residual itself.
+
+    Returns:
+        [M, N] contiguous.
+    """
+    return add_norm(residual_MN, torch.nn.functional.linear(x_MK, weight_NK), norm, out)

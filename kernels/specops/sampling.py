@@ -25,7 +25,14 @@ class SamplingRows:
     min_p_R: Tensor
     """[R] float in [0, 1)."""
     truncates: bool
-    """Some request uses top-k, top-p or min-p."""
+    """Some request uses top-k, top-p or min-p, or the host does not know."""
+
+    def of(self, requests_A: Tensor) -> SamplingRows:
+        """The parameters of some requests, [A] int64."""
+        return SamplingRows(
+            self.temperature_R[requests_A], self.top_k_R[requests_A], self.top_p_R[requests_A],
+            self.min_p_R[requests_A], self.truncates,
+        )  # fmt: skip
 
 
 def sampling_rows(
@@ -73,12 +80,28 @@ def distribution(logits_RKV: Tensor, rows: SamplingRows) -> Tensor:
         [R, K, V] of the same dtype; rows sum to 1.
     """
     greedy_R = rows.temperature_R == 0
-    safe_R = torch.where(greedy_R, torch.ones_like(rows.temperature_R), rows.temperature_R)
-    probs = torch.softmax(logits_RKV / safe_R[:, None, None].to(logits_RKV.dtype), dim=-1)
+    has_greedy = bool(greedy_R.any())
+    heat_R = rows.temperature_R
+    if has_greedy:
+        heat_R = torch.where(greedy_R, torch.ones_like(heat_R), heat_R)
+    probs = torch.softmax(logits_RKV / heat_R[:, None, None].to(logits_RKV.dtype), dim=-1)
     if rows.truncates:
-        probs = truncate(probs, rows)
+        probs = _truncate_some(probs, rows)
+    if not has_greedy:
+        return probs
     one_hot = torch.zeros_like(probs).scatter_(-1, logits_RKV.argmax(-1, keepdim=True), 1.0)
     return torch.where(greedy_R[:, None, None], one_hot, probs)
+
+
+def _truncate_some(probs_RKV: Tensor, rows: SamplingRows) -> Tensor:
+    """``truncate`` of the requests that ask for it. Sorting 4,096 tokens takes longer than all else
+    that is done with a row, so it is not done for requests that keep them all."""
+    vocab_size = probs_RKV.shape[-1]
+    cuts_R = (rows.top_k_R < vocab_size) | (rows.top_p_R < 1) | (rows.min_p_R > 0)
+    cut = cuts_R.nonzero()[:, 0]
+    if len(cut) in (0, len(cuts_R)):
+        return truncate(probs_RKV, rows) if len(cut) else probs_RKV
+    return probs_RKV.index_copy_(0, cut, truncate(probs_RKV[cut], rows.of(cut)))
 
 
 def truncate(probs_RKV: Tensor, rows: SamplingRows) -> Tensor:

@@ -20,7 +20,12 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from specops.draft_sampling import DraftLaw, draft_distribution, target_distribution
+from specops.draft_sampling import (
+    DraftLaw,
+    draft_distribution,
+    drafts_argmax,
+    target_distribution,
+)
 from specops.rng import Numbering, Stream, device_exponentials, device_uniforms
 from specops.sampling import SamplingRows, are_sound, distribution, race
 from specops.verify import Verdict, count_leading, verify_block, verify_match, verify_standard
@@ -90,28 +95,34 @@ def verify_logits(
     check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
     is_sound_RK1 = are_sound(logits_RK1V)
     place = torch.arange(num_draft + 1, device=draft_RK.device)
-    is_drafted = place[:num_draft] < lens_R[:, None]
     judged_RK = is_sound_RK1[:, :num_draft]
     if drafted is not None:
         judged_RK = judged_RK & are_sound(drafted.logits_RKD)
     judged_R = count_leading(judged_RK, lens_R)
     p = distribution(_finite(logits_RK1V, is_sound_RK1).double(), sampling)
+    by_match = (rules_R == Rule.MATCH) | (sampling.temperature_R == 0)
+    all_match = bool(by_match.all())
     q = None
-    if drafted is not None:
+    if drafted is not None and not (all_match and _are_certain(drafted)):
         q_logits = _finite(drafted.logits_RKD, judged_RK).double()
         own_q = draft_distribution(q_logits, drafted.sampling, drafted.greedy_R)
         q = target_distribution(own_q, drafted.vocab, logits_RK1V.shape[-1])
-    by_match = (rules_R == Rule.MATCH) | (sampling.temperature_R == 0)
     own = torch.where(is_sound_RK1, _own_tokens(p, sampling, rules_R, numbering), UNSOUND)
+    if not num_draft and all_match and not with_logprobs:  # plain decoding: nothing to compare
+        none_R0 = own.new_zeros((len(own), 0), dtype=torch.float32)
+        return LogitVerdict(torch.zeros_like(lens_R), own[:, 0], none_R0, none_R0, None, None)
     accepted, following = verify_match(own, draft_RK, judged_R)
-    if not bool(by_match.all()):
+    if not all_match:
         judged = _judge(p, q, draft_RK, judged_R, rules_R, numbering)
         accepted = torch.where(by_match, accepted, judged.num_accepted_R)
         is_sound_R = is_sound_RK1.gather(1, accepted[:, None])[:, 0]
         chosen = torch.where(is_sound_R, judged.next_R, UNSOUND)
         following = torch.where(by_match, following, chosen)
     draft_p = p[:, :num_draft].gather(-1, draft_RK[..., None])[..., 0]
-    overlap = draft_p if q is None else torch.minimum(p[:, :num_draft], q).sum(-1)
+    if q is not None:
+        overlap = torch.minimum(p[:, :num_draft], q).sum(-1)
+    else:
+        overlap = draft_p if drafted is None else _of_best(p[:, :num_draft], drafted)
     draft_logp = torch.where(is_sound_RK1[:, :num_draft], draft_p.log(), float("-inf"))
     logprob = entropy = None
     if with_logprobs:
@@ -122,6 +133,7 @@ def verify_logits(
         logprob = torch.where(place <= accepted[:, None], logprob, 0.0).float()
         entropy = torch.special.entr(plain.exp()).sum(dim=-1)
         entropy = torch.where(place <= lens_R[:, None], entropy, 0.0).float()
+    is_drafted = place[:num_draft] < lens_R[:, None]
     return LogitVerdict(
         accepted,
         following,
@@ -130,6 +142,19 @@ def verify_logits(
         logprob,
         entropy,
     )
+
+
+def _are_certain(drafted: DraftLaw) -> bool:
+    """Every draft is its drafter's argmax: q is one-hot, and need not be written out."""
+    return bool(drafts_argmax(drafted.sampling, drafted.greedy_R).all())
+
+
+def _of_best(p_RKV: Tensor, drafted: DraftLaw) -> Tensor:
+    """[R, K] p of the drafter's argmax: the overlap with a one-hot q."""
+    best_RK = drafted.logits_RKD.argmax(dim=-1)
+    if drafted.vocab is not None:
+        best_RK = drafted.vocab.to_target(best_RK)
+    return p_RKV.gather(-1, best_RK[..., None])[..., 0]
 
 
 def _finite(logits: Tensor, is_sound: Tensor) -> Tensor:
@@ -142,9 +167,14 @@ def _own_tokens(
 ) -> Tensor:
     """[R, K + 1] the target's own token after each prefix of the draft: for a seeded request the
     winner of a race of the position's numbers, else the most probable one."""
-    own = p_RK1V.argmax(dim=-1)
-    drawn = ((rules_R == Rule.MATCH) & (sampling.temperature_R != 0)).nonzero()[:, 0]
-    positions = _positions(numbering, own.shape[1])
+    is_drawn = (rules_R == Rule.MATCH) & (sampling.temperature_R != 0)
+    drawn = is_drawn.nonzero()[:, 0]
+    num_rows = p_RK1V.shape[1]
+    if len(drawn) < len(rules_R):
+        own = p_RK1V.argmax(dim=-1)
+    else:
+        own = rules_R.new_empty(len(rules_R), num_rows)
+    positions = _positions(numbering, num_rows)
     at_once = max(1, _RACED_AT_ONCE // p_RK1V[0].numel())
     for part in torch.split(drawn, at_once):
         exponentials = device_exponentials(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from buffer.records import Manifest
-from drafters.protocol import NeuralDrafter
+from drafters.protocol import NeuralDrafter, weights_were_overwritten
 from policies.arms import ArmPolicies
 from policies.interface import DraftPolicy
 from serving.swap.flat_weights import FlatWeights, Staged
@@ -77,6 +77,7 @@ class WeightsInForce:
         assert self._former_flat is not None, "nothing was loaded yet"
         self._former_flat.copy_(self.weights.flat)
         self.weights.take_over(staged.flat)
+        weights_were_overwritten(self._neural)
         self.swap_seconds += time.perf_counter() - started
         self.former, self.current = self.current, staged.manifest
         self.newest_taken = max(self.newest_taken, staged.manifest.version)
@@ -109,6 +110,7 @@ class WeightsInForce:
         kept = self.weights.flat.clone()
         self.weights.flat.copy_(self._former_flat)
         self._former_flat.copy_(kept)
+        weights_were_overwritten(self._neural)
         self.former, self.current = self.current, self.former
         self._tell()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.house import BEFORE, NOW, Case, cpu_plan, figures, gpu_plan, row_of
+from benchmarks.house import BEFORE, NOW, Case, arms_of, cpu_plan, figures, gpu_plan, row_of
 
 CASE = Case("tiny", 4, "eagle3", 4, 64, 48)
 
@@ -52,3 +52,17 @@ def test_plans_hold_the_cases_that_were_asked_for():
     assert {(c.batch, c.draft_k, c.full_s is not None) for c in gpu.cases} == {
         (batch, k, is_full) for k in (0, 4) for batch, is_full in ((1, 0), (32, 0), (32, 1))
     }
+
+
+def test_arms_are_named_by_what_drafts_and_how_far():
+    plan = cpu_plan(["bundled"], 5, arms_of("plain,lookup:4,learned:2"), 0.5)
+
+    assert [(c.drafter, c.draft_k, c.batch) for c in plan.cases[:3]] == [
+        ("none", 0, 1),
+        ("suffix", 4, 1),
+        ("eagle3", 2, 1),
+    ]
+    assert str(plan.cases[1]) == "bundled, batch 1, temperature 0.5, lookup, K = 4"
+    for wrong in ("plain:1", "learned", "learned:7", "index:2", ""):
+        with pytest.raises(ValueError, match="unknown arm"):
+            arms_of(wrong)

@@ -1,4 +1,4 @@
-"""Kernels open and close rounds bitwise as the definitions do."""
+"""Kernels and the host open and close rounds bitwise as the definitions do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from specops import best_ids, device, lanes, lanes_triton
+from specops import best_ids, device, lanes, lanes_host, lanes_triton
 from specops.lanes import Column, Field, Input, LaneState
 from specops.verify_logits import UNSOUND, LogitVerdict, Rule
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+IMPLEMENTATIONS = [
+    pytest.param(lanes_host, "cpu", id="host"),
+    pytest.param(lanes_triton, "cpu", id="kernel"),
+    pytest.param(lanes_triton, "cuda", id="kernel on a GPU", marks=pytest.mark.gpu),
+]
 NUM_LANES, NUM_PAGES, PAGE, MOST = 9, 1030, 4, 16
 LENGTHS = [1, 2, 4, 5, 30, 31, 32, 4117, 1]
 """The last lane is unused; one ends beyond its pages."""
@@ -76,16 +80,16 @@ NUM_DRAFTS = [0, 1, 4, 16]
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("by", "device"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("num_draft", NUM_DRAFTS)
 @pytest.mark.parametrize("chosen", CHOSEN, ids=len)
 @pytest.mark.parametrize("is_given", [True, False])
-def test_rounds_open_alike(chosen, num_draft, is_given, device):
+def test_rounds_open_alike(chosen, num_draft, is_given, by, device):
     state, inputs = state_of(device), inputs_of(chosen, device)
     arguments = (state, inputs, num_draft, PAGE, Rule.BLOCK)
 
     want = lanes.open_round(*arguments, is_given=is_given)
-    got = lanes_triton.open_round(*arguments, is_given=is_given)
+    got = by.open_round(*arguments, is_given=is_given)
 
     if not is_given:  # the drafter's tokens are not known yet
         want.block_RQ[:, 1:] = got.block_RQ[:, 1:] = 0
@@ -125,13 +129,13 @@ def verdict_of(kind, opened, draft, device):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("by", "device"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("num_draft", NUM_DRAFTS)
 @pytest.mark.parametrize("chosen", CHOSEN, ids=len)
 @pytest.mark.parametrize("kind", ["greedy", "delta", "drawn"])
-def test_rounds_close_alike(chosen, num_draft, kind, device):
+def test_rounds_close_alike(chosen, num_draft, kind, by, device):
     found = []
-    for module in (lanes, lanes_triton):
+    for module in (lanes, by):
         state, inputs = state_of(device), inputs_of(chosen, device)
         outputs = torch.full((12, Column.TOKENS + 3 * MOST), -1, device=device)
         opened = lanes.open_round(state, inputs, num_draft, PAGE, Rule.BLOCK, is_given=True)
@@ -150,7 +154,9 @@ def test_rounds_close_alike(chosen, num_draft, kind, device):
     assert (outputs[0] == -1).all() and (outputs[1 + len(chosen) :] == -1).all()
 
 
-@pytest.mark.parametrize("close", [lanes.close_round, lanes_triton.close_round])
+@pytest.mark.parametrize(
+    "close", [lanes.close_round, lanes_host.close_round, lanes_triton.close_round]
+)
 def test_a_round_commits_what_was_kept(close):
     """Two draft tokens kept; all kept, but no room for the last token; an unused lane."""
     chosen, state = [0, 2, 8], state_of("cpu")
@@ -218,7 +224,9 @@ def test_states_of_another_layout_are_refused():
         )
 
 
-@pytest.mark.parametrize("close", [lanes.close_round, lanes_triton.close_round])
+@pytest.mark.parametrize(
+    "close", [lanes.close_round, lanes_host.close_round, lanes_triton.close_round]
+)
 @pytest.mark.parametrize("is_greedy", [True, False])
 def test_a_token_that_does_not_exist_is_told_but_not_committed(close, is_greedy):
     """The lane goes on with token 0 until the host has ended the request."""

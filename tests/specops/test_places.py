@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specops import attention, attention_triton
+from specops import attention, attention_triton, listed
 from specops.attention import DecodePass, decode_slots
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,6 +33,21 @@ def test_the_kernel_finds_the_same_places(device, counts, by_step, num_query):
     for name in ("positions", "slots", "first"):
         ours, theirs = getattr(got, name), getattr(want, name)
         assert ours.dtype == theirs.dtype and ours.is_contiguous() and theirs.is_contiguous()
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("counts", [None, [3, 4, 4, 2, 0]])
+@pytest.mark.parametrize("by_step", [False, True])
+@pytest.mark.parametrize("num_query", [1, 4, 40])
+def test_a_cpu_finds_the_same_places(counts, by_step, num_query):
+    decode = make_pass("cpu", counts)
+
+    want = attention.places_of(decode, num_query, by_step=by_step)
+    got = listed.places_of(decode, num_query, by_step=by_step)
+
+    for name in ("positions", "slots", "first"):
+        ours, theirs = getattr(got, name), getattr(want, name)
+        assert ours.dtype == theirs.dtype and ours.is_contiguous()
         assert torch.equal(ours, theirs), name
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from specops.laws_triton import exponential, uniform, word_of
-from specops.rng import Stream, device_exponentials, device_uniforms, uniforms
+from specops.rng import Stream, _mix, device_exponentials, device_uniforms, uniforms
 
 EXTREMES = [0, 1, -1, 2**31, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63), 0x1E3779B97F4A7C15]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -61,6 +61,25 @@ def test_numbers_made_in_a_kernel_have_the_same_bits():
     _numbers[positions.shape](*tensors, got, positions.shape[1], STREAM=int(Stream.TARGET))
 
     assert np.array_equal(got.cpu().numpy(), want)
+
+
+def test_each_token_has_a_number_of_its_own_mixed_from_the_position_s():
+    """Bit for bit: SplitMix64 seeded by the position, one step for each token."""
+    keys, positions, nonces = inputs()
+    keys, positions, nonces = keys[-40:], positions[-40:], nonces[-40:]
+    with np.errstate(over="ignore"):
+        gamma, one = np.uint64(0x9E3779B97F4A7C15), np.uint64(1)
+        state = _mix(keys.view(np.uint64) + gamma * np.uint64(int(Stream.TARGET)))
+        state = _mix(state + gamma * (nonces.view(np.uint64) + one))
+        words = _mix(state[:, None] + gamma * (positions.view(np.uint64) + one))
+        ids = np.arange(1, 101, dtype=np.uint64)
+        bits = _mix(words[..., None] + gamma * ids) >> np.uint64(12)
+    want = -torch.log1p(-(torch.from_numpy(bits.astype(np.float64)) + 0.5) * 2.0**-52)
+
+    tensors = [torch.from_numpy(array) for array in (keys, positions, nonces)]
+    got = device_exponentials(*tensors, Stream.TARGET, 100)
+
+    assert torch.equal(got, want)
 
 
 @triton.jit

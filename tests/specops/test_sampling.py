@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,24 @@ def test_rows_of_one_batch_keep_their_own_parameters():
     alone = [rows(0.0), rows(0.7, 2), rows(1.3, None, 0.5)]
     for index, row in enumerate(alone):
         torch.testing.assert_close(got[index : index + 1], distribution(logits[index][None], row))
+
+
+def test_a_row_has_the_same_bits_whatever_the_other_requests_ask_for():
+    """Requests that keep all tokens are not sorted, and those that do not are sorted alone."""
+    logits = torch.randn(4, 3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    asked = [
+        (0.7, None, 1.0, 0.0),
+        (0.0, None, 1.0, 0.0),
+        (1.3, 5, 0.9, 0.0),
+        (0.5, None, 1.0, 0.1),
+    ]
+    packed = sampling_rows(*zip(*asked, strict=True), 200, dtype=torch.float64)
+    got = distribution(logits, packed)
+    for index, one in enumerate(asked):
+        alone = sampling_rows(*([value] for value in one), 200, dtype=torch.float64)
+        for truncates in (True, alone.truncates):  # the device does not know
+            own = distribution(logits[index][None], dataclasses.replace(alone, truncates=truncates))
+            assert torch.equal(got[index], own[0])
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.25, 0.5, 1 - 2**-53])

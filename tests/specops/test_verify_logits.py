@@ -232,6 +232,54 @@ def test_drafts_are_drawn_alike(vocab, reduced, dtype):
     assert not got.logq_R[greedy].any()
 
 
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_draft_has_the_same_bits_whatever_the_other_requests_draft(reduced):
+    """Requests that draft their argmax have no distribution computed for them."""
+    _, rows, _, _, _, numbers, law = case(12, 2, 90, 3, reduced, True, True, torch.float32)
+    logits = law.logits_RKD[:, 0].clone()
+    logits[2, 5] = logits[4, 5] = float("nan")
+
+    together = draft_sampling.sample_draft(logits, rows, numbers, law.greedy_R, law.vocab)
+
+    cold = (rows.temperature_R == 0) | law.greedy_R
+    assert cold.any() and not cold.all()
+    assert not together.logq_R[cold].any()
+    for r in range(12):
+        one = torch.tensor([r])
+        alone = draft_sampling.sample_draft(
+            logits[one],
+            rows.of(one),
+            Numbering(*(getattr(numbers, f.name)[one] for f in dataclasses.fields(numbers))),
+            law.greedy_R[one],
+            law.vocab,
+        )
+        assert torch.equal(alone.tokens_R, together.tokens_R[one])
+        assert torch.equal(alone.logq_R, together.logq_R[one])
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_drafts_that_are_certain_are_judged_as_one_hot_distributions(reduced):
+    """Seeded requests beside one that is not, for which q is written out, and without it."""
+    logits, rows, draft, lens, rules, numbers, law = case(
+        8, 3, 90, 5, reduced, True, True, torch.float32
+    )
+    law = dataclasses.replace(law, greedy_R=torch.ones(8, dtype=torch.bool))
+    for j in range(3):
+        draft[:, j] = draft_sampling.sample_draft(
+            law.logits_RKD[:, j], rows, numbers, law.greedy_R, law.vocab
+        ).tokens_R
+    rules = torch.full_like(rules, int(Rule.MATCH))
+    by_rule = rules.clone()
+    by_rule[-1], rows.temperature_R[-1] = int(Rule.BLOCK), 0.7
+
+    certain = verify_logits.verify_logits(logits, rows, draft, lens, rules, numbers, law)
+    written = verify_logits.verify_logits(logits, rows, draft, lens, by_rule, numbers, law)
+
+    for name in ("num_accepted_R", "next_R", "draft_logp_RK", "overlap_RK"):
+        assert torch.equal(getattr(certain, name)[:-1], getattr(written, name)[:-1]), name
+    assert certain.overlap_RK[:-1].any()
+
+
 def test_the_laws_that_drafting_left_are_those_that_verification_finds():
     """Bitwise: q is the law that the draft was sampled from."""
     logits, rows, draft, lens, rules, numbers, law = case(

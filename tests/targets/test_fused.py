@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from specops.attention import group_attention, make_group
+from specops.cpu_operations import can_pack
 from specops.overlap_triton import can_overlap
 from targets.fused import FusedDecoder, supports
 from targets.target import KvPool
@@ -189,6 +190,24 @@ def test_every_pass_equals_hugging_face(make_model, use_kernels):
     assert compare(decoder, pages, want, ids, (16, 17, 19, 24), taps) < 1e-5
     # The model's own forward still works on the fused weights.
     assert relative_error(by_hugging_face(model, ids, taps)[2], want[2]) < 1e-6
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+def test_packed_weights_give_the_same_and_follow_new_ones(make_model):
+    model, taps = make_model(), (3, 0, 2)
+    ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(2))
+    decoder = FusedDecoder(model, packs=True)
+    if not can_pack([decoder.head]):
+        pytest.skip("this build of torch has no oneDNN")
+
+    for new_weights in (False, True):
+        if new_weights:
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+            decoder.follow()
+        want = by_hugging_face(model, ids, taps)
+        got = compare(decoder, Pages(model.config, 24), want, ids, (16, 17, 19, 24), taps)
+        assert got < 1e-5
 
 
 def test_weights_are_read_in_place():

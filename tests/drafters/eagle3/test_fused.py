@@ -163,6 +163,25 @@ def test_new_weights_are_in_force_at_the_next_pass():
         former = got
 
 
+@pytest.mark.parametrize("draft_vocab", [VOCAB, 30])
+def test_packed_weights_give_the_same_and_follow_new_ones(draft_vocab):
+    module, embed = make_drafter(draft_vocab)
+    fused = FusedEagle3(module, embed, 64, packs=True)
+    ids, hidden = make_rows(4, 48)
+    features = torch.randn(4, 3 * 48, generator=torch.Generator().manual_seed(4))
+    at = make_pass(2)
+
+    for new_weights in (False, True):
+        if new_weights:
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            fused.follow()
+        got, want = by_fused(fused, ids, hidden, at), by_module(module, embed, ids, hidden, at)
+        for ours, theirs in zip(got, want, strict=True):
+            assert relative_error(ours, theirs) < 2e-6
+        assert relative_error(fused.fuse(features), module.fuse(features)) < 2e-6
+
+
 @pytest.mark.parametrize("use_kernels", [False, True])
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 30])
 def test_the_same_is_drafted_as_by_the_module(draft_vocab, use_kernels):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from drafters.batch import from_sequences
+from drafters.protocol import weights_were_overwritten
 from drafters.trainable import learning_kinds, trainable
 from oracles.engines import make_engine, new_weights, random_model, request_of, run
 from oracles.joint_law import chi_squared_excess
@@ -37,6 +38,7 @@ def scrambled(kind):
             with torch.no_grad():
                 for parameter in drafter.module.parameters():
                     parameter.copy_(torch.randn_like(parameter) * 0.1)
+                weights_were_overwritten(drafter)
             drafter.version += 1
 
     return between

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drafters.eagle3.model import Eagle3, config_for_target
+from drafters.protocol import weights_were_overwritten
 from oracles.engines import make_engine, random_model, request_of, run
 from policies.fixed import FixedPolicy
 from serving.capture.rounds import round_columns
@@ -55,8 +56,10 @@ def scramble(engine, step):
     """New random weights, in place, every second step."""
     if step % 2 == 0:
         generator = torch.Generator().manual_seed(step)
-        for parameter in engine.drafting.neural["eagle3"].drafter.module.parameters():
+        drafter = engine.drafting.neural["eagle3"].drafter
+        for parameter in drafter.module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        weights_were_overwritten(drafter)
 
 
 AXES = (1, 4), (None, 40), (False, True), ("greedy", "seeded")

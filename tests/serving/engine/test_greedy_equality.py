@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from drafters.protocol import weights_were_overwritten
 from oracles.engines import ARCHITECTURES, make_engine, random_model, request_of, run
 
 
@@ -32,9 +33,11 @@ def scramble(engine, step):
     if step % 3 == 0:
         torch.manual_seed(step)
         with torch.no_grad():
-            for parameter in engine.drafting.neural["eagle3"].drafter.module.parameters():
+            drafter = engine.drafting.neural["eagle3"].drafter
+            for parameter in drafter.module.parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
-        engine.drafting.neural["eagle3"].drafter.version += 1
+            weights_were_overwritten(drafter)
+        drafter.version += 1
 
 
 def case(architecture, seed):

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from drafters.protocol import Weights
+from drafters.protocol import Weights, weights_were_overwritten
 from drafters.trainable import trainable
 from oracles.engines import RandomPolicy, make_engine, new_weights, random_model, request_of, run
 from oracles.joint_law import chi_squared_excess
@@ -46,6 +46,7 @@ def scrambled(engine, step):
         with torch.no_grad():
             for parameter in drafter.module.parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
+            weights_were_overwritten(drafter)
         drafter.version += 1
 
 

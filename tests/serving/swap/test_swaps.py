@@ -96,6 +96,24 @@ def test_a_new_version_is_taken_by_itself_and_no_output_changes(service, tmp_pat
     assert service.figures().swaps == {"swapped": 1, "rejected": 0, "rolled_back": 0}
 
 
+def test_copies_of_weights_follow_a_swap_and_the_way_back(service, tmp_path):
+    """On a CPU the drafter multiplies with packed copies of its weights."""
+    drafter = service.engine.drafting.neural["eagle3"].drafter
+    rows = torch.randn(3, drafter.output_size, generator=torch.Generator().manual_seed(0))
+    publish_next(tmp_path / "weights", noisy)
+
+    found = []
+    for version in (1, 0):
+        service.swapper.swap(version)
+        ask(service, f"at {version}")
+        assert drafter.version == version
+        with torch.no_grad():
+            found.append(drafter._fused.logits(rows))
+            torch.testing.assert_close(found[-1], drafter.module.logits(rows), atol=1e-4, rtol=1e-4)
+
+    assert not torch.allclose(*found, atol=1e-2)
+
+
 def test_requests_under_way_survive_many_swaps(service, tmp_path):
     root = tmp_path / "weights"
     publish_next(root, noisy)
