@@ -25,8 +25,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular, read_regular
+from buffer.files import (
+    OWNER_FILE,
+    OWNER_FOLDER,
+    leads_to,
+    open_regular,
+    read_regular,
+    write_parts,
+)
 from buffer.manifest import VERSION_NAME
+from buffer.sealed import Content, Sealed, parts_of
 from configs.logs import Lasting
 
 log = logging.getLogger(__name__)
@@ -97,7 +105,7 @@ class SharedFolder:
             remove_abandoned(self._memory)
             return path
 
-    def put(self, version: int, files: Mapping[str, bytes]) -> bool:
+    def put(self, version: int, files: Mapping[str, Content | Sealed]) -> bool:
         """Show a version, whole or not at all, and remove the others. One publisher at a time.
 
         Returns:
@@ -112,7 +120,7 @@ class SharedFolder:
         try:
             aside.mkdir(mode=OWNER_FOLDER)
             for name, content in files.items():
-                _write(aside / name, content)
+                write_parts(aside / name, parts_of(content), OWNER_FILE, is_durable=False)
             aside.rename(path / str(version))
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -201,7 +209,8 @@ class SharedFolder:
                 continue  # whoever left last has just removed the folder
             fcntl.flock(users, fcntl.LOCK_SH)
             if leads_to(path / _USERS, users):
-                _write(path / _ROOT, os.fsencode(self._root.absolute()))
+                root = os.fsencode(self._root.absolute())
+                write_parts(path / _ROOT, [root], OWNER_FILE, is_durable=False)
                 return path, users
             os.close(users)
 
@@ -309,8 +318,3 @@ def _read(path: Path) -> bytes:
         return read_regular(path, 4096)
     except OSError:
         return b""
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb", opener=lambda _, flags: open_regular(path, flags, OWNER_FILE)) as file:
-        file.write(content)

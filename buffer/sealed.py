@@ -1,0 +1,131 @@
+"""Large files of a bundle in one pass: each byte is looked at while it is in the processor's cache,
+and the digest, which takes longest, is computed meanwhile on a thread of its own.
+
+Digests are SHA-256 of the whole file, so they cannot be divided over threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from buffer.records import FileDigest
+from buffer.tensors import FiniteScan, tensor_parts
+
+CHUNK_BYTES = 4 << 20
+"""Bytes read, digested and looked at at a time. Each costs the interpreter lock four times, for
+which a thread that serves may let us wait, so they are large, but smaller than a last-level cache.
+"""
+
+
+Content = bytes | memoryview
+"""Bytes of one file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A safetensors file whose digest and soundness its maker has found while laying it out.
+
+    A reader finds both by itself.
+    """
+
+    parts: tuple[memoryview, ...]
+    """Its bytes, in order. Tensors lie where their owner has them, who must not change them until
+    they are published: a copy would cost as much as writing them."""
+    digest: FileDigest
+    non_finite: tuple[str, ...]
+    """Tensors that hold a NaN or an infinity."""
+
+    def __len__(self) -> int:
+        return self.digest.num_bytes
+
+    def joined(self) -> Content:
+        """All bytes behind each other."""
+        return b"".join(self.parts)
+
+
+def seal(tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> Sealed:
+    """Lay tensors out as ``safetensors.torch.save`` does, but for the order of dtypes of one size.
+
+    Args:
+        tensors: name -> (dtype tag, array that holds its bits). Contiguous arrays are not copied.
+    """
+    laid_out = tensor_parts(tensors)
+    head, *arrays = laid_out.parts
+    broken = list[str]()
+    with Digesting(laid_out.num_bytes) as digesting:
+        digesting.update(head)
+        for (name, info), array in zip(laid_out.tensors.items(), arrays, strict=True):
+            scan = FiniteScan(array, {name: replace(info, start=0, end=len(array))})
+            for start in range(0, len(array), CHUNK_BYTES):
+                chunk = array[start : start + CHUNK_BYTES]
+                digesting.update(chunk)
+                scan.advance(start + len(chunk))
+            broken += scan.broken
+    digest = FileDigest(digesting.sha256, laid_out.num_bytes)
+    return Sealed(tuple(laid_out.parts), digest, tuple(broken))
+
+
+def digest_of(content: Content | Sealed) -> FileDigest:
+    """SHA-256 and size of a file."""
+    if isinstance(content, Sealed):
+        return content.digest
+    return FileDigest(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def plain(content: Content | Sealed) -> Content:
+    """The bytes of a file, behind each other."""
+    return content.joined() if isinstance(content, Sealed) else content
+
+
+def parts_of(content: Content | Sealed) -> Sequence[Content]:
+    """The bytes of a file, in pieces."""
+    return content.parts if isinstance(content, Sealed) else [content]
+
+
+class Digesting:
+    """Computes a digest of chunks on a thread of its own, so that their producer goes on
+    meanwhile. A file of one chunk is digested where it is: a thread would take longer to start."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """
+        Args:
+            num_bytes: size of the file.
+        """
+        self._hash = hashlib.sha256()
+        self._chunks: SimpleQueue[memoryview | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if num_bytes > CHUNK_BYTES:
+            self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._chunks.put(None)
+            self._thread.join()
+
+    def update(self, chunk: memoryview) -> None:
+        """Append a chunk, which must not change until the block ends."""
+        if self._thread is None:
+            self._hash.update(chunk)
+        else:
+            self._chunks.put(chunk)
+
+    @property
+    def sha256(self) -> str:
+        """Of all chunks, in hex, once the block has ended."""
+        return self._hash.hexdigest()
+
+    def _run(self) -> None:
+        while (chunk := self._chunks.get()) is not None:
+            self._hash.update(chunk)
