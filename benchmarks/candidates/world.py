@@ -206,12 +206,9 @@ class World:
         seed: int,
         *,
         averaged: bool,
-    ) -> nn.Module:
-        """Version 0, trained on these samples until it is enough, asked every ten updates.
-
-        Raises:
-            RuntimeError: it never was.
-        """
+    ) -> nn.Module | None:
+        """Version 0, trained on these samples until it is enough, asked every ten updates;
+        ``None``: it never was."""
         settings = self.settings.trainer.model_copy(update={"lr": lr, "warmup_steps": 0})
         learner = Learner(self.learns, self.model(), self.head, settings, self.rows)
         chance = random.Random(seed)
@@ -222,7 +219,7 @@ class World:
                 found = learner.average if averaged else learner.model
                 if is_enough(found):
                     return found
-        raise RuntimeError(f"{most_updates} updates at {lr} were not enough")
+        return None
 
     # ---- versions ------------------------------------------------------------------------------
 
@@ -338,7 +335,8 @@ def world(domains: Sequence[str], seed: int, folder: Path) -> Iterator[World]:
         prompts = {}
         for domain in domains:
             texts = corpus.prompts(cast(corpus.Domain, domain), _PROMPTS, seed)
-            prompts[domain] = itertools.cycle([tuple(tokenizer.encode(text)) for text in texts])
+            ids = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+            prompts[domain] = itertools.cycle(ids)
         rows = RowStore(torch.device("cpu"), _STORE_BYTES)
         yield World(settings, service, made[0], first, head, rows, prompts)
     finally:
