@@ -259,11 +259,10 @@ class Arriving:
         self._problem: TensorFileError | None = None
 
     def __enter__(self) -> Arriving:
-        self._digesting.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._digesting.__exit__()
+        self._digesting.end()
 
     @property
     def left(self) -> NDArray[np.uint8]:

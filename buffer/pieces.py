@@ -76,6 +76,7 @@ class PiecedBundle:
                     at = arriving.num_bytes
                     arriving.content[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
                     arriving.advance(len(piece))
+                    del piece  # while the next one is awaited
             check_size(str(self.version), what, arriving.num_bytes, digest)
             check_sha256(str(self.version), what, arriving.sha256, digest)
             try:
@@ -94,6 +95,7 @@ class PiecedBundle:
                     str(self.version), f"{self._what(name)} has over {digest.num_bytes} bytes"
                 )
             yield piece
+            del piece
 
     def _what(self, name: str) -> str:
         return f"{self.location}: {name} of version {self.version}"

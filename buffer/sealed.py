@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any
 
 from numpy.typing import NDArray
 
 from buffer.records import FileDigest
-from buffer.tensors import FiniteScan, tensor_parts
+from buffer.tensors import non_finite_tensors, tensor_parts
 
 CHUNK_BYTES = 4 << 20
 """Bytes read, digested and looked at at a time. Each costs the interpreter lock four times, for
@@ -28,22 +28,35 @@ Content = bytes | memoryview
 """Bytes of one file."""
 
 
-@dataclass(frozen=True, slots=True)
 class Sealed:
-    """A safetensors file whose digest and soundness its maker has found while laying it out.
+    """A safetensors file whose maker finds out its digest and soundness while laying it out. Its
+    digest is computed on a thread of its own, so that it can be written meanwhile.
 
     A reader finds both by itself.
     """
 
-    parts: tuple[memoryview, ...]
-    """Its bytes, in order. Tensors lie where their owner has them, who must not change them until
-    they are published: a copy would cost as much as writing them."""
-    digest: FileDigest
-    non_finite: tuple[str, ...]
-    """Tensors that hold a NaN or an infinity."""
+    def __init__(self, parts: Sequence[memoryview], non_finite: Sequence[str]) -> None:
+        """
+        Args:
+            parts: its bytes, in order. Tensors lie where their owner has them, who must not change
+                them until they are published: a copy would cost memory for them.
+            non_finite: tensors that hold a NaN or an infinity.
+        """
+        self.parts = tuple(parts)
+        self.non_finite = tuple(non_finite)
+        self._num_bytes = sum(map(len, self.parts))
+        self._digesting = Digesting(self._num_bytes)
+        for part in self.parts:
+            self._digesting.update(part)
+        self._digesting.end()
 
     def __len__(self) -> int:
-        return self.digest.num_bytes
+        return self._num_bytes
+
+    @property
+    def digest(self) -> FileDigest:
+        """SHA-256 and size; waits until it is known."""
+        return FileDigest(self._digesting.sha256, self._num_bytes)
 
     def joined(self) -> Content:
         """All bytes behind each other."""
@@ -57,19 +70,11 @@ def seal(tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> Sealed:
         tensors: name -> (dtype tag, array that holds its bits). Contiguous arrays are not copied.
     """
     laid_out = tensor_parts(tensors)
-    head, *arrays = laid_out.parts
+    arrays = zip(laid_out.tensors.items(), laid_out.parts[1:], strict=True)
     broken = list[str]()
-    with Digesting(laid_out.num_bytes) as digesting:
-        digesting.update(head)
-        for (name, info), array in zip(laid_out.tensors.items(), arrays, strict=True):
-            scan = FiniteScan(array, {name: replace(info, start=0, end=len(array))})
-            for start in range(0, len(array), CHUNK_BYTES):
-                chunk = array[start : start + CHUNK_BYTES]
-                digesting.update(chunk)
-                scan.advance(start + len(chunk))
-            broken += scan.broken
-    digest = FileDigest(digesting.sha256, laid_out.num_bytes)
-    return Sealed(tuple(laid_out.parts), digest, tuple(broken))
+    for (name, info), array in arrays:
+        broken += non_finite_tensors(array, {name: replace(info, start=0, end=len(array))})
+    return Sealed(laid_out.parts, broken)
 
 
 def digest_of(content: Content | Sealed) -> FileDigest:
@@ -103,27 +108,25 @@ class Digesting:
         self._thread: threading.Thread | None = None
         if num_bytes > CHUNK_BYTES:
             self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
-
-    def __enter__(self) -> Self:
-        if self._thread is not None:
             self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._chunks.put(None)
-            self._thread.join()
 
     def update(self, chunk: memoryview) -> None:
-        """Append a chunk, which must not change until the block ends."""
+        """Append a chunk, which must not change until it is digested."""
         if self._thread is None:
             self._hash.update(chunk)
         else:
             self._chunks.put(chunk)
 
+    def end(self) -> None:
+        """There are no more chunks."""
+        if self._thread is not None:
+            self._chunks.put(None)
+
     @property
     def sha256(self) -> str:
-        """Of all chunks, in hex, once the block has ended."""
+        """Of all chunks, in hex, once there are no more; waits until it is known."""
+        if self._thread is not None:
+            self._thread.join()
         return self._hash.hexdigest()
 
     def _run(self) -> None:

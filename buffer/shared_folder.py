@@ -64,6 +64,8 @@ class SharedFolder:
         self._lock = threading.Lock()
         self._leave: weakref.finalize[[int, Path, int, Path], SharedFolder] | None = None
         self._held: Path | None = None
+        self._prepared: tuple[str, Sealed] | None = None
+        """Name and content of a file that lies in the folder ``_aside``."""
         self._problem = Lasting()
 
     def path(self) -> Path | None:
@@ -105,6 +107,22 @@ class SharedFolder:
             remove_abandoned(self._memory)
             return path
 
+    def prepare(self, name: str, content: Sealed) -> None:
+        """Write one file of the version that ``put`` will get next. One publisher at a time."""
+        self._prepared = None
+        path = self.hold()
+        if path is None:
+            return
+        self.clear_leftovers()
+        aside = path / _aside()
+        try:
+            aside.mkdir(mode=OWNER_FOLDER)
+            write_parts(aside / name, content.parts, OWNER_FILE, is_durable=False)
+        except OSError:  # ``put`` says so, if it lasts
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        self._prepared = name, content
+
     def put(self, version: int, files: Mapping[str, Content | Sealed]) -> bool:
         """Show a version, whole or not at all, and remove the others. One publisher at a time.
 
@@ -115,11 +133,17 @@ class SharedFolder:
         path = self.hold()
         if path is None:
             return False
-        self.clear_leftovers()
-        aside = path / f".tmp-{version}"
+        aside, prepared = path / _aside(), self._prepared
+        self._prepared = None
+        is_there = prepared is not None and files.get(prepared[0]) is prepared[1]
+        if not is_there or not aside.is_dir():
+            prepared = None
+            self.clear_leftovers()
         try:
-            aside.mkdir(mode=OWNER_FOLDER)
+            aside.mkdir(mode=OWNER_FOLDER, exist_ok=prepared is not None)
             for name, content in files.items():
+                if prepared is not None and name == prepared[0]:
+                    continue
                 write_parts(aside / name, parts_of(content), OWNER_FILE, is_durable=False)
             aside.rename(path / str(version))
         except OSError as error:
@@ -318,3 +342,8 @@ def _read(path: Path) -> bytes:
         return read_regular(path, 4096)
     except OSError:
         return b""
+
+
+def _aside() -> str:
+    """Name of the folder in which this process writes a version."""
+    return f".tmp-next-{os.getpid()}"

@@ -28,7 +28,7 @@ from buffer.bundles import (
 )
 from buffer.files import write_atomically
 from buffer.folder_weights import HIGHEST, FolderWeights, lines_in
-from buffer.manifest import MANIFEST
+from buffer.manifest import MANIFEST, TENSORS
 from buffer.records import Manifest
 from buffer.sealed import Content, Sealed
 from buffer.shared_folder import MEMORY, SharedFolder
@@ -71,6 +71,9 @@ class SharedWeights(FolderWeights):
             self._shared.clear_leftovers()
             self._store_missing()
         return epoch
+
+    def prepare(self, content: Sealed) -> None:
+        self._shared.prepare(TENSORS, content)
 
     def read_manifest(self, version: int) -> Manifest:
         return self._from_either(version, read_manifest)

@@ -59,6 +59,9 @@ class SignedWeights(WeightsStore):
     def take_over(self) -> int:
         return self._store.take_over()
 
+    def prepare(self, content: Sealed) -> None:
+        self._store.prepare(content)
+
     def publish(
         self,
         manifest: Manifest,

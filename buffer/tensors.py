@@ -39,7 +39,9 @@ _NON_FINITE_MASK: dict[str, np.unsignedinteger[Any]] = {
     "F64": np.uint64(0x7FF0_0000_0000_0000),
 }
 _SIGNED = {size: np.dtype(f"i{size}") for size in (1, 2, 4, 8)}
-_CHUNK_BYTES = 256 << 10  # looked at twice, so it should stay in the cache
+_CHUNK_BYTES = 4 << 20
+"""Bytes looked at twice, so they should stay in the cache, and for each chunk the interpreter lock
+is taken twice: on an EPYC, 22 GB/s by 4 MiB, 20 by 256 KiB, 18 by 16 MiB."""
 
 
 class TensorFileError(ValueError):

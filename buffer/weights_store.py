@@ -51,6 +51,15 @@ class WeightsStore(Protocol):
         """
         ...
 
+    def prepare(self, content: Sealed) -> None:
+        """Begin to write the tensors of the next version, which ``publish`` will probably get,
+        where nobody looks for them yet. Saves time in stores whose first step is to copy them;
+        others do nothing. Does not raise: what fails is done again by ``publish``.
+
+        Only the one that publishes may call it. What is prepared and not published is dropped by
+        the next ``prepare`` or ``publish``.
+        """
+
     def publish(
         self,
         manifest: Manifest,

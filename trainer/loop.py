@@ -237,6 +237,7 @@ class Trainer:
         if not judgement.verdict.passed:
             return judgement, None
         content = bundle_content(learner.trainable, learner.average)
+        self.publisher.store.prepare(content)  # while its digest is computed
         try:
             found = self.publisher.version_with(content)
         except ServiceAwayError:

@@ -71,6 +71,7 @@ def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
             parameter.mul_(0.99)
         stamps, began_s = {"stepped": time.monotonic()}, time.process_time()
         content = sealed_tensors({name: one.data for name, one in model.named_parameters()})
+        store.prepare(content)
         stamps["encoded"] = time.monotonic()
         assert publisher.version_with(content) is None
         published = store.publish(manifest, {TENSORS: content}, publisher.epoch)
