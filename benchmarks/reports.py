@@ -48,17 +48,21 @@ _WAIT_S = 120.0
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
-def processor_s(session: int) -> float:
-    """Processor time of all processes of a session, ended children included."""
-    total = 0
+def processor_s(process: int) -> float:
+    """Processor time of a process, its descendants, whatever their sessions, and those of them that
+    have ended."""
+    parents, times = dict[int, int](), dict[int, int]()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:  # it has just ended
             continue
-        if int(fields[3]) == session:
-            total += sum(map(int, fields[11:15]))
-    return total * _TICK_S
+        pid = int(path.parent.name)
+        parents[pid], times[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+    found = {process}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sum(times.get(pid, 0) for pid in found) * _TICK_S
 
 
 class Meter:

@@ -59,6 +59,7 @@ class WeightsStore(Protocol):
         Only the one that publishes may call it. What is prepared and not published is dropped by
         the next ``prepare`` or ``publish``.
         """
+        return
 
     def publish(
         self,

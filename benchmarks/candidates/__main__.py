@@ -1,7 +1,7 @@
 """Bad candidates against the three lines behind each other: gate, load checks, live watch.
 
-    python -m benchmarks.candidates                     # some ten minutes on two cores
-    python -m benchmarks.candidates --each 1 --draws 100
+    python -m benchmarks.candidates                     # half an hour at most, on two cores
+    python -m benchmarks.candidates --each 1 --draws 100 --minutes 5
 
 A server decodes the bundled target with the bundled drafter, version 0, for four clients. Of each
 bad kind, some candidates are made from version 0 (``kinds.py``): with a NaN, with a permuted
@@ -23,16 +23,19 @@ again. An equal candidate does not pass the gate by intention; and whether a bet
 depends on how much better it is, so the gain is said beside the count. One that is refused there is
 not lost: training goes on, and the next one is judged.
 
-Writes ``benchmarks/results/candidates.json`` and, with ``--publish``, ``rows/candidates.json``.
+Writes ``benchmarks/results/candidates.json`` and, with ``--publish``, ``rows/candidates.json``,
+after each candidate, so that a run that is stopped leaves what it has found.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +65,8 @@ JUDGED = 16
 """Held-out traces of each domain."""
 LR = 3e-4
 """At which a better one is trained: on other text it gains 6 % in 20 updates; at 1e-3, nothing."""
-REQUESTS = 48
-"""Real requests of each version, of whose rounds swaps are drawn."""
+GOOD = "good"
+"""Stands for an equal and a better candidate among the kinds."""
 MOST_WINDOWS = 5
 """A version drafts in the watching window and, after the trial, in at most four of confirming."""
 _BLOCK = 16
@@ -87,34 +90,40 @@ def tried(one: World, candidate: Candidate, known: Known) -> tuple[str | None, s
     return gate, refusal, live
 
 
-def bad_ones(one: World, known: Known, each: int) -> dict[str, Any]:
-    """All kinds."""
-    found = {}
-    for name, make in KINDS.items():
-        results, not_made = [], list[str]()
-        for seed in range(each):
-            began_s = time.monotonic()
-            try:
-                candidate = make(one, known, seed)
-            except NotMadeError as error:
-                not_made.append(str(error))
-                say(f"{name}: not made: {error}")
-                continue
-            made_s = time.monotonic() - began_s
-            results.append(tried(one, candidate, known))
-            seconds = time.monotonic() - began_s
-            say(f"{name}: {results[-1]}, {seconds:.0f} s, {made_s:.0f} of them to make it")
-        lives = [live for _, _, live in results]
-        found[name] = {
-            "candidates": len(results),
-            "not_made": not_made,
-            "gate": dict(Counter(gate or "not judged" for gate, _, _ in results)),
-            "refused_by_publish": sum(refusal is not None for _, refusal, _ in results),
+@dataclass(slots=True)
+class Tally:
+    """What became of the bad candidates of one kind."""
+
+    results: list[tuple[str | None, str | None, Live]] = field(default_factory=list)
+    not_made: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts."""
+        lives = [live for _, _, live in self.results]
+        return {
+            "candidates": len(self.results),
+            "not_made": self.not_made,
+            "gate": dict(Counter(gate or "not judged" for gate, _, _ in self.results)),
+            "refused_by_publish": sum(refusal is not None for _, refusal, _ in self.results),
             "live": dict(Counter(live.outcome for live in lives)),
             "load_refusals": dict(Counter(live.reason for live in lives if live.reason)),
             "rounds": [live.rounds for live in lives],
         }
-    return found
+
+
+def try_bad(one: World, known: Known, name: str, seed: int, tally: Tally) -> None:
+    """One candidate of a kind."""
+    began_s = time.monotonic()
+    try:
+        candidate = KINDS[name](one, known, seed)
+    except NotMadeError as error:
+        tally.not_made.append(str(error))
+        say(f"{name}: not made: {error}")
+        return
+    made_s = time.monotonic() - began_s
+    tally.results.append(tried(one, candidate, known))
+    seconds = time.monotonic() - began_s
+    say(f"{name}: {tally.results[-1]}, {seconds:.0f} s, {made_s:.0f} of them to make it")
 
 
 def noisy(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -140,36 +149,28 @@ def better_than_first(one: World, away: Sequence[HeldSample], known: Known) -> n
     return one.trained(away, LR, MOST_UPDATES, passes, 0, averaged=True)
 
 
-def good_ones(one: World, known: Known, live: int, draws: int) -> dict[str, Any]:
-    """Equal ones and better ones, live and drawn."""
-    swap = one.settings.swap
-    watch = swap.watch_rounds, swap.max_drop
-    lives: dict[str, list[Live]] = {"equal": []}
-    for seed in range(live):
-        lives["equal"].append(one.offer(noisy(one.tensors(), seed), HOME))
-        one.back_to_first()
-    say(f"equal: {Counter(x.outcome for x in lives['equal'])}")
-    former = sequences(one.play_requests(AWAY, REQUESTS))
-    drawn = {"equal": watched(former, former, *watch, draws, seed=1)}
-    gates: dict[str, Any] = {}
+def try_good(one: World, known: Known, seed: int, lives: dict[str, list[Live]]) -> None:
+    """One equal and, if there is one, one better candidate, served."""
+    offers = {"equal": (one.tensors(), HOME)}
     if known.better is not None:
-        lives["better"] = []
-        for seed in range(live):
-            lives["better"].append(one.offer(noisy(one.tensors_of(known.better), seed), AWAY))
-            if seed == live - 1:
-                new = sequences(one.play_requests(AWAY, REQUESTS))
-                drawn["better"] = watched(former, new, *watch, draws, seed=2)
-            one.back_to_first()
-        say(f"better: {Counter(x.outcome for x in lives['better'])}")
-        held_out = known.judging["away"]
-        gates = {
-            f"better, {num} held-out traces": gated(one, known.better, held_out, num, draws, seed=3)
-            for num in (one.settings.trainer.held_out_traces, 32)
-        }
+        offers["better"] = (one.tensors_of(known.better), AWAY)
+    for name, (tensors, domain) in offers.items():
+        live = one.offer(noisy(tensors, seed), domain)
+        lives.setdefault(name, []).append(live)
+        if name == "better" and not known.played and live.outcome == "kept":
+            known.played.extend(sequences(one.play_requests(AWAY, JUDGED)))
+        one.back_to_first()
+        say(f"{name}: {live}")
+
+
+def drawn_gates(one: World, known: Known, draws: int) -> dict[str, Any]:
+    """The gate on held-out traces drawn again and again."""
+    if known.better is None:
+        return {}
+    held_out = known.judging["away"]
     return {
-        "live": {name: dict(Counter(x.outcome for x in found)) for name, found in lives.items()},
-        "watch": drawn,
-        "gate": gates,
+        f"better, {num} held-out traces": gated(one, known.better, held_out, num, draws, seed=3)
+        for num in (one.settings.trainer.held_out_traces, 32)
     }
 
 
@@ -184,38 +185,61 @@ def known_of(one: World) -> Known:
     traces = {"home": one.play_requests(HOME, 2 * JUDGED)}
     traces["away"] = one.play_requests(AWAY, 3 * JUDGED)
     held = {name: one.hold(found) for name, found in traces.items()}
-    num_tokens = int(one.manifest.drafter_config["target_vocab_size"])  # type: ignore[call-overload]
+    num_tokens = int(one.manifest.drafter_config["target_vocab_size"])
     known = Known(
         held["home"][JUDGED:],
         held["away"][JUDGED:],
         {name: samples[:JUDGED] for name, samples in held.items()},
         {name: one.judge(one.model()) for name in held},
         {name: counts_of(found, num_tokens) for name, found in traces.items()},
+        {name: sequences(found) for name, found in traces.items()},
         None,
     )
     return replace(known, better=better_than_first(one, known.away, known))
 
 
-def measure(each: int, live: int, draws: int, seed: int) -> dict[str, Any]:
-    """All of it, in a folder of its own."""
+def measure(each: int, draws: int, seed: int, minutes: float) -> Iterator[dict[str, Any]]:
+    """All of it, in a folder of its own, one candidate of each kind after the other, again and
+    again; yields all figures so far after each.
+
+    Args:
+        minutes: after which no other candidate is begun.
+    """
     torch.set_num_threads(1)
     began_s = time.monotonic()
+    bad = {name: Tally() for name in KINDS}
+    lives: dict[str, list[Live]] = {}
     with (
-        tempfile.TemporaryDirectory(prefix="candidates-") as name,
-        world((HOME, AWAY), seed, Path(name)) as one,
+        tempfile.TemporaryDirectory(prefix="candidates-") as folder,
+        world((HOME, AWAY), seed, Path(folder)) as one,
     ):
         known = known_of(one)
         say(f"a better one: {known.better is not None}, {time.monotonic() - began_s:.0f} s")
-        bad = bad_ones(one, known, each)
-        good = good_ones(one, known, live, draws)
-        watch_rounds = one.settings.swap.watch_rounds
-    return {
-        "bad": bad,
-        "good": good,
-        "most_rounds": most_rounds(watch_rounds),
-        "seconds": time.monotonic() - began_s,
-        "seed": seed,
-    }
+        watch = one.settings.swap.watch_rounds, one.settings.swap.max_drop
+        home, away = known.rounds["home"], known.rounds["away"]
+        swaps = {"equal": watched(home, home, *watch, draws, seed=1)}
+        gates = drawn_gates(one, known, draws)
+        for number, name in itertools.product(range(each), (*KINDS, GOOD)):
+            if time.monotonic() - began_s > 60 * minutes:
+                return
+            if name == GOOD:
+                try_good(one, known, number, lives)
+                if known.played and "better" not in swaps:
+                    swaps["better"] = watched(away, known.played, *watch, draws, seed=2)
+            else:
+                try_bad(one, known, name, number, bad[name])
+            yield {
+                "bad": {name: tally.to_json() for name, tally in bad.items()},
+                "good": {
+                    "live": {n: dict(Counter(x.outcome for x in f)) for n, f in lives.items()},
+                    "watch": swaps,
+                    "gate": gates,
+                },
+                "most_rounds": most_rounds(watch[0]),
+                "seconds": time.monotonic() - began_s,
+                "load": os.getloadavg()[1],
+                "seed": seed,
+            }
 
 
 def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
@@ -244,19 +268,22 @@ def failures(rows: Sequence[Row]) -> list[Row]:
 
 
 def main(
-    each: Annotated[int, typer.Option(min=1, help="candidates of each bad kind")] = 6,
-    live: Annotated[int, typer.Option(min=1, help="good ones of each kind swapped in live")] = 4,
+    each: Annotated[int, typer.Option(min=1, help="candidates of each kind, good ones too")] = 6,
     draws: Annotated[int, typer.Option(min=1, help="good ones drawn from real requests")] = 5000,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="after which no other candidate is begun")
+    ] = 30.0,
     seed: int = 0,
     publish: Annotated[bool, typer.Option(help="write rows/candidates.json, too")] = False,
     out: Out = RESULTS / "candidates.json",
 ) -> None:
     """Offer bad and good candidates, and count what becomes of them."""
-    found = measure(each, live, draws, seed)
-    write_result(out, found)
-    rows = list(rows_of(found))
-    if publish:
-        write_rows("candidates", rows, SOURCE)
+    rows: list[Row] = []
+    for found in measure(each, draws, seed, minutes):
+        write_result(out, found)
+        rows = list(rows_of(found))
+        if publish:
+            write_rows("candidates", rows, SOURCE)
     for row in rows:
         say(f"{row.row}: {row.measure}: {row.value} (goal: {row.goal}, holds: {row.holds})")
     if failures(rows):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.candidates.world import World
+from benchmarks.candidates.world import Rounds, World
 from trainer.gate import Judge, Judgement
 from trainer.rows import HeldSample
 
@@ -32,8 +32,13 @@ class Known:
     """Of version 0 and one domain each, so that version 0 is measured once."""
     counts: Mapping[str, Tensor]
     """[V] int64: how often each token occurs in the completions of a domain."""
+    rounds: Mapping[str, Rounds]
+    """Those of version 0 on the requests of each domain."""
     better: nn.Module | None
     """Version 0, trained until it passes the gate on the other domain; ``None``: it never did."""
+
+    played: list[list[tuple[int, int]]] = field(default_factory=list)
+    """Rounds of the better one on the other domain, once it has served there."""
 
     def judged(self, model: nn.Module, domain: str) -> Judgement:
         """Compare with version 0 on the held-out traces of a domain."""

@@ -49,6 +49,10 @@ _PROMPTS = 400
 _WAIT_S = 1800.0
 
 
+Rounds = Sequence[Sequence[tuple[int, int]]]
+"""(proposed, accepted) of each round of each request."""
+
+
 class Counting(PolicySwitch):
     """Also counts the rounds that each version drafted."""
 
@@ -332,7 +336,7 @@ def world(domains: Sequence[str], seed: int, folder: Path) -> Iterator[World]:
         head = load_target_head(Path(settings.target), torch.device("cpu"), torch.float32)
         first = open_backend(settings.buffer.url, settings.run_dir).open_weights().read(0)
         tokenizer = service.model.tokenizer
-        prompts = {}
+        prompts: dict[str, Iterator[tuple[int, ...]]] = {}
         for domain in domains:
             texts = corpus.prompts(cast(corpus.Domain, domain), _PROMPTS, seed)
             ids = [tuple(tokenizer(text)["input_ids"]) for text in texts]
