@@ -99,6 +99,7 @@ def train(orders: Connection, url: str, run_dir: Path) -> None:
                 parameter.mul_(0.9999)
         stamps = {"stepped": time.monotonic()}
         content = bundle_content(learns, model)
+        store.prepare(content)
         stamps["encoded"] = time.monotonic()
         assert publisher.version_with(content) is None
         manifest = replaced(parent, version=parent.version + 1, parent=parent.version, files={})

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -29,8 +28,10 @@ from buffer.manifest import (
     manifest_problem,
 )
 from buffer.records import FileDigest, Manifest
+from buffer.sealed import CHUNK_BYTES, Content, Digesting, Sealed, digest_of
 from buffer.tensors import (
     MAX_BUNDLE_HEADER_BYTES,
+    FiniteScan,
     TensorFileError,
     TensorInfo,
     check_safetensors,
@@ -41,9 +42,6 @@ MAX_MANIFEST_BYTES = 1 << 20
 
 ExpectedTensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (dtype tag of safetensors, shape)."""
-
-_CHUNK_BYTES = 4 << 20
-"""Bytes read and hashed at a time, without the interpreter lock."""
 
 
 class BundleError(ValueError):
@@ -168,12 +166,12 @@ def read_bundle_into(
     manifest = _manifest_of_all(path)
     others = [name for name in manifest.files if name != TENSORS]
     for name in (*others, TENSORS):  # all use the same memory; the tensors come last and stay in it
-        content = _read_checked_into(buffer, path, name, manifest.files[name])
+        arriving = _read_checked_into(buffer, path, name, manifest.files[name])
         try:
-            tensors = sound_tensors(name, content.data, expected)
+            tensors = arriving.sound_tensors(expected)
         except TensorFileError as error:
             raise BundleError(path.name, f"{path}: {error}") from None
-    return BundleInBuffer(manifest, content, tensors)
+    return BundleInBuffer(manifest, arriving.content, tensors)
 
 
 def check_bundle(path: Path, expected: ExpectedTensors | None = None) -> Manifest:
@@ -186,13 +184,14 @@ def check_bundle(path: Path, expected: ExpectedTensors | None = None) -> Manifes
 
 
 def prepare_bundle(
-    manifest: Manifest, files: Mapping[str, bytes]
-) -> tuple[Manifest, dict[str, bytes]]:
+    manifest: Manifest, files: Mapping[str, Content | Sealed]
+) -> tuple[Manifest, dict[str, Content | Sealed]]:
     """Check a bundle before it is published, as every reader will check it.
 
     Args:
         manifest: everything but ``files``.
-        files: name -> content; ``drafter.safetensors`` must be among them.
+        files: name -> content; ``drafter.safetensors`` must be among them. What is sealed has been
+            digested, and its values looked at.
 
     Returns:
         The manifest with all digests, and all files of the bundle including ``manifest.json``.
@@ -200,7 +199,8 @@ def prepare_bundle(
     Raises:
         ValueError: a reader would refuse it.
     """
-    manifest = replace(manifest, files={name: _digest(content) for name, content in files.items()})
+    digests = {name: digest_of(content) for name, content in files.items()}
+    manifest = replace(manifest, files=digests)
     text = encode_manifest(manifest)
     problem = manifest_problem(manifest, str(manifest.version)) or files_problem(files)
     if problem is not None:
@@ -209,7 +209,7 @@ def prepare_bundle(
 
 
 def files_problem(
-    files: Mapping[str, bytes], expected: ExpectedTensors | None = None
+    files: Mapping[str, Content | Sealed], expected: ExpectedTensors | None = None
 ) -> str | None:
     """What is wrong with the content of a bundle's files; ``None`` if nothing is."""
     for name, content in files.items():
@@ -221,7 +221,7 @@ def files_problem(
 
 
 def sound_tensors(
-    name: str, content: bytes | memoryview, expected: ExpectedTensors | None
+    name: str, content: Content | Sealed, expected: ExpectedTensors | None
 ) -> dict[str, TensorInfo]:
     """Tensors in one file of a bundle, with every value checked; a JSON file has none.
 
@@ -230,14 +230,95 @@ def sound_tensors(
     """
     if not name.endswith(".safetensors"):
         return {}
+    tensors = _tensors_of(name, content, expected)
+    if isinstance(content, Sealed):
+        _check_finite(name, content.non_finite)
+    else:
+        _check_finite(name, non_finite_tensors(content, tensors))
+    return tensors
+
+
+class Arriving:
+    """One file of a bundle that is being read, chunk by chunk: digested and looked at meanwhile.
+
+    What it finds is told afterwards, a wrong digest first.
+    """
+
+    def __init__(self, name: str, content: NDArray[np.uint8]) -> None:
+        """
+        Args:
+            content: memory for the whole file.
+        """
+        self.name = name
+        self.content = content
+        self.num_bytes = 0
+        """Bytes that have arrived."""
+        self._digesting = Digesting(len(content))
+        self._tensors: dict[str, TensorInfo] | None = None
+        self._scan: FiniteScan | None = None
+        self._problem: TensorFileError | None = None
+
+    def __enter__(self) -> Arriving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._digesting.end()
+
+    @property
+    def left(self) -> NDArray[np.uint8]:
+        """Memory for the next chunk; empty once the file is there."""
+        return self.content[self.num_bytes : self.num_bytes + CHUNK_BYTES]
+
+    def advance(self, num_bytes: int) -> None:
+        """So many further bytes are in ``content`` now."""
+        start, self.num_bytes = self.num_bytes, self.num_bytes + num_bytes
+        self._digesting.update(self.content[start : self.num_bytes].data)
+        if self._scan is None and self._problem is None:
+            self._scan = self._read_header()
+        if self._scan is not None:
+            self._scan.advance(self.num_bytes)
+
+    @property
+    def sha256(self) -> str:
+        """Of what has arrived, once the block has ended."""
+        return self._digesting.sha256
+
+    def sound_tensors(self, expected: ExpectedTensors | None) -> dict[str, TensorInfo]:
+        """As the function ``sound_tensors``, once the whole file is there."""
+        if self._scan is None or self._tensors is None:  # JSON, or an unreadable header
+            return sound_tensors(self.name, self.content.data, expected)
+        _tensors_of(self.name, self.content.data, expected)
+        _check_finite(self.name, self._scan.broken)
+        return self._tensors
+
+    def _read_header(self) -> FiniteScan | None:
+        """Where the tensors lie, once the header has arrived."""
+        is_whole = self.num_bytes >= min(len(self.content), 8 + MAX_BUNDLE_HEADER_BYTES)
+        if not is_whole or not self.name.endswith(".safetensors"):
+            return None
+        try:
+            self._tensors = check_safetensors(self.content.data)
+        except TensorFileError as error:
+            self._problem = error
+            return None
+        return FiniteScan(self.content.data, self._tensors)
+
+
+def _tensors_of(
+    name: str, content: Content | Sealed, expected: ExpectedTensors | None
+) -> dict[str, TensorInfo]:
+    wanted = expected if name == TENSORS else None
     try:
-        tensors = check_safetensors(content, expected if name == TENSORS else None)
+        if isinstance(content, Sealed):
+            return check_safetensors(content.parts[0], wanted, num_bytes=len(content))
+        return check_safetensors(content, wanted)
     except TensorFileError as error:
         raise TensorFileError(f"{name}: {error}") from None
-    broken = non_finite_tensors(content, tensors)
+
+
+def _check_finite(name: str, broken: Sequence[str]) -> None:
     if broken:
-        raise TensorFileError(f"{name}: tensors {broken[:8]} hold NaN or infinity")
-    return tensors
+        raise TensorFileError(f"{name}: tensors {list(broken[:8])} hold NaN or infinity")
 
 
 def _manifest_of_all(path: Path) -> Manifest:
@@ -282,27 +363,23 @@ def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
 def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:
     content = _read_file(path, name, digest.num_bytes)
     check_size(path.name, str(path / name), len(content), digest)
-    check_sha256(path.name, str(path / name), _digest(content).sha256, digest)
+    check_sha256(path.name, str(path / name), digest_of(content).sha256, digest)
     return content
 
 
-def _read_checked_into(
-    buffer: HostBuffer, path: Path, name: str, digest: FileDigest
-) -> NDArray[np.uint8]:
+def _read_checked_into(buffer: HostBuffer, path: Path, name: str, digest: FileDigest) -> Arriving:
     """Like ``_read_checked``, chunk by chunk into ``buffer``."""
     with _opened(path, name, digest.num_bytes) as (file, num_bytes):
         # Before memory is taken: a manifest may claim more than there is.
         check_size(path.name, str(path / name), num_bytes, digest)
         check_fits(path.name, str(path / name), digest, buffer)
-        content = buffer.take(digest.num_bytes)
-        num_bytes, sha256 = 0, hashlib.sha256()
-        while num_read := file.readinto(content[num_bytes : num_bytes + _CHUNK_BYTES].data):
-            sha256.update(content[num_bytes : num_bytes + num_read].data)
-            num_bytes += num_read
-        grown = len(file.read(1))
-    check_size(path.name, str(path / name), num_bytes + grown, digest)
-    check_sha256(path.name, str(path / name), sha256.hexdigest(), digest)
-    return content
+        with Arriving(name, buffer.take(digest.num_bytes)) as arriving:
+            while num_read := file.readinto(arriving.left.data):
+                arriving.advance(num_read)
+            grown = len(file.read(1))
+    check_size(path.name, str(path / name), arriving.num_bytes + grown, digest)
+    check_sha256(path.name, str(path / name), arriving.sha256, digest)
+    return arriving
 
 
 def check_size(version: str, what: str, num_bytes: int, digest: FileDigest) -> None:
@@ -351,7 +428,3 @@ def check_sha256(version: str, what: str, found: str, digest: FileDigest) -> Non
         raise BundleError(
             version, f"{what} has sha256 {found[:12]}, the trainer wrote {digest.sha256[:12]}"
         )
-
-
-def _digest(content: bytes) -> FileDigest:
-    return FileDigest(hashlib.sha256(content).hexdigest(), len(content))

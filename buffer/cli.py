@@ -8,7 +8,7 @@ cannot be reached.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,6 +72,8 @@ class BundleLine(Report):
     parent: int | None
     gate: dict[str, Any]
     problem: str | None
+    line: str = ""
+    """Of which drafter, where a run has several; empty for the first."""
 
     @property
     def is_damaged(self) -> bool:
@@ -81,7 +83,8 @@ class BundleLine(Report):
         gate = ", ".join(f"{name} {_figure(value)}" for name, value in self.gate.items())
         state = "ok" if self.problem is None else f"DAMAGED: {self.problem}"
         parent = "none" if self.parent is None else self.parent
-        return f"bundle {self.version}: parent {parent}, gate: {gate or 'no figures'}; {state}"
+        name = f"{self.line}/{self.version}" if self.line else self.version
+        return f"bundle {name}: parent {parent}, gate: {gate or 'no figures'}; {state}"
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "bundle", **asdict(self)}
@@ -190,7 +193,8 @@ def inspect(
     with refusing():
         backend = run_backend(run, settings, "inspect")
         key = settings.swap.public_key
-        reports = list(inspect_backend(backend, limits_of(settings.buffer), key))
+        beside = [one.kind for one in settings.drafter.beside]
+        reports = list(inspect_backend(backend, limits_of(settings.buffer), key, beside))
         if records:
             reports += record_lines(backend, limit, token_ids)
         if put_aside := tuple(backend.unreadable()):
@@ -219,20 +223,26 @@ def stats(
 
 
 def inspect_backend(
-    backend: Backend, limits: TraceLimits, public_key: Path | None = None
+    backend: Backend,
+    limits: TraceLimits,
+    public_key: Path | None = None,
+    beside: Iterable[str] = (),
 ) -> Iterator[Report]:
     """Reports on the storage of the traces, on the traces themselves, on every bundle, and on
     damaged lists of deletions and versions.
 
     Args:
         public_key: a bundle without a signature of it is reported as damaged.
+        beside: further drafters whose bundles to look for; those in folders are found anyway.
     """
     yield from backend.reports(limits)
     yield summarise_traces(backend)
-    store = open_weights(backend, public_key)
-    for version in store.versions():
-        yield summarise_bundle(store, version)
-    for read in (backend.deletions, store.next_version):
+    lines = ["", *sorted({*backend.version_lines(), *beside})]
+    stores = {line: open_weights(backend, public_key, line=line) for line in lines}
+    for line, store in stores.items():
+        for version in store.versions():
+            yield summarise_bundle(store, version, line)
+    for read in (backend.deletions, *(store.next_version for store in stores.values())):
         try:
             read()
         except ValueError as error:
@@ -258,8 +268,12 @@ def summarise_traces(backend: Backend) -> TracesLine:
     )
 
 
-def summarise_bundle(store: WeightsStore, version: int) -> BundleLine:
-    """Check one bundle; its manifest is shown even if another of its files is damaged."""
+def summarise_bundle(store: WeightsStore, version: int, line: str = "") -> BundleLine:
+    """Check one bundle; its manifest is shown even if another of its files is damaged.
+
+    Args:
+        line: whose versions the store has.
+    """
     problem = None
     try:
         store.read(version)
@@ -268,8 +282,8 @@ def summarise_bundle(store: WeightsStore, version: int) -> BundleLine:
     try:
         manifest = store.read_manifest(version)
     except BundleError:
-        return BundleLine(version, None, {}, problem)
-    return BundleLine(manifest.version, manifest.parent, manifest.gate, problem)
+        return BundleLine(version, None, {}, problem, line)
+    return BundleLine(manifest.version, manifest.parent, manifest.gate, problem, line)
 
 
 def _traces(backend: Backend, unreadable: Counter[str]) -> Iterator[Trace]:

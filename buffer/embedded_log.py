@@ -11,7 +11,7 @@ from buffer.counts import BufferStats
 from buffer.deletions import Deleted, Deletions
 from buffer.eviction import Evictor
 from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
-from buffer.folder_weights import FolderWeights
+from buffer.folder_weights import FolderWeights, lines_in
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -80,6 +80,9 @@ class EmbeddedLog(Backend):
 
     def open_weights(self, line: str = "") -> FolderWeights:
         return FolderWeights(self._weights / line)
+
+    def version_lines(self) -> list[str]:
+        return lines_in(self._weights)
 
     def delete(self, tenant: str) -> Deleted:
         check_key(self._root, self._sealer)

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 OWNER_FOLDER, OWNER_FILE = 0o700, 0o600
@@ -16,6 +17,9 @@ _ANYONE = 0o666  # less the process's umask
 def forbid_core_dumps() -> None:
     """From now on a crash of this process leaves no image of its memory on a disk."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+Writable = bytes | bytearray | memoryview
 
 
 class NotRegularError(OSError):
@@ -108,27 +112,33 @@ def leads_to(path: Path, descriptor: int) -> bool:
 
 
 def write_atomically(
-    path: Path, content: bytes | bytearray | memoryview, mode: int = _ANYONE
+    path: Path,
+    content: Writable,
+    mode: int = _ANYONE,
+    *,
+    is_durable: bool = True,
 ) -> None:
     """Write a temporary file, flush it to disk, and rename it to ``path``.
 
     Args:
         mode: permissions of the file.
+        is_durable: ``False``: flush nothing. A power cut may then undo it, or leave the file empty.
 
     Raises:
         OSError: the disk failed; the former content of ``path`` is intact.
     """
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        write_durably(aside, content, mode)
+        _write(aside, [content], mode, is_durable)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if is_durable:
+        sync_folder(path.parent)
 
 
-def write_durably(path: Path, content: bytes | bytearray | memoryview, mode: int = _ANYONE) -> None:
+def write_durably(path: Path, content: Writable, mode: int = _ANYONE) -> None:
     """Write a file in place and flush it; a crash may leave only a part of it.
 
     Args:
@@ -138,10 +148,23 @@ def write_durably(path: Path, content: bytes | bytearray | memoryview, mode: int
         NotRegularError: a link, a pipe or another thing lies there.
         OSError: the disk failed.
     """
+    _write(path, [content], mode, True)
+
+
+def write_parts(
+    path: Path, parts: Iterable[Writable], mode: int = _ANYONE, *, is_durable: bool
+) -> None:
+    """``write_durably`` for a file that is in pieces; without ``is_durable`` nothing is flushed."""
+    _write(path, parts, mode, is_durable)
+
+
+def _write(path: Path, parts: Iterable[Writable], mode: int, is_durable: bool) -> None:
     with open(path, "wb", opener=lambda _, flags: open_regular(path, flags, mode)) as file:
-        file.write(content)
+        for part in parts:
+            file.write(part)
         file.flush()
-        os.fsync(file.fileno())
+        if is_durable:
+            os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -33,9 +33,10 @@ from buffer.bundles import (
     read_bundle_into,
     read_manifest,
 )
-from buffer.files import sync_folder, write_atomically, write_durably
+from buffer.files import sync_folder, write_atomically, write_parts
 from buffer.manifest import VERSION_NAME
 from buffer.records import Manifest
+from buffer.sealed import Content, Sealed, parts_of
 from buffer.tensors import parse_json
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 from buffer.weights_store import WeightsStore
@@ -49,6 +50,17 @@ _NUMBERS = {
 }
 IN_USE_STALE_S = 24 * 3600.0
 """Seconds after which a mark that was not renewed is assumed to be a dead server's."""
+
+
+def lines_in(root: Path) -> list[str]:
+    """Names of the folders under the root of a store that are stores of their own: the version
+    lines of further drafters."""
+    try:
+        folders = [path for path in root.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = sorted(p.name for p in folders if not VERSION_NAME.fullmatch(p.name))
+    return [name for name in names if name[0] != "." and FolderWeights(root / name).versions()]
 
 
 class FolderWeights(WeightsStore):
@@ -83,7 +95,10 @@ class FolderWeights(WeightsStore):
         return epoch
 
     def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Content | Sealed],
+        epoch: int | None = None,
     ) -> Manifest:
         manifest, content = prepare_bundle(manifest, files)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -129,7 +144,9 @@ class FolderWeights(WeightsStore):
         check_producer(producer)
         self.root.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"producer": producer, "versions": sorted(in_use)})
-        write_atomically(self._mark_path(producer), text.encode())
+        # Not flushed: a power cut ends the server, too, and a flush waits for all that a trainer on
+        # the same disk is writing, which delays the version that is marked.
+        write_atomically(self._mark_path(producer), text.encode(), is_durable=False)
 
     def unmark_in_use(self, producer: str) -> None:
         self._mark_path(producer).unlink(missing_ok=True)
@@ -177,14 +194,14 @@ class FolderWeights(WeightsStore):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
 
-    def _write(self, version: int, files: Mapping[str, bytes]) -> None:
+    def _write(self, version: int, files: Mapping[str, Content | Sealed]) -> None:
         """Write a version aside, take its number, and make it visible. A full disk is met before
         the number is taken."""
         aside = self.root / f".tmp-{version}"
         try:
             aside.mkdir()
             for name, content in files.items():
-                write_durably(aside / name, content)
+                write_parts(aside / name, parts_of(content), is_durable=True)
             sync_folder(aside)
             highest = max(version, self._read_number(HIGHEST, default=-1))
             write_atomically(self.root / HIGHEST, f"{highest}\n".encode())

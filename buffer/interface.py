@@ -322,6 +322,10 @@ class Backend(Protocol):
         """
         ...
 
+    def version_lines(self) -> list[str]:
+        """Names of version lines beside the first, as far as the backend can list them."""
+        return []
+
     def delete(self, tenant: str) -> Deleted:
         """Delete all records of a tenant, put-aside ones among them, and list the tenant, so that
         those of its earlier requests that arrive later are dropped. Repeat it after an error.

@@ -41,6 +41,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_reader import fetch_at
 from buffer.kafka_sender import Sender
+from buffer.sealed import Content, Sealed, plain
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ class VersionFiles:
         self._consumer: KafkaConsumer | None = None
         self._sender = Sender(link, "files", {"cleanup.policy": "compact"})
 
-    def write(self, nonce: str, files: Mapping[str, bytes]) -> dict[str, list[int]]:
+    def write(self, nonce: str, files: Mapping[str, Content | Sealed]) -> dict[str, list[int]]:
         """Store files, and return the offsets of their pieces.
 
         Raises:
@@ -273,7 +274,7 @@ class VersionFiles:
         sent: deque[tuple[list[int], Any]] = deque()
         for name, content in files.items():
             places[name] = []
-            view = memoryview(content)
+            view = memoryview(plain(content))
             for index, start in enumerate(range(0, len(view), PIECE_BYTES)):
                 piece = view[start : start + PIECE_BYTES]
                 sent.append((places[name], self._sender.send(_key(nonce, name, index), piece)))

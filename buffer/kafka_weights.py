@@ -26,6 +26,7 @@ from buffer.kafka_versions import PIECE_BYTES, Publication, State, VersionFiles,
 from buffer.manifest import MANIFEST
 from buffer.pieces import PiecedBundle
 from buffer.records import Manifest
+from buffer.sealed import Content, Sealed, digest_of
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 from buffer.weights_store import WeightsStore
 
@@ -57,7 +58,10 @@ class KafkaWeights(WeightsStore):
                 return epoch
 
     def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Content | Sealed],
+        epoch: int | None = None,
     ) -> Manifest:
         manifest, content = prepare_bundle(manifest, files)
         self._check(self._state(), manifest.version, epoch)
@@ -72,7 +76,7 @@ class KafkaWeights(WeightsStore):
                 "nonce": nonce,
                 "parent": manifest.parent,
                 "files": places,
-                "sha256": hashlib.sha256(content[MANIFEST]).hexdigest(),
+                "sha256": digest_of(content[MANIFEST]).sha256,
             }
         )
         ours = state.published.get(manifest.version)

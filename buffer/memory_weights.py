@@ -21,6 +21,7 @@ from buffer.bundles import (
 from buffer.manifest import TENSORS
 from buffer.memory_held import Held
 from buffer.records import Manifest
+from buffer.sealed import Content, Sealed, plain
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 from buffer.weights_store import WeightsStore
 
@@ -50,7 +51,10 @@ class MemoryWeights(WeightsStore):
             return self._held.epoch
 
     def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Content | Sealed],
+        epoch: int | None = None,
     ) -> Manifest:
         manifest, _ = prepare_bundle(manifest, files)
         with self._held.lock:
@@ -58,7 +62,8 @@ class MemoryWeights(WeightsStore):
                 self._location, manifest.version, self.next_version(), epoch, self._held.epoch
             )
             self._held.highest = manifest.version
-            self._held.bundles[manifest.version] = Bundle(manifest, dict(files))
+            whole = {name: bytes(plain(content)) for name, content in files.items()}
+            self._held.bundles[manifest.version] = Bundle(manifest, whole)
             watchers = list(self._held.watchers)
         for notify in watchers:
             notify()

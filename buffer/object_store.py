@@ -34,6 +34,7 @@ from buffer.object_state import Mark, State, StateLog, Stored
 from buffer.objects import Objects
 from buffer.pieces import PiecedBundle
 from buffer.records import FileDigest, Manifest
+from buffer.sealed import Content, Sealed, digest_of, plain
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 from buffer.weights_store import WeightsStore
 
@@ -102,14 +103,17 @@ class ObjectWeights(WeightsStore):
         return epochs[-1]
 
     def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Content | Sealed],
+        epoch: int | None = None,
     ) -> Manifest:
         manifest, content = prepare_bundle(manifest, files)
         self._check(self._log.newest(from_list=True), manifest.version, epoch)
         token = f"{int(time.time()):012d}-{secrets.token_hex(8)}"
         for name, data in content.items():
-            self._objects.write(f"content/{token}/{name}", data)
-        stored = Stored(token, manifest.parent, hashlib.sha256(content[MANIFEST]).hexdigest())
+            self._objects.write(f"content/{token}/{name}", plain(data))
+        stored = Stored(token, manifest.parent, digest_of(content[MANIFEST]).sha256)
 
         def show(state: State) -> State:
             self._check(state, manifest.version, epoch)

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from buffer.interface import ServiceAwayError
+from buffer.sealed import Content
 
 PIECE_BYTES = 2 << 20
 _PIECES_AHEAD = 4
@@ -103,14 +104,16 @@ class Objects:
                 for one in waiting:
                     one.cancel()
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: Content) -> None:
         """Store an object under a name that nobody reads yet.
 
         Raises:
             ServiceAwayError: the store cannot be used.
         """
+        # Clients of S3 refuse a memoryview.
+        plain = content if isinstance(self._fs, LocalFileSystem) else bytes(content)
         with self._errors():
-            self._fs.pipe_file(self._path(name), content)
+            self._fs.pipe_file(self._path(name), plain)
 
     def create(self, name: str, content: bytes) -> bool:
         """Store an object, unless there is one of this name.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from buffer.bundles import (
     MAX_MANIFEST_BYTES,
+    Arriving,
     Bundle,
     BundleError,
     BundleInBuffer,
@@ -20,10 +20,10 @@ from buffer.bundles import (
     check_size,
     checked_manifest,
     files_problem,
-    sound_tensors,
 )
 from buffer.manifest import MANIFEST, TENSORS
 from buffer.records import FileDigest, Manifest
+from buffer.sealed import digest_of
 from buffer.tensors import TensorFileError
 
 
@@ -53,7 +53,7 @@ class PiecedBundle:
         for name, digest in manifest.files.items():
             content, what = b"".join(self._bounded(name, digest)), self._what(name)
             check_size(str(self.version), what, len(content), digest)
-            check_sha256(str(self.version), what, hashlib.sha256(content).hexdigest(), digest)
+            check_sha256(str(self.version), what, digest_of(content).sha256, digest)
             files[name] = content
         problem = files_problem(files, expected)
         if problem is not None:
@@ -71,19 +71,19 @@ class PiecedBundle:
                     str(self.version), f"{what} has less than {digest.num_bytes} bytes"
                 )
             check_fits(str(self.version), what, digest, host)
-            content = host.take(digest.num_bytes)
-            num_bytes, sha256 = 0, hashlib.sha256()
-            for piece in self._bounded(name, digest):
-                content[num_bytes : num_bytes + len(piece)] = np.frombuffer(piece, np.uint8)
-                sha256.update(piece)
-                num_bytes += len(piece)
-            check_size(str(self.version), what, num_bytes, digest)
-            check_sha256(str(self.version), what, sha256.hexdigest(), digest)
+            with Arriving(name, host.take(digest.num_bytes)) as arriving:
+                for piece in self._bounded(name, digest):
+                    at = arriving.num_bytes
+                    arriving.content[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+                    arriving.advance(len(piece))
+                    del piece  # while the next one is awaited
+            check_size(str(self.version), what, arriving.num_bytes, digest)
+            check_sha256(str(self.version), what, arriving.sha256, digest)
             try:
-                tensors = sound_tensors(name, content.data, expected)
+                tensors = arriving.sound_tensors(expected)
             except TensorFileError as error:
                 raise self._damaged(str(error)) from None
-        return BundleInBuffer(manifest, content, tensors)
+        return BundleInBuffer(manifest, arriving.content, tensors)
 
     def _bounded(self, name: str, digest: FileDigest) -> Iterator[bytes]:
         """Pieces of a file, which must not be longer than its manifest claims."""
@@ -95,6 +95,7 @@ class PiecedBundle:
                     str(self.version), f"{self._what(name)} has over {digest.num_bytes} bytes"
                 )
             yield piece
+            del piece
 
     def _what(self, name: str) -> str:
         return f"{self.location}: {name} of version {self.version}"

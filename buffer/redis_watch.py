@@ -10,6 +10,7 @@ import redis
 
 from buffer.redis_client import RedisClient
 from buffer.spool import Breaker
+from configs.logs import Outage
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def watch_channel(
 def _listen(
     client: RedisClient, channel: str, notify: Callable[[], None], ended: threading.Event
 ) -> None:
-    breaker = Breaker()
+    breaker, outage = Breaker(), Outage("listen for new versions")
     while not ended.wait(0.0 if breaker.is_closed else 0.05):
         if not breaker.is_closed:
             continue
@@ -53,12 +54,11 @@ def _listen(
                     if heard.get_message(timeout=_LISTEN_S) is not None:
                         notify()  # the answer to ``subscribe`` is the first message
                         breaker.worked()
+                        if line := outage.ended():
+                            log.info("%s", line)
         except (redis.RedisError, OSError):
             breaker.failed()
         except Exception as error:  # a fault of the client must not end the thread: versions come
             breaker.failed()
-            log.warning(
-                "listening for new versions failed (%s: %s); tried again",
-                type(error).__name__,
-                error,
-            )
+            if line := outage.failed(f"{type(error).__name__}: {error}"):
+                log.warning("%s; this is tried again", line)

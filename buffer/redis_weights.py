@@ -40,6 +40,7 @@ from buffer.pieces import PiecedBundle
 from buffer.records import FileDigest, Manifest
 from buffer.redis_client import Command, RedisClient
 from buffer.redis_watch import watch_channel
+from buffer.sealed import Content, Sealed, plain
 from buffer.tensors import parse_json
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 from buffer.weights_store import WeightsStore
@@ -86,14 +87,17 @@ class RedisWeights(WeightsStore):
         return int(self._client.call("HINCRBY", self._state, "epoch", 1))
 
     def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Content | Sealed],
+        epoch: int | None = None,
     ) -> Manifest:
         manifest, content = prepare_bundle(manifest, files)
         self._check(manifest.version, epoch)
         token = secrets.token_hex(8)
         text = content.pop(MANIFEST)
         keys = list(self._upload(token, content))
-        stored = json.dumps({"token": token, "manifest": text.decode()})
+        stored = json.dumps({"token": token, "manifest": bytes(plain(text)).decode()})
 
         def commands() -> list[Command]:
             self._check(manifest.version, epoch)
@@ -183,11 +187,11 @@ class RedisWeights(WeightsStore):
             self.location, version, lowest, epoch, 0 if newest is None else int(newest)
         )
 
-    def _upload(self, token: str, files: Mapping[str, bytes]) -> Iterator[str]:
+    def _upload(self, token: str, files: Mapping[str, Content | Sealed]) -> Iterator[str]:
         """Store content that expires unless it is kept; yields its keys."""
         chunks: list[tuple[str, memoryview]] = []
         for name, content in files.items():
-            whole = memoryview(content)
+            whole = memoryview(plain(content))
             for i, at in enumerate(range(0, len(whole), CHUNK_BYTES)):
                 chunks.append((self._content(token, name, i), whole[at : at + CHUNK_BYTES]))
         for start in range(0, len(chunks), _CHUNKS_AT_ONCE):

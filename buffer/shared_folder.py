@@ -25,8 +25,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular, read_regular
+from buffer.files import (
+    OWNER_FILE,
+    OWNER_FOLDER,
+    leads_to,
+    open_regular,
+    read_regular,
+    write_parts,
+)
 from buffer.manifest import VERSION_NAME
+from buffer.sealed import Content, Sealed, parts_of
 from configs.logs import Lasting
 
 log = logging.getLogger(__name__)
@@ -56,6 +64,8 @@ class SharedFolder:
         self._lock = threading.Lock()
         self._leave: weakref.finalize[[int, Path, int, Path], SharedFolder] | None = None
         self._held: Path | None = None
+        self._prepared: tuple[str, Sealed] | None = None
+        """Name and content of a file that lies in the folder ``_aside``."""
         self._problem = Lasting()
 
     def path(self) -> Path | None:
@@ -97,7 +107,23 @@ class SharedFolder:
             remove_abandoned(self._memory)
             return path
 
-    def put(self, version: int, files: Mapping[str, bytes]) -> bool:
+    def prepare(self, name: str, content: Sealed) -> None:
+        """Write one file of the version that ``put`` will get next. One publisher at a time."""
+        self._prepared = None
+        path = self.hold()
+        if path is None:
+            return
+        self.clear_leftovers()
+        aside = path / _aside()
+        try:
+            aside.mkdir(mode=OWNER_FOLDER)
+            write_parts(aside / name, content.parts, OWNER_FILE, is_durable=False)
+        except OSError:  # ``put`` says so, if it lasts
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        self._prepared = name, content
+
+    def put(self, version: int, files: Mapping[str, Content | Sealed]) -> bool:
         """Show a version, whole or not at all, and remove the others. One publisher at a time.
 
         Returns:
@@ -107,12 +133,18 @@ class SharedFolder:
         path = self.hold()
         if path is None:
             return False
-        self.clear_leftovers()
-        aside = path / f".tmp-{version}"
+        aside, prepared = path / _aside(), self._prepared
+        self._prepared = None
+        is_there = prepared is not None and files.get(prepared[0]) is prepared[1]
+        if not is_there or not aside.is_dir():
+            prepared = None
+            self.clear_leftovers()
         try:
-            aside.mkdir(mode=OWNER_FOLDER)
+            aside.mkdir(mode=OWNER_FOLDER, exist_ok=prepared is not None)
             for name, content in files.items():
-                _write(aside / name, content)
+                if prepared is not None and name == prepared[0]:
+                    continue
+                write_parts(aside / name, parts_of(content), OWNER_FILE, is_durable=False)
             aside.rename(path / str(version))
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -201,7 +233,8 @@ class SharedFolder:
                 continue  # whoever left last has just removed the folder
             fcntl.flock(users, fcntl.LOCK_SH)
             if leads_to(path / _USERS, users):
-                _write(path / _ROOT, os.fsencode(self._root.absolute()))
+                root = os.fsencode(self._root.absolute())
+                write_parts(path / _ROOT, [root], OWNER_FILE, is_durable=False)
                 return path, users
             os.close(users)
 
@@ -311,6 +344,6 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb", opener=lambda _, flags: open_regular(path, flags, OWNER_FILE)) as file:
-        file.write(content)
+def _aside() -> str:
+    """Name of the folder in which this process writes a version."""
+    return f".tmp-next-{os.getpid()}"

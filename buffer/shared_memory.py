@@ -27,9 +27,10 @@ from buffer.bundles import (
     read_manifest,
 )
 from buffer.files import write_atomically
-from buffer.folder_weights import HIGHEST, FolderWeights
-from buffer.manifest import MANIFEST
+from buffer.folder_weights import HIGHEST, FolderWeights, lines_in
+from buffer.manifest import MANIFEST, TENSORS
 from buffer.records import Manifest
+from buffer.sealed import Content, Sealed
 from buffer.shared_folder import MEMORY, SharedFolder
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class SharedMemory(WeightsApart):
     def open_weights(self, line: str = "") -> SharedWeights:
         return SharedWeights(self._run_dir / "weights" / line)
 
+    def version_lines(self) -> list[str]:
+        return lines_in(self._run_dir / "weights")
+
 
 class SharedWeights(FolderWeights):
     """Versions on the disk, the newest of them in memory as well."""
@@ -67,6 +71,9 @@ class SharedWeights(FolderWeights):
             self._shared.clear_leftovers()
             self._store_missing()
         return epoch
+
+    def prepare(self, content: Sealed) -> None:
+        self._shared.prepare(TENSORS, content)
 
     def read_manifest(self, version: int) -> Manifest:
         return self._from_either(version, read_manifest)
@@ -93,7 +100,7 @@ class SharedWeights(FolderWeights):
         super().mark_in_use(producer, in_use)
         self._shared.hold()
 
-    def _write(self, version: int, files: Mapping[str, bytes]) -> None:
+    def _write(self, version: int, files: Mapping[str, Content | Sealed]) -> None:
         """Show a version in memory, then write it to the disk; if that fails, withdraw it."""
         self._store_missing()
         num_bytes = sum(map(len, files.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from buffer.bundles import (
     HostBuffer,
 )
 from buffer.interface import Backend
-from buffer.records import FileDigest, Manifest
+from buffer.records import Manifest
+from buffer.sealed import Content, Sealed, digest_of
 from buffer.signatures import PublicKeys, SigningKey, read_public_keys, read_signing_key
 from buffer.weights_store import WeightsStore
 
@@ -59,8 +59,14 @@ class SignedWeights(WeightsStore):
     def take_over(self) -> int:
         return self._store.take_over()
 
+    def prepare(self, content: Sealed) -> None:
+        self._store.prepare(content)
+
     def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Content | Sealed],
+        epoch: int | None = None,
     ) -> Manifest:
         """As ``WeightsStore.publish``; the version is signed.
 
@@ -71,10 +77,7 @@ class SignedWeights(WeightsStore):
             raise PermissionError(
                 errno.EPERM, "only signed versions are taken, and this process has no private key"
             )
-        digests = {
-            name: FileDigest(hashlib.sha256(content).hexdigest(), len(content))
-            for name, content in files.items()
-        }
+        digests = {name: digest_of(content) for name, content in files.items()}
         signed = self._signing.signed(replace(manifest, files=digests))
         return self._store.publish(signed, files, epoch)
 

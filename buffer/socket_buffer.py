@@ -19,7 +19,7 @@ from typing import Any
 
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts
 from buffer.deletions import Deleted, Deletions
-from buffer.folder_weights import FolderWeights
+from buffer.folder_weights import FolderWeights, lines_in
 from buffer.interface import (
     MAX_READ_BYTES,
     Backend,
@@ -100,6 +100,9 @@ class SocketBackend(Backend):
 
     def open_weights(self, line: str = "") -> FolderWeights:
         return FolderWeights(self._weights / line)
+
+    def version_lines(self) -> list[str]:
+        return lines_in(self._weights)
 
     def delete(self, tenant: str) -> Deleted:
         if self._host is not None:

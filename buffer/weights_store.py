@@ -7,6 +7,7 @@ from typing import Protocol
 
 from buffer.bundles import Bundle, BundleError, BundleInBuffer, ExpectedTensors, HostBuffer
 from buffer.records import Manifest
+from buffer.sealed import Content, Sealed
 
 
 class SupersededError(ValueError):
@@ -50,8 +51,21 @@ class WeightsStore(Protocol):
         """
         ...
 
+    def prepare(self, content: Sealed) -> None:
+        """Begin to write the tensors of the next version, which ``publish`` will probably get,
+        where nobody looks for them yet. Saves time in stores whose first step is to copy them;
+        others do nothing. Does not raise: what fails is done again by ``publish``.
+
+        Only the one that publishes may call it. What is prepared and not published is dropped by
+        the next ``prepare`` or ``publish``.
+        """
+        return
+
     def publish(
-        self, manifest: Manifest, files: Mapping[str, bytes], epoch: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Content | Sealed],
+        epoch: int | None = None,
     ) -> Manifest:
         """Make a new version visible, whole or not at all.
 
@@ -60,7 +74,8 @@ class WeightsStore(Protocol):
 
         Args:
             manifest: everything but ``files``, which is filled in here.
-            files: name -> content; ``drafter.safetensors`` must be among them.
+            files: name -> content; ``drafter.safetensors`` must be among them. What is ``sealed``
+                is digested no more.
             epoch: what ``take_over`` returned; ``None``: publish whoever has taken over.
 
         Returns:

@@ -12,6 +12,7 @@ from torch import Tensor
 from buffer.bundles import Bundle, prepare_bundle, read_bundle
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
+from buffer.sealed import plain
 
 
 def write_bundle(
@@ -22,5 +23,5 @@ def write_bundle(
     folder.mkdir()
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     for name, written in prepare_bundle(manifest, {TENSORS: content})[1].items():
-        (folder / name).write_bytes(written)
+        (folder / name).write_bytes(plain(written))
     return read_bundle(folder)

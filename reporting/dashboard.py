@@ -19,7 +19,17 @@ from typing import Annotated, Any
 
 import typer
 
-from reporting.names import FIGURES, GATE, PAYBACK, SERVER, TABLES, TIME, TRAINER, pattern_of
+from reporting.names import (
+    FIGURES,
+    GATE,
+    PAYBACK,
+    PER_DRAFTER,
+    SERVER,
+    TABLES,
+    TIME,
+    TRAINER,
+    pattern_of,
+)
 
 GOLDEN = Path(__file__).with_name("dashboard.json")
 NAME = "Slipstream"
@@ -62,8 +72,9 @@ def _curves(names: dict[str, str]) -> list[Any]:
     panels = []
     for group in _grouped(names):
         title = " / ".join(group)
-        if "{" in title:
-            panels.append(wr.LinePlot(title=title, x=TIME, metric_regex=pattern_of(group[0])))
+        if "{" in title or not PER_DRAFTER.isdisjoint(group):
+            patterns = "|".join(map(pattern_of, group))
+            panels.append(wr.LinePlot(title=title, x=TIME, metric_regex=patterns))
         else:
             panels.append(wr.LinePlot(title=title, x=TIME, y=list(group)))
     return panels
@@ -126,7 +137,7 @@ def figures_of(text: str) -> tuple[set[str], set[str], set[str]]:
         config = panel.get("config", {})
         names.update(config.get("metrics", ()))
         if regex := config.get("metricRegex"):
-            patterns.add(regex)
+            patterns.update(regex.split("|"))
         tables |= {name for name in TABLES if name in json.dumps(config.get("panel2Config", {}))}
     return names, patterns, tables
 

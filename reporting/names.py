@@ -2,13 +2,19 @@
 
 The dashboard (``reporting.dashboard``) is made of this list. Figures of a draft position or of a
 domain have a name with a pattern in it: ``{position}`` counts from 1, ``{domain}`` is one that
-``reports.domains`` lists, or ``other``.
+``reports.domains`` lists, or ``other``. Of drafters beside the first, figures have the same names
+behind ``beside/{drafter}/``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TypeVar
 
+T = TypeVar("T")
+FIRST = "(first)"
+"""How tables name the first drafter of a run."""
 TIME = "unix_s"
 """The time axis that all figures of all runs share: seconds since 1970, when they were taken."""
 
@@ -65,9 +71,24 @@ TABLES = {
 FIGURES = SERVER | TRAINER | GATE | PAYBACK
 
 
+PER_DRAFTER = frozenset({*TRAINER, *GATE, *PAYBACK, "server/version", "server/staleness"})
+"""Figures that each drafter of a run has."""
+_BESIDE = "(beside/[^/]+/)?"
+
+
+def of_drafter(drafter: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Figures under the names that they have for one drafter.
+
+    Args:
+        drafter: its kind; empty for the first of the run.
+    """
+    return {f"beside/{drafter}/{n}" if drafter else n: value for n, value in values.items()}
+
+
 def pattern_of(name: str) -> str:
-    """A regular expression for the figures of this name."""
-    return re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name))
+    """A regular expression for the figures of this name, of all drafters."""
+    own = re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name))
+    return _BESIDE + own if name in PER_DRAFTER else own
 
 
 def is_known(name: str) -> bool:

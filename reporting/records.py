@@ -43,6 +43,8 @@ class Bundle(msgspec.Struct, frozen=True, tag=True):
     folder: str
     """With all files of the version."""
     facts: dict[str, Cell]
+    drafter: str = ""
+    """Kind of the drafter; empty for the first of the run."""
 
 
 Record = Figures | Row | Alert | Bundle

@@ -53,9 +53,15 @@ class Reports:
         """Tell somebody."""
         self._put(Alert(time.time(), title, text))
 
-    def bundle(self, version: int, folder: Path, facts: Mapping[str, Cell]) -> None:
-        """Keep a published version."""
-        self._put(Bundle(time.time(), version, str(folder), dict(facts)))
+    def bundle(
+        self, version: int, folder: Path, facts: Mapping[str, Cell], drafter: str = ""
+    ) -> None:
+        """Keep a published version.
+
+        Args:
+            drafter: see ``Bundle``.
+        """
+        self._put(Bundle(time.time(), version, str(folder), dict(facts), drafter))
 
     def domain(self, name: str) -> str:
         """The name under which a domain is reported. Clients choose the names of domains, so only

@@ -71,6 +71,7 @@ class WandbWriter:
         for name in FIGURES:
             glob = name.partition("{")[0]
             self._run.define_metric(f"{glob}*" if "{" in name else name, step_metric=TIME)
+        self._run.define_metric("beside/*", step_metric=TIME)
         for name in TABLES:
             self._run.define_metric(name, step_metric=TIME)
         self._tables = {name: _Table() for name in TABLES}
@@ -90,7 +91,7 @@ class WandbWriter:
         if not self._keeps_bundles:
             return
         artifact = self._wandb.Artifact(
-            f"{_artifact_name(self._group)}-drafter",
+            "-".join(filter(None, (_artifact_name(self._group), "drafter", record.drafter))),
             type="drafter",
             metadata={"version": record.version, **record.facts},
         )

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from configs.logs import Lasting
+from configs.logs import Outage
 from configs.schema import Settings
+from reporting.names import FIRST, of_drafter
+from reporting.records import Cell
 from reporting.reports import Reports, reports_of
 from serving.periodic import Window
 from serving.requests import EngineFigures
@@ -47,17 +49,18 @@ def reported(service: Service, settings: Settings) -> Iterator[Reports]:
 
 
 def _run(reporter: Reporter, every_s: float, stopping: threading.Event) -> None:
-    problem = Lasting()
+    outage = Outage("report")
     is_last = False
     while not is_last:
         is_last = stopping.wait(every_s)
         try:
             reporter.report()
         except OSError as error:  # the store of versions, whose status is asked for
-            if problem.is_new(str(error)):
-                log.warning("cannot report (%s); this is tried again", error)
+            if line := outage.failed(str(error)):
+                log.warning("%s; this is tried again", line)
         else:
-            problem.is_new(None)
+            if line := outage.ended():
+                log.info("%s", line)
 
 
 class Reporter:
@@ -67,8 +70,9 @@ class Reporter:
         self._service = service
         self._reports = reports
         self._figures, self._at_s = service.figures(), time.monotonic()
-        self._told_s = time.time()
-        """Time of the newest swap that was reported."""
+        self._told_s = dict[str, float]()
+        """Time of each drafter's newest swap that was reported."""
+        self._begun_s = time.time()
 
     def report(self) -> None:
         """
@@ -81,16 +85,33 @@ class Reporter:
         self._figures, self._at_s = after, now_s
         lost = float(self._reports.num_lost)
         self._reports.figures(figures_of(window, status) | {"server/reports_lost": lost})
-        for entry in status.get("history", ()):
-            if entry["unix_s"] > self._told_s:
-                self._tell(entry)
+        self._tell_swaps("", status)
+        for one in status.get("beside", ()):
+            own = {f"server/{name}": one[name] for name in ("version", "staleness")}
+            self._reports.figures(of_drafter(one["kind"], own))
+            self._tell_swaps(one["kind"], one)
 
-    def _tell(self, entry: Mapping[str, Any]) -> None:
-        self._told_s = entry["unix_s"]
+    def _tell_swaps(self, drafter: str, status: Mapping[str, Any]) -> None:
+        """Report the swaps of a drafter that are new.
+
+        Args:
+            drafter: its kind; empty for the first of the run.
+        """
+        for entry in status.get("history", ()):
+            if entry["unix_s"] > self._told_s.get(drafter, self._begun_s):
+                self._tell(drafter, entry)
+
+    def _tell(self, drafter: str, entry: Mapping[str, Any]) -> None:
+        self._told_s[drafter] = entry["unix_s"]
         event, version = str(entry["event"]), int(entry["version"])
-        self._reports.row("events/swaps", {"event": event, "version": version}, entry["unix_s"])
+        cells: dict[str, Cell] = {
+            "event": event, "version": version, "drafter": drafter or FIRST,
+        }  # fmt: skip
+        self._reports.row("events/swaps", cells, entry["unix_s"])
         if event.startswith("rolled back"):
-            self._reports.alert("A version was rolled back", f"{event}; version {version} serves")
+            of = f" of {drafter}" if drafter else ""
+            text = f"{event}; version {version}{of} serves"
+            self._reports.alert("A version was rolled back", text)
 
 
 def figures_of(window: Window, status: Mapping[str, Any]) -> dict[str, float | None]:

@@ -129,6 +129,22 @@ def own_eos_ids(folder: Path, config: OwnConfig) -> Any:
     return config.eos_token_id if eos is None else eos
 
 
+def computed(config: OwnConfig) -> dict[str, Any]:
+    """The values of a config that say what its model computes for a token, each complete: two files
+    that say the same thing differently have the same. Whether embedding and lm_head are tied is not
+    among them."""
+    values = vars(config)
+    rope = {name: value for name, value in values["rope_parameters"].items() if name != "type"}
+    return {
+        "model_type": values["model_type"],
+        **{name: values[name] for name in _COUNTS if name != "head_dim"},
+        "head_dim": values.get("head_dim") or config.hidden_size // config.num_attention_heads,
+        "hidden_act": values["hidden_act"],
+        "rms_norm_eps": values["rms_norm_eps"],
+        "rope_parameters": rope,
+    }
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; ``None`` if there is none."""
     try:

@@ -29,6 +29,7 @@ from buffer.fingerprint import target_fingerprint, weight_files
 from buffer.tensors import TensorFileError, TensorInfo, bits_are_finite, check_safetensors
 from targets.config import load_config
 from targets.find import checked_folder
+from targets.own_config import OwnConfig, computed, read_own_config
 from targets.target import Target
 
 _DTYPES = {
@@ -154,15 +155,7 @@ class TargetWeights:
         Raises:
             ValueError: a key says that the model computes something else.
         """
-        # Loads transformers, which takes seconds and which a server may do without until then.
-        from targets.causal import config_json
-
-        try:
-            theirs = config_json(load_config(folder))
-        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            what = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{folder / 'config.json'} cannot be used: {what}") from error
-        ours = config_json(self._target.model.config)
+        ours, theirs = _computed(self._target.model.config, folder)
         for key in sorted((ours.keys() | theirs.keys()) - _NOT_COMPUTED):
             if key.startswith("_"):  # how this process computes it
                 continue
@@ -233,6 +226,26 @@ class TargetWeights:
                 raise ValueError(
                     f"{folder}: {head} differs from {embed}, but the running target ties them"
                 )
+
+
+def _computed(config: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the running target's config and that of a folder say about what is computed.
+
+    Raises:
+        ValueError: the folder's cannot be used.
+    """
+    own = read_own_config(folder)
+    if own is not None and isinstance(config, OwnConfig):
+        return computed(config), computed(own)
+    # Loads transformers, which takes seconds of a core that requests are decoded on.
+    from targets.causal import config_json
+
+    try:
+        theirs = config_json(load_config(folder))
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        what = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder / 'config.json'} cannot be used: {what}") from error
+    return config_json(config), theirs
 
 
 def _tied_names(target: Target) -> dict[str, str]:

@@ -51,7 +51,7 @@ from trainer.rows import RowStore, memory_bytes
 from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.target import TargetWatch, target_of_run
-from trainer.update import batch_dtype
+from trainer.update import batch_dtype, is_divided
 from trainer.worth import Worth
 
 log = logging.getLogger(__name__)
@@ -81,21 +81,22 @@ def build_trainers(
     resumed from its last checkpoint if there is one.
 
     Args:
-        reports: where the first one reports; ``None``: nowhere.
+        reports: where they report; ``None``: nowhere.
         group: its processes, if there are several; this is the first of them.
 
     Raises:
         ValueError: the target, a bundle or a checkpoint cannot be used, or the drafter does not
-            learn; or several processes are to train several drafters.
+            learn; or DeepSpeed is to divide several drafters.
         GroupError: another process is gone.
     """
     group = group or single()
     trainable(settings.drafter.kind)
     kinds = learning(settings)
-    if len(kinds) > 1 and group.size > 1:
+    if len(kinds) > 1 and is_divided(settings.trainer, group):
         raise ValueError(
-            f"{group.size} processes cannot train several drafters ({', '.join(kinds)}); start one "
-            f"process, or leave drafter.beside out"
+            f"trainer.deepspeed.stage is {settings.trainer.deepspeed.stage}, but DeepSpeed divides "
+            f"one drafter, and {len(kinds)} are to learn ({', '.join(kinds)}); set it to 0, or "
+            f"leave drafter.beside out"
         )
     set_up_process(settings)
     objective_of(settings.trainer)  # unknown names are refused before anything is loaded
@@ -213,9 +214,11 @@ def _rewards(settings: Settings, learns: Trainable[Any]) -> bool:
 
 def _journal(settings: Settings, root: Path, line: str, shared: _Shared) -> Journal:
     kind = settings.drafter.kind if shared.num_trainers > 1 else ""
-    if line or not shared.reports.is_on:  # reports have one trainer's figures
+    if not shared.reports.is_on:
         return Journal(root, drafter=kind)
-    reporter = Reporter(shared.reports, settings.run_dir / "weights", settings.reports.every_s)
+    reporter = Reporter(
+        shared.reports, settings.run_dir / "weights" / line, settings.reports.every_s, line
+    )
     return Journal(root, reporter.hear, kind)
 
 

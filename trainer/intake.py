@@ -18,6 +18,7 @@ from buffer.deletions import Deletions
 from buffer.interface import ServiceAwayError
 from buffer.run_target import RunTarget
 from buffer.traces import TraceCounts, TraceReader
+from configs.logs import Outage
 from drafters.samples import Sample
 from trainer.dataset import Expected, Refusal, key_of, sample_of
 from trainer.journal import Journal
@@ -81,8 +82,7 @@ class Intake:
         self._max_sequence = max_sequence
         self._journal = journal
         self._ahead: _Ahead | None = None
-        self._away: str | None = None
-        """Why the buffer cannot be read at present."""
+        self._outage = Outage("read traces")
         self._reader = reader
         self.continue_with(reader)
 
@@ -186,11 +186,11 @@ class Intake:
         return found
 
     def _note(self, problem: str | None) -> None:
-        if problem is not None and problem != self._away:
-            self._journal.event("buffer_away", text=f"{problem}; trying again")
-        elif problem is None and self._away is not None:
-            self._journal.event("buffer_back")
-        self._away = problem
+        if problem is not None:
+            if line := self._outage.failed(problem):
+                self._journal.event("buffer_away", text=f"{line}; trying again")
+        elif line := self._outage.ended():
+            self._journal.event("buffer_back", text=line)
 
     def _next_batch(self) -> _Batch:
         before, expected = _num_seen(self._reader), self.expected

@@ -199,6 +199,8 @@ _TEXTS = {
         "the target's weights were replaced by those in %(folder)s, which cannot be followed: "
         "%(text)s",
     ),
+    "buffer_away": (logging.WARNING, "%(text)s"),
+    "buffer_back": (logging.INFO, "%(text)s"),
     "paused": (logging.INFO, "learning pauses until acceptance falls: %(text)s"),
     "drift": (
         logging.WARNING,

@@ -16,6 +16,7 @@ import numpy as np
 
 from buffer.interface import ServiceAwayError
 from buffer.records import Manifest
+from buffer.sealed import Sealed
 from configs.schema import Settings
 from policies.gate import GateVerdict
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
@@ -198,10 +199,12 @@ class Trainer:
                 self.pace.judged(None, None, 0.0)
                 return
         except ServiceAwayError as away:
-            text = f"{away}; the candidate is judged later"
-            self.journal.event("buffer_away", text=text)
+            if line := self.publisher.outage.failed(str(away)):
+                self.journal.event("buffer_away", text=f"{line}; it is judged later")
             self.pace.judged(None, None, 0.0)
             return
+        if line := self.publisher.outage.ended():
+            self.journal.event("buffer_back", text=line)
         started = time.monotonic()
         judgement, content = self._judgement()
         self.updates.latest["gate"] = judgement.to_json()
@@ -214,7 +217,7 @@ class Trainer:
             domains={name: asdict(one) for name, one in judgement.domains.items()},
             **judgement.to_json(),
         )
-        if judgement.verdict.passed:
+        if content is not None:
             self._publish(judgement, content)
         else:
             self.pace.refused_in_row += 1
@@ -224,16 +227,17 @@ class Trainer:
         self.worth.judged(judgement, self.pace.refused_in_row)
         self._rest(seconds)
 
-    def _judgement(self) -> tuple[Judgement, bytes]:
-        """Compare the averaged weights with the published version; also the bytes to publish, if
-        they pass. After weights were restored they may be those of a version, which no margin makes
+    def _judgement(self) -> tuple[Judgement, Sealed | None]:
+        """Compare the averaged weights with the published version; also what to publish, if it
+        passes. After weights were restored they may be those of a version, which no margin makes
         a new one."""
         learner, judge, memory = self.learner, self.judge, self.memory
         speed = self.worth.costs.speed_table(GATE_DRAFT_K)
         judgement = judge.judge(learner.average, memory.held_out, memory.held_out_older, speed)
         if not judgement.verdict.passed:
-            return judgement, b""
+            return judgement, None
         content = bundle_content(learner.trainable, learner.average)
+        self.publisher.store.prepare(content)  # while its digest is computed
         try:
             found = self.publisher.version_with(content)
         except ServiceAwayError:
@@ -249,9 +253,9 @@ class Trainer:
             if is_denied
             else GateVerdict(False, reason, "equal")
         )
-        return replace(judgement, verdict=verdict), b""
+        return replace(judgement, verdict=verdict), None
 
-    def _publish(self, judgement: Judgement, content: bytes) -> None:
+    def _publish(self, judgement: Judgement, content: Sealed) -> None:
         """Publish the averaged weights; if the disk is full, training continues without."""
         try:
             self.published = publish_version(

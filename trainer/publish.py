@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetensors.torch import save
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from buffer.bundles import BundleError
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
+from buffer.sealed import Content, Sealed, digest_of, seal
 from buffer.weights_store import WeightsStore
+from configs.logs import Outage
 from drafters.trainable import Trainable
 from trainer.gate import Judgement
 
 LARGEST_FLOAT32_BYTES = 256 << 20
 """Larger bundles are written as bfloat16, the dtype that a GPU serves. Smaller ones stay float32,
 which costs little and suits every dtype, since the server casts on load."""
+
+_TAGS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Tags of the safetensors format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +41,10 @@ class Publisher:
     epoch: int
     denied: dict[int, str] = field(default_factory=dict)
     """Digests of versions that were rolled back, so that they are known when those are pruned."""
+    outage: Outage = field(default_factory=lambda: Outage("judge the candidate"))
+    """Whether the store cannot be asked at present."""
 
-    def version_with(self, content: bytes) -> tuple[int, bool] | None:
+    def version_with(self, content: Content | Sealed) -> tuple[int, bool] | None:
         """The version that holds these tensors, and whether it was rolled back; ``None``: none
         does.
 
@@ -49,19 +60,25 @@ class Publisher:
                 with contextlib.suppress(BundleError):  # damaged, or pruned
                     digests[version] = self.store.read_manifest(version).files[TENSORS].sha256
         self.denied.update({v: d for v, d in digests.items() if v in denied})
-        own = hashlib.sha256(content).hexdigest()
+        own = digest_of(content).sha256
         same = [version for version, digest in digests.items() if digest == own]
         return (max(same), any(v in denied for v in same)) if same else None
 
 
-def bundle_content(trainable: Trainable[Any], model: nn.Module) -> bytes:
+def bundle_content(trainable: Trainable[Any], model: nn.Module) -> Sealed:
     """A drafter's tensors as they are published."""
-    return save(_to_store(trainable.bundle_tensors(model)))
+    return sealed_tensors(trainable.bundle_tensors(model))
+
+
+def sealed_tensors(tensors: dict[str, Tensor]) -> Sealed:
+    """Tensors, on any device, as they are published."""
+    stored = _to_store(tensors)
+    return seal({name: (_TAGS[t.dtype], _bits_of(t)) for name, t in stored.items()})
 
 
 def publish_version(
     store: WeightsStore,
-    content: bytes,
+    content: Content | Sealed,
     parent: Manifest,
     judgement: Judgement,
     *,
@@ -118,6 +135,13 @@ def _to_store(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, in the dtype of a bundle."""
     on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     return {name: tensor.contiguous() for name, tensor in _in_bundle_dtype(on_cpu).items()}
+
+
+def _bits_of(tensor: Tensor) -> NDArray[Any]:
+    """The memory of a contiguous tensor on the CPU; numpy has no bfloat16."""
+    is_brain = tensor.dtype == torch.bfloat16
+    found: NDArray[Any] = (tensor.view(torch.int16) if is_brain else tensor).numpy()
+    return found
 
 
 def _in_bundle_dtype(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,49 +3,75 @@ names of traces, tenants and domains."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reporting.names import FIRST, of_drafter
 from reporting.reports import Reports
 
 
 class Reporter:
     """Hears the journal (``trainer.journal.Journal``)."""
 
-    def __init__(self, reports: Reports, weights: Path, every_s: float) -> None:
+    def __init__(self, reports: Reports, weights: Path, every_s: float, drafter: str = "") -> None:
         """
         Args:
             weights: folder of the versions, if they are in folders.
-            every_s: least seconds between two reports of the status.
+            every_s: least seconds between two reports of updates, and of the status.
+            drafter: kind of the drafter that is trained; empty for the first of the run.
         """
         self._reports = reports
         self._weights = weights
         self._every_s = every_s
-        self._status_s = -every_s
+        self._drafter = drafter
+        self._status_s = self._updates_s = -every_s
+        self._updates: list[Mapping[str, Any]] = []
+        """``update`` events that were not reported yet."""
 
     def hear(self, name: str, values: Mapping[str, Any]) -> None:
         """Report an event or a status; others are passed over."""
         match name:
             case "update":
-                self._reports.figures(of_update(values))
+                self._updates.append(values)
+                self._tell_updates(is_last=False)
             case "gate":
                 self._gate(values)
             case "published":
                 self._published(values)
             case "status":
+                self._tell_updates(is_last=values["state"] == "stopped")
                 self._status(values)
             case "drift":
                 self._reports.alert(
                     "Acceptance has fallen",
-                    f"Version {values['version']} accepts less on live traffic than it did",
+                    f"Version {values['version']}{self._of} accepts less on live traffic than it "
+                    f"did",
                 )
             case "rolled_back":
                 self._reports.alert(
                     "A version was rolled back",
-                    f"Version {values['rejected']}; learning goes on from {values['version']}",
+                    f"Version {values['rejected']}{self._of}; learning goes on from "
+                    f"{values['version']}",
                 )
+
+    @property
+    def _of(self) -> str:
+        """Whose version, for texts."""
+        return f" of {self._drafter}" if self._drafter else ""
+
+    def _figures(self, values: Mapping[str, float | None]) -> None:
+        self._reports.figures(of_drafter(self._drafter, values))
+
+    def _tell_updates(self, *, is_last: bool) -> None:
+        """Report the updates since the last report, if that is due: events come twice a second, and
+        a writer takes milliseconds for each."""
+        now_s = time.monotonic()
+        if self._updates and (is_last or now_s - self._updates_s >= self._every_s):
+            self._figures(of_updates(self._updates))
+            self._updates, self._updates_s = [], now_s
 
     def _gate(self, values: Mapping[str, Any]) -> None:
         unit = values["speeds"] or values
@@ -55,9 +81,10 @@ class Reporter:
             "gate/gain_error": values["gain_error"],
             "gate/passed": float(values["passed"]),
         }
-        self._reports.figures(figures | self._domains(values))
+        self._figures(figures | self._domains(values))
         cells = ("step", "parent", "passed", "candidate", "incumbent", "gain_error", "num_traces")
         row = {name: values[name] for name in cells} | {"why": values["kind"]}
+        row["drafter"] = self._drafter or FIRST
         row["speedup"] = None if values["speeds"] is None else values["speeds"]["candidate"]
         self._reports.row("events/gate", row)
 
@@ -79,11 +106,11 @@ class Reporter:
 
     def _published(self, values: Mapping[str, Any]) -> None:
         version = values["version"]
-        self._reports.figures({"trainer/version": version})
+        self._figures({"trainer/version": version})
         folder = self._weights / str(version)
         if folder.is_dir():
             facts = {"parent": values["parent"], "step": values["step"]}
-            self._reports.bundle(version, folder, facts)
+            self._reports.bundle(version, folder, facts, self._drafter)
 
     def _status(self, values: Mapping[str, Any]) -> None:
         if "payback" not in values:
@@ -93,7 +120,7 @@ class Reporter:
             return
         self._status_s = now_s
         payback = {f"payback/{name}": value for name, value in values["payback"].items()}
-        self._reports.figures(
+        self._figures(
             {
                 "trainer/step": values["step"],
                 "trainer/skipped": values["skipped"],
@@ -104,19 +131,31 @@ class Reporter:
         )
 
 
-def of_update(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """The figures of an ``update`` event."""
-    alpha = {f"trainer/alpha_{at}": value for at, value in enumerate(values["alpha"], start=1)}
+def of_updates(events: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The figures of ``update`` events, at least one: means over their updates, of learning rate
+    and staleness the newest."""
+    newest, seconds = events[-1], sum(one["seconds"] for one in events)
+    positions = range(max(len(one["alpha"]) for one in events))
+    alpha = {
+        f"trainer/alpha_{at + 1}": _mean(
+            [(one["alpha"][at], one["updates"]) for one in events if at < len(one["alpha"])]
+        )
+        for at in positions
+    }
     return {
-        "trainer/loss": values["loss"],
-        "trainer/rows_per_s": values["rows"] / values["seconds"] if values["seconds"] else None,
-        "trainer/grad_norm": values["grad_norm"],
-        "trainer/lr": values["lr"],
-        "trainer/staleness": values["staleness"],
+        **{
+            f"trainer/{name}": _mean([(one[name], one["updates"]) for one in events])
+            for name in ("loss", "grad_norm")
+        },
+        "trainer/rows_per_s": sum(one["rows"] for one in events) / seconds if seconds else None,
+        "trainer/lr": newest["lr"],
+        "trainer/staleness": newest["staleness"],
         **alpha,
     }
 
 
-def _mean(pairs: list[tuple[float, int]]) -> float | None:
-    total = sum(weight for _, weight in pairs)
-    return sum(value * weight for value, weight in pairs) / total if total else None
+def _mean(pairs: Sequence[tuple[float | None, int]]) -> float | None:
+    """Mean of the values that are known and finite, by their weights."""
+    known = [(value, num) for value, num in pairs if value is not None and math.isfinite(value)]
+    total = sum(num for _, num in known)
+    return sum(value * num for value, num in known) / total if total else None

@@ -50,9 +50,9 @@ class Team:
     ) -> None:
         self._store, self._group = store, group
         self._num_parts = num_parts(settings.parts, group.size)
+        self._kind = learns.kind
         config = learns.config_to_json(weights.model)
-        tensors = learns.bundle_tensors(weights.model)
-        group.tell_all(Message("begin", {"kind": learns.kind, "config": config}, tensors))
+        self._tell("begin", {"config": config}, learns.bundle_tensors(weights.model))
         self._replica = replica_for(settings, group)(learns, head, settings, weights, group)
         self._spoke_s = time.monotonic()
 
@@ -67,7 +67,7 @@ class Team:
         each = self._num_parts // self._group.size
         for rank in range(1, self._group.size):
             own = parts[rank * each : (rank + 1) * each]
-            values = {"lr": lr, "parts": facts(own)}
+            values = {"kind": self._kind, "lr": lr, "parts": facts(own)}
             self._group.send(rank, Message("update", values, to_tensors(own)))
         self._spoke_s = time.monotonic()
         return self._replica.update(parts[:each], lr)
@@ -92,7 +92,7 @@ class Team:
             self._tell("rest")
 
     def end(self) -> None:
-        """Let the workers go."""
+        """Let the workers go, if no other drafter is trained by them."""
         self._tell("end")
 
     def _tell(
@@ -101,33 +101,57 @@ class Team:
         values: dict[str, Any] | None = None,
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
-        self._group.tell_all(Message(do, values or {}, tensors or {}))
+        values = {"kind": self._kind, **(values or {})}
+        self._group.tell_all(Message(do, values, tensors or {}))
         self._spoke_s = time.monotonic()
 
 
 def work(group: Group, settings: TrainerSettings, head: TargetHead, device: torch.device) -> None:
-    """Compute for process 0 until it says that this is the end.
+    """Compute for process 0 until it says that this is the end. If it trains several drafters, each
+    has a replica of its own here, and all do the same in the same order.
 
     Raises:
         GroupError: another process is gone.
     """
-    begin = group.receive()
-    assert begin.do == "begin", begin.do
-    learns = trainable(begin.values["kind"])
-    model: nn.Module = learns.load_model(begin.values["config"], begin.tensors)
+    replicas: dict[str, Replica] = {}
+    while (message := group.receive()).do != "end" or _ended(replicas, message):
+        kind = message.values["kind"]
+        if message.do == "begin":
+            replicas[kind] = _begun(message, group, settings, head, device)
+        elif message.do == "update":
+            parts = from_tensors(message.tensors, message.values["parts"], device)
+            replicas[kind].update(parts, message.values["lr"])
+        elif message.do == "moments":
+            replicas[kind].moments()
+        elif message.do == "load":
+            known = _moments(message.tensors) if message.values["moments"] else None
+            replicas[kind].load(_named(message.tensors, "model."), known)
+
+
+def _begun(
+    message: Message,
+    group: Group,
+    settings: TrainerSettings,
+    head: TargetHead,
+    device: torch.device,
+) -> Replica:
+    """The replica of a drafter that process 0 begins to train."""
+    learns = trainable(message.values["kind"])
+    model: nn.Module = learns.load_model(message.values["config"], message.tensors)
     model = model.float().to(device)
     weights = new_weights(learns, model, model, settings, group)
     replica = replica_for(settings, group)(learns, head, settings, weights, group)
-    log.info("worker %d of %d is ready: process %d", group.rank, group.size, os.getpid())
-    while (message := group.receive()).do != "end":
-        if message.do == "update":
-            parts = from_tensors(message.tensors, message.values["parts"], device)
-            replica.update(parts, message.values["lr"])
-        elif message.do == "moments":
-            replica.moments()
-        elif message.do == "load":
-            known = _moments(message.tensors) if message.values["moments"] else None
-            replica.load(_named(message.tensors, "model."), known)
+    log.info(
+        "worker %d of %d is ready: process %d, for %s",
+        group.rank, group.size, os.getpid(), learns.kind,
+    )  # fmt: skip
+    return replica
+
+
+def _ended(replicas: dict[str, Replica], message: Message) -> bool:
+    """Drop the replica of a drafter whose training has ended; returns whether others are left."""
+    del replicas[message.values["kind"]]
+    return bool(replicas)
 
 
 def replica_for(settings: TrainerSettings, group: Group) -> NewReplica:

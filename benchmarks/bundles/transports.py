@@ -8,6 +8,7 @@ enough for such a drafter. Here a loop stands for the swapper: it waits for a ve
 does, and reads, checks, stages and copies it with the server's own functions. A trainer in a
 process of its own changes all weights, makes the bytes, asks whether they were published before,
 and publishes. ``swapped`` is when the weights are in force; the first token follows one step later.
+The processor time of both, writing to the disk included, tells what a loaded machine hides.
 
 ``{folder}`` in a URL is a new folder. Writes ``benchmarks/results/transports.json`` and, with
 ``--publish``, ``rows/swap.json``.
@@ -28,7 +29,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import save
 from torch import nn
 
 from benchmarks.harness.results import RESULTS, Out, Row, at_most, say, write_result, write_rows
@@ -37,7 +37,7 @@ from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
 from serving.swap.flat_weights import Expected, FlatWeights, load_bundle
-from trainer.publish import Publisher
+from trainer.publish import Publisher, sealed_tensors
 
 SOURCE = "python -m benchmarks.bundles.transports"
 URLS = ("log:", "shm:", "fsspec:file://{folder}/objects")
@@ -69,14 +69,16 @@ def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
     while True:
         for parameter in model.parameters():
             parameter.mul_(0.99)
-        stamps = {"stepped": time.monotonic()}
-        content = save({name: one.data for name, one in model.named_parameters()})
+        stamps, began_s = {"stepped": time.monotonic()}, time.process_time()
+        content = sealed_tensors({name: one.data for name, one in model.named_parameters()})
+        store.prepare(content)
         stamps["encoded"] = time.monotonic()
         assert publisher.version_with(content) is None
         published = store.publish(manifest, {TENSORS: content}, publisher.epoch)
         stamps["published"] = time.monotonic()
+        busy_s = time.process_time() - began_s
         store.prune(2)
-        orders.send((published.version, len(content), stamps))
+        orders.send((published.version, len(content), stamps, busy_s))
         if orders.recv() != "publish":
             return
         version = manifest.version + 1
@@ -114,16 +116,19 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
         )
         trainer.start()
         try:
-            first, size, _ = _answer(ours)
+            first, size, _, _ = _answer(ours)
             store, heard = open_backend(where, run_dir).open_weights(), threading.Event()
             store.mark_in_use("server", [first])
             end = store.watch(heard.set)
             weights = FlatWeights(Wide(num_bytes))
-            swaps = []
+            swaps, busy = list[dict[str, float]](), list[dict[str, float]]()
             for version in range(first + 1, first + num_swaps + 2):
                 ours.send("publish")
+                began_s = time.process_time()
                 by_server = swap_next(store, weights, version, heard)
-                published, _, by_trainer = _answer(ours)
+                by_us_s = time.process_time() - began_s
+                published, _, by_trainer, by_trainer_s = _answer(ours)
+                busy.append({"trainer": by_trainer_s, "server": by_us_s})
                 assert published == version
                 begun = by_trainer.pop("stepped")
                 swaps.append({k: v - begun for k, v in (by_trainer | by_server).items()})
@@ -138,6 +143,7 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
         "url": url,
         "bytes": size,
         "median_after_s": {k: statistics.median(one[k] for one in later) for k in later[0]},
+        "processor_s": {k: statistics.median(one[k] for one in busy[1:]) for k in busy[0]},
         "first_after_s": swaps[0],
         "after_s": later,
     }
@@ -174,7 +180,9 @@ def main(
     for url in urls.split(","):
         found.append(measure(url, int(gb * 1e9), swaps))
         after = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["median_after_s"].items())
-        say(f"{url}: {found[-1]['bytes']:,} bytes; s after the optimiser step: {after}")
+        busy = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["processor_s"].items())
+        say(f"{url}: {found[-1]['bytes']:,} bytes; s after the optimiser step: {after}; processor "
+            f"time, s: {busy}")  # fmt: skip
         write_result(out, {"rows": found})
     if publish:
         write_rows("swap", rows_of(found), SOURCE)

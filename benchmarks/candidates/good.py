@@ -13,13 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.candidates.world import CLIENTS, World
+from benchmarks.candidates.world import CLIENTS, Rounds, World
 from policies.gate import PairedTrace, gate
 from policies.rollback import Action, SwapWatch
 from trainer.rows import HeldSample
 
-Rounds = Sequence[Sequence[tuple[int, int]]]
-"""(proposed, accepted) of each round of each request."""
 _REFERENCE_ROUNDS = 320
 _MOST_STEPS = 100_000
 

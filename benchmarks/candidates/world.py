@@ -49,6 +49,10 @@ _PROMPTS = 400
 _WAIT_S = 1800.0
 
 
+Rounds = Sequence[Sequence[tuple[int, int]]]
+"""(proposed, accepted) of each round of each request."""
+
+
 class Counting(PolicySwitch):
     """Also counts the rounds that each version drafted."""
 
@@ -206,12 +210,9 @@ class World:
         seed: int,
         *,
         averaged: bool,
-    ) -> nn.Module:
-        """Version 0, trained on these samples until it is enough, asked every ten updates.
-
-        Raises:
-            RuntimeError: it never was.
-        """
+    ) -> nn.Module | None:
+        """Version 0, trained on these samples until it is enough, asked every ten updates;
+        ``None``: it never was."""
         settings = self.settings.trainer.model_copy(update={"lr": lr, "warmup_steps": 0})
         learner = Learner(self.learns, self.model(), self.head, settings, self.rows)
         chance = random.Random(seed)
@@ -222,7 +223,7 @@ class World:
                 found = learner.average if averaged else learner.model
                 if is_enough(found):
                     return found
-        raise RuntimeError(f"{most_updates} updates at {lr} were not enough")
+        return None
 
     # ---- versions ------------------------------------------------------------------------------
 
@@ -335,10 +336,11 @@ def world(domains: Sequence[str], seed: int, folder: Path) -> Iterator[World]:
         head = load_target_head(Path(settings.target), torch.device("cpu"), torch.float32)
         first = open_backend(settings.buffer.url, settings.run_dir).open_weights().read(0)
         tokenizer = service.model.tokenizer
-        prompts = {}
+        prompts: dict[str, Iterator[tuple[int, ...]]] = {}
         for domain in domains:
             texts = corpus.prompts(cast(corpus.Domain, domain), _PROMPTS, seed)
-            prompts[domain] = itertools.cycle([tuple(tokenizer.encode(text)) for text in texts])
+            ids = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+            prompts[domain] = itertools.cycle(ids)
         rows = RowStore(torch.device("cpu"), _STORE_BYTES)
         yield World(settings, service, made[0], first, head, rows, prompts)
     finally:

@@ -20,6 +20,7 @@ from buffer.bundles import Bundle, prepare_bundle
 from buffer.fingerprint import target_fingerprint
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
+from buffer.sealed import plain
 from drafters.formats.checkpoint import (
     Checkpoint,
     FormatError,
@@ -178,7 +179,8 @@ def imported(source: Path, target: TargetTable) -> tuple[Manifest, dict[str, byt
     trainable(found.kind).check(found.config, found.tensors)
     fingerprint = target_fingerprint(target.folder)
     manifest = Manifest(0, None, found.kind, found.config, fingerprint, {})
-    return prepare_bundle(manifest, {TENSORS: save(found.tensors)})
+    checked, files = prepare_bundle(manifest, {TENSORS: save(found.tensors)})
+    return checked, {name: bytes(plain(content)) for name, content in files.items()}
 
 
 def export(bundle: Bundle, layout: str, target: TargetTable, folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from buffer.interface import ServiceAwayError
 from buffer.weights_store import WeightsStore
-from configs.logs import Lasting
+from configs.logs import Outage
 from policies.rollback import Action, SwapWatch
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
 from serving.swap.in_force import WeightsInForce
@@ -39,6 +39,15 @@ class _Order:
     done: threading.Event
 
 
+def log_outage(outage: Outage, error: OSError | None) -> None:
+    """Log that the store failed, or works again (``None``), if that is worth a line."""
+    if error is None:
+        if line := outage.ended():
+            log.info("%s", line)
+    elif line := outage.failed(str(error)):
+        log.warning("%s; serving continues, and this is tried again", line)
+
+
 class Shelf:
     """This server's view of the weights store: what it may take, and what it keeps in use."""
 
@@ -51,8 +60,7 @@ class Shelf:
             self._denied_written = set(store.read_denied())
         self._failed: dict[int, Hashable] = {}
         self._mark_due_s = 0.0
-        self._problem = Lasting()
-        """Why the last note could not be stored."""
+        self._outage = Outage("record which versions are in use or rolled back")
 
     def target_changed(self, fingerprint: str) -> None:
         """Take versions made for these weights of the target from now on, and no others."""
@@ -89,18 +97,14 @@ class Shelf:
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
-        """Storing what this server does with versions; that it fails is logged, once."""
+        """Storing what this server does with versions. That it fails is logged, and costs no
+        more."""
         try:
             yield
         except OSError as error:
-            if self._problem.is_new(str(error)):
-                log.warning(
-                    "cannot record which versions are in use or rolled back (%s); serving "
-                    "continues, and this is tried again",
-                    error,
-                )
+            log_outage(self._outage, error)
         else:
-            self._problem.is_new(None)
+            log_outage(self._outage, None)
 
     def load(self, version: int, force: WeightsInForce) -> Staged:
         """Read, check and stage a version.
@@ -294,6 +298,7 @@ class Swapper:
             end_watch()
 
     def _run_until_stopped(self) -> None:
+        outage = Outage("look for new versions")
         while not self._stopping.is_set():
             self._look_now.wait(self._poll_s)
             self._look_now.clear()
@@ -306,9 +311,10 @@ class Swapper:
                     if self._automatic and self._pinned is None and not self._on_trial:
                         self._look()
             except OSError as error:  # a disk that fails must not stop the watcher
-                if str(error) != self._last_error:
-                    log.warning("cannot look for new versions (%s); serving continues", error)
+                log_outage(outage, error)
                 self._last_error = str(error)
+            else:
+                log_outage(outage, None)
 
     @property
     def _on_trial(self) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from buffer.backends import open_backend
-from buffer.cli import app
+from buffer.cli import app, inspect_backend
 from buffer.codec import encode_trace
 from buffer.folder_weights import FolderWeights
 from buffer.interface import TraceLimits
@@ -74,6 +74,7 @@ def test_json_output_is_one_object_per_line(run):
         "parent": 0,
         "gate": {"tokens_per_step": 2.5},
         "problem": None,
+        "line": "",
     }
 
 
@@ -201,3 +202,40 @@ def test_damaged_lists_of_versions_and_deletions_are_told(run):
     assert deletions.startswith("DAMAGED: ") and "DELETED.json" in deletions
     assert versions.startswith("DAMAGED: ") and "HIGHEST" in versions
     assert inspect(run, "--json")[1].count('"kind": "problem"') == 2
+
+
+@pytest.mark.parametrize("url", ["log:", "shm:"])
+def test_versions_of_every_drafter_are_listed_and_checked(run, url):
+    beside = FolderWeights(run / "weights" / "mtp")
+    blob = join_tensors({"w": ("F32", np.ones(4, np.float32))}, {})
+    for version in (0, 1):
+        one = Manifest(version, None, "mtp", {}, "target", {})
+        beside.publish(one, {"drafter.safetensors": blob})
+
+    code, output = inspect(run, "--set", f"buffer.url={url}")
+    assert code == 0
+    lines = [line for line in output.splitlines() if line.startswith("bundle mtp/")]
+    assert lines == [
+        "bundle mtp/0: parent none, gate: no figures; ok",
+        "bundle mtp/1: parent none, gate: no figures; ok",
+    ]
+
+    damaged = run / "weights" / "mtp" / "1" / "drafter.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    code, output = inspect(run, "--json")
+    assert code == 1
+    found = [one for one in map(json.loads, output.splitlines()) if one["kind"] == "bundle"]
+    assert [(one["line"], one["version"], one["problem"] is None) for one in found] == [
+        ("", 0, True), ("", 1, True), ("mtp", 0, True), ("mtp", 1, False),
+    ]  # fmt: skip
+
+
+def test_versions_of_a_drafter_in_memory_are_found_by_the_settings(run):
+    """As in Redis and Kafka, which cannot list the drafters of a run."""
+    backend = open_backend("memory:inspected", run)
+    blob = join_tensors({"w": ("F32", np.ones(4, np.float32))}, {})
+    backend.open_weights("mtp").publish(
+        Manifest(0, None, "mtp", {}, "target", {}), {"drafter.safetensors": blob}
+    )
+    reports = [one.to_line() for one in inspect_backend(backend, LIMITS, beside=["mtp"])]
+    assert "bundle mtp/0: parent none, gate: no figures; ok" in reports

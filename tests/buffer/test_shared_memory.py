@@ -17,6 +17,7 @@ from buffer.backends import open_backend
 from buffer.bundles import BundleError, HostBuffer
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
+from buffer.sealed import seal
 from buffer.shared_folder import NAME_FILE, remove_abandoned
 from buffer.shared_memory import SharedWeights
 from buffer.tensors import join_tensors
@@ -273,3 +274,59 @@ def test_traces_are_in_the_log_or_in_the_buffer_that_the_url_names(tmp_path):
         open_backend("shm:/dev/shm", tmp_path)
     with pytest.raises(ValueError, match="scheme 'nosuch' is unknown"):
         open_backend("shm:?traces=nosuch:", tmp_path)
+
+
+def sealed(fill):
+    return seal({name: (tag, bits) for name, (tag, bits) in tensors(fill).items()})
+
+
+def publish_sealed(store, version, content):
+    manifest = dataclasses.replace(MANIFEST, version=version, parent=version - 1 or None)
+    store.publish(manifest, {TENSORS: content})
+
+
+def folders(root, memory):
+    return sorted(one.name for one in folder_of(root, memory).iterdir() if one.is_dir())
+
+
+def test_what_was_prepared_is_published_without_being_written_again(root, memory):
+    store, content = SharedWeights(root, memory), sealed(1)
+
+    store.prepare(content)
+    (prepared,) = (folder_of(root, memory)).glob(f".tmp-*/{TENSORS}")
+    before = prepared.stat()
+    assert store.versions() == []
+    publish_sealed(store, 1, content)
+
+    assert folders(root, memory) == ["1"]
+    after = (folder_of(root, memory) / "1" / TENSORS).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    for read in (store.read, FolderWeights(root).read):
+        assert read(1, EXPECTED).files[TENSORS] == content.joined()
+
+
+def test_another_version_than_the_prepared_one_is_published_as_it_is(root, memory):
+    store, other = SharedWeights(root, memory), sealed(2)
+
+    store.prepare(sealed(1))
+    publish_sealed(store, 1, other)
+    assert folders(root, memory) == ["1"]
+    shutil.rmtree(root / "1")  # so that it is read from memory
+    assert store.read(1).files[TENSORS] == other.joined()
+
+    store.prepare(sealed(3))
+    shutil.rmtree(next(folder_of(root, memory).glob(".tmp-*")))  # by whoever took over
+    publish_sealed(store, 2, other)
+    assert store.read(2).files[TENSORS] == other.joined()
+    assert folders(root, memory) == ["2"]
+
+
+def test_what_was_prepared_in_vain_is_dropped(root, memory):
+    store = SharedWeights(root, memory)
+    store.prepare(sealed(1))
+    store.prepare(sealed(2))
+    assert len(folders(root, memory)) == 1
+    SharedWeights(root, memory).take_over()
+    assert folders(root, memory) == []
+    publish_sealed(store, 1, sealed(3))
+    assert store.read(1).files[TENSORS] == sealed(3).joined()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from configs.logs import Outage
 from oracles.support import REPOSITORY
 
 SPEAK = """
@@ -40,3 +41,44 @@ def test_level_of_our_lines_and_of_libraries(level: str, ours: list[str], theirs
     assert [text for name, text in lines if name == "serving.build:"] == ours
     assert [text for name, text in lines if name == "library:"] == theirs
     assert done.stdout == ""
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_an_outage_is_told_when_it_begins_and_ends_whatever_its_reasons():
+    clock = Clock()
+    outage = Outage("look for new versions", clock)
+    assert outage.ended() is None
+
+    told = []
+    for number in range(40):
+        told.append(outage.failed(f"reason {number % 3}"))
+        clock.now_s += 1.0
+
+    assert told == ["cannot look for new versions (reason 0)"] + [None] * 39
+    assert outage.ended() == "can look for new versions again, after 40 s and 40 failed tries"
+    assert outage.ended() is None
+
+
+def test_a_long_outage_is_told_at_growing_intervals_and_the_next_one_at_once():
+    clock = Clock()
+    outage = Outage("report", clock)
+    times_s = []
+    for _ in range(20_000):
+        if outage.failed("gone"):
+            times_s.append(clock.now_s - 1000.0)
+        clock.now_s += 1.0
+
+    assert times_s == [0, 60, 180, 420, 900, 1860, 3780, 7380, 10980, 14580, 18180]
+    assert outage.failed("gone") is None
+    outage.ended()
+    assert outage.failed("gone") == "cannot report (gone)"
+    assert outage.ended() == "can report again, after 0 s and 1 failed try"

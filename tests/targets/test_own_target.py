@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from targets.load import load_model, load_served_model
 from targets.own_config import OwnConfig, read_own_config
 from targets.own_model import OwnCausalLM, load_own_model
 from targets.target import Target
+from targets.update import TargetWeights
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -217,6 +219,35 @@ def test_texts_end_where_transformers_says(folder, tmp_path, generation, ends):
     )
 
     assert [_eos_ids(model) for model in models] == [ends, ends]
+
+
+def test_new_weights_are_read_by_our_own_modules(folder, tmp_path, monkeypatch):
+    """Importing ``transformers`` beside serving would take seconds of the core that decodes."""
+    own = load_served_model(folder, load_config(folder), torch.float32, CPU)
+    assert isinstance(own, OwnCausalLM)
+    target = Target(own, (1,))
+    target.fuse(64)
+    copy = tmp_path / "new"
+    shutil.copytree(folder, copy)
+    tensors = {name: 2 * t for name, t in load_file(copy / "model.safetensors").items()}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    monkeypatch.setitem(sys.modules, "targets.causal", None)  # whoever imports it gets an error
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+    weights = TargetWeights(target)
+    weights.read(copy)
+    weights.take_over()
+    assert weights.are_in_force()
+
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "9", "use_cache": False})
+    )
+    weights.read(copy)
+    for key, value in (("rms_norm_eps", 0.5), ("max_position_embeddings", 64)):
+        (copy / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=rf"has {key} = {value}, but the running target has"):
+            weights.read(copy)
 
 
 SERVE = """

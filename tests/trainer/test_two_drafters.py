@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from buffer.folder_weights import FolderWeights
 from buffer.records import Round, Rounds
 from configs.drafters import BesideSettings
+from tests.trainer.test_several_processes import exit_code_of, with_worker
 from tests.trainer.traffic import (
     HIDDEN,
     LAYER_IDS,
@@ -130,7 +132,30 @@ def test_the_version_of_a_sample_is_that_of_the_drafter_in_training(traffic):
     assert version("dflash", False) is None
 
 
-def test_several_processes_for_two_drafters_are_refused(traffic, tmp_path):
+def test_two_processes_train_both_drafters_as_one_does(traffic, tmp_path):
+    target, traces = traffic
+    for name in ("one", "two"):
+        write_traces(tmp_path / name, traces)
+    trainer = {"max_steps": 5, "parts": 2}
+    alone = build_trainers(both(tmp_path / "one", target, **trainer), threading.Event())
+    run(*alone)
+
+    log = tmp_path / "worker"
+    with with_worker(SimpleNamespace(target=target), log, **trainer) as (group, worker):
+        settings = both(tmp_path / "two", target, **trainer)
+        shared = build_trainers(settings, threading.Event(), group=group)
+        run(*shared)
+        assert exit_code_of(worker) == 0, log.read_text()
+
+    for one, two in zip(alone, shared, strict=True):
+        assert one.learner.step == two.learner.step == 5
+        expected = one.learner.model.state_dict()
+        for name, value in two.learner.model.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_deepspeed_for_two_drafters_is_refused(traffic, tmp_path):
     target, _ = traffic
-    with pytest.raises(ValueError, match="2 processes cannot train several drafters"):
-        build_trainers(both(tmp_path, target), threading.Event(), group=Group(0, 2))
+    settings = both(tmp_path, target, deepspeed={"stage": 2})
+    with pytest.raises(ValueError, match=r"DeepSpeed divides one drafter, and 2 are to learn"):
+        build_trainers(settings, threading.Event(), group=Group(0, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import httpx
 import openai
@@ -380,6 +381,9 @@ def test_the_dashboard_is_one_page_and_its_data(server: LiveServer):
     assert data["sample_fields"][0] == "unix_s"
     assert len(data["samples"][0]) == len(data["sample_fields"])
     assert len(later["samples"]) <= 1
+    shown = set(re.findall(r"payback\.(\w+)", page.text))
+    assert shown == {"saved_seconds", "learning_seconds", "payback_ratio"}
+    assert shown <= data["drafter"]["payback"].keys()
 
 
 def test_a_client_that_leaves_frees_its_pages(server: LiveServer):

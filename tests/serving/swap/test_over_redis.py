@@ -37,8 +37,7 @@ def url(server, tmp_path):
     return f"{server.url}?run={tmp_path.name}&timeout_s=0.5"
 
 
-@pytest.fixture
-def service(tiny_target_dir, tmp_path, url):
+def built(tiny_target_dir, tmp_path, url, poll_s):
     settings = Settings.model_validate(
         {
             "target": str(tiny_target_dir),
@@ -48,10 +47,15 @@ def service(tiny_target_dir, tmp_path, url):
             "drafter": {"max_draft": 4},
             "policy": {"kind": "fixed", "draft_k": 3},
             "buffer": {"url": url, "sync_interval_s": 0.02},
-            "swap": {"poll_s": 1000, "watch_rounds": 96},  # only what is announced is seen
+            "swap": {"poll_s": poll_s, "watch_rounds": 96},
         }
     )
-    service = build_service(settings)
+    return build_service(settings)
+
+
+@pytest.fixture
+def service(tiny_target_dir, tmp_path, url):
+    service = built(tiny_target_dir, tmp_path, url, 1000)  # only what is announced is seen
     service.start()
     yield service
     service.stop()
@@ -109,3 +113,31 @@ def test_serving_goes_on_while_redis_is_gone_and_all_traces_are_counted(
     reader = TraceReader(open_backend(url, tmp_path))
     assert len(reader.read(20)) == 7
     assert reader.counts.duplicate == 0
+
+
+def test_an_outage_is_logged_once_and_its_end(tiny_target_dir, tmp_path, url, server, caplog):
+    caplog.set_level("INFO", "serving")
+    service = built(tiny_target_dir, tmp_path, url, 0.01)
+    polls = []
+    look, store = service.swapper._shelf.store.versions, service.swapper._shelf.store
+    store.versions = lambda: (polls.append(1), look())[1]
+    service.start()
+
+    def told(text):
+        return [one.message for one in caplog.records if text in one.message]
+
+    try:
+        wait_until(lambda: polls)
+        server.kill()
+        try:
+            wait_until(lambda: told("cannot look for new versions"))
+            before = len(polls)
+            wait_until(lambda: len(polls) >= before + 5)
+        finally:
+            server.start()
+        wait_until(lambda: told("can look for new versions again, after"))
+    finally:
+        service.stop()
+
+    assert len(told("cannot look for new versions")) == 1
+    assert len(told("can look for new versions again")) == 1

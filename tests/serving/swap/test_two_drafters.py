@@ -11,9 +11,12 @@ from buffer.folder_weights import FolderWeights
 from buffer.traces import TraceReader
 from configs.schema import Settings
 from drafters.catalog import kind_of
+from reporting.records import Figures, Row
 from serving.border.in_process import Desk
 from serving.build import build_service
 from serving.http.metrics import families
+from serving.reporting import Reporter
+from tests.reporting.kept import Kept
 from tests.serving.swap.test_swaps import ask, publish_next, wait_until
 
 MIX = "eagle3+mtp"
@@ -60,7 +63,8 @@ def test_each_drafter_takes_versions_of_its_own_line_alone(service):
     service, run_dir = service
     assert FolderWeights(run_dir / "weights").read(0).manifest.kind == "eagle3"
     assert FolderWeights(run_dir / "weights" / "mtp").read(0).manifest.kind == "mtp"
-    before = ask(service, "before")
+    before, reports = ask(service, "before"), Kept()
+    reporter = Reporter(service, reports)
     eagle = service.engine.drafting.neural["eagle3"].drafter.module
     kept = {name: value.clone() for name, value in eagle.state_dict().items()}
 
@@ -77,12 +81,19 @@ def test_each_drafter_takes_versions_of_its_own_line_alone(service):
 
     assert publish_next(run_dir / "weights", noisy) == 1
     wait_until(lambda: versions(service) == {"eagle3": 1, "mtp": 1})
+    reporter.report()
+    figures = {name: value for one in reports.of(Figures) for name, value in one.values.items()}
+    assert (figures["server/version"], figures["beside/mtp/server/version"]) == (1, 1)
+    swaps = [(row.cells["drafter"], row.cells["version"]) for row in reports.of(Row)]
+    assert swaps == [("(first)", 1), ("mtp", 1)]
     desk = Desk(service)
     assert desk.rollback("mtp")["version"] == 0
     assert versions(service) == {"eagle3": 1, "mtp": 0}
     assert FolderWeights(run_dir / "weights" / "mtp").read_denied() in (set(), {1})
     assert desk.swap(0, None)["version"] == 0
     assert versions(service) == {"eagle3": 0, "mtp": 0}
+    reporter.report()
+    assert [row.cells["drafter"] for row in reports.of(Row)[2:]].count("mtp") == 1
     assert ask(service, "back").token_ids == before.token_ids
     assert service.figures().swaps == {"swapped": 3, "rejected": 0, "rolled_back": 1}
     with pytest.raises(ValueError, match=r"no drafter 'suffix' learns.*eagle3, mtp"):
