@@ -59,6 +59,11 @@ def _drafting(settings: Settings) -> Iterator[str]:
             f"drafter.model is set, but a drafter of kind {drafter.kind!r} is no language model; "
             f"set drafter.kind to 'draft_model' or take drafter.model out"
         )
+    if suffix.mixed and not (suffix.enabled and drafter.kind not in ("none", "suffix")):
+        yield (
+            "drafter.suffix.mixed needs the index beside a neural drafter; set "
+            "drafter.suffix.enabled to true and drafter.kind to one, or take it out"
+        )
     yield from _beside(drafter)
     if suffix.min_match > suffix.max_match:
         yield (

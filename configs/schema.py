@@ -103,6 +103,8 @@ class SuffixSettings(Section):
     """Shortest suffix of the request to look up, in tokens."""
     max_match: int = Field(12, ge=1)
     """Longest suffix to look up, in tokens."""
+    mixed: bool = False
+    """Let the index draft for some requests of a step in which neural drafters draft for others."""
     recent_tokens: int = Field(400_000, ge=0)
     """Tokens of finished requests kept in the shared index. 0: index each request alone."""
 

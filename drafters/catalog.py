@@ -110,6 +110,16 @@ def _beside(settings: DrafterSettings) -> tuple[str, ...]:
 
 
 def mixes(settings: DrafterSettings) -> dict[str, tuple[str, ...]]:
-    """Name -> kinds of the neural drafters that may draft in one round, each for some requests."""
+    """Name -> kinds of the drafters that may draft in one round, each for some requests; neural
+    ones first."""
     neural = (settings.kind, *_beside(settings))
-    return {JOINED.join(neural): neural} if settings.mixed and len(neural) > 1 else {}
+    found = [neural] if settings.mixed and len(neural) > 1 else []
+    has_both = _BESIDE in _ordinary(settings)[1:] and kind_of(settings.kind).traits.is_neural
+    if settings.suffix.mixed and has_both:
+        found.append((*neural, _BESIDE))
+    return mixes_of(*found)
+
+
+def mixes_of(*mixed: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Mixes by name."""
+    return {JOINED.join(kinds): kinds for kinds in mixed}

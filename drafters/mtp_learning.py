@@ -8,10 +8,11 @@ drafts token i + 1 after the anchor p - i.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +26,19 @@ from drafters.formats.checkpoint import (
 )
 from drafters.formats.published import Imported, TargetTable
 from drafters.mtp import ORDERS, Mtp, MtpConfig, Order, config_for_target
-from drafters.stored_module import check_tensors
-from drafters.trainable import TargetShape
-from targets.head import read_tensor
+from drafters.stored_module import StoredModule
 from targets.last_layer import LastLayer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class MtpTrainable(LearnsByChains):
+class MtpTrainable(StoredModule[Mtp], LearnsByChains):
     """MTP's ``drafters.trainable.Trainable``, which describes every method, and a
     ``CarriedByTarget``."""
 
+    config_class: ClassVar = MtpConfig
+    module_class: ClassVar = Mtp
     kind: str = "mtp"
     takes_reward: bool = True
     """See ``Eagle3Trainable``."""
@@ -74,31 +75,6 @@ class MtpTrainable(LearnsByChains):
         reduced.load_state_dict({**model.state_dict(), "d2t": torch.zeros_like(draft_ids)})
         _set_vocabulary(reduced, draft_ids)
         return reduced
-
-    def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mtp:
-        """Reads bundles of any floating dtype."""
-        self.check(config, tensors)
-        model = Mtp(MtpConfig.from_json(config))
-        model.load_state_dict(dict(tensors))
-        return model
-
-    def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See ``check_tensors``."""
-        found = MtpConfig.from_json(config)
-        check_tensors(lambda: Mtp(found), tensors)
-
-    def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
-        """Vocabulary, hidden size and last layer of the target."""
-        found = MtpConfig.from_json(config)
-        return TargetShape(found.target_vocab_size, found.hidden_size, found.layer_ids)
-
-    def config_to_json(self, model: Mtp) -> dict[str, Any]:
-        """All fields of ``MtpConfig``."""
-        return model.config.to_json()
-
-    def bundle_tensors(self, model: Mtp) -> dict[str, Tensor]:
-        """Parameters, and ``d2t`` of a reduced vocabulary."""
-        return model.bundle_tensors()
 
     def matrices(self, model: Mtp) -> list[Tensor]:
         """All products."""
@@ -137,6 +113,9 @@ def imitate(model: Mtp, last: LastLayer) -> None:
 TARGET_NORM = "slipstream.target_norm.weight"
 """Where an exported head keeps its own copy of the target's final norm, which it has learnt; the
 families' keys have no place for it."""
+
+
+_FINAL_NORM = re.compile(r"(.+\.)?(model|language_model)\.norm\.weight")
 
 
 def order_of(checkpoint: Checkpoint) -> str | None:
@@ -190,7 +169,9 @@ def _read(checkpoint: Checkpoint) -> Imported:
         checkpoint.expect(TARGET_NORM, (config.hidden_size,))
         tensors["target_norm.weight"] = checkpoint.read(TARGET_NORM)
     else:
-        tensors["target_norm.weight"] = _final_norm(checkpoint) + order.norm_offset
+        tensors["target_norm.weight"] = (
+            _final_norm(checkpoint, config.hidden_size) + order.norm_offset
+        )
     return Imported("mtp", config.to_json(), tensors)
 
 
@@ -199,37 +180,41 @@ def _numbered(order: Order, num_layers: int) -> Order:
     return replace(order, **{name: getattr(order, name).format(n=num_layers) for name in names})
 
 
-def _final_norm(checkpoint: Checkpoint) -> Tensor:
-    """Weight of the target's norm before its lm_head."""
-    ending = "norm.weight"
-    own = [
-        n
-        for n in ("model.norm.weight", "model.language_model.norm.weight")
-        if n in checkpoint.files
+def _final_norm(checkpoint: Checkpoint, hidden_size: int) -> Tensor:
+    """Weight of the target's norm before its lm_head, in the text model of a wrapped one."""
+    name, *others = sorted(n for n in checkpoint.files if _FINAL_NORM.fullmatch(n)) or [
+        "model.norm.weight"
     ]
-    return read_tensor(checkpoint.files, own[0] if own else ending, checkpoint.folder)
+    if others:
+        raise checkpoint.error(f"{name} and {others[0]} may both be the target's final norm")
+    checkpoint.expect(name, (hidden_size,))
+    return checkpoint.read(name)
 
 
 def _config(checkpoint: Checkpoint, name: str, order: Order) -> MtpConfig:
     text = replace(checkpoint, config=_text(checkpoint))
-    heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
-    head_dim = text.size("head_dim", hidden // heads)
+    heads, kv_heads, head_dim = text.heads()
+    rope_theta = rope_theta_of(checkpoint, text.config)
     rope = text.config.get("rope_parameters") or {}
-    share = text.config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    factor = "partial_rotary_factor"
+    share = text.checked_real(factor, text.config.get(factor) or rope.get(factor) or 1.0)
+    rotary_dim = int(head_dim * min(share, 1.0))
+    if share > 1 or rotary_dim < 2 or rotary_dim % 2:
+        raise text.error(f"{factor} is {share}, which leaves no pairs of {head_dim} to rotate")
     attention = f"{order.layer}self_attn."
     q_rows = checkpoint.shape(f"{attention}q_proj.weight")[0]
     return MtpConfig(
-        hidden_size=hidden,
+        hidden_size=text.size("hidden_size"),
         target_vocab_size=text.size("vocab_size"),
         draft_vocab_size=text.size("vocab_size"),
         intermediate_size=text.size("intermediate_size"),
         num_heads=heads,
-        num_kv_heads=text.size("num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         layer_ids=(text.size("num_hidden_layers"),),
-        rms_norm_eps=float(text.config.get("rms_norm_eps") or 1e-6),
-        rope_theta=rope_theta_of(checkpoint, text.config),
-        rotary_dim=int(head_dim * share),
+        rms_norm_eps=text.real("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rotary_dim=rotary_dim,
         order=name,
         has_bias=f"{attention}q_proj.bias" in checkpoint.files,
         has_head_norms=f"{attention}q_norm.weight" in checkpoint.files,

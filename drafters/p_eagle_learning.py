@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from drafters.eagle3.model import config_for_target
 from drafters.eagle3.trainable import LearnsByChains
 from drafters.eagle3.training import Outputs
 from drafters.p_eagle import PEagle, PEagleConfig
-from drafters.stored_module import check_tensors
+from drafters.stored_module import StoredModule
 from drafters.trainable import TargetShape
 from targets.causal import CausalWeights
 from targets.last_layer import LastLayer
@@ -38,9 +38,11 @@ _MOST_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class PEagleTrainable(LearnsByChains):
+class PEagleTrainable(StoredModule[PEagle], LearnsByChains):
     """P-EAGLE's ``drafters.trainable.Trainable``, which describes every method."""
 
+    config_class: ClassVar = PEagleConfig
+    module_class: ClassVar = PEagle
     kind: str = "p_eagle"
 
     @property
@@ -73,18 +75,6 @@ class PEagleTrainable(LearnsByChains):
             imitate(model, last_layer)
         return model
 
-    def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PEagle:
-        """Reads bundles of any floating dtype."""
-        self.check(config, tensors)
-        model = PEagle(PEagleConfig.from_json(config))
-        model.load_state_dict(dict(tensors))
-        return model
-
-    def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See ``check_tensors``."""
-        found = PEagleConfig.from_json(config)
-        check_tensors(lambda: PEagle(found), tensors)
-
     def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
         """Vocabulary, hidden size and tapped layers of the target."""
         found = PEagleConfig.from_json(config).first
@@ -93,10 +83,6 @@ class PEagleTrainable(LearnsByChains):
     def config_to_json(self, model: PEagle) -> dict[str, Any]:
         """All fields of ``PEagleConfig``."""
         return model.parallel.to_json()
-
-    def bundle_tensors(self, model: PEagle) -> dict[str, Tensor]:
-        """Parameters, and ``d2t`` of a reduced vocabulary."""
-        return model.bundle_tensors()
 
     def matrices(self, model: PEagle) -> list[Tensor]:
         """All products but the lm_head."""

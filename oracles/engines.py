@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from configs.schema import DrafterSettings
-from drafters.catalog import JOINED, kind_of
+from drafters.catalog import JOINED, kind_of, mixes_of
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
 from drafters.mtp import Mtp, PagedMtp
@@ -165,6 +165,7 @@ def make_engine(
     prefix_cache: bool = True,
     max_draft: int = 8,
     suffix: bool = True,
+    mixes_index: bool = False,
     on_request: tuple[HostDrafter, ...] = (),
     drafter: Eagle3 | Mtp | None = None,
     second: Eagle3 | None = None,
@@ -184,6 +185,7 @@ def make_engine(
     Args:
         kind: take a drafter of this kind of the catalog instead, with ``weights`` or random ones.
         beside: further neural drafters by kind, likewise; all may draft in one round.
+        mixes_index: the suffix index may draft in one round with all of them.
         overlaps: launch each round before the last one is read, as a server on a GPU does.
         fused: compute target and drafter with our fused operations.
         on_request: further host drafters, which draft only for requests that name them.
@@ -226,12 +228,13 @@ def make_engine(
         fuse(target, neural, sizes.pages_each * page_size, pinned=False)
     elif fused_drafter:
         assert neural[0].fuse(num_positions=512) is None
+    index = SuffixIndex(2, 8, 10_000)
     ring = CaptureRing(
         ring_rows, len(target.layer_ids), target.config.hidden_size, dtype=ring_dtype
     )
     parts = assemble(
         target,
-        [*([SuffixIndex(2, 8, 10_000)] if suffix else []), *on_request],
+        [*([index] if suffix else []), *on_request],
         neural,
         sizes,
         Sequences(tiny_tokenizer(), eos_ids, seed),
@@ -241,7 +244,10 @@ def make_engine(
             max_queue=max_queue,
             overlaps=overlaps,
             on_request=tuple(one.kind for one in on_request),
-            mixes={JOINED.join(made): tuple(made)} if len(made) > 1 else {},
+            mixes=mixes_of(
+                *([tuple(made)] if len(made) > 1 else []),
+                *([(*made, index.kind)] if mixes_index else []),
+            ),
         ),
         ring,
     )

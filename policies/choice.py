@@ -12,7 +12,7 @@ quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from policies.forecast import PLAIN_ARM, Arm, Forecast
@@ -47,12 +47,19 @@ class Choice(NamedTuple):
 class Chooser:
     """Keeps the base between steps."""
 
-    def __init__(self, margin: float) -> None:
+    def __init__(
+        self, margin: float, rows: Mapping[str, frozenset[str]], needing: Collection[str] = ()
+    ) -> None:
         """
         Args:
             margin: predicted speed relative to plain decoding that drafting needs.
+            rows: by neural drafter and mix, the drafters whose rows its steps compute.
+            needing: drafters and mixes that are of use only where a request has a match: they
+                interrupt, and are never the base.
         """
         self._margin = margin
+        self._rows = rows
+        self._needing = needing
         self.base = "none"
         self._lead = 1.0
         """Speed of the base with its interruptions, relative to the base alone."""
@@ -69,7 +76,7 @@ class Chooser:
         """Choose the arm of a step.
 
         Args:
-            fresh: the drafter of the last step.
+            fresh: the drafter or mix of the last step.
             catch_up_s: seconds to come back to each neural drafter that can propose now.
             overhead_s: seconds of planning in each step of a base that drafts, and in no other.
         """
@@ -93,6 +100,8 @@ class Chooser:
         plain = seen.batch / seen.plain_s
         speeds = {"none": plain}
         for drafter, catch_s in catch_up_s.items():
+            if drafter in self._needing:
+                continue
             usual, seconds = seen.usual_tokens[drafter], seen.seconds[drafter]
             late_s = catch_s * self._broken + overhead_s
             speeds[drafter] = max(
@@ -123,18 +132,28 @@ class Chooser:
         """
         charges = dict.fromkeys(("none", *seen.seconds), 0.0)
         own_s = catch_up_s.get(self.base, 0.0)
+        is_whole = self.goes_on(self.base, fresh)
         for drafter in charges:
             if drafter == self.base:
-                charges[drafter] = self._broken * own_s if drafter != fresh else 0.0
+                charges[drafter] = 0.0 if is_whole else self._broken * own_s
                 continue
-            if fresh == self.base:
+            if is_whole and not self.goes_on(self.base, drafter):
                 charges[drafter] += (1 - self._broken) * own_s
-            if drafter != fresh:
+            if not self.goes_on(drafter, fresh):
                 charges[drafter] += catch_up_s.get(drafter, 0.0)
         return charges
+
+    def goes_on(self, drafter: str, before: str) -> bool:
+        """Whether a drafter or mix need not catch up after a step by another: that step has
+        computed its rows."""
+        if drafter == before:
+            return True
+        own = self._rows.get(drafter)
+        return own is not None and own <= self._rows.get(before, frozenset())
 
     def _note(self, seen: Forecast, arm: Arm, fresh: str, alone: float) -> None:
         tokens, seconds = seen.arm(arm)
         self._lead += _RATE_GAIN * (max(1.0, tokens / seconds / alone) - self._lead)
         if arm[0] == self.base:
-            self._broken += _RATE_GAIN * ((fresh != self.base) - self._broken)
+            is_broken = not self.goes_on(self.base, fresh)
+            self._broken += _RATE_GAIN * (is_broken - self._broken)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Floats, match_bucket
-from policies.interface import DrafterTraits, StepObs
+from policies.interface import StepObs
 from policies.step_time import StepTimes
 
 _MIX_GAIN = 0.02
@@ -54,11 +54,15 @@ class Forecaster:
         self,
         acceptance: AcceptanceModel,
         times: StepTimes,
-        drafters: Mapping[str, DrafterTraits],
+        needing: Collection[str],
     ) -> None:
+        """
+        Args:
+            needing: drafters, and mixes, that are of use only where a request has a match.
+        """
         self._acceptance = acceptance
         self._times = times
-        self._drafters = drafters
+        self._needing = needing
         self._mix = np.array([1.0] + [0.0] * (NUM_BUCKETS - 1))
         """[6] share of rows in each bucket, in steps without a drafter that needs a match."""
 
@@ -72,7 +76,7 @@ class Forecaster:
         weights = np.array((full, obs.batch * self._mix))
         seconds, tokens, usual = {}, {}, {}
         for drafter in obs.drafters:
-            if self._drafters[drafter].needs_match and not has_match:
+            if drafter in self._needing and not has_match:
                 continue
             expected = self._acceptance.expected_tokens(drafter)[:, : max_k + 1]
             seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]

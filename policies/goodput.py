@@ -31,7 +31,7 @@ from policies.interface import (
     PolicyContext,
     StepObs,
 )
-from policies.picks import Picker, with_mixes
+from policies.picks import Picker, needing_match, rows_of, with_mixes
 from policies.probes import Explorer, Stretch
 from policies.rest import Gathered, Glance, Rest, count_rows
 from policies.step_time import StepTimes
@@ -125,22 +125,25 @@ class GoodputPolicy:
         """
         drafters = with_mixes(context.drafters, context.mixes)
         self._neural = {kind for kind, traits in drafters.items() if traits.is_neural}
-        self._matching = [kind for kind, traits in drafters.items() if traits.needs_match]
+        self._needing = needing_match(context.drafters, context.mixes)
         self._max_draft = context.max_draft
         self._acceptance = AcceptanceModel(half_life_rounds, drafters, context.max_draft)
         self._versions = VersionMemory(self._acceptance, drafters)
         self._times = StepTimes(context.max_draft, drafters)
         self._switches = SwitchCosts(self._neural)
-        self._forecaster = Forecaster(self._acceptance, self._times, drafters)
-        self._chooser = Chooser(margin)
-        self._explorer = Explorer(explore, context.seed, self._neural, 0.7 * probe_share)
+        self._forecaster = Forecaster(self._acceptance, self._times, self._needing)
+        rows = rows_of(context.drafters, context.mixes)
+        self._chooser = Chooser(margin, rows, self._needing)
+        catching_up = self._neural - self._needing
+        self._explorer = Explorer(explore, context.seed, catching_up, 0.7 * probe_share)
         self._rest = Rest(0.1 * probe_share, 0.2 * probe_share)
         self._gathered = Gathered()
         self._stretch: Stretch | None = None
         self._untried: set[str] = set()
         """Neural drafters whose weights changed, and that have not drafted since."""
         self._steps = _Steps()
-        self._picker = Picker(context.mixes, self._acceptance, explore, context.seed)
+        matching = [kind for kind, traits in drafters.items() if traits.needs_match]
+        self._picker = Picker(context.mixes, self._acceptance, explore, context.seed, matching)
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -166,7 +169,7 @@ class GoodputPolicy:
         the last plan is paid for."""
         if self._stretch is not None and (decision := self._stretching()) is not None:
             return decision
-        if self._matching and self._rest.wants_look():
+        if self._picker.matching and self._rest.wants_look():
             return None
         # Without a neural drafter, a plan without a look finds nothing.
         may_plan = bool(self._neural) and self._rest.may_plan
@@ -188,7 +191,7 @@ class GoodputPolicy:
             return None
         if drafter in self._picker.mixes:  # who drafts for which request is planned
             return None
-        if self._matching and self._rest.pays:
+        if self._picker.matching and self._rest.pays:
             return None
         if not self._explorer.goes_on_unplanned(plain_s, changes):
             return None
@@ -201,7 +204,7 @@ class GoodputPolicy:
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
-        return bool(self._matching) and (not self._neural or self._rest.wants_look())
+        return bool(self._picker.matching) and (not self._neural or self._rest.wants_look())
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
@@ -219,7 +222,7 @@ class GoodputPolicy:
         if not outcome.has_prefill:
             self._rest.note_cost(outcome.plan_s / plain_s)
         self._rest.passed(outcome.step_s / plain_s)
-        if outcome.decision.drafter in self._matching and not outcome.has_prefill:
+        if outcome.decision.drafter in self._needing and not outcome.has_prefill:
             tokens = 1 + sum(outcome.rows.num_accepted) / max(len(outcome.rows), 1)
             self._rest.note_saved(tokens - (outcome.step_s - outcome.plan_s) / plain_s)
         if outcome.decision.reason == "rest" and outcome.decision.drafter == self._steps.observed:
@@ -308,14 +311,14 @@ class GoodputPolicy:
         }
         overhead_s = self._rest.overhead * seen.plain_s
         choice = self._chooser.choose(seen, self._steps.drafter, catch_up_s, overhead_s)
-        if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
+        if obs.matches is not None and self._needs_no_look(choice.arm):
             self._forecaster.note_mix(seen)
         decision = self._decision(seen, choice, looked=obs.matches is not None)
         if decision.drafter in self._picker.mixes:
             picks = self._picker.pick(obs, decision.drafter, decision.draft_k)
             decision = replace(decision, picks=picks)
         seconds = seen.arm((decision.drafter, decision.draft_k))[1]
-        catches_up = decision.drafter in self._neural and decision.drafter != self._steps.drafter
+        catches_up = self._catches_up(decision.drafter, self._steps.drafter)
         if catches_up:
             seconds += catch_up_s[decision.drafter]
         self._steps.await_outcome(_Planned(decision, seconds, catches_up, obs.pending_rows))
@@ -330,7 +333,7 @@ class GoodputPolicy:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
         # A look is expensive while plain decoding is the base: what it found is not left unused.
-        finds = looked and choice.arm[0] in self._matching
+        finds = looked and choice.arm[0] in self._needing
         is_kept = finds and self._rest.is_plain and self._explorer.more == PLAIN_ARM
         if not is_kept or self._rest.pays:
             stretch = self._trial(seen, choice)
@@ -350,16 +353,16 @@ class GoodputPolicy:
 
     def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
         """What drafters that need matches gain over an arm without, by bucket."""
-        if not self._matching or min(seen.caps) < seen.max_k:
+        if not self._picker.matching or min(seen.caps) < seen.max_k:
             return None
         expected = {
             kind: self._acceptance.expected_tokens(kind)
-            for kind in {*self._matching, *({blind[0]} & self._neural)}
+            for kind in {*self._needing, *({blind[0]} & self._neural)}
         }
         used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(NUM_BUCKETS)
         blind_s = seen.arm(blind)[1]
         gains, losses = [], []
-        for kind in self._matching:
+        for kind in self._needing:
             times = self._times.arm_times(kind, seen.batch)
             charge_s = choice.charges_s.get(kind, 0.0) - choice.charges_s[blind[0]]
             for k in range(1, seen.max_k + 1):
@@ -368,7 +371,11 @@ class GoodputPolicy:
         return Glance(np.array(gains), np.array(losses))
 
     def _needs_no_look(self, arm: Arm) -> bool:
-        return arm == PLAIN_ARM or arm[0] in self._neural
+        return arm == PLAIN_ARM or (arm[0] in self._neural and arm[0] not in self._needing)
+
+    def _catches_up(self, drafter: str, before: str) -> bool:
+        """Whether a drafter must catch up after a step by another one."""
+        return drafter in self._neural and not self._chooser.goes_on(drafter, before)
 
     def _trial(self, seen: Forecast, choice: Choice) -> Stretch | None:
         """A few steps of a drafter whose weights have just changed, where it is not the base.
@@ -416,10 +423,14 @@ class GoodputPolicy:
         return max(of_tokens, self._times.doubt(drafter, k, seen.batch))
 
     def _observe_rows(self, outcome: Outcome) -> None:
-        seen: dict[int | None, Counter[tuple[int, int]]] = {}
-        count_rows(outcome.rows, seen)
-        if seen:
-            self._acceptance.observe(outcome.decision.drafter, seen, outcome.batch)
+        found = {outcome.decision.drafter: outcome.rows}
+        # The length of a match decides who drafts, and a drafter that needs one is known by it.
+        found |= {k: outcome.rows.by(k) for k in self._picker.matching if outcome.rows.drafters}
+        for drafter, rows in found.items():
+            seen: dict[int | None, Counter[tuple[int, int]]] = {}
+            count_rows(rows, seen)
+            if seen:
+                self._acceptance.observe(drafter, seen, outcome.batch)
 
     def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
         (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
@@ -427,7 +438,7 @@ class GoodputPolicy:
         # is only tried in steps that are.
         step_s = outcome.step_s - outcome.plan_s
         plain_s = self._times.plain_s(batch)
-        if drafter in self._neural and drafter != self._steps.observed:
+        if self._catches_up(drafter, self._steps.observed):
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             pending = pending_rows.get(drafter, 0)
             self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)

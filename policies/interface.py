@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 from policies.allocation import Allocation
@@ -71,8 +72,9 @@ class PolicyContext:
     seed: int
     """Seed for a policy that makes random choices."""
     mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name -> kinds of the neural drafters that can draft in one step, each for some of its
-    requests. A policy that decides so names the mix as the drafter, and who drafts for whom."""
+    """Name -> kinds of the drafters that can draft in one step, each for some of its requests;
+    neural ones first. A policy that decides so names the mix as the drafter, and who drafts for
+    whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,9 @@ class Pick(NamedTuple):
     propensity: float
     """Probability of this pick, given the step's decision, in (0, 1]."""
     reason: str
-    """``best``: it is expected to keep the most; ``try``: to know what it would keep."""
+    """``best``: it is expected to keep the most; ``try``: to know what it would keep. ``unmatched``
+    in place of these: the first of the mix, because the one that was picked needs a match and found
+    none in the tokens that are committed by now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ class StepObs:
     """[batch] tokens of the longest match that a drafter with ``needs_match`` has found for each
     request, 0 for none; ``None`` without such a drafter, and where nobody looked."""
     drafters: tuple[str, ...]
-    """Kinds of the drafters that can propose now; none with ``needs_match`` where nobody looked."""
+    """Kinds of the drafters that can propose now, and mixes; where nobody looked, none with
+    ``needs_match``, and no mix with such a drafter."""
     max_draft: int
     """Largest K the engine can run."""
     version: int
@@ -132,8 +137,8 @@ class StepObs:
     """Committed rows, over the batch, that each neural drafter must process before it can draft.
     A missing kind has none."""
     records: tuple[Mapping[str, DraftRecord], ...] | None = None
-    """[batch] what neural drafters have done for each request, by kind; ``None`` unless several can
-    draft in one step. Outcomes of earlier rounds only."""
+    """[batch] what drafters have done for each request, by kind; ``None`` unless several can draft
+    in one step. Outcomes of earlier rounds only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +172,21 @@ class RowOutcomes:
     num_accepted: Sequence[int]
     matches: Sequence[int] | None = None
     """The entries of ``StepObs.matches``; ``None`` where that is ``None`` or the policy rested."""
+    drafters: Sequence[str] | None = None
+    """Of a mix, who drafted for each request; ``None``: the decision's drafter for all."""
 
     def __len__(self) -> int:
         return len(self.num_accepted)
+
+    def by(self, drafter: str) -> RowOutcomes:
+        """Those of a mix that this drafter drafted."""
+        is_own = [kind == drafter for kind in self.drafters or ()]
+        verified, accepted = (
+            compress(self.num_verified, is_own),
+            compress(self.num_accepted, is_own),
+        )
+        matches = None if self.matches is None else list(compress(self.matches, is_own))
+        return RowOutcomes(list(verified), list(accepted), matches)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self
 
-from buffer.files import read_regular
-from configs.choices import SettingsError
 from configs.schema import PolicySettings
 from policies.features import Features
 from policies.interface import Outcome, PolicyContext
 from policies.lengths import LengthPolicy, spread
 from policies.network import MAX_BYTES, Network
+from policies.weight_file import weights_of
 
 CALIBRATION_KEY = "ltd"
 """Of the network, in the calibration that comes with a version."""
@@ -64,15 +63,10 @@ class LtdPolicy(LengthPolicy):
         Raises:
             SettingsError: ``policy.ltd.weights`` cannot be used.
         """
-        path, network = settings.ltd.weights, None
-        if path is not None:
-            try:
-                network = Network.from_bytes(read_regular(path, MAX_BYTES + 1, follow=True))
-            except (OSError, ValueError) as error:
-                raise SettingsError(
-                    f"policy.ltd.weights: {path} cannot be used: {error}; `trainer policy` writes "
-                    f"such a file"
-                ) from error
+        path = settings.ltd.weights
+        network = weights_of(
+            "policy.ltd.weights", path, Network.from_bytes, MAX_BYTES, "trainer policy"
+        )
         return cls(
             context, settings.drafter, network, settings.random_share, takes_published=path is None
         )

@@ -1,11 +1,14 @@
-"""Who drafts for which request of a step that several neural drafters draft in.
+"""Who drafts for which request of a step that several drafters draft in.
 
 Such a *mix* is one more drafter to a policy that compares arms: what its steps keep and what they
 take is measured like any other's, so whether mixing pays is known and not assumed. This module
 decides within the mix. Each request gets the drafter that is expected to keep the most tokens of
 its next draft: what the drafter keeps of all requests, corrected by what it has kept of this one.
-All members compute their rows of every request, so a request changes drafters at any round without
-a catch-up, and a pick costs no time: only tokens.
+All neural members compute their rows of every request, so a request changes drafters at any round
+without a catch-up, and a pick costs no time: only tokens.
+
+A member that needs a match, such as an index, is picked only for requests that have one, and judged
+by the length of that match alone: what it has kept of a request with other matches says little.
 
 The correction needs rounds of the drafter that looks worse, too. They are paid from an account that
 grows by a hundredth of the tokens that are expected: however bad a drafter is, trying it costs no
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +54,32 @@ def with_mixes(
     drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
 ) -> dict[str, DrafterTraits]:
     """Traits by kind of all drafters and mixes. A mix takes the time of all its members, and keeps
-    as much as the best of them until it is measured."""
+    as much as the best of the neural ones until it is measured."""
     found = dict(drafters)
     for name, members in mixes.items():
         traits = [drafters[kind] for kind in members]
-        best = max(traits, key=lambda one: max(one.prior_acceptance))
+        neural = (one for one in traits if one.is_neural)
+        best = max(neural, key=lambda one: max(one.prior_acceptance))
         found[name] = MixTraits(best.prior_acceptance, sum(one.prior_draft_cost for one in traits))
     return found
+
+
+def needing_match(
+    drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
+) -> frozenset[str]:
+    """Drafters that propose only where text was found elsewhere, and mixes with such a one, which
+    gain nothing over their other members without it."""
+    found = {kind for kind, traits in drafters.items() if traits.needs_match}
+    return frozenset(found | {mix for mix, kinds in mixes.items() if not found.isdisjoint(kinds)})
+
+
+def rows_of(
+    drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
+) -> dict[str, frozenset[str]]:
+    """Neural drafters whose rows a step by each neural drafter or mix computes."""
+    neural = {kind for kind, traits in drafters.items() if traits.is_neural}
+    kinds = {kind: frozenset({kind}) for kind in neural}
+    return kinds | {mix: frozenset(neural & {*members}) for mix, members in mixes.items()}
 
 
 class Picker:
@@ -69,14 +91,17 @@ class Picker:
         acceptance: AcceptanceModel,
         explore: float,
         seed: int,
+        matching: Collection[str] = (),
     ) -> None:
         """
         Args:
             acceptance: knows each member.
             explore: probability with which a request tries another drafter, as far as the account
                 allows.
+            matching: drafters that propose only where text was found elsewhere.
         """
         self.mixes = mixes
+        self.matching = matching
         self.account = _START_TOKENS
         """Tokens that trying may still lose."""
         self._acceptance = acceptance
@@ -99,7 +124,11 @@ class Picker:
         for row, record in enumerate(records):
             bucket = 0 if obs.matches is None else match_bucket(obs.matches[row])
             values = {
-                kind: expected_kept(kept[kind][bucket], k, record.get(kind)) for kind in members
+                kind: kept[kind][bucket][k]
+                if kind in self.matching
+                else expected_kept(kept[kind][bucket], k, record.get(kind))
+                for kind in members
+                if bucket or kind not in self.matching
             }
             picks.append(self._pick(values, record))
         self._counts.update((one.drafter, one.reason) for one in picks)

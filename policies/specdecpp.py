@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
-from buffer.files import read_regular
-from configs.choices import SettingsError
 from configs.policies import CuttingSettings
 from configs.schema import PolicySettings
 from policies.allocation import Allocation, Cut
 from policies.confidence_head import MAX_BYTES, Head
 from policies.cutting import CuttingPolicy
 from policies.interface import PolicyContext
+from policies.weight_file import weights_of
 
 CALIBRATION_KEY = "specdecpp"
 """Of the head, in the calibration that comes with a version."""
@@ -64,15 +63,11 @@ class SpecDecPpPolicy(CuttingPolicy):
         Raises:
             SettingsError: ``policy.specdecpp.weights`` cannot be used.
         """
-        path, head = settings.specdecpp.weights, None
-        if path is not None:
-            try:
-                head = Head.from_bytes(read_regular(path, MAX_BYTES + 1, follow=True))
-            except (OSError, ValueError) as error:
-                raise SettingsError(
-                    f"policy.specdecpp.weights: {path} cannot be used: {error}; `trainer policy "
-                    f"--method specdecpp` writes such a file"
-                ) from error
+        path = settings.specdecpp.weights
+        head = weights_of(
+            "policy.specdecpp.weights", path, Head.from_bytes, MAX_BYTES,
+            "trainer policy --method specdecpp",
+        )  # fmt: skip
         return cls(
             context, settings.drafter, settings.draft_k, settings.random_share, settings.cutting,
             settings.specdecpp.most_risk, head, takes_published=path is None,

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from buffer.files import read_regular
 from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, join_tensors, parse_header
+from configs.choices import SettingsError
 
 Weights = NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,30 @@ class WeightFile:
             return base64.b64decode(text, validate=True)
         except binascii.Error as error:
             raise ValueError(f"{self.what} must be base64: {error}") from None
+
+
+def weights_of(
+    setting: str, path: Path | None, from_bytes: Callable[[bytes], T], max_bytes: int, command: str
+) -> T | None:
+    """The network in the file that a setting names; ``None`` if it names none.
+
+    Args:
+        setting: its name, for the message.
+        from_bytes: reads the file; raises ValueError.
+        max_bytes: largest file of this kind.
+        command: writes such a file, for the message.
+
+    Raises:
+        SettingsError: the file cannot be used.
+    """
+    if path is None:
+        return None
+    try:
+        return from_bytes(read_regular(path, max_bytes + 1, follow=True))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{setting}: {path} cannot be used: {error}; `{command}` writes such a file"
+        ) from error
 
 
 def text_of(blob: bytes) -> str:

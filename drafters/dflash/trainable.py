@@ -14,9 +14,8 @@ Source: DFlash, arXiv:2602.06036, Section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +32,8 @@ from drafters.objectives import (
     objective_of,
     shares,
 )
-from drafters.stored_module import check_tensors
-from drafters.trainable import BatchLoss, TargetShape
+from drafters.stored_module import StoredModule
+from drafters.trainable import BatchLoss
 from specops.device import distill, label_figures
 from specops.distill import Rows, Teacher
 from targets.head import TargetHead
@@ -55,9 +54,11 @@ _ANCHORS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class DFlashTrainable:
+class DFlashTrainable(StoredModule[DFlash]):
     """DFlash's ``drafters.trainable.Trainable``, which describes every method."""
 
+    config_class: ClassVar = DFlashConfig
+    module_class: ClassVar = DFlash
     kind: str = "dflash"
 
     def new_model(
@@ -78,31 +79,6 @@ class DFlashTrainable:
         model = DFlash(config_for_target(target_config, layer_ids))
         model.initialise(seed)
         return model
-
-    def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DFlash:
-        """Reads bundles of any floating dtype."""
-        self.check(config, tensors)
-        model = DFlash(DFlashConfig.from_json(config))
-        model.load_state_dict(dict(tensors))
-        return model
-
-    def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See ``check_tensors``."""
-        found = DFlashConfig.from_json(config)
-        check_tensors(lambda: DFlash(found), tensors)
-
-    def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
-        """Vocabulary, hidden size and tapped layers of the target."""
-        found = DFlashConfig.from_json(config)
-        return TargetShape(found.target_vocab_size, found.hidden_size, found.layer_ids)
-
-    def config_to_json(self, model: DFlash) -> dict[str, Any]:
-        """All fields of ``DFlashConfig``."""
-        return model.config.to_json()
-
-    def bundle_tensors(self, model: DFlash) -> dict[str, Tensor]:
-        """All parameters."""
-        return dict(model.state_dict())
 
     def matrices(self, model: DFlash) -> list[Tensor]:
         """All products."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from drafters.batch import TrainingBatch
 from drafters.draft_model.paged import DraftModel, DraftModelConfig, make_module
 from drafters.eagle3.chains import Chains, chain_weights, lay_out
 from drafters.objectives import FLOOR, Positions, objective_loss, objective_of, shares
-from drafters.stored_module import check_tensors
+from drafters.stored_module import StoredModule, check_tensors
 from drafters.trainable import BatchLoss, TargetShape
 from specops.device import distill, label_figures
 from specops.distill import RowFigures, Rows, Teacher
@@ -42,9 +42,10 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
-class DraftModelTrainable:
+class DraftModelTrainable(StoredModule[DraftModel]):
     """A draft model's ``drafters.trainable.Trainable``, which describes every method."""
 
+    config_class: ClassVar = DraftModelConfig
     kind: str = "draft_model"
 
     def new_model(
@@ -87,14 +88,6 @@ class DraftModelTrainable:
         """Vocabulary and hidden size of the target, and the layers that traces keep."""
         found = DraftModelConfig.from_json(config)
         return TargetShape(found.target_vocab_size, found.target_hidden_size, found.layer_ids)
-
-    def config_to_json(self, model: DraftModel) -> dict[str, Any]:
-        """All fields of ``DraftModelConfig``."""
-        return model.config.to_json()
-
-    def bundle_tensors(self, model: DraftModel) -> dict[str, Tensor]:
-        """All parameters."""
-        return dict(model.state_dict())
 
     def matrices(self, model: DraftModel) -> list[Tensor]:
         """All products but the lm_head."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from drafters.eagle3.training import (
     ttt_outputs,
 )
 from drafters.objectives import objective_of
-from drafters.stored_module import check_tensors
-from drafters.trainable import BatchLoss, TargetShape
+from drafters.stored_module import StoredModule
+from drafters.trainable import BatchLoss
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
 
@@ -72,9 +71,11 @@ class LearnsByChains:
 
 
 @dataclass(frozen=True, slots=True)
-class Eagle3Trainable(LearnsByChains):
+class Eagle3Trainable(StoredModule[Eagle3], LearnsByChains):
     """EAGLE-3's ``drafters.trainable.Trainable``, which describes every method."""
 
+    config_class: ClassVar = Eagle3Config
+    module_class: ClassVar = Eagle3
     kind: str = "eagle3"
     takes_reward: bool = True
     """Its loss has the term of ``trainer.reward_weight``."""
@@ -100,31 +101,6 @@ class Eagle3Trainable(LearnsByChains):
         if last_layer is not None:
             imitate(model, last_layer)
         return model
-
-    def load_model(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Eagle3:
-        """Reads bundles of any floating dtype."""
-        self.check(config, tensors)
-        model = Eagle3(Eagle3Config.from_json(config))
-        model.load_state_dict(dict(tensors))
-        return model
-
-    def check(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See ``check_tensors``."""
-        found = Eagle3Config.from_json(config)
-        check_tensors(lambda: Eagle3(found), tensors)
-
-    def target_shape(self, config: Mapping[str, Any]) -> TargetShape:
-        """Vocabulary, hidden size and tapped layers of the target."""
-        found = Eagle3Config.from_json(config)
-        return TargetShape(found.target_vocab_size, found.hidden_size, found.layer_ids)
-
-    def config_to_json(self, model: Eagle3) -> dict[str, Any]:
-        """All fields of ``Eagle3Config``."""
-        return model.config.to_json()
-
-    def bundle_tensors(self, model: Eagle3) -> dict[str, Tensor]:
-        """Parameters, and ``d2t`` of a reduced vocabulary."""
-        return model.bundle_tensors()
 
     def matrices(self, model: Eagle3) -> list[Tensor]:
         """All but the lm_head."""

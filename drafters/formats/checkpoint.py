@@ -7,6 +7,7 @@ tensor is read, and pickle files are refused.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,54 @@ class Checkpoint:
             raise self.error(f"{name} of {CONFIG} must be a positive integer, got {value!r}")
         return value
 
+    def real(self, name: str, default: float | None = None) -> float:
+        """A positive number of ``config.json``.
+
+        Raises:
+            FormatError: it is missing, or not that.
+        """
+        return self.checked_real(name, self.setting(name, default))
+
+    def checked_real(self, name: str, value: Any) -> float:
+        """``value``, if it is a positive number.
+
+        Raises:
+            FormatError: names ``name``.
+        """
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.error(f"{name} of {CONFIG} must be a positive number, got {value!r}")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """A truth value of ``config.json``; ``default`` if there is none.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        value = self.setting(name, default)
+        if type(value) is not bool:
+            raise self.error(f"{name} of {CONFIG} must be true or false, got {value!r}")
+        return value
+
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads and head dimension, as Hugging Face names them.
+
+        Raises:
+            FormatError: one is missing, query heads cannot share the key heads, or the dimension is
+                odd, so that it cannot be rotated.
+        """
+        heads = self.size("num_attention_heads")
+        kv_heads = self.size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise self.error(
+                f"num_key_value_heads is {kv_heads}, which does not divide the {heads} of "
+                f"num_attention_heads"
+            )
+        head_dim = self.size("head_dim", max(self.size("hidden_size") // heads, 1))
+        if head_dim % 2:
+            raise self.error(f"head_dim is {head_dim}, expected an even number")
+        return heads, kv_heads, head_dim
+
     def error(self, problem: str) -> FormatError:
         """``problem``, with the folder it is in."""
         return FormatError(f"{self.folder}: {problem}")
@@ -150,13 +199,17 @@ def rope_theta_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> float:
     Raises:
         FormatError: its positions are scaled.
     """
-    described = [config.get("rope_scaling"), config.get("rope_parameters")]
-    for rope in filter(None, described):
+    given: Any = 10000.0
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name) or {}
+        if not isinstance(rope, dict):
+            raise checkpoint.error(f"{name} of {CONFIG} must be an object, got {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+        if kind not in (None, "default"):
             raise checkpoint.error(f"rotary positions are scaled by the rule {kind!r}")
-    nested = (config.get("rope_parameters") or {}).get("rope_theta")
-    return float(config.get("rope_theta") or nested or 10000.0)
+        given = rope.get("rope_theta") or given
+    own = config.get("rope_theta")
+    return checkpoint.checked_real("rope_theta", given if own is None else own)
 
 
 def joined_rows(checkpoint: Checkpoint, names: list[str]) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from drafters.dflash.paged import DFlash, DFlashConfig
-from drafters.formats.checkpoint import Checkpoint
+from drafters.formats.checkpoint import CONFIG, Checkpoint
 from drafters.formats.published import Imported, TargetTable
 
 _ARCHITECTURES = ["DFlashDraftModel"]
@@ -47,7 +47,10 @@ def from_published(checkpoint: Checkpoint, target: TargetTable) -> Imported:
 def _config(checkpoint: Checkpoint, target: TargetTable) -> DFlashConfig:
     """The drafter's shape, checked against the target's."""
     given = checkpoint.config
-    own = {**given, **given.get("dflash_config", {})}
+    nested = given.get("dflash_config") or {}
+    if not isinstance(nested, dict):
+        raise checkpoint.error(f"dflash_config of {CONFIG} must be an object, got {nested!r}")
+    own = {**given, **nested}
     hidden, vocab = checkpoint.size("hidden_size"), checkpoint.size("vocab_size")
     if (hidden, vocab) != (target.hidden_size, target.vocab_size):
         raise checkpoint.error(
@@ -64,59 +67,84 @@ def _config(checkpoint: Checkpoint, target: TargetTable) -> DFlashConfig:
             raise checkpoint.error(f"{name} is {own[name]}, which is not computed here")
     if target.config.model_type.startswith("gemma"):
         raise checkpoint.error("the target's embedding is scaled, which is not computed here")
-    for name in ("mask_token_id", "target_layer_ids"):
-        if name not in own:
-            raise checkpoint.error(f"dflash_config of config.json has no {name}")
-    block_size = own.get("block_size", 16)
-    windows, causal = _masks(checkpoint, own, block_size)
+    inner = replace(checkpoint, config=own)
+    block_size = inner.size("block_size", 16)
+    if block_size < 2:
+        raise checkpoint.error("block_size is 1, which leaves no token to draft")
+    windows, causal = _masks(inner, block_size)
+    heads, kv_heads, head_dim = checkpoint.heads()
     return DFlashConfig(
         hidden_size=hidden,
         target_vocab_size=vocab,
         intermediate_size=checkpoint.size("intermediate_size"),
-        num_heads=checkpoint.size("num_attention_heads"),
-        num_kv_heads=checkpoint.size("num_key_value_heads"),
-        head_dim=checkpoint.size("head_dim"),
-        layer_ids=tuple(k + 1 for k in own["target_layer_ids"]),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        layer_ids=_layer_ids(inner, target.num_layers),
         block_size=block_size,
-        mask_token_id=own["mask_token_id"],
+        mask_token_id=_mask_token(inner, vocab),
         windows=windows,
         causal=causal,
-        rms_norm_eps=float(checkpoint.setting("rms_norm_eps")),
+        rms_norm_eps=checkpoint.real("rms_norm_eps"),
         rope_theta=_rope_theta(checkpoint),
     )
+
+
+def _mask_token(inner: Checkpoint, vocab_size: int) -> int:
+    found = inner.setting("mask_token_id")
+    if type(found) is not int or not 0 <= found < vocab_size:
+        raise inner.error(f"mask_token_id is {found!r}, none of the target's {vocab_size} tokens")
+    return found
+
+
+def _layer_ids(inner: Checkpoint, num_layers: int) -> tuple[int, ...]:
+    """Tapped layers; published ids name the layer whose output is read, counted from 0."""
+    found = inner.setting("target_layer_ids")
+    is_list = isinstance(found, list) and len(found) > 0
+    if not is_list or any(type(k) is not int or not 0 <= k < num_layers for k in found):
+        raise inner.error(f"target_layer_ids is {found!r}, not a list of 0..{num_layers - 1}")
+    return tuple(k + 1 for k in found)
 
 
 def _rope_theta(checkpoint: Checkpoint) -> float:
     """Base of the rotary embedding, under its newer or its older name."""
     rope = checkpoint.config.get("rope_parameters") or {}
     scaling = checkpoint.config.get("rope_scaling") or rope
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise checkpoint.error(f"rope_scaling of {CONFIG} must be an object, got {scaling!r}")
     if scaling.get("rope_type", scaling.get("type")) not in _ROPES:
         raise checkpoint.error(f"rope_scaling is {scaling}, which is not computed here")
-    return float(rope["rope_theta"] if "rope_theta" in rope else checkpoint.setting("rope_theta"))
+    nested = rope.get("rope_theta")
+    given = checkpoint.setting("rope_theta") if nested is None else nested
+    return checkpoint.checked_real("rope_theta", given)
 
 
-def _masks(
-    checkpoint: Checkpoint, own: Mapping[str, Any], block_size: int
-) -> tuple[tuple[int | None, ...], tuple[bool, ...]]:
+def _masks(inner: Checkpoint, block_size: int) -> tuple[tuple[int | None, ...], tuple[bool, ...]]:
     """Window and causality of each layer.
 
     Causality is ``is_causal``, else ``dflash_config.causal``; where neither is said, sliding layers
     are causal, unless ``use_swa`` makes them so.
     """
-    given, num_layers = checkpoint.config, checkpoint.size("num_hidden_layers")
-    kinds = given.get("layer_types") or ["full_attention"] * num_layers
-    if len(kinds) != num_layers:
-        raise checkpoint.error(f"layer_types has {len(kinds)} entries for {num_layers} layers")
-    width = own.get("swa_window_size") or given.get("sliding_window")
-    is_causal = given.get("is_causal", own.get("causal"))
+    own, num_layers = inner.config, inner.size("num_hidden_layers")
+    if num_layers > len(inner.files):
+        raise inner.error(f"num_hidden_layers is {num_layers}, for {len(inner.files)} tensors")
+    kinds = own.get("layer_types") or ["full_attention"] * num_layers
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        num = len(kinds) if isinstance(kinds, list) else "no"
+        raise inner.error(f"layer_types has {num} entries for {num_layers} layers")
+    decides = next((n for n in ("is_causal", "causal") if own.get(n) is not None), None)
+    is_causal = None if decides is None else inner.flag(decides)
     causal = [kind == "sliding_attention" if is_causal is None else is_causal for kind in kinds]
-    if own.get("use_swa"):
+    if inner.flag("use_swa"):
         kinds = ["sliding_attention"] * num_layers
         causal = [bool(is_causal)] * num_layers
-    sees = {"full_attention": None, "sliding_attention": width}
-    unknown = [kind for kind in kinds if kind not in sees]
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unknown:
-        raise checkpoint.error(f"layer_types holds {unknown[0]!r}, which is not computed here")
-    if "sliding_attention" in kinds and (width is None or width < block_size):
-        raise checkpoint.error(f"sliding_window is {width} for blocks of {block_size}")
-    return tuple(sees[kind] for kind in kinds), tuple(causal)
+        raise inner.error(f"layer_types holds {unknown[0]!r}, which is not computed here")
+    width = None
+    if "sliding_attention" in kinds:
+        name = "swa_window_size" if own.get("swa_window_size") else "sliding_window"
+        width = inner.size(name)
+        if width < block_size:
+            raise inner.error(f"{name} is {width} for blocks of {block_size}")
+    return tuple(None if kind == "full_attention" else width for kind in kinds), tuple(causal)

@@ -111,8 +111,8 @@ def _config(checkpoint: Checkpoint, target: TargetTable) -> Eagle3Config:
         raise checkpoint.error(f"num_hidden_layers is {given['num_hidden_layers']}, expected 1")
     if given.get("hidden_act", "silu") != "silu":
         raise checkpoint.error(f"hidden_act is {given['hidden_act']!r}, expected 'silu'")
-    hidden, heads = checkpoint.size("hidden_size"), checkpoint.size("num_attention_heads")
-    vocab = checkpoint.size("vocab_size")
+    hidden, vocab = checkpoint.size("hidden_size"), checkpoint.size("vocab_size")
+    heads, kv_heads, head_dim = checkpoint.heads()
     source = given.get("target_hidden_size") or hidden
     for name, found, wanted in (
         ("hidden_size", hidden, target.hidden_size),
@@ -127,12 +127,12 @@ def _config(checkpoint: Checkpoint, target: TargetTable) -> Eagle3Config:
         draft_vocab_size=checkpoint.size("draft_vocab_size", vocab),
         intermediate_size=checkpoint.size("intermediate_size"),
         num_heads=heads,
-        num_kv_heads=checkpoint.size("num_key_value_heads", heads),
-        head_dim=checkpoint.size("head_dim", hidden // heads),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         layer_ids=_layer_ids(checkpoint, target),
-        rms_norm_eps=float(given.get("rms_norm_eps") or 1e-6),
+        rms_norm_eps=checkpoint.real("rms_norm_eps", 1e-6),
         rope_theta=rope_theta_of(checkpoint, given),
-        **{name: bool(given.get(name)) for name in _VARIANTS},
+        **{name: checkpoint.flag(name) for name in _VARIANTS},
     )
 
 

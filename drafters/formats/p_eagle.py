@@ -29,8 +29,10 @@ _SPECULATIVE_TOKENS = 7
 
 
 def is_published(checkpoint: Checkpoint) -> bool:
-    """Whether a folder holds a P-EAGLE drafter."""
-    return _MASK_HIDDEN in checkpoint.files
+    """Whether a folder holds a P-EAGLE drafter, by its tensors or by what it says."""
+    given = checkpoint.config
+    is_said = given.get("speculators_model_type") == "peagle" or given.get("parallel_drafting")
+    return _MASK_HIDDEN in checkpoint.files or is_said is True
 
 
 def from_published(checkpoint: Checkpoint, target: TargetTable) -> Imported:
@@ -43,7 +45,8 @@ def from_published(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     inner = replace(checkpoint, config={**layer, **checkpoint.config})
     num_layers = inner.size("num_hidden_layers", 1)
     mask_id = _mask_token(inner, target.vocab_size)
-    further = [name for name in checkpoint.files if _number(name) in range(1, num_layers)]
+    numbers = {name: _number(name) or 0 for name in checkpoint.files}
+    further = [name for name, number in numbers.items() if 0 < number < num_layers]
     left = checkpoint.files.keys() - {*further, _MASK_HIDDEN, _TABLE}
     first = _first_layer(replace(checkpoint, files={n: checkpoint.files[n] for n in left}), target)
     c = Eagle3Config.from_json(first.config)

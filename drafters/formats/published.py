@@ -21,12 +21,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.sealed import plain
-from drafters.formats.checkpoint import (
-    Checkpoint,
-    FormatError,
-    read_checkpoint,
-    write_checkpoint,
-)
+from drafters.formats.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from drafters.trainable import trainable
 from targets.head import load_target_head
 
@@ -154,29 +149,41 @@ WRITERS = {
 LAYOUTS = ("hf", "speculators")
 
 
-def imported(source: Path, target: TargetTable) -> tuple[Manifest, dict[str, bytes]]:
-    """The bundle, version 0, of a published drafter, checked as the server will check it.
+def read_drafter(checkpoint: Checkpoint, target: TargetTable) -> Imported:
+    """The drafter in a published folder, checked as the server will check it.
 
     Raises:
         FormatError: the layout is not known, or the first key or shape that does not fit.
-        ValueError: a tensor holds NaN or infinity.
     """
-    checkpoint = read_checkpoint(source)
+    try:
+        reader = _reader_of(checkpoint)
+        found: Imported = pkgutil.resolve_name(reader.read)(checkpoint, target)
+        trainable(found.kind).check(found.config, found.tensors)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+        # JSON may hold anything anywhere.
+        raise checkpoint.error(f"config.json holds a value of a wrong type: {error}") from None
+    return found
+
+
+def _reader_of(checkpoint: Checkpoint) -> Reader:
     for reader in READERS:
         if pkgutil.resolve_name(reader.is_it)(checkpoint):
-            break
-    else:
-        known = ", ".join(reader.what for reader in READERS)
-        given = checkpoint.config.get("architectures")
-        raise FormatError(
-            f"{source} is in none of the layouts that are read ({known}): its architectures are "
-            f"{given}"
-        )
-    try:
-        found: Imported = pkgutil.resolve_name(reader.read)(checkpoint, target)
-    except (AttributeError, KeyError, TypeError) as error:  # JSON may hold anything anywhere
-        raise FormatError(f"{source}: config.json holds a value of a wrong type: {error}") from None
-    trainable(found.kind).check(found.config, found.tensors)
+            return reader
+    known = ", ".join(reader.what for reader in READERS)
+    given = checkpoint.config.get("architectures")
+    raise checkpoint.error(
+        f"it is in none of the layouts that are read ({known}): its architectures are {given}"
+    )
+
+
+def imported(source: Path, target: TargetTable) -> tuple[Manifest, dict[str, bytes]]:
+    """The bundle, version 0, of a published drafter.
+
+    Raises:
+        FormatError: see ``read_drafter``.
+        ValueError: a tensor holds NaN or infinity.
+    """
+    found = read_drafter(read_checkpoint(source), target)
     fingerprint = target_fingerprint(target.folder)
     manifest = Manifest(0, None, found.kind, found.config, fingerprint, {})
     checked, files = prepare_bundle(manifest, {TENSORS: save(found.tensors)})

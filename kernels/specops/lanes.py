@@ -68,9 +68,10 @@ class Input(IntEnum):
 
     LANE = 0
     DRAFTED = 1
-    """Number of draft tokens that the host provides; where it provides none, the number of the
-    drafter that drafts, if there are several."""
-    TOKENS = 2
+    """Number of draft tokens that the host provides."""
+    PICKED = 2
+    """Number of the drafter whose draft is taken, if there are several."""
+    TOKENS = 3
     """The first of these tokens."""
 
 
@@ -168,7 +169,7 @@ def open_round(
     """Gather the lanes of a round. The definition.
 
     Args:
-        inputs_RI: [R, at least 2 + K] int64, see ``Input``; rows need not be adjacent.
+        inputs_RI: [R, at least 3 + K] int64, see ``Input``; rows need not be adjacent.
         num_draft: K.
         page_size: tokens per page.
         rule: verification rule of requests not verified by ``match``.

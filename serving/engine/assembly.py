@@ -36,7 +36,7 @@ class Choices:
     cuts: tuple[Cut, ...] = ()
     """Ways to cut drafts on the device that the policy uses: programs are made for them."""
     mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name -> kinds of the neural drafters that may draft in one round."""
+    """Name -> kinds of the drafters that may draft in one round, neural ones first."""
 
 
 def assemble(

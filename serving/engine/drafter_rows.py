@@ -114,8 +114,13 @@ class DrafterRows:
 
     @property
     def members(self) -> tuple[DrafterRows, ...]:
-        """Itself; of a mix, all that may draft."""
+        """Itself; of a mix, all neural drafters."""
         return (self,)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Its own; of a mix, those of all drafters that may be picked."""
+        return (self.kind,)
 
     @property
     def draws(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import compress
 
 from drafters.protocol import Drafter, FollowsTarget, HostDrafter
-from policies.interface import Decision, DraftRecord, StepObs
+from policies.interface import Decision, DraftRecord, Pick, StepObs
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Proposed
@@ -53,13 +53,15 @@ class Drafting:
         """
         Args:
             on_request: kinds that draft only for requests that name them.
-            mixes: drafters of ``neural`` that may draft in one round.
+            mixes: drafters of ``neural`` and ``hosts`` that may draft in one round.
         """
         self.hosts = {drafter.kind: drafter for drafter in hosts}
         self.neural = {rows.kind: rows for rows in neural}
         self.mixes = {rows.kind: rows for rows in mixes}
         self.on_device: dict[str, DrafterRows | MixedRows] = {**self.neural, **self.mixes}
         """What may draft within a round's program."""
+        self._noted = {kind for rows in mixes for kind in (rows.kind, *rows.kinds)}
+        """Drafters whose rounds are noted for picks."""
         self.max_draft = max_draft
         self.on_request = frozenset(on_request)
         self._ordinary = self._offer_of({*self.hosts, *self.neural} - self.on_request)
@@ -83,10 +85,13 @@ class Drafting:
 
     def versions_of(self, kind: str) -> dict[str, int]:
         """Versions recorded for a round by this drafter or mix: of each that may draft, by kind;
-        under ``none`` that of plain rounds and of host drafters, the first learning drafter's."""
+        under ``none`` that of plain rounds. That of plain rounds and of host drafters is the first
+        learning drafter's."""
         found = self.on_device.get(kind)
-        drafting = {} if found is None else {m.kind: m.drafter.version for m in found.members}
-        return {"none": self.version, **drafting}
+        if found is None:
+            return {"none": self.version}
+        drafting = dict.fromkeys(("none", *found.kinds), self.version)
+        return drafting | {m.kind: m.drafter.version for m in found.members}
 
     def versions(self) -> dict[str, int]:
         """Version in use of each drafter that learns, by kind."""
@@ -125,10 +130,14 @@ class Drafting:
         neural = {
             kind: rows
             for kind, rows in self.on_device.items()
-            if all(member.kind in kinds for member in rows.members)
+            if all(kind in kinds for kind in rows.kinds)
         }
         with_match = tuple(d for d in hosts if d.traits.needs_match)
-        free = (*neural, *(d.kind for d in hosts if not d.traits.needs_match))
+        matching = {d.kind for d in with_match}
+        free = (
+            *(kind for kind, rows in neural.items() if matching.isdisjoint(rows.kinds)),
+            *(d.kind for d in hosts if not d.traits.needs_match),
+        )
         has_mixes = not self.mixes.keys().isdisjoint(neural)
         names = (*neural, *(d.kind for d in hosts))
         return _Offer(names, hosts, with_match, free, neural, has_mixes)
@@ -259,7 +268,7 @@ class Drafting:
             batch: [R] requests that go on, or ended in this round.
             num_accepted: [R].
         """
-        if not self.mixes or draft.drafter not in self.on_device:
+        if draft.drafter not in self._noted:
             return
         for sequence, kind, tokens, kept in zip(
             batch, draft.kinds(), draft.tokens, num_accepted, strict=True
@@ -298,8 +307,40 @@ class Drafting:
             return decision
         return replace(decision, draft_k=allowed, drafter=decision.drafter if allowed else "none")
 
+    def asks_host(self, drafter: str, picks: tuple[Pick, ...] | None) -> bool:
+        """Whether a host drafter drafts in a round: this one, or one of those picked in a mix."""
+        return drafter in self.hosts or any(one.drafter in self.hosts for one in picks or ())
+
     def from_host(self, kind: str, batch: list[Sequence], num_draft: int) -> list[list[int]]:
         """Up to ``num_draft`` tokens that a host drafter proposes for each request."""
+        return self._propose(kind, batch, self.caps(batch, num_draft))
+
+    def from_hosts(
+        self, mix: str, batch: list[Sequence], num_draft: int, picks: tuple[Pick, ...]
+    ) -> tuple[list[list[int]], tuple[Pick, ...]]:
+        """Up to ``num_draft`` tokens that host drafters propose for the requests for which they
+        were picked, and none for the others; and the picks. Where one proposes nothing, the first
+        of the mix is picked instead: it drafts anyway."""
         caps = self.caps(batch, num_draft)
-        drafts = iter(self.hosts[kind].propose(self._asking(batch, caps), list(filter(None, caps))))
+        given: list[list[int]] = [[] for _ in batch]
+        for kind in {one.drafter for one in picks} & self.hosts.keys():
+            own = tuple(
+                cap if one.drafter == kind else 0 for cap, one in zip(caps, picks, strict=True)
+            )
+            for r, tokens in enumerate(self._propose(kind, batch, own)):
+                if own[r]:
+                    given[r] = tokens
+        first = self.on_device[mix].kinds[0]
+        picks = tuple(
+            one._replace(drafter=first, reason="unmatched")
+            if one.drafter in self.hosts and not tokens
+            else one
+            for one, tokens in zip(picks, given, strict=True)
+        )
+        return given, picks
+
+    def _propose(self, kind: str, batch: list[Sequence], caps: tuple[int, ...]) -> list[list[int]]:
+        """What a host drafter proposes for each request, as many tokens as it may have."""
+        asking = self._asking(batch, caps)
+        drafts = iter(self.hosts[kind].propose(asking, list(filter(None, caps))))
         return [next(drafts) if cap else [] for cap in caps]

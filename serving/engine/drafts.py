@@ -27,6 +27,9 @@ class Drafts:
     """``None`` where nothing was drawn."""
     law: DraftLaw | None
     """The distributions that tokens were drawn from; ``None`` where nothing was drawn."""
+    lens_R: Tensor | None = None
+    """[R] int64, number of draft tokens of each request, where a host drafter has provided some;
+    ``None``: as many as the round allows."""
     figures_RK3: Tensor | None = None
     """Confidence in each position before its token was drawn, in rounds that are cut."""
 
@@ -65,7 +68,7 @@ def drafted(
             return best_ids(logits, d2t)
 
         tokens = drafter.propose(outputs_RH, ahead, num_draft, best)
-        return Drafts(tokens, None, None, torch.stack(figures, 1) if figures else None)
+        return Drafts(tokens, None, None, figures_RK3=torch.stack(figures, 1) if figures else None)
 
     sampling, by_match = opened.sampling(), opened.by_match_R
     drawn: list[Drafted] = []
@@ -82,4 +85,4 @@ def drafted(
     tokens = drafter.propose(outputs_RH, ahead, num_draft, draw)
     law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
     logq_RK = torch.stack([d.logq_R for d in drawn], 1)
-    return Drafts(tokens, logq_RK, law, torch.stack(figures, 1) if figures else None)
+    return Drafts(tokens, logq_RK, law, figures_RK3=torch.stack(figures, 1) if figures else None)

@@ -9,7 +9,8 @@ from itertools import compress
 
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcomes
 from serving.engine.commit import Step
-from serving.engine.rounds import Decoded, Launched, Rounds
+from serving.engine.proposed import Decoded
+from serving.engine.rounds import Launched, Rounds
 
 _MOST_UNTIMED = 8
 """Rounds beside prompt chunks in a row whose times are not reported to the policy: the host has
@@ -78,7 +79,9 @@ class Arrival:
         return Outcome(
             decision=planned.decision,
             batch=len(planned.launched.batch),
-            rows=RowOutcomes(lens, accepted, matches),
+            rows=RowOutcomes(
+                lens, accepted, matches, draft.kinds() if draft and draft.picks else None
+            ),
             step_s=self.step_s,
             draft_s=step.draft_s,
             # The time of a round that computes log probabilities says nothing about other rounds.

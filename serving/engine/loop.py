@@ -254,7 +254,7 @@ class Engine:
         self._clock.plan_s += time.perf_counter() - started_s
         drafter, num_draft, given = decision.drafter, decision.draft_k, None
         picks = decision.picks
-        on_host = num_draft > 0 and drafter in self.drafting.hosts
+        on_host = num_draft > 0 and self.drafting.asks_host(drafter, picks)
         if not self._may_overtake(batch, decision):
             self._commit_round()
             lives = [s.finish_reason is None for s in batch]
@@ -266,7 +266,9 @@ class Engine:
         elif on_host:
             self._foresee()
         before_s = 0.0
-        if on_host:
+        if on_host and picks is not None:
+            given, picks = self.drafting.from_hosts(drafter, batch, num_draft, picks)
+        elif on_host:
             given = self.drafting.from_host(drafter, batch, num_draft)
             num_draft = max(map(len, given))
         launched = self.programs.rounds.launch(

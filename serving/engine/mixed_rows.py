@@ -1,11 +1,13 @@
-"""Several neural drafters that draft in one round, each for some of its requests.
+"""Several drafters that draft in one round, each for some of its requests.
 
-All members draft for all requests, and the draft of the picked one is taken: at the batch sizes at
-which drafting pays, a drafter takes as long for some requests as for all. All members compute their
-rows at the end, so whichever drafts next for a request has its rows, in such a round or alone.
+All neural members draft for all requests, and the draft of the picked one is taken: at the batch
+sizes at which drafting pays, a drafter takes as long for some requests as for all. All of them
+compute their rows at the end, so whichever drafts next for a request has its rows, in such a round
+or alone. Host drafters propose for the requests that they were picked for, before the launch.
 
-Verification uses the distribution that the picked drafter drew from. Which drafter is picked
-depends on earlier rounds only, so outputs follow the target as with one drafter.
+Verification uses the distribution that the picked drafter drew from; what a host drafter proposes
+is certain. Which drafter is picked depends on committed tokens only, so outputs follow the target
+as with one drafter.
 
 Shapes: R requests, K draft tokens, D draft vocabulary, V target vocabulary.
 """
@@ -32,11 +34,19 @@ _T = TypeVar("_T")
 class MixedRows:
     """A mix: the drafters that may be picked, in the order of their numbers."""
 
-    def __init__(self, kind: str, members: Several[DrafterRows], vocab_size: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        members: Several[DrafterRows],
+        vocab_size: int,
+        hosts: Several[str] = (),
+    ) -> None:
         """
         Args:
             kind: name of the mix.
+            members: the neural drafters.
             vocab_size: V.
+            hosts: kinds of the host drafters.
 
         Raises:
             ValueError: some draw their tokens and others do not.
@@ -49,8 +59,14 @@ class MixedRows:
         self.kind = kind
         self.members = tuple(members)
         self.draws = members[0].draws
+        self.hosts = tuple(hosts)
         self._vocab_size = vocab_size
-        self._numbers = {rows.kind: number for number, rows in enumerate(self.members)}
+        self._numbers = {one: number for number, one in enumerate(self.kinds)}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of all drafters that may be picked, neural ones first."""
+        return (*(rows.kind for rows in self.members), *self.hosts)
 
     def number_of(self, drafter: str) -> int:
         """Number of a member, as rounds take it."""
@@ -85,13 +101,21 @@ class MixedRows:
         """The draft of each request by the member whose number is uploaded for it."""
         assert not tells, "drafts of a mix are not cut"
         found = [one.draft(opened, rows, inputs_RI, num_draft, draws=draws) for one in self.members]
-        picked_R = inputs_RI[:, Input.DRAFTED]
+        picked_R = inputs_RI[:, Input.PICKED]
         tokens_RK = _of_picked([one.tokens_RK for one in found], picked_R)
+        is_given_R, lens_R = picked_R >= len(self.members), None
+        if self.hosts:
+            given_RK = inputs_RI[:, Input.TOKENS : Input.TOKENS + num_draft]
+            tokens_RK = torch.where(is_given_R[:, None], given_RK, tokens_RK)
+            given_R = torch.minimum(opened.lens_R, inputs_RI[:, Input.DRAFTED])
+            lens_R = torch.where(is_given_R, given_R, opened.lens_R)
         if not draws:
-            return Drafts(tokens_RK, None, None)
+            return Drafts(tokens_RK, None, None, lens_R)
         logq_RK = _of_picked([_known(one.logq_RK) for one in found], picked_R)
-        laws = [_known(one.law) for one in found]
-        return Drafts(tokens_RK, logq_RK, self._law(laws, picked_R, num_draft))
+        law = self._law([_known(one.law) for one in found], picked_R, num_draft)
+        if self.hosts:
+            law = certain_where(law, is_given_R, tokens_RK, self._vocab_size)
+        return Drafts(tokens_RK, logq_RK, law, lens_R)
 
     def _law(self, laws: list[DraftLaw], picked_R: Tensor, num_draft: int) -> DraftLaw:
         """The law of each request's picked draft, over one vocabulary for all."""
@@ -122,6 +146,34 @@ def over_target(law: DraftLaw, vocab_size: int) -> Tensor:
     ids_D = torch.arange(logits_RKD.shape[-1], device=logits_RKD.device)
     logits_RKV = logits_RKD.new_full((*logits_RKD.shape[:-1], vocab_size), float("-inf"))
     return logits_RKV.index_copy_(-1, law.vocab.to_target(ids_D), logits_RKD)
+
+
+def certain_where(
+    law: DraftLaw, is_given_R: Tensor, tokens_RK: Tensor, vocab_size: int
+) -> DraftLaw:
+    """A law in which the draft tokens of some requests are certain, whatever the temperature and
+    truncation. It is over the target's vocabulary, because a host drafter knows all of it.
+
+    Args:
+        is_given_R: [R] bool, these requests.
+        tokens_RK: [R, K] int64 target ids.
+        vocab_size: V.
+    """
+    is_given_R11, ids_RK1 = is_given_R[:, None, None], tokens_RK[..., None]
+    logits_RKV = over_target(law, vocab_size)
+    own_RK1 = logits_RKV.gather(-1, ids_RK1)
+    certain = logits_RKV.masked_fill(is_given_R11, float("-inf"))
+    certain.scatter_(-1, ids_RK1, own_RK1.masked_fill(is_given_R11, 0.0))
+    kept = None
+    if law.laws is not None and law.vocab is None:  # otherwise they number the draft vocabulary
+        is_given_T = is_given_R[:, None].expand_as(tokens_RK).reshape(-1)
+        point = torch.zeros_like(law.laws.tops_cuts_masses)
+        point[..., 2] = 1.0
+        kept = RowLaws(
+            torch.where(is_given_T[:, None], point, law.laws.tops_cuts_masses),
+            torch.where(is_given_T, tokens_RK.reshape(-1).int(), law.laws.lasts),
+        )
+    return DraftLaw(certain, law.sampling, law.greedy_R, laws=kept)
 
 
 def _of_picked(found: Several[Tensor], picked_R: Tensor) -> Tensor:

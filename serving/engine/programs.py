@@ -106,8 +106,8 @@ def make_programs(
 
     Args:
         on_request: kinds that draft only for requests that name them.
-        mixes: name -> kinds of neural drafters that may draft in one round; ``None``: there are
-            none.
+        mixes: name -> kinds of drafters that may draft in one round, neural ones first; ``None``:
+            there are none.
         rule: verifies sampled requests without a seed.
         ring: receives the committed rows of captured requests.
         cuts: ways to cut drafts on the device that the policy uses.
@@ -127,7 +127,12 @@ def make_programs(
     ]  # fmt: skip
     by_kind = {one.kind: one for one in rows}
     mixed = [
-        MixedRows(name, [by_kind[kind] for kind in kinds], target.vocab_size)
+        MixedRows(
+            name,
+            [by_kind[kind] for kind in kinds if kind in by_kind],
+            target.vocab_size,
+            [kind for kind in kinds if kind not in by_kind],
+        )
         for name, kinds in (mixes or {}).items()
     ]
     drafting = Drafting(hosts, rows, sizes.max_draft, on_request, mixed)

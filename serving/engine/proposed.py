@@ -10,6 +10,7 @@ from itertools import compress
 
 from policies.interface import Pick
 from serving.engine.allocating import Considered
+from serving.requests import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +63,38 @@ class Verified:
         return Verified(
             list(compress(self.num_accepted, lives)), list(compress(self.next_ids, lives))
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The outcome of one round, on the host."""
+
+    proposed: Proposed | None
+    verified: Verified
+    numbers: list[int] | None
+    """[R] running number of each request's first captured row; ``None`` without a ring."""
+    scores: list[list[list[float]]]
+    """[R][Q], see ``rounds.Launched``; empty if no request asked."""
+
+    def of(self, lives: list[bool]) -> Decoded:
+        """The outcome for some requests."""
+        if all(lives):
+            return self
+        return Decoded(
+            self.proposed and self.proposed.of(lives),
+            self.verified.of(lives),
+            self.numbers and list(compress(self.numbers, lives)),
+            list(compress(self.scores, lives)),
+        )
+
+    def scored(self, r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
+        """Log probabilities of the tokens that request r emitted, with the best alternatives."""
+        rows = self.scores[r][: len(tokens)]
+        return [_scored(token, row, num_top) for token, row in zip(tokens, rows, strict=True)]
+
+
+def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
+    """Convert a row of ``rounds.Launched.scores``."""
+    own, *rest = row
+    best, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    return TokenLogprob(token, own, tuple(zip(map(int, ids[:num_top]), best, strict=False)))

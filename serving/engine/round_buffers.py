@@ -50,7 +50,7 @@ class RoundBuffers:
         given: list[list[int]] | None,
         picked: list[int] | None = None,
     ) -> None:
-        """Upload which lanes take part, and what a host drafter proposes for them.
+        """Upload which lanes take part, and what host drafters propose for them.
 
         Args:
             size: that of the program; the rows behind ``lanes`` are padding.
@@ -60,17 +60,15 @@ class RoundBuffers:
         news = self._now.news[:size]
         news[:, Input.LANE] = self._padding
         news[: len(lanes), Input.LANE] = lanes
-        if given is None:
-            news[:, Input.DRAFTED] = 0
-            if picked is not None:
-                news[: len(lanes), Input.DRAFTED] = picked
-        else:
+        news[:, Input.DRAFTED : Input.TOKENS] = 0
+        if picked is not None:
+            news[: len(lanes), Input.PICKED] = picked
+        if given is not None:
             lens = list(map(len, given))
             most = max(lens)
             padded = [tokens + [0] * (most - len(tokens)) for tokens in given]
             news[: len(lanes), Input.DRAFTED] = lens
             news[: len(lanes), Input.TOKENS : Input.TOKENS + most] = padded
-            news[len(lanes) :, Input.DRAFTED] = 0
         self.inputs[:size].copy_(self._now.inputs[:size], non_blocking=True)
 
     def download(self, size: int) -> tuple[Integers, Landing]:

@@ -18,8 +18,7 @@ Shapes: R requests (the last ones may be padding), K draft tokens, Q = K + 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import compress
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -39,11 +38,10 @@ from serving.engine.drafts import Drafts, given
 from serving.engine.lanes import LaneRows, Lanes, requests_of
 from serving.engine.later import Later
 from serving.engine.mixed_rows import MixedRows
-from serving.engine.proposed import Proposed, Verified
+from serving.engine.proposed import Decoded, Proposed, Verified
 from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.engine.stopwatch import Stopwatch
-from serving.requests import TokenLogprob
 from specops.device import (
     adjust_rows,
     best_ids,
@@ -105,41 +103,6 @@ class Launched:
     def most_tokens(self) -> int:
         """Largest number of tokens that one request can commit."""
         return self.key.num_draft + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """The outcome of one round, on the host."""
-
-    proposed: Proposed | None
-    verified: Verified
-    numbers: list[int] | None
-    """[R] running number of each request's first captured row; ``None`` without a ring."""
-    scores: list[list[list[float]]]
-    """[R][Q], see ``Launched``; empty if no request asked."""
-
-    def of(self, lives: list[bool]) -> Decoded:
-        """The outcome for some requests."""
-        if all(lives):
-            return self
-        return Decoded(
-            self.proposed and self.proposed.of(lives),
-            self.verified.of(lives),
-            self.numbers and list(compress(self.numbers, lives)),
-            list(compress(self.scores, lives)),
-        )
-
-    def scored(self, r: int, tokens: list[int], num_top: int) -> list[TokenLogprob]:
-        """Log probabilities of the tokens that request r emitted, with the best alternatives."""
-        rows = self.scores[r][: len(tokens)]
-        return [_scored(token, row, num_top) for token, row in zip(tokens, rows, strict=True)]
-
-
-def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
-    """Convert a row of ``Launched.scores``."""
-    own, *rest = row
-    best, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    return TokenLogprob(token, own, tuple(zip(map(int, ids[:num_top]), best, strict=False)))
 
 
 class Rounds:
@@ -205,7 +168,8 @@ class Rounds:
         Args:
             drafter: kind of the drafter, or name of a mix; meaningless if ``num_draft`` is 0.
             num_draft: at most ``most_draft``.
-            given: what a host drafter proposes for each request; ``None`` for a neural drafter.
+            given: what host drafters propose for each request, of a mix for those that they were
+                picked for; ``None``: none of them drafts.
             allocation: how a neural drafter's drafts are cut before they are verified; those of a
                 mix never are.
             picks: of a mix, who drafts for each request; ``None``: the first for all.
@@ -214,7 +178,7 @@ class Rounds:
         neural = self._drafting.on_device.get(drafter) if num_draft else None
         numbers = None
         if isinstance(neural, MixedRows):
-            picks = picks or (Pick(neural.members[0].kind, 1.0, "best"),) * len(batch)
+            picks = picks or (Pick(neural.kinds[0], 1.0, "best"),) * len(batch)
             numbers = [neural.number_of(pick.drafter) for pick in picks]
         else:
             picks = None
@@ -279,9 +243,15 @@ class Rounds:
             p_logp = [certain[kept] for kept in accepted]
         else:
             p_logp = self._reals(outputs, 1).tolist()
-        q_logp = _cut(self._reals(outputs, 2).tolist(), lens) if self._draws(key) else None
-        considered = None if launched.seen is None else launched.seen.read(len(accepted))
         picks = None if launched.picks is None else list(launched.picks)
+        q_logp = None
+        if self._draws(key):
+            hosts = self._drafting.hosts
+            drawn = lens if picks is None else [
+                0 if pick.drafter in hosts else num for pick, num in zip(picks, lens, strict=True)
+            ]  # fmt: skip
+            q_logp = _cut(self._reals(outputs, 2).tolist(), drawn)
+        considered = None if launched.seen is None else launched.seen.read(len(accepted))
         return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
@@ -422,6 +392,8 @@ class Rounds:
                 draws=self._draws(key), tells=key.cutting is not None,
             )  # fmt: skip
             opened.block_RQ[:, 1:] = drafts.tokens_RK
+            if drafts.lens_R is not None:
+                opened = replace(opened, lens_R=drafts.lens_R)
         if drafts.figures_RK3 is not None and key.cutting is not None:
             opened = self._allocator.cut(opened, drafts.figures_RK3, key.cutting.cut)
         if watch:

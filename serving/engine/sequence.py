@@ -112,7 +112,7 @@ class Sequence:
     next_row: dict[str, int] = field(default_factory=dict)
     """Next position whose row each neural drafter must compute; row 0 does not exist."""
     records: dict[str, DraftRecord] = field(default_factory=dict)
-    """What neural drafters have done for it, by kind; noted where a server has mixes."""
+    """What the drafters of mixes have done for it, by kind."""
     lane: int | None = None
     """Its row of the state on the device, while it runs."""
     is_in_lane: bool = False

@@ -216,6 +216,11 @@ def test_an_open_address_needs_a_key():
             "policy.drafter 'suffix' needs",
         ),
         (("drafter.kind=suffix", "drafter.suffix.enabled=false"), "drafter.kind 'suffix' needs"),
+        (("drafter.kind=suffix", "drafter.suffix.mixed=true"), "drafter.suffix.mixed needs the"),
+        (
+            ("drafter.suffix.mixed=true", "drafter.suffix.enabled=false"),
+            "drafter.suffix.mixed needs the index beside a neural drafter",
+        ),
         (("drafter.suffix.min_match=13",), "drafter.suffix.min_match 13 is above"),
         (
             ("drafter.kind=none", "drafter.beside=[{kind: mtp}]"),

@@ -36,6 +36,19 @@ def test_drafters_beside_the_main_one_come_after_it_and_mix_with_it():
     assert mixes(settings_with()) == {}
 
 
+def test_the_index_mixes_with_neural_drafters_if_settings_say_so():
+    both = {"beside": [{"kind": "mtp"}]}
+    mixed = {"mixed": True}
+
+    assert mixes(settings_with(suffix=mixed)) == {"eagle3+suffix": ("eagle3", "suffix")}
+    assert mixes(settings_with(suffix=mixed, **both)) == {
+        "eagle3+mtp": ("eagle3", "mtp"),
+        "eagle3+mtp+suffix": ("eagle3", "mtp", "suffix"),
+    }
+    assert list(mixes(settings_with(suffix=mixed, mixed=False, **both))) == ["eagle3+mtp+suffix"]
+    assert mixes(settings_with(kind="suffix_request", suffix=mixed)) == {}
+
+
 def test_a_drafter_beside_must_be_neural_and_known():
     with pytest.raises(SettingsError, match=r"drafter\.beside names 'suffix', which is not neural"):
         chosen(settings_with(beside=[{"kind": "suffix"}]))

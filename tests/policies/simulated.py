@@ -101,7 +101,7 @@ class World:
     others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Conditional acceptance of further neural drafters, by kind."""
     mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Neural drafters that may draft in one step, by name."""
+    """Drafters that may draft in one step, by name."""
     are_opposed: bool = False
     """What is hard for the first neural drafter is easy for the others."""
     difficulties: tuple[float, ...] = (0.0,)
@@ -181,10 +181,14 @@ class World:
 
     def seconds(self, drafter: str, k: int) -> tuple[float, float]:
         """(step, draft), late steps aside."""
-        num_neural = len(self.mixes.get(drafter, (drafter,) if drafter in self.neural else ()))
+        num_neural = len(self.rows_of(drafter))
         draft = self.draft_s * k * num_neural or 0.00002 * k * (drafter != "none")
         step = self.plain_s + self.verify_per_token_s * k * self.batch + draft
         return self.slowdown * step, self.slowdown * draft
+
+    def rows_of(self, drafter: str) -> set[str]:
+        """Neural drafters whose rows a step computes."""
+        return {kind for kind in self.mixes.get(drafter, (drafter,)) if kind in self.neural}
 
     def profile(self, scale: float = 1.0, draft: float = 1.0, slope: float = 1.0):
         """The samples that a server takes at start-up, wrong by these factors: on all times, on
@@ -267,7 +271,12 @@ class Simulation:
             for kind, match, hard in zip(who, matches, self._difficulty, strict=True)
         ]
         accepted = [draw(hazards, rng) for hazards in drafts]
-        rows = RowOutcomes(list(map(len, drafts)), accepted, matches if seen else None)
+        rows = RowOutcomes(
+            list(map(len, drafts)),
+            accepted,
+            matches if seen else None,
+            who if decision.picks else None,
+        )
         tokens = float(world.batch)
         if k:
             tokens = sum(
@@ -276,8 +285,9 @@ class Simulation:
             )
         step_s, draft_s = world.seconds(drafter, k)
         step_s += plan_s
-        is_neural = drafter in world.neural or drafter in world.mixes
-        if is_neural and drafter != self._last_drafter:
+        own = world.rows_of(drafter)
+        is_neural = bool(own)
+        if not own <= world.rows_of(self._last_drafter):
             step_s += world.cold_s
         measured_s = world.noise.draw(step_s, rng)
         untimed = rng.random() < world.untimed_share
@@ -331,7 +341,7 @@ class Simulation:
             batch=world.batch,
             caps=(world.max_draft,) * world.batch,
             matches=matches,
-            drafters=tuple(d for d in world.drafters if d != "suffix" or matches is not None),
+            drafters=tuple(d for d in world.drafters if "suffix" not in d or matches is not None),
             max_draft=world.max_draft,
             version=self.version,
             pending_rows=dict.fromkeys((*world.neural, *world.mixes), sum(self._missing)),

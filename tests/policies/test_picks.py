@@ -9,8 +9,8 @@ import pytest
 
 from policies.acceptance import AcceptanceModel
 from policies.interface import DraftRecord, StepObs
-from policies.picks import Picker, expected_kept, with_mixes
-from tests.policies.simulated import NEURAL, Traits
+from policies.picks import Picker, expected_kept, needing_match, rows_of, with_mixes
+from tests.policies.simulated import INDEX, NEURAL, Traits
 
 MIXES = {"a+b": ("a", "b")}
 K = 4
@@ -107,4 +107,47 @@ def test_a_mix_takes_the_time_of_all_members_and_promises_the_best_of_them():
 
     assert mixed.prior_acceptance == (0.7,)
     assert mixed.prior_draft_cost == pytest.approx(0.3)
+    assert mixed.is_neural and not mixed.needs_match
+
+
+WITH_INDEX = {"a+b": ("a", "b"), "a+i": ("a", "i")}
+OF_INDEX = {"a": NEURAL, "b": NEURAL, "i": INDEX}
+
+
+def picks_with_matches(matches, explore=0.0, records=None):
+    made = AcceptanceModel(200.0, OF_INDEX, K)
+    picker = Picker(WITH_INDEX, made, explore, 0, ["i"])
+    picker.account = 1e9
+    own = records or ({},) * len(matches)
+    seen = StepObs(0, len(matches), (K,) * len(matches), matches, ("a", "i", "a+i"), K, 0,
+                   records=own)  # fmt: skip
+    return picker.pick(seen, "a+i", K)
+
+
+def test_the_length_of_its_match_decides_who_drafts_for_a_request():
+    picks = picks_with_matches((0, 1, 12))
+
+    assert [one.drafter for one in picks] == ["a", "a", "i"]
+
+
+def test_an_index_is_not_even_tried_without_a_match():
+    picks = picks_with_matches((0,) * 500, explore=0.5)
+
+    assert {(one.drafter, one.propensity) for one in picks} == {("a", 1.0)}
+    tried = picks_with_matches((1,) * 500, explore=0.5)
+    assert {one.drafter for one in tried} == {"a", "i"}
+
+
+def test_what_an_index_kept_with_other_matches_does_not_count():
+    unlucky = {"i": record(20, 0.1), "a": record(20, 2.0)}
+    assert picks_with_matches((12,), records=(unlucky,))[0].drafter == "i"
+
+
+def test_a_mix_with_an_index_needs_a_match_and_the_rows_of_its_neural_members_alone():
+    assert needing_match(OF_INDEX, WITH_INDEX) == {"i", "a+i"}
+    assert rows_of(OF_INDEX, WITH_INDEX) == {
+        "a": {"a"}, "b": {"b"}, "a+b": {"a", "b"}, "a+i": {"a"},
+    }  # fmt: skip
+    mixed = with_mixes(OF_INDEX, WITH_INDEX)["a+i"]
+    assert mixed.prior_acceptance == NEURAL.prior_acceptance
     assert mixed.is_neural and not mixed.needs_match

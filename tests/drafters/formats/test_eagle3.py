@@ -189,7 +189,7 @@ IDS = "eagle_aux_hidden_state_layer_ids"
         (None, dropped("intermediate_size"), "config.json has no intermediate_size"),
         (None, set_to("attention_bias", True), "attention_bias is set"),
         (None, set_to("rope_scaling", {"rope_type": "yarn"}), "scaled by the rule 'yarn'"),
-        (None, set_to("rope_scaling", "yarn"), "config.json holds a value of a wrong type"),
+        (None, set_to("rope_scaling", "yarn"), "rope_scaling of config.json must be an object"),
         (None, set_to("eagle_config", [1]), "config.json holds a value of a wrong type"),
         (None, set_to("head_dim", "8"), "head_dim of config.json must be a positive integer"),
         (None, set_to(IDS, [1, 3]), "should be one less"),

@@ -4,6 +4,7 @@ target's whatever it drafts, weights change in the middle, and what training sim
 from __future__ import annotations
 
 import random
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_the_joint_law_is_the_targets(kind, shape, rule):
     assert chi_squared_excess(counts, law) < 1
 
 
-def trained_on(trace):
+def trained_on(trace, temperature=0.0):
     """The batch of a whole trace, every row with a loss."""
     rows = restored(trace.features)[None]
     ids = torch.from_numpy(trace.token_ids).long()[None]
@@ -107,7 +108,7 @@ def trained_on(trace):
         padded[:, :, -1],
         known,
         loss,
-        torch.zeros(1),
+        torch.full((1,), temperature),
     )
 
 
@@ -143,3 +144,38 @@ def test_what_training_simulates_is_what_was_accepted(monkeypatch, kind):
             assert int(alphas[row].cumprod(0).sum()) == one.num_accepted, one.anchor
             compared += 1
     assert compared >= 15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_simulated_tokens_per_step_is_that_of_live_rounds(kind):
+    """At a temperature: of the rows at which rounds began it is what was kept, up to what chance
+    does in so many rounds, and all rows of the texts say the same within 3 %."""
+    model = soft_target("close")
+    weights = new_weights(kind, model)
+    engine = make_engine(
+        model, kind=kind, weights=weights, policy=FixedPolicy(kind, K), suffix=False,
+        max_batch=32, num_pages=2000, prefill_chunk=1024, ring_rows=16_384, rule=Rule.STANDARD,
+    )  # fmt: skip
+    requests = [request_of(str(i), [i % V, i // V], 100, temperature=1.0) for i in range(32)]
+
+    traces = traces_of(engine, requests)[0]
+
+    head = TargetHead(
+        model.config, model.get_input_embeddings().weight, FrozenHead(model.lm_head.weight)
+    )
+    learns = trainable(kind)
+    module = learns.load_model(weights.config, weights.tensors)
+    of_all, of_rounds, kept = [], [], []
+    for trace in traces.values():
+        batch = trained_on(trace, 1.0)
+        alphas, is_full = learns.acceptance(module, head, batch, K)
+        row_of = {int(p): r for r, p in enumerate(batch.row_R) if is_full[r]}
+        begun = [one for one in trace.rounds if len(one.draft_ids) == K and one.anchor in row_of]
+        kept += [float(one.num_accepted) for one in begun]
+        of_rounds += [alphas[row_of[one.anchor]] for one in begun]
+        of_all.append(alphas[is_full])
+    live, error = 1 + fmean(kept), stdev(kept) / len(kept) ** 0.5
+    simulated = learns.tokens_per_step(torch.stack(of_rounds), K)
+    assert live > 1.5 and error < 0.04
+    assert live == pytest.approx(simulated, abs=3 * error)
+    assert learns.tokens_per_step(torch.cat(of_all), K) == pytest.approx(simulated, rel=0.03)

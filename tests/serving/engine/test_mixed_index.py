@@ -1,0 +1,311 @@
+"""The suffix index and a neural drafter draft in one round, each for some requests: outputs stay
+the target's, and a round says who drafted and why."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from drafters.suffix.index import SuffixIndex
+from oracles.engines import RandomPolicy, make_engine, new_weights, random_model, request_of, run
+from oracles.joint_law import chi_squared_excess
+from policies.interface import Decision
+from serving.capture.rounds import round_columns
+from serving.engine import mixed_rows
+from serving.engine.loop import Engine, Listeners
+from specops import draft_sampling_triton, verify_logits
+from specops import verify_logits_triton as kernels
+from specops.draft_sampling import DraftLaw, RowLaws
+from specops.verify_logits import Rule
+from tests.serving.engine.test_greedy_equality import random_prompts, reference
+from tests.serving.engine.test_mixed import few_tokens, scrambled
+from tests.serving.engine.test_sampled_law import (
+    LENGTH,
+    PENALIZED,
+    SHAPES,
+    V,
+    expected_law,
+    soft_target,
+)
+from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
+from tests.specops.test_verify_logits import SMALL, assert_alike, by_kernel, case
+
+MIX = "eagle3+suffix"
+
+
+class Repeating(SuffixIndex):
+    """Proposes tokens whatever the text is, so that a law is tested with proposals that are often
+    wrong."""
+
+    def propose(self, keys, most):
+        return [[(int(key) + j) % V for j in range(k)] for key, k in zip(keys, most, strict=True)]
+
+
+class Short(SuffixIndex):
+    """Proposes one token at most."""
+
+    def propose(self, keys, most):
+        return super().propose(keys, [min(k, 1) for k in most])
+
+
+class Mixing(RandomPolicy):
+    """A mix at every step, any member for each request."""
+
+    def __init__(self, mix=MIX, k=3, seed=0):
+        super().__init__(random.Random(seed))
+        self.mix, self.k = mix, k
+
+    def plan(self, obs):
+        k = min(self.k, obs.max_draft)
+        picks = self.picks(self.mix, obs.batch)
+        return Decision(self.mix, k, 0.5, False, "test", "mixing", picks=picks)
+
+
+def repeating_prompts(numbers, count, vocab_size):
+    """Prompts in which text occurs twice, so that the index has something to propose."""
+    prompts = random_prompts(numbers, count, vocab_size)
+    return [prompt + prompt[: numbers.randint(1, len(prompt))] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "architecture", "overlaps"),
+    [
+        (("eagle3",), "qwen3", True),
+        (("eagle3",), "llama", False),
+        (("dflash", "mtp"), "gemma3", True),
+        (("draft_model", "p_eagle"), "qwen2", False),
+    ],
+)
+def test_greedy_output_is_the_targets_with_swaps_in_the_middle(kinds, architecture, overlaps):
+    numbers = random.Random(3)
+    model = random_model(architecture)
+    prompts = repeating_prompts(numbers, 6, 96)
+    expected = [reference(model, prompt, 18) for prompt in prompts]
+    engine = make_engine(
+        model, kind=kinds[0], beside=dict.fromkeys(kinds[1:]), mixes_index=True, overlaps=overlaps,
+        max_batch=3, prefill_chunk=16, page_size=4, policy=RandomPolicy(random.Random(5)),
+    )  # fmt: skip
+    requests = [
+        request_of(str(i), p, 18, max_draft=numbers.choice((None, 2)))
+        for i, p in enumerate(prompts)
+    ]
+
+    got = run(engine, requests, scrambled)
+
+    assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
+    used = {drafter for drafter, _ in engine.figures().steps_by_arm}
+    assert used >= {*kinds, "suffix", "+".join((*kinds, "suffix"))}
+    assert engine.figures().drafters["suffix"].tokens > 0
+
+
+def counts_of(engine, shape, num_samples=1_500):
+    requests = [
+        request_of(str(i), LAW_PROMPT, LENGTH + 1, capture=False, **shape)
+        for i in range(num_samples)
+    ]
+    counts = torch.zeros(V, V, V, dtype=torch.float64)
+    for collected in run(engine, requests).values():
+        counts[tuple(collected.token_ids[:LENGTH])] += 1
+    return counts
+
+
+def law_engine(regime="opposed", **values):
+    """An engine whose index proposes wrong tokens as often as right ones."""
+    engine = make_engine(
+        soft_target(regime), **{"kind": "eagle3", "policy": Mixing()} | values, mixes_index=True,
+        max_batch=256, num_pages=1200, prefill_chunk=1024, ring_rows=8192, max_draft=3,
+    )  # fmt: skip
+    engine.drafting.hosts["suffix"].__class__ = Repeating
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "is_reduced", "overlaps"),
+    [
+        (SHAPES["whole"], Rule.BLOCK, False, True),
+        (SHAPES["truncated"], Rule.STANDARD, True, False),
+        (PENALIZED, Rule.BLOCK, True, True),
+    ],
+    ids=["whole", "truncated", "penalized"],
+)
+def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced, overlaps):
+    """Also where the neural drafter cannot say what the index proposes."""
+    law = expected_law(soft_target("opposed"), shape)
+    weights = few_tokens("eagle3", soft_target("opposed"), [0, 2, 3, 5, 7]) if is_reduced else None
+    engine = law_engine(weights=weights, rule=rule, overlaps=overlaps)
+
+    counts = counts_of(engine, shape)
+
+    by_drafter = engine.figures().drafters
+    assert all(by_drafter[kind].tokens > 500 for kind in ("eagle3", "suffix"))
+    assert 0 < by_drafter["suffix"].accepted < by_drafter["suffix"].tokens
+    assert chi_squared_excess(counts, law) < 1
+
+
+def neural_law_for_all(law, is_given_R, tokens_RK, vocab_size):
+    """Mutant: what the index proposes, verified as if the neural drafter had drawn it."""
+    return law
+
+
+def certain_of_another_token(law, is_given_R, tokens_RK, vocab_size):
+    """Mutant: certainty of the token at the position before."""
+    return certain_where(law, is_given_R, tokens_RK.roll(1, 1), vocab_size)
+
+
+certain_where = mixed_rows.certain_where
+
+
+@pytest.mark.parametrize("mutant", [neural_law_for_all, certain_of_another_token])
+def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch, mutant):
+    monkeypatch.setattr(mixed_rows, "certain_where", mutant)
+
+    counts = counts_of(law_engine(), SHAPES["whole"])
+
+    assert chi_squared_excess(counts, expected_law(soft_target("opposed"), SHAPES["whole"])) > 1
+
+
+def test_seeded_answers_do_not_depend_on_who_drafts():
+    answers = []
+    for policy in (Mixing(seed=1), Mixing(seed=2), Mixing("eagle3")):
+        engine = make_engine(
+            random_model("qwen3"), kind="eagle3", mixes_index=True, policy=policy, max_batch=4
+        )
+        prompts = repeating_prompts(random.Random(4), 4, 96)
+        got = run(
+            engine,
+            [request_of(str(i), p, 20, temperature=0.9, seed=7 + i) for i, p in enumerate(prompts)],
+        )
+        answers.append([got[str(i)].token_ids for i in range(len(prompts))])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def rounds_of(policy, index=SuffixIndex, **params):
+    """(request, anchor) -> round, of a target with few tokens, whose text repeats itself."""
+    found = {}
+
+    def keep(sequence):
+        for one in round_columns(sequence.rounds):
+            found[sequence.request.id, one.anchor] = one
+
+    model = soft_target("opposed")
+    engine = make_engine(
+        model, kind="eagle3", weights=new_weights("eagle3", model), mixes_index=True, policy=policy
+    )
+    engine.drafting.neural["eagle3"].drafter.version = 3
+    engine.drafting.hosts["suffix"].__class__ = index
+    engine = Engine(engine.parts, policy, Listeners(on_finished=keep))
+    prompts = repeating_prompts(random.Random(6), 4, V)
+    run(engine, [request_of(str(i), p, 40, **params) for i, p in enumerate(prompts)])
+    return found
+
+
+def test_every_round_says_who_drafted_with_which_version_and_why():
+    found = rounds_of(Mixing(), temperature=1.0).values()
+    drafted = [one for one in found if len(one.draft_ids)]
+
+    assert {one.drafter for one in drafted} == {"eagle3", "suffix"}
+    assert {one.version for one in found} == {3}
+    assert {one.propensity for one in drafted} == {0.25}
+    assert {one.reason for one in drafted if one.drafter == "suffix"} == {"try"}
+    assert {one.reason for one in drafted if one.drafter == "eagle3"} == {"try", "unmatched"}
+    for one in drafted:
+        assert len(one.q_logp or ()) == (0 if one.drafter == "suffix" else len(one.draft_ids))
+
+
+def test_the_index_and_the_neural_drafter_draft_in_a_mix_what_they_draft_alone():
+    mixed = rounds_of(Mixing())
+    for kind in ("eagle3", "suffix"):
+        alone = rounds_of(Mixing(kind))
+        common = [
+            at
+            for at in mixed.keys() & alone.keys()
+            if mixed[at].drafter == alone[at].drafter == kind
+        ]
+        assert len(common) > 10
+        assert all(mixed[at].draft_ids == alone[at].draft_ids for at in common)
+
+
+def test_a_round_verifies_as_many_tokens_of_the_index_as_it_proposed():
+    found = rounds_of(Mixing(), Short).values()
+
+    lens = {(one.drafter, len(one.draft_ids)) for one in found if len(one.draft_ids)}
+    assert {("suffix", 1), ("eagle3", 3)} <= lens
+    assert max(num for drafter, num in lens if drafter == "suffix") == 1
+
+
+def test_a_mix_with_the_index_is_offered_where_somebody_looked():
+    seen = []
+
+    class Watching(Mixing):
+        looks = True
+
+        def wants_matches(self):
+            self.looks = not self.looks
+            return self.looks
+
+        def plan(self, obs):
+            seen.append((obs.matches is not None, MIX in obs.drafters, "eagle3" in obs.drafters))
+            return Decision("eagle3", 2, 1.0, False, "test", "mixing")
+
+    engine = make_engine(random_model("qwen3"), kind="eagle3", mixes_index=True, policy=Watching())
+    run(engine, [request_of("0", [1, 2, 3, 1, 2, 3, 1], 10)])
+
+    assert set(seen) == {(True, True, True), (False, False, True)}
+
+
+@pytest.mark.parametrize("is_reduced", [False, True], ids=["whole", "reduced"])
+def test_certain_drafts_are_judged_as_delta_drafts_and_the_others_as_before(is_reduced):
+    logits, rows, drawn, lens, rules, numbers, law = case(
+        9, 3, 60, 2, is_reduced, True, True, torch.float32
+    )
+    is_given = torch.arange(9) % 2 == 0
+    other = logits[:, :3].topk(3).indices[..., 2]
+    tokens = torch.where(is_given[:, None], other, drawn)
+    certain = mixed_rows.certain_where(law, is_given, tokens, 60)
+
+    mixed = verify_logits.verify_logits(logits, rows, tokens, lens, rules, numbers, certain)
+
+    as_delta = verify_logits.verify_logits(logits, rows, tokens, lens, rules, numbers, None)
+    as_drawn = verify_logits.verify_logits(logits, rows, tokens, lens, rules, numbers, law)
+    for name in ("num_accepted_R", "next_R"):
+        wanted = torch.where(is_given, getattr(as_delta, name), getattr(as_drawn, name))
+        assert getattr(mixed, name).tolist() == wanted.tolist()
+    assert_alike(
+        by_kernel(
+            kernels.verify_logits, logits, rows, tokens, lens, rules, numbers, certain, tiles=SMALL
+        ),
+        mixed,
+    )
+
+
+def test_the_kernel_need_not_find_the_laws_of_certain_drafts_again():
+    logits, rows, drawn, lens, rules, numbers, law = case(
+        6, 2, 90, 5, False, True, True, torch.float32
+    )
+    steps = [
+        by_kernel(
+            draft_sampling_triton.sample_draft, law.logits_RKD[:, j], rows, numbers, law.greedy_R,
+            None, SMALL,
+        ).laws
+        for j in range(2)
+    ]  # fmt: skip
+    kept = RowLaws(
+        torch.stack([one.tops_cuts_masses for one in steps], 1).flatten(0, 1),
+        torch.stack([one.lasts for one in steps], 1).flatten(),
+    )
+    with_laws = DraftLaw(law.logits_RKD, law.sampling, law.greedy_R, laws=kept)
+    is_given = torch.tensor([True, False, True, False, False, True])
+    tokens = torch.where(is_given[:, None], (drawn + 7) % 90, drawn)
+    both = [mixed_rows.certain_where(one, is_given, tokens, 90) for one in (law, with_laws)]
+    assert both[0].laws is None and both[1].laws is not None
+
+    found = [
+        by_kernel(
+            kernels.verify_logits, logits, rows, tokens, lens, rules, numbers, one, tiles=SMALL
+        )
+        for one in both
+    ]
+
+    assert_alike(found[1], found[0])
