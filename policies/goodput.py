@@ -236,16 +236,19 @@ class GoodputPolicy:
             self._observe_time(outcome, planned.pending_rows if planned else {})
             self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
             is_neural = outcome.decision.drafter in self._neural
+            is_later = self._rest.is_plain and self._explorer.is_charged_later(
+                outcome.decision.drafter
+            )
             if outcome.decision.explore and is_neural:
                 tokens = 1 + sum(outcome.rows.num_accepted) / max(len(outcome.rows), 1)
                 self._explorer.note_gain(
                     outcome.decision.drafter,
                     tokens - outcome.step_s / plain_s,
                     plain_s,
-                    is_charged=self._rest.is_plain,
+                    is_charged=is_later,
                     catches_up=planned is not None and planned.catches_up,
                 )
-            if planned and planned.decision.explore and not (is_neural and self._rest.is_plain):
+            if planned and planned.decision.explore and not is_later:
                 self._explorer.settle(
                     outcome.step_s,
                     planned.seconds,

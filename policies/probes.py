@@ -236,8 +236,12 @@ class Explorer:
             if loss_s <= self.accounts_s[_is_own(arm, choice)]
         }
 
+    def is_charged_later(self, drafter: str) -> bool:
+        """Where plain decoding is the base, a stretch of this drafter is charged by what it loses."""
+        return drafter in self._neural
+
     def _is_charged_later(self, arm: Arm, choice: Choice) -> bool:
-        return choice.base == "none" and arm[0] in self._neural
+        return choice.base == "none" and self.is_charged_later(arm[0])
 
     def _length(self, arm: Arm, choice: Choice) -> int:
         is_idle = arm[0] in self._neural and arm[0] != choice.base
