@@ -237,7 +237,7 @@ class Explorer:
         }
 
     def is_charged_later(self, drafter: str) -> bool:
-        """Where plain decoding is the base, a stretch of this drafter is charged by what it loses."""
+        """Beside plain decoding, a stretch of this drafter is charged by what it loses."""
         return drafter in self._neural
 
     def _is_charged_later(self, arm: Arm, choice: Choice) -> bool:
