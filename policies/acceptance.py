@@ -24,6 +24,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -144,8 +146,9 @@ class DrafterAcceptance:
         self._hazards = np.zeros((NUM_BUCKETS + 1, max_draft))
         self._usual = np.zeros((NUM_BUCKETS + 1, max_draft))
         """The same by lasting evidence alone."""
-        self._expected: Floats | None = None
-        """[7, K + 1] cache of ``_all_expected``; ``None`` if evidence has come since."""
+        self._expected: tuple[Floats, Floats] | None = None
+        """[7, K + 1] expected tokens of every row, and [6, K + 1] without the pool; ``None`` if
+        evidence has come since."""
         self._stale = set(range(NUM_BUCKETS + 1))
         """Rows whose chained hazards are to be computed again."""
 
@@ -156,7 +159,7 @@ class DrafterAcceptance:
             batch: requests of the step; sets the least half-life.
             clock: rounds that the engine has done, these included.
         """
-        expected = self._all_expected().tolist()
+        expected = self._all_expected()[0].tolist()
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
         factors, lasting_factors = [1.0] * (NUM_BUCKETS + 1), [1.0] * (NUM_BUCKETS + 1)
         recent, lasting = self._recent, self._lasting
@@ -256,17 +259,18 @@ class DrafterAcceptance:
         return hazards, usual
 
     def expected_tokens(self) -> Floats:
-        """[6, K + 1]; see ``AcceptanceModel``."""
-        return self._all_expected()[:_POOL]
+        """[6, K + 1]; see ``AcceptanceModel``. The same array until evidence comes."""
+        return self._all_expected()[1]
 
-    def _all_expected(self) -> Floats:
+    def _all_expected(self) -> tuple[Floats, Floats]:
         if self._expected is None:
             hazards = self.hazards()
             terms = np.ones((hazards.shape[0], hazards.shape[1] + 1))
             np.cumprod(hazards, axis=1, out=terms[:, 1:])
             if self._is_silent:
                 terms[0, 1:] = 0.0
-            self._expected = terms.cumsum(axis=1)
+            tokens = terms.cumsum(axis=1)
+            self._expected = tokens, tokens[:_POOL]
         return self._expected
 
     def doubt(self, k: int) -> float:
@@ -280,6 +284,25 @@ class DrafterAcceptance:
             tokens += survival
         weight = float(self._recent.reached[_POOL, k - 1]) + 1
         return survival / tokens * math.sqrt(hazards[-1] * (1 - hazards[-1]) / weight)
+
+    def spread(self, k: int) -> float:
+        """Standard deviation of the expected tokens of drafts of k tokens, as a share of them: by
+        the rounds behind each hazard, those behind its prior included."""
+        if not self._has_pool:
+            return 0.0
+        hazards = self.hazards()[_POOL, :k].tolist()
+        recent = self._recent.reached[_POOL, :k].tolist()
+        lasting = self._lasting.reached[_POOL, :k].tolist()
+        survivals = list(accumulate(hazards, mul))
+        tokens, behind, variance = 1 + sum(survivals), 0.0, 0.0
+        for j in reversed(range(k)):
+            behind += survivals[j]
+            share = _LASTING_WEIGHT / (recent[j] + _LASTING_WEIGHT)
+            of_rounds = recent[j] / (recent[j] + _LASTING_WEIGHT) ** 2
+            of_prior = share * share / (lasting[j] + _PRIOR_WEIGHT)
+            slope = behind / max(hazards[j], _NOTHING)
+            variance += slope * slope * hazards[j] * (1 - hazards[j]) * (of_rounds + of_prior)
+        return math.sqrt(variance) / tokens
 
     def usual(self) -> tuple[Evidence, Floats]:
         """Lasting counts, and a copy of their hazards, [7, K]."""
@@ -371,6 +394,11 @@ class AcceptanceModel:
         """Standard deviation of what position k adds to a drafter's rounds, as a share of the
         tokens of k - 1; 0 for drafters whose buckets are independent."""
         return self._drafters[drafter].doubt(k)
+
+    def spread(self, drafter: str, k: int) -> float:
+        """Standard deviation of the expected tokens of a drafter's rounds at k, as a share of them;
+        0 for drafters whose buckets are independent."""
+        return self._drafters[drafter].spread(k)
 
     def usual(self, drafter: str) -> tuple[Evidence, Floats]:
         """A drafter's lasting counts, and a copy of their hazards, [7, K]."""

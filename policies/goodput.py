@@ -12,6 +12,7 @@ more than it costs. Where it does, a glance at them tells most steps that need n
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -172,9 +173,10 @@ class GoodputPolicy:
             return self._resting()
         return None
 
-    def _resting(self) -> Decision:
-        arm = self._rest.take()
-        return self._steps.note(_decision(arm, 1.0, "rest"))
+    def _resting(self, arm: Arm | None = None) -> Decision:
+        """Go on as planned, or with the arm of a glance."""
+        base = self._rest.take()
+        return self._steps.note(_decision(base if arm is None else arm, 1.0, "rest"))
 
     def _stretching(self) -> Decision | None:
         """The next step of a stretch of drafts while plain decoding is the base; ``None``: it must
@@ -204,14 +206,22 @@ class GoodputPolicy:
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
         self._rest.plan_begins(looked=obs.matches is not None)
-        if self._rest.may_go_on(obs):
-            self._rest.note_find(0.0)
-            return self._resting()
+        if (glanced := self._rest.glanced(obs)) is not None:
+            arm, gain = glanced
+            self._rest.note_find(gain)
+            return self._resting(arm)
         self._learn_gathered()
         return self._steps.note(self._decide(obs))
 
     def observe(self, outcome: Outcome) -> None:
-        """Learn acceptance from every step, and times from steps without prefill."""
+        """Learn acceptance from every step, and times from steps without prefill. What the next
+        plan needs is computed here, while the device works."""
+        self._learn(outcome)
+        if self._neural and self._rest.is_over:
+            self._learn_gathered()
+            self._forecaster.prepare(outcome.batch)
+
+    def _learn(self, outcome: Outcome) -> None:
         self._acceptance.tick(outcome.batch)
         plain_s = self._times.plain_s(outcome.batch)
         if not outcome.has_prefill:
@@ -284,7 +294,7 @@ class GoodputPolicy:
         }
 
     def _decide(self, obs: StepObs) -> Decision:
-        max_k = min(obs.max_draft, self._max_draft, max(obs.caps))
+        max_k = obs.longest(self._max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
         seen = self._forecaster.forecast(obs, max_k)
@@ -296,7 +306,9 @@ class GoodputPolicy:
             if kind in self._neural
         }
         overhead_s = self._rest.overhead * seen.plain_s
-        choice = self._chooser.choose(seen, self._steps.drafter, catch_up_s, overhead_s)
+        choice = self._chooser.choose(
+            seen, self._steps.drafter, catch_up_s, overhead_s, lambda arm: self._spread(arm, obs.batch)
+        )
         if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
         decision = self._decision(seen, choice, looked=obs.matches is not None)
@@ -344,14 +356,16 @@ class GoodputPolicy:
         }
         used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(NUM_BUCKETS)
         blind_s = seen.arm(blind)[1]
-        gains, losses = [], []
+        arms, gains, losses = [], [], []
         for kind in self._matching:
             times = self._times.arm_times(kind, seen.batch)
             charge_s = choice.charges_s.get(kind, 0.0) - choice.charges_s[blind[0]]
             for k in range(1, seen.max_k + 1):
+                arms.append((kind, k))
                 gains.append(expected[kind][:, k] - used)
                 losses.append((times[k - 1] - blind_s + charge_s) * choice.speed)
-        return Glance(np.array(gains), np.array(losses))
+        step_tokens = choice.speed * seen.plain_s
+        return Glance(tuple(arms), np.array(gains), np.array(losses), step_tokens)
 
     def _needs_no_look(self, arm: Arm) -> bool:
         return arm == PLAIN_ARM or arm[0] in self._neural
@@ -383,6 +397,10 @@ class GoodputPolicy:
             return 0.0
         of_tokens = self._acceptance.doubt(drafter, min(k + 1, seen.max_k))
         return max(of_tokens, self._times.doubt(drafter, k, seen.batch))
+
+    def _spread(self, arm: Arm, batch: int) -> float:
+        """How uncertain an arm's speed relative to plain decoding is."""
+        return math.hypot(self._acceptance.spread(*arm), self._times.doubt(*arm, batch))
 
     def _observe_rows(self, outcome: Outcome) -> None:
         seen: dict[int | None, Counter[tuple[int, int]]] = {}

@@ -86,6 +86,11 @@ class Rest:
         """Another plan is paid for."""
         return not self.is_plain or self._owed[False] <= 0
 
+    @property
+    def is_over(self) -> bool:
+        """The next step is planned, unless nobody can draft."""
+        return not self.left and (not self.is_resting or self.may_plan)
+
     def wants_look(self) -> bool:
         if self.pays:
             return True
@@ -154,15 +159,18 @@ class Rest:
         self.num_unlooked += 1
         return self.arm
 
-    def may_go_on(self, obs: StepObs) -> bool:
-        """A glance at the matches of a step finds nothing to plan for."""
-        return (
-            self.left > 0
-            and self.glance is not None
-            and obs.matches is not None
-            and self.arm[1] <= min(obs.max_draft, max(obs.caps))
-            and self.glance.finds_nothing(obs.matches)
-        )
+    def glanced(self, obs: StepObs) -> tuple[Arm, float] | None:
+        """The arm of a step by a glance at its matches, and the plain steps' worth of time that it
+        saves beyond going on as before; ``None``: the step must be planned."""
+        glance = self.glance
+        if self.left <= 0 or glance is None or obs.matches is None:
+            return None
+        if obs.longest(self.arm[1]) < self.arm[1]:
+            return None
+        arm, gain = glance.best(obs.matches)
+        if arm is None:
+            return self.arm, 0.0
+        return (arm, gain) if self.is_plain and obs.longest(arm[1]) == arm[1] else None
 
     def reset(self) -> None:
         """Forget what looks found: other weights draft now."""
@@ -172,16 +180,27 @@ class Rest:
 
 
 class Glance(NamedTuple):
-    """Decides from a look alone, between plans, whether a drafter that needs matches may gain."""
+    """Decides from a look alone, between plans, whether a drafter that needs matches gains, and at
+    which K. While plain decoding is the base nothing must catch up afterwards, so that its arm is
+    taken without a plan: a plan at every match would cost more than most matches save."""
 
+    arms: tuple[Arm, ...]
+    """A drafters that need matches, each at every K."""
     gains: Floats
-    """[arms, 6] tokens that a row of each bucket gains over the arm in use."""
+    """[A, 6] tokens that a row of each bucket gains over the arm in use."""
     losses: Floats
-    """[arms] tokens' worth of time that the step takes longer."""
+    """[A] tokens' worth of time that the step takes longer."""
+    step_tokens: float
+    """Tokens that the speed reached so far makes in the time of a plain step."""
 
-    def finds_nothing(self, matches: tuple[int, ...]) -> bool:
-        """No arm gains with these matches."""
-        return not (self.gains @ np.array(by_bucket(matches)) > self.losses).any()
+    def best(self, matches: tuple[int, ...]) -> tuple[Arm | None, float]:
+        """The arm that gains the most with these matches, and the time that it saves in plain
+        steps; ``None`` and 0 if none does."""
+        values = (self.gains @ np.array(by_bucket(matches)) - self.losses).tolist()
+        most = max(values)
+        if most <= 0:
+            return None, 0.0
+        return self.arms[values.index(most)], most / self.step_tokens
 
 
 class Gathered:
