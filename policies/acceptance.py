@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.cusum import Cusum
+from policies.dispersion import Dispersion
 from policies.interface import DrafterTraits
 
 MAX_DRAFT = 16
@@ -151,6 +152,7 @@ class DrafterAcceptance:
         evidence has come since."""
         self._stale = set(range(NUM_BUCKETS + 1))
         """Rows whose chained hazards are to be computed again."""
+        self._dispersion = Dispersion()
 
     def observe(self, step: ByBucket, batch: int, clock: float) -> None:
         """Take in the rounds of one step, by bucket.
@@ -171,6 +173,9 @@ class DrafterAcceptance:
                 rounds += count
                 surprise += (num_accepted + 1 - expected[row][num_verified]) * count
             new.append(_counts(outcomes, recent.reached.shape[1]))
+            if row == _POOL:
+                (reached, *_), (accepted, *_) = new[-1]
+                self._dispersion.observe(reached, accepted, expected[row][1] - 1, batch)
             idle = max(0.0, clock - self._seen_at[row] - rounds)
             factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
             lasting_factors[row] = math.exp2(-rounds / (_LASTING * half_life))
@@ -287,7 +292,8 @@ class DrafterAcceptance:
 
     def spread(self, k: int) -> float:
         """Standard deviation of the expected tokens of drafts of k tokens, as a share of them: by
-        the rounds behind each hazard, those behind its prior included."""
+        the rounds behind each hazard, those behind its prior included, and by how much rounds
+        resemble each other."""
         if not self._has_pool:
             return 0.0
         hazards = self.hazards()[_POOL, :k].tolist()
@@ -302,7 +308,7 @@ class DrafterAcceptance:
             of_prior = share * share / (lasting[j] + _PRIOR_WEIGHT)
             slope = behind / max(hazards[j], _NOTHING)
             variance += slope * slope * hazards[j] * (1 - hazards[j]) * (of_rounds + of_prior)
-        return math.sqrt(variance) / tokens
+        return math.sqrt(self._dispersion.factor * variance) / tokens
 
     def usual(self) -> tuple[Evidence, Floats]:
         """Lasting counts, and a copy of their hazards, [7, K]."""

@@ -12,6 +12,7 @@ quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class Chooser:
         catch_up_s: Mapping[str, float],
         overhead_s: float = 0.0,
         spread: Callable[[Arm], float] = lambda _arm: 0.0,
+        *,
+        looked: bool = True,
     ) -> Choice:
         """Choose the arm of a step.
 
@@ -77,6 +80,7 @@ class Chooser:
             overhead_s: seconds of planning in each step of a base that drafts, and in no other.
             spread: standard deviation of the logarithm of an arm's speed relative to plain
                 decoding; asked where drafting may have to end.
+            looked: matches of this step are known.
         """
         alone = self._choose_base(seen, catch_up_s, overhead_s, spread)
         speed = alone * self._lead
@@ -90,10 +94,13 @@ class Chooser:
         arm = max(values, key=values.__getitem__)
         if arm == PLAIN_ARM and alone < seen.batch / seen.plain_s:
             # In doubt a base goes on drafting: a step without it would tell nothing.
-            arm = max(
-                ((self.base, k) for k in range(1, seen.max_k + 1)), key=values.__getitem__
-            )
-            values[PLAIN_ARM] = values[arm]
+            arm = max(((self.base, k) for k in range(1, seen.max_k + 1)), key=values.__getitem__)
+            values[PLAIN_ARM] = math.nextafter(values[arm], -math.inf)
+        elif self.base == "none" and not looked:
+            # All steps look alike: a drafter that is not worth to be the base is not in any.
+            arm = PLAIN_ARM
+            for other, value in values.items():
+                values[other] = min(value, values[PLAIN_ARM])
         self._note(seen, arm, fresh, alone)
         return Choice(arm, self.base, speed, values, charges, seen.plain_s)
 
@@ -129,7 +136,7 @@ class Chooser:
             own * (1 + _DOUBT * spread(arms[self.base])) < least
         ):
             self.base = "none"
-        elif speeds[best] > own * _HYSTERESIS:
+        elif best != "none" and speeds[best] > own * _HYSTERESIS:
             self.base = best
         return speeds[self.base]
 

@@ -179,12 +179,12 @@ class GoodputPolicy:
         return self._steps.note(_decision(base if arm is None else arm, 1.0, "rest"))
 
     def _stretching(self) -> Decision | None:
-        """The next step of a stretch of drafts while plain decoding is the base; ``None``: it must
-        be planned."""
+        """The next step of a stretch, which needs no plan unless matches are looked up for every
+        step; ``None``: it must be planned."""
         stretch, plain_s = self._stretch, self._times.plain_s(self._acceptance.batch)
         assert stretch is not None
         (drafter, k), changes = stretch.arm, self._times.num_changes
-        if not self._rest.is_plain or not k or self._steps.drafter != drafter:
+        if self._steps.drafter != drafter:
             return None
         if drafter in self._picker.mixes:  # who drafts for which request is planned
             return None
@@ -195,7 +195,7 @@ class GoodputPolicy:
         left = stretch.num_steps - 1
         self._stretch = stretch._replace(num_steps=left) if left else None
         decision = _decision(stretch.arm, 1.0, "probe", explore=True)
-        seconds = self._times.arm_times(drafter, self._acceptance.batch)[k - 1]
+        seconds = self._times.arm_times(drafter, self._acceptance.batch)[k - 1] if k else plain_s
         self._steps.await_outcome(_Planned(decision, seconds, False, {}))
         return self._steps.note(decision)
 
@@ -307,8 +307,9 @@ class GoodputPolicy:
         }
         overhead_s = self._rest.overhead * seen.plain_s
         choice = self._chooser.choose(
-            seen, self._steps.drafter, catch_up_s, overhead_s, lambda arm: self._spread(arm, obs.batch)
-        )
+            seen, self._steps.drafter, catch_up_s, overhead_s,
+            lambda arm: self._spread(arm, obs.batch), looked=obs.matches is not None,
+        )  # fmt: skip
         if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
         decision = self._decision(seen, choice, looked=obs.matches is not None)
