@@ -205,7 +205,8 @@ class GoodputPolicy:
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
-        self._rest.plan_begins(looked=obs.matches is not None)
+        is_paid = self._explorer.more != PLAIN_ARM
+        self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
             self._rest.note_find(gain)

@@ -70,6 +70,8 @@ class Rest:
         """Replaces plans while looks find nothing; ``None``: every look is planned for."""
         self._looked: bool | None = None
         """Whether the last plan looked at matches; ``None`` once its time is known."""
+        self._is_paid = False
+        """Nobody owes what it took."""
 
     @property
     def pays(self) -> bool:
@@ -109,9 +111,13 @@ class Rest:
         """Steps that a plan holds for."""
         return min(max(math.ceil(cost / _REST_SHARE), 1), _MOST_REST)
 
-    def plan_begins(self, *, looked: bool) -> None:
-        """A plan is asked for."""
-        self._looked = looked
+    def plan_begins(self, *, looked: bool, is_paid: bool = False) -> None:
+        """A plan is asked for.
+
+        Args:
+            is_paid: drafts that saved more time than a plan takes have led to it.
+        """
+        self._looked, self._is_paid = looked, is_paid
         self.num_unlooked += not looked
 
     def note_cost(self, share: float) -> None:
@@ -122,7 +128,7 @@ class Rest:
         """
         if self._looked is not None:
             self._costs[self._looked].add(share)
-            if self.is_plain:
+            if self.is_plain and not self._is_paid:
                 self._owed[self._looked] += min(share, _MOST_COST * self._costs[self._looked].mean)
             self._looked = None
 
