@@ -42,6 +42,14 @@ class Choice(NamedTuple):
     plain_s: float
     """Seconds of a plain step."""
 
+    @property
+    def best_draft(self) -> Arm:
+        """The best arm that drafts; plain decoding if none can."""
+        if self.arm[1]:
+            return self.arm
+        drafting = (arm for arm in self.values if arm[1])
+        return max(drafting, key=self.values.__getitem__, default=PLAIN_ARM)
+
     def loss_s(self, arm: Arm) -> float:
         """Seconds that an arm loses against the best for the same tokens."""
         return (self.values[self.arm] - self.values[arm]) / self.speed

@@ -71,6 +71,8 @@ class Forecaster:
         """[6] share of rows in each bucket, in steps without a drafter that needs a match."""
         self._known: dict[str, _Usual] = {}
         """What each drafter is expected to bring as rows usually are, while it is still true."""
+        self._rows: dict[int, list[float]] = {}
+        """Rows by match bucket as they usually are, by batch."""
         self._drafters_last: tuple[str, ...] = ()
         """Those that could propose in the last step that was forecast."""
 
@@ -116,7 +118,9 @@ class Forecaster:
         return known.tokens
 
     def _usual_rows(self, batch: int) -> list[float]:
-        rows: list[float] = (batch * self._mix).tolist()
+        rows = self._rows.get(batch)
+        if rows is None:
+            rows = self._rows[batch] = (batch * self._mix).tolist()
         return rows
 
     def _by_cap(self, obs: StepObs, max_k: int) -> tuple[list[float], Counter[tuple[int, int]]]:
@@ -136,6 +140,7 @@ class Forecaster:
         """Count the rows of a step that a drafter that needs a match leaves to others."""
         self._mix += _MIX_GAIN * (np.array(seen.rows) / seen.batch - self._mix)
         self._known.clear()
+        self._rows.clear()
 
 
 def by_bucket(matches: Iterable[int]) -> list[float]:

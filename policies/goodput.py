@@ -70,6 +70,8 @@ class _Steps:
         """That of the last decision."""
         self.observed = "none"
         """That of the last step observed."""
+        self.best = PLAIN_ARM
+        """The best arm that drafts, when one was chosen last."""
         self._awaited: deque[_Planned] = deque(maxlen=8)
 
     def note(self, decision: Decision) -> Decision:
@@ -221,6 +223,8 @@ class GoodputPolicy:
         if self._neural and self._rest.is_over:
             self._learn_gathered()
             self._forecaster.prepare(outcome.batch)
+            if self._explorer.wants_doubt:
+                self._explorer.note_doubt(self._doubt(self._steps.best, outcome.batch))
 
     def _learn(self, outcome: Outcome) -> None:
         self._acceptance.tick(outcome.batch)
@@ -313,6 +317,7 @@ class GoodputPolicy:
         )  # fmt: skip
         if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
+        self._steps.best = choice.best_draft
         decision = self._decision(seen, choice, looked=obs.matches is not None)
         if decision.drafter in self._picker.mixes:
             picks = self._picker.pick(obs, decision.drafter, decision.draft_k)
@@ -379,7 +384,7 @@ class GoodputPolicy:
         if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
             return left, 1.0
         stretch, nothing = self._explorer.draw(
-            seen, choice, lambda: self._doubt(seen, choice), self._rest.num_since
+            seen, choice, self._rest.num_since
         )
         if stretch is not None:
             return stretch, stretch.propensity
@@ -388,17 +393,14 @@ class GoodputPolicy:
             return Stretch(more, _MORE_STEPS, nothing), nothing
         return None, nothing
 
-    def _doubt(self, seen: Forecast, choice: Choice) -> float:
-        """How uncertain the best drafting arm is: its time relative to a plain step, or what one
-        more position would add."""
-        drafter, k = choice.arm
-        if not k:
-            drafting = (arm for arm in choice.values if arm[1])
-            drafter, k = max(drafting, key=choice.values.__getitem__, default=PLAIN_ARM)
+    def _doubt(self, arm: Arm, batch: int) -> float:
+        """How uncertain a drafting arm is: its time relative to a plain step, or what one more
+        position would add."""
+        drafter, k = arm
         if not k:
             return 0.0
-        of_tokens = self._acceptance.doubt(drafter, min(k + 1, seen.max_k))
-        return max(of_tokens, self._times.doubt(drafter, k, seen.batch))
+        of_tokens = self._acceptance.doubt(drafter, min(k + 1, self._max_draft))
+        return max(of_tokens, self._times.doubt(drafter, k, batch))
 
     def _spread(self, arm: Arm, batch: int) -> float:
         """How uncertain an arm's speed relative to plain decoding is."""
