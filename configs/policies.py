@@ -84,7 +84,7 @@ class HedgeSettings(Section):
     """Share of all weights that each drafter gets at every step, so that none is ever lost."""
     stretch_steps: int = Field(16, ge=1)
     """Steps before the next drafter is drawn; one that was idle must catch up first."""
-    half_life_steps: float = Field(200.0, gt=0)
+    half_life_steps: float = Field(64.0, gt=0)
     """Steps of a drafter after which its acceptance counts half."""
 
 

@@ -1,15 +1,17 @@
 """A hedge over the drafters that a server holds: exponential weights, and a K of its own for each.
 
 Every neural drafter is an expert. Experts take turns in stretches of steps, because one that was
-idle must catch up first; which one is next is drawn by the weights. The loss of a step is what its
-tokens per time of a plain step fall short of the best seen, divided by the probability of the
-stretch (EXP3.S of Auer et al. 2002, with the implicit exploration of Neu 2015). Times are smoothed
-ones, so a late step is no loss of its drafter.
+idle must catch up first; which one is next is drawn by the weights. At every step each expert is
+charged the loss that is expected of it, by its own acceptance and times, and the one that drafted
+what it lost beyond, divided by the probability of its stretch: a doubly robust estimate of all
+losses (Dudik, Langford and Li 2011), where one of the drafter heard alone would scatter so much
+that only a very slow rate could follow it. Losses are of tokens per time of a plain step, relative
+to the best expert's; times are smoothed, so a late step is no loss of its drafter. A fixed share
+(Herbster and Warmuth 1998) keeps every expert within reach.
 
-That is bandit feedback: a stretch tells of one expert. Where the server can mix all experts in one
-step, some stretches give each request an expert of its own at random. They tell of all experts at
-once, on the same traffic, and take the place of all other exploring: full information, for as many
-requests as the batch has.
+A stretch tells of one expert. Where the server can mix all experts in one step, some stretches give
+each request an expert of its own at random. They tell of all experts at once, on the same traffic,
+and take the place of all other exploring: full information, for as many requests as the batch has.
 
 A version is an expert's life. New weights start with the mean of all experts' weights and with the
 acceptance that was published with them; a version that comes back, in a rollback, finds the weight
@@ -40,10 +42,8 @@ _PRIOR_KEPT, _PRIOR_ROUNDS = 1.2, 2.0
 """Rounds that every position starts with, and those of them that kept it."""
 _PUBLISHED_ROUNDS = 16.0
 """Rounds that a published acceptance counts for."""
-_IMPLICIT = 0.02
-"""Added to probabilities by which losses are divided."""
-_FIRST_MOST = 2.0
-"""Tokens per time of a plain step that are no loss before more were seen."""
+_MOST_WEIGHT = 4.0
+"""Largest weight of what was heard against what was expected."""
 _KEPT_VERSIONS = 32
 _AWAITED = 8
 
@@ -100,6 +100,11 @@ class _Expert:
         tokens, shares = self.life.tokens(), self.costs.shares(batch)
         return max(range(1, max_k + 1), key=lambda k: tokens[k] / shares[k])
 
+    def worth(self, batch: int, max_k: int) -> float:
+        """Expected tokens per time of a plain step at that K."""
+        k = self.best_k(batch, max_k)
+        return self.life.tokens()[k] / self.costs.shares(batch)[k]
+
 
 class _Stretch(NamedTuple):
     """Steps of one expert, or of all of them in a mix."""
@@ -131,7 +136,6 @@ class HedgePolicy:
         self._mix = next((name for name, of in context.mixes.items() if set(of) == everyone), None)
         """The mix that all experts draft in."""
         self._stretch: _Stretch | None = None
-        self._most = _FIRST_MOST
         self._rng = random.Random(context.seed)
         self._awaited: deque[tuple[Decision, float]] = deque(maxlen=_AWAITED)
         """Decisions whose losses count, and the probabilities of their stretches."""
@@ -252,18 +256,20 @@ class HedgePolicy:
     def _charge(
         self, batch: int, k: int, own: Mapping[str, Sequence[tuple[int, int]]], chance: float
     ) -> None:
-        """Lower the weights by the losses of a step.
+        """Lower all weights by the losses of a step.
 
         Args:
             own: rounds of each expert that drafted.
             chance: probability with which these experts were heard.
         """
-        for kind, rounds in own.items():
-            expert = self._experts[kind]
-            tokens = 1 + sum(kept for _, kept in rounds) / len(rounds)
-            reward = tokens / expert.costs.shares(batch)[k]
-            self._most = max(self._most, reward)
-            loss = (1 - reward / self._most) / (chance + _IMPLICIT)
+        worth = {kind: one.worth(batch, self._max_draft) for kind, one in self._experts.items()}
+        best = max(worth.values())
+        for kind, expert in self._experts.items():
+            loss = expected = 1 - worth[kind] / best
+            if rounds := own.get(kind):
+                tokens = 1 + sum(kept for _, kept in rounds) / len(rounds)
+                heard = 1 - tokens / expert.costs.shares(batch)[k] / best
+                loss += min(1 / chance, _MOST_WEIGHT) * (heard - expected)
             expert.life.log_weight -= self._own.rate * loss
         lives = [expert.life for expert in self._experts.values()]
         highest = max(life.log_weight for life in lives)

@@ -10,7 +10,7 @@ import pytest
 from configs.schema import PolicySettings
 from policies.catalog import build_policy
 from policies.interface import Outcome, RowOutcomes, StepObs
-from tests.policies.simulated import NEURAL, Noise, Simulation, World, calibration, fixed_speed
+from tests.policies.simulated import NEURAL, Noise, Simulation, World, fixed_speed
 
 FIRST_IS_BETTER = World(
     batch=4, eagle=(0.8,) * 8, others={"second": (0.4,) * 8}, has_index=False,
@@ -70,18 +70,17 @@ def test_it_follows_traffic_that_turns_round(mixes):
 
 
 def test_a_version_that_comes_back_has_the_weight_it_left_with():
-    policy = built(FIRST_IS_BETTER)
-    server = Simulation(policy, 0)
-    server.swap(1, calibration(FIRST_IS_BETTER))
-    server.run(FIRST_IS_BETTER, 800)
-    known = policy.weights(["eagle3", "second"])
-    server.swap(2, {})
-    new = policy.weights(["eagle3", "second"])
-    server.swap(1, {})
+    policy, kinds = built(FIRST_IS_BETTER), ["eagle3", "second"]
+    policy.on_swap("second", 1, {})
+    Simulation(policy, 0).run(FIRST_IS_BETTER, 800)
+    known = policy.weights(kinds)[1]
+    policy.on_swap("second", 2, {})
+    new = policy.weights(kinds)[1]
+    policy.on_swap("second", 1, {})
 
-    assert known[0] > 0.9
-    assert 0.5 <= new[0] < 0.8, "a new version has the mean of all weights"
-    assert policy.weights(["eagle3", "second"])[0] == pytest.approx(known[0], abs=0.02)
+    assert known < 0.1
+    assert 0.3 < new < 0.4, "a new version has the mean of all weights, here of 1 and next to 0"
+    assert policy.weights(kinds)[1] == pytest.approx(known)
 
 
 def test_a_published_acceptance_is_believed_until_rounds_tell():
