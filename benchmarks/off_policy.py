@@ -41,7 +41,7 @@ from configs.schema import Settings
 from policies.costs import times_of
 from policies.evaluation import off_policy_rate
 from policies.fixed import FixedPolicy
-from policies.interface import DraftPolicy, Outcome
+from policies.interface import Decision, DraftPolicy, Outcome
 from policies.logged import LoggedRow, LoggedStep
 from policies.off_policy import Estimate, Reward, throughput
 from policies.replayed_log import ReplayedLog
@@ -60,12 +60,15 @@ class _Noting:
     def __init__(self, inner: DraftPolicy) -> None:
         self._inner = inner
         self.noted: list[tuple[Outcome, float]] = []
-        self._last_s = time.thread_time()
+        self._began_s = time.thread_time()
+
+    def rest(self) -> Decision | None:
+        # A step begins here; prompts are computed before it or behind it.
+        self._began_s = time.thread_time()
+        return self._inner.rest()
 
     def observe(self, outcome: Outcome) -> None:
-        now_s = time.thread_time()
-        self.noted.append((outcome, now_s - self._last_s))
-        self._last_s = now_s
+        self.noted.append((outcome, time.thread_time() - self._began_s))
         self._inner.observe(outcome)
 
     def __getattr__(self, name: str) -> Any:

@@ -169,9 +169,8 @@ class PolicySettings(Section):
     tokens per second, K = 0 included; ``fixed``: always ``draft_k`` with ``drafter``. With
     ``drafter`` and a K that varies: ``table``: by batch; ``ema_tiers``: SGLang's adaptive steps;
     ``ucb``, ``thompson``, ``exp3s``: bandits; ``ltd``: a network that was fitted to traces.
-    ``hedge``: among several neural drafters by their weights. With a K whose drafts the device cuts
-    request by request: ``confidence``, ``adaedl``, ``specdecpp``, ``ragged``. See
-    docs/policies.md."""
+    ``hedge``: among several neural drafters. With a K whose drafts the device cuts by request:
+    ``confidence``, ``adaedl``, ``specdecpp``, ``ragged``. See docs/policies.md."""
     draft_k: int = Field(4, ge=0, le=16)
     """Draft length K of the fixed policy, and of those that cut it on the device."""
     drafter: str = "eagle3"

@@ -34,6 +34,8 @@ _MOST_REST, _MOST_UNLOOKED = 64, 1024
 _MOST_CREDIT = 8.0
 """Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
 now and then, and learning that they pay on the average takes many looks."""
+_MOST_OWED = 3.0
+"""Plain steps' worth of time that looks may owe beside plain steps, however much they promise."""
 _MOST_COST = 3.0
 """Largest cost that is owed, relative to the average: more is a machine's hiccup."""
 
@@ -57,6 +59,8 @@ class Rest:
         """Plain decoding is the base."""
         self._costs = {looked: Average(_REST_GAIN) for looked in (False, True)}
         """Time of a plan without and with a look, as shares of a plain step."""
+        self._glances = Average(_REST_GAIN)
+        """Time of a look that needed no plan, likewise."""
         self._find = Average(_REST_GAIN, mean=1.0)
         """Time that a look saves beyond what the best arm without one takes, likewise."""
         self.num_unlooked = 0
@@ -71,12 +75,23 @@ class Rest:
         self._looked: bool | None = None
         """Whether the last plan looked at matches; ``None`` once its time is known."""
         self._is_paid = False
-        """Nobody owes what it took."""
+        """Nobody owes what it took,"""
+        self._by_glance = False
+        """and it was a glance."""
 
     @property
     def pays(self) -> bool:
-        """Looking at every step finds more than it costs."""
-        return self._find.mean >= self._costs[True].mean
+        """Looking at every step finds more than it costs: beside drafts what looks took on the
+        average, planned for or not; beside plain steps, where a look needs no plan of its own, what
+        it takes by itself and its share of a plan, and as long as what was saved bears that out."""
+        cost = self._costs[True].mean
+        if self.is_plain:
+            planned = self._costs[False].mean
+            alone = self._glances.mean if self._glances.num else max(cost - planned, 0.0)
+            cost = min(cost, alone + planned / max(self._num_steps(planned), 1))
+            if self._owed[True] > _MOST_OWED:
+                return False
+        return self._find.mean >= cost
 
     @property
     def overhead(self) -> float:
@@ -117,7 +132,7 @@ class Rest:
         Args:
             is_paid: drafts that saved more time than a plan takes have led to it.
         """
-        self._looked, self._is_paid = looked, is_paid
+        self._looked, self._is_paid, self._by_glance = looked, is_paid, False
         self.num_unlooked += not looked
 
     def note_cost(self, share: float) -> None:
@@ -128,6 +143,8 @@ class Rest:
         """
         if self._looked is not None:
             self._costs[self._looked].add(share)
+            if self._by_glance:
+                self._glances.add(share)
             if self.is_plain and not self._is_paid:
                 self._owed[self._looked] += min(share, _MOST_COST * self._costs[self._looked].mean)
             self._looked = None
@@ -174,9 +191,9 @@ class Rest:
         if obs.longest(self.arm[1]) < self.arm[1]:
             return None
         arm, gain = glance.best(obs.matches)
-        if arm is None:
-            return self.arm, 0.0
-        return (arm, gain) if self.is_plain and obs.longest(arm[1]) == arm[1] else None
+        may_go_on = arm is None or (self.is_plain and obs.longest(arm[1]) == arm[1])
+        self._by_glance = may_go_on
+        return (self.arm if arm is None else arm, gain) if may_go_on else None
 
     def reset(self) -> None:
         """Forget what looks found: other weights draft now."""
