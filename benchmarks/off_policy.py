@@ -192,8 +192,10 @@ def main(
             rows += compared(found, batch, settings.drafter.max_draft)
             for row in rows:
                 if row["batch"] == batch:
-                    say("{clock:9} batch {batch} K {k}: live {live:.3f}, estimated {estimated:.3f}, "
-                        "{difference:+.3f} (scatter {spread:.3f})".format(**row))  # fmt: skip
+                    say(
+                        "{clock:9} batch {batch} K {k}: live {live:.3f}, estimated "
+                        "{estimated:.3f}, {difference:+.3f} (scatter {spread:.3f})".format(**row)
+                    )
         service.engine.stop()
     write_result(out, {"steps": steps, "batches": loads, "rows": rows})
     write_rows("off_policy", rows_of(rows), "python -m benchmarks.off_policy", out.parent)

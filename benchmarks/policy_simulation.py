@@ -320,9 +320,9 @@ def swap_claims(found: Sequence[dict[str, Any]]) -> Iterator[Row]:
         own = [row for row in found if row["told"] == told]
         values = [row["worst"] for row in own]
         worst = None if None in values else float(max(values))
-        how = "with" if told else "without"
+        how = f"{'with' if told else 'without'} calibration, {SWAP_SEEDS} seeds each"
         yield Row(
-            f"default policy, {len(own)} simulated swaps {how} calibration, {SWAP_SEEDS} seeds each",
+            f"default policy, {len(own)} simulated swaps {how}",
             "steps to 95 % of the new optimum, the worst",
             worst,
             f"at most {most}",

@@ -300,7 +300,8 @@ class DrafterAcceptance:
         recent = self._recent.reached[_POOL, :k].tolist()
         lasting = self._lasting.reached[_POOL, :k].tolist()
         survivals = list(accumulate(hazards, mul))
-        tokens, behind, variance = 1 + sum(survivals), 0.0, 0.0
+        tokens: float = 1 + sum(survivals)
+        behind = variance = 0.0
         for j in reversed(range(k)):
             behind += survivals[j]
             share = _LASTING_WEIGHT / (recent[j] + _LASTING_WEIGHT)

@@ -383,9 +383,7 @@ class GoodputPolicy:
         left = self._explorer.goes_on(left, choice, self._times.num_changes)
         if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
             return left, 1.0
-        stretch, nothing = self._explorer.draw(
-            seen, choice, self._rest.num_since
-        )
+        stretch, nothing = self._explorer.draw(seen, choice, self._rest.num_since)
         if stretch is not None:
             return stretch, stretch.propensity
         more = self._explorer.more

@@ -160,9 +160,7 @@ class Explorer:
         """
         self._haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
 
-    def draw(
-        self, seen: Forecast, choice: Choice, num_steps: int
-    ) -> tuple[Stretch | None, float]:
+    def draw(self, seen: Forecast, choice: Choice, num_steps: int) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:

@@ -172,7 +172,7 @@ def test_prompts_beside_steps_do_not_slow_an_estimate(k):
 
 
 def test_catching_up_after_a_plain_step_is_not_the_price_of_a_k():
-    """A ninth of the drafts of a log of random K follow a plain step. Always the same K has none."""
+    """A ninth of the drafts of a log of random K follow a plain step; those of one K never do."""
     steps, was_plain = [], False
     for step in log(3000, any_k, (4,)):
         catches_up = was_plain and step.draft_k > 0
