@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Set
+from collections.abc import Set
 from typing import NamedTuple
 
 from policies.choice import Choice
@@ -58,6 +58,16 @@ class Stretch(NamedTuple):
     num_steps: int
     propensity: float
     """Probability with which exactly this stretch was begun at its first step."""
+
+
+class _Option(NamedTuple):
+    """A stretch that could begin."""
+
+    arm: Arm
+    weight: float
+    num_steps: int
+    loss_s: float
+    """Seconds that it is predicted to lose; it switches once."""
 
 
 class Explorer:
@@ -171,32 +181,39 @@ class Explorer:
         least_s = min(account_s, -predicted_s) if is_own else -math.inf
         self.accounts_s[False] = max(account_s - excess_s, least_s)
 
-    def draw(
-        self, seen: Forecast, choice: Choice, doubt: Callable[[], float], num_steps: int
-    ) -> tuple[Stretch | None, float]:
+    @property
+    def wants_doubt(self) -> bool:
+        """``note_doubt`` should be called before the next draw. That takes time, so it is not for
+        every draw."""
+        return self._num_draws % _DOUBT_STEPS == 0
+
+    def note_doubt(self, doubt: float) -> None:
+        """Explore the more often the less certain the best drafting arm is.
+
+        Args:
+            doubt: standard deviation of the logarithm of its speed relative to its neighbours'.
+        """
+        self._haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
+
+    def draw(self, seen: Forecast, choice: Choice, num_steps: int) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:
-            doubt: returns the standard deviation of the logarithm of the best drafting arm's speed
-                relative to its neighbours'; asked at every eighth call, because it takes time.
             num_steps: steps since this was asked last.
         """
         if not self._explore or not self.accounts_s:
             return None, 1.0
-        if self._num_draws % _DOUBT_STEPS == 0:
-            self._haste = min(max(1.0, doubt() / _DOUBT), _MOST_HASTE)
         self._num_draws += 1
         options = self._affordable(seen, choice)
         if not options:
             return None, 1.0
-        total = sum(options.values())
-        mean_steps = sum(w * self._length(arm, choice) for arm, w in options.items()) / total
+        total = sum(one.weight for one in options)
+        mean_steps = sum(one.weight * one.num_steps for one in options) / total
         chance = min(self._explore * self._haste * num_steps / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
-        arm = self._rng.choices(list(options), weights=list(options.values()))[0]
-        share = options[arm] / total
-        return self._begin(arm, choice, chance * share), 1 - chance
+        one = self._rng.choices(options, weights=[one.weight for one in options])[0]
+        return self._begin(one.arm, choice, chance * one.weight / total), 1 - chance
 
     def trial(self, arm: Arm, choice: Choice) -> Stretch | None:
         """A stretch of an arm whose weights have changed, begun without a draw; ``None``: nothing
@@ -214,8 +231,8 @@ class Explorer:
         self._gain_steps, self._gained = 0.0, "none"
         return Stretch(arm, self._length(arm, choice), propensity)
 
-    def _affordable(self, seen: Forecast, choice: Choice) -> dict[Arm, float]:
-        """Weights of the stretches that can be paid for now."""
+    def _affordable(self, seen: Forecast, choice: Choice) -> list[_Option]:
+        """The stretches that can be paid for now."""
         (drafter, k), options = choice.arm, {}
         if choice.base != "none":
             options[PLAIN_ARM] = self._haste
@@ -228,13 +245,14 @@ class Explorer:
             arms = [(idle, k) for k in range(1, seen.max_k + 1)]
             options[max(arms, key=choice.values.__getitem__)] = 2.0
         options.pop(choice.arm, None)
-        losses_s = {arm: self._feared_s(arm, choice) for arm in sorted(options)}
-        self._wanted_s = max(losses_s.values(), default=0.0)
-        return {
-            arm: options[arm]
-            for arm, loss_s in losses_s.items()
-            if loss_s <= self.accounts_s[_is_own(arm, choice)]
-        }
+        found = []
+        self._wanted_s = 0.0
+        for arm in sorted(options):
+            loss_s = self._feared_s(arm, choice)
+            self._wanted_s = max(self._wanted_s, loss_s)
+            if loss_s <= self.accounts_s[_is_own(arm, choice)]:
+                found.append(_Option(arm, options[arm], self._length(arm, choice), loss_s))
+        return found
 
     def is_charged_later(self, drafter: str) -> bool:
         """Beside plain decoding, a stretch of this drafter is charged by what it loses."""
