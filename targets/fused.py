@@ -152,7 +152,7 @@ def _weights_of(many: _Many) -> list[Tensor]:
 def _pack(many: _Many) -> _Many:
     layers = []
     for layer in many.layers:
-        weights = {name: packed(weight) for name, weight in _products_of(layer).items()}
+        weights: dict[str, Any] = {n: packed(w) for n, w in _products_of(layer).items()}
         layers.append(replace(layer, heads=joint_norms(layer.heads), **weights))
     return _Many(layers, packed(many.head))
 
