@@ -18,6 +18,7 @@ Writes ``benchmarks/results/reports.json`` and, with ``--publish``, ``rows/repor
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -235,7 +236,9 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
 def main(
     num: Annotated[int, typer.Option(min=1, help="records of each kind")] = 250,
     idle: Annotated[float, typer.Option(help="seconds without records, to compare with")] = 10.0,
-    writers: Annotated[str, typer.Option(help="writers to measure")] = ",".join(WRITERS),
+    writers: Annotated[
+        str, typer.Option(help="writers to measure; empty: keep figures")
+    ] = ",".join(WRITERS),
     demo: Annotated[
         Path | None, typer.Option(help="folder of a demo that was run with wandb.mode=offline")
     ] = None,
@@ -244,6 +247,8 @@ def main(
 ) -> None:
     """Count the processor time of reports."""
     found: dict[str, Any] = {"writers": {}}
+    if not writers and out.exists():
+        found["writers"] = json.loads(out.read_text())["writers"]
     for writer in filter(None, writers.split(",")):
         with tempfile.TemporaryDirectory(prefix="reports-") as name:
             one: dict[str, Any] = {

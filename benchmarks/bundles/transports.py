@@ -17,6 +17,7 @@ The processor time of both, writing to the disk included, tells what a loaded ma
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import tempfile
 import threading
@@ -141,6 +142,7 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
     later = swaps[1:]
     return {
         "url": url,
+        "load": os.getloadavg()[0],
         "bytes": size,
         "median_after_s": {k: statistics.median(one[k] for one in later) for k in later[0]},
         "processor_s": {k: statistics.median(one[k] for one in busy[1:]) for k in busy[0]},
@@ -158,6 +160,7 @@ def _answer(orders: Connection) -> Any:
 def rows_of(found: Sequence[dict[str, Any]]) -> Iterator[Row]:
     for one in found:
         what = f"bundle of {one['bytes'] / 1e9:.2f} GB by {one['url']}, nothing decodes"
+        what += f", load {one['load']:.0f} on {os.cpu_count()} cores"
         measure, seconds = "optimiser step to weights in force, s", one["median_after_s"]["swapped"]
         goal = SAME_HOST_S if one["url"].startswith("shm:") else FILES_S
         is_big = one["bytes"] >= BIG_BYTES
