@@ -147,7 +147,8 @@ def build_service(
     )
     policies = _policies(settings, kinds, wrap)
     if policies.wants_profile:
-        drafting = f"{kinds} {shapes_of(learning)}{'; mixed' if mixes(settings.drafter) else ''}"
+        mixed = "".join(f"; mixed {name}" for name in mixes(settings.drafter))
+        drafting = f"{kinds} {shapes_of(learning)}{mixed}"
         facts = facts_of(settings, loaded.fingerprint, parts.programs.target.device, drafting)
         with _timed("found step times", "finding step times"):
             policies.calibrate(

@@ -8,10 +8,12 @@ import random
 import pytest
 import torch
 
+from configs.schema import Settings
 from drafters.suffix.index import SuffixIndex
 from oracles.engines import RandomPolicy, make_engine, new_weights, random_model, request_of, run
 from oracles.joint_law import chi_squared_excess
 from policies.interface import Decision
+from serving.build import build_service
 from serving.capture.rounds import round_columns
 from serving.engine import mixed_rows
 from serving.engine.loop import Engine, Listeners
@@ -30,6 +32,7 @@ from tests.serving.engine.test_sampled_law import (
     soft_target,
 )
 from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
+from tests.serving.swap.test_swaps import ask
 from tests.specops.test_verify_logits import SMALL, assert_alike, by_kernel, case
 
 MIX = "eagle3+suffix"
@@ -309,3 +312,26 @@ def test_the_kernel_need_not_find_the_laws_of_certain_drafts_again():
     ]
 
     assert_alike(found[1], found[0])
+
+
+def test_a_server_mixes_if_settings_say_so(tiny_target_dir, tmp_path):
+    """With the default policy and its profile of step times."""
+    settings = Settings.model_validate(
+        {
+            "target": str(tiny_target_dir),
+            "run_dir": tmp_path,
+            "device": "cpu",
+            "engine": {"max_batch": 2, "max_model_len": 200, "page_size": 4},
+            "drafter": {"max_draft": 3, "suffix": {"mixed": True}},
+        }
+    )
+    service = build_service(settings)
+    assert set(service.engine.drafting.mixes) == {MIX}
+    service.start()
+    try:
+        prompt = [5, 6, 7, 8] * 8
+        plain = ask(service, "plain", prompt=prompt, max_draft=0).token_ids
+        answers = [ask(service, f"{n}", prompt=prompt).token_ids for n in range(3)]
+    finally:
+        service.stop()
+    assert answers == [plain] * 3
