@@ -3,7 +3,7 @@
 The numbers of a trace are columns (see ``columns.py``), so that nothing is done for each round in
 Python, neither to read them nor to check them:
 
-    token_ids I32 [T] | counts I32 [13, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
+    token_ids I32 [T] | counts I32 [14, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
     draft_ids I32 | q_logp F32 | p_logp F32 | those of ``considered``   of one round after another
     positions I32 [N] | scale F32 [N, m + 1], for fp8 rows alone
     rows [N, m + 1, H], in the dtype and with the bytes that were captured

@@ -92,6 +92,9 @@ class RoundNotes:
     drafted in the step that of the pick (``policies.interface``); empty likewise."""
     considered: Consideration | None = None
     """``None`` where the device was not asked to cut drafts."""
+    is_timed: bool = True
+    """The step's time is that of rounds alone. ``False`` where prompts, or log probabilities that a
+    request asked for, were computed beside them; ``True`` likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,8 @@ class Count(IntEnum):
     """1 + number of the step; 0: not noted."""
     REASON = 12
     """1 + index into ``Rounds.reasons``; 0: not noted."""
+    UNTIMED = 13
+    """0 where the step's time is that of rounds alone, or where that is not noted."""
 
 
 FIRST_COUNTS = 10
@@ -176,7 +181,7 @@ class Rounds(Sequence[Round]):
     """The R rounds of one request by column; a ``Round`` is made when somebody asks for it."""
 
     counts: NDArray[np.int32]
-    """[13, R]: one row for each ``Count``; all >= 0."""
+    """[14, R]: one row for each ``Count``; all >= 0."""
     reals: NDArray[np.float64]
     """[2, R]: one row for each ``Real``."""
     draft_ids: NDArray[np.int32]
@@ -222,6 +227,7 @@ class Rounds(Sequence[Round]):
             Count.POLICY: [policies.index(one.policy) + 1 if one.policy else 0 for one in rounds],
             Count.STEP: [0 if one.step is None else one.step + 1 for one in rounds],
             Count.REASON: [reasons.index(one.reason) + 1 if one.reason else 0 for one in rounds],
+            Count.UNTIMED: [int(not one.is_timed) for one in rounds],
         }
         reals = [one.propensity for one in rounds], [one.step_s for one in rounds]
         return cls(
@@ -270,12 +276,16 @@ class Rounds(Sequence[Round]):
             (number - 1 if number else None for number in counts[Count.STEP]),
             map(("", *self.reasons).__getitem__, counts[Count.REASON]),
             self._considerations(),
+            (not untimed for untimed in counts[Count.UNTIMED]),
             strict=True,
         )
         return (
-            Round(*own, policy=policy, step=step, reason=reason, considered=considered)
-            for own, (policy, step, reason, considered) in zip(fields, notes, strict=True)
-        )
+            Round(
+                *own, policy=policy, step=step, reason=reason, considered=considered,
+                is_timed=is_timed,
+            )
+            for own, (policy, step, reason, considered, is_timed) in zip(fields, notes, strict=True)
+        )  # fmt: skip
 
     def _considerations(self) -> Iterator[Consideration | None]:
         if not self.considered.size:

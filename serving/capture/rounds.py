@@ -21,7 +21,7 @@ def round_columns(noted: NotedRounds) -> Rounds:
     steps, anchors, num_drafted, num_q, accepted, next_ids = (
         noted.rounds[column::width] for column in range(width)
     )
-    kinds, versions, draft_ks, propensities, batches, step_s, names, numbers, whys = zip(
+    kinds, versions, draft_ks, propensities, batches, step_s, names, numbers, whys, timed = zip(
         *steps, strict=True
     )
     num_p = [min(kept + 1, num) for kept, num in zip(accepted, num_drafted, strict=True)]
@@ -42,6 +42,7 @@ def round_columns(noted: NotedRounds) -> Rounds:
         Count.POLICY: list(map({"": 0, **{n: i for i, n in enumerate(policies, 1)}}.get, names)),
         Count.STEP: [0 if number is None else number + 1 for number in numbers],
         Count.REASON: list(map({"": 0, **{n: i for i, n in enumerate(reasons, 1)}}.get, whys)),
+        Count.UNTIMED: [int(not is_timed) for is_timed in timed],
     }
     return Rounds(
         _table([counts[row] for row in Count], np.int32),

@@ -44,6 +44,8 @@ class Step:
     """See ``Drafting.versions_of``."""
     step_s: float
     """Seconds of the whole step."""
+    is_timed: bool
+    """They are those of rounds alone, see ``buffer.records.Round``."""
 
     @property
     def version(self) -> int:
@@ -187,6 +189,7 @@ class Commits:
         rest = (
             decision.draft_k, decision.propensity, len(batch), step.step_s,
             decision.policy, self.counters.num_steps % _STEP_NUMBERS, decision.reason,
+            step.is_timed,
         )  # fmt: skip
         idle = NotedStep("none", step.versions["none"], *rest)
         drafting = NotedStep(draft.drafter, step.version, *rest) if draft else idle

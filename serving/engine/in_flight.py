@@ -51,25 +51,27 @@ class Arrival:
     """Part of ``step_s`` in which the host planned and the device had nothing to do: this round, or
     the next one while this one ran."""
 
-    def step(self, planned: PlannedRound, decoded: Decoded) -> Step:
+    def step(self, planned: PlannedRound, decoded: Decoded, is_timed: bool) -> Step:
         """What the requests of the round drafted and kept.
 
         Args:
             decoded: the outcome for those that had not ended when the round was read; what others
                 drafted means nothing.
+            is_timed: see ``RoundClock``.
         """
         beside_s = max(0.0, self.step_s - planned.before_s)
         draft_s = planned.before_s + planned.launched.draft_share * beside_s
-        return Step(decoded.proposed, decoded.verified, draft_s, planned.versions, self.step_s)
+        # The time of a round that computes log probabilities says nothing about other rounds.
+        is_timed = is_timed and planned.launched.scores is None
+        return Step(
+            decoded.proposed, decoded.verified, draft_s, planned.versions, self.step_s, is_timed
+        )
 
-    def outcome(
-        self, planned: PlannedRound, step: Step, lives: list[bool], is_timed: bool
-    ) -> Outcome:
+    def outcome(self, planned: PlannedRound, step: Step, lives: list[bool]) -> Outcome:
         """What the policy learns from the round.
 
         Args:
             lives: [R] requests that had not ended when the round was read.
-            is_timed: see ``RoundClock``.
         """
         accepted, draft, matches = step.verified.num_accepted, step.proposed, planned.matches
         lens = list(map(len, draft.tokens)) if draft else [0] * len(accepted)
@@ -81,8 +83,7 @@ class Arrival:
             rows=RowOutcomes(lens, accepted, matches),
             step_s=self.step_s,
             draft_s=step.draft_s,
-            # The time of a round that computes log probabilities says nothing about other rounds.
-            has_prefill=not is_timed or planned.launched.scores is not None,
+            has_prefill=not step.is_timed,
             version=step.version,
             plan_s=self.plan_s,
         )

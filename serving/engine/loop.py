@@ -347,7 +347,7 @@ class Engine:
         self._commits.counters.steps_by_arm[(decision.drafter, decision.draft_k)] += 1
         lives = [s.finish_reason is None for s in batch]
         decoded = arrival.decoded.of(lives)
-        step = arrival.step(planned, decoded)
+        step = arrival.step(planned, decoded, self._clock.is_timed)
         living = list(compress(batch, lives))
         self._commits.rounds(living, step, decision, decoded.scored, decoded.numbers)
         if decoded.proposed is not None:
@@ -355,7 +355,7 @@ class Engine:
         self._outputs.after_commit(living)
         # Otherwise a swap came between, and the round says nothing about the new weights.
         if planned.versions == self.drafting.versions_of(decision.drafter):
-            outcome = arrival.outcome(planned, step, lives, self._clock.is_timed)
+            outcome = arrival.outcome(planned, step, lives)
             self._report(planned, outcome, decoded.proposed)
         self._clock.round_was_committed()
         return arrival.host_waited and not was_read

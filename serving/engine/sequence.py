@@ -24,6 +24,7 @@ class NotedStep(NamedTuple):
     policy: str = ""
     step: int | None = None
     reason: str = ""
+    is_timed: bool = True
 
 
 class NotedRounds:

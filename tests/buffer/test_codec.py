@@ -189,7 +189,7 @@ def test_unknown_keys_columns_and_rows_of_a_later_writer_are_passed_over(make_tr
 
 def test_rounds_of_an_older_writer_have_no_policy_no_step_and_no_reason(make_trace):
     noted = [
-        dataclasses.replace(one, policy="goodput", step=7, reason="probe")
+        dataclasses.replace(one, policy="goodput", step=7, reason="probe", is_timed=False)
         for one in make_trace().rounds
     ]
     trace = make_trace(rounds=Rounds.of(noted))
@@ -199,7 +199,8 @@ def test_rounds_of_an_older_writer_have_no_policy_no_step_and_no_reason(make_tra
     record = rewritten(trace, text=text, columns={"counts": ("I32", older)})
 
     decoded = decode_trace(encode_trace(trace)).rounds
-    assert [(one.policy, one.step, one.reason) for one in decoded] == [("goodput", 7, "probe")] * 2
+    noted = [(one.policy, one.step, one.reason, one.is_timed) for one in decoded]
+    assert noted == [("goodput", 7, "probe", False)] * 2
     assert_same(decode_trace(record), make_trace())
 
 

@@ -220,7 +220,7 @@ def test_fp8_rows_keep_small_and_large_values():
 def test_columns_of_rounds_are_what_the_rounds_were():
     """With and without drafts, with fewer draft tokens than K, drawn or not."""
     luck = random.Random(0)
-    noted_of = [("", None, ""), ("ucb", 1, "probe"), ("goodput", 2, "rest")]
+    noted_of = [("", None, ""), ("ucb", 1, "probe", False), ("goodput", 2, "rest", True)]
     steps = [
         NotedStep(kind, version, k, 0.5, 3, 0.25, *noted_of[version])
         for version, (kind, k) in enumerate([("none", 0), ("eagle3", 4), ("suffix", 8)])
@@ -242,7 +242,7 @@ def test_columns_of_rounds_are_what_the_rounds_were():
             Round(
                 anchor, step.drafter, step.version, tuple(drafted), tuple(q) or None,
                 tuple(p[:seen]), kept, 7, step.draft_k, 0.5, 3, 0.25,
-                policy=step.policy, step=step.step, reason=step.reason,
+                policy=step.policy, step=step.step, reason=step.reason, is_timed=step.is_timed,
             )
         )  # fmt: skip
 
