@@ -24,7 +24,14 @@ from configs.schema import PolicySettings
 from policies.catalog import CATALOG, build_policy, cuts_of
 from policies.interface import Decision, DraftPolicy, StepObs
 from policies.logged import Floats
-from policies.off_policy import Estimate, Reward, importance_weights, throughput
+from policies.off_policy import (
+    Estimate,
+    Reward,
+    by_position,
+    importance_weights,
+    normalised,
+    throughput,
+)
 from policies.replayed_log import Played, ReplayedLog, play
 
 Ks = NDArray[np.int64]
@@ -278,25 +285,42 @@ class _Bench:
 
 
 def off_policy_rate(log: ReplayedLog, ks: Ks) -> Estimate | None:
-    """Doubly robust tokens per second of these decisions, by the measured times and tokens of the
-    steps in which the log took the same; the model is the replayed log without that step's outcome,
-    so it knows loads and hazards alone. ``None`` if the log has no step in common with them."""
+    """Doubly robust tokens per second of these decisions. The model is the replayed log without a
+    step's outcome, so it knows loads and hazards alone.
+
+    Tokens come from all drafts that were long enough (``off_policy.by_position``), seconds from
+    steps in which the log took the same K. Of these only the times count that mean something: no
+    prompts were computed beside the step, and a draft did not come right after a plain step, when
+    the drafter must catch up first, as it never must where K stays the same.
+
+    Returns:
+        ``None`` if the log has no step in common with the decisions.
+    """
     taken = np.array([step.draft_k for step in log.steps])
     # What a cut draft brought says nothing of its K.
     inside = (taken <= log.max_draft) & ~np.array([step.may_cut for step in log.steps])
     taken = np.minimum(taken, log.max_draft)
-    at = np.arange(len(ks))
+    at, sizes = np.arange(len(ks)), log.sizes
     propensity = np.array([step.propensity for step in log.steps])
     weights = importance_weights((taken == ks) & inside, propensity)
     batches = np.array([step.batch for step in log.steps], np.float64)
-    expected = np.concatenate(([1.0], 1 + np.cumprod(log.hazards).cumsum()))
-    tokens = np.array([step.tokens for step in log.steps])
+    kept = by_position(
+        log.survivors,
+        batches[:, None] * np.cumprod(log.hazards),
+        taken,
+        ks,
+        np.where(inside, propensity, np.inf),
+        sizes,
+    )
     seconds = np.array([step.step_s for step in log.steps])
+    in_row = np.concatenate(([False], taken[:-1] > 0)) | (taken == 0)
+    means_something = in_row & np.array([step.is_timed for step in log.steps])
+    timed = normalised(weights * means_something, 2 * sizes + (ks > 0))
     return throughput(
-        Reward(tokens, batches * expected[taken], batches * expected[ks]),
-        Reward(seconds, log.seconds[at, taken], log.seconds[at, ks]),
-        weights,
-        log.sizes,
+        Reward(batches + kept, weights=np.ones(len(ks))),
+        Reward(seconds, log.seconds[at, taken], log.seconds[at, ks], timed),
+        weights * means_something,
+        sizes,
     )
 
 

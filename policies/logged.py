@@ -79,6 +79,8 @@ class LoggedStep:
     rows: tuple[LoggedRow, ...]
     may_cut: bool = False
     """The device could shorten drafts."""
+    is_timed: bool = True
+    """``step_s`` is the time of rounds alone, as far as the trace tells."""
 
     @property
     def has_figures(self) -> bool:
@@ -135,6 +137,7 @@ def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
             for r, temperature in rounds
         ),
         may_cut=any(r.considered is not None and r.considered.may_cut for r, _ in rounds),
+        is_timed=all(r.is_timed for r, _ in rounds),
     )
 
 

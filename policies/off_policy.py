@@ -27,6 +27,7 @@ MAX_WEIGHT = 50.0
 """Larger weights are cut off: one step must not decide."""
 BLOCK_STEPS = 16
 RESAMPLES = 400
+_NOTHING = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class Reward:
     model_target: Floats | None = None
     """[S] what it says of the actions that the policy would take. Both, or neither: with them the
     estimate is doubly robust."""
+    weights: Floats | None = None
+    """[S] of this reward, where they are not those of the steps."""
 
 
 def importance_weights(is_same: NDArray[np.bool_], propensity: Floats) -> Floats:
@@ -69,6 +72,53 @@ def importance_weights(is_same: NDArray[np.bool_], propensity: Floats) -> Floats
     if (propensity <= 0).any():
         raise ValueError("a logged action has probability 0, so it cannot be weighed")
     return np.minimum(np.where(is_same, 1 / propensity, 0.0), MAX_WEIGHT)
+
+
+def normalised(weights: Floats, groups: NDArray[np.int64]) -> Floats:
+    """[S] weights with mean 1 in every group of steps. Those of a group without any stay 0.
+
+    Args:
+        groups: [S].
+    """
+    found = weights.copy()
+    for one in np.unique(groups).tolist():
+        rows = groups == one
+        found[rows] /= max(float(weights[rows].mean()), _NOTHING)
+    return found
+
+
+def by_position(
+    kept: Floats,
+    survival: Floats,
+    taken: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+    propensity: Floats,
+    strata: NDArray[np.int64],
+) -> Floats:
+    """[S] doubly robust tokens that a policy's drafts keep, from every draft that was long enough.
+
+    Whether a draft's first j tokens are kept does not depend on how many follow. So a step with K
+    tells of position j what one with any other K >= j would, and its weight is shared among these:
+    1 / propensity, divided by how many they are (balanced importance sampling; the side
+    observations of Alon et al. 2017, arXiv:1409.8428). Where every K is as likely as the others of
+    0 to 8, position 1 is known from eight ninths of the steps, not from the ninth whose K is 1.
+
+    Args:
+        kept: [S, K] requests of the batch that kept position 1, 2, ... and all before it.
+        survival: [S, K] what a model expects of that, without the step's outcome.
+        taken: [S] K of the log.
+        wanted: [S] K of the policy.
+        propensity: [S] of the log's decision; ``inf`` for a step that must not count.
+        strata: [S] load of each step; weights have mean 1 in each.
+    """
+    found = np.zeros(len(taken))
+    most = kept.shape[1]
+    for j in range(1, most + 1):
+        weights = np.minimum(np.where(taken >= j, 1 / propensity, 0.0), MAX_WEIGHT)
+        weights = normalised(weights, strata)
+        expected = survival[:, j - 1]
+        found += np.where(wanted >= j, expected + weights * (kept[:, j - 1] - expected), 0.0)
+    return found
 
 
 def ips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
@@ -119,6 +169,7 @@ def throughput(
 
 
 def _corrected(reward: Reward, weights: Floats) -> Floats:
+    weights = weights if reward.weights is None else reward.weights
     if reward.model_logged is None or reward.model_target is None:
         return weights * reward.logged
     return reward.model_target + weights * (reward.logged - reward.model_logged)

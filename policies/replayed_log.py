@@ -120,6 +120,16 @@ class ReplayedLog:
         )
 
     @property
+    def survivors(self) -> Floats:
+        """[S, K] requests of the whole batch that kept position 1, 2, ... and all before it, in the
+        draft that was verified."""
+        found = np.zeros((len(self.steps), self.max_draft))
+        for at, step in enumerate(self.steps):
+            for row in step.rows:
+                found[at, : row.num_accepted] += step.batch / len(step.rows)
+        return found
+
+    @property
     def sizes(self) -> NDArray[np.int64]:
         """[S] size of each step's batch, see ``live_costs.size_of``."""
         return np.array([step.batch.bit_length() - 1 for step in self.steps], np.int64)
@@ -176,9 +186,10 @@ class ReplayedLog:
     def haste(self) -> Floats:
         """[S] time of each logged step relative to the table's; the median is 1."""
         taken = np.array([step.step_s for step in self.steps])
+        timed = np.array([step.is_timed for step in self.steps], np.bool_)
         ks = np.minimum([step.draft_k for step in self.steps], self.max_draft)
         ratio = taken / self.seconds[np.arange(len(ks)), ks]
-        ratio /= np.median(ratio) if len(ratio) else 1.0
+        ratio /= np.median(ratio[timed]) if timed.any() else 1.0
         return np.clip(ratio, _LEAST_HASTE, _MOST_HASTE)
 
 
@@ -238,7 +249,7 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
                 rows=RowOutcomes(verified, accepted),
                 step_s=step_s,
                 draft_s=0.0,
-                has_prefill=False,
+                has_prefill=not step.is_timed,
                 version=step.version,
             )
         )

@@ -226,6 +226,12 @@ class Feed:
             raise RuntimeError(f"a request failed: {self._failed}")
         return Window(now - started, self.num_tokens - tokens, engine.figures().num_steps - steps)
 
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Step once, and submit requests in place of those that ended."""
+        self._engine.step()
+        self._fill()
+
     def finish(self) -> Window:
         """Submit no further requests, and step until those in flight have ended."""
         self._requests = iter(())

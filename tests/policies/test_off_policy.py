@@ -7,6 +7,7 @@ import pytest
 
 from policies.off_policy import (
     Reward,
+    by_position,
     doubly_robust,
     importance_weights,
     ips,
@@ -104,6 +105,29 @@ def test_throughput_joins_loads_by_the_tokens_that_they_have():
 
     assert found.value == pytest.approx(16)
     assert throughput(Reward(tokens), Reward(seconds), (loads == 0).astype(float), loads) is None
+
+
+@pytest.mark.parametrize("survival", [(0.6, 0.3, 0.2), (0.9, 0.9, 0.9)], ids=["right", "wrong"])
+def test_positions_are_known_from_every_draft_that_reached_them(survival):
+    """Whatever the model says, and at loads whose K are drawn otherwise."""
+    rng, num = np.random.default_rng(0), 30_000
+    loads = rng.integers(0, 2, num)
+    law = np.where(loads[:, None] == 0, (0.4, 0.3, 0.2, 0.1), (0.1, 0.1, 0.3, 0.5))
+    taken = (rng.random(num)[:, None] > law.cumsum(axis=1)).sum(axis=1)
+    # Kept tokens of a draft: 0.6 at least one, 0.3 at least two, 0.2 three.
+    whole = (rng.random(num)[:, None] < (0.6, 0.3, 0.2)).sum(axis=1)
+    kept = np.minimum(whole, taken)[:, None] >= (1, 2, 3)
+    model, propensity = np.tile(survival, (num, 1)), law[np.arange(num), taken]
+
+    for k, truth in enumerate((0.0, 0.6, 0.9, 1.1)):
+        wanted = np.full(num, k)
+        found = by_position(kept.astype(float), model, taken, wanted, propensity, loads)
+        assert found.mean() == pytest.approx(truth, abs=0.02)
+    found = by_position(
+        kept.astype(float), model, taken, np.where(loads == 0, 1, 3), propensity, loads
+    )
+    assert found[loads == 0].mean() == pytest.approx(0.6, abs=0.02)
+    assert found[loads == 1].mean() == pytest.approx(1.1, abs=0.02)
 
 
 def test_nothing_is_estimated_without_a_step_in_common():
