@@ -49,7 +49,7 @@ class FixedPolicy:
 
     def plan(self, obs: StepObs) -> Decision:
         """The configured K, capped by engine and requests; plain if the drafter is not ready."""
-        k = min(self._draft_k, obs.max_draft, max(obs.caps))
+        k = obs.longest(self._draft_k)
         if k == 0 or self._drafter not in obs.drafters:
             return _PLAIN
         return Decision(self._drafter, k, 1.0, explore=False, reason="fixed", policy="fixed")

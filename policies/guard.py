@@ -28,7 +28,6 @@ from typing import Any
 
 from policies.average import Average
 from policies.cusum import Cusum
-from policies.fixed import PLAIN
 from policies.interface import CostSample, Decision, DraftPolicy, Outcome, PolicyContext, StepObs
 from policies.lengths import drafter_for
 from policies.live_costs import LiveCosts
@@ -138,8 +137,7 @@ class Guard:
         return self._ask(obs, 1 - _PLAIN_CHANCE if self.is_on else 1.0)
 
     def _plain(self, propensity: float, reason: str) -> Decision:
-        kind = self._kind
-        return replace(PLAIN, propensity=propensity, reason=reason, policy=kind)
+        return Decision("none", 0, propensity, explore=False, reason=reason, policy=self._kind)
 
     def _ask(self, obs: StepObs, chance: float) -> Decision:
         """The policy's decision, which it was asked for with this probability."""
@@ -147,7 +145,7 @@ class Guard:
         propensity = chance * inner.propensity
         if not inner.draft_k:
             propensity += 1 - chance  # the guard itself would have decoded plainly
-        decision = replace(inner, propensity=min(propensity, 1.0))
+        decision = inner.with_propensity(min(propensity, 1.0))
         self._awaited.append((decision, inner))
         return decision
 

@@ -135,6 +135,12 @@ class StepObs:
     """[batch] what neural drafters have done for each request, by kind; ``None`` unless several can
     draft in one step. Outcomes of earlier rounds only."""
 
+    def longest(self, most: int) -> int:
+        """The largest K that some request can use, at most ``most``."""
+        most = min(most, self.max_draft)
+        # The first request mostly can, and nobody looks at the other 255.
+        return most if self.caps[0] >= most else min(most, max(self.caps))
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -155,6 +161,14 @@ class Decision:
     not at all. Batches in which a request asks for log probabilities are not cut."""
     picks: tuple[Pick, ...] | None = None
     """[batch] for a mix: who drafts for each request. ``None``: the first of the mix for all."""
+
+    def with_propensity(self, propensity: float) -> Decision:
+        """The same choice, made with another probability. ``dataclasses.replace`` takes three times
+        as long, and a guard does this at every step."""
+        return Decision(
+            self.drafter, self.draft_k, propensity, self.explore, self.reason, self.policy,
+            self.allocation, self.picks,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,10 @@ class LengthPolicy(ABC):
         self._rng = random.Random(context.seed)
         self._counts = Counter[int]()
         self._laws: deque[tuple[Decision, Sequence[float]]] = deque(maxlen=_AWAITED)
+        self._ahead: dict[tuple[int, int], Sequence[float]] = {}
+        """The next step's law by (batch, max_k), computed while the device works."""
+        self._seen: tuple[int, int] | None = None
+        """Batch and max_k of the last plan."""
 
     @abstractmethod
     def law(self, batch: int, max_k: int) -> Sequence[float]:
@@ -87,6 +91,7 @@ class LengthPolicy(ABC):
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Start the step times from those measured at start-up."""
         self.costs.calibrate(samples)
+        self._ahead.clear()
 
     def rest(self) -> Decision | None:
         """``None``: every step is planned."""
@@ -98,10 +103,10 @@ class LengthPolicy(ABC):
 
     def plan(self, obs: StepObs) -> Decision:
         """Draw K from the law."""
-        max_k = min(obs.max_draft, self.max_draft, max(obs.caps))
+        max_k = obs.longest(self.max_draft)
         law: Sequence[float] = (1.0,)
         if max_k and self.drafter in obs.drafters:
-            law = self.law(obs.batch, max_k)
+            law = self._law_of(obs.batch, max_k)
         k = self._drawn(law)
         self.plain_chance = law[0]
         self._counts[k] += 1
@@ -112,6 +117,13 @@ class LengthPolicy(ABC):
             decision = self.completed(decision, obs.batch)
         self._laws.append((decision, law))
         return decision
+
+    def _law_of(self, batch: int, max_k: int) -> Sequence[float]:
+        self._seen = batch, max_k
+        law = self._ahead.get((batch, max_k))
+        if law is None:
+            law = self._ahead[batch, max_k] = self.law(batch, max_k)
+        return law
 
     def completed(self, decision: Decision, batch: int) -> Decision:
         """A decision to draft, with what the policy decides besides K."""
@@ -127,14 +139,18 @@ class LengthPolicy(ABC):
         return max(range(len(law)), key=law.__getitem__)
 
     def observe(self, outcome: Outcome) -> None:
-        """Follow the times of steps without prompts, and learn from what this policy decided."""
+        """Follow the times of steps without prompts, learn from what this policy decided, and
+        compute the law of the next step, which most likely has the batch of the last one."""
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome)
         while self._laws:
             decision, law = self._laws.popleft()
             if decision is outcome.decision:
                 self.learn(outcome, law)
-                return
+                break
+        self._ahead.clear()
+        if self._seen is not None:
+            self._law_of(*self._seen)
 
     def _observe_time(self, outcome: Outcome) -> None:
         k = max(outcome.rows.num_verified, default=0) if outcome.decision.draft_k else 0
@@ -148,6 +164,7 @@ class LengthPolicy(ABC):
         """Forget what the former weights brought."""
         if drafter == self.drafter:
             self._laws.clear()
+            self._ahead.clear()
             self.forget(calibration)
 
     def figures(self) -> dict[str, Any]:

@@ -122,6 +122,28 @@ def test_policies_that_learn_forget_at_a_swap(kind):
     assert speed(decode(policy, 300, seed=1)) > 0.85 * best_fixed()
 
 
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_a_law_that_was_computed_ahead_is_that_of_the_step(kind):
+    """Loads change, and outcomes come between: never a law of another state."""
+
+    def decided(*, forgets):
+        policy, found = build(kind), []
+        for at, batch in enumerate((1, 4, 4, 1, 16)):
+            if forgets:
+                plan = policy.plan
+
+                def plan_anew(seen, policy=policy, plan=plan):
+                    policy._ahead.clear()
+                    return plan(seen)
+
+                policy.plan = plan_anew
+            found += decode(policy, 40, batch, seed=at)
+            policy.on_swap(DRAFTER, at, {})
+        return found
+
+    assert decided(forgets=False) == decided(forgets=True)
+
+
 def test_a_table_looks_up_the_batch():
     lengths = ((4, 5), (16, 2))
     policy = build("table", table={"lengths": lengths})
