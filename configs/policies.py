@@ -72,6 +72,22 @@ class Exp3sSettings(Section):
     """Share of all weights that each K gets at every step, so that none is ever lost."""
 
 
+class HedgeSettings(Section):
+    """The policy ``hedge``."""
+
+    rate: float = Field(0.2, gt=0)
+    """Learning rate of the weights' logarithms."""
+    mixing: float = Field(0.05, ge=0, le=1)
+    """Share of stretches that hear every drafter alike: in one step if the server can mix them, or
+    else one after the other."""
+    share: float = Field(1e-3, ge=0, lt=1)
+    """Share of all weights that each drafter gets at every step, so that none is ever lost."""
+    stretch_steps: int = Field(16, ge=1)
+    """Steps before the next drafter is drawn; one that was idle must catch up first."""
+    half_life_steps: float = Field(64.0, gt=0)
+    """Steps of a drafter after which its acceptance counts half."""
+
+
 class LtdSettings(Section):
     """The policy ``ltd`` (Learning to Draft)."""
 

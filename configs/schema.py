@@ -18,6 +18,7 @@ from configs.policies import (
     CuttingSettings,
     EmaTiersSettings,
     Exp3sSettings,
+    HedgeSettings,
     LtdSettings,
     RaggedSettings,
     SpecDecPpSettings,
@@ -167,9 +168,9 @@ class PolicySettings(Section):
     """A name in the catalog of policies. ``goodput``: the (drafter, K) with the most expected
     tokens per second, K = 0 included; ``fixed``: always ``draft_k`` with ``drafter``. With
     ``drafter`` and a K that varies: ``table``: by batch; ``ema_tiers``: SGLang's adaptive steps;
-    ``ucb``, ``thompson``, ``exp3s``: bandits; ``ltd``: a network that was fitted to traces. With a
-    K whose drafts the device cuts request by request: ``confidence``, ``adaedl``, ``specdecpp``,
-    ``ragged``. See docs/policies.md."""
+    ``ucb``, ``thompson``, ``exp3s``: bandits; ``ltd``: a network that was fitted to traces.
+    ``hedge``: among several neural drafters. With a K whose drafts the device cuts by request:
+    ``confidence``, ``adaedl``, ``specdecpp``, ``ragged``. See docs/policies.md."""
     draft_k: int = Field(4, ge=0, le=16)
     """Draft length K of the fixed policy, and of those that cut it on the device."""
     drafter: str = "eagle3"
@@ -197,6 +198,7 @@ class PolicySettings(Section):
     ucb: UcbSettings = UcbSettings()
     thompson: ThompsonSettings = ThompsonSettings()
     exp3s: Exp3sSettings = Exp3sSettings()
+    hedge: HedgeSettings = HedgeSettings()
     ltd: LtdSettings = LtdSettings()
     cutting: CuttingSettings = CuttingSettings()
     confidence: ConfidenceSettings = ConfidenceSettings()

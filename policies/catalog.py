@@ -28,6 +28,7 @@ CATALOG = {
     "ucb": "policies.ucb:UcbPolicy",
     "thompson": "policies.thompson:ThompsonPolicy",
     "exp3s": "policies.exp3s:Exp3sPolicy",
+    "hedge": "policies.hedge:HedgePolicy",
     "ltd": "policies.ltd:LtdPolicy",
     "confidence": "policies.confidence:ConfidencePolicy",
     "adaedl": "policies.adaedl:AdaEdlPolicy",

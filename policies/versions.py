@@ -61,7 +61,7 @@ class VersionMemory:
             calibration: see ``DraftPolicy.on_swap``; figures that are no probabilities are ignored.
         """
         leaving = self._leaves(drafter)
-        published = _probabilities(calibration.get("acceptance"))
+        published = probabilities(calibration.get("acceptance"))
         self._current[drafter] = (version, published)
         own = self._known[drafter].get(version)
         if own is not None:
@@ -96,7 +96,7 @@ class VersionMemory:
         calibration: Mapping[str, Any],
     ) -> Evidence:
         parent = self._known[drafter].get(calibration.get("parent", -1))
-        of_parent = _probabilities(calibration.get("parent_acceptance"))
+        of_parent = probabilities(calibration.get("parent_acceptance"))
         if published and parent is not None and of_parent:
             evidence = _moved(parent, of_parent, published)
         elif published and leaving.published:
@@ -138,7 +138,7 @@ def _filled_up(evidence: Evidence, published: Sequence[float]) -> Evidence:
     return Evidence(reached, accepted)
 
 
-def _probabilities(value: Any) -> list[float]:
+def probabilities(value: Any) -> list[float]:
     """Published figures, or nothing if they are not a list of probabilities."""
     if not isinstance(value, list | tuple):
         return []
