@@ -24,12 +24,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.cusum import Cusum
+from policies.dispersion import Dispersion
 from policies.interface import DrafterTraits
 
 MAX_DRAFT = 16
@@ -144,10 +147,12 @@ class DrafterAcceptance:
         self._hazards = np.zeros((NUM_BUCKETS + 1, max_draft))
         self._usual = np.zeros((NUM_BUCKETS + 1, max_draft))
         """The same by lasting evidence alone."""
-        self._expected: Floats | None = None
-        """[7, K + 1] cache of ``_all_expected``; ``None`` if evidence has come since."""
+        self._expected: tuple[Floats, Floats] | None = None
+        """[7, K + 1] expected tokens of every row, and [6, K + 1] without the pool; ``None`` if
+        evidence has come since."""
         self._stale = set(range(NUM_BUCKETS + 1))
         """Rows whose chained hazards are to be computed again."""
+        self._dispersion = Dispersion()
 
     def observe(self, step: ByBucket, batch: int, clock: float) -> None:
         """Take in the rounds of one step, by bucket.
@@ -156,7 +161,7 @@ class DrafterAcceptance:
             batch: requests of the step; sets the least half-life.
             clock: rounds that the engine has done, these included.
         """
-        expected = self._all_expected().tolist()
+        expected = self._all_expected()[0].tolist()
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
         factors, lasting_factors = [1.0] * (NUM_BUCKETS + 1), [1.0] * (NUM_BUCKETS + 1)
         recent, lasting = self._recent, self._lasting
@@ -168,6 +173,9 @@ class DrafterAcceptance:
                 rounds += count
                 surprise += (num_accepted + 1 - expected[row][num_verified]) * count
             new.append(_counts(outcomes, recent.reached.shape[1]))
+            if row == _POOL:
+                (reached, *_), (accepted, *_) = new[-1]
+                self._dispersion.observe(reached, accepted, expected[row][1] - 1, batch)
             idle = max(0.0, clock - self._seen_at[row] - rounds)
             factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
             lasting_factors[row] = math.exp2(-rounds / (_LASTING * half_life))
@@ -256,17 +264,18 @@ class DrafterAcceptance:
         return hazards, usual
 
     def expected_tokens(self) -> Floats:
-        """[6, K + 1]; see ``AcceptanceModel``."""
-        return self._all_expected()[:_POOL]
+        """[6, K + 1]; see ``AcceptanceModel``. The same array until evidence comes."""
+        return self._all_expected()[1]
 
-    def _all_expected(self) -> Floats:
+    def _all_expected(self) -> tuple[Floats, Floats]:
         if self._expected is None:
             hazards = self.hazards()
             terms = np.ones((hazards.shape[0], hazards.shape[1] + 1))
             np.cumprod(hazards, axis=1, out=terms[:, 1:])
             if self._is_silent:
                 terms[0, 1:] = 0.0
-            self._expected = terms.cumsum(axis=1)
+            tokens = terms.cumsum(axis=1)
+            self._expected = tokens, tokens[:_POOL]
         return self._expected
 
     def doubt(self, k: int) -> float:
@@ -280,6 +289,27 @@ class DrafterAcceptance:
             tokens += survival
         weight = float(self._recent.reached[_POOL, k - 1]) + 1
         return survival / tokens * math.sqrt(hazards[-1] * (1 - hazards[-1]) / weight)
+
+    def spread(self, k: int) -> float:
+        """Standard deviation of the expected tokens of drafts of k tokens, as a share of them: by
+        the rounds behind each hazard, those behind its prior included, and by how much rounds
+        resemble each other."""
+        if not self._has_pool:
+            return 0.0
+        hazards = self.hazards()[_POOL, :k].tolist()
+        recent = self._recent.reached[_POOL, :k].tolist()
+        lasting = self._lasting.reached[_POOL, :k].tolist()
+        survivals = list(accumulate(hazards, mul))
+        tokens: float = 1 + sum(survivals)
+        behind = variance = 0.0
+        for j in reversed(range(k)):
+            behind += survivals[j]
+            share = _LASTING_WEIGHT / (recent[j] + _LASTING_WEIGHT)
+            of_rounds = recent[j] / (recent[j] + _LASTING_WEIGHT) ** 2
+            of_prior = share * share / (lasting[j] + _PRIOR_WEIGHT)
+            slope = behind / max(hazards[j], _NOTHING)
+            variance += slope * slope * hazards[j] * (1 - hazards[j]) * (of_rounds + of_prior)
+        return math.sqrt(self._dispersion.factor * variance) / tokens
 
     def usual(self) -> tuple[Evidence, Floats]:
         """Lasting counts, and a copy of their hazards, [7, K]."""
@@ -371,6 +401,11 @@ class AcceptanceModel:
         """Standard deviation of what position k adds to a drafter's rounds, as a share of the
         tokens of k - 1; 0 for drafters whose buckets are independent."""
         return self._drafters[drafter].doubt(k)
+
+    def spread(self, drafter: str, k: int) -> float:
+        """Standard deviation of the expected tokens of a drafter's rounds at k, as a share of them;
+        0 for drafters whose buckets are independent."""
+        return self._drafters[drafter].spread(k)
 
     def usual(self, drafter: str) -> tuple[Evidence, Floats]:
         """A drafter's lasting counts, and a copy of their hazards, [7, K]."""

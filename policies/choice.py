@@ -12,7 +12,8 @@ quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from policies.forecast import PLAIN_ARM, Arm, Forecast
@@ -21,6 +22,8 @@ _HYSTERESIS = 1.01
 """Predicted speed relative to the base that another neural drafter needs to replace it."""
 _STAY_STEPS = 64.0
 """Steps that a base is assumed to stay: it must earn its catch-up back in these."""
+_DOUBT = 1.0
+"""Standard deviations by which a drafter must be slower than plain decoding to be left for it."""
 _RATE_GAIN = 0.02
 """Gain of moving averages over steps."""
 
@@ -38,6 +41,14 @@ class Choice(NamedTuple):
     """Seconds of switching in these, by drafter."""
     plain_s: float
     """Seconds of a plain step."""
+
+    @property
+    def best_draft(self) -> Arm:
+        """The best arm that drafts; plain decoding if none can."""
+        if self.arm[1]:
+            return self.arm
+        drafting = (arm for arm in self.values if arm[1])
+        return max(drafting, key=self.values.__getitem__, default=PLAIN_ARM)
 
     def loss_s(self, arm: Arm) -> float:
         """Seconds that an arm loses against the best for the same tokens."""
@@ -65,6 +76,9 @@ class Chooser:
         fresh: str,
         catch_up_s: Mapping[str, float],
         overhead_s: float = 0.0,
+        spread: Callable[[Arm], float] = lambda _arm: 0.0,
+        *,
+        looked: bool = True,
     ) -> Choice:
         """Choose the arm of a step.
 
@@ -72,8 +86,11 @@ class Chooser:
             fresh: the drafter of the last step.
             catch_up_s: seconds to come back to each neural drafter that can propose now.
             overhead_s: seconds of planning in each step of a base that drafts, and in no other.
+            spread: standard deviation of the logarithm of an arm's speed relative to plain
+                decoding; asked where drafting may have to end.
+            looked: matches of this step are known.
         """
-        alone = self._choose_base(seen, catch_up_s, overhead_s)
+        alone = self._choose_base(seen, catch_up_s, overhead_s, spread)
         speed = alone * self._lead
         charges = self._charges(seen, fresh, catch_up_s)
         least = speed if self.base != "none" else speed * self._margin
@@ -83,21 +100,38 @@ class Chooser:
             for k in range(1, seen.max_k + 1):
                 values[drafter, k] = tokens[k] - (seconds[k] + charge) * least
         arm = max(values, key=values.__getitem__)
+        if arm == PLAIN_ARM and alone < seen.batch / seen.plain_s:
+            # In doubt a base goes on drafting: a step without it would tell nothing.
+            arm = max(((self.base, k) for k in range(1, seen.max_k + 1)), key=values.__getitem__)
+            values[PLAIN_ARM] = math.nextafter(values[arm], -math.inf)
+        elif self.base == "none" and not looked:
+            # All steps look alike: a drafter that is not worth to be the base is not in any.
+            arm = PLAIN_ARM
+            for other, value in values.items():
+                values[other] = min(value, values[PLAIN_ARM])
         self._note(seen, arm, fresh, alone)
         return Choice(arm, self.base, speed, values, charges, seen.plain_s)
 
     def _choose_base(
-        self, seen: Forecast, catch_up_s: Mapping[str, float], overhead_s: float
+        self,
+        seen: Forecast,
+        catch_up_s: Mapping[str, float],
+        overhead_s: float,
+        spread: Callable[[Arm], float],
     ) -> float:
-        """Choose the base and return its speed alone, tokens per second."""
+        """Choose the base and return its speed alone, tokens per second.
+
+        A drafter is left for plain decoding only where it is slower beyond doubt. Whoever stops
+        drafting stops learning what drafts bring, so leaving by mistake lasts, while staying by
+        mistake is over as soon as more rounds are known."""
         plain = seen.batch / seen.plain_s
-        speeds = {"none": plain}
+        speeds, arms = {"none": plain}, {}
         for drafter, catch_s in catch_up_s.items():
             usual, seconds = seen.usual_tokens[drafter], seen.seconds[drafter]
             late_s = catch_s * self._broken + overhead_s
-            speeds[drafter] = max(
-                usual[k] / (seconds[k] + late_s) for k in range(1, seen.max_k + 1)
-            )
+            by_k = [usual[k] / (seconds[k] + late_s) for k in range(1, seen.max_k + 1)]
+            speeds[drafter] = max(by_k)
+            arms[drafter] = drafter, 1 + by_k.index(speeds[drafter])
         best = max(speeds, key=speeds.__getitem__)
         own = speeds.get(self.base)
         if own is None:
@@ -106,9 +140,11 @@ class Chooser:
             entry = 1 + catch_up_s.get(best, 0.0) / seen.plain_s / _STAY_STEPS
             if best != "none" and speeds[best] > plain * self._margin * entry:
                 self.base = best
-        elif own < plain * (1 + (self._margin - 1) / 2):
+        elif own < (least := plain * (1 + (self._margin - 1) / 2)) and (
+            own * (1 + _DOUBT * spread(arms[self.base])) < least
+        ):
             self.base = "none"
-        elif speeds[best] > own * _HYSTERESIS:
+        elif best != "none" and speeds[best] > own * _HYSTERESIS:
             self.base = best
         return speeds[self.base]
 

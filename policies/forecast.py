@@ -47,6 +47,14 @@ class Forecast(NamedTuple):
         return self.tokens[drafter][k], self.seconds[drafter][k]
 
 
+class _Usual(NamedTuple):
+    """Expected tokens of a step, and what they were computed from."""
+
+    batch: int
+    expected: Floats
+    tokens: list[float]
+
+
 class Forecaster:
     """Combines acceptance with step times."""
 
@@ -61,30 +69,58 @@ class Forecaster:
         self._drafters = drafters
         self._mix = np.array([1.0] + [0.0] * (NUM_BUCKETS - 1))
         """[6] share of rows in each bucket, in steps without a drafter that needs a match."""
+        self._known: dict[str, _Usual] = {}
+        """What each drafter is expected to bring as rows usually are, while it is still true."""
+        self._rows: dict[int, list[float]] = {}
+        """Rows by match bucket as they usually are, by batch."""
+        self._drafters_last: tuple[str, ...] = ()
+        """Those that could propose in the last step that was forecast."""
 
     def forecast(self, obs: StepObs, max_k: int) -> Forecast:
         """Predict every arm of a step."""
+        self._drafters_last = obs.drafters
         rows = self._usual_rows(obs.batch) if obs.matches is None else by_bucket(obs.matches)
         full, capped = rows, _NONE_CAPPED
-        if min(obs.caps) < max_k:
+        if obs.caps.count(max_k) < obs.batch and min(obs.caps) < max_k:
             full, capped = self._by_cap(obs, max_k)
         has_match = obs.matches is not None and any(obs.matches)
-        weights = np.array((full, obs.batch * self._mix))
         seconds, tokens, usual = {}, {}, {}
         for drafter in obs.drafters:
             if self._drafters[drafter].needs_match and not has_match:
                 continue
-            expected = self._acceptance.expected_tokens(drafter)[:, : max_k + 1]
             seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
-            tokens[drafter], usual[drafter] = (weights @ expected).tolist()
-            if capped:
-                _add_capped(tokens[drafter], capped, expected)
+            usual[drafter] = tokens[drafter] = self._usual_tokens(drafter, obs.batch)[: max_k + 1]
+            if full is not rows or obs.matches is not None:
+                expected = self._acceptance.expected_tokens(drafter)[:, : max_k + 1]
+                tokens[drafter] = (np.array(full) @ expected).tolist()
+                if capped:
+                    _add_capped(tokens[drafter], capped, expected)
         return Forecast(
             obs.batch, obs.caps, max_k, self._times.plain_s(obs.batch), seconds, tokens, usual, rows
         )
 
+    def prepare(self, batch: int) -> None:
+        """Compute what the next forecast will most likely ask for, while the device works: the same
+        batch and drafters as in the last one, and nobody looks for matches."""
+        for drafter in self._drafters_last:
+            if not self._drafters[drafter].needs_match:
+                self._times.arm_times(drafter, batch)
+                self._usual_tokens(drafter, batch)
+        self._times.plain_s(batch)
+
+    def _usual_tokens(self, drafter: str, batch: int) -> list[float]:
+        """[max_draft + 1] expected tokens of a step as its rows usually are."""
+        expected = self._acceptance.expected_tokens(drafter)
+        known = self._known.get(drafter)
+        if known is None or known.batch != batch or known.expected is not expected:
+            tokens = (batch * self._mix @ expected).tolist()
+            known = self._known[drafter] = _Usual(batch, expected, tokens)
+        return known.tokens
+
     def _usual_rows(self, batch: int) -> list[float]:
-        rows: list[float] = (batch * self._mix).tolist()
+        rows = self._rows.get(batch)
+        if rows is None:
+            rows = self._rows[batch] = (batch * self._mix).tolist()
         return rows
 
     def _by_cap(self, obs: StepObs, max_k: int) -> tuple[list[float], Counter[tuple[int, int]]]:
@@ -103,6 +139,8 @@ class Forecaster:
     def note_mix(self, seen: Forecast) -> None:
         """Count the rows of a step that a drafter that needs a match leaves to others."""
         self._mix += _MIX_GAIN * (np.array(seen.rows) / seen.batch - self._mix)
+        self._known.clear()
+        self._rows.clear()
 
 
 def by_bucket(matches: Iterable[int]) -> list[float]:

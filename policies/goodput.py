@@ -12,6 +12,7 @@ more than it costs. Where it does, a glance at them tells most steps that need n
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -69,6 +70,8 @@ class _Steps:
         """That of the last decision."""
         self.observed = "none"
         """That of the last step observed."""
+        self.best = PLAIN_ARM
+        """The best arm that drafts, when one was chosen last."""
         self._awaited: deque[_Planned] = deque(maxlen=8)
 
     def note(self, decision: Decision) -> Decision:
@@ -172,17 +175,18 @@ class GoodputPolicy:
             return self._resting()
         return None
 
-    def _resting(self) -> Decision:
-        arm = self._rest.take()
-        return self._steps.note(_decision(arm, 1.0, "rest"))
+    def _resting(self, arm: Arm | None = None) -> Decision:
+        """Go on as planned, or with the arm of a glance."""
+        base = self._rest.take()
+        return self._steps.note(_decision(base if arm is None else arm, 1.0, "rest"))
 
     def _stretching(self) -> Decision | None:
-        """The next step of a stretch of drafts while plain decoding is the base; ``None``: it must
-        be planned."""
+        """The next step of a stretch, which needs no plan unless matches are looked up for every
+        step; ``None``: it must be planned."""
         stretch, plain_s = self._stretch, self._times.plain_s(self._acceptance.batch)
         assert stretch is not None
         (drafter, k), changes = stretch.arm, self._times.num_changes
-        if not self._rest.is_plain or not k or self._steps.drafter != drafter:
+        if self._steps.drafter != drafter:
             return None
         if drafter in self._picker.mixes:  # who drafts for which request is planned
             return None
@@ -193,7 +197,7 @@ class GoodputPolicy:
         left = stretch.num_steps - 1
         self._stretch = stretch._replace(num_steps=left) if left else None
         decision = _decision(stretch.arm, 1.0, "probe", explore=True)
-        seconds = self._times.arm_times(drafter, self._acceptance.batch)[k - 1]
+        seconds = self._times.arm_times(drafter, self._acceptance.batch)[k - 1] if k else plain_s
         self._steps.await_outcome(_Planned(decision, seconds, False, {}))
         return self._steps.note(decision)
 
@@ -203,15 +207,26 @@ class GoodputPolicy:
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
-        self._rest.plan_begins(looked=obs.matches is not None)
-        if self._rest.may_go_on(obs):
-            self._rest.note_find(0.0)
-            return self._resting()
+        is_paid = self._explorer.more != PLAIN_ARM
+        self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
+        if (glanced := self._rest.glanced(obs)) is not None:
+            arm, gain = glanced
+            self._rest.note_find(gain)
+            return self._resting(arm)
         self._learn_gathered()
         return self._steps.note(self._decide(obs))
 
     def observe(self, outcome: Outcome) -> None:
-        """Learn acceptance from every step, and times from steps without prefill."""
+        """Learn acceptance from every step, and times from steps without prefill. What the next
+        plan needs is computed here, while the device works."""
+        self._learn(outcome)
+        if self._neural and self._rest.is_over:
+            self._learn_gathered()
+            self._forecaster.prepare(outcome.batch)
+            if self._explorer.wants_doubt:
+                self._explorer.note_doubt(self._doubt(self._steps.best, outcome.batch))
+
+    def _learn(self, outcome: Outcome) -> None:
         self._acceptance.tick(outcome.batch)
         plain_s = self._times.plain_s(outcome.batch)
         if not outcome.has_prefill:
@@ -284,7 +299,7 @@ class GoodputPolicy:
         }
 
     def _decide(self, obs: StepObs) -> Decision:
-        max_k = min(obs.max_draft, self._max_draft, max(obs.caps))
+        max_k = obs.longest(self._max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
         seen = self._forecaster.forecast(obs, max_k)
@@ -296,9 +311,13 @@ class GoodputPolicy:
             if kind in self._neural
         }
         overhead_s = self._rest.overhead * seen.plain_s
-        choice = self._chooser.choose(seen, self._steps.drafter, catch_up_s, overhead_s)
+        choice = self._chooser.choose(
+            seen, self._steps.drafter, catch_up_s, overhead_s,
+            lambda arm: self._spread(arm, obs.batch), looked=obs.matches is not None,
+        )  # fmt: skip
         if obs.matches is not None and (choice.arm[0] in self._neural or choice.arm == PLAIN_ARM):
             self._forecaster.note_mix(seen)
+        self._steps.best = choice.best_draft
         decision = self._decision(seen, choice, looked=obs.matches is not None)
         if decision.drafter in self._picker.mixes:
             picks = self._picker.pick(obs, decision.drafter, decision.draft_k)
@@ -344,14 +363,16 @@ class GoodputPolicy:
         }
         used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(NUM_BUCKETS)
         blind_s = seen.arm(blind)[1]
-        gains, losses = [], []
+        arms, gains, losses = [], [], []
         for kind in self._matching:
             times = self._times.arm_times(kind, seen.batch)
             charge_s = choice.charges_s.get(kind, 0.0) - choice.charges_s[blind[0]]
             for k in range(1, seen.max_k + 1):
+                arms.append((kind, k))
                 gains.append(expected[kind][:, k] - used)
                 losses.append((times[k - 1] - blind_s + charge_s) * choice.speed)
-        return Glance(np.array(gains), np.array(losses))
+        step_tokens = choice.speed * seen.plain_s
+        return Glance(tuple(arms), np.array(gains), np.array(losses), step_tokens)
 
     def _needs_no_look(self, arm: Arm) -> bool:
         return arm == PLAIN_ARM or arm[0] in self._neural
@@ -362,9 +383,7 @@ class GoodputPolicy:
         left = self._explorer.goes_on(left, choice, self._times.num_changes)
         if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
             return left, 1.0
-        stretch, nothing = self._explorer.draw(
-            seen, choice, lambda: self._doubt(seen, choice), self._rest.num_since
-        )
+        stretch, nothing = self._explorer.draw(seen, choice, self._rest.num_since)
         if stretch is not None:
             return stretch, stretch.propensity
         more = self._explorer.more
@@ -372,17 +391,18 @@ class GoodputPolicy:
             return Stretch(more, _MORE_STEPS, nothing), nothing
         return None, nothing
 
-    def _doubt(self, seen: Forecast, choice: Choice) -> float:
-        """How uncertain the best drafting arm is: its time relative to a plain step, or what one
-        more position would add."""
-        drafter, k = choice.arm
-        if not k:
-            drafting = (arm for arm in choice.values if arm[1])
-            drafter, k = max(drafting, key=choice.values.__getitem__, default=PLAIN_ARM)
+    def _doubt(self, arm: Arm, batch: int) -> float:
+        """How uncertain a drafting arm is: its time relative to a plain step, or what one more
+        position would add."""
+        drafter, k = arm
         if not k:
             return 0.0
-        of_tokens = self._acceptance.doubt(drafter, min(k + 1, seen.max_k))
-        return max(of_tokens, self._times.doubt(drafter, k, seen.batch))
+        of_tokens = self._acceptance.doubt(drafter, min(k + 1, self._max_draft))
+        return max(of_tokens, self._times.doubt(drafter, k, batch))
+
+    def _spread(self, arm: Arm, batch: int) -> float:
+        """How uncertain an arm's speed relative to plain decoding is."""
+        return math.hypot(self._acceptance.spread(*arm), self._times.doubt(*arm, batch))
 
     def _observe_rows(self, outcome: Outcome) -> None:
         seen: dict[int | None, Counter[tuple[int, int]]] = {}

@@ -16,7 +16,7 @@ coming at a rate that only its cost bounds.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Set
+from collections.abc import Set
 from typing import NamedTuple
 
 from policies.choice import Choice
@@ -51,6 +51,16 @@ class Stretch(NamedTuple):
     num_steps: int
     propensity: float
     """Probability with which exactly this stretch was begun at its first step."""
+
+
+class _Option(NamedTuple):
+    """A stretch that could begin."""
+
+    arm: Arm
+    weight: float
+    num_steps: int
+    loss_s: float
+    """Seconds that it is predicted to lose; it switches once."""
 
 
 class Explorer:
@@ -136,37 +146,44 @@ class Explorer:
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
         self.accounts_s[False] -= excess_s
 
-    def draw(
-        self, seen: Forecast, choice: Choice, doubt: Callable[[], float], num_steps: int
-    ) -> tuple[Stretch | None, float]:
+    @property
+    def wants_doubt(self) -> bool:
+        """``note_doubt`` should be called before the next draw. That takes time, so it is not for
+        every draw."""
+        return self._num_draws % _DOUBT_STEPS == 0
+
+    def note_doubt(self, doubt: float) -> None:
+        """Explore the more often the less certain the best drafting arm is.
+
+        Args:
+            doubt: standard deviation of the logarithm of its speed relative to its neighbours'.
+        """
+        self._haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
+
+    def draw(self, seen: Forecast, choice: Choice, num_steps: int) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:
-            doubt: returns the standard deviation of the logarithm of the best drafting arm's speed
-                relative to its neighbours'; asked at every eighth call, because it takes time.
             num_steps: steps since this was asked last.
         """
         if not self._explore or not self.accounts_s:
             return None, 1.0
-        if self._num_draws % _DOUBT_STEPS == 0:
-            self._haste = min(max(1.0, doubt() / _DOUBT), _MOST_HASTE)
         self._num_draws += 1
         options = self._affordable(seen, choice)
         if not options:
             return None, 1.0
-        total = sum(options.values())
-        mean_steps = sum(w * self._length(arm, choice) for arm, w in options.items()) / total
+        total = sum(one.weight for one in options)
+        mean_steps = sum(one.weight * one.num_steps for one in options) / total
         chance = min(self._explore * self._haste * num_steps / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
-        arm = self._rng.choices(list(options), weights=list(options.values()))[0]
-        self.accounts_s[_is_own(arm, choice)] -= self._loss_s(arm, choice)
-        share = options[arm] / total
+        one = self._rng.choices(options, weights=[one.weight for one in options])[0]
+        self.accounts_s[_is_own(one.arm, choice)] -= one.loss_s
         self._gain_steps, self._gained = 0.0, "none"
-        return Stretch(arm, self._length(arm, choice), chance * share), 1 - chance
+        return Stretch(one.arm, one.num_steps, chance * one.weight / total), 1 - chance
 
-    def _affordable(self, seen: Forecast, choice: Choice) -> dict[Arm, float]:
-        """Weights of the stretches that can be paid for now."""
+    def _affordable(self, seen: Forecast, choice: Choice) -> list[_Option]:
+        """The stretches that can be paid for now."""
         (drafter, k), options = choice.arm, {}
         if choice.base != "none":
             options[PLAIN_ARM] = self._haste
@@ -179,13 +196,15 @@ class Explorer:
             arms = [(idle, k) for k in range(1, seen.max_k + 1)]
             options[max(arms, key=choice.values.__getitem__)] = 2.0
         options.pop(choice.arm, None)
-        losses_s = {arm: self._loss_s(arm, choice) for arm in sorted(options)}
-        self._wanted_s = max(losses_s.values(), default=0.0)
-        return {
-            arm: options[arm]
-            for arm, loss_s in losses_s.items()
-            if loss_s <= self.accounts_s[_is_own(arm, choice)]
-        }
+        found = []
+        self._wanted_s = 0.0
+        for arm in sorted(options):
+            num_steps = self._length(arm, choice)
+            loss_s = choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
+            self._wanted_s = max(self._wanted_s, loss_s)
+            if loss_s <= self.accounts_s[_is_own(arm, choice)]:
+                found.append(_Option(arm, options[arm], num_steps, loss_s))
+        return found
 
     def _length(self, arm: Arm, choice: Choice) -> int:
         is_idle = arm[0] in self._neural and arm[0] != choice.base
@@ -195,11 +214,6 @@ class Explorer:
         step_s = max(choice.loss_s(arm) - switch_s, switch_s / _MOST_STRETCH, 1e-9)
         longest = max(_LEAST_STRETCH, round(_MUCH_STEPS * choice.plain_s / step_s))
         return min(max(_USUAL_STRETCH, round(switch_s / step_s)), longest, _MOST_STRETCH)
-
-    def _loss_s(self, arm: Arm, choice: Choice) -> float:
-        """Seconds that a stretch is predicted to lose; it switches once."""
-        num_steps = self._length(arm, choice)
-        return choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
 
 
 def _is_own(arm: Arm, choice: Choice) -> bool:

@@ -34,6 +34,8 @@ _MOST_REST, _MOST_UNLOOKED = 64, 1024
 _MOST_CREDIT = 8.0
 """Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
 now and then, and learning that they pay on the average takes many looks."""
+_MOST_OWED = 3.0
+"""Plain steps' worth of time that looks may owe beside plain steps, however much they promise."""
 _MOST_COST = 3.0
 """Largest cost that is owed, relative to the average: more is a machine's hiccup."""
 
@@ -57,6 +59,8 @@ class Rest:
         """Plain decoding is the base."""
         self._costs = {looked: Average(_REST_GAIN) for looked in (False, True)}
         """Time of a plan without and with a look, as shares of a plain step."""
+        self._glances = Average(_REST_GAIN)
+        """Time of a look that needed no plan, likewise."""
         self._find = Average(_REST_GAIN, mean=1.0)
         """Time that a look saves beyond what the best arm without one takes, likewise."""
         self.num_unlooked = 0
@@ -70,11 +74,24 @@ class Rest:
         """Replaces plans while looks find nothing; ``None``: every look is planned for."""
         self._looked: bool | None = None
         """Whether the last plan looked at matches; ``None`` once its time is known."""
+        self._is_paid = False
+        """Nobody owes what it took,"""
+        self._by_glance = False
+        """and it was a glance."""
 
     @property
     def pays(self) -> bool:
-        """Looking at every step finds more than it costs."""
-        return self._find.mean >= self._costs[True].mean
+        """Looking at every step finds more than it costs: beside drafts what looks took on the
+        average, planned for or not; beside plain steps, where a look needs no plan of its own, what
+        it takes by itself and its share of a plan, and as long as what was saved bears that out."""
+        cost = self._costs[True].mean
+        if self.is_plain:
+            planned = self._costs[False].mean
+            alone = self._glances.mean if self._glances.num else max(cost - planned, 0.0)
+            cost = min(cost, alone + planned / max(self._num_steps(planned), 1))
+            if self._owed[True] > _MOST_OWED:
+                return False
+        return self._find.mean >= cost
 
     @property
     def overhead(self) -> float:
@@ -85,6 +102,11 @@ class Rest:
     def may_plan(self) -> bool:
         """Another plan is paid for."""
         return not self.is_plain or self._owed[False] <= 0
+
+    @property
+    def is_over(self) -> bool:
+        """The next step is planned, unless nobody can draft."""
+        return not self.left and (not self.is_resting or self.may_plan)
 
     def wants_look(self) -> bool:
         if self.pays:
@@ -104,9 +126,13 @@ class Rest:
         """Steps that a plan holds for."""
         return min(max(math.ceil(cost / _REST_SHARE), 1), _MOST_REST)
 
-    def plan_begins(self, *, looked: bool) -> None:
-        """A plan is asked for."""
-        self._looked = looked
+    def plan_begins(self, *, looked: bool, is_paid: bool = False) -> None:
+        """A plan is asked for.
+
+        Args:
+            is_paid: drafts that saved more time than a plan takes have led to it.
+        """
+        self._looked, self._is_paid, self._by_glance = looked, is_paid, False
         self.num_unlooked += not looked
 
     def note_cost(self, share: float) -> None:
@@ -117,7 +143,9 @@ class Rest:
         """
         if self._looked is not None:
             self._costs[self._looked].add(share)
-            if self.is_plain:
+            if self._by_glance:
+                self._glances.add(share)
+            if self.is_plain and not self._is_paid:
                 self._owed[self._looked] += min(share, _MOST_COST * self._costs[self._looked].mean)
             self._looked = None
 
@@ -154,15 +182,18 @@ class Rest:
         self.num_unlooked += 1
         return self.arm
 
-    def may_go_on(self, obs: StepObs) -> bool:
-        """A glance at the matches of a step finds nothing to plan for."""
-        return (
-            self.left > 0
-            and self.glance is not None
-            and obs.matches is not None
-            and self.arm[1] <= min(obs.max_draft, max(obs.caps))
-            and self.glance.finds_nothing(obs.matches)
-        )
+    def glanced(self, obs: StepObs) -> tuple[Arm, float] | None:
+        """The arm of a step by a glance at its matches, and the plain steps' worth of time that it
+        saves beyond going on as before; ``None``: the step must be planned."""
+        glance = self.glance
+        if self.left <= 0 or glance is None or obs.matches is None:
+            return None
+        if obs.longest(self.arm[1]) < self.arm[1]:
+            return None
+        arm, gain = glance.best(obs.matches)
+        may_go_on = arm is None or (self.is_plain and obs.longest(arm[1]) == arm[1])
+        self._by_glance = may_go_on
+        return (self.arm if arm is None else arm, gain) if may_go_on else None
 
     def reset(self) -> None:
         """Forget what looks found: other weights draft now."""
@@ -172,16 +203,27 @@ class Rest:
 
 
 class Glance(NamedTuple):
-    """Decides from a look alone, between plans, whether a drafter that needs matches may gain."""
+    """Decides from a look alone, between plans, whether a drafter that needs matches gains, and at
+    which K. While plain decoding is the base nothing must catch up afterwards, so that its arm is
+    taken without a plan: a plan at every match would cost more than most matches save."""
 
+    arms: tuple[Arm, ...]
+    """A drafters that need matches, each at every K."""
     gains: Floats
-    """[arms, 6] tokens that a row of each bucket gains over the arm in use."""
+    """[A, 6] tokens that a row of each bucket gains over the arm in use."""
     losses: Floats
-    """[arms] tokens' worth of time that the step takes longer."""
+    """[A] tokens' worth of time that the step takes longer."""
+    step_tokens: float
+    """Tokens that the speed reached so far makes in the time of a plain step."""
 
-    def finds_nothing(self, matches: tuple[int, ...]) -> bool:
-        """No arm gains with these matches."""
-        return not (self.gains @ np.array(by_bucket(matches)) > self.losses).any()
+    def best(self, matches: tuple[int, ...]) -> tuple[Arm | None, float]:
+        """The arm that gains the most with these matches, and the time that it saves in plain
+        steps; ``None`` and 0 if none does."""
+        values = (self.gains @ np.array(by_bucket(matches)) - self.losses).tolist()
+        most = max(values)
+        if most <= 0:
+            return None, 0.0
+        return self.arms[values.index(most)], most / self.step_tokens
 
 
 class Gathered:

@@ -83,6 +83,8 @@ class StepTimes:
         """Changes of the machine or of an arm's cost, noticed by many outliers in a row."""
         self._plain: dict[int, float] = {}
         """Typical seconds of a plain step by batch, of the state as it is."""
+        self._arms: dict[tuple[str, int], list[float]] = {}
+        """Likewise what ``arm_times`` returns."""
 
     @property
     def is_known(self) -> bool:
@@ -111,6 +113,7 @@ class StepTimes:
         self._num_observed += 1
         self._values = self._state.tolist()
         self._plain.clear()
+        self._arms.clear()
         self._notice_change(abs(surprise) > limit, at)
         if doubt < noise**2:
             self._scatter.observe(drafter if draft_k else "none", step_s, typical_s)
@@ -139,7 +142,13 @@ class StepTimes:
         return self._scatter.ratio * typical_s + self._scatter.late_s("none", typical_s)
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
-        """Predicted seconds at K = 1, 2, ... max_draft, not decreasing."""
+        """Predicted seconds at K = 1, 2, ... max_draft, not decreasing. Must not be changed."""
+        found = self._arms.get((drafter, batch))
+        if found is None:
+            found = self._arms[drafter, batch] = self._arm_times(drafter, batch)
+        return found
+
+    def _arm_times(self, drafter: str, batch: int) -> list[float]:
         first, values = self._first[drafter], self._values
         common = math.exp(values[first] + values[first + 1 + self._max_draft + _size(batch)])
         typical_s = self._typical_plain_s(batch)

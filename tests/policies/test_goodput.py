@@ -330,6 +330,30 @@ def test_figures_are_json():
     assert json.loads(json.dumps(made.figures()))["kind"] == "goodput"
 
 
+@pytest.mark.parametrize("world", [World(batch=4), World(batch=4, match_share=0.5)])
+def test_what_was_prepared_for_a_plan_is_what_the_plan_would_compute(world):
+    """Memos of times and tokens are dropped before every plan of one of both."""
+
+    def decided(*, forgets):
+        made, found = policy(world=world), []
+        plan = made.plan
+
+        def plan_anew(seen):
+            made._times._arms.clear()
+            made._times._plain.clear()
+            made._forecaster._known.clear()
+            return plan(seen)
+
+        if forgets:
+            made.plan = plan_anew
+        run(made, world, steps=400, seed=0, on_step=lambda d, rows: found.append(d))
+        harder = replace(world, eagle=(0.3,) * 8)
+        run(made, harder, steps=400, seed=1, on_step=lambda d, rows: found.append(d))
+        return found
+
+    assert decided(forgets=False) == decided(forgets=True)
+
+
 @pytest.mark.parametrize(("batch", "limit_s"), [(4, 100e-6), (64, 300e-6)])
 def test_planning_takes_microseconds(batch, limit_s):
     world = World(batch=batch, match_share=0.5)

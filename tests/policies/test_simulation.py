@@ -138,6 +138,20 @@ def test_an_index_beside_a_drafter_is_never_worse_than_the_drafter_alone():
     assert fmean(speeds) >= 0.97 * best_fixed_speed(world)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_matches_are_taken_at_a_glance_where_a_plan_takes_long(batch):
+    """A plan takes a quarter of a step, and half of the rows have a match. Planned for at every
+    match, the index was left alone, at 0.89 of what it gives."""
+    world = replace(
+        SMALL, eagle=(0.02,) * 8, has_index=True, rows=SAMPLED, plan_s=0.00017, look_s=0.00002,
+        noise=NOISES["10 % scatter"], batch=batch,
+    )  # fmt: skip
+    assert best_fixed_speed(world) > 1.05 * fixed_speed(world, "none", 0)
+    server = served(world)
+    server.run(world, 2 * WARM_UP)
+    assert server.run(world, 1500).speed >= 0.97 * best_fixed_speed(world)
+
+
 def after_swaps(old, new, *, returns, batch):
     """Mean speed over seeds from 20 rounds after the last swap, and where it ends."""
     soon, final = [], []
