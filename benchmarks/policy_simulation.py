@@ -8,7 +8,9 @@ start-up profile, prompts that leave steps untimed, swaps, an index beside the d
 planning itself takes. Figures
 are speeds relative to the best fixed arm of the scenario, K = 0 to 8, in hindsight: ``settled``
 after the first 500 steps (20 after a swap to a version that comes with its figures), ``whole`` from
-the first step. ``vs_plain`` is relative to plain decoding, from the first step.
+the first step. ``vs_plain`` is relative to plain decoding, from the first step. ``swaps`` are
+steps from a swap on until the mean speed of the next 40 is 0.95 of the best fixed arm of the new
+version.
 
 The engine is that of ``tests/policies/simulated.py``; one core, no GPU. Writes
 ``policy_simulation.json`` and ``rows/policy_simulation.json`` in ``benchmarks/results``.
@@ -43,6 +45,8 @@ WARM_UP = 500
 STEPS = 2000
 SOON = 20
 """Rounds after a swap from which on the policy must be near its final speed."""
+NEAR, NEAR_STEPS, STRIDE, MOST = 0.95, 40, 4, 600
+SWAP_SEEDS = 5
 
 SMALL = World(plain_s=0.00069, draft_s=0.00011, verify_per_token_s=2e-6, cold_s=0.0003)
 """A small target on a fast GPU: launches and the host set the time of a step."""
@@ -251,6 +255,41 @@ def measure(scenario: Scenario, seed: int) -> dict[str, Any]:
     }
 
 
+def swaps(seeds: int = SWAP_SEEDS) -> Iterator[dict[str, Any]]:
+    """Steps from each swap of ``swapping`` to 0.95 of the new optimum, the worst and the median of
+    some seeds; ``None``: not within ``MOST``."""
+    for scenario in swapping():
+        old, new, *more = scenario.phases
+        if more:
+            continue
+        found = [steps_to_near(old, new, seed) for seed in range(seeds)]
+        ordered = sorted(MOST if one is None else one for one in found)
+        yield {
+            "name": scenario.name,
+            "told": new.published,
+            "median": ordered[seeds // 2],
+            "worst": None if None in found else ordered[-1],
+        }
+
+
+def steps_to_near(old: Phase, new: Phase, seed: int) -> int | None:
+    """Steps from one swap to 0.95 of the new optimum."""
+    drafters = {kind: traits for kind, traits in DRAFTERS.items() if kind in old.world.drafters}
+    policy = build_policy(PolicySettings(), drafters, seed, max_draft=8)
+    policy.calibrate(old.world.profile())
+    server = Simulation(policy, seed)
+    for number, phase in enumerate((old, new), 1):
+        server.swap(number, calibration(phase.world) if phase.published else {})
+        if phase is old:
+            server.run(old.world, STEPS // 2)
+    wanted = NEAR * best_fixed_speed(new.world)
+    parts = [server.run(new.world, STRIDE) for _ in range((MOST + NEAR_STEPS) // STRIDE)]
+    for at in range(MOST // STRIDE):
+        if _sum(parts[at : at + NEAR_STEPS // STRIDE]).speed >= wanted:
+            return at * STRIDE
+    return None
+
+
 def _sum(parts: Sequence[Totals]) -> Totals:
     return Totals(sum(p.tokens for p in parts), sum(p.seconds for p in parts))
 
@@ -273,6 +312,22 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         for key in ("settled", "whole", "vs_plain")
         for pick, choose in (("worst", min), ("median", statistics.median))
     }
+
+
+def swap_claims(found: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    """Rows of the table of claims about swaps."""
+    for told, most in ((True, 20), (False, 200)):
+        own = [row for row in found if row["told"] == told]
+        values = [row["worst"] for row in own]
+        worst = None if None in values else float(max(values))
+        how = f"{'with' if told else 'without'} calibration, {SWAP_SEEDS} seeds each"
+        yield Row(
+            f"default policy, {len(own)} simulated swaps {how}",
+            "steps to 95 % of the new optimum, the worst",
+            worst,
+            f"at most {most}",
+            worst is not None and worst <= most,
+        )
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
@@ -313,10 +368,17 @@ def main(
             rows.append(row_of(scenario, seeds))
             figures = " ".join(f"{rows[-1][k]:.3f}" for k in ("settled", "whole", "vs_plain"))
             print(figures, scenario.name, flush=True)
-    result = {"seeds": seeds, "warm_up_steps": WARM_UP, "summary": summary(rows), "rows": rows}
+    swapped = [] if only else list(swaps())
+    for row in swapped:
+        print(row["median"], row["worst"], row["name"], flush=True)
+    result = {
+        "seeds": seeds, "warm_up_steps": WARM_UP, "summary": summary(rows), "rows": rows,
+        "swaps": swapped,
+    }  # fmt: skip
     write_result(out, result)
     if not only:
-        write_rows("policy_simulation", claims(rows), "python -m benchmarks.policy_simulation")
+        found = [*claims(rows), *swap_claims(swapped)]
+        write_rows("policy_simulation", found, "python -m benchmarks.policy_simulation")
     print(result["summary"])
 
 
