@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 # Before the first import of torch, transformers or triton, in this process and in its children.
@@ -52,9 +53,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def longest_first(items: list[pytest.Item]) -> None:
     """Sort files by their recorded times, so that no process begins a long one when the others
-    are about to end. The order within a file stays."""
+    are about to end; files without one, new or short, come first. The order within a file stays."""
     seconds: dict[str, float] = json.loads(DURATIONS.read_text())
-    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0.0))
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], math.inf))
 
 
 @pytest.fixture(scope="session")
