@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/python -m examples.demo $(if $(BUFFER),--buffer $(BUFFER))
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -61,6 +61,7 @@ from targets.update import TargetWeights
 log = logging.getLogger(__name__)
 
 _PROFILE_REPEATS = 5
+_CPU_PROFILE_REPEATS = 3  # a step takes ten times as long there
 _PROFILE_CONTEXT = 128
 _RING_TOKENS = 2048
 """Tokens of a long request: the ring holds so many rows for each that decodes. Typical ones are a
@@ -181,7 +182,8 @@ def _policies(
 
 def _profile(settings: Settings, parts: EngineParts) -> list[CostSample]:
     context = min(_PROFILE_CONTEXT, model_len(settings) // 2)
-    return profile_steps(parts, _PROFILE_REPEATS, context)
+    on_gpu = parts.programs.graphs.are_real
+    return profile_steps(parts, _PROFILE_REPEATS if on_gpu else _CPU_PROFILE_REPEATS, context)
 
 
 def _make_parts(

@@ -77,7 +77,7 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
 
     Call it before another engine over these parts starts. Each sample decodes ``batch`` greedy
     requests for ``repeats`` steps after two warm-up steps. On a CPU, the batches are one request
-    and as many as fit.
+    and as many as fit, and their prompts share all but their last page.
 
     Args:
         context: prompt tokens of each request.
@@ -93,7 +93,7 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
     arms += [(kind, k) for kind in parts.programs.drafting.on_device for k in depths]
     samples = []
     for batch in buckets(most) if on_gpu else sorted({1, most}):
-        bench = _Bench(parts, batch, context)
+        bench = _Bench(parts, batch, context, shares=not on_gpu)
         samples += [bench.measure(drafter, k, repeats) for drafter, k in arms]
         bench.close()
     return samples
@@ -102,8 +102,14 @@ def profile_steps(parts: EngineParts, repeats: int, context: int) -> list[CostSa
 class _Bench:
     """Requests of one batch size, which decode for as long as anybody measures."""
 
-    def __init__(self, parts: EngineParts, batch: int, context: int) -> None:
+    def __init__(self, parts: EngineParts, batch: int, context: int, *, shares: bool) -> None:
+        """
+        Args:
+            context: prompt tokens of each request.
+            shares: prompts differ in their last page only, and the prefix cache holds the others.
+        """
         self._inbox, self._batch, self._context = parts.inbox, batch, context
+        self._num_own = parts.scheduler.page_size if shares else context
         self._numbers = random.Random(batch)
         self._script = Script(Decision("none", 0, 1.0, False, "profile"))
         self._engine = Engine(parts, self._script)
@@ -159,12 +165,23 @@ class _Bench:
                 long prompts, and in few of these.
         """
         self.close()
-        self._script.times = []
         limits, numbers = self._inbox.limits, self._numbers
         room = limits.max_model_len - self._context
-        for _ in range(self._batch):
-            first, *others = numbers.choices(range(limits.vocab_size), k=self._context)
-            prompt = (first,) * self._context if repeats_token else (first, *others)
+        shared = numbers.choices(range(limits.vocab_size), k=self._context)
+        for at in range(self._batch):
+            own = numbers.choices(range(limits.vocab_size), k=min(self._num_own, self._context))
+            prompt = (*shared[len(own) :], *own)
+            if repeats_token:
+                prompt = (own[0],) * self._context
             sampling = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
             request = Request(f"profile-{next(_REQUEST)}", prompt, sampling, capture=True)
             self._inbox.submit(request, lambda _output: None)
+            if at == 0:
+                self._compute_prompts()
+        self._compute_prompts()
+        self._script.times = []  # rounds beside prompts are of smaller batches
+
+    def _compute_prompts(self) -> None:
+        with torch.inference_mode():
+            while not all(one.is_prefilled for one in self._inbox.inflight()):
+                self._engine.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 
 # Before the first import of torch, transformers or triton, in this process and in its children.
@@ -35,12 +37,25 @@ def denormal_numbers_stay() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+DURATIONS = Path(__file__).parent / "durations.json"
+"""Seconds of the longest files; ``python -m tests.durations`` writes it."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        longest_first(items)
     if HAS_GPU:
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Sort files by their recorded times, so that no process begins a long one when the others
+    are about to end; files without one, new or short, come first. The order within a file stays."""
+    seconds: dict[str, float] = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], math.inf))
 
 
 @pytest.fixture(scope="session")

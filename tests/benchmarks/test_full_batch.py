@@ -17,11 +17,13 @@ PROMPTS = [(5, 6, 7), (8, 9), (3,)]
 def test_another_request_begins_as_soon_as_one_ends():
     engine = make_engine(random_model("qwen3"), policy=RandomPolicy(), prefix_cache=False)
     feed = Feed(engine, greedy_requests(PROMPTS, 4, 8), 4)
-    window = feed.run(1.0)
+    windows = [feed.run(0.2)]
+    while feed.num_tokens <= 4 * 8:  # what the first four have
+        windows.append(feed.run(0.2))
 
     assert engine.inbox.num_inflight() == 4
-    assert window.num_tokens == feed.num_tokens > 4 * 8  # more than the first four had
-    assert window.num_steps > 0
+    assert sum(window.num_tokens for window in windows) == feed.num_tokens
+    assert any(window.num_steps > 0 for window in windows)
     feed.stop()
 
     assert engine.inbox.num_inflight() == 0

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,9 @@ from examples.arms import ALL_ARMS
 from examples.demo import MARKER
 from examples.processes import ChildDiedError, check_alive, start, stop, tail
 from examples.report import checks, verdict
+from oracles.forked import Forked
 from oracles.support import REPOSITORY
+from tests.serving.http.live import environment
 
 SHORT = """
 import signal, sys
@@ -58,15 +59,14 @@ FEW = 300
 
 def begin_demo(
     target: Path, run_dir: Path, seconds: float, num_requests: int, *sets: str
-) -> subprocess.Popen[str]:
+) -> Forked:
     numbers = str(seconds), str(num_requests)
-    return subprocess.Popen(
-        [sys.executable, "-c", SHORT, str(target), str(run_dir), *numbers, *sets],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = ["-c", SHORT, str(target), str(run_dir), *numbers, *sets]
+    return Forked(command, environment(), REPOSITORY, output_of(run_dir))
+
+
+def output_of(run_dir: Path) -> Path:
+    return run_dir.with_name("output.txt")
 
 
 def processes_of(run_dir: Path) -> list[str]:
@@ -87,9 +87,9 @@ def test_a_short_demo_runs_to_its_report_and_leaves_nothing_running(
     tiny_target_dir: Path, tmp_path: Path
 ):
     demo = begin_demo(tiny_target_dir, tmp_path / "demo", seconds=5, num_requests=1000)
-    output, _ = demo.communicate(timeout=280)
+    code, output = demo.wait(280), output_of(tmp_path / "demo").read_text()
 
-    assert demo.returncode == 0, output
+    assert code == 0, output
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert [phase["name"] for phase in report["phases"]] == ["python", "c", "python-again"]
     assert report["failed_requests"] == report["mismatched_outputs"] == 0
@@ -122,9 +122,9 @@ def test_interrupt_ends_both_children_and_says_so(tiny_target_dir: Path, tmp_pat
     time.sleep(1.0)
 
     demo.send_signal(signal.SIGINT)
-    output, _ = demo.communicate(timeout=60)
+    code, output = demo.wait(60), output_of(run_dir).read_text()
 
-    assert demo.returncode == 130
+    assert code == 130
     assert "server and trainer are stopped" in output
     assert processes_of(run_dir) == []
     assert not (run_dir / "report.json").exists()
@@ -134,9 +134,9 @@ def test_interrupt_ends_both_children_and_says_so(tiny_target_dir: Path, tmp_pat
 @pytest.mark.timeout(300)
 def test_dead_child_ends_the_demo_with_its_reason(tiny_target_dir: Path, tmp_path: Path):
     demo = begin_demo(tiny_target_dir, tmp_path / "demo", 60, FEW, "drafter.path=/nowhere")
-    output, _ = demo.communicate(timeout=280)
+    code, output = demo.wait(280), output_of(tmp_path / "demo").read_text()
 
-    assert demo.returncode == 1
+    assert code == 1
     assert re.search(r"the (server|trainer) \(process \d+\) ended with exit code 1", output)
     assert "/nowhere is not a folder" in output.replace("\n", "")
     assert processes_of(tmp_path / "demo") == []

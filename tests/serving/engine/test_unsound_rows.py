@@ -3,6 +3,7 @@ that does so only drafts badly."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,15 @@ SHAPES = {
     "sampled": {"temperature": 1.2, **NEVER},
 }
 POISONS = {"NaN": float("nan"), "infinity": float("inf"), "minus infinity": float("-inf")}
+
+
+def in_turns(*axes):
+    """All combinations, with rounds that overlap and others in turn: every two values meet."""
+    combinations = [*itertools.product(*(enumerate(axis) for axis in axes))]
+    return [
+        (*(value for _, value in one), sum(place for place, _ in one) % 2 == 1)
+        for one in combinations
+    ]
 
 
 def target(poison=None, token=BAD):
@@ -55,9 +65,7 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize(("poison", "shape", "overlaps"), in_turns(POISONS, SHAPES))
 def test_a_poisoned_prompt_ends_in_an_error_and_leaves_its_neighbours_alone(
     alone, poison, shape, overlaps
 ):
@@ -86,9 +94,7 @@ def test_a_poisoned_prompt_ends_in_an_error_and_leaves_its_neighbours_alone(
         assert {name: got[name].token_ids for name in prompts()} == alone[shape]
 
 
-@pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize("shape", ["greedy", "seeded"])
-@pytest.mark.parametrize("at", [0, 1, 7])
+@pytest.mark.parametrize(("at", "shape", "overlaps"), in_turns([0, 1, 7], ["greedy", "seeded"]))
 def test_what_was_decided_before_the_poison_is_still_delivered(alone, shape, at, overlaps):
     """Whatever is drafted."""
     answer = alone[shape]["2"]
@@ -232,9 +238,7 @@ BROKEN_DRAFTERS = {
 }
 
 
-@pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("broken", BROKEN_DRAFTERS)
+@pytest.mark.parametrize(("broken", "shape", "overlaps"), in_turns(BROKEN_DRAFTERS, SHAPES))
 def test_a_broken_drafter_only_drafts_badly(alone, broken, shape, overlaps):
     model = target()
     drafter = Eagle3(config_for_target(model.config))
