@@ -1,9 +1,11 @@
-"""Settings of drafters beside the main one, entries of ``drafter.beside``."""
+"""Settings of drafters beside the main one: further neural ones, and the suffix index."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+
+from pydantic import Field
 
 from configs.section import Section
 
@@ -19,3 +21,18 @@ class BesideSettings(Section):
     init: Literal["auto", "random", "target"] = "auto"
     draft_vocab: Path | None = None
     layer_ids: tuple[int, ...] | None = None
+
+
+class SuffixSettings(Section):
+    """Suffix drafter: an index over the request and recent traffic, without training."""
+
+    enabled: bool = True
+    """Offer the suffix index to the policy beside the drafter of ``drafter.kind``."""
+    min_match: int = Field(2, ge=1)
+    """Shortest suffix of the request to look up, in tokens."""
+    max_match: int = Field(12, ge=1)
+    """Longest suffix to look up, in tokens."""
+    mixed: bool = False
+    """Let the index draft for some requests of a step in which neural drafters draft for others."""
+    recent_tokens: int = Field(400_000, ge=0)
+    """Tokens of finished requests kept in the shared index. 0: index each request alone."""

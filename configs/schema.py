@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from configs.drafters import BesideSettings
+from configs.drafters import BesideSettings, SuffixSettings
 from configs.launch import LaunchSettings
 from configs.policies import (
     AdaEdlSettings,
@@ -93,21 +93,6 @@ class EngineSettings(Section):
     the time; until then drafts are no longer. ``None``: all are made before."""
     cpu_threads: int | None = Field(None, ge=1)
     """torch threads in the server process. ``None``: torch's default."""
-
-
-class SuffixSettings(Section):
-    """Suffix drafter: an index over the request and recent traffic, without training."""
-
-    enabled: bool = True
-    """Offer the suffix index to the policy beside the drafter of ``drafter.kind``."""
-    min_match: int = Field(2, ge=1)
-    """Shortest suffix of the request to look up, in tokens."""
-    max_match: int = Field(12, ge=1)
-    """Longest suffix to look up, in tokens."""
-    mixed: bool = False
-    """Let the index draft for some requests of a step in which neural drafters draft for others."""
-    recent_tokens: int = Field(400_000, ge=0)
-    """Tokens of finished requests kept in the shared index. 0: index each request alone."""
 
 
 class DraftModelSettings(Section):

@@ -72,6 +72,8 @@ class _Steps:
         """That of the last step observed."""
         self.best = PLAIN_ARM
         """The best arm that drafts, when one was chosen last."""
+        self.untried: set[str] = set()
+        """Neural drafters whose weights changed, and that have not drafted since."""
         self._awaited: deque[_Planned] = deque(maxlen=8)
 
     def note(self, decision: Decision) -> Decision:
@@ -142,8 +144,6 @@ class GoodputPolicy:
         self._rest = Rest(0.1 * probe_share, 0.2 * probe_share)
         self._gathered = Gathered()
         self._stretch: Stretch | None = None
-        self._untried: set[str] = set()
-        """Neural drafters whose weights changed, and that have not drafted since."""
         self._steps = _Steps()
         matching = [kind for kind, traits in drafters.items() if traits.needs_match]
         self._picker = Picker(context.mixes, self._acceptance, explore, context.seed, matching)
@@ -299,7 +299,7 @@ class GoodputPolicy:
                 self._versions.on_change(mix)
         self._rest.reset()
         self._stretch = None
-        self._untried.update({drafter} & self._neural)
+        self._steps.untried.update({drafter} & self._neural)
         self._steps.forget()
 
     def figures(self) -> dict[str, Any]:
@@ -408,13 +408,13 @@ class GoodputPolicy:
         machine. If either is wrong, only drafting can tell, and the explorer's draws may come no
         sooner than the next swap.
         """
-        for kind in sorted(self._untried & seen.seconds.keys()):
+        for kind in sorted(self._steps.untried & seen.seconds.keys()):
             if choice.base == kind or choice.arm[0] == kind:
-                self._untried.discard(kind)
+                self._steps.untried.discard(kind)
                 continue
             arm = max(((kind, k) for k in range(1, seen.max_k + 1)), key=choice.values.__getitem__)
             if (stretch := self._explorer.trial(arm, choice)) is not None:
-                self._untried.discard(kind)
+                self._steps.untried.discard(kind)
                 return stretch
         return None
 
