@@ -35,7 +35,9 @@ _MOST_CREDIT = 8.0
 """Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
 now and then, and learning that they pay on the average takes many looks."""
 _MOST_OWED = 3.0
-"""Plain steps' worth of time that looks may owe beside plain steps, however much they promise."""
+"""Plain steps' worth of time that looks may owe beside plain steps, however much they promise, and
+that one plan leaves owed at most: the first one of a server may take twenty, and would keep an
+index silent for twenty thousand steps."""
 _MOST_COST = 3.0
 """Largest cost that is owed, relative to the average: more is a machine's hiccup."""
 
@@ -148,12 +150,11 @@ class Rest:
                 self._glances.add(share)
             if self.is_plain and not self._is_paid:
                 usual = self._costs[self._looked].mean
-                charge = min(share, _MOST_COST * usual)
+                charge = min(share, _MOST_COST * usual, _MOST_OWED)
                 # Looks are made at every step as long as they seem to pay. Of these, only the last
                 # is owed: all of them, after a swap, would forbid looks for ten thousand steps.
-                self._owed[self._looked] = min(
-                    self._owed[self._looked] + charge, max(charge, usual)
-                )
+                most = max(charge, min(usual, _MOST_OWED))
+                self._owed[self._looked] = min(self._owed[self._looked] + charge, most)
             self._looked = None
 
     def note_saved(self, share: float) -> None:

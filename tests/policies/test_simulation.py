@@ -246,3 +246,27 @@ def test_looks_that_found_nothing_after_a_swap_do_not_forbid_later_ones(seed):
     server.run(then, 800)
     # The best arm looks at every step, and so does this.
     assert server.run(then, 800).speed >= 0.9 * best_fixed_speed(then)
+
+
+class FirstLook(Simulation):
+    """A server with an index alone, whose first look takes as long as twenty plain steps."""
+
+    def _seen(self, world, matches):
+        seen = super()._seen(world, matches)
+        return replace(seen, drafters=("suffix",) if matches is not None else (), pending_rows={})
+
+    def _decode(self, world):
+        is_first = self._step == 0
+        return super()._decode(replace(world, look_s=20 * world.plain_s) if is_first else world)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_first_look_that_is_slow_does_not_silence_an_index(seed):
+    """Measured with 32 clients: the index alone gains a half, and was never asked again."""
+    world = replace(SMALL_AT_32, rows={12: Rows(0.7, 0.85), 3: Rows(0.1, 0.4)}, cold_s=0.0)
+    policy = build_policy(PolicySettings(), {"suffix": DRAFTERS["suffix"]}, seed, max_draft=8)
+    policy.calibrate([sample for sample in world.profile() if sample.drafter == "none"])
+    server = FirstLook(policy, seed)
+    server.run(replace(world, rows={}), 60)
+    server.run(world, 3500)
+    assert server.run(world, 800).speed >= 1.3 * fixed_speed(world, "none", 0)
