@@ -112,10 +112,11 @@ class Chooser:
             arm = max(((self.base, k) for k in range(1, seen.max_k + 1)), key=values.__getitem__)
             values[PLAIN_ARM] = math.nextafter(values[arm], -math.inf)
         elif self.base == "none" and not looked:
-            # All steps look alike: a drafter that is not worth to be the base is not in any.
-            arm = PLAIN_ARM
+            # All steps look alike: what is not worth being the base is not worth it in any step.
             for other, value in values.items():
-                values[other] = min(value, values[PLAIN_ARM])
+                if other[0] in catch_up_s:
+                    values[other] = min(value, math.nextafter(values[PLAIN_ARM], -math.inf))
+            arm = max(values, key=values.__getitem__)
         self._note(seen, arm, fresh, alone)
         return Choice(arm, self.base, speed, values, charges, seen.plain_s)
 

@@ -121,7 +121,7 @@ def test_a_drafter_is_one_file_and_one_catalog_line(tmp_path):
     assert done.returncode == 0, done.stderr
     served = json.loads(done.stdout)
     assert served["answers"] == {str(i): [41 + i] * 40 for i in range(4)}
-    assert any(drafter == "constant" and k > 1 for drafter, k in served["arms"])
+    assert any(drafter == "constant" and k > 1 for drafter, k in served["arms"]), served
     assert served["accepted"] == served["drafted"] > 0, "the guesser is always right"
     assert any(name.startswith("constant/") for name in served["acceptance"])
     assert "constant" in served["captured"] and served["traces"] == 4

@@ -53,8 +53,11 @@ def test_rows_are_overwritten_and_nothing_of_it_is_saved_or_read_again(
     kept = [page * 16 + i for one in held for page in one.pages for i in range(16)]
     kept = [slot for slot in kept if slot not in set(slots)]
     assert torch.equal(columns.rows_CmH[kept], others[kept])
+    # The two that were on their way are refused, or dropped if they were read before the deletion
+    # was seen, for which a reader looks once a second.
     counts = trainer.intake.counts
-    assert (counts.read, counts.deleted + trainer.intake.num_deleted) == (42, 2)
+    num_refused = counts.deleted + trainer.intake.num_deleted
+    assert counts.read + num_refused == 44 and num_refused in (0, 2)
     trainer.update()  # goes on with what is left
 
     trainer.finish()

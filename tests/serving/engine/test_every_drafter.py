@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
+from drafters.acceptance import Chains, simulated_tokens_per_step
 from drafters.batch import from_sequences
 from drafters.protocol import weights_were_overwritten
 from drafters.trainable import learning_kinds, trainable
@@ -175,7 +176,8 @@ def test_simulated_tokens_per_step_is_that_of_live_rounds(kind):
         of_rounds += [alphas[row_of[one.anchor]] for one in begun]
         of_all.append(alphas[is_full])
     live, error = 1 + fmean(kept), stdev(kept) / len(kept) ** 0.5
-    simulated = learns.tokens_per_step(torch.stack(of_rounds), K)
+    simulated = simulated_tokens_per_step(torch.stack(of_rounds), K)
     assert live > 1.5 and error < 0.04
     assert live == pytest.approx(simulated, abs=3 * error)
-    assert learns.tokens_per_step(torch.cat(of_all), K) == pytest.approx(simulated, rel=0.03)
+    chains = Chains.join(Chains.of_texts(of_all), K)
+    assert chains.tokens_per_step() == pytest.approx(simulated, rel=0.03)

@@ -234,7 +234,7 @@ def test_a_full_disk_delays_the_record_of_a_rollback_and_loses_nothing(
     publish_next(tmp_path / "weights", noisy)
     wait_until(lambda: service.drafter_status()["version"] == 1)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
