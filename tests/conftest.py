@@ -44,11 +44,12 @@ DURATIONS = Path(__file__).parent / "durations.json"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # one of several processes
         longest_first(items)
+    mark, reason = "gpu", "needs an NVIDIA GPU"
     if HAS_GPU:
-        return
+        mark, reason = "interpreted", "interprets kernels, which is for machines without a GPU"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if mark in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def longest_first(items: list[pytest.Item]) -> None:

@@ -88,6 +88,7 @@ def test_lanes_of_cancelled_requests_leave_nothing_behind(model, by_the_book):
     assert not wrong_answers(model, by_the_book, between=between)
 
 
+@pytest.mark.interpreted
 def test_the_kernels_answer_by_the_book(model, by_the_book, monkeypatch):
     """What a GPU runs, in Triton's interpreter."""
     monkeypatch.setattr(serving.engine.rounds, "adjust_rows", lane_penalties_triton.adjust_rows)

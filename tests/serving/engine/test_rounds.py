@@ -121,6 +121,7 @@ def test_a_prompt_leaves_the_drafter_warm(monkeypatch):
     assert all(rounds[0][1] == "eagle3" for rounds, _ in kept.values())
 
 
+@pytest.mark.interpreted
 def test_the_kernels_sample_and_verify_in_rounds_as_their_definitions_do(monkeypatch):
     """What a GPU runs, in Triton's interpreter: they read the lanes' fields as they lie."""
     from specops import draft_sampling_triton, verify_logits_triton
@@ -144,6 +145,7 @@ def test_the_kernels_sample_and_verify_in_rounds_as_their_definitions_do(monkeyp
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 0.9}, {"temperature": 1.0, "seed": 3}], ids=str
 )
+@pytest.mark.interpreted
 def test_the_kernels_open_and_close_rounds_as_their_definitions_do(monkeypatch, sampling):
     """Greedy rounds also choose by kernel; some rounds have a lane that is nobody's."""
     arms = [("eagle3", 3), ("suffix", 2), ("none", 0)]
