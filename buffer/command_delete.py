@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import parse_qs, urlsplit
 
 import typer
 
@@ -57,7 +58,7 @@ def delete(
         return
     typer.echo(
         f"deleted {found.records} records of {found.num_bytes} bytes, and {found.quarantined} that "
-        f"were put aside; {without_login(url)} of {run_dir}"
+        f"were put aside; {without_login(url)} of {_run_of(url, run_dir)}"
     )
     if not found.records and not found.quarantined:
         typer.echo(
@@ -66,3 +67,9 @@ def delete(
         )
     if found.remains is not None:
         typer.echo(found.remains)
+
+
+def _run_of(url: str, run_dir: Path) -> str:
+    """The run whose traces were meant: a service's URL may name another one than the settings."""
+    named = parse_qs(urlsplit(url).query).get("run")
+    return f"run {named[0]}" if named else str(run_dir)

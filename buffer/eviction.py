@@ -203,5 +203,7 @@ def _sweep(root: Path, expired_s: float) -> None:
                 for left in (root / GROUPS).glob(f"*/{folder.name}.*"):
                     left.unlink(missing_ok=True)
     for path in (root / QUARANTINE).glob("*.bin"):
-        if path.stat().st_mtime <= expired_s:
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another server may have removed it
+            # Not what a link leads to, which may be missing: that must not stop a writer.
+            if path.lstat().st_mtime <= expired_s:
+                path.unlink()

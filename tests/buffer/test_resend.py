@@ -154,6 +154,16 @@ def test_replayed_traces_keep_their_identity_unless_they_shall_be_learnt_again(r
     assert [t.token_ids.tolist() for t in new[:6]] == [t.token_ids.tolist() for t in traces_in(run)]
 
 
+def test_a_replay_into_the_buffer_that_it_reads_ends(run, make_trace):
+    """As new traces it read what it had sent, without end, until the disk was full."""
+    write(run, (make_trace(seq=seq, producer="other") for seq in range(200)))
+    code, output, _ = command("replay", run, run, "--as-new", "--json")
+    assert code == 0
+    line = json.loads(output)
+    assert (line["read"], line["sent"]) == (206, 206)
+    assert len(traces_in(run)) == 412
+
+
 def test_a_replay_is_no_faster_than_its_rate(run, tmp_path):
     started = time.monotonic()
     places = open_backend("log:", run), open_backend("log:", tmp_path / "there")

@@ -157,6 +157,7 @@ def test_what_dead_writers_left_behind_is_swept_once_it_is_old(tmp_path):
         writer.append(payload(0))
     (tmp_path / "quarantine").mkdir()
     (tmp_path / "quarantine" / "header-w1-2-000000-0.bin").write_bytes(b"x")
+    (tmp_path / "quarantine" / "link.bin").symlink_to("nowhere")  # stopped every writer
     reader = SegmentReader(tmp_path)
     reader.read(10)
 
