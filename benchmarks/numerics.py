@@ -29,7 +29,7 @@ import typer
 
 from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import build, release
-from benchmarks.harness.loops import Feed, clear
+from benchmarks.harness.loops import Feed, clear, full_window
 from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.results import (
     RESULTS,
@@ -196,13 +196,8 @@ def speed(
 ) -> float:
     """Tokens per second with a batch that stays full."""
     drafters = side.play(draft_k) or frozenset()
-    engine = side.service.engine
-    clear(engine)
     requests = traffic.requests(ARM_DOMAINS[turn % len(ARM_DOMAINS)], 97 * turn, drafters, "speed")
-    feed = Feed(engine, requests, batch)
-    feed.run(seconds / 4)
-    window = feed.run(seconds)
-    feed.stop()
+    window = full_window(side.service.engine, requests, batch, seconds / 4, seconds)
     return window.num_tokens / window.seconds
 
 

@@ -62,14 +62,20 @@ def simulated_tokens_per_step(alphas_NK: Tensor, draft_k: int) -> float | None:
     return float(1 + kept_NK.sum(dim=1).mean())
 
 
-def conditional_acceptance(alphas_NK: Tensor) -> list[float | None]:
+def conditional_acceptance(
+    alphas_NK: Tensor, weights_N: Tensor | None = None
+) -> list[float | None]:
     """Acceptance at each position over all chains, given that all earlier positions were kept.
+
+    Args:
+        weights_N: [N] float64, of the chains; ``None``: all count alike.
 
     ``None`` at positions that no chain reaches. The running product is the survival of position k,
     from which a policy can price every K.
     """
-    kept_NK = alphas_NK.double().cumprod(dim=1)
-    kept = [float(alphas_NK.shape[0]), *kept_NK.sum(dim=0).tolist()]
+    weights_N = alphas_NK.new_ones(len(alphas_NK)) if weights_N is None else weights_N
+    kept_NK = weights_N.double()[:, None] * alphas_NK.double().cumprod(dim=1)
+    kept = [float(weights_N.sum()), *kept_NK.sum(dim=0).tolist()]
     return [after / before if before > 0 else None for before, after in itertools.pairwise(kept)]
 
 
@@ -130,9 +136,8 @@ class Chains:
     def acceptance(self) -> list[float]:
         """Acceptance at each position where rounds of K draft tokens begin, given that all earlier
         positions were kept, up to the last one that is reached."""
-        kept_NK = self.starts_NK[:, -1:] * self.alphas_NK.double().cumprod(dim=1)
-        kept = [float(self.starts_NK[:, -1].sum()), *kept_NK.sum(dim=0).tolist()]
-        return [after / before for before, after in itertools.pairwise(kept) if before > 0]
+        found = conditional_acceptance(self.alphas_NK, self.starts_NK[:, -1])
+        return [one for one in found if one is not None]
 
 
 def _round_starts(texts: Sequence[np.ndarray]) -> list[np.ndarray]:

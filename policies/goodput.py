@@ -238,8 +238,9 @@ class GoodputPolicy:
             self._rest.note_cost(outcome.plan_s / plain_s)
         self._rest.passed(outcome.step_s / plain_s)
         if outcome.decision.drafter in self._needing and not outcome.has_prefill:
-            tokens = 1 + sum(outcome.rows.num_accepted) / max(len(outcome.rows), 1)
-            self._rest.note_saved(tokens - (outcome.step_s - outcome.plan_s) / plain_s)
+            self._rest.note_saved(
+                outcome.rows.tokens_each - (outcome.step_s - outcome.plan_s) / plain_s
+            )
         if outcome.decision.reason == "rest" and outcome.decision.drafter == self._steps.observed:
             self._gather(outcome)
             return
@@ -255,10 +256,9 @@ class GoodputPolicy:
                 outcome.decision.drafter
             )
             if outcome.decision.explore and is_neural:
-                tokens = 1 + sum(outcome.rows.num_accepted) / max(len(outcome.rows), 1)
                 self._explorer.note_gain(
                     outcome.decision.drafter,
-                    tokens - outcome.step_s / plain_s,
+                    outcome.rows.tokens_each - outcome.step_s / plain_s,
                     plain_s,
                     is_charged=is_later,
                     catches_up=planned is not None and planned.catches_up,

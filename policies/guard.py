@@ -166,11 +166,9 @@ class Guard:
                 return
 
     def _weigh(self, outcome: Outcome) -> None:
-        rows = outcome.rows.num_accepted
-        tokens = 1 + sum(rows) / max(len(rows), 1)
         # With the time of planning, which plain decoding does without.
         seconds = outcome.step_s / self._costs.plain_s(outcome.batch)
-        worth = max(tokens - seconds, _MOST_LOSS)
+        worth = max(outcome.rows.tokens_each - seconds, _MOST_LOSS)
         self._trial.lost -= worth
         expected = self._worth.mean if self._worth.num >= _LEAST_STEPS else worth
         self._worth.add(worth)

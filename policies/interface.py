@@ -192,6 +192,11 @@ class RowOutcomes:
     def __len__(self) -> int:
         return len(self.num_accepted)
 
+    @property
+    def tokens_each(self) -> float:
+        """Mean tokens of a request, the target's own included; 1 without requests."""
+        return 1 + sum(self.num_accepted) / max(len(self.num_accepted), 1)
+
     def by(self, drafter: str) -> RowOutcomes:
         """Those of a mix that this drafter drafted."""
         is_own = [kind == drafter for kind in self.drafters or ()]

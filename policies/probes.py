@@ -213,7 +213,7 @@ class Explorer:
         if self._rng.random() >= chance:
             return None, 1 - chance
         one = self._rng.choices(options, weights=[one.weight for one in options])[0]
-        return self._begin(one.arm, choice, chance * one.weight / total), 1 - chance
+        return self._begin(one, choice, chance * one.weight / total), 1 - chance
 
     def trial(self, arm: Arm, choice: Choice) -> Stretch | None:
         """A stretch of an arm whose weights have changed, begun without a draw; ``None``: nothing
@@ -221,15 +221,15 @@ class Explorer:
         if not self._explore or not self.accounts_s:
             return None
         self.accounts_s[False] = max(self.accounts_s[False], 0.0)
-        return self._begin(arm, choice, 1.0)
+        return self._begin(self._option(arm, 1.0, choice), choice, 1.0)
 
-    def _begin(self, arm: Arm, choice: Choice, propensity: float) -> Stretch:
-        if self._is_charged_later(arm, choice):
-            self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(arm))
+    def _begin(self, one: _Option, choice: Choice, propensity: float) -> Stretch:
+        if self._is_charged_later(one.arm, choice):
+            self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))
         else:
-            self.accounts_s[_is_own(arm, choice)] -= self._feared_s(arm, choice)
+            self.accounts_s[_is_own(one.arm, choice)] -= one.loss_s
         self._gain_steps, self._gained = 0.0, "none"
-        return Stretch(arm, self._length(arm, choice), propensity)
+        return Stretch(one.arm, one.num_steps, propensity)
 
     def _affordable(self, seen: Forecast, choice: Choice) -> list[_Option]:
         """The stretches that can be paid for now."""
@@ -245,14 +245,9 @@ class Explorer:
             arms = [(idle, k) for k in range(1, seen.max_k + 1)]
             options[max(arms, key=choice.values.__getitem__)] = 2.0
         options.pop(choice.arm, None)
-        found = []
-        self._wanted_s = 0.0
-        for arm in sorted(options):
-            loss_s = self._feared_s(arm, choice)
-            self._wanted_s = max(self._wanted_s, loss_s)
-            if loss_s <= self.accounts_s[_is_own(arm, choice)]:
-                found.append(_Option(arm, options[arm], self._length(arm, choice), loss_s))
-        return found
+        found = [self._option(arm, options[arm], choice) for arm in sorted(options)]
+        self._wanted_s = max((one.loss_s for one in found), default=0.0)
+        return [one for one in found if one.loss_s <= self.accounts_s[_is_own(one.arm, choice)]]
 
     def is_charged_later(self, drafter: str) -> bool:
         """Beside plain decoding, a stretch of this drafter is charged by what it loses."""
@@ -272,15 +267,17 @@ class Explorer:
         usual = max(_USUAL_STRETCH, least)
         return min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
 
-    def _feared_s(self, arm: Arm, choice: Choice) -> float:
-        """Seconds that a stretch is predicted to lose; it switches once.
+    def _option(self, arm: Arm, weight: float, choice: Choice) -> _Option:
+        """A stretch of an arm, with what it is predicted to lose: it switches once.
 
-        Of what is charged by what it does lose, at most a plain step: a prediction that is far too
-        high would postpone for thousands of steps the only thing that can correct it.
+        What is charged by what it does lose counts as at most a plain step: a prediction that is
+        far too high would postpone for thousands of steps the only thing that can correct it.
         """
         num_steps = self._length(arm, choice)
         loss_s = choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
-        return min(loss_s, choice.plain_s) if self._is_charged_later(arm, choice) else loss_s
+        if self._is_charged_later(arm, choice):
+            loss_s = min(loss_s, choice.plain_s)
+        return _Option(arm, weight, num_steps, loss_s)
 
 
 def _is_own(arm: Arm, choice: Choice) -> bool:

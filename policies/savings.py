@@ -46,9 +46,8 @@ class Savings:
             plain_s = self.plain_s_of(outcome.batch)
         if plain_s is None:
             return
-        tokens_each = 1 + sum(outcome.rows.num_accepted) / num_rows
         self.decode_s += outcome.step_s
-        self.plain_s += plain_s * tokens_each
+        self.plain_s += plain_s * outcome.rows.tokens_each
 
     @property
     def saved_s(self) -> float:

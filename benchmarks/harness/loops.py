@@ -267,6 +267,18 @@ class Feed:
             self._failed = output.error
 
 
+def full_window(
+    engine: Engine, requests: Iterable[Request], batch: int, warm_s: float, seconds: float
+) -> Window:
+    """What is decoded in ``seconds`` with a batch that stays full, after ``warm_s`` of the same."""
+    clear(engine)
+    feed = Feed(engine, requests, batch)
+    feed.run(warm_s)
+    window = feed.run(seconds)
+    feed.stop()
+    return window
+
+
 def greedy_requests(prompts: Sequence[Prompt], batch: int, length: int) -> Iterator[Request]:
     """Endless requests of ``length`` tokens for a ``Feed``, cycling through the prompts. The first
     ``batch`` have staggered lengths, so that requests do not end together."""

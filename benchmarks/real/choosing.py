@@ -32,7 +32,7 @@ import typer
 
 from benchmarks.harness.arms import LEARNED, LOOKUP
 from benchmarks.harness.engines import build, release
-from benchmarks.harness.loops import Feed, clear
+from benchmarks.harness.loops import full_window
 from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
 from benchmarks.real.train_drafter import Ask, collect, train
@@ -202,11 +202,8 @@ def take_turn(
     arm: Arm, traffic: Traffic, domain: Domain, start: int, clients: int, seconds: float
 ) -> float:
     """Tokens per second of one arm with a batch that stays full, after a tenth of the time."""
-    clear(arm.engine)
-    feed = Feed(arm.engine, traffic.requests(domain, start, arm.drafters, arm.name), clients)
-    feed.run(seconds / 10)
-    window = feed.run(seconds)
-    feed.stop()
+    requests = traffic.requests(domain, start, arm.drafters, arm.name)
+    window = full_window(arm.engine, requests, clients, seconds / 10, seconds)
     return window.num_tokens / window.seconds
 
 

@@ -34,7 +34,7 @@ import typer
 
 from benchmarks.harness.arms import LOOKUP
 from benchmarks.harness.engines import build, release, round_seconds
-from benchmarks.harness.loops import Feed, Window, clear
+from benchmarks.harness.loops import full_window
 from benchmarks.harness.results import (
     RESULTS,
     Out,
@@ -198,11 +198,8 @@ def take_turn(
     arm: Arm, traffic: Traffic, domain: Any, start: int, clients: int, seconds: float
 ) -> tuple[float, float]:
     """Tokens per second, and tokens per step and request, after a tenth of the time."""
-    clear(arm.engine)
-    feed = Feed(arm.engine, traffic.requests(domain, start, arm.kinds, arm.name), clients)
-    feed.run(seconds / 10)
-    window: Window = feed.run(seconds)
-    feed.stop()
+    requests = traffic.requests(domain, start, arm.kinds, arm.name)
+    window = full_window(arm.engine, requests, clients, seconds / 10, seconds)
     steps = max(1, window.num_steps)
     return window.num_tokens / window.seconds, window.num_tokens / steps / clients
 

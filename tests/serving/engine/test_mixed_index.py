@@ -22,6 +22,7 @@ from specops import verify_logits_triton as kernels
 from specops.draft_sampling import DraftLaw, RowLaws
 from specops.verify_logits import Rule
 from tests.serving.engine.test_greedy_equality import random_prompts, reference
+from tests.serving.engine.test_mixed import Mixing as MixingAny
 from tests.serving.engine.test_mixed import few_tokens, scrambled
 from tests.serving.engine.test_sampled_law import (
     LENGTH,
@@ -53,17 +54,11 @@ class Short(SuffixIndex):
         return super().propose(keys, [min(k, 1) for k in most])
 
 
-class Mixing(RandomPolicy):
-    """A mix at every step, any member for each request."""
+class Mixing(MixingAny):
+    """The mix with the index at every step, any member for each request."""
 
     def __init__(self, mix=MIX, k=3, seed=0):
-        super().__init__(random.Random(seed))
-        self.mix, self.k = mix, k
-
-    def plan(self, obs):
-        k = min(self.k, obs.max_draft)
-        picks = self.picks(self.mix, obs.batch)
-        return Decision(self.mix, k, 0.5, False, "test", "mixing", picks=picks)
+        super().__init__(mix, k, seed)
 
 
 def repeating_prompts(numbers, count, vocab_size):
