@@ -103,6 +103,19 @@ def test_a_drafter_that_pays_is_used(batch):
     assert over_plain(after, GOOD, batch) > 0.98 * always
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_drafter_that_gains_a_third_is_used_too(seed):
+    """GOOD gains so much that a token less in every step would not show."""
+    fair = (0.35,) * MAX_DRAFT
+    always = expected_tokens(2, fair) * step_s(0, 1) / step_s(2, 1)
+    assert 1.2 < always < 1.4
+    guard = guarded(k=2, seed=seed)
+    decode(guard, 400, fair, seed=seed)
+    after = decode(guard, 4000, fair, seed=seed + 10)
+
+    assert over_plain(after, fair) > 0.95 * always
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_drafter_that_ceases_to_pay_is_silenced_within_50_steps(seed):
     guard = guarded(seed=seed)
