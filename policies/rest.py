@@ -216,7 +216,7 @@ class Glance(NamedTuple):
     taken without a plan: a plan at every match would cost more than most matches save."""
 
     arms: tuple[Arm, ...]
-    """A drafters that need matches, each at every K."""
+    """[A] drafters that need matches, each at every K."""
     gains: Floats
     """[A, 6] tokens that a row of each bucket gains over the arm in use."""
     losses: Floats
