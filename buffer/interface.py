@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 from buffer.counts import BufferStats, ReaderCounts, WriterCounts
 from buffer.deletions import Deleted, Deletions
+from buffer.seen import Identity
 from buffer.weights_store import WeightsStore
 
 MAX_READ_BYTES = 64 << 20
@@ -228,6 +229,28 @@ class RecordReader(Protocol):
             ValueError: this reader belongs to no group.
         """
         ...
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        """Ask the group which of these records, read and not committed, are to be learnt from.
+
+        A trace may be in several records, which different members may get: it was sent again, or
+        replayed. The first record that is claimed with it is the trace's for this group. Whoever
+        gets that record later, because a member died with it, may learn from it; nobody may learn
+        from the others, now or once it is committed. Should it be evicted before it was committed,
+        the next record that is claimed takes its place.
+
+        Args:
+            found: records and the traces they hold, each trace once.
+
+        Returns:
+            Whether each record is its trace's. All are for a reader without a group, which knows by
+            itself what it has seen.
+
+        Raises:
+            ServiceAwayError: try again later.
+            OSError: storage failed.
+        """
+        return [True] * len(found)
 
     def close(self) -> None:
         """Leave the group: what was read and not committed goes to other members at once."""

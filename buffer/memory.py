@@ -9,11 +9,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from buffer.claims import Claims, Location
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
 from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
 from buffer.interface import (
@@ -32,6 +33,7 @@ from buffer.interface import (
 )
 from buffer.memory_held import Appended, Held, Share, Stream
 from buffer.memory_weights import MemoryWeights
+from buffer.seen import Identity
 from buffer.version_rules import check_group
 
 DEFAULT_BYTES = 1 << 30
@@ -326,7 +328,7 @@ class MemoryMember(RecordReader):
             for writer, stream in self._held.streams.items():
                 share = shares.setdefault(writer, Share())
                 while len(records) < max_records and max_bytes > 0:
-                    number = self._next_number(share, stream)
+                    number = self._next_number(writer, share, stream)
                     if number is None:
                         break
                     payload = stream.records[number].payload
@@ -345,17 +347,37 @@ class MemoryMember(RecordReader):
         with self._held.lock:
             self._commit(offsets["member"], offsets["handed"])
 
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        with self._held.lock:
+            return [self._claim((one.writer, one.location), trace) for one, trace in found]
+
+    def _claim(self, location: Location, trace: Identity) -> bool:
+        claims = self._claims()
+        if not claims.may_take(location, trace, self._is_gone):
+            return False
+        claims.take(location, trace)
+        return True
+
+    def _claims(self) -> Claims:
+        return self._held.claims.setdefault(self._group, Claims())
+
+    def _is_gone(self, location: Location) -> bool:
+        writer, number = location[0], int(location[1])
+        share = self._held.groups[self._group][writer]
+        return number not in share.in_hand and number not in self._held.streams[writer].records
+
     def close(self) -> None:
         with self._held.lock:
             self._leave(self._name)
 
-    def _next_number(self, share: Share, stream: Stream) -> int | None:
+    def _next_number(self, writer: str, share: Share, stream: Stream) -> int | None:
         """Number of the next record to hand out; what was evicted before counts as lost."""
         while share.left:
             number = next(iter(share.left))
             del share.left[number]
             if number in stream.records:
                 return number
+            self._claims().drop((writer, str(number)))
             self._has_lost(share, 1)
         if share.next < stream.first:
             self._has_lost(share, stream.first - share.next)
@@ -370,11 +392,12 @@ class MemoryMember(RecordReader):
         self._evicted_unread += num_records
 
     def _commit(self, member: str, handed: int) -> None:
-        for share in self._held.groups.get(self._group, {}).values():
+        for writer, share in self._held.groups.get(self._group, {}).items():
             for records in (share.in_hand, share.left):
                 done = [n for n, (who, at) in records.items() if who == member and at < handed]
                 for number in done:
                     del records[number]
+                    self._claims().commit((writer, str(number)))
                 share.committed += len(done)
 
     def _leave(self, member: str) -> None:

@@ -12,7 +12,7 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from buffer.interface import (
     TraceLimits,
     Unreadable,
 )
+from buffer.seen import Identity
 from buffer.socket_host import SocketHost, try_lock
 from buffer.socket_wire import Line, away, connect, split, why_not_a_socket
 from buffer.socket_writer import SocketWriter
@@ -184,14 +185,26 @@ class SocketReader(RecordReader):
         try:
             return self._inner.read(max_records, max_bytes)
         except ServiceAwayError:
-            self._offsets, self._before = self.offsets(), self.counts
-            self._inner = None
+            self._give_up()
             raise
+
+    def _give_up(self) -> None:
+        self._offsets, self._before = self.offsets(), self.counts
+        self._inner = None
 
     def commit(self, offsets: Offsets) -> None:
         if self._inner is None:
             raise ServiceAwayError(errno.ENOTCONN, "nobody holds the buffer at present")
         self._inner.commit(offsets)
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        if self._inner is None:  # whoever held the buffer is gone, and these are nowhere else
+            return [True] * len(found)
+        try:
+            return self._inner.claim(found)
+        except ServiceAwayError:
+            self._give_up()
+            raise
 
     def close(self) -> None:
         if self._inner is not None:
@@ -235,6 +248,10 @@ class RemoteReader(RecordReader):
         if self._group is None:
             raise ValueError("a reader without a group has nothing to commit")
         self._ask({"op": "commit", "offsets": dict(offsets)})
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        traces = [(one.writer, one.location, *trace) for one, trace in found]
+        return list(self._ask({"op": "claim", "traces": traces})[0]["is_first"])
 
     def close(self) -> None:
         self._line.close()

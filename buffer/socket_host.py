@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from buffer.files import OWNER_FOLDER, open_regular
-from buffer.interface import RecordReader, TraceLimits
+from buffer.interface import Record, RecordReader, TraceLimits
 from buffer.memory import MemoryBackend, MemoryWriter
+from buffer.plain_values import is_count, is_short_text
+from buffer.seen import Identity
 from buffer.socket_wire import Line, is_own, listen, split, why_not_a_socket
 
 _TEND_S = 1.0
@@ -152,6 +154,8 @@ class _Session:
             case {"op": "commit", "offsets": dict(offsets)} if self._reader is not None:
                 self._reader.commit(offsets)
                 return {}, ()
+            case {"op": "claim", "traces": list(traces)} if self._reader is not None:
+                return {"is_first": self._reader.claim([_claim_of(*one) for one in traces])}, ()
             case {"op": "stats"}:
                 return {"stats": asdict(backend.stats())}, ()
             case {"op": "delete", "tenant": str(tenant)}:
@@ -197,6 +201,15 @@ class _Session:
     def _read_so_far(self) -> dict[str, Any]:
         assert self._reader is not None
         return {"offsets": self._reader.offsets(), "counts": asdict(self._reader.counts)}
+
+
+def _claim_of(
+    writer: str, location: str, producer: str, epoch: int, seq: int
+) -> tuple[Record, Identity]:
+    """What ``RecordReader.claim`` takes."""
+    if not (is_short_text(producer) and is_count(epoch) and is_count(seq)):
+        raise ValueError("a claim misstates producer, epoch or seq")
+    return Record(b"", str(writer), str(int(location))), (producer, epoch, seq)
 
 
 def try_lock(path: Path) -> int | None:

@@ -23,8 +23,9 @@ from buffer.interface import Backend
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.run_target import former_of
+from buffer.seen import SeenTraces
 from buffer.signed_weights import open_weights
-from buffer.traces import SeenTraces, TraceReader
+from buffer.traces import TraceReader
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.objectives import objective_of

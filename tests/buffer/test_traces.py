@@ -1,14 +1,11 @@
 """The log's URL, its quarantine, and what a reader remembers."""
 
-import json
 import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from buffer.backends import open_backend
 from buffer.codec import encode_trace
@@ -17,7 +14,7 @@ from buffer.frames import HEAD, MAGIC
 from buffer.interface import TraceLimits
 from buffer.segment_report import check_segments
 from buffer.segment_writer import SegmentWriter
-from buffer.traces import SeenTraces, TraceReader
+from buffer.traces import TraceReader
 
 LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 22, ttl_s=3600.0, sync_interval_s=0.0)
 
@@ -140,23 +137,3 @@ def test_all_that_was_written_is_accounted_for(tmp_path, log, make_trace):
     assert (
         counts.read + counts.duplicate + counts.quarantined + counts.damaged + counts.evicted_unread
     ) == 202
-
-
-@given(seqs=st.lists(st.integers(0, 60)), restarts=st.sets(st.integers(0, 60)))
-def test_seen_traces_are_remembered_exactly_and_across_restarts(seqs, restarts):
-    seen, truth = SeenTraces(), set()
-    for index, seq in enumerate(seqs):
-        if index in restarts:
-            seen = SeenTraces.from_json(json.loads(json.dumps(seen.to_json())))
-        assert seen.add("p", 1, seq) == (seq not in truth)
-        truth.add(seq)
-
-
-def test_what_is_remembered_stays_small_whatever_the_gaps():
-    seen = SeenTraces()
-    for seq in range(0, 10_000, 2):
-        assert seen.add("p", 1, seq)
-    for epoch in range(1000):
-        assert seen.add("q", epoch, 0)
-    assert not seen.add("q", 999, 0)
-    assert len(json.dumps(seen.to_json())) < 20_000

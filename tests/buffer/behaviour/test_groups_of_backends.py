@@ -277,6 +277,107 @@ def test_each_trace_is_learnt_once_though_it_was_sent_twice_and_the_trainer_rest
     again.close()
 
 
+def sent_again(place, limits, traces):
+    """Send traces again, each server's on a writer of its own, as a replay does."""
+    with place.open().open_trace_writer(limits) as writer:
+        for trace in traces:
+            writer.append(encode_trace(trace))
+
+
+def learn(reader, seqs):
+    """Take what there is; one read may give nothing while members agree who gets what."""
+    with contextlib.suppress(ServiceAwayError):
+        seqs += [trace.seq for trace in reader.read(100)]
+    return seqs
+
+
+def test_two_trainers_learn_a_replayed_trace_once_between_them(place, limits, make_trace):
+    traces = [make_trace(seq=seq) for seq in range(12)]
+    sent_again(place, limits, traces)
+    first, second = (TraceReader(place.open(), group="trainer") for _ in range(2))
+    learnt, others = [], []
+    wait_until(lambda: len(learn(first, learnt)) == 12)
+    sent_again(place, limits, traces)  # before the first has committed
+    wait_until(lambda: counted(learn_both(first, second, learnt, others)) == 24)
+    assert (sorted(learnt), others) == (list(range(12)), [])
+
+    commit_all(first, second)
+    first.close()
+    sent_again(place, limits, [*traces, make_trace(seq=12)])
+    third = TraceReader(place.open(), group="trainer")  # without a checkpoint, as on a new machine
+    wait_until(lambda: counted(learn_both(second, third, others, others), first) >= 37)
+    assert others == [12]
+    commit_all(second, third)
+    found = group_of(place)
+    assert (found.committed, found.pending, found.lost) == (37, 0, 0)
+    again = TraceReader(place.open(), group="another")
+    wait_until(lambda: len(learn(again, learnt)) == 25)
+    for one in (second, third, again):
+        one.close()
+
+
+def learn_both(left, right, of_left, of_right):
+    learn(left, of_left)
+    learn(right, of_right)
+    return left, right
+
+
+def counted(readers, *others):
+    """Traces that these have returned or recognised."""
+    return sum(one.counts.read + one.counts.duplicate for one in (*readers, *others))
+
+
+def commit_all(*readers):
+    for one in readers:
+        one.commit(one.offsets())
+
+
+def test_a_trace_whose_trainer_died_is_learnt_by_another_also_if_it_was_sent_again(
+    place, limits, make_trace
+):
+    traces = [make_trace(seq=seq) for seq in range(8)]
+    sent_again(place, limits, traces)
+    first = TraceReader(place.open(), group="trainer")
+    died, learnt = [], []
+    wait_until(lambda: len(learn(first, died)) == 8)
+    sent_again(place, limits, traces)
+    wait_until(lambda: learn(first, died) and first.counts.duplicate == 8)
+    first.close()
+
+    second = TraceReader(place.open(), group="trainer")
+    wait_until(lambda: counted((second,)) + len(learn(second, learnt)) >= 24)
+    assert sorted(learnt) == list(range(8))
+    assert second.counts.duplicate == 8
+    commit_all(second)
+    assert group_of(place).pending == 0
+    second.close()
+
+
+def test_a_trace_that_was_evicted_before_it_was_committed_may_be_sent_again(
+    place, limits, make_trace
+):
+    narrow = replace(limits, max_bytes=16_384)
+    writer = place.open().open_trace_writer(narrow)
+    writer.append(encode_trace(make_trace(seq=0)))
+    writer.sync()
+    first = TraceReader(place.open(), group="trainer")
+    learnt: list[int] = []
+    wait_until(lambda: learn(first, learnt) == [0])
+    for i in range(1000):
+        writer.append(payload(i))
+    writer.sync()
+    first.close()  # it dies with what it learnt, and nobody can read that again
+    second = TraceReader(place.open(), group="trainer")
+    wait_until(lambda: not learn(second, learnt)[1:] and second.counts.quarantined > 0)
+    writer.append(encode_trace(make_trace(seq=0)))
+    writer.append(encode_trace(make_trace(seq=1)))
+    writer.sync()
+    wait_until(lambda: 1 in learn(second, learnt))
+    assert learnt == [0, 0, 1]
+    writer.close()
+    second.close()
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 129])
 def test_a_group_whose_name_is_no_plain_name_is_refused(place, name):
     with pytest.raises(ValueError, match="group must match"):
