@@ -240,7 +240,7 @@ class RecordReader(Protocol):
         the next record that is claimed takes its place.
 
         Args:
-            found: records and the traces they hold, each trace once.
+            found: records and the traces they hold, in the order in which they are claimed.
 
         Returns:
             Whether each record is its trace's. All are for a reader without a group, which knows by

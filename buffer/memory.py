@@ -353,10 +353,10 @@ class MemoryMember(RecordReader):
 
     def _claim(self, location: Location, trace: Identity) -> bool:
         claims = self._claims()
-        if not claims.may_take(location, trace, self._is_gone):
-            return False
-        claims.take(location, trace)
-        return True
+        rival = claims.rival_of(location, trace)
+        if rival is not None and self._is_gone(rival):
+            claims.drop(rival)
+        return claims.claim(location, trace)
 
     def _claims(self) -> Claims:
         return self._held.claims.setdefault(self._group, Claims())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -235,7 +236,7 @@ def _runs_from(stored: Any, typecode: str, most: int) -> _Runs[int]:
     bounds = [bound for first, end in stored for bound in (first, end)]
     if not all(type(bound) is int for bound in bounds):
         raise ValueError("a bound that is no integer")
-    ascends = all(left < right for left, right in zip(bounds, bounds[1:], strict=False))
+    ascends = all(left < right for left, right in itertools.pairwise(bounds))
     if not ascends or not 0 <= bounds[0] < bounds[-1] <= most:
         raise ValueError(f"runs that do not ascend in 0..{most}")
     return array(typecode, bounds)

@@ -3,6 +3,7 @@
     <root>/groups/<group>/<writer>.json    how far the group has committed this writer's records
     <root>/groups/<group>/<writer>.lock    held (flock) by the member that reads this writer
     <root>/groups/<group>/<member>.member  held (flock) while that member lives
+    <root>/groups/<group>/claims           which traces were learnt, see ``claim_file.py``
 
 Locks end with their process, so a killed member's writers are free at once, and whoever takes one
 continues from what was committed. A member that reads more than its share of the writers lets go of
@@ -19,10 +20,13 @@ import math
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer.claim_file import ClaimFile
+from buffer.claims import Location, Place
 from buffer.counts import GroupCounts, ReaderCounts
 from buffer.files import (
     OWNER_FILE,
@@ -32,8 +36,9 @@ from buffer.files import (
     read_regular,
     write_atomically,
 )
-from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
-from buffer.layout import GROUPS, read_tombstone, writer_names
+from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
+from buffer.layout import GROUPS, read_tombstone, segment_path, writer_names
+from buffer.seen import Identity
 from buffer.segment_reader import Position, SegmentReader, position_of
 from buffer.version_rules import check_group
 
@@ -60,6 +65,8 @@ class SegmentMember(RecordReader):
         """Writer -> descriptor of its lock."""
         self._leaving: set[str] = set()
         """Owned writers that are not read any more, until all that was read is committed."""
+        self._member = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}"
+        self._claims = ClaimFile(self._folder, self._member)
         self._presence: int | None = None
         self._looked_s = -math.inf
         self._lock = threading.Lock()
@@ -85,14 +92,47 @@ class SegmentMember(RecordReader):
 
     def commit(self, offsets: Offsets) -> None:
         with self._lock:
-            for name in self._owned.keys() & offsets.keys():
-                self._commit(name, position_of(name, offsets[name]))
+            places = {
+                name: position_of(name, offsets[name])
+                for name in self._owned.keys() & offsets.keys()
+            }
+            ends: dict[str, Place] = {
+                name: (place.segment, place.offset) for name, place in places.items()
+            }
+            # Folders that were removed after their records were read: those were saved, too.
+            vanished = self._claims.claims.writers_of(self._member)
+            ends |= dict.fromkeys(vanished - self._owned.keys() - offsets.keys())
+            if ends:
+                self._claims.settle(ends)
+            for name, position in places.items():
+                self._commit(name, position)
             for name in list(self._leaving):
                 if self._reader.position(name) == _committed(self._folder, name):
                     self._let_go(name)
 
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        with self._lock:
+            try:
+                return self._claims.claim(found, self._is_gone)
+            except OSError as error:  # a full disk ends no trainer
+                raise ServiceAwayError(error.errno, f"nothing is claimed: {error}") from None
+
+    def _is_gone(self, location: Location, member: str) -> bool:
+        """Whether a record was evicted, and the member that had it is dead."""
+        writer, where = location
+        segment = int(where.partition("-")[0])
+        if segment_path(self._root / writer, segment).exists():
+            return False
+        path = self._folder / f"{member}.member"
+        descriptor = _locked(path, create=False)
+        if descriptor is None:
+            return not path.exists()
+        os.close(descriptor)
+        return True
+
     def close(self) -> None:
         with self._lock:
+            self._claims.close()
             for name in list(self._owned):
                 self._let_go(name)
             if self._presence is not None:
@@ -105,8 +145,7 @@ class SegmentMember(RecordReader):
             # One by one: ``parents`` would let everybody look into those in between.
             for folder in (self._root, self._root / GROUPS, self._folder):
                 folder.mkdir(mode=OWNER_FOLDER, parents=folder == self._root, exist_ok=True)
-            name = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}.member"
-            self._presence = _locked(self._folder / name)
+            self._presence = _locked(self._folder / f"{self._member}.member")
         self._looked_s = time.monotonic()
         names = writer_names(self._root)
         for gone in self._owned.keys() - set(names):
@@ -137,6 +176,8 @@ class SegmentMember(RecordReader):
         resumed = self._resumed.pop(name, position)
         if resumed.number > position.number:
             self._reader.move_to(name, resumed)
+            place = resumed.segment, resumed.offset
+            self._claims.settle({name: place}, are_learnt=True)
             self._commit(name, resumed)
 
     def _commit(self, name: str, position: Position) -> None:

@@ -171,20 +171,21 @@ class TraceReader:
 
     def _claimed(self) -> list[Trace]:
         """Those of ``_unclaimed`` that are new, to this reader and to its group."""
-        unknown: dict[Identity, Record] = {}
-        for record, trace in self._unclaimed:
-            if (identity := _identity_of(trace)) not in self._seen:
-                unknown.setdefault(identity, record)
-        claims = self._records.claim([(one, of) for of, one in unknown.items()]) if unknown else []
-        ours = {of for of, is_first in zip(unknown, claims, strict=True) if is_first}
-        found, self._unclaimed = self._unclaimed, []
-        traces = [trace for _, trace in found if self._is_new(_identity_of(trace), ours)]
+        # Each record is asked about, for another one with the same trace may be the one it is
+        # learnt from.
+        found = [(record, _identity_of(trace)) for record, trace in self._unclaimed]
+        unknown = [one for one in found if one[1] not in self._seen]
+        claims = iter(self._records.claim(unknown) if unknown else ())
+        is_ours = [of not in self._seen and next(claims) for _, of in found]
+        traces = [
+            trace
+            for (_, trace), is_first in zip(self._unclaimed, is_ours, strict=True)
+            if is_first and self._seen.add(*_identity_of(trace))
+        ]
+        self._unclaimed = []
         self._read += len(traces)
         self._duplicate += len(found) - len(traces)
         return traces
-
-    def _is_new(self, identity: Identity, ours: set[Identity]) -> bool:
-        return identity in ours and self._seen.add(*identity)
 
     def _expire(self) -> None:
         if self._limits is None or time.monotonic() < self._next_expire_s:

@@ -95,7 +95,7 @@ def test_once_the_gaps_are_filled_hardly_anything_is_left():
     chance, num = random.Random(0), 200_000
     seqs = chance.sample(range(num), num)
     seen = SeenTraces()
-    assert all([seen.add("p", 1, seq) for seq in seqs])
+    assert all(seen.add("p", 1, seq) for seq in seqs)
     assert len(json.dumps(seen.to_json())) < 100
     assert not seen.add("p", 1, 77)
 
