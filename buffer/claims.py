@@ -10,7 +10,7 @@ same claims. Messages are JSON arrays:
     ["claimed", member, [[writer, location, producer, epoch, seq], ...]]
     ["gone", [[writer, location], ...]]    nobody has these records, or can read them, any more
     ["done", member, {writer: place}, all] records before the place are committed, see ``done``
-    ["seen", traces]                       first of a log that was shortened: what is learnt
+    ["seen", traces]                       in a log that was shortened: some of what is learnt
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ class Claims:
             case ["done", str(member), dict(ends), bool(are_learnt)]:
                 self.done(member, {name: _end_of(end) for name, end in ends.items()}, are_learnt)
             case ["seen", traces]:
-                self.learnt = SeenTraces.from_json(traces)
+                self.learnt.add_json(traces)
             case _:
                 raise ValueError("it is of no known kind")
 
     def messages(self) -> Iterator[list[Any]]:
-        """Those that lead from nothing to these claims."""
-        yield ["seen", self.learnt.to_json()]
+        """Those that lead from nothing to these claims; none is longer than some 64 KiB."""
+        yield from (["seen", [one]] for one in self.learnt.to_json())
         for writer, records in self.claimed.items():
             for where, (trace, member) in records.items():
                 yield ["claimed", member, [[writer, where, *trace]]]

@@ -31,12 +31,15 @@ from kafka.errors import (
     UnknownMemberIdError,
 )
 
+from buffer.claims import Location
 from buffer.counts import ReaderCounts
 from buffer.deletions import Deletions, DeletionWatch
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.kafka_claims import KafkaClaims
 from buffer.kafka_deletions import DeletionLog
 from buffer.kafka_group import Membership, Place, places_of
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
+from buffer.seen import Identity
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class KafkaReader(RecordReader):
         self._topic = link.topic("traces")
         self._places = places_of(offsets)
         self._group = None if group is None else Membership(link, group, dict(offsets or {}))
+        self._claims = None if group is None else KafkaClaims(link, group)
         self._ready: dict[int, deque[Any]] = {}
         """Messages that were fetched and not returned, by partition."""
         self._turn = 0
@@ -127,6 +131,7 @@ class KafkaReader(RecordReader):
             while places and self._has_partitions():
                 assert self._consumer is not None
                 try:
+                    self._settle({n: one for n, one in places.items() if n in self._ready})
                     self._group.commit(self._consumer, places)
                     break
                 except _REJOIN:  # what we hold stays ours: commit once we have joined again
@@ -134,6 +139,32 @@ class KafkaReader(RecordReader):
                         raise
                     self._poll(_POLL_MS)
             self._take_note()
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        if self._claims is None:
+            return super().claim(found)
+        # A writer's records are in one partition, which is what is committed.
+        placed = [
+            (replace(one, payload=b"", writer=one.location.partition("-")[0]), trace)
+            for one, trace in found
+        ]
+        with self._lock, kafka_errors(f"{self._link.address.location}: nothing is claimed"):
+            return self._claims.claim(placed, self._is_gone)
+
+    def _is_gone(self, location: Location, member: str) -> bool:
+        """Whether a record of a partition of ours was evicted: the member that had it is dead, or
+        the partition would still be its."""
+        number, offset = int(location[0]), int(location[1].partition("-")[2])
+        if self._consumer is None or number not in self._ready:
+            return False
+        partition = TopicPartition(self._topic, number)
+        begin: int = self._consumer.beginning_offsets([partition])[partition]
+        return offset < begin
+
+    def _settle(self, places: dict[int, Place], *, are_learnt: bool = False) -> None:
+        assert self._claims is not None
+        ends = {str(number): (number, place.next) for number, place in places.items()}
+        self._claims.settle(ends, are_learnt=are_learnt)
 
     def stay(self) -> None:
         """Remain a member, and take part when partitions are shared out, while nobody reads."""
@@ -152,6 +183,8 @@ class KafkaReader(RecordReader):
             consumer, self._consumer = self._consumer, None
             self._ready.clear()
             self._pieces.close()
+            if self._claims is not None:
+                self._claims.close()
             if consumer is not None:
                 close_consumer(consumer)
 
@@ -174,8 +207,11 @@ class KafkaReader(RecordReader):
             return False
         if self._group is None:
             self._assign(self._consumer, found)
-        elif self._group.join(self._consumer, self._topic):
-            self._follow(self._consumer)
+        else:
+            if self._group.predecessor:
+                self._settle(places_of(self._group.predecessor), are_learnt=True)
+            if self._group.join(self._consumer, self._topic):
+                self._follow(self._consumer)
         return True
 
     def _new_consumer(self) -> KafkaConsumer:

@@ -17,6 +17,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from buffer.plain_values import is_count
+
 Identity = tuple[str, int, int]
 """(producer, epoch, seq) of a trace."""
 
@@ -69,9 +71,10 @@ class SeenTraces:
                         yield *key, seq
 
     def to_json(self) -> list[list[Any]]:
-        """For ``from_json``: ``[producer, epoch, numbers]`` each. Numbers are runs ``[first, one
-        past the last]`` or, by the index of their chunk, its runs or its bitmap in base64."""
-        return [[*key, _to_json(numbers)] for key, numbers in self._epochs.items()]
+        """For ``from_json``: ``[producer, epoch, numbers]``, each at most some 64 KiB long. Numbers
+        are runs ``[first, one past the last]`` or, by the index of their chunk, its runs or its
+        bitmap in base64; an epoch of several chunks has an entry for each."""
+        return [[*key, one] for key, numbers in self._epochs.items() for one in _to_json(numbers)]
 
     @classmethod
     def from_json(cls, stored: Any) -> SeenTraces:
@@ -81,15 +84,32 @@ class SeenTraces:
             ValueError: it is something else.
         """
         seen = cls()
+        seen.add_json(stored)
+        return seen
+
+    def add_json(self, stored: Any) -> None:
+        """Remember what another memory has stored, of epochs or chunks that this one has not.
+
+        Raises:
+            ValueError: it is something else; some of it may be remembered.
+        """
         try:
             for producer, epoch, numbers in stored:
-                if not isinstance(producer, str) or type(epoch) is not int:
+                if not isinstance(producer, str) or not is_count(epoch):
                     raise ValueError(f"no producer and epoch: {producer!r}, {epoch!r}")
                 if numbers:
-                    seen._epochs[producer, epoch] = _from_json(numbers)
+                    self._merge((producer, epoch), _from_json(numbers))
         except (TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise ValueError(f"these are not traces seen: {error}") from None
-        return seen
+
+    def _merge(
+        self, key: tuple[str, int], numbers: _Runs[int] | dict[int, _Runs[int] | _Bits]
+    ) -> None:
+        known = self._epochs.get(key)
+        if isinstance(known, dict) and isinstance(numbers, dict):
+            known.update(numbers)
+        else:
+            self._epochs[key] = numbers
 
 
 class _Bits:
@@ -202,12 +222,18 @@ def _numbers_in(numbers: _Runs[int] | dict[int, _Runs[int] | _Bits]) -> Iterator
             yield from (start + number for number in _numbers_in(chunk))
 
 
-def _to_json(numbers: _Runs[int] | dict[int, _Runs[int] | _Bits] | _Bits) -> Any:
+def _to_json(numbers: _Runs[int] | dict[int, _Runs[int] | _Bits]) -> Iterator[Any]:
     if isinstance(numbers, dict):
-        return {str(index): _to_json(chunk) for index, chunk in numbers.items()}
-    if isinstance(numbers, _Bits):
-        return base64.b64encode(numbers.bits).decode()
-    return [[first, end] for first, end in _pairs(numbers)]
+        for index, chunk in numbers.items():
+            is_bitmap = isinstance(chunk, _Bits)
+            stored = base64.b64encode(chunk.bits).decode() if is_bitmap else _runs_to_json(chunk)
+            yield {str(index): stored}
+    else:
+        yield _runs_to_json(numbers)
+
+
+def _runs_to_json(bounds: _Runs[int]) -> list[list[int]]:
+    return [[first, end] for first, end in _pairs(bounds)]
 
 
 def _from_json(stored: Any) -> _Runs[int] | dict[int, _Runs[int] | _Bits]:

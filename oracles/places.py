@@ -136,6 +136,7 @@ _LACKS: dict[Kind, dict[str, str]] = {
         "test_the_oldest_records_are_evicted_and_counted": _NO_DELETION,
         "test_records_are_evicted_at_their_ttl_even_if_nothing_is_appended": _NO_DELETION,
         "test_what_is_evicted_before_it_was_committed_is_lost_and_counted": _NO_DELETION,
+        "test_a_trace_that_was_evicted_before_it_was_committed_may_be_sent_again": _NO_DELETION,
         "test_a_reader_that_is_opened_with_offsets_commits_them": _NO_COMMIT,
         "test_each_group_gets_everything_and_a_reader_without_one_leaves_no_mark": _NO_COMMIT,
         "test_every_record_is_committed_pending_lost_or_deleted": "Tansu drops what commits say",
