@@ -148,7 +148,11 @@ class SharedClaims(ABC):
 
     @abstractmethod
     def latest(self) -> contextlib.AbstractContextManager[None]:
-        """Follow the log to its end, and hold what ``append`` needs. Raises OSError."""
+        """Follow the log, and hold what ``append`` needs. Raises OSError."""
+
+    def refresh(self) -> None:
+        """Follow the log to its end, where ``latest`` need not do so. Raises OSError."""
+        return None
 
     @abstractmethod
     def append(self, messages: Sequence[list[Any]], *, is_durable: bool) -> None:
@@ -170,6 +174,8 @@ class SharedClaims(ABC):
         locations = [(one.writer, one.location) for one, _ in found]
         pairs = [(where, of) for where, (_, of) in zip(locations, found, strict=True)]
         with self.latest():
+            if any(self.claims.rival_of(*pair) for pair in pairs):
+                self.refresh()  # they may have given up
             rivals = {self.claims.rival_of(*pair) for pair in pairs} - {None}
             gone = [one for one in rivals if one is not None and self._is_gone(one, is_gone)]
             hopeful = [

@@ -45,15 +45,19 @@ class KafkaClaims(SharedClaims):
 
     @contextlib.contextmanager
     def latest(self) -> Iterator[None]:
-        self._follow()
+        """What others append meanwhile comes before what this member appends, and ``append``
+        follows both: asking for the end first would cost a second round trip."""
+        if self._consumer is None or not self._consumer.assignment():
+            self._follow()
         yield
+
+    def refresh(self) -> None:
+        self._follow()
 
     def append(self, messages: Sequence[list[Any]], *, is_durable: bool) -> None:
         sent = [self._sender.send(None, json.dumps(one).encode()) for one in messages]
         offsets = [future.get(self._link.options.timeout_s).offset for future in sent]
-        self._follow()
-        if self._next <= max(offsets):
-            raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
+        self._follow_to(max(offsets))
         if is_durable:
             with contextlib.suppress(KafkaError):  # it is only longer than it need be
                 self._shorten()
@@ -63,6 +67,29 @@ class KafkaClaims(SharedClaims):
         if self._consumer is not None:
             close_consumer(self._consumer)
             self._consumer = None
+
+    def _follow_to(self, offset: int) -> None:
+        """Follow the topic up to a message of ours.
+
+        Raises:
+            KafkaError: it does not arrive.
+        """
+        if self._consumer is None or not self._consumer.assignment():
+            self._follow()
+        while self._consumer is not None and self._next <= offset:
+            found = self._consumer.poll(timeout_ms=self._link.timeout_ms)
+            for message in found.get(self._partition, ()):
+                if message.offset < self._next:
+                    continue
+                if message.offset > self._next:  # the broker lost or deleted what was there
+                    self._next = 0
+                    break
+                self._take(_content_of(message.value))
+                self._next += 1
+            if not found or not self._next:
+                self._follow()
+                if self._next <= offset:
+                    raise KafkaTimeoutError("the brokers do not show what they acknowledged")
 
     def _follow(self) -> None:
         """Follow the topic to its end.

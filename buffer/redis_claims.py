@@ -26,19 +26,29 @@ from buffer.seen import Identity
 COMMIT = """
 local done = redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 4))
 if done > 0 then redis.call('HINCRBY', KEYS[2], ARGV[2], done) end
-for i = 4, #ARGV do
-  local record = ARGV[3] .. '/' .. ARGV[i]
-  local trace = redis.call('HGET', KEYS[4], record)
+local records = {}
+for i = 4, #ARGV do records[#records + 1] = ARGV[3] .. '/' .. ARGV[i] end
+local traces, parts, over = redis.call('HMGET', KEYS[4], unpack(records)), {}, {}
+for _, trace in ipairs(traces) do
   if trace then
-    local chunk, number = string.match(trace, '^(.*):(%d+)$')
-    local bits, at = redis.call('HGET', KEYS[5], chunk) or '', math.floor(number / 8) + 1
-    bits = bits .. string.rep('\\0', at - #bits)
-    local byte = bit.bor(string.byte(bits, at), bit.lshift(1, number % 8))
-    bits = string.sub(bits, 1, at - 1) .. string.char(byte) .. string.sub(bits, at + 1)
-    redis.call('HSET', KEYS[5], chunk, bits)
-    redis.call('HDEL', KEYS[3], trace)
-    redis.call('HDEL', KEYS[4], record)
+    local name, number = string.match(trace, '^(.*):(%d+)$')
+    local bytes = parts[name]
+    if not bytes then
+      bytes = {string.byte(redis.call('HGET', KEYS[5], name) or '', 1, -1)}
+      parts[name] = bytes
+    end
+    local at = math.floor(number / 8) + 1
+    for i = #bytes + 1, at do bytes[i] = 0 end
+    bytes[at] = bit.bor(bytes[at], bit.lshift(1, number % 8))
+    over[#over + 1] = trace
   end
+end
+for name, bytes in pairs(parts) do
+  redis.call('HSET', KEYS[5], name, string.char(unpack(bytes)))
+end
+if #over > 0 then
+  redis.call('HDEL', KEYS[3], unpack(over))
+  redis.call('HDEL', KEYS[4], unpack(records))
 end
 return done
 """
@@ -46,21 +56,29 @@ return done
 once, however often it is committed. KEYS: stream, hash of counts, claims, claimed, learnt. ARGV:
 group, field of the hash, writer, ids."""
 _CLAIM = """
-local answers = {}
-for i = 1, #ARGV, 2 do
-  local trace, holder = ARGV[i], ''
-  local chunk, number = string.match(trace, '^(.*):(%d+)$')
-  local bits = redis.call('HGET', KEYS[3], chunk) or ''
-  local byte = string.byte(bits, math.floor(number / 8) + 1) or 0
-  if bit.band(bit.rshift(byte, number % 8), 1) == 0 then
-    holder = redis.call('HGET', KEYS[1], trace)
-    if not holder then
-      holder = ARGV[i + 1]
-      redis.call('HSET', KEYS[1], trace, holder)
-      redis.call('HSET', KEYS[2], holder, trace)
+local traces = {}
+for i = 1, #ARGV, 2 do traces[#traces + 1] = ARGV[i] end
+local known = redis.call('HMGET', KEYS[1], unpack(traces))
+local answers, parts, mine, new, inverse = {}, {}, {}, {}, {}
+for i, trace in ipairs(traces) do
+  local name, number = string.match(trace, '^(.*):(%d+)$')
+  parts[name] = parts[name] or redis.call('HGET', KEYS[3], name) or ''
+  local byte = string.byte(parts[name], math.floor(number / 8) + 1) or 0
+  if bit.band(bit.rshift(byte, number % 8), 1) == 1 then
+    answers[i] = ''
+  else
+    answers[i] = known[i] or mine[trace]
+    if not answers[i] then
+      local record = ARGV[2 * i]
+      mine[trace], answers[i] = record, record
+      new[#new + 1], new[#new + 2] = trace, record
+      inverse[#inverse + 1], inverse[#inverse + 2] = record, trace
     end
   end
-  answers[#answers + 1] = holder
+end
+if #new > 0 then
+  redis.call('HSET', KEYS[1], unpack(new))
+  redis.call('HSET', KEYS[2], unpack(inverse))
 end
 return answers
 """
