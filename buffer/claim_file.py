@@ -9,6 +9,7 @@ anew, without what is over, when it has become long.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 CLAIMS = "claims"
 _LEAST_BYTES = 1 << 20  # a shorter file is not worth writing anew
 _READ_BYTES = 1 << 20
+_MAX_LINE_BYTES = 1 << 26  # over what 1,000 claims of the longest names take
 
 
 class ClaimFile(SharedClaims):
@@ -91,6 +93,9 @@ class ClaimFile(SharedClaims):
         rest = b""
         while found := os.pread(self._descriptor, _READ_BYTES, self._end + len(rest)):
             *lines, rest = (rest + found).split(b"\n")
+            if len(rest) > _MAX_LINE_BYTES:
+                problem = f"a line is over {_MAX_LINE_BYTES} bytes, so no member wrote it"
+                raise OSError(errno.EBADMSG, problem, str(self._path))
             for line in lines:
                 self._take(line)
                 self._end += len(line) + 1

@@ -19,6 +19,7 @@ from typing import Any
 from buffer.counts import ReaderCounts, WriterCounts
 from buffer.files import OWNER_FILE, OWNER_FOLDER, read_regular, write_atomically
 from buffer.interface import MAX_READ_BYTES, Offsets, Payload, Record, RecordReader, TraceWriter
+from buffer.seen import Identity
 
 MARK = b"SLPSEAL1"
 _NONCE_BYTES = 12
@@ -184,6 +185,9 @@ class OpeningReader(RecordReader):
 
     def commit(self, offsets: Offsets) -> None:
         self._below.commit(offsets)
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        return self._below.claim(found)
 
     def close(self) -> None:
         self._below.close()
