@@ -332,6 +332,53 @@ def commit_all(*readers):
         one.commit(one.offsets())
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_whoever_comes_and_goes_each_trace_is_saved_once(place, limits, make_trace, seed):
+    """Trainers die with what they have not saved; traces are sent again and again, by anybody."""
+    chance = random.Random(seed)
+    saved, num_traces = Counter(), 0
+    members: list[tuple[TraceReader, list[int]]] = []
+
+    def read(some):
+        for reader, held in some:
+            held += [trace.seq for trace in reader.read(chance.randrange(1, 20))]
+
+    def save(some):
+        for reader, held in some:
+            reader.commit(json.loads(json.dumps(reader.offsets())))
+            saved.update(held)
+            held.clear()
+
+    for _ in range(150):
+        action = chance.random()
+        if action < 0.3:
+            num_traces += (count := chance.randrange(6))
+            old = chance.sample(range(num_traces), min(num_traces, chance.randrange(6)))
+            seqs = [*range(num_traces - count, num_traces), *old]
+            sent_again(place, limits, [make_trace(seq=seq) for seq in seqs])
+        elif action < 0.4 and len(members) < 3:
+            members.append((TraceReader(place.open(), group="trainer"), []))
+        elif action < 0.48 and members:
+            members.pop(chance.randrange(len(members)))[0].close()
+        elif action < 0.9:
+            read(members)
+        else:
+            save(members)
+        assert not saved or max(saved.values()) == 1
+    if not members:
+        members.append((TraceReader(place.open(), group="trainer"), []))
+
+    def is_done():
+        read(members)
+        save(members)
+        return len(saved) == num_traces and group_of(place).pending == 0
+
+    wait_until(is_done)
+    assert set(saved.values()) == {1}
+    for reader, _ in members:
+        reader.close()
+
+
 def test_a_trace_whose_trainer_died_is_learnt_by_another_also_if_it_was_sent_again(
     place, limits, make_trace
 ):
