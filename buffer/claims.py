@@ -197,7 +197,8 @@ class SharedClaims(ABC):
         It is safe from a power cut, and so are the claims, once this returns. Raises OSError."""
         with self.latest():
             if any(name in self.claims.claimed for name in ends):
-                self.append([["done", self.member, dict(ends), are_learnt]], is_durable=True)
+                done: list[Any] = ["done", self.member, dict(ends), are_learnt]
+                self.append([done], is_durable=True)
 
     def _is_gone(self, location: Location, is_gone: Callable[[Location, str], bool]) -> bool:
         member = self.claims.member_of(location)

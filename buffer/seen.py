@@ -225,8 +225,11 @@ def _numbers_in(numbers: _Runs[int] | dict[int, _Runs[int] | _Bits]) -> Iterator
 def _to_json(numbers: _Runs[int] | dict[int, _Runs[int] | _Bits]) -> Iterator[Any]:
     if isinstance(numbers, dict):
         for index, chunk in numbers.items():
-            is_bitmap = isinstance(chunk, _Bits)
-            stored = base64.b64encode(chunk.bits).decode() if is_bitmap else _runs_to_json(chunk)
+            stored: Any = (
+                base64.b64encode(chunk.bits).decode()
+                if isinstance(chunk, _Bits)
+                else _runs_to_json(chunk)
+            )
             yield {str(index): stored}
     else:
         yield _runs_to_json(numbers)
