@@ -1,5 +1,6 @@
 """The log's URL, its quarantine, and what a reader remembers."""
 
+import json
 import time
 import zlib
 from dataclasses import replace
@@ -12,6 +13,7 @@ from buffer.codec import encode_trace
 from buffer.embedded_log import EmbeddedLog, log_root
 from buffer.frames import HEAD, MAGIC
 from buffer.interface import TraceLimits
+from buffer.resend import Wanted, replay_traces
 from buffer.segment_report import check_segments
 from buffer.segment_writer import SegmentWriter
 from buffer.traces import TraceReader
@@ -137,3 +139,37 @@ def test_all_that_was_written_is_accounted_for(tmp_path, log, make_trace):
     assert (
         counts.read + counts.duplicate + counts.quarantined + counts.damaged + counts.evicted_unread
     ) == 202
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_replay_is_learnt_once_whatever_the_number_of_epochs(tmp_path, make_trace, restarts):
+    source = open_backend(f"memory:{tmp_path}/source", tmp_path)
+    with source.open_trace_writer(LIMITS) as writer:
+        for epoch in range(300):
+            writer.append(encode_trace(make_trace(epoch=epoch, features=None)))
+    log = EmbeddedLog("log:", tmp_path)
+    reader = TraceReader(log)
+    replay_traces(source, log, LIMITS, Wanted())
+    assert len(reader.read(1000)) == 300
+    if restarts:
+        reader = TraceReader(log, json.loads(json.dumps(reader.offsets())))
+    replay_traces(source, log, LIMITS, Wanted())
+    assert reader.read(1000) == []
+    assert reader.counts.duplicate == 300
+
+
+def test_a_replay_of_one_tenant_after_another_loses_nothing(tmp_path, make_trace):
+    source, log = open_backend(f"memory:{tmp_path}/source", tmp_path), EmbeddedLog("log:", tmp_path)
+    with source.open_trace_writer(LIMITS) as writer:
+        for seq in range(2200):
+            trace = make_trace(seq=seq, tenant=f"t{seq % 2}", features=None)
+            writer.append(encode_trace(trace))
+    for tenant in ("t0", "t1"):
+        replay_traces(source, log, LIMITS, Wanted(tenants=[tenant]))
+    reader = TraceReader(log, group="trainer")
+    learnt = []
+    while traces := reader.read(64):
+        learnt += [trace.seq for trace in traces]
+    assert sorted(learnt) == list(range(2200))
+    assert reader.counts.duplicate == 0
+    reader.close()

@@ -316,6 +316,25 @@ def test_two_trainers_learn_a_replayed_trace_once_between_them(place, limits, ma
         one.close()
 
 
+def test_traces_are_told_apart_by_any_name_and_any_number(place, limits, make_trace):
+    names = [
+        *(("a/1", 2), ("a", 1), ("a:1", 2), ("a\n", 0), ("\ud800", 0), ("", 0), ("é" * 99, 0)),
+        *(("a", 2**63 - 1), ("a", 2**62)),
+    ]
+    seqs = [0, 1, 2047, 2048, 2**53, 2**53 + 1, 2**63 - 2, 2**63 - 1]
+    traces = [
+        make_trace(producer=name, epoch=epoch, seq=seq) for name, epoch in names for seq in seqs
+    ]
+    for is_new in (True, False):
+        sent_again(place, limits, traces)
+        reader = TraceReader(place.open(), group="trainer")
+        learnt: list[int] = []
+        wait_until(lambda r=reader, ours=learnt: learn(r, ours) is ours and counted((r,)) >= 72)
+        assert len(learnt) == (len(traces) if is_new else 0)
+        commit_all(reader)
+        reader.close()
+
+
 def learn_both(left, right, of_left, of_right):
     learn(left, of_left)
     learn(right, of_right)
