@@ -316,6 +316,28 @@ def test_two_trainers_learn_a_replayed_trace_once_between_them(place, limits, ma
         one.close()
 
 
+def test_what_a_checkpoint_has_learnt_is_learnt_by_nobody_else_though_it_was_not_committed(
+    place, limits, make_trace
+):
+    """A trainer may die between its checkpoint and the commit; its successor commits."""
+    traces = [make_trace(seq=seq) for seq in range(8)]
+    sent_again(place, limits, traces)
+    first, learnt = TraceReader(place.open(), group="trainer"), []
+    wait_until(lambda: len(learn(first, learnt)) == 8)
+    checkpoint = json.loads(json.dumps(first.offsets()))
+    first.close()
+    second = TraceReader(place.open(), checkpoint, "trainer")
+    sent_again(place, limits, [make_trace(seq=8)])
+    wait_until(lambda: len(learn(second, learnt)) == 9)
+    commit_all(second)
+    second.close()
+    third, others = TraceReader(place.open(), group="trainer"), []
+    sent_again(place, limits, [*traces, make_trace(seq=9)])
+    wait_until(lambda: learn(third, others) is others and counted((third,)) >= 9)
+    assert (sorted(learnt), others) == ([*range(9)], [9])
+    third.close()
+
+
 def test_traces_are_told_apart_by_any_name_and_any_number(place, limits, make_trace):
     names = [
         *(("a/1", 2), ("a", 1), ("a:1", 2), ("a\n", 0), ("\ud800", 0), ("", 0), ("é" * 99, 0)),
