@@ -183,11 +183,10 @@ class SharedClaims(ABC):
                 for where, of in pairs
                 if of not in self.claims.learnt and self.claims.rival_of(where, of) in (None, *gone)
             ]
-            parts = range(0, len(hopeful), _CLAIMS_PER_MESSAGE)
-            messages = [
-                *([["gone", gone]] if gone else []),
-                *(["claimed", self.member, hopeful[at : at + _CLAIMS_PER_MESSAGE]] for at in parts),
-            ]
+            messages: list[list[Any]] = [["gone", gone]] if gone else []
+            for at in range(0, len(hopeful), _CLAIMS_PER_MESSAGE):
+                some = hopeful[at : at + _CLAIMS_PER_MESSAGE]
+                messages.append(["claimed", self.member, some])
             if messages:
                 self.append(messages, is_durable=False)
             return [self.claims.holders.get(of) == where for where, of in pairs]
