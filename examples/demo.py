@@ -34,6 +34,7 @@ from rich.console import Console
 from configs.choices import SettingsError
 from configs.load import load_settings
 from configs.schema import Settings
+from examples import shared_gpu
 from examples.arms import ArmsError, setups
 from examples.clients import Replayer, Reply, Server, Traffic, replay_rounds
 from examples.live import Now, View, summary
@@ -387,15 +388,22 @@ def version_changes(history: list[dict[str, Any]], began_unix_s: float) -> list[
     ]
 
 
-def carry_out(settings: DemoSettings, console: Console, buffer: str = "log") -> int:
+def carry_out(
+    settings: DemoSettings, console: Console, buffer: str = "log", *, mps: bool = False
+) -> int:
     """Run the demo, write its report and stop its processes; returns the exit code.
 
     Args:
         buffer: where traces and weights are: ``log`` or a service of ``examples.services``.
+        mps: server and trainer share the GPU by CUDA MPS.
     """
     children: list[Child] = []
     try:
-        with own_folder(settings.run_dir), buffer_url(buffer, settings.run_dir) as url:
+        with (
+            own_folder(settings.run_dir),
+            shared_gpu.mps() if mps else contextlib.nullcontext(),
+            buffer_url(buffer, settings.run_dir) as url,
+        ):
             settings = replace(settings, overrides=(f"buffer.url={url}", *settings.overrides))
             try:
                 with View(console) as view:
@@ -406,7 +414,7 @@ def carry_out(settings: DemoSettings, console: Console, buffer: str = "log") -> 
     except KeyboardInterrupt:
         console.print("Interrupted: server and trainer are stopped; no report was written.")
         return 130
-    except (ArmsError, ChildDiedError, DemoError) as error:
+    except (ArmsError, ChildDiedError, DemoError, shared_gpu.MpsError) as error:
         console.print(str(error), markup=False, highlight=False)
         return 1
     console.print(*summary(report), sep="\n\n")
@@ -455,6 +463,9 @@ def main(
     buffer: Annotated[
         str, typer.Option(help=f"where traces and weights are: {', '.join(('log', *SERVICES))}")
     ] = "log",
+    mps: Annotated[
+        bool, typer.Option("--mps", help="server and trainer share the GPU by CUDA MPS")
+    ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),
@@ -482,7 +493,7 @@ def main(
     except SettingsError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=2) from None
-    raise typer.Exit(carry_out(settings, Console(), buffer))
+    raise typer.Exit(carry_out(settings, Console(), buffer, mps=mps))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

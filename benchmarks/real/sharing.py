@@ -6,13 +6,14 @@ Starts the demo's server and, for one ``trainer.duty`` after another, a trainer 
 Clients send chat requests without pause, which are decoded without drafts, so that what is learned
 changes no speed. The trainer is suspended and resumed in turn (SIGSTOP, SIGCONT); tokens are those
 of the server's own counter. A figure is the median, over pairs of adjacent windows, of the tokens
-per second with the trainer relative to those without.
+per second with the trainer relative to those without. With ``--mps`` both run under CUDA MPS.
 
 Writes ``sharing.json`` and rows of ``rows/learning.json`` in ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import statistics
@@ -35,6 +36,7 @@ from benchmarks.harness.results import (
     write_rows,
 )
 from configs.load import load_settings
+from examples import shared_gpu
 from examples.clients import Server, Traffic
 from examples.demo import (
     begin_server,
@@ -129,12 +131,12 @@ def wait_until_learning(
         time.sleep(0.2)
 
 
-def rows_of(found: Sequence[dict[str, Any]], clients: int) -> list[Row]:
+def rows_of(found: Sequence[dict[str, Any]], clients: int, mps: bool) -> list[Row]:
     """The claims, with the goal for the default duty."""
     default = load_settings([], [], {}).trainer.duty
     return [
         at_least(
-            f"shared card, {clients} clients, duty {one['duty']:g}",
+            f"shared card{', CUDA MPS' if mps else ''}, {clients} clients, duty {one['duty']:g}",
             "serving with a trainer over serving without, tokens/s",
             one["ratio"],
             GOAL if one["duty"] == default else None,
@@ -150,6 +152,8 @@ def carry_out(
     pairs: int,
     seconds: float,
     out: Path,
+    *,
+    mps: bool,
 ) -> None:
     """Start the server, keep it busy, and measure each duty; writes what is known after each."""
     children.append(begin_server(settings))
@@ -171,8 +175,9 @@ def carry_out(
             stop([children.pop()])
             found.append({"duty": duty, "clients": settings.num_clients, **figures})
             say(f"duty {duty:g}: {figures['ratio']:.3f}, {figures['rows_per_s']:,.0f} rows/s")
-            write_result(out, {"rows": found, "failures": traffic.failures[:3]})
-            write_rows("learning", rows_of(found, settings.num_clients), SOURCE)
+            write_result(out, {"mps": mps, "rows": found, "failures": traffic.failures[:3]})
+            source = f"{SOURCE} --mps" if mps else SOURCE
+            write_rows("learning", rows_of(found, settings.num_clients, mps), source)
     finally:
         traffic.stop()
 
@@ -184,6 +189,7 @@ def main(
     duties: str = "1,0.5,0.25",
     pairs: int = 7,
     window_s: Annotated[float, typer.Option(help="seconds of a window")] = 2.5,
+    mps: Annotated[bool, typer.Option("--mps", help="both run under CUDA MPS")] = False,
 ) -> None:
     """Compare serving with and without a trainer, at each duty."""
     settings = real_settings() if target == "real" else DemoSettings()
@@ -199,7 +205,7 @@ def main(
         ),
     )
     children: list[Child] = []
-    with own_folder(run_dir):
+    with own_folder(run_dir), shared_gpu.mps() if mps else contextlib.nullcontext():
         try:
             carry_out(
                 settings,
@@ -208,6 +214,7 @@ def main(
                 pairs,
                 window_s,
                 out,
+                mps=mps,
             )
         finally:
             stop(children)
