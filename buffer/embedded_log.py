@@ -22,7 +22,7 @@ from buffer.interface import (
     TraceLimits,
     Unreadable,
 )
-from buffer.layout import QUARANTINE
+from buffer.layout import QUARANTINE, file_of, quarantined
 from buffer.log_deletion import delete_from_log, read_deletions
 from buffer.sealing import OpeningReader, Sealer, SealingWriter, check_key, note_key, read_key
 from buffer.segment_member import SegmentMember
@@ -70,13 +70,12 @@ class EmbeddedLog(Backend):
             payload = self._sealer.seal(payload)
         with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
             folder.mkdir(mode=OWNER_FOLDER, exist_ok=True)
-            used = sum(path.stat().st_size for path in folder.glob("*.bin"))
+            used = sum(path.lstat().st_size for path in quarantined(self._root))
             if used + len(payload) <= self._max_unreadable_bytes:
-                write_atomically(folder / f"{name}.bin", payload, OWNER_FILE)
+                write_atomically(file_of(folder, name, ".bin"), payload, OWNER_FILE)
 
     def unreadable(self) -> list[Unreadable]:
-        found = sorted((self._root / QUARANTINE).glob("*.bin"))
-        return [Unreadable(path.stem, path.stat().st_size) for path in found]
+        return [Unreadable(one.stem, one.lstat().st_size) for one in quarantined(self._root)]
 
     def open_weights(self, line: str = "") -> FolderWeights:
         return FolderWeights(self._weights / line)

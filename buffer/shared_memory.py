@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from buffer.apart import WeightsApart
 from buffer.bundles import (
+    MAX_MANIFEST_BYTES,
     Bundle,
     BundleError,
     BundleInBuffer,
@@ -26,7 +27,7 @@ from buffer.bundles import (
     read_bundle_into,
     read_manifest,
 )
-from buffer.files import write_atomically
+from buffer.files import read_regular, write_atomically
 from buffer.folder_weights import HIGHEST, FolderWeights, lines_in
 from buffer.manifest import MANIFEST, TENSORS
 from buffer.records import Manifest
@@ -140,8 +141,8 @@ class SharedWeights(FolderWeights):
                 continue
             try:
                 files = read_bundle(folder).files
-                text = (folder / MANIFEST).read_bytes()
-            except BundleError as error:
+                text = read_regular(folder / MANIFEST, MAX_MANIFEST_BYTES)
+            except (BundleError, OSError) as error:
                 log.warning("%s It is removed.", error)
                 self._shared.remove(version)
                 continue
