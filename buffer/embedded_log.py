@@ -12,6 +12,7 @@ from buffer.deletions import Deleted, Deletions
 from buffer.eviction import Evictor
 from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
 from buffer.folder_weights import FolderWeights, lines_in
+from buffer.foreign import foreign_reports
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -102,7 +103,8 @@ class EmbeddedLog(Backend):
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         segments = check_segments(self._root)
-        return [*segments, report_size(self._root, limits)] if segments else []
+        size = [report_size(self._root, limits)] if segments else []
+        return [*segments, *size, *foreign_reports(self._root)]
 
 
 def bytes_of(sealer: Sealer | None) -> Callable[[Payload], Payload]:

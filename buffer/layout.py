@@ -45,8 +45,8 @@ _MOST_FOREIGN = 64
 """Segments looked at to find the one that is being written."""
 _LONGEST = 200
 """Bytes of a writer's name that leave room for an ending; a file's name has 255 at most."""
-_WRITER = re.compile(r"w[0-9A-Za-z_.-]+")
-_SEGMENT = re.compile(r"([0-9]{6}|[1-9][0-9]{6,8})\.seg")
+WRITER_NAME = re.compile(r"w[0-9A-Za-z_.-]+")
+SEGMENT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,8})\.seg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def writer_names(root: Path) -> list[str]:
         entries = list(os.scandir(root))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(e.name for e in entries if _WRITER.fullmatch(e.name) and _is_folder(e))
+    return sorted(e.name for e in entries if WRITER_NAME.fullmatch(e.name) and _is_folder(e))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -89,7 +89,7 @@ def segment_numbers(folder: Path) -> list[int]:
             names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(match[1]) for match in map(_SEGMENT.fullmatch, names) if match)
+    return sorted(int(match[1]) for match in map(SEGMENT_NAME.fullmatch, names) if match)
 
 
 def segment_path(folder: Path, number: int) -> Path:

@@ -14,7 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from buffer.cli import app
 from buffer.committed import read_committed
 from buffer.disk_spool import DiskSpool
 from buffer.embedded_log import EmbeddedLog
@@ -355,3 +357,31 @@ def test_brackets_within_text_are_no_depth(tmp_path):
     assert parse_small_json(json.dumps(value).encode()) == value
     (tmp_path / "x").write_text(json.dumps(value))
     assert read_small_json(tmp_path / "x") == value
+
+
+def test_inspect_names_all_that_is_not_the_logs(tmp_path):
+    folder = write(tmp_path / "traces", [b"one"])
+    group = tmp_path / "traces" / "groups" / "trainers"
+    group.mkdir(parents=True)
+    made: dict[str, Callable[[Path], object]] = {
+        f"{folder.name}/000001.seg": os.mkfifo,
+        f"{folder.name}/1.seg": lambda path: path.write_text(""),
+        f"{folder.name}/EVICTED.json": nested,
+        f"groups/trainers/{folder.name}.json": as_position(segment=2**80),
+        "groups/trainers/x.lock": full_folder,
+        "groups/file": lambda path: path.write_text(""),
+        "w-file": lambda path: path.write_text(""),
+        "w-link": link_to_itself,
+        "quarantine/x.bin": full_folder,
+    }
+    for name, make in made.items():
+        path = tmp_path / "traces" / name
+        path.parent.mkdir(exist_ok=True)
+        make(path)
+
+    found = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    lines = [line for line in found.output.splitlines() if line.startswith("FOREIGN")]
+    for name in made:
+        assert sum(f"/{name}: " in line for line in lines) == 1, name
+    assert len(lines) == len(made)
+    assert found.exit_code == 1
