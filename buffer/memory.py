@@ -342,8 +342,12 @@ class MemoryMember(RecordReader):
         return records
 
     def commit(self, offsets: Offsets) -> None:
-        with self._held.lock:
-            self._commit(offsets["member"], offsets["handed"])
+        match dict(offsets):
+            case {"member": str(member), "handed": int(handed)}:
+                with self._held.lock:
+                    self._commit(member, handed)
+            case _:
+                raise ValueError("a member commits its name and how many records it has got")
 
     def close(self) -> None:
         with self._held.lock:
