@@ -30,6 +30,7 @@ from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments, log_stats, report_size
 from buffer.segment_writer import SegmentWriter
+from configs.urls import shown_url
 
 
 class EmbeddedLog(Backend):
@@ -107,6 +108,34 @@ class EmbeddedLog(Backend):
         return [*segments, *size, *foreign_reports(self._root)]
 
 
+def check_path(url: str, path: str, what: str) -> None:
+    """Whether a URL names an absolute path on this host.
+
+    Args:
+        path: what follows its scheme.
+        what: what the path is of, for messages.
+
+    Raises:
+        ValueError: it does not; the message shows no more of it than ``shown_url``.
+    """
+    scheme = url.partition(":")[0]
+    if not path.startswith("/"):
+        raise ValueError(
+            f"buffer.url {shown_url(url)!r} must name an absolute {what}, as in "
+            f"'{scheme}:/some/{what}'"
+        )
+    if path.startswith("//") and not path.startswith("///"):
+        raise ValueError(
+            f"buffer.url {shown_url(url)!r} names a host, but its {what} is on this one: "
+            f"'{scheme}:/some/{what}'"
+        )
+    if any(letter in path for letter in "#\0\n"):
+        raise ValueError(
+            f"buffer.url {shown_url(url)!r}: the path of its {what} has a '#', or a letter that "
+            f"ends a line"
+        )
+
+
 def bytes_of(sealer: Sealer | None) -> Callable[[Payload], Payload]:
     """What a stored payload says."""
     return (lambda payload: payload) if sealer is None else sealer.open
@@ -119,17 +148,15 @@ def log_root(url: str, run_dir: Path) -> tuple[Path, tuple[str, str] | None]:
         ValueError: the folder is not absolute, or an option is unknown.
     """
     place, mark, query = url.partition("?")
-    scheme, _, path = place.partition(":")
+    path = place.partition(":")[2]
     option, equals, value = query.partition("=")
     if mark and (option not in ("key_file", "key_env") or not equals or not value):
         raise ValueError(
-            f"buffer.url {url!r}: behind the '?' there may be key_file=PATH or key_env=NAME"
+            f"buffer.url {shown_url(url)!r}: behind the '?' there may be key_file=PATH or "
+            f"key_env=NAME"
         )
     key = (option, value) if mark else None
     if not path:
         return run_dir / "traces", key
-    if not path.startswith("/"):
-        raise ValueError(
-            f"buffer.url {url!r} must name an absolute folder, as in '{scheme}:/{path}'"
-        )
+    check_path(url, path, "folder")
     return Path(path), key

@@ -33,6 +33,7 @@ from buffer.interface import (
 from buffer.memory_held import Appended, Held, Share, Stream
 from buffer.memory_weights import MemoryWeights
 from buffer.version_rules import check_group
+from configs.urls import shown_url
 
 DEFAULT_BYTES = 1 << 30
 """What a buffer holds where ``max_bytes`` leaves it open."""
@@ -48,8 +49,10 @@ class MemoryBackend(Backend):
     def __init__(self, url: str, run_dir: Path) -> None:
         name = url.removeprefix("memory:")
         if not name:
-            raise ValueError(f"buffer.url {url!r} must name the buffer, as in 'memory:test'")
-        self._url = url
+            raise ValueError("buffer.url must name the buffer, as in 'memory:test'")
+        if any(letter in name for letter in "?#@"):
+            raise ValueError("buffer.url: the name of a buffer in memory has no '?', '#' or '@'")
+        self._url = shown_url(url)
         self._held = _BUFFERS[name]
 
     @classmethod

@@ -33,6 +33,7 @@ from buffer.manifest import MANIFEST, TENSORS
 from buffer.records import Manifest
 from buffer.sealed import Content, Sealed
 from buffer.shared_folder import MEMORY, SharedFolder
+from configs.urls import shown_url
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -45,7 +46,7 @@ class SharedMemory(WeightsApart):
         super().__init__(url, run_dir)
         if self._place:
             raise ValueError(
-                f"buffer.url 'shm:{self._place}' names a place, but the store is found by run_dir; "
+                f"buffer.url {shown_url(url)!r} names a place, but the store is found by run_dir; "
                 f"'shm:' is enough"
             )
 

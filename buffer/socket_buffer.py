@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from buffer.counts import BufferStats, ReaderCounts
 from buffer.deletions import Deleted, Deletions
+from buffer.embedded_log import check_path
 from buffer.folder_weights import FolderWeights, lines_in
 from buffer.interface import (
     MAX_READ_BYTES,
@@ -46,6 +47,7 @@ from buffer.socket_messages import (
 from buffer.socket_wire import Line, away, connect, split, why_not_a_socket
 from buffer.socket_writer import SocketWriter
 from buffer.version_rules import check_group
+from configs.urls import shown_url
 
 _Taken = TypeVar("_Taken")
 _LONGEST_NAME = 512
@@ -77,15 +79,16 @@ class SocketBackend(Backend):
 
     def __init__(self, url: str, run_dir: Path) -> None:
         scheme, _, name = url.partition(":")
-        if name and not name.startswith("/"):
-            raise ValueError(
-                f"buffer.url {url!r} must name an absolute path, as in '{scheme}:/{name}'"
-            )
+        if name:
+            check_path(url, name, "path")
+        if "?" in name:
+            raise ValueError(f"buffer.url {shown_url(url)!r}: {scheme}: has no options")
         self._path = Path(name) if name else run_dir.absolute() / "traces.sock"
         problem = why_not_a_socket(self._path)
         if problem is not None:
             raise ValueError(
-                f"buffer.url {url!r}: {problem}. Name another path, or remove what is there"
+                f"buffer.url {shown_url(url)!r}: {problem}. Name another path, or remove what is "
+                f"there"
             )
         self._weights = run_dir / "weights"
         self._host: SocketHost | None = None
