@@ -21,10 +21,12 @@ _BEGUN = re.compile(r"//|\?|[a-z][a-z0-9+.-]*://")
 _PRINTABLE = re.compile(r"[!-~]*")
 _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?"
 _HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
+_ADDRESS = re.compile(r"\[?[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){1,7}\]?")
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~+,=%-]*)*")
 _LONGEST = 2048
 _DEEPEST = 4
 """URLs within each other."""
+_LONG = 6
 _SHORTEST = 3
 """Letters of a piece that is taken out of a text; shorter ones are in any text."""
 
@@ -79,7 +81,8 @@ def has_secret(url: str) -> bool:
 
 def shown_place(text: str) -> str:
     """A word of the command line: a path as it is, and a URL as ``shown_url`` shows it."""
-    return shown_url(text) if re.search(r"[:@?#]", text) or len(text) > _LONGEST else text
+    is_plain = len(text) <= _LONGEST and not re.search(r"[:@?#]", text)
+    return text if is_plain or _ADDRESS.fullmatch(text) else shown_url(text)
 
 
 def shown_scheme(url: str) -> str | None:
@@ -106,7 +109,9 @@ def without_secrets(text: str, *urls: str) -> str:
     for url in urls:
         text = text.replace(url, shown_url(url))
         for piece in _hidden_pieces(url):
-            text = text.replace(piece, MASK)
+            # A short one may be a part of a word of ours, a long one is nobody else's.
+            edge = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])" if len(piece) < _LONG else "{}"
+            text = re.sub(edge.format(re.escape(piece)), MASK, text)
     return text
 
 
