@@ -33,7 +33,14 @@ from buffer.bundles import (
     read_bundle_into,
     read_manifest,
 )
-from buffer.files import NotRegularError, read_regular, sync_folder, write_atomically, write_parts
+from buffer.files import (
+    NotRegularError,
+    is_folder,
+    read_regular,
+    sync_folder,
+    write_atomically,
+    write_parts,
+)
 from buffer.manifest import VERSION_NAME
 from buffer.records import Manifest
 from buffer.sealed import Content, Sealed, parts_of
@@ -94,7 +101,9 @@ class FolderWeights(WeightsStore):
             entries = list(os.scandir(self.root))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(e.name) for e in entries if VERSION_NAME.fullmatch(e.name) and e.is_dir())
+        return sorted(
+            int(e.name) for e in entries if VERSION_NAME.fullmatch(e.name) and is_folder(e)
+        )
 
     def next_version(self) -> int:
         return max([self._read_number(HIGHEST, default=-1), *self.versions()]) + 1
@@ -134,7 +143,7 @@ class FolderWeights(WeightsStore):
     def change_mark(self, version: int) -> tuple[int, int]:
         """Newest modification time of the version's files in nanoseconds, and their total size."""
         path = self.path(version)
-        stats = [file.stat() for file in path.iterdir()] if path.is_dir() else []
+        stats = [file.lstat() for file in path.iterdir()] if path.is_dir() else []
         return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats)
 
     def read_denied(self) -> set[int]:

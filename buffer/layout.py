@@ -27,7 +27,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from buffer.files import OWNER_FILE, NotRegularError, open_regular
+from buffer.files import OWNER_FILE, NotRegularError, is_folder, open_regular
 from buffer.frames import claimed_frame
 from buffer.small_json import is_foreign, is_whole, make_way, read_small_json, write_small_json
 
@@ -68,14 +68,7 @@ def writer_names(root: Path) -> list[str]:
         entries = list(os.scandir(root))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(e.name for e in entries if WRITER_NAME.fullmatch(e.name) and _is_folder(e))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+    return sorted(e.name for e in entries if WRITER_NAME.fullmatch(e.name) and is_folder(e))
 
 
 def segment_numbers(folder: Path) -> list[int]:

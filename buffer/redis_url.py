@@ -30,7 +30,7 @@ class RedisOptions:
     host: str
     port: int
     db: int
-    user: str | None
+    user: str | None = field(repr=False)
     password: str | None = field(repr=False)
     tls: bool
     run: str

@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from buffer.files import OWNER_FILE, NotRegularError, kind_of, read_regular, write_atomically
 
@@ -104,7 +104,7 @@ def parse_small_json(
     raise SmallJsonError(problem)  # out here: what it replaces may quote the text
 
 
-def is_whole(value: Any, least: int = 0, most: int = MAX_WHOLE) -> bool:
+def is_whole(value: Any, least: int = 0, most: int = MAX_WHOLE) -> TypeGuard[int]:
     """Whether a value is a whole number in a range; ``true`` is none."""
     return type(value) is int and least <= value <= most
 

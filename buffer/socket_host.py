@@ -122,7 +122,7 @@ class SocketHost:
                     answer = {"error": str(error), "errno": number}, ()
                 line.send(*answer)
         except BadMessageError as error:
-            self._refuse(error.strerror)
+            self._refuse(error.strerror or "")
         except OSError:  # the other process has ended, or the host is closing
             pass
         except Exception as error:  # ours; it must cost the others nothing

@@ -167,10 +167,12 @@ def written_of(answer: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
     Raises:
         BadMessageError: the answer says something else.
     """
-    have, evicted = answer.get("have"), answer.get("evicted")
-    if not is_whole(have) or not _are_whole(evicted, 2):
-        raise BadMessageError("the answer about a writer is none")
-    return have, (evicted[0], evicted[1])
+    match answer:
+        case {"have": have, "evicted": [records, num_bytes]} if all(
+            map(is_whole, (have, records, num_bytes))
+        ):
+            return have, (records, num_bytes)
+    raise BadMessageError("the answer about a writer is none")
 
 
 def read_so_far(answer: Mapping[str, Any]) -> tuple[dict[str, Any], ReaderCounts]:
@@ -179,7 +181,7 @@ def read_so_far(answer: Mapping[str, Any]) -> tuple[dict[str, Any], ReaderCounts
     Raises:
         BadMessageError: the answer says something else.
     """
-    offsets = answer.get("offsets")
+    offsets: Any = answer.get("offsets")
     if not _are_offsets(offsets):
         raise BadMessageError("the answer has no offsets")
     return dict(offsets), ReaderCounts(**_whole_fields(answer.get("counts"), ReaderCounts))
@@ -270,7 +272,7 @@ def refused_of(answer: Mapping[str, Any]) -> int:
     found = answer.get("refused")
     if not is_whole(found):
         raise BadMessageError("the answer about refused messages is none")
-    return int(found)
+    return found
 
 
 def error_of(answer: Mapping[str, Any]) -> Exception | None:
@@ -279,10 +281,6 @@ def error_of(answer: Mapping[str, Any]) -> Exception | None:
         return None
     text, number = str(answer["error"])[:1000], answer.get("errno")
     return OSError(number, text) if is_whole(number, 1, 4096) else ValueError(text)
-
-
-def _are_whole(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(map(is_whole, value))
 
 
 def _whole_fields(found: Any, record: type, but: str | None = None) -> dict[str, int]:

@@ -170,7 +170,7 @@ def _shown_query(query: str, depth: int) -> str:
 def _shown_pairs(query: str) -> str:
     """Options up to the first that may be a secret: what follows may be a part of it, which has a
     raw ``&``."""
-    shown = []
+    shown: list[str] = []
     for pair in query.split("&"):
         name, equals, value = pair.partition("=")
         if pair and (not equals or shown_option_name(name) == MASK):

@@ -10,16 +10,19 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from buffer.bundles import BundleError
 from buffer.cli import app
 from buffer.committed import read_committed
 from buffer.disk_spool import DiskSpool
 from buffer.embedded_log import EmbeddedLog
+from buffer.folder_weights import FolderWeights
 from buffer.interface import TraceLimits
 from buffer.layout import Tombstone, read_tombstone, writer_names
 from buffer.log_deletion import read_deletions
@@ -28,6 +31,8 @@ from buffer.segment_reader import SegmentReader
 from buffer.segment_report import log_stats
 from buffer.segment_writer import SegmentWriter
 from buffer.small_json import SmallJsonError, parse_small_json, read_small_json
+from serving.http.server_file import living_owner
+from trainer.cli import app as trainer_app
 
 LIMITS = TraceLimits(segment_bytes=4096, max_bytes=1 << 30, ttl_s=3600.0, sync_interval_s=0.0)
 HUGE = 30 << 30
@@ -385,3 +390,41 @@ def test_inspect_names_all_that_is_not_the_logs(tmp_path):
         assert sum(f"/{name}: " in line for line in lines) == 1, name
     assert len(lines) == len(made)
     assert found.exit_code == 1
+
+
+@pytest.mark.parametrize("make", THINGS.values(), ids=THINGS.keys())
+def test_what_lies_in_the_folder_of_versions_ends_nobody(tmp_path, make):
+    store = FolderWeights(tmp_path / "weights")
+    store.root.mkdir()
+    store.mark_in_use("server", [3])
+    assert store.marked_in_use() == {3}
+    for name in ("DENIED.json", "IN_USE-foreign.json", "HIGHEST", "7", "1"):
+        make(store.root / name)
+
+    with suppress(ValueError):  # it says which file is no list
+        store.read_denied()
+    assert store.marked_in_use() is None  # so nothing is pruned
+    with pytest.raises(ValueError, match="HIGHEST must"):
+        store.next_version()
+    for version in store.versions():
+        store.change_mark(version)
+        with pytest.raises(BundleError):
+            store.read(version)
+
+
+@pytest.mark.parametrize("make", THINGS.values(), ids=THINGS.keys())
+def test_what_lies_in_a_trainers_or_servers_folder_ends_no_command(tmp_path, make):
+    folder = tmp_path / "trainer"
+    folder.mkdir()
+    (folder / "lock").write_text("")
+    (folder / "x").mkdir()
+    make(folder / "status.json")
+    make(folder / "x" / "status.json")
+    for name in ("status", "logs"):
+        found = CliRunner().invoke(trainer_app, [name, str(tmp_path)])
+        assert found.exit_code in (0, 1, 2)
+        assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+
+    make(tmp_path / "server.json")
+    with suppress(OSError):
+        assert living_owner(tmp_path / "server.json") is None
