@@ -10,7 +10,7 @@ from pathlib import Path
 from buffer.counts import BufferStats
 from buffer.deletions import Deleted, Deletions
 from buffer.eviction import Evictor
-from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
+from buffer.files import OWNER_FILE, write_atomically
 from buffer.folder_weights import FolderWeights, lines_in
 from buffer.foreign import foreign_reports
 from buffer.interface import (
@@ -23,13 +23,14 @@ from buffer.interface import (
     TraceLimits,
     Unreadable,
 )
-from buffer.layout import QUARANTINE, file_of, quarantined
+from buffer.layout import QUARANTINE, file_of, quarantined, stored_bytes
 from buffer.log_deletion import delete_from_log, read_deletions
 from buffer.sealing import OpeningReader, Sealer, SealingWriter, check_key, note_key, read_key
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments, log_stats, report_size
 from buffer.segment_writer import SegmentWriter
+from buffer.small_json import make_folder
 from configs.urls import shown_url
 
 
@@ -71,8 +72,8 @@ class EmbeddedLog(Backend):
         if self._sealer is not None:
             payload = self._sealer.seal(payload)
         with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
-            folder.mkdir(mode=OWNER_FOLDER, exist_ok=True)
-            used = sum(path.lstat().st_size for path in quarantined(self._root))
+            make_folder(folder)
+            used = sum(stored_bytes(path.lstat()) for path in quarantined(self._root))
             if used + len(payload) <= self._max_unreadable_bytes:
                 write_atomically(file_of(folder, name, ".bin"), payload, OWNER_FILE)
 

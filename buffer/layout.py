@@ -229,6 +229,11 @@ def quarantined(root: Path) -> list[Path]:
     return [root / QUARANTINE / name for name in sorted(names) if name.endswith(".bin")]
 
 
+def stored_bytes(status: os.stat_result) -> int:
+    """What a closed file takes on the disk; one of holes takes nothing."""
+    return min(status.st_size, status.st_blocks * 512)
+
+
 def said_once(path: Path, problem: str) -> None:
     """Warn that a file of the log cannot be used, once for each file and problem."""
     if len(_SAID) < _MOST_SAID and (path, problem) not in _SAID:

@@ -14,6 +14,7 @@ from buffer.layout import (
     said_once,
     segment_numbers,
     segment_path,
+    stored_bytes,
     writer_names,
 )
 from buffer.small_json import is_foreign
@@ -101,5 +102,5 @@ def _describe(folder: Path, number: int, is_written: bool) -> Segment:
     oldest_ms = written_ms if first is None else first.unix_ms
     # A file of holes takes no room, and must not push out what does. The system may be late with
     # the blocks of a file that is being written.
-    stored = status.st_size if is_written else min(status.st_size, status.st_blocks * 512)
+    stored = status.st_size if is_written else stored_bytes(status)
     return Segment(folder, number, stored, oldest_ms, written_ms, is_written)

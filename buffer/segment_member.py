@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from buffer.committed import read_committed, sound_committed, write_committed
+from buffer.committed import read_committed, sound_committed, why_impossible, write_committed
 from buffer.counts import GroupCounts, ReaderCounts
 from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
 from buffer.layout import GROUPS, file_of, read_tombstone, said_once, writer_names
 from buffer.segment_reader import Position, SegmentReader, position_of
-from buffer.small_json import is_foreign, make_way
+from buffer.small_json import is_foreign, make_folder, make_way
 from buffer.version_rules import check_group
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ class SegmentMember(RecordReader):
         """Take free writers up to this member's share, and mark those beyond it to be left."""
         if self._presence is None:
             # One by one: ``parents`` would let everybody look into those in between.
-            for folder in (self._root, self._root / GROUPS, self._folder):
-                folder.mkdir(mode=OWNER_FOLDER, parents=folder == self._root, exist_ok=True)
+            self._root.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
+            for folder in (self._root / GROUPS, self._folder):
+                make_folder(folder)
             name = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}.member"
             self._presence = _locked(self._folder / name)
         self._looked_s = time.monotonic()
@@ -145,7 +146,8 @@ class SegmentMember(RecordReader):
             write_committed(self._folder, name, position)
         self._reader.move_to(name, position)
         resumed = self._resumed.pop(name, position)
-        if resumed.number > position.number:
+        is_ahead = resumed.number > position.number
+        if is_ahead and why_impossible(self._root / name, resumed) is None:
             self._reader.move_to(name, resumed)
             self._commit(name, resumed)
 

@@ -15,11 +15,18 @@ import os
 import re
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from buffer.files import OWNER_FILE, NotRegularError, kind_of, read_regular, write_atomically
+from buffer.files import (
+    OWNER_FILE,
+    OWNER_FOLDER,
+    NotRegularError,
+    kind_of,
+    read_regular,
+    write_atomically,
+)
 
 log = logging.getLogger(__name__)
 
@@ -126,29 +133,47 @@ def make_way(path: Path) -> None:
     Raises:
         OSError: the disk failed.
     """
-    if _kind_at(path) is None:
+    _rename_unless(path, _is_file)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of the log in one that exists, unless it is there. What is no folder in its
+    place is renamed, see ``make_way``.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        path.mkdir(mode=OWNER_FOLDER, exist_ok=True)
+    except FileExistsError:
+        _rename_unless(path, Path.is_dir)
+        path.mkdir(mode=OWNER_FOLDER, exist_ok=True)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:  # another process has just renamed what was there
+        return True
+
+
+def _rename_unless(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    if not os.path.lexists(path) or is_ours(path):
         return
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        found = _kind_at(path)
-        if found is None:
+        # Others may have renamed it, and made what belongs here, meanwhile.
+        if not os.path.lexists(path) or is_ours(path):
             return
+        found = kind_of(path.lstat().st_mode) or "a file"
         aside = path.with_name(f".foreign-{time.time_ns()}")
         path.rename(aside)
     finally:
         os.close(folder)
     log.warning(
-        "%s was %s where a file of the log belongs; it is now called %s", path, found, aside.name
+        "%s was %s in the way of what belongs there; it is now called %s", path, found, aside.name
     )
-
-
-def _kind_at(path: Path) -> str | None:
-    try:
-        mode = path.lstat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return None if stat.S_ISREG(mode) else kind_of(mode)
 
 
 def _whole(digits: str) -> int:

@@ -428,3 +428,29 @@ def test_what_lies_in_a_trainers_or_servers_folder_ends_no_command(tmp_path, mak
     make(tmp_path / "server.json")
     with suppress(OSError):
         assert living_owner(tmp_path / "server.json") is None
+
+
+@pytest.mark.parametrize("name", ["groups", "groups/trainers", "quarantine"])
+@pytest.mark.parametrize("make", [sparse, os.mkfifo, link_to_itself], ids=["file", "pipe", "link"])
+def test_what_lies_where_a_folder_belongs_is_moved_out_of_the_way(tmp_path, name, make):
+    write(tmp_path, [b"one"])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+
+    member = SegmentMember(tmp_path, "trainers")
+    assert read_all(member) == [b"one"]
+    member.commit(member.offsets())
+    member.close()
+    backend = EmbeddedLog(f"log:{tmp_path}", tmp_path)
+    backend.keep_unreadable("why", b"rubbish")
+    sparse(tmp_path / "quarantine" / "hole.bin")
+    backend.keep_unreadable("more", b"rubbish")
+    assert sorted(one.name for one in backend.unreadable()) == ["hole", "more", "why"]
+    [aside] = tmp_path.rglob(".foreign-*")
+    assert aside.parent == (tmp_path / name).parent
+
+
+def test_offsets_of_a_checkpoint_that_cannot_be_skip_nothing(tmp_path):
+    folder = write(tmp_path, [b"one", b"two"])
+    offsets = {folder.name: {"segment": 5, "offset": 0, "number": 99}}
+    assert read_all(SegmentMember(tmp_path, "trainers", offsets)) == [b"one", b"two"]
