@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from buffer.files import open_regular
+from configs.urls import shown_url
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,13 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
     Args:
         run_dir: folder of the run.
         action: what is done.
-        url: ``buffer.url``; what may hold a password is left out.
+        url: ``buffer.url``; what may be a secret is left out.
         facts: more to note; no contents.
     """
     line = {
         "unix_ms": int(time.time() * 1000),
         "action": action,
-        "buffer": without_login(url),
+        "buffer": shown_url(url),
         "user": _user(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -68,12 +69,6 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
             )
     except OSError as error:
         log.warning("%s cannot be written (%s): an access is noted in this log only", FILE, error)
-
-
-def without_login(url: str) -> str:
-    """The URL without user, password and options."""
-    scheme, _, rest = url.partition(":")
-    return f"{scheme}:{rest.partition('?')[0].rpartition('@')[2]}"
 
 
 def _user() -> str:

@@ -14,12 +14,15 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from buffer.claims import Claims, SharedClaims
 from buffer.files import OWNER_FILE, leads_to, open_regular, write_atomically
+from buffer.seen import END
+from buffer.small_json import make_way, parse_small_json
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,10 @@ CLAIMS = "claims"
 _LEAST_BYTES = 1 << 20  # a shorter file is not worth writing anew
 _READ_BYTES = 1 << 20
 _MAX_LINE_BYTES = 1 << 26  # over what 1,000 claims of the longest names take
+
+
+class _ForeignError(OSError):
+    """No member has written what is there."""
 
 
 class ClaimFile(SharedClaims):
@@ -50,15 +57,15 @@ class ClaimFile(SharedClaims):
     def latest(self) -> Iterator[None]:
         while True:
             if self._descriptor is None:
+                make_way(self._path)
                 flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
                 self._descriptor = open_regular(self._path, flags, OWNER_FILE)
                 self.claims, self._end, self._most_bytes = Claims(), 0, _LEAST_BYTES
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-            if leads_to(self._path, self._descriptor):
+            if leads_to(self._path, self._descriptor) and self._follow_or_move_aside():
                 break
-            self.close()  # written anew, or deleted
+            self.close()  # written anew, deleted or moved aside
         try:
-            self._follow()
             yield
         finally:
             if self._descriptor is not None:
@@ -87,15 +94,36 @@ class ClaimFile(SharedClaims):
             os.close(self._descriptor)
             self._descriptor = None
 
+    def _follow_or_move_aside(self) -> bool:
+        """Whether this is a file of claims; what is none is renamed, for nobody could claim."""
+        try:
+            self._follow()
+        except _ForeignError as error:
+            aside = self._path.with_name(f".foreign-{time.time_ns()}")
+            self._path.rename(aside)
+            log.warning(
+                "%s is no file of claims (%s); it is now called %s, and traces that were learnt "
+                "before may be learnt again if they are sent again",
+                self._path,
+                error.strerror,
+                aside.name,
+            )
+            return False
+        return True
+
     def _follow(self) -> None:
-        """Take what was appended; a line that somebody was killed in is cut off."""
+        """Take what was appended; a line that somebody was killed in is cut off.
+
+        Raises:
+            OSError: the disk failed, or no member has written what is there.
+        """
         assert self._descriptor is not None
         rest = b""
         while found := os.pread(self._descriptor, _READ_BYTES, self._end + len(rest)):
             *lines, rest = (rest + found).split(b"\n")
             if len(rest) > _MAX_LINE_BYTES:
                 problem = f"a line is over {_MAX_LINE_BYTES} bytes, so no member wrote it"
-                raise OSError(errno.EBADMSG, problem, str(self._path))
+                raise _ForeignError(errno.EBADMSG, problem, str(self._path))
             for line in lines:
                 self._take(line)
                 self._end += len(line) + 1
@@ -104,8 +132,8 @@ class ClaimFile(SharedClaims):
 
     def _take(self, line: bytes) -> None:
         try:
-            self.claims.take(json.loads(line))
-        except (TypeError, ValueError, RecursionError) as error:
+            self.claims.take(parse_small_json(line, _MAX_LINE_BYTES, max_whole=END))
+        except (TypeError, ValueError) as error:
             log.warning("a line of %s is passed over: %s", self._path, error)
 
     def _write_anew(self) -> None:

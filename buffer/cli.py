@@ -28,9 +28,9 @@ from buffer.record_lines import QuarantineLine, record_lines
 from buffer.records import Acceptance, Count, Trace
 from buffer.signed_weights import open_weights
 from buffer.weights_store import WeightsStore
-from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
+from configs.cli import Commands, ConfigOption, SetOption, VersionOption, settings_from_cli
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = typer.Typer(cls=Commands, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import parse_qs, urlsplit
 
 import typer
 
-from buffer.audit import audit, without_login
+from buffer.audit import audit
 from buffer.backends import open_backend
 from buffer.command_line import RunArgument, located, refusing
 from buffer.deletions import digest_of
 from configs.cli import ConfigOption, SetOption, settings_from_cli
+from configs.urls import shown_url
 
 
 def delete(
@@ -58,7 +59,7 @@ def delete(
         return
     typer.echo(
         f"deleted {found.records} records of {found.num_bytes} bytes, and {found.quarantined} that "
-        f"were put aside; {without_login(url)} of {_run_of(url, run_dir)}"
+        f"were put aside; {shown_url(url)} of {_run_of(url, run_dir)}"
     )
     if not found.records and not found.quarantined:
         typer.echo(
@@ -71,5 +72,5 @@ def delete(
 
 def _run_of(url: str, run_dir: Path) -> str:
     """The run whose traces were meant: a service's URL may name another one than the settings."""
-    named = parse_qs(urlsplit(url).query).get("run")
-    return f"run {named[0]}" if named else str(run_dir)
+    named = re.search(r"[?&]run=([A-Za-z0-9._-]+)", url)
+    return f"run {named[1]}" if named else str(run_dir)

@@ -16,6 +16,7 @@ from buffer.backends import CATALOG, open_backend
 from buffer.embedded_log import log_root
 from buffer.interface import Backend, Report
 from configs.schema import Settings
+from configs.urls import shown_place
 
 RunArgument = Annotated[
     str | None,
@@ -57,7 +58,7 @@ def located(run: str | None, settings: Settings) -> tuple[str, Path]:
         _check_folder(run, settings.run_dir)
         return run, settings.run_dir
     if run is not None and not Path(run).is_dir():
-        raise ValueError(f"{run} is neither a run folder nor a URL")
+        raise ValueError(f"{shown_place(run)} is neither a run folder nor a URL")
     return settings.buffer.url, settings.run_dir if run is None else Path(run)
 
 
@@ -81,7 +82,7 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
             _check_folder(text, settings.run_dir)
         return _opened(text, settings.run_dir, action)
     if must_exist and not Path(text).is_dir():
-        raise ValueError(f"{text} is neither a run folder nor a URL")
+        raise ValueError(f"{shown_place(text)} is neither a run folder nor a URL")
     return _opened("log:", Path(text), action)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from buffer.columns import ENTRY, HEAD, ColumnsError, parse_head
+from buffer.small_json import is_whole
 from buffer.tensors import TensorFileError, parse_json
 
 Payload = bytes | bytearray | memoryview
@@ -92,7 +93,7 @@ class Deletions:
         Raises:
             ValueError: it is no such list.
         """
-        if not isinstance(stored, dict) or not all(type(ms) is int for ms in stored.values()):
+        if not isinstance(stored, dict) or not all(map(is_whole, stored.values())):
             raise ValueError("a list of deletions must map digests to unix milliseconds")
         return cls({str(digest): ms for digest, ms in stored.items()})
 

@@ -22,11 +22,14 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from buffer.claims import Claims, SharedClaims
 from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_sender import Sender
+from buffer.seen import END
+from buffer.small_json import parse_small_json
 
 log = logging.getLogger(__name__)
 
 _SHORTEN_AT = 10_000  # messages
 _PART_BYTES = 1 << 18
+_MOST_BYTES = 1 << 26  # over what 1,000 claims of the longest names take
 
 
 class KafkaClaims(SharedClaims):
@@ -156,7 +159,7 @@ class KafkaClaims(SharedClaims):
         if not isinstance(message, dict):  # parts of a state say nothing new
             try:
                 self.claims.take(message)
-            except (TypeError, ValueError, RecursionError) as error:
+            except (TypeError, ValueError) as error:
                 log.warning("a message of %s is passed over: %s", self._partition.topic, error)
 
     def _shorten(self) -> None:
@@ -209,6 +212,6 @@ def _newest_state(messages: Iterable[Any]) -> tuple[int, list[Any]] | None:
 
 def _content_of(value: Any) -> Any:
     """A message; ``None`` if it is none of ours."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return json.loads(value)
+    with contextlib.suppress(ValueError):
+        return parse_small_json(value or b"", _MOST_BYTES, max_whole=END)
     return None

@@ -18,6 +18,7 @@ from kafka.errors import KafkaTimeoutError
 from buffer.deletions import Deletions, digest_of, now_ms
 from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_sender import Sender
+from buffer.small_json import is_whole, parse_small_json
 
 _COMPACTED = {"cleanup.policy": "compact"}
 """The newest message of a tenant stays."""
@@ -84,10 +85,10 @@ class DeletionLog:
 
     def _take(self, value: Any) -> None:
         """One message; what makes no sense changes nothing."""
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            stored = json.loads(value)
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            stored = parse_small_json(value)
             digest, until_ms = stored["tenant"], stored["until_ms"]
-            if isinstance(digest, str) and type(until_ms) is int:
+            if isinstance(digest, str) and is_whole(until_ms):
                 self._deletions = self._deletions.with_tenant(digest, until_ms)
 
 

@@ -27,6 +27,7 @@ from kafka.structs import MemberState
 
 from buffer.interface import Offsets
 from buffer.kafka_link import KafkaLink
+from buffer.small_json import is_whole, parse_small_json
 
 _HEARTBEAT_MS = 500
 _JOIN_AGAIN_S = 1.0
@@ -54,10 +55,11 @@ class Place:
         if committed is None:
             return cls()
         lost = deleted = 0
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            stored = json.loads(committed.metadata)
-            lost = max(0, int(stored["lost"]))
-            deleted = max(0, int(stored.get("deleted", 0)))  # older readers did not store it
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            stored = parse_small_json(committed.metadata.encode())
+            found = stored["lost"], stored.get("deleted", 0)  # older readers did not store it
+            if all(map(is_whole, found)):
+                lost, deleted = found
         return cls(committed.offset, lost, deleted)
 
     def to_json(self) -> list[int]:
@@ -278,6 +280,6 @@ def share_out(
 
 def _numbers(content: bytes | None) -> list[int]:
     """Partitions as ``json.dumps`` wrote them; none if it is something else."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return [number for number in json.loads(content or b"[]") if type(number) is int]
+    with contextlib.suppress(ValueError, TypeError):
+        return [number for number in parse_small_json(content or b"[]") if is_whole(number)]
     return []

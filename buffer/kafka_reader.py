@@ -9,7 +9,6 @@ that the group has lost as its metadata.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import threading
@@ -40,10 +39,12 @@ from buffer.kafka_deletions import DeletionLog
 from buffer.kafka_group import Membership, Place, places_of
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
 from buffer.seen import Identity
+from buffer.small_json import parse_small_json
 
 log = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 1 << 30
+_MOST_REFERENCE_BYTES = 8 << 20
 """Longer records in pieces are not believed."""
 
 _AT_ONCE = 64  # messages of one poll
@@ -442,8 +443,8 @@ def _decode_reference(content: bytes | None) -> tuple[int, list[int], int] | Non
     """Partition and offsets of the pieces, and bytes of the whole; ``None`` if it is no reference
     that one of our writers would make."""
     try:
-        stored = json.loads(content or b"")
-    except (ValueError, RecursionError):
+        stored = parse_small_json(content or b"", _MOST_REFERENCE_BYTES)
+    except ValueError:
         return None
     match stored:
         case {"partition": int(number), "offsets": [*offsets], "num_bytes": int(num_bytes)}:

@@ -35,6 +35,7 @@ from buffer.memory_held import Appended, Held, Share, Stream
 from buffer.memory_weights import MemoryWeights
 from buffer.seen import Identity
 from buffer.version_rules import check_group
+from configs.urls import shown_url
 
 DEFAULT_BYTES = 1 << 30
 """What a buffer holds where ``max_bytes`` leaves it open."""
@@ -50,8 +51,10 @@ class MemoryBackend(Backend):
     def __init__(self, url: str, run_dir: Path) -> None:
         name = url.removeprefix("memory:")
         if not name:
-            raise ValueError(f"buffer.url {url!r} must name the buffer, as in 'memory:test'")
-        self._url = url
+            raise ValueError("buffer.url must name the buffer, as in 'memory:test'")
+        if any(letter in name for letter in "?#@"):
+            raise ValueError("buffer.url: the name of a buffer in memory has no '?', '#' or '@'")
+        self._url = shown_url(url)
         self._held = _BUFFERS[name]
 
     @classmethod
@@ -344,8 +347,12 @@ class MemoryMember(RecordReader):
         return records
 
     def commit(self, offsets: Offsets) -> None:
-        with self._held.lock:
-            self._commit(offsets["member"], offsets["handed"])
+        match dict(offsets):
+            case {"member": str(member), "handed": int(handed)}:
+                with self._held.lock:
+                    self._commit(member, handed)
+            case _:
+                raise ValueError("a member commits its name and how many records it has got")
 
     def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
         with self._held.lock:
@@ -363,8 +370,9 @@ class MemoryMember(RecordReader):
 
     def _is_gone(self, location: Location) -> bool:
         writer, number = location[0], int(location[1])
-        share = self._held.groups[self._group][writer]
-        return number not in share.in_hand and number not in self._held.streams[writer].records
+        share = self._held.groups.get(self._group, {}).get(writer, Share())
+        stream = self._held.streams.get(writer, Stream())
+        return number not in share.in_hand and number not in stream.records
 
     def close(self) -> None:
         with self._held.lock:

@@ -22,9 +22,11 @@ from buffer.plain_values import is_count
 Identity = tuple[str, int, int]
 """(producer, epoch, seq) of a trace."""
 
+END = 1 << 63
+"""Numbers and epochs are below it, see ``plain_values.is_count``; a run of them may end there."""
+
 _CHUNK = 1 << 16
 _MAX_RUNS = 1024  # 8 KiB of a chunk's runs, as much as its bitmap
-_END = 1 << 63  # numbers and epochs are below it, see ``plain_values.is_count``
 
 _Runs = array  # bounds of runs, ascending: first, one past the last, first, ...
 
@@ -244,13 +246,13 @@ def _from_json(stored: Any) -> _Runs[int] | dict[int, _Runs[int] | _Bits]:
         chunks: dict[int, _Runs[int] | _Bits] = {}
         for name, chunk in stored.items():
             index = int(name)
-            if not 0 <= index < _END // _CHUNK:
+            if not 0 <= index < END // _CHUNK:
                 raise ValueError(f"chunk {name!r}")
             chunks[index] = (
                 _bits_from(chunk) if isinstance(chunk, str) else _runs_from(chunk, "I", _CHUNK)
             )
         return chunks
-    runs = _runs_from(stored, "Q", _END)
+    runs = _runs_from(stored, "Q", END)
     return _chunks_of(runs) if len(runs) > 2 * _MAX_RUNS else runs
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 import fcntl
 import itertools
-import json
+import logging
 import math
 import os
 import threading
@@ -27,20 +27,17 @@ from typing import Any
 
 from buffer.claim_file import ClaimFile
 from buffer.claims import Location, Place
+from buffer.committed import read_committed, sound_committed, why_impossible, write_committed
 from buffer.counts import GroupCounts, ReaderCounts
-from buffer.files import (
-    OWNER_FILE,
-    OWNER_FOLDER,
-    NotRegularError,
-    leads_to,
-    read_regular,
-    write_atomically,
-)
+from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
-from buffer.layout import GROUPS, read_tombstone, segment_path, writer_names
+from buffer.layout import GROUPS, file_of, read_tombstone, said_once, segment_path, writer_names
 from buffer.seen import Identity
 from buffer.segment_reader import Position, SegmentReader, position_of
+from buffer.small_json import is_foreign, make_folder, make_way
 from buffer.version_rules import check_group
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
 """Seconds between two looks for writers and members."""
@@ -107,7 +104,7 @@ class SegmentMember(RecordReader):
             for name, position in places.items():
                 self._commit(name, position)
             for name in list(self._leaving):
-                if self._reader.position(name) == _committed(self._folder, name):
+                if self._reader.position(name) == read_committed(self._folder, name):
                     self._let_go(name)
 
     def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
@@ -120,13 +117,17 @@ class SegmentMember(RecordReader):
     def _is_gone(self, location: Location, member: str) -> bool:
         """Whether a record was evicted, and the member that had it is dead."""
         writer, where = location
-        segment = int(where.partition("-")[0])
-        if segment_path(self._root / writer, segment).exists():
-            return False
         path = self._folder / f"{member}.member"
-        descriptor = _locked(path, create=False)
-        if descriptor is None:
-            return not path.exists()
+        try:
+            if segment_path(self._root / writer, int(where.partition("-")[0])).exists():
+                return False
+            descriptor = _locked(path, create=False)
+            if descriptor is None:
+                return not path.exists()
+        except (OSError, ValueError) as error:  # no file can have such a name
+            if isinstance(error, OSError) and not is_foreign(error):
+                raise
+            return True
         os.close(descriptor)
         return True
 
@@ -143,8 +144,9 @@ class SegmentMember(RecordReader):
         """Take free writers up to this member's share, and mark those beyond it to be left."""
         if self._presence is None:
             # One by one: ``parents`` would let everybody look into those in between.
-            for folder in (self._root, self._root / GROUPS, self._folder):
-                folder.mkdir(mode=OWNER_FOLDER, parents=folder == self._root, exist_ok=True)
+            self._root.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
+            for folder in (self._root / GROUPS, self._folder):
+                make_folder(folder)
             self._presence = _locked(self._folder / f"{self._member}.member")
         self._looked_s = time.monotonic()
         names = writer_names(self._root)
@@ -162,31 +164,44 @@ class SegmentMember(RecordReader):
         """Nothing of this writer is left to read or to commit; it needs no member any more."""
         if not self._reader.has_finished(name):
             return False
-        if name in self._owned and self._reader.position(name) == _committed(self._folder, name):
+        if name in self._owned and self._reader.position(name) == read_committed(
+            self._folder, name
+        ):
             self._let_go(name, forget=False)
         return name not in self._owned
 
     def _take(self, name: str) -> None:
-        lock = _locked(self._folder / f"{name}.lock")
+        path = file_of(self._folder, name, ".lock")
+        make_way(path)
+        lock = _locked(path)
         if lock is None:
             return
         self._owned[name] = lock
-        position = _committed(self._folder, name)
+        position, problem = sound_committed(self._root, self._folder, name)
+        if problem is not None:
+            log.warning(
+                "%s is not what this group has committed (%s): the group reads %s from its first "
+                "record again, and what it had committed may be read twice",
+                file_of(self._folder, name, ".json"),
+                problem,
+                name,
+            )
+            write_committed(self._folder, name, position)
         self._reader.move_to(name, position)
         resumed = self._resumed.pop(name, position)
-        if resumed.number > position.number:
+        is_ahead = resumed.number > position.number
+        if is_ahead and why_impossible(self._root / name, resumed) is None:
             self._reader.move_to(name, resumed)
             place = resumed.segment, resumed.offset
             self._claims.settle({name: place}, are_learnt=True)
             self._commit(name, resumed)
 
     def _commit(self, name: str, position: Position) -> None:
-        before = _committed(self._folder, name)
+        before = read_committed(self._folder, name)
         if (position.number, position.segment) > (before.number, before.segment) or (
             position.segment == before.segment and position.offset > before.offset
         ):
-            content = json.dumps(asdict(position)).encode()
-            write_atomically(self._folder / f"{name}.json", content, OWNER_FILE)
+            write_committed(self._folder, name, position)
 
     def _let_go(self, name: str, forget: bool = True) -> None:
         if forget:
@@ -200,7 +215,8 @@ class SegmentMember(RecordReader):
         for path in self._folder.glob("*.member"):
             descriptor = _locked(path, create=False)
             if descriptor is None:
-                num_members += path.exists() and not leads_to(path, self._presence or -1)
+                is_member = path.is_file() and not path.is_symlink()
+                num_members += is_member and not leads_to(path, self._presence or -1)
             else:
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
@@ -221,7 +237,7 @@ def group_counts(root: Path, written: dict[str, Written]) -> tuple[GroupCounts, 
     """What each group has done with the records of these writers."""
     try:
         folders = sorted(path for path in (root / GROUPS).iterdir() if path.is_dir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ()
     return tuple(_counts_of(folder, root, written) for folder in folders)
 
@@ -229,7 +245,9 @@ def group_counts(root: Path, written: dict[str, Written]) -> tuple[GroupCounts, 
 def _counts_of(folder: Path, root: Path, written: dict[str, Written]) -> GroupCounts:
     committed = pending = lost = deleted = 0
     for name, found in written.items():
-        position = _committed(folder, name)
+        position, problem = sound_committed(root, folder, name)
+        if problem is not None:
+            said_once(file_of(folder, name, ".json"), problem)
         tombstone = read_tombstone(root / name)
         evicted = 0 if tombstone is None else max(0, tombstone.next_number - position.number)
         reached = position.number + evicted
@@ -241,22 +259,15 @@ def _counts_of(folder: Path, root: Path, written: dict[str, Written]) -> GroupCo
     return GroupCounts(folder.name, committed, pending, lost, deleted)
 
 
-def _committed(folder: Path, name: str) -> Position:
-    try:
-        return position_of(name, json.loads(read_regular(folder / f"{name}.json")))
-    # It is written atomically: only somebody else's hand damages it.
-    except (FileNotFoundError, NotRegularError, ValueError):
-        return Position()
-
-
 def _locked(path: Path, create: bool = True) -> int | None:
     """A descriptor of a file that this process has locked; ``None`` if somebody else holds it."""
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     try:
-        descriptor = os.open(path, flags, OWNER_FILE)
-    except FileNotFoundError:
-        if create:
+        descriptor = open_regular(path, os.O_RDWR | (os.O_CREAT if create else 0), OWNER_FILE)
+    except OSError as error:
+        if create and not is_foreign(error):
             raise
+        if not isinstance(error, FileNotFoundError):
+            said_once(path, error.strerror or type(error).__name__)
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,18 @@ from buffer.counts import BufferStats
 from buffer.frames import claimed_end, scan
 from buffer.hour_of_traffic import allowed_bytes, measure
 from buffer.interface import Report, TraceLimits
-from buffer.layout import is_live, open_segment, read_tombstone, segment_numbers, writer_names
+from buffer.layout import (
+    is_live,
+    open_segment,
+    read_tombstone,
+    said_once,
+    segment_numbers,
+    segment_path,
+    writer_names,
+)
 from buffer.segment_list import SegmentList
 from buffer.segment_member import Written, group_counts
+from buffer.small_json import is_foreign
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +133,16 @@ def _check_writer(folder: Path) -> tuple[list[SegmentReport], int]:
     live = is_live(folder)
     for segment in numbers:
         is_last = segment == numbers[-1]
-        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+        try:
             report, number = _report(folder, segment, number, live=live, is_last=is_last)
-            reports.append(report)
+        except FileNotFoundError:  # evicted meanwhile
+            continue
+        except OSError as error:
+            if not is_foreign(error):
+                raise
+            said_once(segment_path(folder, segment), error.strerror or type(error).__name__)
+            continue
+        reports.append(report)
     return reports, number
 
 

@@ -152,16 +152,14 @@ def test_traces_that_cannot_be_claimed_wait_and_are_in_no_checkpoint(tmp_path, m
             writer.append(encode_trace(make_trace(seq=seq)))
     reader = TraceReader(buffer, group="trainer")
     assert [trace.seq for trace in reader.read(2)] == [0, 1]
-    path = tmp_path / "traces" / "groups" / "trainer" / CLAIMS
-    path.rename(path.with_suffix(".kept"))
-    path.mkdir()  # as a disk that fails
+    folder = tmp_path / "traces" / "groups" / "trainer"
+    folder.rename(folder.with_suffix(".kept"))  # as a disk that fails
     places = reader.places()
     for _ in range(2):
         with pytest.raises(ServiceAwayError, match="nothing is claimed"):
             reader.read(2)
         assert reader.places() == places
-    path.rmdir()
-    path.with_suffix(".kept").rename(path)
+    folder.with_suffix(".kept").rename(folder)
     assert [trace.seq for trace in reader.read(1)] == [2, 3]
     assert reader.places() != places
     assert [trace.seq for trace in reader.read(9)] == [4]

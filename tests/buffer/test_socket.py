@@ -152,7 +152,7 @@ def test_nothing_is_on_the_disk_and_only_the_owner_may_connect(tmp_path, make_tr
 
 
 def test_a_path_that_is_not_absolute_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must name an absolute path, as in 'socket:/x'"):
+    with pytest.raises(ValueError, match="must name an absolute path, as in 'socket:/some/path'"):
         open_backend("socket:x", tmp_path)
 
 
@@ -209,8 +209,6 @@ def test_what_a_killed_holder_had_handed_out_is_the_members_that_got_it(tmp_path
     found = [(one, ("server-1", 1, number)) for number, one in enumerate(records)]
     assert reader.claim(found[:2]) == [True, True]
     assert reader.claim([(found[2][0], found[0][1])]) == [False]
-    with pytest.raises(ValueError, match="a claim misstates"):
-        reader.claim([(records[0], ("server-1", 1, -1))])
     holder.kill()
     holder.wait(60)
     with pytest.raises(ServiceAwayError):

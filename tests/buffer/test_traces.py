@@ -46,7 +46,7 @@ def test_an_unknown_url_is_refused_and_the_known_ones_are_named(tmp_path, url):
 
 
 def test_a_relative_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must name an absolute folder, as in 'log:/traces'"):
+    with pytest.raises(ValueError, match=r"must name an absolute folder, as in 'log:/some/folder'"):
         open_backend("log:traces", tmp_path)
 
 

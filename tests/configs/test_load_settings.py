@@ -251,7 +251,7 @@ def test_contradictions_between_keys_are_reported(overrides, said):
 def test_the_password_of_a_url_is_never_printed(user):
     url = f"redis://{user}:hunter2@host:6379/0?run=x"
     printed = to_yaml(load_settings([], [f"buffer.url={url}"], {}))
-    assert f"url: redis://{user}:********@host:6379/0?run=x" in printed
+    assert "url: redis://********@host:6379/0?run=x" in printed
     with pytest.raises(SettingsError, match=r"buffer\.url has the mask"):
         load_settings([], [f"buffer.url=redis://{user}:********@host"], {})
 
