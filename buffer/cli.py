@@ -120,9 +120,15 @@ class StatsLine(Report):
     def to_line(self) -> str:
         s = self.stats
         deleted = f", {s.deleted} deleted" if s.deleted else ""
+        forgotten = (
+            f"; {s.forgotten} that groups had passed are unknown to the store, which was started "
+            f"without its data or whose files somebody has cut"
+            if s.forgotten
+            else ""
+        )
         return (
             f"records: {s.appended} written by {s.num_writers} writers, {s.held} held, "
-            f"{s.held_bytes} bytes{deleted}"
+            f"{s.held_bytes} bytes{deleted}{forgotten}"
         )
 
     def to_json(self) -> dict[str, Any]:

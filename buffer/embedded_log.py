@@ -27,7 +27,8 @@ from buffer.log_deletion import delete_from_log, read_deletions
 from buffer.sealing import OpeningReader, Sealer, SealingWriter, check_key, note_key, read_key
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
-from buffer.segment_report import check_segments, log_stats, report_size
+from buffer.segment_report import check_segments, report_size
+from buffer.segment_stats import log_stats
 from buffer.segment_writer import SegmentWriter
 
 

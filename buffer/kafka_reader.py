@@ -77,6 +77,10 @@ class KafkaReader(RecordReader):
         self._ready: dict[int, deque[Any]] = {}
         """Messages that were fetched and not returned, by partition."""
         self._turn = 0
+        self._began: dict[int, int] = {}
+        """Offsets from which partitions are read, until that was compared with what they hold."""
+        self._begun_anew: set[int] = set()
+        """Partitions whose records the brokers have forgotten since this reader was opened."""
         self._ends: dict[int, int] = {}
         """One past the newest record of each partition when it was looked at last."""
         self._consumer: KafkaConsumer | None = None
@@ -118,11 +122,22 @@ class KafkaReader(RecordReader):
         self._counts = replace(self._counts, read=self._counts.read + len(records))
         return records
 
+    def bounds(self) -> dict[int, range]:
+        """Offsets of the records that each partition holds now."""
+        with self._lock, kafka_errors(f"{self._link.address.location} cannot be read"):
+            if not self._has_partitions():
+                return {}
+            assert self._consumer is not None
+            partitions = [TopicPartition(self._topic, number) for number in self._ready]
+            begins = self._consumer.beginning_offsets(partitions)
+            ends = self._consumer.end_offsets(partitions)
+        return {one.partition: range(begins[one], ends[one]) for one in partitions}
+
     def commit(self, offsets: Offsets) -> None:
         if self._group is None:
             raise ValueError("a reader without a group has nothing to commit")
-        places = places_of(offsets)
         with self._lock, kafka_errors(f"{self._link.address.location}: nothing was committed"):
+            places = {n: one for n, one in places_of(offsets).items() if self._is_of_now(n, one)}
             deadline_s = time.monotonic() + self._link.options.timeout_s
             while places and self._has_partitions():
                 assert self._consumer is not None
@@ -134,6 +149,12 @@ class KafkaReader(RecordReader):
                         raise
                     self._poll(_POLL_MS)
             self._take_note()
+
+    def _is_of_now(self, number: int, place: Place) -> bool:
+        """Not from before the brokers forgot the partition: committed, such a place would let the
+        group pass over as many new records."""
+        now = self._places.get(number)
+        return number not in self._begun_anew or now is None or place.next <= now.next
 
     def stay(self) -> None:
         """Remain a member, and take part when partitions are shared out, while nobody reads."""
@@ -211,7 +232,7 @@ class KafkaReader(RecordReader):
             self._group.note(self._consumer, self._places)
 
     def _begin(self, consumer: KafkaConsumer, number: int, place: Place) -> None:
-        self._places[number] = place
+        self._places[number], self._began[number] = place, place.next
         self._ready[number] = deque()
         consumer.seek(TopicPartition(self._topic, number), place.next)
 
@@ -260,21 +281,34 @@ class KafkaReader(RecordReader):
         ends = consumer.end_offsets(partitions)
         for partition in partitions:
             number, begin, end = partition.partition, begins[partition], ends[partition]
-            if end < self._ends.get(number, 0):
-                self._starts_over(consumer, number, begin)
+            place = self._places[number].next
+            is_beyond = self._began.pop(number, None) == place > end  # nothing was read from there
+            if is_beyond or end < self._ends.get(number, 0):
+                self._warn_of_loss(number)
+                self._has_begun_anew(number, begin)
+                self._begin(consumer, number, self._places[number])
             self._ends[number] = end
             if begin > self._places[number].next:
                 self._loses(number, begin - self._places[number].next)
                 consumer.seek(partition, begin)
         return all(self._places[p.partition].next >= ends[p] for p in partitions)
 
-    def _starts_over(self, consumer: KafkaConsumer, number: int, begin: int) -> None:
+    def _warn_of_loss(self, number: int) -> None:
         log.warning(
             "%s lost records of partition %d that it had acknowledged; reading it from the start",
             self._link.address.location,
             number,
         )
-        self._begin(consumer, number, replace(self._places[number], next=begin))
+
+    def _has_begun_anew(self, number: int, offset: int) -> None:
+        """The brokers have forgotten a partition; go on at this offset. What the group committed
+        before says nothing of the records that are there now."""
+        place = self._places[number]
+        lost = min(place.lost, offset)
+        self._places[number] = Place(offset, lost, min(place.deleted, offset - lost))
+        self._begun_anew.add(number)
+        if self._group is not None:
+            self._group.begins_anew(number)
 
     def _loses(self, number: int, num_records: int) -> None:
         """So many records at our place were evicted before we read them."""
@@ -294,7 +328,7 @@ class KafkaReader(RecordReader):
             payload = self._pieces.read(message)
         self._ready[number].popleft()
         if message.offset < self._places[number].next:  # Kafka has begun this partition anew
-            self._places[number] = replace(self._places[number], next=message.offset)
+            self._has_begun_anew(number, message.offset)
         self._loses(number, message.offset - self._places[number].next)
         place = self._places[number]
         is_deleted = payload is not None and self._deletions.latest.covers_record(payload)

@@ -11,7 +11,6 @@ one when all it has read of it is committed.
 
 from __future__ import annotations
 
-import bisect
 import fcntl
 import itertools
 import json
@@ -23,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from buffer.counts import GroupCounts, ReaderCounts
+from buffer.counts import ReaderCounts
 from buffer.files import (
     OWNER_FILE,
     OWNER_FOLDER,
@@ -33,7 +32,7 @@ from buffer.files import (
     write_atomically,
 )
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
-from buffer.layout import GROUPS, read_tombstone, writer_names
+from buffer.layout import GROUPS, writer_names
 from buffer.segment_reader import Position, SegmentReader, position_of
 from buffer.version_rules import check_group
 
@@ -88,7 +87,7 @@ class SegmentMember(RecordReader):
             for name in self._owned.keys() & offsets.keys():
                 self._commit(name, position_of(name, offsets[name]))
             for name in list(self._leaving):
-                if self._reader.position(name) == _committed(self._folder, name):
+                if self._reader.position(name) == committed_position(self._folder, name):
                     self._let_go(name)
 
     def close(self) -> None:
@@ -123,7 +122,7 @@ class SegmentMember(RecordReader):
         """Nothing of this writer is left to read or to commit; it needs no member any more."""
         if not self._reader.has_finished(name):
             return False
-        if name in self._owned and self._reader.position(name) == _committed(self._folder, name):
+        if name in self._owned and self._reader.position(name) == committed_position(self._folder, name):
             self._let_go(name, forget=False)
         return name not in self._owned
 
@@ -132,7 +131,7 @@ class SegmentMember(RecordReader):
         if lock is None:
             return
         self._owned[name] = lock
-        position = _committed(self._folder, name)
+        position = committed_position(self._folder, name)
         self._reader.move_to(name, position)
         resumed = self._resumed.pop(name, position)
         if resumed.number > position.number:
@@ -140,7 +139,7 @@ class SegmentMember(RecordReader):
             self._commit(name, resumed)
 
     def _commit(self, name: str, position: Position) -> None:
-        before = _committed(self._folder, name)
+        before = committed_position(self._folder, name)
         if (position.number, position.segment) > (before.number, before.segment) or (
             position.segment == before.segment and position.offset > before.offset
         ):
@@ -166,41 +165,13 @@ class SegmentMember(RecordReader):
         return num_members
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Records of one writer, as its segments show them."""
+def committed_position(folder: Path, name: str) -> Position:
+    """How far a group has committed a writer's records.
 
-    end: int
-    """One past the number of its last record."""
-    deleted: tuple[int, ...] = ()
-    """Numbers of those that were deleted, ascending."""
-
-
-def group_counts(root: Path, written: dict[str, Written]) -> tuple[GroupCounts, ...]:
-    """What each group has done with the records of these writers."""
-    try:
-        folders = sorted(path for path in (root / GROUPS).iterdir() if path.is_dir())
-    except FileNotFoundError:
-        return ()
-    return tuple(_counts_of(folder, root, written) for folder in folders)
-
-
-def _counts_of(folder: Path, root: Path, written: dict[str, Written]) -> GroupCounts:
-    committed = pending = lost = deleted = 0
-    for name, found in written.items():
-        position = _committed(folder, name)
-        tombstone = read_tombstone(root / name)
-        evicted = 0 if tombstone is None else max(0, tombstone.next_number - position.number)
-        reached = position.number + evicted
-        ahead = len(found.deleted) - bisect.bisect_left(found.deleted, reached)
-        committed += position.number - position.lost - position.deleted
-        lost += position.lost + evicted
-        deleted += position.deleted + ahead
-        pending += max(0, found.end - reached - ahead)
-    return GroupCounts(folder.name, committed, pending, lost, deleted)
-
-
-def _committed(folder: Path, name: str) -> Position:
+    Args:
+        folder: of the group.
+        name: of the writer.
+    """
     try:
         return position_of(name, json.loads(read_regular(folder / f"{name}.json")))
     # It is written atomically: only somebody else's hand damages it.
