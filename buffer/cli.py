@@ -18,7 +18,7 @@ import typer
 from buffer.backends import limits_of
 from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
-from buffer.command_delete import delete
+from buffer.command_delete import delete, undelete
 from buffer.command_keys import keys
 from buffer.command_line import JsonOption, RunArgument, print_reports, refusing, run_backend
 from buffer.command_resend import copy, replay
@@ -166,6 +166,7 @@ def main(version: VersionOption = False) -> None:
 app.command()(copy)
 app.command()(replay)
 app.command()(delete)
+app.command()(undelete)
 app.command()(keys)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ from buffer.embedded_log import log_root
 from buffer.interface import Backend, Report
 from configs.schema import Settings
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+_NAMES_RUN = re.compile(r"[?&]run=")
 RunArgument = Annotated[
     str | None,
     typer.Argument(
@@ -56,9 +59,12 @@ def located(run: str | None, settings: Settings) -> tuple[str, Path]:
     if run is not None and is_url(run):
         _check_folder(run, settings.run_dir)
         return run, settings.run_dir
-    if run is not None and not Path(run).is_dir():
-        raise ValueError(f"{run} is neither a run folder nor a URL")
-    return settings.buffer.url, settings.run_dir if run is None else Path(run)
+    if run is not None:
+        _check_run_folder(run)
+    run_dir = settings.run_dir if run is None else Path(run)
+    if not run_dir.is_dir():
+        _check_folder(settings.buffer.url, run_dir)
+    return settings.buffer.url, run_dir
 
 
 def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
@@ -67,7 +73,10 @@ def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
     Raises:
         ValueError: there is none, or its URL cannot be used.
     """
-    return _opened(*located(run, settings), action)
+    url, run_dir = located(run, settings)
+    backend = opened(url, run_dir)
+    audit(run_dir, action, url, **run_facts(backend))
+    return backend
 
 
 def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Backend:
@@ -79,10 +88,29 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
     if is_url(text):
         if must_exist:
             _check_folder(text, settings.run_dir)
-        return _opened(text, settings.run_dir, action)
-    if must_exist and not Path(text).is_dir():
-        raise ValueError(f"{text} is neither a run folder nor a URL")
-    return _opened("log:", Path(text), action)
+        url, run_dir = text, settings.run_dir
+    else:
+        if must_exist or ":" in text:
+            _check_run_folder(text)
+        url, run_dir = "log:", Path(text)
+    backend = opened(url, run_dir)
+    audit(run_dir, action, url, **run_facts(backend))
+    return backend
+
+
+def _check_run_folder(text: str) -> None:
+    """Refuse what is neither a folder nor a URL; where it looks like a URL, say what is wrong with
+    it."""
+    if Path(text).is_dir():
+        return
+    scheme, colon, _ = text.partition(":")
+    if colon and _SCHEME.fullmatch(scheme):
+        known = ", ".join(f"{name}:" for name in CATALOG)
+        raise ValueError(
+            f"{scheme}: is no buffer, and there is no run folder of this name; URLs of buffers "
+            f"begin with {known}"
+        )
+    raise ValueError(f"{text} is neither a run folder nor a URL")
 
 
 def _check_folder(url: str, run_dir: Path) -> None:
@@ -93,10 +121,30 @@ def _check_folder(url: str, run_dir: Path) -> None:
             raise ValueError(f"there is no log in {folder}: the folder does not exist")
 
 
-def _opened(url: str, run_dir: Path, action: Action) -> Backend:
+def opened(url: str, run_dir: Path) -> Backend:
+    """A buffer that a command can use; which run it takes is said where nobody has named one.
+
+    Raises:
+        ValueError: its URL cannot be used, or it is in the memory of one process.
+    """
     backend = open_backend(url, run_dir)
-    audit(run_dir, action, url)
+    if backend.ends_with_process:
+        raise ValueError(
+            f"{url.partition(':')[0]}: keeps traces in the memory of one process: a command sees "
+            f"nothing of another one, and what it stored there would end with it"
+        )
+    if backend.run is not None and not _NAMES_RUN.search(url):
+        typer.echo(
+            f"the URL names no run: this is run {backend.run}, after the run folder {run_dir}; "
+            f"?run=NAME takes another",
+            err=True,
+        )
     return backend
+
+
+def run_facts(backend: Backend) -> dict[str, str]:
+    """What a line of the audit says of the run, where a service holds several."""
+    return {} if backend.run is None else {"run": backend.run}
 
 
 def is_url(text: str) -> bool:

@@ -6,6 +6,10 @@ copies that a trainer holds, and stores that remove no single record. Whoever me
 drops it and counts it.
 
 The list holds digests of names, not names: a tenant is often somebody's mail address.
+
+Until when a deletion holds is told by the records, not by the clock of whoever deletes: at least
+until the tenant's newest stored record ended, and at most an hour longer than anybody's did. Under
+a clock that is wrong by a year, what the tenant sends next would be dropped for a year otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ Payload = bytes | bytearray | memoryview
 SCHEMA = b"slipstream.trace"
 _DIGEST_LETTERS = 32
 _LOOK_S = 1.0
+SKEW_MS = 3_600_000
+"""A deletion holds for so much longer than the newest stored record at most: records that ended
+later may be on their way, and clocks differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,37 @@ class Deleted:
     """Records put aside as undecodable that were the tenant's, or whose tenant cannot be read."""
     remains: str | None = None
     """What the store cannot remove at once, in words; ``None``: nothing."""
+    until_ms: int | None = None
+    """Traces that ended until then are dropped when they arrive, unix ms; ``None``: there is no
+    buffer whose list could say so."""
+
+
+@dataclass(slots=True)
+class Ends:
+    """When the newest of the records that a deletion has looked at ended, unix ms."""
+
+    of_tenant: int | None = None
+    of_anybody: int | None = None
+
+    def see(self, owner: Owner, tenant: str) -> bool:
+        """Take note of one record that is not deleted yet; whether it is the tenant's."""
+        at = owner.finished_unix_ms
+        self.of_anybody = at if self.of_anybody is None else max(self.of_anybody, at)
+        if owner.tenant != tenant:
+            return False
+        self.of_tenant = at if self.of_tenant is None else max(self.of_tenant, at)
+        return True
+
+    def until_ms(self, asked_ms: int | None) -> int:
+        """Until when a deletion that is made now holds, unix ms.
+
+        Args:
+            asked_ms: what somebody has asked for instead of now, which a clock may have wrong.
+        """
+        if asked_ms is None:
+            now = now_ms()
+            asked_ms = now if self.of_anybody is None else min(now, self.of_anybody + SKEW_MS)
+        return asked_ms if self.of_tenant is None else max(asked_ms, self.of_tenant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +122,10 @@ class Deletions:
         """The list with one more deletion; an earlier one of the same tenant is prolonged."""
         until_ms = max(until_ms, self.until_ms.get(digest, until_ms))
         return Deletions({**self.until_ms, digest: until_ms})
+
+    def without(self, digest: str) -> Deletions:
+        """The list after a deletion was taken back."""
+        return Deletions({one: ms for one, ms in self.until_ms.items() if one != digest})
 
     @classmethod
     def from_json(cls, stored: Any) -> Deletions:

@@ -33,6 +33,11 @@ class ForgettingWriter(TraceWriter):
         """
         self._below = below
         self._watch = DeletionWatch(read, every_s=0.0)
+        self._listed: Deletions | None = None
+        """As the buffer lists them; ``None`` until it was asked."""
+        self._here = Deletions()
+        """The same, with those that were made while this writer looked holding until it saw them,
+        by the clock that traces here are stamped with: whatever waits here came before."""
         self._applied = Deletions()
         """Those that what waits below was held against."""
         self._recent = Deletions()
@@ -76,11 +81,29 @@ class ForgettingWriter(TraceWriter):
 
     def _forget(self) -> None:
         """Remove what waits below and was deleted since the last time."""
-        deletions = self._watch.latest
+        deletions = self._here
         if deletions != self._applied:
             self._below.remove(deletions.covers_record)
             self._applied = deletions
 
     def _look(self, every_s: float) -> None:
         while not self._stopping.wait(every_s):
-            self._recent = self._watch.look().since(now_ms() - _LATE_MS)
+            self._take(self._watch.look())
+
+    def _take(self, listed: Deletions) -> None:
+        now = now_ms()
+        if self._listed is None:
+            self._here = listed
+        elif listed != self._listed:
+            self._here = Deletions(
+                {digest: self._until_ms(digest, listed, now) for digest in listed.until_ms}
+            )
+        self._listed = listed
+        self._recent = self._here.since(now - _LATE_MS)
+
+    def _until_ms(self, digest: str, listed: Deletions, now: int) -> int:
+        assert self._listed is not None
+        until_ms = listed.until_ms[digest]
+        if self._listed.until_ms.get(digest) == until_ms:
+            return self._here.until_ms[digest]
+        return max(until_ms, now)

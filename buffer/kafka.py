@@ -15,7 +15,7 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from buffer.counts import BufferStats, GroupCounts
-from buffer.deletions import Deleted, Deletions, now_ms, owner_of
+from buffer.deletions import Deleted, Deletions, Ends, digest_of, now_ms, owner_of
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -97,24 +97,37 @@ class KafkaBackend(Backend):
             return KafkaWeights(self._link)
         return KafkaWeights(KafkaLink(replace(address, prefix=f"{address.prefix}.{line}")))
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         """Lists the tenant: readers pass over its records, which the brokers hold until retention
         removes them."""
         link, remains, quarantined = self._link, _REMAINS, 0
+        ends, digest = Ends(), digest_of(tenant)
         with kafka_errors(f"{link.address.location}: a deletion may not be listed"):
-            self._deletion_log.append(tenant)
+            before = self._deletion_log.follow()
         reader, records, num_bytes = KafkaReader(link, None, None, shows_deleted=True), 0, 0
         try:
             for record in _held_now(reader):
-                if _is_of(tenant, record.payload):
+                owner = owner_of(record.payload)
+                if owner is not None and ends.see(owner, tenant):
                     records, num_bytes = records + 1, num_bytes + len(record.payload)
         finally:
             reader.close()
+        listed = before.with_tenant(digest, ends.until_ms(until_ms))
+        with kafka_errors(f"{link.address.location}: a deletion may not be listed"):
+            self._deletion_log.put(digest, listed.until_ms[digest])
         try:
             quarantined = clear_quarantine(link)
         except KafkaError as error:
             remains += f"; what was put aside stays, too ({reason_of(error)})"
-        return Deleted(records, num_bytes, quarantined, remains)
+        return Deleted(records, num_bytes, quarantined, remains, listed.until_ms[digest])
+
+    def undelete(self, digest: str) -> bool:
+        """Readers that come to the tenant's records from now on get them."""
+        with kafka_errors(f"{self._link.address.location}: a deletion may not be taken back"):
+            if digest not in self._deletion_log.follow().until_ms:
+                return False
+            self._deletion_log.put(digest, None)
+            return True
 
     def deletions(self) -> Deletions:
         with kafka_errors(f"{self._link.address.location}: deletions cannot be read"):
@@ -221,11 +234,6 @@ def _held_now(reader: KafkaReader) -> Iterator[Record]:
         yield from records
         if not records:
             return
-
-
-def _is_of(tenant: str, payload: Payload) -> bool:
-    owner = owner_of(payload)
-    return owner is not None and owner.tenant == tenant
 
 
 def _counts_of(

@@ -104,10 +104,16 @@ class SocketBackend(Backend):
     def version_lines(self) -> list[str]:
         return lines_in(self._weights)
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         if self._host is not None:
-            return self._host.backend.delete(tenant)
-        return Deleted(**self._ask({"op": "delete", "tenant": tenant})["deleted"])
+            return self._host.backend.delete(tenant, until_ms=until_ms)
+        order = {"op": "delete", "tenant": tenant, "until_ms": until_ms}
+        return Deleted(**self._ask(order)["deleted"])
+
+    def undelete(self, digest: str) -> bool:
+        if self._host is not None:
+            return self._host.backend.undelete(digest)
+        return bool(self._ask({"op": "undelete", "digest": digest})["was_listed"])
 
     def deletions(self) -> Deletions:
         if self._host is not None:

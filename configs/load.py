@@ -170,7 +170,10 @@ def _from_text(source: str, key: str, text: str) -> _Layer:
     """Text settings keep their text (an API key of digits is not an int); all others are YAML."""
     accepted = _members(_KEYS.get(key))
     value: Any = text
-    if not {str, Path} & set(accepted):
+    section = key.rpartition(".")[0]
+    if key not in _KEYS and (not section or _is_section(_KEYS.get(section))):
+        pass  # unknown, and what is meant by its value, too: ``log:`` would be a mapping in YAML
+    elif not {str, Path} & set(accepted):
         value = _parse_yaml(text, source)
     elif NoneType in accepted and text.strip() in ("", "~", "null"):
         value = None

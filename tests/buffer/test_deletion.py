@@ -211,13 +211,27 @@ def test_a_run_folder_names_a_buffer_and_a_folder_that_is_not_there_is_refused(
             assert "mistyped" in result.output
 
 
-def test_a_deletion_that_no_audit_file_notes_says_so(tmp_path, make_trace, theirs, caplog):
+def test_each_access_is_noted_though_there_is_no_run_folder(tmp_path, make_trace, theirs):
     with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
         write_mixed(writer, make_trace, theirs, 0, 6)
-    call = ["delete", "--tenant", "umbrella", f"log:{tmp_path}/traces"]
-    result = CliRunner().invoke(app, [*call, "--run", str(tmp_path / "nowhere")])
-    assert result.exit_code == 0
-    assert f"{tmp_path}/nowhere does not exist, so audit.jsonl notes nothing" in caplog.text
+    url, run = f"log:{tmp_path}/traces", tmp_path / "its" / "run"
+    calls = (
+        ["delete", "--tenant", "umbrella", url, "--run", str(run)],
+        ["undelete", "--tenant", "umbrella", url, "--run", str(run)],
+        ["delete", "--list", url, "--run", str(run)],
+        ["stats", url, "--set", f"run_dir={run}"],
+        ["inspect", url, "--set", f"run_dir={run}"],
+        ["copy", url, str(tmp_path / "other"), "--set", f"run_dir={run}"],
+    )
+    for call in calls:
+        assert CliRunner().invoke(app, call).exit_code == 0
+    lines = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    actions = ["delete", "undelete", "deletions", "stats", "inspect", "copy"]
+    assert [line["action"] for line in lines] == actions
+    assert run.stat().st_mode & 0o777 == 0o700
+    assert (run / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+    (line,) = (tmp_path / "other" / "audit.jsonl").read_text().splitlines()
+    assert json.loads(line)["action"] == "copy"
 
 
 def test_the_audit_line_holds_no_password(tmp_path):
