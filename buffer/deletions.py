@@ -186,6 +186,8 @@ class DeletionWatch:
         self._every_s = every_s
         self._next_s = 0.0
         self.latest = Deletions()
+        self.read_s: float | None = None
+        """Monotonic time at which it was read last; ``None``: it never could be."""
 
     def look(self) -> Deletions:
         """The list, at most ``every_s`` old unless it cannot be read at present."""
@@ -194,6 +196,7 @@ class DeletionWatch:
             self._next_s = now_s + self._every_s
             try:
                 self.latest = self._read()
+                self.read_s = time.monotonic()
             except (OSError, ValueError):  # whatever reads records says so
                 return self.latest
         return self.latest
