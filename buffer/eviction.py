@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from buffer.distinct_writers import writer_folders
 from buffer.files import OWNER_FILE
 from buffer.frames import scan
 from buffer.hour_of_traffic import LEAST_BYTES, Traffic, allowed_bytes, measure
@@ -27,7 +28,6 @@ from buffer.layout import (
     segment_numbers,
     segment_path,
     write_tombstone,
-    writer_names,
 )
 from buffer.segment_list import Segment, SegmentList
 
@@ -194,12 +194,12 @@ def _after(before: Tombstone, segment: Segment, contents: Contents) -> Tombstone
 
 def _sweep(root: Path, expired_s: float) -> None:
     """Remove old quarantined records, and empty folders of writers that died long ago."""
-    for folder in (root / name for name in writer_names(root)):
+    for folder in (root / name for name in writer_folders(root)):
         if not segment_numbers(folder) and not is_live(folder):
             marker = folder / TOMBSTONE
             last_used = marker if marker.exists() else folder
             if last_used.stat().st_mtime <= expired_s:
-                shutil.rmtree(folder)
+                folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
                 for left in (root / GROUPS).glob(f"*/{folder.name}.*"):
                     left.unlink(missing_ok=True)
     for path in (root / QUARANTINE).glob("*.bin"):

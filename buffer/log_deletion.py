@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from buffer.deletions import Deleted, Deletions, Ends, digest_of, may_be_of, now_ms, owner_of
+from buffer.distinct_writers import writer_folders
 from buffer.files import OWNER_FILE, read_regular, write_atomically
 from buffer.frames import HEAD, pack_deleted_head, scan
 from buffer.interface import Payload
@@ -26,7 +27,6 @@ from buffer.layout import (
     is_live,
     open_segment,
     segment_numbers,
-    writer_names,
 )
 
 _WAIT_S = 60.0
@@ -81,7 +81,7 @@ def delete_from_log(
             owner = owner_of(opened(payload))
             return owner is not None and ends.see(owner, tenant)
 
-        for folder in (root / name for name in writer_names(root)):
+        for folder in (root / name for name in writer_folders(root)):
             for number in segment_numbers(folder):
                 found, size = blank_records(folder, number, is_theirs)
                 records, num_bytes = records + found, num_bytes + size

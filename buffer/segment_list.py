@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from buffer.distinct_writers import writer_folders
 from buffer.frames import read_frame
-from buffer.layout import is_live, open_segment, segment_numbers, segment_path, writer_names
+from buffer.layout import is_live, open_segment, segment_numbers, segment_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class SegmentList:
             own_open: number of the segment that it is writing.
         """
         found = []
-        for folder in (self._root / name for name in writer_names(self._root)):
+        for folder in (self._root / name for name in writer_folders(self._root)):
             numbers = segment_numbers(folder)
             # Checked after the listing: a writer takes its lock before it begins a segment.
             others_open = numbers[-1] if numbers and is_live(folder) else None

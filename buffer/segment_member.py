@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.counts import ReaderCounts
+from buffer.distinct_writers import distinct_writers
 from buffer.files import (
     OWNER_FILE,
     OWNER_FOLDER,
@@ -32,7 +33,7 @@ from buffer.files import (
     write_atomically,
 )
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
-from buffer.layout import GROUPS, writer_names
+from buffer.layout import GROUPS
 from buffer.segment_reader import Position, SegmentReader, position_of
 from buffer.version_rules import check_group
 
@@ -107,7 +108,7 @@ class SegmentMember(RecordReader):
             name = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}.member"
             self._presence = _locked(self._folder / name)
         self._looked_s = time.monotonic()
-        names = writer_names(self._root)
+        names = distinct_writers(self._root)
         for gone in self._owned.keys() - set(names):
             self._let_go(gone)
         open_names = [name for name in names if not self._is_done(name)]

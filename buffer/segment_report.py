@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer.distinct_writers import distinct_writers
 from buffer.frames import claimed_end, scan
 from buffer.hour_of_traffic import allowed_bytes, measure
 from buffer.interface import Report, TraceLimits
-from buffer.layout import is_live, open_segment, read_tombstone, segment_numbers, writer_names
+from buffer.layout import is_live, open_segment, read_tombstone, segment_numbers
 from buffer.segment_list import SegmentList
 
 
@@ -92,7 +93,7 @@ def check_segments(root: Path) -> list[SegmentReport]:
 
     Nothing has to be repaired before reading: readers step over damaged and torn records.
     """
-    return [report for name in writer_names(root) for report in check_writer(root / name)[0]]
+    return [report for name in distinct_writers(root) for report in check_writer(root / name)[0]]
 
 
 def check_writer(folder: Path) -> tuple[list[SegmentReport], int]:

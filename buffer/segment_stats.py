@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.counts import BufferStats, GroupCounts
-from buffer.layout import GROUPS, read_tombstone, writer_names
+from buffer.distinct_writers import distinct_writers
+from buffer.layout import GROUPS, read_tombstone
 from buffer.segment_member import committed_position
 from buffer.segment_reader import Position
 from buffer.segment_report import SegmentReport, check_writer
@@ -44,7 +45,7 @@ def log_stats(root: Path) -> BufferStats:
     Raises:
         OSError: the disk failed.
     """
-    names = writer_names(root)
+    names = distinct_writers(root)
     evicted = {name: _evicted(root / name) for name in names}
     positions = _positions(root, names)
     found = {name: check_writer(root / name) for name in names}

@@ -1,6 +1,7 @@
 """Counts of one buffer while its files and services are in the middle of something."""
 
 import contextlib
+import shutil
 import time
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import pytest
 
 from buffer import kafka, segment_report, segment_stats
 from buffer.backends import open_backend
-from buffer.interface import ServiceAwayError
+from buffer.codec import encode_trace
+from buffer.interface import ServiceAwayError, TraceLimits
 from oracles.kafka_brokers import Broker
 
 
@@ -146,3 +148,53 @@ def test_a_group_that_is_ahead_of_its_broker_is_counted_in_words(passed):
         parts = (counts.committed, counts.pending, counts.lost, counts.deleted)
         assert min(parts) >= 0 and sum(parts) == passed
     assert kafka._counts_of("late", places["late"], {0: one}).lost == passed - 5
+
+
+def copied(folder, name):
+    shutil.copytree(folder, folder.with_name(name))
+
+
+def linked(folder, name):
+    folder.with_name(name).symlink_to(folder.name)
+
+
+@pytest.mark.parametrize("twice", [copied, linked])
+@pytest.mark.parametrize("name", ["w0-before", "w99999999-after"])
+def test_a_copy_of_a_writers_folder_is_read_and_counted_once(tmp_path, make_trace, twice, name):
+    limits = TraceLimits(segment_bytes=4096, max_bytes=1 << 20, ttl_s=3600.0, sync_interval_s=0.0)
+    log, root = open_backend("log:", tmp_path), tmp_path / "traces"
+    with log.open_trace_writer(limits) as writer:
+        for seq in range(6):
+            writer.append(encode_trace(make_trace(seq=seq, tenant=("acme", "umbrella")[seq % 2])))
+        writer.sync()
+        folder = root / writer.name
+        twice(folder, name)
+        member = log.open_record_reader(group="trainer")
+        assert len(member.read(100)) == 6
+        member.commit(member.offsets())
+        assert len(log.open_record_reader().read(100)) == 6
+        stats = log.stats()
+        assert (stats.num_writers, stats.appended, stats.held) == (1, 6, 6)
+        assert check(stats).committed == 6
+        assert len(list(log.reports(limits))) == 1 + len(list(folder.glob("*.seg")))
+    member.close()
+    log.delete("umbrella")  # finds it in copies, too
+    assert not [
+        path for path in root.rglob("*") if path.is_file() and b"umbrella" in path.read_bytes()
+    ]
+    if twice is copied:  # the only one that is left
+        shutil.rmtree(folder)
+        assert len(log.open_record_reader().read(100)) == 3
+
+
+def test_links_are_evicted_with_what_they_lead_to(tmp_path, limits):
+    log, root = open_backend("log:", tmp_path), tmp_path / "traces"
+    with log.open_trace_writer(limits) as writer:
+        write(writer, 30)
+    linked(root / writer.name, "w0-link")
+    (root / "w1-nowhere").symlink_to(tmp_path / "gone")
+    log.expire(replace(limits, ttl_s=1e-9))
+    assert log.stats().held == 0
+    with log.open_trace_writer(replace(limits, ttl_s=1e-9)) as other:
+        write(other, 1)
+        other.tend()
