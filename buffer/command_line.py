@@ -62,8 +62,7 @@ def located(run: str | None, settings: Settings) -> tuple[str, Path]:
     if run is not None:
         _check_run_folder(run)
     run_dir = settings.run_dir if run is None else Path(run)
-    if not run_dir.is_dir():
-        _check_folder(settings.buffer.url, run_dir)
+    _check_folder(settings.buffer.url, run_dir, may_be_missing=run_dir.is_dir())
     return settings.buffer.url, run_dir
 
 
@@ -86,13 +85,12 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
         ValueError: there is no such folder, or the URL cannot be used.
     """
     if is_url(text):
-        if must_exist:
-            _check_folder(text, settings.run_dir)
         url, run_dir = text, settings.run_dir
     else:
-        if must_exist or ":" in text:
+        if must_exist or ":" in text or Path(text).exists():
             _check_run_folder(text)
         url, run_dir = "log:", Path(text)
+    _check_folder(url, run_dir, may_be_missing=not (must_exist and is_url(text)))
     backend = opened(url, run_dir)
     audit(run_dir, action, url, **run_facts(backend))
     return backend
@@ -113,11 +111,20 @@ def _check_run_folder(text: str) -> None:
     raise ValueError(f"{text} is neither a run folder nor a URL")
 
 
-def _check_folder(url: str, run_dir: Path) -> None:
-    """Refuse the URL of a log whose folder does not exist: it is mistyped, not empty."""
+def _check_folder(url: str, run_dir: Path, *, may_be_missing: bool = False) -> None:
+    """Refuse the URL of a log whose folder does not exist: it is mistyped, not empty; and what is
+    no folder.
+
+    Args:
+        may_be_missing: only refuse what is no folder.
+    """
     if url.partition(":")[0] in ("log", "file"):
         folder, _ = log_root(url, run_dir)
-        if not folder.is_dir():
+        if folder.is_dir():
+            return
+        if folder.exists() or folder.is_symlink():
+            raise ValueError(f"there is no log in {folder}: it is no folder")
+        if not may_be_missing:
             raise ValueError(f"there is no log in {folder}: the folder does not exist")
 
 
@@ -175,8 +182,16 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_text_of(error), err=True)
         raise typer.Exit(code=2) from error
+
+
+def _text_of(error: Exception) -> str:
+    """What an error says, in one line and without the system's number for it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())
 
 
 def print_reports(reports: Iterable[Report], as_json: bool) -> None:

@@ -54,7 +54,9 @@ class ForgettingWriter(TraceWriter):
         """Those that may cover a record that comes now."""
         self._num_dropped = 0
         self._stopping = threading.Event()
-        threading.Thread(target=self._look_often, args=(every_s,), name="deletions", daemon=True).start()
+        threading.Thread(
+            target=self._look_often, args=(every_s,), name="deletions", daemon=True
+        ).start()
 
     @property
     def name(self) -> str:

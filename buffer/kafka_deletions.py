@@ -1,8 +1,8 @@
 """Deletion of a tenant's records on Kafka, which removes no single record.
 
 ``PREFIX.deleted`` has one partition and is kept for ever: each message names the digest of a tenant
-and until when it was deleted, or ``null`` if that was taken back; the newest holds. Readers follow it and pass over what it covers; the brokers hold that
-until the retention of ``PREFIX.traces`` ends.
+and until when it was deleted, or ``null`` if that was taken back; the newest holds. Readers follow
+it and pass over what it covers; the brokers hold that until the retention of ``PREFIX.traces`` ends.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class DeletionLog:
             stored = json.loads(value)
             digest, until_ms = stored["tenant"], stored["until_ms"]
             if isinstance(digest, str) and (until_ms is None or type(until_ms) is int):
-                others = self._deletions.without(digest)  # the newest message of a tenant holds
-                self._deletions = others if until_ms is None else others.with_tenant(digest, until_ms)
+                found = self._deletions.without(digest)  # the newest message of a tenant holds
+                self._deletions = found if until_ms is None else found.with_tenant(digest, until_ms)
 
 
 def clear_quarantine(link: KafkaLink, before_ms: int | None = None) -> int:

@@ -15,9 +15,9 @@ import re
 import threading
 import time
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -55,6 +55,18 @@ _REJOIN = (
 _WRITER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What a reader knows of a partition."""
+
+    end: int = 0
+    """One past its newest record when it was looked at last."""
+    began: int | None = None
+    """Offset from which it is read, until that was compared with what the partition holds."""
+    is_anew: bool = False
+    """The brokers have forgotten its records since the reader was opened."""
+
+
 class KafkaReader(RecordReader):
     """Reads all partitions, or those that its group gives it."""
 
@@ -77,12 +89,8 @@ class KafkaReader(RecordReader):
         self._ready: dict[int, deque[Any]] = {}
         """Messages that were fetched and not returned, by partition."""
         self._turn = 0
-        self._began: dict[int, int] = {}
-        """Offsets from which partitions are read, until that was compared with what they hold."""
-        self._begun_anew: set[int] = set()
-        """Partitions whose records the brokers have forgotten since this reader was opened."""
-        self._ends: dict[int, int] = {}
-        """One past the newest record of each partition when it was looked at last."""
+        self._seen: defaultdict[int, _Seen] = defaultdict(_Seen)
+        """What is known of each partition."""
         self._consumer: KafkaConsumer | None = None
         self._pieces = _Pieces(link)
         self._deletions = DeletionWatch(Deletions if shows_deleted else DeletionLog(link).follow)
@@ -154,7 +162,7 @@ class KafkaReader(RecordReader):
         """Not from before the brokers forgot the partition: committed, such a place would let the
         group pass over as many new records."""
         now = self._places.get(number)
-        return number not in self._begun_anew or now is None or place.next <= now.next
+        return not self._seen[number].is_anew or now is None or place.next <= now.next
 
     def stay(self) -> None:
         """Remain a member, and take part when partitions are shared out, while nobody reads."""
@@ -232,7 +240,7 @@ class KafkaReader(RecordReader):
             self._group.note(self._consumer, self._places)
 
     def _begin(self, consumer: KafkaConsumer, number: int, place: Place) -> None:
-        self._places[number], self._began[number] = place, place.next
+        self._places[number], self._seen[number].began = place, place.next
         self._ready[number] = deque()
         consumer.seek(TopicPartition(self._topic, number), place.next)
 
@@ -281,13 +289,14 @@ class KafkaReader(RecordReader):
         ends = consumer.end_offsets(partitions)
         for partition in partitions:
             number, begin, end = partition.partition, begins[partition], ends[partition]
-            place = self._places[number].next
-            is_beyond = self._began.pop(number, None) == place > end  # nothing was read from there
-            if is_beyond or end < self._ends.get(number, 0):
+            seen = self._seen[number]
+            is_beyond = seen.began == self._places[number].next > end  # nothing came from there
+            seen.began = None
+            if is_beyond or end < seen.end:
                 self._warn_of_loss(number)
                 self._has_begun_anew(number, begin)
                 self._begin(consumer, number, self._places[number])
-            self._ends[number] = end
+            seen.end = end
             if begin > self._places[number].next:
                 self._loses(number, begin - self._places[number].next)
                 consumer.seek(partition, begin)
@@ -306,7 +315,7 @@ class KafkaReader(RecordReader):
         place = self._places[number]
         lost = min(place.lost, offset)
         self._places[number] = Place(offset, lost, min(place.deleted, offset - lost))
-        self._begun_anew.add(number)
+        self._seen[number].is_anew = True
         if self._group is not None:
             self._group.begins_anew(number)
 

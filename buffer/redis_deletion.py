@@ -16,6 +16,7 @@ from buffer.redis_batches import (
     ends_key,
     id_of,
     number_of,
+    numbers_of,
     payload_of,
     records_key,
     removed_key,
@@ -60,8 +61,8 @@ def read_deletions(client: RedisClient) -> Deletions:
         ServiceAwayError: the server does not answer.
         ValueError: somebody else has damaged the list.
     """
-    found = client.call("HGETALL", deletions_key(client.options))
-    return Deletions({digest.decode(): int(ms) for digest, ms in found.items()})
+    key = deletions_key(client.options)
+    return Deletions(numbers_of(client.call("HGETALL", key), key))
 
 
 def delete_from_redis(client: RedisClient, tenant: str, until_ms: int | None = None) -> Deleted:

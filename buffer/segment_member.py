@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ class SegmentMember(RecordReader):
         """Nothing of this writer is left to read or to commit; it needs no member any more."""
         if not self._reader.has_finished(name):
             return False
-        if name in self._owned and self._reader.position(name) == committed_position(self._folder, name):
+        position = self._reader.position(name)
+        if name in self._owned and position == committed_position(self._folder, name):
             self._let_go(name, forget=False)
         return name not in self._owned
 
