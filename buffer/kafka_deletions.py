@@ -2,7 +2,7 @@
 
 ``PREFIX.deleted`` has one partition and is kept for ever: each message names the digest of a tenant
 and until when it was deleted, or ``null`` if that was taken back; the newest holds. Readers follow
-it and pass over what it covers; the brokers hold that until the retention of ``PREFIX.traces`` ends.
+it and pass over what it covers; brokers hold that until the retention of ``PREFIX.traces`` ends.
 """
 
 from __future__ import annotations
