@@ -129,6 +129,8 @@ def test_a_broker_that_forgot_everything_hides_no_new_record_and_no_count(tmp_pa
             write(writer, 5)
         member = open_backend(url, tmp_path).open_record_reader(before, group="trainer")
         assert len(read_all(member, 5)) == 5
+        stats = open_backend(url, tmp_path).stats()
+        assert [one.pending for one in stats.groups] in ([], [5]) and not stats.forgotten
         member.commit(before)  # by a checkpoint that was made before
         member.commit(member.offsets())
         found = check(open_backend(url, tmp_path).stats())

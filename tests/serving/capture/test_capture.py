@@ -313,7 +313,7 @@ def test_what_a_recorder_that_hangs_has_not_written_in_time_is_counted(caplog):
     assert recorder.counts() == {"queued": 3, "written": 3, "dropped": 0, "failed": 0, **NEITHER}
 
 
-@pytest.mark.parametrize("url", ["log:", "redis://127.0.0.1:1/0?run=away&spool_bytes=2000"])
+@pytest.mark.parametrize("url", ["log:", "redis://127.0.0.1:1/0?run=away&spool_bytes=350"])
 def test_whenever_a_recorder_is_asked_no_trace_is_counted_twice(tmp_path, url):
     """Also while a service is away and the oldest are dropped."""
     writer = open_backend(url, tmp_path).open_trace_writer(LIMITS)
