@@ -40,7 +40,7 @@ Action = Literal[
 ]
 
 
-def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
+def audit(run_dir: Path, action: Action, url: str, run: str | None = None, **facts: Any) -> None:
     """Note an access. A disk that refuses costs the line, not the access, and the log says so.
 
     Args:
@@ -48,12 +48,14 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
             access from here is noted there.
         action: what is done.
         url: ``buffer.url``; what may hold a password is left out.
+        run: ``Backend.run``.
         facts: more to note; no contents.
     """
     line = {
         "unix_ms": int(time.time() * 1000),
         "action": action,
         "buffer": without_login(url),
+        **({} if run is None else {"run": run}),
         "user": _user(),
         "host": socket.gethostname(),
         "pid": os.getpid(),

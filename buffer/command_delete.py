@@ -20,7 +20,6 @@ from buffer.command_line import (
     located,
     opened,
     refusing,
-    run_facts,
     unix_ms,
 )
 from buffer.deletions import digest_of
@@ -166,13 +165,13 @@ def _noted(
     action: Action,
     digest: str,
     change: Callable[[Backend], _Found],
-) -> tuple[_Found, dict[str, str]]:
+) -> tuple[_Found, dict[str, str | None]]:
     """Change what is listed of a tenant. That it failed is noted here; what to note otherwise is
     returned."""
-    facts = {"tenant": digest}
+    facts: dict[str, str | None] = {"tenant": digest}
     try:
         backend = opened(url, run_dir)
-        facts |= run_facts(backend)
+        facts["run"] = backend.run
         return change(backend), facts
     except (ValueError, OSError) as error:
         audit(run_dir, action, url, **facts, failed=type(error).__name__)
@@ -183,7 +182,7 @@ def _print_list(place: str | None, settings: Settings, tenant: str | None, as_js
     url, run_dir = located(place, settings)
     backend = opened(url, run_dir)
     listed = backend.deletions().until_ms
-    audit(run_dir, "deletions", url, **run_facts(backend), num_listed=len(listed))
+    audit(run_dir, "deletions", url, run=backend.run, num_listed=len(listed))
     wanted = None if tenant is None else digest_of(tenant)
     shown = {digest: ms for digest, ms in sorted(listed.items()) if wanted in (None, digest)}
     for digest, until_ms in shown.items():

@@ -74,7 +74,7 @@ def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
     """
     url, run_dir = located(run, settings)
     backend = opened(url, run_dir)
-    audit(run_dir, action, url, **run_facts(backend))
+    audit(run_dir, action, url, backend.run)
     return backend
 
 
@@ -92,7 +92,7 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
         url, run_dir = "log:", Path(text)
     _check_folder(url, run_dir, may_be_missing=not (must_exist and is_url(text)))
     backend = opened(url, run_dir)
-    audit(run_dir, action, url, **run_facts(backend))
+    audit(run_dir, action, url, backend.run)
     return backend
 
 
@@ -147,11 +147,6 @@ def opened(url: str, run_dir: Path) -> Backend:
             err=True,
         )
     return backend
-
-
-def run_facts(backend: Backend) -> dict[str, str]:
-    """What a line of the audit says of the run, where a service holds several."""
-    return {} if backend.run is None else {"run": backend.run}
 
 
 def is_url(text: str) -> bool:

@@ -9,6 +9,7 @@ room and hold prompts, so they are evicted and searched by deletions like any ot
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.files import NotRegularError, read_regular
@@ -17,67 +18,73 @@ from buffer.layout import LOCK, writer_names
 _MOST_NAME = 255
 
 
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """What a name in a log leads to."""
+
+    place: tuple[int, int]
+    """Device and inode."""
+    is_link: bool
+    maker: str
+    """Name of the writer that made it; its own where it does not say."""
+
+
+_KNOWN: dict[Path, dict[str, _Folder]] = {}
+"""Log -> name -> what was found there: readers ask at every read, and names are not used twice."""
+_MOST_LOGS = 64
+
+
 def writer_folders(root: Path) -> list[str]:
     """Names of all folders of writers, each folder once, sorted; empty if there is no log yet."""
-    names = writer_names(root)
-    links = [name for name in names if (root / name).is_symlink()]
-    if not links:
-        return names
-    seen = {_place(root / name) for name in names if name not in links}
-    found = set(names) - set(links)
-    for name in links:
-        place = _place(root / name)
-        if place is not None and place not in seen:
-            seen.add(place)
-            found.add(name)
-    return sorted(found)
+    return _each_once(_folders(root))
 
 
 def distinct_writers(root: Path) -> list[str]:
     """Names of the folders that hold records of their own: ``writer_folders`` without copies."""
-    names = writer_folders(root)
+    folders = _folders(root)
+    names = _each_once(folders)
     made_by: dict[str, list[str]] = {}
     for name in names:
-        made_by.setdefault(_maker(root, name), []).append(name)
+        made_by.setdefault(folders[name].maker, []).append(name)
     if len(made_by) == len(names):
         return names
     return sorted(maker if maker in same else same[0] for maker, same in made_by.items())
 
 
-_MAKERS: dict[tuple[Path, str, int], str] = {}
-"""What was read: root, name and inode of a folder -> the writer that made it."""
-_MOST_MAKERS = 10_000
+def _each_once(folders: dict[str, _Folder]) -> list[str]:
+    """Of several names that lead to one folder, its own or, if that is elsewhere, the first."""
+    if not any(one.is_link for one in folders.values()):
+        return list(folders)
+    found: dict[tuple[int, int], str] = {}
+    for name in sorted(folders, key=lambda name: folders[name].is_link):
+        found.setdefault(folders[name].place, name)
+    return sorted(found.values())
 
 
-def _maker(root: Path, name: str) -> str:
-    """Name of the writer that made a folder; its own where the folder does not say."""
-    place = _place(root / name)
-    if place is None:
-        return name
-    key = root, name, place[1]
-    found = _MAKERS.get(key)
-    if found is None:
-        found = _read_maker(root / name)
-        if found is None:  # its writer is just making it, or it is of an older version
-            return name
-        if len(_MAKERS) >= _MOST_MAKERS:
-            _MAKERS.clear()
-        _MAKERS[key] = found
+def _folders(root: Path) -> dict[str, _Folder]:
+    """What is in a log, in the order of names."""
+    before = _KNOWN.get(root, {})
+    found, lasting = dict[str, _Folder](), dict[str, _Folder]()
+    for name in writer_names(root):
+        folder = before.get(name) or _look_at(root / name)
+        if folder is None:
+            continue
+        found[name] = folder
+        if name in before or (root / name / LOCK).exists():  # its writer has just been making it
+            lasting[name] = folder
+    if root not in _KNOWN and len(_KNOWN) >= _MOST_LOGS:
+        _KNOWN.clear()
+    _KNOWN[root] = lasting
     return found
 
 
-def _read_maker(folder: Path) -> str | None:
+def _look_at(path: Path) -> _Folder | None:
     try:
-        content = read_regular(folder / LOCK, _MOST_NAME)
-    except (FileNotFoundError, NotADirectoryError, NotRegularError):
-        return None
-    return os.fsdecode(content) or None
-
-
-def _place(path: Path) -> tuple[int, int] | None:
-    """Device and inode of what a path leads to; ``None`` if it leads nowhere."""
-    try:
-        status = path.stat()
+        status, is_link = path.stat(), path.is_symlink()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return status.st_dev, status.st_ino
+    try:
+        maker = os.fsdecode(read_regular(path / LOCK, _MOST_NAME))
+    except (FileNotFoundError, NotADirectoryError, NotRegularError):
+        maker = ""  # it is being made
+    return _Folder((status.st_dev, status.st_ino), is_link, maker or path.name)
