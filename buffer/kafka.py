@@ -159,9 +159,13 @@ class KafkaBackend(Backend):
             read = places_of(reader.offsets())
         finally:
             reader.close()
+        # Those of groups, too: brokers that have forgotten the topic have none.
+        numbers = read.keys() | {number for places in groups.values() for number in places}
         partitions = {
-            number: _Partition.of(number, before, place.next, deleted[number], groups)
-            for number, place in read.items()
+            number: _Partition.of(
+                number, before, read.get(number, Place()).next, deleted[number], groups
+            )
+            for number in numbers
         }
         return BufferStats(
             num_writers=len(writers),

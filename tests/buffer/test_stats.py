@@ -200,3 +200,11 @@ def test_links_are_evicted_with_what_they_lead_to(tmp_path, limits):
     with log.open_trace_writer(replace(limits, ttl_s=1e-9)) as other:
         write(other, 1)
         other.tend()
+
+
+def test_a_group_of_a_topic_that_is_gone_has_lost_nothing_that_it_had_committed():
+    places = {"trainer": {0: kafka.Place(20)}}
+    one = kafka._Partition.of(0, {}, 0, [], places)
+    assert (one.end, one.known) == (20, 0)
+    counts = kafka._counts_of("trainer", places["trainer"], {0: one})
+    assert (counts.committed, counts.pending, counts.lost) == (20, 0, 0)
