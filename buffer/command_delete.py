@@ -86,8 +86,10 @@ def delete(
             digest_of(tenant),
             lambda backend: backend.delete(tenant, until_ms=until_ms),
         )
-        counts = {"records": found.records, "quarantined": found.quarantined}
-        audit(run_dir, "delete", url, **facts, **counts, until_ms=found.until_ms)
+        audit(
+            run_dir, "delete", url, **facts, records=found.records, quarantined=found.quarantined,
+            until_ms=found.until_ms,
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return
