@@ -24,11 +24,12 @@ from buffer.interface import (
     Unreadable,
 )
 from buffer.layout import QUARANTINE, file_of, quarantined, stored_bytes
-from buffer.log_deletion import delete_from_log, read_deletions
+from buffer.log_deletion import delete_from_log, read_deletions, undelete_in_log
 from buffer.sealing import OpeningReader, Sealer, SealingWriter, check_key, note_key, read_key
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
-from buffer.segment_report import check_segments, log_stats, report_size
+from buffer.segment_report import check_segments, report_size
+from buffer.segment_stats import log_stats
 from buffer.segment_writer import SegmentWriter
 from buffer.small_json import make_folder
 from configs.urls import shown_url
@@ -86,9 +87,12 @@ class EmbeddedLog(Backend):
     def version_lines(self) -> list[str]:
         return lines_in(self._weights)
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         check_key(self._root, self._sealer)
-        return delete_from_log(self._root, tenant, bytes_of(self._sealer))
+        return delete_from_log(self._root, tenant, bytes_of(self._sealer), until_ms)
+
+    def undelete(self, digest: str) -> bool:
+        return undelete_in_log(self._root, digest)
 
     def deletions(self) -> Deletions:
         return read_deletions(self._root)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from buffer.distinct_writers import writer_folders
 from buffer.frames import scan
 from buffer.hour_of_traffic import LEAST_BYTES, Traffic, allowed_bytes, measure
 from buffer.interface import TraceLimits
@@ -28,7 +29,6 @@ from buffer.layout import (
     segment_numbers,
     segment_path,
     write_tombstone,
-    writer_names,
 )
 from buffer.segment_list import Segment, SegmentList
 from buffer.small_json import is_foreign
@@ -191,7 +191,7 @@ def _after(before: Tombstone, segment: Segment, contents: Contents) -> Tombstone
 def _sweep(root: Path, expired_s: float) -> None:
     """Remove old quarantined records, and empty folders of writers that died long ago. What cannot
     be removed, since it is not what a log makes, stays and stops nobody."""
-    for folder in (root / name for name in writer_names(root)):
+    for folder in (root / name for name in writer_folders(root)):
         with _passing_over(folder):
             _sweep_writer(root, folder, expired_s)
     for path in (root / QUARANTINE).glob("*.bin"):
@@ -202,12 +202,12 @@ def _sweep(root: Path, expired_s: float) -> None:
 
 
 def _sweep_writer(root: Path, folder: Path, expired_s: float) -> None:
-    if folder.is_symlink() or segment_numbers(folder) or is_live(folder):
+    if segment_numbers(folder) or is_live(folder):
         return
     marker = folder / TOMBSTONE
     last_used = marker if marker.exists() else folder
     if last_used.stat().st_mtime <= expired_s:
-        shutil.rmtree(folder)
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
         for group in (path for path in (root / GROUPS).glob("*") if path.is_dir()):
             for ending in (".json", ".lock"):
                 left = file_of(group, folder.name, ending)

@@ -297,6 +297,17 @@ class Backend(Protocol):
         ``None``: there is no service, and records are stored at once."""
         return None
 
+    @property
+    def run(self) -> str | None:
+        """Name of the run within a service that holds several; ``None``: the URL or the run folder
+        leads to one alone."""
+        return None
+
+    @property
+    def ends_with_process(self) -> bool:
+        """It is in the memory of this process, and nobody else's."""
+        return False
+
     def open_trace_writer(self, limits: TraceLimits) -> TraceWriter:
         """A new writer for this process.
 
@@ -349,13 +360,36 @@ class Backend(Protocol):
         """Names of version lines beside the first, as far as the backend can list them."""
         return []
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         """Delete all records of a tenant, put-aside ones among them, and list the tenant, so that
         those of its earlier requests that arrive later are dropped. Repeat it after an error.
         Readers, and groups that had not got a record, count it. What the tenant sends from now on
-        is kept. Raises OSError.
+        is kept.
+
+        Args:
+            until_ms: traces that ended until then are dropped when they arrive, unix ms; ``None``:
+                until now, or as long as ``deletions.Ends`` allows.
+
+        Raises:
+            OSError: storage failed, or removes nothing.
         """
         raise OSError(errno.ENOTSUP, f"{type(self).__name__} cannot delete records of a tenant")
+
+    def undelete(self, digest: str) -> bool:
+        """Take a deletion back: what arrives from now on is kept. Nothing that was removed comes
+        back, but where records were only listed as deleted, they are read again.
+
+        Args:
+            digest: under which the tenant is listed.
+
+        Returns:
+            Whether it was listed.
+
+        Raises:
+            OSError: storage failed.
+            ValueError: the list is damaged.
+        """
+        raise OSError(errno.ENOTSUP, f"{type(self).__name__} has no list of deletions")
 
     def deletions(self) -> Deletions:
         """The tenants that were deleted. Raises OSError, or ValueError if the list is damaged."""

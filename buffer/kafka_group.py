@@ -154,7 +154,7 @@ class Membership:
         if settled == self._settled:
             return False
         if self.predecessor:
-            self.commit(consumer, places_of(self.predecessor))
+            self.commit(consumer, self._within(consumer, places_of(self.predecessor)))
             self.predecessor = {}
         self._settled, self.member = settled, about.member_id
         return True
@@ -200,6 +200,20 @@ class Membership:
         if can_release and now_s - self._joined_again_s > _JOIN_AGAIN_S:
             self._joined_again_s = now_s
             consumer._coordinator.request_rejoin()
+
+    def begins_anew(self, number: int) -> None:
+        """The brokers have forgotten a partition: what was committed may be ahead of what is."""
+        self._committed[number] = 0
+
+    def _within(self, consumer: KafkaConsumer, places: Mapping[int, Place]) -> dict[int, Place]:
+        """Those that are not beyond what the partitions hold. Others are from before the brokers
+        forgot them: committed, they would hide as many new records from the group."""
+        topic = self._link.topic("traces")
+        there = consumer.partitions_for_topic(topic) or ()
+        partitions = [self._partition(number) for number in places if number in there]
+        ends = consumer.end_offsets(partitions) if partitions else {}
+        known = {one.partition: end for one, end in ends.items()}
+        return {n: place for n, place in places.items() if n in known and place.next <= known[n]}
 
     def _partition(self, number: int) -> TopicPartition:
         return TopicPartition(self._link.topic("traces"), number)

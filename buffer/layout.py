@@ -1,7 +1,8 @@
 """Files of the embedded log.
 
     <root>/w<pid>-<boot ms>/000042.seg    segments of one writer process, oldest first
-    <root>/w<pid>-<boot ms>/LOCK          held (flock) while that process lives
+    <root>/w<pid>-<boot ms>/LOCK          held (flock) while that process lives; says the folder's
+                                          name, which tells a copy
     <root>/w<pid>-<boot ms>/EVICTED.json  counts of what was evicted from this folder
     <root>/EVICT.lock                     held while a process evicts
     <root>/quarantine/                    records that could not be decoded
@@ -15,6 +16,7 @@ are their owner's alone to read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -137,13 +139,15 @@ def first_open(folder: Path, numbers: Sequence[int]) -> int:
 # two readers that ask at once look like a writer, and would create the file in a folder that is
 # only being inspected.
 def hold_lock(folder: Path) -> int:
-    """Take the lock of a writer's folder, which ends with the process.
+    """Take the lock of a writer's folder, which ends with the process, and note the folder's name.
 
     Returns:
         A descriptor; closing it releases the lock.
     """
     descriptor = open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # a full disk: nothing else tells a copy of it then
+        os.pwrite(descriptor, os.fsencode(folder.name), 0)
     return descriptor
 
 

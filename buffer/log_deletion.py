@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
+from buffer.deletions import Deleted, Deletions, Ends, digest_of, may_be_of, now_ms, owner_of
+from buffer.distinct_writers import writer_folders
 from buffer.files import read_regular
 from buffer.frames import HEAD, next_data, pack_deleted_head, scan
 from buffer.interface import MAX_UNREADABLE_BYTES, Payload
@@ -24,7 +25,6 @@ from buffer.layout import (
     open_segment,
     quarantined,
     segment_numbers,
-    writer_names,
 )
 from buffer.small_json import read_small_json, write_small_json
 
@@ -56,11 +56,14 @@ def read_deletions(root: Path) -> Deletions:
         ) from None
 
 
-def delete_from_log(root: Path, tenant: str, opened: Opened) -> Deleted:
+def delete_from_log(
+    root: Path, tenant: str, opened: Opened, until_ms: int | None = None
+) -> Deleted:
     """Delete all records of a tenant from a log, quarantine included.
 
     Args:
         opened: what a stored payload says, where payloads are encrypted.
+        until_ms: as ``Backend.delete`` takes it.
 
     Raises:
         OSError: the disk failed, or others kept the log locked for a minute; try again.
@@ -70,19 +73,44 @@ def delete_from_log(root: Path, tenant: str, opened: Opened) -> Deleted:
         return Deleted()
     # Evictors do not wait for the lock, so a writer never does.
     with eviction_lock(root, _WAIT_S):
-        listed = read_deletions(root).with_tenant(digest_of(tenant), now_ms())
-        write_small_json(root / DELETIONS, dict(listed.until_ms))
+        before, digest = read_deletions(root), digest_of(tenant)
+        # At once, for what arrives meanwhile; until when it holds, the records will tell.
+        _write_list(root, before.with_tenant(digest, now_ms() if until_ms is None else until_ms))
         records = num_bytes = 0
+        ends = Ends()
 
         def is_theirs(payload: Payload) -> bool:
             owner = owner_of(opened(payload))
-            return owner is not None and owner.tenant == tenant
+            return owner is not None and ends.see(owner, tenant)
 
-        for folder in (root / name for name in writer_names(root)):
+        for folder in (root / name for name in writer_folders(root)):
             for number in segment_numbers(folder):
                 found, size = blank_records(folder, number, is_theirs)
                 records, num_bytes = records + found, num_bytes + size
-        return Deleted(records, num_bytes, _delete_from_quarantine(root, tenant, opened))
+        listed = before.with_tenant(digest, ends.until_ms(until_ms))
+        _write_list(root, listed)
+        aside = _delete_from_quarantine(root, tenant, opened)
+        return Deleted(records, num_bytes, aside, until_ms=listed.until_ms[digest])
+
+
+def undelete_in_log(root: Path, digest: str) -> bool:
+    """Take a deletion off the list; whether it was there.
+
+    Raises:
+        OSError, ValueError: as ``delete_from_log``.
+    """
+    if not root.is_dir():
+        return False
+    with eviction_lock(root, _WAIT_S):
+        listed = read_deletions(root)
+        if digest not in listed.until_ms:
+            return False
+        _write_list(root, listed.without(digest))
+        return True
+
+
+def _write_list(root: Path, listed: Deletions) -> None:
+    write_small_json(root / DELETIONS, dict(listed.until_ms))
 
 
 def blank_records(

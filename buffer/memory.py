@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from buffer.claims import Claims, Location
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
-from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
+from buffer.deletions import Deleted, Deletions, Ends, digest_of, may_be_of, owner_of
 from buffer.interface import (
     MAX_READ_BYTES,
     MAX_UNREADABLE_BYTES,
@@ -64,6 +64,10 @@ class MemoryBackend(Backend):
         made._url, made._held = "memory:", Held()
         return made
 
+    @property
+    def ends_with_process(self) -> bool:
+        return True
+
     def open_named_writer(self, name: str, limits: TraceLimits) -> MemoryWriter:
         """A writer whose stream has this name."""
         return MemoryWriter(self._held, limits, name)
@@ -99,14 +103,16 @@ class MemoryBackend(Backend):
         with self._held.lock:
             return MemoryWeights(self._held.lines.setdefault(line, Held()), f"{self._url} ({line})")
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         held, records, num_bytes = self._held, 0, 0
+        ends, digest = Ends(), digest_of(tenant)
         with held.lock:
-            held.deletions = held.deletions.with_tenant(digest_of(tenant), now_ms())
             for stream in held.streams.values():
                 for number, record in stream.records.items():
                     owner = None if record.payload is None else owner_of(record.payload)
-                    if record.payload is not None and owner is not None and owner.tenant == tenant:
+                    if record.payload is None or owner is None:
+                        continue
+                    if ends.see(owner, tenant):
                         stream.records[number] = replace(record, payload=None)
                         records, num_bytes = records + 1, num_bytes + len(record.payload)
             held.num_bytes -= num_bytes
@@ -114,7 +120,15 @@ class MemoryBackend(Backend):
             theirs = [name for name, one in aside if may_be_of(tenant, one.payload or b"")]
             for name in theirs:
                 del held.unreadable[name]
-        return Deleted(records, num_bytes, len(theirs))
+            held.deletions = held.deletions.with_tenant(digest, ends.until_ms(until_ms))
+            listed_ms = held.deletions.until_ms[digest]
+        return Deleted(records, num_bytes, len(theirs), until_ms=listed_ms)
+
+    def undelete(self, digest: str) -> bool:
+        with self._held.lock:
+            was_listed = digest in self._held.deletions.until_ms
+            self._held.deletions = self._held.deletions.without(digest)
+        return was_listed
 
     def deletions(self) -> Deletions:
         return self._held.deletions
@@ -161,11 +175,12 @@ class MemoryWriter(TraceWriter):
 
     @property
     def counts(self) -> WriterCounts:
-        appended = self._stream.end
+        durable = self._durable
+        appended = self._stream.end  # last: another thread may ask, and none is owed to it then
         return WriterCounts(
             appended,
-            self._durable,
-            appended - self._durable,
+            durable,
+            appended - durable,
             0,
             self._evicted_records,
             self._evicted_bytes,

@@ -24,6 +24,7 @@ the server refuses an id that it has had.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,18 @@ def deletions_key(options: RedisOptions) -> str:
 
 def committed_field(group: str, writer: str) -> str:
     return f"{group}/{writer}"
+
+
+def numbers_of(found: Mapping[bytes, bytes], key: str) -> dict[str, int]:
+    """Numbers by name, from a hash.
+
+    Raises:
+        ValueError: somebody else has stored something there.
+    """
+    try:
+        return {name.decode(): int(number) for name, number in found.items()}
+    except ValueError:
+        raise ValueError(f"the key {key} holds something that none of our writers makes") from None
 
 
 def id_of(number: int) -> str:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from buffer.distinct_writers import writer_folders
 from buffer.frames import read_frame
 from buffer.layout import (
     first_open,
@@ -15,7 +16,6 @@ from buffer.layout import (
     segment_numbers,
     segment_path,
     stored_bytes,
-    writer_names,
 )
 from buffer.small_json import is_foreign
 
@@ -56,7 +56,7 @@ class SegmentList:
             own_open: number of the segment that it is writing.
         """
         found: list[Segment | None] = []
-        for folder in (self._root / name for name in writer_names(self._root)):
+        for folder in (self._root / name for name in writer_folders(self._root)):
             try:
                 numbers = segment_numbers(folder)
             except OSError as error:

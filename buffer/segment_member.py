@@ -12,7 +12,6 @@ one when all it has read of it is committed.
 
 from __future__ import annotations
 
-import bisect
 import fcntl
 import itertools
 import logging
@@ -21,17 +20,18 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from buffer.claim_file import ClaimFile
 from buffer.claims import Location, Place
 from buffer.committed import read_committed, sound_committed, why_impossible, write_committed
-from buffer.counts import GroupCounts, ReaderCounts
+from buffer.counts import ReaderCounts
+from buffer.distinct_writers import distinct_writers
 from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
-from buffer.layout import GROUPS, file_of, read_tombstone, said_once, segment_path, writer_names
+from buffer.layout import GROUPS, file_of, said_once, segment_path
 from buffer.seen import Identity
 from buffer.segment_reader import Position, SegmentReader, position_of
 from buffer.small_json import is_foreign, make_folder, make_way
@@ -149,7 +149,7 @@ class SegmentMember(RecordReader):
                 make_folder(folder)
             self._presence = _locked(self._folder / f"{self._member}.member")
         self._looked_s = time.monotonic()
-        names = writer_names(self._root)
+        names = distinct_writers(self._root)
         for gone in self._owned.keys() - set(names):
             self._let_go(gone)
         open_names = [name for name in names if not self._is_done(name)]
@@ -164,9 +164,8 @@ class SegmentMember(RecordReader):
         """Nothing of this writer is left to read or to commit; it needs no member any more."""
         if not self._reader.has_finished(name):
             return False
-        if name in self._owned and self._reader.position(name) == read_committed(
-            self._folder, name
-        ):
+        position = self._reader.position(name)
+        if name in self._owned and position == read_committed(self._folder, name):
             self._let_go(name, forget=False)
         return name not in self._owned
 
@@ -221,42 +220,6 @@ class SegmentMember(RecordReader):
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
         return num_members
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Records of one writer, as its segments show them."""
-
-    end: int
-    """One past the number of its last record."""
-    deleted: tuple[int, ...] = ()
-    """Numbers of those that were deleted, ascending."""
-
-
-def group_counts(root: Path, written: dict[str, Written]) -> tuple[GroupCounts, ...]:
-    """What each group has done with the records of these writers."""
-    try:
-        folders = sorted(path for path in (root / GROUPS).iterdir() if path.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    return tuple(_counts_of(folder, root, written) for folder in folders)
-
-
-def _counts_of(folder: Path, root: Path, written: dict[str, Written]) -> GroupCounts:
-    committed = pending = lost = deleted = 0
-    for name, found in written.items():
-        position, problem = sound_committed(root, folder, name)
-        if problem is not None:
-            said_once(file_of(folder, name, ".json"), problem)
-        tombstone = read_tombstone(root / name)
-        evicted = 0 if tombstone is None else max(0, tombstone.next_number - position.number)
-        reached = position.number + evicted
-        ahead = len(found.deleted) - bisect.bisect_left(found.deleted, reached)
-        committed += position.number - position.lost - position.deleted
-        lost += position.lost + evicted
-        deleted += position.deleted + ahead
-        pending += max(0, found.end - reached - ahead)
-    return GroupCounts(folder.name, committed, pending, lost, deleted)
 
 
 def _locked(path: Path, create: bool = True) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from buffer.blocks import Blocks
 from buffer.counts import ReaderCounts
+from buffer.distinct_writers import distinct_writers
 from buffer.frames import Frame, claimed_end, next_frame
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
 from buffer.layout import (
@@ -24,7 +25,6 @@ from buffer.layout import (
     read_tombstone,
     said_once,
     segment_numbers,
-    writer_names,
 )
 from buffer.small_json import is_foreign, is_whole
 
@@ -80,7 +80,7 @@ class SegmentReader(RecordReader):
         return {name: asdict(position) for name, position in self._positions.items()}
 
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
-        names = writer_names(self._root)
+        names = distinct_writers(self._root)
         for name in self._positions.keys() - set(names):
             self.forget(name)
         return self.read_from(names, max_records, max_bytes)

@@ -71,11 +71,13 @@ class SegmentWriter(TraceWriter):
 
     @property
     def counts(self) -> WriterCounts:
+        durable, doubtful = self._durable, self._doubtful
+        appended = self._appended  # last: another thread may ask, and none is owed to it then
         return WriterCounts(
-            self._appended,
-            self._durable,
-            self._pending,
-            self._doubtful,
+            appended,
+            durable,
+            appended - durable - doubtful,
+            doubtful,
             self._evictor.evicted.records,
             self._evictor.evicted.num_bytes,
             missing=self._missing + self._evictor.missing,

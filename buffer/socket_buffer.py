@@ -46,6 +46,7 @@ from buffer.socket_messages import (
     records_of,
     refused_of,
     stats_of,
+    undeleted_of,
 )
 from buffer.socket_wire import Line, away, connect, split, why_not_a_socket
 from buffer.socket_writer import SocketWriter
@@ -144,10 +145,16 @@ class SocketBackend(Backend):
     def version_lines(self) -> list[str]:
         return lines_in(self._weights)
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         if self._host is not None:
-            return self._host.backend.delete(tenant)
-        return self._ask({"op": "delete", "tenant": tenant}, deleted_of)
+            return self._host.backend.delete(tenant, until_ms=until_ms)
+        order = {"op": "delete", "tenant": tenant, "until_ms": until_ms}
+        return self._ask(order, deleted_of)
+
+    def undelete(self, digest: str) -> bool:
+        if self._host is not None:
+            return self._host.backend.undelete(digest)
+        return self._ask({"op": "undelete", "digest": digest}, undeleted_of)
 
     def deletions(self) -> Deletions:
         if self._host is not None:

@@ -206,8 +206,10 @@ class _Session:
                 return {"is_first": self._reader.claim([_claim_of(*one) for one in traces])}, ()
             case {"op": "stats"}:
                 return {"stats": asdict(backend.stats())}, ()
-            case {"op": "delete", "tenant": str(tenant)}:
-                return {"deleted": asdict(backend.delete(tenant))}, ()
+            case {"op": "delete", "tenant": str(tenant), "until_ms": int() | None as until_ms}:
+                return {"deleted": asdict(backend.delete(tenant, until_ms=until_ms))}, ()
+            case {"op": "undelete", "digest": str(digest)}:
+                return {"was_listed": backend.undelete(digest)}, ()
             case {"op": "expire", "limits": dict(limits)}:
                 backend.expire(TraceLimits(**limits))
                 return {}, ()

@@ -153,6 +153,10 @@ def _are_limits(value: Any) -> bool:
     return True
 
 
+def _is_optional_whole(value: Any) -> bool:
+    return value is None or is_whole(value)
+
+
 def _is_some(value: Any) -> bool:
     return is_whole(value, least=1)
 
@@ -166,7 +170,8 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "commit": {"offsets": _are_offsets},
     "claim": {"traces": _are_claims},
     "stats": {},
-    "delete": {"tenant": _is_text},
+    "delete": {"tenant": _is_text, "until_ms": _is_optional_whole},
+    "undelete": {"digest": _is_label},
     "expire": {"limits": _are_limits},
     "deletions": {},
     "kept": {},
@@ -262,10 +267,24 @@ def deleted_of(answer: Mapping[str, Any]) -> Deleted:
         BadMessageError: the answer says something else.
     """
     found = answer.get("deleted")
-    remains = found.get("remains") if isinstance(found, dict) else None
-    if not _is_optional_text(remains):
+    remains, until_ms = (
+        found.get(name) if isinstance(found, dict) else None for name in ("remains", "until_ms")
+    )
+    if not _is_optional_text(remains) or not _is_optional_whole(until_ms):
         raise BadMessageError("the answer about a deletion is none")
-    return Deleted(**_whole_fields(found, Deleted, "remains"), remains=remains)
+    counts = _whole_fields(found, Deleted, "remains", "until_ms")
+    return Deleted(**counts, remains=remains, until_ms=until_ms)
+
+
+def undeleted_of(answer: Mapping[str, Any]) -> bool:
+    """
+    Raises:
+        BadMessageError: the answer says something else.
+    """
+    found = answer.get("was_listed")
+    if not isinstance(found, bool):
+        raise BadMessageError("the answer about a deletion that is taken back is none")
+    return found
 
 
 def deletions_of(answer: Mapping[str, Any]) -> Deletions:
@@ -314,12 +333,12 @@ def error_of(answer: Mapping[str, Any]) -> Exception | None:
     return OSError(number, text) if is_whole(number, 1, 4096) else ValueError(text)
 
 
-def _whole_fields(found: Any, record: type, but: str | None = None) -> dict[str, int]:
-    """The fields of a record of counts, all but one."""
+def _whole_fields(found: Any, record: type, *but: str) -> dict[str, int]:
+    """The fields of a record of counts, all but some."""
     names = {one.name for one in fields(record)}
     if not isinstance(found, dict) or found.keys() != names:
         raise BadMessageError("the answer has other counts than it should")
-    values = {name: value for name, value in found.items() if name != but}
+    values = {name: value for name, value in found.items() if name not in but}
     if not all(map(is_whole, values.values())):
         raise BadMessageError("a count in an answer is no whole number")
     return values

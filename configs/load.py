@@ -185,11 +185,22 @@ def _from_text(source: str, key: str, text: str) -> _Layer:
     """Text settings keep their text (an API key of digits is not an int); all others are YAML."""
     accepted = _members(_KEYS.get(key))
     value: Any = text
-    if not {str, Path} & set(accepted):
+    if _is_unknown(key):
+        pass  # and so is what its value means: ``log:`` would be a mapping in YAML
+    elif not {str, Path} & set(accepted):
         value = _parse_yaml(text, source)
     elif NoneType in accepted and text.strip() in ("", "~", "null"):
         value = None
     return _Layer(source, _nested({key: value}))
+
+
+def _is_unknown(key: str) -> bool:
+    """Whether there is no such setting, and none that takes a mapping with such a key."""
+    while key and key not in _KEYS:
+        key = key.rpartition(".")[0]
+        if key in _KEYS:
+            return _is_section(_KEYS[key])
+    return not key
 
 
 def _nested(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -142,7 +142,13 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
     draws = entry(settings.trainer.draw)
     rewards = _rewards(settings, learns)
     device, head, backend = shared.device, shared.head, shared.backend
-    audit(settings.run_dir, "read", settings.buffer.url, group=settings.trainer.group)
+    audit(
+        settings.run_dir,
+        "read",
+        settings.buffer.url,
+        backend.run,
+        group=settings.trainer.group,
+    )
     store = _weights(settings, backend, line)
     manifest, model = newest_drafter(settings, store, head, shared.fingerprint)
     incumbent = copy.deepcopy(model).to(device)

@@ -72,7 +72,12 @@ BAD: dict[str, list[bytes]] = {
     "body of stats": [packed({"op": "stats"}, num_body=1)],
     "body of keep": [packed({"op": "keep", "name": "x"}, num_body=MAX_UNREADABLE_BYTES + 1)],
     "name of keep": [packed({"op": "keep", "name": "x" * 600})],
-    "tenant": [packed({"op": "delete", "tenant": 5})],
+    "tenant": [packed({"op": "delete", "tenant": 5, "until_ms": None})],
+    "delete without a time": [packed({"op": "delete", "tenant": "a"})],
+    "negative time": [packed({"op": "delete", "tenant": "a", "until_ms": -1})],
+    "time of 80 bits": [packed({"op": "delete", "tenant": "a", "until_ms": 2**80})],
+    "digest": [packed({"op": "undelete", "digest": 5})],
+    "long digest": [packed({"op": "undelete", "digest": "x" * 600})],
     "group": [packed({"op": "open", "group": 5, "offsets": None})],
     "offsets": [packed({"op": "open", "group": None, "offsets": [1]})],
     "negative offset": [packed({"op": "open", "group": None, "offsets": {"w": -1}})],
@@ -224,6 +229,8 @@ def test_fuzzed_messages_end_no_thread(tmp_path, backend, recwarn):
         packed({"op": "commit", "offsets": {"member": "x", "handed": 1}}),
         packed({"op": "claim", "traces": [["w1", "0", "server-1", 1, 2]]}),
         packed({"op": "stats"}),
+        packed({"op": "delete", "tenant": "a", "until_ms": 5}),
+        packed({"op": "undelete", "digest": "a"}),
         packed({"op": "kept"}),
     ]
     for _ in range(400):
@@ -258,6 +265,7 @@ ANSWERS = [
     {"have": 1, "evicted": [0]},
     {"have": 1, "evicted": {"a": 1}},
     {"have": 2**80, "evicted": [0, 0]},
+    {"was_listed": 1, "deleted": {"records": 0, "num_bytes": 0, "quarantined": 0}},
     {"error": {"a": 1}, "errno": "x"},
     {"error": "no", "errno": None},
     [1],
@@ -290,6 +298,7 @@ def test_a_false_holder_costs_a_server_or_trainer_the_connection_alone(tmp_path,
             backend.unreadable,
             backend.deletions,
             lambda: backend.delete("x"),
+            lambda: backend.undelete("x"),
             lambda: backend.open_record_reader().read(1),
         ):
             with pytest.raises((OSError, ValueError)):
