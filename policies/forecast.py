@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -47,6 +48,17 @@ class Forecast(NamedTuple):
         return self.tokens[drafter][k], self.seconds[drafter][k]
 
 
+class Gains(NamedTuple):
+    """Arms of drafters that need matches against one arm that needs none."""
+
+    arms: tuple[Arm, ...]
+    """[A]"""
+    gains: Floats
+    """[A, 6] more tokens of a row in each bucket."""
+    seconds: Floats
+    """[A] more seconds of a step."""
+
+
 class _Usual(NamedTuple):
     """Expected tokens of a step, and what they were computed from."""
 
@@ -63,11 +75,14 @@ class Forecaster:
         acceptance: AcceptanceModel,
         times: StepTimes,
         needing: Collection[str],
+        max_draft: int,
     ) -> None:
         """
         Args:
             needing: drafters, and mixes, that are of use only where a request has a match.
+            max_draft: largest K of both models.
         """
+        self.max_draft = max_draft
         self._acceptance = acceptance
         self._times = times
         self._needing = needing
@@ -111,6 +126,32 @@ class Forecaster:
                 self._times.arm_times(drafter, batch)
                 self._usual_tokens(drafter, batch)
         self._times.plain_s(batch)
+
+    def over(self, seen: Forecast, blind: Arm) -> Gains:
+        """What drafters that need matches gain over an arm that needs none, by length of match."""
+        kinds, (drafter, k) = [*self._needing], blind
+        expected = {kind: self._acceptance.expected_tokens(kind) for kind in kinds}
+        used = self._acceptance.expected_tokens(drafter)[:, k] if k else np.ones(NUM_BUCKETS)
+        blind_s = seen.arm(blind)[1]
+        arms = tuple((kind, each) for kind in kinds for each in range(1, seen.max_k + 1))
+        seconds = [
+            self._times.arm_times(kind, seen.batch)[each - 1] - blind_s for kind, each in arms
+        ]
+        gains = [expected[kind][:, each] - used for kind, each in arms]
+        return Gains(arms, np.array(gains), np.array(seconds))
+
+    def doubt(self, arm: Arm, batch: int) -> float:
+        """How uncertain a drafting arm is: its time relative to a plain step, or what one more
+        position would add; 0 for plain decoding."""
+        drafter, k = arm
+        if not k:
+            return 0.0
+        of_tokens = self._acceptance.doubt(drafter, min(k + 1, self.max_draft))
+        return max(of_tokens, self._times.doubt(drafter, k, batch))
+
+    def spread(self, arm: Arm, batch: int) -> float:
+        """How uncertain an arm's speed relative to plain decoding is."""
+        return math.hypot(self._acceptance.spread(*arm), self._times.doubt(*arm, batch))
 
     def _usual_tokens(self, drafter: str, batch: int) -> list[float]:
         """[max_draft + 1] expected tokens of a step as its rows usually are."""

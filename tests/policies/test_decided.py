@@ -18,6 +18,6 @@ def test_every_policy_of_the_catalog_is_among_them():
     assert sorted(DIGESTS) == sorted(f"{kind}, {name}" for kind, name in cases())
 
 
-@pytest.mark.parametrize(("kind", "name"), cases())
+@pytest.mark.parametrize(("kind", "name"), list(cases()))
 def test_decisions_are_those_of_before(kind, name):
     assert decided(kind, name) == DIGESTS[f"{kind}, {name}"]
