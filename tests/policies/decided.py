@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configs.schema import PolicySettings
 from policies.catalog import CATALOG, build_policy
-from policies.interface import Decision
+from policies.interface import Decision, StepObs
 from tests.policies.simulated import (
     DRAFTERS,
     INDEX,
@@ -48,6 +48,7 @@ PHASES = {
     "mixed": (MIXED, replace(MIXED, eagle=(0.1,) * 8)),
 }
 """Worlds one after another; before the last a version with other figures is swapped in."""
+CAPPED = "load, capped"
 ALL_OF_THEM = ("goodput", "ragged", "hedge")
 """Policies that play in every world; others do in ``load``."""
 
@@ -55,17 +56,26 @@ ALL_OF_THEM = ("goodput", "ragged", "hedge")
 def cases() -> Iterator[tuple[str, str]]:
     for kind in CATALOG:
         yield from ((kind, name) for name in (PHASES if kind in ALL_OF_THEM else ("load",)))
+    yield from ((kind, CAPPED) for kind in ALL_OF_THEM)
+
+
+class Capped(Simulation):
+    """Requests that may draft no further than they go on."""
+
+    def _seen(self, world: World, matches: tuple[int, ...] | None) -> StepObs:
+        caps = tuple(min(left, world.max_draft) for left in self._left)
+        return replace(super()._seen(world, matches), caps=caps)
 
 
 def decided(kind: str, name: str, *, steps: int = 400, seed: int = 3) -> str:
     """Digest of everything that a policy decides in the worlds of this name."""
-    phases = PHASES[name]
+    phases = PHASES[name.removesuffix(", capped")]
     drafters = {"eagle3": NEURAL, "other": NEURAL, "suffix": INDEX} if name == "mixed" else DRAFTERS
     if not phases[0].has_index:
         drafters = {"eagle3": NEURAL}
     policy = build_policy(PolicySettings(kind=kind), drafters, seed, 8, phases[0].mixes)
     policy.calibrate(phases[0].profile())
-    server = Simulation(policy, seed)
+    server = (Capped if name == CAPPED else Simulation)(policy, seed)
     found = hashlib.sha256()
 
     def note(decision: Decision, _rows: object) -> None:
