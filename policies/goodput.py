@@ -22,13 +22,13 @@ import numpy as np
 
 from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel
-from policies.choice import Choice, Chooser
+from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.ledger import Ledger
 from policies.picks import Kinds, Picker, rows_of, with_mixes
-from policies.probes import Explorer, Stretch
+from policies.probes import Explorer, Option, Stretch
 from policies.rest import Gathered, Glance, Rest, count_rows
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
@@ -57,6 +57,33 @@ class Predicted(NamedTuple):
         return {"tokens": self.tokens, "seconds": self.seconds}
 
 
+class _Weighed(NamedTuple):
+    """All that a plan weighs before it draws: computed when it is asked for, or ahead of it."""
+
+    obs: StepObs
+    fresh: str
+    """The drafter of the decision before."""
+    seen: Forecast
+    catch_up_s: dict[str, float]
+    """Seconds to come back to each neural drafter that can propose."""
+    choice: Choice
+    options: list[Option]
+    """Stretches that could begin."""
+
+    def is_for(self, obs: StepObs, fresh: str) -> bool:
+        """Whether this is what the plan would weigh."""
+        own = self.obs
+        return (
+            obs.matches is None
+            and obs.batch == own.batch
+            and fresh == self.fresh
+            and obs.max_draft == own.max_draft
+            and obs.drafters == own.drafters
+            and obs.pending_rows == own.pending_rows
+            and obs.caps == own.caps
+        )
+
+
 class _Steps:
     """What was decided last."""
 
@@ -69,6 +96,8 @@ class _Steps:
         """That of the last step observed."""
         self.best = PLAIN_ARM
         """The best arm that drafts, when one was chosen last."""
+        self.obs: StepObs | None = None
+        """What the last plan was for."""
         self.tokens = 1.0
         """Those of a request that the last plan expected."""
         self.untried: set[str] = set()
@@ -123,6 +152,8 @@ class GoodputPolicy:
         self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
         self._rest = Rest(self._ledger)
         self._steps = _Steps()
+        self._ahead: _Weighed | None = None
+        """For the next plan, if that is as the last one was and nothing is learned before it."""
         self._picker = Picker(
             context.mixes, self._acceptance, explore, context.seed, kinds.matching
         )
@@ -141,6 +172,7 @@ class GoodputPolicy:
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Start the step times from those measured at start-up."""
         self._times.calibrate(samples)
+        self._ahead = None
 
     def plain_s(self, batch: int) -> float | None:
         """Predicted seconds of a plain step; ``None`` while it is only a guess."""
@@ -206,6 +238,7 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
+        self._ahead = None
         self._learn(outcome)
         if self._kinds.neural and self._rest.is_over:
             self._learn_gathered()
@@ -213,6 +246,16 @@ class GoodputPolicy:
             if self._explorer.wants_doubt:
                 doubt = self._forecaster.doubt(self._steps.best, outcome.batch)
                 self._explorer.note_doubt(doubt)
+            self._weigh_ahead(outcome.batch)
+
+    def _weigh_ahead(self, batch: int) -> None:
+        """Weigh the next plan, which mostly is for a batch like that of the last one. Where looks
+        pay, nobody knows the matches yet."""
+        obs = self._steps.obs
+        if obs is None or obs.batch != batch or obs.matches is not None:
+            return
+        if not self._kinds.matching or not self._rest.wants_look():
+            self._ahead = self._weigh(obs, obs.longest(self._forecaster.max_draft))
 
     def _learn(self, outcome: Outcome) -> None:
         self._acceptance.tick(outcome.batch)
@@ -289,6 +332,7 @@ class GoodputPolicy:
             if drafter in members:
                 self._versions.on_change(mix)
         self._rest.reset()
+        self._ahead = None
         self._explorer.under_way = None
         self._steps.untried.update({drafter} & self._kinds.neural)
 
@@ -310,29 +354,20 @@ class GoodputPolicy:
         max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        seen = self._forecaster.forecast(obs, max_k)
-        catch_up_s = {
-            kind: self._switches.seconds(
-                kind, obs.pending_rows.get(kind, 0), obs.batch, seen.plain_s
-            )
-            for kind in seen.seconds
-            if kind in self._kinds.neural
-        }
-        overhead_s = self._rest.overhead * seen.plain_s
-        choice = self._chooser.choose(
-            seen, self._steps.drafter, catch_up_s, overhead_s,
-            lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
-        )  # fmt: skip
-        if obs.matches is not None and self._needs_no_look(choice.arm):
+        self._steps.obs, ahead = obs, self._ahead
+        self._ahead = None
+        if ahead is None or not ahead.is_for(obs, self._steps.drafter):
+            ahead = self._weigh(obs, max_k)
+        seen, choice = ahead.seen, ahead.choice
+        self._chooser.take(choice, seen, self._steps.drafter)
+        if obs.matches is not None and self._needs_no_look(choice.arm[0]):
             self._forecaster.note_mix(seen)
         self._steps.best = choice.best_draft
-        (drafter, k), propensity, reason = self._decided(
-            seen, choice, looked=obs.matches is not None
-        )
+        (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
         catches_up = self._catches_up(drafter, self._steps.drafter)
         if catches_up:
-            seconds += catch_up_s[drafter]
+            seconds += ahead.catch_up_s[drafter]
         self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
         on_trial = explore and self._explorer.is_on_trial(drafter, choice.base)
         picks = self._picker.pick(obs, drafter, k) if drafter in self._picker.mixes else None
@@ -341,11 +376,28 @@ class GoodputPolicy:
             note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
         )  # fmt: skip
 
-    def _decided(self, seen: Forecast, choice: Choice, *, looked: bool) -> tuple[Arm, float, str]:
+    def _weigh(self, obs: StepObs, max_k: int) -> _Weighed:
+        """Compare the arms of a step; nothing but what is remembered of the batch changes."""
+        seen, fresh = self._forecaster.forecast(obs, max_k), self._steps.drafter
+        catch_up_s = {
+            kind: self._switches.seconds(
+                kind, obs.pending_rows.get(kind, 0), obs.batch, seen.plain_s
+            )
+            for kind in seen.seconds
+            if kind in self._kinds.neural
+        }
+        choice = self._chooser.weigh(
+            seen, fresh, catch_up_s, self._rest.overhead * seen.plain_s,
+            lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
+        )  # fmt: skip
+        return _Weighed(obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice))
+
+    def _decided(self, weighed: _Weighed, *, looked: bool) -> tuple[Arm, float, str]:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""
+        seen, choice = weighed.seen, weighed.choice
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
-        blind = max(filter(self._needs_no_look, choice.values), key=choice.values.__getitem__)
+        blind = best_of(choice.values, self._needs_no_look) or PLAIN_ARM
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
@@ -355,7 +407,7 @@ class GoodputPolicy:
         if not is_kept or self._rest.pays:
             stretch = self._trial(seen, choice)
         if stretch is None and not is_kept:
-            stretch, propensity = self._next_stretch(seen, choice)
+            stretch, propensity = self._next_stretch(weighed)
         if stretch is not None:
             return self._explorer.take(stretch).arm, propensity, "probe"
         goes_on = choice.base in ("none", choice.arm[0], self._steps.drafter)
@@ -374,8 +426,8 @@ class GoodputPolicy:
         longer_s = table.seconds + (np.array(charges_s) - choice.charges_s[blind[0]])
         return Glance(table.arms, table.gains, longer_s * choice.speed, choice.speed * seen.plain_s)
 
-    def _needs_no_look(self, arm: Arm) -> bool:
-        return arm == PLAIN_ARM or arm[0] in self._kinds.blind
+    def _needs_no_look(self, drafter: str) -> bool:
+        return drafter == "none" or drafter in self._kinds.blind
 
     def _catches_up(self, drafter: str, before: str) -> bool:
         """Whether a drafter must catch up after a step by another one."""
@@ -392,22 +444,22 @@ class GoodputPolicy:
             if choice.base == kind or choice.arm[0] == kind:
                 self._steps.untried.discard(kind)
                 continue
-            arm = max(((kind, k) for k in range(1, seen.max_k + 1)), key=choice.values.__getitem__)
-            if (stretch := self._explorer.trial(arm, choice)) is not None:
+            if (stretch := self._explorer.trial(choice.best_of(kind), choice)) is not None:
                 self._steps.untried.discard(kind)
                 return stretch
         return None
 
-    def _next_stretch(self, seen: Forecast, choice: Choice) -> tuple[Stretch | None, float]:
+    def _next_stretch(self, weighed: _Weighed) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
+        choice = weighed.choice
         left = self._explorer.goes_on(choice, self._times.num_changes)
-        if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
+        if left is not None and choice.has(left.arm):
             return left, 1.0
-        stretch, nothing = self._explorer.draw(seen, choice, self._rest.num_since)
+        stretch, nothing = self._explorer.draw(weighed.options, choice, self._rest.num_since)
         if stretch is not None:
             return stretch, stretch.propensity
         more = self._explorer.more
-        if self._rest.is_plain and more[1] and more in choice.values:
+        if self._rest.is_plain and more[1] and choice.has(more):
             return Stretch(more, _MORE_STEPS, nothing), nothing
         return None, nothing
 

@@ -16,7 +16,8 @@ before it is earned.
 from __future__ import annotations
 
 import math
-from enum import Enum
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
 _DRAFTING_SHARE = 0.008
@@ -25,16 +26,16 @@ _START_STEPS, _MOST_STEPS = 3.0, 12.0
 """Balance for stretches of each sort at first and at most, in plain steps."""
 
 
-class Purpose(Enum):
-    """What is bought. The value is its name in figures."""
+class Purpose(IntEnum):
+    """What is bought."""
 
-    LENGTH = "length"
+    LENGTH = 0
     """A stretch of another K of the drafter in use; seconds."""
-    ARM = "arm"
+    ARM = 1
     """A stretch of plain decoding or of another drafter; seconds."""
-    PLAN = "plan"
+    PLAN = 2
     """A plan without a look; plain steps' worth of time."""
-    LOOK = "look"
+    LOOK = 3
     """A plan with a look at matches, or a look alone; likewise. What looks have found is credit."""
 
 
@@ -53,7 +54,7 @@ class Ledger:
                 is faster.
         """
         self.share = share
-        self._balances = dict.fromkeys(Purpose, 0.0)
+        self._balances = [0.0] * len(Purpose)
         self.is_open = False
         """Stretches have their first balance: a plain step's time is known."""
         self.wanted_s = 0.0
@@ -61,7 +62,7 @@ class Ledger:
         self.earned_s = 0.0
         """Seconds that steps with drafts have saved against plain decoding, those of stretches
         left out; below 0 if they took longer."""
-        self._spent_s = dict.fromkeys(Purpose, 0.0)
+        self._spent_s = [0.0] * len(Purpose)
 
     def balance(self, purpose: Purpose) -> float:
         """What may be spent now; below 0, what is owed."""
@@ -93,7 +94,8 @@ class Ledger:
 
     def clear(self, *purposes: Purpose) -> None:
         """Forget debts and credit."""
-        self._balances.update(dict.fromkeys(purposes, 0.0))
+        for purpose in purposes:
+            self._balances[purpose] = 0.0
 
     def save(self, step_s: float, plain_s: float, *, is_drafted: bool) -> None:
         """Let the time of a step earn its share for stretches. One in which nothing was drafted
@@ -104,7 +106,8 @@ class Ledger:
         """
         if not self.is_open:
             self.is_open = True
-            self._balances.update(dict.fromkeys(_STRETCHES, _START_STEPS * plain_s))
+            for purpose in _STRETCHES:
+                self._balances[purpose] = _START_STEPS * plain_s
         most_s = max(_MOST_STEPS * plain_s, self.wanted_s)
         half = _DRAFTING_SHARE / 2
         if is_drafted:
@@ -131,6 +134,10 @@ class Ledger:
         return {
             "share": self.share,
             "earned_s": round(self.earned_s, 6),
-            "spent_s": {one.value: round(spent, 6) for one, spent in self._spent_s.items()},
-            "balances": {one.value: round(left, 6) for one, left in self._balances.items()},
+            "spent_s": _by_name(self._spent_s),
+            "balances": _by_name(self._balances),
         }
+
+
+def _by_name(values: Sequence[float]) -> dict[str, float]:
+    return {one.name.lower(): round(values[one], 6) for one in Purpose}

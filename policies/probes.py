@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from policies.choice import Choice
@@ -55,7 +55,7 @@ class Stretch(NamedTuple):
     """Probability with which exactly this stretch was begun at its first step."""
 
 
-class _Option(NamedTuple):
+class Option(NamedTuple):
     """A stretch that could begin."""
 
     arm: Arm
@@ -182,16 +182,19 @@ class Explorer:
         """
         self._haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
 
-    def draw(self, seen: Forecast, choice: Choice, num_steps: int) -> tuple[Stretch | None, float]:
+    def draw(
+        self, options: Sequence[Option], choice: Choice, num_steps: int
+    ) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:
+            options: those of this choice.
             num_steps: steps since this was asked last.
         """
         if not self._explore or not self._ledger.is_open:
             return None, 1.0
         self._num_draws += 1
-        options = self._affordable(seen, choice)
+        options = self._affordable(options, choice)
         if not options:
             return None, 1.0
         total = sum(one.weight for one in options)
@@ -210,16 +213,17 @@ class Explorer:
         self._ledger.forgive(Purpose.ARM)
         return self._begin(self._option(arm, 1.0, choice), choice, 1.0)
 
-    def _begin(self, one: _Option, choice: Choice, propensity: float) -> Stretch:
+    def _begin(self, one: Option, choice: Choice, propensity: float) -> Stretch:
         if self._is_on_trial(one.arm, choice):
             self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))
         else:
-            self._ledger.charge(_purpose(one.arm, choice), one.loss_s)
+            purpose = Purpose.LENGTH if _is_own(one.arm, choice) else Purpose.ARM
+            self._ledger.charge(purpose, one.loss_s)
         self._gain_steps, self._gained = 0.0, "none"
         return Stretch(one.arm, one.num_steps, propensity)
 
-    def _affordable(self, seen: Forecast, choice: Choice) -> list[_Option]:
-        """The stretches that can be paid for now."""
+    def options(self, seen: Forecast, choice: Choice) -> list[Option]:
+        """The stretches that could begin, whatever they lose; nothing changes."""
         (drafter, k), options = choice.arm, {}
         if choice.base != "none":
             options[PLAIN_ARM] = self._haste
@@ -229,12 +233,17 @@ class Explorer:
             options[drafter, min(k + 1, seen.max_k)] = 2.0
             options[drafter, max(k - 1, 1)] = 2.0
         for idle in seen.seconds.keys() - {drafter}:
-            arms = [(idle, k) for k in range(1, seen.max_k + 1)]
-            options[max(arms, key=choice.values.__getitem__)] = 2.0
+            options[choice.best_of(idle)] = 2.0
         options.pop(choice.arm, None)
-        found = [self._option(arm, options[arm], choice) for arm in sorted(options)]
-        self._ledger.wanted_s = max((one.loss_s for one in found), default=0.0)
-        return [one for one in found if self._ledger.affords(_purpose(one.arm, choice), one.loss_s)]
+        return [self._option(arm, options[arm], choice) for arm in sorted(options)]
+
+    def _affordable(self, found: Sequence[Option], choice: Choice) -> list[Option]:
+        """The stretches that can be paid for now."""
+        self._ledger.wanted_s = max([one.loss_s for one in found], default=0.0)
+        own_s, other_s = map(self._ledger.balance, (Purpose.LENGTH, Purpose.ARM))
+        return [
+            one for one in found if one.loss_s <= (own_s if _is_own(one.arm, choice) else other_s)
+        ]
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
         """Whether a step of a stretch of this drafter is charged by what it loses."""
@@ -244,9 +253,7 @@ class Explorer:
         return self.is_on_trial(arm[0], choice.base)
 
     def _length(self, arm: Arm, choice: Choice) -> int:
-        is_idle = arm[0] in self._neural and arm[0] != choice.base
-        if not is_idle and arm != PLAIN_ARM:
-            return 1
+        """Steps of a stretch of plain decoding or of an idle drafter."""
         switch_s = choice.charges_s[arm[0]]
         step_s = max(choice.loss_s(arm) - switch_s, switch_s / _MOST_STRETCH, 1e-9)
         least = _TRIAL_STEPS if self._is_on_trial(arm, choice) else _LEAST_STRETCH
@@ -254,19 +261,21 @@ class Explorer:
         usual = max(_USUAL_STRETCH, least)
         return min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
 
-    def _option(self, arm: Arm, weight: float, choice: Choice) -> _Option:
+    def _option(self, arm: Arm, weight: float, choice: Choice) -> Option:
         """A stretch of an arm, with what it is predicted to lose: it switches once.
 
         What is charged by what it does lose counts as at most a plain step: a prediction that is
         far too high would postpone for thousands of steps the only thing that can correct it.
         """
+        is_idle = arm[0] in self._neural and arm[0] != choice.base
+        if not is_idle and arm != PLAIN_ARM:
+            return Option(arm, weight, 1, choice.loss_s(arm))
         num_steps = self._length(arm, choice)
         loss_s = choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
         if self._is_on_trial(arm, choice):
             loss_s = min(loss_s, choice.plain_s)
-        return _Option(arm, weight, num_steps, loss_s)
+        return Option(arm, weight, num_steps, loss_s)
 
 
-def _purpose(arm: Arm, choice: Choice) -> Purpose:
-    is_own = arm[1] > 0 and arm[0] == choice.arm[0]
-    return Purpose.LENGTH if is_own else Purpose.ARM
+def _is_own(arm: Arm, choice: Choice) -> bool:
+    return arm[1] > 0 and arm[0] == choice.arm[0]
