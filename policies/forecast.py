@@ -90,15 +90,23 @@ class Forecaster:
         self._rows: dict[int, list[float]] = {}
         """Rows by match bucket as they usually are, by batch."""
         self._drafters_last: tuple[str, ...] = ()
-        """Those that could propose in the last step that was forecast."""
+        """Those that could propose in the last step that was forecast,"""
+        self._was_capped = 0
+        """and its longest draft if some requests could have less; 0: all could have it."""
+        self._tables: dict[tuple[str, int], tuple[Floats, Floats]] = {}
+        """By drafter and K: what is expected of it by bucket, and what ``_capped`` made of that."""
 
     def forecast(self, obs: StepObs, max_k: int) -> Forecast:
         """Predict every arm of a step."""
-        self._drafters_last = obs.drafters
-        rows = self._usual_rows(obs.batch) if obs.matches is None else by_bucket(obs.matches)
+        self._drafters_last, self._was_capped = obs.drafters, 0
+        if obs.matches is None:
+            rows, by_match = self._usual_rows(obs.batch), None
+        else:
+            rows = by_bucket(obs.matches)
+            by_match = np.array(rows)
         by_cap = None
         if obs.caps.count(max_k) < obs.batch and min(obs.caps) < max_k:
-            by_cap = self._by_cap(obs, max_k)
+            by_cap, self._was_capped = self._by_cap(obs, max_k), max_k
         has_match = obs.matches is not None and any(obs.matches)
         seconds, tokens, usual = {}, {}, {}
         for drafter in obs.drafters:
@@ -107,24 +115,27 @@ class Forecaster:
             seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
             usual[drafter] = tokens[drafter] = self._usual_tokens(drafter, obs.batch)[: max_k + 1]
             if by_cap is not None:
-                expected = self._acceptance.expected_tokens(drafter)
-                tokens[drafter] = (
-                    by_cap @ expected[:, _CAPPED[max_k]].reshape(-1, max_k + 1)
-                ).tolist()
-            elif obs.matches is not None:
+                tokens[drafter] = (by_cap @ self._capped(drafter, max_k)).tolist()
+            elif by_match is not None:
                 expected = self._acceptance.expected_tokens(drafter)[:, : max_k + 1]
-                tokens[drafter] = (np.array(rows) @ expected).tolist()
+                tokens[drafter] = (by_match @ expected).tolist()
         return Forecast(
             obs.batch, obs.caps, max_k, self._times.plain_s(obs.batch), seconds, tokens, usual, rows
         )
 
-    def prepare(self, batch: int) -> None:
+    def prepare(self, batch: int, *, looks: bool) -> None:
         """Compute what the next forecast will most likely ask for, while the device works: the same
-        batch and drafters as in the last one, and nobody looks for matches."""
+        batch and drafters as in the last one.
+
+        Args:
+            looks: matches will be known, so that drafters that need one can propose.
+        """
         for drafter in self._drafters_last:
-            if drafter not in self._needing:
+            if looks or drafter not in self._needing:
                 self._times.arm_times(drafter, batch)
                 self._usual_tokens(drafter, batch)
+                if self._was_capped:
+                    self._capped(drafter, self._was_capped)
         self._times.plain_s(batch)
 
     def over(self, seen: Forecast, blind: Arm) -> Gains:
@@ -167,6 +178,16 @@ class Forecaster:
         if rows is None:
             rows = self._rows[batch] = (batch * self._mix).tolist()
         return rows
+
+    def _capped(self, drafter: str, max_k: int) -> Floats:
+        """[6 * (max_k + 1), max_k + 1] expected tokens of a row by bucket and by the tokens that it
+        may have."""
+        expected = self._acceptance.expected_tokens(drafter)
+        known = self._tables.get((drafter, max_k))
+        if known is None or known[0] is not expected:
+            table = expected[:, _CAPPED[max_k]].reshape(-1, max_k + 1)
+            known = self._tables[drafter, max_k] = expected, table
+        return known[1]
 
     def _by_cap(self, obs: StepObs, max_k: int) -> Floats:
         """[6 * (max_k + 1)] rows by bucket and by the tokens that they may have, at most max_k."""

@@ -242,20 +242,15 @@ class GoodputPolicy:
         self._learn(outcome)
         if self._kinds.neural and self._rest.is_over:
             self._learn_gathered()
-            self._forecaster.prepare(outcome.batch)
+            looks = bool(self._kinds.matching) and self._rest.wants_look()
+            self._forecaster.prepare(outcome.batch, looks=looks)
             if self._explorer.wants_doubt:
                 doubt = self._forecaster.doubt(self._steps.best, outcome.batch)
                 self._explorer.note_doubt(doubt)
-            self._weigh_ahead(outcome.batch)
-
-    def _weigh_ahead(self, batch: int) -> None:
-        """Weigh the next plan, which mostly is for a batch like that of the last one. Where looks
-        pay, nobody knows the matches yet."""
-        obs = self._steps.obs
-        if obs is None or obs.batch != batch or obs.matches is not None:
-            return
-        if not self._kinds.matching or not self._rest.wants_look():
-            self._ahead = self._weigh(obs, obs.longest(self._forecaster.max_draft))
+            obs = self._steps.obs
+            # The next plan mostly is for a batch like that of the last one.
+            if obs is not None and obs.batch == outcome.batch and obs.matches is None and not looks:
+                self._ahead = self._weigh(obs, obs.longest(self._forecaster.max_draft))
 
     def _learn(self, outcome: Outcome) -> None:
         self._acceptance.tick(outcome.batch)
@@ -419,7 +414,8 @@ class GoodputPolicy:
 
     def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
         """What drafters that need matches gain over an arm without, by bucket."""
-        if not self._kinds.matching or min(seen.caps) < seen.max_k:
+        are_whole = seen.caps.count(seen.max_k) == seen.batch or min(seen.caps) >= seen.max_k
+        if not self._kinds.matching or not are_whole:
             return None
         table = self._forecaster.over(seen, blind)
         charges_s = [choice.charges_s.get(arm[0], 0.0) for arm in table.arms]
