@@ -105,8 +105,9 @@ class Chooser:
         self.base = "none"
         self._lead = 1.0
         """Speed of the base with its interruptions, relative to the base alone."""
-        self._broken = 0.0
-        """Share of the base's steps that come right after an interruption."""
+        self._broken = dict.fromkeys(rows, 0.0)
+        """Share of the steps of each neural drafter and mix that come right after an interruption
+        where it is the base; what is not the base any more is slowly forgotten."""
 
     def choose(
         self,
@@ -172,9 +173,12 @@ class Chooser:
         self.base = choice.base
         tokens, seconds = seen.arm(choice.arm)
         self._lead += _RATE_GAIN * (max(1.0, tokens / seconds / choice.alone) - self._lead)
-        if choice.arm[0] == self.base:
-            is_broken = not self.goes_on(self.base, fresh)
-            self._broken += _RATE_GAIN * (is_broken - self._broken)
+        for drafter, share in self._broken.items():
+            if drafter != self.base:
+                self._broken[drafter] = (1 - _RATE_GAIN) * share
+            elif choice.arm[0] == self.base:
+                is_broken = not self.goes_on(self.base, fresh)
+                self._broken[drafter] = share + _RATE_GAIN * (is_broken - share)
 
     def _best_base(
         self,
@@ -194,7 +198,7 @@ class Chooser:
             if drafter in self._needing:
                 continue
             usual, seconds = seen.usual_tokens[drafter], seen.seconds[drafter]
-            late_s = catch_s * self._broken + overhead_s
+            late_s = catch_s * self._broken.get(drafter, 0.0) + overhead_s
             by_k = [t / (s + late_s) for t, s in zip(usual[1:], seconds[1:], strict=True)]
             speeds[drafter] = max(by_k)
             arms[drafter] = drafter, 1 + by_k.index(speeds[drafter])
@@ -223,14 +227,14 @@ class Chooser:
         is then certain, and to coming back where it seldom does.
         """
         charges = dict.fromkeys(("none", *seen.seconds), 0.0)
-        own_s = catch_up_s.get(base, 0.0)
+        own_s, broken = catch_up_s.get(base, 0.0), self._broken.get(base, 0.0)
         is_whole = self.goes_on(base, fresh)
         for drafter in charges:
             if drafter == base:
-                charges[drafter] = 0.0 if is_whole else self._broken * own_s
+                charges[drafter] = 0.0 if is_whole else broken * own_s
                 continue
             if is_whole and not self.goes_on(base, drafter):
-                charges[drafter] += (1 - self._broken) * own_s
+                charges[drafter] += (1 - broken) * own_s
             if not self.goes_on(drafter, fresh):
                 charges[drafter] += catch_up_s.get(drafter, 0.0)
         return charges

@@ -211,7 +211,7 @@ class GoodputPolicy:
             return None
         if self._kinds.matching and self._rest.pays:
             return None
-        if not self._explorer.goes_on_unplanned(plain_s, changes):
+        if not self._explorer.goes_on_unplanned(changes):
             return None
         self._explorer.take(stretch)
         seconds = self._times.arm_times(drafter, batch)[k - 1] if k else plain_s
@@ -294,6 +294,7 @@ class GoodputPolicy:
             self._explorer.settle(
                 outcome.step_s,
                 predicted.seconds,
+                plain_s,
                 catches_up=predicted.catches_up,
                 is_own=drafter == self._chooser.base != "none",
             )
@@ -396,18 +397,21 @@ class GoodputPolicy:
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
-        # A look is expensive while plain decoding is the base: what it found is not left unused.
+        goes_on = self._explorer.under_way is not None
+        # A look is expensive while plain decoding is the base: what it found is not left unused,
+        # unless looks are made at every step, or a drafter has caught up for nothing else.
         finds = looked and choice.arm[0] in self._kinds.needing
         is_kept = finds and self._rest.is_plain and self._explorer.more == PLAIN_ARM
-        if not is_kept or self._rest.pays:
+        may_explore = not is_kept or self._rest.pays or goes_on
+        if may_explore and not goes_on:
             stretch = self._trial(seen, choice)
-        if stretch is None and not is_kept:
+        if may_explore and stretch is None:
             stretch, propensity = self._next_stretch(weighed)
         if stretch is not None:
             return self._explorer.take(stretch).arm, propensity, "probe"
-        goes_on = choice.base in ("none", choice.arm[0], self._steps.drafter)
+        is_whole = choice.base in ("none", choice.arm[0], self._steps.drafter)
         # A mix is planned for every step: which request it drafts for how may change at each.
-        if blind[0] == choice.base and goes_on and blind[0] not in self._picker.mixes:
+        if blind[0] == choice.base and is_whole and blind[0] not in self._picker.mixes:
             self._rest.is_resting = True
             self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
         return choice.arm, propensity, "goodput" if choice.arm[1] else "plain"

@@ -89,7 +89,10 @@ class Explorer:
         self._haste, self._num_draws = 1.0, 0
         self._gained = "none"
         self._gain_steps = 0.0
-        """Plain steps' worth of time that the stretch under way, or the last one, has saved."""
+        """Plain steps' worth of time that the stretch under way, or the last one, has saved since
+        it caught up."""
+        self._lost_steps = 0.0
+        """The same that it has lost unforeseen."""
 
     def take(self, stretch: Stretch) -> Stretch:
         """Play a step of a stretch; what is left of it is under way."""
@@ -107,7 +110,7 @@ class Explorer:
         left, self.under_way = self.under_way, None
         has_changed, self._num_changes = num_changes != self._num_changes, num_changes
         if not has_changed:
-            return None if self._is_dear(choice.plain_s) else left
+            return None if self._is_dear else left
         return None if choice.base == "none" else Stretch(PLAIN_ARM, _USUAL_STRETCH, 1.0)
 
     def note_gain(
@@ -125,9 +128,11 @@ class Explorer:
             on_trial: the stretch was charged nothing when it began; what its steps gain and lose
                 is.
         """
-        self._gain_steps += max(num_steps, -_MOST_LOST)
-        self._gained = drafter if self._gain_steps > _WORTH_MORE else "none"
+        if not catches_up:  # what that took is spent, whether the stretch goes on or not
+            self._gain_steps += max(num_steps, -_MOST_LOST)
+            self._gained = drafter if self._gain_steps > _WORTH_MORE else "none"
         if on_trial:
+            self._lost_steps = -self._gain_steps
             is_slow = num_steps < -_MOST_LOST
             # One step may be late; a second one is what the arm costs, and so is catching up.
             most = _MOST_EXCESS if catches_up or (is_slow and self._was_slow) else _MOST_LOST
@@ -144,14 +149,17 @@ class Explorer:
         """
         return PLAIN_ARM if self._gained == "none" else (self._gained, 1)
 
-    def goes_on_unplanned(self, plain_s: float, num_changes: int) -> bool:
+    def goes_on_unplanned(self, num_changes: int) -> bool:
         """Whether a stretch may go on without a plan, which would cost as much as its steps."""
-        return num_changes == self._num_changes and not self._is_dear(plain_s)
+        return num_changes == self._num_changes and not self._is_dear
 
-    def _is_dear(self, plain_s: float) -> bool:
-        return self._ledger.balance(Purpose.ARM) < -_MUCH_STEPS * plain_s
+    @property
+    def _is_dear(self) -> bool:
+        return self._lost_steps > _MUCH_STEPS
 
-    def settle(self, step_s: float, predicted_s: float, *, catches_up: bool, is_own: bool) -> None:
+    def settle(
+        self, step_s: float, predicted_s: float, plain_s: float, *, catches_up: bool, is_own: bool
+    ) -> None:
         """Charge what an explored step took beyond its prediction, or return what it did not take.
 
         What another K of the drafter in use takes longer leaves little owed: mostly the machine is
@@ -164,6 +172,8 @@ class Explorer:
         if not catches_up and not (was_slow and self._was_slow):
             return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
+        if not catches_up:
+            self._lost_steps += excess_s / plain_s
         owed_s = -self._ledger.balance(Purpose.ARM)
         most_owed_s = max(owed_s, predicted_s) if is_own else math.inf
         self._ledger.charge(Purpose.ARM, excess_s, most_owed=most_owed_s)
@@ -219,13 +229,13 @@ class Explorer:
         else:
             purpose = Purpose.LENGTH if _is_own(one.arm, choice) else Purpose.ARM
             self._ledger.charge(purpose, one.loss_s)
-        self._gain_steps, self._gained = 0.0, "none"
+        self._gain_steps, self._lost_steps, self._gained = 0.0, 0.0, "none"
         return Stretch(one.arm, one.num_steps, propensity)
 
     def options(self, seen: Forecast, choice: Choice) -> list[Option]:
         """The stretches that could begin, whatever they lose; nothing changes."""
         (drafter, k), options = choice.arm, {}
-        if choice.base != "none":
+        if choice.base != "none" or k:  # an index may draft in every step beside no base
             options[PLAIN_ARM] = self._haste
         if k:
             options[drafter, seen.max_k] = 1.0
