@@ -36,8 +36,9 @@ _OWED_STEPS = 4.0
 """Steps of plain decoding, or of what its arm is believed to lose, that a stretch leaves owed."""
 _MOST_LOST = 2.0
 """Largest loss of a step that counts against its stretch, in plain steps."""
-_WORTH_MORE = 1.0
-"""Plain steps' worth of time that a stretch must have saved to be continued at no charge."""
+_WORTH_MORE, _WORTH_SHARE = 1.0, 0.05
+"""Plain steps' worth of time that a stretch must have saved to be continued at no charge, and the
+share of its steps that this must be: what scatters adds up to a plain step now and then."""
 _DOUBT = 0.02
 """Standard deviation of the predicted ratio of arms from which on they are compared more often."""
 _DOUBT_STEPS = 8
@@ -91,8 +92,10 @@ class Explorer:
         self._gain_steps = 0.0
         """Plain steps' worth of time that the stretch under way, or the last one, has saved since
         it caught up."""
+        self._num_steps = 0
+        """Steps in which it has."""
         self._lost_steps = 0.0
-        """The same that it has lost unforeseen."""
+        """Plain steps' worth of time that it has lost unforeseen."""
 
     def take(self, stretch: Stretch) -> Stretch:
         """Play a step of a stretch; what is left of it is under way."""
@@ -130,7 +133,9 @@ class Explorer:
         """
         if not catches_up:  # what that took is spent, whether the stretch goes on or not
             self._gain_steps += max(num_steps, -_MOST_LOST)
-            self._gained = drafter if self._gain_steps > _WORTH_MORE else "none"
+            self._num_steps += 1
+            is_worth = self._gain_steps > max(_WORTH_MORE, _WORTH_SHARE * self._num_steps)
+            self._gained = drafter if is_worth else "none"
         if on_trial:
             self._lost_steps = -self._gain_steps
             is_slow = num_steps < -_MOST_LOST
@@ -229,7 +234,8 @@ class Explorer:
         else:
             purpose = Purpose.LENGTH if _is_own(one.arm, choice) else Purpose.ARM
             self._ledger.charge(purpose, one.loss_s)
-        self._gain_steps, self._lost_steps, self._gained = 0.0, 0.0, "none"
+        self._gain_steps, self._num_steps, self._gained = 0.0, 0, "none"
+        self._lost_steps = 0.0
         return Stretch(one.arm, one.num_steps, propensity)
 
     def options(self, seen: Forecast, choice: Choice) -> list[Option]:
