@@ -109,21 +109,6 @@ class Chooser:
         """Share of the steps of each neural drafter and mix that come right after an interruption
         where it is the base; what is not the base any more is slowly forgotten."""
 
-    def choose(
-        self,
-        seen: Forecast,
-        fresh: str,
-        catch_up_s: Mapping[str, float],
-        overhead_s: float = 0.0,
-        spread: Callable[[Arm], float] = lambda _arm: 0.0,
-        *,
-        looked: bool = True,
-    ) -> Choice:
-        """Choose the arm of a step, and go on from there; see ``weigh``."""
-        choice = self.weigh(seen, fresh, catch_up_s, overhead_s, spread, looked=looked)
-        self.take(choice, seen, fresh)
-        return choice
-
     def weigh(
         self,
         seen: Forecast,
@@ -134,7 +119,7 @@ class Chooser:
         *,
         looked: bool = True,
     ) -> Choice:
-        """What would be chosen for a step; nothing changes.
+        """Choose the arm of a step; nothing changes before ``take``.
 
         Args:
             fresh: the drafter or mix of the last step.

@@ -141,7 +141,7 @@ class Forecaster:
     def over(self, seen: Forecast, blind: Arm) -> Gains:
         """What drafters that need matches gain over an arm that needs none, by length of match."""
         (drafter, k), max_k = blind, seen.max_k
-        used = self._acceptance.expected_tokens(drafter)[:, k] if k else np.ones(NUM_BUCKETS)
+        used = self._acceptance.expected_tokens(drafter)[:, k] if k else np.ones(len(seen.rows))
         blind_s = seen.arm(blind)[1]
         gains, seconds = [], []
         for kind in self._needing:

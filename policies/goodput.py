@@ -69,6 +69,10 @@ class _Weighed(NamedTuple):
     choice: Choice
     options: list[Option]
     """Stretches that could begin."""
+    blind: Arm
+    """The best arm that needs no look at matches."""
+    draft: Arm
+    """The best arm that drafts; plain decoding if none can."""
 
     def is_for(self, obs: StepObs, fresh: str) -> bool:
         """Whether this is what the plan would weigh."""
@@ -358,7 +362,7 @@ class GoodputPolicy:
         self._chooser.take(choice, seen, self._steps.drafter)
         if obs.matches is not None and self._needs_no_look(choice.arm[0]):
             self._forecaster.note_mix(seen)
-        self._steps.best = choice.best_draft
+        self._steps.best = ahead.draft
         (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
         catches_up = self._catches_up(drafter, self._steps.drafter)
@@ -386,14 +390,16 @@ class GoodputPolicy:
             seen, fresh, catch_up_s, self._rest.overhead * seen.plain_s,
             lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
         )  # fmt: skip
-        return _Weighed(obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice))
+        return _Weighed(
+            obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice),
+            best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
+        )  # fmt: skip
 
     def _decided(self, weighed: _Weighed, *, looked: bool) -> tuple[Arm, float, str]:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""
-        seen, choice = weighed.seen, weighed.choice
+        seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
-        blind = best_of(choice.values, self._needs_no_look) or PLAIN_ARM
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
@@ -403,7 +409,7 @@ class GoodputPolicy:
         finds = looked and choice.arm[0] in self._kinds.needing
         is_kept = finds and self._rest.is_plain and self._explorer.more == PLAIN_ARM
         may_explore = not is_kept or self._rest.pays or goes_on
-        if may_explore and not goes_on:
+        if may_explore and not goes_on and self._steps.untried:
             stretch = self._trial(seen, choice)
         if may_explore and stretch is None:
             stretch, propensity = self._next_stretch(weighed)

@@ -155,7 +155,9 @@ class Note(Protocol):
 
     def columns(self) -> Mapping[str, float]:
         """Figures that traces keep in every round of the step, by name: finite numbers that float32
-        can hold. A trace has them as ``kind.name``; empty if the note is for ``observe`` alone."""
+        can hold. A trace has them as ``kind.name``; empty if the note is for ``observe`` alone.
+        ``policies evaluate`` compares ``tokens`` of a request and ``seconds`` of a step with what
+        came."""
         ...
 
 

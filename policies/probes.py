@@ -64,6 +64,8 @@ class Option(NamedTuple):
     num_steps: int
     loss_s: float
     """Seconds that it is predicted to lose; it switches once."""
+    purpose: Purpose
+    """That pays for it."""
 
 
 class Explorer:
@@ -209,11 +211,11 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None, 1.0
         self._num_draws += 1
-        options = self._affordable(options, choice)
+        options = self._affordable(options)
         if not options:
             return None, 1.0
-        total = sum(one.weight for one in options)
-        mean_steps = sum(one.weight * one.num_steps for one in options) / total
+        total = sum([one.weight for one in options])
+        mean_steps = sum([one.weight * one.num_steps for one in options]) / total
         chance = min(self._explore * self._haste * num_steps / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
@@ -232,8 +234,7 @@ class Explorer:
         if self._is_on_trial(one.arm, choice):
             self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))
         else:
-            purpose = Purpose.LENGTH if _is_own(one.arm, choice) else Purpose.ARM
-            self._ledger.charge(purpose, one.loss_s)
+            self._ledger.charge(one.purpose, one.loss_s)
         self._gain_steps, self._num_steps, self._gained = 0.0, 0, "none"
         self._lost_steps = 0.0
         return Stretch(one.arm, one.num_steps, propensity)
@@ -253,12 +254,15 @@ class Explorer:
         options.pop(choice.arm, None)
         return [self._option(arm, options[arm], choice) for arm in sorted(options)]
 
-    def _affordable(self, found: Sequence[Option], choice: Choice) -> list[Option]:
+    def _affordable(self, found: Sequence[Option]) -> list[Option]:
         """The stretches that can be paid for now."""
         self._ledger.wanted_s = max([one.loss_s for one in found], default=0.0)
-        own_s, other_s = map(self._ledger.balance, (Purpose.LENGTH, Purpose.ARM))
+        balance = self._ledger.balance
+        own_s, other_s = balance(Purpose.LENGTH), balance(Purpose.ARM)
         return [
-            one for one in found if one.loss_s <= (own_s if _is_own(one.arm, choice) else other_s)
+            one
+            for one in found
+            if one.loss_s <= (own_s if one.purpose is Purpose.LENGTH else other_s)
         ]
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
@@ -283,15 +287,14 @@ class Explorer:
         What is charged by what it does lose counts as at most a plain step: a prediction that is
         far too high would postpone for thousands of steps the only thing that can correct it.
         """
-        is_idle = arm[0] in self._neural and arm[0] != choice.base
-        if not is_idle and arm != PLAIN_ARM:
-            return Option(arm, weight, 1, choice.loss_s(arm))
+        drafter, k = arm
+        is_own = k > 0 and drafter == choice.arm[0]
+        purpose = Purpose.LENGTH if is_own else Purpose.ARM
+        is_idle = drafter in self._neural and drafter != choice.base
+        if k and not is_idle:
+            return Option(arm, weight, 1, choice.loss_s(arm), purpose)
         num_steps = self._length(arm, choice)
         loss_s = choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
         if self._is_on_trial(arm, choice):
             loss_s = min(loss_s, choice.plain_s)
-        return Option(arm, weight, num_steps, loss_s)
-
-
-def _is_own(arm: Arm, choice: Choice) -> bool:
-    return arm[1] > 0 and arm[0] == choice.arm[0]
+        return Option(arm, weight, num_steps, loss_s, purpose)

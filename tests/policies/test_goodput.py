@@ -388,3 +388,31 @@ def test_planning_takes_microseconds(batch, limit_s):
         times.append(time.thread_time() - start)
     # Three times the limit: a test machine may be slow and busy.
     assert sorted(times)[len(times) // 2] < 3 * limit_s
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 3, "caps": (8,) * 3}, {"caps": (8, 3)}, {"max_draft": 4}, {"matches": (0, 0)},
+        {"drafters": ("eagle3", "suffix")}, {"pending_rows": {"eagle3": 9}},
+    ],
+)  # fmt: skip
+def test_a_plan_uses_what_was_weighed_ahead_for_steps_like_the_last_one_alone(changes):
+    made = GoodputPolicy(
+        context({"eagle3": NEURAL}), explore=0.05, half_life_rounds=200, margin=1.01
+    )
+    made.calibrate(World(batch=2, has_index=False).profile())
+    usual = obs(2, drafters=("eagle3",), matches=None)
+    for _ in range(40):
+        decision = made.plan(usual)
+        rows = RowOutcomes((decision.draft_k,) * 2, (min(decision.draft_k, 2),) * 2)
+        made.observe(Outcome(decision, 2, rows, 0.010 + 0.001 * decision.draft_k, 0.0, False, 0))
+    ahead, fresh = made._ahead, made._steps.drafter
+
+    assert ahead.is_for(usual, fresh)
+    assert ahead.is_for(replace(usual, step=9, version=2), fresh)
+    assert not ahead.is_for(usual, "another")
+    assert not ahead.is_for(replace(usual, **changes), fresh)
+
+    made.observe(Outcome(decision, 3, RowOutcomes((0,) * 3, (0,) * 3), 0.02, 0.0, False, 0))
+    assert made._ahead is None, "the next batch is another one"

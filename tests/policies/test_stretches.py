@@ -22,7 +22,10 @@ def forecast(speed):
 
 
 def chosen(chooser, speed, fresh, catch_up_s=4 * PLAIN_S):
-    return chooser.choose(forecast(speed), fresh, {"eagle3": catch_up_s}, looked=False)
+    seen = forecast(speed)
+    choice = chooser.weigh(seen, fresh, {"eagle3": catch_up_s}, looked=False)
+    chooser.take(choice, seen, fresh)
+    return choice
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_plain_decoding_is_tried_where_an_index_drafts_in_every_step():
         tokens={"suffix": [1.0, 1.5]},
         usual_tokens={"suffix": [1.0, 1.5]},
     )
-    choice = Chooser(1.01, {}, {"suffix"}).choose(seen, "suffix", {})
+    choice = Chooser(1.01, {}, {"suffix"}).weigh(seen, "suffix", {})
     assert choice.base == "none"
     assert choice.arm == ("suffix", 1)
     assert PLAIN_ARM in {option.arm for option in explorer.options(seen, choice)}
