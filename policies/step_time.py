@@ -139,7 +139,7 @@ class StepTimes:
     def plain_s(self, batch: int) -> float:
         """Predicted seconds of a plain step."""
         typical_s = self._typical_plain_s(batch)
-        return self._scatter.ratio * typical_s + self._scatter.late_s("none", typical_s)
+        return self._scatter.ratio("none") * typical_s + self._scatter.late_s("none", typical_s)
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
         """Predicted seconds at K = 1, 2, ... max_draft, not decreasing. Must not be changed."""
@@ -152,7 +152,8 @@ class StepTimes:
         first, values = self._first[drafter], self._values
         common = math.exp(values[first] + values[first + 1 + self._max_draft + _size(batch)])
         typical_s = self._typical_plain_s(batch)
-        mean_s, late_s = self._scatter.ratio * typical_s, self._scatter.late_s(drafter, typical_s)
+        mean_s = self._scatter.ratio(drafter) * typical_s
+        late_s = self._scatter.late_s(drafter, typical_s)
         times, longest = [], 0.0
         # In plain Python: for so few numbers it takes a third of the time of numpy.
         for increment, cost in zip(
