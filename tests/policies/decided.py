@@ -2,7 +2,9 @@
 
     python -m tests.policies.decided          # rewrites decided.json
 
-A change that is meant to leave decisions alone leaves the digests alone.
+A change that is meant to leave decisions alone leaves the digests alone. Another numpy, or another
+processor, rounds sums otherwise, which now and then decides between two arms: digests are compared
+where they were made.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+from numpy._core._multiarray_umath import __cpu_features__
 
 from configs.schema import PolicySettings
 from policies.catalog import CATALOG, build_policy
@@ -98,9 +103,16 @@ def decided(kind: str, name: str, *, steps: int = 400, seed: int = 3) -> str:
     return found.hexdigest()[:16]
 
 
+def made_with() -> dict[str, str]:
+    """What rounding depends on."""
+    features = sorted(name for name, has in __cpu_features__.items() if has)
+    digest = hashlib.sha256(" ".join(features).encode()).hexdigest()[:16]
+    return {"numpy": np.__version__, "processor": digest}
+
+
 def main() -> None:
     found = {f"{kind}, {name}": decided(kind, name) for kind, name in cases()}
-    STORED.write_text(json.dumps(found, indent=1) + "\n")
+    STORED.write_text(json.dumps({"made_with": made_with(), "digests": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
