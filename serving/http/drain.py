@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import socket
 import time
@@ -102,6 +103,14 @@ def http_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
+_ADVICE = {
+    errno.EADDRINUSE: "stop the process that listens there, or choose another port (0 for a free "
+    "one)",
+    errno.EACCES: "choose a port from 1024 on, or let this user bind lower ones",
+}
+_NOT_HERE = "server.host must be an address of this machine; 0.0.0.0 and :: are all of them"
+
+
 def bind(settings: Settings) -> socket.socket:
     """A listening socket on the configured address, so that no other process can take it.
 
@@ -122,7 +131,7 @@ def bind(settings: Settings) -> socket.socket:
         bound.close()
         raise OSError(
             f"cannot bind server.host {host} and server.port {port}: {error.strerror}; "
-            f"stop the process that listens there, or choose another port (0 for a free one)"
+            f"{_ADVICE.get(error.errno or 0, _NOT_HERE)}"
         ) from error
     # A killed server could not remove it, and this one is not reachable under that address.
     remove_stale(settings.run_dir / SERVER_FILE)
