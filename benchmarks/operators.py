@@ -226,6 +226,7 @@ FAULTS = {
         "HTTP of proxies, probes and other libraries; chat templates (not reported here)",
         {
             "serving/http/test_http.py": (),
+            "serving/http/test_connections.py": (),
             "serving/http/test_chat_templates.py": (),
             "serving/http/test_hostile.py": (
                 "test_a_body_of_two_lengths_is_refused_and_nothing_behind_it_is_read",
