@@ -459,9 +459,7 @@ def main(
     buffer: Annotated[
         str, typer.Option(help=f"where traces and weights are: {', '.join(('log', *SERVICES))}")
     ] = "log",
-    mps: Annotated[
-        bool, typer.Option("--mps", help="server and trainer share the GPU by CUDA MPS")
-    ] = False,
+    mps: Annotated[bool, typer.Option("--mps", help="share the GPU by CUDA MPS")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),
