@@ -38,6 +38,7 @@ from benchmarks.harness.results import RESULTS, Out, Row, at_least, at_most, say
 from benchmarks.harness.results import write_rows as write_rows_of
 from configs.load import load_settings
 from configs.schema import PolicySettings, Settings
+from drafters.catalog import CATALOG as DRAFTERS
 from drafters.catalog import kind_of
 from examples import corpus
 from policies.acceptance import AcceptanceModel
@@ -64,6 +65,10 @@ SOURCE = "python -m benchmarks.policies"
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "docs", "c")
 TEMPERATURE, MAX_TOKENS, PROMPTS = 0.7, 64, 40
 PLAN_STEPS, PLAN_BATCH = 4000, 256
+AS_BEFORE, CAPPED, MATCHED = "alike", "a fifth near their ends", "with matches"
+"""What the requests of a plan are like; most steps are as the one before them."""
+SHORT_SHARE = 0.2
+INDEXES = [kind for kind in DRAFTERS if kind_of(kind).traits.needs_match][:1]
 KNOWN_ROUNDS = 1000
 """Rounds after which predicted survival is judged,"""
 BINS = 10
@@ -112,31 +117,39 @@ def generate(service: Service, settings: Settings, batches: Sequence[int], secon
     recorder.close(60)
 
 
-def plan_times(kind: str, settings: PolicySettings, network: bytes, folder: Path) -> dict[str, Any]:
+def plan_times(
+    kind: str, settings: PolicySettings, network: bytes, folder: Path, case: str = AS_BEFORE
+) -> dict[str, Any]:
     """Microseconds of ``plan`` and ``observe``, of a policy that has decoded a while."""
     weights = folder / "ltd.safetensors"
     weights.write_bytes(network)
     own = settings.model_copy(
         update={"kind": kind, "ltd": settings.ltd.model_copy(update={"weights": weights})}
     )
-    policy = build_policy(own, {LEARNED: kind_of(LEARNED).traits}, 0, 8)
+    drafters = [LEARNED, *(INDEXES if case == MATCHED else ())]
+    policy = build_policy(own, {one: kind_of(one).traits for one in drafters}, 0, 8)
     plans, learns = [], []
-    caps = (8,) * PLAN_BATCH
     rng = np.random.default_rng(0)
+    caps = _caps(rng, case)
+    matches = rng.choice([0, 0, 0, 0, 1, 3, 5, 7, 12], (64, PLAN_BATCH)).tolist()
     accepted = np.minimum(rng.geometric(0.4, (64, PLAN_BATCH)) - 1, 8).tolist()
     for step in range(PLAN_STEPS):
-        obs = StepObs(step, PLAN_BATCH, caps, None, (LEARNED,), 8, 0)
         decision = policy.rest()
+        found = None
         if decision is None:
+            looks = case == MATCHED and policy.wants_matches()
+            found = tuple(matches[step % 64]) if looks else None
+            kinds = tuple(drafters) if looks else (LEARNED,)
+            obs = StepObs(step, PLAN_BATCH, caps[step % 64], found, kinds, 8, 0)
             started = time.thread_time()
             decision = policy.plan(obs)
             plans.append(time.thread_time() - started)
         k = decision.draft_k
-        kept = [min(one, k) for one in accepted[step % 64]]
+        lens = [min(k, cap) for cap in caps[step % 64]]
+        kept = [min(pair) for pair in zip(accepted[step % 64], lens, strict=True)]
         outcome = Outcome(
-            decision, PLAN_BATCH, RowOutcomes([k] * PLAN_BATCH, kept), 0.01 + 0.0005 * k, 0.0,
-            False, 0,
-        )  # fmt: skip
+            decision, PLAN_BATCH, RowOutcomes(lens, kept, found), 0.01 + 0.0005 * k, 0.0, False, 0
+        )
         started = time.thread_time()
         policy.observe(outcome)
         learns.append(time.thread_time() - started)
@@ -146,6 +159,15 @@ def plan_times(kind: str, settings: PolicySettings, network: bytes, folder: Path
         "plan_p99_us": 1e6 * float(np.percentile(plans[half:], 99)),
         "observe_p50_us": 1e6 * float(np.percentile(learns[PLAN_STEPS // 2 :], 50)),
     }
+
+
+def _caps(rng: np.random.Generator, case: str) -> list[tuple[int, ...]]:
+    """[64] steps, after which they come again."""
+    caps = np.full((64, PLAN_BATCH), 8)
+    if case == CAPPED:
+        short = rng.random(caps.shape) < SHORT_SHARE
+        caps = np.where(short, rng.integers(0, 9, caps.shape), caps)
+    return [tuple(row) for row in caps.tolist()]
 
 
 def calibration_error(log: ReplayedLog) -> float:
@@ -207,14 +229,19 @@ def rows_of(found: Evaluation, results: dict[str, Any]) -> Iterator[Row]:
             1 + gate["gain"],
             1.02,
         )
-    for kind, times in results["plan"].items():
-        yield at_most(f"{kind}, 256 requests", "plan, us, p99", times["plan_p99_us"], 50)
+    yield from plan_rows(results["plan"])
     yield at_most(
         where,
         "expected calibration error of predicted survival after 1,000 rounds",
         results["calibration_error"],
         0.02,
     )
+
+
+def plan_rows(plans: dict[str, Any]) -> Iterator[Row]:
+    """What deciding takes."""
+    for kind, times in plans.items():
+        yield at_most(f"{kind}, 256 requests", "plan, us, p99", times["plan_p99_us"], 50)
 
 
 def regret_row(where: str, one: Judged) -> Row:
@@ -249,9 +276,11 @@ def main(
         found = evaluate(log, judged_settings)
         for line in table(found):
             print(line)
-        plans = {
-            kind: plan_times(kind, PolicySettings(), networks["full information"], folder)
-            for kind in CATALOG
+        network = networks["full information"]
+        plans = {kind: plan_times(kind, PolicySettings(), network, folder) for kind in CATALOG}
+        plans |= {
+            f"goodput, {case}": plan_times("goodput", PolicySettings(), network, folder, case)
+            for case in (CAPPED, MATCHED)
         }
         service.engine.stop()
     results = {

@@ -5,14 +5,15 @@ Python, neither to read them nor to check them:
 
     token_ids I32 [T] | counts I32 [14, R] | reals F64 [2, R]      of R rounds, ``records.Rounds``
     draft_ids I32 | q_logp F32 | p_logp F32 | those of ``considered``   of one round after another
+    notes F32 [names, R]                                     what policies noted, see ``notes.py``
     positions I32 [N] | scale F32 [N, m + 1], for fp8 rows alone
     rows [N, m + 1, H], in the dtype and with the bytes that were captured
 
-The rest is a JSON object: identity, sampling, names of drafters, policies and reasons, number of
-rounds, tapped layers and H. A reader passes over columns, rows of ``counts`` and ``reals``, and
-keys that it does not know; rows of ``counts`` that an older writer did not have are 0. A change
-that an old reader could misread gets a new version. Version 1, a safetensors blob, is not read any
-more.
+The rest is a JSON object: identity, sampling, names of drafters, policies, reasons and notes,
+number of rounds, tapped layers and H. A reader passes over columns, rows of ``counts`` and
+``reals``, and keys that it does not know; rows of ``counts`` and notes that an older writer did not
+have are 0 and none. A change that an old reader could misread gets a new version. Version 1, a
+safetensors blob, is not read any more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from buffer.blocks import Blocks
 from buffer.columns import ColumnsError, new_record, parse_columns, parse_head
 from buffer.considered import check_considered, considered_columns, considered_of
 from buffer.interface import Payload
+from buffer.notes import check_notes, note_columns, notes_of
 from buffer.plain_values import is_count, is_sampling_value, is_short_text, is_temperature
 from buffer.records import FIRST_COUNTS, Count, FeatureRows, Real, Rounds, Sampling, Trace
 from buffer.tensors import largest_magnitude, parse_json
@@ -235,6 +237,7 @@ def _text_of(trace: Trace) -> dict[str, Any]:
         "drafters": list(trace.rounds.drafters),
         "policies": list(trace.rounds.policies),
         "reasons": list(trace.rounds.reasons),
+        "notes": list(trace.rounds.note_names),
         "num_rounds": len(trace.rounds),
         "rows": shape,
     }
@@ -251,6 +254,7 @@ def _values_of(trace: Trace) -> _Columns:
         "q_logp": ("F32", rounds.q_logp),
         "p_logp": ("F32", rounds.p_logp),
         **considered_columns(rounds),
+        **note_columns(rounds),
     }
     if features is not None:
         values["positions"] = "I32", features.positions
@@ -302,6 +306,7 @@ def _rounds_of(text: Any, columns: _Columns) -> Rounds:
         tuple(policies),
         tuple(reasons),
         *considered_of(columns, num_rounds),
+        *notes_of(text.get("notes", []), columns, num_rounds),
     )
 
 
@@ -387,6 +392,7 @@ def _check_rounds(rounds: Rounds, num_tokens: int) -> None:
             raise ValueError(f"{name} must be a short text")
     _check_lengths(rounds)
     check_considered(rounds)
+    check_notes(rounds)
     if num_rounds:
         _check_counts(rounds, num_tokens)
         _check_reals(rounds)

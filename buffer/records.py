@@ -6,6 +6,7 @@ Positions count from 0 over prompt and completion together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -95,6 +96,9 @@ class RoundNotes:
     is_timed: bool = True
     """The step's time is that of rounds alone. ``False`` where prompts, or log probabilities that a
     request asked for, were computed beside them; ``True`` likewise."""
+    notes: tuple[tuple[str, float], ...] = ()
+    """Figures that the policy noted of its decision, in the order of their names: what is one
+    policy's own is here and needs no field (``policies.interface.Note``). Rounded to float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +204,10 @@ class Rounds(Sequence[Round]):
     """[2, R], one row for each ``Considering``; no values where no draft could be cut."""
     confidence: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     """[3 * sum of lengths before the cut], see ``Consideration``."""
+    note_names: tuple[str, ...] = ()
+    """Names of the figures that policies noted, as ``kind.name``, in their order."""
+    notes: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """[names, R] these figures; NaN where a round has none of a name. No values without names."""
 
     @classmethod
     def of(cls, rounds: Iterable[Round] = ()) -> Self:
@@ -240,6 +248,7 @@ class Rounds(Sequence[Round]):
             policies,
             reasons,
             *_considered(rounds),
+            *_noted(rounds),
         )
 
     def __len__(self) -> int:
@@ -277,15 +286,26 @@ class Rounds(Sequence[Round]):
             map(("", *self.reasons).__getitem__, counts[Count.REASON]),
             self._considerations(),
             (not untimed for untimed in counts[Count.UNTIMED]),
+            self._notes(),
             strict=True,
         )
         return (
             Round(
                 *own, policy=policy, step=step, reason=reason, considered=considered,
-                is_timed=is_timed,
+                is_timed=is_timed, notes=noted,
             )
-            for own, (policy, step, reason, considered, is_timed) in zip(fields, notes, strict=True)
+            for own, (policy, step, reason, considered, is_timed, noted) in zip(
+                fields, notes, strict=True
+            )
         )  # fmt: skip
+
+    def _notes(self) -> Iterator[tuple[tuple[str, float], ...]]:
+        if not self.note_names:
+            return repeat((), len(self))
+        return (
+            tuple((n, v) for n, v in zip(self.note_names, own, strict=True) if not math.isnan(v))
+            for own in self.notes.T.tolist()
+        )
 
     def _considerations(self) -> Iterator[Consideration | None]:
         if not self.considered.size:
@@ -306,6 +326,13 @@ def _considered(rounds: Sequence[Round]) -> tuple[NDArray[np.int32], NDArray[np.
     may_cut = [int(one is not None and one.may_cut) for one in found]
     figures = chain.from_iterable(one.confidence for one in found if one is not None)
     return np.array([lengths, may_cut], np.int32), np.array([*figures], np.float32)
+
+
+def _noted(rounds: Sequence[Round]) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    found = [dict(one.notes) for one in rounds]
+    names = tuple(sorted({name for own in found for name in own}))
+    values = [[own.get(name, math.nan) for own in found] for name in names]
+    return names, np.array(values, np.float32) if names else np.zeros((0, 0), np.float32)
 
 
 def _in_pieces(values: NDArray[Any], lengths: list[int]) -> Iterator[tuple[Any, ...]]:

@@ -34,7 +34,6 @@ from rich.console import Console
 from configs.choices import SettingsError
 from configs.load import load_settings
 from configs.schema import Settings
-from examples import shared_gpu
 from examples.arms import ArmsError, setups
 from examples.clients import Replayer, Reply, Server, Traffic, replay_rounds
 from examples.live import Now, View, summary
@@ -50,7 +49,8 @@ from examples.recording import (
     VersionChange,
     learning_of,
 )
-from examples.services import BUFFER, SERVICES, buffer_url
+from examples.services import BUFFER, SERVICES, services
+from examples.shared_gpu import MpsError
 from examples.texts import Phase, Texts, gather
 from examples.traffic.prompts import PromptError
 from reporting.catalog import asked_for, check_writers, writer_kind
@@ -399,11 +399,7 @@ def carry_out(
     """
     children: list[Child] = []
     try:
-        with (
-            own_folder(settings.run_dir),
-            shared_gpu.mps() if mps else contextlib.nullcontext(),
-            buffer_url(buffer, settings.run_dir) as url,
-        ):
+        with own_folder(settings.run_dir), services(buffer, settings.run_dir, mps=mps) as url:
             settings = replace(settings, overrides=(f"buffer.url={url}", *settings.overrides))
             try:
                 with View(console) as view:
@@ -414,7 +410,7 @@ def carry_out(
     except KeyboardInterrupt:
         console.print("Interrupted: server and trainer are stopped; no report was written.")
         return 130
-    except (ArmsError, ChildDiedError, DemoError, shared_gpu.MpsError) as error:
+    except (ArmsError, ChildDiedError, DemoError, MpsError) as error:
         console.print(str(error), markup=False, highlight=False)
         return 1
     console.print(*summary(report), sep="\n\n")
@@ -463,9 +459,7 @@ def main(
     buffer: Annotated[
         str, typer.Option(help=f"where traces and weights are: {', '.join(('log', *SERVICES))}")
     ] = "log",
-    mps: Annotated[
-        bool, typer.Option("--mps", help="server and trainer share the GPU by CUDA MPS")
-    ] = False,
+    mps: Annotated[bool, typer.Option("--mps", help="share the GPU by CUDA MPS")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),

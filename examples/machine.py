@@ -41,12 +41,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout, marked if tracked files differ from it; ``None`` outside git."""
+    """Commit of the checkout, marked if tracked files other than published figures, which are
+    written one after the other, differ from it; ``None`` outside git."""
     here = Path(__file__).resolve().parent
     head = _output(["git", "-C", str(here), "rev-parse", "HEAD"])
     if head is None:
         return None
-    changed = _output(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"])
+    changed = _output(
+        [
+            *("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no", "--"),
+            *(":(top)", ":(top,exclude)benchmarks/results"),
+        ]
+    )
     return f"{head}{' with changes' if changed else ''}"
 
 

@@ -1,10 +1,12 @@
-"""Services that hold the demo's buffer, started from packages."""
+"""Services beside the demo: those that hold its buffer, started from packages, and CUDA MPS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+
+from examples import shared_gpu
 
 BUFFER = "buffer"
 """Folder of a service's own files, within that of the run."""
@@ -56,4 +58,18 @@ def buffer_url(name: str, run_dir: Path) -> Iterator[str]:
         yield "log:"
         return
     with SERVICES[name](run_dir) as url:
+        yield url
+
+
+@contextmanager
+def services(buffer: str, run_dir: Path, *, mps: bool = False) -> Iterator[str]:
+    """All that run beside the demo; yields ``buffer.url``, see ``buffer_url``.
+
+    Args:
+        mps: CUDA MPS is one of them.
+
+    Raises:
+        MpsError: it cannot be started.
+    """
+    with shared_gpu.mps() if mps else nullcontext(), buffer_url(buffer, run_dir) as url:
         yield url

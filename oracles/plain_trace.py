@@ -72,6 +72,12 @@ def _rounds(trace: Trace) -> Iterator[str]:
     if not all(0 <= reason <= len(trace.rounds.reasons) for reason in reasons):
         yield "a reason without a name"
         return
+    names = trace.rounds.note_names
+    if not all(isinstance(name, str) for name in names) or len(names) > 64:
+        yield "names of notes"
+        return
+    if list(names) != sorted({*names}):
+        yield "notes out of order"
     for one in trace.rounds:
         k = len(one.draft_ids)
         if not last_anchor < one.anchor < len(trace.token_ids):
@@ -93,6 +99,8 @@ def _rounds(trace: Trace) -> Iterator[str]:
             yield "policy"
         if not (isinstance(one.reason, str) and len(one.reason) <= _LONGEST_TEXT):
             yield "reason"
+        if any(len(name) > _LONGEST_TEXT or abs(value) == math.inf for name, value in one.notes):
+            yield "a note"
         drafted, kept_p = drafted + k, kept_p + len(one.p_logp)
         kept_q += len(one.q_logp or ())
     sizes = trace.rounds.draft_ids.size, trace.rounds.q_logp.size, trace.rounds.p_logp.size

@@ -13,7 +13,7 @@ quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from policies.forecast import PLAIN_ARM, Arm, Forecast
@@ -35,24 +35,55 @@ class Choice(NamedTuple):
     base: str
     speed: float
     """Tokens per second reached with the base and its interruptions."""
-    values: dict[Arm, float]
-    """Tokens of each arm, less what this speed makes in its seconds, switching included."""
+    values: dict[str, list[float]]
+    """[K + 1] by drafter: tokens of each arm, less what this speed makes in its seconds, switching
+    included. That of plain decoding is the only one of ``none``; no other drafter has one at 0."""
     charges_s: dict[str, float]
     """Seconds of switching in these, by drafter."""
     plain_s: float
     """Seconds of a plain step."""
+    alone: float
+    """Tokens per second of the base without its interruptions."""
 
     @property
     def best_draft(self) -> Arm:
         """The best arm that drafts; plain decoding if none can."""
         if self.arm[1]:
             return self.arm
-        drafting = (arm for arm in self.values if arm[1])
-        return max(drafting, key=self.values.__getitem__, default=PLAIN_ARM)
+        return best_of(self.values, lambda drafter: drafter != "none") or PLAIN_ARM
+
+    def best_of(self, drafter: str) -> Arm:
+        """The best arm of a drafter that can propose now."""
+        by_k = self.values[drafter]
+        return drafter, by_k.index(max(by_k))
+
+    def has(self, arm: Arm) -> bool:
+        """Whether it could be played."""
+        drafter, k = arm
+        return drafter in self.values and k < len(self.values[drafter])
 
     def loss_s(self, arm: Arm) -> float:
         """Seconds that an arm loses against the best for the same tokens."""
-        return (self.values[self.arm] - self.values[arm]) / self.speed
+        (best, best_k), (drafter, k) = self.arm, arm
+        return (self.values[best][best_k] - self.values[drafter][k]) / self.speed
+
+
+def best_of(
+    values: Mapping[str, Sequence[float]], may: Callable[[str], bool] | None = None
+) -> Arm | None:
+    """The best arm of the drafters that may be chosen, the first of equals; ``None`` without any.
+
+    Args:
+        values: as ``Choice.values``.
+        may: ``None``: all.
+    """
+    arm, most = None, -math.inf
+    for drafter, by_k in values.items():
+        if may is None or may(drafter):
+            here = max(by_k)
+            if here > most:
+                arm, most = (drafter, by_k.index(here)), here
+    return arm
 
 
 class Chooser:
@@ -74,10 +105,11 @@ class Chooser:
         self.base = "none"
         self._lead = 1.0
         """Speed of the base with its interruptions, relative to the base alone."""
-        self._broken = 0.0
-        """Share of the base's steps that come right after an interruption."""
+        self._broken = dict.fromkeys(rows, 0.0)
+        """Share of the steps of each neural drafter and mix that come right after an interruption
+        where it is the base; what is not the base any more is slowly forgotten."""
 
-    def choose(
+    def weigh(
         self,
         seen: Forecast,
         fresh: str,
@@ -87,7 +119,7 @@ class Chooser:
         *,
         looked: bool = True,
     ) -> Choice:
-        """Choose the arm of a step.
+        """Choose the arm of a step; nothing changes before ``take``.
 
         Args:
             fresh: the drafter or mix of the last step.
@@ -97,37 +129,50 @@ class Chooser:
                 decoding; asked where drafting may have to end.
             looked: matches of this step are known.
         """
-        alone = self._choose_base(seen, catch_up_s, overhead_s, spread)
+        base, alone = self._best_base(seen, catch_up_s, overhead_s, spread)
         speed = alone * self._lead
-        charges = self._charges(seen, fresh, catch_up_s)
-        least = speed if self.base != "none" else speed * self._margin
-        values = {PLAIN_ARM: seen.batch - (seen.plain_s + charges["none"]) * speed}
+        charges = self._charges(base, seen, fresh, catch_up_s)
+        least = speed if base != "none" else speed * self._margin
+        values = {"none": [seen.batch - (seen.plain_s + charges["none"]) * speed]}
         for drafter, seconds in seen.seconds.items():
             charge, tokens = charges[drafter], seen.tokens[drafter]
-            for k in range(1, seen.max_k + 1):
-                values[drafter, k] = tokens[k] - (seconds[k] + charge) * least
-        arm = max(values, key=values.__getitem__)
+            by_k = [t - (s + charge) * least for t, s in zip(tokens, seconds, strict=True)]
+            by_k[0] = -math.inf
+            values[drafter] = by_k
+        arm = best_of(values) or PLAIN_ARM
         if arm == PLAIN_ARM and alone < seen.batch / seen.plain_s:
             # In doubt a base goes on drafting: a step without it would tell nothing.
-            arm = max(((self.base, k) for k in range(1, seen.max_k + 1)), key=values.__getitem__)
-            values[PLAIN_ARM] = math.nextafter(values[arm], -math.inf)
-        elif self.base == "none" and not looked:
+            most = max(values[base])
+            arm = base, values[base].index(most)
+            values["none"] = [math.nextafter(most, -math.inf)]
+        elif base == "none" and not looked:
             # All steps look alike: what is not worth being the base is not worth it in any step.
-            for other, value in values.items():
-                if other[0] in catch_up_s:
-                    values[other] = min(value, math.nextafter(values[PLAIN_ARM], -math.inf))
-            arm = max(values, key=values.__getitem__)
-        self._note(seen, arm, fresh, alone)
-        return Choice(arm, self.base, speed, values, charges, seen.plain_s)
+            below = math.nextafter(values["none"][0], -math.inf)
+            for other in values.keys() & catch_up_s.keys():
+                values[other] = [min(value, below) for value in values[other]]
+            arm = best_of(values) or PLAIN_ARM
+        return Choice(arm, base, speed, values, charges, seen.plain_s, alone)
 
-    def _choose_base(
+    def take(self, choice: Choice, seen: Forecast, fresh: str) -> None:
+        """Go on from a choice: its base is kept, and whether it interrupts that is noted."""
+        self.base = choice.base
+        tokens, seconds = seen.arm(choice.arm)
+        self._lead += _RATE_GAIN * (max(1.0, tokens / seconds / choice.alone) - self._lead)
+        for drafter, share in self._broken.items():
+            if drafter != self.base:
+                self._broken[drafter] = (1 - _RATE_GAIN) * share
+            elif choice.arm[0] == self.base:
+                is_broken = not self.goes_on(self.base, fresh)
+                self._broken[drafter] = share + _RATE_GAIN * (is_broken - share)
+
+    def _best_base(
         self,
         seen: Forecast,
         catch_up_s: Mapping[str, float],
         overhead_s: float,
         spread: Callable[[Arm], float],
-    ) -> float:
-        """Choose the base and return its speed alone, tokens per second.
+    ) -> tuple[str, float]:
+        """The base, and its speed alone in tokens per second.
 
         A drafter is left for plain decoding only where it is slower beyond doubt. Whoever stops
         drafting stops learning what drafts bring, so leaving by mistake lasts, while staying by
@@ -138,28 +183,27 @@ class Chooser:
             if drafter in self._needing:
                 continue
             usual, seconds = seen.usual_tokens[drafter], seen.seconds[drafter]
-            late_s = catch_s * self._broken + overhead_s
-            by_k = [usual[k] / (seconds[k] + late_s) for k in range(1, seen.max_k + 1)]
+            late_s = catch_s * self._broken.get(drafter, 0.0) + overhead_s
+            by_k = [t / (s + late_s) for t, s in zip(usual[1:], seconds[1:], strict=True)]
             speeds[drafter] = max(by_k)
             arms[drafter] = drafter, 1 + by_k.index(speeds[drafter])
         best = max(speeds, key=speeds.__getitem__)
-        own = speeds.get(self.base)
-        if own is None:
-            self.base, own = "none", plain
-        if self.base == "none":
+        base = self.base if self.base in speeds else "none"
+        own = speeds[base]
+        if base == "none":
             entry = 1 + catch_up_s.get(best, 0.0) / seen.plain_s / _STAY_STEPS
             if best != "none" and speeds[best] > plain * self._margin * entry:
-                self.base = best
+                base = best
         elif own < (least := plain * (1 + (self._margin - 1) / 2)) and (
-            own * (1 + _DOUBT * spread(arms[self.base])) < least
+            own * (1 + _DOUBT * spread(arms[base])) < least
         ):
-            self.base = "none"
+            base = "none"
         elif best != "none" and speeds[best] > own * _HYSTERESIS:
-            self.base = best
-        return speeds[self.base]
+            base = best
+        return base, speeds[base]
 
     def _charges(
-        self, seen: Forecast, fresh: str, catch_up_s: Mapping[str, float]
+        self, base: str, seen: Forecast, fresh: str, catch_up_s: Mapping[str, float]
     ) -> dict[str, float]:
         """Seconds of switching that each drafter's arm causes.
 
@@ -168,14 +212,14 @@ class Chooser:
         is then certain, and to coming back where it seldom does.
         """
         charges = dict.fromkeys(("none", *seen.seconds), 0.0)
-        own_s = catch_up_s.get(self.base, 0.0)
-        is_whole = self.goes_on(self.base, fresh)
+        own_s, broken = catch_up_s.get(base, 0.0), self._broken.get(base, 0.0)
+        is_whole = self.goes_on(base, fresh)
         for drafter in charges:
-            if drafter == self.base:
-                charges[drafter] = 0.0 if is_whole else self._broken * own_s
+            if drafter == base:
+                charges[drafter] = 0.0 if is_whole else broken * own_s
                 continue
-            if is_whole and not self.goes_on(self.base, drafter):
-                charges[drafter] += (1 - self._broken) * own_s
+            if is_whole and not self.goes_on(base, drafter):
+                charges[drafter] += (1 - broken) * own_s
             if not self.goes_on(drafter, fresh):
                 charges[drafter] += catch_up_s.get(drafter, 0.0)
         return charges
@@ -187,10 +231,3 @@ class Chooser:
             return True
         own = self._rows.get(drafter)
         return own is not None and own <= self._rows.get(before, frozenset())
-
-    def _note(self, seen: Forecast, arm: Arm, fresh: str, alone: float) -> None:
-        tokens, seconds = seen.arm(arm)
-        self._lead += _RATE_GAIN * (max(1.0, tokens / seconds / alone) - self._lead)
-        if arm[0] == self.base:
-            is_broken = not self.goes_on(self.base, fresh)
-            self._broken += _RATE_GAIN * (is_broken - self._broken)

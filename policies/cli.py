@@ -18,6 +18,7 @@ from buffer.command_line import RunArgument, located
 from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
 from policies.evaluation import Evaluation, Judged, evaluate
 from policies.picture import picture
+from policies.predictions import predictions_of
 from policies.run_log import Times, log_of_run, read_steps
 
 app = typer.Typer(
@@ -73,6 +74,8 @@ def evaluate_run(
     (folder / "evaluation.svg").write_text(picture(found))
     for line in table(found):
         typer.echo(line)
+    for one in predictions_of(steps):
+        typer.echo(one.to_line())
     typer.echo(f"\nwritten: {folder / 'evaluation.json'}, {folder / 'evaluation.svg'}")
 
 

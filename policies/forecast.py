@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Floats, match_bucket
+from policies.acceptance import MAX_DRAFT, NUM_BUCKETS, AcceptanceModel, Floats, match_bucket
 from policies.interface import StepObs
 from policies.step_time import StepTimes
 
 _MIX_GAIN = 0.02
 """Gain of the moving average of how rows spread over match buckets."""
-
-_NONE_CAPPED: Counter[tuple[int, int]] = Counter()
 
 Arm = tuple[str, int]
 """A drafter and K; plain decoding is ``PLAIN_ARM``."""
@@ -47,6 +45,17 @@ class Forecast(NamedTuple):
         return self.tokens[drafter][k], self.seconds[drafter][k]
 
 
+class Gains(NamedTuple):
+    """Arms of drafters that need matches against one arm that needs none."""
+
+    arms: tuple[Arm, ...]
+    """[A]"""
+    gains: Floats
+    """[A, 6] more tokens of a row in each bucket."""
+    seconds: Floats
+    """[A] more seconds of a step."""
+
+
 class _Usual(NamedTuple):
     """Expected tokens of a step, and what they were computed from."""
 
@@ -63,11 +72,14 @@ class Forecaster:
         acceptance: AcceptanceModel,
         times: StepTimes,
         needing: Collection[str],
+        max_draft: int,
     ) -> None:
         """
         Args:
             needing: drafters, and mixes, that are of use only where a request has a match.
+            max_draft: largest K of both models.
         """
+        self.max_draft = max_draft
         self._acceptance = acceptance
         self._times = times
         self._needing = needing
@@ -78,15 +90,23 @@ class Forecaster:
         self._rows: dict[int, list[float]] = {}
         """Rows by match bucket as they usually are, by batch."""
         self._drafters_last: tuple[str, ...] = ()
-        """Those that could propose in the last step that was forecast."""
+        """Those that could propose in the last step that was forecast,"""
+        self._was_capped = 0
+        """and its longest draft if some requests could have less; 0: all could have it."""
+        self._tables: dict[tuple[str, int], tuple[Floats, Floats]] = {}
+        """By drafter and K: what is expected of it by bucket, and what ``_capped`` made of that."""
 
     def forecast(self, obs: StepObs, max_k: int) -> Forecast:
         """Predict every arm of a step."""
-        self._drafters_last = obs.drafters
-        rows = self._usual_rows(obs.batch) if obs.matches is None else by_bucket(obs.matches)
-        full, capped = rows, _NONE_CAPPED
+        self._drafters_last, self._was_capped = obs.drafters, 0
+        if obs.matches is None:
+            rows, by_match = self._usual_rows(obs.batch), None
+        else:
+            rows = by_bucket(obs.matches)
+            by_match = np.array(rows)
+        by_cap = None
         if obs.caps.count(max_k) < obs.batch and min(obs.caps) < max_k:
-            full, capped = self._by_cap(obs, max_k)
+            by_cap, self._was_capped = self._by_cap(obs, max_k), max_k
         has_match = obs.matches is not None and any(obs.matches)
         seconds, tokens, usual = {}, {}, {}
         for drafter in obs.drafters:
@@ -94,23 +114,55 @@ class Forecaster:
                 continue
             seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
             usual[drafter] = tokens[drafter] = self._usual_tokens(drafter, obs.batch)[: max_k + 1]
-            if full is not rows or obs.matches is not None:
+            if by_cap is not None:
+                tokens[drafter] = (by_cap @ self._capped(drafter, max_k)).tolist()
+            elif by_match is not None:
                 expected = self._acceptance.expected_tokens(drafter)[:, : max_k + 1]
-                tokens[drafter] = (np.array(full) @ expected).tolist()
-                if capped:
-                    _add_capped(tokens[drafter], capped, expected)
+                tokens[drafter] = (by_match @ expected).tolist()
         return Forecast(
             obs.batch, obs.caps, max_k, self._times.plain_s(obs.batch), seconds, tokens, usual, rows
         )
 
-    def prepare(self, batch: int) -> None:
+    def prepare(self, batch: int, *, looks: bool) -> None:
         """Compute what the next forecast will most likely ask for, while the device works: the same
-        batch and drafters as in the last one, and nobody looks for matches."""
+        batch and drafters as in the last one.
+
+        Args:
+            looks: matches will be known, so that drafters that need one can propose.
+        """
         for drafter in self._drafters_last:
-            if drafter not in self._needing:
+            if looks or drafter not in self._needing:
                 self._times.arm_times(drafter, batch)
                 self._usual_tokens(drafter, batch)
+                if self._was_capped:
+                    self._capped(drafter, self._was_capped)
         self._times.plain_s(batch)
+
+    def over(self, seen: Forecast, blind: Arm) -> Gains:
+        """What drafters that need matches gain over an arm that needs none, by length of match."""
+        (drafter, k), max_k = blind, seen.max_k
+        used = self._acceptance.expected_tokens(drafter)[:, k] if k else np.ones(len(seen.rows))
+        blind_s = seen.arm(blind)[1]
+        gains, seconds = [], []
+        for kind in self._needing:
+            expected = self._acceptance.expected_tokens(kind)
+            gains.append((expected[:, 1 : max_k + 1] - used[:, None]).T)
+            seconds += self._times.arm_times(kind, seen.batch)[:max_k]
+        arms = tuple((kind, each) for kind in self._needing for each in range(1, max_k + 1))
+        return Gains(arms, np.concatenate(gains), np.array(seconds) - blind_s)
+
+    def doubt(self, arm: Arm, batch: int) -> float:
+        """How uncertain a drafting arm is: its time relative to a plain step, or what one more
+        position would add; 0 for plain decoding."""
+        drafter, k = arm
+        if not k:
+            return 0.0
+        of_tokens = self._acceptance.doubt(drafter, min(k + 1, self.max_draft))
+        return max(of_tokens, self._times.doubt(drafter, k, batch))
+
+    def spread(self, arm: Arm, batch: int) -> float:
+        """How uncertain an arm's speed relative to plain decoding is."""
+        return math.hypot(self._acceptance.spread(*arm), self._times.doubt(*arm, batch))
 
     def _usual_tokens(self, drafter: str, batch: int) -> list[float]:
         """[max_draft + 1] expected tokens of a step as its rows usually are."""
@@ -127,18 +179,27 @@ class Forecaster:
             rows = self._rows[batch] = (batch * self._mix).tolist()
         return rows
 
-    def _by_cap(self, obs: StepObs, max_k: int) -> tuple[list[float], Counter[tuple[int, int]]]:
-        """Rows by bucket that may have ``max_k`` tokens, and the others by (bucket, cap)."""
-        if obs.matches is None:
-            short = [cap for cap in obs.caps if cap < max_k]
-            return self._usual_rows(obs.batch - len(short)), Counter((0, cap) for cap in short)
-        full, capped = [0.0] * NUM_BUCKETS, Counter[tuple[int, int]]()
-        for match, cap in zip(obs.matches, obs.caps, strict=True):
-            if cap >= max_k:
-                full[match_bucket(match)] += 1
-            else:
-                capped[match_bucket(match), cap] += 1
-        return full, capped
+    def _capped(self, drafter: str, max_k: int) -> Floats:
+        """[6 * (max_k + 1), max_k + 1] expected tokens of a row by bucket and by the tokens that it
+        may have."""
+        expected = self._acceptance.expected_tokens(drafter)
+        known = self._tables.get((drafter, max_k))
+        if known is None or known[0] is not expected:
+            table = expected[:, _CAPPED[max_k]].reshape(-1, max_k + 1)
+            known = self._tables[drafter, max_k] = expected, table
+        return known[1]
+
+    def _by_cap(self, obs: StepObs, max_k: int) -> Floats:
+        """[6 * (max_k + 1)] rows by bucket and by the tokens that they may have, at most max_k."""
+        caps = np.minimum(np.fromiter(obs.caps, np.int64, obs.batch), max_k)
+        if obs.matches is not None:
+            codes = np.frombuffer(_buckets(obs.matches), np.uint8) * np.int64(max_k + 1) + caps
+            return np.bincount(codes, minlength=NUM_BUCKETS * (max_k + 1)).astype(np.float64)
+        found = np.zeros((NUM_BUCKETS, max_k + 1))
+        found[0] = np.bincount(caps, minlength=max_k + 1)
+        # Those that may have all of them have matches as usual.
+        found[:, max_k] = self._usual_rows(int(found[0, max_k]))
+        return found.reshape(-1)
 
     def note_mix(self, seen: Forecast) -> None:
         """Count the rows of a step that a drafter that needs a match leaves to others."""
@@ -147,16 +208,20 @@ class Forecaster:
         self._rows.clear()
 
 
-def by_bucket(matches: Iterable[int]) -> list[float]:
+def by_bucket(matches: Sequence[int]) -> list[float]:
     """[6] rows by match bucket."""
-    rows = [0.0] * NUM_BUCKETS
-    for match, count in Counter(matches).items():
-        rows[match_bucket(match)] += count
-    return rows
+    buckets = _buckets(matches)
+    return [float(buckets.count(bucket)) for bucket in range(NUM_BUCKETS)]
 
 
-def _add_capped(totals: list[float], capped: Counter[tuple[int, int]], expected: Floats) -> None:
-    for (bucket, cap), count in capped.items():
-        by_k = expected[bucket].tolist()
-        for k in range(len(totals)):
-            totals[k] += count * by_k[min(k, cap)]
+def _buckets(matches: Sequence[int]) -> bytes:
+    """[batch] buckets. Bytes are counted and looked up by C, at a tenth of the time of integers."""
+    try:
+        return bytes(matches).translate(_BUCKET_OF)
+    except ValueError:  # a match is longer than 255 tokens
+        return bytes(map(match_bucket, matches))
+
+
+_BUCKET_OF = bytes(map(match_bucket, range(256)))
+_CAPPED = [np.minimum(np.arange(k + 1)[:, None], np.arange(k + 1)) for k in range(MAX_DRAFT + 1)]
+"""[K + 1, K + 1] by K: tokens that a row has, by its cap and by K of the step."""

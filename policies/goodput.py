@@ -3,7 +3,8 @@
 Arms are plain decoding and every (drafter, K). What a step brings and what it takes are learned
 apart and combined when it is planned: acceptance does not depend on the machine (``acceptance``,
 ``versions``), step time does not depend on weights (``step_time``, ``switching``). ``choice``
-compares the arms and prices changes between them, ``probes`` pays for exploring.
+compares the arms and prices changes between them, ``probes`` explores, ``rest`` leaves out plans,
+and all that either takes is on one account, the ``ledger``.
 
 Planning takes time, and looking up the matches of a batch takes more. So the policy plans once for
 several steps and goes on with the base between them, and looks at matches only where that finds
@@ -12,8 +13,7 @@ more than it costs. Where it does, a glance at them tells most steps that need n
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
@@ -21,19 +21,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from configs.schema import PolicySettings
-from policies.acceptance import NUM_BUCKETS, AcceptanceModel
-from policies.choice import Choice, Chooser
+from policies.acceptance import AcceptanceModel
+from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
-from policies.interface import (
-    CostSample,
-    Decision,
-    Outcome,
-    PolicyContext,
-    StepObs,
-)
-from policies.picks import Picker, needing_match, rows_of, with_mixes
-from policies.probes import Explorer, Stretch
+from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
+from policies.ledger import Ledger
+from policies.picks import Kinds, Picker, rows_of, with_mixes
+from policies.probes import Explorer, Option, Stretch
 from policies.rest import Gathered, Glance, Rest, count_rows
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
@@ -46,22 +41,55 @@ _TIMED_STEPS = 8
 _PLAIN = replace(PLAIN, policy="goodput")
 
 
-def _decision(arm: Arm, propensity: float, reason: str, *, explore: bool = False) -> Decision:
-    return Decision(*arm, propensity, explore, reason, "goodput")
+class Predicted(NamedTuple):
+    """The note of a step that was planned, or that belongs to a stretch."""
 
-
-class _Planned(NamedTuple):
-    """A step until it is observed."""
-
-    decision: Decision
+    tokens: float
+    """Of a request, the target's own included."""
     seconds: float
-    """Predicted, catching up included."""
+    """Catching up included."""
     catches_up: bool
     pending_rows: Mapping[str, int]
+    on_trial: bool = False
+    """It is charged by what it loses, see ``probes``."""
+
+    def columns(self) -> Mapping[str, float]:
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+
+class _Weighed(NamedTuple):
+    """All that a plan weighs before it draws: computed when it is asked for, or ahead of it."""
+
+    obs: StepObs
+    fresh: str
+    """The drafter of the decision before."""
+    seen: Forecast
+    catch_up_s: dict[str, float]
+    """Seconds to come back to each neural drafter that can propose."""
+    choice: Choice
+    options: list[Option]
+    """Stretches that could begin."""
+    blind: Arm
+    """The best arm that needs no look at matches."""
+    draft: Arm
+    """The best arm that drafts; plain decoding if none can."""
+
+    def is_for(self, obs: StepObs, fresh: str) -> bool:
+        """Whether this is what the plan would weigh."""
+        own = self.obs
+        return (
+            obs.matches is None
+            and obs.batch == own.batch
+            and fresh == self.fresh
+            and obs.max_draft == own.max_draft
+            and obs.drafters == own.drafters
+            and obs.pending_rows == own.pending_rows
+            and obs.caps == own.caps
+        )
 
 
 class _Steps:
-    """Decisions until their outcomes are known."""
+    """What was decided last."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -72,31 +100,17 @@ class _Steps:
         """That of the last step observed."""
         self.best = PLAIN_ARM
         """The best arm that drafts, when one was chosen last."""
+        self.obs: StepObs | None = None
+        """What the last plan was for."""
+        self.tokens = 1.0
+        """Those of a request that the last plan expected."""
         self.untried: set[str] = set()
         """Neural drafters whose weights changed, and that have not drafted since."""
-        self._awaited: deque[_Planned] = deque(maxlen=8)
 
     def note(self, decision: Decision) -> Decision:
         self.drafter = decision.drafter
         self.counts[decision.reason] += 1
         return decision
-
-    def await_outcome(self, planned: _Planned) -> None:
-        self._awaited.append(planned)
-
-    def take(self, decision: Decision) -> _Planned | None:
-        """What was predicted for a step, if it was planned; older ones were never observed."""
-        if decision.reason == "rest":  # and the step planned behind it is observed later
-            return None
-        while self._awaited:
-            planned = self._awaited.popleft()
-            if planned.decision is decision:
-                return planned
-        return None
-
-    def forget(self) -> None:
-        """A swap came: a step that it overtakes is never observed."""
-        self._awaited.clear()
 
 
 class GoodputPolicy:
@@ -122,31 +136,31 @@ class GoodputPolicy:
             half_life_rounds: rounds after which an old observation counts half.
             margin: predicted speed relative to plain decoding that drafting needs.
             probe_share: share of the time that finding out whether drafting pays may take while
-                plain decoding is faster: seven tenths of it for stretches of drafts, a tenth for
-                plans without a look at matches, and two tenths for those with one.
+                plain decoding is faster, see ``ledger``.
 
         Raises:
             ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
         """
         drafters = with_mixes(context.drafters, context.mixes)
-        self._neural = {kind for kind, traits in drafters.items() if traits.is_neural}
-        self._needing = needing_match(context.drafters, context.mixes)
-        self._max_draft = context.max_draft
+        kinds = self._kinds = Kinds.of(context.drafters, context.mixes)
         self._acceptance = AcceptanceModel(half_life_rounds, drafters, context.max_draft)
         self._versions = VersionMemory(self._acceptance, drafters)
         self._times = StepTimes(context.max_draft, drafters)
-        self._switches = SwitchCosts(self._neural)
-        self._forecaster = Forecaster(self._acceptance, self._times, self._needing)
+        self._switches = SwitchCosts(kinds.neural)
+        self._forecaster = Forecaster(
+            self._acceptance, self._times, kinds.needing, context.max_draft
+        )
         rows = rows_of(context.drafters, context.mixes)
-        self._chooser = Chooser(margin, rows, self._needing)
-        catching_up = self._neural - self._needing
-        self._explorer = Explorer(explore, context.seed, catching_up, 0.7 * probe_share)
-        self._rest = Rest(0.1 * probe_share, 0.2 * probe_share)
-        self._gathered = Gathered()
-        self._stretch: Stretch | None = None
+        self._chooser = Chooser(margin, rows, kinds.needing)
+        self._ledger = Ledger(probe_share)
+        self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
+        self._rest = Rest(self._ledger)
         self._steps = _Steps()
-        matching = [kind for kind, traits in drafters.items() if traits.needs_match]
-        self._picker = Picker(context.mixes, self._acceptance, explore, context.seed, matching)
+        self._ahead: _Weighed | None = None
+        """For the next plan, if that is as the last one was and nothing is learned before it."""
+        self._picker = Picker(
+            context.mixes, self._acceptance, explore, context.seed, kinds.matching
+        )
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -162,6 +176,7 @@ class GoodputPolicy:
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Start the step times from those measured at start-up."""
         self._times.calibrate(samples)
+        self._ahead = None
 
     def plain_s(self, batch: int) -> float | None:
         """Predicted seconds of a plain step; ``None`` while it is only a guess."""
@@ -170,12 +185,14 @@ class GoodputPolicy:
     def rest(self) -> Decision | None:
         """The base, for some steps after a plan, unless looks at matches pay; plain decoding, until
         the last plan is paid for."""
-        if self._stretch is not None and (decision := self._stretching()) is not None:
-            return decision
-        if self._picker.matching and self._rest.wants_look():
+        if (stretch := self._explorer.under_way) is not None:
+            decision = self._stretching(stretch)
+            if decision is not None:
+                return decision
+        if self._kinds.matching and self._rest.wants_look():
             return None
         # Without a neural drafter, a plan without a look finds nothing.
-        may_plan = bool(self._neural) and self._rest.may_plan
+        may_plan = bool(self._kinds.neural) and self._rest.may_plan
         if self._rest.left or (self._rest.is_resting and not may_plan):
             return self._resting()
         return None
@@ -183,32 +200,33 @@ class GoodputPolicy:
     def _resting(self, arm: Arm | None = None) -> Decision:
         """Go on as planned, or with the arm of a glance."""
         base = self._rest.take()
-        return self._steps.note(_decision(base if arm is None else arm, 1.0, "rest"))
+        drafter, k = base if arm is None else arm
+        return self._steps.note(Decision(drafter, k, 1.0, False, "rest", "goodput"))
 
-    def _stretching(self) -> Decision | None:
+    def _stretching(self, stretch: Stretch) -> Decision | None:
         """The next step of a stretch, which needs no plan unless matches are looked up for every
         step; ``None``: it must be planned."""
-        stretch, plain_s = self._stretch, self._times.plain_s(self._acceptance.batch)
-        assert stretch is not None
+        batch = self._acceptance.batch
+        plain_s = self._times.plain_s(batch)
         (drafter, k), changes = stretch.arm, self._times.num_changes
         if self._steps.drafter != drafter:
             return None
         if drafter in self._picker.mixes:  # who drafts for which request is planned
             return None
-        if self._picker.matching and self._rest.pays:
+        if self._kinds.matching and self._rest.pays:
             return None
-        if not self._explorer.goes_on_unplanned(plain_s, changes):
+        if not self._explorer.goes_on_unplanned(changes):
             return None
-        left = stretch.num_steps - 1
-        self._stretch = stretch._replace(num_steps=left) if left else None
-        decision = _decision(stretch.arm, 1.0, "probe", explore=True)
-        seconds = self._times.arm_times(drafter, self._acceptance.batch)[k - 1] if k else plain_s
-        self._steps.await_outcome(_Planned(decision, seconds, False, {}))
+        self._explorer.take(stretch)
+        seconds = self._times.arm_times(drafter, batch)[k - 1] if k else plain_s
+        on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
+        note = Predicted(self._steps.tokens, seconds, False, {}, on_trial)
+        decision = Decision(drafter, k, 1.0, True, "probe", "goodput", note=note)
         return self._steps.note(decision)
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
-        return bool(self._picker.matching) and (not self._neural or self._rest.wants_look())
+        return bool(self._kinds.matching) and (not self._kinds.neural or self._rest.wants_look())
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
@@ -224,20 +242,27 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
+        self._ahead = None
         self._learn(outcome)
-        if self._neural and self._rest.is_over:
+        if self._kinds.neural and self._rest.is_over:
             self._learn_gathered()
-            self._forecaster.prepare(outcome.batch)
+            looks = bool(self._kinds.matching) and self._rest.wants_look()
+            self._forecaster.prepare(outcome.batch, looks=looks)
             if self._explorer.wants_doubt:
-                self._explorer.note_doubt(self._doubt(self._steps.best, outcome.batch))
+                doubt = self._forecaster.doubt(self._steps.best, outcome.batch)
+                self._explorer.note_doubt(doubt)
+            obs = self._steps.obs
+            # The next plan mostly is for a batch like that of the last one.
+            if obs is not None and obs.batch == outcome.batch and obs.matches is None and not looks:
+                self._ahead = self._weigh(obs, obs.longest(self._forecaster.max_draft))
 
     def _learn(self, outcome: Outcome) -> None:
         self._acceptance.tick(outcome.batch)
         plain_s = self._times.plain_s(outcome.batch)
         if not outcome.has_prefill:
-            self._rest.note_cost(outcome.plan_s / plain_s)
-        self._rest.passed(outcome.step_s / plain_s)
-        if outcome.decision.drafter in self._needing and not outcome.has_prefill:
+            self._rest.note_cost(outcome.plan_s, plain_s)
+        self._ledger.pay_off(outcome.step_s / plain_s)
+        if outcome.decision.drafter in self._kinds.needing and not outcome.has_prefill:
             self._rest.note_saved(
                 outcome.rows.tokens_each - (outcome.step_s - outcome.plan_s) / plain_s
             )
@@ -245,50 +270,59 @@ class GoodputPolicy:
             self._gather(outcome)
             return
         self._learn_gathered()
-        planned = self._steps.take(outcome.decision)
+        note = outcome.decision.note
+        predicted = note if isinstance(note, Predicted) else None
         if outcome.decision.draft_k:
             self._observe_rows(outcome)
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
-            self._observe_time(outcome, planned.pending_rows if planned else {})
+            self._observe_time(outcome, predicted.pending_rows if predicted else {})
             self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
-            is_neural = outcome.decision.drafter in self._neural
-            is_later = self._rest.is_plain and self._explorer.is_charged_later(
-                outcome.decision.drafter
-            )
-            if outcome.decision.explore and is_neural:
-                self._explorer.note_gain(
-                    outcome.decision.drafter,
-                    outcome.rows.tokens_each - outcome.step_s / plain_s,
-                    plain_s,
-                    is_charged=is_later,
-                    catches_up=planned is not None and planned.catches_up,
-                )
-            if planned and planned.decision.explore and not is_later:
-                self._explorer.settle(
-                    outcome.step_s,
-                    planned.seconds,
-                    catches_up=planned.catches_up,
-                    is_own=outcome.decision.drafter == self._chooser.base != "none",
-                )
+            if predicted and outcome.decision.explore:
+                self._charge(outcome, predicted, plain_s)
+            elif outcome.decision.draft_k:
+                self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
         self._steps.observed = outcome.decision.drafter
+
+    def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
+        """Charge a step of a stretch what it took."""
+        drafter = outcome.decision.drafter
+        if drafter in self._kinds.neural:
+            self._explorer.note_gain(
+                drafter,
+                outcome.rows.tokens_each - outcome.step_s / plain_s,
+                plain_s,
+                on_trial=predicted.on_trial,
+                catches_up=predicted.catches_up,
+            )
+        if not predicted.on_trial:
+            self._explorer.settle(
+                outcome.step_s,
+                predicted.seconds,
+                plain_s,
+                catches_up=predicted.catches_up,
+                is_own=drafter == self._chooser.base != "none",
+            )
 
     def _gather(self, outcome: Outcome) -> None:
         """Learn from a step of a rest: its time now and then, the rest at the next plan."""
-        self._gathered.add(outcome)
+        self._rest.gathered.add(outcome)
         is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
-        if is_timed and self._gathered.num_steps % _TIMED_STEPS == 0:
+        if is_timed and self._rest.gathered.num_steps % _TIMED_STEPS == 0:
             self._observe_time(outcome, {})
 
     def _learn_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, Gathered()
+        gathered, self._rest.gathered = self._rest.gathered, Gathered()
         if gathered.rounds:
             self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
         if gathered.seconds:
             is_drafted = gathered.drafter != "none"
             self._earn(gathered.seconds, self._acceptance.batch, is_drafted=is_drafted)
+        if gathered.seconds and gathered.drafter != "none":
+            plain_s = self._times.plain_s(self._acceptance.batch)
+            self._ledger.earned_s += gathered.tokens_each * plain_s - gathered.seconds
 
     def _earn(self, seconds: float, batch: int, *, is_drafted: bool) -> None:
-        self._explorer.earn(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
+        self._ledger.save(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
@@ -298,9 +332,9 @@ class GoodputPolicy:
             if drafter in members:
                 self._versions.on_change(mix)
         self._rest.reset()
-        self._stretch = None
-        self._steps.untried.update({drafter} & self._neural)
-        self._steps.forget()
+        self._ahead = None
+        self._explorer.under_way = None
+        self._steps.untried.update({drafter} & self._kinds.neural)
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""
@@ -313,93 +347,97 @@ class GoodputPolicy:
             "step_time": self._times.figures(),
             "catch_up": self._switches.figures(),
             "picks": self._picker.figures(),
+            "ledger": self._ledger.figures(),
         }
 
     def _decide(self, obs: StepObs) -> Decision:
-        max_k = obs.longest(self._max_draft)
+        max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        seen = self._forecaster.forecast(obs, max_k)
+        self._steps.obs, ahead = obs, self._ahead
+        self._ahead = None
+        if ahead is None or not ahead.is_for(obs, self._steps.drafter):
+            ahead = self._weigh(obs, max_k)
+        seen, choice = ahead.seen, ahead.choice
+        self._chooser.take(choice, seen, self._steps.drafter)
+        if obs.matches is not None and self._needs_no_look(choice.arm[0]):
+            self._forecaster.note_mix(seen)
+        self._steps.best = ahead.draft
+        (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
+        tokens, seconds = seen.arm((drafter, k))
+        catches_up = self._catches_up(drafter, self._steps.drafter)
+        if catches_up:
+            seconds += ahead.catch_up_s[drafter]
+        self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
+        on_trial = explore and self._explorer.is_on_trial(drafter, choice.base)
+        picks = self._picker.pick(obs, drafter, k) if drafter in self._picker.mixes else None
+        return Decision(
+            drafter, k, propensity, explore, reason, "goodput", picks=picks,
+            note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
+        )  # fmt: skip
+
+    def _weigh(self, obs: StepObs, max_k: int) -> _Weighed:
+        """Compare the arms of a step; nothing but what is remembered of the batch changes."""
+        seen, fresh = self._forecaster.forecast(obs, max_k), self._steps.drafter
         catch_up_s = {
             kind: self._switches.seconds(
                 kind, obs.pending_rows.get(kind, 0), obs.batch, seen.plain_s
             )
             for kind in seen.seconds
-            if kind in self._neural
+            if kind in self._kinds.neural
         }
-        overhead_s = self._rest.overhead * seen.plain_s
-        choice = self._chooser.choose(
-            seen, self._steps.drafter, catch_up_s, overhead_s,
-            lambda arm: self._spread(arm, obs.batch), looked=obs.matches is not None,
+        choice = self._chooser.weigh(
+            seen, fresh, catch_up_s, self._rest.overhead * seen.plain_s,
+            lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
         )  # fmt: skip
-        if obs.matches is not None and self._needs_no_look(choice.arm):
-            self._forecaster.note_mix(seen)
-        self._steps.best = choice.best_draft
-        decision = self._decision(seen, choice, looked=obs.matches is not None)
-        if decision.drafter in self._picker.mixes:
-            picks = self._picker.pick(obs, decision.drafter, decision.draft_k)
-            decision = replace(decision, picks=picks)
-        seconds = seen.arm((decision.drafter, decision.draft_k))[1]
-        catches_up = self._catches_up(decision.drafter, self._steps.drafter)
-        if catches_up:
-            seconds += catch_up_s[decision.drafter]
-        self._steps.await_outcome(_Planned(decision, seconds, catches_up, obs.pending_rows))
-        return decision
+        return _Weighed(
+            obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice),
+            best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
+        )  # fmt: skip
 
-    def _decision(self, seen: Forecast, choice: Choice, *, looked: bool) -> Decision:
-        """The best arm, or a step of a stretch."""
+    def _decided(self, weighed: _Weighed, *, looked: bool) -> tuple[Arm, float, str]:
+        """The best arm, or that of a step of a stretch, with its probability and the reason."""
+        seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
-        blind = max(filter(self._needs_no_look, choice.values), key=choice.values.__getitem__)
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
-        # A look is expensive while plain decoding is the base: what it found is not left unused.
-        finds = looked and choice.arm[0] in self._needing
+        goes_on = self._explorer.under_way is not None
+        # A look is expensive while plain decoding is the base: what it found is not left unused,
+        # unless looks are made at every step, or a drafter has caught up for nothing else.
+        finds = looked and choice.arm[0] in self._kinds.needing
         is_kept = finds and self._rest.is_plain and self._explorer.more == PLAIN_ARM
-        if not is_kept or self._rest.pays:
+        may_explore = not is_kept or self._rest.pays or goes_on
+        if may_explore and not goes_on and self._steps.untried:
             stretch = self._trial(seen, choice)
-        if stretch is None and not is_kept:
-            stretch, propensity = self._next_stretch(seen, choice)
+        if may_explore and stretch is None:
+            stretch, propensity = self._next_stretch(weighed)
         if stretch is not None:
-            if stretch.num_steps > 1:
-                self._stretch = stretch._replace(num_steps=stretch.num_steps - 1)
-            return _decision(stretch.arm, propensity, "probe", explore=True)
-        goes_on = choice.base in ("none", choice.arm[0], self._steps.drafter)
+            return self._explorer.take(stretch).arm, propensity, "probe"
+        is_whole = choice.base in ("none", choice.arm[0], self._steps.drafter)
         # A mix is planned for every step: which request it drafts for how may change at each.
-        if blind[0] == choice.base and goes_on and blind[0] not in self._picker.mixes:
+        if blind[0] == choice.base and is_whole and blind[0] not in self._picker.mixes:
             self._rest.is_resting = True
             self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
-        reason = "goodput" if choice.arm[1] else "plain"
-        return _decision(choice.arm, propensity, reason)
+        return choice.arm, propensity, "goodput" if choice.arm[1] else "plain"
 
     def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
         """What drafters that need matches gain over an arm without, by bucket."""
-        if not self._picker.matching or min(seen.caps) < seen.max_k:
+        are_whole = seen.caps.count(seen.max_k) == seen.batch or min(seen.caps) >= seen.max_k
+        if not self._kinds.matching or not are_whole:
             return None
-        expected = {
-            kind: self._acceptance.expected_tokens(kind)
-            for kind in {*self._needing, *({blind[0]} & self._neural)}
-        }
-        used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(NUM_BUCKETS)
-        blind_s = seen.arm(blind)[1]
-        arms, gains, losses = [], [], []
-        for kind in self._needing:
-            times = self._times.arm_times(kind, seen.batch)
-            charge_s = choice.charges_s.get(kind, 0.0) - choice.charges_s[blind[0]]
-            for k in range(1, seen.max_k + 1):
-                arms.append((kind, k))
-                gains.append(expected[kind][:, k] - used)
-                losses.append((times[k - 1] - blind_s + charge_s) * choice.speed)
-        step_tokens = choice.speed * seen.plain_s
-        return Glance(tuple(arms), np.array(gains), np.array(losses), step_tokens)
+        table = self._forecaster.over(seen, blind)
+        charges_s = [choice.charges_s.get(arm[0], 0.0) for arm in table.arms]
+        longer_s = table.seconds + (np.array(charges_s) - choice.charges_s[blind[0]])
+        return Glance(table.arms, table.gains, longer_s * choice.speed, choice.speed * seen.plain_s)
 
-    def _needs_no_look(self, arm: Arm) -> bool:
-        return arm == PLAIN_ARM or (arm[0] in self._neural and arm[0] not in self._needing)
+    def _needs_no_look(self, drafter: str) -> bool:
+        return drafter == "none" or drafter in self._kinds.blind
 
     def _catches_up(self, drafter: str, before: str) -> bool:
         """Whether a drafter must catch up after a step by another one."""
-        return drafter in self._neural and not self._chooser.goes_on(drafter, before)
+        return drafter in self._kinds.neural and not self._chooser.goes_on(drafter, before)
 
     def _trial(self, seen: Forecast, choice: Choice) -> Stretch | None:
         """A few steps of a drafter whose weights have just changed, where it is not the base.
@@ -412,43 +450,29 @@ class GoodputPolicy:
             if choice.base == kind or choice.arm[0] == kind:
                 self._steps.untried.discard(kind)
                 continue
-            arm = max(((kind, k) for k in range(1, seen.max_k + 1)), key=choice.values.__getitem__)
-            if (stretch := self._explorer.trial(arm, choice)) is not None:
+            if (stretch := self._explorer.trial(choice.best_of(kind), choice)) is not None:
                 self._steps.untried.discard(kind)
                 return stretch
         return None
 
-    def _next_stretch(self, seen: Forecast, choice: Choice) -> tuple[Stretch | None, float]:
+    def _next_stretch(self, weighed: _Weighed) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
-        left, self._stretch = self._stretch, None
-        left = self._explorer.goes_on(left, choice, self._times.num_changes)
-        if left is not None and (left.arm == PLAIN_ARM or left.arm in choice.values):
+        choice = weighed.choice
+        left = self._explorer.goes_on(choice, self._times.num_changes)
+        if left is not None and choice.has(left.arm):
             return left, 1.0
-        stretch, nothing = self._explorer.draw(seen, choice, self._rest.num_since)
+        stretch, nothing = self._explorer.draw(weighed.options, choice, self._rest.num_since)
         if stretch is not None:
             return stretch, stretch.propensity
         more = self._explorer.more
-        if self._rest.is_plain and more[1] and more in choice.values:
+        if self._rest.is_plain and more[1] and choice.has(more):
             return Stretch(more, _MORE_STEPS, nothing), nothing
         return None, nothing
-
-    def _doubt(self, arm: Arm, batch: int) -> float:
-        """How uncertain a drafting arm is: its time relative to a plain step, or what one more
-        position would add."""
-        drafter, k = arm
-        if not k:
-            return 0.0
-        of_tokens = self._acceptance.doubt(drafter, min(k + 1, self._max_draft))
-        return max(of_tokens, self._times.doubt(drafter, k, batch))
-
-    def _spread(self, arm: Arm, batch: int) -> float:
-        """How uncertain an arm's speed relative to plain decoding is."""
-        return math.hypot(self._acceptance.spread(*arm), self._times.doubt(*arm, batch))
 
     def _observe_rows(self, outcome: Outcome) -> None:
         found = {outcome.decision.drafter: outcome.rows}
         # The length of a match decides who drafts, and a drafter that needs one is known by it.
-        found |= {k: outcome.rows.by(k) for k in self._picker.matching if outcome.rows.drafters}
+        found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
         for drafter, rows in found.items():
             seen: dict[int | None, Counter[tuple[int, int]]] = {}
             count_rows(rows, seen)
@@ -466,6 +490,6 @@ class GoodputPolicy:
             pending = pending_rows.get(drafter, 0)
             self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)
             return
-        if k and drafter not in self._neural:
+        if k and drafter not in self._kinds.neural:
             k = max(outcome.rows.num_verified, default=k)
         self._times.observe(drafter, k, batch, step_s)

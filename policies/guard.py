@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from policies.average import Average
 from policies.cusum import Cusum
@@ -59,6 +58,16 @@ class _Trial:
     """Probability with which ``rest`` has begun it in the step that is planned now."""
 
 
+class _Asked(NamedTuple):
+    """The note of a decision that the guard's policy made."""
+
+    decision: Decision
+    """As the policy made it."""
+
+    def columns(self) -> Mapping[str, float]:
+        return self.decision.columns()
+
+
 class Guard:
     """Implements ``DraftPolicy`` around another one."""
 
@@ -80,8 +89,6 @@ class Guard:
         self._probe_share = probe_share
         self._costs = LiveCosts(context.drafters, drafter_for(drafter, context), context.max_draft)
         self._rng = random.Random(context.seed + 1)
-        self._awaited: deque[tuple[Decision, Decision]] = deque(maxlen=8)
-        """Decisions as the engine has them, and as the policy made them."""
         self._was_drafting = False
         """The last step observed was drafted: the next one need not catch up."""
         self.num_shifts = self.num_trials = 0
@@ -145,9 +152,7 @@ class Guard:
         propensity = chance * inner.propensity
         if not inner.draft_k:
             propensity += 1 - chance  # the guard itself would have decoded plainly
-        decision = inner.with_propensity(min(propensity, 1.0))
-        self._awaited.append((decision, inner))
-        return decision
+        return inner.asked_for(min(propensity, 1.0), _Asked(inner))
 
     def observe(self, outcome: Outcome) -> None:
         """Weigh a drafted step, learn the time of a plain one, and pass on what is the policy's."""
@@ -159,11 +164,8 @@ class Guard:
                 self._weigh(outcome)
                 self._judge_trial()
         self._was_drafting = is_drafted
-        while self._awaited:
-            ours, theirs = self._awaited.popleft()
-            if ours is outcome.decision:
-                self.inner.observe(replace(outcome, decision=theirs))
-                return
+        if isinstance(asked := outcome.decision.note, _Asked):
+            self.inner.observe(replace(outcome, decision=asked.decision))
 
     def _weigh(self, outcome: Outcome) -> None:
         # With the time of planning, which plain decoding does without.
@@ -208,7 +210,6 @@ class Guard:
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Other weights: a trial tells whether they pay."""
-        self._awaited.clear()
         self.inner.on_swap(drafter, version, calibration)
         self._begin()
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -45,7 +45,6 @@ _PUBLISHED_ROUNDS = 16.0
 _MOST_WEIGHT = 4.0
 """Largest weight of what was heard against what was expected."""
 _KEPT_VERSIONS = 32
-_AWAITED = 8
 
 
 @dataclass(slots=True)
@@ -115,6 +114,16 @@ class _Stretch(NamedTuple):
     left: int
 
 
+class _Heard(NamedTuple):
+    """The note of a decision whose losses count."""
+
+    chance: float
+    """Probability with which these experts were heard."""
+
+    def columns(self) -> Mapping[str, float]:
+        return {"heard": self.chance}
+
+
 class HedgePolicy:
     """Implements ``DraftPolicy``. Deterministic for one seed and one sequence of calls."""
 
@@ -137,8 +146,6 @@ class HedgePolicy:
         """The mix that all experts draft in."""
         self._stretch: _Stretch | None = None
         self._rng = random.Random(context.seed)
-        self._awaited: deque[tuple[Decision, float]] = deque(maxlen=_AWAITED)
-        """Decisions whose losses count, and the probabilities of their stretches."""
         self._counts = Counter[str]()
 
     @classmethod
@@ -180,10 +187,9 @@ class HedgePolicy:
         k = self._rng.choices(range(max_k + 1), law)[0]
         if not k:
             return self._plain(chance * law[0])
-        decision = Decision(stretch.drafter, k, chance * law[k], k != best, "hedge", self.kind)
-        if k == best:
-            self._awaited.append((decision, stretch.chance))
-        return decision
+        note = _Heard(stretch.chance) if k == best else None
+        propensity = chance * law[k]
+        return Decision(stretch.drafter, k, propensity, k != best, "hedge", self.kind, note=note)
 
     def _plain(self, propensity: float) -> Decision:
         explore = propensity < 1
@@ -212,11 +218,10 @@ class HedgePolicy:
         kinds = list(self._experts)
         k = max(expert.best_k(obs.batch, max_k) for expert in self._experts.values())
         picks = tuple(Pick(self._rng.choice(kinds), 1 / len(kinds), "try") for _ in obs.caps)
-        decision = Decision(
-            stretch.drafter, k, chance, explore=True, reason="hear", policy=self.kind, picks=picks
-        )
-        self._awaited.append((decision, 1.0))
-        return decision
+        return Decision(
+            stretch.drafter, k, chance, explore=True, reason="hear", policy=self.kind, picks=picks,
+            note=_Heard(1.0),
+        )  # fmt: skip
 
     # ---- learning ------------------------------------------------------------------------------
 
@@ -237,11 +242,8 @@ class HedgePolicy:
             if kind in self._experts:
                 keep = 0.5 ** (1 / self._own.half_life_steps)
                 self._experts[kind].life.observe(its, keep)
-        while self._awaited:
-            decision, chance = self._awaited.popleft()
-            if decision is outcome.decision:
-                self._charge(outcome.batch, decision.draft_k, own, chance)
-                return
+        if isinstance(heard := outcome.decision.note, _Heard):
+            self._charge(outcome.batch, outcome.decision.draft_k, own, heard.chance)
 
     def _observe_time(self, outcome: Outcome) -> None:
         if outcome.has_prefill or outcome.step_s <= outcome.plan_s:
@@ -283,7 +285,6 @@ class HedgePolicy:
         expert = self._experts.get(drafter)
         if expert is None:
             return
-        self._awaited.clear()
         self._stretch = None
         if expert.version is not None:
             expert.former.pop(expert.version, None)

@@ -12,10 +12,11 @@ The life of a decision:
    per request, fewer where ``caps`` say so, none where a drafter with ``needs_match`` has no match.
    Every round of the trace carries the decision's ``policy`` and ``propensity``, for off-policy
    estimates (``policies.off_policy``). With an ``allocation``, the device cuts each request's draft
-   to a length of its own before it is verified (``policies.allocation``).
-4. **Observe.** ``observe`` receives the outcome once the host has read the step. Outcomes come in
-   the order of the decisions, but the next step may be planned before this one is observed. A step
-   launched before a swap and read after it is never observed.
+   to a length of its own before it is verified (``policies.allocation``). Everything else that a
+   policy knows of its decision is in its ``note``, which nobody but the policy understands.
+4. **Observe.** ``observe`` receives the outcome, with the decision and its note, once the host has
+   read the step. Outcomes come in the order of the decisions, but the next step may be planned
+   before this one is observed. A step launched before a swap and read after it is never observed.
 5. **Swap.** ``on_swap`` is called between two steps when a drafter gets other weights.
 
 Lossless by construction: ``plan`` runs before the step's tokens are drawn, on figures of earlier
@@ -33,6 +34,8 @@ from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 from policies.allocation import Allocation
+
+_NOTHING: Mapping[str, float] = {}
 
 
 class DrafterTraits(Protocol):
@@ -147,9 +150,21 @@ class StepObs:
         return most if self.caps[0] >= most else min(most, max(self.caps))
 
 
+class Note(Protocol):
+    """What one policy attaches to a decision: a record of its own type, mostly a ``NamedTuple``."""
+
+    def columns(self) -> Mapping[str, float]:
+        """Figures that traces keep in every round of the step, by name: finite numbers that float32
+        can hold. A trace has them as ``kind.name``; empty if the note is for ``observe`` alone.
+        ``policies evaluate`` compares ``tokens`` of a request and ``seconds`` of a step with what
+        came."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do in this step."""
+    """What to do in this step: what the engine must know to run it, and what every log is judged
+    by. A policy that knows more puts it into a note; it does not add a field here."""
 
     drafter: str
     """Kind of the drafter, or name of a mix; ``none`` iff draft_k is 0."""
@@ -166,14 +181,21 @@ class Decision:
     not at all. Batches in which a request asks for log probabilities are not cut."""
     picks: tuple[Pick, ...] | None = None
     """[batch] for a mix: who drafts for each request. ``None``: the first of the mix for all."""
+    note: Note | None = field(default=None, compare=False)
+    """The policy's own; it finds it again in ``Outcome.decision``, also where the engine has held
+    the decision to what the requests allow."""
 
-    def with_propensity(self, propensity: float) -> Decision:
-        """The same choice, made with another probability. ``dataclasses.replace`` takes three times
-        as long, and a guard does this at every step."""
+    def asked_for(self, propensity: float, note: Note) -> Decision:
+        """The same choice, made with another probability and with another note.
+        ``dataclasses.replace`` takes three times as long, and a guard does this at every step."""
         return Decision(
             self.drafter, self.draft_k, propensity, self.explore, self.reason, self.policy,
-            self.allocation, self.picks,
+            self.allocation, self.picks, note,
         )  # fmt: skip
+
+    def columns(self) -> Mapping[str, float]:
+        """What traces keep of the note."""
+        return _NOTHING if self.note is None else self.note.columns()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.live_costs import LiveCosts
 
-_AWAITED = 8
-"""Decisions that are remembered until their outcome comes; the engine has two at most."""
+
+class Law(NamedTuple):
+    """The note of a decision: what K was drawn from."""
+
+    chances: Sequence[float]
+    """[max_k + 1] probability of K = 0, 1, ... max_k."""
+
+    def columns(self) -> Mapping[str, float]:
+        return {}
 
 
 def spread(best: int, max_k: int, share: float) -> list[float]:
@@ -54,7 +61,6 @@ class LengthPolicy(ABC):
         self._needs_match = context.drafters[self.drafter].needs_match
         self._rng = random.Random(context.seed)
         self._counts = Counter[int]()
-        self._laws: deque[tuple[Decision, Sequence[float]]] = deque(maxlen=_AWAITED)
         self._ahead: dict[tuple[int, int], Sequence[float]] = {}
         """The next step's law by (batch, max_k), computed while the device works."""
         self._seen: tuple[int, int] | None = None
@@ -112,11 +118,8 @@ class LengthPolicy(ABC):
         self._counts[k] += 1
         drafter = self.drafter if k else "none"
         explore = law[k] < max(law)
-        decision = Decision(drafter, k, law[k], explore, self.kind, self.kind)
-        if k:
-            decision = self.completed(decision, obs.batch)
-        self._laws.append((decision, law))
-        return decision
+        decision = Decision(drafter, k, law[k], explore, self.kind, self.kind, note=Law(law))
+        return self.completed(decision, obs.batch) if k else decision
 
     def _law_of(self, batch: int, max_k: int) -> Sequence[float]:
         self._seen = batch, max_k
@@ -143,11 +146,8 @@ class LengthPolicy(ABC):
         compute the law of the next step, which most likely has the batch of the last one."""
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome)
-        while self._laws:
-            decision, law = self._laws.popleft()
-            if decision is outcome.decision:
-                self.learn(outcome, law)
-                break
+        if isinstance(law := outcome.decision.note, Law):
+            self.learn(outcome, law.chances)
         self._ahead.clear()
         if self._seen is not None:
             self._law_of(*self._seen)
@@ -163,7 +163,6 @@ class LengthPolicy(ABC):
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Forget what the former weights brought."""
         if drafter == self.drafter:
-            self._laws.clear()
             self._ahead.clear()
             self.forget(calibration)
 

@@ -81,6 +81,8 @@ class LoggedStep:
     """The device could shorten drafts."""
     is_timed: bool = True
     """``step_s`` is the time of rounds alone, as far as the trace tells."""
+    notes: tuple[tuple[str, float], ...] = ()
+    """What the policy noted, see ``buffer.records.Round``."""
 
     @property
     def has_figures(self) -> bool:
@@ -138,6 +140,7 @@ def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
         ),
         may_cut=any(r.considered is not None and r.considered.may_cut for r, _ in rounds),
         is_timed=all(r.is_timed for r, _ in rounds),
+        notes=one.notes,
     )
 
 

@@ -23,7 +23,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from policies.acceptance import AcceptanceModel, match_bucket
 from policies.interface import DrafterTraits, DraftRecord, Pick, StepObs
@@ -71,6 +71,29 @@ def needing_match(
     gain nothing over their other members without it."""
     found = {kind for kind, traits in drafters.items() if traits.needs_match}
     return frozenset(found | {mix for mix, kinds in mixes.items() if not found.isdisjoint(kinds)})
+
+
+class Kinds(NamedTuple):
+    """Drafters and mixes by what they need."""
+
+    neural: frozenset[str]
+    """Drafters that must catch up on rows committed without them, and all mixes."""
+    needing: frozenset[str]
+    """Those that are of use only where a request has a match."""
+    matching: tuple[str, ...]
+    """Drafters among these, no mixes."""
+    blind: frozenset[str]
+    """Those that must catch up and need no match."""
+
+    @classmethod
+    def of(
+        cls, drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
+    ) -> Self:
+        """Those of a server."""
+        neural = frozenset({kind for kind, one in drafters.items() if one.is_neural} | {*mixes})
+        needing = needing_match(drafters, mixes)
+        matching = tuple(kind for kind, one in drafters.items() if one.needs_match)
+        return cls(neural, needing, matching, neural - needing)
 
 
 def rows_of(

@@ -5,28 +5,23 @@ of another drafter between steps of the best arm, on the same traffic. A neural 
 after others is a catch-up, so single steps of it would never tell what it costs to draft.
 
 A stretch is charged its predicted loss against the best arm when it begins, and afterwards whatever
-it took beyond or below the prediction. It is paid from accounts that grow by a share of the time
-spent, 0.8 % while drafting pays and otherwise what settings state: exploration costs no more,
-however bad a drafter is, and an expensive stretch is postponed, never dropped. Another K of the
-drafter in use is cheap and wanted often, and would leave nothing to compare drafting with plain
-decoding, so it has an account of its own. Whatever is believed of an idle drafter, evidence keeps
-coming at a rate that only its cost bounds.
+it took beyond or below the prediction; beside plain decoding, a stretch of a drafter that must
+catch up is *on trial* instead and charged by what it does lose. The ledger pays, so exploration
+costs no more than it allows, however bad a drafter is. Whatever is believed of an idle drafter,
+evidence keeps coming at a rate that only its cost bounds.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from policies.choice import Choice
 from policies.forecast import PLAIN_ARM, Arm, Forecast
+from policies.ledger import Ledger, Purpose
 
-_BUDGET = 0.008
-"""Share of the time that stretches may lose while drafting pays."""
-_START_STEPS, _MOST_STEPS = 3.0, 12.0
-"""Balance of each account at first and at most, in plain steps."""
 _LEAST_STRETCH, _USUAL_STRETCH, _MOST_STRETCH = 2, 6, 32
 """Steps of a stretch of plain decoding or of an idle neural drafter; for others one is enough. It
 is longer where the arm loses less than the switch costs: arms that are nearly as good as the best
@@ -41,8 +36,9 @@ _OWED_STEPS = 4.0
 """Steps of plain decoding, or of what its arm is believed to lose, that a stretch leaves owed."""
 _MOST_LOST = 2.0
 """Largest loss of a step that counts against its stretch, in plain steps."""
-_WORTH_MORE = 1.0
-"""Plain steps' worth of time that a stretch must have saved to be continued at no charge."""
+_WORTH_MORE, _WORTH_SHARE = 1.0, 0.05
+"""Plain steps' worth of time that a stretch must have saved to be continued at no charge, and the
+share of its steps that this must be: what scatters adds up to a plain step now and then."""
 _DOUBT = 0.02
 """Standard deviation of the predicted ratio of arms from which on they are compared more often."""
 _DOUBT_STEPS = 8
@@ -60,7 +56,7 @@ class Stretch(NamedTuple):
     """Probability with which exactly this stretch was begun at its first step."""
 
 
-class _Option(NamedTuple):
+class Option(NamedTuple):
     """A stretch that could begin."""
 
     arm: Arm
@@ -68,28 +64,26 @@ class _Option(NamedTuple):
     num_steps: int
     loss_s: float
     """Seconds that it is predicted to lose; it switches once."""
+    purpose: Purpose
+    """That pays for it."""
 
 
 class Explorer:
     """Decides when to begin a stretch and of what."""
 
-    def __init__(
-        self, explore: float, seed: int, neural: Set[str], plain_budget: float = _BUDGET
-    ) -> None:
+    def __init__(self, explore: float, seed: int, neural: Set[str], ledger: Ledger) -> None:
         """
         Args:
             explore: share of steps that explore once figures are known.
             neural: kinds of the drafters that must catch up.
-            plain_budget: share of the time that stretches may lose while drafting does not pay.
+            ledger: pays.
         """
         self._explore = explore
-        self._plain_budget = plain_budget
         self._neural = neural
+        self._ledger = ledger
         self._rng = random.Random(seed)
-        self.accounts_s: dict[bool, float] = {}
-        """Balances: of stretches of the drafter in use (True) and of others (False)."""
-        self._wanted_s = 0.0
-        """Loss of the most expensive stretch that was an option of late."""
+        self.under_way: Stretch | None = None
+        """What is left of the stretch that was begun last."""
         self._most_owed_s = 0.0
         """What a stretch may leave to be earned: beyond what is believed of its arm, its loss was a
         passing disturbance, after which nothing is to be silent for long."""
@@ -98,29 +92,30 @@ class Explorer:
         self._haste, self._num_draws = 1.0, 0
         self._gained = "none"
         self._gain_steps = 0.0
-        """Plain steps' worth of time that the stretch under way, or the last one, has saved."""
+        """Plain steps' worth of time that the stretch under way, or the last one, has saved since
+        it caught up."""
+        self._num_steps = 0
+        """Steps in which it has."""
+        self._lost_steps = 0.0
+        """Plain steps' worth of time that it has lost unforeseen."""
 
-    def earn(self, step_s: float, plain_s: float, *, is_drafted: bool) -> None:
-        """Add a step's share to the accounts; one in which nothing was drafted is for others."""
-        if not self.accounts_s:
-            self.accounts_s = dict.fromkeys((True, False), _START_STEPS * plain_s)
-        most_s = max(_MOST_STEPS * plain_s, self._wanted_s)
-        half = _BUDGET / 2
-        shares = {True: half, False: half} if is_drafted else {False: self._plain_budget}
-        for is_own, share in shares.items():
-            grown_s = self.accounts_s[is_own] + share * step_s
-            self.accounts_s[is_own] = min(grown_s, most_s)
+    def take(self, stretch: Stretch) -> Stretch:
+        """Play a step of a stretch; what is left of it is under way."""
+        left = stretch.num_steps - 1
+        self.under_way = stretch._replace(num_steps=left) if left > 0 else None
+        return stretch
 
-    def goes_on(self, left: Stretch | None, choice: Choice, num_changes: int) -> Stretch | None:
+    def goes_on(self, choice: Choice, num_changes: int) -> Stretch | None:
         """The stretch under way, unless it has cost much more than predicted, or step times have
         changed: then it ends, and beside drafts a stretch of plain steps begins, whatever it costs.
 
         Args:
             num_changes: changes of step times so far; the start is one more.
         """
+        left, self.under_way = self.under_way, None
         has_changed, self._num_changes = num_changes != self._num_changes, num_changes
         if not has_changed:
-            return None if self._is_dear(choice.plain_s) else left
+            return None if self._is_dear else left
         return None if choice.base == "none" else Stretch(PLAIN_ARM, _USUAL_STRETCH, 1.0)
 
     def note_gain(
@@ -129,24 +124,28 @@ class Explorer:
         num_steps: float,
         plain_s: float,
         *,
-        is_charged: bool,
+        on_trial: bool,
         catches_up: bool,
     ) -> None:
         """A step of a stretch has saved so many plain steps' worth of time, or lost them.
 
         Args:
-            is_charged: the stretch was charged nothing when it began, because plain decoding is the
-                base; what its steps gain and lose is.
+            on_trial: the stretch was charged nothing when it began; what its steps gain and lose
+                is.
         """
-        self._gain_steps += max(num_steps, -_MOST_LOST)
-        self._gained = drafter if self._gain_steps > _WORTH_MORE else "none"
-        if is_charged:
+        if not catches_up:  # what that took is spent, whether the stretch goes on or not
+            self._gain_steps += max(num_steps, -_MOST_LOST)
+            self._num_steps += 1
+            is_worth = self._gain_steps > max(_WORTH_MORE, _WORTH_SHARE * self._num_steps)
+            self._gained = drafter if is_worth else "none"
+        if on_trial:
+            self._lost_steps = -self._gain_steps
             is_slow = num_steps < -_MOST_LOST
             # One step may be late; a second one is what the arm costs, and so is catching up.
             most = _MOST_EXCESS if catches_up or (is_slow and self._was_slow) else _MOST_LOST
             self._was_slow = is_slow
-            left_s = self.accounts_s[False] + max(num_steps, -most) * plain_s
-            self.accounts_s[False] = max(left_s, -self._most_owed_s)
+            cost_s = -max(num_steps, -most) * plain_s
+            self._ledger.charge(Purpose.ARM, cost_s, most_owed=self._most_owed_s)
 
     @property
     def more(self) -> Arm:
@@ -157,14 +156,17 @@ class Explorer:
         """
         return PLAIN_ARM if self._gained == "none" else (self._gained, 1)
 
-    def goes_on_unplanned(self, plain_s: float, num_changes: int) -> bool:
+    def goes_on_unplanned(self, num_changes: int) -> bool:
         """Whether a stretch may go on without a plan, which would cost as much as its steps."""
-        return num_changes == self._num_changes and not self._is_dear(plain_s)
+        return num_changes == self._num_changes and not self._is_dear
 
-    def _is_dear(self, plain_s: float) -> bool:
-        return bool(self.accounts_s) and self.accounts_s[False] < -_MUCH_STEPS * plain_s
+    @property
+    def _is_dear(self) -> bool:
+        return self._lost_steps > _MUCH_STEPS
 
-    def settle(self, step_s: float, predicted_s: float, *, catches_up: bool, is_own: bool) -> None:
+    def settle(
+        self, step_s: float, predicted_s: float, plain_s: float, *, catches_up: bool, is_own: bool
+    ) -> None:
         """Charge what an explored step took beyond its prediction, or return what it did not take.
 
         What another K of the drafter in use takes longer leaves little owed: mostly the machine is
@@ -177,9 +179,11 @@ class Explorer:
         if not catches_up and not (was_slow and self._was_slow):
             return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
-        account_s = self.accounts_s[False]
-        least_s = min(account_s, -predicted_s) if is_own else -math.inf
-        self.accounts_s[False] = max(account_s - excess_s, least_s)
+        if not catches_up:
+            self._lost_steps += excess_s / plain_s
+        owed_s = -self._ledger.balance(Purpose.ARM)
+        most_owed_s = max(owed_s, predicted_s) if is_own else math.inf
+        self._ledger.charge(Purpose.ARM, excess_s, most_owed=most_owed_s)
 
     @property
     def wants_doubt(self) -> bool:
@@ -195,20 +199,23 @@ class Explorer:
         """
         self._haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
 
-    def draw(self, seen: Forecast, choice: Choice, num_steps: int) -> tuple[Stretch | None, float]:
+    def draw(
+        self, options: Sequence[Option], choice: Choice, num_steps: int
+    ) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:
+            options: those of this choice.
             num_steps: steps since this was asked last.
         """
-        if not self._explore or not self.accounts_s:
+        if not self._explore or not self._ledger.is_open:
             return None, 1.0
         self._num_draws += 1
-        options = self._affordable(seen, choice)
+        options = self._affordable(options)
         if not options:
             return None, 1.0
-        total = sum(one.weight for one in options)
-        mean_steps = sum(one.weight * one.num_steps for one in options) / total
+        total = sum([one.weight for one in options])
+        mean_steps = sum([one.weight * one.num_steps for one in options]) / total
         chance = min(self._explore * self._haste * num_steps / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
@@ -218,23 +225,24 @@ class Explorer:
     def trial(self, arm: Arm, choice: Choice) -> Stretch | None:
         """A stretch of an arm whose weights have changed, begun without a draw; ``None``: nothing
         is explored. What stretches of the former weights owe is forgotten."""
-        if not self._explore or not self.accounts_s:
+        if not self._explore or not self._ledger.is_open:
             return None
-        self.accounts_s[False] = max(self.accounts_s[False], 0.0)
+        self._ledger.forgive(Purpose.ARM)
         return self._begin(self._option(arm, 1.0, choice), choice, 1.0)
 
-    def _begin(self, one: _Option, choice: Choice, propensity: float) -> Stretch:
-        if self._is_charged_later(one.arm, choice):
+    def _begin(self, one: Option, choice: Choice, propensity: float) -> Stretch:
+        if self._is_on_trial(one.arm, choice):
             self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))
         else:
-            self.accounts_s[_is_own(one.arm, choice)] -= one.loss_s
-        self._gain_steps, self._gained = 0.0, "none"
+            self._ledger.charge(one.purpose, one.loss_s)
+        self._gain_steps, self._num_steps, self._gained = 0.0, 0, "none"
+        self._lost_steps = 0.0
         return Stretch(one.arm, one.num_steps, propensity)
 
-    def _affordable(self, seen: Forecast, choice: Choice) -> list[_Option]:
-        """The stretches that can be paid for now."""
+    def options(self, seen: Forecast, choice: Choice) -> list[Option]:
+        """The stretches that could begin, whatever they lose; nothing changes."""
         (drafter, k), options = choice.arm, {}
-        if choice.base != "none":
+        if choice.base != "none" or k:  # an index may draft in every step beside no base
             options[PLAIN_ARM] = self._haste
         if k:
             options[drafter, seen.max_k] = 1.0
@@ -242,43 +250,51 @@ class Explorer:
             options[drafter, min(k + 1, seen.max_k)] = 2.0
             options[drafter, max(k - 1, 1)] = 2.0
         for idle in seen.seconds.keys() - {drafter}:
-            arms = [(idle, k) for k in range(1, seen.max_k + 1)]
-            options[max(arms, key=choice.values.__getitem__)] = 2.0
+            options[choice.best_of(idle)] = 2.0
         options.pop(choice.arm, None)
-        found = [self._option(arm, options[arm], choice) for arm in sorted(options)]
-        self._wanted_s = max((one.loss_s for one in found), default=0.0)
-        return [one for one in found if one.loss_s <= self.accounts_s[_is_own(one.arm, choice)]]
+        return [self._option(arm, options[arm], choice) for arm in sorted(options)]
 
-    def is_charged_later(self, drafter: str) -> bool:
-        """Beside plain decoding, a stretch of this drafter is charged by what it loses."""
-        return drafter in self._neural
+    def _affordable(self, found: Sequence[Option]) -> list[Option]:
+        """The stretches that can be paid for now."""
+        self._ledger.wanted_s = max([one.loss_s for one in found], default=0.0)
+        balance = self._ledger.balance
+        own_s, other_s = balance(Purpose.LENGTH), balance(Purpose.ARM)
+        return [
+            one
+            for one in found
+            if one.loss_s <= (own_s if one.purpose is Purpose.LENGTH else other_s)
+        ]
 
-    def _is_charged_later(self, arm: Arm, choice: Choice) -> bool:
-        return choice.base == "none" and self.is_charged_later(arm[0])
+    def is_on_trial(self, drafter: str, base: str) -> bool:
+        """Whether a step of a stretch of this drafter is charged by what it loses."""
+        return base == "none" and drafter in self._neural
+
+    def _is_on_trial(self, arm: Arm, choice: Choice) -> bool:
+        return self.is_on_trial(arm[0], choice.base)
 
     def _length(self, arm: Arm, choice: Choice) -> int:
-        is_idle = arm[0] in self._neural and arm[0] != choice.base
-        if not is_idle and arm != PLAIN_ARM:
-            return 1
+        """Steps of a stretch of plain decoding or of an idle drafter."""
         switch_s = choice.charges_s[arm[0]]
         step_s = max(choice.loss_s(arm) - switch_s, switch_s / _MOST_STRETCH, 1e-9)
-        least = _TRIAL_STEPS if self._is_charged_later(arm, choice) else _LEAST_STRETCH
+        least = _TRIAL_STEPS if self._is_on_trial(arm, choice) else _LEAST_STRETCH
         longest = max(least, round(_MUCH_STEPS * choice.plain_s / step_s))
         usual = max(_USUAL_STRETCH, least)
         return min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
 
-    def _option(self, arm: Arm, weight: float, choice: Choice) -> _Option:
+    def _option(self, arm: Arm, weight: float, choice: Choice) -> Option:
         """A stretch of an arm, with what it is predicted to lose: it switches once.
 
         What is charged by what it does lose counts as at most a plain step: a prediction that is
         far too high would postpone for thousands of steps the only thing that can correct it.
         """
+        drafter, k = arm
+        is_own = k > 0 and drafter == choice.arm[0]
+        purpose = Purpose.LENGTH if is_own else Purpose.ARM
+        is_idle = drafter in self._neural and drafter != choice.base
+        if k and not is_idle:
+            return Option(arm, weight, 1, choice.loss_s(arm), purpose)
         num_steps = self._length(arm, choice)
         loss_s = choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
-        if self._is_charged_later(arm, choice):
+        if self._is_on_trial(arm, choice):
             loss_s = min(loss_s, choice.plain_s)
-        return _Option(arm, weight, num_steps, loss_s)
-
-
-def _is_own(arm: Arm, choice: Choice) -> bool:
-    return arm[1] > 0 and arm[0] == choice.arm[0]
+        return Option(arm, weight, num_steps, loss_s, purpose)

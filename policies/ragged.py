@@ -14,10 +14,9 @@ in place of the drawn one's, which would not be lossless.
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from configs.policies import RaggedSettings
 from configs.schema import PolicySettings
@@ -47,6 +46,16 @@ class _Way:
         return self.tokens.mean / self.seconds.mean
 
 
+class _Drawn(NamedTuple):
+    """The note of every decision."""
+
+    inner: Decision
+    """As ``goodput`` made it."""
+
+    def columns(self) -> Mapping[str, float]:
+        return self.inner.columns()
+
+
 class RaggedPolicy:
     """Implements ``DraftPolicy`` around ``goodput``."""
 
@@ -65,8 +74,6 @@ class RaggedPolicy:
         """By size of batch: as planned, and ragged."""
         self._batch = 1
         """Of the last step seen: a resting policy is not told."""
-        self._awaited: deque[tuple[Decision, Decision]] = deque(maxlen=8)
-        """Decisions as the engine has them, and as ``goodput`` made them."""
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -96,23 +103,19 @@ class RaggedPolicy:
         k = min(inner.draft_k + self._extra, most)
         can_be = inner.drafter in self._neural and not inner.explore
         if not can_be or k <= inner.draft_k or self._batch < 2:
-            return self._note(replace(inner, policy=self.kind), inner)
+            return replace(inner, policy=self.kind, note=_Drawn(inner))
         share = self._ragged_share()
         if self._rng.random() >= share:
             chance = inner.propensity * (1 - share)
             # Ways are compared on steps of both that could have been either.
-            as_planned = replace(inner, policy=self.kind, propensity=chance, reason="planned")
-            return self._note(as_planned, inner)
+            return replace(
+                inner, policy=self.kind, propensity=chance, reason="planned", note=_Drawn(inner)
+            )
         allocation = Allocation(_CUT, 0.0, budget_each=float(inner.draft_k))
-        decision = replace(
+        return replace(
             inner, policy=self.kind, propensity=inner.propensity * share, reason="ragged",
-            draft_k=k, allocation=allocation,
+            draft_k=k, allocation=allocation, note=_Drawn(inner),
         )  # fmt: skip
-        return self._note(decision, inner)
-
-    def _note(self, ours: Decision, theirs: Decision) -> Decision:
-        self._awaited.append((ours, theirs))
-        return ours
 
     def _ragged_share(self) -> float:
         """Probability of a ragged step."""
@@ -132,18 +135,13 @@ class RaggedPolicy:
             kept = outcome.rows.num_accepted
             way.tokens.add(1 + sum(kept) / len(kept))
             way.seconds.add(outcome.step_s - outcome.plan_s)
-        while self._awaited:
-            ours, theirs = self._awaited.popleft()
-            if _is_same(ours, decision):
-                if ours.allocation is None:
-                    held = replace(theirs, drafter=decision.drafter, draft_k=decision.draft_k)
-                    passed = theirs if decision is ours else held
-                    self.inner.observe(replace(outcome, decision=passed))
-                return
+        if isinstance(drawn := decision.note, _Drawn) and decision.allocation is None:
+            # The engine may have held it to what the requests allow.
+            inner = replace(drawn.inner, drafter=decision.drafter, draft_k=decision.draft_k)
+            self.inner.observe(replace(outcome, decision=inner))
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Compare anew."""
-        self._awaited.clear()
         self._ways.clear()
         self.inner.on_swap(drafter, version, calibration)
 
@@ -155,8 +153,3 @@ class RaggedPolicy:
             for size, ways in self._ways.items()
         }
         return {**self.inner.figures(), "kind": self.kind, "ragged": ragged}
-
-
-def _is_same(ours: Decision, seen: Decision) -> bool:
-    """Whether the engine's decision is this one, perhaps held to what the requests allow."""
-    return ours is seen or replace(ours, drafter=seen.drafter, draft_k=seen.draft_k) == seen

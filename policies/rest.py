@@ -6,8 +6,8 @@ a GPU 0.6 to 1.2 ms. So a plan holds for some steps, and looks are made at every
 they find more than they cost.
 
 While plain decoding is the best there is, nothing pays for plans and looks. What they took is then
-*owed*: no other plan, and no other look, is made before the steps since have earned it, at a share
-of their time that settings state. That holds for whatever they take, expected or not.
+owed to the ledger: no other plan, and no other look, is made before the steps since have earned it.
+That holds for whatever they take, expected or not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from policies.acceptance import Floats, match_bucket
 from policies.average import Average
 from policies.forecast import PLAIN_ARM, Arm, by_bucket
 from policies.interface import Outcome, RowOutcomes, StepObs
+from policies.ledger import Ledger, Purpose
 
 _REST_SHARE = 0.003
 """While drafting pays: share of the time that plans may take, and that looks may take while they
@@ -45,17 +46,12 @@ _MOST_COST = 3.0
 class Rest:
     """Leaves out plans, and looks at matches, where they do not pay."""
 
-    def __init__(self, plan_share: float, look_share: float) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         """
         Args:
-            plan_share: of the time while plain decoding is the best, that plans without a look may
-                take.
-            look_share: what plans with a look may take besides.
+            ledger: is owed what plans and looks take.
         """
-        self._shares = {False: plan_share, True: look_share}
-        self._owed = dict.fromkeys((False, True), 0.0)
-        """Plain steps' worth of time that plans without and with a look took and that is not earned
-        yet. What looks have found is credit for further ones, below 0."""
+        self._ledger = ledger
         self.is_resting = False
         """The last plan was for several steps."""
         self.is_plain = True
@@ -73,6 +69,8 @@ class Rest:
         """What is done meanwhile."""
         self.num_since = 1
         """Steps since the last plan."""
+        self.gathered = Gathered()
+        """Outcomes of steps without a plan."""
         self.glance: Glance | None = None
         """Replaces plans while looks find nothing; ``None``: every look is planned for."""
         self._looked: bool | None = None
@@ -92,7 +90,7 @@ class Rest:
             planned = self._costs[False].mean
             alone = self._glances.mean if self._glances.num else max(cost - planned, 0.0)
             cost = min(cost, alone + planned / max(self._num_steps(planned), 1))
-            if self._owed[True] > _MOST_OWED:
+            if not self._ledger.affords(Purpose.LOOK, -_MOST_OWED):
                 return False
         return self._find.mean >= cost
 
@@ -104,7 +102,7 @@ class Rest:
     @property
     def may_plan(self) -> bool:
         """Another plan is paid for."""
-        return not self.is_plain or self._owed[False] <= 0
+        return not self.is_plain or self._ledger.affords(Purpose.PLAN)
 
     @property
     def is_over(self) -> bool:
@@ -115,15 +113,9 @@ class Rest:
         if self.pays:
             return True
         if self.is_plain:
-            return self._owed[True] <= 0
+            return self._ledger.affords(Purpose.LOOK)
         least = min(math.ceil(self._costs[True].mean / _REST_SHARE), _MOST_UNLOOKED)
         return self.num_unlooked >= least
-
-    def passed(self, num_steps: float) -> None:
-        """So many plain steps' worth of time went by."""
-        for looked, owed in self._owed.items():
-            if owed > 0:
-                self._owed[looked] = max(owed - self._shares[looked] * num_steps, 0.0)
 
     def _num_steps(self, cost: float) -> int:
         """Steps that a plan holds for."""
@@ -138,13 +130,16 @@ class Rest:
         self._looked, self._is_paid, self._by_glance = looked, is_paid, False
         self.num_unlooked += not looked
 
-    def note_cost(self, share: float) -> None:
+    def note_cost(self, plan_s: float, plain_s: float) -> None:
         """Take in what the last plan took, unless that is known.
 
         Args:
-            share: its time relative to a plain step; 0 where the host had time for it.
+            plan_s: its seconds; 0 where the host had time for it.
+            plain_s: those of a plain step.
         """
         if self._looked is not None:
+            share, purpose = plan_s / plain_s, Purpose.LOOK if self._looked else Purpose.PLAN
+            self._ledger.note_spent(purpose, plan_s)
             self._costs[self._looked].add(share)
             if self._by_glance:
                 self._glances.add(share)
@@ -154,7 +149,7 @@ class Rest:
                 # Looks are made at every step as long as they seem to pay. Of these, only the last
                 # is owed: all of them, after a swap, would forbid looks for ten thousand steps.
                 most = max(charge, min(usual, _MOST_OWED))
-                self._owed[self._looked] = min(self._owed[self._looked] + charge, most)
+                self._ledger.charge(purpose, charge, most_owed=most)
             self._looked = None
 
     def note_saved(self, share: float) -> None:
@@ -165,7 +160,7 @@ class Rest:
                 plain step; below 0 if it was slower.
         """
         if self.is_plain:
-            self._owed[True] = max(self._owed[True] - max(share, -1.0), -_MOST_CREDIT)
+            self._ledger.credit(Purpose.LOOK, max(share, -1.0), _MOST_CREDIT)
 
     def note_find(self, share: float) -> None:
         """Take in one look.
@@ -207,7 +202,7 @@ class Rest:
         """Forget what looks found: other weights draft now."""
         self.glance = None
         self._find, self.left = Average(_REST_GAIN, mean=1.0), 0
-        self._owed = dict.fromkeys(self._owed, 0.0)
+        self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
 
 
 class Glance(NamedTuple):
@@ -242,11 +237,16 @@ class Gathered:
         self.rounds: dict[int | None, Counter[tuple[int, int]]] = {}
         self.num_steps = 0
         self.seconds = 0.0
+        """Of steps whose time says something,"""
+        self.tokens_each = 0.0
+        """and the sum of tokens of a request in each of these."""
 
     def add(self, outcome: Outcome) -> None:
         self.num_steps += 1
         if not outcome.has_prefill:
             self.seconds += outcome.step_s
+            if outcome.decision.draft_k:
+                self.tokens_each += outcome.rows.tokens_each
         self.drafter = outcome.decision.drafter
         if outcome.decision.draft_k:
             count_rows(outcome.rows, self.rounds)

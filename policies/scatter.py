@@ -21,6 +21,10 @@ _NOISE_START = 0.1
 """Standard deviation of the logarithm of a step's time before anything is measured."""
 _NOISE_LEAST = 0.01
 _NOISE_GAIN = 0.03
+_RATIO_GAIN = 0.003
+_RATIO_PROOF = 2.0
+"""Square of the standard errors by which a drafter's own ratio must differ from the common one
+before it counts; beyond that it counts the more the clearer it differs (James-Stein)."""
 _LATE_GAIN, _OWN_LATE_GAIN = 0.003, 0.001
 """Gains of the averages of late time, over all steps and over those of one drafter."""
 _LATE_SD = 0.03
@@ -33,8 +37,9 @@ class Scatter:
     def __init__(self, drafters: Iterable[str]) -> None:
         self.noise = _NOISE_START
         """Standard deviation of the logarithm of a step's time."""
-        self.ratio = 1.0
-        """Mean of a step's time, as far as it counts, relative to the typical one."""
+        self._ratio = Average(_RATIO_GAIN, mean=1.0)
+        """Time of a step, as far as it counts, relative to the typical one."""
+        self._own_ratio = {kind: Average(_RATIO_GAIN) for kind in ("none", *drafters)}
         self._num_observed = 0
         self._late = Average(_LATE_GAIN)
         self._own_late = {kind: Average(_OWN_LATE_GAIN) for kind in ("none", *drafters)}
@@ -46,15 +51,28 @@ class Scatter:
             kind: its drafter, or ``none``.
         """
         self._num_observed += 1
-        gain = max(_NOISE_GAIN, 1 / self._num_observed)
         counted = min(step_s / typical_s, math.exp(CLIP * self.noise))
-        self.ratio += gain * (counted - self.ratio)
+        self._ratio.add(counted)
+        self._own_ratio[kind].add(counted)
         # The mean size of a normal deviate is 0.8 standard deviations.
         size = min(abs(math.log(step_s / typical_s)), 3 * self.noise) / 0.8
         self.noise = max(_NOISE_LEAST, self.noise + _NOISE_GAIN * (size - self.noise))
         late_s = step_s - counted * typical_s
         self._late.add(late_s)
         self._own_late[kind].add(late_s)
+
+    def ratio(self, kind: str) -> float:
+        """Mean of the time of a drafter's steps, as far as it counts, relative to the typical one.
+
+        Each has its own: a slice of time that a trainer takes from the GPU doubles a plain step
+        and lengthens one of five draft tokens by a quarter.
+        """
+        own, common = self._own_ratio[kind], self._ratio
+        difference = own.mean - common.mean
+        squares = own.weight * difference**2 / max(common.variance, 1e-9)
+        if squares <= _RATIO_PROOF:
+            return common.mean
+        return common.mean + (1 - _RATIO_PROOF / squares) * difference
 
     def late_s(self, kind: str, plain_s: float) -> float:
         """Mean seconds that a drafter's steps are late.

@@ -47,6 +47,9 @@ _MANY_OUTLIERS = 4
 """Surprises beyond what counts, in a row, that are a change instead,"""
 _CHANGE_SD = 1.0
 """of this standard deviation."""
+_MOST_SD = 3.0
+"""Prior standard deviations that the factors of drafters can go: further out a draft would seem to
+take no time, or all of it, and its logarithm would need hundreds of steps to come back."""
 _LEAST_SHARE = 0.15
 """Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
 would take a factor of ten hundreds of steps to be found."""
@@ -74,6 +77,8 @@ class StepTimes:
         is_known = self._profile.is_measured
         self._prior = _prior(self._max_draft, len(self._drafters), is_known)
         self._state = np.zeros(len(self._prior))
+        self._most = _MOST_SD * np.sqrt(self._prior.diagonal())
+        self._most[: 1 + _SIZES] = math.inf  # of the machine, which may change by any factor
         self._values: list[float] = self._state.tolist()
         """The state again: reading numbers of a list is faster."""
         self._cov = self._prior.copy()
@@ -109,6 +114,7 @@ class StepTimes:
         limit = CLIP * math.sqrt(variance)
         counted = min(max(surprise, -limit), limit)
         self._state += moves * (counted / variance)
+        np.clip(self._state, -self._most, self._most, out=self._state)
         self._cov -= moves[:, None] * (moves / variance)
         self._num_observed += 1
         self._values = self._state.tolist()
@@ -139,7 +145,7 @@ class StepTimes:
     def plain_s(self, batch: int) -> float:
         """Predicted seconds of a plain step."""
         typical_s = self._typical_plain_s(batch)
-        return self._scatter.ratio * typical_s + self._scatter.late_s("none", typical_s)
+        return self._scatter.ratio("none") * typical_s + self._scatter.late_s("none", typical_s)
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
         """Predicted seconds at K = 1, 2, ... max_draft, not decreasing. Must not be changed."""
@@ -152,7 +158,8 @@ class StepTimes:
         first, values = self._first[drafter], self._values
         common = math.exp(values[first] + values[first + 1 + self._max_draft + _size(batch)])
         typical_s = self._typical_plain_s(batch)
-        mean_s, late_s = self._scatter.ratio * typical_s, self._scatter.late_s(drafter, typical_s)
+        mean_s = self._scatter.ratio(drafter) * typical_s
+        late_s = self._scatter.late_s(drafter, typical_s)
         times, longest = [], 0.0
         # In plain Python: for so few numbers it takes a third of the time of numpy.
         for increment, cost in zip(

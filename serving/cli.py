@@ -99,8 +99,10 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
     # --help and --print-config skip these imports: FastAPI, torch and transformers take seconds.
     started_s = time.perf_counter()
     from serving.http import answering_503, bind
+    from serving.http.connections import raise_limit
     from targets.find import checked_folder
 
+    raise_limit()
     bound = bind(settings)
     folder = checked_folder(settings.target, settings.target_cache)
     warn_without_disk(settings)

@@ -24,19 +24,13 @@ from configs.schema import Settings
 from serving.border.http_side import RemoteServer, Wire
 from serving.border.messages import ProtocolError, Welcome
 from serving.http import create_app
+from serving.http.connections import Listener
 from serving.http.drain import LAST_WORDS_S, http_config
 from serving.http.tallies import Tallies
 from serving.requests import EngineGoneError
 from targets.tokenizer import served_tokenizer
 
 log = logging.getLogger("serving.border")
-
-
-class SharedListener(socket.socket):
-    """A listening socket from which several processes accept."""
-
-    def listen(self, backlog: int = 0, /) -> None:
-        """It listens already, and its queue stays as long as it is."""
 
 
 class HttpServer(uvicorn.Server):
@@ -77,7 +71,7 @@ def main(listener: int, border: int, tallies: int, num_rows: int, row: int) -> N
         os.set_inheritable(descriptor, False)
     shared = Tallies.mapped(tallies, num_rows, row)
     try:
-        code = asyncio.run(_serve(SharedListener(fileno=listener), border, shared))
+        code = asyncio.run(_serve(Listener(fileno=listener), border, shared))
     except EngineGoneError:
         code = 1
     except ProtocolError as error:
@@ -86,14 +80,14 @@ def main(listener: int, border: int, tallies: int, num_rows: int, row: int) -> N
     raise typer.Exit(code)
 
 
-async def _serve(listener: SharedListener, border: int, tallies: Tallies) -> int:
+async def _serve(listener: Listener, border: int, tallies: Tallies) -> int:
     wire, welcome = await Wire.over(socket.socket(fileno=border))
     settings = Settings.model_validate_json(welcome.settings)
     set_up_logging(settings.log_level)
     server = await asyncio.to_thread(_server, wire, welcome, settings.target_cache)
     config = http_config(create_app(server, settings, tallies))
-    # Connections that each turn of the loop takes: a process that takes all that wait, as asyncio
-    # does by default, leaves none to the others.
+    # Connections that each turn of the loop takes: a process that takes all that wait leaves none
+    # to the others.
     config.backlog = 1
     await HttpServer(config, wire, server).serve(sockets=[listener])
     return 1 if wire.is_gone else 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from buffer.notes import table_of
 from buffer.records import Considering, Count, Rounds
 from serving.engine.sequence import NotedRounds
 
@@ -21,9 +22,10 @@ def round_columns(noted: NotedRounds) -> Rounds:
     steps, anchors, num_drafted, num_q, accepted, next_ids = (
         noted.rounds[column::width] for column in range(width)
     )
-    kinds, versions, draft_ks, propensities, batches, step_s, names, numbers, whys, timed = zip(
-        *steps, strict=True
-    )
+    (
+        kinds, versions, draft_ks, propensities, batches, step_s, names, numbers, whys, timed,
+        note_names, notes,
+    ) = zip(*steps, strict=True)  # fmt: skip
     num_p = [min(kept + 1, num) for kept, num in zip(accepted, num_drafted, strict=True)]
     drafters = tuple(dict.fromkeys(kinds))
     policies = tuple(dict.fromkeys(filter(None, names)))
@@ -55,6 +57,7 @@ def round_columns(noted: NotedRounds) -> Rounds:
         reasons,
         _considered(noted, len(steps)),
         np.array(noted.confidence, np.float32),
+        *table_of(note_names, notes),
     )
 
 

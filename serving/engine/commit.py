@@ -135,6 +135,12 @@ def _noted_picks(drafting: NotedStep, step: Step, draft: Proposed | None) -> dic
     }
 
 
+def _noted(decision: Decision) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """What the policy noted of its decision: names and values."""
+    columns = decision.columns()
+    return tuple(f"{decision.policy}.{name}" for name in columns), tuple(columns.values())
+
+
 Scored = Callable[[int, list[int], int], list[TokenLogprob]]
 """(request r of a step, its emitted tokens, number of alternatives) -> their log probabilities."""
 
@@ -189,7 +195,7 @@ class Commits:
         rest = (
             decision.draft_k, decision.propensity, len(batch), step.step_s,
             decision.policy, self.counters.num_steps % _STEP_NUMBERS, decision.reason,
-            step.is_timed,
+            step.is_timed, *_noted(decision),
         )  # fmt: skip
         idle = NotedStep("none", step.versions["none"], *rest)
         drafting = NotedStep(draft.drafter, step.version, *rest) if draft else idle

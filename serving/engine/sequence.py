@@ -25,6 +25,10 @@ class NotedStep(NamedTuple):
     step: int | None = None
     reason: str = ""
     is_timed: bool = True
+    note_names: tuple[str, ...] = ()
+    """Figures that the policy noted, as ``kind.name``,"""
+    notes: tuple[float, ...] = ()
+    """and their values."""
 
 
 class NotedRounds:

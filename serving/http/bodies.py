@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from serving.http.context import context_of
@@ -23,6 +24,7 @@ INLINE_BYTES = 32 << 10
 
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.?)*+"?|[\[\]{}]', re.DOTALL)
 """A string, including one without an end: rescanning it from each quote would be quadratic."""
+_UTF_8 = {"charset=utf-8", "charset=utf8"}
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -88,7 +90,14 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
-        raise from_validation(details[0], model) from None
+        raise from_validation(_first(details), model) from None
+
+
+def _first(details: Sequence[ErrorDetails]) -> ErrorDetails:
+    """What to tell the caller: a feature that is missing rather than a value beside it, such as
+    ``tool_calls`` rather than the content that a message with calls does not have."""
+    missing = (error for error in details if error["type"] == "unsupported_field")
+    return next(missing, details[0])
 
 
 def parse_json(body: bytes) -> Any:
@@ -150,9 +159,9 @@ def _has_body(request: Request) -> bool:
 def _check_content_type(request: Request) -> None:
     """Accept JSON only: a web page cannot send it to another origin without a preflight request."""
     given = request.headers.get("content-type", "")
-    kind, _, parameters = given.partition(";")
-    charset = parameters.strip().lower().replace('"', "")
-    if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+    kind, *parameters = given.lower().replace('"', "").split(";")
+    charsets = [word.strip() for word in parameters if word.strip().startswith("charset=")]
+    if kind.strip() != "application/json" or not set(charsets) <= _UTF_8:
         raise ApiError(415, "Send the body as 'Content-Type: application/json'.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "Send the body without Content-Encoding.")

@@ -13,6 +13,7 @@ from serving.http.errors import ApiError, internal, log_failure, unavailable
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_HEAD_BYTES = 16 << 10
+_ABSOLUTE = re.compile(r"https?://[^/]*", re.IGNORECASE)
 _ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -39,7 +40,7 @@ class Boundary:
 
         try:
             _check_head(scope)
-            await self._app(_without_slash(scope), receive, send_with_id)
+            await self._app(_usual(scope), receive, send_with_id)
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the process ends, and did not wait for this request
@@ -52,18 +53,40 @@ class Boundary:
                 await internal(request_id).response()(scope, receive, send_with_id)
 
 
-def _without_slash(scope: Scope) -> Scope:
-    """The scope with a path that does not end in a slash: ``/v1/models/`` is ``/v1/models``."""
+def _usual(scope: Scope) -> Scope:
+    """The scope as routes know it.
+
+    - ``/v1/models/`` is ``/v1/models``.
+    - A target with scheme and host, as clients behind a proxy send it, is its path (RFC 9112,
+      Section 3.2.2).
+    - HEAD is GET; the HTTP server leaves the body of its answer out (RFC 9110, Section 9.3.2).
+    """
     path = scope["path"]
-    return {**scope, "path": path[:-1]} if len(path) > 1 and path.endswith("/") else scope
+    if (whole := _ABSOLUTE.match(path)) is not None:
+        path = path[whole.end() :] or "/"
+    if len(path) > 1 and path.endswith("/"):
+        path = path[:-1]
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "method": method}
 
 
 def _check_head(scope: Scope) -> None:
     """Limit the request line and headers. The HTTP parser limits incomplete ones only.
 
     Raises:
-        ApiError: 431.
+        ApiError: 431; 400 for a body of two lengths, of which a proxy in front may believe the
+            other (RFC 9112, Section 6.3).
     """
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" in names and (
+        b"content-length" in names or scope["http_version"] == "1.0"
+    ):
+        raise ApiError(
+            400,
+            "Send either Content-Length or, in HTTP/1.1, Transfer-Encoding.",
+            code="invalid_http",
+            headers={"Connection": "close"},
+        )
     num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
     num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
     if num_bytes > MAX_HEAD_BYTES:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import socket
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from types import FrameType
 from typing import Protocol
 
@@ -24,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.schema import Settings
 from serving.http.boundary import MAX_HEAD_BYTES
+from serving.http.connections import ACCEPTS, Listener, is_near_limit
 from serving.http.context import of_app
 from serving.http.errors import ApiError, invalid, logger
 from serving.http.server_file import SERVER_FILE, ServerFile, remove_stale
@@ -99,7 +102,16 @@ def http_config(app: FastAPI) -> uvicorn.Config:
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        backlog=ACCEPTS,
     )
+
+
+_ADVICE = {
+    errno.EADDRINUSE: "stop the process that listens there, or choose another port (0 for a free "
+    "one)",
+    errno.EACCES: "choose a port from 1024 on, or let this user bind lower ones",
+}
+_NOT_HERE = "server.host must be an address of this machine; 0.0.0.0 and :: are all of them"
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -113,16 +125,18 @@ def bind(settings: Settings) -> socket.socket:
     host, port = settings.server.host, settings.server.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Without the protocol asyncio leaves Nagle's algorithm on: answers wait 40 ms for an ACK.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-        bound.listen(BACKLOG)  # two sockets may be bound to one port until one of them listens
+        super(Listener, bound).listen(
+            BACKLOG
+        )  # two sockets may be bound to one port until one of them listens
     except OSError as error:
         bound.close()
         raise OSError(
             f"cannot bind server.host {host} and server.port {port}: {error.strerror}; "
-            f"stop the process that listens there, or choose another port (0 for a free one)"
+            f"{_ADVICE.get(error.errno or 0, _NOT_HERE)}"
         ) from error
     # A killed server could not remove it, and this one is not reachable under that address.
     remove_stale(settings.run_dir / SERVER_FILE)
@@ -254,15 +268,27 @@ class DrainingServer(uvicorn.Server):
         return True
 
 
+def _too_many_connections() -> ApiError:
+    return ApiError(
+        503,
+        "The server holds as many connections as it may open files (ulimit -n); retry shortly.",
+        code="too_many_connections",
+        headers={"Retry-After": "1"},
+    )
+
+
 class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with a time limit on headers: without it, a client that never finishes a
-    request line holds its socket forever."""
+    """uvicorn's HTTP/1.1 with a time limit on headers, without which a client that never finishes a
+    request line holds its socket forever, and with a limit on connections."""
 
     _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch_headers()
+        if is_near_limit(transport.get_extra_info("socket").fileno()):
+            self._send_refusal(_too_many_connections())
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -283,8 +309,10 @@ class GuardedProtocol(H11Protocol):
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
             ("Connection", "close"),
+            *(error.headers or {}).items(),
         ]
-        response = h11.Response(status_code=error.status, headers=headers, reason=b"Bad Request")
+        reason = HTTPStatus(error.status).phrase.encode()
+        response = h11.Response(status_code=error.status, headers=headers, reason=reason)
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
 

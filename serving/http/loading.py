@@ -16,6 +16,7 @@ from typing import Any
 from starlette.responses import Response
 
 from serving.http.boundary import MAX_HEAD_BYTES
+from serving.http.connections import ACCEPTS, is_near_limit
 from serving.http.errors import ApiError
 from serving.http.response_bodies import Health
 from serving.http.responses import json_answer
@@ -40,7 +41,7 @@ def answering_503(listener: socket.socket) -> Iterator[None]:
     """
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(
-        asyncio.start_server(_answer, sock=listener.dup(), limit=MAX_HEAD_BYTES)
+        asyncio.start_server(_answer, sock=listener.dup(), limit=MAX_HEAD_BYTES, backlog=ACCEPTS)
     )
     thread = threading.Thread(target=loop.run_forever, name="loading", daemon=True)
     thread.start()
@@ -76,6 +77,8 @@ def _others() -> set[asyncio.Task[Any]]:
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
+        if is_near_limit(writer.get_extra_info("socket").fileno()):
+            return
         async with asyncio.timeout(_HEAD_S):
             head = await reader.readuntil(b"\r\n\r\n")
         writer.write(_response(head))

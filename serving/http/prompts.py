@@ -14,6 +14,9 @@ from serving.http.errors import invalid
 
 T = TypeVar("T")
 
+_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What expressions of a template raise; anything else is a fault of ours."""
+
 
 class PromptEncoder:
     """The target's tokenizer on a separate thread: a long prompt delays other prompts, but not the
@@ -38,7 +41,8 @@ class PromptEncoder:
         """Token ids of a conversation, up to the start of the assistant's turn.
 
         Raises:
-            ApiError: 400, the target has no chat template or its template refuses the messages.
+            ApiError: 400, the target has no chat template, or its template refuses the messages or
+                fails on them.
         """
         if not self._tokenizer.chat_template:
             raise invalid(
@@ -47,13 +51,21 @@ class PromptEncoder:
                 code="no_chat_template",
             )
         try:
-            return await self._run(lambda: self._chat_ids(messages))
+            text = await self._run(lambda: self._chat_text(messages))
         except jinja2.TemplateError as error:
             raise invalid(
                 f"the target's chat template refuses these messages: {error.message}",
                 param="messages",
                 code="chat_template",
             ) from None
+        except _FAULTS as error:  # its text may quote a message
+            raise invalid(
+                f"the target's chat template fails on these messages ({type(error).__name__}); "
+                f"use /v1/completions",
+                param="messages",
+                code="chat_template",
+            ) from None
+        return await self._run(lambda: self._ids(text, add_special_tokens=False))
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -70,8 +82,9 @@ class PromptEncoder:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(encoding.ids)
 
-    def _chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        text = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
+    def _chat_text(self, messages: Sequence[dict[str, str]]) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False
+            )
         )
-        return self._ids(text, add_special_tokens=False)

@@ -180,7 +180,8 @@ class CompletionRequest(GenerationBody):
 
 
 class ChatMessage(Body):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
+    """``developer`` is a newer name of ``system``, which chat templates are told."""
     content: ContentField
 
     name: Annotated[Any, Neutral()] = None

@@ -28,6 +28,8 @@ sampling_values = st.dictionaries(
     texts, finite | st.integers() | texts | st.booleans() | st.none(), max_size=5
 )
 
+halves = st.integers(-1000, 1000).map(lambda n: n / 2)
+
 
 def assert_same(left, right):
     """Equal in every field, arrays bit by bit and by type."""
@@ -64,6 +66,7 @@ def round_at(draw, anchor):
         policy=draw(texts),
         step=draw(st.none() | st.integers(0, 2**30 - 1)),
         reason=draw(texts),
+        notes=tuple(sorted(draw(st.dictionaries(texts, halves, max_size=3)).items())),
     )
 
 
@@ -195,13 +198,48 @@ def test_rounds_of_an_older_writer_have_no_policy_no_step_and_no_reason(make_tra
     trace = make_trace(rounds=Rounds.of(noted))
     older = trace.rounds.counts[:FIRST_COUNTS]
 
-    text = {"policies": [], "reasons": []}
+    text = {"policies": [], "reasons": [], "notes": []}
     record = rewritten(trace, text=text, columns={"counts": ("I32", older)})
 
     decoded = decode_trace(encode_trace(trace)).rounds
     noted = [(one.policy, one.step, one.reason, one.is_timed) for one in decoded]
     assert noted == [("goodput", 7, "probe", False)] * 2
     assert_same(decode_trace(record), make_trace())
+
+
+def test_notes_need_no_field_and_an_older_reader_passes_over_them(make_trace):
+    """Rounds of two policies, and one of a policy that noted nothing."""
+    plain, notes = make_trace(), ((("a.x", 0.5), ("b.y", -2.0)), ())
+    rounds = [dataclasses.replace(r, notes=n) for r, n in zip(plain.rounds, notes, strict=True)]
+    trace = make_trace(rounds=Rounds.of(rounds))
+    assert [one.notes for one in decode_trace(encode_trace(trace)).rounds] == [*notes]
+
+    # What a reader of before takes of it: all but the key and the column that it does not know.
+    older = rewritten(trace, text={"notes": []}, columns={"notes": None})
+    assert_same(decode_trace(older), plain)
+    assert len(encode_trace(plain)) < len(encode_trace(trace))
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        ({"notes": "a.x"}, {}, "notes must be a list of names"),
+        ({"notes": ["a.x"]}, {"notes": None}, "notes must be F32 with 1 rows of 2 values"),
+        ({"notes": ["a.x"]}, {"notes": ("I32", [1, 2])}, "got I32 with 2"),
+        ({"notes": ["a.x"]}, {"notes": ("F32", [1, 2, 3])}, "got F32 with 3"),
+        ({"notes": ["a.x"]}, {"notes": ("F32", [1, math.inf])}, "must be a finite number"),
+        ({"notes": ["a.x"] * 2}, {"notes": ("F32", [1] * 4)}, "all different and in order"),
+        ({"notes": ["b", "a"]}, {"notes": ("F32", [1] * 4)}, "all different and in order"),
+        ({"notes": [7]}, {"notes": ("F32", [1, 2])}, "short names"),
+        (
+            {"notes": [f"{n:02}" for n in range(65)]}, {"notes": ("F32", [1] * 130)},
+            "at most 64 notes, got 65",
+        ),
+    ],
+)  # fmt: skip
+def test_notes_that_contradict_the_rounds_are_refused(make_trace, text, columns, message):
+    with pytest.raises(UnreadableRecordError, match=message):
+        decode_trace(rewritten(make_trace(), text=text, columns=columns))
 
 
 def test_a_column_of_an_unknown_dtype_is_passed_over(make_trace):

@@ -113,6 +113,7 @@ def traces_of(steps: Sequence[LoggedStep], num_steps_each: int = 50) -> list[Tra
                         (-0.5,) * min(row.num_accepted + 1, len(ids)), row.num_accepted, 5,
                         step.draft_k, step.propensity, step.batch, step.step_s,
                         policy=step.policy, step=at, considered=row.considered,
+                        notes=step.notes, is_timed=step.is_timed,
                     )
                 )  # fmt: skip
                 anchor += 1 + row.num_accepted

@@ -10,8 +10,18 @@ from policies.catalog import CATALOG
 ALTERNATING = '''
 """Drafters take turns at K = policy.draft_k; one whose weights have changed comes last."""
 
+from typing import NamedTuple
+
 from policies.fixed import PLAIN
 from policies.interface import Decision
+
+
+class Turn(NamedTuple):
+    drafter: str
+    number: int
+
+    def columns(self):
+        return {"turn": self.number}
 
 
 class AlternatingPolicy:
@@ -20,7 +30,7 @@ class AlternatingPolicy:
     def __init__(self, draft_k, context):
         self._draft_k = min(draft_k, context.max_draft)
         self._turns = list(context.drafters)
-        self._accepted = 0
+        self._accepted = dict.fromkeys(self._turns, 0)
 
     @classmethod
     def from_settings(cls, settings, context):
@@ -41,10 +51,12 @@ class AlternatingPolicy:
         k = min(self._draft_k, max(obs.caps))
         if not ready or k == 0:
             return PLAIN
-        return Decision(ready[obs.step % len(ready)], k, 1.0, explore=False, reason="turn")
+        turn = Turn(ready[obs.step % len(ready)], obs.step)
+        return Decision(turn.drafter, k, 1.0, False, "turn", "alternating", note=turn)
 
     def observe(self, outcome):
-        self._accepted += sum(outcome.rows.num_accepted)
+        if isinstance(turn := outcome.decision.note, Turn):
+            self._accepted[turn.drafter] += sum(outcome.rows.num_accepted)
 
     def on_swap(self, drafter, version, calibration):
         self._turns.sort(key=lambda kind: kind == drafter)
@@ -77,14 +89,15 @@ kinds = ("slow", "fast")
 settings = load_settings((), sys.argv[1:], {})
 policy = build_policy(settings.policy, dict.fromkeys(kinds, Traits()), settings.seed, 8)
 policy.calibrate([CostSample("slow", 3, 1, 0.02, 0.01), CostSample("fast", 3, 1, 0.01, 0.001)])
-arms = []
+arms, turns = [], []
 for step in range(6):
     decision = policy.rest() or policy.plan(StepObs(step, 1, (8,), None, kinds, 8, 0))
     arms.append([decision.drafter, decision.draft_k])
+    turns.append(decision.columns().get("turn"))
     policy.observe(Outcome(decision, 1, RowOutcomes((3,), (2,), (0,)), 0.01, 0.001, False, 0))
     if step == 3:
         policy.on_swap("fast", 1, {})
-print(json.dumps({"arms": arms, "figures": policy.figures()}))
+print(json.dumps({"arms": arms, "turns": turns, "figures": policy.figures()}))
 """
 
 
@@ -105,7 +118,8 @@ def test_a_policy_is_one_file_and_one_catalog_line(tmp_path):
     assert played["arms"] == [
         [kind, 3] for kind in ("fast", "slow", "fast", "slow", "slow", "fast")
     ]
-    assert played["figures"] == {"kind": "alternating", "accepted": 12}
+    assert played["figures"] == {"kind": "alternating", "accepted": {"slow": 6, "fast": 6}}
+    assert played["turns"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_new_policy_is_guarded_unless_settings_or_its_class_say_otherwise(tmp_path):

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from policies.goodput import GoodputPolicy
+from policies.goodput import GoodputPolicy, Predicted
 from policies.interface import Decision, Outcome, RowOutcomes, StepObs
+from policies.ledger import Purpose
 from tests.policies.simulated import (
     DRAFTERS,
     NEURAL,
@@ -216,16 +217,24 @@ def test_equal_seeds_decide_equally():
     assert decisions(1) != decisions(2)
 
 
+def fill(made, seconds):
+    """Set the balances for stretches."""
+    made._ledger.is_open = True
+    for purpose in (Purpose.ARM, Purpose.LENGTH):
+        made._ledger.clear(purpose)
+        made._ledger.charge(purpose, -seconds)
+
+
 def affordable(made):
     """Keep the account full, so that any stretch can be paid for."""
-    made._explorer.accounts_s = {True: 1.0, False: 1.0}
+    fill(made, 1.0)
 
 
 def test_catching_up_is_charged_to_the_drafter_that_must():
     world = World(eagle=(0.8,) * 8, others={"second": (0.6,) * 8}, cold_s=0.002)
     made = policy(world=world)
     run(made, world, steps=800, seed=0)
-    made._explorer.accounts_s = {True: -1.0, False: -1.0}  # no stretches
+    fill(made, -1.0)  # no stretches
     see = obs(drafters=("eagle3", "second"), matches=None)
     made._steps.drafter = "none"
     assert made.plan(see).drafter == "eagle3"
@@ -250,7 +259,8 @@ def test_propensities_equal_the_frequencies_of_draws():
     counts, said = Counter(), {}
     for _ in range(3000):
         affordable(made)
-        made._chooser.base, made._steps.drafter, made._stretch = "eagle3", "eagle3", None
+        made._chooser.base, made._steps.drafter = "eagle3", "eagle3"
+        made._explorer.under_way = None
         decision = made.plan(obs())
         arm = (decision.drafter, decision.draft_k)
         counts[arm] += 1
@@ -314,13 +324,23 @@ def test_steps_with_prefill_teach_acceptance_but_no_times():
     assert made.figures()["acceptance"]["eagle3/0"]["rounds"][0] == 1
 
 
-def test_a_step_that_was_never_observed_does_not_confuse_the_account():
-    """A step that fails, or that a swap overtakes, is planned and not observed."""
-    made = policy(world=World())
-    decisions = [made.plan(obs()) for _ in range(3)]
-    last = decisions[-1]
-    made.observe(Outcome(last, 1, RowOutcomes((last.draft_k,), (0,), (0,)), 0.015, 0.001, False, 0))
-    assert not made._steps._awaited
+def test_a_stretch_that_requests_cut_short_is_charged_all_the_same():
+    """The engine holds a decision that was made without a look to what the requests allow."""
+
+    def balance(*, is_held):
+        made = policy(world=World(eagle=(0.02,) * 8), explore=0.5)
+        run(made, World(eagle=(0.02,) * 8), steps=300, seed=0)
+        decision = Decision(
+            "eagle3", 4, 1.0, True, "probe", "goodput", note=Predicted(1.5, 0.015, False, {}, True)
+        )
+        if is_held:
+            decision = replace(decision, draft_k=2)
+        before = made._ledger.balance(Purpose.ARM)
+        made._explorer._most_owed_s = 10.0
+        made.observe(Outcome(decision, 1, RowOutcomes((2,), (0,)), 0.015, 0.001, False, 0))
+        return before - made._ledger.balance(Purpose.ARM)
+
+    assert balance(is_held=True) == balance(is_held=False) > 0
 
 
 def test_figures_are_json():
@@ -342,6 +362,7 @@ def test_what_was_prepared_for_a_plan_is_what_the_plan_would_compute(world):
             made._times._arms.clear()
             made._times._plain.clear()
             made._forecaster._known.clear()
+            made._ahead = None
             return plan(seen)
 
         if forgets:
@@ -367,3 +388,31 @@ def test_planning_takes_microseconds(batch, limit_s):
         times.append(time.thread_time() - start)
     # Three times the limit: a test machine may be slow and busy.
     assert sorted(times)[len(times) // 2] < 3 * limit_s
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 3, "caps": (8,) * 3}, {"caps": (8, 3)}, {"max_draft": 4}, {"matches": (0, 0)},
+        {"drafters": ("eagle3", "suffix")}, {"pending_rows": {"eagle3": 9}},
+    ],
+)  # fmt: skip
+def test_a_plan_uses_what_was_weighed_ahead_for_steps_like_the_last_one_alone(changes):
+    made = GoodputPolicy(
+        context({"eagle3": NEURAL}), explore=0.05, half_life_rounds=200, margin=1.01
+    )
+    made.calibrate(World(batch=2, has_index=False).profile())
+    usual = obs(2, drafters=("eagle3",), matches=None)
+    for _ in range(40):
+        decision = made.plan(usual)
+        rows = RowOutcomes((decision.draft_k,) * 2, (min(decision.draft_k, 2),) * 2)
+        made.observe(Outcome(decision, 2, rows, 0.010 + 0.001 * decision.draft_k, 0.0, False, 0))
+    ahead, fresh = made._ahead, made._steps.drafter
+
+    assert ahead.is_for(usual, fresh)
+    assert ahead.is_for(replace(usual, step=9, version=2), fresh)
+    assert not ahead.is_for(usual, "another")
+    assert not ahead.is_for(replace(usual, **changes), fresh)
+
+    made.observe(Outcome(decision, 3, RowOutcomes((0,) * 3, (0,) * 3), 0.02, 0.0, False, 0))
+    assert made._ahead is None, "the next batch is another one"

@@ -179,10 +179,7 @@ def test_ucb_counts_no_longer_draft_than_ran():
     counted for it, never those that went on."""
     policy = build("ucb")
     for _ in range(3):
-        decision = dataclasses.replace(policy.plan(obs()))
-        policy._laws[-1] = (decision, [1.0])
-        decision = dataclasses.replace(decision, draft_k=2)
-        policy._laws[-1] = (decision, [1.0])
+        decision = dataclasses.replace(policy.plan(obs()), draft_k=2)
         policy.observe(Outcome(decision, 1, RowOutcomes([2], [0]), 0.01, 0.0, False, 0))
 
     assert [reward is None for reward in policy.figures()["rewards"]["1"]] == [

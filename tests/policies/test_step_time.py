@@ -174,3 +174,19 @@ def test_noise_does_not_move_arms_that_are_not_tried(sigma):
         drafter = "eagle3" if k else "none"
         model.observe(drafter, k, batch, noise * truth(drafter, k, batch)[0])
     assert before / 1.5 < model.plain_s(64) < 1.5 * before
+
+
+def test_a_drafters_cost_is_not_carried_beyond_belief():
+    """Plain steps happen to be timed while a trainer holds the GPU, and one draft token while it
+    does not. That carried the drafter's factor to nothing, where every K seemed to take as long as
+    one, and where hundreds of steps of all K did not bring it back."""
+    model = calibrated()
+    for _ in range(6):
+        observe(model, [("none", 0)], 8, CALM, steps=30, factor=3.0)
+        observe(model, [("eagle3", 1)], 8, CALM, steps=100, factor=0.85)
+    truly = [truth("eagle3", k, 8)[0] for k in (1, 8)]
+    times = model.arm_times("eagle3", 8)
+    assert times[7] - times[0] > 0.1 * (truly[1] - truly[0])
+    observe(model, [("none", 0), ("eagle3", 8), ("eagle3", 1)], 8, CALM, steps=150)
+    times = model.arm_times("eagle3", 8)
+    assert times[7] - times[0] == pytest.approx(truly[1] - truly[0], rel=0.15)

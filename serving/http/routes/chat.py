@@ -17,7 +17,7 @@ from serving.http.errors import documented, invalid
 from serving.http.generation import Generation
 from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
 from serving.http.logprobs import chat_logprobs
-from serving.http.request_bodies import ChatRequest
+from serving.http.request_bodies import ChatMessage, ChatRequest
 from serving.http.response_bodies import (
     ChatAnswer,
     ChatChoice,
@@ -49,7 +49,7 @@ async def create_chat_completion(
     """Answer a conversation, rendered with the target's own chat template."""
     context = context_of(request)
     check_model(context, body)
-    messages = [{"role": m.role, "content": m.content} for m in body.messages]
+    messages = [{"role": _role(message), "content": message.content} for message in body.messages]
     job = plan_job(
         request,
         body,
@@ -69,6 +69,10 @@ async def create_chat_completion(
     with generation:
         outputs = await generation.answers(request.receive)
     return json_answer(writer.response(generation, outputs))
+
+
+def _role(message: ChatMessage) -> str:
+    return "system" if message.role == "developer" else message.role
 
 
 def max_tokens(body: ChatRequest) -> int | None:

@@ -220,7 +220,12 @@ def test_fp8_rows_keep_small_and_large_values():
 def test_columns_of_rounds_are_what_the_rounds_were():
     """With and without drafts, with fewer draft tokens than K, drawn or not."""
     luck = random.Random(0)
-    noted_of = [("", None, ""), ("ucb", 1, "probe", False), ("goodput", 2, "rest", True)]
+    noted_of = [
+        ("", None, ""),
+        ("ucb", 1, "probe", False, ("ucb.z", "ucb.a"), (1.5, 2.5)),
+        ("goodput", 2, "rest", True, ("goodput.tokens", "goodput.large"), (0.25, 1e300)),
+    ]
+    kept_of = [(), (("ucb.a", 2.5), ("ucb.z", 1.5)), (("goodput.tokens", 0.25),)]
     steps = [
         NotedStep(kind, version, k, 0.5, 3, 0.25, *noted_of[version])
         for version, (kind, k) in enumerate([("none", 0), ("eagle3", 4), ("suffix", 8)])
@@ -243,6 +248,7 @@ def test_columns_of_rounds_are_what_the_rounds_were():
                 anchor, step.drafter, step.version, tuple(drafted), tuple(q) or None,
                 tuple(p[:seen]), kept, 7, step.draft_k, 0.5, 3, 0.25,
                 policy=step.policy, step=step.step, reason=step.reason, is_timed=step.is_timed,
+                notes=kept_of[step.version],
             )
         )  # fmt: skip
 

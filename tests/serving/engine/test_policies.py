@@ -70,3 +70,18 @@ def test_rounds_of_one_step_share_its_number_and_decision(model, overlaps):
     assert all(len(decisions) == 1 for decisions in steps.values())
     drawn = [k for decisions in steps.values() for k, _, _ in decisions]
     assert len(set(drawn)) >= 5, "every K is as likely"
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_what_a_policy_notes_is_in_the_rounds_of_its_steps(model, overlaps):
+    """Predictions of the default policy; steps of a rest have none."""
+    _, rounds = decoded(model, overlaps, kind="goodput")
+
+    noted = [one for each in rounds.values() for one in each if one.notes]
+    assert noted
+    for one in noted:
+        predicted = dict(one.notes)
+        assert predicted.keys() == {"goodput.tokens", "goodput.seconds"}
+        assert 1 <= predicted["goodput.tokens"] <= one.draft_k + 1
+        assert predicted["goodput.seconds"] > 0
+        assert one.reason != "rest"

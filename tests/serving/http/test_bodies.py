@@ -265,6 +265,22 @@ def test_messages_that_are_not_text_are_refused(message):
     assert refusal({"messages": [message]}, ChatRequest).body.error.param.startswith("messages.0")
 
 
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}, "tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "tool_calls"),
+        ({"role": "assistant", "content": None, "function_call": {"name": "f"}}, "function_call"),
+        ({"role": "assistant", "content": None, "audio": {"id": "a"}}, "audio"),
+        ({"role": "assistant", "content": None}, "content"),
+    ],
+)
+def test_a_feature_that_is_missing_is_named_rather_than_what_it_leaves_out(message, param):
+    error = refusal({"messages": [*HELLO, message]}, ChatRequest).body.error
+    assert error.param == f"messages.1.{param}"
+    assert (error.code == "unsupported_field") == (param != "content")
+
+
 def test_an_answer_of_ours_can_be_sent_back_as_a_message():
     message = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None}
     parsed({"messages": [*HELLO, message]}, ChatRequest)

@@ -87,6 +87,14 @@ def test_a_port_that_is_bound_is_held(tmp_path: Path, first: str, second: str):
     bind(settings(tmp_path, port, second)).close()
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
+def test_an_address_of_another_machine_is_told_from_a_port_in_use(tmp_path: Path, host: str):
+    with pytest.raises(OSError, match=f"cannot bind server.host {host} ") as caught:
+        bind(settings(tmp_path, 0, host))
+    assert "must be an address of this machine" in str(caught.value)
+    assert "stop the process" not in str(caught.value)
+
+
 def test_of_many_servers_at_the_same_moment_one_gets_the_port(tmp_path: Path):
     port = free_port()
 

@@ -1,0 +1,66 @@
+"""Expected tokens of a batch are the sum over its requests, each held to its cap."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from policies.acceptance import AcceptanceModel, match_bucket
+from policies.forecast import Forecaster, by_bucket
+from policies.interface import StepObs
+from policies.step_time import StepTimes
+from tests.policies.simulated import DRAFTERS, World
+
+MATCHES = (0, 0, 2, 7, 300, 3, 0, 12, 5)
+CAPS = (8, 3, 8, 0, 8, 1, 9, 5, 8)
+
+
+@pytest.fixture
+def forecaster():
+    acceptance = AcceptanceModel(200, DRAFTERS, 8)
+    acceptance.tick(9)
+    acceptance.observe("eagle3", {None: Counter({(4, 2): 40, (4, 0): 5}), 3: {(4, 4): 9}}, 9)
+    acceptance.observe("suffix", {4: Counter({(8, 8): 9, (8, 1): 5})}, 9)
+    times = StepTimes(8, DRAFTERS)
+    times.calibrate(World().profile())
+    return Forecaster(acceptance, times, {"suffix"}, 8), acceptance
+
+
+def obs(matches, caps):
+    return StepObs(0, len(caps), caps, matches, tuple(DRAFTERS), 8, 0)
+
+
+def test_rows_are_counted_by_bucket_however_long_a_match_is():
+    expected = Counter(map(match_bucket, MATCHES))
+    assert by_bucket(MATCHES) == [expected[bucket] for bucket in range(6)]
+    assert by_bucket(MATCHES[:4]) == [2, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("max_k", [1, 5, 8])
+@pytest.mark.parametrize("caps", [CAPS, (8,) * 9])
+def test_every_request_is_held_to_its_cap(forecaster, max_k, caps):
+    made, acceptance = forecaster
+    seen = made.forecast(obs(MATCHES, caps), max_k)
+    for drafter in DRAFTERS:
+        table = acceptance.expected_tokens(drafter)
+        for k in range(max_k + 1):
+            by_row = [
+                table[match_bucket(match), min(k, cap)]
+                for match, cap in zip(MATCHES, caps, strict=True)
+            ]
+            assert seen.tokens[drafter][k] == pytest.approx(sum(by_row))
+
+
+def test_where_nobody_looked_short_requests_have_no_match_and_others_what_they_usually_have(
+    forecaster,
+):
+    made, acceptance = forecaster
+    made.note_mix(made.forecast(obs(MATCHES, (8,) * 9), 8))
+    usual = [share / 9 for share in made.forecast(obs(None, (8,) * 9), 8).rows]
+    seen, table = made.forecast(obs(None, CAPS), 8), acceptance.expected_tokens("eagle3")
+    for k in range(9):
+        short = sum(table[0, min(k, cap)] for cap in CAPS if cap < 8)
+        whole = sum(share * table[bucket, k] for bucket, share in enumerate(usual))
+        num_whole = sum(cap >= 8 for cap in CAPS)
+        assert seen.tokens["eagle3"][k] == pytest.approx(short + num_whole * whole)

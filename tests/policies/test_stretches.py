@@ -1,0 +1,112 @@
+"""Stretches of a drafter beside plain decoding: when they end, and what they leave behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from policies.choice import Choice, Chooser
+from policies.forecast import PLAIN_ARM, Forecast
+from policies.ledger import Ledger
+from policies.probes import Explorer
+
+PLAIN_S = 0.001
+
+
+def forecast(speed):
+    """Of one drafter with K = 1 that is so many times as fast as plain decoding."""
+    return Forecast(
+        batch=1, caps=(1,), max_k=1, plain_s=PLAIN_S, seconds={"eagle3": [PLAIN_S, 2 * PLAIN_S]},
+        tokens={"eagle3": [1.0, 2 * speed]}, usual_tokens={"eagle3": [1.0, 2 * speed]},
+        rows=[1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    )  # fmt: skip
+
+
+def chosen(chooser, speed, fresh, catch_up_s=4 * PLAIN_S):
+    seen = forecast(speed)
+    choice = chooser.weigh(seen, fresh, {"eagle3": catch_up_s}, looked=False)
+    chooser.take(choice, seen, fresh)
+    return choice
+
+
+@pytest.fixture
+def on_trial():
+    """An explorer whose drafter has just begun a trial beside plain decoding, and the choice."""
+    ledger = Ledger(0.005)
+    ledger.save(PLAIN_S, PLAIN_S, is_drafted=False)
+    explorer = Explorer(0.05, 0, frozenset({"eagle3"}), ledger)
+    chooser = Chooser(1.01, {"eagle3": frozenset({"eagle3"})})
+    choice = chosen(chooser, 0.9, "none")
+    explorer.goes_on(choice, 1)
+    stretch = explorer.trial(("eagle3", 1), choice)
+    explorer.take(stretch)
+    return explorer, choice, ledger
+
+
+def note(explorer, num_steps, *, catches_up=False):
+    explorer.note_gain("eagle3", num_steps, PLAIN_S, on_trial=True, catches_up=catches_up)
+
+
+def test_coming_back_is_paid_for_and_does_not_end_the_trial(on_trial):
+    explorer, choice, ledger = on_trial
+    note(explorer, -9.0, catches_up=True)
+    assert ledger.balance(1) < 0
+    assert explorer.goes_on_unplanned(1)
+    left = explorer.goes_on(choice, 1)
+    assert left is not None
+    assert left.arm == ("eagle3", 1)
+
+
+def test_steps_that_lose_end_it(on_trial):
+    explorer, choice, _ = on_trial
+    note(explorer, -9.0, catches_up=True)
+    note(explorer, -1.9)
+    assert explorer.goes_on_unplanned(1)
+    note(explorer, -1.9)
+    assert not explorer.goes_on_unplanned(1)
+    assert explorer.goes_on(choice, 1) is None
+
+
+def test_what_gained_after_coming_back_goes_on_at_no_charge(on_trial):
+    explorer, _, _ = on_trial
+    note(explorer, -9.0, catches_up=True)
+    assert explorer.more == PLAIN_ARM
+    note(explorer, 0.6)
+    note(explorer, 0.6)
+    assert explorer.more == ("eagle3", 1)
+
+
+def test_stretches_beside_plain_decoding_do_not_make_a_drafter_look_interrupted():
+    """A plan comes right after each of them, so plain decoding seemed broken off at every step,
+    and a drafter was expected to catch up as often if it were the base."""
+    chooser = Chooser(1.01, {"eagle3": frozenset({"eagle3"})})
+    for _ in range(200):
+        choice: Choice = chosen(chooser, 0.9, "eagle3")
+        assert choice.base == "none"
+    assert chosen(chooser, 1.2, "none").base == "eagle3"
+
+
+def test_interruptions_of_a_base_are_remembered_for_a_while():
+    chooser = Chooser(1.01, {"eagle3": frozenset({"eagle3"})})
+    for _ in range(100):
+        chosen(chooser, 3.0, "suffix")  # each step comes after one of an index
+    assert chooser.base == "eagle3"
+    chooser.base = "none"
+    assert chosen(chooser, 1.2, "none").base == "none"
+    for _ in range(300):
+        chosen(chooser, 0.9, "none")
+    assert chosen(chooser, 1.2, "none").base == "eagle3"
+
+
+def test_plain_decoding_is_tried_where_an_index_drafts_in_every_step():
+    """Its time is not known by that of drafts: a machine that is shared slows them differently."""
+    ledger = Ledger(0.005)
+    explorer = Explorer(0.05, 0, frozenset({"eagle3"}), ledger)
+    seen = forecast(0.5)._replace(
+        seconds={"suffix": [PLAIN_S, PLAIN_S]},
+        tokens={"suffix": [1.0, 1.5]},
+        usual_tokens={"suffix": [1.0, 1.5]},
+    )
+    choice = Chooser(1.01, {}, {"suffix"}).weigh(seen, "suffix", {})
+    assert choice.base == "none"
+    assert choice.arm == ("suffix", 1)
+    assert PLAIN_ARM in {option.arm for option in explorer.options(seen, choice)}
