@@ -459,6 +459,15 @@ def test_a_trace_that_was_evicted_before_it_was_committed_may_be_sent_again(
     first.close()  # it dies with what it learnt, and nobody can read that again
     second = TraceReader(place.open(), group="trainer")
     wait_until(lambda: not learn(second, learnt)[1:] and second.counts.quarantined > 0)
+
+    def is_learnt_once_it_is_sent_again():
+        before = counted((second,))
+        writer.append(encode_trace(make_trace(seq=0)))
+        writer.sync()
+        wait_until(lambda: learn(second, learnt) and counted((second,)) > before)
+        return learnt == [0, 0]
+
+    wait_until(is_learnt_once_it_is_sent_again)  # some notice only after a while who is dead
     writer.append(encode_trace(make_trace(seq=0)))
     writer.append(encode_trace(make_trace(seq=1)))
     writer.sync()
