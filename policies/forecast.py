@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Floats, match_bucket
+from policies.acceptance import AcceptanceModel, Floats
 from policies.interface import StepObs
 from policies.step_time import StepTimes
 
 _MIX_GAIN = 0.02
-"""Gain of the moving average of how rows spread over match buckets."""
+"""Gain of the moving average of how rows spread over kinds of match."""
 
 _NONE_CAPPED: Counter[tuple[int, int]] = Counter()
 
@@ -23,7 +23,7 @@ PLAIN_ARM: Arm = ("none", 0)
 
 
 class Forecast(NamedTuple):
-    """Predictions for one step. Lists are over K = 0, 1, ... max_k."""
+    """Predictions for one step. Lists are over K = 0, 1, ... max_k. There are B kinds of match."""
 
     batch: int
     caps: tuple[int, ...]
@@ -37,7 +37,7 @@ class Forecast(NamedTuple):
     usual_tokens: dict[str, list[float]]
     """Over a batch of this size with the matches that rows usually have."""
     rows: list[float]
-    """[6] rows by match bucket; where nobody looked, as they usually are."""
+    """[B] rows by kind of match; where nobody looked, as they usually are."""
 
     def arm(self, arm: Arm) -> tuple[float, float]:
         """(tokens, seconds) of an arm."""
@@ -71,19 +71,20 @@ class Forecaster:
         self._acceptance = acceptance
         self._times = times
         self._needing = needing
-        self._mix = np.array([1.0] + [0.0] * (NUM_BUCKETS - 1))
-        """[6] share of rows in each bucket, in steps without a drafter that needs a match."""
+        self._mix = np.array([1.0] + [0.0] * (acceptance.num_buckets - 1))
+        """[B] share of rows by kind of match, in steps without a drafter that needs one."""
         self._known: dict[str, _Usual] = {}
         """What each drafter is expected to bring as rows usually are, while it is still true."""
         self._rows: dict[int, list[float]] = {}
-        """Rows by match bucket as they usually are, by batch."""
+        """Rows by kind of match as they usually are, by batch."""
         self._drafters_last: tuple[str, ...] = ()
         """Those that could propose in the last step that was forecast."""
 
     def forecast(self, obs: StepObs, max_k: int) -> Forecast:
         """Predict every arm of a step."""
         self._drafters_last = obs.drafters
-        rows = self._usual_rows(obs.batch) if obs.matches is None else by_bucket(obs.matches)
+        num = self._acceptance.num_buckets
+        rows = self._usual_rows(obs.batch) if obs.matches is None else by_kind(obs.matches, num)
         full, capped = rows, _NONE_CAPPED
         if obs.caps.count(max_k) < obs.batch and min(obs.caps) < max_k:
             full, capped = self._by_cap(obs, max_k)
@@ -128,16 +129,16 @@ class Forecaster:
         return rows
 
     def _by_cap(self, obs: StepObs, max_k: int) -> tuple[list[float], Counter[tuple[int, int]]]:
-        """Rows by bucket that may have ``max_k`` tokens, and the others by (bucket, cap)."""
+        """Rows by kind that may have ``max_k`` tokens, and the others by (kind, cap)."""
         if obs.matches is None:
             short = [cap for cap in obs.caps if cap < max_k]
             return self._usual_rows(obs.batch - len(short)), Counter((0, cap) for cap in short)
-        full, capped = [0.0] * NUM_BUCKETS, Counter[tuple[int, int]]()
+        full, capped = [0.0] * self._acceptance.num_buckets, Counter[tuple[int, int]]()
         for match, cap in zip(obs.matches, obs.caps, strict=True):
             if cap >= max_k:
-                full[match_bucket(match)] += 1
+                full[match] += 1
             else:
-                capped[match_bucket(match), cap] += 1
+                capped[match, cap] += 1
         return full, capped
 
     def note_mix(self, seen: Forecast) -> None:
@@ -147,16 +148,16 @@ class Forecaster:
         self._rows.clear()
 
 
-def by_bucket(matches: Iterable[int]) -> list[float]:
-    """[6] rows by match bucket."""
-    rows = [0.0] * NUM_BUCKETS
+def by_kind(matches: Iterable[int], num_kinds: int) -> list[float]:
+    """[num_kinds] rows by kind of match."""
+    rows = [0.0] * num_kinds
     for match, count in Counter(matches).items():
-        rows[match_bucket(match)] += count
+        rows[match] += count
     return rows
 
 
 def _add_capped(totals: list[float], capped: Counter[tuple[int, int]], expected: Floats) -> None:
-    for (bucket, cap), count in capped.items():
-        by_k = expected[bucket].tolist()
+    for (match, cap), count in capped.items():
+        by_k = expected[match].tolist()
         for k in range(len(totals)):
             totals[k] += count * by_k[min(k, cap)]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from configs.schema import PolicySettings
-from policies.acceptance import NUM_BUCKETS, AcceptanceModel
+from policies.acceptance import AcceptanceModel
 from policies.choice import Choice, Chooser
 from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
@@ -126,7 +126,7 @@ class GoodputPolicy:
                 plans without a look at matches, and two tenths for those with one.
 
         Raises:
-            ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
+            ValueError: a drafter has neither one prior acceptance nor one for each kind of match.
         """
         drafters = with_mixes(context.drafters, context.mixes)
         self._neural = {kind for kind, traits in drafters.items() if traits.is_neural}
@@ -209,6 +209,10 @@ class GoodputPolicy:
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
         return bool(self._picker.matching) and (not self._neural or self._rest.wants_look())
+
+    def match_values(self, drafter: str) -> list[float] | None:
+        """Expected tokens of its longest draft, by kind of match."""
+        return self._acceptance.match_values(drafter)
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
@@ -374,14 +378,14 @@ class GoodputPolicy:
         return _decision(choice.arm, propensity, reason)
 
     def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
-        """What drafters that need matches gain over an arm without, by bucket."""
+        """What drafters that need matches gain over an arm without, by kind of match."""
         if not self._picker.matching or min(seen.caps) < seen.max_k:
             return None
         expected = {
             kind: self._acceptance.expected_tokens(kind)
             for kind in {*self._needing, *({blind[0]} & self._neural)}
         }
-        used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(NUM_BUCKETS)
+        used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(self._acceptance.num_buckets)
         blind_s = seen.arm(blind)[1]
         arms, gains, losses = [], [], []
         for kind in self._needing:
