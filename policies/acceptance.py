@@ -70,7 +70,7 @@ Floats = NDArray[np.float64]
 Outcomes = Mapping[tuple[int, int], int]
 """Number of rounds by (num_verified, num_accepted), num_verified >= 1."""
 ByBucket = Mapping[int | None, Outcomes]
-"""Rounds by bucket, which is the kind of match; under ``None`` those whose match nobody looked up."""
+"""Rounds by bucket, the kind of match; under ``None`` those whose match nobody looked up."""
 
 
 def num_buckets(drafters: Mapping[str, DrafterTraits]) -> int:

@@ -385,7 +385,7 @@ class GoodputPolicy:
             kind: self._acceptance.expected_tokens(kind)
             for kind in {*self._needing, *({blind[0]} & self._neural)}
         }
-        used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(self._acceptance.num_buckets)
+        used = expected[blind[0]][:, blind[1]] if blind[1] else np.ones(len(seen.rows))
         blind_s = seen.arm(blind)[1]
         arms, gains, losses = [], [], []
         for kind in self._needing:

@@ -227,7 +227,8 @@ class Glance(NamedTuple):
     def best(self, matches: tuple[int, ...]) -> tuple[Arm | None, float]:
         """The arm that gains the most with these matches, and the time that it saves in plain
         steps; ``None`` and 0 if none does."""
-        values = (self.gains @ np.array(by_kind(matches, self.gains.shape[1])) - self.losses).tolist()
+        rows = by_kind(matches, self.gains.shape[1])
+        values = (self.gains @ np.array(rows) - self.losses).tolist()
         most = max(values)
         if most <= 0:
             return None, 0.0

@@ -1,11 +1,11 @@
 """The training-free drafter: proposes what followed the last few tokens when they occurred before.
 
-Two texts are searched: the request itself, and recent finished traffic. Of the longest match in
-each, the one of the better *kind* wins, the request's own on ties. A kind is where the match is, how
-long, and whether its occurrences agree (``kinds.py``); how good each kind is, the policy learns from
-what is kept (``rank``), and until it says so the prior acceptance of each kind counts. Among the
-latest occurrences of the match that wins, the most frequent next token is proposed (the latest on
-ties), and so on, token by token.
+Two texts are searched: the request itself, and recent finished traffic. Each gives its longest
+match, and the one of the better *kind* wins, the request's own on ties. The kind of a match is
+where it was found, how long it is, and whether its occurrences agree (``kinds.py``). The policy
+learns what each kind is worth and says so (``rank``); until then their prior acceptance decides.
+Among the latest occurrences of the match that wins, the most frequent next token is proposed (the
+latest on ties), and so on, token by token.
 
 ``suffix`` searches both, ``suffix_request`` the request alone.
 
@@ -25,8 +25,8 @@ fixed, about 100 bytes per token (40 MB at the default recent_tokens).
 Lazy: following a request only stores its tokens, and a finished one only waits. A lookup first
 indexes what waits and links the tokens of its own request, so an index that nobody asks costs next
 to nothing, and the first lookup after a rest pays for the rest. Where nobody asks for long, older
-finished sequences are skipped (``recent.py``). Answers depend on the text and on the values of kinds
-in force, not on when they were asked for, unless sequences were skipped.
+finished sequences are skipped (``recent.py``). Answers depend on the text and on what kinds are
+worth, not on when they were asked for, unless sequences were skipped.
 
 Measured in CPython 3.11 on one of two busy cores, lengths 2..12, source code in pieces of 800
 tokens, thread time, median of 5, where other work doubles any figure: 0.5 us to commit a token that
