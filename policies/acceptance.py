@@ -154,8 +154,6 @@ class DrafterAcceptance:
         self._expected: tuple[Floats, Floats] | None = None
         """[B + 1, K + 1] expected tokens of every row, and [B, K + 1] without the pool; ``None`` if
         evidence has come since."""
-        self._values: tuple[Floats, list[float]] | None = None
-        """Expected tokens, and ``match_values`` by them."""
         self._stale = self._all_rows()
         """Rows whose chained hazards are to be computed again."""
         self._dispersion = Dispersion()
@@ -276,13 +274,6 @@ class DrafterAcceptance:
         """[B, K + 1]; see ``AcceptanceModel``. The same array until evidence comes."""
         return self._all_expected()[1]
 
-    def match_values(self) -> list[float]:
-        """[B]; see ``AcceptanceModel``. The same list until evidence comes."""
-        expected = self.expected_tokens()
-        if self._values is None or self._values[0] is not expected:
-            self._values = expected, expected[:, -1].tolist()
-        return self._values[1]
-
     def _all_expected(self) -> tuple[Floats, Floats]:
         if self._expected is None:
             hazards = self.hazards()
@@ -382,6 +373,8 @@ class AcceptanceModel:
             kind: DrafterAcceptance(kind, traits, half_life_rounds, shape)
             for kind, traits in drafters.items()
         }
+        self._values: dict[str, tuple[Floats, list[float]]] = {}
+        """Expected tokens, and ``match_values`` by them, by drafter."""
         self._clock = 0.0
         self.batch = 1
         """Requests of the last step."""
@@ -418,11 +411,13 @@ class AcceptanceModel:
     def match_values(self, drafter: str) -> list[float] | None:
         """[B] expected tokens of a drafter's longest draft, by kind of match; ``None`` if it is not
         known. The same list until evidence comes."""
-        own = self._drafters.get(drafter)
-        if own is None:
+        if drafter not in self._drafters:
             return None
-        own.fade(self._clock, self.batch)
-        return own.match_values()
+        expected = self.expected_tokens(drafter)
+        known = self._values.get(drafter)
+        if known is None or known[0] is not expected:
+            known = self._values[drafter] = expected, expected[:, -1].tolist()
+        return known[1]
 
     def doubt(self, drafter: str, k: int) -> float:
         """Standard deviation of what position k adds to a drafter's rounds, as a share of the

@@ -111,6 +111,7 @@ def test_a_match_that_nobody_values_is_found_when_its_value_rises():
     ranked(index, [own("alone", 1)])
     assert observe(index, "b") == own("alone", 1)
     ranked(index, [recent_text("alone", 6), own("alone", 1)])
+    assert observe(index, "b") == recent_text("alone", 6)
     index.extend(["b"], [[3]])
     assert (observe(index, "b"), propose(index, "b", 1)) == (recent_text("alone", 9), [40])
 
