@@ -2,6 +2,7 @@
 
     python -m benchmarks.matches              # four minutes on a quiet core
     python -m benchmarks.matches --reuse      # the texts and step times of the run before
+    python -m benchmarks.matches --reuse --serve    # and the served comparison
 
 The bundled target answers the demo's prompts plainly, at the demo's temperature. The index then
 reads these texts in order, as a server would have finished them, and drafts for each of them again:
@@ -12,6 +13,10 @@ by the step times measured here. Where that is 0 it drafts two tokens now and th
 that nobody continues is never found to be worth more than it was. ``longest`` is what the index did
 before it knew kinds of match (up to the length within a class of lengths).
 
+``--serve`` also decodes held-out prompts with the index over recent texts and with the index of the
+request alone, in turns in one process, with the default policy. Tokens per second of processor time
+are compared, which other work on the machine changes least.
+
 Writes ``benchmarks/results/matches.json`` and rows of ``index``.
 """
 
@@ -20,6 +25,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +41,7 @@ from benchmarks.harness.loops import Answer
 from benchmarks.harness.results import RESULTS, Out, at_least, say, write_result, write_rows
 from benchmarks.harness.run_traces import new_index, num_kept
 from configs.load import load_settings
-from drafters.catalog import kind_of
+from drafters.catalog import CATALOG, kind_of
 from drafters.protocol import HostDrafter, RanksMatches, Traits
 from drafters.suffix.kinds import KINDS, Kind
 from examples.plan import DemoSettings
@@ -333,6 +339,77 @@ def by_kinds(texts: Sequence[Text]) -> Iterator[dict[str, Any]]:
         }
 
 
+# Served
+
+
+def served(texts: Sequence[Text], domains: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Domain -> drafter -> figures of held-out prompts, two of them a turn."""
+    alone = next(
+        kind
+        for kind in CATALOG
+        if kind_of(kind).traits.needs_match and not kind_of(kind).traits.shares_text
+    )
+    chosen = [f"drafter.kind={LOOKUP}", f'drafter.on_request=["{alone}"]', *_ALONE]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    sampling = {"temperature": DemoSettings().sampling.temperature, "max_tokens": 96}
+    with engine_from(DEMO, chosen) as built:
+        _fill(built.engine.drafting.hosts[LOOKUP], texts)
+        for domain in domains:
+            prompts = [t.prompt for t in texts if t.is_held_out and t.domain == domain]
+            totals: dict[str, list[float]] = {LOOKUP: [0.0] * 4, alone: [0.0] * 4}
+            for start in range(0, len(prompts), 2):
+                for kind in list(totals)[:: 1 if start % 4 else -1]:
+                    turn = prompts[start : start + 2]
+                    totals[kind] = [
+                        a + b
+                        for a, b in zip(
+                            totals[kind], _turn(built, turn, sampling, kind), strict=True
+                        )
+                    ]
+            found[domain] = {
+                kind: {
+                    "tokens_per_step": tokens / steps,
+                    "drafted_per_step": drafted / steps,
+                    "tokens_per_processor_s": tokens / seconds,
+                }
+                for kind, (tokens, steps, drafted, seconds) in totals.items()
+            }
+    return found
+
+
+def _fill(index: HostDrafter, texts: Sequence[Text]) -> None:
+    """Let an index see all texts but held-out ones, as finished requests."""
+    namespace = Request("", (), SamplingParams()).namespace
+    for text in texts:
+        if not text.is_held_out:
+            index.begin("done", text.prompt + text.answer, namespace)
+            index.observe(["done"])  # indexes the one before, so that none is skipped
+            index.finish("done", keep=True)
+
+
+@torch.inference_mode()
+def _turn(
+    built: Built, prompts: Sequence[list[int]], sampling: Mapping[str, Any], kind: str
+) -> tuple[float, float, float, float]:
+    """Tokens, steps, drafted tokens and processor seconds of prompts, one at a time."""
+    answers, started = [Answer() for _ in prompts], time.process_time()
+    for number, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
+        params = SamplingParams(**sampling, seed=number)
+        request = Request(
+            f"{kind}-{number}", tuple(ids), params, capture=False, drafters=frozenset({kind})
+        )
+        built.engine.inbox.submit(request, answer.take)
+        while built.engine.inbox.num_inflight():
+            built.engine.step()
+    spent = [answer.acceptance for answer in answers]
+    return (
+        sum(len(answer.tokens) for answer in answers),
+        sum(one.num_steps for one in spent),
+        sum(one.num_proposed for one in spent),
+        time.process_time() - started,
+    )
+
+
 # The command
 
 
@@ -341,6 +418,7 @@ def main(
     cache: Annotated[Path, typer.Option(help="folder of the texts")] = Path("runs/matches"),
     reuse: Annotated[bool, typer.Option("--reuse", help="texts and step times in there")] = False,
     num_live: Annotated[int, typer.Option(min=1, help="prompts of each phase")] = 250,
+    serve: Annotated[bool, typer.Option("--serve", help="decode with an engine as well")] = False,
 ) -> None:
     """Draft for recorded texts by each rule."""
     torch.set_num_threads(1)
@@ -367,6 +445,9 @@ def main(
             figures = own.figures()
             rest = "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if value)
             say(f"{rule.name:<36} {name:<7} {rest}")
+    if serve:
+        result["served"] = served(texts, ("c", "docs"))
+        say(json.dumps(result["served"], indent=2))
     write_result(out, result)
     speeds = {
         name: {rule: one[name]["speed_over_plain"] for rule, one in result["rules"].items()}
