@@ -1,4 +1,4 @@
-"""Where training adds to looking up matches: tokens_per_step by match length.
+"""Where training adds to looking up matches: tokens_per_step by kind of match.
 
     python -m benchmarks.demo                       # or: make demo
     python -m benchmarks.by_match runs/bench_demo
@@ -32,14 +32,17 @@ from drafters.eagle3.model import Eagle3
 from drafters.eagle3.training import chain_acceptance
 from drafters.protocol import HostDrafter
 from drafters.samples import Sample
-from policies.acceptance import match_bucket
+from drafters.suffix.kinds import KINDS, LENGTHS
 from targets.head import TargetHead, load_target_head
 from trainer.dataset import key_of
 from trainer.start import read_drafter
 
 DRAFT_K = 4
-MATCHES = ("none", "1 to 2", "3", "4 to 5", "6 to 8", "9 and more")
-"""Names of the policy's buckets."""
+MATCHES = (
+    "none",
+    *(f"{place}, {least} and more" for place in ("recent", "own") for least in LENGTHS),
+)
+"""Matches by where they were found, and their shortest length."""
 
 Accepted = dict[tuple[str, int], int]
 """(trace, position of the last committed token) -> drafted tokens that would be kept."""
@@ -70,14 +73,14 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
 def table(
     judged: Sequence[Trace], index: HostDrafter, static: Accepted, newest: Accepted
 ) -> list[dict[str, Any]]:
-    """One row per match length, and one for all positions."""
+    """One row per place and length of matches, and one for all positions."""
     rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in (*MATCHES, "all")}
     for trace in judged:
         for p, (match, kept) in by_index(index, trace, DRAFT_K).items():
             key = (key_of(trace), p)
             if key in static and key in newest:
                 figures = (kept, static[key], newest[key])
-                rows[MATCHES[match_bucket(match)]].append(figures)
+                rows[_name(match)].append(figures)
                 rows["all"].append(figures)
     total = len(rows["all"])
     return [
@@ -92,6 +95,14 @@ def table(
         for name, found in rows.items()
         if found
     ]
+
+
+def _name(match: int) -> str:
+    """Which of ``MATCHES`` a kind of match is of."""
+    if not match:
+        return MATCHES[0]
+    kind = KINDS[match - 1]
+    return f"{'own' if kind.is_own else 'recent'}, {kind.least} and more"
 
 
 def main(
@@ -132,7 +143,7 @@ def main(
         print(name, len(samples), "held-out traces")
         for row in rows:
             figures = (f"{row[key]:6.2f}" for key in ("share", "index", "static", "newest"))
-            print(f"  {row['match']:>10}", *figures)
+            print(f"  {row['match']:>18}", *figures)
     write_result(out, result)
 
 

@@ -79,10 +79,10 @@ PROFILES = {
 UNEQUAL = (-1.5, -0.7, 0.0, 0.7, 1.5)
 SAMPLED = {
     1: Rows(0.25, 0.15),
-    3: Rows(0.1, 0.3, 0.3),
-    5: Rows(0.06, 0.45, 0.5),
-    7: Rows(0.04, 0.55, 0.7),
-    12: Rows(0.05, 0.7, 1.0),
+    2: Rows(0.1, 0.3, 0.3),
+    3: Rows(0.06, 0.45, 0.5),
+    4: Rows(0.04, 0.55, 0.7),
+    5: Rows(0.05, 0.7, 1.0),
 }
 """Matches of text sampled at a high temperature: many and short, and followed by little."""
 
@@ -192,7 +192,7 @@ def indexed() -> Iterator[Scenario]:
                 )  # fmt: skip
                 about = f"{machine}, batch {batch}, index and {kind}"
                 yield Scenario(f"{about}, sampled text", (Phase(replace(world, rows=SAMPLED)),))
-                repeating = replace(world, rows={6: Rows(0.6, 0.85)})
+                repeating = replace(world, rows={4: Rows(0.6, 0.85)})
                 yield Scenario(f"{about}, repeating text", (Phase(repeating),))
 
 

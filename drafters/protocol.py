@@ -37,10 +37,12 @@ class Traits:
     shares_text: bool = False
     """Its drafts may follow text of other requests."""
     prior_acceptance: tuple[float, ...] = (0.6,)
-    """Prior probability that the first draft token is kept: one value, or one for each of the
-    policy's six buckets of match length."""
+    """Prior probability that the first draft token is kept: one value, or one for each kind of
+    match, the first of them for no match."""
     prior_draft_cost: float = 0.08
     """Prior seconds to draft one token, as a share of a plain decoding step."""
+    match_kinds: tuple[str, ...] = ()
+    """Names of the kinds of match, for readers; empty if there is one prior."""
 
 
 class Drafter(Protocol):
@@ -79,8 +81,9 @@ class HostDrafter(Drafter, Protocol):
         """Append committed tokens to some requests."""
 
     def observe(self, keys: Sequence[str]) -> Sequence[int]:
-        """Length of the match that a proposal would continue for each request, 0 without one. The
-        policy sees it, so it depends on committed tokens only."""
+        """Kind of the match that a proposal would continue for each request, 0 without one; others
+        are the drafter's own, numbered from 1 as in ``Traits.prior_acceptance``. The policy sees
+        it, so it depends on committed tokens only."""
 
     def propose(self, keys: Sequence[str], most: Sequence[int]) -> list[list[int]]:
         """Token ids that may follow the committed tokens of each request.
@@ -95,6 +98,23 @@ class HostDrafter(Drafter, Protocol):
         Args:
             keep: its text may be used to draft for later requests.
             num_tokens: its length, if it ended before the last tokens that were appended.
+        """
+
+
+@runtime_checkable
+class RanksMatches(Protocol):
+    """A host drafter that may find several matches for a request, and continues the best."""
+
+    @property
+    def kind(self) -> str:
+        """See ``Drafter``."""
+
+    def rank(self, values: Sequence[float] | None) -> None:
+        """Continue matches of the kind with the highest value from now on.
+
+        Args:
+            values: tokens that a draft is expected to bring, by kind of match; ``None``: by the
+                drafter's own priors.
         """
 
 

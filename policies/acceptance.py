@@ -12,10 +12,11 @@ one request does well on the next, but once it is idle nothing new is learned of
 that lasts ten times as long is the prior of the recent one, and while a drafter is idle its recent
 evidence fades: what is expected of it returns to what is usual.
 
-Evidence is kept by length of the text match, for neural drafters too: text that has occurred before
-is easy for them as well. Judged by its average, a neural drafter looks best exactly where no match
-exists, and there it is worst (documentation, K = 4, bundled target: 1.8 tokens a step without a
-match, 2.7 after a match of 6 to 8; benchmarks/by_match.py).
+Evidence is kept by kind of the text match, as the drafter that found it numbers them, for neural
+drafters too: text that has occurred before is easy for them as well. Judged by its average, a
+neural drafter looks best exactly where no match exists, and there it is worst (documentation, K =
+4, bundled target: 1.8 tokens a step without a match, 2.7 after a match of 6 to 8 tokens;
+benchmarks/by_match.py).
 """
 
 from __future__ import annotations
@@ -37,9 +38,6 @@ from policies.interface import DrafterTraits
 
 MAX_DRAFT = 16
 """Largest K that settings allow."""
-NUM_BUCKETS = 6
-"""Buckets of ``match_bucket``."""
-_BUCKET_OF = (0, 1, 1, 2, 3, 3, 4, 4, 4)
 _PRIOR_WEIGHT, _DEEP_WEIGHT = 4.0, 12.0
 """Rounds that the prior of the first position counts for, and those of deeper ones: they are seldom
 reached, and much like the one before them."""
@@ -65,33 +63,35 @@ _SHIFT_WEIGHT, _LASTING_SHIFT_WEIGHT = 12.0, 400.0
 """Rounds that recent and lasting evidence from before a detected shift count for."""
 _MIN_STEPS = 24
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
-_POOL = NUM_BUCKETS
-"""Row of a drafter's pool."""
+_POOL = -1
+"""Row of a drafter's pool: the last one."""
 
 Floats = NDArray[np.float64]
 Outcomes = Mapping[tuple[int, int], int]
 """Number of rounds by (num_verified, num_accepted), num_verified >= 1."""
 ByBucket = Mapping[int | None, Outcomes]
-"""Rounds by match bucket; under ``None`` those whose match nobody looked up."""
+"""Rounds by bucket, the kind of match; under ``None`` those whose match nobody looked up."""
 
 
-def match_bucket(match: int) -> int:
-    """Bucket of a match by its length in tokens: 0, 1-2, 3, 4-5, 6-8, 9 or more."""
-    return _BUCKET_OF[match] if match < len(_BUCKET_OF) else NUM_BUCKETS - 1
+def num_buckets(drafters: Mapping[str, DrafterTraits]) -> int:
+    """Kinds of match that some drafters tell apart, no match included."""
+    return max((len(traits.prior_acceptance) for traits in drafters.values()), default=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Decayed counts of one drafter's rounds, by bucket and position; the last row is the pool."""
+    """Decayed counts of one drafter's rounds, by bucket and position; the last row is the pool.
+
+    Shapes: B buckets, K draft tokens.
+    """
 
     reached: Floats
-    """[7, K] rounds in which the position was verified and all before it were accepted."""
+    """[B + 1, K] rounds in which the position was verified and all before it were accepted."""
     accepted: Floats
-    """[7, K] those in which it was accepted too."""
+    """[B + 1, K] those in which it was accepted too."""
 
     @classmethod
-    def none(cls, max_draft: int) -> Evidence:
-        shape = (NUM_BUCKETS + 1, max_draft)
+    def none(cls, shape: tuple[int, ...]) -> Evidence:
         return cls(np.zeros(shape), np.zeros(shape))
 
     def limited(self, weight: float) -> Evidence:
@@ -119,38 +119,42 @@ class DrafterAcceptance:
     """
 
     def __init__(
-        self, kind: str, traits: DrafterTraits, half_life_rounds: float, max_draft: int
+        self, kind: str, traits: DrafterTraits, half_life_rounds: float, shape: tuple[int, int]
     ) -> None:
         """
+        Args:
+            shape: buckets, and the largest K.
+
         Raises:
             ValueError: the drafter has neither one prior nor one for each bucket.
         """
         self._priors = traits.prior_acceptance
-        if len(self._priors) not in (1, NUM_BUCKETS):
+        num_rows = shape[0] + 1
+        if len(self._priors) not in (1, shape[0]):
             raise ValueError(
-                f"prior_acceptance of drafter {kind!r} must hold 1 or {NUM_BUCKETS} values, "
+                f"prior_acceptance of drafter {kind!r} must hold 1 or {shape[0]} values, "
                 f"got {len(self._priors)}"
             )
         self._has_pool = len(self._priors) == 1
         self._is_silent = traits.needs_match
         self._half_life_rounds = half_life_rounds
-        floors = np.full(NUM_BUCKETS + 1, _FLOOR_WEIGHT)
+        floors = np.full(num_rows, _FLOOR_WEIGHT)
         if self._has_pool:
             floors[:_POOL] = _POOLED_FLOOR
         self._floors = floors[:, None]
-        self._cusums = [Cusum() for _ in range(NUM_BUCKETS + 1)]
-        self._seen_at = [0.0] * (NUM_BUCKETS + 1)
+        self._cusums = [Cusum() for _ in range(num_rows)]
+        self._seen_at = [0.0] * num_rows
         """Rounds that the engine had done at the last update of each row."""
-        self._recent = self._lasting = Evidence.none(max_draft)
+        self._recent = self._lasting = Evidence.none((num_rows, shape[1]))
         self._faded_at = 0.0
         """Rounds that the engine had done when recent evidence was last brought up to date."""
-        self._hazards = np.zeros((NUM_BUCKETS + 1, max_draft))
-        self._usual = np.zeros((NUM_BUCKETS + 1, max_draft))
+        self._hazards = np.zeros((num_rows, shape[1]))
+        self._usual = np.zeros((num_rows, shape[1]))
         """The same by lasting evidence alone."""
         self._expected: tuple[Floats, Floats] | None = None
-        """[7, K + 1] expected tokens of every row, and [6, K + 1] without the pool; ``None`` if
+        """[B + 1, K + 1] expected tokens of every row, and [B, K + 1] without the pool; ``None`` if
         evidence has come since."""
-        self._stale = set(range(NUM_BUCKETS + 1))
+        self._stale = self._all_rows()
         """Rows whose chained hazards are to be computed again."""
         self._dispersion = Dispersion()
 
@@ -163,7 +167,7 @@ class DrafterAcceptance:
         """
         expected = self._all_expected()[0].tolist()
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
-        factors, lasting_factors = [1.0] * (NUM_BUCKETS + 1), [1.0] * (NUM_BUCKETS + 1)
+        factors, lasting_factors = [1.0] * len(expected), [1.0] * len(expected)
         recent, lasting = self._recent, self._lasting
         new: list[list[list[int]]] = []
         rows = self._rows(step)
@@ -211,8 +215,11 @@ class DrafterAcceptance:
         self._seen_at = [at + idle for at in self._seen_at]
         half_life = _FADE * max(self._half_life_rounds, _MIN_STEPS * batch)
         self._recent = self._recent.times(math.exp2(-idle / half_life))
-        self._stale.update(range(NUM_BUCKETS + 1))
+        self._stale.update({_POOL, *np.flatnonzero(self._lasting.reached[:_POOL, 0]).tolist()})
         self._expected = None
+
+    def _all_rows(self) -> set[int]:
+        return set(range(_POOL, len(self._hazards) - 1))
 
     def _rows(self, step: ByBucket) -> list[tuple[int, Outcomes]]:
         """The step's rounds by row of evidence: every bucket's, and all together for the pool."""
@@ -225,7 +232,7 @@ class DrafterAcceptance:
         return rows
 
     def hazards(self) -> Floats:
-        """[7, K] posterior means of c_1, c_2, ... by bucket; the last row is the pool's."""
+        """[B + 1, K] posterior means of c_1, c_2, ... by bucket; the last row is the pool's."""
         if not self._stale:
             return self._hazards
         for row in self._stale & {_POOL} if self._has_pool else self._stale - {_POOL}:
@@ -264,7 +271,7 @@ class DrafterAcceptance:
         return hazards, usual
 
     def expected_tokens(self) -> Floats:
-        """[6, K + 1]; see ``AcceptanceModel``. The same array until evidence comes."""
+        """[B, K + 1]; see ``AcceptanceModel``. The same array until evidence comes."""
         return self._all_expected()[1]
 
     def _all_expected(self) -> tuple[Floats, Floats]:
@@ -312,7 +319,7 @@ class DrafterAcceptance:
         return math.sqrt(self._dispersion.factor * variance) / tokens
 
     def usual(self) -> tuple[Evidence, Floats]:
-        """Lasting counts, and a copy of their hazards, [7, K]."""
+        """Lasting counts, and a copy of their hazards, [B + 1, K]."""
         self.hazards()
         return self._lasting, self._usual.copy()
 
@@ -320,10 +327,10 @@ class DrafterAcceptance:
         """Go on from other evidence, as other weights draft now."""
         self._recent = self._lasting = evidence
         self._faded_at = clock
-        self._seen_at = [clock] * (NUM_BUCKETS + 1)
+        self._seen_at = [clock] * len(self._seen_at)
         for cusum in self._cusums:
             cusum.reset()
-        self._stale.update(range(NUM_BUCKETS + 1))
+        self._stale = self._all_rows()
         self._expected = None
 
     def figures(self) -> dict[str, Any]:
@@ -331,13 +338,13 @@ class DrafterAcceptance:
         every row with evidence."""
         hazards = self.hazards()
         return {
-            "all" if row == _POOL else str(row): {
+            "all" if row == len(hazards) - 1 else str(row): {
                 "hazards": hazards[row].round(4).tolist(),
                 "usual": self._usual[row].round(4).tolist(),
                 "rounds": self._recent.reached[row].round(1).tolist(),
                 "shifts": self._cusums[row].num_shifts,
             }
-            for row in range(NUM_BUCKETS + 1)
+            for row in range(len(hazards))
             if self._lasting.reached[row, 0] > 0
         }
 
@@ -360,10 +367,14 @@ class AcceptanceModel:
         Raises:
             ValueError: a drafter has neither one prior nor one for each bucket.
         """
+        self.num_buckets = num_buckets(drafters)
+        shape = self.num_buckets, max_draft
         self._drafters = {
-            kind: DrafterAcceptance(kind, traits, half_life_rounds, max_draft)
+            kind: DrafterAcceptance(kind, traits, half_life_rounds, shape)
             for kind, traits in drafters.items()
         }
+        self._values: dict[str, tuple[Floats, list[float]]] = {}
+        """Expected tokens, and ``match_values`` by them, by drafter."""
         self._clock = 0.0
         self.batch = 1
         """Requests of the last step."""
@@ -388,7 +399,7 @@ class AcceptanceModel:
         return hazards
 
     def expected_tokens(self, drafter: str) -> Floats:
-        """[6, K + 1] expected tokens of a round, the target's own included, by bucket at k = 0, 1,
+        """[B, K + 1] expected tokens of a round, the target's own included, by bucket at k = 0, 1,
         ... K.
 
         All 1 in bucket 0 of a drafter that needs a match: it proposes nothing there.
@@ -396,6 +407,17 @@ class AcceptanceModel:
         own = self._drafters[drafter]
         own.fade(self._clock, self.batch)
         return own.expected_tokens()
+
+    def match_values(self, drafter: str) -> list[float] | None:
+        """[B] expected tokens of a drafter's longest draft, by kind of match; ``None`` if it is not
+        known. The same list until evidence comes."""
+        if drafter not in self._drafters:
+            return None
+        expected = self.expected_tokens(drafter)
+        known = self._values.get(drafter)
+        if known is None or known[0] is not expected:
+            known = self._values[drafter] = expected, expected[:, -1].tolist()
+        return known[1]
 
     def doubt(self, drafter: str, k: int) -> float:
         """Standard deviation of what position k adds to a drafter's rounds, as a share of the
@@ -408,7 +430,7 @@ class AcceptanceModel:
         return self._drafters[drafter].spread(k)
 
     def usual(self, drafter: str) -> tuple[Evidence, Floats]:
-        """A drafter's lasting counts, and a copy of their hazards, [7, K]."""
+        """A drafter's lasting counts, and a copy of their hazards, [B + 1, K]."""
         return self._drafters[drafter].usual()
 
     def replace(self, drafter: str, evidence: Evidence) -> None:

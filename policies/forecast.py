@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.acceptance import MAX_DRAFT, NUM_BUCKETS, AcceptanceModel, Floats, match_bucket
+from policies.acceptance import MAX_DRAFT, AcceptanceModel, Floats
 from policies.interface import StepObs
 from policies.step_time import StepTimes
 
 _MIX_GAIN = 0.02
-"""Gain of the moving average of how rows spread over match buckets."""
+"""Gain of the moving average of how rows spread over kinds of match."""
 
 Arm = tuple[str, int]
 """A drafter and K; plain decoding is ``PLAIN_ARM``."""
@@ -21,7 +21,7 @@ PLAIN_ARM: Arm = ("none", 0)
 
 
 class Forecast(NamedTuple):
-    """Predictions for one step. Lists are over K = 0, 1, ... max_k."""
+    """Predictions for one step. Lists are over K = 0, 1, ... max_k. There are B kinds of match."""
 
     batch: int
     caps: tuple[int, ...]
@@ -35,7 +35,7 @@ class Forecast(NamedTuple):
     usual_tokens: dict[str, list[float]]
     """Over a batch of this size with the matches that rows usually have."""
     rows: list[float]
-    """[6] rows by match bucket; where nobody looked, as they usually are."""
+    """[B] rows by kind of match; where nobody looked, as they usually are."""
 
     def arm(self, arm: Arm) -> tuple[float, float]:
         """(tokens, seconds) of an arm."""
@@ -83,18 +83,18 @@ class Forecaster:
         self._acceptance = acceptance
         self._times = times
         self._needing = needing
-        self._mix = np.array([1.0] + [0.0] * (NUM_BUCKETS - 1))
-        """[6] share of rows in each bucket, in steps without a drafter that needs a match."""
+        self._mix = np.array([1.0] + [0.0] * (acceptance.num_buckets - 1))
+        """[B] share of rows by kind of match, in steps without a drafter that needs one."""
         self._known: dict[str, _Usual] = {}
         """What each drafter is expected to bring as rows usually are, while it is still true."""
         self._rows: dict[int, list[float]] = {}
-        """Rows by match bucket as they usually are, by batch."""
+        """Rows by kind of match as they usually are, by batch."""
         self._drafters_last: tuple[str, ...] = ()
         """Those that could propose in the last step that was forecast,"""
         self._was_capped = 0
         """and its longest draft if some requests could have less; 0: all could have it."""
         self._tables: dict[tuple[str, int], tuple[Floats, Floats]] = {}
-        """By drafter and K: what is expected of it by bucket, and what ``_capped`` made of that."""
+        """By drafter and K: what is expected by kind of match, and what ``_capped`` made of it."""
 
     def forecast(self, obs: StepObs, max_k: int) -> Forecast:
         """Predict every arm of a step."""
@@ -102,7 +102,7 @@ class Forecaster:
         if obs.matches is None:
             rows, by_match = self._usual_rows(obs.batch), None
         else:
-            rows = by_bucket(obs.matches)
+            rows = by_kind(obs.matches, self._acceptance.num_buckets)
             by_match = np.array(rows)
         by_cap = None
         if obs.caps.count(max_k) < obs.batch and min(obs.caps) < max_k:
@@ -180,7 +180,7 @@ class Forecaster:
         return rows
 
     def _capped(self, drafter: str, max_k: int) -> Floats:
-        """[6 * (max_k + 1), max_k + 1] expected tokens of a row by bucket and by the tokens that it
+        """[B * (max_k + 1), max_k + 1] expected tokens of a row by kind of match and by those it
         may have."""
         expected = self._acceptance.expected_tokens(drafter)
         known = self._tables.get((drafter, max_k))
@@ -190,12 +190,15 @@ class Forecaster:
         return known[1]
 
     def _by_cap(self, obs: StepObs, max_k: int) -> Floats:
-        """[6 * (max_k + 1)] rows by bucket and by the tokens that they may have, at most max_k."""
+        """[B * (max_k + 1)] rows by kind of match and by the tokens that they may have."""
+        num = self._acceptance.num_buckets
         caps = np.minimum(np.fromiter(obs.caps, np.int64, obs.batch), max_k)
         if obs.matches is not None:
-            codes = np.frombuffer(_buckets(obs.matches), np.uint8) * np.int64(max_k + 1) + caps
-            return np.bincount(codes, minlength=NUM_BUCKETS * (max_k + 1)).astype(np.float64)
-        found = np.zeros((NUM_BUCKETS, max_k + 1))
+            codes = np.frombuffer(bytes(obs.matches), np.uint8) * np.int64(max_k + 1) + caps
+            return np.bincount(codes, minlength=self._acceptance.num_buckets * (max_k + 1)).astype(
+                np.float64
+            )
+        found = np.zeros((num, max_k + 1))
         found[0] = np.bincount(caps, minlength=max_k + 1)
         # Those that may have all of them have matches as usual.
         found[:, max_k] = self._usual_rows(int(found[0, max_k]))
@@ -208,20 +211,11 @@ class Forecaster:
         self._rows.clear()
 
 
-def by_bucket(matches: Sequence[int]) -> list[float]:
-    """[6] rows by match bucket."""
-    buckets = _buckets(matches)
-    return [float(buckets.count(bucket)) for bucket in range(NUM_BUCKETS)]
+def by_kind(matches: Sequence[int], num_kinds: int) -> list[float]:
+    """[num_kinds] rows by kind of match."""
+    kinds = bytes(matches)  # counted by C, at a tenth of the time of integers
+    return [float(kinds.count(kind)) for kind in range(num_kinds)]
 
 
-def _buckets(matches: Sequence[int]) -> bytes:
-    """[batch] buckets. Bytes are counted and looked up by C, at a tenth of the time of integers."""
-    try:
-        return bytes(matches).translate(_BUCKET_OF)
-    except ValueError:  # a match is longer than 255 tokens
-        return bytes(map(match_bucket, matches))
-
-
-_BUCKET_OF = bytes(map(match_bucket, range(256)))
 _CAPPED = [np.minimum(np.arange(k + 1)[:, None], np.arange(k + 1)) for k in range(MAX_DRAFT + 1)]
 """[K + 1, K + 1] by K: tokens that a row has, by its cap and by K of the step."""

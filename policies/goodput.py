@@ -139,7 +139,7 @@ class GoodputPolicy:
                 plain decoding is faster, see ``ledger``.
 
         Raises:
-            ValueError: a drafter has neither one prior acceptance nor one for each match bucket.
+            ValueError: a drafter has neither one prior acceptance nor one for each kind of match.
         """
         drafters = with_mixes(context.drafters, context.mixes)
         kinds = self._kinds = Kinds.of(context.drafters, context.mixes)
@@ -227,6 +227,10 @@ class GoodputPolicy:
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
         return bool(self._kinds.matching) and (not self._kinds.neural or self._rest.wants_look())
+
+    def match_values(self, drafter: str) -> list[float] | None:
+        """Expected tokens of its longest draft, by kind of match."""
+        return self._acceptance.match_values(drafter)
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
@@ -423,7 +427,7 @@ class GoodputPolicy:
         return choice.arm, propensity, "goodput" if choice.arm[1] else "plain"
 
     def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
-        """What drafters that need matches gain over an arm without, by bucket."""
+        """What drafters that need matches gain over an arm without, by kind of match."""
         are_whole = seen.caps.count(seen.max_k) == seen.batch or min(seen.caps) >= seen.max_k
         if not self._kinds.matching or not are_whole:
             return None

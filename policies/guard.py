@@ -27,7 +27,15 @@ from typing import Any, NamedTuple
 
 from policies.average import Average
 from policies.cusum import Cusum
-from policies.interface import CostSample, Decision, DraftPolicy, Outcome, PolicyContext, StepObs
+from policies.interface import (
+    CostSample,
+    Decision,
+    DraftPolicy,
+    Outcome,
+    PolicyContext,
+    StepObs,
+    ValuesMatches,
+)
 from policies.lengths import drafter_for
 from policies.live_costs import LiveCosts
 
@@ -129,6 +137,11 @@ class Guard:
         """As the policy says, unless it will not be asked."""
         may_draft = self.is_on or self._trial_left > 0
         return may_draft and not self._plain_left and self.inner.wants_matches()
+
+    def match_values(self, drafter: str) -> list[float] | None:
+        """As the policy values them, if it does."""
+        inner = self.inner
+        return inner.match_values(drafter) if isinstance(inner, ValuesMatches) else None
 
     def plan(self, obs: StepObs) -> Decision:
         """The policy's decision where it may draft, and plain decoding elsewhere."""

@@ -20,8 +20,8 @@ The life of a decision:
 5. **Swap.** ``on_swap`` is called between two steps when a drafter gets other weights.
 
 Lossless by construction: ``plan`` runs before the step's tokens are drawn, on figures of earlier
-steps and on prefix-only facts (how long a match is), never on a drawn draft token. What the device
-decides per request looks at the drafter's distributions alone (``specops.allocation``).
+steps and on prefix-only facts (what kind of match was found), never on a drawn draft token. What
+the device decides per request looks at the drafter's distributions alone (``specops.allocation``).
 
 The engine calls a policy from its own thread only, so a policy needs no locks.
 """
@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from policies.allocation import Allocation
 
@@ -55,7 +55,7 @@ class DrafterTraits(Protocol):
     @property
     def prior_acceptance(self) -> tuple[float, ...]:
         """Acceptance of the first draft token before anything is measured: one value, or one for
-        each of the six buckets of ``policies.acceptance.match_bucket``."""
+        each kind of match, the first of them for no match."""
         ...
 
     @property
@@ -127,8 +127,9 @@ class StepObs:
     caps: tuple[int, ...]
     """[batch] largest K of each request now, by its own limit and the tokens it has left."""
     matches: tuple[int, ...] | None
-    """[batch] tokens of the longest match that a drafter with ``needs_match`` has found for each
-    request, 0 for none; ``None`` without such a drafter, and where nobody looked."""
+    """[batch] kind of the match that a drafter with ``needs_match`` would continue for each
+    request, 0 for none; ``None`` without such a drafter, and where nobody looked. The drafter
+    numbers the kinds, as in its ``prior_acceptance``."""
     drafters: tuple[str, ...]
     """Kinds of the drafters that can propose now, and mixes; where nobody looked, none with
     ``needs_match``, and no mix with such a drafter."""
@@ -294,4 +295,22 @@ class DraftPolicy(Protocol):
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state for /admin and the dashboard."""
+        ...
+
+
+@runtime_checkable
+class ValuesMatches(Protocol):
+    """A policy that learns what each kind of match is worth. Before matches are looked up, the
+    drafters are told, so that of several matches of a request they continue the best."""
+
+    def match_values(self, drafter: str) -> list[float] | None:
+        """Expected tokens of the longest draft, by kind of match; the same list while nothing has
+        changed.
+
+        Args:
+            drafter: kind of a drafter with ``needs_match``.
+
+        Returns:
+            ``None``: nothing is known.
+        """
         ...

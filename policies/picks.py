@@ -25,7 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from policies.acceptance import AcceptanceModel, match_bucket
+from policies.acceptance import AcceptanceModel
 from policies.interface import DrafterTraits, DraftRecord, Pick, StepObs
 
 _BUDGET = 0.01
@@ -145,13 +145,13 @@ class Picker:
         records = obs.records or (nothing,) * obs.batch
         picks = []
         for row, record in enumerate(records):
-            bucket = 0 if obs.matches is None else match_bucket(obs.matches[row])
+            match = 0 if obs.matches is None else obs.matches[row]
             values = {
-                kind: kept[kind][bucket][k]
+                kind: kept[kind][match][k]
                 if kind in self.matching
-                else expected_kept(kept[kind][bucket], k, record.get(kind))
+                else expected_kept(kept[kind][match], k, record.get(kind))
                 for kind in members
-                if bucket or kind not in self.matching
+                if match or kind not in self.matching
             }
             picks.append(self._pick(values, record))
         self._counts.update((one.drafter, one.reason) for one in picks)

@@ -93,6 +93,10 @@ class RaggedPolicy:
         """As ``goodput`` wants."""
         return self.inner.wants_matches()
 
+    def match_values(self, drafter: str) -> list[float] | None:
+        """As ``goodput`` knows them."""
+        return self.inner.match_values(drafter)
+
     def plan(self, obs: StepObs) -> Decision:
         """As ``goodput`` plans, ragged or not."""
         self._batch = obs.batch

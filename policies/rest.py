@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.acceptance import Floats, match_bucket
+from policies.acceptance import Floats
 from policies.average import Average
-from policies.forecast import PLAIN_ARM, Arm, by_bucket
+from policies.forecast import PLAIN_ARM, Arm, by_kind
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
 
@@ -213,7 +213,7 @@ class Glance(NamedTuple):
     arms: tuple[Arm, ...]
     """[A] drafters that need matches, each at every K."""
     gains: Floats
-    """[A, 6] tokens that a row of each bucket gains over the arm in use."""
+    """[A, B] tokens that a row with each kind of match gains over the arm in use."""
     losses: Floats
     """[A] tokens' worth of time that the step takes longer."""
     step_tokens: float
@@ -222,7 +222,8 @@ class Glance(NamedTuple):
     def best(self, matches: tuple[int, ...]) -> tuple[Arm | None, float]:
         """The arm that gains the most with these matches, and the time that it saves in plain
         steps; ``None`` and 0 if none does."""
-        values = (self.gains @ np.array(by_bucket(matches)) - self.losses).tolist()
+        rows = by_kind(matches, self.gains.shape[1])
+        values = (self.gains @ np.array(rows) - self.losses).tolist()
         most = max(values)
         if most <= 0:
             return None, 0.0
@@ -253,10 +254,10 @@ class Gathered:
 
 
 def count_rows(rows: RowOutcomes, into: dict[int | None, Counter[tuple[int, int]]]) -> None:
-    """Count rounds in which something was verified by (num_verified, num_accepted), by bucket."""
+    """Count rounds in which something was verified by (num_verified, num_accepted), by kind of
+    match."""
     matches = repeat(None) if rows.matches is None else rows.matches
     rounds = zip(matches, rows.num_verified, rows.num_accepted, strict=False)
     for (match, num_verified, num_accepted), count in Counter(rounds).items():
         if num_verified:
-            bucket = None if match is None else match_bucket(match)
-            into.setdefault(bucket, Counter())[num_verified, num_accepted] += count
+            into.setdefault(match, Counter())[num_verified, num_accepted] += count

@@ -48,8 +48,8 @@ _MANY_OUTLIERS = 4
 _CHANGE_SD = 1.0
 """of this standard deviation."""
 _MOST_SD = 3.0
-"""Prior standard deviations that the factors of drafters can go: further out a draft would seem to
-take no time, or all of it, and its logarithm would need hundreds of steps to come back."""
+"""Prior standard deviations by which the factors of drafters can fall: below, a draft would seem to
+take no time, whatever its length, and no step would say much of the factor any more."""
 _LEAST_SHARE = 0.15
 """Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
 would take a factor of ten hundreds of steps to be found."""
@@ -77,8 +77,8 @@ class StepTimes:
         is_known = self._profile.is_measured
         self._prior = _prior(self._max_draft, len(self._drafters), is_known)
         self._state = np.zeros(len(self._prior))
-        self._most = _MOST_SD * np.sqrt(self._prior.diagonal())
-        self._most[: 1 + _SIZES] = math.inf  # of the machine, which may change by any factor
+        self._least = -_MOST_SD * np.sqrt(self._prior.diagonal())
+        self._least[: 1 + _SIZES] = -math.inf  # of the machine, which may change by any factor
         self._values: list[float] = self._state.tolist()
         """The state again: reading numbers of a list is faster."""
         self._cov = self._prior.copy()
@@ -114,7 +114,7 @@ class StepTimes:
         limit = CLIP * math.sqrt(variance)
         counted = min(max(surprise, -limit), limit)
         self._state += moves * (counted / variance)
-        np.clip(self._state, -self._most, self._most, out=self._state)
+        np.maximum(self._state, self._least, out=self._state)
         self._cov -= moves[:, None] * (moves / variance)
         self._num_observed += 1
         self._values = self._state.tolist()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.acceptance import NUM_BUCKETS, AcceptanceModel, Evidence, Floats, log_odds
+from policies.acceptance import AcceptanceModel, Evidence, Floats, log_odds
 from policies.interface import DrafterTraits
 
 _log_odds = np.vectorize(log_odds, otypes=[np.float64])  # for a swap, not for a step
@@ -102,7 +102,7 @@ class VersionMemory:
         elif published and leaving.published:
             evidence = _moved(leaving, leaving.published, published)
         elif published and self._has_pool(drafter):
-            evidence = Evidence.none(leaving.hazards.shape[1])
+            evidence = Evidence.none(leaving.hazards.shape)
         else:
             return leaving.evidence.limited(_FORMER_WEIGHT)
         return _filled_up(evidence, published) if self._has_pool(drafter) else evidence
@@ -131,9 +131,9 @@ def _filled_up(evidence: Evidence, published: Sequence[float]) -> Evidence:
     """Evidence with the published figures where the pool of all buckets has little."""
     reached, accepted = evidence.reached.copy(), evidence.accepted.copy()
     num = min(len(published), reached.shape[1])
-    pool = reached[NUM_BUCKETS, :num]
+    pool = reached[-1, :num]
     weights = _PUBLISHED_WEIGHT * (1 - pool / _KNOWN_WEIGHT)
-    accepted[NUM_BUCKETS, :num] += weights * published[:num]
+    accepted[-1, :num] += weights * published[:num]
     pool += weights
     return Evidence(reached, accepted)
 

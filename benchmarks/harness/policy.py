@@ -58,6 +58,10 @@ class PolicySwitch:
     def wants_matches(self) -> bool:
         return self.playing.wants_matches()
 
+    def match_values(self, drafter: str) -> list[float] | None:
+        known = getattr(self.playing, "match_values", None)
+        return None if known is None else known(drafter)
+
     def plan(self, obs: StepObs) -> Decision:
         self.planned_s.append(time.perf_counter())
         return self.playing.plan(obs)

@@ -63,7 +63,7 @@ def by_index(index: HostDrafter, trace: Trace, draft_k: int) -> dict[int, tuple[
     """Simulate the index at every position; other drafters are simulated at the same positions.
 
     Returns:
-        Position of the last committed token -> (match length, drafted tokens that would be kept).
+        Position of the last committed token -> (kind of match, drafted tokens that would be kept).
     """
     ids, found = trace.token_ids.tolist(), {}
     index.begin("judged", ids[: trace.prompt_length])

@@ -1,8 +1,11 @@
 """The training-free drafter: proposes what followed the last few tokens when they occurred before.
 
-Two texts are searched: the request itself, and recent finished traffic. The longest match wins, the
-request's own on ties. Among the latest occurrences of that match, the most frequent next token is
-proposed (the latest on ties), and so on, token by token.
+Two texts are searched: the request itself, and recent finished traffic. Each gives its longest
+match, and the one of the better *kind* wins, the request's own on ties. The kind of a match is
+where it was found, how long it is, and whether its occurrences agree (``kinds.py``). The policy
+learns what each kind is worth and says so (``rank``); until then their prior acceptance decides.
+Among the latest occurrences of the match that wins, the most frequent next token is proposed (the
+latest on ties), and so on, token by token.
 
 ``suffix`` searches both, ``suffix_request`` the request alone.
 
@@ -22,8 +25,8 @@ fixed, about 100 bytes per token (40 MB at the default recent_tokens).
 Lazy: following a request only stores its tokens, and a finished one only waits. A lookup first
 indexes what waits and links the tokens of its own request, so an index that nobody asks costs next
 to nothing, and the first lookup after a rest pays for the rest. Where nobody asks for long, older
-finished sequences are skipped (``recent.py``). Answers depend on the text alone, not on when they
-were asked for, unless sequences were skipped.
+finished sequences are skipped (``recent.py``). Answers depend on the text and on what kinds are
+worth, not on when they were asked for, unless sequences were skipped.
 
 Measured in CPython 3.11 on one of two busy cores, lengths 2..12, source code in pieces of 800
 tokens, thread time, median of 5, where other work doubles any figure: 0.5 us to commit a token that
@@ -43,20 +46,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from drafters.protocol import DrafterContext, DrafterKind, Traits
+from drafters.suffix.kinds import NAMES, PRIOR_ACCEPTANCE, least_better, number_of
 from drafters.suffix.recent import END, MASK, RecentText
 from drafters.suffix.running import RunningText
 
 
 @dataclass(frozen=True, slots=True)
 class _Match:
-    """Where the longest suffix occurred."""
+    """Where a suffix occurred."""
 
-    length: int
-    """0: nowhere."""
+    kind: int
+    """Number of its kind; 0: it occurred nowhere."""
     is_own: bool
     """In the request itself, else in finished traffic."""
     slots: Sequence[int]
     """Indices of its last token, latest first."""
+
+
+_NO_MATCH = _Match(0, is_own=True, slots=())
 
 
 class _Own:
@@ -66,11 +73,15 @@ class _Own:
         self.namespace = namespace
         self.seed = zlib.crc32(namespace.encode()) & MASK
         self.text = RunningText(tokens, min_match, max_match)
-        self.match = _Match(0, is_own=True, slots=())
+        self.match = _NO_MATCH
         self.num_matched = 0
         """Number of tokens when ``match`` was found."""
+        self.most_recent = 0
+        """No match in finished traffic was longer then."""
         self.generation: int | None = None
-        """Generation of the finished traffic at that time."""
+        """Generation of the finished traffic at that time,"""
+        self.values: list[float] | None = None
+        """and the values of kinds."""
 
 
 TRAITS = Traits(
@@ -79,15 +90,16 @@ TRAITS = Traits(
     needs_match=True,
     draws=False,
     shares_text=True,
-    prior_acceptance=(0.0, 0.35, 0.45, 0.55, 0.7, 0.8),
+    prior_acceptance=PRIOR_ACCEPTANCE,
     prior_draft_cost=0.005,
+    match_kinds=NAMES,
 )
 REQUEST_TRAITS = replace(TRAITS, shares_text=False)
 
 
 class SuffixIndex:
     """Suffix lookup for running requests over themselves and over recent finished ones. A
-    ``HostDrafter``."""
+    ``HostDrafter`` that ``RanksMatches``."""
 
     version = 0
 
@@ -117,6 +129,9 @@ class SuffixIndex:
         self._max_match = max_match
         self._recent = RecentText(recent_tokens, min_match, max_match)
         self._running: dict[str, _Own] = {}
+        self._values = list(PRIOR_ACCEPTANCE)
+        self._least: dict[int, int | None] = {}
+        """``least_better`` of these values, by kind."""
 
     @property
     def num_recent_tokens(self) -> int:
@@ -190,13 +205,23 @@ class SuffixIndex:
         """Index the finished sequences that wait. Every lookup does that first."""
         self._recent.catch_up()
 
+    def rank(self, values: Sequence[float] | None) -> None:
+        """Of two matches of a request, continue the one whose kind has the higher value from now
+        on.
+
+        Args:
+            values: by number of the kind; ``None``: the prior acceptance of each.
+        """
+        self._values = list(PRIOR_ACCEPTANCE if values is None else values)
+        self._least.clear()
+
     def observe(self, keys: Sequence[str]) -> list[int]:
-        """Tokens of the longest suffix of each request that occurred before, 0 if shorter than
-        min_match."""
-        return [self._current_match(self._own(key)).length for key in keys]
+        """Kind of the match of each request that is to be continued: the number in ``kinds.KINDS``,
+        0 if nothing of min_match tokens or more occurred before."""
+        return [self._current_match(self._own(key)).kind for key in keys]
 
     def propose(self, keys: Sequence[str], most: Sequence[int]) -> list[list[int]]:
-        """Token ids that followed the longest match of each request; empty without a match.
+        """Token ids that followed the best match of each request; empty without a match.
 
         Args:
             most: largest number of tokens for each request.
@@ -208,11 +233,11 @@ class SuffixIndex:
         if k == 0:
             return draft
         match = self._current_match(own)
-        while len(draft) < k and match.length:
+        while len(draft) < k and match.kind:
             self._continue(own, match, draft, k)
             if len(draft) < k:  # finished sequences ended here: look up the proposal itself
                 tail = (own.text.tokens[-self._max_match :] + draft)[-self._max_match :]
-                match = self._search(own, tail, self._max_match)
+                match, _ = self._search(own, tail, self._max_match)
         return draft
 
     def _own(self, key: str) -> _Own:
@@ -222,33 +247,50 @@ class SuffixIndex:
         return own
 
     def _current_match(self, own: _Own) -> _Match:
-        """The longest match, cached so that ``observe`` and ``propose`` of a step search once."""
+        """The best match, cached so that ``observe`` and ``propose`` of a step search once."""
         self._recent.catch_up()
         tokens, generation = own.text.tokens, self._recent.generation
-        longest = self._max_match
+        most_recent = self._max_match
         if own.generation == generation:
             # A match grows by at most one token per new token.
             new = len(tokens) - own.num_matched
-            if not new:
+            if not new and own.values is self._values:
                 return own.match
-            longest = max(own.match.length, self._min_match - 1) + new
-        own.match = self._search(own, tokens[-self._max_match :], longest)
-        own.num_matched, own.generation = len(tokens), generation
+            most_recent = max(own.most_recent, self._min_match - 1) + new
+        own.match, own.most_recent = self._search(own, tokens[-self._max_match :], most_recent)
+        own.num_matched, own.generation, own.values = len(tokens), generation, self._values
         return own.match
 
-    def _search(self, own: _Own, tail: list[int], longest: int) -> _Match:
-        """The longest match anywhere, the request's own on ties.
+    def _search(self, own: _Own, tail: list[int], most_recent: int) -> tuple[_Match, int]:
+        """The better one of the longest match in the request and the longest in finished traffic,
+        the request's own on ties; and a length that no match in finished traffic exceeds.
 
         Args:
-            longest: no match in finished traffic is longer.
+            most_recent: no match in finished traffic is longer.
         """
-        own_length, own_ends = own.text.find(tail)
-        bounds = own_length + 1, longest
-        length, ends = self._recent.find(tail, own.seed, bounds, own.namespace)
+        best = _NO_MATCH
+        length, slots = own.text.find(tail)
+        if length:
+            tokens = own.text.tokens
+            kind = number_of(length, True, [tokens[slot + 1] for slot in slots])
+            best = _Match(kind, is_own=True, slots=slots)
+        least = self._least_better(best.kind)
+        if least is None or least > most_recent:
+            return best, most_recent
+        length, ends = self._recent.find(tail, own.seed, (least, most_recent), own.namespace)
         if not length:
-            return _Match(own_length, is_own=True, slots=own_ends)
-        slots = [self._recent.slot(end) for end in ends]
-        return _Match(length, is_own=False, slots=slots)
+            return best, max(least, self._min_match) - 1
+        ends = [self._recent.slot(end) for end in ends]
+        view = self._recent.token_view
+        kind = number_of(length, False, [view[end + 1] for end in ends])
+        if not best.kind or self._values[kind] > self._values[best.kind]:
+            best = _Match(kind, is_own=False, slots=ends)
+        return best, length
+
+    def _least_better(self, kind: int) -> int | None:
+        if kind not in self._least:
+            self._least[kind] = least_better(self._values, kind)
+        return self._least[kind]
 
     def _continue(self, own: _Own, match: _Match, draft: list[int], k: int) -> None:
         """Append to ``draft`` what followed the match, until k or until every occurrence ended.

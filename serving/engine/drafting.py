@@ -7,8 +7,15 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from itertools import compress
 
-from drafters.protocol import Drafter, FollowsTarget, HostDrafter
-from policies.interface import Decision, DraftRecord, Pick, StepObs
+from drafters.protocol import Drafter, FollowsTarget, HostDrafter, RanksMatches
+from policies.interface import (
+    Decision,
+    DraftPolicy,
+    DraftRecord,
+    Pick,
+    StepObs,
+    ValuesMatches,
+)
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Proposed
@@ -33,6 +40,28 @@ class _Offer:
     neural: dict[str, DrafterRows | MixedRows]
     """With the mixes of those that may draft."""
     has_mixes: bool
+
+
+class _Ranking:
+    """Which matches host drafters prefer: as the policy in charge values them."""
+
+    def __init__(self, hosts: Several[HostDrafter]) -> None:
+        self._ranked = [drafter for drafter in hosts if isinstance(drafter, RanksMatches)]
+        self._policy: DraftPolicy | None = None
+        self._knowing: ValuesMatches | None = None
+        """The policy, if it values matches."""
+        self._values: list[list[float] | None] = [None] * len(self._ranked)
+
+    def follow(self, policy: DraftPolicy) -> None:
+        """Tell the drafters of values that have changed."""
+        if policy is not self._policy:
+            self._policy = policy
+            self._knowing = policy if isinstance(policy, ValuesMatches) else None
+        for i, drafter in enumerate(self._ranked):
+            values = None if self._knowing is None else self._knowing.match_values(drafter.kind)
+            if values is not self._values[i]:
+                self._values[i] = values
+                drafter.rank(values)
 
 
 class Drafting:
@@ -66,6 +95,7 @@ class Drafting:
         self.on_request = frozenset(on_request)
         self._ordinary = self._offer_of({*self.hosts, *self.neural} - self.on_request)
         self._offers: dict[frozenset[str], _Offer] = {}
+        self._ranking = _Ranking(hosts)
         self._num_choosing = 0
         """Requests admitted and not finished that choose their drafters."""
         learning = (r.drafter for r in self.neural.values() if r.drafter.traits.learns)
@@ -223,6 +253,10 @@ class Drafting:
         limits = [most if cap is None else min(most, cap) for cap in asked]
         return tuple(max(0, min(both)) for both in zip(limits, lefts, strict=True))
 
+    def rank_matches(self, policy: DraftPolicy) -> None:
+        """Tell the host drafters which matches a policy values most, before they look."""
+        self._ranking.follow(policy)
+
     def observe(
         self,
         batch: list[Sequence],
@@ -282,8 +316,7 @@ class Drafting:
     def _matches(
         self, batch: list[Sequence], caps: tuple[int, ...], drafters: tuple[HostDrafter, ...]
     ) -> tuple[int, ...]:
-        """[R] length of the longest match of any of some drafters; 0 where nothing may be
-        drafted."""
+        """[R] kind of the best match of any of some drafters; 0 where nothing may be drafted."""
         keys = self._asking(batch, caps)
         best = map(max, zip(*(drafter.observe(keys) for drafter in drafters), strict=True))
         return tuple(next(best) if cap else 0 for cap in caps)

@@ -18,7 +18,7 @@ more to do for them than for others. If there are no others, their times have to
 
 
 Matches = tuple[int, ...] | None
-"""Length of the match that was observed for each request when a round was planned; ``None``: nobody
+"""Kind of the match that was observed for each request when a round was planned; ``None``: nobody
 looked."""
 
 

@@ -288,7 +288,7 @@ class Engine:
         )
 
     def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
-        """The policy in charge, its decision, and the length of the match observed for each
+        """The policy in charge, its decision, and the kind of the match observed for each
         request."""
         policy = self.policy
         choice = self.drafting.choice(batch)
@@ -298,6 +298,8 @@ class Engine:
         if (resting := policy.rest()) is not None:
             return policy, self.drafting.held(resting, batch, most), None
         step, look = self._commits.counters.num_steps, policy.wants_matches()
+        if look:
+            self.drafting.rank_matches(policy)
         obs = self.drafting.observe(batch, step, most, choice, look=look)
         if obs is None:
             return policy, PLAIN, None

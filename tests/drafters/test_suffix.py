@@ -1,4 +1,4 @@
-"""The suffix index proposes what followed the longest match, and forgets what it must."""
+"""The suffix index proposes what followed the best match, and forgets what it must."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from drafters.suffix import recent
 from drafters.suffix.index import SuffixIndex
+from drafters.suffix.kinds import KINDS, Kind
 from drafters.suffix.recent import RecentText
 
 
@@ -17,7 +18,17 @@ def finished(index, key, tokens, *, keep=True, namespace=""):
 
 
 def observe(index, key):
-    return index.observe([key])[0]
+    """The kind of its match; ``None`` without one."""
+    number = index.observe([key])[0]
+    return KINDS[number - 1] if number else None
+
+
+def own(votes, least):
+    return Kind(True, votes, least)
+
+
+def recent_text(votes, least):
+    return Kind(False, votes, least)
 
 
 def propose(index, key, k):
@@ -27,7 +38,7 @@ def propose(index, key, k):
 def test_a_request_that_repeats_itself_is_continued():
     index = SuffixIndex(2, 12, 0)
     index.begin("a", [1, 2, 3, 4, 5, 9, 1, 2, 3])
-    assert observe(index, "a") == 3
+    assert observe(index, "a") == own("alone", 3)
     assert propose(index, "a", 3) == [4, 5, 9]
 
 
@@ -40,25 +51,69 @@ def test_a_repetition_runs_on_into_its_own_draft():
 def test_a_short_match_is_no_match():
     index = SuffixIndex(3, 12, 0)
     index.begin("a", [1, 2, 5, 1, 2])
-    assert (observe(index, "a"), propose(index, "a", 4)) == (0, [])
+    assert (observe(index, "a"), propose(index, "a", 4)) == (None, [])
     index.extend(["a"], [[5, 1, 2, 5]])
-    assert observe(index, "a") == 6
+    assert observe(index, "a") == own("alone", 6)
 
 
 def test_finished_traffic_helps_the_next_request():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "a", [1, 2, 3, 4, 5])
     index.begin("b", [9, 2, 3])
-    assert (observe(index, "b"), propose(index, "b", 8)) == (2, [4, 5])
+    assert (observe(index, "b"), propose(index, "b", 8)) == (recent_text("alone", 1), [4, 5])
 
 
-def test_the_longest_match_wins_and_the_request_itself_on_ties():
+def ranked(index, kinds):
+    """Values these kinds of match in this order, the first most, above all others."""
+    values = [0.0] * (len(KINDS) + 1)
+    for place, kind in enumerate(kinds):
+        values[1 + KINDS.index(kind)] = 1.0 / (1 + place)
+    index.rank(values)
+
+
+def test_of_two_matches_the_kind_that_is_kept_more_often_wins_though_it_is_shorter():
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [9, 8, 7, 1, 2, 3, 40])
+    index.begin("b", [2, 3, 50, 0, 9, 8, 7, 1, 2, 3])
+    here, there = own("alone", 1), recent_text("alone", 6)
+    assert (observe(index, "b"), propose(index, "b", 1)) == (here, [50])
+    ranked(index, [there, here])
+    assert (observe(index, "b"), propose(index, "b", 1)) == (there, [40])
+    ranked(index, [here, there])
+    assert (observe(index, "b"), propose(index, "b", 1)) == (here, [50])
+    index.rank(None)
+    assert (observe(index, "b"), propose(index, "b", 1)) == (here, [50])
+
+
+def test_a_match_whose_occurrences_are_divided_gives_way_to_one_that_agrees():
+    index = SuffixIndex(2, 12, 1000)
+    for key in "abc":
+        finished(index, key, [7, 8, 1, 2, 3, 4, 5, 6, 40])
+    index.begin("b", [1, 2, 60, 5, 6, 50, 5, 6, 51, 1, 2, 3, 4, 5, 6])
+    assert (observe(index, "b"), propose(index, "b", 1)) == (recent_text("agreed", 6), [40])
+    index.begin("c", [1, 2, 60, 5, 6, 50, 5, 6, 50, 1, 2, 3, 4, 5, 6])
+    assert (observe(index, "c"), propose(index, "c", 1)) == (own("agreed", 1), [50])
+
+
+def test_the_request_itself_wins_on_ties():
     index = SuffixIndex(2, 12, 1000)
     finished(index, "a", [1, 2, 3, 40])
     index.begin("b", [1, 2, 3, 50, 0, 1, 2, 3])
-    assert (observe(index, "b"), propose(index, "b", 1)) == (3, [50])
-    index.begin("c", [2, 3, 50, 0, 1, 2, 3])
-    assert (observe(index, "c"), propose(index, "c", 1)) == (3, [40])
+    index.rank([0.0] + [1.0] * len(KINDS))
+    assert (observe(index, "b"), propose(index, "b", 1)) == (own("alone", 3), [50])
+
+
+def test_a_match_that_nobody_values_is_found_when_its_value_rises():
+    """No match in recent text was searched for, so nothing bounds the length of the next one."""
+    index = SuffixIndex(2, 12, 1000)
+    finished(index, "a", [4, 5, 6, 7, 8, 9, 1, 2, 3, 40])
+    index.begin("b", [1, 2, 50, 0, 4, 5, 6, 7, 8, 9, 1, 2])
+    ranked(index, [own("alone", 1)])
+    assert observe(index, "b") == own("alone", 1)
+    ranked(index, [recent_text("alone", 6), own("alone", 1)])
+    assert observe(index, "b") == recent_text("alone", 6)
+    index.extend(["b"], [[3]])
+    assert (observe(index, "b"), propose(index, "b", 1)) == (recent_text("alone", 9), [40])
 
 
 def test_the_most_frequent_continuation_wins_and_the_latest_on_ties():
@@ -87,7 +142,7 @@ def test_the_index_follows_committed_tokens_one_by_one_or_many_at_once():
     for token in tokens[3:]:
         one.extend(["a"], [[token]])
     many.extend(["a"], [tokens[3:]])
-    assert observe(one, "a") == observe(many, "a") == 6
+    assert observe(one, "a") == observe(many, "a") == own("agreed", 6)
     assert propose(one, "a", 16) == propose(many, "a", 16)
 
 
@@ -96,7 +151,7 @@ def test_an_opted_out_request_leaves_no_trace():
     finished(index, "secret", [1, 2, 3, 4], keep=False)
     index.begin("b", [1, 2])
     assert index.num_waiting_tokens == 0
-    assert (observe(index, "b"), propose(index, "b", 4)) == (0, [])
+    assert (observe(index, "b"), propose(index, "b", 4)) == (None, [])
     assert (index.num_recent_tokens, index.num_recent_sequences) == (0, 0)
     assert index.num_running == 1
 
@@ -105,7 +160,7 @@ def test_a_running_request_is_seen_by_no_other():
     index = SuffixIndex(2, 12, 1000)
     index.begin("a", [1, 2, 3, 4])
     index.begin("b", [1, 2])
-    assert observe(index, "b") == 0
+    assert observe(index, "b") is None
 
 
 def test_namespaces_never_meet():
@@ -132,7 +187,7 @@ def test_one_hash_is_not_one_match():
     finished(index, "a", [token for other in range(4000) for token in (100 + other, 1)])
     for other in range(5000, 6000):  # hundreds of these pairs have the hash of one above
         index.begin("b", [other, 1])
-        assert observe(index, "b") == 0
+        assert observe(index, "b") is None
         index.finish("b", keep=False)
 
 
@@ -148,7 +203,7 @@ def test_without_recent_tokens_nothing_is_shared():
     index = SuffixIndex(2, 12, 0)
     finished(index, "a", [1, 2, 3, 4])
     index.begin("b", [1, 2])
-    assert (observe(index, "b"), index.num_recent_tokens) == (0, 0)
+    assert (observe(index, "b"), index.num_recent_tokens) == (None, 0)
 
 
 def test_the_oldest_traffic_leaves_and_is_counted():
@@ -170,7 +225,7 @@ def test_of_a_sequence_beyond_the_bound_the_end_is_kept():
     finished(index, "a", [1, 2, 3, 4, 5, 6])
     index.begin("b", [1, 2])
     index.begin("c", [3, 4])
-    assert (observe(index, "b"), propose(index, "c", 3)) == (0, [5, 6])
+    assert (observe(index, "b"), propose(index, "c", 3)) == (None, [5, 6])
     assert index.num_recent_tokens == 4
 
 
@@ -179,7 +234,7 @@ def test_a_request_that_nobody_looks_up_is_not_indexed():
     for key in ("asked", "unasked"):
         index.begin(key, [1, 2, 3, 1, 2])
         index.extend([key], [[3, 1, 2]])
-    assert observe(index, "asked") == 5
+    assert observe(index, "asked") == own("alone", 3)
     nodes = {key: index._own(key).text.num_nodes for key in ("asked", "unasked")}
     assert nodes["asked"] > nodes["unasked"] == 0
     index.finish("unasked", keep=True)
@@ -267,7 +322,7 @@ def test_memory_does_not_grow_with_traffic():
 def test_the_longest_match_is_found_however_often_its_end_occurs():
     index = SuffixIndex(2, 12, 0)
     index.begin("a", [5, 1, 2, 7, *[6, 1, 2, 8] * 500, 5, 1, 2])
-    assert (observe(index, "a"), propose(index, "a", 1)) == (3, [7])
+    assert (observe(index, "a"), propose(index, "a", 1)) == (own("alone", 3), [7])
 
 
 def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
@@ -293,7 +348,7 @@ def test_positions_start_again_before_they_overflow(monkeypatch):
 def test_misuse_is_told():
     index = SuffixIndex(2, 12, 20)
     index.begin("a", [])
-    assert (observe(index, "a"), propose(index, "a", 4), propose(index, "a", 0)) == (0, [], [])
+    assert (observe(index, "a"), propose(index, "a", 4), propose(index, "a", 0)) == (None, [], [])
     with pytest.raises(ValueError, match="'a' has begun already"):
         index.begin("a", [1])
     with pytest.raises(ValueError, match="no sequence 'b' is running"):

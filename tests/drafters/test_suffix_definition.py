@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafters.suffix.index import SuffixIndex
+from drafters.suffix.kinds import KINDS, PRIOR_ACCEPTANCE
 
 VOTES = 4
 BOUNDS = (2, 5)
@@ -30,17 +31,31 @@ def occurrences(tail, sequences, bounds):
     return 0, []
 
 
-def longest(tail, own, others, bounds=BOUNDS):
-    own_length, own_ends = occurrences(tail, [own], bounds)
-    length, ends = occurrences(tail, others, bounds)
-    return (own_length, True, own_ends) if own_length >= length else (length, False, ends)
+def kind(length, is_own, ends):
+    """Number of the kind of a match; 0 without one."""
+    if not length:
+        return 0
+    followers = {sequence[end + 1] for sequence, end in ends}
+    votes = "divided" if len(followers) > 1 else "alone" if len(ends) == 1 else "agreed"
+    fits = [k for k in KINDS if k[:2] == (is_own, votes) and k.least <= length]
+    return 1 + KINDS.index(max(fits, key=lambda k: k.least))
 
 
-def propose(own, others, k, bounds=BOUNDS):
+def best(tail, own, others, bounds=BOUNDS, values=PRIOR_ACCEPTANCE):
+    """(kind, is_own, ends) of the match that is continued."""
+    matches = []
+    for is_own, sequences in ((True, [own]), (False, others)):
+        length, ends = occurrences(tail, sequences, bounds)
+        if length:
+            matches.append((kind(length, is_own, ends), is_own, ends))
+    return max(matches, key=lambda match: values[match[0]], default=(0, True, []))
+
+
+def propose(own, others, k, bounds=BOUNDS, values=PRIOR_ACCEPTANCE):
     draft = []
     while len(draft) < k:
-        length, is_own, ends = longest(own + draft, own, others, bounds)
-        if not length:
+        found, is_own, ends = best(own + draft, own, others, bounds, values)
+        if not found:
             break
         offset = 0
         while len(draft) < k:
@@ -59,6 +74,7 @@ def propose(own, others, k, bounds=BOUNDS):
 
 
 tokens = st.lists(st.integers(0, 2), max_size=30)
+worth = st.lists(st.integers(0, 3), min_size=len(KINDS) + 1, max_size=len(KINDS) + 1)
 
 
 @settings(max_examples=300, deadline=None)
@@ -68,7 +84,12 @@ tokens = st.lists(st.integers(0, 2), max_size=30)
         st.tuples(tokens, st.booleans(), st.sampled_from("xy"), st.integers(0, 30)), max_size=6
     ),
     prompt=tokens,
-    steps=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), max_size=3),
+    steps=st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 2), min_size=1, max_size=30), worth | st.just(PRIOR_ACCEPTANCE)
+        ),
+        max_size=3,
+    ),
     k=st.integers(0, 9),
 )
 def test_match_and_proposal_are_those_of_the_definition(bounds, others, prompt, steps, k):
@@ -79,11 +100,12 @@ def test_match_and_proposal_are_those_of_the_definition(bounds, others, prompt, 
         index.begin("other", sequence, namespace)
         index.finish("other", keep, num_tokens)
     seen = [s[:num] for s, keep, namespace, num in others if keep and namespace == "x"]
-    for step in [[], *steps]:
+    for step, values in [([], PRIOR_ACCEPTANCE), *steps, ([], PRIOR_ACCEPTANCE)]:
         index.extend(["own"], [step])
         own += step
-        assert index.observe(["own"])[0] == longest(own, own, seen, bounds)[0]
-        assert index.propose(["own"], [k])[0] == propose(own, seen, k, bounds)
+        index.rank(None if values is PRIOR_ACCEPTANCE else values)
+        assert index.observe(["own"])[0] == best(own, own, seen, bounds, values)[0]
+        assert index.propose(["own"], [k])[0] == propose(own, seen, k, bounds, values)
 
 
 @settings(max_examples=100, deadline=None)
@@ -99,7 +121,7 @@ def test_a_text_that_grows_token_by_token_is_searched_as_one_that_was_there(othe
     index.begin("grows", [])
     for num, token in enumerate(text, 1):
         index.extend(["grows"], [[token]])
-        assert index.observe(["grows"])[0] == longest(text[:num], text[:num], [other])[0]
+        assert index.observe(["grows"])[0] == best(text[:num], text[:num], [other])[0]
         assert index.propose(["grows"], [k])[0] == propose(text[:num], [other], k)
 
 
@@ -123,7 +145,7 @@ def test_only_the_newest_traffic_is_searched_within_the_bound(sequences, recent_
     probes = {(a, b, c) for a in range(3) for b in range(3) for c in range(3)}
     for probe in sorted(probes):
         index.begin("probe", list(probe))
-        assert index.observe(["probe"])[0] == longest(list(probe), list(probe), live)[0]
+        assert index.observe(["probe"])[0] == best(list(probe), list(probe), live)[0]
         assert index.propose(["probe"], [6])[0] == propose(list(probe), live, 6)
         index.finish("probe", keep=False)
 

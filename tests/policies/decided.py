@@ -37,7 +37,7 @@ GOOD = (0.6, 0.58, 0.57, 0.56, 0.55, 0.55, 0.55, 0.55)
 SMALL = World(
     eagle=GOOD, plain_s=0.00069, draft_s=0.00011, verify_per_token_s=2e-6, cold_s=0.0003,
     plan_s=0.0001, look_s=0.00008, noise=Noise(0.1, 0.02, 0.003), untimed_share=0.1,
-    rows={1: Rows(0.25, 0.15), 5: Rows(0.1, 0.45, 0.5), 12: Rows(0.1, 0.8, 1.0)},
+    rows={1: Rows(0.25, 0.15), 3: Rows(0.1, 0.45, 0.5), 5: Rows(0.1, 0.8, 1.0)},
     difficulties=(-1.0, 0.0, 1.0), request_tokens=25,
 )  # fmt: skip
 USELESS = replace(SMALL, eagle=(0.02,) * 8, rows={})

@@ -55,7 +55,7 @@ def context(
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows whose longest match has one length."""
+    """Rows whose match is of one kind."""
 
     share: float
     """Share of rows in a step."""
@@ -95,9 +95,9 @@ class World:
     suffix: float = 0.8
     """Acceptance of the index at every position of a row with a match."""
     match_share: float = 0.0
-    """Share of rows that have a match (of 6 tokens) in a step."""
+    """Share of rows that have a match (of kind 4) in a step."""
     rows: Mapping[int, Rows] = field(default_factory=dict)
-    """Rows by match length, in place of ``suffix`` and ``match_share``; the rest has no match."""
+    """Rows by kind of match, in place of ``suffix`` and ``match_share``; the rest has no match."""
     others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Conditional acceptance of further neural drafters, by kind."""
     mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -135,16 +135,16 @@ class World:
 
     @cached_property
     def kinds_of_rows(self) -> Mapping[int, Rows]:
-        """All rows by match length, those without a match included."""
-        known = dict(self.rows) or {6: Rows(self.match_share, self.suffix)}
+        """All rows by kind of match, those without a match included."""
+        known = dict(self.rows) or {4: Rows(self.match_share, self.suffix)}
         return {0: Rows(1 - sum(rows.share for rows in known.values()), 0.0), **known}
 
     def matches(self, rng: random.Random) -> tuple[int, ...]:
-        lengths = list(self.kinds_of_rows)
-        if len(lengths) == 1 or not self.has_index:
+        kinds = list(self.kinds_of_rows)
+        if len(kinds) == 1 or not self.has_index:
             return (0,) * self.batch
         shares = [rows.share for rows in self.kinds_of_rows.values()]
-        return tuple(rng.choices(lengths, shares, k=self.batch))
+        return tuple(rng.choices(kinds, shares, k=self.batch))
 
     def hazards(self, drafter: str, match: int, difficulty: float) -> tuple[float, ...]:
         """Acceptance of each draft token whose predecessors were accepted."""

@@ -9,7 +9,7 @@ from operator import mul
 
 import pytest
 
-from policies.acceptance import AcceptanceModel, match_bucket
+from policies.acceptance import AcceptanceModel
 from tests.policies.simulated import DRAFTERS, Traits
 
 
@@ -77,10 +77,10 @@ def test_an_idle_drafter_is_remembered_weakly():
     assert model.hazards("eagle3", 0)[0] > 0.4
 
 
-def test_match_lengths_are_learned_separately():
+def test_kinds_of_match_are_learned_separately():
     model = acceptance()
-    feed(model, (0.95,) * 4, rounds=100, k=4, drafter="suffix", bucket=match_bucket(9))
-    feed(model, (0.05,) * 4, rounds=100, k=4, drafter="suffix", bucket=match_bucket(2))
+    feed(model, (0.95,) * 4, rounds=100, k=4, drafter="suffix", bucket=5)
+    feed(model, (0.05,) * 4, rounds=100, k=4, drafter="suffix", bucket=1)
     assert model.expected_tokens("suffix")[5][4] > 4
     assert model.expected_tokens("suffix")[1][4] < 1.2
 
@@ -109,16 +109,24 @@ def test_a_drafter_that_needs_a_match_gains_nothing_without_one():
     assert model.expected_tokens("eagle3")[0][1] == pytest.approx(1.6)
 
 
-def test_match_lengths_fall_in_their_buckets():
-    lengths = [0, 1, 2, 3, 4, 5, 6, 8, 9, 12]
-    assert [match_bucket(n) for n in lengths] == [0, 1, 1, 2, 3, 3, 4, 4, 5, 5]
+def test_matches_are_worth_what_was_kept_after_them_and_nobody_computes_it_twice():
+    model = acceptance()
+    feed(model, (0.95,) * 4, rounds=100, k=4, drafter="suffix", bucket=1)
+    feed(model, (0.05,) * 4, rounds=100, k=4, drafter="suffix", bucket=5)
+    values = model.match_values("suffix")
+    assert values[1] > values[4] > values[5]
+    assert values == [row[-1] for row in model.expected_tokens("suffix")]
+    assert model.match_values("suffix") is values
+    feed(model, (0.95,) * 4, rounds=1, k=4, drafter="suffix", bucket=5)
+    assert model.match_values("suffix")[5] > values[5]
+    assert model.match_values("unknown") is None
 
 
-def test_priors_are_one_or_one_for_each_bucket():
+def test_priors_are_one_or_one_for_each_kind_of_match():
     traits = Traits(
         is_neural=True, needs_match=False, prior_acceptance=(0.5,) * 3, prior_draft_cost=0
     )
     with pytest.raises(
         ValueError, match="prior_acceptance of drafter 'odd' must hold 1 or 6 values"
     ):
-        acceptance(drafters={"odd": traits})
+        acceptance(drafters={"odd": traits, **DRAFTERS})

@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
-from policies.acceptance import AcceptanceModel, match_bucket
-from policies.forecast import Forecaster, by_bucket
+from policies.acceptance import AcceptanceModel
+from policies.forecast import Forecaster, by_kind
 from policies.interface import StepObs
 from policies.step_time import StepTimes
 from tests.policies.simulated import DRAFTERS, World
 
-MATCHES = (0, 0, 2, 7, 300, 3, 0, 12, 5)
+MATCHES = (0, 0, 1, 4, 5, 2, 0, 5, 3)
 CAPS = (8, 3, 8, 0, 8, 1, 9, 5, 8)
 
 
@@ -31,10 +31,9 @@ def obs(matches, caps):
     return StepObs(0, len(caps), caps, matches, tuple(DRAFTERS), 8, 0)
 
 
-def test_rows_are_counted_by_bucket_however_long_a_match_is():
-    expected = Counter(map(match_bucket, MATCHES))
-    assert by_bucket(MATCHES) == [expected[bucket] for bucket in range(6)]
-    assert by_bucket(MATCHES[:4]) == [2, 1, 0, 0, 1, 0]
+def test_rows_are_counted_by_kind_of_match():
+    assert by_kind(MATCHES, 6) == [3, 1, 1, 1, 1, 2]
+    assert by_kind(MATCHES[:4], 25) == [2, 1, 0, 0, 1, *[0] * 20]
 
 
 @pytest.mark.parametrize("max_k", [1, 5, 8])
@@ -45,10 +44,7 @@ def test_every_request_is_held_to_its_cap(forecaster, max_k, caps):
     for drafter in DRAFTERS:
         table = acceptance.expected_tokens(drafter)
         for k in range(max_k + 1):
-            by_row = [
-                table[match_bucket(match), min(k, cap)]
-                for match, cap in zip(MATCHES, caps, strict=True)
-            ]
+            by_row = [table[match, min(k, cap)] for match, cap in zip(MATCHES, caps, strict=True)]
             assert seen.tokens[drafter][k] == pytest.approx(sum(by_row))
 
 

@@ -306,7 +306,7 @@ def test_the_first_time_after_other_arms_is_a_catch_up_for_neural_drafters(draft
     def factor():
         return made.figures()["step_time"]["costs"][drafter]["drafter"]
 
-    rows, before = RowOutcomes((4,), (4,), (6,)), factor()
+    rows, before = RowOutcomes((4,), (4,), (4,)), factor()
     decision = Decision(drafter, 4, 1.0, explore=False, reason="goodput")
     made.observe(Outcome(decision, 1, rows, 0.030, 0.015, False, 0))
     assert (factor() != before) == is_counted
@@ -380,7 +380,7 @@ def test_planning_takes_microseconds(batch, limit_s):
     world = World(batch=batch, match_share=0.5)
     made = policy(world=world)
     run(made, world, steps=100, seed=0)
-    see = obs(batch, matches=tuple(i % 12 for i in range(batch)))
+    see = obs(batch, matches=tuple(i % 6 for i in range(batch)))
     times = []
     for _ in range(300):
         start = time.thread_time()

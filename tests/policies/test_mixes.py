@@ -34,7 +34,7 @@ HALVES = World(
 WITH_INDEX = World(
     batch=8,
     eagle=(0.6,) * 8,
-    rows={6: Rows(0.2, 0.7), 12: Rows(0.25, 0.95)},
+    rows={4: Rows(0.2, 0.7), 5: Rows(0.25, 0.95)},
     mixes={"eagle3+suffix": ("eagle3", "suffix")},
     plan_s=0.00002,
     look_s=0.00005,
@@ -110,7 +110,7 @@ def test_decisions_of_a_mix_are_the_same_for_the_same_seed():
     assert any(decision.picks for decision in decided[0])
 
 
-def test_requests_with_long_matches_get_the_index_and_the_others_the_neural_drafter():
+def test_requests_with_good_matches_get_the_index_and_the_others_the_neural_drafter():
     simulation, used, got = Simulation(policy(WITH_INDEX), 0), Counter(), Counter()
     simulation.run(WITH_INDEX, 400)
 
@@ -121,15 +121,15 @@ def test_requests_with_long_matches_get_the_index_and_the_others_the_neural_draf
 
     speed = simulation.run(WITH_INDEX, 400, watch).speed
 
-    assert used["eagle3+suffix"] > 0.6 * 400
+    assert used["eagle3+suffix"] > 0.5 * 400
     assert speed > 1.1 * best_fixed_speed(replace(WITH_INDEX, mixes={}))
-    assert got["suffix", 12] > 0.9 * (got["suffix", 12] + got["eagle3", 12])
+    assert got["suffix", 5] > 0.9 * (got["suffix", 5] + got["eagle3", 5])
     assert got["suffix", 0] == 0
 
 
 @pytest.mark.parametrize("match_share", [0.0, 0.3])
 def test_an_index_that_does_not_pay_costs_next_to_nothing_in_a_mix(match_share):
-    rows = {6: Rows(match_share, 0.2)} if match_share else {6: Rows(0.0, 0.0)}
+    rows = {4: Rows(match_share, 0.2)} if match_share else {4: Rows(0.0, 0.0)}
     world = replace(WITH_INDEX, rows=rows)
     simulation, picked = Simulation(policy(world), 0), Counter()
     simulation.run(world, 400)
@@ -146,7 +146,7 @@ def test_an_index_that_does_not_pay_costs_next_to_nothing_in_a_mix(match_share):
 def test_a_mix_with_an_index_is_never_slower_than_the_floor():
     """Neither member is worth its time: plain decoding goes on."""
     world = replace(
-        WITH_INDEX, eagle=(0.05,) * 8, rows={6: Rows(0.3, 0.05)}, draft_s=0.003, batch=16
+        WITH_INDEX, eagle=(0.05,) * 8, rows={4: Rows(0.3, 0.05)}, draft_s=0.003, batch=16
     )
     simulation = Simulation(policy(world), 0)
     simulation.run(world, 400)
@@ -155,7 +155,7 @@ def test_a_mix_with_an_index_is_never_slower_than_the_floor():
 
 
 def test_what_the_index_keeps_in_a_mix_is_learned_of_the_index():
-    world = replace(WITH_INDEX, rows={12: Rows(0.25, 0.99)})
+    world = replace(WITH_INDEX, rows={5: Rows(0.25, 0.99)})
     made = policy(world)
     seen = made.figures()["acceptance"]
     assert "suffix/5" not in seen

@@ -117,8 +117,8 @@ def test_load_that_comes_and_goes_finds_the_figures_of_its_batch_again():
 
 
 SAMPLED = {
-    1: Rows(0.25, 0.15), 3: Rows(0.1, 0.3, 0.3), 5: Rows(0.06, 0.45, 0.5), 7: Rows(0.04, 0.55, 0.7),
-    12: Rows(0.05, 0.7, 1.0),
+    1: Rows(0.25, 0.15), 2: Rows(0.1, 0.3, 0.3), 3: Rows(0.06, 0.45, 0.5), 4: Rows(0.04, 0.55, 0.7),
+    5: Rows(0.05, 0.7, 1.0),
 }  # fmt: skip
 """Matches of text sampled at a high temperature: many and short, and followed by little."""
 
@@ -193,7 +193,7 @@ def test_a_useful_version_after_a_useless_one_is_used_twenty_rounds_after_its_sw
 SMALL_AT_32 = World(
     batch=32,
     eagle=(0.55, 0.5, 0.48, 0.46, 0.45, 0.45, 0.45, 0.45),
-    rows={1: Rows(0.12, 0.1), 3: Rows(0.04, 0.25, 0.3), 7: Rows(0.02, 0.5, 0.7)},
+    rows={1: Rows(0.12, 0.1), 2: Rows(0.04, 0.25, 0.3), 4: Rows(0.02, 0.5, 0.7)},
     plain_s=0.00155,
     draft_s=0.00016,
     verify_per_token_s=2e-6,
@@ -239,7 +239,7 @@ def test_looks_that_found_nothing_after_a_swap_do_not_forbid_later_ones(seed):
     """What the looks of the first steps took was owed for ten thousand others."""
     useless = replace(SMALL_AT_32, eagle=(0.02,) * 8)
     first = replace(useless, rows={})
-    then = replace(useless, rows={7: Rows(0.5, 0.7), 3: Rows(0.2, 0.4)})
+    then = replace(useless, rows={4: Rows(0.5, 0.7), 2: Rows(0.2, 0.4)})
     server = served(then, seed)
     server.swap(1, calibration(first))
     server.run(first, 60)
@@ -263,7 +263,7 @@ class FirstLook(Simulation):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_first_look_that_is_slow_does_not_silence_an_index(seed):
     """Measured with 32 clients: the index alone gains a half, and was never asked again."""
-    world = replace(SMALL_AT_32, rows={12: Rows(0.7, 0.85), 3: Rows(0.1, 0.4)}, cold_s=0.0)
+    world = replace(SMALL_AT_32, rows={5: Rows(0.7, 0.85), 2: Rows(0.1, 0.4)}, cold_s=0.0)
     policy = build_policy(PolicySettings(), {"suffix": DRAFTERS["suffix"]}, seed, max_draft=8)
     policy.calibrate([sample for sample in world.profile() if sample.drafter == "none"])
     server = FirstLook(policy, seed)
@@ -274,7 +274,7 @@ def test_a_first_look_that_is_slow_does_not_silence_an_index(seed):
 
 SLICED = World(
     batch=32, plain_s=0.0011, draft_s=0.00012, verify_per_token_s=7e-6, cold_s=0.008,
-    plan_s=0.00015, look_s=0.0007, rows={7: Rows(0.03, 0.5), 3: Rows(0.08, 0.2)},
+    plan_s=0.00015, look_s=0.0007, rows={4: Rows(0.03, 0.5), 2: Rows(0.08, 0.2)},
     noise=Noise(0.1, 0.3, 0.005), untimed_share=0.2, difficulties=(-1, -0.4, 0, 0.4, 1),
 )  # fmt: skip
 """A small target on a GPU whose trainer takes slices of its time: a third of the steps wait for up

@@ -131,7 +131,7 @@ def test_two_neural_drafters_are_learned_separately():
     assert model.first("second") == pytest.approx(0.2, abs=0.1)
 
 
-def test_a_swap_of_a_drafter_with_priors_by_match_length_keeps_its_buckets_apart():
+def test_a_swap_of_a_drafter_with_priors_by_kind_of_match_keeps_its_buckets_apart():
     model = Model()
     model.feed((0.9,) * 4, rounds=100, drafter="suffix", bucket=5)
     model.swap(1, "suffix", acceptance=[0.5] * 4)
