@@ -141,7 +141,7 @@ def test_closed_segments_are_opened_once(tmp_path, monkeypatch):
     assert set(names) == {
         "000008.seg",
         "000009.seg",
-    }  # the first numbers of these say which is open
+    }  # their heads say which is open
     assert len(names) <= 3
 
 
