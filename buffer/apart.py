@@ -37,6 +37,14 @@ class WeightsApart(Backend):
     def spool_bytes(self) -> int | None:
         return self._traces.spool_bytes
 
+    @property
+    def run(self) -> str | None:
+        return self._traces.run
+
+    @property
+    def ends_with_process(self) -> bool:
+        return self._traces.ends_with_process
+
     def open_trace_writer(self, limits: TraceLimits) -> TraceWriter:
         return self._traces.open_trace_writer(limits)
 
@@ -51,8 +59,11 @@ class WeightsApart(Backend):
     def unreadable(self) -> Iterable[Unreadable]:
         return self._traces.unreadable()
 
-    def delete(self, tenant: str) -> Deleted:
-        return self._traces.delete(tenant)
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
+        return self._traces.delete(tenant, until_ms=until_ms)
+
+    def undelete(self, digest: str) -> bool:
+        return self._traces.undelete(digest)
 
     def deletions(self) -> Deletions:
         return self._traces.deletions()

@@ -16,32 +16,47 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from buffer.files import open_regular
+from buffer.files import OWNER_FOLDER, open_regular
+from configs.urls import shown_url
 
 log = logging.getLogger(__name__)
 
 FILE = "audit.jsonl"
+_ANYONE = 0o777  # less the process's umask
 _OF_A_RUN = ("write", "read")
-"""What servers and trainers do, whose run folder is made if it is missing."""
-_CHANGES = ("delete", "copy", "replay")
+"""What servers and trainers do: others may read their run folder. One that is made for the audit of
+a command alone is its user's."""
 Action = Literal[
-    "write", "read", "inspect", "stats", "delete", "replay", "copy", "vocabulary", "policies"
+    "write",
+    "read",
+    "inspect",
+    "stats",
+    "delete",
+    "undelete",
+    "deletions",
+    "replay",
+    "copy",
+    "vocabulary",
+    "policies",
 ]
 
 
-def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
+def audit(run_dir: Path, action: Action, url: str, run: str | None = None, **facts: Any) -> None:
     """Note an access. A disk that refuses costs the line, not the access, and the log says so.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: folder of the run, made if it is missing: also where traces are elsewhere, each
+            access from here is noted there.
         action: what is done.
-        url: ``buffer.url``; what may hold a password is left out.
+        url: ``buffer.url``; what may be a secret is left out.
+        run: ``Backend.run``.
         facts: more to note; no contents.
     """
     line = {
         "unix_ms": int(time.time() * 1000),
         "action": action,
-        "buffer": without_login(url),
+        "buffer": shown_url(url),
+        **({} if run is None else {"run": run}),
         "user": _user(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -52,28 +67,15 @@ def audit(run_dir: Path, action: Action, url: str, **facts: Any) -> None:
     log.info("audit: %s", text)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     try:
-        if action in _OF_A_RUN:
-            run_dir.mkdir(parents=True, exist_ok=True)
+        mode = _ANYONE if action in _OF_A_RUN else OWNER_FOLDER
+        run_dir.mkdir(mode=mode, parents=True, exist_ok=True)
         descriptor = open_regular(run_dir / FILE, flags)
         try:
             os.write(descriptor, text.encode() + b"\n")
         finally:
             os.close(descriptor)
-    except FileNotFoundError:  # whoever looks at a buffer may have no run folder here
-        if action in _CHANGES:
-            log.warning(
-                "%s does not exist, so %s notes nothing: the access is noted in this log only",
-                run_dir,
-                FILE,
-            )
     except OSError as error:
         log.warning("%s cannot be written (%s): an access is noted in this log only", FILE, error)
-
-
-def without_login(url: str) -> str:
-    """The URL without user, password and options."""
-    scheme, _, rest = url.partition(":")
-    return f"{scheme}:{rest.partition('?')[0].rpartition('@')[2]}"
 
 
 def _user() -> str:

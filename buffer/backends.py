@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 from buffer.disk_spool import WINDOW_BYTES, DiskSpool
 from buffer.interface import Backend, TraceLimits, TraceWriter
 from configs.schema import BufferSettings
+from configs.urls import shown_scheme, without_secrets
 
 # Named by module and class, so that a backend's client library is imported only when it is used.
 CATALOG: dict[str, str] = {
@@ -38,17 +39,22 @@ def open_backend(url: str, run_dir: Path) -> Backend:
     scheme, colon, _ = url.partition(":")
     if not colon or scheme not in CATALOG:
         known = ", ".join(f"'{name}:'" for name in CATALOG)
-        found = f"scheme {scheme!r} is unknown" if colon else "it has no scheme"
+        named = shown_scheme(url)
+        unknown = "its scheme is unknown" if named is None else f"scheme {named!r} is unknown"
+        found = unknown if colon else "it has no scheme"
         # Never the URL itself: it may hold a password.
         raise ValueError(f"buffer.url cannot be used: {found}; known are {known}")
     try:
         backend: Backend = resolve_name(CATALOG[scheme])(url, run_dir)
+        return backend
     except ModuleNotFoundError as error:
-        raise ValueError(
+        problem = (
             f"buffer.url begins with '{scheme}:', which needs the package {error.name}; pip "
             f"install {error.name}"
-        ) from None
-    return backend
+        )
+    except ValueError as error:
+        problem = without_secrets(str(error), url)
+    raise ValueError(problem)  # out here: what a library said of the URL may quote it
 
 
 def limits_of(settings: BufferSettings) -> TraceLimits:

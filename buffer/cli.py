@@ -18,7 +18,7 @@ import typer
 from buffer.backends import limits_of
 from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
-from buffer.command_delete import delete
+from buffer.command_delete import delete, undelete
 from buffer.command_keys import keys
 from buffer.command_line import JsonOption, RunArgument, print_reports, refusing, run_backend
 from buffer.command_resend import copy, replay
@@ -28,9 +28,9 @@ from buffer.record_lines import QuarantineLine, record_lines
 from buffer.records import Acceptance, Count, Trace
 from buffer.signed_weights import open_weights
 from buffer.weights_store import WeightsStore
-from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
+from configs.cli import Commands, ConfigOption, SetOption, VersionOption, settings_from_cli
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = typer.Typer(cls=Commands, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,15 @@ class StatsLine(Report):
     def to_line(self) -> str:
         s = self.stats
         deleted = f", {s.deleted} deleted" if s.deleted else ""
+        forgotten = (
+            f"; {s.forgotten} that groups had passed are unknown to the store, which was started "
+            f"without its data or whose files somebody has overwritten"
+            if s.forgotten
+            else ""
+        )
         return (
             f"records: {s.appended} written by {s.num_writers} writers, {s.held} held, "
-            f"{s.held_bytes} bytes{deleted}"
+            f"{s.held_bytes} bytes{deleted}{forgotten}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -160,6 +166,7 @@ def main(version: VersionOption = False) -> None:
 app.command()(copy)
 app.command()(replay)
 app.command()(delete)
+app.command()(undelete)
 app.command()(keys)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,9 @@ from buffer.backends import CATALOG, open_backend
 from buffer.embedded_log import log_root
 from buffer.interface import Backend, Report
 from configs.schema import Settings
+from configs.urls import shown_place, shown_scheme
 
+_NAMES_RUN = re.compile(r"[?&]run=")
 RunArgument = Annotated[
     str | None,
     typer.Argument(
@@ -56,9 +59,11 @@ def located(run: str | None, settings: Settings) -> tuple[str, Path]:
     if run is not None and is_url(run):
         _check_folder(run, settings.run_dir)
         return run, settings.run_dir
-    if run is not None and not Path(run).is_dir():
-        raise ValueError(f"{run} is neither a run folder nor a URL")
-    return settings.buffer.url, settings.run_dir if run is None else Path(run)
+    if run is not None:
+        _check_run_folder(run)
+    run_dir = settings.run_dir if run is None else Path(run)
+    _check_folder(settings.buffer.url, run_dir, may_be_missing=run_dir.is_dir())
+    return settings.buffer.url, run_dir
 
 
 def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
@@ -67,7 +72,10 @@ def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
     Raises:
         ValueError: there is none, or its URL cannot be used.
     """
-    return _opened(*located(run, settings), action)
+    url, run_dir = located(run, settings)
+    backend = opened(url, run_dir)
+    audit(run_dir, action, url, backend.run)
+    return backend
 
 
 def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Backend:
@@ -77,25 +85,67 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
         ValueError: there is no such folder, or the URL cannot be used.
     """
     if is_url(text):
-        if must_exist:
-            _check_folder(text, settings.run_dir)
-        return _opened(text, settings.run_dir, action)
-    if must_exist and not Path(text).is_dir():
-        raise ValueError(f"{text} is neither a run folder nor a URL")
-    return _opened("log:", Path(text), action)
+        url, run_dir = text, settings.run_dir
+    else:
+        if must_exist or ":" in text or Path(text).exists():
+            _check_run_folder(text)
+        url, run_dir = "log:", Path(text)
+    _check_folder(url, run_dir, may_be_missing=not (must_exist and is_url(text)))
+    backend = opened(url, run_dir)
+    audit(run_dir, action, url, backend.run)
+    return backend
 
 
-def _check_folder(url: str, run_dir: Path) -> None:
-    """Refuse the URL of a log whose folder does not exist: it is mistyped, not empty."""
+def _check_run_folder(text: str) -> None:
+    """Refuse what is neither a folder nor a URL; where it looks like a URL, say what is wrong with
+    it."""
+    if Path(text).is_dir():
+        return
+    scheme = shown_scheme(text)
+    if scheme is not None:
+        known = ", ".join(f"{name}:" for name in CATALOG)
+        raise ValueError(
+            f"{scheme}: is no buffer, and there is no run folder of this name; URLs of buffers "
+            f"begin with {known}"
+        )
+    raise ValueError(f"{shown_place(text)} is neither a run folder nor a URL")
+
+
+def _check_folder(url: str, run_dir: Path, *, may_be_missing: bool = False) -> None:
+    """Refuse the URL of a log whose folder does not exist: it is mistyped, not empty; and what is
+    no folder.
+
+    Args:
+        may_be_missing: only refuse what is no folder.
+    """
     if url.partition(":")[0] in ("log", "file"):
         folder, _ = log_root(url, run_dir)
-        if not folder.is_dir():
+        if folder.is_dir():
+            return
+        if folder.exists() or folder.is_symlink():
+            raise ValueError(f"there is no log in {folder}: it is no folder")
+        if not may_be_missing:
             raise ValueError(f"there is no log in {folder}: the folder does not exist")
 
 
-def _opened(url: str, run_dir: Path, action: Action) -> Backend:
+def opened(url: str, run_dir: Path) -> Backend:
+    """A buffer that a command can use; which run it takes is said where nobody has named one.
+
+    Raises:
+        ValueError: its URL cannot be used, or it is in the memory of one process.
+    """
     backend = open_backend(url, run_dir)
-    audit(run_dir, action, url)
+    if backend.ends_with_process:
+        raise ValueError(
+            f"{url.partition(':')[0]}: keeps traces in the memory of one process: a command sees "
+            f"nothing of another one, and what it stored there would end with it"
+        )
+    if backend.run is not None and not _NAMES_RUN.search(url):
+        typer.echo(
+            f"the URL names no run: this is run {backend.run}, after the run folder {run_dir}; "
+            f"?run=NAME takes another",
+            err=True,
+        )
     return backend
 
 
@@ -127,8 +177,16 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_text_of(error), err=True)
         raise typer.Exit(code=2) from error
+
+
+def _text_of(error: Exception) -> str:
+    """What an error says, in one line and without the system's number for it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())
 
 
 def print_reports(reports: Iterable[Report], as_json: bool) -> None:

@@ -90,3 +90,7 @@ class BufferStats:
     groups: tuple[GroupCounts, ...]
     deleted: int = 0
     """Records deleted with their tenant whose place is still known; they are not held."""
+    forgotten: int = 0
+    """Of the records ever stored: some group has committed them or later ones, and the store does
+    not know them any more, because it was started without its data or somebody has overwritten its
+    files. Groups that had not got them count them as lost."""

@@ -6,17 +6,23 @@ copies that a trainer holds, and stores that remove no single record. Whoever me
 drops it and counts it.
 
 The list holds digests of names, not names: a tenant is often somebody's mail address.
+
+Until when a deletion holds is told by the records, not by the clock of whoever deletes: at least
+until the tenant's newest stored record ended, and at most an hour longer than anybody's did. Under
+a clock that is wrong by a year, what the tenant sends next would be dropped for a year otherwise.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from buffer.columns import ENTRY, HEAD, ColumnsError, parse_head
+from buffer.small_json import is_whole
 from buffer.tensors import TensorFileError, parse_json
 
 Payload = bytes | bytearray | memoryview
@@ -24,6 +30,9 @@ Payload = bytes | bytearray | memoryview
 SCHEMA = b"slipstream.trace"
 _DIGEST_LETTERS = 32
 _LOOK_S = 1.0
+SKEW_MS = 3_600_000
+"""A deletion holds for so much longer than the newest stored record at most: records that ended
+later may be on their way, and clocks differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,37 @@ class Deleted:
     """Records put aside as undecodable that were the tenant's, or whose tenant cannot be read."""
     remains: str | None = None
     """What the store cannot remove at once, in words; ``None``: nothing."""
+    until_ms: int | None = None
+    """Traces that ended until then are dropped when they arrive, unix ms; ``None``: there is no
+    buffer whose list could say so."""
+
+
+@dataclass(slots=True)
+class Ends:
+    """When the newest of the records that a deletion has looked at ended, unix ms."""
+
+    of_tenant: int | None = None
+    of_anybody: int | None = None
+
+    def see(self, owner: Owner, tenant: str) -> bool:
+        """Take note of one record that is not deleted yet; whether it is the tenant's."""
+        at = owner.finished_unix_ms
+        self.of_anybody = at if self.of_anybody is None else max(self.of_anybody, at)
+        if owner.tenant != tenant:
+            return False
+        self.of_tenant = at if self.of_tenant is None else max(self.of_tenant, at)
+        return True
+
+    def until_ms(self, asked_ms: int | None) -> int:
+        """Until when a deletion that is made now holds, unix ms.
+
+        Args:
+            asked_ms: what somebody has asked for instead of now, which a clock may have wrong.
+        """
+        if asked_ms is None:
+            now = now_ms()
+            asked_ms = now if self.of_anybody is None else min(now, self.of_anybody + SKEW_MS)
+        return asked_ms if self.of_tenant is None else max(asked_ms, self.of_tenant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +125,10 @@ class Deletions:
         until_ms = max(until_ms, self.until_ms.get(digest, until_ms))
         return Deletions({**self.until_ms, digest: until_ms})
 
+    def without(self, digest: str) -> Deletions:
+        """The list after a deletion was taken back."""
+        return Deletions({one: ms for one, ms in self.until_ms.items() if one != digest})
+
     @classmethod
     def from_json(cls, stored: Any) -> Deletions:
         """Inverse of ``dict(until_ms)``.
@@ -92,7 +136,7 @@ class Deletions:
         Raises:
             ValueError: it is no such list.
         """
-        if not isinstance(stored, dict) or not all(type(ms) is int for ms in stored.values()):
+        if not isinstance(stored, dict) or not all(map(is_whole, stored.values())):
             raise ValueError("a list of deletions must map digests to unix milliseconds")
         return cls({str(digest): ms for digest, ms in stored.items()})
 
@@ -100,6 +144,11 @@ class Deletions:
 def digest_of(tenant: str) -> str:
     """The name under which a tenant's deletion is listed."""
     return hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_LETTERS]
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text can be one of ``digest_of``."""
+    return re.fullmatch(rf"[0-9a-f]{{{_DIGEST_LETTERS}}}", text) is not None
 
 
 def now_ms() -> int:
@@ -144,6 +193,8 @@ class DeletionWatch:
         self._every_s = every_s
         self._next_s = 0.0
         self.latest = Deletions()
+        self.read_s: float | None = None
+        """Monotonic time at which it was read last; ``None``: it never could be."""
 
     def look(self) -> Deletions:
         """The list, at most ``every_s`` old unless it cannot be read at present."""
@@ -152,6 +203,7 @@ class DeletionWatch:
             self._next_s = now_s + self._every_s
             try:
                 self.latest = self._read()
+                self.read_s = time.monotonic()
             except (OSError, ValueError):  # whatever reads records says so
                 return self.latest
         return self.latest

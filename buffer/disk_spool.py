@@ -99,16 +99,18 @@ class DiskSpool(TraceWriter):
     def counts(self) -> WriterCounts:
         t, below = self._tally, self._inner.counts
         dropped, deleted = t.dropped + self._own.num_lost, t.deleted + self._own.num_deleted
+        durable, doubtful, left = t.durable, t.doubtful, t.left
+        appended = t.appended  # last: another thread may ask, and none is owed to it then
         return WriterCounts(
-            appended=t.appended,
-            durable=t.durable,
-            pending=t.appended - t.durable - t.doubtful - dropped - deleted - t.left,
-            doubtful=t.doubtful,
+            appended=appended,
+            durable=durable,
+            pending=appended - durable - doubtful - dropped - deleted - left,
+            doubtful=doubtful,
             evicted_records=below.evicted_records,
             evicted_bytes=below.evicted_bytes,
             dropped=dropped,
             deleted=deleted,
-            left=t.left,
+            left=left,
             recovered=t.recovered,
             unrecovered=t.unrecovered + sum(one.num_unsent for one in self._others),
         )

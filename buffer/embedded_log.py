@@ -10,8 +10,9 @@ from pathlib import Path
 from buffer.counts import BufferStats
 from buffer.deletions import Deleted, Deletions
 from buffer.eviction import Evictor
-from buffer.files import OWNER_FILE, OWNER_FOLDER, write_atomically
+from buffer.files import OWNER_FILE, write_atomically
 from buffer.folder_weights import FolderWeights, lines_in
+from buffer.foreign import foreign_reports
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
@@ -22,13 +23,16 @@ from buffer.interface import (
     TraceLimits,
     Unreadable,
 )
-from buffer.layout import QUARANTINE
-from buffer.log_deletion import delete_from_log, read_deletions
+from buffer.layout import QUARANTINE, file_of, quarantined, stored_bytes
+from buffer.log_deletion import delete_from_log, read_deletions, undelete_in_log
 from buffer.sealing import OpeningReader, Sealer, SealingWriter, check_key, note_key, read_key
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
-from buffer.segment_report import check_segments, log_stats, report_size
+from buffer.segment_report import check_segments, report_size
+from buffer.segment_stats import log_stats
 from buffer.segment_writer import SegmentWriter
+from buffer.small_json import make_folder
+from configs.urls import shown_url
 
 
 class EmbeddedLog(Backend):
@@ -69,14 +73,13 @@ class EmbeddedLog(Backend):
         if self._sealer is not None:
             payload = self._sealer.seal(payload)
         with contextlib.suppress(OSError):  # a full disk costs the evidence, not the trainer
-            folder.mkdir(mode=OWNER_FOLDER, exist_ok=True)
-            used = sum(path.stat().st_size for path in folder.glob("*.bin"))
+            make_folder(folder)
+            used = sum(stored_bytes(path.lstat()) for path in quarantined(self._root))
             if used + len(payload) <= self._max_unreadable_bytes:
-                write_atomically(folder / f"{name}.bin", payload, OWNER_FILE)
+                write_atomically(file_of(folder, name, ".bin"), payload, OWNER_FILE)
 
     def unreadable(self) -> list[Unreadable]:
-        found = sorted((self._root / QUARANTINE).glob("*.bin"))
-        return [Unreadable(path.stem, path.stat().st_size) for path in found]
+        return [Unreadable(one.stem, one.lstat().st_size) for one in quarantined(self._root)]
 
     def open_weights(self, line: str = "") -> FolderWeights:
         return FolderWeights(self._weights / line)
@@ -84,9 +87,12 @@ class EmbeddedLog(Backend):
     def version_lines(self) -> list[str]:
         return lines_in(self._weights)
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         check_key(self._root, self._sealer)
-        return delete_from_log(self._root, tenant, bytes_of(self._sealer))
+        return delete_from_log(self._root, tenant, bytes_of(self._sealer), until_ms)
+
+    def undelete(self, digest: str) -> bool:
+        return undelete_in_log(self._root, digest)
 
     def deletions(self) -> Deletions:
         return read_deletions(self._root)
@@ -103,7 +109,36 @@ class EmbeddedLog(Backend):
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         segments = check_segments(self._root)
-        return [*segments, report_size(self._root, limits)] if segments else []
+        size = [report_size(self._root, limits)] if segments else []
+        return [*segments, *size, *foreign_reports(self._root)]
+
+
+def check_path(url: str, path: str, what: str) -> None:
+    """Whether a URL names an absolute path on this host.
+
+    Args:
+        path: what follows its scheme.
+        what: what the path is of, for messages.
+
+    Raises:
+        ValueError: it does not; the message shows no more of it than ``shown_url``.
+    """
+    scheme = url.partition(":")[0]
+    if not path.startswith("/"):
+        raise ValueError(
+            f"buffer.url {shown_url(url)!r} must name an absolute {what}, as in "
+            f"'{scheme}:/some/{what}'"
+        )
+    if path.startswith("//") and not path.startswith("///"):
+        raise ValueError(
+            f"buffer.url {shown_url(url)!r} names a host, but its {what} is on this one: "
+            f"'{scheme}:/some/{what}'"
+        )
+    if any(letter in path for letter in "#\0\n"):
+        raise ValueError(
+            f"buffer.url {shown_url(url)!r}: the path of its {what} has a '#', or a letter that "
+            f"ends a line"
+        )
 
 
 def bytes_of(sealer: Sealer | None) -> Callable[[Payload], Payload]:
@@ -118,17 +153,15 @@ def log_root(url: str, run_dir: Path) -> tuple[Path, tuple[str, str] | None]:
         ValueError: the folder is not absolute, or an option is unknown.
     """
     place, mark, query = url.partition("?")
-    scheme, _, path = place.partition(":")
+    path = place.partition(":")[2]
     option, equals, value = query.partition("=")
     if mark and (option not in ("key_file", "key_env") or not equals or not value):
         raise ValueError(
-            f"buffer.url {url!r}: behind the '?' there may be key_file=PATH or key_env=NAME"
+            f"buffer.url {shown_url(url)!r}: behind the '?' there may be key_file=PATH or "
+            f"key_env=NAME"
         )
     key = (option, value) if mark else None
     if not path:
         return run_dir / "traces", key
-    if not path.startswith("/"):
-        raise ValueError(
-            f"buffer.url {url!r} must name an absolute folder, as in '{scheme}:/{path}'"
-        )
+    check_path(url, path, "folder")
     return Path(path), key

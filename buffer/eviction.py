@@ -5,31 +5,33 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from buffer.files import OWNER_FILE
+from buffer.distinct_writers import writer_folders
 from buffer.frames import scan
 from buffer.hour_of_traffic import LEAST_BYTES, Traffic, allowed_bytes, measure
 from buffer.interface import TraceLimits
 from buffer.layout import (
-    EVICT_LOCK,
     GROUPS,
     QUARANTINE,
     TOMBSTONE,
     Tombstone,
+    eviction_lock,
+    file_of,
     is_live,
     open_segment,
     read_tombstone,
+    said_once,
     segment_numbers,
     segment_path,
     write_tombstone,
-    writer_names,
 )
 from buffer.segment_list import Segment, SegmentList
+from buffer.small_json import is_foreign
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,7 @@ class Evictor:
         Does nothing while another process evicts."""
         if not segments:
             return
-        lock = FileLock(self._lock_path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False)
-        with contextlib.suppress(Timeout), lock:
+        with contextlib.suppress(Timeout), eviction_lock(self._root, 0):
             for number in segments:
                 segment_path(self._own, number).unlink(missing_ok=True)
                 self._contents.pop(number, None)
@@ -113,16 +114,11 @@ class Evictor:
         Raises:
             OSError: the disk failed; what was deleted until then is counted in the tombstones.
         """
-        path = self._lock_path
         try:
-            with FileLock(path, timeout=0, mode=OWNER_FILE, fallback_to_soft=False):
+            with eviction_lock(self._root, 0):
                 self._evict(now_s, own_open, need_bytes)
         except Timeout:
             return
-
-    @property
-    def _lock_path(self) -> Path:
-        return self._root / EVICT_LOCK
 
     def _evict(self, now_s: float, own_open: int | None, need_bytes: int) -> None:
         segments = self._segments.refresh(self._own, own_open)
@@ -193,17 +189,39 @@ def _after(before: Tombstone, segment: Segment, contents: Contents) -> Tombstone
 
 
 def _sweep(root: Path, expired_s: float) -> None:
-    """Remove old quarantined records, and empty folders of writers that died long ago."""
-    for folder in (root / name for name in writer_names(root)):
-        if not segment_numbers(folder) and not is_live(folder):
-            marker = folder / TOMBSTONE
-            last_used = marker if marker.exists() else folder
-            if last_used.stat().st_mtime <= expired_s:
-                shutil.rmtree(folder)
-                for left in (root / GROUPS).glob(f"*/{folder.name}.*"):
-                    left.unlink(missing_ok=True)
+    """Remove old quarantined records, and empty folders of writers that died long ago. What cannot
+    be removed, since it is not what a log makes, stays and stops nobody."""
+    for folder in (root / name for name in writer_folders(root)):
+        with _passing_over(folder):
+            _sweep_writer(root, folder, expired_s)
     for path in (root / QUARANTINE).glob("*.bin"):
-        with contextlib.suppress(FileNotFoundError):  # another server may have removed it
+        with _passing_over(path):
             # Not what a link leads to, which may be missing: that must not stop a writer.
             if path.lstat().st_mtime <= expired_s:
                 path.unlink()
+
+
+def _sweep_writer(root: Path, folder: Path, expired_s: float) -> None:
+    if segment_numbers(folder) or is_live(folder):
+        return
+    marker = folder / TOMBSTONE
+    last_used = marker if marker.exists() else folder
+    if last_used.stat().st_mtime <= expired_s:
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        for group in (path for path in (root / GROUPS).glob("*") if path.is_dir()):
+            for ending in (".json", ".lock"):
+                left = file_of(group, folder.name, ending)
+                with _passing_over(left):
+                    left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _passing_over(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:  # another server has removed it
+        pass
+    except OSError as error:
+        if not is_foreign(error):
+            raise
+        said_once(path, error.strerror or type(error).__name__)

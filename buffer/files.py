@@ -86,6 +86,14 @@ def _not_regular(path: Path, found: str) -> NotRegularError:
     return NotRegularError(errno.EINVAL, f"it is {found}, not a regular file", str(path))
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or leads to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def why_unwritable(folder: Path) -> str | None:
     """Why nothing can be written to a folder, which is made if it is missing; ``None``: it can.
 

@@ -33,11 +33,18 @@ from buffer.bundles import (
     read_bundle_into,
     read_manifest,
 )
-from buffer.files import sync_folder, write_atomically, write_parts
+from buffer.files import (
+    NotRegularError,
+    is_folder,
+    read_regular,
+    sync_folder,
+    write_atomically,
+    write_parts,
+)
 from buffer.manifest import VERSION_NAME
 from buffer.records import Manifest
 from buffer.sealed import Content, Sealed, parts_of
-from buffer.tensors import parse_json
+from buffer.small_json import is_whole, read_small_json
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 from buffer.weights_store import WeightsStore
 
@@ -48,8 +55,20 @@ _NUMBERS = {
     HIGHEST: "the highest version ever published",
     EPOCH: "how often a trainer has taken over",
 }
+_MOST_DIGITS = 64
 IN_USE_STALE_S = 24 * 3600.0
 """Seconds after which a mark that was not renewed is assumed to be a dead server's."""
+
+
+def versions_of(stored: object) -> set[int]:
+    """Versions in a list of them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(stored, list) or not all(map(is_whole, stored)):
+        raise ValueError("it is no list of versions")
+    return set(stored)
 
 
 def lines_in(root: Path) -> list[str]:
@@ -82,7 +101,9 @@ class FolderWeights(WeightsStore):
             entries = list(os.scandir(self.root))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(e.name) for e in entries if VERSION_NAME.fullmatch(e.name) and e.is_dir())
+        return sorted(
+            int(e.name) for e in entries if VERSION_NAME.fullmatch(e.name) and is_folder(e)
+        )
 
     def next_version(self) -> int:
         return max([self._read_number(HIGHEST, default=-1), *self.versions()]) + 1
@@ -122,13 +143,13 @@ class FolderWeights(WeightsStore):
     def change_mark(self, version: int) -> tuple[int, int]:
         """Newest modification time of the version's files in nanoseconds, and their total size."""
         path = self.path(version)
-        stats = [file.stat() for file in path.iterdir()] if path.is_dir() else []
+        stats = [file.lstat() for file in path.iterdir()] if path.is_dir() else []
         return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats)
 
     def read_denied(self) -> set[int]:
         path = self.root / DENIED
         try:
-            return {int(version) for version in json.loads(path.read_bytes())}
+            return versions_of(read_small_json(path))
         except (FileNotFoundError, NotADirectoryError):
             return set()
         except (ValueError, TypeError):
@@ -161,9 +182,8 @@ class FolderWeights(WeightsStore):
         marked: set[int] = set()
         for path in self.root.glob("IN_USE-*.json"):
             try:
-                if path.stat().st_mtime >= fresh_s:
-                    versions = parse_json(path.read_bytes())["versions"]
-                    marked |= {int(version) for version in versions}
+                if path.lstat().st_mtime >= fresh_s:
+                    marked |= versions_of(read_small_json(path)["versions"])
             except FileNotFoundError:
                 continue  # its server has just stopped
             except (ValueError, TypeError, KeyError):
@@ -214,9 +234,14 @@ class FolderWeights(WeightsStore):
     def _read_number(self, name: str, default: int) -> int:
         path = self.root / name
         try:
-            text = path.read_text(errors="replace").strip()
+            text = read_regular(path, _MOST_DIGITS).decode(errors="replace").strip()
         except FileNotFoundError:
             return default
+        except NotRegularError as error:
+            raise ValueError(
+                f"{path} must be a file with {_NUMBERS[name]}, but {error.strerror}; nothing is "
+                f"published. Remove it, and write that number into a file of this name"
+            ) from None
         if not VERSION_NAME.fullmatch(text):
             raise ValueError(
                 f"{path} must hold {_NUMBERS[name]}, got {text[:40]!r}; nothing is published. "

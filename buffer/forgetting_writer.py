@@ -15,6 +15,8 @@ _LATE_MS = 3_600_000
 spared once all deletions are older. Readers go by the whole list."""
 LOOK_S = 2.0
 """Seconds between two looks for deletions."""
+_SOON_S = 5 * LOOK_S
+"""A deletion that was not listed so long ago was made just now."""
 
 
 class ForgettingWriter(TraceWriter):
@@ -24,22 +26,37 @@ class ForgettingWriter(TraceWriter):
     """
 
     def __init__(
-        self, below: TraceWriter, read: Callable[[], Deletions], every_s: float = LOOK_S
+        self,
+        below: TraceWriter,
+        read: Callable[[], Deletions],
+        every_s: float = LOOK_S,
+        *,
+        now: Callable[[], int] = now_ms,
     ) -> None:
         """
         Args:
             below: used by nobody else from now on.
             read: reads the buffer's list of deletions.
+            every_s: seconds between two looks.
+            now: unix ms, by the clock that stamps the traces.
         """
         self._below = below
         self._watch = DeletionWatch(read, every_s=0.0)
+        self._now = now
+        self._listed = Deletions()
+        """As the buffer listed them at the last look."""
+        self._here = Deletions()
+        """The same, with those that were made while this writer looked holding until it saw them,
+        by the clock that traces here are stamped with: whatever waits here came before."""
         self._applied = Deletions()
         """Those that what waits below was held against."""
         self._recent = Deletions()
         """Those that may cover a record that comes now."""
         self._num_dropped = 0
         self._stopping = threading.Event()
-        threading.Thread(target=self._look, args=(every_s,), name="deletions", daemon=True).start()
+        threading.Thread(
+            target=self._look_often, args=(every_s,), name="deletions", daemon=True
+        ).start()
 
     @property
     def name(self) -> str:
@@ -76,11 +93,32 @@ class ForgettingWriter(TraceWriter):
 
     def _forget(self) -> None:
         """Remove what waits below and was deleted since the last time."""
-        deletions = self._watch.latest
+        deletions = self._here
         if deletions != self._applied:
             self._below.remove(deletions.covers_record)
             self._applied = deletions
 
-    def _look(self, every_s: float) -> None:
+    def _look_often(self, every_s: float) -> None:
         while not self._stopping.wait(every_s):
-            self._recent = self._watch.look().since(now_ms() - _LATE_MS)
+            self.look()
+
+    def look(self) -> None:
+        """Look for deletions now; the writer's thread does so every ``every_s``."""
+        before_s, now = self._watch.read_s, self._now()
+        listed = self._watch.look()
+        if self._watch.read_s is None or self._watch.read_s == before_s:
+            return  # the buffer is away
+        if before_s is None or self._watch.read_s - before_s > _SOON_S:
+            self._here = listed  # a new one may have been made long ago
+        elif listed != self._listed:
+            self._here = Deletions(
+                {digest: self._until_ms(digest, listed, now) for digest in listed.until_ms}
+            )
+        self._listed = listed
+        self._recent = self._here.since(now - _LATE_MS)
+
+    def _until_ms(self, digest: str, listed: Deletions, now: int) -> int:
+        until_ms = listed.until_ms[digest]
+        if self._listed.until_ms.get(digest) == until_ms:
+            return self._here.until_ms[digest]
+        return max(until_ms, now)

@@ -19,6 +19,7 @@ from damage.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from buffer.blocks import Blocks
 from buffer.interface import Payload
@@ -41,6 +42,10 @@ MAX_PAYLOAD_BYTES = (1 << 32) - 1
 _CHECKED_FROM = 8  # the checksum covers the head from here on
 _CHUNK = 1 << 20  # bytes searched at a time
 _CRC_VERSION = 1
+_ZEROS = memoryview(bytes(_CHUNK))
+_TRUSTED_BYTES = 16 << 20
+"""Of a longer frame the checksum is found to be right before memory for it is taken: a head that
+claims gigabytes may be anybody's, and one in a sparse file costs its maker nothing."""
 _DELETED = 1
 """Flag of a record that was deleted."""
 
@@ -105,6 +110,8 @@ def read_frame(
     end = claimed_end(descriptor, start)
     if end is None or end > size:
         return None
+    if end - start > _TRUSTED_BYTES and not _is_sound(descriptor, start, end):
+        return None
     block = allocate(end - start).data
     if os.preadv(descriptor, [block], start) < end - start:  # truncated since the size was taken
         return None
@@ -124,18 +131,61 @@ def read_frame(
     return None
 
 
+def _is_sound(descriptor: int, start: int, end: int) -> bool:
+    """Whether the checksum of a frame is right, found out in little memory. One that is being
+    deleted meanwhile counts as sound: whoever reads it notices."""
+    head = os.pread(descriptor, HEAD.size, start)
+    _, checksum, version, flags, *_ = HEAD.unpack(head)
+    if version == VERSION and flags == _DELETED:
+        return True
+    if version not in (VERSION, _CRC_VERSION):
+        return False
+    checked = head[_CHECKED_FROM:]
+    xxh3, crc = xxh3_64(seed=xxh3_64_intdigest(checked)), zlib.crc32(checked)
+    at, data, chunk = start + HEAD.size, start, memoryview(bytearray(_CHUNK))
+    while at < end:
+        data = next_data(descriptor, at, end) if data <= at else data
+        if at < data:  # a hole, which is not read: that would fill the system's cache with zeros
+            part = _ZEROS[: min(_CHUNK, data - at, end - at)]
+        else:
+            part = chunk[: min(_CHUNK, end - at)]
+            if os.preadv(descriptor, [part], at) < len(part):
+                return False
+        at += len(part)
+        if version == VERSION:
+            xxh3.update(part)
+        else:
+            crc = zlib.crc32(part, crc)
+    found = xxh3.intdigest() & 0xFFFF_FFFF if version == VERSION else crc
+    return bool(found == checksum) or _is_deleted(descriptor, start)
+
+
 def _is_deleted(descriptor: int, start: int) -> bool:
     head = os.pread(descriptor, HEAD.size, start)
     return len(head) == HEAD.size and HEAD.unpack(head)[2:4] == (VERSION, _DELETED)
 
 
-def claimed_end(descriptor: int, start: int) -> int | None:
-    """End of the frame at ``start`` according to its head; ``None`` if there is no head."""
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a head says of its frame, whether or not that is true."""
+
+    end: int
+    number: int
+
+
+def claimed_frame(descriptor: int, start: int) -> Claimed | None:
+    """What the head at ``start`` says; ``None`` if there is no head."""
     head = os.pread(descriptor, HEAD.size, start)
     if len(head) < HEAD.size or not head.startswith(MAGIC):
         return None
-    length: int = HEAD.unpack(head)[4]
-    return start + HEAD.size + length
+    *_, length, number, _ = HEAD.unpack(head)
+    return Claimed(start + HEAD.size + length, number)
+
+
+def claimed_end(descriptor: int, start: int) -> int | None:
+    """End of the frame at ``start`` according to its head; ``None`` if there is no head."""
+    claimed = claimed_frame(descriptor, start)
+    return None if claimed is None else claimed.end
 
 
 def next_frame(
@@ -158,6 +208,7 @@ def scan(descriptor: int, size: int) -> Iterator[Frame]:
 def _search_frame(descriptor: int, start: int, size: int) -> Frame | None:
     at = start
     while at < size:
+        at = next_data(descriptor, at, size)
         chunk = os.pread(descriptor, _CHUNK, at)
         hit = chunk.find(MAGIC)
         if hit < 0:
@@ -168,3 +219,13 @@ def _search_frame(descriptor: int, start: int, size: int) -> Frame | None:
             return frame
         at += hit + 1
     return None
+
+
+def next_data(descriptor: int, at: int, size: int) -> int:
+    """Where the next stored bytes are: a hole of gigabytes costs no time. It is all zeros, which a
+    magic has none of, so no frame begins in one."""
+    try:
+        return os.lseek(descriptor, at, os.SEEK_DATA)
+    except OSError as error:
+        # No more data; or a file system that does not know of holes.
+        return size if error.errno == errno.ENXIO else at

@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 from buffer.counts import BufferStats, ReaderCounts, WriterCounts
 from buffer.deletions import Deleted, Deletions
+from buffer.seen import Identity
 from buffer.weights_store import WeightsStore
 
 MAX_READ_BYTES = 64 << 20
@@ -229,6 +230,28 @@ class RecordReader(Protocol):
         """
         ...
 
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        """Ask the group which of these records, read and not committed, are to be learnt from.
+
+        A trace may be in several records, which different members may get: it was sent again, or
+        replayed. The first record that is claimed with it is the trace's for this group. Whoever
+        gets that record later, because a member died with it, may learn from it; nobody may learn
+        from the others, now or once it is committed. Should it be evicted before it was committed,
+        the next record that is claimed takes its place.
+
+        Args:
+            found: records and the traces they hold, in the order in which they are claimed.
+
+        Returns:
+            Whether each record is its trace's. All are for a reader without a group, which knows by
+            itself what it has seen.
+
+        Raises:
+            ServiceAwayError: try again later.
+            OSError: storage failed.
+        """
+        return [True] * len(found)
+
     def close(self) -> None:
         """Leave the group: what was read and not committed goes to other members at once."""
         return None
@@ -273,6 +296,17 @@ class Backend(Protocol):
         """What a writer keeps in memory until its service has it, before it drops the oldest;
         ``None``: there is no service, and records are stored at once."""
         return None
+
+    @property
+    def run(self) -> str | None:
+        """Name of the run within a service that holds several; ``None``: the URL or the run folder
+        leads to one alone."""
+        return None
+
+    @property
+    def ends_with_process(self) -> bool:
+        """It is in the memory of this process, and nobody else's."""
+        return False
 
     def open_trace_writer(self, limits: TraceLimits) -> TraceWriter:
         """A new writer for this process.
@@ -326,13 +360,36 @@ class Backend(Protocol):
         """Names of version lines beside the first, as far as the backend can list them."""
         return []
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         """Delete all records of a tenant, put-aside ones among them, and list the tenant, so that
         those of its earlier requests that arrive later are dropped. Repeat it after an error.
         Readers, and groups that had not got a record, count it. What the tenant sends from now on
-        is kept. Raises OSError.
+        is kept.
+
+        Args:
+            until_ms: traces that ended until then are dropped when they arrive, unix ms; ``None``:
+                until now, or as long as ``deletions.Ends`` allows.
+
+        Raises:
+            OSError: storage failed, or removes nothing.
         """
         raise OSError(errno.ENOTSUP, f"{type(self).__name__} cannot delete records of a tenant")
+
+    def undelete(self, digest: str) -> bool:
+        """Take a deletion back: what arrives from now on is kept. Nothing that was removed comes
+        back, but where records were only listed as deleted, they are read again.
+
+        Args:
+            digest: under which the tenant is listed.
+
+        Returns:
+            Whether it was listed.
+
+        Raises:
+            OSError: storage failed.
+            ValueError: the list is damaged.
+        """
+        raise OSError(errno.ENOTSUP, f"{type(self).__name__} has no list of deletions")
 
     def deletions(self) -> Deletions:
         """The tenants that were deleted. Raises OSError, or ValueError if the list is damaged."""

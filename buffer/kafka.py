@@ -6,7 +6,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from buffer.counts import BufferStats, GroupCounts
-from buffer.deletions import Deleted, Deletions, now_ms, owner_of
+from buffer.deletions import Deleted, Deletions, Ends, digest_of, now_ms, owner_of
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
     Offsets,
     Payload,
+    Record,
     Report,
     TraceLimits,
     Unreadable,
@@ -96,24 +97,37 @@ class KafkaBackend(Backend):
             return KafkaWeights(self._link)
         return KafkaWeights(KafkaLink(replace(address, prefix=f"{address.prefix}.{line}")))
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         """Lists the tenant: readers pass over its records, which the brokers hold until retention
         removes them."""
         link, remains, quarantined = self._link, _REMAINS, 0
+        ends, digest = Ends(), digest_of(tenant)
         with kafka_errors(f"{link.address.location}: a deletion may not be listed"):
-            self._deletion_log.append(tenant)
+            before = self._deletion_log.follow()
         reader, records, num_bytes = KafkaReader(link, None, None, shows_deleted=True), 0, 0
         try:
-            while found := reader.read(_RECORDS_AT_ONCE):
-                theirs = [len(r.payload) for r in found if _is_of(tenant, r.payload)]
-                records, num_bytes = records + len(theirs), num_bytes + sum(theirs)
+            for record in _held_now(reader):
+                owner = owner_of(record.payload)
+                if owner is not None and ends.see(owner, tenant):
+                    records, num_bytes = records + 1, num_bytes + len(record.payload)
         finally:
             reader.close()
+        listed = before.with_tenant(digest, ends.until_ms(until_ms))
+        with kafka_errors(f"{link.address.location}: a deletion may not be listed"):
+            self._deletion_log.put(digest, listed.until_ms[digest])
         try:
             quarantined = clear_quarantine(link)
         except KafkaError as error:
             remains += f"; what was put aside stays, too ({reason_of(error)})"
-        return Deleted(records, num_bytes, quarantined, remains)
+        return Deleted(records, num_bytes, quarantined, remains, listed.until_ms[digest])
+
+    def undelete(self, digest: str) -> bool:
+        """Readers that come to the tenant's records from now on get them."""
+        with kafka_errors(f"{self._link.address.location}: a deletion may not be taken back"):
+            if digest not in self._deletion_log.follow().until_ms:
+                return False
+            self._deletion_log.put(digest, None)
+            return True
 
     def deletions(self) -> Deletions:
         with kafka_errors(f"{self._link.address.location}: deletions cannot be read"):
@@ -126,42 +140,55 @@ class KafkaBackend(Backend):
             clear_quarantine(self._link, expired_ms)
 
     def stats(self) -> BufferStats:
-        """Reads all records, because Kafka keeps no count of their bytes."""
+        """Reads all records, because Kafka keeps no count of their bytes.
+
+        What was evicted and what the groups have committed is asked before: all of that is among
+        the records that are read, however many are written meanwhile.
+        """
         reader = KafkaReader(self._link, None, None)
         deleted: defaultdict[int, list[int]] = defaultdict(list)
         reader.on_deleted = lambda partition, offset: deleted[partition].append(offset)
         try:
+            before = reader.bounds()
+            with kafka_errors(f"{self._link.address.location}: groups cannot be read"):
+                groups = self._groups()
             writers, held, held_bytes = set[str](), 0, 0
-            while records := reader.read(_RECORDS_AT_ONCE):
-                writers |= {record.writer for record in records}
-                held += len(records)
-                held_bytes += sum(len(record.payload) for record in records)
-            partitions = {
-                number: _Partition(place.lost, place.next, deleted[number])
-                for number, place in places_of(reader.offsets()).items()
-            }
+            for record in _held_now(reader):
+                writers.add(record.writer)
+                held, held_bytes = held + 1, held_bytes + len(record.payload)
+            read = places_of(reader.offsets())
         finally:
             reader.close()
-        with kafka_errors(f"{self._link.address.location}: groups cannot be read"):
-            groups = self._groups(partitions)
-        appended = sum(one.end for one in partitions.values())
-        num_deleted = sum(map(len, deleted.values()))
-        return BufferStats(len(writers), appended, held, held_bytes, groups, num_deleted)
+        # Those of groups, too: brokers that have forgotten the topic have none.
+        numbers = read.keys() | {number for places in groups.values() for number in places}
+        partitions = {
+            number: _Partition.of(
+                number, before, read.get(number, Place()).next, deleted[number], groups
+            )
+            for number in numbers
+        }
+        return BufferStats(
+            num_writers=len(writers),
+            appended=sum(one.end for one in partitions.values()),
+            held=held,
+            held_bytes=held_bytes,
+            groups=tuple(_counts_of(name, groups[name], partitions) for name in sorted(groups)),
+            deleted=sum(map(len, deleted.values())),
+            forgotten=sum(one.end - one.known for one in partitions.values()),
+        )
 
     def reports(self, limits: TraceLimits) -> Iterable[Report]:
         return ()
 
-    def _groups(self, partitions: dict[int, _Partition]) -> tuple[GroupCounts, ...]:
+    def _groups(self) -> dict[str, dict[int, Place]]:
+        """What each group has committed, by partition."""
         prefix = self._link.group("")
         with self._link.admin() as admin:
-            names = sorted(
+            names = [
                 one["group_id"] for one in admin.list_groups() if one["group_id"].startswith(prefix)
-            )
+            ]
             stored = admin.list_group_offsets(names) if names else {}
-        return tuple(
-            _counts_of(name.removeprefix(prefix), self._places(stored[name]), partitions)
-            for name in names
-        )
+        return {name.removeprefix(prefix): self._places(stored[name]) for name in names}
 
     def _places(self, stored: dict[TopicPartition, Any]) -> dict[int, Place]:
         topic = self._link.topic("traces")
@@ -177,20 +204,44 @@ class _Partition:
     """Offsets of the records of one partition."""
 
     begin: int
-    """Of the oldest that was not evicted."""
+    """Of the oldest that was not evicted before the groups were looked at."""
+    known: int
+    """One past the newest that the brokers know of."""
     end: int
-    """One past the newest."""
+    """The same, or where a group is: then the brokers have forgotten records."""
     deleted: list[int]
     """Of those that were deleted, ascending."""
 
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        before: Mapping[int, range],
+        known: int,
+        deleted: list[int],
+        groups: Mapping[str, Mapping[int, Place]],
+    ) -> _Partition:
+        passed = max((one[number].next for one in groups.values() if number in one), default=0)
+        begin = before[number].start if number in before else 0
+        return cls(min(begin, known), known, max(known, passed), deleted)
 
-def _is_of(tenant: str, payload: Payload) -> bool:
-    owner = owner_of(payload)
-    return owner is not None and owner.tenant == tenant
+
+def _held_now(reader: KafkaReader) -> Iterator[Record]:
+    """The records that the brokers hold at this moment, and a few of those that are written
+    meanwhile: a reader that waits for the end may never come there."""
+    ends = {number: held.stop for number, held in reader.bounds().items()}
+    while True:
+        places = places_of(reader.offsets())
+        if all(number in places and places[number].next >= end for number, end in ends.items()):
+            return
+        records = reader.read(_RECORDS_AT_ONCE)
+        yield from records
+        if not records:
+            return
 
 
 def _counts_of(
-    group: str, places: dict[int, Place], partitions: dict[int, _Partition]
+    group: str, places: Mapping[int, Place], partitions: Mapping[int, _Partition]
 ) -> GroupCounts:
     """What a group has committed, has before it, has lost and must pass over.
 
@@ -202,11 +253,14 @@ def _counts_of(
     committed = pending = lost = deleted = 0
     for number, one in partitions.items():
         place = places.get(number, Place())
-        gone = max(0, one.begin - place.next)
-        reached = place.next + gone
+        reached = max(place.next, one.begin)
         ahead = len(one.deleted) - bisect.bisect_left(one.deleted, reached)
-        committed += place.next - place.lost - place.deleted
-        lost += place.lost + gone
-        deleted += place.deleted + ahead
-        pending += one.end - reached - ahead
+        forgotten = one.end - max(one.known, reached)
+        # A broker that mixes up what commits say must not make a count negative.
+        gone = min(place.lost, place.next)
+        passed_over = min(place.deleted, place.next - gone)
+        committed += place.next - gone - passed_over
+        lost += gone + reached - place.next + forgotten
+        deleted += passed_over + ahead
+        pending += one.end - reached - ahead - forgotten
     return GroupCounts(group, committed, pending, lost, deleted)

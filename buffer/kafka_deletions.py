@@ -1,8 +1,8 @@
 """Deletion of a tenant's records on Kafka, which removes no single record.
 
 ``PREFIX.deleted`` has one partition and is kept for ever: each message names the digest of a tenant
-and until when it was deleted. Readers follow it and pass over what it covers; the brokers hold that
-until the retention of ``PREFIX.traces`` ends.
+and until when it was deleted, or ``null`` if that was taken back; the newest holds. Readers follow
+it and pass over what it covers; brokers hold that until the retention of ``PREFIX.traces`` ends.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaTimeoutError
 
-from buffer.deletions import Deletions, digest_of, now_ms
+from buffer.deletions import Deletions
 from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_sender import Sender
+from buffer.small_json import is_whole, parse_small_json
 
 _COMPACTED = {"cleanup.policy": "compact"}
 """The newest message of a tenant stays."""
@@ -44,8 +45,12 @@ class DeletionLog:
         with self._lock:
             return self._follow()
 
-    def append(self, tenant: str) -> Deletions:
-        """List a tenant; returns the list that includes it.
+    def put(self, digest: str, until_ms: int | None) -> None:
+        """List a tenant, whatever was listed of it before, or take it off the list.
+
+        Args:
+            digest: of its name.
+            until_ms: until when it was deleted, unix ms; ``None``: its deletion is taken back.
 
         Raises:
             KafkaError: it may or may not be listed.
@@ -54,14 +59,12 @@ class DeletionLog:
         with self._lock:
             if self._sender is None:
                 self._sender = Sender(self._link, "deleted", _COMPACTED)
-            digest = digest_of(tenant)
-            message = json.dumps({"tenant": digest, "until_ms": now_ms()}).encode()
+            message = json.dumps({"tenant": digest, "until_ms": until_ms}).encode()
             sent = self._sender.send(digest.encode(), message)
             offset = sent.get(self._link.options.timeout_s).offset
-            listed = self._follow()
+            self._follow()
             if self._next <= offset:
                 raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
-            return listed
 
     def _follow(self) -> Deletions:
         if self._consumer is None:
@@ -84,11 +87,12 @@ class DeletionLog:
 
     def _take(self, value: Any) -> None:
         """One message; what makes no sense changes nothing."""
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            stored = json.loads(value)
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            stored = parse_small_json(value)
             digest, until_ms = stored["tenant"], stored["until_ms"]
-            if isinstance(digest, str) and type(until_ms) is int:
-                self._deletions = self._deletions.with_tenant(digest, until_ms)
+            if isinstance(digest, str) and (until_ms is None or is_whole(until_ms)):
+                found = self._deletions.without(digest)  # the newest message of a tenant holds
+                self._deletions = found if until_ms is None else found.with_tenant(digest, until_ms)
 
 
 def clear_quarantine(link: KafkaLink, before_ms: int | None = None) -> int:

@@ -27,6 +27,7 @@ from kafka.structs import MemberState
 
 from buffer.interface import Offsets
 from buffer.kafka_link import KafkaLink
+from buffer.small_json import is_whole, parse_small_json
 
 _HEARTBEAT_MS = 500
 _JOIN_AGAIN_S = 1.0
@@ -54,10 +55,11 @@ class Place:
         if committed is None:
             return cls()
         lost = deleted = 0
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            stored = json.loads(committed.metadata)
-            lost = max(0, int(stored["lost"]))
-            deleted = max(0, int(stored.get("deleted", 0)))  # older readers did not store it
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            stored = parse_small_json(committed.metadata.encode())
+            found = stored["lost"], stored.get("deleted", 0)  # older readers did not store it
+            if all(map(is_whole, found)):
+                lost, deleted = found
         return cls(committed.offset, lost, deleted)
 
     def to_json(self) -> list[int]:
@@ -152,7 +154,7 @@ class Membership:
         if settled == self._settled:
             return False
         if self.predecessor:
-            self.commit(consumer, places_of(self.predecessor))
+            self.commit(consumer, self._within(consumer, places_of(self.predecessor)))
             self.predecessor = {}
         self._settled, self.member = settled, about.member_id
         return True
@@ -198,6 +200,20 @@ class Membership:
         if can_release and now_s - self._joined_again_s > _JOIN_AGAIN_S:
             self._joined_again_s = now_s
             consumer._coordinator.request_rejoin()
+
+    def begins_anew(self, number: int) -> None:
+        """The brokers have forgotten a partition: what was committed may be ahead of what is."""
+        self._committed[number] = 0
+
+    def _within(self, consumer: KafkaConsumer, places: Mapping[int, Place]) -> dict[int, Place]:
+        """Those that are not beyond what the partitions hold. Others are from before the brokers
+        forgot them: committed, they would hide as many new records from the group."""
+        topic = self._link.topic("traces")
+        there = consumer.partitions_for_topic(topic) or ()
+        partitions = [self._partition(number) for number in places if number in there]
+        ends = consumer.end_offsets(partitions) if partitions else {}
+        known = {one.partition: end for one, end in ends.items()}
+        return {n: place for n, place in places.items() if n in known and place.next <= known[n]}
 
     def _partition(self, number: int) -> TopicPartition:
         return TopicPartition(self._link.topic("traces"), number)
@@ -278,6 +294,6 @@ def share_out(
 
 def _numbers(content: bytes | None) -> list[int]:
     """Partitions as ``json.dumps`` wrote them; none if it is something else."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return [number for number in json.loads(content or b"[]") if type(number) is int]
+    with contextlib.suppress(ValueError, TypeError):
+        return [number for number in parse_small_json(content or b"[]") if is_whole(number)]
     return []

@@ -43,6 +43,7 @@ except ImportError as error:
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from buffer.interface import ServiceAwayError
+from configs.urls import shown_option, shown_option_name, shown_url
 
 PARTS_HEADER = ("slipstream.parts", b"1")
 """Marks a message that says where the pieces of its record are."""
@@ -121,7 +122,7 @@ def parse_url(url: str) -> KafkaAddress:
     Raises:
         ValueError: it does not follow the form above; the message shows no password.
     """
-    shown = re.sub(r"//[^/?#]*@", "//...@", url)
+    shown = shown_url(url)
     form = "kafka://[USER@]HOST:PORT[,HOST:PORT]/PREFIX[?OPTION=VALUE&...]"
     match = _URL.fullmatch(url)
     if match is None:
@@ -136,7 +137,7 @@ def parse_url(url: str) -> KafkaAddress:
     for host in hosts.split(","):
         found = _HOST.fullmatch(host)
         if found is None or not 0 < int(found[2]) < 65536:
-            raise ValueError(f"buffer.url {shown!r}: {host!r} is no HOST:PORT")
+            raise ValueError(f"buffer.url {shown!r}: a broker is not named as HOST:PORT")
     if not _PREFIX.fullmatch(prefix):
         raise ValueError(f"buffer.url {shown!r}: the prefix must match {_PREFIX.pattern}")
     options = _options(shown, query or "", scheme == "kafkas")
@@ -153,7 +154,9 @@ def _options(shown: str, query: str, is_tls: bool) -> KafkaOptions:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
-        raise ValueError(f"buffer.url {shown!r}: {query!r} is no OPTION=VALUE&...") from None
+        pairs = None
+    if pairs is None:
+        raise ValueError(f"buffer.url {shown!r}: behind the '?' must be OPTION=VALUE&...")
     given = dict(pairs)
     if len(given) < len(pairs):
         raise ValueError(f"buffer.url {shown!r} gives an option twice")
@@ -162,11 +165,9 @@ def _options(shown: str, query: str, is_tls: bool) -> KafkaOptions:
     try:
         return KafkaOptions.model_validate(given)
     except ValidationError as error:
-        name, problem = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
-        known = ", ".join(KafkaOptions.model_fields)
-        raise ValueError(
-            f"buffer.url {shown!r}: option {name!r}: {problem}; known are {known}"
-        ) from None
+        found = error.errors(include_input=False, include_context=False)[0]
+    name, known = shown_option_name(str(found["loc"][0])), ", ".join(KafkaOptions.model_fields)
+    raise ValueError(f"buffer.url {shown!r}: option {name!r}: {found['msg']}; known are {known}")
 
 
 class KafkaLink:
@@ -290,7 +291,8 @@ def _security(address: KafkaAddress) -> dict[str, Any]:
         password = os.environ.get(options.password_env)
         if password is None:
             raise ValueError(
-                f"{address.location} has a user, but {options.password_env} is not set: put "
+                f"{address.location} has a user, but "
+                f"{shown_option('password_env', options.password_env)} is not set: put "
                 f"the password into that environment variable"
             )
         settings |= {

@@ -9,15 +9,14 @@ that the group has lost as its metadata.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import threading
 import time
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -31,16 +30,21 @@ from kafka.errors import (
     UnknownMemberIdError,
 )
 
+from buffer.claims import Location
 from buffer.counts import ReaderCounts
 from buffer.deletions import Deletions, DeletionWatch
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.kafka_claims import KafkaClaims
 from buffer.kafka_deletions import DeletionLog
 from buffer.kafka_group import Membership, Place, places_of
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
+from buffer.seen import Identity
+from buffer.small_json import parse_small_json
 
 log = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 1 << 30
+_MOST_REFERENCE_BYTES = 8 << 20
 """Longer records in pieces are not believed."""
 
 _AT_ONCE = 64  # messages of one poll
@@ -53,6 +57,18 @@ _REJOIN = (
     UnknownMemberIdError,
 )
 _WRITER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a reader knows of a partition."""
+
+    end: int = 0
+    """One past its newest record when it was looked at last."""
+    began: int | None = None
+    """Offset from which it is read, until that was compared with what the partition holds."""
+    is_anew: bool = False
+    """The brokers have forgotten its records since the reader was opened."""
 
 
 class KafkaReader(RecordReader):
@@ -74,11 +90,12 @@ class KafkaReader(RecordReader):
         self._topic = link.topic("traces")
         self._places = places_of(offsets)
         self._group = None if group is None else Membership(link, group, dict(offsets or {}))
+        self._claims = None if group is None else KafkaClaims(link, group)
         self._ready: dict[int, deque[Any]] = {}
         """Messages that were fetched and not returned, by partition."""
         self._turn = 0
-        self._ends: dict[int, int] = {}
-        """One past the newest record of each partition when it was looked at last."""
+        self._seen: defaultdict[int, _Seen] = defaultdict(_Seen)
+        """What is known of each partition."""
         self._consumer: KafkaConsumer | None = None
         self._pieces = _Pieces(link)
         self._deletions = DeletionWatch(Deletions if shows_deleted else DeletionLog(link).follow)
@@ -118,15 +135,27 @@ class KafkaReader(RecordReader):
         self._counts = replace(self._counts, read=self._counts.read + len(records))
         return records
 
+    def bounds(self) -> dict[int, range]:
+        """Offsets of the records that each partition holds now."""
+        with self._lock, kafka_errors(f"{self._link.address.location} cannot be read"):
+            if not self._has_partitions():
+                return {}
+            assert self._consumer is not None
+            partitions = [TopicPartition(self._topic, number) for number in self._ready]
+            begins = self._consumer.beginning_offsets(partitions)
+            ends = self._consumer.end_offsets(partitions)
+        return {one.partition: range(begins[one], ends[one]) for one in partitions}
+
     def commit(self, offsets: Offsets) -> None:
         if self._group is None:
             raise ValueError("a reader without a group has nothing to commit")
-        places = places_of(offsets)
         with self._lock, kafka_errors(f"{self._link.address.location}: nothing was committed"):
+            places = {n: one for n, one in places_of(offsets).items() if self._is_of_now(n, one)}
             deadline_s = time.monotonic() + self._link.options.timeout_s
             while places and self._has_partitions():
                 assert self._consumer is not None
                 try:
+                    self._settle({n: one for n, one in places.items() if n in self._ready})
                     self._group.commit(self._consumer, places)
                     break
                 except _REJOIN:  # what we hold stays ours: commit once we have joined again
@@ -134,6 +163,38 @@ class KafkaReader(RecordReader):
                         raise
                     self._poll(_POLL_MS)
             self._take_note()
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        if self._claims is None:
+            return super().claim(found)
+        # A writer's records are in one partition, which is what is committed.
+        placed = [
+            (replace(one, payload=b"", writer=one.location.partition("-")[0]), trace)
+            for one, trace in found
+        ]
+        with self._lock, kafka_errors(f"{self._link.address.location}: nothing is claimed"):
+            return self._claims.claim(placed, self._is_gone)
+
+    def _is_gone(self, location: Location, member: str) -> bool:
+        """Whether a record of a partition of ours was evicted: the member that had it is dead, or
+        the partition would still be its."""
+        number, offset = int(location[0]), int(location[1].partition("-")[2])
+        if self._consumer is None or number not in self._ready:
+            return False
+        partition = TopicPartition(self._topic, number)
+        begin: int = self._consumer.beginning_offsets([partition])[partition]
+        return offset < begin
+
+    def _settle(self, places: dict[int, Place], *, are_learnt: bool = False) -> None:
+        assert self._claims is not None
+        ends = {str(number): (number, place.next) for number, place in places.items()}
+        self._claims.settle(ends, are_learnt=are_learnt)
+
+    def _is_of_now(self, number: int, place: Place) -> bool:
+        """Not from before the brokers forgot the partition: committed, such a place would let the
+        group pass over as many new records."""
+        now = self._places.get(number)
+        return not self._seen[number].is_anew or now is None or place.next <= now.next
 
     def stay(self) -> None:
         """Remain a member, and take part when partitions are shared out, while nobody reads."""
@@ -152,6 +213,8 @@ class KafkaReader(RecordReader):
             consumer, self._consumer = self._consumer, None
             self._ready.clear()
             self._pieces.close()
+            if self._claims is not None:
+                self._claims.close()
             if consumer is not None:
                 close_consumer(consumer)
 
@@ -174,8 +237,11 @@ class KafkaReader(RecordReader):
             return False
         if self._group is None:
             self._assign(self._consumer, found)
-        elif self._group.join(self._consumer, self._topic):
-            self._follow(self._consumer)
+        else:
+            if self._group.predecessor:
+                self._settle(places_of(self._group.predecessor), are_learnt=True)
+            if self._group.join(self._consumer, self._topic):
+                self._follow(self._consumer)
         return True
 
     def _new_consumer(self) -> KafkaConsumer:
@@ -211,7 +277,7 @@ class KafkaReader(RecordReader):
             self._group.note(self._consumer, self._places)
 
     def _begin(self, consumer: KafkaConsumer, number: int, place: Place) -> None:
-        self._places[number] = place
+        self._places[number], self._seen[number].began = place, place.next
         self._ready[number] = deque()
         consumer.seek(TopicPartition(self._topic, number), place.next)
 
@@ -260,21 +326,35 @@ class KafkaReader(RecordReader):
         ends = consumer.end_offsets(partitions)
         for partition in partitions:
             number, begin, end = partition.partition, begins[partition], ends[partition]
-            if end < self._ends.get(number, 0):
-                self._starts_over(consumer, number, begin)
-            self._ends[number] = end
+            seen = self._seen[number]
+            is_beyond = seen.began == self._places[number].next > end  # nothing came from there
+            seen.began = None
+            if is_beyond or end < seen.end:
+                self._warn_of_loss(number)
+                self._has_begun_anew(number, begin)
+                self._begin(consumer, number, self._places[number])
+            seen.end = end
             if begin > self._places[number].next:
                 self._loses(number, begin - self._places[number].next)
                 consumer.seek(partition, begin)
         return all(self._places[p.partition].next >= ends[p] for p in partitions)
 
-    def _starts_over(self, consumer: KafkaConsumer, number: int, begin: int) -> None:
+    def _warn_of_loss(self, number: int) -> None:
         log.warning(
             "%s lost records of partition %d that it had acknowledged; reading it from the start",
             self._link.address.location,
             number,
         )
-        self._begin(consumer, number, replace(self._places[number], next=begin))
+
+    def _has_begun_anew(self, number: int, offset: int) -> None:
+        """The brokers have forgotten a partition; go on at this offset. What the group committed
+        before says nothing of the records that are there now."""
+        place = self._places[number]
+        lost = min(place.lost, offset)
+        self._places[number] = Place(offset, lost, min(place.deleted, offset - lost))
+        self._seen[number].is_anew = True
+        if self._group is not None:
+            self._group.begins_anew(number)
 
     def _loses(self, number: int, num_records: int) -> None:
         """So many records at our place were evicted before we read them."""
@@ -294,7 +374,7 @@ class KafkaReader(RecordReader):
             payload = self._pieces.read(message)
         self._ready[number].popleft()
         if message.offset < self._places[number].next:  # Kafka has begun this partition anew
-            self._places[number] = replace(self._places[number], next=message.offset)
+            self._has_begun_anew(number, message.offset)
         self._loses(number, message.offset - self._places[number].next)
         place = self._places[number]
         is_deleted = payload is not None and self._deletions.latest.covers_record(payload)
@@ -406,8 +486,8 @@ def _decode_reference(content: bytes | None) -> tuple[int, list[int], int] | Non
     """Partition and offsets of the pieces, and bytes of the whole; ``None`` if it is no reference
     that one of our writers would make."""
     try:
-        stored = json.loads(content or b"")
-    except (ValueError, RecursionError):
+        stored = parse_small_json(content or b"", _MOST_REFERENCE_BYTES)
+    except ValueError:
         return None
     match stored:
         case {"partition": int(number), "offsets": [*offsets], "num_bytes": int(num_bytes)}:

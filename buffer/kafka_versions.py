@@ -42,6 +42,7 @@ from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_reader import fetch_at
 from buffer.kafka_sender import Sender
 from buffer.sealed import Content, Sealed, plain
+from buffer.small_json import parse_small_json
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ _OWNERS = 64  # remembered, so that one who was taken over at once learns its ow
 _SHORTEN_AT = 1000  # messages in the log at which pruning also shortens it
 _AT_ONCE = 16  # pieces on their way
 _WATCH_MS = 500
+_MOST_BYTES = 64 << 20
+"""Of a message of the log that is looked at; a broker takes less unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,8 +367,8 @@ def _key(nonce: str, name: str, index: int) -> bytes:
 
 def _content_of(message: Any) -> dict[str, Any] | None:
     """A message of the log; ``None`` if it is no JSON object."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        content = json.loads(message.value)
+    with contextlib.suppress(ValueError, TypeError):
+        content = parse_small_json(message.value, _MOST_BYTES)
         if isinstance(content, dict):
             return content
     return None

@@ -65,16 +65,17 @@ class KafkaWriter(TraceWriter):
     @property
     def counts(self) -> WriterCounts:
         out = self._outbox
-        pending = out.appended - out.durable - out.doubtful - out.dropped - out.removed
+        durable, doubtful, dropped, deleted = out.durable, out.doubtful, out.dropped, out.removed
+        appended = out.appended  # last: another thread may ask, and none is owed to it then
         return WriterCounts(
-            out.appended,
-            out.durable,
-            pending,
-            out.doubtful,
+            appended,
+            durable,
+            appended - durable - doubtful - dropped - deleted,
+            doubtful,
             self._eviction.num_records,
             self._eviction.num_bytes,
-            out.dropped,
-            out.removed,
+            dropped,
+            deleted,
         )
 
     def append(self, payload: Payload) -> int:

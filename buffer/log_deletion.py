@@ -8,27 +8,28 @@ interrupts, the next deletion finishes.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
-from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
-from buffer.files import OWNER_FILE, read_regular, write_atomically
-from buffer.frames import HEAD, pack_deleted_head, scan
-from buffer.interface import Payload
+from buffer.deletions import Deleted, Deletions, Ends, digest_of, may_be_of, now_ms, owner_of
+from buffer.distinct_writers import writer_folders
+from buffer.files import read_regular
+from buffer.frames import HEAD, next_data, pack_deleted_head, scan
+from buffer.interface import MAX_UNREADABLE_BYTES, Payload
 from buffer.layout import (
     DELETIONS,
-    EVICT_LOCK,
-    QUARANTINE,
+    eviction_lock,
+    first_open,
     is_live,
     open_segment,
+    quarantined,
     segment_numbers,
-    writer_names,
 )
+from buffer.small_json import read_small_json, write_small_json
 
+_MOST_BYTES = 64 << 20
+"""Of the list of deletions: a million tenants."""
 _WAIT_S = 60.0
 """Longest wait for another process that evicts or deletes, seconds."""
 _ZEROS = bytes(1 << 20)
@@ -45,7 +46,7 @@ def read_deletions(root: Path) -> Deletions:
     """
     path = root / DELETIONS
     try:
-        return Deletions.from_json(json.loads(read_regular(path)))
+        return Deletions.from_json(read_small_json(path, _MOST_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return Deletions()
     except ValueError as error:
@@ -55,11 +56,14 @@ def read_deletions(root: Path) -> Deletions:
         ) from None
 
 
-def delete_from_log(root: Path, tenant: str, opened: Opened) -> Deleted:
+def delete_from_log(
+    root: Path, tenant: str, opened: Opened, until_ms: int | None = None
+) -> Deleted:
     """Delete all records of a tenant from a log, quarantine included.
 
     Args:
         opened: what a stored payload says, where payloads are encrypted.
+        until_ms: as ``Backend.delete`` takes it.
 
     Raises:
         OSError: the disk failed, or others kept the log locked for a minute; try again.
@@ -68,22 +72,45 @@ def delete_from_log(root: Path, tenant: str, opened: Opened) -> Deleted:
     if not root.is_dir():
         return Deleted()
     # Evictors do not wait for the lock, so a writer never does.
-    lock = FileLock(root / EVICT_LOCK, timeout=_WAIT_S, mode=OWNER_FILE, fallback_to_soft=False)
-    with lock:
-        listed = read_deletions(root).with_tenant(digest_of(tenant), now_ms())
-        content = json.dumps(dict(listed.until_ms)).encode()
-        write_atomically(root / DELETIONS, content, OWNER_FILE)
+    with eviction_lock(root, _WAIT_S):
+        before, digest = read_deletions(root), digest_of(tenant)
+        # At once, for what arrives meanwhile; until when it holds, the records will tell.
+        _write_list(root, before.with_tenant(digest, now_ms() if until_ms is None else until_ms))
         records = num_bytes = 0
+        ends = Ends()
 
         def is_theirs(payload: Payload) -> bool:
             owner = owner_of(opened(payload))
-            return owner is not None and owner.tenant == tenant
+            return owner is not None and ends.see(owner, tenant)
 
-        for folder in (root / name for name in writer_names(root)):
+        for folder in (root / name for name in writer_folders(root)):
             for number in segment_numbers(folder):
                 found, size = blank_records(folder, number, is_theirs)
                 records, num_bytes = records + found, num_bytes + size
-        return Deleted(records, num_bytes, _delete_from_quarantine(root, tenant, opened))
+        listed = before.with_tenant(digest, ends.until_ms(until_ms))
+        _write_list(root, listed)
+        aside = _delete_from_quarantine(root, tenant, opened)
+        return Deleted(records, num_bytes, aside, until_ms=listed.until_ms[digest])
+
+
+def undelete_in_log(root: Path, digest: str) -> bool:
+    """Take a deletion off the list; whether it was there.
+
+    Raises:
+        OSError, ValueError: as ``delete_from_log``.
+    """
+    if not root.is_dir():
+        return False
+    with eviction_lock(root, _WAIT_S):
+        listed = read_deletions(root)
+        if digest not in listed.until_ms:
+            return False
+        _write_list(root, listed.without(digest))
+        return True
+
+
+def _write_list(root: Path, listed: Deletions) -> None:
+    write_small_json(root / DELETIONS, dict(listed.until_ms))
 
 
 def blank_records(
@@ -103,7 +130,8 @@ def blank_records(
     """
     # A writer appends to its last segment as long as it lives: what follows the last sound record
     # there may be on its way. Looked at before the file is.
-    is_written = is_live(folder) and number == segment_numbers(folder)[-1]
+    numbers = segment_numbers(folder)
+    is_written = bool(numbers) and is_live(folder) and number >= first_open(folder, numbers)
     descriptor = open_segment(folder, number, os.O_RDWR)
     try:
         size = os.fstat(descriptor).st_size
@@ -127,15 +155,23 @@ def blank_records(
 
 def _blank(descriptor: int, start: int, stop: int) -> None:
     """Overwrite some bytes with zeros, unless they are."""
-    for at in range(start, stop, len(_ZEROS)):
+    at = start
+    while at < stop and (at := next_data(descriptor, at, stop)) < stop:
         zeros = _ZEROS[: min(len(_ZEROS), stop - at)]
         if os.pread(descriptor, len(zeros), at) != zeros:
             os.pwrite(descriptor, zeros, at)
+        at += len(zeros)
 
 
 def _delete_from_quarantine(root: Path, tenant: str, opened: Opened) -> int:
-    paths = [path for path in (root / QUARANTINE).glob("*.bin") if path.is_file()]
-    theirs = [path for path in paths if may_be_of(tenant, opened(path.read_bytes()))]
-    for path in theirs:
-        path.unlink()
-    return len(theirs)
+    theirs = 0
+    for path in quarantined(root):
+        content = read_regular(path, MAX_UNREADABLE_BYTES)
+        try:
+            is_theirs = may_be_of(tenant, opened(content))
+        except ValueError:  # longer than any that is put aside, or sealed with another key
+            is_theirs = True
+        if is_theirs:
+            path.unlink(missing_ok=True)
+            theirs += 1
+    return theirs

@@ -9,13 +9,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from buffer.claims import Claims, Location
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
-from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
+from buffer.deletions import Deleted, Deletions, Ends, digest_of, may_be_of, owner_of
 from buffer.interface import (
     MAX_READ_BYTES,
     MAX_UNREADABLE_BYTES,
@@ -32,7 +33,9 @@ from buffer.interface import (
 )
 from buffer.memory_held import Appended, Held, Share, Stream
 from buffer.memory_weights import MemoryWeights
+from buffer.seen import Identity
 from buffer.version_rules import check_group
+from configs.urls import shown_url
 
 DEFAULT_BYTES = 1 << 30
 """What a buffer holds where ``max_bytes`` leaves it open."""
@@ -48,8 +51,10 @@ class MemoryBackend(Backend):
     def __init__(self, url: str, run_dir: Path) -> None:
         name = url.removeprefix("memory:")
         if not name:
-            raise ValueError(f"buffer.url {url!r} must name the buffer, as in 'memory:test'")
-        self._url = url
+            raise ValueError("buffer.url must name the buffer, as in 'memory:test'")
+        if any(letter in name for letter in "?#@"):
+            raise ValueError("buffer.url: the name of a buffer in memory has no '?', '#' or '@'")
+        self._url = shown_url(url)
         self._held = _BUFFERS[name]
 
     @classmethod
@@ -58,6 +63,10 @@ class MemoryBackend(Backend):
         made = cls.__new__(cls)
         made._url, made._held = "memory:", Held()
         return made
+
+    @property
+    def ends_with_process(self) -> bool:
+        return True
 
     def open_named_writer(self, name: str, limits: TraceLimits) -> MemoryWriter:
         """A writer whose stream has this name."""
@@ -94,14 +103,16 @@ class MemoryBackend(Backend):
         with self._held.lock:
             return MemoryWeights(self._held.lines.setdefault(line, Held()), f"{self._url} ({line})")
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         held, records, num_bytes = self._held, 0, 0
+        ends, digest = Ends(), digest_of(tenant)
         with held.lock:
-            held.deletions = held.deletions.with_tenant(digest_of(tenant), now_ms())
             for stream in held.streams.values():
                 for number, record in stream.records.items():
                     owner = None if record.payload is None else owner_of(record.payload)
-                    if record.payload is not None and owner is not None and owner.tenant == tenant:
+                    if record.payload is None or owner is None:
+                        continue
+                    if ends.see(owner, tenant):
                         stream.records[number] = replace(record, payload=None)
                         records, num_bytes = records + 1, num_bytes + len(record.payload)
             held.num_bytes -= num_bytes
@@ -109,7 +120,15 @@ class MemoryBackend(Backend):
             theirs = [name for name, one in aside if may_be_of(tenant, one.payload or b"")]
             for name in theirs:
                 del held.unreadable[name]
-        return Deleted(records, num_bytes, len(theirs))
+            held.deletions = held.deletions.with_tenant(digest, ends.until_ms(until_ms))
+            listed_ms = held.deletions.until_ms[digest]
+        return Deleted(records, num_bytes, len(theirs), until_ms=listed_ms)
+
+    def undelete(self, digest: str) -> bool:
+        with self._held.lock:
+            was_listed = digest in self._held.deletions.until_ms
+            self._held.deletions = self._held.deletions.without(digest)
+        return was_listed
 
     def deletions(self) -> Deletions:
         return self._held.deletions
@@ -156,11 +175,12 @@ class MemoryWriter(TraceWriter):
 
     @property
     def counts(self) -> WriterCounts:
-        appended = self._stream.end
+        durable = self._durable
+        appended = self._stream.end  # last: another thread may ask, and none is owed to it then
         return WriterCounts(
             appended,
-            self._durable,
-            appended - self._durable,
+            durable,
+            appended - durable,
             0,
             self._evicted_records,
             self._evicted_bytes,
@@ -326,7 +346,7 @@ class MemoryMember(RecordReader):
             for writer, stream in self._held.streams.items():
                 share = shares.setdefault(writer, Share())
                 while len(records) < max_records and max_bytes > 0:
-                    number = self._next_number(share, stream)
+                    number = self._next_number(writer, share, stream)
                     if number is None:
                         break
                     payload = stream.records[number].payload
@@ -342,20 +362,45 @@ class MemoryMember(RecordReader):
         return records
 
     def commit(self, offsets: Offsets) -> None:
+        match dict(offsets):
+            case {"member": str(member), "handed": int(handed)}:
+                with self._held.lock:
+                    self._commit(member, handed)
+            case _:
+                raise ValueError("a member commits its name and how many records it has got")
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
         with self._held.lock:
-            self._commit(offsets["member"], offsets["handed"])
+            return [self._claim((one.writer, one.location), trace) for one, trace in found]
+
+    def _claim(self, location: Location, trace: Identity) -> bool:
+        claims = self._claims()
+        rival = claims.rival_of(location, trace)
+        if rival is not None and self._is_gone(rival):
+            claims.drop(rival)
+        return claims.claim(location, trace)
+
+    def _claims(self) -> Claims:
+        return self._held.claims.setdefault(self._group, Claims())
+
+    def _is_gone(self, location: Location) -> bool:
+        writer, number = location[0], int(location[1])
+        share = self._held.groups.get(self._group, {}).get(writer, Share())
+        stream = self._held.streams.get(writer, Stream())
+        return number not in share.in_hand and number not in stream.records
 
     def close(self) -> None:
         with self._held.lock:
             self._leave(self._name)
 
-    def _next_number(self, share: Share, stream: Stream) -> int | None:
+    def _next_number(self, writer: str, share: Share, stream: Stream) -> int | None:
         """Number of the next record to hand out; what was evicted before counts as lost."""
         while share.left:
             number = next(iter(share.left))
             del share.left[number]
             if number in stream.records:
                 return number
+            self._claims().drop((writer, str(number)))
             self._has_lost(share, 1)
         if share.next < stream.first:
             self._has_lost(share, stream.first - share.next)
@@ -370,11 +415,12 @@ class MemoryMember(RecordReader):
         self._evicted_unread += num_records
 
     def _commit(self, member: str, handed: int) -> None:
-        for share in self._held.groups.get(self._group, {}).values():
+        for writer, share in self._held.groups.get(self._group, {}).items():
             for records in (share.in_hand, share.left):
                 done = [n for n, (who, at) in records.items() if who == member and at < handed]
                 for number in done:
                     del records[number]
+                    self._claims().commit((writer, str(number)))
                 share.committed += len(done)
 
     def _leave(self, member: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from buffer.bundles import Bundle
+from buffer.claims import Claims
 from buffer.deletions import Deletions
 
 
@@ -64,5 +65,7 @@ class Held:
     deletions: Deletions = field(default_factory=Deletions)
     groups: dict[str, dict[str, Share]] = field(default_factory=dict)
     """Group -> writer -> what it has done with its records."""
+    claims: dict[str, Claims] = field(default_factory=dict)
+    """By group."""
     lines: dict[str, Held] = field(default_factory=dict)
     """Versions of further drafters, by the name of their line; only these are held there."""

@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from buffer.interface import ServiceAwayError
 from buffer.sealed import Content
+from configs.urls import shown_scheme, shown_url, without_secrets
 
 PIECE_BYTES = 2 << 20
 _PIECES_AHEAD = 4
@@ -44,18 +45,23 @@ class Objects:
             ValueError: its protocol is unknown, or needs a package that is not installed.
         """
         protocol = url.partition("://")[0]
+        self._url = url
         options = {"auto_mkdir": True} if protocol in ("file", "local") else {}
         try:
             # Listings and instances are cached otherwise, and versions of others never seen.
             self._fs, root = url_to_fs(
                 url, use_listings_cache=False, skip_instance_cache=True, **options
             )
-        except (ImportError, ValueError) as error:
+            problem = None
+        except (ImportError, ValueError, TypeError, KeyError, OSError) as error:
             known = protocol in fsspec.available_protocols()
             what = "which needs a package" if known else "which fsspec does not know"
-            raise ValueError(f"buffer.url names {protocol}://, {what}: {error}") from None
+            said = without_secrets(str(error), url)
+            problem = f"buffer.url names {shown_scheme(url) or 'a store'}://, {what}: {said}"
+        if problem is not None:  # out here: what the library said of the URL may quote it
+            raise ValueError(problem)
         self._root = root.rstrip("/")
-        self.location = f"{protocol}://{self._root.lstrip('/')}"
+        self.location = shown_url(f"{protocol}://{self._root.lstrip('/')}")
 
     def read(self, name: str, max_bytes: int | None = None) -> bytes | None:
         """Content of an object, its first ``max_bytes`` at most; ``None`` if there is none.
@@ -202,5 +208,9 @@ class Objects:
             raise
         except Exception as error:
             number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-            text = f"{self.location} cannot be used: {type(error).__name__}: {error}"
-            raise ServiceAwayError(number, text) from error
+            said = without_secrets(str(error), self._url)
+            text = f"{self.location} cannot be used: {type(error).__name__}: {said}"
+            problem = ServiceAwayError(number, text)
+        else:
+            return
+        raise problem  # out here: what the client said may quote the URL

@@ -9,6 +9,11 @@
     <run>:d:<writer>          sorted set: numbers of the records that were deleted with their tenant
     <run>:deleted             hash: <group>/<writer> -> number of records deleted before the
                               group had committed them
+    <run>:claims:<group>      hash: trace -> the record that the group learns it from, until that is
+                              committed; see ``redis_claims.py``
+    <run>:claimed:<group>     hash: record -> its trace, the inverse
+    <run>:learnt:<group>      hash: <producer>/<epoch>/<part> -> bits of the traces whose record the
+                              group has committed, of 2,048 numbers each
     <run>:deletions           hash: digest of a tenant -> unix ms until which it was deleted
     <run>:alive:<member>      exists while a member of a group lives
     <run>:unreadable          stream: records that could not be decoded
@@ -19,6 +24,7 @@ the server refuses an id that it has had.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +60,36 @@ def deleted_key(options: RedisOptions) -> str:
     return options.key("deleted")
 
 
+def claims_key(options: RedisOptions, group: str) -> str:
+    return options.key("claims", group)
+
+
+def claimed_key(options: RedisOptions, group: str) -> str:
+    return options.key("claimed", group)
+
+
+def learnt_key(options: RedisOptions, group: str) -> str:
+    return options.key("learnt", group)
+
+
 def deletions_key(options: RedisOptions) -> str:
     return options.key("deletions")
 
 
 def committed_field(group: str, writer: str) -> str:
     return f"{group}/{writer}"
+
+
+def numbers_of(found: Mapping[bytes, bytes], key: str) -> dict[str, int]:
+    """Numbers by name, from a hash.
+
+    Raises:
+        ValueError: somebody else has stored something there.
+    """
+    try:
+        return {name.decode(): int(number) for name, number in found.items()}
+    except ValueError:
+        raise ValueError(f"the key {key} holds something that none of our writers makes") from None
 
 
 def id_of(number: int) -> str:

@@ -25,7 +25,7 @@ from buffer.interface import (
     Unreadable,
 )
 from buffer.redis_client import RedisClient
-from buffer.redis_deletion import delete_from_redis, read_deletions
+from buffer.redis_deletion import delete_from_redis, read_deletions, undelete_in_redis
 from buffer.redis_eviction import RedisEvictor
 from buffer.redis_member import RedisMember
 from buffer.redis_reader import RedisReader
@@ -49,6 +49,10 @@ class RedisBuffer(Backend):
     @property
     def spool_bytes(self) -> int:
         return self._options.spool_bytes
+
+    @property
+    def run(self) -> str:
+        return self._options.run
 
     def open_trace_writer(self, limits: TraceLimits) -> RedisWriter:
         return RedisWriter(self._client(), limits)
@@ -88,12 +92,15 @@ class RedisBuffer(Backend):
         run = f"{self._options.run}.{line}" if line else self._options.run
         return RedisWeights(RedisClient(replace(self._options, run=run)))
 
-    def delete(self, tenant: str) -> Deleted:
+    def delete(self, tenant: str, *, until_ms: int | None = None) -> Deleted:
         client = self._client()
         try:
-            return delete_from_redis(client, tenant)
+            return delete_from_redis(client, tenant, until_ms)
         finally:
             client.close()
+
+    def undelete(self, digest: str) -> bool:
+        return undelete_in_redis(self._kept, digest)
 
     def deletions(self) -> Deletions:
         return read_deletions(self._kept)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from buffer.deletions import Deleted, Deletions, digest_of, may_be_of, now_ms, owner_of
+from buffer.deletions import Deleted, Deletions, Ends, digest_of, may_be_of, now_ms, owner_of
 from buffer.redis_batches import (
     deleted_key,
     deletions_key,
     ends_key,
     id_of,
     number_of,
+    numbers_of,
     payload_of,
     records_key,
     removed_key,
@@ -60,38 +61,61 @@ def read_deletions(client: RedisClient) -> Deletions:
         ServiceAwayError: the server does not answer.
         ValueError: somebody else has damaged the list.
     """
-    found = client.call("HGETALL", deletions_key(client.options))
-    return Deletions({digest.decode(): int(ms) for digest, ms in found.items()})
+    key = deletions_key(client.options)
+    return Deletions(numbers_of(client.call("HGETALL", key), key))
 
 
-def delete_from_redis(client: RedisClient, tenant: str) -> Deleted:
+def delete_from_redis(client: RedisClient, tenant: str, until_ms: int | None = None) -> Deleted:
     """Delete all records of a tenant, put-aside ones included.
+
+    Args:
+        until_ms: as ``Backend.delete`` takes it.
 
     Raises:
         ServiceAwayError: the server does not answer; do it again.
     """
-    options = client.options
-    client.call("HSET", deletions_key(options), digest_of(tenant), now_ms())
+    options, digest, ends = client.options, digest_of(tenant), Ends()
+    before = read_deletions(client)
+    # At once, for what arrives meanwhile; until when it holds, the records will tell.
+    _list(client, before.with_tenant(digest, now_ms() if until_ms is None else until_ms), digest)
     records = num_bytes = 0
     for writer in [name.decode() for name in client.call("HKEYS", ends_key(options))]:
-        sizes = dict(_numbers_of(client, writer, tenant))
+        sizes = dict(_numbers_of(client, writer, tenant, ends))
         keys = records_key(options, writer), removed_key(options, writer), deleted_key(options)
         numbers = list(sizes)
         for at in range(0, len(numbers), _NUMBERS_AT_ONCE):
             some = numbers[at : at + _NUMBERS_AT_ONCE]
             records += client.call("EVAL", _DELETE, len(keys), *keys, writer, *some)
         num_bytes += sum(sizes.values())
-    return Deleted(records, num_bytes, _delete_from_quarantine(client, tenant))
+    listed = before.with_tenant(digest, ends.until_ms(until_ms))
+    _list(client, listed, digest)
+    aside = _delete_from_quarantine(client, tenant)
+    return Deleted(records, num_bytes, aside, until_ms=listed.until_ms[digest])
 
 
-def _numbers_of(client: RedisClient, writer: str, tenant: str) -> Iterator[tuple[int, int]]:
-    """Number and size of each record of a tenant."""
+def undelete_in_redis(client: RedisClient, digest: str) -> bool:
+    """Take a deletion off the list; whether it was there.
+
+    Raises:
+        ServiceAwayError: the server does not answer.
+    """
+    return bool(client.call("HDEL", deletions_key(client.options), digest))
+
+
+def _list(client: RedisClient, listed: Deletions, digest: str) -> None:
+    client.call("HSET", deletions_key(client.options), digest, listed.until_ms[digest])
+
+
+def _numbers_of(
+    client: RedisClient, writer: str, tenant: str, ends: Ends
+) -> Iterator[tuple[int, int]]:
+    """Number and size of each record of a tenant; ``ends`` takes note of all records."""
     key, start = records_key(client.options, writer), "-"
     while entries := client.call("XRANGE", key, start, "+", "COUNT", _AT_ONCE):
         for entry_id, fields in entries:
             payload = payload_of(fields)
             owner = owner_of(payload)
-            if owner is not None and owner.tenant == tenant:
+            if owner is not None and ends.see(owner, tenant):
                 yield number_of(entry_id), len(payload)
         start = id_of(number_of(entries[-1][0]) + 1)
 

@@ -10,22 +10,15 @@ from buffer.interface import ServiceAwayError
 from buffer.redis_batches import (
     Entry,
     committed_field,
-    committed_key,
     deleted_key,
     id_of,
     number_of,
     records_key,
     removed_key,
 )
+from buffer.redis_claims import RedisClaims
 from buffer.redis_client import RedisClient
 
-COMMIT = """
-local done = redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 3))
-if done > 0 then redis.call('HINCRBY', KEYS[2], ARGV[2], done) end
-return done
-"""
-"""Acknowledges records and counts them, both or neither; a record counts once, however often it is
-committed. KEYS: stream, hash of counts. ARGV: group, field of the hash, ids."""
 CREATE = """
 local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
 if made.err then return made end
@@ -34,7 +27,6 @@ return made
 """
 """Makes a group. What was deleted before counts as deleted for it, too. KEYS: stream, set of
 deleted numbers, hash of counts. ARGV: group, field of the hash."""
-_IDS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +65,7 @@ class RedisGroup:
         self.name = name
         self._client = client
         self._options = client.options
+        self.claims = RedisClaims(client, name)
 
     def take_new(
         self, consumer: str, writers: Sequence[str], count: int
@@ -144,13 +137,14 @@ class RedisGroup:
         found = self._client.call("XCLAIM", key, self.name, consumer, min_idle_ms, *ids)
         return [entry for entry in found if entry[1]]  # before Redis 7: None for evicted ones
 
-    def commit(self, writer: str, numbers: Sequence[int]) -> None:
-        """Nobody is handed these records again."""
-        keys = self._key(writer), committed_key(self._options)
-        field = committed_field(self.name, writer)
-        for start in range(0, len(numbers), _IDS_AT_ONCE):
-            ids = map(id_of, numbers[start : start + _IDS_AT_ONCE])
-            self._client.call("EVAL", COMMIT, 2, *keys, self.name, field, *ids)
+    def is_pending(self, writer: str, number: int) -> bool:
+        """Whether a member has this record and has not committed it, even if it was evicted."""
+        at = id_of(number)
+        return bool(
+            self._client.call(
+                *("XPENDING", self._key(writer), self.name, at, at, 1), parse_detail=True
+            )
+        )
 
     def remove(self, consumer: Consumer) -> None:
         """Forget a consumer that has nothing."""

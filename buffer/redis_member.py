@@ -17,10 +17,12 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
+from buffer.claims import Location
 from buffer.counts import ReaderCounts
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
 from buffer.redis_batches import Entry, number_of, payload_of
@@ -35,6 +37,7 @@ from buffer.redis_reader import (
     hand_out,
     num_deleted,
 )
+from buffer.seen import Identity
 from buffer.version_rules import check_group
 
 _LOOK_S = 1.0
@@ -100,6 +103,13 @@ class RedisMember(RecordReader):
         with self._lock:
             self._commit({name: _consumers_of(name, at) for name, at in offsets.items()})
 
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        with self._lock:
+            return self._group.claims.claim(found, self._is_gone)
+
+    def _is_gone(self, location: Location) -> bool:
+        return not self._group.is_pending(location[0], int(location[1]))
+
     def close(self) -> None:
         with self._lock:
             if self._presence is not None:
@@ -117,7 +127,7 @@ class RedisMember(RecordReader):
                     self._commit_of_predecessor(writer, consumer, end)
                     continue
                 done = list(takewhile(end.__gt__, handed))
-                self._group.commit(writer, done)
+                self._group.claims.commit(writer, done)
                 for _ in done:
                     handed.popleft()
 
@@ -128,7 +138,7 @@ class RedisMember(RecordReader):
             numbers = [one.number for one in pending if one.number < end]
             if not numbers:
                 return
-            self._group.commit(writer, numbers)
+            self._group.claims.commit(writer, numbers)
             first = numbers[-1] + 1
 
     # ---- fetching ------------------------------------------------------------------------------
@@ -241,6 +251,7 @@ class RedisMember(RecordReader):
         if len(entries) < len(numbers):
             held = first_held(self._client, dead.writer)
             gone = [number for number in numbers if held is None or number < held]
+            self._group.claims.drop(dead.writer, gone)
             self._missed(len(gone), 0)
 
 

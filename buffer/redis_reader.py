@@ -18,6 +18,7 @@ from buffer.redis_batches import (
     ends_key,
     id_of,
     number_of,
+    numbers_of,
     payload_of,
     records_key,
     removed_key,
@@ -218,8 +219,8 @@ class RedisReader(RecordReader):
 
 def ends_of(client: RedisClient) -> dict[str, int]:
     """Number of records that each writer has ever stored."""
-    found = client.call("HGETALL", ends_key(client.options))
-    return {name.decode(): int(end) for name, end in found.items()}
+    key = ends_key(client.options)
+    return numbers_of(client.call("HGETALL", key), key)
 
 
 def num_deleted(client: RedisClient, writer: str, first: int, end: int) -> int:

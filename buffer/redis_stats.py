@@ -16,6 +16,7 @@ from buffer.redis_batches import (
     deleted_key,
     ends_key,
     number_of,
+    numbers_of,
     records_key,
     removed_key,
 )
@@ -27,6 +28,7 @@ def read_stats(client: RedisClient) -> BufferStats:
 
     Raises:
         ServiceAwayError: the server does not answer.
+        ValueError: somebody else has stored something under our keys.
     """
     options = client.options
     writers = [name.decode() for name in client.call("HKEYS", ends_key(options))]
@@ -43,9 +45,13 @@ def read_stats(client: RedisClient) -> BufferStats:
             ("XREVRANGE", batches, "+", "-", "COUNT", 1),
             ("ZRANGE", removed_key(options, writer), 0, -1),
         ]
-    found_ends, committed, deleted, *rest = client.together(commands)
+    found = client.together(commands)
+    found_ends, committed, deleted = (
+        numbers_of(values, key) for (_, key), values in zip(commands[:3], found[:3], strict=True)
+    )
+    rest = found[3:]
     held = held_bytes = num_removed = 0
-    ends = {writer: int(found_ends.get(writer.encode(), 0)) for writer in writers}
+    ends = {writer: found_ends.get(writer, 0) for writer in writers}
     groups_of = [_groups(groups) for groups in rest[::4]]
     totals: dict[str, list[int]] = {name: [0] * 4 for groups in groups_of for name in groups}
     for writer, groups, oldest, newest, numbers in zip(
@@ -60,10 +66,10 @@ def read_stats(client: RedisClient) -> BufferStats:
         held += end - first - _from(removed, first)
         num_removed += len(removed)
         for name, total in totals.items():
-            field = committed_field(name, writer).encode()
-            done = int(committed.get(field, 0))
+            field = committed_field(name, writer)
+            done = committed.get(field, 0)
             # A group that has not met the writer gets what was deleted when it is made.
-            gone = int(deleted.get(field, 0)) if name in groups else len(removed)
+            gone = deleted.get(field, 0) if name in groups else len(removed)
             group = groups.get(name, _NOTHING_READ)
             counts = _counts_of(group, done, gone, _Stream(first, end, removed))
             for i, count in enumerate(counts):

@@ -15,8 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from configs.urls import shown_option, shown_option_name
+
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -27,7 +30,7 @@ class RedisOptions:
     host: str
     port: int
     db: int
-    user: str | None
+    user: str | None = field(repr=False)
     password: str | None = field(repr=False)
     tls: bool
     run: str
@@ -75,7 +78,12 @@ def _truth(text: str) -> bool:
 
 def _positive(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        value = convert(text)
+        if not re.fullmatch(r"[-+]?[0-9.]{1,20}|inf|nan", text):
+            raise ValueError("it must be a number")
+        try:
+            value = convert(text)
+        except ValueError:
+            raise ValueError("it must be a number, and a whole one where it counts") from None
         if not 0 < value < float("inf"):
             raise ValueError("it must be above 0")
         return value
@@ -92,7 +100,7 @@ def _file(text: str) -> Path:
 
 def _from_environment(name: str) -> str:
     if name not in os.environ:
-        raise ValueError(f"the environment has no {name}")
+        raise ValueError(f"the environment has no {shown_option('password_env', name)}")
     return os.environ[name]
 
 
@@ -121,15 +129,23 @@ def parse_redis_url(url: str, run_dir: Path) -> RedisOptions:
     Raises:
         ValueError: names the part that is wrong, and never the password.
     """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise _refused("host and port cannot be read") from None
-    if not parts.netloc or not host:
-        raise _refused("it must name a host, as in redis://127.0.0.1:6379/0")
-    if parts.fragment:
+    place, _, query = url.partition("?")
+    _, mark, rest = place.partition("://")
+    _, _, path = rest.partition("/")
+    if not re.fullmatch("[!-~]*", url):
+        raise _refused("it has a letter that a URL writes with %, such as a space as %20")
+    if "#" in url:
         raise _refused("it has a '#', which a password must write as %23")
+    if "@" in path or "@" in query:
+        raise _refused(
+            "it has an '@' behind its host; a password must write '/' as %2F, '?' as %3F and '@' "
+            "as %40"
+        )
+    parts, host, port = _split(url)
+    if not mark or not parts.netloc or not host:
+        raise _refused("it must name a host, as in redis://127.0.0.1:6379/0")
+    if not _HOST.fullmatch(host):
+        raise _refused("its host is no name or address")
     tls = parts.scheme == "rediss"
     options = _options(parts.query, tls)
     password = options.pop("password_env", None)
@@ -151,34 +167,49 @@ def parse_redis_url(url: str, run_dir: Path) -> RedisOptions:
     )
 
 
+def _split(url: str) -> tuple[SplitResult, str | None, int | None]:
+    try:
+        parts = urlsplit(url)
+        return parts, parts.hostname, parts.port
+    except ValueError:
+        pass
+    raise _refused("host and port cannot be read")  # out here: what it replaces quotes them
+
+
 def _refused(problem: str) -> ValueError:
     return ValueError(f"buffer.url cannot be used: {problem}")
 
 
 def _options(query: str, tls: bool) -> dict[str, Any]:
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError:
-        raise _refused("its options must be name=value, joined with &") from None
+    if any(not part.partition("=")[1] for part in query.split("&") if query):
+        raise _refused("its options must be name=value, joined with &")
     options: dict[str, Any] = {}
-    for name, text in pairs:
+    for name, text in parse_qsl(query, keep_blank_values=True):
         if name not in _OPTIONS:
-            raise _refused(f"unknown option {name[:40]!r}; known are {', '.join(_OPTIONS)}")
+            shown = shown_option_name(name)
+            raise _refused(f"unknown option {shown!r}; known are {', '.join(_OPTIONS)}")
         if name in options:
             raise _refused(f"option {name!r} is given twice")
         if name in _OF_TLS and not tls:
             raise _refused(f"option {name!r} needs rediss://")
-        try:
-            options[name] = _OPTIONS[name](text)
-        except ValueError as error:
-            raise _refused(f"option {name}={text!r}: {error}") from None
+        options[name], problem = _value(name, text)
+        if problem is not None:
+            raise _refused(f"option {name}={shown_option(name, text)!r}: {problem}")
     return options
+
+
+def _value(name: str, text: str) -> tuple[Any, str | None]:
+    """The value of an option, or why it has none."""
+    try:
+        return _OPTIONS[name](text), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def _db_of(path: str) -> int:
     text = path.removeprefix("/") or "0"
     if not re.fullmatch(r"[0-9]{1,4}", text):
-        raise _refused(f"the number of the database must follow the host, got {text[:40]!r}")
+        raise _refused("the number of the database must follow the host, and nothing else")
     return int(text)
 
 

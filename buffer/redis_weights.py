@@ -33,6 +33,7 @@ from buffer.bundles import (
     HostBuffer,
     prepare_bundle,
 )
+from buffer.folder_weights import versions_of
 from buffer.manifest import (
     MANIFEST,
 )
@@ -41,6 +42,7 @@ from buffer.records import FileDigest, Manifest
 from buffer.redis_client import Command, RedisClient
 from buffer.redis_watch import watch_channel
 from buffer.sealed import Content, Sealed, plain
+from buffer.small_json import parse_small_json
 from buffer.tensors import parse_json
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
 from buffer.weights_store import WeightsStore
@@ -139,7 +141,7 @@ class RedisWeights(WeightsStore):
     def read_denied(self) -> set[int]:
         text = self._client.call("GET", self._denied)
         try:
-            return set() if text is None else {int(version) for version in json.loads(text)}
+            return set() if text is None else versions_of(parse_small_json(text))
         except (ValueError, TypeError):
             raise ValueError(
                 f"key {self._denied} in {self._client.options.location} must be a JSON list of the "

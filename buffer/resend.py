@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from buffer.codec import UnreadableRecordError, decode_traces, encode_trace, identity_of
 from buffer.interface import (
@@ -50,6 +50,8 @@ class Sent(Report):
     epoch and number."""
     filtered: int = 0
     """Traces that were not asked for."""
+    deleted: int = 0
+    """Records that were deleted with their tenant, here or there; they are not sent."""
     unreadable: int = 0
     """Records that are no trace; they are not sent."""
     damaged: int = 0
@@ -65,6 +67,8 @@ class Sent(Report):
 
     def to_line(self) -> str:
         counts = {"already there": self.already_there, "not asked for": self.filtered}
+        if self.deleted:
+            counts["left out because their tenant was deleted"] = self.deleted
         problems = {
             "unreadable": self.unreadable,
             "damaged or evicted before they were read": self.damaged,
@@ -130,6 +134,8 @@ class _Known:
 def copy_traces(source: Backend, destination: Backend, limits: TraceLimits) -> Sent:
     """Copy every trace that the destination does not hold yet.
 
+    What was deleted with its tenant, in either of them, is not copied.
+
     May be interrupted and repeated: what the destination holds is looked up at the start, by
     producer, epoch and number, so nothing is stored twice. For that, all of it is read.
 
@@ -138,16 +144,19 @@ def copy_traces(source: Backend, destination: Backend, limits: TraceLimits) -> S
 
     Raises:
         OSError: one of them cannot be read, or the destination cannot be written to at all.
+        ValueError: a list of deletions is damaged.
         StoppedError: the destination failed later.
     """
-    known = _Known()
+    known, is_deleted = _Known(), _deleted_in(source, destination)
     for record in _records(destination):
         with contextlib.suppress(UnreadableRecordError):
             known.add(identity_of(record.payload))
     sent = Sent("copy")
     with _sending(destination, limits, sent) as send:
         for trace, payload in _traces(source, sent):
-            if known.add((trace.producer, trace.epoch, trace.seq)):
+            if is_deleted(trace):
+                sent.deleted += 1
+            elif known.add((trace.producer, trace.epoch, trace.seq)):
                 send(payload)
             else:
                 sent.already_there += 1
@@ -165,7 +174,8 @@ def replay_traces(
 ) -> Sent:
     """Send traces again, whether or not the destination had them.
 
-    A trainer passes over traces that it knows by their identity.
+    A trainer passes over traces that it knows by their identity. What was deleted with its tenant,
+    in either buffer, is not sent.
 
     Args:
         limits: of the destination.
@@ -175,20 +185,31 @@ def replay_traces(
 
     Raises:
         OSError: one of them cannot be read, or the destination cannot be written to at all.
+        ValueError: a list of deletions is damaged.
         StoppedError: the destination failed later.
     """
     sent, known, renamed = Sent("replay"), _Known(), _Renamed()
+    is_deleted = _deleted_in(source, destination)
     with _sending(destination, limits, sent, rate) as send:
         for trace, payload in _traces(source, sent):
             if trace.producer == renamed.producer:
                 sent.read -= 1  # sent a moment ago to where it is read from: without end otherwise
             elif not wanted.has(trace):
                 sent.filtered += 1
+            elif is_deleted(trace):
+                sent.deleted += 1
             elif not known.add((trace.producer, trace.epoch, trace.seq)):
                 sent.already_there += 1
             else:
                 send(encode_trace(renamed.next(trace)) if as_new else payload)
     return sent
+
+
+def _deleted_in(*backends: Backend) -> Callable[[Trace], bool]:
+    """Tells whether a trace was deleted in one of them; where records stay until they are too old,
+    or came after their deletion, only the lists say so."""
+    lists = [backend.deletions() for backend in backends]
+    return lambda trace: any(one.covers(trace.tenant, trace.finished_unix_ms) for one in lists)
 
 
 @dataclass(slots=True)
@@ -216,6 +237,7 @@ def _records(backend: Backend, sent: Sent | None = None) -> Iterator[Record]:
             counts = reader.counts
             gone = 0 if gone_before is None else counts.evicted_unread - gone_before
             sent.damaged = counts.damaged + gone
+            sent.deleted += counts.deleted
     finally:
         reader.close()
 
@@ -269,7 +291,7 @@ class _Sender:
             self.sent.too_large += 1
             return
         except OSError as error:
-            raise StoppedError(self.sent, error) from error
+            self._stop(error)
         self.num += 1
         self.waiting.append(len(payload))
         if len(self.waiting) >= _RECORDS_AT_ONCE or sum(self.waiting) >= _BYTES_AT_ONCE:
@@ -279,6 +301,7 @@ class _Sender:
         """Wait until everything sent is acknowledged.
 
         Raises:
+            OSError: it is not, and nothing ever was.
             StoppedError: it is not.
         """
         try:
@@ -290,10 +313,16 @@ class _Sender:
                     + (f", {counts.dropped} of them dropped" if counts.dropped else "")
                 )
         except OSError as error:
-            raise StoppedError(self.sent, error) from error
+            self._stop(error)
         self.sent.sent += len(self.waiting)
         self.sent.sent_bytes += sum(self.waiting)
         self.waiting.clear()
+
+    def _stop(self, error: OSError) -> NoReturn:
+        """A destination that has taken nothing is not reached at all, or refuses everything."""
+        if not self.sent.sent:
+            raise error
+        raise StoppedError(self.sent, error) from error
 
     def _pace(self) -> None:
         if self.rate is None:

@@ -9,7 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from buffer.files import read_regular, write_atomically
+from buffer.files import write_atomically
+from buffer.small_json import read_small_json
 
 NAME = "TARGET.json"
 _SCHEMA = "slipstream.target/1"
@@ -47,7 +48,7 @@ def read_run_target(run_dir: Path) -> RunTarget | None:
     """
     path = run_dir / NAME
     try:
-        body = json.loads(read_regular(path, _MOST_BYTES))
+        body = read_small_json(path, _MOST_BYTES)
         if body["schema"] != _SCHEMA:
             raise ValueError(f"its schema is {body['schema']!r}")
         fingerprint, folder, former = body["fingerprint"], body["folder"], body["former"]

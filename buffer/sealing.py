@@ -19,6 +19,8 @@ from typing import Any
 from buffer.counts import ReaderCounts, WriterCounts
 from buffer.files import OWNER_FILE, OWNER_FOLDER, read_regular, write_atomically
 from buffer.interface import MAX_READ_BYTES, Offsets, Payload, Record, RecordReader, TraceWriter
+from buffer.seen import Identity
+from configs.urls import shown_option
 
 MARK = b"SLPSEAL1"
 _NONCE_BYTES = 12
@@ -82,18 +84,22 @@ def read_key(option: str, value: str) -> bytes:
     """
     if option == "key_env":
         if value not in os.environ:
-            raise ValueError(f"buffer.url: key_env names {value}, which is not set")
+            raise ValueError(
+                f"buffer.url: key_env names {shown_option(option, value)}, which is not set"
+            )
         text = os.environb[value.encode()]
     else:
         try:
             text = read_regular(Path(value), _MAX_KEY_BYTES, follow=True)
         except OSError as error:
             raise ValueError(
-                f"buffer.url: key_file {value} cannot be read: {error.strerror}"
+                f"buffer.url: key_file {shown_option(option, value)} cannot be read: "
+                f"{error.strerror}"
             ) from None
     if not _KEY.fullmatch(text.strip()):
         raise ValueError(
-            f"buffer.url: {option} {value} must hold 64 hex digits, as 'openssl rand -hex 32' makes"
+            f"buffer.url: {option} {shown_option(option, value)} must hold 64 hex digits, as "
+            f"'openssl rand -hex 32' makes"
         )
     return bytes.fromhex(text.strip().decode())
 
@@ -184,6 +190,9 @@ class OpeningReader(RecordReader):
 
     def commit(self, offsets: Offsets) -> None:
         self._below.commit(offsets)
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        return self._below.claim(found)
 
     def close(self) -> None:
         self._below.close()

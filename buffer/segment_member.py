@@ -3,6 +3,7 @@
     <root>/groups/<group>/<writer>.json    how far the group has committed this writer's records
     <root>/groups/<group>/<writer>.lock    held (flock) by the member that reads this writer
     <root>/groups/<group>/<member>.member  held (flock) while that member lives
+    <root>/groups/<group>/claims           which traces were learnt, see ``claim_file.py``
 
 Locks end with their process, so a killed member's writers are free at once, and whoever takes one
 continues from what was committed. A member that reads more than its share of the writers lets go of
@@ -11,31 +12,32 @@ one when all it has read of it is committed.
 
 from __future__ import annotations
 
-import bisect
 import fcntl
 import itertools
-import json
+import logging
 import math
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from buffer.counts import GroupCounts, ReaderCounts
-from buffer.files import (
-    OWNER_FILE,
-    OWNER_FOLDER,
-    NotRegularError,
-    leads_to,
-    read_regular,
-    write_atomically,
-)
-from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
-from buffer.layout import GROUPS, read_tombstone, writer_names
+from buffer.claim_file import ClaimFile
+from buffer.claims import Location, Place
+from buffer.committed import read_committed, sound_committed, why_impossible, write_committed
+from buffer.counts import ReaderCounts
+from buffer.distinct_writers import distinct_writers
+from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular
+from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
+from buffer.layout import GROUPS, file_of, said_once, segment_path
+from buffer.seen import Identity
 from buffer.segment_reader import Position, SegmentReader, position_of
+from buffer.small_json import is_foreign, make_folder, make_way
 from buffer.version_rules import check_group
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
 """Seconds between two looks for writers and members."""
@@ -60,6 +62,8 @@ class SegmentMember(RecordReader):
         """Writer -> descriptor of its lock."""
         self._leaving: set[str] = set()
         """Owned writers that are not read any more, until all that was read is committed."""
+        self._member = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}"
+        self._claims = ClaimFile(self._folder, self._member)
         self._presence: int | None = None
         self._looked_s = -math.inf
         self._lock = threading.Lock()
@@ -85,14 +89,51 @@ class SegmentMember(RecordReader):
 
     def commit(self, offsets: Offsets) -> None:
         with self._lock:
-            for name in self._owned.keys() & offsets.keys():
-                self._commit(name, position_of(name, offsets[name]))
+            places = {
+                name: position_of(name, offsets[name])
+                for name in self._owned.keys() & offsets.keys()
+            }
+            ends: dict[str, Place] = {
+                name: (place.segment, place.offset) for name, place in places.items()
+            }
+            # Folders that were removed after their records were read: those were saved, too.
+            vanished = self._claims.claims.writers_of(self._member)
+            ends |= dict.fromkeys(vanished - self._owned.keys() - offsets.keys())
+            if ends:
+                self._claims.settle(ends)
+            for name, position in places.items():
+                self._commit(name, position)
             for name in list(self._leaving):
-                if self._reader.position(name) == _committed(self._folder, name):
+                if self._reader.position(name) == read_committed(self._folder, name):
                     self._let_go(name)
+
+    def claim(self, found: Sequence[tuple[Record, Identity]]) -> list[bool]:
+        with self._lock:
+            try:
+                return self._claims.claim(found, self._is_gone)
+            except OSError as error:  # a full disk ends no trainer
+                raise ServiceAwayError(error.errno, f"nothing is claimed: {error}") from None
+
+    def _is_gone(self, location: Location, member: str) -> bool:
+        """Whether a record was evicted, and the member that had it is dead."""
+        writer, where = location
+        path = self._folder / f"{member}.member"
+        try:
+            if segment_path(self._root / writer, int(where.partition("-")[0])).exists():
+                return False
+            descriptor = _locked(path, create=False)
+            if descriptor is None:
+                return not path.exists()
+        except (OSError, ValueError) as error:  # no file can have such a name
+            if isinstance(error, OSError) and not is_foreign(error):
+                raise
+            return True
+        os.close(descriptor)
+        return True
 
     def close(self) -> None:
         with self._lock:
+            self._claims.close()
             for name in list(self._owned):
                 self._let_go(name)
             if self._presence is not None:
@@ -103,12 +144,12 @@ class SegmentMember(RecordReader):
         """Take free writers up to this member's share, and mark those beyond it to be left."""
         if self._presence is None:
             # One by one: ``parents`` would let everybody look into those in between.
-            for folder in (self._root, self._root / GROUPS, self._folder):
-                folder.mkdir(mode=OWNER_FOLDER, parents=folder == self._root, exist_ok=True)
-            name = f"{os.getpid()}-{time.time_ns()}-{next(_NUMBERS)}.member"
-            self._presence = _locked(self._folder / name)
+            self._root.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
+            for folder in (self._root / GROUPS, self._folder):
+                make_folder(folder)
+            self._presence = _locked(self._folder / f"{self._member}.member")
         self._looked_s = time.monotonic()
-        names = writer_names(self._root)
+        names = distinct_writers(self._root)
         for gone in self._owned.keys() - set(names):
             self._let_go(gone)
         open_names = [name for name in names if not self._is_done(name)]
@@ -123,29 +164,43 @@ class SegmentMember(RecordReader):
         """Nothing of this writer is left to read or to commit; it needs no member any more."""
         if not self._reader.has_finished(name):
             return False
-        if name in self._owned and self._reader.position(name) == _committed(self._folder, name):
+        position = self._reader.position(name)
+        if name in self._owned and position == read_committed(self._folder, name):
             self._let_go(name, forget=False)
         return name not in self._owned
 
     def _take(self, name: str) -> None:
-        lock = _locked(self._folder / f"{name}.lock")
+        path = file_of(self._folder, name, ".lock")
+        make_way(path)
+        lock = _locked(path)
         if lock is None:
             return
         self._owned[name] = lock
-        position = _committed(self._folder, name)
+        position, problem = sound_committed(self._root, self._folder, name)
+        if problem is not None:
+            log.warning(
+                "%s is not what this group has committed (%s): the group reads %s from its first "
+                "record again, and what it had committed may be read twice",
+                file_of(self._folder, name, ".json"),
+                problem,
+                name,
+            )
+            write_committed(self._folder, name, position)
         self._reader.move_to(name, position)
         resumed = self._resumed.pop(name, position)
-        if resumed.number > position.number:
+        is_ahead = resumed.number > position.number
+        if is_ahead and why_impossible(self._root / name, resumed) is None:
             self._reader.move_to(name, resumed)
+            place = resumed.segment, resumed.offset
+            self._claims.settle({name: place}, are_learnt=True)
             self._commit(name, resumed)
 
     def _commit(self, name: str, position: Position) -> None:
-        before = _committed(self._folder, name)
+        before = read_committed(self._folder, name)
         if (position.number, position.segment) > (before.number, before.segment) or (
             position.segment == before.segment and position.offset > before.offset
         ):
-            content = json.dumps(asdict(position)).encode()
-            write_atomically(self._folder / f"{name}.json", content, OWNER_FILE)
+            write_committed(self._folder, name, position)
 
     def _let_go(self, name: str, forget: bool = True) -> None:
         if forget:
@@ -159,63 +214,23 @@ class SegmentMember(RecordReader):
         for path in self._folder.glob("*.member"):
             descriptor = _locked(path, create=False)
             if descriptor is None:
-                num_members += path.exists() and not leads_to(path, self._presence or -1)
+                is_member = path.is_file() and not path.is_symlink()
+                num_members += is_member and not leads_to(path, self._presence or -1)
             else:
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
         return num_members
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Records of one writer, as its segments show them."""
-
-    end: int
-    """One past the number of its last record."""
-    deleted: tuple[int, ...] = ()
-    """Numbers of those that were deleted, ascending."""
-
-
-def group_counts(root: Path, written: dict[str, Written]) -> tuple[GroupCounts, ...]:
-    """What each group has done with the records of these writers."""
-    try:
-        folders = sorted(path for path in (root / GROUPS).iterdir() if path.is_dir())
-    except FileNotFoundError:
-        return ()
-    return tuple(_counts_of(folder, root, written) for folder in folders)
-
-
-def _counts_of(folder: Path, root: Path, written: dict[str, Written]) -> GroupCounts:
-    committed = pending = lost = deleted = 0
-    for name, found in written.items():
-        position = _committed(folder, name)
-        tombstone = read_tombstone(root / name)
-        evicted = 0 if tombstone is None else max(0, tombstone.next_number - position.number)
-        reached = position.number + evicted
-        ahead = len(found.deleted) - bisect.bisect_left(found.deleted, reached)
-        committed += position.number - position.lost - position.deleted
-        lost += position.lost + evicted
-        deleted += position.deleted + ahead
-        pending += max(0, found.end - reached - ahead)
-    return GroupCounts(folder.name, committed, pending, lost, deleted)
-
-
-def _committed(folder: Path, name: str) -> Position:
-    try:
-        return position_of(name, json.loads(read_regular(folder / f"{name}.json")))
-    # It is written atomically: only somebody else's hand damages it.
-    except (FileNotFoundError, NotRegularError, ValueError):
-        return Position()
-
-
 def _locked(path: Path, create: bool = True) -> int | None:
     """A descriptor of a file that this process has locked; ``None`` if somebody else holds it."""
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     try:
-        descriptor = os.open(path, flags, OWNER_FILE)
-    except FileNotFoundError:
-        if create:
+        descriptor = open_regular(path, os.O_RDWR | (os.O_CREAT if create else 0), OWNER_FILE)
+    except OSError as error:
+        if create and not is_foreign(error):
             raise
+        if not isinstance(error, FileNotFoundError):
+            said_once(path, error.strerror or type(error).__name__)
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

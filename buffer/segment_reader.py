@@ -15,9 +15,21 @@ from typing import Any
 
 from buffer.blocks import Blocks
 from buffer.counts import ReaderCounts
+from buffer.distinct_writers import distinct_writers
 from buffer.frames import Frame, claimed_end, next_frame
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
-from buffer.layout import is_live, open_segment, read_tombstone, segment_numbers, writer_names
+from buffer.layout import (
+    first_number,
+    is_live,
+    open_segment,
+    read_tombstone,
+    said_once,
+    segment_numbers,
+)
+from buffer.small_json import is_foreign, is_whole
+
+_MOST_LOOKED_AT = 64
+"""Later segments among which one of the writer's own is looked for at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,8 @@ class SegmentReader(RecordReader):
         }
         self._finished: set[str] = set()
         self._listed: dict[str, list[int]] = {}
+        self._followed: dict[str, int] = {}
+        """Writer -> a segment that it surely began."""
         self._blocks = Blocks()
         self._turn = 0
         self._read = self._damaged = self._torn = self._evicted_unread = self._deleted = 0
@@ -66,7 +80,7 @@ class SegmentReader(RecordReader):
         return {name: asdict(position) for name, position in self._positions.items()}
 
     def read(self, max_records: int, max_bytes: int = MAX_READ_BYTES) -> list[Record]:
-        names = writer_names(self._root)
+        names = distinct_writers(self._root)
         for name in self._positions.keys() - set(names):
             self.forget(name)
         return self.read_from(names, max_records, max_bytes)
@@ -89,6 +103,7 @@ class SegmentReader(RecordReader):
         """Know nothing of this writer any more."""
         self._positions.pop(name, None)
         self._listed.pop(name, None)
+        self._followed.pop(name, None)
         self._finished.discard(name)
 
     def has_finished(self, name: str) -> bool:
@@ -102,7 +117,13 @@ class SegmentReader(RecordReader):
         for index in range(len(names)):
             name = names[(self._turn + index) % len(names)]
             if name not in self._finished:
-                self._read_writer(name, batch)
+                try:
+                    self._read_writer(name, batch)
+                except OSError as error:
+                    if not is_foreign(error):
+                        raise
+                    # It is tried again with each read; the other writers go on meanwhile.
+                    said_once(self._root / name, error.strerror or type(error).__name__)
         self._read += len(batch.records)
         return batch.records
 
@@ -140,14 +161,16 @@ class SegmentReader(RecordReader):
     def _passed(self, position: Position, frame: Frame) -> Position:
         """The position behind a frame. Counts what is missing before it, and whether it is."""
         gap = max(0, frame.number - position.number)
+        # Lower numbers come again where somebody copied a segment.
+        is_deleted = frame.is_deleted and frame.number >= position.number
         self._damaged += gap
-        self._deleted += frame.is_deleted
+        self._deleted += is_deleted
         return Position(
             position.segment,
             frame.end,
-            frame.number + 1,
+            max(position.number, frame.number + 1),
             position.lost + gap,
-            position.deleted + frame.is_deleted,
+            position.deleted + is_deleted,
         )
 
     def _pass_tail(self, name: str, descriptor: int, size: int) -> None:
@@ -159,7 +182,7 @@ class SegmentReader(RecordReader):
         """
         position = self._positions[name]
         num_damaged = 0
-        if position.offset < size and self._next_segment(name, position.segment) is None:
+        if position.offset < size and not self._is_followed(name):
             end = claimed_end(descriptor, position.offset)
             num_damaged = int(end is not None and end <= size)
             self._torn += 1 - num_damaged
@@ -172,7 +195,30 @@ class SegmentReader(RecordReader):
         )
 
     def _is_closed(self, name: str, segment: int) -> bool:
-        return self._next_segment(name, segment) is not None or not is_live(self._root / name)
+        if self._next_segment(name, segment) is None:
+            return not is_live(self._root / name)
+        if self._is_followed(name):
+            return True
+        # What was listed is not the writer's own; that may have come since.
+        self._listed[name] = segment_numbers(self._root / name)
+        return self._is_followed(name) or not is_live(self._root / name)
+
+    def _is_followed(self, name: str) -> bool:
+        """Whether the writer itself has begun a later segment than the one that is read: one begins
+        with a later record. A file that somebody has put there closes nothing, or what a living
+        writer still appends would be missed."""
+        position = self._positions.setdefault(name, Position())
+        if self._followed.get(name, -1) > position.segment:
+            return True
+        least = max(1, position.number)
+        listed = self._listed.get(name, [])
+        index = bisect.bisect_right(listed, position.segment)
+        for segment in listed[index : index + _MOST_LOOKED_AT]:
+            number = first_number(self._root / name, segment)
+            if number is not None and number >= least:
+                self._followed[name] = segment
+                return True
+        return False
 
     def _next_segment(self, name: str, segment: int) -> int | None:
         """The lowest segment above ``segment``, by the last listing or, if that has none, by a new
@@ -230,8 +276,12 @@ def position_of(name: str, position: Any) -> Position:
         ValueError: they are not such offsets.
     """
     match position:
-        case {"segment": int(segment), "offset": int(offset), "number": int(number)}:
-            lost, deleted = (position.get(name, 0) for name in ("lost", "deleted"))
-            if type(lost) is int and type(deleted) is int:  # older checkpoints lack them
-                return Position(segment, offset, number, lost, deleted)
-    raise ValueError(f"offsets of {name!r} must hold segment, offset and number, got {position!r}")
+        case {"segment": segment, "offset": offset, "number": number}:
+            # Older checkpoints lack the last two.
+            values = (segment, offset, number, position.get("lost", 0), position.get("deleted", 0))
+            if all(map(is_whole, values)):
+                return Position(*values)
+    raise ValueError(
+        f"offsets of {name[:80]!r} must hold segment, offset and number, whole numbers of at most "
+        f"63 bits, got {repr(position)[:200]}"
+    )

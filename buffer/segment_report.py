@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from buffer.counts import BufferStats
+from buffer.distinct_writers import distinct_writers
 from buffer.frames import claimed_end, scan
 from buffer.hour_of_traffic import allowed_bytes, measure
 from buffer.interface import Report, TraceLimits
-from buffer.layout import is_live, open_segment, read_tombstone, segment_numbers, writer_names
+from buffer.layout import (
+    is_live,
+    open_segment,
+    read_tombstone,
+    said_once,
+    segment_numbers,
+    segment_path,
+)
 from buffer.segment_list import SegmentList
-from buffer.segment_member import Written, group_counts
+from buffer.small_json import is_foreign
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,40 +101,33 @@ def check_segments(root: Path) -> list[SegmentReport]:
 
     Nothing has to be repaired before reading: readers step over damaged and torn records.
     """
-    return [report for name in writer_names(root) for report in _check_writer(root / name)[0]]
+    return [report for name in distinct_writers(root) for report in check_writer(root / name)[0]]
 
 
-def log_stats(root: Path) -> BufferStats:
-    """Count the records of a log by reading all of it, without changing anything."""
-    reports: list[SegmentReport] = []
-    written: dict[str, Written] = {}
-    for name in writer_names(root):
-        of_writer, end = _check_writer(root / name)
-        written[name] = Written(end, tuple(n for report in of_writer for n in report.deleted))
-        reports += of_writer
-    return BufferStats(
-        num_writers=len(written),
-        appended=sum(one.end for one in written.values()),
-        held=sum(report.records for report in reports),
-        held_bytes=sum(report.num_bytes for report in reports),
-        groups=group_counts(root, written),
-        deleted=sum(len(one.deleted) for one in written.values()),
-    )
-
-
-def _check_writer(folder: Path) -> tuple[list[SegmentReport], int]:
-    """Reports on the segments of a writer, and the number of its next record."""
+def check_writer(folder: Path) -> tuple[list[SegmentReport], int]:
+    """Reports on the segments of a writer, and the number of the record that it writes next."""
     reports = []
-    tombstone = read_tombstone(folder)
-    number = 0 if tombstone is None else tombstone.next_number
+    number = _next_after_evicted(folder)
     numbers = segment_numbers(folder)
     live = is_live(folder)
     for segment in numbers:
         is_last = segment == numbers[-1]
-        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+        try:
             report, number = _report(folder, segment, number, live=live, is_last=is_last)
             reports.append(report)
+        except FileNotFoundError:  # evicted meanwhile, which is no damage
+            number = max(number, _next_after_evicted(folder))
+        except OSError as error:
+            if not is_foreign(error):
+                raise
+            said_once(segment_path(folder, segment), error.strerror or type(error).__name__)
     return reports, number
+
+
+def _next_after_evicted(folder: Path) -> int:
+    """Number of the first record of a writer that was not evicted."""
+    tombstone = read_tombstone(folder)
+    return 0 if tombstone is None else tombstone.next_number
 
 
 def _report(
@@ -142,11 +141,11 @@ def _report(
         size = os.fstat(descriptor).st_size
         for frame in scan(descriptor, size):
             damaged += max(0, frame.number - number)
-            if frame.is_deleted:
-                deleted.append(frame.number)
-            else:
+            if not frame.is_deleted:
                 records += 1
-            end, number = frame.end, frame.number + 1
+            elif frame.number >= number:  # lower ones come again where somebody copied a segment
+                deleted.append(frame.number)
+            end, number = frame.end, max(number, frame.number + 1)
         claimed = claimed_end(descriptor, end) if is_last else None
     finally:
         os.close(descriptor)

@@ -20,6 +20,7 @@ from buffer.eviction import Contents, Evictor
 from buffer.files import sync_folder
 from buffer.frames import HEAD, MAX_PAYLOAD_BYTES, pack_head
 from buffer.interface import Payload, RecordTooLargeError, TraceLimits, TraceWriter, check_record
+from buffer.layout import segment_path
 from buffer.segment_reader import Position
 from buffer.writer_folder import OpenSegment, WriterFolder
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _ROLLS_PER_TTL = 8  # a segment is closed after TTL / 8, so records leave only a little early
 _MAX_EVICT_INTERVAL_S = 10.0
+_MOST_TAKEN = 100
+"""Numbers of segments that are tried one after another."""
 _MAX_GROUP = 256  # records of one write; the system takes 1,024 pieces, and a record is two
 
 
@@ -68,11 +71,13 @@ class SegmentWriter(TraceWriter):
 
     @property
     def counts(self) -> WriterCounts:
+        durable, doubtful = self._durable, self._doubtful
+        appended = self._appended  # last: another thread may ask, and none is owed to it then
         return WriterCounts(
-            self._appended,
-            self._durable,
-            self._pending,
-            self._doubtful,
+            appended,
+            durable,
+            appended - durable - doubtful,
+            doubtful,
             self._evictor.evicted.records,
             self._evictor.evicted.num_bytes,
             missing=self._missing + self._evictor.missing,
@@ -211,16 +216,24 @@ class SegmentWriter(TraceWriter):
         if not self._folder.is_there:
             self._make_folder()
         self._evict(need_bytes=max(num_bytes, self._limits.segment_bytes))
-        segment = self._open = OpenSegment.begin(
-            self._folder.path, self._next_segment, self._appended, self._clock()
-        )
-        self._next_segment += 1
+        segment = self._open = self._begun()
         try:
             sync_folder(self._folder.path)
         except OSError:
             self._abandon_segment()
             raise
         return segment
+
+    def _begun(self) -> OpenSegment:
+        """A new file, under the next number that nobody has given to something else."""
+        folder = self._folder.path
+        for _ in range(_MOST_TAKEN):
+            number = self._next_segment
+            self._next_segment += 1
+            with contextlib.suppress(FileExistsError):
+                return OpenSegment.begin(folder, number, self._appended, self._clock())
+            log.warning("%s was there before its writer made it", segment_path(folder, number))
+        raise FileExistsError(errno.EEXIST, "others have taken the next segments", str(folder))
 
     def _write(self, segment: OpenSegment, pieces: Sequence[Payload]) -> None:
         try:

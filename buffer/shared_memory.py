@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from buffer.apart import WeightsApart
 from buffer.bundles import (
+    MAX_MANIFEST_BYTES,
     Bundle,
     BundleError,
     BundleInBuffer,
@@ -26,12 +27,13 @@ from buffer.bundles import (
     read_bundle_into,
     read_manifest,
 )
-from buffer.files import write_atomically
+from buffer.files import read_regular, write_atomically
 from buffer.folder_weights import HIGHEST, FolderWeights, lines_in
 from buffer.manifest import MANIFEST, TENSORS
 from buffer.records import Manifest
 from buffer.sealed import Content, Sealed
 from buffer.shared_folder import MEMORY, SharedFolder
+from configs.urls import shown_url
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -44,7 +46,7 @@ class SharedMemory(WeightsApart):
         super().__init__(url, run_dir)
         if self._place:
             raise ValueError(
-                f"buffer.url 'shm:{self._place}' names a place, but the store is found by run_dir; "
+                f"buffer.url {shown_url(url)!r} names a place, but the store is found by run_dir; "
                 f"'shm:' is enough"
             )
 
@@ -140,8 +142,8 @@ class SharedWeights(FolderWeights):
                 continue
             try:
                 files = read_bundle(folder).files
-                text = (folder / MANIFEST).read_bytes()
-            except BundleError as error:
+                text = read_regular(folder / MANIFEST, MAX_MANIFEST_BYTES)
+            except (BundleError, OSError) as error:
                 log.warning("%s It is removed.", error)
                 self._shared.remove(version)
                 continue

@@ -21,11 +21,21 @@ from typing import Any
 
 from buffer.files import kind_of
 from buffer.interface import Payload, ServiceAwayError
+from buffer.small_json import SmallJsonError, parse_small_json
+from buffer.socket_messages import BadMessageError, Caps, check_request
 
 TIMEOUT_S = 5.0
 """Longest wait for an answer, seconds."""
-MAX_HEADER_BYTES = 16 << 20
+_TAKE_S = 60.0
+"""Longest time for the other end to take an answer, seconds."""
+MAX_REQUEST_BYTES = 4 << 20
+"""Of the header of a request: a reader's offsets, of thousands of writers."""
+MAX_ANSWER_BYTES = 64 << 20
+"""Of the header of an answer: a list of deletions, of a million tenants."""
 MAX_BODY_BYTES = 4 << 30
+"""Of an answer. Memory is taken as it arrives, not as it is announced."""
+_STEP_BYTES = 8 << 20
+"""Memory taken at a time."""
 
 _HEAD = struct.Struct("<IQ")
 
@@ -48,23 +58,47 @@ class Line:
             self._socket.sendall(record)
 
     def receive(self) -> tuple[dict[str, Any], memoryview]:
-        """The next header and its body, which is writable.
+        """The next answer and its body, which is writable.
 
         Raises:
-            OSError: the other end is gone, or sends what is no message.
+            OSError: the other end is gone.
+            BadMessageError: it sends what is no message.
         """
-        num_header, num_body = _HEAD.unpack(self._exactly(_HEAD.size))
-        if num_header > MAX_HEADER_BYTES or num_body > MAX_BODY_BYTES:
-            raise ConnectionAbortedError(errno.EBADMSG, "a message is too long")
-        header = self._exactly(num_header)
+        header, num_body = self._receive_header(MAX_ANSWER_BYTES)
+        if num_body > MAX_BODY_BYTES:
+            raise BadMessageError("an answer is too long")
+        return header, self._exactly(num_body)
+
+    def receive_request(self, caps: Caps) -> tuple[dict[str, Any], memoryview]:
+        """The next request and its body; waits for its first byte as long as it takes, and then
+        for each part as long as for an answer.
+
+        Raises:
+            OSError: the other end is gone.
+            BadMessageError: it sends what is no request.
+        """
+        self._socket.settimeout(None)
+        first = self._exactly(1)
+        self._socket.settimeout(TIMEOUT_S)
+        header, num_body = self._receive_header(MAX_REQUEST_BYTES, first)
+        check_request(header, num_body, caps)
         body = self._exactly(num_body)
+        self._socket.settimeout(_TAKE_S)  # of the whole answer
+        return header, body
+
+    def _receive_header(self, max_bytes: int, begun: bytes | memoryview = b"") -> tuple[Any, int]:
+        """A header, and the bytes of the body that follows."""
+        rest = self._exactly(_HEAD.size - len(begun))
+        num_header, num_body = _HEAD.unpack(bytes(begun) + bytes(rest))
+        if num_header > max_bytes:
+            raise BadMessageError("a message is too long")
         try:
-            content = json.loads(bytes(header))
-        except (ValueError, RecursionError):
+            content = parse_small_json(self._exactly(num_header), max_bytes)
+        except SmallJsonError:
             content = None
         if not isinstance(content, dict):
-            raise ConnectionAbortedError(errno.EBADMSG, "a message has no JSON object")
-        return content, body
+            raise BadMessageError("a message has no JSON object")
+        return content, num_body
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -72,24 +106,22 @@ class Line:
         self._socket.close()
 
     def _exactly(self, num_bytes: int) -> memoryview:
-        content = memoryview(bytearray(num_bytes))
+        content = bytearray(min(num_bytes, _STEP_BYTES))
         at = 0
         while at < num_bytes:
-            got = self._socket.recv_into(content[at:])
+            if at == len(content):
+                content.extend(bytes(min(num_bytes - at, _STEP_BYTES)))
+            with memoryview(content) as view, view[at:] as free:
+                got = self._socket.recv_into(free)
             if got == 0:
                 raise ConnectionResetError(errno.ECONNRESET, "the other end is gone")
             at += got
-        return content
+        return memoryview(content)
 
 
 def split(body: memoryview, sizes: Sequence[int]) -> list[memoryview]:
-    """Records of a body.
-
-    Raises:
-        ConnectionAbortedError: the sizes are not those of the body.
-    """
-    if any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) != len(body):
-        raise ConnectionAbortedError(errno.EBADMSG, "a body has other records than announced")
+    """Records of a body; the sizes are known to be those of the body."""
+    assert sum(sizes) == len(body)
     records, at = [], 0
     for size in sizes:
         records.append(body[at : at + size])

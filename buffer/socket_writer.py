@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from buffer.interface import Payload, ServiceAwayError, TraceLimits
 from buffer.memory import DEFAULT_BYTES
+from buffer.socket_messages import BATCH_BYTES, error_of, written_of
 from buffer.socket_wire import Line, away, connect
 from buffer.spooled_writer import SpooledWriter
 
 SPOOL_BYTES = 256 << 20
 """Payload that may wait in the server's memory while nobody holds the buffer."""
-_BATCH_BYTES = 8 << 20
 
 
 class SocketWriter(SpooledWriter):
@@ -25,7 +26,7 @@ class SocketWriter(SpooledWriter):
             limits,
             max_bytes=DEFAULT_BYTES if limits.max_bytes is None else limits.max_bytes,
             spool_bytes=spool_bytes,
-            batch_bytes=_BATCH_BYTES,
+            batch_bytes=BATCH_BYTES,
         )
         self._path = path
         self._line: Line | None = None
@@ -70,27 +71,27 @@ class SocketWriter(SpooledWriter):
             self._breaker.failed()
             raise
         about = {"op": "write", "name": self._name, "limits": asdict(self._limits)}
-        have = self._ask(about)["have"]
+        have = self._ask(about)
         if have < self._stored - self._base:
             self._base = self._stored - have
             self._evicted_here = (0, 0)
 
-    def _ask(self, header: dict[str, Any], records: list[Payload] | None = None) -> dict[str, Any]:
+    def _ask(self, header: dict[str, Any], records: list[Payload] | None = None) -> int:
+        """Send a request; returns how many records of this writer the holder has."""
         assert self._line is not None
         try:
             self._line.send(header, records or ())
             answer, _ = self._line.receive()
-            if "error" in answer:
-                raise OSError(answer["errno"], answer["error"])
+            problem = error_of(answer)
+            if problem is not None:
+                raise OSError(errno.EREMOTEIO, str(problem))
+            have, self._evicted_here = written_of(answer)
         except OSError as error:
             self._hang_up()
             self._breaker.failed()
             raise away(self._path, error.strerror or str(error)) from None
         self._breaker.worked()
-        if "evicted" in answer:
-            num_records, num_bytes = answer["evicted"]
-            self._evicted_here = num_records, num_bytes
-        return answer
+        return have
 
     def _hang_up(self) -> None:
         if self._line is not None:

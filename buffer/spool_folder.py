@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from buffer.files import OWNER_FILE, read_regular, write_atomically
+from buffer.committed import why_impossible
+from buffer.files import open_regular
 from buffer.interface import Payload
-from buffer.layout import EVICT_LOCK, is_live, segment_numbers, segment_path, writer_names
+from buffer.layout import (
+    eviction_lock,
+    is_live,
+    said_once,
+    segment_numbers,
+    segment_path,
+    writer_names,
+)
 from buffer.log_deletion import blank_records
 from buffer.segment_reader import Position, SegmentReader, position_of
+from buffer.small_json import make_way, read_small_json, write_small_json
 
 SENT = "SENT.json"
 SENDER = "SENDER"
@@ -108,8 +116,7 @@ class SpoolFolder:
         """
         if self._sent == self._stored_sent or not (self._root / self.name).is_dir():
             return
-        content = json.dumps(asdict(self._sent)).encode()
-        write_atomically(self._root / self.name / SENT, content, OWNER_FILE)
+        write_small_json(self._root / self.name / SENT, asdict(self._sent))
         self._stored_sent = self._sent
 
     def sent_segments(self) -> list[int]:
@@ -149,10 +156,7 @@ class SpoolFolder:
             OSError: the disk failed.
         """
         folder = self._root / self.name
-        lock = FileLock(
-            self._root / EVICT_LOCK, timeout=_WAIT_S, mode=OWNER_FILE, fallback_to_soft=False
-        )
-        with lock:
+        with eviction_lock(self._root, _WAIT_S):
             return sum(blank_records(folder, n, is_unwanted)[0] for n in segment_numbers(folder))
 
     def release(self) -> None:
@@ -176,9 +180,9 @@ def left_behind(root: Path, known: set[str]) -> Iterator[SpoolFolder]:
 
 
 def _locked(folder: Path) -> int | None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
-        descriptor = os.open(folder / SENDER, flags, OWNER_FILE)
+        make_way(folder / SENDER)
+        descriptor = open_regular(folder / SENDER, os.O_RDWR | os.O_CREAT)
     except OSError:  # its sender has just deleted it, or the disk fails
         return None
     try:
@@ -193,17 +197,25 @@ def _locked(folder: Path) -> int | None:
 
 
 def _sent_position(folder: Path) -> Position:
+    path = folder / SENT
     try:
-        return position_of(folder.name, json.loads(read_regular(folder / SENT)))
-    except (OSError, ValueError):  # damaged or unreadable: all is sent again, and recognised
+        position = position_of(folder.name, read_small_json(path))
+        problem = why_impossible(folder, position, may_be_next=True)
+    except FileNotFoundError:
         return Position()
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem is None:
+        return position
+    said_once(path, f"{problem}; all records of this spool are sent again")  # and recognised
+    return Position()
 
 
 @contextlib.contextmanager
 def _no_eviction(root: Path) -> Iterator[bool]:
     """Whether nobody evicts within the ``with`` block."""
     try:
-        with FileLock(root / EVICT_LOCK, timeout=0, mode=OWNER_FILE, fallback_to_soft=False):
+        with eviction_lock(root, 0):
             yield True
     except Timeout:
         yield False

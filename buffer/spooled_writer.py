@@ -61,15 +61,18 @@ class SpooledWriter(TraceWriter):
     @property
     def counts(self) -> WriterCounts:
         evicted_records, evicted_bytes = self._evicted
+        durable, doubtful = self._stored, self._doubtful
+        dropped, deleted = self._spool.dropped, self._spool.removed
+        appended = self._spool.added  # last: another thread may ask, and none is owed to it then
         return WriterCounts(
-            appended=self._spool.added,
-            durable=self._stored,
-            pending=len(self._spool),
-            doubtful=self._doubtful,
+            appended=appended,
+            durable=durable,
+            pending=appended - durable - doubtful - dropped - deleted,
+            doubtful=doubtful,
             evicted_records=evicted_records,
             evicted_bytes=evicted_bytes,
-            dropped=self._spool.dropped,
-            deleted=self._spool.removed,
+            dropped=dropped,
+            deleted=deleted,
         )
 
     def append(self, payload: Payload) -> int:

@@ -6,13 +6,11 @@ a trainer.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from buffer.codec import UnreadableRecordError, decode_traces
@@ -26,13 +24,12 @@ from buffer.interface import (
     TraceLimits,
 )
 from buffer.records import Trace
+from buffer.seen import Identity, SeenTraces
 
 log = logging.getLogger(__name__)
 
 _RECORDS_AT_ONCE = 8
 _EXPIRE_EVERY_S = 60.0
-_MAX_GAPS = 1024  # per producer epoch; beyond it the oldest gap counts as seen
-_MAX_EPOCHS = 256  # producer epochs remembered; beyond it the one seen first is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,7 @@ class TraceCounts:
 
 
 class TraceReader:
-    """Returns every trace once, decoded and checked."""
+    """Returns every trace once, decoded and checked; in a group, to one of its readers."""
 
     def __init__(
         self,
@@ -86,6 +83,10 @@ class TraceReader:
         self._deletions = DeletionWatch(backend.deletions)
         self._limits = limits
         self._next_expire_s = 0.0
+        self._unclaimed: list[tuple[Record, Trace]] = []
+        """Read, and not claimed yet, because the service went away in between."""
+        self._places = self._records.offsets()
+        """Before ``_unclaimed``."""
         self._reasons: Counter[str] = Counter()
 
     @property
@@ -105,7 +106,11 @@ class TraceReader:
 
     def offsets(self) -> dict[str, Any]:
         """Offsets in the backend and triples seen, for JSON. Store them with what was learnt."""
-        return {"places": self._records.offsets(), "seen": self._seen.to_json()}
+        return {"places": self.places(), "seen": self._seen.to_json()}
+
+    def places(self) -> dict[str, Any]:
+        """Offsets in the backend alone; cheap, however much was seen."""
+        return self._places if self._unclaimed else self._records.offsets()
 
     def commit(self, offsets: Offsets) -> None:
         """The group is done with all that was read when ``offsets()`` returned this; see
@@ -131,14 +136,21 @@ class TraceReader:
             ServiceAwayError: try again later.
             OSError: storage failed.
         """
-        traces: list[Trace] = []
-        num_records = num_bytes = 0
         self._deletions.look()
         self._expire()
-        while num_records < max_traces and num_bytes < MAX_READ_BYTES:
+        if not self._unclaimed:
+            self._places = self._records.offsets()
+            self._unclaimed = self._next_traces(max_traces)
+        return self._claimed()
+
+    def _next_traces(self, max_records: int) -> list[tuple[Record, Trace]]:
+        """Traces of the next records, with these; those that are none are put aside."""
+        traces: list[tuple[Record, Trace]] = []
+        num_records = num_bytes = 0
+        while num_records < max_records and num_bytes < MAX_READ_BYTES:
             # A few at a time: they are checked while the processor's cache still holds them.
             try:
-                records = self._records.read(min(_RECORDS_AT_ONCE, max_traces - num_records))
+                records = self._records.read(min(_RECORDS_AT_ONCE, max_records - num_records))
             except ServiceAwayError:
                 if num_records == 0:
                     raise
@@ -148,7 +160,31 @@ class TraceReader:
             num_records += len(records)
             num_bytes += sum(len(record.payload) for record in records)
             decoded = decode_traces(record.payload for record in records)
-            traces += filter(None, map(self._taken, records, decoded))
+            for record, trace in zip(records, decoded, strict=True):
+                if isinstance(trace, UnreadableRecordError):
+                    self._put_aside(record, trace)
+                elif self._deletions.latest.covers(trace.tenant, trace.finished_unix_ms):
+                    self._deleted += 1
+                else:
+                    traces.append((record, trace))
+        return traces
+
+    def _claimed(self) -> list[Trace]:
+        """Those of ``_unclaimed`` that are new, to this reader and to its group."""
+        # Each record is asked about, for another one with the same trace may be the one it is
+        # learnt from.
+        found = [(record, _identity_of(trace)) for record, trace in self._unclaimed]
+        unknown = [one for one in found if one[1] not in self._seen]
+        claims = iter(self._records.claim(unknown) if unknown else ())
+        is_ours = [of not in self._seen and next(claims) for _, of in found]
+        traces = [
+            trace
+            for (_, trace), is_first in zip(self._unclaimed, is_ours, strict=True)
+            if is_first and self._seen.add(*_identity_of(trace))
+        ]
+        self._unclaimed = []
+        self._read += len(traces)
+        self._duplicate += len(found) - len(traces)
         return traces
 
     def _expire(self) -> None:
@@ -158,19 +194,6 @@ class TraceReader:
         with contextlib.suppress(OSError):  # tried again; whatever reads says so
             self._backend.expire(self._limits)
 
-    def _taken(self, record: Record, trace: Trace | UnreadableRecordError) -> Trace | None:
-        if isinstance(trace, UnreadableRecordError):
-            self._put_aside(record, trace)
-            return None
-        if not self._seen.add(trace.producer, trace.epoch, trace.seq):
-            self._duplicate += 1
-            return None
-        if self._deletions.latest.covers(trace.tenant, trace.finished_unix_ms):
-            self._deleted += 1
-            return None
-        self._read += 1
-        return trace
-
     def _put_aside(self, record: Record, error: UnreadableRecordError) -> None:
         if not self._reasons[error.reason]:
             log.warning("a record is put aside, as others like it will be: %s", error)
@@ -179,58 +202,5 @@ class TraceReader:
         self._backend.keep_unreadable(name, record.payload)
 
 
-@dataclass(slots=True)
-class SeenTraces:
-    """The (producer, epoch, seq) triples seen so far, as ranges of seq."""
-
-    _ranges: dict[tuple[str, int], list[list[int]]] = field(default_factory=dict)
-    """Ascending, disjoint [first, one past the last]."""
-
-    def add(self, producer: str, epoch: int, seq: int) -> bool:
-        """Remember a triple; False if it was seen before."""
-        ranges = self._ranges.setdefault((producer, epoch), [])
-        if len(self._ranges) > _MAX_EPOCHS:
-            del self._ranges[next(iter(self._ranges))]
-        if _holds(ranges, seq):
-            return False
-        index = bisect.bisect_right(ranges, seq, key=lambda one: one[0])
-        ranges.insert(index, [seq, seq + 1])
-        _join_neighbours(ranges, index)
-        if len(ranges) > _MAX_GAPS:
-            ranges[:2] = [[ranges[0][0], ranges[1][1]]]
-        return True
-
-    def beyond(self, older: SeenTraces) -> Iterator[tuple[str, int, int]]:
-        """Triples that ``older`` has not seen."""
-        for (producer, epoch), ranges in self._ranges.items():
-            before = older._ranges.get((producer, epoch), [])
-            for first, end in ranges:
-                for seq in range(first, end):
-                    if not _holds(before, seq):
-                        yield producer, epoch, seq
-
-    def to_json(self) -> list[list[Any]]:
-        return [
-            [producer, epoch, [list(one) for one in ranges]]
-            for (producer, epoch), ranges in self._ranges.items()
-        ]
-
-    @classmethod
-    def from_json(cls, stored: list[list[Any]]) -> SeenTraces:
-        """Inverse of ``to_json``."""
-        return cls(
-            {(producer, epoch): [list(one) for one in ranges] for producer, epoch, ranges in stored}
-        )
-
-
-def _holds(ranges: list[list[int]], seq: int) -> bool:
-    index = bisect.bisect_right(ranges, seq, key=lambda one: one[0])
-    return index > 0 and seq < ranges[index - 1][1]
-
-
-def _join_neighbours(ranges: list[list[int]], index: int) -> None:
-    """Merge the range at ``index`` with those that touch it."""
-    if index + 1 < len(ranges) and ranges[index][1] == ranges[index + 1][0]:
-        ranges[index : index + 2] = [[ranges[index][0], ranges[index + 1][1]]]
-    if index and ranges[index - 1][1] == ranges[index][0]:
-        ranges[index - 1 : index + 1] = [[ranges[index - 1][0], ranges[index][1]]]
+def _identity_of(trace: Trace) -> Identity:
+    return trace.producer, trace.epoch, trace.seq

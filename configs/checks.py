@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterator
 
 from configs.schema import DrafterSettings, Settings
+from configs.urls import MASK
 
 ENV_PREFIX = "SLIPSTREAM_"
 IN_MEMORY = ("socket", "memory")
 """Schemes of ``buffer.url`` whose backends put no trace on a disk."""
-MASK = "********"
-"""Printed in place of a secret."""
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -37,7 +36,7 @@ def _server(settings: Settings) -> Iterator[str]:
     if server.api_key == MASK:
         yield "server.api_key is the mask that --print-config prints; put the real key there"
     if MASK in settings.buffer.url:
-        yield "buffer.url has the mask that --print-config prints; put the real password there"
+        yield "buffer.url has the mask that --print-config prints; put what it hides there"
 
 
 def _drafting(settings: Settings) -> Iterator[str]:

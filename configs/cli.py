@@ -5,16 +5,45 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from configs.bundled import missing_bundled
 from configs.choices import SettingsError
 from configs.load import load_settings, to_yaml
 from configs.options import unknown_words
 from configs.schema import Settings
+from configs.urls import shown_place, without_secrets
 from configs.version import package_version
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class Commands(TyperGroup):
+    """Commands whose errors of usage repeat no secret of a URL on the command line."""
+
+    def make_context(self, info_name: Any, args: list[str], *rest: Any, **more: Any) -> Any:
+        self._words = tuple(word for word in args if shown_place(word) != word)
+        try:
+            return super().make_context(info_name, args, *rest, **more)
+        except _UsageError as error:
+            wrong = self._shown(error)
+        raise wrong
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            wrong = self._shown(error)
+        raise wrong
+
+    def _shown(self, error: Any) -> Any:
+        error.message = without_secrets(error.message, *self._words)
+        error.args = (error.message,)
+        error.__cause__ = error.__context__ = None  # it quotes the value that it refuses
+        return error
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -26,14 +26,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.bundled import resolve_paths, settings_file, shipped_settings
-from configs.checks import ENV_PREFIX, MASK, check_settings
+from configs.checks import ENV_PREFIX, check_settings
 from configs.choices import SettingsError
 from configs.schema import Settings
+from configs.urls import MASK, has_secret, shown_place, shown_url
 
 SECRETS = frozenset({"server.api_key", "buffer.url"})
 """Settings that errors never quote."""
-_PASSWORD = re.compile(r"(?<=//)([^/?#@]*:)[^/?#]*(?=@)")
-"""User and password of a URL."""
+_KEY = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def to_yaml(settings: Settings) -> str:
     tree = settings.model_dump(mode="json")
     if tree["server"]["api_key"] is not None:
         tree["server"]["api_key"] = MASK
-    tree["buffer"]["url"] = _PASSWORD.sub(rf"\1{MASK}", tree["buffer"]["url"])
+    tree["buffer"]["url"] = shown_url(tree["buffer"]["url"])
     text: str = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
     return text
 
@@ -85,7 +85,17 @@ def has_password(override: str) -> bool:
     """Whether a ``key=value`` text of a secret setting holds a secret: a URL only does if there is
     a password in it."""
     key, _, value = override.partition("=")
-    return value not in ("", "null") and (key != "buffer.url" or bool(_PASSWORD.search(value)))
+    return value not in ("", "null") and (key != "buffer.url" or has_secret(value))
+
+
+def shown_override(override: str) -> str:
+    """A ``key=value`` text as it may be shown."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return shown_place(override)
+    if key in SECRETS:
+        return f"{key}={shown_url(value) if key == 'buffer.url' else MASK}"
+    return f"{_shown_key(key)}={shown_place(value) if '://' in value else value}"
 
 
 def keys_named(name: str) -> list[str]:
@@ -109,9 +119,8 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode):
                 continue  # a list or mapping as a key is refused below
             if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} appears twice", key_node.start_mark
-                )
+                problem = f"key {_shown_key(key_node.value)!r} appears twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -132,20 +141,25 @@ def _parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SettingsError(f"{source}{line}: {error.problem}") from error
+        problem = f"{source}{line}: {error.problem}"
     except yaml.YAMLError as error:
-        raise SettingsError(f"{source}: not YAML: {error}") from error
+        problem = f"{source}: not YAML: {error}"
+    raise SettingsError(problem)  # out here: the error of YAML quotes the line, secrets and all
 
 
 def _from_file(name: Path) -> _Layer:
+    text = None
     try:
         text = settings_file(name).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         is_bare = not name.suffix and len(name.parts) == 1
         shipped = f"; shipped settings: {', '.join(shipped_settings())}" if is_bare else ""
-        raise SettingsError(f"{name}: no such file{shipped}") from error
+        problem = f"{shown_place(str(name))}: no such file{shipped}"
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{name}: cannot be read: {error}") from error
+        said = error.strerror if isinstance(error, OSError) else error
+        problem = f"{shown_place(str(name))}: cannot be read: {said}"
+    if text is None:  # out here: the error of the system quotes the name, which may be a URL
+        raise SettingsError(problem)
     tree = _parse_yaml(text, str(name))
     if tree is not None and not isinstance(tree, dict):
         raise SettingsError(f"{name}: must be key: value lines, got {type(tree).__name__}")
@@ -162,7 +176,8 @@ def _from_env(env: Mapping[str, str]) -> Iterator[_Layer]:
 def _from_override(text: str) -> _Layer:
     key, equals, value = text.partition("=")
     if not equals:
-        raise SettingsError(f"--set {text!r}: expected KEY=VALUE, e.g. --set engine.max_batch=4")
+        shown = shown_place(text)
+        raise SettingsError(f"--set {shown!r}: expected KEY=VALUE, e.g. --set engine.max_batch=4")
     return _from_text("--set", key.strip(), value)
 
 
@@ -170,11 +185,22 @@ def _from_text(source: str, key: str, text: str) -> _Layer:
     """Text settings keep their text (an API key of digits is not an int); all others are YAML."""
     accepted = _members(_KEYS.get(key))
     value: Any = text
-    if not {str, Path} & set(accepted):
+    if _is_unknown(key):
+        pass  # and so is what its value means: ``log:`` would be a mapping in YAML
+    elif not {str, Path} & set(accepted):
         value = _parse_yaml(text, source)
     elif NoneType in accepted and text.strip() in ("", "~", "null"):
         value = None
     return _Layer(source, _nested({key: value}))
+
+
+def _is_unknown(key: str) -> bool:
+    """Whether there is no such setting, and none that takes a mapping with such a key."""
+    while key and key not in _KEYS:
+        key = key.rpartition(".")[0]
+        if key in _KEYS:
+            return _is_section(_KEYS[key])
+    return not key
 
 
 def _nested(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -224,7 +250,7 @@ def _lines(source: str, problem: Any, tree: dict[str, Any]) -> Iterator[str]:
     parts = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         for key in _leaves(".".join(parts), problem["input"]):
-            yield f"{source}: unknown key {key!r}; {_hint(key)}"
+            yield f"{source}: unknown key {_shown_key(key)!r}; {_hint(key)}"
         return
     while ".".join(parts) not in _KEYS:  # the location may point into a list
         parts.pop()
@@ -240,10 +266,19 @@ def _lines(source: str, problem: Any, tree: dict[str, Any]) -> Iterator[str]:
 
 def _value_text(key: str, value: Any) -> str:
     """Type and value, cut at 60 characters; a secret's type alone."""
-    kind, shown = type(value).__name__, repr(value)
-    if key in SECRETS:
+    kind = type(value).__name__
+    shown = repr(shown_place(value) if isinstance(value, str) else value)
+    is_section_with_some = any(secret.startswith(f"{key}.") for secret in SECRETS)
+    if key in SECRETS or is_section_with_some:
         return kind
+    if not isinstance(value, str) and re.search(r"://|[@?#]", shown):  # a URL may be among them
+        return f"{kind} ({MASK})"
     return f"{kind} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
+
+
+def _shown_key(key: object) -> str:
+    """A key as somebody wrote it; a URL may stand in its place."""
+    return str(key) if _KEY.fullmatch(str(key)) else MASK
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:

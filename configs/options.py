@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from configs.checks import ENV_PREFIX
 from configs.load import SECRETS, keys_named
+from configs.urls import shown_place
 
 ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
 """``context_settings=`` of a command that passes what it does not know to ``unknown_words``."""
@@ -54,7 +55,8 @@ def _lines(words: Sequence[str]) -> Iterator[str]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("-") or word == "--":
-            yield f"unexpected argument {word!r}; the target is named with --set target={word}"
+            shown = shown_place(word)
+            yield f"unexpected argument {shown!r}; the target is named with --set target={shown}"
             continue
         option, equals, value = word.partition("=")
         if not equals and rest and not rest[0].startswith("--"):
@@ -77,4 +79,4 @@ def _setting(key: str, value: str) -> str:
     """How a setting is given. A secret belongs in the environment, and is not repeated."""
     if key in SECRETS:
         return f"{ENV_PREFIX}{key.upper().replace('.', '__')} in the environment"
-    return f"--set {key}={value or 'VALUE'}"
+    return f"--set {key}={shown_place(value) or 'VALUE'}"

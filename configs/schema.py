@@ -228,7 +228,7 @@ class CaptureSettings(Section):
 class BufferSettings(Section):
     """Trace log between server and trainer."""
 
-    url: str = "log:"
+    url: str = Field("log:", repr=False)
     """``log:`` is the embedded segment log in ``run_dir/traces``; ``log:/some/folder`` is one in
     another folder, and ``file:`` another name for ``log:``. ``log:?key_file=PATH`` or
     ``?key_env=NAME`` encrypts it. ``redis://host:port/db`` or

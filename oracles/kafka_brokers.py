@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from oracles.bound import bound
+
 Kind = Literal["tansu", "noida"]
 
 S3_BUCKET = "tansu"
@@ -78,7 +80,7 @@ class Broker:
         """
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._arguments,
+                bound(self._arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import redis
 
+from oracles.bound import bound
+
 _START_S = 30.0
 
 
@@ -57,6 +59,12 @@ class RedisServer:
         self.start()
 
     @property
+    def pid(self) -> int:
+        """Of its process, which runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
@@ -65,7 +73,7 @@ class RedisServer:
         settings = [part for name, value in self._config.items() for part in (f"--{name}", value)]
         with (self._folder / "output").open("ab") as output:
             self._process = subprocess.Popen(
-                [self._binary, *settings], stdout=output, stderr=output
+                bound([self._binary, *settings]), stdout=output, stderr=output
             )
         self._wait()
 

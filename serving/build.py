@@ -296,7 +296,7 @@ def _service(
     recorder = maker = None
     if programs.ring is not None:
         b = settings.buffer
-        audit(settings.run_dir, "write", b.url)
+        audit(settings.run_dir, "write", b.url, backend.run)
         writer = ForgettingWriter(
             open_trace_writer(backend, b, settings.run_dir), backend.deletions
         )

@@ -20,6 +20,7 @@ from buffer.backends import open_backend
 from buffer.files import forbid_core_dumps
 from buffer.signed_weights import check_keys
 from configs.cli import (
+    Commands,
     ConfigOption,
     PrintConfigOption,
     SetOption,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from serving.service import Service
 
 log = logging.getLogger(__name__)
-app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 @app.callback()

@@ -23,8 +23,9 @@ from buffer.interface import Backend
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.run_target import former_of
+from buffer.seen import SeenTraces
 from buffer.signed_weights import open_weights
-from buffer.traces import SeenTraces, TraceReader
+from buffer.traces import TraceReader
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from drafters.objectives import objective_of
@@ -141,7 +142,13 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
     draws = entry(settings.trainer.draw)
     rewards = _rewards(settings, learns)
     device, head, backend = shared.device, shared.head, shared.backend
-    audit(settings.run_dir, "read", settings.buffer.url, group=settings.trainer.group)
+    audit(
+        settings.run_dir,
+        "read",
+        settings.buffer.url,
+        backend.run,
+        group=settings.trainer.group,
+    )
     store = _weights(settings, backend, line)
     manifest, model = newest_drafter(settings, store, head, shared.fingerprint)
     incumbent = copy.deepcopy(model).to(device)

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 SCHEMA = "slipstream.checkpoint"
 SCHEMA_VERSION = 1
 KEEP = 2
+_MOST_STATE_BYTES = 1 << 30
 _NUMBER = re.compile(r"[0-9]{8}")
 
 
@@ -131,7 +132,10 @@ def read_checkpoint(root: Path) -> Checkpoint | None:
 def _read(path: Path) -> Checkpoint:
     state: dict[str, Any] | None = None
     try:
-        body = json.loads(read_regular(path / "state.json", follow=True))
+        text = read_regular(path / "state.json", _MOST_STATE_BYTES + 1, follow=True)
+        if len(text) > _MOST_STATE_BYTES:
+            raise _Damaged(f"state.json has over {_MOST_STATE_BYTES} bytes")
+        body = json.loads(text)
         if (body["schema"], body["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
             raise _Damaged(f"it is {body['schema']} {body['schema_version']}")
         # Before 2026-12 the state had no digest.
@@ -142,7 +146,7 @@ def _read(path: Path) -> Checkpoint:
         if hashlib.sha256(content).hexdigest() != body["sha256"]:
             raise _Damaged("state.safetensors has a different sha256 than was written", state)
         return Checkpoint(state, load(content))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}", state) from error
 
 

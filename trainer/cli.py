@@ -23,6 +23,7 @@ from buffer.audit import audit
 from buffer.files import forbid_core_dumps
 from configs.choices import SettingsError
 from configs.cli import (
+    Commands,
     ConfigOption,
     PrintConfigOption,
     SetOption,
@@ -43,7 +44,11 @@ from trainer.processes import supervise
 from trainer.watch import NoSuchRunError, log_lines, status_of, stop
 
 app = typer.Typer(
-    no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
+    cls=Commands,
+    no_args_is_help=True,
+    help=__doc__,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 

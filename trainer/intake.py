@@ -17,6 +17,7 @@ from typing import Any
 from buffer.deletions import Deletions
 from buffer.interface import ServiceAwayError
 from buffer.run_target import RunTarget
+from buffer.seen import Identity, SeenTraces
 from buffer.traces import TraceCounts, TraceReader
 from configs.logs import Outage
 from drafters.samples import Sample
@@ -38,7 +39,7 @@ class _Batch:
     samples: list[Sample]
     refused: list[tuple[str, Refusal]]
     """Key and reason of each refused trace."""
-    offsets: dict[str, Any]
+    places: dict[str, Any]
     """The reader's after it."""
     counts: TraceCounts
     """Likewise."""
@@ -46,6 +47,8 @@ class _Batch:
     """All records had been read before."""
     problem: str | None = None
     """Why the buffer could not be read at present."""
+    seen: tuple[Identity, ...] = ()
+    """Of all its traces."""
     target: str = ""
     """Fingerprint of the target that its samples are of."""
 
@@ -92,7 +95,10 @@ class Intake:
         if reader is not self._reader:
             self._reader.close()
         self._reader = reader
-        self._offsets, self._counts = reader.offsets(), reader.counts
+        offsets = reader.offsets()
+        self._places, self._counts = offsets["places"], reader.counts
+        # The reader is ahead of the trainer, and its memory too large to copy for each batch.
+        self._seen = SeenTraces.from_json(offsets["seen"])
 
     def start(self) -> None:
         """Read ahead, on a thread of its own, until ``stop``."""
@@ -129,7 +135,9 @@ class Intake:
         batch = self._next_batch() if self._ahead is None else self._ahead.take()
         if batch is None:
             return []
-        self._offsets, self._counts = batch.offsets, batch.counts
+        self._places, self._counts = batch.places, batch.counts
+        for identity in batch.seen:
+            self._seen.add(*identity)
         self._note(batch.problem)
         if batch.samples and batch.target != self.expected.target_fingerprint:
             batch = _of_former(batch)
@@ -164,7 +172,7 @@ class Intake:
 
     def offsets(self) -> dict[str, Any]:
         """Offsets behind the samples that ``read`` has returned, for a checkpoint."""
-        return self._offsets
+        return {"places": self._places, "seen": self._seen.to_json()}
 
     @property
     def counts(self) -> TraceCounts:
@@ -196,11 +204,11 @@ class Intake:
         before, expected = _num_seen(self._reader), self.expected
         samples, refused = list[Sample](), list[tuple[str, Refusal]]()
         if self.watch.moved(expected.target_fingerprint) is not None:
-            return _Batch([], [], self._reader.offsets(), self._reader.counts, True)
+            return _Batch([], [], self._reader.places(), self._reader.counts, True)
         try:
             traces = self._reader.read(TRACES_AT_ONCE)
         except ServiceAwayError as error:
-            return _Batch([], [], self._reader.offsets(), self._reader.counts, True, str(error))
+            return _Batch([], [], self._reader.places(), self._reader.counts, True, str(error))
         for trace in traces:
             sample = sample_of(trace, expected, self._max_sequence)
             if isinstance(sample, Sample):
@@ -208,9 +216,10 @@ class Intake:
             else:
                 refused.append((key_of(trace), sample))
         is_empty = _num_seen(self._reader) == before
-        offsets, counts = self._reader.offsets(), self._reader.counts
+        places, counts = self._reader.places(), self._reader.counts
+        seen = tuple((trace.producer, trace.epoch, trace.seq) for trace in traces)
         target = expected.target_fingerprint
-        return _Batch(samples, refused, offsets, counts, is_empty, target=target)
+        return _Batch(samples, refused, places, counts, is_empty, seen=seen, target=target)
 
 
 class _Ahead:

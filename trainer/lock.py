@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from buffer.files import OWNER_FOLDER
+from buffer.files import OWNER_FOLDER, open_regular, read_regular
 
 _PATIENCE_S = 0.5
 """Seconds to wait for the lock: ``owner_of`` takes it for a moment."""
@@ -40,7 +40,10 @@ def only_trainer(folder: Path) -> Iterator[None]:
     try:
         holding = FileLock(path, timeout=_PATIENCE_S, fallback_to_soft=False).acquire()
     except Timeout:
-        owner = path.read_text(errors="replace").partition("\n")[0][:32].strip() or "unknown"
+        owner = (
+            read_regular(path, 300).decode(errors="replace").partition("\n")[0][:32].strip()
+            or "unknown"
+        )
         raise ValueError(
             f"another trainer (process {owner}) works in {folder}; not starting. Stop it first, or "
             f"choose another run_dir"
@@ -55,7 +58,7 @@ def owner_of(folder: Path) -> Owner | None:
     not count: the system has released its lock."""
     path = folder / "lock"
     try:
-        with path.open() as file:
+        with open(open_regular(path), errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from configs.launch import LaunchSettings
-from configs.load import SECRETS, has_password
+from configs.load import SECRETS, has_password, shown_override
 from configs.schema import Settings
 
 SETTINGS_FILE = "settings.yaml"
@@ -56,7 +56,7 @@ class Plan:
 
     def shown(self) -> str:
         """What ``--dry-run`` prints: the text, or else the command line."""
-        return self.text if self.text is not None else f"{shlex.join(self.command)}\n"
+        return self.text if self.text is not None else f"{_shown(self.command)}\n"
 
 
 def local_command(job: Job, cwd: Path) -> list[str]:
@@ -67,9 +67,18 @@ def local_command(job: Job, cwd: Path) -> list[str]:
 def shown_locally(job: Job, size: int, cwd: Path) -> str:
     """What ``--on local`` starts: this process itself, or ``size`` others."""
     if size == 1:
-        return f"{shlex.join([sys.executable, '-m', 'trainer', 'launch', *job.options(cwd)])}\n"
-    line = shlex.join(local_command(job, cwd))
+        return f"{_shown([sys.executable, '-m', 'trainer', 'launch', *job.options(cwd)])}\n"
+    line = _shown(local_command(job, cwd))
     return "".join(f"RANK={rank} WORLD_SIZE={size} {line}\n" for rank in range(size))
+
+
+def _shown(command: Sequence[str]) -> str:
+    """A command line without the secrets of its settings."""
+    words = list(command)
+    for index in range(1, len(words)):
+        if words[index - 1] == "--set":
+            words[index] = shown_override(words[index])
+    return shlex.join(words)
 
 
 def plan_for(place: str, job: Job, cwd: Path) -> Plan:

@@ -6,7 +6,6 @@ process number, which the system gives to others.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from buffer.files import read_regular
+from buffer.files import open_regular
+from buffer.small_json import is_whole, parse_small_json, read_small_json
 from trainer.journal import LINE_EVERY_S, text_of
 from trainer.lock import Owner, owner_of
 
@@ -170,7 +170,7 @@ def log_lines(run: Path, follow: bool) -> Iterator[str]:
     while True:
         lives = owner_of(folder) is not None  # before reading: what it wrote last is read, too
         if path.exists():
-            with path.open("rb") as file:
+            with open(open_regular(path), "rb") as file:
                 file.seek(done)
                 new = file.read()
             done += len(new)
@@ -225,7 +225,7 @@ def _folder_of(run: Path) -> Path:
 
 def _read_status(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_regular(path))
+        found = read_small_json(path)
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -237,7 +237,7 @@ def _rows_per_s(path: Path) -> float | None:
     """Rows of the last ten seconds of updates, by the clock; ``None`` without updates."""
     if not path.exists():
         return None
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         events = [_event(line) for line in file.read().split(b"\n")[1:]]
     updates = [one for one in events if one.get("event") == "update"]
@@ -255,10 +255,10 @@ def _seconds(events: Sequence[Mapping[str, Any]]) -> float:
 def _event(line: bytes) -> dict[str, Any]:
     """An event; empty for a line that is none, which a killed trainer may leave."""
     try:
-        found = json.loads(line)
+        found = parse_small_json(line)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) and "unix_ms" in found else {}
+    return found if isinstance(found, dict) and is_whole(found.get("unix_ms")) else {}
 
 
 def _clock(event: Mapping[str, Any]) -> str:

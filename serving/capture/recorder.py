@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from buffer.counts import WriterCounts
 from buffer.interface import Payload, TraceWriter
@@ -26,6 +26,15 @@ EncodeTrace = Callable[[], Payload | None]
 _AT_ONCE = 16  # traces encoded before they are handed on: fewer turns of the interpreter's lock
 _LEAST_WAIT_S = 0.01  # with buffer.sync_interval_s at 0, every write is synced at once
 _SAY_EVERY_S = 10.0
+
+
+_DONE = ("written", "dropped", "failed", "withheld", "deleted")
+"""What becomes of a trace that was queued."""
+
+
+def num_waiting(counts: Mapping[str, int]) -> int:
+    """Traces that are still in progress, by ``Recorder.counts``."""
+    return counts["queued"] - sum(counts.get(name, 0) for name in _DONE)
 
 
 class WithheldError(ValueError):
@@ -98,9 +107,9 @@ class Recorder:
         they were evicted. ``recovered`` and ``unrecovered`` ones, where there are any, are beside
         all of these: ended processes had left them in the disk's spool.
         """
-        kept = self._writer.counts
+        kept = self._writer.counts  # first: what is done with had been queued
         with self._lock:
-            return {
+            counts = {
                 "queued": self._counts["queued"],
                 "written": kept.durable,
                 "dropped": self._counts["dropped"],
@@ -110,6 +119,9 @@ class Recorder:
                 "missing": kept.missing,
                 **self._of_former_processes(kept),
             }
+            if self._counts["given up"]:  # a thread that hung may still write some of them
+                counts["dropped"] += num_waiting(counts)
+            return counts
 
     @staticmethod
     def _of_former_processes(kept: WriterCounts) -> dict[str, int]:
@@ -127,11 +139,9 @@ class Recorder:
             if thread.is_alive():
                 thread.join(max(0.0, deadline_s - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
-            counts = self.counts()
-            done = ("written", "dropped", "failed", "withheld", "deleted")
-            left = counts["queued"] - sum(counts[name] for name in done)
+            left = num_waiting(self.counts())
             with self._lock:
-                self._counts["dropped"] += left
+                self._counts["given up"] = 1
             log.warning(
                 "%d traces were not written within %g s of the end: they are lost, and counted as "
                 "dropped",

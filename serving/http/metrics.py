@@ -23,6 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from serving.capture.recorder import num_waiting
 from serving.http.tallies import Tallies
 from serving.requests import EngineFigures, FinishReason
 
@@ -279,6 +280,12 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
         ("result",),
         {(result,): n for result, n in figures.traces.items()},
     )
+    if figures.traces:
+        yield gauge(
+            "traces_waiting",
+            "Traces that were queued, less those written, dropped, failed, withheld and deleted.",
+            num_waiting(figures.traces),
+        )
     yield counter("capture_rows_dropped", "Hidden rows not kept.", figures.capture_rows_dropped)
     for name, value in sorted(figures.extra.items()):
         yield gauge(name, _EXTRA.get(name, "A figure of the engine."), value)

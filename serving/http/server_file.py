@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.files import leads_to, open_regular
+from buffer.small_json import MAX_BYTES, parse_small_json
 from configs.logs import Lasting
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def living_owner(path: Path) -> dict[str, Any] | None:
         return None
     try:
         with open(descriptor, "rb", closefd=False) as file:
-            record = json.loads(file.read())
+            record = parse_small_json(file.read(MAX_BYTES + 1))
         pid, is_ours = int(record["pid"]), "instance" in record
         is_locked = _is_locked(descriptor)
     except (ValueError, TypeError, KeyError):

@@ -8,7 +8,8 @@ import pytest
 from buffer.frames import HEAD, scan
 from buffer.interface import TraceLimits
 from buffer.segment_reader import SegmentReader
-from buffer.segment_report import check_segments, log_stats
+from buffer.segment_report import check_segments
+from buffer.segment_stats import log_stats
 from buffer.segment_writer import SegmentWriter
 
 LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=4 << 20, ttl_s=3600.0, sync_interval_s=0.0)

@@ -164,6 +164,91 @@ def test_a_writer_drops_what_was_deleted_on_its_way(make_trace):
     assert counts.deleted == 1
 
 
+def test_what_a_server_holds_when_it_sees_a_deletion_goes_whatever_the_list_says(make_trace):
+    """The list says an hour after the newest stored trace, which may be long ago; what waits here
+    was stamped by the clock of this host, which now shows a later time."""
+    listed, now = [Deletions().with_tenant(digest_of("old"), 5)], [10_000_000]
+    below = MemoryBackend.private()
+    writer = ForgettingWriter(
+        below.open_trace_writer(LIMITS), lambda: listed[0], every_s=3600.0, now=lambda: now[0]
+    )
+
+    def put(tenant, at):
+        before = writer.counts.deleted
+        trace = make_trace(tenant=tenant, finished_unix_ms=at)
+        assert writer.append_all([encode_trace(trace)]) == []
+        return writer.counts.deleted == before
+
+    writer.look()
+    assert put("old", 9_000_000) and put("umbrella", 9_000_000)
+    listed[0] = listed[0].with_tenant(digest_of("umbrella"), 1)
+    writer.look()
+    assert not put("umbrella", 10_000_000)
+    now[0] += 1_000_000
+    writer.look()
+    assert not put("umbrella", 9_000_000) and put("umbrella", 10_000_001)
+    assert put("old", 6)
+    listed[0] = Deletions()
+    writer.look()
+    assert put("umbrella", 9_000_000)
+    writer.close()
+
+
+def test_what_was_sent_after_a_deletion_that_a_server_could_not_see_is_kept(make_trace):
+    """The buffer is away when the server starts, and lists an old deletion once it is back."""
+    is_away, listed = [True], Deletions().with_tenant(digest_of("umbrella"), 5)
+
+    def read():
+        if is_away[0]:
+            raise OSError("away")
+        return listed
+
+    below = MemoryBackend.private().open_trace_writer(LIMITS)
+    writer = ForgettingWriter(below, read, every_s=3600.0)
+    writer.look()
+    is_away[0] = False
+    writer.look()
+    writer.append_all(
+        [encode_trace(make_trace(tenant="umbrella", finished_unix_ms=at)) for at in (5, 6)]
+    )
+    assert writer.counts.deleted == 0  # 5 is old: readers drop it
+    writer.close()
+
+
+def test_deletions_are_listed_and_taken_back_by_commands(tmp_path, make_trace, theirs):
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 6)
+
+    def call(*arguments):
+        result = CliRunner().invoke(app, [*arguments, str(tmp_path)])
+        return result.exit_code, result.output
+
+    digest = digest_of("umbrella")
+    assert call("delete", "--list")[1].startswith("no deletion is listed; log:")
+    code, output = call("delete", "--tenant", "umbrella")
+    assert code == 0
+    assert "what ended until 2023-11-14 23:13:21 UTC is dropped if it still arrives" in output
+    assert "repeat it with --until now" in output
+    assert call("delete", "--tenant", "umbrella", "--until", "3000-01-01")[0] == 0
+    code, output = call("delete", "--list")
+    assert (code, output) == (
+        0, f"{digest}: what ended until 3000-01-01 00:00:00 UTC (in the future)\n",
+    )  # fmt: skip
+    assert json.loads(call("delete", "--list", "--json")[1])["digest"] == digest
+    assert call("delete", "--list", "--tenant", "acme")[1].startswith("no deletion is listed")
+    assert call("undelete", "--tenant", "acme")[0] == 1
+    assert call("undelete", "--digest", digest)[0] == 0
+    assert call("undelete", "--tenant", "umbrella")[0] == 1
+    for wrong in (["undelete"], ["delete"], ["delete", "--list", "--until", "now"]):
+        code, output = call(*wrong)
+        assert code == 2 and len(output.splitlines()) == 1
+    audited = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    undone = [line for line in audited if line["action"] == "undelete"]
+    assert [line["was_listed"] for line in undone] == [False, True, False]
+    assert {line["tenant"] for line in undone} == {digest, digest_of("acme")}
+    assert {"deletions", "delete"} <= {line["action"] for line in audited}
+
+
 def test_whose_a_record_is_is_read_off_its_header(make_trace):
     record = bytes(encode_trace(make_trace(tenant="acme", finished_unix_ms=7)))
     owner = owner_of(record)
@@ -211,13 +296,27 @@ def test_a_run_folder_names_a_buffer_and_a_folder_that_is_not_there_is_refused(
             assert "mistyped" in result.output
 
 
-def test_a_deletion_that_no_audit_file_notes_says_so(tmp_path, make_trace, theirs, caplog):
+def test_each_access_is_noted_though_there_is_no_run_folder(tmp_path, make_trace, theirs):
     with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
         write_mixed(writer, make_trace, theirs, 0, 6)
-    call = ["delete", "--tenant", "umbrella", f"log:{tmp_path}/traces"]
-    result = CliRunner().invoke(app, [*call, "--run", str(tmp_path / "nowhere")])
-    assert result.exit_code == 0
-    assert f"{tmp_path}/nowhere does not exist, so audit.jsonl notes nothing" in caplog.text
+    url, run = f"log:{tmp_path}/traces", tmp_path / "its" / "run"
+    calls = (
+        ["delete", "--tenant", "umbrella", url, "--run", str(run)],
+        ["undelete", "--tenant", "umbrella", url, "--run", str(run)],
+        ["delete", "--list", url, "--run", str(run)],
+        ["stats", url, "--set", f"run_dir={run}"],
+        ["inspect", url, "--set", f"run_dir={run}"],
+        ["copy", url, str(tmp_path / "other"), "--set", f"run_dir={run}"],
+    )
+    for call in calls:
+        assert CliRunner().invoke(app, call).exit_code == 0
+    lines = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    actions = ["delete", "undelete", "deletions", "stats", "inspect", "copy"]
+    assert [line["action"] for line in lines] == actions
+    assert run.stat().st_mode & 0o777 == 0o700
+    assert (run / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+    (line,) = (tmp_path / "other" / "audit.jsonl").read_text().splitlines()
+    assert json.loads(line)["action"] == "copy"
 
 
 def test_the_audit_line_holds_no_password(tmp_path):

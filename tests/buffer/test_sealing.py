@@ -42,6 +42,19 @@ def test_no_file_shows_what_is_in_it_and_the_key_opens_it(tmp_path, make_trace, 
     assert again.delete("umbrella").records == 5
 
 
+def test_trainers_of_an_encrypted_log_share_what_they_learn_from(tmp_path, make_trace, keys):
+    run, url = tmp_path / "run", f"log:?key_file={keys[0]}"
+    write(url, run, make_trace, range(3))
+    reader = TraceReader(open_backend(url, run), group="trainer")
+    assert len(reader.read(10)) == 3
+    reader.commit(reader.offsets())
+    reader.close()
+    write(url, run, make_trace, range(4))
+    other = TraceReader(open_backend(url, run), group="trainer")
+    assert [trace.seq for trace in other.read(10)] == [3]
+    other.close()
+
+
 def test_a_wrong_key_or_none_is_refused_and_nothing_is_lost(tmp_path, make_trace, keys):
     run = tmp_path / "run"
     right, wrong = (f"log:?key_file={key}" for key in keys)

@@ -152,7 +152,7 @@ def test_nothing_is_on_the_disk_and_only_the_owner_may_connect(tmp_path, make_tr
 
 
 def test_a_path_that_is_not_absolute_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must name an absolute path, as in 'socket:/x'"):
+    with pytest.raises(ValueError, match="must name an absolute path, as in 'socket:/some/path'"):
         open_backend("socket:x", tmp_path)
 
 
@@ -193,3 +193,25 @@ def test_a_file_that_has_replaced_the_socket_outlives_its_holder(tmp_path):
     assert path.read_text() == "mine"
     path.unlink()
     assert open_backend("socket:", tmp_path / "run").host()  # the former holder has let go
+
+
+def test_what_a_killed_holder_had_handed_out_is_the_members_that_got_it(tmp_path, make_trace, hold):
+    run = tmp_path / "run"
+    run.mkdir()
+    holder = hold()
+    writer = open_backend("socket:", run).open_trace_writer(LIMITS)
+    for one in payloads(make_trace, range(3)):
+        writer.append(one)
+    sync(writer)
+    writer.close()
+    reader = open_backend("socket:", run).open_record_reader(group="trainer")
+    records = reader.read(10)
+    found = [(one, ("server-1", 1, number)) for number, one in enumerate(records)]
+    assert reader.claim(found[:2]) == [True, True]
+    assert reader.claim([(found[2][0], found[0][1])]) == [False]
+    holder.kill()
+    holder.wait(60)
+    with pytest.raises(ServiceAwayError):
+        reader.claim(found)
+    assert reader.claim(found) == [True, True, True]
+    reader.close()

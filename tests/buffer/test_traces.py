@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.embedded_log import EmbeddedLog, log_root
 from buffer.frames import HEAD, MAGIC
 from buffer.interface import TraceLimits
+from buffer.resend import Wanted, replay_traces
 from buffer.segment_report import check_segments
 from buffer.segment_writer import SegmentWriter
-from buffer.traces import SeenTraces, TraceReader
+from buffer.traces import TraceReader
 
 LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 22, ttl_s=3600.0, sync_interval_s=0.0)
 
@@ -47,7 +46,7 @@ def test_an_unknown_url_is_refused_and_the_known_ones_are_named(tmp_path, url):
 
 
 def test_a_relative_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must name an absolute folder, as in 'log:/traces'"):
+    with pytest.raises(ValueError, match=r"must name an absolute folder, as in 'log:/some/folder'"):
         open_backend("log:traces", tmp_path)
 
 
@@ -142,21 +141,35 @@ def test_all_that_was_written_is_accounted_for(tmp_path, log, make_trace):
     ) == 202
 
 
-@given(seqs=st.lists(st.integers(0, 60)), restarts=st.sets(st.integers(0, 60)))
-def test_seen_traces_are_remembered_exactly_and_across_restarts(seqs, restarts):
-    seen, truth = SeenTraces(), set()
-    for index, seq in enumerate(seqs):
-        if index in restarts:
-            seen = SeenTraces.from_json(json.loads(json.dumps(seen.to_json())))
-        assert seen.add("p", 1, seq) == (seq not in truth)
-        truth.add(seq)
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_replay_is_learnt_once_whatever_the_number_of_epochs(tmp_path, make_trace, restarts):
+    source = open_backend(f"memory:{tmp_path}/source", tmp_path)
+    with source.open_trace_writer(LIMITS) as writer:
+        for epoch in range(300):
+            writer.append(encode_trace(make_trace(epoch=epoch, features=None)))
+    log = EmbeddedLog("log:", tmp_path)
+    reader = TraceReader(log)
+    replay_traces(source, log, LIMITS, Wanted())
+    assert len(reader.read(1000)) == 300
+    if restarts:
+        reader = TraceReader(log, json.loads(json.dumps(reader.offsets())))
+    replay_traces(source, log, LIMITS, Wanted())
+    assert reader.read(1000) == []
+    assert reader.counts.duplicate == 300
 
 
-def test_what_is_remembered_stays_small_whatever_the_gaps():
-    seen = SeenTraces()
-    for seq in range(0, 10_000, 2):
-        assert seen.add("p", 1, seq)
-    for epoch in range(1000):
-        assert seen.add("q", epoch, 0)
-    assert not seen.add("q", 999, 0)
-    assert len(json.dumps(seen.to_json())) < 20_000
+def test_a_replay_of_one_tenant_after_another_loses_nothing(tmp_path, make_trace):
+    source, log = open_backend(f"memory:{tmp_path}/source", tmp_path), EmbeddedLog("log:", tmp_path)
+    with source.open_trace_writer(LIMITS) as writer:
+        for seq in range(2200):
+            trace = make_trace(seq=seq, tenant=f"t{seq % 2}", features=None)
+            writer.append(encode_trace(trace))
+    for tenant in ("t0", "t1"):
+        replay_traces(source, log, LIMITS, Wanted(tenants=[tenant]))
+    reader = TraceReader(log, group="trainer")
+    learnt = []
+    while traces := reader.read(64):
+        learnt += [trace.seq for trace in traces]
+    assert sorted(learnt) == list(range(2200))
+    assert reader.counts.duplicate == 0
+    reader.close()

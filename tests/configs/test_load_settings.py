@@ -74,6 +74,13 @@ def test_an_unknown_override_names_the_flag_and_the_nearest_key(key, answer):
     assert problem(overrides=[f"{key}=1"]) == f"--set: unknown key '{key}'; {answer}"
 
 
+@pytest.mark.parametrize("key", ["buffer.uri", "buffr.url", "url"])
+def test_an_unknown_override_is_named_as_it_was_given(key):
+    """``log:`` would be a mapping in YAML, and its key part of the name."""
+    with pytest.raises(SettingsError, match=rf"^--set: unknown key '{key}'; .*'buffer\.url'"):
+        load_settings([], [f"{key}=log:"], {})
+
+
 def test_an_unknown_environment_variable_is_named():
     assert problem(env={"SLIPSTREAM_ENGINE__MAX_BACH": "1"}) == (
         "SLIPSTREAM_ENGINE__MAX_BACH: unknown key 'engine.max_bach'; "
@@ -251,7 +258,7 @@ def test_contradictions_between_keys_are_reported(overrides, said):
 def test_the_password_of_a_url_is_never_printed(user):
     url = f"redis://{user}:hunter2@host:6379/0?run=x"
     printed = to_yaml(load_settings([], [f"buffer.url={url}"], {}))
-    assert f"url: redis://{user}:********@host:6379/0?run=x" in printed
+    assert "url: redis://********@host:6379/0?run=x" in printed
     with pytest.raises(SettingsError, match=r"buffer\.url has the mask"):
         load_settings([], [f"buffer.url=redis://{user}:********@host"], {})
 

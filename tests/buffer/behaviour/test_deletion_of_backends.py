@@ -4,8 +4,9 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
+from buffer import deletions
 from buffer.codec import decode_trace, encode_trace
-from buffer.deletions import now_ms
+from buffer.deletions import digest_of, now_ms
 from buffer.interface import ServiceAwayError
 from buffer.traces import TraceReader
 
@@ -173,3 +174,61 @@ def test_put_aside_records_vanish_when_they_are_old(place, limits, make_trace):
     buffer = place.open()
     buffer.expire(short)
     assert buffer.delete("nobody").quarantined == 0  # which counts what it finds
+
+
+ENDED_MS = 1_700_000_001_000
+"""When the traces here ended."""
+YEAR_MS = 31_536_000_000
+
+
+def read_traces(place, wanted):
+    """Numbers of the traces that a new trainer gets, once it has got so many."""
+    reader, seqs, deadline = TraceReader(place.open()), [], time.monotonic() + 60
+    while len(seqs) < wanted and time.monotonic() < deadline:
+        with suppress(ServiceAwayError):
+            seqs += [trace.seq for trace in reader.read(10)]
+    with suppress(ServiceAwayError):
+        seqs += [trace.seq for trace in reader.read(10)]
+    reader.close()
+    return sorted(seqs)
+
+
+def test_a_deletion_under_a_clock_that_is_ahead_costs_no_later_trace(
+    place, limits, make_trace, monkeypatch
+):
+    write(place, limits, mixed(make_trace, 3))
+    monkeypatch.setattr(deletions, "now_ms", lambda: ENDED_MS + YEAR_MS)
+    until_ms = ENDED_MS + deletions.SKEW_MS
+    assert place.open().delete("umbrella").until_ms == until_ms
+    assert dict(place.open().deletions().until_ms) == {digest_of("umbrella"): until_ms}
+    late = encoded(make_trace, 10, "umbrella", finished_unix_ms=until_ms)
+    write(place, limits, [late, encoded(make_trace, 11, "umbrella", finished_unix_ms=until_ms + 1)])
+    assert read_traces(place, 3) == [1, 2, 11]
+
+
+def test_a_deletion_under_a_clock_that_is_behind_covers_all_that_is_stored(
+    place, limits, make_trace, monkeypatch
+):
+    write(place, limits, mixed(make_trace, 3))
+    monkeypatch.setattr(deletions, "now_ms", lambda: 1000)
+    assert place.open().delete("umbrella").until_ms == ENDED_MS
+    write(place, limits, [encoded(make_trace, 10, "umbrella")])  # was on its way
+    assert read_traces(place, 2) == [1, 2]
+
+
+def test_who_deletes_may_say_until_when(place, limits, make_trace):
+    write(place, limits, mixed(make_trace, 3))
+    asked_ms = ENDED_MS + 2 * deletions.SKEW_MS
+    assert place.open().delete("umbrella", until_ms=asked_ms).until_ms == asked_ms
+    assert place.open().delete("umbrella", until_ms=5).until_ms == asked_ms  # never less
+
+
+def test_a_deletion_can_be_taken_back(place, limits, make_trace):
+    write(place, limits, mixed(make_trace, 3))
+    place.open().delete("umbrella", until_ms=ENDED_MS + YEAR_MS)
+    place.open().delete("others")
+    assert place.open().undelete(digest_of("umbrella"))
+    assert not place.open().undelete(digest_of("umbrella"))
+    assert set(place.open().deletions().until_ms) == {digest_of("others")}
+    write(place, limits, [encoded(make_trace, 10, "umbrella")])
+    assert set(read_traces(place, 3)) - {0} == {1, 2, 10}  # Kafka removes nothing

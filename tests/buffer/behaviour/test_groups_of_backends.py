@@ -277,6 +277,206 @@ def test_each_trace_is_learnt_once_though_it_was_sent_twice_and_the_trainer_rest
     again.close()
 
 
+def sent_again(place, limits, traces):
+    """Send traces again, each server's on a writer of its own, as a replay does."""
+    with place.open().open_trace_writer(limits) as writer:
+        for trace in traces:
+            writer.append(encode_trace(trace))
+
+
+def learn(reader, seqs):
+    """Take what there is; one read may give nothing while members agree who gets what."""
+    with contextlib.suppress(ServiceAwayError):
+        seqs += [trace.seq for trace in reader.read(100)]
+    return seqs
+
+
+def test_two_trainers_learn_a_replayed_trace_once_between_them(place, limits, make_trace):
+    traces = [make_trace(seq=seq) for seq in range(12)]
+    sent_again(place, limits, traces)
+    first, second = (TraceReader(place.open(), group="trainer") for _ in range(2))
+    learnt, others = [], []
+    wait_until(lambda: len(learn(first, learnt)) == 12)
+    sent_again(place, limits, traces)  # before the first has committed
+    wait_until(lambda: counted(learn_both(first, second, learnt, others)) == 24)
+    assert (sorted(learnt), others) == (list(range(12)), [])
+
+    commit_all(first, second)
+    first.close()
+    sent_again(place, limits, [*traces, make_trace(seq=12)])
+    third = TraceReader(place.open(), group="trainer")  # without a checkpoint, as on a new machine
+    wait_until(lambda: counted(learn_both(second, third, others, others), first) >= 37)
+    assert others == [12]
+    commit_all(second, third)
+    found = group_of(place)
+    assert (found.committed, found.pending, found.lost) == (37, 0, 0)
+    again = TraceReader(place.open(), group="another")
+    wait_until(lambda: len(learn(again, learnt)) == 25)
+    for one in (second, third, again):
+        one.close()
+
+
+def test_what_a_checkpoint_has_learnt_is_learnt_by_nobody_else_though_it_was_not_committed(
+    place, limits, make_trace
+):
+    """A trainer may die between its checkpoint and the commit; its successor commits."""
+    traces = [make_trace(seq=seq) for seq in range(8)]
+    sent_again(place, limits, traces)
+    first, learnt = TraceReader(place.open(), group="trainer"), []
+    wait_until(lambda: len(learn(first, learnt)) == 8)
+    checkpoint = json.loads(json.dumps(first.offsets()))
+    first.close()
+    second = TraceReader(place.open(), checkpoint, "trainer")
+    sent_again(place, limits, [make_trace(seq=8)])
+    wait_until(lambda: len(learn(second, learnt)) == 9)
+    commit_all(second)
+    second.close()
+    third, others = TraceReader(place.open(), group="trainer"), []
+    sent_again(place, limits, [*traces, make_trace(seq=9)])
+    wait_until(lambda: learn(third, others) is others and counted((third,)) >= 9)
+    assert (sorted(learnt), others) == ([*range(9)], [9])
+    third.close()
+
+
+def test_traces_are_told_apart_by_any_name_and_any_number(place, limits, make_trace):
+    names = [
+        *(("a/1", 2), ("a", 1), ("a:1", 2), ("a\n", 0), ("\ud800", 0), ("", 0), ("é" * 99, 0)),
+        *(("a", 2**63 - 1), ("a", 2**62)),
+    ]
+    seqs = [0, 1, 2047, 2048, 2**53, 2**53 + 1, 2**63 - 2, 2**63 - 1]
+    traces = [
+        make_trace(producer=name, epoch=epoch, seq=seq) for name, epoch in names for seq in seqs
+    ]
+    for is_new in (True, False):
+        sent_again(place, limits, traces)
+        reader = TraceReader(place.open(), group="trainer")
+        learnt: list[int] = []
+        wait_until(lambda r=reader, ours=learnt: learn(r, ours) is ours and counted((r,)) >= 72)
+        assert len(learnt) == (len(traces) if is_new else 0)
+        commit_all(reader)
+        reader.close()
+
+
+def learn_both(left, right, of_left, of_right):
+    learn(left, of_left)
+    learn(right, of_right)
+    return left, right
+
+
+def counted(readers, *others):
+    """Traces that these have returned or recognised."""
+    return sum(one.counts.read + one.counts.duplicate for one in (*readers, *others))
+
+
+def commit_all(*readers):
+    for one in readers:
+        one.commit(one.offsets())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whoever_comes_and_goes_each_trace_is_saved_once(place, limits, make_trace, seed):
+    """Trainers die with what they have not saved; traces are sent again and again, by anybody."""
+    chance = random.Random(seed)
+    saved, num_traces = Counter(), 0
+    members: list[tuple[TraceReader, list[int]]] = []
+
+    def read(some):
+        for reader, held in some:
+            held += [trace.seq for trace in reader.read(chance.randrange(1, 20))]
+
+    def save(some):
+        for reader, held in some:
+            reader.commit(json.loads(json.dumps(reader.offsets())))
+            saved.update(held)
+            held.clear()
+
+    for _ in range(150):
+        action = chance.random()
+        if action < 0.3:
+            num_traces += (count := chance.randrange(6))
+            old = chance.sample(range(num_traces), min(num_traces, chance.randrange(6)))
+            seqs = [*range(num_traces - count, num_traces), *old]
+            sent_again(place, limits, [make_trace(seq=seq) for seq in seqs])
+        elif action < 0.4 and len(members) < 3:
+            members.append((TraceReader(place.open(), group="trainer"), []))
+        elif action < 0.48 and members:
+            members.pop(chance.randrange(len(members)))[0].close()
+        elif action < 0.9:
+            read(members)
+        else:
+            save(members)
+        assert not saved or max(saved.values()) == 1
+    if not members:
+        members.append((TraceReader(place.open(), group="trainer"), []))
+
+    def is_done():
+        read(members)
+        save(members)
+        return len(saved) == num_traces and group_of(place).pending == 0
+
+    wait_until(is_done)
+    assert set(saved.values()) == {1}
+    for reader, _ in members:
+        reader.close()
+
+
+def test_a_trace_whose_trainer_died_is_learnt_by_another_also_if_it_was_sent_again(
+    place, limits, make_trace
+):
+    traces = [make_trace(seq=seq) for seq in range(8)]
+    sent_again(place, limits, traces)
+    first = TraceReader(place.open(), group="trainer")
+    died, learnt = [], []
+    wait_until(lambda: len(learn(first, died)) == 8)
+    sent_again(place, limits, traces)
+    wait_until(lambda: learn(first, died) and first.counts.duplicate == 8)
+    first.close()
+
+    second = TraceReader(place.open(), group="trainer")
+    wait_until(lambda: learn(second, learnt) is learnt and counted((second,)) >= 16)
+    assert sorted(learnt) == list(range(8))
+    assert second.counts.duplicate == 8
+    commit_all(second)
+    assert group_of(place).pending == 0
+    second.close()
+
+
+def test_a_trace_that_was_evicted_before_it_was_committed_may_be_sent_again(
+    place, limits, make_trace
+):
+    narrow = replace(limits, max_bytes=16_384)
+    writer = place.open().open_trace_writer(narrow)
+    writer.append(encode_trace(make_trace(seq=0)))
+    writer.sync()
+    first = TraceReader(place.open(), group="trainer")
+    learnt: list[int] = []
+    wait_until(lambda: learn(first, learnt) == [0])
+    for i in range(400):
+        writer.append(payload(i))
+        if i % 20 == 0:
+            writer.sync()
+    writer.sync()
+    first.close()  # it dies with what it learnt, and nobody can read that again
+    second = TraceReader(place.open(), group="trainer")
+    wait_until(lambda: not learn(second, learnt)[1:] and second.counts.quarantined > 0)
+
+    def is_learnt_once_it_is_sent_again():
+        before = counted((second,))
+        writer.append(encode_trace(make_trace(seq=0)))
+        writer.sync()
+        wait_until(lambda: learn(second, learnt) and counted((second,)) > before)
+        return learnt == [0, 0]
+
+    wait_until(is_learnt_once_it_is_sent_again)  # some notice only after a while who is dead
+    writer.append(encode_trace(make_trace(seq=0)))
+    writer.append(encode_trace(make_trace(seq=1)))
+    writer.sync()
+    wait_until(lambda: 1 in learn(second, learnt))
+    assert learnt == [0, 0, 1]
+    writer.close()
+    second.close()
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 129])
 def test_a_group_whose_name_is_no_plain_name_is_refused(place, name):
     with pytest.raises(ValueError, match="group must match"):

@@ -19,7 +19,7 @@ from buffer.records import Round
 from buffer.segment_writer import SegmentWriter
 from buffer.traces import TraceReader
 from oracles.engines import make_engine, random_model, request_of, run
-from serving.capture.recorder import Recorder
+from serving.capture.recorder import Recorder, num_waiting
 from serving.capture.rounds import round_columns
 from serving.capture.traces import Producer, TraceMaker
 from serving.engine.capture_ring import CaptureRing
@@ -312,6 +312,29 @@ def test_what_a_recorder_that_hangs_has_not_written_in_time_is_counted(caplog):
     assert recorder.counts() == {"queued": 3, "written": 0, "dropped": 3, "failed": 0, **NEITHER}
     assert "3 traces were not written within 0.2 s of the end" in caplog.text
     hangs.set()
+    deadline = time.monotonic() + 60
+    while recorder.counts()["written"] < 3:  # after all: then they were not dropped
+        assert time.monotonic() < deadline and num_waiting(recorder.counts()) == 0
+        time.sleep(0.001)
+    assert recorder.counts() == {"queued": 3, "written": 3, "dropped": 0, "failed": 0, **NEITHER}
+
+
+@pytest.mark.parametrize("url", ["log:", "redis://127.0.0.1:1/0?run=away&spool_bytes=350"])
+def test_whenever_a_recorder_is_asked_no_trace_is_counted_twice(tmp_path, url):
+    """Also while a service is away and the oldest are dropped."""
+    writer = open_backend(url, tmp_path).open_trace_writer(LIMITS)
+    recorder = Recorder(writer, 50, 0.0, 1 << 24)
+    recorder.start()
+    found = []
+    for _ in range(300):
+        for _ in range(5):
+            recorder.put(lambda: bytes(300))
+        counts = writer.counts
+        parts = (counts.durable, counts.pending, counts.doubtful, counts.dropped)
+        assert min(parts) >= 0 and counts.appended == sum(parts)
+        found.append(num_waiting(recorder.counts()))
+    recorder.close(20)
+    assert min(found) >= 0 and num_waiting(recorder.counts()) == 0
 
 
 def test_every_trace_that_cannot_be_encoded_or_written_is_counted(caplog):

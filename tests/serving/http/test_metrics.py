@@ -75,6 +75,7 @@ COMMON = ("model_name", "engine")
         ("weight_swap_seconds_sum", {}, 0.5),
         ("weight_swap_seconds_count", {}, 9),
         ("traces_total", {"result": "dropped"}, 1),
+        ("traces_waiting", {}, 0),
         ("capture_rows_dropped_total", {}, 11),
         ("suffix_tokens", {}, 12),
     ],
