@@ -60,6 +60,9 @@ class KafkaClaims(SharedClaims):
     def append(self, messages: Sequence[list[Any]], *, is_durable: bool) -> None:
         sent = [self._sender.send(None, json.dumps(one).encode()) for one in messages]
         offsets = [future.get(self._link.options.timeout_s).offset for future in sent]
+        if min(offsets) < self._next:  # the broker has forgotten what was there, and begins anew
+            self._next = 0
+            self._follow()
         self._follow_to(max(offsets))
         if is_durable:
             with contextlib.suppress(KafkaError):  # it is only longer than it need be
@@ -124,7 +127,7 @@ class KafkaClaims(SharedClaims):
         """Follow the whole topic; what is missing at its front, parts of a state say."""
         consumer.seek(self._partition, begin)
         found = list(self._messages(consumer, begin, end))
-        self.claims, start = Claims(), begin
+        self.claims, start = Claims(self.claims.learnt), begin  # what is learnt stays so
         state = _newest_state(message for _, message in found) if begin else None
         if state is not None:
             start, messages = state

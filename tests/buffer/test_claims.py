@@ -1,11 +1,14 @@
 """Members of a group agree on the record that each trace is learnt from, whatever ends one."""
 
+import contextlib
 import logging
+import time
 from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kafka.errors import KafkaError
 
 from buffer import claim_file, kafka_claims
 from buffer.backends import open_backend
@@ -16,6 +19,7 @@ from buffer.interface import Record, ServiceAwayError
 from buffer.kafka_claims import KafkaClaims
 from buffer.kafka_link import KafkaLink, parse_url
 from buffer.traces import TraceReader
+from oracles.kafka_brokers import Broker
 from oracles.places import PLACES, close_servers
 
 _NAMES = count()
@@ -165,6 +169,29 @@ def test_traces_that_cannot_be_claimed_wait_and_are_in_no_checkpoint(tmp_path, m
     assert [trace.seq for trace in reader.read(9)] == [4]
     assert reader.counts.read == 5
     reader.close()
+
+
+def test_on_a_broker_that_forgot_everything_new_traces_are_claimed_and_learnt_ones_are_not(
+    tmp_path,
+):
+    broker = Broker("tansu", tmp_path / "broker")
+    member = KafkaClaims(KafkaLink(parse_url(f"kafka://{broker.address}/forgets")), "trainer")
+    try:
+        for seq in range(5):
+            assert member.claim(records((0, seq, seq)), never_gone) == [True]
+        member.settle({"w0": (0, 5)})
+        broker.kill()
+        broker.start()
+        new, deadline = records((0, 0, 8), (0, 1, 3), (0, 2, 9)), time.monotonic() + 60
+        found: list[bool] = []
+        while not found:
+            assert time.monotonic() < deadline
+            with contextlib.suppress(KafkaError):
+                found = member.claim(new, never_gone)
+        assert found == [True, False, True]
+    finally:
+        member.close()
+        broker.kill()
 
 
 @pytest.fixture

@@ -29,13 +29,13 @@ while True:
 """
 
 
-def killed_output(process, delay_s):
-    """Kill a process ``delay_s`` after its first line of output; returns all lines it printed."""
-    first = process.stdout.readline()
+def killed_output(process, delay_s, num_lines=1):
+    """Kill a process ``delay_s`` after its first lines of output; returns all lines it printed."""
+    first = [process.stdout.readline().strip() for _ in range(num_lines)]
     time.sleep(delay_s)
     process.kill()
     rest, _ = process.communicate()
-    return [first.strip(), *rest.split()]
+    return [*first, *rest.split()]
 
 
 def is_sound(payload):
@@ -67,7 +67,7 @@ def test_a_killed_writer_loses_nothing_that_it_acknowledged(tmp_path, start_pyth
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 5000])
 def test_the_next_life_of_a_server_writes_on_beside_a_torn_record(tmp_path, start_python, size):
     process = start_python(WRITE_FOREVER, tmp_path, 0)
-    name, *_ = killed_output(process, 0.05)
+    name, *_ = killed_output(process, 0.05, num_lines=2)  # it has a segment
     last = sorted((tmp_path / name).glob("*.seg"))[-1]
     last.write_bytes(last.read_bytes() + b"\xf5\xaa\xd7\xfe".ljust(size, b"\xff")[:size])
     again = start_python(WRITE_FOREVER, tmp_path, 1)

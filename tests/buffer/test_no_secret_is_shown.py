@@ -154,7 +154,7 @@ def test_neither_a_backend_nor_its_errors_show_a_secret(url, tmp_path, caplog, m
     check(caplog.text, url)
 
 
-COMMANDS = ["stats", "inspect", "delete", "copy", "replay"]
+COMMANDS = ["stats", "inspect", "delete", "undelete", "copy", "replay"]
 EACH = [(url, COMMANDS[index % len(COMMANDS)]) for index, url in enumerate(URLS)]
 ALL = [(url, command) for url in URLS[3::17] for command in COMMANDS]
 
@@ -165,7 +165,8 @@ def test_no_command_shows_a_secret(url, command, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     (tmp_path / "run").mkdir()
     arguments = {
-        "delete": [["--yes", "--tenant", "x", url], ["x", url]],
+        "delete": [["--tenant", "x", url], ["--list", url], ["x", url]],
+        "undelete": [["--tenant", "x", url], ["--digest", url, url]],
         "copy": [[url, "memory:target"], ["run", url], [url, url, url]],
         "replay": [[url, "memory:target"], ["run", url]],
     }.get(command, [[url], [url, url], ["--limit", url]])
