@@ -33,6 +33,8 @@ from buffer.interface import Payload, ServiceAwayError, TraceLimits, TraceWriter
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_now, kafka_errors, reason_of
 from buffer.kafka_outbox import Outbox, Waiting
 
+_JITTER = random.Random()  # of its own: the one of the module belongs to the caller
+
 log = logging.getLogger(__name__)
 
 DEFAULT_BYTES = 1 << 30
@@ -298,7 +300,7 @@ class _Line:
         self._link.forget_topics()
         pause_s = min(_LONGEST_PAUSE_S, 0.1 * 2.0 ** min(self._failures, 10))
         self._failures += 1
-        self.not_before_s = time.monotonic() + pause_s * random.uniform(0.5, 1.0)
+        self.not_before_s = time.monotonic() + pause_s * _JITTER.uniform(0.5, 1.0)
 
     def send_less(self) -> bool:
         """The broker takes no message of this size: send half of it from now on. False if it
@@ -350,7 +352,7 @@ class _Line:
             self._link.admin() as admin,
         ):
             ends = ends_of(admin, [TopicPartition(topic, number) for number in partitions])
-        random.shuffle(partitions)
+        _JITTER.shuffle(partitions)
         return min(partitions, key=lambda number: ends[TopicPartition(topic, number)])
 
     def _retention(self) -> dict[str, str]:

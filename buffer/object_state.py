@@ -26,6 +26,7 @@ from buffer.interface import ServiceAwayError
 from buffer.objects import Objects
 from buffer.tensors import parse_json
 
+_JITTER = random.Random()  # of its own: the one of the module belongs to the caller
 SCHEMA = "slipstream.weights"
 SCHEMA_VERSION = 1
 MAX_BYTES = 8 << 20
@@ -160,7 +161,7 @@ class StateLog:
                     return after
                 if failure is not None:
                     raise failure
-                time.sleep(random.uniform(0, 0.02))
+                time.sleep(_JITTER.uniform(0, 0.02))
         raise ServiceAwayError(
             errno.EAGAIN, f"{self._objects.location}: others change it all the time"
         )

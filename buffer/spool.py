@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from buffer.interface import Payload
 
+_JITTER = random.Random()  # of its own: the one of the module belongs to the caller
+
 
 class Spool:
     """Records that wait to be sent, oldest first. Over its limit the oldest unsent are dropped.
@@ -145,7 +147,7 @@ class Breaker:
         """The service failed: leave it alone for a while."""
         pause_s = min(self._longest_s, self._first_s * 2.0 ** min(self._failures, 30))
         self._failures += 1
-        self._next_try_s = self._clock() + pause_s * random.uniform(0.5, 1.0)
+        self._next_try_s = self._clock() + pause_s * _JITTER.uniform(0.5, 1.0)
 
     def worked(self) -> None:
         """The service answered."""
