@@ -17,6 +17,7 @@ from buffer.audit import Action, audit
 from buffer.command_line import (
     JsonOption,
     RunArgument,
+    check_path,
     located,
     opened,
     refusing,
@@ -161,7 +162,11 @@ _LATE = (
 
 def _settings(config: ConfigOption, set_: SetOption, run: Path | None) -> Settings:
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    return settings if run is None else settings.model_copy(update={"run_dir": run})
+    if run is None:
+        return settings
+    with refusing():
+        check_path("--run", run)
+    return settings.model_copy(update={"run_dir": run})
 
 
 def _noted(

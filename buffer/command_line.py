@@ -17,9 +17,10 @@ from buffer.backends import CATALOG, open_backend
 from buffer.embedded_log import log_root
 from buffer.interface import Backend, Report
 from configs.schema import Settings
-from configs.urls import shown_place, shown_scheme
+from configs.urls import file_place_problem, shown_place, shown_scheme
 
 _NAMES_RUN = re.compile(r"[?&]run=")
+_LIKE_TIME = re.compile(r"[0-9T:.+Z -]{1,40}")
 RunArgument = Annotated[
     str | None,
     typer.Argument(
@@ -162,13 +163,32 @@ def unix_ms(text: str | None, option: str) -> int | None:
     """
     if text is None:
         return None
-    try:
+    time = None
+    with contextlib.suppress(ValueError):
         time = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(
-            f"{option} must be a time such as 2026-11-28T09:30, got {text!r}"
-        ) from None
+    if time is None:  # out here: the error of the library quotes the text, which may be a URL
+        shown = _shown_time(text)
+        raise ValueError(f"{option} must be a time such as 2026-11-28T09:30, got {shown!r}")
     return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def _shown_time(text: str) -> str:
+    """What was given in place of a time; it may be a URL."""
+    return text if _LIKE_TIME.fullmatch(text) else shown_place(text)
+
+
+def check_path(name: str, path: Path) -> None:
+    """Refuse a URL where a file or folder belongs: it would be made, with a password in its name.
+
+    Args:
+        name: of the option or argument.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    problem = file_place_problem(name, path)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 @contextlib.contextmanager

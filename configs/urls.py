@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
 from urllib.parse import unquote
 
 MASK = "********"
@@ -23,6 +25,7 @@ _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\])(?::[0
 _HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
 _ADDRESS = re.compile(r"\[?[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){1,7}\]?")
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~+,=%-]*)*")
+_URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/|.*@)")
 _LONGEST = 2048
 _DEEPEST = 4
 """URLs within each other."""
@@ -83,6 +86,35 @@ def shown_place(text: str) -> str:
     """A word of the command line: a path as it is, and a URL as ``shown_url`` shows it."""
     is_plain = len(text) <= _LONGEST and not re.search(r"[:@?#]", text)
     return text if is_plain or _ADDRESS.fullmatch(text) else shown_url(text)
+
+
+def is_url_as_path(path: PurePath | str) -> bool:
+    """Whether a path is a URL that somebody wrote where a file or folder belongs; ``Path`` has
+    made one slash of two."""
+    return _URL_AS_PATH.match(str(path)) is not None
+
+
+def file_place_problem(name: str, path: PurePath | str) -> str | None:
+    """What is wrong with a path that may be a URL, without its secrets; ``None`` if it is a path.
+
+    Args:
+        name: names the setting or option in the message.
+    """
+    if not is_url_as_path(path):
+        return None
+    return f"{name} must be a path, not a URL, got {shown_place(str(path))}"
+
+
+def shown_value(value: Any) -> Any:
+    """The value of a setting as it may be printed, lists and sections too: texts in which a URL
+    with a secret stands lose that."""
+    if isinstance(value, dict):
+        return {name: shown_value(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [shown_value(one) for one in value]
+    if isinstance(value, str) and is_url_as_path(value) and has_secret(value):
+        return shown_url(value)
+    return value
 
 
 def shown_scheme(url: str) -> str | None:
