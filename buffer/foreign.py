@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer.claim_file import CLAIMS, cut_off
 from buffer.committed import sound_committed
 from buffer.files import kind_of
 from buffer.interface import Report
@@ -92,6 +93,8 @@ def _of_writer(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _of_group(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+    if (cut := cut_off(folder)) is not None:
+        yield folder / CLAIMS, cut
     for entry in _entries(folder):
         if (kind := _kind(entry)) is not None:
             yield Path(entry), f"it is {kind}, not a file of a group"
