@@ -206,10 +206,19 @@ def _text_of(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(text.split())
+    return one_line(" ".join(text.split()))
+
+
+def one_line(text: str) -> str:
+    """A text with names of files, tenants and groups in it, which may hold line breaks, codes of
+    the terminal, and bytes that are no text: those as escapes, so that nobody forges a line."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def print_reports(reports: Iterable[Report], as_json: bool) -> None:
     """One line for each."""
     for report in reports:
-        typer.echo(json.dumps(report.to_json()) if as_json else report.to_line())
+        typer.echo(json.dumps(report.to_json()) if as_json else one_line(report.to_line()))

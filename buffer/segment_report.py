@@ -18,6 +18,7 @@ from buffer.layout import (
     said_once,
     segment_numbers,
     segment_path,
+    stored_bytes,
 )
 from buffer.segment_list import SegmentList
 from buffer.small_json import is_foreign
@@ -41,6 +42,9 @@ class SegmentReport(Report):
     """Its writer is still running."""
     deleted: tuple[int, ...] = ()
     """Numbers of the records that were deleted with their tenant."""
+    stored_bytes: int = 0
+    """What the file takes on the disk, as it counts towards ``buffer.max_bytes``: less than its
+    size if it has holes."""
 
     @property
     def is_damaged(self) -> bool:
@@ -138,7 +142,8 @@ def _report(
     deleted: list[int] = []
     descriptor = open_segment(folder, segment)
     try:
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        size = status.st_size
         for frame in scan(descriptor, size):
             damaged += max(0, frame.number - number)
             if not frame.is_deleted:
@@ -151,7 +156,16 @@ def _report(
         os.close(descriptor)
     if claimed is not None and claimed <= size:
         damaged, number = damaged + 1, number + 1
+    is_written = live and is_last
     report = SegmentReport(
-        folder.name, segment, records, size, size - end, damaged, live and is_last, tuple(deleted)
+        folder.name,
+        segment,
+        records,
+        size,
+        size - end,
+        damaged,
+        is_written,
+        tuple(deleted),
+        size if is_written else stored_bytes(status),
     )
     return report, number
