@@ -8,7 +8,7 @@ buffer with values of their form. Everything else becomes ``MASK``, so a passwor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote
@@ -136,11 +136,18 @@ def shown_option_name(name: str) -> str:
     return name if re.fullmatch(r"[a-z]{2,16}(_[a-z]{1,16}){0,3}", name) else MASK
 
 
-def without_secrets(text: str, *urls: str) -> str:
-    """A text of somebody else, such as the error of a library, without the URLs' secrets."""
+def without_secrets(text: str, *urls: str, but: Collection[str] = ()) -> str:
+    """A text of somebody else, such as the error of a library, without the URLs' secrets.
+
+    Args:
+        but: words that are none although a URL that is hidden as a whole has them: its scheme,
+            where that is known.
+    """
     for url in urls:
         text = text.replace(url, shown_url(url))
         for piece in _hidden_pieces(url):
+            if piece in but:
+                continue
             # A short one may be a part of a word of ours, a long one is nobody else's.
             edge = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])" if len(piece) < _LONG else "{}"
             text = re.sub(edge.format(re.escape(piece)), MASK, text)

@@ -219,6 +219,24 @@ def test_a_url_where_a_path_or_a_time_belongs_is_refused_and_not_shown(url, tmp_
     assert not [path for path in tmp_path.rglob("*") if CANARY in path.name]
 
 
+@pytest.mark.parametrize(
+    ("url", "example"),
+    [
+        ("socket:{c}@", "must name an absolute path, as in 'socket:/some/path'"),
+        ("redis:{c}@", "as in redis://127.0.0.1:6379/0"),
+        ("kafka:{c}@", "must look like kafka://[USER@]HOST:PORT"),
+        ("shm:{c}@", "'shm:' is enough"),
+        ("fsspec:{c}@", "as in 'fsspec:gs://bucket/run'"),
+    ],
+)
+def test_the_example_of_an_error_is_not_masked_with_what_was_typed(url, example, tmp_path):
+    url = url.replace("{c}", CANARY)
+    with pytest.raises(ValueError, match=r"buffer\.url") as caught:
+        open_backend(url, tmp_path)
+    check_error(caught.value, url)
+    assert example in str(caught.value)
+
+
 def test_a_mistyped_time_is_repeated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
