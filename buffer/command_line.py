@@ -197,11 +197,11 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(_text_of(error), err=True)
+        typer.echo(text_of(error), err=True)
         raise typer.Exit(code=2) from error
 
 
-def _text_of(error: Exception) -> str:
+def text_of(error: Exception) -> str:
     """What an error says, in one line and without the system's number for it."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -19,6 +19,7 @@ from buffer.command_line import (
     place,
     print_reports,
     refusing,
+    text_of,
     unix_ms,
 )
 from buffer.interface import Backend
@@ -32,6 +33,13 @@ SourceArgument = Annotated[
 DestinationArgument = Annotated[
     str, typer.Argument(help="run folder, or URL as in buffer.url, that gets them")
 ]
+
+
+_COPY_AGAIN = "start it again to continue"
+_REPLAY_AGAIN = (
+    "another replay sends all of them again, and trainers pass over those that they know unless it "
+    "is --as-new; `buffer copy` continues where it stopped"
+)
 
 
 def copy(
@@ -53,7 +61,7 @@ def copy(
     with refusing():
         limits = limits_of(settings.buffer)
         places = _places(source, destination, settings, "copy")
-        _finish(lambda: copy_traces(*places, limits), as_json)
+        _finish(lambda: copy_traces(*places, limits), as_json, _COPY_AGAIN)
 
 
 def replay(
@@ -96,7 +104,11 @@ def replay(
             frozenset(domain or ()),
             frozenset(drafter_version or ()),
         )
-        _finish(lambda: replay_traces(*places, limits, wanted, rate=rate, as_new=as_new), as_json)
+        _finish(
+            lambda: replay_traces(*places, limits, wanted, rate=rate, as_new=as_new),
+            as_json,
+            _REPLAY_AGAIN,
+        )
 
 
 def _places(
@@ -109,13 +121,17 @@ def _places(
     )
 
 
-def _finish(send: Callable[[], Sent], as_json: bool) -> None:
-    """Send, say what became of it, and exit accordingly."""
+def _finish(send: Callable[[], Sent], as_json: bool, advice: str) -> None:
+    """Send, say what became of it, and exit accordingly.
+
+    Args:
+        advice: what to do if the destination fails on the way.
+    """
     try:
         sent = send()
     except StoppedError as stopped:
         print_reports([stopped.sent], as_json)
-        typer.echo(f"stopped: {stopped}; start it again to continue", err=True)
+        typer.echo(f"stopped: {text_of(stopped.problem)}; {advice}", err=True)
         raise typer.Exit(code=1) from stopped
     print_reports([sent], as_json)
     if sent.is_damaged:

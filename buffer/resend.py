@@ -34,6 +34,7 @@ class StoppedError(Exception):
     def __init__(self, sent: Sent, problem: OSError) -> None:
         super().__init__(str(problem))
         self.sent = sent
+        self.problem = problem
 
 
 @dataclass(slots=True)

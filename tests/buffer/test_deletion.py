@@ -18,6 +18,7 @@ from buffer.interface import TraceLimits
 from buffer.layout import segment_path
 from buffer.memory import MemoryBackend
 from buffer.traces import TraceReader
+from oracles.small_disk import small_file_system
 
 CANARY = np.array([1_234_567_891, 1_987_654_321, 1_111_222_333], np.int32)
 LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 24, ttl_s=3600.0, sync_interval_s=0.0)
@@ -48,6 +49,29 @@ def write_mixed(writer, make_trace, theirs, first, count):
     for seq in range(first, first + count):
         writer.append(theirs(seq) if seq % 2 else encode_trace(make_trace(seq=seq)))
     writer.sync()
+
+
+def test_on_a_full_disk_records_are_deleted_and_what_was_not_done_is_said(
+    tmp_path, make_trace, theirs
+):
+    with small_file_system(tmp_path / "disk", "256k") as disk:
+        log = open_backend("log:", disk)
+        with log.open_trace_writer(LIMITS) as writer:
+            write_mixed(writer, make_trace, theirs, 0, 20)
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize))
+        call = ["delete", "--tenant", "umbrella", str(disk)]
+        found = CliRunner().invoke(app, call)
+        assert found.exit_code == 2
+        assert f"{disk}/traces/DELETED.json: No space left on device. 10 records and 0 that " in (
+            found.stderr
+        )
+        assert found.stderr.rstrip().endswith("Make room, and repeat the deletion")
+        assert files_with(disk / "traces", CANARY.tobytes()) == []
+        ballast.unlink()
+        assert CliRunner().invoke(app, call).exit_code == 0
+        assert log.deletions().until_ms.keys() == {digest_of("umbrella")}
+        assert log.stats().held == 10
 
 
 def test_no_file_holds_anything_of_the_tenant_and_the_writer_goes_on(tmp_path, make_trace, theirs):

@@ -15,6 +15,7 @@ from buffer.interface import TraceLimits
 from buffer.records import Rounds, Sampling
 from buffer.resend import StoppedError, Wanted, copy_traces, replay_traces
 from oracles.forked import Forked
+from oracles.small_disk import small_file_system
 from oracles.support import REPOSITORY
 
 LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 26, ttl_s=1e9, sync_interval_s=0.0)
@@ -231,6 +232,25 @@ def test_a_destination_that_fails_on_the_way_says_what_it_has(run, tmp_path, mon
     assert stopped.value.sent.sent == 4
     assert copy_traces(open_backend("log:", run), there, LIMITS).sent in (0, 1, 2)
     assert len(traces_in(("memory:failing", run), run)) == 6
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [("copy", "start it again to continue"), ("replay", "sends all of them again")],
+)
+def test_who_stops_at_a_full_disk_is_told_what_another_run_would_do(
+    tmp_path, make_trace, command, advice
+):
+    source = tmp_path / "source"
+    write(source, [make_trace(seq=seq) for seq in range(300)])
+    num_bytes = open_backend("log:", source).stats().held_bytes
+    with small_file_system(tmp_path / "disk", f"{num_bytes // 2048}k") as disk:
+        call = [command, str(source), str(disk / "to"), "--set", "buffer.max_bytes=1073741824"]
+        found = CliRunner().invoke(app, call)
+    assert found.exit_code == 1
+    assert "No space left" in found.stderr and advice in found.stderr
+    assert "[Errno" not in found.stderr
+    assert ("to continue" in found.stderr) == (command == "copy")
 
 
 COPY = """
