@@ -6,9 +6,10 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -67,24 +68,53 @@ def located(run: str | None, settings: Settings) -> tuple[str, Path]:
     return settings.buffer.url, run_dir
 
 
-def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
-    """The buffer that ``located`` finds, opened; the access is noted.
+@contextlib.contextmanager
+def accessed(
+    run: str | None, settings: Settings, action: Action
+) -> Iterator[tuple[Backend, dict[str, Any]]]:
+    """The buffer that ``located`` finds, opened, and a mapping for what was counted. The access is
+    noted with it at the end, whatever happens.
 
     Raises:
         ValueError: there is none, or its URL cannot be used.
     """
     url, run_dir = located(run, settings)
-    backend = opened(url, run_dir)
-    audit(run_dir, action, url, backend.run)
-    return backend
+    backend, counts = opened(url, run_dir), dict[str, Any]()
+    try:
+        yield backend, counts
+    except BaseException as error:
+        counts["failed"] = type(error).__name__
+        raise
+    finally:
+        audit(run_dir, action, url, backend.run, **counts)
 
 
-def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Backend:
+@dataclass(frozen=True, slots=True)
+class Access:
+    """An open buffer to or from which traces are sent. Noted when that begins, for it may be
+    killed, and with counts at its end."""
+
+    backend: Backend
+    url: str
+    run_dir: Path
+    action: Action
+    role: Literal["from", "to"]
+
+    def note(self, **facts: Any) -> None:
+        """Note it once more."""
+        audit(self.run_dir, self.action, self.url, self.backend.run, role=self.role, **facts)
+
+
+def place(text: str, settings: Settings, action: Action, role: Literal["from", "to"]) -> Access:
     """The buffer at a URL, or the embedded log of a run folder; the access is noted.
+
+    Args:
+        role: ``from``: it must exist.
 
     Raises:
         ValueError: there is no such folder, or the URL cannot be used.
     """
+    must_exist = role == "from"
     if is_url(text):
         url, run_dir = text, settings.run_dir
     else:
@@ -92,9 +122,9 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
             _check_run_folder(text)
         url, run_dir = "log:", Path(text)
     _check_folder(url, run_dir, may_be_missing=not (must_exist and is_url(text)))
-    backend = opened(url, run_dir)
-    audit(run_dir, action, url, backend.run)
-    return backend
+    access = Access(opened(url, run_dir), url, run_dir, action, role)
+    access.note(began=True)
+    return access
 
 
 def _check_run_folder(text: str) -> None:

@@ -335,12 +335,37 @@ def test_each_access_is_noted_though_there_is_no_run_folder(tmp_path, make_trace
     for call in calls:
         assert CliRunner().invoke(app, call).exit_code == 0
     lines = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
-    actions = ["delete", "undelete", "deletions", "stats", "inspect", "copy"]
+    actions = ["delete", "undelete", "deletions", "stats", "inspect", "copy", "copy"]
     assert [line["action"] for line in lines] == actions
     assert run.stat().st_mode & 0o777 == 0o700
     assert (run / "audit.jsonl").stat().st_mode & 0o777 == 0o600
-    (line,) = (tmp_path / "other" / "audit.jsonl").read_text().splitlines()
-    assert json.loads(line)["action"] == "copy"
+    assert (lines[3]["written"], lines[3]["held"], lines[3]["deleted"]) == (6, 3, 3)
+    assert (lines[4]["traces"], lines[4]["put_aside"]) == (3, 0)
+    other = [
+        json.loads(line) for line in (tmp_path / "other" / "audit.jsonl").read_text().splitlines()
+    ]
+    for role, (began, done) in (("from", lines[5:]), ("to", other)):
+        assert (began["action"], began["role"], began["began"]) == ("copy", role, True)
+        assert (done["action"], done["role"], done["read"], done["sent"]) == ("copy", role, 3, 3)
+        assert done["sent_bytes"] > 0 and "began" not in done
+
+
+def test_a_replay_into_the_same_run_leaves_lines_that_tell_source_from_destination(
+    tmp_path, make_trace, theirs
+):
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 4)
+    call = ["replay", str(tmp_path), str(tmp_path), "--tenant", "umbrella"]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["role"], line.get("sent")) for line in lines] == [
+        *(("from", None), ("to", None)),
+        *(("from", 2), ("to", 2)),
+    ]
+    (tmp_path / "traces" / "DELETED.json").write_text("[]")
+    assert CliRunner().invoke(app, call).exit_code == 2
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line.get("failed") for line in lines[4:]] == [None, None, "ValueError", "ValueError"]
 
 
 def test_the_audit_line_holds_no_password(tmp_path):
