@@ -120,6 +120,7 @@ class StatsLine(Report):
     def to_line(self) -> str:
         s = self.stats
         deleted = f", {s.deleted} deleted" if s.deleted else ""
+        theirs = f" ({s.deleted_bytes} of deleted records)" if s.deleted_bytes else ""
         forgotten = (
             f"; {s.forgotten} that groups had passed are unknown to the store, which was started "
             f"without its data or whose files somebody has overwritten"
@@ -128,13 +129,14 @@ class StatsLine(Report):
         )
         return (
             f"records: {s.appended} written by {s.num_writers} writers, {s.held} held, "
-            f"{s.held_bytes} bytes{deleted}{forgotten}"
+            f"{s.held_bytes} bytes{theirs}{deleted}{forgotten}"
         )
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self.stats)
         del values["groups"]
-        return {"kind": "records", **values}
+        # ``appended`` is what the code calls it; scripts that read it go on working.
+        return {"kind": "records", "written": self.stats.appended, **values}
 
 
 @dataclass(frozen=True, slots=True)

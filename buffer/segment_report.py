@@ -45,6 +45,8 @@ class SegmentReport(Report):
     stored_bytes: int = 0
     """What the file takes on the disk, as it counts towards ``buffer.max_bytes``: less than its
     size if it has holes."""
+    deleted_bytes: int = 0
+    """Bytes of the deleted records, heads included; their room is kept."""
 
     @property
     def is_damaged(self) -> bool:
@@ -138,7 +140,7 @@ def _report(
     folder: Path, segment: int, number: int, *, live: bool, is_last: bool
 ) -> tuple[SegmentReport, int]:
     """Report on one segment, and the number of the record that follows it."""
-    records = damaged = end = 0
+    records = damaged = deleted_bytes = end = 0
     deleted: list[int] = []
     descriptor = open_segment(folder, segment)
     try:
@@ -148,8 +150,10 @@ def _report(
             damaged += max(0, frame.number - number)
             if not frame.is_deleted:
                 records += 1
-            elif frame.number >= number:  # lower ones come again where somebody copied a segment
-                deleted.append(frame.number)
+            else:
+                deleted_bytes += frame.end - frame.start
+                if frame.number >= number:  # lower ones come again where somebody copied a segment
+                    deleted.append(frame.number)
             end, number = frame.end, max(number, frame.number + 1)
         claimed = claimed_end(descriptor, end) if is_last else None
     finally:
@@ -167,5 +171,6 @@ def _report(
         is_written,
         tuple(deleted),
         size if is_written else stored_bytes(status),
+        deleted_bytes,
     )
     return report, number

@@ -64,6 +64,7 @@ def log_stats(root: Path) -> BufferStats:
         held_bytes=sum(report.stored_bytes for report in reports),
         groups=tuple(_counts_of(group, positions[group], written) for group in sorted(positions)),
         deleted=sum(len(one.deleted) for one in written.values()),
+        deleted_bytes=sum(report.deleted_bytes for report in reports),
         forgotten=sum(one.end - one.known for one in written.values()),
     )
 

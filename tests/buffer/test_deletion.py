@@ -350,6 +350,50 @@ def test_each_access_is_noted_though_there_is_no_run_folder(tmp_path, make_trace
         assert done["sent_bytes"] > 0 and "began" not in done
 
 
+def test_stats_tell_the_bytes_of_deleted_records_from_those_that_are_held(
+    tmp_path, make_trace, theirs
+):
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 8)
+    with open_backend("log:", tmp_path / "held").open_trace_writer(LIMITS) as writer:
+        for seq in range(0, 8, 2):
+            writer.append(encode_trace(make_trace(seq=seq)))
+    assert " of deleted records" not in CliRunner().invoke(app, ["stats", str(tmp_path)]).output
+    open_backend("log:", tmp_path).delete("umbrella")
+    stats = open_backend("log:", tmp_path).stats()
+    held_alone = open_backend("log:", tmp_path / "held").stats().held_bytes
+    assert stats.held_bytes - stats.deleted_bytes == held_alone
+    said = CliRunner().invoke(app, ["stats", str(tmp_path)]).output
+    assert f"4 held, {stats.held_bytes} bytes ({stats.deleted_bytes} of deleted records)" in said
+    said = CliRunner().invoke(app, ["stats", str(tmp_path), "--json"]).output
+    values = json.loads(said.splitlines()[0])
+    assert values["written"] == values["appended"] == 8
+
+
+def test_a_replay_of_a_tenant_tells_its_deleted_traces_from_those_removed_before(
+    tmp_path, make_trace
+):
+    def write(tenants, first):
+        with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+            for seq, tenant in enumerate(tenants, first):
+                writer.append(encode_trace(make_trace(seq=seq, tenant=tenant)))
+
+    write("aabbbc", 0)
+    open_backend("log:", tmp_path).delete("b")
+    # They come late, and are there although their tenants are deleted now.
+    other = open_backend("log:", tmp_path / "other")
+    other.open_trace_writer(LIMITS).close()
+    for tenant in "ac":
+        other.delete(tenant, until_ms=1 << 60)
+    call = ["replay", str(tmp_path), str(tmp_path / "other"), "--tenant", "a"]
+    said = CliRunner().invoke(app, [*call, "--json"]).output
+    found = json.loads(said)
+    counts = [found[name] for name in ("read", "sent", "filtered", "deleted", "removed")]
+    assert counts == [3, 0, 1, 2, 3]
+    said = CliRunner().invoke(app, call).output
+    assert "2 left out because their tenant was deleted, 3 deleted from there before" in said
+
+
 def test_a_replay_into_the_same_run_leaves_lines_that_tell_source_from_destination(
     tmp_path, make_trace, theirs
 ):
