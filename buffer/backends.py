@@ -53,7 +53,7 @@ def open_backend(url: str, run_dir: Path) -> Backend:
             f"install {error.name}"
         )
     except ValueError as error:
-        problem = without_secrets(str(error), url)
+        problem = without_secrets(str(error), url, but=(scheme,))
     raise ValueError(problem)  # out here: what a library said of the URL may quote it
 
 

@@ -47,9 +47,13 @@ ExpectedTensors = Mapping[str, tuple[str, tuple[int, ...]]]
 class BundleError(ValueError):
     """A published bundle that must not be used; the message says why and what to do."""
 
-    def __init__(self, version: str, problem: str) -> None:
+    def __init__(self, version: str, problem: str, *, advice: str = "Restore the file") -> None:
+        """
+        Args:
+            advice: what helps, if nobody wants to wait.
+        """
         super().__init__(
-            f"snapshot {version} is damaged: {problem}; not swapping. Restore the file, or wait: "
+            f"snapshot {version} is damaged: {problem}; not swapping. {advice}, or wait: "
             f"the next published version supersedes it."
         )
         self.problem = problem
@@ -322,11 +326,20 @@ def _check_finite(name: str, broken: Sequence[str]) -> None:
 
 
 def _manifest_of_all(path: Path) -> Manifest:
-    """The manifest of a folder that must hold the files it names, and no others."""
+    """The manifest of a folder that must hold the files it names, and no others.
+
+    Files that begin with a dot are passed over and never read: file managers, editors and network
+    file systems leave them (``.DS_Store``, ``.nfs...``), and no bundle has one.
+    """
     manifest = read_manifest(path)
-    unexpected = sorted({entry.name for entry in path.iterdir()} - {*manifest.files, MANIFEST})
+    found = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+    unexpected = sorted(found - {*manifest.files, MANIFEST})
     if unexpected:
-        raise BundleError(path.name, f"{path} holds {unexpected[:8]}, which the manifest lacks")
+        raise BundleError(
+            path.name,
+            f"{path} holds {unexpected[:8]}, which the manifest lacks",
+            advice="Remove it" if len(unexpected) == 1 else "Remove them",
+        )
     return manifest
 
 

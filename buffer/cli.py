@@ -20,7 +20,7 @@ from buffer.bundles import BundleError
 from buffer.codec import UnreadableRecordError, decode_trace
 from buffer.command_delete import delete, undelete
 from buffer.command_keys import keys
-from buffer.command_line import JsonOption, RunArgument, print_reports, refusing, run_backend
+from buffer.command_line import JsonOption, RunArgument, accessed, print_reports, refusing
 from buffer.command_resend import copy, replay
 from buffer.counts import BufferStats, GroupCounts
 from buffer.interface import Backend, Report, TraceLimits
@@ -120,6 +120,7 @@ class StatsLine(Report):
     def to_line(self) -> str:
         s = self.stats
         deleted = f", {s.deleted} deleted" if s.deleted else ""
+        theirs = f" ({s.deleted_bytes} of deleted records)" if s.deleted_bytes else ""
         forgotten = (
             f"; {s.forgotten} that groups had passed are unknown to the store, which was started "
             f"without its data or whose files somebody has overwritten"
@@ -128,13 +129,14 @@ class StatsLine(Report):
         )
         return (
             f"records: {s.appended} written by {s.num_writers} writers, {s.held} held, "
-            f"{s.held_bytes} bytes{deleted}{forgotten}"
+            f"{s.held_bytes} bytes{theirs}{deleted}{forgotten}"
         )
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self.stats)
         del values["groups"]
-        return {"kind": "records", **values}
+        # ``appended`` is what the code calls it; scripts that read it go on working.
+        return {"kind": "records", "written": self.stats.appended, **values}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +199,7 @@ def inspect(
     cannot be reached.
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    with refusing():
-        backend = run_backend(run, settings, "inspect")
+    with refusing(), accessed(run, settings, "inspect") as (backend, counts):
         key = settings.swap.public_key
         beside = [one.kind for one in settings.drafter.beside]
         reports = list(inspect_backend(backend, limits_of(settings.buffer), key, beside))
@@ -206,6 +207,8 @@ def inspect(
             reports += record_lines(backend, limit, token_ids)
         if put_aside := tuple(backend.unreadable()):
             reports.append(QuarantineLine(put_aside, records))
+        counts["traces"] = sum(one.traces for one in reports if isinstance(one, TracesLine))
+        counts["put_aside"] = len(put_aside)
     print_reports(reports, as_json)
     if any(report.is_damaged for report in reports):
         raise typer.Exit(code=1)
@@ -224,8 +227,9 @@ def stats(
     Exit code 0: they were counted. 2: wrong usage or settings, or the buffer cannot be reached.
     """
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    with refusing():
-        found = run_backend(run, settings, "stats").stats()
+    with refusing(), accessed(run, settings, "stats") as (backend, counts):
+        found = backend.stats()
+        counts.update(written=found.appended, held=found.held, deleted=found.deleted)
     print_reports([StatsLine(found), *map(GroupLine, found.groups)], as_json)
 
 

@@ -17,6 +17,7 @@ from buffer.audit import Action, audit
 from buffer.command_line import (
     JsonOption,
     RunArgument,
+    check_path,
     located,
     opened,
     refusing,
@@ -29,6 +30,7 @@ from configs.schema import Settings
 from configs.urls import shown_url
 
 _Found = TypeVar("_Found")
+_NAMES_PATH = re.compile(r"[a-z]+:/(?!/)")
 RunFolderOption = Annotated[
     Path | None,
     typer.Option("--run", help="run folder of a URL; by default run_dir of the settings"),
@@ -96,7 +98,7 @@ def delete(
         return
     typer.echo(
         f"deleted {found.records} records of {found.num_bytes} bytes, and {found.quarantined} that "
-        f"were put aside; {shown_url(url)} of {_run_of(url, run_dir)}"
+        f"were put aside; {_place_of(url, run_dir)}"
     )
     if not found.records and not found.quarantined:
         typer.echo(
@@ -140,7 +142,7 @@ def undelete(
             url, run_dir, "undelete", name, lambda backend: backend.undelete(name)
         )
         audit(run_dir, "undelete", url, **facts, was_listed=was_listed)
-    where = f"{shown_url(url)} of {_run_of(url, run_dir)}"
+    where = _place_of(url, run_dir)
     if as_json:
         typer.echo(json.dumps({"digest": name, "was_listed": was_listed}))
     elif was_listed:
@@ -161,7 +163,11 @@ _LATE = (
 
 def _settings(config: ConfigOption, set_: SetOption, run: Path | None) -> Settings:
     settings = settings_from_cli(config, set_, print_config=False, loads_target=False)
-    return settings if run is None else settings.model_copy(update={"run_dir": run})
+    if run is None:
+        return settings
+    with refusing():
+        check_path("--run", run)
+    return settings.model_copy(update={"run_dir": run})
 
 
 def _noted(
@@ -197,7 +203,7 @@ def _print_list(place: str | None, settings: Settings, tenant: str | None, as_js
             ahead = " (in the future)" if until_ms > _now_ms() else ""
             typer.echo(f"{digest}: what ended until {_time(until_ms)}{ahead}")
     if not shown and not as_json:
-        typer.echo(f"no deletion is listed; {shown_url(url)} of {_run_of(url, run_dir)}")
+        typer.echo(f"no deletion is listed; {_place_of(url, run_dir)}")
 
 
 def _now_ms() -> int:
@@ -211,7 +217,10 @@ def _time(unix_ms: int) -> str:
         return f"{unix_ms} ms of Unix time"
 
 
-def _run_of(url: str, run_dir: Path) -> str:
-    """The run whose traces were meant: a service's URL may name another one than the settings."""
+def _place_of(url: str, run_dir: Path) -> str:
+    """The buffer that was meant, and of which run: a service's URL may name another one than the
+    settings, and that of a folder or a socket names all there is."""
+    if _NAMES_PATH.match(url):
+        return shown_url(url)
     named = re.search(r"[?&]run=([A-Za-z0-9._-]+)", url)
-    return f"run {named[1]}" if named else str(run_dir)
+    return f"{shown_url(url)} of {f'run {named[1]}' if named else run_dir}"

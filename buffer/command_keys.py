@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from buffer.command_line import refusing
+from buffer.command_line import check_path, refusing
 from buffer.signatures import write_key_pair
 
 
@@ -23,5 +23,7 @@ def keys(
     Exit code 0: both files were written. 2: one exists already, or cannot be written.
     """
     with refusing():
+        check_path("the file of the private key", private)
+        check_path("the file of the public key", public)
         write_key_pair(private, public)
     typer.echo(f"private key: {private} (only you may read it)\npublic key: {public}")

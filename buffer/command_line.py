@@ -6,9 +6,10 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,9 +18,10 @@ from buffer.backends import CATALOG, open_backend
 from buffer.embedded_log import log_root
 from buffer.interface import Backend, Report
 from configs.schema import Settings
-from configs.urls import shown_place, shown_scheme
+from configs.urls import file_place_problem, shown_place, shown_scheme
 
 _NAMES_RUN = re.compile(r"[?&]run=")
+_LIKE_TIME = re.compile(r"[0-9T:.+Z -]{1,40}")
 RunArgument = Annotated[
     str | None,
     typer.Argument(
@@ -66,24 +68,53 @@ def located(run: str | None, settings: Settings) -> tuple[str, Path]:
     return settings.buffer.url, run_dir
 
 
-def run_backend(run: str | None, settings: Settings, action: Action) -> Backend:
-    """The buffer that ``located`` finds, opened; the access is noted.
+@contextlib.contextmanager
+def accessed(
+    run: str | None, settings: Settings, action: Action
+) -> Iterator[tuple[Backend, dict[str, Any]]]:
+    """The buffer that ``located`` finds, opened, and a mapping for what was counted. The access is
+    noted with it at the end, whatever happens.
 
     Raises:
         ValueError: there is none, or its URL cannot be used.
     """
     url, run_dir = located(run, settings)
-    backend = opened(url, run_dir)
-    audit(run_dir, action, url, backend.run)
-    return backend
+    backend, counts = opened(url, run_dir), dict[str, Any]()
+    try:
+        yield backend, counts
+    except BaseException as error:
+        counts["failed"] = type(error).__name__
+        raise
+    finally:
+        audit(run_dir, action, url, backend.run, **counts)
 
 
-def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Backend:
+@dataclass(frozen=True, slots=True)
+class Access:
+    """An open buffer to or from which traces are sent. Noted when that begins, for it may be
+    killed, and with counts at its end."""
+
+    backend: Backend
+    url: str
+    run_dir: Path
+    action: Action
+    role: Literal["from", "to"]
+
+    def note(self, **facts: Any) -> None:
+        """Note it once more."""
+        audit(self.run_dir, self.action, self.url, self.backend.run, role=self.role, **facts)
+
+
+def place(text: str, settings: Settings, action: Action, role: Literal["from", "to"]) -> Access:
     """The buffer at a URL, or the embedded log of a run folder; the access is noted.
+
+    Args:
+        role: ``from``: it must exist.
 
     Raises:
         ValueError: there is no such folder, or the URL cannot be used.
     """
+    must_exist = role == "from"
     if is_url(text):
         url, run_dir = text, settings.run_dir
     else:
@@ -91,9 +122,9 @@ def place(text: str, settings: Settings, must_exist: bool, action: Action) -> Ba
             _check_run_folder(text)
         url, run_dir = "log:", Path(text)
     _check_folder(url, run_dir, may_be_missing=not (must_exist and is_url(text)))
-    backend = opened(url, run_dir)
-    audit(run_dir, action, url, backend.run)
-    return backend
+    access = Access(opened(url, run_dir), url, run_dir, action, role)
+    access.note(began=True)
+    return access
 
 
 def _check_run_folder(text: str) -> None:
@@ -162,13 +193,32 @@ def unix_ms(text: str | None, option: str) -> int | None:
     """
     if text is None:
         return None
-    try:
+    time = None
+    with contextlib.suppress(ValueError):
         time = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(
-            f"{option} must be a time such as 2026-11-28T09:30, got {text!r}"
-        ) from None
+    if time is None:  # out here: the error of the library quotes the text, which may be a URL
+        shown = _shown_time(text)
+        raise ValueError(f"{option} must be a time such as 2026-11-28T09:30, got {shown!r}")
     return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def _shown_time(text: str) -> str:
+    """What was given in place of a time; it may be a URL."""
+    return text if _LIKE_TIME.fullmatch(text) else shown_place(text)
+
+
+def check_path(name: str, path: Path) -> None:
+    """Refuse a URL where a file or folder belongs: it would be made, with a password in its name.
+
+    Args:
+        name: of the option or argument.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    problem = file_place_problem(name, path)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 @contextlib.contextmanager
@@ -177,19 +227,28 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(_text_of(error), err=True)
+        typer.echo(text_of(error), err=True)
         raise typer.Exit(code=2) from error
 
 
-def _text_of(error: Exception) -> str:
+def text_of(error: Exception) -> str:
     """What an error says, in one line and without the system's number for it."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(text.split())
+    return one_line(" ".join(text.split()))
+
+
+def one_line(text: str) -> str:
+    """A text with names of files, tenants and groups in it, which may hold line breaks, codes of
+    the terminal, and bytes that are no text: those as escapes, so that nobody forges a line."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def print_reports(reports: Iterable[Report], as_json: bool) -> None:
     """One line for each."""
     for report in reports:
-        typer.echo(json.dumps(report.to_json()) if as_json else report.to_line())
+        typer.echo(json.dumps(report.to_json()) if as_json else one_line(report.to_line()))

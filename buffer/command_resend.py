@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from buffer.audit import Action
 from buffer.backends import limits_of
 from buffer.command_line import (
+    Access,
     DomainOption,
     JsonOption,
     SinceOption,
@@ -19,9 +20,9 @@ from buffer.command_line import (
     place,
     print_reports,
     refusing,
+    text_of,
     unix_ms,
 )
-from buffer.interface import Backend
 from buffer.resend import Sent, StoppedError, Wanted, copy_traces, replay_traces
 from configs.cli import ConfigOption, SetOption, settings_from_cli
 from configs.schema import Settings
@@ -32,6 +33,13 @@ SourceArgument = Annotated[
 DestinationArgument = Annotated[
     str, typer.Argument(help="run folder, or URL as in buffer.url, that gets them")
 ]
+
+
+_COPY_AGAIN = "start it again to continue"
+_REPLAY_AGAIN = (
+    "another replay sends all of them again, and trainers pass over those that they know unless it "
+    "is --as-new; `buffer copy` continues where it stopped"
+)
 
 
 def copy(
@@ -53,7 +61,8 @@ def copy(
     with refusing():
         limits = limits_of(settings.buffer)
         places = _places(source, destination, settings, "copy")
-        _finish(lambda: copy_traces(*places, limits), as_json)
+        here, there = (one.backend for one in places)
+        _finish(lambda: copy_traces(here, there, limits), places, as_json, _COPY_AGAIN)
 
 
 def replay(
@@ -89,6 +98,7 @@ def replay(
     with refusing():
         limits = limits_of(settings.buffer)
         places = _places(source, destination, settings, "replay")
+        here, there = (one.backend for one in places)
         wanted = Wanted(
             unix_ms(since, "--since"),
             unix_ms(until, "--until"),
@@ -96,27 +106,49 @@ def replay(
             frozenset(domain or ()),
             frozenset(drafter_version or ()),
         )
-        _finish(lambda: replay_traces(*places, limits, wanted, rate=rate, as_new=as_new), as_json)
+        _finish(
+            lambda: replay_traces(here, there, limits, wanted, rate=rate, as_new=as_new),
+            places,
+            as_json,
+            _REPLAY_AGAIN,
+        )
 
 
-def _places(
-    source: str, destination: str, settings: Settings, action: Action
-) -> tuple[Backend, Backend]:
+def _places(source: str, destination: str, settings: Settings, action: Action) -> list[Access]:
     """Where traces come from and go to."""
-    return (
-        place(source, settings, must_exist=True, action=action),
-        place(destination, settings, must_exist=False, action=action),
-    )
+    return [
+        place(source, settings, action, role="from"),
+        place(destination, settings, action, role="to"),
+    ]
 
 
-def _finish(send: Callable[[], Sent], as_json: bool) -> None:
-    """Send, say what became of it, and exit accordingly."""
+def _finish(send: Callable[[], Sent], places: list[Access], as_json: bool, advice: str) -> None:
+    """Send, note and say what became of it, and exit accordingly.
+
+    Args:
+        advice: what to do if the destination fails on the way.
+    """
+    stopped = None
     try:
         sent = send()
-    except StoppedError as stopped:
-        print_reports([stopped.sent], as_json)
-        typer.echo(f"stopped: {stopped}; start it again to continue", err=True)
-        raise typer.Exit(code=1) from stopped
+    except StoppedError as error:
+        sent, stopped = error.sent, error
+    except BaseException as error:
+        _note(places, failed=type(error).__name__)
+        raise
+    failed = {} if stopped is None else {"failed": type(stopped.problem).__name__}
+    _note(places, **_counts_of(sent), **failed)
     print_reports([sent], as_json)
-    if sent.is_damaged:
+    if stopped is not None:
+        typer.echo(f"stopped: {text_of(stopped.problem)}; {advice}", err=True)
+    if stopped is not None or sent.is_damaged:
         raise typer.Exit(code=1)
+
+
+def _note(places: list[Access], **facts: Any) -> None:
+    for one in places:
+        one.note(**facts)
+
+
+def _counts_of(sent: Sent) -> dict[str, int]:
+    return {"read": sent.read, "sent": sent.sent, "sent_bytes": sent.sent_bytes}

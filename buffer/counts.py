@@ -94,3 +94,5 @@ class BufferStats:
     """Of the records ever stored: some group has committed them or later ones, and the store does
     not know them any more, because it was started without its data or somebody has overwritten its
     files. Groups that had not got them count them as lost."""
+    deleted_bytes: int = 0
+    """Of ``held_bytes``: those of deleted records."""

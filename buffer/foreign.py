@@ -11,17 +11,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer.claim_file import CLAIMS, cut_off
 from buffer.committed import sound_committed
 from buffer.files import kind_of
 from buffer.interface import Report
 from buffer.layout import (
     EVICT_LOCK,
+    GROUP_NAME,
     GROUPS,
     LOCK,
     QUARANTINE,
     SEGMENT_NAME,
     TOMBSTONE,
     WRITER_NAME,
+    group_names,
     read_tombstone,
     writer_names,
 )
@@ -72,11 +75,16 @@ def _found(root: Path) -> Iterator[tuple[Path, str]]:
     for entry in _entries(root / QUARANTINE):
         if (kind := _kind(entry)) is not None:
             yield Path(entry), f"it is {kind}, not a record that was put aside"
+    groups = group_names(root)
     for group in _entries(root / GROUPS):
-        if _kind(group) == "a folder":
+        if group.name in groups:
             yield from _of_group(root, Path(group))
-        else:
+        elif _kind(group) != "a folder":
             yield Path(group), "it is not a folder of a group"
+        elif not GROUP_NAME.fullmatch(group.name):
+            yield Path(group), "no group has such a name"
+        elif _entries(Path(group)):  # an empty one may be of a group that has just begun
+            yield Path(group), "it holds no file of a group"
 
 
 def _of_writer(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -92,6 +100,8 @@ def _of_writer(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _of_group(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+    if (cut := cut_off(folder)) is not None:
+        yield folder / CLAIMS, cut
     for entry in _entries(folder):
         if (kind := _kind(entry)) is not None:
             yield Path(entry), f"it is {kind}, not a file of a group"

@@ -26,6 +26,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.structs import MemberState
 
 from buffer.interface import Offsets
+from buffer.kafka_fetch import held_ends
 from buffer.kafka_link import KafkaLink
 from buffer.small_json import is_whole, parse_small_json
 
@@ -212,6 +213,8 @@ class Membership:
         there = consumer.partitions_for_topic(topic) or ()
         partitions = [self._partition(number) for number in places if number in there]
         ends = consumer.end_offsets(partitions) if partitions else {}
+        if any(places[one.partition].next > end for one, end in ends.items()):
+            ends = held_ends(self._link, consumer.beginning_offsets(partitions), ends)
         known = {one.partition: end for one, end in ends.items()}
         return {n: place for n, place in places.items() if n in known and place.next <= known[n]}
 

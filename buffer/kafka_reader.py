@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,6 @@ from kafka.errors import (
     IllegalGenerationError,
     KafkaError,
     KafkaTimeoutError,
-    OffsetOutOfRangeError,
     RebalanceInProgressError,
     UnknownMemberIdError,
 )
@@ -36,6 +35,7 @@ from buffer.deletions import Deletions, DeletionWatch
 from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
 from buffer.kafka_claims import KafkaClaims
 from buffer.kafka_deletions import DeletionLog
+from buffer.kafka_fetch import fetch_at, held_ends
 from buffer.kafka_group import Membership, Place, places_of
 from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
 from buffer.seen import Identity
@@ -136,14 +136,14 @@ class KafkaReader(RecordReader):
         return records
 
     def bounds(self) -> dict[int, range]:
-        """Offsets of the records that each partition holds now."""
+        """Offsets of the records that each partition holds now, whatever end the brokers name."""
         with self._lock, kafka_errors(f"{self._link.address.location} cannot be read"):
             if not self._has_partitions():
                 return {}
             assert self._consumer is not None
             partitions = [TopicPartition(self._topic, number) for number in self._ready]
             begins = self._consumer.beginning_offsets(partitions)
-            ends = self._consumer.end_offsets(partitions)
+            ends = held_ends(self._link, begins, self._consumer.end_offsets(partitions))
         return {one.partition: range(begins[one], ends[one]) for one in partitions}
 
     def commit(self, offsets: Offsets) -> None:
@@ -329,6 +329,9 @@ class KafkaReader(RecordReader):
             seen = self._seen[number]
             is_beyond = seen.began == self._places[number].next > end  # nothing came from there
             seen.began = None
+            if is_beyond and end >= seen.end:  # or the brokers hold more than they say
+                ends |= held_ends(self._link, {partition: begin}, {partition: end})
+                is_beyond = self._places[number].next > ends[partition]
             if is_beyond or end < seen.end:
                 self._warn_of_loss(number)
                 self._has_begun_anew(number, begin)
@@ -435,51 +438,6 @@ class _Pieces:
     def close(self) -> None:
         if self._consumer is not None:
             close_consumer(self._consumer)
-
-
-def fetch_at(
-    consumer: KafkaConsumer, partition: TopicPartition, offsets: Sequence[int], timeout_s: float
-) -> Iterator[Any]:
-    """Messages at these offsets; ends early where one is gone.
-
-    Args:
-        consumer: used by nobody else meanwhile.
-        partition: an existing one.
-        offsets: ascending.
-        timeout_s: longest time without an answer, seconds.
-
-    Raises:
-        KafkaError: the brokers do not answer.
-    """
-    consumer.assign([partition])
-    begin = consumer.beginning_offsets([partition])[partition]
-    end = consumer.end_offsets([partition])[partition]
-    at = -1
-    ready: deque[Any] = deque()
-    for offset in offsets:
-        if not begin <= offset < end:
-            return
-        while ready and ready[0].offset < offset:
-            ready.popleft()
-        if not ready:
-            if at != offset:
-                consumer.seek(partition, offset)
-            ready.extend(_poll_one(consumer, partition, timeout_s))
-            at = ready[-1].offset + 1 if ready else -1
-        if not ready or ready[0].offset != offset:
-            return
-        yield ready.popleft()
-
-
-def _poll_one(consumer: KafkaConsumer, partition: TopicPartition, timeout_s: float) -> list[Any]:
-    """Some messages; none if the place is out of range."""
-    try:
-        found = consumer.poll(timeout_ms=round(timeout_s * 1000), max_records=4)
-    except OffsetOutOfRangeError:
-        return []
-    if not found:
-        raise KafkaTimeoutError("there are records, but none arrives")
-    return list(found[partition])
 
 
 def _decode_reference(content: bytes | None) -> tuple[int, list[int], int] | None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from kafka import TopicPartition
 
 from buffer.interface import Unreadable
+from buffer.kafka_fetch import fetch_at
 from buffer.kafka_link import KafkaLink, close_consumer
-from buffer.kafka_reader import fetch_at
 
 
 def list_unreadable(link: KafkaLink) -> Iterator[Unreadable]:

@@ -38,8 +38,8 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, KafkaTimeoutError
 
+from buffer.kafka_fetch import fetch_at
 from buffer.kafka_link import KafkaLink, close_consumer
-from buffer.kafka_reader import fetch_at
 from buffer.kafka_sender import Sender
 from buffer.sealed import Content, Sealed, plain
 from buffer.small_json import parse_small_json

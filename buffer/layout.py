@@ -48,6 +48,10 @@ _MOST_FOREIGN = 64
 _LONGEST = 200
 """Bytes of a writer's name that leave room for an ending; a file's name has 255 at most."""
 WRITER_NAME = re.compile(r"w[0-9A-Za-z_.-]+")
+GROUP_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,128}")
+_OF_GROUP = re.compile(
+    r"w[0-9A-Za-z_.~-]+\.(json|lock)|[0-9]+-[0-9]+-[0-9]+\.member|claims(\.size)?"
+)
 SEGMENT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,8})\.seg")
 
 
@@ -243,6 +247,24 @@ def said_once(path: Path, problem: str) -> None:
     if len(_SAID) < _MOST_SAID and (path, problem) not in _SAID:
         _SAID.add((path, problem))
         log.warning("%s cannot be used (%s); it is passed over", path, problem)
+
+
+def group_names(root: Path) -> list[str]:
+    """Names of the groups that have read a log, sorted. A folder is a group's if its name can be
+    one and it holds a file that members make."""
+    try:
+        names = [path.name for path in (root / GROUPS).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(name for name in names if GROUP_NAME.fullmatch(name) and _is_group(root, name))
+
+
+def _is_group(root: Path, name: str) -> bool:
+    try:
+        with os.scandir(root / GROUPS / name) as entries:
+            return any(_OF_GROUP.fullmatch(entry.name) for entry in entries)
+    except OSError:  # no folder, or one that its owner lets nobody look into
+        return False
 
 
 def file_of(folder: Path, writer: str, ending: str) -> Path:

@@ -8,6 +8,7 @@ interrupts, the next deletion finishes.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ _MOST_BYTES = 64 << 20
 """Of the list of deletions: a million tenants."""
 _WAIT_S = 60.0
 """Longest wait for another process that evicts or deletes, seconds."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _ZEROS = bytes(1 << 20)
 
 Opened = Callable[[Payload], Payload]
@@ -65,8 +67,11 @@ def delete_from_log(
         opened: what a stored payload says, where payloads are encrypted.
         until_ms: as ``Backend.delete`` takes it.
 
+    On a full disk the tenant cannot be listed, but its records are overwritten in place.
+
     Raises:
-        OSError: the disk failed, or others kept the log locked for a minute; try again.
+        OSError: the disk failed or is full, or others kept the log locked for a minute; try again.
+            The message says what was done.
         ValueError: the list of deletions is damaged.
     """
     if not root.is_dir():
@@ -75,7 +80,12 @@ def delete_from_log(
     with eviction_lock(root, _WAIT_S):
         before, digest = read_deletions(root), digest_of(tenant)
         # At once, for what arrives meanwhile; until when it holds, the records will tell.
-        _write_list(root, before.with_tenant(digest, now_ms() if until_ms is None else until_ms))
+        at_once = before.with_tenant(digest, now_ms() if until_ms is None else until_ms)
+        try:
+            _write_list(root, at_once)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
         records = num_bytes = 0
         ends = Ends()
 
@@ -87,9 +97,18 @@ def delete_from_log(
             for number in segment_numbers(folder):
                 found, size = blank_records(folder, number, is_theirs)
                 records, num_bytes = records + found, num_bytes + size
+        aside = _delete_from_quarantine(root, tenant, opened)  # which makes room
         listed = before.with_tenant(digest, ends.until_ms(until_ms))
-        _write_list(root, listed)
-        aside = _delete_from_quarantine(root, tenant, opened)
+        try:
+            _write_list(root, listed)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}. {records} records and {aside} that were put aside are deleted, "
+                f"but the tenant is not listed: what is still on its way will be kept. Make room, "
+                f"and repeat the deletion",
+                error.filename,
+            ) from error
         return Deleted(records, num_bytes, aside, until_ms=listed.until_ms[digest])
 
 
@@ -110,7 +129,15 @@ def undelete_in_log(root: Path, digest: str) -> bool:
 
 
 def _write_list(root: Path, listed: Deletions) -> None:
-    write_small_json(root / DELETIONS, dict(listed.until_ms))
+    """
+    Raises:
+        OSError: the disk failed; it names the list.
+    """
+    path = root / DELETIONS
+    try:
+        write_small_json(path, dict(listed.until_ms))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def blank_records(

@@ -34,6 +34,7 @@ class StoppedError(Exception):
     def __init__(self, sent: Sent, problem: OSError) -> None:
         super().__init__(str(problem))
         self.sent = sent
+        self.problem = problem
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Sent(Report):
     filtered: int = 0
     """Traces that were not asked for."""
     deleted: int = 0
-    """Records that were deleted with their tenant, here or there; they are not sent."""
+    """Traces that were asked for and whose tenant was deleted, here or there; they are not sent."""
     unreadable: int = 0
     """Records that are no trace; they are not sent."""
     damaged: int = 0
@@ -60,6 +61,9 @@ class Sent(Report):
     """Records of over half of ``buffer.max_bytes``, which the destination refuses."""
     evicted: int = 0
     """Records that the destination evicted meanwhile to keep ``buffer.max_bytes``."""
+    removed: int = 0
+    """Records that the source had deleted before: readers pass over them, so nobody looks whether
+    they would have been asked for. They are not among those read."""
 
     @property
     def is_damaged(self) -> bool:
@@ -69,6 +73,8 @@ class Sent(Report):
         counts = {"already there": self.already_there, "not asked for": self.filtered}
         if self.deleted:
             counts["left out because their tenant was deleted"] = self.deleted
+        if self.removed:
+            counts["deleted from there before"] = self.removed
         problems = {
             "unreadable": self.unreadable,
             "damaged or evicted before they were read": self.damaged,
@@ -237,7 +243,7 @@ def _records(backend: Backend, sent: Sent | None = None) -> Iterator[Record]:
             counts = reader.counts
             gone = 0 if gone_before is None else counts.evicted_unread - gone_before
             sent.damaged = counts.damaged + gone
-            sent.deleted += counts.deleted
+            sent.removed = counts.deleted
     finally:
         reader.close()
 

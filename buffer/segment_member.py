@@ -3,7 +3,8 @@
     <root>/groups/<group>/<writer>.json    how far the group has committed this writer's records
     <root>/groups/<group>/<writer>.lock    held (flock) by the member that reads this writer
     <root>/groups/<group>/<member>.member  held (flock) while that member lives
-    <root>/groups/<group>/claims           which traces were learnt, see ``claim_file.py``
+    <root>/groups/<group>/claims           which traces were learnt, see ``claim_file.py``; with
+                                           ``claims.size`` beside it
 
 Locks end with their process, so a killed member's writers are free at once, and whoever takes one
 continues from what was committed. A member that reads more than its share of the writers lets go of

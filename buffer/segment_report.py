@@ -18,6 +18,7 @@ from buffer.layout import (
     said_once,
     segment_numbers,
     segment_path,
+    stored_bytes,
 )
 from buffer.segment_list import SegmentList
 from buffer.small_json import is_foreign
@@ -41,6 +42,11 @@ class SegmentReport(Report):
     """Its writer is still running."""
     deleted: tuple[int, ...] = ()
     """Numbers of the records that were deleted with their tenant."""
+    stored_bytes: int = 0
+    """What the file takes on the disk, as it counts towards ``buffer.max_bytes``: less than its
+    size if it has holes."""
+    deleted_bytes: int = 0
+    """Bytes of the deleted records, heads included; their room is kept."""
 
     @property
     def is_damaged(self) -> bool:
@@ -134,24 +140,37 @@ def _report(
     folder: Path, segment: int, number: int, *, live: bool, is_last: bool
 ) -> tuple[SegmentReport, int]:
     """Report on one segment, and the number of the record that follows it."""
-    records = damaged = end = 0
+    records = damaged = deleted_bytes = end = 0
     deleted: list[int] = []
     descriptor = open_segment(folder, segment)
     try:
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        size = status.st_size
         for frame in scan(descriptor, size):
             damaged += max(0, frame.number - number)
             if not frame.is_deleted:
                 records += 1
-            elif frame.number >= number:  # lower ones come again where somebody copied a segment
-                deleted.append(frame.number)
+            else:
+                deleted_bytes += frame.end - frame.start
+                if frame.number >= number:  # lower ones come again where somebody copied a segment
+                    deleted.append(frame.number)
             end, number = frame.end, max(number, frame.number + 1)
         claimed = claimed_end(descriptor, end) if is_last else None
     finally:
         os.close(descriptor)
     if claimed is not None and claimed <= size:
         damaged, number = damaged + 1, number + 1
+    is_written = live and is_last
     report = SegmentReport(
-        folder.name, segment, records, size, size - end, damaged, live and is_last, tuple(deleted)
+        folder.name,
+        segment,
+        records,
+        size,
+        size - end,
+        damaged,
+        is_written,
+        tuple(deleted),
+        size if is_written else stored_bytes(status),
+        deleted_bytes,
     )
     return report, number

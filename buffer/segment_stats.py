@@ -16,7 +16,7 @@ from pathlib import Path
 from buffer.committed import sound_committed
 from buffer.counts import BufferStats, GroupCounts
 from buffer.distinct_writers import distinct_writers
-from buffer.layout import GROUPS, file_of, read_tombstone, said_once
+from buffer.layout import GROUPS, file_of, group_names, read_tombstone, said_once
 from buffer.segment_reader import Position
 from buffer.segment_report import SegmentReport, check_writer
 
@@ -61,9 +61,10 @@ def log_stats(root: Path) -> BufferStats:
         num_writers=len(written),
         appended=sum(one.end for one in written.values()),
         held=sum(report.records for report in reports),
-        held_bytes=sum(report.num_bytes for report in reports),
+        held_bytes=sum(report.stored_bytes for report in reports),
         groups=tuple(_counts_of(group, positions[group], written) for group in sorted(positions)),
         deleted=sum(len(one.deleted) for one in written.values()),
+        deleted_bytes=sum(report.deleted_bytes for report in reports),
         forgotten=sum(one.end - one.known for one in written.values()),
     )
 
@@ -74,10 +75,7 @@ def _evicted(folder: Path) -> int:
 
 
 def _positions(root: Path, names: list[str]) -> Positions:
-    try:
-        folders = [path for path in (root / GROUPS).iterdir() if path.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    folders = [root / GROUPS / group for group in group_names(root)]
     return {
         folder.name: {name: _position(root, folder, name) for name in names} for folder in folders
     }

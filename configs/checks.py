@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from configs.schema import DrafterSettings, Settings
-from configs.urls import MASK
+from configs.urls import MASK, file_place_problem
 
 ENV_PREFIX = "SLIPSTREAM_"
 IN_MEMORY = ("socket", "memory")
@@ -18,12 +18,26 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 def check_settings(settings: Settings) -> list[str]:
     """Contradictions between settings, one message each; empty if there are none."""
     return [
+        *_paths(settings),
         *_server(settings),
         *_drafting(settings),
         *_sizes(settings),
         *_capture(settings),
         *_training(settings),
     ]
+
+
+def _paths(settings: Settings) -> Iterator[str]:
+    """Folders and files that somebody has named by a URL, which may hold a password."""
+    paths = {
+        "run_dir": settings.run_dir,
+        "trainer.signing_key": settings.trainer.signing_key,
+        "swap.public_key": settings.swap.public_key,
+    }
+    for name, path in paths.items():
+        problem = None if path is None else file_place_problem(name, path)
+        if problem is not None:
+            yield problem
 
 
 def _server(settings: Settings) -> Iterator[str]:

@@ -29,7 +29,7 @@ from configs.bundled import resolve_paths, settings_file, shipped_settings
 from configs.checks import ENV_PREFIX, check_settings
 from configs.choices import SettingsError
 from configs.schema import Settings
-from configs.urls import MASK, has_secret, shown_place, shown_url
+from configs.urls import MASK, has_secret, shown_place, shown_url, shown_value
 
 SECRETS = frozenset({"server.api_key", "buffer.url"})
 """Settings that errors never quote."""
@@ -77,7 +77,7 @@ def to_yaml(settings: Settings) -> str:
     if tree["server"]["api_key"] is not None:
         tree["server"]["api_key"] = MASK
     tree["buffer"]["url"] = shown_url(tree["buffer"]["url"])
-    text: str = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
+    text: str = yaml.safe_dump(shown_value(tree), sort_keys=False, default_flow_style=False)
     return text
 
 

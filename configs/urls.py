@@ -8,7 +8,9 @@ buffer with values of their form. Everything else becomes ``MASK``, so a passwor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import PurePath
+from typing import Any
 from urllib.parse import unquote
 
 MASK = "********"
@@ -23,6 +25,7 @@ _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\])(?::[0
 _HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
 _ADDRESS = re.compile(r"\[?[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){1,7}\]?")
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~+,=%-]*)*")
+_URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/|.*@)")
 _LONGEST = 2048
 _DEEPEST = 4
 """URLs within each other."""
@@ -85,6 +88,35 @@ def shown_place(text: str) -> str:
     return text if is_plain or _ADDRESS.fullmatch(text) else shown_url(text)
 
 
+def is_url_as_path(path: PurePath | str) -> bool:
+    """Whether a path is a URL that somebody wrote where a file or folder belongs; ``Path`` has
+    made one slash of two."""
+    return _URL_AS_PATH.match(str(path)) is not None
+
+
+def file_place_problem(name: str, path: PurePath | str) -> str | None:
+    """What is wrong with a path that may be a URL, without its secrets; ``None`` if it is a path.
+
+    Args:
+        name: names the setting or option in the message.
+    """
+    if not is_url_as_path(path):
+        return None
+    return f"{name} must be a path, not a URL, got {shown_place(str(path))}"
+
+
+def shown_value(value: Any) -> Any:
+    """The value of a setting as it may be printed, lists and sections too: texts in which a URL
+    with a secret stands lose that."""
+    if isinstance(value, dict):
+        return {name: shown_value(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [shown_value(one) for one in value]
+    if isinstance(value, str) and is_url_as_path(value) and has_secret(value):
+        return shown_url(value)
+    return value
+
+
 def shown_scheme(url: str) -> str | None:
     """The scheme of a URL; ``None`` if what stands there may be something else."""
     scheme, colon, rest = url.partition(":")
@@ -104,11 +136,18 @@ def shown_option_name(name: str) -> str:
     return name if re.fullmatch(r"[a-z]{2,16}(_[a-z]{1,16}){0,3}", name) else MASK
 
 
-def without_secrets(text: str, *urls: str) -> str:
-    """A text of somebody else, such as the error of a library, without the URLs' secrets."""
+def without_secrets(text: str, *urls: str, but: Collection[str] = ()) -> str:
+    """A text of somebody else, such as the error of a library, without the URLs' secrets.
+
+    Args:
+        but: words that are none although a URL that is hidden as a whole has them: its scheme,
+            where that is known.
+    """
     for url in urls:
         text = text.replace(url, shown_url(url))
         for piece in _hidden_pieces(url):
+            if piece in but:
+                continue
             # A short one may be a part of a word of ours, a long one is nobody else's.
             edge = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])" if len(piece) < _LONG else "{}"
             text = re.sub(edge.format(re.escape(piece)), MASK, text)

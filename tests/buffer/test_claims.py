@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from itertools import count
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from buffer.backends import open_backend
 from buffer.claim_file import CLAIMS, ClaimFile
 from buffer.claims import Claims
 from buffer.codec import encode_trace
+from buffer.foreign import foreign_reports
 from buffer.interface import Record, ServiceAwayError
 from buffer.kafka_claims import KafkaClaims
 from buffer.kafka_link import KafkaLink, parse_url
@@ -140,6 +142,67 @@ def test_a_line_that_somebody_was_killed_in_is_cut_off_and_foreign_ones_are_pass
     assert sum("is passed over" in one.getMessage() for one in caplog.records) == len(foreign)
     assert first.claim(records((1, 1, 3), (1, 2, 4)), never_gone) == [False, True]
     assert path.read_bytes().endswith(b"\n")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def cut_in_half(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("damage", [empty, cut_in_half, Path.unlink])
+def test_a_file_that_was_cut_off_while_nobody_ran_is_reported_once(tmp_path, damage, caplog):
+    folder = tmp_path / "groups" / "g"
+    folder.mkdir(parents=True)
+    member = ClaimFile(folder, "m")
+    member.claim(records((0, 1, 1), (0, 2, 2)), never_gone)
+    member.settle({"w0": (0, 3)})
+    member.close()
+    path = folder / CLAIMS
+    assert foreign_reports(tmp_path) == [] and not caplog.text
+    had = path.stat().st_size
+    damage(path)
+    [found] = foreign_reports(tmp_path)
+    has = path.stat().st_size if path.exists() else 0
+    assert found.path == str(path) and f"{has} bytes and had {had}" in found.problem
+    for name in ("n", "o"):
+        member = ClaimFile(folder, name)
+        member.claim(records((1, 9, 9)), never_gone)
+        member.close()
+    said = [one.getMessage() for one in caplog.records]
+    assert len(said) == 1 and said[0].startswith(f"{path} has ") and f" and had {had}: " in said[0]
+    assert foreign_reports(tmp_path) == []
+
+
+def test_a_file_that_is_cut_off_under_a_member_is_written_again(tmp_path, caplog):
+    member, other = ClaimFile(tmp_path, "m"), ClaimFile(tmp_path, "o")
+    member.claim(records((0, 1, 1), (0, 2, 2)), never_gone)
+    member.settle({"w0": (0, 3)})
+    other.claim(records((1, 4, 4)), never_gone)
+    member.claim(records((0, 5, 5)), never_gone)
+    empty(tmp_path / CLAIMS)
+    # Known ones stay known, for others too, and new ones are claimed and not taken for duplicates.
+    found = member.claim(records((1, 1, 1), (1, 4, 4), (0, 5, 5), (0, 6, 6)), never_gone)
+    assert found == [False, True, True, True]
+    assert other.claim(records((1, 2, 2), (1, 6, 6), (1, 7, 7)), never_gone) == [False, False, True]
+    assert sum("was cut off" in one.getMessage() for one in caplog.records) == 1
+    member.settle({"w0": (0, 7)})
+    last = ClaimFile(tmp_path, "l")
+    assert last.claim(records((1, 5, 5), (1, 8, 8)), never_gone) == [False, True]
+
+
+def test_a_file_that_is_written_anew_is_not_taken_for_cut_off(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(claim_file, "_LEAST_BYTES", 200)
+    for at in range(20):
+        member = ClaimFile(tmp_path, f"m{at}")
+        member.claim(records((0, at, at)), never_gone)
+        member.settle({"w0": (0, at + 1)})
+        member.close()
+        assert claim_file.cut_off(tmp_path) is None
+    assert not caplog.text and (tmp_path / CLAIMS).stat().st_size < 400
 
 
 def test_a_file_that_was_deleted_begins_anew(tmp_path):

@@ -164,6 +164,16 @@ def test_kafka_empty_and_with_topics_of_somebody_else(outcomes, tmp_path):
         assert codes == [0, 1, 1, 0, 0, 0, 1, 0, 1, 0]
 
 
+def test_a_deletion_says_which_folder_and_not_of_which_run_where_the_url_says_it(tmp_path, full):
+    call = ["delete", "--tenant", "nobody", full, "--set", f"run_dir={tmp_path}/here"]
+    said = CliRunner().invoke(app, call).output
+    assert f"put aside; {full}\n" in said and f"{tmp_path}/here" not in said
+    listed = CliRunner().invoke(app, ["undelete", *call[1:]]).output
+    assert listed.endswith(f"was taken back; {full}\n")
+    said = CliRunner().invoke(app, [*call[:3], str(tmp_path / "full")]).output
+    assert f"put aside; log: of {tmp_path}/full\n" in said
+
+
 def test_a_server_of_another_kind_is_no_buffer(outcomes, tmp_path):
     def answer(listening):
         while True:

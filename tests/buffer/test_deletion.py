@@ -18,6 +18,7 @@ from buffer.interface import TraceLimits
 from buffer.layout import segment_path
 from buffer.memory import MemoryBackend
 from buffer.traces import TraceReader
+from oracles.small_disk import small_file_system
 
 CANARY = np.array([1_234_567_891, 1_987_654_321, 1_111_222_333], np.int32)
 LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 24, ttl_s=3600.0, sync_interval_s=0.0)
@@ -48,6 +49,29 @@ def write_mixed(writer, make_trace, theirs, first, count):
     for seq in range(first, first + count):
         writer.append(theirs(seq) if seq % 2 else encode_trace(make_trace(seq=seq)))
     writer.sync()
+
+
+def test_on_a_full_disk_records_are_deleted_and_what_was_not_done_is_said(
+    tmp_path, make_trace, theirs
+):
+    with small_file_system(tmp_path / "disk", "256k") as disk:
+        log = open_backend("log:", disk)
+        with log.open_trace_writer(LIMITS) as writer:
+            write_mixed(writer, make_trace, theirs, 0, 20)
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize))
+        call = ["delete", "--tenant", "umbrella", str(disk)]
+        found = CliRunner().invoke(app, call)
+        assert found.exit_code == 2
+        assert f"{disk}/traces/DELETED.json: No space left on device. 10 records and 0 that " in (
+            found.stderr
+        )
+        assert found.stderr.rstrip().endswith("Make room, and repeat the deletion")
+        assert files_with(disk / "traces", CANARY.tobytes()) == []
+        ballast.unlink()
+        assert CliRunner().invoke(app, call).exit_code == 0
+        assert log.deletions().until_ms.keys() == {digest_of("umbrella")}
+        assert log.stats().held == 10
 
 
 def test_no_file_holds_anything_of_the_tenant_and_the_writer_goes_on(tmp_path, make_trace, theirs):
@@ -311,12 +335,81 @@ def test_each_access_is_noted_though_there_is_no_run_folder(tmp_path, make_trace
     for call in calls:
         assert CliRunner().invoke(app, call).exit_code == 0
     lines = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
-    actions = ["delete", "undelete", "deletions", "stats", "inspect", "copy"]
+    actions = ["delete", "undelete", "deletions", "stats", "inspect", "copy", "copy"]
     assert [line["action"] for line in lines] == actions
     assert run.stat().st_mode & 0o777 == 0o700
     assert (run / "audit.jsonl").stat().st_mode & 0o777 == 0o600
-    (line,) = (tmp_path / "other" / "audit.jsonl").read_text().splitlines()
-    assert json.loads(line)["action"] == "copy"
+    assert (lines[3]["written"], lines[3]["held"], lines[3]["deleted"]) == (6, 3, 3)
+    assert (lines[4]["traces"], lines[4]["put_aside"]) == (3, 0)
+    other = [
+        json.loads(line) for line in (tmp_path / "other" / "audit.jsonl").read_text().splitlines()
+    ]
+    for role, (began, done) in (("from", lines[5:]), ("to", other)):
+        assert (began["action"], began["role"], began["began"]) == ("copy", role, True)
+        assert (done["action"], done["role"], done["read"], done["sent"]) == ("copy", role, 3, 3)
+        assert done["sent_bytes"] > 0 and "began" not in done
+
+
+def test_stats_tell_the_bytes_of_deleted_records_from_those_that_are_held(
+    tmp_path, make_trace, theirs
+):
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 8)
+    with open_backend("log:", tmp_path / "held").open_trace_writer(LIMITS) as writer:
+        for seq in range(0, 8, 2):
+            writer.append(encode_trace(make_trace(seq=seq)))
+    assert " of deleted records" not in CliRunner().invoke(app, ["stats", str(tmp_path)]).output
+    open_backend("log:", tmp_path).delete("umbrella")
+    stats = open_backend("log:", tmp_path).stats()
+    held_alone = open_backend("log:", tmp_path / "held").stats().held_bytes
+    assert stats.held_bytes - stats.deleted_bytes == held_alone
+    said = CliRunner().invoke(app, ["stats", str(tmp_path)]).output
+    assert f"4 held, {stats.held_bytes} bytes ({stats.deleted_bytes} of deleted records)" in said
+    said = CliRunner().invoke(app, ["stats", str(tmp_path), "--json"]).output
+    values = json.loads(said.splitlines()[0])
+    assert values["written"] == values["appended"] == 8
+
+
+def test_a_replay_of_a_tenant_tells_its_deleted_traces_from_those_removed_before(
+    tmp_path, make_trace
+):
+    def write(tenants, first):
+        with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+            for seq, tenant in enumerate(tenants, first):
+                writer.append(encode_trace(make_trace(seq=seq, tenant=tenant)))
+
+    write("aabbbc", 0)
+    open_backend("log:", tmp_path).delete("b")
+    # They come late, and are there although their tenants are deleted now.
+    other = open_backend("log:", tmp_path / "other")
+    other.open_trace_writer(LIMITS).close()
+    for tenant in "ac":
+        other.delete(tenant, until_ms=1 << 60)
+    call = ["replay", str(tmp_path), str(tmp_path / "other"), "--tenant", "a"]
+    said = CliRunner().invoke(app, [*call, "--json"]).output
+    found = json.loads(said)
+    counts = [found[name] for name in ("read", "sent", "filtered", "deleted", "removed")]
+    assert counts == [3, 0, 1, 2, 3]
+    said = CliRunner().invoke(app, call).output
+    assert "2 left out because their tenant was deleted, 3 deleted from there before" in said
+
+
+def test_a_replay_into_the_same_run_leaves_lines_that_tell_source_from_destination(
+    tmp_path, make_trace, theirs
+):
+    with open_backend("log:", tmp_path).open_trace_writer(LIMITS) as writer:
+        write_mixed(writer, make_trace, theirs, 0, 4)
+    call = ["replay", str(tmp_path), str(tmp_path), "--tenant", "umbrella"]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["role"], line.get("sent")) for line in lines] == [
+        *(("from", None), ("to", None)),
+        *(("from", 2), ("to", 2)),
+    ]
+    (tmp_path / "traces" / "DELETED.json").write_text("[]")
+    assert CliRunner().invoke(app, call).exit_code == 2
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line.get("failed") for line in lines[4:]] == [None, None, "ValueError", "ValueError"]
 
 
 def test_the_audit_line_holds_no_password(tmp_path):

@@ -228,6 +228,25 @@ def test_a_folder_that_is_not_what_was_published_is_refused(bundle, damage, mess
     assert "not swapping" in str(caught.value)
 
 
+@each_reader
+def test_a_file_that_does_not_belong_there_is_to_be_removed(bundle, read):
+    damage_extra_file(bundle)
+    with pytest.raises(BundleError, match=r"not swapping\. Remove it, or wait: the next") as caught:
+        read(bundle)
+    assert "Restore" not in str(caught.value)
+    (bundle / "another").touch()
+    with pytest.raises(BundleError, match=r"not swapping\. Remove them, or wait"):
+        read(bundle)
+
+
+@each_reader
+def test_files_of_file_managers_and_network_file_systems_are_passed_over(bundle, read):
+    (bundle / ".DS_Store").write_bytes(b"x")
+    os.mkfifo(bundle / ".nfs0001")  # whoever opened it would wait for ever
+    (bundle / ".hidden").symlink_to("/nowhere")
+    read(bundle)
+
+
 def test_a_link_to_a_bundle_is_not_a_bundle(bundle):
     (bundle.parent / "43").symlink_to(bundle)
     with pytest.raises(BundleError, match="43 is not a folder, or a link to one"):

@@ -439,6 +439,53 @@ def test_inspect_names_all_that_is_not_the_logs(tmp_path):
     assert found.exit_code == 1
 
 
+def test_folders_among_the_groups_that_no_member_made_are_named_and_counted_as_none(tmp_path):
+    write(tmp_path / "traces", [b"one", b"two"])
+    member = SegmentMember(tmp_path / "traces", "ok")
+    read_all(member)
+    member.commit(member.offsets())
+    groups = tmp_path / "traces" / "groups"
+    forged = "g\ngroup forged: 5 committed"
+    for name in ("backup", "node_modules", forged, ".git"):
+        (groups / name).mkdir()
+        (groups / name / "package.json").write_text("{}")
+    (groups / "begins").mkdir()
+    new = SegmentMember(tmp_path / "traces", "new")
+    new.read(1)
+
+    assert [one.group for one in log_stats(tmp_path / "traces").groups] == ["new", "ok"]
+    shown = CliRunner().invoke(app, ["stats", str(tmp_path)]).output
+    assert [line for line in shown.splitlines() if "forged" in line] == []
+    lines = CliRunner().invoke(app, ["inspect", str(tmp_path)]).output.splitlines()
+    foreign = [line for line in lines if line.startswith("FOREIGN")]
+    for name in ("backup", "node_modules", r"g\ngroup forged: 5 committed", ".git"):
+        assert sum(f"/groups/{name}: " in line for line in foreign) == 1, name
+    assert len(foreign) == 4
+    assert not [line for line in lines if line.startswith("group")]
+    member.close(), new.close()
+
+
+def test_names_of_foreign_files_forge_no_line_and_no_code_of_the_terminal(tmp_path):
+    folder = write(tmp_path / "traces", [b"one"])
+    for name in (b"a\ngroup ok: 5 committed.seg", b"\x1b[2J.seg", b"\xff.seg", "ä.seg".encode()):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).touch()
+    found = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert found.exit_code == 1 and not isinstance(found.exception, UnicodeError)
+    lines = [line for line in found.output.splitlines() if line.startswith("FOREIGN")]
+    assert len(lines) == 4 and "\x1b" not in found.output
+    for name in (r"a\ngroup ok: 5 committed.seg", r"\x1b[2J.seg", r"\udcff.seg", "ä.seg"):
+        assert sum(f"/{name}: " in line for line in lines) == 1, name
+    assert not [line for line in found.output.splitlines() if line.startswith("group")]
+
+
+def test_a_hole_counts_as_no_bytes_that_are_held(tmp_path):
+    folder = write(tmp_path / "traces", [b"one"])
+    before = log_stats(tmp_path / "traces").held_bytes
+    assert 0 < before < 1 << 20
+    sparse(folder / "000001.seg")
+    assert log_stats(tmp_path / "traces").held_bytes - before < 1 << 20
+
+
 @pytest.mark.parametrize("make", THINGS.values(), ids=THINGS.keys())
 def test_what_lies_in_the_folder_of_versions_ends_nobody(tmp_path, make):
     store = FolderWeights(tmp_path / "weights")

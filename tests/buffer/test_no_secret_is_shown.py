@@ -182,6 +182,78 @@ def test_no_command_shows_a_secret(url, command, tmp_path, caplog, monkeypatch):
         check(path.read_text(), url)
 
 
+PATHS = [
+    f"redis://u:{CANARY}@h:1/0",
+    f"kafka://u:{CANARY}@h:1/p",
+    f"s3://u:{CANARY}@bucket/x",
+    f"http://u:{CANARY}@h/x?y=z",
+    f"redis:u:{CANARY}@h",
+]
+
+
+@pytest.mark.parametrize("url", PATHS)
+def test_a_url_where_a_path_or_a_time_belongs_is_refused_and_not_shown(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for words in (
+        ["replay", "run", "to", "--since", url],
+        ["replay", "run", "to", "--until", url],
+        ["delete", "--tenant", "t", "--until", url, "run"],
+        ["delete", "--list", "--run", url],
+        ["delete", "--tenant", "t", "--run", url],
+        ["undelete", "--tenant", "t", "--run", url],
+        ["stats", "redis://127.0.0.1:1/0", "--set", f"run_dir={url}"],
+        ["stats", "--set", f"run_dir={url}"],
+        ["keys", url, "public"],
+        ["keys", "private", url],
+        ["keys", url, url],
+        ["stats", "--set", f"trainer.signing_key={url}"],
+        ["stats", "--set", f"swap.public_key={url}"],
+    ):
+        found = CliRunner().invoke(app, words)
+        assert found.exit_code == 2, (words, found.output)
+        check(found.output + found.stderr, url)
+        check_error(found.exception, url)
+        assert "path" in found.stderr or "must be a time such as 2026-11-28T09:30" in found.stderr
+    # No folder was made of it; a copy's destination may have been.
+    assert not [path for path in tmp_path.rglob("*") if CANARY in path.name]
+
+
+@pytest.mark.parametrize(
+    ("url", "example"),
+    [
+        ("socket:{c}@", "must name an absolute path, as in 'socket:/some/path'"),
+        ("redis:{c}@", "as in redis://127.0.0.1:6379/0"),
+        ("kafka:{c}@", "must look like kafka://[USER@]HOST:PORT"),
+        ("shm:{c}@", "'shm:' is enough"),
+        ("fsspec:{c}@", "as in 'fsspec:gs://bucket/run'"),
+    ],
+)
+def test_the_example_of_an_error_is_not_masked_with_what_was_typed(url, example, tmp_path):
+    url = url.replace("{c}", CANARY)
+    with pytest.raises(ValueError, match=r"buffer\.url") as caught:
+        open_backend(url, tmp_path)
+    check_error(caught.value, url)
+    assert example in str(caught.value)
+
+
+def test_a_mistyped_time_is_repeated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for typed in ("2026-11-31T09:30:00", "yesterday"):
+        found = CliRunner().invoke(app, ["delete", "--tenant", "t", "--until", typed, "run"])
+        assert found.stderr.strip().endswith(f"got '{typed}'")
+
+
+@pytest.mark.parametrize("url", PATHS)
+def test_no_setting_prints_a_secret_of_a_url(url):
+    shown = to_yaml(load_settings([], [f"target={url}", f"wandb.entity={url}"], {}))
+    check(shown, url)
+    assert sum("********" in line for line in shown.splitlines()) == 2
+    plain = ["target=hf://org/model", "wandb.entity=a/b:c"]
+    assert "target: hf://org/model\n" in to_yaml(load_settings([], plain, {}))
+
+
 @pytest.mark.parametrize("url", URLS)
 def test_a_dry_run_shows_no_secret(url):
     try:

@@ -15,6 +15,7 @@ from buffer.interface import TraceLimits
 from buffer.records import Rounds, Sampling
 from buffer.resend import StoppedError, Wanted, copy_traces, replay_traces
 from oracles.forked import Forked
+from oracles.small_disk import small_file_system
 from oracles.support import REPOSITORY
 
 LIMITS = TraceLimits(segment_bytes=1 << 16, max_bytes=1 << 26, ttl_s=1e9, sync_interval_s=0.0)
@@ -89,10 +90,10 @@ def test_what_was_deleted_is_left_out_and_counted(run, tmp_path, make_trace, nam
     code, output, _ = command(name, run, there)
     assert code == 0
     assert output.startswith(f"{name}: 5 records read, 3 sent")
-    assert "5 left out because their tenant was deleted" in output
+    assert "2 left out because their tenant was deleted, 3 deleted from there before" in output
     assert {trace.tenant for trace in traces_in(there)} == {"tenant-0"}
     code, output, _ = command(name, run, tmp_path / "other", "--json")
-    assert json.loads(output)["deleted"] == 4
+    assert (json.loads(output)["deleted"], json.loads(output)["removed"]) == (1, 3)
 
 
 def test_what_cannot_be_copied_is_an_exit_code_of_1_and_is_named(run, tmp_path, make_trace):
@@ -231,6 +232,25 @@ def test_a_destination_that_fails_on_the_way_says_what_it_has(run, tmp_path, mon
     assert stopped.value.sent.sent == 4
     assert copy_traces(open_backend("log:", run), there, LIMITS).sent in (0, 1, 2)
     assert len(traces_in(("memory:failing", run), run)) == 6
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [("copy", "start it again to continue"), ("replay", "sends all of them again")],
+)
+def test_who_stops_at_a_full_disk_is_told_what_another_run_would_do(
+    tmp_path, make_trace, command, advice
+):
+    source = tmp_path / "source"
+    write(source, [make_trace(seq=seq) for seq in range(300)])
+    num_bytes = open_backend("log:", source).stats().held_bytes
+    with small_file_system(tmp_path / "disk", f"{num_bytes // 2048}k") as disk:
+        call = [command, str(source), str(disk / "to"), "--set", "buffer.max_bytes=1073741824"]
+        found = CliRunner().invoke(app, call)
+    assert found.exit_code == 1
+    assert "No space left" in found.stderr and advice in found.stderr
+    assert "[Errno" not in found.stderr
+    assert ("to continue" in found.stderr) == (command == "copy")
 
 
 COPY = """

@@ -11,7 +11,7 @@ from buffer import kafka, segment_report, segment_stats
 from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.interface import ServiceAwayError, TraceLimits
-from oracles.kafka_brokers import Broker
+from oracles.kafka_brokers import Broker, running_broker
 
 
 def check(stats, group="trainer"):
@@ -113,6 +113,31 @@ def test_records_that_somebody_has_overwritten_or_cut_off_are_counted_once(
         assert (stats.appended, stats.held, stats.forgotten) == (6, 3, 3)
         assert counts == [(6, 0, 0), (1, 2, 3)]
     late.close()
+
+
+def test_records_of_the_last_batch_count_though_the_broker_names_an_end_inside_of_it(
+    tmp_path, limits, caplog
+):
+    """Tansu says that a partition ends behind the first record of its last batch."""
+    with running_broker("tansu", tmp_path / "broker") as broker:
+        url = f"kafka://{broker.address}/batches?partitions=1&session_s=6"
+        buffer = open_backend(url, tmp_path)
+        with buffer.open_trace_writer(limits) as writer:
+            write(writer, 100)
+        member = buffer.open_record_reader(group="trainer")
+        while member.offsets().get("0", [0])[0] < 100:
+            member.read(100)
+        member.commit(member.offsets())
+        offsets = member.offsets()
+        member.close()
+        stats = buffer.stats()
+        assert (stats.appended, stats.held, stats.forgotten) == (100, 100, 0)
+        found = check(stats)
+        assert (found.committed, found.pending, found.lost) == (100, 0, 0)
+        again = buffer.open_record_reader(offsets, group="trainer")
+        assert again.read(10) == [] and again.offsets()["0"] == [100, 0, 0]
+        again.close()
+        assert "lost records" not in caplog.text
 
 
 def test_a_broker_that_forgot_everything_hides_no_new_record_and_no_count(tmp_path, limits):
