@@ -20,6 +20,10 @@ class SupersededError(ValueError):
         )
 
 
+class StoreDamagedError(ValueError):
+    """What a store holds cannot be used. Its trainer must not go on; a server needs none of it."""
+
+
 class WeightsStore(Protocol):
     """Published versions of a drafter, each with its manifest and files."""
 
@@ -147,7 +151,7 @@ class WeightsStore(Protocol):
         passed over.
 
         Raises:
-            ValueError: there is none.
+            StoreDamagedError: there is none.
         """
         denied = self.read_denied()
         problems = []
@@ -160,13 +164,13 @@ class WeightsStore(Protocol):
             except BundleError as error:
                 problems.append(str(error))
         reasons = " ".join(problems) or "it is empty"
-        raise ValueError(f"no version in {self.location} can be used: {reasons}")
+        raise StoreDamagedError(f"no version in {self.location} can be used: {reasons}")
 
     def read_denied(self) -> set[int]:
         """Versions that a server rolled back from; nobody starts with them.
 
         Raises:
-            ValueError: the stored list is damaged.
+            StoreDamagedError: the stored list cannot be used.
         """
         ...
 
