@@ -152,9 +152,10 @@ class WeightsStore(Protocol):
 
         Raises:
             StoreDamagedError: there is none.
+            ValueError: likewise, and one was refused for its signature: somebody should look at it.
         """
         denied = self.read_denied()
-        problems = []
+        problems, is_damage = [], True
         for version in reversed(self.versions()):
             if version in denied:
                 problems.append(f"version {version} was rolled back.")
@@ -163,8 +164,10 @@ class WeightsStore(Protocol):
                 return self.read(version), problems
             except BundleError as error:
                 problems.append(str(error))
+                is_damage = is_damage and error.reason == "damaged"
         reasons = " ".join(problems) or "it is empty"
-        raise StoreDamagedError(f"no version in {self.location} can be used: {reasons}")
+        why = f"no version in {self.location} can be used: {reasons}"
+        raise StoreDamagedError(why) if is_damage else ValueError(why)
 
     def read_denied(self) -> set[int]:
         """Versions that a server rolled back from; nobody starts with them.
