@@ -53,7 +53,7 @@ from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
 from targets.find import checked_folder, target_name
-from targets.fits import check_tokenizer
+from targets.fits import check_tokenizer, known_eos_ids, warn_of_template
 from targets.load import load_served_model, pick_device, pick_dtype
 from targets.target import Target
 from targets.tokenizer import served_tokenizer
@@ -100,6 +100,7 @@ def load_target(settings: Settings) -> LoadedTarget:
     config, tokenizer = load_config(folder), served_tokenizer(folder, settings.target_cache)
     with_model_len(settings, config)  # refused before the weights are read
     check_tokenizer(tokenizer, config)
+    warn_of_template(tokenizer, folder)
     fingerprint = target_fingerprint(folder)
     model = load_served_model(folder, config, pick_dtype(settings.dtype, device), device)
     name = target_name(settings.target)
@@ -438,4 +439,5 @@ def _eos_ids(model: Any) -> frozenset[int]:
         eos = model.config.get_text_config().eos_token_id
     if eos is None:
         return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+    ids = eos if isinstance(eos, list) else [eos]
+    return known_eos_ids(ids, model.config.get_text_config().vocab_size)
