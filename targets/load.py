@@ -12,6 +12,7 @@ from torch import nn
 from targets.fused import supports
 from targets.own_config import OwnConfig
 from targets.own_model import load_own_model
+from targets.surplus import surplus_of
 
 
 def pick_device(name: str, setting: str = "device") -> torch.device:
@@ -47,7 +48,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     Shows a progress bar on a terminal only: in a log file it would be control characters.
 
     Raises:
-        ValueError: a weight of the model is missing, or has another shape than its config says.
+        ValueError: a weight of the model is missing, or has another shape than its config says, or
+            the model has no place for one.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -75,6 +77,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
         raise ValueError(
             f"{folder} lacks {len(missing)} weights of the model: {', '.join(missing[:3])}; "
             f"weights and config.json must belong together"
+        )
+    if surplus := surplus_of(found["unexpected_keys"], model.config):
+        raise ValueError(
+            f"{folder} has {len(surplus)} weights that the model of its config.json has not: "
+            f"{surplus[0]}; weights and config.json must belong together"
         )
     return model.to(device)
 
