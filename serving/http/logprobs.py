@@ -46,7 +46,7 @@ def completion_logprobs(
     return CompletionLogprobs(
         tokens=[vocabulary.name(entry.token_id) for entry in entries],
         token_logprobs=[_finite(entry.logprob) for entry in entries],
-        top_logprobs=[_by_name(entry.top, vocabulary) for entry in entries],
+        top_logprobs=[_by_name(_with_own(entry), vocabulary) for entry in entries],
         text_offset=offsets.of(entry.token_id for entry in entries),
     )
 
@@ -60,6 +60,13 @@ def chat_logprobs(
         skip_special: special tokens are not part of the text, so they have no bytes.
     """
     return ChatLogprobs(content=[_chat_entry(entry, vocabulary, skip_special) for entry in entries])
+
+
+def _with_own(entry: TokenLogprob) -> tuple[tuple[int, float], ...]:
+    """The most probable tokens and the one that was drawn, as OpenAI and vLLM have it here."""
+    if any(token == entry.token_id for token, _ in entry.top):
+        return entry.top
+    return (*entry.top, (entry.token_id, entry.logprob))
 
 
 def _by_name(top: Iterable[tuple[int, float]], vocabulary: Vocabulary) -> dict[str, float]:

@@ -72,6 +72,16 @@ def test_weights_that_are_cut_off_are_refused(target: Path, num_bytes: int, said
     assert str(refused.value).startswith(f"{file} {said}")
 
 
+def test_weights_that_are_too_long_are_refused_with_both_sizes(target: Path):
+    file = target / "model.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes() + bytes(10))
+    with pytest.raises(ValueError) as caught:
+        checked_folder(str(target))
+    said = f"is damaged: by its header it holds {size} bytes, but it has {size + 10};"
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
